@@ -1,0 +1,47 @@
+# `make demo` and `make test` need only python3 with venv, pip and make; each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.PHONY: setup check format lint types contracts fast test demo bench clean
+.DEFAULT_GOAL := check
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(STAMP)
+
+setup: $(STAMP)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	$(BIN)/lint-imports
+
+fast: $(STAMP)
+	$(BIN)/pytest -q -n 2 -m 'not slow'
+
+check: lint types contracts fast
+
+test: lint types contracts
+	$(BIN)/pytest -q -n 2
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]' || echo 'torchsnapshot is left out: it does not install here'
+	$(BIN)/python benchmarks/save_load.py
+
+clean:
+	rm -rf $(VENV) build dist bench-out runs *.egg-info

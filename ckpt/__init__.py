@@ -1,0 +1,70 @@
+"""Checkpointing and state replication for PyTorch.
+
+The public face. Names load on first use, so that processes which only move bytes never import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckpt.elastic.decorator import resilient as resilient
+    from ckpt.elastic.run import Run as Run
+    from ckpt.errors import CkptError as CkptError
+    from ckpt.errors import CommitUnknownError as CommitUnknownError
+    from ckpt.errors import ConflictError as ConflictError
+    from ckpt.errors import FencedError as FencedError
+    from ckpt.errors import FormatVersionError as FormatVersionError
+    from ckpt.errors import IntegrityError as IntegrityError
+    from ckpt.errors import InternalError as InternalError
+    from ckpt.errors import KeyExistsError as KeyExistsError
+    from ckpt.errors import NotFoundError as NotFoundError
+    from ckpt.errors import StoreDeniedError as StoreDeniedError
+    from ckpt.errors import StoreFullError as StoreFullError
+    from ckpt.errors import UnavailableError as UnavailableError
+    from ckpt.errors import UsageError as UsageError
+    from ckpt.session.checkpointer import Checkpointer as Checkpointer
+    from ckpt.session.pending import Pending as Pending
+    from ckpt.values import SnapshotId as SnapshotId
+    from ckpt.values import SnapshotInfo as SnapshotInfo
+
+_HOMES = {
+    "resilient": "ckpt.elastic.decorator",
+    "Run": "ckpt.elastic.run",
+    "Checkpointer": "ckpt.session.checkpointer",
+    "Pending": "ckpt.session.pending",
+    "SnapshotId": "ckpt.values",
+    "SnapshotInfo": "ckpt.values",
+    **dict.fromkeys(
+        (
+            "CkptError",
+            "CommitUnknownError",
+            "ConflictError",
+            "FencedError",
+            "FormatVersionError",
+            "IntegrityError",
+            "InternalError",
+            "KeyExistsError",
+            "NotFoundError",
+            "StoreDeniedError",
+            "StoreFullError",
+            "UnavailableError",
+            "UsageError",
+        ),
+        "ckpt.errors",
+    ),
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

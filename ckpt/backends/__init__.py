@@ -1,0 +1,1 @@
+"""Stores: where bytes rest. Six operations a store, and what users' URLs mean."""

@@ -1,0 +1,84 @@
+"""The seam between ckpt and any storage: six operations, one of them atomic.
+
+A store is a flat map from keys to immutable bytes. Create-if-absent is the only atomic operation that ckpt needs; there is
+no rename, no append, no lock. Implementers write these six and pass ``ckpt.testing.contract``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+"""Contiguous bytes. A memoryview must be one-dimensional with itemsize 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What a store says of one object: its key and length. ``modified_unix_s`` is the store's own clock, for sweeps only."""
+
+    key: str
+    size_bytes: int
+    modified_unix_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a store can do, found out by asking it, never assumed.
+
+    ``create_only``: ``put(..., create_only=True)`` is atomic among all writers of the world. A store without it refuses such
+    a put with UsageError. ``read_bytes_best``: the read size at which a request's fixed cost stops to matter;
+    neighbouring ranges are joined up to it. ``concurrency_best``: how many reads or writes in flight fill the link.
+    """
+
+    create_only: bool
+    read_bytes_best: int
+    concurrency_best: int
+    direct_io: bool = False
+
+
+class Backend(Protocol):
+    """One object store prefix. Keys are ``/``-separated relative names (see ``check_key``). Thread-safe."""
+
+    @property
+    def url(self) -> str:
+        """The store's address for messages, credentials removed."""
+        ...
+
+    def capabilities(self) -> Capabilities:
+        """What this store can do; may probe it once and remember."""
+        ...
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        """Store the concatenation of ``data`` at ``key``, all or nothing, durable on return.
+
+        Readers see the whole object or none. With ``create_only`` raises KeyExistsError where the key exists. A lost reply
+        raises UnavailableError: whether it landed is then unknown, and repeating the same put is safe (with ``create_only``
+        it may then raise KeyExistsError for the caller's own bytes; settle that by reading them).
+        Raises StoreFullError, StoreDeniedError, UnavailableError. The buffers may be reused on return.
+        """
+        ...
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        """Fill ``out`` with the bytes from ``offset_bytes`` on.
+
+        Raises NotFoundError where there is no such key and IntegrityError where the object ends before ``out`` is full.
+        """
+        ...
+
+    def stat(self, key: str) -> Stat | None:
+        """The object's facts, or None where there is none."""
+        ...
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        """Objects whose key starts with ``prefix`` and is greater than ``after``, in key order (Unicode code points)."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the object; a missing key is no error."""
+        ...
+
+    def close(self) -> None:
+        """Release connections and handles; idempotent."""
+        ...

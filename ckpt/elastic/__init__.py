@@ -1,0 +1,1 @@
+"""The decorator, the Run that user functions receive, and its loop."""

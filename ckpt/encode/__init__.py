@@ -1,0 +1,1 @@
+"""Staged bytes become packs and a part: chunks, dedup, compression."""

@@ -1,0 +1,115 @@
+"""Every error of ckpt, grouped by what its handler does.
+
+    CkptError                      code, retry, exit_code
+     ├─ UsageError (ValueError)    the caller passed something that cannot work: fix the call             exit 2
+     │   └─ FormatVersionError     written by a newer ckpt: upgrade                                      exit 2
+     ├─ NotFoundError (LookupError) no such store, snapshot, tag, leaf or object                         exit 10
+     ├─ UnavailableError           the store or a peer did not answer, is full or denies: repeat later   exit 11
+     │   ├─ StoreFullError         no space or quota left
+     │   └─ StoreDeniedError       permission or credentials
+     ├─ ConflictError              somebody else's write came first: look, then decide                   exit 12
+     │   ├─ KeyExistsError         a create-once key already holds other bytes
+     │   └─ FencedError            a newer epoch is open: this writer must stop
+     ├─ CommitUnknownError         the reply was lost: repeat the same bytes at the same key             exit 13
+     ├─ IntegrityError             bytes differ from their digest, or a record contradicts itself        exit 20
+     └─ InternalError              a bug of ours                                                         exit 70
+
+A message is a lower-case fact, then ``key=value`` pairs, then what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CkptError(Exception):
+    """Base of every error that ckpt raises.
+
+    ``code`` is a stable kebab-case word for programs, ``retry`` says whether repeating the same call can help,
+    ``exit_code`` is what the command line exits with.
+    """
+
+    code: ClassVar[str] = "error"
+    retry: ClassVar[bool] = False
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(CkptError, ValueError):
+    """The caller passed something that cannot work; the message names the remedy."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class FormatVersionError(UsageError):
+    """A record was written in a format version that this release does not read."""
+
+    code = "format-version"
+
+
+class NotFoundError(CkptError, LookupError):
+    """No such store, snapshot, tag, leaf or object."""
+
+    code = "not-found"
+    exit_code = 10
+
+
+class UnavailableError(CkptError):
+    """A store or peer did not answer, or cannot take the bytes now."""
+
+    code = "unavailable"
+    retry = True
+    exit_code = 11
+
+
+class StoreFullError(UnavailableError):
+    """No space, inode or quota is left in the store."""
+
+    code = "store-full"
+
+
+class StoreDeniedError(UnavailableError):
+    """The store refuses: permissions, credentials or a read-only mount."""
+
+    code = "store-denied"
+
+
+class ConflictError(CkptError):
+    """Another writer's bytes came first."""
+
+    code = "conflict"
+    exit_code = 12
+
+
+class KeyExistsError(ConflictError):
+    """A create-once key is already taken."""
+
+    code = "key-exists"
+
+
+class FencedError(ConflictError):
+    """A newer epoch is open, so nothing that this writer records counts."""
+
+    code = "fenced"
+
+
+class CommitUnknownError(CkptError):
+    """A write's reply was lost; whether it landed is unknown until the same bytes are repeated."""
+
+    code = "commit-unknown"
+    retry = True
+    exit_code = 13
+
+
+class IntegrityError(CkptError):
+    """Stored bytes differ from their digest, or a record contradicts itself."""
+
+    code = "integrity"
+    exit_code = 20
+
+
+class InternalError(CkptError):
+    """A defect of ckpt itself."""
+
+    code = "internal"
+    exit_code = 70

@@ -1,0 +1,1 @@
+"""The records: their fields, versions, keys and canonical bytes."""

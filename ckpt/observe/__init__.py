@@ -1,0 +1,1 @@
+"""Events and metrics: what happened, told once, in one form."""

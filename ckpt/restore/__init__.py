@@ -1,0 +1,1 @@
+"""Stored boxes meet needed boxes: plan, read, verify, hand over."""

@@ -1,0 +1,1 @@
+"""Shared-memory slots, and the copy of live tensors into them."""

@@ -1,0 +1,1 @@
+"""A kit for users and our own tests: backend contract, faulty stores, crash points."""

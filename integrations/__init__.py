@@ -1,0 +1,1 @@
+"""Integrations with other projects; they see only the public face of ckpt."""
