@@ -1,0 +1,155 @@
+"""Where each object of a store lies: builders of keys, and parsers back that take nothing else.
+
+A writer is one process start, ``<node>-<boot>``. ``boot`` is random, so no key is ever used for two contents.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ckpt.errors import UsageError
+from ckpt.values import SnapshotId
+
+JOB_KEY = "ckpt.json"
+PACKS = "packs/"
+PARTS = "parts/"
+MANIFESTS = "manifests/"
+LOG = "log/"
+FOLDS = "folds/"
+
+EPOCH_MAX = 10**10 - 1
+"""Largest epoch: what ten digits of a key hold."""
+STEP_MAX = 10**14 - 1
+"""Largest step: what fourteen digits of a key hold."""
+SEQ_MAX = 2**63 - 1
+"""Largest place in the log; keys have twenty digits."""
+PACKS_MAX = 10**8 - 1
+"""Largest number of a pack within one process start."""
+
+NODE_CHARS_MAX = 64
+
+_ID = r"(\d{10})-(\d{14})"
+_WRITER = rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{NODE_CHARS_MAX - 1}}}-[0-9a-f]{{16}}"
+_WRITER_RE = re.compile(_WRITER, re.ASCII)
+_BOOT_RE = re.compile(r"[0-9a-f]{16}", re.ASCII)
+_PACK_RE = re.compile(rf"packs/({_WRITER})-(\d{{8}})\.pack", re.ASCII)
+_PART_RE = re.compile(rf"parts/{_ID}/({_WRITER})\.mpk\.zst", re.ASCII)
+_MANIFEST_RE = re.compile(rf"manifests/{_ID}-([0-9a-f]{{32}})\.json", re.ASCII)
+_LOG_RE = re.compile(r"log/(\d{20})\.json", re.ASCII)
+_FOLD_RE = re.compile(r"folds/(\d{20})\.json", re.ASCII)
+_HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+def writer_name(node: str, boot: str) -> str:
+    """The name of one process start: ``node`` with every character a key can't hold replaced by ``_``, and ``boot``.
+
+    ``boot`` is 16 lower-case hex digits, drawn at random by the caller once per process. Raises UsageError otherwise.
+    """
+    if not _BOOT_RE.fullmatch(boot):
+        raise UsageError(f"boot is not 16 lower-case hex digits. boot={boot!r} draw it with secrets.token_hex(8)")
+    clean = re.sub(r"[^A-Za-z0-9_.-]", "_", node)[:NODE_CHARS_MAX]
+    if not clean or clean[0] in ".-":
+        clean = ("_" + clean)[:NODE_CHARS_MAX]
+    return f"{clean}-{boot}"
+
+
+def is_writer(text: str) -> bool:
+    """Whether ``text`` has the form that ``writer_name`` gives."""
+    return _WRITER_RE.fullmatch(text) is not None
+
+
+def is_digest_hex(text: str) -> bool:
+    """Whether ``text`` is 32 lower-case hex digits."""
+    return _HEX_RE.fullmatch(text) is not None
+
+
+def is_snapshot_id(snapshot: SnapshotId) -> bool:
+    """Whether both numbers fit their fixed-width key."""
+    return 0 <= snapshot.epoch <= EPOCH_MAX and 0 <= snapshot.step <= STEP_MAX
+
+
+def pack_key(writer: str, n: int) -> str:
+    """The key of the ``n``-th pack of one process start, from 0. Raises UsageError for a bad writer or number."""
+    return f"{PACKS}{_checked(writer)}-{_bounded('pack', n, PACKS_MAX):08d}.pack"
+
+
+def part_key(snapshot: SnapshotId, writer: str) -> str:
+    """The key of ``writer``'s part of ``snapshot``. Raises UsageError for a bad writer or pair."""
+    return f"{PARTS}{_pair(snapshot)}/{_checked(writer)}.mpk.zst"
+
+
+def manifest_key(snapshot: SnapshotId, digest: str) -> str:
+    """The key of the manifest of ``snapshot`` whose bytes have ``digest`` (32 hex digits).
+
+    The digest is in the name so that two writers, of which one may be dead, never want one key for two contents:
+    which of them counts is the log's to say. Raises UsageError for a bad pair or digest.
+    """
+    if not is_digest_hex(digest):
+        raise UsageError(f"not a digest of 32 lower-case hex digits. digest={digest!r}")
+    return f"{MANIFESTS}{_pair(snapshot)}-{digest}.json"
+
+
+def log_key(seq: int) -> str:
+    """The key of the log record ``seq``, from 0."""
+    return f"{LOG}{_bounded('seq', seq, SEQ_MAX):020d}.json"
+
+
+def fold_key(seq: int) -> str:
+    """The key of the fold of all records up to and with ``seq``."""
+    return f"{FOLDS}{_bounded('seq', seq, SEQ_MAX):020d}.json"
+
+
+def parse_pack_key(key: str) -> tuple[str, int] | None:
+    """``(writer, n)``, or None where ``key`` is not exactly what ``pack_key`` gives."""
+    match = _PACK_RE.fullmatch(key)
+    return (match[1], int(match[2])) if match else None
+
+
+def parse_part_key(key: str) -> tuple[SnapshotId, str] | None:
+    """``(snapshot, writer)``, or None where ``key`` is not exactly what ``part_key`` gives."""
+    match = _PART_RE.fullmatch(key)
+    return (SnapshotId(int(match[1]), int(match[2])), match[3]) if match else None
+
+
+def parse_manifest_key(key: str) -> tuple[SnapshotId, str] | None:
+    """``(snapshot, digest)``, or None where ``key`` is not exactly what ``manifest_key`` gives."""
+    match = _MANIFEST_RE.fullmatch(key)
+    return (SnapshotId(int(match[1]), int(match[2])), match[3]) if match else None
+
+
+def parse_log_key(key: str) -> int | None:
+    """The seq, or None where ``key`` is not exactly what ``log_key`` gives."""
+    return _parse_seq(_LOG_RE, key)
+
+
+def parse_fold_key(key: str) -> int | None:
+    """The seq, or None where ``key`` is not exactly what ``fold_key`` gives."""
+    return _parse_seq(_FOLD_RE, key)
+
+
+def _parse_seq(pattern: re.Pattern[str], key: str) -> int | None:
+    match = pattern.fullmatch(key)
+    if not match:
+        return None
+    seq = int(match[1])
+    return seq if seq <= SEQ_MAX else None
+
+
+def _checked(writer: str) -> str:
+    if not is_writer(writer):
+        raise UsageError(f"not a writer's name. writer={writer!r} make it with writer_name(node, boot)")
+    return writer
+
+
+def _pair(snapshot: SnapshotId) -> str:
+    if not is_snapshot_id(snapshot):
+        raise UsageError(
+            f"epoch or step out of range. epoch={snapshot.epoch} (0..{EPOCH_MAX}) step={snapshot.step} (0..{STEP_MAX})"
+        )
+    return snapshot.key
+
+
+def _bounded(what: str, value: int, top: int) -> int:
+    if not 0 <= value <= top:
+        raise UsageError(f"{what} out of range. {what}={value} (0..{top})")
+    return value
