@@ -1,0 +1,130 @@
+"""The system calls with which a file store changes anything, as one seam: tests number, break and cut each of them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+
+
+class FileOps(Protocol):
+    """Everything a FileBackend does that changes the file system. Each method raises OSError as the call behind it does.
+
+    Reading, locking and closing change nothing that outlives the process, so they are not here.
+    """
+
+    def open(self, path: str, flags: int) -> int:
+        """Open a file with mode 0666 less the umask; returns the descriptor."""
+        ...
+
+    def preallocate(self, fd: int, size_bytes: int) -> None:
+        """Reserve blocks for ``size_bytes`` bytes and set the length."""
+        ...
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset_bytes: int) -> int:
+        """Write the buffers one after another from ``offset_bytes`` on; returns how many bytes were taken, maybe fewer."""
+        ...
+
+    def fsync(self, fd: int) -> None:
+        """Make a file's bytes and length durable."""
+        ...
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name; FileExistsError where the name is taken."""
+        ...
+
+    def rename(self, source: str, target: str) -> None:
+        """Move a name, replacing the target."""
+        ...
+
+    def rename_new(self, source: str, target: str) -> None:
+        """Move a name; FileExistsError where the target exists, ENOSYS or EINVAL where the system cannot promise that."""
+        ...
+
+    def unlink(self, path: str) -> None:
+        """Remove a file's name."""
+        ...
+
+    def mkdir(self, path: str) -> None:
+        """Make one directory."""
+        ...
+
+    def rmdir(self, path: str) -> None:
+        """Remove one empty directory."""
+        ...
+
+    def fsync_directory(self, path: str) -> None:
+        """Make the names in a directory durable."""
+        ...
+
+
+class RealOps:
+    """The operating system itself."""
+
+    def open(self, path: str, flags: int) -> int:
+        """See FileOps."""
+        return os.open(path, flags, 0o666)
+
+    def preallocate(self, fd: int, size_bytes: int) -> None:
+        """See FileOps."""
+        os.posix_fallocate(fd, 0, size_bytes)
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset_bytes: int) -> int:
+        """See FileOps."""
+        return os.pwritev(fd, buffers, offset_bytes)
+
+    def fsync(self, fd: int) -> None:
+        """See FileOps."""
+        os.fsync(fd)
+
+    def link(self, source: str, target: str) -> None:
+        """See FileOps."""
+        os.link(source, target, follow_symlinks=False)
+
+    def rename(self, source: str, target: str) -> None:
+        """See FileOps."""
+        Path(source).rename(target)
+
+    def rename_new(self, source: str, target: str) -> None:
+        """See FileOps."""
+        _rename_noreplace(source, target)
+
+    def unlink(self, path: str) -> None:
+        """See FileOps."""
+        Path(path).unlink()
+
+    def mkdir(self, path: str) -> None:
+        """See FileOps."""
+        Path(path).mkdir()
+
+    def rmdir(self, path: str) -> None:
+        """See FileOps."""
+        Path(path).rmdir()
+
+    def fsync_directory(self, path: str) -> None:
+        """See FileOps."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+REAL_OPS: Final[FileOps] = RealOps()
+"""The operating system, stateless and shared."""
+
+
+def _rename_noreplace(source: str, target: str) -> None:
+    """renameat2 with RENAME_NOREPLACE, which Python does not offer."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, "this C library has no renameat2", source)
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), source, None, target)
