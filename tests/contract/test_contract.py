@@ -1,0 +1,60 @@
+"""Every store that ships keeps the contract that ships."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from ckpt.backends.file import FileBackend
+from ckpt.backends.memory import MemoryBackend
+from ckpt.backends.objects import ObjectsBackend
+from ckpt.backends.open import open_backend
+from ckpt.testing.contract import BackendContract, BackendRaceContract, Opener
+
+
+class TestFileDirect(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        return functools.partial(FileBackend, folder / "store")
+
+
+class TestFileBuffered(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        return functools.partial(FileBackend, folder / "deep/er/store", direct_io=False)
+
+
+class TestMemory(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        store = MemoryBackend(folder.name)
+        return lambda: store
+
+
+class TestFsspecMemory(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        return functools.partial(open_backend, f"memory://{uuid.uuid4().hex}/run")
+
+
+class TestFsspecLocal(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        return functools.partial(ObjectsBackend, f"file://{folder}/store")
+
+
+@pytest.mark.slow
+class TestFileRaces(BackendRaceContract):
+    def opener(self, folder: Path) -> Opener:
+        return functools.partial(FileBackend, folder / "store")
+
+
+@pytest.mark.slow
+class TestS3(BackendRaceContract):
+    @pytest.fixture(autouse=True)
+    def server(self, s3_endpoint: str) -> None:
+        self.options = {"endpoint_url": s3_endpoint, "key": "test", "secret": "test"}
+
+    def opener(self, folder: Path) -> Opener:
+        bucket = f"b{uuid.uuid4().hex}"
+        fsspec.filesystem("s3", skip_instance_cache=True, **self.options).mkdir(bucket)
+        return functools.partial(open_backend, f"s3://{bucket}/some/run", self.options)
