@@ -1,0 +1,123 @@
+"""Anonymous shared memory that other processes can be handed: creating, pre-faulting and protecting it. No torch.
+
+On Linux a region is a memfd: it has no name, no limit of a mounted file system, and the kernel frees it with its last
+holder. Where memfds are missing it is an unlinked file; off Linux it is private memory that can't be handed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpt.errors import UsageError
+from ckpt.values import PAGE_BYTES
+
+PREFAULT_BYTES = 1 << 20
+"""Memory made present by one system call: about 2.5 ms of first touches, so that mmap and munmap never wait longer."""
+
+_MADV_POPULATE_WRITE = 23
+_PROT_READ = 1
+_PROT_READ_WRITE = 3
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
+
+
+class Region:
+    """``size_bytes`` (a multiple of PAGE_BYTES) of zeroed, page-aligned memory, shared where the system can.
+
+    ``fd`` refers to it for handing on (None off Linux), ``view`` is all of it. Pages are taken on first touch. The region
+    owns its descriptor; its mapping lives until the last view of it is gone.
+    """
+
+    __slots__ = ("_map", "address", "fd", "size_bytes", "view")
+
+    def __init__(self, size_bytes: int, *, name: str = "ckpt-slot") -> None:
+        if size_bytes <= 0 or size_bytes % PAGE_BYTES:
+            raise UsageError(f"not a positive multiple of a page. size_bytes={size_bytes} page_bytes={PAGE_BYTES}")
+        self.size_bytes = size_bytes
+        self.fd = _open_anonymous(name) if sys.platform == "linux" else None
+        try:
+            if self.fd is None:
+                self._map = mmap.mmap(-1, size_bytes)
+            else:
+                os.ftruncate(self.fd, size_bytes)
+                self._map = mmap.mmap(self.fd, size_bytes)
+        except BaseException:
+            if self.fd is not None:
+                os.close(self.fd)
+            raise
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def prefault(self, start: int, stop: int) -> Iterator[int]:
+        """Make the pages of a byte range present without changing a byte, PREFAULT_BYTES a time; yields where it is.
+
+        Safe beside a writer of the same memory. Ends early where the system offers no way. Releases the GIL.
+        """
+        for at in range(start, stop, PREFAULT_BYTES):
+            length = min(PREFAULT_BYTES, stop - at)
+            if not self._populate(at, length):
+                return
+            yield at + length
+
+    def protect(self, *, writable: bool) -> None:
+        """Map the region read-only (a wild write then kills the process that made it) or writable again.
+
+        Costs about 16 ms a GiB. Raises OSError where the kernel refuses.
+        """
+        if _LIBC is None:
+            return
+        flags = _PROT_READ_WRITE if writable else _PROT_READ
+        size = ctypes.c_size_t(self.size_bytes)
+        if _LIBC.mprotect(ctypes.c_void_p(self.address), size, ctypes.c_int(flags)):
+            code = ctypes.get_errno()
+            raise OSError(code, f"cannot change a slot's protection: {os.strerror(code)}")
+
+    def close(self) -> None:
+        """Give up the descriptor and, once no view of it is left, the mapping. Idempotent."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+        with contextlib.suppress(BufferError):  # a reader still holds a view: its end unmaps
+            self.view.release()
+            self._map.close()
+
+    def _populate(self, start: int, length: int) -> bool:
+        if _LIBC is None:
+            return False
+        where = ctypes.c_void_p(self.address + start)
+        if sys.platform == "linux" and not _LIBC.madvise(where, ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
+            return True
+        if self.fd is None:
+            return False
+        # Kernels before 5.14: taking the pages is the dear part, mapping them later is not.
+        try:
+            os.posix_fallocate(self.fd, start, length)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC, errno.EBADF):
+                return False
+            raise
+        return True
+
+
+def _open_anonymous(name: str) -> int:
+    if hasattr(os, "memfd_create"):
+        try:
+            return os.memfd_create(name)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EPERM):
+                raise
+    folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.dup(file.fileno())
+
+
+def pages(size_bytes: int) -> int:
+    """``size_bytes`` rounded up to whole pages, in bytes."""
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
