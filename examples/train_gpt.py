@@ -109,6 +109,7 @@ def train(run: ckpt.Run, options: Options) -> None:
                 say(run, f"step {step} loss {mean:.4f}")
     say(run, f"weights sha256={weights_digest(model)}")
     if run.world_size > 1:
+        dist.barrier()  # nobody hangs up while another rank still waits for its last answer
         dist.destroy_process_group()
 
 
