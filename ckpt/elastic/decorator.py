@@ -1,0 +1,70 @@
+"""``@ckpt.resilient``: a function that goes on where its last run stopped."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Concatenate, Literal, ParamSpec, TypeVar
+
+from ckpt.backends.base import Backend
+from ckpt.elastic.nesting import entered
+from ckpt.elastic.run import Run
+from ckpt.elastic.schedule import parse_duration, parse_every
+from ckpt.errors import UsageError
+from ckpt.session.options import Options
+from ckpt.session.session import Session
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def resilient(  # noqa: PLR0913  one keyword for each choice a user has
+    *,
+    store: str | Backend,
+    every: int | str = "auto",
+    job: str | None = None,
+    slots: int = 3,
+    compression: Literal["off", "auto", "on"] = "auto",
+    only: Sequence[str] | None = None,
+    missing: Literal["error", "keep"] = "error",
+    max_stale: str | None = None,
+    storage_options: Mapping[str, object] | None = None,
+) -> Callable[[Callable[Concatenate[Run, P], R]], Callable[P, R]]:
+    """Make a training function survive: what it tracks is snapshotted, and restored when it is started again.
+
+    The decorated function receives a ``Run`` before its own arguments. Nothing is read or written before it tracks.
+
+    ``store`` is a path, an fsspec URL or a ``Backend``. ``every``: a number of steps, a duration such as ``"30s"``, or
+    ``"auto"``. ``job`` names the run in its store (default: the store's last path component). ``slots``: how many staged
+    snapshots memory may hold, each as large as this rank's share of the state. ``compression``: chunks are compressed never,
+    where it pays, or always. ``only`` and ``missing`` say what is restored where the program has changed since: see
+    ``Checkpointer.restore``. ``max_stale``: a duration after which training stops with UnavailableError when nothing became
+    durable (default: never, a dead store only raises alarms). ``storage_options`` go to fsspec.
+    Raises UsageError at once where an argument cannot work.
+    """
+    schedule = parse_every(every)
+    if isinstance(only, str):
+        raise UsageError(f"only is a list of leaf names or prefixes. only={only!r}; write only=[{only!r}]")
+    stale_s_max = parse_duration(max_stale, name="max_stale") if max_stale is not None else None
+    options = Options(
+        job=job, slots=slots, compression=compression, only=tuple(only) if only is not None else None, missing=missing,
+        storage_options=storage_options,
+    )  # fmt: skip
+
+    def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            session = Session(store, options)
+            with entered(session.url):
+                run = Run(session, schedule, stale_s_max=stale_s_max)
+                try:
+                    result = function(run, *args, **kwargs)
+                    run.finish()
+                except BaseException:
+                    run.abandon()
+                    raise
+                return result
+
+        return call
+
+    return decorate

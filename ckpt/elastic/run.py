@@ -1,0 +1,272 @@
+"""The ``Run`` that a decorated function receives: tracks state, counts steps, snapshots when due."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ckpt.elastic.exits import left_by_break
+from ckpt.elastic.optimizers import StepWatch
+from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
+from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
+from ckpt.observe.events import Event
+from ckpt.session.agree import Order
+from ckpt.session.channel import world_of_process
+from ckpt.session.metrics import Metrics
+from ckpt.session.options import check_tag
+from ckpt.session.session import Session
+from ckpt.values import SnapshotInfo
+
+
+class Run:
+    """One call of a decorated function: its state, its steps, its snapshots.
+
+    Made by ``ckpt.resilient``. Not thread-safe but for ``save`` and ``log``: the training thread owns it. With several ranks
+    every rank makes the same calls of ``track``, ``steps`` and ``completed`` in the same order.
+    """
+
+    def __init__(self, session: Session, schedule: Schedule, *, stale_s_max: float | None = None) -> None:
+        self._session = session
+        self._schedule = schedule
+        self._stale_s_max = stale_s_max
+        self._watch = StepWatch()
+        self._metrics = Metrics(session.tell, rank=world_of_process()[0])
+        self._completed: int | None = None
+        self._taken: int | None = None
+        self._owed: int | None = None
+        self._carried: list[Order] = []
+        self._rng_waits = False
+        self._paused = False
+        self._left_error: CkptError | None = None
+        self._asked_at_s = time.monotonic()
+        self._asked = False
+
+    @property
+    def rank(self) -> int:
+        """This process's rank, from 0."""
+        return world_of_process()[0]
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its node, from 0."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks train together."""
+        return world_of_process()[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's model belongs: its CUDA device where there is one, else the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+    @property
+    def membership_epoch(self) -> int:
+        """The number of the membership that this attempt opened; grows with every start. Waits for the other ranks."""
+        self._open()
+        return self._session.epoch
+
+    @property
+    def restored(self) -> SnapshotInfo | None:
+        """The snapshot that this attempt goes on from, or None for a fresh start. Waits for the other ranks."""
+        self._open()
+        return self._session.restored
+
+    @property
+    def completed_steps(self) -> int:
+        """How many steps are complete: where a loop of one's own starts.
+
+        The first reading after ``track`` also restores the random number generators, so read it right before the loop.
+        """
+        self._start()
+        return self._done
+
+    def track(self, **items: object) -> None:
+        """Name what makes up the state; each item is restored in place at once, where there is a snapshot to go on from.
+
+        An item is a module, optimizer, scheduler, scaler, stateful loader, generator, anything with ``state_dict`` and
+        ``load_state_dict``, or a dict or list of these, of tensors and of plain values. May be called several times. All
+        items of a run come from one snapshot. Random number generators are tracked by themselves.
+        Raises UsageError naming the item and the remedy where it can't be captured or doesn't fit what is stored.
+        """
+        if not items:
+            raise UsageError("nothing to track; name the items: run.track(model=model, optimizer=optimizer)")
+        self._open()
+        self._session.track(items)
+        self._watch.add(items)
+        self._rng_waits = self._session.restored is not None
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Yield the steps that are left, from the restored one on, up to ``total`` complete ones.
+
+        Takes the snapshots that are due after each body, and one at the end. ``break`` and ``return`` complete the body that
+        they stand in, an exception does not. May be called again with a larger total.
+        """
+        if total < 0:
+            raise UsageError(f"a total counts steps from 0 on. total={total}")
+        self._start()
+        while self._done < total:
+            step = self._done
+            try:
+                yield step
+            except GeneratorExit:
+                if left_by_break(sys._getframe(1)):
+                    self._leave(step + 1)
+                raise
+            self.completed(step + 1)
+        self._snapshot_last()
+
+    def completed(self, steps: int) -> None:
+        """Tell that ``steps`` steps are complete: the boundary of a loop of one's own. ``steps()`` calls it by itself.
+
+        Takes a snapshot here where one is due. A boundary at which no tracked optimizer stepped (gradients are being
+        accumulated) is passed by, and what was due is taken at the next that is none. Costs microseconds otherwise.
+        Raises FencedError where a newer attempt has taken over, UnavailableError where the staleness budget is exceeded.
+        """
+        self._start()
+        if self._paused:
+            raise UsageError(f"a step was completed inside `with run.paused()`. step={steps}; end the pause first")
+        if steps <= self._done:
+            raise UsageError(f"completed steps only grow. completed={self._done} told={steps}")
+        self._completed = steps
+        self._raise_what_must_stop()
+        orders = self._session.orders
+        due = steps if is_due(self._schedule, steps) else self._owed
+        point = self._watch.is_point()
+        ordered = orders.reached(steps, due=due if point else None)
+        if ordered is not None:
+            self._carried.append(ordered)
+        self._owed = None if point else due
+        self._ask_by_time(steps)
+        upcoming = next_due(self._schedule, steps)
+        if upcoming == steps + 1:
+            orders.announce(upcoming)
+        if point and self._carried:
+            carried, self._carried = self._carried, []
+            self._snapshot(carried)
+
+    def log(self, **values: float | int | str | bool | torch.Tensor | None) -> None:
+        """Note facts of the current step, such as the loss. Rank 0's latest go to the next snapshot's metadata.
+
+        A tensor of one element is read when it lies on the CPU, else at the next snapshot, so that no step waits for a GPU.
+        """
+        self._metrics.log(values)
+
+    def save(self, tag: str | None = None) -> None:
+        """Ask for a snapshot at the next boundary, kept under ``tag`` until it is untagged or the tag moves on.
+
+        From any rank and thread; returns at once. With several ranks it takes effect at the first boundary that no rank has
+        passed. Several requests before one boundary become one snapshot.
+        """
+        self._open()
+        if tag is not None:
+            check_tag(tag)
+        self._session.orders.request(Order((tag,) if tag is not None else (), forced=True))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Mark time that belongs to no step, such as an evaluation. No boundary may lie inside."""
+        if self._paused:
+            raise UsageError("pauses don't nest; one `with run.paused()` at a time")
+        self._paused = True
+        self._session.tell(Event("paused", "training pauses"))
+        try:
+            yield
+        finally:
+            self._paused = False
+            self._session.tell(Event("resumed", "training goes on"))
+
+    def finish(self) -> None:
+        """End well: a last snapshot where the last boundary has none, everything durable. Called by the decorator."""
+        if self._left_error is not None:
+            raise self._left_error
+        if not self._session.opened:
+            return
+        self._start()
+        last = self._session.orders.end(self._done)
+        wanted = [*self._carried, *([last] if last is not None else [])]
+        self._carried = []
+        if wanted and self._taken == self._done:
+            self._session.tag_last([tag for order in wanted for tag in order.tags])
+        elif wanted:
+            self._snapshot(wanted)
+        else:
+            self._snapshot_last()
+        self._watch.close()
+        self._session.finish()
+
+    def abandon(self) -> None:
+        """End after an exception: what is staged still gets its time to become durable. Called by the decorator."""
+        self._watch.close()
+        self._session.abandon()
+
+    @property
+    def _done(self) -> int:
+        return self._completed or 0
+
+    def _open(self) -> None:
+        self._session.open_run()
+
+    def _start(self) -> None:
+        """Before the first step: the snapshot's step count, and the generators as they stood."""
+        self._open()
+        if self._rng_waits:
+            self._session.restore_rng()
+            self._rng_waits = False
+        if self._completed is None:
+            restored = self._session.restored
+            self._completed = restored.step if restored is not None else 0
+            self._taken = restored.step if restored is not None else None
+
+    def _ask_by_time(self, steps: int) -> None:
+        """Rank 0's clock asks for a snapshot; the ranks agree on its boundary as for any request."""
+        if not isinstance(self._schedule, EverySeconds) or self._session.channel.rank != 0:
+            return
+        now_s = time.monotonic()
+        if self._taken == steps or not self._session.saving.settled:
+            return
+        if now_s - self._asked_at_s >= self._schedule.seconds:
+            self._asked_at_s = now_s
+            self._session.orders.request(Order())
+
+    def _leave(self, steps: int) -> None:
+        """Complete the body that ``break`` left. Runs inside a closing generator, whose errors Python would drop: kept."""
+        try:
+            self.completed(steps)
+            self._snapshot_last()
+        except CkptError as error:
+            self._left_error = error
+
+    def _snapshot_last(self) -> None:
+        """The snapshot of a loop's last boundary, where it is a snapshot point and has none yet."""
+        if self._taken == self._done or not self._watch.was_point or self._done == 0:
+            return
+        self._snapshot([Order(forced=True)])
+
+    def _snapshot(self, orders: list[Order]) -> None:
+        tags = tuple(dict.fromkeys(tag for order in orders for tag in order.tags))
+        self._session.snapshot(self._done, metadata=self._metrics.facts(), tags=tags)
+        self._taken = self._done
+        self._asked_at_s = time.monotonic()
+
+    def _raise_what_must_stop(self) -> None:
+        """A newer attempt has fenced us, or the user's staleness budget is exceeded: training on would be lost work."""
+        failure = self._session.saving.last_failure
+        if isinstance(failure, FencedError):
+            raise failure
+        if self._stale_s_max is None:
+            return
+        stale_s = self._session.saving.stale_s()
+        if stale_s > self._stale_s_max:
+            raise UnavailableError(
+                f"no snapshot became durable within the staleness budget. stale_s={stale_s:.0f} "
+                f"max_stale_s={self._stale_s_max:.0f} store={self._session.url}; mend the store or raise max_stale"
+            ) from failure

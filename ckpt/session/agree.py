@@ -1,0 +1,87 @@
+"""Decisions that hold for the whole job: at which boundary all ranks take a snapshot. Pure.
+
+A boundary is named by the number of completed steps. Two questions are answered here, each once for the job:
+
+* **A due boundary** is known to every rank in advance (each 50th, say); the leader only says "take" or "skip" for it.
+* **A request** (``run.save``, a time-based snapshot) comes at any moment from any rank. It is placed at the first boundary
+  that no rank has passed: each rank answers with the boundary it has reached and promises to go at most one step further
+  before it knows the decision. The greatest answer plus one is then a boundary that every rank still has before it.
+
+So no rank decides alone: ranks that each skipped for themselves would rarely hold a common snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt.errors import ConflictError
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """A rank's answer to a proposal: the boundary it has reached, and whether its loop has ended there."""
+
+    completed: int
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What all ranks do at one boundary: a snapshot, with the tags that it gets when it is durable."""
+
+    tags: tuple[str, ...] = ()
+    forced: bool = False
+    """Asked for by the user, so it waits for a free slot where a due one would be skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A due boundary is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A due boundary is skipped, and why."""
+
+    why: str
+
+
+def place(acks: Mapping[int, Ack]) -> int:
+    """The boundary at which a request takes effect: the first that no rank has passed.
+
+    ``acks`` holds every rank's answer. Where loops have ended, that is their end; ranks that ended at different boundaries,
+    or one that went past another's end, raise ConflictError, because no common snapshot exists any more.
+    """
+    ends = {rank: ack.completed for rank, ack in acks.items() if ack.ended}
+    reached = max(ack.completed for ack in acks.values())
+    if not ends:
+        return reached + 1
+    end = max(ends.values())
+    if reached > end or min(ends.values()) < end:
+        raise ConflictError(
+            f"the ranks' loops ended at different steps, so they have no common snapshot. completed_by_rank={_by_rank(acks)}; "
+            "every rank must run the same number of steps"
+        )
+    return end
+
+
+def merge(orders: Sequence[Order]) -> Order:
+    """One order for several that met at a boundary: all tags, forced where any is."""
+    tags = dict.fromkeys(tag for order in orders for tag in order.tags)
+    return Order(tuple(tags), any(order.forced for order in orders))
+
+
+def take_or_skip(*, in_flight: int, slots: int) -> Take | Skip:
+    """Whether a due snapshot is taken: only where a slot is free on every rank.
+
+    ``in_flight`` counts snapshots that were ordered and are not yet settled on all ranks. Training is never made to wait for a
+    store; a skipped snapshot is counted and told.
+    """
+    if in_flight < slots:
+        return Take()
+    return Skip(f"all slots are held by uploads. in_flight={in_flight} slots={slots}")
+
+
+def _by_rank(acks: Mapping[int, Ack]) -> str:
+    return ",".join(f"{rank}:{ack.completed}{'(ended)' if ack.ended else ''}" for rank, ack in sorted(acks.items()))

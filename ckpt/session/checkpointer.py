@@ -1,0 +1,180 @@
+"""``ckpt.Checkpointer``: save, restore and read without the decorator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Literal
+
+import torch
+
+from ckpt.backends.base import Backend
+from ckpt.commit.catalog import info_of, load_index, load_manifest, select, snapshots
+from ckpt.errors import NotFoundError, UsageError
+from ckpt.manifest.index import SnapshotIndex
+from ckpt.observe.events import Fact
+from ckpt.restore.reader import SnapshotReader
+from ckpt.restore.verify import VerifyReport, verify
+from ckpt.session.options import Options, check_tag
+from ckpt.session.pending import Pending
+from ckpt.session.restoring import Rules
+from ckpt.session.session import Session
+from ckpt.values import SnapshotId, SnapshotInfo
+
+
+class Checkpointer:
+    """Snapshots of a state in one store.
+
+    Works in a plain process, under torchrun and in a notebook. With several ranks ``save``, ``save_async``, ``restore`` and
+    ``close`` are called by every rank in the same order; the rest by whoever likes. Not thread-safe. Nothing is touched
+    before the first call. A context manager: leaving it closes.
+
+    A state is a dict of the user's names to modules, optimizers, schedulers, loaders, generators, anything with ``state_dict``
+    and ``load_state_dict``, dicts, lists and tensors.
+    """
+
+    def __init__(
+        self,
+        store: str | Backend,
+        *,
+        job: str | None = None,
+        slots: int = 2,
+        compression: Literal["off", "auto", "on"] = "auto",
+        threads: int | None = None,
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        """``store`` is a path, an fsspec URL or a ``Backend``; ``job`` names the run in it (default: its last path component).
+
+        ``slots``: how many staged snapshots memory may hold, each as large as this rank's share of the state; one more save
+        waits until one is durable. ``compression``: chunks are compressed never, where it pays, or always. ``threads`` copy and
+        read (default: 2 to copy, what fills the link to read).
+        """
+        options = Options(
+            job=job, slots=slots, compression=compression, threads=threads, storage_options=storage_options
+        )  # fmt: skip
+        self._session = Session(store, options)
+
+    def save_async(
+        self,
+        state: Mapping[str, object],
+        *,
+        step: int,
+        tag: str | None = None,
+        metadata: Mapping[str, Fact] | None = None,
+    ) -> Pending:
+        """Copy ``state`` now and make it durable in the background. Returns when it is staged; training may change it then.
+
+        ``step`` is the number of completed steps; it grows from save to save until an older snapshot is restored. Saves are
+        queued, never mixed: with all slots in use the call waits for one. ``tag`` names the snapshot once it is durable,
+        ``metadata`` is stored with it. Blocks for one memcpy of this rank's share.
+        Raises UsageError for what can't be captured, FencedError where a newer attempt took over.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise UsageError(f"a step is a whole number from 0 on. step={step!r}")
+        if tag is not None:
+            check_tag(tag)
+        return self._session.save(state, step, metadata=metadata or {}, tags=(tag,) if tag is not None else ())
+
+    def save(
+        self,
+        state: Mapping[str, object],
+        *,
+        step: int,
+        tag: str | None = None,
+        metadata: Mapping[str, Fact] | None = None,
+    ) -> SnapshotInfo:
+        """As ``save_async``, and durable on return. Raises what kept it from becoming durable."""
+        return self.save_async(state, step=step, tag=tag, metadata=metadata).durable()
+
+    def restore(
+        self,
+        state: Mapping[str, object],
+        *,
+        step: int | None = None,
+        tag: str | None = None,
+        epoch: int | None = None,
+        only: Sequence[str] | None = None,
+        missing: Literal["error", "keep"] = "error",
+    ) -> SnapshotInfo:
+        """Fill ``state``'s objects in place and return the facts of the snapshot that they now hold.
+
+        Without ``step`` and ``tag`` it is the newest; where that can't be read whole, the next older one, with a warning in
+        the log ``ckpt``. Every byte is verified. ``only`` restores just these leaves: names or whole leading path components
+        (``["model", "optimizer/state"]``). ``missing="keep"`` keeps live values that the snapshot doesn't have. The world may
+        have another size: shared leaves are taken as they are, per-rank ones by rank modulo the old size.
+        Later saves go on from here. Raises NotFoundError where there is no such snapshot, UsageError naming everything that
+        doesn't fit, before anything is changed, and IntegrityError where nothing is readable; the state may then be half
+        filled and must not be used.
+        """
+        if only is not None and isinstance(only, str):
+            raise UsageError(f"only is a list of leaf names or prefixes. only={only!r}; write only=[{only!r}]")
+        if missing not in ("error", "keep"):
+            raise UsageError(f"missing is 'error' or 'keep'. missing={missing!r}")
+        rules = Rules(tuple(only) if only is not None else None, missing)
+        session = self._session
+
+        def choices() -> Sequence[SnapshotId]:
+            if step is None and tag is None and epoch is None:
+                return session.newest_first()
+            return [select(session.state(), step=step, epoch=epoch, tag=tag)]
+
+        return session.restore(state, choices, rules)
+
+    def latest(self) -> SnapshotInfo | None:
+        """The newest snapshot, or None where there is none yet. Reads the log, joins nobody."""
+        newest = self._session.newest_first()
+        if not newest:
+            return None
+        state = self._session.state()
+        return info_of(load_manifest(self._session.backend, state, newest[0]), state)
+
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """All snapshots that exist, in the order of their commits. Reads the log and their manifests."""
+        try:
+            return snapshots(self._session.backend, self._session.state())
+        except NotFoundError:
+            return ()
+
+    def read(
+        self,
+        leaf: str,
+        *,
+        rows: slice | None = None,
+        rank: int = 0,
+        step: int | None = None,
+        tag: str | None = None,
+        epoch: int | None = None,
+    ) -> torch.Tensor:
+        """One tensor, or ``rows`` of its first dimension, without reading the rest; verified. ``rank`` picks per-rank leaves.
+
+        Reads the chunks that hold the rows. Raises NotFoundError naming close matches.
+        """
+        with SnapshotReader(self._session.backend, self._index(step, epoch, tag)) as reader:
+            found = reader.read(leaf, rank=rank, rows=rows)
+        dtype: torch.dtype = getattr(torch, found.dtype)
+        if found.array.size == 0:
+            return torch.empty(found.array.shape, dtype=dtype)
+        return torch.from_numpy(found.array.reshape(-1).view("uint8")).view(dtype).reshape(found.array.shape)
+
+    def verify(self, *, step: int | None = None, tag: str | None = None, epoch: int | None = None) -> VerifyReport:
+        """Read every byte of one snapshot (default: the newest) and report everything that is damaged."""
+        return verify(self._index(step, epoch, tag), self._session.backend)
+
+    def close(self) -> None:
+        """Wait until everything is durable and leave. Raises what kept the last snapshot from becoming durable."""
+        self._session.finish()
+
+    def _index(self, step: int | None, epoch: int | None, tag: str | None) -> SnapshotIndex:
+        state = self._session.state()
+        return load_index(self._session.backend, state, select(state, step=step, epoch=epoch, tag=tag))
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._session.abandon()

@@ -1,0 +1,277 @@
+"""The effects of ``agree``: a thread a rank that answers proposals, and on rank 0 makes them.
+
+A world of one needs neither thread nor messages: ``SoloOrders``. Both give the loop the same four calls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from ckpt.errors import CkptError, UnavailableError
+from ckpt.session.agree import Ack, Order, Skip, Take, merge, place
+from ckpt.session.channel import POLL_FIRST_S, POLL_LAST_S, Channel, wait_for
+
+HOLD_WAIT_S = 1800.0
+"""How long a rank waits for a decision of the leader before it calls the leader dead."""
+
+Decide = Callable[[], Take | Skip]
+"""Asked on rank 0 alone: is a slot free on every rank?"""
+
+
+class Orders(Protocol):
+    """What the loop asks at each boundary."""
+
+    def request(self, order: Order) -> None:
+        """Ask for a snapshot at the next boundary that no rank has passed. From any rank and thread; returns at once."""
+        ...
+
+    def announce(self, due: int) -> None:
+        """On rank 0, decide about the due boundary ``due`` if that was not done yet; nothing elsewhere."""
+        ...
+
+    def reached(self, completed: int, *, due: int | None) -> Order | None:
+        """Report a boundary; returns what to do there. Waits only where a decision about this boundary is still open.
+
+        ``due`` is the due boundary that is to be served here, if any: this one, or an earlier one that was no snapshot point.
+        """
+        ...
+
+    def end(self, completed: int) -> Order | None:
+        """Report the loop's last boundary and settle all requests; returns those that take effect there."""
+        ...
+
+    def close(self) -> None:
+        """End the thread."""
+        ...
+
+
+class SoloOrders:
+    """Orders of a world of one: what was requested takes effect at the next boundary."""
+
+    def __init__(self, decide: Decide, told: Callable[[int, str], None]) -> None:
+        self._decide = decide
+        self._told = told
+        self._requests: list[Order] = []
+        self._lock = threading.Lock()
+
+    def request(self, order: Order) -> None:
+        """See ``Orders``."""
+        with self._lock:
+            self._requests.append(order)
+
+    def announce(self, due: int) -> None:
+        """See ``Orders``."""
+
+    def reached(self, completed: int, *, due: int | None) -> Order | None:
+        """See ``Orders``."""
+        with self._lock:
+            orders, self._requests = self._requests, []
+        if due is not None:
+            match self._decide():
+                case Take():
+                    orders.append(Order())
+                case Skip(why) if not orders:
+                    self._told(completed, why)
+        return merge(orders) if orders else None
+
+    def end(self, completed: int) -> Order | None:
+        """See ``Orders``."""
+        return self.reached(completed, due=None)
+
+    def close(self) -> None:
+        """See ``Orders``."""
+
+
+class _Proposal(msgspec.Struct, frozen=True):
+    tags: list[str]
+    forced: bool
+
+
+class _Decision(msgspec.Struct, frozen=True):
+    boundary: int
+    error: str = ""
+
+
+class RankOrders:
+    """Orders of one rank among several, over a channel.
+
+    Keys: ``request/<n>`` from anyone (n from the counter ``requests``), ``proposal/<n>`` and ``decision/<n>`` from rank 0,
+    ``ack/<n>/<rank>``, ``due/<boundary>`` from rank 0, ``ended/<rank>``, ``closed`` from rank 0. Steady state: one ``check``
+    round trip each ``POLL_LAST_S`` seconds beside the training thread, nothing in it.
+    """
+
+    def __init__(self, channel: Channel, decide: Decide, told: Callable[[int, str], None]) -> None:
+        self._channel = channel
+        self._decide = decide
+        self._told = told
+        self._changed = threading.Condition()
+        self._completed = 0
+        self._ended = False
+        self._hold_at: int | None = None
+        self._placed: dict[int, list[Order]] = {}
+        self._announced: set[int] = set()
+        self._failure: CkptError | None = None
+        self._stop = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="ckpt-orders", daemon=True)
+        self._thread.start()
+
+    def request(self, order: Order) -> None:
+        """See ``Orders``."""
+        n = self._channel.count("requests", 1)
+        self._channel.post(f"request/{n}", msgspec.json.encode(_Proposal(list(order.tags), order.forced)))
+
+    def announce(self, due: int) -> None:
+        """See ``Orders``."""
+        if self._channel.rank != 0 or due in self._announced:
+            return
+        self._announced.add(due)
+        match self._decide():
+            case Take():
+                self._channel.post(f"due/{due}", b"take")
+            case Skip(why):
+                self._channel.post(f"due/{due}", b"skip")
+                self._told(due, why)
+
+    def reached(self, completed: int, *, due: int | None) -> Order | None:
+        """See ``Orders``."""
+        orders = self._pass(completed)
+        if due is not None:
+            self.announce(due)
+            word = wait_for(
+                self._channel,
+                f"due/{due}",
+                timeout_s=HOLD_WAIT_S,
+                what=f"rank 0's word on the snapshot due at step {due}",
+            )
+            if word == b"take":
+                orders.append(Order())
+        return merge(orders) if orders else None
+
+    def end(self, completed: int) -> Order | None:
+        """See ``Orders``."""
+        with self._changed:
+            self._completed = completed
+            self._ended = True
+        self._channel.post(f"ended/{self._channel.rank}", str(completed).encode())
+        deadline = time.monotonic() + HOLD_WAIT_S
+        with self._changed:
+            while not self._closed and self._failure is None:
+                if not self._changed.wait(timeout=max(0.0, deadline - time.monotonic())):
+                    raise UnavailableError(
+                        f"not all ranks ended their loops. rank={self._channel.rank} completed={completed} "
+                        f"timeout_s={HOLD_WAIT_S:g}; look at the other ranks' logs"
+                    )
+            if self._failure is not None:
+                raise self._failure
+            orders = self._placed.pop(completed, [])
+        return merge(orders) if orders else None
+
+    def close(self) -> None:
+        """See ``Orders``."""
+        self._stop.set()
+        self._thread.join()
+
+    def _pass(self, completed: int) -> list[Order]:
+        deadline = time.monotonic() + HOLD_WAIT_S
+        with self._changed:
+            self._completed = completed
+            while self._hold_at is not None and completed >= self._hold_at and self._failure is None:
+                if not self._changed.wait(timeout=max(0.0, deadline - time.monotonic())):
+                    raise UnavailableError(
+                        f"rank 0 did not decide about a requested snapshot. rank={self._channel.rank} completed={completed} "
+                        f"timeout_s={HOLD_WAIT_S:g}; a rank is dead or far behind: look at its log"
+                    )
+            if self._failure is not None:
+                raise self._failure
+            return self._placed.pop(completed, [])
+
+    def _run(self) -> None:
+        try:
+            self._follow()
+        except CkptError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001  a thread's border: the loop raises it at its next boundary
+            lost = UnavailableError(f"the ranks' message store is gone. rank={self._channel.rank} cause={error!r}")
+            lost.__cause__ = error
+            self._fail(lost)
+
+    def _fail(self, error: CkptError) -> None:
+        with self._changed:
+            if not self._stop.is_set():
+                self._failure = error
+            self._changed.notify_all()
+
+    def _follow(self) -> None:
+        n = 0
+        served = 0
+        pause_s = POLL_FIRST_S
+        while not self._stop.is_set():
+            if self._channel.rank == 0:
+                served = self._propose(n, served)
+            body = self._channel.peek(f"proposal/{n}")
+            if body is not None:
+                self._answer(n, msgspec.json.decode(body, type=_Proposal))
+                n += 1
+                pause_s = POLL_FIRST_S
+                continue
+            if self._ended and self._channel.peek("closed") is not None:
+                with self._changed:
+                    self._closed = True
+                    self._changed.notify_all()
+                return
+            self._stop.wait(pause_s)
+            pause_s = min(pause_s * 1.5, POLL_LAST_S)
+
+    def _propose(self, n: int, served: int) -> int:
+        """Rank 0: turn what was requested into proposal ``n``, or close the meeting when every loop has ended."""
+        asked = self._channel.count("requests")
+        if asked == served:
+            ranks = range(self._channel.size)
+            everybody_ended = self._ended and all(self._channel.peek(f"ended/{rank}") is not None for rank in ranks)
+            if everybody_ended and self._channel.count("requests") == served:  # asked again: none came in between
+                self._channel.post("closed", b"1")
+            return served
+        orders = [
+            msgspec.json.decode(self._wait(f"request/{k}", "a rank's request"), type=_Proposal)
+            for k in range(served + 1, asked + 1)
+        ]
+        merged = merge([Order(tuple(order.tags), order.forced) for order in orders])
+        self._channel.post(f"proposal/{n}", msgspec.json.encode(_Proposal(list(merged.tags), merged.forced)))
+        return asked
+
+    def _answer(self, n: int, proposal: _Proposal) -> None:
+        with self._changed:
+            ack = Ack(self._completed, self._ended)
+            if not self._ended:
+                self._hold_at = self._completed + 1
+        self._channel.post(f"ack/{n}/{self._channel.rank}", msgspec.json.encode([ack.completed, ack.ended]))
+        if self._channel.rank == 0:
+            self._channel.post(f"decision/{n}", msgspec.json.encode(self._decide_boundary(n)))
+        decision = msgspec.json.decode(self._wait(f"decision/{n}", "rank 0's decision"), type=_Decision)
+        if decision.error:
+            raise UnavailableError(decision.error)
+        with self._changed:
+            self._placed.setdefault(decision.boundary, []).append(Order(tuple(proposal.tags), proposal.forced))
+            self._hold_at = None
+            self._changed.notify_all()
+
+    def _decide_boundary(self, n: int) -> _Decision:
+        acks = {
+            rank: Ack(
+                *msgspec.json.decode(self._wait(f"ack/{n}/{rank}", f"rank {rank}'s answer"), type=tuple[int, bool])
+            )
+            for rank in range(self._channel.size)
+        }
+        try:
+            return _Decision(place(acks))
+        except CkptError as error:
+            return _Decision(0, str(error))
+
+    def _wait(self, key: str, what: str) -> bytes:
+        return wait_for(self._channel, key, timeout_s=HOLD_WAIT_S, what=what, stop=self._stop.is_set)

@@ -1,0 +1,205 @@
+"""From a sealed slot to a committed snapshot, beside training.
+
+Each rank has one persister: a thread that takes sealed slots in order. For each it writes the new chunks and its part, posts a
+receipt, and waits for the outcome. Rank 0's also gathers the receipts, commits, and posts the outcome. A failure anywhere
+fails that one snapshot on all ranks with the same error; the next one starts afresh.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ckpt.backends.base import Backend
+from ckpt.commit.journal import Journal
+from ckpt.encode.choose import Compression
+from ckpt.encode.persist import persist
+from ckpt.errors import CkptError, ConflictError, InternalError
+from ckpt.manifest.manifest import Manifest, PartRef
+from ckpt.observe.events import Event, Tell
+from ckpt.session.channel import Channel, wait_for
+from ckpt.session.remote import RemoteError, from_error, to_error
+from ckpt.session.staging import Staged
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where and as whom a rank writes."""
+
+    backend: Backend
+    writer: str
+    epoch: int
+    journal: Journal | None
+    """Rank 0's handle on the commit log; None on the other ranks."""
+
+
+class _Receipt(msgspec.Struct, frozen=True):
+    ref: PartRef | None = None
+    size_bytes: int = 0
+    new_bytes: int = 0
+    error: RemoteError | None = None
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    info: SnapshotInfo | None = None
+    error: RemoteError | None = None
+
+
+class Persister:
+    """One rank's queue of snapshots to make durable, in order.
+
+    ``base`` is the committed snapshot whose chunks may be referred to (None: none is known), ``known`` where this rank's
+    chunks of it lie. Every rank sees the same outcomes in the same order, so all ranks always have the same base.
+    """
+
+    def __init__(
+        self, channel: Channel, place: Place, *, compression: Compression, verify: bool, tell: Tell,
+        base: SnapshotId | None = None, known: Mapping[Digest, ChunkLocation] | None = None,
+    ) -> None:  # fmt: skip
+        self._channel = channel
+        self._place = place
+        self._compression = compression
+        self._verify = verify
+        self._tell = tell
+        self._base = base
+        self._known: Mapping[Digest, ChunkLocation] = known or {}
+        self._packs_written = 0
+        self._count = 0
+        self._settled = 0
+        self._closing = False
+        self.durable_at_s: float | None = None
+        """When the last snapshot became durable, by the monotonic clock."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-persist")  # the interpreter waits for it at exit
+
+    @property
+    def in_flight(self) -> int:
+        """Snapshots handed in and not settled yet. On rank 0, settled means that every rank has let go of its slot."""
+        return self._count - self._settled
+
+    def submit(self, staged: Staged, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
+        """Queue a sealed slot; the future gives the commit's facts or the error. Every rank submits the same sequence."""
+        self._count += 1
+        return self._thread.submit(self._run, self._count, staged, tags)
+
+    def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
+        """Take part in a snapshot that this rank could not stage: all ranks learn that it failed, and why."""
+        self._count += 1
+        self._thread.submit(self._refuse, self._count, snapshot, error)
+
+    def close(self, *, abandon: bool = False) -> None:
+        """Wait until the queue is empty and end the thread. ``abandon``: stop waiting for other ranks at once."""
+        self._closing = abandon
+        self._thread.shutdown(wait=True, cancel_futures=abandon)
+
+    def _run(self, n: int, staged: Staged, tags: tuple[str, ...]) -> SnapshotInfo:
+        began = time.monotonic()
+        try:
+            receipt, locations = self._write(staged)
+            self._channel.post(f"receipt/{n}/{self._channel.rank}", msgspec.msgpack.encode(receipt))
+            if self._channel.rank == 0:
+                self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(self._settle(n, staged, tags)))
+                self._forget(n - 1)
+            word = self._wait(f"outcome/{n}", f"rank 0's commit of {staged.index.snapshot}")
+            outcome = msgspec.msgpack.decode(word, type=_Outcome)
+            if outcome.info is None:
+                assert outcome.error is not None, "an outcome has one or the other"
+                raise to_error(outcome.error)
+        except CkptError as error:
+            if isinstance(error, ConflictError):  # perhaps the base was dropped: refer to nothing next time
+                self._base, self._known = None, {}
+            self._tell(_failed(staged.index.snapshot, error))
+            raise
+        except Exception as error:  # a thread's border
+            wrapped = InternalError(
+                f"saving failed in an unforeseen way. snapshot={staged.index.snapshot} cause={error!r}"
+            )
+            self._tell(_failed(staged.index.snapshot, wrapped))
+            raise wrapped from error
+        finally:
+            self._settled += 1
+        self._base, self._known = staged.index.snapshot, locations
+        self.durable_at_s = time.monotonic()
+        self._tell(_durable(outcome.info, time.monotonic() - began))
+        return outcome.info
+
+    def _refuse(self, n: int, snapshot: SnapshotId, error: CkptError) -> None:
+        receipt = _Receipt(error=from_error(error, rank=self._channel.rank))
+        self._channel.post(f"receipt/{n}/{self._channel.rank}", msgspec.msgpack.encode(receipt))
+        if self._channel.rank == 0:
+            self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(_Outcome(error=receipt.error)))
+            self._forget(n - 1)
+        self._settled += 1
+        self._tell(_failed(snapshot, error))
+
+    def _write(self, staged: Staged) -> tuple[_Receipt, Mapping[Digest, ChunkLocation]]:
+        """Write this rank's chunks and part, then let go of the slot. What fails becomes a receipt that says so."""
+        index = staged.index
+        try:
+            done = persist(
+                index, staged.slot.data, known=self._known, backend=self._place.backend, writer=self._place.writer,
+                pack_start=self._packs_written, compression=self._compression, verify=self._verify,
+            )  # fmt: skip
+        except CkptError as error:
+            return _Receipt(error=from_error(error, rank=self._channel.rank)), {}
+        except Exception as error:  # noqa: BLE001  a thread's border: without a receipt the other ranks would wait for ever
+            wrapped = InternalError(f"writing failed in an unforeseen way. snapshot={index.snapshot} cause={error!r}")
+            wrapped.__cause__ = error
+            return _Receipt(error=from_error(wrapped, rank=self._channel.rank)), {}
+        finally:
+            self._packs_written += staged.packs_at_most
+            staged.release()
+        size = sum(shard.size_bytes for shard in index.shards)
+        return _Receipt(ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes), done.locations
+
+    def _settle(self, n: int, staged: Staged, tags: tuple[str, ...]) -> _Outcome:
+        try:
+            receipts = [self._receipt(n, rank, staged.index.snapshot) for rank in range(self._channel.size)]
+            for receipt in receipts:
+                if receipt.error is not None:
+                    return _Outcome(error=receipt.error)
+            return _Outcome(info=self._commit(staged, receipts, tags))
+        except CkptError as error:
+            return _Outcome(error=from_error(error, rank=0))
+
+    def _receipt(self, n: int, rank: int, snapshot: SnapshotId) -> _Receipt:
+        word = self._wait(f"receipt/{n}/{rank}", f"rank {rank}'s part of {snapshot}")
+        return msgspec.msgpack.decode(word, type=_Receipt)
+
+    def _commit(self, staged: Staged, receipts: list[_Receipt], tags: tuple[str, ...]) -> SnapshotInfo:
+        journal = self._place.journal
+        assert journal is not None, "rank 0 has the log"
+        parts = tuple(receipt.ref for receipt in receipts if receipt.ref is not None)
+        manifest = Manifest(
+            job=journal.job, snapshot=staged.index.snapshot, world_size=self._channel.size, base=self._base, parts=parts,
+            size_bytes=sum(r.size_bytes for r in receipts), new_bytes=sum(r.new_bytes for r in receipts),
+            created_unix_s=time.time(), metadata=staged.index.metadata,
+        )  # fmt: skip
+        info = journal.commit(manifest, epoch=self._place.epoch)
+        for tag in tags:
+            journal.tag(tag, info.id)
+        return replace(info, tags=tags)
+
+    def _forget(self, n: int) -> None:
+        """Free the messages of a snapshot that every rank has settled: each has sent its next receipt since."""
+        if n >= 1:
+            self._channel.forget(f"outcome/{n}")
+            for rank in range(self._channel.size):
+                self._channel.forget(f"receipt/{n}/{rank}")
+
+    def _wait(self, key: str, what: str) -> bytes:
+        return wait_for(self._channel, key, timeout_s=None, what=what, stop=lambda: self._closing)
+
+
+def _failed(snapshot: SnapshotId, error: CkptError) -> Event:
+    text = f"the snapshot of {snapshot} is not durable: {error}"
+    return Event("save-failed", text, {"epoch": snapshot.epoch, "step": snapshot.step, "code": error.code}, alarm=True)
+
+
+def _durable(info: SnapshotInfo, seconds: float) -> Event:
+    facts = {"epoch": info.epoch, "step": info.step, "size_bytes": info.size_bytes, "new_bytes": info.new_bytes}
+    return Event("durable", f"{info.id} is durable", {**facts, "seconds": round(seconds, 3)})

@@ -1,0 +1,192 @@
+"""Restoring, for the whole job: one snapshot for all ranks and items, and an older one where it can't be read whole.
+
+Rank 0 chooses; every rank fills its items and tells how it went; rank 0 gives the verdict. Damage met by any rank sends all
+ranks to the next older snapshot, and what was filled before is filled again, so a mixture can't arise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from ckpt.backends.base import Backend
+from ckpt.capture.leaves import World
+from ckpt.commit.catalog import info_of, load_index
+from ckpt.commit.fold import LogState
+from ckpt.errors import CkptError, IntegrityError, InternalError, NotFoundError
+from ckpt.manifest.index import SnapshotIndex
+from ckpt.observe.events import Event, Tell
+from ckpt.restore.apply import apply
+from ckpt.restore.fetch import Fetcher
+from ckpt.restore.plan import Want, plan_reads
+from ckpt.session.channel import Channel, wait_for
+from ckpt.session.remote import RemoteError, from_error, to_error
+from ckpt.values import SnapshotId, SnapshotInfo
+
+FILL_WAIT_S = 7200.0
+"""How long a rank waits for the others to read their share."""
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    snapshot: SnapshotId | None = None
+    error: RemoteError | None = None
+
+
+class _Verdict(msgspec.Struct, frozen=True):
+    done: bool = False
+    next: SnapshotId | None = None
+    error: RemoteError | None = None
+
+
+class _Result(msgspec.Struct, frozen=True):
+    error: RemoteError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How items are filled where program and snapshot differ: see ``Checkpointer.restore``."""
+
+    only: tuple[str, ...] | None = None
+    missing: Literal["error", "keep"] = "error"
+
+
+class Restoring:
+    """Fills items from one chosen snapshot. Every rank makes the same calls in the same order.
+
+    ``state`` gives the log's fold, fresh from the store. ``choices`` is asked on rank 0 alone: the snapshots to try, best
+    first; empty where the store holds none.
+    """
+
+    def __init__(
+        self, channel: Channel, backend: Backend, *, world: World, state: Callable[[], LogState], tell: Tell,
+        threads: int | None, budget_bytes: int,
+    ) -> None:  # fmt: skip
+        self._channel = channel
+        self._backend = backend
+        self._world = world
+        self._state = state
+        self._tell = tell
+        self._threads = threads
+        self._budget_bytes = budget_bytes
+        self._round = 0
+        self._left: list[SnapshotId] = []
+        self._filled: list[tuple[Mapping[str, object], Rules]] = []
+        self._index: SnapshotIndex | None = None
+        self.chosen: SnapshotId | None = None
+        """The snapshot that all items come from, or None where there is none."""
+
+    def choose(self, choices: Callable[[], Sequence[SnapshotId]]) -> SnapshotId | None:
+        """Agree on the snapshot to restore; forgets what an earlier choice filled. Raises what rank 0 met."""
+        self._round += 1
+        key = f"choice/{self._round}"
+        if self._channel.rank == 0:
+            self._channel.post(key, msgspec.json.encode(self._first(choices)))
+        choice = msgspec.json.decode(wait_for(
+            self._channel, key, timeout_s=FILL_WAIT_S, what="rank 0's choice of a snapshot"
+        ), type=_Choice)  # fmt: skip
+        if choice.error is not None:
+            raise to_error(choice.error)
+        self._take(choice.snapshot)
+        self._filled = []
+        return self.chosen
+
+    def fill(self, items: Mapping[str, object], rules: Rules) -> SnapshotInfo:
+        """Fill ``items`` in place from the chosen snapshot, or all items so far from an older one where it is damaged.
+
+        Returns the facts of the snapshot that they hold now. Raises IntegrityError where no candidate is left, and whatever
+        kept any rank from filling; the items then hold a mixture and must not be trained on.
+        """
+        before, new = self._filled, (items, rules)
+        todo = [new]
+        while True:
+            error = self._try(todo)
+            verdict = self._verdict(error)
+            if verdict.done:
+                self._filled = [*before, new]
+                return info_of(self._loaded().manifest, self._state())
+            if verdict.next is None:
+                assert verdict.error is not None, "a verdict says what to do"
+                raise to_error(verdict.error) from error
+            self._take(verdict.next)
+            todo = [*before, new]
+
+    def index(self) -> SnapshotIndex:
+        """The index of the chosen snapshot."""
+        return self._loaded()
+
+    def _first(self, choices: Callable[[], Sequence[SnapshotId]]) -> _Choice:
+        try:
+            self._left = list(choices())
+        except CkptError as error:
+            return _Choice(error=from_error(error, rank=0))
+        return _Choice(snapshot=self._left.pop(0) if self._left else None)
+
+    def _take(self, snapshot: SnapshotId | None) -> None:
+        self.chosen = snapshot
+        self._index = None
+
+    def _loaded(self) -> SnapshotIndex:
+        if self.chosen is None:
+            raise InternalError("a snapshot's index is asked for before one was chosen")
+        if self._index is None:
+            try:
+                self._index = load_index(self._backend, self._state(), self.chosen)
+            except NotFoundError as error:
+                raise IntegrityError(
+                    f"a committed snapshot's records are gone. snapshot={self.chosen} cause={error}"
+                ) from error
+        return self._index
+
+    def _try(self, todo: Sequence[tuple[Mapping[str, object], Rules]]) -> CkptError | None:
+        try:
+            index = self._loaded()
+            coalesce = self._backend.capabilities().read_bytes_best
+            with Fetcher(self._backend, threads=self._threads, budget_bytes=self._budget_bytes) as fetcher:
+
+                def read(wants: Sequence[Want], outputs: Sequence[memoryview]) -> None:
+                    plan = plan_reads(index, wants, coalesce_bytes=coalesce, snapshot=str(self.chosen))
+                    fetcher.fetch(plan, outputs)
+
+                for items, rules in todo:
+                    apply(items, index, read=read, world=self._world, only=rules.only, missing=rules.missing)
+        except CkptError as error:
+            return error
+        return None
+
+    def _verdict(self, error: CkptError | None) -> _Verdict:
+        self._round += 1
+        result = _Result(from_error(error, rank=self._channel.rank) if error is not None else None)
+        self._channel.post(f"filled/{self._round}/{self._channel.rank}", msgspec.json.encode(result))
+        key = f"verdict/{self._round}"
+        if self._channel.rank == 0:
+            self._channel.post(key, msgspec.json.encode(self._judge()))
+        word = wait_for(self._channel, key, timeout_s=FILL_WAIT_S, what="all ranks to restore their share")
+        return msgspec.json.decode(word, type=_Verdict)
+
+    def _judge(self) -> _Verdict:
+        """Rank 0: done where every rank filled, the next older snapshot after damage, else the first error."""
+        errors = []
+        for rank in range(self._channel.size):
+            key = f"filled/{self._round}/{rank}"
+            word = wait_for(self._channel, key, timeout_s=FILL_WAIT_S, what=f"rank {rank} to restore its share")
+            result = msgspec.json.decode(word, type=_Result)
+            if result.error is not None:
+                errors.append(result.error)
+        if not errors:
+            return _Verdict(done=True)
+        damage = all(error.code == IntegrityError.code for error in errors)
+        if not damage or not self._left:
+            return _Verdict(error=errors[0])
+        older = self._left.pop(0)
+        self._tell(_fallback(self.chosen, older, errors[0].text))
+        return _Verdict(next=older)
+
+
+def _fallback(damaged: SnapshotId | None, older: SnapshotId, why: str) -> Event:
+    assert damaged is not None, "what was tried has a name"
+    facts = {"damaged_epoch": damaged.epoch, "damaged_step": damaged.step, "epoch": older.epoch, "step": older.step}
+    text = f"the snapshot of {damaged} can't be read whole, restoring the older one of {older}: {why}"
+    return Event("fallback", text, facts, alarm=True)

@@ -1,0 +1,144 @@
+"""The saving half of a session: stage, queue, keep an eye on what is in flight, end well."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
+
+from ckpt.capture.leaves import TensorLeaf, World
+from ckpt.encode.choose import Compression
+from ckpt.errors import CkptError, FencedError, UsageError
+from ckpt.observe.events import Event, Fact, Tell
+from ckpt.session.agree import Skip, Take, take_or_skip
+from ckpt.session.channel import Channel
+from ckpt.session.options import Options
+from ckpt.session.pending import Pending
+from ckpt.session.persister import Persister, Place
+from ckpt.session.replicas import compare_replicas
+from ckpt.session.staging import SLOT_WAIT_S, Stager
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+ABANDON_WAIT_S = 60.0
+"""After an exception in training: how long what is staged may take to become durable."""
+
+PENDINGS_KEPT = 16
+
+
+class Saving:
+    """Stages and persists one rank's share, in order. Used by the training thread."""
+
+    def __init__(self, channel: Channel, options: Options, tell: Tell) -> None:
+        self._channel = channel
+        self._options = options
+        self._tell = tell
+        self._compared = 0
+        self._stager = Stager(
+            World(channel.rank, channel.size), slots=options.slots, threads=options.threads, agree=self._compare
+        )
+        self._persister: Persister | None = None
+        self._last_step: int | None = None
+        self._pendings: list[Pending] = []
+        self._began_s = time.monotonic()
+
+    def prepare(self, items: Mapping[str, object]) -> None:
+        """Lay out and pre-fault the slots in the background."""
+        self._stager.prepare(items)
+
+    def go_on(
+        self, place: Place, *, base: SnapshotId | None, known: Callable[[], Mapping[Digest, ChunkLocation]]
+    ) -> None:
+        """Write as ``place`` says from now on, referring to chunks of ``base``. What is in flight ends first."""
+        self.drain()
+        self._last_step = None
+        self._persister = Persister(
+            self._channel, place, compression=Compression(self._options.compression), verify=self._options.verify_staged,
+            tell=self._tell, base=base, known=known() if base is not None else None,
+        )  # fmt: skip
+
+    def snapshot(
+        self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact], tags: tuple[str, ...]
+    ) -> Pending:
+        """Stage ``items`` now and make them durable in the background. Waits only for a free slot.
+
+        Raises FencedError where a newer epoch was met before, UsageError where steps don't grow or the state can't be
+        captured; the other ranks then learn that this snapshot failed.
+        """
+        persister = self._persister
+        assert persister is not None, "an epoch is open"
+        if isinstance(self.last_failure, FencedError):
+            raise self.last_failure
+        if self._last_step is not None and snapshot.step <= self._last_step:
+            raise UsageError(
+                f"steps grow from one snapshot to the next. step={snapshot.step} last_step={self._last_step}; "
+                "to go back, restore the older snapshot first"
+            )
+        began_s = time.monotonic()
+        try:
+            staged = self._stager.stage(items, snapshot, metadata=metadata, wait_s=SLOT_WAIT_S)
+        except CkptError as error:
+            persister.refuse(snapshot, error)
+            raise
+        self._last_step = snapshot.step
+        pending = Pending(snapshot, persister.submit(staged, tags=tags))
+        self._pendings = [*(p for p in self._pendings[-PENDINGS_KEPT:] if not p.done() or p.failure()), pending]
+        seconds = time.monotonic() - began_s
+        self._tell(Event("staged", f"{snapshot} is staged", {"step": snapshot.step, "seconds": round(seconds, 4)}))
+        return pending
+
+    def may_take(self) -> Take | Skip:
+        """On rank 0: whether a due snapshot is taken."""
+        in_flight = self._persister.in_flight if self._persister is not None else 0
+        return take_or_skip(in_flight=in_flight, slots=self._options.slots)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is in flight."""
+        return all(pending.done() for pending in self._pendings)
+
+    @property
+    def last(self) -> Pending | None:
+        """The last snapshot handed in."""
+        return self._pendings[-1] if self._pendings else None
+
+    @property
+    def last_failure(self) -> CkptError | None:
+        """Why the last settled snapshot failed, or None where it didn't."""
+        for pending in reversed(self._pendings):
+            if pending.done():
+                return pending.failure()
+        return None
+
+    def stale_s(self) -> float:
+        """Seconds since a snapshot became durable, or since the start."""
+        durable_s = self._persister.durable_at_s if self._persister is not None else None
+        return time.monotonic() - (durable_s or self._began_s)
+
+    def drain(self) -> None:
+        """Wait until nothing is in flight and end the thread."""
+        if self._persister is not None:
+            self._persister.close()
+            self._persister = None
+
+    def finish(self) -> None:
+        """Everything durable, or the error that kept the last snapshot from it."""
+        self.drain()
+        self._stager.close()
+        if self.last is not None:
+            self.last.durable()
+
+    def abandon(self) -> None:
+        """After an exception: what is staged gets a bounded time; nothing is raised, failures were told."""
+        if self._persister is not None:
+            wait([pending.future for pending in self._pendings], timeout=ABANDON_WAIT_S)
+            self._persister.close(abandon=True)
+            self._persister = None
+        self._stager.close()
+
+    def last_info(self) -> SnapshotInfo | None:
+        """The facts of the last snapshot, once durable; waits for it."""
+        return self.last.durable() if self.last is not None else None
+
+    def _compare(self, leaves: Sequence[TensorLeaf]) -> None:
+        self._compared += 1
+        compare_replicas(self._channel, leaves, n=self._compared)

@@ -1,0 +1,299 @@
+"""One process's use of one store in one attempt: joins the other ranks, restores, opens the epoch, snapshots.
+
+``Checkpointer`` and ``Run`` are two faces of it. Everything here is called by the training thread.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from ckpt.backends.base import Backend
+from ckpt.backends.open import open_backend
+from ckpt.capture.leaves import World
+from ckpt.capture.rng import RngState
+from ckpt.commit.catalog import candidates
+from ckpt.commit.journal import Journal
+from ckpt.commit.state import LogState
+from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
+from ckpt.manifest.keys import writer_name
+from ckpt.observe.events import Event, Fact, Tell, to_logging
+from ckpt.session.channel import Channel, connect, wait_for
+from ckpt.session.options import Options
+from ckpt.session.orders import Orders, RankOrders, SoloOrders
+from ckpt.session.pending import Pending
+from ckpt.session.persister import Place
+from ckpt.session.remote import RemoteError, from_error, to_error
+from ckpt.session.restoring import Restoring, Rules
+from ckpt.session.saving import Saving
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+BYE_WAIT_S = 60.0
+"""How long rank 0 stays for the other ranks to read its last words: it may own the message store."""
+
+OPEN_WAIT_S = 600.0
+
+RNG = "rng"
+"""The item under which a run's random number generators are stored."""
+
+
+class Session:
+    """Joins, restores, opens the epoch, snapshots. With several ranks every rank makes the same calls in the same order."""
+
+    def __init__(self, store: str | Backend, options: Options) -> None:
+        self._options = options
+        self._owns_backend = isinstance(store, str)
+        self._backend = open_backend(store, options.storage_options) if isinstance(store, str) else store
+        self._job = options.job or _job_name(self._backend.url)
+        self._journal: Journal | None = None
+        self._may_write = False
+        self._joined: _Joined | None = None
+        self._items: dict[str, object] = {}
+        self._rng = RngState()
+        self._opens = 0
+        self._closed = False
+        self._read_whole = False  # whether what was restored was also read: only verified chunks may be referred to
+        self.epoch = 0
+        """The epoch that this session opened; 0 before."""
+        self.restored: SnapshotInfo | None = None
+        """The snapshot that the session goes on from."""
+
+    @property
+    def url(self) -> str:
+        """The store's address, without credentials."""
+        return self._backend.url
+
+    @property
+    def backend(self) -> Backend:
+        """The store."""
+        return self._backend
+
+    @property
+    def channel(self) -> Channel:
+        """The other ranks; joins them first."""
+        return self.join().channel
+
+    @property
+    def tell(self) -> Tell:
+        """Where events go; joins first."""
+        return self.join().tell
+
+    @property
+    def orders(self) -> Orders:
+        """What all ranks do at a boundary; joins first."""
+        return self.join().orders
+
+    @property
+    def saving(self) -> Saving:
+        """The saving half; joins first."""
+        return self.join().saving
+
+    @property
+    def opened(self) -> bool:
+        """Whether an epoch is open."""
+        return self.epoch > 0
+
+    def join(self) -> _Joined:
+        """Meet the other ranks; once, then free."""
+        if self._closed:
+            raise UsageError(f"closed already; make a new one. store={self.url}")
+        if self._joined is None:
+            self._joined = _Joined(connect(name=self._job), self._backend, self._options, self.state)
+        return self._joined
+
+    def state(self) -> LogState:
+        """The log's fold, fresh from the store. Raises NotFoundError where there is no store yet."""
+        if self._journal is None:
+            self._journal = Journal.open(self._backend)
+        return self._journal.refresh()
+
+    def newest_first(self) -> Sequence[SnapshotId]:
+        """The snapshots on the line, best first; none where there is no store yet."""
+        try:
+            return candidates(self.state())
+        except NotFoundError:
+            return ()
+
+    def open_run(self) -> None:
+        """For a run: choose the newest snapshot and open an epoch that goes on from it; once, then free."""
+        if self.opened:
+            return
+        self.go_on_from_newest()
+        self.open_epoch()
+
+    def go_on_from_newest(self) -> None:
+        """Choose the newest snapshot whose records can be read; its bytes are not read yet."""
+        restoring = self.join().restoring
+        if restoring.choose(self.newest_first) is not None:
+            self.restored = restoring.fill({}, Rules())
+
+    def open_epoch(self) -> None:
+        """Open the next epoch as the continuation of what was restored; rank 0 writes the record, all learn the number."""
+        joined = self.join()
+        self._opens += 1
+        key = f"epoch/{self._opens}"
+        resume = self.restored.id if self.restored is not None else None
+        if joined.channel.rank == 0:
+            joined.channel.post(key, self._open_record(resume).encode())
+        word = wait_for(joined.channel, key, timeout_s=OPEN_WAIT_S, what="rank 0 to open the epoch").decode()
+        code, _, text = word.partition(" ")
+        if not code.isdigit():
+            raise to_error(RemoteError(code, text, 0))
+        self.epoch = int(code)
+        place = Place(
+            backend=self._backend, writer=writer_name(socket.gethostname(), secrets.token_hex(8)), epoch=self.epoch,
+            journal=self._journal if joined.channel.rank == 0 else None,
+        )  # fmt: skip
+        joined.saving.go_on(place, base=resume if self._read_whole else None, known=self._known_chunks)
+        joined.tell(Event("epoch", f"epoch {self.epoch} is open", {"epoch": self.epoch}))
+
+    def track(self, items: Mapping[str, object]) -> None:
+        """Add items to a run's state, filling them from its snapshot. Falls back for all items together."""
+        for name in items:
+            if name in self._items or name == RNG:
+                raise UsageError(f"an item of that name is tracked already. name={name}; choose another name")
+        if self.restored is not None:
+            self._fill(items, Rules(self._options.only, self._options.missing))
+        self._items.update(items)
+        self.saving.prepare({**self._items, RNG: self._rng})
+
+    def restore_rng(self) -> None:
+        """Put the random number generators where the run's snapshot had them."""
+        self._fill({RNG: self._rng}, Rules(None, "keep"))
+
+    def restore(
+        self, items: Mapping[str, object], choices: Callable[[], Sequence[SnapshotId]], rules: Rules
+    ) -> SnapshotInfo:
+        """For a checkpointer: fill ``items`` from the first readable of ``choices``. Later saves go on from it."""
+        restoring = self.join().restoring
+        if restoring.choose(choices) is None:
+            raise NotFoundError(f"the store holds no snapshot yet. store={self.url}")
+        self.restored = restoring.fill(items, rules)
+        self._read_whole = rules.only is None
+        self.epoch = 0  # the next save opens an epoch that goes on from here
+        return self.restored
+
+    def snapshot(self, step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...] = ()) -> Pending:
+        """Stage a run's tracked items now; durable later."""
+        items = {**self._items, RNG: self._rng}
+        return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags)
+
+    def save(
+        self, items: Mapping[str, object], step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...]
+    ) -> Pending:
+        """For a checkpointer: stage ``items`` now; durable later. Opens an epoch first where none is open."""
+        if not items:
+            raise UsageError("nothing to save; give a dict of names to objects")
+        if not self.opened:
+            if self.restored is None:
+                self.go_on_from_newest()
+            self.open_epoch()
+        return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags)
+
+    def tag_last(self, tags: Sequence[str]) -> None:
+        """Tag the last snapshot once it is durable."""
+        info = self.saving.last_info()
+        if info is None and self.restored is not None:
+            info = self.restored
+        if info is not None and self.channel.rank == 0 and self._journal is not None:
+            for tag in tags:
+                self._journal.tag(tag, info.id)
+
+    def finish(self) -> None:
+        """End well: everything durable, all ranks done. Raises what kept the last snapshot from being durable."""
+        if self._joined is None:
+            return
+        try:
+            self._joined.saving.finish()
+        finally:
+            self._part(wait_s=BYE_WAIT_S)
+
+    def abandon(self) -> None:
+        """End after an exception: what is staged gets a bounded time to become durable."""
+        if self._joined is not None and not self._closed:
+            self._joined.saving.abandon()
+            self._part(wait_s=0.0)
+
+    def _part(self, *, wait_s: float) -> None:
+        """Leave: rank 0 last, because it may own the message store."""
+        joined = self._joined
+        assert joined is not None, "joined"
+        self._closed = True
+        joined.orders.close()
+        channel = joined.channel
+        if channel.rank != 0:
+            channel.post(f"bye/{channel.rank}", b"1")
+        elif wait_s > 0:
+            began_s = time.monotonic()
+            for rank in range(1, channel.size):
+                left_s = max(0.0, wait_s - (time.monotonic() - began_s))
+                try:
+                    wait_for(channel, f"bye/{rank}", timeout_s=left_s, what=f"rank {rank} to leave")
+                except UnavailableError as error:
+                    joined.tell(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
+        if self._owns_backend:
+            self._backend.close()
+
+    def _fill(self, items: Mapping[str, object], rules: Rules) -> None:
+        before = self.restored
+        self.restored = self.join().restoring.fill(items, rules)
+        if self.opened and before is not None and self.restored.id != before.id:
+            self.open_epoch()  # the line goes on from the older snapshot that was readable
+
+    def _known_chunks(self) -> Mapping[Digest, ChunkLocation]:
+        """Where chunks of the restored snapshot lie: this rank's own in a world of the same size, else everybody's."""
+        joined = self.join()
+        index = joined.restoring.index()
+        if index.manifest.world_size != joined.channel.size:
+            return index.locations()
+        part = index.parts[joined.channel.rank]
+        return {d: at for shard in part.shards for d, at in zip(shard.digests, shard.locations, strict=True)}
+
+    def _open_record(self, resume: SnapshotId | None) -> str:
+        """Rank 0: open the epoch; its number as text, or the error's code and words."""
+        try:
+            if self._journal is None or not self._may_write:
+                self._journal = self._open_journal()
+                self._may_write = True
+            return str(self._journal.open_epoch(resume=resume))
+        except CkptError as error:
+            message = from_error(error, rank=0)
+            return f"{message.code} {message.text}"
+
+    def _open_journal(self) -> Journal:
+        """The log for writing; a store without one becomes this job's, by the user's name or else its own address's."""
+        try:
+            Journal.open(self._backend, job=self._options.job)
+            job = self._options.job
+        except NotFoundError:
+            job = self._job
+        return Journal.open(self._backend, job=job, create=True)
+
+
+class _Joined:
+    """What exists once the ranks have met."""
+
+    def __init__(self, channel: Channel, backend: Backend, options: Options, state: Callable[[], LogState]) -> None:
+        self.channel = channel
+        self.tell: Tell = to_logging(channel.rank)
+        self.saving = Saving(channel, options, self.tell)
+        self.orders: Orders = (
+            SoloOrders(self.saving.may_take, self._skipped)
+            if channel.size == 1
+            else RankOrders(channel, self.saving.may_take, self._skipped)
+        )
+        self.restoring = Restoring(
+            channel, backend, world=World(channel.rank, channel.size), state=state, tell=self.tell, threads=options.threads,
+            budget_bytes=options.read_budget_bytes,
+        )  # fmt: skip
+
+    def _skipped(self, boundary: int, why: str) -> None:
+        self.tell(
+            Event("skipped", f"the snapshot due at step {boundary} is skipped: {why}", {"step": boundary}, alarm=True)
+        )
+
+
+def _job_name(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[2] or "job"

@@ -1,0 +1,135 @@
+"""From live objects to a sealed slot: capture, ownership, copy. The only part of a save that training waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ckpt.capture.leaves import Capture, TensorLeaf, World
+from ckpt.capture.plan import CapturePlan
+from ckpt.errors import UnavailableError
+from ckpt.observe.events import Fact
+from ckpt.place.owners import Replicated, owned
+from ckpt.stage.copy import THREADS_DEFAULT, CopyPlan, CopySource
+from ckpt.stage.slot import Pin, Slot, SlotPool
+from ckpt.values import DTYPE_BYTES, Box, SnapshotId, StagedIndex
+
+SLOT_WAIT_S = 3600.0
+"""How long a forced snapshot waits for a slot that an upload holds before it gives up."""
+
+Agree = Callable[[Sequence[TensorLeaf]], None]
+"""Called once for each new set of replicated leaves: raises where replicas differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A sealed slot and what it holds. ``release`` lets the slot be reused; call it once."""
+
+    slot: Slot
+    index: StagedIndex
+    pin: Pin
+
+    def release(self) -> None:
+        """Let go of the slot."""
+        self.pin.release()
+
+
+class Stager:
+    """Stages one rank's share of the state. Keeps plan, layout and slots between snapshots.
+
+    Used by one thread. ``agree`` compares replicas the first time that a set of them is met.
+    """
+
+    def __init__(self, world: World, *, slots: int, threads: int | None, agree: Agree) -> None:
+        self._world = world
+        self._count = slots
+        self._threads = threads or THREADS_DEFAULT
+        self._helpers = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="ckpt-stage")
+        self._agree = agree
+        self._plan: CapturePlan | None = None
+        self._items: tuple[tuple[str, int], ...] = ()
+        self._seen: tuple[TensorLeaf, ...] | None = None
+        self._copy: CopyPlan | None = None
+        self._pool: SlotPool | None = None
+
+    def prepare(self, items: Mapping[str, object]) -> None:
+        """Lay the slots out and pre-fault them in the background, so that the first snapshot is as quick as the rest."""
+        self._layout(self._capture(items))
+
+    def stage(
+        self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact], wait_s: float
+    ) -> Staged:
+        """Copy this rank's share of ``items`` into a slot and seal it. Costs one memcpy of it and one digest pass in cache.
+
+        Raises UnavailableError where no slot is free within ``wait_s`` seconds, UsageError for what can't be captured or
+        doesn't fit in memory.
+        """
+        capture = self._capture(items)
+        plan, pool = self._layout(capture)
+        slot = pool.acquire(wait_s=wait_s)
+        if slot is None:
+            raise UnavailableError(
+                f"all slots are held by uploads. snapshot={snapshot} slots={self._count} waited_s={wait_s:g}; "
+                "the store is too slow for this interval: save less often or allow more slots"
+            )
+        try:
+            slot.begin()
+            shards = plan.run(slot, objects=_objects(capture), executor=self._helpers, threads=self._threads)
+            index = StagedIndex(
+                snapshot=snapshot,
+                rank=self._world.rank,
+                world_size=self._world.size,
+                shards=shards,
+                aliases=tuple(leaf.leaf for leaf in capture.tensors if leaf.leaf.alias_of is not None),
+                metadata=metadata,
+            )
+            pin = slot.pin()
+            slot.seal(index)
+        except BaseException:
+            slot.invalidate()
+            raise
+        return Staged(slot, index, pin)
+
+    def close(self) -> None:
+        """Give the slots' memory back."""
+        self._helpers.shutdown()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _capture(self, items: Mapping[str, object]) -> Capture:
+        identity = tuple((name, id(item)) for name, item in items.items())
+        if self._plan is None or identity != self._items:
+            self._plan = CapturePlan(items, world=self._world)
+            self._items = identity
+        return self._plan.capture()
+
+    def _layout(self, capture: Capture) -> tuple[CopyPlan, SlotPool]:
+        if capture.tensors is not self._seen or self._copy is None:
+            self._agree([leaf for leaf in capture.tensors if len(leaf.replicas) > 1])
+            self._copy = CopyPlan.build([*_tensors(capture, self._world.rank), *_objects(capture)])
+            self._seen = capture.tensors
+        needed_bytes = max(self._copy.data_bytes, self._copy.needed_bytes([leaf.data for leaf in capture.objects]))
+        if self._pool is None:
+            self._pool = SlotPool(count=self._count, data_bytes=needed_bytes, header_bytes=self._copy.header_bytes)
+        else:
+            self._pool.resize(needed_bytes, header_bytes=self._copy.header_bytes)
+        return self._copy, self._pool
+
+
+def _tensors(capture: Capture, rank: int) -> Iterator[CopySource]:
+    """What this rank stages of each tensor: all of it, or its share of what replicas hold too. Aliases have no bytes."""
+    own = [leaf for leaf in capture.tensors if leaf.leaf.alias_of is None]
+    shared = [leaf for leaf in own if len(leaf.replicas) > 1]
+    for leaf in own:
+        if len(leaf.replicas) == 1:
+            yield CopySource(leaf.leaf, leaf.box, leaf.tensor)
+    groups = [Replicated(leaf.box, DTYPE_BYTES[leaf.leaf.dtype], leaf.replicas) for leaf in shared]
+    for share in owned(groups, rank=rank):
+        leaf = shared[share.index]
+        yield CopySource(leaf.leaf, leaf.box, leaf.tensor, share.box)
+
+
+def _objects(capture: Capture) -> list[CopySource]:
+    return [CopySource(leaf.leaf, Box.whole(leaf.leaf.shape), leaf.data) for leaf in capture.objects]
