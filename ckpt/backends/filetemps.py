@@ -49,9 +49,11 @@ def new_temp(ops: FileOps, folder: str, *, prefix: str = "") -> Iterator[Temp]:
         yield temp
     finally:
         # The object is safe or failed already; what cannot be removed now is swept later, so it must not hide either.
-        with contextlib.suppress(OSError):
-            ops.unlink(temp.path)
-        os.close(temp.fd)
+        try:
+            with contextlib.suppress(OSError):
+                ops.unlink(temp.path)
+        finally:
+            os.close(temp.fd)
 
 
 def sweep(ops: FileOps, folder: str) -> int:

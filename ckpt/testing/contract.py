@@ -10,7 +10,6 @@ another writer would. ``BackendRaceContract`` adds races between processes, for 
 
 from __future__ import annotations
 
-import mmap
 import random
 import threading
 import time
@@ -22,6 +21,7 @@ import pytest
 
 from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, UsageError
+from ckpt.testing.buffers import aligned_memory, buffer
 from ckpt.testing.races import race_processes
 
 Opener = Callable[[], Backend]
@@ -140,7 +140,7 @@ class BackendContract:
                 [33 << 20, 5],
             )
         ):
-            data = [part(size, aligned=rng.random() < 0.6, seed=seed * 1000 + i) for i, size in enumerate(sizes)]
+            data = [buffer(size, aligned=rng.random() < 0.6, seed=seed * 1000 + i) for i, size in enumerate(sizes)]
             store.put("packs/large", data)
             whole = b"".join(data)
             assert read(store, "packs/large") == whole
@@ -262,7 +262,7 @@ class BackendContract:
 
     def test_create_only_takes_a_large_object(self, store: Backend) -> None:
         needs_create(store)
-        data = part(3 << 20, aligned=True, seed=1)
+        data = buffer(3 << 20, aligned=True, seed=1)
         store.put("a", [data, b"tail"], create_only=True)
         assert read(store, "a") == bytes(data) + b"tail"
         with pytest.raises(KeyExistsError):
@@ -297,7 +297,7 @@ class BackendContract:
     def test_reader_never_sees_half_an_object(self, opens: Opener) -> None:
         writer, reader = opens(), opens()
         size, versions = 2 << 20, 12
-        bodies = [part(size, aligned=i % 2 == 0, fill=i) for i in range(versions)]
+        bodies = [buffer(size, aligned=i % 2 == 0, fill=i) for i in range(versions)]
 
         def write() -> None:
             for i, body in enumerate(bodies):
@@ -388,16 +388,3 @@ def needs_create(store: Backend) -> None:
     """Skip the running test where the store says that it cannot create once."""
     if not store.capabilities().create_only:
         pytest.skip("this store says that it cannot create a key only once")
-
-
-def aligned_memory(size_bytes: int) -> memoryview:
-    """Writable memory that starts on a page boundary."""
-    return memoryview(mmap.mmap(-1, max(1, size_bytes)))[:size_bytes]
-
-
-def part(size_bytes: int, *, aligned: bool, seed: int = 0, fill: int | None = None) -> memoryview:
-    """A buffer of random bytes, or of one byte, that starts on a page boundary or just behind one."""
-    memory = aligned_memory(size_bytes + 1)
-    out = memory[:size_bytes] if aligned else memory[1:]
-    out[:] = random.Random(seed).randbytes(size_bytes) if fill is None else bytes([fill]) * size_bytes
-    return out

@@ -1,0 +1,258 @@
+"""Stores that misbehave on purpose, and one that counts. Each wraps any store and is a store."""
+
+from __future__ import annotations
+
+import enum
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
+from ckpt.errors import IntegrityError, StoreDeniedError, StoreFullError, UnavailableError
+
+
+class Harm(enum.Enum):
+    """What goes wrong with one call."""
+
+    LOST_REQUEST = "lost request"
+    """Nothing is done, UnavailableError is raised."""
+    LOST_REPLY = "lost reply"
+    """All is done, UnavailableError is raised nevertheless."""
+    SLOW = "slow"
+    """The call waits ``delay_s`` first."""
+    TRUNCATED = "truncated"
+    """A read fills half of what was asked for and says that the object ends there."""
+    FLIPPED = "flipped"
+    """One bit differs, silently: in what a read returns, or in what a put stores."""
+    FULL = "full"
+    """A put raises StoreFullError with nothing done."""
+    DENIED = "denied"
+    """StoreDeniedError is raised with nothing done."""
+    READ_ONLY = "read-only"
+    """A put or delete raises StoreDeniedError with nothing done; reads go through."""
+
+
+_CHANGES = frozenset({"put", "delete"})
+_APPLIES = {
+    Harm.TRUNCATED: frozenset({"read_into"}),
+    Harm.FLIPPED: frozenset({"read_into", "put"}),
+    Harm.FULL: frozenset({"put"}),
+    Harm.READ_ONLY: _CHANGES,
+}
+"""Harms that only some operations can come to."""
+
+OPERATIONS = ("put", "read_into", "stat", "list", "delete")
+"""The operations that faults are about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One planned harm: to ``op`` (None: any it can come to) on keys that start with ``key``, sparing the first ``skip``.
+
+    It comes ``times`` times (None: for ever), each time with ``chance``, by the backend's seed.
+    """
+
+    harm: Harm
+    op: str | None = None
+    key: str = ""
+    skip: int = 0
+    times: int | None = 1
+    chance: float = 1.0
+    delay_s: float = 0.0
+
+    def is_about(self, op: str, key: str) -> bool:
+        """Whether a call of ``op`` on ``key`` can come to this harm."""
+        return self.op in (None, op) and op in _APPLIES.get(self.harm, OPERATIONS) and key.startswith(self.key)
+
+
+class FaultyBackend:
+    """A store with a plan of faults. The first fault that is due decides a call; ``struck`` keeps (operation, key, harm).
+
+    ``seed`` decides chances and which bit flips. ``sleep`` is what slow calls wait with. Thread-safe; with one thread the same
+    seed gives the same faults.
+    """
+
+    def __init__(
+        self, inner: Backend, faults: Sequence[Fault], *, seed: int = 0, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.struck: list[tuple[str, str, Harm]] = []
+        self._inner = inner
+        self._faults = tuple(faults)
+        self._met = [0] * len(self._faults)
+        self._hits = [0] * len(self._faults)
+        self._rng = random.Random(seed)
+        self._sleep = sleep
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """See Backend."""
+        return self._inner.url
+
+    def capabilities(self) -> Capabilities:
+        """See Backend. Never harmed."""
+        return self._inner.capabilities()
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        """See Backend."""
+        fault = self._before("put", key)
+        if fault is not None and fault.harm is Harm.FLIPPED:
+            data = [self._flip(bytearray(b"".join(data)))]
+        self._inner.put(key, data, create_only=create_only)
+        self._after(fault, "put", key)
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        """See Backend."""
+        fault = self._before("read_into", key)
+        flat = out.cast("B")
+        if fault is not None and fault.harm is Harm.TRUNCATED:
+            self._inner.read_into(key, flat[: len(flat) // 2], offset_bytes=offset_bytes)
+            raise IntegrityError(
+                f"the object ends too early. key={key} store={self.url} harm=planned; read another copy"
+            )
+        self._inner.read_into(key, flat, offset_bytes=offset_bytes)
+        if fault is not None and fault.harm is Harm.FLIPPED:
+            self._flip(flat)
+        self._after(fault, "read_into", key)
+
+    def stat(self, key: str) -> Stat | None:
+        """See Backend."""
+        fault = self._before("stat", key)
+        found = self._inner.stat(key)
+        self._after(fault, "stat", key)
+        return found
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        """See Backend. Harm comes before the first entry; a lost reply after the last one."""
+        fault = self._before("list", prefix)
+        yield from self._inner.list(prefix, after=after)
+        self._after(fault, "list", prefix)
+
+    def delete(self, key: str) -> None:
+        """See Backend."""
+        fault = self._before("delete", key)
+        self._inner.delete(key)
+        self._after(fault, "delete", key)
+
+    def close(self) -> None:
+        """See Backend. Never harmed."""
+        self._inner.close()
+
+    def _before(self, op: str, key: str) -> Fault | None:
+        """Pick the fault that is due, and raise or wait where it strikes before the call."""
+        with self._lock:
+            fault = self._due(op, key)
+            if fault is not None:
+                self.struck.append((op, key, fault.harm))
+        facts = f"operation={op} key={key} store={self.url} harm=planned"
+        match fault:
+            case Fault(harm=Harm.SLOW):
+                self._sleep(fault.delay_s)
+            case Fault(harm=Harm.LOST_REQUEST):
+                raise UnavailableError(f"the store did not answer. {facts}; repeat later")
+            case Fault(harm=Harm.FULL):
+                raise StoreFullError(f"the store is full. {facts}; free space, then repeat")
+            case Fault(harm=Harm.DENIED | Harm.READ_ONLY):
+                raise StoreDeniedError(f"the store refuses. {facts}; grant permission, then repeat")
+            case _:
+                pass
+        return fault
+
+    def _after(self, fault: Fault | None, op: str, key: str) -> None:
+        if fault is not None and fault.harm is Harm.LOST_REPLY:
+            raise UnavailableError(f"the store did not answer. operation={op} key={key} store={self.url}; repeat later")
+
+    def _due(self, op: str, key: str) -> Fault | None:
+        for i, fault in enumerate(self._faults):
+            if not fault.is_about(op, key):
+                continue
+            self._met[i] += 1
+            spent = fault.times is not None and self._hits[i] >= fault.times
+            if self._met[i] > fault.skip and not spent and self._rng.random() < fault.chance:
+                self._hits[i] += 1
+                return fault
+        return None
+
+    def _flip(self, memory: bytearray | memoryview) -> bytearray | memoryview:
+        if len(memory):
+            with self._lock:
+                bit = self._rng.randrange(len(memory) * 8)
+            memory[bit // 8] ^= 1 << bit % 8
+        return memory
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call that a CountingBackend let through: for ``put`` and ``read_into`` the bytes and where they start."""
+
+    op: str
+    key: str
+    size_bytes: int = 0
+    offset_bytes: int = 0
+
+
+class CountingBackend:
+    """A store that keeps every call, to prove what was read and written, and what was not. Thread-safe."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+        self._calls: list[Call] = []
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """See Backend."""
+        return self._inner.url
+
+    def calls(self, op: str | None = None, *, prefix: str = "") -> Sequence[Call]:
+        """The calls of ``op`` (None: all) on keys that start with ``prefix``, in order."""
+        with self._lock:
+            return [call for call in self._calls if op in (None, call.op) and call.key.startswith(prefix)]
+
+    def size_bytes(self, op: str, *, prefix: str = "") -> int:
+        """Bytes moved by those calls."""
+        return sum(call.size_bytes for call in self.calls(op, prefix=prefix))
+
+    def forget(self) -> None:
+        """Start counting anew."""
+        with self._lock:
+            self._calls.clear()
+
+    def capabilities(self) -> Capabilities:
+        """See Backend."""
+        return self._inner.capabilities()
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        """See Backend."""
+        self._keep(Call("put", key, sum(len(buffer) for buffer in data)))
+        self._inner.put(key, data, create_only=create_only)
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        """See Backend."""
+        self._keep(Call("read_into", key, out.nbytes, offset_bytes))
+        self._inner.read_into(key, out, offset_bytes=offset_bytes)
+
+    def stat(self, key: str) -> Stat | None:
+        """See Backend."""
+        self._keep(Call("stat", key))
+        return self._inner.stat(key)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        """See Backend."""
+        self._keep(Call("list", prefix))
+        return self._inner.list(prefix, after=after)
+
+    def delete(self, key: str) -> None:
+        """See Backend."""
+        self._keep(Call("delete", key))
+        self._inner.delete(key)
+
+    def close(self) -> None:
+        """See Backend."""
+        self._inner.close()
+
+    def _keep(self, call: Call) -> None:
+        with self._lock:
+            self._calls.append(call)
