@@ -143,7 +143,8 @@ class SnapshotInfo:
     """What users see of a committed snapshot.
 
     ``size_bytes`` is the state's size, ``new_bytes`` what this snapshot added to the store (the rest was already there).
-    ``created_unix_s`` is the committing machine's clock: for people, never for decisions.
+    ``created_unix_s`` is the committing machine's clock: for people, never for decisions. ``maybe_stale``: the log goes on
+    but can't be read, so a newer one may exist. ``problem`` says why its manifest can't be read; its sizes are then 0.
     """
 
     epoch: int
@@ -155,6 +156,7 @@ class SnapshotInfo:
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, float | int | str | bool | None] = field(default_factory=dict)
     maybe_stale: bool = False
+    problem: str | None = None
 
     @property
     def id(self) -> SnapshotId:

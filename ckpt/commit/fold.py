@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ckpt.commit.judge import apply, refusal
-from ckpt.commit.state import Hole, Void
-from ckpt.commit.state import LogState as LogState
+from ckpt.commit.state import Hole, LogState, Void
 from ckpt.commit.working import Working
 from ckpt.manifest.records import Record
+
+__all__ = ["LogState", "Unreadable", "empty", "fold", "verdict"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,269 @@
+"""Writing the log: one record at a time, each decided on the state that it follows, each created once."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ckpt.backends.base import Backend
+from ckpt.commit.catalog import info_of
+from ckpt.commit.claim import refused, settled
+from ckpt.commit.fold import fold, verdict
+from ckpt.commit.folds import FOLD_BYTES_MAX, encode_fold, fold_due
+from ckpt.commit.place import open_store
+from ckpt.commit.reader import Note, read_on, read_start
+from ckpt.commit.sequencer import Claimed, Lost, Sequencer, StoreSequencer, Unknown, create_once
+from ckpt.commit.state import LogState
+from ckpt.errors import (
+    CkptError,
+    CommitUnknownError,
+    ConflictError,
+    IntegrityError,
+    InternalError,
+    UnavailableError,
+    UsageError,
+)
+from ckpt.manifest import keys
+from ckpt.manifest.digest import digest_hex
+from ckpt.manifest.job import SEQUENCER_STORE, JobRecord
+from ckpt.manifest.manifest import MANIFEST_BYTES_MAX, Manifest
+from ckpt.manifest.records import Body, Commit, Drop, Open, Record, Tag, Untag, make_record
+from ckpt.values import SnapshotId, SnapshotInfo
+
+RACES_MAX = 64
+"""How many other writers' records one append lets pass before it gives up."""
+NOTES_MAX = 100
+"""How many notes a journal keeps."""
+
+Draft = Callable[[LogState], tuple[Body, int]]
+"""What to write after a state, and the epoch of its writer; asked anew after each lost race."""
+
+
+class Journal:
+    """One process's access to the log of one store. Thread-safe; calls wait for each other.
+
+    Make one with ``Journal.open``. It holds the last state that it read, so that ``refresh`` reads only what is new.
+    """
+
+    __slots__ = ("_backend", "_lock", "_notes", "_record", "_sequencer", "_state")
+
+    def __init__(self, backend: Backend, record: JobRecord, sequencer: Sequencer | None) -> None:
+        self._backend = backend
+        self._record = record
+        self._sequencer = sequencer
+        self._lock = threading.RLock()
+        self._state: LogState | None = None
+        self._notes: deque[Note] = deque(maxlen=NOTES_MAX)
+
+    @classmethod
+    def open(cls, backend: Backend, *, job: str | None = None, create: bool = False) -> Journal:
+        """The log of the store behind ``backend``; ``create`` makes the store ``job``'s where it is empty.
+
+        Raises NotFoundError for an empty store without ``create``; UsageError where the store is another job's, and with
+        ``create`` where it can't create a key only once; IntegrityError where ``ckpt.json`` is damaged or gone. Reads one
+        small object.
+        """
+        record = open_store(backend, job=job, create=create)
+        able = record.sequencer == SEQUENCER_STORE and backend.capabilities().create_only
+        return cls(backend, record, StoreSequencer(backend) if able else None)
+
+    @property
+    def job(self) -> str:
+        """The job's name."""
+        return self._record.job
+
+    @property
+    def store_id(self) -> str:
+        """This store's own id, 32 hex digits."""
+        return self._record.store_id
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What went wrong beside the point and was got around: folds passed over or not written. The last 100."""
+        return tuple(self._notes)
+
+    def refresh(self) -> LogState:
+        """The state of the log now. Cost: one list, and one read per record that is new to this journal.
+
+        A log that goes on but can't be read is no error here: see ``LogState.hole``. Raises UnavailableError, and
+        FormatVersionError for a record of a newer release.
+        """
+        with self._lock:
+            if self._state is None:
+                self._state, notes = read_start(self._backend, self.job)
+                self._notes.extend(notes)
+            self._state = read_on(self._backend, self._state)
+            return self._state
+
+    def append(self, body: Body, *, epoch: int, write_id: str | None = None) -> LogState:
+        """Write ``body`` as the next record, for a writer of ``epoch``; the state returned includes it.
+
+        Give a ``write_id`` (and repeat it) where the call itself may be repeated after CommitUnknownError; it must then be
+        repeated before 1,024 other records are written. Raises FencedError where a newer epoch is open, ConflictError
+        where the record would count for nothing for another reason, CommitUnknownError where the store did not answer,
+        IntegrityError where the log has a hole, UsageError where this store can't give out places.
+        """
+        state, seq = self._append(lambda _: (body, epoch), write_id or new_write_id())
+        settled(state, seq)
+        return state
+
+    def open_epoch(self, *, resume: SnapshotId | None) -> int:
+        """Open the next epoch, whose training goes on from ``resume`` (None: afresh), and return its number.
+
+        Where another writer opens one at the same time, each gets its own number and the greater fences the lower.
+        """
+
+        def draft(state: LogState) -> tuple[Body, int]:
+            epoch = state.epoch + 1
+            return Open(epoch, resume), epoch
+
+        state, seq = self._append(draft, new_write_id())
+        settled(state, seq)
+        found = next((opened.epoch for opened in state.opens if opened.seq == seq), None)
+        if found is None:
+            raise InternalError(f"an open that counts is not in the state. seq={seq}")
+        return found
+
+    def commit(self, manifest: Manifest, *, epoch: int) -> SnapshotInfo:
+        """Make the snapshot exist: store its manifest, then the commit record. All its parts must be stored before.
+
+        Repeating the call with an equal manifest is harmless at any time. Raises as ``append`` does, and UnavailableError
+        where the manifest could not be stored (then nothing is committed).
+        """
+        if manifest.job != self.job:
+            raise UsageError(f"manifest of another job. manifest={manifest.job!r} store={self.job!r}")
+        data = manifest.encode()
+        digest = digest_hex(data)
+        body = Commit(manifest.snapshot, digest, manifest.base)
+        with self._lock:
+            state = self.refresh()
+            if not _committed(state, body):
+                # Decided before the manifest is stored too, so that a fenced writer leaves nothing behind.
+                self._check(state, self._make(state, body, epoch, new_write_id()))
+                self._put_manifest(keys.manifest_key(manifest.snapshot, digest), data)
+                state = self._commit_record(body, epoch)
+        return info_of(manifest, state)
+
+    def drop(self, snapshots: Sequence[SnapshotId], *, floor: SnapshotId | None = None) -> LogState:
+        """Make snapshots no longer exist; their bytes are a sweep's to delete. ``floor``: commits below it count no more.
+
+        Snapshots that are gone already are no error unless all are. Raises ConflictError for the newest and for tagged ones.
+        """
+        body = Drop(tuple(sorted(set(snapshots))), floor)
+        return self._append_now(body)
+
+    def tag(self, name: str, snapshot: SnapshotId) -> LogState:
+        """Name a snapshot, which keeps it from being dropped; a name that exists moves. Raises ConflictError."""
+        return self._append_now(Tag(name, snapshot))
+
+    def untag(self, name: str) -> LogState:
+        """Take a name away. Raises ConflictError where there is no such tag."""
+        return self._append_now(Untag(name))
+
+    def _append_now(self, body: Body) -> LogState:
+        state, seq = self._append(lambda state: (body, state.epoch), new_write_id())
+        settled(state, seq)
+        return state
+
+    def _commit_record(self, body: Commit, epoch: int) -> LogState:
+        try:
+            return self.append(body, epoch=epoch)
+        except ConflictError:
+            # Another keeper may have committed the very same snapshot in between.
+            state = self.refresh()
+            if _committed(state, body):
+                return state
+            raise
+
+    def _append(self, draft: Draft, write_id: str) -> tuple[LogState, int]:
+        """The state that holds the record of ``write_id``, and that record's seq, which may be void."""
+        with self._lock:
+            for _ in range(RACES_MAX):
+                state = self.refresh()
+                if (seq := state.seq_of(write_id)) is not None:
+                    return state, seq
+                record = self._make(state, *draft(state), write_id)
+                sequencer = self._check(state, record)
+                match sequencer.claim(record.seq, record.encode()):
+                    case Claimed():
+                        self._state = state = fold(state, [record])
+                        self._store_fold(state)
+                        return state, record.seq
+                    case Lost():
+                        continue  # the next refresh reads what is there
+                    case Unknown(why):
+                        raise CommitUnknownError(
+                            f"the store did not answer; the record may be there or come yet. "
+                            f"key={keys.log_key(record.seq)} write_id={write_id} why={why} repeat the same call"
+                        )
+        raise ConflictError(f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later")
+
+    def _make(self, state: LogState, body: Body, epoch: int, write_id: str) -> Record:
+        return make_record(
+            body, job=self.job, seq=state.next_seq, epoch=epoch, write_id=write_id, prev=state.head_digest
+        )
+
+    def _check(self, state: LogState, record: Record) -> Sequencer:
+        """Raises unless ``record`` may be written after ``state``, by this journal, and would count."""
+        if state.hole is not None:
+            raise IntegrityError(
+                f"the log has a hole, so nothing can be added. key={keys.log_key(state.hole.seq)} "
+                f"why={state.hole.reason} bring that object back from a copy of the store ({self._backend.url})"
+            )
+        if self._sequencer is None:
+            raise UsageError(self._why_not())
+        if (void := verdict(state, record)) is not None:
+            raise refused(void)
+        return self._sequencer
+
+    def _why_not(self) -> str:
+        if self._record.sequencer != SEQUENCER_STORE:
+            return (
+                f"places in this log are not given out by the store. store={self._backend.url} "
+                f"sequencer={self._record.sequencer!r} write through that sequencer"
+            )
+        return (
+            f"this store does not create a key only once, so two writers could overwrite each other. "
+            f"store={self._backend.url} use a store that honours create-if-absent"
+        )
+
+    def _put_manifest(self, key: str, data: bytes) -> None:
+        match create_once(self._backend, key, data, bytes_max=MANIFEST_BYTES_MAX):
+            case Lost(found) if found != data:
+                raise IntegrityError(
+                    f"a manifest's bytes differ from the digest in its key. key={key} store={self._backend.url} "
+                    f"delete that object and repeat"
+                )
+            case Unknown(why):
+                raise UnavailableError(f"the manifest could not be stored, nothing is committed. key={key} why={why}")
+            case _:
+                return
+
+    def _store_fold(self, state: LogState) -> None:
+        seq = state.next_seq - 1
+        if not fold_due(seq):
+            return
+        key = keys.fold_key(seq)
+        try:
+            data = encode_fold(state)
+            found = create_once(self._backend, key, data, bytes_max=FOLD_BYTES_MAX)
+        except CkptError as error:
+            # Readers do without it; the record that was appended counts all the same.
+            self._notes.append(Note("fold not written", key, str(error)))
+            return
+        if isinstance(found, Unknown):
+            self._notes.append(Note("fold not written", key, found.why))
+        elif isinstance(found, Lost) and found.data != data:
+            self._notes.append(Note("fold not written", key, "other bytes are there"))
+
+
+def new_write_id() -> str:
+    """A name for one attempt to write: 32 random hex digits."""
+    return secrets.token_hex(16)
+
+
+def _committed(state: LogState, body: Commit) -> bool:
+    known = state.find(body.snapshot)
+    return known is not None and known.manifest_digest == body.manifest_digest

@@ -1,0 +1,68 @@
+"""Finding or making a store: ``ckpt.json``."""
+
+from __future__ import annotations
+
+import secrets
+
+from ckpt.backends.base import Backend
+from ckpt.commit.reader import read_object
+from ckpt.commit.sequencer import Claimed, Lost, Unknown, create_once
+from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.manifest import keys
+from ckpt.manifest.job import JOB_BYTES_MAX, JobRecord
+
+
+def open_store(backend: Backend, *, job: str | None, create: bool) -> JobRecord:
+    """The store's job record; made for ``job`` where the store is empty and ``create`` is set.
+
+    Raises as ``Journal.open`` says. Two that create at once get the same record.
+    """
+    record = _read(backend)
+    if record is None:
+        _refuse_headless(backend)
+        if not create:
+            raise NotFoundError(
+                f"no ckpt store here yet. store={backend.url} save a snapshot first, or check the address"
+            )
+        record = _create(backend, job)
+    if job is not None and record.job != job:
+        raise UsageError(
+            f"the store belongs to another job. store={backend.url} its_job={record.job!r} asked={job!r} "
+            f"use another prefix, or that job's name"
+        )
+    return record
+
+
+def _read(backend: Backend) -> JobRecord | None:
+    try:
+        return JobRecord.decode(read_object(backend, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+    except NotFoundError:
+        return None
+
+
+def _refuse_headless(backend: Backend) -> None:
+    """A log without its ``ckpt.json`` is damage, not an empty store: a new id over old records would hide it."""
+    first = next(iter(backend.list(keys.LOG)), None)
+    if first is not None:
+        raise IntegrityError(
+            f"the store holds a log but no {keys.JOB_KEY}. store={backend.url} found={first.key} "
+            f"bring {keys.JOB_KEY} back from a copy of the store"
+        )
+
+
+def _create(backend: Backend, job: str | None) -> JobRecord:
+    if job is None:
+        raise UsageError(f"a new store needs its job's name. store={backend.url} pass job=")
+    if not backend.capabilities().create_only:
+        raise UsageError(
+            f"this store does not create a key only once, so two writers could overwrite each other. "
+            f"store={backend.url} use a store that honours create-if-absent"
+        )
+    mine = JobRecord(job=job, store_id=secrets.token_hex(16))
+    match create_once(backend, keys.JOB_KEY, mine.encode(), bytes_max=JOB_BYTES_MAX):
+        case Claimed():
+            return mine
+        case Lost(data):
+            return JobRecord.decode(data)
+        case Unknown(why):
+            raise UnavailableError(f"the store did not answer while it was made. store={backend.url} why={why}")
