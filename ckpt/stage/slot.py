@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 
-from ckpt.errors import InternalError, UnavailableError, UsageError
+from ckpt.errors import InternalError, UsageError
 from ckpt.stage.memory import PREFAULT_BYTES, Region, pages
 from ckpt.stage.memory_limit import check_available
 from ckpt.stage.slot_header import HEADER_BYTES_DEFAULT, Header, generation_of, read_slot
@@ -128,11 +128,10 @@ class Slot:
     def pin(self) -> Pin:
         """Keep the slot from being overwritten until the pin is released.
 
-        Raises UnavailableError for a slot that is being written or holds nothing.
+        For its writer, who pins before ``seal`` so that no gap is left; a reader asks ``SlotPool.pin_newest``, or reads the
+        slot's generation after pinning it.
         """
         with self._changed:
-            if self._writing or self.snapshot is None:
-                raise UnavailableError(f"the slot holds no snapshot now. slot={self.number} look for another copy")
             self._pins += 1
         return Pin(self)
 
@@ -175,7 +174,7 @@ class _Shared:
     __slots__ = ("changed", "orders")
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.changed = threading.Condition()  # of a re-entrant lock
         self.orders = itertools.count(1)
 
 
@@ -282,6 +281,12 @@ class SlotPool:
         """The slot that was sealed last, or None."""
         with self._changed:
             return self._newest()
+
+    def pin_newest(self) -> Pin | None:
+        """Pin the slot that was sealed last, or None where none is sealed (and not given to a writer again)."""
+        with self._changed:
+            slot = self._newest()
+            return None if slot is None or slot.writing else slot.pin()
 
     def resize(self, data_bytes: int, *, header_bytes: int | None = None) -> None:
         """Hand out slots of at least ``data_bytes`` from now on. Larger ones are made anew; old ones go once unpinned.
