@@ -1,0 +1,194 @@
+"""One tracked module: its state-dict entries by clean name, and whether they still are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ckpt.capture.leaves import TensorLeaf, World
+from ckpt.capture.memory import Watch
+from ckpt.capture.names import clean_fqn, join
+from ckpt.capture.tensors import ALONE, Sharing, describe, is_dtensor, layout_text, mesh_ranks
+from ckpt.errors import UsageError
+from ckpt.manifest.objects import Encoded, Ref, encode_object
+
+EXTRA_STATE = "_extra_state"
+"""What torch calls the entry that ``Module.get_extra_state`` makes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveEntry:
+    """A parameter or buffer of the module: clean name, key in the raw state dict, the live object, and who shares it."""
+
+    fqn: str
+    key: str
+    tensor: torch.Tensor
+    sharing: Sharing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MadeEntry:
+    """A state-dict entry that is no parameter or buffer: extra state, or what a hook computed."""
+
+    fqn: str
+    key: str
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a parameter is tracked: the path of its module's item, its clean name, and who shares it."""
+
+    path: str
+    fqn: str
+    sharing: Sharing
+
+
+class ModuleSource:
+    """What a plan remembers of one module. Reads its state dict when built; later only what can change is looked at."""
+
+    def __init__(self, module: nn.Module, path: str, world: World) -> None:
+        self.module = module
+        self.path = path
+        self.live: tuple[LiveEntry, ...] = ()
+        self.leaves: tuple[TensorLeaf, ...] = ()
+        self.made: tuple[MadeEntry, ...] = ()
+        self._world = world
+        self._encoded: Encoded | None = None
+        self._watch = Watch()
+        self.rebuild()
+
+    def refresh(self) -> bool:
+        """Look whether anything moved and read the module anew if so. Returns whether it did."""
+        if not self._watch.moved() and self._structure() == self._seen:
+            return self.computes and self._read()
+        self.rebuild()
+        return True
+
+    def rebuild(self) -> None:
+        """Read everything anew. Raises UsageError for a tensor that can't be stored, naming its leaf."""
+        self._modules = list(self.module.modules())
+        self._refuse()
+        self.computes = any(map(_may_compute, self._modules))
+        self._read()
+        self._held, self._seen = self._values(), self._structure()
+
+    def homes(self) -> Iterator[tuple[torch.Tensor, Home]]:
+        """Every live tensor with its home, in state-dict order; a tied one comes once for each name."""
+        return ((entry.tensor, Home(self.path, entry.fqn, entry.sharing)) for entry in self.live)
+
+    def encoded(self) -> Encoded:
+        """The references to all live entries, for a module that has no others."""
+        if self._encoded is None:
+            self._encoded = Encoded(encode_object(self.references()))
+        return self._encoded
+
+    def references(self) -> dict[str, Ref]:
+        """A ``Ref`` for each live entry, by clean name."""
+        return {
+            entry.fqn: Ref(leaf.leaf.name, leaf.tensor.device.type, layout_text(entry.tensor))
+            for entry, leaf in zip(self.live, self.leaves, strict=True)
+        }
+
+    def _read(self) -> bool:
+        """Ask the module for its entries. Returns whether its parameters and buffers are others than before."""
+        # keep_vars gives the live objects, so that they are known by identity; pre-hooks put sharded parameters in place.
+        with torch.no_grad():
+            entries = self.module.state_dict(keep_vars=True)
+        known = {id(tensor) for tensor in _tensors(self._modules)}
+        owners = _shared_by_ddp(self._modules)
+        live: list[LiveEntry] = []
+        made: list[MadeEntry] = []
+        for key, value in entries.items():
+            fqn = clean_fqn(self.module, key)
+            if isinstance(value, torch.Tensor) and id(value) in known:
+                live.append(LiveEntry(fqn, key, value, _sharing(value, owners.get(id(value)))))
+            else:
+                made.append(MadeEntry(fqn, key, value))
+        self.made = tuple(made)
+        if self._same(live):
+            return False
+        self.live = tuple(live)
+        self.leaves = tuple(
+            describe(join(self.path, one.fqn), one.tensor, world=self._world, sharing=one.sharing) for one in live
+        )
+        self._encoded = None
+        self._watch = Watch()
+        for entry, leaf in zip(self.live, self.leaves, strict=True):
+            self._watch.add(entry.tensor, leaf)
+        return True
+
+    def _same(self, live: list[LiveEntry]) -> bool:
+        now = [(one.fqn, id(one.tensor)) for one in live]
+        return now == [(one.fqn, id(one.tensor)) for one in self.live] and not self._watch.moved()
+
+    def _structure(self) -> tuple[list[object], list[int], list[int]]:
+        dicts = [held for one in self._modules for held in (one._parameters, one._buffers, one._modules)]
+        hooks = [len(one._state_dict_hooks) + len(one._non_persistent_buffers_set) for one in self._modules]
+        return (
+            list(chain.from_iterable(dicts)),
+            list(map(id, chain.from_iterable([held.values() for held in dicts]))),
+            hooks,
+        )
+
+    def _values(self) -> list[object]:
+        # Held so that no id can be given out anew while it is compared with.
+        return [value for one in self._modules for held in (one._parameters, one._buffers) for value in held.values()]
+
+    def _refuse(self) -> None:
+        for one in self._modules:
+            if any(base.__name__ == "FullyShardedDataParallel" for base in type(one).__mro__):
+                raise UsageError(
+                    f"FullyShardedDataParallel keeps parameters in one flat tensor, which is not captured. item={self.path!r}; "
+                    f"shard with torch.distributed.fsdp.fully_shard instead"
+                )
+
+
+def _tensors(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
+    for one in modules:
+        for held in (one._parameters, one._buffers):
+            yield from (value for value in held.values() if value is not None)
+
+
+def _shared_by_ddp(modules: list[nn.Module]) -> dict[int, tuple[int, ...]]:
+    """The ranks of the data-parallel group of each parameter that has one."""
+    found: dict[int, tuple[int, ...]] = {}
+    for one in modules:
+        if isinstance(one, DistributedDataParallel):
+            ranks = tuple(sorted(dist.get_process_group_ranks(one.process_group)))
+            for name, parameter in one.module.named_parameters(remove_duplicate=False):
+                if name not in one.parameters_to_ignore:
+                    found[id(parameter)] = ranks
+    return found
+
+
+def _sharing(tensor: torch.Tensor, ranks: tuple[int, ...] | None) -> Sharing:
+    if is_dtensor(tensor):
+        if ranks is not None and len(ranks) > 1:
+            raise UsageError(
+                f"distributed tensor under DistributedDataParallel. placements={tensor.placements}; use fully_shard over a "
+                f"mesh with a replicated dimension instead"
+            )
+        return Sharing(scalars=mesh_ranks(tensor.device_mesh))
+    return ALONE if ranks is None else Sharing(ranks, ranks)
+
+
+def _may_compute(module: nn.Module) -> bool:
+    """Whether the module's state dict can hold more than its parameters and buffers as they are."""
+    kind = type(module)
+    methods = (kind.state_dict, kind._save_to_state_dict, kind.get_extra_state)
+    if any(not _of_torch(method) for method in methods) or kind.get_extra_state is not nn.Module.get_extra_state:
+        return True
+    hooks = chain(module._state_dict_hooks.values(), module._state_dict_pre_hooks.values())
+    return any(not _of_torch(hook) for hook in hooks)
+
+
+def _of_torch(function: Callable[..., object]) -> bool:
+    name = getattr(function, "__module__", None) or type(function).__module__
+    return name == "torch" or name.startswith("torch.")

@@ -1,0 +1,116 @@
+"""One tracked optimizer: its state by parameter name and its groups, read from the live fields.
+
+``Optimizer.state_dict`` is not called: it numbers parameters, and it fires the user's hooks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch.optim import Optimizer
+
+from ckpt.capture.leaves import TensorLeaf
+from ckpt.capture.memory import Watch
+from ckpt.capture.modules import Home
+from ckpt.capture.names import escape
+from ckpt.capture.tensors import Sharing, is_dtensor, mesh_ranks
+from ckpt.manifest.objects import Encoded, encode_object
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """One parameter of an optimizer: its name there, the live tensor, its group, and who shares what belongs to it.
+
+    ``name`` is its clean module name; ``<module item>/<clean name>`` where two tracked modules have the name;
+    ``group<i>/param<j>`` for a parameter of no tracked module. ``home`` is where it is tracked, None for such a one.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    group: int
+    home: Home | None
+
+    @property
+    def sharing(self) -> Sharing:
+        """Who shares this parameter's optimizer state."""
+        if self.home is not None:
+            return self.home.sharing
+        return Sharing(scalars=mesh_ranks(self.tensor.device_mesh)) if is_dtensor(self.tensor) else Sharing()
+
+
+def members(optimizer: Optimizer, homes: Mapping[int, Home]) -> tuple[Member, ...]:
+    """The optimizer's parameters in group order, named. ``homes`` maps ``id(parameter)`` to where it is tracked first."""
+    flat = [
+        (number, index, parameter)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+    ]
+    often = Counter(home.fqn for *_, one in flat if (home := homes.get(id(one))) is not None)
+    found: list[Member] = []
+    for number, index, parameter in flat:
+        home = homes.get(id(parameter))
+        if home is None:
+            name = f"group{number}/param{index}"
+        elif often[home.fqn] > 1:
+            name = f"{home.path}/{escape(home.fqn)}"
+        else:
+            name = escape(home.fqn)
+        found.append(Member(name, parameter, number, home))
+    return tuple(found)
+
+
+class OptimizerSource:
+    """What a plan remembers of one optimizer: names of its parameters, and the identity of all of its state."""
+
+    def __init__(self, optimizer: Optimizer, path: str) -> None:
+        self.optimizer = optimizer
+        self.path = path
+        self.members: tuple[Member, ...] = ()
+        self.group_names: tuple[Encoded, ...] = ()
+        self.encoded_state: Encoded | None = None
+        self.state_leaves: tuple[TensorLeaf, ...] = ()
+        self._watch = Watch()
+        self._seen: object = None
+        self._held: list[object] = []
+
+    def refresh(self, homes: Mapping[int, Home], *, renamed: bool) -> bool:
+        """Look whether state or parameters moved; forget what was encoded and read the names anew if so."""
+        if not renamed and self._seen == self._structure() and not self._watch.moved():
+            return False
+        self.members = members(self.optimizer, homes)
+        self.group_names = tuple(
+            Encoded(encode_object([one.name for one in self.members if one.group == number]))
+            for number in range(len(self.optimizer.param_groups))
+        )
+        self.encoded_state = None
+        self._watch = Watch()
+        self._held = self._values()
+        self._seen = self._structure()
+        return True
+
+    def keep_state(self, nodes: dict[str, object], live: list[torch.Tensor], leaves: tuple[TensorLeaf, ...]) -> None:
+        """Remember a state that is nothing but tensors until one of them moves; ``live`` and ``leaves`` in step."""
+        self.encoded_state = Encoded(encode_object(nodes))
+        self.state_leaves = leaves
+        for tensor, leaf in zip(live, leaves, strict=True):
+            self._watch.add(tensor, leaf)
+
+    def _structure(self) -> tuple[list[int], list[int], list[int], list[object], list[int]]:
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        state = self.optimizer.state
+        entries = list(state.values())
+        return (
+            list(map(len, groups)),
+            list(map(id, chain.from_iterable(groups))),
+            list(map(id, state)),
+            list(chain.from_iterable(entries)),
+            list(map(id, chain.from_iterable(map(dict.values, entries)))),
+        )
+
+    def _values(self) -> list[object]:
+        # Held so that no id can be given out anew while it is compared with.
+        return [*self.optimizer.state, *chain.from_iterable(map(dict.values, self.optimizer.state.values()))]

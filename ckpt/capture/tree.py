@@ -1,0 +1,290 @@
+"""Live values to skeletons: plain structure with ``Ref`` nodes where tensors were."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeGuard, runtime_checkable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from ckpt.capture.leaves import TensorLeaf, World
+from ckpt.capture.memory import same_memory
+from ckpt.capture.modules import ModuleSource
+from ckpt.capture.names import join
+from ckpt.capture.optimizers import OptimizerSource
+from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text
+from ckpt.errors import UsageError
+from ckpt.manifest.objects import DEPTH_MAX, DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+
+PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, np.ndarray})
+"""Types that the codec takes as they are."""
+
+SEQUENCES = (list, tuple, set, frozenset, deque)
+MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What an object needs to be tracked."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Its state: plain values and tensors."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> object:
+        """Put a state back."""
+        ...
+
+
+Memo = dict[str, tuple[torch.Tensor, TensorLeaf]]
+"""Tensors by leaf name as they were last described, so that steady ones aren't described again."""
+
+
+class Walker:
+    """One pass over the tracked items. ``tensors`` fills with the leaves met, in order."""
+
+    def __init__(self, world: World, sources: Mapping[int, ModuleSource | OptimizerSource], memo: Memo) -> None:
+        self.tensors: list[TensorLeaf] = []
+        self._world = world
+        self._sources = sources
+        self._memo = memo
+        self._depth = 0
+
+    def node(self, value: object, path: str, sharing: Sharing = ALONE) -> object:
+        """The skeleton of ``value`` at ``path``. Raises UsageError naming the path of what can't be stored."""
+        if type(value) in PLAIN or isinstance(value, np.generic):
+            return value
+        if self._depth > DEPTH_MAX:
+            raise UsageError(f"value is nested too deep, or contains itself. path={path!r} levels_max={DEPTH_MAX}")
+        self._depth += 1
+        found = self._composite(value, path, sharing)
+        self._depth -= 1
+        return found
+
+    def _composite(self, value: object, path: str, sharing: Sharing) -> object:
+        match value:
+            case torch.Tensor():
+                return self._tensor(value, path, sharing)
+            case nn.Module() | Optimizer():
+                return self._source(value, path)
+            case dict() if type(value) in MAPPINGS:
+                return self._mapping(value, path, sharing)
+            case torch.Size():
+                return Named("torch.Size", ",".join(map(str, value)))
+            case tuple() if hasattr(value, "_fields"):
+                parts = tuple(
+                    self.node(one, join(path, key), sharing) for key, one in zip(value._fields, value, strict=True)
+                )
+                return NamedTupleNode(type_name(value), tuple(value._fields), parts)
+            case set() | frozenset() if type(value) in SEQUENCES:
+                return type(value)(self.key(one, path) for one in value)
+            case list() | tuple() | deque() if type(value) in SEQUENCES:
+                made = [self.node(one, join(path, index), sharing) for index, one in enumerate(value)]
+                return deque(made, value.maxlen) if isinstance(value, deque) else type(value)(made)
+            case torch.Generator():
+                return value.get_state().numpy().tobytes()
+            case enum.Enum() if value.name in type(value).__members__:
+                return EnumNode(type_name(value), value.name)
+        if (constant := named(value)) is not None:
+            return constant
+        if is_stateful(value):
+            return self._stateful(value, path)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+            return DataclassNode(
+                type_name(value), {key: self.node(one, join(path, key), sharing) for key, one in fields.items()}
+            )
+        raise unsupported(value, path)
+
+    def _tensor(self, tensor: torch.Tensor, path: str, sharing: Sharing) -> Ref:
+        before = self._memo.get(path)
+        if before is not None and before[0] is tensor and same_memory(tensor, before[1]):
+            leaf = before[1]
+        else:
+            leaf = describe(path, tensor, world=self._world, sharing=sharing)
+            self._memo[path] = (tensor, leaf)
+        self.tensors.append(leaf)
+        return Ref(path, tensor.device.type, layout_text(tensor))
+
+    def _mapping(self, value: dict[object, object], path: str, sharing: Sharing) -> object:
+        pairs = {self.key(key, path): self.node(one, join(path, key), sharing) for key, one in value.items()}
+        match value:
+            case OrderedDict():
+                return OrderedDict(pairs)
+            case Counter():
+                return Counter(pairs)
+            case _:
+                return pairs
+
+    def key(self, key: object, path: str) -> object:
+        """The node of a dict's key or a set's element."""
+        if type(key) in PLAIN or isinstance(key, np.generic):
+            return key
+        found = self.node(key, join(path, key))
+        if isinstance(found, (Ref, DataclassNode, NamedTupleNode)):
+            raise UsageError(
+                f"key or set element can't be stored. path={path!r} type={type(key).__qualname__}; use text or numbers"
+            )
+        return found
+
+    def _source(self, value: nn.Module | Optimizer, path: str) -> object:
+        match self._sources.get(id(value)):
+            case ModuleSource(path=first) | OptimizerSource(path=first) if first != path:
+                raise UsageError(f"object is tracked twice. first={first!r} second={path!r}; track it once")
+            case ModuleSource() as source:
+                return self._module(source)
+            case OptimizerSource() as source:
+                return self._optimizer(source)
+        raise UsageError(
+            f"module or optimizer where none is looked for. path={path!r}; track it in a dict, list or tuple"
+        )
+
+    def _module(self, source: ModuleSource) -> object:
+        self.tensors.extend(source.leaves)
+        if not source.made:
+            return source.encoded()
+        made = {one.fqn: self.node(one.value, join(source.path, one.fqn)) for one in source.made}
+        return {**source.references(), **made}
+
+    def _optimizer(self, source: OptimizerSource) -> object:
+        return {"state": self._optimizer_state(source), "param_groups": self._groups(source)}
+
+    def _optimizer_state(self, source: OptimizerSource) -> object:
+        if source.encoded_state is not None:
+            self.tensors.extend(source.state_leaves)
+            return source.encoded_state
+        state = source.optimizer.state
+        nodes: dict[str, object] = {}
+        live: list[object] = []
+        start = len(self.tensors)
+        for member in source.members:
+            # Not state[...]: that would make an entry where there is none.
+            entry = state.get(member.tensor)
+            if entry is not None:
+                path = f"{source.path}/state/{member.name}"
+                nodes[member.name] = {
+                    key: self.node(one, join(path, key), member.sharing) for key, one in entry.items()
+                }
+                live.extend(entry.values())
+        if strange := [key for key in state if not isinstance(key, torch.Tensor)]:
+            raise UsageError(f"optimizer keeps state for what is no parameter. path={source.path!r} keys={strange[:3]}")
+        tensors = [one for one in live if isinstance(one, torch.Tensor)]
+        if len(tensors) == len(live):
+            source.keep_state(nodes, tensors, tuple(self.tensors[start:]))
+        return nodes
+
+    def _groups(self, source: OptimizerSource) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = []
+        for number, group in enumerate(source.optimizer.param_groups):
+            path = f"{source.path}/param_groups/{number}"
+            kept = {key: one for key, one in group.items() if key != "params" and not is_function(one)}
+            nodes = {key: self.node(one, join(path, key)) for key, one in kept.items()}
+            found.append({**nodes, "params": source.group_names[number]})
+        return found
+
+    def _stateful(self, value: Stateful, path: str) -> object:
+        state = state_of(value)
+        if not isinstance(state, Mapping):
+            return self.node(state, path)
+        kept = {key: one for key, one in state.items() if not _left_alone(value, key, one)}
+        return self.node(_without_functions(kept) if isinstance(value, LRScheduler) else kept, path)
+
+
+def type_name(value: object) -> str:
+    """The qualified name of a value's type, as nodes record it."""
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def named(value: object) -> Named | None:
+    """A constant of torch by name, or None."""
+    match value:
+        case torch.dtype() | torch.layout() | torch.memory_format():
+            return Named(f"torch.{type(value).__name__}", str(value).removeprefix("torch."))
+        case torch.device():
+            return Named("torch.device", str(value))
+    return None
+
+
+def is_function(value: object) -> bool:
+    """Whether it is code rather than state."""
+    return (
+        callable(value)
+        and not isinstance(value, type)
+        and not is_stateful(value)
+        and not dataclasses.is_dataclass(value)
+    )
+
+
+def is_stateful(value: object) -> TypeGuard[Stateful]:
+    """Whether it is an object (not a class) with ``state_dict`` and ``load_state_dict``."""
+    return isinstance(value, Stateful) and not isinstance(value, type)
+
+
+def is_loader(value: object) -> bool:
+    """Whether it is torchdata's loader; found by name, so that torchdata is not imported."""
+    return any(
+        base.__name__ == "StatefulDataLoader" and base.__module__.startswith("torchdata.")
+        for base in type(value).__mro__
+    )
+
+
+def state_of(value: Stateful) -> object:
+    """What ``state_dict`` gives; a loader that nobody iterates yet is not opened for it."""
+    if is_loader(value) and getattr(value, "_iterator", None) is None:
+        # Asking a loader that nobody iterates for its state would open it, which draws random numbers.
+        return getattr(value, "next_iter_state", None) or {}
+    return value.state_dict()
+
+
+def _left_alone(owner: object, key: object, value: object) -> bool:
+    """Whether an entry is code that the live object has anyway."""
+    return is_function(value) and isinstance(key, str) and hasattr(owner, key)
+
+
+def _without_functions(value: object) -> object:
+    """The states of schedulers inside schedulers, without the code in them."""
+    match value:
+        case dict() if type(value) is dict:
+            return {key: _without_functions(one) for key, one in value.items() if not is_function(one)}
+        case list() if type(value) is list:
+            return [_without_functions(one) for one in value]
+        case _:
+            return value
+
+
+def unsupported(value: object, path: str) -> UsageError:
+    """The error for a value that can't be stored."""
+    kind = type_name(value)
+    if isinstance(value, DataLoader):
+        return UsageError(
+            f"plain DataLoader has no state to keep. path={path!r}; use torchdata's StatefulDataLoader instead"
+        )
+    return UsageError(
+        f"value of an unsupported type. path={path!r} type={kind}; track a tensor or a plain value instead, or give the object "
+        f"state_dict() and load_state_dict()"
+    )
+
+
+Visitor = Callable[[nn.Module | Optimizer, str], None]
+
+
+def visit(value: object, path: str, visitor: Visitor, depth: int = DEPTH_MAX) -> None:
+    """Call ``visitor`` with each module and optimizer inside dicts, lists and tuples, and its path."""
+    match value:
+        case nn.Module() | Optimizer():
+            visitor(value, path)
+        case dict() if depth:
+            for key, one in value.items():
+                visit(one, join(path, key), visitor, depth - 1)
+        case list() | tuple() if depth:
+            for index, one in enumerate(value):
+                visit(one, join(path, index), visitor, depth - 1)
