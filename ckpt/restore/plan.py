@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -152,13 +152,22 @@ def plan_reads(
     return ReadPlan(snapshot, tuple(sizes), tuple(join_reads(chunks, coalesce_bytes)))
 
 
-def plan_verify(shards: Iterable[StoredShard], *, coalesce_bytes: int, snapshot: str = "") -> ReadPlan:
-    """Plan the reading of every stored byte of ``shards``, each distinct place once, delivering nothing."""
+def plan_verify(
+    shards: Iterable[StoredShard],
+    *,
+    coalesce_bytes: int,
+    snapshot: str = "",
+    skip: Container[tuple[Digest, ChunkLocation]] = frozenset(),
+) -> ReadPlan:
+    """Plan the reading of every stored byte of ``shards``, each distinct place once, delivering nothing.
+
+    ``skip`` holds the digests and places that need not be read.
+    """
     places: dict[tuple[Digest, ChunkLocation], ChunkRead] = {}
     for shard in shards:
-        for digest, location in zip(shard.digests, shard.locations, strict=True):
-            if (digest, location) not in places:
-                places[digest, location] = ChunkRead(digest, location, shard.leaf.name, shard.leaf.rank, ())
+        for place in zip(shard.digests, shard.locations, strict=True):
+            if place not in places and place not in skip:
+                places[place] = ChunkRead(*place, shard.leaf.name, shard.leaf.rank, ())
     return ReadPlan(snapshot, (), tuple(join_reads(places.values(), coalesce_bytes)))
 
 

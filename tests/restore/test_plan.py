@@ -76,8 +76,12 @@ def carry_out(plan: ReadPlan, store: Store) -> list[bytearray]:
             raw = store.pack[at.offset_bytes : at.offset_bytes + at.raw_bytes]
             for copy in chunk.copies:
                 for place in np.ndindex(*copy.shape):
-                    low = copy.source_offset_bytes + sum(map(math.prod, zip(place, copy.source_strides_bytes)))
-                    to = copy.target_offset_bytes + sum(map(math.prod, zip(place, copy.target_strides_bytes)))
+                    low = copy.source_offset_bytes + sum(
+                        map(math.prod, zip(place, copy.source_strides_bytes, strict=True))
+                    )
+                    to = copy.target_offset_bytes + sum(
+                        map(math.prod, zip(place, copy.target_strides_bytes, strict=True))
+                    )
                     size = copy.itemsize_bytes
                     outputs[copy.output][to : to + size] = raw[low : low + size]
     return outputs

@@ -1,0 +1,349 @@
+"""Do what a read plan says: read, verify every chunk against its digest, hand over. No decisions live here, and no torch.
+
+A raw chunk whose bytes are one run of one output is read straight into it: one request, then the digest while the bytes are
+in cache. Everything else goes through scratch memory that each worker keeps. Both calls release the GIL, so that workers
+scale over cores.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt.backends.base import Backend
+from ckpt.encode.codec import decode_chunk
+from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.manifest.digest import digest
+from ckpt.restore.plan import ChunkRead, Copy, Read, ReadPlan
+from ckpt.values import Codec
+
+THREADS_MAX = 64
+"""Upper limit of workers: beyond it a Python process gains nothing."""
+
+BUDGET_BYTES = 256 << 20
+"""Scratch memory that a fetch may use when its caller names no limit."""
+
+Progress = Callable[[int], None]
+"""Told how many raw bytes were just verified; called by one worker at a time."""
+
+Bytes = NDArray[np.uint8]
+
+_WORDS: dict[int, np.dtype[np.generic]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("u2"),
+    4: np.dtype("u4"),
+    8: np.dtype("u8"),
+    16: np.dtype("V16"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One stored range that is not what it should be. ``what``: ``missing``, ``short``, ``mismatch`` or ``unreadable``."""
+
+    chunk: ChunkRead
+    what: str
+    message: str
+
+
+def threads_best(backend: Backend) -> int:
+    """How many workers fill the link to ``backend`` from this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(backend.capabilities().concurrency_best, THREADS_MAX, 16 * cores))
+
+
+def fetch(
+    backend: Backend,
+    plan: ReadPlan,
+    outputs: Sequence[memoryview | NDArray[np.generic]],
+    *,
+    threads: int | None = None,
+    budget_bytes: int = BUDGET_BYTES,
+    on_progress: Progress | None = None,
+) -> None:
+    """Read what ``plan`` says into ``outputs``, one writable contiguous buffer for each want.
+
+    Returns only when every byte was verified. ``budget_bytes`` bounds scratch memory, down to one request. Raises
+    IntegrityError where stored bytes are missing, short or differ from their digest (``outputs`` then hold anything), and
+    UnavailableError where the store does not answer. No worker touches ``outputs`` after this returned or raised.
+    """
+    with Fetcher(backend, threads=threads, budget_bytes=budget_bytes) as fetcher:
+        fetcher.fetch(plan, outputs, on_progress=on_progress)
+
+
+class Fetcher:
+    """Workers and scratch memory that serve many fetches from one store; close it when done."""
+
+    def __init__(self, backend: Backend, *, threads: int | None = None, budget_bytes: int = BUDGET_BYTES) -> None:
+        self._backend = backend
+        self._threads = threads_best(backend) if threads is None else max(1, threads)
+        self._budget_bytes = budget_bytes
+        self._scratch: list[_Scratch] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Fetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers and free the scratch memory; idempotent."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        self._scratch.clear()
+
+    def fetch(
+        self,
+        plan: ReadPlan,
+        outputs: Sequence[memoryview | NDArray[np.generic]],
+        *,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """As the function ``fetch``."""
+        targets = _targets(plan, outputs)
+
+        def work(read: Read, scratch: _Scratch) -> int:
+            return _deliver_read(self._backend, plan.snapshot, read, targets, scratch)
+
+        self._run(plan, work, on_progress)
+
+    def scan(self, plan: ReadPlan, *, on_progress: Progress | None = None) -> list[Damage]:
+        """Read and verify everything in ``plan``, deliver nothing, and return all damage found instead of raising."""
+        found: list[Damage] = []
+
+        def work(read: Read, scratch: _Scratch) -> int:
+            found.extend(_scan_read(self._backend, plan.snapshot, read, scratch))
+            return sum(chunk.location.raw_bytes for chunk in read.chunks)
+
+        self._run(plan, work, on_progress)
+        found.sort(key=lambda damage: (damage.chunk.location.pack, damage.chunk.location.offset_bytes))
+        return found
+
+    def _run(self, plan: ReadPlan, work: Callable[[Read, _Scratch], int], on_progress: Progress | None) -> None:
+        stored_bytes, raw_bytes = _scratch_bytes(plan)
+        scratch_bytes = max(1, stored_bytes + raw_bytes)
+        workers = max(1, min(self._threads, len(plan.reads), self._budget_bytes // scratch_bytes))
+        while len(self._scratch) < workers:
+            self._scratch.append(_Scratch())
+        for scratch in self._scratch[:workers]:
+            scratch.grow(stored_bytes, raw_bytes)
+        line = _Line(plan.reads, on_progress)
+        if workers == 1:
+            line.drain(work, self._scratch[0])
+        else:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ckpt-fetch")
+            futures = [self._pool.submit(line.drain, work, scratch) for scratch in self._scratch[:workers]]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                line.stop()
+                for future in futures:
+                    future.exception()
+        if line.error is not None:
+            raise line.error
+
+
+class _Line:
+    """Reads waiting for a worker; the first error empties it."""
+
+    def __init__(self, reads: Sequence[Read], on_progress: Progress | None) -> None:
+        self._lock = threading.Lock()
+        self._reads: Iterator[Read] = iter(reads)
+        self._on_progress = on_progress
+        self._stopped = False
+        self.error: CkptError | None = None
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def drain(self, work: Callable[[Read, _Scratch], int], scratch: _Scratch) -> None:
+        try:
+            while True:
+                with self._lock:
+                    read = None if self._stopped else next(self._reads, None)
+                if read is None:
+                    return
+                done_bytes = work(read, scratch)
+                if self._on_progress is not None:
+                    with self._lock:
+                        self._on_progress(done_bytes)
+        except CkptError as error:
+            self.stop()
+            with self._lock:
+                self.error = self.error or error
+        except BaseException:
+            self.stop()
+            raise
+
+
+class _Scratch:
+    """One worker's reused memory: stored bytes of one request, raw bytes of one chunk. Page-aligned, for direct I/O."""
+
+    def __init__(self) -> None:
+        self.stored: Bytes = np.empty(0, np.uint8)
+        self.raw: Bytes = np.empty(0, np.uint8)
+
+    def grow(self, stored_bytes: int, raw_bytes: int) -> None:
+        if self.stored.size < stored_bytes:
+            self.stored = np.frombuffer(mmap.mmap(-1, stored_bytes), np.uint8)
+        if self.raw.size < raw_bytes:
+            self.raw = np.frombuffer(mmap.mmap(-1, raw_bytes), np.uint8)
+
+
+def _scratch_bytes(plan: ReadPlan) -> tuple[int, int]:
+    stored_bytes = raw_bytes = 0
+    for read in plan.reads:
+        if _direct(read) is None:
+            stored_bytes = max(stored_bytes, read.size_bytes)
+            for chunk in read.chunks:
+                if chunk.location.codec is not Codec.RAW:
+                    raw_bytes = max(raw_bytes, chunk.location.raw_bytes)
+    return stored_bytes, raw_bytes
+
+
+def _direct(read: Read) -> Copy | None:
+    """The copy whose place in its output can take the read's bytes as they come, or None."""
+    chunk = read.chunks[0]
+    if len(read.chunks) > 1 or chunk.location.codec is not Codec.RAW:
+        return None
+    for copy in chunk.copies:
+        if copy.contiguous and copy.size_bytes == chunk.location.raw_bytes == read.size_bytes:
+            return copy
+    return None
+
+
+def _targets(plan: ReadPlan, outputs: Sequence[memoryview | NDArray[np.generic]]) -> list[Bytes]:
+    if len(outputs) != len(plan.output_bytes):
+        raise UsageError(f"one output is needed for each want. wants={len(plan.output_bytes)} outputs={len(outputs)}")
+    targets: list[Bytes] = []
+    for number, (output, size_bytes) in enumerate(zip(outputs, plan.output_bytes, strict=True)):
+        if not size_bytes:
+            targets.append(np.empty(0, np.uint8))
+            continue
+        array = output if isinstance(output, np.ndarray) else np.frombuffer(output, np.uint8)
+        if array.nbytes != size_bytes:
+            raise UsageError(
+                f"an output has the wrong length. output={number} bytes={array.nbytes} wanted={size_bytes}"
+            )
+        if not (array.flags.c_contiguous and array.flags.writeable):
+            raise UsageError(f"an output must be contiguous and writable. output={number}")
+        targets.append(array.reshape(-1).view(np.uint8))
+    return targets
+
+
+def _deliver_read(backend: Backend, snapshot: str, read: Read, targets: list[Bytes], scratch: _Scratch) -> int:
+    direct = _direct(read)
+    if direct is not None:
+        chunk = read.chunks[0]
+        start = direct.target_offset_bytes
+        raw = targets[direct.output][start : start + direct.size_bytes]
+        _read(backend, snapshot, read, raw)
+        _check(chunk, raw, snapshot)
+        _deliver(raw, (copy for copy in chunk.copies if copy is not direct), targets)
+        return raw.size
+    stored = scratch.stored[: read.size_bytes]
+    _read(backend, snapshot, read, stored)
+    done_bytes = 0
+    for chunk in read.chunks:
+        raw = _raw(chunk, stored, read.offset_bytes, scratch, snapshot)
+        _check(chunk, raw, snapshot)
+        _deliver(raw, chunk.copies, targets)
+        done_bytes += raw.size
+    return done_bytes
+
+
+def _scan_read(backend: Backend, snapshot: str, read: Read, scratch: _Scratch) -> list[Damage]:
+    stored = scratch.stored[: read.size_bytes]
+    try:
+        _read(backend, snapshot, read, stored)
+    except (IntegrityError, UnavailableError) as error:
+        if len(read.chunks) == 1:
+            return [_damage(read.chunks[0], error)]
+        alone = (
+            Read(read.pack, chunk.location.offset_bytes, chunk.location.stored_bytes, (chunk,)) for chunk in read.chunks
+        )
+        return [damage for one in alone for damage in _scan_read(backend, snapshot, one, scratch)]
+    found: list[Damage] = []
+    for chunk in read.chunks:
+        try:
+            _check(chunk, _raw(chunk, stored, read.offset_bytes, scratch, snapshot), snapshot)
+        except IntegrityError as error:
+            found.append(_damage(chunk, error))
+    return found
+
+
+def _damage(chunk: ChunkRead, error: CkptError) -> Damage:
+    match error, error.__cause__:
+        case UnavailableError(), _:
+            what = "unreadable"
+        case _, NotFoundError():
+            what = "missing"
+        case _, IntegrityError():
+            what = "short"
+        case _:
+            what = "mismatch"
+    return Damage(chunk, what, str(error))
+
+
+def _read(backend: Backend, snapshot: str, read: Read, out: Bytes) -> None:
+    try:
+        backend.read_into(read.pack, out.data, offset_bytes=read.offset_bytes)
+    except (NotFoundError, IntegrityError) as error:
+        chunk = read.chunks[0]
+        fact = "a pack is missing" if isinstance(error, NotFoundError) else "a pack ends too early"
+        raise IntegrityError(_where(fact, chunk, snapshot)) from error
+
+
+def _raw(chunk: ChunkRead, stored: Bytes, start_bytes: int, scratch: _Scratch, snapshot: str) -> Bytes:
+    at = chunk.location
+    low = at.offset_bytes - start_bytes
+    mine = stored[low : low + at.stored_bytes]
+    if at.codec is Codec.RAW:
+        return mine
+    raw = scratch.raw[: at.raw_bytes]
+    try:
+        decode_chunk(mine.data, at, raw.data)
+    except IntegrityError as error:
+        raise IntegrityError(f"{_where('a stored chunk does not decompress', chunk, snapshot)}: {error}") from None
+    return raw
+
+
+def _check(chunk: ChunkRead, raw: Bytes, snapshot: str) -> None:
+    if raw.size != chunk.location.raw_bytes or digest(raw.data) != chunk.digest:
+        raise IntegrityError(_where("stored bytes differ from their digest", chunk, snapshot))
+
+
+def _where(fact: str, chunk: ChunkRead, snapshot: str) -> str:
+    at = chunk.location
+    owner = "" if chunk.rank is None else f" rank={chunk.rank}"
+    return (
+        f"{fact}. pack={at.pack} offset_bytes={at.offset_bytes} stored_bytes={at.stored_bytes} "
+        f"leaf={chunk.leaf}{owner} snapshot={snapshot}"
+    )
+
+
+def _deliver(raw: Bytes, copies: Iterator[Copy] | Sequence[Copy], targets: list[Bytes]) -> None:
+    for copy in copies:
+        target = targets[copy.output]
+        if copy.contiguous:
+            low, start, size = copy.source_offset_bytes, copy.target_offset_bytes, copy.size_bytes
+            np.copyto(target[start : start + size], raw[low : low + size])
+            continue
+        word = _WORDS[copy.itemsize_bytes]
+        source = np.ndarray(copy.shape, word, raw.data, copy.source_offset_bytes, copy.source_strides_bytes)
+        place = np.ndarray(copy.shape, word, target.data, copy.target_offset_bytes, copy.target_strides_bytes)
+        np.copyto(place, source)

@@ -1,0 +1,189 @@
+"""Read one snapshot's leaves without torch: whole, rows, boxes, or as a stream in bounded memory."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckpt.backends.base import Backend
+from ckpt.errors import IntegrityError, UsageError
+from ckpt.manifest.index import SnapshotIndex
+from ckpt.manifest.objects_decode import decode_object
+from ckpt.restore.fetch import BUDGET_BYTES, Fetcher, Progress
+from ckpt.restore.plan import Want, plan_reads, split_flat, unknown_leaf
+from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Leaf, LeafKind
+
+_NUMPY = frozenset(
+    (
+        *("float64", "float32", "float16", "complex64", "complex128", "bool"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A leaf's values. ``dtype`` is torch's name; where numpy has no such type (``bfloat16``, the 8-bit floats), ``array``
+    holds the raw bits as unsigned integers of the same width."""
+
+    array: NDArray[np.generic]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some bytes of a streamed leaf: ``number`` is its place in the request. ``data`` is valid until the next piece."""
+
+    number: int
+    offset_bytes: int
+    data: memoryview
+
+
+def numpy_dtype(dtype: str) -> np.dtype[np.generic]:
+    """The numpy type whose arrays hold torch's ``dtype`` bit for bit: the same one, or unsigned integers of its width."""
+    return np.dtype(dtype) if dtype in _NUMPY else np.dtype(f"u{DTYPE_BYTES[dtype]}")
+
+
+class SnapshotReader:
+    """Reads leaves of one snapshot from one store, every byte verified. Use as a context manager, or close it.
+
+    ``budget_bytes`` bounds scratch memory beside what is returned. Not for use by several threads at once.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        index: SnapshotIndex,
+        *,
+        threads: int | None = None,
+        budget_bytes: int = BUDGET_BYTES,
+    ) -> None:
+        self._index = index
+        self._fetcher = Fetcher(backend, threads=threads, budget_bytes=budget_bytes)
+        self._coalesce_bytes = min(backend.capabilities().read_bytes_best, max(CHUNK_BYTES, budget_bytes // 4))
+        self._snapshot = str(index.manifest.snapshot)
+
+    def __enter__(self) -> SnapshotReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free workers and scratch memory; the backend stays open. Idempotent."""
+        self._fetcher.close()
+
+    @property
+    def index(self) -> SnapshotIndex:
+        """What the snapshot holds."""
+        return self._index
+
+    def leaf(self, name: str, *, rank: int = 0) -> Leaf:
+        """The leaf as ``rank`` sees it: the shared one, else that rank's own. Raises NotFoundError naming close names."""
+        found = self._index.leaf(name, None) or self._index.leaf(name, rank)
+        if found is None:
+            raise unknown_leaf(self._index, name, rank)
+        return found
+
+    def read(self, name: str, *, rank: int = 0, rows: slice | None = None) -> Values:
+        """A leaf, or the half-open range ``rows`` of its first dimension, reading no more chunks than hold them.
+
+        Raises NotFoundError, UsageError for rows with a step or of a leaf without dimensions, IntegrityError for damage.
+        """
+        leaf = self.leaf(name, rank=rank)
+        box = Box.whole(leaf.shape) if rows is None else _row_box(leaf, rows)
+        data = self.read_bytes(name, leaf.rank, box)
+        return Values(np.frombuffer(data, numpy_dtype(leaf.dtype)).reshape(box.sizes), leaf.dtype)
+
+    def read_bytes(self, name: str, rank: int | None, box: Box) -> bytearray:
+        """The bytes of ``box`` of a leaf, C order. ``rank`` is None for a shared leaf, exactly as it is recorded."""
+        plan = plan_reads(
+            self._index, [Want(name, rank, box)], coalesce_bytes=self._coalesce_bytes, snapshot=self._snapshot
+        )
+        out = bytearray(plan.output_bytes[0])
+        self._fetcher.fetch(plan, [memoryview(out)])
+        return out
+
+    def read_object(self, name: str, *, rank: int = 0) -> object:
+        """An object leaf's value in plain types and the nodes of ``ckpt.manifest.objects``; nothing is unpickled."""
+        leaf = self.leaf(name, rank=rank)
+        if leaf.kind is not LeafKind.OBJECT:
+            raise UsageError(
+                f"the leaf is a tensor, not an object. leaf={name} dtype={leaf.dtype}; read it with read()"
+            )
+        data = self.read_bytes(name, leaf.rank, Box.whole(leaf.shape))
+        try:
+            return decode_object(data)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"an object does not decode. leaf={name} snapshot={self._snapshot}: {error}"
+            ) from error
+
+    def stream(
+        self, leaves: Sequence[Leaf], *, window_bytes: int, on_progress: Progress | None = None
+    ) -> Iterator[Piece]:
+        """All bytes of ``leaves`` in order, in pieces, through one reused window of ``window_bytes`` (at least 4 MiB).
+
+        A window is verified whole before its pieces come. A leaf without elements gives no piece. Small leaves share a
+        window, so that they share requests.
+        """
+        window_bytes = max(CHUNK_BYTES, window_bytes // CHUNK_BYTES * CHUNK_BYTES)
+        window = memoryview(mmap.mmap(-1, window_bytes))
+        for segments in _windows(leaves, window_bytes):
+            wants: list[Want] = []
+            outputs: list[memoryview] = []
+            pieces: list[Piece] = []
+            at = 0
+            for number, start, stop in segments:
+                leaf = leaves[number]
+                itemsize = DTYPE_BYTES[leaf.dtype]
+                pieces.append(Piece(number, start, window[at : at + stop - start]))
+                for box in split_flat(leaf.shape, start // itemsize, stop // itemsize):
+                    size = box.elements * itemsize
+                    wants.append(Want(leaf.name, leaf.rank, box))
+                    outputs.append(window[at : at + size])
+                    at += size
+            plan = plan_reads(self._index, wants, coalesce_bytes=self._coalesce_bytes, snapshot=self._snapshot)
+            self._fetcher.fetch(plan, outputs, on_progress=on_progress)
+            yield from pieces
+
+
+def size_bytes(leaf: Leaf) -> int:
+    """The raw bytes of a whole leaf."""
+    return Box.whole(leaf.shape).elements * DTYPE_BYTES[leaf.dtype]
+
+
+def _windows(leaves: Sequence[Leaf], window_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut the leaves' bytes into windows of ``(leaf number, start, stop)``; cuts inside a leaf lie on the chunk grid."""
+    segments: list[tuple[int, int, int]] = []
+    room = window_bytes
+    for number, leaf in enumerate(leaves):
+        start, size = 0, size_bytes(leaf)
+        while start < size:
+            take = min(size - start, room if size - start <= room else room // CHUNK_BYTES * CHUNK_BYTES)
+            if take:
+                segments.append((number, start, start + take))
+                start += take
+                room -= take
+            if start < size:
+                yield segments
+                segments, room = [], window_bytes
+    if segments:
+        yield segments
+
+
+def _row_box(leaf: Leaf, rows: slice) -> Box:
+    if not leaf.shape or rows.step not in (None, 1):
+        raise UsageError(
+            f"rows are a plain range of the first dimension. leaf={leaf.name} shape={list(leaf.shape)} rows={rows}"
+        )
+    start, stop, _ = rows.indices(leaf.shape[0])
+    rest = leaf.shape[1:]
+    return Box((start,) + (0,) * len(rest), (max(0, stop - start), *rest))

@@ -1,0 +1,158 @@
+"""Read every byte of a snapshot and say everything that is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckpt.backends.base import Backend
+from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError
+from ckpt.manifest.digest import digest_hex
+from ckpt.manifest.index import SnapshotIndex
+from ckpt.manifest.keys import manifest_key
+from ckpt.restore.fetch import BUDGET_BYTES, Damage, Fetcher, Progress
+from ckpt.restore.plan import plan_verify
+from ckpt.values import ChunkLocation, Digest, SnapshotId
+
+LEAVES_NAMED_MAX = 20
+"""How many leaves one damaged range names; dedup may let thousands share it."""
+
+
+Place = tuple[Digest, ChunkLocation]
+
+VerifyMemo = dict[Place, Damage | None]
+"""Chunks verified before, and the damage found: snapshots of one store share many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """One object, or range of a pack, that is not what it should be.
+
+    ``what`` is ``missing``, ``short``, ``mismatch`` or ``unreadable`` (the store did not answer). ``offset_bytes`` is 0
+    for a whole object. ``leaves`` names up to 20 leaves that need the range, none for a manifest or part.
+    """
+
+    key: str
+    offset_bytes: int
+    leaves: tuple[str, ...]
+    what: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What ``verify`` read and found.
+
+    ``read_bytes`` counts raw bytes of the chunks read now, ``chunks`` and ``packs`` what the snapshot refers to,
+    ``objects`` its manifest and parts.
+    """
+
+    snapshot: SnapshotId
+    read_bytes: int
+    chunks: int
+    packs: int
+    objects: int
+    damaged: tuple[Damaged, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is what it should be."""
+        return not self.damaged
+
+
+def verify(
+    index: SnapshotIndex,
+    backend: Backend,
+    *,
+    on_progress: Progress | None = None,
+    threads: int | None = None,
+    budget_bytes: int = BUDGET_BYTES,
+    memo: VerifyMemo | None = None,
+) -> VerifyReport:
+    """Read the manifest, the parts and each distinct stored chunk of a snapshot once, and compare with their digests.
+
+    Never raises for damage: it is in the report, all of it. Memory is bounded by ``budget_bytes`` beside the index.
+    Give the same ``memo`` to several calls on one store to read chunks that snapshots share only once.
+    """
+    manifest = index.manifest
+    data = manifest.encode()
+    seen = digest_hex(data)
+    objects = [(manifest_key(manifest.snapshot, seen), seen, len(data))]
+    objects += [(ref.key, ref.digest, ref.size_bytes) for ref in manifest.parts]
+    damaged = [found for one in objects if (found := _check_object(backend, *one)) is not None]
+    known = {} if memo is None else memo
+    places = dict.fromkeys(
+        place
+        for part in index.parts
+        for shard in part.shards
+        for place in zip(shard.digests, shard.locations, strict=True)
+    )
+    plan = plan_verify(
+        [shard for part in index.parts for shard in part.shards],
+        coalesce_bytes=min(backend.capabilities().read_bytes_best, budget_bytes // 4),
+        snapshot=str(manifest.snapshot),
+        skip=known,
+    )
+    with Fetcher(backend, threads=threads, budget_bytes=budget_bytes) as fetcher:
+        scanned = fetcher.scan(plan, on_progress=on_progress)
+    known.update(((chunk.digest, chunk.location), None) for read in plan.reads for chunk in read.chunks)
+    known.update(((damage.chunk.digest, damage.chunk.location), damage) for damage in scanned)
+    bad = [damage for place in places if (damage := known[place]) is not None]
+    return VerifyReport(
+        snapshot=manifest.snapshot,
+        read_bytes=sum(chunk.location.raw_bytes for read in plan.reads for chunk in read.chunks),
+        chunks=len(places),
+        packs=len({location.pack for _, location in places}),
+        objects=len(objects),
+        damaged=(*damaged, *_name_leaves(index, bad)),
+    )
+
+
+def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> Damaged | None:
+    try:
+        stat = backend.stat(key)
+        if stat is None:
+            return Damaged(key, 0, (), "missing", f"an object is missing. key={key}")
+        if stat.size_bytes != size_bytes:
+            fact = f"an object has another length. key={key} bytes={stat.size_bytes} wanted={size_bytes}"
+            return Damaged(key, 0, (), "short" if stat.size_bytes < size_bytes else "mismatch", fact)
+        data = bytearray(size_bytes)
+        backend.read_into(key, memoryview(data))
+    except (NotFoundError, IntegrityError, UnavailableError) as error:
+        return Damaged(key, 0, (), _what(error), str(error))
+    if digest_hex(data) != wanted:
+        return Damaged(key, 0, (), "mismatch", f"an object's bytes differ from their digest. key={key}")
+    return None
+
+
+def _what(error: CkptError) -> str:
+    match error:
+        case NotFoundError():
+            return "missing"
+        case UnavailableError():
+            return "unreadable"
+        case _:
+            return "short"
+
+
+def _name_leaves(index: SnapshotIndex, found: Sequence[Damage]) -> list[Damaged]:
+    if not found:
+        return []
+    users: dict[Place, dict[str, None]] = {(damage.chunk.digest, damage.chunk.location): {} for damage in found}
+    for part in index.parts:
+        for shard in part.shards:
+            for key in zip(shard.digests, shard.locations, strict=True):
+                names = users.get(key)
+                if names is not None and len(names) < LEAVES_NAMED_MAX:
+                    owner = "" if shard.leaf.rank is None else f" (rank {shard.leaf.rank})"
+                    names[shard.leaf.name + owner] = None
+    return [
+        Damaged(
+            damage.chunk.location.pack,
+            damage.chunk.location.offset_bytes,
+            tuple(users[damage.chunk.digest, damage.chunk.location]),
+            damage.what,
+            damage.message,
+        )
+        for damage in found
+    ]
