@@ -80,8 +80,8 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
     """Write the chunks of ``staged`` that are not ``known``, then the part that lists all of them.
 
     ``data`` is the slot's data area, pinned by the caller. ``pack_start`` is the first pack number that ``writer`` never used;
-    the result says how many are used up, after an error it may be ``packs_at_most``. ``verify`` compares each new chunk with its staged
-    digest just before it is written, 0.05 s a GiB of one core beside the writing: without it a byte that went bad in
+    the result says how many are used up, after an error it may be ``packs_at_most``. ``verify`` compares each new chunk with
+    its staged digest just before it is written, 0.05 s a GiB of one core beside the writing: without it a byte that went bad in
     the slot would be called durable, and be found only by the restore that needs it.
 
     Raises what the store raises, with the snapshot named, and IntegrityError where the slot changed; nothing was recorded
