@@ -237,7 +237,7 @@ def _deque_body(value: deque[object], out: bytearray, depth: int, budget: list[i
 
 def _dataclass_body(value: DataclassNode, out: bytearray, depth: int, budget: list[int]) -> None:
     _put_str(value.type_name, out)
-    _put_dict({key: item for key, item in value.fields.items()}, out, depth, budget)
+    _put_dict(dict(value.fields.items()), out, depth, budget)
 
 
 def _named_tuple_body(value: NamedTupleNode, out: bytearray, depth: int, budget: list[int]) -> None:
