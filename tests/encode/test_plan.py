@@ -35,7 +35,7 @@ def test_known_and_repeated_chunks_are_references() -> None:
     assert found[0].kind == "float16/weight"
 
 
-chunks = st.lists(st.tuples(st.integers(0, 5 * PAGE_BYTES), st.integers(1, 3 * PAGE_BYTES)), max_size=40)
+chunks = st.lists(st.tuples(st.integers(0, 5 * PAGE_BYTES), st.integers(1, 3 * PAGE_BYTES)), max_size=20)
 
 
 @given(chunks, st.integers(PAGE_BYTES, 20 * PAGE_BYTES), st.integers(PAGE_BYTES, 20 * PAGE_BYTES) | st.none())
