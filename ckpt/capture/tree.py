@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from ckpt.capture.leaves import TensorLeaf, World
+from ckpt.capture.loaders import is_loader, loader_state
 from ckpt.capture.memory import same_memory
 from ckpt.capture.modules import ModuleSource
 from ckpt.capture.names import join
@@ -229,20 +230,9 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return isinstance(value, Stateful) and not isinstance(value, type)
 
 
-def is_loader(value: object) -> bool:
-    """Whether it is torchdata's loader; found by name, so that torchdata is not imported."""
-    return any(
-        base.__name__ == "StatefulDataLoader" and base.__module__.startswith("torchdata.")
-        for base in type(value).__mro__
-    )
-
-
 def state_of(value: Stateful) -> object:
     """What ``state_dict`` gives; a loader that nobody iterates yet is not opened for it."""
-    if is_loader(value) and getattr(value, "_iterator", None) is None:
-        # Asking a loader that nobody iterates for its state would open it, which draws random numbers.
-        return getattr(value, "next_iter_state", None) or {}
-    return value.state_dict()
+    return loader_state(value) if is_loader(value) else value.state_dict()
 
 
 def _left_alone(owner: object, key: object, value: object) -> bool:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckpt.capture.leaves import World
+from ckpt.capture.loaders import is_iterated, is_loader, load_loader
 from ckpt.capture.names import join
 from ckpt.capture.rng import RngState
-from ckpt.capture.tree import PLAIN, Stateful, Walker, is_loader, is_stateful, state_of, type_name
+from ckpt.capture.tree import PLAIN, Stateful, Walker, is_stateful, state_of, type_name
 from ckpt.manifest.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 from ckpt.restore.apply_select import Cover, Problems, Selection
 from ckpt.restore.apply_tensors import New, Targets
@@ -186,7 +187,7 @@ class Values:
         if cover is Cover.PART:
             self._problems.add("object can only be restored whole.", path, "name the whole object in only=[...]")
             return lambda: live
-        if _is_open(live):
+        if is_loader(live) and is_iterated(live):
             self._problems.add(
                 "loader is being iterated, and would go on from where it is.",
                 path,
@@ -294,17 +295,12 @@ def _device(kind: str) -> torch.device:
     return torch.device(accelerator.type if accelerator is not None and kind == accelerator.type else "cpu")
 
 
-def _is_open(live: object) -> bool:
-    """Whether somebody iterates a loader: its iterator keeps the old place, whatever is loaded."""
-    iterator = getattr(live, "_iterator", None)
-    if not is_loader(live) or iterator is None:
-        return False
-    return not (iterator._finished or getattr(live, "_initial_iter_for_state_dict", False))
-
-
 def _set_generator(generator: torch.Generator, state: bytes) -> None:
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 def _load(live: Stateful, state: object) -> None:
-    live.load_state_dict(state)  # type: ignore[arg-type]
+    if is_loader(live) and isinstance(state, dict):
+        load_loader(live, state)
+    else:
+        live.load_state_dict(state)  # type: ignore[arg-type]

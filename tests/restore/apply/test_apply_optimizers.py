@@ -1,0 +1,209 @@
+"""Every optimizer of torch: capturing changes nothing, and a restored run goes on bit for bit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ckpt.capture.leaves import World
+from ckpt.capture.plan import CapturePlan, capture
+from ckpt.errors import UsageError
+from ckpt.restore.apply import apply
+
+WORLD = World(0, 1)
+STEPS = 4
+Items = dict[str, object]
+Make = Callable[[list[nn.Parameter]], Optimizer]
+
+VARIANTS: dict[str, Make] = {
+    "Adadelta": torch.optim.Adadelta,
+    "Adafactor": torch.optim.Adafactor,
+    "Adagrad": torch.optim.Adagrad,
+    "Adam": torch.optim.Adam,
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, fused=True),
+    "Adam tensor lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
+    "AdamW": torch.optim.AdamW,
+    "AdamW groups": lambda p: torch.optim.AdamW([{"params": p[:1], "lr": 0.3}, {"params": p[1:], "betas": (0.5, 0.6)}]),
+    "Adamax": torch.optim.Adamax,
+    "ASGD": torch.optim.ASGD,
+    "LBFGS": lambda p: torch.optim.LBFGS(p, history_size=3, max_iter=3),
+    "LBFGS wolfe": lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"),
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
+    "Rprop": torch.optim.Rprop,
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "SparseAdam": torch.optim.SparseAdam,
+}
+if hasattr(torch.optim, "Muon"):
+    VARIANTS["Muon"] = lambda p: torch.optim.Muon([one for one in p if one.ndim == 2])
+
+
+class Net(nn.Module):
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4, sparse=sparse)
+        self.linear = nn.Linear(4, 4) if not sparse else nn.Identity()
+        self.unused = nn.Parameter(torch.ones(2, 2), requires_grad=not sparse)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.embed(rows)).square().mean()
+
+
+def make(name: str) -> Items:
+    torch.manual_seed(1)
+    model = Net(sparse=name == "SparseAdam")
+    parameters = [one for one in model.parameters() if one.requires_grad]
+    return {"model": model, "optimizer": VARIANTS[name](parameters), "progress": {"step": 0}}
+
+
+def train_step(items: Items) -> None:
+    model, optimizer, progress = items["model"], items["optimizer"], items["progress"]
+    assert isinstance(model, nn.Module) and isinstance(optimizer, Optimizer) and isinstance(progress, dict)
+    rows = torch.randint(0, 7, (5,))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(rows)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    progress["step"] += 1
+
+
+def fingerprint(items: Items) -> dict[str, object]:
+    """Everything that is captured, by value."""
+    found = capture(items, world=WORLD)
+    tensors: dict[str, object] = {one.leaf.name: (one.leaf, one.tensor.clone().tolist()) for one in found.tensors}
+    return {**tensors, **{one.leaf.name: one.data for one in found.objects}, "rng": torch.get_rng_state().tolist()}
+
+
+def test_every_optimizer_of_torch_is_tried() -> None:
+    known = {
+        name
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    assert known == {name.split()[0] for name in VARIANTS}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_run_captured_each_step_is_the_run_never_captured(name: str) -> None:
+    watched = make(name)
+    plan = CapturePlan(watched, WORLD)
+    for _ in range(STEPS):
+        plan.capture()
+        train_step(watched)
+    after = fingerprint(watched)
+    alone = make(name)
+    for _ in range(STEPS):
+        train_step(alone)
+    assert fingerprint(alone) == after
+
+
+@pytest.mark.parametrize("done", [0, 2])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_restored_run_goes_on_bit_for_bit(name: str, done: int, store: Callable[..., object]) -> None:
+    first = make(name)
+    for _ in range(done):
+        train_step(first)
+    before = fingerprint(first)
+    snapshot = store(capture(first, world=WORLD))
+    rng = torch.get_rng_state()
+    second, later = make(name), make(name)
+    for _ in range(3):
+        train_step(later)
+    for items in (second, later):
+        apply(items, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore[attr-defined]
+        torch.set_rng_state(rng)
+        assert fingerprint(items) == before
+    results = []
+    for items in (first, second, later):
+        torch.set_rng_state(rng)
+        train_step(items)
+        results.append(fingerprint(items))
+    assert results[0] == results[1] == results[2]
+
+
+def test_parameter_without_state_has_none_after_restore(store: Callable[..., object]) -> None:
+    items = make("AdamW")
+    train_step(items)
+    snapshot = store(capture(items, world=WORLD))
+    model, optimizer = items["model"], items["optimizer"]
+    assert isinstance(model, Net) and isinstance(optimizer, Optimizer)
+    optimizer.state[model.unused] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2, 2)}
+    apply(items, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore[attr-defined]
+    assert model.unused not in optimizer.state
+
+
+def test_state_tensors_are_filled_in_their_own_memory(store: Callable[..., object]) -> None:
+    items = make("Adam")
+    train_step(items)
+    snapshot = store(capture(items, world=WORLD))
+    train_step(items)
+    model, optimizer = items["model"], items["optimizer"]
+    assert isinstance(model, Net) and isinstance(optimizer, Optimizer)
+    before = {key: id(value) for key, value in optimizer.state[model.embed.weight].items()}
+    groups = [id(one) for one in optimizer.param_groups]
+    apply(items, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore[attr-defined]
+    assert {key: id(value) for key, value in optimizer.state[model.embed.weight].items()} == before
+    assert [id(one) for one in optimizer.param_groups] == groups
+
+
+def test_one_optimizer_over_two_models_with_equal_names(store: Callable[..., object]) -> None:
+    def pair() -> tuple[Items, Optimizer]:
+        generator, critic, loose = nn.Linear(2, 2), nn.Linear(2, 2), nn.Parameter(torch.zeros(3))
+        optimizer = torch.optim.SGD([*generator.parameters(), *critic.parameters(), loose], lr=0.1, momentum=0.5)
+        for number, one in enumerate(optimizer.param_groups[0]["params"]):
+            one.grad = torch.full_like(one, float(number))
+        return {"models": {"g": generator, "c": critic}, "optimizer": optimizer}, optimizer
+
+    items, optimizer = pair()
+    optimizer.step()
+    found = capture(items, world=WORLD)
+    names = [one.leaf.name for one in found.tensors if one.leaf.name.startswith("optimizer/")]
+    assert "optimizer/state/models/g/weight/momentum_buffer" in names
+    assert "optimizer/state/models/c/bias/momentum_buffer" in names
+    assert "optimizer/state/group0/param4/momentum_buffer" in names
+    snapshot = store(found)
+    others, again = pair()
+    apply(others, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore[attr-defined]
+    for mine, theirs in zip(optimizer.param_groups[0]["params"], again.param_groups[0]["params"], strict=True):
+        expected = optimizer.state[mine]["momentum_buffer"]
+        assert torch.equal(expected, again.state[theirs]["momentum_buffer"])
+
+
+def test_optimizer_hooks_are_not_fired(store: Callable[..., object]) -> None:
+    items = make("Adam")
+    train_step(items)
+    optimizer = items["optimizer"]
+    assert isinstance(optimizer, Optimizer)
+    fired: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda *_: fired.append("save"))
+    optimizer.register_step_pre_hook(lambda *_: fired.append("step"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: fired.append("load"))
+    snapshot = store(capture(items, world=WORLD))
+    apply(items, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore[attr-defined]
+    assert fired == []
+
+
+def test_other_groups_are_refused_and_state_alone_is_not(store: Callable[..., object]) -> None:
+    items = make("AdamW groups")
+    train_step(items)
+    snapshot = store(capture(items, world=WORLD))
+    others = make("AdamW")
+    with pytest.raises(UsageError, match="numbers of parameter groups differ"):
+        apply(others, snapshot.index, read=snapshot.read, world=WORLD)  # type: ignore[attr-defined]
+    optimizer = others["optimizer"]
+    assert isinstance(optimizer, Optimizer) and not optimizer.state
+    apply(others, snapshot.index, read=snapshot.read, world=WORLD, only=["model", "optimizer/state"])  # type: ignore[attr-defined]
+    assert optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 0.001
