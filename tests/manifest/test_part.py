@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 import zstandard
@@ -100,10 +102,8 @@ def test_mutated_stored_bytes_give_the_equal_part_or_an_integrity_error(at: int,
     data[at % len(data)] = byte
     if cut:
         del data[-cut:]
-    try:
+    with contextlib.suppress(IntegrityError, FormatVersionError):
         assert decode_part(bytes(data)) == small_part()
-    except (IntegrityError, FormatVersionError):
-        pass
 
 
 @settings(max_examples=400, deadline=None)

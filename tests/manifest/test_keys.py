@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt.backends.keys import check_key
+from ckpt.errors import UsageError
+from ckpt.manifest import keys
+from ckpt.manifest.digest import digest, digest_hex
+from ckpt.values import SnapshotId
+
+BOOT = "0123456789abcdef"
+
+
+def test_the_digest_is_xxh3_128_big_endian() -> None:
+    assert digest_hex(b"") == "99aa06d3014798d86001c324468d497f"
+    assert digest(memoryview(b"ckpt")).hex() == digest_hex(bytearray(b"ckpt"))
+
+
+@given(st.text(max_size=200), st.integers(0, 10**8 - 1), st.integers(0, 10**10 - 1), st.integers(0, 10**14 - 1))
+def test_every_key_is_one_that_backends_take_and_parses_back(node: str, n: int, epoch: int, step: int) -> None:
+    writer = keys.writer_name(node, BOOT)
+    pair = SnapshotId(epoch, step)
+    made = {
+        keys.pack_key(writer, n): keys.parse_pack_key,
+        keys.part_key(pair, writer): keys.parse_part_key,
+        keys.manifest_key(pair, "0" * 32): keys.parse_manifest_key,
+        keys.log_key(step): keys.parse_log_key,
+        keys.fold_key(step): keys.parse_fold_key,
+    }
+    for key in made:
+        check_key(key)
+    assert [parse(key) for key, parse in made.items()] == [(writer, n), (pair, writer), (pair, "0" * 32), step, step]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "", "packs/", "packs/../x", f"packs/a-{BOOT}-00000001.pack\n", f"/packs/a-{BOOT}-00000001.pack",
+        f"packs/../a-{BOOT}-00000001.pack", f"packs/.a-{BOOT}-00000001.pack", f"packs/a-{BOOT}-1.pack",
+        f"packs/a-{BOOT.upper()}-00000001.pack", f"packs/a-{BOOT}-٠٠٠٠٠٠٠١.pack", "log/1.json",
+        "log/99999999999999999999.json", "log/0000000000000000000a.json", "folds/00000000000000000001.json.tmp",
+        f"parts/0000000001-00000000000001/../a-{BOOT}.mpk.zst", "manifests/0000000001-00000000000001.json",
+    ],
+)  # fmt: skip
+def test_a_key_that_is_not_exactly_ours_parses_to_nothing(key: str) -> None:
+    parsers = (
+        keys.parse_pack_key, keys.parse_part_key, keys.parse_manifest_key, keys.parse_log_key, keys.parse_fold_key,
+    )  # fmt: skip
+    assert [parse(key) for parse in parsers] == [None] * 5
+
+
+def test_numbers_and_names_that_no_key_holds_are_refused() -> None:
+    for make in (
+        lambda: keys.pack_key("../x", 0),
+        lambda: keys.pack_key(keys.writer_name("a", BOOT), -1),
+        lambda: keys.part_key(SnapshotId(-1, 0), keys.writer_name("a", BOOT)),
+        lambda: keys.manifest_key(SnapshotId(0, 10**14), "0" * 32),
+        lambda: keys.manifest_key(SnapshotId(0, 0), "../x"),
+        lambda: keys.log_key(2**63),
+        lambda: keys.writer_name("a", "xyz"),
+    ):
+        with pytest.raises(UsageError):
+            make()
+
+
+def test_keys_sort_as_what_they_name() -> None:
+    assert sorted(map(keys.log_key, [10, 9, 100])) == [keys.log_key(n) for n in (9, 10, 100)]
+    pairs = [SnapshotId(2, 1), SnapshotId(10, 0), SnapshotId(1, 99)]
+    assert sorted(pair.key for pair in pairs) == [pair.key for pair in sorted(pairs)]
