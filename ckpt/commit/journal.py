@@ -14,7 +14,15 @@ from ckpt.commit.fold import fold, verdict
 from ckpt.commit.folds import FOLD_BYTES_MAX, encode_fold, fold_due
 from ckpt.commit.place import open_store
 from ckpt.commit.reader import Note, read_on, read_start
-from ckpt.commit.sequencer import Claimed, Lost, Sequencer, StoreSequencer, Unknown, create_once
+from ckpt.commit.sequencer import (
+    Claimed,
+    Lost,
+    Sequencer,
+    StoreSequencer,
+    Unknown,
+    create_once,
+    require_create_only,
+)
 from ckpt.commit.state import LogState
 from ckpt.errors import (
     CkptError,
@@ -49,10 +57,10 @@ class Journal:
 
     __slots__ = ("_backend", "_lock", "_notes", "_record", "_sequencer", "_state")
 
-    def __init__(self, backend: Backend, record: JobRecord, sequencer: Sequencer | None) -> None:
+    def __init__(self, backend: Backend, record: JobRecord) -> None:
         self._backend = backend
         self._record = record
-        self._sequencer = sequencer
+        self._sequencer: Sequencer | None = None
         self._lock = threading.RLock()
         self._state: LogState | None = None
         self._notes: deque[Note] = deque(maxlen=NOTES_MAX)
@@ -65,9 +73,7 @@ class Journal:
         ``create`` where it can't create a key only once; IntegrityError where ``ckpt.json`` is damaged or gone. Reads one
         small object.
         """
-        record = open_store(backend, job=job, create=create)
-        able = record.sequencer == SEQUENCER_STORE and backend.capabilities().create_only
-        return cls(backend, record, StoreSequencer(backend) if able else None)
+        return cls(backend, open_store(backend, job=job, create=create))
 
     @property
     def job(self) -> str:
@@ -212,22 +218,22 @@ class Journal:
                 f"the log has a hole, so nothing can be added. key={keys.log_key(state.hole.seq)} "
                 f"why={state.hole.reason} bring that object back from a copy of the store ({self._backend.url})"
             )
-        if self._sequencer is None:
-            raise UsageError(self._why_not())
+        sequencer = self._giver()
         if (void := verdict(state, record)) is not None:
             raise refused(void)
-        return self._sequencer
+        return sequencer
 
-    def _why_not(self) -> str:
-        if self._record.sequencer != SEQUENCER_STORE:
-            return (
-                f"places in this log are not given out by the store. store={self._backend.url} "
-                f"sequencer={self._record.sequencer!r} write through that sequencer"
-            )
-        return (
-            f"this store does not create a key only once, so two writers could overwrite each other. "
-            f"store={self._backend.url} use a store that honours create-if-absent"
-        )
+    def _giver(self) -> Sequencer:
+        """What gives out places. Asked for at the first write only: finding out what a store can do may write to it."""
+        if self._sequencer is None:
+            if self._record.sequencer != SEQUENCER_STORE:
+                raise UsageError(
+                    f"places in this log are not given out by the store. store={self._backend.url} "
+                    f"sequencer={self._record.sequencer!r} write through that sequencer"
+                )
+            require_create_only(self._backend)
+            self._sequencer = StoreSequencer(self._backend)
+        return self._sequencer
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         match create_once(self._backend, key, data, bytes_max=MANIFEST_BYTES_MAX):

@@ -6,7 +6,7 @@ import secrets
 
 from ckpt.backends.base import Backend
 from ckpt.commit.reader import read_object
-from ckpt.commit.sequencer import Claimed, Lost, Unknown, create_once
+from ckpt.commit.sequencer import Claimed, Lost, Unknown, create_once, require_create_only
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest import keys
 from ckpt.manifest.job import JOB_BYTES_MAX, JobRecord
@@ -53,11 +53,7 @@ def _refuse_headless(backend: Backend) -> None:
 def _create(backend: Backend, job: str | None) -> JobRecord:
     if job is None:
         raise UsageError(f"a new store needs its job's name. store={backend.url} pass job=")
-    if not backend.capabilities().create_only:
-        raise UsageError(
-            f"this store does not create a key only once, so two writers could overwrite each other. "
-            f"store={backend.url} use a store that honours create-if-absent"
-        )
+    require_create_only(backend)
     mine = JobRecord(job=job, store_id=secrets.token_hex(16))
     match create_once(backend, keys.JOB_KEY, mine.encode(), bytes_max=JOB_BYTES_MAX):
         case Claimed():

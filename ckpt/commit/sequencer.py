@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ckpt.backends.base import Backend
 from ckpt.commit.reader import read_object
-from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError
+from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
 from ckpt.manifest import keys
 from ckpt.manifest.records import RECORD_BYTES_MAX
 
@@ -59,6 +59,15 @@ class StoreSequencer:
         if isinstance(found, Lost) and found.data == data:
             return Claimed()
         return found
+
+
+def require_create_only(backend: Backend) -> None:
+    """Raises UsageError for a store that can't give out places: two writers would both believe that one is theirs."""
+    if not backend.capabilities().create_only:
+        raise UsageError(
+            f"this store does not create a key only once, so two writers could overwrite each other. "
+            f"store={backend.url} use a store that honours create-if-absent"
+        )
 
 
 def create_once(backend: Backend, key: str, data: bytes, *, bytes_max: int) -> Claimed | Lost | Unknown:

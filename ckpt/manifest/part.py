@@ -23,6 +23,8 @@ PART_RAW_BYTES_MAX = 256 << 20
 """Refused above this before anything is allocated: room for seven million chunks, 28 TB of state a rank."""
 ZSTD_LEVEL = 3
 
+_CODECS = {codec.value: codec for codec in Codec}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredShard:
@@ -216,13 +218,13 @@ def _chunks(wire: _Wire, sizes: list[int]) -> tuple[tuple[Digest, ...], tuple[Ch
     raws = (raw for size in sizes for raw in chunk_sizes(size))
     try:
         places = tuple(
-            ChunkLocation(wire.packs[pack], offset, size, raw, Codec(codec), item)
+            ChunkLocation(wire.packs[pack], offset, size, raw, _CODECS[codec], item)
             for pack, offset, size, raw, codec, item in zip(
                 pack_index, offsets, stored, raws, codecs, items, strict=True
             )
         )
-    except ValueError as error:
-        raise IntegrityError(f"unknown codec. what=part why={error}") from error
+    except KeyError as error:
+        raise IntegrityError(f"unknown codec. what=part codec={error}") from error
     digests = tuple(wire.digests[i : i + DIGEST_BYTES] for i in range(0, len(wire.digests), DIGEST_BYTES))
     return digests, places
 
