@@ -1,0 +1,117 @@
+"""The ``ckpt`` command: a group whose commands load when they are named, and the one place where errors become exits."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+import click
+
+from ckpt.cli.say import emit_error
+from ckpt.errors import CkptError, InternalError
+
+COMMANDS = {
+    "ls": "ckpt.cli.ls",
+    "show": "ckpt.cli.show",
+    "log": "ckpt.cli.log",
+    "read": "ckpt.cli.read",
+    "verify": "ckpt.cli.verify",
+    "diff": "ckpt.cli.diff",
+    "restore": "ckpt.cli.restore",
+    "tag": "ckpt.cli.tag",
+    "untag": "ckpt.cli.untag",
+    "rm": "ckpt.cli.rm",
+    "completion": "ckpt.cli.completion",
+}
+"""Each command and the module that holds it as ``command``."""
+
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+
+_EPILOG = """\b
+Exit codes:
+  0   done, and everything is well
+  2   the command line cannot work as given
+  10  no such store, snapshot, tag, leaf or file
+  11  the store does not answer, is full or denies
+  12  another writer came first, or a newer epoch is open
+  13  whether a write landed is unknown: run the same command again
+  20  damage: stored bytes differ from their digest
+  70  a defect of ckpt
+  130 interrupted
+
+\b
+Stores are named by URL: a folder, s3://bucket/prefix, gs://..., az://...
+Every command takes --json, before or after its name.
+"""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is named, so that one costs nothing for another."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """See click."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """See click."""
+        home = COMMANDS.get(cmd_name)
+        if home is None:
+            return None
+        command = importlib.import_module(home).command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.version_option(metadata.version("torch-ckpt"), prog_name="ckpt", message="%(prog)s %(version)s")
+def cli(as_json: bool, debug: bool) -> None:
+    """Look into, verify and restore snapshots of PyTorch state."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line (without the program's name) and return its exit code. Errors are printed to stderr."""
+    as_json = _flag(arguments, "--json")
+    debug = _flag(arguments, "--debug")
+    try:
+        result = cli.main(args=list(arguments), prog_name="ckpt", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left; what is still buffered must not raise again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ckpt"
+        message = f"{error.format_message()} See '{where} --help'."
+        code = "usage" if isinstance(error, click.UsageError) else "not-found"
+        exit_code = 2 if isinstance(error, click.UsageError) else 10
+        return emit_error(message, code=code, exit_code=exit_code, retry=False, as_json=as_json)
+    except CkptError as error:
+        if debug:
+            traceback.print_exc()
+        return emit_error(str(error), code=error.code, exit_code=error.exit_code, retry=error.retry, as_json=as_json)
+    except Exception as error:  # noqa: BLE001  (the border to the shell: whatever came through is a defect of ours)
+        if debug:
+            traceback.print_exc()
+        text = f"this is a defect of ckpt: {type(error).__name__}: {error}; run again with --debug and report it"
+        exit_code = InternalError.exit_code
+        return emit_error(text, code=InternalError.code, exit_code=exit_code, retry=False, as_json=as_json)
+
+
+def main() -> None:
+    """The program: run the command line of this process and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _flag(arguments: Sequence[str], name: str) -> bool:
+    """Whether a flag stands among the arguments: asked before parsing, because parsing itself may fail."""
+    return name in arguments[: arguments.index("--") if "--" in arguments else len(arguments)]
