@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from ckpt.cli.say import COMPLETE_VARIABLE
 from ckpt.errors import InternalError
-
-VARIABLE = "_CKPT_COMPLETE"
 
 _EPILOG = """\b
 Examples:
@@ -26,4 +25,4 @@ def command(ctx: click.Context, shell: str) -> None:
     if maker is None:
         raise InternalError(f"click knows no such shell. shell={shell}")
     root = ctx.find_root().command
-    click.echo(maker(root, {}, "ckpt", VARIABLE).source())
+    click.echo(maker(root, {}, "ckpt", COMPLETE_VARIABLE).source())

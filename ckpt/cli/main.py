@@ -11,7 +11,7 @@ from importlib import metadata
 
 import click
 
-from ckpt.cli.say import emit_error
+from ckpt.cli.say import COMPLETE_VARIABLE, emit_error
 from ckpt.errors import CkptError, InternalError
 
 COMMANDS = {
@@ -80,9 +80,13 @@ def run(arguments: Sequence[str]) -> int:
     as_json = _flag(arguments, "--json")
     debug = _flag(arguments, "--debug")
     try:
-        result = cli.main(args=list(arguments), prog_name="ckpt", standalone_mode=False)
+        # Not cli.main: it prints a line on Ctrl-C and exits by itself on a closed pipe.
+        with cli.make_context("ckpt", list(arguments) or ["--help"]) as ctx:
+            result = cli.invoke(ctx)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -109,6 +113,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The program: run the command line of this process and exit with its code."""
+    if COMPLETE_VARIABLE in os.environ:
+        # A shell asks for completions: click answers and exits.
+        cli.main(prog_name="ckpt", complete_var=COMPLETE_VARIABLE)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -6,6 +6,9 @@ import json
 
 import click
 
+COMPLETE_VARIABLE = "_CKPT_COMPLETE"
+"""Set by the completion scripts when a shell asks for words."""
+
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
 

@@ -1,0 +1,179 @@
+"""verify, restore, tag, untag, rm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ckpt.backends.file import FileBackend
+from ckpt.commit.catalog import load_index
+from ckpt.commit.journal import Journal
+from ckpt.testing.sample import damage, sample_state
+from ckpt.values import SnapshotId
+
+
+def spoil(store: FileBackend, step: int, leaf: str = "model/fc.weight") -> str:
+    index = load_index(store, Journal.open(store).refresh(), SnapshotId(1, step))
+    place = index.shards(leaf, None)[0].locations[0]
+    damage(store, place.pack, place.offset_bytes + 1)
+    return place.pack
+
+
+def test_verify_of_a_sound_store_exits_0(ckpt, store) -> None:
+    done = ckpt("verify", store.url, "--all", "--json")
+    assert done.code == 0
+    assert done.json["ok"] is True
+    assert [one["step"] for one in done.json["snapshots"]] == [30, 20, 10]
+    assert done.json["snapshots"][0]["read_bytes"] > 0
+    assert ckpt("verify", store.url).out.startswith("ok")
+
+
+def test_verify_tells_all_damage_and_exits_20(ckpt, store) -> None:
+    pack = spoil(store, 30)
+    spoil(store, 30, "optimizer/state/fc.weight/exp_avg")
+    done = ckpt("verify", store.url, "--json")
+    assert done.code == 20
+    damaged = done.json["snapshots"][0]["damaged"]
+    assert {tuple(one["leaves"]) for one in damaged} == {("model/fc.weight",), ("optimizer/state/fc.weight/exp_avg",)}
+    assert {one["what"] for one in damaged} == {"mismatch"}
+    assert damaged[0]["key"] == pack
+    text = ckpt("verify", store.url).out
+    assert "DAMAGED" in text
+    assert pack in text
+    assert ckpt("verify", store.url, "--step", 20).code == 0
+    assert [one["ok"] for one in ckpt("verify", store.url, "--all", "--json").json["snapshots"]] == [False, True, True]
+
+
+def test_verify_tells_a_damaged_part(ckpt, store) -> None:
+    key = next(stat.key for stat in store.list("parts/") if "0030/" in stat.key)
+    damage(store, key, 30)
+    done = ckpt("verify", store.url, "--all", "--json")
+    assert done.code == 20
+    assert done.json["snapshots"][0]["damaged"][0]["what"] == "record"
+    assert done.json["snapshots"][1]["ok"] is True
+
+
+def test_verify_of_all_and_of_one_is_refused(ckpt, store) -> None:
+    assert ckpt("verify", store.url, "--all", "--step", "10").code == 2
+
+
+def test_restore_writes_the_newest_as_torch_files(ckpt, store, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = ckpt("restore", store.url, "--to", out, "--json")
+    assert done.code == 0
+    assert done.json["snapshot"] == {"epoch": 1, "step": 30}
+    assert [Path(one["path"]).name for one in done.json["files"]] == [
+        "model.pt",
+        "noise.pt",
+        "optimizer.pt",
+        "progress.pt",
+    ]
+    model = torch.load(out / "model.pt", weights_only=True)
+    assert np.array_equal(model["fc.weight"].numpy(), sample_state(30).weight)
+    assert ckpt("restore", store.url, "--to", out).code == 2
+    assert ckpt("restore", store.url, "--to", out, "--force", "--tag", "best").code == 0
+    model = torch.load(out / "model.pt", weights_only=True)
+    assert np.array_equal(model["fc.weight"].numpy(), sample_state(20).weight)
+
+
+def test_restored_optimizer_loads_into_a_real_one(ckpt, store, tmp_path: Path) -> None:
+    ckpt("restore", store.url, "--to", tmp_path, "--item", "optimizer")
+    state = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((10, 16), (48, 32), (48,))]
+    optimizer = torch.optim.Adam(parameters)
+    optimizer.load_state_dict(state)
+    assert np.array_equal(optimizer.state[parameters[1]]["exp_avg"].numpy(), sample_state(30).momentum)
+
+
+def test_restore_as_safetensors_of_all_ranks(ckpt, store, tmp_path: Path) -> None:
+    done = ckpt(
+        "restore", store.url, "--to", tmp_path / "o", "--format", "safetensors", "--all-ranks", "--memory", "16MiB"
+    )
+    assert done.code == 0
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"o/rank-{rank}/model.safetensors")
+        assert np.array_equal(found["fc.weight"].numpy(), sample_state(30).weight)
+
+
+def test_restore_falls_back_from_damage_and_says_so(ckpt, store, tmp_path: Path) -> None:
+    spoil(store, 30)
+    done = ckpt("restore", store.url, "--to", tmp_path / "a", "--json")
+    assert done.code == 0
+    assert done.json["snapshot"]["step"] == 20
+    assert done.json["fell_back_from"] == [{"epoch": 1, "step": 30}]
+    assert "warning: epoch 1 step 30 is damaged" in done.err
+    model = torch.load(tmp_path / "a/model.pt", weights_only=True)
+    assert np.array_equal(model["fc.weight"].numpy(), sample_state(20).weight)
+
+
+def test_restore_falls_back_from_a_lost_manifest(ckpt, store, tmp_path: Path) -> None:
+    store.delete(next(stat.key for stat in store.list("manifests/") if "0030-" in stat.key))
+    assert ckpt("restore", store.url, "--to", tmp_path / "a", "--json").json["snapshot"]["step"] == 20
+
+
+@pytest.mark.parametrize("arguments", [("--strict",), ("--step", 30), ("--tag", "newest-tag")])
+def test_restore_of_exactly_one_damaged_snapshot_exits_20(ckpt, store, tmp_path: Path, arguments) -> None:
+    ckpt("tag", store.url, "newest-tag")
+    spoil(store, 30)
+    done = ckpt("restore", store.url, "--to", tmp_path / "a", *arguments)
+    assert done.code == 20
+    assert not list((tmp_path / "a").glob("*"))
+
+
+def test_restore_with_nothing_sound_left_exits_20(ckpt, store, tmp_path: Path) -> None:
+    for stat in list(store.list("packs/")):
+        store.delete(stat.key)
+    assert ckpt("restore", store.url, "--to", tmp_path / "a").code == 20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--memory", "much"), ("--memory", "1KiB"), ("--rank", 0, "--all-ranks"), ("--format", "pickle")],
+)
+def test_restore_with_bad_options_exits_2(ckpt, store, tmp_path: Path, arguments) -> None:
+    assert ckpt("restore", store.url, "--to", tmp_path / "a", *arguments).code == 2
+
+
+def test_restore_of_an_unknown_item_exits_10(ckpt, store, tmp_path: Path) -> None:
+    assert ckpt("restore", store.url, "--to", tmp_path / "a", "--item", "modle").code == 10
+    assert ckpt("restore", store.url, "--to", tmp_path / "a", "--rank", 5).code == 10
+
+
+def test_tag_names_a_snapshot_and_untag_takes_it_away(ckpt, store) -> None:
+    assert ckpt("tag", store.url, "gold", "--step", 10, "--json").json == {
+        "tag": "gold",
+        "snapshot": {"epoch": 1, "step": 10},
+    }
+    assert ckpt("show", store.url, "--tag", "gold", "--json").json["snapshot"]["step"] == 10
+    assert ckpt("untag", store.url, "gold", "--json").json["untagged"] == "gold"
+    done = ckpt("untag", store.url, "gold")
+    assert done.code == 10
+    assert "best" in done.err
+
+
+def test_rm_drops_a_snapshot_and_says_when_bytes_go(ckpt, store) -> None:
+    done = ckpt("rm", store.url, "--step", 10, "--yes")
+    assert done.code == 0
+    assert "swept later" in done.out
+    assert [one["step"] for one in ckpt("ls", store.url, "--json").json["snapshots"]] == [30, 20]
+    assert ckpt("verify", store.url, "--all").code == 0
+    assert ckpt("rm", store.url, "--step", 10, "--yes").code == 10
+
+
+def test_rm_asks_first(ckpt, store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: "n")
+    done = ckpt("rm", store.url, "--step", 10)
+    assert done.code == 130
+    assert len(ckpt("ls", store.url, "--json").json["snapshots"]) == 3
+    assert ckpt("rm", store.url, "--step", 10, "--json").code == 2
+
+
+@pytest.mark.parametrize(("step", "why"), [(30, "newest"), (20, "untag it first")])
+def test_rm_refuses_the_newest_and_tagged_ones(ckpt, store, step: int, why: str) -> None:
+    done = ckpt("rm", store.url, "--step", step, "--yes")
+    assert done.code == 2
+    assert why in done.err
