@@ -17,8 +17,9 @@ Examples:
 \b
 JSON: {"url", "job", "snapshots": [{"epoch", "step", "newest", "on_line",
 "world_size", "size_bytes", "new_bytes", "created_unix_s", "tags",
-"metadata", "problem"}, ...]}, last committed first. "problem" is null, or why
-the snapshot's manifest cannot be read; its sizes are 0 then.
+"metadata", "problem", "maybe_stale"}, ...]}, last committed first.
+"problem" is null, or why the snapshot's manifest cannot be read; its sizes
+are 0 then. "maybe_stale": the log has a hole, newer ones may exist.
 """
 
 

@@ -151,6 +151,7 @@ def info_json(info: SnapshotInfo, *, newest: bool, on_line: bool) -> dict[str, J
         "tags": list(info.tags),
         "metadata": dict(info.metadata),
         "problem": info.problem,
+        "maybe_stale": info.maybe_stale,
     }
 
 

@@ -27,11 +27,12 @@ def test_every_command_has_help_with_examples(ckpt) -> None:
         assert f"  ckpt {name}" in done.out
 
 
-def test_every_command_but_completion_takes_json_and_storage_options() -> None:
+def test_every_command_takes_json_and_those_on_stores_storage_options() -> None:
     context = click.Context(cli)
-    for name in set(COMMANDS) - {"completion"}:
+    for name in COMMANDS:
         flags = {flag for one in cli.get_command(context, name).params for flag in one.opts}
-        assert {"--json", "--storage-option", "--debug", "url"} <= flags
+        assert {"--json", "--debug"} <= flags
+        assert name == "completion" or {"--storage-option", "url"} <= flags
 
 
 def test_no_arguments_prints_help(ckpt) -> None:
@@ -85,6 +86,7 @@ def test_completion_prints_the_shells_script(ckpt, shell: str) -> None:
     done = ckpt("completion", shell)
     assert done.code == 0
     assert "_CKPT_COMPLETE" in done.out
+    assert ckpt("completion", shell, "--json").json["shell"] == shell
 
 
 def test_completion_answers_the_shell() -> None:
