@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ckpt.capture.leaves import TensorLeaf
-from ckpt.capture.tensors import is_dtensor
+from ckpt.capture.meshes import is_dtensor
 
 
 class Watch:

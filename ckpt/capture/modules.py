@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.capture.memory import Watch
+from ckpt.capture.meshes import holders, is_dtensor, mesh_dims
 from ckpt.capture.names import clean_fqn, join
-from ckpt.capture.tensors import ALONE, Sharing, describe, is_dtensor, layout_text, mesh_ranks
+from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text
 from ckpt.errors import UsageError
 from ckpt.manifest.objects import Encoded, Ref, encode_object
 
@@ -103,12 +104,13 @@ class ModuleSource:
             entries = self.module.state_dict(keep_vars=True)
         known = {id(tensor) for tensor in _tensors(self._modules)}
         owners = _shared_by_ddp(self._modules)
+        dims = mesh_dims(_tensors(self._modules))
         live: list[LiveEntry] = []
         made: list[MadeEntry] = []
         for key, value in entries.items():
             fqn = clean_fqn(self.module, key)
             if isinstance(value, torch.Tensor) and id(value) in known:
-                live.append(LiveEntry(fqn, key, value, _sharing(value, owners.get(id(value)))))
+                live.append(LiveEntry(fqn, key, value, _sharing(value, owners.get(id(value)), dims)))
             else:
                 made.append(MadeEntry(fqn, key, value))
         self.made = tuple(made)
@@ -168,14 +170,14 @@ def _shared_by_ddp(modules: list[nn.Module]) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def _sharing(tensor: torch.Tensor, ranks: tuple[int, ...] | None) -> Sharing:
+def _sharing(tensor: torch.Tensor, ranks: tuple[int, ...] | None, dims: frozenset[str]) -> Sharing:
     if is_dtensor(tensor):
         if ranks is not None and len(ranks) > 1:
             raise UsageError(
                 f"distributed tensor under DistributedDataParallel. placements={tensor.placements}; use fully_shard over a "
                 f"mesh with a replicated dimension instead"
             )
-        return Sharing(scalars=mesh_ranks(tensor.device_mesh))
+        return Sharing(scalars=holders(tensor.device_mesh, None, dims, "step"), dims=dims)
     return ALONE if ranks is None else Sharing(ranks, ranks)
 
 

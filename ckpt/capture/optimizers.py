@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from ckpt.capture.leaves import TensorLeaf
 from ckpt.capture.memory import Watch
+from ckpt.capture.meshes import holders, is_dtensor
 from ckpt.capture.modules import Home
 from ckpt.capture.names import escape
-from ckpt.capture.tensors import Sharing, is_dtensor, mesh_ranks
+from ckpt.capture.tensors import ALONE, Sharing
 from ckpt.manifest.objects import Encoded, encode_object
 
 
@@ -39,7 +40,9 @@ class Member:
         """Who shares this parameter's optimizer state."""
         if self.home is not None:
             return self.home.sharing
-        return Sharing(scalars=mesh_ranks(self.tensor.device_mesh)) if is_dtensor(self.tensor) else Sharing()
+        if is_dtensor(self.tensor):
+            return Sharing(scalars=holders(self.tensor.device_mesh, None, frozenset(), self.name))
+        return ALONE
 
 
 def members(optimizer: Optimizer, homes: Mapping[int, Home]) -> tuple[Member, ...]:

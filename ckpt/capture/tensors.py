@@ -6,17 +6,17 @@ import dataclasses
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.parameter import is_lazy
 
 from ckpt.capture.leaves import TensorLeaf, World
+from ckpt.capture.meshes import holders, is_dtensor
 from ckpt.errors import UsageError
 from ckpt.values import DTYPE_BYTES, Box, Leaf, LeafKind
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -24,21 +24,16 @@ if TYPE_CHECKING:
 class Sharing:
     """Which ranks hold a plain (not distributed) tensor together; None: each rank has its own.
 
-    ``scalars`` is for 0-d tensors, ``tensors`` for all others.
+    ``scalars`` is for 0-d tensors, ``tensors`` for all others. ``dims`` are the mesh dimensions of the module around.
     """
 
     tensors: tuple[int, ...] | None = None
     scalars: tuple[int, ...] | None = None
+    dims: frozenset[str] = frozenset()
 
 
 ALONE = Sharing()
 """Every tensor is the rank's own."""
-
-
-def is_dtensor(value: object) -> TypeGuard[DTensor]:
-    """Whether it is a distributed tensor. Imports nothing: without the module there are none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -87,7 +82,7 @@ def describe(name: str, tensor: torch.Tensor, *, world: World, sharing: Sharing 
     local = local_of(tensor)
     shape = tuple(tensor.shape)
     if is_dtensor(tensor):
-        box, replicas = _layout(name, tensor)
+        box, replicas = _layout(name, tensor, sharing.dims)
         rank = None
     else:
         ranks = sharing.tensors if shape else sharing.scalars
@@ -112,16 +107,8 @@ def layout_text(tensor: torch.Tensor) -> str:
     return ",".join("R" if dim is None else f"S{dim}" for dim in dims)
 
 
-def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
-    """The global ranks of a mesh, ascending."""
-    return tuple(sorted(mesh.mesh.flatten().tolist()))
-
-
-def _layout(name: str, tensor: DTensor) -> tuple[Box, tuple[int, ...]]:
+def _layout(name: str, tensor: DTensor, dims: frozenset[str]) -> tuple[Box, tuple[int, ...]]:
     mesh, placements = tensor.device_mesh, tensor.placements
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise UsageError(f"this rank is not part of the tensor's mesh. leaf={name!r} mesh={mesh}")
     for dim, place in enumerate(placements):
         factor = getattr(place, "split_factor", None)
         if place.is_partial():
@@ -137,10 +124,7 @@ def _layout(name: str, tensor: DTensor) -> tuple[Box, tuple[int, ...]]:
             f"tensor's local shape is not what its placements say. leaf={name!r} local={tuple(tensor._local_tensor.shape)} "
             f"expected={tuple(sizes)} placements={placements}"
         )
-    at: tuple[int | slice, ...] = tuple(
-        slice(None) if place.is_replicate() else coordinate[dim] for dim, place in enumerate(placements)
-    )
-    return Box(tuple(offsets), tuple(sizes)), tuple(sorted(mesh.mesh[at].flatten().tolist()))
+    return Box(tuple(offsets), tuple(sizes)), holders(mesh, placements, dims, name)
 
 
 def _later_shards(tensor: DTensor, dim: int) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ckpt.capture.tensors import is_dtensor, local_of
+from ckpt.capture.meshes import is_dtensor
+from ckpt.capture.tensors import local_of
 from ckpt.restore.plan import Want
 from ckpt.restore.rebuild import Read
 

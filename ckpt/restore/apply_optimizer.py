@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from ckpt.capture.meshes import is_dtensor
 from ckpt.capture.names import join
 from ckpt.capture.optimizers import Member, OptimizerSource
-from ckpt.capture.tensors import is_dtensor
 from ckpt.errors import IntegrityError
 from ckpt.manifest.objects import Ref
 from ckpt.restore.apply_select import Cover, Problems, Selection

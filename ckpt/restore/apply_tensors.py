@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.capture.tensors import ALONE, describe, is_dtensor, with_aliases
+from ckpt.capture.meshes import is_dtensor
+from ckpt.capture.tensors import ALONE, describe, with_aliases
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.manifest.objects import Ref

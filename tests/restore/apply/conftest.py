@@ -79,7 +79,7 @@ class MemorySnapshot:
             assert leaf is not None, want
             whole = np.zeros((*leaf.shape, DTYPE_BYTES[leaf.dtype]), np.uint8)
             for box, data in self._data[leaf.name, leaf.rank]:
-                whole[_at(box)] = np.frombuffer(data, np.uint8).reshape(*box.sizes, -1)
+                whole[_at(box)] = np.frombuffer(data, np.uint8).reshape(*box.sizes, DTYPE_BYTES[leaf.dtype])
             output[:] = whole[_at(want.box)].tobytes()
 
 
