@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.capture.memory import Watch
 from ckpt.capture.meshes import holders, is_dtensor, mesh_dims
 from ckpt.capture.names import clean_fqn, join
-from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text
+from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text, local_of
 from ckpt.errors import UsageError
 from ckpt.manifest.objects import Encoded, Ref, encode_object
 
@@ -99,18 +100,23 @@ class ModuleSource:
 
     def _read(self) -> bool:
         """Ask the module for its entries. Returns whether its parameters and buffers are others than before."""
-        # keep_vars gives the live objects, so that they are known by identity; pre-hooks put sharded parameters in place.
+        # keep_vars gives the live objects. Hooks of the user's own may rely on detached ones (to call numpy() on them), so
+        # there entries are known by their memory. torch's pre-hooks put sharded parameters in place first.
         with torch.no_grad():
-            entries = self.module.state_dict(keep_vars=True)
-        known = {id(tensor) for tensor in _tensors(self._modules)}
+            entries = self.module.state_dict(keep_vars=not self.computes)
+        known = {id(tensor): tensor for tensor in _tensors(self._modules)}
+        places = {_place(tensor): tensor for tensor in known.values()} if self.computes else {}
         owners = _shared_by_ddp(self._modules)
         dims = mesh_dims(_tensors(self._modules))
         live: list[LiveEntry] = []
         made: list[MadeEntry] = []
         for key, value in entries.items():
             fqn = clean_fqn(self.module, key)
-            if isinstance(value, torch.Tensor) and id(value) in known:
-                live.append(LiveEntry(fqn, key, value, _sharing(value, owners.get(id(value)), dims)))
+            tensor = known.get(id(value))
+            if tensor is None and self.computes and isinstance(value, torch.Tensor):
+                tensor = places.get(_place(value))
+            if tensor is not None:
+                live.append(LiveEntry(fqn, key, tensor, _sharing(tensor, owners.get(id(tensor)), dims)))
             else:
                 made.append(MadeEntry(fqn, key, value))
         self.made = tuple(made)
@@ -156,6 +162,16 @@ def _tensors(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
     for one in modules:
         for held in (one._parameters, one._buffers):
             yield from (value for value in held.values() if value is not None)
+
+
+def _place(tensor: torch.Tensor) -> object:
+    """What two tensors have in common if and only if they are the same memory read the same way."""
+    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        return id(tensor)
+    local = local_of(tensor)
+    if not local.numel() or local.is_meta:
+        return id(tensor)
+    return (local.data_ptr(), local.device, local.dtype, local.shape, local.stride(), local.is_conj(), local.is_neg())
 
 
 def _shared_by_ddp(modules: list[nn.Module]) -> dict[int, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckpt.capture.leaves import World
-from ckpt.capture.plan import capture
+from ckpt.capture.plan import CapturePlan, capture
 
 RANK, SIZE = 1, 4
 
@@ -113,7 +113,7 @@ def ddp_of_compiled_of_checkpointed() -> nn.Module:
         sharded,
         tensor_parallel,
         two_dimensional,
-        compiled,
+        pytest.param(compiled, marks=pytest.mark.slow),
         checkpointed,
         ddp_of_compiled_of_checkpointed,
     ],
@@ -161,6 +161,18 @@ def test_sharded_parameter_has_its_box_and_step_is_shared(world: World) -> None:
     assert (weight.box.offsets, weight.box.sizes, weight.leaf.shape) == ((2, 0), (2, 3), (6, 3))
     assert (moment.box, moment.leaf.rank, moment.replicas) == (weight.box, None, (RANK,))
     assert (step.leaf.shape, step.leaf.rank, step.replicas) == ((), None, (0, 1, 2, 3))
+
+
+def test_parameters_gathered_by_a_forward_pass_are_captured_sharded(world: World) -> None:
+    net = fully_shard(nn.Linear(3, 6))
+    plan = CapturePlan({"m": net}, world)
+    before = [one.leaf for one in plan.capture().tensors]
+    with torch.no_grad():
+        net(torch.ones(1, 3))
+    assert tuple(net._parameters["weight"].shape) == (6, 3)
+    found = plan.capture().tensors
+    assert [one.leaf for one in found] == before
+    assert [one.box.sizes for one in found] == [(2, 3), (2,)]
 
 
 def test_replicated_mesh_dimension_gives_replicas(world: World) -> None:

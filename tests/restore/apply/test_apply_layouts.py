@@ -116,8 +116,20 @@ def kinds(items: Items) -> list[dict[str, type]]:
     return [{key: type(one) for key, one in entry.items()} for entry in state.values()]
 
 
-@pytest.mark.parametrize("target", LAYOUTS)
-@pytest.mark.parametrize("source", LAYOUTS)
+QUICK = {
+    ("plain", "sharded over 2"),
+    ("sharded over 3", "plain"),
+    ("2d over 4", "sharded over 3"),
+    ("ddp of 2", "2d over 4"),
+}
+PAIRS = [
+    pytest.param(source, target, marks=() if (source, target) in QUICK else pytest.mark.slow)
+    for source in LAYOUTS
+    for target in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_any_layout_restores_into_any(source: str, target: str, store: Store) -> None:
     snapshot = store(*captured(source, 3))
     wrap, size = LAYOUTS[target]

@@ -303,6 +303,7 @@ class Extras(nn.Module):
 
     @staticmethod
     def _add(module: nn.Module, state: dict[str, object], prefix: str, local: object) -> None:
+        state[prefix + "weight"].numpy()  # type: ignore[attr-defined]  # as hooks may do with a detached parameter
         state[prefix + "seen"] = torch.tensor(module.seen)
 
     def _load_from_state_dict(self, state: dict[str, object], prefix: str, *rest: object) -> None:
