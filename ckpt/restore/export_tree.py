@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckpt.errors import IntegrityError
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.manifest.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 from ckpt.restore.reader import SnapshotReader
+from ckpt.restore.rebuild import with_tensors
 from ckpt.values import Leaf, LeafKind
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
@@ -44,14 +46,14 @@ def load_item(reader: SnapshotReader, name: str, *, rank: int) -> Item | None:
     """The item as ``rank`` captured it, or None where that rank has nothing of it.
 
     An item without a skeleton is a dict of its tensors by their short names. Raises IntegrityError where the skeleton is
-    damaged and NotFoundError where it refers to a leaf that is not there.
+    damaged or refers to a leaf that is not there.
     """
     index = reader.index
     skeleton = index.leaf(name, None) or index.leaf(name, rank)
     if skeleton is not None and skeleton.kind is LeafKind.OBJECT:
         tree = reader.read_object(name, rank=rank)
         refs: dict[str, Leaf] = {}
-        _collect(tree, lambda ref: refs.setdefault(ref.leaf, reader.leaf(ref.leaf, rank=rank)))
+        with_tensors(tree, lambda ref: refs.setdefault(ref.leaf, _held(index, name, ref.leaf, rank)))
         return Item(name, rank, tree, refs)
     mine = [
         leaf
@@ -64,6 +66,15 @@ def load_item(reader: SnapshotReader, name: str, *, rank: int) -> Item | None:
         return Item(name, rank, Ref(name), {name: mine[0]})
     flat: dict[str, object] = {leaf.name.removeprefix(f"{name}/"): Ref(leaf.name) for leaf in mine}
     return Item(name, rank, flat, {leaf.name: leaf for leaf in mine})
+
+
+def _held(index: SnapshotIndex, item: str, leaf: str, rank: int) -> Leaf:
+    found = index.leaf(leaf, None) or index.leaf(leaf, rank)
+    if found is None:
+        raise IntegrityError(
+            f"an item's structure refers to a leaf that is not there. item={item} leaf={leaf} rank={rank}"
+        )
+    return found
 
 
 def indexed_optimizer(tree: object) -> object:
@@ -201,21 +212,3 @@ def is_flat(item: Item) -> bool:
     return isinstance(tree, dict) and all(
         isinstance(value, Ref) and key == item.short(value.leaf) for key, value in tree.items()
     )
-
-
-def _collect(value: object, found: Callable[[Ref], object]) -> None:
-    match value:
-        case Ref():
-            found(value)
-        case dict():
-            for one in value.values():
-                _collect(one, found)
-        case list() | tuple() | deque():
-            for one in value:
-                _collect(one, found)
-        case DataclassNode():
-            _collect(value.fields, found)
-        case NamedTupleNode():
-            _collect(value.values, found)
-        case _:
-            return

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, safe_open
 
 from ckpt.backends.file import FileBackend
 from ckpt.backends.memory import MemoryBackend
+from ckpt.capture.leaves import World
+from ckpt.capture.plan import capture
 from ckpt.commit.catalog import load_index
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.manifest.index import SnapshotIndex
@@ -27,7 +29,7 @@ from ckpt.restore.export_torch import TorchWriter
 from ckpt.restore.export_tree import indexed_optimizer, json_tree, plain_tree
 from ckpt.restore.reader import SnapshotReader
 from ckpt.testing.sample import Piece, SampleWriter, damage, sample_state, skeleton, tensor
-from ckpt.values import DTYPE_BYTES, SnapshotId
+from ckpt.values import DTYPE_BYTES, Box, SnapshotId
 
 
 def written(pieces: list[Piece]) -> tuple[MemoryBackend, SnapshotIndex]:
@@ -245,6 +247,46 @@ def test_json_spells_what_json_lacks() -> None:
         ]
     }
     assert plain_tree([value], tensor=str, array=str, named=str)[0]["e"] == "A"
+
+
+def test_captured_training_state_loads_into_fresh_objects(tmp_path: Path) -> None:
+    def build() -> tuple[torch.nn.Sequential, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 4))
+        model[2].weight.data.fill_(0.5)
+        groups = [{"params": model[2].parameters(), "lr": 0.3}, {"params": model[0].parameters()}]
+        optimizer = torch.optim.AdamW(groups, lr=0.1)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+    model, optimizer, scheduler = build()
+    for _ in range(3):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    taken = capture(
+        {"model": model, "optim": optimizer, "sched": scheduler, "progress": {"epoch": 3}}, world=World(0, 1)
+    )
+    pieces = [
+        Piece(one.leaf, one.box, None if one.leaf.alias_of else one.tensor.contiguous().numpy())
+        for one in taken.tensors
+    ]
+    pieces += [Piece(one.leaf, Box.whole(one.leaf.shape), np.frombuffer(one.data, np.uint8)) for one in taken.objects]
+    exported(*written(pieces), tmp_path, TorchWriter())
+
+    fresh = build()
+    fresh[0].load_state_dict(load(tmp_path / "model.pt"))
+    fresh[1].load_state_dict(load(tmp_path / "optim.pt"))
+    fresh[2].load_state_dict(load(tmp_path / "sched.pt"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(fresh[0].state_dict()[name], value)
+    mine, theirs = optimizer.state_dict(), fresh[1].state_dict()
+    assert mine["state"].keys() == theirs["state"].keys()
+    for number, state in mine["state"].items():
+        for key, value in state.items():
+            assert torch.equal(theirs["state"][number][key], value)
+    assert [group["lr"] for group in theirs["param_groups"]] == [group["lr"] for group in mine["param_groups"]]
+    assert fresh[2].last_epoch == 3
+    assert load(tmp_path / "progress.pt") == {"epoch": 3}
 
 
 @pytest.mark.slow
