@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from ckpt.restore.apply_select import Problems
 from ckpt.restore.plan import Want
 from ckpt.restore.rebuild import find
 from ckpt.values import Box, Leaf, LeafKind
+
+_PLACEMENTS = re.compile(r"(R|S[0-9]{1,2})(,(R|S[0-9]{1,2}))*")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +126,10 @@ class Targets:
     def fresh(self, new: New, ref: Ref, path: str) -> Slot:
         """Plan to make a tensor."""
         slot = Slot(path, ref, new=new)
+        if not isinstance(getattr(torch, new.leaf.dtype, None), torch.dtype):
+            self._problems.add(f"this torch has no such dtype. dtype={new.leaf.dtype} torch={torch.__version__}", path)
+        if new.placements and not _PLACEMENTS.fullmatch(new.placements):
+            raise IntegrityError(f"stored placements can't be read. leaf={ref.leaf!r} placements={new.placements!r}")
         self._slots.append((slot, new.leaf))
         return slot
 

@@ -17,6 +17,7 @@ from ckpt.capture.loaders import is_iterated, is_loader, load_loader
 from ckpt.capture.names import join
 from ckpt.capture.rng import RngState
 from ckpt.capture.tree import PLAIN, Stateful, Walker, is_stateful, state_of, type_name
+from ckpt.errors import IntegrityError
 from ckpt.manifest.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 from ckpt.restore.apply_select import Cover, Problems, Selection
 from ckpt.restore.apply_tensors import New, Targets
@@ -278,6 +279,15 @@ def _key_node(key: object) -> object:
 
 
 def _constant_of(node: Named) -> object:
+    try:
+        return _parse_constant(node)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"stored constant can't be read. kind={node.kind!r} text={node.text!r} error={error}"
+        ) from None
+
+
+def _parse_constant(node: Named) -> object:
     match node.kind:
         case "torch.Size":
             return torch.Size(int(one) for one in node.text.split(",") if one)

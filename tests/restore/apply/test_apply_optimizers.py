@@ -181,6 +181,17 @@ def test_one_optimizer_over_two_models_with_equal_names(store: Callable[..., obj
         assert torch.equal(expected, again.state[theirs]["momentum_buffer"])
 
 
+def test_parameter_of_two_modules_is_named_by_the_first() -> None:
+    first, second = nn.Linear(2, 2, bias=False), nn.ModuleDict({"inner": nn.Linear(2, 2, bias=False)})
+    second["inner"].weight = first.weight
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.1, momentum=0.5)
+    first.weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    found = {one.leaf.name: one.leaf for one in capture({"a": first, "b": second, "o": optimizer}, world=WORLD).tensors}
+    assert found["b/inner.weight"].alias_of == "a/weight"
+    assert "o/state/weight/momentum_buffer" in found
+
+
 def test_optimizer_hooks_are_not_fired(store: Callable[..., object]) -> None:
     items = make("Adam")
     train_step(items)
