@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import sys
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,8 +37,8 @@ def clean_fqn(root: nn.Module, key: str) -> str:
         if isinstance(at, DistributedDataParallel) and part == "module":
             at = at.module
             continue
-        if isinstance(at, torch._dynamo.eval_frame.OptimizedModule) and part == "_orig_mod":
-            at = at._orig_mod
+        if part == "_orig_mod" and _is_compiled(at):
+            at = getattr(at, part)
             continue
         modifiers = getattr(at, "_fqn_modifiers", None)
         if callable(modifiers):
@@ -46,3 +47,9 @@ def clean_fqn(root: nn.Module, key: str) -> str:
         kept.append(part)
         at = getattr(at, part, None)
     return ".".join(kept).replace(CHECKPOINT_WRAPPER, "")
+
+
+def _is_compiled(value: object) -> bool:
+    """Whether ``torch.compile`` wrapped it. Imports nothing: torch's compiler takes a second to load, and may not be in use."""
+    module = sys.modules.get("torch._dynamo.eval_frame")
+    return module is not None and isinstance(value, module.OptimizedModule)
