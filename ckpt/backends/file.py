@@ -160,9 +160,9 @@ class FileBackend:
     def _give_name(self, temp: Temp, path: str, create: Create | None) -> None:
         """Make the synced file visible as ``path``; without ``create`` it replaces what is there, else FileExistsError."""
         for _ in range(_TRIES_MAX):
-            for folder in reversed(filepaths.folders_up(self._root, path)[:-1]):
-                _make_folder(self._ops, folder)
             try:
+                for folder in reversed(filepaths.folders_up(self._root, path)[:-1]):
+                    _make_folder(self._ops, folder)
                 match create:
                     case None:
                         self._ops.rename(temp.path, path)

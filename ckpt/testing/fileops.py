@@ -140,7 +140,9 @@ class FailingOps(NumberedOps):
             return run()
         self.failed += 1
         if self._effect:
-            run()
+            done = run()
+            if call.name == "open" and isinstance(done, int):
+                os.close(done)
         raise OSError(self._error, os.strerror(self._error), call.path)
 
 
