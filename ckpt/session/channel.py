@@ -14,7 +14,6 @@ from typing import Protocol
 
 import msgspec
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import TCPStore
 
 from ckpt.errors import UnavailableError, UsageError
 
@@ -184,7 +183,7 @@ def _store_of_process(rank: int) -> KeyValueStore:
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
     raise UsageError(
         f"several ranks, but no way to speak to them. rank={rank}; call torch.distributed.init_process_group() before the "
         "first run.track() or Checkpointer call, or start the program with torchrun"

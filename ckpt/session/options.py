@@ -35,10 +35,6 @@ class Options:
             raise UsageError(f"missing is 'error' or 'keep'. missing={self.missing!r}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads counts from 1. threads={self.threads}")
-        if self.only is not None and isinstance(self.only, str):
-            raise UsageError(
-                f"only is a list of leaf names or prefixes. only={self.only!r}; write only=[{self.only!r}]"
-            )
 
 
 def check_tag(tag: str) -> None:

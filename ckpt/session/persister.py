@@ -17,7 +17,7 @@ import msgspec
 from ckpt.backends.base import Backend
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import Compression
-from ckpt.encode.persist import persist
+from ckpt.encode.persist import packs_at_most, persist
 from ckpt.errors import CkptError, ConflictError, InternalError
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.observe.events import Event, Tell
@@ -151,7 +151,7 @@ class Persister:
             wrapped.__cause__ = error
             return _Receipt(error=from_error(wrapped, rank=self._channel.rank)), {}
         finally:
-            self._packs_written += staged.packs_at_most
+            self._packs_written += packs_at_most(index)
             staged.release()
         size = sum(shard.size_bytes for shard in index.shards)
         return _Receipt(ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes), done.locations

@@ -73,6 +73,7 @@ class Stager:
                 f"all slots are held by uploads. snapshot={snapshot} slots={self._count} waited_s={wait_s:g}; "
                 "the store is too slow for this interval: save less often or allow more slots"
             )
+        pin = slot.pin()  # before the seal, so that no other writer can take the slot in between
         try:
             slot.begin()
             shards = plan.run(slot, objects=_objects(capture), executor=self._helpers, threads=self._threads)
@@ -84,10 +85,10 @@ class Stager:
                 aliases=tuple(leaf.leaf for leaf in capture.tensors if leaf.leaf.alias_of is not None),
                 metadata=metadata,
             )
-            pin = slot.pin()
             slot.seal(index)
         except BaseException:
             slot.invalidate()
+            pin.release()
             raise
         return Staged(slot, index, pin)
 
