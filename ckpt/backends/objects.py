@@ -73,7 +73,7 @@ class ObjectsBackend:
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Small objects and created ones are joined in memory first; large ones go up in parts on S3."""
+        """See Backend. Joined in memory first, but for large objects on S3: those go up in parts of 16 MiB, ten at once."""
         path = self._path(key)
         if create_only and not self._may_create():
             raise UsageError(
