@@ -219,7 +219,7 @@ class Run:
         """Before the first step: the snapshot's step count, and the generators as they stood."""
         self._open()
         if self._rng_waits:
-            self._session.restore_rng()
+            self._session.begin()
             self._rng_waits = False
         if self._completed is None:
             restored = self._session.restored

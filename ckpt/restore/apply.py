@@ -21,8 +21,7 @@ from ckpt.restore.apply_optimizer import Optimizers
 from ckpt.restore.apply_select import Cover, Problems, Selection
 from ckpt.restore.apply_tensors import Targets
 from ckpt.restore.apply_values import Step, Values
-from ckpt.restore.rebuild import Read, rank_of, read_objects
-from ckpt.values import LeafKind
+from ckpt.restore.rebuild import Read, read_objects
 
 
 def apply(
@@ -34,7 +33,7 @@ def apply(
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
 ) -> None:
-    """Make the live ``items`` what the snapshot says, in their own memory.
+    """Make the live ``items`` what the snapshot says, in their own memory. Items that only the snapshot has are left alone.
 
     Parameters, buffers, optimizer state, tensors and containers keep their identity; what is absent live (optimizer state
     before the first step) is made, optimizer state that the snapshot lacks is removed. ``only`` names paths to restore, by
@@ -84,10 +83,6 @@ class _Restore:
                 steps.append(self.values.match(item, stored[name], name))
             else:
                 self._problems.missing(name)
-        if self._selection.everything:
-            for leaf in self._index.leaves():
-                if leaf.kind is LeafKind.OBJECT and leaf.rank == rank_of(self._index, rank) and leaf.name not in names:
-                    self._problems.unexpected(leaf.name)
         for path in self._selection.unused():
             self._problems.add("nothing has this path.", path, "correct only=[...]")
         self.targets.check_ties()

@@ -185,8 +185,8 @@ def _store_of_process(rank: int) -> KeyValueStore:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
     raise UsageError(
-        f"several ranks, but no way to speak to them. rank={rank}; call torch.distributed.init_process_group() before the "
-        "first run.track() or Checkpointer call, or start the program with torchrun"
+        f"several ranks, but no way to speak to them. rank={rank}; call torch.distributed.init_process_group() "
+        "before the first run.track() or Checkpointer call"
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ckpt.backends.base import Backend
 from ckpt.backends.open import open_backend
 from ckpt.capture.leaves import World
+from ckpt.capture.names import escape
 from ckpt.capture.rng import RngState
 from ckpt.commit.catalog import candidates
 from ckpt.commit.journal import Journal
@@ -20,7 +21,7 @@ from ckpt.commit.state import LogState
 from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest.keys import writer_name
 from ckpt.observe.events import Event, Fact, Tell, to_logging
-from ckpt.session.channel import Channel, connect, wait_for
+from ckpt.session.channel import Channel, connect, wait_for, world_of_process
 from ckpt.session.options import Options
 from ckpt.session.orders import Orders, RankOrders, SoloOrders
 from ckpt.session.pending import Pending
@@ -28,7 +29,7 @@ from ckpt.session.persister import Place
 from ckpt.session.remote import RemoteError, from_error, to_error
 from ckpt.session.restoring import Restoring, Rules
 from ckpt.session.saving import Saving
-from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+from ckpt.values import ChunkLocation, Digest, LeafKind, SnapshotId, SnapshotInfo
 
 BYE_WAIT_S = 60.0
 """How long rank 0 stays for the other ranks to read its last words: it may own the message store."""
@@ -46,6 +47,8 @@ class Session:
         self._options = options
         self._owns_backend = isinstance(store, str)
         self._backend = open_backend(store, options.storage_options) if isinstance(store, str) else store
+        self.tell: Tell = to_logging(world_of_process()[0])
+        """Where events go."""
         self._job = options.job or _job_name(self._backend.url)
         self._journal: Journal | None = None
         self._may_write = False
@@ -76,11 +79,6 @@ class Session:
         return self.join().channel
 
     @property
-    def tell(self) -> Tell:
-        """Where events go; joins first."""
-        return self.join().tell
-
-    @property
     def orders(self) -> Orders:
         """What all ranks do at a boundary; joins first."""
         return self.join().orders
@@ -100,7 +98,7 @@ class Session:
         if self._closed:
             raise UsageError(f"closed already; make a new one. store={self.url}")
         if self._joined is None:
-            self._joined = _Joined(connect(name=self._job), self._backend, self._options, self.state)
+            self._joined = _Joined(connect(name=self._job), self._backend, self._options, self.state, self.tell)
         return self._joined
 
     def state(self) -> LogState:
@@ -155,13 +153,36 @@ class Session:
             if name in self._items or name == RNG:
                 raise UsageError(f"an item of that name is tracked already. name={name}; choose another name")
         if self.restored is not None:
-            self._fill(items, Rules(self._options.only, self._options.missing))
+            self._fill(items, Rules(self._only_below(items), self._options.missing))
         self._items.update(items)
         self.saving.prepare({**self._items, RNG: self._rng})
 
-    def restore_rng(self) -> None:
-        """Put the random number generators where the run's snapshot had them."""
-        self._fill({RNG: self._rng}, Rules(None, "keep"))
+    def begin(self) -> None:
+        """Before a run's first step: put the random number generators where its snapshot had them.
+
+        Tells what the snapshot has and nobody tracked: it would be gone from the next snapshot on. Raises UsageError where
+        ``only`` names what is not tracked.
+        """
+        if self.restored is None:
+            return
+        if self._options.only is None or RNG in self._options.only:
+            self._fill({RNG: self._rng}, Rules(None, "keep"))
+        tracked = {escape(name) for name in self._items} | {RNG}
+        unknown = [path for path in self._options.only or () if path.strip("/").split("/")[0] not in tracked]
+        if unknown:
+            raise UsageError(f"only names what is not tracked. only={unknown} tracked={sorted(tracked)}; correct it")
+        leaves = self.join().restoring.index().leaves()
+        lost = sorted({leaf.name for leaf in leaves if leaf.kind is LeafKind.OBJECT} - tracked)
+        if lost:
+            text = f"the restored snapshot has items that nobody tracks, later ones will lack them: {', '.join(lost)}"
+            self.tell(Event("untracked", text, {"items": ",".join(lost)}, alarm=True))
+
+    def _only_below(self, items: Mapping[str, object]) -> tuple[str, ...] | None:
+        """The part of the user's ``only`` that speaks of ``items``."""
+        if self._options.only is None:
+            return None
+        names = {escape(name) for name in items}
+        return tuple(path for path in self._options.only if path.strip("/").split("/")[0] in names)
 
     def restore(
         self, items: Mapping[str, object], choices: Callable[[], Sequence[SnapshotId]], rules: Rules
@@ -275,9 +296,11 @@ class Session:
 class _Joined:
     """What exists once the ranks have met."""
 
-    def __init__(self, channel: Channel, backend: Backend, options: Options, state: Callable[[], LogState]) -> None:
+    def __init__(
+        self, channel: Channel, backend: Backend, options: Options, state: Callable[[], LogState], tell: Tell
+    ) -> None:
         self.channel = channel
-        self.tell: Tell = to_logging(channel.rank)
+        self.tell = tell
         self.saving = Saving(channel, options, self.tell)
         self.orders: Orders = (
             SoloOrders(self.saving.may_take, self._skipped)
