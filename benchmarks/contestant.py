@@ -17,6 +17,9 @@ from torch import nn
 LAYERS = 12
 """With 6 matrices and norms a layer and 4 tensors around them: 76 parameters, 304 tensors with Adam's state."""
 
+SHIFT = 4099
+"""Elements between the starts of two gradients: prime, so that no block grid makes them meet again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Saving:
@@ -88,10 +91,12 @@ class State:
         self.model = Blocks(width_of(size_mib << 20))
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-        # All gradients are views of one block: they drive the step without costing the memory of real ones.
-        block = torch.empty(max(parameter.numel() for parameter in parameters)).normal_()
-        for parameter in parameters:
-            parameter.grad = block[: parameter.numel()].view_as(parameter)
+        # All gradients are views of one block, which drives the step without costing the memory of real ones. Each view
+        # starts elsewhere: equal gradients would give equal moments, and who recognises equal bytes would store them once.
+        largest = max(parameter.numel() for parameter in parameters)
+        block = torch.empty(largest + SHIFT * len(parameters)).normal_()
+        for number, parameter in enumerate(parameters):
+            parameter.grad = block[SHIFT * number :][: parameter.numel()].view_as(parameter)
         self.optimizer.step()
         self.tensors: dict[str, torch.Tensor] = {
             f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()
