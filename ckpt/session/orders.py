@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
 
-from ckpt.errors import CkptError, UnavailableError
+from ckpt.errors import CkptError, ConflictError, UnavailableError
 from ckpt.session.agree import Ack, Order, Skip, Take, merge, place
 from ckpt.session.channel import POLL_FIRST_S, POLL_LAST_S, Channel, wait_for
 
@@ -101,8 +101,8 @@ class RankOrders:
     """Orders of one rank among several, over a channel.
 
     Keys: ``request/<n>`` from anyone (n from the counter ``requests``), ``proposal/<n>`` and ``decision/<n>`` from rank 0,
-    ``ack/<n>/<rank>``, ``due/<boundary>`` from rank 0, ``ended/<rank>``, ``closed`` from rank 0. Steady state: one ``check``
-    round trip each ``POLL_LAST_S`` seconds beside the training thread, nothing in it.
+    ``ack/<n>/<rank>``, ``due/<boundary>`` from rank 0, ``ended/<rank>``, ``closed`` from rank 0 (a decision too).
+    Steady state: one ``check`` round trip each ``POLL_LAST_S`` seconds beside the training thread, nothing in it.
     """
 
     def __init__(self, channel: Channel, decide: Decide, told: Callable[[int, str], None]) -> None:
@@ -143,22 +143,13 @@ class RankOrders:
         orders = self._pass(completed)
         if due is not None:
             self.announce(due)
-            word = wait_for(
-                self._channel,
-                f"due/{due}",
-                timeout_s=HOLD_WAIT_S,
-                what=f"rank 0's word on the snapshot due at step {due}",
-            )
-            if word == b"take":
+            if self._word_on(due, completed) == b"take":
                 orders.append(Order())
         return merge(orders) if orders else None
 
     def end(self, completed: int) -> Order | None:
         """See ``Orders``."""
-        with self._changed:
-            self._completed = completed
-            self._ended = True
-        self._channel.post(f"ended/{self._channel.rank}", str(completed).encode())
+        self._tell_end(completed)
         deadline = time.monotonic() + HOLD_WAIT_S
         with self._changed:
             while not self._closed and self._failure is None:
@@ -176,6 +167,33 @@ class RankOrders:
         """See ``Orders``."""
         self._stop.set()
         self._thread.join()
+
+    def _word_on(self, due: int, completed: int) -> bytes:
+        """Rank 0's word on a due boundary. Raises ConflictError where rank 0's loop has ended without giving it."""
+        key = f"due/{due}"
+        try:
+            return wait_for(
+                self._channel, key, timeout_s=HOLD_WAIT_S, what=f"rank 0's word on the snapshot due at step {due}",
+                stop=lambda: self._failure is not None or self._channel.peek("ended/0") is not None,
+            )  # fmt: skip
+        except UnavailableError:
+            if self._failure is not None:
+                raise self._failure from None
+            ended = self._channel.peek("ended/0")
+            word = self._channel.peek(key)  # it comes before the end
+            if word is not None or ended is None:
+                if word is None:
+                    raise
+                return word
+            self._tell_end(completed)
+            place({0: Ack(int(ended), True), self._channel.rank: Ack(completed, True)})  # raises where they differ
+            raise
+
+    def _tell_end(self, completed: int) -> None:
+        with self._changed:
+            self._completed = completed
+            self._ended = True
+        self._channel.post(f"ended/{self._channel.rank}", str(completed).encode())
 
     def _pass(self, completed: int) -> list[Order]:
         deadline = time.monotonic() + HOLD_WAIT_S
@@ -220,7 +238,9 @@ class RankOrders:
                 n += 1
                 pause_s = POLL_FIRST_S
                 continue
-            if self._ended and self._channel.peek("closed") is not None:
+            closing = self._channel.peek("closed") if self._ended else None
+            if closing is not None:
+                self._check(msgspec.json.decode(closing, type=_Decision))
                 with self._changed:
                     self._closed = True
                     self._changed.notify_all()
@@ -232,10 +252,9 @@ class RankOrders:
         """Rank 0: turn what was requested into proposal ``n``, or close the meeting when every loop has ended."""
         asked = self._channel.count("requests")
         if asked == served:
-            ranks = range(self._channel.size)
-            everybody_ended = self._ended and all(self._channel.peek(f"ended/{rank}") is not None for rank in ranks)
-            if everybody_ended and self._channel.count("requests") == served:  # asked again: none came in between
-                self._channel.post("closed", b"1")
+            ends = self._ends() if self._ended else None
+            if ends is not None and self._channel.count("requests") == served:  # asked again: none came in between
+                self._channel.post("closed", msgspec.json.encode(_place(ends)))
             return served
         orders = [
             msgspec.json.decode(self._wait(f"request/{k}", "a rank's request"), type=_Proposal)
@@ -254,8 +273,7 @@ class RankOrders:
         if self._channel.rank == 0:
             self._channel.post(f"decision/{n}", msgspec.json.encode(self._decide_boundary(n)))
         decision = msgspec.json.decode(self._wait(f"decision/{n}", "rank 0's decision"), type=_Decision)
-        if decision.error:
-            raise UnavailableError(decision.error)
+        self._check(decision)
         with self._changed:
             self._placed.setdefault(decision.boundary, []).append(Order(tuple(proposal.tags), proposal.forced))
             self._hold_at = None
@@ -268,10 +286,29 @@ class RankOrders:
             )
             for rank in range(self._channel.size)
         }
-        try:
-            return _Decision(place(acks))
-        except CkptError as error:
-            return _Decision(0, str(error))
+        return _place(acks)
+
+    def _ends(self) -> dict[int, Ack] | None:
+        """Where every rank's loop ended, or None while one still runs."""
+        ends = {}
+        for rank in range(self._channel.size):
+            word = self._channel.peek(f"ended/{rank}")
+            if word is None:
+                return None
+            ends[rank] = Ack(int(word), True)
+        return ends
+
+    @staticmethod
+    def _check(decision: _Decision) -> None:
+        if decision.error:
+            raise ConflictError(decision.error)
 
     def _wait(self, key: str, what: str) -> bytes:
         return wait_for(self._channel, key, timeout_s=HOLD_WAIT_S, what=what, stop=self._stop.is_set)
+
+
+def _place(acks: Mapping[int, Ack]) -> _Decision:
+    try:
+        return _Decision(place(acks))
+    except ConflictError as error:
+        return _Decision(0, str(error))

@@ -1,0 +1,262 @@
+"""Ranks as threads: every request lands at one boundary that all ranks still had before them."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from ckpt.errors import ConflictError, UnavailableError
+from ckpt.session.agree import Order, Skip, Take, merge
+from ckpt.session.orders import RankOrders, SoloOrders
+
+Decide = Callable[[], Take | Skip]
+
+
+class Loop:
+    """One rank's training loop: keeps what was ordered at which boundary."""
+
+    def __init__(self, channel, *, decide: Decide = Take, every: int | None = None) -> None:
+        self.told: list[tuple[int, str]] = []
+        self.orders = RankOrders(channel, decide, lambda boundary, why: self.told.append((boundary, why)))
+        self.got: dict[int, Order] = {}
+        self.every = every
+
+    def run(self, total: int, at: Callable[[int], None] = lambda step: None, *, start: int = 0) -> dict[int, Order]:
+        """``total`` boundaries, with ``at(step)`` as the body of each step, then the end."""
+        try:
+            for step in range(start, total):
+                at(step)
+                due = step + 1 if self.every and (step + 1) % self.every == 0 else None
+                self._note(step + 1, self.orders.reached(step + 1, due=due))
+                if self.every and (step + 2) % self.every == 0:
+                    self.orders.announce(step + 2)
+            self._note(total, self.orders.end(total))
+        finally:
+            self.orders.close()
+        return self.got
+
+    def _note(self, boundary: int, order: Order | None) -> None:
+        if order is not None:
+            self.got[boundary] = merge([self.got.get(boundary, Order()), order])
+
+
+def _loops(channels, **options: object) -> list[Loop]:
+    return [Loop(channel, **options) for channel in channels]
+
+
+@pytest.mark.parametrize("asker", range(3))
+def test_request_from_any_rank_lands_at_one_boundary_of_all(make_channels, run_ranks, asker: int) -> None:
+    loops = _loops(make_channels(3))
+
+    def body(rank: int, step: int) -> None:
+        if rank == asker and step == 4:
+            loops[rank].orders.request(Order(("best",), forced=True))
+
+    got = run_ranks(3, lambda rank: loops[rank].run(12, lambda step: body(rank, step)))
+    assert got[0] == got[1] == got[2]
+    ((boundary, order),) = got[0].items()
+    assert 5 <= boundary <= 12
+    assert order == Order(("best",), forced=True)
+
+
+def test_request_before_the_first_step_lands(make_channels, run_ranks) -> None:
+    loops = _loops(make_channels(2))
+    loops[1].orders.request(Order(("start",)))
+    got = run_ranks(2, lambda rank: loops[rank].run(3))
+    assert got[0] == got[1]
+    assert [order.tags for order in got[0].values()] == [("start",)]
+
+
+def test_request_after_the_last_boundary_lands_at_the_end(make_channels, run_ranks) -> None:
+    loops = _loops(make_channels(2))
+
+    def run(rank: int) -> dict[int, Order]:
+        loop = loops[rank]
+        try:
+            for step in range(1, 4):
+                loop._note(step, loop.orders.reached(step, due=None))
+            if rank == 1:
+                loop.orders.request(Order(("late",)))
+            loop._note(3, loop.orders.end(3))
+        finally:
+            loop.orders.close()
+        return loop.got
+
+    got = run_ranks(2, run)
+    assert got[0] == got[1] == {3: Order(("late",))}
+
+
+def test_request_of_a_rank_while_another_has_already_ended_lands_at_the_end(make_channels, run_ranks) -> None:
+    channels = make_channels(2)
+    loops = _loops(channels)
+
+    def wait_for_the_end_of_rank_0(step: int) -> None:
+        if step == 2:
+            _until(lambda: channels[1].peek("ended/0") is not None)
+            loops[1].orders.request(Order(("last",)))
+
+    got = run_ranks(2, lambda rank: loops[rank].run(3, wait_for_the_end_of_rank_0 if rank == 1 else lambda step: None))
+    assert got[0] == got[1] == {3: Order(("last",))}
+
+
+def test_two_requests_before_one_boundary_become_one_order(make_channels, run_ranks) -> None:
+    loops = _loops(make_channels(2))
+    loops[0].orders.request(Order(("a",)))
+    loops[1].orders.request(Order(("b",), forced=True))
+    got = run_ranks(2, lambda rank: loops[rank].run(8))
+    assert got[0] == got[1]
+    tags = sorted(tag for order in got[0].values() for tag in order.tags)
+    assert tags == ["a", "b"]
+
+
+def test_ranks_that_end_at_different_steps_conflict_on_all(make_channels, run_ranks) -> None:
+    loops = _loops(make_channels(3))
+    got = run_ranks(3, lambda rank: loops[rank].run(5 if rank else 4))
+    assert all(isinstance(error, ConflictError) for error in got), got
+    assert all("0:4(ended),1:5(ended),2:5(ended)" in str(error) for error in got)
+
+
+def test_request_beside_ends_at_different_steps_conflicts_on_all(make_channels, run_ranks) -> None:
+    channels = make_channels(2)
+    loops = _loops(channels)
+
+    def body(step: int) -> None:
+        if step == 5:
+            _until(lambda: channels[1].peek("ended/0") is not None)
+            loops[1].orders.request(Order(("late",)))
+
+    got = run_ranks(2, lambda rank: loops[rank].run(8, body) if rank else loops[rank].run(4))
+    assert all(isinstance(error, ConflictError) for error in got), got
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_due_boundary_beyond_another_ranks_end_conflicts_on_all(make_channels, run_ranks, longer: int) -> None:
+    loops = _loops(make_channels(2), every=5)
+    began_s = time.monotonic()
+    got = run_ranks(2, lambda rank: loops[rank].run(13 if rank == longer else 7))
+    assert all(isinstance(error, ConflictError) for error in got), got
+    assert time.monotonic() - began_s < 10
+
+
+def test_due_boundary_is_taken_or_skipped_by_all_alike(make_channels, run_ranks) -> None:
+    for seed in range(5):
+        rng = random.Random(seed)
+        words: list[bool] = []
+
+        def decide(rng=rng, words=words) -> Take | Skip:
+            words.append(rng.random() < 0.5)
+            return Take() if words[-1] else Skip("full")
+
+        loops = _loops(make_channels(3), every=2, decide=decide)
+        got = run_ranks(3, lambda rank, loops=loops: loops[rank].run(20))
+        assert got[0] == got[1] == got[2]
+        taken = [due for due, word in zip(range(2, 21, 2), words, strict=True) if word]
+        assert list(got[0]) == taken
+        assert [boundary for boundary, _ in loops[0].told] == sorted(set(range(2, 21, 2)) - set(taken))
+        assert loops[1].told == loops[2].told == []
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_speeds_and_requests_end_with_equal_orders_on_all_ranks(make_channels, run_ranks, seed: int) -> None:
+    rng = random.Random(seed)
+    size = rng.choice([2, 3, 4])
+    total = rng.randrange(1, 40)
+    every = rng.choice([None, 1, 3, 7])
+    plan = {
+        (rng.randrange(size), rng.randrange(total)): f"tag{n}" for n in range(rng.randrange(0, 6))
+    }  # who asks in which step
+    speeds = [rng.choice([0.0, 0.0002, 0.001]) for _ in range(size)]
+    loops = _loops(make_channels(size), every=every)
+    pace = threading.Event()
+
+    def body(rank: int, step: int) -> None:
+        pace.wait(speeds[rank] * ((step * 7919 + rank) % 5))
+        if (tag := plan.get((rank, step))) is not None:
+            loops[rank].orders.request(Order((tag,), forced=True))
+
+    got = run_ranks(size, lambda rank: loops[rank].run(total, lambda step: body(rank, step)))
+    told = [{boundary: sorted(order.tags) for boundary, order in orders.items()} for orders in got]
+    assert all(orders == told[0] for orders in told), told
+    landed = {tag: boundary for boundary, order in got[0].items() for tag in order.tags}
+    asked = {tag: step for (_, step), tag in plan.items()}
+    assert landed.keys() == asked.keys()
+    assert all(asked[tag] < boundary <= total for tag, boundary in landed.items())
+    if every:
+        assert set(range(every, total + 1, every)) <= set(got[0])
+
+
+def test_fast_rank_waits_only_where_a_decision_is_open(make_channels, run_ranks) -> None:
+    loops = _loops(make_channels(2))
+    far = threading.Event()
+
+    def run_ahead(step: int) -> None:
+        if step == 999:
+            far.set()
+
+    def wait(step: int) -> None:
+        if step == 0:
+            assert far.wait(20), "the fast rank waited for the slow one without need"
+
+    got = run_ranks(2, lambda rank: loops[rank].run(1000, wait if rank else run_ahead))
+    assert got == [{}, {}]
+
+
+def test_dead_message_store_stops_the_loop_at_its_next_boundary(make_channels) -> None:
+    class Dead:
+        rank, size = 1, 2
+
+        def peek(self, key: str) -> bytes | None:
+            raise ConnectionError("the host is gone")
+
+    orders = RankOrders(Dead(), Take, lambda boundary, why: None)
+    orders._thread.join(10)
+    with pytest.raises(UnavailableError, match=r"message store is gone\. rank=1"):
+        orders.reached(1, due=None)
+    orders.close()
+
+
+def test_closing_ends_the_thread_while_others_never_come(make_channels) -> None:
+    channel = make_channels(2)[1]
+    orders = RankOrders(channel, Take, lambda boundary, why: None)
+    channel.post("proposal/0", b'{"tags":[],"forced":false}')
+    _until(lambda: channel.peek("ack/0/1") is not None)
+    orders.close()
+    assert not orders._thread.is_alive()
+
+
+def test_close_twice_is_free(make_channels) -> None:
+    orders = RankOrders(make_channels(2)[0], Take, lambda boundary, why: None)
+    orders.close()
+    orders.close()
+
+
+def test_solo_requests_take_effect_at_the_next_boundary_once() -> None:
+    orders = SoloOrders(Take, lambda boundary, why: None)
+    orders.request(Order(("a",)))
+    orders.request(Order(("b",), forced=True))
+    assert orders.reached(1, due=None) == Order(("a", "b"), forced=True)
+    assert orders.reached(2, due=None) is None
+    orders.request(Order(("end",)))
+    assert orders.end(2) == Order(("end",))
+
+
+def test_solo_skip_is_told_only_where_nothing_else_is_taken() -> None:
+    told: list[tuple[int, str]] = []
+    orders = SoloOrders(lambda: Skip("full"), lambda boundary, why: told.append((boundary, why)))
+    assert orders.reached(5, due=5) is None
+    assert told == [(5, "full")]
+    orders.request(Order(("a",)))
+    assert orders.reached(10, due=10) == Order(("a",))
+    assert told == [(5, "full")]
+
+
+def _until(condition: Callable[[], bool], *, wait_s: float = 20.0) -> None:
+    pause = threading.Event()
+    deadline = time.monotonic() + wait_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        pause.wait(0.002)
