@@ -39,6 +39,7 @@ class Place:
 
 
 class _Receipt(msgspec.Struct, frozen=True):
+    snapshot: SnapshotId
     ref: PartRef | None = None
     size_bytes: int = 0
     new_bytes: int = 0
@@ -103,7 +104,6 @@ class Persister:
             self._channel.post(f"receipt/{n}/{self._channel.rank}", msgspec.msgpack.encode(receipt))
             if self._channel.rank == 0:
                 self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(self._settle(n, staged, tags)))
-                self._forget(n - 1)
             word = self._wait(f"outcome/{n}", f"rank 0's commit of {staged.index.snapshot}")
             outcome = msgspec.msgpack.decode(word, type=_Outcome)
             if outcome.info is None:
@@ -128,13 +128,17 @@ class Persister:
         return outcome.info
 
     def _refuse(self, n: int, snapshot: SnapshotId, error: CkptError) -> None:
-        receipt = _Receipt(error=from_error(error, rank=self._channel.rank))
-        self._channel.post(f"receipt/{n}/{self._channel.rank}", msgspec.msgpack.encode(receipt))
-        if self._channel.rank == 0:
-            self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(_Outcome(error=receipt.error)))
-            self._forget(n - 1)
-        self._settled += 1
         self._tell(_failed(snapshot, error))
+        receipt = _Receipt(snapshot, error=from_error(error, rank=self._channel.rank))
+        try:
+            self._channel.post(f"receipt/{n}/{self._channel.rank}", msgspec.msgpack.encode(receipt))
+            if self._channel.rank == 0:
+                self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(_Outcome(error=receipt.error)))
+                self._gather(n, snapshot)  # not settled before every rank has let go of its slot
+        except Exception as lost:  # noqa: BLE001  a thread's border; nobody holds this call's future
+            self._tell(_failed(snapshot, InternalError(f"the ranks can't be told. snapshot={snapshot} cause={lost!r}")))
+        finally:
+            self._settled += 1
 
     def _write(self, staged: Staged) -> tuple[_Receipt, Mapping[Digest, ChunkLocation]]:
         """Write this rank's chunks and part, then let go of the slot. What fails becomes a receipt that says so."""
@@ -145,26 +149,45 @@ class Persister:
                 pack_start=self._packs_written, compression=self._compression, verify=self._verify,
             )  # fmt: skip
         except CkptError as error:
-            return _Receipt(error=from_error(error, rank=self._channel.rank)), {}
+            return _Receipt(index.snapshot, error=from_error(error, rank=self._channel.rank)), {}
         except Exception as error:  # noqa: BLE001  a thread's border: without a receipt the other ranks would wait for ever
             wrapped = InternalError(f"writing failed in an unforeseen way. snapshot={index.snapshot} cause={error!r}")
             wrapped.__cause__ = error
-            return _Receipt(error=from_error(wrapped, rank=self._channel.rank)), {}
+            return _Receipt(index.snapshot, error=from_error(wrapped, rank=self._channel.rank)), {}
         finally:
             self._packs_written += packs_at_most(index)
             staged.release()
         size = sum(shard.size_bytes for shard in index.shards)
-        return _Receipt(ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes), done.locations
+        receipt = _Receipt(index.snapshot, ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes)
+        return receipt, done.locations
 
     def _settle(self, n: int, staged: Staged, tags: tuple[str, ...]) -> _Outcome:
         try:
-            receipts = [self._receipt(n, rank, staged.index.snapshot) for rank in range(self._channel.size)]
+            receipts = self._gather(n, staged.index.snapshot)
             for receipt in receipts:
                 if receipt.error is not None:
                     return _Outcome(error=receipt.error)
+            captured = [receipt.snapshot for receipt in receipts]
+            if len(set(captured)) > 1:
+                by_rank = ", ".join(f"{rank}: {snapshot}" for rank, snapshot in enumerate(captured))
+                raise ConflictError(
+                    f"the ranks captured different steps, which never make one snapshot. captured_by_rank={by_rank}; every "
+                    "rank must run and save the same steps"
+                )
             return _Outcome(info=self._commit(staged, receipts, tags))
         except CkptError as error:
             return _Outcome(error=from_error(error, rank=0))
+        except Exception as error:  # noqa: BLE001  a thread's border: without an outcome the other ranks would wait for ever
+            wrapped = InternalError(
+                f"committing failed in an unforeseen way. snapshot={staged.index.snapshot} cause={error!r}"
+            )
+            return _Outcome(error=from_error(wrapped, rank=0))
+
+    def _gather(self, n: int, snapshot: SnapshotId) -> list[_Receipt]:
+        """Every rank's receipt for ``n``. Then each has seen the outcome of ``n - 1``, whose messages are freed."""
+        receipts = [self._receipt(n, rank, snapshot) for rank in range(self._channel.size)]
+        self._forget(n - 1)
+        return receipts
 
     def _receipt(self, n: int, rank: int, snapshot: SnapshotId) -> _Receipt:
         word = self._wait(f"receipt/{n}/{rank}", f"rank {rank}'s part of {snapshot}")
@@ -185,7 +208,7 @@ class Persister:
         return replace(info, tags=tags)
 
     def _forget(self, n: int) -> None:
-        """Free the messages of a snapshot that every rank has settled: each has sent its next receipt since."""
+        """Free the messages of a snapshot that every rank has settled."""
         if n >= 1:
             self._channel.forget(f"outcome/{n}")
             for rank in range(self._channel.size):

@@ -173,3 +173,9 @@ def make_channels() -> Callable[[int], list[ThreadChannel]]:
 def run_ranks() -> Callable[..., list[object]]:
     """Runs a call in one thread a rank."""
     return together
+
+
+@pytest.fixture
+def rank_over() -> Callable[[Backend], Rank]:
+    """Makes the only rank of a job over a store."""
+    return lambda store: Job(store).ranks(1)[0]
