@@ -79,7 +79,8 @@ class CapturePlan:
 
     def _walk(self) -> Capture:
         walker = Walker(self.world, self._sources, self._memo)
-        objects = tuple(self._object(walker, name, item) for name, item in self.items.items())
+        found = [self._object(walker, name, item) for name, item in self.items.items()]
+        objects = tuple(one for one in found if one is not None)
         raw = walker.tensors
         if list(map(id, raw)) != list(map(id, self._raw)):
             self._raw = raw
@@ -92,8 +93,12 @@ class CapturePlan:
         tensors = tuple(map(resolved, self._tensors)) if self._lazy else self._tensors
         return Capture(tensors, objects)
 
-    def _object(self, walker: Walker, name: str, item: object) -> ObjectLeaf:
-        data = encode_object(walker.node(item, escape(name)))
+    def _object(self, walker: Walker, name: str, item: object) -> ObjectLeaf | None:
+        """The item's structure. A tensor has none beside itself: its leaf has the item's name, and no two may have one."""
+        node = walker.node(item, escape(name))
+        if isinstance(item, torch.Tensor):
+            return None
+        data = encode_object(node)
         leaf = Leaf(name=escape(name), kind=LeafKind.OBJECT, dtype="uint8", shape=(len(data),), rank=self.world.rank)
         return ObjectLeaf(leaf, data)
 

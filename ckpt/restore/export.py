@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ckpt.errors import NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
-from ckpt.restore.export_tree import Item, item_names, load_item
+from ckpt.restore.export_tree import Item, load_item
 from ckpt.restore.fetch import Progress
 from ckpt.restore.reader import SnapshotReader
+from ckpt.restore.rebuild import item_names
 
 MEMORY_BYTES = 256 << 20
 """What an export may use when its caller names no limit, beside the process's own size."""

@@ -37,11 +37,6 @@ class Item:
         return leaf.removeprefix(f"{self.name}/")
 
 
-def item_names(index: SnapshotIndex) -> list[str]:
-    """The tracked items of a snapshot, as their leaves' names begin."""
-    return list(dict.fromkeys(leaf.name.split("/", 1)[0] for leaf in index.leaves()))
-
-
 def load_item(reader: SnapshotReader, name: str, *, rank: int) -> Item | None:
     """The item as ``rank`` captured it, or None where that rank has nothing of it.
 

@@ -28,19 +28,25 @@ def find(index: SnapshotIndex, name: str, rank: int) -> Leaf | None:
     return index.leaf(name, None) or index.leaf(name, rank_of(index, rank))
 
 
+def item_names(index: SnapshotIndex) -> list[str]:
+    """The tracked items of a snapshot, as their leaves' names begin."""
+    return list(dict.fromkeys(leaf.name.split("/", 1)[0] for leaf in index.leaves()))
+
+
 def read_objects(index: SnapshotIndex, names: Sequence[str], *, rank: int, read: Read) -> dict[str, object]:
-    """The skeletons of those items that the snapshot has, in one read.
+    """The skeletons of those items that the snapshot has, in one read. An item that is a tensor has its Ref as skeleton.
 
     Raises IntegrityError where bytes are not what was written.
     """
-    leaves = {name: leaf for name in names if (leaf := find(index, name, rank)) is not None}
+    found = {name: leaf for name in names if (leaf := find(index, name, rank)) is not None}
+    leaves = {name: leaf for name, leaf in found.items() if leaf.kind is not LeafKind.TENSOR}
     for name, leaf in leaves.items():
-        if leaf.kind is not LeafKind.OBJECT or len(leaf.shape) != 1:
+        if len(leaf.shape) != 1:
             raise IntegrityError(f"item's structure is not an object. item={name!r} leaf={leaf}")
     buffers = {name: bytearray(leaf.shape[0]) for name, leaf in leaves.items()}
     wants = [Want(name, leaf.rank, Box.whole(leaf.shape)) for name, leaf in leaves.items()]
     read(wants, [memoryview(one) for one in buffers.values()])
-    return {name: decode_object(data) for name, data in buffers.items()}
+    return {name: decode_object(buffers[name]) if name in buffers else Ref(name) for name in found}
 
 
 def rebuild(index: SnapshotIndex, name: str, *, read: Read, tensors: Callable[[Ref], T], rank: int = 0) -> object:
@@ -51,8 +57,7 @@ def rebuild(index: SnapshotIndex, name: str, *, read: Read, tensors: Callable[[R
     """
     found = read_objects(index, [name], rank=rank, read=read)
     if name not in found:
-        names = [leaf.name for leaf in index.leaves() if leaf.kind is LeafKind.OBJECT]
-        raise NotFoundError(f"snapshot has no such item. item={name!r} items={sorted(set(names))}")
+        raise NotFoundError(f"snapshot has no such item. item={name!r} items={item_names(index)}")
     return with_tensors(found[name], tensors)
 
 
