@@ -84,13 +84,15 @@ class Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", action="store_true", help="leave the folder with stores and logs")
-    keep = parser.parse_args().keep
+    parser.add_argument("--ranks", type=int, default=RANKS, help="training processes, 2 or more")
+    options = parser.parse_args()
+    ranks, keep = options.ranks, options.keep
     folder = Path(tempfile.mkdtemp(prefix="ckpt-demo-"))
     try:
-        print(f"training {STEPS} steps on {RANKS} ranks, a snapshot every {EVERY} steps, undisturbed ...", flush=True)
-        calm = train(folder / "calm", kill_at=None)
+        print(f"training {STEPS} steps on {ranks} ranks, a snapshot every {EVERY} steps, undisturbed ...", flush=True)
+        calm = train(folder / "calm", ranks=ranks, kill_at=None)
         print(f"the same again, and SIGKILL for rank 1 at step {KILL_AT} ...", flush=True)
-        killed = train(folder / "killed", kill_at=KILL_AT)
+        killed = train(folder / "killed", ranks=ranks, kill_at=KILL_AT)
         return report(calm, killed)
     finally:
         if keep:
@@ -99,14 +101,14 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def train(folder: Path, *, kill_at: int | None) -> Outcome:
+def train(folder: Path, *, ranks: int, kill_at: int | None) -> Outcome:
     """Run the example under torchrun to its end; with ``kill_at``, kill rank 1 once that step was logged."""
     folder.mkdir()
     losses = Losses(folder / "losses.txt")
     killed_after = recovery_s = None
     killed_at_s = 0.0
     begin_s = time.monotonic()
-    with started(folder) as process:
+    with started(folder, ranks) as process:
         while process.poll() is None:
             if time.monotonic() - begin_s > RUN_S_MAX:
                 raise SystemExit(f"training hangs: no end after {RUN_S_MAX:.0f} s\n{tail(folder)}")
@@ -127,11 +129,11 @@ def train(folder: Path, *, kill_at: int | None) -> Outcome:
 
 
 @contextlib.contextmanager
-def started(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(folder: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
     """The job under torchrun, ended after the block, come what may."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3"),
-        *(f"--nproc-per-node={RANKS}", str(SCRIPT), f"--steps={STEPS}", f"--every={EVERY}"),
+        *(f"--nproc-per-node={ranks}", str(SCRIPT), f"--steps={STEPS}", f"--every={EVERY}"),
         *(f"--store={folder / 'store'}", f"--loss-file={folder / 'losses.txt'}", f"--pid-dir={folder}"),
     ]
     environment = os.environ | {

@@ -16,7 +16,7 @@ VOCABULARY = 256
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large the model and its batches are. ``batch`` counts the windows of all ranks together."""
+    """How large the model and its batches are. ``batch`` counts the windows of all ranks together; it divides among 1, 2, 3, 4 and 6."""
 
     layers: int
     heads: int
@@ -26,9 +26,9 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(layers=2, heads=4, width=64, context=64, batch=8),
-    "small": Shape(layers=4, heads=8, width=256, context=128, batch=16),
-    "base": Shape(layers=12, heads=12, width=768, context=256, batch=32),
+    "tiny": Shape(layers=2, heads=4, width=64, context=64, batch=12),
+    "small": Shape(layers=4, heads=8, width=256, context=128, batch=24),
+    "base": Shape(layers=12, heads=12, width=768, context=256, batch=48),
 }
 
 
