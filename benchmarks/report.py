@@ -31,6 +31,9 @@ CONTESTANTS: Mapping[str, str] = {
 
 WIDTH_MIN = 170
 
+UNREST_MAX = 1.25
+"""How far the pace of undisturbed training may stray from its median before the table says that others were at work."""
+
 Fact = Mapping[str, float]
 
 
@@ -132,6 +135,10 @@ def print_table(results: Mapping[str, Measured], facts: Mapping[str, str]) -> No
     for name, measured in results.items():
         if measured.absent is not None:
             console.print(f"{name} is absent: {measured.absent}")
+    paces = [save["step_s"] for measured in results.values() for save in measured.saves]
+    if paces and max(paces) > UNREST_MAX * statistics.median(paces):
+        worst = max(paces) / statistics.median(paces)
+        console.print(f"the machine was not quiet: one undisturbed training step took {worst:.1f} times the usual")
 
 
 def seconds(value: float | None) -> str:
