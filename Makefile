@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: setup check format lint types contracts fast test demo bench clean
+.PHONY: setup check format lint types contracts fast test soak demo bench clean
 .DEFAULT_GOAL := check
 
 $(STAMP): pyproject.toml
@@ -39,8 +39,12 @@ test: lint types contracts
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# The long form of every kill and simulation campaign; `make test` runs the short one.
+soak: $(STAMP)
+	CKPT_SOAK=1 $(BIN)/pytest -q -n 2
+
 bench: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[bench]' || echo 'torchsnapshot is left out: it does not install here'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' || echo 'torchsnapshot is left out: it does not install here'
 	$(BIN)/python benchmarks/save_load.py
 
 clean:

@@ -16,6 +16,7 @@ class Ours:
     def __init__(self, state: State, folder: Path) -> None:
         self.items: dict[str, object] = {"model": state.model, "optimizer": state.optimizer}
         self.checkpointer = Checkpointer(str(folder))
+        self.checkpointer.prepare(self.items)
         self.waiter = ThreadPoolExecutor(1)
 
     def save(self, step: int) -> Saving:

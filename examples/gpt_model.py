@@ -16,7 +16,7 @@ VOCABULARY = 256
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How large the model and its batches are. ``batch`` counts the windows of all ranks together; it divides among 1, 2, 3, 4 and 6."""
+    """How large the model and its batches are. ``batch`` counts the windows of all ranks together."""
 
     layers: int
     heads: int

@@ -54,6 +54,14 @@ class Checkpointer:
         )  # fmt: skip
         self._session = Session(store, options)
 
+    def prepare(self, state: Mapping[str, object]) -> None:
+        """Lay out and pre-fault the slots for ``state`` in the background, so that the first save is as quick as the rest.
+
+        Call it early, while the program still reads data or compiles; every rank calls it. Never needed: a first save without
+        it only takes longer, because it touches fresh memory. Raises UsageError for what can't be captured.
+        """
+        self._session.saving.prepare(state)
+
     def save_async(
         self,
         state: Mapping[str, object],
