@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
@@ -10,8 +11,7 @@ from ckpt.backends.base import Backend
 from ckpt.elastic.nesting import entered
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
-from ckpt.errors import UsageError
-from ckpt.session.options import Options
+from ckpt.session.options import Options, check_only, check_store
 from ckpt.session.session import Session
 
 P = ParamSpec("P")
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 def resilient(  # noqa: PLR0913  one keyword for each choice a user has
     *,
-    store: str | Backend,
+    store: str | os.PathLike[str] | Backend,
     every: int | str = "auto",
     job: str | None = None,
     slots: int = 3,
@@ -43,18 +43,17 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has
     Raises UsageError at once where an argument cannot work.
     """
     schedule = parse_every(every)
-    if isinstance(only, str):
-        raise UsageError(f"only is a list of leaf names or prefixes. only={only!r}; write only=[{only!r}]")
+    address = check_store(store)
     stale_s_max = parse_duration(max_stale, name="max_stale") if max_stale is not None else None
     options = Options(
-        job=job, slots=slots, compression=compression, only=tuple(only) if only is not None else None, missing=missing,
+        job=job, slots=slots, compression=compression, only=check_only(only), missing=missing,
         storage_options=storage_options,
     )  # fmt: skip
 
     def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            session = Session(store, options)
+            session = Session(address, options)
             with entered(session.url):
                 run = Run(session, schedule, stale_s_max=stale_s_max)
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal
@@ -15,7 +16,7 @@ from ckpt.manifest.index import SnapshotIndex
 from ckpt.observe.events import Fact
 from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import VerifyReport, verify
-from ckpt.session.options import Options, check_tag
+from ckpt.session.options import Options, check_items, check_metadata, check_only, check_store, check_tag, is_count
 from ckpt.session.pending import Pending
 from ckpt.session.restoring import Rules
 from ckpt.session.session import Session
@@ -35,7 +36,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        store: str | Backend,
+        store: str | os.PathLike[str] | Backend,
         *,
         job: str | None = None,
         slots: int = 2,
@@ -52,7 +53,7 @@ class Checkpointer:
         options = Options(
             job=job, slots=slots, compression=compression, threads=threads, storage_options=storage_options
         )  # fmt: skip
-        self._session = Session(store, options)
+        self._session = Session(check_store(store), options)
 
     def prepare(self, state: Mapping[str, object]) -> None:
         """Lay out and pre-fault the slots for ``state`` in the background, so that the first save is as quick as the rest.
@@ -77,11 +78,13 @@ class Checkpointer:
         ``metadata`` is stored with it. Blocks for one memcpy of this rank's share.
         Raises UsageError for what can't be captured, FencedError where a newer attempt took over.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        check_items(state)
+        if not is_count(step):
             raise UsageError(f"a step is a whole number from 0 on. step={step!r}")
         if tag is not None:
             check_tag(tag)
-        return self._session.save(state, step, metadata=metadata or {}, tags=(tag,) if tag is not None else ())
+        facts = check_metadata(metadata or {})
+        return self._session.save(state, step, metadata=facts, tags=(tag,) if tag is not None else ())
 
     def save(
         self,
@@ -114,11 +117,11 @@ class Checkpointer:
         doesn't fit, before anything is changed, and IntegrityError where nothing is readable; the state may then be half
         filled and must not be used.
         """
-        if only is not None and isinstance(only, str):
-            raise UsageError(f"only is a list of leaf names or prefixes. only={only!r}; write only=[{only!r}]")
+        check_items(state)
+        _check_choice(step, epoch, tag)
         if missing not in ("error", "keep"):
             raise UsageError(f"missing is 'error' or 'keep'. missing={missing!r}")
-        rules = Rules(tuple(only) if only is not None else None, missing)
+        rules = Rules(check_only(only), missing)
         session = self._session
 
         def choices() -> Sequence[SnapshotId]:
@@ -173,6 +176,7 @@ class Checkpointer:
         self._session.finish()
 
     def _index(self, step: int | None, epoch: int | None, tag: str | None) -> SnapshotIndex:
+        _check_choice(step, epoch, tag)
         state = self._session.state()
         return load_index(self._session.backend, state, select(state, step=step, epoch=epoch, tag=tag))
 
@@ -186,3 +190,11 @@ class Checkpointer:
             self.close()
         else:
             self._session.abandon()
+
+
+def _check_choice(step: int | None, epoch: int | None, tag: str | None) -> None:
+    for name, number in (("step", step), ("epoch", epoch)):
+        if number is not None and not is_count(number):
+            raise UsageError(f"{name} is a whole number from 0 on. {name}={number!r}")
+    if tag is not None:
+        check_tag(tag)

@@ -9,6 +9,7 @@ import torch
 
 from ckpt.errors import UsageError
 from ckpt.observe.events import Event, Fact, Tell
+from ckpt.session.options import check_metadata
 
 Loggable = float | int | str | bool | torch.Tensor | None
 
@@ -46,7 +47,7 @@ def _noted(name: str, value: Loggable) -> Fact | torch.Tensor:
         detached = value.detach()
         return _item(detached) if detached.device.type == "cpu" else detached.clone()
     if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+        return check_metadata({name: value})[name]
     raise UsageError(
         f"only None, bool, int, float, str and tensors of one element can be logged. name={name} type={type(value).__name__}"
     )
