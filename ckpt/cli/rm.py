@@ -26,8 +26,8 @@ JSON (needs --yes): {"dropped": {"epoch", "step"}}.
 def command(choice: StoreChoice, *, step: int, epoch: int | None, yes: bool) -> None:
     """Drop one snapshot of the store at URL: it can no longer be restored.
 
-    Refuses the newest and tagged ones. Only a record is written; the bytes are swept later, and bytes that other
-    snapshots refer to stay.
+    Refuses the newest and tagged ones. Only a record is written: the bytes stay in the store, there is no sweep
+    yet.
     """
     with opened(choice) as store:
         chosen = store.select(Selector(step, epoch, None))
@@ -47,4 +47,4 @@ def command(choice: StoreChoice, *, step: int, epoch: int | None, yes: bool) -> 
         if choice.as_json:
             emit_json({"dropped": id_json(chosen)})
         else:
-            click.echo(f"dropped {chosen}; its bytes are swept later")
+            click.echo(f"dropped {chosen}; its bytes stay in the store, there is no sweep yet")
