@@ -46,7 +46,7 @@ def test_save_killed_at_some_calls_leaves_old_or_new_snapshot_whole(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scenario", "share"), [("first", 1), ("over", 1), ("continued", 2), ("tagged", 3), ("second", 3)]
+    ("scenario", "share"), [("first", 3), ("over", 1), ("continued", 4), ("tagged", 6), ("second", 5)]
 )
 def test_save_killed_at_any_call_leaves_old_or_new_snapshot_whole(folder: Path, scenario: str, share: int) -> None:
     check(folder, scenario, "kill", share=share)

@@ -132,6 +132,8 @@ def faults_found(root: Path, scenario: str, *, saved: bool) -> list[str]:
 
 def in_child(work: Callable[[], int], *, output: Path | None = None) -> int:
     """Run ``work`` in a fork; its exit status, negative for a signal. What it raises goes to ``output`` as text."""
+    if output is not None:
+        output.unlink(missing_ok=True)
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -163,7 +165,8 @@ class Points:
     def kill(self, call: OpCall, mode: CrashMode) -> None:
         """Die at one call, and look."""
         root = self._fresh()
-        status = in_child(lambda: self._save_with(root, CrashingOps(at=call.number, mode=mode)))
+        output = self.folder / "wrong.json"
+        status = in_child(lambda: self._save_with(root, CrashingOps(at=call.number, mode=mode)), output=output)
         here = f"{self.scenario}: killed {mode.value} call {call.number} ({call.name} {Path(call.path).name})"
         self._expect(status, -signal.SIGKILL, here)
         self._check(root, here, saved=False)
@@ -191,7 +194,6 @@ class Points:
     def _check(self, root: Path, here: str, *, saved: bool) -> None:
         self.tried += 1
         output = self.folder / "wrong.json"
-        output.unlink(missing_ok=True)
 
         def look() -> int:
             output.write_text(json.dumps(faults_found(root, self.scenario, saved=saved)))
