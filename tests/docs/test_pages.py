@@ -1,0 +1,102 @@
+"""Pages that list what the code has: each list is compared with the code."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from ckpt import errors
+from ckpt.backends.file import FileBackend
+from ckpt.cli.main import COMMANDS, run
+from ckpt.errors import CkptError
+from ckpt.testing.sample import write_sample_store
+
+ROOT = Path(__file__).parents[2]
+ROOMS = sorted(path.parent.name for path in (ROOT / "ckpt").glob("*/__init__.py"))
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)]
+
+LINES = {
+    "ls": [],
+    "show": [],
+    "log": [],
+    "read": ["model/fc.weight", "--rows", "0:1"],
+    "verify": [],
+    "diff": ["10", "20"],
+    "restore": ["--to", "out"],
+    "tag": ["x"],
+    "untag": ["best"],
+    "rm": ["--step", "10", "--yes"],
+}
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def outer_members(row: str) -> list[str]:
+    """The names in the first code span of a table row, without those of documents inside the document."""
+    text = row[2:].partition("`")[0]
+    while (shorter := re.sub(r"\{[^{}]*\}", "", text)) != text:
+        text = shorter
+    return re.findall(r'"(\w+)"', text)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_has_a_paragraph_in_the_map(room: str) -> None:
+    assert re.search(rf"^\*\*[\w, ]*\b{room}\b[\w, ]*\.\*\*", page("docs/map.md"), re.MULTILINE)
+    assert f"`{room}`" in page("docs/map.md")
+
+
+def test_files_that_the_map_names_exist() -> None:
+    names = re.findall(r"`(\w+\.py)`", page("docs/map.md"))
+    assert [name for name in names if not list((ROOT / "ckpt").rglob(name))] == []
+
+
+def test_command_of_the_command_line_is_in_its_page_and_the_changelog() -> None:
+    for name in COMMANDS:
+        assert f"| `ckpt {name} " in page("docs/cli.md"), name
+        assert f"`{name}`" in page("CHANGELOG.md"), name
+
+
+@pytest.mark.parametrize("command", sorted(LINES))
+def test_json_of_the_command_has_the_members_that_its_page_names(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sample_store(FileBackend(tmp_path / "store"))
+    assert run(["--json", command, "store", *LINES[command]]) == 0
+    document = json.loads(capsys.readouterr().out)
+    [row] = re.findall(rf"^\| `{command}` \| (`{{.*)\|$", page("docs/cli.md"), re.MULTILINE)
+    assert sorted(document) == sorted(outer_members(row))
+
+
+def test_readme_and_command_page_give_the_exit_code_of_each_error() -> None:
+    readme, cli = page("README.md"), page("docs/cli.md")
+    for kind in KINDS:
+        if kind is CkptError:
+            continue
+        assert re.search(rf"^\|.*`{kind.__name__}`.*\| {kind.exit_code} \|$", readme, re.MULTILINE), kind
+        assert re.search(rf"^\| {kind.exit_code} \|.*`{kind.code}`", cli, re.MULTILINE), kind
+
+
+def test_dependency_has_a_line_that_says_what_it_replaces() -> None:
+    names = [re.split(r"[\s\[<>=!;(]", one)[0] for one in metadata.requires("torch-ckpt") or ()]
+    assert [name for name in names if name not in page("docs/design/006-dependencies.md")] == [
+        "torch-ckpt"
+    ] * names.count("torch-ckpt")
+
+
+def test_word_of_the_glossary_is_explained_once() -> None:
+    words = re.findall(r"^\| ([\w, ]+?) \| ", page("docs/glossary.md"), re.MULTILINE)
+    single = [word for words_of_line in words if words_of_line != "word" for word in words_of_line.split(", ")]
+    assert sorted(single) == sorted(set(single))
+
+
+def test_example_that_the_readme_lists_exists_and_is_listed() -> None:
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", page("README.md"), re.MULTILINE))
+    support = {"demo.py", "gpt_model.py"}
+    assert listed == {path.name for path in (ROOT / "examples").glob("*.py")} - support
