@@ -12,7 +12,7 @@ from ckpt.commit.catalog import info_of
 from ckpt.commit.claim import refused, settled
 from ckpt.commit.fold import fold, verdict
 from ckpt.commit.folds import FOLD_BYTES_MAX, encode_fold, fold_due
-from ckpt.commit.place import open_store
+from ckpt.commit.place import open_store, require_same_store
 from ckpt.commit.reader import Note, read_on, read_start
 from ckpt.commit.sequencer import (
     Claimed,
@@ -28,6 +28,7 @@ from ckpt.errors import (
     CkptError,
     CommitUnknownError,
     ConflictError,
+    FencedError,
     IntegrityError,
     InternalError,
     UnavailableError,
@@ -160,9 +161,23 @@ class Journal:
         body = Drop(tuple(sorted(set(snapshots))), floor)
         return self._append_now(body)
 
-    def tag(self, name: str, snapshot: SnapshotId) -> LogState:
-        """Name a snapshot, which keeps it from being dropped; a name that exists moves. Raises ConflictError."""
-        return self._append_now(Tag(name, snapshot))
+    def tag(self, name: str, snapshot: SnapshotId, *, epoch: int | None = None) -> LogState:
+        """Name a snapshot, which keeps it from being dropped; a name that exists moves. Raises ConflictError.
+
+        ``epoch`` is the writer's (None: whichever is open, for people's tools); FencedError where a newer one is open.
+        """
+
+        def draft(state: LogState) -> tuple[Body, int]:
+            if epoch is not None and epoch < state.epoch:
+                raise FencedError(
+                    f"a newer epoch is open. writer={epoch} newest={state.epoch} tag={name!r} stop this writer: another one "
+                    "goes on"
+                )
+            return Tag(name, snapshot), state.epoch
+
+        state, seq = self._append(draft, new_write_id())
+        settled(state, seq)
+        return state
 
     def untag(self, name: str) -> LogState:
         """Take a name away. Raises ConflictError where there is no such tag."""
@@ -192,6 +207,7 @@ class Journal:
                     return state, seq
                 record = self._make(state, *draft(state), write_id)
                 sequencer = self._check(state, record)
+                require_same_store(self._backend, self._record)
                 match sequencer.claim(record.seq, record.encode()):
                     case Claimed():
                         self._state = state = fold(state, [record])

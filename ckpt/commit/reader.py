@@ -56,7 +56,11 @@ def read_all(items: Sequence[K], read: Callable[[K], V]) -> list[V]:
     if len(items) < 2:
         return [read(item) for item in items]
     with ThreadPoolExecutor(max_workers=min(READ_THREADS, len(items)), thread_name_prefix="ckpt-read") as pool:
-        return list(pool.map(read, items))
+        try:
+            found = pool.map(read, items)
+        except RuntimeError:  # the interpreter is ending: it starts no more work, but waits for the thread that saves
+            return [read(item) for item in items]
+        return list(found)
 
 
 def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[Note, ...]]:

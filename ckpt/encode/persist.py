@@ -158,7 +158,7 @@ class _Writing:
                     built = self._build(key, pack)
                     while len(running) >= puts:
                         running.popleft().result()
-                    running.append(pool.submit(self._put, built))
+                    running.append(self._start(pool, built))
                     places.update(built.locations)
                     if self.link_bytes_per_s is None and _measures(self._compression):
                         running.popleft().result()
@@ -168,6 +168,15 @@ class _Writing:
                 for left in running:
                     left.cancel()
         return places
+
+    def _start(self, pool: ThreadPoolExecutor, built: BuiltPack) -> Future[None]:
+        try:
+            return pool.submit(self._put, built)
+        except RuntimeError:  # the interpreter is ending: it starts no more work, but waits for this thread
+            self._put(built)
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
 
     def _build(self, key: str, pack: PackPlan) -> BuiltPack:
         if self._verify:

@@ -32,13 +32,13 @@ def apply(
     world: World,
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
-) -> None:
+) -> tuple[str, ...]:
     """Make the live ``items`` what the snapshot says, in their own memory. Items that only the snapshot has are left alone.
 
     Parameters, buffers, optimizer state, tensors and containers keep their identity; what is absent live (optimizer state
     before the first step) is made, optimizer state that the snapshot lacks is removed. ``only`` names paths to restore, by
     whole components (``["model", "optimizer/state"]``); everything else is left as it is and not compared.
-    ``missing="keep"`` lets live things that the snapshot lacks keep their value.
+    ``missing="keep"`` lets live things that the snapshot lacks keep their value; their paths are returned.
 
     All differences (missing, unexpected, shapes, dtypes, ties, groups) are found before a byte of live memory is written
     and raised as one UsageError. Errors of ``read`` pass through; live objects may then hold a part of the snapshot: apply
@@ -56,6 +56,7 @@ def apply(
     fill(restore.targets.fills(), read)
     for step in [*steps, *restore.values.late, *restore.values.last]:
         step()
+    return tuple(problems.kept)
 
 
 class _Restore:

@@ -51,6 +51,8 @@ class Problems:
     def __init__(self, *, keep_missing: bool) -> None:
         self._keep_missing = keep_missing
         self._found: list[str] = []
+        self.kept: list[str] = []
+        """Paths that keep their live value because the snapshot lacks them."""
 
     def add(self, fact: str, path: str, remedy: str = "") -> None:
         """One more difference."""
@@ -58,7 +60,9 @@ class Problems:
 
     def missing(self, path: str) -> None:
         """Something live that the snapshot doesn't have: a difference, unless it is to keep its value."""
-        if not self._keep_missing:
+        if self._keep_missing:
+            self.kept.append(path)
+        else:
             self.add("missing in the snapshot.", path, 'pass missing="keep" to keep its live value')
 
     def unexpected(self, path: str) -> None:

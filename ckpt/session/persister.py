@@ -204,7 +204,7 @@ class Persister:
         )  # fmt: skip
         info = journal.commit(manifest, epoch=self._place.epoch)
         for tag in tags:
-            journal.tag(tag, info.id)
+            journal.tag(tag, info.id, epoch=self._place.epoch)
         return replace(info, tags=tags)
 
     def _forget(self, n: int) -> None:

@@ -16,7 +16,7 @@ from ckpt.backends.base import Backend
 from ckpt.capture.leaves import World
 from ckpt.commit.catalog import info_of, load_index
 from ckpt.commit.fold import LogState
-from ckpt.errors import CkptError, IntegrityError, InternalError, NotFoundError
+from ckpt.errors import CkptError, IntegrityError, InternalError, NotFoundError, UsageError
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.observe.events import Event, Tell
 from ckpt.restore.apply import apply
@@ -24,10 +24,12 @@ from ckpt.restore.fetch import Fetcher
 from ckpt.restore.plan import Want, plan_reads
 from ckpt.session.channel import Channel, wait_for
 from ckpt.session.remote import RemoteError, from_error, to_error
-from ckpt.values import SnapshotId, SnapshotInfo
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 FILL_WAIT_S = 7200.0
 """How long a rank waits for the others to read their share."""
+
+PATHS_SHOWN_MAX = 5
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -75,6 +77,9 @@ class Restoring:
         self._left: list[SnapshotId] = []
         self._filled: list[tuple[Mapping[str, object], Rules]] = []
         self._index: SnapshotIndex | None = None
+        self._half_filled: set[str] = set()
+        self.verified: dict[Digest, ChunkLocation] = {}
+        """Where chunks of the chosen snapshot lie, of those that this rank has read and found right."""
         self.chosen: SnapshotId | None = None
         """The snapshot that all items come from, or None where there is none."""
 
@@ -91,6 +96,7 @@ class Restoring:
             raise to_error(choice.error)
         self._take(choice.snapshot)
         self._filled = []
+        self._half_filled = set()
         return self.chosen
 
     def fill(self, items: Mapping[str, object], rules: Rules) -> SnapshotInfo:
@@ -110,6 +116,8 @@ class Restoring:
             if verdict.next is None:
                 assert verdict.error is not None, "a verdict says what to do"
                 raise to_error(verdict.error) from error
+            if self._index is not None:
+                self._half_filled.update(leaf.name for leaf in self._index.leaves())
             self._take(verdict.next)
             todo = [*before, new]
 
@@ -127,6 +135,7 @@ class Restoring:
     def _take(self, snapshot: SnapshotId | None) -> None:
         self.chosen = snapshot
         self._index = None
+        self.verified = {}
 
     def _loaded(self) -> SnapshotIndex:
         if self.chosen is None:
@@ -149,12 +158,27 @@ class Restoring:
                 def read(wants: Sequence[Want], outputs: Sequence[memoryview]) -> None:
                     plan = plan_reads(index, wants, coalesce_bytes=coalesce, snapshot=str(self.chosen))
                     fetcher.fetch(plan, outputs)
+                    self.verified.update((chunk.digest, chunk.location) for one in plan.reads for chunk in one.chunks)
 
                 for items, rules in todo:
-                    apply(items, index, read=read, world=self._world, only=rules.only, missing=rules.missing)
+                    kept = apply(items, index, read=read, world=self._world, only=rules.only, missing=rules.missing)
+                    self._check_kept(kept)
         except CkptError as error:
             return error
+        except Exception as error:  # the user's load_state_dict, a device: the other ranks must not wait for this one
+            text = f"an item could not be restored. rank={self._channel.rank} cause={error!r}"
+            self._verdict(UsageError(text))
+            raise
         return None
+
+    def _check_kept(self, kept: Sequence[str]) -> None:
+        """What a snapshot lacks keeps its live value, but not one that a damaged snapshot has half overwritten."""
+        spoilt = [path for path in kept if any(f"{leaf}/".startswith(f"{path}/") for leaf in self._half_filled)]
+        if spoilt:
+            raise IntegrityError(
+                f"the older snapshot lacks what a damaged one may have half overwritten. snapshot={self.chosen} "
+                f"paths={spoilt[:PATHS_SHOWN_MAX]}; make these objects anew and restore without them"
+            )
 
     def _verdict(self, error: CkptError | None) -> _Verdict:
         self._round += 1

@@ -8,7 +8,7 @@ from concurrent.futures import wait
 
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.encode.choose import Compression
-from ckpt.errors import CkptError, FencedError, UsageError
+from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.observe.events import Event, Fact, Tell
 from ckpt.session.agree import Skip, Take, take_or_skip
 from ckpt.session.channel import Channel
@@ -66,8 +66,9 @@ class Saving:
         """
         persister = self._persister
         assert persister is not None, "an epoch is open"
-        if isinstance(self.last_failure, FencedError):
-            raise self.last_failure
+        failure = self.last_failure_of(snapshot.epoch)
+        if isinstance(failure, FencedError):
+            raise failure
         if self._last_step is not None and snapshot.step <= self._last_step:
             raise UsageError(
                 f"steps grow from one snapshot to the next. step={snapshot.step} last_step={self._last_step}; "
@@ -79,12 +80,23 @@ class Saving:
         except CkptError as error:
             persister.refuse(snapshot, error)
             raise
+        except (
+            BaseException
+        ) as error:  # a user's state_dict, a device, Ctrl-C: the other ranks must not wait for this one
+            text = f"the state could not be staged. snapshot={snapshot} rank={self._channel.rank} cause={error!r}"
+            persister.refuse(snapshot, UnavailableError(text))
+            raise
         self._last_step = snapshot.step
         pending = Pending(snapshot, persister.submit(staged, tags=tags))
         self._pendings = [*(p for p in self._pendings[-PENDINGS_KEPT:] if not p.done() or p.failure()), pending]
         seconds = time.monotonic() - began_s
         self._tell(Event("staged", f"{snapshot} is staged", {"step": snapshot.step, "seconds": round(seconds, 4)}))
         return pending
+
+    def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
+        """Take part in a snapshot that this rank can't give: all ranks learn that it failed, and why."""
+        assert self._persister is not None, "an epoch is open"
+        self._persister.refuse(snapshot, error)
 
     def may_take(self) -> Take | Skip:
         """On rank 0: whether a due snapshot is taken."""
@@ -104,10 +116,12 @@ class Saving:
     @property
     def last_failure(self) -> CkptError | None:
         """Why the last settled snapshot failed, or None where it didn't."""
-        for pending in reversed(self._pendings):
-            if pending.done():
-                return pending.failure()
-        return None
+        return next((pending.failure() for pending in reversed(self._pendings) if pending.done()), None)
+
+    def last_failure_of(self, epoch: int) -> CkptError | None:
+        """As ``last_failure``, of the snapshots captured in ``epoch``: what fenced an earlier one doesn't fence this one."""
+        mine = (pending for pending in reversed(self._pendings) if pending.done() and pending.epoch == epoch)
+        return next((pending.failure() for pending in mine), None)
 
     def stale_s(self) -> float:
         """Seconds since a snapshot became durable, or since the start."""

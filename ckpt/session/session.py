@@ -21,6 +21,7 @@ from ckpt.commit.state import LogState
 from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest.keys import writer_name
 from ckpt.observe.events import Event, Fact, Tell, to_logging
+from ckpt.restore.rebuild import item_names
 from ckpt.session.channel import Channel, connect, wait_for, world_of_process
 from ckpt.session.options import Options
 from ckpt.session.orders import Orders, RankOrders, SoloOrders
@@ -29,7 +30,7 @@ from ckpt.session.persister import Place
 from ckpt.session.remote import RemoteError, from_error, to_error
 from ckpt.session.restoring import Restoring, Rules
 from ckpt.session.saving import Saving
-from ckpt.values import ChunkLocation, Digest, LeafKind, SnapshotId, SnapshotInfo
+from ckpt.values import SnapshotId, SnapshotInfo
 
 BYE_WAIT_S = 60.0
 """How long rank 0 stays for the other ranks to read its last words: it may own the message store."""
@@ -57,7 +58,7 @@ class Session:
         self._rng = RngState()
         self._opens = 0
         self._closed = False
-        self._read_whole = False  # whether what was restored was also read: only verified chunks may be referred to
+        self._refers = False  # whether what was restored was also read: only verified chunks may be referred to
         self.epoch = 0
         """The epoch that this session opened; 0 before."""
         self.restored: SnapshotInfo | None = None
@@ -130,6 +131,7 @@ class Session:
     def open_epoch(self) -> None:
         """Open the next epoch as the continuation of what was restored; rank 0 writes the record, all learn the number."""
         joined = self.join()
+        joined.saving.drain()  # what is in flight belongs to the epoch before, which the record below closes
         self._opens += 1
         key = f"epoch/{self._opens}"
         resume = self.restored.id if self.restored is not None else None
@@ -144,7 +146,8 @@ class Session:
             backend=self._backend, writer=writer_name(socket.gethostname(), secrets.token_hex(8)), epoch=self.epoch,
             journal=self._journal if joined.channel.rank == 0 else None,
         )  # fmt: skip
-        joined.saving.go_on(place, base=resume if self._read_whole else None, known=self._known_chunks)
+        base = resume if self._refers else None
+        joined.saving.go_on(place, base=base, known=lambda: dict(joined.restoring.verified))
         joined.tell(Event("epoch", f"epoch {self.epoch} is open", {"epoch": self.epoch}))
 
     def track(self, items: Mapping[str, object]) -> None:
@@ -171,8 +174,7 @@ class Session:
         unknown = [path for path in self._options.only or () if path.strip("/").split("/")[0] not in tracked]
         if unknown:
             raise UsageError(f"only names what is not tracked. only={unknown} tracked={sorted(tracked)}; correct it")
-        leaves = self.join().restoring.index().leaves()
-        lost = sorted({leaf.name for leaf in leaves if leaf.kind is LeafKind.OBJECT} - tracked)
+        lost = sorted(set(item_names(self.join().restoring.index())) - tracked)
         if lost:
             text = f"the restored snapshot has items that nobody tracks, later ones will lack them: {', '.join(lost)}"
             self.tell(Event("untracked", text, {"items": ",".join(lost)}, alarm=True))
@@ -192,7 +194,7 @@ class Session:
         if restoring.choose(choices) is None:
             raise NotFoundError(f"the store holds no snapshot yet. store={self.url}")
         self.restored = restoring.fill(items, rules)
-        self._read_whole = rules.only is None
+        self._refers = True
         self.epoch = 0  # the next save opens an epoch that goes on from here
         return self.restored
 
@@ -200,6 +202,10 @@ class Session:
         """Stage a run's tracked items now; durable later."""
         items = {**self._items, RNG: self._rng}
         return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags)
+
+    def refuse(self, step: int, why: str) -> None:
+        """Instead of ``snapshot``: this rank can't take it, which all ranks learn."""
+        self.saving.refuse(SnapshotId(self.epoch, step), UsageError(why))
 
     def save(
         self, items: Mapping[str, object], step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...]
@@ -220,7 +226,7 @@ class Session:
             info = self.restored
         if info is not None and self.channel.rank == 0 and self._journal is not None:
             for tag in tags:
-                self._journal.tag(tag, info.id)
+                self._journal.tag(tag, info.id, epoch=self.epoch)
 
     def finish(self) -> None:
         """End well: everything durable, all ranks done. Raises what kept the last snapshot from being durable."""
@@ -262,15 +268,6 @@ class Session:
         self.restored = self.join().restoring.fill(items, rules)
         if self.opened and before is not None and self.restored.id != before.id:
             self.open_epoch()  # the line goes on from the older snapshot that was readable
-
-    def _known_chunks(self) -> Mapping[Digest, ChunkLocation]:
-        """Where chunks of the restored snapshot lie: this rank's own in a world of the same size, else everybody's."""
-        joined = self.join()
-        index = joined.restoring.index()
-        if index.manifest.world_size != joined.channel.size:
-            return index.locations()
-        part = index.parts[joined.channel.rank]
-        return {d: at for shard in part.shards for d, at in zip(shard.digests, shard.locations, strict=True)}
 
     def _open_record(self, resume: SnapshotId | None) -> str:
         """Rank 0: open the epoch; its number as text, or the error's code and words."""

@@ -13,7 +13,7 @@ from ckpt.observe.events import Fact
 from ckpt.place.owners import Replicated, owned
 from ckpt.stage.copy import THREADS_DEFAULT, CopyPlan, CopySource
 from ckpt.stage.slot import Pin, Slot, SlotPool
-from ckpt.values import DTYPE_BYTES, Box, SnapshotId, StagedIndex
+from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
 
 SLOT_WAIT_S = 3600.0
 """How long a forced snapshot waits for a slot that an upload holds before it gives up."""
@@ -50,6 +50,7 @@ class Stager:
         self._plan: CapturePlan | None = None
         self._items: tuple[tuple[str, int], ...] = ()
         self._seen: tuple[TensorLeaf, ...] | None = None
+        self._agreed: tuple[tuple[Leaf, Box, tuple[int, ...]], ...] = ()
         self._copy: CopyPlan | None = None
         self._pool: SlotPool | None = None
 
@@ -106,9 +107,20 @@ class Stager:
             self._items = identity
         return self._plan.capture()
 
+    def _compare(self, tensors: Sequence[TensorLeaf]) -> None:
+        """Agree on replicas where their set is another than before: that changes on all their ranks at once or on none.
+
+        A rank's own leaves may change at any time, and so may addresses; to wait for the other ranks then would be for ever.
+        """
+        shared = [leaf for leaf in tensors if len(leaf.replicas) > 1]
+        found = tuple((leaf.leaf, leaf.box, leaf.replicas) for leaf in shared)
+        if found != self._agreed:
+            self._agree(shared)
+            self._agreed = found
+
     def _layout(self, capture: Capture) -> tuple[CopyPlan, SlotPool]:
         if capture.tensors is not self._seen or self._copy is None:
-            self._agree([leaf for leaf in capture.tensors if len(leaf.replicas) > 1])
+            self._compare(capture.tensors)
             self._copy = CopyPlan.build([*_tensors(capture, self._world.rank), *_objects(capture)])
             self._seen = capture.tensors
         needed_bytes = max(self._copy.data_bytes, self._copy.needed_bytes([leaf.data for leaf in capture.objects]))

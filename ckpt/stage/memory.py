@@ -13,6 +13,7 @@ import mmap
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Region:
     owns its descriptor; its mapping lives until the last view of it is gone.
     """
 
-    __slots__ = ("_map", "address", "fd", "size_bytes", "view")
+    __slots__ = ("__weakref__", "_close_fd", "_map", "address", "fd", "size_bytes", "view")
 
     def __init__(self, size_bytes: int, *, name: str = "ckpt-slot") -> None:
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
@@ -52,6 +53,8 @@ class Region:
             if self.fd is not None:
                 os.close(self.fd)
             raise
+        # A region that is dropped unclosed must not keep its memory for the life of the process.
+        self._close_fd = None if self.fd is None else weakref.finalize(self, os.close, self.fd)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
@@ -81,9 +84,9 @@ class Region:
 
     def close(self) -> None:
         """Give up the descriptor and, once no view of it is left, the mapping. Idempotent."""
-        fd, self.fd = self.fd, None
-        if fd is not None:
-            os.close(fd)
+        self.fd = None
+        if self._close_fd is not None:
+            self._close_fd()
         with contextlib.suppress(BufferError):  # a reader still holds a view: its end unmaps
             self.view.release()
             self._map.close()
