@@ -35,6 +35,11 @@ class StepWatch:
         self._stepped = False
         return self.was_point
 
+    @property
+    def stepped(self) -> bool:
+        """Whether an optimizer stepped since the last boundary."""
+        return self._stepped
+
     def close(self) -> None:
         """Take the hooks off again."""
         for handle in self._handles:

@@ -49,9 +49,15 @@ def parse_every(every: int | str) -> Schedule:
     return EverySeconds(AUTO_S if every == "auto" else parse_duration(every, name="every"))
 
 
-def is_due(schedule: Schedule, completed: int) -> bool:
-    """Whether every rank knows, without being told, that a snapshot is due at this boundary."""
-    return isinstance(schedule, EverySteps) and completed > 0 and completed % schedule.steps == 0
+def is_due(schedule: Schedule, completed: int, *, since: int | None = None) -> bool:
+    """Whether every rank knows, without being told, that a snapshot is due at this boundary.
+
+    ``since`` is the boundary before it (default: one step before): a loop may count several steps at once.
+    """
+    if not isinstance(schedule, EverySteps):
+        return False
+    before = completed - 1 if since is None else since
+    return completed // schedule.steps > max(0, before) // schedule.steps
 
 
 def next_due(schedule: Schedule, completed: int) -> int | None:
