@@ -1,0 +1,45 @@
+"""Runs inside runs."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from ckpt.elastic.nesting import entered
+from ckpt.errors import UsageError
+
+
+def test_same_store_inside_is_refused_and_free_again_afterwards() -> None:
+    with entered("a"), pytest.raises(UsageError, match="store=a; give the inner one a store of its own"), entered("a"):
+        pass
+    with entered("a"):
+        pass
+
+
+def test_other_store_inside_is_allowed_but_none_of_those_around() -> None:
+    with entered("a"), entered("b"):
+        for url in ("a", "b"):
+            with pytest.raises(UsageError), entered(url):
+                pass
+
+
+def test_exception_inside_frees_the_store() -> None:
+    with pytest.raises(ZeroDivisionError), entered("a"):
+        raise ZeroDivisionError
+    with entered("a"):
+        pass
+
+
+def test_thread_of_its_own_starts_with_no_run_around_it() -> None:
+    met: list[str] = []
+
+    def other() -> None:
+        with entered("a"):
+            met.append("entered")
+
+    with entered("a"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(10)
+    assert met == ["entered"]
