@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ckpt.elastic.exits import left_by_break
+from ckpt.elastic.exits import asking_frame, left_by_break, ran_dry
 from ckpt.elastic.optimizers import StepWatch
 from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
@@ -41,6 +41,8 @@ class Run:
         self._owed: int | None = None
         self._carried: list[Order] = []
         self._rng_waits = False
+        self._stepped = False
+        self._torn = False
         self._paused = False
         self._left_error: CkptError | None = None
         self._asked_at_s = time.monotonic()
@@ -100,6 +102,11 @@ class Run:
         if not items:
             raise UsageError("nothing to track; name the items: run.track(model=model, optimizer=optimizer)")
         self._open()
+        if self._stepped:
+            raise UsageError(
+                "tracked after a step was completed, so after a restart it would be restored from another step than the rest. "
+                f"items={sorted(items)} completed={self._done}; track everything before the first step"
+            )
         self._session.track(items)
         self._watch.add(items)
         self._rng_waits = self._session.restored is not None
@@ -115,11 +122,15 @@ class Run:
         self._start()
         while self._done < total:
             step = self._done
+            asking = asking_frame(sys._getframe(1))
             try:
                 yield step
             except GeneratorExit:
-                if left_by_break(sys._getframe(1)):
+                frame = sys._getframe(1)
+                if left_by_break(frame, asking=asking):
                     self._leave(step + 1)
+                else:
+                    self._torn = not ran_dry(frame)
                 raise
             self.completed(step + 1)
         self._snapshot_last()
@@ -136,22 +147,23 @@ class Run:
             raise UsageError(f"a step was completed inside `with run.paused()`. step={steps}; end the pause first")
         if steps <= self._done:
             raise UsageError(f"completed steps only grow. completed={self._done} told={steps}")
+        due = steps if is_due(self._schedule, steps, since=self._done) else self._owed
         self._completed = steps
+        self._stepped, self._torn = True, False
         self._raise_what_must_stop()
         orders = self._session.orders
-        due = steps if is_due(self._schedule, steps) else self._owed
         point = self._watch.is_point()
         ordered = orders.reached(steps, due=due if point else None)
         if ordered is not None:
             self._carried.append(ordered)
         self._owed = None if point else due
         self._ask_by_time(steps)
-        upcoming = next_due(self._schedule, steps)
-        if upcoming == steps + 1:
-            orders.announce(upcoming)
         if point and self._carried:
             carried, self._carried = self._carried, []
             self._snapshot(carried)
+        upcoming = next_due(self._schedule, steps)
+        if upcoming == steps + 1:
+            orders.announce(upcoming)  # only now: the snapshot above holds a slot too
 
     def log(self, **values: float | int | str | bool | torch.Tensor | None) -> None:
         """Note facts of the current step, such as the loss. Rank 0's latest go to the next snapshot's metadata.
@@ -252,6 +264,13 @@ class Run:
         self._snapshot([Order(forced=True)])
 
     def _snapshot(self, orders: list[Order]) -> None:
+        if self._torn or self._watch.stepped:  # only at the end: the loop was left in the middle of a body
+            self._session.refuse(
+                self._done,
+                f"the loop was left in the middle of a step, whose half-done work is no snapshot. completed={self._done}; "
+                "leave it by break, or let the exception out",
+            )
+            return
         tags = tuple(dict.fromkeys(tag for order in orders for tag in order.tags))
         self._session.snapshot(self._done, metadata=self._metrics.facts(), tags=tags)
         self._taken = self._done
