@@ -15,6 +15,7 @@ import nested
 import own_loop
 import plain_checkpointer
 import pytest
+import torch
 
 import ckpt
 
@@ -38,8 +39,9 @@ CUT_AFTER = {"gan": 70, "accumulate": 90, "early_stop": 47, "nested": 95, "own_l
 """How many reports come before the interruption: behind a snapshot, and between two."""
 
 DRIVER = """
-import os, signal, sys, time
+import os, signal, sys, time, torch
 import {example}, ckpt
+torch.set_num_threads(1)
 import test_small_examples as cases
 
 reports = 0
@@ -78,6 +80,15 @@ class Reports:
                 raise InterruptionError
             self._left -= 1
         self.values[tuple(step)] = loss
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums have one order whatever the machine has to do, and threads of tests that run side by side don't wait for cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=sorted(TRAIN))
