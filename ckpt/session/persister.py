@@ -8,7 +8,7 @@ fails that one snapshot on all ranks with the same error; the next one starts af
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from ckpt.backends.base import Backend
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import Compression
 from ckpt.encode.persist import packs_at_most, persist
-from ckpt.errors import CkptError, ConflictError, InternalError
+from ckpt.errors import CkptError, ConflictError, InternalError, UsageError
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.observe.events import Event, Tell
 from ckpt.session.channel import Channel, wait_for
@@ -44,6 +44,7 @@ class _Receipt(msgspec.Struct, frozen=True):
     size_bytes: int = 0
     new_bytes: int = 0
     error: RemoteError | None = None
+    shared: Mapping[str, tuple[int, str]] = {}
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -158,7 +159,9 @@ class Persister:
             self._packs_written += packs_at_most(index)
             staged.release()
         size = sum(shard.size_bytes for shard in index.shards)
-        receipt = _Receipt(index.snapshot, ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes)
+        receipt = _Receipt(
+            index.snapshot, ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes, shared=staged.shared
+        )
         return receipt, done.locations
 
     def _settle(self, n: int, staged: Staged, tags: tuple[str, ...]) -> _Outcome:
@@ -174,6 +177,7 @@ class Persister:
                     f"the ranks captured different steps, which never make one snapshot. captured_by_rank={by_rank}; every "
                     "rank must run and save the same steps"
                 )
+            check_shared([receipt.shared for receipt in receipts])
             return _Outcome(info=self._commit(staged, receipts, tags))
         except CkptError as error:
             return _Outcome(error=from_error(error, rank=0))
@@ -216,6 +220,25 @@ class Persister:
 
     def _wait(self, key: str, what: str) -> bytes:
         return wait_for(self._channel, key, timeout_s=None, what=what, stop=lambda: self._closing)
+
+
+def check_shared(sets: Sequence[Mapping[str, tuple[int, str]]]) -> None:
+    """Each rank's ``shared_sets``: raises UsageError unless all members of a group hold the same leaves in the same order.
+
+    Each rank stores its share of them, computed from what it holds itself; were the sets different, the shares would overlap
+    or leave gaps, and the snapshot could not be read.
+    """
+    found: dict[str, list[tuple[int, tuple[int, str]]]] = {}
+    for rank, one in enumerate(sets):
+        for group, held in one.items():
+            found.setdefault(group, []).append((rank, held))
+    for members in found.values():
+        (first, (size, _)), kinds = members[0], {held for _, held in members}
+        if len(kinds) > 1 or len(members) != size:
+            raise UsageError(
+                f"replicas hold different leaves, so their shares don't fit together. first_rank={first} replicas={size} "
+                f"ranks_with_any={len(members)} different={len(kinds)}; keep the same optimizer state on each"
+            )
 
 
 def _failed(snapshot: SnapshotId, error: CkptError) -> Event:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import msgspec
+
 from ckpt.capture.leaves import Capture, TensorLeaf, World
 from ckpt.capture.plan import CapturePlan
 from ckpt.errors import UnavailableError
+from ckpt.manifest.digest import digest_hex
 from ckpt.observe.events import Fact
 from ckpt.place.owners import Replicated, owned
 from ckpt.stage.copy import THREADS_DEFAULT, CopyPlan, CopySource
@@ -29,6 +32,8 @@ class Staged:
     slot: Slot
     index: StagedIndex
     pin: Pin
+    shared: Mapping[str, tuple[int, str]]
+    """What replicas must agree on for their shares to fit together: see ``shared_sets``."""
 
     def release(self) -> None:
         """Let go of the slot."""
@@ -51,6 +56,7 @@ class Stager:
         self._items: tuple[tuple[str, int], ...] = ()
         self._seen: tuple[TensorLeaf, ...] | None = None
         self._agreed: tuple[tuple[Leaf, Box, tuple[int, ...]], ...] = ()
+        self._shared: Mapping[str, tuple[int, str]] = {}
         self._copy: CopyPlan | None = None
         self._pool: SlotPool | None = None
 
@@ -91,7 +97,7 @@ class Stager:
             slot.invalidate()
             pin.release()
             raise
-        return Staged(slot, index, pin)
+        return Staged(slot, index, pin, self._shared)
 
     def close(self) -> None:
         """Give the slots' memory back."""
@@ -117,6 +123,7 @@ class Stager:
         if found != self._agreed:
             self._agree(shared)
             self._agreed = found
+            self._shared = shared_sets(shared)
 
     def _layout(self, capture: Capture) -> tuple[CopyPlan, SlotPool]:
         if capture.tensors is not self._seen or self._copy is None:
@@ -129,6 +136,15 @@ class Stager:
         else:
             self._pool.resize(needed_bytes, header_bytes=self._copy.header_bytes)
         return self._copy, self._pool
+
+
+def shared_sets(shared: Sequence[TensorLeaf]) -> dict[str, tuple[int, str]]:
+    """For each group of replicas, by digest of its ranks: how many they are, and a digest of what they hold, in order. Pure."""
+    groups: dict[tuple[int, ...], list[tuple[Leaf, Box]]] = {}
+    for one in shared:
+        groups.setdefault(one.replicas, []).append((one.leaf, one.box))
+    encode = msgspec.json.encode
+    return {digest_hex(encode(ranks)): (len(ranks), digest_hex(encode(held))) for ranks, held in groups.items()}
 
 
 def _tensors(capture: Capture, rank: int) -> Iterator[CopySource]:

@@ -9,7 +9,8 @@ import torch
 import ckpt
 from ckpt.backends.memory import MemoryBackend
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.session.staging import Stager
+from ckpt.session.persister import check_shared
+from ckpt.session.staging import Stager, shared_sets
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId
 
 
@@ -174,3 +175,15 @@ def test_a_users_error_in_loading_is_told_to_the_other_ranks(job, run_ranks) -> 
     assert isinstance(first, ckpt.UsageError)
     assert "device lost" in str(first)
     assert isinstance(second, RuntimeError)
+
+
+def test_replicas_that_hold_different_leaves_make_no_snapshot() -> None:
+    def sets(*names: str) -> dict[str, tuple[int, str]]:
+        leaves = [Leaf(name=name, kind=LeafKind.TENSOR, dtype="float32", shape=(2,)) for name in names]
+        return shared_sets([TensorLeaf(leaf, Box.whole((2,)), torch.ones(2), (0, 1)) for leaf in leaves])
+
+    check_shared([sets("a", "b"), sets("a", "b"), {}])
+    for other in (sets("a"), sets("b", "a"), {}):
+        for pair in ([sets("a", "b"), other], [other, sets("a", "b")]):
+            with pytest.raises(ckpt.UsageError, match="different leaves"):
+                check_shared(pair)
