@@ -6,7 +6,7 @@ copies different, the snapshot would be a mixture of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
@@ -20,10 +20,13 @@ COMPARE_WAIT_S = 1800.0
 NAMED_MAX = 5
 
 
-def compare_replicas(channel: Channel, leaves: Sequence[TensorLeaf], *, n: int) -> None:
+def compare_replicas(
+    channel: Channel, leaves: Sequence[TensorLeaf], *, n: int, stop: Callable[[], bool] | None = None
+) -> None:
     """Check that every replica of ``leaves`` has the same bytes. All ranks call it with the same ``n``, counted up.
 
-    Costs one digest pass over the local copies and one message a rank. Raises UsageError naming the leaves that differ.
+    Costs one digest pass over the local copies and one message a rank. Waits for the other ranks' digests; once ``stop()`` is
+    true that raises UnavailableError. Raises UsageError naming the leaves that differ.
     """
     if channel.size == 1:
         return
@@ -41,6 +44,7 @@ def compare_replicas(channel: Channel, leaves: Sequence[TensorLeaf], *, n: int) 
                 f"replicas/{n}/{first}",
                 timeout_s=COMPARE_WAIT_S,
                 what=f"rank {first}'s digests of replicated leaves",
+                stop=stop,
             )
             theirs[first] = msgspec.json.decode(word, type=dict[str, str])
         if theirs[first].get(leaf.leaf.name) != mine[leaf.leaf.name]:

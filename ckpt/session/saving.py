@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 
+import msgspec
+
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.encode.choose import Compression
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.observe.events import Event, Fact, Tell
 from ckpt.session.agree import Skip, Take, take_or_skip
-from ckpt.session.channel import Channel
+from ckpt.session.channel import Channel, wait_for
 from ckpt.session.options import Options
 from ckpt.session.pending import Pending
 from ckpt.session.persister import Persister, Place
-from ckpt.session.replicas import compare_replicas
+from ckpt.session.remote import RemoteError, from_error, to_error
+from ckpt.session.replicas import COMPARE_WAIT_S, compare_replicas
 from ckpt.session.staging import SLOT_WAIT_S, Stager
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
@@ -33,6 +36,7 @@ class Saving:
         self._options = options
         self._tell = tell
         self._compared = 0
+        self._prepared = 0
         self._stager = Stager(
             World(channel.rank, channel.size), slots=options.slots, threads=options.threads, agree=self._compare
         )
@@ -42,8 +46,27 @@ class Saving:
         self._began_s = time.monotonic()
 
     def prepare(self, items: Mapping[str, object]) -> None:
-        """Lay out and pre-fault the slots in the background."""
-        self._stager.prepare(items)
+        """Lay out and pre-fault the slots in the background. Every rank calls it, and all raise what any rank met."""
+        self._prepared += 1
+        mine: CkptError | None = None
+        try:
+            self._stager.prepare(items)
+        except CkptError as error:
+            mine = error
+        except BaseException as error:  # a user's state_dict, a device: the other ranks must not wait for this one
+            self._tell_prepared(UnavailableError(f"the state could not be laid out. cause={error!r}"))
+            raise
+        if self._channel.size == 1:
+            if mine is not None:
+                raise mine
+            return
+        self._tell_prepared(mine)
+        words = [self._prepared_word(other) for other in range(self._channel.size)]
+        met = [word for word in words if word is not None]
+        if met and isinstance(mine, UsageError):
+            raise mine
+        if met:  # one that only stopped waiting for another rank is not the cause
+            raise to_error(next((one for one in met if one.code != UnavailableError.code), met[0])) from mine
 
     def go_on(
         self, place: Place, *, base: SnapshotId | None, known: Callable[[], Mapping[Digest, ChunkLocation]]
@@ -155,4 +178,19 @@ class Saving:
 
     def _compare(self, leaves: Sequence[TensorLeaf]) -> None:
         self._compared += 1
-        compare_replicas(self._channel, leaves, n=self._compared)
+        compare_replicas(self._channel, leaves, n=self._compared, stop=self._failed_elsewhere)
+
+    def _failed_elsewhere(self) -> bool:
+        """Whether another rank met an error while it prepared, so that it won't come to the comparison."""
+        words = (self._channel.peek(f"prepared/{self._prepared}/{rank}") for rank in range(self._channel.size))
+        return any(word not in (None, b"null") for word in words)
+
+    def _tell_prepared(self, error: CkptError | None) -> None:
+        rank = self._channel.rank
+        message = from_error(error, rank=rank) if error is not None else None
+        self._channel.post(f"prepared/{self._prepared}/{rank}", msgspec.json.encode(message))
+
+    def _prepared_word(self, rank: int) -> RemoteError | None:
+        key = f"prepared/{self._prepared}/{rank}"
+        word = wait_for(self._channel, key, timeout_s=COMPARE_WAIT_S, what=f"rank {rank} to lay out its share")
+        return msgspec.json.decode(word, type=RemoteError | None)

@@ -122,7 +122,7 @@ def test_exception_through_wrappers(watch: Watch, wrap) -> None:
 
     with pytest.raises(ZeroDivisionError):
         train()
-    gc.collect()
+    gc.collect(1)
     assert watch.left == ["torn"]
 
 
@@ -134,7 +134,7 @@ def test_exception_that_leaves_the_function(watch: Watch) -> None:
 
     with pytest.raises(ZeroDivisionError):
         train()
-    gc.collect()
+    gc.collect(1)
     assert watch.left == ["torn"]
 
 
@@ -165,7 +165,7 @@ def test_keyboard_interrupt(watch: Watch) -> None:
         for step in watch.steps():
             if step == 3:
                 raise KeyboardInterrupt
-    gc.collect()
+    gc.collect(1)
     assert watch.left == ["torn"]
 
 
@@ -271,7 +271,7 @@ def test_zip_whose_other_iterator_runs_dry_is_torn_and_costs_a_step_at_most(watc
 
 def test_zip_whose_data_come_first_takes_no_step_that_it_has_no_data_for(watch: Watch) -> None:
     taken = [step for _, step in zip(range(3), watch.steps(), strict=False)]
-    gc.collect()
+    gc.collect(1)
     assert taken == [0, 1, 2]
     assert watch.left != ["break"]
 
@@ -293,7 +293,7 @@ def test_comprehension_that_raises_is_torn(watch: Watch) -> None:
 
     with pytest.raises(ZeroDivisionError):
         [fail(step) for step in watch.steps()]
-    gc.collect()
+    gc.collect(1)
     assert watch.left == ["torn"]
 
 
@@ -336,7 +336,7 @@ def test_exception_whose_traceback_outlives_the_loop(watch: Watch, keep) -> None
             train()
 
     drop()
-    gc.collect()
+    gc.collect(1)
     assert watch.left == ["torn"]
 
 
@@ -344,7 +344,7 @@ def test_exception_whose_traceback_outlives_the_loop(watch: Watch, keep) -> None
 def test_comprehension_in_a_context_that_catches(watch: Watch, catch) -> None:
     with catch(ZeroDivisionError):
         [1 // (3 - step) for step in watch.steps()]
-    gc.collect()
+    gc.collect(1)
     assert watch.left == ["torn"]
 
 
