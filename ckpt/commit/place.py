@@ -33,6 +33,21 @@ def open_store(backend: Backend, *, job: str | None, create: bool) -> JobRecord:
     return record
 
 
+def require_same_store(backend: Backend, record: JobRecord) -> None:
+    """Raises UnavailableError where another store, or none, now stands where ``record`` was read. Reads one small object.
+
+    A disk that was unmounted, or a folder that was moved, leaves an empty place that takes objects as readily as the store
+    did. A record written there would be called durable, and be found by nobody.
+    """
+    found = _read(backend)
+    if found != record:
+        what = "gone" if found is None else f"that of another store. store_id={found.store_id} wanted={record.store_id}"
+        raise UnavailableError(
+            f"the store is not where it was: its {keys.JOB_KEY} is {what} store={backend.url} "
+            f"mount it or move it back, then repeat"
+        )
+
+
 def _read(backend: Backend) -> JobRecord | None:
     try:
         return JobRecord.decode(read_object(backend, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
