@@ -26,8 +26,9 @@ Exit codes: 0 all is well, 20 damage, 11 something could not be read.
 \b
 JSON: {"ok", "snapshots": [{"epoch", "step", "ok", "read_bytes", "chunks",
 "packs", "objects", "damaged": [{"key", "offset_bytes", "leaves", "what",
-"message"}, ...]}, ...]}. "what" is missing, short, mismatch, unreadable, or
-record: the snapshot's manifest or a part is not what was committed.
+"message"}, ...]}, ...], "hole"}. "what" is missing, short, mismatch,
+unreadable, or record: the snapshot's manifest or a part is not what was
+committed. "hole" is null, or {"seq", "reason"} of a log record that is damaged.
 """
 
 
@@ -45,8 +46,8 @@ class _Outcome:
 def command(choice: StoreChoice, *, selector: Selector, everything: bool) -> int:
     """Verify a snapshot of the store at URL, the newest without a selector.
 
-    Reads the manifest, all parts and every stored byte, and compares them with their digests. Reports all damage, not
-    just the first. With --all, bytes that snapshots share are read once.
+    Reads the log, the manifest, all parts and every stored byte, and compares them with their digests. Reports all
+    damage, not just the first. With --all, bytes that snapshots share are read once.
     """
     if everything and not selector.empty:
         raise UsageError("all snapshots or one. leave out --all, or --step, --epoch and --tag")
@@ -54,6 +55,7 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool) -> int
         wanted = (
             [entry.snapshot for entry in reversed(store.state.snapshots)] if everything else [store.select(selector)]
         )
+        hole = store.state.hole
         memo: VerifyMemo = {}
         outcomes: list[_Outcome] = []
         for snapshot in wanted:
@@ -61,10 +63,13 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool) -> int
             if not choice.as_json:
                 _print(outcomes[-1])
         if choice.as_json:
-            ok = not any(outcome.damaged for outcome in outcomes)
-            emit_json({"ok": ok, "snapshots": [_json(outcome) for outcome in outcomes]})
+            ok = hole is None and not any(outcome.damaged for outcome in outcomes)
+            told: JsonValue = None if hole is None else {"seq": hole.seq, "reason": hole.reason}
+            emit_json({"ok": ok, "snapshots": [_json(outcome) for outcome in outcomes], "hole": told})
+        elif hole is not None:
+            click.echo(f"DAMAGED  the log: record {hole.seq} and all after it are lost to readers\n    {hole.reason}")
         whats = {one.what for outcome in outcomes for one in outcome.damaged}
-        if whats - {"unreadable"}:
+        if hole is not None or whats - {"unreadable"}:
             return IntegrityError.exit_code
         return UnavailableError.exit_code if whats else 0
 
