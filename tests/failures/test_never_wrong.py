@@ -68,7 +68,7 @@ def clean() -> MemoryBackend:
     return backend
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150 if os.environ.get("CKPT_SOAK") == "1" else 40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(choice=st.randoms(use_true_random=False))
 def test_one_flipped_bit_in_any_object_is_found_and_never_restored(clean: MemoryBackend, choice: object) -> None:
     assert hasattr(choice, "choice")
@@ -241,6 +241,7 @@ def test_snapshots_after_the_first_are_no_stale_copies(change: Callable[[nn.Line
             assert checkpointer.read("model/weight", step=step).unique().tolist() == [step]
 
 
+@pytest.mark.slow
 def test_save_never_syncs_the_whole_host(tmp_path: Path) -> None:
     program = f"""
 import ctypes, os, torch, ckpt
