@@ -29,6 +29,7 @@ from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import damage
 
 WAIT_S = 30.0
+EXAMPLES = 2000 if os.environ.get("CKPT_SOAK") == "1" else 30
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,7 +69,7 @@ def clean() -> MemoryBackend:
     return backend
 
 
-@settings(max_examples=150 if os.environ.get("CKPT_SOAK") == "1" else 40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(choice=st.randoms(use_true_random=False))
 def test_one_flipped_bit_in_any_object_is_found_and_never_restored(clean: MemoryBackend, choice: object) -> None:
     assert hasattr(choice, "choice")
