@@ -7,7 +7,7 @@ import msgspec
 from ckpt.commit.state import RECENT_MAX, Committed, LogState, Opened, StoreSet, Tagged, Void
 from ckpt.errors import IntegrityError
 from ckpt.manifest import keys
-from ckpt.manifest.canonical import seal, unseal
+from ckpt.manifest.canonical import ready, seal, unseal
 from ckpt.manifest.manifest import job_ok
 from ckpt.manifest.records import tag_ok
 from ckpt.values import SnapshotId
@@ -145,3 +145,6 @@ def _rest_problem(state: LogState) -> str | None:
     if seqs != sorted(set(seqs)) or any(not 0 <= seq < state.next_seq for seq in seqs):
         return "voids do not ascend"
     return None
+
+
+ready(_Wire)

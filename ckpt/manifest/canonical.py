@@ -19,12 +19,25 @@ T = TypeVar("T", bound=msgspec.Struct)
 UPGRADE = "pip install --upgrade torch-ckpt"
 
 
+def ready(*kinds: type) -> None:
+    """Let msgspec learn ``kinds`` now; call it where they are defined, so that it runs under the import's lock.
+
+    msgspec learns a type at its first use, without a lock of its own: two threads that decode a type for the first time at the
+    same moment crash the process.
+    """
+    for kind in kinds:
+        msgspec.json.Decoder(kind)
+
+
 class _V(msgspec.Struct):
     v: int
 
 
 class _FormatVersion(msgspec.Struct):
     format_version: int
+
+
+ready(_V, _FormatVersion)
 
 
 def seal(value: msgspec.Struct, *, what: str, bytes_max: int) -> tuple[bytes, str]:

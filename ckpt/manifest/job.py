@@ -8,7 +8,7 @@ import msgspec
 
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.manifest import keys
-from ckpt.manifest.canonical import UPGRADE, seal, unseal
+from ckpt.manifest.canonical import UPGRADE, ready, seal, unseal
 from ckpt.manifest.digest import DIGEST_NAME
 from ckpt.manifest.manifest import job_ok
 from ckpt.values import CHUNK_BYTES
@@ -87,3 +87,6 @@ class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     digest_name: str
     chunk_bytes: int
     digest: str = ""
+
+
+ready(_Wire)

@@ -10,7 +10,7 @@ import msgspec
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.manifest import keys
-from ckpt.manifest.canonical import seal, unseal
+from ckpt.manifest.canonical import ready, seal, unseal
 from ckpt.manifest.digest import digest_hex
 from ckpt.values import SnapshotId
 
@@ -222,3 +222,6 @@ def _from_wire(wire: _Wire) -> Manifest:
         created_unix_s=wire.created_unix_s,
         metadata=metadata,
     )
+
+
+ready(_Wire)

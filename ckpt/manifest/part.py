@@ -14,7 +14,7 @@ import msgspec
 import zstandard
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.manifest.canonical import check_version
+from ckpt.manifest.canonical import check_version, ready
 from ckpt.manifest.part_rules import problem
 from ckpt.values import CHUNK_BYTES, DIGEST_BYTES, Box, ChunkLocation, Codec, Digest, Leaf, LeafKind, SnapshotId
 
@@ -265,3 +265,6 @@ def _leaf(wire: _LeafWire) -> Leaf:
         rank=wire.rank,
         alias_of=wire.alias_of,
     )
+
+
+ready(_Version, _Wire)

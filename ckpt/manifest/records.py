@@ -8,7 +8,7 @@ import msgspec
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.manifest import keys
-from ckpt.manifest.canonical import seal, unseal
+from ckpt.manifest.canonical import ready, seal, unseal
 from ckpt.manifest.manifest import job_ok
 from ckpt.values import SnapshotId
 
@@ -175,3 +175,6 @@ def _stores_problem(ids: tuple[str, ...], write_quorum: int) -> str | None:
 
 def _seal(record: Record) -> tuple[bytes, str]:
     return seal(record, what="log record", bytes_max=RECORD_BYTES_MAX)
+
+
+ready(Record)

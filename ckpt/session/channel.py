@@ -16,6 +16,7 @@ import msgspec
 import torch.distributed as dist
 
 from ckpt.errors import UnavailableError, UsageError
+from ckpt.manifest.canonical import ready
 
 POLL_FIRST_S = 0.001
 POLL_LAST_S = 0.05
@@ -237,3 +238,6 @@ def _badges(store: KeyValueStore, lobby: str, size: int) -> tuple[str, ...] | No
     if not store.check(keys):
         return None
     return tuple(store.get(key).decode() for key in keys)
+
+
+ready(_Invitation)

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from ckpt.errors import CkptError, ConflictError, UnavailableError
+from ckpt.manifest.canonical import ready
 from ckpt.session.agree import Ack, Order, Skip, Take, merge, place
 from ckpt.session.channel import POLL_FIRST_S, POLL_LAST_S, Channel, wait_for
 
@@ -312,3 +313,6 @@ def _place(acks: Mapping[int, Ack]) -> _Decision:
         return _Decision(place(acks))
     except ConflictError as error:
         return _Decision(0, str(error))
+
+
+ready(_Proposal, _Decision)

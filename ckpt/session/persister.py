@@ -19,6 +19,7 @@ from ckpt.commit.journal import Journal
 from ckpt.encode.choose import Compression
 from ckpt.encode.persist import packs_at_most, persist
 from ckpt.errors import CkptError, ConflictError, InternalError, UsageError
+from ckpt.manifest.canonical import ready
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.observe.events import Event, Tell
 from ckpt.session.channel import Channel, wait_for
@@ -249,3 +250,6 @@ def _failed(snapshot: SnapshotId, error: CkptError) -> Event:
 def _durable(info: SnapshotInfo, seconds: float) -> Event:
     facts = {"epoch": info.epoch, "step": info.step, "size_bytes": info.size_bytes, "new_bytes": info.new_bytes}
     return Event("durable", f"{info.id} is durable", {**facts, "seconds": round(seconds, 3)})
+
+
+ready(_Receipt, _Outcome)

@@ -6,6 +6,7 @@ import msgspec
 
 from ckpt import errors
 from ckpt.errors import CkptError, InternalError
+from ckpt.manifest.canonical import ready
 
 
 class RemoteError(msgspec.Struct, frozen=True):
@@ -27,3 +28,6 @@ def from_error(error: CkptError, *, rank: int) -> RemoteError:
 def to_error(message: RemoteError) -> CkptError:
     """The error that a message stands for."""
     return _BY_CODE.get(message.code, InternalError)(f"rank {message.rank}: {message.text}")
+
+
+ready(RemoteError)

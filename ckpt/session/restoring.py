@@ -17,6 +17,7 @@ from ckpt.capture.leaves import World
 from ckpt.commit.catalog import info_of, load_index
 from ckpt.commit.fold import LogState
 from ckpt.errors import CkptError, IntegrityError, InternalError, NotFoundError, UsageError
+from ckpt.manifest.canonical import ready
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.observe.events import Event, Tell
 from ckpt.restore.apply import apply
@@ -214,3 +215,6 @@ def _fallback(damaged: SnapshotId | None, older: SnapshotId, why: str) -> Event:
     facts = {"damaged_epoch": damaged.epoch, "damaged_step": damaged.step, "epoch": older.epoch, "step": older.step}
     text = f"the snapshot of {damaged} can't be read whole, restoring the older one of {older}: {why}"
     return Event("fallback", text, facts, alarm=True)
+
+
+ready(_Choice, _Verdict, _Result)

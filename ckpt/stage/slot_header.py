@@ -17,6 +17,7 @@ import threading
 import msgspec
 
 from ckpt.errors import IntegrityError, InternalError, UsageError
+from ckpt.manifest.canonical import ready
 from ckpt.manifest.digest import digest
 from ckpt.stage.index_rules import index_problem
 from ckpt.values import PAGE_BYTES, StagedIndex
@@ -155,3 +156,6 @@ def _decode(encoded: bytes) -> StagedIndex:
 
 def _seal(generation: int, header_bytes: int, data_bytes: int, encoded: bytes) -> bytes:
     return digest(struct.pack("<4Q", generation, header_bytes, data_bytes, len(encoded)) + encoded)
+
+
+ready(StagedIndex)
