@@ -14,21 +14,28 @@ READ_BYTES = 8 << 20
 SAMPLE_S = 0.01
 
 TOUCH = """
-import mmap, sys
-size = int(sys.argv[1])
-memory = mmap.mmap(-1, size)
+import mmap, sys, tempfile
+size, folder = int(sys.argv[1]), sys.argv[2]
+memory = mmap.mmap(-1, 2 * size)
 memory.madvise(23)  # MADV_POPULATE_WRITE
+memory.close()
+block = bytes(4 << 20)
+with tempfile.TemporaryFile(dir=folder) as file:
+    for _ in range(0, size + size // 2, len(block)):
+        file.write(block)
 """
 
 
-def warm_memory(size_bytes: int) -> None:
-    """Make the machine hold ``size_bytes`` of free pages that cost nothing to get.
+def warm_memory(size_bytes: int, *, scratch: Path) -> None:
+    """Make the machine hold free pages for two copies of ``size_bytes`` that cost nothing to get.
 
     A virtual machine gives free pages back to its host, and the first touch of a page that the host must find again
-    costs several times more than any checkpointing does. So a child touches that much memory and exits. It is spawned:
-    a forked one would write-protect the parent's pages and slow the parent's next writes down.
+    costs several times more than any checkpointing does. So a child touches that much memory and exits. The page cache
+    takes its pages from other lists than programs do: without a file written as well (in ``scratch``, without a name,
+    gone before the kernel starts to write it out), whoever saves through the page cache takes up to twice as long.
+    The child is spawned: a forked one would write-protect the parent's pages and slow the parent's next writes down.
     """
-    command = [sys.executable, "-S", "-E", "-c", TOUCH, str(size_bytes)]
+    command = [sys.executable, "-S", "-E", "-c", TOUCH, str(size_bytes), str(scratch)]
     subprocess.run(command, check=True, close_fds=True)
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,10 @@ class SaveTimes:
         return self.blocked_s + self.slowdown_s
 
 
-def time_save(contestant: Contestant, training: Training, step: int) -> SaveTimes:
+def time_save(contestant: Contestant, training: Training, step: int, *, warm: Callable[[], None]) -> SaveTimes:
     """Save once and train beside it until the save is durable, and a little longer."""
     calm_before = training.undisturbed()
+    warm()
     ended_s: list[float] = []
     begin_s = time.perf_counter()
     saving: Saving = contestant.save(step)
@@ -112,8 +114,7 @@ class Round:
         for step in range(1, last + 1):
             self.state.step()
             before_bytes = stored_bytes(self.folder)
-            self.warm()
-            times = time_save(self.contestant, self.training, step)
+            times = time_save(self.contestant, self.training, step, warm=self.warm)
             say(
                 "first" if step == 1 else "save",
                 **{name: getattr(times, name) for name in (*SaveTimes.__slots__, "lost_s")},
@@ -140,7 +141,7 @@ class Round:
         say("load", name=name, load_s=load_s, right=self.state.digest() == digest)
 
     def warm(self) -> None:
-        warm_memory(3 * self.state.size_bytes)
+        warm_memory(self.state.size_bytes, scratch=self.folder.parent)
 
 
 def say(event: str, **facts: object) -> None:
