@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from ckpt.backends.base import Backend
 from ckpt.encode.choose import OFF, Compression, may_compress
 from ckpt.encode.pack import BuiltPack, Sampler, encoded_pack, raw_pack, verify_chunks
 from ckpt.encode.plan import GAP_BYTES_MAX, PACK_BYTES_MAX, Chunk, PackPlan, new_chunks, plan_packs
+from ckpt.encode.threads import start
 from ckpt.errors import CkptError, IntegrityError, UsageError
 from ckpt.manifest.digest import digest_hex
 from ckpt.manifest.keys import pack_key, part_key
@@ -152,31 +153,23 @@ class _Writing:
         running: deque[Future[None]] = deque()
         if not packs:
             return places
-        with ThreadPoolExecutor(min(puts, len(packs)), thread_name_prefix="ckpt-put") as pool:
-            try:
-                for key, pack in packs.items():
-                    built = self._build(key, pack)
-                    while len(running) >= puts:
-                        running.popleft().result()
-                    running.append(self._start(pool, built))
-                    places.update(built.locations)
-                    if self.link_bytes_per_s is None and _measures(self._compression):
-                        running.popleft().result()
-                while running:
+        try:
+            for key, pack in packs.items():
+                built = self._build(key, pack)
+                while len(running) >= puts:
                     running.popleft().result()
-            finally:
-                for left in running:
-                    left.cancel()
+                running.append(self._start(built))
+                places.update(built.locations)
+                if self.link_bytes_per_s is None and _measures(self._compression):
+                    running.popleft().result()
+            while running:
+                running.popleft().result()
+        finally:
+            wait(running)  # after an error too: they read the slot, which the caller then lets go
         return places
 
-    def _start(self, pool: ThreadPoolExecutor, built: BuiltPack) -> Future[None]:
-        try:
-            return pool.submit(self._put, built)
-        except RuntimeError:  # the interpreter is ending: it starts no more work, but waits for this thread
-            self._put(built)
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
+    def _start(self, built: BuiltPack) -> Future[None]:
+        return start(lambda: self._put(built), name="ckpt-put")
 
     def _build(self, key: str, pack: PackPlan) -> BuiltPack:
         if self._verify:

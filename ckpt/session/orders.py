@@ -20,8 +20,11 @@ from ckpt.session.channel import POLL_FIRST_S, POLL_LAST_S, Channel, wait_for
 HOLD_WAIT_S = 1800.0
 """How long a rank waits for a decision of the leader before it calls the leader dead."""
 
-Decide = Callable[[], Take | Skip]
-"""Asked on rank 0 alone: is a slot free on every rank?"""
+Decide = Callable[[int], Take | Skip]
+"""Asked on rank 0 alone: is a slot free on every rank, beside that many snapshots ordered and not yet taken?"""
+
+RANKS_PER_S_MAX = 10_000
+"""Requests a second that idle ranks may send to the message store in all: their pauses grow with their number."""
 
 
 class Orders(Protocol):
@@ -70,19 +73,25 @@ class SoloOrders:
 
     def reached(self, completed: int, *, due: int | None) -> Order | None:
         """See ``Orders``."""
-        with self._lock:
-            orders, self._requests = self._requests, []
-        if due is not None:
-            match self._decide():
-                case Take():
-                    orders.append(Order())
-                case Skip(why) if not orders:
-                    self._told(completed, why)
-        return merge(orders) if orders else None
+        if due is None and not self._requests:
+            return None
+        match self._decide(0):
+            case Take():
+                orders = self._take_requests()
+                return merge([*orders, Order()] if due is not None else orders)
+            case Skip(why) if due is not None:
+                self._told(completed, why)
+        return None  # what was requested waits for a slot, and training does not
 
     def end(self, completed: int) -> Order | None:
         """See ``Orders``."""
-        return self.reached(completed, due=None)
+        orders = self._take_requests()
+        return merge(orders) if orders else None
+
+    def _take_requests(self) -> list[Order]:
+        with self._lock:
+            orders, self._requests = self._requests, []
+        return orders
 
     def close(self) -> None:
         """See ``Orders``."""
@@ -106,8 +115,18 @@ class RankOrders:
     Steady state: one ``check`` round trip each ``POLL_LAST_S`` seconds beside the training thread, nothing in it.
     """
 
-    def __init__(self, channel: Channel, decide: Decide, told: Callable[[int, str], None]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        decide: Decide,
+        told: Callable[[int, str], None],
+        *,
+        passed: Callable[[], int] = lambda: -1,
+    ) -> None:
+        """``passed`` is asked on rank 0: the last boundary that every rank is known to have passed, to free old messages."""
         self._channel = channel
+        self._passed = passed
+        self._pause_s_max = max(POLL_LAST_S, channel.size / RANKS_PER_S_MAX)
         self._decide = decide
         self._told = told
         self._changed = threading.Condition()
@@ -115,6 +134,7 @@ class RankOrders:
         self._ended = False
         self._hold_at: int | None = None
         self._placed: dict[int, list[Order]] = {}
+        self._deciding = 0  # proposals whose boundary is not known yet
         self._announced: set[int] = set()
         self._failure: CkptError | None = None
         self._stop = threading.Event()
@@ -131,8 +151,11 @@ class RankOrders:
         """See ``Orders``."""
         if self._channel.rank != 0 or due in self._announced:
             return
+        self._forget_passed()
         self._announced.add(due)
-        match self._decide():
+        with self._changed:
+            reserved = sum(boundary <= due for boundary in self._placed) + self._deciding
+        match self._decide(reserved):
             case Take():
                 self._channel.post(f"due/{due}", b"take")
             case Skip(why):
@@ -161,7 +184,8 @@ class RankOrders:
                     )
             if self._failure is not None:
                 raise self._failure
-            orders = self._placed.pop(completed, [])
+            # One placed beyond the end was asked for at the last boundary, before anyone knew that it was the last.
+            orders = [order for boundary in sorted(self._placed) for order in self._placed.pop(boundary)]
         return merge(orders) if orders else None
 
     def close(self) -> None:
@@ -208,7 +232,19 @@ class RankOrders:
                     )
             if self._failure is not None:
                 raise self._failure
-            return self._placed.pop(completed, [])
+            return self._due_orders(completed)
+
+    def _due_orders(self, completed: int) -> list[Order]:
+        """What was placed at this boundary, or at one before it where the loop counts several steps at once."""
+        reached = sorted(boundary for boundary in self._placed if boundary <= completed)
+        return [order for boundary in reached for order in self._placed.pop(boundary)]
+
+    def _forget_passed(self) -> None:
+        """Rank 0: free its words on boundaries that every rank has passed."""
+        passed = self._passed()
+        for due in [due for due in self._announced if due <= passed]:
+            self._announced.remove(due)
+            self._channel.forget(f"due/{due}")
 
     def _run(self) -> None:
         try:
@@ -247,7 +283,7 @@ class RankOrders:
                     self._changed.notify_all()
                 return
             self._stop.wait(pause_s)
-            pause_s = min(pause_s * 1.5, POLL_LAST_S)
+            pause_s = min(pause_s * 1.5, self._pause_s_max)
 
     def _propose(self, n: int, served: int) -> int:
         """Rank 0: turn what was requested into proposal ``n``, or close the meeting when every loop has ended."""
@@ -257,10 +293,16 @@ class RankOrders:
             if ends is not None and self._channel.count("requests") == served:  # asked again: none came in between
                 self._channel.post("closed", msgspec.json.encode(_place(ends)))
             return served
+        if not self._ended and isinstance(self._decide(len(self._placed)), Skip):
+            return served  # the store is behind: the request waits for a slot, and training does not
         orders = [
             msgspec.json.decode(self._wait(f"request/{k}", "a rank's request"), type=_Proposal)
             for k in range(served + 1, asked + 1)
         ]
+        for k in range(served + 1, asked + 1):
+            self._channel.forget(f"request/{k}")
+        with self._changed:
+            self._deciding = 1
         merged = merge([Order(tuple(order.tags), order.forced) for order in orders])
         self._channel.post(f"proposal/{n}", msgspec.json.encode(_Proposal(list(merged.tags), merged.forced)))
         return asked
@@ -278,6 +320,7 @@ class RankOrders:
         with self._changed:
             self._placed.setdefault(decision.boundary, []).append(Order(tuple(proposal.tags), proposal.forced))
             self._hold_at = None
+            self._deciding = 0
             self._changed.notify_all()
 
     def _decide_boundary(self, n: int) -> _Decision:
@@ -287,6 +330,9 @@ class RankOrders:
             )
             for rank in range(self._channel.size)
         }
+        if n > 0:  # each answered this proposal, so each has read the decision on the last one
+            for key in (f"proposal/{n - 1}", f"decision/{n - 1}", *(f"ack/{n - 1}/{rank}" for rank in acks)):
+                self._channel.forget(key)
         return _place(acks)
 
     def _ends(self) -> dict[int, Ack] | None:

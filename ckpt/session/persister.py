@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -18,14 +18,21 @@ from ckpt.backends.base import Backend
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import Compression
 from ckpt.encode.persist import packs_at_most, persist
-from ckpt.errors import CkptError, ConflictError, InternalError, UsageError
+from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError, UsageError
 from ckpt.manifest.canonical import ready
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.observe.events import Event, Tell
 from ckpt.session.channel import Channel, wait_for
+from ckpt.session.queue import CallQueue
 from ckpt.session.remote import RemoteError, from_error, to_error
 from ckpt.session.staging import Staged
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+PEER_WAIT_S = 7200.0
+"""How long a rank waits for another's word on one snapshot, before it takes that rank for dead."""
+
+ABANDON_STORE_S = 5.0
+"""How long an abandoned save is waited for; it goes on behind, and ends with the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +58,7 @@ class _Receipt(msgspec.Struct, frozen=True):
 class _Outcome(msgspec.Struct, frozen=True):
     info: SnapshotInfo | None = None
     error: RemoteError | None = None
+    """Why there is no ``info``; or beside one, why the snapshot, durable as it is, lacks a tag."""
 
 
 class Persister:
@@ -77,7 +85,9 @@ class Persister:
         self._closing = False
         self.durable_at_s: float | None = None
         """When the last snapshot became durable, by the monotonic clock."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt-persist")  # the interpreter waits for it at exit
+        self.passed_step = -1
+        """On rank 0: the last step whose boundary every rank is known to have passed."""
+        self._calls = CallQueue("ckpt-persist")
 
     @property
     def in_flight(self) -> int:
@@ -87,17 +97,28 @@ class Persister:
     def submit(self, staged: Staged, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
         """Queue a sealed slot; the future gives the commit's facts or the error. Every rank submits the same sequence."""
         self._count += 1
-        return self._thread.submit(self._run, self._count, staged, tags)
+        n = self._count
+        return self._calls.submit(lambda: self._run(n, staged, tags))
 
     def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
         """Take part in a snapshot that this rank could not stage: all ranks learn that it failed, and why."""
         self._count += 1
-        self._thread.submit(self._refuse, self._count, snapshot, error)
+        n = self._count
+        self._calls.submit(lambda: self._refuse(n, snapshot, error))
 
-    def close(self, *, abandon: bool = False) -> None:
-        """Wait until the queue is empty and end the thread. ``abandon``: stop waiting for other ranks at once."""
-        self._closing = abandon
-        self._thread.shutdown(wait=True, cancel_futures=abandon)
+    def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
+        """Let the first snapshot refer to chunks of ``base``; nothing once one was handed in. Every rank calls it alike."""
+        if self._count == 0:
+            self._base, self._known = base, known
+
+    def close(self) -> None:
+        """Wait until the queue is empty and end the thread."""
+        self._calls.close()
+
+    def abandon(self) -> None:
+        """Drop what has not begun, wait for no other rank any more and only briefly for the store, and end the thread."""
+        self._closing = True
+        self._calls.close(cancel=True, timeout_s=ABANDON_STORE_S)
 
     def _run(self, n: int, staged: Staged, tags: tuple[str, ...]) -> SnapshotInfo:
         began = time.monotonic()
@@ -106,7 +127,7 @@ class Persister:
             self._channel.post(f"receipt/{n}/{self._channel.rank}", msgspec.msgpack.encode(receipt))
             if self._channel.rank == 0:
                 self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(self._settle(n, staged, tags)))
-            word = self._wait(f"outcome/{n}", f"rank 0's commit of {staged.index.snapshot}")
+            word = self._wait(f"outcome/{n}", f"rank 0's commit of {staged.index.snapshot}", rank=0)
             outcome = msgspec.msgpack.decode(word, type=_Outcome)
             if outcome.info is None:
                 assert outcome.error is not None, "an outcome has one or the other"
@@ -127,6 +148,12 @@ class Persister:
         self._base, self._known = staged.index.snapshot, locations
         self.durable_at_s = time.monotonic()
         self._tell(_durable(outcome.info, time.monotonic() - began))
+        if outcome.error is not None:
+            untagged = to_error(outcome.error)
+            self._tell(
+                Event("tag-failed", str(untagged), {"step": outcome.info.step, "code": untagged.code}, alarm=True)
+            )
+            raise untagged
         return outcome.info
 
     def _refuse(self, n: int, snapshot: SnapshotId, error: CkptError) -> None:
@@ -179,7 +206,7 @@ class Persister:
                     "rank must run and save the same steps"
                 )
             check_shared([receipt.shared for receipt in receipts])
-            return _Outcome(info=self._commit(staged, receipts, tags))
+            return self._tagged(self._commit(staged, receipts), tags)
         except CkptError as error:
             return _Outcome(error=from_error(error, rank=0))
         except Exception as error:  # noqa: BLE001  a thread's border: without an outcome the other ranks would wait for ever
@@ -192,13 +219,14 @@ class Persister:
         """Every rank's receipt for ``n``. Then each has seen the outcome of ``n - 1``, whose messages are freed."""
         receipts = [self._receipt(n, rank, snapshot) for rank in range(self._channel.size)]
         self._forget(n - 1)
+        self.passed_step = max(self.passed_step, min(receipt.snapshot.step for receipt in receipts))
         return receipts
 
     def _receipt(self, n: int, rank: int, snapshot: SnapshotId) -> _Receipt:
-        word = self._wait(f"receipt/{n}/{rank}", f"rank {rank}'s part of {snapshot}")
+        word = self._wait(f"receipt/{n}/{rank}", f"rank {rank}'s part of {snapshot}", rank=rank)
         return msgspec.msgpack.decode(word, type=_Receipt)
 
-    def _commit(self, staged: Staged, receipts: list[_Receipt], tags: tuple[str, ...]) -> SnapshotInfo:
+    def _commit(self, staged: Staged, receipts: list[_Receipt]) -> SnapshotInfo:
         journal = self._place.journal
         assert journal is not None, "rank 0 has the log"
         parts = tuple(receipt.ref for receipt in receipts if receipt.ref is not None)
@@ -207,10 +235,19 @@ class Persister:
             size_bytes=sum(r.size_bytes for r in receipts), new_bytes=sum(r.new_bytes for r in receipts),
             created_unix_s=time.time(), metadata=staged.index.metadata,
         )  # fmt: skip
-        info = journal.commit(manifest, epoch=self._place.epoch)
-        for tag in tags:
-            journal.tag(tag, info.id, epoch=self._place.epoch)
-        return replace(info, tags=tags)
+        return journal.commit(manifest, epoch=self._place.epoch)
+
+    def _tagged(self, info: SnapshotInfo, tags: tuple[str, ...]) -> _Outcome:
+        """Tag what is committed. A tag that fails makes the snapshot no less durable."""
+        journal = self._place.journal
+        assert journal is not None, "rank 0 has the log"
+        for done, tag in enumerate(tags):
+            try:
+                journal.tag(tag, info.id, epoch=self._place.epoch)
+            except CkptError as error:
+                text = f"{info.id} is durable, but could not be tagged. tag={tag!r} cause={error}"
+                return _Outcome(replace(info, tags=tags[:done]), RemoteError(error.code, text, 0))
+        return _Outcome(replace(info, tags=tags))
 
     def _forget(self, n: int) -> None:
         """Free the messages of a snapshot that every rank has settled."""
@@ -219,8 +256,20 @@ class Persister:
             for rank in range(self._channel.size):
                 self._channel.forget(f"receipt/{n}/{rank}")
 
-    def _wait(self, key: str, what: str) -> bytes:
-        return wait_for(self._channel, key, timeout_s=None, what=what, stop=lambda: self._closing)
+    def _wait(self, key: str, what: str, *, rank: int) -> bytes:
+        """Wait for a message of ``rank``, while it is there. One that left has posted all that it ever will."""
+        left = f"bye/{rank}"
+        stop = (lambda: self._closing) if rank == self._channel.rank else lambda: self._closing or self._has(left)
+        try:
+            return wait_for(self._channel, key, timeout_s=PEER_WAIT_S, what=what, stop=stop)
+        except UnavailableError:
+            word = self._channel.peek(key)  # posted just before it left
+            if word is None:
+                raise
+            return word
+
+    def _has(self, key: str) -> bool:
+        return self._channel.peek(key) is not None
 
 
 def check_shared(sets: Sequence[Mapping[str, tuple[int, str]]]) -> None:

@@ -25,8 +25,6 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 ABANDON_WAIT_S = 60.0
 """After an exception in training: how long what is staged may take to become durable."""
 
-PENDINGS_KEPT = 16
-
 
 class Saving:
     """Stages and persists one rank's share, in order. Used by the training thread."""
@@ -91,6 +89,7 @@ class Saving:
         assert persister is not None, "an epoch is open"
         failure = self.last_failure_of(snapshot.epoch)
         if isinstance(failure, FencedError):
+            persister.refuse(snapshot, failure)  # another rank may not know yet, and be waiting for this one
             raise failure
         if self._last_step is not None and snapshot.step <= self._last_step:
             raise UsageError(
@@ -111,7 +110,8 @@ class Saving:
             raise
         self._last_step = snapshot.step
         pending = Pending(snapshot, persister.submit(staged, tags=tags))
-        self._pendings = [*(p for p in self._pendings[-PENDINGS_KEPT:] if not p.done() or p.failure()), pending]
+        settled = [one for one in self._pendings if one.done()]
+        self._pendings = [*settled[-1:], *(one for one in self._pendings if not one.done()), pending]
         seconds = time.monotonic() - began_s
         self._tell(Event("staged", f"{snapshot} is staged", {"step": snapshot.step, "seconds": round(seconds, 4)}))
         return pending
@@ -121,10 +121,20 @@ class Saving:
         assert self._persister is not None, "an epoch is open"
         self._persister.refuse(snapshot, error)
 
-    def may_take(self) -> Take | Skip:
-        """On rank 0: whether a due snapshot is taken."""
+    def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
+        """Let the first snapshot of this epoch refer to chunks of ``base``, which were read and found right."""
+        if self._persister is not None:
+            self._persister.refer_to(base, known)
+
+    def may_take(self, reserved: int) -> Take | Skip:
+        """On rank 0: whether one more snapshot finds a slot, beside ``reserved`` that are ordered and not yet taken."""
         in_flight = self._persister.in_flight if self._persister is not None else 0
-        return take_or_skip(in_flight=in_flight, slots=self._options.slots)
+        return take_or_skip(in_flight=in_flight + reserved, slots=self._options.slots)
+
+    @property
+    def passed_step(self) -> int:
+        """On rank 0: the last step whose boundary every rank is known to have passed; -1 for none."""
+        return self._persister.passed_step if self._persister is not None else -1
 
     @property
     def settled(self) -> bool:
@@ -168,7 +178,7 @@ class Saving:
         """After an exception: what is staged gets a bounded time; nothing is raised, failures were told."""
         if self._persister is not None:
             wait([pending.future for pending in self._pendings], timeout=ABANDON_WAIT_S)
-            self._persister.close(abandon=True)
+            self._persister.abandon()
             self._persister = None
         self._stager.close()
 

@@ -121,6 +121,7 @@ class Session:
             return
         self.go_on_from_newest()
         self.open_epoch()
+        self.join().start_orders()  # every rank's must be there to answer the others'
 
     def go_on_from_newest(self) -> None:
         """Choose the newest snapshot whose records can be read; its bytes are not read yet."""
@@ -170,6 +171,7 @@ class Session:
             return
         if self._options.only is None or RNG in self._options.only:
             self._fill({RNG: self._rng}, Rules(None, "keep"))
+        self.saving.refer_to(self.restored.id, dict(self.join().restoring.verified))
         tracked = {escape(name) for name in self._items} | {RNG}
         unknown = [path for path in self._options.only or () if path.strip("/").split("/")[0] not in tracked]
         if unknown:
@@ -248,7 +250,7 @@ class Session:
         joined = self._joined
         assert joined is not None, "joined"
         self._closed = True
-        joined.orders.close()
+        joined.close()
         channel = joined.channel
         if channel.rank != 0:
             channel.post(f"bye/{channel.rank}", b"1")
@@ -299,15 +301,31 @@ class _Joined:
         self.channel = channel
         self.tell = tell
         self.saving = Saving(channel, options, self.tell)
-        self.orders: Orders = (
-            SoloOrders(self.saving.may_take, self._skipped)
-            if channel.size == 1
-            else RankOrders(channel, self.saving.may_take, self._skipped)
-        )
+        self._orders: Orders | None = None
         self.restoring = Restoring(
             channel, backend, world=World(channel.rank, channel.size), state=state, tell=self.tell, threads=options.threads,
             budget_bytes=options.read_budget_bytes,
         )  # fmt: skip
+
+    @property
+    def orders(self) -> Orders:
+        """What all ranks do at a boundary."""
+        assert self._orders is not None, "a run is open"
+        return self._orders
+
+    def start_orders(self) -> None:
+        """For a run; a checkpointer has no boundaries to agree on."""
+        saving = self.saving
+        self._orders = (
+            SoloOrders(saving.may_take, self._skipped)
+            if self.channel.size == 1
+            else RankOrders(self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step)
+        )
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        if self._orders is not None:
+            self._orders.close()
 
     def _skipped(self, boundary: int, why: str) -> None:
         self.tell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -19,7 +20,7 @@ Decide = Callable[[], Take | Skip]
 class Loop:
     """One rank's training loop: keeps what was ordered at which boundary."""
 
-    def __init__(self, channel, *, decide: Decide = Take, every: int | None = None) -> None:
+    def __init__(self, channel, *, decide: Decide = lambda _: Take(), every: int | None = None) -> None:
         self.told: list[tuple[int, str]] = []
         self.orders = RankOrders(channel, decide, lambda boundary, why: self.told.append((boundary, why)))
         self.got: dict[int, Order] = {}
@@ -147,7 +148,7 @@ def test_due_boundary_is_taken_or_skipped_by_all_alike(make_channels, run_ranks)
         rng = random.Random(seed)
         words: list[bool] = []
 
-        def decide(rng=rng, words=words) -> Take | Skip:
+        def decide(_: int, rng=rng, words=words) -> Take | Skip:
             words.append(rng.random() < 0.5)
             return Take() if words[-1] else Skip("full")
 
@@ -212,7 +213,7 @@ def test_dead_message_store_stops_the_loop_at_its_next_boundary(make_channels) -
         def peek(self, key: str) -> bytes | None:
             raise ConnectionError("the host is gone")
 
-    orders = RankOrders(Dead(), Take, lambda boundary, why: None)
+    orders = RankOrders(Dead(), lambda _: Take(), lambda boundary, why: None)
     orders._thread.join(10)
     with pytest.raises(UnavailableError, match=r"message store is gone\. rank=1"):
         orders.reached(1, due=None)
@@ -221,7 +222,7 @@ def test_dead_message_store_stops_the_loop_at_its_next_boundary(make_channels) -
 
 def test_closing_ends_the_thread_while_others_never_come(make_channels) -> None:
     channel = make_channels(2)[1]
-    orders = RankOrders(channel, Take, lambda boundary, why: None)
+    orders = RankOrders(channel, lambda _: Take(), lambda boundary, why: None)
     channel.post("proposal/0", b'{"tags":[],"forced":false}')
     _until(lambda: channel.peek("ack/0/1") is not None)
     orders.close()
@@ -229,13 +230,13 @@ def test_closing_ends_the_thread_while_others_never_come(make_channels) -> None:
 
 
 def test_close_twice_is_free(make_channels) -> None:
-    orders = RankOrders(make_channels(2)[0], Take, lambda boundary, why: None)
+    orders = RankOrders(make_channels(2)[0], lambda _: Take(), lambda boundary, why: None)
     orders.close()
     orders.close()
 
 
 def test_solo_requests_take_effect_at_the_next_boundary_once() -> None:
-    orders = SoloOrders(Take, lambda boundary, why: None)
+    orders = SoloOrders(lambda _: Take(), lambda boundary, why: None)
     orders.request(Order(("a",)))
     orders.request(Order(("b",), forced=True))
     assert orders.reached(1, due=None) == Order(("a", "b"), forced=True)
@@ -244,14 +245,77 @@ def test_solo_requests_take_effect_at_the_next_boundary_once() -> None:
     assert orders.end(2) == Order(("end",))
 
 
-def test_solo_skip_is_told_only_where_nothing_else_is_taken() -> None:
+def test_solo_request_waits_for_a_slot_and_training_does_not() -> None:
     told: list[tuple[int, str]] = []
-    orders = SoloOrders(lambda: Skip("full"), lambda boundary, why: told.append((boundary, why)))
+    words: list[Take | Skip] = [Skip("full"), Skip("full"), Skip("full"), Take()]
+    orders = SoloOrders(lambda _: words.pop(0), lambda boundary, why: told.append((boundary, why)))
     assert orders.reached(5, due=5) is None
     assert told == [(5, "full")]
     orders.request(Order(("a",)))
-    assert orders.reached(10, due=10) == Order(("a",))
-    assert told == [(5, "full")]
+    assert orders.reached(6, due=None) is None
+    assert orders.reached(10, due=10) is None
+    assert orders.reached(11, due=None) == Order(("a",))
+    assert told == [(5, "full"), (10, "full")]
+
+
+def test_solo_request_that_found_no_slot_is_served_at_the_end() -> None:
+    orders = SoloOrders(lambda _: Skip("full"), lambda boundary, why: None)
+    orders.request(Order(("a",), forced=True))
+    assert orders.reached(1, due=None) is None
+    assert orders.end(1) == Order(("a",), forced=True)
+
+
+def test_rank_request_that_finds_no_slot_waits_for_one(make_channels) -> None:
+    free = threading.Event()
+    channels = make_channels(2)
+    ranks = [
+        RankOrders(channel, lambda _: Take() if free.is_set() else Skip("full"), lambda boundary, why: None)
+        for channel in channels
+    ]
+    try:
+        ranks[1].request(Order(("late",)))
+        for boundary in range(1, 50):
+            assert [rank.reached(boundary, due=None) for rank in ranks] == [None, None]
+        free.set()
+        found: list[list[int]] = [[], []]
+        boundary = 50
+        deadline = time.monotonic() + 30
+        while not (found[0] and found[1]):
+            assert time.monotonic() < deadline, "the request was never placed"
+            for number, rank in enumerate(ranks):
+                if rank.reached(boundary, due=None) is not None:
+                    found[number].append(boundary)
+            boundary += 1
+        assert found[0] == found[1]
+    finally:
+        for rank in ranks:
+            rank.close()
+
+
+def test_request_placed_between_strides_is_served_at_the_next_boundary(make_channels) -> None:
+    channels = make_channels(2)
+    ranks = [RankOrders(channel, lambda _: Take(), lambda boundary, why: None) for channel in channels]
+    found: list[list[int]] = [[], []]
+
+    def loop(number: int) -> None:
+        deadline = time.monotonic() + 30
+        for boundary in itertools.count(10, 10):  # ten steps at once
+            assert time.monotonic() < deadline, "the request was never placed"
+            if ranks[number].reached(boundary, due=None) is not None:
+                found[number].append(boundary)
+                return
+
+    try:
+        threads = [threading.Thread(target=loop, args=(number,)) for number in range(2)]
+        ranks[0].request(Order(("best",)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert found[0] == found[1] != []
+    finally:
+        for rank in ranks:
+            rank.close()
 
 
 def _until(condition: Callable[[], bool], *, wait_s: float = 20.0) -> None:
@@ -260,3 +324,27 @@ def _until(condition: Callable[[], bool], *, wait_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         pause.wait(0.002)
+
+
+def test_request_at_the_last_boundary_before_anyone_ended_is_served_at_the_end(make_channels, run_ranks) -> None:
+    loops = _loops(make_channels(2))
+    settled = threading.Barrier(2)
+
+    def run(number: int) -> dict[int, Order]:
+        orders = loops[number].orders
+        try:
+            assert orders.reached(5, due=None) is None
+            settled.wait(30)  # both have reached the last boundary, and neither has said that it is the last
+            if number == 0:
+                orders.request(Order(("best",)))
+                deadline = time.monotonic() + 30
+                while not orders._placed:
+                    assert time.monotonic() < deadline, "the request was never placed"
+                    threading.Event().wait(0.001)
+            settled.wait(30)
+            loops[number]._note(5, orders.end(5))
+        finally:
+            orders.close()
+        return loops[number].got
+
+    assert run_ranks(2, run) == [{5: Order(("best",))}] * 2

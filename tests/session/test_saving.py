@@ -192,16 +192,16 @@ def test_newer_epoch_fences_every_rank_of_the_old_one(job, run_ranks) -> None:
 def test_in_flight_counts_what_is_ordered_and_not_settled(rank_over) -> None:
     store = GatedBackend()
     rank = rank_over(store)
-    assert rank.saving.may_take() == Take()
+    assert rank.saving.may_take(0) == Take()
     first = rank.save(_items(0, 1), 1)
-    assert rank.saving.may_take() == Take()
+    assert rank.saving.may_take(0) == Take()
     second = rank.save(_items(0, 2), 2)
-    assert isinstance(rank.saving.may_take(), Skip)
+    assert isinstance(rank.saving.may_take(0), Skip)
     assert not rank.saving.settled
     store.gate.set()
     assert (first.durable(20).step, second.durable(20).step) == (1, 2)
     assert rank.saving.settled
-    _until(lambda: rank.saving.may_take() == Take())
+    _until(lambda: rank.saving.may_take(0) == Take())
     rank.saving.finish()
 
 
@@ -214,7 +214,7 @@ def test_failed_and_refused_snapshots_leave_nothing_in_flight(job, run_ranks) ->
     for step in (4, 5, 6):
         with pytest.raises(UsageError):
             rank.save({"bad": object()}, step)
-    _until(lambda: rank.saving.may_take() == Take())
+    _until(lambda: rank.saving.may_take(0) == Take())
     assert rank.saving._persister.in_flight == 0
     assert rank.save(_items(0, 7), 7).durable(20).step == 7
     rank.saving.finish()

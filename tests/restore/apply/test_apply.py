@@ -41,11 +41,9 @@ def test_all_differences_are_listed_at_once_and_nothing_is_written(store: Store)
         "shapes differ. stored=(3, 2) live=(3, 4) path='model/weight'",
         "dtypes differ. stored=float32 live=float64 path='model/bias'",
         "dtypes differ. stored=float32 live=int64 path='d/t'",
-        "in the snapshot, but not live. path='extra'",
         "missing in the snapshot. path='new'",
         'missing="keep"',
-        "only=[...]",
-        "differences=5",
+        "differences=4",
     ):
         assert part in text
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
