@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from ckpt.errors import CkptError, UnavailableError
@@ -43,6 +43,8 @@ class Pending:
         """
         try:
             return self._future.result(timeout_s)
+        except CancelledError as error:
+            raise self._abandoned() from error
         except FutureTimeoutError as error:
             if self._future.done():  # the save itself failed with a time-out of its own
                 raise
@@ -57,11 +59,18 @@ class Pending:
 
     def failure(self) -> CkptError | None:
         """The error of a save that is settled, or None where it is durable or still in flight."""
-        if not self._future.done() or self._future.cancelled():
+        if not self._future.done():
             return None
+        if self._future.cancelled():
+            return self._abandoned()
         error = self._future.exception()
         return error if isinstance(error, CkptError) else None
 
+    def _abandoned(self) -> CkptError:
+        return UnavailableError(
+            f"the snapshot was abandoned before it was durable, because an exception ended its session. {self._snapshot}"
+        )
+
     def __repr__(self) -> str:
-        state = "in flight" if not self.done() else "failed" if self._future.exception() else "durable"
+        state = "in flight" if not self.done() else "failed" if self.failure() else "durable"
         return f"<Pending {self._snapshot}: {state}>"

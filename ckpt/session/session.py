@@ -196,6 +196,9 @@ class Session:
         if restoring.choose(choices) is None:
             raise NotFoundError(f"the store holds no snapshot yet. store={self.url}")
         self.restored = restoring.fill(items, rules)
+        if self.restored.maybe_stale:
+            text = f"restored {self.restored.id}, but a newer one may exist: the log has a hole. store={self.url}"
+            self.tell(Event("maybe-stale", text, {"step": self.restored.step}, alarm=True))
         self._refers = True
         self.epoch = 0  # the next save opens an epoch that goes on from here
         return self.restored
@@ -233,6 +236,7 @@ class Session:
     def finish(self) -> None:
         """End well: everything durable, all ranks done. Raises what kept the last snapshot from being durable."""
         if self._joined is None:
+            self._close_store()
             return
         try:
             self._joined.saving.finish()
@@ -262,6 +266,10 @@ class Session:
                     wait_for(channel, f"bye/{rank}", timeout_s=left_s, what=f"rank {rank} to leave")
                 except UnavailableError as error:
                     joined.tell(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
+        self._close_store()
+
+    def _close_store(self) -> None:
+        self._closed = True
         if self._owns_backend:
             self._backend.close()
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
+
+from ckpt.errors import UnavailableError
+from ckpt.session.pending import Pending
+from ckpt.values import SnapshotId, SnapshotInfo
 
 WAIT_S = 120
 PROGRAM = """
@@ -52,3 +57,13 @@ def test_exit_with_a_hung_store_is_bounded(call: str) -> None:
         [sys.executable, "-c", PROGRAM + call], capture_output=True, text=True, timeout=WAIT_S, check=False
     )
     assert done.returncode == 7, done.stderr
+
+
+def test_abandoned_snapshot_says_so() -> None:
+    never: Future[SnapshotInfo] = Future()
+    never.cancel()
+    pending = Pending(SnapshotId(1, 2), never)
+    with pytest.raises(UnavailableError, match="abandoned"):
+        pending.durable()
+    assert "failed" in repr(pending)
+    assert isinstance(pending.failure(), UnavailableError)
