@@ -1,7 +1,7 @@
 """Save and load one training state with ckpt and with what people use today, side by side on this machine.
 
     python benchmarks/save_load.py            about a quarter of an hour: 1 GiB, 3 rounds
-    python benchmarks/save_load.py --quick    a smoke test: 64 MiB, 1 round, one contestant of each kind; its figures mean nothing
+    python benchmarks/save_load.py --quick    a smoke test: 64 MiB, 1 round, one contestant of each kind; no figures to quote
 
 Prints a table and writes bench-out/save_load.json. What is measured, and how: benchmarks/README.md.
 """
