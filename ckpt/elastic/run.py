@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -20,7 +20,11 @@ from ckpt.session.channel import world_of_process
 from ckpt.session.metrics import Metrics
 from ckpt.session.options import check_tag
 from ckpt.session.session import Session
+from ckpt.session.staging import SLOT_WAIT_S
 from ckpt.values import SnapshotInfo
+
+BOUNDARY_WAIT_S = 60.0
+"""How long a snapshot that the user asked for may hold training up where uploads hold all slots; then it is given up."""
 
 
 class Run:
@@ -160,7 +164,9 @@ class Run:
         self._ask_by_time(steps)
         if point and self._carried:
             carried, self._carried = self._carried, []
-            self._snapshot(carried)
+            # A failure was told as an alarm, and every rank knows: a store that is behind doesn't stop training.
+            with suppress(UnavailableError):
+                self._snapshot(carried, wait_s=BOUNDARY_WAIT_S)
         upcoming = next_due(self._schedule, steps)
         if upcoming == steps + 1:
             orders.announce(upcoming)  # only now: the snapshot above holds a slot too
@@ -176,7 +182,8 @@ class Run:
         """Ask for a snapshot at the next boundary, kept under ``tag`` until it is untagged or the tag moves on.
 
         From any rank and thread; returns at once. With several ranks it takes effect at the first boundary that no rank has
-        passed. Several requests before one boundary become one snapshot.
+        passed. Several requests before one boundary become one snapshot. Where uploads hold all slots, that boundary waits up
+        to 60 s for one; then the request is given up, with an alarm.
         """
         self._open()
         if tag is not None:
@@ -263,7 +270,7 @@ class Run:
             return
         self._snapshot([Order(forced=True)])
 
-    def _snapshot(self, orders: list[Order]) -> None:
+    def _snapshot(self, orders: list[Order], *, wait_s: float = SLOT_WAIT_S) -> None:
         if self._torn or self._watch.stepped:  # only at the end: the loop was left in the middle of a body
             self._session.refuse(
                 self._done,
@@ -272,7 +279,7 @@ class Run:
             )
             return
         tags = tuple(dict.fromkeys(tag for order in orders for tag in order.tags))
-        self._session.snapshot(self._done, metadata=self._metrics.facts(), tags=tags)
+        self._session.snapshot(self._done, metadata=self._metrics.facts(), tags=tags, wait_s=wait_s)
         self._taken = self._done
         self._asked_at_s = time.monotonic()
 

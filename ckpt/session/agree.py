@@ -32,7 +32,7 @@ class Order:
 
     tags: tuple[str, ...] = ()
     forced: bool = False
-    """Asked for by the user, so it waits for a free slot where a due one would be skipped."""
+    """Asked for by the user, so it is taken at the very boundary, and waits a while for a slot where a due one is skipped."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,12 +76,12 @@ class SoloOrders:
         if due is None and not self._requests:
             return None
         match self._decide(0):
-            case Take():
-                orders = self._take_requests()
-                return merge([*orders, Order()] if due is not None else orders)
-            case Skip(why) if due is not None:
-                self._told(completed, why)
-        return None  # what was requested waits for a slot, and training does not
+            case Skip(why) if not any(order.forced for order in self._requests):
+                if due is not None:
+                    self._told(completed, why)
+                return None  # what rank 0's clock asked for waits for a slot, and training does not
+        orders = self._take_requests()
+        return merge([*orders, Order()] if due is not None else orders)
 
     def end(self, completed: int) -> Order | None:
         """See ``Orders``."""
@@ -293,17 +293,17 @@ class RankOrders:
             if ends is not None and self._channel.count("requests") == served:  # asked again: none came in between
                 self._channel.post("closed", msgspec.json.encode(_place(ends)))
             return served
-        if not self._ended and isinstance(self._decide(len(self._placed)), Skip):
-            return served  # the store is behind: the request waits for a slot, and training does not
         orders = [
             msgspec.json.decode(self._wait(f"request/{k}", "a rank's request"), type=_Proposal)
             for k in range(served + 1, asked + 1)
         ]
+        merged = merge([Order(tuple(order.tags), order.forced) for order in orders])
+        if not (merged.forced or self._ended) and isinstance(self._decide(len(self._placed)), Skip):
+            return served  # the store is behind: what the clock asked for waits for a slot, and training does not
         for k in range(served + 1, asked + 1):
             self._channel.forget(f"request/{k}")
         with self._changed:
             self._deciding = 1
-        merged = merge([Order(tuple(order.tags), order.forced) for order in orders])
         self._channel.post(f"proposal/{n}", msgspec.json.encode(_Proposal(list(merged.tags), merged.forced)))
         return asked
 

@@ -78,9 +78,15 @@ class Saving:
         )  # fmt: skip
 
     def snapshot(
-        self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact], tags: tuple[str, ...]
+        self,
+        items: Mapping[str, object],
+        snapshot: SnapshotId,
+        *,
+        metadata: Mapping[str, Fact],
+        tags: tuple[str, ...],
+        wait_s: float = SLOT_WAIT_S,
     ) -> Pending:
-        """Stage ``items`` now and make them durable in the background. Waits only for a free slot.
+        """Stage ``items`` now and make them durable in the background. Waits only for a free slot, ``wait_s`` at most.
 
         Raises FencedError where a newer epoch was met before, UsageError where steps don't grow or the state can't be
         captured; the other ranks then learn that this snapshot failed.
@@ -98,7 +104,7 @@ class Saving:
             )
         began_s = time.monotonic()
         try:
-            staged = self._stager.stage(items, snapshot, metadata=metadata, wait_s=SLOT_WAIT_S)
+            staged = self._stager.stage(items, snapshot, metadata=metadata, wait_s=wait_s)
         except CkptError as error:
             persister.refuse(snapshot, error)
             raise

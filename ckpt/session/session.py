@@ -203,10 +203,10 @@ class Session:
         self.epoch = 0  # the next save opens an epoch that goes on from here
         return self.restored
 
-    def snapshot(self, step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...] = ()) -> Pending:
-        """Stage a run's tracked items now; durable later."""
+    def snapshot(self, step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...], wait_s: float) -> Pending:
+        """Stage a run's tracked items now, waiting ``wait_s`` seconds at most for a slot; durable later."""
         items = {**self._items, RNG: self._rng}
-        return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags)
+        return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags, wait_s=wait_s)
 
     def refuse(self, step: int, why: str) -> None:
         """Instead of ``snapshot``: this rank can't take it, which all ranks learn."""

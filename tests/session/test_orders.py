@@ -258,11 +258,17 @@ def test_solo_request_waits_for_a_slot_and_training_does_not() -> None:
     assert told == [(5, "full"), (10, "full")]
 
 
+def test_solo_request_of_the_user_is_served_at_the_next_boundary_even_without_a_slot() -> None:
+    orders = SoloOrders(lambda _: Skip("full"), lambda boundary, why: None)
+    orders.request(Order(("best",), forced=True))
+    assert orders.reached(3, due=None) == Order(("best",), forced=True)
+
+
 def test_solo_request_that_found_no_slot_is_served_at_the_end() -> None:
     orders = SoloOrders(lambda _: Skip("full"), lambda boundary, why: None)
-    orders.request(Order(("a",), forced=True))
+    orders.request(Order(("a",)))
     assert orders.reached(1, due=None) is None
-    assert orders.end(1) == Order(("a",), forced=True)
+    assert orders.end(1) == Order(("a",))
 
 
 def test_rank_request_that_finds_no_slot_waits_for_one(make_channels) -> None:
