@@ -385,10 +385,7 @@ def test_a_fold_that_cannot_be_written_is_noted_and_the_append_counts(
     faulty.script = ["full"] + ["down"] * CLAIM_TRIES_MAX
     assert log.open_epoch(resume=None) == 1
     assert log.open_epoch(resume=None) == 2
-    assert [(note.what, note.key) for note in log.notes] == [
-        ("fold not written", keys.fold_key(0)),
-        ("fold not written", keys.fold_key(1)),
-    ]
+    assert [(note.what, note.key) for note in log.notes] == [("fold not written", keys.fold_key(n)) for n in (0, 1)]
 
 
 def test_a_void_record_of_a_repeated_write_id_is_told_to_its_writer(store: MemoryBackend, log: Journal) -> None:
