@@ -26,7 +26,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 contracts: $(STAMP)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 fast: $(STAMP)
 	$(BIN)/pytest -q -n 2 -m 'not slow'
