@@ -42,7 +42,7 @@ def commands(text: str) -> list[Command]:
 
 def loose(line: str) -> str:
     """A line without what differs from run to run: figures, dates, widths of columns."""
-    return re.sub(r"[\s─-]+", " ", FIGURES.sub("#", line)).replace("[ ", "[").strip()
+    return re.sub(r"[\s─-]+", " ", FIGURES.sub("#", line)).replace("[ ", "[").replace(" ]", "]").strip()
 
 
 def first_missing(shown: tuple[str, ...], printed: str) -> str | None:
@@ -62,6 +62,10 @@ def first_missing(shown: tuple[str, ...], printed: str) -> str | None:
 def test_first_missing_ignores_figures_and_elided_lines() -> None:
     assert first_missing(("step 1 loss 0.5", "step 2 loss 0.4", "...", "done"), "step 7 loss 1e-3\nx\ndone\n") is None
     assert first_missing(("one", "two"), "two\none\n") == "two"
+
+
+def test_first_missing_ignores_how_numpy_pads_figures() -> None:
+    assert first_missing(("[[-0.33364415 0.37614447]]",), "[[ 0.1126923   0.4852597 ]]\n") is None
 
 
 def test_every_program_in_the_readme_names_its_file() -> None:
