@@ -55,6 +55,8 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common region, or None where it holds no element. Two 0-d boxes intersect in one element."""
+        if self == other:
+            return None if 0 in self.sizes else self
         lows = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         highs = tuple(
             min(a + m, b + n) for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)

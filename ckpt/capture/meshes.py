@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
     """Whether it is a distributed tensor. Imports nothing: without the module there are none."""
+    if (
+        type(value) is torch.Tensor or type(value) is torch.nn.Parameter
+    ):  # nearly all are, and isinstance is slow for torch
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ ALONE = Sharing()
 """Every tensor is the rank's own."""
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """torch's name without the prefix."""
     return str(dtype).removeprefix("torch.")

@@ -151,13 +151,14 @@ class Targets:
         """What to read, new tensors made. Memory that several names share is read once."""
         found: list[Fill] = []
         aliases = {one.leaf.name for one in with_aliases(self._live) if one.leaf.alias_of is not None}
+        boxes = {one.leaf.name: one.box for one in self._live}
         for slot, leaf in self._slots:
             if slot.tensor is None and slot.new is not None:
                 slot.tensor = slot.new.make()
             elif slot.path in aliases:
                 continue
-            mine = describe(slot.path, slot.value(), world=self._world)
-            found.append(Fill(Want(leaf.name, leaf.rank, mine.box), slot.value()))
+            box = boxes.get(slot.path) or describe(slot.path, slot.value(), world=self._world).box
+            found.append(Fill(Want(leaf.name, leaf.rank, box), slot.value()))
         return found
 
     def _bytes(self, leaf: Leaf) -> list[tuple[Box, tuple[bytes, ...]]]:

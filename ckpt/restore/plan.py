@@ -303,6 +303,8 @@ def _strided(here: Box, stored: Box, wanted: Box, output: int, itemsize: int, ch
 
 def _flat_range(inner: Box, outer: Box) -> tuple[int, int] | None:
     """The half-open range of ``outer``'s C-ordered elements that ``inner`` fills, or None where it is no single range."""
+    if inner == outer:
+        return 0, inner.elements
     ragged = False
     for inside, whole in zip(inner.sizes, outer.sizes, strict=True):
         if ragged and inside != whole:
