@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import unquote
 
@@ -27,6 +28,17 @@ def open_backend(url: str, storage_options: StorageOptions | None = None) -> Bac
             f"a folder takes no storage options. url={url} options={sorted(storage_options)}; leave them out"
         )
     return FileBackend(path)
+
+
+def address_of(url: str) -> str:
+    """What names the store at ``url`` for other processes too: a folder's absolute path, or the URL as it is.
+
+    Opens and touches nothing. Raises UsageError for a URL that can't be one.
+    """
+    scheme, path = _split(url)
+    if scheme not in ("", "file", "local"):
+        return url
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111  as FileBackend does
 
 
 def _split(url: str) -> tuple[str, str]:

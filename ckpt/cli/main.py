@@ -25,6 +25,8 @@ COMMANDS = {
     "tag": "ckpt.cli.tag",
     "untag": "ckpt.cli.untag",
     "rm": "ckpt.cli.rm",
+    "ps": "ckpt.cli.ps",
+    "top": "ckpt.cli.top",
     "completion": "ckpt.cli.completion",
 }
 """Each command and the module that holds it as ``command``."""
@@ -36,8 +38,8 @@ _EPILOG = """\b
 Exit codes:
   0   done, and everything is well
   2   the command line cannot work as given
-  10  no such store, snapshot, tag, leaf or file
-  11  the store does not answer, is full or denies
+  10  no such store, snapshot, tag, leaf, file or running job
+  11  the store or a keeper does not answer, or the store is full or denies
   12  another writer came first, or a newer epoch is open
   13  whether a write landed is unknown: run the same command again
   20  damage: stored bytes differ from their digest

@@ -20,12 +20,22 @@ _PIPE_COLUMNS = 100_000
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[str] = frozenset()) -> None:
     """Print aligned columns, those named in ``right`` to the right; folded in a terminal, whole lines in a pipe."""
+    stdout_console().print(grid(columns, rows, right=right))
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[str] = frozenset()) -> Table:
+    """What ``table`` prints."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         shown.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False).print(shown)
+    return shown
+
+
+def stdout_console() -> Console:
+    """A console on stdout that cuts no line in a pipe."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False)
 
 
 def human_bytes(size_bytes: int) -> str:

@@ -8,9 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from ckpt.backends.base import Backend
+from ckpt.elastic.enter import enter
 from ckpt.elastic.nesting import entered
+from ckpt.elastic.points import Points, watch_process_group
+from ckpt.elastic.policy import RestartPolicy
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
+from ckpt.errors import UsageError
+from ckpt.session.keeping import keeper_spec
 from ckpt.session.options import Options, check_only, check_store
 from ckpt.session.session import Session
 
@@ -23,26 +28,39 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has
     store: str | os.PathLike[str] | Backend,
     every: int | str = "auto",
     job: str | None = None,
+    memory_every: int = 1,
     slots: int = 3,
     compression: Literal["off", "auto", "on"] = "auto",
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
     max_stale: str | None = None,
+    restart: RestartPolicy | None = None,
+    prepared: bool = False,
     storage_options: Mapping[str, object] | None = None,
 ) -> Callable[[Callable[Concatenate[Run, P], R]], Callable[P, R]]:
-    """Make a training function survive: what it tracks is snapshotted, and restored when it is started again.
+    """Make a training function survive: what it tracks is snapshotted, and it goes on from there when a process dies.
+
+    The process that calls the function becomes a supervisor; the function, and what comes after it in the program, runs in a
+    process that is forked from it, and again from the last step in memory where any rank's process dies. Where that can't be,
+    it runs in place with a warning that says why, and the launcher's restart does the same from the store.
 
     The decorated function receives a ``Run`` before its own arguments. Nothing is read or written before it tracks.
 
     ``store`` is a path, an fsspec URL or a ``Backend``. ``every``: a number of steps, a duration such as ``"30s"``, or
-    ``"auto"``. ``job`` names the run in its store (default: the store's last path component). ``slots``: how many staged
+    ``"auto"``; these become durable. ``memory_every``: boundaries from one snapshot that only memory holds to the next (0: none);
+    each costs one memcpy of this rank's share. ``job`` names the run in its store (default: the store's last path component). ``slots``: how many staged
     snapshots memory may hold, each as large as this rank's share of the state. ``compression``: chunks are compressed never,
     where it pays, or always. ``only`` and ``missing`` say what is restored where the program has changed since: see
     ``Checkpointer.restore``. ``max_stale``: a duration after which training stops with UnavailableError when nothing became
-    durable (default: never, a dead store only raises alarms). ``storage_options`` go to fsspec.
+    durable (default: never, a dead store only raises alarms). ``restart``: when to start again, and what counts as a hang.
+    ``prepared``: keep a second process at the point that ``run.ready()`` marks, so that a long start-up is already done when it
+    is needed; costs the memory that the program takes up to there. ``storage_options`` go to fsspec.
     Raises UsageError at once where an argument cannot work.
     """
     schedule = parse_every(every)
+    if isinstance(memory_every, bool) or not isinstance(memory_every, int) or memory_every < 0:
+        raise UsageError(f"memory_every counts boundaries. memory_every={memory_every!r}; write 1, or 0 for none")
+    policy = (restart or RestartPolicy()).message()
     address = check_store(store)
     stale_s_max = parse_duration(max_stale, name="max_stale") if max_stale is not None else None
     options = Options(
@@ -53,13 +71,21 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has
     def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            seat = enter(keeper_spec(address, options), policy, prepare=prepared)
+            points = Points()
+            points.reach("entered")
+            if seat is not None:
+                watch_process_group(points)
             session = Session(address, options)
             with entered(session.url):
-                run = Run(session, schedule, stale_s_max=stale_s_max)
+                run = Run(
+                    session, schedule, stale_s_max=stale_s_max, memory_every=memory_every, seat=seat, points=points
+                )
                 try:
                     result = function(run, *args, **kwargs)
                     run.finish()
-                except BaseException:
+                except BaseException as error:
+                    run.failing(error)
                     run.abandon()
                     raise
                 return result

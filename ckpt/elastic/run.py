@@ -11,9 +11,15 @@ from contextlib import contextmanager, suppress
 import torch
 
 from ckpt.elastic.exits import asking_frame, left_by_break, ran_dry
+from ckpt.elastic.failing import facts_of
+from ckpt.elastic.memory_tier import MemoryTier
 from ckpt.elastic.optimizers import StepWatch
+from ckpt.elastic.points import Points
+from ckpt.elastic.preempted import Preempted
 from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
+from ckpt.elastic.trainer import TrainerSeat
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
+from ckpt.link.board import Phase
 from ckpt.observe.events import Event
 from ckpt.session.agree import Order
 from ckpt.session.channel import world_of_process
@@ -34,23 +40,33 @@ class Run:
     every rank makes the same calls of ``track``, ``steps`` and ``completed`` in the same order.
     """
 
-    def __init__(self, session: Session, schedule: Schedule, *, stale_s_max: float | None = None) -> None:
+    def __init__(
+        self, session: Session, schedule: Schedule, *, stale_s_max: float | None = None, memory_every: int = 1,
+        seat: TrainerSeat | None = None, points: Points | None = None,
+    ) -> None:  # fmt: skip
+        self._seat = seat
+        self._points = points or Points()
         self._session = session
+        self._memory_every = memory_every
+        self._memory: MemoryTier | None = None
         self._schedule = schedule
         self._stale_s_max = stale_s_max
         self._watch = StepWatch()
         self._metrics = Metrics(session.tell, rank=world_of_process()[0])
         self._completed: int | None = None
         self._taken: int | None = None
+        self._staged: int | None = None
+        self._first_step_told = False
         self._owed: int | None = None
         self._carried: list[Order] = []
         self._rng_waits = False
         self._stepped = False
         self._torn = False
         self._paused = False
-        self._left_error: CkptError | None = None
+        self._left_error: CkptError | Preempted | None = None
         self._asked_at_s = time.monotonic()
         self._asked = False
+        self._stop_at_s = float("inf")
 
     @property
     def rank(self) -> int:
@@ -105,6 +121,7 @@ class Run:
         """
         if not items:
             raise UsageError("nothing to track; name the items: run.track(model=model, optimizer=optimizer)")
+        self._points.reach("tracked")
         self._open()
         if self._stepped:
             raise UsageError(
@@ -151,7 +168,8 @@ class Run:
             raise UsageError(f"a step was completed inside `with run.paused()`. step={steps}; end the pause first")
         if steps <= self._done:
             raise UsageError(f"completed steps only grow. completed={self._done} told={steps}")
-        due = steps if is_due(self._schedule, steps, since=self._done) else self._owed
+        since = self._done
+        due = steps if is_due(self._schedule, steps, since=since) else self._owed
         self._completed = steps
         self._stepped, self._torn = True, False
         self._raise_what_must_stop()
@@ -164,12 +182,30 @@ class Run:
         self._ask_by_time(steps)
         if point and self._carried:
             carried, self._carried = self._carried, []
-            # A failure was told as an alarm, and every rank knows: a store that is behind doesn't stop training.
-            with suppress(UnavailableError):
-                self._snapshot(carried, wait_s=BOUNDARY_WAIT_S)
+            self._serve(carried)
+        elif point and self._memory is not None and self._memory.wants(steps, since=since):
+            self._stage()
+        if self._memory is not None:
+            self._memory.passed(steps, staged=self._taken == steps or self._staged == steps)
+        self._told_first_step()
         upcoming = next_due(self._schedule, steps)
         if upcoming == steps + 1:
             orders.announce(upcoming)  # only now: the snapshot above holds a slot too
+
+    def ready(self) -> None:
+        """Mark the point up to which a trainer may run ahead: late imports, CUDA contexts, models; before any process group.
+
+        With ``prepared=True`` a second process waits here until the first one dies, and goes on in its place. Returns at once
+        otherwise. Nothing before it may speak to other ranks.
+        """
+        if self._seat is not None and not self._seat.attempt:
+            self._seat = self._seat.promoted()
+            self._session.sit_down(self._seat.attempt)
+
+    def failing(self, error: BaseException) -> None:
+        """Tell which exception this process is about to die of. Called by the decorator."""
+        if self._session.opened:
+            self._session.failing(**facts_of(error), step=self._done)
 
     def log(self, **values: float | int | str | bool | torch.Tensor | None) -> None:
         """Note facts of the current step, such as the loss. Rank 0's latest go to the next snapshot's metadata.
@@ -197,10 +233,12 @@ class Run:
             raise UsageError("pauses don't nest; one `with run.paused()` at a time")
         self._paused = True
         self._session.tell(Event("paused", "training pauses"))
+        self._mark(Phase.PAUSED)
         try:
             yield
         finally:
             self._paused = False
+            self._mark(Phase.TRAINING)
             self._session.tell(Event("resumed", "training goes on"))
 
     def finish(self) -> None:
@@ -220,6 +258,7 @@ class Run:
         else:
             self._snapshot_last()
         self._watch.close()
+        self._mark(Phase.FINISHED)
         self._session.finish()
 
     def abandon(self) -> None:
@@ -232,6 +271,7 @@ class Run:
         return self._completed or 0
 
     def _open(self) -> None:
+        self.ready()
         self._session.open_run()
 
     def _start(self) -> None:
@@ -244,6 +284,52 @@ class Run:
             restored = self._session.restored
             self._completed = restored.step if restored is not None else 0
             self._taken = restored.step if restored is not None else None
+            self._begin()
+
+    def _begin(self) -> None:
+        """Everything is restored; the first step comes next."""
+        self._points.reach("restored")
+        self._points.hand_on(self._session.report)
+        board = self._session.board
+        if board is not None:
+            self._memory = MemoryTier(board, rank=self.rank, every=self._memory_every)
+            self._memory.begin(self._done)
+        self._session.on_stop(self._ask_to_stop)
+
+    def _ask_to_stop(self, within_s: float) -> None:
+        self._stop_at_s = time.monotonic() + within_s
+        if self.rank == 0:  # one rank's request is every rank's
+            self._session.orders.request(Order(forced=True, stop=True))
+
+    def _mark(self, phase: Phase) -> None:
+        if self._memory is not None:
+            self._memory.pause(phase)
+
+    def _told_first_step(self) -> None:
+        if not self._first_step_told:
+            self._first_step_told = True
+            self._points.reach("first-step")
+            self._points.hand_on(self._session.report)
+            if self._seat is not None:
+                self._seat.first_step_done()
+
+    def _stage(self) -> None:
+        """A snapshot that only memory holds. Skipped, never waited for, where no slot is free."""
+        if self._session.stage(self._done, metadata=self._metrics.facts()):
+            self._staged = self._done
+        elif self._memory is not None:
+            self._memory.skipped()
+
+    def _serve(self, orders: list[Order]) -> None:
+        """Take the snapshot that is due or was asked for; where it is the last one before a preemption, end here."""
+        stop = any(order.stop for order in orders)
+        # A failure was told as an alarm, and every rank knows: a store that is behind doesn't stop training.
+        with suppress(UnavailableError):
+            self._snapshot(orders, wait_s=BOUNDARY_WAIT_S)
+        if stop:
+            self._mark(Phase.FINISHED)
+            self._session.await_durable(min(3600.0, max(0.0, self._stop_at_s - time.monotonic())))
+            raise Preempted(self._done)
 
     def _ask_by_time(self, steps: int) -> None:
         """Rank 0's clock asks for a snapshot; the ranks agree on its boundary as for any request."""
@@ -261,7 +347,7 @@ class Run:
         try:
             self.completed(steps)
             self._snapshot_last()
-        except CkptError as error:
+        except (CkptError, Preempted) as error:
             self._left_error = error
 
     def _snapshot_last(self) -> None:

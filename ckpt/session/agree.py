@@ -33,6 +33,8 @@ class Order:
     tags: tuple[str, ...] = ()
     forced: bool = False
     """Asked for by the user, so it is taken at the very boundary, and waits a while for a slot where a due one is skipped."""
+    stop: bool = False
+    """Training ends here: the node is about to be taken away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,9 @@ def place(acks: Mapping[int, Ack]) -> int:
 
 
 def merge(orders: Sequence[Order]) -> Order:
-    """One order for several that met at a boundary: all tags, forced where any is."""
+    """One order for several that met at a boundary: all tags, forced where any is, and the end where any asks for it."""
     tags = dict.fromkeys(tag for order in orders for tag in order.tags)
-    return Order(tuple(tags), any(order.forced for order in orders))
+    return Order(tuple(tags), any(order.forced for order in orders), any(order.stop for order in orders))
 
 
 def take_or_skip(*, in_flight: int, slots: int) -> Take | Skip:

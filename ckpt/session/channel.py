@@ -1,6 +1,6 @@
-"""How the ranks of one job speak: small messages under unique keys, and no collective.
+"""Where the ranks of one job meet when no keeper joins them.
 
-The messages travel through the key-value store that the launcher or the process group has already set up. Such a store may
+Their messages travel through the key-value store that the launcher or the process group has already set up. Such a store may
 outlive an attempt, so ``meet`` gives each meeting a random room name first: a key of a dead attempt is never read as new.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -17,9 +16,8 @@ import torch.distributed as dist
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.manifest.canonical import ready
+from ckpt.persist.channel import POLL_FIRST_S, POLL_LAST_S, Channel, SoloChannel
 
-POLL_FIRST_S = 0.001
-POLL_LAST_S = 0.05
 MEET_WAIT_S = 1800.0
 """How long ranks wait for each other at the start: a rank may still be building its model."""
 
@@ -48,89 +46,6 @@ class KeyValueStore(Protocol):
     def delete_key(self, key: str, /) -> bool:
         """Remove a key; says whether it was there."""
         ...
-
-
-class Channel(Protocol):
-    """Messages between the ranks of one attempt. Thread-safe. Keys are written once."""
-
-    @property
-    def rank(self) -> int:
-        """This process's rank."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """How many ranks there are."""
-        ...
-
-    def post(self, key: str, value: bytes) -> None:
-        """Publish ``value`` under ``key`` for all ranks."""
-        ...
-
-    def peek(self, key: str) -> bytes | None:
-        """The value, or None where nobody has posted it yet. One round trip."""
-        ...
-
-    def count(self, key: str, amount: int = 0) -> int:
-        """Add to a shared counter and return the sum."""
-        ...
-
-    def forget(self, key: str) -> None:
-        """Free a message that no rank will look for again; a missing one is no error."""
-        ...
-
-
-def wait_for(
-    channel: Channel, key: str, *, timeout_s: float | None, what: str, stop: Callable[[], bool] | None = None
-) -> bytes:
-    """Wait until ``key`` is posted and return its value.
-
-    Polls, because one connection of torch's store serves one call at a time and a blocking wait would lock out the other
-    threads. Raises UnavailableError after ``timeout_s`` seconds, or as soon as ``stop()`` is true.
-    """
-    began = time.monotonic()
-    pause_s = POLL_FIRST_S
-    while True:
-        value = channel.peek(key)
-        if value is not None:
-            return value
-        if stop is not None and stop():
-            raise UnavailableError(f"stopped while waiting for {what}. rank={channel.rank}")
-        if timeout_s is not None and time.monotonic() - began > timeout_s:
-            raise UnavailableError(
-                f"no word within the time limit while waiting for {what}. rank={channel.rank} timeout_s={timeout_s:g}; "
-                "a rank is dead or far behind: look at its log"
-            )
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.5, POLL_LAST_S)
-
-
-class SoloChannel:
-    """The channel of a world of one."""
-
-    rank = 0
-    size = 1
-
-    def __init__(self) -> None:
-        self._values: dict[str, bytes] = {}
-        self._counts: dict[str, int] = {}
-
-    def post(self, key: str, value: bytes) -> None:
-        """See ``Channel``."""
-        self._values[key] = value
-
-    def peek(self, key: str) -> bytes | None:
-        """See ``Channel``."""
-        return self._values.get(key)
-
-    def count(self, key: str, amount: int = 0) -> int:
-        """See ``Channel``."""
-        self._counts[key] = self._counts.get(key, 0) + amount
-        return self._counts[key]
-
-    def forget(self, key: str) -> None:
-        """See ``Channel``."""
-        self._values.pop(key, None)
 
 
 class StoreChannel:

@@ -18,9 +18,9 @@ from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import VerifyReport, verify
 from ckpt.session.options import Options, check_items, check_metadata, check_only, check_store, check_tag, is_count
 from ckpt.session.pending import Pending
-from ckpt.session.restoring import Rules
+from ckpt.session.restoring import Candidate, Rules
 from ckpt.session.session import Session
-from ckpt.values import SnapshotId, SnapshotInfo
+from ckpt.values import SnapshotInfo
 
 
 class Checkpointer:
@@ -61,6 +61,7 @@ class Checkpointer:
         Call it early, while the program still reads data or compiles; every rank calls it. Never needed: a first save without
         it only takes longer, because it touches fresh memory. Raises UsageError for what can't be captured.
         """
+        self._session.keep()
         self._session.saving.prepare(state)
 
     def save_async(
@@ -124,16 +125,16 @@ class Checkpointer:
         rules = Rules(check_only(only), missing)
         session = self._session
 
-        def choices() -> Sequence[SnapshotId]:
+        def choices() -> Sequence[Candidate]:
             if step is None and tag is None and epoch is None:
                 return session.newest_first()
-            return [select(session.state(), step=step, epoch=epoch, tag=tag)]
+            return [Candidate(select(session.state(), step=step, epoch=epoch, tag=tag))]
 
         return session.restore(state, choices, rules)
 
     def latest(self) -> SnapshotInfo | None:
         """The newest snapshot, or None where there is none yet. Reads the log, joins nobody."""
-        newest = self._session.newest_first()
+        newest = [one.snapshot for one in self._session.newest_first() if not one.staged]
         if not newest:
             return None
         state = self._session.state()

@@ -14,8 +14,8 @@ import msgspec
 
 from ckpt.errors import CkptError, ConflictError, UnavailableError
 from ckpt.manifest.canonical import ready
+from ckpt.persist.channel import POLL_FIRST_S, POLL_LAST_S, Channel, wait_for
 from ckpt.session.agree import Ack, Order, Skip, Take, merge, place
-from ckpt.session.channel import POLL_FIRST_S, POLL_LAST_S, Channel, wait_for
 
 HOLD_WAIT_S = 1800.0
 """How long a rank waits for a decision of the leader before it calls the leader dead."""
@@ -100,6 +100,14 @@ class SoloOrders:
 class _Proposal(msgspec.Struct, frozen=True):
     tags: list[str]
     forced: bool
+    stop: bool = False
+
+    @classmethod
+    def of(cls, order: Order) -> _Proposal:
+        return cls(list(order.tags), order.forced, order.stop)
+
+    def order(self) -> Order:
+        return Order(tuple(self.tags), self.forced, self.stop)
 
 
 class _Decision(msgspec.Struct, frozen=True):
@@ -145,7 +153,7 @@ class RankOrders:
     def request(self, order: Order) -> None:
         """See ``Orders``."""
         n = self._channel.count("requests", 1)
-        self._channel.post(f"request/{n}", msgspec.json.encode(_Proposal(list(order.tags), order.forced)))
+        self._channel.post(f"request/{n}", msgspec.json.encode(_Proposal.of(order)))
 
     def announce(self, due: int) -> None:
         """See ``Orders``."""
@@ -297,14 +305,14 @@ class RankOrders:
             msgspec.json.decode(self._wait(f"request/{k}", "a rank's request"), type=_Proposal)
             for k in range(served + 1, asked + 1)
         ]
-        merged = merge([Order(tuple(order.tags), order.forced) for order in orders])
+        merged = merge([order.order() for order in orders])
         if not (merged.forced or self._ended) and isinstance(self._decide(len(self._placed)), Skip):
             return served  # the store is behind: what the clock asked for waits for a slot, and training does not
         for k in range(served + 1, asked + 1):
             self._channel.forget(f"request/{k}")
         with self._changed:
             self._deciding = 1
-        self._channel.post(f"proposal/{n}", msgspec.json.encode(_Proposal(list(merged.tags), merged.forced)))
+        self._channel.post(f"proposal/{n}", msgspec.json.encode(_Proposal.of(merged)))
         return asked
 
     def _answer(self, n: int, proposal: _Proposal) -> None:
@@ -318,7 +326,7 @@ class RankOrders:
         decision = msgspec.json.decode(self._wait(f"decision/{n}", "rank 0's decision"), type=_Decision)
         self._check(decision)
         with self._changed:
-            self._placed.setdefault(decision.boundary, []).append(Order(tuple(proposal.tags), proposal.forced))
+            self._placed.setdefault(decision.boundary, []).append(proposal.order())
             self._hold_at = None
             self._deciding = 0
             self._changed.notify_all()

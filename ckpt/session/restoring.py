@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,14 +19,15 @@ from ckpt.capture.leaves import World
 from ckpt.commit.catalog import info_of, load_index
 from ckpt.commit.fold import LogState
 from ckpt.errors import CkptError, IntegrityError, InternalError, NotFoundError, UsageError
+from ckpt.link.messages import RemoteError
+from ckpt.link.remote import from_error, to_error
 from ckpt.manifest.canonical import ready
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.observe.events import Event, Tell
+from ckpt.persist.channel import Channel, wait_for
 from ckpt.restore.apply import apply
 from ckpt.restore.fetch import Fetcher
 from ckpt.restore.plan import Want, plan_reads
-from ckpt.session.channel import Channel, wait_for
-from ckpt.session.remote import RemoteError, from_error, to_error
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 FILL_WAIT_S = 7200.0
@@ -36,18 +37,29 @@ PATHS_SHOWN_MAX = 5
 
 
 class _Choice(msgspec.Struct, frozen=True):
-    snapshot: SnapshotId | None = None
+    candidate: Candidate | None = None
     error: RemoteError | None = None
 
 
 class _Verdict(msgspec.Struct, frozen=True):
     done: bool = False
-    next: SnapshotId | None = None
+    next: Candidate | None = None
     error: RemoteError | None = None
 
 
 class _Result(msgspec.Struct, frozen=True):
     error: RemoteError | None = None
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A snapshot that may be restored. ``staged``: from the slots of this node's ranks; else from the store."""
+
+    snapshot: SnapshotId
+    staged: bool = False
+
+
+Staged = Callable[[SnapshotId], AbstractContextManager["tuple[SnapshotIndex, Backend]"]]
+"""Opens a staged snapshot: its index, and its slots as a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +74,12 @@ class Restoring:
     """Fills items from one chosen snapshot. Every rank makes the same calls in the same order.
 
     ``state`` gives the log's fold, fresh from the store. ``choices`` is asked on rank 0 alone: the snapshots to try, best
-    first; empty where the store holds none.
+    first; empty where there is none. ``staged`` opens those that lie in slots.
     """
 
     def __init__(
         self, channel: Channel, backend: Backend, *, world: World, state: Callable[[], LogState], tell: Tell,
-        threads: int | None, budget_bytes: int,
+        threads: int | None, budget_bytes: int, staged: Staged | None = None,
     ) -> None:  # fmt: skip
         self._channel = channel
         self._backend = backend
@@ -77,16 +89,20 @@ class Restoring:
         self._threads = threads
         self._budget_bytes = budget_bytes
         self._round = 0
-        self._left: list[SnapshotId] = []
+        self._staged = staged
+        self._left: list[Candidate] = []
         self._filled: list[tuple[Mapping[str, object], Rules]] = []
-        self._index: SnapshotIndex | None = None
+        self._open = ExitStack()
+        self._source: tuple[SnapshotIndex, Backend] | None = None
         self._half_filled: set[str] = set()
         self.verified: dict[Digest, ChunkLocation] = {}
-        """Where chunks of the chosen snapshot lie, of those that this rank has read and found right."""
+        """Where chunks of the chosen snapshot lie in the store, of those that this rank has read and found right."""
         self.chosen: SnapshotId | None = None
         """The snapshot that all items come from, or None where there is none."""
+        self.staged = False
+        """Whether it comes from slots."""
 
-    def choose(self, choices: Callable[[], Sequence[SnapshotId]]) -> SnapshotId | None:
+    def choose(self, choices: Callable[[], Sequence[Candidate]]) -> SnapshotId | None:
         """Agree on the snapshot to restore; forgets what an earlier choice filled. Raises what rank 0 met."""
         self._round += 1
         key = f"choice/{self._round}"
@@ -97,7 +113,7 @@ class Restoring:
         ), type=_Choice)  # fmt: skip
         if choice.error is not None:
             raise to_error(choice.error)
-        self._take(choice.snapshot)
+        self._take(choice.candidate)
         self._filled = []
         self._half_filled = set()
         return self.chosen
@@ -115,42 +131,59 @@ class Restoring:
             verdict = self._verdict(error)
             if verdict.done:
                 self._filled = [*before, new]
-                return info_of(self._loaded().manifest, self._state())
+                return self._info()
             if verdict.next is None:
                 assert verdict.error is not None, "a verdict says what to do"
                 raise to_error(verdict.error) from error
-            if self._index is not None:
-                self._half_filled.update(leaf.name for leaf in self._index.leaves())
+            if self._source is not None:
+                self._half_filled.update(leaf.name for leaf in self._source[0].leaves())
             self._take(verdict.next)
             todo = [*before, new]
 
     def index(self) -> SnapshotIndex:
         """The index of the chosen snapshot."""
-        return self._loaded()
+        return self._loaded()[0]
 
-    def _first(self, choices: Callable[[], Sequence[SnapshotId]]) -> _Choice:
+    def close(self) -> None:
+        """Let go of what the last restore read from."""
+        self._source = None
+        self._open.close()
+
+    def _info(self) -> SnapshotInfo:
+        """The facts of the chosen snapshot. A staged one has no tags, and asks no store."""
+        manifest = self._loaded()[0].manifest
+        return info_of(manifest, LogState(job=manifest.job) if self.staged else self._state())
+
+    def _first(self, choices: Callable[[], Sequence[Candidate]]) -> _Choice:
         try:
             self._left = list(choices())
         except CkptError as error:
             return _Choice(error=from_error(error, rank=0))
-        return _Choice(snapshot=self._left.pop(0) if self._left else None)
+        return _Choice(candidate=self._left.pop(0) if self._left else None)
 
-    def _take(self, snapshot: SnapshotId | None) -> None:
-        self.chosen = snapshot
-        self._index = None
+    def _take(self, candidate: Candidate | None) -> None:
+        self.close()
+        self.chosen = candidate.snapshot if candidate is not None else None
+        self.staged = candidate is not None and candidate.staged
         self.verified = {}
 
-    def _loaded(self) -> SnapshotIndex:
+    def _loaded(self) -> tuple[SnapshotIndex, Backend]:
+        """The chosen snapshot's index and where its chunks are read."""
         if self.chosen is None:
             raise InternalError("a snapshot's index is asked for before one was chosen")
-        if self._index is None:
+        if self._source is not None:
+            return self._source
+        if self.staged:
+            assert self._staged is not None, "only whoever has slots chooses what is staged"
+            self._source = self._open.enter_context(self._staged(self.chosen))
+        else:
             try:
-                self._index = load_index(self._backend, self._state(), self.chosen)
+                self._source = load_index(self._backend, self._state(), self.chosen), self._backend
             except NotFoundError as error:
                 raise IntegrityError(
                     f"a committed snapshot's records are gone. snapshot={self.chosen} cause={error}"
                 ) from error
-        return self._index
+        return self._source
 
     def _try(self, todo: Sequence[tuple[Mapping[str, object], Rules]]) -> CkptError | None:
         with without_garbage_collection():
@@ -158,14 +191,16 @@ class Restoring:
 
     def _try_now(self, todo: Sequence[tuple[Mapping[str, object], Rules]]) -> CkptError | None:
         try:
-            index = self._loaded()
-            coalesce = self._backend.capabilities().read_bytes_best
-            with Fetcher(self._backend, threads=self._threads, budget_bytes=self._budget_bytes) as fetcher:
+            index, backend = self._loaded()
+            coalesce = backend.capabilities().read_bytes_best
+            with Fetcher(backend, threads=self._threads, budget_bytes=self._budget_bytes) as fetcher:
 
                 def read(wants: Sequence[Want], outputs: Sequence[memoryview]) -> None:
                     plan = plan_reads(index, wants, coalesce_bytes=coalesce, snapshot=str(self.chosen))
                     fetcher.fetch(plan, outputs)
-                    self.verified.update((chunk.digest, chunk.location) for one in plan.reads for chunk in one.chunks)
+                    if not self.staged:
+                        chunks = (chunk for one in plan.reads for chunk in one.chunks)
+                        self.verified.update((chunk.digest, chunk.location) for chunk in chunks)
 
                 for items, rules in todo:
                     kept = apply(items, index, read=read, world=self._world, only=rules.only, missing=rules.missing)
@@ -212,7 +247,7 @@ class Restoring:
         if not damage or not self._left:
             return _Verdict(error=errors[0])
         older = self._left.pop(0)
-        self._tell(_fallback(self.chosen, older, errors[0].text))
+        self._tell(_fallback(self.chosen, older.snapshot, errors[0].text))
         return _Verdict(next=older)
 
 
@@ -235,4 +270,4 @@ def _fallback(damaged: SnapshotId | None, older: SnapshotId, why: str) -> Event:
     return Event("fallback", text, facts, alarm=True)
 
 
-ready(_Choice, _Verdict, _Result)
+ready(Candidate, _Choice, _Verdict, _Result)

@@ -11,15 +11,18 @@ import msgspec
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.encode.choose import Compression
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
+from ckpt.link.messages import RemoteError
+from ckpt.link.remote import from_error, to_error
 from ckpt.observe.events import Event, Fact, Tell
+from ckpt.persist.channel import Channel, wait_for
+from ckpt.persist.persister import Persister, Place
 from ckpt.session.agree import Skip, Take, take_or_skip
-from ckpt.session.channel import Channel, wait_for
+from ckpt.session.keeper_persister import KeeperPersister
 from ckpt.session.options import Options
 from ckpt.session.pending import Pending
-from ckpt.session.persister import Persister, Place
-from ckpt.session.remote import RemoteError, from_error, to_error
 from ckpt.session.replicas import COMPARE_WAIT_S, compare_replicas
 from ckpt.session.staging import SLOT_WAIT_S, Stager
+from ckpt.stage.slot import Regions
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 ABANDON_WAIT_S = 60.0
@@ -38,8 +41,9 @@ class Saving:
         self._stager = Stager(
             World(channel.rank, channel.size), slots=options.slots, threads=options.threads, agree=self._compare
         )
-        self._persister: Persister | None = None
+        self._persister: Persister | KeeperPersister | None = None
         self._last_step: int | None = None
+        self._staged_step: int | None = None
         self._pendings: list[Pending] = []
         self._began_s = time.monotonic()
 
@@ -71,11 +75,36 @@ class Saving:
     ) -> None:
         """Write as ``place`` says from now on, referring to chunks of ``base``. What is in flight ends first."""
         self.drain()
-        self._last_step = None
+        self._last_step = self._staged_step = None
         self._persister = Persister(
             self._channel, place, compression=Compression(self._options.compression), verify=self._options.verify_staged,
             tell=self._tell, base=base, known=known() if base is not None else None,
         )  # fmt: skip
+
+    def go_on_kept(self, persister: KeeperPersister) -> None:
+        """As ``go_on``, where a keeper writes."""
+        self.drain()
+        self._last_step = self._staged_step = None
+        self._persister = persister
+
+    def use(self, regions: Regions) -> None:
+        """Take the slots' memory from there; once, before anything is laid out."""
+        self._stager.use(regions)
+
+    def stage(self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact]) -> bool:
+        """Stage ``items`` for memory alone. False where no slot is free: nothing is waited for.
+
+        Raises what ``snapshot`` raises, but tells no other rank: its slots keep an older complete pair.
+        """
+        if self._staged_step is not None and snapshot.step <= self._staged_step:
+            raise UsageError(f"steps grow. step={snapshot.step} last_step={self._staged_step}")
+        try:
+            staged = self._stager.stage(items, snapshot, metadata=metadata, wait_s=0.0)
+        except UnavailableError:
+            return False
+        staged.release()
+        self._staged_step = snapshot.step
+        return True
 
     def snapshot(
         self,
@@ -114,8 +143,13 @@ class Saving:
             text = f"the state could not be staged. snapshot={snapshot} rank={self._channel.rank} cause={error!r}"
             persister.refuse(snapshot, UnavailableError(text))
             raise
-        self._last_step = snapshot.step
-        pending = Pending(snapshot, persister.submit(staged, tags=tags))
+        self._last_step = self._staged_step = snapshot.step
+        durable = (
+            persister.submit(staged, tags=tags)
+            if isinstance(persister, KeeperPersister)
+            else persister.submit(staged.sealed(), tags=tags)
+        )
+        pending = Pending(snapshot, durable)
         settled = [one for one in self._pendings if one.done()]
         self._pendings = [*settled[-1:], *(one for one in self._pendings if not one.done()), pending]
         seconds = time.monotonic() - began_s
@@ -172,6 +206,10 @@ class Saving:
         if self._persister is not None:
             self._persister.close()
             self._persister = None
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until nothing is in flight, ``timeout_s`` seconds at most."""
+        wait([pending.future for pending in self._pendings], timeout=timeout_s)
 
     def finish(self) -> None:
         """Everything durable, or the error that kept the last snapshot from it."""

@@ -9,6 +9,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from ckpt.backends.base import Backend
 from ckpt.backends.open import open_backend
@@ -19,16 +20,21 @@ from ckpt.commit.catalog import candidates
 from ckpt.commit.journal import Journal
 from ckpt.commit.state import LogState
 from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
+from ckpt.link.board import Board
+from ckpt.link.messages import RemoteError
+from ckpt.link.remote import from_error, to_error
 from ckpt.manifest.keys import writer_name
 from ckpt.observe.events import Event, Fact, Tell, to_logging
+from ckpt.persist.channel import Channel, wait_for
+from ckpt.persist.persister import Place
 from ckpt.restore.rebuild import item_names
-from ckpt.session.channel import Channel, connect, wait_for, world_of_process
+from ckpt.session.channel import world_of_process
+from ckpt.session.keeper_link import KeeperLink
+from ckpt.session.keeping import Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
 from ckpt.session.options import Options
 from ckpt.session.orders import Orders, RankOrders, SoloOrders
 from ckpt.session.pending import Pending
-from ckpt.session.persister import Place
-from ckpt.session.remote import RemoteError, from_error, to_error
-from ckpt.session.restoring import Restoring, Rules
+from ckpt.session.restoring import Candidate, Restoring, Rules
 from ckpt.session.saving import Saving
 from ckpt.values import SnapshotId, SnapshotInfo
 
@@ -47,10 +53,11 @@ class Session:
     def __init__(self, store: str | Backend, options: Options) -> None:
         self._options = options
         self._owns_backend = isinstance(store, str)
+        self._spec = keeper_spec(store, options)
         self._backend = open_backend(store, options.storage_options) if isinstance(store, str) else store
         self.tell: Tell = to_logging(world_of_process()[0])
         """Where events go."""
-        self._job = options.job or _job_name(self._backend.url)
+        self._job = options.job or job_name(self._backend.url)
         self._journal: Journal | None = None
         self._may_write = False
         self._joined: _Joined | None = None
@@ -99,8 +106,48 @@ class Session:
         if self._closed:
             raise UsageError(f"closed already; make a new one. store={self.url}")
         if self._joined is None:
-            self._joined = _Joined(connect(name=self._job), self._backend, self._options, self.state, self.tell)
+            keeping = Keeping.join(self._spec, self._options, self.tell, name=self._job)
+            self._joined = _Joined(keeping, self._backend, self._options, self.state, self.tell)
         return self._joined
+
+    @property
+    def _link(self) -> KeeperLink | None:
+        """The keeper, where this session has one by now."""
+        return self._joined.keeping.link if self._joined is not None else None
+
+    @property
+    def board(self) -> Board | None:
+        """The board that this rank shares with the others of its node, or None without a keeper."""
+        return self._joined.keeping.board if self._joined is not None else None
+
+    def report(self, point: str, at_s: float) -> None:
+        """Tell the keeper that this trainer reached a point of its start at ``at_s``, CLOCK_MONOTONIC."""
+        if self._joined is not None and self._joined.keeping.seated and self._link is not None:
+            self._link.phase(point, at_s)
+
+    def failing(self, kind: str, text: str, *, fingerprint: str, step: int, final: bool) -> None:
+        """Tell the keeper which exception this trainer is about to die of."""
+        if self._joined is not None and self._joined.keeping.seated and self._link is not None:
+            with suppress(UnavailableError):  # without a keeper nobody judges it
+                self._link.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
+
+    def on_stop(self, call: Callable[[float], None]) -> None:
+        """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it must have stopped."""
+        if self._link is not None:
+            self._link.on_stop(call)
+
+    def sit_down(self, attempt: int) -> None:
+        """A prepared trainer was promoted: it belongs to ``attempt`` from here on. Before the ranks meet."""
+        seat = seat_of_process()
+        if seat is not None or self._spec is None:
+            return
+        take_launch_seat(self._spec, attempt)
+
+    def keep(self) -> None:
+        """Get a keeper, where this session may have one; before anything is staged. Every rank calls it alike."""
+        joined = self.join()
+        joined.keeping.start()
+        joined.use_slots()
 
     def state(self) -> LogState:
         """The log's fold, fresh from the store. Raises NotFoundError where there is no store yet."""
@@ -108,10 +155,12 @@ class Session:
             self._journal = Journal.open(self._backend)
         return self._journal.refresh()
 
-    def newest_first(self) -> Sequence[SnapshotId]:
-        """The snapshots on the line, best first; none where there is no store yet."""
+    def newest_first(self) -> Sequence[Candidate]:
+        """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
+        if self._link is not None:
+            return [Candidate(one.snapshot, one.tier == "staged") for one in self._link.choices()]
         try:
-            return candidates(self.state())
+            return [Candidate(snapshot) for snapshot in candidates(self.state())]
         except NotFoundError:
             return ()
 
@@ -119,6 +168,7 @@ class Session:
         """For a run: choose the newest snapshot and open an epoch that goes on from it; once, then free."""
         if self.opened:
             return
+        self.keep()
         self.go_on_from_newest()
         self.open_epoch()
         self.join().start_orders()  # every rank's must be there to answer the others'
@@ -137,19 +187,24 @@ class Session:
         key = f"epoch/{self._opens}"
         resume = self.restored.id if self.restored is not None else None
         if joined.channel.rank == 0:
-            joined.channel.post(key, self._open_record(resume).encode())
+            joined.channel.post(key, self._open_word(resume).encode())
         word = wait_for(joined.channel, key, timeout_s=OPEN_WAIT_S, what="rank 0 to open the epoch").decode()
         code, _, text = word.partition(" ")
         if not code.isdigit():
             raise to_error(RemoteError(code, text, 0))
-        self.epoch = int(code)
+        self.epoch = epoch = int(code)
+        base = resume if self._refers else None
+        joined.tell(Event("epoch", f"epoch {epoch} is open", {"epoch": epoch}))
+        if joined.keeping.link is not None:
+            if base is not None:
+                joined.keeping.link.known(base, dict(joined.restoring.verified))
+            joined.saving.go_on_kept(joined.keeping.persister(epoch))
+            return
         place = Place(
-            backend=self._backend, writer=writer_name(socket.gethostname(), secrets.token_hex(8)), epoch=self.epoch,
+            backend=self._backend, writer=writer_name(socket.gethostname(), secrets.token_hex(8)), epoch=lambda: epoch,
             journal=self._journal if joined.channel.rank == 0 else None,
         )  # fmt: skip
-        base = resume if self._refers else None
         joined.saving.go_on(place, base=base, known=lambda: dict(joined.restoring.verified))
-        joined.tell(Event("epoch", f"epoch {self.epoch} is open", {"epoch": self.epoch}))
 
     def track(self, items: Mapping[str, object]) -> None:
         """Add items to a run's state, filling them from its snapshot. Falls back for all items together."""
@@ -171,12 +226,14 @@ class Session:
             return
         if self._options.only is None or RNG in self._options.only:
             self._fill({RNG: self._rng}, Rules(None, "keep"))
-        self.saving.refer_to(self.restored.id, dict(self.join().restoring.verified))
+        if not self.join().restoring.staged:
+            self.saving.refer_to(self.restored.id, dict(self.join().restoring.verified))
         tracked = {escape(name) for name in self._items} | {RNG}
         unknown = [path for path in self._options.only or () if path.strip("/").split("/")[0] not in tracked]
         if unknown:
             raise UsageError(f"only names what is not tracked. only={unknown} tracked={sorted(tracked)}; correct it")
         lost = sorted(set(item_names(self.join().restoring.index())) - tracked)
+        self.join().restoring.close()
         if lost:
             text = f"the restored snapshot has items that nobody tracks, later ones will lack them: {', '.join(lost)}"
             self.tell(Event("untracked", text, {"items": ",".join(lost)}, alarm=True))
@@ -189,17 +246,20 @@ class Session:
         return tuple(path for path in self._options.only if path.strip("/").split("/")[0] in names)
 
     def restore(
-        self, items: Mapping[str, object], choices: Callable[[], Sequence[SnapshotId]], rules: Rules
+        self, items: Mapping[str, object], choices: Callable[[], Sequence[Candidate]], rules: Rules
     ) -> SnapshotInfo:
         """For a checkpointer: fill ``items`` from the first readable of ``choices``. Later saves go on from it."""
-        restoring = self.join().restoring
+        joined = self.join()
+        joined.keeping.start(only_living=True)  # it may know of newer snapshots than the store
+        restoring = joined.restoring
         if restoring.choose(choices) is None:
             raise NotFoundError(f"the store holds no snapshot yet. store={self.url}")
         self.restored = restoring.fill(items, rules)
+        restoring.close()
         if self.restored.maybe_stale:
             text = f"restored {self.restored.id}, but a newer one may exist: the log has a hole. store={self.url}"
             self.tell(Event("maybe-stale", text, {"step": self.restored.step}, alarm=True))
-        self._refers = True
+        self._refers = not restoring.staged
         self.epoch = 0  # the next save opens an epoch that goes on from here
         return self.restored
 
@@ -207,6 +267,15 @@ class Session:
         """Stage a run's tracked items now, waiting ``wait_s`` seconds at most for a slot; durable later."""
         items = {**self._items, RNG: self._rng}
         return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags, wait_s=wait_s)
+
+    def stage(self, step: int, *, metadata: Mapping[str, Fact]) -> bool:
+        """Stage a run's tracked items for memory alone; False where no slot is free."""
+        items = {**self._items, RNG: self._rng}
+        return self.saving.stage(items, SnapshotId(self.epoch, step), metadata=metadata)
+
+    def await_durable(self, timeout_s: float) -> None:
+        """Wait until the last snapshot is durable, as long as there is time; failures were told."""
+        self.saving.settle(timeout_s)
 
     def refuse(self, step: int, why: str) -> None:
         """Instead of ``snapshot``: this rank can't take it, which all ranks learn."""
@@ -219,6 +288,7 @@ class Session:
         if not items:
             raise UsageError("nothing to save; give a dict of names to objects")
         if not self.opened:
+            self.keep()
             if self.restored is None:
                 self.go_on_from_newest()
             self.open_epoch()
@@ -229,8 +299,12 @@ class Session:
         info = self.saving.last_info()
         if info is None and self.restored is not None:
             info = self.restored
-        if info is not None and self.channel.rank == 0 and self._journal is not None:
-            for tag in tags:
+        if info is None or self.channel.rank != 0:
+            return
+        for tag in tags:
+            if self._link is not None:
+                self._link.set_tag(tag, info.id)
+            elif self._journal is not None:
                 self._journal.tag(tag, info.id, epoch=self.epoch)
 
     def finish(self) -> None:
@@ -258,7 +332,7 @@ class Session:
         channel = joined.channel
         if channel.rank != 0:
             channel.post(f"bye/{channel.rank}", b"1")
-        elif wait_s > 0:
+        elif wait_s > 0 and not joined.keeping.seated:
             began_s = time.monotonic()
             for rank in range(1, channel.size):
                 left_s = max(0.0, wait_s - (time.monotonic() - began_s))
@@ -266,6 +340,7 @@ class Session:
                     wait_for(channel, f"bye/{rank}", timeout_s=left_s, what=f"rank {rank} to leave")
                 except UnavailableError as error:
                     joined.tell(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
+        joined.keeping.close()
         self._close_store()
 
     def _close_store(self) -> None:
@@ -279,9 +354,11 @@ class Session:
         if self.opened and before is not None and self.restored.id != before.id:
             self.open_epoch()  # the line goes on from the older snapshot that was readable
 
-    def _open_record(self, resume: SnapshotId | None) -> str:
+    def _open_word(self, resume: SnapshotId | None) -> str:
         """Rank 0: open the epoch; its number as text, or the error's code and words."""
         try:
+            if self._link is not None:
+                return str(self._link.open_epoch(resume))
             if self._journal is None or not self._may_write:
                 self._journal = self._open_journal()
                 self._may_write = True
@@ -304,16 +381,24 @@ class _Joined:
     """What exists once the ranks have met."""
 
     def __init__(
-        self, channel: Channel, backend: Backend, options: Options, state: Callable[[], LogState], tell: Tell
+        self, keeping: Keeping, backend: Backend, options: Options, state: Callable[[], LogState], tell: Tell
     ) -> None:
-        self.channel = channel
+        self.keeping = keeping
+        self.channel = channel = keeping.channel
         self.tell = tell
+        self._uses_slots = False
         self.saving = Saving(channel, options, self.tell)
         self._orders: Orders | None = None
         self.restoring = Restoring(
             channel, backend, world=World(channel.rank, channel.size), state=state, tell=self.tell, threads=options.threads,
-            budget_bytes=options.read_budget_bytes,
+            budget_bytes=options.read_budget_bytes, staged=keeping.open_staged,
         )  # fmt: skip
+
+    def use_slots(self) -> None:
+        """Stage into slots that the keeper holds too, where there is one; once."""
+        if not self._uses_slots and self.keeping.regions is not None:
+            self._uses_slots = True
+            self.saving.use(self.keeping.regions)
 
     @property
     def orders(self) -> Orders:
@@ -339,7 +424,3 @@ class _Joined:
         self.tell(
             Event("skipped", f"the snapshot due at step {boundary} is skipped: {why}", {"step": boundary}, alarm=True)
         )
-
-
-def _job_name(url: str) -> str:
-    return url.rstrip("/").rpartition("/")[2] or "job"

@@ -10,12 +10,13 @@ import msgspec
 
 from ckpt.capture.leaves import Capture, TensorLeaf, World
 from ckpt.capture.plan import CapturePlan
-from ckpt.errors import UnavailableError
+from ckpt.errors import InternalError, UnavailableError
 from ckpt.manifest.digest import digest_hex
 from ckpt.observe.events import Fact
+from ckpt.persist.persister import Sealed
 from ckpt.place.owners import Replicated, owned
 from ckpt.stage.copy import THREADS_DEFAULT, CopyPlan, CopySource
-from ckpt.stage.slot import Pin, Slot, SlotPool
+from ckpt.stage.slot import Pin, Regions, Slot, SlotPool
 from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
 
 SLOT_WAIT_S = 3600.0
@@ -39,6 +40,10 @@ class Staged:
         """Let go of the slot."""
         self.pin.release()
 
+    def sealed(self) -> Sealed:
+        """What a persister takes."""
+        return Sealed(index=self.index, data=self.slot.data[:], release=self.release, shared=self.shared)
+
 
 class Stager:
     """Stages one rank's share of the state. Keeps plan, layout and slots between snapshots.
@@ -59,6 +64,13 @@ class Stager:
         self._shared: Mapping[str, tuple[int, str]] = {}
         self._copy: CopyPlan | None = None
         self._pool: SlotPool | None = None
+        self._regions: Regions | None = None
+
+    def use(self, regions: Regions) -> None:
+        """Take the slots' memory from there. Before the first snapshot and the first ``prepare``."""
+        if self._pool is not None:
+            raise InternalError("slots are laid out already.")
+        self._regions = regions
 
     def prepare(self, items: Mapping[str, object]) -> None:
         """Lay the slots out and pre-fault them in the background, so that the first snapshot is as quick as the rest."""
@@ -132,7 +144,9 @@ class Stager:
             self._seen = capture.tensors
         needed_bytes = max(self._copy.data_bytes, self._copy.needed_bytes([leaf.data for leaf in capture.objects]))
         if self._pool is None:
-            self._pool = SlotPool(count=self._count, data_bytes=needed_bytes, header_bytes=self._copy.header_bytes)
+            self._pool = SlotPool(
+                count=self._count, data_bytes=needed_bytes, header_bytes=self._copy.header_bytes, regions=self._regions
+            )
         else:
             self._pool.resize(needed_bytes, header_bytes=self._copy.header_bytes)
         return self._copy, self._pool

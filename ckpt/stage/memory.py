@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckpt.errors import UsageError
+from ckpt.errors import IntegrityError, UsageError
 from ckpt.values import PAGE_BYTES
 
 PREFAULT_BYTES = 1 << 20
@@ -36,25 +36,46 @@ class Region:
     owns its descriptor; its mapping lives until the last view of it is gone.
     """
 
+    fd: int | None
+
     __slots__ = ("__weakref__", "_close_fd", "_map", "address", "fd", "size_bytes", "view")
 
     def __init__(self, size_bytes: int, *, name: str = "ckpt-slot") -> None:
-        if size_bytes <= 0 or size_bytes % PAGE_BYTES:
-            raise UsageError(f"not a positive multiple of a page. size_bytes={size_bytes} page_bytes={PAGE_BYTES}")
-        self.size_bytes = size_bytes
-        self.fd = _open_anonymous(name) if sys.platform == "linux" else None
+        _check_size(size_bytes)
+        fd = _open_anonymous(name) if sys.platform == "linux" else None
         try:
-            if self.fd is None:
-                self._map = mmap.mmap(-1, size_bytes)
-            else:
-                os.ftruncate(self.fd, size_bytes)
-                self._map = mmap.mmap(self.fd, size_bytes)
+            if fd is not None:
+                os.ftruncate(fd, size_bytes)
+            self._take(fd, size_bytes)
         except BaseException:
-            if self.fd is not None:
-                os.close(self.fd)
+            if fd is not None:
+                os.close(fd)
             raise
+
+    @classmethod
+    def over(cls, fd: int, size_bytes: int) -> Region:
+        """The memory that ``fd`` refers to, as it is: another process made it. Takes ``fd`` over, and closes it on errors.
+
+        Raises IntegrityError where it is not that long: touching memory beyond a file's end kills the process.
+        """
+        region = cls.__new__(cls)
+        try:
+            _check_size(size_bytes)
+            found = os.fstat(fd).st_size
+            if found != size_bytes:
+                raise IntegrityError(f"shared memory of another size. size_bytes={size_bytes} found_bytes={found}")
+            region._take(fd, size_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        return region
+
+    def _take(self, fd: int | None, size_bytes: int) -> None:
+        self._map = mmap.mmap(-1 if fd is None else fd, size_bytes)
+        self.fd = fd
+        self.size_bytes = size_bytes
         # A region that is dropped unclosed must not keep its memory for the life of the process.
-        self._close_fd = None if self.fd is None else weakref.finalize(self, os.close, self.fd)
+        self._close_fd = None if fd is None else weakref.finalize(self, os.close, fd)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
@@ -107,6 +128,11 @@ class Region:
                 return False
             raise
         return True
+
+
+def _check_size(size_bytes: int) -> None:
+    if size_bytes <= 0 or size_bytes % PAGE_BYTES:
+        raise UsageError(f"not a positive multiple of a page. size_bytes={size_bytes} page_bytes={PAGE_BYTES}")
 
 
 def _open_anonymous(name: str) -> int:

@@ -1,205 +1,28 @@
 """Slots: shared memory that holds one rank's state of one snapshot, reused for the whole job. No torch.
 
 A pool hands a slot to one writer at a time; readers pin what is sealed. Which slot may be overwritten: one that nobody pins
-or writes, whose snapshot the caller does not ask to keep, and that is not the one sealed last (a pool of a single slot has no
-other, so there the last one is given up). Among those, one that holds nothing, else the one sealed longest ago.
+or writes, whose snapshot the caller does not ask to keep, and that the owner of the memory gives free (``Regions``). Among
+those, one that holds nothing, else the one sealed longest ago. Memory of this process alone is given free but for the slot
+sealed last (a pool of a single slot has no other, so there the last one is given up).
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from types import TracebackType
+from collections.abc import Collection
 
-from ckpt.errors import InternalError, UsageError
-from ckpt.stage.memory import PREFAULT_BYTES, Region, pages
+from ckpt.errors import InternalError, UnavailableError, UsageError
+from ckpt.stage.memory import pages
 from ckpt.stage.memory_limit import check_available
-from ckpt.stage.slot_header import HEADER_BYTES_DEFAULT, Header, generation_of, read_slot
-from ckpt.values import SnapshotId, StagedIndex
+from ckpt.stage.slot_header import HEADER_BYTES_DEFAULT, generation_of, header_bytes_of, read_slot
+from ckpt.stage.slot_state import SLOTS_MAX, OwnRegions, Pin, Regions, Shared, Slot
+from ckpt.values import PAGE_BYTES, SnapshotId
 
-__all__ = ["Pin", "Slot", "SlotPool", "generation_of", "read_slot"]
+__all__ = ["Pin", "Regions", "Slot", "SlotPool", "generation_of", "read_slot"]
 
 SLOTS_DEFAULT = 3
-SLOTS_MAX = 64
-
-
-class Slot:
-    """One slot. ``memory`` is header and data, ``data`` the page-aligned data area, ``address`` where it starts.
-
-    ``fd`` can be handed to another process, which reads the slot with ``read_slot``. Only the writer that acquired the slot
-    calls ``begin``, then ``seal``, ``invalidate`` or ``release``; pinning is thread-safe.
-    """
-
-    __slots__ = ("__weakref__", "_changed", "_header", "_on_free", "_orders", "_pins", "_read_only", "_region", "_writing",
-                 "address", "data", "memory", "number", "order", "registered", "snapshot")  # fmt: skip
-
-    def __init__(
-        self, number: int, *, data_bytes: int, header_bytes: int, shared: _Shared, read_only: bool = False
-    ) -> None:
-        self._region = Region(header_bytes + data_bytes)
-        self._header = Header(self._region.view, header_bytes=header_bytes)
-        self._changed = shared.changed
-        self._orders = shared.orders
-        self._read_only = read_only
-        self._pins = 0
-        self._writing = False
-        self._on_free: list[Callable[[], object]] = []
-        self.number = number
-        self.memory = self._region.view
-        self.data = self.memory[header_bytes:]
-        self.address = self._region.address + header_bytes
-        self.snapshot: SnapshotId | None = None
-        """What the slot holds sealed, or None."""
-        self.registered = False
-        """Whether a device's driver was asked to lock the memory."""
-        self.order = 0
-        """Grows with each seal in the pool; 0 for a slot that holds nothing."""
-
-    @property
-    def fd(self) -> int | None:
-        """The descriptor of the whole slot, owned by the slot; None where memory can't be handed on."""
-        return self._region.fd
-
-    @property
-    def size_bytes(self) -> int:
-        """Header and data."""
-        return self._region.size_bytes
-
-    @property
-    def generation(self) -> int:
-        """How often the slot was begun."""
-        return self._header.generation
-
-    @property
-    def valid(self) -> bool:
-        """Whether the slot is sealed now."""
-        return self._header.valid
-
-    @property
-    def pinned(self) -> bool:
-        """Whether a reader holds it."""
-        return self._pins > 0
-
-    @property
-    def writing(self) -> bool:
-        """Whether a writer holds it."""
-        return self._writing
-
-    def begin(self) -> int:
-        """Give up what the slot holds and return the new generation. Before the first byte of data is written."""
-        self._check_writer()
-        if self._read_only and self._header.valid:
-            self._region.protect(writable=True)
-        generation = self._header.open()
-        with self._changed:
-            self.snapshot, self.order = None, 0
-        return generation
-
-    def seal(self, index: StagedIndex) -> None:
-        """Write ``index`` and make the slot valid; the writer lets go of it.
-
-        Raises UsageError where the index doesn't fit the header; the slot is then still the writer's, and invalid.
-        """
-        self._check_writer()
-        self._header.close(index)
-        if self._read_only:
-            self._region.protect(writable=False)
-        with self._changed:
-            self.snapshot, self.order = index.snapshot, next(self._orders)
-            self._let_go()
-
-    def invalidate(self) -> None:
-        """Give up what the slot holds, sealed or half written, and let go of it where a writer held it."""
-        if self._read_only and self._header.valid:
-            self._region.protect(writable=True)
-        self._header.open()
-        with self._changed:
-            self.snapshot, self.order = None, 0
-            self._let_go()
-
-    def release(self) -> None:
-        """The writer lets go; what the slot holds stays as it is: the old snapshot before ``begin``, nothing after."""
-        with self._changed:
-            self._let_go()
-
-    def pin(self) -> Pin:
-        """Keep the slot from being overwritten until the pin is released.
-
-        For its writer, who pins before ``seal`` so that no gap is left; a reader asks ``SlotPool.pin_newest``, or reads the
-        slot's generation after pinning it.
-        """
-        with self._changed:
-            self._pins += 1
-        return Pin(self)
-
-    def prefault(self) -> Iterator[int]:
-        """Make the data area, and as much header as is usual, present in small pieces; safe beside a writer."""
-        header_bytes = self._region.size_bytes - len(self.data)
-        yield from self._region.prefault(0, min(PREFAULT_BYTES, header_bytes))
-        yield from self._region.prefault(header_bytes, self._region.size_bytes)
-
-    def on_free(self, call: Callable[[], object]) -> None:
-        """Have ``call`` called just before the memory is given back (to undo a registration of it)."""
-        self._on_free.append(call)
-
-    def _check_writer(self) -> None:
-        if not self._writing:
-            raise InternalError(f"a slot is written that nobody acquired. slot={self.number}")
-
-    def _let_go(self) -> None:
-        self._writing = False
-        self._changed.notify_all()
-
-    def _unpin(self) -> None:
-        with self._changed:
-            self._pins -= 1
-            self._changed.notify_all()
-
-    def _take(self) -> None:
-        self._writing = True
-
-    def _free(self) -> None:
-        for call in self._on_free:
-            call()
-        self.data = self.memory = memoryview(b"")
-        self._region.close()
-
-
-class _Shared:
-    """What the slots of one pool have in common: the lock of all their states, and the order in which they are sealed."""
-
-    __slots__ = ("changed", "orders")
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()  # of a re-entrant lock
-        self.orders = itertools.count(1)
-
-
-class Pin:
-    """A reader's hold on a sealed slot; a context manager. ``release`` may be called more than once."""
-
-    __slots__ = ("_held", "slot")
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
-        self._held = True
-
-    def release(self) -> None:
-        """Let go."""
-        held, self._held = self._held, False
-        if held:
-            self.slot._unpin()
-
-    def __enter__(self) -> Slot:
-        return self.slot
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class SlotPool:
@@ -209,6 +32,9 @@ class SlotPool:
     memory that the machine and the control group have left. ``read_only_between_copies`` maps sealed slots read-only, so that
     a wild write of this process dies instead of spoiling them; it costs 32 ms a GiB a copy (digests find the damage
     without it). ``available_bytes`` replaces asking the system for free memory.
+
+    ``regions`` owns the memory (default: this process). What it kept from before is taken over, with what it holds sealed;
+    slots too small for ``data_bytes`` go once they are free.
     """
 
     def __init__(
@@ -220,24 +46,28 @@ class SlotPool:
         prefault: bool = True,
         read_only_between_copies: bool = False,
         available_bytes: int | None = None,
+        regions: Regions | None = None,
     ) -> None:
-        if not 1 <= count <= SLOTS_MAX:
-            raise UsageError(f"number of slots out of range. count={count} (1..{SLOTS_MAX})")
+        self._regions: Regions = OwnRegions() if regions is None else regions
+        most = min(SLOTS_MAX, self._regions.slots_max)
+        if not self._regions.slots_min <= count <= most:
+            raise UsageError(f"number of slots out of range. count={count} ({self._regions.slots_min}..{most})")
         self.count = count
         self._data_bytes = pages(max(1, data_bytes))
         self._header_bytes = pages(header_bytes)
         self._prefault = prefault
         self._read_only = read_only_between_copies
         self._available = available_bytes
-        self._shared = _Shared()
+        self._shared = Shared(self._regions)
         self._changed = self._shared.changed
         self._slots: list[Slot] = []
         self._retired: list[Slot] = []
-        self._made = 0
         self._warming: Slot | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
-        check_available(count * self.slot_bytes, what=f"{count} slots", available=available_bytes)
+        self._adopt()
+        missing = count - len(self._slots)
+        check_available(missing * self.slot_bytes, what=f"{missing} slots", available=available_bytes)
         self._start_prefault()
 
     @property
@@ -275,7 +105,13 @@ class SlotPool:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return None
-                self._changed.wait(left)
+                poll_s = self._regions.poll_s
+                self._changed.wait(left if poll_s is None else min(left, poll_s))
+
+    def has_room(self, *, keep: Collection[SnapshotId] = ()) -> bool:
+        """Whether ``acquire`` would find a slot now. Takes and makes none."""
+        with self._changed:
+            return self._next_number() is not None or any(map(self._given_free, self._idle_slots(keep)))
 
     def newest(self) -> Slot | None:
         """The slot that was sealed last, or None."""
@@ -289,7 +125,7 @@ class SlotPool:
             return None if slot is None or slot.writing else slot.pin()
 
     def resize(self, data_bytes: int, *, header_bytes: int | None = None) -> None:
-        """Hand out slots of at least ``data_bytes`` from now on. Larger ones are made anew; old ones go once unpinned.
+        """Hand out slots of at least ``data_bytes`` from now on. Larger ones are made anew; old ones go once free.
 
         Slots never shrink. Raises UsageError, changing nothing, where memory doesn't suffice beside the old slots that can't
         go yet.
@@ -299,12 +135,15 @@ class SlotPool:
         if (data, header) == (self._data_bytes, self._header_bytes):
             return
         with self._changed:
-            freed = sum(slot.size_bytes for slot in self._slots if self._idle(slot))
-            needed = self.count * (data + header)
-            check_available(needed, what=f"{self.count} slots", freed_bytes=freed, available=self._available)
+            roomy = [slot for slot in self._slots if len(slot.data) >= data and slot.header_bytes >= header]
+            small = [slot for slot in self._slots if slot not in roomy]
+            freed = sum(slot.size_bytes for slot in small if self._idle(slot))
+            missing = self.count - len(roomy)
+            needed = missing * (data + header)
+            check_available(needed, what=f"{missing} slots", freed_bytes=freed, available=self._available)
             self._data_bytes, self._header_bytes = data, header
-            self._retired += self._slots
-            self._slots = []
+            self._retired += small
+            self._slots = roomy
             self._free_retired(())
         self._start_prefault()
 
@@ -314,7 +153,10 @@ class SlotPool:
             self._thread.join()
 
     def close(self) -> None:
-        """End the background thread and give all memory back; views that are still held stay readable. Idempotent."""
+        """End the background thread and give all memory back; views that are still held stay readable. Idempotent.
+
+        Memory that another process owns too stays there, with what it holds.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -325,15 +167,34 @@ class SlotPool:
                 slot._free()
             self._retired, self._slots = [], []
 
+    def _adopt(self) -> None:
+        """Take over what was kept: the newest ``count`` slots that are large enough; the others go once they are free."""
+        kept = []
+        for number, region in self._regions.kept():
+            header_bytes = header_bytes_of(region.view) or min(self._header_bytes, region.size_bytes - PAGE_BYTES)
+            slot = Slot(number, region, header_bytes=header_bytes, shared=self._shared, read_only=self._read_only)
+            kept.append((slot.sealed_in_memory(), slot))
+        found = []
+        for snapshot, slot in sorted(kept, key=lambda one: one[0] or SnapshotId(-1, -1)):
+            slot._adopt(snapshot)
+            found.append(slot)
+        fit = [slot for slot in found if len(slot.data) >= self._data_bytes and slot.header_bytes >= self._header_bytes]
+        self._slots = fit[-self.count :]
+        self._retired = [slot for slot in found if slot not in self._slots]
+
     def _choose(self, keep: Collection[SnapshotId]) -> Slot | None:
-        newest = self._newest() if self.count > 1 else None
-        free = [slot for slot in self._slots if self._idle(slot) and slot is not newest and slot.snapshot not in keep]
-        empty = next((slot for slot in free if slot.snapshot is None), None)
+        idle = self._idle_slots(keep)
+        empty = next((slot for slot in idle if slot.snapshot is None and self._given_free(slot)), None)
         if empty is not None:
             return empty
-        if len(self._slots) < self.count:
+        if self._next_number() is not None:
             return self._make()
-        return min(free, key=lambda slot: slot.order, default=None)
+        return next((slot for slot in idle if slot.snapshot is not None and self._given_free(slot)), None)
+
+    def _idle_slots(self, keep: Collection[SnapshotId]) -> list[Slot]:
+        """Those that nobody here uses, sealed longest ago first: mostly that one is free, and the owner is asked only once."""
+        idle = (slot for slot in self._slots if self._idle(slot) and slot.snapshot not in keep)
+        return sorted(idle, key=lambda slot: slot.order)
 
     def _newest(self) -> Slot | None:
         sealed = [slot for slot in (*self._retired, *self._slots) if slot.snapshot is not None]
@@ -343,25 +204,33 @@ class SlotPool:
     def _idle(slot: Slot) -> bool:
         return not slot.pinned and not slot.writing
 
-    def _make(self) -> Slot:
+    def _given_free(self, slot: Slot) -> bool:
+        """Whether the owner of the memory lets an idle slot be overwritten."""
+        return self._regions.may_overwrite(slot, spare=self.count == 1 or slot is not self._newest())
+
+    def _next_number(self) -> int | None:
+        """The number of a slot that may still be made; None where there are enough, or those that can't go yet have all."""
+        if len(self._slots) >= self.count:
+            return None
+        taken = {slot.number for slot in (*self._retired, *self._slots)}
+        return next((number for number in range(self._regions.slots_max) if number not in taken), None)
+
+    def _make(self) -> Slot | None:
+        number = self._next_number()
+        if number is None:
+            return None
         check_available(self.slot_bytes, what="a slot", available=self._available)
-        slot = Slot(
-            self._made,
-            data_bytes=self._data_bytes,
-            header_bytes=self._header_bytes,
-            shared=self._shared,
-            read_only=self._read_only,
-        )
-        self._made += 1
+        region = self._regions.make(number, self.slot_bytes)
+        slot = Slot(number, region, header_bytes=self._header_bytes, shared=self._shared, read_only=self._read_only)
         self._slots.append(slot)
         return slot
 
     def _free_retired(self, keep: Collection[SnapshotId]) -> None:
-        newest = self._newest() if self.count > 1 else None
         for slot in list(self._retired):
-            unused = self._idle(slot) and slot is not newest and slot is not self._warming
-            if unused and slot.snapshot not in keep:
+            unused = self._idle(slot) and slot is not self._warming
+            if unused and slot.snapshot not in keep and self._given_free(slot):
                 self._retired.remove(slot)
+                self._regions.dropped(slot)
                 slot._free()
 
     def _start_prefault(self) -> None:
@@ -371,22 +240,22 @@ class SlotPool:
         self._thread.start()
 
     def _run_prefault(self) -> None:
-        done: set[int] = set()
+        done: list[Slot] = []
         while True:
             with self._changed:
                 self._warming = slot = self._next_cold(done)
             if slot is None:
                 return
-            done.add(slot.number)
+            done.append(slot)
             for _ in slot.prefault():
                 if self._closed or slot not in self._slots:
                     break
 
-    def _next_cold(self, done: set[int]) -> Slot | None:
+    def _next_cold(self, done: Collection[Slot]) -> Slot | None:
         if self._closed:
             return None
-        slot = next((slot for slot in self._slots if slot.number not in done), None)
-        if slot is None and len(self._slots) < self.count:
-            with contextlib.suppress(UsageError):  # acquire meets the same shortage and tells the caller
+        slot = next((slot for slot in self._slots if slot not in done), None)
+        if slot is None:
+            with contextlib.suppress(UsageError, UnavailableError):  # acquire meets the same and tells the caller
                 slot = self._make()
         return slot

@@ -136,6 +136,16 @@ def generation_of(memory: memoryview) -> int | None:
     return state >> 1 if state & 1 and words[0] == MAGIC else None
 
 
+def header_bytes_of(memory: memoryview) -> int | None:
+    """The header area of a slot that was begun at least once, or None: it never was, or says what can't be."""
+    if len(memory) < PAGE_BYTES:
+        return None
+    words = memory[: _WORDS * 8].cast("Q")
+    found: int = words[3]
+    whole = PAGE_BYTES <= found < len(memory) and found % PAGE_BYTES == 0
+    return found if words[0] == MAGIC and words[1] == FORMAT_VERSION and whole else None
+
+
 def _header_problem(words: list[int], size_bytes: int) -> str | None:
     if words[1] != FORMAT_VERSION:
         return f"unknown format version. found={words[1]} known={FORMAT_VERSION}"

@@ -17,8 +17,8 @@ from ckpt.commit.journal import Journal
 from ckpt.errors import CkptError
 from ckpt.manifest.keys import writer_name
 from ckpt.observe.events import Event
+from ckpt.persist.persister import Place
 from ckpt.session.options import Options
-from ckpt.session.persister import Place
 from ckpt.session.restoring import Restoring
 from ckpt.session.saving import Saving
 from ckpt.values import SnapshotId
@@ -132,7 +132,7 @@ class Job:
             place = Place(
                 backend=backend,
                 writer=writer_name("node", f"{self.boots:016x}"),
-                epoch=epoch,
+                epoch=lambda: epoch,
                 journal=log if channel.rank == 0 else None,
             )
             saving.go_on(place, base=None, known=dict)

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.session.channel import SoloChannel, StoreChannel, connect, meet, wait_for, world_of_process
+from ckpt.persist.channel import SoloChannel, wait_for
+from ckpt.session.channel import StoreChannel, connect, meet, world_of_process
 
 
 @pytest.fixture(params=["hash", "tcp"])
@@ -150,37 +151,6 @@ def test_waiting_ends_when_the_message_comes(stores) -> None:
         waiting = pool.submit(wait_for, b, "word", timeout_s=20, what="a word")
         a.post("word", b"now")
         assert waiting.result(20) == b"now"
-
-
-def test_waiting_too_long_names_what_was_waited_for() -> None:
-    with pytest.raises(UnavailableError, match=r"waiting for rank 3's answer\. rank=0 timeout_s=0.01; a rank is dead"):
-        wait_for(SoloChannel(), "never", timeout_s=0.01, what="rank 3's answer")
-
-
-def test_waiting_stops_when_told() -> None:
-    told = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait_for, SoloChannel(), "never", timeout_s=None, what="a word", stop=told.is_set)
-        told.set()
-        with pytest.raises(UnavailableError, match="stopped while waiting for a word"):
-            waiting.result(20)
-
-
-def test_message_that_is_there_counts_even_when_told_to_stop() -> None:
-    channel = SoloChannel()
-    channel.post("key", b"x")
-    assert wait_for(channel, "key", timeout_s=0.0, what="a word", stop=lambda: True) == b"x"
-
-
-def test_solo_channel_keeps_messages_and_counts() -> None:
-    channel = SoloChannel()
-    assert channel.peek("key") is None
-    channel.post("key", b"x")
-    assert channel.peek("key") == b"x"
-    channel.forget("key")
-    channel.forget("key")
-    assert channel.peek("key") is None
-    assert [channel.count("n", 2), channel.count("n")] == [2, 2]
 
 
 def test_plain_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from ckpt.backends.base import Backend
 from ckpt.commit.journal import Journal
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
-from ckpt.session.restoring import Restoring, Rules
+from ckpt.session.restoring import Candidate, Restoring, Rules
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
 
@@ -50,6 +50,10 @@ def _newest(job) -> list[SnapshotId]:
     return list(Journal.open(job.store).refresh().line)
 
 
+def _candidates(snapshots: list[SnapshotId]) -> list[Candidate]:
+    return [Candidate(snapshot) for snapshot in snapshots]
+
+
 def _restore(
     job, run_ranks, size: int, *, backends: dict[int, Backend] | None = None, choices: list[SnapshotId] | None = None,
     at_once: bool = False,
@@ -59,7 +63,7 @@ def _restore(
 
     def call(rank: int) -> tuple[dict[str, object], SnapshotId | None]:
         restoring = restorers[rank]
-        restoring.choose(lambda: choices if choices is not None else _newest(job))
+        restoring.choose(lambda: _candidates(choices if choices is not None else _newest(job)))
         items = _blank()
         for share in [items] if at_once else [{name: item} for name, item in items.items()]:
             restoring.fill(share, Rules())
@@ -75,7 +79,7 @@ def _packs_of(job, step: int, rank: int, epoch: int = 1) -> set[str]:
 
 def _index(job, epoch: int, step: int):
     restorers, _ = job.restorers(1)
-    restorers[0].choose(lambda: [SnapshotId(epoch, step)])
+    restorers[0].choose(lambda: _candidates([SnapshotId(epoch, step)]))
     return restorers[0].index()
 
 
@@ -176,7 +180,7 @@ def test_state_that_does_not_fit_on_one_rank_is_an_error_on_all_and_no_damage(jo
     restorers, told = job.restorers(2)
 
     def call(rank: int) -> object:
-        restorers[rank].choose(lambda: _newest(job))
+        restorers[rank].choose(lambda: _candidates(_newest(job)))
         return restorers[rank].fill({"a": {"w": torch.zeros(1000 + rank), "step": 0, "rank": 0}}, Rules())
 
     outcomes = run_ranks(2, call)
@@ -267,7 +271,7 @@ def test_second_choice_forgets_what_the_first_filled(job, run_ranks) -> None:
     restoring = _chosen(job)
     first = {"a": _blank()["a"]}
     restoring.fill(first, Rules())
-    restoring.choose(lambda: [SnapshotId(1, 10)])
+    restoring.choose(lambda: _candidates([SnapshotId(1, 10)]))
     second = {"b": _blank()["b"]}
     restoring.fill(second, Rules())
     assert _is(first, 0, 30)
@@ -286,7 +290,7 @@ def test_modules_keep_their_parameters_identity_through_a_fallback(job, run_rank
     ranks[0].saving.finish()
     _damage(job, 2, 0, leaf="model/weight")
     restorers, _ = job.restorers(1)
-    restorers[0].choose(lambda: _newest(job))
+    restorers[0].choose(lambda: _candidates(_newest(job)))
     fresh = nn.Linear(30, 20)
     weight = fresh.weight
     info = restorers[0].fill({"model": fresh}, Rules())
@@ -297,5 +301,5 @@ def test_modules_keep_their_parameters_identity_through_a_fallback(job, run_rank
 
 def _chosen(job) -> Restoring:
     restorers, _ = job.restorers(1)
-    restorers[0].choose(lambda: _newest(job))
+    restorers[0].choose(lambda: _candidates(_newest(job)))
     return restorers[0]

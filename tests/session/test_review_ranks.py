@@ -9,7 +9,8 @@ import torch
 import ckpt
 from ckpt.backends.memory import MemoryBackend
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.session.persister import check_shared
+from ckpt.persist.persister import check_shared
+from ckpt.session.restoring import Candidate
 from ckpt.session.staging import Stager, shared_sets
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId
 
@@ -161,7 +162,7 @@ def test_a_users_error_in_loading_is_told_to_the_other_ranks(job, run_ranks) -> 
     for one in [rank.save(items(), 1) for rank in job.ranks(2)]:
         one.durable(20)
     restorers, _ = job.restorers(2)
-    choices = lambda: [SnapshotId(1, 1)]  # noqa: E731
+    choices = lambda: [Candidate(SnapshotId(1, 1))]  # noqa: E731
     run_ranks(2, lambda rank: restorers[rank].choose(choices))
     live = [items(0.0), {"m": Broken()}]
 

@@ -7,10 +7,12 @@ fails that one snapshot on all ranks with the same error; the next one starts af
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import msgspec
 
@@ -19,14 +21,16 @@ from ckpt.commit.journal import Journal
 from ckpt.encode.choose import Compression
 from ckpt.encode.persist import packs_at_most, persist
 from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError, UsageError
+from ckpt.link.messages import RemoteError
+from ckpt.link.remote import from_error, to_error
 from ckpt.manifest.canonical import ready
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.observe.events import Event, Tell
-from ckpt.session.channel import Channel, wait_for
-from ckpt.session.queue import CallQueue
-from ckpt.session.remote import RemoteError, from_error, to_error
-from ckpt.session.staging import Staged
-from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+from ckpt.persist.channel import Channel, wait_for
+from ckpt.persist.queue import CallQueue
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo, StagedIndex
+
+T = TypeVar("T")
 
 PEER_WAIT_S = 7200.0
 """How long a rank waits for another's word on one snapshot, before it takes that rank for dead."""
@@ -41,9 +45,32 @@ class Place:
 
     backend: Backend
     writer: str
-    epoch: int
+    epoch: Callable[[], int]
+    """The writer's epoch, asked when a record is written: what an older epoch captured is committed under the current one."""
     journal: Journal | None
     """Rank 0's handle on the commit log; None on the other ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealed:
+    """A sealed slot as a persister takes it: what it holds, and how to let go of it (called once).
+
+    ``data`` is a view of the data area for the persister alone, which releases it: an error that is kept somewhere would keep
+    the slot's memory otherwise.
+    """
+
+    index: StagedIndex
+    data: memoryview
+    release: Callable[[], None]
+    shared: Mapping[str, tuple[int, str]] | None = None
+    """What replicas must agree on for their shares to fit together: how many they are, and a digest of what they hold. None:
+    not known, so that whoever hands the slots in has made sure of it."""
+
+    def let_go(self) -> None:
+        """Give up the view and the slot."""
+        with contextlib.suppress(BufferError):  # a frame of an error still reads it, and ends soon
+            self.data.release()
+        self.release()
 
 
 class _Receipt(msgspec.Struct, frozen=True):
@@ -52,7 +79,9 @@ class _Receipt(msgspec.Struct, frozen=True):
     size_bytes: int = 0
     new_bytes: int = 0
     error: RemoteError | None = None
-    shared: Mapping[str, tuple[int, str]] = {}
+    base: SnapshotId | None = None
+    """The snapshot whose chunks this rank refers to."""
+    shared: Mapping[str, tuple[int, str]] | None = None
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -74,6 +103,7 @@ class Persister:
     ) -> None:  # fmt: skip
         self._channel = channel
         self._place = place
+        self._writer = place.writer
         self._compression = compression
         self._verify = verify
         self._tell = tell
@@ -85,6 +115,8 @@ class Persister:
         self._closing = False
         self.durable_at_s: float | None = None
         """When the last snapshot became durable, by the monotonic clock."""
+        self.last_info: SnapshotInfo | None = None
+        """The last snapshot that became durable."""
         self.passed_step = -1
         """On rank 0: the last step whose boundary every rank is known to have passed."""
         self._calls = CallQueue("ckpt-persist")
@@ -94,33 +126,67 @@ class Persister:
         """Snapshots handed in and not settled yet. On rank 0, settled means that every rank has let go of its slot."""
         return self._count - self._settled
 
-    def submit(self, staged: Staged, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
+    def submit(self, staged: Sealed, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
         """Queue a sealed slot; the future gives the commit's facts or the error. Every rank submits the same sequence."""
         self._count += 1
         n = self._count
         return self._calls.submit(lambda: self._run(n, staged, tags))
 
-    def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
-        """Take part in a snapshot that this rank could not stage: all ranks learn that it failed, and why."""
+    def refuse(self, snapshot: SnapshotId, error: CkptError) -> Future[None]:
+        """Take part in a snapshot that this rank could not stage: all ranks learn that it failed, and why.
+
+        The future is done when the snapshot is settled; it gives no error.
+        """
         self._count += 1
         n = self._count
-        self._calls.submit(lambda: self._refuse(n, snapshot, error))
+        return self._calls.submit(lambda: self._refuse(n, snapshot, error))
 
     def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
         """Let the first snapshot refer to chunks of ``base``; nothing once one was handed in. Every rank calls it alike."""
         if self._count == 0:
             self._base, self._known = base, known
 
+    def refer_next(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
+        """As ``refer_to``, in the queue's order: what is handed in next may refer to ``base``, unless a base is known then."""
+
+        def refer() -> None:
+            if self._base is None:
+                self._base, self._known = base, known
+
+        self._calls.submit(refer)
+
+    def write_as(self, writer: str) -> None:
+        """Write what is handed in next under another writer's name, which nobody used before.
+
+        For a snapshot that is handed in again: its first part may be committed, and a key's bytes never change.
+        """
+
+        def change() -> None:
+            self._writer, self._packs_written = writer, 0
+
+        self._calls.submit(change)
+
+    def call(self, call: Callable[[], T]) -> Future[T]:
+        """Do ``call`` in the queue's thread, after what was handed in before and before what comes later."""
+        return self._calls.submit(call)
+
     def close(self) -> None:
         """Wait until the queue is empty and end the thread."""
         self._calls.close()
 
-    def abandon(self) -> None:
-        """Drop what has not begun, wait for no other rank any more and only briefly for the store, and end the thread."""
+    def stop_waiting(self) -> None:
+        """Wait for no other rank any more."""
         self._closing = True
-        self._calls.close(cancel=True, timeout_s=ABANDON_STORE_S)
 
-    def _run(self, n: int, staged: Staged, tags: tuple[str, ...]) -> SnapshotInfo:
+    def abandon(self, timeout_s: float | None = None) -> bool:
+        """Drop what has not begun, wait for no other rank any more and only briefly for the store, and end the thread.
+
+        Waits ``timeout_s`` seconds at most (None: ABANDON_STORE_S); returns whether the thread ended.
+        """
+        self.stop_waiting()
+        return self._calls.close(cancel=True, timeout_s=ABANDON_STORE_S if timeout_s is None else timeout_s)
+
+    def _run(self, n: int, staged: Sealed, tags: tuple[str, ...]) -> SnapshotInfo:
         began = time.monotonic()
         try:
             receipt, locations = self._write(staged)
@@ -147,6 +213,7 @@ class Persister:
             self._settled += 1
         self._base, self._known = staged.index.snapshot, locations
         self.durable_at_s = time.monotonic()
+        self.last_info = outcome.info
         self._tell(_durable(outcome.info, time.monotonic() - began))
         if outcome.error is not None:
             untagged = to_error(outcome.error)
@@ -169,12 +236,12 @@ class Persister:
         finally:
             self._settled += 1
 
-    def _write(self, staged: Staged) -> tuple[_Receipt, Mapping[Digest, ChunkLocation]]:
+    def _write(self, staged: Sealed) -> tuple[_Receipt, Mapping[Digest, ChunkLocation]]:
         """Write this rank's chunks and part, then let go of the slot. What fails becomes a receipt that says so."""
         index = staged.index
         try:
             done = persist(
-                index, staged.slot.data, known=self._known, backend=self._place.backend, writer=self._place.writer,
+                index, staged.data, known=self._known, backend=self._place.backend, writer=self._writer,
                 pack_start=self._packs_written, compression=self._compression, verify=self._verify,
             )  # fmt: skip
         except CkptError as error:
@@ -185,14 +252,15 @@ class Persister:
             return _Receipt(index.snapshot, error=from_error(wrapped, rank=self._channel.rank)), {}
         finally:
             self._packs_written += packs_at_most(index)
-            staged.release()
+            staged.let_go()
         size = sum(shard.size_bytes for shard in index.shards)
         receipt = _Receipt(
-            index.snapshot, ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes, shared=staged.shared
-        )
+            index.snapshot, ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes,
+            base=self._base if self._known else None, shared=staged.shared,
+        )  # fmt: skip
         return receipt, done.locations
 
-    def _settle(self, n: int, staged: Staged, tags: tuple[str, ...]) -> _Outcome:
+    def _settle(self, n: int, staged: Sealed, tags: tuple[str, ...]) -> _Outcome:
         try:
             receipts = self._gather(n, staged.index.snapshot)
             for receipt in receipts:
@@ -226,16 +294,17 @@ class Persister:
         word = self._wait(f"receipt/{n}/{rank}", f"rank {rank}'s part of {snapshot}", rank=rank)
         return msgspec.msgpack.decode(word, type=_Receipt)
 
-    def _commit(self, staged: Staged, receipts: list[_Receipt]) -> SnapshotInfo:
+    def _commit(self, staged: Sealed, receipts: list[_Receipt]) -> SnapshotInfo:
         journal = self._place.journal
         assert journal is not None, "rank 0 has the log"
         parts = tuple(receipt.ref for receipt in receipts if receipt.ref is not None)
         manifest = Manifest(
-            job=journal.job, snapshot=staged.index.snapshot, world_size=self._channel.size, base=self._base, parts=parts,
+            job=journal.job, snapshot=staged.index.snapshot, world_size=self._channel.size,
+            base=one_base([receipt.base for receipt in receipts]), parts=parts,
             size_bytes=sum(r.size_bytes for r in receipts), new_bytes=sum(r.new_bytes for r in receipts),
             created_unix_s=time.time(), metadata=staged.index.metadata,
         )  # fmt: skip
-        return journal.commit(manifest, epoch=self._place.epoch)
+        return journal.commit(manifest, epoch=self._place.epoch())
 
     def _tagged(self, info: SnapshotInfo, tags: tuple[str, ...]) -> _Outcome:
         """Tag what is committed. A tag that fails makes the snapshot no less durable."""
@@ -243,7 +312,7 @@ class Persister:
         assert journal is not None, "rank 0 has the log"
         for done, tag in enumerate(tags):
             try:
-                journal.tag(tag, info.id, epoch=self._place.epoch)
+                journal.tag(tag, info.id, epoch=self._place.epoch())
             except CkptError as error:
                 text = f"{info.id} is durable, but could not be tagged. tag={tag!r} cause={error}"
                 return _Outcome(replace(info, tags=tags[:done]), RemoteError(error.code, text, 0))
@@ -272,19 +341,34 @@ class Persister:
         return self._channel.peek(key) is not None
 
 
-def check_shared(sets: Sequence[Mapping[str, tuple[int, str]]]) -> None:
+def one_base(bases: Sequence[SnapshotId | None]) -> SnapshotId | None:
+    """The snapshot that the ranks refer to chunks of; None: no rank refers to any. Raises ConflictError where they differ.
+
+    A commit names one base. Chunks of another could be deleted before it, with nobody the wiser.
+    """
+    found = {base for base in bases if base is not None}
+    if len(found) > 1:
+        raise ConflictError(
+            f"the ranks refer to chunks of different snapshots. bases={', '.join(map(str, sorted(found)))}; the next snapshot "
+            "refers to none"
+        )
+    return next(iter(found), None)
+
+
+def check_shared(sets: Sequence[Mapping[str, tuple[int, str]] | None]) -> None:
     """Each rank's ``shared_sets``: raises UsageError unless all members of a group hold the same leaves in the same order.
 
     Each rank stores its share of them, computed from what it holds itself; were the sets different, the shares would overlap
-    or leave gaps, and the snapshot could not be read.
+    or leave gaps, and the snapshot could not be read. With a rank whose sets are unknown (None), the others are compared.
     """
+    complete = None not in sets
     found: dict[str, list[tuple[int, tuple[int, str]]]] = {}
     for rank, one in enumerate(sets):
-        for group, held in one.items():
+        for group, held in (one or {}).items():
             found.setdefault(group, []).append((rank, held))
     for members in found.values():
         (first, (size, _)), kinds = members[0], {held for _, held in members}
-        if len(kinds) > 1 or len(members) != size:
+        if len(kinds) > 1 or (complete and len(members) != size):
             raise UsageError(
                 f"replicas hold different leaves, so their shares don't fit together. first_rank={first} replicas={size} "
                 f"ranks_with_any={len(members)} different={len(kinds)}; keep the same optimizer state on each"

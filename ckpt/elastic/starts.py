@@ -1,0 +1,97 @@
+"""How a trainer is started: forked from the supervisor, spawned anew, or not at all. Pure; ``facts`` gathers what it asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a process knows about itself where a decorated function is called.
+
+    ``threads`` are the names of Python threads beside the main one. ``main_thread``: the call is made there. ``rerun``: the
+    same command can be run once more. ``probe_hung``: a forked child did not come back from one parallel operation.
+    """
+
+    platform: str = "linux"
+    asked_in_place: bool = False
+    under_pytest: bool = False
+    notebook: bool = False
+    process_group: bool = False
+    several_nodes: bool = False
+    main_thread: bool = True
+    threads: tuple[str, ...] = ()
+    gpu_open: bool = False
+    rerun: bool = True
+    probe_hung: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Trainers are forked: every import and every value above the call is there at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Trainers are fresh interpreters that run the same command up to the call. ``why`` a fork would not do."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """No supervisor: the function runs in this process, and nobody but the launcher starts it again.
+
+    ``remedy`` says what to change, "" where this is as it should be and needs no warning.
+    """
+
+    why: str
+    remedy: str = ""
+
+
+def choose(facts: Facts) -> Fork | Spawn | InPlace:
+    """How to start trainers in a process of which ``facts`` hold."""
+    stays = _stays(facts)
+    if stays is not None:
+        return stays
+    why = _no_fork(facts)
+    if why is None:
+        return Fork()
+    if facts.rerun:
+        return Spawn(why)
+    return InPlace(
+        f"{why}, and the command that started this process cannot be run a second time",
+        "call the decorated function before any thread, GPU or parallel operation is used",
+    )
+
+
+def _stays(facts: Facts) -> InPlace | None:
+    if facts.asked_in_place:
+        return InPlace("CKPT_IN_PLACE=1")
+    if facts.under_pytest:
+        return InPlace("the call is part of a test under pytest")
+    if facts.platform != "linux":
+        return InPlace(f"trainers are restarted on Linux only. platform={facts.platform}", "run it on Linux")
+    if facts.process_group:
+        return InPlace(
+            "a process group exists before the decorated call, and a new trainer could not leave it",
+            "call init_process_group() inside the decorated function",
+        )
+    if facts.notebook:
+        return InPlace("this is a notebook or an interactive interpreter", "run the program as a script")
+    if facts.several_nodes:
+        return InPlace("the job has several nodes, whose keepers don't restart together yet", "use one node")
+    if not facts.main_thread:
+        return InPlace("the decorated function is called in a thread beside the main one", "call it in the main thread")
+    return None
+
+
+def _no_fork(facts: Facts) -> str | None:
+    """Why a forked child would not be well, or None."""
+    if facts.threads:
+        return f"Python threads run before the decorated call. threads={', '.join(facts.threads)}"
+    if facts.gpu_open:
+        return "a GPU is in use before the decorated call"
+    if facts.probe_hung:
+        return "parallel operations ran before the decorated call, and hang in a forked child"
+    return None

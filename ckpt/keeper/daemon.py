@@ -1,0 +1,208 @@
+"""The keeper's loop: one thread, one selector, no call that waits. Uploads have threads of their own and post back here."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ckpt.errors import CkptError, InternalError, UsageError
+from ckpt.keeper.crew import Crew
+from ckpt.keeper.desk import Desk
+from ckpt.keeper.job import Job
+from ckpt.keeper.peers import Peer
+from ckpt.keeper.status import report
+from ckpt.link.client import KeeperSpec
+from ckpt.link.messages import WIRE_VERSION, Bye, Finished, GetStatus, Hello, Message, Status, Welcome
+from ckpt.link.runtime import JobFolder
+from ckpt.observe.events import Event, Tell
+
+FIRST_HELLO_S = 30.0
+"""How long a keeper that nobody spoke to stays."""
+
+TICK_S_MAX = 1.0
+
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Daemon:
+    """Serves one job until it is over."""
+
+    def __init__(self, spec: KeeperSpec, folder: JobFolder, listener: socket.socket, *, boot: str, tell: Tell) -> None:
+        self._listener = listener
+        self._tell = tell
+        self._selector = selectors.DefaultSelector()
+        self._posted: deque[Callable[[], object]] = deque()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._thread = threading.get_ident()
+        self._job = Job(spec, boot=boot, post=self.post, tell=tell)
+        self._desk = Desk(self._job)
+        self._crew = Crew(self._job, self._desk, stacks=folder.stacks)
+        self._numbers = 0
+        self._met_anyone = False
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Have ``call`` made by the loop; from any thread."""
+        self._posted.append(call)
+        try:
+            os.write(self._wake_write, b"\0")
+        except (BlockingIOError, OSError):  # it is awake already, or it has ended
+            return
+
+    def run(self) -> None:
+        """Serve until the job is over."""
+        began_s = time.monotonic()
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, _READ, None)
+        self._selector.register(self._wake_read, _READ, None)
+        try:
+            while not self._over(began_s):
+                wait_s = min(TICK_S_MAX, self._crew.tick(), self._desk.tick(time.monotonic()))
+                for key, mask in self._selector.select(max(0.0, wait_s)):
+                    self._serve(key, mask)
+                self._run_posted()
+        finally:
+            for peer in list(self._job.peers.values()):
+                peer.close()
+            self._job.close()
+            self._selector.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    def _over(self, began_s: float) -> bool:
+        if any(peer.role != "tool" for peer in self._job.peers.values()):
+            return False
+        if not self._met_anyone:
+            return time.monotonic() - began_s > FIRST_HELLO_S
+        return self._job.over()
+
+    def _serve(self, key: selectors.SelectorKey, mask: int) -> None:
+        if key.fileobj is self._listener:
+            self._accept()
+        elif key.fd == self._wake_read:
+            self._drain_wake()
+        else:
+            peer: Peer = key.data
+            if mask & _WRITE and peer.flush():
+                self._selector.modify(peer.sock, _READ, peer)
+            if mask & _READ:
+                self._read(peer)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:  # it hung up before we looked
+            return
+        sock.setblocking(False)
+        self._numbers += 1
+        peer = Peer(self._numbers, sock, on_blocked=self._blocked)
+        self._job.peers[peer.number] = peer
+        self._selector.register(sock, _READ, peer)
+
+    def _blocked(self, peer: Peer) -> None:
+        """Something is left to send: look for room too."""
+        if peer.number in self._job.peers:
+            self._selector.modify(peer.sock, _READ | _WRITE, peer)
+
+    def _drain_wake(self) -> None:
+        try:
+            while os.read(self._wake_read, 4096):
+                continue
+        except BlockingIOError:
+            return
+
+    def _run_posted(self) -> None:
+        for _ in range(len(self._posted)):
+            call = self._posted.popleft()
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001  the loop's border: a keeper that ends takes the slots with it
+                self._tell(Event("keeper-failed", f"a call failed in an unforeseen way: {error!r}", alarm=True))
+
+    def _read(self, peer: Peer) -> None:
+        try:
+            messages, ended = peer.read()
+        except (CkptError, OSError) as error:
+            self._tell(Event("peer-lost", f"a connection failed: {error}", {"role": peer.role, "rank": peer.rank}))
+            messages, ended = [], True
+        for message, fds in messages:
+            self._take(peer, message, fds)
+        if ended:
+            self._gone(peer)
+
+    def _take(self, peer: Peer, message: Message, fds: list[int]) -> None:
+        try:
+            self._dispatch(peer, message, fds)
+        except CkptError as error:
+            self._fail(peer, message, error)
+        except Exception as error:  # noqa: BLE001  the loop's border, as above
+            self._tell(Event("keeper-failed", f"a message failed: {type(message).__name__} {error!r}", alarm=True))
+            self._fail(
+                peer, message, InternalError(f"the keeper failed. message={type(message).__name__} cause={error!r}")
+            )
+
+    def _fail(self, peer: Peer, message: Message, error: CkptError) -> None:
+        if message.id:
+            self._job.refuse(peer, message.id, error)
+        else:
+            self._tell(Event("refused", str(error), {"role": peer.role, "rank": peer.rank}, alarm=True))
+
+    def _dispatch(self, peer: Peer, message: Message, fds: list[int]) -> None:
+        if isinstance(message, Hello):
+            self._hello(peer, message)
+            return
+        if peer.hello is None:
+            raise UsageError(f"a peer speaks before its hello. message={type(message).__name__}")
+        match message:
+            case Bye():
+                peer.planned = True
+            case GetStatus():
+                peer.send(Status(id=message.id, report=report(self._job, self._crew)))
+            case Finished():
+                return
+            case _ if self._crew.take(peer, message, fds) or (self._job.board and self._desk.take(peer, message, fds)):
+                return
+            case _:
+                raise UsageError(f"a message that a {peer.role} does not send. message={type(message).__name__}")
+
+    def _hello(self, peer: Peer, hello: Hello) -> None:
+        if hello.version != WIRE_VERSION:
+            raise UsageError(
+                f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} ours={hello.version}; end that run first"
+            )
+        if hello.role not in ("supervisor", "trainer", "events", "tool"):
+            raise UsageError(f"an unknown role. role={hello.role!r}")
+        self._met_anyone |= hello.role != "tool"
+        if hello.role == "tool":
+            peer.hello = hello
+            peer.send(Welcome(id=hello.id, boot=self._job.boot, pid=os.getpid(), attempt=self._crew.attempt))
+            return
+        new = self._job.admit(hello)
+        peer.hello = hello
+        if hello.role == "supervisor":
+            self._crew.join(peer, hello, new=new)
+            return
+        if new and self._job.slots is not None and self._job.board is not None:
+            self._job.board.begin_attempt(max(self._job.board.attempt, self._crew.attempt) + 1)
+            self._job.slots.settle()
+        self._job.welcome(peer, hello, attempt=self._crew.attempt, new=new)
+        if self._crew.attempt and hello.role == "events":
+            self._crew.repeat_stop(peer)
+
+    def _gone(self, peer: Peer) -> None:
+        self._selector.unregister(peer.sock)
+        peer.close()
+        self._job.peers.pop(peer.number, None)
+        self._desk.gone(peer)
+        if peer.role == "supervisor":
+            self._crew.gone(peer)
+        if peer.role in ("", "tool") or self._job.members:
+            if peer.role == "trainer" and not peer.planned and not self._crew.supervised:
+                self._job.lone_trainer_lost()
+            return
+        if not (peer.planned or self._crew.ended_well):
+            self._job.abandon()

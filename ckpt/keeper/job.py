@@ -1,0 +1,177 @@
+"""One job in its keeper: who is connected, what they hold, what happens next. No sockets, no waiting.
+
+The loop (``daemon``) hands in what peers say; ``Crew`` follows supervisors and attempts, ``Desk`` answers trainers. A job ends
+when nobody is connected, nothing is in flight, and either all left as planned or nobody came back in time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckpt.errors import CkptError, ConflictError, UsageError
+from ckpt.keeper.peers import Peer, failed
+from ckpt.keeper.slots import Post, SlotTable
+from ckpt.keeper.uploads import Uploads
+from ckpt.link.board import Board
+from ckpt.link.client import KeeperSpec
+from ckpt.link.messages import Fenced, Hello, Message, Outcome, Policy, RemoteError, Welcome
+from ckpt.observe.events import Tell
+from ckpt.values import SnapshotId, SnapshotInfo
+
+SETTLE_WAIT_S = 600.0
+"""How long a keeper that nobody needs any more goes on trying to bring to a store what it promised."""
+
+
+@dataclass(slots=True)
+class Times:
+    """When things happened, CLOCK_MONOTONIC seconds; None: not."""
+
+    began_s: float
+    abandoned_s: float | None = None
+    idle_s: float | None = None
+
+
+class Job:
+    """The state that crew and desk share. ``post`` brings a call of another thread to the loop."""
+
+    def __init__(self, spec: KeeperSpec, *, boot: str, post: Post, tell: Tell) -> None:
+        self.spec = spec
+        self.boot = boot
+        self.post = post
+        self.tell = tell
+        self.peers: dict[int, Peer] = {}
+        self.launch = ""
+        self.ranks = 0
+        self.policy = Policy()
+        self.times = Times(time.monotonic())
+        self.board: Board | None = None
+        self.slots: SlotTable | None = None
+        self.uploads: Uploads | None = None
+        self.fenced: str = ""
+        self.on_release: list[Callable[[], None]] = []
+
+    @property
+    def members(self) -> list[Peer]:
+        """Everybody but tools."""
+        return [peer for peer in self.peers.values() if peer.role not in ("", "tool")]
+
+    def admit(self, hello: Hello) -> bool:
+        """Take the peer's launch as the current one; True where this keeper is new to it.
+
+        Raises ConflictError where another launch of the job still lives here.
+        """
+        if hello.launch == self.launch and hello.ranks == self.ranks:
+            return False
+        others = sorted({peer.hello.pid for peer in self.members if peer.hello is not None})
+        if others:
+            raise ConflictError(
+                f"this job is running already on this node. job={self.spec.job!r} store={self.spec.store} pids={others}; "
+                "stop it first, or give this run another job name"
+            )
+        if not 1 <= hello.ranks <= 4096 or not 0 <= hello.rank < hello.ranks:
+            raise UsageError(f"a rank out of range. rank={hello.rank} ranks={hello.ranks}")
+        self.launch = hello.launch
+        self.policy = hello.policy or self.policy
+        self.fenced = ""
+        if hello.ranks != self.ranks:
+            self._make_room(hello.ranks)
+        elif self.uploads is not None:
+            self.uploads.new_launch()
+        self.times.abandoned_s = self.times.idle_s = None
+        return True
+
+    def adopt_board(self, fd: int) -> None:
+        """Take over the board that a supervisor kept, where this keeper has only a fresh one of its own."""
+        kept = Board.attach(fd)
+        if self.board is None or self.slots is None or kept.ranks != self.ranks or list(self.slots):
+            kept.close()
+            return
+        kept.attempt = max(kept.attempt, self.board.attempt)
+        self.board.close()
+        self.board = kept
+        self.slots = SlotTable(kept, self.post)
+
+    def _make_room(self, ranks: int) -> None:
+        """Board, slots and queues for another number of ranks: what the old ranks staged can't be theirs."""
+        if self.slots is not None:
+            self.slots.close()
+        if self.board is not None:
+            self.board.close()
+        if self.uploads is not None:
+            self.uploads.close(0.0)
+        self.ranks = ranks
+        self.board = Board.create(ranks)
+        self.slots = SlotTable(self.board, self.post)
+        self.uploads = Uploads(
+            self.spec, ranks=ranks, post=self.post, outcome=self._outcome, fenced=self._fenced, tell=self.tell
+        )
+
+    def refuse(self, peer: Peer, call_id: int, error: CkptError) -> None:
+        """Answer a call with an error."""
+        peer.send(failed(call_id, error))
+
+    def welcome(self, peer: Peer, hello: Hello, *, attempt: int, new: bool) -> None:
+        """Answer a hello."""
+        peer.send(Welcome(id=hello.id, boot=self.boot, pid=os.getpid(), attempt=attempt, new=new))
+
+    def say(self, role: str, message: Message, *, rank: int | None = None) -> None:
+        """Send a word to all peers of a role, or to one rank's."""
+        for peer in list(self.peers.values()):
+            if peer.role == role and rank in (None, peer.rank):
+                peer.send(message)
+
+    def completed(self) -> int:
+        """The most steps that any rank has completed in this attempt; -1 for none."""
+        if self.board is None:
+            return -1
+        done = [self.board.rank(rank).completed for rank in range(self.ranks)]
+        return max((one for one in done if one is not None), default=-1)
+
+    def abandon(self) -> None:
+        """Everybody is gone without a word: bring the newest complete pair to a store, and wait for somebody to come back."""
+        self.times.abandoned_s = time.monotonic()
+        if self.uploads is None or self.slots is None:
+            return
+        slots, uploads = self.slots, self.uploads
+        uploads.attempt_ended(slots.sealed_of)
+        newest = next(iter(slots.complete(self.ranks)), None)
+        if newest is not None:
+            uploads.settle(newest, slots.sealed_of)
+
+    def lone_trainer_lost(self) -> None:
+        """A trainer without supervisor is gone without a word: what it had not handed in is settled for the others' sake."""
+        if self.uploads is not None and self.slots is not None:
+            self.uploads.attempt_ended(self.slots.sealed_of)
+
+    def over(self) -> bool:
+        """Whether the keeper may end."""
+        now_s = time.monotonic()
+        if self.members:
+            self.times.idle_s = None
+            return False
+        if self.times.abandoned_s is not None and now_s - self.times.abandoned_s < self.policy.linger_s:
+            return False
+        if self.uploads is None or self.uploads.idle:
+            return True
+        if self.times.idle_s is None:
+            self.times.idle_s = now_s
+        return now_s - self.times.idle_s > SETTLE_WAIT_S
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self.uploads is not None:
+            self.uploads.close(1.0)
+        if self.slots is not None:
+            self.slots.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _outcome(self, rank: int, snapshot: SnapshotId, info: SnapshotInfo | None, error: RemoteError | None) -> None:
+        self.say("events", Outcome(snapshot=snapshot, info=info, error=error), rank=rank)
+
+    def _fenced(self, text: str) -> None:
+        self.fenced = text
+        self.say("events", Fenced(text=text))

@@ -1,0 +1,71 @@
+"""The keeper's connections: one socket each, read and written without ever waiting."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+
+from ckpt.errors import CkptError, UnavailableError
+from ckpt.link.frames import Inbox, Outbox
+from ckpt.link.messages import Done, Hello, Message, Reply
+from ckpt.link.remote import from_error
+
+
+class Peer:
+    """One connection. ``hello`` is None until the first message; ``planned`` after a ``Bye``."""
+
+    def __init__(self, number: int, sock: socket.socket, *, on_blocked: Callable[[Peer], None]) -> None:
+        self._on_blocked = on_blocked
+        self.number = number
+        self.sock = sock
+        self.hello: Hello | None = None
+        self.planned = False
+        self._inbox = Inbox()
+        self._outbox = Outbox()
+
+    def fileno(self) -> int:
+        """For a selector."""
+        return self.sock.fileno()
+
+    @property
+    def role(self) -> str:
+        """What it said it is; "" before its hello."""
+        return self.hello.role if self.hello is not None else ""
+
+    @property
+    def rank(self) -> int:
+        """The rank that it said; -1 before its hello."""
+        return self.hello.rank if self.hello is not None else -1
+
+    def read(self) -> tuple[list[tuple[Message, list[int]]], bool]:
+        """Whole messages that have come, with their descriptors, and whether the connection ended."""
+        return self._inbox.read(self.sock)
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Queue a message and send what goes at once; the rest when there is room. ``fds`` stay the caller's."""
+        try:
+            self._outbox.push(message, [os.dup(fd) for fd in fds])
+        except UnavailableError:  # it has left too much unread: as good as gone, and its end is read soon
+            self.sock.shutdown(socket.SHUT_RDWR)
+            return
+        if not self.flush():
+            self._on_blocked(self)
+
+    def flush(self) -> bool:
+        """Send what goes; True where nothing is left. A peer that is gone takes everything."""
+        try:
+            return self._outbox.flush(self.sock)
+        except OSError:  # its end is read, and told, where it is read
+            return True
+
+    def close(self) -> None:
+        """Hang up."""
+        self._inbox.close()
+        self._outbox.close()
+        self.sock.close()
+
+
+def failed(call_id: int, error: CkptError, *, rank: int = -1) -> Reply:
+    """The answer to a call that failed."""
+    return Done(id=call_id, error=from_error(error, rank=rank))

@@ -1,0 +1,258 @@
+"""Who trains on this node, and what to do when one of them fails. Pure: events in, a new roster and actions out.
+
+A roster is one launch of a program with supervisors. Its attempts follow each other: all ranks start, one fails, all are
+killed, all start again. Only the first failure of an attempt is judged; what comes after it is an echo.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ckpt.keeper.roster_words import (
+    Action,
+    AskStop,
+    AttemptOver,
+    Event,
+    Failure,
+    GraceOver,
+    Hung,
+    Joined,
+    KillAll,
+    LeaveAll,
+    LeaveOne,
+    Preempted,
+    StartAll,
+    SupervisorLeft,
+    TrainerDied,
+    TrainerFailing,
+    TrainerKilled,
+    TrainerStarted,
+)
+from ckpt.link.messages import Failing, Policy
+
+ECHO_S = 1.0
+"""An exception this soon before another trainer's death was told may come from that death."""
+
+PREEMPTED_STATUS = 128 + signal.SIGTERM
+"""How a preempted program exits."""
+
+
+class State(enum.Enum):
+    """What a roster is doing."""
+
+    GATHERING = "gathering"
+    RUNNING = "running"
+    KILLING = "killing"
+    OVER = "over"
+
+
+class Seat(enum.Enum):
+    """What a rank's trainer is doing."""
+
+    IDLE = "idle"
+    STARTING = "starting"
+    ALIVE = "alive"
+    DEAD = "dead"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One rank: the connection of its supervisor, and its trainer."""
+
+    rank: int
+    peer: int
+    pid: int
+    seat: Seat = Seat.IDLE
+    trainer_pid: int = 0
+    how: str = ""
+    failing: Failing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is remembered from failure to failure: how often the same error came, how often nothing was completed."""
+
+    fingerprint: str = ""
+    step: int = -1
+    same: int = 0
+    stuck: int = 0
+    completed: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """One launch. ``members`` by rank; ``failures`` are those of the attempt that is being killed."""
+
+    launch: str
+    ranks: int
+    policy: Policy
+    attempt: int
+    state: State = State.GATHERING
+    members: Mapping[int, Member] = field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
+    record: Record = Record()
+    preempted: bool = False
+
+    @property
+    def failure(self) -> Failure | None:
+        """The failure that is judged: one that needs no other to explain it before exceptions, else the first."""
+        first = min(self.failures, key=lambda one: one.at_s, default=None)
+        causes = [one for one in self.failures if one.kind != "error"]
+        if first is None or not causes:
+            return first
+        cause = min(causes, key=lambda one: one.at_s)
+        return cause if cause.at_s <= first.at_s + ECHO_S else first
+
+
+def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
+    """The roster after ``event``, and what is to be done, in order. Events of dead attempts change nothing."""
+    if getattr(event, "attempt", roster.attempt) != roster.attempt or roster.state is State.OVER:
+        return roster, []
+    match event:
+        case Joined(rank, peer, pid):
+            return _join(roster, Member(rank, peer, pid))
+        case TrainerStarted(rank, _, pid, how):
+            return _seat(roster, rank, seat=Seat.ALIVE, trainer_pid=pid, how=how), []
+        case TrainerFailing(rank, _, failing):
+            return _seat(roster, rank, failing=failing), []
+        case TrainerDied():
+            return _died(roster, event)
+        case Hung(rank, _, text, at_s, completed):
+            return _fail(roster, Failure(rank, "hang", text, 0, at_s), completed)
+        case TrainerKilled(rank):
+            return _gone(_seat(roster, rank, seat=Seat.DEAD))
+        case SupervisorLeft():
+            return _left(roster, event)
+        case Preempted():
+            asks = roster.state is State.RUNNING and not roster.preempted
+            return replace(roster, preempted=True), [AskStop()] if asks else []
+        case GraceOver(at_s):
+            text = "preempted, and not done within the grace period"
+            return _fail(roster, Failure(-1, "preempted", text, 0, at_s), roster.record.completed)
+
+
+def _join(roster: Roster, member: Member) -> tuple[Roster, list[Action]]:
+    roster = replace(roster, members={**roster.members, member.rank: member})
+    if roster.state is State.GATHERING and len(roster.members) == roster.ranks:
+        return _start(roster)
+    return roster, []
+
+
+def _start(roster: Roster) -> tuple[Roster, list[Action]]:
+    attempt = roster.attempt + 1
+    members = {
+        rank: replace(one, seat=Seat.STARTING, trainer_pid=0, failing=None) for rank, one in roster.members.items()
+    }
+    started = replace(roster, attempt=attempt, state=State.RUNNING, members=members, failures=())
+    return started, [StartAll(attempt)]
+
+
+def _seat(roster: Roster, rank: int, **changes: object) -> Roster:
+    if rank not in roster.members:
+        return roster
+    member = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
+    return replace(roster, members={**roster.members, rank: member})
+
+
+def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
+    member = roster.members.get(event.rank)
+    if member is None or member.seat in (Seat.DEAD, Seat.ENDED):
+        return roster, []
+    stopped = roster.preempted and event.status == PREEMPTED_STATUS
+    if (event.status == 0 or stopped) and roster.state is State.RUNNING:
+        roster = _seat(roster, event.rank, seat=Seat.ENDED)
+        ended = all(one.seat is Seat.ENDED for one in roster.members.values())
+        return replace(roster, state=State.OVER) if ended else roster, [LeaveOne(event.rank, event.status)]
+    roster = _seat(roster, event.rank, seat=Seat.DEAD)
+    failing = member.failing
+    if failing is not None and event.status > 0:
+        failure = Failure(
+            event.rank, "error", f"rank {event.rank} raised {failing.kind}: {failing.text}", event.status, event.at_s,
+            failing.fingerprint, failing.step, failing.final,
+        )  # fmt: skip
+    else:
+        failure = Failure(
+            event.rank, "died", f"rank {event.rank} {status_text(event.status)}", event.status, event.at_s
+        )
+    return _fail(roster, failure, event.completed)
+
+
+def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[Action]]:
+    member = roster.members.get(event.rank)
+    if member is None or member.peer != event.peer:
+        return roster, []
+    members = {rank: one for rank, one in roster.members.items() if rank != event.rank}
+    roster = replace(roster, members=members)
+    if event.planned or member.seat is Seat.ENDED:
+        return (replace(roster, state=State.OVER) if not members else roster), []
+    text = f"the supervisor of rank {event.rank} was cut off"
+    return _fail(roster, Failure(event.rank, "supervisor", text, 1, event.at_s), event.completed)
+
+
+def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, list[Action]]:
+    """Note a failure; the first one has everything killed."""
+    roster = replace(roster, failures=(*roster.failures, failure))
+    if roster.state is State.GATHERING:
+        return _leave(roster, failure)
+    if roster.state is State.KILLING:
+        return _gone(roster)
+    moved = completed > roster.record.completed
+    record = replace(
+        roster.record, completed=max(completed, roster.record.completed), stuck=0 if moved else roster.record.stuck + 1
+    )
+    killing = replace(roster, state=State.KILLING, record=record)
+    over, actions = _gone(killing)
+    return over, [KillAll(roster.attempt, failure), *actions]
+
+
+def _gone(roster: Roster) -> tuple[Roster, list[Action]]:
+    """Once all are dead: judge, then start again or end."""
+    left = [one for one in roster.members.values() if one.seat in (Seat.STARTING, Seat.ALIVE)]
+    failure = roster.failure
+    if roster.state is not State.KILLING or left or failure is None:
+        return roster, []
+    over = AttemptOver(roster.attempt, failure)
+    roster, why = _judge(roster, failure)
+    roster, actions = _start(roster) if why is None else _leave(roster, replace(failure, text=why))
+    return roster, [over, *actions]
+
+
+def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[Action]]:
+    if roster.preempted:
+        status = PREEMPTED_STATUS
+    elif failure.status < 0:
+        status = 128 - failure.status
+    else:
+        status = failure.status or 1
+    return replace(roster, state=State.OVER), [LeaveAll(status, failure.text)]
+
+
+def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
+    """The roster with its record brought up to date, and why there is no next attempt; None: start it."""
+    record, policy = roster.record, roster.policy
+    same = failure.kind == "error" and (failure.fingerprint, failure.step) == (record.fingerprint, record.step)
+    record = replace(record, fingerprint=failure.fingerprint, step=failure.step, same=record.same + 1 if same else 1)
+    roster = replace(roster, record=record)
+    if roster.preempted or failure.kind == "supervisor" or failure.final:
+        return roster, failure.text
+    if any(one.seat is Seat.ENDED for one in roster.members.values()) or len(roster.members) < roster.ranks:
+        return roster, f"{failure.text}, after another rank had ended"
+    if failure.kind == "error" and record.same >= policy.same_error_max:
+        return roster, f"{failure.text}; the same error at the same step {record.same} times in a row: a bug, no fault"
+    if record.stuck >= policy.stuck_max:
+        return roster, f"{failure.text}; {record.stuck} failures in a row without one new step completed"
+    return roster, None
+
+
+def status_text(status: int) -> str:
+    """How a process ended, in words."""
+    if status >= 0:
+        return f"exited with {status}"
+    try:
+        return f"died of {signal.Signals(-status).name}"
+    except ValueError:
+        return f"died of signal {-status}"

@@ -1,0 +1,154 @@
+"""The events that a roster takes and the actions that it asks for. Frozen; no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckpt.link.messages import Failing
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt ended. ``status``: the trainer's, 0 where none died; ``kind``: died, error, hang, supervisor or preempted."""
+
+    rank: int
+    kind: str
+    text: str
+    status: int
+    at_s: float
+    fingerprint: str = ""
+    step: int = -1
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A supervisor said hello, its trainer (if it had one) dead."""
+
+    rank: int
+    peer: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerStarted:
+    """A supervisor started its trainer."""
+
+    rank: int
+    attempt: int
+    pid: int
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerFailing:
+    """A trainer told the exception that it is about to die of."""
+
+    rank: int
+    attempt: int
+    failing: Failing
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerDied:
+    """A trainer ended by itself. ``completed``: the most steps that any rank had completed, -1 for none."""
+
+    rank: int
+    attempt: int
+    status: int
+    at_s: float
+    completed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hung:
+    """No step was completed for too long."""
+
+    rank: int
+    attempt: int
+    text: str
+    at_s: float
+    completed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerKilled:
+    """Nothing of the attempt's process group is left on this rank."""
+
+    rank: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorLeft:
+    """A supervisor's connection ended: as planned or cut off."""
+
+    rank: int
+    peer: int
+    planned: bool
+    at_s: float
+    completed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """Somebody asked the job to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraceOver:
+    """A preempted job took too long."""
+
+    at_s: float
+
+
+Event = (
+    Joined | TrainerStarted | TrainerFailing | TrainerDied | Hung | TrainerKilled | SupervisorLeft | Preempted | GraceOver
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StartAll:
+    """Start ``attempt`` on every rank."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class KillAll:
+    """Kill what is left of ``attempt`` on every rank, because of ``failure``."""
+
+    attempt: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptOver:
+    """Nothing of ``attempt`` lives any more; ``failure`` says why. Before the next one starts."""
+
+    attempt: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveAll:
+    """Every supervisor that is left exits with ``status``; ``text`` for people."""
+
+    status: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveOne:
+    """The supervisor of ``rank`` exits as its trainer did."""
+
+    rank: int
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskStop:
+    """Ask the trainers to stop at a boundary."""
+
+
+Action = StartAll | KillAll | AttemptOver | LeaveAll | LeaveOne | AskStop

@@ -1,0 +1,194 @@
+"""The slots that a keeper holds: memfds of all ranks, what they hold sealed, and what that means for the board."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ckpt.errors import IntegrityError, UsageError
+from ckpt.link.board import SLOTS_MAX, Board
+from ckpt.link.messages import SlotEntry, SlotReport
+from ckpt.persist.persister import Sealed
+from ckpt.stage.memory_limit import available_bytes
+from ckpt.stage.slot_header import Header, read_slot
+from ckpt.values import SnapshotId, StagedIndex
+
+Post = Callable[[Callable[[], object]], None]
+"""Has a call made by the keeper's loop, soon; from any thread."""
+
+PAGE_BLOCK_BYTES = 512
+"""What ``st_blocks`` counts in."""
+
+
+@dataclass(slots=True, eq=False)
+class HeldSlot:
+    """One memfd and its mapping. ``retired``: its rank gave it up while an upload held it."""
+
+    rank: int
+    index: int
+    fd: int
+    size_bytes: int
+    mapping: mmap.mmap
+    retired: bool = False
+
+    @property
+    def memory(self) -> memoryview:
+        """Header and data."""
+        return memoryview(self.mapping)
+
+    def read(self) -> tuple[StagedIndex, int] | None:
+        """What is sealed and its generation, or None; damaged headers hold nothing."""
+        try:
+            return read_slot(self.memory)
+        except IntegrityError:
+            return None
+
+
+class SlotTable:
+    """All slots of one job on this node. Used by the keeper's loop alone; ``post`` brings what other threads tell back to it."""
+
+    def __init__(self, board: Board, post: Post) -> None:
+        self._board = board
+        self._post = post
+        self._slots: dict[tuple[int, int], HeldSlot] = {}
+
+    def add(self, rank: int, index: int, fd: int, size_bytes: int) -> HeldSlot:
+        """Take ``fd`` over. Raises UsageError where the number is taken, sizes lie or memory is short; ``fd`` is then closed."""
+        try:
+            self._check(rank, index, fd, size_bytes)
+            mapping = mmap.mmap(fd, size_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        slot = HeldSlot(rank, index, fd, size_bytes, mapping)
+        self._slots[rank, index] = slot
+        return slot
+
+    def of(self, rank: int) -> list[HeldSlot]:
+        """The slots of ``rank`` that it still uses, by index."""
+        return sorted((one for one in self if one.rank == rank and not one.retired), key=lambda one: one.index)
+
+    def __iter__(self) -> Iterator[HeldSlot]:
+        return iter(list(self._slots.values()))
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of all slots, header and data."""
+        return sum(slot.size_bytes for slot in self)
+
+    def drop(self, rank: int, index: int) -> bool:
+        """The rank gave its slot up; it goes once no upload holds it. True where it is gone now."""
+        slot = self._slots.get((rank, index))
+        if slot is None:
+            return False
+        slot.retired = True
+        return self._free_retired(slot)
+
+    def sealed(self, rank: int, index: int, generation: int) -> Sealed | None:
+        """Slot ``index`` for an upload, where it is still sealed under ``generation``; marked as held until released."""
+        slot = self._slots.get((rank, index))
+        found = slot.read() if slot is not None else None
+        if slot is None or found is None or found[1] != generation:
+            return None
+        return self._hold(slot, found[0])
+
+    def sealed_of(self, rank: int, snapshot: SnapshotId) -> Sealed | None:
+        """The slot of ``rank`` that holds ``snapshot``, for an upload; marked as held until released."""
+        for slot in self.of(rank):
+            found = slot.read()
+            if found is not None and found[0].snapshot == snapshot:
+                return self._hold(slot, found[0])
+        return None
+
+    def settle(self) -> None:
+        """Between attempts: make the board say what the headers say. Half-written slots hold nothing."""
+        for slot in self:
+            entry = self._board.rank(slot.rank).slot(slot.index)
+            found = slot.read()
+            if found is None:
+                self._board.rank(slot.rank).clear(slot.index)
+            elif (entry.snapshot, entry.generation) != (found[0].snapshot, found[1]):
+                self._board.rank(slot.rank).publish(slot.index, found[0].snapshot, found[1])
+
+    def forget_beyond(self, resume: SnapshotId | None) -> None:
+        """Training goes on from ``resume``: what was captured after it (None: at all) is on no line and holds nothing now."""
+        for slot in self:
+            entry = self._board.rank(slot.rank).slot(slot.index)
+            if entry.snapshot is not None and not entry.held and (resume is None or entry.snapshot > resume):
+                self._board.rank(slot.rank).clear(slot.index)
+                Header(slot.memory, header_bytes=_header_bytes(slot)).open()
+
+    def complete(self, ranks: int) -> list[SnapshotId]:
+        """Every pair that all ranks hold sealed, newest first, by their headers."""
+        held: list[set[SnapshotId]] = [set() for _ in range(ranks)]
+        for slot in self:
+            found = slot.read()
+            if found is not None and slot.rank < ranks and found[0].world_size == ranks:
+                held[slot.rank].add(found[0].snapshot)
+        return sorted(set.intersection(*held), reverse=True) if held else []
+
+    def report(self, rank: int) -> tuple[SlotReport, ...]:
+        """For tools."""
+        board = self._board.rank(rank)
+        return tuple(
+            SlotReport(
+                index=slot.index, size_bytes=slot.size_bytes, snapshot=board.slot(slot.index).snapshot,
+                held=board.slot(slot.index).held,
+            )
+            for slot in self.of(rank)
+        )  # fmt: skip
+
+    def entries(self, rank: int) -> tuple[SlotEntry, ...]:
+        """What ``GetSlots`` answers."""
+        return tuple(SlotEntry(slot.index, slot.size_bytes) for slot in self.of(rank))
+
+    def close(self) -> None:
+        """Give everything up. Views that an upload still holds stay readable."""
+        for slot in self:
+            os.close(slot.fd)
+        self._slots.clear()
+
+    def _hold(self, slot: HeldSlot, index: StagedIndex) -> Sealed:
+        header_bytes = _header_bytes(slot)
+        rank_board = self._board.rank(slot.rank)
+        rank_board.hold(slot.index)
+
+        def release() -> None:
+            rank_board.let_go(slot.index)
+            self._post(lambda: self._free_retired(slot))
+
+        return Sealed(index=index, data=slot.memory[header_bytes:], release=release, shared={})
+
+    def _free_retired(self, slot: HeldSlot) -> bool:
+        if not slot.retired or self._board.rank(slot.rank).slot(slot.index).held:
+            return False
+        if self._slots.pop((slot.rank, slot.index), None) is not None:
+            self._board.rank(slot.rank).clear(slot.index)
+            os.close(slot.fd)
+        return True
+
+    def _check(self, rank: int, index: int, fd: int, size_bytes: int) -> None:
+        if not 0 <= index < SLOTS_MAX or not 0 <= rank < self._board.ranks or (rank, index) in self._slots:
+            raise UsageError(f"a slot's place is taken or out of range. rank={rank} index={index}")
+        found_bytes = os.fstat(fd).st_size
+        if size_bytes <= 0 or found_bytes != size_bytes:
+            raise UsageError(f"a slot of another size than told. size_bytes={found_bytes} told_bytes={size_bytes}")
+        # Slots take their pages little by little: what was promised and is not taken yet is as good as used.
+        promised = size_bytes + sum(max(0, slot.size_bytes - _taken(slot.fd)) for slot in self)
+        left = available_bytes()
+        if left is not None and promised - _taken(fd) > left:
+            raise UsageError(
+                f"this node's memory does not bear another slot. rank={rank} slot_bytes={size_bytes} promised_bytes={promised} "
+                f"available_bytes={left} slots={len(self._slots)}; allow fewer slots or set memory_every=0"
+            )
+
+
+def _taken(fd: int) -> int:
+    return os.fstat(fd).st_blocks * PAGE_BLOCK_BYTES
+
+
+def _header_bytes(slot: HeldSlot) -> int:
+    words = slot.memory[:64].cast("Q")
+    return int(words[3])

@@ -1,0 +1,1 @@
+"""How the processes of one node speak: a unix socket to the keeper, and shared memory beside it. No torch."""

@@ -1,0 +1,455 @@
+"""What supervisors, trainers and tools say to a keeper, and what it says to them.
+
+Each message is one msgpack map with a ``type`` tag, sent as a frame (``frames``). A message with an ``id`` above 0 is a call:
+the keeper answers it with exactly one ``Reply`` of that id, perhaps much later, and answers of one connection may
+overtake each other. Everything else is a word that nobody answers. File descriptors travel beside a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from ckpt.manifest.canonical import ready
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+WIRE_VERSION = 1
+"""Grows with each change of a message; peers of different versions refuse each other."""
+
+Fact = str | int | float | bool | None
+
+
+class RemoteError(msgspec.Struct, frozen=True):
+    """An error as a message: ``code`` finds its class again, ``text`` are its words, ``rank`` says whose it was."""
+
+    code: str
+    text: str
+    rank: int
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
+    """Base of all messages. ``id`` above 0: a call."""
+
+    id: int = 0
+
+
+# ---- from everybody
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First on every connection; a call. Answered with ``Welcome``, or an error that says why the peer isn't wanted.
+
+    ``role``: ``supervisor``, ``trainer`` (its calls), ``events`` (a trainer's second connection, for words of the keeper) or
+    ``tool``. ``launch`` names one start of the whole program: all its ranks share it, no other start ever has it. ``attempt``: the
+    one that the peer belongs to, 0 for none yet. ``ranks`` is the number of ranks on this node, ``rank`` the peer's.
+    ``alive_pid``: a supervisor's trainer that still runs (it met an earlier keeper), else 0.
+    """
+
+    version: int
+    role: str
+    pid: int
+    launch: str = ""
+    rank: int = 0
+    ranks: int = 0
+    attempt: int = 0
+    alive_pid: int = 0
+    policy: Policy | None = None
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What a supervisor's user chose about failures; equal on all ranks.
+
+    ``same_error_max``: the same exception at the same step that often in a row is a bug. ``stuck_max``: that many failures in a
+    row without one step completed end the job. ``hang_s``: the least time without a step that counts as a hang (0: never).
+    ``grace_s``: how long a preempted job may take. ``linger_s``: how long slots are kept for a program that was killed.
+    """
+
+    same_error_max: int = 2
+    stuck_max: int = 5
+    hang_s: float = 600.0
+    grace_s: float = 25.0
+    linger_s: float = 60.0
+
+
+class Bye(Message, frozen=True, kw_only=True):
+    """The peer leaves as planned. A connection that ends without it was cut off."""
+
+
+# ---- from supervisors
+
+
+class Started(Message, frozen=True, kw_only=True):
+    """A trainer of ``attempt`` runs. ``how``: ``fork``, ``spawn`` or ``prepared``. Times are CLOCK_MONOTONIC seconds."""
+
+    attempt: int
+    trainer_pid: int
+    how: str
+    at_s: float
+
+
+class Died(Message, frozen=True, kw_only=True):
+    """The trainer ended by itself. ``status`` as ``os.waitstatus_to_exitcode``: an exit code, or minus a signal."""
+
+    attempt: int
+    status: int
+    at_s: float
+
+
+class Killed(Message, frozen=True, kw_only=True):
+    """No process of the attempt's group lives on this rank any more: the answer to ``Kill``."""
+
+    attempt: int
+
+
+class Preempt(Message, frozen=True, kw_only=True):
+    """The node is about to be taken away: stop at a boundary, durable, within ``grace_s``. From supervisors and trainers."""
+
+    grace_s: float
+
+
+class SlotKept(Message, frozen=True, kw_only=True):
+    """To a keeper that is new: a slot that this supervisor holds; its memfd travels beside it."""
+
+    rank: int
+    index: int
+    size_bytes: int
+
+
+class BoardKept(Message, frozen=True, kw_only=True):
+    """To a keeper that is new: the board; its memfd travels beside it."""
+
+
+# ---- from trainers
+
+
+class Post(Message, frozen=True, kw_only=True):
+    """Publish ``value`` under ``key`` in the attempt's room."""
+
+    key: str
+    value: bytes
+
+
+class Peek(Message, frozen=True, kw_only=True):
+    """A call: ``Value`` of the key, as soon as it is posted, or None after ``wait_s`` seconds."""
+
+    key: str
+    wait_s: float = 0.0
+
+
+class Count(Message, frozen=True, kw_only=True):
+    """A call: add to a counter; ``Number`` is the sum."""
+
+    key: str
+    amount: int
+
+
+class Forget(Message, frozen=True, kw_only=True):
+    """Free a posted message."""
+
+    key: str
+
+
+class GetBoard(Message, frozen=True, kw_only=True):
+    """A call: ``Done`` with the board's memfd beside it."""
+
+
+class GetSlots(Message, frozen=True, kw_only=True):
+    """A call: ``Slots`` of this node's ``rank``, with their memfds in the same order."""
+
+    rank: int
+
+
+class SlotMade(Message, frozen=True, kw_only=True):
+    """A call: the trainer made a slot for itself; its memfd travels beside it. ``Done``, or UsageError where memory is short."""
+
+    index: int
+    size_bytes: int
+
+
+class SlotGone(Message, frozen=True, kw_only=True):
+    """The trainer gave up its slot ``index``."""
+
+    index: int
+
+
+class GetChoices(Message, frozen=True, kw_only=True):
+    """A call: ``Choices``, once the keeper has read the log. NotFoundError never: no store means no choices."""
+
+
+class OpenEpoch(Message, frozen=True, kw_only=True):
+    """A call, of rank 0: open the next epoch, going on from ``resume``; ``Number`` is the epoch.
+
+    ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the log; its record follows, before
+    the first commit of the epoch.
+    """
+
+    resume: SnapshotId | None
+
+
+class Known(Message, frozen=True, kw_only=True):
+    """Chunks of the committed snapshot ``base`` that this trainer read and found right: they may be referred to."""
+
+    base: SnapshotId
+    digests: tuple[Digest, ...]
+    locations: tuple[ChunkLocation, ...]
+
+
+class Persist(Message, frozen=True, kw_only=True):
+    """Make slot ``index``, sealed under ``generation`` and marked as held, durable. Each rank hands in the same sequence."""
+
+    snapshot: SnapshotId
+    index: int
+    generation: int
+    tags: tuple[str, ...] = ()
+    shared: Mapping[str, tuple[int, str]] = {}
+
+
+class Refuse(Message, frozen=True, kw_only=True):
+    """Instead of ``Persist``: this rank can't give its share."""
+
+    snapshot: SnapshotId
+    error: RemoteError
+
+
+class SetTag(Message, frozen=True, kw_only=True):
+    """A call, of rank 0: tag a durable snapshot; ``Done`` when the record is written."""
+
+    name: str
+    snapshot: SnapshotId
+
+
+class Failing(Message, frozen=True, kw_only=True):
+    """The user's code raised, and this trainer is about to die of it.
+
+    ``fingerprint`` is equal for equal exceptions at equal places. ``final``: not worth a restart (a usage error, Ctrl-C).
+    """
+
+    kind: str
+    text: str
+    fingerprint: str
+    step: int
+    final: bool = False
+
+
+class Phase(Message, frozen=True, kw_only=True):
+    """A trainer reached a point of its start: ``entered``, ``group`` (process group made), ``tracked``, ``restored``, ``first-step``."""
+
+    name: str
+    at_s: float
+    facts: Mapping[str, Fact] = {}
+
+
+class Finished(Message, frozen=True, kw_only=True):
+    """The decorated function returned and all is durable; what follows is the rest of the user's program."""
+
+
+# ---- from tools
+
+
+class GetStatus(Message, frozen=True, kw_only=True):
+    """A call: ``Status``."""
+
+
+# ---- answers
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    """Base of answers; ``error`` is set where the call failed, and nothing else then counts."""
+
+    error: RemoteError | None = None
+
+
+class Done(Reply, frozen=True, kw_only=True):
+    """The call was carried out (or failed)."""
+
+
+class Welcome(Reply, frozen=True, kw_only=True):
+    """``boot`` is random for each keeper process. ``new``: this keeper knows nothing of the peer's attempt: hand over what you hold."""
+
+    boot: str
+    pid: int
+    attempt: int
+    new: bool = False
+
+
+class Value(Reply, frozen=True, kw_only=True):
+    """What is posted under the key, or None."""
+
+    value: bytes | None
+
+
+class Number(Reply, frozen=True, kw_only=True):
+    """A count or an epoch."""
+
+    number: int
+
+
+class SlotEntry(msgspec.Struct, frozen=True):
+    """One slot that the keeper holds."""
+
+    index: int
+    size_bytes: int
+
+
+class Slots(Reply, frozen=True, kw_only=True):
+    """The slots of one rank, memfds beside them in the same order."""
+
+    slots: tuple[SlotEntry, ...]
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """A snapshot to restore. ``tier``: ``staged`` (all ranks' slots hold it) or ``durable``."""
+
+    snapshot: SnapshotId
+    tier: str
+
+
+class Choices(Reply, frozen=True, kw_only=True):
+    """What can be restored, best first: the line of the newest epoch."""
+
+    choices: tuple[Choice, ...]
+
+
+class Status(Reply, frozen=True, kw_only=True):
+    """What ``ckpt ps`` and ``ckpt top`` show: see ``report``."""
+
+    report: Report | None
+
+
+class RankReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank as its keeper sees it. ``idle_s``: since its last boundary."""
+
+    rank: int
+    supervisor_pid: int
+    trainer_pid: int
+    completed: int
+    phase: str
+    idle_s: float
+    staged: int
+    skipped: int
+    slots: tuple[SlotReport, ...]
+
+
+class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One slot: what it holds sealed (None: nothing), and whether an upload holds it."""
+
+    index: int
+    size_bytes: int
+    snapshot: SnapshotId | None
+    held: bool
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One keeper. ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: its own memory besides slots."""
+
+    job: str
+    store: str
+    pid: int
+    boot: str
+    launch: str
+    attempt: int
+    epoch: int
+    state: str
+    since_s: float
+    complete: SnapshotId | None
+    durable: SnapshotInfo | None
+    uploads: int
+    slot_bytes: int
+    rss_bytes: int
+    ranks: tuple[RankReport, ...]
+    recoveries: tuple[Mapping[str, Fact], ...]
+
+
+# ---- words of the keeper
+
+
+class Start(Message, frozen=True, kw_only=True):
+    """To a supervisor: start the trainer of ``attempt``; its process group meets at ``port`` on loopback."""
+
+    attempt: int
+    port: int
+
+
+class Kill(Message, frozen=True, kw_only=True):
+    """To a supervisor: kill the trainer of ``attempt`` and its whole process group, then answer ``Killed``."""
+
+    attempt: int
+
+
+class Dump(Message, frozen=True, kw_only=True):
+    """To a supervisor: have the trainer of ``attempt`` write its stacks to ``path``."""
+
+    attempt: int
+    path: str
+
+
+class Leave(Message, frozen=True, kw_only=True):
+    """To a supervisor: kill what still runs and exit with ``status``; ``text`` says why, for people ("" : say nothing)."""
+
+    status: int
+    text: str = ""
+
+
+class Keep(Message, frozen=True, kw_only=True):
+    """To a supervisor: hold this slot's memfd, which travels beside it, for the keeper that may come after this one."""
+
+    rank: int
+    index: int
+    size_bytes: int
+
+
+class Drop(Message, frozen=True, kw_only=True):
+    """To a supervisor: let go of a slot."""
+
+    rank: int
+    index: int
+
+
+class KeepBoard(Message, frozen=True, kw_only=True):
+    """To a supervisor: hold the board's memfd."""
+
+
+class Outcome(Message, frozen=True, kw_only=True):
+    """To a trainer's ``events``: a snapshot that was handed in is settled. ``error`` beside ``info``: durable, but untagged."""
+
+    snapshot: SnapshotId
+    info: SnapshotInfo | None = None
+    error: RemoteError | None = None
+
+
+class Fenced(Message, frozen=True, kw_only=True):
+    """To a trainer's ``events``: another writer opened a newer epoch; nothing of this job counts any more."""
+
+    text: str
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """To trainers' ``events``: the job is preempted: stop at a boundary, durable, within ``grace_s``."""
+
+    grace_s: float
+
+
+class Tell(Message, frozen=True, kw_only=True):
+    """To the supervisor of rank 0: print one line for people (a recovery, an alarm)."""
+
+    text: str
+    alarm: bool = False
+
+
+ALL = (
+    Hello | Bye | Started | Died | Killed | Preempt | SlotKept | BoardKept | Post | Peek | Count | Forget | GetBoard | GetSlots
+    | SlotMade | SlotGone | GetChoices | OpenEpoch | Known | Persist | Refuse | SetTag | Failing | Phase | Finished | GetStatus
+    | Done | Welcome | Value | Number | Slots | Choices | Status
+    | Start | Kill | Dump | Leave | Keep | Drop | KeepBoard | Outcome | Fenced | Stop | Tell
+)  # fmt: skip
+"""Every message there is."""
+
+
+class _Codec(msgspec.Struct, frozen=True):
+    """Only to make msgspec build the union's codec once, at import."""
+
+    message: ALL
+
+
+ready(_Codec)

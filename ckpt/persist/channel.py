@@ -1,0 +1,154 @@
+"""How the ranks of one job speak: small messages under unique keys, and no collective."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from ckpt.errors import UnavailableError
+
+POLL_FIRST_S = 0.001
+POLL_LAST_S = 0.05
+STOP_LOOK_S = 0.25
+"""How often a channel that waits by itself looks whether to stop waiting."""
+
+
+class Channel(Protocol):
+    """Messages between the ranks of one attempt. Thread-safe. Keys are written once."""
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        ...
+
+    def post(self, key: str, value: bytes) -> None:
+        """Publish ``value`` under ``key`` for all ranks."""
+        ...
+
+    def peek(self, key: str) -> bytes | None:
+        """The value, or None where nobody has posted it yet. One round trip."""
+        ...
+
+    def count(self, key: str, amount: int = 0) -> int:
+        """Add to a shared counter and return the sum."""
+        ...
+
+    def forget(self, key: str) -> None:
+        """Free a message that no rank will look for again; a missing one is no error."""
+        ...
+
+
+@runtime_checkable
+class Waiting(Protocol):
+    """A channel that can wait for a key itself, without being asked again and again."""
+
+    def wait(self, key: str, timeout_s: float) -> bytes | None:
+        """The value as soon as it is posted, or None after ``timeout_s`` seconds."""
+        ...
+
+
+def wait_for(
+    channel: Channel, key: str, *, timeout_s: float | None, what: str, stop: Callable[[], bool] | None = None
+) -> bytes:
+    """Wait until ``key`` is posted and return its value.
+
+    Polls where the channel can't wait itself: one connection of torch's store serves one call at a time, and a blocking wait
+    would lock out the other threads. Raises UnavailableError after ``timeout_s`` seconds, or as soon as ``stop()`` is true.
+    """
+    began = time.monotonic()
+    pause_s = POLL_FIRST_S
+    while True:
+        value = channel.wait(key, STOP_LOOK_S) if isinstance(channel, Waiting) else channel.peek(key)
+        if value is not None:
+            return value
+        if stop is not None and stop():
+            raise UnavailableError(f"stopped while waiting for {what}. rank={channel.rank}")
+        if timeout_s is not None and time.monotonic() - began > timeout_s:
+            raise UnavailableError(
+                f"no word within the time limit while waiting for {what}. rank={channel.rank} timeout_s={timeout_s:g}; "
+                "a rank is dead or far behind: look at its log"
+            )
+        if not isinstance(channel, Waiting):
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, POLL_LAST_S)
+
+
+class SoloChannel:
+    """The channel of a world of one."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._counts: dict[str, int] = {}
+
+    def post(self, key: str, value: bytes) -> None:
+        """See ``Channel``."""
+        self._values[key] = value
+
+    def peek(self, key: str) -> bytes | None:
+        """See ``Channel``."""
+        return self._values.get(key)
+
+    def count(self, key: str, amount: int = 0) -> int:
+        """See ``Channel``."""
+        self._counts[key] = self._counts.get(key, 0) + amount
+        return self._counts[key]
+
+    def forget(self, key: str) -> None:
+        """See ``Channel``."""
+        self._values.pop(key, None)
+
+
+class Room:
+    """What the ranks of one process share: messages and counters. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.values: dict[str, bytes] = {}
+        self.counts: dict[str, int] = {}
+
+
+class RoomChannel:
+    """One rank's channel where all ranks live in one process. Waits without polling."""
+
+    def __init__(self, room: Room, *, rank: int, size: int) -> None:
+        self._room = room
+        self.rank = rank
+        self.size = size
+
+    def post(self, key: str, value: bytes) -> None:
+        """See ``Channel``."""
+        with self._room.changed:
+            self._room.values[key] = value
+            self._room.changed.notify_all()
+
+    def peek(self, key: str) -> bytes | None:
+        """See ``Channel``."""
+        with self._room.changed:
+            return self._room.values.get(key)
+
+    def wait(self, key: str, timeout_s: float) -> bytes | None:
+        """See ``Waiting``."""
+        with self._room.changed:
+            self._room.changed.wait_for(lambda: key in self._room.values, timeout_s)
+            return self._room.values.get(key)
+
+    def count(self, key: str, amount: int = 0) -> int:
+        """See ``Channel``."""
+        with self._room.changed:
+            self._room.counts[key] = self._room.counts.get(key, 0) + amount
+            return self._room.counts[key]
+
+    def forget(self, key: str) -> None:
+        """See ``Channel``."""
+        with self._room.changed:
+            self._room.values.pop(key, None)

@@ -1,0 +1,255 @@
+"""Whether and how a session has a keeper: the daemon that holds its slots and makes its snapshots durable.
+
+A trainer under a supervisor has one always, and its ranks speak through it. Any other process has one where all ranks are on
+this node and the store can be opened by another process; its ranks speak as before, and rank 0 names the launch.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from ckpt.backends.base import Backend
+from ckpt.backends.open import address_of
+from ckpt.errors import CkptError, UnavailableError, UsageError
+from ckpt.link.board import Board
+from ckpt.link.client import KeeperSpec
+from ckpt.link.messages import WIRE_VERSION, Hello, Policy
+from ckpt.manifest.index import SnapshotIndex
+from ckpt.observe.events import Event, Tell
+from ckpt.persist.channel import Channel, wait_for
+from ckpt.session.channel import connect
+from ckpt.session.keeper_link import KeeperLink
+from ckpt.session.keeper_persister import KeeperPersister
+from ckpt.session.options import Options
+from ckpt.session.shared_slots import SharedSlots, open_staged
+from ckpt.values import SnapshotId
+
+LAUNCH_WAIT_S = 600.0
+
+LAUNCH_VARIABLE = "CKPT_LAUNCH"
+"""Names the launch to a supervisor's trainers, spawned ones too."""
+
+OFF = "CKPT_KEEPER"
+"""Set to ``off``: no keepers; snapshots are made durable by the training process itself."""
+
+SLOTS_SHARED_MAX = SharedSlots.slots_max // 2
+"""More slots than this are this process's alone: a pool that grows needs numbers for the new ones beside the old."""
+
+_OWN_MEMORY = ("memory://", "memory:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """This process is a trainer under a supervisor: of which launch, attempt and rank, and whose keeper has it."""
+
+    launch: str
+    attempt: int
+    rank: int
+    ranks: int
+    spec: KeeperSpec
+
+    def serves(self, spec: KeeperSpec) -> bool:
+        """Whether that keeper is the one of ``spec``."""
+        return (self.spec.store, self.spec.job) == (spec.store, spec.job)
+
+
+_seat: Seat | None = None
+_sessions = 0
+
+
+def take_seat(seat: Seat) -> None:
+    """Make this process a trainer. Called once, right after it began."""
+    global _seat  # noqa: PLW0603  a process has one seat, as it has one rank
+    _seat = seat
+
+
+def take_launch_seat(spec: KeeperSpec, attempt: int) -> None:
+    """Take the seat that the supervisor's environment describes: launch, rank and ranks are there."""
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    take_seat(Seat(launch=os.environ[LAUNCH_VARIABLE], attempt=attempt, rank=rank, ranks=ranks_here(), spec=spec))
+
+
+def seat_of_process() -> Seat | None:
+    """The seat, or None."""
+    return _seat
+
+
+def keeper_spec(store: str | Backend, options: Options) -> KeeperSpec | None:
+    """What a keeper would have to know, or None where none can serve: the store or its options live in this process alone.
+
+    Opens nothing. ``job`` is the user's name or the address's last part.
+    """
+    if not isinstance(store, str) or store.startswith(_OWN_MEMORY) or sys.platform != "linux":
+        return None
+    address = address_of(store)
+    spec = KeeperSpec(
+        job=options.job or job_name(address), store=address, compression=options.compression,
+        storage_options=dict(options.storage_options) if options.storage_options is not None else None,
+    )  # fmt: skip
+    try:
+        spec.encode()
+    except UsageError:  # a session object, say: it can't be handed on
+        return None
+    return spec
+
+
+def job_name(address: str) -> str:
+    """The name of a job that its user gave none: the last part of its store's address."""
+    return address.rstrip("/").rpartition("/")[2] or "job"
+
+
+def ranks_here() -> int:
+    """How many ranks of this job are on this node, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def wanted(size: int, slots: int) -> bool:
+    """Whether this process may use a keeper: all ranks on this node, slots to share, and nobody said no."""
+    fits = SharedSlots.slots_min <= slots <= SLOTS_SHARED_MAX
+    return fits and os.environ.get(OFF, "") != "off" and (size == 1 or ranks_here() == size)
+
+
+class Keeping:
+    """One session's keeper, or that it has none, and how its ranks speak. Every rank makes the same calls in the same order."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        link: KeeperLink | None,
+        *,
+        spec: KeeperSpec | None,
+        slots: int,
+        seated: bool,
+        tell: Tell,
+    ) -> None:
+        self.channel = channel
+        self.link: KeeperLink | None = None
+        self.seated = seated
+        """Whether a supervisor starts this process anew where it dies."""
+        self.board: Board | None = None
+        self.regions: SharedSlots | None = None
+        self._spec = spec
+        self._slots = slots
+        self._tell = tell
+        self._tried = 0
+        self._settled = False
+        if link is not None:
+            self._use(link)
+
+    @classmethod
+    def join(cls, spec: KeeperSpec | None, options: Options, tell: Tell, *, name: str) -> Keeping:
+        """Meet the other ranks: through the keeper where a supervisor uses the same one, else as ``connect`` does."""
+        seat = seat_of_process()
+        if seat is None or spec is None or not seat.serves(spec):
+            return cls(connect(name=name), None, spec=spec, slots=options.slots, seated=False, tell=tell)
+        global _sessions  # noqa: PLW0603  rooms outlive sessions: each session of a trainer has its own corner
+        _sessions += 1
+        link = KeeperLink.connect(seat.spec, _hello(seat.launch, seat.rank, seat.ranks, seat.attempt), start=False)
+        return cls(Corner(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, seated=True, tell=tell)
+
+    def start(self, *, only_living: bool = False) -> None:
+        """Get a keeper, where this session may have one and has none yet. ``only_living``: start none."""
+        if self.link is not None or self._settled or self._spec is None or not wanted(self.channel.size, self._slots):
+            return
+        self._settled = not only_living
+        self._tried += 1
+        link = link_in_place(self._spec, self.channel, number=self._tried, start=not only_living, tell=self._tell)
+        if link is not None:
+            self._use(link)
+
+    def persister(self, epoch: int) -> KeeperPersister:
+        """What makes snapshots of ``epoch`` durable."""
+        assert self.link is not None and self.regions is not None, "there is a keeper"
+        self.regions.epoch = epoch
+        return KeeperPersister(self.link, self.regions, tell=self._tell)
+
+    def open_staged(self, snapshot: SnapshotId) -> AbstractContextManager[tuple[SnapshotIndex, Backend]]:
+        """A staged snapshot of this node's ranks, to restore from."""
+        assert self.link is not None and self._spec is not None, "only a keeper names staged snapshots"
+        return open_staged(self.link, snapshot, ranks=self.channel.size, job=self._spec.job)
+
+    def close(self) -> None:
+        """Leave the keeper as planned."""
+        if self.link is not None:
+            self.link.close()
+        if self.regions is not None:
+            self.regions.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _use(self, link: KeeperLink) -> None:
+        self.link = link
+        self.board = link.board()
+        self.regions = SharedSlots(link, self.board, link.rank)
+
+
+class Corner:
+    """A channel's messages under a prefix. Waits as its channel does."""
+
+    def __init__(self, channel: KeeperLink, prefix: str) -> None:
+        self._channel = channel
+        self._prefix = prefix
+        self.rank = channel.rank
+        self.size = channel.size
+
+    def post(self, key: str, value: bytes) -> None:
+        """See ``Channel``."""
+        self._channel.post(self._prefix + key, value)
+
+    def peek(self, key: str) -> bytes | None:
+        """See ``Channel``."""
+        return self._channel.peek(self._prefix + key)
+
+    def wait(self, key: str, timeout_s: float) -> bytes | None:
+        """See ``Waiting``."""
+        return self._channel.wait(self._prefix + key, timeout_s)
+
+    def count(self, key: str, amount: int = 0) -> int:
+        """See ``Channel``."""
+        return self._channel.count(self._prefix + key, amount)
+
+    def forget(self, key: str) -> None:
+        """See ``Channel``."""
+        self._channel.forget(self._prefix + key)
+
+
+def link_in_place(spec: KeeperSpec, channel: Channel, *, number: int, start: bool, tell: Tell) -> KeeperLink | None:
+    """A link for a process without supervisor, or None for all ranks where no keeper can be had; that is told as an alarm.
+
+    All ranks call it alike; ``number`` counts the calls. Rank 0 names the launch, unless it has a seat at another keeper, and
+    goes first. Without ``start`` only a keeper that lives already is used. Raises ConflictError where another launch of the job
+    lives on this node.
+    """
+    seat = seat_of_process()
+    attempt = seat.attempt if seat is not None else 0
+    key = f"launch/{number}"
+    if channel.rank == 0:
+        launch = seat.launch if seat is not None else f"{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            link = KeeperLink.connect(spec, _hello(launch, 0, channel.size, attempt), start=start)
+        except UnavailableError as error:
+            if start:
+                text = f"no keeper could be started, so snapshots depend on this process alone: {error}"
+                tell(Event("no-keeper", text, alarm=True))
+            channel.post(key, b"")
+            return None
+        except CkptError:
+            channel.post(key, b"")
+            raise
+        channel.post(key, launch.encode())
+        return link
+    launch = wait_for(channel, key, timeout_s=LAUNCH_WAIT_S, what="rank 0 to name the launch").decode()
+    return (
+        KeeperLink.connect(spec, _hello(launch, channel.rank, channel.size, attempt), start=False) if launch else None
+    )
+
+
+def _hello(launch: str, rank: int, ranks: int, attempt: int) -> Hello:
+    return Hello(
+        version=WIRE_VERSION, role="trainer", pid=os.getpid(), launch=launch, rank=rank, ranks=ranks, attempt=attempt,
+        policy=Policy(),
+    )  # fmt: skip

@@ -1,0 +1,24 @@
+"""What holds for all tests: no test touches the user's keepers, and most run without any.
+
+Tests of one room run in place and make their snapshots durable themselves, as a process without keeper does: they look at
+that process's own work. Those that show the whole (FULL) run as a user's program does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+FULL = ("e2e", "examples", "docs", "keeper", "link", "elastic/supervised")
+
+
+@pytest.fixture(autouse=True)
+def _keepers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    patch = request.getfixturevalue("monkeypatch")
+    patch.setenv("CKPT_RUNTIME_DIR", str(tmp_path_factory.getbasetemp() / "keepers"))
+    folder = request.path.parent.relative_to(ROOT).as_posix()
+    if not folder.startswith(FULL):
+        patch.setenv("CKPT_KEEPER", "off")
+        patch.setenv("CKPT_IN_PLACE", "1")

@@ -1,0 +1,21 @@
+"""Real programs, real signals: every test gets a runtime folder of its own, and whatever it started is gone afterwards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from jobs import Fleet
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    """Starts programs and finds all that belongs to them."""
+    fleet = Fleet(tmp_path)
+    yield fleet
+    fleet.kill_all()

@@ -1,0 +1,175 @@
+"""What is lost on the way: the keeper, several of them, and trainers that were prepared for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from ckpt.link.messages import (
+    BoardKept,
+    Bye,
+    Died,
+    Drop,
+    Keep,
+    KeepBoard,
+    Kill,
+    Killed,
+    Leave,
+    Preempt,
+    SlotKept,
+    Start,
+    Started,
+)
+
+AHEAD = (
+    "seat = sit(prepare=True)\n"
+    "say('built', seat.attempt, os.getpid())\n"
+    "seat = seat.promoted()\n"
+    "say('live', seat.attempt, seat.port, seat.how, os.environ['MASTER_PORT'], seat_of_process() == seat, os.getpid())\n"
+    "seat.first_step_done()\n"
+    "forever()\n"
+)
+
+
+def memfd(text: bytes) -> int:
+    """Shared memory that says ``text``."""
+    fd = os.memfd_create("test")
+    os.write(fd, text)
+    return fd
+
+
+def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(program, keeper, alive) -> None:
+    run = program("sit()\nforever()\n")
+    link = keeper.accept()
+    first = link.start().trainer_pid
+    sent = [memfd(text) for text in (b"old", b"slot", b"gone", b"board")]
+    link.send(Keep(rank=0, index=2, size_bytes=4), sent[:1])
+    link.send(Keep(rank=0, index=2, size_bytes=4), sent[1:2])
+    link.send(Keep(rank=0, index=3, size_bytes=4), sent[2:3])
+    link.send(KeepBoard(), sent[3:])
+    link.send(Drop(rank=0, index=3))
+    for fd in sent:
+        os.close(fd)
+    link.close()
+
+    link = keeper.accept(new=True, attempt=1)
+    assert (link.hello.attempt, link.hello.alive_pid, link.hello.pid) == (1, 0, run.pid)
+    assert not alive(first)
+    link.expect(BoardKept)
+    slot = link.expect(SlotKept)
+    assert (slot.rank, slot.index, slot.size_bytes) == (0, 2, 4)
+    assert [os.pread(fd, 9, 0) for _, fd in link.fds] == [b"board", b"slot"]
+    assert alive(link.start(attempt=2).trainer_pid)
+    link.close()
+
+    link = keeper.accept(attempt=2)  # one that knows it: nothing is handed over
+    link.start(attempt=3)
+    link.send(Leave(status=0))
+    link.expect(Bye)
+    assert run.end() == 0
+
+
+def test_end_that_a_dead_keeper_may_not_have_noted_is_told_again(program, keeper) -> None:
+    run = program("sit()\n")
+    link = keeper.accept()
+    link.start()
+    assert link.expect(Died).status == 0
+    link.close()
+    link = keeper.accept(new=True, attempt=1)
+    died = link.expect(Died)
+    assert (died.attempt, died.status) == (1, 0)
+    link.send(Leave(status=0))
+    assert run.end() == 0
+
+
+def test_preemption_is_told_again_to_a_new_keeper(program, keeper) -> None:
+    run = program("sit()\nforever()\n")
+    link = keeper.accept()
+    link.start()
+    os.kill(run.pid, signal.SIGTERM)
+    link.expect(Preempt)
+    link.close()
+    keeper.accept(attempt=1).expect(Preempt)
+
+
+def test_keeper_that_cannot_be_had_again_ends_the_program_with_a_message(program, keeper, until, alive) -> None:
+    run = program(
+        "from ckpt.errors import UnavailableError\n"
+        "def nobody():\n    raise UnavailableError('no keeper')\n"
+        "sit(reconnect=nobody)\nforever()\n"
+    )
+    link = keeper.accept()
+    pid = link.start().trainer_pid
+    link.close()
+    assert run.line() == "ckpt: no keeper"
+    assert run.end() == 11
+    until(lambda: not alive(pid))
+
+
+def test_keepers_that_die_one_after_the_other_end_the_program(program, keeper) -> None:
+    run = program("sit()\nforever()\n")
+    keeper.accept().close()
+    for _ in range(5):
+        keeper.accept(attempt=0).close()
+    assert run.line().startswith("ckpt: keepers die one after the other")
+    assert run.end() == 11
+
+
+def test_prepared_trainer_runs_ahead_and_takes_the_next_attempt(program, keeper, alive) -> None:
+    run = program(AHEAD)
+    link = keeper.accept()
+    first = link.start(attempt=1, port=11).trainer_pid
+    assert run.line() == f"built 1 {first}"
+    assert run.line() == f"live 1 11 fork 11 True {first}"
+    word, attempt, ahead = run.line().split()
+    assert (word, attempt) == ("built", "0")
+    os.kill(first, signal.SIGKILL)
+    link.expect(Died)
+    link.send(Start(attempt=2, port=22))
+    started = link.expect(Started)
+    assert (started.how, started.attempt, started.trainer_pid) == ("prepared", 2, int(ahead))
+    assert run.line() == f"live 2 22 prepared 22 True {ahead}"
+    word, attempt, third = run.line().split()
+    assert (word, attempt) == ("built", "0")
+    link.send(Kill(attempt=2))
+    assert link.expect(Killed).attempt == 2
+    assert alive(int(third)), "a kill is for the attempt that failed"
+    link.send(Leave(status=3))
+    link.expect(Bye)
+    assert run.end() == 3
+    assert not alive(int(third))
+
+
+def test_prepared_trainer_that_dies_is_replaced_by_a_fork(program, keeper) -> None:
+    run = program(AHEAD)
+    link = keeper.accept()
+    link.start(attempt=1, port=11)
+    lines = [run.line() for _ in range(3)]
+    ahead = int(lines[2].split()[2])
+    os.kill(ahead, signal.SIGKILL)
+    assert run.line() == "prepared-died"
+    link.send(Kill(attempt=1))
+    link.expect(Killed)
+    assert link.start(attempt=2, port=22).how == "fork"
+
+
+def test_prepared_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None:
+    run = program(AHEAD)
+    keeper.accept().start()
+    ahead = int([run.line() for _ in range(3)][2].split()[2])
+    run.process.kill()
+    until(lambda: not alive(ahead))
+
+
+def test_spawned_trainers_are_prepared_too(program, keeper) -> None:
+    run = program(AHEAD.replace("sit(", "sit(Spawn('x'), "))
+    link = keeper.accept()
+    link.start(attempt=1, port=11)
+    assert run.line().startswith("built 1")
+    assert run.line().startswith("live 1 11 spawn 11 True")
+    assert run.line().startswith("built 0")
+    link.send(Kill(attempt=1))
+    link.expect(Killed)
+    link.send(Start(attempt=2, port=22))
+    assert link.expect(Started).how == "prepared"
+    assert run.line().startswith("live 2 22 prepared 22 True")

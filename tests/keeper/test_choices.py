@@ -1,0 +1,134 @@
+"""What can be restored, compared with a naive model of the line over every small log."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt.commit.state import Committed, LogState, Opened
+from ckpt.keeper.choices import ahead, assumed, best_first, on_line, superseded
+from ckpt.link.messages import Choice
+from ckpt.values import SnapshotId
+
+STEPS = (0, 1)
+EPOCHS = (1, 2, 3)
+PAIRS = tuple(SnapshotId(epoch, step) for epoch in EPOCHS for step in STEPS)
+
+
+def _log(opens: dict[int, SnapshotId | None], commits: tuple[SnapshotId, ...] = ()) -> LogState:
+    return LogState(
+        job="job",
+        opens=tuple(Opened(epoch, seq, resume) for seq, (epoch, resume) in enumerate(sorted(opens.items()))),
+        snapshots=tuple(Committed(pair, "", None, 100 + seq, 0) for seq, pair in enumerate(commits)),
+    )
+
+
+def _is_on_line(opens: dict[int, SnapshotId | None], pair: SnapshotId) -> bool:
+    """The line by its definition: all that the newest epoch captured, and the line of what it resumed up to that."""
+
+    def within(epoch: int, last_step: int | None) -> bool:
+        if epoch not in opens:
+            return False
+        if pair.epoch == epoch and (last_step is None or pair.step <= last_step):
+            return True
+        resume = opens[epoch]
+        return resume is not None and within(resume.epoch, resume.step)
+
+    return bool(opens) and within(max(opens), None)
+
+
+def _histories() -> Iterator[dict[int, SnapshotId | None]]:
+    """Every way in which up to three epochs can go on from one another."""
+    for count in range(4):
+        before = [[None, *(pair for pair in PAIRS if pair.epoch < epoch)] for epoch in EPOCHS[:count]]
+        for resumes in itertools.product(*before):
+            yield dict(zip(EPOCHS, resumes, strict=False))
+
+
+def _subsets() -> Iterator[tuple[SnapshotId, ...]]:
+    for size in range(len(PAIRS) + 1):
+        yield from itertools.combinations(PAIRS, size)
+
+
+def test_choices_are_the_line_newest_first_and_staged_before_durable() -> None:
+    for opens in _histories():
+        for staged in _subsets():
+            commits = tuple(pair for pair in PAIRS if pair.epoch in opens and pair not in staged[1:])
+            found = best_first(_log(opens, commits), staged)
+            expected = [
+                Choice(pair, tier)
+                for pair in sorted(PAIRS, reverse=True)
+                if _is_on_line(opens, pair)
+                for tier, there in (("staged", staged), ("durable", commits))
+                if pair in there
+            ]
+            assert list(found) == expected, (opens, staged, commits)
+
+
+def test_what_was_given_out_counts_as_if_it_were_read() -> None:
+    for opens in _histories():
+        whole = _log(opens, PAIRS[: 2 * len(opens)])
+        given_out = whole.opens
+        for read in range(len(opens) + 1):
+            commits = PAIRS[: 2 * read]
+            state = ahead(_log(dict(list(opens.items())[:read]), commits), given_out, PAIRS[: 2 * len(opens)])
+            assert (state.epoch, state.line) == (whole.epoch, whole.line)
+            assert ahead(state, given_out, PAIRS[: 2 * len(opens)]) == state
+
+
+def test_fallback_to_an_older_snapshot_leaves_the_newer_ones_off_the_line() -> None:
+    newest, older = SnapshotId(1, 20), SnapshotId(1, 10)
+    state = _log({1: None}, (older, newest))
+    assert on_line(state, [newest, older]) == (newest, older)
+    went_on = ahead(state, [Opened(2, -1, older)])
+    assert on_line(went_on, [newest, older, SnapshotId(2, 11)]) == (SnapshotId(2, 11), older)
+    assert best_first(went_on, [newest]) == (Choice(older, "durable"),)
+
+
+def test_staged_pair_that_was_never_committed_may_be_resumed_and_stays_on_the_line() -> None:
+    staged = SnapshotId(1, 15)
+    state = ahead(_log({1: None}, (SnapshotId(1, 10),)), [Opened(2, -1, staged), Opened(3, -1, SnapshotId(2, 16))])
+    assert best_first(state, [staged, SnapshotId(1, 16)])[0] == Choice(staged, "staged")
+
+
+def test_epochs_without_record_are_taken_to_follow_the_newest_pair_below() -> None:
+    state = _log({1: None}, (SnapshotId(1, 10),))
+    staged = [SnapshotId(2, 30), SnapshotId(4, 50), SnapshotId(1, 12)]
+    assert [(one.epoch, one.resume) for one in assumed(state, staged)] == [
+        (2, SnapshotId(1, 12)),
+        (4, SnapshotId(2, 30)),
+    ]
+    assert assumed(state, [SnapshotId(1, 12)]) == ()
+    assert [(one.epoch, one.resume) for one in assumed(_log({}), [SnapshotId(2, 30)])] == [(2, None)]
+
+
+@given(
+    staged=st.sets(st.builds(SnapshotId, st.integers(1, 6), st.integers(0, 5)), max_size=6),
+    read=st.integers(0, 3),
+    commits=st.integers(0, 6),
+)
+def test_assumed_opens_put_the_newest_staged_pair_first(staged: set[SnapshotId], read: int, commits: int) -> None:
+    opens = {epoch: SnapshotId(epoch - 1, 1) if epoch > 1 else None for epoch in EPOCHS[:read]}
+    state = _log(opens, PAIRS[: min(commits, 2 * read)])
+    missing = assumed(state, staged)
+    known = set(opens)
+    for opened in missing:
+        assert opened.epoch > max(known, default=0), "each record counts where the one before is written"
+        assert opened.resume is None or opened.resume.epoch in known
+        known.add(opened.epoch)
+    beyond = [pair for pair in staged if pair.epoch > read]
+    found = best_first(ahead(state, missing), staged)
+    if beyond:
+        assert found[0] == Choice(max(beyond), "staged")
+    assert {choice.snapshot for choice in found if choice.tier == "durable"} == set(state.line)
+
+
+def test_pair_is_superseded_by_itself_and_by_later_ones_of_its_epoch() -> None:
+    state = _log({1: None, 2: SnapshotId(1, 10)}, (SnapshotId(1, 10), SnapshotId(2, 12)))
+    assert superseded(state, SnapshotId(1, 10))
+    assert superseded(state, SnapshotId(1, 9))
+    assert not superseded(state, SnapshotId(1, 11))
+    assert not superseded(state, SnapshotId(2, 13))

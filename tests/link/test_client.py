@@ -1,0 +1,253 @@
+"""However many look for a keeper, one is started."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ckpt.errors import UnavailableError, UsageError
+from ckpt.link import client
+from ckpt.link.client import Calls, KeeperSpec, ensure_keeper
+from ckpt.link.frames import Wire
+from ckpt.link.messages import (
+    Bye,
+    Count,
+    GetStatus,
+    Message,
+    Number,
+    Peek,
+    Value,
+)
+from ckpt.link.runtime import JobFolder
+
+KEEPER = textwrap.dedent("""
+    # A keeper that knows four words: it counts, answers what it was told, ends on Bye, and leaves its number in a file.
+    import os, sys, time
+    from pathlib import Path
+    from ckpt.link.client import KeeperSpec
+    from ckpt.link.frames import Wire
+    from ckpt.link.messages import Bye, Count, GetStatus, Number, Peek, Value
+    from ckpt.link.runtime import JobFolder
+
+    spec = KeeperSpec.decode(sys.stdin.buffer.read())
+    folder = JobFolder.at(Path(sys.argv[1]))
+    assert Path.cwd() == folder.path
+    with (folder.path / "starts").open("a") as starts:
+        print(os.getpid(), file=starts)
+    print("said on", spec.job, flush=True)
+    if spec.job == "broken":
+        sys.exit("no memory for this")
+    lock = folder.try_lock()
+    if lock is None:
+        sys.exit(3)
+    if spec.job == "deaf":
+        time.sleep(60)
+    listener = folder.listen()
+    folder.describe(spec.store, spec.job)
+    if os.fork():
+        os._exit(0)
+    count, going = 0, True
+    while going:
+        wire = Wire(listener.accept()[0])
+        while (got := wire.receive()) is not None:
+            message = got[0]
+            match message:
+                case Count():
+                    count += message.amount
+                    wire.send(Number(id=message.id, number=count))
+                case Peek():
+                    wire.send(Value(id=message.id, value=repr(spec).encode()))
+                case GetStatus():
+                    wire.send(Number(id=message.id, number=os.getpid()))
+                case Bye():
+                    going = False
+                    break
+        wire.close()
+    listener.close()
+    folder.remove()
+""")
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("CKPT_RUNTIME_DIR", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> tuple[str, ...]:
+    path = tmp_path / "keeper.py"
+    path.write_text(KEEPER)
+    return (str(path),)
+
+
+def spec(job: str = "gpt") -> KeeperSpec:
+    return KeeperSpec(job=job, store="/data/runs", storage_options={"key": "secret", "retries": 3}, compression="off")
+
+
+def starts(job: str = "gpt") -> int:
+    return len((JobFolder("/data/runs", job).path / "starts").read_text().split())
+
+
+def number(wire: Wire, message: Message) -> int:
+    return Calls(wire).ask(message, Number, timeout_s=20).number
+
+
+def ends(pid: int) -> None:
+    """Wait until a process that is nobody's child here has ended."""
+    fd = os.pidfd_open(pid)
+    ended, _, _ = select.select([fd], [], [], 20)
+    os.close(fd)
+    assert ended
+
+
+def end(wire: Wire) -> int:
+    """End the keeper, and return which process it was."""
+    pid = number(wire, GetStatus())
+    wire.send(Bye())
+    ends(pid)
+    wire.close()
+    return pid
+
+
+# ---- starting
+
+
+def test_a_keeper_is_started_told_its_specification_and_found_again(program) -> None:
+    wire = ensure_keeper(spec(), program=program)
+    calls = Calls(wire)
+    assert calls.ask(Peek(key=""), Value).value == repr(spec()).encode()
+    assert calls.ask(Count(key="", amount=2), Number).number == 2
+    wire.close()
+    wire = ensure_keeper(spec(), start=False)
+    assert number(wire, Count(key="", amount=1)) == 3
+    folder = JobFolder("/data/runs", "gpt")
+    note = folder.note()
+    assert note is not None
+    assert note.pid != os.getpid()
+    assert folder.log_tail() == "said on gpt"
+    assert os.getsid(number(wire, GetStatus())) != os.getsid(0)
+    end(wire)
+    assert not folder.path.exists()
+
+
+def test_the_specification_is_on_no_command_line(program) -> None:
+    wire = ensure_keeper(spec(), program=program)
+    pid = number(wire, GetStatus())
+    assert b"secret" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    end(wire)
+
+
+def test_many_starters_at_once_start_one_keeper(program) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        wires = list(pool.map(lambda _: ensure_keeper(spec(), program=program), range(8)))
+    assert starts() == 1
+    for wire in wires[1:]:
+        wire.close()
+    end(wires[0])
+
+
+@pytest.mark.slow
+def test_many_processes_at_once_start_one_keeper(program) -> None:
+    script = (
+        "import sys; from ckpt.link.client import *; from ckpt.link.messages import *\n"
+        "spec = KeeperSpec(job='gpt', store='/data/runs')\n"
+        "calls = Calls(ensure_keeper(spec, program=sys.argv[1:]))\n"
+        "print(calls.call(GetStatus()).number)\n"
+        "calls.forget_after_fork()"
+    )
+    starters = [
+        subprocess.Popen([sys.executable, "-c", script, *program], stdout=subprocess.PIPE, text=True) for _ in range(6)
+    ]
+    said = {starter.communicate(timeout=60)[0] for starter in starters}
+    assert len(said) == 1
+    wire = ensure_keeper(spec(), start=False)
+    assert starts() == 1
+    assert end(wire) == int(said.pop())
+
+
+def test_the_next_keeper_follows_one_that_was_killed(program) -> None:
+    wire = ensure_keeper(spec(), program=program)
+    first = number(wire, GetStatus())
+    os.kill(first, signal.SIGKILL)
+    assert wire.receive(20) is None
+    wire.close()
+    ends(first)
+    assert JobFolder("/data/runs", "gpt").socket_path.is_socket()
+    with pytest.raises(UnavailableError, match="no keeper listens"):
+        ensure_keeper(spec(), start=False)
+    wire = ensure_keeper(spec(), program=program)
+    assert end(wire) != first
+
+
+def test_a_keeper_below_a_long_path_is_found(program, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CKPT_RUNTIME_DIR", str(tmp_path / ("long" * 30)))
+    wire = ensure_keeper(spec(), program=program)
+    end(wire)
+
+
+def test_a_keeper_that_is_ending_is_waited_for(program) -> None:
+    folder = JobFolder("/data/runs", "gpt")
+    lock = folder.try_lock()
+    assert lock is not None
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(ensure_keeper, spec(), program=program)
+        assert not found.done()
+        os.close(lock)
+        wire = found.result(30)
+    assert starts() == 1
+    end(wire)
+
+
+def test_a_keeper_that_fails_is_given_up_with_what_it_said(program) -> None:
+    JobFolder("/data/runs", "broken").try_lock(name="made")
+    JobFolder("/data/runs", "broken").log_path.write_text("of an earlier keeper\n")
+    with pytest.raises(UnavailableError, match=r"(?s)status 1.*no memory for this") as caught:
+        ensure_keeper(spec("broken"), program=program)
+    assert "earlier" not in str(caught.value)
+    assert starts("broken") == client.FAILS_MAX
+
+
+def test_a_lock_whose_holder_never_listens_is_given_up_in_time(program) -> None:
+    lock = JobFolder("/data/runs", "gpt").try_lock()
+    assert lock is not None
+    with pytest.raises(UnavailableError, match="holds the job's lock"):
+        ensure_keeper(spec(), program=program, wait_s=0.1)
+    os.close(lock)
+
+
+def test_a_keeper_that_never_listens_is_ended_in_time(program) -> None:
+    with pytest.raises(UnavailableError, match="didn't listen in time"):
+        ensure_keeper(spec("deaf"), program=program, wait_s=0.5)
+    assert not JobFolder("/data/runs", "deaf").locked()
+
+
+def test_the_keeper_imports_this_package_first(monkeypatch) -> None:
+    home = str(Path(client.__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    assert client._environment()["PYTHONPATH"] == f"{home}:/elsewhere"
+    monkeypatch.delenv("PYTHONPATH")
+    assert client._environment()["PYTHONPATH"] == home
+    monkeypatch.setattr(client.site, "getsitepackages", lambda: [home])
+    assert "PYTHONPATH" not in client._environment()
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, (1, 2), b"raw", float("nan"), {1: "x"}])
+def test_storage_options_that_cannot_travel_are_named(value: object) -> None:
+    with pytest.raises(UsageError, match="storage options can't be handed"):
+        KeeperSpec(job="j", store="/s", storage_options={"hook": value}).encode()
+
+
+def test_a_specification_reads_back() -> None:
+    assert KeeperSpec.decode(spec().encode()) == spec()
+    assert KeeperSpec.decode(KeeperSpec(job="j", store="/s").encode()).storage_options is None
+    with pytest.raises(UsageError, match="not a keeper's specification"):
+        KeeperSpec.decode(b"{}")

@@ -1,0 +1,163 @@
+"""One rank's queue: order, names, bases, and slots that are let go."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from ckpt.backends.memory import MemoryBackend
+from ckpt.commit.catalog import load_index, load_manifest
+from ckpt.commit.journal import Journal
+from ckpt.encode.choose import OFF
+from ckpt.errors import ConflictError, IntegrityError, UsageError
+from ckpt.manifest.digest import digest
+from ckpt.manifest.keys import writer_name
+from ckpt.persist.channel import Room, RoomChannel
+from ckpt.persist.persister import Persister, Place, Sealed, check_shared, one_base
+from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
+
+WAIT_S = 20.0
+SIZE_BYTES = 64 << 10
+
+
+def _sealed(
+    step: int, *, value: int | None = None, spoil: bool = False, release: Callable[[], None] = lambda: None
+) -> Sealed:
+    data = np.full(SIZE_BYTES, step if value is None else value, dtype=np.uint8)
+    leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(SIZE_BYTES,))
+    shard = StagedShard(
+        leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=0, size_bytes=SIZE_BYTES, digests=(digest(data.data),)
+    )
+    if spoil:
+        data[7] += 1
+    index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=(shard,))
+    return Sealed(index=index, data=memoryview(data), release=release, shared={})
+
+
+class World:
+    """A rank over a store in memory."""
+
+    def __init__(self) -> None:
+        self.store = MemoryBackend("job")
+        self.journal = Journal.open(self.store, job="job", create=True)
+        self.epoch = self.journal.open_epoch(resume=None)
+        place = Place(
+            backend=self.store, writer=writer_name("node", "0" * 16), epoch=lambda: self.epoch, journal=self.journal
+        )
+        channel = RoomChannel(Room(), rank=0, size=1)
+        self.persister = Persister(channel, place, compression=OFF, verify=True, tell=lambda _: None)
+
+    def base_of(self, step: int) -> SnapshotId | None:
+        """What the commit of that step refers to."""
+        return load_manifest(self.store, self.journal.refresh(), SnapshotId(1, step)).base
+
+
+@pytest.fixture
+def world() -> World:
+    """One rank."""
+    return World()
+
+
+def test_epoch_is_asked_when_the_record_is_written(world: World) -> None:
+    persister = world.persister
+    assert persister.submit(_sealed(1), tags=()).result(WAIT_S).step == 1
+    persister.call(lambda: setattr(world, "epoch", world.journal.open_epoch(resume=SnapshotId(1, 1))))
+    assert persister.submit(_sealed(2), tags=("old",)).result(WAIT_S).tags == ("old",)
+    persister.close()
+    state = world.journal.refresh()
+    assert [entry.writer_epoch for entry in state.snapshots] == [1, 2]
+    assert state.snapshots[1].snapshot == SnapshotId(1, 2), "captured in an older epoch"
+
+
+def test_calls_are_done_in_the_order_they_came(world: World) -> None:
+    done: list[int] = []
+    futures = [world.persister.call(lambda n=n: done.append(n)) for n in range(3)]  # type: ignore[misc]
+    saved = world.persister.submit(_sealed(1), tags=())
+    after = world.persister.call(saved.done)
+    assert after.result(WAIT_S) is True
+    assert [future.done() for future in futures] == [True] * 3
+    assert done == [0, 1, 2]
+    assert world.persister.last_info == saved.result()
+    world.persister.close()
+
+
+def test_base_may_be_named_while_none_is_known(world: World) -> None:
+    first = world.persister.submit(_sealed(1), tags=()).result(WAIT_S)
+    world.persister.close()
+    place = Place(backend=world.store, writer=writer_name("node", "1" * 16), epoch=lambda: 1, journal=world.journal)
+    persister = Persister(RoomChannel(Room(), rank=0, size=1), place, compression=OFF, verify=True, tell=lambda _: None)
+    known = load_index(world.store, world.journal.refresh(), first.id).locations()
+    persister.submit(_sealed(2, spoil=True), tags=())
+    persister.refer_next(first.id, known)
+    assert persister.submit(_sealed(3, value=1), tags=()).result(WAIT_S).new_bytes == 0
+    assert world.base_of(3) == first.id
+    persister.refer_next(first.id, known)
+    persister.submit(_sealed(4), tags=()).result(WAIT_S)
+    assert world.base_of(4) == SnapshotId(1, 3), "a committed one is known already"
+    persister.close()
+
+
+def test_snapshot_handed_in_again_is_written_under_another_name(world: World) -> None:
+    persister = world.persister
+    failed = persister.submit(_sealed(1, spoil=True), tags=())
+    with pytest.raises(IntegrityError):
+        failed.result(WAIT_S)
+    persister.write_as(writer_name("node", "2" * 16))
+    persister.submit(_sealed(1), tags=()).result(WAIT_S)
+    persister.close()
+    manifest = load_manifest(world.store, world.journal.refresh(), SnapshotId(1, 1))
+    assert all("2" * 16 in part.key for part in manifest.parts)
+    assert all("2" * 16 in stat.key for stat in world.store.list("packs/"))
+
+
+def test_error_that_is_kept_does_not_keep_the_slot(world: World) -> None:
+    let_go = threading.Event()
+    sealed = _sealed(1, spoil=True, release=let_go.set)
+    memory = weakref.ref(sealed.data.obj)
+    failed = world.persister.submit(sealed, tags=())
+    del sealed
+    error = failed.exception(WAIT_S)
+    assert error is not None
+    world.persister.close()
+    gc.collect()
+    assert let_go.is_set()
+    assert memory() is None, "the slot's memory is free although the error lives"
+
+
+def test_abandoned_queue_says_whether_its_thread_ended(world: World) -> None:
+    go_on, began = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        began.set()
+        assert go_on.wait(WAIT_S)
+
+    hung = world.persister.call(hang)
+    behind = world.persister.submit(_sealed(1), tags=())
+    assert began.wait(WAIT_S)
+    assert not world.persister.abandon(0.0)
+    assert behind.cancelled()
+    go_on.set()
+    hung.result(WAIT_S)
+    assert world.persister.abandon()
+
+
+def test_ranks_that_refer_to_different_snapshots_commit_nothing() -> None:
+    one, other = SnapshotId(1, 1), SnapshotId(1, 2)
+    assert one_base([None, None]) is None
+    assert one_base([None, one, one]) == one
+    with pytest.raises(ConflictError, match=r"bases=epoch 1 step 1, epoch 1 step 2"):
+        one_base([other, None, one])
+
+
+def test_unknown_sets_are_compared_as_far_as_they_are_known() -> None:
+    check_shared([{"a": (2, "x")}, None])
+    check_shared([None, None])
+    with pytest.raises(UsageError):
+        check_shared([{"a": (2, "x")}, {}])
+    with pytest.raises(UsageError):
+        check_shared([{"a": (3, "x")}, {"a": (3, "y")}, None])

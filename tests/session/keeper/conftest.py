@@ -1,0 +1,218 @@
+"""A keeper that does as it is told, over a real socket, and one trainer of it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from ckpt.errors import CkptError
+from ckpt.link import messages as words
+from ckpt.link.board import Board
+from ckpt.link.client import KeeperSpec
+from ckpt.link.frames import Wire
+from ckpt.link.runtime import JobFolder
+from ckpt.observe.events import Event
+from ckpt.session.keeper_link import KeeperLink
+from ckpt.session.keeper_persister import KeeperPersister
+from ckpt.session.shared_slots import SharedSlots
+from ckpt.session.staging import Staged
+from ckpt.stage.slot import SlotPool
+from ckpt.values import SnapshotId, StagedIndex
+
+WAIT_S = 20.0
+SPEC = KeeperSpec(job="job", store="/store")
+HELLO = words.Hello(version=words.WIRE_VERSION, role="trainer", pid=1, launch="l", rank=0, ranks=2, attempt=3)
+SNAPSHOT = SnapshotId(1, 10)
+
+
+@pytest.fixture(autouse=True)
+def _needs_memfd() -> None:
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("needs memory that can be handed on")
+
+
+class FakeKeeper:
+    """Answers each connection in a thread of its own. ``heard`` is all that trainers said, in order."""
+
+    def __init__(self, folder: JobFolder, *, new: bool = False, against: CkptError | None = None) -> None:
+        self.board = Board.create(2)
+        self.heard: list[words.Message] = []
+        self.slots: dict[int, tuple[int, int]] = {}
+        self.changed = threading.Condition()
+        self.new = new
+        self.against = against
+        self.silent = False
+        self.spare_fds = 0
+        self._values: dict[str, bytes] = {}
+        self._wires: list[Wire] = []
+        self._events: list[Wire] = []
+        self._threads: list[threading.Thread] = []
+        with folder.entered():
+            self._listening = folder.listen()
+        self._start(self._accept)
+
+    def say(self, message: words.Message) -> None:
+        """A word on every connection for events."""
+        for wire in self._events:
+            wire.send(message)
+
+    def wait(self, kind: type[words.Message], count: int = 1) -> list[words.Message]:
+        """The words of that kind, once there are so many."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self._of(kind)) >= count, WAIT_S), (kind, self.heard)
+            return self._of(kind)
+
+    def die(self) -> None:
+        """Cut everything off."""
+        if self._listening.fileno() >= 0:
+            self._listening.shutdown(2)
+            self._listening.close()
+        for wire in list(self._wires):
+            wire.close()
+        for thread in self._threads:
+            thread.join(WAIT_S)
+
+    def close(self) -> None:
+        self.die()
+        for fd, _ in self.slots.values():
+            os.close(fd)
+        self.board.close()
+
+    def _of(self, kind: type[words.Message]) -> list[words.Message]:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+    def _start(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listening.accept()
+            except OSError:
+                return
+            wire = Wire(sock)
+            self._wires.append(wire)
+            self._start(self._serve, wire)
+
+    def _serve(self, wire: Wire) -> None:
+        while (received := wire.receive()) is not None:
+            message, fds = received
+            with self.changed:
+                if isinstance(message, words.Hello) and message.role == "events":
+                    self._events.append(wire)
+                self.heard.append(message)
+                self.changed.notify_all()
+            if message.id and not self.silent:
+                answer, beside = self._answer(message, fds)
+                wire.send(replace(answer, id=message.id), beside)
+
+    def _answer(self, message: words.Message, fds: Sequence[int]) -> tuple[words.Reply, list[int]]:
+        match message:
+            case words.Hello():
+                error = None
+                if self.against is not None:
+                    error = words.RemoteError(self.against.code, str(self.against), 0)
+                return words.Welcome(boot="b", pid=2, attempt=3, new=self.new, error=error), []
+            case words.Peek():
+                with self.changed:
+                    self.changed.wait_for(lambda: self._value(message.key) is not None, message.wait_s)
+                    return words.Value(value=self._value(message.key)), []
+            case words.Count():
+                return words.Number(number=message.amount + 1), []
+            case words.GetBoard():
+                return words.Done(), [self.board.fd, *[self.board.fd] * self.spare_fds]
+            case words.SlotMade():
+                self.slots[message.index] = fds[0], message.size_bytes
+                return words.Done(), []
+            case words.GetSlots():
+                entries = tuple(words.SlotEntry(index, size) for index, (_, size) in self.slots.items())
+                held = [fd for fd, _ in self.slots.values()]
+                return words.Slots(slots=entries), held[: len(held) - self.spare_fds]
+            case words.GetChoices():
+                return words.Choices(choices=(words.Choice(SNAPSHOT, "staged"),)), []
+            case words.OpenEpoch():
+                return words.Number(number=7), []
+            case _:
+                return words.Done(error=words.RemoteError("fenced", "another writer", 1)), []
+
+    def _value(self, key: str) -> bytes | None:
+        posts = [one.value for one in self.heard if isinstance(one, words.Post) and one.key == key]
+        return posts[-1] if posts else None
+
+
+class Rank:
+    """A trainer's slots and persister over a link."""
+
+    def __init__(self, link: KeeperLink) -> None:
+        self.events: list[Event] = []
+        self.board = link.board()
+        self.own = self.board.rank(0)
+        self.shared = SharedSlots(link, self.board, 0)
+        self.shared.epoch = 1
+        self.pool = SlotPool(count=3, data_bytes=4096, header_bytes=8192, prefault=False, regions=self.shared)
+        self.persister = KeeperPersister(link, self.shared, tell=self.events.append)
+
+    def stage(self, step: int = 10) -> Staged:
+        slot = self.pool.acquire()
+        assert slot is not None
+        pin = slot.pin()
+        slot.begin()
+        index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=2, shards=())
+        slot.seal(index)
+        return Staged(slot, index, pin, {"g": (2, "d")})
+
+    def close(self) -> None:
+        self.pool.close()
+        self.board.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobFolder:
+    monkeypatch.setenv("CKPT_RUNTIME_DIR", str(tmp_path / "run"))
+    return JobFolder(SPEC.store, SPEC.job)
+
+
+@pytest.fixture
+def keeper(folder: JobFolder) -> Iterator[FakeKeeper]:
+    made = FakeKeeper(folder)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def link(keeper: FakeKeeper) -> Iterator[KeeperLink]:
+    made = KeeperLink.connect(SPEC, HELLO, start=False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def rank(link: KeeperLink) -> Iterator[Rank]:
+    made = Rank(link)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def connect(folder: JobFolder) -> Callable[[], KeeperLink]:
+    """Makes a link to whoever listens in the job's folder."""
+    return lambda: KeeperLink.connect(SPEC, HELLO, start=False)
+
+
+@pytest.fixture
+def make_keeper(folder: JobFolder) -> Callable[..., FakeKeeper]:
+    """Makes one more keeper in the job's folder; the caller closes it."""
+    return lambda **how: FakeKeeper(folder, **how)
+
+
+@pytest.fixture
+def make_rank() -> Callable[[KeeperLink], Rank]:
+    """Makes one more trainer over a link; the caller closes it."""
+    return Rank

@@ -1,0 +1,164 @@
+"""A trainer's link: what it says and asks, what it is told, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from ckpt.errors import CkptError, FencedError, IntegrityError, UnavailableError, UsageError
+from ckpt.link import messages as words
+from ckpt.persist.channel import wait_for
+from ckpt.session.keeper_link import KNOWN_MAX, KeeperLink
+from ckpt.stage.slot import read_slot
+from ckpt.values import ChunkLocation, Codec, SnapshotId
+
+WAIT_S = 20.0
+SNAPSHOT = SnapshotId(1, 10)
+
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def test_both_connections_say_hello(keeper, link: KeeperLink) -> None:
+    roles = [one.role for one in keeper.wait(words.Hello, 2) if isinstance(one, words.Hello)]
+    assert roles == ["trainer", "events"]
+    assert (link.welcome.boot, link.welcome.attempt, link.rank, link.size) == ("b", 3, 0, 2)
+    assert link.lost is None
+
+
+def test_refusal_at_hello_is_raised(make_keeper, connect) -> None:
+    keeper = make_keeper(against=UsageError("another release"))
+    with pytest.raises(UsageError, match="another release"):
+        connect()
+    keeper.close()
+
+
+def test_no_keeper_is_unavailable(connect) -> None:
+    with pytest.raises(UnavailableError, match="no keeper"):
+        connect()
+
+
+def test_link_is_the_channel_of_its_rank(keeper, link: KeeperLink) -> None:
+    assert link.peek("a") is None
+    assert link.wait("a", 0.01) is None
+    threading.Thread(target=lambda: (keeper.wait(words.Peek, 3), link.post("a", b"\xff\x00"))).start()
+    assert wait_for(link, "a", timeout_s=WAIT_S, what="a word") == b"\xff\x00"
+    assert link.count("n", 4) == 5
+    link.forget("a")
+    keeper.wait(words.Forget)
+
+
+def test_board_and_slots_are_the_keepers_own_memory(keeper, link: KeeperLink, rank) -> None:
+    rank.own.beat(12)
+    assert keeper.board.rank(0).completed == 12
+    slot = rank.stage().slot
+    ((index, region),) = link.slots(0)
+    found = read_slot(region.view)
+    assert index == slot.number
+    assert found is not None
+    assert found[0].snapshot == SNAPSHOT
+    region.close()
+
+
+def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(keeper, link: KeeperLink, rank) -> None:
+    rank.stage()
+    keeper.spare_fds = 1
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(IntegrityError, match="descriptors=2"):
+        link.board()
+    with pytest.raises(IntegrityError, match="slots=1 descriptors=0"):
+        link.slots(0)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> None:
+    assert link.choices() == (words.Choice(SNAPSHOT, "staged"),)
+    assert link.open_epoch(SNAPSHOT) == 7
+    with pytest.raises(FencedError, match="another writer"):
+        link.set_tag("best", SNAPSHOT)
+    (opened,) = keeper.wait(words.OpenEpoch)
+    assert isinstance(opened, words.OpenEpoch)
+    assert opened.resume == SNAPSHOT
+
+
+def test_words_about_the_trainer_reach_the_keeper(keeper, link: KeeperLink) -> None:
+    link.phase("tracked", leaves=3)
+    link.failing("ValueError", "bad", fingerprint="f", step=4, final=True)
+    link.preempt(9.0)
+    link.finished()
+    keeper.wait(words.Finished)
+    phase, failing, preempt, _ = keeper.heard[-4:]
+    assert isinstance(phase, words.Phase)
+    assert (phase.name, dict(phase.facts)) == ("tracked", {"leaves": 3})
+    assert failing == words.Failing(kind="ValueError", text="bad", fingerprint="f", step=4, final=True)
+    assert preempt == words.Preempt(grace_s=9.0)
+
+
+@pytest.mark.slow
+def test_more_known_chunks_than_a_message_holds_are_cut_off(keeper, link: KeeperLink) -> None:
+    place = ChunkLocation("packs/" + "n" * 60 + "-0123456789abcdef-00000000.pack", 2**40, 4 << 20, 4 << 20, Codec.RAW)
+    link.known(SNAPSHOT, {n.to_bytes(16, "big"): place for n in range(KNOWN_MAX + 5)})
+    (word,) = keeper.wait(words.Known)
+    assert isinstance(word, words.Known)
+    assert len(word.digests) == len(word.locations) == KNOWN_MAX
+
+
+def test_fence_is_told_even_to_who_listens_late(keeper, link: KeeperLink) -> None:
+    told: list[str] = []
+    came = threading.Event()
+    link.on_fenced(lambda text: (told.append(text), came.set()))
+    keeper.say(words.Fenced(text="newer epoch"))
+    assert came.wait(WAIT_S)
+    link.on_fenced(told.append)
+    assert told == ["newer epoch"] * 2
+
+
+def test_planned_leave_says_bye_and_tells_nobody_of_a_loss(keeper, connect) -> None:
+    link = connect()
+    told: list[CkptError] = []
+    link.on_lost(told.append)
+    link.close()
+    link.close()
+    keeper.wait(words.Bye, 2)
+    assert told == []
+
+
+def test_garbage_on_the_events_connection_is_a_loss(keeper, link: KeeperLink) -> None:
+    came = threading.Event()
+    link.on_lost(lambda error: came.set())
+    keeper._events[0]._socket.sendall(b"\xff" * 8)
+    assert came.wait(WAIT_S)
+    assert "not a frame" in str(link.lost)
+
+
+def test_next_keeper_is_given_board_and_slots(make_keeper, keeper, link: KeeperLink, rank) -> None:
+    with pytest.raises(UsageError, match="only after"):
+        link.reconnect(rank.board)
+    rank.stage()
+    keeper.die()
+    link._thread.join(WAIT_S)
+    heir = make_keeper(new=True)
+    link.reconnect(rank.board)
+    rank.shared.hand_in_again(rank.pool.slots)
+    assert link.lost is None
+    assert [type(one) for one in heir.heard if not isinstance(one, words.Hello)] == [words.BoardKept, words.SlotMade]
+    ((_, region),) = link.slots(0)
+    region.close()
+    link.close()
+    heir.close()
+
+
+@forks
+def test_forked_child_leaves_the_connection_to_its_parent(keeper, link: KeeperLink) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            link.peek("a")
+        except UnavailableError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert link.peek("a") is None
+    assert link.lost is None
