@@ -4,7 +4,7 @@
     python benchmarks/recovery.py --build-s 5        building the model takes 5 s; with and without prepared trainers
     python benchmarks/recovery.py --quick            a smoke test: 10 MiB, 1 kill; no figures to quote
 
-Prints a table and writes bench-out/recovery.json. What is measured, and how: benchmarks/README.md.
+Prints a table and writes bench-out/recovery.json (recovery_build.json with a build).
 """
 
 from __future__ import annotations

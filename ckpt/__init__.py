@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckpt.elastic.decorator import resilient as resilient
+    from ckpt.elastic.policy import RestartPolicy as RestartPolicy
+    from ckpt.elastic.preempted import Preempted as Preempted
     from ckpt.elastic.run import Run as Run
     from ckpt.errors import CkptError as CkptError
     from ckpt.errors import CommitUnknownError as CommitUnknownError
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "resilient": "ckpt.elastic.decorator",
+    "Preempted": "ckpt.elastic.preempted",
+    "RestartPolicy": "ckpt.elastic.policy",
     "Run": "ckpt.elastic.run",
     "Checkpointer": "ckpt.session.checkpointer",
     "Pending": "ckpt.session.pending",

@@ -38,6 +38,7 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerS
         if spec is not None and keeping.seat_of_process() is None:
             sit_down(seat, spec)
         return seat
+    _import_ahead()
     start = choose(gather())
     if spec is None and not isinstance(start, InPlace):
         start = InPlace(
@@ -48,7 +49,6 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerS
         assert isinstance(start, InPlace), "without a store for it there is no keeper"
         _warn(start)
         return None
-    _import_ahead()
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     launch = _launch()
     os.environ[keeping.LAUNCH_VARIABLE] = launch

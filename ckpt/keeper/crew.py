@@ -91,6 +91,7 @@ class Crew:
                 if self._recovery is not None and message.attempt == self._attempt:
                     self._recovery.how = message.how
             case words.Died():
+                job.drain()
                 self._on(TrainerDied(peer.rank, message.attempt, message.status, message.at_s, job.completed()))
             case words.Killed():
                 if self._waiting.pop(peer.number, None) is not None:
@@ -165,6 +166,10 @@ class Crew:
         if self._job.slots is not None:
             self._job.slots.settle()
         assert peer.hello is not None, "it said hello"
+        if self._job.board is not None and self._job.slots is not None:
+            peer.send(words.KeepBoard(), [self._job.board.fd])
+            for slot in self._job.slots:
+                peer.send(words.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes), [slot.fd])
         self._on(Joined(peer.rank, peer.number, peer.hello.pid))
 
     def _on(self, event: Event) -> None:
@@ -185,6 +190,7 @@ class Crew:
                 self._recovery = Recovery(attempt + 1, failure, job.completed(), time.monotonic())
                 job.say("supervisor", words.Kill(attempt=attempt))
             case AttemptOver():
+                job.drain()
                 if self._recovery is not None:
                     self._recovery.failure = action.failure
                     self._recovery.killed_s = time.monotonic()

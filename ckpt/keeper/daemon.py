@@ -40,6 +40,7 @@ class Daemon:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._thread = threading.get_ident()
         self._job = Job(spec, boot=boot, post=self.post, tell=tell)
+        self._job.drain = self._drain
         self._desk = Desk(self._job)
         self._crew = Crew(self._job, self._desk, stacks=folder.stacks)
         self._numbers = 0
@@ -133,6 +134,12 @@ class Daemon:
             self._take(peer, message, fds)
         if ended:
             self._gone(peer)
+
+    def _drain(self) -> None:
+        """Read what trainers sent: one that is dead left all of it in its socket."""
+        for peer in list(self._job.peers.values()):
+            if peer.role == "trainer":
+                self._read(peer)
 
     def _take(self, peer: Peer, message: Message, fds: list[int]) -> None:
         try:

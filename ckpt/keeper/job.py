@@ -17,7 +17,7 @@ from ckpt.keeper.slots import Post, SlotTable
 from ckpt.keeper.uploads import Uploads
 from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
-from ckpt.link.messages import Fenced, Hello, Message, Outcome, Policy, RemoteError, Welcome
+from ckpt.link.messages import Drop, Fenced, Hello, Message, Outcome, Policy, RemoteError, Welcome
 from ckpt.observe.events import Tell
 from ckpt.values import SnapshotId, SnapshotInfo
 
@@ -51,7 +51,8 @@ class Job:
         self.slots: SlotTable | None = None
         self.uploads: Uploads | None = None
         self.fenced: str = ""
-        self.on_release: list[Callable[[], None]] = []
+        self.drain: Callable[[], None] = lambda: None
+        """Takes what trainers said before they died and nobody has read yet."""
 
     @property
     def members(self) -> list[Peer]:
@@ -92,7 +93,7 @@ class Job:
         kept.attempt = max(kept.attempt, self.board.attempt)
         self.board.close()
         self.board = kept
-        self.slots = SlotTable(kept, self.post)
+        self.slots = SlotTable(kept, self.post, dropped=self._dropped)
 
     def _make_room(self, ranks: int) -> None:
         """Board, slots and queues for another number of ranks: what the old ranks staged can't be theirs."""
@@ -104,7 +105,7 @@ class Job:
             self.uploads.close(0.0)
         self.ranks = ranks
         self.board = Board.create(ranks)
-        self.slots = SlotTable(self.board, self.post)
+        self.slots = SlotTable(self.board, self.post, dropped=self._dropped)
         self.uploads = Uploads(
             self.spec, ranks=ranks, post=self.post, outcome=self._outcome, fenced=self._fenced, tell=self.tell
         )
@@ -168,6 +169,9 @@ class Job:
             self.slots.close()
         if self.board is not None:
             self.board.close()
+
+    def _dropped(self, rank: int, index: int) -> None:
+        self.say("supervisor", Drop(rank=rank, index=index))
 
     def _outcome(self, rank: int, snapshot: SnapshotId, info: SnapshotInfo | None, error: RemoteError | None) -> None:
         self.say("events", Outcome(snapshot=snapshot, info=info, error=error), rank=rank)

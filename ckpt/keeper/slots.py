@@ -24,13 +24,14 @@ PAGE_BLOCK_BYTES = 512
 
 @dataclass(slots=True, eq=False)
 class HeldSlot:
-    """One memfd and its mapping. ``retired``: its rank gave it up while an upload held it."""
+    """One memfd and its mapping. ``uploads`` hold it now. ``retired``: its rank gave it up meanwhile."""
 
     rank: int
     index: int
     fd: int
     size_bytes: int
     mapping: mmap.mmap
+    uploads: int = 0
     retired: bool = False
 
     @property
@@ -47,9 +48,13 @@ class HeldSlot:
 
 
 class SlotTable:
-    """All slots of one job on this node. Used by the keeper's loop alone; ``post`` brings what other threads tell back to it."""
+    """All slots of one job on this node. Used by the keeper's loop alone; ``post`` brings what other threads tell back to it.
 
-    def __init__(self, board: Board, post: Post) -> None:
+    ``dropped`` hears of each slot that is gone.
+    """
+
+    def __init__(self, board: Board, post: Post, *, dropped: Callable[[int, int], None]) -> None:
+        self._dropped = dropped
         self._board = board
         self._post = post
         self._slots: dict[tuple[int, int], HeldSlot] = {}
@@ -91,6 +96,8 @@ class SlotTable:
         slot = self._slots.get((rank, index))
         found = slot.read() if slot is not None else None
         if slot is None or found is None or found[1] != generation:
+            if slot is not None and not slot.uploads:
+                self._board.rank(rank).let_go(index)
             return None
         return self._hold(slot, found[0])
 
@@ -103,8 +110,13 @@ class SlotTable:
         return None
 
     def settle(self) -> None:
-        """Between attempts: make the board say what the headers say. Half-written slots hold nothing."""
+        """Between attempts: make the board say what the headers say. Half-written slots hold nothing.
+
+        A trainer that died between its mark and its word leaves a mark that nobody would clear: only uploads' marks stay.
+        """
         for slot in self:
+            if not slot.uploads:
+                self._board.rank(slot.rank).let_go(slot.index)
             entry = self._board.rank(slot.rank).slot(slot.index)
             found = slot.read()
             if found is None:
@@ -154,19 +166,26 @@ class SlotTable:
         header_bytes = _header_bytes(slot)
         rank_board = self._board.rank(slot.rank)
         rank_board.hold(slot.index)
+        slot.uploads += 1
+
+        def released() -> None:
+            slot.uploads -= 1
+            if not slot.uploads and (slot.rank, slot.index) in self._slots:
+                rank_board.let_go(slot.index)
+                self._free_retired(slot)
 
         def release() -> None:
-            rank_board.let_go(slot.index)
-            self._post(lambda: self._free_retired(slot))
+            self._post(released)
 
         return Sealed(index=index, data=slot.memory[header_bytes:], release=release, shared={})
 
     def _free_retired(self, slot: HeldSlot) -> bool:
-        if not slot.retired or self._board.rank(slot.rank).slot(slot.index).held:
+        if not slot.retired or slot.uploads:
             return False
         if self._slots.pop((slot.rank, slot.index), None) is not None:
             self._board.rank(slot.rank).clear(slot.index)
             os.close(slot.fd)
+            self._dropped(slot.rank, slot.index)
         return True
 
     def _check(self, rank: int, index: int, fd: int, size_bytes: int) -> None:

@@ -106,7 +106,7 @@ def test_second_sigterm_ends_at_once_and_the_newest_complete_pair_becomes_durabl
 @pytest.mark.slow
 def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharmed(fleet: Fleet) -> None:
     # It takes far longer than the ten seconds that the second waits for a launch which may just be ending.
-    command = plain("steady.py", fleet.folder / "first", STEPS, "--step-s", 0.2)
+    command = plain("steady.py", fleet.folder / "first", STEPS, "--step-s", 0.15)
     calm = calm_run(fleet, plain("steady.py", "{folder}", STEPS))
     first = fleet.start(command, "first")
     first.wait_steps(3)

@@ -71,8 +71,9 @@ class FakeKeeper:
         """Cut everything off."""
         if self._listening.fileno() >= 0:
             self._listening.shutdown(2)
+            self._threads[0].join(WAIT_S)  # what was accepted last is among the wires now
             self._listening.close()
-        for wire in list(self._wires):
+        for wire in self._wires:
             wire.close()
         for thread in self._threads:
             thread.join(WAIT_S)
