@@ -13,7 +13,8 @@ import click
 from ckpt.errors import CkptError, NotFoundError, UsageError
 from ckpt.link.client import Calls
 from ckpt.link.frames import Wire
-from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello, Report, Status
+from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello, Status
+from ckpt.link.report import Report
 from ckpt.link.runtime import JobFolder, list_jobs
 
 ANSWER_S_MAX = 5.0

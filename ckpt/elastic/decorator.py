@@ -47,8 +47,9 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has
     The decorated function receives a ``Run`` before its own arguments. Nothing is read or written before it tracks.
 
     ``store`` is a path, an fsspec URL or a ``Backend``. ``every``: a number of steps, a duration such as ``"30s"``, or
-    ``"auto"``; these become durable. ``memory_every``: boundaries from one snapshot that only memory holds to the next (0: none);
-    each costs one memcpy of this rank's share. ``job`` names the run in its store (default: the store's last path component). ``slots``: how many staged
+    ``"auto"``; these become durable. ``memory_every``: boundaries from one snapshot that only memory holds to the next
+    (0: none); each costs one memcpy of this rank's share.
+    ``job`` names the run in its store (default: the store's last path component). ``slots``: how many staged
     snapshots memory may hold, each as large as this rank's share of the state. ``compression``: chunks are compressed never,
     where it pays, or always. ``only`` and ``missing`` say what is restored where the program has changed since: see
     ``Checkpointer.restore``. ``max_stale``: a duration after which training stops with UnavailableError when nothing became

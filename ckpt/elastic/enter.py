@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt.elastic.facts import gather
-from ckpt.elastic.starts import InPlace, choose
+from ckpt.elastic.starts import InPlace, Spawn, choose
 from ckpt.elastic.supervisor import Supervision, supervise
 from ckpt.elastic.trainer import TrainerSeat, seat_of_process
 from ckpt.errors import ConflictError
@@ -20,7 +20,7 @@ from ckpt.link.client import KeeperSpec, ensure_keeper
 from ckpt.link.frames import Wire
 from ckpt.link.messages import WIRE_VERSION, Hello, Policy
 from ckpt.link.runtime import JobFolder
-from ckpt.observe.events import to_logging
+from ckpt.observe.events import Event, to_logging
 from ckpt.session import keeping
 
 OTHER_LAUNCH_WAIT_S = 10.0
@@ -56,10 +56,20 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerS
         version=WIRE_VERSION, role="supervisor", pid=os.getpid(), launch=launch, rank=rank, ranks=keeping.ranks_here(),
         policy=policy,
     )  # fmt: skip
+    tell = to_logging(rank)
+    if isinstance(start, Spawn):
+        text = (
+            f"the training function runs in a fresh interpreter, which runs the code above the call again: {start.why}"
+        )
+        tell(Event("spawn", text, alarm=True))
     plan = Supervision(
-        start=start, hello=hello, reconnect=lambda: ensure_keeper(spec), tell=to_logging(rank), stacks=_stacks(spec),
+        start=start,
+        hello=hello,
+        reconnect=lambda: ensure_keeper(spec),
+        tell=tell,
+        stacks=_stacks(spec),
         prepare=prepare,
-    )  # fmt: skip
+    )
     seat = _supervised(lambda: ensure_keeper(spec), plan)
     sit_down(seat, spec)
     return seat
@@ -114,7 +124,8 @@ def _stacks(spec: KeeperSpec) -> Path:
 def _warn(start: InPlace) -> None:
     if start.remedy:
         warnings.warn(
-            f"ckpt runs the training function in this process, so only the launcher can start it again: {start.why}; {start.remedy}",
+            f"ckpt runs the training function in this process, so only the launcher can start it again: {start.why}; "
+            f"{start.remedy}",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -1,8 +1,9 @@
 """Snapshots that only memory holds: at which boundaries, told once for the job by rank 0 through the board.
 
-At the end of each boundary rank 0 publishes its word on the next one. A rank that comes to that boundary has left the one before,
-and in any training whose ranks depend on each other no rank completes a step that rank 0 has not begun; so the word is there in
-time and nobody waits. A rank that finds none (its ranks run apart) takes none: its slots still hold an older complete pair.
+At the end of each boundary rank 0 publishes its word on the next one. A rank that comes to that boundary has left the one
+before, and in any training whose ranks depend on each other no rank completes a step that rank 0 has not begun; so the word is
+there in time and nobody waits. A rank that finds none (its ranks run apart) takes none: its slots still hold an older complete
+pair.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Points:
 
 
 def watch_process_group(points: Points) -> None:
-    """Note when the user's process group is made. Whoever took the function from torch before is not seen; nothing else changes."""
+    """Note when the user's process group is made; nothing else changes. Who took the function from torch before is not seen."""
     if not dist.is_available():
         return
     make = dist.init_process_group

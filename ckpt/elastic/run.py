@@ -186,7 +186,7 @@ class Run:
         elif point and self._memory is not None and self._memory.wants(steps, since=since):
             self._stage()
         if self._memory is not None:
-            self._memory.passed(steps, staged=self._taken == steps or self._staged == steps)
+            self._memory.passed(steps, staged=steps in (self._taken, self._staged))
         self._told_first_step()
         upcoming = next_due(self._schedule, steps)
         if upcoming == steps + 1:
@@ -294,6 +294,8 @@ class Run:
         if board is not None:
             self._memory = MemoryTier(board, rank=self.rank, every=self._memory_every)
             self._memory.begin(self._done)
+            if self._memory_every:
+                self._session.saving.leave_free(2)
         self._session.on_stop(self._ask_to_stop)
 
     def _ask_to_stop(self, within_s: float) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.link.board import SLOTS_MAX, Board
-from ckpt.link.messages import SlotEntry, SlotReport
+from ckpt.link.messages import SlotEntry
+from ckpt.link.report import SlotReport
 from ckpt.persist.persister import Sealed
 from ckpt.stage.memory_limit import available_bytes
 from ckpt.stage.slot_header import Header, read_slot
@@ -60,7 +61,7 @@ class SlotTable:
         self._slots: dict[tuple[int, int], HeldSlot] = {}
 
     def add(self, rank: int, index: int, fd: int, size_bytes: int) -> HeldSlot:
-        """Take ``fd`` over. Raises UsageError where the number is taken, sizes lie or memory is short; ``fd`` is then closed."""
+        """Take ``fd`` over. UsageError where the number is taken, sizes lie or memory is short; ``fd`` is then closed."""
         try:
             self._check(rank, index, fd, size_bytes)
             mapping = mmap.mmap(fd, size_bytes)

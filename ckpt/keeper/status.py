@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckpt.keeper.crew import Crew
 from ckpt.keeper.job import Job
-from ckpt.link.messages import RankReport, Report
+from ckpt.link.report import RankReport, Report
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from ckpt.link.report import Report
 from ckpt.manifest.canonical import ready
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
@@ -41,8 +42,8 @@ class Hello(Message, frozen=True, kw_only=True):
     """First on every connection; a call. Answered with ``Welcome``, or an error that says why the peer isn't wanted.
 
     ``role``: ``supervisor``, ``trainer`` (its calls), ``events`` (a trainer's second connection, for words of the keeper) or
-    ``tool``. ``launch`` names one start of the whole program: all its ranks share it, no other start ever has it. ``attempt``: the
-    one that the peer belongs to, 0 for none yet. ``ranks`` is the number of ranks on this node, ``rank`` the peer's.
+    ``tool``. ``launch`` names one start of the whole program: all its ranks share it, no other start ever has it.
+    ``attempt``: the one that the peer belongs to, 0 for none yet. ``ranks`` is the number of ranks on this node, ``rank`` the peer's.
     ``alive_pid``: a supervisor's trainer that still runs (it met an earlier keeper), else 0.
     """
 
@@ -161,7 +162,7 @@ class GetSlots(Message, frozen=True, kw_only=True):
 
 
 class SlotMade(Message, frozen=True, kw_only=True):
-    """A call: the trainer made a slot for itself; its memfd travels beside it. ``Done``, or UsageError where memory is short."""
+    """A call: the trainer made a slot for itself; its memfd travels beside it. UsageError where memory is short."""
 
     index: int
     size_bytes: int
@@ -180,8 +181,8 @@ class GetChoices(Message, frozen=True, kw_only=True):
 class OpenEpoch(Message, frozen=True, kw_only=True):
     """A call, of rank 0: open the next epoch, going on from ``resume``; ``Number`` is the epoch.
 
-    ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the log; its record follows, before
-    the first commit of the epoch.
+    ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the log; its record follows,
+    before the first commit of the epoch.
     """
 
     resume: SnapshotId | None
@@ -233,7 +234,7 @@ class Failing(Message, frozen=True, kw_only=True):
 
 
 class Phase(Message, frozen=True, kw_only=True):
-    """A trainer reached a point of its start: ``entered``, ``group`` (process group made), ``tracked``, ``restored``, ``first-step``."""
+    """A point of a trainer's start: ``entered``, ``group`` (process group made), ``tracked``, ``restored``, ``first-step``."""
 
     name: str
     at_s: float
@@ -265,7 +266,7 @@ class Done(Reply, frozen=True, kw_only=True):
 
 
 class Welcome(Reply, frozen=True, kw_only=True):
-    """``boot`` is random for each keeper process. ``new``: this keeper knows nothing of the peer's attempt: hand over what you hold."""
+    """``boot`` is random for each keeper. ``new``: it knows nothing of the peer's attempt, so hand over what you hold."""
 
     boot: str
     pid: int
@@ -315,50 +316,6 @@ class Status(Reply, frozen=True, kw_only=True):
     """What ``ckpt ps`` and ``ckpt top`` show: see ``report``."""
 
     report: Report | None
-
-
-class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank as its keeper sees it. ``idle_s``: since its last boundary."""
-
-    rank: int
-    supervisor_pid: int
-    trainer_pid: int
-    completed: int
-    phase: str
-    idle_s: float
-    staged: int
-    skipped: int
-    slots: tuple[SlotReport, ...]
-
-
-class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One slot: what it holds sealed (None: nothing), and whether an upload holds it."""
-
-    index: int
-    size_bytes: int
-    snapshot: SnapshotId | None
-    held: bool
-
-
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """One keeper. ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: its own memory besides slots."""
-
-    job: str
-    store: str
-    pid: int
-    boot: str
-    launch: str
-    attempt: int
-    epoch: int
-    state: str
-    since_s: float
-    complete: SnapshotId | None
-    durable: SnapshotInfo | None
-    uploads: int
-    slot_bytes: int
-    rss_bytes: int
-    ranks: tuple[RankReport, ...]
-    recoveries: tuple[Mapping[str, Fact], ...]
 
 
 # ---- words of the keeper

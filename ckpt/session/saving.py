@@ -44,6 +44,7 @@ class Saving:
         self._persister: Persister | KeeperPersister | None = None
         self._last_step: int | None = None
         self._staged_step: int | None = None
+        self._left_free = 0
         self._pendings: list[Pending] = []
         self._began_s = time.monotonic()
 
@@ -169,7 +170,12 @@ class Saving:
     def may_take(self, reserved: int) -> Take | Skip:
         """On rank 0: whether one more snapshot finds a slot, beside ``reserved`` that are ordered and not yet taken."""
         in_flight = self._persister.in_flight if self._persister is not None else 0
-        return take_or_skip(in_flight=in_flight + reserved, slots=self._options.slots)
+        slots = max(1, self._options.slots - self._left_free)
+        return take_or_skip(in_flight=in_flight + reserved, slots=slots)
+
+    def leave_free(self, slots: int) -> None:
+        """Keep that many slots from uploads, where there are as many: memory needs one to write and one that is complete."""
+        self._left_free = slots
 
     @property
     def passed_step(self) -> int:

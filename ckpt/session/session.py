@@ -13,7 +13,6 @@ from contextlib import suppress
 
 from ckpt.backends.base import Backend
 from ckpt.backends.open import open_backend
-from ckpt.capture.leaves import World
 from ckpt.capture.names import escape
 from ckpt.capture.rng import RngState
 from ckpt.commit.catalog import candidates
@@ -29,12 +28,13 @@ from ckpt.persist.channel import Channel, wait_for
 from ckpt.persist.persister import Place
 from ckpt.restore.rebuild import item_names
 from ckpt.session.channel import world_of_process
+from ckpt.session.joined import Joined
 from ckpt.session.keeper_link import KeeperLink
 from ckpt.session.keeping import Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
 from ckpt.session.options import Options
-from ckpt.session.orders import Orders, RankOrders, SoloOrders
+from ckpt.session.orders import Orders
 from ckpt.session.pending import Pending
-from ckpt.session.restoring import Candidate, Restoring, Rules
+from ckpt.session.restoring import Candidate, Rules
 from ckpt.session.saving import Saving
 from ckpt.values import SnapshotId, SnapshotInfo
 
@@ -60,7 +60,7 @@ class Session:
         self._job = options.job or job_name(self._backend.url)
         self._journal: Journal | None = None
         self._may_write = False
-        self._joined: _Joined | None = None
+        self._joined: Joined | None = None
         self._items: dict[str, object] = {}
         self._rng = RngState()
         self._opens = 0
@@ -101,13 +101,13 @@ class Session:
         """Whether an epoch is open."""
         return self.epoch > 0
 
-    def join(self) -> _Joined:
+    def join(self) -> Joined:
         """Meet the other ranks; once, then free."""
         if self._closed:
             raise UsageError(f"closed already; make a new one. store={self.url}")
         if self._joined is None:
             keeping = Keeping.join(self._spec, self._options, self.tell, name=self._job)
-            self._joined = _Joined(keeping, self._backend, self._options, self.state, self.tell)
+            self._joined = Joined(keeping, self._backend, self._options, self.state, self.tell)
         return self._joined
 
     @property
@@ -375,52 +375,3 @@ class Session:
         except NotFoundError:
             job = self._job
         return Journal.open(self._backend, job=job, create=True)
-
-
-class _Joined:
-    """What exists once the ranks have met."""
-
-    def __init__(
-        self, keeping: Keeping, backend: Backend, options: Options, state: Callable[[], LogState], tell: Tell
-    ) -> None:
-        self.keeping = keeping
-        self.channel = channel = keeping.channel
-        self.tell = tell
-        self._uses_slots = False
-        self.saving = Saving(channel, options, self.tell)
-        self._orders: Orders | None = None
-        self.restoring = Restoring(
-            channel, backend, world=World(channel.rank, channel.size), state=state, tell=self.tell, threads=options.threads,
-            budget_bytes=options.read_budget_bytes, staged=keeping.open_staged,
-        )  # fmt: skip
-
-    def use_slots(self) -> None:
-        """Stage into slots that the keeper holds too, where there is one; once."""
-        if not self._uses_slots and self.keeping.regions is not None:
-            self._uses_slots = True
-            self.saving.use(self.keeping.regions)
-
-    @property
-    def orders(self) -> Orders:
-        """What all ranks do at a boundary."""
-        assert self._orders is not None, "a run is open"
-        return self._orders
-
-    def start_orders(self) -> None:
-        """For a run; a checkpointer has no boundaries to agree on."""
-        saving = self.saving
-        self._orders = (
-            SoloOrders(saving.may_take, self._skipped)
-            if self.channel.size == 1
-            else RankOrders(self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step)
-        )
-
-    def close(self) -> None:
-        """End what runs in the background."""
-        if self._orders is not None:
-            self._orders.close()
-
-    def _skipped(self, boundary: int, why: str) -> None:
-        self.tell(
-            Event("skipped", f"the snapshot due at step {boundary} is skipped: {why}", {"step": boundary}, alarm=True)
-        )

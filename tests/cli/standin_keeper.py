@@ -9,18 +9,9 @@ from collections.abc import Callable
 
 from ckpt.errors import UsageError
 from ckpt.link.frames import Wire
-from ckpt.link.messages import (
-    WIRE_VERSION,
-    Done,
-    GetStatus,
-    Hello,
-    RankReport,
-    Report,
-    SlotReport,
-    Status,
-    Welcome,
-)
+from ckpt.link.messages import WIRE_VERSION, Done, GetStatus, Hello, Status, Welcome
 from ckpt.link.remote import from_error
+from ckpt.link.report import RankReport, Report, SlotReport
 from ckpt.link.runtime import JobFolder
 from ckpt.values import SnapshotId, SnapshotInfo
 

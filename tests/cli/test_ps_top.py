@@ -18,7 +18,7 @@ from msgspec.structs import replace as changed
 from standin_keeper import RECOVERY, STORE, StandIn, dead_folder, folder_of, job_report, rank_report
 
 from ckpt.cli import jobs, top
-from ckpt.link.messages import Report
+from ckpt.link.report import Report
 from ckpt.link.runtime import JobFolder, runtime_root
 
 

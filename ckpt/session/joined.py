@@ -1,0 +1,64 @@
+"""What a session has once its ranks have met: the channel and keeper, and what saves, restores and agrees over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ckpt.backends.base import Backend
+from ckpt.capture.leaves import World
+from ckpt.commit.state import LogState
+from ckpt.observe.events import Event, Tell
+from ckpt.session.keeping import Keeping
+from ckpt.session.options import Options
+from ckpt.session.orders import Orders, RankOrders, SoloOrders
+from ckpt.session.restoring import Restoring
+from ckpt.session.saving import Saving
+
+
+class Joined:
+    """What exists once the ranks have met."""
+
+    def __init__(
+        self, keeping: Keeping, backend: Backend, options: Options, state: Callable[[], LogState], tell: Tell
+    ) -> None:
+        self.keeping = keeping
+        self.channel = channel = keeping.channel
+        self.tell = tell
+        self._uses_slots = False
+        self.saving = Saving(channel, options, self.tell)
+        self._orders: Orders | None = None
+        self.restoring = Restoring(
+            channel, backend, world=World(channel.rank, channel.size), state=state, tell=self.tell, threads=options.threads,
+            budget_bytes=options.read_budget_bytes, staged=keeping.open_staged,
+        )  # fmt: skip
+
+    def use_slots(self) -> None:
+        """Stage into slots that the keeper holds too, where there is one; once."""
+        if not self._uses_slots and self.keeping.regions is not None:
+            self._uses_slots = True
+            self.saving.use(self.keeping.regions)
+
+    @property
+    def orders(self) -> Orders:
+        """What all ranks do at a boundary."""
+        assert self._orders is not None, "a run is open"
+        return self._orders
+
+    def start_orders(self) -> None:
+        """For a run; a checkpointer has no boundaries to agree on."""
+        saving = self.saving
+        self._orders = (
+            SoloOrders(saving.may_take, self._skipped)
+            if self.channel.size == 1
+            else RankOrders(self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step)
+        )
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        if self._orders is not None:
+            self._orders.close()
+
+    def _skipped(self, boundary: int, why: str) -> None:
+        self.tell(
+            Event("skipped", f"the snapshot due at step {boundary} is skipped: {why}", {"step": boundary}, alarm=True)
+        )
