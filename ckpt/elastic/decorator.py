@@ -10,8 +10,9 @@ from typing import Concatenate, Literal, ParamSpec, TypeVar
 from ckpt.backends.base import Backend
 from ckpt.elastic.enter import enter
 from ckpt.elastic.nesting import entered
-from ckpt.elastic.points import Points, watch_process_group
+from ckpt.elastic.points import Points
 from ckpt.elastic.policy import RestartPolicy
+from ckpt.elastic.process_group import watch_process_group
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
 from ckpt.errors import UsageError
@@ -76,7 +77,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has
             points = Points()
             points.reach("entered")
             if seat is not None:
-                watch_process_group(points)
+                watch_process_group(lambda: points.reach("group"))
             session = Session(address, options)
             with entered(session.url):
                 run = Run(

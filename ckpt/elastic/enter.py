@@ -18,7 +18,8 @@ from ckpt.elastic.trainer import TrainerSeat, seat_of_process
 from ckpt.errors import ConflictError
 from ckpt.link.client import KeeperSpec, ensure_keeper
 from ckpt.link.frames import Wire
-from ckpt.link.messages import WIRE_VERSION, Hello, Policy
+from ckpt.link.messages import WIRE_VERSION, Hello
+from ckpt.link.policy import Policy
 from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import Event, to_logging
 from ckpt.session import keeping

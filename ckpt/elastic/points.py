@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
-
-import torch.distributed as dist
 
 
 class Points:
@@ -27,17 +24,3 @@ class Points:
         noted, self._noted = self._noted, []
         for name, at_s in noted:
             tell(name, at_s)
-
-
-def watch_process_group(points: Points) -> None:
-    """Note when the user's process group is made; nothing else changes. Who took the function from torch before is not seen."""
-    if not dist.is_available():
-        return
-    make = dist.init_process_group
-
-    @functools.wraps(make)
-    def init_process_group(*args: object, **kwargs: object) -> None:
-        make(*args, **kwargs)  # type: ignore[arg-type]
-        points.reach("group")
-
-    dist.init_process_group = init_process_group

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ckpt.elastic.schedule import parse_duration
 from ckpt.errors import UsageError
-from ckpt.link.messages import Policy
+from ckpt.link.policy import Policy
 
 NEVER = "never"
 
@@ -18,8 +18,8 @@ class RestartPolicy:
     ``same_error_max``: the same exception of the program at the same step, that often in a row, is a bug: the job ends with it
     (1: never start again after an exception). ``stuck_max``: that many failures in a row without a new step end the job.
     ``hang``: the least time without a completed step that counts as a hang, or ``"never"``; where the job's own steps are long,
-    ten times the longest recent one. The first step, pauses and debuggers are exempt. ``grace``: how long a preempted job may take
-    to stop. ``linger``: how long slots are kept for a program that was killed as a whole.
+    ten times the longest recent one. The first step, pauses and debuggers are exempt. ``grace``: how long a preempted job may
+    take to stop. ``linger``: how long slots are kept for a program that was killed as a whole.
     Raises UsageError where a value cannot work.
     """
 

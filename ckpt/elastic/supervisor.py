@@ -29,21 +29,8 @@ from ckpt.elastic.terminal import Terminal
 from ckpt.elastic.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, Order, TrainerSeat
 from ckpt.errors import CkptError, InternalError
 from ckpt.link.frames import Wire
-from ckpt.link.messages import (
-    Bye,
-    Died,
-    Dump,
-    Hello,
-    Kill,
-    Killed,
-    Leave,
-    Message,
-    Policy,
-    Preempt,
-    Start,
-    Started,
-    Tell,
-)
+from ckpt.link.messages import Bye, Died, Dump, Hello, Kill, Killed, Leave, Message, Preempt, Start, Started, Tell
+from ckpt.link.policy import Policy
 from ckpt.observe import events
 from ckpt.stage.memory_limit import available_bytes
 

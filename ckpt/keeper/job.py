@@ -17,7 +17,8 @@ from ckpt.keeper.slots import Post, SlotTable
 from ckpt.keeper.uploads import Uploads
 from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
-from ckpt.link.messages import Drop, Fenced, Hello, Message, Outcome, Policy, RemoteError, Welcome
+from ckpt.link.messages import Drop, Fenced, Hello, Message, Outcome, RemoteError, Welcome
+from ckpt.link.policy import Policy
 from ckpt.observe.events import Tell
 from ckpt.values import SnapshotId, SnapshotInfo
 

@@ -31,7 +31,8 @@ from ckpt.keeper.roster_words import (
     TrainerKilled,
     TrainerStarted,
 )
-from ckpt.link.messages import Failing, Policy
+from ckpt.link.messages import Failing
+from ckpt.link.policy import Policy
 
 ECHO_S = 1.0
 """An exception this soon before another trainer's death was told may come from that death."""

@@ -9,7 +9,7 @@ from ckpt.link.messages import Failing
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an attempt ended. ``status``: the trainer's, 0 where none died. ``kind``: died, error, hang, supervisor, preempted."""
+    """Why an attempt ended. ``status``: the trainer's, 0: none died. ``kind``: died, error, hang, supervisor or preempted."""
 
     rank: int
     kind: str

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from ckpt.link.policy import Policy
 from ckpt.link.report import Report
 from ckpt.manifest.canonical import ready
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
@@ -43,7 +44,8 @@ class Hello(Message, frozen=True, kw_only=True):
 
     ``role``: ``supervisor``, ``trainer`` (its calls), ``events`` (a trainer's second connection, for words of the keeper) or
     ``tool``. ``launch`` names one start of the whole program: all its ranks share it, no other start ever has it.
-    ``attempt``: the one that the peer belongs to, 0 for none yet. ``ranks`` is the number of ranks on this node, ``rank`` the peer's.
+    ``attempt``: the one that the peer belongs to, 0 for none yet. ``ranks`` is the number of ranks on this node,
+    ``rank`` the peer's.
     ``alive_pid``: a supervisor's trainer that still runs (it met an earlier keeper), else 0.
     """
 
@@ -56,21 +58,6 @@ class Hello(Message, frozen=True, kw_only=True):
     attempt: int = 0
     alive_pid: int = 0
     policy: Policy | None = None
-
-
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What a supervisor's user chose about failures; equal on all ranks.
-
-    ``same_error_max``: the same exception at the same step that often in a row is a bug. ``stuck_max``: that many failures in a
-    row without one step completed end the job. ``hang_s``: the least time without a step that counts as a hang (0: never).
-    ``grace_s``: how long a preempted job may take. ``linger_s``: how long slots are kept for a program that was killed.
-    """
-
-    same_error_max: int = 2
-    stuck_max: int = 5
-    hang_s: float = 600.0
-    grace_s: float = 25.0
-    linger_s: float = 60.0
 
 
 class Bye(Message, frozen=True, kw_only=True):

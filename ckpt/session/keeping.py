@@ -17,7 +17,8 @@ from ckpt.backends.open import address_of
 from ckpt.errors import CkptError, UnavailableError, UsageError
 from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
-from ckpt.link.messages import WIRE_VERSION, Hello, Policy
+from ckpt.link.messages import WIRE_VERSION, Hello
+from ckpt.link.policy import Policy
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.observe.events import Event, Tell
 from ckpt.persist.channel import Channel, wait_for
