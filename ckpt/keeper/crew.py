@@ -6,6 +6,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt.keeper import roster as rules
@@ -35,6 +36,8 @@ from ckpt.keeper.roster_words import (
     TrainerStarted,
 )
 from ckpt.link import messages as words
+from ckpt.link.board import RankBoard
+from ckpt.link.frames import close_fds
 from ckpt.link.messages import Failing, Hello, Message
 from ckpt.observe.events import Event as Told
 from ckpt.observe.events import Fact
@@ -76,6 +79,8 @@ class Crew:
             self._grace_until_s = None
         met_another = hello.attempt > 0
         self._attempt = max(self._attempt, hello.attempt)
+        if self.roster.state is State.GATHERING:  # numbers of attempts only grow, over keepers too
+            self.roster = replace(self.roster, attempt=self._attempt)
         job.welcome(peer, hello, attempt=self._attempt, new=met_another)
         if met_another:
             self._waiting[peer.number] = hello.rank
@@ -104,7 +109,7 @@ class Crew:
                 if (message.rank, message.index) not in {(slot.rank, slot.index) for slot in job.slots}:
                     job.slots.add(message.rank, message.index, fds[0], message.size_bytes)
                     return True
-                _close(fds)
+                close_fds(fds)
             case words.BoardKept() if fds:
                 job.adopt_board(fds[0])
             case Failing():
@@ -247,10 +252,10 @@ class Crew:
         roster, board = self.roster, self._job.board
         if roster is None or board is None or roster.state is not State.RUNNING or self._dumping is not None:
             return
-        alive = [one for one in roster.members.values() if one.seat is Seat.ALIVE]
+        alive = self._alive()
         pulses = [_pulse(board.rank(one.rank), one) for one in alive]
         stuck = hung(pulses, floor_s=self._job.policy.hang_s)
-        if len(alive) < roster.ranks or not stuck:
+        if any(one.seat not in (Seat.ALIVE, Seat.ENDED) for one in roster.members.values()) or not stuck:
             return
         idle_s = {pulse.rank: pulse.idle_s for pulse in pulses}[stuck[0]]
         text = f"rank {stuck[0]} hangs: no step for {idle_s:.1f} s, {len(stuck)} of {roster.ranks} ranks stand still"
@@ -260,6 +265,10 @@ class Crew:
         event = Hung(stuck[0], roster.attempt, text, now_s, self._job.completed())
         self._dumping = (now_s + STACKS_WAIT_S, event)
 
+    def _alive(self) -> list[rules.Member]:
+        members = self.roster.members.values() if self.roster is not None else ()
+        return [one for one in members if one.seat is Seat.ALIVE]
+
     def _stack_file(self, rank: int) -> Path:
         return self._stacks / f"{self._attempt}-{rank}.txt"
 
@@ -267,11 +276,11 @@ class Crew:
         assert self._dumping is not None, "stacks were asked for"
         since_s = self._dumping[0] - STACKS_WAIT_S
         # Written in one go by a signal handler: what is there 0.2 s after the request and not empty is whole.
-        files = [self._stack_file(rank) for rank in range(self._job.ranks)]
+        files = [self._stack_file(one.rank) for one in self._alive()]
         return time.monotonic() - since_s > 0.2 and all(file.exists() and file.stat().st_size for file in files)
 
     def _tell_stacks(self) -> None:
-        for rank in range(self._job.ranks):
+        for rank in (one.rank for one in self._alive()):
             file = self._stack_file(rank)
             text = file.read_text(errors="replace") if file.exists() else ""
             shown = text or "no stack: the process did not answer, it may be stopped"
@@ -279,10 +288,7 @@ class Crew:
             self._job.say("supervisor", words.Tell(text=f"rank {rank} hangs here:\n{shown}", alarm=True), rank=0)
 
 
-def _pulse(board: object, member: rules.Member) -> Pulse:
-    from ckpt.link.board import RankBoard  # noqa: PLC0415
-
-    assert isinstance(board, RankBoard), "a rank's words"
+def _pulse(board: RankBoard, member: rules.Member) -> Pulse:
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     completed = board.completed
     return Pulse(
@@ -307,10 +313,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _close(fds: list[int]) -> None:
-    import os  # noqa: PLC0415
-
-    for fd in fds:
-        os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import socket
 import threading
@@ -17,7 +18,20 @@ from ckpt.keeper.job import Job
 from ckpt.keeper.peers import Peer
 from ckpt.keeper.status import report
 from ckpt.link.client import KeeperSpec
-from ckpt.link.messages import WIRE_VERSION, Bye, Finished, GetStatus, Hello, Message, Status, Welcome
+from ckpt.link.frames import close_fds
+from ckpt.link.messages import (
+    WIRE_VERSION,
+    BoardKept,
+    Bye,
+    Finished,
+    GetStatus,
+    Hello,
+    Message,
+    SlotKept,
+    SlotMade,
+    Status,
+    Welcome,
+)
 from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import Event, Tell
 
@@ -25,6 +39,12 @@ FIRST_HELLO_S = 30.0
 """How long a keeper that nobody spoke to stays."""
 
 TICK_S_MAX = 1.0
+
+DRAIN_READS_MAX = 256
+"""Reads, of 1 MiB each at most, to take what one trainer left; one that lives may go on sending for ever."""
+
+CARRIERS = (SlotMade, SlotKept, BoardKept)
+"""The messages that come with one descriptor."""
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -37,7 +57,10 @@ class Daemon:
         self._tell = tell
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], object]] = deque()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Sockets, not a pipe: a thread that posts after the end must not write to whatever has its number then.
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
         self._thread = threading.get_ident()
         self._job = Job(spec, boot=boot, post=self.post, tell=tell)
         self._job.drain = self._drain
@@ -50,8 +73,8 @@ class Daemon:
         """Have ``call`` made by the loop; from any thread."""
         self._posted.append(call)
         try:
-            os.write(self._wake_write, b"\0")
-        except (BlockingIOError, OSError):  # it is awake already, or it has ended
+            self._wake_write.send(b"\0")
+        except OSError:  # it is awake already, or it has ended
             return
 
     def run(self) -> None:
@@ -71,26 +94,33 @@ class Daemon:
                 peer.close()
             self._job.close()
             self._selector.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            self._wake_read.close()
+            self._wake_write.close()
 
     def _over(self, began_s: float) -> bool:
-        if any(peer.role != "tool" for peer in self._job.peers.values()):
+        now_s = time.monotonic()
+        if any(peer.role != "tool" and not _mute(peer, now_s) for peer in self._job.peers.values()):
             return False
         if not self._met_anyone:
-            return time.monotonic() - began_s > FIRST_HELLO_S
-        return self._job.over()
+            return now_s - began_s > FIRST_HELLO_S
+        return self._job.over() and not self._somebody_knocks()
+
+    def _somebody_knocks(self) -> bool:
+        """Whether there is a connection that was not accepted yet."""
+        return bool(select.select([self._listener], [], [], 0)[0])
 
     def _serve(self, key: selectors.SelectorKey, mask: int) -> None:
         if key.fileobj is self._listener:
             self._accept()
-        elif key.fd == self._wake_read:
+        elif key.fileobj is self._wake_read:
             self._drain_wake()
         else:
             peer: Peer = key.data
+            if peer.number not in self._job.peers:  # it went while another's words were obeyed
+                return
             if mask & _WRITE and peer.flush():
                 self._selector.modify(peer.sock, _READ, peer)
-            if mask & _READ:
+            if mask & _READ and peer.number in self._job.peers:
                 self._read(peer)
 
     def _accept(self) -> None:
@@ -111,7 +141,7 @@ class Daemon:
 
     def _drain_wake(self) -> None:
         try:
-            while os.read(self._wake_read, 4096):
+            while self._wake_read.recv(4096):
                 continue
         except BlockingIOError:
             return
@@ -136,13 +166,20 @@ class Daemon:
             self._gone(peer)
 
     def _drain(self) -> None:
-        """Read what trainers sent: one that is dead left all of it in its socket."""
+        """Read what trainers sent: one that is dead left all of it in its socket, and its end."""
         for peer in list(self._job.peers.values()):
-            if peer.role == "trainer":
+            for _ in range(DRAIN_READS_MAX):
+                if peer.role != "trainer" or peer.number not in self._job.peers or not _readable(peer.sock):
+                    break
                 self._read(peer)
 
     def _take(self, peer: Peer, message: Message, fds: list[int]) -> None:
         try:
+            if fds and (len(fds) > 1 or peer.hello is None or not isinstance(message, CARRIERS)):
+                close_fds(fds)
+                raise UsageError(
+                    f"descriptors beside a message that has no use for them. message={type(message).__name__}"
+                )
             self._dispatch(peer, message, fds)
         except CkptError as error:
             self._fail(peer, message, error)
@@ -174,6 +211,7 @@ class Daemon:
             case _ if self._crew.take(peer, message, fds) or (self._job.board and self._desk.take(peer, message, fds)):
                 return
             case _:
+                close_fds(fds)
                 raise UsageError(f"a message that a {peer.role} does not send. message={type(message).__name__}")
 
     def _hello(self, peer: Peer, hello: Hello) -> None:
@@ -194,6 +232,7 @@ class Daemon:
             self._crew.join(peer, hello, new=new)
             return
         if new and self._job.slots is not None and self._job.board is not None:
+            self._desk.clear()
             self._job.board.begin_attempt(max(self._job.board.attempt, self._crew.attempt) + 1)
             self._job.slots.settle()
         self._job.welcome(peer, hello, attempt=self._crew.attempt, new=new)
@@ -207,9 +246,20 @@ class Daemon:
         self._desk.gone(peer)
         if peer.role == "supervisor":
             self._crew.gone(peer)
-        if peer.role in ("", "tool") or self._job.members:
-            if peer.role == "trainer" and not peer.planned and not self._crew.supervised:
-                self._job.lone_trainer_lost()
+        if peer.role in ("", "tool"):
             return
-        if not (peer.planned or self._crew.ended_well):
+        if peer.role == "trainer" and not peer.planned and not self._crew.supervised:
+            self._job.lone_trainer_lost()
+        if not self._job.members and (not peer.planned or self._job.cut_off) and not self._crew.ended_well:
             self._job.abandon()
+
+
+def _mute(peer: Peer, now_s: float) -> bool:
+    """Whether it has had all the time in the world to say hello."""
+    return peer.hello is None and now_s - peer.since_s > FIRST_HELLO_S
+
+
+def _readable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))

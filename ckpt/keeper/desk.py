@@ -58,7 +58,7 @@ class Desk:
         """Where the last epoch that was opened goes on from."""
 
     def clear(self) -> None:
-        """Forget all messages: a new attempt starts with an empty room."""
+        """Forget all messages: a new attempt, or launch, starts with an empty room."""
         self._room.clear()
         self._counts.clear()
         self._waiting.clear()
@@ -175,7 +175,10 @@ class Desk:
                 sealed = job.slots.sealed(peer.rank, message.index, message.generation)
                 if sealed is None:
                     text = f"a slot was handed in that is not sealed. snapshot={message.snapshot} rank={peer.rank}"
-                    job.uploads.refuse(peer.rank, message.snapshot, InternalError(text))
+                    lost = InternalError(text)
+                    job.uploads.refuse(peer.rank, message.snapshot, lost)
+                    told = Outcome(snapshot=message.snapshot, error=from_error(lost, rank=peer.rank))
+                    job.say("events", told, rank=peer.rank)
                 else:
                     job.uploads.persist(peer.rank, replace(sealed, shared=dict(message.shared)), message.tags)
 

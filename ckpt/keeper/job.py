@@ -15,7 +15,7 @@ from ckpt.errors import CkptError, ConflictError, UsageError
 from ckpt.keeper.peers import Peer, failed
 from ckpt.keeper.slots import Post, SlotTable
 from ckpt.keeper.uploads import Uploads
-from ckpt.link.board import Board
+from ckpt.link.board import RANKS_MAX, Board
 from ckpt.link.client import KeeperSpec
 from ckpt.link.messages import Drop, Fenced, Hello, Message, Outcome, RemoteError, Welcome
 from ckpt.link.policy import Policy
@@ -52,6 +52,8 @@ class Job:
         self.slots: SlotTable | None = None
         self.uploads: Uploads | None = None
         self.fenced: str = ""
+        self.cut_off = False
+        """Whether a trainer without supervisor of this launch went without a word."""
         self.drain: Callable[[], None] = lambda: None
         """Takes what trainers said before they died and nobody has read yet."""
 
@@ -65,7 +67,10 @@ class Job:
 
         Raises ConflictError where another launch of the job still lives here.
         """
+        if not 1 <= hello.ranks <= RANKS_MAX or not 0 <= hello.rank < hello.ranks:
+            raise UsageError(f"a rank out of range. rank={hello.rank} ranks={hello.ranks}")
         if hello.launch == self.launch and hello.ranks == self.ranks:
+            self.times.abandoned_s = self.times.idle_s = None
             return False
         others = sorted({peer.hello.pid for peer in self.members if peer.hello is not None})
         if others:
@@ -73,11 +78,10 @@ class Job:
                 f"this job is running already on this node. job={self.spec.job!r} store={self.spec.store} pids={others}; "
                 "stop it first, or give this run another job name"
             )
-        if not 1 <= hello.ranks <= 4096 or not 0 <= hello.rank < hello.ranks:
-            raise UsageError(f"a rank out of range. rank={hello.rank} ranks={hello.ranks}")
         self.launch = hello.launch
         self.policy = hello.policy or self.policy
         self.fenced = ""
+        self.cut_off = False
         if hello.ranks != self.ranks:
             self._make_room(hello.ranks)
         elif self.uploads is not None:
@@ -145,6 +149,7 @@ class Job:
 
     def lone_trainer_lost(self) -> None:
         """A trainer without supervisor is gone without a word: what it had not handed in is settled for the others' sake."""
+        self.cut_off = True
         if self.uploads is not None and self.slots is not None:
             self.uploads.attempt_ended(self.slots.sealed_of)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 from ckpt.errors import CkptError, UnavailableError
@@ -21,6 +23,7 @@ class Peer:
         self.sock = sock
         self.hello: Hello | None = None
         self.planned = False
+        self.since_s = time.monotonic()
         self._inbox = Inbox()
         self._outbox = Outbox()
 
@@ -47,7 +50,8 @@ class Peer:
         try:
             self._outbox.push(message, [os.dup(fd) for fd in fds])
         except UnavailableError:  # it has left too much unread: as good as gone, and its end is read soon
-            self.sock.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # it has hung up
+                self.sock.shutdown(socket.SHUT_RDWR)
             return
         if not self.flush():
             self._on_blocked(self)

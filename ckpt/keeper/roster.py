@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckpt.keeper.roster_words import (
@@ -60,6 +60,10 @@ class Seat(enum.Enum):
     ENDED = "ended"
 
 
+_WAITED = (Seat.STARTING,)
+_LIVE = (Seat.STARTING, Seat.ALIVE)
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """One rank: the connection of its supervisor, and its trainer."""
@@ -86,7 +90,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """One launch. ``members`` by rank; ``failures`` are those of the attempt that is being killed."""
+    """One launch. ``members`` by rank; ``failures`` are those of the attempt that is being killed.
+
+    ``status``: what it was told to leave with, once it is over.
+    """
 
     launch: str
     ranks: int
@@ -97,6 +104,7 @@ class Roster:
     failures: tuple[Failure, ...] = ()
     record: Record = Record()
     preempted: bool = False
+    status: int = 0
 
     @property
     def failure(self) -> Failure | None:
@@ -111,13 +119,17 @@ class Roster:
 
 def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
     """The roster after ``event``, and what is to be done, in order. Events of dead attempts change nothing."""
-    if getattr(event, "attempt", roster.attempt) != roster.attempt or roster.state is State.OVER:
+    if roster.state is State.OVER:  # who comes too late goes at once: nobody else would tell it to
+        return roster, [LeaveOne(event.rank, roster.status)] if isinstance(event, Joined) else []
+    # While ranks gather no attempt lives: the number is that of an earlier keeper's last one.
+    live = roster.attempt if roster.state is not State.GATHERING else None
+    if getattr(event, "attempt", live) != live:
         return roster, []
     match event:
         case Joined(rank, peer, pid):
             return _join(roster, Member(rank, peer, pid))
         case TrainerStarted(rank, _, pid, how):
-            return _seat(roster, rank, seat=Seat.ALIVE, trainer_pid=pid, how=how), []
+            return _seat(roster, rank, of=_WAITED, seat=Seat.ALIVE, trainer_pid=pid, how=how), []
         case TrainerFailing(rank, _, failing):
             return _seat(roster, rank, failing=failing), []
         case TrainerDied():
@@ -125,7 +137,7 @@ def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
         case Hung(rank, _, text, at_s, completed):
             return _fail(roster, Failure(rank, "hang", text, 0, at_s), completed)
         case TrainerKilled(rank):
-            return _gone(_seat(roster, rank, seat=Seat.DEAD))
+            return _gone(_seat(roster, rank, of=_LIVE, seat=Seat.DEAD))
         case SupervisorLeft():
             return _left(roster, event)
         case Preempted():
@@ -152,8 +164,9 @@ def _start(roster: Roster) -> tuple[Roster, list[Action]]:
     return started, [StartAll(attempt)]
 
 
-def _seat(roster: Roster, rank: int, **changes: object) -> Roster:
-    if rank not in roster.members:
+def _seat(roster: Roster, rank: int, *, of: Collection[Seat] = tuple(Seat), **changes: object) -> Roster:
+    """Change what is known of a rank's trainer, where its seat is one ``of`` those."""
+    if rank not in roster.members or roster.members[rank].seat not in of:
         return roster
     member = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
     return replace(roster, members={**roster.members, rank: member})
@@ -164,10 +177,14 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
     if member is None or member.seat in (Seat.DEAD, Seat.ENDED):
         return roster, []
     stopped = roster.preempted and event.status == PREEMPTED_STATUS
-    if (event.status == 0 or stopped) and roster.state is State.RUNNING:
+    if event.status == 0 or stopped:
         roster = _seat(roster, event.rank, seat=Seat.ENDED)
+        leaves: list[Action] = [LeaveOne(event.rank, event.status)]
+        if roster.state is State.KILLING:  # it was done before the kill came: not to be started again
+            roster, actions = _gone(roster)
+            return roster, [*leaves, *actions]
         ended = all(one.seat is Seat.ENDED for one in roster.members.values())
-        return replace(roster, state=State.OVER) if ended else roster, [LeaveOne(event.rank, event.status)]
+        return replace(roster, state=State.OVER, status=event.status) if ended else roster, leaves
     roster = _seat(roster, event.rank, seat=Seat.DEAD)
     failing = member.failing
     if failing is not None and event.status > 0:
@@ -188,9 +205,9 @@ def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[Action]]:
         return roster, []
     members = {rank: one for rank, one in roster.members.items() if rank != event.rank}
     roster = replace(roster, members=members)
-    if event.planned or member.seat is Seat.ENDED:
+    if member.seat is Seat.ENDED:
         return (replace(roster, state=State.OVER) if not members else roster), []
-    text = f"the supervisor of rank {event.rank} was cut off"
+    text = f"the supervisor of rank {event.rank} {'left' if event.planned else 'was cut off'}"
     return _fail(roster, Failure(event.rank, "supervisor", text, 1, event.at_s), event.completed)
 
 
@@ -212,7 +229,7 @@ def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, lis
 
 def _gone(roster: Roster) -> tuple[Roster, list[Action]]:
     """Once all are dead: judge, then start again or end."""
-    left = [one for one in roster.members.values() if one.seat in (Seat.STARTING, Seat.ALIVE)]
+    left = [one for one in roster.members.values() if one.seat in _LIVE]
     failure = roster.failure
     if roster.state is not State.KILLING or left or failure is None:
         return roster, []
@@ -229,7 +246,7 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[Action]]:
         status = 128 - failure.status
     else:
         status = failure.status or 1
-    return replace(roster, state=State.OVER), [LeaveAll(status, failure.text)]
+    return replace(roster, state=State.OVER, status=status), [LeaveAll(status, failure.text)]
 
 
 def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:

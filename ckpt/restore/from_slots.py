@@ -17,7 +17,7 @@ from ckpt.manifest.index import SnapshotIndex
 from ckpt.manifest.keys import part_key, writer_name
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.manifest.part import Part, StoredShard, chunk_sizes
-from ckpt.stage.slot_header import generation_of, header_bytes_of, read_slot
+from ckpt.stage.slot_header import generation_of, header_bytes_of, read_brief, read_slot
 from ckpt.values import CHUNK_BYTES, ChunkLocation, Codec, SnapshotId, StagedIndex, StagedShard
 
 SLOT_PREFIX = "slot/"
@@ -156,7 +156,7 @@ def _holder(snapshot: SnapshotId, rank: int, memories: Sequence[memoryview]) -> 
     damage: IntegrityError | None = None
     for memory in memories:
         try:
-            found = read_slot(memory)
+            found = read_brief(memory)
         except IntegrityError as error:
             damage = error
             continue

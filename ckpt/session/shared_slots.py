@@ -18,7 +18,8 @@ from ckpt.manifest.index import SnapshotIndex
 from ckpt.restore.from_slots import SlotStore, staged_index
 from ckpt.session.slot_rule import Seen, newest_of, passed, why_kept
 from ckpt.stage.memory import Region
-from ckpt.stage.slot import Slot, read_slot
+from ckpt.stage.slot import Slot
+from ckpt.stage.slot_header import read_brief
 from ckpt.values import SnapshotId
 
 LOOK_S = 0.002
@@ -199,7 +200,7 @@ def open_staged(
 
 def _sealed(region: Region) -> tuple[SnapshotId, int] | None:
     try:
-        found = read_slot(region.view)
+        found = read_brief(region.view)
     except IntegrityError:  # no reader believes it, so it is as good as empty
         return None
     return None if found is None else (found[0].snapshot, found[1])

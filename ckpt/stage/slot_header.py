@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from typing import TypeVar
 
 import msgspec
 
@@ -20,7 +21,9 @@ from ckpt.errors import IntegrityError, InternalError, UsageError
 from ckpt.manifest.canonical import ready
 from ckpt.manifest.digest import digest
 from ckpt.stage.index_rules import index_problem
-from ckpt.values import PAGE_BYTES, StagedIndex
+from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
+
+_T = TypeVar("_T")
 
 MAGIC = int.from_bytes(b"ckptslot", "little")
 FORMAT_VERSION = 1
@@ -107,7 +110,35 @@ def read_slot(memory: memoryview) -> tuple[StagedIndex, int] | None:
     None for a slot that is not sealed (never was, is being written, or its writer died meanwhile) or was overwritten
     while it was read. Raises IntegrityError where it claims to be sealed and contradicts itself. Trusts nothing, allocates no
     more than the header's own size. Data is not read: compare ``generation_of`` after copying, and each chunk's digest.
+    Costs some ten microseconds a shard; ``read_brief`` far less.
     """
+    found = _encoded(memory)
+    if found is None:
+        return None
+    encoded, generation, data_bytes = found
+    index = _decode(encoded, StagedIndex)
+    why = index_problem(index, data_bytes=data_bytes)
+    if why is not None:
+        raise IntegrityError(f"a sealed slot contradicts itself. {why} generation={generation}")
+    return index, generation
+
+
+class Brief(msgspec.Struct, frozen=True):
+    """Whose state of which snapshot a sealed slot holds."""
+
+    snapshot: SnapshotId
+    rank: int
+    world_size: int
+
+
+def read_brief(memory: memoryview) -> tuple[Brief, int] | None:
+    """As ``read_slot``, but only what the slot holds: the index is compared with its digest and not looked into."""
+    found = _encoded(memory)
+    return None if found is None else (_decode(found[0], Brief), found[1])
+
+
+def _encoded(memory: memoryview) -> tuple[bytes, int, int] | None:
+    """A sealed slot's index as it is written, its generation and its data area's length; the digest is right."""
     generation = generation_of(memory)
     if generation is None:
         return None
@@ -119,12 +150,9 @@ def read_slot(memory: memoryview) -> tuple[StagedIndex, int] | None:
         return None
     if why is None and _seal(generation, header_bytes, data_bytes, encoded) != struct.pack("=2Q", words[6], words[7]):
         why = "the index differs from its digest."
-    if why is None:
-        index = _decode(encoded)
-        why = index_problem(index, data_bytes=data_bytes)
-        if why is None:
-            return index, generation
-    raise IntegrityError(f"a sealed slot contradicts itself. {why} generation={generation}")
+    if why is not None:
+        raise IntegrityError(f"a sealed slot contradicts itself. {why} generation={generation}")
+    return encoded, generation, data_bytes
 
 
 def generation_of(memory: memoryview) -> int | None:
@@ -157,9 +185,9 @@ def _header_problem(words: list[int], size_bytes: int) -> str | None:
     return None
 
 
-def _decode(encoded: bytes) -> StagedIndex:
+def _decode(encoded: bytes, kind: type[_T]) -> _T:
     try:
-        return msgspec.msgpack.decode(encoded, type=StagedIndex)
+        return msgspec.msgpack.decode(encoded, type=kind)
     except (msgspec.MsgspecError, UnicodeError, RecursionError, OverflowError) as error:
         raise IntegrityError(f"a sealed slot contradicts itself. not an index: {error}") from error
 
@@ -168,4 +196,4 @@ def _seal(generation: int, header_bytes: int, data_bytes: int, encoded: bytes) -
     return digest(struct.pack("<4Q", generation, header_bytes, data_bytes, len(encoded)) + encoded)
 
 
-ready(StagedIndex)
+ready(StagedIndex, Brief)

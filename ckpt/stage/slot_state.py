@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ckpt.errors import IntegrityError, InternalError
 from ckpt.stage.memory import PREFAULT_BYTES, Region
-from ckpt.stage.slot_header import Header, read_slot
+from ckpt.stage.slot_header import Header, read_brief
 from ckpt.values import SnapshotId, StagedIndex
 
 SLOTS_MAX = 64
@@ -232,7 +232,7 @@ class Slot:
     def sealed_in_memory(self) -> SnapshotId | None:
         """What the memory holds sealed, read from its bytes. What contradicts itself counts as nothing."""
         try:
-            found = read_slot(self.memory)
+            found = read_brief(self.memory)
         except IntegrityError:
             return None
         return None if found is None else found[0].snapshot
