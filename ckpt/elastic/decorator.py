@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from ckpt.backends.base import Backend
@@ -15,6 +16,7 @@ from ckpt.elastic.policy import RestartPolicy
 from ckpt.elastic.process_group import watch_process_group
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
+from ckpt.elastic.term_in_place import TermInPlace
 from ckpt.errors import UsageError
 from ckpt.session.keeping import keeper_spec
 from ckpt.session.options import Options, check_only, check_store
@@ -83,9 +85,11 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has
                 run = Run(
                     session, schedule, stale_s_max=stale_s_max, memory_every=memory_every, seat=seat, points=points
                 )
+                in_place = TermInPlace(lambda: run.stop(policy.grace_s)) if seat is None else nullcontext()
                 try:
-                    result = function(run, *args, **kwargs)
-                    run.finish()
+                    with in_place:
+                        result = function(run, *args, **kwargs)
+                        run.finish()
                 except BaseException as error:
                     run.failing(error)
                     run.abandon()

@@ -13,9 +13,6 @@ from ckpt.link.board import Board, Phase
 STAGE = 1
 """The flag of a decision: stage this boundary."""
 
-LAG_MAX = 1
-"""Boundaries that the slowest rank may be behind: beyond it the others would fill all their slots while they wait for it."""
-
 
 class MemoryTier:
     """One rank's view of the board. ``every``: boundaries from one staged snapshot to the next; 0 for none."""
@@ -26,10 +23,11 @@ class MemoryTier:
         self._rank = rank
         self._every = every
         self._staged_at: int | None = None
+        self._at = 0
 
     def begin(self, completed: int) -> None:
         """Training starts: ``completed`` steps are done."""
-        self._staged_at = completed
+        self._staged_at = self._at = completed
         self._mine.attempt = self._board.attempt
         self._mine.phase = Phase.TRAINING
         self._mine.beat(completed)
@@ -47,6 +45,7 @@ class MemoryTier:
         self._mine.beat(completed)
         self._mine.first_step_done = True
         self._announce(completed)
+        self._at = completed
 
     def skipped(self) -> None:
         """A boundary that was to be staged found no slot."""
@@ -62,9 +61,9 @@ class MemoryTier:
             return
         assert self._staged_at is not None, "begun"
         due = completed + 1 - self._staged_at >= self._every
-        self._board.decide(completed + 1, STAGE if due and self._lag(completed) <= LAG_MAX else 0)
+        self._board.decide(completed + 1, STAGE if due and self._slowest() >= self._at else 0)
 
-    def _lag(self, completed: int) -> int:
-        """How far the slowest rank is behind this one."""
+    def _slowest(self) -> int:
+        """Where the slowest rank is. One that is behind this one's last boundary would have the others fill all their slots."""
         done = [self._board.rank(rank).completed for rank in range(self._board.ranks)]
-        return completed - min(one if one is not None else completed for one in done)
+        return min(self._at if one is None else one for one in done)

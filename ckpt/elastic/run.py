@@ -296,12 +296,16 @@ class Run:
             self._memory.begin(self._done)
             if self._memory_every:
                 self._session.saving.leave_free(2)
-        self._session.on_stop(self._ask_to_stop)
+        self._session.on_stop(self.stop)
 
-    def _ask_to_stop(self, within_s: float) -> None:
+    def stop(self, within_s: float) -> bool:
+        """Ask all ranks to stop at a boundary, durable, within that many seconds; False before the first step. Any thread."""
+        if self._completed is None:
+            return False
         self._stop_at_s = time.monotonic() + within_s
         if self.rank == 0:  # one rank's request is every rank's
             self._session.orders.request(Order(forced=True, stop=True))
+        return True
 
     def _mark(self, phase: Phase) -> None:
         if self._memory is not None:

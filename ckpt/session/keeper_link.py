@@ -81,7 +81,7 @@ class KeeperLink:
         self._on_outcome: Callable[[Outcome], None] | None = None
         self._on_fenced: Callable[[str], None] | None = None
         self._on_lost: Callable[[CkptError], None] | None = None
-        self._on_stop: Callable[[float], None] | None = None
+        self._on_stop: Callable[[float], object] | None = None
         self._stop_s: float | None = None
         self._fenced: str | None = None
         self._open(calls, events)
@@ -139,7 +139,7 @@ class KeeperLink:
         if told is not None:
             call(told)
 
-    def on_stop(self, call: Callable[[float], None]) -> None:
+    def on_stop(self, call: Callable[[float], object]) -> None:
         """Have ``call`` told when the job is preempted, and in how many seconds; at once where that has happened."""
         with self._state:
             self._on_stop, told = call, self._stop_s

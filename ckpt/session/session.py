@@ -131,7 +131,7 @@ class Session:
             with suppress(UnavailableError):  # without a keeper nobody judges it
                 self._link.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
 
-    def on_stop(self, call: Callable[[float], None]) -> None:
+    def on_stop(self, call: Callable[[float], object]) -> None:
         """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it must have stopped."""
         if self._link is not None:
             self._link.on_stop(call)

@@ -1,0 +1,86 @@
+"""At which boundaries memory alone takes a snapshot: rank 0's word, found by every rank in time or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ckpt.elastic.memory_tier import MemoryTier
+from ckpt.link.board import Board, Phase
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    made = Board.create(2)
+    made.begin_attempt(1)
+    yield made
+    made.close()
+
+
+def tiers(board: Board, every: int, completed: int = 0) -> list[MemoryTier]:
+    found = [MemoryTier(board, rank=rank, every=every) for rank in range(2)]
+    for tier in found:
+        tier.begin(completed)
+    return found
+
+
+def boundary(tiers: list[MemoryTier], step: int, since: int | None = None) -> list[bool]:
+    """All ranks pass a boundary, rank 0 first; which of them staged."""
+    wants = []
+    for tier in tiers:
+        wanted = tier.wants(step, since=step - 1 if since is None else since)
+        wants.append(wanted)
+        tier.passed(step, staged=wanted)
+    return wants
+
+
+@pytest.mark.parametrize(("every", "wanted"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (0, [])])
+def test_every_rank_stages_the_same_boundaries(board: Board, every: int, wanted: list[int]) -> None:
+    both = tiers(board, every)
+    staged = [step for step in range(1, 7) if boundary(both, step) == [True, True]]
+    assert staged == wanted
+
+
+def test_a_loop_that_counts_several_steps_at_once_stages_where_it_passes_the_word(board: Board) -> None:
+    both = tiers(board, 1)
+    assert boundary(both, 5, since=0) == [True, True]
+    assert boundary(both, 10, since=5) == [True, True]
+
+
+def test_a_rank_ahead_of_rank_0_finds_no_word_and_takes_none(board: Board) -> None:
+    first, second = tiers(board, 1)
+    assert second.wants(1, since=0)
+    second.passed(1, staged=True)
+    assert not second.wants(2, since=1)
+    del first
+
+
+def test_rank_0_waits_for_a_rank_that_is_far_behind(board: Board) -> None:
+    first, second = tiers(board, 1)
+    for step in (1, 2):
+        first.passed(step, staged=first.wants(step, since=step - 1))
+    assert not first.wants(3, since=2), "rank 1 has two boundaries to catch up"
+    second.passed(2, staged=True)
+    first.passed(3, staged=False)
+    assert first.wants(4, since=3)
+
+
+def test_a_boundary_that_was_not_taken_is_due_at_the_next(board: Board) -> None:
+    both = tiers(board, 2)
+    for tier in both:
+        tier.passed(1, staged=False)
+    for tier in both:
+        tier.passed(2, staged=False)  # gradients were being accumulated there
+    assert board.decision(3) == 1
+
+
+def test_the_board_shows_phase_steps_and_counts(board: Board) -> None:
+    first, _ = tiers(board, 1, completed=7)
+    words = board.rank(0)
+    assert (words.completed, words.phase, words.first_step_done) == (7, Phase.TRAINING, False)
+    first.passed(8, staged=True)
+    first.skipped()
+    assert (words.completed, words.staged, words.skipped, words.first_step_done) == (8, 1, 1, True)
+    first.pause(Phase.PAUSED)
+    assert (words.completed, words.phase) == (8, Phase.PAUSED)

@@ -1,0 +1,53 @@
+"""A rank that looks for rank 0's listener instead of dialling into the void."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import torch.distributed as dist
+
+from ckpt.elastic.process_group import listens, wait_for_listener, watch_process_group
+
+
+def bound() -> socket.socket:
+    made = socket.socket()
+    made.bind(("127.0.0.1", 0))
+    return made
+
+
+def test_only_a_listener_counts() -> None:
+    with bound() as one:
+        port = one.getsockname()[1]
+        assert listens(port) is False
+        one.listen()
+        assert listens(port) is True
+    assert listens(port) is False
+
+
+def test_waiting_ends_as_soon_as_somebody_listens() -> None:
+    with bound() as one:
+        timer = threading.Timer(0.05, one.listen)
+        timer.start()
+        began_s = time.monotonic()
+        assert wait_for_listener(one.getsockname()[1], timeout_s=60)
+        assert time.monotonic() - began_s < 30
+        timer.join()
+
+
+def test_waiting_ends_where_nobody_comes_and_without_a_port() -> None:
+    with bound() as one:
+        assert not wait_for_listener(one.getsockname()[1], timeout_s=0.01)
+    assert not wait_for_listener(0)
+
+
+def test_the_users_call_is_made_as_it_is_and_noted(monkeypatch) -> None:
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: seen.append((args, kwargs)))
+    monkeypatch.setenv("RANK", "0")
+    made: list[bool] = []
+    watch_process_group(lambda: made.append(True))
+    dist.init_process_group("gloo", world_size=1)
+    assert seen == [(("gloo",), {"world_size": 1})]
+    assert made == [True]

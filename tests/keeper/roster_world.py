@@ -1,0 +1,220 @@
+"""Supervisors, trainers and their sockets around a roster, as a model: every order in which words can arrive.
+
+A state is a value; ``moves`` gives all that may happen next. The roster is checked against what really lives in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from ckpt.keeper import roster as rules
+from ckpt.keeper.roster import PREEMPTED_STATUS, Roster, Seat, State
+from ckpt.keeper.roster_words import (
+    Action,
+    AskStop,
+    AttemptOver,
+    Event,
+    GraceOver,
+    Hung,
+    Joined,
+    KillAll,
+    LeaveAll,
+    LeaveOne,
+    Preempted,
+    StartAll,
+    SupervisorLeft,
+    TrainerDied,
+    TrainerFailing,
+    TrainerKilled,
+    TrainerStarted,
+)
+from ckpt.link.messages import Failing, Policy
+
+STATUS_OF = {"ends": 0, "stops": PREEMPTED_STATUS, "raises": 1, "refuses": 2, "killed": -9}
+ERROR = Failing(kind="ValueError", text="bad", fingerprint="f", step=3)
+FINAL = Failing(kind="UsageError", text="wrong", fingerprint="u", step=0, final=True)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One rank: its supervisor, its trainer, and the words on their way in both directions."""
+
+    there: str = "absent"  # absent, up, gone
+    trainer: int = 0  # attempt of the one that lives, 0: none
+    done: int = 0  # attempt whose trainer ended by itself, well
+    up: tuple[Event, ...] = ()
+    down: tuple[Action, ...] = ()
+
+
+@dataclass(frozen=True)
+class World:
+    """All of it. ``faults`` are those that may still happen; ``gap_s`` passes between two of them."""
+
+    roster: Roster
+    sides: tuple[Side, ...]
+    faults: int
+    gap_s: float = 5.0
+    now_s: float = 100.0
+    completed: int = 0
+    asked_to_stop: bool = False
+    stops: bool = False
+    owes: tuple[str, ...] = field(default=())
+
+    def key(self) -> object:
+        """Equal for states that go on equally."""
+        one = self.roster
+        members = tuple(sorted(one.members.items()))
+        known = (one.attempt, one.state, members, one.failures, one.record, one.preempted, one.status)
+        return known, self.sides, self.faults, self.now_s, self.completed, self.asked_to_stop, self.stops
+
+    def at_rest(self) -> bool:
+        """Whether everybody has come and every word has arrived."""
+        return all(side.there != "absent" and not side.up and not side.down for side in self.sides)
+
+
+def world(ranks: int, *, faults: int, gap_s: float = 5.0, policy: Policy | None = None, attempt: int = 0) -> World:
+    """A launch that nobody has joined yet."""
+    roster = Roster("l", ranks, policy or Policy(), attempt)
+    return World(roster, tuple(Side() for _ in range(ranks)), faults, gap_s)
+
+
+def moves(now: World) -> Iterator[tuple[str, World]]:
+    """All that may happen next, with a name."""
+    for rank, side in enumerate(now.sides):
+        if side.there == "absent":
+            yield f"{rank} joins", put(now, rank, there="up", up=(Joined(rank, rank, 50 + rank),))
+        if side.up:
+            yield f"keeper hears {rank}: {side.up[0]}", hear(put(now, rank, up=side.up[1:]), side.up[0])
+        if side.there == "up" and side.down:
+            yield f"{rank} hears {side.down[0]}", obey(now, rank)
+        if side.trainer:
+            yield f"{rank} ends", end(now, rank, "ends")
+            if now.asked_to_stop:
+                yield f"{rank} stops", end(now, rank, "stops")
+    if now.faults:
+        yield from faults(replace(now, faults=now.faults - 1, now_s=now.now_s + now.gap_s))
+
+
+def faults(now: World) -> Iterator[tuple[str, World]]:
+    """What goes wrong."""
+    for rank, side in enumerate(now.sides):
+        if side.trainer:
+            for how in ("raises", "refuses", "killed"):
+                yield f"{rank} {how}", end(now, rank, how)
+                yield f"{rank} {how}, a step later", end(replace(now, completed=now.completed + 1), rank, how)
+            hung = Hung(rank, now.roster.attempt, f"rank {rank} hangs", now.now_s, now.completed)
+            yield f"{rank} hangs", hear(now, hung)
+        if side.there == "up":
+            left = SupervisorLeft(rank, rank, False, now.now_s, now.completed)
+            yield f"supervisor {rank} is killed", put(now, rank, there="gone", trainer=0, up=(*side.up, left), down=())
+    if not now.stops:
+        yield "preempted", hear(replace(now, stops=True), Preempted())
+    else:
+        yield "grace over", hear(now, GraceOver(now.now_s))
+
+
+def put(now: World, rank: int, **changes: object) -> World:
+    """One rank changes."""
+    sides = list(now.sides)
+    sides[rank] = replace(sides[rank], **changes)
+    return replace(now, sides=tuple(sides))
+
+
+def end(now: World, rank: int, how: str) -> World:
+    """A trainer ends by itself."""
+    side = now.sides[rank]
+    told: list[Event] = []
+    if how in ("raises", "refuses"):
+        told.append(TrainerFailing(rank, side.trainer, ERROR if how == "raises" else FINAL))
+    told.append(TrainerDied(rank, side.trainer, STATUS_OF[how], now.now_s, now.completed))
+    done = side.trainer if how == "ends" else side.done
+    return put(now, rank, trainer=0, done=done, up=(*side.up, *told))
+
+
+def obey(now: World, rank: int) -> World:
+    """A supervisor does the next thing that it was told."""
+    side = now.sides[rank]
+    word, left = side.down[0], side.down[1:]
+    match word:
+        case StartAll(attempt):
+            started = TrainerStarted(rank, attempt, 70 + rank, "fork")
+            return put(now, rank, trainer=attempt, up=(*side.up, started), down=left)
+        case KillAll(attempt):
+            assert side.trainer in (0, attempt), "killed what was never to be killed"
+            return put(now, rank, trainer=0, up=(*side.up, TrainerKilled(rank, attempt)), down=left)
+        case _:
+            gone = SupervisorLeft(rank, rank, True, now.now_s, now.completed)
+            return put(now, rank, there="gone", trainer=0, up=(*side.up, gone), down=())
+
+
+def hear(now: World, event: Event) -> World:
+    """The keeper takes one event; whatever it decides is checked, and told."""
+    before = now.roster
+    roster, actions = rules.step(before, event)
+    now = replace(now, roster=roster)
+    names = [type(action) for action in actions]
+    assert names.count(StartAll) + names.count(LeaveAll) <= 1, actions
+    if AttemptOver in names:
+        assert names[-1] in (StartAll, LeaveAll), "an attempt ends in another one, or all leave"
+        assert all(not side.trainer for side in now.sides), "it is over, and something of it lives"
+    for action in actions:
+        now = _tell(now, before, action)
+    _check(roster)
+    return now
+
+
+def _tell(now: World, before: Roster, action: Action) -> World:
+    match action:
+        case StartAll(attempt):
+            assert attempt == before.attempt + 1
+            assert all(not side.trainer for side in now.sides), "two attempts live"
+            assert not any(isinstance(word, StartAll) for side in now.sides for word in side.down), "two will live"
+            assert not any(side.done for side in now.sides), "a rank that ended is started again"
+            assert before.state is State.GATHERING or not now.roster.preempted, "preempted, and started again"
+        case KillAll():
+            assert before.state is State.RUNNING
+        case AskStop():
+            assert before.state is State.RUNNING
+            return replace(now, asked_to_stop=True)
+        case LeaveAll(status, text):
+            assert status > 0
+            assert text
+        case LeaveOne(rank):
+            return _send(now, rank, action)
+        case AttemptOver():
+            return now
+    for rank in range(len(now.sides)):
+        now = _send(now, rank, action)
+    return now
+
+
+def _send(now: World, rank: int, word: Action) -> World:
+    side = now.sides[rank]
+    # To who has joined: its connection is known by its hello.
+    known = side.there == "up" and not any(isinstance(event, Joined) for event in side.up)
+    return put(now, rank, down=(*side.down, word)) if known else now
+
+
+def _check(roster: Roster) -> None:
+    for offset in (-1, 1, 7):
+        stale = roster.attempt + offset
+        for event in (
+            TrainerStarted(0, stale, 1, "fork"), TrainerDied(0, stale, 0, 0.0, 9), TrainerDied(0, stale, -9, 0.0, 9),
+            TrainerKilled(0, stale), Hung(0, stale, "", 0.0, 9), TrainerFailing(0, stale, ERROR),
+        ):  # fmt: skip
+            assert rules.step(roster, event) == (roster, []), "a dead attempt's word changed something"
+
+
+def check_rest(now: World) -> None:
+    """At rest nothing may be left to wait for: all train, or all have gone."""
+    roster = now.roster
+    if roster.state is State.RUNNING:
+        for rank, side in enumerate(now.sides):
+            trains = side.there == "up" and side.trainer == roster.attempt
+            ended = side.there == "gone" and rank not in roster.members
+            assert trains or ended, f"rank {rank} neither trains nor has gone: {side} {roster}"
+            assert not trains or roster.members[rank].seat is Seat.ALIVE
+        return
+    assert roster.state is State.OVER, f"hangs: {roster}"
+    assert all(side.there == "gone" for side in now.sides), f"a supervisor was never told to go: {now.sides}"
