@@ -9,7 +9,7 @@ import msgspec
 from ckpt.elastic.holdings import Holdings
 from ckpt.errors import InternalError, UnavailableError
 from ckpt.link.frames import Wire, close_fds
-from ckpt.link.messages import Drop, Hello, Keep, KeepBoard, Killed, Message, Reply, Welcome
+from ckpt.link.messages import Drop, Hello, Keep, KeepBoard, Message, Reply, Welcome
 from ckpt.link.remote import to_error
 
 HELLO_WAIT_S = 30.0
@@ -41,7 +41,7 @@ class Lifeline:
         return -1 if self._link is None else self._link.fileno()
 
     def greet(self, attempt: int) -> None:
-        """Say hello, as of ``attempt``, of which nothing lives here; a keeper that doesn't know it gets what is held.
+        """Say hello, as of ``attempt``; a keeper that doesn't know it gets what is held.
 
         Raises the error that the keeper answers with, UnavailableError where it hangs up.
         """
@@ -49,8 +49,6 @@ class Lifeline:
             raise InternalError("nobody to greet")
         if _hello(self._link, msgspec.structs.replace(self._hello, id=1, attempt=attempt)).new:
             self._holdings.hand_over(self._link)
-        if attempt:  # nothing of it lives here any more, and all that was held is handed over
-            self._link.send(Killed(attempt=attempt))
         self.unheard = True
 
     def hear(self) -> list[Message]:

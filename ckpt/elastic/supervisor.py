@@ -360,6 +360,8 @@ class Supervisor:
         if self._preempted:
             self._preempted = False
             self._preempt()
+        if self._attempt:  # nothing of it lives here any more, and all that was held and met is told
+            self._keeper.send(Killed(attempt=self._attempt))
 
     # ---- small parts
 

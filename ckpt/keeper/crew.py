@@ -126,6 +126,11 @@ class Crew:
         return self.roster is not None and self.roster.launch == self._job.launch
 
     @property
+    def cut_off(self) -> bool:
+        """Whether a supervisor of the launch went without a word: the launcher starts the program anew."""
+        return self.supervised and self._cut_off
+
+    @property
     def ended_well(self) -> bool:
         """Whether the launch ran to an end of its own: nobody will come back for it."""
         return self.roster is not None and self.supervised and self.roster.state is State.OVER and not self._cut_off

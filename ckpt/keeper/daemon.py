@@ -250,7 +250,8 @@ class Daemon:
             return
         if peer.role == "trainer" and not peer.planned and not self._crew.supervised:
             self._job.lone_trainer_lost()
-        if not self._job.members and (not peer.planned or self._job.cut_off) and not self._crew.ended_well:
+        cut_off = not peer.planned or self._job.cut_off or self._crew.cut_off
+        if not self._job.members and cut_off and not self._crew.ended_well:
             self._job.abandon()
 
 

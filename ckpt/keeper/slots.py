@@ -13,7 +13,7 @@ from ckpt.link.messages import SlotEntry
 from ckpt.link.report import SlotReport
 from ckpt.persist.persister import Sealed
 from ckpt.stage.memory_limit import available_bytes
-from ckpt.stage.slot_header import Brief, Header, read_brief, read_slot
+from ckpt.stage.slot_header import Brief, Header, header_bytes_of, read_brief, read_slot
 from ckpt.values import SnapshotId, StagedIndex
 
 Post = Callable[[Callable[[], object]], None]
@@ -141,7 +141,9 @@ class SlotTable:
             entry = self._board.rank(slot.rank).slot(slot.index)
             if entry.snapshot is not None and not entry.held and (resume is None or entry.snapshot > resume):
                 self._board.rank(slot.rank).clear(slot.index)
-                Header(slot.memory, header_bytes=_header_bytes(slot)).open()
+                header_bytes = header_bytes_of(slot.memory)
+                if header_bytes is not None:  # else it is damaged, and holds nothing anyway
+                    Header(slot.memory, header_bytes=header_bytes).open()
 
     def complete(self, ranks: int) -> list[SnapshotId]:
         """Every pair that all ranks hold sealed, newest first, by their headers."""

@@ -159,7 +159,14 @@ def test_accumulation_takes_snapshots_behind_optimizer_steps_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    accumulate.train(118, report=Reports())
+
+    def report(step: int, loss: float) -> None:
+        deadline_s = time.monotonic() + RUN_S_MAX
+        # Steps of microseconds: without a pause the store would be behind, and the next one skipped.
+        while step == 60 and ckpt.Checkpointer(accumulate.STORE).latest() is None:
+            assert time.monotonic() < deadline_s, f"no snapshot became durable. loss={loss}"
+
+    accumulate.train(118, report=report)
     steps = [info.step for info in ckpt.Checkpointer(accumulate.STORE).snapshots()]
     assert steps == [52, 100], "50 is due and taken at 52; 118 is in the middle of an accumulation"
 

@@ -1,8 +1,29 @@
-"""What the keeper's tests share lies in modules beside them."""
+"""A keeper for each test; what else the keeper's tests share lies in modules beside them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for roster_world, served
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for roster_world, slot_makers, served
+
+from served import POLICY, Served
+
+from ckpt.link.messages import Policy
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Makes keepers that end after the test, whatever they wait for."""
+    made: list[Served] = []
+
+    def make(policy: Policy = POLICY) -> Served:
+        made.append(Served(tmp_path, policy))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.finish()

@@ -58,11 +58,13 @@ def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(progra
     link.expect(BoardKept)
     slot = link.expect(SlotKept)
     assert (slot.rank, slot.index, slot.size_bytes) == (0, 2, 4)
+    assert link.expect(Killed).attempt == 1
     assert [os.pread(fd, 9, 0) for _, fd in link.fds] == [b"board", b"slot"]
     assert alive(link.start(attempt=2).trainer_pid)
     link.close()
 
     link = keeper.accept(attempt=2)  # one that knows it: nothing is handed over
+    assert link.expect(Killed).attempt == 2
     link.start(attempt=3)
     link.send(Leave(status=0))
     link.expect(Bye)
@@ -78,6 +80,7 @@ def test_end_that_a_dead_keeper_may_not_have_noted_is_told_again(program, keeper
     link = keeper.accept(new=True, attempt=1)
     died = link.expect(Died)
     assert (died.attempt, died.status) == (1, 0)
+    assert link.expect(Killed).attempt == 1
     link.send(Leave(status=0))
     assert run.end() == 0
 
@@ -89,7 +92,9 @@ def test_preemption_is_told_again_to_a_new_keeper(program, keeper) -> None:
     os.kill(run.pid, signal.SIGTERM)
     link.expect(Preempt)
     link.close()
-    keeper.accept(attempt=1).expect(Preempt)
+    link = keeper.accept(attempt=1)
+    link.expect(Preempt)
+    assert link.expect(Killed).attempt == 1
 
 
 def test_keeper_that_cannot_be_had_again_ends_the_program_with_a_message(program, keeper, until, alive) -> None:

@@ -1,0 +1,233 @@
+"""Who may speak to a keeper, and when it ends."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Callable
+
+import pytest
+from served import WAIT_S, Served, open_epoch, until
+
+from ckpt.backends.file import FileBackend
+from ckpt.commit.journal import Journal
+from ckpt.errors import ConflictError, UsageError
+from ckpt.keeper import daemon as daemon_module
+from ckpt.link.client import Calls
+from ckpt.link.messages import WIRE_VERSION, Choices, Count, GetChoices, GetSlots, Number, Policy, Slots, Welcome
+from ckpt.values import SnapshotId
+
+Serve = Callable[..., Served]
+LINGERS = Policy(linger_s=30.0, hang_s=0.0)
+PAIR = SnapshotId(1, 5)
+
+
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon_module, "TICK_S_MAX", 0.05)
+
+
+def durable(served: Served) -> list[SnapshotId]:
+    return [entry.snapshot for entry in Journal.open(FileBackend(served.store)).refresh().snapshots]
+
+
+def test_it_ends_at_once_when_all_left_as_planned(serve: Serve) -> None:
+    served = serve(LINGERS)
+    trainers = [served.trainer(rank, 2) for rank in range(2)]
+    trainers[0].leave()
+    assert served.report().state == "in place"
+    trainers[1].leave()
+    assert served.ends(1.0)
+
+
+def test_what_was_handed_in_is_durable_before_it_ends(serve: Serve) -> None:
+    served = serve()
+    trainer = served.trainer()
+    open_epoch(trainer)
+    trainer.hand_in(PAIR)
+    trainer.leave()
+    assert served.ends()
+    assert durable(served) == [PAIR]
+
+
+def test_tools_do_not_keep_it_alive(serve: Serve) -> None:
+    served = serve()
+    trainer, tool = served.trainer(), served.tool()
+    trainer.leave()
+    assert served.ends(1.0)
+    tool.close()
+
+
+def test_a_peer_that_says_nothing_keeps_it_for_a_while_only(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon_module, "FIRST_HELLO_S", 0.2)
+    served = serve()
+    mute = served.wire()
+    served.trainer().leave()
+    assert served.ends(3.0)
+    mute.close()
+
+
+def test_a_keeper_that_nobody_speaks_to_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon_module, "FIRST_HELLO_S", 0.1)
+    assert serve().ends(3.0)
+
+
+def test_another_launch_is_refused_while_the_first_lives(serve: Serve) -> None:
+    served = serve()
+    first = served.trainer(launch="a")
+    with pytest.raises(ConflictError, match=rf"running already on this node.*pids=\[{os.getpid()}\]; stop it first"):
+        served.trainer(launch="b")
+    with pytest.raises(ConflictError):
+        served.trainer(0, 2, launch="a")
+    first.leave()
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(2, 2), (-1, 2), (0, 0), (0, 5000)])
+def test_a_rank_that_cannot_be_is_refused(serve: Serve, rank: int, ranks: int) -> None:
+    served = serve()
+    first = served.trainer(0, 2)
+    with pytest.raises(UsageError, match="out of range"):
+        served.trainer(rank, ranks)
+    first.leave()
+
+
+def test_a_role_that_is_none_is_refused(serve: Serve) -> None:
+    served = serve()
+    with pytest.raises(UsageError, match="unknown role"):
+        served.trainer(role="boss")
+
+
+def test_another_release_is_refused_and_told_why(serve: Serve) -> None:
+    served = serve()
+    one = served.trainer()
+    with pytest.raises(UsageError, match=f"another release.*theirs={WIRE_VERSION} ours=99"):
+        served.trainer(version=99)
+    one.leave()
+
+
+def test_who_speaks_before_its_hello_is_refused(serve: Serve) -> None:
+    served = serve()
+    calls = Calls(served.wire())
+    with pytest.raises(UsageError, match="before its hello"):
+        calls.call(Count(key="c", amount=1))
+    calls.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_garbage_of_one_peer_does_not_hurt_the_others(serve: Serve, seed: int) -> None:
+    served = serve()
+    well = served.trainer()
+    rng = random.Random(seed)
+    for _ in range(10):
+        sock = served.folder.connect()
+        body = rng.randbytes(rng.randrange(1, 300))
+        framed = struct.pack("<I", rng.choice([len(body), len(body) // 2, 1 << 31, 0])) + body
+        sock.sendall(rng.choice([framed, body, framed[:3]]))
+        if rng.random() < 0.5:
+            sock.shutdown(1)
+        assert well.calls.ask(Count(key="c", amount=1), Number).number > 0
+        sock.close()
+    well.leave()
+    assert served.ends()
+
+
+def test_a_garbled_trainer_is_cut_off_alone(serve: Serve) -> None:
+    served = serve(LINGERS)
+    well, bad = served.trainer(0, 2), served.trainer(1, 2)
+    bad.calls._wire._socket.sendall(b"\xff" * 64)  # noqa: SLF001
+    until(lambda: served.told("peer-lost"))
+    assert well.calls.ask(Count(key="c", amount=1), Number).number == 1
+    bad.leave(planned=False)
+    well.leave()
+
+
+def test_an_abandoned_job_is_made_durable_and_its_slots_wait_for_the_next_launch(serve: Serve) -> None:
+    served = serve(LINGERS)
+    first = served.trainer(launch="a")
+    open_epoch(first)
+    first.stage(PAIR)
+    first.leave(planned=False)
+    until(lambda: served.store.exists() and durable(served) == [PAIR])
+    assert served.report().state == "lingering"
+    second = served.trainer(launch="b")
+    assert len(second.calls.ask(GetSlots(rank=0), Slots).slots) == 1
+    found = second.calls.ask(GetChoices(), Choices).choices
+    assert [(choice.snapshot, choice.tier) for choice in found] == [(PAIR, "staged"), (PAIR, "durable")]
+    assert open_epoch(second, PAIR) == 2
+    second.leave()
+    assert served.ends(1.0), "the end of the second launch was planned"
+
+
+def test_an_abandoned_job_ends_after_it_lingered(serve: Serve) -> None:
+    served = serve(Policy(linger_s=0.3, hang_s=0.0))
+    first = served.trainer()
+    open_epoch(first)
+    first.stage(PAIR)
+    first.leave(planned=False)
+    assert not served.ends(0.2)
+    assert served.ends()
+    assert durable(served) == [PAIR]
+
+
+def test_what_survivors_held_is_durable_though_the_last_one_left_as_planned(serve: Serve) -> None:
+    served = serve(Policy(linger_s=0.0, hang_s=0.0))
+    trainers = [served.trainer(rank, 2) for rank in range(2)]
+    open_epoch(trainers[0])
+    for trainer in trainers:
+        trainer.stage(PAIR)
+    trainers[1].leave(planned=False)
+    trainers[0].leave()
+    assert served.ends()
+    assert durable(served) == [PAIR]
+
+
+def test_a_launch_of_another_size_starts_with_nothing_of_the_old_one(serve: Serve) -> None:
+    served = serve(LINGERS)
+    first = served.trainer(launch="a")
+    open_epoch(first)
+    first.hand_in(PAIR)
+    assert first.outcome().error is None
+    first.leave(planned=False)
+    until(lambda: served.report().state == "lingering")
+    others = [served.trainer(rank, 3, launch="b") for rank in range(3)]
+    assert [one.board.ranks for one in others] == [3] * 3
+    assert others[0].calls.ask(GetSlots(rank=0), Slots).slots == ()
+    found = others[0].calls.ask(GetChoices(), Choices).choices
+    assert [(choice.snapshot, choice.tier) for choice in found] == [(PAIR, "durable")]
+    for one in others:
+        one.leave()
+
+
+def test_a_connection_that_waits_when_all_is_over_is_served(serve: Serve) -> None:
+    served = serve()
+    first = served.trainer(launch="a")
+    go_on = served.pause()
+    first.leave()
+    second = served.wire()
+    go_on.set()
+    calls = Calls(second)
+    assert calls.ask(served.hello(launch="b"), Welcome, timeout_s=WAIT_S).boot == "b00t"
+    calls.close()
+
+
+def test_posting_after_the_end_is_harmless(serve: Serve) -> None:
+    served = serve()
+    served.trainer().leave()
+    assert served.ends()
+    read, write = os.pipe2(os.O_NONBLOCK)
+    more = [os.dup(write) for _ in range(20)]
+    served.daemon.post(lambda: None)
+    with pytest.raises(BlockingIOError):
+        os.read(read, 1)
+    for fd in (read, write, *more):
+        os.close(fd)
+
+
+def test_a_posted_call_that_fails_is_told_and_not_the_end(serve: Serve) -> None:
+    served = serve()
+    one = served.trainer()
+    served.daemon.post(lambda: 1 // 0)
+    until(lambda: served.told("keeper-failed"))
+    assert one.calls.ask(Count(key="c", amount=1), Number).number == 1
+    one.leave()

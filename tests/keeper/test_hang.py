@@ -1,0 +1,59 @@
+"""When a rank counts as hanging."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt.keeper.hang import PATIENCE, Pulse, check_s, hung, timeout_s
+from ckpt.link.board import Phase
+
+FLOOR_S = 10.0
+WELL = Pulse(0, Phase.TRAINING, True, completed=5, idle_s=1.0, longest_step_s=0.5)
+LATE = replace(WELL, rank=1, idle_s=FLOOR_S + 1)
+
+
+def test_a_rank_that_stands_still_longer_than_the_floor_hangs() -> None:
+    assert hung([WELL, LATE], floor_s=FLOOR_S) == (1,)
+    assert hung([WELL, replace(LATE, idle_s=FLOOR_S)], floor_s=FLOOR_S) == ()
+
+
+def test_long_steps_make_it_patient() -> None:
+    slow = replace(WELL, longest_step_s=2.0)
+    assert timeout_s([slow, LATE], floor_s=FLOOR_S) == 2.0 * PATIENCE
+    assert hung([slow, LATE], floor_s=FLOOR_S) == ()
+
+
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.BUILDING, Phase.PAUSED, Phase.DEBUGGING])
+def test_nobody_hangs_while_somebody_is_exempt(phase: Phase) -> None:
+    assert hung([replace(WELL, phase=phase), LATE], floor_s=FLOOR_S) == ()
+
+
+def test_nobody_hangs_before_the_first_step_or_in_a_debugger() -> None:
+    assert hung([replace(WELL, first_step_done=False), LATE], floor_s=FLOOR_S) == ()
+    assert hung([replace(WELL, traced=True), LATE], floor_s=FLOOR_S) == ()
+
+
+def test_a_rank_that_finished_neither_hangs_nor_exempts() -> None:
+    done = replace(LATE, rank=0, phase=Phase.FINISHED, first_step_done=False)
+    assert hung([done, LATE], floor_s=FLOOR_S) == (1,)
+    assert hung([done], floor_s=FLOOR_S) == ()
+
+
+def test_those_furthest_behind_come_first_and_of_those_the_longest_idle() -> None:
+    pulses = [replace(LATE, rank=0, completed=6), replace(LATE, rank=1), replace(LATE, rank=2, idle_s=20.0)]
+    assert hung(pulses, floor_s=FLOOR_S) == (2, 1, 0)
+
+
+def test_no_floor_means_never() -> None:
+    assert hung([replace(LATE, idle_s=1e9)], floor_s=0.0) == ()
+    assert hung([], floor_s=FLOOR_S) == ()
+
+
+@given(st.floats(0.01, 1e6))
+def test_it_looks_often_enough_and_not_too_often(floor_s: float) -> None:
+    assert 0.1 <= check_s(floor_s) <= 5.0
+    assert check_s(floor_s) <= max(0.1, floor_s / 8)

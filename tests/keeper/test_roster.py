@@ -1,0 +1,286 @@
+"""The rules of a roster, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from ckpt.keeper import roster as rules
+from ckpt.keeper.roster import ECHO_S, PREEMPTED_STATUS, Roster, Seat, State
+from ckpt.keeper.roster_words import (
+    Action,
+    AskStop,
+    AttemptOver,
+    Event,
+    GraceOver,
+    Hung,
+    Joined,
+    KillAll,
+    LeaveAll,
+    LeaveOne,
+    Preempted,
+    StartAll,
+    SupervisorLeft,
+    TrainerDied,
+    TrainerFailing,
+    TrainerKilled,
+    TrainerStarted,
+)
+from ckpt.link.messages import Failing, Policy
+
+
+def failing(*, fingerprint: str = "f", step: int = 7, final: bool = False) -> Failing:
+    return Failing(kind="ValueError", text="bad", fingerprint=fingerprint, step=step, final=final)
+
+
+class Told:
+    """A roster and all that it asked for."""
+
+    def __init__(self, ranks: int = 2, policy: Policy | None = None, *, attempt: int = 0) -> None:
+        self.roster = Roster("l", ranks, policy or Policy(), attempt)
+        self.actions: list[Action] = []
+        self.now_s = 100.0
+
+    def __call__(self, *events: Event) -> list[Action]:
+        """What these events led to."""
+        came: list[Action] = []
+        for event in events:
+            self.roster, actions = rules.step(self.roster, event)
+            came += actions
+        self.actions += came
+        return came
+
+    @property
+    def attempt(self) -> int:
+        return self.roster.attempt
+
+    def run(self) -> Told:
+        """All join and start."""
+        self(*(Joined(rank, rank, 1) for rank in range(self.roster.ranks)))
+        return self.started()
+
+    def started(self) -> Told:
+        self(*(TrainerStarted(rank, self.attempt, 9, "fork") for rank in range(self.roster.ranks)))
+        return self
+
+    def die(self, rank: int, status: int = -9, *, after_s: float = 0.0, completed: int = 0, told: Failing | None = None):
+        if told is not None:
+            self(TrainerFailing(rank, self.attempt, told))
+        return self(TrainerDied(rank, self.attempt, status, self.now_s + after_s, completed))
+
+    def killed(self, *ranks: int) -> list[Action]:
+        return self(*(TrainerKilled(rank, self.attempt) for rank in ranks))
+
+    def fail(self, rank: int = 0, status: int = -9, *, completed: int = 0, told: Failing | None = None) -> list[Action]:
+        """One dies, the others are killed; what came of it at the end."""
+        self.die(rank, status, completed=completed, told=told)
+        others = [one for one in range(self.roster.ranks) if one != rank]
+        came = self.killed(*others)
+        if self.roster.state is State.RUNNING:
+            self.started()
+        self.now_s += 10
+        return came
+
+
+def kinds(actions: Sequence[Action]) -> list[type]:
+    return [type(action) for action in actions]
+
+
+def test_the_first_attempt_begins_when_all_have_come() -> None:
+    told = Told(3)
+    assert told(Joined(2, 12, 1), Joined(0, 10, 1)) == []
+    assert told(Joined(1, 11, 1)) == [StartAll(1)]
+
+
+def test_attempts_are_numbered_on_from_those_of_an_earlier_keeper() -> None:
+    assert Told(1, attempt=4)(Joined(0, 0, 1)) == [StartAll(5)]
+
+
+def test_words_of_an_earlier_keepers_attempt_count_for_nothing_while_ranks_gather() -> None:
+    told = Told(2, attempt=4)
+    told(Joined(0, 0, 1))
+    assert told(TrainerDied(0, 4, -9, 1.0, 3), Hung(0, 4, "hangs", 1.0, 3), TrainerKilled(0, 4)) == []
+    assert told(Joined(1, 1, 1)) == [StartAll(5)]
+
+
+def test_a_death_has_all_killed_and_all_started_again_once_nothing_lives() -> None:
+    told = Told(3).run()
+    assert kinds(told.die(1)) == [KillAll]
+    assert told.killed(2) == []
+    assert kinds(told.killed(0)) == [AttemptOver, StartAll]
+    assert told.attempt == 2
+
+
+def test_a_late_start_does_not_revive_the_dead() -> None:
+    told = Told(2).run()
+    told.die(0)
+    told(TrainerStarted(0, 1, 9, "fork"))
+    assert told.roster.members[0].seat is Seat.DEAD
+    assert kinds(told.killed(1)) == [AttemptOver, StartAll]
+
+
+def test_an_exception_soon_after_anothers_death_is_its_echo() -> None:
+    told = Told(2).run()
+    told.die(1, 1, told=failing(), after_s=0.0)
+    actions = told.die(0, -9, after_s=ECHO_S)  # heard later, and the cause all the same
+    over = actions[0]
+    assert isinstance(over, AttemptOver)
+    assert (over.failure.kind, over.failure.rank) == ("died", 0)
+
+
+def test_an_exception_long_before_a_death_is_judged_itself() -> None:
+    told = Told(2).run()
+    told.die(1, 1, told=failing(), after_s=0.0)
+    over = told.die(0, -9, after_s=ECHO_S + 0.1)[0]
+    assert isinstance(over, AttemptOver)
+    assert over.failure.kind == "error"
+
+
+def test_echoes_never_make_a_bug_of_a_death() -> None:
+    told = Told(2).run()
+    for completed in range(4):
+        told.die(1, 1, told=failing(), after_s=0.2, completed=completed)
+        assert kinds(told.die(0, -9, after_s=0.5)) == [AttemptOver, StartAll]
+        told.started()
+        told.now_s += 10
+
+
+def test_the_same_error_at_the_same_step_twice_in_a_row_ends_the_job() -> None:
+    told = Told(2).run()
+    assert kinds(told.fail(1, 1, told=failing())) == [AttemptOver, StartAll]
+    over, leave = told.fail(0, 3, told=failing())
+    assert isinstance(over, AttemptOver)
+    assert isinstance(leave, LeaveAll)
+    assert leave.status == 3
+    assert "a bug" in leave.text
+
+
+@pytest.mark.parametrize("other", [failing(step=8), failing(fingerprint="g")])
+def test_another_error_or_another_step_is_no_bug(other: Failing) -> None:
+    told = Told(2).run()
+    for completed, one in enumerate([failing(), other, failing(), other]):
+        assert kinds(told.fail(1, 1, told=one, completed=completed)) == [AttemptOver, StartAll]
+
+
+def test_a_death_between_two_equal_errors_breaks_the_row() -> None:
+    told = Told(2).run()
+    told.fail(1, 1, told=failing())
+    told.fail(1, -11)
+    assert kinds(told.fail(1, 1, told=failing())) == [AttemptOver, StartAll]
+
+
+def test_a_final_error_ends_the_job_at_once() -> None:
+    told = Told(2).run()
+    assert told.fail(0, 2, told=failing(final=True))[-1] == LeaveAll(2, "rank 0 raised ValueError: bad")
+
+
+def test_a_job_that_completes_no_step_is_given_up() -> None:
+    told = Told(2, Policy(stuck_max=3)).run()
+    assert kinds(told.fail(completed=5)) == [AttemptOver, StartAll]
+    assert [kinds(told.fail(completed=5))[-1] for _ in range(3)] == [StartAll, StartAll, LeaveAll]
+
+
+def test_a_job_that_never_completed_a_step_is_given_up() -> None:
+    told = Told(1, Policy(stuck_max=3)).run()
+    for _ in range(3):
+        told.die(0, -9, completed=-1)
+        if told.roster.state is State.RUNNING:
+            told.started()
+    assert told.actions[-1] == LeaveAll(137, "rank 0 died of SIGKILL; 3 failures in a row without one new step completed")
+
+
+def test_every_new_step_makes_it_patient_again() -> None:
+    told = Told(2, Policy(stuck_max=2)).run()
+    for completed in (1, 1, 2, 2, 3, 3):
+        assert kinds(told.fail(completed=completed)) == [AttemptOver, StartAll]
+
+
+def test_ranks_that_ended_are_not_started_again() -> None:
+    told = Told(2).run()
+    assert told.die(0, 0) == [LeaveOne(0, 0)]
+    assert kinds(told.die(1)) == [KillAll, AttemptOver, LeaveAll]
+
+
+def test_a_rank_that_ended_and_answers_a_kill_has_still_ended() -> None:
+    told = Told(3).run()
+    told.die(0, 0)
+    told.die(1)
+    told.killed(0)
+    assert kinds(told.killed(2)) == [AttemptOver, LeaveAll]
+
+
+def test_a_rank_that_ended_before_the_kill_came_is_not_started_again() -> None:
+    told = Told(2).run()
+    assert kinds(told.die(0)) == [KillAll]
+    assert kinds(told.die(1, 0)) == [LeaveOne, AttemptOver, LeaveAll]
+
+
+def test_a_job_that_all_ranks_end_is_over_without_a_word() -> None:
+    told = Told(2).run()
+    assert told.die(0, 0) + told.die(1, 0) == [LeaveOne(0, 0), LeaveOne(1, 0)]
+    assert told.roster.state is State.OVER
+
+
+def test_preempted_trainers_are_asked_once_and_leave_one_by_one() -> None:
+    told = Told(2).run()
+    assert told(Preempted(), Preempted()) == [AskStop()]
+    assert told.die(0, PREEMPTED_STATUS) == [LeaveOne(0, PREEMPTED_STATUS)]
+    assert told.die(1, PREEMPTED_STATUS) == [LeaveOne(1, PREEMPTED_STATUS)]
+    assert told.roster.state is State.OVER
+
+
+def test_a_preempted_job_is_never_started_again() -> None:
+    told = Told(2).run()
+    told(Preempted())
+    assert told.fail(1)[-1] == LeaveAll(PREEMPTED_STATUS, "rank 1 died of SIGKILL")
+
+
+def test_preempted_while_it_is_killed_is_preempted() -> None:
+    told = Told(2).run()
+    told.die(0)
+    assert told(Preempted()) == []
+    assert kinds(told.killed(1)) == [AttemptOver, LeaveAll]
+
+
+def test_the_end_of_grace_has_all_killed() -> None:
+    told = Told(2).run()
+    told(Preempted())
+    assert kinds(told(GraceOver(110.0))) == [KillAll]
+    leave = told.killed(0, 1)[-1]
+    assert isinstance(leave, LeaveAll)
+    assert leave.status == PREEMPTED_STATUS
+
+
+def test_a_hang_is_a_failure_of_the_attempt() -> None:
+    told = Told(2).run()
+    assert kinds(told(Hung(1, 1, "rank 1 hangs", 100.0, 4))) == [KillAll]
+    assert kinds(told.killed(0, 1)) == [AttemptOver, StartAll]
+
+
+def test_a_lost_supervisor_ends_the_job() -> None:
+    told = Told(2).run()
+    assert kinds(told(SupervisorLeft(0, 0, False, 100.0, 3))) == [KillAll]
+    leave = told.killed(1)[-1]
+    assert leave == LeaveAll(1, "the supervisor of rank 0 was cut off")
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_supervisor_that_goes_before_all_have_come_ends_the_job(planned: bool) -> None:
+    told = Told(2)
+    told(Joined(0, 0, 1))
+    assert kinds(told(SupervisorLeft(0, 0, planned, 1.0, -1))) == [LeaveAll]
+    assert told(Joined(1, 1, 1)) == [LeaveOne(1, 1)], "who comes too late must not wait for ever"
+
+
+def test_the_end_of_a_connection_that_was_replaced_says_nothing() -> None:
+    told = Told(2)
+    told(Joined(0, 5, 1), Joined(0, 6, 1))
+    assert told(SupervisorLeft(0, 5, False, 1.0, -1)) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "text"), [(0, "exited with 0"), (3, "exited with 3"), (-9, "died of SIGKILL"), (-77, "died of signal 77")]
+)
+def test_a_status_in_words(status: int, text: str) -> None:
+    assert rules.status_text(status) == text
