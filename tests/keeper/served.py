@@ -155,7 +155,7 @@ class Trainer:
             self.events.leave()
             self.calls.close()
         else:
-            self.calls._wire.close()  # noqa: SLF001  a process that is killed says nothing
+            self.calls._wire.close()
             self.events.leave(planned=False)
         self.board.close()
         for slot in self.slots.values():
@@ -248,7 +248,7 @@ class Served:
 
     def crash(self) -> None:
         """The keeper is gone from one moment to the next, as for those who speak to it; its folder stays."""
-        self.daemon._over = lambda _: True  # type: ignore[method-assign]  # noqa: SLF001
+        self.daemon._over = lambda _: True  # type: ignore[method-assign]
         self.daemon.post(lambda: None)
         assert self.ends()
         self._close()

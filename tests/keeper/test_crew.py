@@ -269,7 +269,9 @@ def test_the_next_keeper_gets_slots_and_board_and_numbers_go_on(serve: Serve) ->
     some[0].board.rank(0).hold(0)  # of an upload that died with the keeper
     slots = [one.slots[0] for one in some]
     for one in crew:
-        until(lambda one=one: len(kept(one)[1]) == 2 if not one.so_far(words.Keep) else len(one.so_far(words.Keep)) == 2)
+        until(
+            lambda one=one: len(kept(one)[1]) == 2 if not one.so_far(words.Keep) else len(one.so_far(words.Keep)) == 2
+        )
     served.crash()
     assert all(one.ended() for one in crew)
 

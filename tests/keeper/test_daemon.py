@@ -135,7 +135,7 @@ def test_garbage_of_one_peer_does_not_hurt_the_others(serve: Serve, seed: int) -
 def test_a_garbled_trainer_is_cut_off_alone(serve: Serve) -> None:
     served = serve(LINGERS)
     well, bad = served.trainer(0, 2), served.trainer(1, 2)
-    bad.calls._wire._socket.sendall(b"\xff" * 64)  # noqa: SLF001
+    bad.calls._wire._socket.sendall(b"\xff" * 64)
     until(lambda: served.told("peer-lost"))
     assert well.calls.ask(Count(key="c", amount=1), Number).number == 1
     bad.leave(planned=False)

@@ -59,7 +59,9 @@ def test_clocks_that_disagree_make_no_phase_negative() -> None:
     assert min(one.phases().values()) >= 0
 
 
-@pytest.mark.parametrize(("resume", "lost"), [(SnapshotId(3, 11), 1), (SnapshotId(3, 12), 0), (SnapshotId(3, 13), 0), (None, 12)])
+@pytest.mark.parametrize(
+    ("resume", "lost"), [(SnapshotId(3, 11), 1), (SnapshotId(3, 12), 0), (SnapshotId(3, 13), 0), (None, 12)]
+)
 def test_lost_steps_are_those_completed_beyond_what_was_restored(resume: SnapshotId | None, lost: int) -> None:
     assert recovery(resume=resume).steps_lost == lost
 

@@ -64,7 +64,9 @@ class Told:
         self(*(TrainerStarted(rank, self.attempt, 9, "fork") for rank in range(self.roster.ranks)))
         return self
 
-    def die(self, rank: int, status: int = -9, *, after_s: float = 0.0, completed: int = 0, told: Failing | None = None):
+    def die(
+        self, rank: int, status: int = -9, *, after_s: float = 0.0, completed: int = 0, told: Failing | None = None
+    ):
         if told is not None:
             self(TrainerFailing(rank, self.attempt, told))
         return self(TrainerDied(rank, self.attempt, status, self.now_s + after_s, completed))
@@ -187,7 +189,9 @@ def test_a_job_that_never_completed_a_step_is_given_up() -> None:
         told.die(0, -9, completed=-1)
         if told.roster.state is State.RUNNING:
             told.started()
-    assert told.actions[-1] == LeaveAll(137, "rank 0 died of SIGKILL; 3 failures in a row without one new step completed")
+    assert told.actions[-1] == LeaveAll(
+        137, "rank 0 died of SIGKILL; 3 failures in a row without one new step completed"
+    )
 
 
 def test_every_new_step_makes_it_patient_again() -> None:
@@ -280,7 +284,8 @@ def test_the_end_of_a_connection_that_was_replaced_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "text"), [(0, "exited with 0"), (3, "exited with 3"), (-9, "died of SIGKILL"), (-77, "died of signal 77")]
+    ("status", "text"),
+    [(0, "exited with 0"), (3, "exited with 3"), (-9, "died of SIGKILL"), (-77, "died of signal 77")],
 )
 def test_a_status_in_words(status: int, text: str) -> None:
     assert rules.status_text(status) == text

@@ -151,7 +151,9 @@ def test_slots_of_another_number_of_ranks_are_not_complete(held: Held) -> None:
 
 
 @pytest.mark.parametrize(("resume", "left"), [(NEWER, [NEWER, NEW, OLD]), (NEW, [NEW, OLD]), (OLD, [OLD]), (None, [])])
-def test_what_was_captured_after_the_resumed_pair_is_forgotten(held: Held, resume: SnapshotId | None, left: list) -> None:
+def test_what_was_captured_after_the_resumed_pair_is_forgotten(
+    held: Held, resume: SnapshotId | None, left: list
+) -> None:
     for rank in range(2):
         for index, pair in enumerate((OLD, NEW, NEWER)):
             held.add(rank, index, pair)
@@ -225,9 +227,7 @@ def test_what_is_no_memory_is_refused(held: Held) -> None:
     os.close(write)
 
 
-def test_a_slot_beyond_the_nodes_memory_is_refused_in_clear_words(
-    held: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slot_beyond_the_nodes_memory_is_refused_in_clear_words(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     # The first slot's pages are promised, but hardly taken: they count.
     held.add(0, 0)
     monkeypatch.setattr(slots_module, "available_bytes", lambda: 2 * SLOT_BYTES - 4 * PAGE_BYTES)
