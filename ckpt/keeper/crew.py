@@ -62,7 +62,8 @@ class Crew:
         self._grace_until_s: float | None = None
         self._check_at_s = 0.0
         self._dumping: tuple[float, Hung] | None = None
-        self._waiting: dict[int, int] = {}
+        self._waiting: dict[int, int | None] = {}
+        """Supervisors that met an earlier keeper and hand over what they hold; how their trainers had ended by themselves."""
         self._cut_off = False
 
     @property
@@ -83,9 +84,9 @@ class Crew:
             self.roster = replace(self.roster, attempt=self._attempt)
         job.welcome(peer, hello, attempt=self._attempt, new=met_another)
         if met_another:
-            self._waiting[peer.number] = hello.rank
+            self._waiting[peer.number] = None
         else:
-            self._joined(peer)
+            self._joined(peer, None)
 
     def take(self, peer: Peer, message: Message, fds: list[int]) -> bool:
         """One message of a supervisor, or of a trainer about its fate; False where it is neither. Owns ``fds``."""
@@ -95,12 +96,14 @@ class Crew:
                 self._on(TrainerStarted(peer.rank, message.attempt, message.trainer_pid, message.how))
                 if self._recovery is not None and message.attempt == self._attempt:
                     self._recovery.how = message.how
+            case words.Died() if peer.number in self._waiting:
+                self._waiting[peer.number] = message.status
             case words.Died():
                 job.drain()
                 self._on(TrainerDied(peer.rank, message.attempt, message.status, message.at_s, job.completed()))
             case words.Killed():
-                if self._waiting.pop(peer.number, None) is not None:
-                    self._joined(peer)
+                if peer.number in self._waiting:
+                    self._joined(peer, self._waiting.pop(peer.number))
                 else:
                     self._on(TrainerKilled(peer.rank, message.attempt))
             case words.Preempt():
@@ -172,7 +175,7 @@ class Crew:
         waits += [0.05] if self._dumping is not None else []
         return min(waits, default=5.0)
 
-    def _joined(self, peer: Peer) -> None:
+    def _joined(self, peer: Peer, status: int | None) -> None:
         if self._job.slots is not None:
             self._job.slots.settle()
         assert peer.hello is not None, "it said hello"
@@ -180,7 +183,7 @@ class Crew:
             peer.send(words.KeepBoard(), [self._job.board.fd])
             for slot in self._job.slots:
                 peer.send(words.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes), [slot.fd])
-        self._on(Joined(peer.rank, peer.number, peer.hello.pid))
+        self._on(Joined(peer.rank, peer.number, peer.hello.pid, status))
 
     def _on(self, event: Event) -> None:
         if self.roster is None:

@@ -126,8 +126,8 @@ def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
     if getattr(event, "attempt", live) != live:
         return roster, []
     match event:
-        case Joined(rank, peer, pid):
-            return _join(roster, Member(rank, peer, pid))
+        case Joined():
+            return _join(roster, event)
         case TrainerStarted(rank, _, pid, how):
             return _seat(roster, rank, of=_WAITED, seat=Seat.ALIVE, trainer_pid=pid, how=how), []
         case TrainerFailing(rank, _, failing):
@@ -148,11 +148,27 @@ def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
             return _fail(roster, Failure(-1, "preempted", text, 0, at_s), roster.record.completed)
 
 
-def _join(roster: Roster, member: Member) -> tuple[Roster, list[Action]]:
+def _join(roster: Roster, event: Joined) -> tuple[Roster, list[Action]]:
+    ended = event.status is not None and _well(roster, event.status)
+    member = Member(event.rank, event.peer, event.pid, seat=Seat.ENDED if ended else Seat.IDLE)
     roster = replace(roster, members={**roster.members, member.rank: member})
-    if roster.state is State.GATHERING and len(roster.members) == roster.ranks:
-        return _start(roster)
-    return roster, []
+    leaves: list[Action] = [LeaveOne(event.rank, event.status or 0)] if ended else []
+    if roster.state is not State.GATHERING or len(roster.members) < roster.ranks:
+        return roster, leaves
+    ends = [one.seat is Seat.ENDED for one in roster.members.values()]
+    if all(ends):
+        return replace(roster, state=State.OVER, status=event.status or 0), leaves
+    if any(ends):
+        text = "the keeper was lost after a rank had ended, and before the others did"
+        roster, actions = _leave(roster, Failure(event.rank, "died", text, 1, 0.0))
+    else:
+        roster, actions = _start(roster)
+    return roster, [*leaves, *actions]
+
+
+def _well(roster: Roster, status: int) -> bool:
+    """Whether a trainer that ended so was done."""
+    return status == 0 or (roster.preempted and status == PREEMPTED_STATUS)
 
 
 def _start(roster: Roster) -> tuple[Roster, list[Action]]:
@@ -176,8 +192,7 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
     member = roster.members.get(event.rank)
     if member is None or member.seat in (Seat.DEAD, Seat.ENDED):
         return roster, []
-    stopped = roster.preempted and event.status == PREEMPTED_STATUS
-    if event.status == 0 or stopped:
+    if _well(roster, event.status):
         roster = _seat(roster, event.rank, seat=Seat.ENDED)
         leaves: list[Action] = [LeaveOne(event.rank, event.status)]
         if roster.state is State.KILLING:  # it was done before the kill came: not to be started again
@@ -203,6 +218,8 @@ def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[Action]]:
     member = roster.members.get(event.rank)
     if member is None or member.peer != event.peer:
         return roster, []
+    if member.seat is Seat.ENDED and roster.state is State.GATHERING:
+        return roster, []  # it has come, and that it ended is known to those who come later
     members = {rank: one for rank, one in roster.members.items() if rank != event.rank}
     roster = replace(roster, members=members)
     if member.seat is Seat.ENDED:

@@ -23,11 +23,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A supervisor said hello, its trainer (if it had one) dead."""
+    """A supervisor said hello, its trainer (if it had one) dead. ``status``: how that one had ended by itself, if it had."""
 
     rank: int
     peer: int
     pid: int
+    status: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

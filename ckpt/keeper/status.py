@@ -17,7 +17,9 @@ def report(job: Job, crew: Crew) -> Report:
     """All of it, at one moment."""
     roster = crew.roster
     complete = job.slots.complete(job.ranks) if job.slots is not None else []
-    state = roster.state.value if roster is not None and crew.supervised else "in place" if job.members else "lingering"
+    state = "lingering"
+    if job.members:
+        state = roster.state.value if roster is not None and crew.supervised else "in place"
     return Report(
         job=job.spec.job, store=job.spec.store, pid=os.getpid(), boot=job.boot, launch=job.launch, attempt=crew.attempt,
         epoch=job.uploads.epoch if job.uploads is not None else 0, state=state,

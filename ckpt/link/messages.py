@@ -46,7 +46,7 @@ class Hello(Message, frozen=True, kw_only=True):
     ``tool``. ``launch`` names one start of the whole program: all its ranks share it, no other start ever has it.
     ``attempt``: the one that the peer belongs to, 0 for none yet. ``ranks`` is the number of ranks on this node,
     ``rank`` the peer's.
-    ``alive_pid``: a supervisor's trainer that still runs (it met an earlier keeper), else 0.
+    ``holds``: a supervisor has slots or a board of an earlier keeper, and hands them over before ``Killed``.
     """
 
     version: int
@@ -56,7 +56,7 @@ class Hello(Message, frozen=True, kw_only=True):
     rank: int = 0
     ranks: int = 0
     attempt: int = 0
-    alive_pid: int = 0
+    holds: bool = False
     policy: Policy | None = None
 
 

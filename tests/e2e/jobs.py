@@ -211,7 +211,7 @@ class Fleet:
         # Another test may have something of its own there for a moment.
         wait_for(
             lambda: not [path for path in Path("/dev/shm").iterdir() if "ckpt" in path.name.lower()],
-            "the end of shared memory by name", wait_s=wait_s, say=lambda: str(os.listdir("/dev/shm")),
+            "the end of shared memory by name", wait_s=wait_s, say=lambda: str(sorted(Path("/dev/shm").iterdir())),
         )  # fmt: skip
 
     def describe(self) -> str:

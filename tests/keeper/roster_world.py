@@ -84,6 +84,12 @@ def moves(now: World) -> Iterator[tuple[str, World]]:
     for rank, side in enumerate(now.sides):
         if side.there == "absent":
             yield f"{rank} joins", put(now, rank, there="up", up=(Joined(rank, rank, 50 + rank),))
+            if now.roster.attempt and now.faults:  # it met an earlier keeper, which did not hear how its trainer ended
+                fewer = replace(now, faults=now.faults - 1)
+                for status in (0, -9):
+                    joined = Joined(rank, rank, 50 + rank, status)
+                    done = int(not status)
+                    yield f"{rank} joins late, {status}", put(fewer, rank, there="up", done=done, up=(joined,))
         if side.up:
             yield f"keeper hears {rank}: {side.up[0]}", hear(put(now, rank, up=side.up[1:]), side.up[0])
         if side.there == "up" and side.down:

@@ -328,3 +328,21 @@ def test_policy_of_the_first_hello_holds(serve: Serve) -> None:
     die(crew, 1)
     assert "without one new step" in crew[0].next(words.Leave).text
     crew[0].leave()
+
+
+def test_a_rank_that_ended_while_there_was_no_keeper_is_not_started_again(serve: Serve) -> None:
+    served = serve()
+    for attempt, status in ((4, 0), (5, -9)):
+        peer = served.peer(role="supervisor", attempt=attempt, ranks=1, launch=f"l{attempt}")
+        peer.next(Welcome)
+        peer.say(words.Died(attempt=attempt, status=status, at_s=time.monotonic()))
+        peer.say(words.Killed(attempt=attempt))
+        if status:
+            assert started([peer]).attempt == attempt + 1
+            end_well([peer], attempt + 1)
+        else:
+            another = served.wire()  # keeps the keeper for the second one
+            assert peer.next(words.Leave) == words.Leave(status=0)
+            assert peer.so_far(words.Start) == []
+            peer.leave()
+    another.close()

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from served import Served, Trainer, open_epoch, until
@@ -25,6 +26,7 @@ from ckpt.link.messages import (
     Number,
     Peek,
     Persist,
+    Policy,
     Post,
     Refuse,
     RemoteError,
@@ -99,7 +101,7 @@ def test_slots_are_handed_over_and_back(pair) -> None:
 def test_a_slot_with_no_descriptor_or_two_is_refused_and_none_is_kept(pair) -> None:
     served, one, _ = pair
     made = one.make(0)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(UsageError, match="exactly one descriptor"):
         one.calls.call(SlotMade(index=1, size_bytes=made.size_bytes))
     with pytest.raises(UsageError):
@@ -108,7 +110,7 @@ def test_a_slot_with_no_descriptor_or_two_is_refused_and_none_is_kept(pair) -> N
         one.calls.call(SlotMade(index=0, size_bytes=made.size_bytes), [made.fd])
     one.calls.tell(Post(key="k", value=b""), [made.fd])
     until(lambda: served.told("refused"))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_what_all_hand_in_becomes_durable_and_all_hear_of_it(pair) -> None:
@@ -174,8 +176,6 @@ def test_places_without_digests_are_refused_and_hurt_nobody(pair) -> None:
 
 
 def test_a_new_launch_finds_an_empty_room(serve: Serve) -> None:
-    from ckpt.link.messages import Policy  # noqa: PLC0415
-
     served = serve(Policy(linger_s=30.0))
     first = served.trainer(launch="a")
     first.calls.tell(Post(key="k", value=b"dead"))

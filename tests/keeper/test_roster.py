@@ -289,3 +289,17 @@ def test_the_end_of_a_connection_that_was_replaced_says_nothing() -> None:
 )
 def test_a_status_in_words(status: int, text: str) -> None:
     assert rules.status_text(status) == text
+
+
+def test_ranks_that_ended_while_there_was_no_keeper_are_not_started_again() -> None:
+    told = Told(2, attempt=4)
+    assert told(Joined(0, 0, 1, 0)) == [LeaveOne(0, 0)]
+    assert told(SupervisorLeft(0, 0, True, 1.0, 3)) == []
+    assert kinds(told(Joined(1, 1, 1))) == [LeaveAll]
+    both = Told(2, attempt=4)
+    assert both(Joined(0, 0, 1, 0), Joined(1, 1, 1, 0)) == [LeaveOne(0, 0), LeaveOne(1, 0)]
+    assert both.roster.state is State.OVER
+
+
+def test_a_rank_that_died_while_there_was_no_keeper_is_started_again() -> None:
+    assert Told(1, attempt=4)(Joined(0, 0, 1, -9)) == [StartAll(5)]
