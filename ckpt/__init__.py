@@ -6,7 +6,11 @@ The public face. Names load on first use, so that processes which only move byte
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
+
+# Or torch.cuda.is_available() above a decorated call would open the GPU there, and trainers could not be forked.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 if TYPE_CHECKING:
     from ckpt.elastic.decorator import resilient as resilient
