@@ -116,6 +116,9 @@ class StagedIndex:
     shards: tuple[StagedShard, ...]
     aliases: tuple[Leaf, ...] = ()
     metadata: Mapping[str, float | int | str | bool | None] = field(default_factory=dict)
+    origin: str = ""
+    """The write id of the record that opened the captured epoch, as far as the writer was told: numbers alone are given out by
+    several keepers at once."""
 
 
 class Codec(enum.IntEnum):

@@ -13,7 +13,7 @@ from ckpt.commit.claim import refused, settled
 from ckpt.commit.fold import fold, verdict
 from ckpt.commit.folds import FOLD_BYTES_MAX, encode_fold, fold_due
 from ckpt.commit.place import open_store, require_same_store
-from ckpt.commit.reader import Note, read_on, read_start
+from ckpt.commit.reader import Note, read_object, read_on, read_start
 from ckpt.commit.sequencer import (
     Claimed,
     Lost,
@@ -31,6 +31,7 @@ from ckpt.errors import (
     FencedError,
     IntegrityError,
     InternalError,
+    NotFoundError,
     UnavailableError,
     UsageError,
 )
@@ -38,7 +39,18 @@ from ckpt.manifest import keys
 from ckpt.manifest.digest import digest_hex
 from ckpt.manifest.job import SEQUENCER_STORE, JobRecord
 from ckpt.manifest.manifest import MANIFEST_BYTES_MAX, Manifest
-from ckpt.manifest.records import Body, Commit, Drop, Open, Record, Tag, Untag, make_record
+from ckpt.manifest.records import (
+    RECORD_BYTES_MAX,
+    Body,
+    Commit,
+    Drop,
+    Open,
+    Record,
+    Tag,
+    Untag,
+    decode_record,
+    make_record,
+)
 from ckpt.values import SnapshotId, SnapshotInfo
 
 RACES_MAX = 64
@@ -116,17 +128,28 @@ class Journal:
         settled(state, seq)
         return state
 
-    def open_epoch(self, *, resume: SnapshotId | None) -> int:
+    def write_id_of(self, seq: int) -> str:
+        """The write id of the record at ``seq``; empty where it can't be read. Reads it where it is old."""
+        found = self.refresh().write_id_at(seq) if self._state is None else self._state.write_id_at(seq)
+        if found is not None:
+            return found
+        try:
+            return decode_record(read_object(self._backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX)).write_id
+        except (IntegrityError, NotFoundError):
+            return ""
+
+    def open_epoch(self, *, resume: SnapshotId | None, write_id: str | None = None) -> int:
         """Open the next epoch, whose training goes on from ``resume`` (None: afresh), and return its number.
 
-        Where another writer opens one at the same time, each gets its own number and the greater fences the lower.
+        Where another writer opens one at the same time, each gets its own number and the greater fences the lower. Give a
+        ``write_id`` where the call may be repeated, as for ``append``.
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
             epoch = state.epoch + 1
             return Open(epoch, resume), epoch
 
-        state, seq = self._append(draft, new_write_id())
+        state, seq = self._append(draft, write_id or new_write_id())
         settled(state, seq)
         found = next((opened.epoch for opened in state.opens if opened.seq == seq), None)
         if found is None:

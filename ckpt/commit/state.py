@@ -159,6 +159,11 @@ class LogState:
             return None
         return self.next_seq - len(self.recent) + self.recent.index(write_id)
 
+    def write_id_at(self, seq: int) -> str | None:
+        """The write id of the record at ``seq``, or None where it is not among the last 1,024."""
+        at = seq - (self.next_seq - len(self.recent))
+        return self.recent[at] if 0 <= at < len(self.recent) else None
+
     def void_at(self, seq: int) -> Void | None:
         """Why the record at ``seq`` counts for nothing, or None where it counts (or is older than ``voids`` reaches)."""
         return next((void for void in self.voids if void.seq == seq), None)

@@ -69,9 +69,12 @@ class Child:
         """Have it write its stacks to the file ``path``, soon. Nothing happens where it can't."""
         if not self.dumps or self.status is not None:
             return
-        os.truncate(self.stacks, 0)
-        path.unlink(missing_ok=True)
-        os.link(self.stacks, path)  # outlives the trainer
+        try:
+            os.truncate(self.stacks, 0)
+            path.unlink(missing_ok=True)
+            os.link(self.stacks, path)  # outlives the trainer
+        except OSError:  # the folder was cleaned away: what is hung is killed without a word
+            return
         self.signal(signal.SIGUSR2)
 
     def words(self) -> bytes:
@@ -109,7 +112,8 @@ class Child:
         """Close what is left of a trainer that is gone."""
         self.close()
         if self.stacks:
-            Path(self.stacks).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(self.stacks).unlink(missing_ok=True)
 
 
 def adopt_orphans() -> None:

@@ -9,7 +9,9 @@ from contextlib import nullcontext
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from ckpt.backends.base import Backend
+from ckpt.elastic.border import die, dies_here
 from ckpt.elastic.enter import enter
+from ckpt.elastic.judge import Judge
 from ckpt.elastic.nesting import entered
 from ckpt.elastic.points import Points
 from ckpt.elastic.policy import RestartPolicy
@@ -17,6 +19,7 @@ from ckpt.elastic.process_group import watch_process_group
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
 from ckpt.elastic.term_in_place import TermInPlace
+from ckpt.elastic.trainer import seat_of_process
 from ckpt.errors import UsageError
 from ckpt.session.keeping import keeper_spec
 from ckpt.session.options import Options, check_only, check_store
@@ -46,6 +49,11 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has
     The process that calls the function becomes a supervisor; the function, and what comes after it in the program, runs in a
     process that is forked from it, and again from the last step in memory where any rank's process dies. Where that can't be,
     it runs in place with a warning that says why, and the launcher's restart does the same from the store.
+
+    An exception that leaves the function, or ``SystemExit`` with a status that isn't 0, ends a supervised process on the spot,
+    with its traceback: no ``except``, ``finally`` or ``with`` block around the call and no exit handler runs, for the next
+    process starts inside them. Only what a new start would meet again comes out of the call: ``UsageError``, ``FencedError``,
+    ``IntegrityError``, ``NotFoundError``, Ctrl-C, a preemption; and all with ``RestartPolicy(same_error_max=1)`` and in place.
 
     The decorated function receives a ``Run`` before its own arguments. Nothing is read or written before it tracks.
 
@@ -81,21 +89,31 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has
             if seat is not None:
                 watch_process_group(lambda: points.reach("group"))
             session = Session(address, options)
-            with entered(session.url):
+            with entered(session.url) as outermost:
+                judge = Judge(session, outermost=outermost)
                 run = Run(
-                    session, schedule, stale_s_max=stale_s_max, memory_every=memory_every, seat=seat, points=points
-                )
+                    session, schedule, stale_s_max=stale_s_max, memory_every=memory_every, seat=seat, points=points,
+                    judge=judge,
+                )  # fmt: skip
                 in_place = TermInPlace(lambda: run.stop(policy.grace_s)) if seat is None else nullcontext()
                 try:
                     with in_place:
+                        judge.entered(points)
                         result = function(run, *args, **kwargs)
                         run.finish()
                 except BaseException as error:
-                    run.failing(error)
-                    run.abandon()
+                    if dies_here(error, seat_of_process(), policy, outermost=outermost):
+                        die(error, last_words=functools.partial(end_badly, run, error))
+                    end_badly(run, error)
                     raise
                 return result
 
         return call
 
     return decorate
+
+
+def end_badly(run: Run, error: BaseException) -> None:
+    """Tell the keeper, and leave what is staged to whoever makes it durable."""
+    run.failing(error)
+    run.abandon()

@@ -9,14 +9,19 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
+INTERRUPTED_STATUS = 128 + signal.SIGINT
 
-def leave_status(told: int, own: int | None) -> int:
+
+def leave_status(told: int, own: int | None, *, interrupted: bool = False) -> int:
     """The status to end with: the keeper says ``told``, the own trainer ended by itself with ``own`` (None: it didn't).
 
     Both as ``os.waitstatus_to_exitcode``. A keeper tells a signal as 128 and its number, since it speaks to all ranks; the rank
-    that died of it dies of it.
+    that died of it dies of it. ``interrupted``: this rank's Ctrl-C was told as the cause, whatever its trainer ended with.
     """
-    return own if own is not None and own < 0 and told == 128 - own else told
+    if own is None:
+        return told
+    caught = interrupted and own != 0 and told == INTERRUPTED_STATUS
+    return own if caught or (own < 0 and told == 128 - own) else told
 
 
 def end_as(status: int) -> NoReturn:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 import os
-import secrets
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
+from ckpt.elastic.border import forget_older_error
 from ckpt.elastic.facts import gather
+from ckpt.elastic.launch_name import launch_name
 from ckpt.elastic.starts import InPlace, Spawn, choose
 from ckpt.elastic.supervisor import Supervision, supervise
 from ckpt.elastic.trainer import TrainerSeat, seat_of_process
-from ckpt.errors import ConflictError
-from ckpt.link.client import KeeperSpec, ensure_keeper
+from ckpt.errors import CkptError, ConflictError, UnavailableError
+from ckpt.link.client import START_WAIT_S, HungUpError, KeeperSpec, ensure_keeper
 from ckpt.link.frames import Wire
+from ckpt.link.launcher import ranks_here
 from ckpt.link.messages import WIRE_VERSION, Hello
 from ckpt.link.policy import Policy
 from ckpt.link.runtime import JobFolder
@@ -26,6 +30,11 @@ from ckpt.session import keeping
 
 OTHER_LAUNCH_WAIT_S = 10.0
 """How long supervisors wait for those of a launch that their launcher has just killed."""
+
+SETTLE_WAIT_S = 600.0
+"""How long they wait for a keeper that is busy with what an earlier launch left."""
+
+LOOK_AGAIN_S = 0.05
 
 
 def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerSeat | None:
@@ -51,10 +60,10 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerS
         _warn(start)
         return None
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
-    launch = _launch()
+    launch = launch_name()
     os.environ[keeping.LAUNCH_VARIABLE] = launch
     hello = Hello(
-        version=WIRE_VERSION, role="supervisor", pid=os.getpid(), launch=launch, rank=rank, ranks=keeping.ranks_here(),
+        version=WIRE_VERSION, role="supervisor", pid=os.getpid(), launch=launch, rank=rank, ranks=ranks_here() or 1,
         policy=policy,
     )  # fmt: skip
     tell = to_logging(rank)
@@ -72,6 +81,7 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerS
         prepare=prepare,
     )
     seat = _supervised(lambda: ensure_keeper(spec), plan)
+    forget_older_error()
     sit_down(seat, spec)
     return seat
 
@@ -83,15 +93,44 @@ def sit_down(seat: TrainerSeat, spec: KeeperSpec) -> None:
 
 
 def _supervised(connect: Callable[[], Wire], plan: Supervision) -> TrainerSeat:
-    """Supervise; a launch whose processes are just being killed is given the time to be gone."""
-    until_s = time.monotonic() + OTHER_LAUNCH_WAIT_S
+    """Supervise, as soon as the keeper takes this launch.
+
+    A launch whose processes are just being killed is given the time to be gone, a keeper the time to bring its snapshots to the
+    store; one that is just ending is followed by another.
+    """
+    began_s = time.monotonic()
+    said = False
     while True:
+        link = connect()
         try:
-            return supervise(connect(), plan)
-        except ConflictError:
-            if time.monotonic() > until_s:
+            return supervise(link, plan)
+        except (ConflictError, UnavailableError) as error:
+            patience = _patience(error)
+            if time.monotonic() - began_s > patience.seconds:
                 raise
-        time.sleep(0.05)  # between two looks, not in the hope of anything
+            if patience.worth_telling and not said:
+                said = True
+                _say(f"waiting, {patience.seconds / 60:.0f} min at most: {error}")
+        time.sleep(LOOK_AGAIN_S)  # between two looks, not in the hope of anything
+
+
+class _Patience(NamedTuple):
+    seconds: float
+    worth_telling: bool
+
+
+def _patience(error: CkptError) -> _Patience:
+    if isinstance(error, ConflictError):
+        return _Patience(OTHER_LAUNCH_WAIT_S, worth_telling=False)
+    if isinstance(error, HungUpError):
+        return _Patience(START_WAIT_S, worth_telling=False)
+    return _Patience(SETTLE_WAIT_S, worth_telling=True)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # nobody reads it
+        sys.stderr.write(f"ckpt: {text}\n")
+        sys.stderr.flush()
 
 
 def _import_ahead() -> None:
@@ -99,23 +138,6 @@ def _import_ahead() -> None:
     for name in ("torch._dynamo",):
         with suppress(ImportError):
             importlib.import_module(name)
-
-
-def _launch() -> str:
-    """One name for this start of the program on all its ranks: the launcher's process and what it says of itself."""
-    facts = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return f"{os.getpid()}-{secrets.token_hex(4)}"
-    parent = os.getppid()
-    return "-".join([str(parent), _started(parent), *facts])
-
-
-def _started(pid: int) -> str:
-    """When a process began, in clock ticks since boot: with its number, the name of a process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def _stacks(spec: KeeperSpec) -> Path:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ckpt.elastic.launch import forking
 from ckpt.elastic.starts import Facts, Fork, choose
+from ckpt.link.launcher import ranks_here
 
 PROBE_WAIT_S = 1.0
 """How long a probe child may take over one parallel operation; a healthy one needs milliseconds."""
@@ -37,13 +38,16 @@ def gather(*, probe: Callable[[], bool] | None = None) -> Facts:
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     from_command = sys.argv[:1] == ["-c"]
     from_stdin = file is not None and file.startswith("<")
+    here = ranks_here()
     facts = Facts(
         platform=sys.platform,
         asked_in_place=os.environ.get("CKPT_IN_PLACE", "0") not in ("", "0"),
         under_pytest="PYTEST_CURRENT_TEST" in os.environ and "_pytest.runner" in sys.modules,
         notebook=_interactive() or (file is None and not from_command),
         process_group=dist.is_available() and dist.is_initialized(),
-        several_nodes=_several_nodes(),
+        several_nodes=here is not None and here != int(os.environ.get("WORLD_SIZE", here)),
+        ranks_unknown=here is None,
+        unranked_child=multiprocessing.parent_process() is not None and "RANK" not in os.environ,
         main_thread=threading.current_thread() is threading.main_thread(),
         threads=tuple(one.name for one in threading.enumerate() if one is not threading.main_thread()),
         gpu_open=_gpu_open(),
@@ -84,11 +88,6 @@ def probe_hangs(wait_s: float = PROBE_WAIT_S) -> bool:
 
 def _interactive() -> bool:
     return hasattr(builtins, "__IPYTHON__") or hasattr(sys, "ps1")
-
-
-def _several_nodes() -> bool:
-    world = os.environ.get("WORLD_SIZE", "1")
-    return os.environ.get("LOCAL_WORLD_SIZE", world) != world
 
 
 def _gpu_open() -> bool:

@@ -23,6 +23,10 @@ class Holdings:
         self._slots: dict[tuple[int, int], _Slot] = {}
         self._board = -1
 
+    def __bool__(self) -> bool:
+        """Whether anything is held."""
+        return bool(self._slots) or self._board >= 0
+
     def keep(self, word: Keep | KeepBoard, fds: Sequence[int]) -> None:
         """Hold what came beside ``word``, in place of what was held under the same name. Takes ``fds`` over."""
         if len(fds) != 1:

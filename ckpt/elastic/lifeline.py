@@ -8,12 +8,9 @@ import msgspec
 
 from ckpt.elastic.holdings import Holdings
 from ckpt.errors import InternalError, UnavailableError
+from ckpt.link.client import greet, welcomed
 from ckpt.link.frames import Wire, close_fds
-from ckpt.link.messages import Drop, Hello, Keep, KeepBoard, Message, Reply, Welcome
-from ckpt.link.remote import to_error
-
-HELLO_WAIT_S = 30.0
-"""How long a keeper may take to answer a hello."""
+from ckpt.link.messages import Drop, Hello, Keep, KeepBoard, Message
 
 RECONNECTS_MAX = 5
 """Keepers lost in a row, with no attempt started in between, before the job is given up."""
@@ -40,15 +37,19 @@ class Lifeline:
         """For ``select``; -1 where it is lost."""
         return -1 if self._link is None else self._link.fileno()
 
-    def greet(self, attempt: int) -> None:
-        """Say hello, as of ``attempt``; a keeper that doesn't know it gets what is held.
+    @property
+    def holds(self) -> bool:
+        """Whether something is held for the next keeper."""
+        return bool(self._holdings)
 
-        Raises the error that the keeper answers with, UnavailableError where it hangs up.
+    def greet(self, attempt: int) -> None:
+        """Say the first hello, as of ``attempt``.
+
+        Raises the error that the keeper answers with, ``HungUpError`` where it is gone before that.
         """
         if self._link is None:
             raise InternalError("nobody to greet")
-        if _hello(self._link, msgspec.structs.replace(self._hello, id=1, attempt=attempt)).new:
-            self._holdings.hand_over(self._link)
+        greet(self._link, self._hello_now(attempt))
         self.unheard = True
 
     def hear(self) -> list[Message]:
@@ -91,7 +92,7 @@ class Lifeline:
         self._lost_in_row = 0
 
     def connect_again(self, attempt: int) -> bool:
-        """Find or start another keeper and greet it; False where it is gone again already.
+        """Find or start another keeper, which gets what is held where it is new; False where it is gone again already.
 
         Raises UnavailableError where none can be had, and the error of one that doesn't want this process.
         """
@@ -100,9 +101,11 @@ class Lifeline:
             raise UnavailableError(
                 f"keepers die one after the other. count={RECONNECTS_MAX}; see keeper.log in the job's runtime folder"
             )
-        self._link = self._reconnect()
+        self._link, welcome = welcomed(self._reconnect, self._hello_now(attempt))
+        self.unheard = True
         try:
-            self.greet(attempt)
+            if welcome.new:
+                self._holdings.hand_over(self._link)
         except UnavailableError:
             self.lose()
         return self._link is not None
@@ -114,16 +117,5 @@ class Lifeline:
             self._link = None
         self._holdings.close()
 
-
-def _hello(link: Wire, hello: Hello) -> Welcome:
-    link.send(hello)
-    got = link.receive(HELLO_WAIT_S)
-    if got is None:
-        raise UnavailableError("the keeper hung up at the hello; see keeper.log in the job's runtime folder")
-    answer, fds = got
-    close_fds(fds)
-    if isinstance(answer, Reply) and answer.error is not None:
-        raise to_error(answer.error)
-    if not isinstance(answer, Welcome):
-        raise InternalError(f"the keeper answered a hello with something else. type={type(answer).__name__}")
-    return answer
+    def _hello_now(self, attempt: int) -> Hello:
+        return msgspec.structs.replace(self._hello, id=1, attempt=attempt, holds=self.holds)

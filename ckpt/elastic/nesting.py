@@ -15,8 +15,11 @@ _OPEN: ContextVar[tuple[str, ...]] = ContextVar("ckpt_open_runs", default=())
 
 
 @contextmanager
-def entered(url: str) -> Iterator[None]:
-    """Hold ``url`` as open while the body runs. Raises UsageError where a run around this one holds it."""
+def entered(url: str) -> Iterator[bool]:
+    """Hold ``url`` as open while the body runs; gives whether no other run is around.
+
+    Raises UsageError where a run around this one holds it.
+    """
     if url in _OPEN.get():
         raise UsageError(
             f"a run inside a run of the same store would fence it. store={url}; give the inner one a store of its own, or pass "
@@ -24,6 +27,6 @@ def entered(url: str) -> Iterator[None]:
         )
     token = _OPEN.set((*_OPEN.get(), url))
     try:
-        yield
+        yield len(_OPEN.get()) == 1
     finally:
         _OPEN.reset(token)

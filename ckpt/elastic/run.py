@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,12 +11,14 @@ import torch
 
 from ckpt.elastic.exits import asking_frame, left_by_break, ran_dry
 from ckpt.elastic.failing import facts_of
+from ckpt.elastic.judge import Judge
 from ckpt.elastic.memory_tier import MemoryTier
 from ckpt.elastic.optimizers import StepWatch
 from ckpt.elastic.points import Points
 from ckpt.elastic.preempted import Preempted
 from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
 from ckpt.elastic.trainer import TrainerSeat
+from ckpt.elastic.whereabouts import Whereabouts
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.link.board import Phase
 from ckpt.observe.events import Event
@@ -33,7 +34,7 @@ BOUNDARY_WAIT_S = 60.0
 """How long a snapshot that the user asked for may hold training up where uploads hold all slots; then it is given up."""
 
 
-class Run:
+class Run(Whereabouts):
     """One call of a decorated function: its state, its steps, its snapshots.
 
     Made by ``ckpt.resilient``. Not thread-safe but for ``save`` and ``log``: the training thread owns it. With several ranks
@@ -42,11 +43,12 @@ class Run:
 
     def __init__(
         self, session: Session, schedule: Schedule, *, stale_s_max: float | None = None, memory_every: int = 1,
-        seat: TrainerSeat | None = None, points: Points | None = None,
+        seat: TrainerSeat | None = None, points: Points | None = None, judge: Judge | None = None,
     ) -> None:  # fmt: skip
         self._seat = seat
         self._points = points or Points()
         self._session = session
+        self._judge = judge or Judge(session)
         self._memory_every = memory_every
         self._memory: MemoryTier | None = None
         self._schedule = schedule
@@ -67,28 +69,6 @@ class Run:
         self._asked_at_s = time.monotonic()
         self._asked = False
         self._stop_at_s = float("inf")
-
-    @property
-    def rank(self) -> int:
-        """This process's rank, from 0."""
-        return world_of_process()[0]
-
-    @property
-    def local_rank(self) -> int:
-        """This process's number on its node, from 0."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks train together."""
-        return world_of_process()[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank's model belongs: its CUDA device where there is one, else the CPU."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return torch.device("cpu")
 
     @property
     def membership_epoch(self) -> int:
@@ -128,7 +108,15 @@ class Run:
                 "tracked after a step was completed, so after a restart it would be restored from another step than the rest. "
                 f"items={sorted(items)} completed={self._done}; track everything before the first step"
             )
+        before = self._session.restored
         self._session.track(items)
+        after = self._session.restored
+        if self._completed is not None and before is not None and after is not None and after.id != before.id:
+            raise UsageError(
+                "the snapshot turned out damaged after its step count was given out, so this run would go on from an older one "
+                f"under the wrong number. items={sorted(items)} completed={self._done} older={after.id}; "
+                "track everything before completed_steps is read and before steps() begins"
+            )
         self._watch.add(items)
         self._rng_waits = self._session.restored is not None
 
@@ -204,8 +192,7 @@ class Run:
 
     def failing(self, error: BaseException) -> None:
         """Tell which exception this process is about to die of. Called by the decorator."""
-        if self._session.opened:
-            self._session.failing(**facts_of(error), step=self._done)
+        self._judge.failing(facts_of(error), self._done)
 
     def log(self, **values: float | int | str | bool | torch.Tensor | None) -> None:
         """Note facts of the current step, such as the loss. Rank 0's latest go to the next snapshot's metadata.
@@ -245,8 +232,12 @@ class Run:
         """End well: a last snapshot where the last boundary has none, everything durable. Called by the decorator."""
         if self._left_error is not None:
             raise self._left_error
-        if not self._session.opened:
-            return
+        if self._session.opened:
+            self._take_last()
+        self._session.finish()
+        self._judge.finished()
+
+    def _take_last(self) -> None:
         self._start()
         last = self._session.orders.end(self._done)
         wanted = [*self._carried, *([last] if last is not None else [])]
@@ -259,7 +250,6 @@ class Run:
             self._snapshot_last()
         self._watch.close()
         self._mark(Phase.FINISHED)
-        self._session.finish()
 
     def abandon(self) -> None:
         """End after an exception: what is staged still gets its time to become durable. Called by the decorator."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 class Facts:
     """What a process knows about itself where a decorated function is called.
 
-    ``threads`` are the names of Python threads beside the main one. ``main_thread``: the call is made there. ``rerun``: the
-    same command can be run once more. ``probe_hung``: a forked child did not come back from one parallel operation.
+    ``ranks_unknown``: there are several ranks, and nothing tells how many are on this node. ``unranked_child``: multiprocessing
+    started this process, and it has no rank. ``threads`` are the names of Python threads beside the main one.
+    ``main_thread``: the call is made there. ``rerun``: the same command can be run once more. ``probe_hung``: a forked child
+    did not come back from one parallel operation.
     """
 
     platform: str = "linux"
@@ -19,6 +21,8 @@ class Facts:
     notebook: bool = False
     process_group: bool = False
     several_nodes: bool = False
+    ranks_unknown: bool = False
+    unranked_child: bool = False
     main_thread: bool = True
     threads: tuple[str, ...] = ()
     gpu_open: bool = False
@@ -79,6 +83,16 @@ def _stays(facts: Facts) -> InPlace | None:
         )
     if facts.notebook:
         return InPlace("this is a notebook or an interactive interpreter", "run the program as a script")
+    if facts.unranked_child:
+        return InPlace(
+            "multiprocessing started this process, so the program's ranks are not known to each other",
+            "start the ranks by torchrun",
+        )
+    if facts.ranks_unknown:
+        return InPlace(
+            "nothing tells how many of the job's ranks are on this node",
+            "set LOCAL_WORLD_SIZE beside WORLD_SIZE and RANK, as torchrun does",
+        )
     if facts.several_nodes:
         return InPlace("the job has several nodes, whose keepers don't restart together yet", "use one node")
     if not facts.main_thread:

@@ -26,6 +26,7 @@ from ckpt.elastic.lifeline import Lifeline
 from ckpt.elastic.signals import Signals
 from ckpt.elastic.starts import Fork, Spawn
 from ckpt.elastic.terminal import Terminal
+from ckpt.elastic.terms import Term, Terms
 from ckpt.elastic.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, Order, TrainerSeat
 from ckpt.errors import CkptError, InternalError
 from ckpt.link.frames import Wire
@@ -101,7 +102,8 @@ class Supervisor:
         self._leave_until_s = 0.0
         self._prepare = False
         self._preempted = False
-        self._terms = 0
+        self._terms = Terms()
+        self._interrupted = False
         self._had_terminal = False
         adopt_orphans()
         self._signals = Signals()
@@ -187,6 +189,7 @@ class Supervisor:
                 case signal.SIGTERM:
                     self._on_terminate()
                 case signal.SIGINT:
+                    self._interrupted = True
                     if self._live is None or self._live.status is not None:
                         self._end_by_interrupt()
                     self._live.signal(number, group=True)
@@ -198,13 +201,13 @@ class Supervisor:
                     self._live.signal(number)
 
     def _on_terminate(self) -> None:
-        self._terms += 1
-        if self._terms > 1 or not self._started:
+        term = self._terms.came()
+        if term is Term.NOW or not self._started:
             for child in self._children():
                 child.kill()
             self._terminal.take_back()
             end_as(PREEMPTED_STATUS)
-        self._preempt()
+        self._preempt()  # a second time changes nothing
 
     def _preempt(self) -> None:
         if not self._preempted:
@@ -238,7 +241,7 @@ class Supervisor:
         if child.killed:
             return
         self._ended = status
-        self._keeper.send(Died(attempt=child.attempt, status=status, at_s=time.monotonic()))
+        self._keeper.send(self._died(child.attempt, status))
         if status != 0:
             child.kill()  # what it left behind would hold memory and ports of the next attempt
 
@@ -304,6 +307,8 @@ class Supervisor:
         return None
 
     def _start(self, word: Start) -> TrainerSeat | None:
+        if self._interrupted:  # another rank failed of it first
+            self._end_by_interrupt()
         at_s = time.monotonic()
         self._attempt, self._started, self._ended = word.attempt, True, None
         self._keeper.well()
@@ -347,7 +352,7 @@ class Supervisor:
         self._keeper.send(Bye())
         for child in self._children():
             child.forget()
-        status = leave_status(word.status, self._ended)
+        status = leave_status(word.status, self._ended, interrupted=self._interrupted)
         if status == -signal.SIGINT:
             end_with_signal(signal.SIGINT, group=self._had_terminal)
         end_as(status)
@@ -356,14 +361,21 @@ class Supervisor:
         if not self._keeper.connect_again(self._attempt):
             return
         if self._ended is not None:
-            self._keeper.send(Died(attempt=self._attempt, status=self._ended, at_s=time.monotonic()))
+            self._keeper.send(self._died(self._attempt, self._ended))
         if self._preempted:
             self._preempted = False
             self._preempt()
-        if self._attempt:  # nothing of it lives here any more, and all that was held and met is told
+        if (
+            self._attempt or self._keeper.holds
+        ):  # nothing of it lives here any more, and all that was held and met is told
             self._keeper.send(Killed(attempt=self._attempt))
 
     # ---- small parts
+
+    def _died(self, attempt: int, status: int) -> Died:
+        """A trainer that failed after Ctrl-C was ended by it, whatever it made of it: nobody wants the next attempt."""
+        told = -signal.SIGINT if self._interrupted and status not in (0, PREEMPTED_STATUS) else status
+        return Died(attempt=attempt, status=told, at_s=time.monotonic())
 
     def _children(self) -> list[Child]:
         return [child for child in (self._live, self._ahead) if child is not None]

@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+from ckpt.elastic.terms import Term, Terms
+
 
 class TermInPlace:
-    """While it is entered, the first SIGTERM asks to stop; the second one, or one that nobody can obey, ends the process.
+    """While it is entered, the first SIGTERM asks to stop; a later one, or one that nobody can obey, ends the process.
 
     Does nothing beside the main thread, or where the program has a handler of its own. ``ask`` is called in a thread, since a
     signal handler must not wait; it says whether the request could be made.
@@ -20,6 +22,8 @@ class TermInPlace:
         self._ask = ask
         self._pid = os.getpid()
         self._installed = False
+        self._terms = Terms()
+        self._refused = False
 
     def __enter__(self) -> None:
         in_main = threading.current_thread() is threading.main_thread()
@@ -34,12 +38,22 @@ class TermInPlace:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != self._pid:  # a child of this process, which has nothing to finish
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._end()
             return
-        threading.Thread(target=self._try, name="ckpt-term", daemon=True).start()
+        match self._terms.came():
+            case Term.FIRST:
+                threading.Thread(target=self._try, name="ckpt-term", daemon=True).start()
+            case Term.NOW:
+                self._end()
+            case Term.SAME if self._refused:
+                self._end()
 
     def _try(self) -> None:
         if not self._ask():
+            self._refused = True
             os.kill(self._pid, signal.SIGTERM)
+
+    def _end(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)

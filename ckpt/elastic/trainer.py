@@ -201,8 +201,13 @@ def _take(seat: TrainerSeat) -> None:
 
 def _dump_on_signal(seat: TrainerSeat) -> None:
     """SIGUSR2 writes the stacks of all threads. Where the user has a handler for it, nobody sends it."""
-    fd = os.open(seat.stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    faulthandler.register(signal.SIGUSR2, file=fd, all_threads=True, chain=False)  # by number: nothing closes it early
+    try:
+        fd = os.open(seat.stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        faulthandler.register(
+            signal.SIGUSR2, file=fd, all_threads=True, chain=False
+        )  # by number: nothing closes it early
+    except OSError:  # the folder was cleaned away: a hang is still met, without stacks
+        return
     tell(seat.report_fd, DUMPS_READY)
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ckpt.keeper.daemon import Daemon
+from ckpt.keeper.home import Home
 from ckpt.link.client import KeeperSpec
 from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import to_logging
+
+if TYPE_CHECKING:
+    from ckpt.keeper.daemon import Daemon
 
 LOCKED_STATUS = 3
 
@@ -24,26 +28,24 @@ LOCKED_STATUS = 3
 def main() -> int:
     """See the module."""
     spec = KeeperSpec.decode(sys.stdin.buffer.read())
-    folder = JobFolder.at(Path(sys.argv[1]))
-    lock = folder.try_lock()
-    if lock is None:
+    home = Home.take(spec, JobFolder.at(Path(sys.argv[1])))
+    if home is None:
         return LOCKED_STATUS
-    listener = folder.listen()
-    folder.describe(spec.store, spec.job)
+    home.describe()
     if os.fork():
         os._exit(0)
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever ends a node ends its trainers first, and they end the job
-    folder.describe(spec.store, spec.job)
+    home.describe()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        Daemon(spec, folder, listener, boot=secrets.token_hex(8), tell=to_logging(-1)).run()
+        # Only now: whoever waits for the first process to end connects meanwhile.
+        daemon: type[Daemon] = import_module("ckpt.keeper.daemon").Daemon
+        daemon(spec, home, boot=os.urandom(8).hex(), tell=to_logging(-1)).run()
     finally:
-        listener.close()
-        folder.remove()
-        os.close(lock)
+        home.close()
     return 0
 
 

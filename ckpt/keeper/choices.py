@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ckpt.commit.select import candidates
@@ -28,6 +28,39 @@ def ahead(state: LogState, opens: Sequence[Opened], commits: Sequence[SnapshotId
         opens=(*state.opens, *(opened for opened in opens if opened.epoch > state.epoch)),
         snapshots=(*state.snapshots, *(Committed(pair, "", None, NOT_WRITTEN, pair.epoch) for pair in fresh)),
     )
+
+
+LINEAGE_CHARS = 16
+"""How much of an open's write id is shared by all opens that one keeper wrote for one launch; the rest is its own."""
+
+
+def lineage(origin: str) -> str:
+    """What the opens of one keeper and launch have in common."""
+    return origin[:LINEAGE_CHARS]
+
+
+def ours(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> dict[SnapshotId, str]:
+    """Those of ``staged`` (pair and origin) whose epoch is the one that ``state`` has under that number, or will have.
+
+    ``ids`` are the write ids of the log's opens. An epoch that is not in the log is still to come only where nobody else
+    opened one since its lineage's last: a launch's first open is always written before it captures anything. Without an origin
+    the number alone decides.
+    """
+    known = {opened.epoch for opened in state.opens}
+    newest = lineage(ids.get(state.epoch, ""))
+
+    def counts(pair: SnapshotId, origin: str) -> bool:
+        if not origin:
+            return True
+        return ids.get(pair.epoch) == origin if pair.epoch in known else newest == lineage(origin)
+
+    return {pair: origin for pair, origin in staged.items() if counts(pair, origin)}
+
+
+def restorable(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> tuple[SnapshotId, ...]:
+    """Those of ``staged`` that a restart may go on from, newest first: ours, and on the line of the newest epoch."""
+    counted = ours(state, ids, staged)
+    return on_line(ahead(state, assumed(state, counted)), counted)
 
 
 def on_line(state: LogState, pairs: Collection[SnapshotId]) -> tuple[SnapshotId, ...]:
@@ -64,6 +97,12 @@ def superseded(state: LogState, snapshot: SnapshotId) -> bool:
     return any(
         entry.snapshot.epoch == snapshot.epoch and entry.snapshot.step >= snapshot.step for entry in state.snapshots
     )
+
+
+def needless(state: LogState, snapshot: SnapshotId) -> bool:
+    """Whether to commit ``snapshot`` would help nobody: it is superseded, or the line holds a newer one."""
+    newest = state.newest()
+    return superseded(state, snapshot) or (newest is not None and newest >= snapshot)
 
 
 def _within(step: int, last_step: int | None) -> bool:

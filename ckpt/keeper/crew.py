@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ckpt.keeper import roster as rules
 from ckpt.keeper.desk import Desk
-from ckpt.keeper.hang import Pulse, check_s, hung
 from ckpt.keeper.job import Job
 from ckpt.keeper.peers import Peer
 from ckpt.keeper.recovery import Recovery
@@ -21,8 +20,8 @@ from ckpt.keeper.roster_words import (
     AskStop,
     AttemptOver,
     Event,
+    GatheringOver,
     GraceOver,
-    Hung,
     Joined,
     KillAll,
     LeaveAll,
@@ -31,19 +30,23 @@ from ckpt.keeper.roster_words import (
     StartAll,
     SupervisorLeft,
     TrainerDied,
+    TrainerEntered,
     TrainerFailing,
+    TrainerFinished,
     TrainerKilled,
     TrainerStarted,
 )
+from ckpt.keeper.watch import Watch
 from ckpt.link import messages as words
-from ckpt.link.board import RankBoard
 from ckpt.link.frames import close_fds
-from ckpt.link.messages import Failing, Hello, Message
+from ckpt.link.messages import Hello, Message
 from ckpt.observe.events import Event as Told
 from ckpt.observe.events import Fact
 
-STACKS_WAIT_S = 2.0
-"""How long trainers that hang may take to write their stacks; one that is stopped never does."""
+GATHER_TELL_S = 30.0
+"""Ranks that come later than this are asked for by name."""
+GATHER_MAX_S = 600.0
+"""How long those that have come wait for the others."""
 
 RECOVERIES_KEPT = 20
 
@@ -54,14 +57,16 @@ class Crew:
     def __init__(self, job: Job, desk: Desk, *, stacks: Path) -> None:
         self._job = job
         self._desk = desk
-        self._stacks = stacks
+        self._watch = Watch(job, stacks=stacks)
         self.roster: Roster | None = None
         self.recoveries: deque[Mapping[str, Fact]] = deque(maxlen=RECOVERIES_KEPT)
         self._recovery: Recovery | None = None
         self._attempt = 0
         self._grace_until_s: float | None = None
-        self._check_at_s = 0.0
-        self._dumping: tuple[float, Hung] | None = None
+        self._leaving: tuple[float, words.Leave] | None = None
+        """What supervisors are told once all is durable, or at that time at the latest."""
+        self._gathering_s = 0.0
+        self._missing_told = False
         self._waiting: dict[int, int | None] = {}
         """Supervisors that met an earlier keeper and hand over what they hold; how their trainers had ended by themselves."""
         self._cut_off = False
@@ -77,8 +82,9 @@ class Crew:
         if self.roster is None or self.roster.launch != job.launch or (new and self.roster.state is State.OVER):
             self.roster = Roster(job.launch, job.ranks, job.policy, attempt=self._attempt)
             self._cut_off = False
-            self._grace_until_s = None
-        met_another = hello.attempt > 0
+            self._grace_until_s = self._leaving = None
+            self._gathering_s, self._missing_told = time.monotonic(), False
+        met_another = hello.holds or hello.attempt > 0
         self._attempt = max(self._attempt, hello.attempt)
         if self.roster.state is State.GATHERING:  # numbers of attempts only grow, over keepers too
             self.roster = replace(self.roster, attempt=self._attempt)
@@ -115,9 +121,19 @@ class Crew:
                 close_fds(fds)
             case words.BoardKept() if fds:
                 job.adopt_board(fds[0])
-            case Failing():
-                self._on(TrainerFailing(peer.rank, peer.hello.attempt if peer.hello else 0, message))
+            case _:
+                return self._take_of_trainer(peer, message)
+        return True
+
+    def _take_of_trainer(self, peer: Peer, message: Message) -> bool:
+        match message:
+            case words.Failing():
+                self._on(TrainerFailing(peer.rank, peer.attempt, message))
+            case words.Finished():
+                self._on(TrainerFinished(peer.rank, peer.attempt))
             case words.Phase():
+                if message.name == "entered":
+                    self._on(TrainerEntered(peer.rank, peer.attempt))
                 self._phase(peer.rank, message)
             case _:
                 return False
@@ -162,17 +178,18 @@ class Crew:
         if self._grace_until_s is not None and now_s >= self._grace_until_s:
             self._grace_until_s = None
             self._on(GraceOver(now_s))
-        if self._dumping is not None and (now_s >= self._dumping[0] or self._all_dumped()):
-            event, self._dumping = self._dumping[1], None
-            self._tell_stacks()
-            self._on(event)
-        floor_s = self._job.policy.hang_s
-        if floor_s and now_s >= self._check_at_s:
-            self._check_at_s = now_s + check_s(floor_s)
-            self._look(now_s)
-        waits = [check_s(floor_s)] if floor_s else []
-        waits += [self._grace_until_s - now_s] if self._grace_until_s is not None else []
-        waits += [0.05] if self._dumping is not None else []
+        if self._leaving is not None and (now_s >= self._leaving[0] or self._all_durable()):
+            leave, self._leaving = self._leaving[1], None
+            self._job.say("supervisor", leave)
+        hung = self._watch.tick(self.roster, now_s)
+        if hung is not None:
+            self._on(hung)
+        if self.roster is not None and self.roster.state is State.GATHERING:
+            self._ask_for_missing(self.roster, now_s)
+        untils_s = [self._grace_until_s, self._leaving[0] if self._leaving is not None else None]
+        waits = [until_s - now_s for until_s in untils_s if until_s is not None]
+        watch_s = self._watch.wait_s()
+        waits += [watch_s] if watch_s is not None else []
         return min(waits, default=5.0)
 
     def _joined(self, peer: Peer, status: int | None) -> None:
@@ -199,7 +216,7 @@ class Crew:
                 self._begin(attempt)
                 job.say("supervisor", words.Start(attempt=attempt, port=_free_port()))
             case KillAll(attempt, failure):
-                self._dumping = None
+                self._watch.stop()
                 self._recovery = Recovery(attempt + 1, failure, job.completed(), time.monotonic())
                 job.say("supervisor", words.Kill(attempt=attempt))
             case AttemptOver():
@@ -210,10 +227,8 @@ class Crew:
                 if job.slots is not None and job.uploads is not None:
                     job.slots.settle()
                     job.uploads.attempt_ended(job.slots.sealed_of)
-            case LeaveAll(status, text):
-                job.tell(Told("ended", text, {"status": status}, alarm=True))
-                self._keep_newest()
-                job.say("supervisor", words.Leave(status=status, text=text))
+            case LeaveAll():
+                self._leave(action)
             case LeaveOne(rank, status):
                 job.say("supervisor", words.Leave(status=status), rank=rank)
             case AskStop():
@@ -224,16 +239,41 @@ class Crew:
         self._desk.clear()
         if self._job.board is not None:
             self._job.board.begin_attempt(attempt)
-        self._check_at_s = 0.0
+        self._watch.begin()
 
-    def _keep_newest(self) -> None:
-        """Nothing will train on: what only memory holds goes to a store."""
+    def _leave(self, action: LeaveAll) -> None:
+        """All leave: at once, or once all is durable. Where the last process of a container ends, the keeper ends with it."""
         job = self._job
-        if job.slots is None or job.uploads is None:
+        job.tell(Told("ended", action.text, {"status": action.status}, alarm=True))
+        job.keep_newest()
+        leave = words.Leave(status=action.status, text=action.text)
+        wait_s = min(job.policy.linger_s, job.policy.grace_s)
+        if not action.held or wait_s <= 0 or self._all_durable():
+            job.say("supervisor", leave)
             return
-        newest = next(iter(job.slots.complete(job.ranks)), None)
-        if newest is not None:
-            job.uploads.settle(newest, job.slots.sealed_of)
+        self._leaving = (time.monotonic() + wait_s, leave)
+        text = f"{action.text}; leaving when what is staged is in the store, in {wait_s:.0f} s at the latest"
+        job.say("supervisor", words.Tell(text=text), rank=0)
+
+    def _all_durable(self) -> bool:
+        return self._job.uploads is None or self._job.uploads.idle
+
+    def _ask_for_missing(self, roster: Roster, now_s: float) -> None:
+        """Ranks that don't come are named: a launcher that starts fewer than it says would have the others wait in silence."""
+        waited_s = now_s - self._gathering_s
+        if waited_s < GATHER_TELL_S or (self._missing_told and waited_s < GATHER_MAX_S):
+            return
+        missing = ", ".join(str(rank) for rank in range(roster.ranks) if rank not in roster.members)
+        text = (
+            f"ranks are missing on this node: {missing} of {roster.ranks} did not come for {waited_s:.0f} s; start them, or "
+            "set LOCAL_WORLD_SIZE to how many there are on this node"
+        )
+        if waited_s >= GATHER_MAX_S:
+            self._on(GatheringOver(text, now_s))
+            return
+        self._missing_told = True
+        self._job.tell(Told("missing", text, alarm=True))
+        self._job.say("supervisor", words.Tell(text=text, alarm=True))
 
     def _preempt(self, grace_s: float) -> None:
         if self._grace_until_s is None:
@@ -255,64 +295,6 @@ class Crew:
             self.recoveries.append(recovery.facts())
             self._job.tell(Told("recovered", recovery.line(), recovery.facts(), alarm=True))
             self._job.say("supervisor", words.Tell(text=recovery.line()), rank=0)
-
-    def _look(self, now_s: float) -> None:
-        roster, board = self.roster, self._job.board
-        if roster is None or board is None or roster.state is not State.RUNNING or self._dumping is not None:
-            return
-        alive = self._alive()
-        pulses = [_pulse(board.rank(one.rank), one) for one in alive]
-        stuck = hung(pulses, floor_s=self._job.policy.hang_s)
-        if any(one.seat not in (Seat.ALIVE, Seat.ENDED) for one in roster.members.values()) or not stuck:
-            return
-        idle_s = {pulse.rank: pulse.idle_s for pulse in pulses}[stuck[0]]
-        text = f"rank {stuck[0]} hangs: no step for {idle_s:.1f} s, {len(stuck)} of {roster.ranks} ranks stand still"
-        for one in alive:
-            path = self._stack_file(one.rank)
-            self._job.say("supervisor", words.Dump(attempt=roster.attempt, path=str(path)), rank=one.rank)
-        event = Hung(stuck[0], roster.attempt, text, now_s, self._job.completed())
-        self._dumping = (now_s + STACKS_WAIT_S, event)
-
-    def _alive(self) -> list[rules.Member]:
-        members = self.roster.members.values() if self.roster is not None else ()
-        return [one for one in members if one.seat is Seat.ALIVE]
-
-    def _stack_file(self, rank: int) -> Path:
-        return self._stacks / f"{self._attempt}-{rank}.txt"
-
-    def _all_dumped(self) -> bool:
-        assert self._dumping is not None, "stacks were asked for"
-        since_s = self._dumping[0] - STACKS_WAIT_S
-        # Written in one go by a signal handler: what is there 0.2 s after the request and not empty is whole.
-        files = [self._stack_file(one.rank) for one in self._alive()]
-        return time.monotonic() - since_s > 0.2 and all(file.exists() and file.stat().st_size for file in files)
-
-    def _tell_stacks(self) -> None:
-        for rank in (one.rank for one in self._alive()):
-            file = self._stack_file(rank)
-            text = file.read_text(errors="replace") if file.exists() else ""
-            shown = text or "no stack: the process did not answer, it may be stopped"
-            self._job.tell(Told("stacks", f"rank {rank} hangs here:\n{shown}", {"rank": rank}, alarm=True))
-            self._job.say("supervisor", words.Tell(text=f"rank {rank} hangs here:\n{shown}", alarm=True), rank=0)
-
-
-def _pulse(board: RankBoard, member: rules.Member) -> Pulse:
-    now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    completed = board.completed
-    return Pulse(
-        rank=member.rank, phase=board.phase, first_step_done=bool(board.first_step_done),
-        completed=-1 if completed is None else completed, idle_s=max(0, now_ns - board.beat_ns) / 1e9,
-        longest_step_s=board.longest_step_ns / 1e9, traced=_traced(member.trainer_pid),
-    )  # fmt: skip
-
-
-def _traced(pid: int) -> bool:
-    """Whether a debugger holds the process."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in status.splitlines())
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import selectors
@@ -10,10 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from importlib import import_module
 
 from ckpt.errors import CkptError, InternalError, UsageError
 from ckpt.keeper.crew import Crew
 from ckpt.keeper.desk import Desk
+from ckpt.keeper.home import Home
 from ckpt.keeper.job import Job
 from ckpt.keeper.peers import Peer
 from ckpt.keeper.status import report
@@ -23,7 +26,6 @@ from ckpt.link.messages import (
     WIRE_VERSION,
     BoardKept,
     Bye,
-    Finished,
     GetStatus,
     Hello,
     Message,
@@ -32,13 +34,20 @@ from ckpt.link.messages import (
     Status,
     Welcome,
 )
-from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import Event, Tell
 
 FIRST_HELLO_S = 30.0
 """How long a keeper that nobody spoke to stays."""
 
 TICK_S_MAX = 1.0
+
+HOME_LOOK_S = 5.0
+"""How often a keeper looks whether it can still be found: who logs out of a machine may have all runtime folders removed."""
+
+FULL_WAIT_S = 0.2
+"""How long connections wait where this process has no descriptor left for them."""
+
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DRAIN_READS_MAX = 256
 """Reads, of 1 MiB each at most, to take what one trainer left; one that lives may go on sending for ever."""
@@ -52,8 +61,13 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 class Daemon:
     """Serves one job until it is over."""
 
-    def __init__(self, spec: KeeperSpec, folder: JobFolder, listener: socket.socket, *, boot: str, tell: Tell) -> None:
-        self._listener = listener
+    def __init__(self, spec: KeeperSpec, home: Home, *, boot: str, tell: Tell) -> None:
+        self._home = home
+        self._home_look_s = time.monotonic() + HOME_LOOK_S
+        self._accept_at_s: float | None = None
+        self._alarms: set[str] = set()
+        """Kinds of alarms about finding and taking connections that were told, and have not been overcome since."""
+        self._importing: threading.Thread | None = None
         self._tell = tell
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], object]] = deque()
@@ -65,7 +79,7 @@ class Daemon:
         self._job = Job(spec, boot=boot, post=self.post, tell=tell)
         self._job.drain = self._drain
         self._desk = Desk(self._job)
-        self._crew = Crew(self._job, self._desk, stacks=folder.stacks)
+        self._crew = Crew(self._job, self._desk, stacks=home.folder.stacks)
         self._numbers = 0
         self._met_anyone = False
 
@@ -80,16 +94,17 @@ class Daemon:
     def run(self) -> None:
         """Serve until the job is over."""
         began_s = time.monotonic()
-        self._listener.setblocking(False)
-        self._selector.register(self._listener, _READ, None)
+        self._selector.register(self._home.listener, _READ, self._home)
         self._selector.register(self._wake_read, _READ, None)
         try:
-            while not self._over(began_s):
-                wait_s = min(TICK_S_MAX, self._crew.tick(), self._desk.tick(time.monotonic()))
+            while not (self._over(began_s) and self._hidden()):
+                wait_s = min(TICK_S_MAX, self._crew.tick(), self._desk.tick(time.monotonic()), self._look())
                 for key, mask in self._selector.select(max(0.0, wait_s)):
                     self._serve(key, mask)
                 self._run_posted()
         finally:
+            if self._importing is not None:
+                self._importing.join()
             for peer in list(self._job.peers.values()):
                 peer.close()
             self._job.close()
@@ -103,15 +118,56 @@ class Daemon:
             return False
         if not self._met_anyone:
             return now_s - began_s > FIRST_HELLO_S
-        return self._job.over() and not self._somebody_knocks()
+        return self._job.over()
 
-    def _somebody_knocks(self) -> bool:
-        """Whether there is a connection that was not accepted yet."""
-        return bool(select.select([self._listener], [], [], 0)[0])
+    def _hidden(self) -> bool:
+        """Whether nobody comes any more. Who had found the keeper before it was hidden is served, by the same keeper."""
+        self._home.hide()
+        if not self._home.somebody_knocks():
+            return True
+        self._move()
+        return False
+
+    def _look(self) -> float:
+        """See whether the keeper can be found, and can take connections again; returns seconds until the next look."""
+        now_s = time.monotonic()
+        if self._accept_at_s is not None and now_s >= self._accept_at_s:
+            self._accept_at_s = None
+            self._selector.register(self._home.listener, _READ, self._home)
+        if now_s >= self._home_look_s:
+            self._home_look_s = now_s + HOME_LOOK_S
+            if not self._home.found():
+                self._move()
+        return min(self._home_look_s, self._accept_at_s or self._home_look_s) - now_s
+
+    def _move(self) -> None:
+        """Be found again. Where another keeper has come instead, this one goes on with those that it has."""
+        try:
+            old = self._home.renew()
+        except (CkptError, OSError) as error:
+            self._alarm("home-lost", f"the keeper's folder can't be made anew: {error}")
+            return
+        if old is None:
+            self._alarm("home-lost", "another keeper has taken over this job's folder")
+            return
+        self._alarms.discard("home-lost")
+        self._tell(Event("home-renewed", "the keeper's socket was gone, and is there again"))
+        if self._accept_at_s is None:
+            self._selector.unregister(old)
+            self._selector.register(self._home.listener, _READ, self._home)
+        while self._accept(old):
+            continue
+        old.close()
+
+    def _alarm(self, kind: str, text: str) -> None:
+        """Tell it once for as long as it lasts."""
+        if kind not in self._alarms:
+            self._alarms.add(kind)
+            self._tell(Event(kind, text, alarm=True))
 
     def _serve(self, key: selectors.SelectorKey, mask: int) -> None:
-        if key.fileobj is self._listener:
-            self._accept()
+        if key.data is self._home:
+            self._accept(self._home.listener)
         elif key.fileobj is self._wake_read:
             self._drain_wake()
         else:
@@ -123,16 +179,23 @@ class Daemon:
             if mask & _READ and peer.number in self._job.peers:
                 self._read(peer)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> bool:
+        """Take one connection; False where there is none, or no room for one."""
         try:
-            sock, _ = self._listener.accept()
-        except OSError:  # it hung up before we looked
-            return
+            sock, _ = listener.accept()
+        except OSError as error:  # else it hung up before we looked
+            if error.errno in _FULL and self._accept_at_s is None:
+                self._selector.unregister(self._home.listener)  # it would be shown as readable again and again
+                self._accept_at_s = time.monotonic() + FULL_WAIT_S
+                self._alarm("full", f"the keeper can take no connection now: {error}")
+            return False
+        self._alarms.discard("full")
         sock.setblocking(False)
         self._numbers += 1
         peer = Peer(self._numbers, sock, on_blocked=self._blocked)
         self._job.peers[peer.number] = peer
         self._selector.register(sock, _READ, peer)
+        return True
 
     def _blocked(self, peer: Peer) -> None:
         """Something is left to send: look for room too."""
@@ -198,6 +261,8 @@ class Daemon:
     def _dispatch(self, peer: Peer, message: Message, fds: list[int]) -> None:
         if isinstance(message, Hello):
             self._hello(peer, message)
+            if peer.role != "tool":
+                self._import_ahead()
             return
         if peer.hello is None:
             raise UsageError(f"a peer speaks before its hello. message={type(message).__name__}")
@@ -206,8 +271,6 @@ class Daemon:
                 peer.planned = True
             case GetStatus():
                 peer.send(Status(id=message.id, report=report(self._job, self._crew)))
-            case Finished():
-                return
             case _ if self._crew.take(peer, message, fds) or (self._job.board and self._desk.take(peer, message, fds)):
                 return
             case _:
@@ -238,6 +301,12 @@ class Daemon:
         self._job.welcome(peer, hello, attempt=self._crew.attempt, new=new)
         if self._crew.attempt and hello.role == "events":
             self._crew.repeat_stop(peer)
+
+    def _import_ahead(self) -> None:
+        """Import what uploads need beside the loop: a supervisor is answered before that, and needs none of it."""
+        if self._importing is None:
+            self._importing = threading.Thread(target=lambda: import_module("ckpt.keeper.uploads"), name="ckpt-import")
+            self._importing.start()
 
     def _gone(self, peer: Peer) -> None:
         self._selector.unregister(peer.sock)

@@ -143,44 +143,50 @@ class Desk:
 
     def _log(self, peer: Peer, message: GetChoices | OpenEpoch | SetTag) -> None:
         job = self._job
-        assert job.uploads is not None and job.slots is not None, "admitted"
+        assert job.slots is not None, "admitted"
         if job.fenced:
             job.refuse(peer, message.id, FencedError(job.fenced))
             return
         match message:
             case GetChoices():
-                staged = job.slots.complete(job.ranks)
-                answer = job.uploads.choices(staged)
+                origins = job.slots.origins(job.ranks)
+                answer = job.need_uploads().choices(tuple(origins), origins)
                 self._answer(peer, message.id, answer, lambda found: Choices(id=message.id, choices=tuple(found)))
             case OpenEpoch():
-                job.slots.forget_beyond(message.resume)
-                self.resume = message.resume
-                opened = job.uploads.open_epoch(message.resume)
-                self._answer(peer, message.id, opened, lambda number: Number(id=message.id, number=number))
+                opened = job.need_uploads().open_epoch(message.resume)
+                self._answer(peer, message.id, opened, lambda number: self._opened(message, number))
             case SetTag():
-                tagged = job.uploads.tag(message.name, message.snapshot)
+                tagged = job.need_uploads().tag(message.name, message.snapshot)
                 self._answer(peer, message.id, tagged, lambda _: Done(id=message.id))
+
+    def _opened(self, message: OpenEpoch, number: int) -> Reply:
+        """What lies beyond the pair that the epoch goes on from is on no line now. Not before: it may have failed to open."""
+        assert self._job.slots is not None, "admitted"
+        self._job.slots.forget_beyond(message.resume)
+        self.resume = message.resume
+        return Number(id=message.id, number=number, origin=self._job.need_uploads().origin_of(number))
 
     def _upload(self, peer: Peer, message: Known | Persist | Refuse) -> None:
         job = self._job
-        assert job.uploads is not None and job.slots is not None, "admitted"
+        assert job.slots is not None, "admitted"
+        uploads = job.need_uploads()
         match message:
             case Known():
                 known = dict(zip(message.digests, message.locations, strict=True))
-                job.uploads.known(peer.rank, message.base, known)
+                uploads.known(peer.rank, message.base, known)
             case Refuse():
-                job.uploads.refuse(peer.rank, message.snapshot, to_error(message.error))
+                uploads.refuse(peer.rank, message.snapshot, to_error(message.error))
                 job.say("events", Outcome(snapshot=message.snapshot, error=message.error), rank=peer.rank)
             case Persist():
                 sealed = job.slots.sealed(peer.rank, message.index, message.generation)
                 if sealed is None:
                     text = f"a slot was handed in that is not sealed. snapshot={message.snapshot} rank={peer.rank}"
                     lost = InternalError(text)
-                    job.uploads.refuse(peer.rank, message.snapshot, lost)
+                    uploads.refuse(peer.rank, message.snapshot, lost)
                     told = Outcome(snapshot=message.snapshot, error=from_error(lost, rank=peer.rank))
                     job.say("events", told, rank=peer.rank)
                 else:
-                    job.uploads.persist(peer.rank, replace(sealed, shared=dict(message.shared)), message.tags)
+                    uploads.persist(peer.rank, replace(sealed, shared=dict(message.shared)), message.tags)
 
     def _answer(self, peer: Peer, call_id: int, future: Future[T], reply: Callable[[T], Reply]) -> None:
         """Answer a call when ``future`` is done, from the loop."""

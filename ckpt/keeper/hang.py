@@ -6,7 +6,7 @@ exempt: there a long wait means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt.link.board import Phase
@@ -18,9 +18,39 @@ CHECKS_PER_TIMEOUT = 8
 CHECK_S_MIN, CHECK_S_MAX = 0.1, 5.0
 
 
+LOOK_GAPS_MAX = 2.0
+"""How much one gap between two looks may count, in times of the usual one: in a longer one the watcher itself stood still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a watcher saw of all ranks at ``at_s``, and since when (``idle_s``, its own awake time) nothing of it has changed.
+
+    ``marks`` by rank: anything that changes with each step. No clock of the watched ones counts: a machine that slept, or a
+    group that was frozen, would look like a hang of all.
+    """
+
+    at_s: float
+    marks: Mapping[int, object]
+    idle_s: Mapping[int, float]
+
+
+def look(before: Sight | None, marks: Mapping[int, object], *, now_s: float, check_s: float) -> Sight:
+    """Look again. Time between two looks counts while both see the same, and LOOK_GAPS_MAX usual gaps at most."""
+    if before is None:
+        return Sight(now_s, marks, dict.fromkeys(marks, 0.0))
+    gap_s = min(max(0.0, now_s - before.at_s), LOOK_GAPS_MAX * check_s)
+    missing = object()
+    idle_s = {
+        rank: before.idle_s[rank] + gap_s if before.marks.get(rank, missing) == mark else 0.0
+        for rank, mark in marks.items()
+    }
+    return Sight(now_s, marks, idle_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """What the board says of one rank, and whether a debugger holds its process."""
+    """What the board says of one rank, how long it stands still, and whether a debugger holds its process."""
 
     rank: int
     phase: Phase

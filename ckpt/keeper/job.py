@@ -10,17 +10,21 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from ckpt.errors import CkptError, ConflictError, UsageError
+from ckpt.errors import CkptError, ConflictError, UnavailableError, UsageError
 from ckpt.keeper.peers import Peer, failed
 from ckpt.keeper.slots import Post, SlotTable
-from ckpt.keeper.uploads import Uploads
 from ckpt.link.board import RANKS_MAX, Board
 from ckpt.link.client import KeeperSpec
 from ckpt.link.messages import Drop, Fenced, Hello, Message, Outcome, RemoteError, Welcome
 from ckpt.link.policy import Policy
 from ckpt.observe.events import Tell
 from ckpt.values import SnapshotId, SnapshotInfo
+
+if TYPE_CHECKING:
+    from ckpt.keeper.uploads import Uploads
 
 SETTLE_WAIT_S = 600.0
 """How long a keeper that nobody needs any more goes on trying to bring to a store what it promised."""
@@ -51,6 +55,9 @@ class Job:
         self.board: Board | None = None
         self.slots: SlotTable | None = None
         self.uploads: Uploads | None = None
+        """Made by ``need_uploads``; None while nobody needed any."""
+        self._settling: SnapshotId | None = None
+        """The pair that was last asked to be settled since anybody trained."""
         self.fenced: str = ""
         self.cut_off = False
         """Whether a trainer without supervisor of this launch went without a word."""
@@ -65,7 +72,8 @@ class Job:
     def admit(self, hello: Hello) -> bool:
         """Take the peer's launch as the current one; True where this keeper is new to it.
 
-        Raises ConflictError where another launch of the job still lives here.
+        Raises ConflictError where another launch of the job still lives here, UnavailableError where what an earlier one with
+        another number of ranks left is still on its way to a store: it would be thrown away. Ask again then.
         """
         if not 1 <= hello.ranks <= RANKS_MAX or not 0 <= hello.rank < hello.ranks:
             raise UsageError(f"a rank out of range. rank={hello.rank} ranks={hello.ranks}")
@@ -78,10 +86,13 @@ class Job:
                 f"this job is running already on this node. job={self.spec.job!r} store={self.spec.store} pids={others}; "
                 "stop it first, or give this run another job name"
             )
+        if hello.ranks != self.ranks:
+            self._check_settled()
         self.launch = hello.launch
         self.policy = hello.policy or self.policy
         self.fenced = ""
         self.cut_off = False
+        self._settling = None
         if hello.ranks != self.ranks:
             self._make_room(hello.ranks)
         elif self.uploads is not None:
@@ -111,8 +122,39 @@ class Job:
         self.ranks = ranks
         self.board = Board.create(ranks)
         self.slots = SlotTable(self.board, self.post, dropped=self._dropped)
-        self.uploads = Uploads(
-            self.spec, ranks=ranks, post=self.post, outcome=self._outcome, fenced=self._fenced, tell=self.tell
+        self.uploads = None
+
+    def need_uploads(self) -> Uploads:
+        """The uploads of these ranks, made when they are first needed: importing them takes longer than a hello may."""
+        if self.uploads is None:
+            made: type[Uploads] = import_module("ckpt.keeper.uploads").Uploads
+            self.uploads = made(
+                self.spec, ranks=self.ranks, post=self.post, outcome=self._outcome, fenced=self._fenced, tell=self.tell
+            )
+        return self.uploads
+
+    def keep_newest(self) -> None:
+        """Nobody trains on for now: bring the newest complete pair, which only memory holds, to a store."""
+        if self.slots is None:
+            return
+        pairs = self.slots.complete(self.ranks)
+        if pairs:
+            self._settling = pairs[0]
+            self.need_uploads().settle(pairs, self.slots.sealed_of)
+
+    def _check_settled(self) -> None:
+        """Raise UnavailableError while something may still become durable. What can't any more is no reason to wait."""
+        if self.slots is None:
+            return
+        newest = next(iter(self.slots.complete(self.ranks)), None)
+        durable = self.uploads.durable.id if self.uploads is not None and self.uploads.durable is not None else None
+        if newest is not None and newest != self._settling and (durable is None or newest > durable):
+            self.keep_newest()
+        if self.uploads is None or self.uploads.idle:
+            return
+        what = f"step {newest.step}" if newest is not None else "the last snapshot"
+        raise UnavailableError(
+            f"still bringing {what} to the store; wait. job={self.spec.job!r} store={self.spec.store} ranks={self.ranks}"
         )
 
     def refuse(self, peer: Peer, call_id: int, error: CkptError) -> None:
@@ -139,13 +181,9 @@ class Job:
     def abandon(self) -> None:
         """Everybody is gone without a word: bring the newest complete pair to a store, and wait for somebody to come back."""
         self.times.abandoned_s = time.monotonic()
-        if self.uploads is None or self.slots is None:
-            return
-        slots, uploads = self.slots, self.uploads
-        uploads.attempt_ended(slots.sealed_of)
-        newest = next(iter(slots.complete(self.ranks)), None)
-        if newest is not None:
-            uploads.settle(newest, slots.sealed_of)
+        if self.uploads is not None and self.slots is not None:
+            self.uploads.attempt_ended(self.slots.sealed_of)
+        self.keep_newest()
 
     def lone_trainer_lost(self) -> None:
         """A trainer without supervisor is gone without a word: what it had not handed in is settled for the others' sake."""

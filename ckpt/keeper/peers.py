@@ -41,6 +41,11 @@ class Peer:
         """The rank that it said; -1 before its hello."""
         return self.hello.rank if self.hello is not None else -1
 
+    @property
+    def attempt(self) -> int:
+        """The attempt that it said it belongs to; 0 for none."""
+        return self.hello.attempt if self.hello is not None else 0
+
     def read(self) -> tuple[list[tuple[Message, list[int]]], bool]:
         """Whole messages that have come, with their descriptors, and whether the connection ended."""
         return self._inbox.read(self.sock)

@@ -17,6 +17,7 @@ from ckpt.keeper.roster_words import (
     AttemptOver,
     Event,
     Failure,
+    GatheringOver,
     GraceOver,
     Hung,
     Joined,
@@ -27,7 +28,9 @@ from ckpt.keeper.roster_words import (
     StartAll,
     SupervisorLeft,
     TrainerDied,
+    TrainerEntered,
     TrainerFailing,
+    TrainerFinished,
     TrainerKilled,
     TrainerStarted,
 )
@@ -66,7 +69,7 @@ _LIVE = (Seat.STARTING, Seat.ALIVE)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One rank: the connection of its supervisor, and its trainer."""
+    """One rank: the connection of its supervisor, and its trainer. ``finished``: that one is in the rest of its program."""
 
     rank: int
     peer: int
@@ -75,6 +78,7 @@ class Member:
     trainer_pid: int = 0
     how: str = ""
     failing: Failing | None = None
+    finished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,10 @@ def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
             return _seat(roster, rank, of=_WAITED, seat=Seat.ALIVE, trainer_pid=pid, how=how), []
         case TrainerFailing(rank, _, failing):
             return _seat(roster, rank, failing=failing), []
+        case TrainerFinished(rank):
+            return _moved_on(_seat(roster, rank, finished=True)), []
+        case TrainerEntered(rank):
+            return _entered(roster, rank), []
         case TrainerDied():
             return _died(roster, event)
         case Hung(rank, _, text, at_s, completed):
@@ -146,6 +154,9 @@ def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
         case GraceOver(at_s):
             text = "preempted, and not done within the grace period"
             return _fail(roster, Failure(-1, "preempted", text, 0, at_s), roster.record.completed)
+        case GatheringOver(text, at_s):
+            gathering = roster.state is State.GATHERING
+            return _leave(roster, Failure(-1, "missing", text, 1, at_s)) if gathering else (roster, [])
 
 
 def _join(roster: Roster, event: Joined) -> tuple[Roster, list[Action]]:
@@ -174,7 +185,8 @@ def _well(roster: Roster, status: int) -> bool:
 def _start(roster: Roster) -> tuple[Roster, list[Action]]:
     attempt = roster.attempt + 1
     members = {
-        rank: replace(one, seat=Seat.STARTING, trainer_pid=0, failing=None) for rank, one in roster.members.items()
+        rank: replace(one, seat=Seat.STARTING, trainer_pid=0, failing=None, finished=False)
+        for rank, one in roster.members.items()
     }
     started = replace(roster, attempt=attempt, state=State.RUNNING, members=members, failures=())
     return started, [StartAll(attempt)]
@@ -186,6 +198,18 @@ def _seat(roster: Roster, rank: int, *, of: Collection[Seat] = tuple(Seat), **ch
         return roster
     member = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
     return replace(roster, members={**roster.members, rank: member})
+
+
+def _moved_on(roster: Roster) -> Roster:
+    """A decorated call is done, or another one begins: the failures before say nothing about what comes."""
+    return replace(roster, record=replace(roster.record, stuck=0))
+
+
+def _entered(roster: Roster, rank: int) -> Roster:
+    """A decorated call began. One after another takes back that its rank had finished; each attempt's first says nothing."""
+    again = rank in roster.members and roster.members[rank].finished
+    roster = _seat(roster, rank, finished=False, failing=None)
+    return _moved_on(roster) if again else roster
 
 
 def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
@@ -202,7 +226,10 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
         return replace(roster, state=State.OVER, status=event.status) if ended else roster, leaves
     roster = _seat(roster, event.rank, seat=Seat.DEAD)
     failing = member.failing
-    if failing is not None and event.status > 0:
+    if event.status == -signal.SIGINT:  # somebody wants the end, whatever else went wrong
+        text = f"rank {event.rank} {status_text(event.status)}"
+        failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
+    elif failing is not None:
         failure = Failure(
             event.rank, "error", f"rank {event.rank} raised {failing.kind}: {failing.text}", event.status, event.at_s,
             failing.fingerprint, failing.step, failing.final,
@@ -263,7 +290,9 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[Action]]:
         status = 128 - failure.status
     else:
         status = failure.status or 1
-    return replace(roster, state=State.OVER, status=status), [LeaveAll(status, failure.text)]
+    # The keeper lives on and the launcher starts the program at once where a supervisor was lost: no need to wait.
+    leave = LeaveAll(status, failure.text, held=failure.kind != "supervisor")
+    return replace(roster, state=State.OVER, status=status), [leave]
 
 
 def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
@@ -276,6 +305,11 @@ def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
         return roster, failure.text
     if any(one.seat is Seat.ENDED for one in roster.members.values()) or len(roster.members) < roster.ranks:
         return roster, f"{failure.text}, after another rank had ended"
+    if any(one.finished for one in roster.members.values()):
+        return (
+            roster,
+            f"{failure.text}, after the training function had returned: the rest of a program is not run again",
+        )
     if failure.kind == "error" and record.same >= policy.same_error_max:
         return roster, f"{failure.text}; the same error at the same step {record.same} times in a row: a bug, no fault"
     if record.stuck >= policy.stuck_max:

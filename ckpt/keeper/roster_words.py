@@ -9,7 +9,10 @@ from ckpt.link.messages import Failing
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an attempt ended. ``status``: the trainer's, 0: none died. ``kind``: died, error, hang, supervisor or preempted."""
+    """Why an attempt ended. ``status``: the trainer's, 0: none died.
+
+    ``kind``: died, error, hang, supervisor, preempted or missing.
+    """
 
     rank: int
     kind: str
@@ -48,6 +51,22 @@ class TrainerFailing:
     rank: int
     attempt: int
     failing: Failing
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerFinished:
+    """A trainer's decorated call returned: what follows is the rest of its program, and not to be run twice."""
+
+    rank: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerEntered:
+    """A trainer's decorated call began: the first one, or one after others have returned."""
+
+    rank: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +122,17 @@ class GraceOver:
     at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class GatheringOver:
+    """Some ranks did not come in time; ``text`` names them."""
+
+    text: str
+    at_s: float
+
+
 Event = (
-    Joined | TrainerStarted | TrainerFailing | TrainerDied | Hung | TrainerKilled | SupervisorLeft | Preempted | GraceOver
+    Joined | TrainerStarted | TrainerFailing | TrainerFinished | TrainerEntered | TrainerDied | Hung | TrainerKilled
+    | SupervisorLeft | Preempted | GraceOver | GatheringOver
 )  # fmt: skip
 
 
@@ -133,10 +161,14 @@ class AttemptOver:
 
 @dataclass(frozen=True, slots=True)
 class LeaveAll:
-    """Every supervisor that is left exits with ``status``; ``text`` for people."""
+    """Every supervisor that is left exits with ``status``; ``text`` for people.
+
+    ``held``: first what only memory holds goes to a store. Not where the launcher starts the program again at once.
+    """
 
     status: int
     text: str
+    held: bool = True
 
 
 @dataclass(frozen=True, slots=True)

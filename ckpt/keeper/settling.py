@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckpt.commit.state import LogState
-from ckpt.errors import CkptError, UnavailableError
-from ckpt.keeper.choices import superseded
-from ckpt.keeper.store_log import RETRY_LAST_S
+from ckpt.errors import CkptError, ConflictError, FencedError, NotFoundError, UnavailableError
+from ckpt.keeper.hand_in import HandIns
+from ckpt.keeper.log_view import LogView
 from ckpt.keeper.turns import Turn, Turns
+from ckpt.keeper.waits import Waits
 from ckpt.observe.events import Event
-from ckpt.persist.persister import Sealed
+from ckpt.persist.sealed import Sealed
 from ckpt.persist.shares import shares_problem
 from ckpt.values import SnapshotId
 
@@ -21,19 +21,22 @@ SealedOf = Callable[[int, SnapshotId], Sealed | None]
 """The slot of a rank that holds a pair, held for an upload; None where there is none."""
 
 
-class Hands(Protocol):
+KIND = "settle-waits"
+
+
+class Asks(Protocol):
     """What a settler needs of the uploads. All in the keeper's loop."""
 
-    def read_log(self, then: Callable[[LogState], object], failed: Callable[[CkptError], object]) -> None:
+    def read_log(
+        self, epochs: frozenset[int], then: Callable[[], object], failed: Callable[[CkptError], object]
+    ) -> None:
         """Read the log and go on."""
         ...
 
-    def hand_in_again(self, sealed: Mapping[int, Sealed]) -> Turn:
-        """Hand in all ranks' shares of one pair, under names that no earlier try used."""
-        ...
-
-    def post(self, call: Callable[[], object], /) -> None:
-        """Have a call made by the loop; from any thread."""
+    def open_to_settle(
+        self, snapshot: SnapshotId, origin: str, then: Callable[[], object], failed: Callable[[CkptError], object]
+    ) -> None:
+        """Open an epoch that goes on from a staged pair; fails with ConflictError where somebody else went on."""
         ...
 
     def tell(self, event: Event, /) -> None:
@@ -41,23 +44,23 @@ class Hands(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Task:
-    snapshot: SnapshotId
+    pairs: deque[SnapshotId]
     sealed_of: SealedOf
-    pause_s: float
-    timer: threading.Timer | None = None
     turn: Turn | None = None
 
 
 class Settler:
-    """At most one pair at a time; the last one asked for counts."""
+    """At most one job at a time: the newest of some pairs that can be saved. The last one asked for counts."""
 
-    def __init__(self, hands: Hands, turns: Turns, *, ranks: int, retry_first_s: float) -> None:
-        self._hands = hands
+    def __init__(self, asks: Asks, view: LogView, hand_ins: HandIns, turns: Turns, waits: Waits, *, ranks: int) -> None:
+        self._asks = asks
+        self._view = view
+        self._hand_ins = hand_ins
         self._turns = turns
+        self._waits = waits
         self._ranks = ranks
-        self._retry_first_s = retry_first_s
         self._task: _Task | None = None
 
     @property
@@ -65,64 +68,112 @@ class Settler:
         """Whether a pair is still to be settled."""
         return self._task is not None
 
-    def start(self, snapshot: SnapshotId, sealed_of: SealedOf) -> None:
-        """Settle ``snapshot``: nothing where it is durable or can't be any more, and no second try beside one in flight."""
+    @property
+    def wanted(self) -> SnapshotId | None:
+        """The pair that is to be settled, or None."""
+        return self._task.pairs[0] if self._task is not None else None
+
+    def start(self, pairs: Sequence[SnapshotId], sealed_of: SealedOf) -> None:
+        """Settle the newest of ``pairs`` that can be; no second try beside one in flight."""
         self.stop()
-        self._task = task = _Task(snapshot, sealed_of, self._retry_first_s, turn=self._turns.find(snapshot))
+        if not pairs or self._view.needless(max(pairs)):
+            return
+        self._task = task = _Task(deque(sorted(pairs, reverse=True)), sealed_of, turn=self._turns.find(max(pairs)))
         if task.turn is None:
             self._look(task)
 
     def stop(self) -> None:
         """Settle nothing any more; what is in flight goes on."""
-        task, self._task = self._task, None
-        if task is not None and task.timer is not None:
-            task.timer.cancel()
+        self._task = None
+        self._waits.over(KIND)
 
     def turn_settled(self, turn: Turn) -> None:
         """All ranks are done with ``turn``."""
         task = self._task
         if task is None or task.turn is not turn:
             return
-        if turn.error is not None and turn.error.retry:
-            self._later(task)
+        task.turn = None
+        if turn.error is None:
+            self.stop()
+        elif turn.error.retry:
+            self._later(task, turn.error)
+        elif isinstance(turn.error, FencedError):
+            self._give_up(task, turn.error)
         else:
-            self._task = None
+            self._next(task, turn.error)
 
     def _look(self, task: _Task) -> None:
         """The log decides: what an unanswered commit left there is durable."""
         if task is self._task:
-            self._hands.read_log(lambda state: self._try(task, state), lambda _: self._later(task))
+            epochs = frozenset(pair.epoch for pair in task.pairs)
+            self._asks.read_log(epochs, lambda: self._try(task), lambda error: self._later(task, error))
 
-    def _try(self, task: _Task, state: LogState) -> None:
+    def _try(self, task: _Task) -> None:
         if task is not self._task:
             return
-        if superseded(state, task.snapshot):
-            self._task = None
+        pair = task.pairs[0]
+        if self._view.needless(pair):
+            self.stop()
             return
-        task.turn = self._turns.find(task.snapshot)
+        task.turn = self._turns.find(pair)
         if task.turn is not None:
             return
         if not self._turns.level:  # trainers came back and are in the middle of handing something in
-            self._later(task)
+            self._later(task, None)
             return
-        sealed = {rank: found for rank in range(self._ranks) if (found := task.sealed_of(rank, task.snapshot))}
-        why = unfit(Turn(0, task.snapshot), sealed, self._ranks)
-        if why is None:
-            task.turn = self._hands.hand_in_again(sealed)
+        sealed = {rank: found for rank in range(self._ranks) if (found := task.sealed_of(rank, pair))}
+        why = unfit(Turn(0, pair), sealed, self._ranks)
+        if why is None and not self._view.restorable(pair, sealed[0].index.origin):
+            why = ConflictError(
+                f"what is staged is not on the job's line, or another writer opened a newer epoch. snapshot={pair}"
+            )
+        if why is None and self._hand_ins:
+            task.turn = self._hand_ins.submit_again(sealed)
             return
+        origin = sealed[0].index.origin if why is None else ""
         for one in sealed.values():
             one.let_go()
-        self._task = None
-        self._hands.tell(Event("settle-failed", str(why), {"step": task.snapshot.step}, alarm=True))
+        if why is not None:
+            self._next(task, why)
+            return
+        self._asks.open_to_settle(
+            pair, origin, lambda: self._look(task), lambda error: self._not_opened(task, error)
+        )  # fmt: skip
 
-    def _later(self, task: _Task) -> None:
+    def _not_opened(self, task: _Task, error: CkptError) -> None:
+        if isinstance(error, ConflictError | NotFoundError):
+            self._give_up(task, error)
+        else:
+            self._later(task, error)
+
+    def _next(self, task: _Task, why: CkptError) -> None:
+        """The pair can't be saved at all: an older one is better than nothing."""
+        if len(task.pairs) == 1:
+            self._give_up(task, why)
+            return
+        if task is self._task:
+            step = task.pairs.popleft().step
+            text = f"a staged snapshot can't be saved, the one before it is tried: {why}"
+            self._asks.tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
+            self._look(task)
+
+    def _give_up(self, task: _Task, why: CkptError) -> None:
         if task is not self._task:
             return
+        step = task.pairs[0].step
+        self.stop()
+        text = f"what is staged stays in memory only: {why}"
+        self._asks.tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
+
+    def _later(self, task: _Task, error: CkptError | None) -> None:
+        if task is not self._task:
+            return
+        if isinstance(error, FencedError):
+            self._give_up(task, error)
+            return
         task.turn = None
-        task.timer = threading.Timer(task.pause_s, lambda: self._hands.post(lambda: self._look(task)))
-        task.timer.daemon = True
-        task.timer.start()
-        task.pause_s = min(2 * task.pause_s, RETRY_LAST_S)
+        what = f"{task.pairs[0]} is staged and not durable yet, tried again"
+        self._waits.later(KIND, what, error, lambda: self._look(task))
 
 
 def unfit(turn: Turn, sealed: Mapping[int, Sealed], ranks: int) -> CkptError | None:

@@ -11,7 +11,7 @@ from ckpt.errors import IntegrityError, UsageError
 from ckpt.link.board import SLOTS_MAX, Board
 from ckpt.link.messages import SlotEntry
 from ckpt.link.report import SlotReport
-from ckpt.persist.persister import Sealed
+from ckpt.persist.sealed import Sealed
 from ckpt.stage.memory_limit import available_bytes
 from ckpt.stage.slot_header import Brief, Header, header_bytes_of, read_brief, read_slot
 from ckpt.values import SnapshotId, StagedIndex
@@ -66,15 +66,22 @@ class SlotTable:
         self._board = board
         self._post = post
         self._slots: dict[tuple[int, int], HeldSlot] = {}
+        self._outlived: list[HeldSlot] = []
+        """Slots that uploads still hold and whose number another one has taken over: no word of the board is about them."""
 
     def add(self, rank: int, index: int, fd: int, size_bytes: int) -> HeldSlot:
-        """Take ``fd`` over. UsageError where the number is taken, sizes lie or memory is short; ``fd`` is then closed."""
+        """Take ``fd`` over. UsageError where the number is taken, sizes lie or memory is short; ``fd`` is then closed.
+
+        A number whose slot was given up is free, even while an upload still holds that one.
+        """
         try:
             self._check(rank, index, fd, size_bytes)
             mapping = mmap.mmap(fd, size_bytes)
         except BaseException:
             os.close(fd)
             raise
+        if (rank, index) in self._slots:
+            self._outlive(self._slots.pop((rank, index)))
         slot = HeldSlot(rank, index, fd, size_bytes, mapping)
         self._slots[rank, index] = slot
         return slot
@@ -84,12 +91,13 @@ class SlotTable:
         return sorted((one for one in self if one.rank == rank and not one.retired), key=lambda one: one.index)
 
     def __iter__(self) -> Iterator[HeldSlot]:
+        """The slots that have a number."""
         return iter(list(self._slots.values()))
 
     @property
     def total_bytes(self) -> int:
         """Memory of all slots, header and data."""
-        return sum(slot.size_bytes for slot in self)
+        return sum(slot.size_bytes for slot in self._all())
 
     def drop(self, rank: int, index: int) -> bool:
         """The rank gave its slot up; it goes once no upload holds it. True where it is gone now."""
@@ -147,12 +155,16 @@ class SlotTable:
 
     def complete(self, ranks: int) -> list[SnapshotId]:
         """Every pair that all ranks hold sealed, newest first, by their headers."""
-        held: list[set[SnapshotId]] = [set() for _ in range(ranks)]
+        return list(self.origins(ranks))
+
+    def origins(self, ranks: int) -> dict[SnapshotId, str]:
+        """As ``complete``, with what the pairs' indexes carry: equal numbers of two openings make no pair."""
+        held: list[set[tuple[SnapshotId, str]]] = [set() for _ in range(ranks)]
         for slot in self:
             found = slot.brief()
             if found is not None and slot.rank < ranks and found[0].world_size == ranks:
-                held[slot.rank].add(found[0].snapshot)
-        return sorted(set.intersection(*held), reverse=True) if held else []
+                held[slot.rank].add((found[0].snapshot, found[0].origin))
+        return dict(sorted(set.intersection(*held), reverse=True)) if held else {}
 
     def report(self, rank: int) -> tuple[SlotReport, ...]:
         """For tools."""
@@ -171,9 +183,20 @@ class SlotTable:
 
     def close(self) -> None:
         """Give everything up. Views that an upload still holds stay readable."""
-        for slot in self:
+        for slot in self._all():
             os.close(slot.fd)
         self._slots.clear()
+        self._outlived.clear()
+
+    def _all(self) -> list[HeldSlot]:
+        return [*self._slots.values(), *self._outlived]
+
+    def _outlive(self, slot: HeldSlot) -> None:
+        """Another slot takes over the number of one that was given up. Supervisors and board know slots by number only."""
+        self._outlived.append(slot)
+        self._board.rank(slot.rank).clear(slot.index)
+        self._board.rank(slot.rank).let_go(slot.index)
+        self._dropped(slot.rank, slot.index)
 
     def _hold(self, slot: HeldSlot, index: StagedIndex) -> Sealed:
         header_bytes = _header_bytes(slot)
@@ -183,7 +206,12 @@ class SlotTable:
 
         def released() -> None:
             slot.uploads -= 1
-            if not slot.uploads and (slot.rank, slot.index) in self._slots:
+            if slot.uploads:
+                return
+            if slot in self._outlived:
+                self._outlived.remove(slot)
+                os.close(slot.fd)
+            elif self._slots.get((slot.rank, slot.index)) is slot:
                 rank_board.let_go(slot.index)
                 self._free_retired(slot)
 
@@ -195,25 +223,27 @@ class SlotTable:
     def _free_retired(self, slot: HeldSlot) -> bool:
         if not slot.retired or slot.uploads:
             return False
-        if self._slots.pop((slot.rank, slot.index), None) is not None:
+        if self._slots.pop((slot.rank, slot.index), None) is slot:
             self._board.rank(slot.rank).clear(slot.index)
             os.close(slot.fd)
             self._dropped(slot.rank, slot.index)
         return True
 
     def _check(self, rank: int, index: int, fd: int, size_bytes: int) -> None:
-        if not 0 <= index < SLOTS_MAX or not 0 <= rank < self._board.ranks or (rank, index) in self._slots:
+        there = self._slots.get((rank, index))
+        taken = there is not None and not there.retired
+        if not 0 <= index < SLOTS_MAX or not 0 <= rank < self._board.ranks or taken:
             raise UsageError(f"a slot's place is taken or out of range. rank={rank} index={index}")
         found_bytes = os.fstat(fd).st_size
         if size_bytes <= 0 or found_bytes != size_bytes:
             raise UsageError(f"a slot of another size than told. size_bytes={found_bytes} told_bytes={size_bytes}")
         # Slots take their pages little by little: what was promised and is not taken yet is as good as used.
-        promised = size_bytes + sum(max(0, slot.size_bytes - _taken(slot.fd)) for slot in self)
+        promised = size_bytes + sum(max(0, slot.size_bytes - _taken(slot.fd)) for slot in self._all())
         left = available_bytes()
         if left is not None and promised - _taken(fd) > left:
             raise UsageError(
                 f"this node's memory does not bear another slot. rank={rank} slot_bytes={size_bytes} promised_bytes={promised} "
-                f"available_bytes={left} slots={len(self._slots)}; allow fewer slots or set memory_every=0"
+                f"available_bytes={left} slots={len(self._all())}; allow fewer slots or set memory_every=0"
             )
 
 

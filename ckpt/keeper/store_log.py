@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
 from ckpt.commit.fold import empty
 from ckpt.commit.journal import Journal, new_write_id
 from ckpt.commit.state import LogState, Opened
 from ckpt.errors import CkptError, ConflictError, FencedError, InternalError, NotFoundError, UnavailableError
-from ckpt.keeper.choices import NOT_WRITTEN, assumed
+from ckpt.keeper.choices import LINEAGE_CHARS, NOT_WRITTEN, assumed, lineage, ours, restorable
 from ckpt.manifest.records import Open
 from ckpt.observe.events import Event, Tell
 from ckpt.values import SnapshotId
@@ -32,11 +32,37 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """The log when the first epoch was opened: its fold before, and the opens written then, the new one last."""
+class Seen:
+    """The log as it was read. ``ids`` are write ids of its opens, those asked for and some more.
+
+    ``store_id`` is empty where there is no store.
+    """
 
     state: LogState
+    ids: Mapping[int, str]
+    store_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The first epoch of a launch, as it is wanted: what it goes on from, and what is staged, with origins.
+
+    ``settling``: nobody trains, it is opened to commit the staged ``resume`` alone. ``write_id`` makes repeating it harmless.
+    """
+
+    resume: SnapshotId | None
+    staged: Mapping[SnapshotId, str]
+    settling: bool
+    write_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The log when the first epoch was opened: as it was before, the opens written then, the new one last, and their ids."""
+
+    seen: Seen
     opens: tuple[Opened, ...]
+    ids: Mapping[int, str]
 
 
 class StoreLog:
@@ -56,6 +82,9 @@ class StoreLog:
         self._backend: Backend | None = None
         self._reader: Journal | None = None
         self._writer: Journal | None = None
+        self._left: list[Backend] = []
+        self._look_again = threading.Event()
+        self._renewing = threading.Lock()
         self._due: deque[Given] = deque()
         self._recorded = 0
         self._stopped = threading.Event()
@@ -74,31 +103,52 @@ class StoreLog:
             raise InternalError("the log is written before an epoch is open.")
         return self._writer
 
-    def read(self) -> LogState:
-        """The log's fold, fresh from the store; an empty one where there is no store yet."""
+    def look_again(self) -> None:
+        """The store may be another one by now, or gone: before it is used next, see which it is."""
+        self._look_again.set()
+
+    def read(self, epochs: Collection[int]) -> Seen:
+        """The log, fresh from the store, and the ids of the opens of ``epochs`` at least; empty where there is no store."""
+        self._renew()
         if self._reader is None:
             try:
                 self._reader = Journal.open(self.backend, job=self._job if self._named else None)
             except NotFoundError:
-                return empty(self._job)
+                return Seen(empty(self._job), {}, "")
         # A journal of its own: the writer's serves one call at a time, and one to a dead store takes long.
-        return self._reader.refresh()
+        return _seen(self._reader, epochs)
 
-    def begin(self, resume: SnapshotId | None, staged: frozenset[SnapshotId]) -> Begun:
-        """Make the store where there is none, and open a launch's first epoch, going on from ``resume``.
+    def begin(self, opening: Opening) -> Begun:
+        """Make the store where there is none, and open a launch's first epoch. Raises whatever keeps it from being written.
 
-        Epochs that are staged but have no record get theirs first. Raises whatever keeps the store from being written.
+        Epochs that are staged but have no record get theirs first. Raises ConflictError where another writer went on with the
+        job since the log was last read, so that ``resume`` is no staged pair of its line; and where another store stands there.
         """
+        if self._renew():
+            opening = replace(opening, staged={})  # for another store, whose epochs these are not
         self._due.clear()  # of an earlier launch, and not to be written any more
         if self._writer is None:
-            self._writer = self._open_to_write()
-        state = self._writer.refresh()
-        missing = assumed(state, staged)
+            self._writer = self._open_to_write(create=not opening.settling)
+        journal = self._writer
+        epochs = {pair.epoch for pair in opening.staged}
+        seen = _seen(journal, epochs)
+        resume, again = opening.resume, seen.state.seq_of(opening.write_id) is not None
+        counted = ours(seen.state, seen.ids, opening.staged)
+        if resume is not None and not again:
+            _check_resume(seen, opening, resume)
+        missing = assumed(seen.state, counted)
+        named = {pair.epoch: origin for pair, origin in counted.items() if origin}
         for opened in missing:
-            self._writer.append(Open(opened.epoch, opened.resume), epoch=opened.epoch)
-        epoch = self._writer.open_epoch(resume=resume)
+            journal.append(Open(opened.epoch, opened.resume), epoch=opened.epoch, write_id=named.get(opened.epoch))
+        if opening.settling and not again:
+            # Told to this very state: whoever opens an epoch in between trains on, and is not to be fenced.
+            epoch = max(seen.state.epoch, *(opened.epoch for opened in missing), 0) + 1
+            journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
+        else:
+            epoch = journal.open_epoch(resume=resume, write_id=opening.write_id)
         self._recorded = epoch
-        return Begun(state, (*missing, Opened(epoch, NOT_WRITTEN, resume)))
+        ids = _seen(journal, epochs | {epoch}).ids
+        return Begun(seen, (*missing, Opened(epoch, NOT_WRITTEN, resume)), ids)
 
     def record(self, given: Given) -> None:
         """Write the record of an epoch that was given out. Repeated, with an alarm, until the store takes it.
@@ -120,17 +170,48 @@ class StoreLog:
 
     def close(self) -> None:
         """Let go of the store."""
-        if self._backend is not None:
-            self._backend.close()
+        for backend in (self._backend, *self._left):
+            if backend is not None:
+                backend.close()
 
-    def _open_to_write(self) -> Journal:
+    def _open_to_write(self, *, create: bool) -> Journal:
         job = self._job
         if not self._named:
             try:
                 job = Journal.open(self.backend).job
             except NotFoundError:
                 job = self._job
-        return Journal.open(self.backend, job=job, create=True)
+        return Journal.open(self.backend, job=job, create=create)
+
+    def _renew(self) -> bool:
+        """Let go of journals of a store that is no longer there, where that is to be looked at; whether it was so."""
+        with self._renewing:
+            if not self._look_again.is_set():
+                return False
+            known = self._reader or self._writer
+            backend = self._open_store() if known is not None else None
+            self._look_again.clear()
+            if known is None or backend is None:
+                return False
+            try:
+                same = Journal.open(backend).store_id == known.store_id
+            except NotFoundError:
+                same = False
+            except BaseException:
+                self._look_again.set()
+                self._let_go(backend)
+                raise
+            if same:
+                self._let_go(backend)
+                return False
+            if self._backend is not None and self._backend is not backend:
+                self._left.append(self._backend)  # uploads may still use it
+            self._backend, self._reader, self._writer = backend, None, None
+            return True
+
+    def _let_go(self, backend: Backend) -> None:
+        if backend is not self._backend:
+            backend.close()
 
     def _record_due(self) -> None:
         while self._due:
@@ -168,6 +249,30 @@ class StoreLog:
             ) from error
 
 
-def give_out(epoch: int, resume: SnapshotId | None) -> Given:
-    """An epoch to be recorded later."""
-    return Given(epoch, resume, new_write_id())
+def new_origin(after: str = "") -> str:
+    """A write id for an open: of the same lineage as ``after``, or of a new one."""
+    return lineage(after or new_write_id()) + new_write_id()[LINEAGE_CHARS:]
+
+
+def _seen(journal: Journal, epochs: Collection[int]) -> Seen:
+    state = journal.refresh()
+    ids = {}
+    for opened in state.opens:
+        write_id = state.write_id_at(opened.seq)
+        if write_id is None and (opened.epoch in epochs or opened.epoch == state.epoch):
+            write_id = journal.write_id_of(opened.seq)
+        if write_id is not None:
+            ids[opened.epoch] = write_id
+    return Seen(state, ids, journal.store_id)
+
+
+def _check_resume(seen: Seen, opening: Opening, resume: SnapshotId) -> None:
+    """Raises ConflictError where ``resume`` is only staged, and what the log has under its epoch's number is another's."""
+    if resume not in opening.staged or (not opening.settling and seen.state.find(resume) is not None):
+        return
+    there = seen.state.epoch > 0 or not opening.settling
+    if not there or resume not in restorable(seen.state, seen.ids, {resume: opening.staged[resume]}):
+        raise ConflictError(
+            f"another writer went on with this job, not from what is staged here. resume={resume} newest={seen.state.epoch} "
+            "restore anew"
+        )

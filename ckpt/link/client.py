@@ -9,15 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from ckpt.errors import IntegrityError, UnavailableError, UsageError
+from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
 from ckpt.link.frames import Received, Wire, close_fds
-from ckpt.link.messages import Bye, Message, Reply
+from ckpt.link.messages import Bye, Hello, Message, Reply, Welcome
 from ckpt.link.remote import to_error
 from ckpt.link.runtime import JobFolder
 from ckpt.manifest.canonical import ready
@@ -26,6 +26,9 @@ START_WAIT_S = 30.0
 """How long starting a keeper may take, all tries together."""
 FAILS_MAX = 3
 """Keepers that end at once, until starting another is given up."""
+HELLO_WAIT_S = 30.0
+"""How long a keeper may take to answer a hello."""
+
 POLL_FIRST_S = 0.002
 POLL_LAST_S = 0.05
 TAIL_BYTES = 2000
@@ -97,6 +100,54 @@ def ensure_keeper(
         if not starter.start():
             time.sleep(pause_s)  # another process is starting a keeper, or one is just ending
             pause_s = min(pause_s * 1.5, POLL_LAST_S)
+
+
+class HungUpError(UnavailableError):
+    """The keeper went away before it answered the hello: it was just ending, and the next one may be had at once."""
+
+
+def greet(wire: Wire, hello: Hello) -> Welcome:
+    """Say hello, with an ``id``, as the first word on a connection, and wait for the answer.
+
+    Raises HungUpError where the keeper is gone, and the error that it answers with.
+    """
+    try:
+        wire.send(hello)
+        got = wire.receive(HELLO_WAIT_S)
+    except UnavailableError as error:
+        raise HungUpError(f"the keeper gave no answer to the hello: {error}") from error
+    if got is None:
+        raise HungUpError("the keeper hung up at the hello; see keeper.log in the job's runtime folder")
+    answer, fds = got
+    close_fds(fds)
+    if isinstance(answer, Reply) and answer.error is not None:
+        raise to_error(answer.error)
+    if not isinstance(answer, Welcome):
+        raise InternalError(f"the keeper answered a hello with something else. type={type(answer).__name__}")
+    return answer
+
+
+def welcomed(connect: Callable[[], Wire], hello: Hello, *, wait_s: float = START_WAIT_S) -> tuple[Wire, Welcome]:
+    """A connection from ``connect`` on which the keeper has said welcome to ``hello``, which is a call.
+
+    A keeper that is just ending still takes connections, and hangs up: then ``connect`` is asked for the next one, as long as
+    ``wait_s`` seconds. Raises what ``connect`` and ``greet`` raise.
+    """
+    until_s = time.monotonic() + wait_s
+    pause_s = POLL_FIRST_S
+    while True:
+        wire = connect()
+        try:
+            return wire, greet(wire, hello)
+        except HungUpError:
+            wire.close()
+            if time.monotonic() > until_s:
+                raise
+        except BaseException:
+            wire.close()
+            raise
+        time.sleep(pause_s)  # between two looks: the one that ends lets go of its lock when it is gone
+        pause_s = min(pause_s * 1.5, POLL_LAST_S)
 
 
 class _Starter:

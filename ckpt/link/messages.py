@@ -268,9 +268,10 @@ class Value(Reply, frozen=True, kw_only=True):
 
 
 class Number(Reply, frozen=True, kw_only=True):
-    """A count or an epoch."""
+    """A count or an epoch. ``origin``: of an epoch, what its staged indexes carry, since numbers alone are given out twice."""
 
     number: int
+    origin: str = ""
 
 
 class SlotEntry(msgspec.Struct, frozen=True):

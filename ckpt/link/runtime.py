@@ -25,6 +25,7 @@ from ckpt.manifest.canonical import ready
 SOCKET_PATH_BYTES_MAX = 100
 """The kernel takes 107 bytes; longer paths go through ``/proc/self/fd``."""
 BACKLOG = 1024
+TMP = Path("/tmp")
 TRIES_MAX = 100
 """How often a folder may vanish under a process that is entering it."""
 
@@ -45,8 +46,8 @@ ready(Note)
 def runtime_root() -> Path:
     """The folder of this user's jobs on this machine, made where it is missing.
 
-    ``$CKPT_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/ckpt`` where that is a folder of this user, else ``/tmp/ckpt-<uid>``. Raises
-    UsageError where others could read or change it.
+    ``$CKPT_RUNTIME_DIR``, else ``/tmp/ckpt-<uid>``, else, where ``/tmp`` can't be used, ``$XDG_RUNTIME_DIR/ckpt``: that one is
+    removed at logout, under the jobs that still run. Raises UsageError where others could read or change it.
     """
     root = _root_of_environment()
     try:
@@ -67,13 +68,14 @@ def runtime_root() -> Path:
 def _root_of_environment() -> Path:
     if chosen := os.environ.get("CKPT_RUNTIME_DIR"):
         return Path(chosen).absolute()
-    if session := os.environ.get("XDG_RUNTIME_DIR"):
+    session = os.environ.get("XDG_RUNTIME_DIR")
+    if session and not os.access(TMP, os.W_OK | os.X_OK):
         # su and sudo hand on somebody else's folder, containers one that isn't there.
         with contextlib.suppress(OSError):
             found = Path(session).stat()
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
                 return Path(session) / "ckpt"
-    return Path("/tmp") / f"ckpt-{os.getuid()}"
+    return TMP / f"ckpt-{os.getuid()}"
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -123,7 +125,10 @@ class JobFolder:
                     continue
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 if _same(fd, self.path):
-                    self.stacks.mkdir(mode=0o700, exist_ok=True)
+                    with contextlib.suppress(
+                        OSError
+                    ):  # a full disk, say: then there are no stacks to read after a hang
+                        self.stacks.mkdir(mode=0o700, exist_ok=True)
                     yield
                     return
         raise UnavailableError(f"somebody keeps removing this folder. path={self.path}")

@@ -7,7 +7,6 @@ fails that one snapshot on all ranks with the same error; the next one starts af
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -28,7 +27,10 @@ from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.observe.events import Event, Tell
 from ckpt.persist.channel import Channel, wait_for
 from ckpt.persist.queue import CallQueue
-from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo, StagedIndex
+from ckpt.persist.sealed import Sealed
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+__all__ = ["Persister", "Place", "Sealed", "check_shared", "one_base"]
 
 T = TypeVar("T")
 
@@ -49,28 +51,6 @@ class Place:
     """The writer's epoch, asked when a record is written: what an older epoch captured is committed under the current one."""
     journal: Journal | None
     """Rank 0's handle on the commit log; None on the other ranks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sealed:
-    """A sealed slot as a persister takes it: what it holds, and how to let go of it (called once).
-
-    ``data`` is a view of the data area for the persister alone, which releases it: an error that is kept somewhere would keep
-    the slot's memory otherwise.
-    """
-
-    index: StagedIndex
-    data: memoryview
-    release: Callable[[], None]
-    shared: Mapping[str, tuple[int, str]] | None = None
-    """What replicas must agree on for their shares to fit together: how many they are, and a digest of what they hold. None:
-    not known, so that whoever hands the slots in has made sure of it."""
-
-    def let_go(self) -> None:
-        """Give up the view and the slot."""
-        with contextlib.suppress(BufferError):  # a frame of an error still reads it, and ends soon
-            self.data.release()
-        self.release()
 
 
 class _Receipt(msgspec.Struct, frozen=True):

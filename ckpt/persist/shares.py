@@ -16,6 +16,8 @@ def shares_problem(indexes: Sequence[StagedIndex]) -> str | None:
     snapshots = {index.snapshot for index in indexes}
     if len(snapshots) != 1:
         return f"the ranks hold different snapshots. snapshots={', '.join(map(str, sorted(snapshots))) or 'none'}"
+    if len({index.origin for index in indexes}) != 1:
+        return "the ranks hold an epoch of the same number that was opened twice."
     if [(index.rank, index.world_size) for index in indexes] != [(rank, len(indexes)) for rank in range(len(indexes))]:
         return f"slots of other ranks or of a world of another size. ranks={len(indexes)}"
     leaves: dict[tuple[str, int | None], Leaf] = {}

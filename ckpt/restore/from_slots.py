@@ -139,7 +139,9 @@ def staged_index(indexes: Sequence[StagedIndex], *, job: str) -> SnapshotIndex:
     if not ordered:
         raise IntegrityError("no slot holds the snapshot.")
     first = ordered[0]
-    kinds = {(one.snapshot, one.world_size) for one in ordered}
+    kinds = {
+        (one.snapshot, one.world_size, one.origin) for one in ordered
+    }  # an epoch's number alone may be given out twice
     if len(kinds) > 1 or [one.rank for one in ordered] != list(range(first.world_size)):
         held = ", ".join(f"{one.snapshot} rank {one.rank}/{one.world_size}" for one in ordered)
         raise IntegrityError(f"slots that are not one snapshot. slots={held}")

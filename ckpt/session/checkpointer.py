@@ -174,7 +174,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait until everything is durable and leave. Raises what kept the last snapshot from becoming durable."""
-        self._session.finish()
+        self._session.finish(run=False)
 
     def _index(self, step: int | None, epoch: int | None, tag: str | None) -> SnapshotIndex:
         _check_choice(step, epoch, tag)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from ckpt.backends.base import Backend
 from ckpt.capture.leaves import World
 from ckpt.commit.state import LogState
+from ckpt.errors import UnavailableError
 from ckpt.observe.events import Event, Tell
+from ckpt.persist.channel import wait_for
 from ckpt.session.keeping import Keeping
 from ckpt.session.options import Options
 from ckpt.session.orders import Orders, RankOrders, SoloOrders
@@ -53,10 +56,38 @@ class Joined:
             else RankOrders(self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step)
         )
 
-    def close(self) -> None:
-        """End what runs in the background."""
-        if self._orders is not None:
-            self._orders.close()
+    def leave(self, *, wait_s: float) -> None:
+        """End what runs in the background and leave: rank 0 last, because it may own the message store.
+
+        Without ``wait_s`` an exception is on its way out: nothing waits, and nothing is raised over it.
+        """
+        try:
+            if self._orders is not None:
+                self._orders.close()
+            if self.channel.rank != 0:
+                self._say_bye(heard=wait_s > 0)
+            elif wait_s > 0 and not self.keeping.seated:
+                self._see_off(wait_s)
+        finally:
+            self.keeping.close()
+
+    def _say_bye(self, *, heard: bool) -> None:
+        rank = self.channel.rank
+        try:
+            self.channel.post(f"bye/{rank}", b"1")
+        except (UnavailableError, RuntimeError) as error:  # RuntimeError: torch's own stores
+            if heard:
+                raise
+            self.tell(Event("left", f"left without a word to the other ranks: {error}", {"rank": rank}))
+
+    def _see_off(self, wait_s: float) -> None:
+        began_s = time.monotonic()
+        for rank in range(1, self.channel.size):
+            left_s = max(0.0, wait_s - (time.monotonic() - began_s))
+            try:
+                wait_for(self.channel, f"bye/{rank}", timeout_s=left_s, what=f"rank {rank} to leave")
+            except UnavailableError as error:
+                self.tell(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
 
     def _skipped(self, boundary: int, why: str) -> None:
         self.tell(

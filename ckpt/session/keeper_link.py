@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from ckpt.errors import CkptError, IntegrityError, UnavailableError, UsageError
 from ckpt.link.board import Board
-from ckpt.link.client import Calls, KeeperSpec, ensure_keeper
+from ckpt.link.client import Calls, KeeperSpec
 from ckpt.link.frames import Wire, close_fds
 from ckpt.link.messages import (
     BoardKept,
@@ -50,9 +50,9 @@ from ckpt.link.messages import (
     Slots,
     Stop,
     Value,
-    Welcome,
 )
-from ckpt.link.remote import from_error, to_error
+from ckpt.link.remote import from_error
+from ckpt.session.keeper_hello import connections, greet, in_spite_of_ends
 from ckpt.stage.memory import Region
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 
@@ -60,9 +60,6 @@ _R = TypeVar("_R", bound=Reply)
 
 KNOWN_MAX = 200_000
 """Places of chunks that one message carries, far below a frame's limit. The others are stored anew, once."""
-
-EVENTS_ID = 1
-"""The one call on the connection for events."""
 
 
 class KeeperLink:
@@ -90,8 +87,11 @@ class KeeperLink:
 
     @classmethod
     def connect(cls, spec: KeeperSpec, hello: Hello, *, start: bool = True) -> KeeperLink:
-        """Find the job's keeper, start it where none runs (unless ``start`` is false), and say hello as a trainer."""
-        link = cls(*_connections(spec, start=start), hello)
+        """Find the job's keeper, start it where none runs (unless ``start`` is false), and say hello as a trainer.
+
+        A keeper that ends just then is no answer: the next one is started. Raises KeeperBusyError where it takes nobody yet.
+        """
+        link = in_spite_of_ends(lambda: cls(*connections(spec, start=start), hello), again=start)
         link._spec = spec
         return link
 
@@ -99,14 +99,16 @@ class KeeperLink:
         """In the place of a keeper that is gone: find or start the next one, and give it the board where it has none.
 
         For a program without a supervisor, from one thread. Slots come next (``SharedSlots.hand_in_again``); nothing that
-        was posted or handed in before is known any more. Raises UsageError where the keeper is still there.
+        was posted or handed in before is known any more. Raises UsageError where the keeper is still there. Where it
+        raises anything else the link is as lost as it was.
         """
         if self._lost is None or self._spec is None or self._closing:
             raise UsageError("a link is made anew only after its keeper is gone, where it was found by its job")
         self._thread.join()
         self._calls.close()
         self._events.close()
-        self._open(*_connections(self._spec, start=True))
+        spec = self._spec
+        in_spite_of_ends(lambda: self._open(*connections(spec, start=True)), again=True)
         if self.welcome.new:
             self._calls.tell(BoardKept(), [board.fd])
 
@@ -213,9 +215,10 @@ class KeeperLink:
         """What can be restored, best first. Waits until the keeper has read the log."""
         return self._calls.ask(GetChoices(), Choices).choices
 
-    def open_epoch(self, resume: SnapshotId | None) -> int:
-        """Rank 0: open the next epoch, going on from ``resume``; its number. Raises FencedError, UnavailableError."""
-        return self._calls.ask(OpenEpoch(resume=resume), Number).number
+    def open_epoch(self, resume: SnapshotId | None) -> tuple[int, str]:
+        """Rank 0: open the next epoch, going on from ``resume``; number and origin. Raises FencedError, UnavailableError."""
+        opened = self._calls.ask(OpenEpoch(resume=resume), Number)
+        return opened.number, opened.origin
 
     def persist(
         self, snapshot: SnapshotId, *, index: int, generation: int, tags: tuple[str, ...] = (),
@@ -267,31 +270,19 @@ class KeeperLink:
         self._thread.join()
 
     def _open(self, calls: Wire, events: Wire) -> None:
-        self._calls = Calls(calls)
-        self._events = events
-        self._lost: CkptError | None = None
         try:
-            self.welcome = self._calls.ask(self._hello, Welcome)
+            self.welcome = greet(calls, self._hello)
             """What the keeper said first."""
-            self._greet()
+            greet(events, replace(self._hello, role="events"))
         except BaseException:
             calls.close()
             events.close()
             raise
+        self._calls = Calls(calls)
+        self._events = events
+        self._lost: CkptError | None = None
         self._thread = threading.Thread(target=self._listen, name="ckpt-keeper-events", daemon=True)
         self._thread.start()
-
-    def _greet(self) -> None:
-        self._events.send(replace(self._hello, role="events", id=EVENTS_ID))
-        received = self._events.receive()
-        if received is None:
-            raise UnavailableError("the keeper went away before it said hello.")
-        answer, fds = received
-        close_fds(fds)
-        if not isinstance(answer, Reply) or answer.id != EVENTS_ID:
-            raise IntegrityError(f"another word than hello came first. type={type(answer).__name__}")
-        if answer.error is not None:
-            raise to_error(answer.error)
 
     def _asked(self, message: Message, kind: type[_R], *, count: int | None = None) -> tuple[_R, Sequence[int]]:
         reply, fds = self._calls.call_fds(message)
@@ -341,15 +332,6 @@ class KeeperLink:
         )
         self._calls.forget_after_fork()
         self._events.forget_after_fork()
-
-
-def _connections(spec: KeeperSpec, *, start: bool) -> tuple[Wire, Wire]:
-    calls = ensure_keeper(spec, start=start)
-    try:
-        return calls, ensure_keeper(spec, start=False)
-    except BaseException:
-        calls.close()
-        raise
 
 
 def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:

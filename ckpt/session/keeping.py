@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,19 +19,26 @@ from ckpt.backends.open import address_of
 from ckpt.errors import CkptError, UnavailableError, UsageError
 from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
+from ckpt.link.launcher import ranks_here
 from ckpt.link.messages import WIRE_VERSION, Hello
 from ckpt.link.policy import Policy
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.observe.events import Event, Tell
 from ckpt.persist.channel import Channel, wait_for
 from ckpt.session.channel import connect
+from ckpt.session.keeper_hello import KeeperBusyError
 from ckpt.session.keeper_link import KeeperLink
 from ckpt.session.keeper_persister import KeeperPersister
 from ckpt.session.options import Options
 from ckpt.session.shared_slots import SharedSlots, open_staged
+from ckpt.stage.slot import Slot
 from ckpt.values import SnapshotId
 
-LAUNCH_WAIT_S = 600.0
+BUSY_WAIT_S = 600.0
+"""How long a new launch waits for a keeper that still brings to the store what the last one left."""
+BUSY_LOOK_S = 0.25
+
+LAUNCH_WAIT_S = BUSY_WAIT_S + 300.0
 
 LAUNCH_VARIABLE = "CKPT_LAUNCH"
 """Names the launch to a supervisor's trainers, spawned ones too."""
@@ -71,7 +80,7 @@ def take_seat(seat: Seat) -> None:
 def take_launch_seat(spec: KeeperSpec, attempt: int) -> None:
     """Take the seat that the supervisor's environment describes: launch, rank and ranks are there."""
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
-    take_seat(Seat(launch=os.environ[LAUNCH_VARIABLE], attempt=attempt, rank=rank, ranks=ranks_here(), spec=spec))
+    take_seat(Seat(launch=os.environ[LAUNCH_VARIABLE], attempt=attempt, rank=rank, ranks=ranks_here() or 1, spec=spec))
 
 
 def seat_of_process() -> Seat | None:
@@ -103,11 +112,6 @@ def job_name(address: str) -> str:
     return address.rstrip("/").rpartition("/")[2] or "job"
 
 
-def ranks_here() -> int:
-    """How many ranks of this job are on this node, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-
-
 def wanted(size: int, slots: int) -> bool:
     """Whether this process may use a keeper: all ranks on this node, slots to share, and nobody said no."""
     fits = SharedSlots.slots_min <= slots <= SLOTS_SHARED_MAX
@@ -115,52 +119,75 @@ def wanted(size: int, slots: int) -> bool:
 
 
 class Keeping:
-    """One session's keeper, or that it has none, and how its ranks speak. Every rank makes the same calls in the same order."""
+    """One session's keeper, or that it has none, and how its ranks speak. Every rank makes the same calls in the same order.
+
+    ``seat`` is the connection of a trainer under a supervisor: its ranks speak through it even where they only read.
+    """
 
     def __init__(
         self,
         channel: Channel,
-        link: KeeperLink | None,
+        seat: KeeperLink | None,
         *,
         spec: KeeperSpec | None,
         slots: int,
-        seated: bool,
         tell: Tell,
     ) -> None:
         self.channel = channel
         self.link: KeeperLink | None = None
-        self.seated = seated
+        """The keeper that this session writes through, from ``start`` on."""
+        self.seated = seat is not None
         """Whether a supervisor starts this process anew where it dies."""
+        self.seat = seat
+        """The connection of a trainer under a supervisor, whose keeper judges it."""
         self.board: Board | None = None
         self.regions: SharedSlots | None = None
         self._spec = spec
         self._slots = slots
         self._tell = tell
-        self._tried = 0
         self._settled = False
-        if link is not None:
-            self._use(link)
 
     @classmethod
     def join(cls, spec: KeeperSpec | None, options: Options, tell: Tell, *, name: str) -> Keeping:
         """Meet the other ranks: through the keeper where a supervisor uses the same one, else as ``connect`` does."""
         seat = seat_of_process()
         if seat is None or spec is None or not seat.serves(spec):
-            return cls(connect(name=name), None, spec=spec, slots=options.slots, seated=False, tell=tell)
+            return cls(connect(name=name), None, spec=spec, slots=options.slots, tell=tell)
         global _sessions  # noqa: PLW0603  rooms outlive sessions: each session of a trainer has its own corner
         _sessions += 1
         link = KeeperLink.connect(seat.spec, _hello(seat.launch, seat.rank, seat.ranks, seat.attempt), start=False)
-        return cls(Corner(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, seated=True, tell=tell)
+        return cls(Corner(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, tell=tell)
 
-    def start(self, *, only_living: bool = False) -> None:
-        """Get a keeper, where this session may have one and has none yet. ``only_living``: start none."""
-        if self.link is not None or self._settled or self._spec is None or not wanted(self.channel.size, self._slots):
+    def start(self) -> None:
+        """Get a keeper to write through, where this session may have one and has none yet."""
+        if self.link is not None or self._settled or self._spec is None:
             return
-        self._settled = not only_living
-        self._tried += 1
-        link = link_in_place(self._spec, self.channel, number=self._tried, start=not only_living, tell=self._tell)
+        if self.seat is not None:
+            self._use(self.seat)
+            return
+        if not wanted(self.channel.size, self._slots):
+            return
+        self._settled = True
+        link = link_in_place(self._spec, self.channel, tell=self._tell)
         if link is not None:
             self._use(link)
+
+    def reconnect(self, slots: Sequence[Slot]) -> None:
+        """In the place of a keeper that is gone, use the next one, and hand it the board and ``slots``. In place only."""
+        assert self.link is not None and self.regions is not None and self.board is not None, "there was a keeper"
+        if self.link.lost is None:
+            return
+        before = self.link.welcome.boot
+        self.link.reconnect(self.board)
+        if self.link.welcome.boot != before:  # else only the connection broke: it has the slots, and perhaps uses them
+            self.regions.hand_in_again(slots)
+
+    def go_on_alone(self, slots: Sequence[Slot]) -> None:
+        """Do without a keeper for the rest: ``slots`` are this process's alone now, as is what it makes durable."""
+        assert self.link is not None and self.regions is not None, "there was a keeper"
+        link, self.link = self.link, None
+        link.close()
+        self.regions.go_on_alone(slots)
 
     def persister(self, epoch: int) -> KeeperPersister:
         """What makes snapshots of ``epoch`` durable."""
@@ -175,8 +202,9 @@ class Keeping:
 
     def close(self) -> None:
         """Leave the keeper as planned."""
-        if self.link is not None:
-            self.link.close()
+        for link in (self.link, self.seat):
+            if link is not None:
+                link.close()
         if self.regions is not None:
             self.regions.close()
         if self.board is not None:
@@ -218,24 +246,22 @@ class Corner:
         self._channel.forget(self._prefix + key)
 
 
-def link_in_place(spec: KeeperSpec, channel: Channel, *, number: int, start: bool, tell: Tell) -> KeeperLink | None:
+def link_in_place(spec: KeeperSpec, channel: Channel, *, tell: Tell) -> KeeperLink | None:
     """A link for a process without supervisor, or None for all ranks where no keeper can be had; that is told as an alarm.
 
-    All ranks call it alike; ``number`` counts the calls. Rank 0 names the launch, unless it has a seat at another keeper, and
-    goes first. Without ``start`` only a keeper that lives already is used. Raises ConflictError where another launch of the job
-    lives on this node.
+    All ranks call it alike, once a session. Rank 0 names the launch, unless it has a seat at another keeper, and goes first.
+    Raises ConflictError where another launch of the job lives on this node.
     """
     seat = seat_of_process()
     attempt = seat.attempt if seat is not None else 0
-    key = f"launch/{number}"
+    key = "launch"
     if channel.rank == 0:
         launch = seat.launch if seat is not None else f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
-            link = KeeperLink.connect(spec, _hello(launch, 0, channel.size, attempt), start=start)
+            link = _when_it_has_settled(spec, _hello(launch, 0, channel.size, attempt), tell)
         except UnavailableError as error:
-            if start:
-                text = f"no keeper could be started, so snapshots depend on this process alone: {error}"
-                tell(Event("no-keeper", text, alarm=True))
+            text = f"there is no keeper, so snapshots depend on this process alone: {error}"
+            tell(Event("no-keeper", text, alarm=True))
             channel.post(key, b"")
             return None
         except CkptError:
@@ -247,6 +273,26 @@ def link_in_place(spec: KeeperSpec, channel: Channel, *, number: int, start: boo
     return (
         KeeperLink.connect(spec, _hello(launch, channel.rank, channel.size, attempt), start=False) if launch else None
     )
+
+
+def _when_it_has_settled(spec: KeeperSpec, hello: Hello, tell: Tell) -> KeeperLink:
+    """A link to the job's keeper, as soon as it takes one. Raises UnavailableError after BUSY_WAIT_S."""
+    until_s = time.monotonic() + BUSY_WAIT_S
+    told = False
+    while True:
+        try:
+            return KeeperLink.connect(spec, hello)
+        except KeeperBusyError as error:
+            if time.monotonic() > until_s:
+                raise
+            if not told:
+                told = True
+                tell(
+                    Event(
+                        "keeper-busy", f"waiting for the keeper of the last run, at most {BUSY_WAIT_S:.0f} s: {error}"
+                    )
+                )
+        time.sleep(BUSY_LOOK_S)
 
 
 def _hello(launch: str, rank: int, ranks: int, attempt: int) -> Hello:

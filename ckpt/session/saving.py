@@ -22,7 +22,7 @@ from ckpt.session.options import Options
 from ckpt.session.pending import Pending
 from ckpt.session.replicas import COMPARE_WAIT_S, compare_replicas
 from ckpt.session.staging import SLOT_WAIT_S, Stager
-from ckpt.stage.slot import Regions
+from ckpt.stage.slot import Regions, Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 ABANDON_WAIT_S = 60.0
@@ -39,8 +39,10 @@ class Saving:
         self._compared = 0
         self._prepared = 0
         self._stager = Stager(
-            World(channel.rank, channel.size), slots=options.slots, threads=options.threads, agree=self._compare
-        )
+            World(channel.rank, channel.size), slots=options.slots, threads=options.threads, agree=self._compare,
+            short=self._memory_short,
+        )  # fmt: skip
+        self._short_told = False
         self._persister: Persister | KeeperPersister | None = None
         self._last_step: int | None = None
         self._staged_step: int | None = None
@@ -72,20 +74,26 @@ class Saving:
             raise to_error(next((one for one in met if one.code != UnavailableError.code), met[0])) from mine
 
     def go_on(
-        self, place: Place, *, base: SnapshotId | None, known: Callable[[], Mapping[Digest, ChunkLocation]]
-    ) -> None:
-        """Write as ``place`` says from now on, referring to chunks of ``base``. What is in flight ends first."""
+        self, place: Place, *, base: SnapshotId | None, known: Callable[[], Mapping[Digest, ChunkLocation]],
+        after: int | None = None,
+    ) -> None:  # fmt: skip
+        """Write as ``place`` says from now on, referring to chunks of ``base``. What is in flight ends first.
+
+        Steps grow from ``after`` on, from anywhere where it is None.
+        """
         self.drain()
-        self._last_step = self._staged_step = None
+        self._last_step = self._staged_step = after
+        self._stager.origin = ""
         self._persister = Persister(
             self._channel, place, compression=Compression(self._options.compression), verify=self._options.verify_staged,
             tell=self._tell, base=base, known=known() if base is not None else None,
         )  # fmt: skip
 
-    def go_on_kept(self, persister: KeeperPersister) -> None:
-        """As ``go_on``, where a keeper writes."""
+    def go_on_kept(self, persister: KeeperPersister, *, origin: str, after: int | None = None) -> None:
+        """As ``go_on``, where a keeper writes. ``origin``: the epoch's, which what is staged carries."""
         self.drain()
-        self._last_step = self._staged_step = None
+        self._stager.origin = origin
+        self._last_step = self._staged_step = after
         self._persister = persister
 
     def use(self, regions: Regions) -> None:
@@ -225,9 +233,13 @@ class Saving:
             self.last.durable()
 
     def abandon(self) -> None:
-        """After an exception: what is staged gets a bounded time; nothing is raised, failures were told."""
+        """After an exception: what is staged gets a bounded time; nothing is raised, failures were told.
+
+        A keeper has it already and goes on by itself: nothing is waited for then.
+        """
         if self._persister is not None:
-            wait([pending.future for pending in self._pendings], timeout=ABANDON_WAIT_S)
+            if isinstance(self._persister, Persister):
+                wait([pending.future for pending in self._pendings], timeout=ABANDON_WAIT_S)
             self._persister.abandon()
             self._persister = None
         self._stager.close()
@@ -235,6 +247,25 @@ class Saving:
     def last_info(self) -> SnapshotInfo | None:
         """The facts of the last snapshot, once durable; waits for it."""
         return self.last.durable() if self.last is not None else None
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The slots made so far."""
+        return self._stager.slots
+
+    @property
+    def durable(self) -> SnapshotInfo | None:
+        """The last snapshot that is known to be durable; waits for nothing."""
+        return self._persister.last_info if self._persister is not None else None
+
+    def _memory_short(self, error: UsageError) -> None:
+        if not self._short_told:
+            self._short_told = True
+            self._tell(
+                Event(
+                    "memory-short", f"training goes on with fewer slots, snapshots may be skipped: {error}", alarm=True
+                )
+            )
 
     def _compare(self, leaves: Sequence[TensorLeaf]) -> None:
         self._compared += 1

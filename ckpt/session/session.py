@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import secrets
-import socket
-import time
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
@@ -16,26 +14,27 @@ from ckpt.backends.open import open_backend
 from ckpt.capture.names import escape
 from ckpt.capture.rng import RngState
 from ckpt.commit.catalog import candidates
-from ckpt.commit.journal import Journal
 from ckpt.commit.state import LogState
 from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
 from ckpt.link.board import Board
 from ckpt.link.messages import RemoteError
 from ckpt.link.remote import from_error, to_error
-from ckpt.manifest.keys import writer_name
 from ckpt.observe.events import Event, Fact, Tell, to_logging
 from ckpt.persist.channel import Channel, wait_for
-from ckpt.persist.persister import Place
 from ckpt.restore.rebuild import item_names
+from ckpt.session import writers
 from ckpt.session.channel import world_of_process
 from ckpt.session.joined import Joined
 from ckpt.session.keeper_link import KeeperLink
-from ckpt.session.keeping import Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
+from ckpt.session.keeping import OFF, Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
+from ckpt.session.log import Log
+from ckpt.session.mending import Mending
 from ckpt.session.options import Options
 from ckpt.session.orders import Orders
 from ckpt.session.pending import Pending
 from ckpt.session.restoring import Candidate, Rules
 from ckpt.session.saving import Saving
+from ckpt.session.settled import await_settled
 from ckpt.values import SnapshotId, SnapshotInfo
 
 BYE_WAIT_S = 60.0
@@ -58,8 +57,7 @@ class Session:
         self.tell: Tell = to_logging(world_of_process()[0])
         """Where events go."""
         self._job = options.job or job_name(self._backend.url)
-        self._journal: Journal | None = None
-        self._may_write = False
+        self._log = Log(self._backend, job=self._job, named=options.job)
         self._joined: Joined | None = None
         self._items: dict[str, object] = {}
         self._rng = RngState()
@@ -108,6 +106,7 @@ class Session:
         if self._joined is None:
             keeping = Keeping.join(self._spec, self._options, self.tell, name=self._job)
             self._joined = Joined(keeping, self._backend, self._options, self.state, self.tell)
+            self._mending = Mending(self._joined, open_epoch=self._open_next, log=self._log)
         return self._joined
 
     @property
@@ -120,16 +119,33 @@ class Session:
         """The board that this rank shares with the others of its node, or None without a keeper."""
         return self._joined.keeping.board if self._joined is not None else None
 
+    @property
+    def seated(self) -> bool:
+        """Whether a supervisor uses the same keeper as this session does: it judges how this process ends. Joins nobody."""
+        seat = seat_of_process()
+        return seat is not None and self._spec is not None and seat.serves(self._spec)
+
+    @property
+    def _judge(self) -> KeeperLink | None:
+        """The keeper that judges this trainer, once joined."""
+        return self._joined.keeping.seat if self._joined is not None and not self._closed else None
+
     def report(self, point: str, at_s: float) -> None:
         """Tell the keeper that this trainer reached a point of its start at ``at_s``, CLOCK_MONOTONIC."""
-        if self._joined is not None and self._joined.keeping.seated and self._link is not None:
-            self._link.phase(point, at_s)
+        if self._judge is not None:
+            self._judge.phase(point, at_s)
 
     def failing(self, kind: str, text: str, *, fingerprint: str, step: int, final: bool) -> None:
         """Tell the keeper which exception this trainer is about to die of."""
-        if self._joined is not None and self._joined.keeping.seated and self._link is not None:
+        if self._judge is not None:
             with suppress(UnavailableError):  # without a keeper nobody judges it
-                self._link.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
+                self._judge.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
+
+    def finished(self) -> None:
+        """Tell the keeper that this trainer's run is over and durable; what follows is the rest of the program."""
+        if self._judge is not None:
+            with suppress(UnavailableError):  # nothing is lost any more
+                self._judge.finished()
 
     def on_stop(self, call: Callable[[float], object]) -> None:
         """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it must have stopped."""
@@ -138,26 +154,28 @@ class Session:
 
     def sit_down(self, attempt: int) -> None:
         """A prepared trainer was promoted: it belongs to ``attempt`` from here on. Before the ranks meet."""
-        seat = seat_of_process()
-        if seat is not None or self._spec is None:
-            return
-        take_launch_seat(self._spec, attempt)
+        if seat_of_process() is None and self._spec is not None:
+            take_launch_seat(self._spec, attempt)
 
     def keep(self) -> None:
-        """Get a keeper, where this session may have one; before anything is staged. Every rank calls it alike."""
+        """Get a keeper, where this session may have one; before anything is staged. Every rank calls it alike.
+
+        Raises UsageError, having touched nothing, where another session of this trainer writes to the same store.
+        """
+        seat = seat_of_process()
+        if seat is not None and self._spec is not None and seat.spec.store == self._spec.store and not self._closed:
+            writers.enter(self._spec.store, self)
         joined = self.join()
         joined.keeping.start()
         joined.use_slots()
 
     def state(self) -> LogState:
         """The log's fold, fresh from the store. Raises NotFoundError where there is no store yet."""
-        if self._journal is None:
-            self._journal = Journal.open(self._backend)
-        return self._journal.refresh()
+        return self._log.state()
 
     def newest_first(self) -> Sequence[Candidate]:
         """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
-        if self._link is not None:
+        if self._link is not None and self._link.lost is None:
             return [Candidate(one.snapshot, one.tier == "staged") for one in self._link.choices()]
         try:
             return [Candidate(snapshot) for snapshot in candidates(self.state())]
@@ -187,23 +205,22 @@ class Session:
         key = f"epoch/{self._opens}"
         resume = self.restored.id if self.restored is not None else None
         if joined.channel.rank == 0:
+            self._mending.relink()
             joined.channel.post(key, self._open_word(resume).encode())
         word = wait_for(joined.channel, key, timeout_s=OPEN_WAIT_S, what="rank 0 to open the epoch").decode()
         code, _, text = word.partition(" ")
         if not code.isdigit():
             raise to_error(RemoteError(code, text, 0))
+        self._mending.align(alone=not text)
         self.epoch = epoch = int(code)
         base = resume if self._refers else None
         joined.tell(Event("epoch", f"epoch {epoch} is open", {"epoch": epoch}))
         if joined.keeping.link is not None:
             if base is not None:
                 joined.keeping.link.known(base, dict(joined.restoring.verified))
-            joined.saving.go_on_kept(joined.keeping.persister(epoch))
+            joined.saving.go_on_kept(joined.keeping.persister(epoch), origin=text)
             return
-        place = Place(
-            backend=self._backend, writer=writer_name(socket.gethostname(), secrets.token_hex(8)), epoch=lambda: epoch,
-            journal=self._journal if joined.channel.rank == 0 else None,
-        )  # fmt: skip
+        place = self._log.place(epoch, rank=joined.channel.rank)
         joined.saving.go_on(place, base=base, known=lambda: dict(joined.restoring.verified))
 
     def track(self, items: Mapping[str, object]) -> None:
@@ -249,10 +266,14 @@ class Session:
         self, items: Mapping[str, object], choices: Callable[[], Sequence[Candidate]], rules: Rules
     ) -> SnapshotInfo:
         """For a checkpointer: fill ``items`` from the first readable of ``choices``. Later saves go on from it."""
-        joined = self.join()
-        joined.keeping.start(only_living=True)  # it may know of newer snapshots than the store
-        restoring = joined.restoring
-        if restoring.choose(choices) is None:
+        restoring = self.join().restoring
+
+        def settled() -> Sequence[Candidate]:
+            if self._spec is not None and self._link is None and os.environ.get(OFF, "") != "off":
+                await_settled(self._spec, self.tell, has=self._log.has)
+            return choices()
+
+        if restoring.choose(settled) is None:
             raise NotFoundError(f"the store holds no snapshot yet. store={self.url}")
         self.restored = restoring.fill(items, rules)
         restoring.close()
@@ -265,6 +286,7 @@ class Session:
 
     def snapshot(self, step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...], wait_s: float) -> Pending:
         """Stage a run's tracked items now, waiting ``wait_s`` seconds at most for a slot; durable later."""
+        self._mend(step)
         items = {**self._items, RNG: self._rng}
         return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags, wait_s=wait_s)
 
@@ -279,6 +301,7 @@ class Session:
 
     def refuse(self, step: int, why: str) -> None:
         """Instead of ``snapshot``: this rank can't take it, which all ranks learn."""
+        self._mend(step)
         self.saving.refuse(SnapshotId(self.epoch, step), UsageError(why))
 
     def save(
@@ -292,6 +315,7 @@ class Session:
             if self.restored is None:
                 self.go_on_from_newest()
             self.open_epoch()
+        self._mend(step)
         return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags)
 
     def tag_last(self, tags: Sequence[str]) -> None:
@@ -304,16 +328,21 @@ class Session:
         for tag in tags:
             if self._link is not None:
                 self._link.set_tag(tag, info.id)
-            elif self._journal is not None:
-                self._journal.tag(tag, info.id, epoch=self.epoch)
+            else:
+                self._log.tag(tag, info.id, epoch=self.epoch)
 
-    def finish(self) -> None:
-        """End well: everything durable, all ranks done. Raises what kept the last snapshot from being durable."""
+    def finish(self, *, run: bool = True) -> None:
+        """End well: everything durable, all ranks done. Raises what kept the last snapshot from being durable.
+
+        ``run``: this was the trainer's run, so that the keeper learns that its work is done.
+        """
         if self._joined is None:
             self._close_store()
             return
         try:
             self._joined.saving.finish()
+            if run:
+                self.finished()
         finally:
             self._part(wait_s=BYE_WAIT_S)
 
@@ -322,29 +351,21 @@ class Session:
         if self._joined is not None and not self._closed:
             self._joined.saving.abandon()
             self._part(wait_s=0.0)
+        elif not self._closed:
+            self._close_store()
 
     def _part(self, *, wait_s: float) -> None:
         """Leave: rank 0 last, because it may own the message store."""
-        joined = self._joined
-        assert joined is not None, "joined"
-        self._closed = True
-        joined.close()
-        channel = joined.channel
-        if channel.rank != 0:
-            channel.post(f"bye/{channel.rank}", b"1")
-        elif wait_s > 0 and not joined.keeping.seated:
-            began_s = time.monotonic()
-            for rank in range(1, channel.size):
-                left_s = max(0.0, wait_s - (time.monotonic() - began_s))
-                try:
-                    wait_for(channel, f"bye/{rank}", timeout_s=left_s, what=f"rank {rank} to leave")
-                except UnavailableError as error:
-                    joined.tell(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
-        joined.keeping.close()
-        self._close_store()
+        assert self._joined is not None, "joined"
+        try:
+            self._joined.leave(wait_s=wait_s)
+        finally:
+            self._close_store()
 
     def _close_store(self) -> None:
         self._closed = True
+        if self._spec is not None:
+            writers.leave(self._spec.store, self)
         if self._owns_backend:
             self._backend.close()
 
@@ -354,24 +375,24 @@ class Session:
         if self.opened and before is not None and self.restored.id != before.id:
             self.open_epoch()  # the line goes on from the older snapshot that was readable
 
+    def _mend(self, step: int) -> None:
+        """Before a snapshot: where its keeper is lost, go on with the next one. Notes that the snapshot is handed in."""
+        if self._mending.needed:
+            base = self.restored.id if self.restored is not None else None
+            self.epoch = self._mending.mend(step, epoch=self.epoch, base=base) or self.epoch
+        self._mending.handed_in(step)
+
+    def _open_next(self, resume: SnapshotId | None) -> tuple[int, str]:
+        """Rank 0: open the next epoch, through the keeper where there is one; its number and origin."""
+        if self._link is not None:
+            return self._link.open_epoch(resume)
+        return self._log.open_epoch(resume), ""
+
     def _open_word(self, resume: SnapshotId | None) -> str:
         """Rank 0: open the epoch; its number as text, or the error's code and words."""
         try:
-            if self._link is not None:
-                return str(self._link.open_epoch(resume))
-            if self._journal is None or not self._may_write:
-                self._journal = self._open_journal()
-                self._may_write = True
-            return str(self._journal.open_epoch(resume=resume))
+            epoch, origin = self._open_next(resume)
+            return f"{epoch} {origin}"
         except CkptError as error:
             message = from_error(error, rank=0)
             return f"{message.code} {message.text}"
-
-    def _open_journal(self) -> Journal:
-        """The log for writing; a store without one becomes this job's, by the user's name or else its own address's."""
-        try:
-            Journal.open(self._backend, job=self._options.job)
-            job = self._options.job
-        except NotFoundError:
-            job = self._job
-        return Journal.open(self._backend, job=job, create=True)

@@ -44,6 +44,21 @@ class SlotKeeper(Protocol):
         ...
 
 
+class _Nobody:
+    """Takes every slot and holds none."""
+
+    def slots(self, rank: int) -> Sequence[tuple[int, Region]]:
+        """See ``SlotKeeper``."""
+        del rank
+        return ()
+
+    def slot_made(self, index: int, fd: int, size_bytes: int) -> None:
+        """See ``SlotKeeper``."""
+
+    def slot_gone(self, index: int) -> None:
+        """See ``SlotKeeper``."""
+
+
 class SharedSlots:
     """The ``Regions`` of a pool whose slots a keeper holds. Make it before this rank tells the others that it is there.
 
@@ -58,7 +73,7 @@ class SharedSlots:
     poll_s = LOOK_S
 
     def __init__(self, keeper: SlotKeeper, board: Board, rank: int) -> None:
-        self._keeper = keeper
+        self._keeper: SlotKeeper = keeper
         self._board = board
         self._own = board.rank(rank)
         self._marked: set[int] = set()
@@ -144,6 +159,15 @@ class SharedSlots:
                 self._own.let_go(slot.number)
             if slot.fd is not None:
                 self._keeper.slot_made(slot.number, slot.fd, slot.size_bytes)
+        for number, region in self._kept.items():  # no pool has taken them over yet
+            self._own.let_go(number)
+            if region.fd is not None:
+                self._keeper.slot_made(number, region.fd, region.size_bytes)
+
+    def go_on_alone(self, slots: Sequence[Slot]) -> None:
+        """The keeper is gone and none comes: a pool's slots are this process's alone, and new ones are handed to nobody."""
+        self._keeper = _Nobody()
+        self.hand_in_again(slots)
 
     def close(self) -> None:
         """Unmap what no pool took over. Idempotent."""

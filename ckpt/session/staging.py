@@ -10,7 +10,7 @@ import msgspec
 
 from ckpt.capture.leaves import Capture, TensorLeaf, World
 from ckpt.capture.plan import CapturePlan
-from ckpt.errors import InternalError, UnavailableError
+from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.manifest.digest import digest_hex
 from ckpt.observe.events import Fact
 from ckpt.persist.persister import Sealed
@@ -48,15 +48,21 @@ class Staged:
 class Stager:
     """Stages one rank's share of the state. Keeps plan, layout and slots between snapshots.
 
-    Used by one thread. ``agree`` compares replicas the first time that a set of them is met.
+    Used by one thread. ``agree`` compares replicas the first time that a set of them is met. ``short`` hears once that memory
+    is short in mid-training.
     """
 
-    def __init__(self, world: World, *, slots: int, threads: int | None, agree: Agree) -> None:
+    def __init__(
+        self, world: World, *, slots: int, threads: int | None, agree: Agree,
+        short: Callable[[UsageError], None] | None = None,
+    ) -> None:  # fmt: skip
         self._world = world
         self._count = slots
         self._threads = threads or THREADS_DEFAULT
         self._helpers = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="ckpt-stage")
         self._agree = agree
+        self._short = short
+        self._staged_once = False
         self._plan: CapturePlan | None = None
         self._items: tuple[tuple[str, int], ...] = ()
         self._seen: tuple[TensorLeaf, ...] | None = None
@@ -65,6 +71,8 @@ class Stager:
         self._copy: CopyPlan | None = None
         self._pool: SlotPool | None = None
         self._regions: Regions | None = None
+        self.origin = ""
+        """Of the epoch that is staged in: see ``StagedIndex``."""
 
     def use(self, regions: Regions) -> None:
         """Take the slots' memory from there. Before the first snapshot and the first ``prepare``."""
@@ -81,16 +89,17 @@ class Stager:
     ) -> Staged:
         """Copy this rank's share of ``items`` into a slot and seal it. Costs one memcpy of it and one digest pass in cache.
 
-        Raises UnavailableError where no slot is free within ``wait_s`` seconds, UsageError for what can't be captured or
-        doesn't fit in memory.
+        Raises UnavailableError where no slot is free within ``wait_s`` seconds, or where memory is short now and was not
+        before, UsageError for what can't be captured or never fitted in memory.
         """
         capture = self._capture(items)
         plan, pool = self._layout(capture)
         slot = pool.acquire(wait_s=wait_s)
         if slot is None:
+            short = f"; {pool.shortage}" if pool.shortage is not None else ""
             raise UnavailableError(
-                f"all slots are held by uploads. snapshot={snapshot} slots={self._count} waited_s={wait_s:g}; "
-                "the store is too slow for this interval: save less often or allow more slots"
+                f"all slots are held by uploads. snapshot={snapshot} slots={pool.count} waited_s={wait_s:g}; "
+                f"the store is too slow for this interval: save less often or allow more slots{short}"
             )
         pin = slot.pin()  # before the seal, so that no other writer can take the slot in between
         try:
@@ -103,12 +112,14 @@ class Stager:
                 shards=shards,
                 aliases=tuple(leaf.leaf for leaf in capture.tensors if leaf.leaf.alias_of is not None),
                 metadata=metadata,
+                origin=self.origin,
             )
             slot.seal(index)
         except BaseException:
             slot.invalidate()
             pin.release()
             raise
+        self._staged_once = True
         return Staged(slot, index, pin, self._shared)
 
     def close(self) -> None:
@@ -145,11 +156,27 @@ class Stager:
         needed_bytes = max(self._copy.data_bytes, self._copy.needed_bytes([leaf.data for leaf in capture.objects]))
         if self._pool is None:
             self._pool = SlotPool(
-                count=self._count, data_bytes=needed_bytes, header_bytes=self._copy.header_bytes, regions=self._regions
-            )
+                count=self._count, data_bytes=needed_bytes, header_bytes=self._copy.header_bytes, regions=self._regions,
+                on_short=self._short,
+            )  # fmt: skip
         else:
-            self._pool.resize(needed_bytes, header_bytes=self._copy.header_bytes)
+            self._grow(self._pool, needed_bytes, self._copy.header_bytes)
         return self._copy, self._pool
+
+    def _grow(self, pool: SlotPool, data_bytes: int, header_bytes: int) -> None:
+        try:
+            pool.resize(data_bytes, header_bytes=header_bytes)
+        except UsageError as error:
+            if not self._staged_once:
+                raise
+            if self._short is not None:
+                self._short(error)
+            raise UnavailableError(f"the state has grown and its slots can't: {error}") from error
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The slots made so far."""
+        return self._pool.slots if self._pool is not None else ()
 
 
 def shared_sets(shared: Sequence[TensorLeaf]) -> dict[str, tuple[int, str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.stage.memory import pages
@@ -35,6 +35,8 @@ class SlotPool:
 
     ``regions`` owns the memory (default: this process). What it kept from before is taken over, with what it holds sealed;
     slots too small for ``data_bytes`` go once they are free.
+
+    Where memory is short once a slot was handed out, the pool goes on with those it has; ``on_short`` hears of it once.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SlotPool:
         read_only_between_copies: bool = False,
         available_bytes: int | None = None,
         regions: Regions | None = None,
+        on_short: Callable[[UsageError], None] | None = None,
     ) -> None:
         self._regions: Regions = OwnRegions() if regions is None else regions
         most = min(SLOTS_MAX, self._regions.slots_max)
@@ -63,6 +66,10 @@ class SlotPool:
         self._slots: list[Slot] = []
         self._retired: list[Slot] = []
         self._warming: Slot | None = None
+        self._on_short = on_short
+        self._served = False
+        self.shortage: UsageError | None = None
+        """Why there are fewer slots than were asked for, where memory was short for one."""
         self._closed = False
         self._thread: threading.Thread | None = None
         self._adopt()
@@ -90,7 +97,7 @@ class SlotPool:
         """A slot for one writer, or None where none is free within ``wait_s`` seconds.
 
         ``keep`` names snapshots that must not be overwritten. What the slot held stays valid until ``begin``. Raises
-        UsageError where a slot must be made and memory no longer suffices.
+        UsageError where the first slot must be made and memory doesn't suffice; UnavailableError where nobody hands it out.
         """
         deadline = time.monotonic() + wait_s
         with self._changed:
@@ -101,6 +108,7 @@ class SlotPool:
                 slot = self._choose(keep)
                 if slot is not None:
                     slot._take()
+                    self._served = True
                     return slot
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -187,9 +195,26 @@ class SlotPool:
         empty = next((slot for slot in idle if slot.snapshot is None and self._given_free(slot)), None)
         if empty is not None:
             return empty
-        if self._next_number() is not None:
-            return self._make()
+        made = self._make_or_do_without()
+        if made is not None:
+            return made
         return next((slot for slot in idle if slot.snapshot is not None and self._given_free(slot)), None)
+
+    def _make_or_do_without(self) -> Slot | None:
+        """A new slot; None where there are enough, or memory is short in mid-training: then the slots there are must do.
+
+        With fewer than the memory's owner needs it is tried again next time, for otherwise nothing would ever be free.
+        """
+        try:
+            return self._make()
+        except UsageError as error:
+            if not self._served:
+                raise
+            self.count = min(self.count, max(self._regions.slots_min, len(self._slots)))
+            if self.shortage is None and self._on_short is not None:
+                self._on_short(error)
+            self.shortage = error
+            return None
 
     def _idle_slots(self, keep: Collection[SnapshotId]) -> list[Slot]:
         """Those that nobody here uses, sealed longest ago first: mostly that one is free, and the owner is asked only once."""

@@ -129,6 +129,7 @@ class Brief(msgspec.Struct, frozen=True):
     snapshot: SnapshotId
     rank: int
     world_size: int
+    origin: str = ""
 
 
 def read_brief(memory: memoryview) -> tuple[Brief, int] | None:

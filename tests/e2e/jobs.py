@@ -140,7 +140,14 @@ class Fleet:
         self._mark = f"CKPT_RUNTIME_DIR={self.runtime}".encode()
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, command: Sequence[str], name: str = "job", *, env: Mapping[str, str] | None = None) -> Job:
+    def start(
+        self,
+        command: Sequence[str],
+        name: str = "job",
+        *,
+        env: Mapping[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
+    ) -> Job:
         """Start a program that works in the folder ``name``; a second one goes on with the first one's files."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
@@ -155,7 +162,7 @@ class Fleet:
         with (folder / "output.txt").open("ab") as output:
             process = subprocess.Popen(
                 [part.replace("{folder}", str(folder)) for part in command],
-                env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                env=environment, stdin=stdin, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         self._started.append(process)
         return Job(process, folder)

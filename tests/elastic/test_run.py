@@ -141,16 +141,47 @@ def test_items_tracked_in_two_calls_come_from_one_snapshot_after_damage() -> Non
 
     seen: list[tuple] = []
     start(3, seen)
-    index = ckpt.Checkpointer(store)._index(3, None, None)
-    place = next(shard.locations[0] for shard in index.parts[0].shards if shard.leaf.name == "b/v")
-    body, when = store._objects[place.pack]
-    changed = bytearray(body)
-    changed[place.offset_bytes + place.stored_bytes // 2] ^= 1
-    store._objects[place.pack] = (bytes(changed), when)
+    _damage(store, 3, "b/v")
     start(4, seen)
     assert seen == [(0, 0.0, 0.0, None), (2, 2.0, -2.0, 2)]
     assert ckpt.Checkpointer(store).latest().step == 4
     assert torch.equal(ckpt.Checkpointer(store).read("b/v"), torch.full((100,), -4.0))
+
+
+def _damage(store: MemoryBackend, step: int, leaf: str) -> None:
+    index = ckpt.Checkpointer(store)._index(step, None, None)
+    place = next(shard.locations[0] for shard in index.parts[0].shards if shard.leaf.name == leaf)
+    body, when = store._objects[place.pack]
+    changed = bytearray(body)
+    changed[place.offset_bytes + place.stored_bytes // 2] ^= 1
+    store._objects[place.pack] = (bytes(changed), when)
+
+
+def test_step_count_that_was_read_too_early_is_never_that_of_another_state() -> None:
+    store = MemoryBackend()
+    a, b = {"v": torch.zeros(100)}, {"v": torch.zeros(100)}
+
+    def start(total: int) -> int:
+        @ckpt.resilient(store=store, every=1)
+        def train(run: ckpt.Run) -> int:
+            run.track(a=a)
+            began = run.completed_steps
+            run.track(b=b)
+            assert b["v"][0].item() == -began
+            for step in range(began, total):
+                a["v"].fill_(step + 1)
+                b["v"].fill_(-step - 1)
+                run.completed(step + 1)
+            return began
+
+        return train()
+
+    assert start(2) == 0
+    b["v"].zero_()
+    assert start(3) == 2
+    _damage(store, 3, "b/v")
+    with pytest.raises(ckpt.UsageError, match="track everything before completed_steps"):
+        start(5)
 
 
 # --- how loops end ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,8 @@ STAYS = [
     ({"process_group": True}, "process group", "inside the decorated function"),
     ({"notebook": True}, "notebook", "script"),
     ({"several_nodes": True}, "several nodes", "one node"),
+    ({"ranks_unknown": True}, "on this node", "LOCAL_WORLD_SIZE"),
+    ({"unranked_child": True}, "multiprocessing", "torchrun"),
     ({"main_thread": False}, "thread", "main thread"),
 ]
 NO_FORK = [({"threads": ("Timer",)}, "Timer"), ({"gpu_open": True}, "GPU"), ({"probe_hung": True}, "parallel")]
@@ -136,6 +139,38 @@ def test_program_with_a_process_group_stays() -> None:
 def test_program_of_several_nodes_stays_and_one_of_one_node_does_not() -> None:
     assert decided("", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")[0] == "InPlace"
     assert decided("", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")[0] == "Fork"
+    assert decided("", WORLD_SIZE="2", SLURM_NNODES="1")[0] == "Fork"
+
+
+@pytest.mark.slow
+def test_program_that_can_not_know_its_node_stays() -> None:
+    kind, _, remedy = decided("", WORLD_SIZE="2", RANK="0")
+    assert kind == "InPlace"
+    assert "LOCAL_WORLD_SIZE" in remedy
+
+
+@pytest.mark.slow
+def test_process_that_multiprocessing_started_stays_unless_it_has_a_rank(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, os, sys\n"
+        "from ckpt.elastic.facts import gather\n"
+        "def child(): print(gather().unranked_child, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    one = multiprocessing.get_context('spawn').Process(target=child)\n"
+        "    one.start(); one.join()\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "RANK"}
+    for more, wanted in (({}, "True"), ({"RANK": "0"}, "False")):
+        done = subprocess.run(
+            [sys.executable, str(program)],
+            env={**kept, **more},
+            timeout=WAIT_S,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == wanted, done.stderr
 
 
 @pytest.mark.slow

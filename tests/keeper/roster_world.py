@@ -15,6 +15,7 @@ from ckpt.keeper.roster_words import (
     AskStop,
     AttemptOver,
     Event,
+    GatheringOver,
     GraceOver,
     Hung,
     Joined,
@@ -25,13 +26,15 @@ from ckpt.keeper.roster_words import (
     StartAll,
     SupervisorLeft,
     TrainerDied,
+    TrainerEntered,
     TrainerFailing,
+    TrainerFinished,
     TrainerKilled,
     TrainerStarted,
 )
 from ckpt.link.messages import Failing, Policy
 
-STATUS_OF = {"ends": 0, "stops": PREEMPTED_STATUS, "raises": 1, "refuses": 2, "killed": -9}
+STATUS_OF = {"ends": 0, "stops": PREEMPTED_STATUS, "raises": 1, "refuses": 2, "killed": -9, "interrupted": -2}
 ERROR = Failing(kind="ValueError", text="bad", fingerprint="f", step=3)
 FINAL = Failing(kind="UsageError", text="wrong", fingerprint="u", step=0, final=True)
 
@@ -106,14 +109,18 @@ def faults(now: World) -> Iterator[tuple[str, World]]:
     """What goes wrong."""
     for rank, side in enumerate(now.sides):
         if side.trainer:
-            for how in ("raises", "refuses", "killed"):
+            for how in ("raises", "refuses", "killed", "interrupted"):
                 yield f"{rank} {how}", end(now, rank, how)
                 yield f"{rank} {how}, a step later", end(replace(now, completed=now.completed + 1), rank, how)
             hung = Hung(rank, now.roster.attempt, f"rank {rank} hangs", now.now_s, now.completed)
             yield f"{rank} hangs", hear(now, hung)
+            for word in (TrainerFinished(rank, side.trainer), TrainerEntered(rank, side.trainer)):
+                yield f"{rank} says {word}", put(now, rank, up=(*side.up, word))
         if side.there == "up":
             left = SupervisorLeft(rank, rank, False, now.now_s, now.completed)
             yield f"supervisor {rank} is killed", put(now, rank, there="gone", trainer=0, up=(*side.up, left), down=())
+    if now.roster.state is State.GATHERING:
+        yield "gathering over", hear(now, GatheringOver("ranks are missing", now.now_s))
     if not now.stops:
         yield "preempted", hear(replace(now, stops=True), Preempted())
     else:
@@ -177,6 +184,7 @@ def _tell(now: World, before: Roster, action: Action) -> World:
             assert all(not side.trainer for side in now.sides), "two attempts live"
             assert not any(isinstance(word, StartAll) for side in now.sides for word in side.down), "two will live"
             assert not any(side.done for side in now.sides), "a rank that ended is started again"
+            assert not any(one.finished for one in before.members.values()), "the rest of a program is run again"
             assert before.state is State.GATHERING or not now.roster.preempted, "preempted, and started again"
         case KillAll():
             assert before.state is State.RUNNING
@@ -208,6 +216,7 @@ def _check(roster: Roster) -> None:
         for event in (
             TrainerStarted(0, stale, 1, "fork"), TrainerDied(0, stale, 0, 0.0, 9), TrainerDied(0, stale, -9, 0.0, 9),
             TrainerKilled(0, stale), Hung(0, stale, "", 0.0, 9), TrainerFailing(0, stale, ERROR),
+            TrainerFinished(0, stale), TrainerEntered(0, stale),
         ):  # fmt: skip
             assert rules.step(roster, event) == (roster, []), "a dead attempt's word changed something"
 

@@ -14,6 +14,7 @@ from slot_makers import MadeSlot
 
 from ckpt.errors import CkptError
 from ckpt.keeper.daemon import Daemon
+from ckpt.keeper.home import Home
 from ckpt.link.board import Board
 from ckpt.link.client import Calls, KeeperSpec
 from ckpt.link.frames import Wire, close_fds
@@ -28,6 +29,7 @@ from ckpt.link.messages import (
     KeepBoard,
     Kill,
     Killed,
+    Leave,
     Message,
     Number,
     OpenEpoch,
@@ -172,9 +174,10 @@ class Served:
         self.policy = policy
         self.events: list[Event] = []
         self._launches = itertools.count(1)
-        self._lock = self.folder.try_lock()
-        self._listener = self.folder.listen()
-        self.daemon = Daemon(self.spec, self.folder, self._listener, boot="b00t", tell=self.events.append)
+        home = Home.take(self.spec, self.folder)
+        assert home is not None
+        self.home: Home | None = home
+        self.daemon = Daemon(self.spec, home, boot="b00t", tell=self.events.append)
         self.failed: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -256,16 +259,15 @@ class Served:
     def finish(self) -> None:
         """Let it end, whatever it waits for."""
         if self.thread.is_alive() and not self.ends(0.5):
-            self.trainer(launch=f"last-{next(self._launches)}").leave()
+            self.trainer(0, self.daemon._job.ranks or 1, launch=f"last-{next(self._launches)}").leave()
         assert self.ends()
-        if self._lock is not None:
+        if self.home is not None:
             self._close()
 
     def _close(self) -> None:
-        self._listener.close()
-        assert self._lock is not None
-        os.close(self._lock)
-        self._lock = None
+        assert self.home is not None
+        self.home.close(remove=False)
+        self.home = None
 
 
 def started(supervisors: Sequence[Peer]) -> Start:
@@ -283,6 +285,22 @@ def die(supervisors: Sequence[Peer], attempt: int, *, rank: int = 0, status: int
     for one in supervisors:
         assert one.next(Kill).attempt == attempt
         one.say(Killed(attempt=attempt))
+
+
+def gone(supervisors: Sequence[Peer], some: Sequence[Trainer]) -> None:
+    """Trainers are dead and supervisors leave as told."""
+    for one in some:
+        one.leave(planned=False)
+    for one in supervisors:
+        one.leave()
+
+
+def end_well(supervisors: Sequence[Peer], attempt: int) -> None:
+    """All trainers end, and their supervisors with them."""
+    for one in supervisors:
+        one.say(Died(attempt=attempt, status=0, at_s=time.monotonic()))
+        assert one.next(Leave) == Leave(status=0)
+        one.leave()
 
 
 def kept(peer: Peer) -> tuple[KeepBoard, list[Keep]]:

@@ -28,7 +28,7 @@ class MadeSlot:
         """Open the header: nothing is sealed."""
         return self.header.open()
 
-    def seal(self, snapshot: SnapshotId, *, rank: int = 0, ranks: int = 2) -> int:
+    def seal(self, snapshot: SnapshotId, *, rank: int = 0, ranks: int = 2, origin: str = "") -> int:
         """Hold ``snapshot``; the generation."""
         generation = self.header.open()
         data = bytes([snapshot.step % 251]) * PAGE_BYTES
@@ -37,7 +37,8 @@ class MadeSlot:
         shard = StagedShard(
             leaf=leaf, box=Box((rank, 0), (1, PAGE_BYTES)), offset_bytes=0, size_bytes=PAGE_BYTES, digests=(digest(data),)
         )  # fmt: skip
-        self.header.close(StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=(shard,)))
+        index = StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=(shard,), origin=origin)
+        self.header.close(index)
         return generation
 
     def given(self) -> int:

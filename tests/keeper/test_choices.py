@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.commit.state import Committed, LogState, Opened
-from ckpt.keeper.choices import ahead, assumed, best_first, on_line, superseded
+from ckpt.keeper.choices import ahead, assumed, best_first, needless, on_line, ours, restorable, superseded
 from ckpt.link.messages import Choice
 from ckpt.values import SnapshotId
 
@@ -132,3 +132,42 @@ def test_pair_is_superseded_by_itself_and_by_later_ones_of_its_epoch() -> None:
     assert superseded(state, SnapshotId(1, 9))
     assert not superseded(state, SnapshotId(1, 11))
     assert not superseded(state, SnapshotId(2, 13))
+
+
+MINE, THEIRS = "a" * 16, "b" * 16
+
+
+def test_nobody_needs_what_the_line_has_a_newer_one_of() -> None:
+    state = _log({1: None, 2: SnapshotId(1, 10)}, (SnapshotId(1, 10), SnapshotId(2, 12)))
+    assert needless(state, SnapshotId(1, 11))
+    assert needless(state, SnapshotId(2, 12))
+    assert not needless(state, SnapshotId(2, 13))
+    off = _log({1: None, 2: None}, (SnapshotId(1, 10),))
+    assert not needless(off, SnapshotId(2, 1)), "what is durable is on no line any more"
+
+
+@given(
+    opened=st.lists(st.sampled_from((MINE, THEIRS)), min_size=1, max_size=5),
+    given_out=st.lists(st.tuples(st.integers(1, 8), st.booleans()), max_size=8),
+)
+def test_staged_pairs_count_by_the_record_that_opened_their_epoch(
+    opened: list[str], given_out: list[tuple[int, bool]]
+) -> None:
+    """Of each number there may be one that the log has, and one that this node's keeper gave out and nobody recorded."""
+    ids = {epoch: f"{who}{epoch:016x}" for epoch, who in enumerate(opened, 1)}
+    state = _log(dict.fromkeys(ids))
+    for epoch, recorded in given_out:
+        origin = ids[epoch] if recorded and epoch in ids else f"{MINE}{100 + epoch:016x}"
+        pair = SnapshotId(epoch, 7)
+        expected = ids[epoch] == origin if epoch in ids else opened[-1] == MINE
+        assert (pair in ours(state, ids, {pair: origin})) == expected
+        assert (pair in restorable(state, ids, {pair: origin})) == (expected and epoch >= state.epoch)
+        assert pair in ours(state, ids, {pair: ""}), "by its number alone"
+
+
+def test_numbers_that_were_given_out_after_a_foreign_epoch_do_not_count() -> None:
+    ids = {1: MINE + "1" * 16, 2: THEIRS + "2" * 16}
+    state = _log({1: None, 2: SnapshotId(1, 1)})
+    staged = {SnapshotId(1, 1): ids[1], SnapshotId(2, 5): MINE + "5" * 16, SnapshotId(3, 6): MINE + "6" * 16}
+    assert restorable(state, ids, staged) == (SnapshotId(1, 1),)
+    assert restorable(_log({}), {}, staged) == (), "nothing is ours in a log that has no open of ours"

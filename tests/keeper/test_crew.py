@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from served import POLICY, Peer, Served, Trainer, die, kept, open_epoch, started, until
+from served import POLICY, Served, Trainer, die, end_well, gone, kept, open_epoch, started, until
 
 from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
@@ -30,21 +30,6 @@ def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trainers(served: Served, ranks: int, attempt: int) -> list[Trainer]:
     return [served.trainer(rank, ranks, attempt=attempt) for rank in range(ranks)]
-
-
-def gone(supervisors: list[Peer], some: list[Trainer]) -> None:
-    """Trainers are dead and supervisors leave as told."""
-    for one in some:
-        one.leave(planned=False)
-    for one in supervisors:
-        one.leave()
-
-
-def end_well(supervisors: list[Peer], attempt: int) -> None:
-    for one in supervisors:
-        one.say(words.Died(attempt=attempt, status=0, at_s=time.monotonic()))
-        assert one.next(words.Leave) == words.Leave(status=0)
-        one.leave()
 
 
 def test_a_death_starts_all_anew_on_another_port_with_an_empty_room(serve: Serve) -> None:

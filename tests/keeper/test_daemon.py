@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 import struct
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +18,7 @@ from ckpt.commit.journal import Journal
 from ckpt.errors import ConflictError, UsageError
 from ckpt.keeper import daemon as daemon_module
 from ckpt.link.client import Calls
-from ckpt.link.messages import WIRE_VERSION, Choices, Count, GetChoices, GetSlots, Number, Policy, Slots, Welcome
+from ckpt.link.messages import WIRE_VERSION, Choices, Count, Done, GetChoices, GetSlots, Number, Policy, Slots, Welcome
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]
@@ -189,7 +192,7 @@ def test_a_launch_of_another_size_starts_with_nothing_of_the_old_one(serve: Serv
     first.hand_in(PAIR)
     assert first.outcome().error is None
     first.leave(planned=False)
-    until(lambda: served.report().state == "lingering")
+    until(lambda: served.report().state == "lingering" and served.daemon._job.uploads.idle)
     others = [served.trainer(rank, 3, launch="b") for rank in range(3)]
     assert [one.board.ranks for one in others] == [3] * 3
     assert others[0].calls.ask(GetSlots(rank=0), Slots).slots == ()
@@ -197,6 +200,69 @@ def test_a_launch_of_another_size_starts_with_nothing_of_the_old_one(serve: Serv
     assert [(choice.snapshot, choice.tier) for choice in found] == [(PAIR, "durable")]
     for one in others:
         one.leave()
+
+
+def test_a_launch_of_another_size_waits_for_what_the_old_one_left(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, write = threading.Event(), Journal.commit
+    monkeypatch.setattr(Journal, "commit", lambda *args, **named: go_on.wait(WAIT_S) and write(*args, **named))
+    served = serve(LINGERS)
+    first = served.trainer(launch="a")
+    open_epoch(first)
+    first.stage(PAIR)
+    first.leave(planned=False)
+    until(lambda: served.report().state == "lingering")
+    for role in ("trainer", "supervisor"):
+        refused = served.peer(role=role, rank=0, ranks=3, launch="b")
+        error = refused.next(Done).error
+        assert error is not None
+        assert error.code == "unavailable"
+        assert error.text.startswith("still bringing step 5 to the store; wait.")
+        refused.leave(planned=False)
+    go_on.set()
+    until(lambda: served.daemon._job.uploads.idle)
+    second = served.trainer(0, 3, launch="b")
+    assert durable(served) == [PAIR]
+    second.leave()
+
+
+def test_a_job_that_ended_well_is_settled_before_another_size_takes_its_place(serve: Serve) -> None:
+    served = serve(LINGERS)
+    first, tool = served.trainer(launch="a"), served.wire()  # which says nothing, and keeps it
+    open_epoch(first)
+    first.stage(PAIR)
+    go_on = served.pause()
+    first.leave()
+    refused = served.peer(rank=0, ranks=2, launch="b")
+    go_on.set()
+    error = refused.next(Done).error
+    assert error is not None
+    assert "still bringing step 5" in error.text
+    until(lambda: served.daemon._job.uploads.idle)
+    second = served.trainer(0, 2, launch="b")
+    assert durable(served) == [PAIR]
+    for one in (refused, second):
+        one.leave()
+    tool.close()
+
+
+def test_what_cannot_be_settled_keeps_no_launch_of_another_size_out(serve: Serve) -> None:
+    served = serve(LINGERS)
+    first = served.trainer(launch="a")
+    open_epoch(first)
+    first.stage(PAIR)
+    Journal.open(FileBackend(served.store)).open_epoch(resume=None)  # somebody else goes on with the job
+    first.leave(planned=False)
+    until(lambda: served.report().state == "lingering" and served.daemon._job.uploads.idle)
+    served.trainer(0, 3, launch="b").leave()
+
+
+def test_what_a_hello_needs_is_imported_quickly() -> None:
+    heavy = ("numpy", "fsspec", "asyncio", "ckpt.keeper.uploads", "ckpt.persist.persister")
+    code = f"import ckpt.keeper.__main__, ckpt.keeper.daemon, sys; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_a_connection_that_waits_when_all_is_over_is_served(serve: Serve) -> None:

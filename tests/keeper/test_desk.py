@@ -167,6 +167,19 @@ def test_all_are_told_that_another_writer_took_over(pair) -> None:
         open_epoch(one)
 
 
+def test_what_lies_beyond_is_forgotten_only_once_the_epoch_is_open(pair) -> None:
+    _, one, two = pair
+    beyond = SnapshotId(1, 7)
+    assert open_epoch(one) == 1
+    for trainer in (one, two):
+        trainer.stage(beyond)
+    with pytest.raises(UsageError, match="never opened"):
+        open_epoch(one, SnapshotId(0, 3))
+    assert one.board.complete() == beyond
+    assert open_epoch(one, SnapshotId(1, 5)) == 2
+    assert one.board.complete() is None, "before the number is answered"
+
+
 def test_places_without_digests_are_refused_and_hurt_nobody(pair) -> None:
     served, one, two = pair
     open_epoch(one)

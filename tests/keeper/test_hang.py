@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.keeper.hang import PATIENCE, Pulse, check_s, hung, timeout_s
+from ckpt.keeper.hang import LOOK_GAPS_MAX, PATIENCE, Pulse, Sight, check_s, hung, look, timeout_s
 from ckpt.link.board import Phase
 
 FLOOR_S = 10.0
@@ -57,3 +57,26 @@ def test_no_floor_means_never() -> None:
 def test_it_looks_often_enough_and_not_too_often(floor_s: float) -> None:
     assert 0.1 <= check_s(floor_s) <= 5.0
     assert check_s(floor_s) <= max(0.1, floor_s / 8)
+
+
+def seen(*looks: tuple[float, dict[int, object]]) -> Sight:
+    """What is known after looks, one second apart as a rule."""
+    sight: Sight | None = None
+    for now_s, marks in looks:
+        sight = look(sight, marks, now_s=now_s, check_s=1.0)
+    assert sight is not None
+    return sight
+
+
+def test_time_counts_from_the_look_that_first_saw_the_same() -> None:
+    assert seen((0.0, {0: "a"})).idle_s == {0: 0.0}
+    assert seen((0.0, {0: "a"}), (1.0, {0: "a"}), (2.5, {0: "a"})).idle_s == {0: 2.5}
+    assert seen((0.0, {0: "a", 1: "x"}), (1.0, {0: "b", 1: "x"}), (2.0, {0: "b", 1: "x"})).idle_s == {0: 1.0, 1: 2.0}
+
+
+def test_a_watcher_that_stood_still_itself_takes_nobody_for_hung() -> None:
+    assert seen((0.0, {0: "a"}), (1.0, {0: "a"}), (3600.0, {0: "a"})).idle_s == {0: 1.0 + LOOK_GAPS_MAX}
+
+
+def test_a_rank_that_is_seen_for_the_first_time_has_not_stood_still() -> None:
+    assert seen((0.0, {0: "a"}), (1.0, {0: "a", 1: None})).idle_s == {0: 1.0, 1: 0.0}

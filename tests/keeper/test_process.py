@@ -18,7 +18,7 @@ from ckpt.link.client import Calls, KeeperSpec, ensure_keeper
 from ckpt.link.messages import GetStatus, Hello, SlotMade, Status, Welcome
 from ckpt.link.runtime import JobFolder
 
-START_S_WANTED, START_S_MAX = 0.3, 5.0
+START_S_WANTED, START_S_MAX = 0.2, 5.0
 """What an idle machine shows, and what a test on a busy one may demand."""
 OWN_BYTES_MAX = 100 << 20
 SLOT_BYTES = 64 << 20

@@ -13,6 +13,7 @@ from ckpt.keeper.roster_words import (
     AskStop,
     AttemptOver,
     Event,
+    GatheringOver,
     GraceOver,
     Hung,
     Joined,
@@ -23,7 +24,9 @@ from ckpt.keeper.roster_words import (
     StartAll,
     SupervisorLeft,
     TrainerDied,
+    TrainerEntered,
     TrainerFailing,
+    TrainerFinished,
     TrainerKilled,
     TrainerStarted,
 )
@@ -177,6 +180,75 @@ def test_a_final_error_ends_the_job_at_once() -> None:
     assert told.fail(0, 2, told=failing(final=True))[-1] == LeaveAll(2, "rank 0 raised ValueError: bad")
 
 
+def test_an_error_is_known_by_what_was_told_however_its_trainer_ended() -> None:
+    told = Told(2).run()
+    assert kinds(told.fail(0, -6, told=failing())) == [AttemptOver, StartAll]
+    assert "a bug" in told.fail(0, -9, told=failing())[-1].text
+    final = Told(2).run()
+    assert final.fail(0, -9, told=failing(final=True))[-1] == LeaveAll(137, "rank 0 raised ValueError: bad")
+
+
+@pytest.mark.parametrize("said", [None, failing(), failing(final=True)])
+def test_an_interrupt_ends_the_job_with_its_status(said: Failing | None) -> None:
+    told = Told(2).run()
+    assert told.fail(0, -2, told=said)[-1] == LeaveAll(130, "rank 0 died of SIGINT")
+
+
+def test_an_interrupt_counts_before_the_error_that_another_rank_made_of_it() -> None:
+    told = Told(2).run()
+    told.die(1, 1, told=failing())
+    assert told.die(0, -2, after_s=0.5)[-1] == LeaveAll(130, "rank 0 died of SIGINT")
+
+
+@pytest.mark.parametrize(("status", "left"), [(3, 3), (-11, 139)])
+def test_no_exit_after_the_training_function_returned_starts_anything_again(status: int, left: int) -> None:
+    told = Told(2).run()
+    told(TrainerFinished(1, 1))
+    leave = told.fail(0, status)[-1]
+    assert isinstance(leave, LeaveAll)
+    assert leave.status == left
+    assert "had returned" in leave.text
+
+
+def test_a_training_function_that_is_entered_again_can_be_started_again() -> None:
+    told = Told(2).run()
+    told(TrainerFinished(0, 1), TrainerFinished(1, 1), TrainerEntered(0, 1), TrainerEntered(1, 1))
+    assert kinds(told.fail(0)) == [AttemptOver, StartAll]
+    assert not any(one.finished for one in told.roster.members.values())
+
+
+def test_an_error_that_was_caught_explains_no_later_death() -> None:
+    told = Told(1).run()
+    told(TrainerFailing(0, 1, failing(final=True)), TrainerEntered(0, 1))
+    assert kinds(told.die(0)) == [KillAll, AttemptOver, StartAll]
+
+
+def test_a_call_that_is_done_makes_it_patient_again() -> None:
+    told = Told(1, Policy(stuck_max=2)).run()
+    for _ in range(4):
+        told(TrainerFinished(0, told.attempt), TrainerEntered(0, told.attempt))
+        assert kinds(told.die(0, completed=7))[-1] is StartAll
+        told.started()
+
+
+def test_an_attempts_first_call_does_not_make_it_patient_again() -> None:
+    told = Told(1, Policy(stuck_max=2)).run()
+    ends = []
+    for _ in range(3):
+        told(TrainerEntered(0, told.attempt))
+        ends.append(kinds(told.die(0, completed=7))[-1])
+        told.started()
+    assert ends == [StartAll, StartAll, LeaveAll]
+
+
+def test_ranks_that_do_not_come_in_time_end_those_that_did() -> None:
+    told = Told(2)
+    told(Joined(0, 0, 1))
+    assert told(GatheringOver("rank 1 is missing", 600.0)) == [LeaveAll(1, "rank 1 is missing")]
+    assert told(Joined(1, 1, 1)) == [LeaveOne(1, 1)]
+    assert Told(2).run()(GatheringOver("late word", 600.0)) == []
+
+
 def test_a_job_that_completes_no_step_is_given_up() -> None:
     told = Told(2, Policy(stuck_max=3)).run()
     assert kinds(told.fail(completed=5)) == [AttemptOver, StartAll]
@@ -266,7 +338,7 @@ def test_a_lost_supervisor_ends_the_job() -> None:
     told = Told(2).run()
     assert kinds(told(SupervisorLeft(0, 0, False, 100.0, 3))) == [KillAll]
     leave = told.killed(1)[-1]
-    assert leave == LeaveAll(1, "the supervisor of rank 0 was cut off")
+    assert leave == LeaveAll(1, "the supervisor of rank 0 was cut off", held=False)
 
 
 @pytest.mark.parametrize("planned", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ def held() -> Iterator[Held]:
 
 
 def descriptors() -> int:
+    gc.collect()  # mappings that other tests left in cycles
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -254,3 +256,34 @@ def test_tools_see_what_the_board_says(held: Held) -> None:
     assert (report.index, report.size_bytes, report.snapshot, report.held) == (2, SLOT_BYTES, NEW, True)
     assert held.table.report(0) == ()
     assert [(entry.index, entry.size_bytes) for entry in held.table.entries(1)] == [(2, SLOT_BYTES)]
+
+
+def test_a_slot_that_was_given_up_and_uploads_on_does_not_take_its_number_from_the_next(held: Held) -> None:
+    held.add(0, 0, OLD)
+    old = held.made[0, 0]
+    uploading = held.table.sealed_of(0, OLD)
+    assert uploading is not None
+    assert not held.table.drop(0, 0)
+    assert held.dropped == []
+    before = descriptors()
+    held.add(0, 0, NEW)
+    assert held.dropped == [(0, 0)], "supervisors know slots by number: the old one goes before the new one comes"
+    held.board.rank(0).publish(0, NEW, 1)
+    assert not held.word().held
+    assert held.table.total_bytes == 2 * SLOT_BYTES
+    assert bytes(uploading.data[:2]) == bytes([4] * 2)
+    next_one = held.table.sealed_of(0, NEW)
+    assert next_one is not None
+    uploading.let_go()
+    held.loop()
+    assert held.word().held, "the mark is the next one's"
+    assert held.word().snapshot == NEW
+    assert held.dropped == [(0, 0)]
+    assert held.table.total_bytes == SLOT_BYTES
+    assert descriptors() == before + 3, (
+        "two of the new one and of each mapping of it, without the table's of the old one"
+    )
+    next_one.let_go()
+    held.loop()
+    assert not held.word().held
+    old.close()

@@ -5,26 +5,32 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ckpt.errors import UnavailableError, UsageError
+from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.link import client
-from ckpt.link.client import Calls, KeeperSpec, ensure_keeper
+from ckpt.link.client import Calls, HungUpError, KeeperSpec, ensure_keeper, greet, welcomed
 from ckpt.link.frames import Wire
 from ckpt.link.messages import (
     Bye,
     Count,
+    Done,
     GetStatus,
+    Hello,
     Message,
     Number,
     Peek,
+    RemoteError,
     Value,
+    Welcome,
 )
 from ckpt.link.runtime import JobFolder
 
@@ -251,3 +257,79 @@ def test_a_specification_reads_back() -> None:
     assert KeeperSpec.decode(KeeperSpec(job="j", store="/s").encode()).storage_options is None
     with pytest.raises(UsageError, match="not a keeper's specification"):
         KeeperSpec.decode(b"{}")
+
+
+# ---- the hello
+
+HELLO = Hello(id=1, version=1, role="supervisor", pid=1)
+
+
+class Endings:
+    """Keepers that answer each connection with the next of some words; None hangs up."""
+
+    def __init__(self, *answers: Message | None) -> None:
+        self.left = list(answers)
+        self._ends: list[socket.socket] = []
+
+    def connect(self) -> Wire:
+        """A connection whose hello is answered already."""
+        ours, theirs = socket.socketpair()
+        answer = self.left.pop(0)
+        if answer is None:
+            theirs.close()
+        else:
+            self._ends.append(theirs)
+            Wire(theirs).send(answer)
+        return Wire(ours)
+
+    def close(self) -> None:
+        """Hang up on those that were answered."""
+        for end in self._ends:
+            end.close()
+
+
+@pytest.fixture
+def endings() -> Iterator[Callable[..., Endings]]:
+    made: list[Endings] = []
+
+    def make(*answers: Message | None) -> Endings:
+        made.append(Endings(*answers))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+WELCOME = Welcome(id=1, boot="b", pid=2, attempt=3)
+
+
+def test_a_keeper_that_is_just_ending_is_followed_by_the_next(endings, no_descriptor_is_left_open) -> None:
+    keepers = endings(None, None, WELCOME)
+    wire, welcome = welcomed(keepers.connect, HELLO)
+    assert welcome == WELCOME
+    assert keepers.left == []
+    wire.close()
+    keepers.close()
+
+
+def test_keepers_that_all_hang_up_are_given_up(endings, no_descriptor_is_left_open) -> None:
+    with pytest.raises(HungUpError, match=r"hung up|no answer"):
+        welcomed(endings(None, None).connect, HELLO, wait_s=0.0)
+
+
+def test_what_a_keeper_has_against_a_peer_is_raised_at_once(endings, no_descriptor_is_left_open) -> None:
+    refused = Done(id=1, error=RemoteError("unavailable", "still at it", -1))
+    keepers = endings(refused, WELCOME)
+    with pytest.raises(UnavailableError, match="still at it") as caught:
+        welcomed(keepers.connect, HELLO)
+    assert not isinstance(caught.value, HungUpError)
+    assert keepers.left == [WELCOME]
+    keepers.close()
+
+
+def test_another_answer_than_a_welcome_is_a_bug(endings) -> None:
+    wire = endings(Number(id=1, number=3)).connect()
+    with pytest.raises(InternalError):
+        greet(wire, HELLO)
+    wire.close()

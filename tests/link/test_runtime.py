@@ -37,15 +37,26 @@ def test_the_root_is_made_private(root: Path) -> None:
     assert runtime_root() == root
 
 
-def test_the_root_of_a_login_session(tmp_path: Path, monkeypatch) -> None:
+def test_the_root_of_a_login_session_serves_only_where_there_is_no_tmp(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("CKPT_RUNTIME_DIR")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert runtime._root_of_environment() == Path(f"/tmp/ckpt-{os.getuid()}")
+    monkeypatch.setattr(runtime, "TMP", tmp_path / "no-tmp")
     assert runtime_root() == tmp_path / "ckpt"
+
+
+def test_a_folder_without_room_for_stacks_is_entered_all_the_same(folder: JobFolder) -> None:
+    with folder.entered():
+        folder.stacks.rmdir()
+        folder.stacks.touch()
+    with folder.entered():
+        assert folder.stacks.is_file()
 
 
 @pytest.mark.parametrize("session", [None, "", "missing", "file", "foreign"])
 def test_the_root_without_a_usable_login_session(tmp_path: Path, monkeypatch, session: str | None) -> None:
     monkeypatch.delenv("CKPT_RUNTIME_DIR")
+    monkeypatch.setattr(runtime, "TMP", tmp_path / "no-tmp")
     (tmp_path / "file").touch()
     (tmp_path / "foreign").mkdir()
     if session == "foreign":
@@ -56,7 +67,7 @@ def test_the_root_without_a_usable_login_session(tmp_path: Path, monkeypatch, se
         monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     else:
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / session) if session else "")
-    assert runtime._root_of_environment() == Path(f"/tmp/ckpt-{os.getuid()}")
+    assert runtime._root_of_environment() == tmp_path / "no-tmp" / f"ckpt-{os.getuid()}"
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o710, 0o702])

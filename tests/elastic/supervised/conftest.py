@@ -117,6 +117,11 @@ class Keeper:
         self._links.append(link)
         return link
 
+    def hang_up(self) -> None:
+        """Take the next connection, and end it without a word, as a keeper does that is just ending."""
+        peer, _ = self._socket.accept()
+        peer.close()
+
     def close(self) -> None:
         """Hang up on all."""
         for link in self._links:

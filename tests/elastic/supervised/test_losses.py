@@ -71,6 +71,37 @@ def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(progra
     assert run.end() == 0
 
 
+def test_supervisor_whose_attempt_never_began_hands_over_what_it_held_and_says_so_first(program, keeper) -> None:
+    run = program("sit()\nforever()\n")
+    link = keeper.accept()
+    assert not link.hello.holds
+    sent = [memfd(b"slot"), memfd(b"board")]
+    link.send(Keep(rank=0, index=1, size_bytes=4), sent[:1])
+    link.send(KeepBoard(), sent[1:])
+    for fd in sent:
+        os.close(fd)
+    link.close()
+
+    link = keeper.accept(new=True)
+    assert (link.hello.attempt, link.hello.pid, link.hello.holds) == (0, run.pid, True)
+    link.expect(BoardKept)
+    assert link.expect(SlotKept).index == 1
+    assert link.expect(Killed).attempt == 0
+    link.start(attempt=1)
+
+
+def test_keeper_that_ends_at_the_hello_is_followed_by_another_and_is_none_that_died(program, keeper) -> None:
+    run = program("sit()\nforever()\n")
+    keeper.accept().close()
+    for _ in range(8):
+        keeper.hang_up()
+    link = keeper.accept()
+    link.start()
+    link.send(Leave(status=0))
+    link.expect(Bye)
+    assert run.end() == 0
+
+
 def test_end_that_a_dead_keeper_may_not_have_noted_is_told_again(program, keeper) -> None:
     run = program("sit()\n")
     link = keeper.accept()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -147,8 +148,22 @@ def test_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None
     until(lambda: not alive(pid))
 
 
-def test_first_sigterm_asks_the_second_ends(program, keeper, until, alive) -> None:
+def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None:
     run = program("sit()\nforever()\n")
+    link = keeper.accept()
+    pid = link.start().trainer_pid
+    os.kill(run.pid, signal.SIGTERM)
+    link.expect(Preempt)
+    os.kill(run.pid, signal.SIGTERM)
+    link.send(Tell(text="heard"))
+    assert run.line() == "ckpt: heard"
+    link.send(Tell(text="again"))  # a signal that came before it is dealt with by now
+    assert run.line() == "ckpt: again"
+    assert alive(pid)
+
+
+def test_first_sigterm_asks_a_later_one_ends(program, keeper, until, alive) -> None:
+    run = program("from ckpt.elastic import terms\nterms.SAME_TERM_S = 0.0\nsit()\nforever()\n")
     link = keeper.accept()
     pid = link.start().trainer_pid
     os.kill(run.pid, signal.SIGTERM)
@@ -193,6 +208,34 @@ def test_interrupt_reaches_the_trainer(program, keeper) -> None:
     assert run.end() == -signal.SIGINT
 
 
+def test_interrupt_is_the_cause_whatever_the_trainer_makes_of_it(program, keeper) -> None:
+    run = program(
+        "sit()\ntry:\n    say('in')\n    forever()\nexcept KeyboardInterrupt:\n    say('caught')\n    sys.exit(3)\n"
+    )
+    link = keeper.accept()
+    link.start()
+    assert run.line() == "in"
+    os.kill(run.pid, signal.SIGINT)
+    assert run.line() == "caught"
+    assert link.expect(Died).status == -signal.SIGINT
+    link.send(Leave(status=130))
+    assert run.end() == 3
+
+
+def test_nothing_is_started_after_an_interrupt(program, keeper, until, alive) -> None:
+    run = program("sit()\nsignal.signal(signal.SIGINT, lambda *_: say('mine'))\nsay('in')\nforever()\n")
+    link = keeper.accept()
+    pid = link.start().trainer_pid
+    assert run.line() == "in"
+    os.kill(run.pid, signal.SIGINT)
+    assert run.line() == "mine"
+    link.send(Kill(attempt=1))  # another rank died of it
+    link.expect(Killed)
+    link.send(Start(attempt=2, port=1))
+    assert run.end() == -signal.SIGINT
+    until(lambda: not alive(pid))
+
+
 def test_signals_that_the_program_handles_reach_the_trainer(program, keeper) -> None:
     run = program(
         "signal.signal(signal.SIGHUP, lambda *_: say('hup', os.getppid()))\n"
@@ -232,6 +275,32 @@ def test_stacks_are_dumped_to_the_file_that_the_keeper_names(program, keeper, un
     link.send(Kill(attempt=1))
     link.expect(Killed)
     assert not list(tmp_path.glob("rank-*"))
+
+
+def test_stacks_that_can_not_be_written_keep_nobody_from_training_or_from_being_killed(
+    program, keeper, tmp_path
+) -> None:
+    run = program("os.environ['TEST_FOLDER'] += '/gone'\nsit()\nsay('in')\nforever()\n")
+    link = keeper.accept()
+    link.start()
+    assert run.line() == "in"
+    link.send(Dump(attempt=1, path=str(tmp_path / "dump.txt")))
+    link.send(Kill(attempt=1))
+    assert link.expect(Killed).attempt == 1
+
+
+def test_stacks_whose_folder_is_removed_keep_nobody_from_being_killed(program, keeper, tmp_path) -> None:
+    (tmp_path / "stacks").mkdir()
+    run = program("os.environ['TEST_FOLDER'] += '/stacks'\nsit()\nsay('in')\nforever()\n")
+    link = keeper.accept()
+    link.start()
+    assert run.line() == "in"
+    shutil.rmtree(tmp_path / "stacks")
+    link.send(Dump(attempt=1, path=str(tmp_path / "stacks" / "dump.txt")))
+    link.send(Kill(attempt=1))
+    assert link.expect(Killed).attempt == 1
+    link.start(attempt=2)
+    assert run.line() == "in"
 
 
 def test_start_for_which_the_last_trainer_has_to_be_killed_first(program, keeper, alive) -> None:

@@ -110,6 +110,8 @@ class World:
     told: list[Told] = field(default_factory=list)
     fences: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    origins: dict[int, str] = field(default_factory=dict)
+    """What the next staged indexes of an epoch carry, where it was told."""
     calls: queue.SimpleQueue[Callable[[], object]] = field(default_factory=queue.SimpleQueue)
 
     def uploads(self, *, job: str = "job", open_store: Callable[[], Backend] | None = None) -> Uploads:
@@ -130,6 +132,22 @@ class World:
                 self.calls.get(timeout=min(left_s, 0.05))()
             except queue.Empty:
                 continue
+
+    def opened(self, uploads: Uploads, resume: SnapshotId | None) -> int:
+        """Open an epoch; what is staged of it from now on carries its origin."""
+        number = self.result(uploads.open_epoch(resume))
+        self.origins[number] = uploads.origin_of(number)
+        return number
+
+    def stage_all(self, snapshot: SnapshotId) -> SnapshotId:
+        """Seal a slot of each rank that nobody hands in."""
+        for rank in range(self.ranks):
+            self.stage_only(rank, snapshot)
+        return snapshot
+
+    def alarms(self, kind: str) -> list[str]:
+        """What people were told of one kind."""
+        return [event.text for event in self.events if event.kind == kind and event.alarm]
 
     def result(self, future: Future[T]) -> T:
         """What a future gives, turning the loop meanwhile."""
@@ -158,7 +176,10 @@ class World:
             )  # fmt: skip
             at += length
         del data
-        index = StagedIndex(snapshot=snapshot, rank=rank, world_size=self.ranks, shards=tuple(shards))
+        index = StagedIndex(
+            snapshot=snapshot, rank=rank, world_size=self.ranks, shards=tuple(shards),
+            origin=self.origins.get(snapshot.epoch, ""),
+        )  # fmt: skip
         slot.seal(index)
         return Sealed(index=index, data=slot.data[:], release=pin.release, shared={})
 

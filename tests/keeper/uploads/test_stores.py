@@ -128,7 +128,7 @@ def test_foreign_epoch_fences_at_the_next_commit(make_world) -> None:
         with pytest.raises(FencedError):
             call.result(0)
     assert world.codes(world.save(uploads, SnapshotId(1, 3))) == ["fenced"] * 2
-    uploads.settle(SnapshotId(1, 3), world.sealed_of)
+    uploads.settle([SnapshotId(1, 3)], world.sealed_of)
     world.until(lambda: uploads.idle)
     assert world.pinned() == 0
     assert world.state().line == (SnapshotId(1, 1),)
@@ -176,7 +176,7 @@ def test_new_keeper_records_epochs_that_the_old_one_gave_out_and_never_wrote(mak
     assert world.result(again.choices([staged])) == (Choice(staged, "staged"), Choice(SnapshotId(1, 1), "durable"))
     assert world.result(again.open_epoch(staged)) == 3
     assert [(one.epoch, one.resume) for one in world.state().opens] == [(1, None), (2, SnapshotId(1, 1)), (3, staged)]
-    again.settle(staged, world.sealed_of)
+    again.settle([staged], world.sealed_of)
     assert all(world.infos(world.outcomes(again, staged)))
     assert world.state().line == (staged, SnapshotId(1, 1))
     again.close(WAIT_S)

@@ -47,7 +47,7 @@ def test_attempts_go_on_from_what_is_staged_and_commit_it_under_their_own_epoch(
     opened = uploads.open_epoch(staged)
     assert opened.done(), "no store is asked"
     assert opened.result() == uploads.epoch == 2
-    uploads.settle(staged, world.sealed_of)
+    uploads.settle([staged], world.sealed_of)
     assert all(world.infos(world.outcomes(uploads, staged)))
     world.save(uploads, SnapshotId(2, 3))
     state = world.state()
@@ -145,8 +145,11 @@ def test_snapshot_before_any_epoch_is_refused(make_world) -> None:
     uploads.persist(0, world.stage(0, SnapshotId(1, 1)), ())
     assert world.codes(world.told) == ["usage"]
     assert world.pinned() == 0
-    uploads.settle(SnapshotId(1, 1), world.sealed_of)
-    assert uploads.idle
+    uploads.settle([SnapshotId(1, 1)], world.sealed_of)
+    world.until(lambda: uploads.idle)
+    world.stage_only(1, SnapshotId(1, 1))
+    uploads.settle([SnapshotId(1, 1)], world.sealed_of)
+    world.until(lambda: uploads.idle)
     with pytest.raises(NotFoundError):
         world.state()
     uploads.close(WAIT_S)

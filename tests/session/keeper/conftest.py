@@ -15,6 +15,7 @@ from ckpt.link import messages as words
 from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
 from ckpt.link.frames import Wire
+from ckpt.link.report import Report
 from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import Event
 from ckpt.session.keeper_link import KeeperLink
@@ -47,6 +48,12 @@ class FakeKeeper:
         self.new = new
         self.against = against
         self.silent = False
+        self.ends = 0
+        """So many hellos are answered by hanging up."""
+        self.busy = 0
+        """So many hellos are refused for now."""
+        self.reports: list[Report | None] = []
+        """What it says to tools, one after the other; the last one stays."""
         self.spare_fds = 0
         self._values: dict[str, bytes] = {}
         self._wires: list[Wire] = []
@@ -110,6 +117,10 @@ class FakeKeeper:
                     self._events.append(wire)
                 self.heard.append(message)
                 self.changed.notify_all()
+            if isinstance(message, words.Hello) and self.ends:
+                self.ends -= 1
+                wire.close()
+                return
             if message.id and not self.silent:
                 answer, beside = self._answer(message, fds)
                 wire.send(replace(answer, id=message.id), beside)
@@ -118,7 +129,10 @@ class FakeKeeper:
         match message:
             case words.Hello():
                 error = None
-                if self.against is not None:
+                if self.busy:
+                    self.busy -= 1
+                    error = words.RemoteError("unavailable", "still bringing step 3 to the store", -1)
+                elif self.against is not None:
                     error = words.RemoteError(self.against.code, str(self.against), 0)
                 return words.Welcome(boot="b", pid=2, attempt=3, new=self.new, error=error), []
             case words.Peek():
@@ -138,6 +152,8 @@ class FakeKeeper:
                 return words.Slots(slots=entries), held[: len(held) - self.spare_fds]
             case words.GetChoices():
                 return words.Choices(choices=(words.Choice(SNAPSHOT, "staged"),)), []
+            case words.GetStatus():
+                return words.Status(report=self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]), []
             case words.OpenEpoch():
                 return words.Number(number=7), []
             case _:

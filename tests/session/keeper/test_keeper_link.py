@@ -75,7 +75,7 @@ def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(keeper, l
 
 def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> None:
     assert link.choices() == (words.Choice(SNAPSHOT, "staged"),)
-    assert link.open_epoch(SNAPSHOT) == 7
+    assert link.open_epoch(SNAPSHOT) == (7, "")
     with pytest.raises(FencedError, match="another writer"):
         link.set_tag("best", SNAPSHOT)
     (opened,) = keeper.wait(words.OpenEpoch)

@@ -1,0 +1,73 @@
+"""SIGTERM in a process without supervisor: asked once, however often it comes at once; a later one ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from ckpt.elastic import terms
+from ckpt.elastic.terms import Term, Terms
+
+WAIT_S = 60
+PROGRAM = """
+import os, signal, sys, threading, time
+from ckpt.elastic.term_in_place import TermInPlace
+asked = threading.Semaphore(0)
+def ask():
+    print("asked", flush=True)
+    asked.release()
+    return sys.argv[1] == "yes"
+with TermInPlace(ask):
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line == "sigterm\\n":
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("lives", flush=True)
+        if line == "asked\\n":
+            asked.acquire()
+        if line == "later\\n":
+            from ckpt.elastic import terms
+            terms.SAME_TERM_S = 0.0
+"""
+
+
+def test_terms_soon_after_the_first_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(terms.time, "monotonic", lambda: now[0])
+    came = Terms()
+    assert came.came() is Term.FIRST
+    now[0] += 1.9
+    assert came.came() is Term.SAME
+    now[0] += 0.2
+    assert came.came() is Term.NOW
+
+
+def ended(answer: str, *lines: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, answer], input="\n".join(lines) + "\n", env=kept, timeout=WAIT_S,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_sigterm_that_comes_twice_at_once_is_asked_once() -> None:
+    done = ended("yes", "sigterm", "sigterm", "asked", "sigterm")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split().count("asked") == 1
+    assert done.stdout.split().count("lives") == 3
+
+
+def test_a_later_sigterm_ends() -> None:
+    done = ended("yes", "sigterm", "asked", "later", "sigterm")
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout.split().count("lives") == 1
+
+
+def test_sigterm_that_nobody_can_obey_ends() -> None:
+    done = ended("no", "sigterm", "asked", "asked")
+    assert done.returncode == -signal.SIGTERM
+    assert "asked" in done.stdout

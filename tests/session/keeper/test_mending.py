@@ -1,0 +1,257 @@
+"""In place, with real keepers: one that is killed between two snapshots costs those around its death, and no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckpt
+from ckpt.backends.file import FileBackend
+from ckpt.commit.journal import Journal
+from ckpt.errors import FencedError, UnavailableError
+from ckpt.observe.events import Event
+from ckpt.session import keeper_link, keeping
+from ckpt.session.options import Options
+from ckpt.session.restoring import Rules
+from ckpt.session.session import Session
+from ckpt.values import SnapshotId
+
+WAIT_S = 30.0
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a run with a keeper stores."""
+    monkeypatch.setenv("CKPT_RUNTIME_DIR", str(tmp_path / "keepers"))
+    monkeypatch.delenv("CKPT_KEEPER")
+    return tmp_path / "run"
+
+
+def state(value: float = 1.0) -> dict[str, object]:
+    return {"w": {"w": torch.full((8,), value)}}
+
+
+def keeper_of(session: Session) -> int:
+    link = session.join().keeping.link
+    assert link is not None
+    return link.welcome.pid
+
+
+def kill_keeper(*sessions: Session) -> int:
+    """Kill it, and wait until all have noticed."""
+    pid = keeper_of(sessions[0])
+    os.kill(pid, signal.SIGKILL)
+    until_s = time.monotonic() + WAIT_S
+    for session in sessions:
+        link = session.join().keeping.link
+        while link is not None and link.lost is None:
+            assert time.monotonic() < until_s, "nobody noticed"
+            time.sleep(0.002)
+    return pid
+
+
+def run_of(store: Path) -> tuple[Session, list[Event]]:
+    """A run of a world of one that is open, and what it tells."""
+    session, told = Session(str(store), Options()), []
+    session.tell = told.append
+    session.open_run()
+    session.track({"w": {"w": torch.ones(8)}})
+    return session, told
+
+
+def opens(store: Path) -> list[tuple[int, SnapshotId | None]]:
+    found = Journal.open(FileBackend(store)).refresh().opens
+    return [(one.epoch, one.resume) for one in found]
+
+
+def test_save_after_the_keepers_death_goes_to_the_next_keeper(store: Path) -> None:
+    with ckpt.Checkpointer(store) as c:
+        assert c.save(state(1), step=1).epoch == 1
+        dead = kill_keeper(c._session)
+        assert c.save(state(2), step=2).id == SnapshotId(2, 2)
+        assert keeper_of(c._session) != dead
+        assert c.save(state(3), step=3).id == SnapshotId(2, 3)
+        with pytest.raises(ckpt.UsageError, match="steps grow"):
+            c.save(state(3), step=3)
+    assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
+    found = state(0)
+    assert ckpt.Checkpointer(store).restore(found).step == 3
+    assert torch.equal(found["w"]["w"], torch.full((8,), 3.0))
+
+
+@pytest.mark.slow
+def test_line_goes_on_from_the_last_pair_that_only_memory_held(store: Path) -> None:
+    session, _ = run_of(store)
+    session.snapshot(1, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S)
+    assert session.stage(2, metadata={})
+    kill_keeper(session)
+    assert session.stage(3, metadata={}), "memory needs no keeper"
+    assert session.snapshot(4, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(2, 4)
+    assert session.stage(5, metadata={})
+    assert opens(store) == [(1, None), (2, SnapshotId(1, 3))]
+    link = session.join().keeping.link
+    assert link is not None
+    assert [(one.snapshot, one.tier) for one in link.choices()][:2] == [
+        (SnapshotId(2, 5), "staged"),
+        (SnapshotId(2, 4), "staged"),
+    ]
+    session.finish()
+
+
+@pytest.mark.slow
+def test_second_death_is_mended_too(store: Path) -> None:
+    session, _ = run_of(store)
+    for step in (1, 2, 3):
+        assert session.snapshot(step, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(step, step)
+        kill_keeper(session)
+    session.saving.drain()
+    assert opens(store) == [(1, None), (2, SnapshotId(1, 1)), (3, SnapshotId(2, 2))]
+    session.abandon()
+
+
+@pytest.mark.slow
+def test_without_another_keeper_this_process_goes_on_alone(store: Path, monkeypatch) -> None:
+    session, told = run_of(store)
+    session.snapshot(1, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S)
+    kill_keeper(session)
+
+    def none(spec: object, *, start: bool) -> None:
+        raise UnavailableError("no keeper can be started")
+
+    monkeypatch.setattr(keeper_link, "connections", none)
+    for step in range(2, 8):
+        assert session.snapshot(step, metadata={}, tags=(), wait_s=WAIT_S).durable(WAIT_S).id == SnapshotId(2, step)
+    assert session.stage(9, metadata={})
+    assert [event.kind for event in told if event.alarm] == ["no-keeper", "keeper-replaced"]
+    session.finish()
+    assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
+
+
+def test_store_that_is_away_at_that_moment_is_asked_again_at_the_next_snapshot(store: Path) -> None:
+    session, _ = run_of(store)
+    session.snapshot(1, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S)
+    kill_keeper(session)
+    log = session._log
+    fails = [UnavailableError("the store is away")]
+    real = log.newest_epoch
+
+    def newest() -> int:
+        if fails:
+            raise fails.pop()
+        return real()
+
+    log.newest_epoch = newest  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError, match="is away"):
+        session.snapshot(2, metadata={}, tags=(), wait_s=1.0)
+    assert session.snapshot(3, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(2, 3)
+    session.finish()
+
+
+def test_writer_that_took_over_meanwhile_is_not_fenced(store: Path) -> None:
+    session, _ = run_of(store)
+    session.snapshot(1, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S)
+    kill_keeper(session)
+    Journal.open(FileBackend(store)).open_epoch(resume=SnapshotId(1, 1))
+    with pytest.raises(FencedError, match="newest=2 mine=1"):
+        session.snapshot(2, metadata={}, tags=(), wait_s=1.0)
+    assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
+    session.abandon()
+
+
+@pytest.mark.slow
+def test_restoring_after_the_death_reads_the_store_and_the_next_save_finds_a_keeper(store: Path) -> None:
+    with ckpt.Checkpointer(store) as c:
+        c.save(state(1), step=1)
+        c.save(state(2), step=2)
+        kill_keeper(c._session)
+        assert c.restore(state(0), step=1).step == 1
+        assert c.save(state(5), step=2).id == SnapshotId(2, 2)
+    assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
+
+
+class Ranks:
+    """Two sessions in two threads, each a rank."""
+
+    def __init__(self, store: Path, make_channels: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, mine = make_channels(2), threading.local()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setattr(keeping, "connect", lambda *, name: made[mine.rank])
+
+        def begin(rank: int) -> Session:
+            mine.rank = rank
+            session = Session(str(store), Options())
+            session.open_run()
+            session.track({"w": {"w": torch.full((8,), float(rank))}})
+            return session
+
+        self.pool = ThreadPoolExecutor(2)
+        self.sessions = list(self.pool.map(begin, range(2)))
+
+    def save(self, rank: int, step: int) -> ckpt.Pending:
+        return self.sessions[rank].snapshot(step, metadata={}, tags=(), wait_s=1.0)
+
+    def durable(self, pending: list[ckpt.Pending]) -> set[SnapshotId]:
+        return {one.durable(WAIT_S).id for one in pending}
+
+    def finish(self) -> None:
+        list(self.pool.map(lambda session: session.finish(), self.sessions))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("alone", [False, True])
+def test_rank_0_decides_for_all_and_what_another_rank_missed_is_refused(
+    store: Path, make_channels, monkeypatch, first: int, alone: bool
+) -> None:
+    ranks = Ranks(store, make_channels, monkeypatch)
+    assert ranks.durable([ranks.save(rank, 1) for rank in range(2)]) == {SnapshotId(1, 1)}
+    kill_keeper(*ranks.sessions)
+    if alone:
+
+        def none(spec: object, *, start: bool) -> None:
+            raise UnavailableError("no keeper can be started")
+
+        monkeypatch.setattr(keeper_link, "connections", none)
+    second = {rank: ranks.save(rank, 2) for rank in (first, 1 - first)}
+    third = [ranks.save(rank, 3) for rank in range(2)]
+    assert ranks.durable(third) == {SnapshotId(2, 3)}
+    if first == 0:
+        assert ranks.durable(list(second.values())) == {SnapshotId(2, 2)}
+    else:
+        for pending in second.values():
+            with pytest.raises(UnavailableError):
+                pending.durable(WAIT_S)
+    ranks.finish()
+    assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [False, True])
+def test_ranks_that_restore_after_the_death_open_their_epoch_together(
+    store: Path, make_channels, monkeypatch, alone: bool
+) -> None:
+    ranks = Ranks(store, make_channels, monkeypatch)
+    ranks.durable([ranks.save(rank, 1) for rank in range(2)])
+    kill_keeper(*ranks.sessions)
+    if alone:
+
+        def none(spec: object, *, start: bool) -> None:
+            raise UnavailableError("no keeper can be started")
+
+        monkeypatch.setattr(keeper_link, "connections", none)
+
+    def back(session: Session) -> ckpt.Pending:
+        session.restore(state(), session.newest_first, Rules())
+        return session.save(state(), 2, metadata={}, tags=())
+
+    assert ranks.durable(list(ranks.pool.map(back, ranks.sessions))) == {SnapshotId(2, 2)}
+    ranks.finish()
+    assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
