@@ -228,6 +228,7 @@ class Crew:
                     job.slots.settle()
                     job.uploads.attempt_ended(job.slots.sealed_of)
             case LeaveAll():
+                self._recovery = None  # who starts it again later does not recover from this
                 self._leave(action)
             case LeaveOne(rank, status):
                 job.say("supervisor", words.Leave(status=status), rank=rank)

@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from ckpt.errors import CkptError
+from ckpt.errors import UnavailableError
 from ckpt.link import messages as words
 from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
@@ -123,7 +124,10 @@ class FakeKeeper:
                 return
             if message.id and not self.silent:
                 answer, beside = self._answer(message, fds)
-                wire.send(replace(answer, id=message.id), beside)
+                try:
+                    wire.send(replace(answer, id=message.id), beside)
+                except UnavailableError:  # it died before it could answer
+                    return
 
     def _answer(self, message: words.Message, fds: Sequence[int]) -> tuple[words.Reply, list[int]]:
         match message:
