@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from ckpt.errors import CkptError
-from ckpt.errors import UnavailableError
+from ckpt.errors import CkptError, UnavailableError
 from ckpt.link import messages as words
 from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
