@@ -29,7 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def resilient(  # noqa: PLR0913  one keyword for each choice a user has
+def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a docstring that tells all of them
     *,
     store: str | os.PathLike[str] | Backend,
     every: int | str = "auto",
