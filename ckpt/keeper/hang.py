@@ -1,7 +1,8 @@
 """Does a rank still complete steps? Pure.
 
 A step is late when it takes far longer than the job's own steps. The first step (it compiles), pauses and debuggers are
-exempt: there a long wait means nothing.
+exempt: there a long wait means nothing. Not so where the process itself is stopped (SIGSTOP): nothing that it could be doing
+takes time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def look(before: Sight | None, marks: Mapping[int, object], *, now_s: float, che
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
-    """What the board says of one rank, how long it stands still, and whether a debugger holds its process."""
+    """What the board says of one rank, how long it stands still, and whether a debugger holds its process.
+
+    ``stopped``: the system keeps the process from running, and nobody but the one who stopped it will change that.
+    """
 
     rank: int
     phase: Phase
@@ -59,6 +63,7 @@ class Pulse:
     idle_s: float
     longest_step_s: float
     traced: bool = False
+    stopped: bool = False
 
 
 def timeout_s(pulses: Sequence[Pulse], *, floor_s: float) -> float:
@@ -69,12 +74,16 @@ def timeout_s(pulses: Sequence[Pulse], *, floor_s: float) -> float:
 def hung(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
     """The ranks that stand still, those furthest behind first; none where ``floor_s`` is 0.
 
-    Nobody counts while any rank is exempt: the others may be waiting for it, which is no fault of theirs.
+    Nobody counts while any rank is exempt: the others may be waiting for it, which is no fault of theirs. A stopped process
+    is never exempt.
     """
     if not floor_s or not pulses:
         return ()
     limit_s = timeout_s(pulses, floor_s=floor_s)
     training = [pulse for pulse in pulses if pulse.phase is not Phase.FINISHED]
+    halted = [pulse for pulse in training if pulse.stopped and not pulse.traced and pulse.idle_s > limit_s]
+    if halted:
+        return tuple(pulse.rank for pulse in halted)
     if any(pulse.phase is not Phase.TRAINING or not pulse.first_step_done or pulse.traced for pulse in training):
         return ()
     late = [pulse for pulse in training if pulse.idle_s > limit_s]

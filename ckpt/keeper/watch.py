@@ -61,10 +61,14 @@ class Watch:
 
     def _look(self, roster: Roster, board: Board, now_s: float) -> None:
         floor_s, alive = self._job.policy.hang_s, _alive(roster)
-        marks = {one.rank: _mark(board.rank(one.rank)) for one in alive}
+        stopped = {one.rank: _stopped(one) for one in alive}
+        marks = {one.rank: (_mark(board.rank(one.rank)), stopped[one.rank]) for one in alive}
         self._sight = look(self._sight, marks, now_s=now_s, check_s=check_s(floor_s))
         idle_s = self._sight.idle_s
-        stuck = hung([_pulse(board.rank(one.rank), one, idle_s[one.rank]) for one in alive], floor_s=floor_s)
+        pulses = [
+            _pulse(board.rank(one.rank), one, idle_s[one.rank], stopped=stopped[one.rank]) for one in alive
+        ]  # fmt: skip
+        stuck = hung(pulses, floor_s=floor_s)
         if not stuck or any(one.seat not in (Seat.ALIVE, Seat.ENDED) for one in roster.members.values()):
             return
         first = stuck[0]
@@ -111,19 +115,29 @@ def _mark(board: RankBoard) -> object:
     return board.completed, board.beat_ns, board.phase, board.first_step_done
 
 
-def _pulse(board: RankBoard, member: Member, idle_s: float) -> Pulse:
+def _pulse(board: RankBoard, member: Member, idle_s: float, *, stopped: bool) -> Pulse:
     completed = board.completed
     return Pulse(
         rank=member.rank, phase=board.phase, first_step_done=bool(board.first_step_done),
         completed=-1 if completed is None else completed, idle_s=idle_s,
-        longest_step_s=board.longest_step_ns / 1e9, traced=_traced(member.trainer_pid),
+        longest_step_s=board.longest_step_ns / 1e9, traced=_traced(member.trainer_pid), stopped=stopped,
     )  # fmt: skip
 
 
 def _traced(pid: int) -> bool:
     """Whether a debugger holds the process."""
+    return _status(pid, "TracerPid:") not in ("", "0")
+
+
+def _stopped(member: Member) -> bool:
+    """Whether the trainer alone is stopped. With its supervisor it is Ctrl-Z: a person will go on."""
+    return _status(member.trainer_pid, "State:") == "T" and _status(member.pid, "State:") != "T"
+
+
+def _status(pid: int, name: str) -> str:
+    """The first word of a line of the process's status; "" where there is no such process."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return False
-    return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in status.splitlines())
+        return ""
+    return next((line.split()[1] for line in status.splitlines() if line.startswith(name)), "")

@@ -37,6 +37,16 @@ def test_nobody_hangs_before_the_first_step_or_in_a_debugger() -> None:
     assert hung([replace(WELL, traced=True), LATE], floor_s=FLOOR_S) == ()
 
 
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.BUILDING, Phase.TRAINING, Phase.PAUSED, Phase.DEBUGGING])
+def test_a_stopped_process_hangs_in_its_first_step_and_in_a_pause_too(phase: Phase) -> None:
+    halted = replace(WELL, phase=phase, first_step_done=False, idle_s=61.0, stopped=True)
+    assert hung([replace(WELL, rank=1, idle_s=61.0), halted], floor_s=60.0) == (0,)
+    assert hung([replace(halted, idle_s=59.0)], floor_s=60.0) == ()
+    assert hung([replace(halted, traced=True)], floor_s=60.0) == ()
+    assert hung([replace(halted, phase=Phase.FINISHED)], floor_s=60.0) == ()
+    assert hung([halted], floor_s=0.0) == ()
+
+
 def test_a_rank_that_finished_neither_hangs_nor_exempts() -> None:
     done = replace(LATE, rank=0, phase=Phase.FINISHED, first_step_done=False)
     assert hung([done, LATE], floor_s=FLOOR_S) == (1,)
