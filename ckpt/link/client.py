@@ -114,7 +114,7 @@ def greet(wire: Wire, hello: Hello) -> Welcome:
     try:
         wire.send(hello)
         got = wire.receive(HELLO_WAIT_S)
-    except UnavailableError as error:
+    except (UnavailableError, OSError) as error:  # OSError: cut off with our hello unread
         raise HungUpError(f"the keeper gave no answer to the hello: {error}") from error
     if got is None:
         raise HungUpError("the keeper hung up at the hello; see keeper.log in the job's runtime folder")

@@ -8,11 +8,11 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
-from ckpt.errors import IntegrityError, UnavailableError
+from ckpt.errors import UnavailableError
+from ckpt.link import client
 from ckpt.link.client import START_WAIT_S, KeeperSpec, ensure_keeper
-from ckpt.link.frames import Wire, close_fds
-from ckpt.link.messages import Hello, Reply, Welcome
-from ckpt.link.remote import to_error
+from ckpt.link.frames import Wire
+from ckpt.link.messages import Hello, Welcome
 
 _T = TypeVar("_T")
 
@@ -48,24 +48,11 @@ def connections(spec: KeeperSpec, *, start: bool) -> tuple[Wire, Wire]:
 def greet(wire: Wire, hello: Hello) -> Welcome:
     """Say hello and return the answer. Raises what the keeper has against this peer."""
     try:
-        wire.send(replace(hello, id=HELLO_ID))
-        received = wire.receive()
-    except UnavailableError as error:
+        return client.greet(wire, replace(hello, id=HELLO_ID))
+    except client.HungUpError as error:
         raise _KeeperEndedError(str(error)) from error
-    except OSError as error:  # cut off with our hello unread
-        raise _KeeperEndedError(f"the keeper cut the connection. why={error.strerror or error}") from error
-    if received is None:
-        raise _KeeperEndedError("the keeper went away before it said hello.")
-    answer, fds = received
-    close_fds(fds)
-    if not isinstance(answer, Reply) or answer.id != HELLO_ID:
-        raise IntegrityError(f"another word than hello came first. type={type(answer).__name__}")
-    if answer.error is not None:
-        why = to_error(answer.error)
-        raise KeeperBusyError(str(why)) if isinstance(why, UnavailableError) else why
-    if not isinstance(answer, Welcome):
-        raise IntegrityError(f"another answer than a welcome. type={type(answer).__name__}")
-    return answer
+    except UnavailableError as error:
+        raise KeeperBusyError(str(error)) from error
 
 
 def in_spite_of_ends(connect: Callable[[], _T], *, again: bool) -> _T:

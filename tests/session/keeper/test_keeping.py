@@ -42,7 +42,7 @@ def test_keeper_that_ends_before_its_welcome_is_looked_for_again(keeper: FakeKee
 
 def test_without_starting_one_a_keeper_that_ends_is_an_error(keeper: FakeKeeper) -> None:
     keeper.ends = 1
-    with pytest.raises(UnavailableError, match="went away before it said hello"):
+    with pytest.raises(UnavailableError, match="hung up at the hello"):
         KeeperLink.connect(SPEC, HELLO, start=False)
 
 
