@@ -133,7 +133,12 @@ class Checkpointer:
         return session.restore(state, choices, rules)
 
     def latest(self) -> SnapshotInfo | None:
-        """The newest snapshot, or None where there is none yet. Reads the log, joins nobody."""
+        """The newest snapshot, or None where there is none yet. Reads the log, joins nobody.
+
+        What a run that died left with its keeper becomes durable first, as for ``restore``; that is waited for, one minute at
+        most.
+        """
+        self._session.settle()
         newest = [one.snapshot for one in self._session.newest_first() if not one.staged]
         if not newest:
             return None
@@ -141,7 +146,8 @@ class Checkpointer:
         return info_of(load_manifest(self._session.backend, state, newest[0]), state)
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]:
-        """All snapshots that exist, in the order of their commits. Reads the log and their manifests."""
+        """All snapshots that exist, in the order of their commits. Reads the log and their manifests; waits as ``latest``."""
+        self._session.settle()
         try:
             return snapshots(self._session.backend, self._session.state())
         except NotFoundError:

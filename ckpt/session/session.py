@@ -169,6 +169,11 @@ class Session:
         joined.keeping.start()
         joined.use_slots()
 
+    def settle(self) -> None:
+        """Before the store is read: wait, for a bounded time, until what the last run left with its keeper is durable."""
+        if self._spec is not None and self._link is None and os.environ.get(OFF, "") != "off":
+            await_settled(self._spec, self.tell, has=self._log.has)
+
     def state(self) -> LogState:
         """The log's fold, fresh from the store. Raises NotFoundError where there is no store yet."""
         return self._log.state()
@@ -269,8 +274,7 @@ class Session:
         restoring = self.join().restoring
 
         def settled() -> Sequence[Candidate]:
-            if self._spec is not None and self._link is None and os.environ.get(OFF, "") != "off":
-                await_settled(self._spec, self.tell, has=self._log.has)
+            self.settle()
             return choices()
 
         if restoring.choose(settled) is None:

@@ -14,8 +14,9 @@ from jobs import Fleet
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    """Starts programs and finds all that belongs to them."""
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """Starts programs and finds all that belongs to them. The test itself meets the same keepers."""
     fleet = Fleet(tmp_path)
+    monkeypatch.setenv("CKPT_RUNTIME_DIR", str(fleet.runtime))
     yield fleet
     fleet.kill_all()

@@ -51,7 +51,7 @@ def test_what_save_async_took_becomes_durable_though_the_process_is_killed_right
         for job in jobs:
             saved = json.loads((job.folder / "saved.json").read_text())
             store = job.folder / "store"
-            wait_for(lambda: newest_step(store) == saved["step"], f"{saved} in {store}", say=fleet.describe)  # noqa: B023
+            assert newest_step(store) == saved["step"], f"{saved} in {store}\n{fleet.describe()}"
         readers = [fleet.start(plain("read_back.py", "{folder}"), job.folder.name) for job in jobs]
         for job, reader in zip(jobs, readers, strict=True):
             assert reader.wait_end() == 0, f"seed={SEED} {reader.output()}"
