@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
 from ckpt.commit.fold import empty, fold
-from ckpt.commit.reader import read_all, read_object
+from ckpt.commit.reader import read_all
 from ckpt.commit.state import RECENT_MAX, LogState, Void
 from ckpt.manifest.keys import log_key
 from ckpt.manifest.records import RECORD_BYTES_MAX, Record, decode_record
@@ -37,4 +38,4 @@ def history(backend: Backend, state: LogState) -> list[Entry]:
 
 
 def _record(backend: Backend, seq: int) -> Record:
-    return decode_record(read_object(backend, log_key(seq), bytes_max=RECORD_BYTES_MAX))
+    return decode_record(read_alone(backend, log_key(seq), bytes_max=RECORD_BYTES_MAX))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ckpt.backends.base import Backend
-from ckpt.commit.reader import read_all, read_object
+from ckpt.backends.checked import Check, read_object
+from ckpt.commit.reader import read_all
 from ckpt.commit.select import candidates, older_than, select
 from ckpt.commit.state import Committed, LogState
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError
@@ -65,9 +66,8 @@ def load_index(backend: Backend, state: LogState, snapshot: SnapshotId) -> Snaps
 
 def _manifest(backend: Backend, state: LogState, entry: Committed) -> Manifest:
     key = keys.manifest_key(entry.snapshot, entry.manifest_digest)
-    data = _committed_object(backend, key, bytes_max=MANIFEST_BYTES_MAX)
-    if digest_hex(data) != entry.manifest_digest:
-        raise IntegrityError(f"manifest differs from what was committed. key={key} store={backend.url}")
+    check = _digest_is(entry.manifest_digest, "manifest differs from what was committed")
+    data = _committed_object(backend, key, check, bytes_max=MANIFEST_BYTES_MAX)
     manifest = Manifest.decode(data)
     if (manifest.job, manifest.snapshot, manifest.base) != (state.job, entry.snapshot, entry.base):
         raise IntegrityError(
@@ -77,16 +77,21 @@ def _manifest(backend: Backend, state: LogState, entry: Committed) -> Manifest:
 
 
 def _part(backend: Backend, ref: PartRef) -> Part:
-    data = _committed_object(backend, ref.key, bytes_max=min(ref.size_bytes, PART_STORED_BYTES_MAX))
-    if len(data) != ref.size_bytes or digest_hex(data) != ref.digest:
-        raise IntegrityError(f"part differs from what its manifest names. key={ref.key} store={backend.url}")
+    check = _digest_is(ref.digest, "part differs from what its manifest names")
+    data = _committed_object(backend, ref.key, check, bytes_max=min(ref.size_bytes, PART_STORED_BYTES_MAX))
+    if len(data) != ref.size_bytes:
+        raise IntegrityError(f"part has another length than its manifest says. key={ref.key} store={backend.url}")
     return decode_part(data)
 
 
-def _committed_object(backend: Backend, key: str, *, bytes_max: int) -> bytes:
+def _digest_is(digest: str, fact: str) -> Check:
+    return lambda data: None if digest_hex(data) == digest else fact
+
+
+def _committed_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
     """The object's bytes. What a commit names and is not there is damage, not a question about a wrong name."""
     try:
-        return read_object(backend, key, bytes_max=bytes_max)
+        return read_object(backend, key, check, bytes_max=bytes_max)
     except NotFoundError as error:
         raise IntegrityError(f"a committed snapshot's record is gone. key={key} store={backend.url}") from error
 

@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
 from ckpt.commit.catalog import info_of
 from ckpt.commit.claim import refused, settled
 from ckpt.commit.fold import fold, verdict
 from ckpt.commit.folds import FOLD_BYTES_MAX, encode_fold, fold_due
 from ckpt.commit.place import open_store, require_same_store
-from ckpt.commit.reader import Note, read_object, read_on, read_start
+from ckpt.commit.reader import Note, read_on, read_start
 from ckpt.commit.sequencer import (
     Claimed,
     Lost,
@@ -134,7 +135,7 @@ class Journal:
         if found is not None:
             return found
         try:
-            return decode_record(read_object(self._backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX)).write_id
+            return decode_record(read_alone(self._backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX)).write_id
         except (IntegrityError, NotFoundError):
             return ""
 

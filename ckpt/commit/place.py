@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 
 from ckpt.backends.base import Backend
-from ckpt.commit.reader import read_object
+from ckpt.backends.checked import read_alone
 from ckpt.commit.sequencer import Claimed, Lost, Unknown, create_once, require_create_only
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest import keys
@@ -50,7 +50,7 @@ def require_same_store(backend: Backend, record: JobRecord) -> None:
 
 def _read(backend: Backend) -> JobRecord | None:
     try:
-        return JobRecord.decode(read_object(backend, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        return JobRecord.decode(read_alone(backend, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
     except NotFoundError:
         return None
 

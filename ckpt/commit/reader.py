@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TypeVar
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
 from ckpt.commit.fold import Unreadable, empty, fold
 from ckpt.commit.folds import FOLD_BYTES_MAX, decode_fold
 from ckpt.commit.state import LogState
@@ -36,21 +37,6 @@ class Note:
     why: str
 
 
-def read_object(backend: Backend, key: str, *, bytes_max: int) -> bytes:
-    """The whole object. Raises NotFoundError, UnavailableError, and IntegrityError above ``bytes_max``."""
-    stat = backend.stat(key)
-    if stat is None:
-        raise NotFoundError(f"no such object. key={key} store={backend.url}")
-    if stat.size_bytes > bytes_max:
-        raise IntegrityError(
-            f"too large to be read. key={key} size_bytes={stat.size_bytes} limit_bytes={bytes_max} store={backend.url}"
-        )
-    out = bytearray(stat.size_bytes)
-    if out:
-        backend.read_into(key, memoryview(out))
-    return bytes(out)
-
-
 def read_all(items: Sequence[K], read: Callable[[K], V]) -> list[V]:
     """``[read(item) for item in items]`` on a few threads; the first error in order is raised."""
     if len(items) < 2:
@@ -74,8 +60,8 @@ def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[Note, ...]]:
     for seq in reversed(seqs):
         key = keys.fold_key(seq)
         try:
-            state = decode_fold(read_object(backend, key, bytes_max=FOLD_BYTES_MAX))
-            last = decode_record(read_object(backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX))
+            state = decode_fold(read_alone(backend, key, bytes_max=FOLD_BYTES_MAX))
+            last = decode_record(read_alone(backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX))
         except (IntegrityError, FormatVersionError, NotFoundError) as error:
             notes.append(Note("fold passed over", key, str(error)))
             continue
@@ -114,7 +100,7 @@ def _read_on_once(backend: Backend, state: LogState) -> LogState:
 def _read_record(backend: Backend, seq: int) -> Record | Unreadable:
     key = keys.log_key(seq)
     try:
-        record = decode_record(read_object(backend, key, bytes_max=RECORD_BYTES_MAX))
+        record = decode_record(read_alone(backend, key, bytes_max=RECORD_BYTES_MAX))
     except (IntegrityError, NotFoundError) as error:
         return Unreadable(seq, f"record cannot be read. key={key} why={error}")
     if record.seq != seq:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ckpt.backends.base import Backend
-from ckpt.commit.reader import read_object
+from ckpt.backends.checked import read_alone
 from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
 from ckpt.manifest import keys
 from ckpt.manifest.records import RECORD_BYTES_MAX
@@ -93,7 +93,7 @@ def create_once(backend: Backend, key: str, data: bytes, *, bytes_max: int) -> C
             why = str(error)
             continue
         try:
-            return Lost(read_object(backend, key, bytes_max=bytes_max))
+            return Lost(read_alone(backend, key, bytes_max=bytes_max))
         except (UnavailableError, NotFoundError) as error:
             why = str(error)
     return Unknown(why)

@@ -1,0 +1,1 @@
+"""Many stores as one: whom to write to, whom to ask, and what to mend."""

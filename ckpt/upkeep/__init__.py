@@ -1,0 +1,1 @@
+"""Looking after stores: retention, sweeping, scrubbing, syncing, examining."""
