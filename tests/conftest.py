@@ -2,16 +2,22 @@
 
 Tests of one room run in place and make their snapshots durable themselves, as a process without keeper does: they look at
 that process's own work. Those that show the whole (FULL) run as a user's program does.
+No test depends on the signals that whoever started pytest ignored.
 """
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent
 FULL = ("e2e", "examples", "docs", "keeper", "link", "elastic/supervised")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background so, and every process of a test would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
