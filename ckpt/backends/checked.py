@@ -71,7 +71,10 @@ def read_checked(backend: Backend, key: str, out: memoryview, check: Check, *, o
 
 
 def read_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
-    """The whole of a small object, of a copy that ``check`` finds right. Raises as ``read_checked``, and above ``bytes_max``."""
+    """The whole of a small object, of a copy that ``check`` finds right.
+
+    Raises as ``read_checked``, and IntegrityError above ``bytes_max``.
+    """
     if isinstance(backend, Replicated):
         return backend.read_object(key, check, bytes_max=bytes_max)
     data = read_alone(backend, key, bytes_max=bytes_max)
@@ -81,7 +84,10 @@ def read_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> 
 
 
 def read_alone(store: Backend, key: str, *, bytes_max: int) -> bytes:
-    """The whole object of one store, as it is. Raises NotFoundError, UnavailableError, and IntegrityError above ``bytes_max``."""
+    """The whole object of one store, as it is.
+
+    Raises NotFoundError, UnavailableError, and IntegrityError above ``bytes_max``.
+    """
     stat = store.stat(key)
     if stat is None:
         raise NotFoundError(f"no such object. key={key} store={store.url}")
