@@ -17,7 +17,7 @@ Check = Callable[[memoryview], "str | None"]
 
 
 @runtime_checkable
-class Replicated(Protocol):
+class Replicated(Backend, Protocol):
     """What a backend over several stores has beside the six operations."""
 
     @property

@@ -76,8 +76,8 @@ def _what(body: Body) -> str:
             return f"{name} = {snapshot}"
         case Untag(name):
             return name
-        case Stores(ids, write_quorum):
-            return f"{len(ids)} stores, quorum {write_quorum}"
+        case Stores(ids, write_quorum, sequencer):
+            return f"{len(ids)} stores, quorum {write_quorum}, places by {sequencer}"
 
 
 def _entry_json(entry: Entry) -> JsonValue:
@@ -111,5 +111,5 @@ def _body_json(body: Body) -> dict[str, JsonValue]:
             return {"tag": name, "snapshot": id_json(snapshot)}
         case Untag(name):
             return {"tag": name}
-        case Stores(ids, write_quorum):
-            return {"ids": list(ids), "write_quorum": write_quorum}
+        case Stores(ids, write_quorum, sequencer):
+            return {"ids": list(ids), "write_quorum": write_quorum, "sequencer": sequencer}

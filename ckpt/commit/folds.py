@@ -9,7 +9,7 @@ from ckpt.errors import IntegrityError
 from ckpt.manifest import keys
 from ckpt.manifest.canonical import ready, seal, unseal
 from ckpt.manifest.manifest import job_ok
-from ckpt.manifest.records import tag_ok
+from ckpt.manifest.records import sequencer_ok, tag_ok
 from ckpt.values import SnapshotId
 
 FOLD_VERSION = 1
@@ -139,6 +139,7 @@ def _rest_problem(state: LogState) -> str | None:
             len(set(ids)) != len(ids)
             or not all(map(keys.is_digest_hex, ids))
             or not len(ids) < 2 * quorum <= 2 * len(ids)
+            or not sequencer_ok(state.stores.sequencer)
         ):
             return "not a set of stores"
     seqs = [void.seq for void in state.voids]

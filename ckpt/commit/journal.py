@@ -8,22 +8,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import read_alone
+from ckpt.commit.access import LogAccess
 from ckpt.commit.catalog import info_of
 from ckpt.commit.claim import refused, settled
 from ckpt.commit.fold import fold, verdict
-from ckpt.commit.folds import FOLD_BYTES_MAX, encode_fold, fold_due
-from ckpt.commit.place import open_store, require_same_store
-from ckpt.commit.reader import Note, read_on, read_start
-from ckpt.commit.sequencer import (
-    Claimed,
-    Lost,
-    Sequencer,
-    StoreSequencer,
-    Unknown,
-    create_once,
-    require_create_only,
-)
+from ckpt.commit.folds import encode_fold, fold_due
+from ckpt.commit.opening import open_log
+from ckpt.commit.reader import Note
+from ckpt.commit.sequencer import Claimed, Lost, Unknown
 from ckpt.commit.state import LogState
 from ckpt.errors import (
     CkptError,
@@ -38,10 +30,8 @@ from ckpt.errors import (
 )
 from ckpt.manifest import keys
 from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.job import SEQUENCER_STORE, JobRecord
-from ckpt.manifest.manifest import MANIFEST_BYTES_MAX, Manifest
+from ckpt.manifest.manifest import Manifest
 from ckpt.manifest.records import (
-    RECORD_BYTES_MAX,
     Body,
     Commit,
     Drop,
@@ -64,40 +54,44 @@ Draft = Callable[[LogState], tuple[Body, int]]
 
 
 class Journal:
-    """One process's access to the log of one store. Thread-safe; calls wait for each other.
+    """One process's access to one job's log, in one store or several. Thread-safe; calls wait for each other.
 
     Make one with ``Journal.open``. It holds the last state that it read, so that ``refresh`` reads only what is new.
     """
 
-    __slots__ = ("_backend", "_lock", "_notes", "_record", "_sequencer", "_state")
+    __slots__ = ("_access", "_lock", "_notes", "_state", "_url")
 
-    def __init__(self, backend: Backend, record: JobRecord) -> None:
-        self._backend = backend
-        self._record = record
-        self._sequencer: Sequencer | None = None
+    def __init__(self, access: LogAccess, url: str) -> None:
+        self._access = access
+        self._url = url
         self._lock = threading.RLock()
         self._state: LogState | None = None
         self._notes: deque[Note] = deque(maxlen=NOTES_MAX)
 
     @classmethod
     def open(cls, backend: Backend, *, job: str | None = None, create: bool = False) -> Journal:
-        """The log of the store behind ``backend``; ``create`` makes the store ``job``'s where it is empty.
+        """The log of the stores behind ``backend``; ``create`` makes them ``job``'s where they are empty.
 
-        Raises NotFoundError for an empty store without ``create``; UsageError where the store is another job's, and with
-        ``create`` where it can't create a key only once; IntegrityError where ``ckpt.json`` is damaged or gone. Reads one
-        small object.
+        Raises NotFoundError for empty stores without ``create``; UsageError where they are another job's, several jobs', or
+        not those that the log knows, and with ``create`` where one store can't create a key only once; IntegrityError where
+        a lone store's ``ckpt.json`` is damaged or gone. Reads one small object of each store.
         """
-        return cls(backend, open_store(backend, job=job, create=create))
+        return cls(open_log(backend, job=job, create=create), backend.url)
+
+    @property
+    def access(self) -> LogAccess:
+        """How the log is reached, for those who look after its stores."""
+        return self._access
 
     @property
     def job(self) -> str:
         """The job's name."""
-        return self._record.job
+        return self._access.job
 
     @property
-    def store_id(self) -> str:
-        """This store's own id, 32 hex digits."""
-        return self._record.store_id
+    def log_id(self) -> str:
+        """The log's own id, 32 hex digits: the same in all its stores."""
+        return self._access.log_id
 
     @property
     def notes(self) -> tuple[Note, ...]:
@@ -112,9 +106,9 @@ class Journal:
         """
         with self._lock:
             if self._state is None:
-                self._state, notes = read_start(self._backend, self.job)
+                self._state, notes = self._access.start()
                 self._notes.extend(notes)
-            self._state = read_on(self._backend, self._state)
+            self._state = self._access.read_on(self._state)
             return self._state
 
     def append(self, body: Body, *, epoch: int, write_id: str | None = None) -> LogState:
@@ -135,7 +129,7 @@ class Journal:
         if found is not None:
             return found
         try:
-            return decode_record(read_alone(self._backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX)).write_id
+            return decode_record(self._access.record_at(seq)).write_id
         except (IntegrityError, NotFoundError):
             return ""
 
@@ -230,9 +224,8 @@ class Journal:
                 if (seq := state.seq_of(write_id)) is not None:
                     return state, seq
                 record = self._make(state, *draft(state), write_id)
-                sequencer = self._check(state, record)
-                require_same_store(self._backend, self._record)
-                match sequencer.claim(record.seq, record.encode()):
+                self._check(state, record)
+                match self._access.claim(state, record):
                     case Claimed():
                         self._state = state = fold(state, [record])
                         self._store_fold(state)
@@ -251,35 +244,22 @@ class Journal:
             body, job=self.job, seq=state.next_seq, epoch=epoch, write_id=write_id, prev=state.head_digest
         )
 
-    def _check(self, state: LogState, record: Record) -> Sequencer:
+    def _check(self, state: LogState, record: Record) -> None:
         """Raises unless ``record`` may be written after ``state``, by this journal, and would count."""
         if state.hole is not None:
             raise IntegrityError(
                 f"the log has a hole, so nothing can be added. key={keys.log_key(state.hole.seq)} "
-                f"why={state.hole.reason} bring that object back from a copy of the store ({self._backend.url})"
+                f"why={state.hole.reason} bring that object back from a copy of the store ({self._url})"
             )
-        sequencer = self._giver()
+        self._access.require_giver(state)
         if (void := verdict(state, record)) is not None:
             raise refused(void)
-        return sequencer
-
-    def _giver(self) -> Sequencer:
-        """What gives out places. Asked for at the first write only: finding out what a store can do may write to it."""
-        if self._sequencer is None:
-            if self._record.sequencer != SEQUENCER_STORE:
-                raise UsageError(
-                    f"places in this log are not given out by the store. store={self._backend.url} "
-                    f"sequencer={self._record.sequencer!r} write through that sequencer"
-                )
-            require_create_only(self._backend)
-            self._sequencer = StoreSequencer(self._backend)
-        return self._sequencer
 
     def _put_manifest(self, key: str, data: bytes) -> None:
-        match create_once(self._backend, key, data, bytes_max=MANIFEST_BYTES_MAX):
+        match self._access.put_manifest(key, data):
             case Lost(found) if found != data:
                 raise IntegrityError(
-                    f"a manifest's bytes differ from the digest in its key. key={key} store={self._backend.url} "
+                    f"a manifest's bytes differ from the digest in its key. key={key} store={self._url} "
                     f"delete that object and repeat"
                 )
             case Unknown(why):
@@ -294,7 +274,7 @@ class Journal:
         key = keys.fold_key(seq)
         try:
             data = encode_fold(state)
-            found = create_once(self._backend, key, data, bytes_max=FOLD_BYTES_MAX)
+            found = self._access.put_fold(key, data)
         except CkptError as error:
             # Readers do without it; the record that was appended counts all the same.
             self._notes.append(Note("fold not written", key, str(error)))

@@ -33,6 +33,9 @@ def refusal(log: Working, record: Record) -> Refusal | None:
                 return "no-such-tag", f"no such tag. tag={name!r}"
             return None
         case Stores():
+            if record.epoch < log.epoch:
+                # Whoever trains now may be about to write to other stores than this writer knows of.
+                return "fenced", f"a newer epoch is open. writer={record.epoch} newest={log.epoch}"
             return None
 
 
@@ -53,8 +56,8 @@ def apply(log: Working, record: Record) -> None:
             log.tags[name] = snapshot
         case Untag(name):
             del log.tags[name]
-        case Stores(ids, write_quorum):
-            log.stores = StoreSet(ids, write_quorum)
+        case Stores(ids, write_quorum, sequencer):
+            log.stores = StoreSet(ids, write_quorum, sequencer)
 
 
 def _refuse_open(log: Working, writer_epoch: int, body: Open) -> Refusal | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ckpt.manifest.records import BY_STORES
 from ckpt.values import SnapshotId
 
 RECENT_MAX = 1024
@@ -80,10 +81,16 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class StoreSet:
-    """The stores of the log and the write quorum, as the last ``stores`` record fixed them."""
+    """The stores of the log, the write quorum, and who gives out places, as the last ``stores`` record fixed them."""
 
     ids: tuple[str, ...]
     write_quorum: int
+    sequencer: str = BY_STORES
+
+    @property
+    def answers_min(self) -> int:
+        """Of how many stores an answer is needed to know what is newest: any so many share one with any W."""
+        return len(self.ids) - self.write_quorum + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,8 @@ class LogState:
 
     ``opens`` ascend by epoch, ``snapshots`` by seq (only those that exist: dropped ones are gone), ``tagged`` by name.
     ``voids`` holds the last 1,024, ``voids_total`` counts all; ``recent`` the write ids of the last 1,024 records.
-    ``hole`` says that the log goes on but can't be read: then what is newest can't be known.
+    ``hole`` says that the log goes on but can't be read, ``short`` why too few stores answered: then what is newest can't be
+    known.
     """
 
     job: str
@@ -115,6 +123,12 @@ class LogState:
     voids_total: int = 0
     recent: tuple[str, ...] = ()
     hole: Hole | None = None
+    short: str = ""
+
+    @property
+    def unsure(self) -> str:
+        """Why a newer snapshot may exist than the newest one here; empty where it can't."""
+        return self.hole.reason if self.hole is not None else self.short
 
     @property
     def epoch(self) -> int:
@@ -169,8 +183,8 @@ class LogState:
         return next((void for void in self.voids if void.seq == seq), None)
 
     def without_hole(self) -> LogState:
-        """The same state, ready to fold on where the hole was, should it have been mended."""
-        return replace(self, hole=None)
+        """The same state, ready to fold on where the hole was, should it have been mended, or more stores answer."""
+        return replace(self, hole=None, short="")
 
 
 def whole(epoch: int) -> Segment:

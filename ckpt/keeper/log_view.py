@@ -21,7 +21,7 @@ class LogView:
     _opens: list[Opened] = field(default_factory=list)
     _ids: dict[int, str] = field(default_factory=dict)
     _commits: list[SnapshotId] = field(default_factory=list)
-    store_id: str | None = None
+    log_id: str | None = None
     """The id of the store that was met last; empty for none, None before any was looked for."""
     stores: int = 0
     """How often another store, or none, stood where one was."""
@@ -83,10 +83,10 @@ class LogView:
         self._opens += begun.opens
         self._ids.update(begun.ids)
 
-    def moved(self, store_id: str) -> bool:
+    def moved(self, log_id: str) -> bool:
         """Whether another store than before is there, or none (an empty id): all that was known is forgotten then."""
-        before, self.store_id = self.store_id, store_id
-        if not before or before == store_id:
+        before, self.log_id = self.log_id, log_id
+        if not before or before == log_id:
             return False
         self._state = None
         self.stores += 1

@@ -35,12 +35,12 @@ class Given:
 class Seen:
     """The log as it was read. ``ids`` are write ids of its opens, those asked for and some more.
 
-    ``store_id`` is empty where there is no store.
+    ``log_id`` is empty where there is no store.
     """
 
     state: LogState
     ids: Mapping[int, str]
-    store_id: str
+    log_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ class StoreLog:
             if known is None or backend is None:
                 return False
             try:
-                same = Journal.open(backend).store_id == known.store_id
+                same = Journal.open(backend).log_id == known.log_id
             except NotFoundError:
                 same = False
             except BaseException:
@@ -263,7 +263,7 @@ def _seen(journal: Journal, epochs: Collection[int]) -> Seen:
             write_id = journal.write_id_of(opened.seq)
         if write_id is not None:
             ids[opened.epoch] = write_id
-    return Seen(state, ids, journal.store_id)
+    return Seen(state, ids, journal.log_id)
 
 
 def _check_resume(seen: Seen, opening: Opening, resume: SnapshotId) -> None:

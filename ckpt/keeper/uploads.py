@@ -243,10 +243,10 @@ class Uploads:
         before = self._view.commits()
 
         def have(seen: Seen) -> None:
-            if not self._fresh and seen.store_id != self._view.store_id:
+            if not self._fresh and seen.log_id != self._view.log_id:
                 failed(UnavailableError(f"the store is not where it was. store={self._spec.store}"))
                 return
-            self._see_store(seen.store_id)
+            self._see_store(seen.log_id)
             if self._view.see(seen, before) and not self._fresh:
                 self._fence(self._view.fenced())
             if self._fenced is not None:
@@ -325,22 +325,22 @@ class Uploads:
         self._call(do(lambda: self._log.begin(opening)), begun, failed)
 
     def _begun(self, begun: Begun) -> None:
-        self._see_store(begun.seen.store_id)
+        self._see_store(begun.seen.log_id)
         self._fresh = False
         self._view.begin(begun)
         if not self._hands:
             self._hands.start(self._log)
         self.tell(Event("epoch", f"epoch {self.epoch} is open", {"epoch": self.epoch}))
 
-    def _see_store(self, store_id: str) -> None:
+    def _see_store(self, log_id: str) -> None:
         """Start afresh where another store, or none, stands where the last launch's did."""
-        if not self._view.moved(store_id):
+        if not self._view.moved(log_id):
             return
         self._settler.stop()
         self._hands.leave()
-        what = "another one now" if store_id else "gone"
+        what = "another one now" if log_id else "gone"
         text = f"the store is {what}: what was staged for it is given up, and the job starts afresh. store={self._spec.store}"
-        self.tell(Event("store-changed", text, {"store_id": store_id}, alarm=True))
+        self.tell(Event("store-changed", text, {"log_id": log_id}, alarm=True))
 
     def _open_waiting(self) -> None:
         self._beginning = False

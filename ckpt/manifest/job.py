@@ -16,19 +16,27 @@ from ckpt.values import CHUNK_BYTES
 JOB_VERSION = 1
 JOB_BYTES_MAX = 64 << 10
 SEQUENCER_STORE = "store"
-"""The store's own create-if-absent gives out the places in the log."""
+"""The store's own create-if-absent gives out the places in the log, unless a ``stores`` record says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """The job's name, this store's own random id (32 hex digits), and what gives out places in the log."""
+    """The job's name, this store's own random id (32 hex digits), and what gives out places in the log.
+
+    ``log_id`` is the same in all stores that hold one log: the id of the store in which it began.
+    """
 
     job: str
     store_id: str
+    log_id: str = ""
     sequencer: str = SEQUENCER_STORE
     digest: str = DIGEST_NAME
     chunk_bytes: int = CHUNK_BYTES
     format_version: int = JOB_VERSION
+
+    def __post_init__(self) -> None:
+        if not self.log_id:
+            object.__setattr__(self, "log_id", self.store_id)
 
     def encode(self) -> bytes:
         """Canonical JSON. Raises UsageError where a field is out of range."""
@@ -38,6 +46,7 @@ class JobRecord:
             format_version=self.format_version,
             job=self.job,
             store_id=self.store_id,
+            log_id=self.log_id,
             sequencer=self.sequencer,
             digest_name=self.digest,
             chunk_bytes=self.chunk_bytes,
@@ -52,6 +61,7 @@ class JobRecord:
             format_version=wire.format_version,
             job=wire.job,
             store_id=wire.store_id,
+            log_id=wire.log_id,
             sequencer=wire.sequencer,
             digest=wire.digest_name,
             chunk_bytes=wire.chunk_bytes,
@@ -69,8 +79,9 @@ class JobRecord:
 def _problem(record: JobRecord) -> str | None:
     if not job_ok(record.job):
         return f"not a job name (1 to 200 printable characters). job={record.job!r}"
-    if not keys.is_digest_hex(record.store_id):
-        return f"store id is not 32 hex digits. store_id={record.store_id!r}"
+    for name, text in (("store_id", record.store_id), ("log_id", record.log_id)):
+        if not keys.is_digest_hex(text):
+            return f"not an id of 32 hex digits. {name}={text!r}"
     for name, text in (("sequencer", record.sequencer), ("digest", record.digest)):
         if not (1 <= len(text) <= 64 and text.isascii() and text.isprintable()):
             return f"not a name. {name}={text[:80]!r}"
@@ -83,6 +94,7 @@ class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     format_version: int
     job: str
     store_id: str
+    log_id: str
     sequencer: str
     digest_name: str
     chunk_bytes: int

@@ -36,6 +36,7 @@ _PACK_RE = re.compile(rf"packs/({_WRITER})-(\d{{8}})\.pack", re.ASCII)
 _PART_RE = re.compile(rf"parts/{_ID}/({_WRITER})\.mpk\.zst", re.ASCII)
 _MANIFEST_RE = re.compile(rf"manifests/{_ID}-([0-9a-f]{{32}})\.json", re.ASCII)
 _LOG_RE = re.compile(r"log/(\d{20})\.json", re.ASCII)
+_SETTLED_RE = re.compile(r"log/(\d{20})\.settled\.json", re.ASCII)
 _FOLD_RE = re.compile(r"folds/(\d{20})\.json", re.ASCII)
 _HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -94,6 +95,11 @@ def log_key(seq: int) -> str:
     return f"{LOG}{_bounded('seq', seq, SEQ_MAX):020d}.json"
 
 
+def settled_key(seq: int) -> str:
+    """The key of the record ``seq`` where writers had split the stores over that place."""
+    return f"{LOG}{_bounded('seq', seq, SEQ_MAX):020d}.settled.json"
+
+
 def fold_key(seq: int) -> str:
     """The key of the fold of all records up to and with ``seq``."""
     return f"{FOLDS}{_bounded('seq', seq, SEQ_MAX):020d}.json"
@@ -120,6 +126,11 @@ def parse_manifest_key(key: str) -> tuple[SnapshotId, str] | None:
 def parse_log_key(key: str) -> int | None:
     """The seq, or None where ``key`` is not exactly what ``log_key`` gives."""
     return _parse_seq(_LOG_RE, key)
+
+
+def parse_settled_key(key: str) -> int | None:
+    """The seq, or None where ``key`` is not exactly what ``settled_key`` gives."""
+    return _parse_seq(_SETTLED_RE, key)
 
 
 def parse_fold_key(key: str) -> int | None:

@@ -19,6 +19,12 @@ DROPS_MAX = 10_000
 STORES_MAX = 99
 TAG_CHARS_MAX = 128
 
+BY_STORES = "stores"
+"""The places in the log are given out by the stores together: a record that was created on W of them has its place."""
+BY_SQLITE = "sqlite:"
+"""They are given out by one machine's own SQLite file; its id follows."""
+
+_SEQUENCER_RE = re.compile(r"stores|sqlite:[0-9a-f]{32}|etcd:[0-9A-Za-z_.:/-]{1,128}", re.ASCII)
 _WRITE_ID_RE = re.compile(r"[0-9a-zA-Z_-]{1,64}", re.ASCII)
 
 
@@ -58,10 +64,11 @@ class Untag(msgspec.Struct, frozen=True, tag_field="kind", tag="untag"):
 
 
 class Stores(msgspec.Struct, frozen=True, tag_field="kind", tag="stores"):
-    """The ids of the stores that hold this log, and on how many of them a record must be to count."""
+    """The ids of the stores that hold this log, on how many of them a record must be to count, and who gives out places."""
 
     ids: tuple[str, ...]
     write_quorum: int
+    sequencer: str = BY_STORES
 
 
 Body = Open | Commit | Drop | Tag | Untag | Stores
@@ -148,8 +155,8 @@ def _body_problem(body: Body) -> str | None:
             return _pairs_problem((snapshot,)) or _tag_problem(name)
         case Untag(name):
             return _tag_problem(name)
-        case Stores(ids, write_quorum):
-            return _stores_problem(ids, write_quorum)
+        case Stores(ids, write_quorum, sequencer):
+            return _stores_problem(ids, write_quorum, sequencer)
 
 
 def _pairs_problem(pairs: tuple[SnapshotId | None, ...]) -> str | None:
@@ -165,11 +172,18 @@ def _tag_problem(name: str) -> str | None:
     return None
 
 
-def _stores_problem(ids: tuple[str, ...], write_quorum: int) -> str | None:
+def sequencer_ok(name: str) -> bool:
+    """Whether ``name`` says who gives out the places of a log on several stores."""
+    return _SEQUENCER_RE.fullmatch(name) is not None
+
+
+def _stores_problem(ids: tuple[str, ...], write_quorum: int, sequencer: str) -> str | None:
     if not 1 <= len(ids) <= STORES_MAX or len(set(ids)) != len(ids) or not all(map(keys.is_digest_hex, ids)):
         return f"not a set of store ids. stores={len(ids)} (1..{STORES_MAX})"
     if not len(ids) < 2 * write_quorum <= 2 * len(ids):
         return f"write quorum must be more than half of the stores. write_quorum={write_quorum} stores={len(ids)}"
+    if not sequencer_ok(sequencer):
+        return f"not a sequencer. sequencer={sequencer[:80]!r}"
     return None
 
 

@@ -269,7 +269,7 @@ class Naive:
             case Untag(name):
                 return name in self.tags()
             case Stores():
-                return True
+                return r.epoch >= highest
 
     names: list[str]
 

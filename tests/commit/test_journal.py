@@ -121,7 +121,7 @@ def test_an_empty_store_is_not_found_unless_it_may_be_made(store: MemoryBackend)
         Journal.open(store)
     made = Journal.open(store, job="run-a", create=True)
     again = Journal.open(store, job="run-a", create=True)
-    assert (made.job, made.store_id) == (again.job, again.store_id)
+    assert (made.job, made.log_id) == (again.job, again.log_id)
     with pytest.raises(UsageError, match="another job"):
         Journal.open(store, job="run-b", create=True)
     with pytest.raises(UsageError, match="needs its job's name"):

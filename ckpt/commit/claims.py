@@ -1,0 +1,105 @@
+"""Claims on a log that lies on several stores: by the stores together, or through a file of this machine; copies at last."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from ckpt.commit.copies import Copies, copies_of
+from ckpt.commit.gather import Silent
+from ckpt.commit.quorum import Beaten, Open, Split, Won, contest
+from ckpt.commit.sequencer import Claimed, Lost, Sequencer, Unknown
+from ckpt.errors import FencedError, IntegrityError
+from ckpt.manifest import keys
+from ckpt.manifest.records import decode_record
+
+
+class StoresSequencer:
+    """See Sequencer. The stores that create only once decide together: what W of them hold has the place, for good.
+
+    ``full``: the stores that count and answer, by number; ``absent``: how many others count. Needs W that create only once.
+    """
+
+    def __init__(self, copies: Copies, full: Collection[int], quorum: int, *, absent: int) -> None:
+        self._copies = copies
+        self._full = frozenset(full)
+        self._quorum = quorum
+        self._absent = absent
+
+    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+        """See Sequencer. Returns when W stores hold the record."""
+        creators = self._copies.creators(self._full)
+        key = keys.log_key(seq)
+        found = self._copies.create(key, data, creators, self._quorum)
+        bytes_of = {
+            digest: held for held in found.values() if isinstance(held, bytes) and (digest := _digest(held, seq))
+        }
+        mine = _digest(data, seq)
+        held_by = [_digest(held, seq) or None for held in found.values()]
+        match contest(mine, held_by + [None] * self._absent, self._quorum):
+            case Won():
+                # The others only count beside these: what they hold is not asked.
+                self._copies.create(key, data, self._full - creators, 0)
+                return Claimed()
+            case Beaten(digest):
+                return Lost(bytes_of[digest])
+            case Split(digest):
+                return self._settle(seq, bytes_of[digest], data)
+            case Open():
+                return Unknown(f"too few stores answered. {silent(self._copies, found)}")
+
+    def _settle(self, seq: int, winner: bytes, data: bytes) -> Claimed | Lost | Unknown:
+        found = self._copies.create(keys.settled_key(seq), winner, self._full, self._quorum)
+        if copies_of(winner, found) < self._quorum:
+            return Unknown(
+                f"writers split the stores over this place, and it is not settled yet. {silent(self._copies, found)}"
+            )
+        return Claimed() if winner == data else Lost(winner)
+
+
+class FiledSequencer:
+    """See Sequencer. ``file`` gives out places; a record that has one is then copied to W of the stores that count."""
+
+    def __init__(self, file: Sequencer, copies: Copies, full: Collection[int], quorum: int, *, absent: int) -> None:
+        self._file = file
+        self._copies = copies
+        self._full = frozenset(full)
+        self._quorum = quorum
+        self._absent = absent
+
+    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+        """See Sequencer. Another's record is copied too: its writer may have died before it did.
+
+        Raises FencedError where the stores hold what this file never gave out.
+        """
+        given = self._file.claim(seq, data)
+        if isinstance(given, Unknown):
+            return given
+        winner = given.data if isinstance(given, Lost) else data
+        found = self._copies.create(keys.log_key(seq), winner, self._full, self._quorum)
+        if copies_of(winner, found) >= self._quorum:
+            return given
+        others = sum(isinstance(held, bytes) and held != winner and _digest(held, seq) != "" for held in found.values())
+        if len(self._full) + self._absent - others < self._quorum:
+            raise FencedError(
+                f"the stores hold a record that this machine never gave out a place: another one took over. "
+                f"key={keys.log_key(seq)} stop this writer"
+            )
+        return Unknown(f"the record has its place, and is on too few stores yet. {silent(self._copies, found)}")
+
+
+def silent(copies: Copies, found: Mapping[int, bytes | Silent]) -> str:
+    """Which stores did not say what they hold, and why."""
+    return "silent=[" + "; ".join(
+        f"{copies.urls[number]}: {held.why}" for number, held in sorted(found.items()) if isinstance(held, Silent)
+    ) + "]"  # fmt: skip
+
+
+def _digest(held: bytes | Silent, seq: int) -> str:
+    """The digest of a valid record of this place; empty for anything else, which may have been any record."""
+    if isinstance(held, Silent):
+        return ""
+    try:
+        record = decode_record(held)
+    except IntegrityError:
+        return ""
+    return record.digest if record.seq == seq else ""

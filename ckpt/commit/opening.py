@@ -1,0 +1,76 @@
+"""Opening a log: which stores are meant, whether it is there, and its first record where it lies on several."""
+
+from __future__ import annotations
+
+import secrets
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import Replicated
+from ckpt.commit.access import LogAccess, OneStore
+from ckpt.commit.copies import Copies
+from ckpt.commit.place import open_store
+from ckpt.commit.places import open_places
+from ckpt.commit.sequencer import Claimed, Unknown
+from ckpt.commit.several import SeveralStores
+from ckpt.commit.sqlite import SqliteSequencer, database_path
+from ckpt.commit.state import LogState
+from ckpt.errors import UnavailableError, UsageError
+from ckpt.manifest.records import BY_STORES, Stores, make_record
+
+FIRST_TRIES_MAX = 8
+"""How often the first record is claimed anew after another process came first."""
+
+
+def open_log(backend: Backend, *, job: str | None, create: bool) -> LogAccess:
+    """See ``Journal.open``."""
+    if not isinstance(backend, Replicated):
+        return OneStore(backend, open_store(backend, job=job, create=create))
+    copies = Copies(backend.stores)
+    place = open_places(copies, write_quorum=backend.write_quorum, job=job, create=create)
+    several = SeveralStores(backend, copies, job=place.job, log_id=place.log_id)
+    if create:
+        _begin(several, backend)
+    return several
+
+
+def _begin(log: SeveralStores, backend: Replicated) -> None:
+    """Write the first record, which says where the log lies. Nothing where it is written already."""
+    for _ in range(FIRST_TRIES_MAX):
+        state = log.read_on(log.start()[0])
+        if state.next_seq > 0 or state.hole is not None:
+            require_known(state, backend)
+            return
+        ids = tuple(store_id or secrets.token_hex(16) for store_id in log.ids)
+        body = Stores(ids, backend.write_quorum, _giver(log, backend.write_quorum))
+        record = make_record(body, job=log.job, seq=0, epoch=0, write_id=secrets.token_hex(16), prev="")
+        made = log.claim(state, record)
+        if isinstance(made, Claimed):
+            return
+        if isinstance(made, Unknown):
+            raise UnavailableError(
+                f"the log could not be begun. stores={list(log.copies.urls)} why={made.why} repeat later"
+            )
+    raise UnavailableError(f"other writers came first every time. stores={list(log.copies.urls)} repeat later")
+
+
+def require_known(state: LogState, backend: Replicated) -> None:
+    """Raises UsageError where the log does not say what the user says: on how many stores it lies, and on how many it must."""
+    urls = [store.url for store in backend.stores]
+    if state.stores is None:
+        if state.next_seq > 0:
+            raise UsageError(f"the log is in one store. stores={urls} add the others with `ckpt stores add` first")
+        return
+    known = (len(state.stores.ids), state.stores.write_quorum)
+    if known != (len(urls), backend.write_quorum):
+        raise UsageError(
+            f"the log lies on {known[0]} stores with a write quorum of {known[1]}. given={len(urls)} "
+            f"write_quorum={backend.write_quorum} stores={urls} name those, or change it with `ckpt stores`"
+        )
+
+
+def _giver(log: SeveralStores, write_quorum: int) -> str:
+    """Who gives out the places: the stores together where enough create a key only once, or else a file of this machine."""
+    answering = [number for number, store_id in enumerate(log.ids) if store_id]
+    if len(log.copies.creators(answering)) >= write_quorum:
+        return BY_STORES
+    return SqliteSequencer(database_path(log.log_id), log.log_id).make(0)
