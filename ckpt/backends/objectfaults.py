@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
@@ -25,11 +26,17 @@ _DENIED_NAMES = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ClientAuthenticationError"}
     | {"DefaultCredentialsError", "RefreshError", "ProfileNotFound", "TokenRetrievalError", "UnauthorizedSSOTokenError"}
 )
-_USAGE_NAMES = frozenset({"ParamValidationError", "InvalidRegionError", "UnknownEndpointError", "NoRegionError"})
+_USAGE_NAMES = frozenset(
+    {"ParamValidationError", "InvalidRegionError", "UnknownEndpointError", "NoRegionError"}
+    | {"InvalidPathError", "UnknownConfigurationKeyError"}
+)
 _FULL_CODES = frozenset(
     {"QuotaExceeded", "XMinioStorageFull", "StorageFull", "InsufficientStorage", "ServiceQuotaExceededException"}
 )
 _CAUSES_MAX = 8
+_OBSTORE_STATUS = re.compile(r"returned non-2xx status code: (\d{3})")
+_OBSTORE_REDIRECT = "redirect without LOCATION"
+_OBSTORE_CODE = re.compile(r"<Code>(\w+)</Code>")
 
 
 def public_url(url: str) -> str:
@@ -51,10 +58,12 @@ def object_fault(error: Exception, *, doing: str, where: str) -> CkptError:
         return StoreFullError(f"the store is full. {facts}; free space or raise the quota, then repeat")
     if isinstance(error, PermissionError) or status in (401, 403) or names & _DENIED_NAMES:
         return StoreDeniedError(f"the store refuses. {facts}; check credentials and permissions, then repeat")
-    if isinstance(error, FileExistsError) or status == 412:
+    if isinstance(error, FileExistsError) or status == 412 or (status is None and "AlreadyExistsError" in names):
         return KeyExistsError(f"the key is taken. {facts}; read it to learn whose bytes it holds")
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or status == 404:
         return NotFoundError(f"no such object or bucket. {facts}; check the URL, list the store's keys")
+    if _OBSTORE_REDIRECT in str(error):
+        return UsageError(f"the bucket is in another region. {facts}; name it: client_kwargs={{'region_name': ...}}")
     if names & _USAGE_NAMES:
         return UsageError(f"the client refuses the request. {facts}; check the URL and the storage options")
     if isinstance(error, OSError) and not status and error.errno not in (None, errno.EINVAL):
@@ -87,6 +96,10 @@ def _links(error: BaseException) -> list[BaseException]:
 def _reply(error: BaseException) -> tuple[int | None, str | None]:
     """HTTP status and error code of the reply behind an error, where it shows one."""
     for link in _links(error):
+        # obstore has both only in the error's text.
+        if (found := _OBSTORE_STATUS.search(str(link))) is not None:
+            named_code = _OBSTORE_CODE.search(str(link))
+            return int(found[1]), named_code[1] if named_code else None
         response: object = getattr(link, "response", None)
         if isinstance(response, dict):
             status: object = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

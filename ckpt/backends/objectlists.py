@@ -11,7 +11,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ckpt.backends.base import Stat
 from ckpt.backends.keys import is_key
-from ckpt.backends.objectwrites import ATOMIC_PROTOCOLS, S3_PROTOCOLS, protocols_of
+from ckpt.backends.objectparts import S3_PROTOCOLS
+from ckpt.backends.objectwrites import ATOMIC_PROTOCOLS, protocols_of
 from ckpt.errors import UsageError
 
 _MODIFIED = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
@@ -52,8 +53,12 @@ def _walk_s3(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) 
     bucket, _, inside = root.partition("/")
     stem = f"{inside}/" if inside else ""
     request: dict[str, str] = {"Bucket": bucket, "Prefix": stem + prefix}
-    if after:
-        request["StartAfter"] = stem + after
+    # Servers that descend from MinIO refuse to start behind a key that has another prefix (501).
+    if after.startswith(prefix):
+        if after:
+            request["StartAfter"] = stem + after
+    elif after > prefix:
+        return
     last = ""
     while True:
         page = fs.call_s3("list_objects_v2", **request)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,19 +12,19 @@ from fsspec.core import url_to_fs
 
 from ckpt.backends import objectlists
 from ckpt.backends.base import Buffer, Capabilities, Stat
+from ckpt.backends.createprobe import CreateOnce, creates_once
 from ckpt.backends.keys import check_key, check_prefix
 from ckpt.backends.objectfaults import object_fault, public_url, translated_reply
+from ckpt.backends.objectreads import read_range, settle_read
+from ckpt.backends.objecttune import tuned
 from ckpt.backends.objectwrites import Writes, writes_for
-from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import NotFoundError, UnavailableError, UsageError
 
 READ_BYTES_BEST = 16 << 20
 """At some 100 MB/s a stream and 30 ms to the first byte, a request's fixed cost is then a sixth."""
 
 CONCURRENCY_BEST = 16
 """Requests in flight; object stores scale with them until the network is full."""
-
-_READ_BYTES_MAX = 32 << 20
-"""Bytes fetched by one request, because its reply is held in memory beside the caller's buffer."""
 
 _EXTRAS: Mapping[str, str] = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure",
@@ -57,8 +56,7 @@ class ObjectsBackend:
         self._full_url = url
         self._options = dict(storage_options or {})
         self._url = public_url(url)
-        self._creates: bool | None = None
-        self._probing = threading.Lock()
+        self._creates = CreateOnce(self._probe, self._url)
         self._client: _Client | None = self._connect()
 
     @property
@@ -69,17 +67,14 @@ class ObjectsBackend:
     def capabilities(self) -> Capabilities:
         """See Backend. Probes with at most three small requests once; where it may not write, create_only is False."""
         return Capabilities(
-            create_only=self._may_create(), read_bytes_best=READ_BYTES_BEST, concurrency_best=CONCURRENCY_BEST
+            create_only=self._creates(), read_bytes_best=READ_BYTES_BEST, concurrency_best=CONCURRENCY_BEST
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Joined in memory first, but for large objects on S3: those go up in parts of 16 MiB, ten at once."""
+        """See Backend. Joined in memory first, but for large objects on S3: those go up in parts of 16 MiB, three at once."""
         path = self._path(key)
-        if create_only and not self._may_create():
-            raise UsageError(
-                f"this store does not promise to create a key only once. store={self._url}; "
-                f"use one that honours conditional puts as the job's first, or grant write permission for '.probe/'"
-            )
+        if create_only:
+            self._creates.insist()
         with translated_reply("put", self._where(key)):
             writes = self._live().writes
             if create_only:
@@ -88,28 +83,9 @@ class ObjectsBackend:
                 writes.replace(path, data)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend. One ranged request for each 32 MiB; copies once."""
+        """See Backend. One ranged request on S3, else one for each 16 MiB; copies once."""
         path = self._path(key)
-        if offset_bytes < 0:
-            raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
-        flat = out.cast("B")
-        got = 0
-        while got < len(flat):
-            start = offset_bytes + got
-            part = self._range(key, path, start, min(start + _READ_BYTES_MAX, offset_bytes + len(flat)))
-            flat[got : got + len(part)] = part
-            got += len(part)
-            if not part:
-                break
-        if got < len(flat) or not flat:
-            found = self.stat(key)
-            if found is None:
-                raise NotFoundError(f"no such object. key={key} store={self._url}; list the store's keys")
-            if got < len(flat):
-                raise IntegrityError(
-                    f"the object ends too early. key={key} store={self._url} offset_bytes={offset_bytes} "
-                    f"wanted_bytes={len(flat)} got_bytes={got} size_bytes={found.size_bytes}; read another copy"
-                )
+        settle_read(self, key, out.cast("B"), offset_bytes, lambda flat: self._fill(key, path, flat, offset_bytes))
 
     def stat(self, key: str) -> Stat | None:
         """See Backend. One request."""
@@ -149,7 +125,8 @@ class ObjectsBackend:
     def _connect(self) -> _Client:
         protocol = self._full_url.partition("://")[0]
         try:
-            fs, root = url_to_fs(self._full_url, use_listings_cache=False, skip_instance_cache=True, **self._options)
+            options = tuned(protocol.lower(), self._options, os.environ)
+            fs, root = url_to_fs(self._full_url, use_listings_cache=False, skip_instance_cache=True, **options)
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
             remedy = f"pip install 'torch-ckpt[{extra}]'" if extra else f"install what it names: {error}"
@@ -177,48 +154,27 @@ class ObjectsBackend:
     def _where(self, key: str) -> str:
         return f"{self._url.rstrip('/')}/{key}"
 
-    def _range(self, key: str, path: str, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop`` of an object, fewer or none where it ends earlier."""
+    def _fill(self, key: str, path: str, out: memoryview, offset_bytes: int) -> int:
+        """Fill ``out``; how many bytes there were, none where the object ends before them."""
         try:
             with translated_reply("read", self._where(key)):
-                part: bytes = self._live().fs.cat_file(path, start=start, end=stop)
+                return read_range(self._live().fs, path, out, offset_bytes)
         except UnavailableError as error:
             # Asked for bytes behind the end, HTTP stores answer "range not satisfiable" instead of nothing.
             if "status=416" in str(error):
-                return b""
+                return 0
             raise
-        return part
-
-    def _may_create(self) -> bool:
-        if self._creates is None:
-            with self._probing:
-                if self._creates is None:
-                    self._creates = self._probe()
-        return bool(self._creates)
 
     def _probe(self) -> bool | None:
-        """Whether the second creation of a key is refused; None (ask again later) where the store could not be asked."""
         client = self._live()
         path = f"{client.root}/.probe/{secrets.token_hex(16)}"
-        where = self._where(".probe")
-        try:
-            with translated_reply("probe", where):
+
+        def create() -> None:
+            with translated_reply("probe", self._where(".probe")):
                 client.writes.create(path, [b"ckpt"])
-        except UsageError:
-            return False
-        except UnavailableError as error:
-            return False if isinstance(error.__cause__, NotImplementedError | TypeError) else None
-        except (KeyExistsError, NotFoundError):
-            return None
-        try:
-            with translated_reply("probe", where):
-                client.writes.create(path, [b"ckpt"])
-        except KeyExistsError:
-            return True
-        except UnavailableError:
-            return None
-        else:
-            return False
-        finally:
-            with translated_reply("probe", where):
+
+        def remove() -> None:
+            with translated_reply("probe", self._where(".probe")):
                 client.fs.rm_file(path)
+
+        return creates_once(create, remove)

@@ -15,16 +15,10 @@ import fsspec
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from ckpt.backends.base import Buffer
+from ckpt.backends.objectparts import S3_PROTOCOLS, S3Writes
 
 ATOMIC_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"})
 """Stores in which an object appears whole or not at all, and which decide creation on their side."""
-
-S3_PROTOCOLS = frozenset({"s3", "s3a"})
-
-PART_BYTES = 16 << 20
-"""Size of one part of a multipart upload; S3 takes 10,000 parts, so objects up to 156 GiB."""
-
-_MULTIPART_BYTES_MIN = 2 * PART_BYTES
 
 
 class Writes(Protocol):
@@ -42,34 +36,28 @@ class Writes(Protocol):
 def writes_for(fs: fsspec.AbstractFileSystem, temps: str) -> Writes:
     """The way that suits ``fs``. ``temps`` is a folder for temporary names in the same store."""
     protocols = protocols_of(fs)
+    if protocols & S3_PROTOCOLS:
+        return S3Writes(fs)
     if protocols & ATOMIC_PROTOCOLS:
-        return ServerWrites(fs, parts=bool(protocols & S3_PROTOCOLS))
+        return ServerWrites(fs)
     if isinstance(fs, MemoryFileSystem):
         return MemoryWrites(fs)
     return RenameWrites(fs, temps)
 
 
 class ServerWrites:
-    """One put request an object, or a multipart upload; the server decides whether a key is free."""
+    """One put request an object; the server decides whether a key is free."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, *, parts: bool) -> None:
+    def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self._fs = fs
-        self._parts = parts
 
     def replace(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes. On S3 large objects go up in parallel parts that are cut from the buffers one by one, not joined."""
-        if self._parts and sum(len(buffer) for buffer in data) >= _MULTIPART_BYTES_MIN:
-            self._fs.pipe_file(path, Joined(data), chunksize=PART_BYTES)
-        else:
-            self._fs.pipe_file(path, _join(data))
+        """See Writes."""
+        self._fs.pipe_file(path, _join(data))
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes. Always one request: conditions on multipart uploads are newer than on puts, and not probed."""
-        body = _join(data)
-        if self._parts:
-            self._fs.pipe_file(path, body, mode="create", chunksize=max(PART_BYTES, len(body)))
-        else:
-            self._fs.pipe_file(path, body, mode="create")
+        """See Writes."""
+        self._fs.pipe_file(path, _join(data), mode="create")
 
 
 class MemoryWrites:
@@ -114,29 +102,6 @@ class RenameWrites:
     def create(self, path: str, data: Sequence[Buffer]) -> None:
         """See Writes: cannot."""
         raise NotImplementedError("a rename through fsspec replaces what is there")
-
-
-class Joined:
-    """The concatenation of buffers, joined slice by slice as an uploader asks for its parts."""
-
-    def __init__(self, data: Sequence[Buffer]) -> None:
-        self._pieces = [memoryview(buffer).cast("B") for buffer in data]
-        self._size_bytes = sum(len(piece) for piece in self._pieces)
-
-    def __len__(self) -> int:
-        return self._size_bytes
-
-    def __getitem__(self, cut: slice) -> bytes:
-        start, stop, step = cut.indices(self._size_bytes)
-        assert step == 1, "uploaders cut contiguous parts"
-        parts = []
-        at = 0
-        for piece in self._pieces:
-            low, high = max(start - at, 0), min(stop - at, len(piece))
-            if low < high:
-                parts.append(piece[low:high])
-            at += len(piece)
-        return b"".join(parts)
 
 
 def _join(data: Sequence[Buffer]) -> bytes:

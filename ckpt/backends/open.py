@@ -8,6 +8,8 @@ from urllib.parse import unquote
 
 from ckpt.backends.base import Backend
 from ckpt.backends.file import FileBackend
+from ckpt.backends.objectclient import open_s3
+from ckpt.backends.objectparts import S3_PROTOCOLS
 from ckpt.backends.objects import ObjectsBackend, StorageOptions
 from ckpt.errors import UsageError
 
@@ -15,12 +17,15 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/*)")
 
 
 def open_backend(url: str, storage_options: StorageOptions | None = None) -> Backend:
-    """The store at ``url``: a path or ``file://`` URL is a folder, anything else goes through fsspec.
+    """The store at ``url``: a path or ``file://`` URL is a folder, ``s3://`` goes through obstore or s3fs, anything
+    else through fsspec.
 
     ``storage_options`` are what the URL's fsspec file system takes, and None for a folder. Opening a folder touches nothing.
     Raises UsageError for an URL of unknown kind, a missing library, or options that do not fit.
     """
     scheme, path = _split(url)
+    if scheme in S3_PROTOCOLS:
+        return open_s3(url, storage_options)
     if scheme not in ("", "file", "local"):
         return ObjectsBackend(url, storage_options)
     if storage_options:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import click
 
 from ckpt.backends.base import Backend
-from ckpt.backends.open import open_backend
 from ckpt.cli.say import JsonValue, warn
 from ckpt.commit.catalog import select
 from ckpt.commit.journal import Journal
 from ckpt.commit.state import LogState
 from ckpt.errors import NotFoundError, UsageError
+from ckpt.observe.events import Event
+from ckpt.replicate.job import KEY_VARIABLE, open_job, require_key_fits
 from ckpt.values import SnapshotId, SnapshotInfo
 
 Result = int | None
@@ -25,11 +26,19 @@ Result = int | None
 
 @dataclass(frozen=True, slots=True)
 class StoreChoice:
-    """Which store a command works on, and how it prints."""
+    """Which stores a command works on, and how it prints. ``url`` is the first of them."""
 
     url: str
     storage_options: tuple[str, ...]
     as_json: bool
+    replicas: tuple[str, ...] = ()
+    write_quorum: int | None = None
+    encryption_key: str | None = None
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All stores."""
+        return (self.url, *self.replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +73,46 @@ class Store:
 
 
 def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Give a command the store's URL, ``--storage-option``, ``--json`` and ``--debug``; it gets them as a StoreChoice."""
+    """Give a command the store's URL, the options of stores, ``--json`` and ``--debug``; it gets them as a StoreChoice."""
 
     @click.argument("url")
+    @click.option(
+        "--replica",
+        "replicas",
+        multiple=True,
+        metavar="URL",
+        help="Another store of the same job; may be repeated. Name all of them to write, enough to know what is newest.",
+    )
+    @click.option(
+        "--write-quorum", type=click.IntRange(min=1), help="Of how many stores a record needs (default: the majority)."
+    )
+    @click.option(
+        "--encryption-key",
+        metavar="WHERE",
+        envvar=KEY_VARIABLE,
+        help="Where the key is: file:PATH, env:NAME or command:WORDS.",
+    )
     @click.option(
         "--storage-option",
         "storage_options",
         multiple=True,
         metavar="KEY=VALUE",
-        help="An option of the store's file system; may be repeated. VALUE is JSON, or else text.",
+        help="An option of the store's file system; may be repeated. VALUE is JSON, or else text. N:KEY=VALUE is for the N-th "
+        "store alone, from 1.",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
     @click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
     @click.pass_context
     @functools.wraps(function)
     def command(
-        ctx: click.Context, /, *, url: str, storage_options: tuple[str, ...], as_json: bool, **others: object
-    ) -> Result:
+        ctx: click.Context, /, *, url: str, storage_options: tuple[str, ...], as_json: bool, replicas: tuple[str, ...],
+        write_quorum: int | None, encryption_key: str | None, **others: object,
+    ) -> Result:  # fmt: skip
         anywhere = as_json or bool(ctx.find_root().params.get("as_json"))
-        return function(StoreChoice(url, storage_options, anywhere), **others)
+        choice = StoreChoice(
+            url, storage_options, anywhere, replicas=replicas, write_quorum=write_quorum, encryption_key=encryption_key
+        )
+        return function(choice, **others)
 
     return command
 
@@ -105,14 +135,20 @@ def snapshot_options(function: Callable[..., Result]) -> Callable[..., Result]:
 @contextmanager
 def opened(choice: StoreChoice) -> Iterator[Store]:
     """Open the store and fold its log; closes it afterwards. Raises NotFoundError where there is no store."""
-    backend = open_backend(choice.url, _options(choice.storage_options))
+    options = options_of(choice.storage_options, stores=len(choice.urls))
+    backend = open_job(
+        choice.urls, options, write_quorum=choice.write_quorum, encryption_key=choice.encryption_key, tell=_tell
+    )
     try:
+        require_key_fits(backend, choice.encryption_key)
         journal = Journal.open(backend)
         state = journal.refresh()
         if state.hole is not None:
             warn(
                 f"the log has a hole, so what is newest cannot be known. seq={state.hole.seq} reason={state.hole.reason}"
             )
+        elif state.short:
+            warn(f"what is newest cannot be known: {state.short}")
         yield Store(backend, journal, state)
     finally:
         backend.close()
@@ -155,14 +191,32 @@ def info_json(info: SnapshotInfo, *, newest: bool, on_line: bool) -> dict[str, J
     }
 
 
-def _options(texts: tuple[str, ...]) -> dict[str, object] | None:
-    options: dict[str, object] = {}
+def options_of(texts: tuple[str, ...], *, stores: int) -> list[dict[str, object] | None]:
+    """The storage options of each store. Raises UsageError for what is not ``KEY=VALUE`` or ``N:KEY=VALUE``."""
+    each: list[dict[str, object]] = [{} for _ in range(stores)]
     for text in texts:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise UsageError(f"a storage option is not KEY=VALUE. option={text}")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options or None
+        whose, key, value = _option(text, stores)
+        for number in whose:
+            each[number][key] = value
+    return [options or None for options in each]
+
+
+def _option(text: str, stores: int) -> tuple[range, str, object]:
+    name, equals, value = text.partition("=")
+    number, colon, key = name.partition(":")
+    whose = range(stores)
+    if colon and number.isdecimal():
+        if not 1 <= int(number) <= stores:
+            raise UsageError(f"a storage option is of a store that was not named. option={name} stores={stores}")
+        name, whose = key, range(int(number) - 1, int(number))
+    if not name or not equals:
+        raise UsageError(f"a storage option is not KEY=VALUE. option={text}")
+    try:
+        return whose, name, json.loads(value)
+    except ValueError:
+        return whose, name, value
+
+
+def _tell(event: Event) -> None:
+    if event.alarm:
+        warn(event.text)

@@ -6,19 +6,26 @@ from dataclasses import dataclass
 
 import click
 
+from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.cli.output import human_bytes, progress
+from ckpt.cli.replica_report import exit_code_of, print_report, report_json
 from ckpt.cli.say import JsonValue, emit_json
 from ckpt.cli.store import Selector, Store, StoreChoice, id_json, opened, snapshot_options, store_command
 from ckpt.commit.catalog import load_index
-from ckpt.errors import IntegrityError, UnavailableError, UsageError
+from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
 from ckpt.restore.verify import Damaged, VerifyMemo, VerifyReport, verify
+from ckpt.upkeep.scrub import Scrub
 from ckpt.values import SnapshotId
+
+READ_THREADS = 4
+"""How many objects are read at once with --all-replicas, each on all stores."""
 
 _EPILOG = """\b
 Examples:
   ckpt verify runs/a
   ckpt verify runs/a --tag best
   ckpt verify s3://bucket/run-a --all --json
+  ckpt verify /mnt/a/run --replica s3://bucket/run --all-replicas
 
 \b
 Exit codes: 0 all is well, 20 damage, 11 something could not be read.
@@ -29,6 +36,7 @@ JSON: {"ok", "snapshots": [{"epoch", "step", "ok", "read_bytes", "chunks",
 "message"}, ...]}, ...], "hole"}. "what" is missing, short, mismatch,
 unreadable, or record: the snapshot's manifest or a part is not what was
 committed. "hole" is null, or {"seq", "reason"} of a log record that is damaged.
+With --all-replicas it is what ckpt scrub prints.
 """
 
 
@@ -43,15 +51,27 @@ class _Outcome:
 @store_command
 @snapshot_options
 @click.option("--all", "everything", is_flag=True, help="Verify every snapshot of the store.")
-def command(choice: StoreChoice, *, selector: Selector, everything: bool) -> int:
+@click.option(
+    "--all-replicas",
+    "each_store",
+    is_flag=True,
+    help="Verify each store by itself, and tell what each has. Mends nothing.",
+)
+def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_store: bool) -> int:
     """Verify a snapshot of the store at URL, the newest without a selector.
 
     Reads the log, the manifest, all parts and every stored byte, and compares them with their digests. Reports all
     damage, not just the first. With --all, bytes that snapshots share are read once.
+
+    Of several stores (--replica), one right copy is enough, and bad ones that are met are mended. With --all-replicas
+    every store's copy is read, of the log too, and none is changed.
     """
     if everything and not selector.empty:
         raise UsageError("all snapshots or one. leave out --all, or --step, --epoch and --tag")
     with opened(choice) as store:
+        if each_store:
+            only = None if everything else frozenset((store.select(selector),))
+            return _each_store(choice, store, only)
         wanted = (
             [entry.snapshot for entry in reversed(store.state.snapshots)] if everything else [store.select(selector)]
         )
@@ -72,6 +92,20 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool) -> int
         if hole is not None or whats - {"unreadable"}:
             return IntegrityError.exit_code
         return UnavailableError.exit_code if whats else 0
+
+
+def _each_store(choice: StoreChoice, store: Store, only: frozenset[SnapshotId] | None) -> int:
+    """Compare all stores, of the log everything, of the objects what ``only`` needs (None: all)."""
+    stores = stores_of(store.backend)
+    comparison = Scrub(stores, write_quorum_of(store.backend), mend=False, only=only)
+    report = comparison.run(threads=READ_THREADS)
+    if report is None:
+        raise InternalError("a comparison that nobody stopped did not end")
+    if choice.as_json:
+        emit_json(report_json(report))
+    else:
+        print_report(report)
+    return exit_code_of(report)
 
 
 def _verify(store: Store, snapshot: SnapshotId, memo: VerifyMemo) -> _Outcome:

@@ -84,6 +84,11 @@ class OneStore:
         """See LogAccess."""
         return self._record.log_id
 
+    @property
+    def store_id(self) -> str:
+        """The store's own id."""
+        return self._record.store_id
+
     def start(self) -> tuple[LogState, tuple[Note, ...]]:
         """See LogAccess."""
         return read_start(self._backend, self._record.job)

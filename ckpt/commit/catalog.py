@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import Check, read_object
+from ckpt.backends.encrypted_layout import looks_encrypted
 from ckpt.commit.reader import read_all
 from ckpt.commit.select import candidates, older_than, select
 from ckpt.commit.state import Committed, LogState
@@ -85,7 +86,12 @@ def _part(backend: Backend, ref: PartRef) -> Part:
 
 
 def _digest_is(digest: str, fact: str) -> Check:
-    return lambda data: None if digest_hex(data) == digest else fact
+    def check(data: memoryview) -> str | None:
+        if digest_hex(data) == digest:
+            return None
+        return f"{fact}: it is encrypted, give its key with encryption_key" if looks_encrypted(data) else fact
+
+    return check
 
 
 def _committed_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from ckpt.commit.copies import Copies, copies_of
 from ckpt.commit.gather import Silent
@@ -16,30 +16,27 @@ from ckpt.manifest.records import decode_record
 class StoresSequencer:
     """See Sequencer. The stores that create only once decide together: what W of them hold has the place, for good.
 
-    ``full``: the stores that count and answer, by number; ``absent``: how many others count. Needs W that create only once.
+    ``full``: the ids of the stores that count and answer, by number; ``absent``: how many others count. A store that refuses to
+    create only once has a vote all the same, which is not known: it may refuse only now, or only to this writer.
     """
 
-    def __init__(self, copies: Copies, full: Collection[int], quorum: int, *, absent: int) -> None:
+    def __init__(self, copies: Copies, full: Mapping[int, str], quorum: int, *, absent: int) -> None:
         self._copies = copies
-        self._full = frozenset(full)
+        self._full = dict(full)
         self._quorum = quorum
         self._absent = absent
 
     def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
-        """See Sequencer. Returns when W stores hold the record."""
-        creators = self._copies.creators(self._full)
-        key = keys.log_key(seq)
-        found = self._copies.create(key, data, creators, self._quorum)
+        """See Sequencer. Returns when all stores hold the record, or W hold it at the second key too."""
+        found = self._copies.create(keys.log_key(seq), data, self._full, self._quorum, vote=True)
         bytes_of = {
             digest: held for held in found.values() if isinstance(held, bytes) and (digest := _digest(held, seq))
         }
         mine = _digest(data, seq)
         held_by = [_digest(held, seq) or None for held in found.values()]
         match contest(mine, held_by + [None] * self._absent, self._quorum):
-            case Won():
-                # The others only count beside these: what they hold is not asked.
-                self._copies.create(key, data, self._full - creators, 0)
-                return Claimed()
+            case Won(sure):
+                return Claimed() if sure else self._settle(seq, data, data)
             case Beaten(digest):
                 return Lost(bytes_of[digest])
             case Split(digest):
@@ -50,19 +47,17 @@ class StoresSequencer:
     def _settle(self, seq: int, winner: bytes, data: bytes) -> Claimed | Lost | Unknown:
         found = self._copies.create(keys.settled_key(seq), winner, self._full, self._quorum)
         if copies_of(winner, found) < self._quorum:
-            return Unknown(
-                f"writers split the stores over this place, and it is not settled yet. {silent(self._copies, found)}"
-            )
+            return Unknown(f"it is decided whose the place is, on too few stores yet. {silent(self._copies, found)}")
         return Claimed() if winner == data else Lost(winner)
 
 
 class FiledSequencer:
     """See Sequencer. ``file`` gives out places; a record that has one is then copied to W of the stores that count."""
 
-    def __init__(self, file: Sequencer, copies: Copies, full: Collection[int], quorum: int, *, absent: int) -> None:
+    def __init__(self, file: Sequencer, copies: Copies, full: Mapping[int, str], quorum: int, *, absent: int) -> None:
         self._file = file
         self._copies = copies
-        self._full = frozenset(full)
+        self._full = dict(full)
         self._quorum = quorum
         self._absent = absent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -14,11 +15,13 @@ from ckpt.commit.reader import RECORDS_AT_ONCE, read_all
 from ckpt.commit.sequencer import Lost, Unknown, create_once
 from ckpt.errors import (
     CkptError,
+    FormatVersionError,
     IntegrityError,
     NotFoundError,
     StoreDeniedError,
     StoreFullError,
     UnavailableError,
+    UsageError,
 )
 from ckpt.manifest import keys
 from ckpt.manifest.job import JOB_BYTES_MAX, JobRecord
@@ -34,7 +37,7 @@ class Copies:
         self.stores = tuple(stores)
         self.urls = tuple(store.url for store in stores)
         self._lanes = lanes or ThreadLanes()
-        self._creators: dict[int, bool] = {}
+        self._creators: frozenset[int] = frozenset()
 
     def jobs(self) -> list[JobRecord | Silent | None]:
         """What each store's ``ckpt.json`` says; None where it has none. One that is damaged says nothing.
@@ -53,31 +56,38 @@ class Copies:
         found = self._lanes.ask(calls, self._most)
         return [found.get(n, LATE) for n in range(len(self.stores))]
 
-    def create(self, key: str, data: bytes, at: Collection[int], quorum: int) -> dict[int, bytes | Silent]:
+    def create(
+        self, key: str, data: bytes, at: Mapping[int, str], quorum: int, *, vote: bool = False
+    ) -> dict[int, bytes | Silent]:
         """Create ``key`` at the stores of these numbers; what each holds there now, or that this is not known.
 
-        A store that doesn't create only once is looked at first, and written to where nothing is there. Returns soon after
-        ``quorum`` of them hold ``data``; the others get it behind.
+        ``at`` gives the id of each store, which is looked at afterwards: another one may have come to stand there, and what it
+        holds is not known. A store that does not create only once is looked at first, and written to if nothing is there; with
+        ``vote`` it is left alone, and not known. Returns soon after ``quorum`` of them hold the same bytes; the others get it
+        behind.
         """
-        once = self.creators(at)
         found: dict[int, bytes | Silent] = dict.fromkeys(at, LATE)
-        calls = {n: partial(_create, self.stores[n], key, data, once=n in once) for n in sorted(at)}
-        found.update(self._lanes.ask(calls, lambda answers: copies_of(data, answers) >= quorum))
+        calls = {n: partial(_create, self.stores[n], key, data, vote=vote, store_id=at[n]) for n in sorted(at)}
+        found.update(self._lanes.ask(calls, lambda answers: _most_copies(answers) >= quorum))
         return found
+
+    def begun(self, number: int) -> bool | Silent:
+        """Whether a store holds any record of a log."""
+        found = self._lanes.ask({number: partial(_listed, self.stores[number], keys.LOG)}, bool).get(number, LATE)
+        return found if isinstance(found, Silent) else bool(found)
 
     def make(self, number: int, record: JobRecord) -> JobRecord | Silent:
         """Write ``ckpt.json`` in a store that has none; what is there then."""
-        if not self.creators([number]):
-            try:
-                self.stores[number].put(keys.JOB_KEY, [record.encode()])
-            except (UnavailableError, StoreFullError, StoreDeniedError) as error:
-                return Silent(str(error))
-            found = _job(self.stores[number])
-            return found if found is not None else Silent("what was written is not there")
-        made = create_once(self.stores[number], keys.JOB_KEY, record.encode(), bytes_max=JOB_BYTES_MAX)
+        store = self.stores[number]
+        try:
+            made = create_once(store, keys.JOB_KEY, record.encode(), bytes_max=JOB_BYTES_MAX)
+        except UsageError:
+            return _make_anyhow(store, record)  # it does not create a key only once
+        except (UnavailableError, StoreFullError, StoreDeniedError) as error:
+            return Silent(str(error))
         if isinstance(made, Unknown):
             return Silent(made.why)
-        return JobRecord.decode(made.data) if isinstance(made, Lost) else record
+        return _job(store) or Silent("what was written is not there")
 
     def listed(self, prefix: str) -> set[str]:
         """The keys that any store which answers has below ``prefix``."""
@@ -93,12 +103,15 @@ class Copies:
         return [found.get(n, LATE) for n in range(len(self.stores))]
 
     def creators(self, at: Collection[int]) -> frozenset[int]:
-        """Those of the stores that create a key only once; one that can't be asked now counts as none."""
+        """Those of the stores that are known to create a key only once.
+
+        The others may do so all the same, for a store that can't be asked says no too; it is asked again.
+        """
         unknown = {n: partial(_creates, self.stores[n]) for n in at if n not in self._creators}
         if unknown:
             answers = self._lanes.ask(unknown, lambda found: 2 * len(found) > len(unknown))
-            self._creators.update({n: yes for n, yes in answers.items() if yes is not None})
-        return frozenset(n for n in at if self._creators.get(n, False))
+            self._creators |= {n for n, yes in answers.items() if yes}
+        return self._creators.intersection(at)
 
     def _most(self, answers: Mapping[int, object]) -> bool:
         return 2 * sum(not isinstance(one, Silent) for one in answers.values()) > len(self.stores)
@@ -109,18 +122,33 @@ def copies_of(data: bytes, found: Mapping[int, bytes | Silent]) -> int:
     return sum(held == data for held in found.values())
 
 
+def _most_copies(found: Mapping[int, bytes | Silent]) -> int:
+    return max(Counter(held for held in found.values() if isinstance(held, bytes)).values(), default=0)
+
+
 def _job(store: Backend) -> JobRecord | Silent | None:
     try:
         return JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
     except NotFoundError:
         return None
-    except (UnavailableError, StoreDeniedError, IntegrityError) as error:
+    except (UnavailableError, StoreDeniedError, IntegrityError, FormatVersionError) as error:
         return Silent(str(error))
+
+
+def _make_anyhow(store: Backend, record: JobRecord) -> JobRecord | Silent:
+    found = _job(store)
+    if found is not None:
+        return found
+    try:
+        store.put(keys.JOB_KEY, [record.encode()])
+    except (UnavailableError, StoreFullError, StoreDeniedError) as error:
+        return Silent(str(error))
+    return _job(store) or Silent("what was written is not there")
 
 
 def _held(store: Backend, after: int, log_id: str) -> Held | Silent:
     try:
-        records, settled, damaged = _records(store, after)
+        records, settled, damaged, newer = _records(store, after)
     except (UnavailableError, StoreDeniedError) as error:
         return Silent(str(error))
     found = _job(store)  # last: a store that was swapped meanwhile holds nothing that counts
@@ -128,10 +156,10 @@ def _held(store: Backend, after: int, log_id: str) -> Held | Silent:
         return found
     if found is not None and found.log_id != log_id:
         return Held("")
-    return Held(found.store_id if found is not None else "", records, settled, damaged)
+    return Held(found.store_id if found is not None else "", records, settled, damaged, newer)
 
 
-def _records(store: Backend, after: int) -> tuple[dict[int, Record], dict[int, Record], frozenset[int]]:
+def _records(store: Backend, after: int) -> tuple[dict[int, Record], dict[int, Record], frozenset[int], frozenset[int]]:
     start = keys.log_key(after) if after >= 0 else ""
     listed = [stat.key for stat in islice(store.list(keys.LOG, after=start), 2 * RECORDS_AT_ONCE)]
     places = [(key, seq, False) for key in listed if (seq := keys.parse_log_key(key)) is not None]
@@ -140,19 +168,24 @@ def _records(store: Backend, after: int) -> tuple[dict[int, Record], dict[int, R
     records: dict[int, Record] = {}
     settled: dict[int, Record] = {}
     damaged = set()
+    newer = set()
     for (_, seq, second), record in zip(places, found, strict=True):
-        if record is None:
-            damaged.add(seq)
-        else:
+        if isinstance(record, Record):
             (settled if second else records)[seq] = record
-    return records, settled, frozenset(damaged)
+        else:
+            damaged.add(seq)
+            if isinstance(record, FormatVersionError):
+                newer.add(seq)
+    return records, settled, frozenset(damaged), frozenset(newer)
 
 
-def _record(store: Backend, key: str, seq: int) -> Record | None:
+def _record(store: Backend, key: str, seq: int) -> Record | FormatVersionError | None:
     try:
         record = decode_record(read_alone(store, key, bytes_max=RECORD_BYTES_MAX))
     except (IntegrityError, NotFoundError):
         return None
+    except FormatVersionError as error:
+        return error  # or damage to what says the version
     return record if record.seq == seq else None
 
 
@@ -170,24 +203,40 @@ def _read(store: Backend, key: str, bytes_max: int) -> bytes | Silent:
         return Silent(str(error))
 
 
-def _creates(store: Backend) -> bool | None:
+def _creates(store: Backend) -> bool:
     try:
         return store.capabilities().create_only
     except CkptError:
-        return None
+        return False
 
 
-def _create(store: Backend, key: str, data: bytes, *, once: bool) -> bytes | Silent:
+def _create(store: Backend, key: str, data: bytes, *, vote: bool, store_id: str) -> bytes | Silent:
     """Create the key and say what is there. Refused or unanswered it isn't known: the put may have landed, or land yet."""
+    held = _put_or_read(store, key, data, vote=vote)
+    if isinstance(held, Silent):
+        return held
+    there = _job(store)
+    if isinstance(there, Silent):
+        return there
+    if there is None or there.store_id != store_id:
+        return Silent(f"another store came to stand there. wanted={store_id} found={there.store_id if there else None}")
+    return held
+
+
+def _put_or_read(store: Backend, key: str, data: bytes, *, vote: bool) -> bytes | Silent:
     try:
-        if once:
+        try:
             made = create_once(store, key, data, bytes_max=RECORD_BYTES_MAX)
-            if isinstance(made, Unknown):
-                return Silent(made.why)
-            return made.data if isinstance(made, Lost) else data
-        if store.stat(key) is not None:
-            return read_alone(store, key, bytes_max=RECORD_BYTES_MAX)
-        store.put(key, [data])
+        except UsageError as error:
+            # It does not create a key only once. What the capabilities say is not asked: no may mean not known now.
+            if vote:
+                return Silent(str(error))
+            if store.stat(key) is not None:
+                return read_alone(store, key, bytes_max=RECORD_BYTES_MAX)
+            store.put(key, [data])
+            return data
     except (UnavailableError, StoreFullError, StoreDeniedError, NotFoundError, IntegrityError) as error:
         return Silent(str(error))
-    return data
+    if isinstance(made, Unknown):
+        return Silent(made.why)
+    return made.data if isinstance(made, Lost) else data

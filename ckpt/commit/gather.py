@@ -6,22 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckpt.commit.fold import Unreadable, fold
-from ckpt.commit.quorum import Seen, Taken, Unclear, Vacant, decide
+from ckpt.commit.quorum import Decided, Seen, Taken, Unclear, Vacant, decide, is_stand_in
 from ckpt.commit.state import LogState, StoreSet
-from ckpt.manifest.records import Record, Stores
+from ckpt.manifest.job import SEQUENCER_STORE
+from ckpt.manifest.records import BY_STORES, Record, Stores
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """What one store was seen to hold of the log from some place on: valid records, and places where others lie.
 
-    ``store_id`` is what its ``ckpt.json`` says now, empty where it has none.
+    ``store_id`` is what its ``ckpt.json`` says now, empty where it has none. ``newer``: the damaged places that look like a
+    newer release's.
     """
 
     store_id: str
     records: Mapping[int, Record] = field(default_factory=dict)
     settled: Mapping[int, Record] = field(default_factory=dict)
     damaged: frozenset[int] = frozenset()
+    newer: frozenset[int] = frozenset()
 
     def last(self) -> int:
         """The last place at which it holds anything; -1 for none."""
@@ -54,18 +57,28 @@ class Tail:
     settled: bool
     members: StoreSet
 
+    @property
+    def sure(self) -> bool:
+        """Whether it counts for good, so that its writer may be told, and whichever W - 1 stores are lost from now on."""
+        if self.settled or self.members.sequencer != BY_STORES:
+            return self.copies >= self.members.write_quorum
+        # Another vote, seen or not, could be taken for this record's where W - 1 of its own are lost.
+        return self.copies >= sum(not is_stand_in(store_id) for store_id in self.members.ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """The log after what was read. ``full``: which stores (by their number) count; ``tail``: None where nothing was new.
 
-    ``thin``: places whose record is on fewer stores than it was written to; a scrub mends them.
+    ``thin``: places whose record is on fewer stores than it was written to; a scrub mends them. ``before``: the state before
+    the last record, where that is not sure: it may turn out not to count.
     """
 
     state: LogState
     full: frozenset[int]
     tail: Tail | None
     thin: tuple[int, ...]
+    before: LogState | None = None
 
 
 def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) -> Gathered:
@@ -74,14 +87,21 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
     ``held``: what each store holds from ``state.next_seq`` on; ``urls`` names them in reasons. Stops at the first place that is
     vacant; says in ``hole`` where something must have been there, and in ``short`` where too few stores answered to know.
     """
-    batch: list[Record | Unreadable] = []
+    batch: list[Record] = []
+    end: list[Unreadable] = []
+    before: LogState | None = None
     members, seq = state.stores, state.next_seq
     tail: Tail | None = None
     thin: list[int] = []
     while True:
         copies = dict(_copies(held, seq))
-        inside = members or _named_by(copies) or _lone(held)
-        decided = _decide(held, seq, inside)
+        if members is None and seq == 0:
+            inside, decided = _first(held, copies)
+        else:
+            inside = members or _lone(held)
+            decided = _decide(held, seq, inside)
+            if (moved := _moved(held, seq, copies, decided)) is not None:
+                inside, decided = moved
         if isinstance(decided, Taken):
             record = copies[decided.digest]
             batch.append(record)
@@ -89,28 +109,76 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
             if decided.copies < inside.write_quorum:
                 thin.append(seq)
             if isinstance(record.body, Stores) or members is None:
-                state, batch = fold(state, batch), []
+                before = fold(state, batch[:-1])
+                state, batch = fold(before, batch[-1:]), []
                 members = state.stores
             seq += 1
             continue
         if isinstance(decided, Unclear):
-            reason = (
-                f"stores hold different records there, and too few answered to know which counts. {_silent(held, urls)}"
-            )
-            batch.append(Unreadable(seq, reason))
-        elif any(isinstance(one, Held) and one.last() > seq for one in held) or _may_be_damaged(held, seq, inside):
-            batch.append(Unreadable(seq, f"no store has a readable record there. {_silent(held, urls)}"))
+            what = "different records" if decided.digests else "damage"
+            reason = f"stores hold {what} there, and too few answered to know what counts. {_silent(held, urls)}"
+            end.append(Unreadable(seq, reason))
+        elif any(isinstance(one, Held) and one.last() > seq for one in held):
+            end.append(Unreadable(seq, f"no store has a readable record there. {_silent(held, urls)}"))
         break
-    state = fold(state, batch)
+    if batch:
+        before = fold(state, batch[:-1])
+        state = fold(before, batch[-1:])
+    state = fold(state, end)
     full, short = _full(state.stores, held, urls)
-    return Gathered(replace(state, short=short), full, tail, tuple(thin))
+    doubted = before if tail is not None and not tail.sure else None
+    if not short and doubted is not None and tail is not None and not tail.settled and not _counts(tail):
+        # It may change the set, and not count: then it is the set before that knows what is newest.
+        _, short = _full(doubted.stores, held, urls)
+    return Gathered(replace(state, short=short), full, tail, tuple(thin), doubted)
 
 
-def _decide(held: Sequence[Held | Silent], seq: int, members: StoreSet) -> Taken | Vacant | Unclear:
-    followed = {record.prev for record in dict(_copies(held, seq + 1)).values()}
+def _first(held: Sequence[Held | Silent], copies: Mapping[str, Record]) -> tuple[StoreSet, Decided]:
+    """What the first place holds: a record counts there on the stores that it names itself."""
+    lone = _lone(held)
+    if not copies:
+        return lone, _decide(held, 0, lone)
+    taken: dict[str, tuple[StoreSet, Decided]] = {}
+    unclear = False
+    for digest, record in copies.items():
+        inside = _named_by(record) or lone
+        decided = _decide(held, 0, inside)
+        unclear = unclear or isinstance(decided, Unclear)
+        if isinstance(decided, Taken) and decided.digest == digest:
+            taken[digest] = inside, decided
+    if unclear or len(taken) > 1:
+        return lone, Unclear(tuple(sorted(copies)))
+    return next(iter(taken.values()), (lone, Vacant()))
+
+
+def _moved(
+    held: Sequence[Held | Silent], seq: int, copies: Mapping[str, Record], decided: Decided
+) -> tuple[StoreSet, Decided] | None:
+    """A record that changes the set, where it is settled in the set that it names: the stores before may be gone by then."""
+    for digest, record in copies.items():
+        inside = _named_by(record)
+        if inside is None or (isinstance(decided, Taken) and decided.settled and decided.copies >= inside.write_quorum):
+            continue
+        seen = [replace(one, record="") for one in _seen(held, seq, inside)]
+        if any(one.settled == digest for one in seen):
+            found = decide(seen, inside.write_quorum)
+            if isinstance(found, Taken):
+                return inside, found
+    return None
+
+
+def _counts(tail: Tail) -> bool:
+    return tail.copies >= tail.members.write_quorum
+
+
+def _seen(held: Sequence[Held | Silent], seq: int, members: StoreSet) -> list[Seen]:
     by_id = {one.store_id: one for one in held if isinstance(one, Held)}
-    seen = [by_id[name].at(seq) if name in by_id else Seen(answered=False) for name in members.ids]
-    decided = decide(seen, members.write_quorum, followed)
+    return [by_id[name].at(seq) if name in by_id else Seen(answered=is_stand_in(name)) for name in members.ids]
+
+
+def _decide(held: Sequence[Held | Silent], seq: int, members: StoreSet) -> Decided:
+    followed = {record.prev for record in dict(_copies(held, seq + 1)).values()}
+    decided = decide(_seen(held, seq, members), members.write_quorum, followed)
     if isinstance(decided, Taken) or not followed:
         return decided
     # Also a store that counts no longer, or not yet, may hold what a record that was seen follows.
@@ -126,32 +194,24 @@ def _copies(held: Sequence[Held | Silent], seq: int) -> Iterator[tuple[str, Reco
                     yield found.digest, found
 
 
-def _named_by(copies: Mapping[str, Record]) -> StoreSet | None:
-    """The set that a log's first record names, where all copies name one."""
-    bodies = {
-        (body.ids, body.write_quorum, body.sequencer) for one in copies.values() if isinstance(body := one.body, Stores)
-    }
-    if len(bodies) != 1:
-        return None
-    ((ids, quorum, sequencer),) = bodies
-    return StoreSet(ids, quorum, sequencer)
+def _named_by(record: Record) -> StoreSet | None:
+    """The set that a log's first record names."""
+    body = record.body
+    return StoreSet(body.ids, body.write_quorum, body.sequencer) if isinstance(body, Stores) else None
 
 
 def _lone(held: Sequence[Held | Silent]) -> StoreSet:
     """Before a log knows of several stores it is in one, and what is there counts."""
-    return StoreSet(tuple(one.store_id for one in held if isinstance(one, Held) and one.store_id), 1)
-
-
-def _may_be_damaged(held: Sequence[Held | Silent], seq: int, members: StoreSet) -> bool:
-    """Whether a record that counts may have been where only damage is now."""
-    inside = {one.store_id: one for one in held if isinstance(one, Held) and one.store_id in members.ids}
-    damaged = sum(seq in one.damaged for one in inside.values())
-    return damaged > 0 and damaged + len(members.ids) - len(inside) >= members.write_quorum
+    ids = tuple(one.store_id for one in held if isinstance(one, Held) and one.store_id)
+    return StoreSet(ids, 1, SEQUENCER_STORE)
 
 
 def _full(members: StoreSet | None, held: Sequence[Held | Silent], urls: Sequence[str]) -> tuple[frozenset[int], str]:
     if members is None:
-        return frozenset(number for number, one in enumerate(held) if isinstance(one, Held) and one.store_id), ""
+        full = frozenset(number for number, one in enumerate(held) if isinstance(one, Held) and one.store_id)
+        if not any(isinstance(one, Silent) for one in held):
+            return full, ""
+        return full, f"where the log lies is not known, and a silent store may hold it. {_silent(held, urls)}"
     full = frozenset(number for number, one in enumerate(held) if isinstance(one, Held) and one.store_id in members.ids)
     if len(full) >= members.answers_min:
         return full, ""

@@ -9,12 +9,13 @@ from ckpt.backends.checked import Replicated
 from ckpt.commit.access import LogAccess, OneStore
 from ckpt.commit.copies import Copies
 from ckpt.commit.place import open_store
-from ckpt.commit.places import open_places
-from ckpt.commit.sequencer import Claimed, Unknown
+from ckpt.commit.places import Place, open_places
+from ckpt.commit.quorum import stand_in
+from ckpt.commit.sequencer import Claimed, Lost, Unknown
 from ckpt.commit.several import SeveralStores
 from ckpt.commit.sqlite import SqliteSequencer, database_path
 from ckpt.commit.state import LogState
-from ckpt.errors import UnavailableError, UsageError
+from ckpt.errors import FencedError, UnavailableError, UsageError
 from ckpt.manifest.records import BY_STORES, Stores, make_record
 
 FIRST_TRIES_MAX = 8
@@ -29,21 +30,50 @@ def open_log(backend: Backend, *, job: str | None, create: bool) -> LogAccess:
     place = open_places(copies, write_quorum=backend.write_quorum, job=job, create=create)
     several = SeveralStores(backend, copies, job=place.job, log_id=place.log_id)
     if create:
-        _begin(several, backend)
+        _begin(several, backend, place)
     return several
 
 
-def _begin(log: SeveralStores, backend: Replicated) -> None:
-    """Write the first record, which says where the log lies. Nothing where it is written already."""
+def _begin(log: SeveralStores, backend: Replicated, place: Place) -> None:
+    """Write the first record, which says where the log lies. Nothing where it is written already.
+
+    Stores that were not empty a moment ago may belong to a log of which those that answer have nothing: one that missed
+    everything, and one that came back empty and is being filled.
+    """
     for _ in range(FIRST_TRIES_MAX):
         state = log.read_on(log.start()[0])
-        if state.next_seq > 0 or state.hole is not None:
+        if state.next_seq > 0:
             require_known(state, backend)
+        if state.next_seq == 1 and state.hole is None:
+            match log.finish(state):  # nothing can follow before that, and it may come to nothing
+                case Unknown(why):
+                    raise UnavailableError(f"the log's first record is on too few stores yet. why={why} repeat later")
+                case Lost():
+                    continue
+        if state.next_seq > 0:
             return
-        ids = tuple(store_id or secrets.token_hex(16) for store_id in log.ids)
+        if state.hole is not None:
+            raise UnavailableError(
+                f"the log's first record can't be read. stores={list(log.copies.urls)} why={state.hole.reason} repeat later"
+            )
+        if log.silent and not place.fresh:
+            silent = [log.copies.urls[number] for number in sorted(log.silent)]
+            raise UnavailableError(
+                f"the log may have begun on stores that do not answer. stores={list(log.copies.urls)} silent={silent} "
+                "repeat when all answer"
+            )
+        known = [now or then for now, then in zip(log.ids, place.ids, strict=True)]
+        ids = tuple(store_id or stand_in(number) for number, store_id in enumerate(known))
+        if sum(bool(store_id) for store_id in known) < backend.write_quorum:
+            raise UnavailableError(
+                f"too few stores answer to begin the log. stores={list(log.copies.urls)} repeat later"
+            )
         body = Stores(ids, backend.write_quorum, _giver(log, backend.write_quorum))
         record = make_record(body, job=log.job, seq=0, epoch=0, write_id=secrets.token_hex(16), prev="")
-        made = log.claim(state, record)
+        try:
+            made = log.claim(state, record)
+        except FencedError:
+            continue  # another maker found that a file has to give out places, or that none has
         if isinstance(made, Claimed):
             return
         if isinstance(made, Unknown):

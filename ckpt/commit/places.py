@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ckpt.commit.claims import silent
 from ckpt.commit.copies import Copies
 from ckpt.commit.gather import Silent
 from ckpt.errors import ConflictError, NotFoundError, UnavailableError, UsageError
+from ckpt.manifest import keys
 from ckpt.manifest.job import JobRecord
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a log lies: its job and id."""
+    """Where a log lies: its job and id. ``fresh``: none of the stores that answered belonged to any.
+
+    ``ids`` of its stores, in the user's order; empty for one that did not answer or belongs to no log.
+    """
 
     job: str
     log_id: str
+    fresh: bool = False
+    ids: tuple[str, ...] = ()
 
 
 def open_places(copies: Copies, *, write_quorum: int, job: str | None, create: bool) -> Place:
@@ -28,7 +34,7 @@ def open_places(copies: Copies, *, write_quorum: int, job: str | None, create: b
     to several logs or to another job.
     """
     found = copies.jobs()
-    place = _common(copies, found)
+    place = _common(copies, found, write_quorum)
     if place is None:
         _require_answers(copies, found, write_quorum)
         if not create:
@@ -37,7 +43,7 @@ def open_places(copies: Copies, *, write_quorum: int, job: str | None, create: b
             )
         if job is None:
             raise UsageError(f"new stores need their job's name. stores={list(copies.urls)} pass job=")
-        place = Place(job, secrets.token_hex(16))
+        place = Place(job, secrets.token_hex(16), fresh=True)
     if job is not None and place.job != job:
         raise UsageError(
             f"the stores belong to another job. stores={list(copies.urls)} their_job={place.job!r} asked={job!r} "
@@ -46,21 +52,40 @@ def open_places(copies: Copies, *, write_quorum: int, job: str | None, create: b
     return _make(copies, found, place, write_quorum) if create else place
 
 
-def _common(copies: Copies, found: Sequence[JobRecord | Silent | None]) -> Place | None:
-    places: dict[Place, list[str]] = {}
+def _common(copies: Copies, found: Sequence[JobRecord | Silent | None], write_quorum: int) -> Place | None:
+    """The log that the stores belong to.
+
+    Of several whose making was cut short it is the one that has any record; else the one on most stores, since none has a
+    record before it is on W.
+    """
+    places: dict[Place, list[int]] = {}
     ids: dict[str, str] = {}
-    for url, record in zip(copies.urls, found, strict=True):
+    for number, record in enumerate(found):
         if isinstance(record, JobRecord):
-            places.setdefault(Place(record.job, record.log_id), []).append(url)
+            places.setdefault(Place(record.job, record.log_id), []).append(number)
+            url = copies.urls[number]
             if record.store_id in ids:
                 raise UsageError(f"two addresses are one store. stores={[ids[record.store_id], url]} leave one out")
             ids[record.store_id] = url
-    if len(places) > 1:
-        told = "; ".join(f"{place.job!r} on {urls}" for place, urls in places.items())
-        raise UsageError(
-            f"the stores hold different logs. {told} name stores of one, or add one with `ckpt stores add`"
+    return _choose(copies, places, len(found), write_quorum) if len(places) > 1 else next(iter(places), None)
+
+
+def _choose(copies: Copies, places: Mapping[Place, Sequence[int]], stores: int, write_quorum: int) -> Place:
+    told = "; ".join(f"{place.job!r} on {[copies.urls[n] for n in numbers]}" for place, numbers in places.items())
+    begun = {n: copies.begun(n) for numbers in places.values() for n in numbers}
+    if why := {n: one for n, one in begun.items() if isinstance(one, Silent)}:
+        raise UnavailableError(
+            f"the stores say that they hold different logs. {told} {silent(copies, why)} repeat later"
         )
-    return next(iter(places), None)
+    logs = [place for place, numbers in places.items() if any(begun[n] for n in numbers)]
+    best = min(logs or places, key=lambda place: (-len(places[place]), place.log_id))
+    others = sum(len(numbers) for place, numbers in places.items() if place != best)
+    if len({place.job for place in places}) > 1 or len(logs) > 1 or (not logs and stores - others < write_quorum):
+        raise UsageError(
+            f"the stores hold different logs. {told} name stores of one, or add one with `ckpt stores add`; of logs that were "
+            f"never finished being made, delete the {keys.JOB_KEY}"
+        )
+    return best
 
 
 def _require_answers(copies: Copies, found: Sequence[JobRecord | Silent | None], write_quorum: int) -> None:
@@ -75,13 +100,18 @@ def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Pla
     """Write ``ckpt.json`` where a log that has not begun needs one. The first store that is made decides whose it is."""
     begun = any(isinstance(one, JobRecord) for one in found)
     made = 0
-    why: dict[int, Silent] = {}
+    ids = [""] * len(found)
+    why = {number: one for number, one in enumerate(found) if isinstance(one, Silent)}
+    if len(found) - len(why) < write_quorum:
+        # Nothing is made then: what is left behind could keep the log of a silent store from being found.
+        raise UnavailableError(f"too few stores answer. needed={write_quorum} {silent(copies, why)} repeat later")
     for number, record in enumerate(found):
         if isinstance(record, Silent):
-            why[number] = record
-        elif record is not None:
-            made += 1
-        elif begun and made + sum(isinstance(one, JobRecord) for one in found[number:]) >= write_quorum:
+            continue
+        if record is not None:
+            ids[number] = record.store_id if _belong([record], place) else ""
+            made += _belong([record], place)  # another log's, which was never begun, counts for nothing
+        elif begun and made + _belong(found[number:], place) >= write_quorum:
             continue  # it came back empty: it is filled before it counts again
         else:
             there = copies.make(number, JobRecord(job=place.job, store_id=secrets.token_hex(16), log_id=place.log_id))
@@ -94,8 +124,13 @@ def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Pla
                         f"another process makes a log on these stores at the same time. store={copies.urls[number]} "
                         f"its_job={there.job!r} repeat"
                     )
-                place = Place(there.job, there.log_id)
+                place = replace(place, log_id=there.log_id)
             made += 1
+            ids[number] = there.store_id
     if made < write_quorum:
         raise UnavailableError(f"too few stores could be made. made={made} needed={write_quorum} {silent(copies, why)}")
-    return place
+    return replace(place, ids=tuple(ids))
+
+
+def _belong(found: Sequence[JobRecord | Silent | None], place: Place) -> int:
+    return sum(isinstance(one, JobRecord) and one.log_id == place.log_id for one in found)

@@ -7,7 +7,9 @@ anywhere says which of several records before it does.
 
 Where writers who have no sequencer in common met at one place, their records may have split the stores so that none can ever
 be on W. Places are created only once, so the split stands, and everybody finds the same winner in it; it is written again at
-the place's second key, the settled one, by whoever comes by.
+the place's second key, the settled one, by whoever comes by. The same is done for a record that has its place but not all
+stores, before its writer is told: W votes of which W - 1 are lost could not be told from another's single one. So at most one
+record is ever written at a second key, and it is the place's.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ class Vacant:
 
 @dataclass(frozen=True, slots=True)
 class Unclear:
-    """Several records may count; the stores that did not answer know which. ``digests`` of those that may."""
+    """Several records may count, or one that was not seen; the stores that did not answer know which.
+
+    ``digests`` of those that were seen and may.
+    """
 
     digests: tuple[str, ...]
 
@@ -65,21 +70,29 @@ def decide(seen: Sequence[Seen], quorum: int, followed: Collection[str] = ()) ->
 
     ``followed``: the digests that records at the next place name as their predecessor, wherever they were seen.
     """
-    for digest in followed:
+    for digest in sorted(followed):
         copies = [sum(digest == getattr(one, name) for one in seen) for name in ("settled", "record")]
         if any(copies):
             return Taken(digest, max(copies), settled=copies[0] > 0)
+    if followed:
+        return Vacant()  # what counts there is on none of these
     settled = _possible([one.settled for one in seen], seen, quorum)
     if settled:
         return _one(settled, settled_key=True)
-    if any(one.settled for one in seen):
-        return Vacant()  # its writer found the split dead, and is not done
-    return _one(_possible([one.record for one in seen], seen, quorum), settled_key=False)
+    records = _possible([one.record for one in seen], seen, quorum)
+    if written := {one.settled for one in seen if one.settled}:
+        # Its writer knew that nothing else can have the place, and is not done.
+        records = {digest: count for digest, count in records.items() if digest in written}
+    elif any(one.damaged for one in seen) and sum(not one.sure for one in seen) >= quorum:
+        return Unclear(tuple(sorted(records)))  # what counts may have been where there is only damage now
+    return _one(records, settled_key=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Won:
-    """Our record is on W stores."""
+    """Our record is on W stores. ``sure``: on all that have a vote, so that another one can never be taken for it."""
+
+    sure: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +117,11 @@ class Open:
 def contest(mine: str, held: Sequence[str | None], quorum: int) -> Won | Beaten | Split | Open:
     """How a claim stands after ``mine`` was created at every store that creates only once.
 
-    ``held`` says for each such store the digest that it holds; None where it is not known.
+    ``held`` says for each store that has a vote the digest that it holds; None where that is not known.
     """
     counts = Counter(digest for digest in held if digest is not None)
     if counts[mine] >= quorum:
-        return Won()
+        return Won(counts[mine] == len(held))
     best = winner(counts)
     if best is not None and counts[best] >= quorum:
         return Beaten(best)
@@ -137,3 +150,19 @@ def _one(possible: Mapping[str, int], *, settled_key: bool) -> Decided:
         return Unclear(tuple(sorted(possible)))
     ((digest, copies),) = possible.items()
     return Taken(digest, copies, settled_key)
+
+
+_STAND_IN = b"no store yet".hex()
+
+
+def stand_in(number: int) -> str:
+    """The id in a set of stores for one that did not answer when the log was made: nothing that counts is ever on it.
+
+    It gets a real one when it is added.
+    """
+    return f"{_STAND_IN}{number:08x}"
+
+
+def is_stand_in(store_id: str) -> bool:
+    """Whether ``store_id`` only stands for a store that was not there."""
+    return store_id.startswith(_STAND_IN)

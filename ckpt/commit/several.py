@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from ckpt.backends.checked import Replicated
 from ckpt.commit.claims import FiledSequencer, StoresSequencer, silent
@@ -10,12 +12,14 @@ from ckpt.commit.copies import Copies, copies_of
 from ckpt.commit.fold import empty
 from ckpt.commit.folds import FOLD_BYTES_MAX, decode_fold
 from ckpt.commit.gather import Gathered, Held, Silent, Tail, gather
+from ckpt.commit.quorum import is_stand_in
 from ckpt.commit.reader import LOOKS_MAX, RECORDS_AT_ONCE, Note
 from ckpt.commit.sequencer import Claimed, Lost, Sequencer, Unknown
 from ckpt.commit.sqlite import SqliteSequencer, database_path
 from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest import keys
+from ckpt.manifest.canonical import UPGRADE
 from ckpt.manifest.records import BY_SQLITE, BY_STORES, RECORD_BYTES_MAX, Record, Stores, decode_record
 
 
@@ -28,7 +32,10 @@ class SeveralStores:
         self._job = job
         self._log_id = log_id
         self._ids: tuple[str, ...] = ("",) * len(copies.stores)
+        self._silent = frozenset(range(len(copies.stores)))
         self._tail: Tail | None = None
+        self._before: LogState | None = None
+        self._taking = ""
 
     @property
     def job(self) -> str:
@@ -50,12 +57,21 @@ class SeveralStores:
         """Which store each one was when the log was last read; empty for one that did not answer, or is new."""
         return self._ids
 
-    def full(self, members: StoreSet) -> frozenset[int]:
-        """Which stores, by number, are in ``members`` and answered when the log was last read."""
-        return frozenset(number for number, store_id in enumerate(self._ids) if store_id in members.ids)
+    @property
+    def silent(self) -> frozenset[int]:
+        """Which stores, by number, did not answer when the log was last read."""
+        return self._silent
+
+    def full(self, members: StoreSet) -> dict[int, str]:
+        """The ids of the stores, by number, that are in ``members`` and answered when the log was last read."""
+        return {number: store_id for number, store_id in enumerate(self._ids) if store_id in members.ids}
 
     def start(self) -> tuple[LogState, tuple[Note, ...]]:
-        """See LogAccess. A fold proves right by its own digest and by the record it ends with, whichever store has it."""
+        """See LogAccess. A fold proves right by its own digest and by the record it ends with, whichever store has it.
+
+        One that ends with a change of the set is passed over: the record itself must be seen, for it may need copies yet.
+        """
+        self._tail = self._before = None
         notes: list[Note] = []
         seqs = {seq for key in self._copies.listed(keys.FOLDS) if (seq := keys.parse_fold_key(key)) is not None}
         for seq in sorted(seqs, reverse=True):
@@ -81,18 +97,28 @@ class SeveralStores:
         for key in (keys.settled_key(seq), keys.log_key(seq)):
             for held in self._copies.read(key, bytes_max=RECORD_BYTES_MAX):
                 if isinstance(held, bytes):
-                    with suppress(IntegrityError):  # a damaged copy ends nothing
-                        digests.add(decode_record(held).digest)
+                    with suppress(IntegrityError, FormatVersionError):  # a damaged copy ends nothing
+                        record = decode_record(held)
+                        if not isinstance(record.body, Stores):
+                            digests.add(record.digest)
         return digests
 
     def read_on(self, state: LogState) -> LogState:
-        """See LogAccess. Cost: one list, one small read and one per new record for each store, all stores at once."""
+        """See LogAccess. Cost: one list, one small read and one per new record for each store, all stores at once.
+
+        Where the last record may not count after all, what follows ``state`` is decided anew from the record before it.
+        """
+        again = self._tail is not None and state.head_digest == self._tail.record.digest and self._before is not None
+        if again and self._before is not None:
+            state = self._before
         looks = 0
         while True:
             got = self._gather(state)
             if got.state.hole is not None and (looks := looks + 1) < LOOKS_MAX:
                 continue  # a list made while records are written may show the later one alone
-            self._take(got)
+            self._backend.count_only(got.full)
+            if got.tail is not None or again:
+                self._tail, self._before, again = got.tail, got.before, False
             if got.state.hole is not None or got.state.next_seq - state.next_seq < RECORDS_AT_ONCE:
                 return got.state
             state = got.state
@@ -113,19 +139,28 @@ class SeveralStores:
         if state.stores is not None:
             self._sequencer(state.stores)
 
+    def finish(self, state: LogState) -> Lost | Unknown | None:
+        """Make sure that the last record of ``state`` counts, as read last: None where it does, whatever is lost from now on.
+
+        Lost where another one has its place: read the log again. Unknown where too few stores answer.
+        """
+        return self._finish_tail(state.stores) if state.stores is not None else None
+
     def claim(self, state: LogState, record: Record) -> Claimed | Lost | Unknown:
         """See LogAccess. The record before is brought to W stores first; so is ``record``, on a set that it changes too."""
-        members = state.stores or _first_set(record)
+        members = state.stores or self._set_before(state, record)
         if members is None:
-            raise UsageError("the first record of a log on several stores says which they are.")
+            raise UnavailableError(
+                f"the log is not begun, as far as can be seen. stores={list(self._copies.urls)} why={state.short} open it with "
+                "create=True, or repeat later"
+            )
         if (doubt := self._finish_tail(members)) is not None:
             return doubt
-        made = self._sequencer(members).claim(record.seq, record.encode())
+        made = self._sequencer(members, first=state.next_seq == 0).claim(record.seq, record.encode())
         if isinstance(made, Claimed) and isinstance(record.body, Stores):
-            # The new set needs its copies before another record follows; which stores are in it is known when the log is read.
-            self._tail = Tail(record, members.write_quorum, settled=False, members=members)
-            everywhere = range(len(self._copies.stores))
-            self._copies.create(keys.log_key(record.seq), record.encode(), everywhere, record.body.write_quorum)
+            # The new set needs its copies before another record follows, or who asked for the change is told.
+            self._tail, self._before = Tail(record, len(members.ids), settled=False, members=members), None
+            return self._finish_tail(_named_by(record.body)) or made
         return made
 
     def put_fold(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
@@ -146,46 +181,77 @@ class SeveralStores:
             why = silent(self._copies, {n: one for n, one in enumerate(held) if isinstance(one, Silent)})
             raise UnavailableError(f"none of the log's stores answers. {why} repeat later")
         self._ids = tuple(one.store_id if isinstance(one, Held) else "" for one in held)
-        return gather(state.without_hole(), held, self._copies.urls)
+        self._silent = frozenset(number for number, one in enumerate(held) if isinstance(one, Silent))
+        got = gather(state.without_hole(), held, self._copies.urls)
+        if (hole := got.state.hole) is not None:
+            newer = sum(hole.seq in one.newer for one in held if isinstance(one, Held))
+            if newer >= (got.state.stores.write_quorum if got.state.stores else 1):
+                raise FormatVersionError(
+                    f"the log goes on with a record that this release does not read. key={keys.log_key(hole.seq)} "
+                    f"stores={newer} upgrade torch-ckpt: {UPGRADE}"
+                )
+        return got
 
-    def _take(self, got: Gathered) -> None:
-        self._backend.count_only(got.full)
-        if got.tail is not None:
-            self._tail = got.tail
-
-    def _finish_tail(self, members: StoreSet) -> Unknown | None:
-        """Bring the last record to where it must be before another follows; what is in doubt, or None."""
+    def _finish_tail(self, members: StoreSet) -> Lost | Unknown | None:
+        """Bring the last record to where it must be before another follows, or its writer is told; None where it is there."""
         tail = self._tail
         if tail is None:
             return None
         data = tail.record.encode()
-        if tail.copies < tail.members.write_quorum and not tail.settled:
-            made = self._sequencer(tail.members).claim(tail.record.seq, data)
-            if not isinstance(made, Claimed):
+        if not tail.sure and not tail.settled:
+            made = self._sequencer(tail.members, first=tail.record.seq == 0).claim(tail.record.seq, data)
+            if isinstance(made, Lost):
+                return made
+            if isinstance(made, Unknown):
                 return Unknown(
                     f"the record before is on too few stores, and can't be brought to more now. seq={tail.record.seq} "
-                    f"{made.why if isinstance(made, Unknown) else 'other bytes are there'}"
+                    f"why={made.why}"
                 )
-        elif tail.copies < tail.members.write_quorum or isinstance(tail.record.body, Stores):
-            # Of a record that changes the set, the new set needs its copies too.
-            key = keys.settled_key(tail.record.seq) if tail.settled else keys.log_key(tail.record.seq)
-            found = self._copies.create(key, data, self.full(members), members.write_quorum)
-            if copies_of(data, found) < members.write_quorum:
-                return Unknown(
-                    f"the record before is on too few stores. seq={tail.record.seq} {silent(self._copies, found)}"
-                )
-        self._tail = None
+        elif not tail.sure and (doubt := self._settle(tail, tail.members)) is not None:
+            return doubt
+        # Of a record that changes the set, the new set needs its copies too.
+        if _moves(tail) and (doubt := self._settle(tail, members)) is not None:
+            return doubt
+        self._tail = self._before = None
         return None
 
-    def _sequencer(self, members: StoreSet) -> Sequencer:
+    def _settle(self, tail: Tail, members: StoreSet) -> Unknown | None:
+        """Bring a record that certainly has its place to W stores of ``members``, at its second key."""
+        data = tail.record.encode()
+        found = self._copies.create(
+            keys.settled_key(tail.record.seq), data, self.full(members), members.write_quorum
+        )  # fmt: skip
+        if copies_of(data, found) >= members.write_quorum:
+            return None
+        return Unknown(f"the record before is on too few stores. seq={tail.record.seq} {silent(self._copies, found)}")
+
+    def _set_before(self, state: LogState, record: Record) -> StoreSet | None:
+        """Who gives out the place of a record that first says which stores there are."""
+        if state.next_seq > 0:
+            return StoreSet((self._log_id,), 1)  # the store in which the log began, and has been alone since
+        return _named_by(record.body) if isinstance(record.body, Stores) else None
+
+    @contextmanager
+    def giver(self, name: str) -> Iterator[None]:
+        """Meanwhile claim through ``name``, whoever the log says gives out its places: for a take-over."""
+        self._taking = name
+        try:
+            yield
+        finally:
+            self._taking = ""
+
+    def _sequencer(self, members: StoreSet, *, first: bool = False) -> Sequencer:
         full = self.full(members)
-        absent = len(members.ids) - len(full)
+        members = replace(members, sequencer=self._taking or members.sequencer)
+        # A store that was not there when the log was made has no vote; while it is made, another maker may have met it.
+        absent = sum(first or not is_stand_in(store_id) for store_id in members.ids) - len(full)
         if members.sequencer == BY_STORES:
             able = self._copies.creators(full)
             if len(able) + absent < members.write_quorum:
-                raise UsageError(
-                    f"too few stores create a key only once, so they can't give out the log's places. able={len(able)} "
-                    f"needed={members.write_quorum} stores={list(self._copies.urls)}; take over with `ckpt stores takeover`"
+                raise UnavailableError(
+                    f"too few stores are known to create a key only once, so they can't give out the log's places. "
+                    f"able={len(able)} needed={members.write_quorum} stores={list(self._copies.urls)} repeat later, or grant "
+                    "permission to write, or take over with `ckpt stores takeover`"
                 )
             return StoresSequencer(self._copies, full, members.write_quorum, absent=absent)
         if members.sequencer.startswith(BY_SQLITE):
@@ -199,7 +265,7 @@ class SeveralStores:
         raise UsageError(f"this release does not know who gives out the log's places. sequencer={members.sequencer}")
 
     def _put(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
-        answering = {number for number, store_id in enumerate(self._ids) if store_id}
+        answering = {number: store_id for number, store_id in enumerate(self._ids) if store_id}
         found = self._copies.create(key, data, answering, self._backend.write_quorum)
         if copies_of(data, found):
             return Claimed()
@@ -207,6 +273,12 @@ class SeveralStores:
         return Lost(other) if other is not None else Unknown(silent(self._copies, found))
 
 
-def _first_set(record: Record) -> StoreSet | None:
-    body = record.body
-    return StoreSet(body.ids, body.write_quorum, body.sequencer) if isinstance(body, Stores) else None
+def _named_by(body: Stores) -> StoreSet:
+    return StoreSet(body.ids, body.write_quorum, body.sequencer)
+
+
+def _moves(tail: Tail) -> bool:
+    body = tail.record.body
+    if not isinstance(body, Stores):
+        return False
+    return (body.ids, body.write_quorum) != (tail.members.ids, tail.members.write_quorum)

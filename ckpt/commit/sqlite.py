@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ckpt.commit.sequencer import Claimed, Lost, Unknown
-from ckpt.errors import InternalError, UnavailableError, UsageError
+from ckpt.errors import UnavailableError, UsageError
 from ckpt.manifest.records import BY_SQLITE
 
 STATE_VARIABLE = "CKPT_STATE_DIR"
@@ -26,6 +26,9 @@ BUSY_S = 30.0
 
 KEPT = 4096
 """How many of the last records are kept; older ones are on their stores for long."""
+
+ANYWHERE = -1
+"""Where a file begins whose first place is known only when it is claimed."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (seq INTEGER PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
@@ -53,20 +56,35 @@ class SqliteSequencer:
 
     @property
     def name(self) -> str:
-        """What a ``stores`` record calls this file. Raises UsageError where this machine has none."""
-        with self._opened() as db:
-            return BY_SQLITE + self._about(db)[0]
+        """What a ``stores`` record calls this file. Raises UsageError where this machine has none, UnavailableError."""
+        try:
+            with self._opened() as db:
+                return BY_SQLITE + self._about(db)[0]
+        except sqlite3.Error as error:
+            raise UnavailableError(
+                f"the file that gives out places in the log did not answer. file={self._path} why={error} repeat later"
+            ) from error
 
-    def make(self, start: int) -> str:
-        """Make the file, which gives out places from ``start`` on; its name. One that exists stays as it is."""
+    def make(self, start: int = ANYWHERE) -> str:
+        """Make the file, which gives out places from ``start`` on; its name. One that exists stays as it is.
+
+        ``ANYWHERE``: from whichever is claimed first, by who has read the record that puts this file in charge.
+        """
+        return self._write("INSERT OR IGNORE INTO about VALUES (1, ?, ?, ?)", start)
+
+    def renew(self) -> str:
+        """Make the file anew, under another name, where one may be: for a take-over. Its name."""
+        return self._write("INSERT OR REPLACE INTO about VALUES (1, ?, ?, ?)", ANYWHERE, clear=True)
+
+    def _write(self, statement: str, start: int, *, clear: bool = False) -> str:
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._connected() as db:
                 db.executescript(_SCHEMA)
                 with _transaction(db):
-                    db.execute(
-                        "INSERT OR IGNORE INTO about VALUES (1, ?, ?, ?)", (self._log_id, secrets.token_hex(16), start)
-                    )
+                    if clear:
+                        db.execute("DELETE FROM log")
+                    db.execute(statement, (self._log_id, secrets.token_hex(16), start))
         except (sqlite3.Error, OSError) as error:
             raise UnavailableError(
                 f"the file that gives out places in the log can't be made. file={self._path} why={error} set "
@@ -83,7 +101,7 @@ class SqliteSequencer:
                 if last is not None and last[0] == seq:
                     return Claimed() if bytes(last[1]) == data else Lost(bytes(last[1]))
                 (top,) = db.execute("SELECT max(seq) FROM log").fetchone()
-                following = start if top is None else top + 1
+                following = top + 1 if top is not None else seq if start == ANYWHERE else start
                 if seq > following:
                     raise UsageError(
                         f"the file that gives out places is older than its log: it was brought back from a copy, or another "
@@ -91,7 +109,10 @@ class SqliteSequencer:
                         "`ckpt stores takeover`"
                     )
                 if seq < following:
-                    raise InternalError(f"a place that is long taken was claimed. seq={seq} next={following}")
+                    # This writer slept while thousands of places were given out.
+                    return Unknown(
+                        f"the place was given out long ago; the log is to be read again. seq={seq} next={following}"
+                    )
                 db.execute("INSERT INTO log VALUES (?, ?)", (seq, data))
                 db.execute("DELETE FROM log WHERE seq <= ?", (seq - KEPT,))
         except sqlite3.Error as error:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from ckpt.backends.base import Backend
 from ckpt.elastic.border import die, dies_here
 from ckpt.elastic.enter import enter
 from ckpt.elastic.judge import Judge
@@ -22,7 +20,7 @@ from ckpt.elastic.term_in_place import TermInPlace
 from ckpt.elastic.trainer import seat_of_process
 from ckpt.errors import UsageError
 from ckpt.session.keeping import keeper_spec
-from ckpt.session.options import Options, check_only, check_store
+from ckpt.session.options import Options, StorageOptions, StoreArgument, check_only, check_store
 from ckpt.session.session import Session
 
 P = ParamSpec("P")
@@ -31,7 +29,7 @@ R = TypeVar("R")
 
 def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a docstring that tells all of them
     *,
-    store: str | os.PathLike[str] | Backend,
+    store: StoreArgument,
     every: int | str = "auto",
     job: str | None = None,
     memory_every: int = 1,
@@ -42,7 +40,10 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
     max_stale: str | None = None,
     restart: RestartPolicy | None = None,
     prepared: bool = False,
-    storage_options: Mapping[str, object] | None = None,
+    storage_options: StorageOptions = None,
+    write_quorum: int | None = None,
+    encryption_key: str | None = None,
+    scrub_every: str | None = None,
 ) -> Callable[[Callable[Concatenate[Run, P], R]], Callable[P, R]]:
     """Make a training function survive: what it tracks is snapshotted, and it goes on from there when a process dies.
 
@@ -57,27 +58,32 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
 
     The decorated function receives a ``Run`` before its own arguments. Nothing is read or written before it tracks.
 
-    ``store`` is a path, an fsspec URL or a ``Backend``. ``every``: a number of steps, a duration such as ``"30s"``, or
-    ``"auto"``; these become durable. ``memory_every``: boundaries from one snapshot that only memory holds to the next
-    (0: none); each costs one memcpy of this rank's share.
-    ``job`` names the run in its store (default: the store's last path component). ``slots``: how many staged
-    snapshots memory may hold, each as large as this rank's share of the state. ``compression``: chunks are compressed never,
-    where it pays, or always. ``only`` and ``missing`` say what is restored where the program has changed since: see
-    ``Checkpointer.restore``. ``max_stale``: a duration after which training stops with UnavailableError when nothing became
-    durable (default: never, a dead store only raises alarms). ``restart``: when to start again, and what counts as a hang.
-    ``prepared``: keep a second process at the point that ``run.ready()`` marks, so that a long start-up is already done when it
-    is needed; costs the memory that the program takes up to there. ``storage_options`` go to fsspec.
+    ``store`` is a path, an fsspec URL or a ``Backend``, or a list of paths and URLs that shall all hold the same; a snapshot
+    is durable when ``write_quorum`` of these have it (default: the majority). ``encryption_key`` says where the key is with
+    which all is encrypted that leaves this machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``. ``every``: a
+    number of steps, a duration such as ``"30s"``, or ``"auto"``; these become durable. ``memory_every``: boundaries from one
+    snapshot that only memory holds to the next (0: none); each costs one memcpy of this rank's share. ``job`` names the run
+    in its store (default: the store's last path component). ``slots``: how many staged snapshots memory may hold, each as
+    large as this rank's share of the state. ``compression``: chunks are compressed never, where it pays, or always. ``only``
+    and ``missing`` say what is restored where the program has changed since: see ``Checkpointer.restore``. ``max_stale``: a
+    duration after which training stops with UnavailableError when nothing became durable (default: never, a dead store only
+    raises alarms). ``restart``: when to start again, and what counts as a hang. ``prepared``: keep a second process at the
+    point that ``run.ready()`` marks, so that a long start-up is already done when it is needed; costs the memory that the
+    program takes up to there. ``storage_options`` go to fsspec: for all stores, or a list with one entry for each.
+    ``scrub_every``: a duration after which the keeper reads all that the stores hold, at a low rate, compares and mends it
+    (default: never; `ckpt scrub` does it when it is told to).
     Raises UsageError at once where an argument cannot work.
     """
     schedule = parse_every(every)
     if isinstance(memory_every, bool) or not isinstance(memory_every, int) or memory_every < 0:
         raise UsageError(f"memory_every counts boundaries. memory_every={memory_every!r}; write 1, or 0 for none")
     policy = (restart or RestartPolicy()).message()
-    address = check_store(store)
+    address = check_store(store, write_quorum=write_quorum)
     stale_s_max = parse_duration(max_stale, name="max_stale") if max_stale is not None else None
     options = Options(
         job=job, slots=slots, compression=compression, only=check_only(only), missing=missing,
-        storage_options=storage_options,
+        storage_options=storage_options, write_quorum=write_quorum, encryption_key=encryption_key,
+        scrub_every_s=parse_duration(scrub_every, name="scrub_every") if scrub_every is not None else None,
     )  # fmt: skip
 
     def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import Replicated
 from ckpt.commit.fold import empty
 from ckpt.commit.journal import Journal, new_write_id
 from ckpt.commit.state import LogState, Opened
 from ckpt.errors import CkptError, ConflictError, FencedError, InternalError, NotFoundError, UnavailableError
+from ckpt.keeper.caretaker import Caretaker
 from ckpt.keeper.choices import LINEAGE_CHARS, NOT_WRITTEN, assumed, lineage, ours, restorable
 from ckpt.manifest.records import Open
 from ckpt.observe.events import Event, Tell
@@ -20,6 +22,9 @@ from ckpt.values import SnapshotId
 RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 30.0
 """Pauses between tries to write an epoch's record to a store that doesn't take it: doubled from the first to the last."""
+
+CARE_WAIT_S = 5.0
+"""How long the end waits for what looks after the stores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,8 @@ class StoreLog:
     """
 
     def __init__(
-        self, open_store: Callable[[], Backend], *, job: str, named: bool, tell: Tell, retry_first_s: float = RETRY_FIRST_S
+        self, open_store: Callable[[], Backend], *, job: str, named: bool, tell: Tell, retry_first_s: float = RETRY_FIRST_S,
+        scrub_every_s: float | None = None,
     ) -> None:  # fmt: skip
         self._open_store = open_store
         self._job = job
@@ -88,6 +94,8 @@ class StoreLog:
         self._due: deque[Given] = deque()
         self._recorded = 0
         self._stopped = threading.Event()
+        self._caretaker: Caretaker | None = None
+        self._scrub_every_s = scrub_every_s
 
     @property
     def backend(self) -> Backend:
@@ -147,6 +155,7 @@ class StoreLog:
         else:
             epoch = journal.open_epoch(resume=resume, write_id=opening.write_id)
         self._recorded = epoch
+        self._take_care()
         ids = _seen(journal, epochs | {epoch}).ids
         return Begun(seen, (*missing, Opened(epoch, NOT_WRITTEN, resume)), ids)
 
@@ -164,15 +173,26 @@ class StoreLog:
         self._record_due()
         return self._recorded
 
+    def leads(self, journal: Journal) -> bool:
+        """Whether the newest epoch in the log is the one that was recorded here last."""
+        return self._recorded == journal.refresh().epoch
+
     def stop(self) -> None:
-        """End all waiting between tries."""
+        """End all waiting between tries, and looking after the stores."""
         self._stopped.set()
+        if self._caretaker is not None:
+            self._caretaker.stop(CARE_WAIT_S)
 
     def close(self) -> None:
         """Let go of the store."""
         for backend in (self._backend, *self._left):
             if backend is not None:
                 backend.close()
+
+    def _take_care(self) -> None:
+        backend = self.backend
+        if self._caretaker is None and (isinstance(backend, Replicated) or self._scrub_every_s is not None):
+            self._caretaker = Caretaker(backend, mine=self.leads, tell=self._tell, scrub_every_s=self._scrub_every_s)
 
     def _open_to_write(self, *, create: bool) -> Journal:
         job = self._job
@@ -207,6 +227,9 @@ class StoreLog:
             if self._backend is not None and self._backend is not backend:
                 self._left.append(self._backend)  # uploads may still use it
             self._backend, self._reader, self._writer = backend, None, None
+            if self._caretaker is not None:
+                self._caretaker.stop(CARE_WAIT_S)
+                self._caretaker = None
             return True
 
     def _let_go(self, backend: Backend) -> None:

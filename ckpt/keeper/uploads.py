@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from importlib import import_module
 from typing import TypeVar
 
 from ckpt.backends.base import Backend
-from ckpt.backends.open import open_backend
 from ckpt.encode.choose import Compression
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.keeper.choices import STAGED
@@ -41,6 +41,16 @@ Told = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None
 
 Known = Mapping[Digest, ChunkLocation]
 
+
+def _open(spec: KeeperSpec, tell: Tell) -> Backend:
+    # Only now, so that a keeper listens before it has loaded what stores need.
+    opening = import_module("ckpt.replicate.job")
+    opened: Backend = opening.open_job(
+        spec.stores, spec.storage_options, write_quorum=spec.write_quorum, encryption_key=spec.encryption_key, tell=tell
+    )
+    return opened
+
+
 _COMPRESSIONS = {"off": Compression("off"), "auto": Compression("auto"), "on": Compression("on")}
 
 
@@ -63,8 +73,9 @@ class Uploads:
         self._tell_now = tell
         self.tell: Tell = lambda event: post(lambda: tell(event))
         self._log = StoreLog(
-            open_store or (lambda: open_backend(spec.store, spec.storage_options)), job=spec.job,
+            open_store or (lambda: _open(spec, self.tell)), job=spec.job,
             named=spec.job != spec.store.rstrip("/").rpartition("/")[2], tell=self.tell, retry_first_s=retry_first_s,
+            scrub_every_s=spec.scrub_every_s,
         )  # fmt: skip
         self._store = CallQueue("ckpt-log")
         self._turns = Turns(ranks)

@@ -44,15 +44,27 @@ _R = TypeVar("_R", bound=Reply)
 
 
 class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a keeper must know to do its work: the job, its store (an absolute path or URL), and how to write there.
+    """What a keeper must know to do its work: the job, its stores (absolute paths or URLs), and how to write there.
 
-    ``storage_options`` may hold credentials: a specification travels through a pipe, never on a command line.
+    ``store`` is the first one, which finds the job on this machine; ``others`` hold the same. ``storage_options`` are for all,
+    or a list with one entry for each. They may hold credentials: a specification travels through a pipe, never on a command
+    line. ``encryption_key`` says where the key is, never what it is. ``scrub_every_s``: how often all that the
+    stores hold is read and compared, None for never.
     """
 
     job: str
     store: str
-    storage_options: Mapping[str, object] | None = None
+    others: tuple[str, ...] = ()
+    write_quorum: int | None = None
+    storage_options: Mapping[str, object] | list[Mapping[str, object] | None] | None = None
+    encryption_key: str | None = None
     compression: str = "auto"
+    scrub_every_s: float | None = None
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """All stores."""
+        return (self.store, *self.others)
 
     def encode(self) -> bytes:
         """As JSON. Raises UsageError where a storage option can't be spelled in it."""
@@ -64,7 +76,7 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
         if not same:
             raise UsageError(
                 "storage options can't be handed to the keeper: they hold other things than text, numbers, lists and mappings. "
-                f"options={sorted(self.storage_options or ())}"
+                f"options={_names(self.storage_options)}"
             )
         return data
 
@@ -75,6 +87,12 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.json.decode(data, type=cls)
         except msgspec.MsgspecError as error:
             raise UsageError(f"not a keeper's specification. why={error}") from error
+
+
+def _names(options: Mapping[str, object] | list[Mapping[str, object] | None] | None) -> list[str]:
+    """The names of storage options, whose values may be secret."""
+    each = options if isinstance(options, list) else [options]
+    return sorted({name for one in each for name in one or ()})
 
 
 ready(KeeperSpec)

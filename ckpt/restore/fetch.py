@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import Replicated
 from ckpt.encode.codec import decode_chunk
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest.digest import digest
@@ -251,24 +252,37 @@ def _deliver_read(backend: Backend, snapshot: str, read: Read, targets: list[Byt
         chunk = read.chunks[0]
         start = direct.target_offset_bytes
         raw = targets[direct.output][start : start + direct.size_bytes]
-        _read(backend, snapshot, read, raw)
-        _check(chunk, raw, snapshot)
+        _read_right(backend, snapshot, read, raw, lambda: _check(chunk, raw, snapshot))
         _deliver(raw, (copy for copy in chunk.copies if copy is not direct), targets)
         return raw.size
     stored = scratch.stored[: read.size_bytes]
-    _read(backend, snapshot, read, stored)
-    done_bytes = 0
-    for chunk in read.chunks:
-        raw = _raw(chunk, stored, read.offset_bytes, scratch, snapshot)
-        _check(chunk, raw, snapshot)
-        _deliver(raw, chunk.copies, targets)
-        done_bytes += raw.size
-    return done_bytes
+
+    def deliver() -> None:
+        # Where a later chunk of this copy is wrong, the next copy is delivered over it.
+        for chunk in read.chunks:
+            raw = _raw(chunk, stored, read.offset_bytes, scratch, snapshot)
+            _check(chunk, raw, snapshot)
+            _deliver(raw, chunk.copies, targets)
+
+    _read_right(backend, snapshot, read, stored, deliver)
+    return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
 
 def _scan_read(backend: Backend, snapshot: str, read: Read, scratch: _Scratch) -> list[Damage]:
     stored = scratch.stored[: read.size_bytes]
+    found: list[Damage] = []
+
+    def look(chunk: ChunkRead) -> None:
+        _check(chunk, _raw(chunk, stored, read.offset_bytes, scratch, snapshot), snapshot)
+
+    def look_at_all() -> None:
+        for chunk in read.chunks:
+            look(chunk)
+
     try:
+        if isinstance(backend, Replicated):
+            _read_right(backend, snapshot, read, stored, look_at_all)
+            return []
         _read(backend, snapshot, read, stored)
     except (IntegrityError, UnavailableError) as error:
         if len(read.chunks) == 1:
@@ -277,10 +291,9 @@ def _scan_read(backend: Backend, snapshot: str, read: Read, scratch: _Scratch) -
             Read(read.pack, chunk.location.offset_bytes, chunk.location.stored_bytes, (chunk,)) for chunk in read.chunks
         )
         return [damage for one in alone for damage in _scan_read(backend, snapshot, one, scratch)]
-    found: list[Damage] = []
     for chunk in read.chunks:
         try:
-            _check(chunk, _raw(chunk, stored, read.offset_bytes, scratch, snapshot), snapshot)
+            look(chunk)
         except IntegrityError as error:
             found.append(_damage(chunk, error))
     return found
@@ -297,6 +310,28 @@ def _damage(chunk: ChunkRead, error: CkptError) -> Damage:
         case _:
             what = "mismatch"
     return Damage(chunk, what, str(error))
+
+
+def _read_right(backend: Backend, snapshot: str, read: Read, out: Bytes, check: Callable[[], None]) -> None:
+    """Fill ``out`` with bytes that ``check`` doesn't raise for, of whichever copy."""
+    if not isinstance(backend, Replicated):
+        _read(backend, snapshot, read, out)
+        check()
+        return
+
+    def words(_: memoryview) -> str | None:
+        try:
+            check()
+        except IntegrityError as error:
+            return str(error)
+        return None
+
+    try:
+        backend.read_checked(read.pack, out.data, words, offset_bytes=read.offset_bytes)
+    except (NotFoundError, IntegrityError) as error:
+        fact = "a pack is missing" if isinstance(error, NotFoundError) else "no copy of a pack is right"
+        cause = error if isinstance(error, NotFoundError) else None
+        raise IntegrityError(f"{_where(fact, read.chunks[0], snapshot)}: {error}") from cause
 
 
 def _read(backend: Backend, snapshot: str, read: Read, out: Bytes) -> None:

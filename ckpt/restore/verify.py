@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import Replicated, read_object
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError
 from ckpt.manifest.digest import digest_hex
 from ckpt.manifest.index import SnapshotIndex
@@ -109,6 +110,8 @@ def verify(
 
 
 def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> Damaged | None:
+    if isinstance(backend, Replicated):
+        return _check_copies(backend, key, wanted, size_bytes)
     try:
         stat = backend.stat(key)
         if stat is None:
@@ -122,6 +125,20 @@ def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> D
         return Damaged(key, 0, (), _what(error), str(error))
     if digest_hex(data) != wanted:
         return Damaged(key, 0, (), "mismatch", f"an object's bytes differ from their digest. key={key}")
+    return None
+
+
+def _check_copies(backend: Backend, key: str, wanted: str, size_bytes: int) -> Damaged | None:
+    """Whether any store has it right; those that don't are mended on the way."""
+
+    def words(data: memoryview) -> str | None:
+        return None if digest_hex(data) == wanted else "an object's bytes differ from their digest"
+
+    try:
+        read_object(backend, key, words, bytes_max=size_bytes)
+    except (NotFoundError, IntegrityError, UnavailableError) as error:
+        what = "mismatch" if isinstance(error, IntegrityError) else _what(error)
+        return Damaged(key, 0, (), what, str(error))
     return None
 
 

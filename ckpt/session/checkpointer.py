@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal
 
 import torch
 
-from ckpt.backends.base import Backend
 from ckpt.commit.catalog import info_of, load_index, load_manifest, select, snapshots
 from ckpt.errors import NotFoundError, UsageError
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.observe.events import Fact
 from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import VerifyReport, verify
-from ckpt.session.options import Options, check_items, check_metadata, check_only, check_store, check_tag, is_count
+from ckpt.session.options import (
+    Options,
+    StorageOptions,
+    StoreArgument,
+    check_items,
+    check_metadata,
+    check_only,
+    check_store,
+    check_tag,
+    is_count,
+)
 from ckpt.session.pending import Pending
 from ckpt.session.restoring import Candidate, Rules
 from ckpt.session.session import Session
@@ -36,24 +44,32 @@ class Checkpointer:
 
     def __init__(
         self,
-        store: str | os.PathLike[str] | Backend,
+        store: StoreArgument,
         *,
         job: str | None = None,
         slots: int = 2,
         compression: Literal["off", "auto", "on"] = "auto",
         threads: int | None = None,
-        storage_options: Mapping[str, object] | None = None,
+        storage_options: StorageOptions = None,
+        write_quorum: int | None = None,
+        encryption_key: str | None = None,
     ) -> None:
         """``store`` is a path, an fsspec URL or a ``Backend``; ``job`` names the run in it (default: its last path component).
+
+        Or ``store`` is a list of paths and URLs that shall all hold the same: a snapshot is durable when ``write_quorum`` of
+        them have it (default: the majority), and is read from whichever is nearest and right. ``storage_options`` go to fsspec:
+        for all stores, or a list with one entry for each. ``encryption_key`` says where the key is with which all is encrypted
+        that leaves this machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``.
 
         ``slots``: how many staged snapshots memory may hold, each as large as this rank's share of the state; one more save
         waits until one is durable. ``compression``: chunks are compressed never, where it pays, or always. ``threads`` copy and
         read (default: 2 to copy, what fills the link to read).
         """
         options = Options(
-            job=job, slots=slots, compression=compression, threads=threads, storage_options=storage_options
+            job=job, slots=slots, compression=compression, threads=threads, storage_options=storage_options,
+            write_quorum=write_quorum, encryption_key=encryption_key,
         )  # fmt: skip
-        self._session = Session(check_store(store), options)
+        self._session = Session(check_store(store, write_quorum=write_quorum), options)
 
     def prepare(self, state: Mapping[str, object]) -> None:
         """Lay out and pre-fault the slots for ``state`` in the background, so that the first save is as quick as the rest.

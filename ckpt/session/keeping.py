@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ from ckpt.session.channel import connect
 from ckpt.session.keeper_hello import KeeperBusyError
 from ckpt.session.keeper_link import KeeperLink
 from ckpt.session.keeper_persister import KeeperPersister
-from ckpt.session.options import Options
+from ckpt.session.options import Address, Options, StorageOptions
 from ckpt.session.shared_slots import SharedSlots, open_staged
 from ckpt.stage.slot import Slot
 from ckpt.values import SnapshotId
@@ -88,23 +88,32 @@ def seat_of_process() -> Seat | None:
     return _seat
 
 
-def keeper_spec(store: str | Backend, options: Options) -> KeeperSpec | None:
+def keeper_spec(store: Address | Backend, options: Options) -> KeeperSpec | None:
     """What a keeper would have to know, or None where none can serve: the store or its options live in this process alone.
 
     Opens nothing. ``job`` is the user's name or the address's last part.
     """
-    if not isinstance(store, str) or store.startswith(_OWN_MEMORY) or sys.platform != "linux":
+    stores = (store,) if isinstance(store, str) else store
+    if not isinstance(stores, tuple) or any(one.startswith(_OWN_MEMORY) for one in stores) or sys.platform != "linux":
         return None
-    address = address_of(store)
+    first, *others = (address_of(one) for one in stores)
     spec = KeeperSpec(
-        job=options.job or job_name(address), store=address, compression=options.compression,
-        storage_options=dict(options.storage_options) if options.storage_options is not None else None,
+        job=options.job or job_name(first), store=first, others=tuple(others), write_quorum=options.write_quorum,
+        storage_options=_plain(options.storage_options), encryption_key=options.encryption_key,
+        compression=options.compression, scrub_every_s=options.scrub_every_s,
     )  # fmt: skip
     try:
         spec.encode()
     except UsageError:  # a session object, say: it can't be handed on
         return None
     return spec
+
+
+def _plain(options: StorageOptions) -> Mapping[str, object] | list[Mapping[str, object] | None] | None:
+    """The same as JSON brings it back."""
+    if options is None or isinstance(options, Mapping):
+        return dict(options) if options is not None else None
+    return [dict(one) if one is not None else None for one in options]
 
 
 def job_name(address: str) -> str:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from ckpt.backends.base import Backend
 from ckpt.errors import UsageError
 from ckpt.manifest.manifest import job_ok, metadata_problem
 from ckpt.manifest.records import tag_ok
 from ckpt.observe.events import Fact
+from ckpt.replicate.job import key_source
 
 SLOTS_MAX = 64
+
+StorageOptions = Mapping[str, object] | Sequence[Mapping[str, object] | None] | None
+"""What fsspec takes: for all stores, or one entry for each."""
+
+StoreArgument = str | os.PathLike[str] | Backend | Sequence[str | os.PathLike[str]]
+"""How a user names a job's store or stores."""
+
+Address = str | tuple[str, ...]
+"""One store's path or URL, or several stores'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +38,10 @@ class Options:
     missing: Literal["error", "keep"] = "error"
     threads: int | None = None
     read_budget_bytes: int = 512 << 20
-    storage_options: Mapping[str, object] | None = None
+    storage_options: StorageOptions = None
+    write_quorum: int | None = None
+    encryption_key: str | None = None
+    scrub_every_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.job is not None and not (isinstance(self.job, str) and job_ok(self.job)):
@@ -41,6 +54,14 @@ class Options:
             raise UsageError(f"missing is 'error' or 'keep'. missing={self.missing!r}")
         if self.threads is not None and (not is_count(self.threads) or self.threads < 1):
             raise UsageError(f"threads counts from 1. threads={self.threads!r}")
+        if self.write_quorum is not None and (not is_count(self.write_quorum) or self.write_quorum < 1):
+            raise UsageError(f"write_quorum counts stores from 1. write_quorum={self.write_quorum!r}")
+        if self.encryption_key is not None and not isinstance(self.encryption_key, str):
+            raise UsageError(
+                "encryption_key says where the key is: 'file:PATH', 'env:NAME' or 'command:WORDS'. "
+                f"type={type(self.encryption_key).__name__}"
+            )
+        object.__setattr__(self, "encryption_key", key_source(self.encryption_key))
 
 
 def is_count(value: object) -> bool:
@@ -48,13 +69,35 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def check_store(store: str | os.PathLike[str] | Backend) -> str | Backend:
-    """The address or the store that is meant. Raises UsageError where ``store`` is neither."""
+def check_store(store: StoreArgument, *, write_quorum: int | None = None) -> Address | Backend:
+    """The address, addresses or store that is meant. Raises UsageError where ``store`` is none."""
+    if isinstance(store, (list, tuple)):
+        return _check_stores(store, write_quorum)
+    if write_quorum not in (None, 1):
+        raise UsageError(f"a write quorum is for several stores. write_quorum={write_quorum}; name them as a list")
     if isinstance(store, os.PathLike):
-        store = os.fspath(store)
-    if not isinstance(store, str) and not all(callable(getattr(store, name, None)) for name in ("put", "read_into")):
-        raise UsageError(f"a store is a path, an fsspec URL or a Backend. store={store!r}")
-    return store
+        return os.fspath(store)
+    if isinstance(store, str):
+        return store
+    if all(callable(getattr(store, name, None)) for name in ("put", "read_into")):
+        return cast("Backend", store)
+    raise UsageError(f"a store is a path, an fsspec URL, a list of these, or a Backend. store={store!r}")
+
+
+def _check_stores(stores: Sequence[str | os.PathLike[str]], write_quorum: int | None) -> Address:
+    for one in stores:
+        if not isinstance(one, (str, os.PathLike)):
+            raise UsageError(f"a list of stores holds paths and fsspec URLs. store={one!r}")
+    addresses = tuple(os.fspath(one) for one in stores)
+    if not addresses:
+        raise UsageError("a list of stores is empty; name one at least")
+    quorum = write_quorum if write_quorum is not None else len(addresses) // 2 + 1
+    if not len(addresses) < 2 * quorum <= 2 * len(addresses):
+        raise UsageError(
+            f"a write quorum is more than half of the stores, so that any two share one. write_quorum={quorum} "
+            f"stores={len(addresses)}"
+        )
+    return addresses[0] if len(addresses) == 1 else addresses
 
 
 def check_items(items: Mapping[str, object]) -> None:

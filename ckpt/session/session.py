@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from ckpt.backends.base import Backend
-from ckpt.backends.open import open_backend
+from ckpt.backends.checked import stores_of
 from ckpt.capture.names import escape
 from ckpt.capture.rng import RngState
 from ckpt.commit.catalog import candidates
@@ -21,6 +21,7 @@ from ckpt.link.messages import RemoteError
 from ckpt.link.remote import from_error, to_error
 from ckpt.observe.events import Event, Fact, Tell, to_logging
 from ckpt.persist.channel import Channel, wait_for
+from ckpt.replicate.job import open_job, require_key_fits
 from ckpt.restore.rebuild import item_names
 from ckpt.session import writers
 from ckpt.session.channel import world_of_process
@@ -29,7 +30,7 @@ from ckpt.session.keeper_link import KeeperLink
 from ckpt.session.keeping import OFF, Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
 from ckpt.session.log import Log
 from ckpt.session.mending import Mending
-from ckpt.session.options import Options
+from ckpt.session.options import Address, Options
 from ckpt.session.orders import Orders
 from ckpt.session.pending import Pending
 from ckpt.session.restoring import Candidate, Rules
@@ -49,14 +50,17 @@ RNG = "rng"
 class Session:
     """Joins, restores, opens the epoch, snapshots. With several ranks every rank makes the same calls in the same order."""
 
-    def __init__(self, store: str | Backend, options: Options) -> None:
+    def __init__(self, store: Address | Backend, options: Options) -> None:
         self._options = options
-        self._owns_backend = isinstance(store, str)
+        self._owns_backend = isinstance(store, str | tuple)
         self._spec = keeper_spec(store, options)
-        self._backend = open_backend(store, options.storage_options) if isinstance(store, str) else store
         self.tell: Tell = to_logging(world_of_process()[0])
         """Where events go."""
-        self._job = options.job or job_name(self._backend.url)
+        self._backend = store if not isinstance(store, str | tuple) else open_job(
+            (store,) if isinstance(store, str) else store, options.storage_options, write_quorum=options.write_quorum,
+            encryption_key=options.encryption_key, tell=lambda event: self.tell(event),  # noqa: PLW0108  it may change
+        )  # fmt: skip
+        self._job = options.job or job_name(stores_of(self._backend)[0].url)
         self._log = Log(self._backend, job=self._job, named=options.job)
         self._joined: Joined | None = None
         self._items: dict[str, object] = {}
@@ -104,6 +108,8 @@ class Session:
         if self._closed:
             raise UsageError(f"closed already; make a new one. store={self.url}")
         if self._joined is None:
+            if self._owns_backend and self._options.encryption_key is not None:
+                require_key_fits(self._backend, self._options.encryption_key)
             keeping = Keeping.join(self._spec, self._options, self.tell, name=self._job)
             self._joined = Joined(keeping, self._backend, self._options, self.state, self.tell)
             self._mending = Mending(self._joined, open_epoch=self._open_next, log=self._log)

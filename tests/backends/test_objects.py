@@ -9,8 +9,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ckpt.backends.objectfaults import object_fault, public_url, translated_reply
+from ckpt.backends.objectparts import Joined
 from ckpt.backends.objects import ObjectsBackend
-from ckpt.backends.objectwrites import Joined, MemoryWrites
+from ckpt.backends.objectwrites import MemoryWrites
 from ckpt.errors import (
     CkptError,
     IntegrityError,

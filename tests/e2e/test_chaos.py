@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from chaos import HARMLESS, OTHERS, TRAINER, Campaign, plan
-from jobs import SEED, SOAK, Fleet, Job, differences, ranks
+from jobs import SEED, SOAK, Fleet, Job, differences, ranks, wait_for
 
 import ckpt
 
@@ -95,7 +95,8 @@ def test_plan_repeats_from_its_seed_and_never_strikes_three_times_without_a_step
 
 def test_processes_of_a_fleet_are_told_from_strangers(fleet: Fleet, tmp_path: Path) -> None:
     job = fleet.start(["sleep", "60"])
-    assert job.process.pid in fleet.members()
+    # Between its fork and its exec a process still looks like its parent.
+    wait_for(lambda: job.process.pid in fleet.members(), "the process to be a member")
     assert not fleet.is_member(1)
     fleet.kill_all()
     assert job.wait_end() != 0

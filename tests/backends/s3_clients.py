@@ -1,0 +1,26 @@
+"""The clients for S3 that stores may speak through, and stores that give up after one try."""
+
+from __future__ import annotations
+
+import pytest
+from servers.s3 import Bucket
+
+from ckpt.backends.base import Backend
+from ckpt.backends.objectclient import CHOICE
+from ckpt.backends.open import open_backend
+
+CLIENTS = ("s3fs", "obstore")
+
+HASTY: dict[str, object] = {"retries": {"max_attempts": 0}, "connect_timeout": 1, "read_timeout": 1}
+"""Options for botocore's configuration: no repetition, short waits."""
+
+
+def open_with(client: str, patch: pytest.MonkeyPatch, url: str, options: dict[str, object]) -> Backend:
+    """The store through that client, or a UsageError."""
+    patch.setenv(CHOICE, client)
+    return open_backend(url, options)
+
+
+def through(bucket: Bucket, endpoint: str, **more: object) -> dict[str, object]:
+    """The bucket's options, with another endpoint, such as a proxy's."""
+    return {**bucket.options, "endpoint_url": endpoint, **more}

@@ -1,0 +1,123 @@
+"""What a record may and may not do to the log, at the edges of each rule; and what its writer is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckpt.commit.claim import refused, settled
+from ckpt.commit.fold import Unreadable, empty, fold, verdict
+from ckpt.commit.state import LogState, Void, VoidCode
+from ckpt.errors import ConflictError, FencedError
+from ckpt.manifest.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
+from ckpt.values import SnapshotId
+
+A, B = "a" * 32, "b" * 32
+
+
+def pair(epoch: int, step: int) -> SnapshotId:
+    return SnapshotId(epoch, step)
+
+
+def commit(epoch: int, step: int) -> Commit:
+    return Commit(pair(epoch, step), A, None)
+
+
+def folded(*entries: tuple[int, Body]) -> LogState:
+    """The fold of a log with these writers' epochs and bodies."""
+    records: list[Record] = []
+    for seq, (epoch, body) in enumerate(entries):
+        prev = records[-1].digest if records else ""
+        records.append(make_record(body, job="run-a", seq=seq, epoch=epoch, write_id=f"w{seq}", prev=prev))
+    return fold(empty("run-a"), records)
+
+
+def codes(state: LogState) -> list[tuple[int, str]]:
+    return [(void.seq, void.code) for void in state.voids]
+
+
+TWO_EPOCHS: tuple[tuple[int, Body], ...] = ((1, Open(1, None)), (1, commit(1, 5)), (2, Open(2, pair(1, 9))), (2, commit(2, 10)))
+"""Epoch 1 may still commit what it captured up to step 9; 2/10 is the newest."""  # fmt: skip
+
+
+def test_a_tag_that_was_taken_off_keeps_nothing_and_can_be_taken_off_once() -> None:
+    state = folded(
+        *TWO_EPOCHS, (2, Tag("x", pair(1, 5))), (2, Untag("x")), (0, Drop((pair(1, 5),), None)), (2, Untag("x"))
+    )
+    assert state.tags == {} and state.line == (pair(2, 10),)
+    assert codes(state) == [(7, "no-such-tag")]
+
+
+def test_a_floor_only_ever_rises_and_stays_where_a_drop_names_none() -> None:
+    lower = folded(*TWO_EPOCHS, (0, Drop((), pair(2, 3))), (0, Drop((pair(1, 5),), pair(1, 7))))
+    assert lower.floor == pair(2, 3) and not lower.voids
+    higher = folded(*TWO_EPOCHS, (0, Drop((), pair(1, 7))), (0, Drop((), pair(2, 3))))
+    assert higher.floor == pair(2, 3) and not higher.voids
+    without = folded(*TWO_EPOCHS, (0, Drop((), pair(1, 7))), (0, Drop((pair(1, 5),), None)))
+    assert without.floor == pair(1, 7) and not without.voids
+    same = folded(*TWO_EPOCHS, (0, Drop((), pair(1, 7))), (0, Drop((), pair(1, 7))))
+    assert codes(same) == [(5, "nothing-to-drop")]
+
+
+@pytest.mark.parametrize(("step", "counts"), [(6, False), (7, True), (8, True)])
+def test_what_was_captured_at_the_floor_may_still_be_committed(step: int, counts: bool) -> None:
+    state = folded(*TWO_EPOCHS, (0, Drop((), pair(1, 7))), (2, commit(1, step)))
+    assert (state.find(pair(1, step)) is not None) == counts
+    assert codes(state) == ([] if counts else [(5, "below-floor")])
+
+
+def test_a_floor_may_be_as_high_as_the_newest_and_no_higher() -> None:
+    assert not folded(*TWO_EPOCHS, (0, Drop((), pair(2, 10)))).voids
+    assert codes(folded(*TWO_EPOCHS, (0, Drop((), pair(2, 11))))) == [(4, "floor-too-high")]
+
+
+def test_a_dropped_snapshot_never_comes_back() -> None:
+    state = folded(*TWO_EPOCHS, (0, Drop((pair(1, 5),), None)), (2, commit(1, 5)), (2, commit(1, 6)))
+    assert codes(state) == [(5, "step-not-newer")]
+    assert state.line == (pair(2, 10), pair(1, 6))
+
+
+def test_stores_are_fixed_by_whoever_may_train_and_by_nobody_else() -> None:
+    two, three = Stores((A,), 1), Stores((A, B), 2)
+    state = folded(*TWO_EPOCHS, (2, two), (1, three))
+    assert state.stores is not None and state.stores.ids == (A,)
+    assert codes(state) == [(5, "fenced")]
+    after = folded(*TWO_EPOCHS, (2, two), (3, three))
+    assert after.stores is not None and after.stores.ids == (A, B) and not after.voids
+
+
+def test_a_record_at_the_place_of_another_is_missing_also_where_it_is_unreadable() -> None:
+    state = fold(folded(*TWO_EPOCHS), [Unreadable(7, "rot")])
+    assert state.hole is not None and (state.hole.seq, state.next_seq) == (4, 4)
+    assert state.hole.reason == "record is missing. next_found=7"
+    here = fold(folded(*TWO_EPOCHS), [Unreadable(4, "rot")])
+    assert here.hole is not None and (here.hole.seq, here.hole.reason) == (4, "rot")
+
+
+def test_a_verdict_on_a_record_that_counts_is_none() -> None:
+    state = folded(*TWO_EPOCHS)
+    good = make_record(commit(2, 11), job="run-a", seq=4, epoch=2, write_id="x", prev=state.head_digest)
+    assert verdict(state, good) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        ("fenced", FencedError, "stop this writer"),
+        ("base-gone", ConflictError, "without that base"),
+        ("newest-kept", ConflictError, "leave it out"),
+        ("tag-kept", ConflictError, "leave it out"),
+        ("pair-taken", ConflictError, "code=pair-taken"),
+        ("epoch-not-new", ConflictError, "code=epoch-not-new"),
+    ],
+)
+def test_who_wrote_a_void_record_is_told_what_to_do(code: VoidCode, kind: type[ConflictError], says: str) -> None:
+    error = refused(Void(3, code, "the reason."))
+    assert type(error) is kind and str(error).startswith("the reason.") and says in str(error)
+
+
+def test_only_the_writer_of_a_void_record_is_told() -> None:
+    state = folded(*TWO_EPOCHS, (1, commit(1, 6)), (2, commit(2, 11)))
+    with pytest.raises(FencedError, match="a newer epoch is open"):
+        settled(state, 4)
+    settled(state, 3)
+    settled(state, 5)

@@ -1,0 +1,23 @@
+"""Which modules are mutated, and which tests ought to notice: those of the module's own room."""
+
+from __future__ import annotations
+
+from runner import Target
+
+COPIED = ("ckpt", "tests", "docs", "pyproject.toml")
+"""What of the tree the tests need."""
+
+_LOG = ("tests/commit/test_fold.py", "tests/commit/test_catalog.py", "tests/commit/test_refusals.py")
+
+TARGETS = (
+    Target("ckpt/commit/judge.py", _LOG),
+    Target("ckpt/commit/fold.py", _LOG),
+    Target("ckpt/commit/working.py", _LOG),
+    Target("ckpt/commit/state.py", _LOG),
+    Target("ckpt/commit/select.py", _LOG),
+    Target("ckpt/commit/claim.py", _LOG),
+    Target("ckpt/commit/folds.py", _LOG),
+    Target("ckpt/restore/plan.py", ("tests/restore/test_plan.py",)),
+    Target("ckpt/persist/shares.py", ("tests/persist/test_shares.py",)),
+    Target("ckpt/replicate/quorum.py", ("tests/replicate/test_rules.py",)),
+)

@@ -1,0 +1,49 @@
+"""Several stores as one keep the contract of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import Replicated
+from ckpt.backends.file import FileBackend
+from ckpt.backends.memory import MemoryBackend
+from ckpt.observe.events import Event
+from ckpt.replicate.backend import ReplicatedBackend
+from ckpt.testing.contract import BackendContract, Opener
+
+
+def deaf(event: Event) -> None:
+    """Nobody listens."""
+
+
+class TestThreeFolders(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        return lambda: ReplicatedBackend([FileBackend(folder / name) for name in "abc"], tell=deaf)
+
+
+class TestThreeMemories(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        stores = [MemoryBackend(name) for name in "abc"]
+        return lambda: ReplicatedBackend(stores, tell=deaf)
+
+
+class TestMixedPair(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        memory = MemoryBackend("a")
+        return lambda: ReplicatedBackend([memory, FileBackend(folder / "b")], tell=deaf)
+
+
+class TestOneOfOne(BackendContract):
+    def opener(self, folder: Path) -> Opener:
+        return lambda: ReplicatedBackend([FileBackend(folder / "a")], tell=deaf)
+
+
+def test_it_is_replicated_and_a_backend() -> None:
+    store = ReplicatedBackend([MemoryBackend(name) for name in "abc"], tell=deaf)
+    assert isinstance(store, Replicated)
+    typed: Backend = store
+    assert typed.url == "memory:a + memory:b + memory:c"
+    assert store.write_quorum == 2
+    assert len(store.stores) == 3
+    store.close()

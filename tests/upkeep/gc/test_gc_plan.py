@@ -1,0 +1,199 @@
+"""What a plan drops, and what it never drops, over logs that the real fold made."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ckpt.commit.fold import empty, fold, verdict
+from ckpt.commit.state import LogState
+from ckpt.manifest.records import Body, Commit, Drop, Open, Tag, make_record
+from ckpt.upkeep.gc_plan import NEWEST, NONE_WHOLE, WHOLE, by_worth, plan_gc
+from ckpt.upkeep.retain import Policy, keep_best, keep_every, keep_for, keep_last, keep_tagged
+from ckpt.values import SnapshotId, SnapshotInfo
+
+LONG = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+NOW = 5000.0
+
+
+class Log:
+    """A log in memory, written by honest writers."""
+
+    def __init__(self) -> None:
+        self.state: LogState = empty("job")
+
+    def add(self, body: Body, epoch: int) -> bool:
+        """Append a record; whether it counts."""
+        seq = self.state.next_seq
+        record = make_record(body, job="job", seq=seq, epoch=epoch, write_id=f"w{seq}", prev=self.state.head_digest)
+        counts = verdict(self.state, record) is None
+        self.state = fold(self.state, [record])
+        return counts
+
+    def open(self, resume: SnapshotId | None = None) -> int:
+        epoch = self.state.epoch + 1
+        assert self.add(Open(epoch, resume), epoch)
+        return epoch
+
+    def commit(self, pair: SnapshotId) -> bool:
+        return self.add(Commit(pair, "0" * 32, None), self.state.epoch)
+
+
+def infos(state: LogState, *, problem: frozenset[SnapshotId] = frozenset()) -> list[SnapshotInfo]:
+    names: dict[SnapshotId, tuple[str, ...]] = {}
+    for name, pair in state.tags.items():
+        names[pair] = (*names.get(pair, ()), name)
+    return [
+        SnapshotInfo(
+            epoch=entry.snapshot.epoch, step=entry.snapshot.step, world_size=1, size_bytes=1, new_bytes=1,
+            created_unix_s=float(entry.seq), tags=names.get(entry.snapshot, ()),
+            metadata={"loss": (entry.snapshot.step * 7) % 11}, problem="gone" if entry.snapshot in problem else None,
+        )
+        for entry in state.snapshots
+    ]  # fmt: skip
+
+
+def plan(state: LogState, policy: Policy | None, whole: SnapshotId | str | None = "newest"):
+    found = (by_worth(state) or (None,))[0] if whole == "newest" else whole
+    return plan_gc(state, infos(state), policy, now_unix_s=NOW, whole=found)
+
+
+def straight(*steps: int) -> Log:
+    log = Log()
+    epoch = log.open()
+    for step in steps:
+        assert log.commit(SnapshotId(epoch, step))
+    return log
+
+
+def test_plan_drops_what_no_rule_keeps_and_says_what_keeps_the_rest() -> None:
+    log = straight(10, 20, 30, 40)
+    assert log.add(Tag("good", SnapshotId(1, 10)), 1)
+    found = plan(log.state, keep_every(20))
+    assert found.drops == (SnapshotId(1, 30),)
+    assert [one.why for one in found.judged] == [("tagged good",), ("every=20",), (), (NEWEST, "every=20")]
+    assert found.floor == SnapshotId(1, 40)
+
+
+def test_newest_stays_whatever_the_policy_says() -> None:
+    assert plan(straight(10, 20, 30).state, keep_tagged()).drops == (SnapshotId(1, 10), SnapshotId(1, 20))
+
+
+def test_without_a_policy_nothing_is_dropped_but_the_floor_rises() -> None:
+    found = plan(straight(10, 20).state, None)
+    assert found.drops == ()
+    assert found.floor == SnapshotId(1, 20)
+    assert all(one.kept for one in found.judged)
+
+
+def test_newest_that_is_not_whole_stays_beside_the_one_that_is() -> None:
+    found = plan(straight(10, 20, 30, 40).state, keep_tagged(), whole=SnapshotId(1, 20))
+    assert found.drops == (SnapshotId(1, 10), SnapshotId(1, 30))
+    assert [one.why for one in found.judged if one.kept] == [(WHOLE,), (NEWEST,)]
+    assert found.floor == SnapshotId(1, 20), "what is newer than the one that can be restored may still be wanted"
+
+
+def test_where_nothing_is_whole_nothing_is_dropped() -> None:
+    found = plan(straight(10, 20, 30).state, keep_last(1), whole=None)
+    assert found.empty
+    assert [one.why for one in found.judged] == [(NONE_WHOLE,), (NONE_WHOLE,), (NEWEST, "last=1")]
+
+
+def test_snapshots_off_the_line_are_judged_by_all_rules_but_last() -> None:
+    log = straight(10, 20, 30)
+    log.open(SnapshotId(1, 20))
+    assert log.commit(SnapshotId(2, 25))
+    found = plan(log.state, keep_last(2))
+    assert found.drops == (SnapshotId(1, 10), SnapshotId(1, 30))
+    assert [one.on_line for one in found.judged] == [True, True, False, True]
+    assert plan(log.state, keep_last(1) | keep_every(30)).drops == (SnapshotId(1, 10), SnapshotId(1, 20))
+
+
+def test_job_that_was_started_afresh_keeps_the_greatest_until_its_first_commit() -> None:
+    log = straight(10, 20)
+    log.open(None)
+    found = plan(log.state, keep_tagged())
+    assert found.drops == (SnapshotId(1, 10),)
+    assert log.add(Drop(found.drops, found.floor), 2)
+
+
+def test_floor_never_sinks_and_is_set_once() -> None:
+    log = straight(10, 20)
+    first = plan(log.state, None)
+    assert log.add(Drop(first.drops, first.floor), 1)
+    assert plan(log.state, None).floor is None
+    assert plan(log.state, None).empty
+    assert log.commit(SnapshotId(1, 30))
+    assert plan(log.state, None).floor == SnapshotId(1, 30)
+
+
+def test_store_without_snapshots_has_nothing_to_plan() -> None:
+    log = Log()
+    assert plan(log.state, keep_last(1)).empty
+    log.open()
+    assert plan(log.state, keep_last(1)).empty
+
+
+def some_log(seed: int) -> Log:
+    """Epochs that resume anywhere, late commits of older ones, tags and drops."""
+    dice = random.Random(seed)
+    log = Log()
+    log.open()
+    for _ in range(dice.randrange(30)):
+        held = [entry.snapshot for entry in log.state.snapshots]
+        match dice.random():
+            case x if x < 0.15:
+                log.open(dice.choice([*held, None]))
+            case x if x < 0.7:
+                log.commit(SnapshotId(dice.randint(1, log.state.epoch), dice.randrange(60)))
+            case x if x < 0.85 and held:
+                log.add(Tag(dice.choice("ab"), dice.choice(held)), log.state.epoch)
+            case _ if held:
+                log.add(Drop(tuple(sorted(dice.sample(held, 1))), None), log.state.epoch)
+    return log
+
+
+RULES = (keep_last(2), keep_every(5), keep_tagged(), keep_best("loss", 2), keep_for(20))
+
+
+@LONG
+@given(st.integers(0, 2**32), st.lists(st.sampled_from(RULES), min_size=1, max_size=3), st.integers(0, 3))
+def test_log_counts_what_a_plan_records_and_a_second_plan_has_nothing_left(
+    seed: int, rules: list[Policy], older: int
+) -> None:
+    log = some_log(seed)
+    policy = rules[0]
+    for rule in rules[1:]:
+        policy |= rule
+    best = by_worth(log.state)
+    whole = best[min(older, len(best) - 1)] if best else None
+    found = plan(log.state, policy, whole)
+    before = log.state
+    held = {entry.snapshot for entry in before.snapshots}
+    assert before.newest() not in found.drops
+    assert whole not in found.drops
+    assert not set(before.tags.values()) & set(found.drops)
+    assert set(found.drops) == {one.info.id for one in found.judged if not one.why}
+    if not found.empty:
+        assert log.add(Drop(found.drops, found.floor), before.epoch), log.state.voids[-1:]
+    assert {entry.snapshot for entry in log.state.snapshots} == held - set(found.drops)
+    assert log.state.newest() == before.newest()
+    assert by_worth(log.state)[:1] == best[:1]
+    if whole is None or older == 0:
+        assert plan(log.state, policy).empty
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_damaged_snapshots_are_dropped_unless_a_rule_names_them(seed: int) -> None:
+    state = some_log(seed).state
+    best = by_worth(state)
+    if len(best) < 3:
+        return
+    damaged = frozenset(best[1:2])
+    found = plan_gc(state, infos(state, problem=damaged), keep_last(2), now_unix_s=NOW, whole=best[0])
+    by_pair = {one.info.id: one for one in found.judged}
+    assert by_pair[best[2]].kept, "a damaged one does not take the place of one that can be read"
+    assert by_pair[best[1]].kept == bool(by_pair[best[1]].info.tags)
