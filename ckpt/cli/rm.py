@@ -47,4 +47,4 @@ def command(choice: StoreChoice, *, step: int, epoch: int | None, yes: bool) -> 
         if choice.as_json:
             emit_json({"dropped": id_json(chosen)})
         else:
-            click.echo(f"dropped {chosen}; its bytes stay in the store, there is no sweep yet")
+            click.echo(f"dropped {chosen}; its bytes go with the next `ckpt gc`")

@@ -29,6 +29,9 @@ from ckpt.manifest.records import RECORD_BYTES_MAX, Record, decode_record
 
 LATE = Silent("no answer yet")
 
+UNABLE_TIMES = 3
+"""A store that says so often that it does not create only once, and answers other questions meanwhile, is believed."""
+
 
 class Copies:
     """The stores that hold one log, or shall, by number in the user's order."""
@@ -112,6 +115,13 @@ class Copies:
             answers = self._lanes.ask(unknown, lambda found: 2 * len(found) > len(unknown))
             self._creators |= {n for n, yes in answers.items() if yes}
         return self._creators.intersection(at)
+
+    def unable(self, at: Collection[int]) -> frozenset[int]:
+        """Those of the stores that answer, and don't say that they create a key only once, however often they are asked."""
+        answers = self._lanes.ask(
+            {n: partial(_unable, self.stores[n]) for n in at}, lambda found: len(found) == len(at)
+        )
+        return frozenset(n for n, unable in answers.items() if unable)
 
     def _most(self, answers: Mapping[int, object]) -> bool:
         return 2 * sum(not isinstance(one, Silent) for one in answers.values()) > len(self.stores)
@@ -208,6 +218,10 @@ def _creates(store: Backend) -> bool:
         return store.capabilities().create_only
     except CkptError:
         return False
+
+
+def _unable(store: Backend) -> bool:
+    return all(not _creates(store) and isinstance(_job(store), JobRecord) for _ in range(UNABLE_TIMES))
 
 
 def _create(store: Backend, key: str, data: bytes, *, vote: bool, store_id: str) -> bytes | Silent:

@@ -99,8 +99,18 @@ def require_known(state: LogState, backend: Replicated) -> None:
 
 
 def _giver(log: SeveralStores, write_quorum: int) -> str:
-    """Who gives out the places: the stores together where enough create a key only once, or else a file of this machine."""
+    """Who gives out the places: the stores together where all create a key only once, or else a file of this machine.
+
+    One that doesn't would have a vote that nobody can know, so that a split could never be settled.
+    """
     answering = [number for number, store_id in enumerate(log.ids) if store_id]
-    if len(log.copies.creators(answering)) >= write_quorum:
+    able = log.copies.creators(answering)
+    if log.copies.unable([number for number in answering if number not in able]):
+        return SqliteSequencer(database_path(log.log_id), log.log_id).make(0)
+    if len(able) >= write_quorum:
         return BY_STORES
-    return SqliteSequencer(database_path(log.log_id), log.log_id).make(0)
+    # A log is bound to this machine for good only where that must be: not because a store can't be asked now.
+    raise UnavailableError(
+        f"it can't be learned whether the stores create a key only once. stores={list(log.copies.urls)} repeat later, or grant "
+        "permission to write"
+    )

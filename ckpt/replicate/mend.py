@@ -25,12 +25,14 @@ from ckpt.replicate.quorum import Quorum
 class Copy:
     """Copy from one of ``sources``, after its bytes match the need's proof.
 
-    ``compare``: only where it agrees with the target outside the proven range (see ``agree_outside``).
+    ``compare``: only where it agrees with the target outside the proven range (see ``agree_outside``). ``all_known``: there
+    is no other copy that could have the proven bytes (see ``unproven``).
     """
 
     sources: tuple[int, ...]
     size_bytes: int
     compare: bool
+    all_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Well:
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """Too few stores answered to know."""
+    """Not now: a store that does not answer may be needed."""
 
     why: str
 
@@ -62,33 +64,40 @@ def plan_mend(need: Need, target: int, sizes: Mapping[int, int | None], quorum: 
     """
     if target not in sizes:
         return Later("the store does not answer")
+    all_known = len(sizes) == quorum.stores
     others = {place: size for place, size in sizes.items() if place != target and size is not None}
     if not others:
         nowhere = {place for place, size in sizes.items() if size is None}
-        if quorum.absent(nowhere) or len(sizes) == quorum.stores:
+        if quorum.absent(nowhere) or all_known:
             return Well()
         return Later("no other store that answers has the object")
     if need.proof is not None and need.proof.whole:
-        return _from_proven(need, sizes[target], others, need.proof.size_bytes)
+        return _from_proven(need, sizes[target], others, need.proof.size_bytes, all_known=all_known)
     if len(set(others.values())) > 1:
         return Leave("the other copies differ in length")
     size = next(iter(others.values()))
     if need.proof is not None and size < need.proof.end_bytes:
-        return Later("no copy reaches to the end of what was read")
-    return _from_unknown(need, sizes[target], tuple(others), size)
+        return unproven(all_known=all_known)
+    return _from_unknown(need, sizes[target], tuple(others), size, all_known=all_known)
 
 
-def _from_proven(need: Need, mine: int | None, others: Mapping[int, int], size: int) -> Plan:
+def unproven(*, all_known: bool) -> Later | Leave:
+    """What to do where no copy that answers has the bytes that a reader found right: it may have rotted since."""
+    why = "no other copy has the bytes that were found right"
+    return Leave(why) if all_known else Later(why)
+
+
+def _from_proven(need: Need, mine: int | None, others: Mapping[int, int], size: int, *, all_known: bool) -> Plan:
     """Where every byte is known by its digest."""
     if mine == size and need.why is Why.MISSING:
         return Well()
     sources = tuple(place for place, other in others.items() if other == size)
-    return Copy(sources, size, compare=False) if sources else Later("no other copy has the length of the right one")
+    return Copy(sources, size, False, all_known) if sources else unproven(all_known=all_known)
 
 
-def _from_unknown(need: Need, mine: int | None, sources: tuple[int, ...], size: int) -> Plan:
+def _from_unknown(need: Need, mine: int | None, sources: tuple[int, ...], size: int, *, all_known: bool) -> Plan:
     if mine is None:
-        return Copy(sources, size, compare=False)
+        return Copy(sources, size, False, all_known)
     if need.why is Why.MISSING or need.proof is None:
         if mine == size:
             return Well()
@@ -96,7 +105,7 @@ def _from_unknown(need: Need, mine: int | None, sources: tuple[int, ...], size: 
             return Leave("the copy that appeared differs in length from the others")
     if mine > size:
         return Leave("the copy is longer than the others")
-    return Copy(sources, size, compare=True)
+    return Copy(sources, size, True, all_known)
 
 
 def agree_outside(mine: memoryview, other: memoryview, offset_bytes: int, need: Need) -> bool:

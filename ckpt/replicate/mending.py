@@ -12,7 +12,7 @@ from ckpt.replicate.ledger import Need, Proof, Why
 from ckpt.replicate.mailbox import Mailbox
 from ckpt.replicate.member import Member
 from ckpt.replicate.memory import Buffer
-from ckpt.replicate.mend import Copy, Later, Leave, Well, agree_outside, plan_mend
+from ckpt.replicate.mend import Copy, Later, Leave, Well, agree_outside, plan_mend, unproven
 from ckpt.replicate.pace import stall_s
 
 PIECE_BYTES = 16 << 20
@@ -38,22 +38,22 @@ class Mending:
         plan = self._plan()
         if not isinstance(plan, Copy):
             return plan
-        why = Later("no other store gave the object")
+        all_known = plan.all_known
         for place in sorted(plan.sources, key=self.group.nearest(plan.size_bytes).index):
             source = self.group.members[place]
             region = _read_whole(self.group, source, self.member.place, self.key, plan.size_bytes)
             if region is None:
+                all_known = False
                 continue
             try:
                 if not self._proven(region.view):
-                    why = Later("no copy has the bytes that a reader found right")
                     continue
                 end = self._replace(region.view, plan)
             finally:
                 self.group.memory.free(self.member.place, plan.size_bytes)
                 self.group.memory.reuse(region)
             return end
-        return why
+        return unproven(all_known=all_known)
 
     def _plan(self) -> Copy | Well | Later | Leave:
         group, key = self.group, self.key

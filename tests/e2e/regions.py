@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
+from named import digest
 from servers.proxy import FaultProxy
 from servers.s3 import S3Server
+
+import ckpt
+from ckpt.commit.journal import Journal
+from ckpt.replicate.job import open_job
+from ckpt.values import SnapshotId
 
 CLI_WAIT_S = 120.0
 """No command takes longer; against hangs only."""
@@ -137,9 +145,10 @@ class Done:
     err: str
 
     @property
-    def json(self) -> dict[str, object]:
+    def json(self) -> dict[str, Any]:
         """What it printed with ``--json``."""
-        found: dict[str, object] = json.loads(self.out)
+        assert self.out, self
+        found: dict[str, Any] = json.loads(self.out)
         return found
 
 
@@ -188,6 +197,43 @@ class Stores:
             head, words = [command, words[0]], words[1:]
         return run_ckpt(*head, *named, *self.options(), *quorum, *key, *words, env=env)
 
+    def open(self) -> ckpt.Checkpointer:
+        """As a program opens them."""
+        return ckpt.Checkpointer(**self.arguments())  # type: ignore[arg-type]
+
+    def fill(self, *, saves: int, records: int = 0) -> dict[int, str]:
+        """Save ``saves`` snapshots, and write records until there are ``records``; digests of what was saved, by step."""
+        found = {}
+        state = {f"part{n}": torch.zeros(40_000) for n in range(4)}
+        with self.open() as checkpointer:
+            for step in range(1, saves + 1):
+                for name in random.sample(sorted(state), 2):
+                    state[name].normal_()
+                checkpointer.save(state, step=step)
+                found[step] = digest(state)
+        if records:
+            backend = open_job(**self._opening())
+            journal = Journal.open(backend)
+            while journal.refresh().next_seq < records:
+                journal.tag(f"t{journal.refresh().next_seq % 3}", SnapshotId(1, 1 + journal.refresh().next_seq % saves))
+            backend.close()
+        return found
+
+    def read_all(self) -> dict[int, str]:
+        """Digests of all snapshots that ``fill`` made, restored by who has opened the stores just now."""
+        found = {}
+        with self.open() as checkpointer:
+            for info in checkpointer.snapshots():
+                state = {f"part{n}": torch.empty(40_000) for n in range(4)}
+                assert checkpointer.restore(state, step=info.step).id == info.id
+                found[info.step] = digest(state)
+        return found
+
+    def _opening(self) -> dict[str, Any]:
+        given = self.arguments()
+        urls = given.pop("store")
+        return {"urls": urls if isinstance(urls, list) else [urls], "tell": lambda _: None, **given}
+
 
 def run_ckpt(*words: str, env: dict[str, str] | None = None) -> Done:
     """Run the command line in a process of its own."""
@@ -200,3 +246,22 @@ def run_ckpt(*words: str, env: dict[str, str] | None = None) -> Done:
 
 def _each(option: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
+
+
+def kind_of(key: str) -> str:
+    """What an object is: the first part of its key."""
+    return key.partition("/")[0]
+
+
+def same_everywhere(stores: Stores) -> None:
+    """Every store holds the same objects, but for the id in its ``ckpt.json`` and what only asked what it can do."""
+    first, *others = (_comparable(region) for region in stores.regions)
+    for other, region in zip(others, stores.regions[1:], strict=True):
+        differ = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+        assert differ == [], f"{len(differ)} objects differ in {region.url}: {differ[:5]}"
+
+
+def _comparable(region: Region) -> dict[str, bytes]:
+    found = {key: data for key, data in region.objects().items() if not key.startswith(".probe/")}
+    assert "ckpt.json" in found, region.url
+    return {**found, "ckpt.json": b""}

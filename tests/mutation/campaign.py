@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -88,6 +89,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(argv)
     targets = [one for one in TARGETS if not asked.only or any(part in one.path for part in asked.only)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children and the copy go too
     known = explained(EXPLAINED.read_text()) if EXPLAINED.exists() else {}
     with copied(ROOT, COPIED) as root:
         drawn = [(target, mutant) for target in targets for mutant in mutants_of((root / target.path).read_text())]

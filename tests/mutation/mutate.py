@@ -75,6 +75,8 @@ def mutants_of(source: str) -> list[Mutant]:
             _swap(place, right)
             if isinstance(node, ast.keyword):
                 before, after = _text(node), "nothing"
+            elif isinstance(shown, ast.FunctionDef) and isinstance(wrong, ast.AST):
+                before, after = f"default {_text(node)}", f"default {_text(wrong)}"
             if mutated in known:
                 continue
             known.add(mutated)

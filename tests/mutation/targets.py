@@ -7,7 +7,13 @@ from runner import Target
 COPIED = ("ckpt", "tests", "docs", "pyproject.toml")
 """What of the tree the tests need."""
 
-_LOG = ("tests/commit/test_fold.py", "tests/commit/test_catalog.py", "tests/commit/test_refusals.py")
+_LOG = (
+    "tests/commit/test_fold.py",
+    "tests/commit/test_refusals.py",
+    "tests/commit/test_lines.py",
+    "tests/commit/test_stored_folds.py",
+    "tests/commit/test_catalog.py",
+)
 
 TARGETS = (
     Target("ckpt/commit/judge.py", _LOG),
@@ -17,7 +23,7 @@ TARGETS = (
     Target("ckpt/commit/select.py", _LOG),
     Target("ckpt/commit/claim.py", _LOG),
     Target("ckpt/commit/folds.py", _LOG),
-    Target("ckpt/restore/plan.py", ("tests/restore/test_plan.py",)),
+    Target("ckpt/restore/plan.py", ("tests/restore/test_plan.py", "tests/restore/test_planned_reads.py")),
     Target("ckpt/persist/shares.py", ("tests/persist/test_shares.py",)),
     Target("ckpt/replicate/quorum.py", ("tests/replicate/test_rules.py",)),
 )

@@ -19,7 +19,7 @@ from ckpt.replicate.feed import How, Taker, feed
 from ckpt.replicate.health import Circuit, Phase, Sign, probe_due, step
 from ckpt.replicate.ledger import Need, Proof, Why
 from ckpt.replicate.loans import Loan, TakenBackError
-from ckpt.replicate.mend import Copy, Later, Leave, agree_outside, plan_mend
+from ckpt.replicate.mend import Copy, Later, Leave, agree_outside, plan_mend, unproven
 from ckpt.replicate.pace import Pace, stall_s
 from ckpt.replicate.put_race import Side
 from ckpt.replicate.quorum import Quorum
@@ -338,16 +338,17 @@ class World(Clock):
                 return "later"
             case Leave():
                 return "leave"
-            case Copy(sources, size_bytes, compare):
+            case Copy(sources, size_bytes, compare, all_known):
                 for place in sources:
                     body = yield from self._ask(process, place, "reading", lambda s: self.seen(s, key, 0, size_bytes))
                     if not isinstance(body, bytes) or len(body) != size_bytes:
+                        all_known = False
                         continue
                     proof = need.proof
                     if proof is not None and digest(body[proof.offset_bytes : proof.end_bytes]) != proof.digest:
                         continue
                     return (yield from self._replace(process, target, key, need, body, compare))
-                return "later"
+                return "leave" if isinstance(unproven(all_known=all_known), Leave) else "later"
             case _:
                 return "well"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ckpt.manifest.digest import digest
 from ckpt.replicate.ledger import Need, Proof, Why
-from ckpt.replicate.mend import Copy, Later, Leave, Well, agree_outside, plan_mend
+from ckpt.replicate.mend import Copy, Later, Leave, Well, agree_outside, plan_mend, unproven
 from ckpt.replicate.quorum import Quorum
 
 Q2, Q3 = Quorum(2, 2, frozenset(range(2))), Quorum(3, 2, frozenset(range(3)))
@@ -33,6 +33,9 @@ def test_nothing_is_done_where_too_few_answer() -> None:
     assert isinstance(plan_mend(MISSING, 0, {1: 200, 2: 200}, Q3), Later)
     assert isinstance(plan_mend(MISSING, 0, {0: None}, Q3), Later)
     assert isinstance(plan_mend(Need(Why.MISSING, RANGE), 0, {0: None, 1: 120}, Q3), Later)
+    assert isinstance(plan_mend(Need(Why.MISSING, RANGE), 0, {0: None, 1: 120, 2: 120}, Q3), Leave)
+    assert isinstance(unproven(all_known=False), Later)
+    assert isinstance(unproven(all_known=True), Leave)
 
 
 def test_object_that_is_nowhere_needs_no_mending() -> None:
@@ -47,7 +50,9 @@ def test_damaged_copy_is_compared_first_unless_the_whole_is_proven() -> None:
     assert isinstance(plan_mend(DAMAGED, 0, {0: 201, 1: 200}, Q2), Leave)
     assert isinstance(plan_mend(DAMAGED, 0, {0: 200, 1: 200, 2: 201}, Q3), Leave)
     assert plan_mend(WHOLE, 0, {0: 999, 1: 200, 2: 201}, Q3) == Copy((1,), 200, compare=False)
+    assert plan_mend(WHOLE, 0, {0: 999, 1: 200}, Q3) == Copy((1,), 200, compare=False, all_known=False)
     assert isinstance(plan_mend(WHOLE, 0, {0: 999, 1: 201}, Q3), Later)
+    assert isinstance(plan_mend(WHOLE, 0, {0: 999, 1: 201, 2: None}, Q3), Leave)
     assert plan_mend(Need(Why.MISSING, WHOLE.proof), 0, {0: 200, 1: 200}, Q3) == Well()
     assert plan_mend(SHORT, 0, {0: 200, 1: 200}, Q2) == Well()
     assert plan_mend(SHORT, 0, {0: 100, 1: 200}, Q2) == Copy((1,), 200, compare=True)

@@ -325,6 +325,21 @@ def test_store_that_hangs_while_another_is_mended_from_it_is_given_up_for_the_ne
         wait_until(lambda: store._live().group.memory.used_bytes == 0)
 
 
+def test_copy_that_rotted_before_it_could_be_copied_is_left_to_a_scrub() -> None:
+    memories = filled("ab")
+    memories[0].wipe()
+    stores = [Gated(memory) for memory in memories]
+    with replicated(stores, pace=STEADY, prefer=(0,)) as store:
+        stores[0].stop("stat")
+        assert quarter(store, 0) == RIGHT[:QUARTER]
+        stores[0].wait_inside()
+        memories[1].write_at_rest("k", flipped(1))
+        stores[0].release()
+        wait_until(lambda: store.behind()[0].keys == 0)
+        assert store.behind()[0].overflow
+    assert memories[0].held("k") is None
+
+
 def test_plain_memory_backend_reads_empty_ranges() -> None:
     with replicated([MemoryBackend(name) for name in "ab"]) as store:
         store.put("k", [b""])

@@ -18,7 +18,6 @@ from log_world import InlineLanes, Site, Weather, World
 
 from ckpt.commit import copies as copies_room
 from ckpt.commit import folds
-from ckpt.errors import CkptError
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEEDS = 10_000 if SOAK else 200
@@ -54,8 +53,8 @@ def scene_of(seed: int, folder: Path) -> Scene:
     dice = random.Random(seed)
     stores = dice.choice([1, 2, 3, 3, 3, 4, 5])
     quorum = dice.randint(stores // 2 + 1, stores)
-    kind = dice.choice(["vote", "vote", "vote", "file", "mixed"])
-    able = {"vote": stores, "file": dice.randrange(quorum), "mixed": dice.randint(quorum, stores)}[kind]
+    kind = dice.choice(["vote", "vote", "vote", "file"])
+    able = stores if kind == "vote" else dice.randrange(stores)
     rough = dice.random() < 0.5
     races = dice.random() < 0.4
     weather = Weather(
@@ -67,7 +66,8 @@ def scene_of(seed: int, folder: Path) -> Scene:
     )
     order = [True] * able + [False] * (stores - able)
     dice.shuffle(order)
-    sites = [Site(number, creates) for number, creates in enumerate([*order, kind != "file"])]  # the last is a spare
+    spare = dice.random() < 0.8
+    sites = [Site(number, creates) for number, creates in enumerate([*order, spare])]
     world = World(seed, sites, weather)
     _WORLDS[:] = [world]
     world.quorum_min = quorum
@@ -83,7 +83,7 @@ def scene_of(seed: int, folder: Path) -> Scene:
 
 
 def _begin_file(scene: Scene, folder: Path) -> None:
-    """Where stores overwrite what is there, nothing keeps two from making a log at once: one makes it before all others come."""
+    """Where stores overwrite what is there, nothing keeps two from making a log at once: one makes it before others come."""
     weather, scene.world.weather = scene.world.weather, Weather(**dict.fromkeys(Weather.__dataclass_fields__, 0.0))
     maker = Writer(scene, "maker", str(folder / "one"))
     maker.act()
@@ -125,7 +125,7 @@ def finish(scene: Scene, folder: Path) -> None:
 def _may_be_stuck(scene: Scene) -> bool:
     """Whether fewer than W stores are left, or votes that decide a place are lost or can't be cast."""
     world = scene.world
-    members = world.ledger.state.stores
+    members = world.ledger.latest.stores
     if members is None:
         return bool(world.hurt)
     here = {site.body.store_id: site for site in world.sites}
