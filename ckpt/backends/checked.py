@@ -31,7 +31,10 @@ class Replicated(Backend, Protocol):
         ...
 
     def count_only(self, full: frozenset[int]) -> None:
-        """From now on only the stores at these places count towards the quorum; the others are written to all the same."""
+        """From now on only the stores at these places count, and are written to.
+
+        Another one may be a disk that isn't mounted, or be filled at this moment: it gets everything before it counts.
+        """
         ...
 
     def read_checked(self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0) -> None:

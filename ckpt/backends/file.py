@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import stat as modes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ckpt.backends import filepaths
@@ -66,6 +66,19 @@ class FileBackend:
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         """See Backend. Costs two to four syncs; copies only what is not page-aligned, through at most 8 MiB."""
+        self._put(key, data, lambda: None, create_only=create_only)
+
+    def put_lent(
+        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+    ) -> None:
+        """As ``put``, of memory that its owner may take back and change meanwhile.
+
+        ``still_lent`` is called when all bytes are down and before the object gets its name; what it raises is raised, with
+        nothing stored.
+        """
+        self._put(key, data, still_lent, create_only=create_only)
+
+    def _put(self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool) -> None:
         path = filepaths.locate(self._root, key)
         pieces = [memoryview(buffer).cast("B") for buffer in data]
         create = self._probe().create if create_only else None
@@ -79,6 +92,7 @@ class FileBackend:
             with new_temp(self._ops, f"{self._root}/{TEMP_FOLDER}") as temp:
                 write_all(self._ops, temp.fd, pieces, direct=self._direct_io)
                 self._ops.fsync(temp.fd)
+                still_lent()
                 try:
                     self._give_name(temp, path, create)
                 except FileExistsError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.keys import check_key, check_prefix
@@ -30,8 +30,15 @@ class MemoryBackend:
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         """See Backend. Copies the bytes."""
+        self.put_lent(key, data, lambda: None, create_only=create_only)
+
+    def put_lent(
+        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+    ) -> None:
+        """As ``put``, of memory that its owner may take back and change meanwhile: then ``still_lent`` raises."""
         check_key(key)
         body = b"".join(data)
+        still_lent()
         with self._lock:
             if create_only and key in self._objects:
                 raise KeyExistsError(

@@ -165,7 +165,7 @@ def _held(store: Backend, after: int, log_id: str) -> Held | Silent:
     if isinstance(found, Silent):
         return found
     if found is not None and found.log_id != log_id:
-        return Held("")
+        return Held("", elsewhere=found.log_id)
     return Held(found.store_id if found is not None else "", records, settled, damaged, newer)
 
 

@@ -17,7 +17,7 @@ class Held:
     """What one store was seen to hold of the log from some place on: valid records, and places where others lie.
 
     ``store_id`` is what its ``ckpt.json`` says now, empty where it has none. ``newer``: the damaged places that look like a
-    newer release's.
+    newer release's. ``elsewhere``: the id of another log, which it belongs to instead.
     """
 
     store_id: str
@@ -25,6 +25,7 @@ class Held:
     settled: Mapping[int, Record] = field(default_factory=dict)
     damaged: frozenset[int] = frozenset()
     newer: frozenset[int] = frozenset()
+    elsewhere: str = ""
 
     def last(self) -> int:
         """The last place at which it holds anything; -1 for none."""
@@ -209,9 +210,12 @@ def _lone(held: Sequence[Held | Silent]) -> StoreSet:
 def _full(members: StoreSet | None, held: Sequence[Held | Silent], urls: Sequence[str]) -> tuple[frozenset[int], str]:
     if members is None:
         full = frozenset(number for number, one in enumerate(held) if isinstance(one, Held) and one.store_id)
-        if not any(isinstance(one, Silent) for one in held):
+        others = [url for url, one in zip(urls, held, strict=True) if isinstance(one, Held) and one.elsewhere]
+        if not others and not any(isinstance(one, Silent) for one in held):
             return full, ""
-        return full, f"where the log lies is not known, and a silent store may hold it. {_silent(held, urls)}"
+        return full, (
+            f"where the log lies is not known, and other stores may hold it. of_another_log={others} {_silent(held, urls)}"
+        )
     full = frozenset(number for number, one in enumerate(held) if isinstance(one, Held) and one.store_id in members.ids)
     if len(full) >= members.answers_min:
         return full, ""

@@ -90,7 +90,12 @@ class Group:
         return self._ledger
 
     def note(self, place: int, key: str, need: Need, *, why: str, alarm: bool) -> None:
-        """``key`` is not as it should be at ``place``. The first of a store is told; ``alarm``: loudly."""
+        """``key`` is not as it should be at ``place``. The first of a store is told; ``alarm``: loudly.
+
+        Nothing for a store that doesn't count: it is filled as a whole before it does.
+        """
+        if place not in self.quorum.counting:
+            return
         with self.change:
             scrub = self._ledger.scrub[place]
             self._ledger = ledgers.noted(self._ledger, place, key, need, keys_max=self.pace.keys_max)

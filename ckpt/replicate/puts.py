@@ -77,7 +77,8 @@ class Put:
                 race = races.acked(race, place, time.monotonic())
             for place, error in failed.items():
                 race = self._failed(race, place, error, passing=False)
-            race = self._feed(race, everybody - holders - failed.keys())
+            # One that doesn't count stays apart: it is filled as a whole before it does.
+            race = self._feed(race, group.quorum.counting - holders - failed.keys())
             while True:
                 now_s = time.monotonic()
                 match races.decide(race, now_s, pace=group.pace):

@@ -71,20 +71,26 @@ def dropped_within(
     return [_dropped(backend, state.job, answering, pair, digests.get(pair)) for pair in gone]
 
 
-def _referred(backend: Backend, job: str, snapshot: SnapshotId, digest: str) -> Referred:
+def _referred(backend: Backend, job: str, snapshot: SnapshotId, digest: str, *, exists: bool = True) -> Referred:
+    """What one snapshot refers to. Of one that does not exist any more, what is missing was swept, with a shorter grace."""
     key = keys.manifest_key(snapshot, digest)
     try:
         data = read_object(backend, key, _is(digest), bytes_max=MANIFEST_BYTES_MAX)
         manifest = Manifest.decode(data)
         if (manifest.job, manifest.snapshot) != (job, snapshot):
             raise IntegrityError(f"manifest of another job or snapshot. key={key}")
-    except (IntegrityError, FormatVersionError, NotFoundError) as error:
+    except NotFoundError as error:
+        return Referred(snapshot, frozenset((key,)), str(error) if exists else "")
+    except (IntegrityError, FormatVersionError) as error:
         return Referred(snapshot, frozenset((key,)), str(error))
     found = {key, *(ref.key for ref in manifest.parts)}
     for ref in manifest.parts:
         try:
             found |= _packs(backend, ref)
-        except (IntegrityError, FormatVersionError, NotFoundError) as error:
+        except NotFoundError as error:
+            if exists:
+                return Referred(snapshot, frozenset(found), str(error))
+        except (IntegrityError, FormatVersionError) as error:
             return Referred(snapshot, frozenset(found), str(error))
     return Referred(snapshot, frozenset(found))
 
@@ -103,7 +109,7 @@ def _dropped(
 ) -> Referred:
     """What a dropped snapshot refers to. Where its commit is older than what was read, every manifest of the pair counts."""
     digests = {digest} if digest is not None else _manifests(answering, snapshot)
-    found = [_referred(backend, job, snapshot, one) for one in sorted(digests)]
+    found = [_referred(backend, job, snapshot, one, exists=False) for one in sorted(digests)]
     problems = [one.problem for one in found if one.problem]
     return Referred(snapshot, frozenset(key for one in found for key in one.keys), problems[0] if problems else "")
 

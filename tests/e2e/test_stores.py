@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,14 @@ class KillAt:
                 self._region.server.stop()
                 self.done.set()
         return None
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    """Starts programs. This process has another runtime folder, or the servers that it starts would pass for programs."""
+    fleet = Fleet(tmp_path)
+    yield fleet
+    fleet.kill_all()
 
 
 @pytest.fixture

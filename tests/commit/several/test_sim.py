@@ -18,6 +18,7 @@ from log_world import InlineLanes, Site, Weather, World
 
 from ckpt.commit import copies as copies_room
 from ckpt.commit import folds
+from ckpt.manifest.records import BY_STORES
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEEDS = 10_000 if SOAK else 200
@@ -110,8 +111,8 @@ def finish(scene: Scene, folder: Path) -> None:
     check(scene)
     commits = world.counts.get("commits", 0)
     last = Writer(scene, "last", str(folder / "one"))
-    last.everywhere = world.ledger.latest.stores != world.ledger.state.stores
     for _ in range(TRIES_MAX):
+        last.everywhere = world.ledger.latest.stores != world.ledger.state.stores
         last.act()
         if world.counts.get("commits", 0) > commits:
             break
@@ -130,7 +131,8 @@ def _may_be_stuck(scene: Scene) -> bool:
         return bool(world.hurt)
     here = {site.body.store_id: site for site in world.sites}
     left = [here[store_id] for store_id in members.ids if store_id in here]
-    if len(left) < members.write_quorum:
+    able = [site for site in left if site.creates or members.sequencer != BY_STORES]
+    if len(able) < members.write_quorum:
         return True
     state = look(scene, set(range(len(world.sites))))
     assert state is not None

@@ -139,6 +139,22 @@ def test_grace_is_walked_back_over_more_records_than_are_read_at_once(monkeypatc
     assert objects(store) < before
 
 
+def test_what_was_swept_with_a_shorter_grace_holds_nothing_back() -> None:
+    now = 1000.0
+    store = ClockedStore(MemoryBackend(), lambda: now)
+    writer = write_sample_store(store, steps=(10, 20, 30, 40))
+    gone = {key for key in of(store, 10) if not key.startswith(keys.PACKS)}
+    writer.journal.drop([SnapshotId(1, 10)])
+    assert swept(store).ok
+    assert not gone & objects(store)
+    writer.journal.drop([SnapshotId(1, 30)])
+    store.delete(next(key for key in sorted(of(store, 30)) if key.startswith(keys.PARTS)))
+    before = objects(store)
+    report = swept(store, grace_s=100.0)
+    assert report.ok, report
+    assert objects(store) == before
+
+
 def test_drop_that_did_not_count_takes_nothing() -> None:
     store = MemoryBackend()
     writer = write_sample_store(store)
