@@ -26,8 +26,7 @@ JSON (needs --yes): {"dropped": {"epoch", "step"}}.
 def command(choice: StoreChoice, *, step: int, epoch: int | None, yes: bool) -> None:
     """Drop one snapshot of the store at URL: it can no longer be restored.
 
-    Refuses the newest and tagged ones. Only a record is written: the bytes stay in the store, there is no sweep
-    yet.
+    Refuses the newest and tagged ones. Only a record is written: the bytes go with a later 'ckpt gc'.
     """
     with opened(choice) as store:
         chosen = store.select(Selector(step, epoch, None))
@@ -47,4 +46,4 @@ def command(choice: StoreChoice, *, step: int, epoch: int | None, yes: bool) -> 
         if choice.as_json:
             emit_json({"dropped": id_json(chosen)})
         else:
-            click.echo(f"dropped {chosen}; its bytes go with the next `ckpt gc`")
+            click.echo(f"dropped {chosen}; its bytes go with ckpt gc, after a grace")

@@ -101,8 +101,6 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
         else:
             inside = members or _lone(held)
             decided = _decide(held, seq, inside)
-            if (moved := _moved(held, seq, copies, decided)) is not None:
-                inside, decided = moved
         if isinstance(decided, Taken):
             record = copies[decided.digest]
             batch.append(record)
@@ -128,7 +126,7 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
     state = fold(state, end)
     full, short = _full(state.stores, held, urls)
     doubted = before if tail is not None and not tail.sure else None
-    if not short and doubted is not None and tail is not None and not tail.settled and not _counts(tail):
+    if not short and doubted is not None and tail is not None and tail.copies < tail.members.write_quorum:
         # It may change the set, and not count: then it is the set before that knows what is newest.
         _, short = _full(doubted.stores, held, urls)
     return Gathered(replace(state, short=short), full, tail, tuple(thin), doubted)
@@ -150,26 +148,6 @@ def _first(held: Sequence[Held | Silent], copies: Mapping[str, Record]) -> tuple
     if unclear or len(taken) > 1:
         return lone, Unclear(tuple(sorted(copies)))
     return next(iter(taken.values()), (lone, Vacant()))
-
-
-def _moved(
-    held: Sequence[Held | Silent], seq: int, copies: Mapping[str, Record], decided: Decided
-) -> tuple[StoreSet, Decided] | None:
-    """A record that changes the set, where it is settled in the set that it names: the stores before may be gone by then."""
-    for digest, record in copies.items():
-        inside = _named_by(record)
-        if inside is None or (isinstance(decided, Taken) and decided.settled and decided.copies >= inside.write_quorum):
-            continue
-        seen = [replace(one, record="") for one in _seen(held, seq, inside)]
-        if any(one.settled == digest for one in seen):
-            found = decide(seen, inside.write_quorum)
-            if isinstance(found, Taken):
-                return inside, found
-    return None
-
-
-def _counts(tail: Tail) -> bool:
-    return tail.copies >= tail.members.write_quorum
 
 
 def _seen(held: Sequence[Held | Silent], seq: int, members: StoreSet) -> list[Seen]:

@@ -98,7 +98,9 @@ def _require_answers(copies: Copies, found: Sequence[JobRecord | Silent | None],
 
 def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Place, write_quorum: int) -> Place:
     """Write ``ckpt.json`` where a log that has not begun needs one. The first store that is made decides whose it is."""
-    begun = any(isinstance(one, JobRecord) for one in found)
+    known = [number for number, one in enumerate(found) if isinstance(one, JobRecord) and one.log_id == place.log_id]
+    # A store without a name beside a log came back empty: it is filled before it gets one.
+    begun = len(known) >= write_quorum or any(copies.begun(number) is not False for number in known)
     made = 0
     ids = [""] * len(found)
     why = {number: one for number, one in enumerate(found) if isinstance(one, Silent)}
@@ -109,11 +111,9 @@ def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Pla
         if isinstance(record, Silent):
             continue
         if record is not None:
-            ids[number] = record.store_id if _belong([record], place) else ""
-            made += _belong([record], place)  # another log's, which was never begun, counts for nothing
-        elif begun and made + _belong(found[number:], place) >= write_quorum:
-            continue  # it came back empty: it is filled before it counts again
-        else:
+            ids[number] = record.store_id if number in known else ""
+            made += number in known  # another log's, which was never begun, counts for nothing
+        elif not begun:
             there = copies.make(number, JobRecord(job=place.job, store_id=secrets.token_hex(16), log_id=place.log_id))
             if isinstance(there, Silent):
                 why[number] = there
@@ -130,7 +130,3 @@ def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Pla
     if made < write_quorum:
         raise UnavailableError(f"too few stores could be made. made={made} needed={write_quorum} {silent(copies, why)}")
     return replace(place, ids=tuple(ids))
-
-
-def _belong(found: Sequence[JobRecord | Silent | None], place: Place) -> int:
-    return sum(isinstance(one, JobRecord) and one.log_id == place.log_id for one in found)

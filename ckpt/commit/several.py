@@ -20,7 +20,7 @@ from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest import keys
 from ckpt.manifest.canonical import UPGRADE
-from ckpt.manifest.records import BY_SQLITE, BY_STORES, RECORD_BYTES_MAX, Record, Stores, decode_record
+from ckpt.manifest.records import BY_SQLITE, BY_STORES, RECORD_BYTES_MAX, Record, Stores, decode_record, make_record
 
 
 class SeveralStores:
@@ -144,7 +144,10 @@ class SeveralStores:
 
         Lost where another one has its place: read the log again. Unknown where too few stores answer.
         """
-        return self._finish_tail(state.stores) if state.stores is not None else None
+        tail = self._tail
+        if state.stores is None or tail is None:
+            return None
+        return self._finish_tail(state.stores) or self._follow(tail)
 
     def claim(self, state: LogState, record: Record) -> Claimed | Lost | Unknown:
         """See LogAccess. The record before is brought to W stores first; so is ``record``, on a set that it changes too."""
@@ -158,9 +161,10 @@ class SeveralStores:
             return doubt
         made = self._sequencer(members, first=state.next_seq == 0).claim(record.seq, record.encode())
         if isinstance(made, Claimed) and isinstance(record.body, Stores):
-            # The new set needs its copies before another record follows, or who asked for the change is told.
-            self._tail, self._before = Tail(record, len(members.ids), settled=False, members=members), None
-            return self._finish_tail(_named_by(record.body)) or made
+            # Who asked for the change is told when nobody needs the stores before it any more.
+            tail = Tail(record, len(members.ids), settled=False, members=members)
+            self._tail, self._before = tail, None
+            return self._finish_tail(_named_by(record.body)) or self._follow(tail) or made
         return made
 
     def put_fold(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
@@ -224,6 +228,21 @@ class SeveralStores:
         if copies_of(data, found) >= members.write_quorum:
             return None
         return Unknown(f"the record before is on too few stores. seq={tail.record.seq} {silent(self._copies, found)}")
+
+    def _follow(self, tail: Tail) -> Unknown | None:
+        """After a record that changes the set, write it once more, under the new set.
+
+        Until another record follows it, only the stores of the set before can say that it counts; and they may go now.
+        """
+        record, body = tail.record, tail.record.body
+        if not isinstance(body, Stores) or not _moves(tail):
+            return None
+        again = make_record(
+            body, job=self._job, seq=record.seq + 1, epoch=record.epoch, write_id=f"{record.write_id[:56]}-again",
+            prev=record.digest,
+        )  # fmt: skip
+        made = self._sequencer(_named_by(body)).claim(again.seq, again.encode())
+        return made if isinstance(made, Unknown) else None  # another's record does as well
 
     def _set_before(self, state: LogState, record: Record) -> StoreSet | None:
         """Who gives out the place of a record that first says which stores there are."""

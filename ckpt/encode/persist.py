@@ -46,14 +46,16 @@ class Limits:
 class Persisted:
     """What a rank's share of a snapshot became.
 
-    ``new_bytes`` is what its new chunks take in the store, ``packs`` how many packs were written, ``locations`` where every
-    chunk of the snapshot lies (the next one's ``known``), ``link_bytes_per_s`` how fast packs went (None: none was written).
+    ``new_bytes`` is what its new chunks take in the store, ``packs`` how many packs were written and ``pack_bytes`` how large
+    each is, ``locations`` where every chunk of the snapshot lies (the next one's ``known``), ``link_bytes_per_s`` how fast
+    packs went (None: none was written).
     """
 
     part_ref: PartRef
     part: Part
     new_bytes: int
     packs: int
+    pack_bytes: dict[str, int]
     locations: dict[Digest, ChunkLocation]
     link_bytes_per_s: float | None
 
@@ -97,7 +99,9 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
         puts = max(1, min(limits.puts_max, caps.concurrency_best))
         packs = _plan(chunks, len(data), limits, puts=puts, compression=compression if compressing else OFF)
         writing = _Writing(backend, data, compression=compression if compressing else OFF, verify=verify)
-        fresh = writing.write({pack_key(writer, pack_start + n): pack for n, pack in enumerate(packs)}, puts=puts)
+        fresh = writing.write(
+            {pack_key(staged.snapshot, writer, pack_start + n): pack for n, pack in enumerate(packs)}, puts=puts
+        )
         part = _part(staged, writer, {**known, **fresh})
         encoded = encode_part(part)
         key = part_key(staged.snapshot, writer)
@@ -111,6 +115,7 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
         part=part,
         new_bytes=sum(place.stored_bytes for place in fresh.values()),
         packs=len(packs),
+        pack_bytes=writing.pack_bytes,
         locations={d: p for shard in part.shards for d, p in zip(shard.digests, shard.locations, strict=True)},
         link_bytes_per_s=writing.link_bytes_per_s,
     )
@@ -141,6 +146,8 @@ class _Writing:
         self._verify = verify
         self._sampler = Sampler(compression, data)
         self._seen_bytes_per_s: float | None = None
+        self.pack_bytes: dict[str, int] = {}
+        """The size of each pack that was built."""
 
     @property
     def link_bytes_per_s(self) -> float | None:
@@ -156,6 +163,7 @@ class _Writing:
         try:
             for key, pack in packs.items():
                 built = self._build(key, pack)
+                self.pack_bytes[key] = built.size_bytes
                 while len(running) >= puts:
                     running.popleft().result()
                 running.append(self._start(built))

@@ -32,7 +32,7 @@ _ID = r"(\d{10})-(\d{14})"
 _WRITER = rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{NODE_CHARS_MAX - 1}}}-[0-9a-f]{{16}}"
 _WRITER_RE = re.compile(_WRITER, re.ASCII)
 _BOOT_RE = re.compile(r"[0-9a-f]{16}", re.ASCII)
-_PACK_RE = re.compile(rf"packs/({_WRITER})-(\d{{8}})\.pack", re.ASCII)
+_PACK_RE = re.compile(rf"packs/{_ID}/({_WRITER})-(\d{{8}})\.pack", re.ASCII)
 _PART_RE = re.compile(rf"parts/{_ID}/({_WRITER})\.mpk\.zst", re.ASCII)
 _MANIFEST_RE = re.compile(rf"manifests/{_ID}-([0-9a-f]{{32}})\.json", re.ASCII)
 _LOG_RE = re.compile(r"log/(\d{20})\.json", re.ASCII)
@@ -69,9 +69,13 @@ def is_snapshot_id(snapshot: SnapshotId) -> bool:
     return 0 <= snapshot.epoch <= EPOCH_MAX and 0 <= snapshot.step <= STEP_MAX
 
 
-def pack_key(writer: str, n: int) -> str:
-    """The key of the ``n``-th pack of one process start, from 0. Raises UsageError for a bad writer or number."""
-    return f"{PACKS}{_checked(writer)}-{_bounded('pack', n, PACKS_MAX):08d}.pack"
+def pack_key(snapshot: SnapshotId, writer: str, n: int) -> str:
+    """The key of the ``n``-th pack of one process start, from 0, first written for ``snapshot``.
+
+    The pair is in the name so that a sweep knows of any pack, whoever wrote it, whether a commit may still come that refers
+    to it. Raises UsageError for a bad pair, writer or number.
+    """
+    return f"{PACKS}{_pair(snapshot)}/{_checked(writer)}-{_bounded('pack', n, PACKS_MAX):08d}.pack"
 
 
 def part_key(snapshot: SnapshotId, writer: str) -> str:
@@ -105,10 +109,10 @@ def fold_key(seq: int) -> str:
     return f"{FOLDS}{_bounded('seq', seq, SEQ_MAX):020d}.json"
 
 
-def parse_pack_key(key: str) -> tuple[str, int] | None:
-    """``(writer, n)``, or None where ``key`` is not exactly what ``pack_key`` gives."""
+def parse_pack_key(key: str) -> tuple[SnapshotId, str, int] | None:
+    """``(snapshot, writer, n)``, or None where ``key`` is not exactly what ``pack_key`` gives."""
     match = _PACK_RE.fullmatch(key)
-    return (match[1], int(match[2])) if match else None
+    return (SnapshotId(int(match[1]), int(match[2])), match[3], int(match[4])) if match else None
 
 
 def parse_part_key(key: str) -> tuple[SnapshotId, str] | None:

@@ -18,7 +18,9 @@ import msgspec
 from ckpt.backends.base import Backend
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import Compression
+from ckpt.encode.pack_sizes import PackSizes
 from ckpt.encode.persist import packs_at_most, persist
+from ckpt.encode.sparse import default_budget_bytes, thin
 from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError, UsageError
 from ckpt.link.messages import RemoteError
 from ckpt.link.remote import from_error, to_error
@@ -28,7 +30,7 @@ from ckpt.observe.events import Event, Tell
 from ckpt.persist.channel import Channel, wait_for
 from ckpt.persist.queue import CallQueue
 from ckpt.persist.sealed import Sealed
-from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo, StagedIndex
 
 __all__ = ["Persister", "Place", "Sealed", "check_shared", "one_base"]
 
@@ -89,6 +91,7 @@ class Persister:
         self._tell = tell
         self._base = base
         self._known: Mapping[Digest, ChunkLocation] = known or {}
+        self._pack_sizes = PackSizes(place.backend)
         self._packs_written = 0
         self._count = 0
         self._settled = 0
@@ -219,10 +222,11 @@ class Persister:
     def _write(self, staged: Sealed) -> tuple[_Receipt, Mapping[Digest, ChunkLocation]]:
         """Write this rank's chunks and part, then let go of the slot. What fails becomes a receipt that says so."""
         index = staged.index
+        size = sum(shard.size_bytes for shard in index.shards)
         try:
             done = persist(
-                index, staged.data, known=self._known, backend=self._place.backend, writer=self._writer,
-                pack_start=self._packs_written, compression=self._compression, verify=self._verify,
+                index, staged.data, known=self._worth_keeping(index, size), backend=self._place.backend,
+                writer=self._writer, pack_start=self._packs_written, compression=self._compression, verify=self._verify,
             )  # fmt: skip
         except CkptError as error:
             return _Receipt(index.snapshot, error=from_error(error, rank=self._channel.rank)), {}
@@ -233,12 +237,18 @@ class Persister:
         finally:
             self._packs_written += packs_at_most(index)
             staged.let_go()
-        size = sum(shard.size_bytes for shard in index.shards)
+        self._pack_sizes.note(done.pack_bytes)
         receipt = _Receipt(
             index.snapshot, ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes,
             base=self._base if self._known else None, shared=staged.shared,
         )  # fmt: skip
         return receipt, done.locations
+
+    def _worth_keeping(self, index: StagedIndex, size_bytes: int) -> Mapping[Digest, ChunkLocation]:
+        """What is known, but for chunks in packs of which little is needed: those are written anew."""
+        wanted = {digest for shard in index.shards for digest in shard.digests}
+        sizes = self._pack_sizes.of(self._known[digest].pack for digest in wanted if digest in self._known)
+        return thin(self._known, wanted, sizes, budget_bytes=default_budget_bytes(size_bytes)).known
 
     def _settle(self, n: int, staged: Sealed, tags: tuple[str, ...]) -> _Outcome:
         try:

@@ -104,7 +104,7 @@ class Judge:
 def pair_of(key: str) -> SnapshotId | None:
     """The pair that a pack, part or manifest was written for; None for any other key, whoever's it is."""
     for parsed in (keys.parse_pack_key(key), keys.parse_part_key(key), keys.parse_manifest_key(key)):
-        if parsed is not None and isinstance(parsed[0], SnapshotId):
+        if parsed is not None:
             return parsed[0]
     return None
 

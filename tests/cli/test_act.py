@@ -158,7 +158,7 @@ def test_tag_names_a_snapshot_and_untag_takes_it_away(ckpt, store) -> None:
 def test_rm_drops_a_snapshot_and_says_when_bytes_go(ckpt, store) -> None:
     done = ckpt("rm", store.url, "--step", 10, "--yes")
     assert done.code == 0
-    assert "bytes stay" in done.out
+    assert "bytes go" in done.out
     assert [one["step"] for one in ckpt("ls", store.url, "--json").json["snapshots"]] == [30, 20]
     assert ckpt("verify", store.url, "--all").code == 0
     assert ckpt("rm", store.url, "--step", 10, "--yes").code == 10

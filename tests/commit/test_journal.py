@@ -77,7 +77,7 @@ class FaultyBackend:
 
 def store_part(backend: MemoryBackend | FaultyBackend, pair: SnapshotId) -> PartRef:
     leaf = Leaf(name="model/w", kind=LeafKind.TENSOR, dtype="float32", shape=(3,))
-    place = ChunkLocation(keys.pack_key(WRITER, pair.step), 0, 12, 12, Codec.RAW)
+    place = ChunkLocation(keys.pack_key(pair, WRITER, pair.step), 0, 12, 12, Codec.RAW)
     shard = StoredShard(leaf=leaf, box=Box.whole((3,)), size_bytes=12, digests=(b"d" * 16,), locations=(place,))
     data = encode_part(Part(snapshot=pair, writer=WRITER, rank=0, world_size=1, shards=(shard,)))
     key = keys.part_key(pair, WRITER)

@@ -30,6 +30,7 @@ LINES = {
     "tag": ["x"],
     "untag": ["best"],
     "rm": ["--step", "10", "--yes"],
+    "gc": ["--dry-run"],
 }
 
 

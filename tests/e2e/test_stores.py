@@ -20,6 +20,10 @@ import ckpt
 pytestmark = pytest.mark.slow
 
 
+SIZE = ("--ballast-mib", 4)
+"""Large enough that a save takes a while."""
+
+
 class KillAt:
     """A proxy's rule that kills the server at the n-th request that writes a pack: that object is cut off."""
 
@@ -85,10 +89,10 @@ def stop(fleet: Fleet, job: Job) -> None:
     wait_for(lambda: not fleet.members(), "the keeper's end", say=fleet.describe)
 
 
-def goes_on(fleet: Fleet, stores: Stores, job: Job) -> None:
+def goes_on(fleet: Fleet, stores: Stores, job: Job, *options: object) -> None:
     """The program, started again, has the very state that ``job`` ended with."""
     ended, steps = job.finals(), job.completed
-    again = start(fleet, stores, "--steps", steps)
+    again = start(fleet, stores, "--steps", steps, *options)
     assert again.wait_end() == 0, again.output()
     assert (again.finals(), again.losses[0].poll().completed) == (ended, steps)
     wait_for(lambda: not fleet.members(), "the keeper's end", say=fleet.describe)
@@ -128,7 +132,7 @@ def test_region_that_is_killed_in_the_middle_of_a_save_is_not_missed_and_is_whol
 ) -> None:
     victim = three.regions[0]
     assert isinstance(victim, Bucketed)
-    job = start(fleet, three, "--ballast-mib", 4, "--step-s", 0.05)
+    job = start(fleet, three, *SIZE, "--step-s", 0.05)
     job.wait_steps(25)
     victim.proxy.rule = rule = KillAt(victim, 2)
     wait_for(rule.done.is_set, "the region's end", say=job.output)
@@ -153,7 +157,7 @@ def test_region_that_is_killed_in_the_middle_of_a_save_is_not_missed_and_is_whol
     assert job.attempts() == 1
     assert job.losses[0].poll().redone == 0
     assert "is not durable" not in (job.folder / "output.txt").read_text()
-    goes_on(fleet, three, job)
+    goes_on(fleet, three, job, *SIZE)
 
 
 KINDS = ("packs", "parts", "manifests", "log", "folds", "ckpt.json")

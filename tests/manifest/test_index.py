@@ -34,7 +34,7 @@ def alias(name: str, of: str, shape: tuple[int, ...] = (4,), rank: int | None = 
 def shard(found: Leaf, offsets: tuple[int, ...], sizes: tuple[int, ...], mark: int = 0) -> StoredShard:
     box = Box(offsets, sizes)
     size = box.elements
-    place = ChunkLocation(keys.pack_key(writer(0), mark), 0, size, size, Codec.RAW)
+    place = ChunkLocation(keys.pack_key(SnapshotId(1, 1), writer(0), mark), 0, size, size, Codec.RAW)
     return StoredShard(
         leaf=found,
         box=box,
@@ -79,7 +79,7 @@ def test_leaves_and_shards_are_found_by_name_and_rank() -> None:
     assert found.shards("rng", 0)[0].leaf == own[0] and found.shards("none") == ()
     assert found.ranks == (0, 1) and len(found.parts) == 2
     assert set(found.locations()) == {bytes([mark]) * 16 for mark in (1, 2, 3, 4)}
-    assert found.packs() == {keys.pack_key(writer(0), mark) for mark in (1, 2, 3, 4)}
+    assert found.packs() == {keys.pack_key(SnapshotId(1, 1), writer(0), mark) for mark in (1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from ckpt.manifest.digest import digest, digest_hex
 from ckpt.values import SnapshotId
 
 BOOT = "0123456789abcdef"
+PACKS = "packs/0000000001-00000000000001"
 
 
 def test_the_digest_is_xxh3_128_big_endian() -> None:
@@ -23,7 +24,7 @@ def test_every_key_is_one_that_backends_take_and_parses_back(node: str, n: int, 
     writer = keys.writer_name(node, BOOT)
     pair = SnapshotId(epoch, step)
     made = {
-        keys.pack_key(writer, n): keys.parse_pack_key,
+        keys.pack_key(pair, writer, n): keys.parse_pack_key,
         keys.part_key(pair, writer): keys.parse_part_key,
         keys.manifest_key(pair, "0" * 32): keys.parse_manifest_key,
         keys.log_key(step): keys.parse_log_key,
@@ -31,15 +32,17 @@ def test_every_key_is_one_that_backends_take_and_parses_back(node: str, n: int, 
     }
     for key in made:
         check_key(key)
-    assert [parse(key) for key, parse in made.items()] == [(writer, n), (pair, writer), (pair, "0" * 32), step, step]
+    found = [parse(key) for key, parse in made.items()]
+    assert found == [(pair, writer, n), (pair, writer), (pair, "0" * 32), step, step]
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        "", "packs/", "packs/../x", f"packs/a-{BOOT}-00000001.pack\n", f"/packs/a-{BOOT}-00000001.pack",
-        f"packs/../a-{BOOT}-00000001.pack", f"packs/.a-{BOOT}-00000001.pack", f"packs/a-{BOOT}-1.pack",
-        f"packs/a-{BOOT.upper()}-00000001.pack", f"packs/a-{BOOT}-٠٠٠٠٠٠٠١.pack", "log/1.json",
+        "", "packs/", "packs/../x", f"{PACKS}/a-{BOOT}-00000001.pack\n", f"/{PACKS}/a-{BOOT}-00000001.pack",
+        f"{PACKS}/../a-{BOOT}-00000001.pack", f"{PACKS}/.a-{BOOT}-00000001.pack", f"{PACKS}/a-{BOOT}-1.pack",
+        f"{PACKS}/a-{BOOT.upper()}-00000001.pack", f"{PACKS}/a-{BOOT}-٠٠٠٠٠٠٠١.pack", f"packs/a-{BOOT}-00000001.pack",
+        f"packs/1-2/a-{BOOT}-00000001.pack", "log/1.json",
         "log/99999999999999999999.json", "log/0000000000000000000a.json", "folds/00000000000000000001.json.tmp",
         f"parts/0000000001-00000000000001/../a-{BOOT}.mpk.zst", "manifests/0000000001-00000000000001.json",
     ],
@@ -53,8 +56,8 @@ def test_a_key_that_is_not_exactly_ours_parses_to_nothing(key: str) -> None:
 
 def test_numbers_and_names_that_no_key_holds_are_refused() -> None:
     for make in (
-        lambda: keys.pack_key("../x", 0),
-        lambda: keys.pack_key(keys.writer_name("a", BOOT), -1),
+        lambda: keys.pack_key(SnapshotId(1, 1), "../x", 0),
+        lambda: keys.pack_key(SnapshotId(1, 1), keys.writer_name("a", BOOT), -1),
         lambda: keys.part_key(SnapshotId(-1, 0), keys.writer_name("a", BOOT)),
         lambda: keys.manifest_key(SnapshotId(0, 10**14), "0" * 32),
         lambda: keys.manifest_key(SnapshotId(0, 0), "../x"),

@@ -19,7 +19,7 @@ PAIR = SnapshotId(3, 40)
 
 @st.composite
 def locations(draw: st.DrawFn, raw: int, itemsize: int) -> ChunkLocation:
-    pack = keys.pack_key(WRITER, draw(st.integers(0, 3)))
+    pack = keys.pack_key(PAIR, WRITER, draw(st.integers(0, 3)))
     offset = draw(st.integers(0, 2**40))
     codec = draw(st.sampled_from(Codec))
     stored = raw if codec is Codec.RAW else draw(st.integers(1, 2 * CHUNK_BYTES))
@@ -71,7 +71,7 @@ def parts(draw: st.DrawFn) -> Part:
 
 def small_part() -> Part:
     leaf = Leaf(name="model/w", kind=LeafKind.TENSOR, dtype="float32", shape=(4, 3))
-    place = ChunkLocation(keys.pack_key(WRITER, 0), 4096, 48, 48, Codec.RAW)
+    place = ChunkLocation(keys.pack_key(PAIR, WRITER, 0), 4096, 48, 48, Codec.RAW)
     shard = StoredShard(leaf=leaf, box=Box.whole((4, 3)), size_bytes=48, digests=(b"d" * 16,), locations=(place,))
     alias = Leaf(name="model/tied", kind=LeafKind.TENSOR, dtype="float32", shape=(4, 3), alias_of="model/w")
     return Part(snapshot=PAIR, writer=WRITER, rank=0, world_size=2, shards=(shard,), aliases=(alias,))
@@ -160,7 +160,7 @@ def test_a_newer_version_names_both_versions_and_the_remedy() -> None:
         ("writer", "../x-0123456789abcdef"),
         ("packs", ["packs/../../etc/passwd"]),
         ("packs", ["log/00000000000000000000.json"]),
-        ("packs", [keys.pack_key(WRITER, 0), keys.pack_key(WRITER, 1)]),
+        ("packs", [keys.pack_key(PAIR, WRITER, 0), keys.pack_key(PAIR, WRITER, 1)]),
         ("digests", b"short"),
         ("digests", b"d" * 32),
         ("pack_index", b"\x01\x00\x00\x00"),

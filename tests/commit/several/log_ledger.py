@@ -46,6 +46,9 @@ class Ledger:
         assert known == data, f"the bytes of a key never change. key={key}"
         if key == keys.JOB_KEY:
             body.store_id = JobRecord.decode(data).store_id
+            for digest, second in list(self._copies):
+                if body in self._copies[digest, second]:  # what is here counts from now on
+                    self._count(self.records[digest])
         seq = keys.parse_log_key(key)
         second = seq is None
         seq = keys.parse_settled_key(key) if second else seq
@@ -127,7 +130,9 @@ class Ledger:
             assert self.counts(record.prev), f"nothing is written before what it follows counts. seq={record.seq}"
             after = self.states[record.prev].stores
             assert after is not None
-            on = len({body.store_id for key in (False, True) for body in self._copies[record.prev, key]} & set(after.ids))
+            on = len(
+                {body.store_id for key in (False, True) for body in self._copies[record.prev, key]} & set(after.ids)
+            )
             assert on >= after.write_quorum, "a new set has its copies before another record follows"
         self.records[record.digest] = record
         before_state = self.states[record.prev] if record.prev else empty(JOB)

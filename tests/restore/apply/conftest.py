@@ -66,7 +66,8 @@ class MemorySnapshot:
     def _shard(self, leaf: Leaf, box: Box, data: bytes, writer: str) -> StoredShard:
         self._data.setdefault((leaf.name, leaf.rank), []).append((box, data))
         chunks = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
-        locations = tuple(ChunkLocation(keys.pack_key(writer, 0), 0, len(one), len(one), Codec.RAW) for one in chunks)
+        pack = keys.pack_key(SNAPSHOT, writer, 0)
+        locations = tuple(ChunkLocation(pack, 0, len(one), len(one), Codec.RAW) for one in chunks)
         return StoredShard(
             leaf=leaf, box=box, size_bytes=len(data), digests=tuple(map(digest, chunks)), locations=locations
         )

@@ -10,6 +10,7 @@ import pytest
 
 from ckpt.errors import CkptError, FencedError, IntegrityError, UnavailableError, UsageError
 from ckpt.link import messages as words
+from ckpt.manifest.keys import pack_key, writer_name
 from ckpt.persist.channel import wait_for
 from ckpt.session.keeper_link import KNOWN_MAX, KeeperLink
 from ckpt.stage.slot import read_slot
@@ -98,7 +99,7 @@ def test_words_about_the_trainer_reach_the_keeper(keeper, link: KeeperLink) -> N
 
 @pytest.mark.slow
 def test_more_known_chunks_than_a_message_holds_are_cut_off(keeper, link: KeeperLink) -> None:
-    place = ChunkLocation("packs/" + "n" * 60 + "-0123456789abcdef-00000000.pack", 2**40, 4 << 20, 4 << 20, Codec.RAW)
+    place = ChunkLocation(pack_key(SNAPSHOT, writer_name("n" * 64, "f" * 16), 0), 2**40, 4 << 20, 4 << 20, Codec.RAW)
     link.known(SNAPSHOT, {n.to_bytes(16, "big"): place for n in range(KNOWN_MAX + 5)})
     (word,) = keeper.wait(words.Known)
     assert isinstance(word, words.Known)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pytest
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
+from ckpt.backends.file import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.commit.catalog import load_index
 from ckpt.commit.journal import Journal
@@ -21,8 +21,9 @@ from ckpt.errors import CkptError, ConflictError
 from ckpt.manifest import keys
 from ckpt.manifest.digest import digest
 from ckpt.manifest.manifest import Manifest, PartRef
+from ckpt.testing.crash import CrashingBackend, CrashMode
 from ckpt.testing.sample import Piece, stage, tensor
-from ckpt.upkeep.sweep_plan import pair_of
+from ckpt.upkeep.sweep import sweep
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 
 JOB = "job"
@@ -281,9 +282,7 @@ class World:
         return {stat.key for prefix in OBJECTS for stat in self.inner.list(prefix)}
 
 
-def packs_name_pairs() -> bool:
-    """Whether a pack's key says which snapshot it was written for."""
-    return pair_of("packs/0000000001-00000000000001/node-0123456789abcdef-00000000.pack") is not None
-
-
-needs_pairs = pytest.mark.skipif(not packs_name_pairs(), reason="packs don't name the pair they were written for yet")
+def sweep_and_die(root: str, at: int, mode: CrashMode) -> None:
+    """In a child: sweep a folder, dying by SIGKILL at its ``at``-th change."""
+    inner = FileBackend(root)
+    sweep(CrashingBackend(inner, at=at, mode=mode), Journal.open(inner).refresh(), grace_s=0.0)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from gc_world import needs_pairs
 
 from ckpt.backends.file import FileBackend
 from ckpt.cli.main import run
@@ -79,7 +78,6 @@ def test_dry_run_shows_why_each_stays_and_changes_nothing(ckpt, store) -> None:
     assert everything(store) == before
 
 
-@needs_pairs
 def test_drop_comes_first_and_bytes_go_when_the_grace_is_over(ckpt, store) -> None:
     before = objects(store)
     done = ckpt("gc", store.url, "--keep", "last=1", "--yes")
@@ -95,7 +93,6 @@ def test_drop_comes_first_and_bytes_go_when_the_grace_is_over(ckpt, store) -> No
     assert ckpt("verify", store.url, "--all").code == 0
 
 
-@needs_pairs
 def test_dry_run_foretells_what_the_run_does(ckpt, store) -> None:
     arguments = ("gc", store.url, "--keep", "every=20", "--grace", "0", "--json")
     foretold = ckpt(*arguments, "--dry-run").json
@@ -145,7 +142,6 @@ def test_hole_exits_20(ckpt, store) -> None:
     assert everything(store) == before
 
 
-@needs_pairs
 def test_several_stores_are_swept_and_one_that_is_gone_exits_11(ckpt, tmp_path: Path) -> None:
     urls = [str(tmp_path / name) for name in "abc"]
     backend = open_stores(urls, tell=lambda _: None)

@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
-from gc_world import Death, Process, Watched, World, needs_pairs
+from gc_world import Death, Process, Watched, World
 
 from ckpt.commit.catalog import load_index
 from ckpt.commit.journal import Journal
@@ -200,7 +200,6 @@ def run(seed: int) -> Run:
     return made
 
 
-@needs_pairs
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
 def test_nothing_that_exists_is_ever_swept_and_nothing_else_stays(first: int) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from gc_world import ClockedStore, Death, Watched, World, needs_pairs
+from gc_world import ClockedStore, Death, Watched, World, sweep_and_die
 
 from ckpt.backends.base import Backend
 from ckpt.backends.encrypted import encrypted
@@ -21,7 +21,7 @@ from ckpt.commit.state import Hole
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.manifest import keys
 from ckpt.replicate.backend import ReplicatedBackend
-from ckpt.testing.crash import CrashingBackend, CrashMode, run_in_child
+from ckpt.testing.crash import CrashMode, run_in_child
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, damage, sample_ranks, write_sample_store
 from ckpt.upkeep import sweep_refs
@@ -32,8 +32,6 @@ from ckpt.upkeep.sweep import SweepReport, sweep
 from ckpt.upkeep.sweep_clock import PROBES
 from ckpt.upkeep.sweep_plan import PREFIXES, Verdict
 from ckpt.values import SnapshotId
-
-pytestmark = needs_pairs
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -301,12 +299,6 @@ def test_death_at_each_delete_harms_nothing_and_a_repeat_finishes() -> None:
         else:
             assert at > 5
             return
-
-
-def sweep_and_die(root: str, at: int, mode: CrashMode) -> None:
-    """In a child: sweep a folder, dying by SIGKILL at its ``at``-th change."""
-    inner = FileBackend(root)
-    sweep(CrashingBackend(inner, at=at, mode=mode), Journal.open(inner).refresh(), grace_s=0.0)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from gc_world import OBJECTS, needs_pairs
+from gc_world import OBJECTS
 
 from ckpt.backends.file import FileBackend
 from ckpt.backends.memory import MemoryBackend
@@ -88,7 +88,6 @@ class Training:
         return sum(place.stored_bytes for place in places)
 
 
-@needs_pairs
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "file"])
 def test_stored_bytes_stay_near_the_needed_ones_and_exactly_the_referenced_packs_are_left(kind: str, tmp_path) -> None:
@@ -113,7 +112,6 @@ def test_stored_bytes_stay_near_the_needed_ones_and_exactly_the_referenced_packs
     assert 0 < training.moved_bytes < training.new_bytes - training.moved_bytes
 
 
-@needs_pairs
 @pytest.mark.slow
 def test_without_moving_anything_nearly_empty_packs_pile_up() -> None:
     """What the test above would see if nothing were moved: the reason for it."""

@@ -1,0 +1,159 @@
+"""What a place holds and how a claim stands, by what each store was seen to hold: the rules, case by case."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from ckpt.commit.quorum import (
+    Beaten,
+    Decided,
+    Open,
+    Seen,
+    Split,
+    Taken,
+    Unclear,
+    Vacant,
+    Won,
+    contest,
+    decide,
+    is_stand_in,
+    stand_in,
+    winner,
+)
+from ckpt.manifest import keys
+
+A, B, C = "a" * 32, "b" * 32, "c" * 32
+NONE, SILENT, ROT = Seen(), Seen(answered=False), Seen(damaged=True)
+HAS_A, HAS_B, HAS_C = Seen(A), Seen(B), Seen(C)
+SETTLED_A, BOTH_A = Seen(settled=A), Seen(A, A)
+
+
+@pytest.mark.parametrize(
+    ("seen", "quorum", "found"),
+    [
+        ([], 1, Vacant()),
+        ([NONE, NONE, NONE], 2, Vacant()),
+        ([SILENT, SILENT, SILENT], 2, Vacant()),
+        ([HAS_A], 1, Taken(A, 1, False)),
+        ([HAS_A, HAS_A, HAS_A], 2, Taken(A, 3, False)),
+        ([HAS_A, HAS_A, NONE], 2, Taken(A, 2, False)),
+        ([HAS_A, HAS_A, HAS_B], 2, Taken(A, 2, False)),
+        ([HAS_A, NONE, NONE], 2, Vacant()),
+        ([HAS_A, SILENT, NONE], 2, Taken(A, 1, False)),
+        ([HAS_A, ROT, NONE], 2, Taken(A, 1, False)),
+        ([HAS_A, HAS_B, NONE], 2, Vacant()),
+        ([HAS_A, HAS_B, HAS_C], 2, Vacant()),
+        ([HAS_B, HAS_A, SILENT], 2, Unclear((A, B))),
+        ([HAS_A, SILENT, SILENT], 2, Taken(A, 1, False)),
+        # Damage may have been any record: with enough of it, one that was acknowledged.
+        ([ROT, ROT, NONE], 2, Unclear(())),
+        ([ROT, SILENT, NONE], 2, Unclear(())),
+        ([ROT, SILENT, HAS_A], 2, Unclear((A,))),
+        ([ROT, HAS_A, HAS_A], 2, Taken(A, 2, False)),
+        ([ROT, ROT, HAS_A, HAS_A, HAS_A], 3, Taken(A, 3, False)),
+        ([ROT, NONE, NONE], 2, Vacant()),
+        # The second key: W of them, or one whose writer is not done.
+        ([BOTH_A, BOTH_A, HAS_B], 2, Taken(A, 2, True)),
+        ([SETTLED_A, SETTLED_A, NONE], 2, Taken(A, 2, True)),
+        ([BOTH_A, HAS_B, SILENT], 2, Taken(A, 1, True)),
+        ([BOTH_A, HAS_B, NONE], 2, Vacant()),
+        ([BOTH_A, HAS_A, HAS_B, HAS_B, SILENT], 3, Taken(A, 2, False)),
+        ([BOTH_A, HAS_A, HAS_A, NONE, NONE], 3, Taken(A, 3, False)),
+        ([BOTH_A, HAS_B, HAS_B, SILENT, NONE], 3, Vacant()),
+        ([SETTLED_A, Seen(settled=B), SILENT], 2, Unclear((A, B))),
+    ],
+)  # fmt: skip
+def test_a_record_counts_that_is_or_may_be_on_enough_stores(seen: list[Seen], quorum: int, found: Decided) -> None:
+    for order in set(itertools.permutations(range(len(seen)))) if len(seen) < 4 else [range(len(seen))]:
+        assert decide([seen[at] for at in order], quorum) == found
+
+
+@pytest.mark.parametrize(
+    ("seen", "followed", "found"),
+    [
+        ([HAS_A, HAS_B, NONE], {B}, Taken(B, 1, False)),
+        ([HAS_A, HAS_A, HAS_B], {B}, Taken(B, 1, False)),
+        ([HAS_A, HAS_A, NONE], {B}, Vacant()),
+        ([HAS_A, HAS_A, SILENT], {B, C}, Vacant()),
+        ([NONE, SILENT, ROT], {B}, Vacant()),
+        ([BOTH_A, HAS_A, HAS_A], {A}, Taken(A, 3, True)),
+        ([SETTLED_A, SETTLED_A, HAS_A], {A}, Taken(A, 2, True)),
+        ([HAS_B, HAS_A, NONE], {B, A}, Taken(A, 1, False)),
+        ([HAS_B, HAS_B, NONE], {B, A}, Taken(B, 2, False)),
+    ],
+)
+def test_a_record_that_was_followed_counts_whatever_is_left_of_it(
+    seen: list[Seen], followed: set[str], found: Decided
+) -> None:
+    assert decide(seen, 2, followed) == found
+
+
+def test_a_store_is_sure_of_what_it_holds_where_it_answers_and_nothing_is_damaged() -> None:
+    assert NONE.sure and HAS_A.sure and not SILENT.sure and not ROT.sure
+    assert not Seen(answered=False, damaged=True).sure
+
+
+@pytest.mark.parametrize(
+    ("held", "quorum", "found"),
+    [
+        ([A], 1, Won(True)),
+        ([A, A, A], 2, Won(True)),
+        ([A, A, None], 2, Won(False)),
+        ([A, A, B], 2, Won(False)),
+        ([A, None, None], 2, Open()),
+        ([None, None, None], 2, Open()),
+        ([], 1, Open()),
+        ([B, B, A], 2, Beaten(B)),
+        ([B, B, None], 2, Beaten(B)),
+        ([C, B, B, B, A], 3, Beaten(B)),
+        ([A, B, None], 2, Open()),
+        ([A, B], 2, Split(A)),
+        ([B, C], 2, Split(B)),
+        ([A, None], 2, Open()),
+        ([A, B, C], 2, Split(A)),
+        ([A, B, B, C], 3, Split(B)),
+        ([A, B, B, C, C], 3, Split(B)),
+        ([A, A, B, B, None], 3, Open()),
+        ([A, B, C, "d" * 32, None], 3, Open()),
+        ([A, B, C, None, None], 3, Open()),
+    ],
+)  # fmt: skip
+def test_a_claim_is_won_lost_split_or_open(held: list[str | None], quorum: int, found: object) -> None:
+    assert contest(A, held, quorum) == found
+
+
+def test_a_claim_that_has_no_valid_record_wins_nothing() -> None:
+    assert contest("", [None, None], 1) == Open()
+
+
+def test_of_records_that_split_the_stores_all_find_the_same_winner() -> None:
+    assert winner({}) is None
+    for counts, found in (({A: 1, B: 2}, B), ({B: 1, A: 1}, A), ({C: 2, B: 2, A: 1}, B)):
+        for order in itertools.permutations(counts):
+            assert winner({digest: counts[digest] for digest in order}) == found
+
+
+def test_no_two_claims_on_one_place_both_win_whatever_each_of_them_saw() -> None:
+    """Every way to split five stores among three records, every view that leaves some unknown: one winner at most."""
+    for quorum in (3, 4, 5):
+        for votes in itertools.product((A, B, C), repeat=5):
+            winners = set()
+            for known in itertools.product((True, False), repeat=5):
+                held = [vote if seen else None for vote, seen in zip(votes, known, strict=True)]
+                for mine in (A, B, C):
+                    match contest(mine, held, quorum):
+                        case Won():
+                            winners.add(mine)
+                        case Beaten(digest) | Split(digest):
+                            winners.add(digest)
+            assert len(winners) <= 1, (votes, winners)
+
+
+def test_a_stand_in_looks_like_an_id_and_is_no_stores_id() -> None:
+    """It is stored in the log: other releases must know it again."""
+    assert stand_in(1) == "6e6f2073746f72652079657400000001"
+    ids = [stand_in(number) for number in range(20)]
+    assert len(set(ids)) == 20 and all(keys.is_digest_hex(one) and is_stand_in(one) for one in ids)
+    assert not is_stand_in(A) and not is_stand_in("0" * 20 + stand_in(0)[:12]) and not is_stand_in("")
