@@ -55,6 +55,13 @@ class LogAccess(Protocol):
         """
         ...
 
+    def finish(self, state: LogState) -> Lost | Unknown | None:
+        """Make sure that the last record of ``state``, as it was read last, counts for good; None where it does.
+
+        Lost where another has its place: the log is to be read again. Raises as ``claim`` does.
+        """
+        ...
+
     def put_fold(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
         """Store a fold, where it is not there yet."""
         ...
@@ -129,6 +136,10 @@ class OneStore:
         assert self._sequencer is not None
         require_same_store(self._backend, self._record)
         return self._sequencer.claim(record.seq, record.encode())
+
+    def finish(self, state: LogState) -> Lost | Unknown | None:
+        """See LogAccess. What is there counts."""
+        return None
 
     def put_fold(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
         """See LogAccess."""

@@ -8,7 +8,7 @@ from ckpt.commit.copies import Copies, copies_of
 from ckpt.commit.gather import Silent
 from ckpt.commit.quorum import Beaten, Open, Split, Won, contest
 from ckpt.commit.sequencer import Claimed, Lost, Sequencer, Unknown
-from ckpt.errors import FencedError, IntegrityError
+from ckpt.errors import FencedError, FormatVersionError, IntegrityError
 from ckpt.manifest import keys
 from ckpt.manifest.records import decode_record
 
@@ -95,6 +95,6 @@ def _digest(held: bytes | Silent, seq: int) -> str:
         return ""
     try:
         record = decode_record(held)
-    except IntegrityError:
+    except (IntegrityError, FormatVersionError):
         return ""
     return record.digest if record.seq == seq else ""

@@ -16,7 +16,7 @@ from ckpt.commit.folds import encode_fold, fold_due
 from ckpt.commit.opening import open_log
 from ckpt.commit.reader import Note
 from ckpt.commit.sequencer import Claimed, Lost, Unknown
-from ckpt.commit.state import LogState
+from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import (
     CkptError,
     CommitUnknownError,
@@ -37,6 +37,7 @@ from ckpt.manifest.records import (
     Drop,
     Open,
     Record,
+    Stores,
     Tag,
     Untag,
     decode_record,
@@ -111,6 +112,19 @@ class Journal:
             self._state = self._access.read_on(self._state)
             return self._state
 
+    def refresh_sure(self) -> LogState:
+        """As ``refresh``, with a last record that certainly counts: for who deletes, or tells that something is durable.
+
+        A reader may take a record for the last one whose writer is not done, and which may come to nothing; here it is first
+        brought to where it counts for good. Raises CommitUnknownError where too few stores answer for that.
+        """
+        with self._lock:
+            for _ in range(RACES_MAX):
+                state = self.refresh()
+                if self._sure(state):
+                    return state
+        raise ConflictError(f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later")
+
     def append(self, body: Body, *, epoch: int, write_id: str | None = None) -> LogState:
         """Write ``body`` as the next record, for a writer of ``epoch``; the state returned includes it.
 
@@ -163,10 +177,8 @@ class Journal:
         digest = digest_hex(data)
         body = Commit(manifest.snapshot, digest, manifest.base)
         with self._lock:
-            state = self.refresh()
+            state = self._before_commit(body, epoch)
             if not _committed(state, body):
-                # Decided before the manifest is stored too, so that a fenced writer leaves nothing behind.
-                self._check(state, self._make(state, body, epoch, new_write_id()))
                 self._put_manifest(keys.manifest_key(manifest.snapshot, digest), data)
                 state = self._commit_record(body, epoch)
         return info_of(manifest, state)
@@ -178,6 +190,23 @@ class Journal:
         """
         body = Drop(tuple(sorted(set(snapshots))), floor)
         return self._append_now(body)
+
+    def change_stores(self, body: Stores, *, before: StoreSet | None) -> LogState:
+        """Write which stores hold the log, in place of the set ``before``, on which ``body`` was made.
+
+        Raises ConflictError where another change came first: what it took in or out would be undone.
+        """
+
+        def draft(state: LogState) -> tuple[Body, int]:
+            if state.stores != before:
+                raise ConflictError(
+                    f"the set of stores was changed meanwhile. expected={before} found={state.stores} look again, then decide"
+                )
+            return body, state.epoch
+
+        state, seq = self._append(draft, new_write_id())
+        settled(state, seq)
+        return state
 
     def tag(self, name: str, snapshot: SnapshotId, *, epoch: int | None = None) -> LogState:
         """Name a snapshot, which keeps it from being dropped; a name that exists moves. Raises ConflictError.
@@ -206,12 +235,22 @@ class Journal:
         settled(state, seq)
         return state
 
+    def _before_commit(self, body: Commit, epoch: int) -> LogState:
+        """The state in which the snapshot is committed, or may be: also a fenced writer's manifest shall not be left behind."""
+        for _ in range(RACES_MAX):
+            state = self.refresh()
+            if _committed(state, body):
+                return self.refresh_sure()
+            if self._check(state, self._make(state, body, epoch, new_write_id())):
+                return state
+        raise ConflictError(f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later")
+
     def _commit_record(self, body: Commit, epoch: int) -> LogState:
         try:
             return self.append(body, epoch=epoch)
         except ConflictError:
             # Another keeper may have committed the very same snapshot in between.
-            state = self.refresh()
+            state = self.refresh_sure()
             if _committed(state, body):
                 return state
             raise
@@ -222,9 +261,12 @@ class Journal:
             for _ in range(RACES_MAX):
                 state = self.refresh()
                 if (seq := state.seq_of(write_id)) is not None:
-                    return state, seq
+                    if self._sure(state):
+                        return state, seq
+                    continue
                 record = self._make(state, *draft(state), write_id)
-                self._check(state, record)
+                if not self._check(state, record):
+                    continue
                 match self._access.claim(state, record):
                     case Claimed():
                         self._state = state = fold(state, [record])
@@ -239,13 +281,29 @@ class Journal:
                         )
         raise ConflictError(f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later")
 
+    def _sure(self, state: LogState) -> bool:
+        """Whether the last record of ``state`` counts for good; False where another came first."""
+        match self._access.finish(state):
+            case None:
+                return True
+            case Lost():
+                return False
+            case Unknown(why):
+                raise CommitUnknownError(
+                    f"the log's last record is on too few stores, and can't be brought to more now. seq={state.next_seq - 1} "
+                    f"why={why} repeat the same call"
+                )
+
     def _make(self, state: LogState, body: Body, epoch: int, write_id: str) -> Record:
         return make_record(
             body, job=self.job, seq=state.next_seq, epoch=epoch, write_id=write_id, prev=state.head_digest
         )
 
-    def _check(self, state: LogState, record: Record) -> None:
-        """Raises unless ``record`` may be written after ``state``, by this journal, and would count."""
+    def _check(self, state: LogState, record: Record) -> bool:
+        """Raises unless ``record`` may be written after ``state``, by this journal, and would count.
+
+        False where it might count, since the last record that the judgement rests on came to nothing: read the log again.
+        """
         if state.hole is not None:
             raise IntegrityError(
                 f"the log has a hole, so nothing can be added. key={keys.log_key(state.hole.seq)} "
@@ -253,7 +311,10 @@ class Journal:
             )
         self._access.require_giver(state)
         if (void := verdict(state, record)) is not None:
+            if not self._sure(state):
+                return False
             raise refused(void)
+        return True
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         match self._access.put_manifest(key, data):

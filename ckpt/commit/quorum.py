@@ -83,7 +83,10 @@ def decide(seen: Sequence[Seen], quorum: int, followed: Collection[str] = ()) ->
     if written := {one.settled for one in seen if one.settled}:
         # Its writer knew that nothing else can have the place, and is not done.
         records = {digest: count for digest, count in records.items() if digest in written}
-    elif any(one.damaged for one in seen) and sum(not one.sure for one in seen) >= quorum:
+    elif (
+        max(records.values(), default=0) < quorum <= sum(not one.sure for one in seen)
+        and any(one.damaged for one in seen)
+    ):  # fmt: skip
         return Unclear(tuple(sorted(records)))  # what counts may have been where there is only damage now
     return _one(records, settled_key=False)
 

@@ -262,8 +262,11 @@ class SeveralStores:
     def _sequencer(self, members: StoreSet, *, first: bool = False) -> Sequencer:
         full = self.full(members)
         members = replace(members, sequencer=self._taking or members.sequencer)
-        # A store that was not there when the log was made has no vote; while it is made, another maker may have met it.
-        absent = sum(first or not is_stand_in(store_id) for store_id in members.ids) - len(full)
+        absent = sum(not is_stand_in(store_id) for store_id in members.ids) - len(full)
+        if first:
+            # A store that was not there when the log was made has no vote. But another maker may have met it since.
+            met = sum(bool(store_id) and store_id not in members.ids for store_id in self._ids) + len(self._silent)
+            absent += min(met, sum(map(is_stand_in, members.ids)))
         if members.sequencer == BY_STORES:
             able = self._copies.creators(full)
             if len(able) + absent < members.write_quorum:

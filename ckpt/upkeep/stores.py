@@ -6,6 +6,8 @@ open goes by it from its next read on.
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from ckpt.commit.several import SeveralStores
 from ckpt.commit.sqlite import SqliteSequencer, database_path
 from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import ConflictError, UnavailableError, UsageError
+from ckpt.manifest import keys
 from ckpt.manifest.job import JobRecord
 from ckpt.manifest.records import BY_STORES, Stores
 from ckpt.observe.events import Event, Tell
@@ -67,7 +70,7 @@ def add(
     ids = (*before.ids, new_id)
     quorum = write_quorum or len(ids) // 2 + 1
     after = StoreSet(ids, quorum, _giver(journal, [*stores_of(backend), new], before, quorum))
-    return _change(journal, backend, after, [new], effort, tell)
+    return _change(journal, backend, before, after, [new], effort, tell)
 
 
 def replace(
@@ -77,6 +80,10 @@ def replace(
 
     ``new`` may be where the lost one was. Raises as ``add``, and UsageError where the log knows no such store.
     """
+    if _headless(new):
+        # A writer's records that were on their way when it was emptied: they are this log's, or filling it finds out.
+        record = dataclasses.replace(_record_beside(backend, new), store_id=secrets.token_hex(16))
+        new.put(keys.JOB_KEY, [record.encode()], create_only=new.capabilities().create_only)
     new_id = _filled(journal, backend, new, effort, tell)
     before = _members(journal, backend)
     if lost_id not in before.ids:
@@ -85,7 +92,7 @@ def replace(
         raise UsageError(f"the store counts already. store={new.url}")
     ids = tuple(new_id if one == lost_id else one for one in before.ids)
     after = StoreSet(ids, before.write_quorum, before.sequencer)
-    return _change(journal, backend, after, [new], effort, tell)
+    return _change(journal, backend, before, after, [new], effort, tell)
 
 
 def remove(
@@ -110,7 +117,7 @@ def remove(
         _filled(journal, backend, store, effort, tell)
     ids = tuple(one for one in before.ids if one != gone_id)
     after = StoreSet(ids, write_quorum or len(ids) // 2 + 1, before.sequencer)
-    return _change(journal, backend, after, kept, effort, tell)
+    return _change(journal, backend, before, after, kept, effort, tell)
 
 
 def take_over(journal: Journal, backend: Backend) -> StoreSet:
@@ -185,6 +192,11 @@ def _filled(journal: Journal, backend: Backend, store: Backend, effort: Effort, 
     return done.store_id
 
 
+def _headless(store: Backend) -> bool:
+    """Whether it holds records and nothing that says whose they are."""
+    return store.stat(keys.JOB_KEY) is None and next(iter(store.list(keys.LOG)), None) is not None
+
+
 def _record_beside(backend: Backend, store: Backend) -> JobRecord:
     """The ``ckpt.json`` of another of the log's stores. Raises UnavailableError where none can be read."""
     why = "no other store was named"
@@ -201,11 +213,12 @@ def _record_beside(backend: Backend, store: Backend) -> JobRecord:
 
 
 def _change(
-    journal: Journal, backend: Backend, after: StoreSet, fresh: Sequence[Backend], effort: Effort, tell: Tell
-) -> StoreSet:
+    journal: Journal, backend: Backend, before: StoreSet, after: StoreSet, fresh: Sequence[Backend], effort: Effort,
+    tell: Tell,
+) -> StoreSet:  # fmt: skip
     state = journal.refresh()
     _require_sure(state, backend)
-    journal.append(_body(after), epoch=state.epoch)
+    journal.change_stores(_body(after), before=before if state.stores is not None else None)
     tell(Event("stores", f"the log lies on {len(after.ids)} stores now, with a write quorum of {after.write_quorum}"))
     for store in fresh:  # what was written between its filling and the record
         _filled(journal, backend, store, effort, tell)

@@ -83,7 +83,8 @@ def test_records_are_found_by_their_write_id_and_place_among_the_last_only() -> 
 
 
 def test_a_write_is_known_again_while_it_is_among_the_last_1024_records() -> None:
-    """A repeat within reach is void, and one beyond it is a record like any other."""
+    """A repeat within reach is void, and one beyond it is a record like any other. All readers must agree on the reach."""
+    assert RECENT_MAX == 1024, "docs/format.md names it"
     tags = [(1, Tag("x", pair(1, 1)))] * RECENT_MAX
     for first, void in ((RECENT_MAX - 1, True), (RECENT_MAX, False)):
         records = chain(OPEN1, commit(1, 1), *tags[:first])
@@ -101,9 +102,7 @@ def test_a_write_id_that_was_recorded_twice_is_known_while_one_of_the_two_is_amo
         for write_id in ("twice", "x", "twice", "y", "z", "twice", "u", "v", "w", "twice"):
             seq, step = len(records), len(records)
             body = Commit(pair(1, step), A, None)
-            records.append(
-                make_record(body, job="run-a", seq=seq, epoch=1, write_id=write_id, prev=records[-1].digest)
-            )
+            records.append(make_record(body, job="run-a", seq=seq, epoch=1, write_id=write_id, prev=records[-1].digest))
         found = fold(empty("run-a"), records)
     assert [(void.seq, void.code) for void in found.voids] == [(3, "repeat"), (6, "repeat")]
     assert found.find(pair(1, 10)) is not None

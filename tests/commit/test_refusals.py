@@ -35,7 +35,12 @@ def codes(state: LogState) -> list[tuple[int, str]]:
     return [(void.seq, void.code) for void in state.voids]
 
 
-TWO_EPOCHS: tuple[tuple[int, Body], ...] = ((1, Open(1, None)), (1, commit(1, 5)), (2, Open(2, pair(1, 9))), (2, commit(2, 10)))
+TWO_EPOCHS: tuple[tuple[int, Body], ...] = (
+    (1, Open(1, None)),
+    (1, commit(1, 5)),
+    (2, Open(2, pair(1, 9))),
+    (2, commit(2, 10)),
+)
 """Epoch 1 may still commit what it captured up to step 9; 2/10 is the newest."""  # fmt: skip
 
 

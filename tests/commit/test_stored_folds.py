@@ -10,7 +10,7 @@ import pytest
 from ckpt.commit import folds
 from ckpt.commit.folds import FOLD_BYTES_MAX, decode_fold, encode_fold
 from ckpt.commit.state import RECENT_MAX, Committed, LogState, Opened, StoreSet, Tagged, Void
-from ckpt.errors import IntegrityError
+from ckpt.errors import IntegrityError, UsageError
 from ckpt.manifest import keys
 from ckpt.manifest.canonical import seal
 from ckpt.values import SnapshotId
@@ -163,7 +163,10 @@ def test_a_floor_is_a_pair(floor: SnapshotId | None, fine: bool) -> None:
 
 
 def _voids(*seqs: int, total: int | None = None) -> dict[str, Any]:
-    return {"voids": tuple(Void(seq, "repeat", "x") for seq in seqs), "voids_total": len(seqs) if total is None else total}
+    return {
+        "voids": tuple(Void(seq, "repeat", "x") for seq in seqs),
+        "voids_total": len(seqs) if total is None else total,
+    }
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,9 @@ def test_of_many_voids_and_write_ids_the_last_1024_are_kept() -> None:
     assert believed(_long(0, 0, next_seq=RECENT_MAX)) and not believed(_long(0, 0, next_seq=RECENT_MAX - 1))
 
 
-@pytest.mark.parametrize(("changes", "fine"), [({"job": ""}, False), ({"head_digest": "x"}, False), ({"job": "b"}, True)])
+@pytest.mark.parametrize(
+    ("changes", "fine"), [({"job": ""}, False), ({"head_digest": "x"}, False), ({"job": "b"}, True)]
+)
 def test_the_job_and_the_head_are_what_they_ought_to_be(changes: dict[str, Any], fine: bool) -> None:
     assert believed(replace(STATE, **changes)) == fine
 
@@ -224,8 +229,10 @@ def test_a_fold_is_refused_above_its_size_before_it_is_parsed() -> None:
     assert FOLD_BYTES_MAX == 256 << 20, "docs/format.md names it, and other readers rely on it"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folds, "FOLD_BYTES_MAX", len(encode_fold(STATE)) - 1)
-        with pytest.raises(IntegrityError):
+        with pytest.raises(IntegrityError, match=r"too large to be read\. what=fold"):
             decode_fold(encode_fold_unlimited(STATE))
+        with pytest.raises(UsageError, match=r"too large\. what=fold"):
+            encode_fold(STATE)
 
 
 def encode_fold_unlimited(state: LogState) -> bytes:

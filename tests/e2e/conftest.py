@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "programs")]  # for jobs, for servers.*, and for named
 
-from jobs import Fleet
+from jobs import Fleet  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

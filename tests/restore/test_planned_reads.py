@@ -10,6 +10,7 @@ import pytest
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.manifest.digest import digest
 from ckpt.manifest.part import StoredShard
+from ckpt.restore import plan as plan_room
 from ckpt.restore.plan import (
     CLOSE_NAMES_MAX,
     GAP_BYTES_MAX,
@@ -85,7 +86,9 @@ class OneLeaf:
     def __init__(self, shape: tuple[int, ...], *boxes: Box, grid: int = 16, ranks: tuple[int | None, ...] = (None,)):
         self.shape = shape
         self.grid = grid
-        self.held = {rank: Leaf(name="w", kind=LeafKind.TENSOR, dtype="float32", shape=shape, rank=rank) for rank in ranks}
+        self.held = {
+            rank: Leaf(name="w", kind=LeafKind.TENSOR, dtype="float32", shape=shape, rank=rank) for rank in ranks
+        }
         self.boxes = boxes or (Box.whole(shape),)
 
     def leaves(self) -> list[Leaf]:
@@ -134,7 +137,66 @@ def test_only_chunks_that_hold_something_wanted_are_read() -> None:
     wide = OneLeaf((4, 16))
     assert packs(planned(wide, Box((1, 2), (2, 3)))) == ["00/0064", "00/0080", "00/0128", "00/0144"]
     assert packs(planned(wide, Box((0, 5), (4, 1)))) == ["00/0016", "00/0080", "00/0144", "00/0208"]
-    assert len(copies(planned(wide, Box((0, 5), (4, 1))))) == 4
+    column = copies(planned(wide, Box((0, 5), (4, 1))))
+    assert [(one.shape, one.size_bytes, one.target_offset_bytes) for one in column] == [
+        ((1,), 4, 4 * n) for n in range(4)
+    ]
+
+
+def test_only_chunks_between_the_first_and_the_last_wanted_element_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A few rows of a large shard must not cost a look at each of its chunks."""
+    looked: list[int] = []
+
+    def split(sizes: tuple[int, ...], start: int, stop: int) -> tuple[Box, ...]:
+        if sizes == (100, 8):
+            looked.append(start // 4)
+        return split_flat(sizes, start, stop)
+
+    monkeypatch.setattr(plan_room, "split_flat", split)
+    plan = planned(OneLeaf((104, 8), Box((0, 0), (4, 8)), Box((4, 0), (100, 8))), Box((44, 1), (3, 2)))
+    assert looked == [80, 81, 82, 83, 84]
+    assert packs(plan) == ["01/1280", "01/1312", "01/1344"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "want"),
+    [
+        ((4, 3), Box((0, 0), (4, 3))),
+        ((4, 3), Box((1, 0), (3, 3))),
+        ((3, 3, 4), Box((1, 1, 0), (1, 2, 4))),
+        ((3, 3, 4), Box((1, 1, 1), (1, 1, 3))),
+        ((3, 1, 4), Box((1, 0, 0), (2, 1, 4))),
+        ((5,), Box((1,), (4,))),
+    ],
+)
+def test_what_lies_in_one_run_is_copied_in_one_piece_a_chunk_however_rows_and_chunks_meet(
+    shape: tuple[int, ...], want: Box
+) -> None:
+    found = copies(planned(OneLeaf(shape), want))
+    assert all(one.contiguous for one in found)
+    values = np.arange(math.prod(shape)).reshape(shape)
+    wanted = values[tuple(slice(o, o + n) for o, n in zip(want.offsets, want.sizes, strict=True))].ravel().tolist()
+    chunks = range(wanted[0] // 4, wanted[-1] // 4 + 1)
+    assert len(found) == len(chunks)
+    assert [one.size_bytes for one in found] == [4 * sum(n // 4 == chunk for n in wanted) for chunk in chunks]
+
+
+def test_a_dimension_of_one_does_not_make_two_runs_one() -> None:
+    (found,) = copies(planned(OneLeaf((2, 1, 4), grid=64), Box((0, 0, 0), (2, 1, 2))))
+    assert (found.shape, found.source_strides_bytes, found.target_strides_bytes) == ((2, 2), (16, 4), (8, 4))
+
+
+def test_a_shard_that_is_one_run_goes_into_the_columns_where_it_belongs() -> None:
+    index = OneLeaf((2, 4), Box((0, 0), (2, 2)), Box((0, 2), (2, 2)))
+    found = copies(planned(index, Box.whole((2, 4))))
+    assert [
+        (one.shape, one.source_strides_bytes, one.target_strides_bytes, one.target_offset_bytes) for one in found
+    ] == [
+        ((2, 2), (8, 4), (16, 4), 0),
+        ((2, 2), (8, 4), (16, 4), 8),
+    ]
 
 
 def test_a_run_that_ends_with_a_chunk_does_not_touch_the_next() -> None:
@@ -238,6 +300,8 @@ def test_what_is_verified_already_is_not_read_again_and_each_place_is_read_for_i
         (Box((1, 0), (-1, 3)), False),
         (Box((0, -1), (4, 1)), False),
         (Box((0,), (4,)), False),
+        (Box((0,), (4, 3)), False),
+        (Box((0, 0), (4,)), False),
         (Box((0, 0, 0), (1, 1, 1)), False),
     ],
 )

@@ -6,7 +6,7 @@
         config.pluginmanager.import_plugin("servers.fixtures")
 
 Servers start when the first test asks, once a session, and are running again after whatever a test did to them. Each
-test makes buckets of its own, or takes ``s3_bucket``.
+test makes buckets of its own, or takes ``s3_bucket``; between tests a gateway that holds much is emptied.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from contextlib import ExitStack
 import pytest
 from servers.proxy import FaultProxy
 from servers.s3 import Bucket, Gateway, Moto, S3Server
+
+STORED_BYTES_MAX = 1 << 30
+"""A gateway that holds more after a test is emptied."""
 
 
 class Servers:
@@ -42,6 +45,12 @@ class Servers:
                 ending.push(server)
 
 
+def _tidy(server: S3Server) -> None:
+    """What tests leave in their buckets stays for the whole session, until it is much."""
+    if server.folder.exists() and server.stored_bytes() > STORED_BYTES_MAX:
+        server.wipe()
+
+
 @pytest.fixture(scope="session")
 def _s3_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     servers = Servers(tmp_path_factory)
@@ -50,15 +59,20 @@ def _s3_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 @pytest.fixture
-def s3_server(_s3_servers: Servers) -> S3Server:
+def s3_server(_s3_servers: Servers) -> Iterator[S3Server]:
     """A running gateway; a test may stop it, freeze it, wipe it."""
-    return _s3_servers.get(Gateway)
+    server = _s3_servers.get(Gateway)
+    yield server
+    _tidy(server)
 
 
 @pytest.fixture
-def two_s3_servers(_s3_servers: Servers) -> tuple[S3Server, S3Server]:
+def two_s3_servers(_s3_servers: Servers) -> Iterator[tuple[S3Server, S3Server]]:
     """Two running gateways that know nothing of each other: two regions."""
-    return _s3_servers.get(Gateway, 0), _s3_servers.get(Gateway, 1)
+    one, other = _s3_servers.get(Gateway, 0), _s3_servers.get(Gateway, 1)
+    yield one, other
+    _tidy(one)
+    _tidy(other)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ kill. ``Moto`` honours conditional puts, checks no signature and keeps everythin
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,14 @@ class S3Server:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.start()
         assert self.port == port, "somebody took the port of a server that was wiped"
+
+    def stored_bytes(self) -> int:
+        """What its folder takes on the disk."""
+        total = 0
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # it goes on deleting
+                total += path.stat().st_size
+        return total
 
     def bucket(self, name: str | None = None) -> Bucket:
         """A fresh bucket, or the one of that name."""

@@ -55,7 +55,9 @@ class Scene:
         if members is None or any(is_stand_in(store_id) for store_id in members.ids):
             return self.plan
         sites: list[int] = []
-        for store_id in members.ids:  # where several were one after the other, the last is named once, and some other place
+        for (
+            store_id
+        ) in members.ids:  # where several were one after the other, the last is named once, and some other place
             free = [n for n in (self.world.where[store_id], *range(len(self.world.sites))) if n not in sites]
             sites.append(free[0])
         self.plan = Plan(tuple(sites), members.write_quorum)

@@ -135,11 +135,14 @@ def _why_stuck(scene: Scene) -> str:
     able = [site for site in left if site.creates or members.sequencer != BY_STORES]
     if len(able) < members.write_quorum:
         return "too few left"
+    told = world.ledger.state.stores
+    if told is not None and told != members and sum(store_id in here for store_id in told.ids) < told.write_quorum:
+        return "too few left of the set before"
     # Of a place that is not told yet, and whose votes are split, nobody can know who won it once a vote is lost.
-    told = len(world.ledger.told)
+    first = len(world.ledger.told)
     split = any(
         sum(any(site.body in bodies for site in left) for bodies in world.ledger.votes(seq).values()) > 1
-        for seq in (told, told + 1)
+        for seq in range(first, first + 4)
     )
     lost = len(left) < len(members.ids) or not all(site.creates for site in left)
     if split and lost:

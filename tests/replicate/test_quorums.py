@@ -1,0 +1,42 @@
+"""On how many stores an object must be, and of how many it must be missing: each count at its edge."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckpt.errors import UsageError
+from ckpt.replicate.quorum import Quorum, counting_only, quorum_of
+
+
+@pytest.mark.parametrize(
+    ("stores", "write", "absent"), [(1, 1, 1), (3, 2, 2), (3, 3, 1), (4, 3, 2), (5, 3, 3), (5, 4, 2)]
+)
+def test_so_many_places_acknowledge_and_so_many_prove_absence(stores: int, write: int, absent: int) -> None:
+    quorum = quorum_of(stores, write)
+    for count in range(stores + 1):
+        places = frozenset(range(stores - count, stores))
+        assert quorum.acknowledged(places) is (count >= write)
+        assert quorum.answered(places) is (count >= absent)
+        assert quorum.absent(places) is (count >= absent)
+
+
+def test_a_store_that_does_not_count_acknowledges_nothing_and_proves_nothing() -> None:
+    quorum = counting_only(quorum_of(4, 3), [0, 1, 3])
+    assert quorum == Quorum(4, 3, frozenset({0, 1, 3}))
+    assert not quorum.acknowledged(frozenset({0, 1, 2})) and quorum.acknowledged(frozenset({0, 1, 3}))
+    assert not quorum.answered(frozenset({0, 2})) and quorum.answered(frozenset({0, 3}))
+
+
+@pytest.mark.parametrize(
+    ("stores", "write", "says"),
+    [
+        (0, None, "needs stores"),
+        (3, 0, "between 1 and the number of stores. write_quorum=0"),
+        (3, -1, "between 1 and the number of stores. write_quorum=-1"),
+        (3, 4, "between 1 and the number of stores. write_quorum=4"),
+        (4, 2, "share no store. write_quorum=2 stores=4; use 3 or more"),
+    ],
+)
+def test_a_write_quorum_that_cannot_be_is_refused_with_what_can(stores: int, write: int | None, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        quorum_of(stores, write)
