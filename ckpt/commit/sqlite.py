@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ BUSY_S = 30.0
 
 KEPT = 4096
 """How many of the last records are kept; older ones are on their stores for long."""
+
+_PAUSE_S = 0.01
 
 ANYWHERE = -1
 """Where a file begins whose first place is known only when it is claimed."""
@@ -80,6 +83,7 @@ class SqliteSequencer:
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._connected() as db:
+                _keep_wal(db)
                 db.executescript(_SCHEMA)
                 with _transaction(db):
                     if clear:
@@ -142,9 +146,21 @@ class SqliteSequencer:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)) as db:
-            db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             yield db
+
+
+def _keep_wal(db: sqlite3.Connection) -> None:
+    """Let the file have a write-ahead log, from now on. Here SQLite does not wait for other processes by itself."""
+    until_s = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until_s:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 @contextmanager

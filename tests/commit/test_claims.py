@@ -11,8 +11,9 @@ import pytest
 from ckpt.backends.base import Backend, Buffer, Capabilities
 from ckpt.backends.checked import read_alone
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.claims import FiledSequencer, StoresSequencer
+from ckpt.commit.claims import FiledSequencer, StoresSequencer, silent
 from ckpt.commit.copies import Copies
+from ckpt.commit.gather import Silent
 from ckpt.commit.lanes import Enough
 from ckpt.commit.sequencer import Claimed, Lost, StoreSequencer, Unknown
 from ckpt.errors import FencedError, NotFoundError, UsageError
@@ -158,6 +159,11 @@ def test_too_few_answers_are_unknown_and_say_who_is_silent() -> None:
     assert "; memory:s2: " in found.why and "memory:s0" not in found.why and found.why.endswith("]")
 
 
+def test_the_silent_are_named_in_the_users_order() -> None:
+    found = {2: Silent("late"), 0: b"x", 1: Silent("dead")}
+    assert silent(Stores(*THREE).copies, found) == "silent=[memory:s1: dead; memory:s2: late]"
+
+
 def test_a_split_that_can_be_settled_on_too_few_stores_is_unknown() -> None:
     world = Stores(*THREE[:2])
     world.give(0, SECOND)
@@ -175,6 +181,9 @@ def test_a_file_gives_the_place_and_the_stores_get_the_record() -> None:
     assert world.claim_filed(file, FIRST, quorum=2) == Claimed() == world.claim_filed(file, FIRST, quorum=2)
     assert world.at() == [FIRST] * 3
     assert world.claim_filed(file, SECOND, quorum=2) == Lost(FIRST)
+    away = Stores(Plain, Plain, Plain, silent=[1])
+    assert away.claim_filed(MemoryBackend("file"), FIRST, quorum=2) == Claimed()
+    assert away.at() == [FIRST, None, FIRST]
 
 
 def test_a_record_that_has_its_place_in_the_file_is_copied_for_a_writer_that_died() -> None:

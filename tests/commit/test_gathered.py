@@ -93,6 +93,8 @@ def test_a_last_record_on_too_few_stores_is_not_taken_and_leaves_no_hole() -> No
 def test_a_record_that_is_followed_is_taken_of_whatever_is_left_of_it() -> None:
     found = read(held(0, *LOG), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2], LOG[3]))
     assert found.state == upto(4) and found.thin == (2,) and found.before is None
+    beside = read(held(0, *LOG), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2], LOG[3]), held(5, LOG[2]))
+    assert beside.state == upto(4) and beside.thin == (2,), "a store that does not count is no copy"
     elsewhere = read(held(0, *LOG[:2], LOG[3]), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2]), held(5, LOG[2]))
     assert elsewhere.state == upto(4), "also where only a store has it that does not count"
     assert elsewhere.full == {0, 1, 2} and elsewhere.thin == (2,)
@@ -194,6 +196,13 @@ def test_a_change_that_few_of_the_old_set_hold_leaves_it_to_the_old_set_what_is_
     assert found.before == upto(2, log) and "answered=1 stores=3 needed=2" in found.state.short
 
 
+def test_a_change_to_stores_that_are_silent_leaves_the_newest_unknown_although_the_old_set_answers() -> None:
+    log = follow([], stores(0, 1, 2), Open(1, None), stores(3, 4, 5))
+    found = read(held(0, *log), held(1, *log[:2]), LATE, LATE, LATE, LATE)
+    assert found.state.stores == StoreSet(IDS[3:], 2) and found.before == upto(2, log)
+    assert "answered=0 stores=3 needed=2" in found.state.short
+
+
 def test_before_the_stores_are_named_the_log_is_in_one_store_and_what_is_there_counts() -> None:
     log = follow([], Open(1, None), commit(1))
     alone = read(held(0, *log))
@@ -207,6 +216,18 @@ def test_before_the_stores_are_named_the_log_is_in_one_store_and_what_is_there_c
     )
     assert "of_another_log=['u0'] silent=[]" in read(Held("", elsewhere="e" * 32), held(0, *log)).state.short
     assert "of_another_log=[] silent=[u1" in read(held(0, *log), LATE).state.short
+
+
+def test_damage_at_the_first_place_is_not_an_empty_log() -> None:
+    found = read(held(0, damaged=(0,)), Held(""))
+    assert found.state.hole is not None and found.state.hole.seq == 0
+    assert found.state.hole.reason.startswith("stores hold damage there")
+
+
+def test_records_in_a_store_that_has_no_id_count_for_nothing() -> None:
+    log = follow([], Open(1, None))
+    found = read(Held("", {0: log[0]}), held(1))
+    assert found.state == empty("run-a") and found.full == {1}
 
 
 def test_a_log_of_one_store_goes_on_in_the_stores_that_it_names() -> None:
@@ -238,6 +259,8 @@ def test_of_two_first_records_the_one_that_counts_is_taken_and_two_that_may_are_
         assert unclear.state.hole is not None and unclear.state.hole.seq == 0 and unclear.tail is None
         assert unclear.state.hole.reason.startswith("stores hold different records there")
     apart = follow([], stores(3, 4, 5), by="x")[0]
+    one = read(held(0, mine), held(1, apart), LATE, held(3), held(4), held(5))
+    assert one.state.hole is not None and one.state.next_seq == 0, "the silent store decides, whatever the others name"
     both = read(held(0, mine), held(1, mine), held(2, mine), held(3, apart), held(4, apart), held(5, apart))
     assert both.state.hole is not None and both.state.next_seq == 0, "each counts on its own stores"
 

@@ -54,6 +54,12 @@ SETTLED_A, BOTH_A = Seen(settled=A), Seen(A, A)
         ([ROT, HAS_A, HAS_A], 2, Taken(A, 2, False)),
         ([ROT, ROT, HAS_A, HAS_A, HAS_A], 3, Taken(A, 3, False)),
         ([ROT, NONE, NONE], 2, Vacant()),
+        ([ROT], 1, Unclear(())),
+        ([ROT, ROT, SILENT, HAS_B, HAS_A], 3, Unclear((A, B))),
+        # Damage at the other key than the record's makes one store neither two copies nor none.
+        ([Seen(A, damaged=True), NONE, NONE], 2, Vacant()),
+        ([Seen(A, damaged=True), Seen(A, damaged=True), NONE], 2, Taken(A, 2, False)),
+        ([Seen(settled=A, damaged=True), NONE, NONE], 2, Vacant()),
         # The second key: W of them, or one whose writer is not done.
         ([BOTH_A, BOTH_A, HAS_B], 2, Taken(A, 2, True)),
         ([SETTLED_A, SETTLED_A, NONE], 2, Taken(A, 2, True)),
@@ -87,7 +93,7 @@ def test_a_record_counts_that_is_or_may_be_on_enough_stores(seen: list[Seen], qu
 def test_a_record_that_was_followed_counts_whatever_is_left_of_it(
     seen: list[Seen], followed: set[str], found: Decided
 ) -> None:
-    assert decide(seen, 2, followed) == found
+    assert decide(seen, 2, followed) == found == decide(seen, 2, sorted(followed, reverse=True))
 
 
 def test_a_store_is_sure_of_what_it_holds_where_it_answers_and_nothing_is_damaged() -> None:
