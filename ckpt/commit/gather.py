@@ -50,17 +50,20 @@ class Silent:
 class Tail:
     """The last record that was taken: on how many stores it was seen, and which set had to hold it.
 
-    ``settled``: it stands at its place's second key.
+    ``settled``: it stands at its place's second key; ``followed``: another one names it.
     """
 
     record: Record
     copies: int
     settled: bool
     members: StoreSet
+    followed: bool = False
 
     @property
     def sure(self) -> bool:
         """Whether it counts for good, so that its writer may be told, and whichever W - 1 stores are lost from now on."""
+        if self.followed:
+            return True
         if self.settled or self.members.sequencer != BY_STORES:
             return self.copies >= self.members.write_quorum
         # Another vote, seen or not, could be taken for this record's where W - 1 of its own are lost.
@@ -104,7 +107,8 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
         if isinstance(decided, Taken):
             record = copies[decided.digest]
             batch.append(record)
-            tail = Tail(record, decided.copies, decided.settled, inside)
+            follows = any(one.prev == record.digest for _, one in _copies(held, seq + 1))
+            tail = Tail(record, decided.copies, decided.settled, inside, follows)
             if decided.copies < inside.write_quorum:
                 thin.append(seq)
             if isinstance(record.body, Stores) or members is None:

@@ -98,35 +98,30 @@ def _require_answers(copies: Copies, found: Sequence[JobRecord | Silent | None],
 
 def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Place, write_quorum: int) -> Place:
     """Write ``ckpt.json`` where a log that has not begun needs one. The first store that is made decides whose it is."""
-    known = [number for number, one in enumerate(found) if isinstance(one, JobRecord) and one.log_id == place.log_id]
-    # A store without a name beside a log came back empty: it is filled before it gets one.
-    begun = len(known) >= write_quorum or any(copies.begun(number) is not False for number in known)
-    made = 0
-    ids = [""] * len(found)
+    ids = [one.store_id if isinstance(one, JobRecord) and one.log_id == place.log_id else "" for one in found]
+    known = [number for number, store_id in enumerate(ids) if store_id]
+    if known and (None not in found or any(copies.begun(number) is not False for number in known)):
+        # A store without a name beside a log came back empty: it is filled before it gets one.
+        return replace(place, ids=tuple(ids))
     why = {number: one for number, one in enumerate(found) if isinstance(one, Silent)}
     if len(found) - len(why) < write_quorum:
         # Nothing is made then: what is left behind could keep the log of a silent store from being found.
         raise UnavailableError(f"too few stores answer. needed={write_quorum} {silent(copies, why)} repeat later")
-    for number, record in enumerate(found):
-        if isinstance(record, Silent):
+    for number in [number for number, one in enumerate(found) if one is None]:
+        there = copies.make(number, JobRecord(job=place.job, store_id=secrets.token_hex(16), log_id=place.log_id))
+        if isinstance(there, Silent):
+            why[number] = there
             continue
-        if record is not None:
-            ids[number] = record.store_id if number in known else ""
-            made += number in known  # another log's, which was never begun, counts for nothing
-        elif not begun:
-            there = copies.make(number, JobRecord(job=place.job, store_id=secrets.token_hex(16), log_id=place.log_id))
-            if isinstance(there, Silent):
-                why[number] = there
-                continue
-            if (there.job, there.log_id) != (place.job, place.log_id):
-                if made or there.job != place.job:
-                    raise ConflictError(
-                        f"another process makes a log on these stores at the same time. store={copies.urls[number]} "
-                        f"its_job={there.job!r} repeat"
-                    )
-                place = replace(place, log_id=there.log_id)
-            made += 1
-            ids[number] = there.store_id
-    if made < write_quorum:
-        raise UnavailableError(f"too few stores could be made. made={made} needed={write_quorum} {silent(copies, why)}")
+        if (there.job, there.log_id) != (place.job, place.log_id):
+            if any(ids) or there.job != place.job:
+                raise ConflictError(
+                    f"another process makes a log on these stores at the same time. store={copies.urls[number]} "
+                    f"its_job={there.job!r} repeat"
+                )
+            place = replace(place, log_id=there.log_id)
+        ids[number] = there.store_id
+    if sum(map(bool, ids)) < write_quorum:
+        raise UnavailableError(
+            f"too few stores could be made. made={sum(map(bool, ids))} needed={write_quorum} {silent(copies, why)}"
+        )
     return replace(place, ids=tuple(ids))

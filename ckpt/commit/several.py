@@ -67,10 +67,7 @@ class SeveralStores:
         return {number: store_id for number, store_id in enumerate(self._ids) if store_id in members.ids}
 
     def start(self) -> tuple[LogState, tuple[Note, ...]]:
-        """See LogAccess. A fold proves right by its own digest and by the record it ends with, whichever store has it.
-
-        One that ends with a change of the set is passed over: the record itself must be seen, for it may need copies yet.
-        """
+        """See LogAccess. A fold proves right by its own digest and by the record it ends with, whichever store has it."""
         self._tail = self._before = None
         notes: list[Note] = []
         seqs = {seq for key in self._copies.listed(keys.FOLDS) if (seq := keys.parse_fold_key(key)) is not None}
@@ -98,9 +95,7 @@ class SeveralStores:
             for held in self._copies.read(key, bytes_max=RECORD_BYTES_MAX):
                 if isinstance(held, bytes):
                     with suppress(IntegrityError, FormatVersionError):  # a damaged copy ends nothing
-                        record = decode_record(held)
-                        if not isinstance(record.body, Stores):
-                            digests.add(record.digest)
+                        digests.add(decode_record(held).digest)
         return digests
 
     def read_on(self, state: LogState) -> LogState:
@@ -189,7 +184,8 @@ class SeveralStores:
         got = gather(state.without_hole(), held, self._copies.urls)
         if (hole := got.state.hole) is not None:
             newer = sum(hole.seq in one.newer for one in held if isinstance(one, Held))
-            if newer >= (got.state.stores.write_quorum if got.state.stores else 1):
+            # On fewer stores it is damage to what says the version.
+            if newer >= (got.state.stores.write_quorum if got.state.stores else len(held) // 2 + 1):
                 raise FormatVersionError(
                     f"the log goes on with a record that this release does not read. key={keys.log_key(hole.seq)} "
                     f"stores={newer} upgrade torch-ckpt: {UPGRADE}"

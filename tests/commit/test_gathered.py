@@ -90,6 +90,12 @@ def test_a_last_record_on_too_few_stores_is_not_taken_and_leaves_no_hole() -> No
     assert found.tail is not None and found.tail.record == LOG[2] and found.tail.sure
 
 
+def test_a_last_record_that_is_followed_is_sure_although_what_follows_it_is_not_taken() -> None:
+    found = read(held(0, *LOG), held(1, *LOG[:3]), held(2, *LOG[:2]))
+    assert found.state == upto(3) and found.before is None
+    assert found.tail is not None and (found.tail.record, found.tail.copies, found.tail.sure) == (LOG[2], 2, True)
+
+
 def test_a_record_that_is_followed_is_taken_of_whatever_is_left_of_it() -> None:
     found = read(held(0, *LOG), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2], LOG[3]))
     assert found.state == upto(4) and found.thin == (2,) and found.before is None

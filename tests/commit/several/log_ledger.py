@@ -35,6 +35,8 @@ class Ledger:
         self.states: dict[str, LogState] = {}
         self.winner: dict[int, str] = {}
         """By place the record that counts: that was on W stores at some time."""
+        self.logs: set[str] = set()
+        """The ids of all logs that any store ever belonged to."""
         self.told: list[str] = []
         """The longest history that a writer was told of."""
         self._copies: dict[tuple[str, bool], set[Body]] = defaultdict(set)
@@ -45,7 +47,9 @@ class Ledger:
         known = body.first_bytes.setdefault(key, data)
         assert known == data, f"the bytes of a key never change. key={key}"
         if key == keys.JOB_KEY:
-            body.store_id = JobRecord.decode(data).store_id
+            named = JobRecord.decode(data)
+            body.store_id = named.store_id
+            self.logs.add(named.log_id)
             for digest, second in list(self._copies):
                 if body in self._copies[digest, second]:  # what is here counts from now on
                     self._count(self.records[digest])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from log_ledger import JOB, record_or_none
+from log_ledger import JOB
 from log_stores import SmallReplicated
-from log_world import Death, InlineLanes, Process, Site, Still, Way, World
+from log_world import Death, Process, Way, World
 
-from ckpt.commit.catalog import load_manifest
 from ckpt.commit.journal import Journal
-from ckpt.commit.quorum import is_stand_in
 from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import (
     CkptError,
@@ -52,13 +51,14 @@ class Scene:
     def known_plan(self) -> Plan:
         """What a user says who knows where the log lies now."""
         members = self.world.ledger.latest.stores
-        if members is None or any(is_stand_in(store_id) for store_id in members.ids):
+        if members is None:
             return self.plan
         sites: list[int] = []
+        everywhere = range(len(self.world.sites))
         for (
             store_id
         ) in members.ids:  # where several were one after the other, the last is named once, and some other place
-            free = [n for n in (self.world.where[store_id], *range(len(self.world.sites))) if n not in sites]
+            free = [n for n in (self.world.where.get(store_id), *everywhere) if n is not None and n not in sites]
             sites.append(free[0])
         self.plan = Plan(tuple(sites), members.write_quorum)
         return self.plan
@@ -74,9 +74,8 @@ class Scene:
         self.world.ledger.tell(state.head_digest)
 
     def strays(self) -> bool:
-        """Whether a store that was wiped was made another log's meanwhile: such a one has to be cleared by hand."""
-        jobs = [site.body.first_bytes.get(keys.JOB_KEY) for site in self.world.sites]
-        return len({JobRecord.decode(data).log_id for data in jobs if data is not None}) > 1
+        """Whether a store that was wiped was made another log's at some time: such a one has to be cleared by hand."""
+        return len(self.world.ledger.logs) > 1
 
     def seen(self, state: LogState, told: int, *, flagged: bool) -> None:
         """What a reader saw; ``told``: how many records writers had been told of when it began."""
@@ -298,7 +297,11 @@ class Operator(Person):
         before = self.world.ledger.state.stores
         assert before is not None
         journal = self._everywhere()
-        journal.change_stores(Stores(ids, quorum, before.sequencer), before=before)
+        self.world.planned.append((math.inf, ids))
+        try:
+            journal.change_stores(Stores(ids, quorum, before.sequencer), before=before)
+        finally:
+            self.world.planned[-1] = (self.world.ledger.latest.next_seq + 1, ids)
         self.scene.told(journal)
         self.world.note("set changes")
 
@@ -360,69 +363,3 @@ class Operator(Person):
     def failed(self, error: CkptError) -> None:
         assert not isinstance(error, UsageError) or "places" in str(error) or self.scene.strays(), error
         self.world.note("changes that failed")
-
-
-def look(scene: Scene, heard: set[int]) -> LogState | None:
-    """The log as one sees it who hears only these sites, nothing else happening; None where that is an error."""
-    world = scene.world
-    plan = scene.known_plan()
-    everywhere = tuple(range(len(world.sites)))
-    stores = [Still(world.sites[n], heard=n in heard) for n in everywhere]
-    process = Process(world, "")
-    process.patient = True
-    try:
-        with process.running():
-            backend = SmallReplicated(stores, plan.write_quorum)
-            journal = Journal.open(backend)
-            state = journal.refresh()
-            scene.seen(state, len(world.ledger.told), flagged=bool(state.unsure))
-            if len(heard) == len(stores):
-                for entry in state.snapshots:
-                    assert load_manifest(backend, state, entry.snapshot).snapshot == entry.snapshot
-                    assert entry.manifest_digest not in scene.refused, "what was refused does not count"
-            return state
-    except (UnavailableError, NotFoundError, UsageError):
-        return None
-    finally:
-        process.end()
-
-
-def check(scene: Scene) -> None:
-    """What must hold at any moment."""
-    world, ledger = scene.world, scene.world.ledger
-    assert len(scene.opened) == len(set(scene.opened)), "no epoch is given to two writers"
-    told = ledger.state
-    members = told.stores
-    for pair, digest in scene.committed.items():
-        entry = told.find(pair)
-        assert pair in scene.dropped or (entry is not None and entry.manifest_digest == digest), (
-            "what was told durable is"
-        )
-    if members is None:
-        return
-    everyone = set(range(len(world.sites)))
-    state = look(scene, everyone)
-    if state is None and scene.strays():
-        return
-    assert state is not None, "with all stores there, there is a log"
-    assert len(ledger.chain(state.head_digest)) >= len(ledger.told), "what was told is seen by who hears all"
-    assert set(state.voids) == {void for void in state.voids if void.code == "repeat"}, "writers see voids beforehand"
-    sound = [site.number for site in world.sites if site.body.store_id in members.ids and site.number not in world.hurt]
-    outside = [n for n in everyone if world.sites[n].body.store_id not in members.ids]
-    world.dice.shuffle(sound)
-    # What was written when W was lower is on fewer stores: until a scrub, more of them have to be heard.
-    enough = len(members.ids) - world.quorum_min + 1
-    if len(sound) >= enough:
-        state = look(scene, {*sound[:enough], *world.dice.sample(outside, world.dice.randint(0, len(outside)))})
-        if state is None and scene.strays():
-            return
-        assert state is not None, "who hears enough finds the log"
-        assert len(ledger.chain(state.head_digest)) >= len(ledger.told), "what was told is seen by who hears enough"
-        assert not state.short or state.stores != members, "who hears enough knows it"
-    few = set(sound[: members.answers_min - 1]) | set(outside)
-    state = look(scene, few)
-    if state is not None and ledger.latest.stores == members:
-        assert state.unsure, "who hears fewer knows that something newer may exist"
-
-
-__all__ = ["InlineLanes", "Operator", "Plan", "Reader", "Scene", "Site", "Writer", "check", "look", "record_or_none"]

@@ -101,6 +101,8 @@ class World:
         self.acting: Process | None = None
         self.unfilled: set[int] = set()
         """Sites that lost all, or were taken into the set, and were not filled since."""
+        self.planned: list[tuple[float, tuple[str, ...]]] = []
+        """Sets of stores that somebody asked for, and at which place they may come into force at the latest."""
         self.where: dict[str, int] = {}
         """At which site each store was."""
         self.quorum_min = 1
@@ -123,7 +125,8 @@ class World:
         """Whether a site can lose something, and no set, also not one of these ``ids``, loses more than it promises to bear."""
         hurt = self.hurt | {number}
         alive = {site.body.store_id for site in self.sites if site.number not in hurt}
-        sets = [one for one in (*self.ledger.sets(), tuple(ids)) if one]
+        self.planned = [(seq, plan) for seq, plan in self.planned if seq >= len(self.ledger.told)]
+        sets = [one for one in (*self.ledger.sets(), *(plan for _, plan in self.planned), tuple(ids)) if one]
         lost = max((sum(store_id not in alive for store_id in one) for one in sets), default=len(hurt))
         return lost <= self.losses_max
 
