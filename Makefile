@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: setup check format lint types contracts fast test soak demo bench clean
+.PHONY: setup check format lint types contracts fast test soak demo mutants bench clean
 .DEFAULT_GOAL := check
 
 $(STAMP): pyproject.toml
@@ -42,6 +42,10 @@ demo: $(STAMP)
 # The long form of every kill and simulation campaign; `make test` runs the short one.
 soak: $(STAMP)
 	CKPT_SOAK=1 $(BIN)/pytest -q -n 2
+
+# Every mutant of the log's and the restore plan's decisions must be caught by a test, or be explained in docs/design/014-mutants.md.
+mutants: $(STAMP)
+	$(BIN)/python tests/mutation/mutant_campaign.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' || echo 'torchsnapshot is left out: it does not install here'
