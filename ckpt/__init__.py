@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from ckpt.errors import UsageError as UsageError
     from ckpt.session.checkpointer import Checkpointer as Checkpointer
     from ckpt.session.pending import Pending as Pending
+    from ckpt.upkeep.retain import KeepPolicy as KeepPolicy
+    from ckpt.upkeep.retain import keep_best as keep_best
+    from ckpt.upkeep.retain import keep_every as keep_every
+    from ckpt.upkeep.retain import keep_for as keep_for
+    from ckpt.upkeep.retain import keep_last as keep_last
+    from ckpt.upkeep.retain import keep_tagged as keep_tagged
     from ckpt.values import SnapshotId as SnapshotId
     from ckpt.values import SnapshotInfo as SnapshotInfo
 
@@ -44,6 +50,9 @@ _HOMES = {
     "Pending": "ckpt.session.pending",
     "SnapshotId": "ckpt.values",
     "SnapshotInfo": "ckpt.values",
+    **dict.fromkeys(
+        ("KeepPolicy", "keep_best", "keep_every", "keep_for", "keep_last", "keep_tagged"), "ckpt.upkeep.retain"
+    ),
     **dict.fromkeys(
         (
             "CkptError",

@@ -16,7 +16,7 @@ from ckpt.commit.state import LogState
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
 from ckpt.upkeep.gc import drop, look
 from ckpt.upkeep.gc_plan import GcPlan
-from ckpt.upkeep.retain import Policy, duration_s, duration_text
+from ckpt.upkeep.retain import KeepPolicy, duration_s, duration_text
 from ckpt.upkeep.retain_text import parse_policy
 from ckpt.upkeep.sweep import GRACE_S, StoreSweep, SweepReport, sweep
 from ckpt.upkeep.sweep_plan import Verdict
@@ -63,7 +63,7 @@ held, foreign, garbage.
 class _Wish:
     """What the command line asks for."""
 
-    policy: Policy | None
+    policy: KeepPolicy | None
     grace_s: int
     dry_run: bool
     yes: bool

@@ -20,7 +20,16 @@ from ckpt.elastic.term_in_place import TermInPlace
 from ckpt.elastic.trainer import seat_of_process
 from ckpt.errors import UsageError
 from ckpt.session.keeping import keeper_spec
-from ckpt.session.options import Options, StorageOptions, StoreArgument, check_only, check_store
+from ckpt.session.options import (
+    KeepArgument,
+    Options,
+    StorageOptions,
+    StoreArgument,
+    check_grace,
+    check_keep,
+    check_only,
+    check_store,
+)
 from ckpt.session.session import Session
 
 P = ParamSpec("P")
@@ -44,6 +53,8 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
     write_quorum: int | None = None,
     encryption_key: str | None = None,
     scrub_every: str | None = None,
+    keep: KeepArgument = None,
+    grace: str = "24h",
 ) -> Callable[[Callable[Concatenate[Run, P], R]], Callable[P, R]]:
     """Make a training function survive: what it tracks is snapshotted, and it goes on from there when a process dies.
 
@@ -71,7 +82,10 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
     point that ``run.ready()`` marks, so that a long start-up is already done when it is needed; costs the memory that the
     program takes up to there. ``storage_options`` go to fsspec: for all stores, or a list with one entry for each.
     ``scrub_every``: a duration after which the keeper reads all that the stores hold, at a low rate, compares and mends it
-    (default: never; `ckpt scrub` does it when it is told to).
+    (default: never; `ckpt scrub` does it when it is told to). ``keep``: which snapshots stay, a policy such as
+    ``keep_last(5) | keep_best("loss")`` or its text ``"last=5,best=loss:1"`` (default: all). The newest and tagged ones stay
+    whatever it says; the others are dropped in the background after commits, and their bytes deleted ``grace`` later, by the
+    stores' clocks: longer than any restore takes that may have begun before.
     Raises UsageError at once where an argument cannot work.
     """
     schedule = parse_every(every)
@@ -84,6 +98,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
         job=job, slots=slots, compression=compression, only=check_only(only), missing=missing,
         storage_options=storage_options, write_quorum=write_quorum, encryption_key=encryption_key,
         scrub_every_s=parse_duration(scrub_every, name="scrub_every") if scrub_every is not None else None,
+        keep=check_keep(keep), grace_s=check_grace(grace),
     )  # fmt: skip
 
     def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:

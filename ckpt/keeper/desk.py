@@ -153,7 +153,7 @@ class Desk:
                 answer = job.need_uploads().choices(tuple(origins), origins)
                 self._answer(peer, message.id, answer, lambda found: Choices(id=message.id, choices=tuple(found)))
             case OpenEpoch():
-                opened = job.need_uploads().open_epoch(message.resume)
+                opened = job.need_uploads().open_epoch(message.resume, message.retention)
                 self._answer(peer, message.id, opened, lambda number: self._opened(message, number))
             case SetTag():
                 tagged = job.need_uploads().tag(message.name, message.snapshot)

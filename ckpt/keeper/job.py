@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 SETTLE_WAIT_S = 600.0
 """How long a keeper that nobody needs any more goes on trying to bring to a store what it promised."""
 
+TIDY_WAIT_S = 120.0
+"""How long, after that, it drops and deletes old snapshots; what is left is for the next run."""
+
 
 @dataclass(slots=True)
 class Times:
@@ -37,6 +40,7 @@ class Times:
     began_s: float
     abandoned_s: float | None = None
     idle_s: float | None = None
+    tidy_s: float | None = None
 
 
 class Job:
@@ -195,15 +199,20 @@ class Job:
         """Whether the keeper may end."""
         now_s = time.monotonic()
         if self.members:
-            self.times.idle_s = None
+            self.times.idle_s = self.times.tidy_s = None
             return False
         if self.times.abandoned_s is not None and now_s - self.times.abandoned_s < self.policy.linger_s:
             return False
-        if self.uploads is None or self.uploads.idle:
+        if self.uploads is None:
             return True
         if self.times.idle_s is None:
             self.times.idle_s = now_s
-        return now_s - self.times.idle_s > SETTLE_WAIT_S
+        if not self.uploads.idle:
+            return now_s - self.times.idle_s > SETTLE_WAIT_S
+        begin = self.times.tidy_s is None
+        if self.times.tidy_s is None:
+            self.times.tidy_s = now_s
+        return self.uploads.tidy(begin=begin) or now_s - self.times.tidy_s > TIDY_WAIT_S
 
     def close(self) -> None:
         """Give everything back."""

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import Replicated
@@ -15,8 +16,12 @@ from ckpt.commit.state import LogState, Opened
 from ckpt.errors import CkptError, ConflictError, FencedError, InternalError, NotFoundError, UnavailableError
 from ckpt.keeper.caretaker import Caretaker
 from ckpt.keeper.choices import LINEAGE_CHARS, NOT_WRITTEN, assumed, lineage, ours, restorable
+from ckpt.link.client import KeeperSpec
+from ckpt.link.policy import Retention
 from ckpt.manifest.records import Open
 from ckpt.observe.events import Event, Tell
+from ckpt.upkeep.gc_rounds import GcRounds, Keep
+from ckpt.upkeep.retain_text import parse_policy
 from ckpt.values import SnapshotId
 
 RETRY_FIRST_S = 1.0
@@ -70,6 +75,16 @@ class Begun:
     ids: Mapping[int, str]
 
 
+def open_job_of(spec: KeeperSpec, tell: Tell) -> Backend:
+    """The stores of a keeper's job."""
+    # Only now, so that a keeper listens before it has loaded what stores need.
+    opening = import_module("ckpt.replicate.job")
+    opened: Backend = opening.open_job(
+        spec.stores, spec.storage_options, write_quorum=spec.write_quorum, encryption_key=spec.encryption_key, tell=tell
+    )
+    return opened
+
+
 class StoreLog:
     """The store of one job. ``read`` and the first ``begin`` belong to one thread, all writing after it to rank 0's.
 
@@ -91,11 +106,14 @@ class StoreLog:
         self._left: list[Backend] = []
         self._look_again = threading.Event()
         self._renewing = threading.Lock()
+        self._tidying = threading.Lock()
         self._due: deque[Given] = deque()
         self._recorded = 0
         self._stopped = threading.Event()
         self._caretaker: Caretaker | None = None
         self._scrub_every_s = scrub_every_s
+        self._retention: Retention | None = None
+        self._rounds: GcRounds | None = None
 
     @property
     def backend(self) -> Backend:
@@ -113,7 +131,35 @@ class StoreLog:
 
     def look_again(self) -> None:
         """The store may be another one by now, or gone: before it is used next, see which it is."""
+        self.keep_to(None)
         self._look_again.set()
+
+    def keep_to(self, retention: Retention | None) -> None:
+        """What is to be dropped from now on; None: nothing. It begins with the next snapshot that is handed in."""
+        with self._tidying:
+            if retention != self._retention:
+                self._retention = retention
+                self._stop_rounds(0.0)
+            self._start_rounds()
+
+    def committed(self) -> None:
+        """A snapshot was committed: others may be dropped."""
+        rounds = self._rounds
+        if rounds is not None:
+            rounds.committed()
+
+    def restoring(self, busy: bool) -> None:
+        """Whether trainers are about to restore: then nothing is dropped or deleted, whatever the grace is."""
+        rounds = self._rounds
+        if rounds is not None:
+            (rounds.hold if busy else rounds.let_go)()
+
+    def tidy(self, *, begin: bool) -> bool:
+        """The job is over: ``begin`` to drop and delete what is due, without rest; whether that is done."""
+        rounds = self._rounds
+        if begin and rounds is not None:
+            rounds.hurry()
+        return rounds is None or rounds.idle
 
     def read(self, epochs: Collection[int]) -> Seen:
         """The log, fresh from the store, and the ids of the opens of ``epochs`` at least; empty where there is no store."""
@@ -180,6 +226,7 @@ class StoreLog:
     def stop(self) -> None:
         """End all waiting between tries, and looking after the stores."""
         self._stopped.set()
+        self._stop_rounds(CARE_WAIT_S)
         if self._caretaker is not None:
             self._caretaker.stop(CARE_WAIT_S)
 
@@ -193,6 +240,19 @@ class StoreLog:
         backend = self.backend
         if self._caretaker is None and (isinstance(backend, Replicated) or self._scrub_every_s is not None):
             self._caretaker = Caretaker(backend, mine=self.leads, tell=self._tell, scrub_every_s=self._scrub_every_s)
+        with self._tidying:
+            self._start_rounds()
+
+    def _start_rounds(self) -> None:
+        if self._rounds is None and self._retention is not None and self._writer is not None:
+            keep = Keep(policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s)
+            self._rounds = GcRounds(self.backend, keep, epoch=lambda: self._recorded, tell=self._tell)
+            self._rounds.hold()  # whoever opens an epoch is restoring
+
+    def _stop_rounds(self, timeout_s: float) -> None:
+        rounds, self._rounds = self._rounds, None
+        if rounds is not None:
+            rounds.stop(timeout_s)
 
     def _open_to_write(self, *, create: bool) -> Journal:
         job = self._job
@@ -227,6 +287,8 @@ class StoreLog:
             if self._backend is not None and self._backend is not backend:
                 self._left.append(self._backend)  # uploads may still use it
             self._backend, self._reader, self._writer = backend, None, None
+            with self._tidying:
+                self._stop_rounds(0.0)
             if self._caretaker is not None:
                 self._caretaker.stop(CARE_WAIT_S)
                 self._caretaker = None

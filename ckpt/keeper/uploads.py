@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from importlib import import_module
 from typing import TypeVar
 
 from ckpt.backends.base import Backend
@@ -20,11 +19,12 @@ from ckpt.keeper.choices import STAGED
 from ckpt.keeper.hand_in import HandIns, error_of
 from ckpt.keeper.log_view import LogView
 from ckpt.keeper.settling import SealedOf, Settler, unfit
-from ckpt.keeper.store_log import RETRY_FIRST_S, Begun, Opening, Seen, StoreLog, new_origin
+from ckpt.keeper.store_log import RETRY_FIRST_S, Begun, Opening, Seen, StoreLog, new_origin, open_job_of
 from ckpt.keeper.turns import Turn, Turns
 from ckpt.keeper.waits import Waits
 from ckpt.link.client import KeeperSpec
 from ckpt.link.messages import Choice, RemoteError
+from ckpt.link.policy import Retention
 from ckpt.link.remote import from_error
 from ckpt.observe.events import Event, Tell
 from ckpt.persist.queue import CallQueue
@@ -40,15 +40,6 @@ Told = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None
 """A rank's snapshot is settled: its facts, or why it failed; both where it is durable and could not be tagged."""
 
 Known = Mapping[Digest, ChunkLocation]
-
-
-def _open(spec: KeeperSpec, tell: Tell) -> Backend:
-    # Only now, so that a keeper listens before it has loaded what stores need.
-    opening = import_module("ckpt.replicate.job")
-    opened: Backend = opening.open_job(
-        spec.stores, spec.storage_options, write_quorum=spec.write_quorum, encryption_key=spec.encryption_key, tell=tell
-    )
-    return opened
 
 
 _COMPRESSIONS = {"off": Compression("off"), "auto": Compression("auto"), "on": Compression("on")}
@@ -73,7 +64,7 @@ class Uploads:
         self._tell_now = tell
         self.tell: Tell = lambda event: post(lambda: tell(event))
         self._log = StoreLog(
-            open_store or (lambda: _open(spec, self.tell)), job=spec.job,
+            open_store or (lambda: open_job_of(spec, self.tell)), job=spec.job,
             named=spec.job != spec.store.rstrip("/").rpartition("/")[2], tell=self.tell, retry_first_s=retry_first_s,
             scrub_every_s=spec.scrub_every_s,
         )  # fmt: skip
@@ -122,6 +113,7 @@ class Uploads:
         Answered at once where this launch opened an epoch and a staged pair is on its line, else after reading the log. Fails
         with what keeps the log from being read; waits for the store where the slots may hold more than that would give.
         """
+        self._log.restoring(True)
         future: Future[tuple[Choice, ...]] = Future()
         held = {pair: (origins or {}).get(pair, "") for pair in staged}
         self._view.staged = held
@@ -135,13 +127,14 @@ class Uploads:
         self._read_choices(held, future, self._view.stores)
         return future
 
-    def open_epoch(self, resume: SnapshotId | None) -> Future[int]:
-        """Open the next epoch, going on from ``resume`` (None: afresh); its number.
+    def open_epoch(self, resume: SnapshotId | None, retention: Retention | None = None) -> Future[int]:
+        """Open the next epoch, going on from ``resume`` (None: afresh); its number. ``retention``: what is dropped from now on.
 
         A launch's first one is written before the number is given: it makes the store where there is none, and fails with what
         keeps it from being written, or waits for the store where slots hold something. Later ones get their number at once;
         the record follows before any commit after it.
         """
+        self._log.keep_to(retention)
         future: Future[int] = Future()
         self._open(resume, future)
         return future
@@ -171,6 +164,7 @@ class Uploads:
             self._outcome(rank, snapshot, None, from_error(why, rank=rank))
             self.refuse(rank, snapshot, why)
             return
+        self._log.restoring(False)  # whoever hands in is past it, and all ranks restore together
         self._hands.submit(rank, sealed, tags)
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
@@ -216,6 +210,10 @@ class Uploads:
             tagged = self._hands.call(lambda: log.journal.tag(name, snapshot, epoch=log.writer_epoch()))
             self._call(tagged, lambda _: future.set_result(None), future.set_exception)
         return future
+
+    def tidy(self, *, begin: bool) -> bool:
+        """Nobody comes any more: ``begin`` to drop and delete what is due, without rest; whether that is done."""
+        return self._log.tidy(begin=begin)
 
     def close(self, timeout_s: float) -> None:
         """Drop what has not begun and end the threads, waiting ``timeout_s`` seconds at most for what a store holds up."""
@@ -384,6 +382,7 @@ class Uploads:
         if rank == 0 and info is not None:
             self.durable = info
             self._view.committed(info.id)
+            self._log.committed()
         if rank == 0 and isinstance(error, FencedError) and handed_in:
             self._fence(error)  # the writer's own; other ranks hear it later, of a launch before perhaps
         if handed_in:

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 
 import msgspec
 
-from ckpt.link.policy import Policy
+from ckpt.link.policy import Policy, Retention
 from ckpt.link.report import Report
 from ckpt.manifest.canonical import ready
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Grows with each change of a message; peers of different versions refuse each other."""
 
 Fact = str | int | float | bool | None
@@ -169,10 +169,11 @@ class OpenEpoch(Message, frozen=True, kw_only=True):
     """A call, of rank 0: open the next epoch, going on from ``resume``; ``Number`` is the epoch.
 
     ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the log; its record follows,
-    before the first commit of the epoch.
+    before the first commit of the epoch. ``retention``: what is to be dropped from now on; None: nothing.
     """
 
     resume: SnapshotId | None
+    retention: Retention | None = None
 
 
 class Known(Message, frozen=True, kw_only=True):

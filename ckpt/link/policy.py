@@ -1,4 +1,4 @@
-"""What a keeper needs to know of its user's choices about failures."""
+"""What a keeper needs to know of its user's choices: about failures, and how long snapshots are kept."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     hang_s: float = 600.0
     grace_s: float = 25.0
     linger_s: float = 60.0
+
+
+class Retention(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user of an epoch's writer chose to keep: the policy's text, and how long the bytes of dropped snapshots stay."""
+
+    keep: str
+    grace_s: float

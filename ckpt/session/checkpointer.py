@@ -15,10 +15,13 @@ from ckpt.observe.events import Fact
 from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import VerifyReport, verify
 from ckpt.session.options import (
+    KeepArgument,
     Options,
     StorageOptions,
     StoreArgument,
+    check_grace,
     check_items,
+    check_keep,
     check_metadata,
     check_only,
     check_store,
@@ -42,7 +45,7 @@ class Checkpointer:
     and ``load_state_dict``, dicts, lists and tensors.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  one keyword for each choice a user has
         self,
         store: StoreArgument,
         *,
@@ -53,6 +56,8 @@ class Checkpointer:
         storage_options: StorageOptions = None,
         write_quorum: int | None = None,
         encryption_key: str | None = None,
+        keep: KeepArgument = None,
+        grace: str = "24h",
     ) -> None:
         """``store`` is a path, an fsspec URL or a ``Backend``; ``job`` names the run in it (default: its last path component).
 
@@ -64,10 +69,14 @@ class Checkpointer:
         ``slots``: how many staged snapshots memory may hold, each as large as this rank's share of the state; one more save
         waits until one is durable. ``compression``: chunks are compressed never, where it pays, or always. ``threads`` copy and
         read (default: 2 to copy, what fills the link to read).
+
+        ``keep`` says which snapshots stay, such as ``keep_last(5) | keep_best("loss")`` or ``"last=5,best=loss:1"`` (default:
+        all); the newest and tagged ones always do. The others are dropped in the background after saves, and their bytes
+        deleted ``grace`` later, by the stores' clocks: longer than any restore takes that may have begun before.
         """
         options = Options(
             job=job, slots=slots, compression=compression, threads=threads, storage_options=storage_options,
-            write_quorum=write_quorum, encryption_key=encryption_key,
+            write_quorum=write_quorum, encryption_key=encryption_key, keep=check_keep(keep), grace_s=check_grace(grace),
         )  # fmt: skip
         self._session = Session(check_store(store, write_quorum=write_quorum), options)
 

@@ -51,6 +51,7 @@ from ckpt.link.messages import (
     Stop,
     Value,
 )
+from ckpt.link.policy import Retention
 from ckpt.link.remote import from_error
 from ckpt.session.keeper_hello import connections, greet, in_spite_of_ends
 from ckpt.stage.memory import Region
@@ -215,9 +216,12 @@ class KeeperLink:
         """What can be restored, best first. Waits until the keeper has read the log."""
         return self._calls.ask(GetChoices(), Choices).choices
 
-    def open_epoch(self, resume: SnapshotId | None) -> tuple[int, str]:
-        """Rank 0: open the next epoch, going on from ``resume``; number and origin. Raises FencedError, UnavailableError."""
-        opened = self._calls.ask(OpenEpoch(resume=resume), Number)
+    def open_epoch(self, resume: SnapshotId | None, *, retention: Retention | None = None) -> tuple[int, str]:
+        """Rank 0: open the next epoch, going on from ``resume``; number and origin. Raises FencedError, UnavailableError.
+
+        ``retention``: what the keeper shall drop from now on (None: nothing).
+        """
+        opened = self._calls.ask(OpenEpoch(resume=resume, retention=retention), Number)
         return opened.number, opened.origin
 
     def persist(

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from ckpt.backends.base import Backend
+from ckpt.capture.names import escape
 from ckpt.errors import UsageError
+from ckpt.link.policy import Retention
 from ckpt.manifest.manifest import job_ok, metadata_problem
 from ckpt.manifest.records import tag_ok
 from ckpt.observe.events import Fact
 from ckpt.replicate.job import key_source
+from ckpt.upkeep.retain import KeepPolicy, duration_s
+from ckpt.upkeep.retain_text import parse_policy
+from ckpt.upkeep.sweep import GRACE_S
 
 SLOTS_MAX = 64
 
@@ -21,6 +26,9 @@ StorageOptions = Mapping[str, object] | Sequence[Mapping[str, object] | None] | 
 
 StoreArgument = str | os.PathLike[str] | Backend | Sequence[str | os.PathLike[str]]
 """How a user names a job's store or stores."""
+
+KeepArgument = KeepPolicy | str | None
+"""What a user wants kept: a policy, or its text."""
 
 Address = str | tuple[str, ...]
 """One store's path or URL, or several stores'."""
@@ -42,6 +50,8 @@ class Options:
     write_quorum: int | None = None
     encryption_key: str | None = None
     scrub_every_s: float | None = None
+    keep: KeepPolicy | None = None
+    grace_s: float = GRACE_S
 
     def __post_init__(self) -> None:
         if self.job is not None and not (isinstance(self.job, str) and job_ok(self.job)):
@@ -127,6 +137,38 @@ def check_only(only: Sequence[str] | None) -> tuple[str, ...] | None:
     if isinstance(only, (str, bytes)) or not all(isinstance(path, str) for path in only):
         raise UsageError(f"only is a list of leaf names or prefixes. only={only!r}; write only=['model']")
     return tuple(only)
+
+
+def only_below(only: tuple[str, ...] | None, items: Mapping[str, object]) -> tuple[str, ...] | None:
+    """The part of ``only`` that speaks of ``items``."""
+    if only is None:
+        return None
+    names = {escape(name) for name in items}
+    return tuple(path for path in only if path.strip("/").split("/")[0] in names)
+
+
+def check_keep(keep: KeepArgument) -> KeepPolicy | None:
+    """The policy that is meant, None to keep everything. Raises UsageError where ``keep`` is none."""
+    if keep is None or isinstance(keep, KeepPolicy):
+        return keep
+    if isinstance(keep, str):
+        return parse_policy(keep)
+    raise UsageError(
+        f"keep is a policy, such as ckpt.keep_last(5) | ckpt.keep_every(1000), or its text. type={type(keep).__name__}; "
+        "write keep='last=5,every=1000', or None to keep everything"
+    )
+
+
+def retention_of(options: Options) -> Retention | None:
+    """What is to be dropped, as it travels to a keeper."""
+    return Retention(keep=str(options.keep), grace_s=options.grace_s) if options.keep is not None else None
+
+
+def check_grace(grace: str) -> float:
+    """Seconds in ``"24h"``. Raises UsageError where ``grace`` is no length of time."""
+    if not isinstance(grace, str):
+        raise UsageError(f"grace is a length of time such as '24h'. grace={grace!r}")
+    return float(duration_s(grace))
 
 
 def check_tag(tag: str) -> None:

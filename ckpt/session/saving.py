@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 
 import msgspec
 
@@ -23,10 +23,14 @@ from ckpt.session.pending import Pending
 from ckpt.session.replicas import COMPARE_WAIT_S, compare_replicas
 from ckpt.session.staging import SLOT_WAIT_S, Stager
 from ckpt.stage.slot import Regions, Slot
+from ckpt.upkeep.gc_rounds import GcRounds, Keep
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 ABANDON_WAIT_S = 60.0
 """After an exception in training: how long what is staged may take to become durable."""
+
+LAST_ROUND_WAIT_S = 30.0
+"""Without keeper: how long the end waits until old snapshots are dropped. What is left is for the next run."""
 
 
 class Saving:
@@ -44,6 +48,7 @@ class Saving:
         )  # fmt: skip
         self._short_told = False
         self._persister: Persister | KeeperPersister | None = None
+        self._rounds: GcRounds | None = None
         self._last_step: int | None = None
         self._staged_step: int | None = None
         self._left_free = 0
@@ -88,10 +93,15 @@ class Saving:
             self._channel, place, compression=Compression(self._options.compression), verify=self._options.verify_staged,
             tell=self._tell, base=base, known=known() if base is not None else None,
         )  # fmt: skip
+        self._end_rounds()
+        if self._options.keep is not None and place.journal is not None:
+            keep = Keep(policy=self._options.keep, grace_s=self._options.grace_s)
+            self._rounds = GcRounds(place.backend, keep, epoch=place.epoch, tell=self._tell)
 
     def go_on_kept(self, persister: KeeperPersister, *, origin: str, after: int | None = None) -> None:
-        """As ``go_on``, where a keeper writes. ``origin``: the epoch's, which what is staged carries."""
+        """As ``go_on``, where a keeper writes, and drops. ``origin``: the epoch's, which what is staged carries."""
         self.drain()
+        self._end_rounds()
         self._stager.origin = origin
         self._last_step = self._staged_step = after
         self._persister = persister
@@ -158,6 +168,9 @@ class Saving:
             if isinstance(persister, KeeperPersister)
             else persister.submit(staged.sealed(), tags=tags)
         )
+        if self._rounds is not None:
+            self._rounds.let_go()
+            durable.add_done_callback(_tell_committed(self._rounds))
         pending = Pending(snapshot, durable)
         settled = [one for one in self._pendings if one.done()]
         self._pendings = [*settled[-1:], *(one for one in self._pendings if not one.done()), pending]
@@ -225,10 +238,24 @@ class Saving:
         """Wait until nothing is in flight, ``timeout_s`` seconds at most."""
         wait([pending.future for pending in self._pendings], timeout=timeout_s)
 
+    def hold_rounds(self) -> None:
+        """Something is restored: drop and delete nothing until the next snapshot is handed in. A keeper knows by itself."""
+        if self._rounds is not None:
+            self._rounds.hold()
+
+    def _end_rounds(self, *, last_s: float = 0.0) -> None:
+        rounds, self._rounds = self._rounds, None
+        if rounds is not None:
+            if last_s:
+                rounds.hurry()
+                rounds.await_idle(last_s)
+            rounds.stop(0.0)
+
     def finish(self) -> None:
         """Everything durable, or the error that kept the last snapshot from it."""
         self.drain()
         self._stager.close()
+        self._end_rounds(last_s=LAST_ROUND_WAIT_S)
         if self.last is not None:
             self.last.durable()
 
@@ -243,6 +270,7 @@ class Saving:
             self._persister.abandon()
             self._persister = None
         self._stager.close()
+        self._end_rounds()
 
     def last_info(self) -> SnapshotInfo | None:
         """The facts of the last snapshot, once durable; waits for it."""
@@ -285,3 +313,11 @@ class Saving:
         key = f"prepared/{self._prepared}/{rank}"
         word = wait_for(self._channel, key, timeout_s=COMPARE_WAIT_S, what=f"rank {rank} to lay out its share")
         return msgspec.json.decode(word, type=RemoteError | None)
+
+
+def _tell_committed(rounds: GcRounds) -> Callable[[Future[SnapshotInfo]], None]:
+    def done(future: Future[SnapshotInfo]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            rounds.committed()
+
+    return done

@@ -30,7 +30,7 @@ from ckpt.session.keeper_link import KeeperLink
 from ckpt.session.keeping import OFF, Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
 from ckpt.session.log import Log
 from ckpt.session.mending import Mending
-from ckpt.session.options import Address, Options
+from ckpt.session.options import Address, Options, only_below, retention_of
 from ckpt.session.orders import Orders
 from ckpt.session.pending import Pending
 from ckpt.session.restoring import Candidate, Rules
@@ -63,6 +63,7 @@ class Session:
         self._job = options.job or job_name(stores_of(self._backend)[0].url)
         self._log = Log(self._backend, job=self._job, named=options.job)
         self._joined: Joined | None = None
+        self._key_fits = not self._owns_backend or options.encryption_key is None
         self._items: dict[str, object] = {}
         self._rng = RngState()
         self._opens = 0
@@ -108,11 +109,13 @@ class Session:
         if self._closed:
             raise UsageError(f"closed already; make a new one. store={self.url}")
         if self._joined is None:
-            if self._owns_backend and self._options.encryption_key is not None:
-                require_key_fits(self._backend, self._options.encryption_key)
             keeping = Keeping.join(self._spec, self._options, self.tell, name=self._job)
             self._joined = Joined(keeping, self._backend, self._options, self.state, self.tell)
             self._mending = Mending(self._joined, open_epoch=self._open_next, log=self._log)
+        if not self._key_fits:
+            # Only now, so that the keeper can be told why this process ends: starting it again would not help.
+            require_key_fits(self._backend, self._options.encryption_key)
+            self._key_fits = True
         return self._joined
 
     @property
@@ -189,9 +192,16 @@ class Session:
         if self._link is not None and self._link.lost is None:
             return [Candidate(one.snapshot, one.tier == "staged") for one in self._link.choices()]
         try:
-            return [Candidate(snapshot) for snapshot in candidates(self.state())]
+            state = self.state()
         except NotFoundError:
             return ()
+        found = [Candidate(snapshot) for snapshot in candidates(state)]
+        if not found and state.short:
+            # Beginning afresh would leave behind what the silent stores hold.
+            raise UnavailableError(
+                f"no snapshot can be seen, and there may be some: {state.short} repeat when more answer"
+            )
+        return found
 
     def open_run(self) -> None:
         """For a run: choose the newest snapshot and open an epoch that goes on from it; once, then free."""
@@ -240,7 +250,7 @@ class Session:
             if name in self._items or name == RNG:
                 raise UsageError(f"an item of that name is tracked already. name={name}; choose another name")
         if self.restored is not None:
-            self._fill(items, Rules(self._only_below(items), self._options.missing))
+            self._fill(items, Rules(only_below(self._options.only, items), self._options.missing))
         self._items.update(items)
         self.saving.prepare({**self._items, RNG: self._rng})
 
@@ -266,17 +276,11 @@ class Session:
             text = f"the restored snapshot has items that nobody tracks, later ones will lack them: {', '.join(lost)}"
             self.tell(Event("untracked", text, {"items": ",".join(lost)}, alarm=True))
 
-    def _only_below(self, items: Mapping[str, object]) -> tuple[str, ...] | None:
-        """The part of the user's ``only`` that speaks of ``items``."""
-        if self._options.only is None:
-            return None
-        names = {escape(name) for name in items}
-        return tuple(path for path in self._options.only if path.strip("/").split("/")[0] in names)
-
     def restore(
         self, items: Mapping[str, object], choices: Callable[[], Sequence[Candidate]], rules: Rules
     ) -> SnapshotInfo:
         """For a checkpointer: fill ``items`` from the first readable of ``choices``. Later saves go on from it."""
+        self.saving.hold_rounds()
         restoring = self.join().restoring
 
         def settled() -> Sequence[Candidate]:
@@ -395,7 +399,7 @@ class Session:
     def _open_next(self, resume: SnapshotId | None) -> tuple[int, str]:
         """Rank 0: open the next epoch, through the keeper where there is one; its number and origin."""
         if self._link is not None:
-            return self._link.open_epoch(resume)
+            return self._link.open_epoch(resume, retention=retention_of(self._options))
         return self._log.open_epoch(resume), ""
 
     def _open_word(self, resume: SnapshotId | None) -> str:

@@ -9,10 +9,10 @@ from ckpt.commit.catalog import load_index, snapshots
 from ckpt.commit.journal import Journal
 from ckpt.commit.reader import read_all
 from ckpt.commit.state import LogState
-from ckpt.errors import ConflictError, FormatVersionError, IntegrityError, NotFoundError
+from ckpt.errors import ConflictError, FencedError, FormatVersionError, IntegrityError, NotFoundError
 from ckpt.manifest.records import DROPS_MAX
 from ckpt.upkeep.gc_plan import GcPlan, by_worth, plan_gc
-from ckpt.upkeep.retain import Policy
+from ckpt.upkeep.retain import KeepPolicy
 from ckpt.upkeep.sweep import require_known
 from ckpt.values import SnapshotId
 
@@ -20,7 +20,7 @@ RACES_MAX = 8
 """How often a plan is made anew because the log changed under it, before the conflict is raised."""
 
 
-def look(backend: Backend, state: LogState, policy: Policy | None, *, now_unix_s: float) -> GcPlan:
+def look(backend: Backend, state: LogState, policy: KeepPolicy | None, *, now_unix_s: float) -> GcPlan:
     """What ``policy`` (None: keep all) makes of the snapshots of ``state`` at ``now_unix_s``. Changes nothing.
 
     Raises IntegrityError or UnavailableError where the log can't be known. Cost: every manifest is read; of the newest
@@ -32,19 +32,23 @@ def look(backend: Backend, state: LogState, policy: Policy | None, *, now_unix_s
 
 
 def drop(
-    backend: Backend, journal: Journal, policy: Policy | None, *, now_unix_s: float, agreed: GcPlan | None = None
+    backend: Backend, journal: Journal, policy: KeepPolicy | None, *, now_unix_s: float, agreed: GcPlan | None = None
 ) -> tuple[GcPlan, LogState]:
     """Record what ``look`` decides; the plan that was recorded, and the state after it.
 
     ``agreed``: a plan that somebody said yes to; nothing is dropped that it does not drop. A snapshot that was tagged or became
-    the newest meanwhile stays. Raises as ``look`` and ``Journal.append`` do.
+    the newest meanwhile stays. What is decided rests on records that count for good: a commit that comes to nothing replaces
+    no other. Raises as ``look`` and ``Journal.append`` do.
     """
     for races in range(RACES_MAX + 1):
-        state = journal.refresh()
+        require_known(journal.refresh())
+        state = journal.refresh_sure()
         plan = look(backend, state, policy, now_unix_s=now_unix_s)
         plan = plan if agreed is None else plan.only(agreed.drops)
         try:
             return plan, _record(journal, state, plan.drops, plan.floor)
+        except FencedError:
+            raise
         except ConflictError:
             if races == RACES_MAX:
                 raise

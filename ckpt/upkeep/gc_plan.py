@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt.commit.state import LogState
-from ckpt.upkeep.retain import Policy, Tagged
+from ckpt.upkeep.retain import KeepPolicy, Tagged
 from ckpt.values import SnapshotId, SnapshotInfo
 
 NEWEST = "newest"
@@ -63,7 +63,7 @@ def by_worth(state: LogState) -> tuple[SnapshotId, ...]:
 def plan_gc(
     state: LogState,
     infos: Sequence[SnapshotInfo],
-    policy: Policy | None,
+    policy: KeepPolicy | None,
     *,
     now_unix_s: float,
     whole: SnapshotId | None,

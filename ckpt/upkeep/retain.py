@@ -17,6 +17,8 @@ from ckpt.values import SnapshotId, SnapshotInfo
 Mode = Literal["min", "max"]
 SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 """Units of a length of time, largest first."""
+DIGITS_MAX = 15
+"""Digits of a rule's number: as many as a step has at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Tagged:
 class Best:
     """The ``n`` snapshots, on the line or off it, whose metadata has the least (or greatest) ``metric``.
 
-    One without the metric, or where it is NaN or no number, is never among them. Of equal ones the newer counts as better.
+    One without the metric, or where it is NaN or no number, is never among them. Of equal ones the oldest alone counts: what
+    is logged now and then, after a validation say, goes with every snapshot until the next, and the first is nearest to it.
     """
 
     metric: str
@@ -93,7 +96,7 @@ _ORDER: tuple[type[Rule], ...] = (Last, Every, Tagged, Best, For)
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class KeepPolicy:
     """Rules of which any keeps a snapshot. Made with the functions below and ``|``; equal whatever the order."""
 
     rules: tuple[Rule, ...]
@@ -104,8 +107,8 @@ class Policy:
         ordered = sorted(set(self.rules), key=lambda rule: (_ORDER.index(type(rule)), str(rule)))
         object.__setattr__(self, "rules", tuple(ordered))
 
-    def __or__(self, other: Policy) -> Policy:
-        return Policy((*self.rules, *other.rules))
+    def __or__(self, other: KeepPolicy) -> KeepPolicy:
+        return KeepPolicy((*self.rules, *other.rules))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.rules))
@@ -124,29 +127,32 @@ class Policy:
         return found
 
 
-def keep_last(n: int) -> Policy:
+def keep_last(n: int) -> KeepPolicy:
     """Keep the ``n`` newest snapshots of the newest line."""
-    return Policy((Last(n),))
+    return KeepPolicy((Last(n),))
 
 
-def keep_every(steps: int) -> Policy:
+def keep_every(steps: int) -> KeepPolicy:
     """Keep snapshots whose step is a multiple of ``steps``."""
-    return Policy((Every(steps),))
+    return KeepPolicy((Every(steps),))
 
 
-def keep_tagged() -> Policy:
+def keep_tagged() -> KeepPolicy:
     """Keep tagged snapshots, and by itself nothing else but the newest."""
-    return Policy((Tagged(),))
+    return KeepPolicy((Tagged(),))
 
 
-def keep_best(metric: str, n: int = 1, mode: Mode = "min") -> Policy:
-    """Keep the ``n`` snapshots whose metadata has the least (``mode="max"``: greatest) ``metric``."""
-    return Policy((Best(metric, n, mode),))
+def keep_best(metric: str, n: int = 1, mode: Mode = "min") -> KeepPolicy:
+    """Keep the ``n`` snapshots whose metadata has the least (``mode="max"``: greatest) ``metric``; of equal ones the oldest.
+
+    Metadata is what ``Run.log`` noted last, or the ``metadata`` of ``Checkpointer.save``.
+    """
+    return KeepPolicy((Best(metric, n, mode),))
 
 
-def keep_for(length: str | int) -> Policy:
+def keep_for(length: str | int) -> KeepPolicy:
     """Keep snapshots that were made within this time: ``"7d"``, ``"36h"`` (units w, d, h, m, s), or seconds."""
-    return Policy((For(duration_s(length) if isinstance(length, str) else length),))
+    return KeepPolicy((For(duration_s(length) if isinstance(length, str) else length),))
 
 
 def duration_s(text: str) -> int:
@@ -154,9 +160,14 @@ def duration_s(text: str) -> int:
     number, unit = text[:-1], text[-1:]
     if text == "0":
         return 0
-    if unit not in SECONDS or not (number.isascii() and number.isdecimal()):
+    if unit not in SECONDS or not is_number(number):
         raise UsageError(f"not a length of time. text={text!r} write a whole number and one of {', '.join(SECONDS)}")
     return int(number) * SECONDS[unit]
+
+
+def is_number(text: str) -> bool:
+    """Whether ``text`` is a whole number from 0 on that rules may have."""
+    return text.isascii() and text.isdecimal() and len(text) <= DIGITS_MAX
 
 
 def duration_text(seconds: int) -> str:
@@ -184,10 +195,11 @@ def _kept(
 
 
 def _best(infos: Sequence[SnapshotInfo], n: int, value: Callable[[SnapshotInfo], float | None]) -> list[SnapshotId]:
-    scored = [(found, info.id) for info in infos if (found := value(info)) is not None]
-    scored.sort(key=lambda entry: entry[1], reverse=True)
-    scored.sort(key=lambda entry: entry[0])  # stable: of equal ones the newer stays first
-    return [pair for _, pair in scored[:n]]
+    first: dict[float, SnapshotId] = {}
+    for info in infos:
+        if (found := value(info)) is not None:
+            first[found] = min(first.get(found, info.id), info.id)
+    return [first[found] for found in sorted(first)[:n]]
 
 
 def _value_of(metric: str, mode: Mode) -> Callable[[SnapshotInfo], float | None]:
@@ -203,3 +215,5 @@ def _value_of(metric: str, mode: Mode) -> Callable[[SnapshotInfo], float | None]
 def _at_least_one(name: str, number: int) -> None:
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise UsageError(f"a rule's number is a whole one from 1 on. rule={name} number={number!r}")
+    if number >= 10**DIGITS_MAX:
+        raise UsageError(f"a rule's number has {DIGITS_MAX} digits at most. rule={name}")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from ckpt.errors import UsageError
-from ckpt.upkeep.retain import Best, Every, For, Last, Policy, Rule, Tagged, duration_s
+from ckpt.upkeep.retain import Best, Every, For, KeepPolicy, Last, Rule, Tagged, duration_s, is_number
 
 KNOWN = "last=N, every=STEPS, tagged, best=METRIC:N or best=METRIC:N:max, for=7d"
 """Every rule that can be written."""
 
 
-def parse_policy(text: str) -> Policy:
+def parse_policy(text: str) -> KeepPolicy:
     """The policy that ``text`` spells, rules separated by commas; ``str(policy)`` gives such a text back.
 
     Raises UsageError for a rule that is unknown or says nothing, naming those that there are.
     """
-    return Policy(tuple(_rule(word.strip(), text) for word in text.split(",")))
+    return KeepPolicy(tuple(_rule(word.strip(), text) for word in text.split(",")))
 
 
 def _rule(word: str, text: str) -> Rule:
@@ -47,6 +47,6 @@ def _best(value: str, word: str) -> Best:
 
 
 def _number(text: str, word: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
+    if not is_number(text):
         raise UsageError(f"not a whole number. rule={word!r} known: {KNOWN}")
     return int(text)

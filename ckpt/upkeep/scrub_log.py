@@ -255,7 +255,14 @@ def _note_record(faults: RecordFaults, number: int, held: Held | Silent, record:
         return
     first, second = held.records.get(seq), held.settled.get(seq)
     if record.digest in (first and first.digest, second and second.digest):
-        note(number, key, What.OK, "")
+        if seq not in held.damaged:
+            note(number, key, What.OK, "")
+        elif first is None:
+            faults.first.append(seq)
+            note(number, key, What.DAMAGED, "it is no valid record of this place")
+        else:
+            faults.second.append(seq)
+            note(number, keys.settled_key(seq), What.DAMAGED, "it is no valid record of this place")
     elif first is not None:
         # It was created once and lost: it stays, and what counts goes to the second key.
         faults.second.append(seq)

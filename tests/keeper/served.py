@@ -42,6 +42,7 @@ from ckpt.link.messages import (
     Status,
     Welcome,
 )
+from ckpt.link.policy import Retention
 from ckpt.link.report import Report
 from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import Event
@@ -309,5 +310,5 @@ def kept(peer: Peer) -> tuple[KeepBoard, list[Keep]]:
     return board, peer.so_far(Keep)
 
 
-def open_epoch(trainer: Trainer, resume: SnapshotId | None = None) -> int:
-    return trainer.calls.ask(OpenEpoch(resume=resume), Number).number
+def open_epoch(trainer: Trainer, resume: SnapshotId | None = None, *, retention: Retention | None = None) -> int:
+    return trainer.calls.ask(OpenEpoch(resume=resume, retention=retention), Number).number

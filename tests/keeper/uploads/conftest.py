@@ -116,8 +116,9 @@ class World:
 
     def uploads(self, *, job: str = "job", open_store: Callable[[], Backend] | None = None) -> Uploads:
         """A keeper's uploads; an earlier keeper's are just forgotten, as they are with its process."""
+        spec = KeeperSpec(job=job, store=str(self.root), compression="off")
         return Uploads(
-            KeeperSpec(job=job, store=str(self.root), compression="off"), ranks=self.ranks, post=self.calls.put,
+            spec, ranks=self.ranks, post=self.calls.put,
             outcome=lambda *told: self.told.append(told), fenced=self.fences.append, tell=self.events.append,
             open_store=open_store or (lambda: self.store), retry_first_s=0.01,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from ckpt.errors import CkptError, FencedError, IntegrityError, UnavailableError, UsageError
 from ckpt.link import messages as words
+from ckpt.link.policy import Retention
 from ckpt.manifest.keys import pack_key, writer_name
 from ckpt.persist.channel import wait_for
 from ckpt.session.keeper_link import KNOWN_MAX, KeeperLink
@@ -76,12 +77,13 @@ def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(keeper, l
 
 def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> None:
     assert link.choices() == (words.Choice(SNAPSHOT, "staged"),)
-    assert link.open_epoch(SNAPSHOT) == (7, "")
+    retention = Retention(keep="last=2", grace_s=60.0)
+    assert link.open_epoch(SNAPSHOT, retention=retention) == (7, "")
     with pytest.raises(FencedError, match="another writer"):
         link.set_tag("best", SNAPSHOT)
     (opened,) = keeper.wait(words.OpenEpoch)
     assert isinstance(opened, words.OpenEpoch)
-    assert opened.resume == SNAPSHOT
+    assert (opened.resume, opened.retention) == (SNAPSHOT, retention)
 
 
 def test_words_about_the_trainer_reach_the_keeper(keeper, link: KeeperLink) -> None:

@@ -12,7 +12,7 @@ from ckpt.commit.fold import empty, fold, verdict
 from ckpt.commit.state import LogState
 from ckpt.manifest.records import Body, Commit, Drop, Open, Tag, make_record
 from ckpt.upkeep.gc_plan import NEWEST, NONE_WHOLE, WHOLE, by_worth, plan_gc
-from ckpt.upkeep.retain import Policy, keep_best, keep_every, keep_for, keep_last, keep_tagged
+from ckpt.upkeep.retain import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
 from ckpt.values import SnapshotId, SnapshotInfo
 
 LONG = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -56,7 +56,7 @@ def infos(state: LogState, *, problem: frozenset[SnapshotId] = frozenset()) -> l
     ]  # fmt: skip
 
 
-def plan(state: LogState, policy: Policy | None, whole: SnapshotId | str | None = "newest"):
+def plan(state: LogState, policy: KeepPolicy | None, whole: SnapshotId | str | None = "newest"):
     found = (by_worth(state) or (None,))[0] if whole == "newest" else whole
     return plan_gc(state, infos(state), policy, now_unix_s=NOW, whole=found)
 
@@ -162,7 +162,7 @@ RULES = (keep_last(2), keep_every(5), keep_tagged(), keep_best("loss", 2), keep_
 @LONG
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(RULES), min_size=1, max_size=3), st.integers(0, 3))
 def test_log_counts_what_a_plan_records_and_a_second_plan_has_nothing_left(
-    seed: int, rules: list[Policy], older: int
+    seed: int, rules: list[KeepPolicy], older: int
 ) -> None:
     log = some_log(seed)
     policy = rules[0]
@@ -184,6 +184,30 @@ def test_log_counts_what_a_plan_records_and_a_second_plan_has_nothing_left(
     assert by_worth(log.state)[:1] == best[:1]
     if whole is None or older == 0:
         assert plan(log.state, policy).empty
+
+
+RULE = st.one_of(
+    st.builds(keep_last, st.integers(1, 4)), st.builds(keep_every, st.integers(1, 9)), st.just(keep_tagged()),
+    st.builds(keep_best, st.sampled_from(["loss", "none"]), st.integers(1, 3), st.sampled_from(["min", "max"])),
+    st.builds(keep_for, st.integers(1, 6000)),
+)  # fmt: skip
+
+
+@LONG
+@given(st.integers(0, 2**32), st.none() | st.lists(RULE, min_size=1, max_size=4), st.integers(0, 4), st.floats(0, 1e9))
+def test_newest_committed_snapshot_is_never_dropped_whatever_the_policy_clock_and_damage(
+    seed: int, rules: list[KeepPolicy] | None, older: int, now_unix_s: float
+) -> None:
+    state = some_log(seed).state
+    best = by_worth(state)
+    whole = best[older] if older < len(best) else None
+    damaged = frozenset(best[:older])
+    policy = KeepPolicy(tuple(rule for one in rules for rule in one.rules)) if rules else None
+    found = plan_gc(state, infos(state, problem=damaged), policy, now_unix_s=now_unix_s, whole=whole)
+    assert not set(best[:1]) & set(found.drops)
+    assert state.newest() not in found.drops
+    assert whole not in found.drops
+    assert whole is not None or not found.drops
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -12,11 +12,12 @@ from gc_world import Death, Process, Watched, World
 
 from ckpt.commit.catalog import load_index
 from ckpt.commit.journal import Journal
-from ckpt.errors import CkptError, ConflictError, UnavailableError
+from ckpt.errors import CkptError, ConflictError, FencedError, UnavailableError
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.restore.verify import verify
 from ckpt.upkeep.gc import drop
-from ckpt.upkeep.retain import Policy, keep_best, keep_every, keep_for, keep_last, keep_tagged
+from ckpt.upkeep.gc_fence import fenced_journal
+from ckpt.upkeep.retain import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
 from ckpt.upkeep.sweep import sweep
 from ckpt.values import SnapshotId
 
@@ -95,7 +96,7 @@ class Run:
         except CkptError as error:
             raise AssertionError(f"seed={self.seed}") from error
 
-    def policy(self) -> Policy:
+    def policy(self) -> KeepPolicy:
         every = (keep_last(self.dice.randint(1, 3)), keep_every(self.dice.randint(2, 6)), keep_tagged(),
                  keep_best("loss", 1), keep_for(self.dice.randint(1, 60)))  # fmt: skip
         chosen = self.dice.choice(every)
@@ -106,7 +107,16 @@ class Run:
         before = {entry.snapshot for entry in self.world.state().snapshots}
         if before and self.dice.random() < 0.2:
             Journal.open(store).tag(self.dice.choice("ab"), self.dice.choice(sorted(before)))
-        plan, state = drop(store, Journal.open(store), self.policy(), now_unix_s=self.world.now)
+        # Whoever writes drops as the one that it is, overtaken or not; people's tools drop as nobody.
+        process = self.dice.choice([None, *self.world.processes])
+        journal = Journal.open(store) if process is None else fenced_journal(store, lambda: process.epoch)
+        try:
+            plan, state = drop(store, journal, self.policy(), now_unix_s=self.world.now)
+        except FencedError:
+            assert process is not None and process.epoch < self.world.state().epoch, f"seed={self.seed}"
+            assert {entry.snapshot for entry in self.world.state().snapshots} == before, f"seed={self.seed}"
+            return
+        assert plan.empty or process is None or process.epoch == state.epoch, f"seed={self.seed}"
         left = {entry.snapshot for entry in state.snapshots}
         assert left == before - set(plan.drops)
         for pair in before - left:

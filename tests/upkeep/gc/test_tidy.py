@@ -20,7 +20,7 @@ from ckpt.manifest.manifest import Manifest
 from ckpt.restore.verify import verify
 from ckpt.testing.sample import stage, tensor
 from ckpt.upkeep.gc import drop
-from ckpt.upkeep.retain import Policy, keep_every, keep_last
+from ckpt.upkeep.retain import KeepPolicy, keep_every, keep_last
 from ckpt.upkeep.sweep import sweep
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 
@@ -72,7 +72,7 @@ class Training:
         self.journal.commit(manifest, epoch=self.epoch)
         self.known, self.base = done.locations, staged.snapshot
 
-    def tidy(self, policy: Policy) -> None:
+    def tidy(self, policy: KeepPolicy) -> None:
         _, state = drop(self.store, self.journal, policy, now_unix_s=0.0)
         assert sweep(self.store, state, grace_s=0.0).ok
 
