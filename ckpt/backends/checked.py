@@ -30,10 +30,12 @@ class Replicated(Backend, Protocol):
         """On how many of them an object must be before ``put`` returns."""
         ...
 
-    def count_only(self, full: frozenset[int]) -> None:
+    def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         """From now on only the stores at these places count, and are written to.
 
         Another one may be a disk that isn't mounted, or be filled at this moment: it gets everything before it counts.
+        ``silent``: those that counted and do not answer now. They are written to, and what they take counts; what they lack
+        says nothing.
         """
         ...
 

@@ -13,9 +13,10 @@ from itertools import islice
 from typing import cast
 
 from ckpt.backends.base import Backend
+from ckpt.backends.checked import Replicated, stores_of
 from ckpt.backends.encrypted_layout import HEADER_BYTES, decode_header, looks_encrypted
 from ckpt.backends.encrypted_secret import Keys
-from ckpt.errors import UsageError
+from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.manifest.keys import MANIFESTS, PACKS, PARTS
 
 SEALED_PREFIXES = (PACKS, PARTS, MANIFESTS)
@@ -51,9 +52,10 @@ def refuse_mismatch(inner: Backend, keys: Keys | None) -> None:
     """Raise UsageError where ``inner``'s snapshots are encrypted and ``keys`` is None, or the other way round, or a wrong key.
 
     Without it a store read in the wrong way would look damaged. ``inner`` is the bare store. Costs the beginning of a
-    listing and of at most three manifests; an empty store fits any keys.
+    listing and of at most three manifests; an empty store fits any keys. Of several stores each is asked by itself where too
+    few answer for a listing of all, or one seems not to be encrypted, for it may be damaged. Raises UnavailableError.
     """
-    heads = _first_heads(inner)
+    heads = _known_heads(inner, encrypted=keys is not None)
     sealed = [head for _, head in heads if looks_encrypted(head)]
     if keys is None and sealed:
         raise UsageError(f"the store is encrypted. store={inner.url}; give its key with encryption_key")
@@ -69,6 +71,27 @@ def refuse_mismatch(inner: Backend, keys: Keys | None) -> None:
             f"wrong encryption key. encrypted_with={found[0].key_id.hex()} given={keys.ids} store={inner.url}; "
             "give the key that this store was written with (after a change of keys both: 'file:new,file:old')"
         )
+
+
+def _known_heads(inner: Backend, *, encrypted: bool) -> Sequence[tuple[str, bytes]]:
+    """How some manifests begin, of as many stores as have to be asked to know whether all is as it should be."""
+    heads: list[tuple[str, bytes]] = []
+    silent: UnavailableError | None = None
+    for store in (inner, *(stores_of(inner) if isinstance(inner, Replicated) else ())):
+        try:
+            found = _first_heads(store)
+        except UnavailableError as error:
+            silent = silent or error
+            continue
+        except NotFoundError:
+            continue  # deleted meanwhile, or the bucket is gone
+        heads += found
+        settled = not encrypted or any(looks_encrypted(head) for _, head in heads)
+        if settled or (store is inner and not heads):
+            return heads
+    if silent is not None and not heads:
+        raise silent
+    return heads
 
 
 def _first_heads(inner: Backend) -> Sequence[tuple[str, bytes]]:

@@ -164,9 +164,9 @@ class EncryptedReplicated(EncryptedBackend):
         """See Replicated."""
         return self._several.write_quorum
 
-    def count_only(self, full: frozenset[int]) -> None:
+    def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         """See Replicated."""
-        self._several.count_only(full)
+        self._several.count_only(full, silent=silent)
 
     def stat(self, key: str) -> Stat | None:
         """See Backend. Where the copy that answered has a wrong length, of the first that has a right one."""

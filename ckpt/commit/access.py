@@ -6,16 +6,14 @@ from dataclasses import replace
 from typing import Protocol
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import read_alone
 from ckpt.commit.place import require_same_store
-from ckpt.commit.reader import Note, read_on, read_start
+from ckpt.commit.reader import Note, read_on, read_start, record_bytes
 from ckpt.commit.sequencer import Claimed, Lost, Sequencer, StoreSequencer, Unknown, create_once, require_create_only
 from ckpt.commit.state import LogState
 from ckpt.errors import UsageError
-from ckpt.manifest import keys
 from ckpt.manifest.job import SEQUENCER_STORE, JobRecord
 from ckpt.manifest.manifest import MANIFEST_BYTES_MAX
-from ckpt.manifest.records import RECORD_BYTES_MAX, Record
+from ckpt.manifest.records import Record
 
 
 class LogAccess(Protocol):
@@ -112,7 +110,7 @@ class OneStore:
 
     def record_at(self, seq: int) -> bytes:
         """See LogAccess."""
-        return read_alone(self._backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX)
+        return record_bytes(self._backend, seq)
 
     def require_giver(self, state: LogState) -> None:
         """See LogAccess. Asked for at the first write only: finding out what a store can do may write to it."""

@@ -50,13 +50,18 @@ class Copies:
         found = self._lanes.ask({n: partial(_job, store) for n, store in enumerate(self.stores)}, self._most)
         return [found.get(n, LATE) for n in range(len(self.stores))]
 
-    def held(self, after: int, log_id: str) -> list[Held | Silent]:
+    def held(self, after: int, log_id: str, *, of: Collection[str] = ()) -> list[Held | Silent]:
         """What each store holds of a log behind place ``after``, 1,024 places at most; its id as it is afterwards.
 
-        A majority of answers is waited for, and a little longer for the others.
+        A majority of answers is waited for, of stores with the ids ``of`` where they are given, and a little longer for the
+        others.
         """
+
+        def enough(answers: Mapping[int, Held | Silent]) -> bool:
+            return 2 * sum(isinstance(one, Held) and one.store_id in of for one in answers.values()) > len(self.stores)
+
         calls = {n: partial(_held, store, after, log_id) for n, store in enumerate(self.stores)}
-        found = self._lanes.ask(calls, self._most)
+        found = self._lanes.ask(calls, enough if of else self._most)
         return [found.get(n, LATE) for n in range(len(self.stores))]
 
     def create(
@@ -159,8 +164,8 @@ def _make_anyhow(store: Backend, record: JobRecord) -> JobRecord | Silent:
 def _held(store: Backend, after: int, log_id: str) -> Held | Silent:
     try:
         records, settled, damaged, newer = _records(store, after)
-    except (UnavailableError, StoreDeniedError) as error:
-        return Silent(str(error))
+    except (UnavailableError, StoreDeniedError, NotFoundError) as error:
+        return Silent(str(error))  # not even the bucket that it is in may be there
     found = _job(store)  # last: a store that was swapped meanwhile holds nothing that counts
     if isinstance(found, Silent):
         return found
@@ -202,7 +207,7 @@ def _record(store: Backend, key: str, seq: int) -> Record | FormatVersionError |
 def _listed(store: Backend, prefix: str) -> list[str] | Silent:
     try:
         return [stat.key for stat in store.list(prefix)]
-    except (UnavailableError, StoreDeniedError) as error:
+    except (UnavailableError, StoreDeniedError, NotFoundError) as error:
         return Silent(str(error))
 
 

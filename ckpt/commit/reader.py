@@ -61,7 +61,7 @@ def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[Note, ...]]:
         key = keys.fold_key(seq)
         try:
             state = decode_fold(read_alone(backend, key, bytes_max=FOLD_BYTES_MAX))
-            last = decode_record(read_alone(backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX))
+            last = decode_record(record_bytes(backend, seq))
         except (IntegrityError, FormatVersionError, NotFoundError) as error:
             notes.append(Note("fold passed over", key, str(error)))
             continue
@@ -85,11 +85,12 @@ def read_on(backend: Backend, state: LogState) -> LogState:
 
 def _read_on_once(backend: Backend, state: LogState) -> LogState:
     after = keys.log_key(state.next_seq - 1) if state.next_seq else ""
-    listed = (keys.parse_log_key(stat.key) for stat in backend.list(keys.LOG, after=after))
-    for seqs in _batches((seq for seq in listed if seq is not None), RECORDS_AT_ONCE):
+    places = _places((stat.key for stat in backend.list(keys.LOG, after=after)), state.next_seq)
+    for batch in _batches(places, RECORDS_AT_ONCE):
+        seqs = [seq for seq, _ in batch]
         # What stands behind a gap is not read: the fold stops at the gap anyway.
-        whole = [seq for place, seq in enumerate(seqs) if seq == state.next_seq + place]
-        found = read_all(whole, lambda seq: _read_record(backend, seq))
+        whole = [one for place, one in enumerate(batch) if one[0] == state.next_seq + place]
+        found = read_all(whole, lambda one: _read_record(backend, *one))
         behind = [Unreadable(seq, "behind a gap") for seq in seqs[len(whole) : len(whole) + 1]]
         state = fold(state, [*found, *behind])
         if state.hole is not None:
@@ -97,8 +98,33 @@ def _read_on_once(backend: Backend, state: LogState) -> LogState:
     return state
 
 
-def _read_record(backend: Backend, seq: int) -> Record | Unreadable:
-    key = keys.log_key(seq)
+def record_bytes(backend: Backend, seq: int) -> bytes:
+    """The record at a place, as one store holds it: at the place's second key where it is there, for that one has won.
+
+    Raises NotFoundError, IntegrityError, UnavailableError.
+    """
+    try:
+        return read_alone(backend, keys.settled_key(seq), bytes_max=RECORD_BYTES_MAX)
+    except NotFoundError:
+        return read_alone(backend, keys.log_key(seq), bytes_max=RECORD_BYTES_MAX)
+
+
+def _places(listed: Iterable[str], first: int) -> Iterator[tuple[int, str]]:
+    """Each place from ``first`` on and the key to read there, of keys in order: the second one follows the first."""
+    last: tuple[int, str] | None = None
+    for key in listed:
+        seq = keys.parse_log_key(key)
+        seq = keys.parse_settled_key(key) if seq is None else seq
+        if seq is None or seq < first:
+            continue
+        if last is not None and last[0] != seq:
+            yield last
+        last = seq, key
+    if last is not None:
+        yield last
+
+
+def _read_record(backend: Backend, seq: int, key: str) -> Record | Unreadable:
     try:
         record = decode_record(read_alone(backend, key, bytes_max=RECORD_BYTES_MAX))
     except (IntegrityError, NotFoundError) as error:
@@ -108,7 +134,7 @@ def _read_record(backend: Backend, seq: int) -> Record | Unreadable:
     return record
 
 
-def _batches(seqs: Iterable[int], size: int) -> Iterator[list[int]]:
-    iterator = iter(seqs)
+def _batches(places: Iterable[K], size: int) -> Iterator[list[K]]:
+    iterator = iter(places)
     while batch := list(islice(iterator, size)):
         yield batch

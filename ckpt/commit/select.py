@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckpt.commit.state import LogState
-from ckpt.errors import NotFoundError, UsageError
+from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.values import SnapshotId
 
 NEAREST_SHOWN = 5
@@ -15,7 +15,8 @@ def select(state: LogState, *, step: int | None = None, epoch: int | None = None
 
     ``step``: the one of that step on the line, of the newest captured epoch where several have it. ``step`` and ``epoch``:
     exactly that one, on the line or off it. ``epoch`` alone: the last of that captured epoch. ``tag``: what it names.
-    Raises NotFoundError that lists the nearest steps or the tags there are, UsageError for a tag beside the others.
+    Raises NotFoundError that lists the nearest steps or the tags there are, UnavailableError where too few stores answered to
+    know that there is none, UsageError for a tag beside the others.
     """
     if tag is not None:
         if step is not None or epoch is not None:
@@ -26,11 +27,11 @@ def select(state: LogState, *, step: int | None = None, epoch: int | None = None
     line = state.line
     if step is None:
         if not line:
-            raise NotFoundError(f"no snapshot on the line of the newest epoch. job={state.job!r} {_elsewhere(state)}")
+            raise _absent(state, f"no snapshot on the line of the newest epoch. job={state.job!r} {_elsewhere(state)}")
         return line[0]
     found = next((pair for pair in line if pair.step == step), None)
     if found is None:
-        raise NotFoundError(f"no snapshot of that step. step={step} {_nearest(line, step)} {_elsewhere(state)}")
+        raise _absent(state, f"no snapshot of that step. step={step} {_nearest(line, step)} {_elsewhere(state)}")
     return found
 
 
@@ -48,7 +49,7 @@ def _by_tag(state: LogState, tag: str) -> SnapshotId:
     tags = state.tags
     if tag not in tags:
         known = ", ".join(repr(name) for name in sorted(tags)[:TAGS_SHOWN]) or "none"
-        raise NotFoundError(f"no such tag. tag={tag!r} tags={known}")
+        raise _absent(state, f"no such tag. tag={tag!r} tags={known}")
     return tags[tag]
 
 
@@ -59,8 +60,15 @@ def _by_epoch(state: LogState, epoch: int, step: int | None) -> SnapshotId:
     wanted = next((pair for pair in inside if pair.step == step), None)
     if wanted is None:
         near = _nearest(tuple(inside), step or 0)
-        raise NotFoundError(f"no snapshot of that epoch and step. epoch={epoch} step={step} {near}")
+        raise _absent(state, f"no snapshot of that epoch and step. epoch={epoch} step={step} {near}")
     return wanted
+
+
+def _absent(state: LogState, text: str) -> NotFoundError | UnavailableError:
+    """What is not there; or may be there, and is only not seen."""
+    if state.short:
+        return UnavailableError(f"{text}, as far as can be seen: {state.short} repeat when more answer")
+    return NotFoundError(text)
 
 
 def _nearest(pairs: tuple[SnapshotId, ...], step: int) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from ckpt.backends.checked import Replicated
 from ckpt.commit.claims import FiledSequencer, StoresSequencer, silent
-from ckpt.commit.copies import Copies, copies_of
+from ckpt.commit.copies import LATE, Copies, copies_of
 from ckpt.commit.fold import empty
 from ckpt.commit.folds import FOLD_BYTES_MAX, decode_fold
 from ckpt.commit.gather import Gathered, Held, Silent, Tail, gather
@@ -32,7 +32,7 @@ class SeveralStores:
         self._job = job
         self._log_id = log_id
         self._ids: tuple[str, ...] = ("",) * len(copies.stores)
-        self._silent = frozenset(range(len(copies.stores)))
+        self._silent = self._counting = frozenset(range(len(copies.stores)))
         self._tail: Tail | None = None
         self._before: LogState | None = None
         self._taking = ""
@@ -111,7 +111,9 @@ class SeveralStores:
             got = self._gather(state)
             if got.state.hole is not None and (looks := looks + 1) < LOOKS_MAX:
                 continue  # a list made while records are written may show the later one alone
-            self._backend.count_only(got.full)
+            # One that is silent takes what is put as it did, and may be back before the log is read again.
+            self._counting = got.full | (self._counting & self._silent)
+            self._backend.count_only(got.full, silent=self._counting - got.full)
             if got.tail is not None or again:
                 self._tail, self._before, again = got.tail, got.before, False
             if got.state.hole is not None or got.state.next_seq - state.next_seq < RECORDS_AT_ONCE:
@@ -176,6 +178,14 @@ class SeveralStores:
 
     def _gather(self, state: LogState) -> Gathered:
         held = self._copies.held(state.next_seq - 1, self._log_id)
+        got = self._gathered(state, held)
+        members = got.state.stores
+        if not got.state.unsure or members is None or not any(one is LATE for one in held):
+            return got
+        # Others answered first: a store that came back empty, or is being filled. Now the log's own are waited for.
+        return self._gathered(state, self._copies.held(state.next_seq - 1, self._log_id, of=members.ids))
+
+    def _gathered(self, state: LogState, held: Sequence[Held | Silent]) -> Gathered:
         if not any(isinstance(one, Held) for one in held):
             why = silent(self._copies, {n: one for n, one in enumerate(held) if isinstance(one, Silent)})
             raise UnavailableError(f"none of the log's stores answers. {why} repeat later")

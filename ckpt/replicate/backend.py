@@ -82,11 +82,11 @@ class ReplicatedBackend:
         """See Replicated."""
         return self._quorum.write
 
-    def count_only(self, full: frozenset[int]) -> None:
+    def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         """See Replicated. Raises UsageError for a place that is none."""
-        self._quorum = counting_only(self._quorum, full)
+        self._quorum = counting_only(self._quorum, full, silent)
         if self._engine is not None:
-            self._engine.group.quorum = self._quorum
+            self._engine.group.count_only(self._quorum)
 
     def capabilities(self) -> Capabilities:
         """See Backend: what all stores can do. One that doesn't answer can't create once."""

@@ -28,7 +28,7 @@ def create(group: Group, key: str, data: Sequence[Buffer]) -> None:
     failed: dict[int, CkptError] = {}
     winner: frozenset[int] = frozenset()
     usable = {member.place for member in group.members if member.writing.circuit.usable}
-    for place in sorted(group.quorum.counting, key=lambda place: (place not in usable, place)):
+    for place in sorted(group.quorum.takers, key=lambda at: (at in group.quorum.silent, at not in usable, at)):
         answer = group.ask([place], lambda member: _create(member, key, body), side=lambda m: m.writing, key=key)[place]
         if isinstance(answer, KeyExistsError):
             raise answer

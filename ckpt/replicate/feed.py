@@ -57,7 +57,7 @@ def feed(takers: Sequence[Taker], quorum: Quorum, *, immutable: bool, pace: Pace
 
 def _limit_s(takers: Sequence[Taker], quorum: Quorum, pace: Pace) -> float:
     """How long a store may take to be done before the grace is over."""
-    counting = [takers[place] for place in sorted(quorum.counting) if takers[place].usable]
+    counting = [takers[place] for place in sorted(quorum.takers) if takers[place].usable]
     times = sorted(one.expected_s or 0.0 for one in counting)
     if len(times) < quorum.write:
         return float("inf")

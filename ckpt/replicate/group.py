@@ -43,6 +43,7 @@ class Group:
         self._tell = tell
         self.change = threading.Condition()
         self._ledger = ledgers.empty(len(stores))
+        self._aside: tuple[dict[str, Need], ...] = tuple({} for _ in stores)
         self._on_the_way: dict[tuple[int, str], int] = {}
         self._alarmed: set[int] = set()
         self.wake: Callable[[], None] = lambda: None
@@ -82,6 +83,21 @@ class Group:
         for member in self.members:
             member.look_for_stalls()
 
+    def count_only(self, quorum: Quorum) -> None:
+        """From now on ``quorum`` says which stores count. What one missed shortly before it did is brought to it.
+
+        It was filled, or answered again, while objects were on their way to the others, whose records came later.
+        """
+        with self.change:
+            again = quorum.takers - self.quorum.takers
+            self.quorum = quorum
+            missed = [(place, self._aside[place].copy()) for place in sorted(again)]
+            for place in again:
+                self._aside[place].clear()
+        for place, needs in missed:
+            for key, need in needs.items():
+                self.note(place, key, need, why="written while the store did not count", alarm=False)
+
     # What is missing where.
 
     @property
@@ -92,11 +108,15 @@ class Group:
     def note(self, place: int, key: str, need: Need, *, why: str, alarm: bool) -> None:
         """``key`` is not as it should be at ``place``. The first of a store is told; ``alarm``: loudly.
 
-        Nothing for a store that doesn't count: it is filled as a whole before it does.
+        For a store that doesn't count it is put aside until it does, the newest of it: the rest it is filled with.
         """
-        if place not in self.quorum.counting:
-            return
         with self.change:
+            if place not in self.quorum.takers:
+                aside = self._aside[place]
+                aside[key] = need
+                if len(aside) > self.pace.keys_max:
+                    del aside[next(iter(aside))]
+                return
             scrub = self._ledger.scrub[place]
             self._ledger = ledgers.noted(self._ledger, place, key, need, keys_max=self.pace.keys_max)
             first = place not in self._alarmed
@@ -122,6 +142,9 @@ class Group:
 
     def forget(self, key: str) -> None:
         """``key`` is deleted, and nowhere missing any more."""
+        with self.change:
+            for aside in self._aside:
+                aside.pop(key, None)
         self._turn(lambda ledger: ledgers.dropped(ledger, key))
 
     def put_off(self, place: int, key: str) -> None:

@@ -112,7 +112,7 @@ def decide(race: PutRace, now_s: float, *, pace: Pace) -> Again | Wait | Done | 
     lost_s = race.start_s + give_up_s(pace, race.size_bytes)
     apart_s = race.start_s + stall_s(pace, race.size_bytes)
     possible = race.quorum.acknowledged(race.at(Side.ACKED, Side.OUT, Side.RESTING))
-    apart = tuple(sorted(race.at(Side.APART) & race.quorum.counting))
+    apart = tuple(sorted(race.at(Side.APART) & race.quorum.takers))
     if apart and (not possible or now_s >= apart_s):
         return Again(apart)
     if not possible or now_s >= lost_s:

@@ -78,7 +78,7 @@ class Put:
             for place, error in failed.items():
                 race = self._failed(race, place, error, passing=False)
             # One that doesn't count stays apart: it is filled as a whole before it does.
-            race = self._feed(race, group.quorum.counting - holders - failed.keys())
+            race = self._feed(race, group.quorum.takers - holders - failed.keys())
             while True:
                 now_s = time.monotonic()
                 match races.decide(race, now_s, pace=group.pace):
@@ -207,11 +207,11 @@ class Put:
             errors[place] = _no_memory(member) if place in self._wanting else silent(member, waited_s)
         acks = race.at(Side.ACKED)
         each = " | ".join(f"{group.members[place].url}: {error}" for place, error in sorted(errors.items()))
-        ignored = [group.members[place].url for place in sorted(acks - group.quorum.counting)]
-        said = race.at(Side.FAILED, Side.RESTING) & group.quorum.counting
+        ignored = [group.members[place].url for place in sorted(acks - group.quorum.takers)]
+        said = race.at(Side.FAILED, Side.RESTING) & group.quorum.takers
         kind = commonest([errors[place] for place in sorted(said)])
         return kind(
-            f"too few stores took the object. key={self._key} acknowledged={len(acks & group.quorum.counting)} "
+            f"too few stores took the object. key={self._key} acknowledged={len(acks & group.quorum.takers)} "
             f"needed={group.quorum.write}{f' not_counting={ignored}' if ignored else ''} [{each}]; repeat when they do"
         )
 

@@ -11,15 +11,25 @@ from ckpt.errors import CkptError, UnavailableError, UsageError
 
 @dataclass(frozen=True, slots=True)
 class Quorum:
-    """``write`` of ``stores`` hold what was acknowledged; only those at ``counting`` places are believed to be complete."""
+    """``write`` of ``stores`` hold what was acknowledged; only those at ``counting`` places are believed to be complete.
+
+    ``silent``: places that counted, and did not answer when it was last looked. What they take counts; what they lack doesn't,
+    since they may have been emptied meanwhile.
+    """
 
     stores: int
     write: int
     counting: frozenset[int]
+    silent: frozenset[int] = frozenset()
+
+    @property
+    def takers(self) -> frozenset[int]:
+        """The places whose acknowledgement counts."""
+        return self.counting | self.silent
 
     def acknowledged(self, places: AbstractSet[int]) -> bool:
         """Whether an object that lies on ``places`` is durable; or, of the places that may still take it, whether it can be."""
-        return len(self.counting & places) >= self.write
+        return len(self.takers & places) >= self.write
 
     def absent(self, places: AbstractSet[int]) -> bool:
         """Whether an object that ``places`` do not have was never acknowledged: too few others are left to hold it."""
@@ -50,12 +60,13 @@ def quorum_of(stores: int, write: int | None) -> Quorum:
     return Quorum(stores, write, frozenset(range(stores)))
 
 
-def counting_only(quorum: Quorum, full: Iterable[int]) -> Quorum:
-    """The same quorum in which only ``full`` count. Raises UsageError for a place that is none."""
+def counting_only(quorum: Quorum, full: Iterable[int], silent: Iterable[int] = ()) -> Quorum:
+    """The same quorum in which only ``full`` count, and ``silent`` for what they take. Raises UsageError for other places."""
     counting = frozenset(full)
-    if bad := sorted(counting - frozenset(range(quorum.stores))):
+    late = frozenset(silent) - counting
+    if bad := sorted((counting | late) - frozenset(range(quorum.stores))):
         raise UsageError(f"no store has this place. places={bad} stores={quorum.stores}; places count from 0")
-    return Quorum(quorum.stores, quorum.write, counting)
+    return Quorum(quorum.stores, quorum.write, counting, late)
 
 
 def commonest(errors: Sequence[CkptError]) -> type[CkptError]:

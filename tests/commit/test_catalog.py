@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
 from ckpt.commit.catalog import candidates, info_of, load_index, load_manifest, older_than, select, snapshots
 from ckpt.commit.journal import Journal
 from ckpt.commit.state import LogState
-from ckpt.errors import IntegrityError, NotFoundError, UsageError
+from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest import keys
 from ckpt.manifest.digest import digest_hex
 from ckpt.manifest.manifest import Manifest, PartRef
@@ -67,6 +69,14 @@ def test_what_is_not_there_is_told_with_what_is_near(state: LogState) -> None:
         select(state, tag="bad")
     with pytest.raises(UsageError, match="leave out step"):
         select(state, tag="good", step=30)
+
+
+@pytest.mark.parametrize("asked", [{"step": 21}, {"step": 25, "epoch": 1}, {"epoch": 7}, {"tag": "bad"}])
+def test_what_too_few_stores_know_of_is_not_said_to_be_nowhere(state: LogState, asked: dict[str, int]) -> None:
+    with pytest.raises(UnavailableError, match="one of three answered"):
+        select(replace(state, short="one of three answered"), **asked)  # type: ignore[arg-type]
+    with pytest.raises(UnavailableError):
+        select(LogState(job="run-a", short="one of three answered"))
 
 
 def test_a_fresh_line_has_no_newest_and_says_what_lies_off_it(store: MemoryBackend, state: LogState) -> None:

@@ -40,3 +40,14 @@ def test_a_store_that_does_not_count_acknowledges_nothing_and_proves_nothing() -
 def test_a_write_quorum_that_cannot_be_is_refused_with_what_can(stores: int, write: int | None, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         quorum_of(stores, write)
+
+
+def test_silent_places_count_for_what_they_take_and_not_for_what_they_lack() -> None:
+    quorum = counting_only(quorum_of(3, 2), {0}, {1, 2})
+    assert quorum.takers == {0, 1, 2}
+    assert quorum.acknowledged({1, 2})
+    assert not quorum.absent({1, 2})
+    assert not quorum.answered({0, 1})
+    assert counting_only(quorum, {0, 1}, {1}).silent == frozenset()
+    with pytest.raises(UsageError, match="no store has this place"):
+        counting_only(quorum, {0}, {3})

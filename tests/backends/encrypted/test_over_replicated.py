@@ -7,16 +7,17 @@ import random
 
 import pytest
 
-from ckpt.backends.encrypted import encrypted
+from ckpt.backends.encrypted import encrypted, refuse_mismatch
 from ckpt.backends.encrypted_secret import Key, Keys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.commit.catalog import load_index, snapshots
-from ckpt.errors import UsageError
+from ckpt.errors import UnavailableError, UsageError
 from ckpt.manifest.digest import digest
 from ckpt.observe.events import Event
 from ckpt.replicate.backend import ReplicatedBackend
 from ckpt.restore.verify import verify
 from ckpt.testing.contract import read
+from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import damage, write_sample_store
 
 KEYS = Keys(Key.of(hashlib.sha256(b"replicated").digest()))
@@ -63,3 +64,45 @@ def test_job_written_to_three_stores_is_whole_in_any_two() -> None:
             assert info.problem is None
             assert verify(load_index(store, state, info.id), store).ok
         left.close()
+
+
+def silent(store: MemoryBackend) -> FaultyBackend:
+    """The store, which answers nothing."""
+    return FaultyBackend(store, [Fault(harm=Harm.LOST_REQUEST, times=None)])
+
+
+def three_encrypted() -> list[MemoryBackend]:
+    stores = [MemoryBackend(str(n)) for n in range(3)]
+    for store in stores:
+        for n in range(2):
+            encrypted(store, KEYS).put(f"manifests/{n}", [b"{}"])
+    return stores
+
+
+@pytest.mark.parametrize("answering", range(3))
+def test_the_one_store_that_answers_tells_whether_the_key_fits(answering: int) -> None:
+    stores = [store if n == answering else silent(store) for n, store in enumerate(three_encrypted())]
+    several = ReplicatedBackend(stores, tell=lambda _: None, seed=1)
+    refuse_mismatch(several, KEYS)
+    with pytest.raises(UsageError, match="wrong encryption key"):
+        refuse_mismatch(several, STRANGER)
+    with pytest.raises(UsageError, match="is encrypted"):
+        refuse_mismatch(several, None)
+    several.close()
+
+
+def test_where_no_store_answers_nothing_is_said_about_the_key() -> None:
+    several = ReplicatedBackend([silent(store) for store in three_encrypted()], tell=lambda _: None, seed=1)
+    with pytest.raises(UnavailableError):
+        refuse_mismatch(several, KEYS)
+    several.close()
+
+
+@pytest.mark.parametrize("rotten", range(3))
+def test_a_store_whose_manifests_all_rotted_does_not_hide_that_they_are_encrypted(rotten: int) -> None:
+    stores = three_encrypted()
+    for n in range(2):
+        stores[rotten].put(f"manifests/{n}", [b"rot"])
+    several = ReplicatedBackend(stores, tell=lambda _: None, prefer=[rotten], seed=1)
+    refuse_mismatch(several, KEYS)
+    several.close()

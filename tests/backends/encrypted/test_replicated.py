@@ -41,7 +41,7 @@ class Pair:
     def url(self) -> str:
         return "pair:"
 
-    def count_only(self, full: frozenset[int]) -> None:
+    def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         self.counting = full
 
     def capabilities(self) -> Capabilities:

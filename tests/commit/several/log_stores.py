@@ -15,7 +15,7 @@ class SmallReplicated:
     def __init__(self, stores: Sequence[Backend], write_quorum: int) -> None:
         self._stores = tuple(stores)
         self._quorum = write_quorum
-        self._full = frozenset(range(len(self._stores)))
+        self._takers = frozenset(range(len(self._stores)))
 
     @property
     def url(self) -> str:
@@ -29,8 +29,8 @@ class SmallReplicated:
     def write_quorum(self) -> int:
         return self._quorum
 
-    def count_only(self, full: frozenset[int]) -> None:
-        self._full = full
+    def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
+        self._takers = full | silent
 
     def capabilities(self) -> Capabilities:
         once = all(store.capabilities().create_only for store in self._stores)
@@ -46,7 +46,7 @@ class SmallReplicated:
             except UnavailableError as error:
                 why.append(str(error))
             else:
-                made += number in self._full
+                made += number in self._takers
         if made < self._quorum:
             raise UnavailableError(f"too few stores took it. key={key} made={made} why={why}")
 

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
+from ckpt.backends.base import Stat
 from ckpt.backends.memory import MemoryBackend
 from ckpt.commit import lanes as lanes_room
 from ckpt.commit.copies import LATE, Copies
+from ckpt.commit.gather import Held
 from ckpt.commit.lanes import ThreadLanes
 from ckpt.manifest import keys
 from ckpt.manifest.job import JobRecord
@@ -144,8 +147,25 @@ def test_a_loser_of_a_vote_waits_for_no_store_that_hangs(gate: Gate) -> None:
     assert (found[0], found[1], found[2]) == (b"theirs", b"theirs", LATE)
 
 
+def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slow(gate: Gate) -> None:
+    class Slow(CountingBackend):
+        def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+            gate.call(0)
+            return super().list(prefix, after=after)
+
+    stores = [MemoryBackend("empty"), MemoryBackend("1"), Slow(MemoryBackend("2"))]
+    for number, store in enumerate(stores[1:], 1):
+        store.put(keys.JOB_KEY, [JobRecord(job="j", store_id=f"{number:032x}", log_id="0" * 32).encode()])
+    opening = threading.Timer(3 * lanes_room.GRACE_S_MIN, gate.open.set)
+    opening.start()
+    found = Copies(stores).held(-1, "0" * 32, of=[f"{number:032x}" for number in range(3)])
+    opening.join()
+    assert [one.store_id for one in found if isinstance(one, Held)] == ["", f"{1:032x}", f"{2:032x}"]
+
+
 EXIT = """
 import threading
+from ckpt.commit.gather import Held
 from ckpt.commit.lanes import ThreadLanes
 lanes = ThreadLanes()
 found = lanes.ask({0: lambda: 0, 1: lambda: threading.Event().wait(), 2: lambda: 2}, lambda answers: len(answers) >= 2)

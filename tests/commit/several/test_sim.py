@@ -25,8 +25,8 @@ SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEEDS = 10_000 if SOAK else 200
 SHARDS = 40 if SOAK else 4
 ACTIONS = 30
-TRIES_MAX = 12
-"""In so many tries a fresh writer must open an epoch and commit, once nothing goes wrong any more."""
+TRIES_MAX = 60
+"""In so many tries a fresh writer must open an epoch and commit, once nothing goes wrong any more; each tries what it draws."""
 
 _WORLDS: list[World] = []
 

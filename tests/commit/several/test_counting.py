@@ -1,0 +1,91 @@
+"""Which stores objects are written to, after a time in which some did not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from ckpt.backends.base import Buffer, Capabilities, Stat
+from ckpt.backends.memory import MemoryBackend
+from ckpt.commit.journal import Journal
+from ckpt.errors import UnavailableError
+from ckpt.manifest import keys
+from ckpt.replicate.backend import ReplicatedBackend
+
+
+class Switched:
+    """A store that answers nothing while it is ``silent``."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.silent = False
+        self._inner = MemoryBackend(url)
+
+    def capabilities(self) -> Capabilities:
+        return self._inner.capabilities()
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        self._ask().put(key, data, create_only=create_only)
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        self._ask().read_into(key, out, offset_bytes=offset_bytes)
+
+    def stat(self, key: str) -> Stat | None:
+        return self._ask().stat(key)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        return self._ask().list(prefix, after=after)
+
+    def delete(self, key: str) -> None:
+        self._ask().delete(key)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _ask(self) -> MemoryBackend:
+        if self.silent:
+            raise UnavailableError(f"the store does not answer. store={self.url}")
+        return self._inner
+
+
+@pytest.fixture
+def stores() -> list[Switched]:
+    return [Switched(name) for name in "012"]
+
+
+@pytest.fixture
+def several(stores: list[Switched]) -> Iterator[ReplicatedBackend]:
+    backend = ReplicatedBackend(stores, write_quorum=2, tell=lambda _: None, seed=1)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def journal(several: ReplicatedBackend) -> Journal:
+    log = Journal.open(several, job="job", create=True)
+    log.open_epoch(resume=None)
+    return log
+
+
+def test_stores_that_were_silent_when_the_log_was_read_take_objects_as_soon_as_they_answer(
+    stores: list[Switched], several: ReplicatedBackend, journal: Journal
+) -> None:
+    for store in stores[1:]:
+        store.silent = True
+    assert journal.refresh().short
+    for store in stores[1:]:
+        store.silent = False
+    several.put("packs/x", [b"x"])  # a save writes its packs first, and reads the log when they are there
+
+
+def test_a_store_that_came_back_empty_is_not_counted_because_it_is_silent_next(
+    stores: list[Switched], several: ReplicatedBackend, journal: Journal
+) -> None:
+    stores[2].delete(keys.JOB_KEY)
+    journal.refresh()
+    stores[2].silent = True
+    journal.refresh()
+    stores[2].silent, stores[1].silent = False, True
+    with pytest.raises(UnavailableError, match="acknowledged=1 needed=2"):
+        several.put("packs/x", [b"x"])

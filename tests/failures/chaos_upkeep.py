@@ -1,0 +1,53 @@
+"""What people and keepers do for stores: fill them, read and mend everything, sweep what nobody needs."""
+
+from __future__ import annotations
+
+import random
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import stores_of, write_quorum_of
+from ckpt.commit.journal import Journal
+from ckpt.commit.state import LogState
+from ckpt.observe.events import Event
+from ckpt.upkeep.scrub import Scrub, ScrubReport
+from ckpt.upkeep.stores import fill_up, members_here, replace, returned_empty
+from ckpt.upkeep.sweep import SweepReport, sweep
+from ckpt.upkeep.sweep_clock import store_clock
+from ckpt.upkeep.sync_facts import Effort
+
+
+def sweep_now(backend: Backend, state: LogState, dice: random.Random) -> SweepReport:
+    """Delete what nothing needs, the grace being over: there is none, or the clocks say so."""
+    if dice.random() < 0.5:
+        return sweep(backend, state, grace_s=0.0)
+    return sweep(backend, state, grace_s=3600.0, clock=lambda store: store_clock(store) + 7200.0)
+
+
+def care(backend: Backend) -> str:
+    """Fill what came back empty, and bring each other store what it missed. Says what was filled."""
+    journal = Journal.open(backend)
+    journal.refresh()
+    filled = []
+    for store, store_id in returned_empty(journal, backend):
+        replace(journal, backend, store, store_id, effort=Effort(), tell=nobody)
+        filled.append(f"filled {store.url}")
+    for store, _ in members_here(journal, backend):
+        fill_up(journal, backend, store, effort=Effort(), tell=nobody)
+    return ", ".join(filled) or "all count"
+
+
+def scrub_all(backend: Backend, *, mend: bool = True) -> ScrubReport:
+    """Read everything everywhere."""
+    report = Scrub(stores_of(backend), write_quorum_of(backend), mend=mend).run(threads=2)
+    assert report is not None
+    return report
+
+
+def told(report: ScrubReport) -> str:
+    """The report in a line."""
+    stores = [f"{one.role} {one.mended}/{one.missing}+{one.damaged}" for one in report.stores]
+    return f"scrub ok={report.ok} {stores}" + ("" if report.ok else f" unmended={report.unmended} hole={report.hole}")
+
+
+def nobody(event: Event) -> None:
+    """Nobody listens."""
