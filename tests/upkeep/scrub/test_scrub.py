@@ -270,6 +270,21 @@ def test_record_that_lost_a_race_stays_and_the_right_one_goes_to_the_second_key(
     assert bytes_of(trio[2], keys.settled_key(3)) == right
 
 
+@pytest.mark.parametrize("noisy", [keys.log_key(3), keys.settled_key(3)])
+def test_damage_at_one_key_of_a_place_is_mended_though_the_other_has_the_record(
+    trio: list[FileBackend], noisy: str
+) -> None:
+    right = bytes_of(trio[0], keys.log_key(3))
+    assert right is not None
+    for store in trio:
+        store.put(keys.settled_key(3), [right])
+    (Path(trio[1].url) / noisy).write_bytes(b"noise")
+    report = scrubbed(list(trio))
+    assert report.ok
+    assert [(trouble.key, trouble.store, trouble.mended) for trouble in report.troubles] == [(noisy, 1, True)]
+    assert bytes_of(trio[1], noisy) == right
+
+
 @pytest.mark.parametrize("how", ["gone", "damaged"])
 def test_lost_ckpt_json_comes_back_with_the_same_id(trio: list[FileBackend], how: str) -> None:
     record = record_of(trio[1])

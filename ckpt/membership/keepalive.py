@@ -1,0 +1,126 @@
+"""Keeps one node's lease alive, on a thread of its own that no error ends.
+
+Each keepalive renews the lease and then reads, linearizably, that the node's own key is still there and which epoch holds: an
+answer from a server that is cut off from the others proves nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from ckpt.errors import CkptError, UnavailableError
+from ckpt.membership import leases, moves, names
+from ckpt.membership.base import Standing, Ticket
+from ckpt.membership.keyspace import Keys, Keyspace, Transaction
+from ckpt.membership.leases import Answer, Gone, Lease, Renewed, Silent, State
+from ckpt.membership.values import EpochRecord, decode_epoch
+
+_WAIT_S_MIN = 0.01
+_JOIN_S = 30.0
+
+
+class Keepalive:
+    """See the module. ``clock`` is CLOCK_BOOTTIME in seconds. ``start`` makes the thread; without it, call ``round``."""
+
+    def __init__(self, keyspace: Keyspace, ticket: Ticket, lease: Lease, clock: Callable[[], float]) -> None:
+        self._keyspace = keyspace
+        self.ticket = ticket
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._lease = lease
+        self._epoch = (0, 0)
+        self._placed = False
+        self._trouble = ""
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        name = f"ckpt-lease-{self.ticket.node[:8]}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End. The lease is left as it is; nothing is acted on any more under it."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(_JOIN_S)
+        with self._lock:
+            self._lease = leases.heard(self._lease, Gone("this node left"))
+
+    @property
+    def due_s(self) -> float:
+        """When the next keepalive is due."""
+        with self._lock:
+            return self._lease.next_s
+
+    def standing(self) -> Standing:
+        """What the node may do now."""
+        with self._lock:
+            lease = self._lease
+            return Standing(
+                lease.state(self._clock()), lease.act_until_s, self._epoch[0], self._placed, lease.why or self._trouble
+            )
+
+    def epoch(self) -> tuple[int, int]:
+        """The newest epoch that this node saw, and its revision; zeros: none."""
+        with self._lock:
+            return self._epoch
+
+    def saw(self, record: EpochRecord, revision: int) -> None:
+        """Note an epoch that this node read."""
+        with self._lock:
+            if revision > self._epoch[1]:
+                self._epoch = (record.number, revision)
+                self._placed = self.ticket.node in {place.node for place in record.places}
+
+    def lost(self, why: str) -> None:
+        """Note that this node is no member any more, however that was learned."""
+        self._hear(Gone(why))
+
+    def round(self) -> None:
+        """One keepalive, and what its answer means."""
+        sent_s = self._clock()
+        self._hear(self._ask(sent_s))
+
+    def _ask(self, sent_s: float) -> Answer:
+        try:
+            left_s = self._keyspace.renew(self.ticket.lease_id)
+            if left_s <= 0:
+                return Gone("the lease has expired")
+            own, epoch = self._keyspace.transact(moves.look(self.ticket)).found
+            if not own or own[0].lease_id != self.ticket.lease_id:
+                return Gone("this node was taken out")
+            if epoch and epoch[0].changed != self.epoch()[1]:
+                self._read_epoch()
+            return Renewed(sent_s, left_s)
+        except UnavailableError as error:
+            return Silent(sent_s, str(error))
+
+    def _read_epoch(self) -> None:
+        (found,) = self._keyspace.transact(Transaction(reads=(Keys(names.EPOCH),))).found
+        trouble = ""
+        if found:
+            try:
+                self.saw(decode_epoch(found[0].value), found[0].changed)
+            except (
+                CkptError
+            ) as error:  # no reason to be taken for dead; whoever asks for the view gets the error itself
+                trouble = str(error)
+        with self._lock:
+            self._trouble = trouble
+
+    def _hear(self, answer: Answer) -> None:
+        with self._lock:
+            self._lease = leases.heard(self._lease, answer)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(max(_WAIT_S_MIN, self.due_s - self._clock())):
+            sent_s = self._clock()
+            try:
+                self.round()
+            except Exception as error:  # noqa: BLE001 - a thread's border: whatever it was, the lease must be kept alive
+                self._hear(Silent(sent_s, f"{type(error).__name__}: {error}"))
+            if self.standing().state is State.LOST:
+                return

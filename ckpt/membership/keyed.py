@@ -1,0 +1,259 @@
+"""Membership over any keyspace: asks, does the transactions of ``moves``, and repeats what may be repeated."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from ckpt.errors import ConflictError, FencedError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
+from ckpt.membership import leases, moves, names
+from ckpt.membership.base import (
+    Claimed,
+    Fenced,
+    Following,
+    Leading,
+    Lost,
+    Published,
+    Standing,
+    Taken,
+    Ticket,
+    Unknown,
+)
+from ckpt.membership.keepalive import Keepalive
+from ckpt.membership.keyspace import Keyspace, Outcome, Transaction
+from ckpt.membership.leases import State
+from ckpt.membership.values import (
+    WHY_CHARS_MAX,
+    EpochRecord,
+    NodeInfo,
+    Scope,
+    View,
+    encode_epoch,
+    encode_node,
+)
+
+TTL_S = 5.0
+SUSPECTS_MAX = 16
+"""How many nodes one witness can suspect at a time."""
+FACT_BYTES_MAX = 64 << 10
+RACES_MAX = 8
+"""How often something that changed in between is tried again."""
+
+
+def boot_s() -> float:
+    """The clock of leases: seconds since boot, also while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class KeyedMembership:
+    """See Membership, Facts and Places. One node of ``job`` in ``keyspace``, which it closes in the end.
+
+    ``margin_s``: how long before its lease can run out a node stops acting; None: a tenth of the TTL. ``threads``: keep the
+    lease alive; without it the caller calls ``keepalive.round`` when it is due.
+    """
+
+    def __init__(
+        self, keyspace: Keyspace, job: str, *, ttl_s: float = TTL_S, margin_s: float | None = None,
+        witnesses_min: int = 2, clock: Callable[[], float] = boot_s, threads: bool = True,
+    ) -> None:  # fmt: skip
+        self._keyspace = keyspace
+        self._job = job
+        self._ttl_s = ttl_s
+        self._margin_s = ttl_s / 10 if margin_s is None else margin_s
+        self._witnesses_min = witnesses_min
+        self._clock = clock
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._joined: tuple[Ticket, Keepalive] | None = None
+        self._suspected: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def keepalive(self) -> Keepalive:
+        """What keeps this node's lease alive. Raises FencedError before it joined."""
+        return self._member()[1]
+
+    def join(self, info: NodeInfo, *, lease_id: int = 0) -> Ticket:
+        """See Membership."""
+        data = encode_node(info)
+        with self._lock:
+            before = self._joined
+        if before is not None:
+            if before[1].standing().state is not State.LOST:
+                raise UsageError(f"this node is a member already. node={before[0].node} leave first")
+            self._keyspace.revoke(before[0].lease_id)  # it may live on where the node was taken out, and hold the lead
+        ticket = Ticket(info.node, lease_id or secrets.randbits(62) + 1)
+        sent_s = self._clock()
+        ttl_s = self._keyspace.renew(lease_id) if lease_id else self._grant(ticket)
+        if ttl_s <= 0:
+            raise FencedError(f"this membership is over. node={info.node} join under a new node id")
+        lease = leases.granted(ticket.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
+        try:
+            move = moves.take_on(ticket, data) if lease_id else moves.join(ticket, data)
+            moves.joined(self._keyspace.transact(move), ticket)
+        except NotFoundError as error:
+            raise FencedError(f"the lease ran out before the node had joined. node={info.node} join anew") from error
+        except ConflictError:
+            if not lease_id:
+                self._keyspace.revoke(ticket.lease_id)
+            raise
+        keepalive = Keepalive(self._keyspace, ticket, lease, self._clock)
+        with self._lock:
+            self._joined = (ticket, keepalive)
+            self._suspected.clear()
+        if self._threads:
+            keepalive.start()
+        return ticket
+
+    def standing(self) -> Standing:
+        """See Membership."""
+        with self._lock:
+            joined = self._joined
+        return joined[1].standing() if joined else Standing(State.LOST, 0.0, 0, False, "this node has not joined")
+
+    def view(self, scope: Scope = Scope.ALL) -> View:
+        """See Membership."""
+        view = moves.seen(self._job, scope, self._keyspace.transact(moves.read(scope)))
+        with self._lock:
+            joined = self._joined
+        if joined is not None and view.epoch is not None:
+            joined[1].saw(view.epoch, view.epoch_revision)
+        return view
+
+    def wait_change(self, after: int, *, timeout_s: float, scope: Scope = Scope.ALL) -> bool:
+        """See Membership."""
+        with self._lock:
+            joined = self._joined
+        if joined is not None and joined[1].standing().state is State.LOST:
+            return True
+        ranges = names.ALL_KEYS if scope is Scope.ALL else names.HEAD_KEYS
+        return self._keyspace.wait(ranges, after, timeout_s=timeout_s)
+
+    def lead(self, view: View | None = None) -> Leading | Following | Unknown:
+        """See Membership."""
+        ticket, _ = self._member()
+        for _ in range(RACES_MAX):
+            try:
+                outcome = self._leased(moves.lead(ticket, view, self._witnesses_min))
+            except UnavailableError as error:
+                return Unknown(str(error))
+            if (who := moves.leads(outcome, ticket)) is not None:
+                return who
+        return Unknown("the leader changed every time")
+
+    def publish(self, record: EpochRecord, view: View, *, remove: tuple[str, ...] = ()) -> Published | Lost | Unknown:
+        """See Membership. Raises UsageError for a record that does not follow from the view."""
+        ticket, keepalive = self._member()
+        data = encode_epoch(record)
+        if record.job != self._job or record.leader != ticket.node:
+            raise UsageError(f"not this node's epoch. job={record.job} leader={record.leader} node={ticket.node}")
+        if view.epoch is not None and record.number <= view.epoch.number:
+            raise UsageError(f"an epoch must exceed the one before. epoch={record.number} before={view.epoch.number}")
+        if record.number < keepalive.epoch()[0]:
+            return Lost(f"a greater epoch was seen. epoch={record.number} seen={keepalive.epoch()[0]}")
+        if view.leader is None or view.leader.node != ticket.node:
+            return Lost("this node does not lead in that view")
+        try:
+            done = moves.published(self._keyspace.transact(moves.publish(ticket, data, view, remove)), ticket, data)
+            if isinstance(done, Lost):
+                return done
+            keepalive.saw(record, done.revision)
+            for first in range(moves.REMOVES_MAX, len(remove), moves.REMOVES_MAX):
+                self._keyspace.transact(moves.remove_more(done.revision, remove[first:]))
+        except UnavailableError as error:
+            return Unknown(str(error))
+        return done
+
+    def claim(self, seq: int, data: bytes, *, epoch: int) -> Claimed | Taken | Fenced | Unknown:
+        """See Places. Raises StoreDeniedError where the service refuses, UsageError where places before are missing."""
+        ticket, keepalive = self._member()
+        try:
+            if keepalive.epoch()[0] != epoch:
+                self.view(Scope.HEAD)
+            number, revision = keepalive.epoch()
+            if number != epoch:
+                return Fenced(f"another epoch holds. epoch={number} claimed_in={epoch}")
+            for first in (False, True):
+                outcome = self._keyspace.transact(moves.claim(ticket, seq, data, revision, first=first))
+                if (done := moves.claimed(outcome, ticket, data, revision)) is not None:
+                    return done
+                if (lost := moves.place_lost(self._keyspace.transact(moves.places()), seq)) is not None:
+                    return lost
+        except StoreDeniedError:
+            raise
+        except UnavailableError as error:
+            return Unknown(str(error))
+        return Unknown("places were given out meanwhile; the log is to be read again")
+
+    def say(self, fact: str, value: bytes | None) -> None:
+        """See Facts."""
+        if value is not None and len(value) > FACT_BYTES_MAX:
+            raise UsageError(f"too large to be said. size_bytes={len(value)} limit_bytes={FACT_BYTES_MAX}")
+        self._write(names.said_key(fact, self._member()[0].node), value)
+
+    def heard(self, fact: str) -> Mapping[str, bytes]:
+        """See Facts."""
+        keys = names.said_by_all(fact)
+        (found,) = self._keyspace.transact(Transaction(reads=(keys,))).found
+        return {one.key.rpartition("/")[2]: one.value for one in found}
+
+    def suspect(self, node: str, why: str | None) -> None:
+        """See Facts."""
+        by = self._member()[0].node
+        if node == by:
+            raise UsageError(f"a node can't suspect itself. node={node} leave instead")
+        key = names.suspect_key(node, by)
+        self._write(key, None if why is None else why[:WHY_CHARS_MAX].encode(errors="replace"))
+        dropped = None
+        with self._lock:
+            self._suspected.pop(node, None)
+            if why is not None:
+                self._suspected[node] = None
+            if len(self._suspected) > SUSPECTS_MAX:
+                dropped, _ = self._suspected.popitem(last=False)
+        if dropped is not None:
+            self._write(names.suspect_key(dropped, by), None)
+
+    def leave(self, *, keep: bool = False) -> None:
+        """See Membership. Raises UnavailableError where the lease could not be ended: it runs out by itself."""
+        with self._lock:
+            joined, self._joined = self._joined, None
+        try:
+            if joined is not None:
+                joined[1].stop()
+                if not keep:
+                    self._keyspace.revoke(joined[0].lease_id)
+        finally:
+            self._keyspace.close()
+
+    def _member(self) -> tuple[Ticket, Keepalive]:
+        with self._lock:
+            joined = self._joined
+        if joined is None:
+            raise FencedError("this node has not joined, or has left. join first")
+        return joined
+
+    def _grant(self, ticket: Ticket) -> float:
+        return self._keyspace.grant(ticket.lease_id, self._ttl_s).ttl_s
+
+    def _leased(self, transaction: Transaction) -> Outcome:
+        """A transaction that puts something under this node's lease. Raises FencedError where that has run out."""
+        ticket, keepalive = self._member()
+        try:
+            return self._keyspace.transact(transaction)
+        except NotFoundError as error:
+            keepalive.lost("the lease has expired")
+            raise FencedError(
+                f"this node is no member any more. node={ticket.node} join under a new node id"
+            ) from error
+
+    def _write(self, key: str, value: bytes | None) -> None:
+        ticket, _ = self._member()
+        changed: int | None = 0
+        for _ in range(RACES_MAX):
+            changed = moves.said(self._leased(moves.say(ticket, key, value, changed or 0)), ticket, value)
+            if changed is None:
+                return
+        raise UnavailableError(f"what stands there changed every time. key={key} repeat later")

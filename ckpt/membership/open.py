@@ -1,0 +1,44 @@
+"""Which keyspace a job's membership lies in."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from ckpt.errors import UsageError
+from ckpt.membership import leases
+from ckpt.membership.embedded import SqliteKeyspace
+from ckpt.membership.etcd_options import EtcdOptions
+from ckpt.membership.keyed import TTL_S, KeyedMembership
+from ckpt.membership.keyspace import Keyspace
+
+
+def open_keyspace(where: EtcdOptions | Path, job: str) -> Keyspace:
+    """The keys of ``job``: in etcd, or in this file of this machine, which is made where it is missing.
+
+    Raises UsageError where etcd is asked for and its client isn't installed, UnavailableError. Connects at the first call.
+    """
+    if isinstance(where, Path):
+        return SqliteKeyspace(where)
+    if importlib.util.find_spec("etcd3") is None:
+        raise UsageError("etcd needs its client. pip install 'torch-ckpt[etcd]'")
+    # What grpc does in a child between fork and exec can abort it; a connection isn't used in children anyway.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # Loaded here only: grpc takes longer to import than a keeper may take to start.
+    return cast(Keyspace, importlib.import_module("ckpt.membership.etcd").EtcdKeyspace(where, job))
+
+
+def open_membership(
+    where: EtcdOptions | Path, job: str, *, ttl_s: float = TTL_S, witnesses_min: int = 2
+) -> KeyedMembership:
+    """What one node has of ``job``, before it joins. Errors as in ``open_keyspace``.
+
+    A call to one of etcd's endpoints gets no more time than leaves some to ask another before the lease runs out.
+    """
+    if isinstance(where, EtcdOptions):
+        where = replace(where, call_s=min(where.call_s, leases.call_s(ttl_s)))
+    return KeyedMembership(open_keyspace(where, job), job, ttl_s=ttl_s, witnesses_min=witnesses_min)

@@ -1,0 +1,394 @@
+"""What membership must do over each kind of service. Subclassed where a fixture gives the members."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from keyspace_contract import DEADLINE_S, put
+
+from ckpt.errors import ConflictError, FencedError, UsageError
+from ckpt.membership import names
+from ckpt.membership.base import Claimed, Fenced, Following, Leading, Lost, Published, Taken, Unknown
+from ckpt.membership.keyed import SUSPECTS_MAX, KeyedMembership, boot_s
+from ckpt.membership.keyspace import Keyspace
+from ckpt.membership.leases import State
+from ckpt.membership.moves import LOG_KEPT
+from ckpt.membership.values import (
+    EpochRecord,
+    Holdings,
+    NodeInfo,
+    Place,
+    Scope,
+    View,
+    encode_holdings,
+)
+
+Make = Callable[..., KeyedMembership]
+
+
+def info(node: str = "", **more: object) -> NodeInfo:
+    return NodeInfo(node=node or secrets.token_hex(8), host="h", slots=2, **more)  # type: ignore[arg-type]
+
+
+def joined(make: Make, node: str = "") -> tuple[KeyedMembership, str]:
+    member = make()
+    return member, member.join(info(node)).node
+
+
+def record_of(view: View, *nodes: str, number: int = 0) -> EpochRecord:
+    assert view.leader is not None
+    number = number or (view.epoch.number if view.epoch else 0) + 1
+    places = tuple(Place(node, 2) for node in nodes)
+    return EpochRecord(job=view.job, number=number, places=places, leader=view.leader.node, nodes_min=1, nodes_max=9)
+
+
+def open_epoch(leader: KeyedMembership, *nodes: str, remove: tuple[str, ...] = (), number: int = 0) -> EpochRecord:
+    assert leader.lead() == Leading()
+    view = leader.view()
+    record = record_of(view, *nodes, number=number)
+    assert isinstance(leader.publish(record, view, remove=remove), Published)
+    return record
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+class MembershipContract:
+    """For the fixtures ``make_member``, ``make_keyspace`` and ``ttl_s``."""
+
+    def test_who_joins_is_seen_by_all_with_what_it_says(self, make_member: Make) -> None:
+        one, other = make_member(), make_member()
+        said = info(domain="rack 7", address="10.0.0.1:7", capabilities=("gpu", "mirrors"))
+        ticket = one.join(said)
+        other_node = other.join(info()).node
+        view = other.view()
+        assert view.by_node[said.node].info == said
+        assert view.by_node[said.node].lease_id == ticket.lease_id
+        assert set(view.by_node) == {said.node, other_node}
+        assert (view.epoch, view.leader, view.unreadable) == (None, None, ())
+
+    def test_a_node_id_is_given_once(self, make_member: Make) -> None:
+        _, node = joined(make_member)
+        with pytest.raises(ConflictError):
+            make_member().join(info(node))
+
+    def test_a_member_can_not_join_twice(self, make_member: Make) -> None:
+        one, _ = joined(make_member)
+        with pytest.raises(UsageError):
+            one.join(info())
+
+    def test_before_it_joined_a_node_can_look_and_do_nothing_else(self, make_member: Make) -> None:
+        member = make_member()
+        assert member.standing().state is State.LOST
+        assert member.view().members == ()
+        for act in (member.lead, lambda: member.say("a", b""), lambda: member.claim(0, b"", epoch=1)):
+            with pytest.raises(FencedError):
+                act()
+
+    def test_who_leaves_is_gone_at_once_with_what_it_said(self, make_member: Make) -> None:
+        one, _ = joined(make_member)
+        other, node = joined(make_member)
+        other.say("fact", b"x")
+        one.suspect(node, "why")
+        assert other.lead() == Leading()
+        before = one.view().revision
+        other.leave()
+        assert one.wait_change(before, timeout_s=DEADLINE_S)
+        view = one.view()
+        assert node not in view.by_node
+        assert view.leader is None
+        assert one.heard("fact") == {}
+
+    def test_a_lease_is_kept_alive_far_beyond_its_life(self, make_member: Make, ttl_s: float) -> None:
+        member = make_member(ttl_s)
+        node = member.join(info()).node
+        first_s = member.standing().act_until_s
+        assert boot_s() < first_s <= boot_s() + ttl_s
+        until(lambda: member.standing().act_until_s > first_s + 1.2 * ttl_s)
+        assert member.standing().state is State.SURE
+        assert node in member.view().by_node
+
+    def test_another_process_takes_a_membership_on(self, make_member: Make) -> None:
+        one = make_member()
+        ticket = one.join(info(address="old"))
+        one.say("fact", b"x")
+        one.leave(keep=True)
+        assert one.standing().state is State.LOST
+        other = make_member()
+        assert other.join(info(ticket.node, address="new"), lease_id=ticket.lease_id) == ticket
+        view = other.view()
+        assert view.by_node[ticket.node].info.address == "new"
+        assert other.heard("fact") == {ticket.node: b"x"}
+        assert other.standing().state is State.SURE
+
+    def test_a_membership_that_is_over_is_not_taken_on(self, make_member: Make) -> None:
+        one = make_member()
+        ticket = one.join(info())
+        one.leave()
+        with pytest.raises(FencedError):
+            make_member().join(info(ticket.node), lease_id=ticket.lease_id)
+
+    def test_a_lease_does_not_take_on_another_nodes_membership(self, make_member: Make) -> None:
+        one, other = make_member(), make_member()
+        first, second = one.join(info()), other.join(info())
+        other.leave(keep=True)
+        with pytest.raises(ConflictError):
+            make_member().join(info(first.node), lease_id=second.lease_id)
+
+    def test_one_leads_and_the_others_follow(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        other, _ = joined(make_member)
+        assert [one.lead(), other.lead(), one.lead()] == [Leading(), Following(node), Leading()]
+        view = other.view()
+        assert view.leader is not None and view.leader.node == node
+        one.leave()
+        assert other.lead() == Leading()
+
+    def test_of_many_one_leads(self, make_member: Make) -> None:
+        members = [joined(make_member)[0] for _ in range(5)]
+        start = threading.Barrier(5)
+        found: list[object] = []
+
+        def race(member: KeyedMembership) -> None:
+            start.wait(DEADLINE_S)
+            found.append(member.lead())
+
+        threads = [threading.Thread(target=race, args=(member,)) for member in members]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        assert found.count(Leading()) == 1
+        assert len(found) == 5
+
+    def test_two_witnesses_put_another_leader_in_place_of_a_dead_one(self, make_member: Make) -> None:
+        dead, node = joined(make_member)
+        one, other = joined(make_member)[0], joined(make_member)[0]
+        open_epoch(dead, node)
+        old_view = dead.view()
+        one.suspect(node, "socket reset")
+        assert one.lead(one.view()) == Following(node)
+        other.suspect(node, "does not answer")
+        assert one.lead() == Following(node)  # without a view that shows it nobody is put out
+        assert one.lead(one.view()) == Leading()
+        assert isinstance(dead.publish(record_of(old_view, node), old_view), Lost)
+        assert isinstance(one.publish(record_of(view := one.view(), "x"), view), Published)
+
+    def test_a_word_that_is_taken_back_puts_nobody_out(self, make_member: Make) -> None:
+        leader, node = joined(make_member)
+        one, other = joined(make_member)[0], joined(make_member)[0]
+        assert leader.lead() == Leading()
+        one.suspect(node, "reset")
+        other.suspect(node, "reset")
+        view = one.view()
+        other.suspect(node, None)
+        assert one.lead(view) == Following(node)
+
+    def test_an_epoch_is_seen_by_all(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        other, other_node = joined(make_member)
+        spare, _ = joined(make_member)
+        record = open_epoch(one, node, other_node)
+        for member in (one, other, spare):
+            assert member.view().epoch == record
+            assert member.view(Scope.HEAD).epoch == record
+        until(lambda: all(member.standing().epoch == 1 for member in (one, other, spare)))
+        assert [member.standing().placed for member in (one, other, spare)] == [True, True, False]
+
+    def test_the_head_alone_names_no_members(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        open_epoch(one, node)
+        view = one.view(Scope.HEAD)
+        assert (view.members, view.leader) == ((), one.view().leader)
+
+    def test_who_does_not_lead_publishes_nothing(self, make_member: Make) -> None:
+        leader, node = joined(make_member)
+        other, other_node = joined(make_member)
+        open_epoch(leader, node)
+        view = other.view()
+        with pytest.raises(UsageError):
+            other.publish(record_of(view, node), view)
+        mine = replace(record_of(view, node), leader=other_node)
+        assert isinstance(other.publish(mine, view), Lost)
+        assert other.view().epoch == leader.view().epoch
+
+    def test_an_epoch_that_was_decided_on_an_older_one_is_lost(self, make_member: Make) -> None:
+        leader, node = joined(make_member)
+        open_epoch(leader, node)
+        view = leader.view()
+        open_epoch(leader, node, "x")
+        assert isinstance(leader.publish(record_of(view, node, "y", number=7), view), Lost)
+
+    def test_publishing_the_same_epoch_again_tells_that_it_holds(self, make_member: Make) -> None:
+        leader, node = joined(make_member)
+        leader.lead()
+        view = leader.view()
+        record = record_of(view, node)
+        first = leader.publish(record, view)
+        assert leader.publish(record, view) == first
+        assert isinstance(first, Published)
+
+    def test_an_epoch_can_not_go_back(self, make_member: Make) -> None:
+        leader, node = joined(make_member)
+        open_epoch(leader, node, number=5)
+        view = leader.view()
+        for number in (4, 5):
+            with pytest.raises(UsageError):
+                leader.publish(record_of(view, node, "x", number=number), view)
+
+    def test_a_leader_that_left_and_leads_anew_publishes_nothing_from_before(self, make_member: Make) -> None:
+        leader, node = joined(make_member)
+        leader.lead()
+        view = leader.view()
+        leader.leave()
+        again, _ = joined(make_member, node)
+        again.lead()
+        assert isinstance(again.publish(record_of(view, node), view), Lost)
+
+    def test_who_is_taken_out_learns_it_and_can_do_nothing_more(self, make_member: Make) -> None:
+        leader, node = joined(make_member)
+        out, out_node = joined(make_member)
+        open_epoch(leader, node, out_node)
+        record = open_epoch(leader, node, remove=(out_node,))
+        assert out_node not in leader.view().by_node
+        for act in (lambda: out.say("a", b"1"), out.lead, lambda: out.suspect(node, "revenge")):
+            with pytest.raises(FencedError):
+                act()
+        assert isinstance(out.claim(0, b"x", epoch=record.number), Fenced)
+        until(lambda: out.standing().state is State.LOST)
+        out.join(info())
+        assert out.standing().state is State.SURE
+
+    def test_more_nodes_are_taken_out_than_one_transaction_can(
+        self, make_member: Make, make_keyspace: Callable[[], Keyspace]
+    ) -> None:
+        leader, node = joined(make_member)
+        keyspace = make_keyspace()
+        others = [f"n{number}" for number in range(250)]
+        for other in others:
+            put(keyspace, names.node_key(other), b"")
+        open_epoch(leader, node, remove=tuple(others))
+        assert leader.view().unreadable == ()
+
+    def test_a_fact_is_heard_replaced_and_taken_back(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        other, other_node = joined(make_member)
+        one.say("address.7", b"1")
+        other.say("address.7", b"2")
+        one.say("address.70", b"9")
+        assert other.heard("address.7") == {node: b"1", other_node: b"2"}
+        one.say("address.7", b"3")
+        one.say("address.7", b"3")
+        assert other.heard("address.7")[node] == b"3"
+        one.say("address.7", None)
+        one.say("address.7", None)
+        assert other.heard("address.7") == {other_node: b"2"}
+
+    def test_facts_have_limits(self, make_member: Make) -> None:
+        one, _ = joined(make_member)
+        for fact in ("", "a/b", "a b", "x" * 101):
+            with pytest.raises(UsageError):
+                one.say(fact, b"")
+        with pytest.raises(UsageError):
+            one.say("a", bytes(1 << 20))
+
+    def test_what_a_member_holds_is_part_of_the_view(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        other, other_node = joined(make_member)
+        holdings = Holdings(8, {3: 100, 0: 7})
+        one.say(names.HOLDINGS, encode_holdings(holdings))
+        other.say(names.HOLDINGS, b"nonsense")
+        view = other.view()
+        assert view.by_node[node].holdings == holdings
+        assert view.by_node[other_node].holdings is None
+        assert view.unreadable == (f"said/holdings/{other_node}",)
+
+    def test_a_suspicion_is_seen_and_taken_back(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        other, other_node = joined(make_member)
+        one.suspect(other_node, "socket reset")
+        one.suspect(other_node, "still")
+        (word,) = other.view().suspicions
+        assert (word.node, word.by, word.why) == (other_node, node, "still")
+        one.suspect(other_node, None)
+        assert other.view().suspicions == ()
+        with pytest.raises(UsageError):
+            one.suspect(node, "me")
+        with pytest.raises(UsageError):
+            one.suspect("a/b", "x")
+
+    def test_a_witness_suspects_a_few_at_a_time(self, make_member: Make) -> None:
+        one, _ = joined(make_member)
+        for number in range(SUSPECTS_MAX + 3):
+            one.suspect(f"n{number}", "x")
+        suspected = {word.node for word in one.view().suspicions}
+        assert suspected == {f"n{number}" for number in range(3, SUSPECTS_MAX + 3)}
+
+    def test_what_nobody_can_read_is_no_member(self, make_member: Make, make_keyspace: Callable[[], Keyspace]) -> None:
+        one, node = joined(make_member)
+        keyspace = make_keyspace()
+        put(keyspace, "nodes/bad", b"{}")
+        put(keyspace, "nodes/x/y", b"")
+        view = one.view()
+        assert set(view.by_node) == {node}
+        assert view.unreadable == ("nodes/bad", "nodes/x/y")
+
+    def test_a_follower_hears_of_epochs_and_not_of_each_member(self, make_member: Make) -> None:
+        leader, node = joined(make_member)
+        follower, _ = joined(make_member)
+        leader.lead()
+        before = follower.view(Scope.HEAD).revision
+        joined(make_member)
+        assert leader.wait_change(before, timeout_s=DEADLINE_S)
+        assert not follower.wait_change(before, timeout_s=0.2, scope=Scope.HEAD)
+        open_epoch(leader, node)
+        assert follower.wait_change(before, timeout_s=DEADLINE_S, scope=Scope.HEAD)
+
+    def test_places_of_the_log_are_given_out_once_and_in_order(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        other, _ = joined(make_member)
+        epoch = open_epoch(one, node).number
+        assert one.claim(41, b"a", epoch=epoch) == Claimed()
+        assert one.claim(41, b"a", epoch=epoch) == Claimed()
+        assert other.claim(41, b"b", epoch=epoch) == Taken(b"a")
+        assert other.claim(42, b"b", epoch=epoch) == Claimed()
+        assert isinstance(other.claim(40, b"c", epoch=epoch), Unknown)
+        with pytest.raises(UsageError):
+            other.claim(44, b"c", epoch=epoch)
+        assert other.claim(43, b"c", epoch=epoch) == Claimed()
+
+    def test_a_log_begins_at_its_first_place(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        epoch = open_epoch(one, node).number
+        assert one.claim(0, b"a", epoch=epoch) == Claimed()
+        assert one.claim(1, b"b", epoch=epoch) == Claimed()
+        assert one.claim(0, b"x", epoch=epoch) == Taken(b"a")
+
+    def test_a_place_is_claimed_in_the_epoch_that_holds(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        other, _ = joined(make_member)
+        assert isinstance(one.claim(0, b"a", epoch=1), Fenced)
+        open_epoch(one, node)
+        assert other.claim(0, b"a", epoch=1) == Claimed()
+        open_epoch(one, node, "x")
+        assert isinstance(other.claim(1, b"b", epoch=1), Fenced)
+        assert isinstance(other.claim(1, b"b", epoch=3), Fenced)
+        assert other.claim(1, b"b", epoch=2) == Claimed()
+
+    def test_a_place_long_ago_is_not_given_out_again(self, make_member: Make) -> None:
+        one, node = joined(make_member)
+        epoch = open_epoch(one, node).number
+        for seq in range(LOG_KEPT + 2):
+            assert one.claim(seq, b"%d" % seq, epoch=epoch) == Claimed()
+        assert isinstance(one.claim(0, b"new", epoch=epoch), Unknown)
+        assert isinstance(one.claim(1, b"new", epoch=epoch), Unknown)
+        assert one.claim(2, b"new", epoch=epoch) == Taken(b"2")

@@ -1,0 +1,77 @@
+"""What a watch makes of the words of a stream. Streams themselves are tested against real etcd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from etcd3 import etcdrpc
+
+from ckpt.errors import UnavailableError
+from ckpt.membership.etcd_calls import EtcdCalls
+from ckpt.membership.etcd_options import EtcdOptions
+from ckpt.membership.etcd_watch import BEHIND_MAX, EtcdWatch
+from ckpt.membership.keyspace import Keys
+
+
+class NoCalls(EtcdCalls):
+    """Nobody to listen to."""
+
+    def client(self, number: int) -> object:  # type: ignore[override]
+        raise UnavailableError("nobody")
+
+
+@pytest.fixture
+def watch() -> Iterator[EtcdWatch]:
+    """Of all after revision 100."""
+    made = EtcdWatch(NoCalls(EtcdOptions(endpoints=("h:1",))), "/ckpt/j/", (Keys("a"),), after=100, beat_s=1.0)
+    yield made
+    made.close()
+
+
+def said(revision: int, *events: int, **more: object) -> etcdrpc.WatchResponse:
+    response = etcdrpc.WatchResponse(header=etcdrpc.ResponseHeader(revision=revision), **more)
+    for changed in events:
+        response.events.add().kv.mod_revision = changed
+    return response
+
+
+def test_an_event_wakes_who_looked_before_it_and_nobody_else(watch: EtcdWatch) -> None:
+    assert watch.heard(said(105, 103, 104))
+    assert watch.wait(103, timeout_s=0)
+    assert not watch.wait(104, timeout_s=0)
+    assert watch.first == 105
+
+
+def test_who_looked_before_the_watch_began_is_told_to_look(watch: EtcdWatch) -> None:
+    assert watch.wait(99, timeout_s=0)
+    assert not watch.wait(100, timeout_s=0)
+
+
+def test_progress_wakes_nobody(watch: EtcdWatch) -> None:
+    assert watch.heard(said(500))
+    assert not watch.wait(100, timeout_s=0)
+    assert watch.first == 101
+
+
+def test_forgotten_changes_wake_all_and_the_watch_begins_behind_them(watch: EtcdWatch) -> None:
+    assert not watch.heard(said(500, compact_revision=400, canceled=True))
+    assert watch.wait(100, timeout_s=0)
+    assert watch.first == 401
+
+
+def test_a_member_that_lags_is_waited_for_and_a_new_cluster_is_noticed(watch: EtcdWatch) -> None:
+    for _ in range(BEHIND_MAX - 1):
+        assert watch.heard(said(90))
+    assert watch.heard(said(101, 101))
+    for _ in range(BEHIND_MAX - 1):
+        assert watch.heard(said(7))
+    assert not watch.heard(said(7))
+    assert watch.first == 8
+    assert watch.wait(6, timeout_s=0)
+    assert not watch.wait(7, timeout_s=0)
+
+
+def test_a_cancelled_watch_begins_anew(watch: EtcdWatch) -> None:
+    assert not watch.heard(said(101, canceled=True))
+    assert not watch.wait(100, timeout_s=0)

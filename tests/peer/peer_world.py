@@ -1,0 +1,107 @@
+"""What the tests of peers share: servers and stores with short limits, and waiting for a condition."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable, Sequence
+
+from ckpt.observe.events import Event
+from ckpt.peer.auth import Secret
+from ckpt.peer.endpoint import Endpoint
+from ckpt.peer.patience import Patience
+from ckpt.peer.rate import RateCap
+from ckpt.peer.server import Limits, PeerServer
+from ckpt.peer.sources import Source
+from ckpt.peer.store import ClientLimits, PeerStore
+from ckpt.peer.vault import Vault
+
+WAIT_S = 30.0
+SECRET = Secret.of(bytes(range(32)))
+OTHER_SECRET = Secret.of(bytes(range(100, 132)))
+BUDGET_BYTES = 160 << 20
+
+PATIENT = Limits(stranger_s=WAIT_S, idle_s=WAIT_S, patience=Patience(grace_s=WAIT_S))
+BRIEF = Limits(stranger_s=0.8, idle_s=0.8, patience=Patience(grace_s=0.8, bytes_per_s_min=8 << 20))
+"""Limits that a test reaches at once, and ones that none reaches."""
+
+
+class Epoch:
+    """An epoch that a test sets."""
+
+    def __init__(self, now: int = 1) -> None:
+        self.now = now
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class World:
+    """Servers and stores of one test."""
+
+    def __init__(self) -> None:
+        self.told: list[Event] = []
+        self._servers: list[PeerServer] = []
+        self._stores: list[PeerStore] = []
+
+    def serve(
+        self,
+        *,
+        vault: Vault | None = None,
+        limits: Limits = PATIENT,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        epoch: int = 0,
+        sources: Sequence[Source] = (),
+    ) -> PeerServer:
+        server = PeerServer(
+            vault or Vault(BUDGET_BYTES),
+            SECRET,
+            endpoint=Endpoint(port=port, tls=tls),
+            limits=limits,
+            epoch=epoch,
+            sources=sources,
+            tell=self.told.append,
+        )
+        server.start()
+        self._servers.append(server)
+        return server
+
+    def store(
+        self,
+        server: PeerServer,
+        *,
+        secret: Secret = SECRET,
+        epoch: Callable[[], int] | None = None,
+        cap: RateCap | None = None,
+        tls: ssl.SSLContext | None = None,
+        limits: ClientLimits | None = None,
+    ) -> PeerStore:
+        endpoint = Endpoint(*server.address, tls=tls)
+        store = PeerStore(endpoint, secret, epoch=epoch or Epoch(), cap=cap, limits=limits)
+        self._stores.append(store)
+        return store
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
+        for server in self._servers:
+            server.stop()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came to that"
+        time.sleep(0.005)
+
+
+def read(store: PeerStore, key: str) -> bytes | None:
+    """The whole object, or None."""
+    found = store.stat(key)
+    if found is None:
+        return None
+    out = bytearray(found.size_bytes)
+    store.read_into(key, memoryview(out))
+    return bytes(out)
