@@ -15,6 +15,7 @@ from ckpt.cli.say import COMPLETE_VARIABLE, emit_error
 from ckpt.errors import CkptError, InternalError
 
 COMMANDS = {
+    "run": "ckpt.cli.run",
     "ls": "ckpt.cli.ls",
     "show": "ckpt.cli.show",
     "log": "ckpt.cli.log",

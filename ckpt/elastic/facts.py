@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ckpt.elastic.launch import forking
 from ckpt.elastic.starts import Facts, Fork, choose
 from ckpt.link.launcher import ranks_here
+from ckpt.link.nodes_spec import NODES_VARIABLE
 
 PROBE_WAIT_S = 1.0
 """How long a probe child may take over one parallel operation; a healthy one needs milliseconds."""
@@ -45,7 +46,9 @@ def gather(*, probe: Callable[[], bool] | None = None) -> Facts:
         under_pytest="PYTEST_CURRENT_TEST" in os.environ and "_pytest.runner" in sys.modules,
         notebook=_interactive() or (file is None and not from_command),
         process_group=dist.is_available() and dist.is_initialized(),
-        several_nodes=here is not None and here != int(os.environ.get("WORLD_SIZE", here)),
+        several_nodes=(
+            here is not None and here != int(os.environ.get("WORLD_SIZE", here)) and NODES_VARIABLE not in os.environ
+        ),
         ranks_unknown=here is None,
         unranked_child=multiprocessing.parent_process() is not None and "RANK" not in os.environ,
         main_thread=threading.current_thread() is threading.main_thread(),

@@ -13,7 +13,8 @@ from pathlib import Path
 from ckpt.elastic.child import Child
 from ckpt.elastic.signals import Signals
 from ckpt.elastic.starts import Fork, Spawn
-from ckpt.elastic.trainer import TrainerSeat, begin, die_of, enter_forked, run_again
+from ckpt.elastic.trainer import Order, TrainerSeat, begin, die_of, enter_forked, run_again
+from ckpt.link.seating import Seating
 
 
 def _started_in() -> str:
@@ -63,7 +64,7 @@ class _Pipes:
     order_out: int = -1
 
 
-def launch(shared: Launch, *, attempt: int, port: int) -> Child | TrainerSeat:
+def launch(shared: Launch, *, attempt: int, port: int, seating: Seating | None = None) -> Child | TrainerSeat:
     """Start a trainer; attempt 0: one that runs ahead and waits. A ``Child`` in the parent, its seat in the child.
 
     Raises OSError where there is no process or descriptor left.
@@ -77,7 +78,7 @@ def launch(shared: Launch, *, attempt: int, port: int) -> Child | TrainerSeat:
         if pid == 0:
             shared.signals.restore()
     if pid == 0:
-        return _be_trainer(shared, pipes, attempt, port, supervisor_pid)
+        return _be_trainer(shared, pipes, Order(attempt=attempt, port=port, seating=seating), supervisor_pid)
     with suppress(PermissionError, ProcessLookupError):  # the child did it itself and went on, or is gone
         os.setpgid(pid, pid)
     os.close(pipes.report_out)
@@ -88,7 +89,7 @@ def launch(shared: Launch, *, attempt: int, port: int) -> Child | TrainerSeat:
     )  # fmt: skip
 
 
-def _be_trainer(shared: Launch, pipes: _Pipes, attempt: int, port: int, supervisor_pid: int) -> TrainerSeat:
+def _be_trainer(shared: Launch, pipes: _Pipes, order: Order, supervisor_pid: int) -> TrainerSeat:
     """The child's side. An error here must not come back into the copy of the supervisor's loop: it ends the child."""
     try:
         begin(supervisor_pid)
@@ -97,10 +98,10 @@ def _be_trainer(shared: Launch, pipes: _Pipes, attempt: int, port: int, supervis
             os.close(pipes.order_out)
         shared.forget()
         spawned = isinstance(shared.start, Spawn)
-        how = "prepared" if attempt == 0 else "spawn" if spawned else "fork"
+        how = "prepared" if order.attempt == 0 else "spawn" if spawned else "fork"
         seat = TrainerSeat(
-            attempt=attempt, port=port, how=how, pid=os.getpid(), report_fd=pipes.report_out, order_fd=pipes.order_in,
-            stacks=_stacks(shared, os.getpid()),
+            attempt=order.attempt, port=order.port, how=how, pid=os.getpid(), report_fd=pipes.report_out,
+            order_fd=pipes.order_in, stacks=_stacks(shared, os.getpid()), seating=order.seating,
         )  # fmt: skip
         if spawned:
             run_again(seat, STARTED_IN)

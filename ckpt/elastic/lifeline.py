@@ -8,6 +8,7 @@ import msgspec
 
 from ckpt.elastic.holdings import Holdings
 from ckpt.errors import InternalError, UnavailableError
+from ckpt.link.board import now_ns
 from ckpt.link.client import greet, welcomed
 from ckpt.link.frames import Wire, close_fds
 from ckpt.link.messages import Drop, Hello, Keep, KeepBoard, Message
@@ -41,6 +42,14 @@ class Lifeline:
     def holds(self) -> bool:
         """Whether something is held for the next keeper."""
         return bool(self._holdings)
+
+    def time_left_s(self) -> float | None:
+        """For how long trainers of this node may still act; None: for ever. After that others may have their ranks.
+
+        The keeper of one node among several tells it through memory, on and on; one that hangs tells nothing any more.
+        """
+        until_ns = self._holdings.act_until_ns
+        return (until_ns - now_ns()) / 1e9 if until_ns else None
 
     def greet(self, attempt: int) -> None:
         """Say the first hello, as of ``attempt``.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,12 +32,18 @@ def watch_process_group(made: Callable[[], None]) -> None:
     @functools.wraps(make)
     def init_process_group(*args: object, **kwargs: object) -> None:
         init_method = args[1] if len(args) > 1 else kwargs.get("init_method")
-        if init_method in (None, "env://") and kwargs.get("store") is None and os.environ.get("RANK", "0") != "0":
+        if init_method in (None, "env://") and kwargs.get("store") is None and looks_here(os.environ):
             wait_for_listener(int(os.environ.get("MASTER_PORT", "0")))
         make(*args, **kwargs)  # type: ignore[arg-type]
         made()
 
     dist.init_process_group = init_process_group
+
+
+def looks_here(said: Mapping[str, str]) -> bool:
+    """Whether this rank dials rank 0 and that one listens on this machine, as the environment says: only here one can look."""
+    here = said.get("MASTER_ADDR", "").startswith(("127.", "localhost", "::1")) or said.get("GROUP_RANK") == "0"
+    return said.get("RANK", "0") != "0" and here
 
 
 def wait_for_listener(port: int, *, timeout_s: float = LISTEN_WAIT_S) -> bool:

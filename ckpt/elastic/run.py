@@ -282,7 +282,10 @@ class Run(Whereabouts):
         self._points.hand_on(self._session.report)
         board = self._session.board
         if board is not None:
-            self._memory = MemoryTier(board, rank=self.rank, every=self._memory_every)
+            self._memory = MemoryTier(
+                board, rank=self._session.local_rank, every=self._memory_every, leads=self.rank == 0,
+                pass_on=self._session.pass_on,
+            )  # fmt: skip
             self._memory.begin(self._done)
             if self._memory_every:
                 self._session.saving.leave_free(2)

@@ -94,7 +94,10 @@ def _stays(facts: Facts) -> InPlace | None:
             "set LOCAL_WORLD_SIZE beside WORLD_SIZE and RANK, as torchrun does",
         )
     if facts.several_nodes:
-        return InPlace("the job has several nodes, whose keepers don't restart together yet", "use one node")
+        return InPlace(
+            "the job has several nodes, whose keepers don't know of each other",
+            "start it by ckpt run or --rdzv-backend=ckpt",
+        )
     if not facts.main_thread:
         return InPlace("the decorated function is called in a thread beside the main one", "call it in the main thread")
     return None

@@ -39,6 +39,8 @@ LEAVE_WAIT_S = 30.0
 """How long a killed process may take to be gone before a supervisor leaves without it: one that the kernel can't end now."""
 
 GONE_POLL_S = 0.01
+CLOCK_LOOK_MS = 500
+"""How often the time until which a node of several may act is looked at: the keeper moves it on all the while."""
 TERMINAL_POLL_S = 0.2
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 _STOPPED_FOR_TERMINAL = (signal.SIGTTIN, signal.SIGTTOU)
@@ -105,6 +107,7 @@ class Supervisor:
         self._terms = Terms()
         self._interrupted = False
         self._had_terminal = False
+        self._overdue = 0
         adopt_orphans()
         self._signals = Signals()
         self._launch = Launch(
@@ -118,6 +121,7 @@ class Supervisor:
             self._hear_keeper()
             self._hear_signals()
             self._hear_ends()
+            self._look_at_clock()
             seat = self._act()
             if seat is not None:
                 return seat
@@ -147,6 +151,14 @@ class Supervisor:
         poll.poll(self._patience_ms())
 
     def _patience_ms(self) -> int | None:
+        patience_ms = self._patience_for_ends_ms()
+        left_s = self._keeper.time_left_s() if self._live is not None else None
+        if left_s is None:
+            return patience_ms
+        left_ms = min(CLOCK_LOOK_MS, max(1, int(left_s * 1000)))
+        return left_ms if patience_ms is None else min(patience_ms, left_ms)
+
+    def _patience_for_ends_ms(self) -> int | None:
         waits_for_end = self._unanswered or self._starting or self._leaving or self._keeper.lost
         if waits_for_end:
             return int(GONE_POLL_S * 1000)
@@ -263,6 +275,17 @@ class Supervisor:
         if self._live is not None:
             self._live.signal(signal.SIGCONT, group=True)
 
+    def _look_at_clock(self) -> None:
+        """With several nodes: stop before others may have been given this node's ranks, whether its keeper is well or hangs."""
+        live, left_s = self._live, self._keeper.time_left_s()
+        if live is None or left_s is None or left_s > 0 or live.status is not None or live.attempt == self._overdue:
+            return
+        self._overdue = live.attempt
+        self._say(
+            "this node has lost touch with its job's other nodes, which may go on without it: its trainer is stopped"
+        )
+        live.signal(signal.SIGKILL, group=True)  # it ends like any other death, and its keeper hears of it
+
     def _hear_trainers(self) -> None:
         for child in self._children():
             said = child.words() if child.report_fd >= 0 else b""
@@ -313,13 +336,13 @@ class Supervisor:
         self._attempt, self._started, self._ended = word.attempt, True, None
         self._keeper.well()
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.promote(Order(attempt=word.attempt, port=word.port)):
+        if ahead is not None and ahead.promote(Order(word.attempt, word.port, word.seating)):
             self._live, how = ahead, "prepared"
         else:
             if ahead is not None:
                 ahead.kill()
                 ahead.forget()
-            child = launch(self._launch, attempt=word.attempt, port=word.port)
+            child = launch(self._launch, attempt=word.attempt, port=word.port, seating=word.seating)
             if isinstance(child, TrainerSeat):
                 return child
             self._live, how = child, "fork" if isinstance(self._plan.start, Fork) else "spawn"

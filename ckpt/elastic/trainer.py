@@ -22,6 +22,7 @@ from typing import NoReturn
 import msgspec
 
 from ckpt.errors import InternalError, UsageError
+from ckpt.link.seating import Seating
 from ckpt.manifest.canonical import ready
 
 SEAT_VARIABLE = "CKPT_SEAT"
@@ -44,6 +45,7 @@ class Order(msgspec.Struct, frozen=True):
 
     attempt: int
     port: int
+    seating: Seating | None = None
 
 
 ready(Order)
@@ -51,7 +53,7 @@ ready(Order)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSeat:
-    """This process is the trainer of ``attempt``, whose process group meets at ``port`` on loopback.
+    """This process is the trainer of ``attempt``, whose process group meets at ``port``, without ``seating`` on loopback.
 
     ``how`` it was started: ``fork``, ``spawn`` or ``prepared``. A prepared one has attempt 0 until ``promoted``.
     ``report_fd`` goes to the supervisor, ``order_fd`` comes from it (-1: not a prepared one), ``stacks`` is the file for stack
@@ -65,6 +67,7 @@ class TrainerSeat:
     report_fd: int
     order_fd: int = -1
     stacks: str = ""
+    seating: Seating | None = None
 
     def first_step_done(self) -> None:
         """Tell the supervisor that this trainer got past its start; it may prepare the next one now."""
@@ -80,7 +83,7 @@ class TrainerSeat:
         tell(self.report_fd, READY)
         order = _wait_for_order(self.order_fd)
         os.close(self.order_fd)
-        seat = replace(self, attempt=order.attempt, port=order.port, order_fd=-1)
+        seat = replace(self, attempt=order.attempt, port=order.port, order_fd=-1, seating=order.seating)
         put_into_environment(seat)
         return seat
 
@@ -116,10 +119,27 @@ def environment(seat: TrainerSeat) -> dict[str, str]:
         return held
     return {
         **held,
-        "MASTER_ADDR": "127.0.0.1",
+        **_place(seat.seating),
         "MASTER_PORT": str(seat.port),
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # the agent's store would lead to addresses of dead attempts
         "TORCHELASTIC_RESTART_COUNT": str(seat.attempt - 1),
+    }
+
+
+def _place(seating: Seating | None) -> dict[str, str]:
+    """Where rank 0 is and, of several nodes, which ranks are here. Of one node the launcher has said it."""
+    if seating is None:
+        return {"MASTER_ADDR": "127.0.0.1"}
+    rank = str(seating.first_rank + int(os.environ.get("LOCAL_RANK", "0")))
+    world = str(seating.world_size)
+    return {
+        "MASTER_ADDR": seating.host,
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "ROLE_RANK": rank,
+        "ROLE_WORLD_SIZE": world,
+        "GROUP_RANK": str(seating.node),
+        "GROUP_WORLD_SIZE": str(seating.nodes),
     }
 
 

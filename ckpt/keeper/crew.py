@@ -7,7 +7,9 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt.keeper import roster as rules
 from ckpt.keeper.desk import Desk
@@ -17,6 +19,7 @@ from ckpt.keeper.recovery import Recovery
 from ckpt.keeper.roster import Roster, Seat, State
 from ckpt.keeper.roster_words import (
     Action,
+    AskEpoch,
     AskStop,
     AttemptOver,
     Event,
@@ -27,6 +30,7 @@ from ckpt.keeper.roster_words import (
     LeaveAll,
     LeaveOne,
     Preempted,
+    SayEnded,
     StartAll,
     SupervisorLeft,
     TrainerDied,
@@ -42,6 +46,9 @@ from ckpt.link.frames import close_fds
 from ckpt.link.messages import Hello, Message
 from ckpt.observe.events import Event as Told
 from ckpt.observe.events import Fact
+
+if TYPE_CHECKING:
+    from ckpt.keeper.nodes import Nodes
 
 GATHER_TELL_S = 30.0
 """Ranks that come later than this are asked for by name."""
@@ -80,7 +87,7 @@ class Crew:
         """A supervisor said hello. One that met an earlier keeper first hands over what it holds and ends with ``Killed``."""
         job = self._job
         if self.roster is None or self.roster.launch != job.launch or (new and self.roster.state is State.OVER):
-            self.roster = Roster(job.launch, job.ranks, job.policy, attempt=self._attempt)
+            self.roster = Roster(job.launch, job.ranks, job.policy, attempt=self._attempt, shared=self._meet_nodes())
             self._cut_off = False
             self._grace_until_s = self._leaving = None
             self._gathering_s, self._missing_told = time.monotonic(), False
@@ -190,6 +197,7 @@ class Crew:
         waits = [until_s - now_s for until_s in untils_s if until_s is not None]
         watch_s = self._watch.wait_s()
         waits += [watch_s] if watch_s is not None else []
+        waits += [self._job.nodes.tick(now_s)] if self._job.nodes is not None else []
         return min(waits, default=5.0)
 
     def _joined(self, peer: Peer, status: int | None) -> None:
@@ -214,7 +222,8 @@ class Crew:
         match action:
             case StartAll(attempt):
                 self._begin(attempt)
-                job.say("supervisor", words.Start(attempt=attempt, port=_free_port()))
+                self._explain()
+                job.say("supervisor", self._start_word(attempt))
             case KillAll(attempt, failure):
                 self._watch.stop()
                 self._recovery = Recovery(attempt + 1, failure, job.completed(), time.monotonic())
@@ -232,12 +241,42 @@ class Crew:
                 self._leave(action)
             case LeaveOne(rank, status):
                 job.say("supervisor", words.Leave(status=status), rank=rank)
+            case AskEpoch(failure, completed):
+                assert job.nodes is not None and self.roster is not None, "a shared roster"
+                job.nodes.ask(failure, completed, self.roster.attempt)
+            case SayEnded():
+                assert job.nodes is not None, "a shared roster"
+                job.nodes.ended(self._attempt)
             case AskStop():
                 job.say("events", words.Stop(grace_s=max(0.1, self._grace_left_s())))
 
+    def _meet_nodes(self) -> bool:
+        """Whether the job may have other nodes: then a launch begins with none known."""
+        job = self._job
+        if job.spec.nodes is None:
+            return False
+        if job.nodes is not None:
+            job.nodes.close()
+        # Only where there are nodes: what they need takes long to import.
+        made: type[Nodes] = import_module("ckpt.keeper.nodes").Nodes
+        job.nodes = made(job, job.spec.nodes, on=self._on)
+        return True
+
+    def _explain(self) -> None:
+        """Of several nodes the epoch says why the last one ended: what was seen here may only be what came of it."""
+        nodes = self._job.nodes
+        if self._recovery is not None and nodes is not None and nodes.epoch is not None and nodes.epoch.note.why:
+            self._recovery.failure = replace(self._recovery.failure, text=nodes.epoch.note.why)
+
+    def _start_word(self, attempt: int) -> words.Start:
+        nodes = self._job.nodes
+        if nodes is None:
+            return words.Start(attempt=attempt, port=_free_port())
+        return words.Start(attempt=attempt, port=nodes.port, seating=nodes.seating)
+
     def _begin(self, attempt: int) -> None:
         self._attempt = attempt
-        self._desk.clear()
+        self._desk.begin(attempt)
         if self._job.board is not None:
             self._job.board.begin_attempt(attempt)
         self._watch.begin()
@@ -247,6 +286,8 @@ class Crew:
         job = self._job
         job.tell(Told("ended", action.text, {"status": action.status}, alarm=True))
         job.keep_newest()
+        if job.nodes is not None:  # the others go on without this node, or leave too
+            job.nodes.leave()
         leave = words.Leave(status=action.status, text=action.text)
         wait_s = min(job.policy.linger_s, job.policy.grace_s)
         if not action.held or wait_s <= 0 or self._all_durable():
@@ -289,7 +330,8 @@ class Crew:
         if recovery is None or recovery.attempt != self._attempt:
             return
         if phase.name == "restored":
-            recovery.resume = self._desk.resume
+            nodes = self._job.nodes
+            recovery.resume = self._desk.resume if nodes is None else nodes.uploads.resume
         recovery.reach(rank, phase.name, phase.at_s)
         if recovery.done(self._job.ranks):
             self._recovery = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
@@ -12,14 +11,17 @@ from typing import TypeVar
 from ckpt.errors import CkptError, FencedError, InternalError, UsageError
 from ckpt.keeper.job import Job
 from ckpt.keeper.peers import Peer
+from ckpt.keeper.room import OwnRoom, Room
 from ckpt.link.messages import (
     Choices,
     Count,
+    Decided,
     Done,
     Forget,
     GetBoard,
     GetChoices,
     GetSlots,
+    GetSources,
     Keep,
     Known,
     Message,
@@ -35,6 +37,7 @@ from ckpt.link.messages import (
     SlotGone,
     SlotMade,
     Slots,
+    Sources,
     Value,
 )
 from ckpt.link.remote import from_error, to_error
@@ -42,53 +45,47 @@ from ckpt.values import SnapshotId
 
 T = TypeVar("T")
 
-WAIT_S_MAX = 3600.0
-"""No question waits longer for a message."""
-
 
 class Desk:
-    """Answers the calls of trainers. ``room`` is the attempt's messages, cleared for each attempt."""
+    """Answers the calls of trainers. ``room`` has the attempt's messages, and is empty when the attempt begins."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._room: dict[str, bytes] = {}
-        self._counts: dict[str, int] = {}
-        self._waiting: dict[str, list[tuple[Peer, int, float]]] = {}
+        self.own_room = OwnRoom()
+        """The room, where it is this keeper's."""
+        self.room: Room = self.own_room
         self.resume: SnapshotId | None = None
         """Where the last epoch that was opened goes on from."""
 
+    def begin(self, attempt: int) -> None:
+        """An attempt begins in an empty room: this keeper's, or the one at the node of rank 0."""
+        self.clear()
+        nodes = self._job.nodes
+        self.room = self.own_room if nodes is None else nodes.begin(attempt, self.own_room)
+
     def clear(self) -> None:
         """Forget all messages: a new attempt, or launch, starts with an empty room."""
-        self._room.clear()
-        self._counts.clear()
-        self._waiting.clear()
+        self.own_room.clear()
 
     def tick(self, now_s: float) -> float:
         """Answer those that have waited long enough; returns seconds until the next has."""
-        left_s = WAIT_S_MAX
-        for key, waiting in list(self._waiting.items()):
-            for other, call_id, until_s in list(waiting):
-                if until_s <= now_s:
-                    waiting.remove((other, call_id, until_s))
-                    other.send(Value(id=call_id, value=None))
-                else:
-                    left_s = min(left_s, until_s - now_s)
-            if not waiting:
-                del self._waiting[key]
-        return left_s
+        return self.own_room.tick(now_s)
 
     def gone(self, peer: Peer) -> None:
         """Nobody waits there any more."""
-        for waiting in self._waiting.values():
-            waiting[:] = [one for one in waiting if one[0] is not peer]
+        self.own_room.gone(peer)
 
     def _peek(self, peer: Peer, message: Peek) -> None:
-        value = self._room.get(message.key)
-        if value is not None or message.wait_s <= 0:
+        def answer(value: bytes | None) -> None:
             peer.send(Value(id=message.id, value=value))
-            return
-        until_s = time.monotonic() + min(message.wait_s, WAIT_S_MAX)
-        self._waiting.setdefault(message.key, []).append((peer, message.id, until_s))
+
+        self.room.peek(message.key, wait_s=message.wait_s, owner=peer, answer=answer)
+
+    def _count(self, peer: Peer, message: Count) -> None:
+        def answer(number: int) -> None:
+            peer.send(Number(id=message.id, number=number))
+
+        self.room.count(message.key, message.amount, answer=answer)
 
     def take(self, peer: Peer, message: Message, fds: Sequence[int]) -> bool:
         """Answer one message; False where it is none of a trainer's. Owns ``fds``."""
@@ -96,14 +93,19 @@ class Desk:
             case Peek():
                 self._peek(peer, message)
             case Post():
-                self._room[message.key] = message.value
-                for other, call_id, _ in self._waiting.pop(message.key, ()):
-                    other.send(Value(id=call_id, value=message.value))
+                self.room.post(message.key, message.value)
             case Count():
-                self._counts[message.key] = self._counts.get(message.key, 0) + message.amount
-                peer.send(Number(id=message.id, number=self._counts[message.key]))
+                self._count(peer, message)
             case Forget():
-                self._room.pop(message.key, None)
+                self.room.forget(message.key)
+            case Decided():
+                if self._job.nodes is not None:
+                    self._job.nodes.decided(message.boundary, message.flags)
+            case GetSources():
+                nodes = self._job.nodes
+                found = nodes.memory.sources(message.snapshot) if nodes is not None else ()
+                epoch = nodes.epoch.number if nodes is not None and nodes.epoch is not None else 0
+                peer.send(Sources(id=message.id, ranks=found, epoch=epoch))
             case GetBoard():
                 assert self._job.board is not None, "admitted"
                 peer.send(Done(id=message.id), [self._job.board.fd])
@@ -149,9 +151,15 @@ class Desk:
             return
         match message:
             case GetChoices():
-                origins = job.slots.origins(job.ranks)
-                answer = job.need_uploads().choices(tuple(origins), origins)
-                self._answer(peer, message.id, answer, lambda found: Choices(id=message.id, choices=tuple(found)))
+
+                def choose(origins: Mapping[SnapshotId, str]) -> None:
+                    answer = job.need_uploads().choices(tuple(origins), origins)
+                    self._answer(peer, message.id, answer, lambda found: Choices(id=message.id, choices=tuple(found)))
+
+                if job.nodes is None:
+                    choose(job.slots.origins(job.ranks))
+                else:
+                    job.nodes.memory.gather(choose)
             case OpenEpoch():
                 opened = job.need_uploads().open_epoch(message.resume, message.retention)
                 self._answer(peer, message.id, opened, lambda number: self._opened(message, number))
@@ -162,7 +170,10 @@ class Desk:
     def _opened(self, message: OpenEpoch, number: int) -> Reply:
         """What lies beyond the pair that the epoch goes on from is on no line now. Not before: it may have failed to open."""
         assert self._job.slots is not None, "admitted"
-        self._job.slots.forget_beyond(message.resume)
+        if self._job.nodes is not None:
+            self._job.nodes.uploads.open(message.resume)
+        else:
+            self._job.slots.forget_beyond(message.resume)
         self.resume = message.resume
         return Number(id=message.id, number=number, origin=self._job.need_uploads().origin_of(number))
 

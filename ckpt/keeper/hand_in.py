@@ -16,7 +16,7 @@ from ckpt.keeper.store_log import StoreLog
 from ckpt.keeper.turns import Turn, Turns
 from ckpt.manifest.keys import writer_name
 from ckpt.observe.events import Event, Tell
-from ckpt.persist.channel import Room, RoomChannel
+from ckpt.persist.channel import Channel, Room, RoomChannel
 from ckpt.persist.persister import Persister, Place
 from ckpt.persist.sealed import Sealed
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
@@ -47,20 +47,27 @@ class HandIns:
         """Whether there are persisters: an epoch was opened."""
         return bool(self._persisters)
 
-    def start(self, log: StoreLog) -> None:
-        """Make the persisters, for the store that ``log`` has now."""
+    def start(self, log: StoreLog, channel_of: Callable[[int], Channel] | None = None) -> None:
+        """Make the persisters, for the store that ``log`` has now.
+
+        ``channel_of``: the channel of each rank of this node, where others have ranks too.
+        """
         room = Room()
         for rank in range(self._ranks):
+            channel = channel_of(rank) if channel_of else RoomChannel(room, rank=rank, size=self._ranks)
             place = Place(
                 backend=log.backend, writer=_new_writer(), epoch=log.writer_epoch,
-                journal=log.journal if rank == 0 else None,
+                journal=log.journal if channel.rank == 0 else None,
             )  # fmt: skip
             self._persisters.append(
                 Persister(
-                    RoomChannel(room, rank=rank, size=self._ranks), place, compression=self._compression,
-                    verify=True, tell=self._tell if rank == 0 else _silent,
+                    channel,
+                    place,
+                    compression=self._compression,
+                    verify=True,
+                    tell=self._tell if rank == 0 else _silent,
                 )
-            )  # fmt: skip
+            )
 
     def leave(self) -> None:
         """The store is another one now: what is in flight fails, and what they know of chunks is true no more."""

@@ -24,6 +24,7 @@ from ckpt.observe.events import Tell
 from ckpt.values import SnapshotId, SnapshotInfo
 
 if TYPE_CHECKING:
+    from ckpt.keeper.nodes import Nodes
     from ckpt.keeper.uploads import Uploads
 
 SETTLE_WAIT_S = 600.0
@@ -65,6 +66,8 @@ class Job:
         self.fenced: str = ""
         self.cut_off = False
         """Whether a trainer without supervisor of this launch went without a word."""
+        self.nodes: Nodes | None = None
+        """The job's other nodes, where it may have some; set by the crew."""
         self.drain: Callable[[], None] = lambda: None
         """Takes what trainers said before they died and nobody has read yet."""
 
@@ -135,6 +138,7 @@ class Job:
             self.uploads = made(
                 self.spec, ranks=self.ranks, post=self.post, outcome=self._outcome, fenced=self._fenced, tell=self.tell
             )
+            self.uploads.channel_of = self.nodes.uploads.channel_of if self.nodes is not None else None
         return self.uploads
 
     def keep_newest(self) -> None:
@@ -167,7 +171,8 @@ class Job:
 
     def welcome(self, peer: Peer, hello: Hello, *, attempt: int, new: bool) -> None:
         """Answer a hello."""
-        peer.send(Welcome(id=hello.id, boot=self.boot, pid=os.getpid(), attempt=attempt, new=new))
+        seating = self.nodes.seating if self.nodes is not None else None
+        peer.send(Welcome(id=hello.id, boot=self.boot, pid=os.getpid(), attempt=attempt, new=new, seating=seating))
 
     def say(self, role: str, message: Message, *, rank: int | None = None) -> None:
         """Send a word to all peers of a role, or to one rank's."""
@@ -201,6 +206,8 @@ class Job:
         if self.members:
             self.times.idle_s = self.times.tidy_s = None
             return False
+        if self.nodes is not None and self.nodes.busy:
+            return False
         if self.times.abandoned_s is not None and now_s - self.times.abandoned_s < self.policy.linger_s:
             return False
         if self.uploads is None:
@@ -216,6 +223,8 @@ class Job:
 
     def close(self) -> None:
         """Give everything back."""
+        if self.nodes is not None:
+            self.nodes.close()
         if self.uploads is not None:
             self.uploads.close(1.0)
         if self.slots is not None:

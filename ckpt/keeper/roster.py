@@ -2,6 +2,9 @@
 
 A roster is one launch of a program with supervisors. Its attempts follow each other: all ranks start, one fails, all are
 killed, all start again. Only the first failure of an attempt is judged; what comes after it is an echo.
+
+Where the job has several nodes (``shared``), attempts are epochs of their membership: a roster is told when one begins, and
+only tells why its own ranks failed. Who leads the nodes judges.
 """
 
 from __future__ import annotations
@@ -13,18 +16,23 @@ from dataclasses import dataclass, field, replace
 
 from ckpt.keeper.roster_words import (
     Action,
+    AskEpoch,
     AskStop,
     AttemptOver,
+    Cut,
+    EpochCame,
     Event,
     Failure,
     GatheringOver,
     GraceOver,
     Hung,
+    JobEnded,
     Joined,
     KillAll,
     LeaveAll,
     LeaveOne,
     Preempted,
+    SayEnded,
     StartAll,
     SupervisorLeft,
     TrainerDied,
@@ -34,11 +42,9 @@ from ckpt.keeper.roster_words import (
     TrainerKilled,
     TrainerStarted,
 )
+from ckpt.keeper.verdict import Record, after_failure, cause_of, judged
 from ckpt.link.messages import Failing
 from ckpt.link.policy import Policy
-
-ECHO_S = 1.0
-"""An exception this soon before another trainer's death was told may come from that death."""
 
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 """How a preempted program exits."""
@@ -48,6 +54,7 @@ class State(enum.Enum):
     """What a roster is doing."""
 
     GATHERING = "gathering"
+    WAITING = "waiting"
     RUNNING = "running"
     KILLING = "killing"
     OVER = "over"
@@ -82,21 +89,11 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """What is remembered from failure to failure: how often the same error came, how often nothing was completed."""
-
-    fingerprint: str = ""
-    step: int = -1
-    same: int = 0
-    stuck: int = 0
-    completed: int = -1
-
-
-@dataclass(frozen=True, slots=True)
 class Roster:
     """One launch. ``members`` by rank; ``failures`` are those of the attempt that is being killed.
 
-    ``status``: what it was told to leave with, once it is over.
+    ``status``: what it was told to leave with, once it is over. ``came``: the newest epoch of several nodes, and whether it has
+    ranks for this one; ``ended``: what the nodes' leader told all to leave with, while trainers are still being killed for it.
     """
 
     launch: str
@@ -106,27 +103,25 @@ class Roster:
     state: State = State.GATHERING
     members: Mapping[int, Member] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
-    record: Record = Record()
+    record: Record = field(default_factory=Record)
     preempted: bool = False
     status: int = 0
+    shared: bool = False
+    came: EpochCame | None = None
+    ended: JobEnded | None = None
 
     @property
     def failure(self) -> Failure | None:
         """The failure that is judged: one that needs no other to explain it before exceptions, else the first."""
-        first = min(self.failures, key=lambda one: one.at_s, default=None)
-        causes = [one for one in self.failures if one.kind != "error"]
-        if first is None or not causes:
-            return first
-        cause = min(causes, key=lambda one: one.at_s)
-        return cause if cause.at_s <= first.at_s + ECHO_S else first
+        return cause_of(self.failures)
 
 
 def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
     """The roster after ``event``, and what is to be done, in order. Events of dead attempts change nothing."""
     if roster.state is State.OVER:  # who comes too late goes at once: nobody else would tell it to
         return roster, [LeaveOne(event.rank, roster.status)] if isinstance(event, Joined) else []
-    # While ranks gather no attempt lives: the number is that of an earlier keeper's last one.
-    live = roster.attempt if roster.state is not State.GATHERING else None
+    # While ranks gather or wait no attempt lives: the number is that of the last one, perhaps an earlier keeper's.
+    live = roster.attempt if roster.state not in (State.GATHERING, State.WAITING) else None
     if getattr(event, "attempt", live) != live:
         return roster, []
     match event:
@@ -148,15 +143,39 @@ def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
             return _gone(_seat(roster, rank, of=_LIVE, seat=Seat.DEAD))
         case SupervisorLeft():
             return _left(roster, event)
+        case _:
+            return _of_job(roster, event)
+
+
+def _of_job(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
+    """What concerns all ranks."""
+    match event:
         case Preempted():
-            asks = roster.state is State.RUNNING and not roster.preempted
-            return replace(roster, preempted=True), [AskStop()] if asks else []
+            return _preempted(roster)
         case GraceOver(at_s):
             text = "preempted, and not done within the grace period"
             return _fail(roster, Failure(-1, "preempted", text, 0, at_s), roster.record.completed)
+        case Cut(_, text, at_s, completed):
+            running = roster.state is State.RUNNING
+            return _fail(roster, Failure(-1, "cut", text, 1, at_s), completed) if running else (roster, [])
+        case EpochCame():
+            return _epoch(roster, event)
+        case JobEnded():
+            return _job_ended(roster, event)
         case GatheringOver(text, at_s):
             gathering = roster.state is State.GATHERING
             return _leave(roster, Failure(-1, "missing", text, 1, at_s)) if gathering else (roster, [])
+        case _:
+            raise AssertionError(f"an event that nobody takes: {event}")
+
+
+def _preempted(roster: Roster) -> tuple[Roster, list[Action]]:
+    if roster.preempted:
+        return roster, []
+    roster = replace(roster, preempted=True)
+    if roster.state is State.WAITING:
+        return roster, [AskEpoch(Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0, final=True), -1)]
+    return roster, [AskStop()] if roster.state is State.RUNNING else []
 
 
 def _join(roster: Roster, event: Joined) -> tuple[Roster, list[Action]]:
@@ -173,8 +192,45 @@ def _join(roster: Roster, event: Joined) -> tuple[Roster, list[Action]]:
         text = "the keeper was lost after a rank had ended, and before the others did"
         roster, actions = _leave(roster, Failure(event.rank, "died", text, 1, 0.0))
     else:
-        roster, actions = _start(roster)
+        roster, actions = _wait(roster, None) if roster.shared else _start(roster)
     return roster, [*leaves, *actions]
+
+
+def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[Action]]:
+    """Nothing lives here: start at once where a newer epoch has come, else ask for one, or say that none can follow here."""
+    last = failure is not None and _is_last(roster)
+    roster = replace(roster, state=State.WAITING, failures=())
+    came = roster.came
+    if roster.preempted and failure is None:
+        failure, last = Failure(-1, "preempted", "preempted before its first epoch", 0, 0.0), True
+    if came is not None and came.number > roster.attempt and not last:
+        return _start(roster) if came.placed else (roster, [])
+    told = replace(failure, final=True) if failure is not None and last else failure
+    return roster, [AskEpoch(told, roster.record.completed)]
+
+
+def _epoch(roster: Roster, event: EpochCame) -> tuple[Roster, list[Action]]:
+    """A newer epoch ends what runs under an older one; it begins once nothing of that lives."""
+    known = (roster.came.number, roster.came.placed) if roster.came is not None else (0, False)
+    # A node that is out of the membership says so as an epoch that has no place for it; the real one may yet have one.
+    if event.number <= roster.attempt or (event.number, event.placed) <= known:
+        return roster, []
+    roster = replace(roster, came=event)
+    if roster.state is State.RUNNING:
+        return _fail(roster, Failure(-1, "elsewhere", event.text, 0, event.at_s), roster.record.completed)
+    if roster.state is State.WAITING and event.placed and not _is_last(roster):
+        return _start(roster)
+    return roster, []
+
+
+def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[Action]]:
+    roster = replace(roster, ended=event)
+    failure = Failure(-1, "elsewhere", event.text, event.status, event.at_s)
+    if roster.state in (State.RUNNING, State.KILLING):
+        return _fail(roster, failure, roster.record.completed)
+    if event.status == 0:  # it held no rank, and none is needed any more
+        return replace(roster, state=State.OVER), [LeaveAll(0, event.text, held=False)]
+    return _leave(roster, failure)
 
 
 def _well(roster: Roster, status: int) -> bool:
@@ -183,7 +239,7 @@ def _well(roster: Roster, status: int) -> bool:
 
 
 def _start(roster: Roster) -> tuple[Roster, list[Action]]:
-    attempt = roster.attempt + 1
+    attempt = roster.came.number if roster.shared and roster.came is not None else roster.attempt + 1
     members = {
         rank: replace(one, seat=Seat.STARTING, trainer_pid=0, failing=None, finished=False)
         for rank, one in roster.members.items()
@@ -223,6 +279,8 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
             roster, actions = _gone(roster)
             return roster, [*leaves, *actions]
         ended = all(one.seat is Seat.ENDED for one in roster.members.values())
+        if ended and roster.shared:
+            leaves = [SayEnded(event.status), *leaves]
         return replace(roster, state=State.OVER, status=event.status) if ended else roster, leaves
     roster = _seat(roster, event.rank, seat=Seat.DEAD)
     failing = member.failing
@@ -258,15 +316,11 @@ def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[Action]]:
 def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, list[Action]]:
     """Note a failure; the first one has everything killed."""
     roster = replace(roster, failures=(*roster.failures, failure))
-    if roster.state is State.GATHERING:
+    if roster.state in (State.GATHERING, State.WAITING):
         return _leave(roster, failure)
     if roster.state is State.KILLING:
         return _gone(roster)
-    moved = completed > roster.record.completed
-    record = replace(
-        roster.record, completed=max(completed, roster.record.completed), stuck=0 if moved else roster.record.stuck + 1
-    )
-    killing = replace(roster, state=State.KILLING, record=record)
+    killing = replace(roster, state=State.KILLING, record=after_failure(roster.record, completed))
     over, actions = _gone(killing)
     return over, [KillAll(roster.attempt, failure), *actions]
 
@@ -278,9 +332,21 @@ def _gone(roster: Roster) -> tuple[Roster, list[Action]]:
     if roster.state is not State.KILLING or left or failure is None:
         return roster, []
     over = AttemptOver(roster.attempt, failure)
+    if roster.ended is not None:
+        roster, actions = _leave(roster, Failure(-1, "elsewhere", roster.ended.text, roster.ended.status, failure.at_s))
+        return roster, [over, *actions]
+    if roster.shared and failure.kind != "supervisor":
+        roster, actions = _wait(roster, failure)
+        return roster, [over, *actions]
     roster, why = _judge(roster, failure)
     roster, actions = _start(roster) if why is None else _leave(roster, replace(failure, text=why))
     return roster, [over, *actions]
+
+
+def _is_last(roster: Roster) -> bool:
+    """Whether no attempt can follow on this node, whatever the attempt died of."""
+    gone = len(roster.members) < roster.ranks or any(one.seat is Seat.ENDED for one in roster.members.values())
+    return gone or roster.preempted or any(one.finished for one in roster.members.values())
 
 
 def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[Action]]:
@@ -297,9 +363,7 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[Action]]:
 
 def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
     """The roster with its record brought up to date, and why there is no next attempt; None: start it."""
-    record, policy = roster.record, roster.policy
-    same = failure.kind == "error" and (failure.fingerprint, failure.step) == (record.fingerprint, record.step)
-    record = replace(record, fingerprint=failure.fingerprint, step=failure.step, same=record.same + 1 if same else 1)
+    record, why = judged(roster.record, failure, roster.policy)
     roster = replace(roster, record=record)
     if roster.preempted or failure.kind == "supervisor" or failure.final:
         return roster, failure.text
@@ -310,11 +374,7 @@ def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
             roster,
             f"{failure.text}, after the training function had returned: the rest of a program is not run again",
         )
-    if failure.kind == "error" and record.same >= policy.same_error_max:
-        return roster, f"{failure.text}; the same error at the same step {record.same} times in a row: a bug, no fault"
-    if record.stuck >= policy.stuck_max:
-        return roster, f"{failure.text}; {record.stuck} failures in a row without one new step completed"
-    return roster, None
+    return roster, why
 
 
 def status_text(status: int) -> str:

@@ -11,7 +11,7 @@ from ckpt.link.messages import Failing
 class Failure:
     """Why an attempt ended. ``status``: the trainer's, 0: none died.
 
-    ``kind``: died, error, hang, supervisor, preempted or missing.
+    ``kind``: died, error, hang, supervisor, preempted, missing, cut, or elsewhere (on another node, which is judged there).
     """
 
     rank: int
@@ -130,9 +130,38 @@ class GatheringOver:
     at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Of a job with several nodes: this one can't speak to the node of rank 0 any more."""
+
+    attempt: int
+    text: str
+    at_s: float
+    completed: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochCame:
+    """The job's nodes have a new epoch. ``placed``: it has ranks for this node; ``text`` says why it came."""
+
+    number: int
+    placed: bool
+    text: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnded:
+    """Who leads the job's nodes decided that there is no next attempt anywhere."""
+
+    status: int
+    text: str
+    at_s: float
+
+
 Event = (
     Joined | TrainerStarted | TrainerFailing | TrainerFinished | TrainerEntered | TrainerDied | Hung | TrainerKilled
-    | SupervisorLeft | Preempted | GraceOver | GatheringOver
+    | SupervisorLeft | Preempted | GraceOver | GatheringOver | Cut | EpochCame | JobEnded
 )  # fmt: skip
 
 
@@ -184,4 +213,22 @@ class AskStop:
     """Ask the trainers to stop at a boundary."""
 
 
-Action = StartAll | KillAll | AttemptOver | LeaveAll | LeaveOne | AskStop
+@dataclass(frozen=True, slots=True)
+class AskEpoch:
+    """Of a job with several nodes: this node is ready for the next epoch. ``failure``: why the last one ended here, if it did.
+
+    ``completed``: the most steps that any rank of this node has completed so far.
+    """
+
+    failure: Failure | None
+    completed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SayEnded:
+    """Of a job with several nodes: all ranks of this node ended, with ``status``."""
+
+    status: int
+
+
+Action = StartAll | KillAll | AttemptOver | LeaveAll | LeaveOne | AskStop | AskEpoch | SayEnded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,13 +25,24 @@ class Turn:
     settled: set[int] = field(default_factory=set)
 
 
+Handed = tuple[int, SnapshotId, tuple[str, ...]]
+"""A turn as other nodes hear of it: its number, the pair, the tags."""
+
+TAIL_MAX = 64
+"""So many of the last turns are remembered: slots allow far fewer in flight."""
+
+
 class Turns:
-    """The turns that are not settled by all ranks yet."""
+    """The turns that are not settled by all ranks yet. With several nodes each has its own, in the same order.
+
+    ``tail``: the last turns, settled or not.
+    """
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self._next = [0] * ranks
         self._open: dict[int, Turn] = {}
+        self.tail: deque[Handed] = deque(maxlen=TAIL_MAX)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -40,6 +52,11 @@ class Turns:
         """Whether all ranks handed in equally many."""
         return len(set(self._next)) == 1
 
+    @property
+    def count(self) -> int:
+        """How many were handed in, by the rank that handed in the most."""
+        return max(self._next)
+
     def find(self, snapshot: SnapshotId) -> Turn | None:
         """The turn that has ``snapshot`` in flight, or None."""
         return next((turn for turn in self._open.values() if turn.snapshot == snapshot), None)
@@ -48,7 +65,10 @@ class Turns:
         """Note what ``rank`` hands in next: its share, or why it has none."""
         n = self._next[rank]
         self._next[rank] += 1
-        turn = self._open.setdefault(n, Turn(n, snapshot, tags))
+        if n not in self._open:
+            self._open[n] = Turn(n, snapshot, tags)
+            self.tail.append((n, snapshot, tags))
+        turn = self._open[n]
         turn.came.add(rank)
         if isinstance(what, CkptError):
             turn.refused = turn.refused or what

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ckpt.backends.base import Backend
@@ -20,13 +20,14 @@ from ckpt.keeper.hand_in import HandIns, error_of
 from ckpt.keeper.log_view import LogView
 from ckpt.keeper.settling import SealedOf, Settler, unfit
 from ckpt.keeper.store_log import RETRY_FIRST_S, Begun, Opening, Seen, StoreLog, new_origin, open_job_of
-from ckpt.keeper.turns import Turn, Turns
+from ckpt.keeper.turns import Handed, Turn, Turns
 from ckpt.keeper.waits import Waits
 from ckpt.link.client import KeeperSpec
 from ckpt.link.messages import Choice, RemoteError
 from ckpt.link.policy import Retention
 from ckpt.link.remote import from_error
 from ckpt.observe.events import Event, Tell
+from ckpt.persist.channel import Channel
 from ckpt.persist.queue import CallQueue
 from ckpt.persist.sealed import Sealed
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
@@ -43,6 +44,18 @@ Known = Mapping[Digest, ChunkLocation]
 
 
 _COMPRESSIONS = {"off": Compression("off"), "auto": Compression("auto"), "on": Compression("on")}
+
+
+def _nothing() -> None:
+    """Nothing is to be let go."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """What a rank said before its epoch was known to be open: to be done then, or dropped with its attempt."""
+
+    do: Callable[[], object]
+    drop: Callable[[], object] = _nothing
 
 
 class Uploads:
@@ -83,6 +96,14 @@ class Uploads:
         self._settler = Settler(self, self._view, self._hands, self._turns, self._waits, ranks=ranks)
         self._fenced: FencedError | None = None
         self._closed = False
+        self.channel_of: Callable[[int], Channel] | None = None
+        """The channel of each rank of this node, where others have ranks too. To be set before anything is handed in."""
+        self._era_from = 0
+        self._until_opened: list[_Early] | None = None
+        """With several nodes: what is handed in before the epoch is known to be open here."""
+        self._attempts = 0
+        """Grows with each attempt and era, so that what was begun for an earlier one is known as such."""
+        self._eras = 0
         self.durable: SnapshotInfo | None = None
         """The last snapshot that became durable here."""
 
@@ -149,10 +170,19 @@ class Uploads:
 
     def known(self, rank: int, base: SnapshotId, known: Known) -> None:
         """Let what ``rank`` hands in next refer to chunks of the committed ``base``, unless it knows others."""
+        if self._until_opened is not None:
+            self._until_opened.append(_Early(lambda: self.known(rank, base, known)))
+            return
         self._hands.known(rank, base, known)
 
     def persist(self, rank: int, sealed: Sealed, tags: tuple[str, ...]) -> None:
         """Make a sealed slot durable; ``outcome`` hears how it went. Every rank hands in the same sequence."""
+        if self._until_opened is not None:
+            self._until_opened.append(_Early(lambda: self._persist(rank, sealed, tags), sealed.let_go))
+            return
+        self._persist(rank, sealed, tags)
+
+    def _persist(self, rank: int, sealed: Sealed, tags: tuple[str, ...]) -> None:
         snapshot = sealed.index.snapshot
         why: CkptError | None = self._fenced
         if why is None and not self._hands:
@@ -162,31 +192,138 @@ class Uploads:
         if why is not None:
             sealed.let_go()
             self._outcome(rank, snapshot, None, from_error(why, rank=rank))
-            self.refuse(rank, snapshot, why)
+            self._refuse(rank, snapshot, why)
             return
         self._log.restoring(False)  # whoever hands in is past it, and all ranks restore together
         self._hands.submit(rank, sealed, tags)
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
         """Instead of ``persist``: this rank has no share to give, which fails the snapshot on all ranks."""
+        if self._until_opened is not None:
+            self._until_opened.append(_Early(lambda: self._refuse(rank, snapshot, error)))
+            return
+        self._refuse(rank, snapshot, error)
+
+    def _refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
         if self._hands:
             self._hands.refuse(rank, snapshot, error)
+
+    # ---- with several nodes
+
+    @property
+    def handed(self) -> tuple[int, tuple[Handed, ...]]:
+        """How many snapshots were handed in here since the era began, and the last of them, counted from its beginning."""
+        first = self._era_from
+        tail = ((n - first, snapshot, tags) for n, snapshot, tags in self._turns.tail if n >= first)
+        return self._turns.count - first, tuple(tail)
+
+    def new_era(self, *, root: bool) -> None:
+        """Other nodes, or places, than before: what is in flight fails, since its ranks are not all there any more.
+
+        ``root``: rank 0 is here now, so the log is this keeper's to write, and what it knew of it is old. Where it is not, this
+        keeper is the log's writer no more, whatever it was: it opens no epoch, drops nothing, and nothing of the log fences it.
+        """
+        self._drop_early()
+        self._settler.stop()
+        self._level()
+        self._hands.leave()
+        self._era_from = self._turns.count
+        self._eras += 1
+        for kind in ("follow-waits", "choices-wait", "open-waits"):
+            self._waits.over(kind)
+        waiting, self._waiting, self._beginning = self._waiting, [], False
+        gone = UnavailableError("the job's nodes are others now; the attempt that asked is over.")
+        for _, future in waiting:
+            future.set_exception(gone)
+        self.new_launch()
+        if not root:
+            self._view.staged = {}
+
+    def await_open(self) -> None:
+        """An attempt begins: what is handed in waits until the node of rank 0 tells that its epoch is open."""
+        self._drop_early()
+        self._until_opened = []
+
+    def opened(self, handed: Sequence[Handed], sealed_of: SealedOf) -> None:
+        """The attempt's epoch is open. ``handed``: what some node handed in; what this one did not comes first."""
+        attempt = self._attempts
+
+        def go_on() -> None:
+            if attempt != self._attempts or self._closed:
+                return  # another attempt awaits its own word
+            self._waits.worked("follow-waits")
+            if not self._hands:
+                self._hands.start(self._log, self.channel_of)
+            early, self._until_opened = self._until_opened or [], None
+            self._catch_up(handed, sealed_of)
+            for one in early:
+                one.do()
+
+        def failed(error: CkptError) -> None:
+            if attempt == self._attempts and not self._closed:
+                what = "the store can't be opened here, so nothing of this node becomes durable; waiting"
+                self._waits.later("follow-waits", what, error, lambda: self.opened(handed, sealed_of))
+
+        if self._hands:
+            go_on()
+        else:
+            self._call(self._store.submit(lambda: self._log.backend), lambda _: go_on(), failed)
+
+    def _catch_up(self, handed: Sequence[Handed], sealed_of: SealedOf) -> None:
+        for n, snapshot, tags in handed:
+            if n < self._turns.count - self._era_from:
+                continue
+            for rank in range(self._ranks):
+                sealed = sealed_of(rank, snapshot)
+                if sealed is not None:
+                    self._persist(rank, replace(sealed, shared=None), tags)
+                    continue
+                lost = UnavailableError(f"a rank died before it handed in its share. snapshot={snapshot} rank={rank}")
+                self._refuse(rank, snapshot, lost)
+
+    def _drop_early(self) -> None:
+        """The attempt that handed it in is over: its turns are settled as those that it never handed in."""
+        self._attempts += 1
+        self._waits.over("follow-waits")
+        early, self._until_opened = self._until_opened or [], None
+        for one in early:
+            one.drop()
+
+    def _level(self) -> None:
+        """All ranks have handed in the same, with nobody left to hear of what some did not."""
+        for turn, missing in list(self._turns.uneven()):
+            error = UnavailableError(f"the job's nodes are others now. snapshot={turn.snapshot}")
+            for rank in missing:
+                self._turns.hand_in(rank, turn.snapshot, (), error)
+                self._settled(rank, turn, None, error, False)
+
+    def _unfit(self, turn: Turn, sealed: Mapping[int, Sealed]) -> CkptError | None:
+        """As ``unfit``; of several nodes' snapshot this one has not all shares, so only its own must be of one."""
+        if self.channel_of is None:
+            return unfit(turn, sealed, self._ranks)
+        indexes = [*turn.indexes.values(), *(one.index for one in sealed.values())]
+        if len(indexes) < self._ranks:
+            return UnavailableError(f"ranks died before they staged it. snapshot={turn.snapshot}")
+        kinds = {(index.snapshot, index.origin, index.world_size) for index in indexes}
+        text = f"the ranks hold different snapshots. snapshot={turn.snapshot}"
+        return UnavailableError(text) if len(kinds) > 1 else None
 
     def attempt_ended(self, sealed_of: SealedOf) -> None:
         """No trainer of the attempt lives: hand in for each rank what others handed in and it did not, or refuse it.
 
         Then all ranks have handed in the same, and what is in flight settles.
         """
+        self._drop_early()
         for turn, missing in list(self._turns.uneven()):
             sealed = {rank: found for rank in missing if (found := sealed_of(rank, turn.snapshot)) is not None}
-            why = turn.refused or unfit(turn, sealed, self._ranks)
+            why = turn.refused or self._unfit(turn, sealed)
             for rank in missing:
                 if why is None:
-                    self.persist(rank, replace(sealed[rank], shared=None), turn.tags)
+                    self._persist(rank, replace(sealed[rank], shared=None), turn.tags)
                     continue
                 if rank in sealed:
                     sealed[rank].let_go()
-                self.refuse(rank, turn.snapshot, why)
+                self._refuse(rank, turn.snapshot, why)
 
     def settle(self, pairs: Sequence[SnapshotId], sealed_of: SealedOf) -> None:
         """Make the newest of ``pairs`` durable that nobody handed in, or that failed before; repeated while slots hold it.
@@ -219,6 +356,7 @@ class Uploads:
         """Drop what has not begun and end the threads, waiting ``timeout_s`` seconds at most for what a store holds up."""
         deadline_s = time.monotonic() + timeout_s
         self._closed = True
+        self._drop_early()
         self._tell_lost()
         self._settler.stop()
         self._waits.stop()
@@ -232,6 +370,7 @@ class Uploads:
     def _call(self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]) -> None:
         """When ``call`` is done in its thread, go on in the loop."""
         self._under_way += 1
+        era = self._eras
 
         def done() -> None:
             self._under_way -= 1
@@ -239,7 +378,7 @@ class Uploads:
             if error is None:
                 then(call.result())
                 return
-            if isinstance(error, FencedError):
+            if isinstance(error, FencedError) and era == self._eras:
                 self._fence(error)
             failed(error)
 
@@ -312,13 +451,21 @@ class Uploads:
             self._open_first(Opening(resume, self._view.staged, False, new_origin()), future)
 
     def _open_first(self, opening: Opening, future: Future[int]) -> None:
+        era = self._eras
+
         def begun(done: Begun) -> None:
+            if era != self._eras:
+                not_begun(UnavailableError("the job's nodes are others now; the attempt that asked is over."))
+                return
             self._waits.worked("open-waits")
             self._begun(done)
             future.set_result(self.epoch)
             self._open_waiting()
 
         def not_begun(error: CkptError) -> None:
+            if era != self._eras:
+                future.set_exception(error)
+                return
             if opening.staged and error.retry and not self._closed:
                 what = "slots hold snapshots, but no epoch can be opened to go on; waiting"
                 self._waits.later("open-waits", what, error, lambda: self._open_first(opening, future))
@@ -338,7 +485,7 @@ class Uploads:
         self._fresh = False
         self._view.begin(begun)
         if not self._hands:
-            self._hands.start(self._log)
+            self._hands.start(self._log, self.channel_of)
         self.tell(Event("epoch", f"epoch {self.epoch} is open", {"epoch": self.epoch}))
 
     def _see_store(self, log_id: str) -> None:
@@ -383,7 +530,7 @@ class Uploads:
             self.durable = info
             self._view.committed(info.id)
             self._log.committed()
-        if rank == 0 and isinstance(error, FencedError) and handed_in:
+        if rank == 0 and isinstance(error, FencedError) and handed_in and turn.n >= self._era_from:
             self._fence(error)  # the writer's own; other ranks hear it later, of a launch before perhaps
         if handed_in:
             message = from_error(error, rank=rank) if error is not None else None

@@ -2,11 +2,12 @@
 
 It is an array of 64-bit words in native byte order, in one memfd that all map:
 
-    header   0 magic  1 version  2 ranks  3 attempt  4 act until (ns, CLOCK_BOOTTIME)                            64 words
+    header   0 magic  1 version  2 ranks  3 attempt  4 act until (ns, CLOCK_BOOTTIME)  5 others count              64 words
     ring     a decision for each boundary modulo 64: attempt << 48 | boundary << 2 | flags                       64 words
     a rank   0 attempt  1 completed + 1  2 beat (ns, CLOCK_BOOTTIME)  3 phase  4 first step done
              5 longest recent step (ns)  6 staged  7 skipped
              from 16 on, four for each slot: epoch, step, generation (0: nothing sealed), held                  128 words
+    others   as one more rank, written by the keeper: what the ranks of all other nodes have in common            128 words
 
 Each word has one writer at a time and is written with one aligned 8-byte store, so a reader sees an old value or the new
 one. What takes several words is read twice.
@@ -41,7 +42,7 @@ RECENT_STEPS = 64
 """The longest of that many steps is published."""
 
 _MAGIC = int.from_bytes(b"ckptbord", "little")
-_VERSION = 1
+_VERSION = 2
 _HEADER_WORDS = 64
 _RANK_WORDS = 128
 _COUNTERS = 16
@@ -51,7 +52,7 @@ _ATTEMPT_MASK = (1 << 16) - 1
 _BOUNDARY_MASK = (1 << 46) - 1
 _FLAGS_MASK = 3
 
-_RANKS, _ATTEMPT, _ACT_UNTIL = 2, 3, 4
+_RANKS, _ATTEMPT, _ACT_UNTIL, _OTHERS_COUNT = 2, 3, 4, 5
 _OWN_ATTEMPT, _COMPLETED, _BEAT, _PHASE, _FIRST_STEP, _LONGEST_STEP, _STAGED, _SKIPPED = range(8)
 _EPOCH, _STEP, _GENERATION, _HELD = range(4)
 
@@ -154,6 +155,25 @@ class Board:
             raise UsageError(f"no such rank on this board. rank={rank} ranks={self.ranks}")
         return RankBoard(self._words, rank, self._fence)
 
+    @property
+    def others(self) -> RankBoard:
+        """The ranks of all other nodes as one: it holds what all of them hold, and has come as far as the last of them."""
+        return RankBoard(self._words, self.ranks, self._fence)
+
+    @property
+    def others_count(self) -> bool:
+        """Whether the job has ranks on other nodes."""
+        return bool(self._words[_OTHERS_COUNT])
+
+    @others_count.setter
+    def others_count(self, count: bool) -> None:
+        self._words[_OTHERS_COUNT] = count
+
+    def everyone(self) -> list[RankBoard]:
+        """The ranks of this node, and those of others as one where there are any."""
+        here = [self.rank(rank) for rank in range(self.ranks)]
+        return [*here, self.others] if self.others_count else here
+
     def decide(self, boundary: int, flags: int) -> None:
         """Publish what all ranks do at ``boundary``, in the current attempt. Replaces what was decided 64 boundaries before."""
         attempt = self.attempt
@@ -175,7 +195,7 @@ class Board:
         Ranks are read one after the other. A pair may have been overwritten on one of them meanwhile, but only because a newer
         one was complete: a pair at least as new as the answer is complete now.
         """
-        return newest_common(self.rank(rank).pairs() for rank in range(self.ranks))
+        return newest_common(one.pairs() for one in self.everyone())
 
     def begin_attempt(self, attempt: int) -> None:
         """Reset all counters and decisions for a new attempt; what slots hold stays. No trainer may be running."""
@@ -183,7 +203,7 @@ class Board:
             raise UsageError(f"attempts count from 1. attempt={attempt}")
         for at in range(_HEADER_WORDS, _HEADER_WORDS + RING_WORDS):
             self._words[at] = 0
-        for rank in range(self.ranks):
+        for rank in range(self.ranks + 1):
             first = _first_word(rank)
             for at in range(first, first + _COUNTERS):
                 self._words[at] = 0
@@ -345,6 +365,22 @@ class RankBoard:
         """No upload holds slot ``index`` any more."""
         self._words[self._slot(index) + _HELD] = 0
 
+    def show(self, pairs: Iterable[SnapshotId], completed: int | None) -> None:
+        """For ranks elsewhere: they hold these pairs (the newest SLOTS_MAX) and completed so many steps. Pairs come first.
+
+        Who reads ``completed`` before pairs then finds every pair that those ranks had sealed by then.
+        """
+        wanted = sorted(set(pairs), reverse=True)[:SLOTS_MAX]
+        there = {word.snapshot: word.index for word in self.slots() if word.snapshot is not None}
+        for pair, index in there.items():
+            if pair not in wanted:
+                self.clear(index)
+        free = [index for index in range(SLOTS_MAX) if index not in {there[pair] for pair in wanted if pair in there}]
+        for pair in wanted:
+            if pair not in there:
+                self.publish(free.pop(0), pair, 1)
+        self.completed = completed
+
     def _slot(self, index: int) -> int:
         if not 0 <= index < SLOTS_MAX:
             raise UsageError(f"no such slot on a board. index={index} limit={SLOTS_MAX}")
@@ -378,7 +414,7 @@ def _first_word(rank: int) -> int:
 
 
 def _size_bytes(ranks: int) -> int:
-    return -(-_first_word(ranks) * 8 // PAGE_BYTES) * PAGE_BYTES
+    return -(-_first_word(ranks + 1) * 8 // PAGE_BYTES) * PAGE_BYTES
 
 
 def _ranks_behind(fd: int) -> int:

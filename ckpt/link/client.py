@@ -18,6 +18,7 @@ import msgspec
 from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
 from ckpt.link.frames import Received, Wire, close_fds
 from ckpt.link.messages import Bye, Hello, Message, Reply, Welcome
+from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.remote import to_error
 from ckpt.link.runtime import JobFolder
 from ckpt.manifest.canonical import ready
@@ -54,6 +55,8 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     job: str
     store: str
+    nodes: NodesSpec | None = None
+    """How the job's other nodes are found; None where it has none."""
     others: tuple[str, ...] = ()
     write_quorum: int | None = None
     storage_options: Mapping[str, object] | list[Mapping[str, object] | None] | None = None

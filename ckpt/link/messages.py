@@ -13,6 +13,7 @@ import msgspec
 
 from ckpt.link.policy import Policy, Retention
 from ckpt.link.report import Report
+from ckpt.link.seating import Seating, Source
 from ckpt.manifest.canonical import ready
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
@@ -165,6 +166,12 @@ class GetChoices(Message, frozen=True, kw_only=True):
     """A call: ``Choices``, once the keeper has read the log. NotFoundError never: no store means no choices."""
 
 
+class GetSources(Message, frozen=True, kw_only=True):
+    """A call, where the job has several nodes: ``Sources`` of a staged pair that ``Choices`` named."""
+
+    snapshot: SnapshotId
+
+
 class OpenEpoch(Message, frozen=True, kw_only=True):
     """A call, of rank 0: open the next epoch, going on from ``resume``; ``Number`` is the epoch.
 
@@ -174,6 +181,13 @@ class OpenEpoch(Message, frozen=True, kw_only=True):
 
     resume: SnapshotId | None
     retention: Retention | None = None
+
+
+class Decided(Message, frozen=True, kw_only=True):
+    """Of rank 0, where the job has several nodes: what all ranks do at a boundary, see ``Board.decide``."""
+
+    boundary: int
+    flags: int
 
 
 class Known(Message, frozen=True, kw_only=True):
@@ -254,12 +268,16 @@ class Done(Reply, frozen=True, kw_only=True):
 
 
 class Welcome(Reply, frozen=True, kw_only=True):
-    """``boot`` is random for each keeper. ``new``: it knows nothing of the peer's attempt, so hand over what you hold."""
+    """``boot`` is random for each keeper. ``new``: it knows nothing of the peer's attempt, so hand over what you hold.
+
+    ``seating``: where the node's ranks are in the peer's attempt, where the job has several nodes.
+    """
 
     boot: str
     pid: int
     attempt: int
     new: bool = False
+    seating: Seating | None = None
 
 
 class Value(Reply, frozen=True, kw_only=True):
@@ -288,6 +306,13 @@ class Slots(Reply, frozen=True, kw_only=True):
     slots: tuple[SlotEntry, ...]
 
 
+class Sources(Reply, frozen=True, kw_only=True):
+    """Where the share of each rank of the pair's world is; empty where the pair isn't known."""
+
+    ranks: tuple[Source, ...]
+    epoch: int = 0
+
+
 class Choice(msgspec.Struct, frozen=True):
     """A snapshot to restore. ``tier``: ``staged`` (all ranks' slots hold it) or ``durable``."""
 
@@ -311,10 +336,11 @@ class Status(Reply, frozen=True, kw_only=True):
 
 
 class Start(Message, frozen=True, kw_only=True):
-    """To a supervisor: start the trainer of ``attempt``; its process group meets at ``port`` on loopback."""
+    """To a supervisor: start the trainer of ``attempt``; its group meets at ``port``, without ``seating`` on loopback."""
 
     attempt: int
     port: int
+    seating: Seating | None = None
 
 
 class Kill(Message, frozen=True, kw_only=True):
@@ -385,8 +411,9 @@ class Tell(Message, frozen=True, kw_only=True):
 
 ALL = (
     Hello | Bye | Started | Died | Killed | Preempt | SlotKept | BoardKept | Post | Peek | Count | Forget | GetBoard | GetSlots
-    | SlotMade | SlotGone | GetChoices | OpenEpoch | Known | Persist | Refuse | SetTag | Failing | Phase | Finished | GetStatus
-    | Done | Welcome | Value | Number | Slots | Choices | Status
+    | SlotMade | SlotGone | GetChoices | GetSources | OpenEpoch | Decided | Known | Persist | Refuse | SetTag | Failing
+    | Phase | Finished | GetStatus
+    | Done | Welcome | Value | Number | Slots | Sources | Choices | Status
     | Start | Kill | Dump | Leave | Keep | Drop | KeepBoard | Outcome | Fenced | Stop | Tell
 )  # fmt: skip
 """Every message there is."""

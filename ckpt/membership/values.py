@@ -22,6 +22,7 @@ EPOCH_BYTES_MAX = 1 << 20
 HOLDINGS_BYTES_MAX = 64 << 10
 TEXT_CHARS_MAX = 255
 WHY_CHARS_MAX = 200
+NOTE_CHARS_MAX = 4096
 SLOTS_MAX = 1024
 RANKS_MAX = 10**7
 CAPABILITIES_MAX = 64
@@ -72,7 +73,8 @@ class Removed:
 class EpochRecord:
     """A numbered membership. ``places`` are in the order of ranks; ``leader`` is the node that decided.
 
-    ``resumes``: the pair (captured epoch, step) that its training goes on from, where the leader knew it.
+    ``resumes``: the pair (captured epoch, step) that its training goes on from, where the leader knew it. ``note``: what the
+    keepers' leader wants all to know of it; no matter of the membership.
     """
 
     job: str
@@ -83,6 +85,7 @@ class EpochRecord:
     nodes_max: int
     removed: tuple[Removed, ...] = ()
     resumes: SnapshotId | None = None
+    note: str = ""
 
     @property
     def world_size(self) -> int:
@@ -203,6 +206,7 @@ class _WireEpoch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     nodes_max: int
     removed: tuple[tuple[str, str], ...]
     resumes: tuple[int, int] | None
+    note: str
     digest: str
 
 
@@ -249,7 +253,7 @@ def encode_epoch(record: EpochRecord) -> bytes:
         places=tuple((place.node, place.slots) for place in record.places),
         leader=record.leader, nodes_min=record.nodes_min, nodes_max=record.nodes_max,
         removed=tuple((one.node, one.why) for one in record.removed),
-        resumes=None if resumes is None else (resumes.epoch, resumes.step), digest="",
+        resumes=None if resumes is None else (resumes.epoch, resumes.step), note=record.note, digest="",
     )  # fmt: skip
     return seal(wire, what="epoch", bytes_max=EPOCH_BYTES_MAX)[0]
 
@@ -260,7 +264,7 @@ def decode_epoch(data: bytes) -> EpochRecord:
     record = EpochRecord(
         job=wire.job, number=wire.number, places=tuple(Place(*place) for place in wire.places), leader=wire.leader,
         nodes_min=wire.nodes_min, nodes_max=wire.nodes_max, removed=tuple(Removed(*one) for one in wire.removed),
-        resumes=None if wire.resumes is None else SnapshotId(*wire.resumes),
+        resumes=None if wire.resumes is None else SnapshotId(*wire.resumes), note=wire.note,
     )  # fmt: skip
     if why := epoch_problem(record):
         raise IntegrityError(f"epoch contradicts itself. {why}")
@@ -332,6 +336,8 @@ def epoch_problem(record: EpochRecord) -> str | None:
         return f"too many nodes are named as removed, or one has a place. removed={len(record.removed)} limit={REMOVED_MAX}"
     if any(len(one.why) > WHY_CHARS_MAX or not one.why.isprintable() for one in record.removed):
         return f"a reason is too long or not printable. limit={WHY_CHARS_MAX}"
+    if len(record.note) > NOTE_CHARS_MAX:
+        return f"a note is too long. chars={len(record.note)} limit={NOTE_CHARS_MAX}"
     if record.resumes is not None and not keys.is_snapshot_id(record.resumes):
         return f"resumes a pair out of range. epoch={record.resumes.epoch} step={record.resumes.step}"
     return None

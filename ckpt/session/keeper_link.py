@@ -22,6 +22,7 @@ from ckpt.link.messages import (
     Choice,
     Choices,
     Count,
+    Decided,
     Done,
     Fact,
     Failing,
@@ -31,6 +32,7 @@ from ckpt.link.messages import (
     GetBoard,
     GetChoices,
     GetSlots,
+    GetSources,
     Hello,
     Known,
     Message,
@@ -48,6 +50,7 @@ from ckpt.link.messages import (
     SlotGone,
     SlotMade,
     Slots,
+    Sources,
     Stop,
     Value,
 )
@@ -116,12 +119,25 @@ class KeeperLink:
     @property
     def rank(self) -> int:
         """See ``Channel``."""
-        return self._hello.rank
+        seating = self.welcome.seating
+        return self._hello.rank + (seating.first_rank if seating is not None else 0)
 
     @property
     def size(self) -> int:
         """See ``Channel``."""
-        return self._hello.ranks
+        seating = self.welcome.seating
+        return seating.world_size if seating is not None else self._hello.ranks
+
+    @property
+    def local_rank(self) -> int:
+        """This rank among those of its node."""
+        return self._hello.rank
+
+    @property
+    def several_nodes(self) -> bool:
+        """Whether the job has ranks on other nodes."""
+        seating = self.welcome.seating
+        return seating is not None and seating.nodes > 1
 
     @property
     def lost(self) -> CkptError | None:
@@ -216,6 +232,10 @@ class KeeperLink:
         """What can be restored, best first. Waits until the keeper has read the log."""
         return self._calls.ask(GetChoices(), Choices).choices
 
+    def sources(self, snapshot: SnapshotId) -> Sources:
+        """Where the shares of a staged pair's ranks are, where the job has several nodes."""
+        return self._calls.ask(GetSources(snapshot=snapshot), Sources)
+
     def open_epoch(self, resume: SnapshotId | None, *, retention: Retention | None = None) -> tuple[int, str]:
         """Rank 0: open the next epoch, going on from ``resume``; number and origin. Raises FencedError, UnavailableError.
 
@@ -245,6 +265,11 @@ class KeeperLink:
     def set_tag(self, name: str, snapshot: SnapshotId) -> None:
         """Rank 0: tag a durable snapshot; the record is written on return."""
         self._calls.call(SetTag(name=name, snapshot=snapshot))
+
+    def decided(self, boundary: int, flags: int) -> None:
+        """Rank 0: have the boards of other nodes say it too. They learn it a moment later; without a keeper nobody does."""
+        with contextlib.suppress(UnavailableError):  # the loop notices by itself that the keeper is gone
+            self._calls.tell(Decided(boundary=boundary, flags=flags))
 
     # ---- this trainer
 

@@ -21,11 +21,13 @@ from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
 from ckpt.link.launcher import ranks_here
 from ckpt.link.messages import WIRE_VERSION, Hello
+from ckpt.link.nodes_spec import nodes_of_environment
 from ckpt.link.policy import Policy
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.observe.events import Event, Tell
 from ckpt.persist.channel import Channel, wait_for
 from ckpt.session.channel import connect
+from ckpt.session.far_slots import open_from_nodes
 from ckpt.session.keeper_hello import KeeperBusyError
 from ckpt.session.keeper_link import KeeperLink
 from ckpt.session.keeper_persister import KeeperPersister
@@ -100,7 +102,7 @@ def keeper_spec(store: Address | Backend, options: Options) -> KeeperSpec | None
     spec = KeeperSpec(
         job=options.job or job_name(first), store=first, others=tuple(others), write_quorum=options.write_quorum,
         storage_options=_plain(options.storage_options), encryption_key=options.encryption_key,
-        compression=options.compression, scrub_every_s=options.scrub_every_s,
+        compression=options.compression, scrub_every_s=options.scrub_every_s, nodes=nodes_of_environment(),
     )  # fmt: skip
     try:
         spec.encode()
@@ -198,15 +200,18 @@ class Keeping:
         link.close()
         self.regions.go_on_alone(slots)
 
-    def persister(self, epoch: int) -> KeeperPersister:
-        """What makes snapshots of ``epoch`` durable."""
+    def persister(self, epoch: int, *, resume: SnapshotId | None = None) -> KeeperPersister:
+        """What makes snapshots of ``epoch`` durable, which goes on from ``resume`` (None: not from a staged pair)."""
         assert self.link is not None and self.regions is not None, "there is a keeper"
         self.regions.epoch = epoch
+        self.regions.resume = resume
         return KeeperPersister(self.link, self.regions, tell=self._tell)
 
     def open_staged(self, snapshot: SnapshotId) -> AbstractContextManager[tuple[SnapshotIndex, Backend]]:
-        """A staged snapshot of this node's ranks, to restore from."""
+        """A staged snapshot to restore from: of this node's ranks, or of all nodes'."""
         assert self.link is not None and self._spec is not None, "only a keeper names staged snapshots"
+        if self._spec.nodes is not None:
+            return open_from_nodes(self.link, snapshot, nodes=self._spec.nodes, job=self._spec.job)
         return open_staged(self.link, snapshot, ranks=self.channel.size, job=self._spec.job)
 
     def close(self) -> None:
@@ -222,7 +227,7 @@ class Keeping:
     def _use(self, link: KeeperLink) -> None:
         self.link = link
         self.board = link.board()
-        self.regions = SharedSlots(link, self.board, link.rank)
+        self.regions = SharedSlots(link, self.board, link.local_rank)
 
 
 class Corner:

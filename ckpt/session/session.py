@@ -129,6 +129,18 @@ class Session:
         return self._joined.keeping.board if self._joined is not None else None
 
     @property
+    def local_rank(self) -> int:
+        """This rank among those of its node, on whose board it is. Joined."""
+        link = self._link
+        return link.local_rank if link is not None else self.channel.rank
+
+    @property
+    def pass_on(self) -> Callable[[int, int], object] | None:
+        """Tells other nodes what is done at a boundary; None where the job has no others."""
+        link = self._link
+        return link.decided if link is not None and link.several_nodes else None
+
+    @property
     def seated(self) -> bool:
         """Whether a supervisor uses the same keeper as this session does: it judges how this process ends. Joins nobody."""
         seat = seat_of_process()
@@ -239,7 +251,8 @@ class Session:
         if joined.keeping.link is not None:
             if base is not None:
                 joined.keeping.link.known(base, dict(joined.restoring.verified))
-            joined.saving.go_on_kept(joined.keeping.persister(epoch), origin=text)
+            staged = resume if joined.restoring.staged else None
+            joined.saving.go_on_kept(joined.keeping.persister(epoch, resume=staged), origin=text)
             return
         place = self._log.place(epoch, rank=joined.channel.rank)
         joined.saving.go_on(place, base=base, known=lambda: dict(joined.restoring.verified))

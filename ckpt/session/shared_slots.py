@@ -79,6 +79,8 @@ class SharedSlots:
         self._marked: set[int] = set()
         self._complete: SnapshotId | None = None
         self.epoch = 0
+        self.resume: SnapshotId | None = None
+        """The staged pair that the epoch goes on from."""
         self._kept: dict[int, Region] = dict(keeper.slots(rank))
         self._correct_board()
 
@@ -113,7 +115,7 @@ class SharedSlots:
             seen = _NOTHING_SEEN if self._complete is None else Seen((), (frozenset([self._complete]),))
         else:
             seen = self._look()
-        return why_kept(pair, in_use=in_use, seen=seen, epoch=self.epoch)
+        return why_kept(pair, in_use=in_use, seen=seen, epoch=self.epoch, resume=self.resume)
 
     def _replaced(self, pair: SnapshotId) -> bool:
         """Whether a newer pair is complete: once one was, one at least as new always is, so the board needs no look then."""
@@ -175,7 +177,7 @@ class SharedSlots:
             region.close()
 
     def _look(self) -> Seen:
-        ranks = [self._board.rank(rank) for rank in range(self._board.ranks)]
+        ranks = self._board.everyone()
         come = tuple(passed(one.pairs(), completed=one.completed, epoch=self.epoch) for one in ranks)
         return Seen(come, tuple(one.pairs() for one in ranks))
 

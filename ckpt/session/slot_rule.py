@@ -42,10 +42,13 @@ def passed(pairs: Iterable[SnapshotId | None], *, completed: int | None, epoch: 
     return newest_of([*pairs, by_steps])
 
 
-def why_kept(pair: SnapshotId | None, *, in_use: bool, seen: Seen, epoch: int) -> str | None:
+def why_kept(
+    pair: SnapshotId | None, *, in_use: bool, seen: Seen, epoch: int, resume: SnapshotId | None = None
+) -> str | None:
     """Why a slot that holds ``pair`` (None: nothing) must not be overwritten, or None where it may be.
 
-    ``in_use``: an upload or another reader holds it. ``epoch``: the one that this rank captures in.
+    ``in_use``: an upload or another reader holds it. ``epoch``: the one that this rank captures in. ``resume``: the pair that
+    it goes on from; a rank that has just come to a node which never held it would have it look as if nobody needed it.
     """
     if in_use:
         return "it is in use"
@@ -56,6 +59,8 @@ def why_kept(pair: SnapshotId | None, *, in_use: bool, seen: Seen, epoch: int) -
         return None
     if pair == complete:
         return "it is the newest that all ranks hold"
+    if pair == resume:
+        return "training goes on from it, and nothing newer is complete"
     if pair.epoch < epoch or overtaken(pair, seen):
         return None
     return "other ranks may still complete it"

@@ -6,9 +6,10 @@ import socket
 import threading
 import time
 
+import pytest
 import torch.distributed as dist
 
-from ckpt.elastic.process_group import listens, wait_for_listener, watch_process_group
+from ckpt.elastic.process_group import listens, looks_here, wait_for_listener, watch_process_group
 
 
 def bound() -> socket.socket:
@@ -51,3 +52,18 @@ def test_the_users_call_is_made_as_it_is_and_noted(monkeypatch) -> None:
     dist.init_process_group("gloo", world_size=1)
     assert seen == [(("gloo",), {"world_size": 1})]
     assert made == [True]
+
+
+@pytest.mark.parametrize(
+    ("said", "looks"),
+    [
+        ({"RANK": "1", "MASTER_ADDR": "127.0.0.1"}, True),
+        ({"RANK": "1", "MASTER_ADDR": "localhost", "GROUP_RANK": "1"}, True),
+        ({"RANK": "1", "MASTER_ADDR": "10.0.0.7", "GROUP_RANK": "0"}, True),
+        ({"RANK": "1", "MASTER_ADDR": "10.0.0.7", "GROUP_RANK": "1"}, False),
+        ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, False),
+        ({}, False),
+    ],
+)
+def test_rank_zero_is_looked_for_only_where_it_is_on_this_machine(said: dict[str, str], looks: bool) -> None:
+    assert looks_here(said) is looks

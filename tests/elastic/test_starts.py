@@ -22,7 +22,7 @@ STAYS = [
     ({"platform": "darwin"}, "darwin", "Linux"),
     ({"process_group": True}, "process group", "inside the decorated function"),
     ({"notebook": True}, "notebook", "script"),
-    ({"several_nodes": True}, "several nodes", "one node"),
+    ({"several_nodes": True}, "several nodes", "ckpt run"),
     ({"ranks_unknown": True}, "on this node", "LOCAL_WORLD_SIZE"),
     ({"unranked_child": True}, "multiprocessing", "torchrun"),
     ({"main_thread": False}, "thread", "main thread"),

@@ -12,17 +12,21 @@ from ckpt.keeper import roster as rules
 from ckpt.keeper.roster import PREEMPTED_STATUS, Roster, Seat, State
 from ckpt.keeper.roster_words import (
     Action,
+    AskEpoch,
     AskStop,
     AttemptOver,
+    EpochCame,
     Event,
     GatheringOver,
     GraceOver,
     Hung,
+    JobEnded,
     Joined,
     KillAll,
     LeaveAll,
     LeaveOne,
     Preempted,
+    SayEnded,
     StartAll,
     SupervisorLeft,
     TrainerDied,
@@ -52,7 +56,10 @@ class Side:
 
 @dataclass(frozen=True)
 class World:
-    """All of it. ``faults`` are those that may still happen; ``gap_s`` passes between two of them."""
+    """All of it. ``faults`` are those that may still happen; ``gap_s`` passes between two of them.
+
+    With several nodes: ``epoch`` is the newest, ``asked`` what this node asked for and has not got yet.
+    """
 
     roster: Roster
     sides: tuple[Side, ...]
@@ -63,23 +70,48 @@ class World:
     asked_to_stop: bool = False
     stops: bool = False
     owes: tuple[str, ...] = field(default=())
+    epoch: int = 0
+    asked: AskEpoch | None = None
+    said_ended: bool = False
 
     def key(self) -> object:
         """Equal for states that go on equally."""
         one = self.roster
         members = tuple(sorted(one.members.items()))
-        known = (one.attempt, one.state, members, one.failures, one.record, one.preempted, one.status)
-        return known, self.sides, self.faults, self.now_s, self.completed, self.asked_to_stop, self.stops
+        known = (
+            one.attempt,
+            one.state,
+            members,
+            one.failures,
+            one.record,
+            one.preempted,
+            one.status,
+            one.came,
+            one.ended,
+        )
+        return (
+            known,
+            self.epoch,
+            self.asked,
+            self.sides,
+            self.faults,
+            self.now_s,
+            self.completed,
+            self.asked_to_stop,
+            self.stops,
+        )
 
     def at_rest(self) -> bool:
         """Whether everybody has come and every word has arrived."""
         return all(side.there != "absent" and not side.up and not side.down for side in self.sides)
 
 
-def world(ranks: int, *, faults: int, gap_s: float = 5.0, policy: Policy | None = None, attempt: int = 0) -> World:
-    """A launch that nobody has joined yet."""
-    roster = Roster("l", ranks, policy or Policy(), attempt)
-    return World(roster, tuple(Side() for _ in range(ranks)), faults, gap_s)
+def world(
+    ranks: int, *, faults: int, gap_s: float = 5.0, policy: Policy | None = None, attempt: int = 0, shared: bool = False
+) -> World:
+    """A launch that nobody has joined yet; ``shared``: on one node of several."""
+    roster = Roster("l", ranks, policy or Policy(), attempt, shared=shared)
+    return World(roster, tuple(Side() for _ in range(ranks)), faults, gap_s, epoch=attempt)
 
 
 def moves(now: World) -> Iterator[tuple[str, World]]:
@@ -101,8 +133,27 @@ def moves(now: World) -> Iterator[tuple[str, World]]:
             yield f"{rank} ends", end(now, rank, "ends")
             if now.asked_to_stop:
                 yield f"{rank} stops", end(now, rank, "stops")
+    if now.asked is not None:
+        yield from answers(now, now.asked)
     if now.faults:
         yield from faults(replace(now, faults=now.faults - 1, now_s=now.now_s + now.gap_s))
+
+
+def answers(now: World, asked: AskEpoch) -> Iterator[tuple[str, World]]:
+    """What the nodes' leader may do about what this node asked for."""
+    if asked.failure is None or not asked.failure.final:
+        yield "an epoch comes", come(now, placed=True)
+        if now.faults:
+            yield "an epoch without this node comes", come(replace(now, faults=now.faults - 1), placed=False)
+    if asked.failure is not None:
+        yield "the job ends", hear(replace(now, asked=None), JobEnded(1, asked.failure.text, now.now_s))
+
+
+def come(now: World, *, placed: bool) -> World:
+    """A new epoch of the job's nodes."""
+    last = now.asked is not None and now.asked.failure is not None and now.asked.failure.final
+    now = replace(now, epoch=now.epoch + 1, asked=now.asked if last else None)
+    return hear(now, EpochCame(now.epoch, placed, "another node failed", now.now_s))
 
 
 def faults(now: World) -> Iterator[tuple[str, World]]:
@@ -119,6 +170,13 @@ def faults(now: World) -> Iterator[tuple[str, World]]:
         if side.there == "up":
             left = SupervisorLeft(rank, rank, False, now.now_s, now.completed)
             yield f"supervisor {rank} is killed", put(now, rank, there="gone", trainer=0, up=(*side.up, left), down=())
+    if now.roster.shared:
+        yield "another node fails", come(now, placed=True)
+        yield "another node fails, this one is left out", come(now, placed=False)
+        for status in (0, 1):  # 0: only where this node has no rank, which the leader knows
+            if status or now.roster.state is State.WAITING:
+                ended = JobEnded(status, "ended elsewhere", now.now_s)
+                yield f"the job ends elsewhere, {status}", hear(replace(now, asked=None), ended)
     if now.roster.state is State.GATHERING:
         yield "gathering over", hear(now, GatheringOver("ranks are missing", now.now_s))
     if not now.stops:
@@ -167,9 +225,11 @@ def hear(now: World, event: Event) -> World:
     roster, actions = rules.step(before, event)
     now = replace(now, roster=roster)
     names = [type(action) for action in actions]
-    assert names.count(StartAll) + names.count(LeaveAll) <= 1, actions
+    assert names.count(StartAll) + names.count(LeaveAll) + names.count(AskEpoch) <= 1, actions
     if AttemptOver in names:
-        assert names[-1] in (StartAll, LeaveAll), "an attempt ends in another one, or all leave"
+        ends = (StartAll, LeaveAll, AskEpoch)
+        standby = roster.state is State.WAITING and roster.came is not None and not roster.came.placed
+        assert names[-1] in ends or standby, "an attempt ends in another one, or all leave"
         assert all(not side.trainer for side in now.sides), "it is over, and something of it lives"
     for action in actions:
         now = _tell(now, before, action)
@@ -180,19 +240,28 @@ def hear(now: World, event: Event) -> World:
 def _tell(now: World, before: Roster, action: Action) -> World:
     match action:
         case StartAll(attempt):
-            assert attempt == before.attempt + 1
+            assert attempt == (now.epoch if before.shared else before.attempt + 1)
+            assert attempt > before.attempt
             assert all(not side.trainer for side in now.sides), "two attempts live"
             assert not any(isinstance(word, StartAll) for side in now.sides for word in side.down), "two will live"
             assert not any(side.done for side in now.sides), "a rank that ended is started again"
             assert not any(one.finished for one in before.members.values()), "the rest of a program is run again"
-            assert before.state is State.GATHERING or not now.roster.preempted, "preempted, and started again"
+            fresh = before.state is State.GATHERING and not before.shared
+            assert fresh or not now.roster.preempted, "preempted, and started again"
         case KillAll():
             assert before.state is State.RUNNING
+        case AskEpoch():
+            assert before.shared
+            assert all(not side.trainer for side in now.sides), "asks for an epoch while something lives"
+            return replace(now, asked=action)
+        case SayEnded():
+            assert before.shared
+            return replace(now, said_ended=True)
         case AskStop():
             assert before.state is State.RUNNING
             return replace(now, asked_to_stop=True)
         case LeaveAll(status, text):
-            assert status > 0
+            assert status > 0 or before.state is State.WAITING
             assert text
         case LeaveOne(rank):
             return _send(now, rank, action)
@@ -230,6 +299,11 @@ def check_rest(now: World) -> None:
             ended = side.there == "gone" and rank not in roster.members
             assert trains or ended, f"rank {rank} neither trains nor has gone: {side} {roster}"
             assert not trains or roster.members[rank].seat is Seat.ALIVE
+        return
+    if roster.shared and roster.state is State.WAITING:
+        left_out = roster.came is not None and not roster.came.placed and roster.came.number > roster.attempt
+        assert now.asked is not None or left_out, f"waits for what nobody knows of: {roster}"
+        assert all(side.there == "up" and not side.trainer for side in now.sides if side.there != "gone")
         return
     assert roster.state is State.OVER, f"hangs: {roster}"
     assert all(side.there == "gone" for side in now.sides), f"a supervisor was never told to go: {now.sides}"

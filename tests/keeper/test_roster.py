@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from ckpt.keeper import roster as rules
-from ckpt.keeper.roster import ECHO_S, PREEMPTED_STATUS, Roster, Seat, State
+from ckpt.keeper.roster import PREEMPTED_STATUS, Roster, Seat, State
 from ckpt.keeper.roster_words import (
     Action,
     AskStop,
@@ -30,6 +30,7 @@ from ckpt.keeper.roster_words import (
     TrainerKilled,
     TrainerStarted,
 )
+from ckpt.keeper.verdict import ECHO_S
 from ckpt.link.messages import Failing, Policy
 
 

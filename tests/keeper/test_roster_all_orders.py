@@ -45,6 +45,21 @@ def test_a_keepers_successor_behaves_alike() -> None:
     assert rests == {State.RUNNING, State.OVER}
 
 
+@pytest.mark.parametrize(("ranks", "faults", "attempt"), [(1, 2, 0), (2, 1, 0), (1, 2, 7)])
+def test_one_node_of_several_trains_leaves_or_waits_for_an_epoch_it_asked_for(
+    ranks: int, faults: int, attempt: int
+) -> None:
+    _, rests = explore(world(ranks, faults=faults, attempt=attempt, shared=True))
+    assert rests == {State.RUNNING, State.WAITING, State.OVER}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gap_s", [0.4, 5.0])
+@pytest.mark.parametrize(("ranks", "faults"), [(1, 3), (2, 2), (3, 1)])
+def test_every_order_of_more_faults_on_one_node_of_several(ranks: int, faults: int, gap_s: float) -> None:
+    explore(world(ranks, faults=faults, gap_s=gap_s, shared=True, policy=Policy(same_error_max=2, stuck_max=3)))
+
+
 def test_without_faults_all_train_or_end() -> None:
     explore(world(3, faults=0))
 

@@ -296,7 +296,7 @@ def test_there_is_no_rank_beyond_the_last(board: Board) -> None:
 
 @pytest.mark.parametrize(
     ("word", "value"),
-    [(0, 1), (1, 2), (2, 0), (2, 1000), (2, 1 << 63)],
+    [(0, 1), (1, 3), (2, 0), (2, 1000), (2, 1 << 63)],
     ids=["magic", "version", "none", "many", "huge"],
 )
 def test_what_is_no_board_is_refused_and_closed(board: Board, word: int, value: int) -> None:

@@ -1,0 +1,92 @@
+"""torchrun with ckpt's rendezvous filled in, for ``ckpt run``."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from contextlib import suppress
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
+from torch.distributed.launcher.api import elastic_launch
+
+from ckpt.elastic.rendezvous import BACKEND, create
+from ckpt.errors import ConflictError, UnavailableError, UsageError
+
+OWN = ("secret", "host", "domain", "mirrors", "ttl", "standby")
+"""The settings of ``--rdzv-conf`` that are options of their own here."""
+
+EXIT_FAILED = 1
+"""A worker of this node failed for good, as torchrun says it."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, without the program's name; its exit status.
+
+    Raises UsageError, UnavailableError where no round came or the membership can't be reached, ConflictError where the job is
+    over.
+    """
+    try:
+        args = _parser().parse_args(list(arguments))
+    except SystemExit as end:  # it printed the help, or what is wrong
+        return int(end.code or 0)
+    args = filled_in(args)
+    with suppress(ValueError):  # installed, it was registered by torch
+        rendezvous_handler_registry.register(BACKEND, create)
+    try:
+        record(_launch)(args)
+    except ChildFailedError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_FAILED
+    except SignalException as error:
+        return 128 + error.sigval
+    except (RendezvousTimeoutError, RendezvousConnectionError) as error:
+        raise UnavailableError(str(error)) from error
+    except RendezvousClosedError as error:
+        raise ConflictError(str(error)) from error
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser: ArgumentParser = torchrun.get_args_parser()
+    parser.prog = "ckpt run"
+    parser.description = "torchrun, over ckpt's membership: every option of torchrun, and ckpt's own at the end."
+    parser.set_defaults(rdzv_backend=BACKEND)
+    group = parser.add_argument_group("ckpt")
+    for name in OWN:
+        group.add_argument(f"--{name}", help=f"as {name}= in --rdzv-conf; see ckpt run --help")
+    return parser
+
+
+def filled_in(args: Namespace) -> Namespace:
+    """The options as torchrun takes them."""
+    if args.rdzv_backend != BACKEND:
+        raise UsageError(f"ckpt run has its own rendezvous. rdzv_backend={args.rdzv_backend}; torchrun takes others")
+    own = {name: getattr(args, name) for name in OWN if getattr(args, name) is not None}
+    own.setdefault("standby", "warm")
+    if bad := [name for name, value in own.items() if "," in value or not value]:
+        raise UsageError(f"an option is empty, or holds a comma. option=--{bad[0]}")
+    given = {part.partition("=")[0].strip() for part in args.rdzv_conf.split(",")}
+    if args.standby is None and "standby" in given:
+        own.pop("standby")
+    args.rdzv_conf = ",".join([*filter(None, [args.rdzv_conf]), *(f"{name}={value}" for name, value in own.items())])
+    args.standalone = False  # one machine and no service: it is so where no endpoint is named
+    for unused in ("master_addr", "node_rank"):  # torch warns that they mean nothing here
+        delattr(args, unused)
+    return args
+
+
+def _launch(args: Namespace) -> None:
+    try:
+        config, command, rest = torchrun.config_from_args(args)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UsageError(f"torchrun can't work with these options: {error}") from error
+    elastic_launch(config=config, entrypoint=command)(*rest)

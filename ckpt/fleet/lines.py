@@ -1,0 +1,380 @@
+"""Lines to the keepers of the other nodes: dialled, answered, kept, made anew. One thread; nobody waits for it.
+
+Of two nodes the one with the smaller name dials. A line that breaks is dialled again at once and then less and less often,
+as long as the other node is wanted; the other end only tries whether anybody still listens there. Nothing that was said on
+a broken line is said again: whoever needs that hears ``down``.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ckpt.errors import CkptError, UnavailableError
+from ckpt.fleet.cable import Cable
+from ckpt.fleet.secret import NONCE_BYTES
+from ckpt.fleet.words import Beat, Word
+from ckpt.observe.events import Event, Tell
+
+BEAT_S = 1.0
+"""How often a line on which nothing is said says that it is there."""
+SILENT_S = 4.0
+"""A line on which nothing came for so long is given up, and dialled again."""
+GREET_S = 5.0
+"""How long the other end may take to say who it is."""
+DIAL_S = 2.0
+PROBE_S = 1.0
+RETRY_FIRST_S = 0.05
+RETRY_LAST_S = 2.0
+STRANGERS_MAX = 64
+"""Connections that have not proved yet who they are; more are hung up on at once."""
+OUT_BYTES_MAX = 256 << 20
+"""What waits for one node at most; one that reads nothing is given up."""
+READ_BYTES = 256 << 10
+BACKLOG = 256
+
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Who is told what, all in the lines' thread: quick, and never raising."""
+
+    word: Callable[[str, Word], object]
+    up: Callable[[str], object]
+    down: Callable[[str, str], object]
+    """A line that was up broke, or a call failed; with why, which begins with ``refused`` where nobody listens."""
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    sock: socket.socket
+    cable: Cable
+    dialled: bool
+    since_s: float
+    probes: bool = False
+    """Only to learn whether anybody listens there: hung up as soon as it is known."""
+    connecting: bool = False
+    out: bytearray = field(default_factory=bytearray)
+    heard_s: float = 0.0
+    said_s: float = 0.0
+    told: bool = False
+
+
+@dataclass(slots=True)
+class _Wanted:
+    address: str
+    doubtful: bool = True
+    """Nobody has answered at its address yet, or since its line broke."""
+    due_s: float = 0.0
+    pause_s: float = RETRY_FIRST_S
+
+
+class Lines:
+    """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Thread-safe."""
+
+    def __init__(self, secret: bytes, *, job: str, node: str, listen: str, heard: Heard, tell: Tell) -> None:
+        self._secret = secret
+        self._job = job
+        self._node = node
+        self._heard = heard
+        self._tell = tell
+        self._told: set[str] = set()
+        host, _, port = listen.rpartition(":")
+        try:
+            self._listener = socket.create_server(
+                (host.strip("[]"), int(port)), family=_family(host), backlog=BACKLOG, reuse_port=False
+            )  # fmt: skip
+        except OSError as error:
+            raise UnavailableError(f"other nodes can't be listened to. address={listen} why={error}") from error
+        self._listener.setblocking(False)
+        self.port: int = self._listener.getsockname()[1]
+        """Where this keeper listens."""
+        self._lock = threading.Lock()
+        self._wanted: dict[str, _Wanted] = {}
+        self._up: dict[str, _Line] = {}
+        self._lines: set[_Line] = set()
+        self._posted: list[tuple[str, Word]] = []
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_out.setblocking(False)
+        self._wake_in.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="ckpt-lines", daemon=True)
+        self._thread.start()
+
+    def want(self, nodes: Mapping[str, str]) -> None:
+        """Keep a line to each of these nodes (addresses by name) and to no other."""
+        with self._lock:
+            mine = {node: address for node, address in nodes.items() if node != self._node}
+            self._wanted = {
+                node: known
+                if (known := self._wanted.get(node)) and known.address == address
+                else self._new(node, address)
+                for node, address in mine.items()
+            }
+        self._wake()
+
+    def _new(self, node: str, address: str) -> _Wanted:
+        """Who is to be dialled is so at once; who is to dial is looked for where no line came in time."""
+        return _Wanted(address, due_s=0.0 if node > self._node else time.monotonic() + PROBE_S)
+
+    def say(self, node: str, word: Word) -> bool:
+        """Say something to a node; False where no line to it is up now. What is said in order is heard in order."""
+        with self._lock:
+            if node not in self._up:
+                return False
+            self._posted.append((node, word))
+        self._wake()
+        return True
+
+    def up(self) -> frozenset[str]:
+        """The nodes to which a line is up."""
+        with self._lock:
+            return frozenset(self._up)
+
+    def close(self) -> None:
+        """Hang up everywhere. Idempotent; not for the lines' own thread."""
+        self._closing = True
+        self._wake()
+        self._thread.join()
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        self._selector.register(self._listener, _READ, None)
+        self._selector.register(self._wake_out, _READ, None)
+        try:
+            while not self._closing:
+                for key, mask in self._selector.select(self._tick()):
+                    if key.fileobj is self._listener:
+                        self._accept()
+                    elif key.fileobj is self._wake_out:
+                        self._drain_wake()
+                    elif key.data in self._lines:
+                        self._serve(key.data, mask)
+                self._say_posted()
+        finally:
+            for line in list(self._lines):
+                self._drop(line, "this keeper ends", quiet=True)
+            self._selector.close()
+            for sock in (self._listener, self._wake_in, self._wake_out):
+                sock.close()
+
+    def _tick(self) -> float:
+        """Dial, beat, give up; returns seconds until the next look."""
+        now_s = time.monotonic()
+        with self._lock:
+            wanted = dict(self._wanted)
+        dialled = {line.cable.peer for line in self._lines if line.dialled}
+        wait_s = BEAT_S
+        for node, one in wanted.items():
+            if node in dialled or node in self._up or (node < self._node and not one.doubtful):
+                continue
+            if now_s >= one.due_s:
+                self._dial(node, one, now_s)
+            else:
+                wait_s = min(wait_s, one.due_s - now_s)
+        for line in list(self._lines):
+            if line.cable.up:
+                if line.cable.peer not in wanted and line.dialled:
+                    self._drop(line, "not wanted any more", quiet=True)
+                elif now_s - line.heard_s > SILENT_S:
+                    self._drop(line, f"silent for {SILENT_S:g} s")
+                elif now_s - line.said_s >= BEAT_S:
+                    self._send(line, Beat(), now_s)
+            elif now_s - line.since_s > (DIAL_S if line.connecting else GREET_S):
+                self._drop(line, "no answer")
+        return max(0.0, wait_s)
+
+    def _dial(self, node: str, one: _Wanted, now_s: float) -> None:
+        one.due_s, one.pause_s = now_s + one.pause_s, min(2 * one.pause_s, RETRY_LAST_S)
+        host, _, port = one.address.rpartition(":")
+        sock = socket.socket(_family(host), socket.SOCK_STREAM)
+        sock.setblocking(False)
+        cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES), dials=node)
+        line = _Line(sock, cable, dialled=True, since_s=now_s, probes=node < self._node, connecting=True)
+        self._lines.add(line)
+        self._selector.register(sock, _WRITE, line)
+        try:
+            sock.connect((host.strip("[]"), int(port)))
+        except BlockingIOError:
+            return
+        except (OSError, ValueError) as error:
+            self._drop(line, _why(error))
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:  # it hung up before we looked, or there is no descriptor left: it comes again
+            return
+        if sum(not line.cable.up for line in self._lines) >= STRANGERS_MAX:
+            sock.close()
+            return
+        sock.setblocking(False)
+        cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES))
+        line = _Line(sock, cable, dialled=False, since_s=time.monotonic())
+        _quick(sock)
+        self._lines.add(line)
+        self._selector.register(sock, _READ, line)
+
+    def _serve(self, line: _Line, mask: int) -> None:
+        if line.connecting:
+            code = line.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                self._drop(line, _why(OSError(code, os.strerror(code))))
+                return
+            line.connecting = False
+            if line.probes:  # it is for the other end to dial
+                self._settle(line.cable.peer)
+                self._drop(line, "somebody listens there", quiet=True)
+                return
+            _quick(line.sock)
+        if mask & _READ:
+            self._read(line)
+        if line in self._lines:
+            self._flush(line)
+
+    def _read(self, line: _Line) -> None:
+        try:
+            data = line.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._drop(line, _why(error))
+            return
+        if not data:
+            self._drop(line, "the other end closed it")
+            return
+        line.heard_s = time.monotonic()
+        try:
+            words = line.cable.received(data)
+        except CkptError as error:
+            self._refuse(line, error)
+            return
+        if line.cable.up and not line.told:
+            line.told = True
+            self._come_up(line)
+        for word in words:
+            if not isinstance(word, Beat):
+                self._heard.word(line.cable.peer, word)
+
+    def _come_up(self, line: _Line) -> None:
+        peer = line.cable.peer
+        with self._lock:
+            old = self._up.get(peer)
+            self._up[peer] = line
+        self._settle(peer)
+        if old is not None:  # the other end lost it, and we have not noticed
+            self._drop(old, "the node called again")
+        line.said_s = line.heard_s
+        self._heard.up(peer)
+
+    def _settle(self, peer: str) -> None:
+        """Somebody listens where that node is."""
+        with self._lock:
+            if peer in self._wanted:
+                one = self._wanted[peer]
+                one.doubtful, one.pause_s, one.due_s = False, RETRY_FIRST_S, 0.0
+
+    def _refuse(self, line: _Line, error: CkptError) -> None:
+        text = f"{'the node at' if line.dialled else 'a connection from'} {_name_of(line.sock)}: {error}"
+        if text not in self._told and len(self._told) < STRANGERS_MAX:
+            self._told.add(text)
+            self._tell(Event("line-refused", text, {"code": error.code}, alarm=True))
+        self._drop(line, str(error))
+
+    def _say_posted(self) -> None:
+        with self._lock:
+            posted, self._posted = self._posted, []
+            lines = dict(self._up)
+        now_s = time.monotonic()
+        for node, word in posted:
+            if (line := lines.get(node)) is not None and line in self._lines:
+                self._send(line, word, now_s)
+
+    def _send(self, line: _Line, word: Word, now_s: float) -> None:
+        line.cable.say(word)
+        line.said_s = now_s
+        self._flush(line)
+
+    def _flush(self, line: _Line) -> None:
+        line.out += line.cable.to_send()
+        if len(line.out) > OUT_BYTES_MAX:
+            self._drop(line, f"it does not read what it is sent. waiting_bytes={len(line.out)}")
+            return
+        try:
+            while line.out:
+                sent = line.sock.send(line.out)
+                del line.out[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._drop(line, _why(error))
+            return
+        self._selector.modify(line.sock, _READ | _WRITE if line.out else _READ, line)
+
+    def _drop(self, line: _Line, why: str, *, quiet: bool = False) -> None:
+        if line not in self._lines:
+            return
+        self._lines.discard(line)
+        self._selector.unregister(line.sock)
+        line.sock.close()
+        peer = line.cable.peer
+        with self._lock:
+            current = self._up.get(peer) is line
+            if current:
+                del self._up[peer]
+                if peer in self._wanted:  # at once, to learn whether it is only the line that is gone
+                    self._wanted[peer].doubtful, self._wanted[peer].due_s = True, 0.0
+        if not quiet and (current or (line.dialled and not line.cable.up)):
+            self._heard.down(peer, why)
+
+    def _drain_wake(self) -> None:
+        try:
+            while self._wake_out.recv(4096):
+                continue
+        except BlockingIOError:
+            return
+
+    def _wake(self) -> None:
+        try:
+            self._wake_in.send(b"\0")
+        except OSError:  # it is awake already, or it has ended
+            return
+
+
+def probe(address: str, timeout_s: float = DIAL_S) -> str:
+    """Whether somebody listens there: "" where a connection can be made, else why not (``refused: ...`` where nobody does)."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
+            return ""
+    except (OSError, ValueError) as error:
+        return _why(error)
+
+
+def _why(error: OSError | ValueError) -> str:
+    if isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) == 111:
+        return f"refused: {error}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _quick(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _name_of(sock: socket.socket) -> str:
+    try:
+        return ":".join(map(str, sock.getpeername()[:2]))
+    except OSError:
+        return "somebody who is gone"

@@ -1,0 +1,382 @@
+"""One node in its job's membership: joins, watches, leads when nobody else does, and tells what each new epoch means here.
+
+Two threads. One waits for changes; the other acts on what is known: the newest view, what other nodes said over their lines,
+and what this node's keeper said. What follows is decided by pure functions (``membership.decide``, ``Judge``) and done here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ckpt.errors import CkptError, FencedError, InternalError
+from ckpt.fleet.leading import Judge, Trouble, assess, end_unseen, floor_of, next_epoch, note_of, peer_of
+from ckpt.fleet.lines import Heard, Lines
+from ckpt.fleet.note import encode_note
+from ckpt.fleet.reach import wanted
+from ckpt.fleet.reports import Reported, Reports
+from ckpt.fleet.suspects import Suspects
+from ckpt.fleet.ways import Epoch, Member, Told, Ways
+from ckpt.fleet.words import Ended, Failed, Meet, Word
+from ckpt.membership.base import Leading, Published, Standing
+from ckpt.membership.decide import Noticed, Options, decide, notice
+from ckpt.membership.leases import State
+from ckpt.membership.suspects import confirmed
+from ckpt.membership.values import EpochRecord, NodeInfo, View
+from ckpt.observe.events import Event, Tell
+
+LOOK_S = 1.0
+"""How often the membership is looked at when nothing seems to happen."""
+RETRY_S = 0.2
+CLOSE_WAIT_S = 60.0
+"""How long leaving waits for a call to the membership that is on its way."""
+
+
+class Node:
+    """See the module.
+
+    ``grow_wait_s``: so long an epoch lasts before one follows only because there are more nodes: each costs a warm restart, and
+    nodes that come one after the other shall come together.
+    """
+
+    def __init__(
+        self, member: Member, info: Callable[[], NodeInfo], options: Options, *, judge: Judge, told: Told, tell: Tell,
+        ways: Ways, grow_wait_s: float,
+    ) -> None:  # fmt: skip
+        self._member = member
+        self._info = info
+        self._options = options
+        self._judge = judge
+        self._told = told
+        self._tell = tell
+        self._make_lines = ways.lines
+        self._meeting = ways.meeting
+        self._grow_wait_s = grow_wait_s
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._over = False
+        self._rejoin = False
+        self._dirty = False
+        self._lines: Lines | None = None
+        self._me: NodeInfo | None = None
+        self._began_at = self._joined_at = 0
+        """Revisions at which this node joined, the first time and last."""
+        self._view: View | None = None
+        self._reports = Reports()
+        self._mine: Failed | Ended | None = None
+        self._meet: Meet | None = None
+        self._suspects = Suspects()
+        # For the thread that acts alone:
+        self._seen = 0
+        self._since = (0, 0.0)
+        self._noticed = Noticed()
+        self._lost: dict[str, float] = {}
+        self._said = ""
+        self._threads = [
+            threading.Thread(target=self._watch, name="ckpt-node-watch", daemon=True),
+            threading.Thread(target=self._act, name="ckpt-node", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- from the keeper; thread-safe, and quick
+
+    @property
+    def name(self) -> str:
+        """This node's id; "" before it joined."""
+        return self._me.node if self._me is not None else ""
+
+    @property
+    def standing(self) -> Standing:
+        """What this node may do now."""
+        return self._member.standing()
+
+    def say(self, node: str, word: Word) -> bool:
+        """Say something to another node's keeper; False where there is no line to it now."""
+        lines = self._lines
+        return lines is not None and lines.say(node, word)
+
+    def up(self, node: str) -> bool:
+        """Whether there is a line to that node now."""
+        lines = self._lines
+        return lines is not None and node in lines.up()
+
+    def failed(self, failure: Failed) -> None:
+        """The trainers of this node are dead, because of this; the next epoch may begin."""
+        self._say_mine(failure)
+
+    def ended(self, attempt: int) -> None:
+        """All ranks of this node ended well."""
+        self._say_mine(Ended(attempt=attempt))
+
+    def close(self, *, keep: bool = False) -> None:
+        """Leave the membership and hang up. ``keep``: another keeper of this node takes it on."""
+        with self._changed:
+            self._stopped = True
+            self._touch()
+        for thread in self._threads:
+            thread.join(CLOSE_WAIT_S)
+        self._leave(keep=keep)
+        if self._lines is not None:
+            self._lines.close()
+
+    def _say_mine(self, word: Failed | Ended) -> None:
+        with self._changed:
+            self._mine = word
+            self._touch()
+        self._pass_on_mine()
+
+    def _leave(self, *, keep: bool = False) -> None:
+        try:
+            self._member.leave(keep=keep)
+        except CkptError as error:
+            self._tell(Event("leave-failed", f"the membership ends by itself: {error}"))
+
+    # ---- the thread that waits
+
+    def _watch(self) -> None:
+        while not self._done:
+            me = self._me
+            try:
+                if me is not None and self._rejoin and self._member.standing().state is not State.LOST:
+                    self._pause(RETRY_S)  # its lease has yet to learn it
+                    continue
+                if me is None or self._rejoin:
+                    me = self._join()
+                view = self._member.view()
+                if me.node not in view.by_node:
+                    raise FencedError(f"this node is no member any more. node={me.node}")
+                self._said = ""
+                self._see(view, me)
+                self._member.wait_change(view.revision, timeout_s=LOOK_S)
+            except FencedError as error:
+                self._lose(str(error), me)
+            except CkptError as error:
+                self._say_once("membership-waits", f"the membership can't be reached, tried again: {error}")
+                self._pause(RETRY_S)
+            except Exception as error:  # noqa: BLE001  a thread's border
+                self._say_once("membership-failed", f"{InternalError(f'the membership failed. cause={error!r}')}")
+                self._pause(LOOK_S)
+
+    def _join(self) -> NodeInfo:
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+        with self._changed:  # before anybody can reach this node: what is said once it has joined is for its new self
+            self._view = self._meet = None
+            self._suspects = Suspects()
+        heard = Heard(word=self._on_word, up=self._on_up, down=self._on_down)
+        info = self._info()
+        self._lines = self._make_lines(info.node, heard)
+        info = replace(info, address=f"{info.address}:{self._lines.port}")
+        ticket = self._member.join(info)
+        view = self._member.view()
+        joined_at = view.by_node[ticket.node].joined if ticket.node in view.by_node else view.revision
+        with self._changed:
+            self._me, self._rejoin = info, False
+            self._joined_at = joined_at
+            # Revisions of a membership whose data were lost begin anew.
+            self._began_at = min(self._began_at or joined_at, joined_at)
+            self._seen = 0
+        self._tell(Event("joined", f"this node is {info.node} of its job", {"node": info.node}))
+        return info
+
+    def _lose(self, why: str, me: NodeInfo | None) -> None:
+        """The membership of ``me`` is over, whoever notices it first."""
+        with self._changed:
+            news = me is not None and me is self._me and not self._rejoin and not self._done
+            if news:
+                self._rejoin, self._view = True, None
+        if news:
+            self._told.out(why)
+        self._pause(RETRY_S)
+
+    def _see(self, view: View, me: NodeInfo) -> None:
+        """Take a view for what is known, unless a newer one is."""
+        with self._changed:
+            known = self._view
+            if me is self._me and not self._rejoin and (known is None or known.revision <= view.revision):
+                self._view = view
+                self._touch()
+
+    @property
+    def _done(self) -> bool:
+        return self._stopped or self._over
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._done, seconds)
+
+    def _touch(self) -> None:
+        self._dirty = True
+        self._changed.notify_all()
+
+    # ---- the lines' thread
+
+    def _on_word(self, node: str, word: Word) -> None:
+        match word:
+            case Failed() | Ended():
+                with self._changed:
+                    self._reports.take(node, word, time.monotonic())
+                    self._touch()
+            case Meet():
+                with self._changed:
+                    if self._meet is None or word.attempt > self._meet.attempt:
+                        self._meet = word
+                    self._touch()
+            case _:
+                self._told.word(node, word)
+
+    def _on_up(self, node: str) -> None:
+        with self._changed:
+            meet, me = self._meet, self._me
+            root = self._view.epoch.root if self._view is not None and self._view.epoch is not None else ""
+            self._suspects.reached(node)
+            self._touch()
+        self._pass_on_mine()
+        if meet is not None and me is not None and root == me.node:
+            self.say(node, meet)
+        self._told.up(node)
+
+    def _on_down(self, node: str, why: str) -> None:
+        with self._changed:
+            if why.startswith("refused"):
+                self._suspects.refused(node, why)
+            self._touch()
+        self._told.down(node, why)
+
+    def _pass_on_mine(self) -> None:
+        mine, lines = self._mine, self._lines
+        if mine is None or lines is None:
+            return
+        for node in lines.up():
+            lines.say(node, mine)
+
+    # ---- the thread that acts
+
+    def _act(self) -> None:
+        until_s = 0.0
+        while not self._done:
+            with self._changed:
+                self._changed.wait_for(lambda: self._dirty or self._done, max(0.0, until_s - time.monotonic()))
+                self._dirty = False
+                view, me, lines = self._view, self._me, self._lines
+            until_s = time.monotonic() + LOOK_S
+            if view is None or me is None or lines is None or self._done:
+                continue
+            try:
+                lines.want(wanted(view, me.node))
+                until_s = min(until_s, self._on_view(view, me))
+            except FencedError as error:
+                self._lose(str(error), me)
+            except CkptError as error:
+                self._say_once("membership-waits", f"the membership can't be reached, tried again: {error}")
+                self._pause(RETRY_S)
+                with self._changed:
+                    self._touch()
+            except Exception as error:  # noqa: BLE001  a thread's border
+                self._say_once("membership-failed", f"{InternalError(f'leading failed. cause={error!r}')}")
+                self._pause(LOOK_S)
+
+    def _on_view(self, view: View, me: NodeInfo) -> float:
+        """Act on what is known; returns when to look again."""
+        self._see_epoch(view, me)
+        if self._over:
+            self._leave()  # at once: whoever starts this job again shall not find it here
+            return 0.0
+        self._suspects.tell(view, self._member.suspect)
+        gone = confirmed(view, self._options.witnesses_min)
+        leads = view.leader is not None and view.leader.node == me.node
+        if me.node not in gone and (view.leader is None or view.leader.node in gone):
+            if not isinstance(self._member.lead(view), Leading):
+                self._pause(RETRY_S)
+            self._look(me)
+        elif leads and me.node not in gone:
+            return self._lead(view, me)
+        self._noticed = Noticed()
+        return time.monotonic() + LOOK_S
+
+    def _see_epoch(self, view: View, me: NodeInfo) -> None:
+        """Tell the keeper of a new epoch, as soon as it is known where its ranks meet. A job's end concerns who was in it."""
+        record, note = view.epoch, note_of(view)
+        since = self._joined_at if note.end is None else self._began_at
+        if record is None or record.number <= self._seen or view.epoch_revision < since:
+            return
+        meet = None
+        if note.end is None and me.node in record.ranks:
+            meet = self._meeting_of(record, me)
+            if meet is None:
+                return
+        self._seen = record.number
+        self._over = note.end is not None
+        addresses = {member.node: member.info.address for member in view.members}
+        peers = {member.node: peer for member in view.members if (peer := peer_of(member.info))}
+        domains = {member.node: member.info.failure_domain for member in view.members}
+        with self._changed:
+            self._reports.forget(view)
+        self._told.epoch(Epoch(record, note, addresses, peers, domains, meet, me.node))
+
+    def _meeting_of(self, record: EpochRecord, me: NodeInfo) -> Meet | None:
+        """Where the epoch's ranks meet, where that is known. The node of rank 0 chooses it, and says so."""
+        with self._changed:
+            meet = self._meet
+        if record.root != me.node:
+            return meet if meet is not None and meet.attempt == record.number else None
+        if meet is None or meet.attempt != record.number:
+            host, port = self._meeting()
+            meet = Meet(attempt=record.number, host=host, port=port)
+            with self._changed:
+                self._meet = meet
+        for node in record.ranks:
+            self.say(node, meet)
+        return meet
+
+    def _lead(self, view: View, me: NodeInfo) -> float:
+        now_s = time.monotonic()
+        if end_unseen(view):
+            return now_s + LOOK_S
+        number = view.epoch.number if view.epoch is not None else 0
+        if self._since[0] != number:
+            self._since = (number, now_s)
+        may_grow = now_s >= self._since[1] + self._grow_wait_s
+        options = replace(self._options, may_grow=may_grow, epoch_floor=floor_of(view))
+        self._noticed = notice(self._noticed, view, options, now_s)
+        decision = decide(view, self._noticed, options, now_s)
+        trouble = self._trouble(view, me, now_s)
+        verdict = assess(view, trouble, self._judge, now_s)
+        found = next_epoch(view, decision, verdict, trouble)
+        if found is None:
+            return min(getattr(decision, "until_s", now_s + LOOK_S), verdict.until_s or now_s + LOOK_S)
+        record = replace(found.record, note=encode_note(found.note))
+        if isinstance(self._member.publish(record, view, remove=found.remove), Published):
+            text = f"epoch {record.number}: {found.note.why}"
+            self._tell(Event("epoch-published", text, {"epoch": record.number}))
+        else:
+            self._pause(RETRY_S)
+        self._look(me)
+        return time.monotonic() + RETRY_S
+
+    def _trouble(self, view: View, me: NodeInfo, now_s: float) -> Trouble:
+        """What is known to be wrong with the view's epoch."""
+        record = view.epoch
+        if record is None:
+            return Trouble(Reported({}, {}, frozenset()), {})
+        with self._changed:
+            if self._mine is not None:
+                self._reports.take(me.node, self._mine, now_s)
+            reported = self._reports.of(record)
+        out = confirmed(view, self._options.witnesses_min)
+        dead = [node for node in record.ranks if node not in view.by_node or node in out]
+        self._lost = {node: self._lost.get(node, now_s) for node in dead if node not in reported.ended}
+        return Trouble(reported, self._lost)
+
+    def _look(self, me: NodeInfo) -> None:
+        """Read the membership again now, not when it is next said to have changed."""
+        self._see(self._member.view(), me)
+
+    def _say_once(self, kind: str, text: str) -> None:
+        if text != self._said and not self._done:
+            self._said = text
+            self._tell(Event(kind, text, alarm=True))

@@ -1,0 +1,60 @@
+"""What a node needs from those who make it: a membership, whom it tells what, and how it is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckpt.fleet.lines import Heard, Lines
+from ckpt.fleet.note import Note
+from ckpt.fleet.words import Meet, Word
+from ckpt.membership.base import Facts, Membership
+from ckpt.membership.values import EpochRecord
+
+
+class Member(Membership, Facts, Protocol):
+    """A driver of the membership: both of its seams."""
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """An epoch as it concerns this node, complete: where its ranks meet is known.
+
+    ``addresses`` of the lines by node, those of standbys too; ``peers``: where nodes lend their memory; ``domains``: what fails
+    together. ``meet``: None where this node has no ranks, or the job ends. ``me``: this node's id in it.
+    """
+
+    record: EpochRecord
+    note: Note
+    addresses: Mapping[str, str]
+    peers: Mapping[str, str]
+    domains: Mapping[str, str]
+    meet: Meet | None
+    me: str = ""
+
+    @property
+    def number(self) -> int:
+        """Its number."""
+        return self.record.number
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a node tells its keeper, from threads of its own."""
+
+    epoch: Callable[[Epoch], object]
+    out: Callable[[str], object]
+    """This node is no member any more, so nothing of it may go on; it joins again by itself."""
+    word: Callable[[str, Word], object]
+    up: Callable[[str], object]
+    down: Callable[[str, str], object]
+    """A line to another node is up, or broke, with why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How a node is reached. ``lines`` to others, for a node of that name; ``meeting``: where the trainers of an epoch meet."""
+
+    lines: Callable[[str, Heard], Lines]
+    meeting: Callable[[], tuple[str, int]]

@@ -1,0 +1,166 @@
+"""Keeping what this node staged on other nodes too: the newest complete pair, over and over. Nobody waits for it."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt.encode.threads import start
+from ckpt.errors import CkptError, FencedError, InternalError, StoreFullError, UnavailableError
+from ckpt.link.lent_keys import mirror_key
+from ckpt.observe.events import Event, Fact, Tell
+from ckpt.peer.store import PeerStore
+from ckpt.persist.sealed import Sealed
+from ckpt.stage.slot_header import INDEX_OFFSET_BYTES, Header, encode_index
+from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
+
+RETRY_S = 0.5
+"""Pause before a pair that came to no node is sent again."""
+
+CLOSE_WAIT_S = 2.0
+"""How long the end waits for what is on its way; it goes on behind, and ends with the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep it, by those of ``epoch``."""
+
+    snapshot: SnapshotId
+    epoch: int
+    sealed: Sequence[Sealed]
+    peers: Mapping[str, PeerStore]
+
+    def let_go(self) -> None:
+        """Let go of the slots."""
+        for one in self.sealed:
+            one.let_go()
+
+
+Done = Callable[[Task, frozenset[str]], object]
+"""Hears, from the thread, of each task and of the nodes to which it came whole."""
+
+
+class Mirror:
+    """Sends one pair at a time. What keeps a node from having them is told once, until it has one again."""
+
+    def __init__(self, *, done: Done, tell: Tell) -> None:
+        self._done = done
+        self._tell = tell
+        self._changed = threading.Condition()
+        self._task: Task | None = None
+        self._busy = False
+        self._stopped = False
+        self._told: set[tuple[str, str]] = set()
+        self.sent_bytes = 0
+        """All that was sent so far and came."""
+        self._thread = threading.Thread(target=self._run, name="ckpt-mirror", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pair is on its way."""
+        with self._changed:
+            return self._busy or self._task is not None
+
+    def send(self, task: Task) -> None:
+        """Keep this pair, whose slots are let go of in any case. Only when not busy."""
+        with self._changed:
+            assert self._task is None and not self._busy, "one at a time"
+            self._task = task
+            self._changed.notify_all()
+
+    def close(self, timeout_s: float = CLOSE_WAIT_S) -> bool:
+        """End; what is on its way has ``timeout_s`` seconds to come. Whether it ended."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._task is not None or self._stopped)
+                task, self._task = self._task, None
+                self._busy = task is not None
+            if task is None:
+                return
+            came: frozenset[str] = frozenset()
+            try:
+                came = self._send(task)
+            except Exception as error:  # noqa: BLE001  a thread's border
+                self._fail("", task, InternalError(f"keeping it failed in an unforeseen way. cause={error!r}"))
+            finally:
+                task.let_go()
+                with self._changed:
+                    self._busy = False
+                self._done(task, came)
+                del task  # or it would keep the slots' memory until the next one
+
+    def _send(self, task: Task) -> frozenset[str]:
+        headers = [compact_header(one.index, one.data.nbytes) for one in task.sealed]
+
+        def sending(node: str, peer: PeerStore) -> Callable[[], bool]:
+            return lambda: self._send_to(node, peer, task, headers)
+
+        jobs = {node: start(sending(node, peer), name="ckpt-mirror-send") for node, peer in task.peers.items()}
+        return frozenset([node for node, job in jobs.items() if job.result()])
+
+    def _send_to(self, node: str, peer: PeerStore, task: Task, headers: Sequence[bytes]) -> bool:
+        boot: str | None = None
+        try:
+            for one, header in zip(task.sealed, headers, strict=True):
+                if self._stopped:
+                    return False
+                peer.put(mirror_key(task.snapshot, one.index.rank), [header, one.data])
+                if boot not in (None, peer.boot):
+                    raise UnavailableError("the node's keeper was started anew meanwhile: what it had is gone.")
+                boot = peer.boot
+                with self._changed:
+                    self.sent_bytes += len(header) + one.data.nbytes
+        except FencedError:
+            return False  # another epoch comes, which places mirrors anew
+        except CkptError as error:
+            self._fail(node, task, error)
+            return False
+        except Exception as error:  # noqa: BLE001  a thread's border: the other nodes' words count all the same
+            self._fail(node, task, InternalError(f"sending failed in an unforeseen way. cause={error!r}"))
+            return False
+        with self._changed:
+            self._told = {told for told in self._told if told[0] != node}
+        return True
+
+    def _fail(self, node: str, task: Task, error: CkptError) -> None:
+        with self._changed:
+            if (node, error.code) in self._told or self._stopped:
+                return
+            self._told.add((node, error.code))
+        what = f"{task.snapshot} and what follows is not kept on another node: {error}"
+        if isinstance(error, StoreFullError):
+            what += "; a lost node then costs the steps since the last durable snapshot: raise mirror_bytes there"
+        facts: dict[str, Fact] = {"node": node, "step": task.snapshot.step, "code": error.code}
+        self._tell(Event("mirror-failed", what, facts, alarm=True))
+
+
+def compact_header(index: StagedIndex, data_bytes: int) -> bytes:
+    """A slot's header around ``index`` that is no longer than it must be: what lies between in a slot is never sent."""
+    size = INDEX_OFFSET_BYTES + len(encode_index(index))
+    header_bytes = -(-size // PAGE_BYTES) * PAGE_BYTES
+    with mmap.mmap(-1, header_bytes + data_bytes, flags=ROOM_FLAGS) as room:  # only the header's pages are ever taken
+        memory = memoryview(room)
+        try:
+            header = Header(memory, header_bytes=header_bytes)
+            header.open()
+            header.close(index)
+            return bytes(memory[:header_bytes])
+        finally:
+            del header
+            memory.release()
+
+
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # no constant of the standard library before 3.13
+ROOM_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+"""Memory that is promised to nobody: a system that counts promises would refuse a room as large as a slot."""

@@ -1,0 +1,342 @@
+"""This keeper among those of the job's other nodes, for its loop: epochs, the room of rank 0's node, how far all are.
+
+``Node`` (in ``fleet``) has threads and speaks with the membership; all that it tells comes here through ``Job.post``. On the
+node of rank 0 this has the rooms, and others ask it; elsewhere it asks. What becomes durable and what memory holds are the
+matter of ``uploads`` and ``memory``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+
+from ckpt.encode.threads import start
+from ckpt.errors import CkptError
+from ckpt.fleet import words as said
+from ckpt.fleet.node import Node
+from ckpt.fleet.secret import secret_of
+from ckpt.fleet.ways import Epoch, Told
+from ckpt.fleet.words import Word
+from ckpt.keeper.far_room import FarRoom, FarRooms, attempt_room
+from ckpt.keeper.job import Job
+from ckpt.keeper.nodes_join import Here, check_spec, join
+from ckpt.keeper.nodes_judge import with_rank
+from ckpt.keeper.nodes_memory import NodesMemory
+from ckpt.keeper.nodes_standing import common, standing_of
+from ckpt.keeper.nodes_uploads import NodesUploads
+from ckpt.keeper.room import OwnRoom, Room
+from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
+from ckpt.link.board import Board
+from ckpt.link.nodes_spec import NodesSpec, host_towards
+from ckpt.link.seating import Seating
+from ckpt.observe.events import Event
+
+STANDING_S = 0.02
+"""How often nodes tell how far their ranks are, where that changed."""
+
+STANDING_LATEST_S = 1.0
+"""And where it did not."""
+
+
+class Nodes:
+    """See the module. ``on`` takes what the roster has to know; in the loop, as all calls here are.
+
+    Raises UsageError where the specification can't work.
+    """
+
+    def __init__(self, job: Job, spec: NodesSpec, *, on: Callable[[EpochCame | JobEnded | Cut], object]) -> None:
+        check_spec(spec)
+        self._job = job
+        self._spec = spec
+        self._on = on
+        self._node: Node | None = None
+        self.epoch: Epoch | None = None
+        """See Among."""
+        self._rooms = FarRooms(self.say)
+        self._standings: dict[str, said.Standing] = {}
+        self._told_standing: said.Standing | None = None
+        self._told_s = 0.0
+        self._due_s = 0.0
+        self._ended_at_s: float | None = None
+        self._all_ended = False
+        self._leaving: Future[None] | None = None
+        self._out = False
+        """Whether this node is no member at the moment."""
+        self._attempt = 0
+        host, secret = spec.host or host_towards(spec.where), secret_of(spec)
+        self._host, self._secret = host, secret
+        self.uploads = NodesUploads(job, self, seating=lambda: self.seating)
+        """What becomes durable together."""
+        self.memory = NodesMemory(job, self, spec, secret, host=host, tell=self._tell)
+        """What all hold together."""
+
+    # ---- the roster's
+
+    def ask(self, failure: Failure | None, completed: int, attempt: int) -> None:
+        """This node is ready for the next epoch; ``failure``: why the last one ended here."""
+        self._attempt = max(self._attempt, attempt)
+        if self._node is None:
+            try:
+                self._node = self._join()
+            except (CkptError, OSError) as error:
+                self._post(partial(self._fail, f"this node can't meet the job's others: {error}"))
+                return
+        if failure is not None:
+            first = self._ranks_here().start if self.placed else 0
+            told = with_rank(failure, first)
+            self._node.failed(
+                said.Failed(
+                    attempt=attempt, rank=told.rank, kind=told.kind, text=told.text, status=told.status,
+                    fingerprint=told.fingerprint, step=told.step, final=told.final, completed=completed,
+                )
+            )  # fmt: skip
+
+    def begin(self, attempt: int, own: OwnRoom) -> Room:
+        """An attempt begins; its room: ``own`` on the node of rank 0."""
+        self.uploads.begin(attempt)
+        assert self.epoch is not None, "an epoch with ranks here"
+        if not self.root and self._node is not None and not self._node.up(self.epoch.record.root):
+            self._post(lambda: self._cut("it broke before the attempt began"))  # once the roster knows that it runs
+        return self.room(attempt_room(attempt), own)
+
+    def ended(self, attempt: int) -> None:
+        """All ranks of this node ended well: it stays for the others."""
+        self._ended_at_s = time.monotonic()
+        if self._node is not None:
+            self._node.ended(attempt)
+
+    @property
+    def busy(self) -> bool:
+        """Whether this node is still needed though its own ranks have ended: the others may not have."""
+        if self._ended_at_s is None or self._all_ended:
+            return False
+        return time.monotonic() - self._ended_at_s < self._job.policy.linger_s
+
+    # ---- what everybody asks
+
+    @property
+    def me(self) -> str:
+        """See Among. Of the newest epoch, though this node may have joined anew since."""
+        if self.epoch is not None:
+            return self.epoch.me
+        return self._node.name if self._node is not None else ""
+
+    @property
+    def placed(self) -> bool:
+        """Whether the newest epoch has ranks for this node."""
+        return self.epoch is not None and not self._out and self.me in self.epoch.record.ranks
+
+    @property
+    def root(self) -> bool:
+        """See Among."""
+        return self.epoch is not None and self.epoch.record.root == self.me
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """See Among."""
+        return tuple(node for node in self.epoch.record.ranks if node != self.me) if self.epoch is not None else ()
+
+    @property
+    def seating(self) -> Seating | None:
+        """Where this node's ranks are in the newest epoch; None where it has none."""
+        epoch = self.epoch
+        if epoch is None or epoch.meet is None or not self.placed:
+            return None
+        nodes = list(epoch.record.ranks)
+        return Seating(
+            host=epoch.meet.host, first_rank=self._ranks_here().start, world_size=epoch.record.world_size,
+            node=nodes.index(self.me), nodes=len(nodes),
+        )  # fmt: skip
+
+    @property
+    def port(self) -> int:
+        """Where the trainers of the newest epoch meet."""
+        assert self.epoch is not None and self.epoch.meet is not None, "an epoch with ranks here"
+        return self.epoch.meet.port
+
+    def room(self, name: str, own: OwnRoom) -> Room:
+        """See Among."""
+        assert self.epoch is not None, "an epoch with ranks here"
+        if self.root:
+            self._rooms.serve(name, own)
+            return own
+        return FarRoom(self._rooms, name, self.epoch.record.root)
+
+    def say(self, node: str, word: Word) -> bool:
+        """See Among."""
+        return self._node is not None and self._node.say(node, word)
+
+    def say_to_all(self, word: Word) -> None:
+        """See Among."""
+        for node in self.others:
+            self.say(node, word)
+
+    def decided(self, boundary: int, flags: int) -> None:
+        """Rank 0 decided what all ranks do at a boundary."""
+        if self._job.board is not None:
+            self.say_to_all(said.Decided(attempt=self._job.board.attempt, boundary=boundary, flags=flags))
+
+    def tick(self, now_s: float) -> float:
+        """Tell how far this node is, and until when it may act; returns seconds until the next look."""
+        board, node = self._job.board, self._node
+        if board is None or node is None:
+            return STANDING_LATEST_S
+        self._tell_time(board, node)
+        wait_s = min(STANDING_LATEST_S, self.memory.tick(now_s, placed=self.placed))
+        if not self.placed or not self.others:
+            return wait_s
+        if now_s >= self._due_s:
+            self._due_s = now_s + STANDING_S
+            self._tell_standing(now_s)
+        return max(0.0, min(self._due_s - now_s, wait_s))
+
+    def _tell_time(self, board: Board, node: Node) -> None:
+        """Until when this node may act, where its supervisors see it, whatever becomes of this process."""
+        until_s = node.standing.act_until_s
+        if until_s:
+            board.act_until_ns = int(until_s * 1e9)
+
+    def leave(self) -> None:
+        """Leave the membership, beside the loop: nothing of this launch follows here.
+
+        Where the job ended everywhere the membership is over already, and lines stay for what is on its way to a store.
+        """
+        if not self._all_ended:
+            self._hang_up()
+
+    def close(self) -> None:
+        """Leave the membership and lend no more; waits until that is done."""
+        self._hang_up()
+        if self._leaving is not None:
+            self._leaving.result()
+        self.memory.close()
+
+    def _hang_up(self) -> None:
+        if self._node is not None:
+            node, self._node = self._node, None
+            self._leaving = start(node.close, name="ckpt-node-leave")
+
+    # ---- what comes from the node's threads, in the loop
+
+    def _came(self, epoch: Epoch) -> None:
+        before, self.epoch = self.epoch, epoch
+        self._out = False
+        self._attempt = max(self._attempt, epoch.number)
+        if epoch.note.end is not None:
+            self._all_ended = True
+            self._on(JobEnded(epoch.note.end, epoch.note.why, time.monotonic()))
+            return
+        self._standings.clear()
+        self._told_standing = None
+        self.memory.see(epoch)
+        self._rooms.new_epoch(epoch.number)
+        self.uploads.see(epoch, before, placed=self.placed)
+        if self._job.board is not None:
+            self._job.board.others_count = self.placed and bool(self.others)
+            if self._node is not None:  # before anything starts: what is there may be from an earlier membership
+                self._tell_time(self._job.board, self._node)
+        self._on(EpochCame(epoch.number, self.placed, epoch.note.why, time.monotonic()))
+
+    def _lost(self, why: str) -> None:
+        self._out = True
+        number = self.epoch.number + 1 if self.epoch is not None else 1
+        self._job.tell(Event("out", f"this node is out of its job's membership, and joins anew: {why}", alarm=True))
+        self._on(EpochCame(number, False, why, time.monotonic()))
+
+    def _fail(self, text: str) -> None:
+        self._on(JobEnded(1, text, time.monotonic()))
+
+    def _up(self, node: str) -> None:
+        self.uploads.line_up(node)
+
+    def _down(self, node: str, why: str) -> None:
+        """Without the node of rank 0 the ranks here can't agree on anything, and what they said may be lost."""
+        self.memory.line_down(node)
+        epoch = self.epoch
+        if epoch is None or not self.placed or self.root or node != epoch.record.root:
+            return
+        self._cut(why)
+
+    def _cut(self, why: str) -> None:
+        epoch = self.epoch
+        assert epoch is not None, "an epoch"
+        text = f"the line to the node of rank 0 is broken: {why}"
+        self._on(Cut(epoch.number, text, time.monotonic(), self._job.completed()))
+
+    def _word(self, node: str, word: Word) -> None:
+        board = self._job.board
+        match word:
+            case said.Post() | said.Peek() | said.Count() | said.Forget() | said.Said():
+                self._rooms.take(node, word)
+            case said.Standing():
+                self._standings[node] = word
+                if self.root:
+                    self._due_s = 0.0
+                self._show()
+            case said.Handed() | said.Opened():
+                self.uploads.take(node, word)
+            case said.AskHeld() | said.Held() | said.Sources():
+                self.memory.take(node, word)
+            case said.Decided():
+                if board is not None and self.epoch is not None and word.attempt == board.attempt:
+                    board.decide(word.boundary, word.flags)
+
+    # ---- how far everybody is
+
+    def _tell_standing(self, now_s: float) -> None:
+        """Others tell rank 0's node; that one tells each of the others what all but it have in common."""
+        job, epoch = self._job, self.epoch
+        assert job.board is not None and epoch is not None, "placed"
+        ranks = [job.board.rank(rank) for rank in range(job.ranks)]
+        mine = standing_of(ranks, epoch.number, mirrored=self.memory.mirrored)
+        if mine == self._told_standing and now_s - self._told_s < STANDING_LATEST_S and not self.root:
+            return
+        self._told_standing, self._told_s = mine, now_s
+        if not self.root:
+            self.say(epoch.record.root, mine)
+            return
+        known = {node: one for node, one in self._standings.items() if one.attempt == epoch.number}
+        for node in self.others:
+            rest = [known.get(other) for other in self.others if other != node]
+            self.say(node, common([mine, *rest], epoch.number))
+
+    def _show(self) -> None:
+        """Put what other nodes hold onto the board, where the slot rule and rank 0 look."""
+        board, epoch = self._job.board, self.epoch
+        if board is None or epoch is None or not self.placed:
+            return
+        sources = self.others if self.root else (epoch.record.root,)
+        known = [self._standings.get(node) for node in sources]
+        found = common([one if one and one.attempt == epoch.number else None for one in known], epoch.number)
+        board.others.show(found.sealed, found.completed if found.completed >= 0 else None)
+        if found.mirrored is not None and self.memory.mirrored is not None:
+            self.memory.forget_before(min(found.mirrored, self.memory.mirrored))
+
+    # ---- small parts
+
+    def _ranks_here(self) -> range:
+        assert self.epoch is not None, "an epoch"
+        return self.epoch.record.ranks[self.me]
+
+    def _post(self, call: Callable[[], object]) -> None:
+        """Have it done by the loop, unless this launch has left meanwhile: the next one must hear nothing of it."""
+        self._job.post(lambda: call() if self._leaving is None else None)
+
+    def _tell(self, event: Event) -> None:
+        self._job.post(lambda: self._job.tell(event))
+
+    def _join(self) -> Node:
+        job, post = self._job, self._post
+        told = Told(
+            epoch=lambda epoch: post(lambda: self._came(epoch)),
+            out=lambda why: post(lambda: self._lost(why)),
+            word=lambda node, word: post(lambda: self._word(node, word)),
+            up=lambda node: post(lambda: self._up(node)),
+            down=lambda node, why: post(lambda: self._down(node, why)),
+        )
+        return join(
+            self._spec, self._secret, host=self._host, ranks=job.ranks, peer_port=self.memory.port,
+            here=Here(lambda: job.policy, lambda: self._attempt, job.completed), told=told, tell=self._tell,
+        )  # fmt: skip

@@ -1,0 +1,147 @@
+"""How a keeper gets among the nodes of its job: membership, lines, and the judge of failures, put together."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.errors import UsageError
+from ckpt.fleet import words as said
+from ckpt.fleet.leading import FLOOR, PEER, Verdict
+from ckpt.fleet.lines import Heard, Lines
+from ckpt.fleet.node import Node
+from ckpt.fleet.note import Note
+from ckpt.fleet.ways import Told, Ways
+from ckpt.keeper.nodes_judge import Again, End, Later, Trouble, judge
+from ckpt.keeper.roster_words import Failure
+from ckpt.keeper.verdict import Record
+from ckpt.link.nodes_spec import NodesSpec
+from ckpt.link.policy import Policy
+from ckpt.membership.decide import Options
+from ckpt.membership.etcd_options import EtcdOptions
+from ckpt.membership.open import open_membership
+from ckpt.membership.values import NodeInfo
+from ckpt.observe.events import Tell
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What is asked of this keeper, from the node's threads.
+
+    ``attempt``: the greatest that it knows of; ``completed``: the most steps that one of its ranks has, -1: none.
+    """
+
+    policy: Callable[[], Policy]
+    attempt: Callable[[], int]
+    completed: Callable[[], int]
+
+
+def check_spec(spec: NodesSpec) -> None:
+    """Raises UsageError where nodes could not know each other."""
+    if not spec.secret and spec.where.startswith("etcd://"):
+        raise UsageError(
+            f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex digits that only you can read, "
+            "the same on all nodes"
+        )
+
+
+def join(
+    spec: NodesSpec, secret: bytes, *, host: str, ranks: int, peer_port: int, here: Here, told: Told, tell: Tell
+) -> Node:
+    """This machine as a node with ``ranks`` ranks; it lends its memory at ``peer_port``. Waits for nothing."""
+    witnesses = _witnesses(spec)
+
+    def lines(node: str, heard: Heard) -> Lines:
+        return Lines(secret, job=spec.job, node=node, listen=f"{host}:0", heard=heard, tell=tell)
+
+    def info() -> NodeInfo:
+        name = socket.gethostname()
+        return NodeInfo(
+            node=f"{_printable(name)}-{os.urandom(6).hex()}", host=name, slots=ranks, domain=spec.domain, address=host,
+            capabilities=(f"{PEER}{host}:{peer_port}", f"{FLOOR}{here.attempt()}"),
+        )  # fmt: skip
+
+    def judged(
+        note: Note, failures: Mapping[str, said.Failed], lost: Mapping[str, float], ended: AbstractSet[str],
+        heard_s: Mapping[str, float], now_s: float,
+    ) -> Verdict:  # fmt: skip
+        known = Trouble({}, lost, ended, here.completed())
+        return _judged(note, failures, known, heard_s, now_s, here.policy())
+
+    return Node(
+        open_membership(_where(spec), spec.job, ttl_s=spec.ttl_s, witnesses_min=witnesses),
+        info,
+        Options(
+            nodes_min=spec.nodes_min, nodes_max=spec.nodes_max, last_call_s=spec.last_call_s,
+            shrink_wait_s=spec.shrink_wait_s, witnesses_min=witnesses,
+        ),
+        judge=judged, told=told, tell=tell, ways=Ways(lines, lambda: (host, free_port(host))), grow_wait_s=spec.grow_wait_s,
+    )  # fmt: skip
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on now. Whoever takes it in between makes an attempt fail, which is repeated."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _judged(
+    note: Note,
+    failures: Mapping[str, said.Failed],
+    known: Trouble,
+    heard_s: Mapping[str, float],
+    now_s: float,
+    policy: Policy,
+) -> Verdict:
+    """What ``judge`` makes of it, as the membership's leader takes it."""
+    told = {
+        node: Failure(one.rank, one.kind, one.text, one.status, heard_s[node], one.fingerprint, one.step, one.final)
+        for node, one in failures.items()
+    }
+    completed = max(known.completed, *[one.completed for one in failures.values()], -1)
+    record = Record(note.fingerprint, note.step, note.same, note.stuck, note.completed)
+    match judge(Trouble(told, known.lost, known.ended, completed), record, policy, now_s):
+        case Again(after, text):
+            return Verdict(_note(after, text))
+        case End(status, text):
+            return Verdict(_note(record, text, end=status))
+        case Later(until_s):
+            return Verdict(until_s=until_s)
+        case _:
+            return Verdict()
+
+
+def _note(record: Record, text: str, *, end: int | None = None) -> Note:
+    return Note(
+        why=text, fingerprint=record.fingerprint, step=record.step, same=record.same, stuck=record.stuck,
+        completed=record.completed, end=end,
+    )  # fmt: skip
+
+
+def _where(spec: NodesSpec) -> EtcdOptions | Path:
+    if not spec.where.startswith("etcd://"):
+        return Path(spec.where)
+    password = Path(spec.password_file).read_text(encoding="utf-8").strip() if spec.password_file else None
+    return EtcdOptions(
+        endpoints=tuple(spec.where.removeprefix("etcd://").split(",")), ca=_path(spec.ca_file), cert=_path(spec.cert_file),
+        key=_path(spec.key_file), user=spec.user or None, password=password,
+    )  # fmt: skip
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _witnesses(spec: NodesSpec) -> int:
+    """Of two nodes only one is left to see the other's end."""
+    return 2 if spec.nodes_max > 2 else 1
+
+
+def _printable(host: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in host)[:40] or "node"

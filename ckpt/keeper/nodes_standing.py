@@ -1,0 +1,34 @@
+"""What ranks have in common: how far all of them are, and what all of them hold. Pure but for reading the board."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckpt.fleet.words import Standing
+from ckpt.link.board import RankBoard
+from ckpt.values import SnapshotId
+
+
+def standing_of(ranks: Sequence[RankBoard], attempt: int, *, mirrored: SnapshotId | None) -> Standing:
+    """The standing of some ranks of this node. How far they are is read before what they hold."""
+    done = [-1 if one.completed is None else one.completed for one in ranks]
+    held = [one.pairs() for one in ranks]
+    return Standing(attempt=attempt, sealed=_all_hold(held), completed=min(done, default=-1), mirrored=mirrored)
+
+
+def common(standings: Sequence[Standing | None], attempt: int) -> Standing:
+    """Of several nodes as one; where one has not told its own yet they have nothing."""
+    known = [one for one in standings if one is not None]
+    if len(known) < len(standings) or not known:
+        return Standing(attempt=attempt, sealed=(), completed=-1)
+    mirrored = [one.mirrored for one in known if one.mirrored is not None]
+    return Standing(
+        attempt=attempt,
+        sealed=_all_hold([frozenset(one.sealed) for one in known]),
+        completed=min(one.completed for one in known),
+        mirrored=min(mirrored) if len(mirrored) == len(known) else None,
+    )
+
+
+def _all_hold(held: Sequence[frozenset[SnapshotId]]) -> tuple[SnapshotId, ...]:
+    return tuple(sorted(frozenset.intersection(*held), reverse=True)) if held else ()

@@ -1,0 +1,52 @@
+"""Which failure counts, and whether an attempt may follow it. Pure; for a node's roster and for who leads several nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ckpt.keeper.roster_words import Failure
+from ckpt.link.policy import Policy
+
+ECHO_S = 1.0
+"""An exception this soon before another trainer's death was told may come from that death."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is remembered from failure to failure: how often the same error came, how often nothing was completed."""
+
+    fingerprint: str = ""
+    step: int = -1
+    same: int = 0
+    stuck: int = 0
+    completed: int = -1
+
+
+def cause_of(failures: Sequence[Failure]) -> Failure | None:
+    """The failure that is judged: one that needs no other to explain it before exceptions, else the first."""
+    first = min(failures, key=lambda one: one.at_s, default=None)
+    causes = [one for one in failures if one.kind not in ("error", "cut")]
+    if first is None or not causes:
+        return first
+    cause = min(causes, key=lambda one: one.at_s)
+    return cause if cause.at_s <= first.at_s + ECHO_S else first
+
+
+def after_failure(record: Record, completed: int) -> Record:
+    """The record once an attempt failed that had completed so many steps (-1: none)."""
+    moved = completed > record.completed
+    return replace(record, completed=max(completed, record.completed), stuck=0 if moved else record.stuck + 1)
+
+
+def judged(record: Record, failure: Failure, policy: Policy) -> tuple[Record, str | None]:
+    """The record once ``failure`` was judged, and why no attempt follows: it would only come again. None: one may follow."""
+    same = failure.kind == "error" and (failure.fingerprint, failure.step) == (record.fingerprint, record.step)
+    record = replace(record, fingerprint=failure.fingerprint, step=failure.step, same=record.same + 1 if same else 1)
+    if failure.final:
+        return record, failure.text
+    if failure.kind == "error" and record.same >= policy.same_error_max:
+        return record, f"{failure.text}; the same error at the same step {record.same} times in a row: a bug, no fault"
+    if record.stuck >= policy.stuck_max:
+        return record, f"{failure.text}; {record.stuck} failures in a row without one new step completed"
+    return record, None

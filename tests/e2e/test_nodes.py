@@ -1,0 +1,153 @@
+"""Jobs of several nodes: whatever is lost, the others go on, from memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from jobs import differences, wait_for
+from machines import TTL_S, Cluster, calm, cluster
+
+import ckpt
+
+STEPS = 160
+KILL_AT = 60
+REDONE_MAX = 40
+"""Steps since the last pair that was on another node, at some 10 ms a step: many on a busy machine, and far fewer than all. The
+store, which holds nothing before the end, would leave all."""
+
+ARGUMENTS = (STEPS, "--every", 1000)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    with ExitStack() as ending:
+        yield lambda **how: ending.enter_context(cluster(tmp_path / f"cluster{len(list(tmp_path.iterdir()))}", **how))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory):
+    """What two nodes compute when nothing happens."""
+    return calm(tmp_path_factory.mktemp("calm") / "two", 2, ARGUMENTS)
+
+
+def redone(one: Cluster, rank: int = 0) -> int:
+    return one.job.losses[rank].poll().redone
+
+
+def check_equal(one: Cluster, undisturbed) -> None:
+    assert differences(undisturbed, one.job, world_size=2) == [], one.output()
+
+
+@pytest.mark.slow
+def test_death_of_a_trainer_costs_steps_of_no_other_node(made: Callable[..., Cluster], undisturbed) -> None:
+    one = made(nodes="2")
+    for _ in range(2):
+        one.start(*ARGUMENTS)
+    one.wait_steps(KILL_AT)
+    os.kill(one.job.trainer(1), signal.SIGKILL)
+    assert set(one.wait_end().values()) == {0}, one.output()
+    check_equal(one, undisturbed)
+    assert redone(one) <= REDONE_MAX, one.output()
+    one.wait_gone()
+    assert ckpt.Checkpointer(str(one.results / "store")).verify().ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_standby_takes_over_from_a_node_that_is_killed_with_all_that_is_on_it(
+    made: Callable[..., Cluster], undisturbed, rank: int
+) -> None:
+    one = made(nodes="2")
+    for _ in range(3):
+        one.start(*ARGUMENTS)
+    one.wait_steps(KILL_AT)
+    lost = one.of_rank(rank)
+    lost.kill()
+    ends = one.wait_end()
+    assert {status for name, status in ends.items() if name != lost.name} == {0}, one.output()
+    check_equal(one, undisturbed)
+    assert redone(one) <= REDONE_MAX, one.output()
+    assert "went on from step" in one.output()
+    one.wait_gone()
+    newest = ckpt.Checkpointer(str(one.results / "store")).latest()
+    assert newest is not None and newest.step == STEPS
+
+
+@pytest.mark.slow
+def test_world_shrinks_without_a_standby_and_grows_when_a_node_comes(made: Callable[..., Cluster]) -> None:
+    one = made(nodes="1:2")
+    arguments = (STEPS * 4, "--every", 40, "--step-s", 0.03)
+    for _ in range(2):
+        one.start(*arguments)
+    one.wait_steps(KILL_AT)
+    one.of_rank(1).kill()
+    one.wait_steps(KILL_AT + 30)
+    one.start(*arguments)
+    ends = one.wait_end(240.0)
+    assert sorted(ends.values()) == [-signal.SIGKILL, 0, 0], one.output()
+    assert "no standby: 1 nodes go on without" in one.output()
+    assert "the world grows" in one.output()
+    losses = one.job.losses[0].poll()
+    assert sorted(losses.of_step) == list(range(STEPS * 4))
+    assert losses.redone <= 2 * REDONE_MAX, one.output()
+    one.wait_gone()
+
+
+@pytest.mark.slow
+def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_lost(
+    made: Callable[..., Cluster],
+) -> None:
+    one = made(nodes="1:3")
+    for _ in range(3):
+        one.start(STEPS, "--every", 20, "--step-s", 0.02)
+    one.wait_steps(KILL_AT)
+    store = ckpt.Checkpointer(str(one.results / "store"))
+    wait_for(lambda: store.latest() is not None, "a durable snapshot", say=one.output)
+    for rank in (1, 2):
+        one.of_rank(rank).kill()
+    ends = one.wait_end()
+    assert sorted(ends.values()) == [-signal.SIGKILL, -signal.SIGKILL, 0], one.output()
+    assert re.search(r"is not whole in memory: nobody has the share of", one.output())
+    assert sorted(one.job.losses[0].poll().of_step) == list(range(STEPS))
+    one.wait_gone()
+
+
+@pytest.mark.slow
+def test_same_exception_at_the_same_step_twice_ends_all_nodes(made: Callable[..., Cluster]) -> None:
+    one = made(nodes="2")
+    for _ in range(3):
+        one.start(STEPS, "--every", 40, "--raise-at", 12)
+    ends = one.wait_end()
+    assert set(ends.values()) == {1}, one.output()
+    assert one.job.attempts(0) == 2, one.output()
+    assert "a bug, no fault" in one.output()
+    one.wait_gone()
+
+
+@pytest.mark.slow
+def test_node_whose_keeper_hangs_stops_by_itself_and_another_takes_its_ranks(made: Callable[..., Cluster]) -> None:
+    one = made(nodes="2")
+    for _ in range(3):
+        one.start(STEPS * 3, "--every", 40, "--step-s", 0.03)
+    one.wait_steps(KILL_AT)
+    hung = one.of_rank(1)
+    trainer, keeper = one.job.trainer(1), hung.keeper()
+    assert keeper
+    os.kill(keeper, signal.SIGSTOP)
+    try:
+        wait_for(lambda: trainer not in hung.members(), "the end of its trainer", wait_s=TTL_S * 10, say=one.output)
+        wait_for(lambda: one.job.trainer(1) != trainer, "another trainer of rank 1", say=one.output)
+        assert one.of_rank(1) is not hung
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    ends = one.wait_end(240.0)
+    assert set(ends.values()) == {0}, one.output()
+    assert sorted(one.job.losses[0].poll().of_step) == list(range(STEPS * 3))
+    one.wait_gone()
+    assert ckpt.Checkpointer(str(one.results / "store")).verify().ok

@@ -1,0 +1,156 @@
+"""Real torchrun on several "nodes" of this machine, each with a runtime folder of its own; whole nodes are killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from agents import TESTS, Etcd
+
+sys.path[:0] = [str(TESTS / "e2e")]
+
+from jobs import Fleet, Job, wait_for  # noqa: E402
+
+PLAIN = Path(__file__).parent / "programs" / "plain.py"
+STEADY = TESTS / "e2e" / "programs" / "steady.py"
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend=ckpt"]
+WAIT_S = 240.0
+
+
+class Node:
+    """One "node": an agent, and all that is below it."""
+
+    def __init__(self, fleet: Fleet, job: Job) -> None:
+        self.fleet, self.job = fleet, job
+
+    @property
+    def output(self) -> str:
+        return self.job.output()
+
+    def has(self, pid: int) -> bool:
+        return self.fleet.is_member(pid)
+
+    def runs(self, script: Path) -> bool:
+        """Whether a worker was started here."""
+        return any(_command(pid)[2:3] == [str(script)] for pid in self.fleet.members())
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return []
+
+
+@pytest.fixture
+def start(tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Node]]:
+    """Starts nodes: ``start(launcher options, script, *arguments)``; what they started is gone afterwards."""
+    for name in ("CKPT_KEEPER", "CKPT_IN_PLACE", "CKPT_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    made: list[Fleet] = []
+
+    def make(launcher: list[str], script: Path, *arguments: object) -> Node:
+        folder = tmp_path / f"node{len(made)}"
+        folder.mkdir()
+        made.append(Fleet(folder))
+        paths = os.pathsep.join([str(TESTS.parent), str(plugin)])
+        env = {"PYTHONPATH": paths, "CKPT_STATE_DIR": str(tmp_path / "state")}
+        return Node(made[-1], made[-1].start([sys.executable, *launcher, str(script), *map(str, arguments)], env=env))
+
+    yield make
+    for fleet in made:
+        fleet.kill_all()
+
+
+def finished(nodes: list[Node]) -> list[int]:
+    """The exit statuses of all agents."""
+    return [node.job.wait_end(WAIT_S) for node in nodes]
+
+
+def lines(folder: Path, rank: int) -> list[list[str]]:
+    path = folder / f"plain-{rank}.txt"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def say(nodes: list[Node]) -> Callable[[], str]:
+    return lambda: "\n".join(node.output for node in nodes)
+
+
+@pytest.mark.slow
+def test_an_undecorated_program_goes_on_when_an_agent_was_killed_and_came_back(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    launcher = [
+        *TORCHRUN, "--rdzv-id=plain", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
+        "--rdzv-conf=ttl=1,join_timeout=200",
+    ]  # fmt: skip
+    nodes = [start(launcher, PLAIN, out, 400) for _ in range(2)]
+    wait_for(lambda: len(lines(out, 1)) > 5, "both train", wait_s=WAIT_S, say=say(nodes))
+    pid = int(next(line for line in (out / "pids.txt").read_text().splitlines() if line.startswith("0 ")).split()[1])
+    dead = next(node for node in nodes if node.has(pid))
+    dead.fleet.kill_all()
+    done = [len(lines(out, rank)) for rank in range(2)]
+    nodes = [next(node for node in nodes if node is not dead), start(launcher, PLAIN, out, 400)]
+    assert finished(nodes) == [0, 0], say(nodes)()
+    for rank in range(2):
+        assert all(line[1:3] == ["2", "2"] for line in lines(out, rank))
+        assert [int(line[0]) for line in lines(out, rank)[-400:]] == list(range(400))
+        assert len(lines(out, rank)) >= 400 + done[rank]
+
+
+def losses(folder: Path, rank: int) -> int:
+    path = folder / f"losses-{rank}.txt"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_a_warm_standby_takes_over_and_the_other_agents_notice_nothing(
+    start: Callable[..., Node], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    launcher = ["-m", "ckpt", "run", "--ttl=2", "--rdzv-id=kept", "--nnodes=2", "--nproc-per-node=1"]
+    nodes = [start(launcher, STEADY, out, 1500) for _ in range(3)]
+    _lose_a_node(nodes, out, 1500, warm=True)
+
+
+@pytest.mark.slow
+def test_a_standby_that_waits_takes_over_over_etcd(start: Callable[..., Node], tmp_path: Path, etcd: Etcd) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    secret = tmp_path / "job.secret"
+    subprocess.run([sys.executable, "-m", "ckpt", "key", "new", str(secret)], check=True, capture_output=True)
+    launcher = [
+        *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=kept too", "--nnodes=2", "--nproc-per-node=1",
+        f"--rdzv-conf=ttl=5,standby=wait,secret={secret}",
+    ]  # fmt: skip
+    nodes = [start(launcher, STEADY, out, 1000) for _ in range(3)]
+    _lose_a_node(nodes, out, 1000, warm=False)
+
+
+def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> None:
+    """Kill the node of rank 1; the standby has to bring it to an end, with the supervisor of rank 0 still the same."""
+    trainer = nodes[0].job  # reads what ranks say of themselves, wherever they are
+    job = Job(trainer.process, out)
+    wait_for(lambda: losses(out, 1) > 20, "both train", wait_s=WAIT_S, say=say(nodes))
+    wait_for(
+        lambda: sum(node.runs(STEADY) for node in nodes) == (3 if warm else 2), "the workers run", wait_s=WAIT_S,
+        say=say(nodes),
+    )  # fmt: skip
+    supervisor = job.supervisor(0)
+    dead = next(node for node in nodes if node.has(job.trainer(1)))
+    rest = [node for node in nodes if node is not dead]
+    dead.fleet.kill_all()
+    assert losses(out, 1) < steps
+    assert finished(rest) == [0, 0], say(rest)()
+    assert job.supervisor(0) == supervisor
+    taken = [int(line.split()[0]) for line in (out / "losses-1.txt").read_text().splitlines()]
+    assert sorted(set(taken)) == list(range(steps))
+    for node in rest:
+        node.fleet.wait_gone(WAIT_S)

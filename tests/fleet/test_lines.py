@@ -1,0 +1,220 @@
+"""Lines over real sockets: who dials, what is told, what breaks and comes back."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from ckpt.fleet import lines as lines_room
+from ckpt.fleet.lines import Heard, Lines, probe
+from ckpt.fleet.words import Post, Word
+from ckpt.observe.events import Event
+
+SECRET = b"a secret of all nodes"
+WAIT_S = 30.0
+
+
+class Network:
+    """A network between a dialler and one port, which can be dead: bytes are lost, and nobody is told."""
+
+    def __init__(self, port: int) -> None:
+        self.dead = threading.Event()
+        self._to = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._socks: list[socket.socket] = [self._listener]
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Network:
+        self._go(self._accept)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for sock in self._socks:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for thread in self._threads:
+            thread.join(WAIT_S)
+
+    def _go(self, call: Callable[..., None], *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=call, args=arguments, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                there = socket.create_connection(("127.0.0.1", self._to))
+                self._socks += [sock, there]
+                self._go(self._carry, sock, there)
+                self._go(self._carry, there, sock)
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if not self.dead.is_set():
+                    target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+
+class Node:
+    """One keeper's lines, and all that it heard."""
+
+    def __init__(self, name: str, *, secret: bytes = SECRET, listen: str = "127.0.0.1:0") -> None:
+        self.name = name
+        self.words: list[tuple[str, Word]] = []
+        self.downs: list[tuple[str, str]] = []
+        self.ups: list[str] = []
+        self.events: list[Event] = []
+        self.changed = threading.Condition()
+        heard = Heard(
+            word=lambda node, word: self._note(self.words, (node, word)),
+            up=lambda node: self._note(self.ups, node),
+            down=lambda node, why: self._note(self.downs, (node, why)),
+        )
+        self.lines = Lines(
+            secret, job="job", node=name, listen=listen, heard=heard, tell=lambda event: self._note(self.events, event)
+        )
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.lines.port}"
+
+    def wait(self, until: Callable[[], object], what: str) -> None:
+        with self.changed:
+            assert self.changed.wait_for(until, WAIT_S), f"not in time: {what}"
+
+    def _note(self, kept: list, one: object) -> None:  # type: ignore[type-arg]
+        with self.changed:
+            kept.append(one)
+            self.changed.notify_all()
+
+
+@pytest.fixture
+def node() -> Iterator[Callable[..., Node]]:
+    with ExitStack() as ending:
+
+        def make(name: str, **more: object) -> Node:
+            made = Node(name, **more)  # type: ignore[arg-type]
+            ending.callback(made.lines.close)
+            return made
+
+        yield make
+
+
+def acquaint(*nodes: Node) -> None:
+    addresses = {one.name: one.address for one in nodes}
+    for one in nodes:
+        one.lines.want(addresses)
+    for one in nodes:
+        one.wait(lambda one=one: one.lines.up() == addresses.keys() - {one.name}, f"the lines of {one.name}")
+
+
+def test_three_nodes_reach_each_other_and_words_come_in_order(node: Callable[..., Node]) -> None:
+    nodes = [node(name) for name in ("a", "b", "c")]
+    acquaint(*nodes)
+    words = [Post(room="1", key=str(n), value=bytes(1000)) for n in range(300)]
+    for word in words:
+        assert nodes[2].lines.say("a", word)
+    nodes[0].wait(lambda: len(nodes[0].words) == len(words), "all words")
+    assert nodes[0].words == [("c", word) for word in words]
+    assert nodes[1].words == []
+
+
+def test_large_word_comes_whole(node: Callable[..., Node]) -> None:
+    one, other = node("a"), node("b")
+    acquaint(one, other)
+    word = Post(room="1", key="k", value=bytes(range(256)) * 80_000)
+    assert one.lines.say("b", word)
+    other.wait(lambda: other.words, "the word")
+    assert other.words == [("a", word)]
+
+
+def test_end_of_a_node_is_told_at_once_and_a_call_then_is_refused(node: Callable[..., Node]) -> None:
+    one, other = node("a"), node("b")
+    acquaint(one, other)
+    address = other.address
+    assert probe(address) == ""
+    other.lines.close()
+    one.wait(lambda: any(why.startswith("refused") for _, why in one.downs), "the refusal")
+    assert one.downs[0][0] == "b"
+    assert probe(address).startswith("refused")
+    assert one.lines.up() == frozenset()
+    assert not one.lines.say("b", Post(room="1", key="k", value=b""))
+
+
+def test_node_that_comes_back_at_its_address_is_reached_again(node: Callable[..., Node]) -> None:
+    one, other = node("a"), node("b")
+    acquaint(one, other)
+    address = other.address
+    other.lines.close()
+    one.wait(lambda: one.downs, "the end")
+    again = node("b", listen=address)
+    again.lines.want({"a": one.address})
+    one.wait(lambda: one.ups == ["b", "b"], "the new line")
+    assert one.lines.say("b", Post(room="2", key="k", value=b"v"))
+    again.wait(lambda: again.words, "a word over the new line")
+
+
+def test_node_with_another_secret_is_told_and_never_up(node: Callable[..., Node]) -> None:
+    one, stranger = node("a"), node("b", secret=b"a secret of somebody else")
+    addresses = {"a": one.address, "b": stranger.address}
+    one.lines.want(addresses)
+    stranger.lines.want(addresses)
+    one.wait(lambda: one.events, "the alarm")
+    assert one.events[0].alarm
+    assert one.events[0].kind == "line-refused"
+    assert one.ups == stranger.ups == []
+
+
+def test_node_behind_a_dead_network_is_given_up_and_found_again(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines_room, "SILENT_S", 0.5)
+    monkeypatch.setattr(lines_room, "BEAT_S", 0.1)
+    one, other = node("a"), node("b")
+    with Network(other.lines.port) as network:
+        one.lines.want({"b": f"127.0.0.1:{network.port}"})
+        other.lines.want({"a": one.address})
+        one.wait(lambda: one.ups, "the line")
+        other.wait(lambda: other.ups, "the line")
+        network.dead.set()
+        one.wait(lambda: one.downs, "that nothing comes any more")
+        other.wait(lambda: other.downs, "that nothing comes any more")
+        assert any("silent" in why for _, why in (*one.downs, *other.downs))  # whoever noticed first hung up
+        network.dead.clear()
+        one.wait(lambda: len(one.ups) == 2, "the line again")
+
+
+def test_strangers_who_say_nothing_take_no_place_for_ever(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines_room, "GREET_S", 0.2)
+    monkeypatch.setattr(lines_room, "BEAT_S", 0.1)
+    one = node("a")
+    with ExitStack() as ending:
+        mute = [
+            ending.enter_context(socket.create_connection(("127.0.0.1", one.lines.port)))
+            for _ in range(lines_room.STRANGERS_MAX + 5)
+        ]
+        for sock in mute:
+            sock.settimeout(WAIT_S)
+            try:
+                assert sock.recv(1) == b""
+            except ConnectionResetError:
+                continue
+        other = node("b")
+        acquaint(one, other)
+
+
+def test_line_that_nobody_wants_any_more_is_hung_up(node: Callable[..., Node]) -> None:
+    one, other = node("a"), node("b")
+    acquaint(one, other)
+    one.lines.want({})
+    other.wait(lambda: other.downs, "the end of the line")
+    assert one.downs == []

@@ -1,0 +1,380 @@
+"""Nodes of one job in one process, over a keyspace in memory and real lines: epochs, failures, losses, the end."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "membership"))
+
+from memory_keyspace import MemoryKeyspace, MemoryServer
+
+from ckpt.encode.threads import start
+from ckpt.fleet.leading import ALL_ENDED, FLOOR, PEER
+from ckpt.fleet.lines import Lines
+from ckpt.fleet.node import Node
+from ckpt.fleet.ways import Epoch, Told, Ways
+from ckpt.fleet.words import Decided, Failed, Meet, Word
+from ckpt.keeper.nodes_join import _judged
+from ckpt.keeper.nodes_judge import Trouble
+from ckpt.keeper.verdict import ECHO_S
+from ckpt.link.policy import Policy
+from ckpt.membership.decide import Options
+from ckpt.membership.keyed import KeyedMembership
+from ckpt.membership.values import NodeInfo
+from ckpt.observe.events import Event
+
+WAIT_S = 20.0
+LOOK_S = 0.02
+TTL_S = 1.5
+SECRET = bytes(32)
+
+
+@dataclass
+class One:
+    """A node, its keeper's part in the membership, and all that it told."""
+
+    name: str
+    node: Node = field(init=False)
+    member: KeyedMembership = field(init=False)
+    lines: list[Lines] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
+    outs: list[str] = field(default_factory=list)
+    words: list[tuple[str, Word]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    dead: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.node.name
+
+    def fail(self, attempt: int, kind: str = "died", **more: object) -> None:
+        known = {"rank": 0, "kind": kind, "text": f"{self.name} {kind}", "status": -9, "completed": 1}
+        self.node.failed(Failed(attempt=attempt, **{**known, **more}))  # type: ignore[arg-type]
+
+    def kill(self) -> None:
+        """Its process is gone: nobody listens, nothing is said, its lease runs out by itself."""
+        self.dead = True
+        self.member.keepalive._stopping.set()
+        self.member._keyspace.close()
+        with self.node._changed:
+            self.node._stopped = True
+            self.node._touch()
+        self.lines[-1].close()
+
+
+class World:
+    """One service and the nodes of one job."""
+
+    def __init__(self) -> None:
+        self.server = MemoryServer()
+        self.made: list[One] = []
+        self.ids = itertools.count()
+        self.changed = threading.Condition()
+        self.policy = Policy()
+
+    def node(self, name: str, *, least: int = 2, most: int = 2, grow_wait_s: float = 0.0, **more: object) -> One:
+        """A node that joins; its id begins with its name."""
+        one = One(name)
+        attempt = more.pop("attempt", 0)
+        ttl_s = float(more.pop("ttl_s", TTL_S))  # type: ignore[arg-type]
+
+        def note(kept: list, said: object) -> None:  # type: ignore[type-arg]
+            with self.changed:
+                kept.append(said)
+                self.changed.notify_all()
+
+        def lines(node: str, heard: object) -> Lines:
+            made = Lines(
+                SECRET, job="job", node=node, listen="127.0.0.1:0", heard=heard,  # type: ignore[arg-type]
+                tell=lambda event: note(one.events, event),
+            )  # fmt: skip
+            one.lines.append(made)
+            return made
+
+        def info() -> NodeInfo:
+            capabilities = (f"{PEER}127.0.0.1:1", f"{FLOOR}{attempt}")
+            return NodeInfo(
+                node=f"{name}-{next(self.ids)}", host=name, slots=1, address="127.0.0.1", capabilities=capabilities
+            )
+
+        witnesses = 2 if most > 2 else 1
+        one.member = KeyedMembership(
+            MemoryKeyspace(self.server), "job", ttl_s=ttl_s, witnesses_min=witnesses
+        )  # fmt: skip
+        options = replace(Options(nodes_min=least, nodes_max=most, last_call_s=0.3, witnesses_min=witnesses), **more)  # type: ignore[arg-type]
+        one.node = Node(
+            one.member, info, options,
+            judge=lambda note, failures, lost, ended, heard_s, now_s: _judged(
+                note, failures, Trouble({}, lost, ended), heard_s, now_s, self.policy
+            ),
+            told=Told(
+                epoch=lambda epoch: note(one.epochs, epoch), out=lambda why: note(one.outs, why),
+                word=lambda node, word: note(one.words, (node, word)), up=lambda node: None, down=lambda node, why: None,
+            ),
+            tell=lambda event: note(one.events, event),
+            ways=Ways(lines, lambda: ("127.0.0.1", 1000 + next(self.ids))), grow_wait_s=grow_wait_s,
+        )  # fmt: skip
+        self.made.append(one)
+        return one
+
+    def until(self, there: Callable[[], object], what: str) -> None:
+        deadline_s = time.monotonic() + WAIT_S
+        with self.changed:
+            while not there():
+                assert time.monotonic() < deadline_s, f"not in time: {what}"
+                self.changed.wait(LOOK_S)  # what is looked at may change without a word
+
+    def epoch(self, *nodes: One, beyond: int = 0) -> Epoch:
+        """The next epoch of all these nodes, which is the same."""
+        for one in nodes:
+            self.until(lambda one=one: one.epochs and one.epochs[-1].number > beyond, f"an epoch at {one.name}")
+        self.until(lambda: len({one.epochs[-1].number for one in nodes}) == 1, "the same epoch everywhere")
+        return nodes[0].epochs[-1]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    for closing in [start(one.node.close, name="test-close") for one in made.made]:  # each waits for its threads
+        closing.result()
+
+
+def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    first = world.epoch(*nodes)
+    assert first.number == 1
+    assert set(first.record.ranks) == {one.id for one in nodes}
+    assert {one.epochs[-1].meet for one in nodes} == {first.meet}
+    assert first.meet is not None
+    assert first.note.era == 1
+    assert first.peers.keys() == first.addresses.keys() == {one.id for one in nodes}
+    assert [one.epochs[-1].me for one in nodes] == [one.id for one in nodes]
+
+
+def test_words_reach_another_nodes_keeper(world: World) -> None:
+    one, other = world.node("a"), world.node("b")
+    world.epoch(one, other)
+    assert one.node.up(other.id)
+    assert one.node.say(other.id, Decided(attempt=1, boundary=4, flags=1))
+    world.until(lambda: other.words, "the word")
+    assert other.words == [(one.id, Decided(attempt=1, boundary=4, flags=1))]
+
+
+def test_failure_is_followed_by_an_epoch_of_the_same_places_that_says_why(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    first = world.epoch(*nodes)
+    nodes[1].fail(1, completed=7)
+    second = world.epoch(*nodes, beyond=1)
+    assert (second.number, second.record.places) == (2, first.record.places)
+    assert (second.note.why, second.note.completed, second.note.era) == ("b died", 7, 1)
+    assert second.meet is not None
+    assert second.meet != first.meet
+
+
+def test_exception_waits_for_what_explains_it(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    world.epoch(*nodes)
+    began_s = time.monotonic()
+    nodes[0].fail(1, "error", fingerprint="f", step=3, status=1)
+    second = world.epoch(*nodes, beyond=1)
+    assert time.monotonic() - began_s >= ECHO_S
+    assert (second.note.fingerprint, second.note.same) == ("f", 1)
+    nodes[0].fail(2, "error", fingerprint="f", step=3, status=1)
+    nodes[1].fail(2, completed=9)  # of which the exception was an echo
+    third = world.epoch(*nodes, beyond=2)
+    assert (third.note.why, third.note.completed) == ("b died", 9)
+    nodes[0].fail(1, "died")  # of an epoch that is over
+    nodes[0].fail(3, "hang", completed=10)
+    assert world.epoch(*nodes, beyond=3).note.why == "a hang"
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_lost_node_is_replaced_by_a_standby_before_its_lease_runs_out(world: World, name: str) -> None:
+    nodes = [world.node(name, least=2, most=3, ttl_s=30.0, last_call_s=0.0) for name in ("a", "b", "c")]
+    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes), "three nodes")
+    first = world.epoch(*nodes)
+    spare = world.node("d", least=2, most=3, ttl_s=30.0)
+    world.until(lambda: any(event.kind == "joined" for event in spare.events), "that it joined")
+    lost = next(one for one in nodes if one.name == name)
+    left = [one for one in nodes if one is not lost]
+    lost.kill()
+    second = world.epoch(*left, spare, beyond=first.number)
+    assert lost.id not in second.record.ranks
+    assert spare.id in second.record.ranks
+    assert second.record.world_size == 3
+    assert second.note.era == second.number
+    assert second.note.stuck == 0, "nobody could tell how far they were"
+
+
+def test_leader_that_is_lost_is_followed_by_another(world: World) -> None:
+    nodes = [world.node("a", least=1), world.node("b", least=1)]
+    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
+    first = world.epoch(*nodes)
+    leader = next(one for one in nodes if one.id == first.record.leader)
+    (other,) = [one for one in nodes if one is not leader]
+    leader.kill()
+    second = world.epoch(other, beyond=first.number)
+    assert list(second.record.ranks) == [other.id]
+    assert second.record.leader == other.id
+    other.fail(second.number, completed=99)
+    assert world.epoch(other, beyond=second.number).note.completed == 99
+
+
+def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_it(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    world.epoch(*nodes)
+    nodes[0].node.ended(1)
+    nodes[1].node.ended(1)
+    end = world.epoch(*nodes, beyond=1)
+    assert (end.number, end.note.end, end.note.why) == (2, 0, ALL_ENDED)
+    anew = [world.node("a"), world.node("b")]
+    first = world.epoch(*anew)
+    assert (first.number, first.note.end) == (3, None)
+    assert [one.number for one in anew[0].epochs] == [3], "the end of the last launch is not theirs"
+    assert [one.number for one in nodes[0].epochs] == [1, 2]
+    assert not nodes[0].outs
+
+
+def test_final_failure_ends_the_job_and_its_record_does_not_burden_the_next_launch(world: World) -> None:
+    world.policy = Policy(stuck_max=2)
+    nodes = [world.node("a"), world.node("b")]
+    world.epoch(*nodes)
+    nodes[0].fail(1, completed=-1)
+    assert world.epoch(*nodes, beyond=1).note.stuck == 1
+    nodes[1].fail(2, completed=-1)
+    end = world.epoch(*nodes, beyond=2)
+    assert end.note.end == 128 + 9
+    assert "without one new step" in end.note.why
+    anew = [world.node("a"), world.node("b")]
+    assert world.epoch(*anew).note.stuck == 0
+    anew[0].fail(4, completed=-1)
+    assert world.epoch(*anew, beyond=4).note.end is None
+
+
+def test_failure_that_is_final_counts_though_the_next_epoch_came_first(world: World) -> None:
+    early = world.node("a")
+    early.fail(0, "preempted", final=True, status=0)  # before it has joined, and before any epoch
+    other = world.node("b")
+    end = world.epoch(early, other, beyond=1)
+    assert (end.number, end.note.end, end.note.why) == (2, 1, "a preempted")
+
+
+def test_second_word_of_an_attempt_that_is_final_counts(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    world.epoch(*nodes)
+    nodes[1].fail(1, "error", status=1)
+    nodes[1].fail(1, "preempted", final=True, status=0)
+    assert world.epoch(*nodes, beyond=1).note.why == "b preempted"
+
+
+def test_world_grows_when_the_epoch_has_lasted_long_enough(world: World) -> None:
+    first = world.node("a", least=1, grow_wait_s=1.0, last_call_s=0.0)
+    world.epoch(first)
+    began_s = time.monotonic()
+    second = world.node("b", least=1, grow_wait_s=1.0)
+    world.until(lambda: len(first.epochs) == 2 and second.epochs, "growth")
+    assert set(first.epochs[-1].record.ranks) == {first.id, second.id}
+    assert time.monotonic() - began_s > 0.5
+
+
+def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(world: World) -> None:
+    nodes = [world.node("a", least=1), world.node("b", least=1)]
+    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
+    number = world.epoch(*nodes).number
+    nodes[0].node.ended(number)
+    other = nodes[1].node
+    world.until(lambda: nodes[0].id in other._reports._ended, "its word")
+    nodes[0].node.close()
+    world.until(lambda: other._view is not None and other._view.leader is not None
+                and other._view.leader.node == other.name, "the other leads")  # fmt: skip
+    other.ended(number)
+    end = world.epoch(nodes[1], beyond=number)
+    assert (end.number, end.note.end) == (number + 1, 0)
+
+
+def test_failure_after_another_nodes_end_ends_the_job_though_it_is_gone(world: World) -> None:
+    nodes = [world.node("a", least=1), world.node("b", least=1)]
+    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
+    number = world.epoch(*nodes).number
+    nodes[0].node.ended(number)
+    world.until(lambda: nodes[0].id in nodes[1].node._reports._ended, "its word")
+    nodes[0].node.close()
+    nodes[1].fail(number)
+    end = world.epoch(nodes[1], beyond=number)
+    assert end.note.end == 128 + 9
+    assert "had ended" in end.note.why
+
+
+def test_node_that_was_taken_out_is_told_and_joins_anew(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    world.epoch(*nodes)
+    before = nodes[1].id
+    world.server.revoke(nodes[1].member._member()[0].lease_id)
+    world.until(lambda: nodes[1].outs, "that it is out")
+    second = world.epoch(*nodes, beyond=1)
+    assert nodes[1].id != before
+    assert second.number == 2
+    assert set(second.record.ranks) == {one.id for one in nodes}
+    assert second.meet is not None
+    assert len(nodes[1].outs) == 1
+    nodes[1].fail(2, completed=50)
+    assert world.epoch(*nodes, beyond=2).note.completed == 50
+
+
+def test_node_that_was_out_when_the_job_ended_learns_of_the_end(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    world.epoch(*nodes)
+    server = world.server
+    leader, other = nodes if nodes[0].epochs[-1].record.leader == nodes[0].id else nodes[::-1]
+    lease_id = other.member._member()[0].lease_id
+    leader.fail(1, final=True)
+    with server.lock:
+        server.revoke(lease_id)
+    end = world.epoch(*nodes, beyond=1)
+    assert end.note.end == 128 + 9
+
+
+def test_epochs_exceed_what_any_keeper_knows_of(world: World) -> None:
+    nodes = [world.node("a"), world.node("b", attempt=12)]
+    assert world.epoch(*nodes).number == 13
+    nodes[0].fail(13)
+    assert world.epoch(*nodes, beyond=13).number == 14
+
+
+def test_meeting_place_that_comes_before_its_epoch_is_kept(world: World) -> None:
+    one = world.node("b")
+    world.until(lambda: any(event.kind == "joined" for event in one.events), "that it joined")
+    one.node._on_word("x", Meet(attempt=1, host="h", port=7))
+    other = world.node("c")
+    first = world.epoch(one, other)
+    assert first.number == 1
+    if first.record.root != one.id:
+        assert one.epochs[-1].meet == Meet(attempt=1, host="h", port=7)
+
+
+def test_node_that_closes_while_it_joins_leaves_nothing_behind(world: World) -> None:
+    one = world.node("a")
+    one.node.close()
+    assert not any(key.startswith("nodes/") for key in world.server.keys)
+    assert not any(thread.is_alive() for thread in one.node._threads)
+
+
+def test_suspicion_is_taken_back_when_the_node_is_reached_again(world: World) -> None:
+    nodes = [world.node(name, least=2, most=3, last_call_s=0.0) for name in ("a", "b", "c")]
+    world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes), "three nodes")
+    number = world.epoch(*nodes).number
+    nodes[0].node._on_down(nodes[1].id, "refused: as if")
+    key = f"suspects/{nodes[1].id}/{nodes[0].id}"
+    world.until(lambda: key in world.server.keys, "the suspicion")
+    nodes[0].node._on_up(nodes[1].id)
+    world.until(lambda: key not in world.server.keys, "that it is taken back")
+    assert nodes[0].epochs[-1].number == number, "one witness is none"

@@ -1,0 +1,84 @@
+"""What an epoch carries besides places, and which lines a node keeps."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt.errors import IntegrityError
+from ckpt.fleet.note import NOTE_CHARS_MAX, Note, decode_note, encode_note
+from ckpt.fleet.reach import MESH_MAX, wanted
+from ckpt.membership.values import EpochRecord, Leader, Member, NodeInfo, Place, Scope, View
+
+notes = st.builds(
+    Note, why=st.text(max_size=200), fingerprint=st.text(max_size=50), step=st.integers(-1, 10**9), same=st.integers(0, 99),
+    stuck=st.integers(0, 99), completed=st.integers(-1, 10**9), end=st.none() | st.integers(0, 255), era=st.integers(0, 10**6),
+)  # fmt: skip
+
+
+@given(notes)
+def test_note_comes_back_as_it_was(note: Note) -> None:
+    assert decode_note(encode_note(note)) == note
+
+
+def test_reason_that_is_too_long_is_cut() -> None:
+    text = encode_note(Note(why="x" * 10_000, era=7))
+    assert len(text) <= NOTE_CHARS_MAX
+    assert decode_note(text).era == 7
+
+
+def test_no_text_is_an_empty_note_and_noise_is_none() -> None:
+    assert decode_note("") == Note()
+    for noise in ("{", "[]", '{"era":"x"}', "\x00"):
+        with pytest.raises(IntegrityError):
+            decode_note(noise)
+
+
+def view(count: int, *, leader: int = 0, root: int = 1) -> View:
+    names = [f"n{number:03d}" for number in range(count)]
+    members = tuple(
+        Member(NodeInfo(node=name, host="h", slots=1, address=f"10.0.0.1:{number}"), number + 1, 1)
+        for number, name in enumerate(names)
+    )
+    order = [names[root], *(name for name in names if name != names[root])]
+    epoch = EpochRecord(
+        job="j",
+        number=1,
+        places=tuple(Place(name, 1) for name in order),
+        leader=names[leader],
+        nodes_min=1,
+        nodes_max=count,
+    )
+    return View(
+        job="j",
+        revision=1,
+        scope=Scope.ALL,
+        leader=Leader(names[leader], 1),
+        epoch=epoch,
+        epoch_revision=1,
+        members=members,
+    )
+
+
+def test_few_nodes_all_know_each_other() -> None:
+    found = wanted(view(5), "n003")
+    assert found.keys() == {"n000", "n001", "n002", "n004"}
+    assert found["n002"] == "10.0.0.1:2"
+
+
+def test_of_many_nodes_only_leader_and_root_know_all_and_each_has_two_neighbours() -> None:
+    many = view(MESH_MAX + 20)
+    assert len(wanted(many, "n000")) == len(wanted(many, "n001")) == MESH_MAX + 19
+    assert wanted(many, "n040").keys() == {"n000", "n001", "n039", "n041"}
+    assert wanted(many, f"n{MESH_MAX + 19:03d}").keys() == {"n000", "n001", f"n{MESH_MAX + 18:03d}"}
+
+
+def test_every_node_is_seen_by_two_others_at_least() -> None:
+    many = view(MESH_MAX + 20)
+    reached: dict[str, set[str]] = {}
+    for member in many.members:
+        for node in wanted(many, member.node):
+            reached.setdefault(node, set()).add(member.node)
+            reached.setdefault(member.node, set()).add(node)
+    assert all(len(seen) >= 2 for seen in reached.values())

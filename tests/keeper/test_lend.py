@@ -1,0 +1,190 @@
+"""What a node lends: its slots as they are at that moment, and what it keeps for others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slot_makers import SLOT_BYTES, MadeSlot
+
+from ckpt.errors import FencedError, NotFoundError
+from ckpt.fleet.words import Holding
+from ckpt.keeper import lend
+from ckpt.keeper.lend import Lending, SlotsLent
+from ckpt.keeper.slots import SlotTable
+from ckpt.link.board import Board
+from ckpt.link.lent_keys import mirror_key, slot_key
+from ckpt.observe.events import Event
+from ckpt.peer.auth import Secret
+from ckpt.peer.endpoint import Endpoint
+from ckpt.peer.store import PeerStore
+from ckpt.values import SnapshotId
+
+SECRET = Secret.of(bytes(range(32)))
+PAIR = SnapshotId(1, 5)
+NEXT = SnapshotId(1, 6)
+
+
+class Node:
+    """Two slots of one rank, lent."""
+
+    def __init__(self) -> None:
+        self.board = Board.create(1)
+        self.table = SlotTable(self.board, lambda call: call(), dropped=lambda rank, index: None)
+        self.made = [MadeSlot(), MadeSlot()]
+        for index, made in enumerate(self.made):
+            self.table.add(0, index, made.given(), made.size_bytes)
+        self.told: list[Event] = []
+        self.lending = Lending(SECRET, Endpoint(), tell=self.told.append, budget_bytes=1 << 20)
+        self.lending.slots.show(self.table)
+        self.store = PeerStore(Endpoint("127.0.0.1", self.lending.port), SECRET, epoch=lambda: 1)
+
+    def read(self, key: str) -> bytes:
+        stat = self.store.stat(key)
+        assert stat is not None
+        out = bytearray(stat.size_bytes)
+        self.store.read_into(key, memoryview(out))
+        return bytes(out)
+
+    def close(self) -> None:
+        self.store.close()
+        self.lending.close()
+        self.table.close()
+        self.board.close()
+        for made in self.made:
+            made.close()
+        assert self.told == []
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    made = Node()
+    yield made
+    made.close()
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_slot_is_lent_whole_under_what_it_holds(node: Node) -> None:
+    node.made[0].seal(PAIR)
+    node.made[1].seal(NEXT)
+    keys = [slot_key(PAIR, 0), slot_key(NEXT, 0)]
+    assert [stat.key for stat in node.store.list("slots/")] == keys
+    assert [node.read(key) for key in keys] == [bytes(made.memory) for made in node.made]
+
+
+def test_slot_that_is_begun_or_sealed_anew_is_lent_as_what_it_was_no_more(node: Node) -> None:
+    node.made[0].seal(PAIR)
+    assert node.store.stat(slot_key(PAIR, 0)) is not None
+    node.made[0].begin()
+    assert node.store.stat(slot_key(PAIR, 0)) is None
+    node.made[0].seal(NEXT)
+    assert node.store.stat(slot_key(PAIR, 0)) is None
+    assert node.read(slot_key(NEXT, 0)) == bytes(node.made[0].memory)
+
+
+def test_slot_overwritten_while_it_is_read_has_changed(node: Node) -> None:
+    node.made[0].seal(PAIR)
+    with node.lending.slots.reading(slot_key(PAIR, 0)) as held:
+        assert held.unchanged()
+        node.made[0].seal(NEXT)
+        assert not held.unchanged()
+
+
+def test_slot_that_is_gone_stays_readable_for_who_reads_it(node: Node) -> None:
+    node.made[0].seal(PAIR)
+    before = descriptors()
+    with node.lending.slots.reading(slot_key(PAIR, 0)) as held:
+        assert node.table.drop(0, 0)
+        node.lending.slots.show(node.table)
+        assert bytes(held.view) == bytes(node.made[0].memory)
+        with pytest.raises(NotFoundError), node.lending.slots.reading(slot_key(PAIR, 0)):
+            pass
+    del held
+    assert descriptors() < before
+
+
+def test_damaged_header_is_nothing_that_is_lent(node: Node) -> None:
+    node.made[0].seal(PAIR)
+    node.made[1].seal(NEXT)
+    node.made[0].memory[100] ^= 1
+    assert [stat.key for stat in node.store.list("slots/")] == [slot_key(NEXT, 0)]
+
+
+def test_index_is_looked_into_once_a_generation(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    real = lend.read_brief
+
+    def counted(memory: memoryview) -> object:
+        looks.append(len(memory))
+        return real(memory)
+
+    monkeypatch.setattr(lend, "read_brief", counted)
+    node.made[1].seal(NEXT)
+    for step in (1, 2):
+        node.made[0].seal(SnapshotId(1, step))
+        for _ in range(3):
+            assert node.lending.slots.stat(slot_key(SnapshotId(1, step), 0)) is not None
+            assert len(node.lending.slots.list()) == 2
+    assert looks == [SLOT_BYTES] * 3
+
+
+@pytest.mark.parametrize("call", ["dup", "mmap"])
+def test_system_without_descriptors_lends_later(node: Node, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*args: object, **kwargs: object) -> int:
+        raise OSError(24, "too many open files")
+
+    node.made[0].seal(PAIR)
+    lent = SlotsLent()
+    before = descriptors()
+    with monkeypatch.context() as patched:
+        patched.setattr(lend.os if call == "dup" else lend.mmap, call, full)
+        lent.show(node.table)
+    assert (lent.list(), descriptors()) == ([], before)
+    lent.show(node.table)
+    assert [stat.key for stat in lent.list()] == [slot_key(PAIR, 0)]
+    lent.show(())
+    del lent
+    assert descriptors() == before
+
+
+def test_what_is_kept_for_others_is_told_unless_it_is_something_else(node: Node) -> None:
+    node.made[0].seal(PAIR, rank=1, origin="o")
+    whole = bytes(node.made[0].memory)
+    damaged = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
+    node.store.put(mirror_key(PAIR, 1), [whole])
+    node.store.put(mirror_key(PAIR, 0), [whole])
+    node.store.put(mirror_key(NEXT, 1), [damaged])
+    node.store.put("mirrors/what", [b"ever"])
+    assert node.lending.mirrored() == [Holding(snapshot=PAIR, origin="o", world_size=2, rank=1, mirror=True)]
+
+
+def test_older_mirrors_go_and_that_pair_and_newer_ones_stay(node: Node) -> None:
+    for pair in (SnapshotId(1, 4), PAIR, NEXT, SnapshotId(2, 1)):
+        node.store.put(mirror_key(pair, 0), [b"x"])
+    node.lending.forget_before(NEXT)
+    assert [stat.key for stat in node.store.list("mirrors/")] == ["mirrors/1-6/0", "mirrors/2-1/0"]
+
+
+def test_older_epoch_is_refused(node: Node) -> None:
+    node.lending.see_epoch(2)
+    with pytest.raises(FencedError):
+        node.store.put(mirror_key(PAIR, 0), [b"x"])
+    assert node.lending.mirrored() == []
+
+
+def test_end_gives_everything_back() -> None:
+    def use() -> None:
+        made = Node()
+        made.made[0].seal(PAIR)
+        made.store.put(mirror_key(PAIR, 0), [b"x" * (256 << 10)])
+        made.read(slot_key(PAIR, 0))
+        made.close()
+
+    use()
+    before = descriptors()
+    use()
+    assert descriptors() <= before

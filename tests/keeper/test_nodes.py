@@ -1,0 +1,295 @@
+"""A keeper among those of other nodes: what it makes of epochs, words and broken lines, without any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ckpt.errors import UnavailableError, UsageError
+from ckpt.fleet import words as said
+from ckpt.fleet.note import Note
+from ckpt.fleet.ways import Epoch, Told
+from ckpt.fleet.words import Word
+from ckpt.keeper import nodes as nodes_room
+from ckpt.keeper.far_room import FarRoom
+from ckpt.keeper.job import Job
+from ckpt.keeper.nodes import Nodes
+from ckpt.keeper.nodes_join import Here, check_spec
+from ckpt.keeper.room import OwnRoom
+from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
+from ckpt.link.client import KeeperSpec
+from ckpt.link.nodes_spec import NodesSpec
+from ckpt.link.policy import Policy
+from ckpt.membership.base import Standing
+from ckpt.membership.leases import State
+from ckpt.membership.values import EpochRecord, Place
+from ckpt.values import SnapshotId
+
+PAIR = SnapshotId(1, 5)
+DIED = Failure(1, "died", "rank 1 died of SIGKILL", -9, 1.0)
+
+
+class FakeNode:
+    """What a keeper asks of its node; ``reached``: to whom it has lines."""
+
+    def __init__(self, told: Told, here: Here) -> None:
+        self.told, self.here = told, here
+        self.name = "me"
+        self.reached = {"root", "other"}
+        self.said: list[tuple[str, Word]] = []
+        self.failures: list[said.Failed] = []
+        self.ends: list[int] = []
+        self.closed = False
+        self.standing = Standing(State.SURE, 77.0, 1, True)
+
+    def say(self, node: str, word: Word) -> bool:
+        self.said.append((node, word))
+        return node in self.reached
+
+    def up(self, node: str) -> bool:
+        return node in self.reached
+
+    def failed(self, failure: said.Failed) -> None:
+        self.failures.append(failure)
+
+    def ended(self, attempt: int) -> None:
+        self.ends.append(attempt)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def of(self, kind: type[Word]) -> list[tuple[str, Word]]:
+        return [one for one in self.said if isinstance(one[1], kind)]
+
+
+class Keeper:
+    """One node's part of a keeper, its loop run by hand."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.posted: list[Callable[[], object]] = []
+        self.heard: list[EpochCame | JobEnded | Cut] = []
+        spec = KeeperSpec(job="job", store=str(tmp_path / "store"), compression="off")
+        self.job = Job(spec, boot="b", post=self.posted.append, tell=lambda event: None)
+        self.job._make_room(2)
+        self.job.policy = Policy(linger_s=5.0)
+        where = NodesSpec(where=str(tmp_path / "meet"), job="job", nodes_min=2, nodes_max=2)
+        self.node: FakeNode | None = None
+        self.refuses: Exception | None = None
+
+        def join(*_: object, told: Told, here: Here, **__: object) -> FakeNode:
+            if self.refuses is not None:
+                raise self.refuses
+            self.node = FakeNode(told, here)
+            return self.node
+
+        monkeypatch.setattr(nodes_room, "join", join)
+        self.nodes = self.job.nodes = Nodes(self.job, where, on=self.heard.append)
+
+    @property
+    def fake(self) -> FakeNode:
+        assert self.node is not None
+        return self.node
+
+    def run(self) -> None:
+        """The loop does what was posted."""
+        while self.posted:
+            self.posted.pop(0)()
+
+    def come(self, number: int, *order: str, end: int | None = None, era: int = 1, why: str = "why") -> None:
+        """An epoch of those nodes, two ranks each."""
+        places = tuple(Place(name, 2) for name in order)
+        record = EpochRecord(
+            job="job", number=number, places=places, leader=order[0], nodes_min=1, nodes_max=3
+        )  # fmt: skip
+        meet = None if end is not None or "me" not in order else said.Meet(attempt=number, host="10.0.0.9", port=4000)
+        self.fake.told.epoch(Epoch(record, Note(why=why, end=end, era=era), {}, {}, {}, meet, "me"))
+        self.run()
+
+    def word(self, node: str, word: Word) -> None:
+        self.fake.told.word(node, word)
+        self.run()
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
+    made = Keeper(tmp_path, monkeypatch)
+    yield made
+    made.job.close()
+
+
+@pytest.fixture
+def joined(keeper: Keeper) -> Keeper:
+    keeper.nodes.ask(None, -1, 0)
+    return keeper
+
+
+def test_nodes_that_meet_in_etcd_need_a_secret(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="secret"):
+        check_spec(NodesSpec(where="etcd://h:1", job="j", nodes_min=1, nodes_max=2))
+    check_spec(NodesSpec(where=str(tmp_path), job="j", nodes_min=1, nodes_max=2))
+
+
+def test_epoch_that_places_this_node_starts_it_where_its_ranks_are(joined: Keeper) -> None:
+    joined.come(3, "root", "me")
+    (came,) = joined.heard
+    assert came == EpochCame(3, True, "why", came.at_s)
+    seating = joined.nodes.seating
+    assert seating is not None
+    assert (seating.first_rank, seating.world_size, seating.node, seating.nodes) == (2, 4, 1, 2)
+    assert (seating.host, joined.nodes.port) == ("10.0.0.9", 4000)
+    assert not joined.nodes.root
+    assert isinstance(joined.nodes.room("attempt/3", OwnRoom()), FarRoom)
+    joined.come(4, "root", "other")
+    assert joined.heard[-1] == EpochCame(4, False, "why", joined.heard[-1].at_s)
+    assert joined.nodes.seating is None
+
+
+def test_node_of_rank_0_has_the_room_and_answers_others(joined: Keeper) -> None:
+    joined.come(3, "me", "other")
+    room = OwnRoom()
+    assert joined.nodes.begin(3, room) is room
+    joined.word("other", said.Post(room="attempt/3", key="k", value=b"v"))
+    joined.word("other", said.Peek(call=8, room="attempt/3", key="k"))
+    assert ("other", said.Said(call=8, value=b"v")) in joined.fake.said
+
+
+def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
+    joined.come(3, "root", "me")
+    joined.nodes.ask(DIED, 7, 3)
+    (told,) = joined.fake.failures
+    assert (told.attempt, told.rank, told.kind, told.status, told.completed) == (3, 3, "died", -9, 7)
+    assert joined.fake.here.attempt() == 3
+
+
+def test_node_that_can_not_join_ends_the_launch_and_says_why(keeper: Keeper) -> None:
+    keeper.refuses = UnavailableError("no such file")
+    keeper.nodes.ask(None, -1, 0)
+    keeper.run()
+    (ended,) = keeper.heard
+    assert isinstance(ended, JobEnded)
+    assert ended.status == 1
+    assert "no such file" in ended.text
+
+
+def test_end_of_the_job_is_passed_on_and_frees_the_keeper(joined: Keeper) -> None:
+    joined.come(3, "root", "me")
+    assert not joined.nodes.busy
+    joined.nodes.ended(3)
+    assert joined.fake.ends == [3]
+    assert joined.nodes.busy
+    joined.come(4, "root", "me", end=0)
+    assert joined.heard[-1] == JobEnded(0, "why", joined.heard[-1].at_s)
+    assert not joined.nodes.busy
+    joined.nodes.leave()
+    assert not joined.fake.closed, "lines stay for what is on its way to a store"
+    joined.nodes.close()
+    assert joined.fake.closed
+
+
+def test_node_that_is_out_has_no_ranks_until_the_next_epoch_of_its_own(joined: Keeper) -> None:
+    joined.come(3, "root", "me")
+    joined.fake.told.out("its lease expired")
+    joined.run()
+    assert joined.heard[-1] == EpochCame(4, False, "its lease expired", joined.heard[-1].at_s)
+    assert joined.nodes.seating is None
+    assert not joined.nodes.placed
+    joined.come(4, "root", "me")
+    assert joined.nodes.placed
+
+
+def test_launch_that_has_left_hears_nothing_more(joined: Keeper) -> None:
+    told = joined.fake.told
+    joined.come(3, "root", "me")
+    before = list(joined.heard)
+    joined.fake.told.out("late")
+    joined.nodes.close()
+    joined.run()
+    told.down("root", "late")
+    joined.run()
+    assert joined.heard == before
+
+
+def test_broken_line_to_the_node_of_rank_0_cuts_the_attempt(joined: Keeper) -> None:
+    joined.come(3, "root", "other", "me")
+    joined.fake.told.down("other", "reset")
+    joined.run()
+    assert len(joined.heard) == 1
+    joined.fake.told.down("root", "reset")
+    joined.run()
+    assert isinstance(joined.heard[-1], Cut)
+    assert joined.heard[-1].attempt == 3
+
+
+def test_line_that_broke_before_the_attempt_began_cuts_it_as_well(joined: Keeper) -> None:
+    joined.come(3, "root", "me")
+    joined.fake.reached = set()
+    joined.nodes.begin(3, OwnRoom())
+    assert len(joined.heard) == 1, "the roster does not know yet that it runs"
+    joined.run()
+    assert isinstance(joined.heard[-1], Cut)
+
+
+def test_decisions_of_rank_0_are_passed_on_and_those_of_this_attempt_taken(joined: Keeper) -> None:
+    board = joined.job.board
+    assert board is not None
+    joined.come(3, "me", "other")
+    board.begin_attempt(3)
+    joined.nodes.decided(6, 1)
+    assert joined.fake.of(said.Decided) == [("other", said.Decided(attempt=3, boundary=6, flags=1))]
+    joined.come(4, "root", "me")
+    board.begin_attempt(4)
+    joined.word("root", said.Decided(attempt=3, boundary=8, flags=1))
+    assert board.decision(8) is None
+    joined.word("root", said.Decided(attempt=4, boundary=8, flags=1))
+    assert board.decision(8) == 1
+
+
+def test_what_the_others_hold_comes_onto_the_board(joined: Keeper) -> None:
+    board = joined.job.board
+    assert board is not None
+    joined.come(3, "me", "other", "third")
+    board.begin_attempt(3)
+    assert board.others_count
+    mine = said.Standing(attempt=3, sealed=(PAIR,), completed=5)
+    joined.word("other", mine)
+    assert board.others.pairs() == frozenset(), "the third has said nothing yet"
+    joined.word("third", replace_attempt(mine, 2))
+    assert board.others.pairs() == frozenset()
+    joined.word("third", mine)
+    assert board.others.pairs() == {PAIR}
+    assert board.others.completed == 5
+
+
+def test_how_far_this_node_is_goes_to_rank_0_and_its_lease_onto_the_board(joined: Keeper) -> None:
+    board = joined.job.board
+    assert board is not None
+    joined.come(3, "root", "me")
+    board.begin_attempt(3)
+    joined.nodes.tick(100.0)
+    assert board.act_until_ns == 77_000_000_000
+    ((to, word),) = joined.fake.of(said.Standing)
+    assert (to, word) == ("root", said.Standing(attempt=3, sealed=(), completed=-1))
+    joined.nodes.tick(100.5)
+    assert len(joined.fake.of(said.Standing)) == 1, "nothing has changed"
+    joined.nodes.tick(101.5)
+    assert len(joined.fake.of(said.Standing)) == 2
+
+
+def test_node_of_rank_0_tells_each_what_the_rest_have_in_common(joined: Keeper) -> None:
+    board = joined.job.board
+    assert board is not None
+    joined.come(3, "me", "other", "third")
+    board.begin_attempt(3)
+    joined.word("other", said.Standing(attempt=3, sealed=(PAIR,), completed=5))
+    joined.word("third", said.Standing(attempt=3, sealed=(PAIR,), completed=4))
+    joined.fake.said.clear()
+    joined.nodes.tick(100.0)
+    told = dict(joined.fake.of(said.Standing))
+    assert set(told) == {"other", "third"}
+    assert all(word == said.Standing(attempt=3, sealed=(), completed=-1) for word in told.values())
+
+
+def replace_attempt(word: said.Standing, attempt: int) -> said.Standing:
+    return said.Standing(attempt=attempt, sealed=word.sealed, completed=word.completed)

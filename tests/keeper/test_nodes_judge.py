@@ -1,0 +1,97 @@
+"""What the leader of several nodes makes of their failures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckpt.keeper.nodes_judge import Again, End, Later, Trouble, Well, judge, with_rank
+from ckpt.keeper.roster_words import Failure
+from ckpt.keeper.verdict import ECHO_S, Record
+from ckpt.link.policy import Policy
+
+NOW_S = 100.0
+DIED = Failure(0, "died", "rank 0 died of SIGKILL", -9, NOW_S)
+ERROR = Failure(1, "error", "rank 1 raised ValueError: bad", 1, NOW_S, "f", 7)
+
+
+def trouble(*failures: Failure, lost: tuple[str, ...] = (), ended: tuple[str, ...] = (), completed: int = 5) -> Trouble:
+    by_node = {f"n{number}": failure for number, failure in enumerate(failures)}
+    return Trouble(by_node, dict.fromkeys(lost, NOW_S), frozenset(ended), completed)
+
+
+def test_without_failure_nothing_is_judged() -> None:
+    assert judge(trouble(), Record(), Policy(), NOW_S) == Well()
+    assert judge(trouble(ended=("a",)), Record(), Policy(), NOW_S) == Well()
+
+
+def test_death_is_followed_at_once() -> None:
+    came = judge(trouble(DIED), Record(), Policy(), NOW_S)
+    assert isinstance(came, Again)
+    assert came.text == DIED.text
+    assert came.record.completed == 5
+
+
+def test_lost_node_is_followed_at_once_and_explains_the_exceptions_of_the_others() -> None:
+    broken = replace(ERROR, at_s=NOW_S - 0.3)
+    came = judge(trouble(broken, lost=("x",)), Record("f", 7, 1, 0, 5), Policy(), NOW_S)
+    assert isinstance(came, Again)
+    assert "x" in came.text
+    assert came.record.same == 1
+
+
+def test_exception_alone_waits_for_an_explanation_then_counts() -> None:
+    assert judge(trouble(ERROR), Record(), Policy(), NOW_S) == Later(NOW_S + ECHO_S)
+    came = judge(trouble(ERROR), Record(), Policy(), NOW_S + ECHO_S)
+    assert isinstance(came, Again)
+    assert (came.record.fingerprint, came.record.same) == ("f", 1)
+
+
+def test_same_exception_at_the_same_step_twice_ends_all_nodes_with_its_status() -> None:
+    came = judge(trouble(replace(ERROR, status=3)), Record("f", 7, 1, 0, 5), Policy(), NOW_S + 9)
+    assert isinstance(came, End)
+    assert came.status == 3
+    assert "twice" in came.text or "2 times" in came.text
+
+
+def test_failure_that_one_node_cannot_go_on_from_ends_the_job_whatever_else_happened() -> None:
+    final = replace(ERROR, final=True, text="rank 1 raised UsageError: wrong")
+    came = judge(trouble(DIED, final, lost=("x",)), Record(), Policy(), NOW_S)
+    assert came == End(1, final.text)
+
+
+def test_failure_after_another_nodes_ranks_had_ended_ends_the_job() -> None:
+    came = judge(trouble(DIED, ended=("b",)), Record(), Policy(), NOW_S)
+    assert isinstance(came, End)
+    assert came.status == 128 + 9
+
+
+def test_failures_without_progress_end_the_job() -> None:
+    record = Record()
+    for number in range(1, 6):
+        came = judge(trouble(DIED, completed=-1), record, Policy(stuck_max=5), NOW_S)
+        assert isinstance(came, End if number == 5 else Again)
+        if isinstance(came, Again):
+            record = came.record
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([DIED, ERROR, replace(ERROR, fingerprint="g"), replace(DIED, kind="hang")]), max_size=4),
+    st.sets(st.sampled_from(["x", "y"])),
+    st.floats(NOW_S, NOW_S + 3),
+)
+def test_waiting_ends_and_only_exceptions_wait(failures: list[Failure], lost: set[str], now_s: float) -> None:
+    came = judge(trouble(*failures, lost=tuple(sorted(lost))), Record(), Policy(), now_s)
+    assert isinstance(came, Well) == (not failures and not lost)
+    if isinstance(came, Later):
+        assert not lost
+        assert all(one.kind == "error" for one in failures)
+        assert now_s < came.until_s <= NOW_S + ECHO_S
+
+
+def test_ranks_are_told_as_those_of_the_whole_job() -> None:
+    assert with_rank(DIED, 8).rank == 8
+    assert with_rank(replace(DIED, rank=-1), 8).rank == -1

@@ -1,0 +1,83 @@
+"""What ranks have in common, and what becomes of it on a board."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt.fleet.words import Standing
+from ckpt.keeper.nodes_standing import common, standing_of
+from ckpt.link.board import SLOTS_MAX, Board
+from ckpt.values import SnapshotId
+
+P1, P2, P3 = SnapshotId(1, 1), SnapshotId(1, 2), SnapshotId(1, 3)
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board.create(2)
+    board.begin_attempt(1)
+    yield board
+    board.close()
+
+
+def standing(*sealed: SnapshotId, completed: int = 5, mirrored: SnapshotId | None = None) -> Standing:
+    return Standing(attempt=1, sealed=sealed, completed=completed, mirrored=mirrored)
+
+
+def test_a_node_holds_what_all_its_ranks_hold_and_is_as_far_as_the_last_of_them(board: Board) -> None:
+    board.rank(0).publish(0, P1, 1)
+    board.rank(0).publish(1, P2, 1)
+    board.rank(1).publish(0, P1, 1)
+    board.rank(0).completed = 7
+    ranks = [board.rank(0), board.rank(1)]
+    assert standing_of(ranks, 1, mirrored=None) == standing(P1, completed=-1)
+    board.rank(1).completed = 6
+    assert standing_of(ranks, 1, mirrored=P1) == standing(P1, completed=6, mirrored=P1)
+
+
+def test_of_several_nodes_only_what_all_have_counts() -> None:
+    assert common([standing(P2, P1, completed=4), standing(P1, completed=9)], 1) == standing(P1, completed=4)
+    assert common([standing(P1), None], 1) == standing(completed=-1)
+    assert common([], 1) == standing(completed=-1)
+
+
+def test_mirrors_count_once_every_node_has_some() -> None:
+    assert common([standing(mirrored=P2), standing(mirrored=P1)], 1).mirrored == P1
+    assert common([standing(mirrored=P2), standing()], 1).mirrored is None
+
+
+def test_pair_is_complete_once_ranks_elsewhere_hold_it_too(board: Board) -> None:
+    for rank in range(2):
+        board.rank(rank).publish(0, P1, 1)
+        board.rank(rank).publish(1, P2, 1)
+    assert board.complete() == P2
+    board.others_count = True
+    assert board.complete() is None
+    board.others.show([P1], 3)
+    assert board.complete() == P1
+    board.others.show([P1, P2], 4)
+    assert board.complete() == P2
+    assert [one.completed for one in board.everyone()] == [None, None, 4]
+    board.others_count = False
+    assert len(board.everyone()) == 2
+
+
+@given(st.lists(st.sets(st.builds(SnapshotId, st.integers(1, 3), st.integers(0, 40)), max_size=20), max_size=6))
+def test_board_shows_the_newest_of_what_was_last_told(told: list[set[SnapshotId]]) -> None:
+    board = Board.create(1)
+    try:
+        for pairs in told:
+            board.others.show(pairs, 1)
+            assert board.others.pairs() == frozenset(sorted(pairs)[-SLOTS_MAX:])
+    finally:
+        board.close()
+
+
+def test_a_new_attempt_forgets_how_far_others_were(board: Board) -> None:
+    board.others.show([P3], 9)
+    board.begin_attempt(2)
+    assert board.others.completed is None

@@ -1,0 +1,153 @@
+"""The messages of an attempt's ranks, here and at another keeper."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import pytest
+
+from ckpt.fleet import words as said
+from ckpt.keeper.far_room import EARLY_MAX, FarRoom, FarRooms, attempt_room
+from ckpt.keeper.room import OwnRoom
+
+
+class Answers:
+    """What was answered, in order."""
+
+    def __init__(self) -> None:
+        self.got: list[object] = []
+
+    def __call__(self, value: object) -> None:
+        self.got.append(value)
+
+
+def test_value_is_there_at_once_or_as_soon_as_it_is_posted() -> None:
+    room, answers = OwnRoom(), Answers()
+    room.peek("k", wait_s=0.0, owner=None, answer=answers)
+    room.peek("k", wait_s=9.0, owner=None, answer=answers)
+    assert answers.got == [None]
+    room.post("k", b"v")
+    room.peek("k", wait_s=9.0, owner=None, answer=answers)
+    assert answers.got == [None, b"v", b"v"]
+
+
+def test_question_ends_when_its_time_is_over_or_its_owner_gone() -> None:
+    room, answers, owner = OwnRoom(), Answers(), object()
+    room.peek("k", wait_s=5.0, owner=None, answer=answers)
+    room.peek("k", wait_s=5.0, owner=owner, answer=answers)
+    room.gone(owner)
+    now_s = time.monotonic()
+    assert 4.0 < room.tick(now_s) <= 5.0
+    room.tick(now_s + 6.0)
+    assert answers.got == [None]
+
+
+def test_counters_add_up_and_forgotten_values_are_gone() -> None:
+    room, answers = OwnRoom(), Answers()
+    room.count("n", 2, answer=answers)
+    room.count("n", 3, answer=answers)
+    room.post("k", b"v")
+    room.forget("k")
+    room.peek("k", wait_s=0.0, owner=None, answer=answers)
+    room.post("k", b"w")
+    room.clear()
+    room.peek("k", wait_s=0.0, owner=None, answer=answers)
+    room.count("n", 1, answer=answers)
+    assert answers.got == [2, 5, None, None, 1]
+
+
+class Net:
+    """Two keepers' rooms, and what is on its way between them."""
+
+    def __init__(self) -> None:
+        self.on_the_way: deque[tuple[str, str, said.Word]] = deque()
+        self.up = True
+        self.ends = {name: FarRooms(lambda to, word, name=name: self._say(name, to, word)) for name in ("root", "far")}
+
+    def _say(self, source: str, target: str, word: said.Word) -> bool:
+        if self.up:
+            self.on_the_way.append((source, target, word))
+        return self.up
+
+    def carry(self) -> None:
+        while self.on_the_way:
+            source, target, word = self.on_the_way.popleft()
+            self.ends[target].take(source, word)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net()
+
+
+def test_far_room_is_the_same_room(net: Net) -> None:
+    own, answers = OwnRoom(), Answers()
+    net.ends["root"].serve(attempt_room(3), own)
+    far = FarRoom(net.ends["far"], attempt_room(3), "root")
+    far.peek("late", wait_s=9.0, owner=None, answer=answers)
+    far.post("k", b"v")
+    far.peek("k", wait_s=0.0, owner=None, answer=answers)
+    far.count("n", 4, answer=answers)
+    net.carry()
+    assert answers.got == [b"v", 4]
+    own.post("late", b"x")
+    net.carry()
+    far.forget("k")
+    far.peek("k", wait_s=0.0, owner=None, answer=answers)
+    net.carry()
+    assert answers.got == [b"v", 4, b"x", None]
+
+
+def test_words_of_a_room_that_is_not_open_yet_wait_for_it_in_order(net: Net) -> None:
+    own, answers = OwnRoom(), Answers()
+    far = FarRoom(net.ends["far"], attempt_room(4), "root")
+    far.post("k", b"1")
+    far.post("k", b"2")
+    far.peek("k", wait_s=0.0, owner=None, answer=answers)
+    net.carry()
+    net.ends["root"].serve(attempt_room(4), own)
+    net.carry()
+    assert answers.got == [b"2"]
+
+
+def test_words_of_a_dead_attempt_reach_no_later_room(net: Net) -> None:
+    first, second, answers = OwnRoom(), OwnRoom(), Answers()
+    net.ends["root"].serve(attempt_room(1), first)
+    old = FarRoom(net.ends["far"], attempt_room(1), "root")
+    old.post("k", b"old")
+    old.peek("never", wait_s=60.0, owner=None, answer=answers)
+    net.ends["root"].new_epoch(2)
+    net.ends["far"].new_epoch(2)
+    net.ends["root"].serve(attempt_room(2), second)
+    net.carry()
+    first.post("never", b"x")
+    net.carry()
+    FarRoom(net.ends["far"], attempt_room(2), "root").peek("k", wait_s=0.0, owner=None, answer=answers)
+    net.carry()
+    assert answers.got == [None]
+
+
+def test_room_of_uploads_outlives_attempts(net: Net) -> None:
+    own, answers = OwnRoom(), Answers()
+    net.ends["root"].serve("uploads/1", own)
+    far = FarRoom(net.ends["far"], "uploads/1", "root")
+    far.peek("receipt", wait_s=60.0, owner=None, answer=answers)
+    net.carry()
+    net.ends["far"].new_epoch(2)
+    net.ends["root"].new_epoch(2)
+    own.post("receipt", b"r")
+    net.carry()
+    assert answers.got == [b"r"]
+
+
+def test_early_words_are_bounded(net: Net) -> None:
+    far = FarRoom(net.ends["far"], attempt_room(9), "root")
+    for n in range(EARLY_MAX + 5):
+        far.post(str(n), b"")
+    net.carry()
+    own, answers = OwnRoom(), Answers()
+    net.ends["root"].serve(attempt_room(9), own)
+    own.peek(str(EARLY_MAX), wait_s=0.0, owner=None, answer=answers)
+    own.peek(str(EARLY_MAX - 1), wait_s=0.0, owner=None, answer=answers)
+    assert answers.got == [None, b""]
