@@ -85,13 +85,16 @@ class Standing(Word, frozen=True, kw_only=True):
     """How far the ranks of a node are, or those of several nodes as one: what all of them hold sealed, looked at second.
 
     ``completed``: the least number of steps that one of them completed, looked at first; -1: not all have begun.
-    ``mirrored``: the newest pair that each of the nodes has on others, None where one has none yet in this epoch.
+    To the node of rank 0 ``mirrored`` is the last named pair that this node has on others too, ``missed`` the last one that it
+    could not keep; from there ``mirrored`` is the newest that all nodes have on others, and ``named`` the one to keep next.
     """
 
     attempt: int
     sealed: tuple[SnapshotId, ...]
     completed: int
     mirrored: SnapshotId | None = None
+    missed: SnapshotId | None = None
+    named: SnapshotId | None = None
 
 
 # ---- snapshots

@@ -6,10 +6,12 @@ import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ckpt.backends.base import Stat
+import numpy as np
+
+from ckpt.backends.base import Buffer, Stat
 from ckpt.errors import IntegrityError, NotFoundError
 from ckpt.fleet.words import Holding
 from ckpt.keeper.slots import HeldSlot
@@ -168,11 +170,27 @@ class Lending:
                     )  # fmt: skip
         return found
 
-    def forget_before(self, snapshot: SnapshotId) -> None:
-        """A newer pair is kept on other nodes for all ranks: older ones are needed no more."""
+    def keep(self, key: str, pieces: Sequence[Buffer]) -> None:
+        """Keep this node's own share beside its slots, which training goes on to overwrite. Raises StoreFullError."""
+        views = [memoryview(piece).cast("B") for piece in pieces]
+        with self.vault.incoming(key, sum(view.nbytes for view in views)) as room:
+            at = 0
+            for view in views:
+                # numpy copies without the interpreter's lock.
+                np.copyto(np.frombuffer(room.view[at : at + view.nbytes], np.uint8), np.frombuffer(view, np.uint8))
+                at += view.nbytes
+            room.publish()
+
+    def pairs(self) -> frozenset[SnapshotId]:
+        """The pairs of which something is kept here."""
+        found = (mirror_of(stat.key) for stat in self.vault.list(MIRRORS))
+        return frozenset(one[0] for one in found if one is not None)
+
+    def retain(self, pairs: frozenset[SnapshotId]) -> None:
+        """Of what is kept here only these pairs are still needed."""
         for stat in self.vault.list(MIRRORS):
             kept = mirror_of(stat.key)
-            if kept is not None and kept[0] < snapshot:
+            if kept is not None and kept[0] not in pairs:
                 self.vault.delete(stat.key)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ckpt.backends.base import Buffer
 from ckpt.encode.threads import start
 from ckpt.errors import CkptError, FencedError, InternalError, StoreFullError, UnavailableError
 from ckpt.link.lent_keys import mirror_key
@@ -24,14 +25,21 @@ CLOSE_WAIT_S = 2.0
 """How long the end waits for what is on its way; it goes on behind, and ends with the process."""
 
 
+Own = Callable[[str, Sequence[Buffer]], object]
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep it, by those of ``epoch``."""
+    """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep it, by those of ``epoch``.
+
+    ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does).
+    """
 
     snapshot: SnapshotId
     epoch: int
     sealed: Sequence[Sealed]
     peers: Mapping[str, PeerStore]
+    own: Own | None = None
 
     def let_go(self) -> None:
         """Let go of the slots."""
@@ -40,7 +48,7 @@ class Task:
 
 
 Done = Callable[[Task, frozenset[str]], object]
-"""Hears, from the thread, of each task and of the nodes to which it came whole."""
+"""Hears, from the thread, of each task and of the nodes to which it came whole; none where this one could not keep it."""
 
 
 class Mirror:
@@ -107,7 +115,21 @@ class Mirror:
             return lambda: self._send_to(node, peer, task, headers)
 
         jobs = {node: start(sending(node, peer), name="ckpt-mirror-send") for node, peer in task.peers.items()}
-        return frozenset([node for node, job in jobs.items() if job.result()])
+        kept = self._keep_own(task, headers)
+        came = frozenset([node for node, job in jobs.items() if job.result()])
+        return came if kept else frozenset()
+
+    def _keep_own(self, task: Task, headers: Sequence[bytes]) -> bool:
+        try:
+            for one, header in zip(task.sealed, headers, strict=True):
+                if task.own is not None:
+                    task.own(mirror_key(task.snapshot, one.index.rank), [header, one.data])
+        except CkptError as error:
+            self._fail("", task, error)
+            return False
+        with self._changed:
+            self._told = {told for told in self._told if told[0] != ""}
+        return True
 
     def _send_to(self, node: str, peer: PeerStore, task: Task, headers: Sequence[bytes]) -> bool:
         boot: str | None = None
@@ -138,9 +160,9 @@ class Mirror:
             if (node, error.code) in self._told or self._stopped:
                 return
             self._told.add((node, error.code))
-        what = f"{task.snapshot} and what follows is not kept on another node: {error}"
+        what = f"{task.snapshot} and what follows is not kept {'on another node' if node else 'here'}: {error}"
         if isinstance(error, StoreFullError):
-            what += "; a lost node then costs the steps since the last durable snapshot: raise mirror_bytes there"
+            what += "; a lost node then costs the steps since the last durable snapshot: raise mirror_bytes"
         facts: dict[str, Fact] = {"node": node, "step": task.snapshot.step, "code": error.code}
         self._tell(Event("mirror-failed", what, facts, alarm=True))
 

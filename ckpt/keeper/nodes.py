@@ -19,6 +19,7 @@ from ckpt.fleet.node import Node
 from ckpt.fleet.secret import secret_of
 from ckpt.fleet.ways import Epoch, Told
 from ckpt.fleet.words import Word
+from ckpt.keeper import mirror_rounds as rounds
 from ckpt.keeper.far_room import FarRoom, FarRooms, attempt_room
 from ckpt.keeper.job import Job
 from ckpt.keeper.nodes_join import Here, check_spec, join
@@ -290,7 +291,7 @@ class Nodes:
         job, epoch = self._job, self.epoch
         assert job.board is not None and epoch is not None, "placed"
         ranks = [job.board.rank(rank) for rank in range(job.ranks)]
-        mine = standing_of(ranks, epoch.number, mirrored=self.memory.mirrored)
+        mine = standing_of(ranks, epoch.number, self.memory.word)
         if mine == self._told_standing and now_s - self._told_s < STANDING_LATEST_S and not self.root:
             return
         self._told_standing, self._told_s = mine, now_s
@@ -298,9 +299,15 @@ class Nodes:
             self.say(epoch.record.root, mine)
             return
         known = {node: one for node, one in self._standings.items() if one.attempt == epoch.number}
+        said_words = [
+            rounds.Word(one.mirrored, one.missed) if (one := known.get(node)) else None for node in self.others
+        ]
+        self.memory.go_round(
+            rounds.next_round(self.memory.round, [self.memory.word, *said_words], job.board.complete())
+        )
         for node in self.others:
             rest = [known.get(other) for other in self.others if other != node]
-            self.say(node, common([mine, *rest], epoch.number))
+            self.say(node, common([mine, *rest], epoch.number, self.memory.round))
 
     def _show(self) -> None:
         """Put what other nodes hold onto the board, where the slot rule and rank 0 look."""
@@ -311,8 +318,8 @@ class Nodes:
         known = [self._standings.get(node) for node in sources]
         found = common([one if one and one.attempt == epoch.number else None for one in known], epoch.number)
         board.others.show(found.sealed, found.completed if found.completed >= 0 else None)
-        if found.mirrored is not None and self.memory.mirrored is not None:
-            self.memory.forget_before(min(found.mirrored, self.memory.mirrored))
+        if not self.root and known[0] is not None and known[0].attempt == epoch.number:
+            self.memory.go_round(rounds.Round(known[0].named, known[0].mirrored))
 
     # ---- small parts
 

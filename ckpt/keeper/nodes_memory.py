@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from ckpt.errors import UsageError
 from ckpt.fleet import words as said
@@ -14,6 +15,7 @@ from ckpt.keeper.held import complete, lost
 from ckpt.keeper.job import Job
 from ckpt.keeper.lend import Lending
 from ckpt.keeper.mirror import RETRY_S, Mirror, Task
+from ckpt.keeper.mirror_rounds import Round, Word, retained
 from ckpt.keeper.nodes_among import Among
 from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.seating import Source
@@ -22,7 +24,6 @@ from ckpt.observe.events import Event, Tell
 from ckpt.peer.auth import Secret
 from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.store import PeerStore
-from ckpt.persist.sealed import Sealed
 from ckpt.values import SnapshotId
 
 
@@ -39,15 +40,16 @@ class NodesMemory:
         self._lending = Lending(
             self._secret, Endpoint(host, 0, plaintext=spec.plaintext), tell=tell, budget_bytes=spec.mirror_bytes
         )
-        self._mirror = Mirror(
-            done=lambda task, came: job.post(lambda: self._mirrored(task.epoch, task.snapshot, came)), tell=tell
-        )
+        self._mirror = Mirror(done=lambda task, came: job.post(lambda: self._done(task, came)), tell=tell)
         self._peers: dict[str, PeerStore] = {}
         self._keep_at_s = 0.0
-        """When the newest pair may be sent next, where it came to nobody before."""
+        """When a pair may be sent next, where the last one did not come everywhere."""
         self._told_bad = ""
-        self.mirrored: SnapshotId | None = None
-        """The newest pair that this node has on others since the epoch began."""
+        self.round = Round()
+        """Which pair all keep now, and which all have."""
+        self.word = Word()
+        """What this node has kept, and could not keep, since the epoch began."""
+        self._before: frozenset[SnapshotId] = frozenset()
 
     @property
     def port(self) -> int:
@@ -57,7 +59,8 @@ class NodesMemory:
     def see(self, epoch: Epoch) -> None:
         """A new epoch: what was known of others' memory is known no more."""
         self._sources.clear()
-        self.mirrored = None
+        self.round, self.word = Round(), Word()
+        self._before = self._lending.pairs()
         self._keep_at_s = 0.0
         self._lending.see_epoch(epoch.number)
         for address in self._peers.keys() - set(epoch.peers.values()):
@@ -68,7 +71,7 @@ class NodesMemory:
         if self._job.slots is not None:
             self._lending.slots.show(self._job.slots)
         if placed and self._among.others:
-            self._keep_newest(now_s)
+            self._keep_named(now_s)
         return self._gather.tick(now_s)
 
     def close(self) -> None:
@@ -122,9 +125,11 @@ class NodesMemory:
             return ()
         return tuple(self._source(epoch, snapshot, rank, nodes) for rank, nodes in enumerate(found))
 
-    def forget_before(self, snapshot: SnapshotId) -> None:
-        """All ranks have this pair on other nodes: of what is kept here, older ones are needed no more."""
-        self._lending.forget_before(snapshot)
+    def go_round(self, now: Round) -> None:
+        """The node of rank 0 says which pair is kept next, and which all have: of what is kept here the others go."""
+        if now != self.round:
+            self.round = now
+            self._lending.retain(retained(now, self._before))
 
     def _source(self, epoch: Epoch, snapshot: SnapshotId, rank: int, nodes: Sequence[str]) -> Source:
         """Whether a node has it in a slot or as a mirror may change while it is asked for, so both are tried."""
@@ -159,27 +164,21 @@ class NodesMemory:
 
     # ---- mirrors
 
-    def _keep_newest(self, now_s: float) -> None:
-        """Keep the newest pair that all ranks hold on other nodes too, unless the last one is still on its way."""
-        job, epoch = self._job, self._among.epoch
-        if self._mirror.busy or not self._spec.mirrors or job.board is None or job.slots is None or epoch is None:
+    def _keep_named(self, now_s: float) -> None:
+        """Keep the pair that was named, here and on other nodes, unless the last one is still on its way."""
+        job, epoch, named = self._job, self._among.epoch, self.round.named
+        if self._mirror.busy or not self._spec.mirrors or job.slots is None or epoch is None or named is None:
             return
-        newest = job.board.complete()
-        if now_s < self._keep_at_s or newest is None or (self.mirrored is not None and newest <= self.mirrored):
+        if named in (self.word.mirrored, self.word.missed) or now_s < self._keep_at_s:
             return
-        self._keep_at_s = now_s + RETRY_S  # whatever keeps it from being sent, or from coming, is not over in a moment
         peers = self._peers_of(epoch)
-        sealed: list[Sealed] = []
-        for rank in range(job.ranks if peers else 0):
-            one = job.slots.sealed_of(rank, newest)
-            if one is None:
-                break
-            sealed.append(one)
-        task = Task(newest, epoch.number, sealed, peers)
+        sealed = [one for rank in range(job.ranks) if (one := job.slots.sealed_of(rank, named)) is not None]
+        task = Task(named, epoch.number, sealed, peers, self._lending.keep)
         if peers and len(sealed) == job.ranks:
             self._mirror.send(task)
-        else:
-            task.let_go()
+            return
+        task.let_go()
+        self.word = replace(self.word, missed=named)
 
     def _peers_of(self, epoch: Epoch) -> dict[str, PeerStore]:
         """The nodes that keep what this one stages."""
@@ -204,10 +203,12 @@ class NodesMemory:
         epoch = self._among.epoch
         return epoch.number if epoch is not None else 0
 
-    def _mirrored(self, number: int, snapshot: SnapshotId, came: frozenset[str]) -> None:
-        """A pair came to some nodes: of those that an earlier epoch placed, this one may have none any more."""
-        if number != self._number():
-            self._keep_at_s = 0.0
-        elif came:
-            self._keep_at_s = 0.0
-            self.mirrored = snapshot if self.mirrored is None else max(snapshot, self.mirrored)
+    def _done(self, task: Task, came: frozenset[str]) -> None:
+        """A pair is kept, or could not be. By the placement of an earlier epoch it says nothing."""
+        if task.epoch != self._number():
+            return
+        if came == task.peers.keys():
+            self.word = replace(self.word, mirrored=task.snapshot)
+            return
+        self.word = replace(self.word, missed=task.snapshot)
+        self._keep_at_s = time.monotonic() + RETRY_S  # what kept it from coming is not over in a moment

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from slot_makers import SLOT_BYTES, MadeSlot
 
-from ckpt.errors import FencedError, NotFoundError
+from ckpt.errors import FencedError, NotFoundError, StoreFullError
 from ckpt.fleet.words import Holding
 from ckpt.keeper import lend
 from ckpt.keeper.lend import Lending, SlotsLent
@@ -162,11 +162,24 @@ def test_what_is_kept_for_others_is_told_unless_it_is_something_else(node: Node)
     assert node.lending.mirrored() == [Holding(snapshot=PAIR, origin="o", world_size=2, rank=1, mirror=True)]
 
 
-def test_older_mirrors_go_and_that_pair_and_newer_ones_stay(node: Node) -> None:
-    for pair in (SnapshotId(1, 4), PAIR, NEXT, SnapshotId(2, 1)):
+def test_only_the_pairs_that_are_named_stay(node: Node) -> None:
+    pairs = (SnapshotId(1, 4), PAIR, NEXT, SnapshotId(2, 1))
+    for pair in pairs:
         node.store.put(mirror_key(pair, 0), [b"x"])
-    node.lending.forget_before(NEXT)
+    assert node.lending.pairs() == frozenset(pairs)
+    node.lending.retain(frozenset({NEXT, SnapshotId(2, 1), SnapshotId(9, 9)}))
     assert [stat.key for stat in node.store.list("mirrors/")] == ["mirrors/1-6/0", "mirrors/2-1/0"]
+
+
+def test_own_share_is_kept_whole_beside_the_slots(node: Node) -> None:
+    node.made[0].seal(PAIR, rank=1, origin="o")
+    memory = node.made[0].memory
+    node.lending.keep(mirror_key(PAIR, 1), [memory[:100], memory[100:]])
+    node.made[0].seal(NEXT, rank=1, origin="o")  # training goes on
+    assert [(one.snapshot, one.rank) for one in node.lending.mirrored()] == [(PAIR, 1)]
+    with pytest.raises(StoreFullError):
+        node.lending.keep(mirror_key(NEXT, 1), [bytes(node.lending.vault.budget_bytes + 1)])
+    assert node.lending.pairs() == {PAIR}
 
 
 def test_older_epoch_is_refused(node: Node) -> None:

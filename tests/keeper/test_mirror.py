@@ -114,7 +114,7 @@ def test_full_node_is_told_once_with_what_to_do_and_again_after_it_had_room(worl
         assert world.send(SnapshotId(1, step)) == {"c"}
     assert [(event.kind, event.alarm, event.facts["node"]) for event in world.told] == [("mirror-failed", True, "b")]
     assert "raise mirror_bytes" in world.told[0].text
-    small.forget_before(SnapshotId(1, 4))
+    small.retain(frozenset())
     assert world.send(SnapshotId(1, 4)) == {"b", "c"}
     assert world.send(SnapshotId(1, 5)) == {"c"}
     assert len(world.told) == 2

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from ckpt.fleet.words import Standing
+from ckpt.keeper.mirror_rounds import Round, Word
 from ckpt.keeper.nodes_standing import common, standing_of
 from ckpt.link.board import SLOTS_MAX, Board
 from ckpt.values import SnapshotId
@@ -34,9 +36,9 @@ def test_a_node_holds_what_all_its_ranks_hold_and_is_as_far_as_the_last_of_them(
     board.rank(1).publish(0, P1, 1)
     board.rank(0).completed = 7
     ranks = [board.rank(0), board.rank(1)]
-    assert standing_of(ranks, 1, mirrored=None) == standing(P1, completed=-1)
+    assert standing_of(ranks, 1, Word()) == standing(P1, completed=-1)
     board.rank(1).completed = 6
-    assert standing_of(ranks, 1, mirrored=P1) == standing(P1, completed=6, mirrored=P1)
+    assert standing_of(ranks, 1, Word(P1, P2)) == replace(standing(P1, completed=6, mirrored=P1), missed=P2)
 
 
 def test_of_several_nodes_only_what_all_have_counts() -> None:
@@ -45,9 +47,10 @@ def test_of_several_nodes_only_what_all_have_counts() -> None:
     assert common([], 1) == standing(completed=-1)
 
 
-def test_mirrors_count_once_every_node_has_some() -> None:
-    assert common([standing(mirrored=P2), standing(mirrored=P1)], 1).mirrored == P1
-    assert common([standing(mirrored=P2), standing()], 1).mirrored is None
+def test_of_mirrors_the_round_is_told_whatever_single_nodes_have() -> None:
+    told = common([standing(mirrored=P2), None], 1, Round(named=P3, kept=P1))
+    assert (told.named, told.mirrored, told.missed) == (P3, P1, None)
+    assert common([standing(mirrored=P2)], 1).mirrored is None
 
 
 def test_pair_is_complete_once_ranks_elsewhere_hold_it_too(board: Board) -> None:
