@@ -30,15 +30,11 @@ class FarRooms:
         self._calls = itertools.count(1)
         self._asked: dict[int, Asked] = {}
 
-    def new_epoch(self, number: int) -> None:
-        """Rooms of older attempts are gone, and so are questions to them. Uploads' rooms last as long as their era."""
-        old = [name for name in self._served if name.startswith(ATTEMPT) and name != attempt_room(number)]
-        for name in old:
-            del self._served[name]
-        self._asked = {
-            call: one for call, one in self._asked.items()
-            if not one[0].startswith(ATTEMPT) or one[0] == attempt_room(number)
-        }  # fmt: skip
+    def new_epoch(self, number: int, *, era: int) -> None:
+        """Rooms of other attempts and eras are gone, and so are questions to them."""
+        stay = {attempt_room(number), uploads_room(era)}
+        self._served = {name: room for name, room in self._served.items() if name in stay}
+        self._asked = {call: one for call, one in self._asked.items() if one[0] in stay}
 
     def serve(self, name: str, room: OwnRoom) -> None:
         """Answer others' words about a room of this keeper, those that came too early first."""
@@ -93,13 +89,14 @@ class FarRooms:
                 room.count(word.key, word.amount, answer=number)
 
 
-ATTEMPT = "attempt/"
-"""How the names of attempts' rooms begin."""
-
-
 def attempt_room(number: int) -> str:
     """The name of an attempt's room."""
-    return f"{ATTEMPT}{number}"
+    return f"attempt/{number}"
+
+
+def uploads_room(era: int) -> str:
+    """The name of the room in which an era's snapshots are made durable."""
+    return f"uploads/{era}"
 
 
 class FarRoom:

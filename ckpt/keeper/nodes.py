@@ -232,7 +232,7 @@ class Nodes:
         self._standings.clear()
         self._told_standing = None
         self.memory.see(epoch)
-        self._rooms.new_epoch(epoch.number)
+        self._rooms.new_epoch(epoch.number, era=epoch.note.era)
         self.uploads.see(epoch, before, placed=self.placed)
         if self._job.board is not None:
             self._job.board.others_count = self.placed and bool(self.others)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from ckpt.fleet import words as said
 from ckpt.fleet.ways import Epoch
+from ckpt.keeper.far_room import uploads_room
 from ckpt.keeper.job import Job
 from ckpt.keeper.loop_channel import LoopChannel
 from ckpt.keeper.nodes_among import Among
@@ -68,7 +69,8 @@ class NodesUploads:
         if before is not None and before.note.era == epoch.note.era:
             return
         self._channels.clear()
-        self._room = self._among.room(f"uploads/{epoch.note.era}", _EraRoom()) if placed else None
+        self._room = self._among.room(uploads_room(epoch.note.era), _EraRoom()) if placed else None
+        self._job.fenced = ""  # whoever wrote the log before, another one may do so now
         if self._job.uploads is not None:
             self._job.uploads.new_era(root=self._among.root)
 

@@ -8,7 +8,7 @@ from collections import deque
 import pytest
 
 from ckpt.fleet import words as said
-from ckpt.keeper.far_room import EARLY_MAX, FarRoom, FarRooms, attempt_room
+from ckpt.keeper.far_room import EARLY_MAX, FarRoom, FarRooms, attempt_room, uploads_room
 from ckpt.keeper.room import OwnRoom
 
 
@@ -117,8 +117,8 @@ def test_words_of_a_dead_attempt_reach_no_later_room(net: Net) -> None:
     old = FarRoom(net.ends["far"], attempt_room(1), "root")
     old.post("k", b"old")
     old.peek("never", wait_s=60.0, owner=None, answer=answers)
-    net.ends["root"].new_epoch(2)
-    net.ends["far"].new_epoch(2)
+    net.ends["root"].new_epoch(2, era=1)
+    net.ends["far"].new_epoch(2, era=1)
     net.ends["root"].serve(attempt_room(2), second)
     net.carry()
     first.post("never", b"x")
@@ -134,11 +134,24 @@ def test_room_of_uploads_outlives_attempts(net: Net) -> None:
     far = FarRoom(net.ends["far"], "uploads/1", "root")
     far.peek("receipt", wait_s=60.0, owner=None, answer=answers)
     net.carry()
-    net.ends["far"].new_epoch(2)
-    net.ends["root"].new_epoch(2)
+    net.ends["far"].new_epoch(2, era=1)
+    net.ends["root"].new_epoch(2, era=1)
     own.post("receipt", b"r")
     net.carry()
     assert answers.got == [b"r"]
+
+
+def test_room_of_uploads_ends_with_its_era(net: Net) -> None:
+    own, answers = OwnRoom(), Answers()
+    net.ends["root"].serve(uploads_room(1), own)
+    far = FarRoom(net.ends["far"], uploads_room(1), "root")
+    far.peek("receipt", wait_s=60.0, owner=None, answer=answers)
+    net.carry()
+    for end in net.ends.values():
+        end.new_epoch(3, era=3)
+    own.post("receipt", b"r")
+    net.carry()
+    assert answers.got == []
 
 
 def test_early_words_are_bounded(net: Net) -> None:
