@@ -2,7 +2,7 @@
 
 Tests of one room run in place and make their snapshots durable themselves, as a process without keeper does: they look at
 that process's own work. Those that show the whole (FULL) run as a user's program does.
-No test depends on the signals that whoever started pytest ignored.
+No test depends on the signals that whoever started pytest ignored, and no property on how fast a busy machine is.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent
 FULL = ("e2e", "examples", "docs", "keeper", "link", "elastic/supervised")
+
+settings.register_profile("ckpt", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ckpt")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in its background so, and every process of a test would inherit it.

@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from served import WAIT_S, Served, until
@@ -50,6 +51,13 @@ def test_whoever_found_it_just_before_it_hid_is_served_by_it(serve: Serve, monke
     assert not served.folder.socket_path.exists()
 
 
+def take_away(folder: Path) -> None:
+    """Remove a folder at once: the keeper may make new things in it while it is emptied."""
+    aside = folder.with_name(f"{folder.name}-gone")
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
 @pytest.mark.parametrize("lost", ["root", "all", "socket", "lock", "another socket"])
 def test_a_keeper_whose_folder_was_taken_away_is_found_again(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, lost: str
@@ -59,9 +67,9 @@ def test_a_keeper_whose_folder_was_taken_away_is_found_again(
     one = served.trainer(0, 2)
     waits = served.folder.connect() if lost == "socket" else None
     if lost == "root":
-        shutil.rmtree(served.folder.path.parent)
+        take_away(served.folder.path.parent)
     elif lost == "all":
-        shutil.rmtree(served.folder.path)
+        take_away(served.folder.path)
     elif lost == "another socket":
         served.folder.listen().close()
     else:
