@@ -7,11 +7,14 @@ No test depends on the signals that whoever started pytest ignored, and no prope
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from ckpt.link.nodes_spec import NODES_VARIABLE
 
 ROOT = Path(__file__).parent
 FULL = ("e2e", "examples", "docs", "keeper", "link", "elastic/supervised")
@@ -26,6 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(autouse=True)
 def _keepers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ.pop(NODES_VARIABLE, None)  # a launcher's, left behind by a test of launchers in this process
     patch = request.getfixturevalue("monkeypatch")
     patch.setenv("CKPT_RUNTIME_DIR", str(tmp_path_factory.getbasetemp() / "keepers"))
     folder = request.path.parent.relative_to(ROOT).as_posix()
