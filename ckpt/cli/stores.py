@@ -31,8 +31,9 @@ on to hold, then write one record to the log; running jobs go by it from their n
 list from then on. A store that is replaced counts no more, should it come back.
 
 \b
-`takeover` is for a log whose places a file of another machine gave out (stores that do not create a key only once). Nothing but
-your word keeps that machine from writing in the meantime: make sure that it is gone.
+`takeover` is for a log whose places a file of another machine gave out, or another etcd (stores that do not create a key only
+once). Nothing but your word keeps those who used it from writing in the meantime: make sure that they are gone. The places come
+from the etcd that CKPT_SEQUENCER names from then on, or else from a file of this machine.
 
 \b
 JSON: {"write_quorum", "sequencer", "ids": [...], "stores": [{"url", "store_id", "counts"}]}.

@@ -1,4 +1,4 @@
-"""Claims on a log that lies on several stores: by the stores together, or through a file of this machine; copies at last."""
+"""Claims on a log that lies on several stores: by the stores together, or through a file or etcd; copies at last."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class StoresSequencer:
 
 
 class FiledSequencer:
-    """See Sequencer. ``file`` gives out places; a record that has one is then copied to W of the stores that count."""
+    """See Sequencer. ``file`` (or etcd) gives out places; a record that has one is copied to W of the stores that count."""
 
     def __init__(self, file: Sequencer, copies: Copies, full: Mapping[int, str], quorum: int, *, absent: int) -> None:
         self._file = file
@@ -64,7 +64,7 @@ class FiledSequencer:
     def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
         """See Sequencer. Another's record is copied too: its writer may have died before it did.
 
-        Raises FencedError where the stores hold what this file never gave out.
+        Raises FencedError where the stores hold what it never gave out.
         """
         given = self._file.claim(seq, data)
         if isinstance(given, Unknown):
@@ -76,7 +76,7 @@ class FiledSequencer:
         others = sum(isinstance(held, bytes) and held != winner and _digest(held, seq) != "" for held in found.values())
         if len(self._full) + self._absent - others < self._quorum:
             raise FencedError(
-                f"the stores hold a record that this machine never gave out a place: another one took over. "
+                f"the stores hold a record that was never given a place here: another one took over. "
                 f"key={keys.log_key(seq)} stop this writer"
             )
         return Unknown(f"the record has its place, and is on too few stores yet. {silent(self._copies, found)}")

@@ -8,12 +8,12 @@ from ckpt.backends.base import Backend
 from ckpt.backends.checked import Replicated
 from ckpt.commit.access import LogAccess, OneStore
 from ckpt.commit.copies import Copies
+from ckpt.commit.giver import giver_beside
 from ckpt.commit.place import open_store
 from ckpt.commit.places import Place, open_places
 from ckpt.commit.quorum import stand_in
 from ckpt.commit.sequencer import Claimed, Lost, Unknown
 from ckpt.commit.several import SeveralStores
-from ckpt.commit.sqlite import SqliteSequencer, database_path
 from ckpt.commit.state import LogState
 from ckpt.errors import FencedError, UnavailableError, UsageError
 from ckpt.manifest.records import BY_STORES, Stores, make_record
@@ -99,14 +99,14 @@ def require_known(state: LogState, backend: Replicated) -> None:
 
 
 def _giver(log: SeveralStores, write_quorum: int) -> str:
-    """Who gives out the places: the stores together where all create a key only once, or else a file of this machine.
+    """Who gives out the places: the stores together where all create a key only once, or else etcd or a file of this machine.
 
     One that doesn't would have a vote that nobody can know, so that a split could never be settled.
     """
     answering = [number for number, store_id in enumerate(log.ids) if store_id]
     able = log.copies.creators(answering)
     if log.copies.unable([number for number in answering if number not in able]):
-        return SqliteSequencer(database_path(log.log_id), log.log_id).make(0)
+        return giver_beside(log.log_id, start=0)
     if len(able) >= write_quorum:
         return BY_STORES
     # A log is bound to this machine for good only where that must be: not because a store can't be asked now.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from ckpt.backends.checked import Replicated
 from ckpt.commit.claims import FiledSequencer, StoresSequencer, silent
 from ckpt.commit.copies import LATE, Copies, copies_of
+from ckpt.commit.etcd import require_etcd
 from ckpt.commit.fold import empty
 from ckpt.commit.folds import FOLD_BYTES_MAX, decode_fold
 from ckpt.commit.gather import Gathered, Held, Silent, Tail, gather
@@ -20,7 +21,16 @@ from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.manifest import keys
 from ckpt.manifest.canonical import UPGRADE
-from ckpt.manifest.records import BY_SQLITE, BY_STORES, RECORD_BYTES_MAX, Record, Stores, decode_record, make_record
+from ckpt.manifest.records import (
+    BY_ETCD,
+    BY_SQLITE,
+    BY_STORES,
+    RECORD_BYTES_MAX,
+    Record,
+    Stores,
+    decode_record,
+    make_record,
+)
 
 
 class SeveralStores:
@@ -290,6 +300,9 @@ class SeveralStores:
                     "run there, or take over with `ckpt stores takeover`"
                 )
             return FiledSequencer(file, self._copies, full, members.write_quorum, absent=absent)
+        if members.sequencer.startswith(BY_ETCD):
+            etcd = require_etcd(self._log_id, members.sequencer)
+            return FiledSequencer(etcd, self._copies, full, members.write_quorum, absent=absent)
         raise UsageError(f"this release does not know who gives out the log's places. sequencer={members.sequencer}")
 
     def _put(self, key: str, data: bytes) -> Claimed | Lost | Unknown:

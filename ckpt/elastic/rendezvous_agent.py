@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt.elastic.rendezvous_decide import Publish, next_round, notice
@@ -28,7 +29,7 @@ from ckpt.elastic.rendezvous_words import (
     encode_seat,
     round_note,
 )
-from ckpt.errors import CkptError, FencedError, InternalError, UnavailableError, UsageError
+from ckpt.errors import CkptError, FencedError, InternalError, UnavailableError
 from ckpt.link.nodes_spec import NodesSpec
 from ckpt.membership import moves, names
 from ckpt.membership.base import Published
@@ -37,6 +38,7 @@ from ckpt.membership.keyed import KeyedMembership
 from ckpt.membership.keyspace import Delete, Keys, Keyspace, NoneOf, Outcome, Put, Transaction
 from ckpt.membership.open import open_keyspace
 from ckpt.membership.values import EpochRecord, NodeInfo, Place, Scope
+from ckpt.membership.where import where_of
 from ckpt.observe.events import Event, Tell
 
 LOOK_S = 2.0
@@ -352,18 +354,7 @@ class Agent:
 
 def keyspace_of(spec: NodesSpec) -> Keyspace:
     """The keys of a job of nodes. Raises UsageError."""
-    if not spec.where.startswith("etcd://"):
-        return open_keyspace(Path(spec.where), spec.job)
-    try:
-        password = Path(spec.password_file).read_text(encoding="utf-8").strip() if spec.password_file else None
-    except OSError as error:
-        raise UsageError(f"etcd's password can't be read. path={spec.password_file} why={error.strerror}") from error
-    options = EtcdOptions(
-        endpoints=tuple(spec.where.removeprefix("etcd://").split(",")), ca=_path(spec.ca_file), cert=_path(spec.cert_file),
-        key=_path(spec.key_file), user=spec.user or None, password=password, call_s=min(0.8, spec.ttl_s / 4),
-    )  # fmt: skip
-    return open_keyspace(options, spec.job)
-
-
-def _path(text: str) -> Path | None:
-    return Path(text) if text else None
+    where = where_of(spec)
+    if isinstance(where, EtcdOptions):
+        where = replace(where, call_s=min(where.call_s, spec.ttl_s / 4))
+    return open_keyspace(where, spec.job)

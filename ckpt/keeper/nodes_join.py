@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckpt.errors import UsageError
 from ckpt.fleet import words as said
@@ -22,9 +21,9 @@ from ckpt.keeper.verdict import Record
 from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.policy import Policy
 from ckpt.membership.decide import Options
-from ckpt.membership.etcd_options import EtcdOptions
 from ckpt.membership.open import open_membership
 from ckpt.membership.values import NodeInfo
+from ckpt.membership.where import ETCD, where_of
 from ckpt.observe.events import Tell
 
 
@@ -42,7 +41,7 @@ class Here:
 
 def check_spec(spec: NodesSpec) -> None:
     """Raises UsageError where nodes could not know each other."""
-    if not spec.secret and spec.where.startswith("etcd://"):
+    if not spec.secret and spec.where.startswith(ETCD):
         raise UsageError(
             f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex digits that only you can read, "
             "the same on all nodes"
@@ -73,7 +72,7 @@ def join(
         return _judged(note, failures, known, heard_s, now_s, here.policy())
 
     return Node(
-        open_membership(_where(spec), spec.job, ttl_s=spec.ttl_s, witnesses_min=witnesses),
+        open_membership(where_of(spec), spec.job, ttl_s=spec.ttl_s, witnesses_min=witnesses),
         info,
         Options(
             nodes_min=spec.nodes_min, nodes_max=spec.nodes_max, last_call_s=spec.last_call_s,
@@ -122,20 +121,6 @@ def _note(record: Record, text: str, *, end: int | None = None) -> Note:
         why=text, fingerprint=record.fingerprint, step=record.step, same=record.same, stuck=record.stuck,
         completed=record.completed, end=end,
     )  # fmt: skip
-
-
-def _where(spec: NodesSpec) -> EtcdOptions | Path:
-    if not spec.where.startswith("etcd://"):
-        return Path(spec.where)
-    password = Path(spec.password_file).read_text(encoding="utf-8").strip() if spec.password_file else None
-    return EtcdOptions(
-        endpoints=tuple(spec.where.removeprefix("etcd://").split(",")), ca=_path(spec.ca_file), cert=_path(spec.cert_file),
-        key=_path(spec.key_file), user=spec.user or None, password=password,
-    )  # fmt: skip
-
-
-def _path(text: str) -> Path | None:
-    return Path(text) if text else None
 
 
 def _witnesses(spec: NodesSpec) -> int:

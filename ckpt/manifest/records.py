@@ -23,6 +23,8 @@ BY_STORES = "stores"
 """The places in the log are given out by the stores together: a record that was created on W of them has its place."""
 BY_SQLITE = "sqlite:"
 """They are given out by one machine's own SQLite file; its id follows."""
+BY_ETCD = "etcd:"
+"""They are given out by an etcd; the id of its cluster follows."""
 
 _SEQUENCER_RE = re.compile(r"stores|sqlite:[0-9a-f]{32}|etcd:[0-9A-Za-z_.:/-]{1,128}", re.ASCII)
 _WRITE_ID_RE = re.compile(r"[0-9a-zA-Z_-]{1,64}", re.ASCII)

@@ -42,7 +42,7 @@ def outcome(root: str, transaction: Transaction, response: etcdrpc.TxnResponse) 
     count = len(transaction.reads)
     reads = response.responses[len(response.responses) - count :]
     found = tuple(tuple(_found(root, kv) for kv in read.response_range.kvs) for read in reads)
-    return Outcome(response.succeeded, response.header.revision, found)
+    return Outcome(response.succeeded, response.header.revision, found, response.header.cluster_id)
 
 
 def watch_request(root: str, keys: Keys, first: int) -> etcdrpc.WatchRequest:

@@ -105,11 +105,15 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a transaction did: whether it held, the service's revision, and what each read found, in key order."""
+    """What a transaction did: whether it held, the service's revision, and what each read found, in key order.
+
+    ``service``: which of all services answered; 0 where there is only one that it can be.
+    """
 
     held: bool
     revision: int
     found: tuple[tuple[KeyValue, ...], ...]
+    service: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
 from ckpt.commit.access import OneStore
+from ckpt.commit.giver import giver_beside
 from ckpt.commit.journal import Journal
 from ckpt.commit.several import SeveralStores
-from ckpt.commit.sqlite import SqliteSequencer, database_path
 from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import ConflictError, UnavailableError, UsageError
 from ckpt.manifest import keys
@@ -121,9 +121,9 @@ def remove(
 
 
 def take_over(journal: Journal, backend: Backend) -> StoreSet:
-    """Let the stores together give out the log's places, or where too few create only once a new file of this machine.
+    """Let the stores together give out the log's places, or where too few create only once etcd or a new file of this machine.
 
-    In the second case nothing but the caller's word keeps the machine that did so from writing in the meantime. Raises
+    In the second case nothing but the caller's word keeps who did so before from writing in the meantime. Raises
     UsageError where the log is in one store.
     """
     access = journal.access
@@ -133,7 +133,7 @@ def take_over(journal: Journal, backend: Backend) -> StoreSet:
     _require_sure(state, backend)
     name = BY_STORES
     if len(access.copies.creators(access.full(state.stores))) < state.stores.write_quorum:
-        name = SqliteSequencer(database_path(journal.log_id), journal.log_id).renew()
+        name = giver_beside(journal.log_id, renew=True)
     after = StoreSet(state.stores.ids, state.stores.write_quorum, name)
     with access.giver(name):
         journal.append(_body(after), epoch=state.epoch)
@@ -251,7 +251,7 @@ def _giver(journal: Journal, stores: Sequence[Backend], before: StoreSet, quorum
         return before.sequencer
     if sum(store.capabilities().create_only for store in stores) >= quorum:
         return BY_STORES
-    return SqliteSequencer(database_path(journal.log_id), journal.log_id).make()
+    return giver_beside(journal.log_id)
 
 
 def _body(members: StoreSet) -> Stores:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from log_ledger import Body, Ledger
+from log_service import Service
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
@@ -108,6 +109,8 @@ class World:
         self.quorum_min = 1
         """The lowest W that was ever in force."""
         self.rotten: list[tuple[Body, str, bytes]] = []
+        self.service: Service | None = None
+        """What gives out the log's places, where that is etcd."""
         self.counts: dict[str, int] = {}
 
     @property
@@ -155,6 +158,15 @@ class World:
             if idle:
                 dice.choice(idle).act()
 
+    def fault(self) -> str:
+        """What goes wrong with one put; empty for nothing."""
+        chance = self.dice.random()
+        for name in ("lost_request", "late", "lost_reply", "twice", "death"):
+            chance -= getattr(self.weather, name)
+            if chance < 0:
+                return name
+        return ""
+
     def land(self, site: Site, key: str, data: bytes, *, create_only: bool) -> None:
         """A put arrives. Raises KeyExistsError."""
         site.body.memory.put(key, [data], create_only=create_only)
@@ -199,6 +211,11 @@ class World:
 
     def _harm(self) -> None:
         """A store loses something for good, unless too many did already."""
+        if self.service is not None and all(site.creates for site in self.sites) and self.dice.random() < 0.3:
+            self.note(
+                "etcd wiped"
+            )  # a store that overwrites could get a record that had its place before, and one after
+            self.service.wipe()
         site = self.dice.choice(self.sites)
         if not self.may_lose(site.number):
             return
@@ -248,6 +265,12 @@ class Process:
                 del os.environ[STATE_VARIABLE]
             else:
                 os.environ[STATE_VARIABLE] = folder
+
+    def die(self) -> None:
+        """It is killed here, unless it can't be."""
+        if not self.undying:
+            self.world.note("deaths")
+            raise Death
 
     def end(self) -> None:
         """What its lanes still had to do is never done."""
@@ -306,7 +329,7 @@ class Way:
             raise UsageError("this store does not create a key only once")
         self._go(voting=key.startswith(keys.LOG))
         late = Late(key, b"".join(data), create_only)
-        fault = self._fault()
+        fault = self.world.fault()
         if key == keys.JOB_KEY and not self.site.creates and fault in ("late", "twice"):
             fault = ""  # a store whose name may be overwritten at any time is no store
         if fault == "lost_request":
@@ -320,14 +343,6 @@ class Way:
             raise UnavailableError("reply lost")
         if fault == "death":
             self._die()
-
-    def _fault(self) -> str:
-        chance = self.world.dice.random()
-        for name in ("lost_request", "late", "lost_reply", "twice", "death"):
-            chance -= getattr(self.world.weather, name)
-            if chance < 0:
-                return name
-        return ""
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         self._look()
@@ -367,9 +382,7 @@ class Way:
             raise UnavailableError("down, or no route")
 
     def _die(self) -> None:
-        if not self.process.undying:
-            self.world.note("deaths")
-            raise Death
+        self.process.die()
 
 
 class Still:

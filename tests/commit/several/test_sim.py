@@ -1,6 +1,7 @@
 """Several writers and readers on several stores, with everything going wrong that may. One seed is one run.
 
-Stores that create a key only once give out the places together (vote); where too few do, a file of one machine does (file).
+Stores that create a key only once give out the places together (vote); where too few do, a file of one machine (file) or etcd
+does.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from pathlib import Path
 import pytest
 from log_oracle import check
 from log_people import Operator, Plan, Reader, Scene, Writer
+from log_service import ANY_ETCD, Service, ServiceWay
 from log_world import InlineLanes, Site, Weather, World
 
 from ckpt.commit import copies as copies_room
+from ckpt.commit import etcd as etcd_room
 from ckpt.commit import folds
+from ckpt.commit import giver as giver_room
 from ckpt.manifest.records import BY_STORES
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
@@ -48,6 +52,9 @@ def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies_room, "read_all", _one_by_one)
     monkeypatch.setattr(secrets, "token_hex", lambda size: f"{_WORLDS[-1].dice.getrandbits(8 * size):0{2 * size}x}")
     monkeypatch.setattr(folds, "FOLD_EVERY", 6)
+    for room in (etcd_room, giver_room):
+        monkeypatch.setattr(room, "etcd_here", lambda: ANY_ETCD if _WORLDS[-1].service is not None else None)
+    monkeypatch.setattr(etcd_room, "open_keyspace", lambda where, job: ServiceWay(_WORLDS[-1]))
 
 
 def scene_of(seed: int, folder: Path) -> Scene:
@@ -55,7 +62,7 @@ def scene_of(seed: int, folder: Path) -> Scene:
     dice = random.Random(seed)
     stores = dice.choice([1, 2, 3, 3, 3, 4, 5])
     quorum = dice.randint(stores // 2 + 1, stores)
-    kind = dice.choice(["vote", "vote", "vote", "file"])
+    kind = dice.choice(["vote", "vote", "vote", "file", "etcd"])
     able = stores if kind == "vote" else dice.randrange(stores)
     rough = dice.random() < 0.5
     races = dice.random() < 0.4
@@ -74,8 +81,10 @@ def scene_of(seed: int, folder: Path) -> Scene:
     _WORLDS[:] = [world]
     world.quorum_min = quorum
     scene = Scene(world, Plan(tuple(range(stores)), quorum))
-    if kind == "file":
-        _begin_file(scene, folder)
+    if kind == "etcd":
+        world.service = Service()
+    if kind != "vote":
+        _begin_alone(scene, folder)
     machines = ["one"] * 3 if kind == "file" else ["one", "one", "two"]
     world.actors = [Writer(scene, f"node{n}", str(folder / machine)) for n, machine in enumerate(machines)]
     if kind == "file":
@@ -84,7 +93,7 @@ def scene_of(seed: int, folder: Path) -> Scene:
     return scene
 
 
-def _begin_file(scene: Scene, folder: Path) -> None:
+def _begin_alone(scene: Scene, folder: Path) -> None:
     """Where stores overwrite what is there, nothing keeps two from making a log at once: one makes it before others come."""
     weather, scene.world.weather = scene.world.weather, Weather(**dict.fromkeys(Weather.__dataclass_fields__, 0.0))
     maker = Writer(scene, "maker", str(folder / "one"))
