@@ -286,17 +286,24 @@ class Node:
         if self._over:
             self._leave()  # at once: whoever starts this job again shall not find it here
             return 0.0
-        self._suspects.tell(view, self._member.suspect)
+        self._suspects.tell(view, self._suspect)
         gone = confirmed(view, self._options.witnesses_min)
         leads = view.leader is not None and view.leader.node == me.node
         if me.node not in gone and (view.leader is None or view.leader.node in gone):
-            if not isinstance(self._member.lead(view), Leading):
+            if isinstance(self._member.lead(view), Leading):
+                self._tell(Event("leads", "this node leads now"))
+            else:
                 self._pause(RETRY_S)
             self._look(me)
         elif leads and me.node not in gone:
             return self._lead(view, me)
         self._noticed = Noticed()
         return time.monotonic() + LOOK_S
+
+    def _suspect(self, node: str, why: str | None) -> None:
+        self._member.suspect(node, why)
+        text = f"{node} is suspected: {why}" if why is not None else f"{node} is suspected no more"
+        self._tell(Event("suspects", text, {"node": node}))
 
     def _see_epoch(self, view: View, me: NodeInfo) -> None:
         """Tell the keeper of a new epoch, as soon as it is known where its ranks meet. A job's end concerns who was in it."""

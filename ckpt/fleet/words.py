@@ -97,6 +97,21 @@ class Standing(Word, frozen=True, kw_only=True):
     named: SnapshotId | None = None
 
 
+class Roll(Word, frozen=True, kw_only=True):
+    """From the node of rank 0: who is still at this epoch? ``answered``: the last call that everybody answered; 0: none."""
+
+    attempt: int
+    number: int
+    answered: int
+
+
+class Here(Word, frozen=True, kw_only=True):
+    """The answer: this node is."""
+
+    attempt: int
+    number: int
+
+
 # ---- snapshots
 
 Turn = tuple[int, SnapshotId, tuple[str, ...]]
@@ -196,6 +211,8 @@ ANY = (
     | Said
     | Decided
     | Standing
+    | Roll
+    | Here
     | Handed
     | Opened
     | AskHeld

@@ -27,11 +27,14 @@ from ckpt.keeper.nodes_judge import with_rank
 from ckpt.keeper.nodes_memory import NodesMemory
 from ckpt.keeper.nodes_standing import common, standing_of
 from ckpt.keeper.nodes_uploads import NodesUploads
+from ckpt.keeper.roll_call import CALLS_PER_TTL, RollCall, answers, called, heard
 from ckpt.keeper.room import OwnRoom, Room
 from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
 from ckpt.link.board import Board
 from ckpt.link.nodes_spec import NodesSpec, host_towards
 from ckpt.link.seating import Seating
+from ckpt.membership.keyed import boot_s
+from ckpt.membership.leases import State, margin_of
 from ckpt.observe.events import Event
 
 STANDING_S = 0.02
@@ -60,6 +63,8 @@ class Nodes:
         self._told_standing: said.Standing | None = None
         self._told_s = 0.0
         self._due_s = 0.0
+        self._roll = RollCall()
+        self._roll_due_s = 0.0
         self._ended_at_s: float | None = None
         self._all_ended = False
         self._leaving: Future[None] | None = None
@@ -188,14 +193,24 @@ class Nodes:
         wait_s = min(STANDING_LATEST_S, self.memory.tick(now_s, placed=self.placed))
         if not self.placed or not self.others:
             return wait_s
+        if self.root and now_s >= self._roll_due_s:
+            self._roll_due_s = now_s + self._spec.ttl_s / CALLS_PER_TTL
+            self._call_roll()
         if now_s >= self._due_s:
             self._due_s = now_s + STANDING_S
             self._tell_standing(now_s)
         return max(0.0, min(self._due_s - now_s, wait_s))
 
     def _tell_time(self, board: Board, node: Node) -> None:
-        """Until when this node may act, where its supervisors see it, whatever becomes of this process."""
-        until_s = node.standing.act_until_s
+        """Until when this node may act, where its supervisors see it, whatever becomes of this process.
+
+        While its lease may have run out unheard of, because nothing answers there, all nodes' answers do as well.
+        """
+        standing = node.standing
+        until_s = standing.act_until_s
+        epoch = self.epoch
+        if standing.state is not State.LOST and self.placed and epoch and epoch.number == self._roll.attempt:
+            until_s = max(until_s, self._roll.until_s(ttl_s=self._spec.ttl_s, margin_s=margin_of(self._spec.ttl_s)))
         if until_s:
             board.act_until_ns = int(until_s * 1e9)
 
@@ -276,6 +291,8 @@ class Nodes:
                 if self.root:
                     self._due_s = 0.0
                 self._show()
+            case said.Roll() | said.Here():
+                self._see_roll(node, word)
             case said.Handed() | said.Opened():
                 self.uploads.take(node, word)
             case said.AskHeld() | said.Held() | said.Sources():
@@ -283,6 +300,24 @@ class Nodes:
             case said.Decided():
                 if board is not None and self.epoch is not None and word.attempt == board.attempt:
                     board.decide(word.boundary, word.flags)
+
+    # ---- whether everybody is still there
+
+    def _call_roll(self) -> None:
+        assert self.epoch is not None, "placed"
+        self._roll = called(self._roll, self.epoch.number, self.others, boot_s())
+        self.say_to_all(said.Roll(attempt=self._roll.attempt, number=self._roll.number, answered=self._roll.answered))
+
+    def _see_roll(self, node: str, word: said.Roll | said.Here) -> None:
+        """A node that knows of a newer epoch, or was told that it is no member any more, answers nothing."""
+        epoch = self.epoch
+        if epoch is None or not self.placed or word.attempt != epoch.number:
+            return
+        if isinstance(word, said.Here):
+            self._roll = heard(self._roll, word.attempt, word.number, node)
+        elif node == epoch.record.root:
+            self._roll = answers(self._roll, word.attempt, word.number, word.answered, boot_s())
+            self.say(node, said.Here(attempt=word.attempt, number=word.number))
 
     # ---- how far everybody is
 

@@ -62,7 +62,7 @@ class KeyedMembership:
         self._keyspace = keyspace
         self._job = job
         self._ttl_s = ttl_s
-        self._margin_s = ttl_s / 10 if margin_s is None else margin_s
+        self._margin_s = leases.margin_of(ttl_s) if margin_s is None else margin_s
         self._witnesses_min = witnesses_min
         self._clock = clock
         self._threads = threads

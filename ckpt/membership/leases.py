@@ -112,6 +112,11 @@ def heard(lease: Lease, answer: Answer) -> Lease:
             return replace(lease, tried_s=max(lease.tried_s, sent_s), silent=lease.silent + 1, why=why)
 
 
+def margin_of(ttl_s: float) -> float:
+    """How long before a lease can run out its holder stops acting, where nobody says otherwise: clocks differ."""
+    return ttl_s / 10
+
+
 def call_s(ttl_s: float) -> float:
     """How long one call may take: well under the time between two keepalives, so that another endpoint can still be tried."""
     return ttl_s / (2 * KEEPALIVES_PER_TTL)

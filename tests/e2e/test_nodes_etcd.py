@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ from etcd_server import EtcdCluster, require
 
 import ckpt
 
-STEPS = 160
+STEPS = 260
 KILL_AT = 50
 REDONE_MAX = 55
 """Far fewer than from the beginning, where only the store would have them go on."""
@@ -74,21 +75,52 @@ def test_standby_takes_over_whatever_happens_to_one_member_of_etcd(
 
 
 @pytest.mark.slow
-def test_nodes_stop_while_etcd_hangs_for_long_and_go_on_when_it_is_back(
+def test_training_goes_on_while_etcd_hangs_for_long_and_all_nodes_answer(
     made: Callable[..., Cluster], etcd: EtcdCluster, undisturbed
 ) -> None:
     one = made(nodes="2")
     for _ in range(2):
-        one.start(*ARGUMENTS, "--step-s", 0.03)
+        one.start(*ARGUMENTS)
     one.wait_steps(KILL_AT)
-    trainer = one.job.trainer(0)
-    holder = one.of_rank(0)
+    trainers = [one.job.trainer(rank) for rank in range(2)]
+    frozen_s = time.monotonic()
     for member in etcd.members:
         member.process.freeze()
+    try:
+        wait_for(lambda: time.monotonic() > frozen_s + 2 * TTL_S, "more than their leases last", wait_s=60.0)
+        one.wait_steps(one.job.completed + 10)
+        assert [one.job.trainer(rank) for rank in range(2)] == trainers, "nobody was restarted"
+        assert one.job.completed < STEPS, "it was over before; make it longer"
+    finally:
+        for member in etcd.members:
+            member.process.thaw()
+    assert set(one.wait_end(240.0).values()) == {0}, one.output()
+    assert differences(undisturbed, one.job, world_size=2) == [], one.output()
+    one.wait_gone()
+    assert ckpt.Checkpointer(str(one.results / "store")).verify().ok
+
+
+@pytest.mark.slow
+def test_nodes_stop_once_one_of_them_does_not_answer_while_etcd_hangs(
+    made: Callable[..., Cluster], etcd: EtcdCluster, undisturbed
+) -> None:
+    one = made(nodes="2")
+    for _ in range(2):
+        one.start(*ARGUMENTS)
+    one.wait_steps(KILL_AT)
+    holder, other = one.of_rank(0), one.of_rank(1)
+    trainer = one.job.trainer(0)
+    silent = other.members()
+    for member in etcd.members:
+        member.process.freeze()
+    for pid in silent:  # nothing of it is closed, nothing of it answers
+        os.kill(pid, signal.SIGSTOP)
     try:
         wait_for(lambda: trainer not in holder.members(), "the end of the trainer", wait_s=TTL_S * 15, say=one.output)
         assert one.job.completed < STEPS, "it was over before; make it longer"
     finally:
+        for pid in silent:
+            os.kill(pid, signal.SIGCONT)
         for member in etcd.members:
             member.process.thaw()
     assert set(one.wait_end(240.0).values()) == {0}, one.output()
