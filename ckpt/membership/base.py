@@ -59,25 +59,6 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
-    """The place is ours and holds our bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """The place is another's; ``data`` are the bytes that are there."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Fenced:
-    """The epoch that it was claimed in does not hold, or its writer is no member: this writer must stop."""
-
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
 class Unknown:
     """No answer came: it may have been done. Repeating the same call is harmless, and tells."""
 
@@ -141,15 +122,4 @@ class Facts(Protocol):
 
     def suspect(self, node: str, why: str | None) -> None:
         """Say that ``node`` may be dead; None: take it back. A witness can suspect a few at a time; its oldest word goes."""
-        ...
-
-
-class Places(Protocol):
-    """Gives out the places of a job's log, to members only."""
-
-    def claim(self, seq: int, data: bytes, *, epoch: int) -> Claimed | Taken | Fenced | Unknown:
-        """Make ``data`` the record at ``seq`` unless there is one, if ``epoch`` holds. Repeating the same call is harmless.
-
-        ``seq`` must follow the last one given out; a job whose first is claimed may begin anywhere.
-        """
         ...

@@ -8,17 +8,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
-from ckpt.errors import ConflictError, FencedError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
+from ckpt.errors import ConflictError, FencedError, NotFoundError, UnavailableError, UsageError
 from ckpt.membership import leases, moves, names
 from ckpt.membership.base import (
-    Claimed,
-    Fenced,
     Following,
     Leading,
     Lost,
     Published,
     Standing,
-    Taken,
     Ticket,
     Unknown,
 )
@@ -49,7 +46,7 @@ def boot_s() -> float:
 
 
 class KeyedMembership:
-    """See Membership, Facts and Places. One node of ``job`` in ``keyspace``, which it closes in the end.
+    """See Membership and Facts. One node of ``job`` in ``keyspace``, which it closes in the end.
 
     ``margin_s``: how long before its lease can run out a node stops acting; None: a tenth of the TTL. ``threads``: keep the
     lease alive; without it the caller calls ``keepalive.round`` when it is due.
@@ -165,27 +162,6 @@ class KeyedMembership:
         except UnavailableError as error:
             return Unknown(str(error))
         return done
-
-    def claim(self, seq: int, data: bytes, *, epoch: int) -> Claimed | Taken | Fenced | Unknown:
-        """See Places. Raises StoreDeniedError where the service refuses, UsageError where places before are missing."""
-        ticket, keepalive = self._member()
-        try:
-            if keepalive.epoch()[0] != epoch:
-                self.view(Scope.HEAD)
-            number, revision = keepalive.epoch()
-            if number != epoch:
-                return Fenced(f"another epoch holds. epoch={number} claimed_in={epoch}")
-            for first in (False, True):
-                outcome = self._keyspace.transact(moves.claim(ticket, seq, data, revision, first=first))
-                if (done := moves.claimed(outcome, ticket, data, revision)) is not None:
-                    return done
-                if (lost := moves.place_lost(self._keyspace.transact(moves.places()), seq)) is not None:
-                    return lost
-        except StoreDeniedError:
-            raise
-        except UnavailableError as error:
-            return Unknown(str(error))
-        return Unknown("places were given out meanwhile; the log is to be read again")
 
     def say(self, fact: str, value: bytes | None) -> None:
         """See Facts."""

@@ -6,9 +6,9 @@ it is done late, since it compares the revision of what it replaces.
 
 from __future__ import annotations
 
-from ckpt.errors import CkptError, ConflictError, FencedError, UsageError
+from ckpt.errors import CkptError, ConflictError, FencedError
 from ckpt.membership import names
-from ckpt.membership.base import Claimed, Fenced, Following, Leading, Lost, Published, Taken, Ticket, Unknown
+from ckpt.membership.base import Following, Leading, Lost, Published, Ticket
 from ckpt.membership.keyspace import (
     OPS_MAX,
     Compare,
@@ -18,7 +18,6 @@ from ckpt.membership.keyspace import (
     Keys,
     KeyValue,
     Leased,
-    NoneOf,
     Outcome,
     Put,
     Transaction,
@@ -35,9 +34,6 @@ from ckpt.membership.values import (
     decode_holdings,
     decode_node,
 )
-
-LOG_KEPT = 256
-"""How many of the log's last records are kept for whoever finishes a dead writer's copies; the stores have the others."""
 
 REMOVES_MAX = OPS_MAX - 10
 
@@ -199,58 +195,6 @@ def said(outcome: Outcome, ticket: Ticket, value: bytes | None) -> int | None:
     if there == value:
         return None
     return word[0].changed if word else 0
-
-
-def claim(ticket: Ticket, seq: int, data: bytes, epoch_revision: int, *, first: bool) -> Transaction:
-    """Give the place ``seq`` to ``data``: after the one before, or (``first``) where no place was ever given out."""
-    before: Compare = NoneOf(names.under(names.LOG)) if first or seq == 0 else Exists(names.log_key(seq - 1))
-    drop = (Delete(names.log_key(seq - LOG_KEPT)),) if seq >= LOG_KEPT else ()
-    return Transaction(
-        (
-            Unchanged(names.log_key(seq), 0),
-            Unchanged(names.EPOCH, epoch_revision),
-            Leased(names.node_key(ticket.node), ticket.lease_id),
-            before,
-        ),
-        (Put(names.log_key(seq), data), *drop),
-        (
-            Keys(names.log_key(seq)),
-            Keys(names.EPOCH, values=False),
-            Keys(names.node_key(ticket.node), values=False),
-        ),
-    )
-
-
-def claimed(outcome: Outcome, ticket: Ticket, data: bytes, epoch_revision: int) -> Claimed | Taken | Fenced | None:
-    """Whose the place is; None: it is nobody's, since places before it are missing here."""
-    place, epoch, own = outcome.found
-    if outcome.held:
-        return Claimed()
-    if place:
-        return Claimed() if place[0].value == data else Taken(place[0].value)
-    if not epoch or epoch[0].changed != epoch_revision:
-        return Fenced("another epoch came meanwhile")
-    if not _own(own, ticket):
-        return Fenced(f"this node is no member any more. node={ticket.node}")
-    return None
-
-
-def places() -> Transaction:
-    """Which places of the log are kept here."""
-    return Transaction(reads=(names.under(names.LOG, values=False),))
-
-
-def place_lost(outcome: Outcome, seq: int) -> Unknown | None:
-    """Why ``seq`` can't be given out though it is nobody's; None: no place was ever given out. Raises UsageError: a gap."""
-    seqs = [int(one.key.removeprefix(names.LOG)) for one in outcome.found[0]]
-    if not seqs:
-        return None
-    if seq <= seqs[-1] + 1:
-        return Unknown(f"the log is to be read again. seq={seq} first={seqs[0]} next={seqs[-1] + 1}")
-    raise UsageError(
-        f"what gives out the log's places is older than the log: it was brought back from a copy, or another took over. "
-        f"its_next={seqs[-1] + 1} wanted={seq}; take over with `ckpt stores takeover`"
-    )
 
 
 def _own(own: tuple[KeyValue, ...], ticket: Ticket) -> bool:

@@ -2,7 +2,6 @@
 
 epoch                      the newest epoch's record                            no lease
 leader                     the id of the node that leads                        its node's lease
-log/<seq>                  records that have a place in the log                 no lease
 nodes/<id>                 what a node says of itself                           its lease
 said/<fact>/<id>           what it says besides: ``holdings``, ``address.7``    its lease
 suspects/<id>/<by>         a witness's word                                     the witness's lease
@@ -18,7 +17,6 @@ from ckpt.membership.values import node_ok
 
 EPOCH = "epoch"
 LEADER = "leader"
-LOG = "log/"
 NODES = "nodes/"
 SAID = "said/"
 SUSPECTS = "suspects/"
@@ -40,11 +38,6 @@ ALL_KEYS = (*HEAD_KEYS, under(NODES), under(f"{SAID}{HOLDINGS}/"), under(SUSPECT
 def node_key(node: str) -> str:
     """Where a node says what it is."""
     return NODES + node
-
-
-def log_key(seq: int) -> str:
-    """Where the record at a place of the log lies."""
-    return f"{LOG}{seq:020d}"
 
 
 def said_key(fact: str, node: str) -> str:

@@ -13,11 +13,10 @@ from keyspace_contract import DEADLINE_S, put
 
 from ckpt.errors import ConflictError, FencedError, UsageError
 from ckpt.membership import names
-from ckpt.membership.base import Claimed, Fenced, Following, Leading, Lost, Published, Taken, Unknown
+from ckpt.membership.base import Following, Leading, Lost, Published
 from ckpt.membership.keyed import SUSPECTS_MAX, KeyedMembership, boot_s
 from ckpt.membership.keyspace import Keyspace
 from ckpt.membership.leases import State
-from ckpt.membership.moves import LOG_KEPT
 from ckpt.membership.values import (
     EpochRecord,
     Holdings,
@@ -90,7 +89,7 @@ class MembershipContract:
         member = make_member()
         assert member.standing().state is State.LOST
         assert member.view().members == ()
-        for act in (member.lead, lambda: member.say("a", b""), lambda: member.claim(0, b"", epoch=1)):
+        for act in (member.lead, lambda: member.say("a", b"")):
             with pytest.raises(FencedError):
                 act()
 
@@ -258,12 +257,11 @@ class MembershipContract:
         leader, node = joined(make_member)
         out, out_node = joined(make_member)
         open_epoch(leader, node, out_node)
-        record = open_epoch(leader, node, remove=(out_node,))
+        open_epoch(leader, node, remove=(out_node,))
         assert out_node not in leader.view().by_node
         for act in (lambda: out.say("a", b"1"), out.lead, lambda: out.suspect(node, "revenge")):
             with pytest.raises(FencedError):
                 act()
-        assert isinstance(out.claim(0, b"x", epoch=record.number), Fenced)
         until(lambda: out.standing().state is State.LOST)
         out.join(info())
         assert out.standing().state is State.SURE
@@ -352,43 +350,3 @@ class MembershipContract:
         assert not follower.wait_change(before, timeout_s=0.2, scope=Scope.HEAD)
         open_epoch(leader, node)
         assert follower.wait_change(before, timeout_s=DEADLINE_S, scope=Scope.HEAD)
-
-    def test_places_of_the_log_are_given_out_once_and_in_order(self, make_member: Make) -> None:
-        one, node = joined(make_member)
-        other, _ = joined(make_member)
-        epoch = open_epoch(one, node).number
-        assert one.claim(41, b"a", epoch=epoch) == Claimed()
-        assert one.claim(41, b"a", epoch=epoch) == Claimed()
-        assert other.claim(41, b"b", epoch=epoch) == Taken(b"a")
-        assert other.claim(42, b"b", epoch=epoch) == Claimed()
-        assert isinstance(other.claim(40, b"c", epoch=epoch), Unknown)
-        with pytest.raises(UsageError):
-            other.claim(44, b"c", epoch=epoch)
-        assert other.claim(43, b"c", epoch=epoch) == Claimed()
-
-    def test_a_log_begins_at_its_first_place(self, make_member: Make) -> None:
-        one, node = joined(make_member)
-        epoch = open_epoch(one, node).number
-        assert one.claim(0, b"a", epoch=epoch) == Claimed()
-        assert one.claim(1, b"b", epoch=epoch) == Claimed()
-        assert one.claim(0, b"x", epoch=epoch) == Taken(b"a")
-
-    def test_a_place_is_claimed_in_the_epoch_that_holds(self, make_member: Make) -> None:
-        one, node = joined(make_member)
-        other, _ = joined(make_member)
-        assert isinstance(one.claim(0, b"a", epoch=1), Fenced)
-        open_epoch(one, node)
-        assert other.claim(0, b"a", epoch=1) == Claimed()
-        open_epoch(one, node, "x")
-        assert isinstance(other.claim(1, b"b", epoch=1), Fenced)
-        assert isinstance(other.claim(1, b"b", epoch=3), Fenced)
-        assert other.claim(1, b"b", epoch=2) == Claimed()
-
-    def test_a_place_long_ago_is_not_given_out_again(self, make_member: Make) -> None:
-        one, node = joined(make_member)
-        epoch = open_epoch(one, node).number
-        for seq in range(LOG_KEPT + 2):
-            assert one.claim(seq, b"%d" % seq, epoch=epoch) == Claimed()
-        assert isinstance(one.claim(0, b"new", epoch=epoch), Unknown)
-        assert isinstance(one.claim(1, b"new", epoch=epoch), Unknown)
-        assert one.claim(2, b"new", epoch=epoch) == Taken(b"2")

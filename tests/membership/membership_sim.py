@@ -18,7 +18,7 @@ from memory_keyspace import MemoryServer
 
 from ckpt.errors import CkptError, FencedError, UnavailableError
 from ckpt.membership import names
-from ckpt.membership.base import Claimed, Leading, Lost, Published
+from ckpt.membership.base import Leading, Lost, Published
 from ckpt.membership.decide import NewEpoch, Noticed, Options, decide, notice
 from ckpt.membership.keyed import KeyedMembership
 from ckpt.membership.keyspace import Grant, Keys, Outcome, Put, Transaction
@@ -44,7 +44,6 @@ class Service(MemoryServer):
         super().__init__(lambda: world.now_s)
         self._world = world
         self.epochs: list[EpochRecord] = []
-        self.log: dict[int, bytes] = {}
         self.on_put = self._seen
 
     def expire(self) -> None:
@@ -63,12 +62,6 @@ class Service(MemoryServer):
             assert self.keys[names.LEADER].value == record.leader.encode(), "somebody published who does not lead"
             assert names.node_key(record.leader) in self.keys, "somebody published who is no member"
             self.epochs.append(record)
-        elif put.key.startswith(names.LOG):
-            seq = int(put.key.removeprefix(names.LOG))
-            assert seq not in self.log, "a place was given out twice"
-            assert not self.log or seq == max(self.log) + 1, "a place was left out"
-            assert put.value.startswith(b"%d " % self.epochs[-1].number), "a place was given to an older epoch"
-            self.log[seq] = put.value
 
 
 @dataclass(eq=False)
@@ -115,14 +108,13 @@ class Process:
         self.world.at(self.world.now_s + max(0.01, wait_s), self, self.keep)
 
     def control(self) -> None:
-        """Look, lead, decide; suspect; write."""
+        """Look, lead, decide; suspect."""
         dice = self.world.dice
         try:
             view = self.member.view()
             if self.member.lead(view) == Leading():
                 self._lead()
             self._suspect(view)
-            self._write(view)
         except (UnavailableError, FencedError):
             self.noticed = Noticed()
         self.world.at(self.world.now_s + dice.uniform(0.2, 0.8), self, self.control)
@@ -153,16 +145,6 @@ class Process:
             process = self.world.of(word.node)
             if word.by == self.node and process is not None and process.alive and dice.random() < 0.5:
                 self.member.suspect(word.node, None)
-
-    def _write(self, view: View) -> None:
-        if view.epoch is None or self.world.dice.random() < 0.5:
-            return
-        service = self.world.service
-        seq = len(service.log) if self.world.dice.random() < 0.8 else max(0, len(service.log) - 1)
-        number = view.epoch.number
-        data = b"%d %s %d" % (number, self.node.encode(), self.world.dice.getrandbits(60))
-        if isinstance(self.member.claim(seq, data, epoch=number), Claimed):
-            assert service.log[seq] == data, "the place holds another's record"
 
 
 class SimKeyspace:

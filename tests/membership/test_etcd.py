@@ -15,7 +15,7 @@ from members_contract import info, open_epoch, record_of, until
 from zombie import zombie_is_refused
 
 from ckpt.errors import FencedError, UnavailableError
-from ckpt.membership.base import Claimed, Fenced, Leading, Lost, Published
+from ckpt.membership.base import Leading, Lost, Published
 from ckpt.membership.decide import NewEpoch, Noticed, Options, decide
 from ckpt.membership.etcd import EtcdKeyspace
 from ckpt.membership.etcd_options import EtcdOptions, split_endpoint
@@ -234,9 +234,7 @@ def test_a_wiped_etcd_knows_no_epoch_and_the_next_one_exceeds_all_that_were_seen
     for act in (old.lead, lambda: old.say("a", b"x")):
         with pytest.raises(FencedError):
             act()
-    assert isinstance(old.claim(0, b"x", epoch=3), Fenced)
     assert isinstance(fresh.publish(decided.record, view), Published)
-    assert fresh.claim(7, b"x", epoch=4) == Claimed()
     for member in (old, fresh):
         with contextlib.suppress(UnavailableError):
             member.leave()

@@ -15,7 +15,7 @@ GROUPS = 20 if SOAK else 4
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_whatever_fails_there_is_one_line_of_epochs_and_it_goes_on(group: int) -> None:
-    epochs = records = 0
+    epochs = 0
     for seed in range(group, SEEDS, GROUPS):
         world = World(seed)
         try:
@@ -23,9 +23,7 @@ def test_whatever_fails_there_is_one_line_of_epochs_and_it_goes_on(group: int) -
         except Exception as error:
             raise AssertionError(f"seed={seed} now_s={world.now_s:.3f}") from error
         epochs += len(world.service.epochs)
-        records += len(world.service.log)
     assert epochs > 2 * SEEDS // GROUPS  # the faults had something to spoil
-    assert records > 2 * SEEDS // GROUPS
 
 
 def test_a_run_is_the_same_for_the_same_seed() -> None:
@@ -33,4 +31,3 @@ def test_a_run_is_the_same_for_the_same_seed() -> None:
     one.run()
     other.run()
     assert one.service.epochs == other.service.epochs
-    assert one.service.log == other.service.log
