@@ -147,13 +147,14 @@ def report_json(report: Report) -> dict[str, JsonValue]:
         "since_s": report.since_s,
         "attempt": report.attempt,
         "epoch": report.epoch,
-        "complete": _pair_json(report.complete),
+        "complete": pair_json(report.complete),
         "durable": _durable_json(report.durable),
         "uploads": report.uploads,
         "slot_bytes": report.slot_bytes,
         "rss_bytes": report.rss_bytes,
         "ranks": [_rank_json(rank) for rank in report.ranks],
         "recoveries": [dict(facts) for facts in report.recoveries],
+        "refused": dict(report.refused),
     }
 
 
@@ -189,7 +190,7 @@ def _rank_json(rank: RankReport) -> dict[str, JsonValue]:
             {
                 "index": slot.index,
                 "size_bytes": slot.size_bytes,
-                "snapshot": _pair_json(slot.snapshot),
+                "snapshot": pair_json(slot.snapshot),
                 "held": slot.held,
             }
             for slot in rank.slots
@@ -197,7 +198,7 @@ def _rank_json(rank: RankReport) -> dict[str, JsonValue]:
     }
 
 
-def _pair_json(snapshot: SnapshotId | None) -> JsonValue:
+def pair_json(snapshot: SnapshotId | None) -> JsonValue:
     return None if snapshot is None else {"epoch": snapshot.epoch, "step": snapshot.step}
 
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "key": "ckpt.cli.key",
     "ps": "ckpt.cli.ps",
     "top": "ckpt.cli.top",
+    "standby": "ckpt.cli.standby",
     "completion": "ckpt.cli.completion",
 }
 """Each command and the module that holds it as ``command``."""

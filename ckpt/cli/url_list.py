@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +16,11 @@ from ckpt.backends.encrypted_key import load_keys
 from ckpt.backends.objects import StorageOptions
 from ckpt.cli.say import warn
 from ckpt.cli.store import Result, options_of
-from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import IntegrityError, NotFoundError, UnavailableError
+from ckpt.link.rate_text import rate_of
 from ckpt.observe.events import Event
 from ckpt.replicate.job import key_source
 from ckpt.replicate.open import open_stores
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
-_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ def rate_option(function: Callable[..., Result]) -> Callable[..., Result]:
     @click.option("--rate", metavar="SIZE", help="Read and write no more than this in a second, such as 50MiB.")
     @functools.wraps(function)
     def command(*args: object, rate: str | None, **others: object) -> Result:
-        return function(*args, rate_bytes_per_s=None if rate is None else _rate(rate), **others)
+        return function(*args, rate_bytes_per_s=None if rate is None else rate_of(rate), **others)
 
     return command
 
@@ -141,10 +138,3 @@ def tell_alarms(event: Event) -> None:
     """A Tell that warns on stderr."""
     if event.alarm:
         warn(event.text)
-
-
-def _rate(text: str) -> float:
-    found = _SIZE.fullmatch(text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise UsageError(f"not a rate. rate={text}; write 50MiB, for so much in a second")
-    return float(found[1]) * 2.0 ** _POWERS[found[2].upper()]

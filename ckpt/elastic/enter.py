@@ -23,6 +23,7 @@ from ckpt.link.client import START_WAIT_S, HungUpError, KeeperSpec, ensure_keepe
 from ckpt.link.frames import Wire
 from ckpt.link.launcher import ranks_here
 from ckpt.link.messages import WIRE_VERSION, Hello
+from ckpt.link.nodes_spec import NODES_VARIABLE
 from ckpt.link.policy import Policy
 from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import Event, to_logging
@@ -134,8 +135,11 @@ def _say(text: str) -> None:
 
 
 def _import_ahead() -> None:
-    """What making an optimizer imports: 1.5 s that every trainer would spend anew. The first one needs it anyway."""
-    for name in ("torch._dynamo",):
+    """What making an optimizer imports: 1.5 s that every trainer would spend anew. The first one needs it anyway.
+
+    With other nodes also what reading their memory imports, which the first trainer does not.
+    """
+    for name in ("torch._dynamo", *(("ckpt.peer.gmac",) if os.environ.get(NODES_VARIABLE) else ())):
         with suppress(ImportError):
             importlib.import_module(name)
 

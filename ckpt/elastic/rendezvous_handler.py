@@ -44,6 +44,7 @@ from ckpt.elastic.rendezvous_options import Settings, settings_of
 from ckpt.elastic.rendezvous_store import ApartStore, RoundStore
 from ckpt.elastic.rendezvous_words import Look, Round
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
+from ckpt.fleet.tls import check_tls
 from ckpt.link.nodes_spec import host_towards, to_environment
 from ckpt.observe.events import Event, to_logging
 
@@ -75,6 +76,10 @@ def handler_of(parameters: RendezvousParameters) -> Rendezvous:
     )  # fmt: skip
     if not settings.host:
         settings = replace(settings, host=host_towards(settings.meet.where))
+    if (
+        settings.nodes is not None
+    ):  # whether they may go without TLS is for keepers to say: undecorated programs lend nothing
+        check_tls(settings.nodes, settings.host)
     return Rendezvous(settings)
 
 

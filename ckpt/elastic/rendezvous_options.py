@@ -15,9 +15,11 @@ from ckpt.commit.sqlite import database_path
 from ckpt.elastic.rendezvous_decide import Rules
 from ckpt.errors import UsageError
 from ckpt.link.nodes_spec import NodesSpec
+from ckpt.link.rate_text import rate_of
 from ckpt.link.runtime import runtime_root
 from ckpt.manifest.manifest import job_ok
 from ckpt.membership.etcd_options import PORT, split_endpoint
+from ckpt.peer.rate import RATE_BYTES_MIN
 
 KEYS: Mapping[str, str] = {
     "secret": "a file with what only the job's nodes know",
@@ -25,6 +27,7 @@ KEYS: Mapping[str, str] = {
     "domain": "what this node fails together with",
     "mirrors": "on how many other nodes staged state is kept",
     "mirror_bytes": "how much memory the mirrors of others may take here",
+    "mirror_rate": "how much is sent in a second at most to have mirrors kept, such as 500MiB",
     "ttl": "seconds after which a silent node is lost",
     "standby": "warm: extra nodes start the program at once, and hold no rank; wait: they wait",
     "grow": "start a running undecorated job anew when one more node comes than it has",
@@ -38,7 +41,10 @@ KEYS: Mapping[str, str] = {
     "ca_file": "PEM file of etcd's authority",
     "cert_file": "PEM file of this client's certificate",
     "key_file": "PEM file of its key",
-    "plaintext": "lend memory over the network without TLS",
+    "tls_cert": "PEM file of this node's certificate: nodes then speak TLS to each other",
+    "tls_key": "PEM file of its key",
+    "tls_ca": "PEM file of the authority that signed all nodes' certificates",
+    "plaintext": "lend memory over the network without TLS: weights can then be read on the way",
 }
 """Each setting of ``--rdzv-conf``, and what it says."""
 
@@ -108,7 +114,9 @@ def _spec(read: _Reader, where: str, job: str, rules: Rules, host: str) -> Nodes
         where=where, job=job, nodes_min=rules.agents_min, nodes_max=rules.agents_max, secret=read.file("secret"),
         host=host, domain=read.text("domain"), mirrors=read.count("mirrors", 1), ttl_s=ttl_s, user=read.text("user"),
         password_file=read.file("password_file"), ca_file=read.file("ca_file"), cert_file=read.file("cert_file"),
-        key_file=read.file("key_file"), plaintext=read.yes("plaintext"), mirror_bytes=read.count("mirror_bytes", 0),
+        key_file=read.file("key_file"), plaintext=read.yes("plaintext"), tls_cert=read.file("tls_cert"),
+        tls_key=read.file("tls_key"), tls_ca=read.file("tls_ca"), mirror_bytes=read.count("mirror_bytes", 0),
+        mirror_rate=read.rate("mirror_rate"),
         last_call_s=rules.last_call_s, shrink_wait_s=rules.shrink_s,
         grow_wait_s=read.seconds("grow_timeout", 10.0),
     )  # fmt: skip
@@ -164,6 +172,15 @@ class _Reader:
         if text and not text.isdecimal():
             raise UsageError(f"not a number from 0 on. {key}={text!r}")
         return int(text) if text else default
+
+    def rate(self, key: str) -> float:
+        text = self.text(key)
+        value = 0.0 if text in ("", "0") else rate_of(text)
+        if 0.0 < value < RATE_BYTES_MIN:
+            raise UsageError(
+                f"so slow a node is taken for one that stalls. {key}={text!r} least={RATE_BYTES_MIN >> 20}MiB"
+            )
+        return value
 
     def seconds(self, key: str, default: float) -> float:
         text = self.text(key)

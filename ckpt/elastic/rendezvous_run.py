@@ -21,8 +21,11 @@ from torch.distributed.launcher.api import elastic_launch
 from ckpt.elastic.rendezvous import BACKEND, create
 from ckpt.errors import ConflictError, UnavailableError, UsageError
 
-OWN = ("secret", "host", "domain", "mirrors", "ttl", "standby")
-"""The settings of ``--rdzv-conf`` that are options of their own here."""
+OWN = ("secret", "host", "domain", "mirrors", "mirror_rate", "ttl", "standby", "tls_cert", "tls_key", "tls_ca")
+"""The settings of ``--rdzv-conf`` that are options of their own here,"""
+
+FLAGS = ("plaintext",)
+"""and those that take no value."""
 
 EXIT_FAILED = 1
 """A worker of this node failed for good, as torchrun says it."""
@@ -62,7 +65,9 @@ def _parser() -> ArgumentParser:
     parser.set_defaults(rdzv_backend=BACKEND)
     group = parser.add_argument_group("ckpt")
     for name in OWN:
-        group.add_argument(f"--{name}", help=f"as {name}= in --rdzv-conf; see ckpt run --help")
+        group.add_argument(_option(name), help=f"as {name}= in --rdzv-conf; see ckpt run --help")
+    for name in FLAGS:
+        group.add_argument(_option(name), action="store_const", const="1", help=f"as {name}=1 in --rdzv-conf")
     return parser
 
 
@@ -70,10 +75,10 @@ def filled_in(args: Namespace) -> Namespace:
     """The options as torchrun takes them."""
     if args.rdzv_backend != BACKEND:
         raise UsageError(f"ckpt run has its own rendezvous. rdzv_backend={args.rdzv_backend}; torchrun takes others")
-    own = {name: getattr(args, name) for name in OWN if getattr(args, name) is not None}
+    own = {name: getattr(args, name) for name in (*OWN, *FLAGS) if getattr(args, name) is not None}
     own.setdefault("standby", "warm")
     if bad := [name for name, value in own.items() if "," in value or not value]:
-        raise UsageError(f"an option is empty, or holds a comma. option=--{bad[0]}")
+        raise UsageError(f"an option is empty, or holds a comma. option={_option(bad[0])}")
     given = {part.partition("=")[0].strip() for part in args.rdzv_conf.split(",")}
     if args.standby is None and "standby" in given:
         own.pop("standby")
@@ -82,6 +87,10 @@ def filled_in(args: Namespace) -> Namespace:
     for unused in ("master_addr", "node_rank"):  # torch warns that they mean nothing here
         delattr(args, unused)
     return args
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _launch(args: Namespace) -> None:

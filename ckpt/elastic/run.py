@@ -296,7 +296,7 @@ class Run(Whereabouts):
         if self._completed is None:
             return False
         self._stop_at_s = time.monotonic() + within_s
-        if self.rank == 0:  # one rank's request is every rank's
+        if self._session.local_rank == 0:  # one request is every rank's; of several nodes any one may be asked to go
             self._session.orders.request(Order(forced=True, stop=True))
         return True
 

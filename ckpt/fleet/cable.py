@@ -26,6 +26,8 @@ VERSION = 1
 GREETING_BYTES_MAX = 2048
 """All that is kept of what somebody says who has not proved yet who it is: twice this."""
 FRAME_BYTES_MAX = 64 << 20
+TLS_BEGINS = (b"\x16\x03", b"\x15\x03")
+"""How whoever speaks TLS begins, or refuses; a greeting is shorter than these are as a length."""
 
 _LENGTH = struct.Struct("<I")
 _ENCODER = msgspec.msgpack.Encoder()
@@ -102,6 +104,10 @@ class Cable:
             (length,) = _LENGTH.unpack_from(self._in)
             known = bool(self._receive_key)
             limit = FRAME_BYTES_MAX if self.up else GREETING_BYTES_MAX
+            if not known and self._in.startswith(TLS_BEGINS):
+                raise StoreDeniedError(
+                    "the other end speaks TLS, and this node has no certificate; give all nodes one or none"
+                )
             if length > limit:
                 raise StoreDeniedError(f"not a line of this job's nodes. length={length} limit_bytes={limit}")
             stop = _LENGTH.size + length + (MAC_BYTES if known else 0)

@@ -7,6 +7,7 @@ a broken line is said again: whoever needs that hears ``down``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from ckpt.errors import CkptError, UnavailableError
 from ckpt.fleet.cable import Cable
 from ckpt.fleet.secret import NONCE_BYTES
+from ckpt.fleet.sheath import Sheath
+from ckpt.fleet.tls import Tls
 from ckpt.fleet.words import Beat, Word
 from ckpt.observe.events import Event, Tell
 
@@ -32,7 +35,7 @@ PROBE_S = 1.0
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 2.0
 STRANGERS_MAX = 64
-"""Connections that have not proved yet who they are; more are hung up on at once."""
+"""Connections that came and have not proved yet who they are; one more pushes out the oldest."""
 OUT_BYTES_MAX = 256 << 20
 """What waits for one node at most; one that reads nothing is given up."""
 READ_BYTES = 256 << 10
@@ -57,6 +60,7 @@ class _Line:
     cable: Cable
     dialled: bool
     since_s: float
+    sheath: Sheath | None = None  # TLS around the cable
     probes: bool = False
     """Only to learn whether anybody listens there: hung up as soon as it is known."""
     connecting: bool = False
@@ -76,19 +80,24 @@ class _Wanted:
 
 
 class Lines:
-    """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Thread-safe."""
+    """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Over TLS with ``tls``. Thread-safe."""
 
-    def __init__(self, secret: bytes, *, job: str, node: str, listen: str, heard: Heard, tell: Tell) -> None:
+    def __init__(
+        self, secret: bytes, *, job: str, node: str, listen: str, heard: Heard, tell: Tell, tls: Tls | None = None
+    ) -> None:
         self._secret = secret
+        self._tls = tls
         self._job = job
         self._node = node
         self._heard = heard
         self._tell = tell
         self._told: set[str] = set()
-        host, _, port = listen.rpartition(":")
+        self.refused = 0
+        """How many connections were ended because of what came on them, or because there were too many strangers."""
+        host, port = _split(listen)
         try:
             self._listener = socket.create_server(
-                (host.strip("[]"), int(port)), family=_family(host), backlog=BACKLOG, reuse_port=False
+                (host, int(port)), family=_family(host), backlog=BACKLOG, reuse_port=False
             )  # fmt: skip
         except OSError as error:
             raise UnavailableError(f"other nodes can't be listened to. address={listen} why={error}") from error
@@ -194,7 +203,7 @@ class Lines:
 
     def _dial(self, node: str, one: _Wanted, now_s: float) -> None:
         one.due_s, one.pause_s = now_s + one.pause_s, min(2 * one.pause_s, RETRY_LAST_S)
-        host, _, port = one.address.rpartition(":")
+        host, port = _split(one.address)
         sock = socket.socket(_family(host), socket.SOCK_STREAM)
         sock.setblocking(False)
         cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES), dials=node)
@@ -202,7 +211,8 @@ class Lines:
         self._lines.add(line)
         self._selector.register(sock, _WRITE, line)
         try:
-            sock.connect((host.strip("[]"), int(port)))
+            line.sheath = None if self._tls is None or line.probes else Sheath(self._tls, calls=host)
+            sock.connect((host, int(port)))
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:
@@ -213,12 +223,14 @@ class Lines:
             sock, _ = self._listener.accept()
         except OSError:  # it hung up before we looked, or there is no descriptor left: it comes again
             return
-        if sum(not line.cable.up for line in self._lines) >= STRANGERS_MAX:
-            sock.close()
-            return
+        strangers = [line for line in self._lines if not line.dialled and not line.cable.up]
+        if len(strangers) >= STRANGERS_MAX:
+            self.refused += 1
+            self._drop(min(strangers, key=lambda line: line.since_s), "too many strangers", quiet=True)
         sock.setblocking(False)
         cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES))
         line = _Line(sock, cable, dialled=False, since_s=time.monotonic())
+        line.sheath = None if self._tls is None else Sheath(self._tls, calls=None)
         _quick(sock)
         self._lines.add(line)
         self._selector.register(sock, _READ, line)
@@ -230,8 +242,9 @@ class Lines:
                 self._drop(line, _why(OSError(code, os.strerror(code))))
                 return
             line.connecting = False
-            if line.probes:  # it is for the other end to dial
-                self._settle(line.cable.peer)
+            if line.probes:
+                # It is for the other end to dial. Until it has, this end looks again: of a process that is being killed the
+                # line may close a moment before the port.
                 self._drop(line, "somebody listens there", quiet=True)
                 return
             _quick(line.sock)
@@ -253,7 +266,7 @@ class Lines:
             return
         line.heard_s = time.monotonic()
         try:
-            words = line.cable.received(data)
+            words = line.cable.received(data if line.sheath is None else line.sheath.received(data))
         except CkptError as error:
             self._refuse(line, error)
             return
@@ -283,10 +296,13 @@ class Lines:
                 one.doubtful, one.pause_s, one.due_s = False, RETRY_FIRST_S, 0.0
 
     def _refuse(self, line: _Line, error: CkptError) -> None:
+        self.refused += 1
         text = f"{'the node at' if line.dialled else 'a connection from'} {_name_of(line.sock)}: {error}"
         if text not in self._told and len(self._told) < STRANGERS_MAX:
             self._told.add(text)
             self._tell(Event("line-refused", text, {"code": error.code}, alarm=True))
+        with contextlib.suppress(OSError):  # it may have hung up, or take nothing
+            line.sock.send(b"" if line.sheath is None else line.sheath.last_words())
         self._drop(line, str(error))
 
     def _say_posted(self) -> None:
@@ -299,12 +315,21 @@ class Lines:
                 self._send(line, word, now_s)
 
     def _send(self, line: _Line, word: Word, now_s: float) -> None:
-        line.cable.say(word)
+        try:
+            line.cable.say(word)
+        except CkptError as error:  # too long: who said it hears that nothing goes on here
+            self._drop(line, str(error))
+            return
         line.said_s = now_s
         self._flush(line)
 
     def _flush(self, line: _Line) -> None:
-        line.out += line.cable.to_send()
+        said = line.cable.to_send()
+        try:
+            line.out += said if line.sheath is None else line.sheath.to_send(said)
+        except CkptError as error:
+            self._refuse(line, error)
+            return
         if len(line.out) > OUT_BYTES_MAX:
             self._drop(line, f"it does not read what it is sent. waiting_bytes={len(line.out)}")
             return
@@ -351,9 +376,9 @@ class Lines:
 
 def probe(address: str, timeout_s: float = DIAL_S) -> str:
     """Whether somebody listens there: "" where a connection can be made, else why not (``refused: ...`` where nobody does)."""
-    host, _, port = address.rpartition(":")
+    host, port = _split(address)
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
+        with socket.create_connection((host, int(port)), timeout=timeout_s):
             return ""
     except (OSError, ValueError) as error:
         return _why(error)
@@ -363,6 +388,11 @@ def _why(error: OSError | ValueError) -> str:
     if isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) == 111:
         return f"refused: {error}"
     return f"{type(error).__name__}: {error}"
+
+
+def _split(address: str) -> tuple[str, str]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), port
 
 
 def _family(host: str) -> socket.AddressFamily:

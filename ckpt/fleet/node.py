@@ -14,7 +14,7 @@ from dataclasses import replace
 from ckpt.errors import CkptError, FencedError, InternalError
 from ckpt.fleet.leading import Judge, Trouble, assess, end_unseen, floor_of, next_epoch, note_of, peer_of
 from ckpt.fleet.lines import Heard, Lines
-from ckpt.fleet.note import encode_note
+from ckpt.fleet.note import Note, encode_note
 from ckpt.fleet.reach import wanted
 from ckpt.fleet.reports import Reported, Reports
 from ckpt.fleet.suspects import Suspects
@@ -23,8 +23,9 @@ from ckpt.fleet.words import Ended, Failed, Meet, Word
 from ckpt.membership.base import Leading, Published, Standing
 from ckpt.membership.decide import Noticed, Options, decide, notice
 from ckpt.membership.leases import State
+from ckpt.membership.names import HOLDINGS
 from ckpt.membership.suspects import confirmed
-from ckpt.membership.values import EpochRecord, NodeInfo, View
+from ckpt.membership.values import EpochRecord, Holdings, NodeInfo, View, encode_holdings
 from ckpt.observe.events import Event, Tell
 
 LOOK_S = 1.0
@@ -67,11 +68,14 @@ class Node:
         self._reports = Reports()
         self._mine: Failed | Ended | None = None
         self._meet: Meet | None = None
+        self._holdings: bytes | None = None
         self._suspects = Suspects()
         # For the thread that acts alone:
         self._seen = 0
+        self._epoch: Epoch | None = None
         self._since = (0, 0.0)
         self._noticed = Noticed()
+        self._said_holdings: tuple[str, bytes] | None = None
         self._lost: dict[str, float] = {}
         self._said = ""
         self._threads = [
@@ -93,6 +97,12 @@ class Node:
         """What this node may do now."""
         return self._member.standing()
 
+    @property
+    def refused(self) -> int:
+        """How many connections were refused since it last joined: they proved nothing."""
+        lines = self._lines
+        return 0 if lines is None else lines.refused
+
     def say(self, node: str, word: Word) -> bool:
         """Say something to another node's keeper; False where there is no line to it now."""
         lines = self._lines
@@ -110,6 +120,14 @@ class Node:
     def ended(self, attempt: int) -> None:
         """All ranks of this node ended well."""
         self._say_mine(Ended(attempt=attempt))
+
+    def holds(self, holdings: Holdings) -> None:
+        """What this node has of a world's ranks: who leads gives it, rather than another standby, the place of one of them."""
+        data = encode_holdings(holdings)
+        with self._changed:
+            if data != self._holdings:
+                self._holdings = data
+                self._touch()
 
     def close(self, *, keep: bool = False) -> None:
         """Leave the membership and hang up. ``keep``: another keeper of this node takes it on."""
@@ -287,6 +305,7 @@ class Node:
             self._leave()  # at once: whoever starts this job again shall not find it here
             return 0.0
         self._suspects.tell(view, self._suspect)
+        self._say_holdings(me)
         gone = confirmed(view, self._options.witnesses_min)
         leads = view.leader is not None and view.leader.node == me.node
         if me.node not in gone and (view.leader is None or view.leader.node in gone):
@@ -300,6 +319,13 @@ class Node:
         self._noticed = Noticed()
         return time.monotonic() + LOOK_S
 
+    def _say_holdings(self, me: NodeInfo) -> None:
+        """Under this node's lease, so under another node id it is said again."""
+        data = self._holdings
+        if data is not None and self._said_holdings != (me.node, data):
+            self._member.say(HOLDINGS, data)
+            self._said_holdings = (me.node, data)
+
     def _suspect(self, node: str, why: str | None) -> None:
         self._member.suspect(node, why)
         text = f"{node} is suspected: {why}" if why is not None else f"{node} is suspected no more"
@@ -308,8 +334,14 @@ class Node:
     def _see_epoch(self, view: View, me: NodeInfo) -> None:
         """Tell the keeper of a new epoch, as soon as it is known where its ranks meet. A job's end concerns who was in it."""
         record, note = view.epoch, note_of(view)
+        if record is not None and record.number == self._seen:
+            self._see_members(view)
+            return
         since = self._joined_at if note.end is None else self._began_at
-        if record is None or record.number <= self._seen or view.epoch_revision < since:
+        if record is None or record.number <= self._seen:
+            return
+        if view.epoch_revision < since:
+            self._see_from_outside(view, record, note, me)
             return
         meet = None
         if note.end is None and me.node in record.ranks:
@@ -318,12 +350,31 @@ class Node:
                 return
         self._seen = record.number
         self._over = note.end is not None
-        addresses = {member.node: member.info.address for member in view.members}
-        peers = {member.node: peer for member in view.members if (peer := peer_of(member.info))}
-        domains = {member.node: member.info.failure_domain for member in view.members}
         with self._changed:
             self._reports.forget(view)
-        self._told.epoch(Epoch(record, note, addresses, peers, domains, meet, me.node))
+        self._epoch = Epoch(record, note, *_people(view), meet, me.node)
+        self._told.epoch(self._epoch)
+
+    def _see_from_outside(self, view: View, record: EpochRecord, note: Note, me: NodeInfo) -> None:
+        """An epoch that was there before this node: it is a standby, and is told of nothing but who is there."""
+        if note.end is None and me.node not in record.ranks:
+            self._seen = record.number
+            self._epoch = Epoch(record, note, *_people(view), None, me.node)
+            self._told.members(self._epoch)
+
+    def _see_members(self, view: View) -> None:
+        """Standbys come and go within an epoch; who has ranks in it is of it until another one follows."""
+        if (before := self._epoch) is None:
+            return
+        addresses, peers, domains = (
+            {node: one for node, one in then.items() if node in before.record.ranks}
+            | {node: one for node, one in now.items() if node not in before.record.ranks}
+            for then, now in zip((before.addresses, before.peers, before.domains), _people(view), strict=True)
+        )
+        epoch = replace(before, addresses=addresses, peers=peers, domains=domains)
+        if epoch != before:
+            self._epoch = epoch
+            self._told.members(epoch)
 
     def _meeting_of(self, record: EpochRecord, me: NodeInfo) -> Meet | None:
         """Where the epoch's ranks meet, where that is known. The node of rank 0 chooses it, and says so."""
@@ -387,3 +438,12 @@ class Node:
         if text != self._said and not self._done:
             self._said = text
             self._tell(Event(kind, text, alarm=True))
+
+
+def _people(view: View) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Of all members: where their lines are, where they lend memory, and what each fails together with."""
+    return (
+        {member.node: member.info.address for member in view.members},
+        {member.node: peer for member in view.members if (peer := peer_of(member.info))},
+        {member.node: member.info.failure_domain for member in view.members},
+    )

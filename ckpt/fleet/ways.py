@@ -38,12 +38,19 @@ class Epoch:
         """Its number."""
         return self.record.number
 
+    @property
+    def standbys(self) -> tuple[str, ...]:
+        """The nodes that lend memory and have no ranks."""
+        return tuple(sorted(node for node in self.peers if node not in self.record.ranks))
+
 
 @dataclass(frozen=True, slots=True)
 class Told:
     """What a node tells its keeper, from threads of its own."""
 
     epoch: Callable[[Epoch], object]
+    members: Callable[[Epoch], object]
+    """The epoch that was told goes on with other standbys, or was there before this node, which is one."""
     out: Callable[[str], object]
     """This node is no member any more, so nothing of it may go on; it joins again by itself."""
     word: Callable[[str, Word], object]

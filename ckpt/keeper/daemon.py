@@ -37,7 +37,7 @@ from ckpt.link.messages import (
 from ckpt.observe.events import Event, Tell
 
 FIRST_HELLO_S = 30.0
-"""How long a keeper that nobody spoke to stays."""
+"""How long a keeper that nobody spoke to stays, and a connection on which nobody says hello."""
 
 TICK_S_MAX = 1.0
 
@@ -131,6 +131,9 @@ class Daemon:
     def _look(self) -> float:
         """See whether the keeper can be found, and can take connections again; returns seconds until the next look."""
         now_s = time.monotonic()
+        for peer in [one for one in self._job.peers.values() if _mute(one, now_s)]:
+            self._tell(Event("peer-lost", "a connection on which nobody said hello was ended"))
+            self._gone(peer)
         if self._accept_at_s is not None and now_s >= self._accept_at_s:
             self._accept_at_s = None
             self._selector.register(self._home.listener, _READ, self._home)
@@ -224,7 +227,10 @@ class Daemon:
             self._tell(Event("peer-lost", f"a connection failed: {error}", {"role": peer.role, "rank": peer.rank}))
             messages, ended = [], True
         for message, fds in messages:
-            self._take(peer, message, fds)
+            if peer.lost:
+                close_fds(fds)
+            else:
+                self._take(peer, message, fds)
         if ended:
             self._gone(peer)
 
@@ -271,13 +277,17 @@ class Daemon:
                 peer.planned = True
             case GetStatus():
                 peer.send(Status(id=message.id, report=report(self._job, self._crew)))
-            case _ if self._crew.take(peer, message, fds) or (self._job.board and self._desk.take(peer, message, fds)):
+            case _ if peer.role != "tool" and (
+                self._crew.take(peer, message, fds) or (self._job.board and self._desk.take(peer, message, fds))
+            ):
                 return
             case _:
                 close_fds(fds)
                 raise UsageError(f"a message that a {peer.role} does not send. message={type(message).__name__}")
 
     def _hello(self, peer: Peer, hello: Hello) -> None:
+        if peer.hello is not None:
+            raise UsageError("a peer says hello twice.")
         if hello.version != WIRE_VERSION:
             raise UsageError(
                 f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} ours={hello.version}; end that run first"
@@ -286,11 +296,11 @@ class Daemon:
             raise UsageError(f"an unknown role. role={hello.role!r}")
         self._met_anyone |= hello.role != "tool"
         if hello.role == "tool":
-            peer.hello = hello
+            peer.admit(hello)
             peer.send(Welcome(id=hello.id, boot=self._job.boot, pid=os.getpid(), attempt=self._crew.attempt))
             return
         new = self._job.admit(hello)
-        peer.hello = hello
+        peer.admit(hello)
         if hello.role == "supervisor":
             self._crew.join(peer, hello, new=new)
             return

@@ -148,6 +148,11 @@ class Lending:
         """Where it listens."""
         return self._server.address[1]
 
+    @property
+    def refused(self) -> dict[str, int]:
+        """How many requests and connections were turned away, by kind."""
+        return dict(self._server.stats().refused)
+
     def see_epoch(self, number: int) -> None:
         """Refuse from now on whatever comes in the name of an older epoch of the membership."""
         self._server.see_epoch(number)
@@ -169,6 +174,11 @@ class Lending:
                         )
                     )  # fmt: skip
         return found
+
+    def kept(self) -> list[tuple[SnapshotId, int, int]]:
+        """Of what is kept here, by its name: the pair, the rank and the bytes of each share."""
+        found = ((mirror_of(stat.key), stat.size_bytes) for stat in self.vault.list(MIRRORS))
+        return [(*of, size_bytes) for of, size_bytes in found if of is not None]
 
     def keep(self, key: str, pieces: Sequence[Buffer]) -> None:
         """Keep this node's own share beside its slots, which training goes on to overwrite. Raises StoreFullError."""

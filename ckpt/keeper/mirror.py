@@ -32,7 +32,8 @@ Own = Callable[[str, Sequence[Buffer]], object]
 class Task:
     """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep it, by those of ``epoch``.
 
-    ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does).
+    ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does). Of ``spare`` nodes, which are among
+    the ``peers``, none has to keep it.
     """
 
     snapshot: SnapshotId
@@ -40,6 +41,7 @@ class Task:
     sealed: Sequence[Sealed]
     peers: Mapping[str, PeerStore]
     own: Own | None = None
+    spare: frozenset[str] = frozenset()
 
     def let_go(self) -> None:
         """Let go of the slots."""
@@ -161,10 +163,14 @@ class Mirror:
                 return
             self._told.add((node, error.code))
         what = f"{task.snapshot} and what follows is not kept {'on another node' if node else 'here'}: {error}"
-        if isinstance(error, StoreFullError):
+        if node in task.spare:
+            what = (
+                f"the standby {node} does not have {task.snapshot}, and may have to fetch what it takes over: {error}"
+            )
+        elif isinstance(error, StoreFullError):
             what += "; a lost node then costs the steps since the last durable snapshot: raise mirror_bytes"
         facts: dict[str, Fact] = {"node": node, "step": task.snapshot.step, "code": error.code}
-        self._tell(Event("mirror-failed", what, facts, alarm=True))
+        self._tell(Event("mirror-failed", what, facts, alarm=node not in task.spare))
 
 
 def compact_header(index: StagedIndex, data_bytes: int) -> bytes:

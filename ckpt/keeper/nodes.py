@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from importlib import import_module
 
 from ckpt.encode.threads import start
 from ckpt.errors import CkptError
@@ -25,7 +26,8 @@ from ckpt.keeper.job import Job
 from ckpt.keeper.nodes_join import Here, check_spec, join
 from ckpt.keeper.nodes_judge import with_rank
 from ckpt.keeper.nodes_memory import NodesMemory
-from ckpt.keeper.nodes_standing import common, standing_of
+from ckpt.keeper.nodes_standbys import Standbys
+from ckpt.keeper.nodes_standing import common, common_but_each, standing_of
 from ckpt.keeper.nodes_uploads import NodesUploads
 from ckpt.keeper.roll_call import CALLS_PER_TTL, RollCall, answers, called, heard
 from ckpt.keeper.room import OwnRoom, Room
@@ -35,6 +37,7 @@ from ckpt.link.nodes_spec import NodesSpec, host_towards
 from ckpt.link.seating import Seating
 from ckpt.membership.keyed import boot_s
 from ckpt.membership.leases import State, margin_of
+from ckpt.membership.values import Holdings
 from ckpt.observe.events import Event
 
 STANDING_S = 0.02
@@ -77,6 +80,8 @@ class Nodes:
         """What becomes durable together."""
         self.memory = NodesMemory(job, self, spec, secret, host=host, tell=self._tell)
         """What all hold together."""
+        self.standbys = Standbys(self, self.memory, holds=self._holds)
+        """What those have that hold no ranks."""
 
     # ---- the roster's
 
@@ -84,6 +89,8 @@ class Nodes:
         """This node is ready for the next epoch; ``failure``: why the last one ended here."""
         self._attempt = max(self._attempt, attempt)
         if self._node is None:
+            # It takes long to import, and the first attempt here needs it: the others shall not wait for that.
+            import_module("ckpt.keeper.uploads")
             try:
                 self._node = self._join()
             except (CkptError, OSError) as error:
@@ -162,6 +169,12 @@ class Nodes:
         assert self.epoch is not None and self.epoch.meet is not None, "an epoch with ranks here"
         return self.epoch.meet.port
 
+    @property
+    def refused(self) -> dict[str, int]:
+        """What was turned away, by kind: see Report."""
+        lines = self._node.refused if self._node is not None else 0
+        return {**self.memory.refused, **({"line": lines} if lines else {})}
+
     def room(self, name: str, own: OwnRoom) -> Room:
         """See Among."""
         assert self.epoch is not None, "an epoch with ranks here"
@@ -191,7 +204,8 @@ class Nodes:
             return STANDING_LATEST_S
         self._tell_time(board, node)
         wait_s = min(STANDING_LATEST_S, self.memory.tick(now_s, placed=self.placed))
-        if not self.placed or not self.others:
+        self.standbys.tick(now_s)
+        if not self.placed or not (self.others or (self.epoch is not None and self.epoch.standbys)):
             return wait_s
         if self.root and now_s >= self._roll_due_s:
             self._roll_due_s = now_s + self._spec.ttl_s / CALLS_PER_TTL
@@ -247,6 +261,7 @@ class Nodes:
         self._standings.clear()
         self._told_standing = None
         self.memory.see(epoch)
+        self.standbys.see()
         self._rooms.new_epoch(epoch.number, era=epoch.note.era)
         self.uploads.see(epoch, before, placed=self.placed)
         if self._job.board is not None:
@@ -254,6 +269,16 @@ class Nodes:
             if self._node is not None:  # before anything starts: what is there may be from an earlier membership
                 self._tell_time(self._job.board, self._node)
         self._on(EpochCame(epoch.number, self.placed, epoch.note.why, time.monotonic()))
+
+    def _see_members(self, epoch: Epoch) -> None:
+        """Other standbys came to an epoch, or this one did: nothing begins or ends by that."""
+        before = self.epoch
+        if before is not None and before.number > epoch.number:
+            return
+        self.epoch = epoch
+        if before is None or (before.number, before.me) != (epoch.number, epoch.me):
+            self.memory.see(epoch)
+            self.standbys.see()
 
     def _lost(self, why: str) -> None:
         self._out = True
@@ -286,6 +311,8 @@ class Nodes:
         match word:
             case said.Post() | said.Peek() | said.Count() | said.Forget() | said.Said():
                 self._rooms.take(node, word)
+            case said.Standing() if self.standbys.take(node, word):
+                pass
             case said.Standing():
                 self._standings[node] = word
                 if self.root:
@@ -340,9 +367,9 @@ class Nodes:
         self.memory.go_round(
             rounds.next_round(self.memory.round, [self.memory.word, *said_words], job.board.complete())
         )
-        for node in self.others:
-            rest = [known.get(other) for other in self.others if other != node]
-            self.say(node, common([mine, *rest], epoch.number, self.memory.round))
+        told = common_but_each(mine, {node: known.get(node) for node in self.others}, epoch.number, self.memory.round)
+        for node, word in told.items():
+            self.say(node, word)
 
     def _show(self) -> None:
         """Put what other nodes hold onto the board, where the slot rule and rank 0 look."""
@@ -357,6 +384,10 @@ class Nodes:
             self.memory.go_round(rounds.Round(known[0].named, known[0].mirrored))
 
     # ---- small parts
+
+    def _holds(self, holdings: Holdings) -> None:
+        if self._node is not None:
+            self._node.holds(holdings)
 
     def _ranks_here(self) -> range:
         assert self.epoch is not None, "an epoch"
@@ -373,6 +404,7 @@ class Nodes:
         job, post = self._job, self._post
         told = Told(
             epoch=lambda epoch: post(lambda: self._came(epoch)),
+            members=lambda epoch: post(lambda: self._see_members(epoch)),
             out=lambda why: post(lambda: self._lost(why)),
             word=lambda node, word: post(lambda: self._word(node, word)),
             up=lambda node: post(lambda: self._up(node)),

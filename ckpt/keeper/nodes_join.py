@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 from ckpt.errors import UsageError
 from ckpt.fleet import words as said
@@ -14,17 +16,21 @@ from ckpt.fleet.leading import FLOOR, PEER, Verdict
 from ckpt.fleet.lines import Heard, Lines
 from ckpt.fleet.node import Node
 from ckpt.fleet.note import Note
+from ckpt.fleet.tls import check_path, check_tls, tls_of
 from ckpt.fleet.ways import Told, Ways
 from ckpt.keeper.nodes_judge import Again, End, Later, Trouble, judge
 from ckpt.keeper.roster_words import Failure
 from ckpt.keeper.verdict import Record
-from ckpt.link.nodes_spec import NodesSpec
+from ckpt.link.nodes_spec import NodesSpec, host_towards
 from ckpt.link.policy import Policy
 from ckpt.membership.decide import Options
 from ckpt.membership.open import open_membership
 from ckpt.membership.values import NodeInfo
 from ckpt.membership.where import ETCD, where_of
-from ckpt.observe.events import Tell
+from ckpt.observe.events import Event, Tell
+
+VALID_S_WANTED = 86_400.0
+"""A certificate that ends sooner is an alarm: connections that are made after its end fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +46,15 @@ class Here:
 
 
 def check_spec(spec: NodesSpec) -> None:
-    """Raises UsageError where nodes could not know each other."""
+    """Raises UsageError where nodes could not know each other, or what they lend each other could be read by anybody."""
     if not spec.secret and spec.where.startswith(ETCD):
         raise UsageError(
             f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex digits that only you can read, "
             "the same on all nodes"
         )
+    host = spec.host or host_towards(spec.where)
+    check_path(spec, host)
+    check_tls(spec, host)
 
 
 def join(
@@ -53,9 +62,11 @@ def join(
 ) -> Node:
     """This machine as a node with ``ranks`` ranks; it lends its memory at ``peer_port``. Waits for nothing."""
     witnesses = _witnesses(spec)
+    tls = tls_of(spec)
+    _tell_validity(check_tls(spec, host), tell)
 
     def lines(node: str, heard: Heard) -> Lines:
-        return Lines(secret, job=spec.job, node=node, listen=f"{host}:0", heard=heard, tell=tell)
+        return Lines(secret, job=spec.job, node=node, listen=f"{host}:0", heard=heard, tell=tell, tls=tls)
 
     def info() -> NodeInfo:
         name = socket.gethostname()
@@ -121,6 +132,13 @@ def _note(record: Record, text: str, *, end: int | None = None) -> Note:
         why=text, fingerprint=record.fingerprint, step=record.step, same=record.same, stuck=record.stuck,
         completed=record.completed, end=end,
     )  # fmt: skip
+
+
+def _tell_validity(ends_s: float | None, tell: Tell) -> None:
+    if ends_s is not None:
+        until = datetime.fromtimestamp(ends_s, timezone.utc).isoformat()
+        text = f"nodes speak TLS; this node's certificate is valid until {until}, and is read when a launch begins"
+        tell(Event("tls", text, alarm=ends_s - time.time() < VALID_S_WANTED))
 
 
 def _witnesses(spec: NodesSpec) -> int:

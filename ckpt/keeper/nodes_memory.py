@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ckpt.errors import UsageError
 from ckpt.fleet import words as said
+from ckpt.fleet.tls import lender_at, lending_at
 from ckpt.fleet.ways import Epoch
 from ckpt.fleet.words import Holding
 from ckpt.keeper.gather import Gather
@@ -20,11 +21,16 @@ from ckpt.keeper.nodes_among import Among
 from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.seating import Source
 from ckpt.membership.mirrors import Holder, place_mirrors
+from ckpt.membership.standbys import standby_copies
 from ckpt.observe.events import Event, Tell
 from ckpt.peer.auth import Secret
-from ckpt.peer.endpoint import Endpoint
+from ckpt.peer.rate import RateCap
 from ckpt.peer.store import PeerStore
+from ckpt.persist.sealed import Sealed
 from ckpt.values import SnapshotId
+
+SPARE_RETRY_S = 30.0
+"""Pause before a standby that could not keep a pair is sent another: it may have cost as much as one that it keeps."""
 
 
 class NodesMemory:
@@ -37,14 +43,18 @@ class NodesMemory:
         self._secret = Secret.of(secret)
         self._gather = Gather(among.say)
         self._sources: dict[SnapshotId, tuple[tuple[str, ...], ...]] = {}
-        self._lending = Lending(
-            self._secret, Endpoint(host, 0, plaintext=spec.plaintext), tell=tell, budget_bytes=spec.mirror_bytes
-        )
+        self._lending = Lending(self._secret, lending_at(spec, host), tell=tell, budget_bytes=spec.mirror_bytes)
         self._mirror = Mirror(done=lambda task, came: job.post(lambda: self._done(task, came)), tell=tell)
         self._peers: dict[str, PeerStore] = {}
+        self._cap = RateCap(spec.mirror_rate or None)
+        """How fast this node sends, to all peers together."""
         self._keep_at_s = 0.0
         """When a pair may be sent next, where the last one did not come everywhere."""
         self._told_bad = ""
+        self._spare_at_s: dict[str, float] = {}
+        """When a standby that had no room, or did not answer, is tried again."""
+        self._exposed_s: float | None = None
+        """Since when not all have on others what they stage; None: they have."""
         self.round = Round()
         """Which pair all keep now, and which all have."""
         self.word = Word()
@@ -56,12 +66,23 @@ class NodesMemory:
         """Where it lends."""
         return self._lending.port
 
+    @property
+    def refused(self) -> dict[str, int]:
+        """What was turned away of what others wanted of the memory here, by kind."""
+        return self._lending.refused
+
     def see(self, epoch: Epoch) -> None:
         """A new epoch: what was known of others' memory is known no more."""
         self._sources.clear()
+        if self.round.named is not None:
+            text = f"before epoch {epoch.number} all nodes had {self.round.kept} on others, and {self.round.named} was next"
+            self._job.tell(Event("mirrors-begin-anew", text))
         self.round, self.word = Round(), Word()
         self._before = self._lending.pairs()
         self._keep_at_s = 0.0
+        self._spare_at_s.clear()
+        if self._exposed_s is None:
+            self._exposed_s = time.monotonic()
         self._lending.see_epoch(epoch.number)
         for address in self._peers.keys() - set(epoch.peers.values()):
             self._peers.pop(address).close()
@@ -70,7 +91,7 @@ class NodesMemory:
         """Show what there is, keep the newest pair on others; returns seconds until the next look."""
         if self._job.slots is not None:
             self._lending.slots.show(self._job.slots)
-        if placed and self._among.others:
+        if placed:
             self._keep_named(now_s)
         return self._gather.tick(now_s)
 
@@ -95,6 +116,8 @@ class NodesMemory:
             for snapshot, ranks in lost(held).items():
                 text = f"{snapshot} is not whole in memory: nobody has the share of {len(ranks)} ranks"
                 self._job.tell(Event("memory-lost", text, {"ranks": ",".join(map(str, ranks[:16]))}))
+            text = f"{len(held)} nodes hold {len(pairs)} pairs in memory"
+            self._job.tell(Event("memory-gathered", text, {"newest": str(pairs[0].snapshot) if pairs else None}))
             places = tuple((one.snapshot, one.world_size, one.sources) for one in pairs)
             word = said.Sources(attempt=epoch.number, pairs=places)
             self._see_sources(word)
@@ -129,11 +152,36 @@ class NodesMemory:
         """The node of rank 0 says which pair is kept next, and which all have: of what is kept here the others go."""
         if now != self.round:
             self.round = now
+            self._see_protected()
             self._lending.retain(retained(now, self._before))
 
+    def copied(self, epoch: Epoch) -> tuple[SnapshotId | None, dict[int, int]]:
+        """On a standby: the newest pair of which it has all that it is to keep, and the bytes of each rank's share."""
+        nodes = [
+            node for node, by in standby_copies(epoch.record.ranks, epoch.standbys).items() if by == self._among.me
+        ]
+        wanted = {rank for node in nodes for rank in epoch.record.ranks[node]}
+        held: dict[SnapshotId, dict[int, int]] = {}
+        for snapshot, rank, size_bytes in self._lending.kept():
+            held.setdefault(snapshot, {})[rank] = size_bytes
+        whole = [snapshot for snapshot, sizes in held.items() if wanted and wanted <= sizes.keys()]
+        return (newest := max(whole), held[newest]) if whole else (None, {})
+
+    def _see_protected(self) -> None:
+        """Where rank 0 is: tell when all have what they stage on others again, and how long they had not."""
+        if self._exposed_s is None or self.round.kept is None:
+            return
+        exposed_s, self._exposed_s = time.monotonic() - self._exposed_s, None
+        if not self._among.root:
+            return
+        count = min(self._spec.mirrors, len(self._among.others)) or 1
+        text = f"{self.round.kept} is on {count} other nodes too; for {exposed_s:.1f} s nothing newer was"
+        self._job.tell(Event("protected", text, {"exposed_s": round(exposed_s, 3), "step": self.round.kept.step}))
+
     def _source(self, epoch: Epoch, snapshot: SnapshotId, rank: int, nodes: Sequence[str]) -> Source:
-        """Whether a node has it in a slot or as a mirror may change while it is asked for, so both are tried."""
-        peers = tuple(peer for node in nodes if (peer := epoch.peers.get(node)))
+        """Whether a node has it in a slot or as a mirror may change while it is asked for, so both are tried. Here first."""
+        near = sorted(nodes, key=lambda node: node != self._among.me)
+        peers = tuple(peer for node in near if (peer := epoch.peers.get(node)))
         local = self._local(snapshot, rank)
         return Source(local=-1 if local is None else local, slots=peers, mirrors=peers)
 
@@ -172,18 +220,42 @@ class NodesMemory:
         if named in (self.word.mirrored, self.word.missed) or now_s < self._keep_at_s:
             return
         peers = self._peers_of(epoch)
+        spare = self._spares_of(epoch, now_s)
+        if not peers:  # the only node that has ranks
+            peers, spare = spare, {}
         sealed = [one for rank in range(job.ranks) if (one := job.slots.sealed_of(rank, named)) is not None]
-        task = Task(named, epoch.number, sealed, peers, self._lending.keep)
-        if peers and len(sealed) == job.ranks:
+        task = Task(
+            named, epoch.number, sealed, {**spare, **peers}, self._lending.keep, frozenset(spare) - peers.keys()
+        )
+        if peers and len(sealed) == job.ranks and self._of_this_world(epoch, sealed):
             self._mirror.send(task)
             return
         task.let_go()
         self.word = replace(self.word, missed=named)
 
+    def _of_this_world(self, epoch: Epoch, sealed: Sequence[Sealed]) -> bool:
+        """Whether these are the shares of the ranks that this node has now.
+
+        Slots may still hold a pair of a world that has shrunk: those that are left all have theirs, and it is not whole. Were
+        it kept, the mirrors that lost nodes left behind would go for it.
+        """
+        shares = [(one.index.world_size, one.index.rank) for one in sealed]
+        return shares == [(epoch.record.world_size, rank) for rank in epoch.record.ranks[self._among.me]]
+
     def _peers_of(self, epoch: Epoch) -> dict[str, PeerStore]:
-        """The nodes that keep what this one stages."""
+        """The nodes that keep what this one stages, but for a standby."""
         holders = [Holder(node, epoch.domains.get(node, node)) for node in epoch.record.ranks]
         nodes = place_mirrors(holders, self._spec.mirrors).get(self._among.me, ())
+        return self._reached(epoch, nodes)
+
+    def _spares_of(self, epoch: Epoch, now_s: float) -> dict[str, PeerStore]:
+        """The standby that keeps it as well, so that it has it when it takes a place."""
+        standby = standby_copies(epoch.record.ranks, epoch.standbys).get(self._among.me)
+        if standby is None or now_s < self._spare_at_s.get(standby, 0.0):
+            return {}
+        return self._reached(epoch, [standby])
+
+    def _reached(self, epoch: Epoch, nodes: Sequence[str]) -> dict[str, PeerStore]:
         try:
             return {node: self._peer(epoch.peers[node]) for node in nodes if epoch.peers.get(node)}
         except UsageError as error:
@@ -195,8 +267,9 @@ class NodesMemory:
 
     def _peer(self, address: str) -> PeerStore:
         if address not in self._peers:
-            endpoint = Endpoint.parse(address, plaintext=self._spec.plaintext)
-            self._peers[address] = PeerStore(endpoint, self._secret, epoch=self._number)
+            self._peers[address] = PeerStore(
+                lender_at(self._spec, address), self._secret, epoch=self._number, cap=self._cap
+            )
         return self._peers[address]
 
     def _number(self) -> int:
@@ -207,7 +280,9 @@ class NodesMemory:
         """A pair is kept, or could not be. By the placement of an earlier epoch it says nothing."""
         if task.epoch != self._number():
             return
-        if came == task.peers.keys():
+        for node in task.spare - came:
+            self._spare_at_s[node] = time.monotonic() + SPARE_RETRY_S
+        if task.peers.keys() - task.spare <= came:
             self.word = replace(self.word, mirrored=task.snapshot)
             return
         self.word = replace(self.word, missed=task.snapshot)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
 
 from ckpt.fleet.words import Standing
 from ckpt.keeper.mirror_rounds import Round, Word
@@ -37,6 +40,29 @@ def common(standings: Sequence[Standing | None], attempt: int, now: Round = NO_R
         mirrored=now.kept,
         named=now.named,
     )
+
+
+def common_but_each(
+    mine: Standing, others: Mapping[str, Standing | None], attempt: int, now: Round
+) -> dict[str, Standing]:
+    """For each of ``others``, what all but it have in common with ``mine``: ``common`` of the rest, in one pass for all."""
+    nothing = common([None], attempt, now)
+    silent = {node for node, one in others.items() if one is None}
+    known = [mine, *(one for one in others.values() if one is not None)]
+    holders = Counter(pair for one in known for pair in frozenset(one.sealed))
+    nearly = {pair: count for pair, count in holders.items() if count >= len(known) - 1}
+    least, *rest = sorted(one.completed for one in known)[:2]
+    found = {}
+    for node, own in others.items():
+        if silent - {node}:
+            found[node] = nothing
+            continue
+        held = frozenset(own.sealed if own is not None else ())
+        needed = len(known) - (own is not None)
+        sealed = sorted((pair for pair, count in nearly.items() if count - (pair in held) == needed), reverse=True)
+        completed = rest[0] if own is not None and own.completed == least else least
+        found[node] = replace(nothing, sealed=tuple(sealed), completed=completed)
+    return found
 
 
 def _all_hold(held: Sequence[frozenset[SnapshotId]]) -> tuple[SnapshotId, ...]:

@@ -9,13 +9,22 @@ import time
 from collections.abc import Callable, Sequence
 
 from ckpt.errors import CkptError, UnavailableError
-from ckpt.link.frames import Inbox, Outbox
+from ckpt.link.frames import FRAME_BYTES_MAX, Inbox, Outbox
 from ckpt.link.messages import Done, Hello, Message, Reply
 from ckpt.link.remote import from_error
 
+STRANGER_BYTES_MAX = 64 << 10
+"""No longer frame is taken of who has not been admitted to the job: of tools, and before a hello."""
+
+TOOL_WAITING_BYTES_MAX = 4 << 20
+"""What waits for a tool at most; one that asks on and reads nothing is hung up on."""
+
 
 class Peer:
-    """One connection. ``hello`` is None until the first message; ``planned`` after a ``Bye``."""
+    """One connection. ``hello`` is None until the first message; ``planned`` after a ``Bye``.
+
+    Memory: a read's chunk, a frame that is not whole (STRANGER_BYTES_MAX until it is admitted), and what it does not read.
+    """
 
     def __init__(self, number: int, sock: socket.socket, *, on_blocked: Callable[[Peer], None]) -> None:
         self._on_blocked = on_blocked
@@ -23,8 +32,10 @@ class Peer:
         self.sock = sock
         self.hello: Hello | None = None
         self.planned = False
+        self.lost = False
+        """Whether it was hung up on, for it reads nothing: what it still says counts for nothing."""
         self.since_s = time.monotonic()
-        self._inbox = Inbox()
+        self._inbox = Inbox(frame_bytes_max=STRANGER_BYTES_MAX)
         self._outbox = Outbox()
 
     def fileno(self) -> int:
@@ -46,15 +57,26 @@ class Peer:
         """The attempt that it said it belongs to; 0 for none."""
         return self.hello.attempt if self.hello is not None else 0
 
+    def admit(self, hello: Hello) -> None:
+        """It is what it says."""
+        self.hello = hello
+        if hello.role != "tool":
+            self._inbox.frame_bytes_max = FRAME_BYTES_MAX
+
     def read(self) -> tuple[list[tuple[Message, list[int]]], bool]:
         """Whole messages that have come, with their descriptors, and whether the connection ended."""
         return self._inbox.read(self.sock)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Queue a message and send what goes at once; the rest when there is room. ``fds`` stay the caller's."""
+        if self.lost:
+            return
         try:
+            if self.role in ("", "tool") and self._outbox.size_bytes > TOOL_WAITING_BYTES_MAX:
+                raise UnavailableError(f"a tool doesn't read what it is sent. waiting_bytes={self._outbox.size_bytes}")
             self._outbox.push(message, [os.dup(fd) for fd in fds])
         except UnavailableError:  # it has left too much unread: as good as gone, and its end is read soon
+            self.lost = True
             with contextlib.suppress(OSError):  # it has hung up
                 self.sock.shutdown(socket.SHUT_RDWR)
             return

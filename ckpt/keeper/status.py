@@ -28,6 +28,8 @@ def report(job: Job, crew: Crew) -> Report:
         uploads=job.uploads.in_flight if job.uploads is not None else 0,
         slot_bytes=job.slots.total_bytes if job.slots is not None else 0, rss_bytes=_own_bytes(),
         ranks=tuple(_rank(job, crew, rank) for rank in range(job.ranks)), recoveries=tuple(crew.recoveries),
+        nodes=job.nodes.standbys.report() if job.nodes is not None else (),
+        refused=job.nodes.refused if job.nodes is not None else {},
     )  # fmt: skip
 
 

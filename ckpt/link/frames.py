@@ -74,9 +74,11 @@ class Inbox:
     Owns the descriptors of the frame that is under way; ``close`` gives them up.
     """
 
-    __slots__ = ("_begun", "_chunk", "_data", "_ended", "_fresh")
+    __slots__ = ("_begun", "_chunk", "_data", "_ended", "_fresh", "frame_bytes_max")
 
-    def __init__(self, *, read_bytes: int = READ_BYTES) -> None:
+    def __init__(self, *, read_bytes: int = READ_BYTES, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self.frame_bytes_max = frame_bytes_max
+        """No body is taken that is longer. Holds that much at most, and what one ``read`` gives."""
         self._chunk = memoryview(bytearray(read_bytes))
         self._data = bytearray()
         self._begun: list[int] = []  # descriptors of the frame that the data end with
@@ -143,7 +145,7 @@ class Inbox:
         """Add the chunk's first ``count`` bytes and cut off whole frames."""
         before = len(self._data)
         self._data += self._chunk[:count]
-        frames, rest = _split(self._data)
+        frames, rest = _split(self._data, self.frame_bytes_max)
         last = rest if rest < len(self._data) else frames[-1][0]
         if self._fresh and last < before:
             raise IntegrityError(f"descriptors came in the middle of a frame. count={len(self._fresh)}")
@@ -159,14 +161,14 @@ class Inbox:
         del self._data[:rest]
 
 
-def _split(data: bytearray) -> tuple[list[tuple[int, int]], int]:
+def _split(data: bytearray, limit_bytes: int) -> tuple[list[tuple[int, int]], int]:
     """Where whole frames lie, their lengths included, and where the frame begins that isn't whole."""
     frames: list[tuple[int, int]] = []
     at = 0
     while at + _LENGTH.size <= len(data):
         (length,) = _LENGTH.unpack_from(data, at)
-        if length > FRAME_BYTES_MAX:
-            raise IntegrityError(f"not a frame. length={length} limit_bytes={FRAME_BYTES_MAX}")
+        if length > limit_bytes:
+            raise IntegrityError(f"not a frame. length={length} limit_bytes={limit_bytes}")
         stop = at + _LENGTH.size + length
         if stop > len(data):
             break

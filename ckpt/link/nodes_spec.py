@@ -43,8 +43,15 @@ class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     key_file: str = ""
     plaintext: bool = False
     """Lend memory over a network without TLS: weights can then be read on the way."""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
+    """PEM files: this node's certificate, which names ``host``, its key, and the one CA that signed all nodes' certificates.
+    With them nodes speak TLS to each other, and to nobody else."""
     mirror_bytes: int = 0
     """How much memory the mirrors of others may take here; 0: half of what is free at the start."""
+    mirror_rate: float = 0.0
+    """How many bytes a second this node sends at most to have its mirrors kept, to all others together; 0: no limit."""
     grow_wait_s: float = 10.0
     """How long an epoch lasts at least before one follows only because there are more nodes."""
     last_call_s: float = 5.0

@@ -34,6 +34,20 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     slots: tuple[SlotReport, ...]
 
 
+class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One node of the job's newest epoch; ``first_rank`` -1 and no ``ranks``: a standby. ``here``: the keeper's own node.
+
+    ``mirrored``: the newest pair that all nodes have on others; of a standby the newest of which it has all that it is to keep
+    (None: nothing, or not known to this keeper).
+    """
+
+    node: str
+    here: bool
+    first_rank: int
+    ranks: int
+    mirrored: SnapshotId | None
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One keeper. ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: its own memory besides slots."""
 
@@ -53,3 +67,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int
     ranks: tuple[RankReport, ...]
     recoveries: tuple[Mapping[str, Fact], ...]
+    nodes: tuple[NodeReport, ...] = ()
+    refused: Mapping[str, int] = {}
+    """Of several nodes: what was turned away, by kind; ``line`` counts connections, the others requests for lent memory."""

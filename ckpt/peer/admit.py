@@ -9,7 +9,7 @@ from ckpt.peer.words import Request
 
 Kind = Literal[
     "mac", "malformed", "replay", "boot", "epoch", "taken", "missing", "range", "read-only", "too-large", "full", "body",
-    "slow", "crowded",
+    "slow", "crowded", "tls",
 ]  # fmt: skip
 """What a request or a connection was turned away for; each is counted."""
 

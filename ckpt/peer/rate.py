@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable
 
 from ckpt.errors import UsageError
+from ckpt.peer.pacing import BURST_S, Bucket
 
 RATE_BYTES_MIN = 1 << 20
 """Least rate of a cap, in bytes a second: below it servers would take this node for one that stalls."""
-
-BURST_S = 0.05
-"""How much of a second's bytes may go at once."""
 
 BLOCK_BYTES_MIN = 64 << 10
 
@@ -23,47 +21,36 @@ class RateCap:
     def __init__(self, bytes_per_s: float | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._change = threading.Condition()
-        self._rate = _checked(bytes_per_s)
-        self._free = 0.0
-        self._looked_s = clock()
+        self._bucket = Bucket(_checked(bytes_per_s), clock())
 
     @property
     def bytes_per_s(self) -> float | None:
         """The cap in force."""
-        return self._rate
+        return self._bucket.rate
 
     def set(self, bytes_per_s: float | None) -> None:
         """Change the cap, also for those who wait now."""
         with self._change:
-            self._refill()
-            self._rate = _checked(bytes_per_s)
+            self._bucket = self._bucket.at(self._clock()).with_rate(_checked(bytes_per_s))
             self._change.notify_all()
 
     def block_bytes(self, most: int) -> int:
         """How much to send at once, ``most`` at most, so that the rate is even."""
-        rate = self._rate
+        rate = self._bucket.rate
         return most if rate is None else min(most, max(BLOCK_BYTES_MIN, int(rate * BURST_S)))
 
     def take(self, size_bytes: int) -> float:
         """Wait until ``size_bytes`` may go; returns seconds waited. More than a burst is let go once nothing is owed."""
         began_s = self._clock()
         with self._change:
-            while (wait_s := self._wait_s()) > 0:
+            while (wait_s := self._now().wait_s) > 0:
                 self._change.wait(wait_s)
-            self._free -= size_bytes
+            self._bucket = self._bucket.taken(size_bytes)
         return self._clock() - began_s
 
-    def _wait_s(self) -> float:
-        self._refill()
-        return 0.0 if self._rate is None or self._free >= 0 else -self._free / self._rate
-
-    def _refill(self) -> None:
-        now_s = self._clock()
-        if self._rate is None:
-            self._free = 0.0
-        else:
-            self._free = min(self._free + (now_s - self._looked_s) * self._rate, self._rate * BURST_S)
-        self._looked_s = now_s
+    def _now(self) -> Bucket:
+        self._bucket = self._bucket.at(self._clock())
+        return self._bucket
 
 
 def _checked(bytes_per_s: float | None) -> float | None:

@@ -10,6 +10,7 @@ import errno
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Sequence
@@ -201,7 +202,11 @@ class PeerServer:
             if self._tls is not None:
                 # In two steps: the first puts another object in the socket's place, and who shuts it must find that.
                 guest.sock = tls = self._tls.wrap_socket(guest.sock, server_side=True, do_handshake_on_connect=False)
-                tls.do_handshake()
+                try:
+                    tls.do_handshake()
+                except ssl.SSLError:
+                    self._tally.refuse("tls")
+                    raise
             Serving(self._desk, Channel(guest.sock, self._limits.patience), proven=proven).run()
         except (OSError, EndedError):
             return  # the connection broke: what it was about to do didn't happen

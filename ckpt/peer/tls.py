@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Callable
 
 from ckpt.errors import UsageError
 
 Path = str | os.PathLike[str]
+
+TURNS_MAX = 16
+"""Flights of one handshake; TLS 1.3 takes three."""
 
 
 def server_context(*, certificate: Path, key: Path, ca: Path) -> ssl.SSLContext:
@@ -23,14 +27,71 @@ def client_context(*, certificate: Path, key: Path, ca: Path) -> ssl.SSLContext:
     return _filled(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, key, ca)
 
 
+def rehearse(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> float:
+    """A handshake of a node with itself, in memory, as another node of its CA would have with it at ``host``.
+
+    Returns until when its certificate is valid, in seconds of the Unix epoch. Raises UsageError where that node would refuse
+    it, or be refused with one like it: it has expired, another CA signed it, it names another host, or may not be used on that
+    side.
+    """
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        asking = client.wrap_bio(to_client, to_server, server_hostname=host)
+        asked = server.wrap_bio(to_server, to_client, server_side=True)
+        for _ in range(TURNS_MAX):
+            done = [_went_on(asking.do_handshake), _went_on(asked.do_handshake)]
+            if all(done):
+                return _ends_s(asking)
+    except (ssl.SSLError, ValueError) as error:  # ValueError: a host that no certificate can name
+        why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else str(error)
+        raise UsageError(
+            f"others would refuse this node's certificate: {why}. host={host}; it must be valid now, signed by the CA that is "
+            "given, and name this host (subjectAltName), for server and client"
+        ) from error
+    raise UsageError(f"no TLS handshake with this node comes to an end. host={host}")
+
+
+def _went_on(handshake: Callable[[], None]) -> bool:
+    try:
+        handshake()
+    except ssl.SSLWantReadError:
+        return False
+    return True
+
+
+def _ends_s(asking: ssl.SSLObject) -> float:
+    shown = (asking.getpeercert() or {}).get("notAfter")
+    assert isinstance(shown, str), "a certificate that was verified"
+    return float(ssl.cert_time_to_seconds(shown))
+
+
 def _filled(context: ssl.SSLContext, certificate: Path, key: Path, ca: Path) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    for what, path in (("certificate", certificate), ("key", key), ("CA", ca)):
+        _check_readable(what, path)  # OpenSSL would not say which one it is
     try:
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key, password=_no_password)
         context.load_verify_locations(cafile=os.fspath(ca))
     except OSError as error:  # ssl.SSLError among them
         raise UsageError(
-            f"TLS files can't be used. certificate={certificate} key={key} ca={ca} cause={error}; check paths, and that "
-            "the key belongs to the certificate"
+            f"TLS files can't be used. certificate={certificate} key={key} ca={ca} cause={error}; they are PEM, and the key "
+            "belongs to the certificate"
         ) from error
     return context
+
+
+def _check_readable(what: str, path: Path) -> None:
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123  a path of any kind
+            file.read(1)
+    except OSError as error:
+        raise UsageError(
+            f"TLS files can't be used: the {what} can't be read. path={path} why={error.strerror}"
+        ) from error
+
+
+def _no_password() -> str:
+    """A daemon can't ask for one, as OpenSSL would on the terminal."""
+    raise UsageError(
+        "TLS files can't be used: the key is encrypted; give one without a password that only you can read"
+    )

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UsageError
 from ckpt.fleet.secret import secret_of
+from ckpt.fleet.tls import lender_at
 from ckpt.link.lent_keys import mirror_key, slot_key
 from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.seating import Source
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.peer.auth import Secret
-from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.store import PeerStore
 from ckpt.restore.from_slots import SlotStore, staged_index
 from ckpt.restore.from_slots import slot_key as place_key
@@ -190,8 +190,9 @@ def open_from_nodes(
 
         def reach(address: str) -> Backend:
             if address not in stores:
-                endpoint = Endpoint.parse(address, plaintext=nodes.plaintext)
-                stores[address] = PeerStore(endpoint, Secret.of(secret_of(nodes)), epoch=lambda: found.epoch)
+                stores[address] = PeerStore(
+                    lender_at(nodes, address), Secret.of(secret_of(nodes)), epoch=lambda: found.epoch
+                )
                 ending.callback(stores[address].close)
             return stores[address]
 

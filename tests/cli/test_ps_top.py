@@ -98,6 +98,7 @@ def test_ps_json_has_all_of_the_report(ckpt, keeper) -> None:
         "slot_bytes": 6 << 20,
         "rss_bytes": 40 << 20,
         "recoveries": [RECOVERY],
+        "refused": {"mac": 3, "line": 1},
     }
     assert len(ranks) == 2
     slots = ranks[1].pop("slots")

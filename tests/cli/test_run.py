@@ -35,6 +35,19 @@ def test_own_options_become_settings_wherever_they_stand() -> None:
     assert (args.training_script, args.training_script_args) == ("train.py", ["--ttl", "7"])
 
 
+def test_certificates_and_plaintext_become_settings_wherever_they_stand() -> None:
+    assert parsed("--mirror-rate", "5MiB", "train.py").rdzv_conf == "mirror_rate=5MiB,standby=warm"
+    args = parsed("--tls-cert=c", "--nnodes", "2", "--tls-key", "k", "--tls-ca=a", "train.py", "--plaintext")
+    assert args.rdzv_conf == "tls_cert=c,tls_key=k,tls_ca=a,standby=warm"
+    assert args.training_script_args == ["--plaintext"]
+    assert parsed("--nnodes", "2", "--plaintext", "train.py").rdzv_conf == "plaintext=1,standby=warm"
+
+
+def test_help_says_what_plaintext_means(ckpt: Callable) -> None:
+    said = " ".join(ckpt("run", "--help").out.split())
+    assert "weights and optimizer state can then be read by whoever sees the packets on their path" in said
+
+
 def test_standbys_are_warm_unless_something_else_is_asked_for() -> None:
     assert parsed("train.py").rdzv_conf == "standby=warm"
     assert parsed("--standby=wait", "train.py").rdzv_conf == "standby=wait"
@@ -60,6 +73,9 @@ def test_options_that_cannot_work() -> None:
         ((), "Missing argument"), (("--frob", "x.py"), ""), (("--nnodes=0", "x.py"), "min_nodes"),
         (("--standby=hot", "x.py"), "warm or wait"), (("--rdzv-conf=frob=1", "x.py"), "key=frob"),
         (("--nnodes=2", "x.py"), "--rdzv-id=NAME"),
+        (("--nnodes=2", "--rdzv-id=j", "--tls-cert=a", "--tls-key=b", "--tls-ca=c", "x.py"), "certificate can't be read"),
+        (("--nnodes=2", "--rdzv-id=j", "--tls-key=b", "x.py"), "three files"),
+        (("--tls-cert=a", "--rdzv-id=j", "--nnodes=2", "--tls-key=b", "--plaintext", "x.py"), "three files"),
     ],
 )  # fmt: skip
 def test_bad_options_exit_2(ckpt: Callable, arguments: tuple[str, ...], says: str) -> None:
@@ -69,7 +85,7 @@ def test_bad_options_exit_2(ckpt: Callable, arguments: tuple[str, ...], says: st
 
 
 def test_help_shows_own_options_and_torchruns_on_request(ckpt: Callable) -> None:
-    assert "--secret" in ckpt("run", "--help").out
+    assert all(option in ckpt("run", "--help").out for option in ("--secret", "--tls-cert", "--tls-ca"))
     done = ckpt("run", "--nnodes=1", "--help")
     assert done.code == 0
     assert "--nproc-per-node" in done.out

@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,12 @@ class Machine:
                 if entry.name.isdecimal() and self.mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
         return found
+
+    def stop(self) -> None:
+        """Everything stands still: so that several machines can be killed at the same moment."""
+        for pid in self.members():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         """Everything at once, as if the power failed; nothing is said to anybody."""
@@ -86,9 +93,11 @@ class Cluster:
         self.results.mkdir(exist_ok=True)
 
     def start(
-        self, *arguments: object, program: str = "steady.py", before: Sequence[str] = (), host: str = ""
-    ) -> Machine:
-        """Start the program on one more machine. ``before``: what puts it there; ``host``: its address there."""
+        self, *arguments: object, program: str = "steady.py", before: Sequence[str] = (), host: str = "",
+        more: Mapping[str, object] | None = None,
+    ) -> Machine:  # fmt: skip
+        """Start the program on one more machine. ``before``: what puts it there; ``host``: its address there; ``more``: what
+        its launcher says besides."""
         number = len(self.machines)
         machine = Machine(f"m{number}", self.folder / f"m{number}")
         machine.folder.mkdir()
@@ -96,7 +105,9 @@ class Cluster:
             **os.environ,
             "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0",
             "RANK": str(number), "WORLD_SIZE": str(self._spec["nodes_max"]),
-            "CKPT_NODES": json.dumps({**self._spec, "domain": machine.name, "host": host, "plaintext": bool(host)}),
+            "CKPT_NODES": json.dumps(
+                {**self._spec, "domain": machine.name, "host": host, "plaintext": bool(host), **(more or {})}
+            ),
             "CKPT_RUNTIME_DIR": str(machine.folder / "runtime"), "CKPT_STATE_DIR": str(machine.folder / "state"),
             **({"GLOO_SOCKET_IFNAME": "eth0"} if host else {}),
         }  # fmt: skip
@@ -131,6 +142,16 @@ class Cluster:
     def ended(self) -> bool:
         """Whether no program runs any more."""
         return all(machine.process is None or machine.process.poll() is not None for machine in self.machines)
+
+    def nodes_of(self, machine: Machine) -> list[dict[str, object]]:
+        """What ``ckpt standby`` says there of the job's nodes."""
+        environment = {**os.environ, "CKPT_RUNTIME_DIR": str(machine.folder / "runtime")}
+        done = subprocess.run(
+            [sys.executable, "-m", "ckpt", "standby", "--json"], env=environment, capture_output=True, text=True,
+            timeout=WAIT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode in (0, 11), done.stderr
+        return [node for job in json.loads(done.stdout)["jobs"] for node in job["nodes"]]
 
     def wait_end(self, wait_s: float = WAIT_S) -> dict[str, int]:
         """How each machine's program ended, once all did."""

@@ -13,6 +13,9 @@ import pytest
 SUBNET = "10.213.77"
 """Addresses that exist in these namespaces alone; nothing is routed there."""
 
+NOBODY = "02:00:00:00:00:01"
+"""A hardware address that no link here has: the bridge passes what is sent to it on to all, and nobody takes it."""
+
 
 def require() -> None:
     """Skips the test where namespaces can't be made; where CI runs as root, a missing program is a failure."""
@@ -41,6 +44,10 @@ class Network:
         """What to put before a command that is to run on that host."""
         return ["ip", "netns", "exec", self.space(host)]
 
+    def hub(self) -> list[str]:
+        """What to put before a command that is to run where all that hosts send comes by."""
+        return ["ip", "netns", "exec", self._hub]
+
     def pull(self, host: int) -> None:
         """The link is down: nothing goes in or out, and nobody is told."""
         self._ip("-n", self._hub, "link", "set", f"port{host}", "down")
@@ -48,6 +55,16 @@ class Network:
     def plug(self, host: int) -> None:
         """It is up again."""
         self._ip("-n", self._hub, "link", "set", f"port{host}", "up")
+
+    def lose(self, host: int, to: int) -> None:
+        """All that ``host`` sends to ``to`` is lost, and nobody is told; what comes the other way arrives."""
+        self._ip(
+            "-n", self.space(host), "neigh", "replace", self.address(to), "lladdr", NOBODY, "nud", "permanent", "dev", "eth0",
+        )  # fmt: skip
+
+    def deliver(self, host: int, to: int) -> None:
+        """It arrives again."""
+        self._ip("-n", self.space(host), "neigh", "del", self.address(to), "dev", "eth0")
 
     def make(self) -> None:
         self._ip("netns", "add", self._hub)

@@ -100,6 +100,52 @@ def test_world_shrinks_without_a_standby_and_grows_when_a_node_comes(made: Calla
 
 
 @pytest.mark.slow
+def test_standby_has_the_state_of_the_only_node_and_goes_on_from_its_own_memory(made: Callable[..., Cluster]) -> None:
+    one = made(nodes="1")
+    one.start(STEPS * 10, *ARGUMENTS[1:])
+    one.wait_steps(5)
+    one.start(STEPS * 10, *ARGUMENTS[1:])
+    lost = one.of_rank(0)
+    (standby,) = (machine for machine in one.machines if machine is not lost)
+
+    def told() -> dict[str, object]:
+        """What the keeper of rank 0's node says of the standby."""
+        nodes = one.nodes_of(lost)
+        return next((node for node in nodes if node["standby"]), {})
+
+    wait_for(lambda: told().get("has") is not None, "a copy at the standby", say=one.output)
+    assert one.nodes_of(standby)[-1]["here"] and not one.ended()
+    one.wait_steps(one.job.completed + 10)
+    lost.kill()
+    assert one.wait_end()[standby.name] == 0, one.output()
+    assert one.job.losses[0].poll().redone <= REDONE_MAX, one.output()
+    assert "other nodes too; for" in one.output(), "how long it was exposed"
+    one.wait_gone()
+
+
+@pytest.mark.slow
+def test_two_nodes_lost_at_once_cost_steps_of_no_other_node_with_two_mirrors(made: Callable[..., Cluster]) -> None:
+    one = made(nodes="2:4", mirrors=2)
+    arguments = (STEPS * 2, "--every", 1000, "--step-s", 0.03)
+    for _ in range(4):
+        one.start(*arguments)
+    wait_for(lambda: all(one.job.trainer(rank) for rank in range(4)), "four ranks", say=one.output)
+    one.wait_steps(one.job.completed + KILL_AT)
+    lost = [one.of_rank(rank) for rank in (0, 3)]
+    before = one.job.completed
+    for machine in lost:
+        machine.stop()
+    for machine in lost:
+        machine.kill()
+    ends = one.wait_end(240.0)
+    assert {status for name, status in ends.items() if name not in {machine.name for machine in lost}} == {0}
+    assert sorted(one.job.losses[0].poll().of_step) == list(range(STEPS * 2)), one.output()
+    assert one.job.losses[0].poll().redone <= 2 * REDONE_MAX, one.output()
+    assert before > REDONE_MAX and "went on from step" in one.output()
+    one.wait_gone()
+
+
+@pytest.mark.slow
 def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_lost(
     made: Callable[..., Cluster],
 ) -> None:

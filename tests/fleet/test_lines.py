@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 
 import pytest
+from fleet_nodes import WAIT_S, Node, acquaint
 
 from ckpt.fleet import lines as lines_room
-from ckpt.fleet.lines import Heard, Lines, probe
-from ckpt.fleet.words import Post, Word
-from ckpt.observe.events import Event
-
-SECRET = b"a secret of all nodes"
-WAIT_S = 30.0
+from ckpt.fleet.lines import probe
+from ckpt.fleet.words import Post
 
 
 class Network:
@@ -62,39 +59,6 @@ class Network:
             target.shutdown(socket.SHUT_RDWR)
 
 
-class Node:
-    """One keeper's lines, and all that it heard."""
-
-    def __init__(self, name: str, *, secret: bytes = SECRET, listen: str = "127.0.0.1:0") -> None:
-        self.name = name
-        self.words: list[tuple[str, Word]] = []
-        self.downs: list[tuple[str, str]] = []
-        self.ups: list[str] = []
-        self.events: list[Event] = []
-        self.changed = threading.Condition()
-        heard = Heard(
-            word=lambda node, word: self._note(self.words, (node, word)),
-            up=lambda node: self._note(self.ups, node),
-            down=lambda node, why: self._note(self.downs, (node, why)),
-        )
-        self.lines = Lines(
-            secret, job="job", node=name, listen=listen, heard=heard, tell=lambda event: self._note(self.events, event)
-        )
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.lines.port}"
-
-    def wait(self, until: Callable[[], object], what: str) -> None:
-        with self.changed:
-            assert self.changed.wait_for(until, WAIT_S), f"not in time: {what}"
-
-    def _note(self, kept: list, one: object) -> None:  # type: ignore[type-arg]
-        with self.changed:
-            kept.append(one)
-            self.changed.notify_all()
-
-
 @pytest.fixture
 def node() -> Iterator[Callable[..., Node]]:
     with ExitStack() as ending:
@@ -105,14 +69,6 @@ def node() -> Iterator[Callable[..., Node]]:
             return made
 
         yield make
-
-
-def acquaint(*nodes: Node) -> None:
-    addresses = {one.name: one.address for one in nodes}
-    for one in nodes:
-        one.lines.want(addresses)
-    for one in nodes:
-        one.wait(lambda one=one: one.lines.up() == addresses.keys() - {one.name}, f"the lines of {one.name}")
 
 
 def test_three_nodes_reach_each_other_and_words_come_in_order(node: Callable[..., Node]) -> None:
@@ -146,6 +102,18 @@ def test_end_of_a_node_is_told_at_once_and_a_call_then_is_refused(node: Callable
     assert probe(address).startswith("refused")
     assert one.lines.up() == frozenset()
     assert not one.lines.say("b", Post(room="1", key="k", value=b""))
+
+
+def test_port_that_closes_a_moment_after_its_line_is_found_closed(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines_room, "PROBE_S", 0.0)
+    other = node("b")
+    with socket.create_server(("127.0.0.1", 0)) as dying:
+        dying.settimeout(WAIT_S)
+        other.lines.want({"a": f"127.0.0.1:{dying.getsockname()[1]}"})
+        dying.accept()[0].close()  # "a" would dial: "b" has looked, and somebody listens
+    other.wait(lambda: any(why.startswith("refused") for _, why in other.downs), "the refusal")
 
 
 def test_node_that_comes_back_at_its_address_is_reached_again(node: Callable[..., Node]) -> None:

@@ -28,7 +28,7 @@ from ckpt.keeper.verdict import ECHO_S
 from ckpt.link.policy import Policy
 from ckpt.membership.decide import Options
 from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.values import NodeInfo
+from ckpt.membership.values import Holdings, NodeInfo
 from ckpt.observe.events import Event
 
 WAIT_S = 20.0
@@ -46,6 +46,7 @@ class One:
     member: KeyedMembership = field(init=False)
     lines: list[Lines] = field(default_factory=list)
     epochs: list[Epoch] = field(default_factory=list)
+    seen: list[Epoch] = field(default_factory=list)
     outs: list[str] = field(default_factory=list)
     words: list[tuple[str, Word]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -116,7 +117,8 @@ class World:
                 note, failures, Trouble({}, lost, ended), heard_s, now_s, self.policy
             ),
             told=Told(
-                epoch=lambda epoch: note(one.epochs, epoch), out=lambda why: note(one.outs, why),
+                epoch=lambda epoch: note(one.epochs, epoch), members=lambda epoch: note(one.seen, epoch),
+                out=lambda why: note(one.outs, why),
                 word=lambda node, word: note(one.words, (node, word)), up=lambda node: None, down=lambda node, why: None,
             ),
             tell=lambda event: note(one.events, event),
@@ -158,6 +160,39 @@ def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: World) -> 
     assert first.note.era == 1
     assert first.peers.keys() == first.addresses.keys() == {one.id for one in nodes}
     assert [one.epochs[-1].me for one in nodes] == [one.id for one in nodes]
+
+
+def test_standby_that_comes_later_is_told_to_all_and_hears_of_the_epoch_that_is(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    first = world.epoch(*nodes)
+    late = world.node("c")
+    for one in (*nodes, late):
+        world.until(lambda one=one: one.seen and late.id in one.seen[-1].peers, f"the standby at {one.name}")
+        assert one.seen[-1].record == first.record and one.seen[-1].standbys == (late.id,)
+        assert one.seen[-1].me == one.id
+    assert (late.epochs, late.seen[-1].meet) == ([], None), "nothing begins at it"
+    assert all(one.epochs == [first] or one.epochs[0].record == first.record for one in nodes), "nor at the others"
+    late.kill()
+    for one in nodes:
+        world.until(lambda one=one: not one.seen[-1].standbys, f"its end at {one.name}")
+        assert one.seen[-1].peers == first.peers, "who has ranks stays"
+
+
+def test_standby_says_what_it_holds_and_is_chosen_for_it(world: World) -> None:
+    nodes = [world.node("a"), world.node("b")]
+    first = world.epoch(*nodes)
+    spares = [world.node("c"), world.node("d")]
+    for one in nodes:
+        world.until(lambda one=one: one.seen and len(one.seen[-1].standbys) == 2, "two standbys")
+    lost = nodes[1]
+    rank = first.record.ranks[lost.id].start
+    spares[1].node.holds(Holdings(2, {rank: 1 << 20}))
+    world.until(
+        lambda: any(m.holdings for m in nodes[0].member.view().members if m.node == spares[1].id), "what it holds"
+    )
+    lost.kill()
+    second = world.epoch(nodes[0], spares[1], beyond=first.number)
+    assert second.record.ranks[spares[1].id].start == rank
 
 
 def test_words_reach_another_nodes_keeper(world: World) -> None:

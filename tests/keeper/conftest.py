@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for roster_world, slot_makers, served
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for served and others, and for servers.*
 
-from served import POLICY, Served
+from served import POLICY, Served  # noqa: E402
 
-from ckpt.link.messages import Policy
+from ckpt.link.messages import Policy  # noqa: E402
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ from ckpt.link.lent_keys import mirror_key
 from ckpt.observe.events import Event
 from ckpt.peer.auth import Secret
 from ckpt.peer.endpoint import Endpoint
+from ckpt.peer.rate import RATE_BYTES_MIN, RateCap
 from ckpt.peer.store import PeerStore
 from ckpt.stage.slot_header import read_slot
 from ckpt.values import PAGE_BYTES, SnapshotId
@@ -40,6 +42,7 @@ class World:
         self.came: list[tuple[SnapshotId, int, frozenset[str]]] = []
         self.heard = threading.Semaphore(0)
         self.epoch = 1
+        self.cap = RateCap()
         self.nodes: dict[str, Lending] = {}
         self.stores: dict[str, PeerStore] = {}
         self.mirror = Mirror(done=self.done, tell=self.told.append)
@@ -51,7 +54,8 @@ class World:
     def node(self, name: str, budget_bytes: int = ROOMY) -> Lending:
         lending = Lending(SECRET, Endpoint(), tell=self.told.append, budget_bytes=budget_bytes)
         self.nodes[name] = lending
-        self.stores[name] = PeerStore(Endpoint("127.0.0.1", lending.port), SECRET, epoch=lambda: self.epoch)
+        endpoint = Endpoint("127.0.0.1", lending.port)
+        self.stores[name] = PeerStore(endpoint, SECRET, epoch=lambda: self.epoch, cap=self.cap)
         return lending
 
     def send(self, snapshot: SnapshotId) -> frozenset[str]:
@@ -195,3 +199,17 @@ def test_header_is_as_short_as_its_index_and_fits_memory_that_is_not_there(world
     assert found is not None
     assert len(compact_header(found[0], PAGE_BYTES)) == PAGE_BYTES
     assert len(compact_header(found[0], 1 << 38)) == PAGE_BYTES
+
+
+def test_all_nodes_together_get_no_more_than_the_cap_lets_through(world: World) -> None:
+    for name in ("a", "b", "c"):
+        world.node(name)
+    assert world.send(SnapshotId(1, 1)) == {"a", "b", "c"}
+    sent_bytes = world.mirror.sent_bytes
+    world.cap.set(RATE_BYTES_MIN)
+    world.cap.take(RATE_BYTES_MIN)  # a second's bytes are owed from here on
+    began_s = time.monotonic()
+    assert world.send(SnapshotId(1, 2)) == {"a", "b", "c"}
+    assert world.mirror.sent_bytes == 2 * sent_bytes
+    assert time.monotonic() - began_s >= 0.9
+    assert world.told == []

@@ -67,14 +67,14 @@ class FakeNode:
 class Keeper:
     """One node's part of a keeper, its loop run by hand."""
 
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **more: object) -> None:
         self.posted: list[Callable[[], object]] = []
         self.heard: list[EpochCame | JobEnded | Cut] = []
         spec = KeeperSpec(job="job", store=str(tmp_path / "store"), compression="off")
         self.job = Job(spec, boot="b", post=self.posted.append, tell=lambda event: None)
         self.job._make_room(2)
         self.job.policy = Policy(linger_s=5.0)
-        where = NodesSpec(where=str(tmp_path / "meet"), job="job", nodes_min=2, nodes_max=2)
+        where = NodesSpec(where=str(tmp_path / "meet"), job="job", nodes_min=2, nodes_max=2, **more)  # type: ignore[arg-type]
         self.node: FakeNode | None = None
         self.refuses: Exception | None = None
 
@@ -129,6 +129,25 @@ def test_nodes_that_meet_in_etcd_need_a_secret(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="secret"):
         check_spec(NodesSpec(where="etcd://h:1", job="j", nodes_min=1, nodes_max=2))
     check_spec(NodesSpec(where=str(tmp_path), job="j", nodes_min=1, nodes_max=2))
+
+
+def test_nodes_on_a_network_need_tls_or_a_word(tmp_path: Path) -> None:
+    spec = {"where": str(tmp_path), "job": "j", "nodes_min": 1, "nodes_max": 2, "host": "10.1.2.3"}
+    with pytest.raises(UsageError, match="--plaintext"):
+        check_spec(NodesSpec(**spec))
+    with pytest.raises(UsageError, match="certificate can't be read"):
+        check_spec(NodesSpec(**spec, tls_cert="/none", tls_key="/none", tls_ca="/none"))
+    check_spec(NodesSpec(**spec, plaintext=True))
+
+
+def test_one_rate_cap_for_all_nodes_that_keep_mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capped = Keeper(tmp_path, monkeypatch, mirror_rate=float(5 << 20))
+    memory = capped.nodes.memory
+    caps = {memory._peer(f"127.0.0.1:{port}")._cap for port in (1, 2)}
+    assert [cap and cap.bytes_per_s for cap in caps] == [float(5 << 20)]
+    capped.job.close()
+    with pytest.raises(UsageError, match="rate cap"):
+        Keeper(tmp_path, monkeypatch, mirror_rate=5.0)
 
 
 def test_epoch_that_places_this_node_starts_it_where_its_ranks_are(joined: Keeper) -> None:

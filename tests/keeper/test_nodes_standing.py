@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from ckpt.fleet.words import Standing
 from ckpt.keeper.mirror_rounds import Round, Word
-from ckpt.keeper.nodes_standing import common, standing_of
+from ckpt.keeper.nodes_standing import common, common_but_each, standing_of
 from ckpt.link.board import SLOTS_MAX, Board
 from ckpt.values import SnapshotId
 
@@ -51,6 +51,20 @@ def test_of_mirrors_the_round_is_told_whatever_single_nodes_have() -> None:
     told = common([standing(mirrored=P2), None], 1, Round(named=P3, kept=P1))
     assert (told.named, told.mirrored, told.missed) == (P3, P1, None)
     assert common([standing(mirrored=P2)], 1).mirrored is None
+
+
+_standings = st.builds(
+    standing, *[st.sampled_from([P1, P2, P3])] * 2, completed=st.integers(-1, 3), mirrored=st.sampled_from([None, P1])
+)
+
+
+@given(mine=_standings, others=st.lists(st.none() | _standings, max_size=5))
+def test_all_but_each_have_in_common_what_the_rest_has(mine: Standing, others: list[Standing | None]) -> None:
+    by_node = {str(number): one for number, one in enumerate(others)}
+    now = Round(named=P3, kept=P1)
+    assert common_but_each(mine, by_node, 1, now) == {
+        node: common([mine, *[one for other, one in by_node.items() if other != node]], 1, now) for node in by_node
+    }
 
 
 def test_pair_is_complete_once_ranks_elsewhere_hold_it_too(board: Board) -> None:

@@ -24,19 +24,21 @@ class Files:
 
 @dataclass(frozen=True)
 class Certificates:
-    """Two nodes of one CA; one that names another host; and one of another CA."""
+    """Two nodes of one CA; one that names another host, one that has expired; and one of another CA."""
 
     one: Files
     two: Files
     misnamed: Files
+    expired: Files
     stranger: Files
 
 
 def make_certificates(folder: Path) -> Certificates:
     ours, theirs = _Ca(folder, "ours"), _Ca(folder, "theirs")
     return Certificates(
-        ours.sign("one"), ours.sign("two"), ours.sign("misnamed", address="127.9.9.9"), theirs.sign("stranger")
-    )
+        ours.sign("one"), ours.sign("two"), ours.sign("misnamed", address="127.9.9.9"),
+        ours.sign("expired", valid_h=-0.1), theirs.sign("stranger"),
+    )  # fmt: skip
 
 
 class _Ca:
@@ -57,9 +59,9 @@ class _Ca:
         builder = builder.add_extension(usage, critical=True)
         self._file.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
-    def sign(self, name: str, *, address: str = "127.0.0.1") -> Files:
+    def sign(self, name: str, *, address: str = "127.0.0.1", valid_h: float = 1.0) -> Files:
         key = ec.generate_private_key(ec.SECP256R1())
-        builder = _certificate(_named(name), self._name, key.public_key())
+        builder = _certificate(_named(name), self._name, key.public_key(), valid_h=valid_h)
         names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
         builder = builder.add_extension(names, critical=False)
         builder = builder.add_extension(
@@ -80,7 +82,9 @@ def _named(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, *, valid_h: float = 1.0
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
     return (
         x509.CertificateBuilder()
@@ -89,5 +93,5 @@ def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePub
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=valid_h))
     )

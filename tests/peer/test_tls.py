@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ckpt.errors import StoreDeniedError, UnavailableError, UsageError
 from ckpt.peer.bodies import Extent
 from ckpt.peer.patience import Patience
 from ckpt.peer.store import ClientLimits
-from ckpt.peer.tls import client_context, server_context
+from ckpt.peer.tls import client_context, rehearse, server_context
 
 
 def serving(files: Files) -> ssl.SSLContext:
@@ -37,6 +38,22 @@ def test_bytes_go_both_ways(world: World, certificates: Certificates, tmp_path: 
         store.put_extent("b", Extent(file.fileno(), 3, 2 << 20))
     assert read(store, "b") == body[3 : 3 + (2 << 20)]
     assert store.url.startswith("peers://")
+
+
+def test_a_rehearsal_says_what_others_would_find(certificates: Certificates) -> None:
+    good, away = certificates.one, certificates.misnamed
+    assert time.time() < rehearse(serving(good), asking(good), "127.0.0.1") < time.time() + 7200
+    for files, host, word in (
+        (certificates.expired, "127.0.0.1", "expired"),
+        (away, "127.0.0.1", "not valid for '127.0.0.1'"),
+        (good, "other.example", "not valid for 'other.example'"),
+        (good, "", "empty"),
+    ):
+        with pytest.raises(UsageError, match="would refuse") as error:
+            rehearse(serving(files), asking(files), host)
+        assert word in str(error.value)
+    with pytest.raises(UsageError, match="self-signed"):
+        rehearse(serving(certificates.stranger), asking(certificates.two), "127.0.0.1")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +89,8 @@ def test_a_client_without_a_certificate_is_refused(world: World, certificates: C
     context = ssl.create_default_context(cafile=str(certificates.one.ca))
     with pytest.raises(StoreDeniedError):
         world.store(server, tls=context).stat("a")
+    until(lambda: server.stats().refused.get("tls"))
+    assert server.stats().served == {}
 
 
 def test_stop_ends_a_handshake_that_never_comes(world: World, certificates: Certificates) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from ckpt.elastic.rendezvous_options import KEYS, Settings, settings_of
 from ckpt.errors import UsageError
+from ckpt.link.nodes_spec import nodes_of_environment, to_environment
 
 
 def settings(run_id: str = "job", endpoint: str = "", nodes: tuple[int, int] = (2, 3), **config: object) -> Settings:
@@ -60,7 +61,8 @@ def test_unknown_settings_are_refused_and_the_known_ones_named() -> None:
     ("config", "word"),
     [
         ({"standby": "hot"}, "warm or wait"), ({"grow": "maybe"}, "neither yes nor no"), ({"ttl": "x"}, "seconds"),
-        ({"ttl": "0.1"}, "too short"), ({"mirrors": "-1"}, "number from 0"), ({"join_timeout": "-1"}, "seconds"),
+        ({"ttl": "0.1"}, "too short"), ({"mirrors": "-1"}, "number from 0"), ({"mirror_rate": "x"}, "50MiB"),
+        ({"mirror_rate": "5KiB"}, "stalls"), ({"join_timeout": "-1"}, "seconds"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused(config: dict, word: str) -> None:
@@ -81,3 +83,21 @@ def test_patience() -> None:
     assert found.nodes is not None
     assert (found.nodes.last_call_s, found.nodes.shrink_wait_s, found.nodes.domain) == (7.0, 3.0, "d")
     assert Path(found.nodes.secret).is_absolute()
+
+
+def test_rate_of_mirrors_is_bytes_a_second_and_no_limit_by_default() -> None:
+    rates = [
+        found.mirror_rate for text in ("", "0", "500MiB", "1.5 GB/s") if (found := settings(mirror_rate=text).nodes)
+    ]
+    assert rates == [0.0, 0.0, 500.0 * 2**20, 1.5 * 2**30]
+
+
+def test_certificates_reach_keepers_and_trainers() -> None:
+    found = settings(tls_cert="c.pem", tls_key="~/c.key", tls_ca="/ca.pem")
+    assert found.nodes is not None
+    inherited = nodes_of_environment(to_environment(found.nodes))
+    assert inherited == found.nodes
+    files = (found.nodes.tls_cert, found.nodes.tls_key, found.nodes.tls_ca)
+    assert files == (str(Path("c.pem").absolute()), str(Path("~/c.key").expanduser()), "/ca.pem")
+    assert not found.nodes.plaintext
+    assert settings(plaintext="1").meet.plaintext

@@ -1,0 +1,63 @@
+"""Nodes of which each has only its lines, and what was heard over them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from ckpt.fleet.lines import Heard, Lines
+from ckpt.fleet.tls import Tls
+from ckpt.fleet.words import Word
+from ckpt.observe.events import Event
+
+SECRET = b"a secret of all nodes"
+WAIT_S = 30.0
+
+
+class Node:
+    """One keeper's lines, and all that it heard."""
+
+    def __init__(
+        self, name: str, *, secret: bytes = SECRET, listen: str = "127.0.0.1:0", tls: Tls | None = None
+    ) -> None:
+        self.name = name
+        self.words: list[tuple[str, Word]] = []
+        self.downs: list[tuple[str, str]] = []
+        self.ups: list[str] = []
+        self.events: list[Event] = []
+        self.changed = threading.Condition()
+        heard = Heard(
+            word=lambda node, word: self._note(self.words, (node, word)),
+            up=lambda node: self._note(self.ups, node),
+            down=lambda node, why: self._note(self.downs, (node, why)),
+        )
+        self.lines = Lines(
+            secret,
+            job="job",
+            node=name,
+            listen=listen,
+            heard=heard,
+            tell=lambda event: self._note(self.events, event),
+            tls=tls,
+        )
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.lines.port}"
+
+    def wait(self, until: Callable[[], object], what: str) -> None:
+        with self.changed:
+            assert self.changed.wait_for(until, WAIT_S), f"not in time: {what}"
+
+    def _note(self, kept: list, one: object) -> None:  # type: ignore[type-arg]
+        with self.changed:
+            kept.append(one)
+            self.changed.notify_all()
+
+
+def acquaint(*nodes: Node) -> None:
+    addresses = {one.name: one.address for one in nodes}
+    for one in nodes:
+        one.lines.want(addresses)
+    for one in nodes:
+        one.wait(lambda one=one: one.lines.up() == addresses.keys() - {one.name}, f"the lines of {one.name}")
