@@ -1,0 +1,178 @@
+"""What a job of so many nodes asks of etcd, of rank 0's node and of the store: each figure a formula, and where it comes from.
+
+``python benchmarks/scale_model.py [--nodes 64 1000 12500 100000] [--step-s 1]`` prints them. Sizes and times are those that
+``scale_sizes.py`` measures; limits are the code's own constants. 8 ranks a node, TTL 5 s, one mirror.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scale_records import RANKS_A_NODE
+from scale_sizes import size_text, time_text
+
+from ckpt.elastic.rendezvous_agent import LOOK_S as AGENT_LOOK_S
+from ckpt.fleet.cable import FRAME_BYTES_MAX
+from ckpt.fleet.lines import BEAT_S
+from ckpt.fleet.node import LOOK_S
+from ckpt.fleet.reach import MESH_MAX
+from ckpt.keeper.nodes import STANDING_S
+from ckpt.manifest.manifest import MANIFEST_BYTES_MAX
+from ckpt.membership.values import EPOCH_BYTES_MAX
+from ckpt.persist.channel import POLL_LAST_S, STOP_LOOK_S
+from ckpt.session.orders import RANKS_PER_S_MAX
+
+TTL_S = 5.0
+PAIRS = 3
+
+# Measured by scale_sizes.py.
+WORD_S = 13e-6
+"""A small word at one end of a line, its socket included."""
+NODE_BYTES = 218
+PLACE_BYTES = 30
+PART_REF_BYTES = 154
+RECEIPT_BYTES = 324
+HOLDING_BYTES = 100
+SOURCE_BYTES = 57
+STANDING_S_A_NODE = 6e-6
+SAID_S_PER_BYTE = 2.0e-9
+REQUEST_S = 37e-6
+"""A peer request's head at one end (016)."""
+ROUND_TRIP_S = 0.2e-3
+HEADER_REQUESTS = 3
+"""``far_slots._look``: length, head, index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``value`` of the number of nodes and the step time; ``show`` for people."""
+
+    what: str
+    where: str
+    value: Callable[[int, float], float]
+    show: Callable[[float], str]
+
+
+def count_text(count: float) -> str:
+    """For people."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def rate_text(count: float) -> str:
+    """For people."""
+    return f"{count_text(count)}/s"
+
+
+def flow_text(size_bytes: float) -> str:
+    """For people."""
+    return f"{size_text(int(size_bytes))}/s"
+
+
+def bytes_text(size_bytes: float) -> str:
+    """For people."""
+    return size_text(int(size_bytes))
+
+
+def cores_text(cores: float) -> str:
+    """For people; a keeper has one."""
+    return f"{100 * cores:.0f} %"
+
+
+def ranks(nodes: int) -> int:
+    """How many there are."""
+    return nodes * RANKS_A_NODE
+
+
+def steps_a_s(step_s: float) -> float:
+    """How often a node's standing changes, and is told at most."""
+    return min(1 / step_s, 1 / STANDING_S)
+
+
+def lines(nodes: int, *, centre: bool) -> int:
+    """How many lines a node keeps: see ``fleet/reach.py``."""
+    return nodes - 1 if nodes <= MESH_MAX or centre else min(4, nodes - 1)
+
+
+ROWS = (
+    Row("etcd: keepalives of keepers and agents", "TTL/3", lambda n, _: 2 * n * 3 / TTL_S, rate_text),
+    Row("etcd: writes when all join", "grant, put; keepers and agents", lambda n, _: 4 * n, count_text),
+    Row("etcd: epoch record", "values.encode_epoch", lambda n, _: n * PLACE_BYTES, bytes_text),
+    Row(
+        "etcd: reads of keepers, nothing happening", "fleet/node.py: all, each LOOK_S",
+        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / LOOK_S, flow_text,
+    ),
+    Row(
+        "etcd: reads of agents, nothing happening", "rendezvous_agent.py: all, each LOOK_S",
+        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / AGENT_LOOK_S, flow_text,
+    ),
+    Row("lines: of the leader and of rank 0's node", "fleet/reach.py", lambda n, _: lines(n, centre=True), count_text),
+    Row("lines: of any other node", "fleet/reach.py", lambda n, _: lines(n, centre=False), count_text),
+    Row("rank 0's node: beats", "2 a line and BEAT_S", lambda n, _: 2 * n / BEAT_S * WORD_S, cores_text),
+    Row(
+        "rank 0's node: standings", "keeper/nodes.py, 1 in a step, 1 out each STANDING_S",
+        lambda n, step_s: n * (steps_a_s(step_s) * WORD_S + (WORD_S + STANDING_S_A_NODE) / STANDING_S), cores_text,
+    ),
+    Row(
+        "rank 0's node: ranks ask for proposals", "session/orders.py, RANKS_PER_S_MAX",
+        lambda n, _: min(ranks(n) / POLL_LAST_S, RANKS_PER_S_MAX) * 2 * WORD_S, cores_text,
+    ),
+    Row(
+        "a request reaches the last rank after", "the same", lambda n, _: max(POLL_LAST_S, ranks(n) / RANKS_PER_S_MAX),
+        time_text,
+    ),
+    Row(
+        "rank 0's node: ranks wait for an outcome", "persist/channel.py, STOP_LOOK_S",
+        lambda n, _: ranks(n) / STOP_LOOK_S * 2 * WORD_S, cores_text,
+    ),
+    Row("a snapshot: receipts", "persist/persister.py, 1 a rank", lambda n, _: ranks(n) * RECEIPT_BYTES, bytes_text),
+    Row("a snapshot: manifest", "manifest.py, 1 part a rank", lambda n, _: ranks(n) * PART_REF_BYTES, bytes_text),
+    Row("a snapshot: objects put, packs aside", "parts, manifest, commit", lambda n, _: ranks(n) + 2, count_text),
+    Row(
+        "restore from the store: reads of parts", "commit/catalog.py: each rank reads all",
+        lambda n, _: ranks(n) ** 2, count_text,
+    ),
+    Row("gather: all answers", "fleet/words.Held, 56 a node", lambda n, _: n * 56 * HOLDING_BYTES, bytes_text),
+    Row("gather: the plan, one word", "fleet/words.Sources", lambda n, _: ranks(n) * PAIRS * SOURCE_BYTES, bytes_text),
+    Row(
+        "gather: the plan said to all", "nodes_memory.py, on one core",
+        lambda n, _: n * (WORD_S + ranks(n) * PAIRS * SOURCE_BYTES * SAID_S_PER_BYTE), time_text,
+    ),
+    Row(
+        "restore from memory: a rank reads headers for", "session/far_slots.py, one after the other",
+        lambda n, _: HEADER_REQUESTS * (ranks(n) - RANKS_A_NODE) * (ROUND_TRIP_S + REQUEST_S), time_text,
+    ),
+    Row(
+        "restore from memory: a keeper answers for", "the same, from the other end",
+        lambda n, _: HEADER_REQUESTS * RANKS_A_NODE * (ranks(n) - RANKS_A_NODE) * REQUEST_S, time_text,
+    ),
+)  # fmt: skip
+
+LIMITS = (
+    ("epoch record", EPOCH_BYTES_MAX // PLACE_BYTES, "nodes"),
+    ("manifest", MANIFEST_BYTES_MAX // PART_REF_BYTES, "ranks"),
+    ("the plan in one word", FRAME_BYTES_MAX // (PAIRS * SOURCE_BYTES), "ranks"),
+)
+"""What is refused, from what number on."""
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[64, 1000, 12_500, 100_000])
+    parser.add_argument("--step-s", type=float, default=1.0)
+    args = parser.parse_args()
+    print(f"{'nodes':46}" + "".join(f"{nodes:>11}" for nodes in args.nodes) + "   where")
+    for row in ROWS:
+        values = "".join(f"{row.show(row.value(nodes, args.step_s)):>11}" for nodes in args.nodes)
+        print(f"{row.what:46}{values}   {row.where}")
+    for what, number, unit in LIMITS:
+        print(f"refused above {number} {unit}: {what}")
+
+
+if __name__ == "__main__":
+    main()

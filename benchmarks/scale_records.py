@@ -1,0 +1,119 @@
+"""Records and words of a job of any size, made by the code that makes them in a job; for the other files of that kind here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ckpt.fleet.cable import Cable
+from ckpt.fleet.leading import FLOOR, PEER
+from ckpt.fleet.note import Note, encode_note
+from ckpt.fleet.secret import NONCE_BYTES
+from ckpt.fleet.words import Holding, Sources, Word
+from ckpt.keeper.held import Pair
+from ckpt.manifest.keys import part_key, writer_name
+from ckpt.manifest.manifest import Manifest, PartRef
+from ckpt.manifest.records import Commit, Record, make_record
+from ckpt.membership.values import EpochRecord, NodeInfo, Place
+from ckpt.values import SnapshotId
+
+RANKS_A_NODE = 8
+NEWEST = SnapshotId(7, 123_456)
+ORIGIN = "0123456789abcdef0123456789abcdef"
+DIGEST = "0123456789abcdef0123456789abcdef"
+SLOTS = 3
+KEPT = 2
+"""Pairs in mirrors: the named one and the one before it (``keeper/mirror_rounds.py``)."""
+
+
+def node_name(number: int) -> str:
+    """As ``keeper/nodes_join.py`` draws it: a host and 12 hex digits."""
+    return f"gpu-{number:06d}-{(number * 2654435761) % (1 << 48):012x}"
+
+
+def node_info(number: int) -> NodeInfo:
+    """What a node says when it joins."""
+    host = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+    return NodeInfo(
+        node=node_name(number), host=f"gpu-{number:06d}", slots=RANKS_A_NODE, domain=f"rack-{number // 16:05d}",
+        address=f"{host}:45678", capabilities=(f"{PEER}{host}:45679", f"{FLOOR}7"),
+    )  # fmt: skip
+
+
+def epoch_record(nodes: int) -> EpochRecord:
+    """An epoch of so many nodes."""
+    return EpochRecord(
+        job="train", number=8, places=tuple(Place(node_name(n), RANKS_A_NODE) for n in range(nodes)), leader=node_name(3),
+        nodes_min=max(1, nodes - 8), nodes_max=nodes, note=encode_note(Note(why="node gpu-000003 was lost", era=5)),
+    )  # fmt: skip
+
+
+def manifest(ranks: int) -> Manifest:
+    """The root record of a snapshot of so many ranks: one part each."""
+    return Manifest(
+        job="train", snapshot=NEWEST, world_size=ranks, parts=tuple(part_ref(rank) for rank in range(ranks)),
+        size_bytes=ranks << 33, new_bytes=ranks << 33, created_unix_s=1.8e9, base=SnapshotId(7, 123_000),
+        metadata={"loss": 1.25},
+    )  # fmt: skip
+
+
+def part_ref(rank: int) -> PartRef:
+    """One rank's part as receipts and the manifest name it."""
+    writer = writer_name(f"gpu-{rank // RANKS_A_NODE:06d}", f"{rank:016x}")
+    return PartRef(key=part_key(NEWEST, writer), digest=DIGEST, size_bytes=80_000, rank=rank)
+
+
+def commit_record() -> Record:
+    """The record that makes a snapshot exist."""
+    body = Commit(NEWEST, DIGEST, SnapshotId(7, 123_000))
+    return make_record(body, job="train", seq=12_345, epoch=8, write_id=DIGEST, prev=DIGEST)
+
+
+def holdings(node: int, nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> list[Holding]:
+    """What one node holds: its ranks' slots, mirrors of its own ranks and of its partner's (``mirrors=1``: nodes in pairs)."""
+    partner = node ^ 1 if node ^ 1 < nodes else max(0, node - 2)
+    found = []
+    for back in range(max(slots, kept)):
+        pair = SnapshotId(NEWEST.epoch, NEWEST.step - back)
+        for owner, mirror, there in (
+            (node, False, back < slots),
+            (node, True, back < kept),
+            (partner, True, back < kept),
+        ):
+            for rank in range(owner * RANKS_A_NODE, (owner + 1) * RANKS_A_NODE) if there else ():
+                found.append(
+                    Holding(snapshot=pair, origin=ORIGIN, world_size=nodes * RANKS_A_NODE, rank=rank, mirror=mirror)
+                )
+    return found
+
+
+def all_holdings(nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> dict[str, Sequence[Holding]]:
+    """What every node holds."""
+    return {node_name(n): holdings(n, nodes, slots=slots, kept=kept) for n in range(nodes)}
+
+
+def sources_of(pairs: Sequence[Pair]) -> Sources:
+    """The word that tells all where the shares are, as ``keeper/nodes_memory.py`` makes it."""
+    return Sources(attempt=8, pairs=tuple((one.snapshot, one.world_size, one.sources) for one in pairs))
+
+
+def plan_of(pairs: Sequence[Pair]) -> Mapping[SnapshotId, tuple[tuple[str, ...], ...]]:
+    """What a keeper makes of it."""
+    return {one.snapshot: one.sources for one in pairs}
+
+
+def line() -> tuple[Cable, Cable]:
+    """Two ends that have proven themselves to each other."""
+    dialler = Cable(bytes(32), job="train", node="a", nonce=bytes(NONCE_BYTES), dials="b")
+    listener = Cable(bytes(32), job="train", node="b", nonce=bytes([1] * NONCE_BYTES))
+    for _ in range(2):
+        listener.received(dialler.to_send())
+        dialler.received(listener.to_send())
+    assert dialler.up and listener.up
+    return dialler, listener
+
+
+def across(ends: tuple[Cable, Cable], word: Word) -> tuple[int, bytes]:
+    """A word's bytes on the wire, and the bytes themselves for the other end."""
+    ends[0].say(word)
+    data = ends[0].to_send()
+    return len(data), data

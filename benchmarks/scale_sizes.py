@@ -1,0 +1,238 @@
+"""How large the records of a job are and how long they take, by number of nodes: real records, real encoders.
+
+``python benchmarks/scale_sizes.py [--nodes 64 1000 12500] [--repeats 3]`` prints bytes and CPU times: the best of some tries,
+on one core. What the code refuses is printed as refused. 8 ranks a node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+from scale_records import (
+    NEWEST,
+    RANKS_A_NODE,
+    across,
+    all_holdings,
+    commit_record,
+    epoch_record,
+    holdings,
+    line,
+    manifest,
+    node_info,
+    node_name,
+    part_ref,
+    sources_of,
+)
+
+from ckpt.errors import CkptError
+from ckpt.fleet import words as said
+from ckpt.fleet.lines import Heard, Lines
+from ckpt.keeper.held import complete
+from ckpt.keeper.mirror_rounds import Round
+from ckpt.keeper.nodes_standing import common_but_each
+from ckpt.manifest.manifest import Manifest
+from ckpt.membership.mirrors import Holder, place_mirrors
+from ckpt.membership.values import decode_epoch, decode_node, encode_epoch, encode_node
+from ckpt.persist.persister import _Receipt
+from ckpt.values import SnapshotId
+
+SOURCES_NODES_MAX = 12_500
+"""Beyond that one word holds more than FRAME_BYTES_MAX, and building it takes gigabytes."""
+
+
+def best_s(call: Callable[[], object], repeats: int) -> float:
+    """CPU seconds, the least of some tries: other processes on the machine don't count."""
+    found = []
+    for _ in range(repeats):
+        began_s = time.process_time()
+        call()
+        found.append(time.process_time() - began_s)
+    return min(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the table. ``size_bytes`` None: refused, or no record; ``seconds`` None: not measured."""
+
+    what: str
+    size_bytes: int | None
+    seconds: float | None
+    note: str = ""
+
+
+def size_text(size_bytes: int | None) -> str:
+    """For people."""
+    if size_bytes is None:
+        return ""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.3g} {unit}"
+    return f"{size_bytes} B"
+
+
+def time_text(seconds: float | None) -> str:
+    """For people."""
+    if seconds is None:
+        return ""
+    return (
+        f"{seconds:.3g} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.3g} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.3g} us"
+    )
+
+
+def encoded(what: str, make: Callable[[], bytes], repeats: int) -> tuple[Line, bytes]:
+    """A record's size and the time of making its bytes; what is refused says why."""
+    try:
+        data = make()
+    except CkptError as error:
+        return Line(what, None, None, f"refused: {str(error)[:90]}"), b""
+    return Line(what, len(data), best_s(make, repeats)), data
+
+
+def word_lines(name: str, word: said.Word, repeats: int) -> list[Line]:
+    """What a word costs at either end of a line: bytes, authentication, both."""
+    ends = line()
+    size, data = across(ends, word)
+    ends[1].received(data)
+
+    def both() -> None:
+        ends[1].received(across(ends, word)[1])
+
+    say_s = _say_s(word, repeats)
+    return [Line(f"{name}: said", size, say_s), Line(f"{name}: heard", size, best_s(both, repeats) - say_s)]
+
+
+def _say_s(word: said.Word, repeats: int) -> float:
+    ends = line()
+    return best_s(lambda: across(ends, word), repeats)
+
+
+def standing_word(pairs: int = 3) -> said.Standing:
+    """A node's standing: the pairs in its slots, its place in the round of mirrors."""
+    sealed = tuple(SnapshotId(NEWEST.epoch, NEWEST.step - back) for back in range(pairs))
+    return said.Standing(attempt=8, sealed=sealed, completed=NEWEST.step, mirrored=sealed[-1])
+
+
+def standing_round(nodes: int) -> Callable[[], object]:
+    """What the node of rank 0 works out each time it tells the others how far all are: see ``Nodes._tell_standing``."""
+    words = {node_name(n): standing_word() for n in range(1, nodes)}
+    return lambda: common_but_each(standing_word(), words, 8, Round())
+
+
+def over_sockets_s(word: said.Word, count: int) -> float:
+    """CPU seconds of both ends for one word on a real line over loopback, of many that are said one after the other."""
+    heard, up, done = itertools.count(1), threading.Event(), threading.Event()
+
+    def hear(node: str, word: said.Word) -> None:
+        if next(heard) == count:
+            done.set()
+
+    def lines(node: str) -> Lines:
+        told = Heard(word=hear, up=lambda node: up.set(), down=lambda node, why: None)
+        return Lines(bytes(32), job="train", node=node, listen="127.0.0.1:0", heard=told, tell=lambda event: None)
+
+    a, b = lines("a"), lines("b")
+    try:
+        addresses = {"a": f"127.0.0.1:{a.port}", "b": f"127.0.0.1:{b.port}"}
+        a.want(addresses)
+        b.want(addresses)
+        up.wait(10.0)
+        while "b" not in a.up():
+            time.sleep(0.01)
+        began_s = time.process_time()
+        for _ in range(count):
+            a.say("b", word)
+        done.wait(600.0)
+        return (time.process_time() - began_s) / count
+    finally:
+        a.close()
+        b.close()
+
+
+def constant(repeats: int) -> list[Line]:
+    """What doesn't depend on the number of nodes."""
+    node, data = encoded("a node's record", lambda: encode_node(node_info(12_345)), repeats)
+    commit, _ = encoded("a commit record", lambda: commit_record().encode(), repeats)
+    receipt = _Receipt(NEWEST, ref=part_ref(12_345), size_bytes=1 << 33, new_bytes=1 << 33, base=SnapshotId(7, 123_000))
+    body = msgspec.msgpack.encode(receipt)
+    post = said.Post(room="uploads/5", key="receipt/123/12345", value=body)
+    peek = said.Peek(call=123_456, room="attempt/8", key="proposal/12", wait_s=0.0)
+    return [
+        node,
+        Line("a node's record: read", len(data), best_s(lambda: decode_node(data), repeats)),
+        commit,
+        Line("a rank's receipt", len(body), best_s(lambda: msgspec.msgpack.encode(receipt), repeats)),
+        *word_lines("a receipt posted", post, repeats),
+        *word_lines("a question", peek, repeats),
+        *word_lines("an answer", said.Said(call=123_456, value=None), repeats),
+        *word_lines("a beat", said.Beat(), repeats),
+        *word_lines("a standing", standing_word(), repeats),
+        *word_lines("what a node holds", said.Held(call=1, holdings=tuple(holdings(4, 12_500))), repeats),
+        Line("a line made (both ends)", None, best_s(line, repeats)),
+        Line("a standing over a socket (both ends)", None, over_sockets_s(standing_word(), 20_000)),
+    ]
+
+
+def growing(nodes: int, repeats: int) -> list[Line]:
+    """What grows with the number of nodes."""
+    ranks = nodes * RANKS_A_NODE
+    found, data = encoded("epoch record: made", lambda: encode_epoch(epoch_record(nodes)), repeats)
+    lines = [found]
+    if data:
+        lines.append(Line("epoch record: read", len(data), best_s(partial(decode_epoch, data), repeats)))
+    found, data = encoded("manifest: made", manifest(ranks).encode, repeats)
+    lines.append(found)
+    if data:
+        lines.append(Line("manifest: read", len(data), best_s(partial(Manifest.decode, data), repeats)))
+    view = [encode_node(node_info(n)) for n in range(nodes)]
+    lines.append(Line("all nodes' records: read", sum(map(len, view)), best_s(lambda: [*map(decode_node, view)], 1)))
+    holders = [Holder(node_name(n), f"rack-{n // 16}") for n in range(nodes)]
+    lines.append(Line("mirrors placed", None, best_s(lambda: place_mirrors(holders, 1), 1)))
+    lines.append(Line("standing told to all: worked out", None, best_s(standing_round(nodes), repeats)))
+    if nodes > SOURCES_NODES_MAX:
+        return lines
+    held = all_holdings(nodes)
+    pairs = complete(held)
+    count = sum(map(len, held.values()))
+    lines.append(
+        Line("which pairs are whole", None, best_s(partial(complete, held), 1), f"{count} holdings, {len(pairs)} pairs")
+    )
+    del held
+    try:
+        lines += word_lines("sources, one word", sources_of(pairs), 1)
+    except CkptError as error:
+        lines.append(Line("sources, one word", None, None, f"refused: {str(error)[:90]}"))
+    return lines
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[64, 1000, 12_500])
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    versions = f"Python {platform.python_version()}, msgspec {msgspec.__version__}"
+    print(f"{versions}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+    tables = [("any number of nodes", constant(20 * args.repeats))]
+    for nodes in args.nodes:
+        tables.append((f"{nodes} nodes, {nodes * RANKS_A_NODE} ranks", growing(nodes, args.repeats)))
+    for title, lines in tables:
+        print(f"\n{title}")
+        for one in lines:
+            print(f"  {one.what:34} {size_text(one.size_bytes):>10} {time_text(one.seconds):>10}  {one.note}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The Kubernetes manifests: valid by Kubernetes' own schema, consistent with each other, and true of what they start."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from etcd_server import require
+from launches import launch_of
+from servers.process import ServerProcess, free_port
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+from ckpt.errors import UnavailableError, UsageError
+from ckpt.fleet.secret import read_secret
+from ckpt.link.policy import Policy
+from ckpt.membership.etcd_options import EtcdOptions
+from ckpt.membership.open import open_membership
+from ckpt.membership.values import NodeInfo
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "integrations" / "kubernetes"
+VERSION = "1.33"
+"""The first in which all that the manifests use is stable, as README.md says."""
+
+
+def documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
+def found(name: str, kind: str) -> dict:
+    [one] = [document for document in documents(name) if document["kind"] == kind]
+    return one
+
+
+def resources() -> list[dict]:
+    return [
+        document for name in found("kustomization.yaml", "Kustomization")["resources"] for document in documents(name)
+    ]
+
+
+JOB = found("job.yaml", "Job")["spec"]
+POD = JOB["template"]["spec"]
+[TRAIN] = POD["containers"]
+ETCD = found("etcd.yaml", "StatefulSet")
+[MEMBER] = ETCD["spec"]["template"]["spec"]["containers"]
+
+
+def test_manifests_are_valid_by_the_schema_of_kubernetes() -> None:
+    for document in resources():
+        kubernetes_validate.validate(document, VERSION, strict=True)
+    assert f"Kubernetes {VERSION}" in (FOLDER / "README.md").read_text()
+
+
+def test_jobset_wraps_the_very_same_job() -> None:
+    [group] = found("jobset.yaml", "JobSet")["spec"]["replicatedJobs"]
+    assert group["template"]["spec"] == JOB
+
+
+def test_options_are_those_of_ckpt_run() -> None:
+    args, settings = launch_of([*TRAIN["command"], *TRAIN["args"]])
+    assert args.training_script == TRAIN["args"][-1]
+    assert settings is not None and settings.nodes is not None
+    assert settings.nodes.nodes_max == settings.nodes.nodes_min < JOB["completions"] == JOB["parallelism"]
+    standbys = JOB["completions"] - settings.nodes.nodes_max
+    assert JOB["successPolicy"]["rules"] == [{"succeededCount": standbys + 1}]
+    assert args.max_restarts > 0, "a drain of one pod ends all"
+    assert settings.nodes.plaintext, "pods are on different machines"
+
+
+def test_variables_in_arguments_are_set() -> None:
+    for container in (TRAIN, MEMBER):
+        used = set(re.findall(r"\$\((\w+)\)", " ".join([*container["command"], *container["args"]])))
+        assert used <= {one["name"] for one in container["env"]}
+
+
+def test_endpoints_are_the_members_of_etcd() -> None:
+    _, settings = launch_of([*TRAIN["command"], *TRAIN["args"]])
+    assert settings is not None and settings.nodes is not None
+    service = found("etcd.yaml", "Service")
+    assert service["metadata"]["name"] == ETCD["spec"]["serviceName"] and service["spec"]["clusterIP"] == "None"
+    suffix = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc"
+    names = [f"{ETCD['metadata']['name']}-{n}" for n in range(ETCD["spec"]["replicas"])]
+    ports = {one["name"]: one["port"] for one in service["spec"]["ports"]}
+    assert settings.nodes.where == "etcd://" + ",".join(f"{name}.{suffix}:{ports['client']}" for name in names)
+    cluster = ",".join(f"{name}=https://{name}.{suffix}:{ports['peer']}" for name in names)
+    assert f"--initial-cluster={cluster}" in MEMBER["args"]
+    assert {one["name"]: one["containerPort"] for one in MEMBER["ports"]}.items() >= ports.items()
+
+
+def test_labels_meet_their_selectors() -> None:
+    labels = {"train": JOB["template"]["metadata"]["labels"], "etcd": ETCD["spec"]["template"]["metadata"]["labels"]}
+    assert ETCD["spec"]["selector"]["matchLabels"] == labels["etcd"]
+    assert found("etcd.yaml", "Service")["spec"]["selector"] == labels["etcd"]
+    assert found("etcd.yaml", "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels["etcd"]
+    ports = {one["name"] for one in MEMBER["ports"]}
+    for policy in documents("network.yaml"):
+        name = policy["metadata"]["name"]
+        assert policy["spec"]["podSelector"]["matchLabels"] == labels[name]
+        for rule in policy["spec"]["ingress"]:
+            assert {one["port"] for one in rule.get("ports", ())} <= ports
+            for source in rule["from"]:
+                assert source.get("podSelector", {}).get("matchLabels", labels[name]) in labels.values()
+    for pod in (POD, ETCD["spec"]["template"]["spec"]):
+        terms = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        own = labels["train"] if pod is POD else labels["etcd"]
+        assert [one["labelSelector"]["matchLabels"] for one in (*terms, *pod["topologySpreadConstraints"])] == [
+            own,
+            own,
+        ]
+
+
+def test_volumes_secrets_and_paths_agree() -> None:
+    made = {one["name"]: one["files"] for one in found("kustomization.yaml", "Kustomization")["secretGenerator"]}
+    for pod in (POD, ETCD["spec"]["template"]["spec"]):
+        volumes = {one["name"]: one for one in pod["volumes"]}
+        claims = {one["metadata"]["name"] for one in ETCD["spec"]["volumeClaimTemplates"]} if pod is not POD else set()
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
+            readable: list[str] = []
+            for mount in container["volumeMounts"]:
+                assert mount["name"] in volumes.keys() | claims
+                secret = volumes.get(mount["name"], {}).get("secret")
+                if secret is not None:
+                    keys = [name.partition("=")[0].rpartition("/")[2] for name in made[secret["secretName"]]]
+                    readable += [f"{mount['mountPath']}/{key}" for key in keys]
+            words = " ".join([*container["command"], *container.get("args", ())])
+            in_secrets = re.findall(r"/etc/(?:ckpt|etcd)/[\w./]+", words)
+            assert in_secrets and set(in_secrets) <= set(readable)
+    [init] = POD["initContainers"]
+    target = init["command"][-1]
+    assert f"--secret={target}" in TRAIN["args"]
+    for container in (init, TRAIN):  # both see the volume that it is copied to
+        assert str(Path(target).parent) in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_time_to_stop_exceeds_that_of_agents_which_exceeds_that_of_programs() -> None:
+    agent_s = inspect.signature(LocalElasticAgent._shutdown).parameters["timeout"].default
+    assert Policy().grace_s < agent_s < POD["terminationGracePeriodSeconds"]
+    assert POD["restartPolicy"] == "Never"  # asked for by podFailurePolicy
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    """What ``make-secrets.sh`` makes."""
+    require("openssl")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    folder = tmp_path / "secrets"
+    environment = {**os.environ, "PATH": path, "EXTRA_NAMES": "IP:127.0.0.2"}
+    done = subprocess.run(
+        [FOLDER / "make-secrets.sh", folder], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_secrets_that_the_kustomization_names_are_made_and_private(secrets: Path) -> None:
+    names = [
+        name.rpartition("=")[2]
+        for one in found("kustomization.yaml", "Kustomization")["secretGenerator"]
+        for name in one["files"]
+    ]
+    for name in names:
+        assert stat.S_IMODE((secrets.parent / name).stat().st_mode) == 0o600, name
+    assert not any("ca.key" in name for name in names)
+    assert len(read_secret(secrets / "job.secret")) == 32
+
+
+def test_secret_of_a_volume_is_believed_only_once_the_init_container_has_copied_it(
+    secrets: Path, tmp_path: Path
+) -> None:
+    """A Secret's volume: files are links through ``..data``; with fsGroup they get the group's read permission."""
+    volume, run = tmp_path / "volume", tmp_path / "run"
+    (volume / "..2026").mkdir(parents=True)
+    run.mkdir()
+    real = volume / "..2026" / "job.secret"
+    real.write_bytes((secrets / "job.secret").read_bytes())
+    (volume / "..data").symlink_to("..2026")
+    (volume / "job.secret").symlink_to("..data/job.secret")
+    [mode] = [one["secret"]["defaultMode"] for one in POD["volumes"] if one["name"] == "job-secret"]
+    real.chmod(mode)
+    with pytest.raises(UsageError, match="can be read by others"):
+        read_secret(volume / "job.secret")
+    [init] = POD["initContainers"]
+    places = {mount["mountPath"]: folder for mount, folder in zip(init["volumeMounts"], (volume, run), strict=True)}
+    command = [
+        str(places[str(Path(word).parent)] / Path(word).name) if word.startswith("/") else word
+        for word in init["command"]
+    ]
+    for _ in range(2):  # an init container may run again
+        subprocess.run(command, check=True, timeout=30)
+        assert read_secret(run / "job.secret") == bytes.fromhex(real.read_text())
+    assert stat.S_IMODE((run / "job.secret").stat().st_mode) == 0o600
+    real.chmod(0o400)  # a pod that runs as root, without fsGroup, needs no copy
+    assert len(read_secret(volume / "job.secret")) == 32
+
+
+@pytest.fixture
+def etcd(secrets: Path, tmp_path: Path) -> Iterator[tuple[str, ...]]:
+    """The StatefulSet's members with their own arguments, but for addresses, ports and paths; their endpoints."""
+    require()
+    names = [f"{ETCD['metadata']['name']}-{n}" for n in range(ETCD["spec"]["replicas"])]
+    ports = {(name, port): free_port() for name in names for port in ("2379", "2380", "2381")}
+    for key, name in (("ca.crt", "ca.crt"), ("tls.crt", "etcd.crt"), ("tls.key", "etcd.key")):
+        (tmp_path / key).write_bytes((secrets / name).read_bytes())
+
+    def here(argument: str, own: str) -> str:
+        argument = argument.replace("$(POD_NAME)", own)
+        argument = re.sub(r"(etcd-\d)\.etcd\.ckpt\.svc:(\d+)", lambda at: f"127.0.0.1:{ports[at[1], at[2]]}", argument)
+        argument = re.sub(r"0\.0\.0\.0:(\d+)", lambda at: f"127.0.0.1:{ports[own, at[1]]}", argument)
+        return argument.replace("/var/lib/etcd", str(tmp_path / own)).replace("/etc/etcd/tls", str(tmp_path))
+
+    servers: list[ServerProcess] = []
+    try:
+        for name in names:
+            ready = f"http://127.0.0.1:{ports[name, '2381']}{MEMBER['startupProbe']['httpGet']['path']}"
+            command = ["etcd", *(here(argument, name) for argument in MEMBER["args"]), "--log-level=error"]
+            servers.append(ServerProcess(command, ready_url=ready, log=tmp_path / f"{name}.log", env={}))
+        for server in servers:
+            server.wait_ready()
+        for probe in ("livenessProbe", "readinessProbe"):
+            servers[0]._ready_url = f"http://127.0.0.1:{ports[names[0], '2381']}{MEMBER[probe]['httpGet']['path']}"
+            servers[0].wait_ready()
+        yield tuple(f"127.0.0.1:{ports[name, '2379']}" for name in names)
+    finally:
+        for server in servers:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_etcd_of_the_statefulset_takes_a_node_with_the_clients_certificate_and_nobody_else(
+    etcd: tuple[str, ...], secrets: Path
+) -> None:
+    known = EtcdOptions(
+        endpoints=etcd, ca=secrets / "ca.crt", cert=secrets / "client.crt", key=secrets / "client.key", call_s=5.0
+    )
+    member = open_membership(known, "train", ttl_s=30.0)
+    ticket = member.join(NodeInfo(node="a", host="h", slots=8))
+    assert member.view().by_node.keys() == {ticket.node}
+    member.leave()
+    for stranger in (EtcdOptions(endpoints=etcd, ca=secrets / "ca.crt"), EtcdOptions(endpoints=etcd)):
+        unknown = open_membership(stranger, "train")
+        with pytest.raises(UnavailableError):
+            unknown.view()
+        unknown.leave()
