@@ -114,8 +114,8 @@ ROWS = (
     Row("lines: of any other node", "fleet/reach.py", lambda n, _: lines(n, centre=False), count_text),
     Row("rank 0's node: beats", "2 a line and BEAT_S", lambda n, _: 2 * n / BEAT_S * WORD_S, cores_text),
     Row(
-        "rank 0's node: standings", "keeper/nodes.py, 1 in a step, 1 out each STANDING_S",
-        lambda n, step_s: n * (steps_a_s(step_s) * WORD_S + (WORD_S + STANDING_S_A_NODE) / STANDING_S), cores_text,
+        "rank 0's node: standings", "keeper/nodes.py, 1 in and 1 out a step, in 3 rounds",
+        lambda n, step_s: n * steps_a_s(step_s) * (2 * WORD_S + 3 * STANDING_S_A_NODE), cores_text,
     ),
     Row(
         "rank 0's node: ranks ask for proposals", "session/orders.py, RANKS_PER_S_MAX",

@@ -20,6 +20,7 @@ from ckpt.errors import CkptError, UnavailableError
 from ckpt.fleet.cable import Cable
 from ckpt.fleet.secret import NONCE_BYTES
 from ckpt.fleet.sheath import Sheath
+from ckpt.fleet.sockets import DIAL_S, family, name_of, quick, split, why_of
 from ckpt.fleet.tls import Tls
 from ckpt.fleet.words import Beat, Word
 from ckpt.observe.events import Event, Tell
@@ -30,7 +31,6 @@ SILENT_S = 4.0
 """A line on which nothing came for so long is given up, and dialled again."""
 GREET_S = 5.0
 """How long the other end may take to say who it is."""
-DIAL_S = 2.0
 PROBE_S = 1.0
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 2.0
@@ -94,10 +94,10 @@ class Lines:
         self._told: set[str] = set()
         self.refused = 0
         """How many connections were ended because of what came on them, or because there were too many strangers."""
-        host, port = _split(listen)
+        host, port = split(listen)
         try:
             self._listener = socket.create_server(
-                (host, int(port)), family=_family(host), backlog=BACKLOG, reuse_port=False
+                (host, int(port)), family=family(host), backlog=BACKLOG, reuse_port=False
             )  # fmt: skip
         except OSError as error:
             raise UnavailableError(f"other nodes can't be listened to. address={listen} why={error}") from error
@@ -203,8 +203,8 @@ class Lines:
 
     def _dial(self, node: str, one: _Wanted, now_s: float) -> None:
         one.due_s, one.pause_s = now_s + one.pause_s, min(2 * one.pause_s, RETRY_LAST_S)
-        host, port = _split(one.address)
-        sock = socket.socket(_family(host), socket.SOCK_STREAM)
+        host, port = split(one.address)
+        sock = socket.socket(family(host), socket.SOCK_STREAM)
         sock.setblocking(False)
         cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES), dials=node)
         line = _Line(sock, cable, dialled=True, since_s=now_s, probes=node < self._node, connecting=True)
@@ -216,7 +216,7 @@ class Lines:
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:
-            self._drop(line, _why(error))
+            self._drop(line, why_of(error))
 
     def _accept(self) -> None:
         try:
@@ -231,7 +231,7 @@ class Lines:
         cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES))
         line = _Line(sock, cable, dialled=False, since_s=time.monotonic())
         line.sheath = None if self._tls is None else Sheath(self._tls, calls=None)
-        _quick(sock)
+        quick(sock)
         self._lines.add(line)
         self._selector.register(sock, _READ, line)
 
@@ -239,7 +239,7 @@ class Lines:
         if line.connecting:
             code = line.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
-                self._drop(line, _why(OSError(code, os.strerror(code))))
+                self._drop(line, why_of(OSError(code, os.strerror(code))))
                 return
             line.connecting = False
             if line.probes:
@@ -247,7 +247,7 @@ class Lines:
                 # line may close a moment before the port.
                 self._drop(line, "somebody listens there", quiet=True)
                 return
-            _quick(line.sock)
+            quick(line.sock)
         if mask & _READ:
             self._read(line)
         if line in self._lines:
@@ -259,7 +259,7 @@ class Lines:
         except BlockingIOError:
             return
         except OSError as error:
-            self._drop(line, _why(error))
+            self._drop(line, why_of(error))
             return
         if not data:
             self._drop(line, "the other end closed it")
@@ -297,7 +297,7 @@ class Lines:
 
     def _refuse(self, line: _Line, error: CkptError) -> None:
         self.refused += 1
-        text = f"{'the node at' if line.dialled else 'a connection from'} {_name_of(line.sock)}: {error}"
+        text = f"{'the node at' if line.dialled else 'a connection from'} {name_of(line.sock)}: {error}"
         if text not in self._told and len(self._told) < STRANGERS_MAX:
             self._told.add(text)
             self._tell(Event("line-refused", text, {"code": error.code}, alarm=True))
@@ -340,7 +340,7 @@ class Lines:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._drop(line, _why(error))
+            self._drop(line, why_of(error))
             return
         self._selector.modify(line.sock, _READ | _WRITE if line.out else _READ, line)
 
@@ -372,39 +372,3 @@ class Lines:
             self._wake_in.send(b"\0")
         except OSError:  # it is awake already, or it has ended
             return
-
-
-def probe(address: str, timeout_s: float = DIAL_S) -> str:
-    """Whether somebody listens there: "" where a connection can be made, else why not (``refused: ...`` where nobody does)."""
-    host, port = _split(address)
-    try:
-        with socket.create_connection((host, int(port)), timeout=timeout_s):
-            return ""
-    except (OSError, ValueError) as error:
-        return _why(error)
-
-
-def _why(error: OSError | ValueError) -> str:
-    if isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) == 111:
-        return f"refused: {error}"
-    return f"{type(error).__name__}: {error}"
-
-
-def _split(address: str) -> tuple[str, str]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), port
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _quick(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _name_of(sock: socket.socket) -> str:
-    try:
-        return ":".join(map(str, sock.getpeername()[:2]))
-    except OSError:
-        return "somebody who is gone"

@@ -26,17 +26,16 @@ from ckpt.keeper.job import Job
 from ckpt.keeper.nodes_join import Here, check_spec, join
 from ckpt.keeper.nodes_judge import with_rank
 from ckpt.keeper.nodes_memory import NodesMemory
+from ckpt.keeper.nodes_roll import NodesRoll
 from ckpt.keeper.nodes_standbys import Standbys
 from ckpt.keeper.nodes_standing import common, common_but_each, standing_of
 from ckpt.keeper.nodes_uploads import NodesUploads
-from ckpt.keeper.roll_call import CALLS_PER_TTL, RollCall, answers, called, heard
 from ckpt.keeper.room import OwnRoom, Room
 from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
 from ckpt.link.board import Board
 from ckpt.link.nodes_spec import NodesSpec, host_towards
 from ckpt.link.seating import Seating
-from ckpt.membership.keyed import boot_s
-from ckpt.membership.leases import State, margin_of
+from ckpt.membership.leases import State
 from ckpt.membership.values import Holdings
 from ckpt.observe.events import Event
 
@@ -65,9 +64,10 @@ class Nodes:
         self._standings: dict[str, said.Standing] = {}
         self._told_standing: said.Standing | None = None
         self._told_s = 0.0
+        self._told_to: dict[str, tuple[said.Standing, float]] = {}
+        self._news = False  # whether another node told its standing to this one, that of rank 0, since it told all
         self._due_s = 0.0
-        self._roll = RollCall()
-        self._roll_due_s = 0.0
+        self._roll = NodesRoll(self, ttl_s=spec.ttl_s)
         self._ended_at_s: float | None = None
         self._all_ended = False
         self._leaving: Future[None] | None = None
@@ -207,9 +207,7 @@ class Nodes:
         self.standbys.tick(now_s)
         if not self.placed or not (self.others or (self.epoch is not None and self.epoch.standbys)):
             return wait_s
-        if self.root and now_s >= self._roll_due_s:
-            self._roll_due_s = now_s + self._spec.ttl_s / CALLS_PER_TTL
-            self._call_roll()
+        self._roll.tick(now_s)
         if now_s >= self._due_s:
             self._due_s = now_s + STANDING_S
             self._tell_standing(now_s)
@@ -222,9 +220,8 @@ class Nodes:
         """
         standing = node.standing
         until_s = standing.act_until_s
-        epoch = self.epoch
-        if standing.state is not State.LOST and self.placed and epoch and epoch.number == self._roll.attempt:
-            until_s = max(until_s, self._roll.until_s(ttl_s=self._spec.ttl_s, margin_s=margin_of(self._spec.ttl_s)))
+        if standing.state is not State.LOST and self.placed:
+            until_s = max(until_s, self._roll.until_s())
         if until_s:
             board.act_until_ns = int(until_s * 1e9)
 
@@ -260,6 +257,7 @@ class Nodes:
             return
         self._standings.clear()
         self._told_standing = None
+        self._told_to.clear()
         self.memory.see(epoch)
         self.standbys.see()
         self._rooms.new_epoch(epoch.number, era=epoch.note.era)
@@ -316,10 +314,11 @@ class Nodes:
             case said.Standing():
                 self._standings[node] = word
                 if self.root:
-                    self._due_s = 0.0
+                    self._news, self._due_s = True, min(self._due_s, self._told_s + STANDING_S / 4)
                 self._show()
             case said.Roll() | said.Here():
-                self._see_roll(node, word)
+                if self.placed:
+                    self._roll.take(node, word)
             case said.Handed() | said.Opened():
                 self.uploads.take(node, word)
             case said.AskHeld() | said.Held() | said.Sources():
@@ -327,24 +326,6 @@ class Nodes:
             case said.Decided():
                 if board is not None and self.epoch is not None and word.attempt == board.attempt:
                     board.decide(word.boundary, word.flags)
-
-    # ---- whether everybody is still there
-
-    def _call_roll(self) -> None:
-        assert self.epoch is not None, "placed"
-        self._roll = called(self._roll, self.epoch.number, self.others, boot_s())
-        self.say_to_all(said.Roll(attempt=self._roll.attempt, number=self._roll.number, answered=self._roll.answered))
-
-    def _see_roll(self, node: str, word: said.Roll | said.Here) -> None:
-        """A node that knows of a newer epoch, or was told that it is no member any more, answers nothing."""
-        epoch = self.epoch
-        if epoch is None or not self.placed or word.attempt != epoch.number:
-            return
-        if isinstance(word, said.Here):
-            self._roll = heard(self._roll, word.attempt, word.number, node)
-        elif node == epoch.record.root:
-            self._roll = answers(self._roll, word.attempt, word.number, word.answered, boot_s())
-            self.say(node, said.Here(attempt=word.attempt, number=word.number))
 
     # ---- how far everybody is
 
@@ -354,8 +335,9 @@ class Nodes:
         assert job.board is not None and epoch is not None, "placed"
         ranks = [job.board.rank(rank) for rank in range(job.ranks)]
         mine = standing_of(ranks, epoch.number, self.memory.word)
-        if mine == self._told_standing and now_s - self._told_s < STANDING_LATEST_S and not self.root:
+        if mine == self._told_standing and now_s - self._told_s < STANDING_LATEST_S and not self._news:
             return
+        self._news = False
         self._told_standing, self._told_s = mine, now_s
         if not self.root:
             self.say(epoch.record.root, mine)
@@ -369,7 +351,10 @@ class Nodes:
         )
         told = common_but_each(mine, {node: known.get(node) for node in self.others}, epoch.number, self.memory.round)
         for node, word in told.items():
-            self.say(node, word)
+            before, at_s = self._told_to.get(node, (None, 0.0))
+            if word != before or now_s >= at_s + STANDING_LATEST_S:
+                self._told_to[node] = (word, now_s)
+                self.say(node, word)
 
     def _show(self) -> None:
         """Put what other nodes hold onto the board, where the slot rule and rank 0 look."""
