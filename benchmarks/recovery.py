@@ -3,6 +3,7 @@
     python benchmarks/recovery.py                    about ten minutes: 10, 200 and 1024 MiB a rank, 6 kills each
     python benchmarks/recovery.py --build-s 5        building the model takes 5 s; with and without prepared trainers
     python benchmarks/recovery.py --quick            a smoke test: 10 MiB, 1 kill; no figures to quote
+    python benchmarks/recovery.py --nodes            a whole node is lost instead: see recovery_nodes.py
 
 Prints a table and writes bench-out/recovery.json (recovery_build.json with a build).
 """
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import recovery_nodes
 from measure import warm_memory
 from recovery_job import Job, JobHungError, Recovery
 from recovery_table import print_table, summary
@@ -51,6 +53,8 @@ class Plan:
 
 
 def main() -> int:
+    if "--nodes" in sys.argv:
+        return recovery_nodes.main([one for one in sys.argv[1:] if one != "--nodes"])
     options = parse()
     plan = Plan(
         sizes_mib=options.mib or ([10] if options.quick else [10, 200, 1024]),
@@ -77,6 +81,9 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="10 MiB, one kill: does it still run?")
+    parser.add_argument(
+        "--nodes", action="store_true", help="lose a whole node; has options of its own: --nodes --help"
+    )
     parser.add_argument("--mib", type=int, nargs="+", help="sizes of a rank's state")
     parser.add_argument("--rounds", type=int, help=f"fresh starts of each contestant, with {KILLS} kills each")
     parser.add_argument("--build-s", type=float, default=0.0, help="seconds that building takes besides its own time")

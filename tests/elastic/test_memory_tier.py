@@ -75,6 +75,25 @@ def test_a_boundary_that_was_not_taken_is_due_at_the_next(board: Board) -> None:
     assert board.decision(3) == 1
 
 
+def test_a_snapshot_that_another_node_passed_by_is_not_waited_for(board: Board) -> None:
+    board.others_count = True
+    told: dict[int, int] = {}
+    first, second = (
+        MemoryTier(board, rank=rank, every=1, leads=rank == 0, pass_on=told.__setitem__) for rank in range(2)
+    )
+    first.begin(0)
+    second.begin(0)
+    assert told == {1: 1, 2: 0}
+    both = [first, second]
+    assert boundary(both, 1) == [True, True]
+    board.others.show((), 1)
+    assert boundary(both, 2) == [False, False]
+    assert told[4] == 0, "the others may be about to take it"
+    board.others.show((), 2)
+    assert boundary(both, 3) == [False, False]
+    assert told[5] == 1, "they are beyond it, and have it not"
+
+
 def test_the_board_shows_phase_steps_and_counts(board: Board) -> None:
     first, _ = tiers(board, 1, completed=7)
     words = board.rank(0)

@@ -71,6 +71,38 @@ def test_a_peer_that_says_nothing_keeps_it_for_a_while_only(serve: Serve, monkey
     mute.close()
 
 
+def test_a_connection_without_a_hello_is_ended_and_its_descriptors_with_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon_module, "FIRST_HELLO_S", 0.2)
+    served = serve()
+    trainer, mute = served.trainer(), served.wire()
+    assert mute.receive(WAIT_S) is None
+    mute.close()
+    assert served.report().ranks[0].trainer_pid == os.getpid()
+    trainer.leave()
+
+
+def test_a_hello_counts_once(serve: Serve) -> None:
+    served = serve()
+    trainer, tool = served.trainer(0, 2), served.tool()
+    for calls in (trainer.calls, tool):
+        with pytest.raises(UsageError, match="hello twice"):
+            calls.ask(served.hello(rank=1, ranks=2), Welcome, timeout_s=WAIT_S)
+    tool.close()
+    trainer.leave()
+
+
+def test_a_tool_may_only_ask(serve: Serve) -> None:
+    served = serve()
+    trainer, tool = served.trainer(), served.tool()
+    with pytest.raises(UsageError, match="a tool does not send"):
+        tool.ask(Count(key="k", amount=5), Number, timeout_s=WAIT_S)
+    assert trainer.calls.ask(Count(key="k", amount=1), Number, timeout_s=WAIT_S).number == 1
+    tool.close()
+    trainer.leave()
+
+
 def test_a_keeper_that_nobody_speaks_to_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon_module, "FIRST_HELLO_S", 0.1)
     assert serve().ends(3.0)
