@@ -75,8 +75,7 @@ TUNED = "keep_alive_interval=1,keep_alive_max_attempt=2,last_call_timeout=1"
 CONTESTANTS = (
     Contestant("ckpt, standby, etcd", "2", 3, "", "etcd"),
     Contestant("ckpt, standby, file", "2", 3, "", "file"),
-    Contestant("ckpt, nobody returns, shrink_timeout=0", "2:3", 3, "shrink_timeout=0", "etcd"),
-    Contestant("ckpt, nobody returns", "2:3", 3, "", "etcd", slow=True),
+    Contestant("ckpt, nobody returns", "2:3", 3, "", "etcd"),
     Contestant("c10d, agent restarted, tuned", "2", 2, TUNED, "c10d", returns=True),
     Contestant("c10d, nobody returns, tuned", "2:3", 3, TUNED, "c10d"),
     Contestant("c10d, agent restarted", "2", 2, "", "c10d", returns=True, slow=True),

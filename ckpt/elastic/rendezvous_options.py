@@ -33,7 +33,7 @@ KEYS: Mapping[str, str] = {
     "grow": "start a running undecorated job anew when one more node comes than it has",
     "grow_timeout": "seconds that a decorated job runs at least before it goes on with more nodes",
     "last_call_timeout": "seconds that a first round waits for more nodes than the minimum",
-    "shrink_timeout": "seconds that a lost node may take to come back before the rest goes on",
+    "shrink_timeout": "seconds that a lost node may take to come back before the rest goes on (default 5, decorated 0)",
     "join_timeout": "seconds in which a round must come",
     "close_timeout": "seconds in which the rendezvous must be closed",
     "user": "etcd's user",
@@ -117,7 +117,7 @@ def _spec(read: _Reader, where: str, job: str, rules: Rules, host: str) -> Nodes
         key_file=read.file("key_file"), plaintext=read.yes("plaintext"), tls_cert=read.file("tls_cert"),
         tls_key=read.file("tls_key"), tls_ca=read.file("tls_ca"), mirror_bytes=read.count("mirror_bytes", 0),
         mirror_rate=read.rate("mirror_rate"),
-        last_call_s=rules.last_call_s, shrink_wait_s=rules.shrink_s,
+        last_call_s=rules.last_call_s, shrink_wait_s=read.seconds("shrink_timeout", 0.0),
         grow_wait_s=read.seconds("grow_timeout", 10.0),
     )  # fmt: skip
 

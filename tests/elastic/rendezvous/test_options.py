@@ -78,6 +78,8 @@ def test_etcd_grants_no_less_than_two_seconds() -> None:
 def test_patience() -> None:
     assert settings(timeout=900).join_s == 900.0
     assert settings(timeout=900, join_timeout="5").join_s == 5.0
+    usual = settings(secret="s")
+    assert usual.nodes is not None and (usual.rules.shrink_s, usual.nodes.shrink_wait_s) == (5.0, 0.0)
     found = settings(last_call_timeout="7", shrink_timeout="3", standby="warm", grow="yes", secret="s", domain="d")
     assert (found.rules.last_call_s, found.rules.shrink_s, found.rules.warm, found.rules.grow) == (7.0, 3.0, True, True)
     assert found.nodes is not None
