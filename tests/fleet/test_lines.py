@@ -11,7 +11,7 @@ import pytest
 from fleet_nodes import WAIT_S, Node, acquaint
 
 from ckpt.fleet import lines as lines_room
-from ckpt.fleet.lines import probe
+from ckpt.fleet.sockets import probe
 from ckpt.fleet.words import Post
 
 

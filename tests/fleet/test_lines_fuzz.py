@@ -12,6 +12,7 @@ import resource
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -255,7 +256,9 @@ def test_spoiled_bytes_end_a_line_and_are_never_heard(node: Callable[..., Node],
         for turn in range(3):
             one.wait(lambda turn=turn: len(one.ups) > turn and one.lines.up(), "the line")
             recorder.spoil_at = rng.randrange(5000)
-            while len(one.downs) + len(other.downs) == 0 or len(one.downs) <= turn:
+            until_s = time.monotonic() + WAIT_S
+            while len(one.downs) <= turn:
+                assert time.monotonic() < until_s, "what was spoiled was believed"
                 word = Post(room=str(turn), key=str(len(said)), value=rng.randbytes(500))
                 if one.lines.say("b", word):
                     said.add(("a", word))
@@ -314,13 +317,10 @@ def signed(cable: Cable, body: bytes) -> bytes:
 
 
 def wait(until: Callable[[], object], what: str) -> None:
-    changed = threading.Condition()
-    with changed:
-        for _ in range(int(WAIT_S / 0.02)):
-            if until():
-                return
-            changed.wait(0.02)
-    raise AssertionError(f"not in time: {what}")
+    until_s = time.monotonic() + WAIT_S
+    while not until():
+        assert time.monotonic() < until_s, f"not in time: {what}"
+        time.sleep(0.01)
 
 
 def descriptors() -> int:

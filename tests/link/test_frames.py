@@ -185,6 +185,21 @@ def test_a_claim_of_too_many_bytes_is_refused_before_they_come(pair: Pair) -> No
         Inbox().read(pair[1])
 
 
+def test_an_inbox_takes_longer_frames_once_its_limit_is_raised(pair: Pair) -> None:
+    one, other = pair
+    frame = encode(Post(key="k", value=bytes(1000)))
+    inbox = Inbox(frame_bytes_max=500)
+    one.sendall(encode(Bye()))
+    assert inbox.read(other) == ([(Bye(), [])], False)
+    inbox.frame_bytes_max = FRAME_BYTES_MAX
+    one.sendall(frame)
+    assert [type(message) for message, _ in inbox.read(other)[0]] == [Post]
+    inbox.frame_bytes_max = 500
+    one.sendall(frame)
+    with pytest.raises(IntegrityError, match="limit_bytes=500"):
+        inbox.read(other)
+
+
 def test_descriptors_in_the_middle_of_a_frame_are_refused(pair: Pair) -> None:
     one, other = pair
     frame = encode(Bye())
