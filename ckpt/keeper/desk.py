@@ -183,6 +183,8 @@ class Desk:
         uploads = job.need_uploads()
         match message:
             case Known():
+                if len(message.digests) != len(message.locations):
+                    raise UsageError("chunks that are known come with one place each.")
                 known = dict(zip(message.digests, message.locations, strict=True))
                 uploads.known(peer.rank, message.base, known)
             case Refuse():

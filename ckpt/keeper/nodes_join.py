@@ -28,6 +28,7 @@ from ckpt.membership.open import open_membership
 from ckpt.membership.values import NodeInfo
 from ckpt.membership.where import ETCD, where_of
 from ckpt.observe.events import Event, Tell
+from ckpt.peer.endpoint import Endpoint
 
 VALID_S_WANTED = 86_400.0
 """A certificate that ends sooner is an alarm: connections that are made after its end fail."""
@@ -72,7 +73,7 @@ def join(
         name = socket.gethostname()
         return NodeInfo(
             node=f"{_printable(name)}-{os.urandom(6).hex()}", host=name, slots=ranks, domain=spec.domain, address=host,
-            capabilities=(f"{PEER}{host}:{peer_port}", f"{FLOOR}{here.attempt()}"),
+            capabilities=(f"{PEER}{lent_at(host, peer_port)}", f"{FLOOR}{here.attempt()}"),
         )  # fmt: skip
 
     def judged(
@@ -91,6 +92,11 @@ def join(
         ),
         judge=judged, told=told, tell=tell, ways=Ways(lines, lambda: (host, free_port(host))), grow_wait_s=spec.grow_wait_s,
     )  # fmt: skip
+
+
+def lent_at(host: str, port: int) -> str:
+    """Where this node lends its memory, as others read it."""
+    return str(Endpoint(host, port, plaintext=True))
 
 
 def free_port(host: str) -> int:

@@ -7,8 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ckpt.errors import UsageError
+
 WAIT_S_MAX = 3600.0
 """No question waits longer for a message."""
+
+COUNT_MAX = 2**62
+"""A counter beyond this could not be told to anybody any more."""
 
 ValueTo = Callable[["bytes | None"], object]
 """Takes the value of a key, or None where it was not posted in time; in the keeper's loop."""
@@ -71,9 +76,12 @@ class OwnRoom:
         self._waiting.setdefault(key, []).append(_Question(owner, answer, until_s))
 
     def count(self, key: str, amount: int, *, answer: Callable[[int], object]) -> None:
-        """See Room."""
-        self._counts[key] = self._counts.get(key, 0) + amount
-        answer(self._counts[key])
+        """See Room. Raises UsageError for a sum that no message could bring."""
+        total = self._counts.get(key, 0) + amount
+        if abs(total) > COUNT_MAX:
+            raise UsageError(f"a counter runs over. key={key} amount={amount} limit={COUNT_MAX}")
+        self._counts[key] = total
+        answer(total)
 
     def forget(self, key: str) -> None:
         """See Room."""

@@ -16,7 +16,7 @@ from ckpt.keeper import nodes as nodes_room
 from ckpt.keeper.far_room import FarRoom
 from ckpt.keeper.job import Job
 from ckpt.keeper.nodes import Nodes
-from ckpt.keeper.nodes_join import Here, check_spec
+from ckpt.keeper.nodes_join import Here, check_spec, lent_at
 from ckpt.keeper.room import OwnRoom
 from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
 from ckpt.link.client import KeeperSpec
@@ -25,6 +25,7 @@ from ckpt.link.policy import Policy
 from ckpt.membership.base import Standing
 from ckpt.membership.leases import State
 from ckpt.membership.values import EpochRecord, Place
+from ckpt.peer.endpoint import Endpoint
 from ckpt.values import SnapshotId
 
 PAIR = SnapshotId(1, 5)
@@ -138,6 +139,12 @@ def test_nodes_on_a_network_need_tls_or_a_word(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="certificate can't be read"):
         check_spec(NodesSpec(**spec, tls_cert="/none", tls_key="/none", tls_ca="/none"))
     check_spec(NodesSpec(**spec, plaintext=True))
+
+
+@pytest.mark.parametrize("host", ["10.1.2.3", "node7.example", "fd00::7"])
+def test_address_of_lent_memory_is_read_as_it_is_written(host: str) -> None:
+    read = Endpoint.parse(lent_at(host, 4000), plaintext=True)
+    assert (read.host, read.port) == (host, 4000)
 
 
 def test_one_rate_cap_for_all_nodes_that_keep_mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@ from collections import deque
 
 import pytest
 
+from ckpt.errors import UsageError
 from ckpt.fleet import words as said
 from ckpt.keeper.far_room import EARLY_MAX, FarRoom, FarRooms, attempt_room, uploads_room
-from ckpt.keeper.room import OwnRoom
+from ckpt.keeper.room import COUNT_MAX, OwnRoom
 
 
 class Answers:
@@ -55,6 +56,16 @@ def test_counters_add_up_and_forgotten_values_are_gone() -> None:
     room.peek("k", wait_s=0.0, owner=None, answer=answers)
     room.count("n", 1, answer=answers)
     assert answers.got == [2, 5, None, None, 1]
+
+
+def test_counter_that_would_run_over_is_refused_and_counts_on() -> None:
+    room, answers = OwnRoom(), Answers()
+    room.count("n", COUNT_MAX, answer=answers)
+    for amount in (1, 2**64 - 1, -(2**63) - COUNT_MAX):
+        with pytest.raises(UsageError, match="runs over"):
+            room.count("n", amount, answer=answers)
+    room.count("n", -5, answer=answers)
+    assert answers.got == [COUNT_MAX, COUNT_MAX - 5]
 
 
 class Net:

@@ -121,6 +121,11 @@ class Live:
         report = self.report()
         assert (report.pid, report.state, report.launch) == (self.pid, "in place", "l")
 
+    def unforeseen(self) -> list[str]:
+        """What the keeper says that it had not reckoned with."""
+        said = (self.folder.path / "keeper.log").read_text(errors="replace").splitlines()
+        return [line for line in said if "a message failed" in line or "unforeseen" in line or "Traceback" in line]
+
     def settled(self) -> None:
         """All descriptors and connections of others are gone again."""
         until(lambda: descriptors(self.pid) <= self.descriptors, wait_s=60.0)
@@ -159,6 +164,7 @@ def test_strangers_change_nothing_and_cost_what_is_stated(live: Live, seed: int)
     strangers.close()
     live.settled()
     live.check()
+    assert live.unforeseen() == []
 
 
 def test_peers_that_are_none_are_hung_up_on(live: Live) -> None:
@@ -272,6 +278,7 @@ def test_rank_that_talks_nonsense_spoils_nothing_of_another(live: Live, seed: in
             live_check_of_rank_0(live)
             before = time.monotonic()
     live_check_of_rank_0(live)
+    assert live.unforeseen() == []
     assert own_bytes(live.pid) - live.own_bytes <= GROWTH_BYTES_MAX
 
 

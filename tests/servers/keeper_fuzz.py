@@ -58,7 +58,10 @@ def typed_value(rng: random.Random, kind: object) -> object:
     if rng.random() < 0.1:
         return any_value(rng)
     for word, values in (
-        ("SnapshotId", ([1, 5], [2**62, -1], {"epoch": 1, "step": 5}, None)),
+        ("RemoteError", ({"code": "integrity", "text": "t", "rank": 1}, {"code": "", "text": "", "rank": -1}, None)),
+        ("Mapping", ({}, {"a": 5}, {"a": [3, "b"]}, {"x": None})),
+        ("tuple", ([], [], [bytes(16)], ["tag"], [["packs/p", 0, 5]])),
+        ("SnapshotId", ({"epoch": 3, "step": 17}, {"epoch": 1, "step": 5}, {"epoch": 2**62, "step": -1}, [1, 5])),
         ("bool", (True, False)), ("int", NUMBERS), ("float", (0.0, -1.0, 1e300, float("nan"))), ("bytes", (b"", b"v" * 999)),
         ("str", WORDS), ("None", (None,)),
     ):  # fmt: skip
