@@ -29,19 +29,19 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 fast: $(STAMP)
-	$(BIN)/pytest -q -n 2 -m 'not slow'
+	$(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
 check: lint types contracts fast
 
 test: lint types contracts
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 # The long form of every kill and simulation campaign; `make test` runs the short one.
 soak: $(STAMP)
-	CKPT_SOAK=1 $(BIN)/pytest -q -n 2
+	CKPT_SOAK=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 # Every mutant of the log's and the restore plan's decisions must be caught by a test, or be explained in docs/design/014-mutants.md.
 mutants: $(STAMP)
