@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import random
@@ -37,6 +38,9 @@ def free_port() -> int:
                 continue
             return port
     raise OSError(f"no free port. tried={_PORT_TRIES} from={PORTS.start} to={PORTS.stop}")
+
+
+STOP_WAIT_S = 30.0
 
 
 class ServerProcess:
@@ -78,8 +82,15 @@ class ServerProcess:
         self._process.wait()
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay open and nothing is answered until ``thaw``."""
+        """SIGSTOP: connections stay open and nothing is answered until ``thaw``. Waits until every thread stands still.
+
+        On a busy machine one that is running may go on for a while after the signal was sent.
+        """
         self._process.send_signal(signal.SIGSTOP)
+        deadline_s = time.monotonic() + STOP_WAIT_S
+        while not _stands_still(self._process.pid):
+            assert time.monotonic() < deadline_s, "a process does not stop"
+            time.sleep(0.005)
 
     def thaw(self) -> None:
         """SIGCONT."""
@@ -98,3 +109,12 @@ def _answers(url: str) -> bool:
 
 def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _stands_still(pid: int) -> bool:
+    """Whether no thread of a process runs any more."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if (task / "stat").read_text().rpartition(")")[2].split()[0] not in "TtZX":
+                return False
+    return True
