@@ -50,6 +50,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory):
     return calm(tmp_path_factory.mktemp("calm") / "two", 2, ARGUMENTS)
 
 
+def check_end(one: Cluster, undisturbed) -> None:
+    """All programs end well, as if nothing had happened, and what is stored is whole."""
+    assert set(one.wait_end(240.0).values()) == {0}, one.output()
+    assert differences(undisturbed, one.job, world_size=2) == [], one.output()
+    one.wait_gone()
+    assert ckpt.Checkpointer(str(one.results / "store")).verify().ok
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", ["none", "a member is dead", "the leader dies"])
 def test_standby_takes_over_whatever_happens_to_one_member_of_etcd(
@@ -94,10 +102,7 @@ def test_training_goes_on_while_etcd_hangs_for_long_and_all_nodes_answer(
     finally:
         for member in etcd.members:
             member.process.thaw()
-    assert set(one.wait_end(240.0).values()) == {0}, one.output()
-    assert differences(undisturbed, one.job, world_size=2) == [], one.output()
-    one.wait_gone()
-    assert ckpt.Checkpointer(str(one.results / "store")).verify().ok
+    check_end(one, undisturbed)
 
 
 @pytest.mark.slow
@@ -123,10 +128,7 @@ def test_nodes_stop_once_one_of_them_does_not_answer_while_etcd_hangs(
             os.kill(pid, signal.SIGCONT)
         for member in etcd.members:
             member.process.thaw()
-    assert set(one.wait_end(240.0).values()) == {0}, one.output()
-    assert differences(undisturbed, one.job, world_size=2) == [], one.output()
-    one.wait_gone()
-    assert ckpt.Checkpointer(str(one.results / "store")).verify().ok
+    check_end(one, undisturbed)
 
 
 @pytest.mark.slow
@@ -146,7 +148,4 @@ def test_paused_node_wakes_up_to_find_its_ranks_given_away(made: Callable[..., C
         for pid in members:
             os.kill(pid, signal.SIGCONT)
     wait_for(lambda: trainer not in paused.members(), "the end of the old trainer", wait_s=30.0, say=one.output)
-    assert set(one.wait_end(240.0).values()) == {0}, one.output()
-    assert differences(undisturbed, one.job, world_size=2) == [], one.output()
-    one.wait_gone()
-    assert ckpt.Checkpointer(str(one.results / "store")).verify().ok
+    check_end(one, undisturbed)

@@ -1,15 +1,31 @@
-"""Authorities that sign nodes' certificates."""
+"""Nodes of which each has only its lines, and authorities that sign their certificates."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for fleet_nodes, and for servers.*
 
+from fleet_nodes import Node  # noqa: E402
 from servers.certificates import Authority  # noqa: E402
+
+
+@pytest.fixture
+def node() -> Iterator[Callable[..., Node]]:
+    """Makes nodes, and ends them."""
+    with ExitStack() as ending:
+
+        def make(name: str, **more: object) -> Node:
+            made = Node(name, **more)  # type: ignore[arg-type]
+            ending.callback(made.lines.close)
+            return made
+
+        yield make
 
 
 @pytest.fixture(scope="session")

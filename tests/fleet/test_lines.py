@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 import pytest
@@ -57,18 +57,6 @@ class Network:
                 if not self.dead.is_set():
                     target.sendall(data)
             target.shutdown(socket.SHUT_RDWR)
-
-
-@pytest.fixture
-def node() -> Iterator[Callable[..., Node]]:
-    with ExitStack() as ending:
-
-        def make(name: str, **more: object) -> Node:
-            made = Node(name, **more)  # type: ignore[arg-type]
-            ending.callback(made.lines.close)
-            return made
-
-        yield make
 
 
 def test_three_nodes_reach_each_other_and_words_come_in_order(node: Callable[..., Node]) -> None:

@@ -13,8 +13,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,18 +34,6 @@ FIRST = int(os.environ.get("CKPT_SEED", "1"))
 SEEDS = range(FIRST, FIRST + (40 if SOAK else 2))
 TURNS = 2000 if SOAK else 200
 GROWTH_BYTES_MAX = STRANGERS_MAX * (2 * GREETING_BYTES_MAX + (256 << 10)) + (16 << 20)
-
-
-@pytest.fixture
-def node() -> Iterator[Callable[..., Node]]:
-    with ExitStack() as ending:
-
-        def make(name: str, **more: object) -> Node:
-            made = Node(name, **more)  # type: ignore[arg-type]
-            ending.callback(made.lines.close)
-            return made
-
-        yield make
 
 
 @pytest.fixture(params=["clear", "TLS"])

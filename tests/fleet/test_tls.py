@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,18 +31,6 @@ def tls(files: Files) -> Tls:
     found = tls_of(spec(files))
     assert found is not None
     return found
-
-
-@pytest.fixture
-def node() -> Iterator[Callable[..., Node]]:
-    with ExitStack() as ending:
-
-        def make(name: str, **more: object) -> Node:
-            made = Node(name, **more)  # type: ignore[arg-type]
-            ending.callback(made.lines.close)
-            return made
-
-        yield make
 
 
 # ---- what is said before anything starts
