@@ -277,14 +277,18 @@ class Supervisor:
 
     def _look_at_clock(self) -> None:
         """With several nodes: stop before others may have been given this node's ranks, whether its keeper is well or hangs."""
-        live, left_s = self._live, self._keeper.time_left_s()
-        if live is None or left_s is None or left_s > 0 or live.status is not None or live.attempt == self._overdue:
+        live = self._live
+        if live is None or self._may_act() or live.status is not None or live.attempt == self._overdue:
             return
         self._overdue = live.attempt
         self._say(
             "this node has lost touch with its job's other nodes, which may go on without it: its trainer is stopped"
         )
         live.signal(signal.SIGKILL, group=True)  # it ends like any other death, and its keeper hears of it
+
+    def _may_act(self) -> bool:
+        left_s = self._keeper.time_left_s()
+        return left_s is None or left_s > 0
 
     def _hear_trainers(self) -> None:
         for child in self._children():
@@ -319,8 +323,9 @@ class Supervisor:
             self._keeper.send(Killed(attempt=self._unanswered.attempt))
             self._unanswered = None
         elif self._starting is not None:
-            word, self._starting = self._starting, None
-            return self._start(word)
+            if self._may_act():  # else it would be stopped at once
+                word, self._starting = self._starting, None
+                return self._start(word)
         elif self._prepare and self._ahead is None:
             self._prepare = False
             return self._run_ahead()
@@ -398,7 +403,7 @@ class Supervisor:
     def _died(self, attempt: int, status: int) -> Died:
         """A trainer that failed after Ctrl-C was ended by it, whatever it made of it: nobody wants the next attempt."""
         told = -signal.SIGINT if self._interrupted and status not in (0, PREEMPTED_STATUS) else status
-        return Died(attempt=attempt, status=told, at_s=time.monotonic())
+        return Died(attempt=attempt, status=told, at_s=time.monotonic(), overdue=attempt == self._overdue)
 
     def _children(self) -> list[Child]:
         return [child for child in (self._live, self._ahead) if child is not None]

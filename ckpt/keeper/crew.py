@@ -113,7 +113,11 @@ class Crew:
                 self._waiting[peer.number] = message.status
             case words.Died():
                 job.drain()
-                self._on(TrainerDied(peer.rank, message.attempt, message.status, message.at_s, job.completed()))
+                self._on(
+                    TrainerDied(
+                        peer.rank, message.attempt, message.status, message.at_s, job.completed(), message.overdue
+                    )
+                )
             case words.Killed():
                 if peer.number in self._waiting:
                     self._joined(peer, self._waiting.pop(peer.number))

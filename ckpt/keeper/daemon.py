@@ -19,7 +19,9 @@ from ckpt.keeper.desk import Desk
 from ckpt.keeper.home import Home
 from ckpt.keeper.job import Job
 from ckpt.keeper.peers import Peer
+from ckpt.keeper.stalls import Stalls
 from ckpt.keeper.status import report
+from ckpt.keeper.watchdog import Watchdog, end_hung_process
 from ckpt.link.client import KeeperSpec
 from ckpt.link.frames import close_fds
 from ckpt.link.messages import (
@@ -93,16 +95,20 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until the job is over."""
-        began_s = time.monotonic()
+        began_s, stalls = time.monotonic(), Stalls(self._tell)
+        watchdog = Watchdog(end_hung_process)
         self._selector.register(self._home.listener, _READ, self._home)
         self._selector.register(self._wake_read, _READ, None)
         try:
             while not (self._over(began_s) and self._hidden()):
                 wait_s = min(TICK_S_MAX, self._crew.tick(), self._desk.tick(time.monotonic()), self._look())
+                stalls.turn(wait_s)
+                watchdog.turn()
                 for key, mask in self._selector.select(max(0.0, wait_s)):
                     self._serve(key, mask)
                 self._run_posted()
         finally:
+            watchdog.stop()
             if self._importing is not None:
                 self._importing.join()
             for peer in list(self._job.peers.values()):

@@ -222,8 +222,12 @@ class Nodes:
         until_s = standing.act_until_s
         if standing.state is not State.LOST and self.placed:
             until_s = max(until_s, self._roll.until_s())
-        if until_s:
-            board.act_until_ns = int(until_s * 1e9)
+        board.act_until(int(until_s * 1e9))
+
+    def _acts(self, until_s: float) -> None:
+        """Its lease was prolonged. In the lease's own thread: a loop that stands still, for a disk say, costs no trainer."""
+        if (board := self._job.board) is not None:
+            board.act_until(int(until_s * 1e9))
 
     def leave(self) -> None:
         """Leave the membership, beside the loop: nothing of this launch follows here.
@@ -398,4 +402,5 @@ class Nodes:
         return join(
             self._spec, self._secret, host=self._host, ranks=job.ranks, peer_port=self.memory.port,
             here=Here(lambda: job.policy, lambda: self._attempt, job.completed), told=told, tell=self._tell,
+            acts=self._acts,
         )  # fmt: skip

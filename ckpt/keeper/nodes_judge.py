@@ -74,13 +74,21 @@ def judge(trouble: Trouble, record: Record, policy: Policy, now_s: float) -> Jud
         cause = finals[0]
     elif cause.kind in UNEXPLAINED and now_s < cause.at_s + ECHO_S:
         return Later(cause.at_s + ECHO_S)
-    counts = cause.kind != "node" or trouble.completed >= 0  # else nobody could tell yet how far they were
-    record, why = judged(after_failure(record, trouble.completed) if counts else record, cause, policy)
+    if _counts(cause, trouble):
+        record = after_failure(record, trouble.completed)
+    record, why = judged(record, cause, policy)
     if why is None and trouble.ended:
         why = f"{cause.text}, after the ranks of another node had ended"
     if why is None:
         return Again(record, cause.text)
     return End(_status(cause), why)
+
+
+def _counts(cause: Failure, trouble: Trouble) -> bool:
+    """Whether it may be held against the program that nothing new was completed before."""
+    if cause.kind == "node":
+        return trouble.completed >= 0  # else nobody could tell yet how far they were
+    return cause.kind != "overdue"
 
 
 def _lost(node: str, at_s: float) -> Failure:
@@ -93,4 +101,8 @@ def _status(failure: Failure) -> int:
 
 def with_rank(failure: Failure, first_rank: int) -> Failure:
     """The same, told of a rank of the whole job instead of one of its node."""
-    return replace(failure, rank=failure.rank + first_rank if failure.rank >= 0 else failure.rank)
+    if failure.rank < 0:
+        return failure
+    rank, here = failure.rank + first_rank, f"rank {failure.rank} "
+    text = f"rank {rank} {failure.text.removeprefix(here)}" if failure.text.startswith(here) else failure.text
+    return replace(failure, rank=rank, text=text)

@@ -292,6 +292,9 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
             event.rank, "error", f"rank {event.rank} raised {failing.kind}: {failing.text}", event.status, event.at_s,
             failing.fingerprint, failing.step, failing.final,
         )  # fmt: skip
+    elif event.overdue:
+        text = f"rank {event.rank} was stopped, because its node had lost touch with the job's others"
+        failure = Failure(event.rank, "overdue", text, event.status, event.at_s)
     else:
         failure = Failure(
             event.rank, "died", f"rank {event.rank} {status_text(event.status)}", event.status, event.at_s

@@ -9,9 +9,10 @@ from ckpt.link.messages import Failing
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an attempt ended. ``status``: the trainer's, 0: none died.
+    """Why an attempt ended. ``status``: the trainer's, 0: none died; ``text`` about a rank begins with ``rank N``.
 
-    ``kind``: died, error, hang, supervisor, preempted, missing, cut, or elsewhere (on another node, which is judged there).
+    ``kind``: died, error, hang, supervisor, preempted, missing, cut, overdue (this node could not act for a while: no fault of
+    the program's, so it never counts against it), or elsewhere (on another node, which is judged there).
     """
 
     rank: int
@@ -71,13 +72,14 @@ class TrainerEntered:
 
 @dataclass(frozen=True, slots=True)
 class TrainerDied:
-    """A trainer ended by itself. ``completed``: the most steps that any rank had completed, -1 for none."""
+    """A trainer ended by itself. ``completed``: the most steps that any rank had completed, -1 for none; ``overdue``: see Died."""
 
     rank: int
     attempt: int
     status: int
     at_s: float
     completed: int
+    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,12 +95,13 @@ def newest_common(sets: Iterable[Set[SnapshotId]]) -> SnapshotId | None:
 class Board:
     """The whole board, mapped. ``fd`` refers to its memory for handing on and belongs to the board."""
 
-    __slots__ = ("_fence", "_map", "_words", "fd", "ranks")
+    __slots__ = ("_fence", "_map", "_promises", "_words", "fd", "ranks")
 
     def __init__(self, fd: int, ranks: int) -> None:
         self._map = mmap.mmap(fd, _size_bytes(ranks))
         self._words = memoryview(self._map).cast("Q")
         self._fence = threading.Lock()
+        self._promises = threading.Lock()
         self.fd = fd
         self.ranks = ranks
 
@@ -145,9 +146,11 @@ class Board:
         """Until when trainers may go on, on the clock of ``now_ns``; 0: for ever."""
         return self._words[_ACT_UNTIL]
 
-    @act_until_ns.setter
-    def act_until_ns(self, until_ns: int) -> None:
-        self._words[_ACT_UNTIL] = until_ns
+    def act_until(self, until_ns: int) -> None:
+        """They may go on until then, at least; from any thread. What was once promised is not taken back."""
+        with self._promises:
+            if self.fd >= 0 and until_ns > self._words[_ACT_UNTIL]:
+                self._words[_ACT_UNTIL] = until_ns
 
     def rank(self, rank: int) -> RankBoard:
         """The part of one rank."""
@@ -213,10 +216,11 @@ class Board:
         """Unmap and give up the descriptor; parts of ranks are of no use any more. Idempotent."""
         if self.fd < 0:
             return
+        with self._promises:
+            fd, self.fd = self.fd, -1
         self._words.release()
         self._map.close()
-        os.close(self.fd)
-        self.fd = -1
+        os.close(fd)
 
 
 class RankBoard:

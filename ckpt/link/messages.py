@@ -78,11 +78,15 @@ class Started(Message, frozen=True, kw_only=True):
 
 
 class Died(Message, frozen=True, kw_only=True):
-    """The trainer ended by itself. ``status`` as ``os.waitstatus_to_exitcode``: an exit code, or minus a signal."""
+    """The trainer ended by itself. ``status`` as ``os.waitstatus_to_exitcode``: an exit code, or minus a signal.
+
+    ``overdue``: its supervisor stopped it, because this node may not act at the moment: it did nothing wrong.
+    """
 
     attempt: int
     status: int
     at_s: float
+    overdue: bool = False
 
 
 class Killed(Message, frozen=True, kw_only=True):

@@ -21,10 +21,17 @@ _JOIN_S = 30.0
 
 
 class Keepalive:
-    """See the module. ``clock`` is CLOCK_BOOTTIME in seconds. ``start`` makes the thread; without it, call ``round``."""
+    """See the module. ``clock`` is CLOCK_BOOTTIME in seconds. ``start`` makes the thread; without it, call ``round``.
 
-    def __init__(self, keyspace: Keyspace, ticket: Ticket, lease: Lease, clock: Callable[[], float]) -> None:
+    ``acts`` is told, in the thread, until when the node may act, each time that this was prolonged.
+    """
+
+    def __init__(
+        self, keyspace: Keyspace, ticket: Ticket, lease: Lease, clock: Callable[[], float],
+        acts: Callable[[float], None] = lambda until_s: None,
+    ) -> None:  # fmt: skip
         self._keyspace = keyspace
+        self._acts = acts
         self.ticket = ticket
         self._clock = clock
         self._lock = threading.Lock()
@@ -113,9 +120,14 @@ class Keepalive:
 
     def _hear(self, answer: Answer) -> None:
         with self._lock:
+            before_s = self._lease.act_until_s
             self._lease = leases.heard(self._lease, answer)
+            until_s = self._lease.act_until_s
+        if until_s > before_s:
+            self._acts(until_s)
 
     def _run(self) -> None:
+        self._acts(self._lease.act_until_s)
         while not self._stopping.wait(max(_WAIT_S_MIN, self.due_s - self._clock())):
             sent_s = self._clock()
             try:

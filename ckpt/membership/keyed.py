@@ -49,12 +49,13 @@ class KeyedMembership:
     """See Membership and Facts. One node of ``job`` in ``keyspace``, which it closes in the end.
 
     ``margin_s``: how long before its lease can run out a node stops acting; None: a tenth of the TTL. ``threads``: keep the
-    lease alive; without it the caller calls ``keepalive.round`` when it is due.
+    lease alive; without it the caller calls ``keepalive.round`` when it is due. ``acts``: see Keepalive; quick, and raises nothing.
     """
 
     def __init__(
         self, keyspace: Keyspace, job: str, *, ttl_s: float = TTL_S, margin_s: float | None = None,
         witnesses_min: int = 2, clock: Callable[[], float] = boot_s, threads: bool = True,
+        acts: Callable[[float], None] = lambda until_s: None,
     ) -> None:  # fmt: skip
         self._keyspace = keyspace
         self._job = job
@@ -63,6 +64,7 @@ class KeyedMembership:
         self._witnesses_min = witnesses_min
         self._clock = clock
         self._threads = threads
+        self._acts = acts
         self._lock = threading.Lock()
         self._joined: tuple[Ticket, Keepalive] | None = None
         self._suspected: OrderedDict[str, None] = OrderedDict()
@@ -96,7 +98,7 @@ class KeyedMembership:
             if not lease_id:
                 self._keyspace.revoke(ticket.lease_id)
             raise
-        keepalive = Keepalive(self._keyspace, ticket, lease, self._clock)
+        keepalive = Keepalive(self._keyspace, ticket, lease, self._clock, self._acts)
         with self._lock:
             self._joined = (ticket, keepalive)
             self._suspected.clear()

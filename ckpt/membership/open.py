@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -33,12 +34,13 @@ def open_keyspace(where: EtcdOptions | Path, job: str) -> Keyspace:
 
 
 def open_membership(
-    where: EtcdOptions | Path, job: str, *, ttl_s: float = TTL_S, witnesses_min: int = 2
-) -> KeyedMembership:
-    """What one node has of ``job``, before it joins. Errors as in ``open_keyspace``.
+    where: EtcdOptions | Path, job: str, *, ttl_s: float = TTL_S, witnesses_min: int = 2,
+    acts: Callable[[float], None] = lambda until_s: None,
+) -> KeyedMembership:  # fmt: skip
+    """What one node has of ``job``, before it joins; ``acts``: see KeyedMembership. Errors as in ``open_keyspace``.
 
     A call to one of etcd's endpoints gets no more time than leaves some to ask another before the lease runs out.
     """
     if isinstance(where, EtcdOptions):
         where = replace(where, call_s=min(where.call_s, leases.call_s(ttl_s)))
-    return KeyedMembership(open_keyspace(where, job), job, ttl_s=ttl_s, witnesses_min=witnesses_min)
+    return KeyedMembership(open_keyspace(where, job), job, ttl_s=ttl_s, witnesses_min=witnesses_min, acts=acts)

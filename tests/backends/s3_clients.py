@@ -11,7 +11,7 @@ from ckpt.backends.open import open_backend
 
 CLIENTS = ("s3fs", "obstore")
 
-HASTY: dict[str, object] = {"retries": {"max_attempts": 0}, "connect_timeout": 1, "read_timeout": 1}
+HASTY: dict[str, object] = {"retries": {"max_attempts": 0}, "connect_timeout": 10, "read_timeout": 1}
 """Options for botocore's configuration: no repetition, short waits."""
 
 

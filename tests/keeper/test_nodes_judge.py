@@ -77,6 +77,16 @@ def test_failures_without_progress_end_the_job() -> None:
             record = came.record
 
 
+def test_nodes_that_could_not_act_for_a_while_are_no_failures_of_the_program() -> None:
+    stopped = replace(DIED, kind="overdue", text="rank 0 was stopped")
+    record = Record()
+    for _ in range(20):
+        came = judge(trouble(stopped, completed=-1), record, Policy(stuck_max=5), NOW_S)
+        assert isinstance(came, Again)
+        record = came.record
+    assert record.stuck == 0
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.sampled_from([DIED, ERROR, replace(ERROR, fingerprint="g"), replace(DIED, kind="hang")]), max_size=4),
@@ -93,5 +103,7 @@ def test_waiting_ends_and_only_exceptions_wait(failures: list[Failure], lost: se
 
 
 def test_ranks_are_told_as_those_of_the_whole_job() -> None:
-    assert with_rank(DIED, 8).rank == 8
+    told = with_rank(DIED, 8)
+    assert (told.rank, told.text) == (8, "rank 8 died of SIGKILL")
+    assert with_rank(replace(DIED, rank=1, text="rank 12 is not this one"), 8).text == "rank 12 is not this one"
     assert with_rank(replace(DIED, rank=-1), 8).rank == -1

@@ -42,7 +42,8 @@ def test_what_one_mapping_writes_another_reads(board: Board) -> None:
     with another(board) as other:
         assert other.ranks == 3
         board.attempt = 4
-        board.act_until_ns = 1 << 62
+        board.act_until(1 << 62)
+        board.act_until(1 << 61)  # said late
         mine = board.rank(2)
         mine.attempt, mine.phase, mine.first_step_done = 4, Phase.TRAINING, True
         mine.staged, mine.skipped, mine.longest_step_ns = 5, 6, 7

@@ -106,8 +106,8 @@ def make_member(make_keyspace: Callable[[], Keyspace], job: str) -> Iterator[Cal
     """Makes what a node has of the job, before it joined."""
     made: list[KeyedMembership] = []
 
-    def make(ttl_s: float = MEMBER_TTL_S) -> KeyedMembership:
-        made.append(KeyedMembership(make_keyspace(), job, ttl_s=ttl_s))
+    def make(ttl_s: float = MEMBER_TTL_S, **more: Callable[[float], None]) -> KeyedMembership:
+        made.append(KeyedMembership(make_keyspace(), job, ttl_s=ttl_s, **more))
         return made[-1]
 
     yield make

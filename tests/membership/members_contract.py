@@ -116,6 +116,21 @@ class MembershipContract:
         assert member.standing().state is State.SURE
         assert node in member.view().by_node
 
+    def test_each_time_that_it_is_prolonged_it_is_told_until_when_it_may_act(
+        self, make_member: Make, ttl_s: float
+    ) -> None:
+        told: list[float] = []
+        member = make_member(ttl_s, acts=told.append)
+        member.join(info())
+        until(lambda: len(told) >= 3)
+        assert told == sorted(set(told))
+        assert told[-1] <= member.standing().act_until_s
+        member.leave()
+        count = len(told)
+        assert member.standing().state is State.LOST
+        time.sleep(ttl_s / 2)
+        assert len(told) == count
+
     def test_another_process_takes_a_membership_on(self, make_member: Make) -> None:
         one = make_member()
         ticket = one.join(info(address="old"))

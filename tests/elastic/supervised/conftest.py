@@ -85,6 +85,11 @@ class Link:
         self.send(Start(attempt=attempt, port=port))
         return self.expect(Started)
 
+    def silent(self, seconds: float) -> None:
+        """Nothing is said for so long."""
+        ready, _, _ = select.select([self.wire.fileno()], [], [], seconds)
+        assert not ready, self.wire.receive(WAIT_S)
+
     def close(self) -> None:
         """Hang up, as a keeper that dies does."""
         for _, fd in self.fds:

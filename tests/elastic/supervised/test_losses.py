@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
+from ckpt.link.board import Board, now_ns
 from ckpt.link.messages import (
     BoardKept,
     Bye,
@@ -209,3 +211,37 @@ def test_spawned_trainers_are_prepared_too(program, keeper) -> None:
     link.send(Start(attempt=2, port=22))
     assert link.expect(Started).how == "prepared"
     assert run.line().startswith("live 2 22 prepared 22 True")
+
+
+def test_node_that_may_not_act_has_its_trainer_stopped_and_starts_none_until_it_may(program, keeper, alive) -> None:
+    run = program("sit()\nforever()\n")
+    link = keeper.accept()
+    board = Board.create(1)
+
+    def may_act(seconds: float) -> None:
+        board.act_until(now_ns() + int(seconds * 1e9))
+
+    may_act(2.0)
+    link.send(KeepBoard(), [board.fd])
+    first = link.start().trainer_pid
+    died = link.expect(Died)  # nobody prolongs it
+    assert (died.attempt, died.status, died.overdue) == (1, -signal.SIGKILL, True)
+    assert not alive(first)
+
+    link.send(Start(attempt=2, port=12345))
+    link.silent(1.0)
+    may_act(2.0)
+    started = link.expect(Started)
+    assert started.attempt == 2
+    os.kill(started.trainer_pid, signal.SIGKILL)
+    assert not link.expect(Died).overdue
+
+    while now_ns() < board.act_until_ns:
+        time.sleep(0.01)
+    link.send(Start(attempt=3, port=12345))
+    link.send(Kill(attempt=3))  # a newer epoch came before this one could begin
+    assert link.expect(Killed).attempt == 3
+    link.send(Leave(status=0))
+    link.expect(Bye)
+    run.end()
+    board.close()

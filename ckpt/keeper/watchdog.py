@@ -1,0 +1,58 @@
+"""Ends a keeper whose loop hangs: its supervisors start another, which gets all that they hold for it.
+
+Its lease is kept alive by a thread of its own, so a node whose loop hangs would look well to all others, and do nothing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+LOOK_S = 1.0
+LOOKS_MAX = 90
+"""Longer than any disk or import keeps a loop that will go on. Looks are counted, not seconds: a machine that slept wakes well."""
+
+
+class Watchdog:
+    """Call ``turn`` in each turn of the loop, and ``stop`` after the last. ``hung``: what follows where none came."""
+
+    def __init__(self, hung: Callable[[], object], *, look_s: float = LOOK_S, looks_max: int = LOOKS_MAX) -> None:
+        self._hung = hung
+        self._look_s = look_s
+        self._looks_max = looks_max
+        self._turned = threading.Event()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ckpt-watchdog", daemon=True)
+        self._thread.start()
+
+    def turn(self) -> None:
+        """The loop goes on."""
+        self._turned.set()
+
+    def stop(self) -> None:
+        """There is no loop any more."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        looks = 0
+        while not self._stopped.wait(self._look_s):
+            looks = 0 if self._turned.is_set() else looks + 1
+            self._turned.clear()
+            if looks >= self._looks_max:
+                self._hung()
+                return
+
+
+def end_hung_process() -> None:
+    """Say where each thread stands, in the log, and be gone as if killed: nothing here can be trusted to end well."""
+    sys.stderr.write(
+        f"the keeper's loop has hung for some {LOOKS_MAX * LOOK_S:.0f} s; it ends, and its threads stood here:\n"
+    )
+    sys.stderr.flush()
+    faulthandler.dump_traceback(sys.stderr)
+    os.kill(os.getpid(), signal.SIGKILL)  # not abort: a core would hold all slots
