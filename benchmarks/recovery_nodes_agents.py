@@ -105,9 +105,9 @@ class Agents:
         if statuses := [process.returncode for process in ended if process.returncode != 0]:
             raise HungError(f"agents failed at the end. statuses={statuses}; see {self._folder}")
 
-    def wait_ended(self, ended: Sequence[subprocess.Popen[bytes]]) -> None:
-        """Until these have all ended."""
-        deadline_s = time.monotonic() + START_WAIT_S
+    def wait_ended(self, ended: Sequence[subprocess.Popen[bytes]], *, wait_s: float = START_WAIT_S) -> None:
+        """Until these have all ended. Raises HungError where they don't in time."""
+        deadline_s = time.monotonic() + wait_s
         while not all(process.poll() is not None for process in ended):
             if time.monotonic() > deadline_s:
                 raise HungError(f"the job does not end; see {self._folder}")

@@ -6,10 +6,12 @@ torchrun ... stage_overhead_loop.py FOLDER SIZE ROUNDS
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,11 +95,20 @@ def alternate(staging: Trainer, bare: Trainer) -> None:
         for one in pair:
             one.steps(BLOCK, timed=number >= WARM_UP)
     if staging.run.rank == 0:
+        report = keepers_report()
         times = {
             "state_bytes": staging.state_bytes, "with_s": staging.step_s, "without_s": bare.step_s,
-            "boundary_s": staging.boundary_s, "bare_boundary_s": bare.boundary_s,
+            "boundary_s": staging.boundary_s, "bare_boundary_s": bare.boundary_s, "mirror_bytes": report["mirror_bytes"],
+            "staged_bytes": staging.completed * staging.state_bytes // staging.run.world_size,
         }  # fmt: skip
         (FOLDER / "times.json").write_text(json.dumps(times))
+
+
+def keepers_report() -> dict[str, Any]:
+    """What this node's keeper says of itself."""
+    done = subprocess.run([sys.executable, "-m", "ckpt", "ps", "--json"], capture_output=True, check=True, text=True)
+    (keeper,) = json.loads(done.stdout)["jobs"]
+    return dict(keeper)
 
 
 def main(call: Callable[[], None]) -> None:

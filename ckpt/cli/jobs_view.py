@@ -154,6 +154,7 @@ def report_json(report: Report) -> dict[str, JsonValue]:
         "rss_bytes": report.rss_bytes,
         "ranks": [_rank_json(rank) for rank in report.ranks],
         "recoveries": [dict(facts) for facts in report.recoveries],
+        "mirror_bytes": report.mirror_bytes,
         "refused": dict(report.refused),
     }
 

@@ -57,6 +57,8 @@ class Told:
     up: Callable[[str], object]
     down: Callable[[str, str], object]
     """A line to another node is up, or broke, with why."""
+    acts: Callable[[float], None] = lambda until_s: None
+    """Its lease was prolonged: until when, of CLOCK_BOOTTIME in seconds, it may act."""
 
 
 @dataclass(frozen=True, slots=True)

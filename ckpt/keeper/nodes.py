@@ -398,9 +398,9 @@ class Nodes:
             word=lambda node, word: post(lambda: self._word(node, word)),
             up=lambda node: post(lambda: self._up(node)),
             down=lambda node, why: post(lambda: self._down(node, why)),
+            acts=self._acts,
         )
         return join(
             self._spec, self._secret, host=self._host, ranks=job.ranks, peer_port=self.memory.port,
             here=Here(lambda: job.policy, lambda: self._attempt, job.completed), told=told, tell=self._tell,
-            acts=self._acts,
         )  # fmt: skip

@@ -59,13 +59,9 @@ def check_spec(spec: NodesSpec) -> None:
 
 
 def join(
-    spec: NodesSpec, secret: bytes, *, host: str, ranks: int, peer_port: int, here: Here, told: Told, tell: Tell,
-    acts: Callable[[float], None],
-) -> Node:  # fmt: skip
-    """This machine as a node with ``ranks`` ranks; it lends its memory at ``peer_port``. Waits for nothing.
-
-    ``acts`` is told, in another thread, until when the node may act, of CLOCK_BOOTTIME in seconds.
-    """
+    spec: NodesSpec, secret: bytes, *, host: str, ranks: int, peer_port: int, here: Here, told: Told, tell: Tell
+) -> Node:
+    """This machine as a node with ``ranks`` ranks; it lends its memory at ``peer_port``. Waits for nothing."""
     witnesses = _witnesses(spec)
     tls = tls_of(spec)
     _tell_validity(check_tls(spec, host), tell)
@@ -88,7 +84,7 @@ def join(
         return _judged(note, failures, known, heard_s, now_s, here.policy())
 
     return Node(
-        open_membership(where_of(spec), spec.job, ttl_s=spec.ttl_s, witnesses_min=witnesses, acts=acts),
+        open_membership(where_of(spec), spec.job, ttl_s=spec.ttl_s, witnesses_min=witnesses, acts=told.acts),
         info,
         Options(
             nodes_min=spec.nodes_min, nodes_max=spec.nodes_max, last_call_s=spec.last_call_s,

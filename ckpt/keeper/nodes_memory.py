@@ -212,6 +212,11 @@ class NodesMemory:
 
     # ---- mirrors
 
+    @property
+    def sent_bytes(self) -> int:
+        """See Report."""
+        return self._mirror.sent_bytes
+
     def _keep_named(self, now_s: float) -> None:
         """Keep the pair that was named, here and on other nodes, unless the last one is still on its way."""
         job, epoch, named = self._job, self._among.epoch, self.round.named

@@ -72,7 +72,7 @@ class TrainerEntered:
 
 @dataclass(frozen=True, slots=True)
 class TrainerDied:
-    """A trainer ended by itself. ``completed``: the most steps that any rank had completed, -1 for none; ``overdue``: see Died."""
+    """A trainer ended by itself, or ``overdue``: see Died. ``completed``: the most steps that any rank had completed (-1)."""
 
     rank: int
     attempt: int

@@ -29,6 +29,7 @@ def report(job: Job, crew: Crew) -> Report:
         slot_bytes=job.slots.total_bytes if job.slots is not None else 0, rss_bytes=_own_bytes(),
         ranks=tuple(_rank(job, crew, rank) for rank in range(job.ranks)), recoveries=tuple(crew.recoveries),
         nodes=job.nodes.standbys.report() if job.nodes is not None else (),
+        mirror_bytes=job.nodes.memory.sent_bytes if job.nodes is not None else 0,
         refused=job.nodes.refused if job.nodes is not None else {},
     )  # fmt: skip
 

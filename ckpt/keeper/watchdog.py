@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 LOOK_S = 1.0
 LOOKS_MAX = 90
-"""Longer than any disk or import keeps a loop that will go on. Looks are counted, not seconds: a machine that slept wakes well."""
+"""Longer than a disk or an import keeps a loop that will go on. Looks count, not seconds: a machine that slept wakes well."""
 
 
 class Watchdog:

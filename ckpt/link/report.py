@@ -68,5 +68,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     ranks: tuple[RankReport, ...]
     recoveries: tuple[Mapping[str, Fact], ...]
     nodes: tuple[NodeReport, ...] = ()
+    mirror_bytes: int = 0
+    """Of several nodes: what this one has sent to others so far, to be kept there, and came."""
     refused: Mapping[str, int] = {}
     """Of several nodes: what was turned away, by kind; ``line`` counts connections, the others requests for lent memory."""

@@ -49,7 +49,7 @@ class KeyedMembership:
     """See Membership and Facts. One node of ``job`` in ``keyspace``, which it closes in the end.
 
     ``margin_s``: how long before its lease can run out a node stops acting; None: a tenth of the TTL. ``threads``: keep the
-    lease alive; without it the caller calls ``keepalive.round`` when it is due. ``acts``: see Keepalive; quick, and raises nothing.
+    lease alive; without it the caller calls ``keepalive.round`` when it is due. ``acts``: see Keepalive.
     """
 
     def __init__(

@@ -66,6 +66,7 @@ def job_report(job: str = "demo", *, completed: int = 120, attempt: int = 2) -> 
         rss_bytes=40 << 20,
         ranks=(rank_report(0, completed=completed), rank_report(1, completed=completed)),
         recoveries=(RECOVERY,),
+        mirror_bytes=12345,
         refused={"mac": 3, "line": 1},
     )
 

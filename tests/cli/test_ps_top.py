@@ -98,6 +98,7 @@ def test_ps_json_has_all_of_the_report(ckpt, keeper) -> None:
         "slot_bytes": 6 << 20,
         "rss_bytes": 40 << 20,
         "recoveries": [RECOVERY],
+        "mirror_bytes": 12345,
         "refused": {"mac": 3, "line": 1},
     }
     assert len(ranks) == 2

@@ -79,10 +79,9 @@ class Keeper:
         self.node: FakeNode | None = None
         self.refuses: Exception | None = None
 
-        def join(*_: object, told: Told, here: Here, acts: Callable[[float], None], **__: object) -> FakeNode:
+        def join(*_: object, told: Told, here: Here, **__: object) -> FakeNode:
             if self.refuses is not None:
                 raise self.refuses
-            self.acts = acts
             self.node = FakeNode(told, here)
             return self.node
 
@@ -307,12 +306,12 @@ def test_how_far_this_node_is_goes_to_rank_0_and_its_lease_onto_the_board(joined
 def test_lease_prolonged_while_the_loop_stands_still_is_on_the_board(joined: Keeper) -> None:
     board = joined.job.board
     assert board is not None
-    joined.acts(80.0)
+    joined.fake.told.acts(80.0)
     assert board.act_until_ns == 80_000_000_000
     joined.nodes.tick(100.0)  # what it read before is older
     assert board.act_until_ns == 80_000_000_000
     joined.job.close()
-    joined.acts(90.0)  # the thread ends a little later
+    joined.fake.told.acts(90.0)  # the thread ends a little later
 
 
 def test_node_of_rank_0_tells_each_what_the_rest_have_in_common(joined: Keeper) -> None:
