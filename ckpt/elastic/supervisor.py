@@ -30,7 +30,21 @@ from ckpt.elastic.terms import Term, Terms
 from ckpt.elastic.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, Order, TrainerSeat
 from ckpt.errors import CkptError, InternalError
 from ckpt.link.frames import Wire
-from ckpt.link.messages import Bye, Died, Dump, Hello, Kill, Killed, Leave, Message, Preempt, Start, Started, Tell
+from ckpt.link.messages import (
+    Bye,
+    Died,
+    Dump,
+    Hello,
+    Kill,
+    Killed,
+    Leave,
+    Message,
+    Preempt,
+    RunAhead,
+    Start,
+    Started,
+    Tell,
+)
 from ckpt.link.policy import Policy
 from ckpt.observe import events
 from ckpt.stage.memory_limit import available_bytes
@@ -103,6 +117,7 @@ class Supervisor:
         self._leaving: Leave | None = None
         self._leave_until_s = 0.0
         self._prepare = False
+        self._stands_by = False
         self._preempted = False
         self._terms = Terms()
         self._interrupted = False
@@ -182,6 +197,8 @@ class Supervisor:
             case Dump():
                 if self._live is not None and self._live.attempt == word.attempt:
                     self._live.dump(Path(word.path))
+            case RunAhead():
+                self._stands_by = self._plan.prepare
             case Tell():
                 self._say(word.text)
             case _:
@@ -326,8 +343,8 @@ class Supervisor:
             if self._may_act():  # else it would be stopped at once
                 word, self._starting = self._starting, None
                 return self._start(word)
-        elif self._prepare and self._ahead is None:
-            self._prepare = False
+        elif (self._prepare or self._stands_by) and self._ahead is None:
+            self._prepare = self._stands_by = False
             return self._run_ahead()
         elif live is not None and live.stopped and self._terminal.lend(live.pid):
             live.stopped = False
@@ -338,7 +355,7 @@ class Supervisor:
         if self._interrupted:  # another rank failed of it first
             self._end_by_interrupt()
         at_s = time.monotonic()
-        self._attempt, self._started, self._ended = word.attempt, True, None
+        self._attempt, self._started, self._ended, self._stands_by = word.attempt, True, None, False
         self._keeper.well()
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.promote(Order(word.attempt, word.port, word.seating)):

@@ -33,6 +33,7 @@ from ckpt.keeper.nodes_uploads import NodesUploads
 from ckpt.keeper.room import OwnRoom, Room
 from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
 from ckpt.link.board import Board
+from ckpt.link.messages import RunAhead
 from ckpt.link.nodes_spec import NodesSpec, host_towards
 from ckpt.link.seating import Seating
 from ckpt.membership.leases import State
@@ -74,6 +75,8 @@ class Nodes:
         self._out = False
         """Whether this node is no member at the moment."""
         self._attempt = 0
+        self._ran_ahead = 0
+        """The last epoch in which the supervisors here heard that they stand by."""
         host, secret = spec.host or host_towards(spec.where), secret_of(spec)
         self._host, self._secret = host, secret
         self.uploads = NodesUploads(job, self, seating=lambda: self.seating)
@@ -271,6 +274,14 @@ class Nodes:
             if self._node is not None:  # before anything starts: what is there may be from an earlier membership
                 self._tell_time(self._job.board, self._node)
         self._on(EpochCame(epoch.number, self.placed, epoch.note.why, time.monotonic()))
+        self._stand_by()
+
+    def _stand_by(self) -> None:
+        """Where this node holds no rank: once an epoch, for a trainer that ran ahead in vain shall not do so over and over."""
+        epoch = self.epoch
+        if epoch is not None and not self.placed and not self._out and self._ran_ahead < epoch.number:
+            self._ran_ahead = epoch.number
+            self._job.say("supervisor", RunAhead())
 
     def _see_members(self, epoch: Epoch) -> None:
         """Other standbys came to an epoch, or this one did: nothing begins or ends by that."""
@@ -281,6 +292,7 @@ class Nodes:
         if before is None or (before.number, before.me) != (epoch.number, epoch.me):
             self.memory.see(epoch)
             self.standbys.see()
+        self._stand_by()
 
     def _lost(self, why: str) -> None:
         self._out = True

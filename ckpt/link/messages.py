@@ -360,6 +360,10 @@ class Dump(Message, frozen=True, kw_only=True):
     path: str
 
 
+class RunAhead(Message, frozen=True, kw_only=True):
+    """To a supervisor whose node is a standby: where the program wants prepared trainers, one may run ahead here now."""
+
+
 class Leave(Message, frozen=True, kw_only=True):
     """To a supervisor: kill what still runs and exit with ``status``; ``text`` says why, for people ("" : say nothing)."""
 
@@ -418,7 +422,7 @@ ALL = (
     | SlotMade | SlotGone | GetChoices | GetSources | OpenEpoch | Decided | Known | Persist | Refuse | SetTag | Failing
     | Phase | Finished | GetStatus
     | Done | Welcome | Value | Number | Slots | Sources | Choices | Status
-    | Start | Kill | Dump | Leave | Keep | Drop | KeepBoard | Outcome | Fenced | Stop | Tell
+    | Start | Kill | Dump | RunAhead | Leave | Keep | Drop | KeepBoard | Outcome | Fenced | Stop | Tell
 )  # fmt: skip
 """Every message there is."""
 

@@ -80,6 +80,32 @@ def test_standby_takes_over_from_a_node_that_is_killed_with_all_that_is_on_it(
 
 
 @pytest.mark.slow
+def test_prepared_trainer_of_a_standby_goes_on_in_the_place_of_the_lost_one(
+    made: Callable[..., Cluster], undisturbed
+) -> None:
+    one = made(nodes="2")
+    for _ in range(3):
+        one.start(*ARGUMENTS, "--prepared")
+    one.wait_steps(KILL_AT // 2)
+    lost = one.of_rank(1)
+    (standby,) = (machine for machine in one.machines if machine not in (lost, one.of_rank(0)))
+
+    def ran_ahead() -> set[int]:
+        told = {int(path.name.partition("-")[2]) for path in one.results.glob("ahead-*")}
+        return told & set(standby.members())
+
+    wait_for(ran_ahead, "a trainer that has run ahead on the standby", say=one.output)
+    (ahead,) = ran_ahead()
+    one.wait_steps(KILL_AT)
+    lost.kill()
+    ends = one.wait_end()
+    assert {status for name, status in ends.items() if name != lost.name} == {0}, one.output()
+    check_equal(one, undisturbed)
+    assert redone(one) <= REDONE_MAX, one.output()
+    assert str(ahead) in (one.results / "attempts-1.txt").read_text().split(), one.output()
+
+
+@pytest.mark.slow
 def test_world_shrinks_without_a_standby_and_grows_when_a_node_comes(made: Callable[..., Cluster]) -> None:
     one = made(nodes="1:2")
     arguments = (STEPS * 4, "--every", 40, "--step-s", 0.03)

@@ -20,6 +20,7 @@ from ckpt.keeper.nodes_join import Here, check_spec, lent_at
 from ckpt.keeper.room import OwnRoom
 from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
 from ckpt.link.client import KeeperSpec
+from ckpt.link.messages import Message, RunAhead
 from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.policy import Policy
 from ckpt.membership.base import Standing
@@ -301,6 +302,25 @@ def test_how_far_this_node_is_goes_to_rank_0_and_its_lease_onto_the_board(joined
     assert len(joined.fake.of(said.Standing)) == 1, "nothing has changed"
     joined.nodes.tick(101.5)
     assert len(joined.fake.of(said.Standing)) == 2
+
+
+def test_supervisors_of_a_standby_hear_once_an_epoch_that_trainers_may_run_ahead(
+    joined: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[str, Message]] = []
+    monkeypatch.setattr(joined.job, "say", lambda role, word, **_: heard.append((role, word)))
+    joined.come(3, "root", "me")
+    assert heard == []
+    joined.come(4, "root", "other")
+    assert heard == [("supervisor", RunAhead())]
+    assert joined.nodes.epoch is not None
+    joined.fake.told.members(joined.nodes.epoch)  # another standby came
+    joined.run()
+    assert len(heard) == 1
+    joined.come(5, "root", "other")
+    assert len(heard) == 2
+    joined.come(6, "root", "other", end=0)
+    assert len(heard) == 2
 
 
 def test_lease_prolonged_while_the_loop_stands_still_is_on_the_board(joined: Keeper) -> None:

@@ -1,15 +1,17 @@
 """Trains to the end, whatever is done to it from outside.
 
     python steady.py FOLDER STEPS [--step-s S] [--ballast-mib N] [--every N] [--hang 3s] [--linger 60s]
-        [--stall-at N] [--raise-at N]
+        [--stall-at N] [--raise-at N] [--prepared]
     torchrun ... steady.py FOLDER STEPS ...
 
-``--stall-at``: that step never ends. ``--raise-at``: that step raises, whenever it is tried.
+``--stall-at``: that step never ends. ``--raise-at``: that step raises, whenever it is tried. ``--prepared``: trainers run
+ahead, and each leaves ``ahead-<pid>`` before it is ready.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import threading
 from pathlib import Path
 
@@ -30,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--linger", default="60s")
     parser.add_argument("--stall-at", type=int)
     parser.add_argument("--raise-at", type=int)
+    parser.add_argument("--prepared", action="store_true")
     return parser.parse_args()
 
 
@@ -39,9 +42,14 @@ OPTIONS = parse()
 POLICY = ckpt.RestartPolicy(hang=OPTIONS.hang, linger=OPTIONS.linger)
 
 
-@ckpt.resilient(store=str(OPTIONS.folder / "store"), every=OPTIONS.every, memory_every=1, restart=POLICY)
+@ckpt.resilient(
+    store=str(OPTIONS.folder / "store"), every=OPTIONS.every, memory_every=1, restart=POLICY, prepared=OPTIONS.prepared
+)
 def train(run: ckpt.Run) -> None:
     """The loop, as users write it."""
+    if OPTIONS.prepared:
+        (OPTIONS.folder / f"ahead-{os.getpid()}").touch()
+        run.ready()
     enter(OPTIONS.folder, run.rank)
     training = Training(run, OPTIONS.folder, ballast_mib=OPTIONS.ballast_mib)
     training.train(OPTIONS.steps, step_s=OPTIONS.step_s, before_step=before_step)

@@ -18,6 +18,7 @@ from ckpt.link.messages import (
     Killed,
     Leave,
     Preempt,
+    RunAhead,
     SlotKept,
     Start,
     Started,
@@ -189,6 +190,25 @@ def test_prepared_trainer_that_dies_is_replaced_by_a_fork(program, keeper) -> No
     link.send(Kill(attempt=1))
     link.expect(Killed)
     assert link.start(attempt=2, port=22).how == "fork"
+
+
+def test_trainer_runs_ahead_on_a_standby_where_the_program_wants_it(program, keeper) -> None:
+    run = program(AHEAD)
+    link = keeper.accept()
+    link.send(RunAhead())
+    word, attempt, ahead = run.line().split()
+    assert (word, attempt) == ("built", "0")
+    link.send(Start(attempt=7, port=22))
+    started = link.expect(Started)
+    assert (started.how, started.trainer_pid) == ("prepared", int(ahead))
+    assert run.line().startswith("live 7 22 prepared 22 True")
+
+    plain = program(AHEAD.replace("prepare=True", "prepare=False"))
+    link = keeper.accept()
+    link.send(RunAhead())
+    link.silent(0.5)
+    assert link.start(attempt=7, port=22).how == "fork"
+    assert plain.line().startswith("built 7")
 
 
 def test_prepared_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None:
