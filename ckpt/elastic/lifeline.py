@@ -8,10 +8,10 @@ import msgspec
 
 from ckpt.elastic.holdings import Holdings
 from ckpt.errors import InternalError, UnavailableError
-from ckpt.link.board import now_ns
 from ckpt.link.client import greet, welcomed
 from ckpt.link.frames import Wire, close_fds
 from ckpt.link.messages import Drop, Hello, Keep, KeepBoard, Message
+from ckpt.link.rank_board import now_ns
 
 RECONNECTS_MAX = 5
 """Keepers lost in a row, with no attempt started in between, before the job is given up."""

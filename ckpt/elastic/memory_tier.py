@@ -14,7 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ckpt.link.board import Board, Phase
+from ckpt.link.board import Board
+from ckpt.link.rank_board import Phase
 
 STAGE = 1
 """The flag of a decision: stage this boundary."""

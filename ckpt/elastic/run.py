@@ -20,7 +20,7 @@ from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
 from ckpt.elastic.trainer import TrainerSeat
 from ckpt.elastic.whereabouts import Whereabouts
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.link.board import Phase
+from ckpt.link.rank_board import Phase
 from ckpt.observe.events import Event
 from ckpt.session.agree import Order
 from ckpt.session.channel import world_of_process

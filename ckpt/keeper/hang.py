@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt.link.board import Phase
+from ckpt.link.rank_board import Phase
 
 PATIENCE = 10.0
 """How many times its longest recent step a job may take for one."""

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from ckpt.fleet.words import Standing
 from ckpt.keeper.mirror_rounds import Round, Word
-from ckpt.link.board import RankBoard
+from ckpt.link.rank_board import RankBoard
 from ckpt.values import SnapshotId
 
 NO_ROUND = Round()

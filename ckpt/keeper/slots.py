@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.link.board import SLOTS_MAX, Board
+from ckpt.link.board import Board
 from ckpt.link.messages import SlotEntry
+from ckpt.link.rank_board import SLOTS_MAX
 from ckpt.link.report import SlotReport
 from ckpt.persist.sealed import Sealed
 from ckpt.stage.memory_limit import available_bytes

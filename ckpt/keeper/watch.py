@@ -9,7 +9,8 @@ from ckpt.keeper.job import Job
 from ckpt.keeper.roster import Member, Roster, Seat, State
 from ckpt.keeper.roster_words import Hung
 from ckpt.link import messages as words
-from ckpt.link.board import Board, RankBoard
+from ckpt.link.board import Board
+from ckpt.link.rank_board import RankBoard
 from ckpt.observe.events import Event as Told
 
 STACKS_WAIT_S = 2.0

@@ -15,75 +15,28 @@ one. What takes several words is read twice.
 
 from __future__ import annotations
 
-import contextlib
-import enum
-import errno
 import mmap
 import os
 import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
-from pathlib import Path
 
 from ckpt.errors import IntegrityError, UsageError
+from ckpt.link.anonymous import open_anonymous
+from ckpt.link.rank_board import COUNTERS, HEADER_WORDS, RING_WORDS, RankBoard, first_word
 from ckpt.values import PAGE_BYTES, SnapshotId
 
-SLOTS_MAX = 16
-"""Slots of one rank."""
 RANKS_MAX = 4096
 """Ranks of one node; a reader refuses to map more."""
-RING_WORDS = 64
-"""For how many boundaries decisions are kept."""
 STAGE = 1
 """Flag of a decision: take a snapshot at this boundary."""
-RECENT_STEPS = 64
-"""The longest of that many steps is published."""
 
 _MAGIC = int.from_bytes(b"ckptbord", "little")
 _VERSION = 2
-_HEADER_WORDS = 64
-_RANK_WORDS = 128
-_COUNTERS = 16
-_SLOT_WORDS = 4
-_READS_MAX = 8
 _ATTEMPT_MASK = (1 << 16) - 1
 _BOUNDARY_MASK = (1 << 46) - 1
 _FLAGS_MASK = 3
 
 _RANKS, _ATTEMPT, _ACT_UNTIL, _OTHERS_COUNT = 2, 3, 4, 5
-_OWN_ATTEMPT, _COMPLETED, _BEAT, _PHASE, _FIRST_STEP, _LONGEST_STEP, _STAGED, _SKIPPED = range(8)
-_EPOCH, _STEP, _GENERATION, _HELD = range(4)
-
-_CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-class Phase(enum.IntEnum):
-    """What a trainer is at. Only in TRAINING does a step that takes too long mean that it hangs."""
-
-    STARTING = 0
-    BUILDING = 1
-    TRAINING = 2
-    PAUSED = 3
-    DEBUGGING = 4
-    FINISHED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class SlotWord:
-    """What the board says of one slot: the pair that it holds sealed (None: nothing) under which generation, and whether an
-    upload holds it."""
-
-    index: int
-    snapshot: SnapshotId | None
-    generation: int
-    held: bool
-
-
-def now_ns() -> int:
-    """The board's clock: it goes on while the machine sleeps, and all processes of a machine share it."""
-    return time.clock_gettime_ns(_CLOCK)
 
 
 def newest_common(sets: Iterable[Set[SnapshotId]]) -> SnapshotId | None:
@@ -184,11 +137,11 @@ class Board:
             raise UsageError(f"no attempt has begun, so nothing can be decided. boundary={boundary}")
         if not 0 <= boundary <= _BOUNDARY_MASK or not 0 <= flags <= _FLAGS_MASK:
             raise UsageError(f"not a decision. boundary={boundary} flags={flags}")
-        self._words[_HEADER_WORDS + boundary % RING_WORDS] = _decision(attempt, boundary) | flags
+        self._words[HEADER_WORDS + boundary % RING_WORDS] = _decision(attempt, boundary) | flags
 
     def decision(self, boundary: int) -> int | None:
         """The flags decided for ``boundary`` in this attempt; None where nothing was, or it is 64 boundaries ago."""
-        word = self._words[_HEADER_WORDS + boundary % RING_WORDS]
+        word = self._words[HEADER_WORDS + boundary % RING_WORDS]
         attempt = self.attempt
         return word & _FLAGS_MASK if attempt and word & ~_FLAGS_MASK == _decision(attempt, boundary) else None
 
@@ -204,11 +157,11 @@ class Board:
         """Reset all counters and decisions for a new attempt; what slots hold stays. No trainer may be running."""
         if attempt < 1:
             raise UsageError(f"attempts count from 1. attempt={attempt}")
-        for at in range(_HEADER_WORDS, _HEADER_WORDS + RING_WORDS):
+        for at in range(HEADER_WORDS, HEADER_WORDS + RING_WORDS):
             self._words[at] = 0
         for rank in range(self.ranks + 1):
-            first = _first_word(rank)
-            for at in range(first, first + _COUNTERS):
+            first = first_word(rank)
+            for at in range(first, first + COUNTERS):
                 self._words[at] = 0
         self.attempt = attempt
 
@@ -223,202 +176,12 @@ class Board:
         os.close(fd)
 
 
-class RankBoard:
-    """One rank's part of a board. Its trainer writes it; its keeper writes what is said about slots that uploads hold."""
-
-    __slots__ = ("_fence", "_first", "_last_beat_ns", "_recent_ns", "_words", "rank")
-
-    def __init__(self, words: memoryview[int], rank: int, fence: threading.Lock) -> None:
-        self._words = words
-        self._first = _first_word(rank)
-        self._fence = fence
-        self._last_beat_ns = 0
-        self._recent_ns: deque[int] = deque(maxlen=RECENT_STEPS)
-        self.rank = rank
-
-    @property
-    def attempt(self) -> int:
-        """The attempt of the trainer that writes here; 0 where none has come yet."""
-        return self._words[self._first + _OWN_ATTEMPT]
-
-    @attempt.setter
-    def attempt(self, attempt: int) -> None:
-        self._words[self._first + _OWN_ATTEMPT] = attempt
-
-    @property
-    def completed(self) -> int | None:
-        """How many steps are complete; None before the first beat."""
-        word = self._words[self._first + _COMPLETED]
-        return word - 1 if word else None
-
-    @completed.setter
-    def completed(self, completed: int | None) -> None:
-        self._words[self._first + _COMPLETED] = 0 if completed is None else completed + 1
-
-    @property
-    def beat_ns(self) -> int:
-        """When the last boundary was reached, on the clock of ``now_ns``; 0: none yet."""
-        return self._words[self._first + _BEAT]
-
-    @property
-    def phase(self) -> Phase:
-        """What the trainer is at. A value of a later version reads as STARTING, which nobody judges."""
-        with contextlib.suppress(ValueError):
-            return Phase(self._words[self._first + _PHASE])
-        return Phase.STARTING
-
-    @phase.setter
-    def phase(self, phase: Phase) -> None:
-        self._words[self._first + _PHASE] = phase
-        if phase is not Phase.TRAINING:
-            self._last_beat_ns = 0  # how long a step with a pause in it took says nothing
-
-    @property
-    def first_step_done(self) -> bool:
-        """Whether this attempt's first step, which may compile, is over."""
-        return bool(self._words[self._first + _FIRST_STEP])
-
-    @first_step_done.setter
-    def first_step_done(self, done: bool) -> None:
-        self._words[self._first + _FIRST_STEP] = done
-
-    @property
-    def longest_step_ns(self) -> int:
-        """The longest of the last RECENT_STEPS steps, in nanoseconds; 0: not known yet."""
-        return self._words[self._first + _LONGEST_STEP]
-
-    @longest_step_ns.setter
-    def longest_step_ns(self, longest_ns: int) -> None:
-        self._words[self._first + _LONGEST_STEP] = longest_ns
-
-    @property
-    def staged(self) -> int:
-        """How many snapshots this attempt staged."""
-        return self._words[self._first + _STAGED]
-
-    @staged.setter
-    def staged(self, count: int) -> None:
-        self._words[self._first + _STAGED] = count
-
-    @property
-    def skipped(self) -> int:
-        """How many due snapshots this attempt skipped."""
-        return self._words[self._first + _SKIPPED]
-
-    @skipped.setter
-    def skipped(self, count: int) -> None:
-        self._words[self._first + _SKIPPED] = count
-
-    def beat(self, completed: int) -> None:
-        """A boundary is reached: ``completed`` steps are done. About 3 microseconds. One thread, and always the same object."""
-        now = now_ns()
-        if self._last_beat_ns:
-            self._recent_ns.append(now - self._last_beat_ns)
-            self._words[self._first + _LONGEST_STEP] = max(self._recent_ns)
-        self._last_beat_ns = now
-        self._words[self._first + _COMPLETED] = completed + 1
-        self._words[self._first + _BEAT] = now
-
-    def slot(self, index: int) -> SlotWord:
-        """What slot ``index`` holds. One that is being changed holds nothing."""
-        at = self._slot(index)
-        words = self._words
-        held = bool(words[at + _HELD])
-        for _ in range(_READS_MAX):
-            generation = words[at + _GENERATION]
-            if generation == 0:
-                break
-            snapshot = SnapshotId(words[at + _EPOCH], words[at + _STEP])
-            if words[at + _GENERATION] == generation:
-                return SlotWord(index, snapshot, generation, held)
-        return SlotWord(index, None, 0, held)
-
-    def slots(self) -> list[SlotWord]:
-        """All SLOTS_MAX slots, whether they are there or not."""
-        return [self.slot(index) for index in range(SLOTS_MAX)]
-
-    def pairs(self) -> frozenset[SnapshotId]:
-        """What the slots hold sealed. About 10 microseconds."""
-        first = self._slot(0) + _GENERATION
-        generations = self._words[first : first + SLOTS_MAX * _SLOT_WORDS : _SLOT_WORDS].tolist()
-        words = (self.slot(index) for index, generation in enumerate(generations) if generation)
-        return frozenset(word.snapshot for word in words if word.snapshot is not None)
-
-    def publish(self, index: int, snapshot: SnapshotId, generation: int) -> None:
-        """Slot ``index`` is sealed and holds ``snapshot`` under ``generation`` (from 1)."""
-        if generation < 1:
-            raise UsageError(f"a sealed slot has a generation. index={index} generation={generation}")
-        at = self._slot(index)
-        self.clear(index)
-        with self._fence:
-            self._words[at + _EPOCH] = snapshot.epoch
-            self._words[at + _STEP] = snapshot.step
-        with self._fence:
-            self._words[at + _GENERATION] = generation
-
-    def clear(self, index: int) -> None:
-        """Slot ``index`` holds nothing sealed any more. Before it is begun."""
-        with self._fence:  # giving up a lock and taking it again keeps later stores behind this one
-            self._words[self._slot(index) + _GENERATION] = 0
-
-    def hold(self, index: int) -> None:
-        """An upload holds slot ``index``: it must not be overwritten."""
-        self._words[self._slot(index) + _HELD] = 1
-
-    def let_go(self, index: int) -> None:
-        """No upload holds slot ``index`` any more."""
-        self._words[self._slot(index) + _HELD] = 0
-
-    def show(self, pairs: Iterable[SnapshotId], completed: int | None) -> None:
-        """For ranks elsewhere: they hold these pairs (the newest SLOTS_MAX) and completed so many steps. Pairs come first.
-
-        Who reads ``completed`` before pairs then finds every pair that those ranks had sealed by then.
-        """
-        wanted = sorted(set(pairs), reverse=True)[:SLOTS_MAX]
-        there = {word.snapshot: word.index for word in self.slots() if word.snapshot is not None}
-        for pair, index in there.items():
-            if pair not in wanted:
-                self.clear(index)
-        free = [index for index in range(SLOTS_MAX) if index not in {there[pair] for pair in wanted if pair in there}]
-        for pair in wanted:
-            if pair not in there:
-                self.publish(free.pop(0), pair, 1)
-        self.completed = completed
-
-    def _slot(self, index: int) -> int:
-        if not 0 <= index < SLOTS_MAX:
-            raise UsageError(f"no such slot on a board. index={index} limit={SLOTS_MAX}")
-        return self._first + _COUNTERS + index * _SLOT_WORDS
-
-
-def open_anonymous(name: str) -> int:
-    """The descriptor of fresh memory that has no name in any file system and goes with its last holder. Closed on exec.
-
-    A memfd; where there are none, an unlinked file.
-    """
-    if hasattr(os, "memfd_create"):
-        try:
-            return os.memfd_create(name)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EPERM):
-                raise
-    folder = Path("/dev/shm")
-    path = (folder if folder.is_dir() else Path("/tmp")) / f"{name}-{os.urandom(8).hex()}"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    path.unlink()
-    return fd
-
-
 def _decision(attempt: int, boundary: int) -> int:
     return (attempt & _ATTEMPT_MASK) << 48 | (boundary & _BOUNDARY_MASK) << 2
 
 
-def _first_word(rank: int) -> int:
-    return _HEADER_WORDS + RING_WORDS + rank * _RANK_WORDS
-
-
 def _size_bytes(ranks: int) -> int:
-    return -(-_first_word(ranks + 1) * 8 // PAGE_BYTES) * PAGE_BYTES
+    return -(-first_word(ranks + 1) * 8 // PAGE_BYTES) * PAGE_BYTES
 
 
 def _ranks_behind(fd: int) -> int:
@@ -426,7 +189,7 @@ def _ranks_behind(fd: int) -> int:
     size_bytes = os.fstat(fd).st_size
     if size_bytes < _size_bytes(1):
         raise IntegrityError(f"not a board: too small. size_bytes={size_bytes}")
-    with mmap.mmap(fd, _HEADER_WORDS * 8) as header, memoryview(header).cast("Q") as words:
+    with mmap.mmap(fd, HEADER_WORDS * 8) as header, memoryview(header).cast("Q") as words:
         magic, version, ranks = words[0], words[1], words[_RANKS]
     if magic != _MAGIC or version != _VERSION:
         raise IntegrityError(f"not a board of this version. magic={magic:#x} version={version} known={_VERSION}")

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, UnavailableError
-from ckpt.link.board import SLOTS_MAX, Board
+from ckpt.link.board import Board
+from ckpt.link.rank_board import SLOTS_MAX
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.restore.from_slots import SlotStore, staged_index
 from ckpt.session.slot_rule import Seen, newest_of, passed, why_kept

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.elastic.memory_tier import MemoryTier
-from ckpt.link.board import Board, Phase
+from ckpt.link.board import Board
+from ckpt.link.rank_board import Phase
 
 
 @pytest.fixture

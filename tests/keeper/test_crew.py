@@ -14,8 +14,9 @@ from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
 from ckpt.keeper import daemon as daemon_module
 from ckpt.link import messages as words
-from ckpt.link.board import Board, Phase
+from ckpt.link.board import Board
 from ckpt.link.messages import Policy, Welcome
+from ckpt.link.rank_board import Phase
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

@@ -16,8 +16,8 @@ from ckpt.keeper import crew as crew_module
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper import watch as watch_module
 from ckpt.link import messages as words
-from ckpt.link.board import Phase
 from ckpt.link.messages import Policy, Welcome
+from ckpt.link.rank_board import Phase
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.keeper.hang import LOOK_GAPS_MAX, PATIENCE, Pulse, Sight, check_s, hung, look, timeout_s
-from ckpt.link.board import Phase
+from ckpt.link.rank_board import Phase
 
 FLOOR_S = 10.0
 WELL = Pulse(0, Phase.TRAINING, True, completed=5, idle_s=1.0, longest_step_s=0.5)

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from ckpt.fleet.words import Standing
 from ckpt.keeper.mirror_rounds import Round, Word
 from ckpt.keeper.nodes_standing import common, common_but_each, standing_of
-from ckpt.link.board import SLOTS_MAX, Board
+from ckpt.link.board import Board
+from ckpt.link.rank_board import SLOTS_MAX
 from ckpt.values import SnapshotId
 
 P1, P2, P3 = SnapshotId(1, 1), SnapshotId(1, 2), SnapshotId(1, 3)

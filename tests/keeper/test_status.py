@@ -10,8 +10,8 @@ from served import POLICY, Served, open_epoch, started, until
 from slot_makers import SLOT_BYTES
 
 from ckpt.link import messages as words
-from ckpt.link.board import Phase
 from ckpt.link.messages import Policy
+from ckpt.link.rank_board import Phase
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

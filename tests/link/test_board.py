@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.link import board as module
-from ckpt.link.board import RING_WORDS, SLOTS_MAX, STAGE, Board, Phase, SlotWord, newest_common, now_ns
+from ckpt.link import rank_board as module
+from ckpt.link.anonymous import open_anonymous
+from ckpt.link.board import RANKS_MAX, STAGE, Board, newest_common
+from ckpt.link.rank_board import RING_WORDS, SLOTS_MAX, Phase, SlotWord, now_ns
 from ckpt.values import SnapshotId
 
 
@@ -147,7 +149,7 @@ def test_a_step_with_a_pause_in_it_says_nothing_about_steps(monkeypatch, board: 
 
 
 def test_a_phase_of_a_later_version_reads_as_starting(board: Board) -> None:
-    board._words[module._first_word(0) + module._PHASE] = 99
+    board._words[module.first_word(0) + module._PHASE] = 99
     assert board.rank(0).phase is Phase.STARTING
 
 
@@ -237,7 +239,8 @@ def test_a_reader_never_mixes_two_publications(board: Board) -> None:
 
 OTHER = textwrap.dedent("""
     import socket, sys
-    from ckpt.link.board import Board, Phase
+    from ckpt.link.board import Board
+    from ckpt.link.rank_board import Phase
     from ckpt.values import SnapshotId
 
     sock = socket.socket(fileno=int(sys.argv[1]))
@@ -283,7 +286,7 @@ def test_another_process_sees_beats_and_slots_and_its_death_leaves_them(board: B
 # ---- attaching
 
 
-@pytest.mark.parametrize("ranks", [0, -1, module.RANKS_MAX + 1])
+@pytest.mark.parametrize("ranks", [0, -1, RANKS_MAX + 1])
 def test_numbers_of_ranks_that_cannot_be(ranks: int) -> None:
     with pytest.raises(UsageError, match="number of ranks"):
         Board.create(ranks)
@@ -311,7 +314,7 @@ def test_what_is_no_board_is_refused_and_closed(board: Board, word: int, value: 
 
 @pytest.mark.parametrize("size_bytes", [0, 4096 - 8])
 def test_memory_that_is_too_small_is_no_board(size_bytes: int) -> None:
-    fd = module.open_anonymous("small")
+    fd = open_anonymous("small")
     os.ftruncate(fd, size_bytes)
     with pytest.raises(IntegrityError, match="too small"):
         Board.attach(fd)
@@ -335,7 +338,7 @@ def test_a_closed_board_stays_closed(board: Board) -> None:
 
 def test_memory_without_memfds_is_shared_too(monkeypatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    fd = module.open_anonymous("ckpt-test")
+    fd = open_anonymous("ckpt-test")
     os.ftruncate(fd, 4096)
     with mmap.mmap(fd, 4096) as one, mmap.mmap(fd, 4096) as other:
         one[0] = 7

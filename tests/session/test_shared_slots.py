@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
-from ckpt.link.board import SLOTS_MAX, Board
+from ckpt.link.board import Board
+from ckpt.link.rank_board import SLOTS_MAX
 from ckpt.manifest.digest import digest
 from ckpt.session.shared_slots import SharedSlots, open_staged
 from ckpt.stage.memory import Region

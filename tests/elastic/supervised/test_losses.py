@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from ckpt.link.board import Board, now_ns
+from ckpt.link.board import Board
 from ckpt.link.messages import (
     BoardKept,
     Bye,
@@ -23,6 +23,7 @@ from ckpt.link.messages import (
     Start,
     Started,
 )
+from ckpt.link.rank_board import now_ns
 
 AHEAD = (
     "seat = sit(prepare=True)\n"
