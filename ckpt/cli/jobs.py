@@ -11,9 +11,10 @@ from pathlib import Path
 import click
 
 from ckpt.errors import CkptError, NotFoundError, UsageError
+from ckpt.link.answers import Status
 from ckpt.link.client import Calls
 from ckpt.link.frames import Wire
-from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello, Status
+from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello
 from ckpt.link.report import Report
 from ckpt.link.runtime import JobFolder, list_jobs
 

@@ -10,7 +10,8 @@ from ckpt.elastic.holdings import Holdings
 from ckpt.errors import InternalError, UnavailableError
 from ckpt.link.client import greet, welcomed
 from ckpt.link.frames import Wire, close_fds
-from ckpt.link.messages import Drop, Hello, Keep, KeepBoard, Message
+from ckpt.link.message import Message
+from ckpt.link.messages import Drop, Hello, Keep, KeepBoard
 from ckpt.link.rank_board import now_ns
 
 RECONNECTS_MAX = 5

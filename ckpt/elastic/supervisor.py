@@ -30,21 +30,8 @@ from ckpt.elastic.terms import Term, Terms
 from ckpt.elastic.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, Order, TrainerSeat
 from ckpt.errors import CkptError, InternalError
 from ckpt.link.frames import Wire
-from ckpt.link.messages import (
-    Bye,
-    Died,
-    Dump,
-    Hello,
-    Kill,
-    Killed,
-    Leave,
-    Message,
-    Preempt,
-    RunAhead,
-    Start,
-    Started,
-    Tell,
-)
+from ckpt.link.message import Message
+from ckpt.link.messages import Bye, Died, Dump, Hello, Kill, Killed, Leave, Preempt, RunAhead, Start, Started, Tell
 from ckpt.link.policy import Policy
 from ckpt.observe import events
 from ckpt.stage.memory_limit import available_bytes

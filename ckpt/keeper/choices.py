@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ckpt.commit.select import candidates
 from ckpt.commit.state import Committed, LogState, Opened, segments, whole
-from ckpt.link.messages import Choice
+from ckpt.link.answers import Choice
 from ckpt.values import SnapshotId
 
 STAGED = "staged"

@@ -43,7 +43,8 @@ from ckpt.keeper.roster_words import (
 from ckpt.keeper.watch import Watch
 from ckpt.link import messages as words
 from ckpt.link.frames import close_fds
-from ckpt.link.messages import Hello, Message
+from ckpt.link.message import Message
+from ckpt.link.messages import Hello
 from ckpt.observe.events import Event as Told
 from ckpt.observe.events import Fact
 

@@ -22,20 +22,11 @@ from ckpt.keeper.peers import Peer
 from ckpt.keeper.stalls import Stalls
 from ckpt.keeper.status import report
 from ckpt.keeper.watchdog import Watchdog, end_hung_process
+from ckpt.link.answers import Status, Welcome
 from ckpt.link.client import KeeperSpec
 from ckpt.link.frames import close_fds
-from ckpt.link.messages import (
-    WIRE_VERSION,
-    BoardKept,
-    Bye,
-    GetStatus,
-    Hello,
-    Message,
-    SlotKept,
-    SlotMade,
-    Status,
-    Welcome,
-)
+from ckpt.link.message import Message
+from ckpt.link.messages import WIRE_VERSION, BoardKept, Bye, GetStatus, Hello, SlotKept, SlotMade
 from ckpt.observe.events import Event, Tell
 
 FIRST_HELLO_S = 30.0

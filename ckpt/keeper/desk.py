@@ -12,11 +12,11 @@ from ckpt.errors import CkptError, FencedError, InternalError, UsageError
 from ckpt.keeper.job import Job
 from ckpt.keeper.peers import Peer
 from ckpt.keeper.room import OwnRoom, Room
+from ckpt.link.answers import Choices, Done, Number, Reply, Slots, Sources, Value
+from ckpt.link.message import Message
 from ckpt.link.messages import (
-    Choices,
     Count,
     Decided,
-    Done,
     Forget,
     GetBoard,
     GetChoices,
@@ -24,21 +24,15 @@ from ckpt.link.messages import (
     GetSources,
     Keep,
     Known,
-    Message,
-    Number,
     OpenEpoch,
     Outcome,
     Peek,
     Persist,
     Post,
     Refuse,
-    Reply,
     SetTag,
     SlotGone,
     SlotMade,
-    Slots,
-    Sources,
-    Value,
 )
 from ckpt.link.remote import from_error, to_error
 from ckpt.values import SnapshotId

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from ckpt.errors import CkptError, ConflictError, UnavailableError, UsageError
 from ckpt.keeper.peers import Peer, failed
 from ckpt.keeper.slots import Post, SlotTable
+from ckpt.link.answers import Welcome
 from ckpt.link.board import RANKS_MAX, Board
 from ckpt.link.client import KeeperSpec
-from ckpt.link.messages import Drop, Fenced, Hello, Message, Outcome, RemoteError, Welcome
+from ckpt.link.message import Message, RemoteError
+from ckpt.link.messages import Drop, Fenced, Hello, Outcome
 from ckpt.link.policy import Policy
 from ckpt.observe.events import Tell
 from ckpt.values import SnapshotId, SnapshotInfo

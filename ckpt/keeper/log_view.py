@@ -9,7 +9,7 @@ from ckpt.commit.state import LogState, Opened
 from ckpt.errors import FencedError, InternalError, UsageError
 from ckpt.keeper.choices import NOT_WRITTEN, ahead, assumed, best_first, needless, ours, restorable
 from ckpt.keeper.store_log import Begun, Given, Seen, new_origin
-from ckpt.link.messages import Choice
+from ckpt.link.answers import Choice
 from ckpt.values import SnapshotId
 
 

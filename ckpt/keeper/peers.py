@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from ckpt.errors import CkptError, UnavailableError
+from ckpt.link.answers import Done, Reply
 from ckpt.link.frames import FRAME_BYTES_MAX, Inbox, Outbox
-from ckpt.link.messages import Done, Hello, Message, Reply
+from ckpt.link.message import Message
+from ckpt.link.messages import Hello
 from ckpt.link.remote import from_error
 
 STRANGER_BYTES_MAX = 64 << 10

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckpt.errors import IntegrityError, UsageError
+from ckpt.link.answers import SlotEntry
 from ckpt.link.board import Board
-from ckpt.link.messages import SlotEntry
 from ckpt.link.rank_board import SLOTS_MAX
 from ckpt.link.report import SlotReport
 from ckpt.persist.sealed import Sealed

@@ -22,8 +22,9 @@ from ckpt.keeper.settling import SealedOf, Settler, unfit
 from ckpt.keeper.store_log import RETRY_FIRST_S, Begun, Opening, Seen, StoreLog, new_origin, open_job_of
 from ckpt.keeper.turns import Handed, Turn, Turns
 from ckpt.keeper.waits import Waits
+from ckpt.link.answers import Choice
 from ckpt.link.client import KeeperSpec
-from ckpt.link.messages import Choice, RemoteError
+from ckpt.link.message import RemoteError
 from ckpt.link.policy import Retention
 from ckpt.link.remote import from_error
 from ckpt.observe.events import Event, Tell

@@ -16,8 +16,10 @@ from typing import TypeVar
 import msgspec
 
 from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
+from ckpt.link.answers import Reply, Welcome
 from ckpt.link.frames import Received, Wire, close_fds
-from ckpt.link.messages import Bye, Hello, Message, Reply, Welcome
+from ckpt.link.message import Message
+from ckpt.link.messages import Bye, Hello
 from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.remote import to_error
 from ckpt.link.runtime import JobFolder

@@ -23,7 +23,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
-from ckpt.link.messages import ALL, Message
+from ckpt.link.message import Message
+from ckpt.link.messages import ALL
 
 FRAME_BYTES_MAX = 64 << 20
 """No body is longer; a reader refuses the claim before it keeps anything."""

@@ -6,7 +6,7 @@ import re
 
 from ckpt import errors
 from ckpt.errors import CkptError, InternalError
-from ckpt.link.messages import RemoteError
+from ckpt.link.message import RemoteError
 
 _CAME_FROM = re.compile(r"rank (-?[0-9]{1,9}): ")
 _BY_CODE = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)}

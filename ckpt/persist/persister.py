@@ -22,7 +22,7 @@ from ckpt.encode.pack_sizes import PackSizes
 from ckpt.encode.persist import packs_at_most, persist
 from ckpt.encode.sparse import default_budget_bytes, thin
 from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError, UsageError
-from ckpt.link.messages import RemoteError
+from ckpt.link.message import RemoteError
 from ckpt.link.remote import from_error, to_error
 from ckpt.manifest.canonical import ready
 from ckpt.manifest.manifest import Manifest, PartRef

@@ -10,9 +10,10 @@ from msgspec.structs import replace
 
 from ckpt.errors import UnavailableError
 from ckpt.link import client
+from ckpt.link.answers import Welcome
 from ckpt.link.client import START_WAIT_S, KeeperSpec, ensure_keeper
 from ckpt.link.frames import Wire
-from ckpt.link.messages import Hello, Welcome
+from ckpt.link.messages import Hello
 
 _T = TypeVar("_T")
 

@@ -13,17 +13,16 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from ckpt.errors import CkptError, IntegrityError, UnavailableError, UsageError
+from ckpt.link.answers import Choice, Choices, Done, Number, Reply, Slots, Sources, Value
 from ckpt.link.board import Board
 from ckpt.link.client import Calls, KeeperSpec
 from ckpt.link.frames import Wire, close_fds
+from ckpt.link.message import Message
 from ckpt.link.messages import (
     BoardKept,
     Bye,
-    Choice,
-    Choices,
     Count,
     Decided,
-    Done,
     Fact,
     Failing,
     Fenced,
@@ -35,8 +34,6 @@ from ckpt.link.messages import (
     GetSources,
     Hello,
     Known,
-    Message,
-    Number,
     OpenEpoch,
     Outcome,
     Peek,
@@ -45,14 +42,10 @@ from ckpt.link.messages import (
     Post,
     Preempt,
     Refuse,
-    Reply,
     SetTag,
     SlotGone,
     SlotMade,
-    Slots,
-    Sources,
     Stop,
-    Value,
 )
 from ckpt.link.policy import Retention
 from ckpt.link.remote import from_error

@@ -19,7 +19,7 @@ from ckpt.capture.leaves import World
 from ckpt.commit.catalog import info_of, load_index
 from ckpt.commit.fold import LogState
 from ckpt.errors import CkptError, IntegrityError, InternalError, NotFoundError, UsageError
-from ckpt.link.messages import RemoteError
+from ckpt.link.message import RemoteError
 from ckpt.link.remote import from_error, to_error
 from ckpt.manifest.canonical import ready
 from ckpt.manifest.index import SnapshotIndex

@@ -11,7 +11,7 @@ import msgspec
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.encode.choose import Compression
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.link.messages import RemoteError
+from ckpt.link.message import RemoteError
 from ckpt.link.remote import from_error, to_error
 from ckpt.observe.events import Event, Fact, Tell
 from ckpt.persist.channel import Channel, wait_for

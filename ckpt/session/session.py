@@ -17,7 +17,7 @@ from ckpt.commit.catalog import candidates
 from ckpt.commit.state import LogState
 from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
 from ckpt.link.board import Board
-from ckpt.link.messages import RemoteError
+from ckpt.link.message import RemoteError
 from ckpt.link.remote import from_error, to_error
 from ckpt.observe.events import Event, Fact, Tell, to_logging
 from ckpt.persist.channel import Channel, wait_for

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 
 from ckpt.errors import CkptError, UsageError
+from ckpt.link.answers import Status
 from ckpt.link.client import Calls, KeeperSpec
 from ckpt.link.frames import Wire
-from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello, Status
+from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello
 from ckpt.link.report import Report
 from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import Event, Tell

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable
 
 from ckpt.errors import UsageError
+from ckpt.link.answers import Done, Status, Welcome
 from ckpt.link.frames import Wire
-from ckpt.link.messages import WIRE_VERSION, Done, GetStatus, Hello, Status, Welcome
+from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello
 from ckpt.link.remote import from_error
 from ckpt.link.report import RankReport, Report, SlotReport
 from ckpt.link.runtime import JobFolder

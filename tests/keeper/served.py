@@ -15,9 +15,11 @@ from slot_makers import MadeSlot
 from ckpt.errors import CkptError
 from ckpt.keeper.daemon import Daemon
 from ckpt.keeper.home import Home
+from ckpt.link.answers import Number, Status, Welcome
 from ckpt.link.board import Board
 from ckpt.link.client import Calls, KeeperSpec
 from ckpt.link.frames import Wire, close_fds
+from ckpt.link.message import Message
 from ckpt.link.messages import (
     WIRE_VERSION,
     Bye,
@@ -30,8 +32,6 @@ from ckpt.link.messages import (
     Kill,
     Killed,
     Leave,
-    Message,
-    Number,
     OpenEpoch,
     Outcome,
     Persist,
@@ -39,8 +39,6 @@ from ckpt.link.messages import (
     SlotMade,
     Start,
     Started,
-    Status,
-    Welcome,
 )
 from ckpt.link.policy import Retention
 from ckpt.link.report import Report

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ckpt.commit.state import Committed, LogState, Opened
 from ckpt.keeper.choices import ahead, assumed, best_first, needless, on_line, ours, restorable, superseded
-from ckpt.link.messages import Choice
+from ckpt.link.answers import Choice
 from ckpt.values import SnapshotId
 
 STEPS = (0, 1)

@@ -13,9 +13,11 @@ from served import POLICY, Served, Trainer, die, end_well, gone, kept, open_epoc
 from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
 from ckpt.keeper import daemon as daemon_module
+from ckpt.link import answers
 from ckpt.link import messages as words
+from ckpt.link.answers import Welcome
 from ckpt.link.board import Board
-from ckpt.link.messages import Policy, Welcome
+from ckpt.link.messages import Policy
 from ckpt.link.rank_board import Phase
 from ckpt.values import SnapshotId
 
@@ -48,7 +50,7 @@ def test_a_death_starts_all_anew_on_another_port_with_an_empty_room(serve: Serve
     assert second.port != first.port
     assert served.report().state == "running"
     (anew,) = [served.trainer(0, 2, attempt=2)]
-    assert anew.calls.ask(words.Peek(key="k"), words.Value).value is None
+    assert anew.calls.ask(words.Peek(key="k"), answers.Value).value is None
     assert anew.board.attempt == 2
     anew.leave()
     end_well(crew, 2)
@@ -70,8 +72,8 @@ def test_slots_outlive_the_attempt_and_what_it_handed_in_becomes_durable(serve: 
     die(crew, 1)
     started(crew)
     anew = trainers(served, 2, 2)
-    found = anew[0].calls.ask(words.GetChoices(), words.Choices).choices
-    assert found[0] == words.Choice(PAIR, "staged")
+    found = anew[0].calls.ask(words.GetChoices(), answers.Choices).choices
+    assert found[0] == answers.Choice(PAIR, "staged")
     until(lambda: served.report().durable is not None)
     assert open_epoch(anew[0], PAIR) == 2
     for one in anew:
@@ -278,7 +280,7 @@ def test_the_next_keeper_gets_slots_and_board_and_numbers_go_on(serve: Serve) ->
     assert started(anew).attempt == 3
     third = after.trainer(0, 2, attempt=3)
     assert third.board.attempt == 3
-    assert third.calls.ask(words.GetChoices(), words.Choices).choices == (words.Choice(PAIR, "staged"),)
+    assert third.calls.ask(words.GetChoices(), answers.Choices).choices == (answers.Choice(PAIR, "staged"),)
     assert third.board.complete() == PAIR
     assert not third.board.rank(0).slot(0).held
     assert some[0].board.attempt == 3, "it is the same board"

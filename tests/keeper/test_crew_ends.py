@@ -16,7 +16,8 @@ from ckpt.keeper import crew as crew_module
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper import watch as watch_module
 from ckpt.link import messages as words
-from ckpt.link.messages import Policy, Welcome
+from ckpt.link.answers import Welcome
+from ckpt.link.messages import Policy
 from ckpt.link.rank_board import Phase
 from ckpt.values import SnapshotId
 

@@ -17,8 +17,9 @@ from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
 from ckpt.errors import ConflictError, UsageError
 from ckpt.keeper import daemon as daemon_module
+from ckpt.link.answers import Choices, Done, Number, Slots, Welcome
 from ckpt.link.client import Calls
-from ckpt.link.messages import WIRE_VERSION, Choices, Count, Done, GetChoices, GetSlots, Number, Policy, Slots, Welcome
+from ckpt.link.messages import WIRE_VERSION, Count, GetChoices, GetSlots, Policy
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

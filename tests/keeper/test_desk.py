@@ -14,27 +14,23 @@ from served import Served, Trainer, open_epoch, until
 from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
 from ckpt.errors import FencedError, IntegrityError, UsageError
+from ckpt.link.answers import Choices, Done, Number, Slots, Value
+from ckpt.link.message import RemoteError
 from ckpt.link.messages import (
-    Choices,
     Count,
-    Done,
     Fenced,
     Forget,
     GetChoices,
     GetSlots,
     Known,
-    Number,
     Peek,
     Persist,
     Policy,
     Post,
     Refuse,
-    RemoteError,
     SetTag,
     SlotGone,
     SlotMade,
-    Slots,
-    Value,
 )
 from ckpt.values import SnapshotId
 

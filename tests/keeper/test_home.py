@@ -14,9 +14,10 @@ from served import WAIT_S, Served, until
 
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.home import Home
+from ckpt.link.answers import Number, Welcome
 from ckpt.link.client import Calls
 from ckpt.link.frames import Wire
-from ckpt.link.messages import Count, Number, Policy, Welcome
+from ckpt.link.messages import Count, Policy
 
 Serve = Callable[..., Served]
 LINGERS = Policy(linger_s=30.0, hang_s=0.0)

@@ -20,7 +20,8 @@ from ckpt.keeper.nodes_join import Here, check_spec, lent_at
 from ckpt.keeper.room import OwnRoom
 from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
 from ckpt.link.client import KeeperSpec
-from ckpt.link.messages import Message, RunAhead
+from ckpt.link.message import Message
+from ckpt.link.messages import RunAhead
 from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.policy import Policy
 from ckpt.membership.base import Standing

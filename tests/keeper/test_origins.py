@@ -10,8 +10,9 @@ from slot_makers import MadeSlot
 from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
 from ckpt.keeper.slots import SlotTable
+from ckpt.link.answers import Choices, Number
 from ckpt.link.board import Board
-from ckpt.link.messages import Choices, GetChoices, Number, OpenEpoch
+from ckpt.link.messages import GetChoices, OpenEpoch
 from ckpt.values import SnapshotId
 
 

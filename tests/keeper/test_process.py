@@ -14,8 +14,9 @@ from served import POLICY, WAIT_S, until
 from slot_makers import MadeSlot
 
 from ckpt.link import messages as words
+from ckpt.link.answers import Status, Welcome
 from ckpt.link.client import Calls, KeeperSpec, ensure_keeper
-from ckpt.link.messages import GetStatus, Hello, SlotMade, Status, Welcome
+from ckpt.link.messages import GetStatus, Hello, SlotMade
 from ckpt.link.runtime import JobFolder
 
 START_S_WANTED, START_S_MAX = 0.2, 5.0

@@ -35,24 +35,13 @@ from servers.keeper_fuzz import (
 from slot_makers import MadeSlot
 
 from ckpt.keeper.peers import STRANGER_BYTES_MAX, TOOL_WAITING_BYTES_MAX
+from ckpt.link import answers
 from ckpt.link import messages as words
+from ckpt.link.answers import Slots, Status, Value, Welcome
 from ckpt.link.board import Board
 from ckpt.link.client import Calls, KeeperSpec, ensure_keeper
 from ckpt.link.frames import READ_BYTES, close_fds
-from ckpt.link.messages import (
-    Count,
-    GetBoard,
-    GetSlots,
-    GetStatus,
-    Hello,
-    Peek,
-    Post,
-    SlotMade,
-    Slots,
-    Status,
-    Value,
-    Welcome,
-)
+from ckpt.link.messages import Count, GetBoard, GetSlots, GetStatus, Hello, Peek, Post, SlotMade
 from ckpt.link.runtime import JobFolder
 from ckpt.values import SnapshotId
 
@@ -117,7 +106,7 @@ class Live:
             close_fds(fds)
         assert self.board.rank(0).slot(0).snapshot == PAIR
         assert self.calls.ask(Peek(key="said"), Value, timeout_s=WAIT_S).value == b"before"
-        assert self.calls.ask(Count(key="counted", amount=0), words.Number, timeout_s=WAIT_S).number == 3
+        assert self.calls.ask(Count(key="counted", amount=0), answers.Number, timeout_s=WAIT_S).number == 3
         report = self.report()
         assert (report.pid, report.state, report.launch) == (self.pid, "in place", "l")
 
@@ -244,7 +233,7 @@ def test_tool_may_only_ask(live: Live) -> None:
 
 INSIDERS_SAY = (
     words.Post, words.Peek, words.Count, words.GetBoard, words.GetSlots, words.SlotMade, words.SlotGone, words.Known,
-    words.Persist, words.Refuse, words.Phase, words.Decided, words.GetSources, words.GetChoices, words.Hello, words.Done,
+    words.Persist, words.Refuse, words.Phase, words.Decided, words.GetSources, words.GetChoices, words.Hello, answers.Done,
     words.Start, words.Kill, words.Keep, words.Tell, words.Outcome,
 )  # fmt: skip
 """What a rank says of itself. Left out is what ends, restarts or re-opens the job, as any rank may."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from served import POLICY, Served, open_epoch, started, until
 from slot_makers import SLOT_BYTES
 
+from ckpt.link import answers
 from ckpt.link import messages as words
 from ckpt.link.messages import Policy
 from ckpt.link.rank_board import Phase
@@ -59,10 +60,10 @@ def test_a_job_in_place_shows_ranks_slots_and_what_is_durable(serve: Serve) -> N
 def test_a_supervised_job_shows_its_attempt_and_its_processes(serve: Serve) -> None:
     served = serve(POLICY)
     first = served.peer(role="supervisor", rank=0, ranks=2, pid=70)
-    first.next(words.Welcome)
+    first.next(answers.Welcome)
     assert served.report().state == "gathering"
     second = served.peer(role="supervisor", rank=1, ranks=2, pid=71)
-    second.next(words.Welcome)
+    second.next(answers.Welcome)
     started([first, second])
     second.say(words.Died(attempt=1, status=-11, at_s=time.monotonic()))
     assert first.next(words.Kill).attempt == 1

@@ -17,21 +17,11 @@ import pytest
 
 from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.link import client
+from ckpt.link.answers import Done, Number, Value, Welcome
 from ckpt.link.client import Calls, HungUpError, KeeperSpec, ensure_keeper, greet, welcomed
 from ckpt.link.frames import Wire
-from ckpt.link.messages import (
-    Bye,
-    Count,
-    Done,
-    GetStatus,
-    Hello,
-    Message,
-    Number,
-    Peek,
-    RemoteError,
-    Value,
-    Welcome,
-)
+from ckpt.link.message import Message, RemoteError
+from ckpt.link.messages import Bye, Count, GetStatus, Hello, Peek
 from ckpt.link.runtime import JobFolder
 
 KEEPER = textwrap.dedent("""
@@ -40,7 +30,8 @@ KEEPER = textwrap.dedent("""
     from pathlib import Path
     from ckpt.link.client import KeeperSpec
     from ckpt.link.frames import Wire
-    from ckpt.link.messages import Bye, Count, GetStatus, Number, Peek, Value
+    from ckpt.link.answers import Number, Value
+    from ckpt.link.messages import Bye, Count, GetStatus, Peek
     from ckpt.link.runtime import JobFolder
 
     spec = KeeperSpec.decode(sys.stdin.buffer.read())

@@ -6,7 +6,7 @@ import pytest
 
 from ckpt import errors
 from ckpt.errors import CkptError, InternalError
-from ckpt.link.messages import RemoteError
+from ckpt.link.message import RemoteError
 from ckpt.link.remote import from_error, to_error
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)]

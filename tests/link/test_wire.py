@@ -13,8 +13,9 @@ import pytest
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.link import frames
+from ckpt.link.answers import Slots, Value
 from ckpt.link.frames import FDS_MAX, Wire, close_fds
-from ckpt.link.messages import Bye, Hello, Keep, Post, Slots, Value
+from ckpt.link.messages import Bye, Hello, Keep, Post
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 

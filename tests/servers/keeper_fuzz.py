@@ -19,7 +19,8 @@ from pathlib import Path
 import msgspec
 
 from ckpt.link.frames import FDS_MAX, FRAME_BYTES_MAX
-from ckpt.link.messages import ALL, WIRE_VERSION, GetStatus, Hello, Message
+from ckpt.link.message import Message
+from ckpt.link.messages import ALL, WIRE_VERSION, GetStatus, Hello
 
 KINDS: tuple[type[Message], ...] = typing.get_args(ALL)
 _PACK = msgspec.msgpack.Encoder().encode

@@ -17,8 +17,10 @@ from typing import TypeVar
 
 import pytest
 
+from ckpt.link.answers import Welcome
 from ckpt.link.frames import Wire
-from ckpt.link.messages import Hello, Leave, Message, Start, Started, Welcome
+from ckpt.link.message import Message
+from ckpt.link.messages import Hello, Leave, Start, Started
 
 WAIT_S = 20.0
 """How long anything may take before a test fails."""

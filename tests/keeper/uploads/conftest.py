@@ -22,7 +22,7 @@ from ckpt.commit.state import LogState
 from ckpt.errors import UnavailableError
 from ckpt.keeper.uploads import Uploads
 from ckpt.link.client import KeeperSpec
-from ckpt.link.messages import RemoteError
+from ckpt.link.message import RemoteError
 from ckpt.manifest.digest import digest
 from ckpt.observe.events import Event
 from ckpt.persist.persister import Sealed

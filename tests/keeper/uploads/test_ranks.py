@@ -6,7 +6,8 @@ import pytest
 
 from ckpt.commit.catalog import load_manifest
 from ckpt.errors import UsageError
-from ckpt.link.messages import Choice, RemoteError
+from ckpt.link.answers import Choice
+from ckpt.link.message import RemoteError
 from ckpt.values import SnapshotId
 
 WAIT_S = 20.0

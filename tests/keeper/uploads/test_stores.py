@@ -10,7 +10,7 @@ import pytest
 from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
 from ckpt.errors import FencedError, UnavailableError, UsageError
-from ckpt.link.messages import Choice
+from ckpt.link.answers import Choice
 from ckpt.values import SnapshotId
 
 WAIT_S = 20.0

@@ -9,7 +9,7 @@ from ckpt.commit.journal import Journal
 from ckpt.errors import ConflictError
 from ckpt.keeper.choices import lineage
 from ckpt.keeper.store_log import Opening, StoreLog, new_origin
-from ckpt.link.messages import Choice
+from ckpt.link.answers import Choice
 from ckpt.values import SnapshotId
 
 WAIT_S = 20.0

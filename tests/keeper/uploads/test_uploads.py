@@ -9,7 +9,7 @@ from ckpt.backends.file import FileBackend
 from ckpt.commit.catalog import load_index, load_manifest
 from ckpt.commit.journal import Journal
 from ckpt.errors import NotFoundError, UsageError
-from ckpt.link.messages import Choice
+from ckpt.link.answers import Choice
 from ckpt.manifest.records import Commit
 from ckpt.values import SnapshotId
 

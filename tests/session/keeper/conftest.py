@@ -11,10 +11,12 @@ import pytest
 from msgspec.structs import replace
 
 from ckpt.errors import CkptError, UnavailableError
+from ckpt.link import answers
 from ckpt.link import messages as words
 from ckpt.link.board import Board
 from ckpt.link.client import KeeperSpec
 from ckpt.link.frames import Wire
+from ckpt.link.message import Message, RemoteError
 from ckpt.link.report import Report
 from ckpt.link.runtime import JobFolder
 from ckpt.observe.events import Event
@@ -42,7 +44,7 @@ class FakeKeeper:
 
     def __init__(self, folder: JobFolder, *, new: bool = False, against: CkptError | None = None) -> None:
         self.board = Board.create(2)
-        self.heard: list[words.Message] = []
+        self.heard: list[Message] = []
         self.slots: dict[int, tuple[int, int]] = {}
         self.changed = threading.Condition()
         self.new = new
@@ -63,12 +65,12 @@ class FakeKeeper:
             self._listening = folder.listen()
         self._start(self._accept)
 
-    def say(self, message: words.Message) -> None:
+    def say(self, message: Message) -> None:
         """A word on every connection for events."""
         for wire in self._events:
             wire.send(message)
 
-    def wait(self, kind: type[words.Message], count: int = 1) -> list[words.Message]:
+    def wait(self, kind: type[Message], count: int = 1) -> list[Message]:
         """The words of that kind, once there are so many."""
         with self.changed:
             assert self.changed.wait_for(lambda: len(self._of(kind)) >= count, WAIT_S), (kind, self.heard)
@@ -91,7 +93,7 @@ class FakeKeeper:
             os.close(fd)
         self.board.close()
 
-    def _of(self, kind: type[words.Message]) -> list[words.Message]:
+    def _of(self, kind: type[Message]) -> list[Message]:
         return [message for message in self.heard if isinstance(message, kind)]
 
     def _start(self, target: Callable[..., None], *args: object) -> None:
@@ -128,39 +130,39 @@ class FakeKeeper:
                 except UnavailableError:  # it died before it could answer
                     return
 
-    def _answer(self, message: words.Message, fds: Sequence[int]) -> tuple[words.Reply, list[int]]:
+    def _answer(self, message: Message, fds: Sequence[int]) -> tuple[answers.Reply, list[int]]:
         match message:
             case words.Hello():
                 error = None
                 if self.busy:
                     self.busy -= 1
-                    error = words.RemoteError("unavailable", "still bringing step 3 to the store", -1)
+                    error = RemoteError("unavailable", "still bringing step 3 to the store", -1)
                 elif self.against is not None:
-                    error = words.RemoteError(self.against.code, str(self.against), 0)
-                return words.Welcome(boot="b", pid=2, attempt=3, new=self.new, error=error), []
+                    error = RemoteError(self.against.code, str(self.against), 0)
+                return answers.Welcome(boot="b", pid=2, attempt=3, new=self.new, error=error), []
             case words.Peek():
                 with self.changed:
                     self.changed.wait_for(lambda: self._value(message.key) is not None, message.wait_s)
-                    return words.Value(value=self._value(message.key)), []
+                    return answers.Value(value=self._value(message.key)), []
             case words.Count():
-                return words.Number(number=message.amount + 1), []
+                return answers.Number(number=message.amount + 1), []
             case words.GetBoard():
-                return words.Done(), [self.board.fd, *[self.board.fd] * self.spare_fds]
+                return answers.Done(), [self.board.fd, *[self.board.fd] * self.spare_fds]
             case words.SlotMade():
                 self.slots[message.index] = fds[0], message.size_bytes
-                return words.Done(), []
+                return answers.Done(), []
             case words.GetSlots():
-                entries = tuple(words.SlotEntry(index, size) for index, (_, size) in self.slots.items())
+                entries = tuple(answers.SlotEntry(index, size) for index, (_, size) in self.slots.items())
                 held = [fd for fd, _ in self.slots.values()]
-                return words.Slots(slots=entries), held[: len(held) - self.spare_fds]
+                return answers.Slots(slots=entries), held[: len(held) - self.spare_fds]
             case words.GetChoices():
-                return words.Choices(choices=(words.Choice(SNAPSHOT, "staged"),)), []
+                return answers.Choices(choices=(answers.Choice(SNAPSHOT, "staged"),)), []
             case words.GetStatus():
-                return words.Status(report=self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]), []
+                return answers.Status(report=self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]), []
             case words.OpenEpoch():
-                return words.Number(number=7), []
+                return answers.Number(number=7), []
             case _:
-                return words.Done(error=words.RemoteError("fenced", "another writer", 1)), []
+                return answers.Done(error=RemoteError("fenced", "another writer", 1)), []
 
     def _value(self, key: str) -> bytes | None:
         posts = [one.value for one in self.heard if isinstance(one, words.Post) and one.key == key]

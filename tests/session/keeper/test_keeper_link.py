@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckpt.errors import CkptError, FencedError, IntegrityError, UnavailableError, UsageError
+from ckpt.link import answers
 from ckpt.link import messages as words
 from ckpt.link.policy import Retention
 from ckpt.manifest.keys import pack_key, writer_name
@@ -76,7 +77,7 @@ def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(keeper, l
 
 
 def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> None:
-    assert link.choices() == (words.Choice(SNAPSHOT, "staged"),)
+    assert link.choices() == (answers.Choice(SNAPSHOT, "staged"),)
     retention = Retention(keep="last=2", grace_s=60.0)
     assert link.open_epoch(SNAPSHOT, retention=retention) == (7, "")
     with pytest.raises(FencedError, match="another writer"):

@@ -9,6 +9,7 @@ import pytest
 
 from ckpt.errors import CkptError, FencedError, UnavailableError
 from ckpt.link import messages as words
+from ckpt.link.message import RemoteError
 from ckpt.manifest.digest import digest
 from ckpt.session.keeper_link import KeeperLink
 from ckpt.values import ChunkLocation, Codec, SnapshotId, SnapshotInfo
@@ -38,7 +39,7 @@ def test_failed_and_untagged_snapshots_say_so(keeper, rank) -> None:
     first = rank.persister.submit(rank.stage(), tags=())
     second = rank.persister.submit(rank.stage(11), tags=("best",))
     keeper.wait(words.Persist, 2)
-    error = words.RemoteError("fenced", "another writer", 0)
+    error = RemoteError("fenced", "another writer", 0)
     keeper.say(words.Outcome(snapshot=SNAPSHOT, error=error))
     keeper.say(words.Outcome(snapshot=SnapshotId(1, 11), info=INFO, error=error))
     for future in (first, second):
@@ -52,8 +53,8 @@ def test_refused_snapshot_is_in_flight_until_all_ranks_know(keeper, rank) -> Non
     rank.persister.refuse(SNAPSHOT, UnavailableError("no slot"))
     again = rank.persister.submit(rank.stage(), tags=())
     (word,) = keeper.wait(words.Refuse)
-    assert word == words.Refuse(snapshot=SNAPSHOT, error=words.RemoteError("unavailable", "no slot", 0))
-    keeper.say(words.Outcome(snapshot=SNAPSHOT, error=words.RemoteError("unavailable", "no slot", 0)))
+    assert word == words.Refuse(snapshot=SNAPSHOT, error=RemoteError("unavailable", "no slot", 0))
+    keeper.say(words.Outcome(snapshot=SNAPSHOT, error=RemoteError("unavailable", "no slot", 0)))
     keeper.say(words.Outcome(snapshot=SNAPSHOT, info=INFO))
     assert again.result(WAIT_S) == INFO
     assert rank.persister.in_flight == 0
