@@ -16,7 +16,8 @@ from ckpt.elastic.border import forget_older_error
 from ckpt.elastic.facts import gather
 from ckpt.elastic.launch_name import launch_name
 from ckpt.elastic.starts import InPlace, Spawn, choose
-from ckpt.elastic.supervisor import Supervision, supervise
+from ckpt.elastic.supervise import supervise
+from ckpt.elastic.supervision import Supervision
 from ckpt.elastic.trainer import TrainerSeat, seat_of_process
 from ckpt.errors import CkptError, ConflictError, UnavailableError
 from ckpt.link.client import START_WAIT_S, HungUpError, KeeperSpec, ensure_keeper

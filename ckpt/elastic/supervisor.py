@@ -12,10 +12,7 @@ import select
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,14 +21,14 @@ from ckpt.elastic.ending import end_as, end_with_signal, leave_status
 from ckpt.elastic.launch import Launch, launch
 from ckpt.elastic.lifeline import Lifeline
 from ckpt.elastic.signals import Signals
-from ckpt.elastic.starts import Fork, Spawn
+from ckpt.elastic.starts import Fork
+from ckpt.elastic.supervision import Supervision
 from ckpt.elastic.terminal import Terminal
 from ckpt.elastic.terms import Term, Terms
 from ckpt.elastic.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, Order, TrainerSeat
-from ckpt.errors import CkptError, InternalError
-from ckpt.link.frames import Wire
+from ckpt.errors import InternalError
 from ckpt.link.message import Message
-from ckpt.link.messages import Bye, Died, Dump, Hello, Kill, Killed, Leave, Preempt, RunAhead, Start, Started, Tell
+from ckpt.link.messages import Bye, Died, Dump, Kill, Killed, Leave, Preempt, RunAhead, Start, Started, Tell
 from ckpt.link.policy import Policy
 from ckpt.observe import events
 from ckpt.stage.memory_limit import available_bytes
@@ -45,46 +42,6 @@ CLOCK_LOOK_MS = 500
 TERMINAL_POLL_S = 0.2
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 _STOPPED_FOR_TERMINAL = (signal.SIGTTIN, signal.SIGTTOU)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Supervision:
-    """What a supervisor needs to know. ``hello`` is what it says first on each connection; its ``attempt`` is filled in.
-
-    ``reconnect`` gives a connection to a keeper, starting one where there is none; nothing was said on it yet. ``stacks`` is a
-    folder for stack dumps (None: none). ``prepare``: keep a second trainer that has run ahead to ``run.ready()``.
-    """
-
-    start: Fork | Spawn
-    hello: Hello
-    reconnect: Callable[[], Wire]
-    tell: events.Tell
-    stacks: Path | None = None
-    prepare: bool = False
-
-
-def supervise(link: Wire, plan: Supervision) -> TrainerSeat:
-    """Become the supervisor of this rank; returns only in its trainers, each with its seat.
-
-    ``link`` is a fresh connection to the keeper, owned from here on. Call it in the main thread. Raises what the keeper refuses
-    the hello with, UnavailableError where it is gone before that; later errors end the process with a message.
-    """
-    lifeline = Lifeline(link, plan.hello, plan.reconnect)
-    try:
-        lifeline.greet(plan.hello.attempt)
-    except BaseException:
-        lifeline.lose()
-        raise
-    supervisor_pid = os.getpid()
-    supervisor = Supervisor(lifeline, plan)
-    try:
-        return supervisor.run()
-    except BaseException as error:
-        if os.getpid() != supervisor_pid:  # a trainer that was interrupted on its way out of here
-            raise
-        if isinstance(error, CkptError):  # the program must not go on here: it goes on in its trainers
-            supervisor.give_up(str(error), error.exit_code)
-        supervisor.give_up(traceback.format_exc(), InternalError.exit_code)
 
 
 class Supervisor:

@@ -12,20 +12,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ckpt.errors import CkptError, FencedError, InternalError
-from ckpt.fleet.leading import Judge, Trouble, assess, end_unseen, floor_of, next_epoch, note_of, peer_of
+from ckpt.fleet.epochs import Epochs
+from ckpt.fleet.leading import Judge, Trouble, assess, end_unseen, floor_of, next_epoch, note_of
 from ckpt.fleet.lines import Heard, Lines
-from ckpt.fleet.note import Note, encode_note
+from ckpt.fleet.note import encode_note
 from ckpt.fleet.reach import wanted
 from ckpt.fleet.reports import Reported, Reports
 from ckpt.fleet.suspects import Suspects
-from ckpt.fleet.ways import Epoch, Member, Told, Ways
+from ckpt.fleet.ways import Member, Told, Ways
 from ckpt.fleet.words import Ended, Failed, Meet, Word
 from ckpt.membership.base import Leading, Published, Standing
 from ckpt.membership.decide import Noticed, Options, decide, notice
 from ckpt.membership.leases import State
 from ckpt.membership.names import HOLDINGS
 from ckpt.membership.suspects import confirmed
-from ckpt.membership.values import EpochRecord, Holdings, NodeInfo, View, encode_holdings
+from ckpt.membership.values import Holdings, NodeInfo, View, encode_holdings
 from ckpt.observe.events import Event, Tell
 
 LOOK_S = 1.0
@@ -53,7 +54,7 @@ class Node:
         self._told = told
         self._tell = tell
         self._make_lines = ways.lines
-        self._meeting = ways.meeting
+        self._epochs = Epochs(told, meeting=ways.meeting, say=self.say)
         self._grow_wait_s = grow_wait_s
         self._changed = threading.Condition()
         self._stopped = False
@@ -67,12 +68,9 @@ class Node:
         self._view: View | None = None
         self._reports = Reports()
         self._mine: Failed | Ended | None = None
-        self._meet: Meet | None = None
         self._holdings: bytes | None = None
         self._suspects = Suspects()
         # For the thread that acts alone:
-        self._seen = 0
-        self._epoch: Epoch | None = None
         self._since = (0, 0.0)
         self._noticed = Noticed()
         self._said_holdings: tuple[str, bytes] | None = None
@@ -183,8 +181,9 @@ class Node:
             self._lines.close()
             self._lines = None
         with self._changed:  # before anybody can reach this node: what is said once it has joined is for its new self
-            self._view = self._meet = None
+            self._view = None
             self._suspects = Suspects()
+        self._epochs.forget_meeting()
         heard = Heard(word=self._on_word, up=self._on_up, down=self._on_down)
         info = self._info()
         self._lines = self._make_lines(info.node, heard)
@@ -197,7 +196,7 @@ class Node:
             self._joined_at = joined_at
             # Revisions of a membership whose data were lost begin anew.
             self._began_at = min(self._began_at or joined_at, joined_at)
-            self._seen = 0
+            self._epochs.begin_anew()
         self._tell(Event("joined", f"this node is {info.node} of its job", {"node": info.node}))
         return info
 
@@ -240,22 +239,21 @@ class Node:
                     self._reports.take(node, word, time.monotonic())
                     self._touch()
             case Meet():
+                self._epochs.take(word)
                 with self._changed:
-                    if self._meet is None or word.attempt > self._meet.attempt:
-                        self._meet = word
                     self._touch()
             case _:
                 self._told.word(node, word)
 
     def _on_up(self, node: str) -> None:
         with self._changed:
-            meet, me = self._meet, self._me
+            me = self._me
             root = self._view.epoch.root if self._view is not None and self._view.epoch is not None else ""
             self._suspects.reached(node)
             self._touch()
         self._pass_on_mine()
-        if meet is not None and me is not None and root == me.node:
-            self.say(node, meet)
+        if me is not None and root == me.node:
+            self._epochs.greet(node)
         self._told.up(node)
 
     def _on_down(self, node: str, why: str) -> None:
@@ -332,64 +330,11 @@ class Node:
         self._tell(Event("suspects", text, {"node": node}))
 
     def _see_epoch(self, view: View, me: NodeInfo) -> None:
-        """Tell the keeper of a new epoch, as soon as it is known where its ranks meet. A job's end concerns who was in it."""
-        record, note = view.epoch, note_of(view)
-        if record is not None and record.number == self._seen:
-            self._see_members(view)
-            return
-        since = self._joined_at if note.end is None else self._began_at
-        if record is None or record.number <= self._seen:
-            return
-        if view.epoch_revision < since:
-            self._see_from_outside(view, record, note, me)
-            return
-        meet = None
-        if note.end is None and me.node in record.ranks:
-            meet = self._meeting_of(record, me)
-            if meet is None:
-                return
-        self._seen = record.number
-        self._over = note.end is not None
-        with self._changed:
-            self._reports.forget(view)
-        self._epoch = Epoch(record, note, *_people(view), meet, me.node)
-        self._told.epoch(self._epoch)
-
-    def _see_from_outside(self, view: View, record: EpochRecord, note: Note, me: NodeInfo) -> None:
-        """An epoch that was there before this node: it is a standby, and is told of nothing but who is there."""
-        if note.end is None and me.node not in record.ranks:
-            self._seen = record.number
-            self._epoch = Epoch(record, note, *_people(view), None, me.node)
-            self._told.members(self._epoch)
-
-    def _see_members(self, view: View) -> None:
-        """Standbys come and go within an epoch; who has ranks in it is of it until another one follows."""
-        if (before := self._epoch) is None:
-            return
-        addresses, peers, domains = (
-            {node: one for node, one in then.items() if node in before.record.ranks}
-            | {node: one for node, one in now.items() if node not in before.record.ranks}
-            for then, now in zip((before.addresses, before.peers, before.domains), _people(view), strict=True)
-        )
-        epoch = replace(before, addresses=addresses, peers=peers, domains=domains)
-        if epoch != before:
-            self._epoch = epoch
-            self._told.members(epoch)
-
-    def _meeting_of(self, record: EpochRecord, me: NodeInfo) -> Meet | None:
-        """Where the epoch's ranks meet, where that is known. The node of rank 0 chooses it, and says so."""
-        with self._changed:
-            meet = self._meet
-        if record.root != me.node:
-            return meet if meet is not None and meet.attempt == record.number else None
-        if meet is None or meet.attempt != record.number:
-            host, port = self._meeting()
-            meet = Meet(attempt=record.number, host=host, port=port)
+        if self._epochs.see(view, me, joined_at=self._joined_at, began_at=self._began_at):
+            self._over = note_of(view).end is not None
             with self._changed:
-                self._meet = meet
-        for node in record.ranks:
-            self.say(node, meet)
-        return meet
+                self._reports.forget(view)
+            self._epochs.tell()
 
     def _lead(self, view: View, me: NodeInfo) -> float:
         now_s = time.monotonic()
@@ -438,12 +383,3 @@ class Node:
         if text != self._said and not self._done:
             self._said = text
             self._tell(Event(kind, text, alarm=True))
-
-
-def _people(view: View) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Of all members: where their lines are, where they lend memory, and what each fails together with."""
-    return (
-        {member.node: member.info.address for member in view.members},
-        {member.node: peer for member in view.members if (peer := peer_of(member.info))},
-        {member.node: member.info.failure_domain for member in view.members},
-    )

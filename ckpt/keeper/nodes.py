@@ -20,15 +20,14 @@ from ckpt.fleet.node import Node
 from ckpt.fleet.secret import secret_of
 from ckpt.fleet.ways import Epoch, Told
 from ckpt.fleet.words import Word
-from ckpt.keeper import mirror_rounds as rounds
 from ckpt.keeper.far_room import FarRoom, FarRooms, attempt_room
 from ckpt.keeper.job import Job
 from ckpt.keeper.nodes_join import Here, check_spec, join
 from ckpt.keeper.nodes_judge import with_rank
 from ckpt.keeper.nodes_memory import NodesMemory
+from ckpt.keeper.nodes_progress import NodesProgress
 from ckpt.keeper.nodes_roll import NodesRoll
 from ckpt.keeper.nodes_standbys import Standbys
-from ckpt.keeper.nodes_standing import common, common_but_each, standing_of
 from ckpt.keeper.nodes_uploads import NodesUploads
 from ckpt.keeper.room import OwnRoom, Room
 from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
@@ -40,11 +39,8 @@ from ckpt.membership.leases import State
 from ckpt.membership.values import Holdings
 from ckpt.observe.events import Event
 
-STANDING_S = 0.02
-"""How often nodes tell how far their ranks are, where that changed."""
-
-STANDING_LATEST_S = 1.0
-"""And where it did not."""
+LOOK_S = 1.0
+"""How often the clock is looked at where nothing is due."""
 
 
 class Nodes:
@@ -62,12 +58,6 @@ class Nodes:
         self.epoch: Epoch | None = None
         """See Among."""
         self._rooms = FarRooms(self.say)
-        self._standings: dict[str, said.Standing] = {}
-        self._told_standing: said.Standing | None = None
-        self._told_s = 0.0
-        self._told_to: dict[str, tuple[said.Standing, float]] = {}
-        self._news = False  # whether another node told its standing to this one, that of rank 0, since it told all
-        self._due_s = 0.0
         self._roll = NodesRoll(self, ttl_s=spec.ttl_s)
         self._ended_at_s: float | None = None
         self._all_ended = False
@@ -83,6 +73,7 @@ class Nodes:
         """What becomes durable together."""
         self.memory = NodesMemory(job, self, spec, secret, host=host, tell=self._tell)
         """What all hold together."""
+        self._progress = NodesProgress(job, self, self.memory)
         self.standbys = Standbys(self, self.memory, holds=self._holds)
         """What those have that hold no ranks."""
 
@@ -204,17 +195,14 @@ class Nodes:
         """Tell how far this node is, and until when it may act; returns seconds until the next look."""
         board, node = self._job.board, self._node
         if board is None or node is None:
-            return STANDING_LATEST_S
+            return LOOK_S
         self._tell_time(board, node)
-        wait_s = min(STANDING_LATEST_S, self.memory.tick(now_s, placed=self.placed))
+        wait_s = min(LOOK_S, self.memory.tick(now_s, placed=self.placed))
         self.standbys.tick(now_s)
         if not self.placed or not (self.others or (self.epoch is not None and self.epoch.standbys)):
             return wait_s
         self._roll.tick(now_s)
-        if now_s >= self._due_s:
-            self._due_s = now_s + STANDING_S
-            self._tell_standing(now_s)
-        return max(0.0, min(self._due_s - now_s, wait_s))
+        return max(0.0, min(self._progress.tick(now_s), wait_s))
 
     def _tell_time(self, board: Board, node: Node) -> None:
         """Until when this node may act, where its supervisors see it, whatever becomes of this process.
@@ -262,9 +250,7 @@ class Nodes:
             self._all_ended = True
             self._on(JobEnded(epoch.note.end, epoch.note.why, time.monotonic()))
             return
-        self._standings.clear()
-        self._told_standing = None
-        self._told_to.clear()
+        self._progress.begin()
         self.memory.see(epoch)
         self.standbys.see()
         self._rooms.new_epoch(epoch.number, era=epoch.note.era)
@@ -328,10 +314,7 @@ class Nodes:
             case said.Standing() if self.standbys.take(node, word):
                 pass
             case said.Standing():
-                self._standings[node] = word
-                if self.root:
-                    self._news, self._due_s = True, min(self._due_s, self._told_s + STANDING_S / 4)
-                self._show()
+                self._progress.take(node, word)
             case said.Roll() | said.Here():
                 if self.placed:
                     self._roll.take(node, word)
@@ -342,47 +325,6 @@ class Nodes:
             case said.Decided():
                 if board is not None and self.epoch is not None and word.attempt == board.attempt:
                     board.decide(word.boundary, word.flags)
-
-    # ---- how far everybody is
-
-    def _tell_standing(self, now_s: float) -> None:
-        """Others tell rank 0's node; that one tells each of the others what all but it have in common."""
-        job, epoch = self._job, self.epoch
-        assert job.board is not None and epoch is not None, "placed"
-        ranks = [job.board.rank(rank) for rank in range(job.ranks)]
-        mine = standing_of(ranks, epoch.number, self.memory.word)
-        if mine == self._told_standing and now_s - self._told_s < STANDING_LATEST_S and not self._news:
-            return
-        self._news = False
-        self._told_standing, self._told_s = mine, now_s
-        if not self.root:
-            self.say(epoch.record.root, mine)
-            return
-        known = {node: one for node, one in self._standings.items() if one.attempt == epoch.number}
-        said_words = [
-            rounds.Word(one.mirrored, one.missed) if (one := known.get(node)) else None for node in self.others
-        ]
-        self.memory.go_round(
-            rounds.next_round(self.memory.round, [self.memory.word, *said_words], job.board.complete())
-        )
-        told = common_but_each(mine, {node: known.get(node) for node in self.others}, epoch.number, self.memory.round)
-        for node, word in told.items():
-            before, at_s = self._told_to.get(node, (None, 0.0))
-            if word != before or now_s >= at_s + STANDING_LATEST_S:
-                self._told_to[node] = (word, now_s)
-                self.say(node, word)
-
-    def _show(self) -> None:
-        """Put what other nodes hold onto the board, where the slot rule and rank 0 look."""
-        board, epoch = self._job.board, self.epoch
-        if board is None or epoch is None or not self.placed:
-            return
-        sources = self.others if self.root else (epoch.record.root,)
-        known = [self._standings.get(node) for node in sources]
-        found = common([one if one and one.attempt == epoch.number else None for one in known], epoch.number)
-        board.others.show(found.sealed, found.completed if found.completed >= 0 else None)
-        if not self.root and known[0] is not None and known[0].attempt == epoch.number:
-            self.memory.go_round(rounds.Round(known[0].named, known[0].mirrored))
 
     # ---- small parts
 

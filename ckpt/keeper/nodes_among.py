@@ -28,6 +28,11 @@ class Among(Protocol):
         ...
 
     @property
+    def placed(self) -> bool:
+        """Whether the epoch has ranks for this node."""
+        ...
+
+    @property
     def others(self) -> tuple[str, ...]:
         """The other nodes that hold ranks."""
         ...

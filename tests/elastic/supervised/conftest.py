@@ -29,7 +29,8 @@ HEAD = """
 import json, os, signal, socket, sys, threading, time
 from pathlib import Path
 from ckpt.elastic.starts import Fork, Spawn
-from ckpt.elastic.supervisor import Supervision, supervise
+from ckpt.elastic.supervise import supervise
+from ckpt.elastic.supervision import Supervision
 from ckpt.elastic.trainer import seat_of_process
 from ckpt.link.frames import Wire
 from ckpt.link.messages import Hello, Policy
