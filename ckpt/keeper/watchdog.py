@@ -13,8 +13,11 @@ import threading
 from collections.abc import Callable
 
 LOOK_S = 1.0
-LOOKS_MAX = 90
-"""Longer than a disk or an import keeps a loop that will go on. Looks count, not seconds: a machine that slept wakes well."""
+LOOKS_MAX = 180
+"""Longer than anything keeps a loop that will go on: to leave a membership that doesn't answer takes up to two minutes.
+
+Looks count, not seconds: a machine that slept wakes well.
+"""
 
 
 class Watchdog:

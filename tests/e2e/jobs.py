@@ -75,12 +75,25 @@ class Losses:
         return sum(len(losses) - 1 for losses in self.of_step.values())
 
 
-class Job:
-    """One started program. It writes into ``folder`` what the files in ``programs/`` say."""
+class Results:
+    """What a program wrote into ``folder``, as the files in ``programs/`` say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.losses = [Losses(folder / f"losses-{rank}.txt") for rank in range(2)]
+
+    def finals(self, rank: int = 0) -> dict[str, str]:
+        """Digests of all state at the end."""
+        found: dict[str, str] = json.loads((self.folder / f"final-{rank}.json").read_text())
+        return found
+
+
+class Job(Results):
+    """One started program, and what it writes."""
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
-        self.process, self.folder = process, folder
-        self.losses = [Losses(folder / f"losses-{rank}.txt") for rank in range(2)]
+        super().__init__(folder)
+        self.process = process
 
     def output(self) -> str:
         """What it said, all processes together: the end of it."""
@@ -119,11 +132,6 @@ class Job:
         """How often a rank's training function was entered."""
         path = self.folder / f"attempts-{rank}.txt"
         return len(path.read_text().splitlines()) if path.exists() else 0
-
-    def finals(self, rank: int = 0) -> dict[str, str]:
-        """Digests of all state at the end."""
-        found: dict[str, str] = json.loads((self.folder / f"final-{rank}.json").read_text())
-        return found
 
     def _pids(self, rank: int) -> dict[str, int]:
         path = self.folder / f"pids-{rank}.json"
@@ -244,7 +252,7 @@ class Fleet:
             process.wait()
 
 
-def differences(calm: Job, disturbed: Job, *, world_size: int) -> list[str]:
+def differences(calm: Results, disturbed: Results, *, world_size: int) -> list[str]:
     """Where a disturbed run strays from the undisturbed one, in losses first; empty where they are equal to the last bit."""
     wrong = []
     for rank in range(world_size):

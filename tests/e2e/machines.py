@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import POLL_S, WAIT_S, Job, plain, wait_for
+import pytest
+from jobs import POLL_S, WAIT_S, Job, Results, plain, wait_for
 
 TTL_S = 2.0
 """After how long a silent node is lost here: the shortest that etcd grants."""
@@ -186,11 +188,20 @@ def cluster(folder: Path, **how: object) -> Iterator[Cluster]:
         made.kill_all()
 
 
-def calm(folder: Path, nodes: int, arguments: Sequence[object]) -> Job:
-    """The same job undisturbed, on as many nodes as hold ranks."""
-    with cluster(folder, nodes=str(nodes)) as made:
-        for _ in range(nodes):
-            made.start(*arguments)
-        assert set(made.wait_end().values()) == {0}, made.output()
-        made.wait_gone()
-        return made.job
+def calm(factory: pytest.TempPathFactory, nodes: int, arguments: Sequence[object]) -> Results:
+    """The same job undisturbed, on as many nodes as hold ranks. Computed once for all tests, whichever process runs them.
+
+    Without the pauses between steps, which change nothing in what is computed.
+    """
+    shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder = shared / f"calm-{nodes}-{'-'.join(str(one).lstrip('-') for one in arguments)}"
+    with (shared / "calm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            with cluster(folder, nodes=str(nodes)) as made:
+                for _ in range(nodes):
+                    made.start(*arguments, "--step-s", 0)
+                assert set(made.wait_end().values()) == {0}, made.output()
+                made.wait_gone()
+            (folder / "done").touch()
+    return Results(folder / "out")

@@ -33,7 +33,7 @@ def made(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory):
     """What two nodes compute when nothing happens."""
-    return calm(tmp_path_factory.mktemp("calm") / "two", 2, ARGUMENTS)
+    return calm(tmp_path_factory, 2, ARGUMENTS)
 
 
 def redone(one: Cluster, rank: int = 0) -> int:

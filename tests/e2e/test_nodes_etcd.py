@@ -47,7 +47,7 @@ def made(tmp_path: Path, etcd: EtcdCluster) -> Iterator[Callable[..., Cluster]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory):
     """What two nodes compute when nothing happens."""
-    return calm(tmp_path_factory.mktemp("calm") / "two", 2, ARGUMENTS)
+    return calm(tmp_path_factory, 2, ARGUMENTS)
 
 
 def check_end(one: Cluster, undisturbed) -> None:

@@ -59,9 +59,9 @@ def where(lan: Network, tmp_path: Path) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_node_that_is_cut_off_stops_and_its_ranks_go_on_elsewhere_until_it_is_back(
-    lan: Network, where: str, tmp_path: Path, rank: int
+    lan: Network, where: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, rank: int
 ) -> None:
-    undisturbed = calm(tmp_path / "calm", 2, ARGUMENTS)
+    undisturbed = calm(tmp_path_factory, 2, ARGUMENTS)
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)
     secret.write_text(os.urandom(32).hex())

@@ -40,10 +40,12 @@ HTTP = (
 
 
 @pytest.mark.slow
-def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(tmp_path: Path) -> None:
+def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     print(f"CKPT_SEED={SEED}")
     rng = random.Random(f"refusals-{SEED}")
-    undisturbed = calm(tmp_path / "calm", 2, ARGUMENTS)
+    undisturbed = calm(tmp_path_factory, 2, ARGUMENTS)
     with cluster(tmp_path / "cluster", nodes="2") as one:
         for _ in range(3):
             one.start(*ARGUMENTS)

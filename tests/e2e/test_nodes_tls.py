@@ -31,8 +31,10 @@ ELSEWHERE = "192.0.2.7"
 
 
 @pytest.mark.slow
-def test_state_of_a_killed_node_comes_from_a_mirror_over_tls(tmp_path: Path) -> None:
-    undisturbed = calm(tmp_path / "calm", 2, ARGUMENTS)
+def test_state_of_a_killed_node_comes_from_a_mirror_over_tls(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    undisturbed = calm(tmp_path_factory, 2, ARGUMENTS)
     authority = Authority(tmp_path / "ca")
     with cluster(tmp_path / "cluster", nodes="2") as one:
         for number in range(3):
