@@ -65,6 +65,16 @@ def test_good_certificate_says_until_when(authority: Authority) -> None:
     assert 86_400 < ends_s - time.time() <= 2 * 86_400
 
 
+def test_wildcard_names_the_hosts_one_step_below_it(authority: Authority) -> None:
+    files = spec(authority.sign("wildcard", "*.train.ckpt.svc"))
+    for host in ("train-0.train.ckpt.svc", "train-node-0-12.train.ckpt.svc"):
+        assert check_tls(files, host) is not None
+    for host in ("train-0.other.ckpt.svc", "a.train-0.train.ckpt.svc", "train.ckpt.svc", "train-0", AWAY):
+        with pytest.raises(UsageError, match="would refuse") as error:
+            check_tls(files, host)
+        assert host in str(error.value)
+
+
 def test_whoever_lends_shows_it_and_whoever_reads_checks_the_host(authority: Authority) -> None:
     files = spec(authority.sign("lender", AWAY))
     assert lending_at(files, AWAY).tls is not None

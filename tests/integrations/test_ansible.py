@@ -11,6 +11,7 @@ import site
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from etcd_server import require
 from launches import launch_of
 from servers.process import ServerProcess, free_port
 
+from ckpt.errors import UsageError
 from ckpt.fleet.secret import read_secret
+from ckpt.fleet.tls import check_tls
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "integrations" / "ansible"
@@ -40,6 +43,8 @@ class Site:
     folder: Path
     ports: dict[str, dict[str, int]]
     recaps: list[dict[str, dict[str, int]]]
+    certificates: list[dict[str, bytes]]
+    """The node's files of TLS after each run."""
 
     def unit(self, host: str, name: str) -> dict[str, list[str]]:
         """The settings of a unit of a host."""
@@ -65,25 +70,33 @@ def recap(output: str) -> dict[str, dict[str, int]]:
     return {host: {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", facts)} for host, facts in lines}
 
 
+def tried(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """A command, run where the playbook lies."""
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "ANSIBLE_HOME": str(folder / "ansible"), "LC_ALL": "C.UTF-8"}
+    return subprocess.run(
+        [*map(str, command)], cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=PLAY_S, check=False
+    )
+
+
+def play(folder: Path, *options: object) -> list[object]:
+    """The command that runs the playbook."""
+    return [BIN / "ansible-playbook", "-i", folder / "inventory.yaml", "-f", "1", *options, "site.yaml"]
+
+
+def tls_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / "etc" / name).read_bytes() for name in ("node.crt", "node.key", "nodes-ca.crt")}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The playbook's work, done twice."""
     require()
     require("openssl")
     folder = tmp_path_factory.mktemp("site")
-    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "ANSIBLE_HOME": str(folder / "ansible"), "LC_ALL": "C.UTF-8"}
 
     def run(*command: object) -> str:
-        done = subprocess.run(
-            [*map(str, command)],
-            cwd=FOLDER,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=PLAY_S,
-            check=False,
-        )
+        done = tried(folder, *command)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -123,8 +136,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Site:
     (folder / "inventory.yaml").write_text(yaml.safe_dump({"ckpt": {"children": groups}}))
     (folder / "group_vars").mkdir()
     (folder / "group_vars" / "ckpt.yaml").write_text(yaml.safe_dump(settings))
-    play = [BIN / "ansible-playbook", "-i", folder / "inventory.yaml", "-f", "1", "site.yaml"]
-    return Site(folder, ports, [recap(run(*play)) for _ in range(2)])
+    site_ = Site(folder, ports, [], [])
+    for _ in range(2):
+        site_.recaps.append(recap(run(*play(folder))))
+        site_.certificates.append(tls_files(folder))
+    return site_
 
 
 @pytest.fixture
@@ -150,9 +166,54 @@ def test_second_run_changes_nothing(made: Site) -> None:
 
 def test_what_is_secret_is_private(made: Site) -> None:
     private = [*(made.folder / "etc").iterdir(), *(made.folder / "etc-m1").iterdir()]
-    assert {path.name for path in private} >= {"job.secret", "client.key", "ca.crt", "etcd.key"}
+    assert {path.name for path in private} >= {"job.secret", "client.key", "ca.crt", "etcd.key", "node.key", "node.crt"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
     assert read_secret(made.folder / "etc" / "job.secret") == read_secret(made.folder / "secrets" / "job.secret")
+
+
+def test_key_of_a_node_stays_there_and_the_authoritys_on_the_other_side(made: Site) -> None:
+    authority = made.folder / "secrets" / "nodes"
+    assert {path.name for path in authority.iterdir()} == {"ca.crt", "ca.key"}
+    assert stat.S_IMODE((authority / "ca.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE(authority.stat().st_mode) == 0o700
+    assert not [path for path in (made.folder / "etc").iterdir() if path.name.endswith("ca.key")]
+    key = (made.folder / "etc" / "node.key").read_bytes()
+    elsewhere = [path for path in made.folder.rglob("*") if path.is_file() and path.suffix in ("", ".key", ".crt")]
+    assert [path.name for path in elsewhere if path.read_bytes() == key] == ["node.key"]
+
+
+def test_certificate_of_a_node_is_one_that_others_accept_at_its_address_and_a_second_run_keeps_it(made: Site) -> None:
+    first, second = made.certificates
+    assert first == second
+    _, settings = launch_of(["ckpt", *shlex.split(made.unit("n1", f"ckpt-{JOB}")["ExecStart"][0])[1:]])
+    assert settings is not None and settings.nodes is not None
+    assert settings.nodes.host == "127.0.0.1"
+    ends_s = check_tls(settings.nodes, "127.0.0.1")
+    assert ends_s is not None and 364 < (ends_s - time.time()) / 86_400 <= 365
+    for host in ("127.0.0.2", "n1"):
+        with pytest.raises(UsageError, match="would refuse"):
+            check_tls(settings.nodes, host)
+
+
+def test_certificate_that_ends_soon_is_renewed_and_one_of_the_users_own_is_examined(made: Site) -> None:
+    before = tls_files(made.folder)
+    only = ("--limit", "n1", "--tags", "certificates")
+    done = tried(made.folder, *play(made.folder, *only, "-e", "ckpt_tls_renew_days=366"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert recap(done.stdout)["n1"]["changed"] == 1
+    after = tls_files(made.folder)
+    assert {name for name in after if after[name] != before[name]} == {"node.crt"}
+    _, settings = launch_of(["ckpt", *shlex.split(made.unit("n1", f"ckpt-{JOB}")["ExecStart"][0])[1:]])
+    assert settings is not None and settings.nodes is not None
+    assert check_tls(settings.nodes, "127.0.0.1") is not None
+
+    own = ("-e", "ckpt_tls_make=false")
+    done = tried(made.folder, *play(made.folder, *only, *own))
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = tried(made.folder, *play(made.folder, *only, *own, "-e", "ckpt_tls_names=IP:127.0.0.1,DNS:gpu-1"))
+    assert done.returncode != 0
+    assert "it does not name DNS:gpu-1" in done.stdout
+    assert tls_files(made.folder) == after
 
 
 def test_etcd_that_was_set_up_is_one_healthy_cluster(made: Site, etcd: list[ServerProcess]) -> None:
@@ -175,7 +236,7 @@ def test_unit_of_a_node_runs_its_program(made: Site, etcd: list[ServerProcess]) 
     args, settings = launch_of(["ckpt", *command[1:]])
     assert args.training_script_args == ["--lr", "0.1"]
     assert settings is not None and settings.nodes is not None
-    assert settings.nodes.domain == "rack-a" and settings.nodes.plaintext
+    assert settings.nodes.domain == "rack-a" and not settings.nodes.plaintext
     assert [f"127.0.0.1:{made.ports[name]['client']}" for name in MEMBERS] == settings.nodes.where[7:].split(",")
 
     said = made.folder / "said.json"
@@ -220,4 +281,5 @@ def test_variables_of_the_example_are_known() -> None:
     assert not any(set(group) - {"hosts"} for group in groups.values()), "weaker than group_vars/all.yaml"
     texts = [path.read_text() for path in (*FOLDER.glob("*.yaml"), *FOLDER.glob("templates/*"))]
     named = {name for text in texts for name in re.findall(r"\bckpt_\w+", text)}
-    assert named - {"ckpt_copied"} == known.keys() | used
+    registered = {name for text in texts for name in re.findall(r"register: (ckpt_\w+)", text)}
+    assert named - registered == known.keys() | used

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +18,14 @@ import pytest
 import yaml
 from etcd_server import require
 from launches import launch_of
+from servers.certificates import Authority
 from servers.process import ServerProcess, free_port
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.fleet.secret import read_secret
+from ckpt.fleet.tls import check_tls
+from ckpt.link.nodes_spec import NodesSpec
 from ckpt.link.policy import Policy
 from ckpt.membership.etcd_options import EtcdOptions
 from ckpt.membership.open import open_membership
@@ -36,8 +41,12 @@ def documents(name: str) -> list[dict]:
     return list(yaml.safe_load_all((FOLDER / name).read_text()))
 
 
-def found(name: str, kind: str) -> dict:
-    [one] = [document for document in documents(name) if document["kind"] == kind]
+def found(name: str, kind: str, named: str | None = None) -> dict:
+    [one] = [
+        document
+        for document in documents(name)
+        if document["kind"] == kind and (named is None or document["metadata"]["name"] == named)
+    ]
     return one
 
 
@@ -52,10 +61,32 @@ POD = JOB["template"]["spec"]
 [TRAIN] = POD["containers"]
 ETCD = found("etcd.yaml", "StatefulSet")
 [MEMBER] = ETCD["spec"]["template"]["spec"]["containers"]
+INIT = {one["name"]: one for one in POD["initContainers"]}
+CERTIFICATE = found("certificates.yaml", "Certificate", "train")["spec"]
+
+CERT_MANAGER = "cert-manager.io/"
+FIELDS = {
+    "Issuer": {"selfSigned": dict, "ca": dict},
+    "Certificate": {
+        "commonName": str, "dnsNames": list, "duration": str, "isCA": bool, "issuerRef": dict, "privateKey": dict,
+        "renewBefore": str, "secretName": str, "usages": list,
+    },
+    "issuerRef": {"name": str, "kind": str, "group": str},
+    "privateKey": {"algorithm": str, "size": int, "rotationPolicy": str},
+    "ca": {"secretName": str},
+    "selfSigned": {},
+}  # fmt: skip
+"""What ``cert-manager.io/v1`` knows, as far as it is used here."""
+VALUES = {
+    "algorithm": ("ECDSA",), "size": (256,), "rotationPolicy": ("Always", "Never"), "group": ("cert-manager.io",),
+    "kind": ("Issuer",), "usages": ("digital signature", "server auth", "client auth"),
+}  # fmt: skip
 
 
 def test_manifests_are_valid_by_the_schema_of_kubernetes() -> None:
     for document in resources():
+        if document["apiVersion"].startswith(CERT_MANAGER):
+            continue  # not Kubernetes' own; see below
         kubernetes_validate.validate(document, VERSION, strict=True)
     assert f"Kubernetes {VERSION}" in (FOLDER / "README.md").read_text()
 
@@ -73,13 +104,125 @@ def test_options_are_those_of_ckpt_run() -> None:
     standbys = JOB["completions"] - settings.nodes.nodes_max
     assert JOB["successPolicy"]["rules"] == [{"succeededCount": standbys + 1}]
     assert args.max_restarts > 0, "a drain of one pod ends all"
-    assert settings.nodes.plaintext, "pods are on different machines"
+    assert not settings.nodes.plaintext, "pods are on different machines"
 
 
 def test_variables_in_arguments_are_set() -> None:
-    for container in (TRAIN, MEMBER):
-        used = set(re.findall(r"\$\((\w+)\)", " ".join([*container["command"], *container["args"]])))
+    for container in (TRAIN, MEMBER, INIT["name"]):
+        used = set(re.findall(r"\$\(?(\w+)\)?", " ".join([*container["command"], *container["args"]])))
         assert used <= {one["name"] for one in container["env"]}
+        for at, one in enumerate(container["env"]):  # a value's variables come before it
+            used = set(re.findall(r"\$\((\w+)\)", one.get("value", "")))
+            assert used <= {known["name"] for known in container["env"][:at]}
+
+
+def test_certificates_have_fields_that_cert_manager_knows() -> None:
+    def check(kind: str, fields: dict) -> None:
+        for name, value in fields.items():
+            assert isinstance(value, FIELDS[kind][name]), (kind, name)
+            if isinstance(value, dict):
+                check(name, value)
+            elif name in VALUES:
+                assert {*value} <= {*VALUES[name]} if isinstance(value, list) else value in VALUES[name], (kind, name)
+
+    for document in documents("certificates.yaml"):
+        assert document.keys() == {"apiVersion", "kind", "metadata", "spec"}
+        assert document["apiVersion"] == f"{CERT_MANAGER}v1"
+        assert document["metadata"]["namespace"] == found("namespace.yaml", "Namespace")["metadata"]["name"]
+        check(document["kind"], document["spec"])
+        if document["kind"] == "Certificate":
+            assert {"secretName", "issuerRef"} <= document["spec"].keys(), "they must be there"
+            found("certificates.yaml", "Issuer", document["spec"]["issuerRef"]["name"])
+
+
+def test_authority_outlives_what_it_signs_and_no_pod_has_its_key() -> None:
+    def hours(text: str) -> int:
+        return int(re.fullmatch(r"(\d+)h", text)[1])  # type: ignore[index]
+
+    issuer = found("certificates.yaml", "Issuer", CERTIFICATE["issuerRef"]["name"])["spec"]
+    authority = found("certificates.yaml", "Certificate", "ckpt-ca")["spec"]
+    assert issuer["ca"]["secretName"] == authority["secretName"]
+    assert authority["isCA"] and "isCA" not in CERTIFICATE
+    assert hours(authority["duration"]) > hours(authority["renewBefore"]) > hours(CERTIFICATE["duration"])
+    assert authority["privateKey"]["rotationPolicy"] == "Never", "running nodes believe the file that they read"
+    assert hours(CERTIFICATE["duration"]) - hours(CERTIFICATE["renewBefore"]) >= 24
+    assert {"server auth", "client auth"} <= {*CERTIFICATE["usages"]}
+    assert authority["secretName"] not in [one.get("secret", {}).get("secretName") for one in POD["volumes"]]
+
+
+def pods() -> Iterator[str]:
+    """``--host`` of every pod of the Job and of the JobSet; a pod's host name is its job's name and its index."""
+    jobset = found("jobset.yaml", "JobSet")
+    [group] = jobset["spec"]["replicatedJobs"]
+    jobs = [found("job.yaml", "Job")["metadata"]["name"]]
+    jobs += [f"{jobset['metadata']['name']}-{group['name']}-{n}" for n in range(group["replicas"])]
+    for container in (TRAIN, INIT["name"]):
+        env = {one["name"]: one for one in container["env"]}
+        assert env["JOB_NAME"]["valueFrom"]["fieldRef"]["fieldPath"].endswith("job-name']")
+        assert env["POD_INDEX"]["valueFrom"]["fieldRef"]["fieldPath"].endswith("job-completion-index']")
+        for job in jobs:
+            for index in range(JOB["completions"]):
+                yield env["NODE_HOST"]["value"].replace("$(JOB_NAME)", job).replace("$(POD_INDEX)", str(index))
+
+
+def test_pods_are_called_by_names_that_their_service_gives_them() -> None:
+    assert "--host=$(NODE_HOST)" in TRAIN["args"]
+    service = found("job.yaml", "Service")
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
+    assert service["spec"]["selector"] == JOB["template"]["metadata"]["labels"]
+    name = service["metadata"]["name"]
+    network = found("jobset.yaml", "JobSet")["spec"]["network"]  # from which JobSet makes such a Service
+    assert network == {"enableDNSHostnames": True, "subdomain": name, "publishNotReadyAddresses": True}
+    assert POD["subdomain"] == name
+    names = {*pods()}
+    suffix = f".{name}.{service['metadata']['namespace']}.svc"
+    assert names == {f"{pod}-{n}{suffix}" for pod in ("train", "train-node-0") for n in range(JOB["completions"])}
+
+
+def nodes_of(cert: Path, key: Path, ca: Path) -> NodesSpec:
+    return NodesSpec(
+        where="/f", job="j", nodes_min=2, nodes_max=2, tls_cert=str(cert), tls_key=str(key), tls_ca=str(ca)
+    )
+
+
+def test_certificate_with_the_names_of_cert_managers_is_accepted_at_every_pod(tmp_path: Path) -> None:
+    files = Authority(tmp_path / "ca").sign("train", *CERTIFICATE["dnsNames"])
+    for host in pods():
+        assert check_tls(nodes_of(files.cert, files.key, files.ca), host) is not None
+    with pytest.raises(UsageError, match="would refuse"):
+        check_tls(nodes_of(files.cert, files.key, files.ca), "train-0.other.ckpt.svc")
+
+
+def test_files_of_the_command_that_does_without_cert_manager_are_accepted_at_every_pod(tmp_path: Path) -> None:
+    require("openssl")
+    [line] = re.findall(r"^openssl req .*$", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    (tmp_path / "secrets").mkdir()
+    subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    text = (FOLDER / "kustomization.yaml").read_text()
+    more = [line.replace("# ", "", 1) for line in text.splitlines() if re.match(r"  # (-|  files)", line)]
+    [made] = yaml.safe_load("\n".join(more))
+    assert made["name"] == CERTIFICATE["secretName"]
+    paths = dict(name.split("=") for name in made["files"])
+    cert, key, ca = (tmp_path / paths[name] for name in ("tls.crt", "tls.key", "ca.crt"))
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    for host in pods():
+        ends_s = check_tls(nodes_of(cert, key, ca), host)
+        assert ends_s is not None and ends_s - time.time() > 180 * 86_400
+
+
+def test_pod_waits_until_dns_has_its_name_at_its_address() -> None:
+    command = [*INIT["name"]["command"], *INIT["name"]["args"]]
+    here = {**os.environ, "NODE_HOST": "localhost", "POD_IP": "127.0.0.1"}
+    subprocess.run(command, env=here, check=True, timeout=30)
+    for address in ("27.0.0.1", "127.0.0.12"):
+        waiting = subprocess.Popen(command, env={**here, "POD_IP": address}, stdout=subprocess.PIPE, text=True)
+        try:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline().startswith("waiting until DNS says that ")
+            assert waiting.poll() is None
+        finally:
+            waiting.kill()
+            waiting.communicate()
 
 
 def test_endpoints_are_the_members_of_etcd() -> None:
@@ -120,12 +263,13 @@ def test_labels_meet_their_selectors() -> None:
 
 def test_volumes_secrets_and_paths_agree() -> None:
     made = {one["name"]: one["files"] for one in found("kustomization.yaml", "Kustomization")["secretGenerator"]}
+    made[CERTIFICATE["secretName"]] = ["ca.crt", "tls.crt", "tls.key"]  # what cert-manager writes
     for pod in (POD, ETCD["spec"]["template"]["spec"]):
         volumes = {one["name"]: one for one in pod["volumes"]}
         claims = {one["metadata"]["name"] for one in ETCD["spec"]["volumeClaimTemplates"]} if pod is not POD else set()
         for container in (*pod.get("initContainers", ()), *pod["containers"]):
             readable: list[str] = []
-            for mount in container["volumeMounts"]:
+            for mount in container.get("volumeMounts", ()):
                 assert mount["name"] in volumes.keys() | claims
                 secret = volumes.get(mount["name"], {}).get("secret")
                 if secret is not None:
@@ -133,8 +277,9 @@ def test_volumes_secrets_and_paths_agree() -> None:
                     readable += [f"{mount['mountPath']}/{key}" for key in keys]
             words = " ".join([*container["command"], *container.get("args", ())])
             in_secrets = re.findall(r"/etc/(?:ckpt|etcd)/[\w./]+", words)
-            assert in_secrets and set(in_secrets) <= set(readable)
-    [init] = POD["initContainers"]
+            assert set(in_secrets) <= set(readable)
+            assert in_secrets or "volumeMounts" not in container
+    init = INIT["secret"]
     target = init["command"][-1]
     assert f"--secret={target}" in TRAIN["args"]
     for container in (init, TRAIN):  # both see the volume that it is copied to
@@ -188,7 +333,7 @@ def test_secret_of_a_volume_is_believed_only_once_the_init_container_has_copied_
     real.chmod(mode)
     with pytest.raises(UsageError, match="can be read by others"):
         read_secret(volume / "job.secret")
-    [init] = POD["initContainers"]
+    init = INIT["secret"]
     places = {mount["mountPath"]: folder for mount, folder in zip(init["volumeMounts"], (volume, run), strict=True)}
     command = [
         str(places[str(Path(word).parent)] / Path(word).name) if word.startswith("/") else word

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -18,10 +20,14 @@ from launches import launch_of
 from servers.process import free_port
 
 import ckpt
+from ckpt.errors import UsageError
+from ckpt.fleet.tls import check_tls
+from ckpt.link.nodes_spec import NodesSpec
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = ROOT / "integrations" / "slurm" / "train.sbatch"
+MAKE_CERTIFICATES = ROOT / "integrations" / "slurm" / "make-certificates.sh"
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 JOB = "4711"
 BEGUN = 30
@@ -38,8 +44,12 @@ class Allocation:
         self.starts = 0
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *arguments: object, program: Path = HERE / "programs" / "counting.py") -> subprocess.Popen[bytes]:
-        path = os.pathsep.join([str(HERE / "slurm_standins"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    def start(
+        self, *arguments: object, program: Path = HERE / "programs" / "counting.py", first: str = "", **more: str
+    ) -> subprocess.Popen[bytes]:
+        """``first``: a folder whose commands come before all others; ``more``: variables of the script."""
+        places = [first, str(HERE / "slurm_standins"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        path = os.pathsep.join(filter(None, places))
         # It runs as a user's program does, not in place and without keepers as most of the suite.
         outside = {name: value for name, value in os.environ.items() if name not in ("CKPT_KEEPER", "CKPT_IN_PLACE")}
         environment = {
@@ -48,7 +58,7 @@ class Allocation:
             "SLURM_JOB_ID": JOB, "SLURM_JOB_NAME": "train", "SLURM_JOB_NODELIST": " ".join(HOSTS),
             "SLURM_RESTART_COUNT": str(self.starts), "NODES": "2", "RANKS": "1", "PORT": str(self.port),
             "MAKE_SECRETS": str(ROOT / "integrations" / "kubernetes" / "make-secrets.sh"),
-            "CKPT_CONF": "plaintext=1,last_call_timeout=2",
+            "CKPT_CONF": "last_call_timeout=2", "HOSTS_BY": "name", **more,
         }  # fmt: skip
         with (self.folder / "job.txt").open("ab") as out:
             self.process = subprocess.Popen(
@@ -72,6 +82,10 @@ class Allocation:
     def output(self) -> str:
         return "\n".join(f"--- {path}\n{path.read_text()[-4000:]}" for path in sorted(self.folder.rglob("*.txt")))
 
+    def keepers(self) -> str:
+        """What the nodes' keepers said."""
+        return "\n".join(path.read_text() for path in self.folder.rglob("keeper.log"))
+
     def members(self) -> list[int]:
         """Every process that runs for this allocation."""
         mark = f"STANDIN_FOLDER={self.folder}".encode()
@@ -85,10 +99,34 @@ class Allocation:
         return found
 
 
-@pytest.fixture
-def allocation(tmp_path: Path) -> Iterator[Allocation]:
-    require()
+def make_certificates(folder: Path, *hosts: str, **variables: str) -> str:
+    """What the script that makes them says."""
+    done = subprocess.run(
+        [MAKE_CERTIFICATES, folder, *hosts], env={**os.environ, **variables}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def nodes_of(folder: Path, host: str) -> NodesSpec:
+    cert, key, ca = (str(folder / name) for name in (f"{host}.crt", f"{host}.key", "ca.crt"))
+    return NodesSpec(where="/f", job="j", nodes_min=2, nodes_max=2, tls_cert=cert, tls_key=key, tls_ca=ca)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of the allocation's hosts."""
     require("openssl")
+    folder = tmp_path_factory.mktemp("made") / "certificates"
+    make_certificates(folder, *HOSTS)
+    return folder
+
+
+@pytest.fixture
+def allocation(tmp_path: Path, certificates: Path) -> Iterator[Allocation]:
+    require()
+    shutil.copytree(certificates, tmp_path / "certificates")
     made = Allocation(tmp_path)
     try:
         yield made
@@ -102,6 +140,8 @@ def allocation(tmp_path: Path) -> Iterator[Allocation]:
             if made.process is not None:
                 made.process.poll()
             time.sleep(0.02)
+        if made.process is not None:
+            made.process.wait(WAIT_S)
 
 
 def test_script_is_valid_bash_and_asks_slurm_for_what_it_relies_on() -> None:
@@ -111,6 +151,86 @@ def test_script_is_valid_bash_and_asks_slurm_for_what_it_relies_on() -> None:
     assert {"no-kill", "requeue"} <= asked.keys()
     told, seconds = re.fullmatch(r"(\w:\w+)@(\d+)", asked["signal"]).groups()  # type: ignore[union-attr]
     assert told == "B:TERM" and int(seconds) > 60
+
+
+def test_certificates_name_hosts_and_addresses_are_private_and_stay_until_they_end_soon(tmp_path: Path) -> None:
+    require("openssl")
+    folder = tmp_path / "certificates"
+    hosts = ("gpu1=10.0.0.1,fd00::1", "127.0.0.2")
+    assert make_certificates(folder, *hosts).count("made ") == 2
+    for host, names in (("gpu1", ("gpu1", "10.0.0.1", "fd00::1")), ("127.0.0.2", ("127.0.0.2",))):
+        for name in names:
+            assert check_tls(nodes_of(folder, host), name) is not None
+        with pytest.raises(UsageError, match="would refuse"):
+            check_tls(nodes_of(folder, host), "10.0.0.9")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "made " not in make_certificates(folder, *hosts)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert make_certificates(folder, "gpu1=10.0.0.2", "127.0.0.2").count("made ") == 1  # it moved
+    assert check_tls(nodes_of(folder, "gpu1"), "10.0.0.2") is not None
+    assert make_certificates(folder, "127.0.0.2", RENEW_DAYS="366").count("made ") == 1  # it ends sooner
+    assert (folder / "ca.crt").read_bytes() == before["ca.crt"]
+    assert (folder / "127.0.0.2.key").read_bytes() == before["127.0.0.2.key"]
+    assert make_certificates(folder, "127.0.0.2", DAYS="4000") != ""  # longer than the authority holds: that is renewed
+    assert (folder / "ca.crt").read_bytes() != before["ca.crt"]
+    for host, name in (("gpu1", "10.0.0.2"), ("127.0.0.2", "127.0.0.2")):
+        assert check_tls(nodes_of(folder, host), name) is not None, "it is the same authority"
+    (folder / "127.0.0.2.key").unlink()
+    make_certificates(folder, "127.0.0.2")
+    assert check_tls(nodes_of(folder, "127.0.0.2"), "127.0.0.2") is not None
+
+
+@pytest.mark.parametrize(
+    ("lacks", "more", "says"),
+    [
+        (("127.0.0.2.key",), {}, "missing=127.0.0.2.key;"),
+        (("ca.crt", "127.0.0.3.crt"), {}, "missing=ca.crt 127.0.0.3.crt;"),
+        ((), {"CERTIFICATES": "/nowhere"}, "folder=/nowhere missing=ca.crt 127.0.0.1.crt"),
+        ((), {"PLAINTEXT": "yes"}, "PLAINTEXT=yes"),
+        ((), {"HOSTS_BY": "number"}, "HOSTS_BY=number"),
+    ],
+)
+def test_job_that_could_not_speak_tls_ends_before_anything_starts(
+    allocation: Allocation, lacks: tuple[str, ...], more: dict[str, str], says: str
+) -> None:
+    for name in lacks:
+        (allocation.folder / "certificates" / name).unlink()
+    assert allocation.start(STEPS, **more).wait(60) == 2
+    said = (allocation.folder / "job.txt").read_text()
+    assert said.startswith("train.sbatch: ") and says in said and len(said.splitlines()) == 1
+    assert {path.name for path in allocation.folder.iterdir()} == {"certificates", "job.txt"}, "nothing was started"
+
+
+@pytest.mark.parametrize("how", ["TLS", "TLS by name", "plaintext"])
+def test_node_speaks_tls_by_its_own_certificate_and_in_the_clear_only_when_asked(
+    allocation: Allocation, tmp_path: Path, how: str
+) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "ckpt").write_text('#!/bin/sh\nprintf "%s\\0" "$@" >"$STANDIN_FOLDER/$SLURMD_NODENAME/words"\n')
+    (commands / "ckpt").chmod(0o755)
+    more = {
+        "TLS": {"HOSTS_BY": ""},
+        "TLS by name": {"HOSTS_BY": "name"},
+        "plaintext": {"HOSTS_BY": "", "PLAINTEXT": "1", "CERTIFICATES": "/nowhere"},
+    }[how]
+    outside = {"ETCD": "127.0.0.1:2379", "SECRETS": "/etc/ckpt", "CKPT_CONF": "", "first": str(commands)}
+    process = allocation.start("--lr", "0.1", **outside, **more)
+    assert process.wait(60) == 0, allocation.output()
+    for host in HOSTS:
+        words = (tmp_path / host / "words").read_text().split("\0")[:-1]
+        args, settings = launch_of(["ckpt", *words])
+        assert settings is not None and settings.nodes is not None
+        assert settings.nodes.domain == f"core.rack-{host[-1]}"
+        assert settings.nodes.plaintext == (how == "plaintext")
+        assert settings.nodes.host == (host if how == "TLS by name" else "")
+        assert args.training_script_args == [str(tmp_path), "--lr", "0.1"]
+        assert settings.nodes.ca_file == "/etc/ckpt/ca.crt" and settings.nodes.secret == "/etc/ckpt/job.secret"
+        if how == "plaintext":
+            assert not settings.nodes.tls_cert
+        else:
+            assert check_tls(settings.nodes, host) is not None
 
 
 @pytest.mark.slow
@@ -123,6 +243,7 @@ def test_job_that_is_told_of_its_end_stops_durable_is_queued_again_and_goes_on(a
     stopped = allocation.steps()
     newest = ckpt.Checkpointer(str(allocation.folder / "store")).latest()
     assert newest is not None and newest.step == stopped, allocation.output()
+    assert "nodes speak TLS; this node's certificate is valid until" in allocation.keepers()
 
     process = allocation.start(stopped + 200)  # less is to be done now, so that it ends
     assert process.wait(WAIT_S) == 0, allocation.output()
@@ -156,5 +277,6 @@ def test_every_nodes_agent_is_started_with_options_that_parse(allocation: Alloca
         args, settings = launch_of(words)
         assert settings is not None and settings.nodes is not None, shlex.join(words)
         assert settings.nodes.domain == f"core.rack-{host[-1]}"
+        assert check_tls(settings.nodes, settings.nodes.host) is not None and settings.nodes.host == host
         assert (settings.nodes.nodes_max, settings.nodes.job) == (2, f"train-{JOB}")
         assert args.training_script_args == [str(tmp_path), "--lr", "0.1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import subprocess
@@ -49,8 +50,8 @@ class Authority:
         )  # fmt: skip
 
     def sign(self, name: str, *hosts: str, usage: str = "serverAuth,clientAuth") -> Files:
-        """A certificate that names these addresses, or loopback."""
-        names = ",".join(f"IP:{host}" for host in hosts or ("127.0.0.1",))
+        """A certificate that names these addresses or names of DNS, or loopback."""
+        names = ",".join(_named(host) for host in hosts or ("127.0.0.1",))
         (self._folder / f"{name}.ext").write_text(
             f"subjectAltName={names}\nextendedKeyUsage={usage}\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
         )
@@ -72,3 +73,11 @@ class Authority:
             ["openssl", *arguments], cwd=self._folder, capture_output=True, text=True, timeout=OPENSSL_S, check=False
         )
         assert done.returncode == 0, f"openssl {' '.join(arguments)}\n{done.stderr}"
+
+
+def _named(host: str) -> str:
+    """As ``subjectAltName`` has it."""
+    try:
+        return f"IP:{ipaddress.ip_address(host)}"
+    except ValueError:
+        return f"DNS:{host}"
