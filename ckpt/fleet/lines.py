@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from ckpt.errors import CkptError, UnavailableError
 from ckpt.fleet.cable import Cable
+from ckpt.fleet.places import Places
 from ckpt.fleet.secret import NONCE_BYTES
 from ckpt.fleet.sheath import Sheath
 from ckpt.fleet.sockets import DIAL_S, family, name_of, quick, split, why_of
@@ -78,6 +79,10 @@ class _Wanted:
     due_s: float = 0.0
     pause_s: float = RETRY_FIRST_S
 
+    def wait(self, now_s: float) -> None:
+        """A call was tried: the next comes later and later."""
+        self.due_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, RETRY_LAST_S)
+
 
 class Lines:
     """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Over TLS with ``tls``. Thread-safe."""
@@ -109,6 +114,7 @@ class Lines:
         self._up: dict[str, _Line] = {}
         self._lines: set[_Line] = set()
         self._posted: list[tuple[str, Word]] = []
+        self._places = Places(self._wake)
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
@@ -202,9 +208,17 @@ class Lines:
         return max(0.0, wait_s)
 
     def _dial(self, node: str, one: _Wanted, now_s: float) -> None:
-        one.due_s, one.pause_s = now_s + one.pause_s, min(2 * one.pause_s, RETRY_LAST_S)
-        host, port = split(one.address)
-        sock = socket.socket(family(host), socket.SOCK_STREAM)
+        try:
+            place = self._places.of(one.address)
+        except (OSError, ValueError) as error:
+            one.wait(now_s)
+            self._heard.down(node, why_of(error))
+            return
+        if place is None:
+            return  # the thread is woken when its name is found
+        one.wait(now_s)
+        host, _ = split(one.address)
+        sock = socket.socket(place.family, socket.SOCK_STREAM)
         sock.setblocking(False)
         cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES), dials=node)
         line = _Line(sock, cable, dialled=True, since_s=now_s, probes=node < self._node, connecting=True)
@@ -212,7 +226,7 @@ class Lines:
         self._selector.register(sock, _WRITE, line)
         try:
             line.sheath = None if self._tls is None or line.probes else Sheath(self._tls, calls=host)
-            sock.connect((host, int(port)))
+            sock.connect(place.at)
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:
@@ -351,6 +365,8 @@ class Lines:
         self._selector.unregister(line.sock)
         line.sock.close()
         peer = line.cable.peer
+        if line.connecting and not why.startswith("refused") and peer in self._wanted:
+            self._places.forget(self._wanted[peer].address)  # its name may lead elsewhere by now
         with self._lock:
             current = self._up.get(peer) is line
             if current:

@@ -11,6 +11,7 @@ import pytest
 from fleet_nodes import WAIT_S, Node, acquaint
 
 from ckpt.fleet import lines as lines_room
+from ckpt.fleet.places import Place, Places
 from ckpt.fleet.sockets import probe
 from ckpt.fleet.words import Post
 
@@ -174,3 +175,34 @@ def test_line_that_nobody_wants_any_more_is_hung_up(node: Callable[..., Node]) -
     one.lines.want({})
     other.wait(lambda: other.downs, "the end of the line")
     assert one.downs == []
+
+
+def test_name_server_that_hangs_for_one_node_holds_up_no_other(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = threading.Event()
+    answers = {"b.train": "127.0.0.1"}
+
+    def ask(host: str, port: int) -> Place:
+        if host not in answers:
+            hangs.wait(WAIT_S)
+            raise socket.gaierror(f"nobody knows {host}")
+        return Place(socket.AF_INET, (answers[host], port))
+
+    monkeypatch.setattr(lines_room, "Places", lambda found: Places(found, ask))
+    one, other = node("a"), node("b")
+    wanted = {"b": f"b.train:{other.lines.port}", "c": "c.train:7"}
+    one.lines.want(wanted)
+    other.lines.want({"a": one.address})
+    one.wait(lambda: one.lines.up() == {"b"}, "the line to the node whose name is known")
+    assert one.lines.say("b", Post(room="1", key="k", value=b"v"))
+    other.wait(lambda: other.words, "a word meanwhile")
+    answers.clear()  # by now nobody knows that name either
+    other.lines.close()
+    one.wait(
+        lambda: any(why.startswith("refused") for name, why in one.downs if name == "b"), "the refusal where it was"
+    )
+    hangs.set()
+    one.wait(
+        lambda: any("nobody knows c.train" in why for name, why in one.downs if name == "c"), "why there is no line"
+    )

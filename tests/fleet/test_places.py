@@ -1,0 +1,83 @@
+"""Names are resolved beside the thread that asks, once, and again where that led nowhere."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+
+from ckpt.fleet.places import Place, Places, asked
+
+WAIT_S = 30.0
+HERE = Place(socket.AF_INET, ("127.0.0.1", 7))
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("10.0.0.7:80", Place(socket.AF_INET, ("10.0.0.7", 80))),
+        ("[fd00::7]:80", Place(socket.AF_INET6, ("fd00::7", 80))),
+    ],
+)
+def test_addresses_are_known_at_once_and_nobody_is_asked(address: str, place: Place) -> None:
+    def never(host: str, port: int) -> Place:
+        raise AssertionError(host)
+
+    places = Places(lambda: None, never)
+    assert places.of(address) == place
+
+
+def test_name_is_asked_for_once_beside_whoever_asks_and_kept_until_it_is_forgotten() -> None:
+    calls: list[str] = []
+    may_answer, found = threading.Event(), threading.Event()
+
+    def ask(host: str, port: int) -> Place:
+        calls.append(host)
+        assert may_answer.wait(WAIT_S)
+        return HERE
+
+    places = Places(found.set, ask)
+    assert places.of("pod-0.train:7") is None
+    assert places.of("pod-0.train:7") is None
+    may_answer.set()
+    assert found.wait(WAIT_S)
+    assert places.of("pod-0.train:7") == HERE
+    assert places.of("pod-0.train:7") == HERE
+    assert calls == ["pod-0.train"]
+    found.clear()
+    places.forget("pod-0.train:7")
+    assert places.of("pod-0.train:7") is None
+    assert found.wait(WAIT_S)
+    assert places.of("pod-0.train:7") == HERE
+    assert calls == ["pod-0.train"] * 2
+
+
+def test_name_that_nobody_knows_is_told_once_and_asked_for_again() -> None:
+    found = threading.Event()
+    fails = [socket.gaierror("nobody knows it"), UnicodeError("no name")]
+
+    def ask(host: str, port: int) -> Place:
+        if fails:
+            raise fails.pop(0)
+        return HERE
+
+    places = Places(found.set, ask)
+    for error in (socket.gaierror, UnicodeError):
+        assert places.of("pod-0:7") is None
+        assert found.wait(WAIT_S)
+        found.clear()
+        with pytest.raises(error):
+            places.of("pod-0:7")
+    assert places.of("pod-0:7") is None
+    assert found.wait(WAIT_S)
+    assert places.of("pod-0:7") == HERE
+
+
+def test_what_is_no_address_is_said_so() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        Places(lambda: None).of("pod-0")
+
+
+def test_machine_knows_itself() -> None:
+    assert asked("localhost", 7).at[1] == 7
