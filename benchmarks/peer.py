@@ -5,7 +5,8 @@
 
 Server and client are processes of their own, and so is the other end of the bare stream. Contestants alternate; medians of
 several rounds. Prints MB/s with ratios, and CPU seconds of both ends together with ratios: those stand also where the machine
-has other work. In the clear and over TLS; then peak memory. The first table is what the MAC was chosen by.
+has other work. In the clear and over TLS; then peak memory. A put of which a tenth changed is measured in bytes of the object,
+beside the whole put. The first table is what the MAC was chosen by.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ckpt.observe.events import Event
 from ckpt.peer.auth import Secret, mac
 from ckpt.peer.bodies import Extent
 from ckpt.peer.body_mac import body_mac, known_macs
+from ckpt.peer.changed import Stored
 from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.server import PeerServer
 from ckpt.peer.store import ClientLimits, PeerStore
@@ -52,6 +54,7 @@ BLOCK_BYTES = 256 << 10
 SEND_BYTES = 1 << 20
 KEY = "bench/pack"
 OUT, IN = "bare stream out", "bare stream in"
+PUT, TENTH = "put", "put, a tenth changed (ratio to put)"
 MAC_BYTES = 64 << 20
 Act = Callable[[], object]
 
@@ -230,11 +233,24 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
         drain(bare, data)
         bare.recv(1)
 
+    pieces = [data[:4096], data[4096:]]
+    part = size_bytes // 100
+    tenth = [(10 * number * part, part) for number in range(10)]
+    stored: list[Stored] = []
+
     def put() -> None:
-        store.put(KEY, [data[:4096], data[4096:]])
+        stored[:] = [store.put_whole(KEY, pieces)]
+
+    def put_tenth() -> None:
+        store.put_changed(KEY, pieces, base=stored[0], changed=tenth)
 
     streams: dict[str, Act] = {OUT: bare_out, IN: lambda: fill(bare, out)}
-    puts = {**streams, "put": put, "put of a memfd": lambda: store.put_extent(KEY, Extent(fd, 0, size_bytes))}
+    puts = {
+        **streams,
+        PUT: put,
+        TENTH: put_tenth,
+        "put of a memfd": lambda: store.put_extent(KEY, Extent(fd, 0, size_bytes)),
+    }
     gets = {
         **streams,
         "get": lambda: store.read_into(KEY, out),
@@ -244,7 +260,7 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
     measure = functools.partial(rates, size_bytes=size_bytes, rounds=rounds, beside=pids)
     where = f"{'in the clear' if files is None else 'over TLS'}, {'fresh' if fresh else 'used'} memory"
     title = f"{size_bytes >> 20} MiB {where}, MAC {known_macs()[0]}"
-    show(f"{title}: puts", measure(puts), lambda name: IN if name == IN else OUT)
+    show(f"{title}: puts", measure(puts), lambda name: {IN: IN, TENTH: PUT}.get(name, OUT))
     if not fresh:
         show(f"{title}: gets", measure(gets), lambda name: OUT if name == OUT else IN)
         assert out == data, "other bytes came back"

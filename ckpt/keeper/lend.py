@@ -9,8 +9,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ckpt.backends.base import Buffer, Stat
 from ckpt.errors import IntegrityError, NotFoundError
 from ckpt.fleet.words import Holding
@@ -19,6 +17,7 @@ from ckpt.link.lent_keys import MIRRORS, SLOTS, mirror_of, slot_key, slot_of
 from ckpt.observe.events import Tell
 from ckpt.peer.auth import Secret
 from ckpt.peer.endpoint import Endpoint
+from ckpt.peer.memory import copy_bytes
 from ckpt.peer.server import PeerServer
 from ckpt.peer.sources import Held
 from ckpt.peer.vault import Vault
@@ -186,8 +185,7 @@ class Lending:
         with self.vault.incoming(key, sum(view.nbytes for view in views)) as room:
             at = 0
             for view in views:
-                # numpy copies without the interpreter's lock.
-                np.copyto(np.frombuffer(room.view[at : at + view.nbytes], np.uint8), np.frombuffer(view, np.uint8))
+                copy_bytes(room.view[at : at + view.nbytes], view)
                 at += view.nbytes
             room.publish()
 

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from ckpt.backends.base import Buffer
 from ckpt.encode.threads import start
 from ckpt.errors import CkptError, FencedError, InternalError, StoreFullError, UnavailableError
+from ckpt.keeper.mirror_bases import Base, Bases
+from ckpt.keeper.mirror_delta import Changed, Share, what_changed
 from ckpt.link.lent_keys import mirror_key
 from ckpt.observe.events import Event, Fact, Tell
+from ckpt.peer.changed import BaseGoneError, Stored
 from ckpt.peer.store import PeerStore
 from ckpt.persist.sealed import Sealed
+from ckpt.replicate.loans import TakenBackError
 from ckpt.stage.slot_header import INDEX_OFFSET_BYTES, Header, encode_index
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
@@ -64,8 +68,9 @@ class Mirror:
         self._busy = False
         self._stopped = False
         self._told: set[tuple[str, str]] = set()
+        self._bases = Bases()
         self.sent_bytes = 0
-        """All that was sent so far and came."""
+        """All that was sent so far and came; not what a node had already."""
         self._thread = threading.Thread(target=self._run, name="ckpt-mirror", daemon=True)
         self._thread.start()
 
@@ -112,6 +117,7 @@ class Mirror:
 
     def _send(self, task: Task) -> frozenset[str]:
         headers = [compact_header(one.index, one.data.nbytes) for one in task.sealed]
+        self._bases.begin(task.epoch, task.peers.keys())
 
         def sending(node: str, peer: PeerStore) -> Callable[[], bool]:
             return lambda: self._send_to(node, peer, task, headers)
@@ -119,6 +125,7 @@ class Mirror:
         jobs = {node: start(sending(node, peer), name="ckpt-mirror-send") for node, peer in task.peers.items()}
         kept = self._keep_own(task, headers)
         came = frozenset([node for node, job in jobs.items() if job.result()])
+        self._bases.retain(came)
         return came if kept else frozenset()
 
     def _keep_own(self, task: Task, headers: Sequence[bytes]) -> bool:
@@ -139,12 +146,10 @@ class Mirror:
             for one, header in zip(task.sealed, headers, strict=True):
                 if self._stopped:
                     return False
-                peer.put(mirror_key(task.snapshot, one.index.rank), [header, one.data])
-                if boot not in (None, peer.boot):
+                stored = self._put(node, peer, one, header)
+                if boot not in (None, stored.boot):
                     raise UnavailableError("the node's keeper was started anew meanwhile: what it had is gone.")
-                boot = peer.boot
-                with self._changed:
-                    self.sent_bytes += len(header) + one.data.nbytes
+                boot = stored.boot
         except FencedError:
             return False  # another epoch comes, which places mirrors anew
         except CkptError as error:
@@ -156,6 +161,38 @@ class Mirror:
         with self._changed:
             self._told = {told for told in self._told if told[0] != node}
         return True
+
+    def _put(self, node: str, peer: PeerStore, one: Sealed, header: bytes) -> Stored:
+        """Send a share: what changed since an earlier one that the node still has, or all."""
+        key, rank = mirror_key(one.index.snapshot, one.index.rank), one.index.rank
+        share = Share(one.index, len(header), one.data.nbytes)
+        pieces: list[Buffer] = [header, one.data]
+
+        def still_lent() -> None:
+            if not one.unchanged():
+                raise TakenBackError(f"the slot was overwritten while it was sent. key={key}; nothing was stored")
+
+        for base in self._bases.of(node, rank):
+            changed = what_changed(share, base.share)
+            if not isinstance(changed, Changed):
+                continue
+            try:
+                stored = peer.put_changed(
+                    key, pieces, base=base.stored, changed=changed.ranges, still_lent=still_lent
+                )  # fmt: skip
+            except BaseGoneError:
+                self._bases.drop(node, rank, base)
+                continue
+            self._came(node, rank, Base(stored, share, base.behind + 1), changed.size_bytes)
+            return stored
+        stored = peer.put_whole(key, pieces, still_lent)
+        self._came(node, rank, Base(stored, share, 0), share.size_bytes)
+        return stored
+
+    def _came(self, node: str, rank: int, base: Base, sent_bytes: int) -> None:
+        self._bases.add(node, rank, base)
+        with self._changed:
+            self.sent_bytes += sent_bytes
 
     def _fail(self, node: str, task: Task, error: CkptError) -> None:
         with self._changed:

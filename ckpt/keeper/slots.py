@@ -14,7 +14,7 @@ from ckpt.link.rank_board import SLOTS_MAX
 from ckpt.link.report import SlotReport
 from ckpt.persist.sealed import Sealed
 from ckpt.stage.memory_limit import available_bytes
-from ckpt.stage.slot_header import Brief, Header, header_bytes_of, read_brief, read_slot
+from ckpt.stage.slot_header import Brief, Header, generation_of, header_bytes_of, read_brief, read_slot
 from ckpt.values import SnapshotId, StagedIndex
 
 Post = Callable[[Callable[[], object]], None]
@@ -116,7 +116,7 @@ class SlotTable:
             if slot is not None and not slot.uploads:
                 self._board.rank(rank).let_go(index)
             return None
-        return self._hold(slot, found[0])
+        return self._hold(slot, *found)
 
     def sealed_of(self, rank: int, snapshot: SnapshotId) -> Sealed | None:
         """The slot of ``rank`` that holds ``snapshot``, for an upload; marked as held until released."""
@@ -126,7 +126,7 @@ class SlotTable:
                 continue
             found = slot.read()
             if found is not None and found[0].snapshot == snapshot:
-                return self._hold(slot, found[0])
+                return self._hold(slot, *found)
         return None
 
     def settle(self) -> None:
@@ -199,7 +199,7 @@ class SlotTable:
         self._board.rank(slot.rank).let_go(slot.index)
         self._dropped(slot.rank, slot.index)
 
-    def _hold(self, slot: HeldSlot, index: StagedIndex) -> Sealed:
+    def _hold(self, slot: HeldSlot, index: StagedIndex, generation: int) -> Sealed:
         header_bytes = _header_bytes(slot)
         rank_board = self._board.rank(slot.rank)
         rank_board.hold(slot.index)
@@ -219,7 +219,12 @@ class SlotTable:
         def release() -> None:
             self._post(released)
 
-        return Sealed(index=index, data=slot.memory[header_bytes:], release=release, shared={})
+        def unchanged() -> bool:
+            return generation_of(slot.memory) == generation
+
+        return Sealed(
+            index=index, data=slot.memory[header_bytes:], release=release, shared={}, unchanged=unchanged
+        )  # fmt: skip
 
     def _free_retired(self, slot: HeldSlot) -> bool:
         if not slot.retired or slot.uploads:

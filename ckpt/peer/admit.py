@@ -8,8 +8,8 @@ from typing import Literal
 from ckpt.peer.words import Request
 
 Kind = Literal[
-    "mac", "malformed", "replay", "boot", "epoch", "taken", "missing", "range", "read-only", "too-large", "full", "body",
-    "slow", "crowded", "tls",
+    "mac", "malformed", "replay", "boot", "epoch", "taken", "missing", "range", "read-only", "too-large", "full", "base",
+    "body", "slow", "crowded", "tls",
 ]  # fmt: skip
 """What a request or a connection was turned away for; each is counted."""
 

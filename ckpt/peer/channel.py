@@ -45,7 +45,7 @@ class EndedError(UnavailableError):
 class Channel:
     """A connected socket, plain or TLS, and its owner's patience. Owns the socket. For one thread."""
 
-    __slots__ = ("_buffer", "_late_s", "_mark_s", "_patience", "_socket", "_start", "_stop", "plain")
+    __slots__ = ("_buffer", "_late_s", "_mark_s", "_patience", "_socket", "_start", "_stop", "_work_s", "plain")
 
     def __init__(self, sock: socket.socket, patience: Patience) -> None:
         self._socket = sock
@@ -56,10 +56,11 @@ class Channel:
         """Whether the kernel may move bytes by itself."""
         self.begin()
 
-    def begin(self) -> None:
-        """The other side's time begins anew."""
+    def begin(self, *, work_s: float = 0.0) -> None:
+        """The other side's time begins anew. ``work_s``: what it may take beyond its owner's patience, for work of its own."""
         self._mark_s = time.monotonic()
         self._late_s = 0.0
+        self._work_s = work_s
 
     def excuse(self, seconds: float) -> None:
         """Time that the other side isn't to blame for."""
@@ -113,6 +114,11 @@ class Channel:
 
         Raises TimeoutError, and EndedError where the connection ends before.
         """
+        self.read_part(out, mac)
+        return self.proven(mac)
+
+    def read_part(self, out: memoryview, mac: BodyMac) -> None:
+        """Fill ``out`` with the next bytes of a body and digest them. Raises as ``read_body``."""
         at = min(len(out), self._stop - self._start)
         out[:at] = memoryview(self._buffer)[self._start : self._start + at]
         self._start += at
@@ -127,6 +133,9 @@ class Channel:
             if not count:
                 raise EndedError("the connection ended in the middle of a body.")
             at += count
+
+    def proven(self, mac: BodyMac) -> bool:
+        """Read a body's tag; whether it proves all that ``mac`` took in. Raises as ``read_body``."""
         return same(self._read_tag(), mac.tag())
 
     def skip(self, size_bytes: int) -> None:
@@ -224,7 +233,7 @@ class Channel:
             size_bytes -= count
 
     def _left_s(self) -> float:
-        left_s = self._patience.grace_s - self._late_s - (time.monotonic() - self._mark_s)
+        left_s = self._patience.grace_s + self._work_s - self._late_s - (time.monotonic() - self._mark_s)
         if left_s <= 0:
             raise TimeoutError(f"the other side is too slow. grace_s={self._patience.grace_s:g}")
         return left_s

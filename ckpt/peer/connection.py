@@ -13,12 +13,13 @@ from ckpt.errors import CkptError, IntegrityError, StoreDeniedError, Unavailable
 from ckpt.peer.auth import NONCE_BYTES, Secret, SessionKeys, mac, same
 from ckpt.peer.bodies import Body
 from ckpt.peer.body_mac import BodyMac, body_mac, known_macs
+from ckpt.peer.changed import BaseGoneError, Stored
 from ckpt.peer.channel import PIECES_MAX, Channel, EndedError
 from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.patience import Patience
 from ckpt.peer.rate import RateCap
 from ckpt.peer.wire import MalformedError, parse_head, split_mac, with_mac
-from ckpt.peer.words import CONTINUE, Answer, Hello, Request, Verb, Welcome, status_of
+from ckpt.peer.words import CONTINUE, Answer, Base, Hello, Request, Verb, Welcome, status_of
 
 EAGER_BYTES_MAX = 64 << 10
 """Larger bodies are sent when the server says that it takes them. It refuses more that comes unasked."""
@@ -27,13 +28,20 @@ LISTING_BYTES_MAX = 4 << 20
 """Longest page of a listing that is believed: 1,000 keys of 512 bytes, each spelled in six."""
 
 
+COPY_BYTES_PER_S_MIN = 128 << 20
+"""What a server copies of a base in a second at least, into fresh memory too: it is waited for so much longer."""
+
+
 def nothing() -> None:
     """For memory that nobody takes back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One operation. A GET fills ``out``; ``still_lent`` is asked when all of ``body`` was read, before its tag goes."""
+    """One operation. A GET fills ``out``; ``still_lent`` is asked when all of ``body`` was read, before its tag goes.
+
+    ``base``: of a PUT whose body is a table of ``ranges`` ranges and their bytes.
+    """
 
     verb: Verb
     key: str
@@ -43,6 +51,8 @@ class Call:
     body: Body | None = None
     still_lent: Callable[[], None] = nothing
     out: memoryview | None = None
+    base: Stored | None = None
+    ranges: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +131,22 @@ class Connection:
         return cls(channel, endpoint, secret.session(hello_mac, split[1]), welcome)
 
     def ask(self, call: Call, *, epoch: int, cap: RateCap | None = None) -> Reply:
-        """Make one call. Whatever is raised, the connection is of no use afterwards.
+        """Make one call. Whatever is raised once something was said, the connection is of no use afterwards.
 
         Raises OSError and EndedError where it broke, IntegrityError where the answer isn't the peer's, StoreDeniedError or
-        UnavailableError for a refusal that nobody vouches for, and what ``still_lent`` raises.
+        UnavailableError for a refusal that nobody vouches for, what ``still_lent`` raises, and BaseGoneError, with nothing
+        said, for a base of another start of the server.
         """
+        base, body = self._base(call), call.body
         self.usable, self.heard = False, False
         self._counter += 1
-        self._channel.begin()
-        body = call.body
+        kept_bytes = 0 if base is None or body is None else base.size_bytes + base.table_bytes - body.size_bytes
+        self._channel.begin(work_s=kept_bytes / COPY_BYTES_PER_S_MIN)
         waits = body is not None and (call.create_only or not _eager(body))
         request = Request(
             verb=call.verb, key=call.key, after=call.after, boot=self.boot, epoch=epoch, counter=self._counter,
             body_bytes=None if body is None else body.size_bytes, span=call.span, create_only=call.create_only, waits=waits,
+            base=base,
         )  # fmt: skip
         head = request.spell(self._host)
         head_mac = mac(self._keys.request_head, head)
@@ -164,6 +177,14 @@ class Connection:
     def close(self) -> None:
         """Idempotent."""
         self._channel.close()
+
+    def _base(self, call: Call) -> Base | None:
+        base = call.base
+        if base is None:
+            return None
+        if base.boot != self.boot:  # this start of the server may have given the same version to other bytes
+            raise BaseGoneError(f"the peer was started anew, and the base is gone. peer={self._host} key={base.key}")
+        return Base(key=base.key, version=base.version, size_bytes=base.size_bytes, ranges=call.ranges)
 
     def _send_at_once(self, head: bytes, body: Body, proof: BodyMac, cap: RateCap | None) -> None:
         if cap is not None:

@@ -15,6 +15,7 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
+from ckpt.peer.changed import BaseGoneError
 from ckpt.peer.words import Answer
 
 _KINDS: MappingProxyType[int, tuple[type[CkptError], str]] = MappingProxyType(
@@ -28,6 +29,7 @@ _KINDS: MappingProxyType[int, tuple[type[CkptError], str]] = MappingProxyType(
         413: (StoreFullError, "the object is larger than this peer takes"),
         416: (IntegrityError, "the object ends too early; read another copy"),
         421: (UnavailableError, "the peer was started anew, and what it held is gone"),
+        424: (BaseGoneError, "the peer does not have the base any more; put the whole object"),
         507: (StoreFullError, "the peer's memory is used up; delete there or raise its budget"),
     }
 )

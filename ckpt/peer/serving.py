@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -12,9 +14,11 @@ import msgspec
 from ckpt.errors import FencedError, KeyExistsError, NotFoundError, StoreFullError, UsageError
 from ckpt.peer.admit import Kind, Refusal, admit, fenced
 from ckpt.peer.auth import NONCE_BYTES, Secret, SessionKeys, mac, same
-from ckpt.peer.body_mac import body_mac
+from ckpt.peer.body_mac import BodyMac, body_mac
+from ckpt.peer.changed import BaseGoneError, between, read_ranges
 from ckpt.peer.channel import Channel
 from ckpt.peer.fence import Fence
+from ckpt.peer.memory import copy_bytes
 from ckpt.peer.shelf import Shelf
 from ckpt.peer.sources import Held, always
 from ckpt.peer.tally import Tally
@@ -146,6 +150,8 @@ class Serving:
                     with desk.shelf.reading(request.key) as held:
                         facts = self._facts(200, held)
                     self._answer(session, facts)
+        except BaseGoneError as error:
+            return self._refuse(session, self._last, Refusal(424, "base", str(error)))
         except NotFoundError:
             return self._refuse(session, self._last, Refusal(404, "missing", "no such object"))
         except UsageError as error:
@@ -162,22 +168,60 @@ class Serving:
         return True
 
     def _put(self, session: _Session, request: Request, head_mac: bytes) -> bool:
-        size = request.body_bytes or 0
-        with self._desk.shelf.vault.incoming(request.key, size) as incoming:
+        vault, refusal = self._desk.shelf.vault, Refusal(401, "body", "the body is not what its tag proves")
+        proven = False
+        with self._base(request) as base, vault.incoming(request.key, request.object_bytes) as incoming:
             if request.waits:
                 self._channel.write(CONTINUE)
             self._owed_bytes = 0
             proof = body_mac(session.mac, session.keys.request_body, counter=request.counter, head_mac=head_mac)
-            proven = self._channel.read_body(incoming.view, proof)
+            try:
+                proven = self._take_in(request, incoming.view, base, proof)
+            except MalformedError as error:
+                refusal = Refusal(400, "malformed", str(error))
             if proven:
                 with self._desk.fence.holding(request.epoch):  # one may have opened while the bytes came
                     version = incoming.publish(create_only=request.create_only)
         if not proven:
-            refusal = Refusal(401, "body", "the body is not what its tag proves")
             return self._refuse(session, request.counter, refusal, over=True)
-        self._answer(session, dataclasses.replace(self._facts(201), size_bytes=size, version=version))
-        self._desk.tally.serve("PUT", received_bytes=size)
+        self._answer(session, dataclasses.replace(self._facts(201), size_bytes=request.object_bytes, version=version))
+        self._desk.tally.serve("PUT", received_bytes=request.body_bytes or 0)
         return True
+
+    @contextlib.contextmanager
+    def _base(self, request: Request) -> Iterator[memoryview | None]:
+        """The base that a PUT refers to, pinned until the end. Raises BaseGoneError where it is not that one any more."""
+        base = request.base
+        if base is None:
+            yield None
+            return
+        with contextlib.ExitStack() as pinned:
+            try:
+                held = pinned.enter_context(self._desk.shelf.vault.reading(base.key))
+            except NotFoundError:
+                raise BaseGoneError(f"the base is gone. key={base.key}") from None
+            found = held.version, len(held.view)
+            if found != (base.version, base.size_bytes):
+                raise BaseGoneError(f"the base is another one. key={base.key} version={found[0]} size_bytes={found[1]}")
+            yield held.view
+
+    def _take_in(self, request: Request, out: memoryview, base: memoryview | None, proof: BodyMac) -> bool:
+        """Fill an object's memory with a body, and with what it leaves to the base; whether its tag proves it.
+
+        Raises MalformedError for a table that is none, before anything is copied.
+        """
+        if base is None or request.base is None:
+            return self._channel.read_body(out, proof)
+        table = bytearray(request.base.table_bytes)
+        self._channel.read_part(memoryview(table), proof)
+        sent_bytes = (request.body_bytes or 0) - len(table)
+        ranges = read_ranges(table, size_bytes=len(out), sent_bytes=sent_bytes)
+        for (kept, kept_bytes), (offset, length) in between(ranges, size_bytes=len(out)):
+            began_s = time.monotonic()
+            copy_bytes(out[kept : kept + kept_bytes], base[kept : kept + kept_bytes])
+            self._channel.excuse(time.monotonic() - began_s)
+            self._channel.read_part(out[offset : offset + length], proof)
+        return self._channel.proven(proof)
 
     def _get(self, session: _Session, request: Request, held: Held) -> bool:
         offset, size = request.span or (0, len(held.view))

@@ -13,6 +13,7 @@ from ckpt.backends.keys import check_key, check_prefix
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.peer.auth import Secret
 from ckpt.peer.bodies import Body, Buffers, Extent, mapped
+from ckpt.peer.changed import Range, Stored, pieces_of, ranges_problem, spell_ranges
 from ckpt.peer.channel import EndedError
 from ckpt.peer.connection import Call, Connection, Reply, nothing
 from ckpt.peer.endpoint import Endpoint
@@ -104,6 +105,29 @@ class PeerStore:
         with mapped(extent) as body:
             self._put(key, body, still_lent, create_only=create_only)
 
+    def put_whole(self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None] = nothing) -> Stored:
+        """As ``put_lent``; says what the peer holds there now, so that it can be the base of a later put."""
+        return self._put(key, Buffers(data), still_lent)
+
+    def put_changed(
+        self, key: str, data: Sequence[Buffer], *, base: Stored, changed: Sequence[Range],
+        still_lent: Callable[[], None] = nothing,
+    ) -> Stored:  # fmt: skip
+        """As ``put_whole``, but only the ranges ``changed`` of ``data`` are sent and looked at: all else is the base's.
+
+        ``changed`` ascends without overlap, RANGES_MAX at most. The peer has both objects meanwhile, as when one is replaced,
+        and copies what is kept. Raises BaseGoneError, and nothing is stored, where the peer doesn't have ``base`` any more:
+        then put it whole. Raises UsageError for ranges that don't fit and a base of another length.
+        """
+        size_bytes = sum(memoryview(one).nbytes for one in data)
+        why = ranges_problem(changed, size_bytes=size_bytes)
+        if why is None and base.size_bytes != size_bytes:
+            why = f"a base of another length. base_bytes={base.size_bytes} size_bytes={size_bytes}"
+        if why is not None:
+            raise UsageError(f"{why} key={key}; put it whole")
+        body = Buffers([spell_ranges(changed), *pieces_of(data, changed)])
+        return self._put(key, body, still_lent, base=base, ranges=len(changed))
+
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """See Backend. Receives straight into ``out``, which holds anything where this raises. Large reads go in parallel.
 
@@ -156,9 +180,17 @@ class PeerStore:
         """See Backend."""
         self._pool.close()
 
-    def _put(self, key: str, body: Body, still_lent: Callable[[], None], *, create_only: bool) -> None:
+    def _put(
+        self, key: str, body: Body, still_lent: Callable[[], None], *, create_only: bool = False,
+        base: Stored | None = None, ranges: int = 0,
+    ) -> Stored:  # fmt: skip
         check_key(key)
-        self._call(Call(verb="PUT", key=key, body=body, still_lent=still_lent, create_only=create_only))
+        call = Call(
+            verb="PUT", key=key, body=body, still_lent=still_lent, create_only=create_only, base=base, ranges=ranges
+        )  # fmt: skip
+        answer = self._call(call).answer
+        size_bytes = body.size_bytes if base is None else base.size_bytes
+        return Stored(key=key, size_bytes=size_bytes, version=answer.version, boot=answer.boot)
 
     def _read(self, key: str, out: memoryview, offset_bytes: int) -> tuple[str, int]:
         """Read one range; returns which content of the key it is of."""

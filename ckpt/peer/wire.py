@@ -14,7 +14,7 @@ from ckpt.errors import IntegrityError
 from ckpt.peer.auth import MAC_BYTES
 
 HEAD_BYTES_MAX = 8 << 10
-"""No head is longer; a quoted key takes 1.5 KiB at most."""
+"""No head is longer; a quoted key takes 1.5 KiB at most, and no head has more than two."""
 FIELDS_MAX = 16
 """Lines of one head behind the first."""
 TAG_BYTES = 16
@@ -37,6 +37,7 @@ REASONS = MappingProxyType(
         413: "Content Too Large",
         416: "Range Not Satisfiable",
         421: "Misdirected Request",
+        424: "Failed Dependency",
         503: "Service Unavailable",
         507: "Insufficient Storage",
     }

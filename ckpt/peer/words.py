@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote_to_bytes
 from ckpt.backends.keys import check_key
 from ckpt.errors import UsageError
 from ckpt.peer.auth import NONCE_BYTES
+from ckpt.peer.changed import RANGE_BYTES, RANGES_MAX
 from ckpt.peer.wire import REASONS, TAG_BYTES, Head, MalformedError, number, spell_head
 
 Verb = Literal["PUT", "GET", "HEAD", "LIST", "DELETE"]
@@ -26,6 +27,7 @@ _SPAN = re.compile(r"bytes=([0-9]+)-([0-9]+)")
 _LIST = re.compile(r"/l\?prefix=([^&]*)&after=([^&]*)")
 _MACS = re.compile(r"[a-z0-9-]{1,20}(?:,[a-z0-9-]{1,20}){0,3}")
 _COMMON = ("host", "ckpt-boot", "ckpt-epoch", "ckpt-counter")
+_BASE = ("ckpt-base", "ckpt-base-version", "ckpt-size", "ckpt-ranges")
 _MILLION = 1_000_000
 
 
@@ -77,9 +79,28 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What a PUT refers to: the content ``version`` of ``key``, as long as the object that is put.
+
+    The body begins with a table of ``ranges`` ranges; what they don't hold is the base's.
+    """
+
+    key: str
+    version: int
+    size_bytes: int
+    ranges: int
+
+    @property
+    def table_bytes(self) -> int:
+        """Length of the table."""
+        return self.ranges * RANGE_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One operation. ``key`` is the prefix of a LIST. ``body_bytes`` is a PUT's object, its tag not counted; ``span`` is a
-    GET's offset and size. ``waits``: the body is sent only when the server says that it takes it.
+    """One operation. ``key`` is the prefix of a LIST. ``body_bytes`` is what a PUT sends, its tag not counted: the object, or
+    with a ``base`` what changed of it; ``span`` is a GET's offset and size. ``waits``: the body is sent only when the server
+    says that it takes it.
     """
 
     verb: Verb
@@ -92,6 +113,12 @@ class Request:
     span: tuple[int, int] | None = None
     create_only: bool = False
     waits: bool = False
+    base: Base | None = None
+
+    @property
+    def object_bytes(self) -> int:
+        """Length of a PUT's object."""
+        return (self.body_bytes or 0) if self.base is None else self.base.size_bytes
 
     def spell(self, host: str) -> bytes:
         """The head without its MAC."""
@@ -109,6 +136,9 @@ class Request:
             fields["if-none-match"] = "*"
         if self.waits:
             fields["expect"] = "100-continue"
+        if self.base is not None:
+            facts = (OBJECTS + _quoted(self.base.key), self.base.version, self.base.size_bytes, self.base.ranges)
+            fields |= {name: str(fact) for name, fact in zip(_BASE, facts, strict=True)}
         if self.verb == "LIST":
             return spell_head(f"GET {LISTING}prefix={_quoted(self.key)}&after={_quoted(self.after)} {_HTTP}", fields)
         return spell_head(f"{self.verb} {OBJECTS}{_quoted(self.key)} {_HTTP}", fields)
@@ -128,13 +158,15 @@ class Request:
         key = _key(target)
         match method:
             case "PUT":
-                head.only(*_COMMON, "content-length", "if-none-match", "expect")
+                based = _BASE if _BASE[0] in head.fields else ()
+                head.only(*_COMMON, "content-length", "if-none-match", "expect", *based)
                 size = head.number("content-length") - TAG_BYTES
                 if size < 0:
                     raise MalformedError("a body without its tag.")
                 return cls(
                     verb="PUT", key=key, boot=boot, epoch=epoch, counter=counter, body_bytes=size,
                     create_only=_flag(head, "if-none-match", "*"), waits=_flag(head, "expect", "100-continue"),
+                    base=_base(head, body_bytes=size),
                 )  # fmt: skip
             case "GET":
                 head.only(*_COMMON, "range")
@@ -236,6 +268,18 @@ def _key(target: str) -> str:
         return check_key(_unquoted(target[len(OBJECTS) :]))
     except UsageError as error:
         raise MalformedError(f"not a key. why={error}") from None
+
+
+def _base(head: Head, *, body_bytes: int) -> Base | None:
+    if _BASE[0] not in head.fields:
+        return None
+    version, size, ranges = (head.number(name) for name in _BASE[1:])
+    base = Base(key=_key(head.text(_BASE[0])), version=version, size_bytes=size, ranges=ranges)
+    if ranges > RANGES_MAX:
+        raise MalformedError(f"too many ranges. count={ranges} limit={RANGES_MAX}")
+    if not 0 <= body_bytes - base.table_bytes <= size:
+        raise MalformedError("a body that is no table and a part of its object.")
+    return base
 
 
 def _quoted(text: str) -> str:

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from ckpt.values import StagedIndex
 
 
+def _always() -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealed:
     """A sealed slot as a persister takes it: what it holds, and how to let go of it (called once).
@@ -23,6 +27,8 @@ class Sealed:
     shared: Mapping[str, tuple[int, str]] | None = None
     """What replicas must agree on for their shares to fit together: how many they are, and a digest of what they hold. None:
     not known, so that whoever hands the slots in has made sure of it."""
+    unchanged: Callable[[], bool] = _always
+    """Whether nobody has begun to write to it: then all that was read of it before is what ``index`` tells of."""
 
     def let_go(self) -> None:
         """Give up the view and the slot."""

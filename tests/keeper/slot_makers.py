@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 
 from ckpt.manifest.digest import digest
+from ckpt.stage.layout import lay_out
 from ckpt.stage.slot_header import Header
-from ckpt.values import PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
+from ckpt.values import CHUNK_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 SLOT_BYTES = 16 * PAGE_BYTES
 HEADER_BYTES = 4 * PAGE_BYTES
@@ -39,6 +41,21 @@ class MadeSlot:
         )  # fmt: skip
         index = StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=(shard,), origin=origin)
         self.header.close(index)
+        return generation
+
+    def seal_leaves(self, snapshot: SnapshotId, bodies: Sequence[bytes], *, rank: int = 0, ranks: int = 2) -> int:
+        """Hold ``snapshot``, of one leaf of this rank for each body; the generation. What is between shards stays as it was."""
+        generation = self.header.open()
+        offsets, _ = lay_out([len(body) for body in bodies])
+        shards = []
+        for number, (offset, body) in enumerate(zip(offsets, bodies, strict=True)):
+            self.memory[HEADER_BYTES + offset : HEADER_BYTES + offset + len(body)] = body
+            leaf = Leaf(name=f"w/{number}", kind=LeafKind.TENSOR, dtype="uint8", shape=(len(body),), rank=rank)
+            digests = tuple(digest(body[at : at + CHUNK_BYTES]) for at in range(0, len(body), CHUNK_BYTES))
+            shards.append(
+                StagedShard(leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=offset, size_bytes=len(body), digests=digests)
+            )  # fmt: skip
+        self.header.close(StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=tuple(shards)))
         return generation
 
     def given(self) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from slot_makers import MadeSlot
 
+from ckpt.backends.base import Buffer
 from ckpt.fleet.words import Holding
 from ckpt.keeper.held import complete
 from ckpt.keeper.lend import Lending
@@ -18,6 +20,7 @@ from ckpt.link.board import Board
 from ckpt.link.lent_keys import mirror_key
 from ckpt.observe.events import Event
 from ckpt.peer.auth import Secret
+from ckpt.peer.changed import Stored
 from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.rate import RATE_BYTES_MIN, RateCap
 from ckpt.peer.store import PeerStore
@@ -158,14 +161,13 @@ def test_node_that_was_started_anew_between_two_ranks_has_not_the_pair(
 ) -> None:
     world.node("b")
     store = world.stores["b"]
-    real = store.put
+    real = store.put_whole
     boots = iter(("first", "second"))
 
-    def put(key: str, data: list[memoryview]) -> None:
-        real(key, data)
-        store.boot = next(boots)
+    def put(key: str, data: Sequence[Buffer], still_lent: Callable[[], None]) -> Stored:
+        return replace(real(key, data, still_lent), boot=next(boots))
 
-    monkeypatch.setattr(store, "put", put)
+    monkeypatch.setattr(store, "put_whole", put)
     assert world.send(SnapshotId(1, 1)) == frozenset()
     assert "started anew" in world.told[0].text
 
@@ -175,11 +177,10 @@ def test_end_waits_for_nobody_for_long(world: World) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     class Slow:
-        boot = "b"
-
-        def put(self, key: str, data: object) -> None:
+        def put_whole(self, key: str, data: object, still_lent: object) -> Stored:
             entered.set()
             assert go_on.wait(WAIT_S)
+            return Stored(key=key, size_bytes=0, version=1, boot="b")
 
     world.stores["b"].close()
     world.stores = {"b": Slow()}  # type: ignore[dict-item]
@@ -206,6 +207,7 @@ def test_all_nodes_together_get_no_more_than_the_cap_lets_through(world: World) 
         world.node(name)
     assert world.send(SnapshotId(1, 1)) == {"a", "b", "c"}
     sent_bytes = world.mirror.sent_bytes
+    world.epoch = 2  # in which nothing is a base
     world.cap.set(RATE_BYTES_MIN)
     world.cap.take(RATE_BYTES_MIN)  # a second's bytes are owed from here on
     began_s = time.monotonic()

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from slot_makers import MadeSlot
+from slot_makers import HEADER_BYTES, SLOT_BYTES, MadeSlot
 
 from ckpt.fleet.note import Note
 from ckpt.fleet.ways import Epoch
-from ckpt.fleet.words import Word
+from ckpt.fleet.words import Word as Said
 from ckpt.keeper.job import Job
 from ckpt.keeper.lend import Lending
-from ckpt.keeper.mirror_rounds import Round
+from ckpt.keeper.mirror_rounds import Round, Word, next_round, retained
 from ckpt.keeper.nodes_memory import NodesMemory
 from ckpt.keeper.room import OwnRoom, Room
 from ckpt.link.client import KeeperSpec
@@ -25,7 +25,7 @@ from ckpt.membership.values import EpochRecord, Place
 from ckpt.observe.events import Event
 from ckpt.peer.auth import Secret
 from ckpt.peer.endpoint import Endpoint
-from ckpt.values import SnapshotId
+from ckpt.values import PAGE_BYTES, SnapshotId
 
 SECRET = bytes(range(32))
 WAIT_S = 20.0
@@ -47,10 +47,10 @@ class Alone:
     def room(self, name: str, own: OwnRoom) -> Room:
         return own
 
-    def say(self, node: str, word: Word) -> bool:
+    def say(self, node: str, word: Said) -> bool:
         return False
 
-    def say_to_all(self, word: Word) -> None:
+    def say_to_all(self, word: Said) -> None:
         return
 
 
@@ -179,6 +179,24 @@ def test_standby_knows_the_newest_pair_of_which_it_has_all_that_it_is_to_keep(wo
     share.close()
     pair, sizes = world.memory.copied(world.among.epoch)
     assert pair == OLD and sizes.keys() == {0, 1} and min(sizes.values()) > 0
+
+
+def test_what_did_not_change_since_the_pair_before_is_not_sent_again(world: World) -> None:
+    """Each pair's base is still there when it is put, though what is over goes as soon as all have a newer one."""
+    world.come(1, "me", "peer")
+    before, now, sent_bytes = frozenset[SnapshotId](), Round(), []
+    for step in range(5, 10):
+        pair = SnapshotId(1, step)
+        now = next_round(now, [Word(mirrored=now.named)], pair)
+        world.peer.retain(retained(now, before))
+        world.slot.seal(pair, rank=0, ranks=2)
+        so_far = world.memory.sent_bytes
+        world.named(pair, now.kept)
+        assert world.memory.word.mirrored == pair
+        sent_bytes.append(world.memory.sent_bytes - so_far)
+    assert sent_bytes == [SLOT_BYTES - HEADER_BYTES + PAGE_BYTES] + [2 * PAGE_BYTES] * 4, "a header and one page"
+    assert world.peer.pairs() == {SnapshotId(1, 8), SnapshotId(1, 9)}
+    assert world.peer.refused == {}
 
 
 def test_how_long_nothing_newer_was_on_others_is_told_once(world: World) -> None:

@@ -10,12 +10,14 @@ from peer_world import OTHER_SECRET, SECRET, World, until
 
 from ckpt.peer.admit import admit
 from ckpt.peer.auth import mac
+from ckpt.peer.changed import spell_ranges
 from ckpt.peer.server import PeerServer
 from ckpt.peer.wire import with_mac
-from ckpt.peer.words import Request
+from ckpt.peer.words import Base, Request
 
 OLD_BOOT = "00" * 16
 BODY = b"the body of an object"
+CHANGED = spell_ranges([(1, 2)]) + b"ne"
 
 
 def state(server: PeerServer) -> tuple[object, ...]:
@@ -46,6 +48,9 @@ REQUESTS: dict[str, Callable[[RawPeer], Request]] = {
     "put": lambda peer: peer.request(verb="PUT", key="a", body_bytes=len(BODY)),
     "create": lambda peer: peer.request(verb="PUT", key="new", body_bytes=len(BODY), create_only=True),
     "announced": lambda peer: peer.request(verb="PUT", key="a", body_bytes=len(BODY), waits=True),
+    "changed": lambda peer: peer.request(
+        verb="PUT", key="a", body_bytes=len(CHANGED), base=Base(key="b/c", version=2, size_bytes=3, ranges=1)
+    ),
     "delete": lambda peer: peer.request(verb="DELETE", key="a"),
     "get": lambda peer: peer.request(verb="GET", key="a", span=(0, 3)),
     "stat": lambda peer: peer.request(verb="HEAD", key="a"),
@@ -56,7 +61,7 @@ REQUESTS: dict[str, Callable[[RawPeer], Request]] = {
 def whole(peer: RawPeer, request: Request) -> bytes:
     """A request as it would be served."""
     if request.body_bytes is not None and not request.waits:
-        return peer.put_bytes(request, BODY)
+        return peer.put_bytes(request, BODY if request.base is None else CHANGED)
     return peer.sign(request.spell("test"))
 
 
@@ -72,6 +77,10 @@ FIELDS = {
     "counter": (b"ckpt-counter: 1", b"ckpt-counter: 2"),
     "length": (b"content-length: 37", b"content-length: 36"),
     "range": (b"bytes=0-2", b"bytes=0-1"),
+    "base": (b"/o/b/c", b"/o/a"),
+    "base version": (b"base-version: 2", b"base-version: 1"),
+    "object length": (b"ckpt-size: 3", b"ckpt-size: 2"),
+    "ranges": (b"ckpt-ranges: 1", b"ckpt-ranges: 0"),
     "condition": (b"if-none-match: *\r\n", b""),
     "expectation": (b"expect: 100-continue\r\n", b""),
     "a field more": (b"host: test\r\n", b"host: test\r\nx: y\r\n"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from peer_raw import RawPeer
 from peer_world import SECRET, World, read, until
 
 from ckpt.errors import CkptError
+from ckpt.peer.changed import RANGES_MAX
 from ckpt.peer.channel import Channel
 from ckpt.peer.connection import Connection
 from ckpt.peer.endpoint import Endpoint
@@ -21,7 +23,7 @@ from ckpt.peer.patience import Patience
 from ckpt.peer.server import CONNECTION_BYTES_MAX, Limits, PeerServer
 from ckpt.peer.vault import Vault
 from ckpt.peer.wire import END, HEAD_BYTES_MAX, with_mac
-from ckpt.peer.words import Request
+from ckpt.peer.words import CONTINUE, Base, Request
 
 BUDGET_BYTES = 2 << 20
 QUICK = Limits(stranger_s=2.0, idle_s=2.0, patience=Patience(grace_s=1.0, bytes_per_s_min=1 << 20))
@@ -118,6 +120,7 @@ STARTS = (
 LINES = (
     "host: t", "ckpt-epoch: 1", "ckpt-counter: 1", "content-length: 99999999999999999", "transfer-encoding: chunked",
     "range: bytes=0-5", "range: bytes=0-999999999999999", "expect: 100-continue", "ckpt-boot: " + "0" * 32,
+    "ckpt-base: /o/kept", "ckpt-base-version: 1", "ckpt-size: 20", "ckpt-ranges: 1", "ckpt-ranges: 99999999999999999",
 )  # fmt: skip
 HEADS = st.builds(
     lambda start, lines: "\r\n".join([start, *lines, ""]).encode("utf-8", "replace"),
@@ -185,6 +188,18 @@ def valid(rng: random.Random, peer: RawPeer) -> tuple[bytes, bytes]:
             lambda: peer.request(verb="GET", key="kept", span=(0, rng.choice((1, 10**9)))),
             lambda: peer.request(verb="LIST", key="", after=""),
             lambda: peer.request(verb="DELETE", key="other"),
+            lambda: peer.request(
+                verb="PUT",
+                key="kept",
+                body_bytes=size,
+                waits=rng.random() < 0.3,
+                base=Base(
+                    key="kept",
+                    version=rng.choice((1, 2)),
+                    size_bytes=rng.choice((len(KEPT), 10**6)),
+                    ranges=rng.choice((0, 1, 60)),
+                ),
+            ),
         )
     )()
     return request.spell("t"), rng.randbytes(size + 16) if request.verb == "PUT" and not request.waits else b""
@@ -217,6 +232,60 @@ def test_mutated_requests_change_nothing(world: World, seed: int) -> None:
             if rng.random() < 0.7:
                 peer.hear()
     serves_on(world, server)
+
+
+NUMBERS = st.integers(0, len(KEPT) + 3) | st.sampled_from((1 << 32, (1 << 63) - 1, (1 << 64) - 1))
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """Ranges that are right or nearly so, or any numbers."""
+    cuts = sorted(draw(st.sets(st.integers(0, len(KEPT)), max_size=8)))
+    ranges = [(low, high - low) for low, high in zip(cuts[::2], cuts[1::2], strict=False)]
+    for _ in range(draw(st.sampled_from((0, 0, 1, 3)))):
+        at = draw(st.integers(0, len(ranges)))
+        ranges[at : at + draw(st.integers(0, 1))] = [(draw(NUMBERS), draw(NUMBERS))]
+    return ranges
+
+
+def meant(ranges: list[tuple[int, int]], sent: bytes) -> bytes | None:
+    """What a put of these ranges makes of KEPT, byte by byte; None where they make nothing."""
+    places = [at for offset, length in ranges if length <= len(KEPT) for at in range(offset, offset + length)]
+    right = all(0 < length <= len(KEPT) for _, length in ranges) and places == sorted(set(places))
+    if not right or len(places) != len(sent) or any(at >= len(KEPT) for at in places):
+        return None
+    made = bytearray(KEPT)
+    for at, byte in zip(places, sent, strict=True):
+        made[at] = byte
+    return bytes(made)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tables(), st.integers(-1, 1), st.booleans())
+def test_any_table_that_a_holder_of_the_secret_signs_is_followed_or_refused(
+    world: World, ranges: list[tuple[int, int]], off: int, waits: bool
+) -> None:
+    server = _one_server(world)
+    size = min(len(KEPT), max(0, sum(length for _, length in ranges if length <= len(KEPT)) + off))
+    sent = bytes(range(200, 200 + size))
+    wanted = meant(ranges, sent)
+    base = Base(key="kept", version=1, size_bytes=len(KEPT), ranges=len(ranges))
+    with RawPeer(server) as peer:
+        table = struct.pack(f">{2 * len(ranges)}Q", *(number for one in ranges for number in one))
+        request = peer.request(verb="PUT", key="made", body_bytes=len(table + sent), waits=waits, base=base)
+        peer.send(peer.put_bytes(request, table + sent))
+        if waits:
+            assert peer.channel.read_head() == CONTINUE
+        said = peer.hear()
+        assert said is not None
+        assert said.status == (400 if wanted is None else 201)
+        if wanted is not None:
+            with server.vault.reading("made") as held:
+                assert held.view == wanted
+        server.vault.delete("made")
+    with server.vault.reading("kept") as held:
+        assert held.view == KEPT
+    until(lambda: server.vault.stats().coming_bytes == 0)
 
 
 def test_requests_in_one_packet_are_answered_in_order(world: World) -> None:
@@ -285,7 +354,7 @@ def test_crowds_of_liars_take_no_more_memory_than_is_stated(world: World) -> Non
     tracemalloc.start()
     peers = [RawPeer(server) for _ in range(guests)]
     for number, peer in enumerate(peers):
-        match number % 4:
+        match number % 5:
             case 0:
                 peer.send(b"GET /o/a HTTP/1.1\r\n" + b"a" * (HEAD_BYTES_MAX - 100))
             case 1:
@@ -294,6 +363,11 @@ def test_crowds_of_liars_take_no_more_memory_than_is_stated(world: World) -> Non
                 peer.send(
                     peer.sign(peer.request(verb="PUT", key=f"x/{number}", body_bytes=1 << 20, waits=True).spell("t"))
                 )
+            case 3:  # a table that never ends, of a body that would fit
+                base = Base(key="kept", version=1, size_bytes=len(KEPT), ranges=RANGES_MAX)
+                size = base.table_bytes + len(KEPT)
+                head = peer.request(verb="PUT", key=f"x/{number}", body_bytes=size, waits=True, base=base).spell("t")
+                peer.send(peer.sign(head) + bytes(base.table_bytes - 1))
             case _:
                 peer.send(peer.sign(peer.request(verb="LIST", key="").spell("t")) * 3)
         assert server.vault.stats().held_bytes <= BUDGET_BYTES

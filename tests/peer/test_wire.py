@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ckpt.backends.keys import is_key
 from ckpt.peer.auth import mac
+from ckpt.peer.changed import RANGES_MAX
 from ckpt.peer.wire import (
     FIELDS_MAX,
     HEAD_BYTES_MAX,
@@ -22,7 +23,7 @@ from ckpt.peer.wire import (
     unsigned,
     with_mac,
 )
-from ckpt.peer.words import Answer, Hello, Request, Verb, Welcome, refusal_unsigned
+from ckpt.peer.words import Answer, Base, Hello, Request, Verb, Welcome, refusal_unsigned
 from ckpt.testing.contract import ODD_KEYS
 
 KEY = bytes(32)
@@ -34,12 +35,21 @@ LENGTHS = st.integers(0, 1 << 50)
 
 
 @st.composite
+def based(draw: st.DrawFn, put: Request) -> Request:
+    ranges, sent_bytes = draw(st.integers(0, RANGES_MAX)), draw(LENGTHS)
+    size = sent_bytes + draw(LENGTHS)
+    base = Base(key=draw(KEYS), version=draw(NUMBERS), size_bytes=size, ranges=ranges)
+    return replace(put, base=base, body_bytes=base.table_bytes + sent_bytes)
+
+
+@st.composite
 def requests(draw: st.DrawFn) -> Request:
     verb: Verb = draw(st.sampled_from(("PUT", "GET", "HEAD", "LIST", "DELETE")))
     one = Request(verb=verb, key=draw(KEYS), boot=draw(NONCES), epoch=draw(NUMBERS), counter=draw(NUMBERS))
     match verb:
         case "PUT":
-            return replace(one, body_bytes=draw(LENGTHS), create_only=draw(st.booleans()), waits=draw(st.booleans()))
+            put = replace(one, body_bytes=draw(LENGTHS), create_only=draw(st.booleans()), waits=draw(st.booleans()))
+            return draw(st.just(put) | based(put))
         case "GET":
             return replace(one, span=(draw(LENGTHS), draw(LENGTHS) + 1))
         case "LIST":
@@ -50,7 +60,7 @@ def requests(draw: st.DrawFn) -> Request:
 
 ANSWERS = st.builds(
     Answer,
-    status=st.sampled_from((200, 201, 204, 206, 400, 401, 403, 404, 409, 412, 413, 416, 421, 503, 507)),
+    status=st.sampled_from((200, 201, 204, 206, 400, 401, 403, 404, 409, 412, 413, 416, 421, 424, 503, 507)),
     boot=NONCES,
     epoch=NUMBERS,
     counter=NUMBERS,
@@ -146,6 +156,31 @@ def test_another_spelling_is_malformed(old: str, new: str) -> None:
         Request.of(parse_head(spoiled))
 
 
+BASED = PUT + "ckpt-base: /o/b\r\nckpt-base-version: 3\r\nckpt-size: 30\r\nckpt-ranges: 0\r\n"
+
+
+def test_a_base_is_read_with_all_that_belongs_to_it() -> None:
+    found = Request.of(parse_head(BASED.encode()))
+    assert found.base == Base(key="b", version=3, size_bytes=30, ranges=0)
+    assert (found.body_bytes, found.object_bytes) == (4, 30)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("ckpt-base: /o/b\r\n", ""), ("ckpt-base-version: 3\r\n", ""), ("ckpt-size: 30\r\n", ""),
+        ("ckpt-ranges: 0\r\n", ""), ("/o/b", "b"), ("/o/b", "/o/"), ("/o/b", "/o/%62"), ("/o/b", "/o/../b"),
+        ("version: 3", "version: 03"), ("size: 30", "size: 3"), ("ranges: 0", "ranges: 1"), ("ranges: 0", "ranges: -1"),
+        ("PUT", "GET"), ("PUT", "DELETE"), ("PUT", "HEAD"),
+    ],
+)  # fmt: skip
+def test_a_base_in_another_spelling_or_in_parts_is_malformed(old: str, new: str) -> None:
+    spoiled = BASED.replace(old, new, 1).encode()
+    assert spoiled != BASED.encode()
+    with pytest.raises(MalformedError):
+        Request.of(parse_head(spoiled))
+
+
 @pytest.mark.parametrize(
     "span", ["bytes=1-0", "bytes=-5", "bytes=5-", "bytes=0-1,3-4", "lines=0-1", "bytes=0-1000000000000000000"]
 )
@@ -166,8 +201,10 @@ def test_a_head_has_bounds() -> None:
 def test_every_key_fits_a_head() -> None:
     for key in ("\U0001f600" * 63 + "/" + "\U0001f600" * 63, "é/" * 128 + "é" * 60):
         assert is_key(key)
-        head = Request(verb="PUT", key=key, boot=BOOT, epoch=1, counter=1, body_bytes=1).spell("h")
-        assert len(with_mac(head, KEY)) < HEAD_BYTES_MAX // 2
+        put = Request(verb="PUT", key=key, boot=BOOT, epoch=1, counter=1, body_bytes=1)
+        assert len(with_mac(put.spell("h"), KEY)) < HEAD_BYTES_MAX // 2
+        base = Base(key=key, version=1, size_bytes=1, ranges=0)
+        assert len(with_mac(replace(put, base=base).spell("h"), KEY)) < HEAD_BYTES_MAX // 2
 
 
 def test_a_mac_is_taken_only_from_the_last_line() -> None:
