@@ -58,7 +58,10 @@ def measure(size: str, rounds: int, jobs: int, out: Path) -> dict[str, Any]:
     taken: dict[int, list[dict[str, Any]]] = {0: [], 1: []}
     for number in range(jobs):
         for mirrors in (0, 1) if number % 2 == 0 else (1, 0):
-            taken[mirrors].append(one_job(size, rounds, mirrors, out))
+            one = one_job(size, rounds, mirrors, out)
+            cost_s = statistics.median(one["with_s"]) - statistics.median(one["without_s"])
+            print(f"{number + 1}/{jobs} {size}, mirrors {mirrors}: {cost_s * 1e3:.2f} ms more a step")
+            taken[mirrors].append(one)
     return {"state_bytes": taken[0][0]["state_bytes"], "staged": summed(taken[0]), "mirrored": summed(taken[1])}
 
 

@@ -51,7 +51,7 @@ def test_death_of_a_trainer_costs_steps_of_no_other_node(made: Callable[..., Clu
         one.start(*ARGUMENTS)
     one.wait_steps(KILL_AT)
     os.kill(one.job.trainer(1), signal.SIGKILL)
-    assert set(one.wait_end().values()) == {0}, one.output()
+    assert set(one.wait_end(hurry=True).values()) == {0}, one.output()
     check_equal(one, undisturbed)
     assert redone(one) <= REDONE_MAX, one.output()
     one.wait_gone()
@@ -69,7 +69,7 @@ def test_standby_takes_over_from_a_node_that_is_killed_with_all_that_is_on_it(
     one.wait_steps(KILL_AT)
     lost = one.of_rank(rank)
     lost.kill()
-    ends = one.wait_end()
+    ends = one.wait_end(hurry=True)
     assert {status for name, status in ends.items() if name != lost.name} == {0}, one.output()
     check_equal(one, undisturbed)
     assert redone(one) <= REDONE_MAX, one.output()
@@ -98,7 +98,7 @@ def test_prepared_trainer_of_a_standby_goes_on_in_the_place_of_the_lost_one(
     (ahead,) = ran_ahead()
     one.wait_steps(KILL_AT)
     lost.kill()
-    ends = one.wait_end()
+    ends = one.wait_end(hurry=True)
     assert {status for name, status in ends.items() if name != lost.name} == {0}, one.output()
     check_equal(one, undisturbed)
     assert redone(one) <= REDONE_MAX, one.output()
@@ -143,7 +143,7 @@ def test_standby_has_the_state_of_the_only_node_and_goes_on_from_its_own_memory(
     assert one.nodes_of(standby)[-1]["here"] and not one.ended()
     one.wait_steps(one.job.completed + 10)
     lost.kill()
-    assert one.wait_end()[standby.name] == 0, one.output()
+    assert one.wait_end(hurry=True)[standby.name] == 0, one.output()
     assert one.job.losses[0].poll().redone <= REDONE_MAX, one.output()
     assert "other nodes too; for" in one.output(), "how long it was exposed"
     one.wait_gone()
@@ -163,7 +163,7 @@ def test_two_nodes_lost_at_once_cost_steps_of_no_other_node_with_two_mirrors(mad
         machine.stop()
     for machine in lost:
         machine.kill()
-    ends = one.wait_end(240.0)
+    ends = one.wait_end(240.0, hurry=True)
     assert {status for name, status in ends.items() if name not in {machine.name for machine in lost}} == {0}
     assert sorted(one.job.losses[0].poll().of_step) == list(range(STEPS * 2)), one.output()
     assert one.job.losses[0].poll().redone <= 2 * REDONE_MAX, one.output()
@@ -184,8 +184,11 @@ def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_l
     one.wait_steps(one.job.completed + 20)
     store = ckpt.Checkpointer(str(one.results / "store"))
     wait_for(lambda: store.latest() is not None, "a durable snapshot", say=one.output)
-    for rank in (1, 2):
-        one.of_rank(rank).kill()
+    lost = [one.of_rank(rank) for rank in (1, 2)]
+    for machine in lost:  # both at one moment: the loss of one has the other's trainer end
+        machine.stop()
+    for machine in lost:
+        machine.kill()
     ends = one.wait_end()
     assert sorted(ends.values()) == [-signal.SIGKILL, -signal.SIGKILL, 0], one.output()
     assert re.search(r"is not whole in memory: nobody has the share of", one.output())

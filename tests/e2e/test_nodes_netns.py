@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import differences, wait_for
+from jobs import SOAK, differences, wait_for
 from machines import TTL_S, calm, cluster
 from networks import Network, network
 
@@ -57,7 +57,7 @@ def where(lan: Network, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1] if SOAK else [0])
 def test_node_that_is_cut_off_stops_and_its_ranks_go_on_elsewhere_until_it_is_back(
     lan: Network, where: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, rank: int
 ) -> None:

@@ -42,7 +42,7 @@ def test_state_of_a_killed_node_comes_from_a_mirror_over_tls(
         one.wait_steps(KILL_AT)
         lost = one.of_rank(1)
         lost.kill()
-        ends = one.wait_end()
+        ends = one.wait_end(hurry=True)
         assert {status for name, status in ends.items() if name != lost.name} == {0}, one.output()
         assert differences(undisturbed, one.job, world_size=2) == [], one.output()
         assert one.job.losses[0].poll().redone <= REDONE_MAX, one.output()
