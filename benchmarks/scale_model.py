@@ -16,9 +16,9 @@ from scale_sizes import size_text, time_text
 from ckpt.elastic.rendezvous_agent import LOOK_S as AGENT_LOOK_S
 from ckpt.fleet.cable import FRAME_BYTES_MAX
 from ckpt.fleet.lines import BEAT_S
-from ckpt.fleet.node import LOOK_S
+from ckpt.fleet.node import VIEW_S
 from ckpt.fleet.reach import MESH_MAX
-from ckpt.keeper.nodes import STANDING_S
+from ckpt.keeper.nodes_progress import STANDING_S
 from ckpt.manifest.manifest import MANIFEST_BYTES_MAX
 from ckpt.membership.values import EPOCH_BYTES_MAX
 from ckpt.persist.channel import POLL_LAST_S, STOP_LOOK_S
@@ -103,8 +103,8 @@ ROWS = (
     Row("etcd: writes when all join", "grant, put; keepers and agents", lambda n, _: 4 * n, count_text),
     Row("etcd: epoch record", "values.encode_epoch", lambda n, _: n * PLACE_BYTES, bytes_text),
     Row(
-        "etcd: reads of keepers, nothing happening", "fleet/node.py: all, each LOOK_S",
-        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / LOOK_S, flow_text,
+        "etcd: reads of keepers, nothing happening", "fleet/node.py: all, each VIEW_S",
+        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / VIEW_S, flow_text,
     ),
     Row(
         "etcd: reads of agents, nothing happening", "rendezvous_agent.py: all, each LOOK_S",
@@ -114,7 +114,7 @@ ROWS = (
     Row("lines: of any other node", "fleet/reach.py", lambda n, _: lines(n, centre=False), count_text),
     Row("rank 0's node: beats", "2 a line and BEAT_S", lambda n, _: 2 * n / BEAT_S * WORD_S, cores_text),
     Row(
-        "rank 0's node: standings", "keeper/nodes.py, 1 in and 1 out a step, in 3 rounds",
+        "rank 0's node: standings", "keeper/nodes_progress.py, 1 in and 1 out a step, in 3 rounds",
         lambda n, step_s: n * steps_a_s(step_s) * (2 * WORD_S + 3 * STANDING_S_A_NODE), cores_text,
     ),
     Row(

@@ -30,7 +30,9 @@ from ckpt.membership.values import Holdings, NodeInfo, View, encode_holdings
 from ckpt.observe.events import Event, Tell
 
 LOOK_S = 1.0
-"""How often the membership is looked at when nothing seems to happen."""
+"""How often time alone may have changed what follows."""
+VIEW_S = 5.0
+"""How often the membership is read where nothing is said to have changed: each of N nodes reads of all N."""
 RETRY_S = 0.2
 CLOSE_WAIT_S = 60.0
 """How long leaving waits for a call to the membership that is on its way."""
@@ -166,7 +168,7 @@ class Node:
                     raise FencedError(f"this node is no member any more. node={me.node}")
                 self._said = ""
                 self._see(view, me)
-                self._member.wait_change(view.revision, timeout_s=LOOK_S)
+                self._wait_change(view)
             except FencedError as error:
                 self._lose(str(error), me)
             except CkptError as error:
@@ -175,6 +177,13 @@ class Node:
             except Exception as error:  # noqa: BLE001  a thread's border
                 self._say_once("membership-failed", f"{InternalError(f'the membership failed. cause={error!r}')}")
                 self._pause(LOOK_S)
+
+    def _wait_change(self, view: View) -> None:
+        """Until the membership is to be read again."""
+        until_s = time.monotonic() + VIEW_S
+        while not (self._done or self._rejoin or self._member.wait_change(view.revision, timeout_s=LOOK_S)):
+            if time.monotonic() >= until_s:
+                return
 
     def _join(self) -> NodeInfo:
         if self._lines is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import etcd3
 import grpc
@@ -65,12 +66,15 @@ class EtcdWatch:
         while not self.stopping.is_set():
             number = self._calls.number
             try:
-                self._stream = _Stream(self, self._calls.client(number))
+                self._stream = _Stream(self, self._calls.client(number), partial(self._uses, number))
                 self._stream.read()
             except (grpc.RpcError, etcd3.exceptions.Etcd3Exception, CkptError):
                 # Whatever it was, nothing is missed: the next stream begins where this one ended.
                 self._calls.failed(number)
             self.stopping.wait(PAUSE_S)
+
+    def _uses(self, number: int) -> bool:
+        return self._calls.number == number
 
     def heard(self, response: etcdrpc.WatchResponse) -> bool:
         """Count what a stream says; False: it has to begin anew."""
@@ -104,10 +108,14 @@ class EtcdWatch:
 
 
 class _Stream:
-    """One stream to one endpoint."""
+    """One stream to one endpoint, as long as calls go there too (``used``).
 
-    def __init__(self, watch: EtcdWatch, client: etcd3.MultiEndpointEtcd3Client) -> None:
+    A member that is cut off from the others goes on to answer that nothing changes; calls are refused there, and go elsewhere.
+    """
+
+    def __init__(self, watch: EtcdWatch, client: etcd3.MultiEndpointEtcd3Client, used: Callable[[], bool]) -> None:
         self._watch = watch
+        self._used = used
         self._ended = threading.Event()
         self._heard_s = time.monotonic()
         self._call = etcdrpc.WatchStub(client.channel).Watch(
@@ -135,7 +143,8 @@ class _Stream:
         for keys in watch.ranges:
             yield etcd_words.watch_request(watch.root, keys, first)
         while not self._ended.wait(watch.beat_s):
-            if watch.stopping.is_set() or time.monotonic() > self._heard_s + 2 * watch.beat_s:
+            silent = time.monotonic() > self._heard_s + 2 * watch.beat_s
+            if watch.stopping.is_set() or silent or not self._used():
                 self._call.cancel()
                 return
             yield etcd_words.progress_request()

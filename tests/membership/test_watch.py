@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import grpc
 import pytest
 from etcd3 import etcdrpc
 
@@ -75,3 +78,52 @@ def test_a_member_that_lags_is_waited_for_and_a_new_cluster_is_noticed(watch: Et
 def test_a_cancelled_watch_begins_anew(watch: EtcdWatch) -> None:
     assert not watch.heard(said(101, canceled=True))
     assert not watch.wait(100, timeout_s=0)
+
+
+class Streams:
+    """In the place of etcd's watches: streams that live, say nothing, and note what they are asked."""
+
+    def __init__(self, channel: str) -> None:
+        self._channel = channel
+        self._ended = threading.Event()
+
+    def Watch(self, requests: Iterator[etcdrpc.WatchRequest], **_: object) -> Streams:  # noqa: N802  grpc's name
+        OPENED.append(self._channel)
+        threading.Thread(target=lambda: list(requests), daemon=True).start()
+        return self
+
+    def __iter__(self) -> Iterator[etcdrpc.WatchResponse]:
+        while not self._ended.wait(0.01):
+            yield said(101)  # it lives, and nothing changes
+        raise grpc.RpcError
+
+    def cancel(self) -> None:
+        self._ended.set()
+
+
+OPENED: list[str] = []
+
+
+class TwoEndpoints(EtcdCalls):
+    """Clients that are only told apart."""
+
+    def client(self, number: int) -> object:  # type: ignore[override]
+        return SimpleNamespace(channel=f"endpoint {number}", call_credentials=None, metadata=None)
+
+
+def test_watch_follows_where_calls_go_though_its_stream_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcdrpc, "WatchStub", Streams)
+    OPENED.clear()
+    calls = TwoEndpoints(EtcdOptions(endpoints=("h:1", "h:2")))
+    made = EtcdWatch(calls, "/ckpt/j/", (Keys("a"),), after=100, beat_s=0.05)
+    try:
+        assert not made.wait(100, timeout_s=1.0)
+        assert OPENED == ["endpoint 0"]
+        calls.failed(0)  # a call was refused there: that member is cut off from the others
+        for _ in range(500):
+            if len(OPENED) > 1:
+                break
+            made.wait(100, timeout_s=0.02)
+        assert OPENED == ["endpoint 0", "endpoint 1"]
+    finally:
+        made.close()
