@@ -1,10 +1,10 @@
-"""What mirroring costs the steps: a GPT trained on two nodes, each step staged, and mirrored on the other node or not.
+"""What mirroring costs the steps: a GPT trained on two nodes, staged, and mirrored on the other node or not.
 
     python benchmarks/mirror_overhead.py              some ten minutes: three sizes
     python benchmarks/mirror_overhead.py --quick      a smoke test: the smallest size, few steps; no figures to quote
 
 Two nodes of one rank on this machine, which meet in a file. In each job (``stage_overhead_loop.py``) two equal models take
-turns, one staged after every step and one never; jobs with mirrors and without take turns as well. So both costs are measured
+turns, one staged as often as several nodes do (every third step) and one never; jobs with mirrors and without take turns as well. So both costs are measured
 against bare steps of the same minute: what staging costs, and what staging and mirroring cost together. Where both nodes share
 two cores with both trainers and the loopback's copying this is the worst case. Writes bench-out/mirror_overhead.json.
 """
@@ -95,13 +95,13 @@ def summed(jobs: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def print_table(document: dict[str, Any]) -> None:
     table = Table(
-        title=f"mirroring after every step on one other node, {document['nodes']} nodes of one rank on one machine; medians",
+        title=f"mirroring what is staged on one other node, {document['nodes']} nodes of one rank on one machine; medians",
         caption="  ".join(f"{name} {value}" for name, value in document["machine"].items()),
     )
     table.add_column("model", no_wrap=True)
     for title in (
         "a node stages MiB", "bare step ms", "staged, ms more", "staged and mirrored, ms more", "mirroring alone, ms",
-        "of the step", "the same by means", "of staged steps mirrored",
+        "of the step", "the same by means", "of staged bytes mirrored",
     ):  # fmt: skip
         table.add_column(title, justify="right")
     for size, found in document["sizes"].items():

@@ -99,7 +99,7 @@ def alternate(staging: Trainer, bare: Trainer) -> None:
         times = {
             "state_bytes": staging.state_bytes, "with_s": staging.step_s, "without_s": bare.step_s,
             "boundary_s": staging.boundary_s, "bare_boundary_s": bare.boundary_s, "mirror_bytes": report["mirror_bytes"],
-            "staged_bytes": staging.completed * staging.state_bytes // staging.run.world_size,
+            "staged_bytes": report["ranks"][0]["staged"] * staging.state_bytes // staging.run.world_size,
         }  # fmt: skip
         (FOLDER / "times.json").write_text(json.dumps(times))
 
