@@ -33,8 +33,9 @@ fast: $(STAMP)
 
 check: lint types contracts fast
 
+# Three processes for two cores: many tests wait, for a lease to run out or a server to come back.
 test: lint types contracts
-	$(BIN)/pytest -q -n 2 --dist worksteal
+	$(BIN)/pytest -q -n 3 --dist worksteal
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py

@@ -4,9 +4,10 @@
     python benchmarks/mirror_overhead.py --quick      a smoke test: the smallest size, few steps; no figures to quote
 
 Two nodes of one rank on this machine, which meet in a file. In each job (``stage_overhead_loop.py``) two equal models take
-turns, one staged as often as several nodes do (every third step) and one never; jobs with mirrors and without take turns as well. So both costs are measured
-against bare steps of the same minute: what staging costs, and what staging and mirroring cost together. Where both nodes share
-two cores with both trainers and the loopback's copying this is the worst case. Writes bench-out/mirror_overhead.json.
+turns, one staged as often as several nodes do (every third step) and one never; jobs with mirrors and without take turns as
+well. So both costs are measured against bare steps of the same minute: what staging costs, and what staging and mirroring cost
+together. Where both nodes share two cores with both trainers and the loopback's copying this is the worst case. Writes
+bench-out/mirror_overhead.json.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ is an exception that no code catches. What must hold after every action is in ``
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from ckpt.manifest import keys
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.manifest.records import Commit, Open, decode_record
 from ckpt.values import SnapshotId
+
+SOAK = os.environ.get("CKPT_SOAK") == "1"
 
 WRITERS = 3
 DEPTH_MAX = 3
@@ -268,6 +271,6 @@ def test_the_log_keeps_its_promises_whatever_dies_or_is_lost(seed: int) -> None:
 
 @pytest.mark.slow
 def test_the_log_keeps_its_promises_over_many_seeds() -> None:
-    worlds = [run(seed, 40) for seed in range(120)]
+    worlds = [run(seed, 40) for seed in range(600 if SOAK else 60)]
     assert sum(len(world.committed) for world in worlds) > 400, "the runs get somewhere"
     assert sum(writer.lives - 1 for world in worlds for writer in world.writers) > 100, "deaths happen"

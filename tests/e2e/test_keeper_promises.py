@@ -61,7 +61,7 @@ def test_what_save_async_took_becomes_durable_though_the_process_is_killed_right
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2] if SOAK else [2])
 def test_preempted_program_is_durable_at_the_step_it_stopped_at_and_goes_on_from_there(
     fleet: Fleet, world_size: int
 ) -> None:
@@ -138,7 +138,7 @@ def test_two_jobs_on_one_machine_do_not_disturb_each_other(fleet: Fleet) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2] if SOAK else [2])
 def test_same_exception_at_the_same_step_twice_in_a_row_ends_the_job_with_its_traceback(
     fleet: Fleet, world_size: int
 ) -> None:

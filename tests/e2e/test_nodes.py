@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from jobs import differences, wait_for
+from jobs import SOAK, differences, wait_for
 from machines import TTL_S, Cluster, calm, cluster
 
 import ckpt
@@ -59,7 +59,7 @@ def test_death_of_a_trainer_costs_steps_of_no_other_node(made: Callable[..., Clu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1] if SOAK else [0])
 def test_standby_takes_over_from_a_node_that_is_killed_with_all_that_is_on_it(
     made: Callable[..., Cluster], undisturbed, rank: int
 ) -> None:
