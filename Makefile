@@ -33,7 +33,7 @@ fast: $(STAMP)
 
 check: lint types contracts fast
 
-# Three processes for two cores: many tests wait, for a lease to run out or a server to come back.
+# More processes than small machines have cores: many tests wait, for a lease to run out or a server to come back.
 test: lint types contracts
 	$(BIN)/pytest -q -n 3 --dist worksteal
 

@@ -47,7 +47,7 @@ class Lifeline:
     def time_left_s(self) -> float | None:
         """For how long trainers of this node may still act; None: for ever. After that others may have their ranks.
 
-        The keeper of one node among several tells it through memory, on and on; one that hangs tells nothing any more.
+        The keeper of one node among several tells it through memory, on and on; one that stands still tells nothing any more.
         """
         until_ns = self._holdings.act_until_ns
         return (until_ns - now_ns()) / 1e9 if until_ns else None

@@ -111,7 +111,8 @@ class Supervisor:
 
     def _patience_ms(self) -> int | None:
         patience_ms = self._patience_for_ends_ms()
-        left_s = self._keeper.time_left_s() if self._live is not None else None
+        watched = self._live is not None and self._live.attempt != self._overdue
+        left_s = self._keeper.time_left_s() if watched else None
         if left_s is None:
             return patience_ms
         left_ms = min(CLOCK_LOOK_MS, max(1, int(left_s * 1000)))
@@ -237,7 +238,7 @@ class Supervisor:
             self._live.signal(signal.SIGCONT, group=True)
 
     def _look_at_clock(self) -> None:
-        """With several nodes: stop before others may have been given this node's ranks, whether its keeper is well or hangs."""
+        """With several nodes: stop before others may have been given this node's ranks, keeper or none."""
         live = self._live
         if live is None or self._may_act() or live.status is not None or live.attempt == self._overdue:
             return

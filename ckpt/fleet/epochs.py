@@ -16,7 +16,7 @@ from ckpt.membership.values import EpochRecord, NodeInfo, View
 class Epochs:
     """See the module. ``meeting`` says where the trainers of an epoch shall meet, ``say`` says something to another node.
 
-    ``see`` is for one thread; the rest is thread-safe.
+    ``see`` and ``tell`` are for one thread; the rest is thread-safe.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Epochs:
             self._say(node, meet)
 
     def see(self, view: View, me: NodeInfo, *, joined_at: int, began_at: int) -> bool:
-        """Tell of the view's epoch where it is new, or has other standbys; whether it was told now.
+        """Look at the view's epoch, and tell of other standbys. True: it is new, and ``tell`` is due.
 
         This node joined at revision ``joined_at``, the first time at ``began_at``: an epoch from before is not its own, but a
         job's end concerns whoever was in it.

@@ -110,7 +110,7 @@ def _next(view: View, record: EpochRecord, found: Note, why: str, remove: tuple[
     era = (note_of(view).era or old.number) if same and old is not None else record.number
     note = Note(
         why=why, fingerprint=found.fingerprint, step=found.step, same=found.same, stuck=found.stuck,
-        completed=found.completed, end=found.end, era=era,
+        completed=found.completed, overdue=found.overdue, end=found.end, era=era,
     )  # fmt: skip
     return Next(record, note, remove)
 

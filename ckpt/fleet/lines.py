@@ -76,6 +76,8 @@ class _Wanted:
     address: str
     doubtful: bool = True
     """Nobody has answered at its address yet, or since its line broke."""
+    reached: bool = False
+    """It was called there, and answered."""
     due_s: float = 0.0
     pause_s: float = RETRY_FIRST_S
 
@@ -133,6 +135,7 @@ class Lines:
                 else self._new(node, address)
                 for node, address in mine.items()
             }
+        self._places.want(set(mine.values()))
         self._wake()
 
     def _new(self, node: str, address: str) -> _Wanted:
@@ -218,7 +221,11 @@ class Lines:
             return  # the thread is woken when its name is found
         one.wait(now_s)
         host, _ = split(one.address)
-        sock = socket.socket(place.family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(place.family, socket.SOCK_STREAM)
+        except OSError as error:  # no descriptor is left, or the system has no such addresses
+            self._heard.down(node, why_of(error))
+            return
         sock.setblocking(False)
         cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES), dials=node)
         line = _Line(sock, cable, dialled=True, since_s=now_s, probes=node < self._node, connecting=True)
@@ -296,17 +303,18 @@ class Lines:
         with self._lock:
             old = self._up.get(peer)
             self._up[peer] = line
-        self._settle(peer)
+        self._settle(peer, called=line.dialled)
         if old is not None:  # the other end lost it, and we have not noticed
             self._drop(old, "the node called again")
         line.said_s = line.heard_s
         self._heard.up(peer)
 
-    def _settle(self, peer: str) -> None:
-        """Somebody listens where that node is."""
+    def _settle(self, peer: str, *, called: bool) -> None:
+        """That node is there."""
         with self._lock:
             if peer in self._wanted:
                 one = self._wanted[peer]
+                one.reached |= called
                 one.doubtful, one.pause_s, one.due_s = False, RETRY_FIRST_S, 0.0
 
     def _refuse(self, line: _Line, error: CkptError) -> None:
@@ -365,8 +373,7 @@ class Lines:
         self._selector.unregister(line.sock)
         line.sock.close()
         peer = line.cable.peer
-        if line.connecting and not why.startswith("refused") and peer in self._wanted:
-            self._places.forget(self._wanted[peer].address)  # its name may lead elsewhere by now
+        self._doubt_place(line)
         with self._lock:
             current = self._up.get(peer) is line
             if current:
@@ -375,6 +382,13 @@ class Lines:
                     self._wanted[peer].doubtful, self._wanted[peer].due_s = True, 0.0
         if not quiet and (current or (line.dialled and not line.cable.up)):
             self._heard.down(peer, why)
+
+    def _doubt_place(self, line: _Line) -> None:
+        """After a call that failed, its node's name is resolved anew, unless the node is known to have been there."""
+        with self._lock:
+            one = self._wanted.get(line.cable.peer)
+        if one is not None and line.dialled and not line.cable.up and not one.reached:
+            self._places.forget(one.address)
 
     def _drain_wake(self) -> None:
         try:

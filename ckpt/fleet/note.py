@@ -13,8 +13,9 @@ NOTE_CHARS_MAX = 4000
 class Note(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """``why`` the epoch came, for people.
 
-    ``fingerprint``, ``step``, ``same``, ``stuck``, ``completed``: see ``keeper.verdict.Record``. ``end``: all nodes leave with
-    that status. ``era``: the first epoch with the same nodes in the same places; what their keepers do together goes on within.
+    ``fingerprint``, ``step``, ``same``, ``stuck``, ``completed``, ``overdue``: see ``keeper.verdict.Record``. ``end``: all
+    nodes leave with that status. ``era``: the first epoch with the same nodes in the same places; what their keepers do
+    together goes on within.
     """
 
     why: str = ""
@@ -23,6 +24,7 @@ class Note(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     same: int = 0
     stuck: int = 0
     completed: int = -1
+    overdue: int = 0
     end: int | None = None
     era: int = 0
 

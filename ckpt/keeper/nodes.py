@@ -275,9 +275,12 @@ class Nodes:
         if before is not None and before.number > epoch.number:
             return
         self.epoch = epoch
+        if before is None or before.me != epoch.me:
+            self._out = False  # it joined anew
         if before is None or (before.number, before.me) != (epoch.number, epoch.me):
             self.memory.see(epoch)
             self.standbys.see()
+        self.memory.see_members(epoch)
         self._stand_by()
 
     def _lost(self, why: str) -> None:

@@ -121,7 +121,7 @@ def _judged(
         for node, one in failures.items()
     }
     completed = max(known.completed, *[one.completed for one in failures.values()], -1)
-    record = Record(note.fingerprint, note.step, note.same, note.stuck, note.completed)
+    record = Record(note.fingerprint, note.step, note.same, note.stuck, note.completed, note.overdue)
     match judge(Trouble(told, known.lost, known.ended, completed), record, policy, now_s):
         case Again(after, text):
             return Verdict(_note(after, text))
@@ -136,7 +136,7 @@ def _judged(
 def _note(record: Record, text: str, *, end: int | None = None) -> Note:
     return Note(
         why=text, fingerprint=record.fingerprint, step=record.step, same=record.same, stuck=record.stuck,
-        completed=record.completed, end=end,
+        completed=record.completed, overdue=record.overdue, end=end,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from ckpt.keeper.roster_words import Failure
-from ckpt.keeper.verdict import ECHO_S, Record, after_failure, cause_of, judged
+from ckpt.keeper.verdict import ECHO_S, Record, after_failure, after_overdue, cause_of, judged
 from ckpt.link.policy import Policy
 
 UNEXPLAINED = ("error", "cut")
@@ -74,7 +74,9 @@ def judge(trouble: Trouble, record: Record, policy: Policy, now_s: float) -> Jud
         cause = finals[0]
     elif cause.kind in UNEXPLAINED and now_s < cause.at_s + ECHO_S:
         return Later(cause.at_s + ECHO_S)
-    if _counts(cause, trouble):
+    if cause.kind == "overdue":
+        record = after_overdue(record, trouble.completed)
+    elif cause.kind != "node" or trouble.completed >= 0:  # else nobody could tell yet how far they were
         record = after_failure(record, trouble.completed)
     record, why = judged(record, cause, policy)
     if why is None and trouble.ended:
@@ -82,13 +84,6 @@ def judge(trouble: Trouble, record: Record, policy: Policy, now_s: float) -> Jud
     if why is None:
         return Again(record, cause.text)
     return End(_status(cause), why)
-
-
-def _counts(cause: Failure, trouble: Trouble) -> bool:
-    """Whether it may be held against the program that nothing new was completed before."""
-    if cause.kind == "node":
-        return trouble.completed >= 0  # else nobody could tell yet how far they were
-    return cause.kind != "overdue"
 
 
 def _lost(node: str, at_s: float) -> Failure:

@@ -84,6 +84,10 @@ class NodesMemory:
         if self._exposed_s is None:
             self._exposed_s = time.monotonic()
         self._lending.see_epoch(epoch.number)
+        self.see_members(epoch)
+
+    def see_members(self, epoch: Epoch) -> None:
+        """Nobody waits any more for nodes that are gone."""
         for address in self._peers.keys() - set(epoch.peers.values()):
             self._peers.pop(address).close()
 

@@ -12,7 +12,7 @@ class Failure:
     """Why an attempt ended. ``status``: the trainer's, 0: none died; ``text`` about a rank begins with ``rank N``.
 
     ``kind``: died, error, hang, supervisor, preempted, missing, cut, overdue (this node could not act for a while: no fault of
-    the program's, so it never counts against it), or elsewhere (on another node, which is judged there).
+    the program's), or elsewhere (on another node, which is judged there).
     """
 
     rank: int

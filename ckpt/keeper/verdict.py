@@ -11,16 +11,23 @@ from ckpt.link.policy import Policy
 ECHO_S = 1.0
 """An exception this soon before another trainer's death was told may come from that death."""
 
+OVERDUE_MAX = 20
+"""So often in a row nodes may not be able to act before one new step was completed: what starts there starves them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is remembered from failure to failure: how often the same error came, how often nothing was completed."""
+    """What is remembered from failure to failure: how often the same error came, how often nothing was completed.
+
+    ``overdue``: how often trainers were stopped because their node could not act, with nothing completed in between.
+    """
 
     fingerprint: str = ""
     step: int = -1
     same: int = 0
     stuck: int = 0
     completed: int = -1
+    overdue: int = 0
 
 
 def cause_of(failures: Sequence[Failure]) -> Failure | None:
@@ -36,7 +43,19 @@ def cause_of(failures: Sequence[Failure]) -> Failure | None:
 def after_failure(record: Record, completed: int) -> Record:
     """The record once an attempt failed that had completed so many steps (-1: none)."""
     moved = completed > record.completed
-    return replace(record, completed=max(completed, record.completed), stuck=0 if moved else record.stuck + 1)
+    completed = max(completed, record.completed)
+    return replace(
+        record, completed=completed, stuck=0 if moved else record.stuck + 1, overdue=0 if moved else record.overdue
+    )
+
+
+def after_overdue(record: Record, completed: int) -> Record:
+    """The same where its trainers were stopped because their node could not act: no failure of theirs."""
+    moved = completed > record.completed
+    completed = max(completed, record.completed)
+    return replace(
+        record, completed=completed, stuck=0 if moved else record.stuck, overdue=1 if moved else record.overdue + 1
+    )
 
 
 def judged(record: Record, failure: Failure, policy: Policy) -> tuple[Record, str | None]:
@@ -47,6 +66,8 @@ def judged(record: Record, failure: Failure, policy: Policy) -> tuple[Record, st
         return record, failure.text
     if failure.kind == "error" and record.same >= policy.same_error_max:
         return record, f"{failure.text}; the same error at the same step {record.same} times in a row: a bug, no fault"
+    if record.overdue >= OVERDUE_MAX:
+        return record, f"{failure.text}; {record.overdue} times without one new step completed: it starves its own node"
     if record.stuck >= policy.stuck_max:
         return record, f"{failure.text}; {record.stuck} failures in a row without one new step completed"
     return record, None

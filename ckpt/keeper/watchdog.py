@@ -13,11 +13,14 @@ import threading
 from collections.abc import Callable
 
 LOOK_S = 1.0
-LOOKS_MAX = 180
-"""Longer than anything keeps a loop that will go on: to leave a membership that doesn't answer takes up to two minutes.
+LOOKS_MAX = 300
+"""Longer than anything keeps a loop that will go on: to leave a membership that doesn't answer takes up to three minutes.
 
 Looks count, not seconds: a machine that slept wakes well.
 """
+
+WRITE_S = 5.0
+"""How long its last words may take."""
 
 
 class Watchdog:
@@ -52,10 +55,15 @@ class Watchdog:
 
 
 def end_hung_process() -> None:
-    """Say where each thread stands, in the log, and be gone as if killed: nothing here can be trusted to end well."""
-    sys.stderr.write(
-        f"the keeper's loop has hung for some {LOOKS_MAX * LOOK_S:.0f} s; it ends, and its threads stood here:\n"
-    )
-    sys.stderr.flush()
-    faulthandler.dump_traceback(sys.stderr)
-    os.kill(os.getpid(), signal.SIGKILL)  # not abort: a core would hold all slots
+    """Say where each thread stands, in the log, and be gone as if killed: nothing here can be trusted to end well.
+
+    The loop may hang in writing that very log, so another one's clock runs that needs nothing of Python. A loop that hangs and
+    keeps the interpreter's lock is not found.
+    """
+    faulthandler.dump_traceback_later(WRITE_S, exit=True)
+    try:
+        text = f"the keeper's loop has hung for some {LOOKS_MAX * LOOK_S:.0f} s; it ends, and its threads stood here:\n"
+        os.write(sys.stderr.fileno(), text.encode())
+        faulthandler.dump_traceback(sys.stderr)
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)  # not abort: a core would hold all slots

@@ -119,7 +119,8 @@ class JobFolder:
     def entered(self) -> Iterator[None]:
         """Make the folder where it is missing; nobody sweeps it meanwhile."""
         for _ in range(TRIES_MAX):
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # swept between two looks; a file in its place is found below
+                self.path.mkdir(mode=0o700, exist_ok=True)
             with _opened(self.path) as fd:
                 if fd is None:
                     continue

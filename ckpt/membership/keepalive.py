@@ -23,12 +23,13 @@ _JOIN_S = 30.0
 class Keepalive:
     """See the module. ``clock`` is CLOCK_BOOTTIME in seconds. ``start`` makes the thread; without it, call ``round``.
 
-    ``acts`` is told, in the thread, until when the node may act, each time that this was prolonged.
+    ``acts`` is told, in the thread, until when the node may act, each time that this was prolonged; it is quick, and raises
+    nothing.
     """
 
     def __init__(
         self, keyspace: Keyspace, ticket: Ticket, lease: Lease, clock: Callable[[], float],
-        acts: Callable[[float], None] = lambda until_s: None,
+        *, acts: Callable[[float], None] = lambda until_s: None,
     ) -> None:  # fmt: skip
         self._keyspace = keyspace
         self._acts = acts
@@ -127,7 +128,7 @@ class Keepalive:
             self._acts(until_s)
 
     def _run(self) -> None:
-        self._acts(self._lease.act_until_s)
+        self._acts(self._lease.act_until_s)  # quick, and raises nothing: see Keepalive
         while not self._stopping.wait(max(_WAIT_S_MIN, self.due_s - self._clock())):
             sent_s = self._clock()
             try:

@@ -98,7 +98,7 @@ class KeyedMembership:
             if not lease_id:
                 self._keyspace.revoke(ticket.lease_id)
             raise
-        keepalive = Keepalive(self._keyspace, ticket, lease, self._clock, self._acts)
+        keepalive = Keepalive(self._keyspace, ticket, lease, self._clock, acts=self._acts)
         with self._lock:
             self._joined = (ticket, keepalive)
             self._suspected.clear()

@@ -66,6 +66,10 @@ class Channel:
         """Time that the other side isn't to blame for."""
         self._mark_s += seconds
 
+    def end(self) -> None:
+        """Break what waits here, from any thread."""
+        shut(self._socket)
+
     def close(self) -> None:
         """Idempotent."""
         self._socket.close()

@@ -174,6 +174,10 @@ class Connection:
         """Whether the server has neither ended it nor said anything unasked."""
         return self._channel.quiet()
 
+    def end(self) -> None:
+        """Break what is under way, from any thread; whoever uses it closes it."""
+        self._channel.end()
+
     def close(self) -> None:
         """Idempotent."""
         self._channel.close()

@@ -19,6 +19,7 @@ class _Own:
         self.pid = os.getpid()
         self.lock = threading.Lock()
         self.idle: list[Connection] = []
+        self.lent: set[Connection] = set()
         self.free = threading.BoundedSemaphore(connections_max)
 
 
@@ -51,6 +52,7 @@ class Pool:
             found = None if fresh else self._idle(own)
             connection = found or self._opener()
             try:
+                self._note_lent(own, connection)
                 yield connection, found is not None
             finally:
                 self._give_back(own, connection)
@@ -58,11 +60,13 @@ class Pool:
             own.free.release()
 
     def close(self) -> None:
-        """End what is idle; what is lent ends when it comes back. Idempotent."""
+        """End all connections: calls that are under way break. Idempotent."""
         self._closed = True
         own = self._mine()
         with own.lock:
             idle, own.idle = own.idle, []
+            for connection in own.lent:
+                connection.end()
         for connection in idle:
             connection.close()
 
@@ -83,9 +87,16 @@ class Pool:
                 return connection
             connection.close()
 
+    def _note_lent(self, own: _Own, connection: Connection) -> None:
+        with own.lock:
+            own.lent.add(connection)
+            if self._closed:  # since it was asked for
+                connection.end()
+
     def _give_back(self, own: _Own, connection: Connection) -> None:
         connection.rest()
         with own.lock:
+            own.lent.discard(connection)
             if connection.usable and not self._closed:
                 own.idle.append(connection)
                 return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import s3fs
-from s3_clients import HASTY, open_with, through
+from s3_clients import HASTY, ONCE, open_with, through
 from servers.proxy import FaultProxy
 from servers.rules import (
     Answer,
@@ -129,8 +129,9 @@ def test_one_failure_is_healed_by_repeating(make: Callable[..., World], fault: F
     ],
 )
 def test_refusal_is_the_error_that_its_handler_needs(
-    world: World, status: int, code: str, expected: type[CkptError]
+    make: Callable[..., World], status: int, code: str, expected: type[CkptError]
 ) -> None:
+    world = make(config_kwargs=ONCE)
     world.proxy.rule = always(Answer(status, code))
     with pytest.raises(expected) as caught:
         world.store.put("a", [BODY])

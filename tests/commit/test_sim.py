@@ -272,5 +272,5 @@ def test_the_log_keeps_its_promises_whatever_dies_or_is_lost(seed: int) -> None:
 @pytest.mark.slow
 def test_the_log_keeps_its_promises_over_many_seeds() -> None:
     worlds = [run(seed, 40) for seed in range(600 if SOAK else 60)]
-    assert sum(len(world.committed) for world in worlds) > 400, "the runs get somewhere"
-    assert sum(writer.lives - 1 for world in worlds for writer in world.writers) > 100, "deaths happen"
+    assert sum(len(world.committed) for world in worlds) > 3 * len(worlds), "the runs get somewhere"
+    assert sum(writer.lives - 1 for world in worlds for writer in world.writers) > len(worlds) // 2, "deaths happen"

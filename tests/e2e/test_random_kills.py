@@ -14,8 +14,8 @@ SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEED = os.environ.get("CKPT_SEED", "1")
 STEPS = 150
 KILLS_PLAIN = 4 if not SOAK else 100
-KILLS_RANKS = 5 if not SOAK else 50
-RUN_S_MAX = 120.0 if not SOAK else 1800.0
+KILLS_RANKS = 4 if not SOAK else 50
+RUN_S_MAX = 300.0 if not SOAK else 1800.0
 
 
 def run(command: list[str], folder: Path, *, kills: int, seed: str, steps: int) -> int:

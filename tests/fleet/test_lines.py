@@ -206,3 +206,20 @@ def test_name_server_that_hangs_for_one_node_holds_up_no_other(
     one.wait(
         lambda: any("nobody knows c.train" in why for name, why in one.downs if name == "c"), "why there is no line"
     )
+
+
+def test_name_that_led_elsewhere_is_resolved_anew_though_somebody_refused_there(
+    node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        elsewhere = gone.getsockname()[1]
+    answers = [elsewhere]  # of a node that is gone, for as long as somebody's cache says so
+
+    def ask(host: str, port: int) -> Place:
+        return Place(socket.AF_INET, ("127.0.0.1", answers.pop(0) if answers else port))
+
+    monkeypatch.setattr(lines_room, "Places", lambda found: Places(found, ask))
+    one, other = node("a"), node("b")
+    one.lines.want({"b": f"b.train:{other.lines.port}"})
+    one.wait(lambda: any(why.startswith("refused") for _, why in one.downs), "the refusal")
+    one.wait(lambda: one.lines.up() == {"b"}, "the line")

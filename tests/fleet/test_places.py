@@ -79,5 +79,24 @@ def test_what_is_no_address_is_said_so() -> None:
         Places(lambda: None).of("pod-0")
 
 
-def test_machine_knows_itself() -> None:
-    assert asked("localhost", 7).at[1] == 7
+def test_names_are_looked_for_where_nodes_with_names_listen() -> None:
+    assert asked("localhost", 7) == Place(socket.AF_INET, ("127.0.0.1", 7))
+
+
+def test_only_what_is_wanted_is_remembered_and_asked_before_anybody_calls() -> None:
+    calls: list[str] = []
+    found = threading.Event()
+
+    def ask(host: str, port: int) -> Place:
+        calls.append(host)
+        return HERE
+
+    places = Places(found.set, ask)
+    places.want({"pod-0:7", "10.0.0.7:7", "nowhere"})
+    assert found.wait(WAIT_S)
+    assert places.of("pod-0:7") == HERE
+    places.want({"pod-1:7"})
+    found.clear()
+    assert places.of("pod-0:7") is None
+    assert found.wait(WAIT_S)
+    assert sorted(calls) == ["pod-0", "pod-0", "pod-1"]

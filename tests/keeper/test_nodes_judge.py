@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ckpt.keeper.nodes_judge import Again, End, Later, Trouble, Well, judge, with_rank
 from ckpt.keeper.roster_words import Failure
-from ckpt.keeper.verdict import ECHO_S, Record
+from ckpt.keeper.verdict import ECHO_S, OVERDUE_MAX, Record
 from ckpt.link.policy import Policy
 
 NOW_S = 100.0
@@ -80,11 +80,15 @@ def test_failures_without_progress_end_the_job() -> None:
 def test_nodes_that_could_not_act_for_a_while_are_no_failures_of_the_program() -> None:
     stopped = replace(DIED, kind="overdue", text="rank 0 was stopped")
     record = Record()
-    for _ in range(20):
+    for _ in range(OVERDUE_MAX - 1):
         came = judge(trouble(stopped, completed=-1), record, Policy(stuck_max=5), NOW_S)
         assert isinstance(came, Again)
         record = came.record
     assert record.stuck == 0
+    came = judge(trouble(stopped, completed=0), record, Policy(stuck_max=5), NOW_S)
+    assert isinstance(came, Again) and came.record.overdue == 1, "a step was completed"
+    came = judge(trouble(stopped, completed=-1), record, Policy(stuck_max=5), NOW_S)
+    assert isinstance(came, End) and "starves its own node" in came.text
 
 
 @settings(deadline=None)

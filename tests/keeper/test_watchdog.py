@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from ckpt.keeper.watchdog import Watchdog
 
@@ -25,6 +26,12 @@ def test_hung_loop_ends_its_process_which_says_where_it_stood() -> None:
     assert done.returncode == -signal.SIGKILL
     assert "loop_that_hangs" in done.stderr
     assert "has hung" in done.stderr
+
+
+def test_hung_loop_ends_its_process_though_nothing_can_be_written() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", HUNG], stderr=full, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_loop_that_turns_is_left_alone_and_one_that_ended_too() -> None:

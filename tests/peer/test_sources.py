@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from peer_world import World, read, until
+from peer_world import WAIT_S, World, read, until
 
 from ckpt.backends.base import Stat
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
@@ -126,3 +128,39 @@ def test_a_source_has_a_prefix(world: World, slots: Slots) -> None:
     slots.prefix = ""
     with pytest.raises(UsageError):
         world.serve(sources=[slots])
+
+
+class Stuck:
+    """A source that answers nobody before it may."""
+
+    prefix = "stuck/"
+
+    def __init__(self) -> None:
+        self.asked, self.may = threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def reading(self, key: str) -> Iterator[Held]:
+        self.asked.set()
+        assert self.may.wait(WAIT_S)
+        raise NotFoundError(key)
+        yield
+
+    def stat(self, key: str) -> Stat | None:
+        return None
+
+    def list(self) -> list[Stat]:
+        return []
+
+
+def test_store_that_is_closed_breaks_the_calls_that_wait_for_its_peer(world: World) -> None:
+    source = Stuck()
+    store = world.store(world.serve(sources=[source]))
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            reading = pool.submit(store.read_into, "stuck/a", memoryview(bytearray(8)))
+            assert source.asked.wait(WAIT_S)
+            store.close()
+            with pytest.raises(UnavailableError, match=r"broke|closed"):
+                reading.result(WAIT_S)
+        finally:
+            source.may.set()
