@@ -185,6 +185,7 @@ def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_l
     store = ckpt.Checkpointer(str(one.results / "store"))
     wait_for(lambda: store.latest() is not None, "a durable snapshot", say=one.output)
     lost = [one.of_rank(rank) for rank in (1, 2)]
+    wait_for(lambda: 8 <= one.job.completed % 20 <= 14, "steps that only memory holds", say=one.output)
     for machine in lost:  # both at one moment: the loss of one has the other's trainer end
         machine.stop()
     for machine in lost:
