@@ -23,6 +23,7 @@ from ckpt.fleet.secret import NONCE_BYTES
 from ckpt.fleet.sheath import Sheath
 from ckpt.fleet.sockets import DIAL_S, family, name_of, quick, split, why_of
 from ckpt.fleet.tls import Tls
+from ckpt.fleet.wanted import RETRY_FIRST_S, Wanted
 from ckpt.fleet.words import Beat, Word
 from ckpt.observe.events import Event, Tell
 
@@ -33,8 +34,6 @@ SILENT_S = 4.0
 GREET_S = 5.0
 """How long the other end may take to say who it is."""
 PROBE_S = 1.0
-RETRY_FIRST_S = 0.05
-RETRY_LAST_S = 2.0
 STRANGERS_MAX = 64
 """Connections that came and have not proved yet who they are; one more pushes out the oldest."""
 OUT_BYTES_MAX = 256 << 20
@@ -71,21 +70,6 @@ class _Line:
     told: bool = False
 
 
-@dataclass(slots=True)
-class _Wanted:
-    address: str
-    doubtful: bool = True
-    """Nobody has answered at its address yet, or since its line broke."""
-    reached: bool = False
-    """It was called there, and answered."""
-    due_s: float = 0.0
-    pause_s: float = RETRY_FIRST_S
-
-    def wait(self, now_s: float) -> None:
-        """A call was tried: the next comes later and later."""
-        self.due_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, RETRY_LAST_S)
-
-
 class Lines:
     """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Over TLS with ``tls``. Thread-safe."""
 
@@ -112,7 +96,7 @@ class Lines:
         self.port: int = self._listener.getsockname()[1]
         """Where this keeper listens."""
         self._lock = threading.Lock()
-        self._wanted: dict[str, _Wanted] = {}
+        self._wanted: dict[str, Wanted] = {}
         self._up: dict[str, _Line] = {}
         self._lines: set[_Line] = set()
         self._posted: list[tuple[str, Word]] = []
@@ -138,9 +122,9 @@ class Lines:
         self._places.want(set(mine.values()))
         self._wake()
 
-    def _new(self, node: str, address: str) -> _Wanted:
+    def _new(self, node: str, address: str) -> Wanted:
         """Who is to be dialled is so at once; who is to dial is looked for where no line came in time."""
-        return _Wanted(address, due_s=0.0 if node > self._node else time.monotonic() + PROBE_S)
+        return Wanted(address, due_s=0.0 if node > self._node else time.monotonic() + PROBE_S)
 
     def say(self, node: str, word: Word) -> bool:
         """Say something to a node; False where no line to it is up now. What is said in order is heard in order."""
@@ -210,7 +194,7 @@ class Lines:
                 self._drop(line, "no answer")
         return max(0.0, wait_s)
 
-    def _dial(self, node: str, one: _Wanted, now_s: float) -> None:
+    def _dial(self, node: str, one: Wanted, now_s: float) -> None:
         try:
             place = self._places.of(one.address)
         except (OSError, ValueError) as error:

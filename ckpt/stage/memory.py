@@ -12,12 +12,11 @@ import errno
 import mmap
 import os
 import sys
-import tempfile
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 from ckpt.errors import IntegrityError, UsageError
+from ckpt.link.anonymous import open_anonymous
 from ckpt.values import PAGE_BYTES
 
 PREFAULT_BYTES = 1 << 20
@@ -42,7 +41,7 @@ class Region:
 
     def __init__(self, size_bytes: int, *, name: str = "ckpt-slot") -> None:
         _check_size(size_bytes)
-        fd = _open_anonymous(name) if sys.platform == "linux" else None
+        fd = open_anonymous(name) if sys.platform == "linux" else None
         try:
             if fd is not None:
                 os.ftruncate(fd, size_bytes)
@@ -133,18 +132,6 @@ class Region:
 def _check_size(size_bytes: int) -> None:
     if size_bytes <= 0 or size_bytes % PAGE_BYTES:
         raise UsageError(f"not a positive multiple of a page. size_bytes={size_bytes} page_bytes={PAGE_BYTES}")
-
-
-def _open_anonymous(name: str) -> int:
-    if hasattr(os, "memfd_create"):
-        try:
-            return os.memfd_create(name)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EPERM):
-                raise
-    folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return os.dup(file.fileno())
 
 
 def pages(size_bytes: int) -> int:
