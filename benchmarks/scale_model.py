@@ -18,10 +18,11 @@ from ckpt.fleet.cable import FRAME_BYTES_MAX
 from ckpt.fleet.lines import BEAT_S
 from ckpt.fleet.node import VIEW_S
 from ckpt.fleet.reach import MESH_MAX
+from ckpt.keeper.loop_channel import ANSWER_S
 from ckpt.keeper.nodes_progress import STANDING_S
 from ckpt.manifest.manifest import MANIFEST_BYTES_MAX
 from ckpt.membership.values import EPOCH_BYTES_MAX
-from ckpt.persist.channel import POLL_LAST_S, STOP_LOOK_S
+from ckpt.persist.channel import POLL_LAST_S
 from ckpt.session.orders import RANKS_PER_S_MAX
 
 TTL_S = 5.0
@@ -32,8 +33,10 @@ WORD_S = 13e-6
 """A small word at one end of a line, its socket included."""
 NODE_BYTES = 218
 PLACE_BYTES = 30
-PART_REF_BYTES = 154
-RECEIPT_BYTES = 324
+PART_REF_BYTES = 164
+RECEIPT_BYTES = 407
+RECEIPT_S = 4e-6
+"""Read and merged with all others."""
 HOLDING_BYTES = 100
 SOURCE_BYTES = 57
 STANDING_S_A_NODE = 6e-6
@@ -126,15 +129,19 @@ ROWS = (
         time_text,
     ),
     Row(
-        "rank 0's node: ranks wait for an outcome", "persist/channel.py, STOP_LOOK_S",
-        lambda n, _: ranks(n) / STOP_LOOK_S * 2 * WORD_S, cores_text,
+        "rank 0's node: nodes wait for an outcome", "keeper/loop_channel.py, ANSWER_S",
+        lambda n, _: n / ANSWER_S * 2 * WORD_S, cores_text,
     ),
-    Row("a snapshot: receipts", "persist/persister.py, 1 a rank", lambda n, _: ranks(n) * RECEIPT_BYTES, bytes_text),
-    Row("a snapshot: manifest", "manifest.py, 1 part a rank", lambda n, _: ranks(n) * PART_REF_BYTES, bytes_text),
-    Row("a snapshot: objects put, packs aside", "parts, manifest, commit", lambda n, _: ranks(n) + 2, count_text),
+    Row("a snapshot: receipts", "persist/receipts.py, 1 a node", lambda n, _: n * RECEIPT_BYTES, bytes_text),
+    Row(
+        "a snapshot: receipts heard and merged in", "the same, on one core", lambda n, _: n * (3 * WORD_S + RECEIPT_S),
+        time_text,
+    ),
+    Row("a snapshot: manifest", "manifest.py, 1 part a node", lambda n, _: n * PART_REF_BYTES, bytes_text),
+    Row("a snapshot: objects put, packs aside", "parts, manifest, commit", lambda n, _: n + 2, count_text),
     Row(
         "restore from the store: reads of parts", "commit/catalog.py: each rank reads all",
-        lambda n, _: ranks(n) ** 2, count_text,
+        lambda n, _: ranks(n) * n, count_text,
     ),
     Row("gather: all answers", "fleet/words.Held, 56 a node", lambda n, _: n * 56 * HOLDING_BYTES, bytes_text),
     Row("gather: the plan, one word", "fleet/words.Sources", lambda n, _: ranks(n) * PAIRS * SOURCE_BYTES, bytes_text),
@@ -154,7 +161,7 @@ ROWS = (
 
 LIMITS = (
     ("epoch record", EPOCH_BYTES_MAX // PLACE_BYTES, "nodes"),
-    ("manifest", MANIFEST_BYTES_MAX // PART_REF_BYTES, "ranks"),
+    ("manifest", MANIFEST_BYTES_MAX // PART_REF_BYTES, "nodes"),
     ("the plan in one word", FRAME_BYTES_MAX // (PAIRS * SOURCE_BYTES), "ranks"),
 )
 """What is refused, from what number on."""

@@ -14,6 +14,7 @@ from ckpt.manifest.keys import part_key, writer_name
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.manifest.records import Commit, Record, make_record
 from ckpt.membership.values import EpochRecord, NodeInfo, Place
+from ckpt.persist.receipts import Held, Receipt
 from ckpt.values import SnapshotId
 
 RANKS_A_NODE = 8
@@ -47,19 +48,30 @@ def epoch_record(nodes: int) -> EpochRecord:
     )  # fmt: skip
 
 
-def manifest(ranks: int) -> Manifest:
-    """The root record of a snapshot of so many ranks: one part each."""
+def manifest(nodes: int) -> Manifest:
+    """The root record of a snapshot of so many nodes: one part each."""
+    ranks = nodes * RANKS_A_NODE
     return Manifest(
-        job="train", snapshot=NEWEST, world_size=ranks, parts=tuple(part_ref(rank) for rank in range(ranks)),
+        job="train", snapshot=NEWEST, world_size=ranks, parts=tuple(part_ref(node) for node in range(nodes)),
         size_bytes=ranks << 33, new_bytes=ranks << 33, created_unix_s=1.8e9, base=SnapshotId(7, 123_000),
         metadata={"loss": 1.25},
     )  # fmt: skip
 
 
-def part_ref(rank: int) -> PartRef:
-    """One rank's part as receipts and the manifest name it."""
-    writer = writer_name(f"gpu-{rank // RANKS_A_NODE:06d}", f"{rank:016x}")
-    return PartRef(key=part_key(NEWEST, writer), digest=DIGEST, size_bytes=80_000, rank=rank)
+def part_ref(node: int) -> PartRef:
+    """One node's part as receipts and the manifest name it."""
+    writer = writer_name(f"gpu-{node:06d}", f"{node:016x}")
+    return PartRef(
+        key=part_key(NEWEST, writer), digest=DIGEST, size_bytes=640_000, rank=node * RANKS_A_NODE, ranks=RANKS_A_NODE
+    )
+
+
+def receipt(node: int) -> Receipt:
+    """What one node's head says of a snapshot; all its ranks train alike."""
+    return Receipt(
+        snapshot=NEWEST, rank=node * RANKS_A_NODE, ranks=RANKS_A_NODE, refs=(part_ref(node),), size_bytes=8 << 33,
+        new_bytes=8 << 33, base=SnapshotId(7, 123_000), shared={"dp": Held(100_000, DIGEST, RANKS_A_NODE)},
+    )  # fmt: skip
 
 
 def commit_record() -> Record:

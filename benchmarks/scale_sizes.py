@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +29,7 @@ from scale_records import (
     manifest,
     node_info,
     node_name,
-    part_ref,
+    receipt,
     sources_of,
 )
 
@@ -42,7 +42,7 @@ from ckpt.keeper.nodes_standing import common_but_each
 from ckpt.manifest.manifest import Manifest
 from ckpt.membership.mirrors import Holder, place_mirrors
 from ckpt.membership.values import decode_epoch, decode_node, encode_epoch, encode_node
-from ckpt.persist.persister import _Receipt
+from ckpt.persist.receipts import Receipt, checked, merge
 from ckpt.values import SnapshotId
 
 SOURCES_NODES_MAX = 12_500
@@ -165,15 +165,14 @@ def constant(repeats: int) -> list[Line]:
     """What doesn't depend on the number of nodes."""
     node, data = encoded("a node's record", lambda: encode_node(node_info(12_345)), repeats)
     commit, _ = encoded("a commit record", lambda: commit_record().encode(), repeats)
-    receipt = _Receipt(NEWEST, ref=part_ref(12_345), size_bytes=1 << 33, new_bytes=1 << 33, base=SnapshotId(7, 123_000))
-    body = msgspec.msgpack.encode(receipt)
+    body = msgspec.msgpack.encode(receipt(12_345))
     post = said.Post(room="uploads/5", key="receipt/123/12345", value=body)
     peek = said.Peek(call=123_456, room="attempt/8", key="proposal/12", wait_s=0.0)
     return [
         node,
         Line("a node's record: read", len(data), best_s(lambda: decode_node(data), repeats)),
         commit,
-        Line("a rank's receipt", len(body), best_s(lambda: msgspec.msgpack.encode(receipt), repeats)),
+        Line("a node's receipt", len(body), best_s(lambda: msgspec.msgpack.encode(receipt(12_345)), repeats)),
         *word_lines("a receipt posted", post, repeats),
         *word_lines("a question", peek, repeats),
         *word_lines("an answer", said.Said(call=123_456, value=None), repeats),
@@ -185,17 +184,23 @@ def constant(repeats: int) -> list[Line]:
     ]
 
 
+def merged(bodies: Sequence[bytes]) -> Receipt:
+    """What the head of rank 0's node does with the receipts of all others."""
+    return checked(merge([msgspec.msgpack.decode(body, type=Receipt) for body in bodies]))
+
+
 def growing(nodes: int, repeats: int) -> list[Line]:
     """What grows with the number of nodes."""
-    ranks = nodes * RANKS_A_NODE
     found, data = encoded("epoch record: made", lambda: encode_epoch(epoch_record(nodes)), repeats)
     lines = [found]
     if data:
         lines.append(Line("epoch record: read", len(data), best_s(partial(decode_epoch, data), repeats)))
-    found, data = encoded("manifest: made", manifest(ranks).encode, repeats)
+    found, data = encoded("manifest: made", manifest(nodes).encode, repeats)
     lines.append(found)
     if data:
         lines.append(Line("manifest: read", len(data), best_s(partial(Manifest.decode, data), repeats)))
+    bodies = [msgspec.msgpack.encode(receipt(node)) for node in range(nodes)]
+    lines.append(Line("receipts: read and merged", sum(map(len, bodies)), best_s(lambda: merged(bodies), repeats)))
     view = [encode_node(node_info(n)) for n in range(nodes)]
     lines.append(Line("all nodes' records: read", sum(map(len, view)), best_s(lambda: [*map(decode_node, view)], 1)))
     holders = [Holder(node_name(n), f"rack-{n // 16}") for n in range(nodes)]

@@ -1,4 +1,5 @@
-"""From a sealed slot to packs and a part in a store. Nothing is recorded here: without a commit nobody reads these bytes."""
+"""From a sealed slot to packs in a store, and what its part says. Nothing is recorded here: without a commit nobody reads these
+bytes."""
 
 from __future__ import annotations
 
@@ -14,10 +15,8 @@ from ckpt.encode.pack import BuiltPack, Sampler, encoded_pack, raw_pack, verify_
 from ckpt.encode.plan import GAP_BYTES_MAX, PACK_BYTES_MAX, Chunk, PackPlan, new_chunks, plan_packs
 from ckpt.encode.threads import start
 from ckpt.errors import CkptError, IntegrityError, UsageError
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.keys import pack_key, part_key
-from ckpt.manifest.manifest import PartRef
-from ckpt.manifest.part import Part, StoredShard, chunk_sizes, encode_part
+from ckpt.manifest.keys import pack_key
+from ckpt.manifest.part import Part, StoredShard, chunk_sizes
 from ckpt.values import PAGE_BYTES, ChunkLocation, Digest, StagedIndex, StagedShard
 
 PUTS_MAX = 4
@@ -44,14 +43,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Persisted:
-    """What a rank's share of a snapshot became.
+    """What a rank's share of a snapshot became. ``part`` says where it lies, and is stored nowhere yet (``put_part``).
 
     ``new_bytes`` is what its new chunks take in the store, ``packs`` how many packs were written and ``pack_bytes`` how large
     each is, ``locations`` where every chunk of the snapshot lies (the next one's ``known``), ``link_bytes_per_s`` how fast
     packs went (None: none was written).
     """
 
-    part_ref: PartRef
     part: Part
     new_bytes: int
     packs: int
@@ -80,7 +78,7 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
     verify: bool = True,
     limits: Limits = Limits(),
 ) -> Persisted:
-    """Write the chunks of ``staged`` that are not ``known``, then the part that lists all of them.
+    """Write the chunks of ``staged`` that are not ``known``, and say where all of them lie.
 
     ``data`` is the slot's data area, pinned by the caller. ``pack_start`` is the first pack number that ``writer`` never used;
     the result says how many are used up, after an error it may be ``packs_at_most``. ``verify`` compares each new chunk with
@@ -103,15 +101,11 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
             {pack_key(staged.snapshot, writer, pack_start + n): pack for n, pack in enumerate(packs)}, puts=puts
         )
         part = _part(staged, writer, {**known, **fresh})
-        encoded = encode_part(part)
-        key = part_key(staged.snapshot, writer)
-        backend.put(key, [encoded])
     except CkptError as error:
         raise type(error)(
             f"{error} [snapshot={staged.snapshot} rank={staged.rank} store={backend.url}: not recorded, older ones stand]"
         ) from error
     return Persisted(
-        part_ref=PartRef(key=key, digest=digest_hex(encoded), size_bytes=len(encoded), rank=staged.rank),
         part=part,
         new_bytes=sum(place.stored_bytes for place in fresh.values()),
         packs=len(packs),

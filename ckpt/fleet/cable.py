@@ -22,7 +22,7 @@ from ckpt.fleet.secret import MAC_BYTES, NONCE_BYTES, line_keys, mac
 from ckpt.fleet.words import ANY, Proof, Word
 from ckpt.manifest.canonical import ready
 
-VERSION = 1
+VERSION = 2
 GREETING_BYTES_MAX = 2048
 """All that is kept of what somebody says who has not proved yet who it is: twice this."""
 FRAME_BYTES_MAX = 64 << 20

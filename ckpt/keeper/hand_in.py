@@ -1,4 +1,4 @@
-"""The persisters of all ranks: one queue each, made together, left together."""
+"""The persisters of all ranks of this node: one queue each, made together, left together. Their shares become one part."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ckpt.keeper.turns import Turn, Turns
 from ckpt.manifest.keys import writer_name
 from ckpt.observe.events import Event, Tell
 from ckpt.persist.channel import Channel, Room, RoomChannel
+from ckpt.persist.mates import Mates
 from ckpt.persist.persister import Persister, Place
 from ckpt.persist.sealed import Sealed
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
@@ -53,8 +54,12 @@ class HandIns:
         ``channel_of``: the channel of each rank of this node, where others have ranks too.
         """
         room = Room()
-        for rank in range(self._ranks):
-            channel = channel_of(rank) if channel_of else RoomChannel(room, rank=rank, size=self._ranks)
+        channels = [
+            channel_of(rank) if channel_of else RoomChannel(room, rank=rank, size=self._ranks)
+            for rank in range(self._ranks)
+        ]
+        mates = Mates(channels[0].rank, self._ranks)
+        for rank, channel in enumerate(channels):
             place = Place(
                 backend=log.backend, writer=_new_writer(), epoch=log.writer_epoch,
                 journal=log.journal if channel.rank == 0 else None,
@@ -66,6 +71,7 @@ class HandIns:
                     compression=self._compression,
                     verify=True,
                     tell=self._tell if rank == 0 else _silent,
+                    mates=mates,
                 )
             )
 

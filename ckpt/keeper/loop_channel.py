@@ -28,6 +28,9 @@ class LoopChannel:
     See ``persist.channel.Channel``. Counters are not for it: what is lost on its way is said again.
     """
 
+    stays = True
+    """A rank leaves with its node, and that ends the era for all."""
+
     def __init__(self, post: Post, room: Callable[[], Room | None], *, rank: int, size: int) -> None:
         self._call = post
         self._room = room

@@ -120,11 +120,10 @@ def _check_parts(manifest: Manifest, parts: Sequence[Part]) -> None:
             f"not all parts are here. snapshot={manifest.snapshot} expected={len(manifest.parts)} found={len(parts)}"
         )
     for ref, part in zip(manifest.parts, parts, strict=True):
-        expected = (manifest.snapshot, ref.rank, manifest.world_size)
-        if (part.snapshot, part.rank, part.world_size) != expected or keys.part_key(
-            part.snapshot, part.writer
-        ) != ref.key:
+        expected = (manifest.snapshot, ref.rank, ref.ranks, manifest.world_size, ref.key)
+        key = keys.part_key(part.snapshot, part.writer)
+        if (part.snapshot, part.rank, part.ranks, part.world_size, key) != expected:
             raise IntegrityError(
                 f"part of another snapshot, rank, world or writer. key={ref.key} snapshot={part.snapshot} "
-                f"rank={part.rank} world_size={part.world_size} writer={part.writer}"
+                f"rank={part.rank} ranks={part.ranks} world_size={part.world_size} writer={part.writer}"
             )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
+from msgspec import structs
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.manifest import keys
@@ -16,7 +17,7 @@ from ckpt.values import SnapshotId
 
 FORMAT_VERSION = 1
 MANIFEST_BYTES_MAX = 64 << 20
-"""Refused above this: a part reference takes about 180 bytes, so this is room for 300,000 ranks."""
+"""Refused above this: a part reference takes about 190 bytes, so this is room for 350,000 nodes."""
 PART_STORED_BYTES_MAX = 256 << 20
 """Largest part object that a manifest may name."""
 METADATA_ENTRIES_MAX = 1024
@@ -30,17 +31,19 @@ Scalar = bool | int | float | str | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRef:
-    """One rank's part: its key, the digest of the stored object (32 hex digits), its stored size, and the rank."""
+    """One node's part: its key, the digest of the stored object (32 hex digits), its stored size, and which ranks' it is:
+    ``ranks`` of them, from ``rank`` on."""
 
     key: str
     digest: str
     size_bytes: int
     rank: int
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All parts of one snapshot, one a rank, in rank order. Equal values give equal bytes.
+    """All parts of one snapshot, in rank order, each rank in one of them. Equal values give equal bytes.
 
     ``base`` is the committed snapshot whose chunks this one refers to (None: it refers to none). ``size_bytes`` is the
     state's raw size, ``new_bytes`` what was newly stored for it. ``created_unix_s`` is for people, never for decisions.
@@ -125,11 +128,10 @@ def metadata_problem(metadata: Mapping[str, object]) -> str | None:
 
 
 def _parts_problem(m: Manifest) -> str | None:
-    if m.world_size < 1 or len(m.parts) != m.world_size:
-        return f"not one part a rank. world_size={m.world_size} parts={len(m.parts)}"
-    for rank, part in enumerate(m.parts):
-        if part.rank != rank:
-            return f"parts not in rank order. place={rank} rank={part.rank}"
+    rank = 0
+    for part in m.parts:
+        if part.rank != rank or part.ranks < 1:
+            return f"parts that do not follow each other. rank={part.rank} ranks={part.ranks} expected_rank={rank}"
         if not keys.is_digest_hex(part.digest):
             return f"not a digest. rank={rank} digest={part.digest!r}"
         if not 0 < part.size_bytes <= PART_STORED_BYTES_MAX:
@@ -139,8 +141,11 @@ def _parts_problem(m: Manifest) -> str | None:
         parsed = keys.parse_part_key(part.key)
         if parsed is None or parsed[0] != m.snapshot:
             return f"not the key of a part of this snapshot. rank={rank} key={part.key!r}"
+        rank += part.ranks
+    if m.world_size < 1 or rank != m.world_size:
+        return f"not each rank in one part. world_size={m.world_size} ranks={rank} parts={len(m.parts)}"
     if len({part.key for part in m.parts}) != len(m.parts):
-        return "two ranks name one part"
+        return "a part is named twice"
     return None
 
 
@@ -155,6 +160,7 @@ class _PartWire(msgspec.Struct, forbid_unknown_fields=True):
     digest: str
     size_bytes: int
     rank: int
+    ranks: int
 
 
 class _Wire(msgspec.Struct, forbid_unknown_fields=True):
@@ -181,7 +187,7 @@ def _to_wire(m: Manifest) -> _Wire:
         snapshot=m.snapshot,
         world_size=m.world_size,
         base=m.base,
-        parts=[_PartWire(p.key, p.digest, p.size_bytes, p.rank) for p in m.parts],
+        parts=[_PartWire(p.key, p.digest, p.size_bytes, p.rank, p.ranks) for p in m.parts],
         size_bytes=m.size_bytes,
         new_bytes=m.new_bytes,
         created_unix_s=float(m.created_unix_s),
@@ -216,7 +222,7 @@ def _from_wire(wire: _Wire) -> Manifest:
         snapshot=wire.snapshot,
         world_size=wire.world_size,
         base=wire.base,
-        parts=tuple(PartRef(key=p.key, digest=p.digest, size_bytes=p.size_bytes, rank=p.rank) for p in wire.parts),
+        parts=tuple(PartRef(**structs.asdict(part)) for part in wire.parts),
         size_bytes=wire.size_bytes,
         new_bytes=wire.new_bytes,
         created_unix_s=wire.created_unix_s,

@@ -1,4 +1,4 @@
-"""One rank's list of where its chunks are: msgpack inside one zstd frame, chunks in columns.
+"""One node's list of where its ranks' chunks are: msgpack inside one zstd frame, chunks in columns.
 
 A part may list 100,000 chunks and more, so what there is one of per chunk lies in columns of fixed width. What follows
 from the rest (a chunk's raw size, how many chunks a shard has) is not stored, so it can't be wrong.
@@ -20,7 +20,7 @@ from ckpt.values import CHUNK_BYTES, DIGEST_BYTES, Box, ChunkLocation, Codec, Di
 
 PART_VERSION = 1
 PART_RAW_BYTES_MAX = 256 << 20
-"""Refused above this before anything is allocated: room for seven million chunks, 28 TB of state a rank."""
+"""Refused above this before anything is allocated: room for seven million chunks, 28 TB of state a node."""
 ZSTD_LEVEL = 3
 
 _CODECS = {codec.value: codec for codec in Codec}
@@ -42,12 +42,16 @@ class StoredShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What one rank stored of one snapshot. ``writer`` names the process start that wrote it (``keys.writer_name``)."""
+    """What the ranks of one node stored of one snapshot: ``ranks`` of them, from ``rank`` on.
+
+    ``writer`` names the process start that wrote it (``keys.writer_name``).
+    """
 
     snapshot: SnapshotId
     writer: str
     rank: int
     world_size: int
+    ranks: int = 1
     shards: tuple[StoredShard, ...]
     aliases: tuple[Leaf, ...] = ()
 
@@ -135,6 +139,7 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True):
     step: int
     writer: str
     rank: int
+    ranks: int
     world_size: int
     leaves: list[_LeafWire]
     shards: list[_ShardWire]
@@ -163,6 +168,7 @@ def _to_wire(part: Part) -> _Wire:
         step=part.snapshot.step,
         writer=part.writer,
         rank=part.rank,
+        ranks=part.ranks,
         world_size=part.world_size,
         leaves=[_leaf_wire(leaf) for leaf in leaves],
         shards=shards,
@@ -198,6 +204,7 @@ def _from_wire(wire: _Wire) -> Part:
         snapshot=SnapshotId(wire.epoch, wire.step),
         writer=wire.writer,
         rank=wire.rank,
+        ranks=wire.ranks,
         world_size=wire.world_size,
         shards=tuple(shards),
         aliases=tuple(_leaf(leaf) for leaf in wire.aliases),

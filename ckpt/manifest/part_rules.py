@@ -53,6 +53,8 @@ class PartLike(Protocol):
     @property
     def rank(self) -> int: ...
     @property
+    def ranks(self) -> int: ...
+    @property
     def world_size(self) -> int: ...
     @property
     def shards(self) -> Sequence[ShardLike]: ...
@@ -66,8 +68,8 @@ def problem(part: PartLike) -> str | None:
         return f"epoch or step out of range. epoch={part.snapshot.epoch} step={part.snapshot.step}"
     if not keys.is_writer(part.writer):
         return f"not a writer's name. writer={part.writer!r}"
-    if not (0 <= part.rank < part.world_size <= WORLD_MAX):
-        return f"rank outside its world. rank={part.rank} world_size={part.world_size}"
+    if part.rank < 0 or part.ranks < 1 or not part.rank + part.ranks <= part.world_size <= WORLD_MAX:
+        return f"ranks outside their world. rank={part.rank} ranks={part.ranks} world_size={part.world_size}"
     checked: set[Leaf] = set()
     packs: set[str] = set()
     for shard in part.shards:

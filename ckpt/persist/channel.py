@@ -54,6 +54,13 @@ class Waiting(Protocol):
         ...
 
 
+@runtime_checkable
+class Staying(Protocol):
+    """A channel that no rank leaves before all do: nobody need ask whether another one is gone."""
+
+    stays: bool
+
+
 def wait_for(
     channel: Channel, key: str, *, timeout_s: float | None, what: str, stop: Callable[[], bool] | None = None
 ) -> bytes:

@@ -1,38 +1,43 @@
 """From a sealed slot to a committed snapshot, beside training.
 
-Each rank has one persister: a thread that takes sealed slots in order. For each it writes the new chunks and its part, posts a
-receipt, and waits for the outcome. Rank 0's also gathers the receipts, commits, and posts the outcome. A failure anywhere
-fails that one snapshot on all ranks with the same error; the next one starts afresh.
+Each rank has one persister: a thread that takes sealed slots in order. For each it writes the new chunks and gives its share to
+the head of its node's ranks (``mates``), which writes their part and posts their receipt. Rank 0's node's also gathers the
+receipts, commits, and posts the outcome. A failure anywhere fails that one snapshot on all ranks with the same error; the next
+one starts afresh.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
+from msgspec import structs
 
 from ckpt.backends.base import Backend
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import Compression
 from ckpt.encode.pack_sizes import PackSizes
+from ckpt.encode.part_put import put_part
 from ckpt.encode.persist import packs_at_most, persist
 from ckpt.encode.sparse import default_budget_bytes, thin
-from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError, UsageError
+from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError
 from ckpt.link.message import RemoteError
 from ckpt.link.remote import from_error, to_error
-from ckpt.manifest.canonical import ready
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.observe.events import Event, Tell
-from ckpt.persist.channel import Channel, wait_for
+from ckpt.manifest.manifest import Manifest
+from ckpt.observe.events import Tell
+from ckpt.persist import told
+from ckpt.persist.channel import Channel, Staying, wait_for
+from ckpt.persist.mates import Mates, Share
 from ckpt.persist.queue import CallQueue
+from ckpt.persist.receipts import Outcome, Receipt, checked, failed, merge, shared_of
 from ckpt.persist.sealed import Sealed
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo, StagedIndex
 
-__all__ = ["Persister", "Place", "Sealed", "check_shared", "one_base"]
+__all__ = ["Persister", "Place", "Sealed"]
 
 T = TypeVar("T")
 
@@ -55,35 +60,22 @@ class Place:
     """Rank 0's handle on the commit log; None on the other ranks."""
 
 
-class _Receipt(msgspec.Struct, frozen=True):
-    snapshot: SnapshotId
-    ref: PartRef | None = None
-    size_bytes: int = 0
-    new_bytes: int = 0
-    error: RemoteError | None = None
-    base: SnapshotId | None = None
-    """The snapshot whose chunks this rank refers to."""
-    shared: Mapping[str, tuple[int, str]] | None = None
-
-
-class _Outcome(msgspec.Struct, frozen=True):
-    info: SnapshotInfo | None = None
-    error: RemoteError | None = None
-    """Why there is no ``info``; or beside one, why the snapshot, durable as it is, lacks a tag."""
-
-
 class Persister:
     """One rank's queue of snapshots to make durable, in order.
 
     ``base`` is the committed snapshot whose chunks may be referred to (None: none is known), ``known`` where this rank's
     chunks of it lie. Every rank sees the same outcomes in the same order, so all ranks always have the same base.
+    ``mates``: the ranks whose persisters are in this process too, this one among them; None: it is alone.
     """
 
     def __init__(
         self, channel: Channel, place: Place, *, compression: Compression, verify: bool, tell: Tell,
-        base: SnapshotId | None = None, known: Mapping[Digest, ChunkLocation] | None = None,
+        base: SnapshotId | None = None, known: Mapping[Digest, ChunkLocation] | None = None, mates: Mates | None = None,
     ) -> None:  # fmt: skip
         self._channel = channel
+        self._mates = mates or Mates(channel.rank, 1)
+        self._heads: tuple[int, ...] = ()
+        """On rank 0: who posted the receipts that were gathered last."""
         self._place = place
         self._writer = place.writer
         self._compression = compression
@@ -171,57 +163,59 @@ class Persister:
 
     def _run(self, n: int, staged: Sealed, tags: tuple[str, ...]) -> SnapshotInfo:
         began = time.monotonic()
+        snapshot = staged.index.snapshot
         try:
-            receipt, locations = self._write(staged)
-            self._channel.post(f"receipt/{n}/{self._channel.rank}", msgspec.msgpack.encode(receipt))
-            if self._channel.rank == 0:
-                self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(self._settle(n, staged, tags)))
-            word = self._wait(f"outcome/{n}", f"rank 0's commit of {staged.index.snapshot}", rank=0)
-            outcome = msgspec.msgpack.decode(word, type=_Outcome)
+            share, locations = self._write(staged)
+            outcome = self._outcome(n, share, staged.index, tags)
             if outcome.info is None:
                 assert outcome.error is not None, "an outcome has one or the other"
                 raise to_error(outcome.error)
         except CkptError as error:
             if isinstance(error, ConflictError):  # perhaps the base was dropped: refer to nothing next time
                 self._base, self._known = None, {}
-            self._tell(_failed(staged.index.snapshot, error))
+            self._tell(told.failed(snapshot, error))
             raise
         except Exception as error:  # a thread's border
-            wrapped = InternalError(
-                f"saving failed in an unforeseen way. snapshot={staged.index.snapshot} cause={error!r}"
-            )
-            self._tell(_failed(staged.index.snapshot, wrapped))
+            wrapped = InternalError(f"saving failed in an unforeseen way. snapshot={snapshot} cause={error!r}")
+            self._tell(told.failed(snapshot, wrapped))
             raise wrapped from error
         finally:
             self._settled += 1
-        self._base, self._known = staged.index.snapshot, locations
+        self._base, self._known = snapshot, locations
         self.durable_at_s = time.monotonic()
         self.last_info = outcome.info
-        self._tell(_durable(outcome.info, time.monotonic() - began))
+        self._tell(told.durable(outcome.info, seconds=time.monotonic() - began))
         if outcome.error is not None:
             untagged = to_error(outcome.error)
-            self._tell(
-                Event("tag-failed", str(untagged), {"step": outcome.info.step, "code": untagged.code}, alarm=True)
-            )
+            self._tell(told.untagged(outcome.info, untagged))
             raise untagged
         return outcome.info
 
     def _refuse(self, n: int, snapshot: SnapshotId, error: CkptError) -> None:
-        self._tell(_failed(snapshot, error))
-        receipt = _Receipt(snapshot, error=from_error(error, rank=self._channel.rank))
+        self._tell(told.failed(snapshot, error))
+        mine = failed(snapshot, self._channel.rank, error)
         try:
-            self._channel.post(f"receipt/{n}/{self._channel.rank}", msgspec.msgpack.encode(receipt))
+            self._mates.give(n, Share(mine))
+            if not self._is_head:
+                return
+            outcome = Outcome(error=mine.error)
+            self._mates.tell(n, outcome)
             if self._channel.rank == 0:
-                self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(_Outcome(error=receipt.error)))
-                self._gather(n, snapshot)  # not settled before every rank has let go of its slot
+                self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(outcome))
+                self._gather(n, self._receipt(n, snapshot))  # not settled before every rank has let go of its slot
+            else:
+                self._post(n, self._receipt(n, snapshot))
         except Exception as lost:  # noqa: BLE001  a thread's border; nobody holds this call's future
-            self._tell(_failed(snapshot, InternalError(f"the ranks can't be told. snapshot={snapshot} cause={lost!r}")))
+            text = f"the ranks can't be told. snapshot={snapshot} cause={lost!r}"
+            self._tell(told.failed(snapshot, InternalError(text)))
         finally:
             self._settled += 1
 
-    def _write(self, staged: Sealed) -> tuple[_Receipt, Mapping[Digest, ChunkLocation]]:
-        """Write this rank's chunks and part, then let go of the slot. What fails becomes a receipt that says so."""
-        index = staged.index
+    # ---- this rank's share
+
+    def _write(self, staged: Sealed) -> tuple[Share, Mapping[Digest, ChunkLocation]]:
+        """Write this rank's chunks, then let go of the slot. What fails becomes a receipt that says so."""
+        index, rank = staged.index, self._channel.rank
         size = sum(shard.size_bytes for shard in index.shards)
         try:
             done = persist(
@@ -229,20 +223,20 @@ class Persister:
                 writer=self._writer, pack_start=self._packs_written, compression=self._compression, verify=self._verify,
             )  # fmt: skip
         except CkptError as error:
-            return _Receipt(index.snapshot, error=from_error(error, rank=self._channel.rank)), {}
+            return Share(failed(index.snapshot, rank, error)), {}
         except Exception as error:  # noqa: BLE001  a thread's border: without a receipt the other ranks would wait for ever
             wrapped = InternalError(f"writing failed in an unforeseen way. snapshot={index.snapshot} cause={error!r}")
             wrapped.__cause__ = error
-            return _Receipt(index.snapshot, error=from_error(wrapped, rank=self._channel.rank)), {}
+            return Share(failed(index.snapshot, rank, wrapped)), {}
         finally:
             self._packs_written += packs_at_most(index)
             staged.let_go()
         self._pack_sizes.note(done.pack_bytes)
-        receipt = _Receipt(
-            index.snapshot, ref=done.part_ref, size_bytes=size, new_bytes=done.new_bytes,
-            base=self._base if self._known else None, shared=staged.shared,
+        receipt = Receipt(
+            snapshot=index.snapshot, rank=rank, size_bytes=size, new_bytes=done.new_bytes,
+            base=self._base if self._known else None, shared=shared_of(staged.shared), complete=staged.shared is not None,
         )  # fmt: skip
-        return receipt, done.locations
+        return Share(receipt, done.part), done.locations
 
     def _worth_keeping(self, index: StagedIndex, size_bytes: int) -> Mapping[Digest, ChunkLocation]:
         """What is known, but for chunks in packs of which little is needed: those are written anew."""
@@ -250,53 +244,103 @@ class Persister:
         sizes = self._pack_sizes.of(self._known[digest].pack for digest in wanted if digest in self._known)
         return thin(self._known, wanted, sizes, budget_bytes=default_budget_bytes(size_bytes)).known
 
-    def _settle(self, n: int, staged: Sealed, tags: tuple[str, ...]) -> _Outcome:
+    # ---- the node's
+
+    @property
+    def _is_head(self) -> bool:
+        return self._channel.rank == self._mates.rank
+
+    def _closes(self) -> bool:
+        return self._closing
+
+    def _outcome(self, n: int, share: Share, index: StagedIndex, tags: tuple[str, ...]) -> Outcome:
+        """Give this rank's share; what became of the snapshot. What the head meets, its mates hear too."""
+        self._mates.give(n, share)
+        if not self._is_head:
+            return self._mates.outcome(n, self._closes)
+        outcome = Outcome(error=RemoteError(InternalError.code, "the node's head failed.", self._channel.rank))
         try:
-            receipts = self._gather(n, staged.index.snapshot)
-            for receipt in receipts:
-                if receipt.error is not None:
-                    return _Outcome(error=receipt.error)
-            captured = [receipt.snapshot for receipt in receipts]
-            if len(set(captured)) > 1:
-                by_rank = ", ".join(f"{rank}: {snapshot}" for rank, snapshot in enumerate(captured))
-                raise ConflictError(
-                    f"the ranks captured different steps, which never make one snapshot. captured_by_rank={by_rank}; every "
-                    "rank must run and save the same steps"
-                )
-            check_shared([receipt.shared for receipt in receipts])
-            return self._tagged(self._commit(staged, receipts), tags)
+            outcome = self._speak(n, index, tags)
         except CkptError as error:
-            return _Outcome(error=from_error(error, rank=0))
+            outcome = Outcome(error=from_error(error, rank=self._channel.rank))
+            raise
+        finally:
+            self._mates.tell(n, outcome)
+        return outcome
+
+    def _speak(self, n: int, index: StagedIndex, tags: tuple[str, ...]) -> Outcome:
+        receipt = self._receipt(n, index.snapshot)
+        if self._channel.rank == 0:
+            outcome = self._settle(n, receipt, index, tags)
+            self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(outcome))
+            return outcome
+        self._post(n, receipt)
+        word = self._wait(f"outcome/{n}", f"rank 0's commit of {index.snapshot}", rank=0)
+        return msgspec.msgpack.decode(word, type=Outcome)
+
+    def _receipt(self, n: int, snapshot: SnapshotId) -> Receipt:
+        """Write the part of the node's ranks; their receipt, which says so where something failed."""
+        rank, ranks = self._mates.rank, self._mates.ranks
+        try:
+            shares = self._mates.shares(n, self._closes)
+            receipt = merge([share.receipt for share in shares])
+            if receipt.error is not None:
+                return receipt
+            parts = [share.part for share in shares if share.part is not None]
+            ref = put_part(parts, backend=self._place.backend, writer=self._writer)
+            return structs.replace(receipt, refs=(ref,))
+        except CkptError as error:
+            return Receipt(snapshot=snapshot, rank=rank, ranks=ranks, error=from_error(error, rank=rank))
+        except Exception as error:  # noqa: BLE001  a thread's border: without a receipt the other nodes would wait for ever
+            wrapped = InternalError(f"writing a part failed in an unforeseen way. snapshot={snapshot} cause={error!r}")
+            return Receipt(snapshot=snapshot, rank=rank, ranks=ranks, error=from_error(wrapped, rank=rank))
+
+    def _post(self, n: int, receipt: Receipt) -> None:
+        self._channel.post(f"receipt/{n}/{receipt.rank}", msgspec.msgpack.encode(receipt))
+
+    # ---- rank 0's
+
+    def _settle(self, n: int, mine: Receipt, index: StagedIndex, tags: tuple[str, ...]) -> Outcome:
+        try:
+            whole = checked(self._gather(n, mine))
+            if whole.error is not None:
+                return Outcome(error=whole.error)
+            return self._tagged(self._commit(index, whole), tags)
+        except CkptError as error:
+            return Outcome(error=from_error(error, rank=0))
         except Exception as error:  # noqa: BLE001  a thread's border: without an outcome the other ranks would wait for ever
             wrapped = InternalError(
-                f"committing failed in an unforeseen way. snapshot={staged.index.snapshot} cause={error!r}"
+                f"committing failed in an unforeseen way. snapshot={index.snapshot} cause={error!r}"
             )
-            return _Outcome(error=from_error(wrapped, rank=0))
+            return Outcome(error=from_error(wrapped, rank=0))
 
-    def _gather(self, n: int, snapshot: SnapshotId) -> list[_Receipt]:
-        """Every rank's receipt for ``n``. Then each has seen the outcome of ``n - 1``, whose messages are freed."""
-        receipts = [self._receipt(n, rank, snapshot) for rank in range(self._channel.size)]
+    def _gather(self, n: int, mine: Receipt) -> Receipt:
+        """All ranks' receipt for ``n``. Then each has seen the outcome of ``n - 1``, whose messages are freed."""
+        receipts = [mine]
+        rank = mine.ranks
+        while rank < self._channel.size:
+            word = self._wait(
+                f"receipt/{n}/{rank}", f"the part of rank {rank} and its node of {mine.snapshot}", rank=rank
+            )
+            receipt = msgspec.msgpack.decode(word, type=Receipt)
+            receipts.append(receipt)
+            rank += max(1, receipt.ranks)
         self._forget(n - 1)
-        self.passed_step = max(self.passed_step, min(receipt.snapshot.step for receipt in receipts))
-        return receipts
+        self._heads = tuple(receipt.rank for receipt in receipts[1:])
+        whole = merge(receipts)
+        self.passed_step = max(self.passed_step, whole.snapshot.step)
+        return whole
 
-    def _receipt(self, n: int, rank: int, snapshot: SnapshotId) -> _Receipt:
-        word = self._wait(f"receipt/{n}/{rank}", f"rank {rank}'s part of {snapshot}", rank=rank)
-        return msgspec.msgpack.decode(word, type=_Receipt)
-
-    def _commit(self, staged: Sealed, receipts: list[_Receipt]) -> SnapshotInfo:
+    def _commit(self, index: StagedIndex, whole: Receipt) -> SnapshotInfo:
         journal = self._place.journal
         assert journal is not None, "rank 0 has the log"
-        parts = tuple(receipt.ref for receipt in receipts if receipt.ref is not None)
         manifest = Manifest(
-            job=journal.job, snapshot=staged.index.snapshot, world_size=self._channel.size,
-            base=one_base([receipt.base for receipt in receipts]), parts=parts,
-            size_bytes=sum(r.size_bytes for r in receipts), new_bytes=sum(r.new_bytes for r in receipts),
-            created_unix_s=time.time(), metadata=staged.index.metadata,
+            job=journal.job, snapshot=index.snapshot, world_size=self._channel.size, base=whole.base, parts=whole.refs,
+            size_bytes=whole.size_bytes, new_bytes=whole.new_bytes, created_unix_s=time.time(), metadata=index.metadata,
         )  # fmt: skip
         return journal.commit(manifest, epoch=self._place.epoch())
 
-    def _tagged(self, info: SnapshotInfo, tags: tuple[str, ...]) -> _Outcome:
+    def _tagged(self, info: SnapshotInfo, tags: tuple[str, ...]) -> Outcome:
         """Tag what is committed. A tag that fails makes the snapshot no less durable."""
         journal = self._place.journal
         assert journal is not None, "rank 0 has the log"
@@ -305,20 +349,24 @@ class Persister:
                 journal.tag(tag, info.id, epoch=self._place.epoch())
             except CkptError as error:
                 text = f"{info.id} is durable, but could not be tagged. tag={tag!r} cause={error}"
-                return _Outcome(replace(info, tags=tags[:done]), RemoteError(error.code, text, 0))
-        return _Outcome(replace(info, tags=tags))
+                return Outcome(replace(info, tags=tags[:done]), RemoteError(error.code, text, 0))
+        return Outcome(replace(info, tags=tags))
 
     def _forget(self, n: int) -> None:
-        """Free the messages of a snapshot that every rank has settled."""
+        """Free the messages of a snapshot that every rank has settled. The same nodes speak for the same ranks each time."""
         if n >= 1:
             self._channel.forget(f"outcome/{n}")
-            for rank in range(self._channel.size):
+            for rank in self._heads:
                 self._channel.forget(f"receipt/{n}/{rank}")
 
     def _wait(self, key: str, what: str, *, rank: int) -> bytes:
         """Wait for a message of ``rank``, while it is there. One that left has posted all that it ever will."""
         left = f"bye/{rank}"
-        stop = (lambda: self._closing) if rank == self._channel.rank else lambda: self._closing or self._has(left)
+        leaves = not isinstance(self._channel, Staying)
+
+        def stop() -> bool:
+            return self._closing or (leaves and self._channel.peek(left) is not None)
+
         try:
             return wait_for(self._channel, key, timeout_s=PEER_WAIT_S, what=what, stop=stop)
         except UnavailableError:
@@ -326,53 +374,3 @@ class Persister:
             if word is None:
                 raise
             return word
-
-    def _has(self, key: str) -> bool:
-        return self._channel.peek(key) is not None
-
-
-def one_base(bases: Sequence[SnapshotId | None]) -> SnapshotId | None:
-    """The snapshot that the ranks refer to chunks of; None: no rank refers to any. Raises ConflictError where they differ.
-
-    A commit names one base. Chunks of another could be deleted before it, with nobody the wiser.
-    """
-    found = {base for base in bases if base is not None}
-    if len(found) > 1:
-        raise ConflictError(
-            f"the ranks refer to chunks of different snapshots. bases={', '.join(map(str, sorted(found)))}; the next snapshot "
-            "refers to none"
-        )
-    return next(iter(found), None)
-
-
-def check_shared(sets: Sequence[Mapping[str, tuple[int, str]] | None]) -> None:
-    """Each rank's ``shared_sets``: raises UsageError unless all members of a group hold the same leaves in the same order.
-
-    Each rank stores its share of them, computed from what it holds itself; were the sets different, the shares would overlap
-    or leave gaps, and the snapshot could not be read. With a rank whose sets are unknown (None), the others are compared.
-    """
-    complete = None not in sets
-    found: dict[str, list[tuple[int, tuple[int, str]]]] = {}
-    for rank, one in enumerate(sets):
-        for group, held in (one or {}).items():
-            found.setdefault(group, []).append((rank, held))
-    for members in found.values():
-        (first, (size, _)), kinds = members[0], {held for _, held in members}
-        if len(kinds) > 1 or (complete and len(members) != size):
-            raise UsageError(
-                f"replicas hold different leaves, so their shares don't fit together. first_rank={first} replicas={size} "
-                f"ranks_with_any={len(members)} different={len(kinds)}; keep the same optimizer state on each"
-            )
-
-
-def _failed(snapshot: SnapshotId, error: CkptError) -> Event:
-    text = f"the snapshot of {snapshot} is not durable: {error}"
-    return Event("save-failed", text, {"epoch": snapshot.epoch, "step": snapshot.step, "code": error.code}, alarm=True)
-
-
-def _durable(info: SnapshotInfo, seconds: float) -> Event:
-    facts = {"epoch": info.epoch, "step": info.step, "size_bytes": info.size_bytes, "new_bytes": info.new_bytes}
-    return Event("durable", f"{info.id} is durable", {**facts, "seconds": round(seconds, 3)})
-
-
-ready(_Receipt, _Outcome)

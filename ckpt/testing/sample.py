@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ckpt.backends.base import Backend
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import OFF, Compression
+from ckpt.encode.part_put import put_part
 from ckpt.encode.persist import persist
 from ckpt.errors import NotFoundError
 from ckpt.manifest.digest import digest
@@ -84,16 +85,17 @@ class SampleWriter:
         for rank, pieces in enumerate(ranks):
             staged, data = stage(snapshot, pieces, rank=rank, world_size=len(ranks))
             self._writes += 1
+            writer = writer_name("sample", f"{self._writes:016x}")
             done = persist(
                 staged,
                 data,
                 known={**self._known, **known},
                 backend=self.backend,
-                writer=writer_name("sample", f"{self._writes:016x}"),
+                writer=writer,
                 pack_start=0,
                 compression=self.compression,
             )
-            refs.append(done.part_ref)
+            refs.append(put_part([done.part], backend=self.backend, writer=writer))
             known.update(done.locations)
             new_bytes += done.new_bytes
             size_bytes += sum(shard.size_bytes for shard in staged.shards)

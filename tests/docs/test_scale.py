@@ -48,7 +48,7 @@ def test_sizes_that_the_model_takes_are_those_that_are_measured() -> None:
     assert sizes["a node's record"] == scale_model.NODE_BYTES
     assert sizes["a receipt posted: said"] == scale_model.RECEIPT_BYTES
     for what, each, count in (
-        ("epoch record: made", scale_model.PLACE_BYTES, 1000), ("manifest: made", scale_model.PART_REF_BYTES, 8000),
+        ("epoch record: made", scale_model.PLACE_BYTES, 1000), ("manifest: made", scale_model.PART_REF_BYTES, 1000),
         ("sources, one word: said", scale_model.SOURCE_BYTES, 8000 * scale_model.PAIRS),
     ):  # fmt: skip
         assert sizes[what] == pytest.approx(each * count, rel=0.03), what

@@ -13,6 +13,7 @@ from ckpt.backends.file import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.encode.choose import OFF, Compression
 from ckpt.encode.codec import decode_chunk
+from ckpt.encode.part_put import put_part
 from ckpt.encode.persist import Limits, Persisted, packs_at_most, persist
 from ckpt.errors import IntegrityError, StoreFullError, UsageError
 from ckpt.manifest.digest import digest, digest_hex
@@ -81,9 +82,10 @@ def save(
 
 def read_back(backend: Backend, done: Persisted, staged: tuple[StagedIndex, memoryview]) -> None:
     """Fails unless the stored part leads to exactly the staged bytes."""
-    body = bytearray(done.part_ref.size_bytes)
-    backend.read_into(done.part_ref.key, memoryview(body))
-    assert digest_hex(bytes(body)) == done.part_ref.digest
+    ref = put_part([done.part], backend=backend, writer=WRITER)
+    body = bytearray(ref.size_bytes)
+    backend.read_into(ref.key, memoryview(body))
+    assert digest_hex(bytes(body)) == ref.digest
     part = decode_part(bytes(body))
     assert part == done.part
     index, data = staged
@@ -204,8 +206,9 @@ def test_full_store_fails_with_key_and_writes_no_part() -> None:
 
 def test_store_that_fills_at_the_part_fails() -> None:
     backend = Slow(MemoryBackend("persist-part"), packs_max=1)
-    with pytest.raises(StoreFullError, match="key=parts/"):
-        save(backend, slot({"b": random(1, 5)}))
+    done = save(backend, slot({"b": random(1, 5)}))
+    with pytest.raises(StoreFullError, match=r"key=parts/.*part of ranks 0 to 0.*not recorded"):
+        put_part([done.part], backend=backend, writer=WRITER)
 
 
 def test_auto_compresses_for_a_slow_link_and_never_for_a_local_disk() -> None:

@@ -13,6 +13,7 @@ from ckpt.manifest.cover import cover_problem
 from ckpt.manifest.index import SnapshotIndex
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.manifest.part import Part, StoredShard, decode_part, encode_part
+from ckpt.manifest.part_merge import merge_parts
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 PAIR = SnapshotId(1, 5)
@@ -184,3 +185,21 @@ def test_many_rows_or_columns_are_quick() -> None:
     many = 20_000
     assert cover_problem((many, 4), [Box((n, 0), (1, 4)) for n in range(many)]) is None
     assert cover_problem((4, many), [Box((0, n), (4, 1)) for n in range(many)]) is None
+
+
+def test_one_part_of_both_ranks_is_read_as_two_are_and_only_where_the_manifest_says_so() -> None:
+    own = [leaf("rng", (2,), rank=rank) for rank in range(WORLD)]
+    parts = [
+        part(0, [shard(W, (0,), (3,), 1), shard(own[0], (0,), (2,), 2)], (alias("tied", "w"),)),
+        part(1, [shard(W, (3,), (1,), 3), shard(own[1], (0,), (2,), 4)], (alias("tied", "w"),)),
+    ]
+    two, node = index(*parts), merge_parts(parts, writer=writer(0))
+    ref = replace(manifest().parts[0], ranks=WORLD)
+    one = SnapshotIndex(replace(manifest(), parts=(ref,)), [node])
+    assert one.leaves() == two.leaves() and one.ranks == two.ranks
+    assert one.locations() == two.locations() and one.packs() == two.packs()
+    for found in two.leaves():
+        assert one.shards(found.name, found.rank) == two.shards(found.name, found.rank)
+    for parts_read in ([parts[0]], [replace(node, rank=1, ranks=1)]):
+        with pytest.raises(IntegrityError):
+            SnapshotIndex(replace(manifest(), parts=(ref,)), parts_read)

@@ -57,12 +57,14 @@ def shards(draw: st.DrawFn, world_size: int) -> StoredShard:
 @st.composite
 def parts(draw: st.DrawFn) -> Part:
     world = draw(st.integers(1, 5))
+    rank = draw(st.integers(0, world - 1))
     found = draw(st.lists(shards(world), max_size=4))
     alias = Leaf(name="other", kind=LeafKind.TENSOR, dtype="int8", shape=(2,), alias_of="x")
     return Part(
         snapshot=SnapshotId(draw(st.integers(0, keys.EPOCH_MAX)), draw(st.integers(0, keys.STEP_MAX))),
         writer=WRITER,
-        rank=draw(st.integers(0, world - 1)),
+        rank=rank,
+        ranks=draw(st.integers(1, world - rank)),
         world_size=world,
         shards=tuple(found),
         aliases=draw(st.sampled_from([(), (alias,)])),
@@ -155,6 +157,8 @@ def test_a_newer_version_names_both_versions_and_the_remedy() -> None:
         ("epoch", 2**64 - 1),
         ("step", 10**14),
         ("rank", 2),
+        ("ranks", 0),
+        ("ranks", 3),
         ("world_size", 0),
         ("world_size", True),
         ("writer", "../x-0123456789abcdef"),

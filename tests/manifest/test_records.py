@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -273,6 +274,10 @@ def test_a_manifest_with_a_field_out_of_range_is_refused(fields: dict[str, objec
         {"size_bytes": 0},
         {"size_bytes": 2**40},
         {"rank": 1},
+        {"rank": -1, "ranks": 2},
+        {"ranks": 0},
+        {"ranks": 2},
+        {"ranks": -1},
         {"key": make_manifest().parts[1].key},
     ],
 )
@@ -282,6 +287,23 @@ def test_a_manifest_with_a_bad_part_reference_is_refused(fields: dict[str, objec
     parts[0] |= fields
     with pytest.raises(IntegrityError):
         Manifest.decode(resealed(data, parts=parts))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(-1, 1), st.data())
+def test_each_rank_is_in_one_part(counts: list[int], more: int, data: st.DataObject) -> None:
+    pair, rank, parts = SnapshotId(2, 30), 0, []
+    for ranks in counts:
+        key = keys.part_key(pair, keys.writer_name("node", f"{rank:016x}"))
+        parts.append(PartRef(key=key, digest="0" * 32, size_bytes=1, rank=rank, ranks=ranks))
+        rank += ranks
+    found = dataclasses.replace(make_manifest(), world_size=rank, parts=tuple(parts))
+    assert Manifest.decode(found.encode()) == found
+    harmed = data.draw(st.integers(0, len(parts) - 1))
+    parts[harmed] = dataclasses.replace(parts[harmed], ranks=parts[harmed].ranks + more)
+    wrong = dataclasses.replace(found, parts=tuple(parts))
+    if more:
+        with pytest.raises(UsageError, match=r"rank"):
+            wrong.encode()
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.commit.catalog import load_index, load_manifest
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import OFF
-from ckpt.errors import ConflictError, IntegrityError, UsageError
+from ckpt.errors import IntegrityError
 from ckpt.manifest.digest import digest
 from ckpt.manifest.keys import writer_name
 from ckpt.persist.channel import Room, RoomChannel
-from ckpt.persist.persister import Persister, Place, Sealed, check_shared, one_base
+from ckpt.persist.persister import Persister, Place, Sealed
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 WAIT_S = 20.0
@@ -144,20 +144,3 @@ def test_abandoned_queue_says_whether_its_thread_ended(world: World) -> None:
     go_on.set()
     hung.result(WAIT_S)
     assert world.persister.abandon()
-
-
-def test_ranks_that_refer_to_different_snapshots_commit_nothing() -> None:
-    one, other = SnapshotId(1, 1), SnapshotId(1, 2)
-    assert one_base([None, None]) is None
-    assert one_base([None, one, one]) == one
-    with pytest.raises(ConflictError, match=r"bases=epoch 1 step 1, epoch 1 step 2"):
-        one_base([other, None, one])
-
-
-def test_unknown_sets_are_compared_as_far_as_they_are_known() -> None:
-    check_shared([{"a": (2, "x")}, None])
-    check_shared([None, None])
-    with pytest.raises(UsageError):
-        check_shared([{"a": (2, "x")}, {}])
-    with pytest.raises(UsageError):
-        check_shared([{"a": (3, "x")}, {"a": (3, "y")}, None])

@@ -15,12 +15,14 @@ from ckpt.commit.catalog import load_index
 from ckpt.commit.journal import Journal
 from ckpt.commit.state import LogState
 from ckpt.encode.choose import OFF
+from ckpt.encode.part_put import put_part
 from ckpt.encode.persist import Limits, persist
 from ckpt.encode.sparse import thin
 from ckpt.errors import CkptError, ConflictError
 from ckpt.manifest import keys
 from ckpt.manifest.digest import digest
-from ckpt.manifest.manifest import Manifest, PartRef
+from ckpt.manifest.manifest import Manifest
+from ckpt.manifest.part import Part
 from ckpt.testing.crash import CrashingBackend, CrashMode
 from ckpt.testing.sample import Piece, stage, tensor
 from ckpt.upkeep.sweep import sweep
@@ -143,7 +145,7 @@ class Process:
             self.values[place] = self.world.fresh()
         self.step += dice.randint(1, 3)
         pair = SnapshotId(self.captured, self.step)
-        refs: list[PartRef] = []
+        parts: list[Part] = []
         found: dict[Digest, ChunkLocation] = {}
         size = 0
         ranks = dice.choice([1, 2])
@@ -159,9 +161,11 @@ class Process:
                 staged, data, known=known, backend=store, writer=f"{self.writer[:-1]}{rank}",
                 pack_start=self.packs, compression=OFF, limits=Limits(pack_bytes_max=PACK_BYTES, puts_max=1),
             )  # fmt: skip
-            refs.append(done.part_ref)
+            parts.append(done.part)
             found |= done.locations
             size += sum(shard.size_bytes for shard in staged.shards)
+        nodes = [parts] if dice.random() < 0.5 else [[part] for part in parts]
+        refs = [put_part(node, backend=store, writer=node[0].writer) for node in nodes]
         manifest = Manifest(
             job=JOB, snapshot=pair, world_size=ranks, parts=tuple(refs), size_bytes=size, new_bytes=0,
             created_unix_s=self.world.now, base=self.base, metadata={"loss": dice.random()},

@@ -13,6 +13,7 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.commit.catalog import load_index
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import OFF
+from ckpt.encode.part_put import put_part
 from ckpt.encode.persist import persist
 from ckpt.encode.sparse import thin
 from ckpt.manifest import keys
@@ -27,6 +28,7 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId
 LEAVES = 100
 LEAF_BYTES = 32 << 10
 STATE_BYTES = LEAVES * LEAF_BYTES
+WRITER = keys.writer_name("node", "0" * 16)
 CHANGES = 6
 STEPS = 200
 
@@ -59,14 +61,14 @@ class Training:
         sizes = {pack: stat.size_bytes for pack in packs if (stat := self.store.stat(pack)) is not None}
         thinned = thin(self.known, wanted, sizes, budget_bytes=self.budget_bytes)
         done = persist(
-            staged, data, known=thinned.known, backend=self.store, writer=keys.writer_name("node", "0" * 16),
-            pack_start=self.packs, compression=OFF,
+            staged, data, known=thinned.known, backend=self.store, writer=WRITER, pack_start=self.packs, compression=OFF,
         )  # fmt: skip
+        ref = put_part([done.part], backend=self.store, writer=WRITER)
         self.packs += done.packs
         self.moved_bytes += thinned.rewritten_bytes
         self.new_bytes += done.new_bytes
         manifest = Manifest(
-            job="job", snapshot=staged.snapshot, world_size=1, parts=(done.part_ref,), size_bytes=STATE_BYTES,
+            job="job", snapshot=staged.snapshot, world_size=1, parts=(ref,), size_bytes=STATE_BYTES,
             new_bytes=done.new_bytes, created_unix_s=0.0, base=self.base,
         )  # fmt: skip
         self.journal.commit(manifest, epoch=self.epoch)

@@ -1,0 +1,171 @@
+"""Ranks of several nodes: one part and one receipt a node, one outcome for all."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+
+from ckpt.backends.memory import MemoryBackend
+from ckpt.commit.catalog import load_index, load_manifest
+from ckpt.commit.journal import Journal
+from ckpt.encode.choose import OFF
+from ckpt.errors import CkptError, ConflictError, IntegrityError, StoreFullError, UnavailableError, UsageError
+from ckpt.manifest.digest import digest
+from ckpt.manifest.keys import PARTS, part_key, writer_name
+from ckpt.persist.channel import Room, RoomChannel
+from ckpt.persist.mates import Mates
+from ckpt.persist.persister import Persister, Place, Sealed
+from ckpt.restore.verify import verify
+from ckpt.testing.faults import Fault, FaultyBackend, Harm
+from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedIndex, StagedShard
+
+WAIT_S = 20.0
+NODES = (3, 1, 2)
+"""How many ranks each has."""
+WORLD = sum(NODES)
+HEADS = (0, 3, 4)
+ROW = 4096
+FULL_STEP = 9
+"""The store is full for the parts of this one, for each head once."""
+
+
+def _writer(rank: int) -> str:
+    return writer_name("node", f"{rank:016x}")
+
+
+def sealed(rank: int, step: int, *, spoil: bool = False, let_go: threading.Event | None = None) -> Sealed:
+    """A row of a tensor that all share, and what all hold alike."""
+    data = np.full(ROW, step * WORLD + rank, dtype=np.uint8)
+    leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(WORLD * ROW,))
+    shard = StagedShard(
+        leaf=leaf, box=Box((rank * ROW,), (ROW,)), offset_bytes=0, size_bytes=ROW, digests=(digest(data.data),)
+    )
+    if spoil:
+        data[7] += 1
+    index = StagedIndex(snapshot=SnapshotId(1, step), rank=rank, world_size=WORLD, shards=(shard,))
+    release = (lambda: None) if let_go is None else let_go.set
+    return Sealed(index=index, data=memoryview(data), release=release, shared={"all": (WORLD, "x")})
+
+
+class World:
+    """A persister a rank, over a store in memory that may fail."""
+
+    def __init__(self) -> None:
+        full = [Fault(harm=Harm.FULL, key=part_key(SnapshotId(1, FULL_STEP), _writer(head))) for head in HEADS]
+        self.store = FaultyBackend(MemoryBackend("job"), full)
+        self.journal = Journal.open(self.store, job="job", create=True)
+        self.epoch = self.journal.open_epoch(resume=None)
+        self.room = Room()
+        self.persisters: list[Persister] = []
+        for ranks in NODES:
+            mates = Mates(len(self.persisters), ranks)
+            for _ in range(ranks):
+                rank = len(self.persisters)
+                place = Place(
+                    backend=self.store, writer=_writer(rank), epoch=lambda: self.epoch,
+                    journal=self.journal if rank == 0 else None,
+                )  # fmt: skip
+                channel = RoomChannel(self.room, rank=rank, size=WORLD)
+                self.persisters.append(
+                    Persister(channel, place, compression=OFF, verify=True, tell=lambda _: None, mates=mates)
+                )
+
+    def save(self, step: int, *, but: dict[int, Sealed] | None = None) -> list[Future[SnapshotInfo]]:
+        """All hand in."""
+        shares = {rank: sealed(rank, step) for rank in range(WORLD)} | (but or {})
+        return [self.persisters[rank].submit(share, tags=()) for rank, share in shares.items()]
+
+    def saved(self, step: int) -> None:
+        """All hand in, and it becomes durable; nothing but this one's messages is left."""
+        infos = {future.result(WAIT_S).id for future in self.save(step)}
+        assert infos == {SnapshotId(1, step)}
+
+
+def errors(futures: list[Future[SnapshotInfo]]) -> set[str]:
+    """The codes of what all failed with."""
+    found = [future.exception(WAIT_S) for future in futures]
+    assert all(isinstance(one, CkptError) for one in found), found
+    return {one.code for one in found if isinstance(one, CkptError)}
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """Three nodes."""
+    made = World()
+    yield made
+    for persister in made.persisters:
+        persister.stop_waiting()
+    for persister in made.persisters:
+        assert persister.abandon(WAIT_S)
+
+
+def test_each_node_writes_one_part_and_posts_one_receipt(world: World) -> None:
+    for step in (1, 2, 3):
+        world.saved(step)
+    state = world.journal.refresh()
+    manifest = load_manifest(world.store, state, SnapshotId(1, 3))
+    assert [(part.rank, part.ranks) for part in manifest.parts] == list(zip(HEADS, NODES, strict=True))
+    assert manifest.world_size == WORLD and manifest.size_bytes == WORLD * ROW
+    assert len(list(world.store.list(PARTS))) == 3 * len(NODES)
+    index = load_index(world.store, state, SnapshotId(1, 3))
+    assert [shard.box.offsets[0] for shard in index.shards("w")] == [rank * ROW for rank in range(WORLD)]
+    assert verify(index, world.store).ok
+    assert set(world.room.values) == {"outcome/3", "receipt/3/3", "receipt/3/4"}, "older words are freed"
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_share_that_can_not_be_written_fails_all_and_frees_all_slots(world: World, rank: int) -> None:
+    gone = [threading.Event() for _ in range(WORLD)]
+    but = {one: sealed(one, 1, spoil=one == rank, let_go=gone[one]) for one in range(WORLD)}
+    assert errors(world.save(1, but=but)) == {IntegrityError.code}
+    assert all(one.is_set() for one in gone)
+    world.saved(2)
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_rank_that_refuses_fails_all(world: World, rank: int) -> None:
+    world.saved(1)
+    refused = world.persisters[rank].refuse(SnapshotId(1, 2), UsageError("not this one"))
+    others = [world.persisters[one].submit(sealed(one, 2), tags=()) for one in range(WORLD) if one != rank]
+    assert errors(others) == {UsageError.code}
+    refused.result(WAIT_S)
+    world.saved(3)
+    assert world.persisters[0].passed_step == 3
+    assert all(persister.in_flight == 0 for persister in world.persisters)
+
+
+def test_all_refuse(world: World) -> None:
+    futures = [one.refuse(SnapshotId(1, 1), UsageError("none has it")) for one in world.persisters]
+    for future in futures:
+        future.result(WAIT_S)
+    world.saved(2)
+
+
+def test_part_that_can_not_be_put_fails_all(world: World) -> None:
+    world.saved(1)
+    assert errors(world.save(FULL_STEP)) == {StoreFullError.code}
+    assert sorted(key for _, key, _ in world.store.struck) == [
+        part_key(SnapshotId(1, FULL_STEP), _writer(head)) for head in HEADS
+    ]
+    for persister in world.persisters:
+        persister.write_as(writer_name("again", secrets.token_hex(8)))
+    world.saved(FULL_STEP)
+
+
+def test_ranks_that_captured_different_steps_make_no_snapshot(world: World) -> None:
+    futures = world.save(1, but={5: sealed(5, 2)})
+    assert errors(futures) == {ConflictError.code}
+    assert "4 to 5" not in str(futures[0].exception()) and "5: epoch 1 step 2" in str(futures[0].exception())
+    world.saved(3)
+
+
+def test_persisters_that_are_abandoned_wait_for_no_mate(world: World) -> None:
+    futures = [world.persisters[rank].submit(sealed(rank, 1), tags=()) for rank in (0, 1, 4)]
+    for persister in world.persisters:
+        persister.stop_waiting()
+    assert errors(futures) == {UnavailableError.code}
