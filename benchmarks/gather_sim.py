@@ -7,7 +7,7 @@ plan. Simulated is what lies between: each keeper's one processor, each node's l
 
 * ``flat``, as built: every node answers the node of rank 0, which sends each the whole plan;
 * ``tree F``: a node asks up to F others, which ask theirs; what a subtree holds goes up, and the whole plan down, in one word;
-* ``ranges``: words that name a node's ranks as one range, and each subtree is told only where its own ranks' shares are.
+* ``own``: each subtree is told only where its own ranks' shares are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from scale_records import RANKS_A_NODE, holdings, node_name
+from scale_records import holdings, node_name
 
 from ckpt.fleet import words as said
 from ckpt.fleet.words import Holding
@@ -30,9 +30,6 @@ from ckpt.keeper.gather import WAIT_S, Gather
 from ckpt.keeper.held import Pair, complete
 
 Held = dict[str, Sequence[Holding]]
-
-FULL_WORDS_NODES_MAX = 35_000
-"""Beyond that a plan in full is no word any more, and its trees are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,27 +40,25 @@ class Costs:
     way_s: float = 100e-6
     word_s: float = 13e-6
     """At one end, socket included."""
-    said_s_per_byte: float = 2.0e-9
-    heard_s_per_byte: float = 6.0e-9
-    """Encoding and authenticating; checking and decoding."""
-    holding_bytes: float = 100.0
-    """One in the answer as it is built; 20 in one that has a range for a node's ranks."""
-    holding_s: float = 1.8e-6
+    said_s_per_byte: float = 1.0e-9
+    heard_s_per_byte: float = 16.0e-9
+    """Authenticating and sending what was encoded once for all; checking and decoding."""
+    holding_bytes: float = 107.0
+    """One in an answer: a node's ranks of one pair."""
+    holding_s: float = 3.2e-6
     """One in ``complete``."""
-    source_bytes: float = 57.0
-    """One rank's two places in the plan."""
-    range_bytes: float = 70.0
-    """One node's ranks in one pair: its name, first, count, two places."""
+    source_bytes: float = 47.0
+    """A node in the plan of three pairs: its name, and its ranks' places."""
     ask_bytes: float = 40.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How it is gathered. ``fan_in`` 0: flat. ``ranges``: see the module."""
+    """How it is gathered. ``fan_in`` 0: flat. ``own``: see the module."""
 
     name: str
     fan_in: int = 0
-    ranges: bool = False
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +144,7 @@ class GatherRun:
 
     def __init__(
         self, nodes: int, way: Way, costs: Costs, *, seed: int = 1, lost: frozenset[int] = frozenset(), real_slots: int = 3,
-        real_kept: int = 2, holdings_a_node: int = 7 * RANKS_A_NODE, pairs: int = 3, wait_s: float = WAIT_S,
+        real_kept: int = 2, holdings_a_node: int = 5, wait_s: float = WAIT_S,
     ) -> None:  # fmt: skip
         self.nodes = nodes
         self.way = way
@@ -157,7 +152,6 @@ class GatherRun:
         self._lost = lost
         self._real = (real_slots, real_kept)
         self._count = holdings_a_node
-        self._pairs = pairs
         self._wait_s = wait_s
         self._numbers = {node_name(n): n for n in range(nodes)}
         self._world = _World(costs, random.Random(seed), [_Station() for _ in range(nodes)])
@@ -224,13 +218,11 @@ class GatherRun:
         world.at(world.now_s + self._wait_s, lambda: void(gather.tick(world.now_s)))
 
     def _answer_bytes(self, nodes: int) -> float:
-        each = 20.0 * self._count / RANKS_A_NODE if self.way.ranges else self.costs.holding_bytes * self._count
-        return self.costs.ask_bytes + nodes * each
+        return self.costs.ask_bytes + nodes * self._count * self.costs.holding_bytes
 
     def _have(self, held: Held) -> None:
         self._held = held
-        ranges = RANKS_A_NODE if self.way.ranges else 1
-        self._world.work(0, len(held) * self._count / ranges * self.costs.holding_s, self._plan)
+        self._world.work(0, len(held) * self._count * self.costs.holding_s, self._plan)
 
     def _plan(self) -> None:
         self._gathered_s = self._world.now_s
@@ -250,9 +242,7 @@ class GatherRun:
         return lambda: self._tell(child)
 
     def _plan_bytes(self, child: int) -> float:
-        if self.way.ranges:
-            return self.costs.ask_bytes + self._size_of(child) * self._pairs * self.costs.range_bytes
-        return self.costs.ask_bytes + self.nodes * RANKS_A_NODE * self._pairs * self.costs.source_bytes
+        return self.costs.ask_bytes + (self._size_of(child) if self.way.own else self.nodes) * self.costs.source_bytes
 
     def _size_of(self, node: int) -> int:
         """How many nodes are in a subtree."""
@@ -270,10 +260,10 @@ def ways_for(nodes: int) -> list[Way]:
     root = math.isqrt(nodes - 1) + 1
     return [
         Way(name="flat, as built"),
-        Way(name="flat, ranges", ranges=True),
+        Way(name="flat, own", own=True),
         Way(name=f"tree {root} (square root)", fan_in=root),
         Way(name="tree 64", fan_in=64),
-        Way(name="tree 64, ranges", fan_in=64, ranges=True),
+        Way(name="tree 64, own", fan_in=64, own=True),
     ]
 
 
@@ -295,8 +285,6 @@ def main() -> None:
         # The costs are those of all that nodes hold; the words themselves hold one pair where there are many nodes.
         thin = {"real_slots": 1, "real_kept": 1} if nodes > 1000 else {}
         for way in ways_for(nodes):
-            if way.fan_in and not way.ranges and nodes > FULL_WORDS_NODES_MAX:
-                continue
             run = GatherRun(nodes, way, costs, seed=args.seed, **thin).run()
             print(
                 f"{nodes:>7}  {way.name:24} {run.answers:>14} {run.gathered_s:>7.2f} s {run.known_s:>11.2f} s "

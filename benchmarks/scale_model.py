@@ -26,7 +26,6 @@ from ckpt.persist.channel import POLL_LAST_S
 from ckpt.session.orders import RANKS_PER_S_MAX
 
 TTL_S = 5.0
-PAIRS = 3
 
 # Measured by scale_sizes.py.
 WORD_S = 13e-6
@@ -37,10 +36,14 @@ PART_REF_BYTES = 164
 RECEIPT_BYTES = 407
 RECEIPT_S = 4e-6
 """Read and merged with all others."""
-HOLDING_BYTES = 100
-SOURCE_BYTES = 57
+HOLDING_BYTES = 107
+HOLDINGS = 5
+"""Runs of ranks that a node tells of: three pairs in slots, two kept for itself and its partner."""
+SOURCE_BYTES = 47
+"""A node in the plan of three pairs."""
 STANDING_S_A_NODE = 6e-6
-SAID_S_PER_BYTE = 2.0e-9
+SAID_S_PER_BYTE = 1.0e-9
+"""Authenticated and sent; encoded once for all."""
 REQUEST_S = 37e-6
 """A peer request's head at one end (016)."""
 ROUND_TRIP_S = 0.2e-3
@@ -143,11 +146,11 @@ ROWS = (
         "restore from the store: reads of parts", "commit/catalog.py: each rank reads all",
         lambda n, _: ranks(n) * n, count_text,
     ),
-    Row("gather: all answers", "fleet/words.Held, 56 a node", lambda n, _: n * 56 * HOLDING_BYTES, bytes_text),
-    Row("gather: the plan, one word", "fleet/words.Sources", lambda n, _: ranks(n) * PAIRS * SOURCE_BYTES, bytes_text),
+    Row("gather: all answers", "fleet/words.Held, 5 a node", lambda n, _: n * HOLDINGS * HOLDING_BYTES, bytes_text),
+    Row("gather: the plan, one word", "fleet/words.Sources", lambda n, _: n * SOURCE_BYTES, bytes_text),
     Row(
         "gather: the plan said to all", "nodes_memory.py, on one core",
-        lambda n, _: n * (WORD_S + ranks(n) * PAIRS * SOURCE_BYTES * SAID_S_PER_BYTE), time_text,
+        lambda n, _: n * (WORD_S + n * SOURCE_BYTES * SAID_S_PER_BYTE), time_text,
     ),
     Row(
         "restore from memory: a rank reads headers for", "session/far_slots.py, one after the other",
@@ -162,7 +165,7 @@ ROWS = (
 LIMITS = (
     ("epoch record", EPOCH_BYTES_MAX // PLACE_BYTES, "nodes"),
     ("manifest", MANIFEST_BYTES_MAX // PART_REF_BYTES, "nodes"),
-    ("the plan in one word", FRAME_BYTES_MAX // (PAIRS * SOURCE_BYTES), "ranks"),
+    ("the plan in one word", FRAME_BYTES_MAX // SOURCE_BYTES, "nodes"),
 )
 """What is refused, from what number on."""
 

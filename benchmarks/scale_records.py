@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ckpt.fleet.cable import Cable
 from ckpt.fleet.leading import FLOOR, PEER
 from ckpt.fleet.note import Note, encode_note
 from ckpt.fleet.secret import NONCE_BYTES
-from ckpt.fleet.words import Holding, Sources, Word
-from ckpt.keeper.held import Pair
+from ckpt.fleet.words import Holding, Word
+from ckpt.keeper.held import joined
 from ckpt.manifest.keys import part_key, writer_name
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.manifest.records import Commit, Record, make_record
@@ -91,26 +91,19 @@ def holdings(node: int, nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> 
             (node, True, back < kept),
             (partner, True, back < kept),
         ):
-            for rank in range(owner * RANKS_A_NODE, (owner + 1) * RANKS_A_NODE) if there else ():
+            if there:
                 found.append(
-                    Holding(snapshot=pair, origin=ORIGIN, world_size=nodes * RANKS_A_NODE, rank=rank, mirror=mirror)
-                )
-    return found
+                    Holding(
+                        snapshot=pair, origin=ORIGIN, world_size=nodes * RANKS_A_NODE, rank=owner * RANKS_A_NODE,
+                        ranks=RANKS_A_NODE, mirror=mirror,
+                    )
+                )  # fmt: skip
+    return joined(found)
 
 
 def all_holdings(nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> dict[str, Sequence[Holding]]:
     """What every node holds."""
     return {node_name(n): holdings(n, nodes, slots=slots, kept=kept) for n in range(nodes)}
-
-
-def sources_of(pairs: Sequence[Pair]) -> Sources:
-    """The word that tells all where the shares are, as ``keeper/nodes_memory.py`` makes it."""
-    return Sources(attempt=8, pairs=tuple((one.snapshot, one.world_size, one.sources) for one in pairs))
-
-
-def plan_of(pairs: Sequence[Pair]) -> Mapping[SnapshotId, tuple[tuple[str, ...], ...]]:
-    """What a keeper makes of it."""
-    return {one.snapshot: one.sources for one in pairs}
 
 
 def line() -> tuple[Cable, Cable]:

@@ -30,13 +30,13 @@ from scale_records import (
     node_info,
     node_name,
     receipt,
-    sources_of,
 )
 
 from ckpt.errors import CkptError
 from ckpt.fleet import words as said
 from ckpt.fleet.lines import Heard, Lines
-from ckpt.keeper.held import complete
+from ckpt.fleet.secret import mac
+from ckpt.keeper.held import complete, to_word
 from ckpt.keeper.mirror_rounds import Round
 from ckpt.keeper.nodes_standing import common_but_each
 from ckpt.manifest.manifest import Manifest
@@ -181,6 +181,7 @@ def constant(repeats: int) -> list[Line]:
         *word_lines("what a node holds", said.Held(call=1, holdings=tuple(holdings(4, 12_500))), repeats),
         Line("a line made (both ends)", None, best_s(line, repeats)),
         Line("a standing over a socket (both ends)", None, over_sockets_s(standing_word(), 20_000)),
+        Line("a MiB authenticated", 1 << 20, best_s(partial(mac, bytes(32), 1, bytes(1 << 20)), repeats)),
     ]
 
 
@@ -216,7 +217,7 @@ def growing(nodes: int, repeats: int) -> list[Line]:
     )
     del held
     try:
-        lines += word_lines("sources, one word", sources_of(pairs), 1)
+        lines += word_lines("sources, one word", to_word(8, pairs), 1)
     except CkptError as error:
         lines.append(Line("sources, one word", None, None, f"refused: {str(error)[:90]}"))
     return lines

@@ -48,17 +48,47 @@ _GREETING = msgspec.msgpack.Decoder(Greeting)
 ready(Greeting)
 
 
+class Speller:
+    """Makes the bytes of words. What is said to all is spelled once: the last word is remembered with its bytes."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Word, bytes] | None = None
+
+    def __call__(self, word: Word) -> bytes:
+        """Raises UsageError for a word that is too long."""
+        if self._last is not None and self._last[0] is word:
+            return self._last[1]
+        body = _ENCODER.encode(word)
+        if len(body) > FRAME_BYTES_MAX:
+            raise UsageError(f"too long for one word. type={type(word).__name__} size_bytes={len(body)}")
+        self._last = (word, body)
+        return body
+
+
 class Cable:
     """One end of one line. ``peer`` is the other end's node, known for certain once ``up``."""
 
-    def __init__(self, secret: bytes, *, job: str, node: str, nonce: bytes, dials: str | None = None) -> None:
-        """``dials``: the node that is called; None at the end that was called. ``nonce``: NONCE_BYTES, never used before."""
+    def __init__(
+        self,
+        secret: bytes,
+        *,
+        job: str,
+        node: str,
+        nonce: bytes,
+        dials: str | None = None,
+        spell: Speller | None = None,
+    ) -> None:
+        """``dials``: the node that is called; None at the end that was called. ``nonce``: NONCE_BYTES, never used before.
+
+        ``spell``: that of all lines of one thread.
+        """
         assert len(nonce) == NONCE_BYTES, "a fresh nonce"
         self._secret = secret
         self._job = job
         self._node = node
         self._nonce = nonce
         self._dials = dials
+        self._spell = spell or Speller()
         self._in = bytearray()
         self._out: list[bytes] = []
         self._send_key = self._receive_key = b""
@@ -162,8 +192,6 @@ class Cable:
         self._out.append(_LENGTH.pack(len(body)) + body)
 
     def _frame(self, word: Word) -> None:
-        body = _ENCODER.encode(word)
-        if len(body) > FRAME_BYTES_MAX:
-            raise UsageError(f"too long for one word. type={type(word).__name__} size_bytes={len(body)}")
+        body = self._spell(word)
         self._out.append(_LENGTH.pack(len(body)) + body + mac(self._send_key, self._sent, body))
         self._sent += 1

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ckpt.errors import CkptError, UnavailableError
-from ckpt.fleet.cable import Cable
+from ckpt.fleet.cable import Cable, Speller
 from ckpt.fleet.places import Places
 from ckpt.fleet.secret import NONCE_BYTES
 from ckpt.fleet.sheath import Sheath
@@ -101,6 +101,7 @@ class Lines:
         self._lines: set[_Line] = set()
         self._posted: list[tuple[str, Word]] = []
         self._places = Places(self._wake)
+        self._spell = Speller()
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
@@ -211,8 +212,7 @@ class Lines:
             self._heard.down(node, why_of(error))
             return
         sock.setblocking(False)
-        cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES), dials=node)
-        line = _Line(sock, cable, dialled=True, since_s=now_s, probes=node < self._node, connecting=True)
+        line = _Line(sock, self._cable(node), dialled=True, since_s=now_s, probes=node < self._node, connecting=True)
         self._lines.add(line)
         self._selector.register(sock, _WRITE, line)
         try:
@@ -222,6 +222,10 @@ class Lines:
             return
         except (OSError, ValueError) as error:
             self._drop(line, why_of(error))
+
+    def _cable(self, dials: str | None) -> Cable:
+        nonce = os.urandom(NONCE_BYTES)
+        return Cable(self._secret, job=self._job, node=self._node, nonce=nonce, dials=dials, spell=self._spell)
 
     def _accept(self) -> None:
         try:
@@ -233,8 +237,7 @@ class Lines:
             self.refused += 1
             self._drop(min(strangers, key=lambda line: line.since_s), "too many strangers", quiet=True)
         sock.setblocking(False)
-        cable = Cable(self._secret, job=self._job, node=self._node, nonce=os.urandom(NONCE_BYTES))
-        line = _Line(sock, cable, dialled=False, since_s=time.monotonic())
+        line = _Line(sock, self._cable(None), dialled=False, since_s=time.monotonic())
         line.sheath = None if self._tls is None else Sheath(self._tls, calls=None)
         quick(sock)
         self._lines.add(line)

@@ -138,12 +138,13 @@ class Opened(Word, frozen=True, kw_only=True):
 
 
 class Holding(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank's share of a pair, sealed in a slot of its node, or kept for another node as a ``mirror``."""
+    """The shares of ``ranks`` ranks of a pair, from ``rank`` on: in slots of their node, or kept for another as ``mirror``."""
 
     snapshot: SnapshotId
     origin: str
     world_size: int
     rank: int
+    ranks: int = 1
     mirror: bool = False
 
 
@@ -161,10 +162,14 @@ class Held(Word, frozen=True, kw_only=True):
 
 
 class Sources(Word, frozen=True, kw_only=True):
-    """From the node of rank 0: where each rank's share of some pairs is, by the nodes that have it."""
+    """From the node of rank 0: where each rank's share of some pairs is.
+
+    Of each pair the size of its world; and of runs of its ranks, from 0 on, how many they are and which of ``nodes`` have them.
+    """
 
     attempt: int
-    pairs: tuple[tuple[SnapshotId, int, tuple[tuple[str, ...], ...]], ...]
+    nodes: tuple[str, ...]
+    pairs: tuple[tuple[SnapshotId, int, tuple[tuple[int, tuple[int, ...]], ...]], ...]
 
 
 # ---- beginnings and ends

@@ -1,55 +1,156 @@
-"""What the nodes of a job hold in memory, and which pairs are complete over all of them. Pure."""
+"""What the nodes of a job hold in memory, and which pairs are complete over all of them. Pure.
+
+A node's ranks follow each other, and so do the shares that it holds: what it says is of runs of ranks, and so is what is worked
+out of it. So its cost grows with the number of nodes, not of ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from ckpt.fleet.words import Holding
+from msgspec import structs
+
+from ckpt.fleet.words import Holding, Sources
 from ckpt.values import SnapshotId
 
 PAIRS_MAX = 8
 """So many complete pairs are offered to restore from: more are never needed, each slot holds one."""
+
+WORLD_MAX = 1 << 24
+"""What says that it is of a larger world is of none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``ranks`` ranks that follow each other, whose shares the same nodes have: in a slot before as a mirror."""
+
+    ranks: int
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A pair that can be restored from memory: of a world of ``world_size`` ranks, each rank's share at some nodes.
 
-    ``sources``: for each rank the nodes that have it, those that have it in a slot before those that hold a mirror.
+    ``runs``: all its ranks, from 0 on.
     """
 
     snapshot: SnapshotId
     origin: str
     world_size: int
-    sources: tuple[tuple[str, ...], ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def sources(self) -> tuple[tuple[str, ...], ...]:
+        """For each rank the nodes that have its share."""
+        return tuple(run.nodes for run in self.runs for _ in range(run.ranks))
+
+
+def joined(holdings: Iterable[Holding]) -> list[Holding]:
+    """The same, where ranks that follow each other are one."""
+    found: list[Holding] = []
+    for one in sorted(holdings, key=lambda one: (one.snapshot, one.origin, one.world_size, one.mirror, one.rank)):
+        last = found[-1] if found else one
+        alike = structs.replace(last, rank=one.rank, ranks=one.ranks) == one
+        if found and alike and one.rank <= last.rank + last.ranks:
+            found[-1] = structs.replace(last, ranks=max(last.ranks, one.rank + one.ranks - last.rank))
+        else:
+            found.append(one)
+    return found
 
 
 def complete(held: Mapping[str, Sequence[Holding]]) -> list[Pair]:
     """The pairs of which every rank's share is somewhere, newest first. ``held``: what each node says that it holds."""
-    groups: dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, str]]]] = {}
-    for node, holdings in held.items():
-        for one in holdings:
-            if 0 <= one.rank < one.world_size:
-                ranks = groups.setdefault((one.snapshot, one.origin, one.world_size), {})
-                ranks.setdefault(one.rank, []).append((one.mirror, node))
-    found = [
-        Pair(snapshot, origin, size, tuple(tuple(node for _, node in sorted(ranks[rank])) for rank in range(size)))
-        for (snapshot, origin, size), ranks in groups.items()
-        if len(ranks) == size
-    ]
+    found = []
+    for (snapshot, origin, size), segments in _segments(held, with_origin=True).items():
+        if all(nodes for _, _, nodes in segments):
+            found.append(Pair(snapshot, origin, size, _runs(segments)))
     # An epoch's number may have been given out twice: the log says which of the two origins counts.
     return sorted(found, key=lambda pair: (pair.snapshot, pair.origin, pair.world_size), reverse=True)[:PAIRS_MAX]
 
 
-def lost(held: Mapping[str, Sequence[Holding]]) -> dict[SnapshotId, tuple[int, ...]]:
+def lost(held: Mapping[str, Sequence[Holding]]) -> dict[SnapshotId, tuple[range, ...]]:
     """Of the pairs that are not complete: the ranks whose share nobody has. For people."""
-    ranks: dict[tuple[SnapshotId, int], set[int]] = {}
-    for holdings in held.values():
+    found = {}
+    for (snapshot, _, _), segments in sorted(_segments(held, with_origin=False).items(), reverse=True):
+        missing = tuple(range(start, end) for start, end, nodes in segments if not nodes)
+        if missing:
+            found[snapshot] = missing
+    return found
+
+
+def to_word(attempt: int, pairs: Sequence[Pair]) -> Sources:
+    """What all nodes are told: each node's name once."""
+    names = {node: None for pair in pairs for run in pair.runs for node in run.nodes}
+    numbers = {node: number for number, node in enumerate(names)}
+    return Sources(
+        attempt=attempt, nodes=tuple(names),
+        pairs=tuple(
+            (
+                pair.snapshot, pair.world_size,
+                tuple((run.ranks, tuple(numbers[node] for node in run.nodes)) for run in pair.runs),
+            )
+            for pair in pairs
+        ),
+    )  # fmt: skip
+
+
+def from_word(word: Sources) -> dict[SnapshotId, tuple[Run, ...]]:
+    """Where the shares of each pair are. A pair of which the word contradicts itself is none.
+
+    Of one number that was given out twice the first counts, as in what is offered to restore.
+    """
+    found: dict[SnapshotId, tuple[Run, ...]] = {}
+    for snapshot, size, runs in word.pairs:
+        sound = all(ranks > 0 and all(0 <= node < len(word.nodes) for node in nodes) for ranks, nodes in runs)
+        if sound and size <= WORLD_MAX and sum(ranks for ranks, _ in runs) == size:
+            named = tuple(Run(ranks, tuple(word.nodes[node] for node in nodes)) for ranks, nodes in runs)
+            found.setdefault(snapshot, named)
+    return found
+
+
+_Segment = tuple[int, int, tuple[str, ...]]
+"""Ranks from one up to another, and the nodes that have their shares."""
+
+
+def _segments(
+    held: Mapping[str, Sequence[Holding]], *, with_origin: bool
+) -> dict[tuple[SnapshotId, str, int], list[_Segment]]:
+    """Of each pair that somebody has a share of: the whole world in segments, each at the same nodes everywhere."""
+    changes: dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, bool, str]]]] = {}
+    for node, holdings in held.items():
         for one in holdings:
-            ranks.setdefault((one.snapshot, one.world_size), set()).add(one.rank)
-    return {
-        snapshot: tuple(rank for rank in range(size) if rank not in there)
-        for (snapshot, size), there in sorted(ranks.items(), reverse=True)
-        if len(there) < size
-    }
+            end = one.rank + one.ranks
+            if one.rank < 0 or one.ranks < 1 or not end <= one.world_size <= WORLD_MAX:
+                continue
+            at = changes.setdefault((one.snapshot, one.origin if with_origin else "", one.world_size), {})
+            at.setdefault(one.rank, []).append((True, one.mirror, node))
+            at.setdefault(end, []).append((False, one.mirror, node))
+    return {pair: _sweep(pair[2], at) for pair, at in changes.items()}
+
+
+def _sweep(size: int, changes: dict[int, list[tuple[bool, bool, str]]]) -> list[_Segment]:
+    """``changes``: at which rank a node's share begins (True) or ends."""
+    found: list[_Segment] = []
+    there: dict[tuple[bool, str], int] = {}
+    ranks = sorted({0, size, *changes})
+    for start, end in pairwise(ranks):
+        for begins, mirror, node in changes.get(start, ()):
+            count = there.get((mirror, node), 0) + (1 if begins else -1)
+            there[mirror, node] = count
+            if not count:
+                del there[mirror, node]
+        found.append((start, end, tuple(dict.fromkeys(node for _, node in sorted(there)))))
+    return found
+
+
+def _runs(segments: Sequence[_Segment]) -> tuple[Run, ...]:
+    found: list[Run] = []
+    for start, end, nodes in segments:
+        if found and found[-1].nodes == nodes:
+            found[-1] = Run(found[-1].ranks + end - start, nodes)
+        else:
+            found.append(Run(end - start, nodes))
+    return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from ckpt.fleet.tls import lender_at, lending_at
 from ckpt.fleet.ways import Epoch
 from ckpt.fleet.words import Holding
 from ckpt.keeper.gather import Gather
-from ckpt.keeper.held import complete, lost
+from ckpt.keeper.held import Run, complete, from_word, joined, lost, to_word
 from ckpt.keeper.job import Job
 from ckpt.keeper.lend import Lending
 from ckpt.keeper.mirror import RETRY_S, Mirror, Task
@@ -29,6 +30,9 @@ from ckpt.peer.store import PeerStore
 from ckpt.persist.sealed import Sealed
 from ckpt.values import SnapshotId
 
+NAMED_MAX = 16
+"""So many ranks are named whose share nobody has."""
+
 SPARE_RETRY_S = 30.0
 """Pause before a standby that could not keep a pair is sent another: it may have cost as much as one that it keeps."""
 
@@ -42,7 +46,7 @@ class NodesMemory:
         self._spec = spec
         self._secret = Secret.of(secret)
         self._gather = Gather(among.say)
-        self._sources: dict[SnapshotId, tuple[tuple[str, ...], ...]] = {}
+        self._sources: dict[SnapshotId, tuple[Run, ...]] = {}
         self._lending = Lending(self._secret, lending_at(spec, host), tell=tell, budget_bytes=spec.mirror_bytes)
         self._mirror = Mirror(done=lambda task, came: job.post(lambda: self._done(task, came)), tell=tell)
         self._peers: dict[str, PeerStore] = {}
@@ -117,25 +121,25 @@ class NodesMemory:
             if self._number() != epoch.number:
                 return  # who asked is of an attempt that is over
             pairs = complete(held)
-            for snapshot, ranks in lost(held).items():
-                text = f"{snapshot} is not whole in memory: nobody has the share of {len(ranks)} ranks"
-                self._job.tell(Event("memory-lost", text, {"ranks": ",".join(map(str, ranks[:16]))}))
+            for snapshot, missing in lost(held).items():
+                text = f"{snapshot} is not whole in memory: nobody has the share of {sum(map(len, missing))} ranks"
+                first = itertools.islice(itertools.chain.from_iterable(missing), NAMED_MAX)
+                self._job.tell(Event("memory-lost", text, {"ranks": ",".join(map(str, first))}))
             text = f"{len(held)} nodes hold {len(pairs)} pairs in memory"
             self._job.tell(Event("memory-gathered", text, {"newest": str(pairs[0].snapshot) if pairs else None}))
-            places = tuple((one.snapshot, one.world_size, one.sources) for one in pairs)
-            word = said.Sources(attempt=epoch.number, pairs=places)
+            word = to_word(epoch.number, pairs)
             self._see_sources(word)
             self._among.say_to_all(word)
             answer({one.snapshot: one.origin for one in reversed(pairs)})
 
         others = [node for node in epoch.addresses if node != self._among.me]
-        self._gather.ask(others, (self._among.me, self._holdings()), time.monotonic(), have)
+        self._gather.ask(others, (self._among.me, joined(self._holdings())), time.monotonic(), have)
 
     def take(self, node: str, word: said.AskHeld | said.Held | said.Sources) -> None:
         """What another node says."""
         match word:
             case said.AskHeld(call=call):
-                self._among.say(node, said.Held(call=call, holdings=tuple(self._holdings())))
+                self._among.say(node, said.Held(call=call, holdings=tuple(joined(self._holdings()))))
             case said.Held():
                 self._gather.heard(node, word, time.monotonic())
             case said.Sources():
@@ -150,7 +154,12 @@ class NodesMemory:
         epoch, found = self._among.epoch, self._sources.get(snapshot)
         if epoch is None or found is None:
             return ()
-        return tuple(self._source(epoch, snapshot, rank, nodes) for rank, nodes in enumerate(found))
+        local, ranks = self._local(snapshot), itertools.count()
+        return tuple(
+            Source(local=local.get(next(ranks), -1), slots=peers, mirrors=peers)
+            for run in found
+            for peers in itertools.repeat(self._lenders(epoch, run.nodes), run.ranks)
+        )
 
     def go_round(self, now: Round) -> None:
         """The node of rank 0 says which pair is kept next, and which all have: of what is kept here the others go."""
@@ -182,20 +191,15 @@ class NodesMemory:
         text = f"{self.round.kept} is on {count} other nodes too; for {exposed_s:.1f} s nothing newer was"
         self._job.tell(Event("protected", text, {"exposed_s": round(exposed_s, 3), "step": self.round.kept.step}))
 
-    def _source(self, epoch: Epoch, snapshot: SnapshotId, rank: int, nodes: Sequence[str]) -> Source:
+    def _lenders(self, epoch: Epoch, nodes: Sequence[str]) -> tuple[str, ...]:
         """Whether a node has it in a slot or as a mirror may change while it is asked for, so both are tried. Here first."""
         near = sorted(nodes, key=lambda node: node != self._among.me)
-        peers = tuple(peer for node in near if (peer := epoch.peers.get(node)))
-        local = self._local(snapshot, rank)
-        return Source(local=-1 if local is None else local, slots=peers, mirrors=peers)
+        return tuple(peer for node in near if (peer := epoch.peers.get(node)))
 
-    def _local(self, snapshot: SnapshotId, rank: int) -> int | None:
-        """The local rank whose slot holds that share."""
-        for slot in self._job.slots or ():
-            brief = slot.brief()
-            if brief is not None and (brief[0].snapshot, brief[0].rank) == (snapshot, rank):
-                return slot.rank
-        return None
+    def _local(self, snapshot: SnapshotId) -> dict[int, int]:
+        """The ranks whose shares of that pair slots here hold, and the local rank whose slot it is."""
+        briefs = ((slot.rank, slot.brief()) for slot in self._job.slots or ())
+        return {brief[0].rank: rank for rank, brief in briefs if brief is not None and brief[0].snapshot == snapshot}
 
     def _holdings(self) -> list[Holding]:
         found = self._lending.mirrored()
@@ -211,8 +215,7 @@ class NodesMemory:
     def _see_sources(self, word: said.Sources) -> None:
         epoch = self._among.epoch
         if epoch is not None and word.attempt == epoch.number:
-            # Of one number that was given out twice the first counts, as in what is offered to restore.
-            self._sources = {snapshot: sources for snapshot, _, sources in reversed(word.pairs)}
+            self._sources = from_word(word)
 
     # ---- mirrors
 

@@ -49,11 +49,12 @@ def test_sizes_that_the_model_takes_are_those_that_are_measured() -> None:
     assert sizes["a receipt posted: said"] == scale_model.RECEIPT_BYTES
     for what, each, count in (
         ("epoch record: made", scale_model.PLACE_BYTES, 1000), ("manifest: made", scale_model.PART_REF_BYTES, 1000),
-        ("sources, one word: said", scale_model.SOURCE_BYTES, 8000 * scale_model.PAIRS),
+        ("sources, one word: said", scale_model.SOURCE_BYTES, 1000),
     ):  # fmt: skip
         assert sizes[what] == pytest.approx(each * count, rel=0.03), what
-    assert sizes["what a node holds: said"] == pytest.approx(56 * gather_sim.Costs().holding_bytes, rel=0.03)
-    assert gather_sim.Costs().source_bytes == scale_model.SOURCE_BYTES
+    costs = gather_sim.Costs()
+    assert sizes["what a node holds: said"] == pytest.approx(costs.ask_bytes + 5 * costs.holding_bytes, rel=0.03)
+    assert costs.source_bytes == scale_model.SOURCE_BYTES
 
 
 def test_files_and_names_that_the_page_names_exist() -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
 from ckpt.fleet import cable as cables
-from ckpt.fleet.cable import Cable
-from ckpt.fleet.words import Beat, Decided, Post, Word
+from ckpt.fleet.cable import FRAME_BYTES_MAX, Cable, Speller
+from ckpt.fleet.words import Beat, Decided, Meet, Post, Word
 
 SECRET = b"a secret of all nodes"
 _numbers = itertools.count(1)
@@ -156,3 +156,15 @@ def test_word_beyond_the_limit_is_refused_by_its_sender(monkeypatch: pytest.Monk
     monkeypatch.setattr(cables, "FRAME_BYTES_MAX", 100)
     with pytest.raises(UsageError, match="too long"):
         dialler.say(Post(room="1", key="k", value=bytes(200)))
+
+
+def test_what_is_said_to_all_is_spelled_once() -> None:
+    spell = Speller()
+    one, same = Beat(), Beat()
+    assert spell(one) is spell(one)
+    encoded = [spell(one), spell(same)]
+    assert encoded[0] == encoded[1] and encoded[0] is not encoded[1], "equal words are two"
+    assert spell(Meet(attempt=1, host="h", port=2)) != encoded[0]
+    with pytest.raises(UsageError, match="too long"):
+        spell(Meet(attempt=1, host="h" * FRAME_BYTES_MAX, port=2))
+    assert spell(same) == encoded[1]

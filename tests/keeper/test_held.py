@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import msgspec
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.fleet.words import Holding
-from ckpt.keeper.held import PAIRS_MAX, complete, lost
+from ckpt.fleet.words import Holding, Sources
+from ckpt.keeper.held import PAIRS_MAX, WORLD_MAX, Pair, Run, complete, from_word, joined, lost, to_word
 from ckpt.values import SnapshotId
 
 P1, P2 = SnapshotId(1, 10), SnapshotId(1, 20)
 
 
-def held(snapshot: SnapshotId, rank: int, *, size: int = 2, origin: str = "o", mirror: bool = False) -> Holding:
-    return Holding(snapshot=snapshot, origin=origin, world_size=size, rank=rank, mirror=mirror)
+def held(
+    snapshot: SnapshotId, rank: int, *, size: int = 2, origin: str = "o", mirror: bool = False, ranks: int = 1
+) -> Holding:
+    return Holding(snapshot=snapshot, origin=origin, world_size=size, rank=rank, ranks=ranks, mirror=mirror)
 
 
 def test_pair_is_complete_where_every_rank_is_somewhere_newest_first() -> None:
@@ -25,7 +32,7 @@ def test_pair_is_complete_where_every_rank_is_somewhere_newest_first() -> None:
 def test_share_that_nobody_has_leaves_a_pair_incomplete_and_is_named() -> None:
     there = {"a": [held(P1, 0, size=3), held(P2, 0, size=3)], "b": [held(P2, 2, size=3)]}
     assert complete(there) == []
-    assert lost(there) == {P2: (1,), P1: (1, 2)}
+    assert lost(there) == {P2: (range(1, 2),), P1: (range(1, 3),)}
 
 
 def test_slots_come_before_mirrors() -> None:
@@ -46,25 +53,102 @@ def test_rank_beyond_its_world_counts_for_nothing() -> None:
     assert complete({"a": [held(P1, 0, size=1), held(P1, 7, size=1)]})[0].sources == (("a",),)
 
 
+def test_node_that_has_a_share_in_a_slot_and_as_a_mirror_is_named_once() -> None:
+    assert complete({"a": [held(P1, 0, size=1), held(P1, 0, size=1, mirror=True)]})[0].sources == (("a",),)
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "size"), [(-1, 2, 2), (0, 0, 2), (0, 3, 2), (0, -1, 2), (0, 1, WORLD_MAX + 1)]
+)
+def test_what_can_not_be_counts_for_nothing(rank: int, ranks: int, size: int) -> None:
+    there = {"a": [held(P1, 0), held(P1, 1)], "b": [held(P1, rank, ranks=ranks, size=size)]}
+    assert complete(there)[0].sources == (("a",), ("a",))
+
+
 ids = st.builds(SnapshotId, st.integers(1, 2), st.integers(0, 12))
-holdings = st.lists(
-    st.builds(
-        lambda snapshot, size, rank, origin, mirror: held(snapshot, rank % size, size=size, origin=origin, mirror=mirror),
-        ids, st.integers(1, 3), st.integers(0, 2), st.sampled_from("xy"), st.booleans(),
-    ),
-    max_size=20,
-)  # fmt: skip
 
 
-@given(st.dictionaries(st.sampled_from("abc"), holdings))
+@st.composite
+def holding(draw: st.DrawFn) -> Holding:
+    size = draw(st.integers(1, 6))
+    rank = draw(st.integers(0, size - 1))
+    ranks = draw(st.integers(1, size - rank))
+    return held(draw(ids), rank, size=size, origin=draw(st.sampled_from("xy")), mirror=draw(st.booleans()), ranks=ranks)
+
+
+holdings = st.lists(holding(), max_size=20)
+nodes = st.dictionaries(st.sampled_from("abc"), holdings)
+
+
+def said(
+    there: Mapping[str, Sequence[Holding]],
+) -> dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, str]]]]:
+    """Rank by rank: who has it, and how."""
+    found: dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, str]]]] = {}
+    for node, some in there.items():
+        for one in some:
+            for rank in range(one.rank, one.rank + one.ranks):
+                ranks = found.setdefault((one.snapshot, one.origin, one.world_size), {})
+                ranks.setdefault(rank, []).append((one.mirror, node))
+    return found
+
+
+@settings(deadline=None)
+@given(nodes)
 def test_what_is_complete_is_held_by_those_that_it_names(there: dict[str, list[Holding]]) -> None:
     found = complete(there)
-    assert len(found) <= PAIRS_MAX
-    assert [pair.snapshot for pair in found] == sorted((pair.snapshot for pair in found), reverse=True)
+    all_ranks = {key: ranks for key, ranks in said(there).items() if len(ranks) == key[2]}
+    assert [(one.snapshot, one.origin, one.world_size) for one in found] == sorted(all_ranks, reverse=True)[:PAIRS_MAX]
     for pair in found:
-        assert len(pair.sources) == pair.world_size
-        for rank, nodes in enumerate(pair.sources):
-            assert nodes
-            for node in nodes:
-                wanted = (pair.snapshot, pair.origin, pair.world_size, rank)
-                assert any((one.snapshot, one.origin, one.world_size, one.rank) == wanted for one in there[node])
+        ranks = all_ranks[pair.snapshot, pair.origin, pair.world_size]
+        for rank, named in enumerate(pair.sources):
+            assert list(named) == list(dict.fromkeys(node for _, node in sorted(ranks[rank])))
+        assert all(one.nodes != other.nodes for one, other in pairwise(pair.runs)), "no run could be longer"
+
+
+@settings(deadline=None)
+@given(nodes)
+def test_runs_say_what_ranks_say(there: dict[str, list[Holding]]) -> None:
+    short = {node: joined(some) for node, some in there.items()}
+    assert complete(short) == complete(there)
+    assert lost(short) == lost(there)
+    for node, some in short.items():
+        assert len(some) <= len(there[node])
+        assert {key: {rank: set(who) for rank, who in ranks.items()} for key, ranks in said({node: some}).items()} == {
+            key: {rank: set(who) for rank, who in ranks.items()} for key, ranks in said({node: there[node]}).items()
+        }
+        kinds = [(one.snapshot, one.origin, one.world_size, one.mirror) for one in some]
+        for kind in set(kinds):
+            its = sorted((one.rank, one.rank + one.ranks) for one, its in zip(some, kinds, strict=True) if its == kind)
+            assert all(end < start for (_, end), (start, _) in pairwise(its)), "joined as far as can be"
+
+
+@settings(deadline=None)
+@given(nodes)
+def test_ranks_that_nobody_has_are_lost(there: dict[str, list[Holding]]) -> None:
+    for pair, missing in lost(there).items():
+        assert all(missing), "no empty range"
+        sizes = {one.world_size for some in there.values() for one in some if one.snapshot == pair}
+        assert max(ranks.stop for ranks in missing) <= max(sizes)
+
+
+@settings(deadline=None)
+@given(nodes)
+def test_plan_comes_over_a_line_as_it_was(there: dict[str, list[Holding]]) -> None:
+    pairs = complete(there)
+    word = msgspec.msgpack.decode(msgspec.msgpack.encode(to_word(7, pairs)), type=Sources)
+    assert word.attempt == 7
+    first: dict[SnapshotId, Pair] = {}
+    for pair in pairs:
+        first.setdefault(pair.snapshot, pair)
+    assert from_word(word) == {snapshot: pair.runs for snapshot, pair in first.items()}
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [((1, (0,)),), ((3, (0,)),), ((0, (0,)), (2, (1,))), ((-1, (0,)), (3, (0,))), ((2, (2,)),), ((2, (-1,)),), ()],
+)
+def test_pair_that_a_word_contradicts_itself_about_is_none(runs: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
+    sound = (P2, 2, ((2, (0, 1)),))
+    word = Sources(attempt=1, nodes=("a", "b"), pairs=((P1, 2, runs), sound))
+    assert from_word(word) == {P2: (Run(2, ("a", "b")),)}
