@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,16 +24,16 @@ from nemesis_watch import EtcdWatch, LogWatch, Trainers, etcd_watch, steps_of
 from networks import Network, network
 
 import ckpt
-from ckpt.backends.file import FileBackend
-from ckpt.commit.fold import empty
-from ckpt.commit.reader import read_on
+from ckpt.commit.journal import Journal
 from ckpt.errors import CkptError
 from ckpt.manifest.records import Commit, Open, Record, decode_record
+from ckpt.replicate.open import open_stores
 
 MACHINES = (1, 2, 3, 4)
 ETCD_HOSTS = (5, 6, 7)
 OBSERVER = 8
 """Hosts of the network."""
+JOB = "exact"
 
 NODES = "2:3"
 BEGUN_STEPS = 5
@@ -48,9 +50,12 @@ LOOK_S = 0.02
 
 
 class Nemesis:
-    """See the module. Everything that it starts ends with the stack."""
+    """See the module. Everything that it starts ends with the stack.
 
-    def __init__(self, schedules: Sequence[Schedule], folder: Path, ending: ExitStack) -> None:
+    ``stores``: how many folders have what becomes durable. With several etcd gives out the places of their log.
+    """
+
+    def __init__(self, schedules: Sequence[Schedule], folder: Path, ending: ExitStack, *, stores: int) -> None:
         self.schedules = schedules
         self._ttl_s = schedules[0].ttl_s
         self._clock_jumps = any(act.kind == "clock" for one in schedules for act in one.acts)
@@ -66,8 +71,11 @@ class Nemesis:
         self._cluster: Cluster = ending.enter_context(
             cluster(folder / "cluster", nodes=NODES, where=self._etcd.where, secret=secret)
         )
-        self._store = self._cluster.results / "store"
-        self._log = ending.enter_context(LogWatch(self._store / "log"))
+        self._stores = [self._cluster.results / f"store-{number}" for number in range(stores)]
+        if stores > 1:
+            self._begin_log()
+        watches = [LogWatch(store / "log", number) for number, store in enumerate(self._stores)]
+        self._logs = [ending.enter_context(watch) for watch in watches]
         self._trainers = Trainers(self._cluster.results / "events")
         self._clocks = {host: Clock(folder / f"clock-{host}") for host in MACHINES}
         self._began_s = time.monotonic()
@@ -114,10 +122,21 @@ class Nemesis:
             self._acts.start_again(LAUNCHED)
         self._say(f"the job is over after {finish} steps")
 
+    def _begin_log(self) -> None:
+        program = Path(__file__).parent / "programs" / "log_by_etcd.py"
+        done = subprocess.run(
+            [*self._lan.command(OBSERVER), sys.executable, str(program), JOB, *map(str, self._stores)],
+            env={**os.environ, "CKPT_SEQUENCER": self._etcd.where}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stdout.startswith("etcd:"), f"etcd gives out no places\n{done.stdout}\n{done.stderr}"
+
     def describe(self) -> str:
         """For who has to understand a failure."""
         seeds = f"{self.schedules[0].seed}-{self.schedules[-1].seed}"
-        again = f"CKPT_SEED={seeds} CKPT_CHAIN={len(self.schedules)} CKPT_TTL_S={self._ttl_s:g} does it again"
+        again = (
+            f"CKPT_SEED={seeds} CKPT_CHAIN={len(self.schedules)} CKPT_TTL_S={self._ttl_s:g} "
+            f"CKPT_STORES={len(self._stores)} does it again"
+        )
         return "\n".join([again, *self.said, f"folder={self._folder}", self._cluster.output()])
 
     # ---- what is done
@@ -146,8 +165,9 @@ class Nemesis:
             before = [*before, *self._clocks[host].command()]
         more = {"ttl_s": self._ttl_s}
         return self._cluster.start(
-            "--every", 20, program="exact.py", before=before, host=self._lan.address(host), more=more
-        )
+            "--every", 20, "--stores", len(self._stores), program="exact.py", before=before,
+            host=self._lan.address(host), more=more,
+        )  # fmt: skip
 
     def _say(self, text: str) -> None:
         self.said.append(
@@ -172,16 +192,16 @@ class Nemesis:
 
     def _history(self, finish: int) -> History:
         trainers = self._trainers.poll()
-        found = self._log.look()
+        digests = {(number, key): digest for number, log in enumerate(self._logs) for key, digest in log.look().items()}
+        sightings = [one for log in self._logs for one in log.sightings]
         records, hole = self._records()
-        checkpointer = ckpt.Checkpointer(str(self._store))
+        checkpointer = ckpt.Checkpointer([str(store) for store in self._stores])
         infos = checkpointer.snapshots()
         newest = checkpointer.latest()
         highest = max(finish, *(one.step + 1 for one in trainers.steps), *(one.step for one in infos))
         return History(
             changes=tuple(self._watch.changes()), entered=tuple(trainers.entered), steps=tuple(trainers.steps),
-            beats=tuple(trainers.beats), log=tuple(records), hole=hole, sightings=tuple(self._log.sightings),
-            log_digests={(0, key): digest for key, digest in found.items()},
+            beats=tuple(trainers.beats), log=tuple(records), hole=hole, sightings=tuple(sightings), log_digests=digests,
             snapshots=frozenset((one.epoch, one.step) for one in infos),
             newest=(newest.epoch, newest.step) if newest is not None else None,
             contents={pair: read_back(checkpointer, pair) for pair in dict.fromkeys(_pairs(records))},
@@ -190,12 +210,16 @@ class Nemesis:
         )  # fmt: skip
 
     def _records(self) -> tuple[list[Opened | Committed], str]:
-        """The log, each record's bytes as they lie in the store; and why its end can't be read."""
-        store = FileBackend(str(self._store))
-        paths = sorted((self._store / "log").glob("*.json"))
-        found = [decode_record(path.read_bytes()) for path in paths]
-        state = read_on(store, empty(found[0].job))
-        return [one for record in found if (one := _said(record)) is not None], state.hole.reason if state.hole else ""
+        """The log, each record's bytes as they lie in a store; and why its end can't be read.
+
+        Where etcd gives out its places all stores have the same at one place, or nothing: another check sees to that.
+        """
+        paths = {path.name: path for store in self._stores for path in (store / "log").glob("*.json")}
+        found = [decode_record(path.read_bytes()) for _, path in sorted(paths.items())]
+        backend = open_stores([str(store) for store in self._stores], tell=lambda event: None)
+        unsure = Journal.open(backend).refresh().unsure
+        backend.close()
+        return [one for record in found if (one := _said(record)) is not None], str(unsure) if unsure else ""
 
     def _finals(self) -> dict[int, Content]:
         found = {}
@@ -218,10 +242,10 @@ def read_back(checkpointer: ckpt.Checkpointer, pair: Pair) -> Content | str:
 
 
 @contextmanager
-def nemesis(schedules: Sequence[Schedule], folder: Path) -> Iterator[Nemesis]:
+def nemesis(schedules: Sequence[Schedule], folder: Path, *, stores: int) -> Iterator[Nemesis]:
     """A run that has begun, and its end."""
     with ExitStack() as ending:
-        yield Nemesis(schedules, folder, ending)
+        yield Nemesis(schedules, folder, ending, stores=stores)
 
 
 def _said(record: Record) -> Opened | Committed | None:

@@ -142,8 +142,9 @@ class Trainers:
 class LogWatch:
     """Looks again and again at the log that lies in a folder: what comes, and whether anything changes or goes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: int) -> None:
         self._folder = folder
+        self._store = store
         self._known: dict[str, str] = {}
         self._stop = threading.Event()
         self.sightings: list[Sighting] = []
@@ -158,7 +159,7 @@ class LogWatch:
         at_ns = now_ns()
         for key in sorted(self._known.keys() | found.keys()):
             if self._known.get(key) != found.get(key):
-                self.sightings.append(Sighting(at_ns, 0, key, found.get(key)))
+                self.sightings.append(Sighting(at_ns, self._store, key, found.get(key)))
         self._known = found
         return found
 

@@ -1,9 +1,10 @@
 """Nodes are killed, stopped, cut off and told wrong times, and etcd is too, while a job of three trains: one seed is one run.
 
 ``CKPT_SEED=7 pytest -s tests/e2e/test_nodes_nemesis.py`` does one run again, ``CKPT_SEED=7-20`` some; ``CKPT_SOAK=1`` does 60,
-ten to a job (``CKPT_CHAIN`` says how many). Each prints what was done to whom, and when. In what state a process is hit
-depends on how busy the machine is, so a rare failure may take some repetitions. Root makes the network; wall clocks that jump
-are libfaketime's.
+ten to a job (``CKPT_CHAIN`` says how many). What becomes durable is in one folder, or where the chain's number is odd in three,
+of whose log etcd gives out the places (``CKPT_STORES`` says how many). Each prints what was done to whom, and when. In what
+state a process is hit depends on how busy the machine is, so a rare failure may take some repetitions. Root makes the network;
+wall clocks that jump are libfaketime's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ CHAIN = int(os.environ.get("CKPT_CHAIN", "10" if SOAK and not NAMED else "1"))
 LEASE_S = float(os.environ.get("CKPT_TTL_S", TTL_S))
 """On a machine with far more to do than it can, leases of two seconds run out for no other reason; then take longer ones."""
 
+STORES = int(os.environ.get("CKPT_STORES", "0"))
+
 CHAINS = [SEEDS[first : first + CHAIN] for first in range(0, len(SEEDS), CHAIN)]
 
 
@@ -44,7 +47,8 @@ def test_no_split_brain_whatever_happens_to_nodes_network_clocks_and_etcd(seeds:
     nemesis_clock.require()
     require("etcd")
     require("etcdctl")
-    with nemesis([draw(seed, ttl_s=LEASE_S) for seed in seeds], tmp_path) as run:
+    stores = STORES or (3 if seeds[0] // CHAIN % 2 else 1)
+    with nemesis([draw(seed, ttl_s=LEASE_S) for seed in seeds], tmp_path, stores=stores) as run:
         history = run.play()
         wrong = check(history)
         print(

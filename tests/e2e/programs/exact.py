@@ -1,6 +1,6 @@
 """Trains in whole numbers until it is told where to end, and writes down all that it does.
 
-    python exact.py FOLDER [--step-s S] [--every N]
+    python exact.py FOLDER [--step-s S] [--every N] [--stores N]
 
 Each trainer appends to a file of its own, ``FOLDER/events/<machine>-<pid>.jsonl``, one line for each event; times are of
 CLOCK_BOOTTIME in nanoseconds, one clock for all machines of a test.
@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--step-s", type=float, default=0.1)
     parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--stores", type=int, default=1)
     return parser.parse_args()
 
 
@@ -81,7 +82,10 @@ def finish_at() -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-@ckpt.resilient(store=str(OPTIONS.folder / "store"), every=OPTIONS.every, memory_every=1, restart=POLICY)
+STORES = [str(OPTIONS.folder / f"store-{number}") for number in range(OPTIONS.stores)]
+
+
+@ckpt.resilient(store=STORES, job="exact", every=OPTIONS.every, memory_every=1, restart=POLICY)
 def train(run: ckpt.Run) -> None:
     events = Events(OPTIONS.folder / "events")
     dist.init_process_group("gloo")

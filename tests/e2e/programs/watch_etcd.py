@@ -1,9 +1,10 @@
-"""Watches all keys of a job in etcd from the first revision on, whichever members die meanwhile; a line for each change.
+"""Watches all keys in etcd from the first revision on, whichever members die meanwhile; a line for each change.
 
     python watch_etcd.py FILE ROOT HOST:PORT,HOST:PORT,…
 
-It says when it saw a change, in nanoseconds of CLOCK_BOOTTIME: never before it was made. Speaks JSON over HTTP, as etcd offers
-it, so that it shares no code with what it watches.
+Keys of the job have no ROOT; those of others, its log's for one, are whole. It says when it saw a change, in nanoseconds of
+CLOCK_BOOTTIME: never before it was made. Speaks JSON over HTTP, as etcd offers it, so that it shares no code with what it
+watches.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+ALL = "/ckpt/"
 SILENT_S = 1.5
 """Nothing is heard for so long: ask another member."""
 
@@ -38,7 +40,7 @@ def changes(endpoint: str, root: str, first: int):  # type: ignore[no-untyped-de
     connection = http.client.HTTPConnection(endpoint, timeout=SILENT_S)
     try:
         create = {
-            "key": text(root), "range_end": text(root[:-1] + "0"), "start_revision": first, "fragment": False,
+            "key": text(ALL), "range_end": text(ALL[:-1] + "0"), "start_revision": first, "fragment": False,
         }  # fmt: skip
         connection.request("POST", "/v3/watch", json.dumps({"create_request": create}))
         answer = connection.getresponse()
