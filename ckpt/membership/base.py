@@ -72,9 +72,11 @@ class Membership(Protocol):
     where repeating is all that can be done. FencedError: this node is no member (any more).
     """
 
-    def join(self, info: NodeInfo, *, lease_id: int = 0) -> Ticket:
+    def join(self, info: NodeInfo, *, lease_id: int = 0, agent: str = "") -> Ticket:
         """Become a member, and stay one: the lease is kept alive from now on.
 
+        ``agent``: another one on this machine that may put its keys, of another job, under this lease too; that is said under
+        ``names.agent_fact``. Such a lease is not ended when this node leaves: it runs out by itself.
         ``lease_id``: take on the membership of that ticket, whose process is known to be dead. After UnavailableError join
         under a new node id: this one may have joined. Raises ConflictError where the node id is another's, FencedError
         where the membership to be taken on is over, UnavailableError.

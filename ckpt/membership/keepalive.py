@@ -1,7 +1,7 @@
 """Keeps one node's lease alive, on a thread of its own that no error ends.
 
 Each keepalive renews the lease and then reads, linearizably, that the node's own key is still there and which epoch holds: an
-answer from a server that is cut off from the others proves nothing.
+answer from a server that is cut off from the others proves nothing. A node that lives under another's lease only reads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ckpt.errors import CkptError, UnavailableError
 from ckpt.membership import leases, moves, names
 from ckpt.membership.base import Standing, Ticket
 from ckpt.membership.keyspace import Keys, Keyspace, Transaction
-from ckpt.membership.leases import Answer, Gone, Lease, Renewed, Silent, State
+from ckpt.membership.leases import Answer, Gone, Lease, Renewed, Seen, Silent, State
 from ckpt.membership.values import EpochRecord, decode_epoch
 
 _WAIT_S_MIN = 0.01
@@ -37,6 +37,7 @@ class Keepalive:
         self._clock = clock
         self._lock = threading.Lock()
         self._lease = lease
+        self._under = {ticket.lease_id}
         self._epoch = (0, 0)
         self._placed = False
         self._trouble = ""
@@ -56,6 +57,26 @@ class Keepalive:
             self._thread.join(_JOIN_S)
         with self._lock:
             self._lease = leases.heard(self._lease, Gone("this node left"))
+
+    def retire(self) -> None:
+        """End soon, waiting for nothing: the one that ``heir`` made goes on."""
+        self._stopping.set()
+
+    def heir(self, ticket: Ticket, lease: Lease) -> Keepalive:
+        """One that goes on for the same node under another lease, and knows what this one does."""
+        made = Keepalive(self._keyspace, ticket, lease, self._clock, acts=self._acts)
+        with self._lock:
+            made._epoch, made._placed = self._epoch, self._placed
+        return made
+
+    def expect(self, lease_id: int) -> None:
+        """The node's key may be found under that lease as well from now on: it is on its way there. 0: it is not."""
+        self._under = {self.ticket.lease_id, lease_id} - {0}
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether another one keeps the lease alive."""
+        return self._lease.borrowed
 
     @property
     def due_s(self) -> float:
@@ -94,15 +115,15 @@ class Keepalive:
 
     def _ask(self, sent_s: float) -> Answer:
         try:
-            left_s = self._keyspace.renew(self.ticket.lease_id)
-            if left_s <= 0:
+            left_s = 0.0 if self.borrowed else self._keyspace.renew(self.ticket.lease_id)
+            if left_s <= 0 and not self.borrowed:
                 return Gone("the lease has expired")
             own, epoch = self._keyspace.transact(moves.look(self.ticket)).found
-            if not own or own[0].lease_id != self.ticket.lease_id:
+            if not own or own[0].lease_id not in self._under:
                 return Gone("this node was taken out")
             if epoch and epoch[0].changed != self.epoch()[1]:
                 self._read_epoch()
-            return Renewed(sent_s, left_s)
+            return Seen(sent_s) if self.borrowed else Renewed(sent_s, left_s)
         except UnavailableError as error:
             return Silent(sent_s, str(error))
 
@@ -128,7 +149,8 @@ class Keepalive:
             self._acts(until_s)
 
     def _run(self) -> None:
-        self._acts(self._lease.act_until_s)  # quick, and raises nothing: see Keepalive
+        if not self.borrowed:
+            self._acts(self._lease.act_until_s)  # quick, and raises nothing: see Keepalive
         while not self._stopping.wait(max(_WAIT_S_MIN, self.due_s - self._clock())):
             sent_s = self._clock()
             try:

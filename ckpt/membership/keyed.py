@@ -1,4 +1,8 @@
-"""Membership over any keyspace: asks, does the transactions of ``moves``, and repeats what may be repeated."""
+"""Membership over any keyspace: asks, does the transactions of ``moves``, and repeats what may be repeated.
+
+A node has a lease of its own, or lives under that of a node of another job of the same service (``live_under``): then that one
+alone is kept alive. Who lends its lease so (``join(agent=)``) does not end it when it leaves.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 
 from ckpt.errors import ConflictError, FencedError, NotFoundError, UnavailableError, UsageError
 from ckpt.membership import leases, moves, names
@@ -21,7 +27,7 @@ from ckpt.membership.base import (
 )
 from ckpt.membership.keepalive import Keepalive
 from ckpt.membership.keyspace import Keyspace, Outcome, Transaction
-from ckpt.membership.leases import State
+from ckpt.membership.leases import Lease, State
 from ckpt.membership.values import (
     WHY_CHARS_MAX,
     EpochRecord,
@@ -66,7 +72,14 @@ class KeyedMembership:
         self._threads = threads
         self._acts = acts
         self._lock = threading.Lock()
+        self._writing = threading.RLock()
+        """Held while something is written: what was said before a move to another lease moves too, and nothing between."""
         self._joined: tuple[Ticket, Keepalive] | None = None
+        self._agent = ""
+        self._said: dict[str, None] = {}
+        """The keys that this node may have written, beside its own one and the leader's."""
+        self._target: Lease | None = None
+        """Where a move went of which no answer came: it is made again before anything else is written."""
         self._suspected: OrderedDict[str, None] = OrderedDict()
 
     @property
@@ -74,15 +87,34 @@ class KeyedMembership:
         """What keeps this node's lease alive. Raises FencedError before it joined."""
         return self._member()[1]
 
-    def join(self, info: NodeInfo, *, lease_id: int = 0) -> Ticket:
+    @property
+    def borrows(self) -> int:
+        """The lease of another one that this node lives under; 0: none."""
+        with self._lock:
+            joined = self._joined
+        return joined[0].lease_id if joined is not None and joined[1].borrowed else 0
+
+    def join(self, info: NodeInfo, *, lease_id: int = 0, agent: str = "") -> Ticket:
         """See Membership."""
         data = encode_node(info)
-        with self._lock:
-            before = self._joined
-        if before is not None:
-            if before[1].standing().state is not State.LOST:
-                raise UsageError(f"this node is a member already. node={before[0].node} leave first")
-            self._keyspace.revoke(before[0].lease_id)  # it may live on where the node was taken out, and hold the lead
+        word = {names.said_key(names.agent_fact(agent), info.node): None} if agent else {}
+        with self._writing:
+            with self._lock:
+                before = self._joined
+            if before is not None:
+                if before[1].standing().state is not State.LOST:
+                    raise UsageError(f"this node is a member already. node={before[0].node} leave first")
+                self._end(*before)  # it may live on where the node was taken out, and hold the lead
+            ticket, keepalive = self._begin(info, data, lease_id, agent)
+            with self._lock:
+                self._joined = (ticket, keepalive)
+                self._suspected.clear()
+            self._agent, self._said, self._target = agent, word, None
+        if self._threads:
+            keepalive.start()
+        return ticket
+
+    def _begin(self, info: NodeInfo, data: bytes, lease_id: int, agent: str) -> tuple[Ticket, Keepalive]:
         ticket = Ticket(info.node, lease_id or secrets.randbits(62) + 1)
         sent_s = self._clock()
         ttl_s = self._keyspace.renew(lease_id) if lease_id else self._grant(ticket)
@@ -90,7 +122,7 @@ class KeyedMembership:
             raise FencedError(f"this membership is over. node={info.node} join under a new node id")
         lease = leases.granted(ticket.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
         try:
-            move = moves.take_on(ticket, data) if lease_id else moves.join(ticket, data)
+            move = moves.take_on(ticket, data, agent) if lease_id else moves.join(ticket, data, agent)
             moves.joined(self._keyspace.transact(move), ticket)
         except NotFoundError as error:
             raise FencedError(f"the lease ran out before the node had joined. node={info.node} join anew") from error
@@ -98,19 +130,46 @@ class KeyedMembership:
             if not lease_id:
                 self._keyspace.revoke(ticket.lease_id)
             raise
-        keepalive = Keepalive(self._keyspace, ticket, lease, self._clock, acts=self._acts)
-        with self._lock:
-            self._joined = (ticket, keepalive)
-            self._suspected.clear()
-        if self._threads:
-            keepalive.start()
-        return ticket
+        return ticket, Keepalive(self._keyspace, ticket, lease, self._clock, acts=self._acts)
+
+    def live_under(self, lease_id: int) -> bool:
+        """Put all that this node wrote under a lease that another one of this service keeps alive, and give its own back.
+
+        False: that lease is over, and nothing was changed. It is never out of the membership meanwhile, and joined when it
+        did. From now on ``standing`` is never SURE: nobody here knows how long that lease has. Raises FencedError where this
+        node is no member, UnavailableError: what became of it is found out before anything else is written.
+        """
+        with self._writing:
+            ticket, _ = self._settled()
+            if ticket.lease_id == lease_id:
+                return True
+            return self._move(
+                leases.borrowed(lease_id, ttl_s=self._ttl_s, margin_s=self._margin_s, now_s=self._clock())
+            )
+
+    def live_alone(self) -> None:
+        """The way back: under a new lease of its own, where it lives under another's. Errors as ``live_under``."""
+        with self._writing:
+            ticket, keepalive = self._settled()
+            if not keepalive.borrowed:
+                return
+            sent_s = self._clock()
+            own = Ticket(ticket.node, secrets.randbits(62) + 1)
+            ttl_s = self._grant(own)
+            lease = leases.granted(own.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
+            if not self._move(lease):
+                raise UnavailableError(f"the new lease ran out before it was used. node={ticket.node} repeat")
 
     def standing(self) -> Standing:
         """See Membership."""
         with self._lock:
             joined = self._joined
-        return joined[1].standing() if joined else Standing(State.LOST, 0.0, 0, False, "this node has not joined")
+        if joined is None:
+            return Standing(State.LOST, 0.0, 0, False, "this node has not joined")
+        standing = joined[1].standing()
+        if self._target is None or standing.state is State.LOST:
+            return standing
+        return replace(standing, state=State.LAPSED, act_until_s=float("-inf"), why="on its way to another lease")
 
     def view(self, scope: Scope = Scope.ALL) -> View:
         """See Membership."""
@@ -132,19 +191,29 @@ class KeyedMembership:
 
     def lead(self, view: View | None = None) -> Leading | Following | Unknown:
         """See Membership."""
-        ticket, _ = self._member()
-        for _ in range(RACES_MAX):
+        with self._writing:
             try:
-                outcome = self._leased(moves.lead(ticket, view, self._witnesses_min))
+                ticket, _ = self._settled()
+                for _ in range(RACES_MAX):
+                    outcome = self._leased(moves.lead(ticket, view, self._witnesses_min))
+                    if (who := moves.leads(outcome, ticket)) is not None:
+                        return who
             except UnavailableError as error:
                 return Unknown(str(error))
-            if (who := moves.leads(outcome, ticket)) is not None:
-                return who
         return Unknown("the leader changed every time")
 
     def publish(self, record: EpochRecord, view: View, *, remove: tuple[str, ...] = ()) -> Published | Lost | Unknown:
         """See Membership. Raises UsageError for a record that does not follow from the view."""
-        ticket, keepalive = self._member()
+        with self._writing:
+            try:
+                ticket, keepalive = self._settled()
+            except UnavailableError as error:
+                return Unknown(str(error))
+            return self._publish(record, view, remove, ticket, keepalive)
+
+    def _publish(
+        self, record: EpochRecord, view: View, remove: tuple[str, ...], ticket: Ticket, keepalive: Keepalive
+    ) -> Published | Lost | Unknown:
         data = encode_epoch(record)
         if record.job != self._job or record.leader != ticket.node:
             raise UsageError(f"not this node's epoch. job={record.job} leader={record.leader} node={ticket.node}")
@@ -169,7 +238,8 @@ class KeyedMembership:
         """See Facts."""
         if value is not None and len(value) > FACT_BYTES_MAX:
             raise UsageError(f"too large to be said. size_bytes={len(value)} limit_bytes={FACT_BYTES_MAX}")
-        self._write(names.said_key(fact, self._member()[0].node), value)
+        with self._writing:
+            self._write(names.said_key(fact, self._member()[0].node), value)
 
     def heard(self, fact: str) -> Mapping[str, bytes]:
         """See Facts."""
@@ -179,7 +249,10 @@ class KeyedMembership:
 
     def suspect(self, node: str, why: str | None) -> None:
         """See Facts."""
-        by = self._member()[0].node
+        with self._writing:
+            self._suspect(node, why, by=self._member()[0].node)
+
+    def _suspect(self, node: str, why: str | None, *, by: str) -> None:
         if node == by:
             raise UsageError(f"a node can't suspect itself. node={node} leave instead")
         key = names.suspect_key(node, by)
@@ -196,15 +269,76 @@ class KeyedMembership:
 
     def leave(self, *, keep: bool = False) -> None:
         """See Membership. Raises UnavailableError where the lease could not be ended: it runs out by itself."""
+        with self._writing:
+            with self._lock:
+                joined, self._joined = self._joined, None
+            try:
+                if joined is not None:
+                    joined[1].stop()
+                    if not keep:
+                        self._end(*joined)
+            finally:
+                self._keyspace.close()
+
+    def _end(self, ticket: Ticket, keepalive: Keepalive) -> None:
+        """End a membership now: with its lease, or, where others live under that or it is another's, key by key."""
+        target = self._target
+        if self._agent:
+            with suppress(UnavailableError):  # for the last time: who lives under it has that long to move out
+                self._keyspace.renew(ticket.lease_id)
+        if self._agent or keepalive.borrowed or target is not None:
+            self._keyspace.transact(moves.stop_leading(ticket))
+            for transaction in moves.take_back(ticket, self._said):
+                self._keyspace.transact(transaction)
+        if not self._agent and not keepalive.borrowed:
+            self._keyspace.revoke(ticket.lease_id)
+        if target is not None and not target.borrowed:
+            self._keyspace.revoke(target.lease_id)
+
+    def _settled(self) -> tuple[Ticket, Keepalive]:
+        """This node as it writes: a move whose answer was lost is made again first. Errors as ``live_under``."""
+        if self._target is not None:
+            self._move(self._target)
+        return self._member()
+
+    def _move(self, lease: Lease) -> bool:
+        """Have all that this node wrote under that lease; False: it does not exist."""
+        ticket, keepalive = self._member()
+        self._target = lease
+        keepalive.expect(lease.lease_id)
+        for _ in range(RACES_MAX):
+            found = self._keyspace.transact(moves.written(ticket, tuple(self._said)))
+            under = moves.lives_under(found)
+            if under == lease.lease_id:  # an earlier try did it
+                self._moved(ticket, keepalive, lease)
+                return True
+            if under != ticket.lease_id:
+                self._target = None
+                keepalive.lost("this node was taken out")
+                raise moves.no_member(ticket)
+            try:
+                done = self._keyspace.transact(moves.put_under(ticket, lease.lease_id, found)).held
+            except NotFoundError:
+                self._target = None
+                keepalive.expect(0)
+                return False
+            if done:
+                self._moved(ticket, keepalive, lease)
+                return True
+        raise UnavailableError(f"what this node wrote changed every time. node={ticket.node} repeat later")
+
+    def _moved(self, ticket: Ticket, keepalive: Keepalive, lease: Lease) -> None:
+        now = Ticket(ticket.node, lease.lease_id)
+        heir = keepalive.heir(now, lease)
         with self._lock:
-            joined, self._joined = self._joined, None
-        try:
-            if joined is not None:
-                joined[1].stop()
-                if not keep:
-                    self._keyspace.revoke(joined[0].lease_id)
-        finally:
-            self._keyspace.close()
+            self._joined = (now, heir)
+        self._target = None
+        if self._threads:
+            heir.start()
+        keepalive.retire()
+        if not keepalive.borrowed:
+            with suppress(UnavailableError):  # it runs out by itself
+                self._keyspace.revoke(ticket.lease_id)
 
     def _member(self) -> tuple[Ticket, Keepalive]:
         with self._lock:
@@ -228,10 +362,14 @@ class KeyedMembership:
             ) from error
 
     def _write(self, key: str, value: bytes | None) -> None:
-        ticket, _ = self._member()
-        changed: int | None = 0
-        for _ in range(RACES_MAX):
-            changed = moves.said(self._leased(moves.say(ticket, key, value, changed or 0)), ticket, value)
-            if changed is None:
-                return
+        with self._writing:
+            ticket, _ = self._settled()
+            self._said[key] = None
+            changed: int | None = 0
+            for _ in range(RACES_MAX):
+                changed = moves.said(self._leased(moves.say(ticket, key, value, changed or 0)), ticket, value)
+                if changed is None:
+                    if value is None:
+                        del self._said[key]
+                    return
         raise UnavailableError(f"what stands there changed every time. key={key} repeat later")

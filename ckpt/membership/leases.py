@@ -3,6 +3,9 @@
 A lease is kept alive at a third of its TTL. Its holder counts from when it *sent* the keepalive that was acknowledged last,
 by its own clock, so that it stops before anybody else may think that it has stopped. Silence proves nothing: the holder goes
 on asking and acts until its time is over. An answer that says that nothing is left is loss, whatever its status code says.
+
+A lease can be another's: who lives under it does not keep it alive, looks once in its TTL whether it is still there, and has no
+time in which it may act on its own word.
 """
 
 from __future__ import annotations
@@ -26,6 +29,13 @@ class Renewed:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """The look at ``sent_s`` found the node's own key under a lease that another one keeps alive."""
+
+    sent_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Silent:
     """The keepalive sent at ``sent_s`` had no answer, or an error that may pass."""
 
@@ -40,7 +50,7 @@ class Gone:
     why: str
 
 
-Answer = Renewed | Silent | Gone
+Answer = Renewed | Seen | Silent | Gone
 
 
 class State(enum.Enum):
@@ -56,7 +66,10 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A lease as its holder knows it. ``acknowledged_s``: when the last keepalive that was acknowledged was sent."""
+    """A lease as its holder knows it. ``acknowledged_s``: when the last keepalive that was acknowledged was sent.
+
+    ``borrowed``: another one holds it, and this is how who lives under it knows it.
+    """
 
     lease_id: int
     ttl_s: float
@@ -66,6 +79,7 @@ class Lease:
     silent: int = 0
     lost: str | None = None
     why: str = ""
+    borrowed: bool = False
 
     @property
     def act_until_s(self) -> float:
@@ -74,8 +88,8 @@ class Lease:
 
     @property
     def next_s(self) -> float:
-        """When the next keepalive is due."""
-        parts = TRIES_PER_TTL if self.silent else KEEPALIVES_PER_TTL
+        """When the next keepalive is due, or the next look."""
+        parts = TRIES_PER_TTL if self.silent else 1 if self.borrowed else KEEPALIVES_PER_TTL
         return self.tried_s + self.ttl_s / parts
 
     def state(self, now_s: float) -> State:
@@ -94,6 +108,11 @@ def granted(lease_id: int, *, ttl_s: float, margin_s: float, sent_s: float) -> L
     return Lease(lease_id, ttl_s, margin_s, acknowledged_s=sent_s, tried_s=sent_s)
 
 
+def borrowed(lease_id: int, *, ttl_s: float, margin_s: float, now_s: float) -> Lease:
+    """A lease that another one keeps alive: who lives under it never knows how long it has."""
+    return Lease(lease_id, ttl_s, margin_s, acknowledged_s=float("-inf"), tried_s=now_s, borrowed=True)
+
+
 def heard(lease: Lease, answer: Answer) -> Lease:
     """The lease after an answer. What is lost stays lost, and no answer, however late, takes time away."""
     if lease.lost is not None:
@@ -108,6 +127,8 @@ def heard(lease: Lease, answer: Answer) -> Lease:
             counted_s = sent_s - max(0.0, lease.ttl_s - ttl_s)
             acknowledged_s = max(lease.acknowledged_s, counted_s)
             return replace(lease, acknowledged_s=acknowledged_s, tried_s=max(lease.tried_s, sent_s), silent=0, why="")
+        case Seen(sent_s):
+            return replace(lease, tried_s=max(lease.tried_s, sent_s), silent=0, why="")
         case Silent(sent_s, why):
             return replace(lease, tried_s=max(lease.tried_s, sent_s), silent=lease.silent + 1, why=why)
 

@@ -6,6 +6,8 @@ it is done late, since it compares the revision of what it replaces.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from ckpt.errors import CkptError, ConflictError, FencedError
 from ckpt.membership import names
 from ckpt.membership.base import Following, Leading, Lost, Published, Ticket
@@ -38,16 +40,22 @@ from ckpt.membership.values import (
 REMOVES_MAX = OPS_MAX - 10
 
 
-def join(ticket: Ticket, info: bytes) -> Transaction:
-    """Become a member, under a lease that was granted for it."""
+def join(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
+    """Become a member, under a lease that was granted for it; ``agent`` may live under that lease too."""
     key = names.node_key(ticket.node)
-    return Transaction((Unchanged(key, 0),), (Put(key, info, ticket.lease_id),), (Keys(key, values=False),))
+    return Transaction((Unchanged(key, 0),), _joins(ticket, info, agent), (Keys(key, values=False),))
 
 
-def take_on(ticket: Ticket, info: bytes) -> Transaction:
+def take_on(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
     """Go on with a membership that another process began."""
     key = names.node_key(ticket.node)
-    return Transaction((Leased(key, ticket.lease_id),), (Put(key, info, ticket.lease_id),), (Keys(key, values=False),))
+    return Transaction((Leased(key, ticket.lease_id),), _joins(ticket, info, agent), (Keys(key, values=False),))
+
+
+def _joins(ticket: Ticket, info: bytes, agent: str) -> tuple[Put, ...]:
+    own = Put(names.node_key(ticket.node), info, ticket.lease_id)
+    word = (Put(names.said_key(names.agent_fact(agent), ticket.node), b"", ticket.lease_id),) if agent else ()
+    return (own, *word)
 
 
 def joined(outcome: Outcome, ticket: Ticket) -> None:
@@ -63,6 +71,43 @@ def joined(outcome: Outcome, ticket: Ticket) -> None:
 def look(ticket: Ticket) -> Transaction:
     """What each keepalive reads: whether the node's own key is there, and whether the epoch changed."""
     return Transaction(reads=(Keys(names.node_key(ticket.node), values=False), Keys(names.EPOCH, values=False)))
+
+
+def written(ticket: Ticket, said: Sequence[str]) -> Transaction:
+    """Read what a node has written, to put it under another lease. ``said``: its keys besides its own one and the leader's."""
+    own = (names.node_key(ticket.node), names.LEADER, *said)
+    return Transaction(reads=tuple(Keys(key) for key in own))
+
+
+def put_under(ticket: Ticket, lease_id: int, found: Outcome) -> Transaction:
+    """Put what ``written`` found under another lease, in one, if the node lives under its old one and none of it has changed.
+
+    Once it has been done it changes the revision of each key, so whichever try lands later does nothing.
+    """
+    me = ticket.node.encode()
+    mine = [one for part in found.found for one in part if one.key != names.LEADER or one.value == me]
+    return Transaction(
+        (Leased(names.node_key(ticket.node), ticket.lease_id), *(Unchanged(one.key, one.changed) for one in mine)),
+        tuple(Put(one.key, one.value, lease_id) for one in mine),
+    )
+
+
+def lives_under(found: Outcome) -> int:
+    """The lease of the node's own key in what ``written`` found; 0: it is no member any more."""
+    own = found.found[0]
+    return own[0].lease_id if own else 0
+
+
+def stop_leading(ticket: Ticket) -> Transaction:
+    """Lead no more, where this node does."""
+    return Transaction((Equals(names.LEADER, ticket.node.encode()),), (Delete(names.LEADER),))
+
+
+def take_back(ticket: Ticket, said: Iterable[str]) -> Iterable[Transaction]:
+    """Delete what a node has written, itself first: the way out of a lease that others live under. Its id never comes back."""
+    keys = (names.node_key(ticket.node), *said)
+    for first in range(0, len(keys), REMOVES_MAX):
+        yield Transaction(then=tuple(Delete(key) for key in keys[first : first + REMOVES_MAX]))
 
 
 def read(scope: Scope) -> Transaction:
@@ -132,7 +177,7 @@ def leads(outcome: Outcome, ticket: Ticket) -> Leading | Following | None:
     """Who leads after ``lead``; None: it changed in between, ask again. Raises FencedError where this node is no member."""
     leader, own = outcome.found
     if not outcome.held and not _own(own, ticket):
-        raise _no_member(ticket)
+        raise no_member(ticket)
     if outcome.held:
         return Leading()
     if not leader:
@@ -190,7 +235,7 @@ def said(outcome: Outcome, ticket: Ticket, value: bytes | None) -> int | None:
     if outcome.held:
         return None
     if not _own(own, ticket):
-        raise _no_member(ticket)
+        raise no_member(ticket)
     there = word[0].value if word else None
     if there == value:
         return None
@@ -201,5 +246,6 @@ def _own(own: tuple[KeyValue, ...], ticket: Ticket) -> bool:
     return bool(own) and own[0].lease_id == ticket.lease_id
 
 
-def _no_member(ticket: Ticket) -> FencedError:
+def no_member(ticket: Ticket) -> FencedError:
+    """What a node that was a member is told."""
     return FencedError(f"this node is no member any more. node={ticket.node} join under a new node id")

@@ -3,7 +3,7 @@
 epoch                      the newest epoch's record                            no lease
 leader                     the id of the node that leads                        its node's lease
 nodes/<id>                 what a node says of itself                           its lease
-said/<fact>/<id>           what it says besides: ``holdings``, ``address.7``    its lease
+said/<fact>/<id>           what it says besides: ``holdings``, ``agent.x``      its lease
 suspects/<id>/<by>         a witness's word                                     the witness's lease
 """
 
@@ -38,6 +38,13 @@ ALL_KEYS = (*HEAD_KEYS, under(NODES), under(f"{SAID}{HOLDINGS}/"), under(SUSPECT
 def node_key(node: str) -> str:
     """Where a node says what it is."""
     return NODES + node
+
+
+def agent_fact(agent: str) -> str:
+    """What a node says to let that agent live under its lease. Raises UsageError for a name that can't be one."""
+    if not node_ok(agent):
+        raise UsageError(f"not the name of an agent (1 to 64 of 0-9 a-z A-Z _ -). agent={agent[:80]!r}")
+    return f"agent.{agent}"
 
 
 def said_key(fact: str, node: str) -> str:

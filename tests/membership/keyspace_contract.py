@@ -16,6 +16,7 @@ from ckpt.membership.keyspace import (
     Exists,
     Keys,
     Keyspace,
+    KeyValue,
     Leased,
     NoneOf,
     Put,
@@ -124,12 +125,29 @@ class KeyspaceContract:
     def test_a_key_that_is_put_anew_belongs_to_its_new_lease(self, make_keyspace: Make) -> None:
         keyspace = make_keyspace()
         first, second = lease(keyspace), lease(keyspace)
-        put(keyspace, "a", b"1", first)
-        put(keyspace, "a", b"2", second)
+        created = put(keyspace, "a", b"1", first)
+        put(keyspace, "b", b"1", first)
+        changed = put(keyspace, "a", b"2", second)
         keyspace.revoke(first)
-        assert get(keyspace, "a") == b"2"
+        ((found,),) = keyspace.transact(Transaction(reads=(Keys("a"),))).found
+        assert found == KeyValue("a", b"2", created, changed, second)
+        assert get(keyspace, "b") is None
         keyspace.revoke(second)
         assert get(keyspace, "a") is None
+
+    def test_keys_move_to_another_lease_in_one_transaction_or_not_at_all(self, make_keyspace: Make) -> None:
+        keyspace = make_keyspace()
+        first, second, gone = (lease(keyspace) for _ in range(3))
+        put(keyspace, "a", b"1", first)
+        put(keyspace, "b", b"2", first)
+        keyspace.revoke(gone)
+        both = (Put("a", b"1", second), Put("b", b"2", second))
+        with pytest.raises(NotFoundError):
+            keyspace.transact(Transaction((Leased("a", first),), (both[0], Put("b", b"2", gone))))
+        assert keyspace.transact(Transaction((Leased("a", first), Leased("b", first)), both)).held
+        keyspace.revoke(first)
+        assert [get(keyspace, key) for key in "ab"] == [b"1", b"2"]
+        assert not keyspace.transact(Transaction((Leased("a", first),), both)).held
 
     def test_a_put_under_a_lease_that_is_gone_is_refused(self, make_keyspace: Make) -> None:
         keyspace = make_keyspace()

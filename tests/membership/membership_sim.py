@@ -1,5 +1,7 @@
 """A job under faults, from one seed: the real decisions, transactions and lease arithmetic over a service that loses messages.
 
+With every other seed each host has a landlord besides, which offers its lease for a while; then nodes live under that.
+
 Each node is two tasks, as two threads would be: one keeps its lease alive, one looks, leads and decides. A task is stopped in
 the middle of a call by running others first; so a pause, a lost answer and a request that lands late happen anywhere.
 """
@@ -49,7 +51,8 @@ class Service(MemoryServer):
     def expire(self) -> None:
         ended = [lease_id for lease_id, (_, end_s) in self.leases.items() if end_s <= self.clock()]
         for process in self._world.processes:
-            if process.lease_id in ended:
+            own = self.keys.get(names.node_key(process.node))
+            if own is not None and own.lease_id in ended:
                 standing = process.member.standing()
                 assert standing.state is not State.SURE, f"a lease expired while its holder acts: {process} {standing}"
         super().expire()
@@ -62,6 +65,31 @@ class Service(MemoryServer):
             assert self.keys[names.LEADER].value == record.leader.encode(), "somebody published who does not lead"
             assert names.node_key(record.leader) in self.keys, "somebody published who is no member"
             self.epochs.append(record)
+
+
+@dataclass
+class Landlord:
+    """A lease of another job's node on the same host: others may live under it while it is offered."""
+
+    lease_id: int = 0
+    offered: bool = False
+    lives: bool = False
+
+    def tick(self, world: World) -> None:
+        """Come, go in good order, or hang; else renew."""
+        fate = world.lodging_dice.random()
+        if not self.lives:
+            if world.faulty and fate < 0.3:
+                self.lease_id, self.offered, self.lives = world.lodging_dice.getrandbits(60) + 1, True, True
+                world.service.grant(self.lease_id, world.ttl_s)
+        elif not world.faulty or fate < 0.05:
+            world.service.renew(self.lease_id)
+            self.offered = self.lives = False
+        elif fate < 0.1:
+            self.lives = False  # what it said goes with its lease
+        else:
+            world.service.renew(self.lease_id)
+        self.offered = self.offered and self.lease_id in world.service.leases
 
 
 @dataclass(eq=False)
@@ -115,9 +143,20 @@ class Process:
             if self.member.lead(view) == Leading():
                 self._lead()
             self._suspect(view)
+            self._lodge()
         except (UnavailableError, FencedError):
             self.noticed = Noticed()
         self.world.at(self.world.now_s + dice.uniform(0.2, 0.8), self, self.control)
+
+    def _lodge(self) -> None:
+        """Live under the landlord's lease while that is offered."""
+        landlord = self.world.landlords.get(self.node.split("-")[0])
+        if landlord is None:
+            return
+        if landlord.offered:
+            self.member.live_under(landlord.lease_id)
+        else:
+            self.member.live_alone()
 
     def _lead(self) -> None:
         view = self.member.view()
@@ -206,6 +245,8 @@ class World:
         self.faulty = True
         self.service = Service(self)
         self.processes: list[Process] = []
+        self.lodging_dice = random.Random(f"landlord {seed}")
+        self.landlords = {f"h{number}": Landlord() for number in range(self.nodes)} if seed % 2 else {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._starts = itertools.count()
@@ -222,6 +263,8 @@ class World:
         for number in range(self.nodes):
             self._start(f"h{number}")
         self._push(self.dice.uniform(1, 3), self._fault)
+        for landlord in self.landlords.values():
+            self._tick(landlord)
         self._until(FAULTS_S)
         self.faulty, self.slander = False, 0.0
         for process in self.processes:
@@ -270,6 +313,8 @@ class World:
         """End a process and start its node anew."""
         if process.alive:
             process.alive = False
+            if (landlord := self.landlords.get(process.node.split("-")[0])) is not None:
+                landlord.lives = landlord.offered = False  # the whole host is gone
             self._push(
                 self.now_s + (0.1 if soon else self.dice.uniform(0.1, 8.0)),
                 lambda: self._start(process.node.split("-")[0]),
@@ -299,6 +344,10 @@ class World:
         while self._events and self._events[0][0] <= end_s:
             self._run_events(min(end_s, self._events[0][0]))
         self.now_s = max(self.now_s, end_s)
+
+    def _tick(self, landlord: Landlord) -> None:
+        landlord.tick(self)
+        self._push(self.now_s + self.ttl_s / 3, lambda: self._tick(landlord))
 
     def _fault(self) -> None:
         if not self.faulty:
@@ -333,6 +382,12 @@ class World:
         assert {place.node for place in newest.places} <= {process.node for process in alive}, "a dead node holds ranks"
         assert self.low <= len(newest.places) <= self.high
         assert self.service.keys[names.LEADER].value.decode() in {process.node for process in alive}
+        assert {key for key in self.service.keys if key.startswith(names.NODES)} == {
+            names.node_key(process.node) for process in alive
+        }
+        own = {process.node: process.member._member()[0].lease_id for process in alive}
+        assert {one.node: self.service.keys[names.node_key(one.node)].lease_id for one in alive} == own
+        assert set(self.service.leases) == set(own.values()), "a lease is left"
         for process in alive:
             standing = process.member.standing()
             assert standing.state is State.SURE

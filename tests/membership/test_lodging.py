@@ -1,0 +1,163 @@
+"""Living under another's lease keeps one contract over each kind of service; and what lost answers and late requests leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from keyspace_contract import get, lease
+from lodging_contract import LodgingContract, under
+from memory_keyspace import MemoryKeyspace, MemoryServer
+
+from ckpt.errors import UnavailableError
+from ckpt.membership.base import Leading, Unknown
+from ckpt.membership.keyed import KeyedMembership
+from ckpt.membership.keyspace import Outcome, Transaction
+from ckpt.membership.leases import Gone, Seen, Silent, State, borrowed, heard
+from ckpt.membership.values import NodeInfo
+
+
+class TestLodging(LodgingContract):
+    pass
+
+
+class Lossy(MemoryKeyspace):
+    """Loses what it is told to: ``lose`` is asked for each transaction; ``late`` holds those that have yet to land."""
+
+    def __init__(self, server: MemoryServer) -> None:
+        super().__init__(server)
+        self.fates: list[str] = []
+        self.late: list[Transaction] = []
+
+    def transact(self, transaction: Transaction) -> Outcome:
+        fate = self.fates.pop(0) if self.fates else ""
+        if fate == "late":
+            self.late.append(transaction)
+        if fate in ("late", "request lost"):
+            raise UnavailableError(fate)
+        outcome = super().transact(transaction)
+        if fate:
+            raise UnavailableError(fate)
+        return outcome
+
+    def land(self) -> list[bool]:
+        """Whether each of those that come late did anything."""
+        late, self.late = self.late, []
+        return [MemoryKeyspace.transact(self, one).held for one in late]
+
+
+@pytest.fixture
+def lossy() -> Lossy:
+    return Lossy(MemoryServer())
+
+
+@pytest.fixture
+def member(lossy: Lossy) -> KeyedMembership:
+    made = KeyedMembership(lossy, "j", ttl_s=60.0, threads=False)
+    made.join(NodeInfo(node="n", host="h", slots=1))
+    made.say("fact", b"x")
+    return made
+
+
+FATES = ["request lost", "answer lost", "late"]
+
+
+@pytest.mark.parametrize("first", FATES)
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize(
+    "settle",
+    [
+        lambda one, other: one.live_under(other),
+        lambda one, other: one.say("fact", b"y"),
+        lambda one, other: one.lead(),
+        lambda one, other: one.suspect("n1", "reset"),
+        lambda one, other: one.live_alone(),
+    ],
+)
+def test_a_move_without_an_answer_is_settled_by_whatever_is_written_next(
+    lossy: Lossy, member: KeyedMembership, first: str, at: int, settle: Callable[[KeyedMembership, int], object]
+) -> None:
+    own, other = member._member()[0].lease_id, lease(lossy)
+    lossy.fates = [""] * at + [first]
+    with pytest.raises(UnavailableError):
+        member.live_under(other)
+    member.keepalive.round()
+    assert member.standing().state is State.LAPSED  # it may live under a lease of which it knows nothing
+    settle(member, other)
+    now = member._member()[0].lease_id
+    assert under(lossy, now) >= {"nodes/n", "said/fact/n"}
+    assert lossy.land() in ([], [True], [False])  # what reads does no harm
+    assert under(lossy, now) >= {"nodes/n", "said/fact/n"}
+    assert lossy.renew(own) == 0
+    member.keepalive.round()
+    assert member.standing().state is not State.LOST
+
+
+@pytest.mark.parametrize("first", FATES)
+def test_a_way_back_without_an_answer_is_settled_as_well(lossy: Lossy, member: KeyedMembership, first: str) -> None:
+    other = lease(lossy)
+    assert member.live_under(other)
+    lossy.fates = ["", first]
+    with pytest.raises(UnavailableError):
+        member.live_alone()
+    member.live_alone()
+    lossy.land()
+    lossy.revoke(other)
+    assert get(lossy, "nodes/n") is not None
+    assert member.borrows == 0
+    member.keepalive.round()
+    assert member.standing().state is State.SURE
+    assert under(lossy, member._member()[0].lease_id) == {"nodes/n", "said/fact/n"}
+
+
+@pytest.mark.parametrize("first", FATES)
+@pytest.mark.parametrize("back", [False, True])
+def test_who_leaves_after_a_move_without_an_answer_leaves_nothing_however_late_it_lands(
+    lossy: Lossy, member: KeyedMembership, first: str, back: bool
+) -> None:
+    other = lease(lossy)
+    if back:
+        assert member.live_under(other)
+    assert member.lead() == Leading()
+    lossy.fates = ["", first]
+    with pytest.raises(UnavailableError):
+        member.live_alone() if back else member.live_under(other)
+    late, server = lossy.late, lossy._server
+    member.leave()
+    after = MemoryKeyspace(server)
+    assert server.keys == {}
+    assert not any(after.transact(one).held for one in late)
+    assert set(server.leases) == {other}
+
+
+def test_a_move_that_is_made_twice_does_nothing_the_second_time(lossy: Lossy, member: KeyedMembership) -> None:
+    other = lease(lossy)
+    lossy.fates = ["", "late"]
+    with pytest.raises(UnavailableError):
+        member.live_under(other)
+    assert member.live_under(other)
+    revision = lossy._server.revision
+    assert lossy.land() == [False]
+    assert lossy._server.revision == revision
+
+
+def test_what_was_said_before_a_move_without_an_answer_waits_for_it(lossy: Lossy, member: KeyedMembership) -> None:
+    lossy.fates = ["", "answer lost", "request lost", "request lost", "request lost"]
+    with pytest.raises(UnavailableError):
+        member.live_under(lease(lossy))
+    with pytest.raises(UnavailableError):
+        member.say("fact", b"y")
+    assert isinstance(member.lead(), Unknown)
+    with pytest.raises(UnavailableError):
+        member.suspect("n1", "reset")
+    member.say("fact", b"y")
+    assert get(lossy, "said/fact/n") == b"y"
+
+
+def test_a_borrowed_lease_is_looked_at_once_in_its_ttl_and_gives_no_time_to_act() -> None:
+    held = borrowed(7, ttl_s=6.0, margin_s=0.5, now_s=100.0)
+    assert (held.state(100.0), held.next_s) == (State.LAPSED, 106.0)
+    held = heard(held, Seen(106.0))
+    assert (held.state(106.0), held.next_s) == (State.LAPSED, 112.0)
+    assert heard(held, Silent(112.0, "x")).next_s == 112.5
+    assert heard(held, Gone("taken out")).state(100.0) is State.LOST
