@@ -66,7 +66,7 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerS
     os.environ[keeping.LAUNCH_VARIABLE] = launch
     hello = Hello(
         version=WIRE_VERSION, role="supervisor", pid=os.getpid(), launch=launch, rank=rank, ranks=ranks_here() or 1,
-        policy=policy,
+        policy=policy, agent=spec.nodes.agent if spec.nodes is not None else "",
     )  # fmt: skip
     tell = to_logging(rank)
     if isinstance(start, Spawn):

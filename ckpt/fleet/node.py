@@ -55,7 +55,7 @@ class Node:
         self._judge = judge
         self._told = told
         self._tell = tell
-        self._make_lines = ways.lines
+        self._make_lines, self._agent = ways.lines, ways.agent
         self._epochs = Epochs(told, meeting=ways.meeting, say=self.say)
         self._grow_wait_s = grow_wait_s
         self._changed = threading.Condition()
@@ -197,7 +197,7 @@ class Node:
         info = self._info()
         self._lines = self._make_lines(info.node, heard)
         info = replace(info, address=f"{info.address}:{self._lines.port}")
-        ticket = self._member.join(info)
+        ticket = self._member.join(info, agent=self._agent)
         view = self._member.view()
         joined_at = view.by_node[ticket.node].joined if ticket.node in view.by_node else view.revision
         with self._changed:

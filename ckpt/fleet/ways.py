@@ -63,7 +63,11 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """How a node is reached. ``lines`` to others, for a node of that name; ``meeting``: where the trainers of an epoch meet."""
+    """How a node is reached. ``lines`` to others, for a node of that name; ``meeting``: where the trainers of an epoch meet.
+
+    ``agent``: the launcher's own on this machine, which may live under this node's lease; "" where there is none.
+    """
 
     lines: Callable[[str, Heard], Lines]
     meeting: Callable[[], tuple[str, int]]
+    agent: str = ""

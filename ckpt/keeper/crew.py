@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from ckpt.keeper import roster as rules
 from ckpt.keeper.desk import Desk
 from ckpt.keeper.job import Job
@@ -88,7 +90,9 @@ class Crew:
         """A supervisor said hello. One that met an earlier keeper first hands over what it holds and ends with ``Killed``."""
         job = self._job
         if self.roster is None or self.roster.launch != job.launch or (new and self.roster.state is State.OVER):
-            self.roster = Roster(job.launch, job.ranks, job.policy, attempt=self._attempt, shared=self._meet_nodes())
+            self.roster = Roster(
+                job.launch, job.ranks, job.policy, attempt=self._attempt, shared=self._meet_nodes(hello.agent)
+            )
             self._cut_off = False
             self._grace_until_s = self._leaving = None
             self._gathering_s, self._missing_told = time.monotonic(), False
@@ -255,8 +259,8 @@ class Crew:
             case AskStop():
                 job.say("events", words.Stop(grace_s=max(0.1, self._grace_left_s())))
 
-    def _meet_nodes(self) -> bool:
-        """Whether the job may have other nodes: then a launch begins with none known."""
+    def _meet_nodes(self, agent: str) -> bool:
+        """Whether the job may have other nodes: then a launch begins with none known. ``agent``: who launched it here."""
         job = self._job
         if job.spec.nodes is None:
             return False
@@ -264,7 +268,7 @@ class Crew:
             job.nodes.close()
         # Only where there are nodes: what they need takes long to import.
         made: type[Nodes] = import_module("ckpt.keeper.nodes").Nodes
-        job.nodes = made(job, job.spec.nodes, on=self._on)
+        job.nodes = made(job, structs.replace(job.spec.nodes, agent=agent), on=self._on)
         return True
 
     def _explain(self) -> None:

@@ -24,6 +24,7 @@ from ckpt.keeper.verdict import Record
 from ckpt.link.nodes_spec import NodesSpec, host_towards
 from ckpt.link.policy import Policy
 from ckpt.membership.decide import Options
+from ckpt.membership.names import agent_fact
 from ckpt.membership.open import open_membership
 from ckpt.membership.values import NodeInfo
 from ckpt.membership.where import ETCD, where_of
@@ -48,6 +49,8 @@ class Here:
 
 def check_spec(spec: NodesSpec) -> None:
     """Raises UsageError where nodes could not know each other, or what they lend each other could be read by anybody."""
+    if spec.agent:
+        agent_fact(spec.agent)
     if not spec.secret and spec.where.startswith(ETCD):
         raise UsageError(
             f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex digits that only you can read, "
@@ -90,7 +93,8 @@ def join(
             nodes_min=spec.nodes_min, nodes_max=spec.nodes_max, last_call_s=spec.last_call_s,
             shrink_wait_s=spec.shrink_wait_s, witnesses_min=witnesses,
         ),
-        judge=judged, told=told, tell=tell, ways=Ways(lines, lambda: (host, free_port(host))), grow_wait_s=spec.grow_wait_s,
+        judge=judged, told=told, tell=tell, ways=Ways(lines, lambda: (host, free_port(host)), spec.agent),
+        grow_wait_s=spec.grow_wait_s,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from ckpt.link.seating import Seating
 from ckpt.manifest.canonical import ready
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 """Grows with each change of a message; peers of different versions refuse each other."""
 
 Fact = str | int | float | bool | None
@@ -35,6 +35,7 @@ class Hello(Message, frozen=True, kw_only=True):
     ``attempt``: the one that the peer belongs to, 0 for none yet. ``ranks`` is the number of ranks on this node,
     ``rank`` the peer's.
     ``holds``: a supervisor has slots or a board of an earlier keeper, and hands them over before ``Killed``.
+    ``agent``: the launcher's own on this node, as ``NodesSpec`` names it to a supervisor: a keeper may outlast it.
     """
 
     version: int
@@ -46,6 +47,7 @@ class Hello(Message, frozen=True, kw_only=True):
     attempt: int = 0
     holds: bool = False
     policy: Policy | None = None
+    agent: str = ""
 
 
 class Bye(Message, frozen=True, kw_only=True):

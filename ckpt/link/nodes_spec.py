@@ -25,6 +25,7 @@ class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``nodes_min``, ``nodes_max``: how many hold ranks. ``secret``: a file with what only they know; "" where all are on one
     machine and meet in a file. ``host``: where others reach this node; ``domain``: what it fails together with.
     ``mirrors``: on how many other nodes each staged snapshot is kept. ``ttl_s``: after how long a silent node is lost.
+    ``agent``: which of torchrun's agents launched this, where it may live under the keeper's lease.
     """
 
     where: str
@@ -56,6 +57,7 @@ class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How long an epoch lasts at least before one follows only because there are more nodes."""
     last_call_s: float = 5.0
     shrink_wait_s: float = 0.0
+    agent: str = ""
 
 
 ready(NodesSpec)

@@ -81,7 +81,9 @@ class World:
         self.changed = threading.Condition()
         self.policy = Policy()
 
-    def node(self, name: str, *, least: int = 2, most: int = 2, grow_wait_s: float = 0.0, **more: object) -> One:
+    def node(
+        self, name: str, *, least: int = 2, most: int = 2, grow_wait_s: float = 0.0, agent: str = "", **more: object
+    ) -> One:
         """A node that joins; its id begins with its name."""
         one = One(name)
         attempt = more.pop("attempt", 0)
@@ -122,7 +124,7 @@ class World:
                 word=lambda node, word: note(one.words, (node, word)), up=lambda node: None, down=lambda node, why: None,
             ),
             tell=lambda event: note(one.events, event),
-            ways=Ways(lines, lambda: ("127.0.0.1", 1000 + next(self.ids))), grow_wait_s=grow_wait_s,
+            ways=Ways(lines, lambda: ("127.0.0.1", 1000 + next(self.ids)), agent), grow_wait_s=grow_wait_s,
         )  # fmt: skip
         self.made.append(one)
         return one
@@ -394,6 +396,32 @@ def test_meeting_place_that_comes_before_its_epoch_is_kept(world: World) -> None
     assert first.number == 1
     if first.record.root != one.id:
         assert one.epochs[-1].meet == Meet(attempt=1, host="h", port=7)
+
+
+def test_node_says_under_each_lease_that_it_has_which_agent_may_live_there_and_leaves_that_to_run_out(
+    world: World,
+) -> None:
+    nodes = [world.node("a"), world.node("b", agent="agent-b")]
+    world.epoch(*nodes)
+
+    def said() -> dict[str, int]:
+        with world.server.lock:
+            return {key: one.lease_id for key, one in world.server.keys.items() if key.startswith("said/agent.")}
+
+    first = nodes[1].member._member()[0].lease_id
+    assert said() == {f"said/agent.agent-b/{nodes[1].id}": first}
+    world.server.revoke(first)
+    world.until(lambda: nodes[1].outs, "that it is out")
+    world.epoch(*nodes, beyond=1)
+    second = nodes[1].member._member()[0].lease_id
+    assert said() == {f"said/agent.agent-b/{nodes[1].id}": second}
+    own = nodes[0].member._member()[0].lease_id
+    for one in nodes:
+        one.node.close()
+    assert said() == {}
+    assert not [key for key in world.server.keys if key.startswith(("nodes/", "leader"))]
+    assert second in world.server.leases
+    assert own not in world.server.leases
 
 
 def test_node_that_closes_while_it_joins_leaves_nothing_behind(world: World) -> None:

@@ -17,6 +17,8 @@ from ckpt.link.client import KeeperSpec
 from ckpt.link.frames import close_fds
 from ckpt.link.messages import Policy
 from ckpt.link.nodes_spec import NodesSpec
+from ckpt.membership.embedded import SqliteKeyspace
+from ckpt.membership.keyspace import Keys, Transaction
 
 POLICY = Policy(linger_s=20.0, hang_s=0.0)
 
@@ -143,6 +145,27 @@ def test_new_launch_of_the_same_keepers_begins_after_the_last_ones_end(serve_nod
             until(lambda held=held: held.nodes is not None and not held.nodes.busy)
     for wire in wires:
         wire.close()
+
+
+def test_each_launch_of_a_keeper_says_which_agent_launched_it(serve_node: Serve, tmp_path: Path) -> None:
+    node = serve_node("a", nodes_min=1, nodes_max=1)
+    wire = node.wire()  # keep it for the second launch
+    keyspace = SqliteKeyspace(tmp_path / "meet")
+
+    def named() -> list[str]:
+        (found,) = keyspace.transact(Transaction(reads=(Keys("said/agent.", "said/agent/"),))).found
+        return [one.key.split("/")[1] for one in found]
+
+    for number in (1, 2):
+        (peer,) = node.supervisors(1, launch=f"launch-{number}", agent=f"agent-{number}")
+        attempt = started([peer]).attempt
+        assert named() == [f"agent.agent-{number}"]
+        ends([peer], attempt)
+        assert peer.next(words.Leave).status == 0
+        peer.leave()
+        until(lambda: named() == [])
+    wire.close()
+    keyspace.close()
 
 
 def test_preempted_before_its_first_epoch_ends_the_job_once_the_others_have_come(serve_node: Serve) -> None:
