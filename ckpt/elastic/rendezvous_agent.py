@@ -2,7 +2,7 @@
 
 A thread of its own does all of that, as long as the process lives and whatever happens; the agent's main thread reads what it
 saw. The agents' keys lie in a job of their own: the membership's, and below it ``said/seat/<node>`` what each does, ``closed``
-why no round will come any more, and ``rounds/`` the stores of rounds.
+why no round will come any more, and ``rounds/`` the stores of rounds. While a keeper runs here, they lie under its lease.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt.elastic.rendezvous_decide import Publish, next_round, notice
+from ckpt.elastic.rendezvous_lease import AgentLease
 from ckpt.elastic.rendezvous_options import Settings
 from ckpt.elastic.rendezvous_words import (
     ALONE,
@@ -43,6 +44,8 @@ from ckpt.observe.events import Event, Tell
 
 LOOK_S = 2.0
 """How often an agent looks when nothing seems to happen."""
+VIEW_S = 5.0
+"""How often one that only follows reads all where nothing is said to have changed: each of N agents reads of all N."""
 RETRY_S = 0.2
 ROUND_TTL_S = 3600.0
 """How long a round's store is kept after its last agent."""
@@ -67,9 +70,13 @@ class Agent:
         self._keepers = keyspace_of(settings.nodes) if settings.nodes is not None else None
         meet = settings.meet
         self._member = KeyedMembership(self.keyspace, meet.job, ttl_s=meet.ttl_s)
+        shares = self._keepers is not None and settings.one_service
+        self._lease = AgentLease(self._keepers, self._member, self.me) if self._keepers and shares else None
         self._changed = threading.Condition()
         self._saying = threading.Lock()
         self._look: Look | None = None
+        self._look_until_s = 0.0
+        """Until when it holds, unless something changes."""
         self._seat = Seat(WAITING)
         self._said: Seat | None = None
         self._node = ""
@@ -186,13 +193,15 @@ class Agent:
                 if not self._node and not self._join():
                     self._pause(RETRY_S)
                     continue
-                look = self._read()
+                look = self._newest()
                 self._say_seat()
                 self._show(look)
                 until_s = self._lead(look)
                 self._renew()
-                if until_s > time.monotonic():
-                    self.keyspace.wait(_READS, look.view.revision, timeout_s=until_s - time.monotonic())
+                until_s = min(until_s, self._share_lease(look))
+                left_s = until_s - time.monotonic()
+                if left_s <= 0 or self.keyspace.wait(_READS, look.view.revision, timeout_s=left_s):
+                    self._look_until_s = 0.0
             except FencedError as error:
                 with suppress(FencedError):  # it left meanwhile
                     self._lose(error)
@@ -212,7 +221,7 @@ class Agent:
         settings = self._settings
         host = socket.gethostname()
         self._member.join(NodeInfo(node=node, host=host, slots=1, domain=settings.meet.domain, address=settings.host))
-        self._node, self._said = node, None
+        self._node, self._said, self._look_until_s = node, None, 0.0
         self._say_seat()
         return True
 
@@ -229,6 +238,28 @@ class Agent:
                 self.refused = found[0].value.decode(errors="replace")
                 self._changed.notify_all()
         return False
+
+    def _newest(self) -> Look:
+        """What there is to see: what was seen before where nothing is said to have changed and this agent only follows."""
+        look = self._look
+        if look is not None and self._follows(look) and time.monotonic() < self._look_until_s:
+            return look
+        look = self._read()
+        self._look_until_s = time.monotonic() + VIEW_S
+        return look
+
+    def _follows(self, look: Look) -> bool:
+        """Whether nothing here hangs on what is seen late: keepers hold the job together, and another agent leads."""
+        leader = look.view.leader
+        return look.kept and self._seat.doing != WAITING and leader is not None and leader.node != self._node
+
+    def _share_lease(self, look: Look) -> float:
+        """Live under the keeper's lease while there is one; until when that is right."""
+        now_s = time.monotonic()
+        if self._lease is None or not (look.kept or self._lease.shared):
+            return now_s + LOOK_S
+        self._lease.look(runs=self._seat.doing != WAITING)
+        return now_s + (min(LOOK_S, self._settings.meet.ttl_s / 3) if self._lease.shared else LOOK_S)
 
     def _read(self) -> Look:
         outcome = self.keyspace.transact(Transaction(reads=_READS))
@@ -335,6 +366,7 @@ class Agent:
         self._node = ""  # others may take its place if it does not come back at once
 
     def _hinder(self, error: CkptError) -> None:
+        self._look_until_s = 0.0
         if self._stopped:
             return
         with self._changed:

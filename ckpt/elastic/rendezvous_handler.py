@@ -243,7 +243,8 @@ class Rendezvous(RendezvousHandler):
         """Say how keepers find each other, where workers inherit it."""
         nodes = self._settings.nodes
         if nodes is not None:
-            os.environ.update(to_environment(structs.replace(nodes, last_call_s=last_call_s)))
+            agent = self._agent.me if self._settings.one_service else ""
+            os.environ.update(to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent)))
 
     def _over(self, round_: Round) -> str:
         look = self._agent.newest()

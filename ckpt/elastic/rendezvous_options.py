@@ -74,6 +74,11 @@ class Settings:
     join_s: float
     close_s: float
 
+    @property
+    def one_service(self) -> bool:
+        """Whether agents and keepers meet in one etcd, so that a lease of one can keep keys of the other. Files are two."""
+        return self.nodes is not None and self.nodes.where == self.meet.where
+
 
 def settings_of(
     run_id: str, endpoint: str, *, agents_min: int, agents_max: int, config: Mapping[str, object], local_addr: str = ""

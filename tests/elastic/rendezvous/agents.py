@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from servers.process import ServerProcess, free_port
 from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousParameters
 
+from ckpt.elastic.rendezvous_agent import ROUND_TTL_S
 from ckpt.elastic.rendezvous_handler import Rendezvous, handler_of
 
 TESTS = Path(__file__).parents[2]
@@ -115,6 +118,17 @@ class Etcd:
             ready_url=f"{metrics}/health", log=self._folder / "log", env={},
         )  # fmt: skip
         self._process.wait_ready()
+
+    def leases(self) -> list[int]:
+        """Those of nodes: all but the stores of rounds, which live for an hour."""
+        found = [int(one["ID"]) for one in self._ask("lease/leases", {}).get("leases", ())]
+        ttls = [self._ask("lease/timetolive", {"ID": str(one)}).get("grantedTTL", 0) for one in found]
+        return [one for one, ttl_s in zip(found, ttls, strict=True) if 0 < int(ttl_s) < ROUND_TTL_S]
+
+    def _ask(self, what: str, body: dict) -> dict:  # type: ignore[type-arg]
+        request = urllib.request.Request(f"http://{self.endpoint}/v3/{what}", data=json.dumps(body).encode())
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as reply:
+            return dict(json.load(reply))
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -132,6 +133,40 @@ def test_a_standby_that_waits_takes_over_over_etcd(start: Callable[..., Node], t
     ]  # fmt: skip
     nodes = [start(launcher, STEADY, out, 1000) for _ in range(3)]
     _lose_a_node(nodes, out, 1000, warm=False)
+
+
+@pytest.mark.slow
+def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
+    start: Callable[..., Node], tmp_path: Path, etcd: Etcd
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    secret = tmp_path / "job.secret"
+    subprocess.run([sys.executable, "-m", "ckpt", "key", "new", str(secret)], check=True, capture_output=True)
+    before = set(etcd.leases())
+    launcher = [
+        *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=one lease", "--nnodes=2", "--nproc-per-node=1",
+        f"--rdzv-conf=ttl=3,secret={secret}",
+    ]  # fmt: skip
+    nodes = [start(launcher, STEADY, out, 3000) for _ in range(2)]
+
+    def theirs() -> set[int]:
+        return set(etcd.leases()) - before
+
+    def settled(but: set[int]) -> bool:
+        return len(theirs()) == 2 and theirs() - but != set()
+
+    wait_for(lambda: losses(out, 1) > 20, "both train", wait_s=WAIT_S, say=say(nodes))
+    wait_for(lambda: settled(set()), "one lease a node", wait_s=WAIT_S, say=say(nodes))
+    leases, done = theirs(), losses(out, 1)
+    wait_for(lambda: losses(out, 1) > done + 400, "they go on for longer than a lease", wait_s=WAIT_S, say=say(nodes))
+    assert theirs() == leases
+    assert "joins anew" not in say(nodes)()
+    assert nodes[1].fleet.send(nodes[1].fleet.keeper(Path("out/store")), signal.SIGKILL)
+    wait_for(lambda: settled(leases), "one lease a node with the next keeper", wait_s=WAIT_S, say=say(nodes))
+    assert finished(nodes) == [0, 0], say(nodes)()
+    assert "asked-back" not in say(nodes)()
+    wait_for(lambda: not theirs(), "no lease is left", wait_s=WAIT_S)
 
 
 def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> None:
