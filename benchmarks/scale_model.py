@@ -14,6 +14,7 @@ from scale_records import RANKS_A_NODE
 from scale_sizes import size_text, time_text
 
 from ckpt.elastic.rendezvous_agent import LOOK_S as AGENT_LOOK_S
+from ckpt.elastic.rendezvous_agent import VIEW_S as AGENT_VIEW_S
 from ckpt.fleet.cable import FRAME_BYTES_MAX
 from ckpt.fleet.lines import BEAT_S
 from ckpt.fleet.node import VIEW_S
@@ -105,16 +106,20 @@ def lines(nodes: int, *, centre: bool) -> int:
 
 
 ROWS = (
-    Row("etcd: keepalives of keepers and agents", "TTL/3", lambda n, _: 2 * n * 3 / TTL_S, rate_text),
-    Row("etcd: writes when all join", "grant, put; keepers and agents", lambda n, _: 4 * n, count_text),
+    Row("etcd: keepalives of keepers", "TTL/3", lambda n, _: n * 3 / TTL_S, rate_text),
+    Row(
+        "etcd: looks of agents at two keys", "rendezvous_lease.py, LOOK_S or TTL/3; leases.py, TTL",
+        lambda n, _: n * (1 / min(AGENT_LOOK_S, TTL_S / 3) + 1 / TTL_S), rate_text,
+    ),
+    Row("etcd: writes when all join", "grant, put; of agents move, revoke", lambda n, _: 6 * n, count_text),
     Row("etcd: epoch record", "values.encode_epoch", lambda n, _: n * PLACE_BYTES, bytes_text),
     Row(
         "etcd: reads of keepers, nothing happening", "fleet/node.py: all, each VIEW_S",
         lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / VIEW_S, flow_text,
     ),
     Row(
-        "etcd: reads of agents, nothing happening", "rendezvous_agent.py: all, each LOOK_S",
-        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / AGENT_LOOK_S, flow_text,
+        "etcd: reads of agents, nothing happening", "rendezvous_agent.py: all, each VIEW_S",
+        lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / AGENT_VIEW_S, flow_text,
     ),
     Row("lines: of the leader and of rank 0's node", "fleet/reach.py", lambda n, _: lines(n, centre=True), count_text),
     Row("lines: of any other node", "fleet/reach.py", lambda n, _: lines(n, centre=False), count_text),
