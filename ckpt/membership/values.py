@@ -107,11 +107,6 @@ class EpochRecord:
         """The node of rank 0."""
         return self.places[0].node
 
-    @property
-    def address_key(self) -> str:
-        """The fact under which the root says where this epoch's ranks meet; another one for each epoch."""
-        return f"address.{self.number}"
-
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:

@@ -57,7 +57,7 @@ def test_the_first_epoch_opens_at_once_with_the_maximum_and_the_others_stand_by(
     record = decision.record
     assert (record.number, record.leader, record.world_size, record.removed) == (1, "a", 6, ())
     assert record.ranks == {"a": range(2), "b": range(2, 4), "c": range(4, 6)}
-    assert (record.root, record.address_key) == ("a", "address.1")
+    assert record.root == "a"
     assert isinstance(decided(after(view, decision), options(2, 3)), Keep)
 
 

@@ -46,7 +46,7 @@ def test_a_domain_is_the_host_where_none_is_said() -> None:
 
 def test_ranks_follow_each_other_by_places() -> None:
     assert (EPOCH.world_size, EPOCH.ranks) == (5, {"a": range(2), "b": range(2, 5)})
-    assert (EPOCH.root, EPOCH.address_key) == ("a", "address.7")
+    assert EPOCH.root == "a"
 
 
 @pytest.mark.parametrize(
