@@ -14,7 +14,7 @@ from ckpt.manifest.keys import part_key, writer_name
 from ckpt.manifest.manifest import Manifest, PartRef
 from ckpt.manifest.records import Commit, Record, make_record
 from ckpt.membership.values import EpochRecord, NodeInfo, Place
-from ckpt.persist.receipts import Held, Receipt
+from ckpt.persist.receipts import Receipt, Replicas
 from ckpt.values import SnapshotId
 
 RANKS_A_NODE = 8
@@ -70,7 +70,7 @@ def receipt(node: int) -> Receipt:
     """What one node's head says of a snapshot; all its ranks train alike."""
     return Receipt(
         snapshot=NEWEST, rank=node * RANKS_A_NODE, ranks=RANKS_A_NODE, refs=(part_ref(node),), size_bytes=8 << 33,
-        new_bytes=8 << 33, base=SnapshotId(7, 123_000), shared={"dp": Held(100_000, DIGEST, RANKS_A_NODE)},
+        new_bytes=8 << 33, base=SnapshotId(7, 123_000), shared={"dp": Replicas(100_000, DIGEST, RANKS_A_NODE)},
     )  # fmt: skip
 
 

@@ -164,7 +164,7 @@ class Held(Word, frozen=True, kw_only=True):
 class Sources(Word, frozen=True, kw_only=True):
     """From the node of rank 0: where each rank's share of some pairs is.
 
-    Of each pair the size of its world; and of runs of its ranks, from 0 on, how many they are and which of ``nodes`` have them.
+    Of each pair the size of its world; of spans of its ranks, from 0 on, how many they are and which of ``nodes`` have them.
     """
 
     attempt: int

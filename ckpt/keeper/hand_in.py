@@ -77,9 +77,9 @@ class HandIns:
 
     def leave(self) -> None:
         """The store is another one now: what is in flight fails, and what they know of chunks is true no more."""
-        self._left += self._persisters
         for persister in self._persisters:
             persister.abandon(0.0)
+        self._left = [one for one in (*self._left, *self._persisters) if not one.ended]
         self._persisters = []
 
     def known(self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:

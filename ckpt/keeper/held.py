@@ -1,7 +1,7 @@
 """What the nodes of a job hold in memory, and which pairs are complete over all of them. Pure.
 
-A node's ranks follow each other, and so do the shares that it holds: what it says is of runs of ranks, and so is what is worked
-out of it. So its cost grows with the number of nodes, not of ranks.
+A node's ranks follow each other, and so do the shares that it holds: what it says is of spans of ranks, and so is what is
+worked out of it. So its cost grows with the number of nodes, not of ranks.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from itertools import pairwise
 from msgspec import structs
 
 from ckpt.fleet.words import Holding, Sources
+from ckpt.manifest.part_rules import WORLD_MAX
 from ckpt.values import SnapshotId
 
 PAIRS_MAX = 8
 """So many complete pairs are offered to restore from: more are never needed, each slot holds one."""
 
-WORLD_MAX = 1 << 24
-"""What says that it is of a larger world is of none."""
-
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Span:
     """``ranks`` ranks that follow each other, whose shares the same nodes have: in a slot before as a mirror."""
 
     ranks: int
@@ -34,18 +32,18 @@ class Run:
 class Pair:
     """A pair that can be restored from memory: of a world of ``world_size`` ranks, each rank's share at some nodes.
 
-    ``runs``: all its ranks, from 0 on.
+    ``spans``: all its ranks, from 0 on.
     """
 
     snapshot: SnapshotId
     origin: str
     world_size: int
-    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
 
     @property
     def sources(self) -> tuple[tuple[str, ...], ...]:
         """For each rank the nodes that have its share."""
-        return tuple(run.nodes for run in self.runs for _ in range(run.ranks))
+        return tuple(span.nodes for span in self.spans for _ in range(span.ranks))
 
 
 def joined(holdings: Iterable[Holding]) -> list[Holding]:
@@ -66,7 +64,7 @@ def complete(held: Mapping[str, Sequence[Holding]]) -> list[Pair]:
     found = []
     for (snapshot, origin, size), segments in _segments(held, with_origin=True).items():
         if all(nodes for _, _, nodes in segments):
-            found.append(Pair(snapshot, origin, size, _runs(segments)))
+            found.append(Pair(snapshot, origin, size, _spans(segments)))
     # An epoch's number may have been given out twice: the log says which of the two origins counts.
     return sorted(found, key=lambda pair: (pair.snapshot, pair.origin, pair.world_size), reverse=True)[:PAIRS_MAX]
 
@@ -83,30 +81,32 @@ def lost(held: Mapping[str, Sequence[Holding]]) -> dict[SnapshotId, tuple[range,
 
 def to_word(attempt: int, pairs: Sequence[Pair]) -> Sources:
     """What all nodes are told: each node's name once."""
-    names = {node: None for pair in pairs for run in pair.runs for node in run.nodes}
+    names = {node: None for pair in pairs for span in pair.spans for node in span.nodes}
     numbers = {node: number for number, node in enumerate(names)}
     return Sources(
         attempt=attempt, nodes=tuple(names),
         pairs=tuple(
             (
                 pair.snapshot, pair.world_size,
-                tuple((run.ranks, tuple(numbers[node] for node in run.nodes)) for run in pair.runs),
+                tuple((span.ranks, tuple(numbers[node] for node in span.nodes)) for span in pair.spans),
             )
             for pair in pairs
         ),
     )  # fmt: skip
 
 
-def from_word(word: Sources) -> dict[SnapshotId, tuple[Run, ...]]:
+def from_word(word: Sources) -> dict[SnapshotId, tuple[Span, ...]]:
     """Where the shares of each pair are. A pair of which the word contradicts itself is none.
 
     Of one number that was given out twice the first counts, as in what is offered to restore.
     """
-    found: dict[SnapshotId, tuple[Run, ...]] = {}
-    for snapshot, size, runs in word.pairs:
-        sound = all(ranks > 0 and all(0 <= node < len(word.nodes) for node in nodes) for ranks, nodes in runs)
-        if sound and size <= WORLD_MAX and sum(ranks for ranks, _ in runs) == size:
-            named = tuple(Run(ranks, tuple(word.nodes[node] for node in nodes)) for ranks, nodes in runs)
+    found: dict[SnapshotId, tuple[Span, ...]] = {}
+    for snapshot, size, spans in word.pairs:
+        sound = all(
+            ranks > 0 and nodes and all(0 <= node < len(word.nodes) for node in nodes) for ranks, nodes in spans
+        )
+        if sound and size <= WORLD_MAX and sum(ranks for ranks, _ in spans) == size:
+            named = tuple(Span(ranks, tuple(word.nodes[node] for node in nodes)) for ranks, nodes in spans)
             found.setdefault(snapshot, named)
     return found
 
@@ -146,11 +146,11 @@ def _sweep(size: int, changes: dict[int, list[tuple[bool, bool, str]]]) -> list[
     return found
 
 
-def _runs(segments: Sequence[_Segment]) -> tuple[Run, ...]:
-    found: list[Run] = []
+def _spans(segments: Sequence[_Segment]) -> tuple[Span, ...]:
+    found: list[Span] = []
     for start, end, nodes in segments:
         if found and found[-1].nodes == nodes:
-            found[-1] = Run(found[-1].ranks + end - start, nodes)
+            found[-1] = Span(found[-1].ranks + end - start, nodes)
         else:
-            found.append(Run(end - start, nodes))
+            found.append(Span(end - start, nodes))
     return tuple(found)

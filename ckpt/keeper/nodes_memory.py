@@ -13,7 +13,7 @@ from ckpt.fleet.tls import lender_at, lending_at
 from ckpt.fleet.ways import Epoch
 from ckpt.fleet.words import Holding
 from ckpt.keeper.gather import Gather
-from ckpt.keeper.held import Run, complete, from_word, joined, lost, to_word
+from ckpt.keeper.held import Span, complete, from_word, joined, lost, to_word
 from ckpt.keeper.job import Job
 from ckpt.keeper.lend import Lending
 from ckpt.keeper.mirror import RETRY_S, Mirror, Task
@@ -46,7 +46,7 @@ class NodesMemory:
         self._spec = spec
         self._secret = Secret.of(secret)
         self._gather = Gather(among.say)
-        self._sources: dict[SnapshotId, tuple[Run, ...]] = {}
+        self._sources: dict[SnapshotId, tuple[Span, ...]] = {}
         self._lending = Lending(self._secret, lending_at(spec, host), tell=tell, budget_bytes=spec.mirror_bytes)
         self._mirror = Mirror(done=lambda task, came: job.post(lambda: self._done(task, came)), tell=tell)
         self._peers: dict[str, PeerStore] = {}
@@ -157,8 +157,8 @@ class NodesMemory:
         local, ranks = self._local(snapshot), itertools.count()
         return tuple(
             Source(local=local.get(next(ranks), -1), slots=peers, mirrors=peers)
-            for run in found
-            for peers in itertools.repeat(self._lenders(epoch, run.nodes), run.ranks)
+            for span in found
+            for peers in itertools.repeat(self._lenders(epoch, span.nodes), span.ranks)
         )
 
     def go_round(self, now: Round) -> None:

@@ -15,7 +15,7 @@ from ckpt.manifest.canonical import ready, seal, unseal
 from ckpt.manifest.digest import digest_hex
 from ckpt.values import SnapshotId
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_BYTES_MAX = 64 << 20
 """Refused above this: a part reference takes about 190 bytes, so this is room for 350,000 nodes."""
 PART_STORED_BYTES_MAX = 256 << 20
@@ -31,8 +31,10 @@ Scalar = bool | int | float | str | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRef:
-    """One node's part: its key, the digest of the stored object (32 hex digits), its stored size, and which ranks' it is:
-    ``ranks`` of them, from ``rank`` on."""
+    """One part: its key, the digest of the stored object (32 hex digits), its stored size, and which ranks' it is.
+
+    Those are ``ranks`` ranks, from ``rank`` on.
+    """
 
     key: str
     digest: str

@@ -1,4 +1,4 @@
-"""One node's list of where its ranks' chunks are: msgpack inside one zstd frame, chunks in columns.
+"""Where the chunks of a keeper's ranks are, or of one that has none: msgpack inside one zstd frame, chunks in columns.
 
 A part may list 100,000 chunks and more, so what there is one of per chunk lies in columns of fixed width. What follows
 from the rest (a chunk's raw size, how many chunks a shard has) is not stored, so it can't be wrong.
@@ -18,9 +18,9 @@ from ckpt.manifest.canonical import check_version, ready
 from ckpt.manifest.part_rules import problem
 from ckpt.values import CHUNK_BYTES, DIGEST_BYTES, Box, ChunkLocation, Codec, Digest, Leaf, LeafKind, SnapshotId
 
-PART_VERSION = 1
+PART_VERSION = 2
 PART_RAW_BYTES_MAX = 256 << 20
-"""Refused above this before anything is allocated: room for seven million chunks, 28 TB of state a node."""
+"""Refused above this before anything is allocated: room for seven million chunks, 28 TB of state."""
 ZSTD_LEVEL = 3
 
 _CODECS = {codec.value: codec for codec in Codec}
@@ -42,7 +42,7 @@ class StoredShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What the ranks of one node stored of one snapshot: ``ranks`` of them, from ``rank`` on.
+    """What ``ranks`` ranks, from ``rank`` on, stored of one snapshot: all that a keeper has, or one where there is no keeper.
 
     ``writer`` names the process start that wrote it (``keys.writer_name``).
     """

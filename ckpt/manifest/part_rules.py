@@ -74,17 +74,23 @@ def problem(part: PartLike) -> str | None:
     packs: set[str] = set()
     for shard in part.shards:
         if shard.leaf not in checked:
-            if why := leaf_problem(shard.leaf, world_size=part.world_size, alias=False):
+            if why := _leaf_problem(part, shard.leaf, alias=False):
                 return why
             checked.add(shard.leaf)
         if why := _shard_problem(shard, packs):
             return f"{why} leaf={shard.leaf.name!r}"
     for alias in part.aliases:
-        if why := leaf_problem(alias, world_size=part.world_size, alias=True):
+        if why := _leaf_problem(part, alias, alias=True):
             return why
     if len(set(part.aliases)) != len(part.aliases):
         return "an alias is listed twice"
     return None
+
+
+def _leaf_problem(part: PartLike, leaf: Leaf, *, alias: bool) -> str | None:
+    if leaf.rank is not None and not part.rank <= leaf.rank < part.rank + part.ranks:
+        return f"leaf of another part's rank. leaf={leaf.name!r} rank={leaf.rank} part={part.rank} ranks={part.ranks}"
+    return leaf_problem(leaf, world_size=part.world_size, alias=alias)
 
 
 def leaf_problem(leaf: Leaf, *, world_size: int, alias: bool) -> str | None:

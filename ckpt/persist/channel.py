@@ -56,7 +56,7 @@ class Waiting(Protocol):
 
 @runtime_checkable
 class Staying(Protocol):
-    """A channel that no rank leaves before all do: nobody need ask whether another one is gone."""
+    """A channel that may have ranks that leave only together: then nobody need ask whether another one is gone."""
 
     stays: bool
 

@@ -37,22 +37,29 @@ class Mates:
         self._changed = threading.Condition()
         self._shares: dict[int, dict[int, Share]] = {}
         self._outcomes: dict[int, Outcome] = {}
+        self._taken = -1
+        """The last snapshot whose shares the head took, or gave up."""
 
     def give(self, n: int, share: Share) -> None:
         """A rank has done with its share of snapshot ``n``; its slot is free."""
         with self._changed:
-            self._shares.setdefault(n, {})[share.receipt.rank] = share
+            if n > self._taken:
+                self._shares.setdefault(n, {})[share.receipt.rank] = share
             self._changed.notify_all()
 
     def shares(self, n: int, stop: Callable[[], bool]) -> tuple[Share, ...]:
         """For the head, once: the shares of all ranks, in rank order. Each has then seen the outcome of ``n - 1``.
 
-        Raises UnavailableError as soon as ``stop()`` is true.
+        Raises UnavailableError as soon as ``stop()`` is true, and after MATE_WAIT_S; those that come later are dropped.
         """
         with self._changed:
-            self._wait(lambda: len(self._shares.get(n, ())) == self.ranks, stop, f"shares of snapshot {n}")
-            self._outcomes.pop(n - 1, None)
-            return tuple(share for _, share in sorted(self._shares.pop(n).items()))
+            try:
+                self._wait(lambda: len(self._shares.get(n, ())) == self.ranks, stop, lambda: self._missing(n))
+            finally:
+                self._taken = n
+                found = self._shares.pop(n, {})
+            self._outcomes = {later: outcome for later, outcome in self._outcomes.items() if later >= n}
+            return tuple(share for _, share in sorted(found.items()))
 
     def tell(self, n: int, outcome: Outcome) -> None:
         """From the head: what became of snapshot ``n``."""
@@ -61,14 +68,24 @@ class Mates:
             self._changed.notify_all()
 
     def outcome(self, n: int, stop: Callable[[], bool]) -> Outcome:
-        """What became of snapshot ``n``. Raises UnavailableError as soon as ``stop()`` is true."""
+        """What became of snapshot ``n``. Raises UnavailableError as soon as ``stop()`` is true, and after MATE_WAIT_S."""
         with self._changed:
-            self._wait(lambda: n in self._outcomes, stop, f"the outcome of snapshot {n}")
+            self._wait(lambda: n in self._outcomes, stop, lambda: f"the outcome. first_rank={self.rank}")
             return self._outcomes[n]
 
-    def _wait(self, there: Callable[[], bool], stop: Callable[[], bool], what: str) -> None:
+    def _missing(self, n: int) -> str:
+        there = self._shares.get(n, {})
+        missing = [rank for rank in range(self.rank, self.rank + self.ranks) if rank not in there]
+        return f"the shares of this node's other ranks. missing={','.join(map(str, missing))}"
+
+    def _wait(self, there: Callable[[], bool], stop: Callable[[], bool], what: Callable[[], str]) -> None:
         until_s = time.monotonic() + MATE_WAIT_S
         while not there():
-            if stop() or time.monotonic() > until_s:
-                raise UnavailableError(f"stopped while waiting for {what} of this node's ranks. first_rank={self.rank}")
+            if stop():
+                raise UnavailableError(f"stopped while waiting for {what()}")
+            if time.monotonic() > until_s:
+                raise UnavailableError(
+                    f"no word within the time limit while waiting for {what()} timeout_s={MATE_WAIT_S:g}; a rank is dead or "
+                    "far behind: look at its log"
+                )
             self._changed.wait(STOP_LOOK_S)

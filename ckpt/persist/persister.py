@@ -64,7 +64,8 @@ class Persister:
     """One rank's queue of snapshots to make durable, in order.
 
     ``base`` is the committed snapshot whose chunks may be referred to (None: none is known), ``known`` where this rank's
-    chunks of it lie. Every rank sees the same outcomes in the same order, so all ranks always have the same base.
+    chunks of it lie. Every rank learns of each snapshot in the same order whether it exists, so those that have a base have the
+    same; one that forgot its own for another error than others met refers to nothing for once.
     ``mates``: the ranks whose persisters are in this process too, this one among them; None: it is alone.
     """
 
@@ -145,6 +146,11 @@ class Persister:
         """Do ``call`` in the queue's thread, after what was handed in before and before what comes later."""
         return self._calls.submit(call)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its thread is gone."""
+        return self._calls.ended
+
     def close(self) -> None:
         """Wait until the queue is empty and end the thread."""
         self._calls.close()
@@ -164,6 +170,7 @@ class Persister:
     def _run(self, n: int, staged: Sealed, tags: tuple[str, ...]) -> SnapshotInfo:
         began = time.monotonic()
         snapshot = staged.index.snapshot
+        share: Share | None = None
         try:
             share, locations = self._write(staged)
             outcome = self._outcome(n, share, staged.index, tags)
@@ -178,6 +185,8 @@ class Persister:
         except Exception as error:  # a thread's border
             wrapped = InternalError(f"saving failed in an unforeseen way. snapshot={snapshot} cause={error!r}")
             self._tell(told.failed(snapshot, wrapped))
+            if share is None:  # the other ranks would wait for it
+                self._decline(n, failed(snapshot, self._channel.rank, wrapped))
             raise wrapped from error
         finally:
             self._settled += 1
@@ -193,7 +202,14 @@ class Persister:
 
     def _refuse(self, n: int, snapshot: SnapshotId, error: CkptError) -> None:
         self._tell(told.failed(snapshot, error))
-        mine = failed(snapshot, self._channel.rank, error)
+        try:
+            self._decline(n, failed(snapshot, self._channel.rank, error))
+        finally:
+            self._settled += 1
+
+    def _decline(self, n: int, mine: Receipt) -> None:
+        """Have all ranks learn that this one has no share of a snapshot; of what keeps them from it, tell."""
+        snapshot = mine.snapshot
         try:
             self._mates.give(n, Share(mine))
             if not self._is_head:
@@ -205,11 +221,9 @@ class Persister:
                 self._gather(n, self._receipt(n, snapshot))  # not settled before every rank has let go of its slot
             else:
                 self._post(n, self._receipt(n, snapshot))
-        except Exception as lost:  # noqa: BLE001  a thread's border; nobody holds this call's future
+        except Exception as lost:  # noqa: BLE001  a thread's border; nobody waits for it
             text = f"the ranks can't be told. snapshot={snapshot} cause={lost!r}"
             self._tell(told.failed(snapshot, InternalError(text)))
-        finally:
-            self._settled += 1
 
     # ---- this rank's share
 
@@ -276,6 +290,7 @@ class Persister:
             return outcome
         self._post(n, receipt)
         word = self._wait(f"outcome/{n}", f"rank 0's commit of {index.snapshot}", rank=0)
+        self._channel.forget(f"receipt/{n - 1}/{receipt.rank}")  # or it would be posted again after a line broke
         return msgspec.msgpack.decode(word, type=Outcome)
 
     def _receipt(self, n: int, snapshot: SnapshotId) -> Receipt:
@@ -283,6 +298,10 @@ class Persister:
         rank, ranks = self._mates.rank, self._mates.ranks
         try:
             shares = self._mates.shares(n, self._closes)
+        except UnavailableError as error:
+            told_of = from_error(error, rank=rank)
+            return Receipt(snapshot=snapshot, rank=rank, ranks=ranks, error=told_of, passed=False)
+        try:
             receipt = merge([share.receipt for share in shares])
             if receipt.error is not None:
                 return receipt
@@ -320,7 +339,7 @@ class Persister:
         rank = mine.ranks
         while rank < self._channel.size:
             word = self._wait(
-                f"receipt/{n}/{rank}", f"the part of rank {rank} and its node of {mine.snapshot}", rank=rank
+                f"receipt/{n}/{rank}", f"{mine.snapshot} of rank {rank} and others of its node", rank=rank
             )
             receipt = msgspec.msgpack.decode(word, type=Receipt)
             receipts.append(receipt)
@@ -328,7 +347,12 @@ class Persister:
         self._forget(n - 1)
         self._heads = tuple(receipt.rank for receipt in receipts[1:])
         whole = merge(receipts)
-        self.passed_step = max(self.passed_step, whole.snapshot.step)
+        if whole.ranks != self._channel.size:
+            raise InternalError(
+                f"receipts of more ranks than there are. ranks={whole.ranks} world={self._channel.size}"
+            )
+        if whole.passed:
+            self.passed_step = max(self.passed_step, whole.snapshot.step)
         return whole
 
     def _commit(self, index: StagedIndex, whole: Receipt) -> SnapshotInfo:
@@ -362,7 +386,7 @@ class Persister:
     def _wait(self, key: str, what: str, *, rank: int) -> bytes:
         """Wait for a message of ``rank``, while it is there. One that left has posted all that it ever will."""
         left = f"bye/{rank}"
-        leaves = not isinstance(self._channel, Staying)
+        leaves = not (isinstance(self._channel, Staying) and self._channel.stays)
 
         def stop() -> bool:
             return self._closing or (leaves and self._channel.peek(left) is not None)

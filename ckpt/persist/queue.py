@@ -37,6 +37,11 @@ class CallQueue:
         self._calls.put(_Call(future.cancel, lambda: run_into(future, call)))
         return future
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread is gone."""
+        return not self._thread.is_alive()
+
     def close(self, *, cancel: bool = False, timeout_s: float | None = None) -> bool:
         """Let the queue run empty (``cancel``: drop what has not begun) and end the thread.
 

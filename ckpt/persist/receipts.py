@@ -1,7 +1,7 @@
 """What ranks say of their shares of one snapshot, and what several of them say together. Pure.
 
-A rank's receipt becomes part of its node's, and the nodes' become that of the job, by the same ``merge``: which receipts are
-merged first makes no difference.
+A rank's receipt becomes part of its node's, and the nodes' become that of the job, by the same ``merge``. Which are merged
+first makes no difference to whether there is an error, nor to anything where there is none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIFFERENT_MAX = 8
 """So many groups of ranks are named where they captured different steps."""
 
 
-class Held(msgspec.Struct, frozen=True, array_like=True):
+class Replicas(msgspec.Struct, frozen=True, array_like=True):
     """What members of one group of replicas hold: of how many there are, a digest of what each holds, and how many say so."""
 
     size: int
@@ -35,7 +35,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
     ``snapshot``: the pair that they captured, the least where they captured several. ``refs``: their parts, in rank order.
     ``base``: the snapshot whose chunks they refer to. ``shared``: what they hold of each group of replicas; ``complete``:
-    whether all of them said so.
+    whether all of them said so. ``passed``: whether all of them are known to have passed that step.
     """
 
     snapshot: SnapshotId
@@ -46,8 +46,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     new_bytes: int = 0
     error: RemoteError | None = None
     base: SnapshotId | None = None
-    shared: Mapping[str, Held] = {}
+    shared: Mapping[str, Replicas] = {}
     complete: bool = True
+    passed: bool = True
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -66,9 +67,9 @@ def failed(snapshot: SnapshotId, rank: int, error: CkptError) -> Receipt:
     return Receipt(snapshot=snapshot, rank=rank, error=from_error(error, rank=rank))
 
 
-def shared_of(shared: Mapping[str, tuple[int, str]] | None) -> Mapping[str, Held]:
+def shared_of(shared: Mapping[str, tuple[int, str]] | None) -> Mapping[str, Replicas]:
     """One rank's ``Sealed.shared``, as receipts have it."""
-    return {group: Held(size, digest) for group, (size, digest) in (shared or {}).items()}
+    return {group: Replicas(size, digest) for group, (size, digest) in (shared or {}).items()}
 
 
 def merge(receipts: Sequence[Receipt]) -> Receipt:
@@ -85,6 +86,7 @@ def merge(receipts: Sequence[Receipt]) -> Receipt:
         snapshot=min(one.snapshot for one in receipts), rank=first.rank, ranks=rank - first.rank,
         refs=tuple(ref for one in receipts for ref in one.refs), size_bytes=sum(one.size_bytes for one in receipts),
         new_bytes=sum(one.new_bytes for one in receipts), complete=all(one.complete for one in receipts),
+        passed=all(one.passed for one in receipts),
     )  # fmt: skip
     error = next((one.error for one in receipts if one.error is not None), None)
     if error is not None:
@@ -131,13 +133,13 @@ def _check_captured(receipts: Sequence[Receipt]) -> None:
         )
 
 
-def _shared(receipts: Sequence[Receipt]) -> Mapping[str, Held]:
+def _shared(receipts: Sequence[Receipt]) -> Mapping[str, Replicas]:
     """What they hold of each group together. Raises UsageError where two hold different leaves, or in another order.
 
     Each rank stores its share of them, computed from what it holds itself; were the sets different, the shares would overlap
     or leave gaps, and the snapshot could not be read.
     """
-    found: dict[str, Held] = {}
+    found: dict[str, Replicas] = {}
     for one in receipts:
         for group, held in one.shared.items():
             before = found.get(group)
@@ -145,11 +147,11 @@ def _shared(receipts: Sequence[Receipt]) -> Mapping[str, Held]:
                 found[group] = held
                 continue
             _check((before.size, before.digest) == (held.size, held.digest), before, held)
-            found[group] = Held(held.size, held.digest, before.members + held.members)
+            found[group] = Replicas(held.size, held.digest, before.members + held.members)
     return found
 
 
-def _check(fits: bool, one: Held, other: Held) -> None:
+def _check(fits: bool, one: Replicas, other: Replicas) -> None:
     if not fits:
         raise UsageError(
             f"replicas hold different leaves, so their shares don't fit together. replicas={other.size} "

@@ -129,6 +129,7 @@ class Silence:
 class History:
     """One run.
 
+    ``stores``: how many there are; ``log_digests``: what each has of the log in the end, by its number and the key.
     ``log``: the counted and the void, in order of ``seq``; ``hole``: why its end can't be read. ``snapshots``: what the store's
     own reader lists; ``contents``: each read back, or why it can't be. ``reference``: the value after each number of
     undisturbed steps. ``finish``: how many steps there had to be. ``ends``: how programs that nobody killed ended.
@@ -142,6 +143,7 @@ class History:
     hole: str = ""
     sightings: tuple[Sighting, ...] = ()
     log_digests: Mapping[tuple[int, str], str] = field(default_factory=dict)
+    stores: int = 1
     snapshots: frozenset[Pair] = frozenset()
     newest: Pair | None = None
     contents: Mapping[Pair, Content | str] = field(default_factory=dict)

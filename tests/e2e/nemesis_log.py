@@ -106,7 +106,7 @@ def records(history: History, log: Log) -> list[str]:
 
 
 def kept(history: History, log: Log) -> list[str]:
-    """No record, once there, went or changed; and one place of the log holds the same on each store."""
+    """No record, once there, went or changed; one place of the log holds the same on each store, and most stores have it."""
     wrong = []
     first: dict[tuple[int, str], str] = {}
     for one in history.sightings:
@@ -118,10 +118,14 @@ def kept(history: History, log: Log) -> list[str]:
     for place, digest in first.items():
         if digest and history.log_digests.get(place) != digest:
             wrong.append(f"a record of the log is not what it was. store={place[0]} key={place[1]}")
-    of_key: dict[str, set[str]] = {}
+    of_key: dict[str, list[str]] = {}
     for (_, key), digest in history.log_digests.items():
-        of_key.setdefault(key, set()).add(digest)
-    wrong += [f"two records at one place of the log. key={key}" for key, digests in of_key.items() if len(digests) > 1]
+        of_key.setdefault(key, []).append(digest)
+    for key, digests in of_key.items():
+        if len(set(digests)) > 1:
+            wrong.append(f"two records at one place of the log. key={key}")
+        if 2 * len(digests) <= history.stores:
+            wrong.append(f"a record is on too few stores. key={key} on={len(digests)} stores={history.stores}")
     return wrong
 
 

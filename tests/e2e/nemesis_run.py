@@ -202,6 +202,7 @@ class Nemesis:
         return History(
             changes=tuple(self._watch.changes()), entered=tuple(trainers.entered), steps=tuple(trainers.steps),
             beats=tuple(trainers.beats), log=tuple(records), hole=hole, sightings=tuple(sightings), log_digests=digests,
+            stores=len(self._stores),
             snapshots=frozenset((one.epoch, one.step) for one in infos),
             newest=(newest.epoch, newest.step) if newest is not None else None,
             contents={pair: read_back(checkpointer, pair) for pair in dict.fromkeys(_pairs(records))},

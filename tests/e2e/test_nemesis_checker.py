@@ -102,6 +102,7 @@ WRONG: dict[str, tuple[Callable[[], History], str]] = {
     "two commits at one seq on two stores": (
         lambda: replace(right(), log_digests={**right().log_digests, (1, "1.json"): "other"}), "two records at one place",
     ),
+    "a record is on one of three stores": (lambda: replace(right(), stores=3), "a record is on too few stores"),
     "a committed snapshot vanished": (lambda: spoilt_content((1, 4), "not found"), "a committed snapshot can't be read"),
     "a committed snapshot was never there": (
         lambda: replace(right(), contents={(2, 8): right().contents[2, 8]}), "a committed snapshot can't be read",

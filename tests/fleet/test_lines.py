@@ -10,10 +10,11 @@ from contextlib import ExitStack, suppress
 import pytest
 from fleet_nodes import WAIT_S, Node, acquaint
 
+from ckpt.fleet import cable as cable_room
 from ckpt.fleet import lines as lines_room
 from ckpt.fleet.places import Place, Places
 from ckpt.fleet.sockets import probe
-from ckpt.fleet.words import Post
+from ckpt.fleet.words import Post, Word
 
 
 class Network:
@@ -223,3 +224,26 @@ def test_name_that_led_elsewhere_is_resolved_anew_though_somebody_refused_there(
     one.lines.want({"b": f"b.train:{other.lines.port}"})
     one.wait(lambda: any(why.startswith("refused") for _, why in one.downs), "the refusal")
     one.wait(lambda: one.lines.up() == {"b"}, "the line")
+
+
+def test_what_is_said_to_all_is_encoded_once(node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, others = node("a"), [node(name) for name in "bcde"]
+    acquaint(one, *others)
+    encoded: list[Word] = []
+    real = cable_room._ENCODER
+
+    class Counting:
+        def encode(self, word: Word) -> bytes:
+            encoded.append(word)
+            return real.encode(word)
+
+    monkeypatch.setattr(cable_room, "_ENCODER", Counting())
+    words = [Post(room="1", key=f"k{n}", value=b"v") for n in range(20)]
+    for word in words:
+        for other in others:
+            assert one.lines.say(other.name, word)
+    for other in others:
+        other.wait(lambda other=other: len(other.words) == len(words), f"all words at {other.name}")
+        assert [word for _, word in other.words] == words
+    # A beat may come between two: then it is encoded once more.
+    assert len([word for word in encoded if isinstance(word, Post)]) < 2 * len(words)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.fleet.words import Holding, Sources
-from ckpt.keeper.held import PAIRS_MAX, WORLD_MAX, Pair, Run, complete, from_word, joined, lost, to_word
+from ckpt.keeper.held import PAIRS_MAX, WORLD_MAX, Pair, Span, complete, from_word, joined, lost, to_word
 from ckpt.values import SnapshotId
 
 P1, P2 = SnapshotId(1, 10), SnapshotId(1, 20)
@@ -103,12 +103,12 @@ def test_what_is_complete_is_held_by_those_that_it_names(there: dict[str, list[H
         ranks = all_ranks[pair.snapshot, pair.origin, pair.world_size]
         for rank, named in enumerate(pair.sources):
             assert list(named) == list(dict.fromkeys(node for _, node in sorted(ranks[rank])))
-        assert all(one.nodes != other.nodes for one, other in pairwise(pair.runs)), "no run could be longer"
+        assert all(one.nodes != other.nodes for one, other in pairwise(pair.spans)), "no span could be longer"
 
 
 @settings(deadline=None)
 @given(nodes)
-def test_runs_say_what_ranks_say(there: dict[str, list[Holding]]) -> None:
+def test_spans_say_what_ranks_say(there: dict[str, list[Holding]]) -> None:
     short = {node: joined(some) for node, some in there.items()}
     assert complete(short) == complete(there)
     assert lost(short) == lost(there)
@@ -141,14 +141,23 @@ def test_plan_comes_over_a_line_as_it_was(there: dict[str, list[Holding]]) -> No
     first: dict[SnapshotId, Pair] = {}
     for pair in pairs:
         first.setdefault(pair.snapshot, pair)
-    assert from_word(word) == {snapshot: pair.runs for snapshot, pair in first.items()}
+    assert from_word(word) == {snapshot: pair.spans for snapshot, pair in first.items()}
 
 
 @pytest.mark.parametrize(
-    "runs",
-    [((1, (0,)),), ((3, (0,)),), ((0, (0,)), (2, (1,))), ((-1, (0,)), (3, (0,))), ((2, (2,)),), ((2, (-1,)),), ()],
+    "spans",
+    [
+        ((2, ()),),
+        ((1, (0,)),),
+        ((3, (0,)),),
+        ((0, (0,)), (2, (1,))),
+        ((-1, (0,)), (3, (0,))),
+        ((2, (2,)),),
+        ((2, (-1,)),),
+        (),
+    ],
 )
-def test_pair_that_a_word_contradicts_itself_about_is_none(runs: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
+def test_pair_that_a_word_contradicts_itself_about_is_none(spans: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
     sound = (P2, 2, ((2, (0, 1)),))
-    word = Sources(attempt=1, nodes=("a", "b"), pairs=((P1, 2, runs), sound))
-    assert from_word(word) == {P2: (Run(2, ("a", "b")),)}
+    word = Sources(attempt=1, nodes=("a", "b"), pairs=((P1, 2, spans), sound))
+    assert from_word(word) == {P2: (Span(2, ("a", "b")),)}

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from slot_makers import HEADER_BYTES, SLOT_BYTES, MadeSlot
 
 from ckpt.fleet.note import Note
 from ckpt.fleet.ways import Epoch
+from ckpt.fleet.words import AskHeld, Held, Holding, Sources
 from ckpt.fleet.words import Word as Said
+from ckpt.keeper.gather import Gather
 from ckpt.keeper.job import Job
 from ckpt.keeper.lend import Lending
 from ckpt.keeper.mirror_rounds import Round, Word, next_round, retained
@@ -210,3 +213,61 @@ def test_how_long_nothing_newer_was_on_others_is_told_once(world: World) -> None
     assert [event.kind for event in world.told].count("protected") == 1, "in this epoch nothing is yet"
     world.memory.go_round(Round(NEW, NEW))
     assert [event.kind for event in world.told].count("protected") == 2
+
+
+def test_where_each_share_is_follows_from_the_spans_of_the_plan(world: World) -> None:
+    world.come(1, "me", "peer", "third")
+    epoch = world.among.epoch
+    assert epoch is not None
+    addresses = {"me": "127.0.0.1:1", "peer": "127.0.0.1:2", "third": "127.0.0.1:3"}
+    world.among.epoch = replace(epoch, peers=addresses)
+    world.slot.seal(OLD, rank=3, ranks=6)
+    spans = ((1, (0,)), (3, (1, 2)), (2, (0, 2, 3)))
+    word = Sources(attempt=1, nodes=("peer", "third", "me", "gone"), pairs=((OLD, 6, spans),))
+    world.memory.take("peer", structs.replace(word, attempt=7))
+    assert world.memory.sources(OLD) == (), "a plan of another attempt says nothing"
+    world.memory.take("peer", word)
+    peer, both, near = ("127.0.0.1:2",), ("127.0.0.1:1", "127.0.0.1:3"), ("127.0.0.1:1", "127.0.0.1:2")
+    found = world.memory.sources(OLD)
+    assert [one.slots for one in found] == [peer, both, both, both, near, near], "here first; who is gone lends nothing"
+    assert [one.mirrors for one in found] == [one.slots for one in found]
+    assert [one.local for one in found] == [-1, -1, -1, 0, -1, -1]
+    assert world.memory.sources(NEW) == ()
+
+
+def test_ranks_of_a_node_are_told_of_as_one(world: World) -> None:
+    said: list[tuple[str, Said]] = []
+    world.come(1, "me", "peer")
+    world.among.say = lambda node, word: said.append((node, word)) is None  # type: ignore[method-assign]
+    world.slot.seal(OLD, rank=0, ranks=2)
+    world.named(OLD)
+    world.memory.take("peer", AskHeld(call=5))
+    ((node, word),) = said
+    assert isinstance(word, Held) and (node, word.call) == ("peer", 5)
+    assert {(one.snapshot, one.rank, one.ranks, one.mirror) for one in word.holdings} == {
+        (OLD, 0, 1, False), (OLD, 0, 1, True),
+    }  # fmt: skip
+
+
+def test_plan_is_told_to_all_once_all_have_said_what_they_hold(world: World) -> None:
+    told: list[Said] = []
+    asked: list[Said] = []
+    answers: list[dict[SnapshotId, str]] = []
+    world.come(1, "me", "peer")
+    epoch = world.among.epoch
+    assert epoch is not None
+    world.among.epoch = replace(epoch, addresses={"me": "x", "peer": "y"})
+    world.memory._gather = Gather(lambda node, word: asked.append(word) is None)
+    world.among.say_to_all = told.append  # type: ignore[method-assign]
+    world.slot.seal(OLD, rank=0, ranks=3)
+    world.memory.gather(answers.append)
+    assert not answers
+    (question,) = asked
+    assert isinstance(question, AskHeld)
+    origin = world.memory._holdings()[0].origin
+    theirs = Holding(snapshot=OLD, origin=origin, world_size=3, rank=1, ranks=2)
+    world.memory.take("peer", Held(call=question.call, holdings=(theirs,)))
+    assert answers == [{OLD: origin}]
+    (plan,) = told
+    assert plan == Sources(attempt=1, nodes=("me", "peer"), pairs=((OLD, 3, ((1, (0,)), (2, (1,)))),))
+    assert [one.local for one in world.memory.sources(OLD)] == [0, -1, -1]

@@ -28,7 +28,7 @@ def locations(draw: st.DrawFn, raw: int, itemsize: int) -> ChunkLocation:
 
 
 @st.composite
-def shards(draw: st.DrawFn, world_size: int) -> StoredShard:
+def shards(draw: st.DrawFn, rank: int, ranks: int) -> StoredShard:
     kind = draw(st.sampled_from(LeafKind))
     dtype = "uint8" if kind is LeafKind.OBJECT else draw(st.sampled_from(sorted(DTYPE_BYTES)))
     sizes = (
@@ -42,7 +42,7 @@ def shards(draw: st.DrawFn, world_size: int) -> StoredShard:
         kind=kind,
         dtype=dtype,
         shape=tuple(o + n + draw(st.integers(0, 3)) for o, n in zip(offsets, sizes, strict=True)),
-        rank=draw(st.none() | st.integers(0, world_size - 1)),
+        rank=draw(st.none() | st.integers(rank, rank + ranks - 1)),
     )
     box = Box(tuple(offsets), tuple(sizes))
     size = box.elements * DTYPE_BYTES[dtype]
@@ -58,13 +58,14 @@ def shards(draw: st.DrawFn, world_size: int) -> StoredShard:
 def parts(draw: st.DrawFn) -> Part:
     world = draw(st.integers(1, 5))
     rank = draw(st.integers(0, world - 1))
-    found = draw(st.lists(shards(world), max_size=4))
+    ranks = draw(st.integers(1, world - rank))
+    found = draw(st.lists(shards(rank, ranks), max_size=4))
     alias = Leaf(name="other", kind=LeafKind.TENSOR, dtype="int8", shape=(2,), alias_of="x")
     return Part(
         snapshot=SnapshotId(draw(st.integers(0, keys.EPOCH_MAX)), draw(st.integers(0, keys.STEP_MAX))),
         writer=WRITER,
         rank=rank,
-        ranks=draw(st.integers(1, world - rank)),
+        ranks=ranks,
         world_size=world,
         shards=tuple(found),
         aliases=draw(st.sampled_from([(), (alias,)])),
@@ -146,7 +147,7 @@ def test_a_frame_that_does_not_say_its_size_is_refused() -> None:
 
 def test_a_newer_version_names_both_versions_and_the_remedy() -> None:
     wire = wire_of(small_part()) | {"v": 7, "novelty": True}
-    with pytest.raises(FormatVersionError, match=r"found=7 known=1 upgrade torch-ckpt"):
+    with pytest.raises(FormatVersionError, match=r"found=7 known=2 upgrade torch-ckpt"):
         decode_part(packed(wire))
 
 
@@ -203,7 +204,7 @@ def test_a_field_that_contradicts_is_an_integrity_error(field: str, value: objec
 def test_a_doubled_member_is_an_integrity_error() -> None:
     raw = zstandard.ZstdDecompressor().decompress(encode_part(small_part()))
     doubled = bytes([raw[0], raw[1], raw[2] + 1]) if raw[0] == 0xDE else bytes([raw[0] + 1])
-    body = raw[len(doubled) :] + msgspec.msgpack.encode("v") + msgspec.msgpack.encode(1)
+    body = raw[len(doubled) :] + msgspec.msgpack.encode("v") + msgspec.msgpack.encode(part.PART_VERSION)
     with pytest.raises(IntegrityError):
         decode_part(zstandard.ZstdCompressor(write_checksum=True).compress(doubled + body))
 

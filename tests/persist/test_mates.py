@@ -6,7 +6,9 @@ import secrets
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,12 +16,21 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.commit.catalog import load_index, load_manifest
 from ckpt.commit.journal import Journal
 from ckpt.encode.choose import OFF
-from ckpt.errors import CkptError, ConflictError, IntegrityError, StoreFullError, UnavailableError, UsageError
+from ckpt.errors import (
+    CkptError,
+    ConflictError,
+    IntegrityError,
+    InternalError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.manifest.digest import digest
 from ckpt.manifest.keys import PARTS, part_key, writer_name
 from ckpt.persist.channel import Room, RoomChannel
 from ckpt.persist.mates import Mates
 from ckpt.persist.persister import Persister, Place, Sealed
+from ckpt.persist.receipts import Receipt
 from ckpt.restore.verify import verify
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedIndex, StagedShard
@@ -62,8 +73,9 @@ class World:
         self.epoch = self.journal.open_epoch(resume=None)
         self.room = Room()
         self.persisters: list[Persister] = []
+        self.mates: list[Mates] = []
         for ranks in NODES:
-            mates = Mates(len(self.persisters), ranks)
+            self.mates.append(mates := Mates(len(self.persisters), ranks))
             for _ in range(ranks):
                 rank = len(self.persisters)
                 place = Place(
@@ -84,6 +96,11 @@ class World:
         """All hand in, and it becomes durable; nothing but this one's messages is left."""
         infos = {future.result(WAIT_S).id for future in self.save(step)}
         assert infos == {SnapshotId(1, step)}
+        numbers = {key.split("/")[1] for key in self.room.values}
+        assert len(numbers) == 1 and len(self.room.values) <= len(NODES), "older words are freed"
+        for mates in self.mates:
+            assert mates._shares == {}, "parts are not kept"
+            assert len(mates._outcomes) == 1
 
 
 def errors(futures: list[Future[SnapshotInfo]]) -> set[str]:
@@ -115,7 +132,7 @@ def test_each_node_writes_one_part_and_posts_one_receipt(world: World) -> None:
     index = load_index(world.store, state, SnapshotId(1, 3))
     assert [shard.box.offsets[0] for shard in index.shards("w")] == [rank * ROW for rank in range(WORLD)]
     assert verify(index, world.store).ok
-    assert set(world.room.values) == {"outcome/3", "receipt/3/3", "receipt/3/4"}, "older words are freed"
+    assert set(world.room.values) == {"outcome/3", "receipt/3/3", "receipt/3/4"}
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
@@ -137,6 +154,69 @@ def test_rank_that_refuses_fails_all(world: World, rank: int) -> None:
     world.saved(3)
     assert world.persisters[0].passed_step == 3
     assert all(persister.in_flight == 0 for persister in world.persisters)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_refusal_of_rank_0s_node_is_settled_only_when_all_let_go(world: World, rank: int) -> None:
+    go_on, let_go = threading.Event(), threading.Event()
+
+    def slowly() -> None:
+        let_go.set()
+        assert go_on.wait(WAIT_S)
+
+    slow = replace(sealed(5, 1), release=slowly)
+    refused = world.persisters[rank].refuse(SnapshotId(1, 1), UsageError("not this one"))
+    others = [one for one in range(WORLD) if one != rank]
+    futures = [world.persisters[one].submit(slow if one == 5 else sealed(one, 1), tags=()) for one in others]
+    assert let_go.wait(WAIT_S)
+    if rank == 0:
+        assert not refused.done() and world.persisters[0].in_flight == 1
+        assert futures[others.index(1)].exception(WAIT_S) is not None, "mates hear of it at once"
+    assert world.persisters[0].in_flight == 1
+    assert world.persisters[0].passed_step == -1
+    go_on.set()
+    assert errors(futures) == {UsageError.code}
+    refused.result(WAIT_S)
+    assert world.persisters[0].passed_step == 1
+    world.saved(2)
+
+
+def test_step_that_all_passed_is_the_least_that_one_captured(world: World) -> None:
+    world.saved(1)
+    errors(world.save(7, but={4: sealed(4, 2)}))
+    assert world.persisters[0].passed_step == 2
+    world.saved(8)
+
+
+def test_share_that_never_comes_is_named_and_moves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.saved(1)
+    monkeypatch.setattr("ckpt.persist.mates.MATE_WAIT_S", 0.3)
+    futures = [world.persisters[rank].submit(sealed(rank, 2), tags=()) for rank in range(WORLD) if rank != 5]
+    assert errors(futures) == {UnavailableError.code}
+    assert "missing=5" in str(futures[0].exception()) and "look at its log" in str(futures[0].exception())
+    assert world.persisters[0].passed_step == 1, "rank 5 is not known to have passed step 2"
+    late = world.persisters[5].submit(sealed(5, 2), tags=())
+    assert errors([late]) == {UnavailableError.code}
+    monkeypatch.undo()
+    world.saved(3)
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_bug_of_one_rank_leaves_nobody_waiting(world: World, rank: int) -> None:
+    def broken() -> None:
+        raise RuntimeError("no such slot")
+
+    futures = world.save(1, but={rank: replace(sealed(rank, 1), release=broken)})
+    assert errors(futures) == {InternalError.code}
+    world.saved(2)
+
+
+def test_receipt_of_more_ranks_than_there_are_commits_nothing(world: World) -> None:
+    lie = Receipt(snapshot=SnapshotId(1, 1), rank=4, ranks=100)
+    futures = [world.persisters[rank].submit(sealed(rank, 1), tags=()) for rank in range(4)]
+    world.room.values["receipt/1/4"] = msgspec.msgpack.encode(lie)
+    assert errors(futures) == {InternalError.code}
+    assert world.journal.refresh().newest() is None
 
 
 def test_all_refuse(world: World) -> None:

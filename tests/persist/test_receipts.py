@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ckpt.errors import ConflictError, InternalError, UsageError
 from ckpt.manifest.manifest import PartRef
-from ckpt.persist.receipts import Held, Receipt, checked, failed, merge, one_base, shared_of
+from ckpt.persist.receipts import Receipt, Replicas, checked, failed, merge, one_base, shared_of
 from ckpt.values import SnapshotId
 
 PAIR, OTHER = SnapshotId(1, 7), SnapshotId(1, 8)
@@ -57,7 +57,7 @@ def worlds(draw: st.DrawFn) -> list[Receipt]:
 
 def sound(world: list[Receipt]) -> bool:
     """Said anew, from all at once."""
-    held: dict[str, list[Held]] = {}
+    held: dict[str, list[Replicas]] = {}
     for one in world:
         for name, what in one.shared.items():
             held.setdefault(name, []).append(what)
