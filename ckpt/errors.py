@@ -87,6 +87,12 @@ class KeyExistsError(ConflictError):
     code = "key-exists"
 
 
+class NewerSnapshotError(ConflictError):
+    """A snapshot became durable that is newer than the one that training was to go on from."""
+
+    code = "newer-snapshot"
+
+
 class FencedError(ConflictError):
     """A newer epoch is open, so nothing that this writer records counts."""
 

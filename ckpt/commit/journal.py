@@ -15,6 +15,7 @@ from ckpt.commit.fold import fold, verdict
 from ckpt.commit.folds import encode_fold, fold_due
 from ckpt.commit.opening import open_log
 from ckpt.commit.reader import Note
+from ckpt.commit.select import Chosen, require_newest
 from ckpt.commit.sequencer import Claimed, Lost, Unknown
 from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import (
@@ -147,14 +148,18 @@ class Journal:
         except (IntegrityError, NotFoundError):
             return ""
 
-    def open_epoch(self, *, resume: SnapshotId | None, write_id: str | None = None) -> int:
+    def open_epoch(
+        self, *, resume: SnapshotId | None, write_id: str | None = None, chosen: Chosen | None = None
+    ) -> int:
         """Open the next epoch, whose training goes on from ``resume`` (None: afresh), and return its number.
 
         Where another writer opens one at the same time, each gets its own number and the greater fences the lower. Give a
-        ``write_id`` where the call may be repeated, as for ``append``.
+        ``write_id`` where the call may be repeated, as for ``append``. With ``chosen``, of when ``resume`` was taken for the
+        newest there is: raises NewerSnapshotError, and nothing is written, where a newer one was committed since.
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
+            require_newest(state, resume, chosen)
             epoch = state.epoch + 1
             return Open(epoch, resume), epoch
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ckpt.commit.state import LogState
-from ckpt.errors import NotFoundError, UnavailableError, UsageError
+from ckpt.errors import NewerSnapshotError, NotFoundError, UnavailableError, UsageError
 from ckpt.values import SnapshotId
 
 NEAREST_SHOWN = 5
@@ -38,6 +40,28 @@ def select(state: LogState, *, step: int | None = None, epoch: int | None = None
 def candidates(state: LogState) -> tuple[SnapshotId, ...]:
     """What a restore tries, best first: the line of the newest epoch, newest first."""
     return state.line
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """When it was decided what training goes on from: ``newest`` was the newest snapshot on the line then (None: none)."""
+
+    newest: SnapshotId | None
+
+
+def require_newest(state: LogState, resume: SnapshotId | None, chosen: Chosen | None) -> None:
+    """Raises NewerSnapshotError where what was committed since ``chosen`` is newer than ``resume``; None: no matter.
+
+    A writer that was paused may land a commit between that decision and the epoch that fences it. Gone on from ``resume``,
+    the line would leave behind what somebody was told is durable.
+    """
+    newest = state.newest()
+    if chosen is None or newest is None or newest == chosen.newest:
+        return
+    if resume is None or newest > resume:
+        raise NewerSnapshotError(
+            f"a newer snapshot was committed while training was about to go on. newest={newest} resume={resume} choose again"
+        )
 
 
 def older_than(state: LogState, snapshot: SnapshotId) -> tuple[SnapshotId, ...]:

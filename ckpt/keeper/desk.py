@@ -155,7 +155,7 @@ class Desk:
                 else:
                     job.nodes.memory.gather(choose)
             case OpenEpoch():
-                opened = job.need_uploads().open_epoch(message.resume, message.retention)
+                opened = job.need_uploads().open_epoch(message.resume, message.retention, newest=message.newest)
                 self._answer(peer, message.id, opened, lambda number: self._opened(message, number))
             case SetTag():
                 tagged = job.need_uploads().tag(message.name, message.snapshot)

@@ -43,6 +43,7 @@ class HandIns:
         self._settled = settled
         self._persisters: list[Persister] = []
         self._left: list[Persister] = []
+        self._epoch: _Epoch | None = None
 
     def __bool__(self) -> bool:
         """Whether there are persisters: an epoch was opened."""
@@ -59,9 +60,10 @@ class HandIns:
             for rank in range(self._ranks)
         ]
         mates = Mates(channels[0].rank, self._ranks)
+        self._epoch = _Epoch(log.writer_epoch)
         for rank, channel in enumerate(channels):
             place = Place(
-                backend=log.backend, writer=_new_writer(), epoch=log.writer_epoch,
+                backend=log.backend, writer=_new_writer(), epoch=self._epoch,
                 journal=log.journal if channel.rank == 0 else None,
             )  # fmt: skip
             self._persisters.append(
@@ -77,6 +79,8 @@ class HandIns:
 
     def leave(self) -> None:
         """The store is another one now: what is in flight fails, and what they know of chunks is true no more."""
+        if self._epoch is not None:
+            self._epoch.over = True
         for persister in self._persisters:
             persister.abandon(0.0)
         self._left = [one for one in (*self._left, *self._persisters) if not one.ended]
@@ -131,6 +135,21 @@ class HandIns:
             persister.stop_waiting()
         ended = [persister.abandon(max(0.0, deadline_s - time.monotonic())) for persister in every]
         return all(ended)
+
+
+class _Epoch:
+    """Under which epoch persisters commit. Once they are left none: what is on its way must not come under a later one."""
+
+    def __init__(self, newest: Callable[[], int]) -> None:
+        self._newest = newest
+        self.over = False
+
+    def __call__(self) -> int:
+        """Raises UnavailableError."""
+        epoch = self._newest()
+        if self.over:
+            raise UnavailableError("the job's nodes, or its store, are others now. commit nothing")
+        return epoch
 
 
 def error_of(future: Future[T]) -> CkptError | None:

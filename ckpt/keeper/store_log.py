@@ -12,6 +12,7 @@ from ckpt.backends.base import Backend
 from ckpt.backends.checked import Replicated
 from ckpt.commit.fold import empty
 from ckpt.commit.journal import Journal, new_write_id
+from ckpt.commit.select import Chosen, require_newest
 from ckpt.commit.state import LogState, Opened
 from ckpt.errors import CkptError, ConflictError, FencedError, InternalError, NotFoundError, UnavailableError
 from ckpt.keeper.caretaker import Caretaker
@@ -58,12 +59,14 @@ class Opening:
     """The first epoch of a launch, as it is wanted: what it goes on from, and what is staged, with origins.
 
     ``settling``: nobody trains, it is opened to commit the staged ``resume`` alone. ``write_id`` makes repeating it harmless.
+    ``chosen``: see ``Journal.open_epoch``.
     """
 
     resume: SnapshotId | None
     staged: Mapping[SnapshotId, str]
     settling: bool
     write_id: str
+    chosen: Chosen | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +179,8 @@ class StoreLog:
         """Make the store where there is none, and open a launch's first epoch. Raises whatever keeps it from being written.
 
         Epochs that are staged but have no record get theirs first. Raises ConflictError where another writer went on with the
-        job since the log was last read, so that ``resume`` is no staged pair of its line; and where another store stands there.
+        job since the log was last read, so that ``resume`` is no staged pair of its line, or committed what is newer
+        (NewerSnapshotError); and where another store stands there.
         """
         if self._renew():
             opening = replace(opening, staged={})  # for another store, whose epochs these are not
@@ -188,6 +192,8 @@ class StoreLog:
         seen = _seen(journal, epochs)
         resume, again = opening.resume, seen.state.seq_of(opening.write_id) is not None
         counted = ours(seen.state, seen.ids, opening.staged)
+        if not again:
+            require_newest(seen.state, resume, opening.chosen)
         if resume is not None and not again:
             _check_resume(seen, opening, resume)
         missing = assumed(seen.state, counted)
@@ -199,7 +205,7 @@ class StoreLog:
             epoch = max(seen.state.epoch, *(opened.epoch for opened in missing), 0) + 1
             journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
         else:
-            epoch = journal.open_epoch(resume=resume, write_id=opening.write_id)
+            epoch = journal.open_epoch(resume=resume, write_id=opening.write_id, chosen=opening.chosen)
         self._recorded = epoch
         self._take_care()
         ids = _seen(journal, epochs | {epoch}).ids

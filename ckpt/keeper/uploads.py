@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ckpt.backends.base import Backend
+from ckpt.commit.select import Chosen
 from ckpt.encode.choose import Compression
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.keeper.choices import STAGED
@@ -91,7 +92,9 @@ class Uploads:
         self._view = LogView()
         self._fresh = True  # the launch has opened no epoch yet, so that another writer's isn't a rival
         self._beginning = False
-        self._waiting: list[tuple[SnapshotId | None, Future[int]]] = []
+        self._waiting: list[tuple[SnapshotId | None, Chosen | None, Future[int]]] = []
+        self._chosen: Chosen | None = None
+        """What the log's newest snapshot was when choices were last read there."""
         self._under_way = 0
         self._waits = Waits(post, self.tell, retry_first_s=retry_first_s)
         self._settler = Settler(self, self._view, self._hands, self._turns, self._waits, ranks=ranks)
@@ -136,6 +139,7 @@ class Uploads:
         with what keeps the log from being read; waits for the store where the slots may hold more than that would give.
         """
         self._log.restoring(True)
+        self._chosen = None
         future: Future[tuple[Choice, ...]] = Future()
         held = {pair: (origins or {}).get(pair, "") for pair in staged}
         self._view.staged = held
@@ -149,8 +153,13 @@ class Uploads:
         self._read_choices(held, future, self._view.stores)
         return future
 
-    def open_epoch(self, resume: SnapshotId | None, retention: Retention | None = None) -> Future[int]:
+    def open_epoch(
+        self, resume: SnapshotId | None, retention: Retention | None = None, *, newest: bool = False
+    ) -> Future[int]:
         """Open the next epoch, going on from ``resume`` (None: afresh); its number. ``retention``: what is dropped from now on.
+
+        ``newest``: that is the best of the ``choices`` that were read last; fails with NewerSnapshotError where somebody
+        committed a newer one since, and they are to be read again.
 
         A launch's first one is written before the number is given: it makes the store where there is none, and fails with what
         keeps it from being written, or waits for the store where slots hold something. Later ones get their number at once;
@@ -158,7 +167,7 @@ class Uploads:
         """
         self._log.keep_to(retention)
         future: Future[int] = Future()
-        self._open(resume, future)
+        self._open(resume, self._chosen if newest else None, future)
         return future
 
     def new_launch(self) -> None:
@@ -166,7 +175,7 @@ class Uploads:
 
         Nor is a store that was removed or replaced.
         """
-        self._fresh, self._fenced = True, None
+        self._fresh, self._fenced, self._chosen = True, None, None
         self._log.look_again()
 
     def known(self, rank: int, base: SnapshotId, known: Known) -> None:
@@ -234,7 +243,7 @@ class Uploads:
             self._waits.over(kind)
         waiting, self._waiting, self._beginning = self._waiting, [], False
         gone = UnavailableError("the job's nodes are others now; the attempt that asked is over.")
-        for _, future in waiting:
+        for *_, future in waiting:
             future.set_exception(gone)
         self.new_launch()
         if not root:
@@ -429,6 +438,7 @@ class Uploads:
     def _read_choices(self, staged: Mapping[SnapshotId, str], future: Future[tuple[Choice, ...]], stores: int) -> None:
         def have() -> None:
             self._waits.worked("choices-wait")
+            self._chosen = Chosen(self._view.state.newest())
             future.set_result(self._view.best_first(staged if stores == self._view.stores else {}))
 
         def failed(error: CkptError) -> None:
@@ -440,16 +450,16 @@ class Uploads:
 
         self.read_log(frozenset(pair.epoch for pair in staged), have, failed)
 
-    def _open(self, resume: SnapshotId | None, future: Future[int]) -> None:
+    def _open(self, resume: SnapshotId | None, chosen: Chosen | None, future: Future[int]) -> None:
         if self._fenced is not None:
             future.set_exception(self._fenced)
         elif self._beginning:
-            self._waiting.append((resume, future))
+            self._waiting.append((resume, chosen, future))
         elif not self._fresh:
             self._give_out(resume, future)
         else:
             self._beginning = True
-            self._open_first(Opening(resume, self._view.staged, False, new_origin()), future)
+            self._open_first(Opening(resume, self._view.staged, False, new_origin(), chosen), future)
 
     def _open_first(self, opening: Opening, future: Future[int]) -> None:
         era = self._eras
@@ -502,8 +512,8 @@ class Uploads:
     def _open_waiting(self) -> None:
         self._beginning = False
         waiting, self._waiting = self._waiting, []
-        for resume, future in waiting:
-            self._open(resume, future)
+        for resume, chosen, future in waiting:
+            self._open(resume, chosen, future)
 
     def _give_out(self, resume: SnapshotId | None, future: Future[int]) -> None:
         try:

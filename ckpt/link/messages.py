@@ -169,11 +169,13 @@ class OpenEpoch(Message, frozen=True, kw_only=True):
     """A call, of rank 0: open the next epoch, going on from ``resume``; ``Number`` is the epoch.
 
     ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the log; its record follows,
-    before the first commit of the epoch. ``retention``: what is to be dropped from now on; None: nothing.
+    before the first commit of the epoch. ``retention``: what is to be dropped from now on; None: nothing. ``newest``:
+    ``resume`` was the best of the ``Choices`` that came last, and is not to be gone on from where it is that no more.
     """
 
     resume: SnapshotId | None
     retention: Retention | None = None
+    newest: bool = False
 
 
 class Decided(Message, frozen=True, kw_only=True):

@@ -229,12 +229,15 @@ class KeeperLink:
         """Where the shares of a staged pair's ranks are, where the job has several nodes."""
         return self._calls.ask(GetSources(snapshot=snapshot), Sources)
 
-    def open_epoch(self, resume: SnapshotId | None, *, retention: Retention | None = None) -> tuple[int, str]:
+    def open_epoch(
+        self, resume: SnapshotId | None, *, retention: Retention | None = None, newest: bool = False
+    ) -> tuple[int, str]:
         """Rank 0: open the next epoch, going on from ``resume``; number and origin. Raises FencedError, UnavailableError.
 
-        ``retention``: what the keeper shall drop from now on (None: nothing).
+        ``retention``: what the keeper shall drop from now on (None: nothing). ``newest``: ``resume`` is the best of the last
+        ``choices``; raises NewerSnapshotError where there is a better one by now.
         """
-        opened = self._calls.ask(OpenEpoch(resume=resume, retention=retention), Number)
+        opened = self._calls.ask(OpenEpoch(resume=resume, retention=retention, newest=newest), Number)
         return opened.number, opened.origin
 
     def persist(

@@ -7,6 +7,7 @@ import socket
 
 from ckpt.backends.base import Backend
 from ckpt.commit.journal import Journal
+from ckpt.commit.select import Chosen
 from ckpt.commit.state import LogState
 from ckpt.errors import CkptError, NotFoundError
 from ckpt.manifest.keys import writer_name
@@ -44,12 +45,15 @@ class Log:
         except CkptError:
             return False
 
-    def open_epoch(self, resume: SnapshotId | None) -> int:
-        """Open the next epoch, going on from ``resume``; its number. Makes the store where there is none."""
+    def open_epoch(self, resume: SnapshotId | None, *, chosen: Chosen | None = None) -> int:
+        """Open the next epoch, going on from ``resume``; its number. Makes the store where there is none.
+
+        ``chosen``: see ``Journal.open_epoch``.
+        """
         if self._journal is None or not self._may_write:
             self._journal = self._open_to_write()
             self._may_write = True
-        return self._journal.open_epoch(resume=resume)
+        return self._journal.open_epoch(resume=resume, chosen=chosen)
 
     def tag(self, name: str, snapshot: SnapshotId, *, epoch: int) -> None:
         """Tag a snapshot. Nothing where no log was opened."""

@@ -14,8 +14,9 @@ from ckpt.backends.checked import stores_of
 from ckpt.capture.names import escape
 from ckpt.capture.rng import RngState
 from ckpt.commit.catalog import candidates
+from ckpt.commit.select import Chosen
 from ckpt.commit.state import LogState
-from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import CkptError, NewerSnapshotError, NotFoundError, UnavailableError, UsageError
 from ckpt.link.board import Board
 from ckpt.link.message import RemoteError
 from ckpt.link.remote import from_error, to_error
@@ -43,6 +44,9 @@ BYE_WAIT_S = 60.0
 
 OPEN_WAIT_S = 600.0
 
+CHOICES_MAX = 5
+"""How often a snapshot is chosen anew where a newer one is committed in between: only who was fenced a moment ago can."""
+
 RNG = "rng"
 """The item under which a run's random number generators are stored."""
 
@@ -67,6 +71,7 @@ class Session:
         self._items: dict[str, object] = {}
         self._rng = RngState()
         self._opens = 0
+        self._chosen: Chosen | None = None
         self._closed = False
         self._refers = False  # whether what was restored was also read: only verified chunks may be referred to
         self.epoch = 0
@@ -203,10 +208,12 @@ class Session:
         """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
         if self._link is not None and self._link.lost is None:
             return [Candidate(one.snapshot, one.tier == "staged") for one in self._link.choices()]
+        self._chosen = Chosen(None)
         try:
             state = self.state()
         except NotFoundError:
             return ()
+        self._chosen = Chosen(state.newest())
         found = [Candidate(snapshot) for snapshot in candidates(state)]
         if not found and state.short:
             # Beginning afresh would leave behind what the silent stores hold.
@@ -220,18 +227,33 @@ class Session:
         if self.opened:
             return
         self.keep()
-        self.go_on_from_newest()
-        self.open_epoch()
+        self._open_on_newest()
         self.join().start_orders()  # every rank's must be there to answer the others'
+
+    def _open_on_newest(self) -> None:
+        """Go on from the newest snapshot; from a newer one where somebody commits it in between. On all ranks alike."""
+        for left in reversed(range(CHOICES_MAX)):
+            self.go_on_from_newest()
+            try:
+                self.open_epoch(newest=True)
+                return
+            except NewerSnapshotError as error:
+                if not left:
+                    raise
+                self.tell(Event("chosen-anew", str(error)))
 
     def go_on_from_newest(self) -> None:
         """Choose the newest snapshot whose records can be read; its bytes are not read yet."""
         restoring = self.join().restoring
+        self.restored = None
         if restoring.choose(self.newest_first) is not None:
             self.restored = restoring.fill({}, Rules())
 
-    def open_epoch(self) -> None:
-        """Open the next epoch as the continuation of what was restored; rank 0 writes the record, all learn the number."""
+    def open_epoch(self, *, newest: bool = False) -> None:
+        """Open the next epoch as the continuation of what was restored; rank 0 writes the record, all learn the number.
+
+        ``newest``: that was taken for the newest; all raise NewerSnapshotError where it is that no more.
+        """
         joined = self.join()
         joined.saving.drain()  # what is in flight belongs to the epoch before, which the record below closes
         self._opens += 1
@@ -239,7 +261,7 @@ class Session:
         resume = self.restored.id if self.restored is not None else None
         if joined.channel.rank == 0:
             self._mending.relink()
-            joined.channel.post(key, self._open_word(resume).encode())
+            joined.channel.post(key, self._open_word(resume, newest=newest).encode())
         word = wait_for(joined.channel, key, timeout_s=OPEN_WAIT_S, what="rank 0 to open the epoch").decode()
         code, _, text = word.partition(" ")
         if not code.isdigit():
@@ -340,8 +362,9 @@ class Session:
         if not self.opened:
             self.keep()
             if self.restored is None:
-                self.go_on_from_newest()
-            self.open_epoch()
+                self._open_on_newest()
+            else:
+                self.open_epoch()
         self._mend(step)
         return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags)
 
@@ -409,16 +432,16 @@ class Session:
             self.epoch = self._mending.mend(step, epoch=self.epoch, base=base) or self.epoch
         self._mending.handed_in(step)
 
-    def _open_next(self, resume: SnapshotId | None) -> tuple[int, str]:
+    def _open_next(self, resume: SnapshotId | None, *, newest: bool = False) -> tuple[int, str]:
         """Rank 0: open the next epoch, through the keeper where there is one; its number and origin."""
         if self._link is not None:
-            return self._link.open_epoch(resume, retention=retention_of(self._options))
-        return self._log.open_epoch(resume), ""
+            return self._link.open_epoch(resume, retention=retention_of(self._options), newest=newest)
+        return self._log.open_epoch(resume, chosen=self._chosen if newest else None), ""
 
-    def _open_word(self, resume: SnapshotId | None) -> str:
+    def _open_word(self, resume: SnapshotId | None, *, newest: bool) -> str:
         """Rank 0: open the epoch; its number as text, or the error's code and words."""
         try:
-            epoch, origin = self._open_next(resume)
+            epoch, origin = self._open_next(resume, newest=newest)
             return f"{epoch} {origin}"
         except CkptError as error:
             message = from_error(error, rank=0)

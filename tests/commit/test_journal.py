@@ -10,6 +10,7 @@ from ckpt.commit import folds, journal
 from ckpt.commit.catalog import load_index, snapshots
 from ckpt.commit.journal import Journal
 from ckpt.commit.reader import read_start
+from ckpt.commit.select import Chosen
 from ckpt.commit.sequencer import CLAIM_TRIES_MAX
 from ckpt.errors import (
     CommitUnknownError,
@@ -17,6 +18,7 @@ from ckpt.errors import (
     FencedError,
     FormatVersionError,
     IntegrityError,
+    NewerSnapshotError,
     NotFoundError,
     StoreFullError,
     UnavailableError,
@@ -397,3 +399,36 @@ def test_a_void_record_of_a_repeated_write_id_is_told_to_its_writer(store: Memor
     with pytest.raises(ConflictError, match="never dropped"):
         log.commit(manifest(store, 2, 1), epoch=2)
         log.drop([SnapshotId(2, 1)])
+
+
+def test_epoch_that_goes_on_from_what_is_newest_no_more_is_not_opened(store: MemoryBackend, log: Journal) -> None:
+    log.open_epoch(resume=None)
+    nothing, first, second = Chosen(log.refresh().newest()), SnapshotId(1, 10), SnapshotId(1, 20)
+    commit(log, store, 1, 10)
+    successor = Journal.open(store)
+    chosen = Chosen(successor.refresh().newest())
+    commit(log, store, 1, 20)  # by a writer that nobody has fenced yet
+    for resume, when in ((first, chosen), (first, nothing), (None, nothing)):
+        with pytest.raises(NewerSnapshotError, match="newest=epoch 1 step 20"):
+            successor.open_epoch(resume=resume, chosen=when)
+    assert successor.refresh().epoch == 1, "nothing is written"
+    assert successor.open_epoch(resume=second, chosen=Chosen(second)) == 2
+    assert successor.refresh().newest() == second
+
+
+def test_epoch_may_go_on_from_an_older_snapshot_that_was_chosen_knowing_the_newest(
+    store: MemoryBackend, log: Journal
+) -> None:
+    log.open_epoch(resume=None)
+    commit(log, store, 1, 10)
+    commit(log, store, 1, 20)
+    assert log.open_epoch(resume=SnapshotId(1, 10), chosen=Chosen(SnapshotId(1, 20))) == 2, "the newest is damaged"
+    commit(log, store, 2, 11)
+    assert log.open_epoch(resume=SnapshotId(1, 10)) == 3, "nobody said that it is the newest"
+    assert log.open_epoch(resume=SnapshotId(1, 15), chosen=Chosen(None)) == 4, "staged, and newer than all"
+
+
+def test_epoch_of_a_repeated_call_is_the_one_that_it_opened(store: MemoryBackend, log: Journal) -> None:
+    assert log.open_epoch(resume=None, write_id="w", chosen=Chosen(None)) == 1
+    commit(log, store, 1, 10)
+    assert log.open_epoch(resume=None, write_id="w", chosen=Chosen(None)) == 1

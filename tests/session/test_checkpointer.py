@@ -12,7 +12,9 @@ from torch import nn
 
 import ckpt
 from ckpt.backends.memory import MemoryBackend
+from ckpt.commit.journal import Journal
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
+from ckpt.values import SnapshotId
 
 
 class GatedBackend(MemoryBackend):
@@ -151,6 +153,53 @@ def test_second_checkpointer_goes_on_from_the_newest_and_fences_the_first() -> N
         first.close()
     assert second.latest().step == 2
     second.close()
+
+
+def test_snapshot_that_comes_while_another_is_chosen_is_gone_on_from(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = MemoryBackend()
+    first, second = ckpt.Checkpointer(store), ckpt.Checkpointer(store)
+    first.save({"t": torch.zeros(3)}, step=1)
+    steps = iter([2, 3])
+    real = second._session.newest_first
+
+    def overtaken():  # whoever was before lands one more, after the choice was read
+        found = real()
+        if (step := next(steps, None)) is not None:
+            first.save({"t": torch.full((3,), float(step))}, step=step)
+        return found
+
+    monkeypatch.setattr(second._session, "newest_first", overtaken)
+    with caplog.at_level("INFO", logger="ckpt"):
+        info = second.save({"t": torch.full((3,), 9.0)}, step=4)
+    assert (info.epoch, info.step) == (2, 4)
+    assert [record.getMessage().count("choose again") for record in caplog.records].count(1) == 2
+    newest = Journal.open(store).refresh()
+    assert newest.opens[-1].resume == SnapshotId(1, 3), "nothing that was durable is left behind"
+    assert [one.step for one in newest.line] == [4, 3, 2, 1]
+    with pytest.raises(ckpt.FencedError):
+        first.save({"t": torch.zeros(3)}, step=5)
+    second.close()
+
+
+def test_choice_that_is_overtaken_every_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryBackend()
+    first, second = ckpt.Checkpointer(store), ckpt.Checkpointer(store)
+    first.save({"t": torch.zeros(3)}, step=1)
+    real = second._session.newest_first
+    steps = iter(range(2, 100))
+
+    def overtaken():
+        found = real()
+        first.save({"t": torch.zeros(3)}, step=next(steps))
+        return found
+
+    monkeypatch.setattr(second._session, "newest_first", overtaken)
+    with pytest.raises(ckpt.ConflictError, match="choose again"):
+        second.save({"t": torch.ones(3)}, step=200)
+    assert first.save({"t": torch.zeros(3)}, step=300).epoch == 1, "who goes on was not fenced"
+    first.close()
 
 
 def test_fenced_checkpointer_can_take_over_again_by_restoring() -> None:

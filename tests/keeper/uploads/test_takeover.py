@@ -6,7 +6,7 @@ import pytest
 
 from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
-from ckpt.errors import ConflictError
+from ckpt.errors import ConflictError, NewerSnapshotError
 from ckpt.keeper.choices import lineage
 from ckpt.keeper.store_log import Opening, StoreLog, new_origin
 from ckpt.link.answers import Choice
@@ -258,3 +258,56 @@ def test_end_with_something_unsettled_is_told(make_world) -> None:
     quiet = world.uploads()
     quiet.close(WAIT_S)
     assert len(world.alarms("dropped")) == 1
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first choice", "after a wait"])
+def test_choice_that_a_paused_keeper_overtakes_is_made_anew(make_world, again: bool) -> None:
+    world = make_world()
+    paused = world.uploads()
+    world.opened(paused, None)
+    world.save(paused, FIRST)
+    pair, newest = SnapshotId(1, 2), SnapshotId(1, 5)
+    world.stage_all(pair)
+    successor = world.uploads()
+    held = {pair: world.origins[1]}
+    assert world.result(successor.choices([pair], held))[0] == Choice(pair, "staged")
+    world.told.clear()
+    world.save(paused, newest)  # what it had begun before it was paused
+    if again:
+        world.store.down = True
+    opened = successor.open_epoch(pair, newest=True)
+    if again:
+        world.until(lambda: world.alarms("open-waits"))
+        world.store.down = False
+    with pytest.raises(NewerSnapshotError):
+        world.result(opened)
+    assert world.state().epoch == 1
+    assert world.result(successor.choices([pair], held))[0] == Choice(newest, "durable")
+    assert world.result(successor.open_epoch(newest, newest=True)) == 2
+    world.told.clear()
+    assert world.codes(world.save(paused, SnapshotId(1, 6))) == ["fenced"] * 2
+    assert world.state().newest() == newest
+    for one in (paused, successor):
+        one.close(WAIT_S)
+
+
+def test_what_an_era_left_on_its_way_is_committed_under_no_later_epoch(make_world) -> None:
+    world = make_world()
+    uploads = world.uploads()
+    world.opened(uploads, None)
+    world.store.held = "parts/"
+    for rank in range(2):
+        uploads.persist(rank, world.stage(rank, FIRST), ())
+    assert world.store.waits.wait(WAIT_S)
+    uploads.new_era(root=True)
+    world.result(uploads.choices([]))
+    world.opened(uploads, None)
+    world.store.held = ""
+    world.store.go_on.set()
+    world.until(lambda: len(world.told) == 2)
+    assert world.codes(sorted(world.told)) == ["unavailable"] * 2
+    assert world.state().snapshots == ()
+    world.told.clear()
+    world.save(uploads, SnapshotId(2, 1))
+    assert world.readable(SnapshotId(2, 1))
+    uploads.close(WAIT_S)
