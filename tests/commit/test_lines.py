@@ -6,9 +6,9 @@ import pytest
 
 from ckpt.commit import working
 from ckpt.commit.fold import empty, fold
-from ckpt.commit.select import candidates, older_than, select
+from ckpt.commit.select import Chosen, candidates, older_than, require_newest, select
 from ckpt.commit.state import RECENT_MAX, Hole, LogState, Opened, Segment, StoreSet, segments, whole
-from ckpt.errors import NotFoundError, UsageError
+from ckpt.errors import NewerSnapshotError, NotFoundError, UsageError
 from ckpt.manifest.records import BY_STORES, Body, Commit, Drop, Open, Record, Tag, make_record
 from ckpt.values import SnapshotId
 
@@ -195,3 +195,26 @@ def test_at_most_twenty_tags_are_named_in_order() -> None:
         select(found, tag="x")
     with pytest.raises(NotFoundError, match=r"tag='x' tags=none$"):
         select(folded(OPEN1), tag="x")
+
+
+@pytest.mark.parametrize(
+    "resume", [None, pair(1, 10), pair(1, 20), pair(2, 25), pair(2, 26), pair(4, 39), pair(4, 40), pair(4, 41)]
+)
+@pytest.mark.parametrize("newest_then", [None, pair(1, 20), pair(2, 25), pair(4, 40), pair(4, 50)])
+def test_what_was_committed_since_a_choice_must_not_be_left_behind(
+    resume: SnapshotId | None, newest_then: SnapshotId | None
+) -> None:
+    """The newest is 4/40."""
+    chosen = Chosen(newest_then)
+    if newest_then == pair(4, 40) or resume in (pair(4, 40), pair(4, 41)):
+        require_newest(state(), resume, chosen)
+    else:
+        with pytest.raises(NewerSnapshotError) as raised:
+            require_newest(state(), resume, chosen)
+        assert str(raised.value) == (
+            "a newer snapshot was committed while training was about to go on. newest=epoch 4 step 40 "
+            f"resume={resume} choose again"
+        )
+    require_newest(state(), resume, None)  # nobody says that it is the newest
+    for nothing in (empty("run-a"), folded(OPEN1)):
+        require_newest(nothing, resume, chosen)
