@@ -148,7 +148,7 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
         *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=one lease", "--nnodes=2", "--nproc-per-node=1",
         f"--rdzv-conf=ttl=3,secret={secret}",
     ]  # fmt: skip
-    nodes = [start(launcher, STEADY, out, 3000) for _ in range(2)]
+    nodes = [start(launcher, STEADY, out, 1500) for _ in range(2)]
 
     def theirs() -> set[int]:
         return set(etcd.leases()) - before
@@ -159,7 +159,7 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     wait_for(lambda: losses(out, 1) > 20, "both train", wait_s=WAIT_S, say=say(nodes))
     wait_for(lambda: settled(set()), "one lease a node", wait_s=WAIT_S, say=say(nodes))
     leases, done = theirs(), losses(out, 1)
-    wait_for(lambda: losses(out, 1) > done + 400, "they go on for longer than a lease", wait_s=WAIT_S, say=say(nodes))
+    wait_for(lambda: losses(out, 1) > done + 200, "they go on for longer than a lease", wait_s=WAIT_S, say=say(nodes))
     assert theirs() == leases
     assert "joins anew" not in say(nodes)()
     assert nodes[1].fleet.send(nodes[1].fleet.keeper(Path("out/store")), signal.SIGKILL)
