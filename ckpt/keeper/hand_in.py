@@ -16,7 +16,7 @@ from ckpt.keeper.store_log import StoreLog
 from ckpt.keeper.turns import Turn, Turns
 from ckpt.manifest.keys import writer_name
 from ckpt.observe.events import Event, Tell
-from ckpt.persist.channel import Channel, Room, RoomChannel
+from ckpt.persist.channel import Messages, Room, RoomChannel
 from ckpt.persist.mates import Mates
 from ckpt.persist.persister import Persister, Place
 from ckpt.persist.sealed import Sealed
@@ -49,7 +49,7 @@ class HandIns:
         """Whether there are persisters: an epoch was opened."""
         return bool(self._persisters)
 
-    def start(self, log: StoreLog, channel_of: Callable[[int], Channel] | None = None) -> None:
+    def start(self, log: StoreLog, channel_of: Callable[[int], Messages] | None = None) -> None:
         """Make the persisters, for the store that ``log`` has now.
 
         ``channel_of``: the channel of each rank of this node, where others have ranks too.

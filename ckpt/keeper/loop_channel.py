@@ -25,7 +25,7 @@ Post = Callable[[Callable[[], object]], None]
 class LoopChannel:
     """The channel of one rank over ``room``, which is asked for each time: None once that is over. Thread-safe.
 
-    See ``persist.channel.Channel``. Counters are not for it: what is lost on its way is said again.
+    See ``persist.channel.Messages``. What is lost on its way is said again, which counters would not bear.
     """
 
     stays = True
@@ -42,7 +42,7 @@ class LoopChannel:
         """Questions on their way and until when they are: who asks again waits for the same answer."""
 
     def post(self, key: str, value: bytes) -> None:
-        """See Channel."""
+        """See Messages."""
 
         def do() -> None:
             self._posted[key] = value
@@ -54,7 +54,7 @@ class LoopChannel:
         self._call(do)
 
     def peek(self, key: str) -> bytes | None:
-        """See Channel."""
+        """See Messages."""
         try:
             return self._ask(key, 0.0).result(ANSWER_S)
         except WaitTimeoutError:
@@ -92,12 +92,8 @@ class LoopChannel:
         self._call(do)
         return found
 
-    def count(self, key: str, amount: int = 0) -> int:
-        """Not for this channel."""
-        raise NotImplementedError("nothing that is made durable counts")
-
     def forget(self, key: str) -> None:
-        """See Channel."""
+        """See Messages."""
 
         def do() -> None:
             self._posted.pop(key, None)

@@ -29,7 +29,7 @@ from ckpt.link.message import RemoteError
 from ckpt.link.policy import Retention
 from ckpt.link.remote import from_error
 from ckpt.observe.events import Event, Tell
-from ckpt.persist.channel import Channel
+from ckpt.persist.channel import Messages
 from ckpt.persist.queue import CallQueue
 from ckpt.persist.sealed import Sealed
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
@@ -100,7 +100,7 @@ class Uploads:
         self._settler = Settler(self, self._view, self._hands, self._turns, self._waits, ranks=ranks)
         self._fenced: FencedError | None = None
         self._closed = False
-        self.channel_of: Callable[[int], Channel] | None = None
+        self.channel_of: Callable[[int], Messages] | None = None
         """The channel of each rank of this node, where others have ranks too. To be set before anything is handed in."""
         self._era_from = 0
         self._until_opened: list[_Early] | None = None

@@ -15,7 +15,7 @@ STOP_LOOK_S = 0.25
 """How often a channel that waits by itself looks whether to stop waiting."""
 
 
-class Channel(Protocol):
+class Messages(Protocol):
     """Messages between the ranks of one attempt. Thread-safe. Keys are written once."""
 
     @property
@@ -36,12 +36,16 @@ class Channel(Protocol):
         """The value, or None where nobody has posted it yet. One round trip."""
         ...
 
-    def count(self, key: str, amount: int = 0) -> int:
-        """Add to a shared counter and return the sum."""
-        ...
-
     def forget(self, key: str) -> None:
         """Free a message that no rank will look for again; a missing one is no error."""
+        ...
+
+
+class Channel(Messages, Protocol):
+    """Messages, and counters that all ranks share."""
+
+    def count(self, key: str, amount: int = 0) -> int:
+        """Add to a shared counter and return the sum."""
         ...
 
 
@@ -62,7 +66,7 @@ class Staying(Protocol):
 
 
 def wait_for(
-    channel: Channel, key: str, *, timeout_s: float | None, what: str, stop: Callable[[], bool] | None = None
+    channel: Messages, key: str, *, timeout_s: float | None, what: str, stop: Callable[[], bool] | None = None
 ) -> bytes:
     """Wait until ``key`` is posted and return its value.
 

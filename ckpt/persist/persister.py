@@ -30,7 +30,7 @@ from ckpt.link.remote import from_error, to_error
 from ckpt.manifest.manifest import Manifest
 from ckpt.observe.events import Tell
 from ckpt.persist import told
-from ckpt.persist.channel import Channel, Staying, wait_for
+from ckpt.persist.channel import Messages, Staying, wait_for
 from ckpt.persist.mates import Mates, Share
 from ckpt.persist.queue import CallQueue
 from ckpt.persist.receipts import Outcome, Receipt, checked, failed, merge, shared_of
@@ -70,7 +70,7 @@ class Persister:
     """
 
     def __init__(
-        self, channel: Channel, place: Place, *, compression: Compression, verify: bool, tell: Tell,
+        self, channel: Messages, place: Place, *, compression: Compression, verify: bool, tell: Tell,
         base: SnapshotId | None = None, known: Mapping[Digest, ChunkLocation] | None = None, mates: Mates | None = None,
     ) -> None:  # fmt: skip
         self._channel = channel

@@ -6,8 +6,6 @@ import queue
 from collections.abc import Callable
 from concurrent.futures import Future
 
-import pytest
-
 from ckpt.encode.threads import start
 from ckpt.keeper.loop_channel import REPEATED_MAX, LoopChannel
 from ckpt.keeper.room import OwnRoom, ValueTo
@@ -94,8 +92,3 @@ def test_last_messages_are_repeated_but_those_that_were_forgotten() -> None:
     for key in ("0", "1", "2", "5", str(REPEATED_MAX + 1)):
         room.peek(key, wait_s=0.0, owner=None, answer=there.append)
     assert there == [None, None, b"x", None, b"x"]
-
-
-def test_counting_is_not_for_it() -> None:
-    with pytest.raises(NotImplementedError):
-        Loop().channel.count("a")
