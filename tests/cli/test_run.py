@@ -103,7 +103,10 @@ def test_nodes_that_never_come_exit_11(ckpt: Callable, tmp_path: Path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize(("body", "code"), [("", 0), ("raise SystemExit(5)", 1)])
 def test_a_program_that_ends(tmp_path: Path, body: str, code: int) -> None:
-    (tmp_path / "x.py").write_text(f"import os, sys\nprint(os.environ['RANK'], sys.argv[1:])\n{body}")
+    # One write a line: both ranks write to one pipe, and print writes a line's end on its own where nothing is buffered.
+    (tmp_path / "x.py").write_text(
+        f"import os, sys\nos.write(1, f'{{os.environ[\"RANK\"]}} {{sys.argv[1:]}}\\n'.encode())\n{body}"
+    )
     done = subprocess.run(
         [*CKPT_RUN, "--nproc-per-node=2", str(tmp_path / "x.py"), "--ttl", "1"], capture_output=True, text=True,
         timeout=WAIT_S, check=False, env={**os.environ, "CKPT_STATE_DIR": str(tmp_path)},

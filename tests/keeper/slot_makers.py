@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ckpt.manifest.digest import digest
 from ckpt.stage.layout import lay_out
@@ -67,3 +69,19 @@ class MadeSlot:
         del self.header
         self.memory.release()
         os.close(self.fd)
+
+
+def descriptors(made: Iterable[MadeSlot]) -> int:
+    """How many of this process lead to these slots' memory."""
+    return sum(leading_to(one.fd) for one in made)
+
+
+def leading_to(fd: int) -> int:
+    """How many descriptors of this process lead where ``fd`` leads. Others come and go with what other tests left behind."""
+    wanted = os.fstat(fd)
+    found = 0
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            here = path.stat()
+            found += (here.st_dev, here.st_ino) == (wanted.st_dev, wanted.st_ino)
+    return found

@@ -6,10 +6,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from served import Served, Trainer, open_epoch, until
+from slot_makers import descriptors
 
 from ckpt.backends.file import FileBackend
 from ckpt.commit.journal import Journal
@@ -78,7 +78,7 @@ def test_a_question_that_waited_long_enough_gets_nothing(pair) -> None:
     _, one, _ = pair
     began_s = time.monotonic()
     assert one.calls.ask(Peek(key="k", wait_s=0.1), Value).value is None
-    assert 0.1 <= time.monotonic() - began_s < 1.0
+    assert 0.1 <= time.monotonic() - began_s < 10.0
 
 
 def test_slots_are_handed_over_and_back(pair) -> None:
@@ -97,7 +97,7 @@ def test_slots_are_handed_over_and_back(pair) -> None:
 def test_a_slot_with_no_descriptor_or_two_is_refused_and_none_is_kept(pair) -> None:
     served, one, _ = pair
     made = one.make(0)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors([made])
     with pytest.raises(UsageError, match="exactly one descriptor"):
         one.calls.call(SlotMade(index=1, size_bytes=made.size_bytes))
     with pytest.raises(UsageError):
@@ -106,7 +106,7 @@ def test_a_slot_with_no_descriptor_or_two_is_refused_and_none_is_kept(pair) -> N
         one.calls.call(SlotMade(index=0, size_bytes=made.size_bytes), [made.fd])
     one.calls.tell(Post(key="k", value=b""), [made.fd])
     until(lambda: served.told("refused"))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    until(lambda: descriptors([made]) == before)
 
 
 def test_what_all_hand_in_becomes_durable_and_all_hear_of_it(pair) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from slot_makers import SLOT_BYTES, MadeSlot
+from slot_makers import SLOT_BYTES, MadeSlot, descriptors, leading_to
 
 from ckpt.errors import FencedError, NotFoundError, StoreFullError
 from ckpt.fleet.words import Holding
@@ -65,15 +64,6 @@ def node() -> Iterator[Node]:
     made.close()
 
 
-def descriptors() -> int:
-    """How many lead to a slot's memory; others come and go with what other tests left behind."""
-    found = 0
-    for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            found += str(path.readlink()).startswith("/memfd:")
-    return found
-
-
 def test_slot_is_lent_whole_under_what_it_holds(node: Node) -> None:
     node.made[0].seal(PAIR)
     node.made[1].seal(NEXT)
@@ -102,7 +92,7 @@ def test_slot_overwritten_while_it_is_read_has_changed(node: Node) -> None:
 
 def test_slot_that_is_gone_stays_readable_for_who_reads_it(node: Node) -> None:
     node.made[0].seal(PAIR)
-    before = descriptors()
+    before = descriptors(node.made)
     with node.lending.slots.reading(slot_key(PAIR, 0)) as held:
         assert node.table.drop(0, 0)
         node.lending.slots.show(node.table)
@@ -110,7 +100,7 @@ def test_slot_that_is_gone_stays_readable_for_who_reads_it(node: Node) -> None:
         with pytest.raises(NotFoundError), node.lending.slots.reading(slot_key(PAIR, 0)):
             pass
     del held
-    assert descriptors() < before
+    assert descriptors(node.made) < before
 
 
 def test_damaged_header_is_nothing_that_is_lent(node: Node) -> None:
@@ -145,16 +135,16 @@ def test_system_without_descriptors_lends_later(node: Node, monkeypatch: pytest.
 
     node.made[0].seal(PAIR)
     lent = SlotsLent()
-    before = descriptors()
+    before = descriptors(node.made)
     with monkeypatch.context() as patched:
         patched.setattr(lend.os if call == "dup" else lend.mmap, call, full)
         lent.show(node.table)
-    assert (lent.list(), descriptors()) == ([], before)
+    assert (lent.list(), descriptors(node.made)) == ([], before)
     lent.show(node.table)
     assert [stat.key for stat in lent.list()] == [slot_key(PAIR, 0)]
     lent.show(())
     del lent
-    assert descriptors() == before
+    assert descriptors(node.made) == before
 
 
 def test_what_is_kept_for_others_is_told_unless_it_is_something_else(node: Node) -> None:
@@ -196,14 +186,15 @@ def test_older_epoch_is_refused(node: Node) -> None:
 
 
 def test_end_gives_everything_back() -> None:
-    def use() -> None:
-        made = Node()
-        made.made[0].seal(PAIR)
-        made.store.put(mirror_key(PAIR, 0), [b"x" * (256 << 10)])
-        made.read(slot_key(PAIR, 0))
-        made.close()
-
-    use()
-    before = descriptors()
-    use()
-    assert descriptors() <= before
+    made = Node()
+    made.made[0].seal(PAIR)
+    made.store.put(mirror_key(PAIR, 0), [b"x" * (256 << 10)])
+    made.read(slot_key(PAIR, 0))
+    keep = [os.dup(one.fd) for one in made.made]
+    made.close()
+    del made
+    try:
+        assert [leading_to(fd) for fd in keep] == [1, 1]
+    finally:
+        for fd in keep:
+            os.close(fd)

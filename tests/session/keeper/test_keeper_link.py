@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from pathlib import Path
@@ -65,15 +66,20 @@ def test_board_and_slots_are_the_keepers_own_memory(keeper, link: KeeperLink, ra
     region.close()
 
 
+def descriptors() -> int:
+    gc.collect()  # what other tests left in cycles
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_descriptors_that_do_not_fit_the_answer_are_refused_and_closed(keeper, link: KeeperLink, rank) -> None:
     rank.stage()
     keeper.spare_fds = 1
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     with pytest.raises(IntegrityError, match="descriptors=2"):
         link.board()
     with pytest.raises(IntegrityError, match="slots=1 descriptors=0"):
         link.slots(0)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() <= before
 
 
 def test_calls_about_snapshots_reach_the_keeper(keeper, link: KeeperLink) -> None:
