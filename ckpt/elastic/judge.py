@@ -32,7 +32,7 @@ class Judge:
             return
         if self._session.seated:
             self._session.join()
-            points.hand_on(self._session.report)
+            points.hand_on(self._session.judged.report)
             return
         self._link = KeeperLink.connect(seat.spec, _hello(seat), start=False)
         points.hand_on(self._link.phase)
@@ -40,7 +40,7 @@ class Judge:
     def failing(self, facts: FailingFacts, step: int) -> None:
         """The process is about to die of an exception."""
         if self._link is None:
-            self._session.failing(**facts, step=step)
+            self._session.judged.failing(**facts, step=step)
             return
         with suppress(UnavailableError):  # without a keeper nobody judges it
             self._link.failing(**facts, step=step)

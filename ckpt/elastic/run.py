@@ -279,7 +279,7 @@ class Run(Whereabouts):
     def _begin(self) -> None:
         """Everything is restored; the first step comes next."""
         self._points.reach("restored")
-        self._points.hand_on(self._session.report)
+        self._points.hand_on(self._session.judged.report)
         board = self._session.board
         if board is not None:
             self._memory = MemoryTier(
@@ -308,7 +308,7 @@ class Run(Whereabouts):
         if not self._first_step_told:
             self._first_step_told = True
             self._points.reach("first-step")
-            self._points.hand_on(self._session.report)
+            self._points.hand_on(self._session.judged.report)
             if self._seat is not None:
                 self._seat.first_step_done()
 

@@ -44,21 +44,17 @@ class HandIns:
         self._persisters: list[Persister] = []
         self._left: list[Persister] = []
         self._epoch: _Epoch | None = None
+        self.channel_of: Callable[[int], Messages] | None = None
+        """The channel of each rank of this node, where other nodes have ranks too. Looked at by ``start``."""
 
     def __bool__(self) -> bool:
         """Whether there are persisters: an epoch was opened."""
         return bool(self._persisters)
 
-    def start(self, log: StoreLog, channel_of: Callable[[int], Messages] | None = None) -> None:
-        """Make the persisters, for the store that ``log`` has now.
-
-        ``channel_of``: the channel of each rank of this node, where others have ranks too.
-        """
-        room = Room()
-        channels = [
-            channel_of(rank) if channel_of else RoomChannel(room, rank=rank, size=self._ranks)
-            for rank in range(self._ranks)
-        ]
+    def start(self, log: StoreLog) -> None:
+        """Make the persisters, for the store that ``log`` has now."""
+        room, of = Room(), self.channel_of
+        channels = [of(rank) if of else RoomChannel(room, rank=rank, size=self._ranks) for rank in range(self._ranks)]
         mates = Mates(channels[0].rank, self._ranks)
         self._epoch = _Epoch(log.writer_epoch)
         for rank, channel in enumerate(channels):

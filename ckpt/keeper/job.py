@@ -140,7 +140,7 @@ class Job:
             self.uploads = made(
                 self.spec, ranks=self.ranks, post=self.post, outcome=self._outcome, fenced=self._fenced, tell=self.tell
             )
-            self.uploads.channel_of = self.nodes.uploads.channel_of if self.nodes is not None else None
+            self.uploads.reach_others_by(self.nodes.uploads.channel_of if self.nodes is not None else None)
         return self.uploads
 
     def keep_newest(self) -> None:

@@ -78,7 +78,7 @@ class NodesUploads:
         """An attempt begins here: tell what was handed in before, and hold back what comes until its epoch is open."""
         assert self._among.epoch is not None, "an epoch with ranks here"
         uploads = self._job.need_uploads()
-        uploads.channel_of = self.channel_of  # an earlier launch of the program had other nodes
+        uploads.reach_others_by(self.channel_of)  # an earlier launch of the program had other nodes
         count, turns = uploads.handed
         self._told = said.Handed(attempt=attempt, count=count, turns=turns)
         self._begun, self._resume = attempt, None

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ckpt.errors import CkptError, ConflictError, FencedError, NotFoundError, UnavailableError
+from ckpt.keeper.epochs import Epochs
 from ckpt.keeper.hand_in import HandIns
-from ckpt.keeper.log_view import LogView
 from ckpt.keeper.turns import Turn, Turns
 from ckpt.keeper.waits import Waits
-from ckpt.observe.events import Event
+from ckpt.observe.events import Event, Tell
 from ckpt.persist.sealed import Sealed
 from ckpt.persist.shares import shares_problem
 from ckpt.values import SnapshotId
@@ -22,26 +21,6 @@ SealedOf = Callable[[int, SnapshotId], Sealed | None]
 
 
 KIND = "settle-waits"
-
-
-class Asks(Protocol):
-    """What a settler needs of the uploads. All in the keeper's loop."""
-
-    def read_log(
-        self, epochs: frozenset[int], then: Callable[[], object], failed: Callable[[CkptError], object]
-    ) -> None:
-        """Read the log and go on."""
-        ...
-
-    def open_to_settle(
-        self, snapshot: SnapshotId, origin: str, then: Callable[[], object], failed: Callable[[CkptError], object]
-    ) -> None:
-        """Open an epoch that goes on from a staged pair; fails with ConflictError where somebody else went on."""
-        ...
-
-    def tell(self, event: Event, /) -> None:
-        """Tell people."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -54,13 +33,16 @@ class _Task:
 class Settler:
     """At most one job at a time: the newest of some pairs that can be saved. The last one asked for counts."""
 
-    def __init__(self, asks: Asks, view: LogView, hand_ins: HandIns, turns: Turns, waits: Waits, *, ranks: int) -> None:
-        self._asks = asks
-        self._view = view
+    def __init__(
+        self, epochs: Epochs, hand_ins: HandIns, turns: Turns, waits: Waits, *, ranks: int, tell: Tell
+    ) -> None:
+        self._epochs = epochs
+        self._view = epochs.view
         self._hand_ins = hand_ins
         self._turns = turns
         self._waits = waits
         self._ranks = ranks
+        self._tell = tell
         self._task: _Task | None = None
 
     @property
@@ -106,7 +88,7 @@ class Settler:
         """The log decides: what an unanswered commit left there is durable."""
         if task is self._task:
             epochs = frozenset(pair.epoch for pair in task.pairs)
-            self._asks.read_log(epochs, lambda: self._try(task), lambda error: self._later(task, error))
+            self._epochs.read_log(epochs, lambda: self._try(task), lambda error: self._later(task, error))
 
     def _try(self, task: _Task) -> None:
         if task is not self._task:
@@ -136,7 +118,7 @@ class Settler:
         if why is not None:
             self._next(task, why)
             return
-        self._asks.open_to_settle(
+        self._epochs.open_to_settle(
             pair, origin, lambda: self._look(task), lambda error: self._not_opened(task, error)
         )  # fmt: skip
 
@@ -154,7 +136,7 @@ class Settler:
         if task is self._task:
             step = task.pairs.popleft().step
             text = f"a staged snapshot can't be saved, the one before it is tried: {why}"
-            self._asks.tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
+            self._tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
             self._look(task)
 
     def _give_up(self, task: _Task, why: CkptError) -> None:
@@ -163,7 +145,7 @@ class Settler:
         step = task.pairs[0].step
         self.stop()
         text = f"what is staged stays in memory only: {why}"
-        self._asks.tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
+        self._tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
 
     def _later(self, task: _Task, error: CkptError | None) -> None:
         if task is not self._task:

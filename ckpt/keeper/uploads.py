@@ -1,7 +1,7 @@
-"""Everything about one job's log and store inside its keeper: what can be restored, epochs, and making slots durable.
+"""One job's uploads inside its keeper: making slots durable, over attempts, launches and eras of nodes.
 
-Used by the keeper's loop alone, which it never holds up: what may wait for a store is done in threads (``StoreLog`` in one, a
-``Persister`` a rank), and comes back through ``post``. All futures are resolved and all callbacks called by the loop.
+Used by the keeper's loop alone, which it never holds up: what may wait for a store is done in threads (the log's in one,
+``Epochs``; a ``Persister`` a rank), and comes back through ``post``. The loop resolves all futures and calls all callbacks.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from ckpt.backends.base import Backend
-from ckpt.commit.select import Chosen
 from ckpt.encode.choose import Compression
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.keeper.choices import STAGED
-from ckpt.keeper.hand_in import HandIns, error_of
-from ckpt.keeper.log_view import LogView
+from ckpt.keeper.epochs import Epochs
+from ckpt.keeper.hand_in import HandIns
 from ckpt.keeper.settling import SealedOf, Settler, unfit
-from ckpt.keeper.store_log import RETRY_FIRST_S, Begun, Opening, Seen, StoreLog, new_origin, open_job_of
+from ckpt.keeper.store_log import RETRY_FIRST_S, StoreLog, open_job_of
 from ckpt.keeper.turns import Handed, Turn, Turns
 from ckpt.keeper.waits import Waits
 from ckpt.link.answers import Choice
@@ -30,11 +27,8 @@ from ckpt.link.policy import Retention
 from ckpt.link.remote import from_error
 from ckpt.observe.events import Event, Tell
 from ckpt.persist.channel import Messages
-from ckpt.persist.queue import CallQueue
 from ckpt.persist.sealed import Sealed
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
-
-T = TypeVar("T")
 
 Post = Callable[[Callable[[], object]], None]
 """Has a call made by the keeper's loop, soon; from any thread."""
@@ -75,7 +69,7 @@ class Uploads:
         self._ranks = ranks
         self.post = post
         self._outcome = outcome
-        self._on_fenced = fenced
+        self._tell_fenced = fenced
         self._tell_now = tell
         self.tell: Tell = lambda event: post(lambda: tell(event))
         self._log = StoreLog(
@@ -83,42 +77,31 @@ class Uploads:
             named=spec.job != spec.store.rstrip("/").rpartition("/")[2], tell=self.tell, retry_first_s=retry_first_s,
             scrub_every_s=spec.scrub_every_s,
         )  # fmt: skip
-        self._store = CallQueue("ckpt-log")
         self._turns = Turns(ranks)
         self._hands = HandIns(
             self._turns, ranks=ranks, compression=_COMPRESSIONS[spec.compression], post=post, tell=self.tell,
             settled=self._settled,
         )  # fmt: skip
-        self._view = LogView()
-        self._fresh = True  # the launch has opened no epoch yet, so that another writer's isn't a rival
-        self._beginning = False
-        self._waiting: list[tuple[SnapshotId | None, Chosen | None, Future[int]]] = []
-        self._chosen: Chosen | None = None
-        """What the log's newest snapshot was when choices were last read there."""
-        self._under_way = 0
         self._waits = Waits(post, self.tell, retry_first_s=retry_first_s)
-        self._settler = Settler(self, self._view, self._hands, self._turns, self._waits, ranks=ranks)
-        self._fenced: FencedError | None = None
+        self._epochs = Epochs(self._log, self._hands, self._waits, self, store=spec.store)
+        self._settler = Settler(self._epochs, self._hands, self._turns, self._waits, ranks=ranks, tell=self.tell)
         self._closed = False
-        self.channel_of: Callable[[int], Messages] | None = None
-        """The channel of each rank of this node, where others have ranks too. To be set before anything is handed in."""
         self._era_from = 0
         self._until_opened: list[_Early] | None = None
         """With several nodes: what is handed in before the epoch is known to be open here."""
         self._attempts = 0
         """Grows with each attempt and era, so that what was begun for an earlier one is known as such."""
-        self._eras = 0
         self.durable: SnapshotInfo | None = None
         """The last snapshot that became durable here."""
 
     @property
     def epoch(self) -> int:
         """The newest epoch that was given out here; 0 before the first."""
-        return self._view.epoch
+        return self._epochs.view.epoch
 
     def origin_of(self, epoch: int) -> str:
         """What staged indexes of an epoch that was given out here carry: the write id of its record."""
-        return self._view.origin_of(epoch)
+        return self._epochs.view.origin_of(epoch)
 
     @property
     def in_flight(self) -> int:
@@ -128,7 +111,7 @@ class Uploads:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do: no upload, no record to write, no question on its way."""
-        return not self._turns and not self._under_way and not self._waits and not self._settler.busy
+        return not (self._turns or self._epochs.busy or self._waits or self._settler.busy)
 
     def choices(
         self, staged: Sequence[SnapshotId], origins: Mapping[SnapshotId, str] | None = None
@@ -138,20 +121,7 @@ class Uploads:
         Answered at once where this launch opened an epoch and a staged pair is on its line, else after reading the log. Fails
         with what keeps the log from being read; waits for the store where the slots may hold more than that would give.
         """
-        self._log.restoring(True)
-        self._chosen = None
-        future: Future[tuple[Choice, ...]] = Future()
-        held = {pair: (origins or {}).get(pair, "") for pair in staged}
-        self._view.staged = held
-        if self._fenced is not None:
-            future.set_exception(self._fenced)
-            return future
-        found = self._view.best_first(held)
-        if not self._fresh and any(choice.tier == STAGED for choice in found):
-            future.set_result(found)
-            return future
-        self._read_choices(held, future, self._view.stores)
-        return future
+        return self._epochs.choices({pair: (origins or {}).get(pair, "") for pair in staged})
 
     def open_epoch(
         self, resume: SnapshotId | None, retention: Retention | None = None, *, newest: bool = False
@@ -166,17 +136,14 @@ class Uploads:
         the record follows before any commit after it.
         """
         self._log.keep_to(retention)
-        future: Future[int] = Future()
-        self._open(resume, self._chosen if newest else None, future)
-        return future
+        return self._epochs.open(resume, newest=newest)
 
     def new_launch(self) -> None:
         """The program was started anew. Others may have gone on with the job in between, and that is no reason to stop.
 
         Nor is a store that was removed or replaced.
         """
-        self._fresh, self._fenced, self._chosen = True, None, None
-        self._log.look_again()
+        self._epochs.new_launch()
 
     def known(self, rank: int, base: SnapshotId, known: Known) -> None:
         """Let what ``rank`` hands in next refer to chunks of the committed ``base``, unless it knows others."""
@@ -194,7 +161,7 @@ class Uploads:
 
     def _persist(self, rank: int, sealed: Sealed, tags: tuple[str, ...]) -> None:
         snapshot = sealed.index.snapshot
-        why: CkptError | None = self._fenced
+        why: CkptError | None = self._epochs.fenced
         if why is None and not self._hands:
             why = UsageError(
                 f"a snapshot is handed in before this keeper opened an epoch. snapshot={snapshot} open one first"
@@ -220,6 +187,13 @@ class Uploads:
 
     # ---- with several nodes
 
+    def reach_others_by(self, channel_of: Callable[[int], Messages] | None) -> None:
+        """The channel of each rank of this node to those of other nodes; None: there are no others.
+
+        To be told before anything is handed in.
+        """
+        self._hands.channel_of = channel_of
+
     @property
     def handed(self) -> tuple[int, tuple[Handed, ...]]:
         """How many snapshots were handed in here since the era began, and the last of them, counted from its beginning."""
@@ -238,16 +212,8 @@ class Uploads:
         self._level()
         self._hands.leave()
         self._era_from = self._turns.count
-        self._eras += 1
-        for kind in ("follow-waits", "choices-wait", "open-waits"):
-            self._waits.over(kind)
-        waiting, self._waiting, self._beginning = self._waiting, [], False
-        gone = UnavailableError("the job's nodes are others now; the attempt that asked is over.")
-        for *_, future in waiting:
-            future.set_exception(gone)
-        self.new_launch()
-        if not root:
-            self._view.staged = {}
+        self._waits.over("follow-waits")
+        self._epochs.new_era(root=root)
 
     def await_open(self) -> None:
         """An attempt begins: what is handed in waits until the node of rank 0 tells that its epoch is open."""
@@ -263,7 +229,7 @@ class Uploads:
                 return  # another attempt awaits its own word
             self._waits.worked("follow-waits")
             if not self._hands:
-                self._hands.start(self._log, self.channel_of)
+                self._hands.start(self._log)
             early, self._until_opened = self._until_opened or [], None
             self._catch_up(handed, sealed_of)
             for one in early:
@@ -277,7 +243,7 @@ class Uploads:
         if self._hands:
             go_on()
         else:
-            self._call(self._store.submit(lambda: self._log.backend), lambda _: go_on(), failed)
+            self._epochs.open_store(go_on, failed)
 
     def _catch_up(self, handed: Sequence[Handed], sealed_of: SealedOf) -> None:
         for n, snapshot, tags in handed:
@@ -309,7 +275,7 @@ class Uploads:
 
     def _unfit(self, turn: Turn, sealed: Mapping[int, Sealed]) -> CkptError | None:
         """As ``unfit``; of several nodes' snapshot this one has not all shares, so only its own must be of one."""
-        if self.channel_of is None:
+        if self._hands.channel_of is None:
             return unfit(turn, sealed, self._ranks)
         indexes = [*turn.indexes.values(), *(one.index for one in sealed.values())]
         if len(indexes) < self._ranks:
@@ -342,20 +308,20 @@ class Uploads:
         all, the next older is taken. Nothing where it is durable, or can't be any more. A keeper that opened no epoch
         opens one for it where nobody else went on with the job.
         """
-        if self._fenced is None:
+        if self._epochs.fenced is None:
             self._settler.start(pairs, sealed_of)
 
     def tag(self, name: str, snapshot: SnapshotId) -> Future[None]:
         """Tag a durable snapshot, after what was handed in before."""
         future: Future[None] = Future()
-        if self._fenced is not None:
-            future.set_exception(self._fenced)
+        if self._epochs.fenced is not None:
+            future.set_exception(self._epochs.fenced)
         elif not self._hands:
             future.set_exception(UsageError(f"a tag is set before this keeper opened an epoch. tag={name!r}"))
         else:
             log = self._log
             tagged = self._hands.call(lambda: log.journal.tag(name, snapshot, epoch=log.writer_epoch()))
-            self._call(tagged, lambda _: future.set_result(None), future.set_exception)
+            self._epochs.when_done(tagged, lambda _: future.set_result(None), future.set_exception)
         return future
 
     def tidy(self, *, begin: bool) -> bool:
@@ -366,171 +332,27 @@ class Uploads:
         """Drop what has not begun and end the threads, waiting ``timeout_s`` seconds at most for what a store holds up."""
         deadline_s = time.monotonic() + timeout_s
         self._closed = True
+        self._epochs.stop()
         self._drop_early()
         self._tell_lost()
         self._settler.stop()
         self._waits.stop()
         self._log.stop()
         ended = self._hands.close(deadline_s)
-        if self._store.close(cancel=True, timeout_s=max(0.0, deadline_s - time.monotonic())) and ended:
+        if self._epochs.close(max(0.0, deadline_s - time.monotonic())) and ended:
             self._log.close()
 
-    # ---- in the loop, when threads are done
+    # ---- told by the epochs, in the loop
 
-    def _call(self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]) -> None:
-        """When ``call`` is done in its thread, go on in the loop."""
-        self._under_way += 1
-        era = self._eras
+    def on_fenced(self, error: FencedError) -> None:
+        """See Around."""
+        self._settler.stop()
+        self._tell_fenced(str(error))
 
-        def done() -> None:
-            self._under_way -= 1
-            error = UnavailableError("the keeper ends.") if self._closed else error_of(call)
-            if error is None:
-                then(call.result())
-                return
-            if isinstance(error, FencedError) and era == self._eras:
-                self._fence(error)
-            failed(error)
-
-        call.add_done_callback(lambda _: self.post(done))
-
-    def read_log(
-        self, epochs: frozenset[int], then: Callable[[], object], failed: Callable[[CkptError], object]
-    ) -> None:
-        """Read the log in the background, with the ids of ``epochs``; then go on."""
-        before = self._view.commits()
-
-        def have(seen: Seen) -> None:
-            if not self._fresh and seen.log_id != self._view.log_id:
-                failed(UnavailableError(f"the store is not where it was. store={self._spec.store}"))
-                return
-            self._see_store(seen.log_id)
-            if self._view.see(seen, before) and not self._fresh:
-                self._fence(self._view.fenced())
-            if self._fenced is not None:
-                failed(self._fenced)
-            else:
-                then()
-
-        self._call(self._store.submit(lambda: self._log.read(epochs)), have, failed)
-
-    def open_to_settle(
-        self, snapshot: SnapshotId, origin: str, then: Callable[[], object], failed: Callable[[CkptError], object]
-    ) -> None:
-        """Open an epoch that goes on from a staged pair, unless somebody else went on with the job."""
-        if self._beginning:  # trainers came back
-            failed(UnavailableError("an epoch is being opened."))
-            return
-        opening = Opening(snapshot, {snapshot: origin}, True, new_origin())
-        self._beginning = True
-
-        def begun(done: Begun) -> None:
-            self._begun(done)
-            then()
-            self._open_waiting()
-
-        def not_begun(error: CkptError) -> None:
-            failed(error)
-            self._open_waiting()
-
-        self._begin(opening, begun, not_begun)
-
-    def _read_choices(self, staged: Mapping[SnapshotId, str], future: Future[tuple[Choice, ...]], stores: int) -> None:
-        def have() -> None:
-            self._waits.worked("choices-wait")
-            self._chosen = Chosen(self._view.state.newest())
-            future.set_result(self._view.best_first(staged if stores == self._view.stores else {}))
-
-        def failed(error: CkptError) -> None:
-            if not (staged and self._fresh and error.retry) or self._closed:
-                future.set_exception(error)
-                return
-            what = "slots hold snapshots, but the log that says which of them count can't be read; waiting"
-            self._waits.later("choices-wait", what, error, lambda: self._read_choices(staged, future, stores))
-
-        self.read_log(frozenset(pair.epoch for pair in staged), have, failed)
-
-    def _open(self, resume: SnapshotId | None, chosen: Chosen | None, future: Future[int]) -> None:
-        if self._fenced is not None:
-            future.set_exception(self._fenced)
-        elif self._beginning:
-            self._waiting.append((resume, chosen, future))
-        elif not self._fresh:
-            self._give_out(resume, future)
-        else:
-            self._beginning = True
-            self._open_first(Opening(resume, self._view.staged, False, new_origin(), chosen), future)
-
-    def _open_first(self, opening: Opening, future: Future[int]) -> None:
-        era = self._eras
-
-        def begun(done: Begun) -> None:
-            if era != self._eras:
-                not_begun(UnavailableError("the job's nodes are others now; the attempt that asked is over."))
-                return
-            self._waits.worked("open-waits")
-            self._begun(done)
-            future.set_result(self.epoch)
-            self._open_waiting()
-
-        def not_begun(error: CkptError) -> None:
-            if era != self._eras:
-                future.set_exception(error)
-                return
-            if opening.staged and error.retry and not self._closed:
-                what = "slots hold snapshots, but no epoch can be opened to go on; waiting"
-                self._waits.later("open-waits", what, error, lambda: self._open_first(opening, future))
-                return
-            future.set_exception(error)
-            self._open_waiting()
-
-        self._begin(opening, begun, not_begun)
-
-    def _begin(self, opening: Opening, begun: Callable[[Begun], object], failed: Callable[[CkptError], object]) -> None:
-        # What an earlier launch left in flight is committed first: the new epoch would make those commits void.
-        do = self._hands.call if self._hands else self._store.submit
-        self._call(do(lambda: self._log.begin(opening)), begun, failed)
-
-    def _begun(self, begun: Begun) -> None:
-        self._see_store(begun.seen.log_id)
-        self._fresh = False
-        self._view.begin(begun)
-        if not self._hands:
-            self._hands.start(self._log, self.channel_of)
-        self.tell(Event("epoch", f"epoch {self.epoch} is open", {"epoch": self.epoch}))
-
-    def _see_store(self, log_id: str) -> None:
-        """Start afresh where another store, or none, stands where the last launch's did."""
-        if not self._view.moved(log_id):
-            return
+    def on_moved(self) -> None:
+        """See Around."""
         self._settler.stop()
         self._hands.leave()
-        what = "another one now" if log_id else "gone"
-        text = f"the store is {what}: what was staged for it is given up, and the job starts afresh. store={self._spec.store}"
-        self.tell(Event("store-changed", text, {"log_id": log_id}, alarm=True))
-
-    def _open_waiting(self) -> None:
-        self._beginning = False
-        waiting, self._waiting = self._waiting, []
-        for resume, chosen, future in waiting:
-            self._open(resume, chosen, future)
-
-    def _give_out(self, resume: SnapshotId | None, future: Future[int]) -> None:
-        try:
-            given = self._view.give_out(resume)
-        except UsageError as error:
-            future.set_exception(error)
-            return
-        recorded = self._hands.call(lambda: self._log.record(given))
-        facts = {"epoch": given.epoch}
-        self._call(
-            recorded,
-            lambda _: self.tell(Event("epoch", f"epoch {given.epoch} is open", facts)),
-            lambda error: self.tell(
-                Event("open-failed", f"epoch {given.epoch} is not open: {error}", facts, alarm=True)
-            ),
-        )
-        future.set_result(given.epoch)
 
     def _settled(
         self, rank: int, turn: Turn, info: SnapshotInfo | None, error: CkptError | None, handed_in: bool
@@ -539,10 +361,10 @@ class Uploads:
             return
         if rank == 0 and info is not None:
             self.durable = info
-            self._view.committed(info.id)
+            self._epochs.view.committed(info.id)
             self._log.committed()
         if rank == 0 and isinstance(error, FencedError) and handed_in and turn.n >= self._era_from:
-            self._fence(error)  # the writer's own; other ranks hear it later, of a launch before perhaps
+            self._epochs.fence(error)  # the writer's own; other ranks hear it later, of a launch before perhaps
         if handed_in:
             message = from_error(error, rank=rank) if error is not None else None
             self._outcome(rank, turn.indexes[rank].snapshot, info, message)
@@ -557,9 +379,3 @@ class Uploads:
         if what:
             facts = {"store": self._spec.store}
             self._tell_now(Event("dropped", f"the keeper ends, and {' and '.join(what)}", facts, alarm=True))
-
-    def _fence(self, error: FencedError) -> None:
-        if self._fenced is None and not self._fresh:
-            self._fenced = error
-            self._settler.stop()
-            self._on_fenced(str(error))

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
 from ckpt.capture.names import escape
 from ckpt.capture.rng import RngState
-from ckpt.commit.catalog import candidates
-from ckpt.commit.select import Chosen
 from ckpt.commit.state import LogState
-from ckpt.errors import CkptError, NewerSnapshotError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import NewerSnapshotError, NotFoundError, UsageError
 from ckpt.link.board import Board
-from ckpt.link.message import RemoteError
-from ckpt.link.remote import from_error, to_error
 from ckpt.observe.events import Event, Fact, Tell, to_logging
 from ckpt.persist.channel import Channel, wait_for
 from ckpt.replicate.job import open_job, require_key_fits
@@ -27,11 +22,13 @@ from ckpt.restore.rebuild import item_names
 from ckpt.session import writers
 from ckpt.session.channel import world_of_process
 from ckpt.session.joined import Joined
+from ckpt.session.judged import Judged
 from ckpt.session.keeper_link import KeeperLink
 from ckpt.session.keeping import OFF, Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
+from ckpt.session.line import Line, read_word
 from ckpt.session.log import Log
 from ckpt.session.mending import Mending
-from ckpt.session.options import Address, Options, only_below, retention_of
+from ckpt.session.options import Address, Options, only_below
 from ckpt.session.orders import Orders
 from ckpt.session.pending import Pending
 from ckpt.session.restoring import Candidate, Rules
@@ -66,12 +63,16 @@ class Session:
         )  # fmt: skip
         self._job = options.job or job_name(stores_of(self._backend)[0].url)
         self._log = Log(self._backend, job=self._job, named=options.job)
+        self._line = Line(self._log, options, link=lambda: self._link)
+        self.judged = Judged(
+            lambda: self._joined.keeping.seat if self._joined is not None and not self._closed else None
+        )
+        """What the keeper that judges this trainer hears."""
         self._joined: Joined | None = None
         self._key_fits = not self._owns_backend or options.encryption_key is None
         self._items: dict[str, object] = {}
         self._rng = RngState()
         self._opens = 0
-        self._chosen: Chosen | None = None
         self._closed = False
         self._refers = False  # whether what was restored was also read: only verified chunks may be referred to
         self.epoch = 0
@@ -116,7 +117,7 @@ class Session:
         if self._joined is None:
             keeping = Keeping.join(self._spec, self._options, self.tell, name=self._job)
             self._joined = Joined(keeping, self._backend, self._options, self.state, self.tell)
-            self._mending = Mending(self._joined, open_epoch=self._open_next, log=self._log)
+            self._mending = Mending(self._joined, open_epoch=self._line.open_next, log=self._log)
         if not self._key_fits:
             # Only now, so that the keeper can be told why this process ends: starting it again would not help.
             require_key_fits(self._backend, self._options.encryption_key)
@@ -151,28 +152,6 @@ class Session:
         seat = seat_of_process()
         return seat is not None and self._spec is not None and seat.serves(self._spec)
 
-    @property
-    def _judge(self) -> KeeperLink | None:
-        """The keeper that judges this trainer, once joined."""
-        return self._joined.keeping.seat if self._joined is not None and not self._closed else None
-
-    def report(self, point: str, at_s: float) -> None:
-        """Tell the keeper that this trainer reached a point of its start at ``at_s``, CLOCK_MONOTONIC."""
-        if self._judge is not None:
-            self._judge.phase(point, at_s)
-
-    def failing(self, kind: str, text: str, *, fingerprint: str, step: int, final: bool) -> None:
-        """Tell the keeper which exception this trainer is about to die of."""
-        if self._judge is not None:
-            with suppress(UnavailableError):  # without a keeper nobody judges it
-                self._judge.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
-
-    def finished(self) -> None:
-        """Tell the keeper that this trainer's run is over and durable; what follows is the rest of the program."""
-        if self._judge is not None:
-            with suppress(UnavailableError):  # nothing is lost any more
-                self._judge.finished()
-
     def on_stop(self, call: Callable[[float], object]) -> None:
         """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it must have stopped."""
         if self._link is not None:
@@ -206,21 +185,7 @@ class Session:
 
     def newest_first(self) -> Sequence[Candidate]:
         """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
-        if self._link is not None and self._link.lost is None:
-            return [Candidate(one.snapshot, one.tier == "staged") for one in self._link.choices()]
-        self._chosen = Chosen(None)
-        try:
-            state = self.state()
-        except NotFoundError:
-            return ()
-        self._chosen = Chosen(state.newest())
-        found = [Candidate(snapshot) for snapshot in candidates(state)]
-        if not found and state.short:
-            # Beginning afresh would leave behind what the silent stores hold.
-            raise UnavailableError(
-                f"no snapshot can be seen, and there may be some: {state.short} repeat when more answer"
-            )
-        return found
+        return self._line.newest_first()
 
     def open_run(self) -> None:
         """For a run: choose the newest snapshot and open an epoch that goes on from it; once, then free."""
@@ -261,20 +226,18 @@ class Session:
         resume = self.restored.id if self.restored is not None else None
         if joined.channel.rank == 0:
             self._mending.relink()
-            joined.channel.post(key, self._open_word(resume, newest=newest).encode())
+            joined.channel.post(key, self._line.open_word(resume, newest=newest).encode())
         word = wait_for(joined.channel, key, timeout_s=OPEN_WAIT_S, what="rank 0 to open the epoch").decode()
-        code, _, text = word.partition(" ")
-        if not code.isdigit():
-            raise to_error(RemoteError(code, text, 0))
-        self._mending.align(alone=not text)
-        self.epoch = epoch = int(code)
+        epoch, origin = read_word(word)
+        self._mending.align(alone=not origin)
+        self.epoch = epoch
         base = resume if self._refers else None
         joined.tell(Event("epoch", f"epoch {epoch} is open", {"epoch": epoch}))
         if joined.keeping.link is not None:
             if base is not None:
                 joined.keeping.link.known(base, dict(joined.restoring.verified))
             staged = resume if joined.restoring.staged else None
-            joined.saving.go_on_kept(joined.keeping.persister(epoch, resume=staged), origin=text)
+            joined.saving.go_on_kept(joined.keeping.persister(epoch, resume=staged), origin=origin)
             return
         place = self._log.place(epoch, rank=joined.channel.rank)
         joined.saving.go_on(place, base=base, known=lambda: dict(joined.restoring.verified))
@@ -392,7 +355,7 @@ class Session:
         try:
             self._joined.saving.finish()
             if run:
-                self.finished()
+                self.judged.finished()
         finally:
             self._part(wait_s=BYE_WAIT_S)
 
@@ -431,18 +394,3 @@ class Session:
             base = self.restored.id if self.restored is not None else None
             self.epoch = self._mending.mend(step, epoch=self.epoch, base=base) or self.epoch
         self._mending.handed_in(step)
-
-    def _open_next(self, resume: SnapshotId | None, *, newest: bool = False) -> tuple[int, str]:
-        """Rank 0: open the next epoch, through the keeper where there is one; its number and origin."""
-        if self._link is not None:
-            return self._link.open_epoch(resume, retention=retention_of(self._options), newest=newest)
-        return self._log.open_epoch(resume, chosen=self._chosen if newest else None), ""
-
-    def _open_word(self, resume: SnapshotId | None, *, newest: bool) -> str:
-        """Rank 0: open the epoch; its number as text, or the error's code and words."""
-        try:
-            epoch, origin = self._open_next(resume, newest=newest)
-            return f"{epoch} {origin}"
-        except CkptError as error:
-            message = from_error(error, rank=0)
-            return f"{message.code} {message.text}"

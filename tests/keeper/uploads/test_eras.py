@@ -31,7 +31,7 @@ class Node:
             outcome=lambda *told: self.told.append(told), fenced=world.fences.append, tell=world.events.append,
             open_store=self.open, retry_first_s=0.01,
         )  # fmt: skip
-        self.uploads.channel_of = self.channel
+        self.uploads.reach_others_by(self.channel)
 
     def open(self):
         """The store, after it failed for a while."""

@@ -37,7 +37,7 @@ class Node:
             outcome=lambda *told: None, fenced=world.fences.append, tell=world.events.append,
             open_store=lambda: world.store, retry_first_s=0.01,
         )  # fmt: skip
-        self.uploads.channel_of = self.channel
+        self.uploads.reach_others_by(self.channel)
 
     def channel(self, rank: int) -> LoopChannel:
         room = self.room
