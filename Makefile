@@ -40,9 +40,9 @@ test: lint types contracts
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-# The long form of every kill and simulation campaign; `make test` runs the short one.
+# The long form of every kill and simulation campaign; `make test` runs the short one, and all else.
 soak: $(STAMP)
-	CKPT_SOAK=1 $(BIN)/pytest -q -n 2 --dist worksteal
+	CKPT_SOAK=1 $(BIN)/pytest -q -n 2 --dist worksteal -m soak
 
 # Every mutant of the log's and the restore plan's decisions must be caught by a test, or be explained in docs/design/014-mutants.md.
 mutants: $(STAMP)

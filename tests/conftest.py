@@ -27,6 +27,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A module that knows the switch to long campaigns, SOAK, has one: ``-m soak`` picks these."""
+    for item in items:
+        if hasattr(getattr(item, "module", None), "SOAK"):
+            item.add_marker(pytest.mark.soak)
+
+
 @pytest.fixture(autouse=True)
 def _keepers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.pop(NODES_VARIABLE, None)  # a launcher's, left behind by a test of launchers in this process

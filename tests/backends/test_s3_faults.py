@@ -32,7 +32,8 @@ from ckpt.testing.contract import create, keys, read
 pytestmark = pytest.mark.slow
 
 SEED = os.environ.get("CKPT_SEED", "1")
-ROUNDS = 400 if os.environ.get("CKPT_SOAK") == "1" else 12
+SOAK = os.environ.get("CKPT_SOAK") == "1"
+ROUNDS = 400 if SOAK else 12
 BODY = bytes(range(256)) * 8
 LARGE = os.urandom(1 << 20) * 40
 

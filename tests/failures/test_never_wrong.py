@@ -29,7 +29,8 @@ from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import damage
 
 WAIT_S = 30.0
-EXAMPLES = 2000 if os.environ.get("CKPT_SOAK") == "1" else 30
+SOAK = os.environ.get("CKPT_SOAK") == "1"
+EXAMPLES = 2000 if SOAK else 30
 ROOT = Path(__file__).parents[2]
 
 

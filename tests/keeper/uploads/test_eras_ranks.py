@@ -21,7 +21,8 @@ WAIT_S = 20.0
 COUNTS = (2, 3)
 WORLD = sum(COUNTS)
 ATTEMPTS = 6
-SEEDS = 250 if os.environ.get("CKPT_SOAK") == "1" else 6
+SOAK = os.environ.get("CKPT_SOAK") == "1"
+SEEDS = 250 if SOAK else 6
 
 
 class Node:
