@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
@@ -129,6 +130,17 @@ def test_pair_is_whole_from_slots_here_slots_there_and_mirrors(world: World) -> 
 def test_only_the_header_and_what_is_wanted_are_read(world: World) -> None:
     assert world.restore(box=Box((0, 0), (1, ROW_BYTES))) == row(0)
     assert sum(world.nodes["b"].reads) < ROW_BYTES
+
+
+def test_headers_are_read_at_the_same_time(world: World) -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    def reach(address: str) -> Backend:
+        both.wait()  # breaks, and fails the test, where the other rank's header is only read after this one's
+        return world.nodes[address]
+
+    world.reach = reach  # type: ignore[method-assign]
+    assert world.restore() == WHOLE
 
 
 @pytest.mark.parametrize(
