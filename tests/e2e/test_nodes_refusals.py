@@ -24,8 +24,9 @@ from ckpt.peer.auth import Secret
 from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.store import PeerStore
 
-STEPS = 300
-FUZZ_AT, KILL_AT = 40, 60
+STEPS = 12_000 if SOAK else 500
+FUZZ_AT, UNDISTURBED = 40, 60
+"""From which step on it is disturbed, and how many steps its nodes have afterwards to bring their mirrors up to date."""
 REDONE_MAX = 55
 ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.03)
 TURNS = 3000 if SOAK else 60
@@ -96,7 +97,7 @@ def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(
         assert target.keeper() == keeper
         assert one.job.attempts(0) == 1, one.output()
 
-        one.wait_steps(max(KILL_AT, one.job.completed))
+        one.wait_steps(one.job.completed + UNDISTURBED)
         lost = one.of_rank(1)
         lost.kill()
         ends = one.wait_end(hurry=True)
