@@ -77,5 +77,5 @@ def test_listing_of_more_than_one_page_is_whole_and_in_order(store: tuple[Backen
     assert keys(backend, "log/0000000000000000010") == names[100:110]
     assert [entry.key for entry, _ in zip(backend.list("log/"), range(3), strict=False)] == names[:3]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(backend.delete, names))
-    assert keys(backend) == []
+        list(pool.map(backend.delete, names[900:]))
+    assert keys(backend) == names[:900]

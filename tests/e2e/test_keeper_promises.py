@@ -17,7 +17,7 @@ BATCH = 5
 """Programs that die at the same time."""
 
 DEATHS = BATCH if not SOAK else 50
-PREEMPTIONS = 2 if not SOAK else 20
+PREEMPTIONS = 1 if not SOAK else 20
 GRACE_S = 25.0
 """How long a preempted job may take by default."""
 

@@ -12,9 +12,9 @@ import pytest
 PROGRAM = Path(__file__).parent / "programs" / "train_and_die.py"
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEED = os.environ.get("CKPT_SEED", "1")
-STEPS = 150
-KILLS_PLAIN = 4 if not SOAK else 100
-KILLS_RANKS = 4 if not SOAK else 50
+STEPS = 100
+KILLS_PLAIN = 2 if not SOAK else 100
+KILLS_RANKS = 2 if not SOAK else 50
 RUN_S_MAX = 300.0 if not SOAK else 1800.0
 
 

@@ -46,13 +46,13 @@ def test_save_killed_at_some_calls_leaves_old_or_new_snapshot_whole(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scenario", "share"), [("first", 5), ("over", 3), ("continued", 7), ("tagged", 9), ("second", 8)]
+    ("scenario", "share"), [("first", 11), ("over", 7), ("continued", 13), ("tagged", 17), ("second", 19)]
 )
 def test_save_killed_at_any_call_leaves_old_or_new_snapshot_whole(folder: Path, scenario: str, share: int) -> None:
     check(folder, scenario, "kill", share=share)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scenario", "share"), [("over", 7), ("first", 11), ("second", 19)])
+@pytest.mark.parametrize(("scenario", "share"), [("over", 13), ("first", 23), ("second", 37)])
 def test_power_cut_at_any_call_leaves_old_or_new_snapshot_whole(folder: Path, scenario: str, share: int) -> None:
     check(folder, scenario, "power", share=share)

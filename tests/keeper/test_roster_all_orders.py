@@ -59,7 +59,7 @@ def test_one_node_of_several_trains_leaves_or_waits_for_an_epoch_it_asked_for(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gap_s", [0.4, 5.0] if SOAK else [0.4])
-@pytest.mark.parametrize(("ranks", "faults"), [(1, 3), (2, 2), (3, 1)] if SOAK else [(1, 3), (2, 2)])
+@pytest.mark.parametrize(("ranks", "faults"), [(1, 3), (2, 2), (3, 1)] if SOAK else [(1, 3)])
 def test_every_order_of_more_faults_on_one_node_of_several(ranks: int, faults: int, gap_s: float) -> None:
     explore(world(ranks, faults=faults, gap_s=gap_s, shared=True, policy=Policy(same_error_max=2, stuck_max=3)))
 
@@ -71,7 +71,7 @@ def test_without_faults_all_train_or_end() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("gap_s", [0.4, 5.0] if SOAK else [5.0])
 @pytest.mark.parametrize(
-    ("ranks", "faults", "attempt"), [(1, 4, 0), (2, 2, 7), (3, 1, 0)] if SOAK else [(1, 4, 0), (2, 2, 7)]
+    ("ranks", "faults", "attempt"), [(1, 4, 0), (2, 2, 7), (3, 1, 0)] if SOAK else [(1, 4, 0), (2, 1, 7)]
 )
 def test_every_order_of_more_faults_and_ranks(ranks: int, faults: int, attempt: int, gap_s: float) -> None:
     policy = Policy(same_error_max=2, stuck_max=3)

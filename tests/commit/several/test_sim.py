@@ -26,7 +26,7 @@ from ckpt.commit import giver as giver_room
 from ckpt.manifest.records import BY_STORES
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
-SEEDS = 10_000 if SOAK else 120
+SEEDS = 10_000 if SOAK else 60
 SHARDS = 40 if SOAK else 4
 ACTIONS = 30
 TRIES_MAX = 60

@@ -62,7 +62,7 @@ def train(run: ckpt.Run) -> object:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if SHAPE == "compile":
-        training.model = torch.compile(training.model)
+        training.model = torch.compile(training.model, backend=os.environ["COMPILER"])
     if SHAPE == "profiler":
         with profile(activities=[ProfilerActivity.CPU]) as found:
             training.train(STEPS, before_step=before_step)

@@ -22,7 +22,7 @@ from ckpt.upkeep.sweep import sweep
 from ckpt.values import SnapshotId
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
-SEEDS = 5000 if SOAK else 150
+SEEDS = 5000 if SOAK else 100
 ACTIONS = 40
 GRACE_S = 50.0
 BATCH = 50

@@ -113,7 +113,7 @@ def test_power_cut_at_some_calls_harms_nothing_and_the_next_one_finishes(
 def test_killed_at_any_call_it_harms_nothing_and_the_next_one_finishes(
     members: Path, tmp_path: Path, kind: str
 ) -> None:
-    killed(members, tmp_path, kind, share=1 if SOAK else 17)
+    killed(members, tmp_path, kind, share=1 if SOAK else 37)
 
 
 @pytest.mark.slow
@@ -121,4 +121,4 @@ def test_killed_at_any_call_it_harms_nothing_and_the_next_one_finishes(
 def test_power_cut_at_any_call_harms_nothing_and_the_next_one_finishes(
     members: Path, tmp_path: Path, kind: str
 ) -> None:
-    cut(members, tmp_path, kind, share=1 if SOAK else 11, seeds=range(3))
+    cut(members, tmp_path, kind, share=1 if SOAK else 23, seeds=range(3))
