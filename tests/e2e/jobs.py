@@ -18,8 +18,8 @@ import pytest
 PROGRAMS = Path(__file__).parent / "programs"
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEED = os.environ.get("CKPT_SEED", "1")
-WAIT_S = 120.0
-"""No single wait of a test takes longer; against hangs only."""
+WAIT_S = 120.0 if not SOAK else 1200.0
+"""No single wait of a test takes longer; against hangs only. Long campaigns wait for long runs."""
 
 POLL_S = 0.003
 
