@@ -61,7 +61,7 @@ def test_what_save_async_took_becomes_durable_though_the_process_is_killed_right
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2] if SOAK else [2])
+@pytest.mark.parametrize("world_size", [1, 2] if SOAK else [1])
 def test_preempted_program_is_durable_at_the_step_it_stopped_at_and_goes_on_from_there(
     fleet: Fleet, world_size: int
 ) -> None:
