@@ -5,9 +5,8 @@
 
 Server and client are processes of their own, and so is the other end of the bare stream. Contestants alternate; medians of
 several rounds. Prints MB/s with ratios, and CPU seconds of both ends together with ratios: those stand also where the machine
-has other work. In the clear and over TLS; the first put to a server, as it comes and with memory made ready for it; then peak
-memory. A put of which a tenth changed is measured in bytes of the object, beside the whole put. The first table is what the
-MAC was chosen by.
+has other work. In the clear and over TLS; then peak memory. A put of which a tenth changed is measured in bytes of the object,
+beside the whole put. The first table is what the MAC was chosen by.
 """
 
 from __future__ import annotations
@@ -64,13 +63,12 @@ def quiet(event: Event) -> None:
     print(event.text, file=sys.stderr)
 
 
-def lend(pipe: Connection, budget_bytes: int, spare_bytes: int, files: Files | None, ready_bytes: int = 0) -> None:
-    """A server, until the pipe says None; anything else asks for its peak memory. ``ready_bytes``: of what will come."""
+def lend(pipe: Connection, budget_bytes: int, spare_bytes: int, files: Files | None) -> None:
+    """A server, until the pipe says None; anything else asks for its peak memory."""
     tls = None if files is None else server_context(certificate=files.certificate, key=files.key, ca=files.ca)
-    vault = Vault(budget_bytes, spare_bytes_max=spare_bytes)
-    server = PeerServer(vault, SECRET, endpoint=Endpoint(tls=tls), tell=quiet)
-    if ready_bytes:
-        list(vault.make_ready(ready_bytes, 1))
+    server = PeerServer(
+        Vault(budget_bytes, spare_bytes_max=spare_bytes), SECRET, endpoint=Endpoint(tls=tls), tell=quiet
+    )
     server.start()
     pipe.send(server.address)
     while pipe.recv() is not None:
@@ -277,47 +275,6 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
     stream.join()
 
 
-def firsts(size_bytes: int, *, rounds: int) -> None:
-    """The first put to servers that are new each time: the system hands out pages while it comes, or did before."""
-    spawn = processes.get_context("spawn")
-    stream_here, stream_there = spawn.Pipe()
-    stream = spawn.Process(target=swallow, args=(stream_there, size_bytes, None), daemon=True)
-    stream.start()
-    bare = bare_socket(stream_here.recv(), None)
-    data, out = memoryview(mmap.mmap(-1, size_bytes)), memoryview(mmap.mmap(-1, size_bytes))
-    data[:] = os.urandom(1 << 20) * (size_bytes >> 20)
-    times: dict[str, list[float]] = {OUT: [], "first put": [], "first put, memory made ready": []}
-
-    def timed(name: str, act: Act) -> None:
-        start = time.perf_counter()
-        act()
-        times[name].append(time.perf_counter() - start)
-
-    for _ in range(rounds + 1):
-        timed(OUT, lambda: (drain(bare, data), bare.recv(1)))
-        fill(bare, out)  # the far end sends as much, and waits with it
-        for name, ready_bytes in (("first put", 0), ("first put, memory made ready", size_bytes)):
-            here, there = spawn.Pipe()
-            budget_bytes = 4 * size_bytes
-            server = spawn.Process(
-                target=lend, args=(there, budget_bytes, budget_bytes, None, ready_bytes), daemon=True
-            )
-            server.start()
-            store = PeerStore(Endpoint(*here.recv()), SECRET, epoch=lambda: 1, limits=ClientLimits(streams_max=1))
-            store.put(KEY, [b"hello"])  # the connection is there
-            timed(name, lambda store=store: store.put_whole(KEY, [data]))  # type: ignore[misc]
-            store.close()
-            here.send(None)
-            server.join()
-    bare.close()
-    stream.join()
-    print(f"\n{size_bytes >> 20} MiB in the clear, the first put to a server")
-    base_s = statistics.median(times[OUT][1:])
-    for name, taken in times.items():
-        took_s = statistics.median(taken[1:])
-        print(f"  {name:36} {size_bytes / took_s / 1e6:8.0f} MB/s  x{base_s / took_s:.2f}")
-
-
 def bare_socket(address: tuple[str, int], tls: ssl.SSLContext | None) -> socket.socket:
     sock = socket.create_connection(address)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -348,7 +305,6 @@ def main() -> None:
         for mib in options.mib:
             one_size(mib << 20, rounds=options.rounds, files=None)
             one_size(mib << 20, rounds=options.rounds, files=None, fresh=True)
-            firsts(mib << 20, rounds=options.rounds)
             one_size(mib << 20, rounds=options.rounds, files=(made.one, made.two))
 
 

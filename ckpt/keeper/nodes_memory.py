@@ -17,7 +17,6 @@ from ckpt.keeper.held import Span, complete, from_word, joined, lost, to_word
 from ckpt.keeper.job import Job
 from ckpt.keeper.lend import Lending
 from ckpt.keeper.mirror import RETRY_S, Mirror, Task
-from ckpt.keeper.mirror_room import MirrorRoom
 from ckpt.keeper.mirror_rounds import Round, Word, retained
 from ckpt.keeper.nodes_among import Among
 from ckpt.link.nodes_spec import NodesSpec
@@ -37,9 +36,6 @@ NAMED_MAX = 16
 SPARE_RETRY_S = 30.0
 """Pause before a standby that could not keep a pair is sent another: it may have cost as much as one that it keeps."""
 
-ROOM_LOOK_S = 0.5
-"""Between looks at which slots there are, to have memory ready for shares as large: they change at the start of training."""
-
 
 class NodesMemory:
     """See the module. In the loop; ``host``: where this node lends its memory."""
@@ -52,9 +48,6 @@ class NodesMemory:
         self._gather = Gather(among.say)
         self._sources: dict[SnapshotId, tuple[Span, ...]] = {}
         self._lending = Lending(self._secret, lending_at(spec, host), tell=tell, budget_bytes=spec.mirror_bytes)
-        self._room = MirrorRoom(self._lending.vault, copies=1 + spec.mirrors) if spec.mirrors else None
-        self._room_at_s = 0.0
-        """When it is looked at next what shares will come."""
         self._mirror = Mirror(done=lambda task, came: job.post(lambda: self._done(task, came)), tell=tell)
         self._peers: dict[str, PeerStore] = {}
         self._cap = RateCap(spec.mirror_rate or None)
@@ -106,9 +99,6 @@ class NodesMemory:
         """Show what there is, keep the newest pair on others; returns seconds until the next look."""
         if self._job.slots is not None:
             self._lending.slots.show(self._job.slots)
-            if self._room is not None and now_s >= self._room_at_s:
-                self._room.expect(self._job.slots)
-                self._room_at_s = now_s + ROOM_LOOK_S
         if placed:
             self._keep_named(now_s)
         return self._gather.tick(now_s)
@@ -118,8 +108,6 @@ class NodesMemory:
         self._mirror.close()
         for peer in self._peers.values():
             peer.close()
-        if self._room is not None:
-            self._room.close()
         self._lending.close()
 
     # ---- what can be restored

@@ -32,6 +32,10 @@ COPY_BYTES_PER_S_MIN = 128 << 20
 """What a server copies of a base in a second at least, into fresh memory too: it is waited for so much longer."""
 
 
+class CrowdedError(UnavailableError):
+    """The peer serves others, or ended a connection that had hardly begun to make room for one: asking a little later helps."""
+
+
 def nothing() -> None:
     """For memory that nobody takes back."""
 
@@ -102,8 +106,10 @@ class Connection:
         except BaseException as error:
             sock.close()
             match error:
-                case ssl.SSLEOFError() | TimeoutError() | ConnectionError() | EndedError():
-                    raise UnavailableError(f"a peer broke off at the start. peer={endpoint} cause={error}") from error
+                case ssl.SSLEOFError() | ConnectionError() | EndedError():
+                    raise CrowdedError(f"a peer broke off at the start. peer={endpoint} cause={error}") from error
+                case TimeoutError():
+                    raise UnavailableError(f"a peer is silent at the start. peer={endpoint} cause={error}") from error
                 case ssl.SSLError():
                     raise StoreDeniedError(f"TLS failed. peer={endpoint} cause={error}; check certificates") from error
                 case OSError():

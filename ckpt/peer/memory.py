@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import resource
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -36,11 +35,6 @@ class Block:
         else:
             self.view = memoryview(mmap.mmap(-1, size_bytes))
 
-    def prefault(self) -> Iterator[int]:
-        """Make its pages present; yields after each megabyte. Nothing is yielded for memory without a region."""
-        if self._region is not None:
-            yield from self._region.prefault(0, self._region.size_bytes)
-
     def free(self) -> None:
         """Give the memory back; views of it that are still held stay readable."""
         self.view = memoryview(b"")
@@ -68,12 +62,12 @@ class Blocks:
         self.spare_bytes = 0
         """What is kept at the moment."""
 
-    def make(self, size_bytes: int, *, fresh: bool = False) -> Block:
-        """A block, of spare memory where that fits, unless ``fresh``. Raises StoreFullError where the system gives none."""
+    def make(self, size_bytes: int) -> Block:
+        """A block, of spare memory where that fits. Raises StoreFullError where the system gives none."""
         if size_bytes < SMALL_BYTES:
             return Block(size_bytes, None)
-        fitting = self._fitting(size_bytes)
-        if fitting and not fresh:
+        fitting = [one for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE]
+        if fitting:
             region = min(fitting, key=lambda one: one.size_bytes)
             self._spare.remove(region)
             self.spare_bytes -= region.size_bytes
@@ -89,13 +83,8 @@ class Blocks:
 
     def spare_for(self, size_bytes: int) -> int:
         """The room of the spare memory that ``make`` would take, or 0."""
-        fitting = (one.size_bytes for one in self._fitting(size_bytes))
+        fitting = (one.size_bytes for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE)
         return min(fitting, default=0) if size_bytes >= SMALL_BYTES else 0
-
-    def lacks(self, size_bytes: int, count: int) -> bool:
-        """Whether fewer than ``count`` spare ones fit objects of this size, and one more may be kept."""
-        room = self.spare_bytes + room_bytes(size_bytes) <= self._spare_bytes_max
-        return room and size_bytes >= SMALL_BYTES and len(self._fitting(size_bytes)) < count
 
     def free(self, block: Block) -> None:
         """Take a block back, whose bytes nobody reads any more: not the kernel either, which was given copies to send."""
@@ -115,9 +104,6 @@ class Blocks:
             self.spare_bytes -= region.size_bytes
             size_bytes -= region.size_bytes
             self._drop(region)
-
-    def _fitting(self, size_bytes: int) -> list[Region]:
-        return [one for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE]
 
     def _drop(self, region: Region) -> None:
         self._descriptors -= 1

@@ -16,6 +16,7 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.peer.changed import BaseGoneError
+from ckpt.peer.connection import CrowdedError
 from ckpt.peer.words import Answer
 
 _KINDS: MappingProxyType[int, tuple[type[CkptError], str]] = MappingProxyType(
@@ -30,6 +31,7 @@ _KINDS: MappingProxyType[int, tuple[type[CkptError], str]] = MappingProxyType(
         416: (IntegrityError, "the object ends too early; read another copy"),
         421: (UnavailableError, "the peer was started anew, and what it held is gone"),
         424: (BaseGoneError, "the peer does not have the base any more; put the whole object"),
+        503: (CrowdedError, "the peer serves as many others as it can"),
         507: (StoreFullError, "the peer's memory is used up; delete there or raise its budget"),
     }
 )

@@ -50,6 +50,9 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class Limits:
     """What a server bears. A *stranger* is a connection whose first request hasn't proven that it knows the secret: one more
     than ``strangers_max`` pushes out the oldest, and ``stranger_s`` is all that each has. ``idle_s``: between two requests.
+
+    A holder of the secret beyond ``connections_max`` takes the place of the one that has asked nothing for longest; where all
+    have a request under way it is told to come again.
     """
 
     connections_max: int = 64
@@ -65,6 +68,8 @@ class _Guest:
     since_s: float
     thread: threading.Thread | None = None
     proven: bool = False
+    rests_s: float | None = None
+    """Since when it asks nothing; None while a request of it is under way."""
 
 
 class PeerServer:
@@ -173,8 +178,7 @@ class PeerServer:
             if strangers[0].thread is not None:
                 strangers[0].thread.join(PUSH_OUT_S)
         with self._lock:
-            proven = sum(one.proven for one in self._guests)
-            crowded = proven >= limits.connections_max or len(self._guests) - proven >= limits.strangers_max
+            crowded = sum(not one.proven for one in self._guests) >= limits.strangers_max
             if not crowded:
                 self._guests[guest] = None
         if crowded:
@@ -183,6 +187,22 @@ class PeerServer:
             return
         guest.thread = threading.Thread(target=self._serve, args=(guest,), name="ckpt-peer", daemon=True)
         guest.thread.start()
+
+    def _take_in(self, guest: _Guest) -> bool:
+        """Whether there is a place for one more holder of the secret: perhaps that of who rests."""
+        with self._lock:
+            holders = [one for one in self._guests if one.proven]
+            if len(holders) < self._limits.connections_max:
+                guest.proven = True
+                return True
+            resting = [(one.rests_s, at, one) for at, one in enumerate(holders) if one.rests_s is not None]
+            if not resting:
+                return False
+            out = min(resting)[2]
+            out.proven, guest.proven = False, True
+        # Whoever had it asks again over a new connection: what it may have asked at this moment was not heard.
+        shut(out.sock)
+        return True
 
     def _end_slow_strangers(self) -> None:
         """Time-outs alone would let a trickle of a TLS handshake go on for ever."""
@@ -193,8 +213,11 @@ class PeerServer:
             shut(guest.sock)
 
     def _serve(self, guest: _Guest) -> None:
-        def proven() -> None:
-            guest.proven = True
+        def proven() -> bool:
+            return self._take_in(guest)
+
+        def rests(resting: bool) -> None:
+            guest.rests_s = time.monotonic() if resting else None
 
         try:
             guest.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -207,7 +230,7 @@ class PeerServer:
                 except ssl.SSLError:
                     self._tally.refuse("tls")
                     raise
-            Serving(self._desk, Channel(guest.sock, self._limits.patience), proven=proven).run()
+            Serving(self._desk, Channel(guest.sock, self._limits.patience), proven=proven, rests=rests).run()
         except (OSError, EndedError):
             return  # the connection broke: what it was about to do didn't happen
         except Exception as error:  # noqa: BLE001 the border of a thread

@@ -50,12 +50,17 @@ class _Session:
 
 
 class Serving:
-    """Serves one channel until it ends. ``proven`` is called at the first request of a holder of the secret."""
+    """Serves one channel until it ends. ``proven`` is asked at the first request of a holder of the secret whether there is a
+    place for it; ``rests`` is told when one begins to ask nothing, and when that is over.
+    """
 
-    def __init__(self, desk: Desk, channel: Channel, *, proven: Callable[[], None]) -> None:
+    def __init__(
+        self, desk: Desk, channel: Channel, *, proven: Callable[[], bool], rests: Callable[[bool], object]
+    ) -> None:
         self._desk = desk
         self._channel = channel
         self._proven = proven
+        self._rests = rests
         self._last = 0
         self._owed_bytes = 0  # of a body that comes unasked and was not taken in
         self._met = False
@@ -95,20 +100,23 @@ class Serving:
 
     def _serve_next(self, session: _Session) -> bool:
         """Answer one request; whether another may follow."""
+        self._rests(True)
         raw = self._head(self._desk.idle_s if self._met else None)
+        self._rests(False)
         if raw is None:
             return False
         split = split_mac(raw)
         if split is None or not same(split[1], mac(session.keys.request_head, split[0])):
             self._turn_away(401, "mac", "not from who began this connection")
             return False
-        if not self._met:
-            self._met = True
-            self._proven()
+        place = self._met or self._proven()
+        self._met = True
         try:
             request = Request.of(parse_head(split[0]))
         except MalformedError as error:
             return self._refuse(session, 0, Refusal(400, "malformed", str(error)), over=True)
+        if not place:
+            return self._refuse(session, request.counter, Refusal(503, "crowded", "all places are taken"), over=True)
         self._owed_bytes = 0 if request.body_bytes is None or request.waits else request.body_bytes + TAG_BYTES
         refusal = admit(request, boot=self._desk.boot, epoch=self._desk.fence.epoch, last_counter=self._last)
         if refusal is not None and refusal.kind == "replay":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from ckpt.peer.auth import Secret
 from ckpt.peer.bodies import Body, Buffers, Extent, mapped
 from ckpt.peer.changed import Range, Stored, pieces_of, ranges_problem, spell_ranges
 from ckpt.peer.channel import EndedError
-from ckpt.peer.connection import Call, Connection, Reply, nothing
+from ckpt.peer.connection import Call, Connection, CrowdedError, Reply, nothing
 from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.patience import Patience
 from ckpt.peer.pool import Pool
@@ -25,19 +27,24 @@ from ckpt.peer.refusals import error_of
 READ_BYTES_BEST = 1 << 20
 """A request costs about as much as moving a fifth of this."""
 
+CROWDED_FIRST_S, CROWDED_LAST_S = 0.02, 0.5
+"""Pauses before a peer that has no place is asked again: doubled from the first to the last."""
+
 _ENTRIES = msgspec.json.Decoder(list[tuple[str, int, int]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientLimits:
     """``connections_max`` at once to one peer, ``lend_s`` the wait for one of them, ``idle_s`` how long it is kept unused (less
-    than servers keep them). Reads from ``stream_bytes_min`` on are cut into up to ``streams_max`` at once.
+    than servers keep them). A peer that has no place is asked again for ``crowded_s``. Reads from ``stream_bytes_min`` on are
+    cut into up to ``streams_max`` at once.
     """
 
     connections_max: int = 8
     connect_s: float = 5.0
     lend_s: float = 60.0
     idle_s: float = 30.0
+    crowded_s: float = 10.0
     streams_max: int = 4
     stream_bytes_min: int = 32 << 20
     patience: Patience = field(default_factory=Patience)
@@ -210,6 +217,19 @@ class PeerStore:
         return len(contents) == 1
 
     def _call(self, call: Call) -> Reply:
+        """Make one call, again and again for a while where the peer has no place for it."""
+        until_s = time.monotonic() + self._limits.crowded_s
+        pause_s = CROWDED_FIRST_S
+        while True:
+            try:
+                return self._ask(call)
+            except CrowdedError:
+                if time.monotonic() + pause_s > until_s:
+                    raise
+            time.sleep(random.uniform(0.5, 1.0) * pause_s)  # all who were turned away come again, and not all at once
+            pause_s = min(2 * pause_s, CROWDED_LAST_S)
+
+    def _ask(self, call: Call) -> Reply:
         """Make one call, once more where it met a connection that the peer had ended while it was idle."""
         for turn in range(2):
             with self._pool.lend(fresh=turn > 0) as (connection, used):
@@ -222,7 +242,9 @@ class PeerStore:
                 except (OSError, EndedError) as error:
                     if turn == 0 and used and not connection.heard:
                         continue  # what was sent unheard is repeated: nothing but a put without create_only can have landed
-                    raise UnavailableError(f"the connection broke. {self._about(call)} cause={error}") from error
+                    # Unheard: a peer ends connections that have asked nothing yet where too many come at once.
+                    kind = UnavailableError if connection.heard else CrowdedError
+                    raise kind(f"the connection broke. {self._about(call)} cause={error}") from error
             if (refusal := error_of(reply.answer, key=call.key, url=self.url)) is not None:
                 raise refusal
             return reply

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from ckpt.backends.base import Stat
@@ -127,21 +127,6 @@ class Vault:
         finally:
             incoming.abandon()
 
-    def make_ready(self, size_bytes: int, count: int) -> Generator[int, None, None]:
-        """Have ``count`` blocks of spare memory for objects of this size, their pages present; yields after each megabyte.
-
-        Into pages that nobody has touched yet a put takes two to three times as long as into used ones. Ends early where no
-        more may be spare, or the machine is short of memory. Puts go on meanwhile, in other memory.
-        """
-        for _ in range(count):  # no more than that in all, however many are used meanwhile
-            entry = self._reserve_spare(size_bytes, count)
-            if entry is None:
-                return
-            try:
-                yield from entry.block.prefault()
-            finally:
-                self._abandon(entry)
-
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[Held]:
         """The object at ``key``, its bytes unchanged until the end, whatever becomes of the key. Raises NotFoundError."""
@@ -225,22 +210,6 @@ class Vault:
             self._coming += 1
             self._coming_bytes += block.room_bytes
             return _Object(key, size_bytes, block)
-
-    def _reserve_spare(self, size_bytes: int, count: int) -> _Object | None:
-        room = room_bytes(size_bytes)
-        with self._lock:
-            used = self._objects_bytes + self._going_bytes + self._coming_bytes + self._blocks.spare_bytes
-            # Twice: a put that comes meanwhile and finds nothing spare is not refused for what is only made ready.
-            if not self._blocks.lacks(size_bytes, count) or used + 2 * room > self.budget_bytes:
-                return None
-            try:
-                self._ask_system(size_bytes)
-                block = self._blocks.make(size_bytes, fresh=True)
-            except StoreFullError:
-                return None
-            self._coming += 1
-            self._coming_bytes += block.room_bytes
-            return _Object("", size_bytes, block)
 
     def _ask_system(self, size_bytes: int) -> None:
         if size_bytes >= ASKED_BYTES_MIN and (left := self._available()) is not None and size_bytes > left:

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -37,14 +36,11 @@ _NORESERVE = 0x4000 if sys.platform == "linux" else 0  # no constant of the stan
 ROOM_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
 """Room for an address more than for bytes: nothing is promised, or a system that counts promises would refuse it."""
 
-LOOKS_AT_ONCE = 8
-"""Headers read at the same time. Each is three short answers, partly waited for; more make it no faster."""
-
 FAILURES_MAX = 8
 """So many places are named where none has a share."""
 
 Reach = Callable[[str], Backend]
-"""The store that the node at an address lends. Called by several threads."""
+"""The store that the node at an address lends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +186,15 @@ def open_from_nodes(
                 for region in regions:
                     ending.callback(region.close)
                 own[rank] = [region.view for region in regions]
-        secret = Secret.of(secret_of(nodes))
         stores: dict[str, PeerStore] = {}
-        lock = threading.Lock()
 
         def reach(address: str) -> Backend:
-            with lock:
-                if address not in stores:
-                    stores[address] = PeerStore(lender_at(nodes, address), secret, epoch=lambda: found.epoch)
-                    ending.callback(stores[address].close)
-                return stores[address]
+            if address not in stores:
+                stores[address] = PeerStore(
+                    lender_at(nodes, address), Secret.of(secret_of(nodes)), epoch=lambda: found.epoch
+                )
+                ending.callback(stores[address].close)
+            return stores[address]
 
         try:
             with open_memory(snapshot, found.ranks, own, reach=reach, job=job) as opened:
@@ -232,20 +227,23 @@ def open_memory(
                     if not places:
                         raise
             elsewhere[rank] = places
-        lent = _shares(snapshot, elsewhere, reach)
+        lent = _shares(snapshot, elsewhere, reach, first=max(here, default=0))
         indexes = [*(one.indexes[0] for one in here.values()), *(one.index for one in lent.values())]
         yield staged_index(indexes, job=job), MemoryStore(snapshot, here, lent)
         if not all(one.unchanged() for one in here.values()):
             raise IntegrityError(f"a slot was overwritten while it was read. snapshot={snapshot}")
 
 
-def _shares(snapshot: SnapshotId, places: Mapping[int, Sequence[tuple[str, str]]], reach: Reach) -> dict[int, Share]:
-    """The shares of these ranks, each with its header read; many at once. Raises IntegrityError where one is nowhere."""
-    if not places:
-        return {}
-    with ThreadPoolExecutor(min(LOOKS_AT_ONCE, len(places)), thread_name_prefix="ckpt-look") as pool:
-        looked = pool.map(lambda rank: Share(snapshot, rank, places[rank], reach), places)
-        return dict(zip(places, looked, strict=True))
+def _shares(
+    snapshot: SnapshotId, places: Mapping[int, Sequence[tuple[str, str]]], reach: Reach, *, first: int
+) -> dict[int, Share]:
+    """The shares of these ranks, each with its header read, in the order of ranks.
+
+    Begins behind rank ``first``, of this node, and goes round: all trainers do this at once, and would be at the same nodes.
+    """
+    after = [*(rank for rank in places if rank > first), *(rank for rank in places if rank <= first)]
+    found = {rank: Share(snapshot, rank, places[rank], reach) for rank in after}
+    return {rank: found[rank] for rank in places}
 
 
 def _look(store: Backend, key: str) -> LentSlot | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from slot_makers import SLOT_BYTES, MadeSlot, descriptors, leading_to
@@ -62,6 +64,15 @@ def node() -> Iterator[Node]:
     made = Node()
     yield made
     made.close()
+
+
+def kept_for_others() -> int:
+    """How many descriptors of this process lead to memory of a vault."""
+    found = 0
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += "memfd:ckpt-peer" in str(path.readlink())
+    return found
 
 
 def test_slot_is_lent_whole_under_what_it_holds(node: Node) -> None:
@@ -186,15 +197,18 @@ def test_older_epoch_is_refused(node: Node) -> None:
 
 
 def test_end_gives_everything_back() -> None:
+    before = kept_for_others()
     made = Node()
     made.made[0].seal(PAIR)
     made.store.put(mirror_key(PAIR, 0), [b"x" * (256 << 10)])
     made.read(slot_key(PAIR, 0))
+    assert kept_for_others() > before
     keep = [os.dup(one.fd) for one in made.made]
     made.close()
     del made
     try:
         assert [leading_to(fd) for fd in keep] == [1, 1]
+        assert kept_for_others() <= before
     finally:
         for fd in keep:
             os.close(fd)

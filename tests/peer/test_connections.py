@@ -48,7 +48,7 @@ def test_connections_that_the_server_ended_are_replaced_unseen(world: World) -> 
 def test_a_connection_that_breaks_unheard_is_tried_once_more_and_only_once(world: World) -> None:
     server = world.serve()
     proxy = Proxy(server)
-    store = PeerStore(Endpoint(*proxy.address), SECRET, epoch=Epoch())
+    store = PeerStore(Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=ClientLimits(crowded_s=0.0))
     store.put("a", [b"one"])
     cuts = []
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from peer_raw import RawPeer
 from peer_world import BRIEF, BUDGET_BYTES, PATIENT, SECRET, WAIT_S, World, read, until
 
+from ckpt.backends.base import Stat
 from ckpt.errors import StoreFullError, UnavailableError, UsageError
+from ckpt.peer.connection import CrowdedError
 from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.patience import Patience
 from ckpt.peer.server import Limits, PeerServer
-from ckpt.peer.store import ClientLimits
+from ckpt.peer.sources import Held
+from ckpt.peer.store import ClientLimits, PeerStore
 from ckpt.peer.vault import Vault
 
 OLD, NEW = b"the old object", b"n" * 300
@@ -166,21 +171,78 @@ def test_strangers_never_keep_a_holder_of_the_secret_out(world: World) -> None:
     assert server.stats().refused["crowded"] >= 8
 
 
-def test_more_holders_than_connections_are_turned_away_not_served_worse(world: World) -> None:
-    limits = Limits(
-        connections_max=2, strangers_max=2, stranger_s=WAIT_S, idle_s=WAIT_S, patience=Patience(grace_s=WAIT_S)
-    )
+TWO = Limits(connections_max=2, strangers_max=2, stranger_s=WAIT_S, idle_s=WAIT_S, patience=Patience(grace_s=WAIT_S))
+
+
+def test_more_holders_than_connections_take_the_places_of_those_that_rest(world: World) -> None:
+    server = world.serve(limits=TWO)
+    stores = [world.store(server, limits=ClientLimits(crowded_s=0.0)) for _ in range(5)]
+    for turn in range(20):
+        for number, store in enumerate(stores):
+            store.put(f"a/{number}", [bytes([turn])])
+            assert read(store, f"a/{number}") == bytes([turn])
+            assert server.stats().connections <= 2 + 2
+    assert "crowded" not in server.stats().refused
+
+
+class Slow:
+    """A source whose object is read while a test lets it."""
+
+    prefix = "slow/"
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Semaphore(0), threading.Event()
+
+    @contextlib.contextmanager
+    def reading(self, key: str) -> Iterator[Held]:
+        """See Source."""
+        self.begun.release()
+        assert self.go_on.wait(WAIT_S)
+        yield Held(view=memoryview(b"x"), fd=None, offset_bytes=0, version=1, modified_unix_s=0.0)
+
+    def stat(self, key: str) -> Stat | None:
+        """See Source."""
+        return Stat(key, 1, 0.0)
+
+    def list(self) -> list[Stat]:
+        """See Source."""
+        return []
+
+
+def test_where_all_places_have_a_request_under_way_others_come_again_until_one_is_over(world: World) -> None:
+    slow = Slow()
+    server = world.serve(limits=TWO, sources=[slow])
+    world.store(server).put("a", [b"x"])
+    with ThreadPoolExecutor(3) as pool:
+        busy = [pool.submit(read, world.store(server), f"slow/{number}") for number in range(2)]
+        for _ in busy:
+            assert slow.begun.acquire(timeout=WAIT_S)
+        with pytest.raises(CrowdedError, match="as many others as it can"):
+            world.store(server, limits=ClientLimits(crowded_s=0.1)).stat("a")
+        waiting = pool.submit(world.store(server, limits=ClientLimits(crowded_s=WAIT_S)).stat, "a")
+        refused = server.stats().refused["crowded"]
+        until(lambda: server.stats().refused["crowded"] > refused)
+        assert not waiting.done()
+        slow.go_on.set()
+        assert [one.result(WAIT_S) for one in busy] == [b"x", b"x"]
+        found = waiting.result(WAIT_S)
+    assert found is not None and found.size_bytes == 1
+
+
+def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(world: World) -> None:
+    limits = Limits(connections_max=4, strangers_max=4, stranger_s=WAIT_S, idle_s=WAIT_S)
     server = world.serve(limits=limits)
-    stores = [world.store(server) for _ in range(2)]
-    for store in stores:
-        store.put("a", [b"x"])
-    third = world.store(server)
-    with pytest.raises(UnavailableError):
-        third.stat("a")
-    assert read(stores[0], "a") == b"x"
-    stores[1].close()
-    until(lambda: server.stats().connections == 1)
-    assert third.stat("a") is not None
+    world.store(server).put("a", [b"x"])
+    stores = [world.store(server, limits=ClientLimits(crowded_s=WAIT_S)) for _ in range(40)]
+    start = threading.Barrier(len(stores), timeout=WAIT_S)
+
+    def ask(store: PeerStore) -> list[bytes]:
+        start.wait()
+        return [read(store, "a") for _ in range(3)]
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        assert list(pool.map(ask, stores)) == [[b"x"] * 3] * len(stores)
+    assert server.stats().connections <= 8
 
 
 def test_strangers_are_ended_after_their_time_however_busy_they_look(world: World) -> None:

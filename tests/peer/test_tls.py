@@ -78,9 +78,9 @@ def test_another_certificate_is_refused(world: World, certificates: Certificates
 def test_clear_text_and_tls_do_not_meet(world: World, certificates: Certificates) -> None:
     clear, covered = world.serve(), world.serve(tls=serving(certificates.one))
     with pytest.raises((StoreDeniedError, UnavailableError)):
-        world.store(clear, tls=asking(certificates.two), limits=ClientLimits(connect_s=0.5)).stat("a")
+        world.store(clear, tls=asking(certificates.two), limits=ClientLimits(connect_s=0.5, crowded_s=0.5)).stat("a")
     with pytest.raises((StoreDeniedError, UnavailableError)):
-        world.store(covered, limits=ClientLimits(patience=Patience(grace_s=0.5))).stat("a")
+        world.store(covered, limits=ClientLimits(patience=Patience(grace_s=0.5), crowded_s=0.5)).stat("a")
     until(lambda: clear.stats().connections == covered.stats().connections == 0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ckpt.errors import KeyExistsError, NotFoundError, StoreFullError, UsageError
-from ckpt.peer.memory import SMALL_BYTES, copy_bytes, room_bytes
+from ckpt.peer.memory import SMALL_BYTES, room_bytes
 from ckpt.peer.sources import Held
 from ckpt.peer.vault import Incoming, TooLargeError, Vault
 
@@ -52,21 +51,6 @@ class VaultAgainstDict(RuleBasedStateMachine):
             return
         assert len(incoming.view) == size
         self.coming.append((stack, incoming, self.body(size)))
-
-    @rule(size=st.sampled_from(SIZES), count=st.integers(1, 3), slices=st.integers(0, 2))
-    def make_ready(self, size: int, count: int, slices: int) -> None:
-        before = self.vault.stats()
-        with contextlib.closing(self.vault.make_ready(size, count)) as made:
-            for _ in zip(range(slices), made, strict=False):
-                between = self.vault.stats()
-                assert between.held_bytes + room_bytes(size) <= BUDGET_BYTES, (
-                    "a put that comes now is not refused for it"
-                )
-        after = self.vault.stats()
-        assert (after.objects_bytes, after.going_bytes, after.coming_bytes) == (
-            before.objects_bytes, before.going_bytes, before.coming_bytes,
-        )  # fmt: skip
-        assert after.spare_bytes <= max(before.spare_bytes, before.spare_bytes + count * room_bytes(size))
 
     @precondition(lambda self: self.coming)
     @rule(data=st.data(), create_only=st.booleans())
@@ -293,46 +277,3 @@ def test_threads_see_whole_objects_only_and_leave_no_charge() -> None:
     vault.retain([])
     found = vault.stats()
     assert (found.objects, found.held_bytes - found.spare_bytes) == (0, 0)
-
-
-def first_touches(vault: Vault, body: bytes) -> int:
-    """How many pages the system hands out while an object is filled."""
-    with vault.incoming("a", len(body)) as room:
-        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-        copy_bytes(room.view, memoryview(body))
-        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
-
-
-@pytest.mark.skipif(not hasattr(resource, "RUSAGE_THREAD"), reason="needs a thread's page faults")
-def test_what_was_made_ready_is_filled_without_taking_pages() -> None:
-    body = b"x" * (8 << 20)
-    cold, ready = Vault(64 << 20), Vault(64 << 20)
-    assert len(list(ready.make_ready(len(body), 1))) == 8
-    taken = first_touches(cold, body)
-    assert taken > 0
-    assert first_touches(ready, body) < taken // 8
-
-
-def test_no_more_is_made_ready_than_may_be_spare_and_the_machine_has() -> None:
-    size = 1 << 20
-    few = Vault(64 << 20, spare_bytes_max=2 * size)
-    list(few.make_ready(size, 5))
-    assert few.stats().spare_bytes == 2 * size
-    short = Vault(64 << 20, available=lambda: size - 1)
-    assert list(short.make_ready(size, 5)) == []
-    assert short.stats().held_bytes == 0
-    full = Vault(3 * size)
-    put(full, "a", b"x" * size)
-    put(full, "b", b"x" * size)
-    assert list(full.make_ready(size, 1)) == []
-
-
-def test_puts_go_on_while_memory_is_made_ready() -> None:
-    size = 1 << 20
-    vault = Vault(3 * size)
-    with contextlib.closing(vault.make_ready(size, 4)) as made:
-        next(made)
-        put(vault, "a", b"x" * size)
-        put(vault, "b", b"y" * size)
-        assert held(vault, "b") == b"y" * size
-    assert vault.stats().coming_bytes == 0

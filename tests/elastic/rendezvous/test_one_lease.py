@@ -301,8 +301,9 @@ def test_who_follows_in_a_job_that_keepers_hold_reads_all_seldom_and_hears_of_ea
     assert follower._follows(follower.newest())
     assert not other._follows(other.newest())
     monkeypatch.setattr(rendezvous_agent, "VIEW_S", 1000.0)
-    read_whole = len(whole)
-    wait_for(lambda: len(whole) > read_whole, "it has read all once more, and will not for long by itself")
+    wait_for(
+        lambda: follower._look_until_s > time.monotonic() + 100, "it has read all once more, and will not for long"
+    )
     other.leave()
     wait_for(lambda: follower.newest().lost == (other.me,), "it hears at once that the other one left")
     wait_for(
