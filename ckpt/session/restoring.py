@@ -91,6 +91,8 @@ class Restoring:
         self._round = 0
         self._staged = staged
         self._left: list[Candidate] = []
+        self._choices: Callable[[], Sequence[Candidate]] = list
+        self._tried: set[Candidate] = set()
         self._filled: list[tuple[Mapping[str, object], Rules]] = []
         self._open = ExitStack()
         self._source: tuple[SnapshotIndex, Backend] | None = None
@@ -155,10 +157,12 @@ class Restoring:
         return info_of(manifest, LogState(job=manifest.job) if self.staged else self._state())
 
     def _first(self, choices: Callable[[], Sequence[Candidate]]) -> _Choice:
+        self._choices, self._tried = choices, set()
         try:
             self._left = list(choices())
         except CkptError as error:
             return _Choice(error=from_error(error, rank=0))
+        self._tried.update(self._left)
         return _Choice(candidate=self._left.pop(0) if self._left else None)
 
     def _take(self, candidate: Candidate | None) -> None:
@@ -244,11 +248,30 @@ class Restoring:
         if not errors:
             return _Verdict(done=True)
         damage = all(error.code == IntegrityError.code for error in errors)
+        if damage and not self._left and (newer := self._come_since()):
+            self._left = newer[1:]
+            text = f"{newer[0].snapshot} came since {self.chosen} was chosen, and is restored instead: {errors[0].text}"
+            self._tell(Event("chosen-anew", text))
+            return _Verdict(next=newer[0])
         if not damage or not self._left:
             return _Verdict(error=errors[0])
         older = self._left.pop(0)
         self._tell(_fallback(self.chosen, older.snapshot, errors[0].text))
         return _Verdict(next=older)
+
+    def _come_since(self) -> list[Candidate]:
+        """What can be restored now and could not be when it was chosen: a job may drop the only snapshot for a newer one.
+
+        Nothing once items were filled: a run that is under way must not be taken to what it committed itself meanwhile.
+        """
+        if self._filled:
+            return []
+        try:
+            found = [one for one in self._choices() if one not in self._tried]
+        except CkptError:
+            return []  # what was met first says more
+        self._tried.update(found)
+        return found
 
 
 @contextmanager

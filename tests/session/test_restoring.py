@@ -149,6 +149,27 @@ def test_records_that_are_gone_count_as_damage(job, run_ranks, gone: str) -> Non
     assert all(_is(items, rank, 20) for rank, (items, _) in enumerate(outcomes)), outcomes
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_only_snapshot_that_is_dropped_for_a_newer_one_after_it_was_chosen_is_no_loss(
+    job, run_ranks, size: int
+) -> None:
+    _write(job, run_ranks, size)
+    restorers, told = job.restorers(size)
+    dropped = [Candidate(SnapshotId(1, 5))]
+
+    def call(rank: int) -> tuple[dict[str, object], SnapshotId | None]:
+        lists = iter([dropped, _candidates(_newest(job)[:1])])
+        restorers[rank].choose(lambda: next(lists))
+        items = _blank()
+        restorers[rank].fill(items, Rules())
+        return items, restorers[rank].chosen
+
+    for rank, (items, chosen) in enumerate(run_ranks(size, call)):
+        assert chosen == SnapshotId(1, 30)
+        assert _is(items, rank, 30)
+    assert [event.kind for event in told[0]] == ["chosen-anew"], "it is no damage, and no older one is restored"
+
+
 def test_explicit_choice_that_is_damaged_is_an_error_on_all_ranks_without_fallback(job, run_ranks) -> None:
     _write(job, run_ranks, 2)
     _damage(job, 30, 1)
