@@ -70,6 +70,23 @@ class _Guest:
     proven: bool = False
     rests_s: float | None = None
     """Since when it asks nothing; None while a request of it is under way."""
+    ended: bool = False
+    """Its thread is about to end."""
+    _swap: threading.Lock = field(default_factory=threading.Lock)
+
+    def end(self) -> None:
+        """End its connection, from any thread."""
+        with self._swap:
+            self.ended = True
+            shut(self.sock)
+
+    def wrap(self, tls: ssl.SSLContext) -> ssl.SSLSocket:
+        """Put TLS over its socket, with no word said yet. Raises EndedError where its connection has been ended."""
+        with self._swap:  # who ends it must find the object that the thread waits on
+            if self.ended:
+                raise EndedError("the connection was ended before TLS began.")
+            self.sock = wrapped = tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        return wrapped
 
 
 class PeerServer:
@@ -141,7 +158,7 @@ class PeerServer:
         with self._lock:
             guests = list(self._guests)
         for guest in guests:
-            shut(guest.sock)
+            guest.end()
         for guest in guests:
             if guest.thread is not None:
                 guest.thread.join(max(0.0, until_s - time.monotonic()))
@@ -173,10 +190,12 @@ class PeerServer:
         with self._lock:
             strangers = [one for one in self._guests if not one.proven]
         if len(strangers) >= limits.strangers_max:
-            self._tally.refuse("crowded")
-            shut(strangers[0].sock)
-            if strangers[0].thread is not None:
-                strangers[0].thread.join(PUSH_OUT_S)
+            out = min(strangers, key=lambda one: not one.ended)  # the oldest, if none is about to leave anyway
+            if not out.ended:
+                self._tally.refuse("crowded")
+                out.end()
+            if out.thread is not None:
+                out.thread.join(PUSH_OUT_S)
         with self._lock:
             crowded = sum(not one.proven for one in self._guests) >= limits.strangers_max
             if not crowded:
@@ -201,7 +220,7 @@ class PeerServer:
             out = min(resting)[2]
             out.proven, guest.proven = False, True
         # Whoever had it asks again over a new connection: what it may have asked at this moment was not heard.
-        shut(out.sock)
+        out.end()
         return True
 
     def _end_slow_strangers(self) -> None:
@@ -210,7 +229,7 @@ class PeerServer:
         with self._lock:
             slow = [guest for guest in self._guests if not guest.proven and guest.since_s < old_s]
         for guest in slow:
-            shut(guest.sock)
+            guest.end()
 
     def _serve(self, guest: _Guest) -> None:
         def proven() -> bool:
@@ -223,10 +242,8 @@ class PeerServer:
             guest.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             guest.sock.settimeout(self._limits.stranger_s)
             if self._tls is not None:
-                # In two steps: the first puts another object in the socket's place, and who shuts it must find that.
-                guest.sock = tls = self._tls.wrap_socket(guest.sock, server_side=True, do_handshake_on_connect=False)
                 try:
-                    tls.do_handshake()
+                    guest.wrap(self._tls).do_handshake()
                 except ssl.SSLError:
                     self._tally.refuse("tls")
                     raise

@@ -103,6 +103,16 @@ def test_stop_ends_a_handshake_that_never_comes(world: World, certificates: Cert
         assert sock.recv(1) == b""
 
 
+def test_stop_ends_a_connection_at_whatever_moment_of_its_first(world: World, certificates: Certificates) -> None:
+    for turn in range(40):
+        server = world.serve(tls=serving(certificates.one))
+        with socket.create_connection(server.address, WAIT_S):
+            if turn % 2:
+                until(lambda server=server: server.stats().connections)
+            server.stop()
+            assert server.stats().connections == 0
+
+
 def test_files_that_are_no_certificates_are_said(certificates: Certificates, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
