@@ -26,7 +26,7 @@ RANKS = 2
 STEPS = 150
 EVERY = 20
 KILL_AT = 70  # half-way between the snapshots after 60 and after 80 steps
-RUN_S_MAX = 90.0
+RUN_S_MAX = 300.0
 POLL_S = 0.005
 
 

@@ -273,7 +273,8 @@ class Run(Whereabouts):
         if self._completed is None:
             restored = self._session.restored
             self._completed = restored.step if restored is not None else 0
-            self._taken = restored.step if restored is not None else None
+            # What only memory held is not durable yet: the last boundary, if this is it, has a snapshot still to come.
+            self._taken = restored.step if restored is not None and self._session.restored_from_store else None
             self._begin()
 
     def _begin(self) -> None:

@@ -72,8 +72,7 @@ class Session:
         self._key_fits = not self._owns_backend or options.encryption_key is None
         self._items: dict[str, object] = {}
         self._rng = RngState()
-        self._opens = 0
-        self._closed = False
+        self._opens, self._closed = 0, False
         self._refers = False  # whether what was restored was also read: only verified chunks may be referred to
         self.epoch = 0
         """The epoch that this session opened; 0 before."""
@@ -151,6 +150,11 @@ class Session:
         """Whether a supervisor uses the same keeper as this session does: it judges how this process ends. Joins nobody."""
         seat = seat_of_process()
         return seat is not None and self._spec is not None and seat.serves(self._spec)
+
+    @property
+    def restored_from_store(self) -> bool:
+        """Whether what was restored is durable for certain; else memory had it, and perhaps nothing but memory."""
+        return self.restored is not None and not self.join().restoring.staged
 
     def on_stop(self, call: Callable[[float], object]) -> None:
         """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it must have stopped."""

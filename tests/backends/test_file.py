@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import subprocess
@@ -363,6 +364,7 @@ def test_object_that_became_a_link_loop_is_refused(tmp_path: Path) -> None:
 def test_reads_and_puts_leave_no_open_files(tmp_path: Path) -> None:
     store = FileBackend(tmp_path)
     store.put("a", [b"x"], create_only=True)
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(5):
         store.put("b", [b"x"])
@@ -375,4 +377,4 @@ def test_reads_and_puts_leave_no_open_files(tmp_path: Path) -> None:
             with pytest.raises((KeyExistsError, NotFoundError, IntegrityError)):
                 act()
         next(store.list(""))
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208

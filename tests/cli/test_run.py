@@ -128,7 +128,8 @@ def test_a_signal_ends_it_and_its_workers(tmp_path: Path) -> None:
     )
     try:
         deadline_s = time.monotonic() + WAIT_S
-        while not (tmp_path / "pid").exists() and time.monotonic() < deadline_s:
+        pid = tmp_path / "pid"
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline_s:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 128 + signal.SIGTERM

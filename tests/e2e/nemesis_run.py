@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from machines import Cluster, Machine, cluster
 from nemesis_acts import Acts, Undo, now_ns
 from nemesis_clock import Clock
 from nemesis_etcd import Etcd, etcd
-from nemesis_history import Committed, Content, History, Opened, Pair
+from nemesis_history import Committed, Content, History, Opened, Pair, Pause
 from nemesis_schedule import Act, Schedule
 from nemesis_watch import EtcdWatch, LogWatch, Trainers, etcd_watch, steps_of
 from networks import Network, network
@@ -47,6 +48,10 @@ many as it needs, for one that comes later would come after the end."""
 
 TRAIL_MAX = 1 << 14
 LOOK_S = 0.02
+
+STALL_LOOK_S = 0.05
+STALL_S = 1.0
+"""A machine that others use too stands still at times: who has not run for so long is taken to have slept with all."""
 
 
 class Nemesis:
@@ -86,6 +91,25 @@ class Nemesis:
 
     def play(self) -> History:
         """Everything, to the end of the job."""
+        over = threading.Event()
+        noting = threading.Thread(target=self._note_stalls, args=(over,), daemon=True)
+        noting.start()
+        try:
+            return self._play()
+        finally:
+            over.set()
+            noting.join()
+
+    def _note_stalls(self, over: threading.Event) -> None:
+        """A machine that stood still as a whole, as one that is shared may, had all its nodes paused."""
+        before_ns = now_ns()
+        while not over.wait(STALL_LOOK_S):
+            if (at_ns := now_ns()) - before_ns > STALL_S * 1e9:
+                self.said.append(f"{at_ns} all stood still for {(at_ns - before_ns) / 1e9:.1f} s")
+                self._acts.pauses += [Pause(one.name, "node", before_ns, at_ns) for one in self._cluster.machines]
+            before_ns = at_ns
+
+    def _play(self) -> History:
         self._wait(
             lambda: self._trainers.completed >= BEGUN_STEPS and self._watch.living() >= len(MACHINES), "the job's begin"
         )

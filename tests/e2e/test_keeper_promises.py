@@ -21,7 +21,7 @@ PREEMPTIONS = 1 if not SOAK else 20
 GRACE_S = 25.0
 """How long a preempted job may take by default."""
 
-AT_ONCE_S = 8.0
+AT_ONCE_S = 20.0
 PREEMPTED = 128 + signal.SIGTERM
 STEPS = 150
 
@@ -70,7 +70,7 @@ def test_preempted_program_is_durable_at_the_step_it_stopped_at_and_goes_on_from
     command = (plain if world_size == 1 else ranks)("steady.py", "{folder}", steps, "--every", 1000)
     calm = calm_run(fleet, command)
     for number in range(PREEMPTIONS):
-        job = fleet.start(command, "preempted")
+        job = fleet.start([*command, "--step-s", 0.2], "preempted")  # so that it is not over before the signal comes
         job.wait_steps(job.completed + chance.randint(1, 25))
         job.process.send_signal(signal.SIGTERM)
         status = job.wait_end(GRACE_S + 10.0)
@@ -106,7 +106,7 @@ def test_second_sigterm_ends_at_once_and_the_newest_complete_pair_becomes_durabl
 @pytest.mark.slow
 def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharmed(fleet: Fleet) -> None:
     # It takes far longer than the ten seconds that the second waits for a launch which may just be ending.
-    command = plain("steady.py", fleet.folder / "first", STEPS, "--step-s", 0.15)
+    command = plain("steady.py", fleet.folder / "first", STEPS, "--step-s", 0.8)
     calm = calm_run(fleet, plain("steady.py", "{folder}", STEPS))
     first = fleet.start(command, "first")
     first.wait_steps(3)
@@ -114,6 +114,7 @@ def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharme
     assert second.wait_end() not in (0, -signal.SIGKILL), second.output()
     assert re.search(r"ConflictError: .*job='store'", second.output()), second.output()
     assert first.process.poll() is None, "the first run was over before the second one came"
+    (first.folder / "hurry").touch()
     assert first.wait_end() == 0, first.output()
     assert first.attempts() == 1
     assert differences(calm, first, world_size=1) == []
@@ -125,11 +126,13 @@ def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharme
 def test_two_jobs_on_one_machine_do_not_disturb_each_other(fleet: Fleet) -> None:
     command = plain("steady.py", "{folder}", STEPS)
     calm = calm_run(fleet, command)
-    jobs = [fleet.start(command, "one"), fleet.start(command, "other")]
+    jobs = [fleet.start([*command, "--step-s", 0.3], name) for name in ("one", "other")]
     for job in jobs:
         job.wait_steps(5)
     assert fleet.keeper(jobs[0].folder / "store") != fleet.keeper(jobs[1].folder / "store")
     assert fleet.send(jobs[0].trainer(), signal.SIGKILL)
+    for job in jobs:
+        (job.folder / "hurry").touch()
     assert [job.wait_end() for job in jobs] == [0, 0], f"{jobs[0].output()}\n{jobs[1].output()}"
     assert [job.attempts() for job in jobs] == [2, 1]
     for job in jobs:

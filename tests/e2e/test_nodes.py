@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from machines import TTL_S, Cluster, calm, cluster
 
 import ckpt
 
-STEPS = 160
-KILL_AT = 60
-REDONE_MAX = 55
-"""Steps since the last pair that was on another node, at some 10 ms a step: many on a busy machine, and far fewer than all. The
-store, which holds nothing before the end, would leave all."""
+STEPS = 200
+KILL_AT = 30
+REDONE_MAX = 25
+"""Steps since the last pair that was on another node: at a tenth of a second each many on a busy machine, and fewer than all.
+The store, which holds nothing before the end, would leave all."""
 
-ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.03)
+ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
+"""Steps are slow until somebody is in a hurry: what happens at step KILL_AT has a long time for it."""
 
 
 @pytest.fixture
@@ -34,6 +36,23 @@ def made(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory):
     """What two nodes compute when nothing happens."""
     return calm(tmp_path_factory, 2, ARGUMENTS)
+
+
+def hang(keeper: int, members: Path) -> None:
+    """Stop a keeper while it isn't writing the file of the membership: that would stop all keepers of this machine."""
+
+    def stopped() -> bool:
+        os.kill(keeper, signal.SIGSTOP)
+        with closing(sqlite3.connect(members, timeout=0.5, isolation_level=None)) as db:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                os.kill(keeper, signal.SIGCONT)
+                return False
+            db.execute("ROLLBACK")
+            return True
+
+    wait_for(stopped, "a moment in which it writes nothing")
 
 
 def redone(one: Cluster, rank: int = 0) -> int:
@@ -108,14 +127,16 @@ def test_prepared_trainer_of_a_standby_goes_on_in_the_place_of_the_lost_one(
 @pytest.mark.slow
 def test_world_shrinks_without_a_standby_and_grows_when_a_node_comes(made: Callable[..., Cluster]) -> None:
     one = made(nodes="1:2")
-    arguments = (STEPS * 4, "--every", 40, "--step-s", 0.03)
+    arguments = (STEPS * 4, "--every", 40, "--step-s", 0.1)
     for _ in range(2):
         one.start(*arguments)
-    one.wait_steps(KILL_AT)
+    wait_for(lambda: one.job.trainer(1) > 0, "two ranks", say=one.output)
+    one.wait_steps(one.job.completed + KILL_AT)
     one.of_rank(1).kill()
-    one.wait_steps(KILL_AT + 30)
+    one.wait_steps(one.job.completed + 10)
     one.start(*arguments)
-    ends = one.wait_end(240.0)
+    wait_for(lambda: "the world grows" in one.output() or one.ended(), "a larger world", say=one.output)
+    ends = one.wait_end(240.0, hurry=True)
     assert sorted(ends.values()) == [-signal.SIGKILL, 0, 0], one.output()
     assert "no standby: 1 nodes go on without" in one.output()
     assert "the world grows" in one.output()
@@ -152,7 +173,7 @@ def test_standby_has_the_state_of_the_only_node_and_goes_on_from_its_own_memory(
 @pytest.mark.slow
 def test_two_nodes_lost_at_once_cost_steps_of_no_other_node_with_two_mirrors(made: Callable[..., Cluster]) -> None:
     one = made(nodes="2:4", mirrors=2)
-    arguments = (STEPS * 2, "--every", 1000, "--step-s", 0.03)
+    arguments = (STEPS * 2, "--every", 1000, "--step-s", 0.1)
     for _ in range(4):
         one.start(*arguments)
     wait_for(lambda: all(one.job.trainer(rank) for rank in range(4)), "four ranks", say=one.output)
@@ -177,7 +198,7 @@ def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_l
 ) -> None:
     one = made(nodes="1:3")
     for _ in range(3):
-        one.start(STEPS * 3, "--every", 20, "--step-s", 0.02)
+        one.start(STEPS * 3, "--every", 20, "--step-s", 0.1, more={"ttl_s": 3 * TTL_S})
     one.wait_steps(KILL_AT)
     # One that came late makes the world grow first.
     wait_for(lambda: one.job.trainer(2) > 0 and one.job.losses[0].poll().completed > 0, "three ranks", say=one.output)
@@ -192,7 +213,7 @@ def test_more_nodes_lost_than_mirrors_goes_back_to_the_store_and_says_what_was_l
         machine.kill()
     said = re.compile(r"is not whole in memory: nobody has the share of")
     wait_for(lambda: said.search(one.output()), "what was lost", say=one.output)  # the log goes with its keeper
-    ends = one.wait_end()
+    ends = one.wait_end(hurry=True)
     assert sorted(ends.values()) == [-signal.SIGKILL, -signal.SIGKILL, 0], one.output()
     assert sorted(one.job.losses[0].poll().of_step) == list(range(STEPS * 3))
     one.wait_gone()
@@ -214,19 +235,19 @@ def test_same_exception_at_the_same_step_twice_ends_all_nodes(made: Callable[...
 def test_node_whose_keeper_hangs_stops_by_itself_and_another_takes_its_ranks(made: Callable[..., Cluster]) -> None:
     one = made(nodes="2")
     for _ in range(3):
-        one.start(STEPS * 3, "--every", 40, "--step-s", 0.03)
+        one.start(STEPS * 3, "--every", 40, "--step-s", 0.1)
     one.wait_steps(KILL_AT)
     hung = one.of_rank(1)
     trainer, keeper = one.job.trainer(1), hung.keeper()
     assert keeper
-    os.kill(keeper, signal.SIGSTOP)
+    hang(keeper, one.folder / "members.db")
     try:
         wait_for(lambda: trainer not in hung.members(), "the end of its trainer", wait_s=TTL_S * 10, say=one.output)
         wait_for(lambda: one.job.trainer(1) != trainer, "another trainer of rank 1", say=one.output)
         assert one.of_rank(1) is not hung
     finally:
         os.kill(keeper, signal.SIGCONT)
-    ends = one.wait_end(240.0)
+    ends = one.wait_end(240.0, hurry=True)
     assert set(ends.values()) == {0}, one.output()
     assert sorted(one.job.losses[0].poll().of_step) == list(range(STEPS * 3))
     one.wait_gone()

@@ -24,11 +24,11 @@ from ckpt.peer.auth import Secret
 from ckpt.peer.endpoint import Endpoint
 from ckpt.peer.store import PeerStore
 
-STEPS = 12_000 if SOAK else 500
-FUZZ_AT, UNDISTURBED = 40, 60
+STEPS = 5_000 if SOAK else 500
+FUZZ_AT, UNDISTURBED = 20, 30
 """From which step on it is disturbed, and how many steps its nodes have afterwards to bring their mirrors up to date."""
-REDONE_MAX = 55
-ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.03)
+REDONE_MAX = 25
+ARGUMENTS = (STEPS, "--every", 1000, "--step-s", 0.1)
 TURNS = 3000 if SOAK else 60
 GROWTH_BYTES_MAX = 128 << 20
 """What the keeper may have grown by: its connections' bounds (``peer.server``, ``keeper.peers``), and its allocator's."""
@@ -49,7 +49,7 @@ def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(
     undisturbed = calm(tmp_path_factory, 2, ARGUMENTS)
     with cluster(tmp_path / "cluster", nodes="2") as one:
         for _ in range(3):
-            one.start(*ARGUMENTS)
+            one.start(*ARGUMENTS, more={"ttl_s": 8.0})  # a keeper under attack may be slow: no reason to take its ranks
         one.wait_steps(FUZZ_AT)
         target = one.of_rank(0)
         keeper = target.keeper()

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import Fleet, Job, plain
+
+import ckpt
 
 AT_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -73,6 +76,19 @@ def test_exception_unwinds_nothing_that_the_next_attempt_stands_in(fleet: Fleet)
     assert (job.attempts(), rest(job)) == (2, 1)
     assert job.output().count("RuntimeError: a batch that is bad once") >= 1
     assert "Traceback" in job.output()
+    fleet.wait_gone()
+
+
+@pytest.mark.slow
+def test_end_that_was_restored_from_memory_is_durable_before_the_program_ends(fleet: Fleet) -> None:
+    job = fleet.start(plain("ends.py", "{folder}", "last"))
+    assert job.wait_end() == 0, job.output()
+    assert (job.attempts(), rest(job)) == (2, 1)
+    store = ckpt.Checkpointer(str(job.folder / "store"))
+    state = {"sum": torch.zeros(4)}
+    assert store.restore({"state": state}).step == 12
+    assert state["sum"].tolist() == [sum(range(12))] * 4
+    assert store.verify().ok
     fleet.wait_gone()
 
 

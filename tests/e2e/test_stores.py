@@ -36,7 +36,7 @@ MARK = bytes(range(65, 97)) + b"ckpt: a mark that nothing else h"
 LOOK_S = 0.3
 """How often stores are asked from outside."""
 
-HELD_S_MAX = 3.0
+HELD_S_MAX = 20.0
 """Beside twenty times its usual length, a step may take so long: the machine has other things to do."""
 
 ROUNDS = 1 if not SOAK else 8

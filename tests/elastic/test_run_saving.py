@@ -218,9 +218,9 @@ def test_staleness_budget_stops_training_with_the_remedy() -> None:
     store = FaultyBackend(MemoryBackend(), [Fault(harm=Harm.DENIED, op="put", key="packs/", times=None)])
     began_s = time.monotonic()
     with pytest.raises(ckpt.UnavailableError, match="max_stale_s") as caught:
-        _counting(store, lambda run, step: threading.Event().wait(0.01), every=1, max_stale="100ms", total=1000)
+        _counting(store, lambda run, step: threading.Event().wait(0.01), every=1, max_stale="100ms", total=100_000)
     assert isinstance(caught.value.__cause__, ckpt.StoreDeniedError)
-    assert time.monotonic() - began_s < 8
+    assert time.monotonic() - began_s < 60
 
 
 def test_budget_is_not_exceeded_while_snapshots_become_durable() -> None:

@@ -15,7 +15,9 @@ from ckpt.elastic.terms import Term, Terms
 WAIT_S = 60
 PROGRAM = """
 import os, signal, sys, threading, time
+from ckpt.elastic import terms
 from ckpt.elastic.term_in_place import TermInPlace
+terms.SAME_TERM_S = 1000.0
 asked = threading.Semaphore(0)
 def ask():
     os.write(1, b"asked\\n")
@@ -30,7 +32,6 @@ with TermInPlace(ask):
         if line == "asked\\n":
             asked.acquire()
         if line == "later\\n":
-            from ckpt.elastic import terms
             terms.SAME_TERM_S = 0.0
 """
 

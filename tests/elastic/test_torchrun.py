@@ -51,6 +51,7 @@ def train(run):
         loss.backward()
         optimizer.step()
         out["losses"][step] = loss.item()
+        time.sleep(case.get("pause_s", 0.0))
         if case.get("save") == [run.rank, step]:
             run.save(tag="asked")
         if case.get("break") == step:
@@ -130,7 +131,7 @@ def test_training_that_goes_on_after_a_normal_end_is_bit_exact(launch: Launcher,
 
 @pytest.mark.slow
 def test_request_of_one_rank_is_one_snapshot_of_all_and_break_ends_all_alike(launch: Launcher) -> None:
-    reports = launch.run(total=50, every=100, save=[1, 3], **{"break": 20})
+    reports = launch.run(total=50, every=100, save=[1, 3], pause_s=0.1, **{"break": 20})
     assert [report["done"] for report in reports] == [21, 21]
     infos = ckpt.Checkpointer(launch.store).snapshots()
     assert [info.world_size for info in infos] == [2, 2]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RUN_S_MAX = 300
+RUN_S_MAX = 900
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 
 

@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     if not os.access(memory, os.W_OK):
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(prefix="ckpt-crash-", dir=memory) as made:
+    with tempfile.TemporaryDirectory(prefix="crash-points-", dir=memory) as made:
         yield Path(made)
 
 

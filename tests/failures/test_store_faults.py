@@ -16,7 +16,6 @@ import torch
 import ckpt
 from ckpt.backends.base import Backend
 from ckpt.backends.file import FileBackend
-from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.fileops import FailingOps
 
 WAIT_S = 30.0
@@ -287,12 +286,14 @@ def test_hanging_store_blocks_no_step_and_due_snapshots_are_skipped_and_told(
 
 
 def test_store_that_is_slow_for_one_call_delays_durability_only(tmp_path: Path) -> None:
-    slow = FaultyBackend(FileBackend(tmp_path / "store"), [Fault(harm=Harm.SLOW, op="put", key="packs/", delay_s=0.3)])
+    slow = Switch(tmp_path / "store")
     with ckpt.Checkpointer(slow) as checkpointer:
+        slow.gate.clear()
         pending = checkpointer.save_async({"state": {"x": noise(1)}}, step=1)
         assert not pending.done()
         with pytest.raises(ckpt.UnavailableError, match="not durable yet"):
             pending.durable(0.01)
+        slow.gate.set()
         assert pending.durable(WAIT_S).step == 1
 
 

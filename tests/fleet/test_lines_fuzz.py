@@ -95,14 +95,15 @@ class Witness:
         self.said = 0
         acquaint(one, other)
 
-    def check(self) -> None:
+    def check(self, *, calm: bool = True) -> None:
+        """``calm``: nor may the line have been down."""
         word = Post(room="1", key=str(self.said), value=os.urandom(2000))
         assert self.one.lines.say(self.other.name, word)
         self.said += 1
         self.other.wait(lambda: len(self.other.words) >= self.said, "a word")
         assert self.other.words[-1] == (self.one.name, word)
         assert len(self.other.words) == self.said
-        assert self.one.downs == self.other.downs == []
+        assert not calm or self.one.downs == self.other.downs == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -160,7 +161,9 @@ def test_node_gets_in_though_strangers_hold_all_places(node: Callable[..., Node]
     try:
         wait(lambda: one.lines.refused > STRANGERS_MAX, "a crowd")
         Witness(one, node("z")).check()
-        Witness(one, node("0")).check()  # it is the one that is called
+        Witness(one, node("0")).check(
+            calm=False
+        )  # it is the one that calls: a crowd may push it out before it is heard
     finally:
         over.set()
         thread.join(WAIT_S)

@@ -223,8 +223,9 @@ def test_etcd_that_was_set_up_is_one_healthy_cluster(made: Site, etcd: list[Serv
     secrets = made.folder / "secrets"
     done = subprocess.run(
         ["etcdctl", f"--endpoints={endpoints}", f"--cacert={secrets / 'ca.crt'}", f"--cert={secrets / 'client.crt'}",
-         f"--key={secrets / 'client.key'}", "endpoint", "health", "--write-out=json"],
-        capture_output=True, text=True, timeout=60, check=False,
+         f"--key={secrets / 'client.key'}", "--command-timeout=60s", "--dial-timeout=30s",
+         "endpoint", "health", "--write-out=json"],
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [one["health"] for one in json.loads(done.stdout)] == [True] * len(MEMBERS)

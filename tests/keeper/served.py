@@ -47,7 +47,7 @@ from ckpt.observe.events import Event
 from ckpt.values import SnapshotId
 
 T = TypeVar("T", bound=Message)
-WAIT_S = 10.0
+WAIT_S = 60.0
 POLICY = Policy(linger_s=0.0, hang_s=0.0)
 
 

@@ -131,17 +131,19 @@ def test_what_a_supervisor_holds_is_handed_over_before_the_first_attempt(serve: 
 
 
 def test_ranks_that_do_not_come_are_named_and_then_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew_module, "GATHER_TELL_S", 0.1)
-    monkeypatch.setattr(crew_module, "GATHER_MAX_S", 0.5)
     served = serve()
     one = served.peer(role="supervisor", rank=1, ranks=4)
     other = served.peer(role="supervisor", rank=2, ranks=4)
+    for peer in (one, other):
+        peer.next(Welcome)
+    monkeypatch.setattr(crew_module, "GATHER_TELL_S", 0.0)
     for peer in (one, other):
         told = peer.next(words.Tell)
         assert told.alarm
         assert "missing on this node: 0, 3 of 4" in told.text
     (event,) = served.told("missing")
     assert "LOCAL_WORLD_SIZE" in event.text
+    monkeypatch.setattr(crew_module, "GATHER_MAX_S", 0.0)
     for peer in (one, other):
         leave = peer.next(words.Leave)
         assert leave.status == 1

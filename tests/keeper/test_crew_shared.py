@@ -52,7 +52,7 @@ def serve_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
     made: list[Node] = []
 
     def make(name: str, *, policy: Policy = POLICY, **more: object) -> Node:
-        known = {"where": str(tmp_path / "meet"), "job": "job", "nodes_min": 2, "nodes_max": 2, "ttl_s": 3.0}
+        known = {"where": str(tmp_path / "meet"), "job": "job", "nodes_min": 2, "nodes_max": 2, "ttl_s": 30.0}
         spec = NodesSpec(**{**known, **more})  # type: ignore[arg-type]
         monkeypatch.setattr(served_room, "KeeperSpec", partial(KeeperSpec, nodes=spec))
         made.append(Node(tmp_path / name, policy))

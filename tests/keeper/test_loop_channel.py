@@ -10,7 +10,7 @@ from ckpt.encode.threads import start
 from ckpt.keeper.loop_channel import REPEATED_MAX, LoopChannel
 from ckpt.keeper.room import OwnRoom, ValueTo
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Loop:

@@ -28,7 +28,7 @@ from ckpt.stage.slot_header import read_slot
 from ckpt.values import PAGE_BYTES, SnapshotId
 
 SECRET = Secret.of(bytes(range(32)))
-WAIT_S = 20.0
+WAIT_S = 60.0
 ROOMY = 1 << 20
 
 

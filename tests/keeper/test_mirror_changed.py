@@ -26,7 +26,7 @@ from ckpt.stage.slot_header import read_slot
 from ckpt.values import CHUNK_BYTES, PAGE_BYTES, SnapshotId
 
 SECRET = Secret.of(bytes(range(32)))
-WAIT_S = 20.0
+WAIT_S = 60.0
 DATA_BYTES = 4 * CHUNK_BYTES
 FROZEN = bytes(3 * CHUNK_BYTES)
 ROOMY = 1 << 30

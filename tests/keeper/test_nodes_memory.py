@@ -31,7 +31,7 @@ from ckpt.peer.endpoint import Endpoint
 from ckpt.values import PAGE_BYTES, SnapshotId
 
 SECRET = bytes(range(32))
-WAIT_S = 20.0
+WAIT_S = 60.0
 OLD, NEW = SnapshotId(1, 5), SnapshotId(1, 6)
 
 

@@ -36,8 +36,8 @@ def test_hung_loop_ends_its_process_though_nothing_can_be_written() -> None:
 
 def test_loop_that_turns_is_left_alone_and_one_that_ended_too() -> None:
     hung = threading.Event()
-    watchdog = Watchdog(hung.set, look_s=0.02, looks_max=25)
-    until_s = time.monotonic() + 2.0
+    watchdog = Watchdog(hung.set, look_s=0.1, looks_max=25)
+    until_s = time.monotonic() + 4.0
     while time.monotonic() < until_s:
         watchdog.turn()
         time.sleep(0.01)

@@ -25,7 +25,7 @@ from ckpt.membership.keyspace import (
 )
 
 Make = Callable[[], Keyspace]
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 def get(keyspace: Keyspace, key: str) -> bytes | None:
@@ -165,7 +165,7 @@ class KeyspaceContract:
         assert get(keyspace, "a") == b"1"
 
     def test_a_lease_runs_out_and_a_renewed_one_does_not(self, make_keyspace: Make, ttl_s: float) -> None:
-        keyspace = make_keyspace()
+        keyspace, ttl_s = make_keyspace(), 2 * ttl_s
         began_s = time.monotonic()
         kept, left = keyspace.grant(secrets.randbits(62) + 1, ttl_s), keyspace.grant(secrets.randbits(62) + 1, ttl_s)
         put(keyspace, "kept", b"1", kept.lease_id)

@@ -22,7 +22,7 @@ OTHER_SECRET = Secret.of(bytes(range(100, 132)))
 BUDGET_BYTES = 160 << 20
 
 PATIENT = Limits(stranger_s=WAIT_S, idle_s=WAIT_S, patience=Patience(grace_s=WAIT_S))
-BRIEF = Limits(stranger_s=0.8, idle_s=0.8, patience=Patience(grace_s=0.8, bytes_per_s_min=8 << 20))
+BRIEF = Limits(stranger_s=3.0, idle_s=3.0, patience=Patience(grace_s=3.0, bytes_per_s_min=8 << 20))
 """Limits that a test reaches at once, and ones that none reaches."""
 
 

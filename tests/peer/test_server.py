@@ -248,7 +248,7 @@ def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(w
 
 
 def test_strangers_are_ended_after_their_time_however_busy_they_look(world: World) -> None:
-    limits = Limits(stranger_s=0.3, patience=Patience(grace_s=WAIT_S))
+    limits = Limits(stranger_s=2.0, patience=Patience(grace_s=WAIT_S))
     server = world.serve(limits=limits)
     with RawPeer(server) as peer:  # a hello alone proves little: it may be a recorded one
         assert peer.hear() is None
@@ -270,10 +270,10 @@ def test_many_clients_at_once_get_what_they_put(world: World) -> None:
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(work, range(12)))
     assert len(list(store.list(""))) == 12 * 5
-    until(lambda: server.stats().served.get("LIST"))  # counted behind the answer
+    counts = {"PUT": 72, "GET": 72, "DELETE": 12}
+    until(lambda: counts.items() <= server.stats().served.items())  # counted behind the answer
     stats = server.stats()
     assert not stats.refused
-    assert (stats.served["PUT"], stats.served["GET"], stats.served["DELETE"]) == (72, 72, 12)
     assert stats.received_bytes == 12 * sum(1 + 40_000 * turn for turn in range(6))
     assert stats.sent_bytes > stats.received_bytes
 

@@ -10,7 +10,7 @@ import pytest
 from ckpt.errors import UnavailableError
 from ckpt.persist.channel import Room, RoomChannel, SoloChannel, Waiting, wait_for
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def test_waiting_too_long_names_what_was_waited_for() -> None:

@@ -35,7 +35,7 @@ from ckpt.restore.verify import verify
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedIndex, StagedShard
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 NODES = (3, 1, 2)
 """How many ranks each has."""
 WORLD = sum(NODES)
@@ -190,7 +190,7 @@ def test_step_that_all_passed_is_the_least_that_one_captured(world: World) -> No
 
 def test_share_that_never_comes_is_named_and_moves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.saved(1)
-    monkeypatch.setattr("ckpt.persist.mates.MATE_WAIT_S", 0.3)
+    monkeypatch.setattr("ckpt.persist.mates.MATE_WAIT_S", 2.0)
     futures = [world.persisters[rank].submit(sealed(rank, 2), tags=()) for rank in range(WORLD) if rank != 5]
     assert errors(futures) == {UnavailableError.code}
     assert "missing=5" in str(futures[0].exception()) and "look at its log" in str(futures[0].exception())

@@ -21,7 +21,7 @@ from ckpt.persist.channel import Room, RoomChannel
 from ckpt.persist.persister import Persister, Place, Sealed
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 SIZE_BYTES = 64 << 10
 
 

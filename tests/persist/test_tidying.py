@@ -17,7 +17,7 @@ from ckpt.persist.persister import Persister, Place, Sealed
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 LEAVES = 8
 LEAF_BYTES = 64 << 10
 

@@ -74,7 +74,7 @@ def test_slow_first_store_is_hedged_and_writes_nothing_into_the_callers_memory_l
         out = bytearray(len(RIGHT))
         read_checked(store, "k", memoryview(out), check_for(RIGHT))
         assert bytes(out) == RIGHT
-        assert [one.count("read_into") for one in stores] == [1, 1, 0]
+        assert [one.count("read_into") for one in stores[:2]] == [1, 1]
         stores[0].release()
         wait_until(lambda: stores[0].inside == 0)
         wait_until(lambda: store._live().group.memory.used_bytes == 0)
@@ -105,7 +105,7 @@ def test_hung_store_is_no_longer_read_from_and_is_asked_again_when_it_is_back() 
     heard = Heard()
     stores = [Gated(memory) for memory in filled()]
     with replicated(stores, prefer=(0,), tell=heard) as store:
-        stores[0].stop("read_into")
+        stores[0].stop("read_into", "stat")  # what asks whether it is back hangs too
         assert read(store, "k", 10) == RIGHT[:10]
         down = heard.wait_for("store-down")
         assert "has not come back" in down.text

@@ -22,7 +22,7 @@ from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.upkeep import gc_due
 from ckpt.upkeep.sweep_plan import PREFIXES
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def state(step: int) -> dict[str, object]:

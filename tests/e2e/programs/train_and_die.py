@@ -128,6 +128,8 @@ def train(run: ckpt.Run) -> None:
         "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
     }  # fmt: skip
     digests = {name: digest(part) for name, part in parts.items()}
+    if DIES:  # its moment never came: on a slow store all steps are over after few calls
+        os.kill(os.getpid(), signal.SIGKILL)
     (FOLDER / f"final-{RANK}.json").write_text(json.dumps(digests))
     if WORLD_SIZE > 1:
         dist.barrier()

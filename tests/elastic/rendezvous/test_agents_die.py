@@ -75,7 +75,7 @@ def start(driver: str, endpoint: str) -> Iterator[Callable[..., Process]]:
     """Starts agents of one job."""
     made: list[Process] = []
     job = f"killed {os.getpid()}/{next(_jobs)}"
-    config = {"ttl": {"embedded": "1.0", "etcd": "2"}[driver], "last_call_timeout": "0.5", "shrink_timeout": "30"}
+    config = {"ttl": {"embedded": "4", "etcd": "5"}[driver], "last_call_timeout": "0.5", "shrink_timeout": "30"}
 
     def make(nodes_min: int = 2, nodes_max: int = 2) -> Process:
         made.append(

@@ -56,7 +56,7 @@ def test_the_last_call_lets_a_round_begin_with_fewer(agents: Make) -> None:
 
 
 def test_too_few_wait_until_their_time_is_over(agents: Make) -> None:
-    (waiting,) = agents(2, 2, join_timeout="0.7").come(1)
+    (waiting,) = agents(2, 2, join_timeout="3").come(1)
     error = waiting.fails()
     assert isinstance(error, RendezvousTimeoutError)
     assert "waiting=1 nodes_min=2" in str(error)

@@ -25,7 +25,7 @@ sys.path[:0] = [str(TESTS / "membership")]
 
 from memory_keyspace import MemoryKeyspace, MemoryServer  # noqa: E402
 
-TTL_S = 3.0
+TTL_S = 8.0
 Make = Callable[..., Agents]
 
 

@@ -93,7 +93,7 @@ def test_an_undecorated_program_goes_on_when_an_agent_was_killed_and_came_back(
     ]  # fmt: skip
     nodes = [start(launcher, PLAIN, out, 400) for _ in range(2)]
     wait_for(lambda: len(lines(out, 1)) > 5, "both train", wait_s=WAIT_S, say=say(nodes))
-    pid = int(next(line for line in (out / "pids.txt").read_text().splitlines() if line.startswith("0 ")).split()[1])
+    pid = int([line for line in (out / "pids.txt").read_text().splitlines() if line.startswith("0 ")][-1].split()[1])
     dead = next(node for node in nodes if node.has(pid))
     dead.fleet.kill_all()
     done = [len(lines(out, rank)) for rank in range(2)]
@@ -117,8 +117,8 @@ def test_a_warm_standby_takes_over_and_the_other_agents_notice_nothing(
     out = tmp_path / "out"
     out.mkdir()
     launcher = ["-m", "ckpt", "run", "--ttl=2", "--rdzv-id=kept", "--nnodes=2", "--nproc-per-node=1"]
-    nodes = [start(launcher, STEADY, out, 1500) for _ in range(3)]
-    _lose_a_node(nodes, out, 1500, warm=True)
+    nodes = [start(launcher, STEADY, out, 600, "--step-s", 0.1) for _ in range(3)]
+    _lose_a_node(nodes, out, 600, warm=True)
 
 
 @pytest.mark.slow
@@ -131,8 +131,8 @@ def test_a_standby_that_waits_takes_over_over_etcd(start: Callable[..., Node], t
         *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=kept too", "--nnodes=2", "--nproc-per-node=1",
         f"--rdzv-conf=ttl=5,standby=wait,secret={secret}",
     ]  # fmt: skip
-    nodes = [start(launcher, STEADY, out, 1000) for _ in range(3)]
-    _lose_a_node(nodes, out, 1000, warm=False)
+    nodes = [start(launcher, STEADY, out, 600, "--step-s", 0.1) for _ in range(3)]
+    _lose_a_node(nodes, out, 600, warm=False)
 
 
 @pytest.mark.slow
@@ -146,9 +146,9 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     before = set(etcd.leases())
     launcher = [
         *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=one lease", "--nnodes=2", "--nproc-per-node=1",
-        f"--rdzv-conf=ttl=3,secret={secret}",
+        f"--rdzv-conf=ttl=5,secret={secret}",
     ]  # fmt: skip
-    nodes = [start(launcher, STEADY, out, 1500) for _ in range(2)]
+    nodes = [start(launcher, STEADY, out, 800, "--step-s", 0.1) for _ in range(2)]
 
     def theirs() -> set[int]:
         return set(etcd.leases()) - before
@@ -159,11 +159,12 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     wait_for(lambda: losses(out, 1) > 20, "both train", wait_s=WAIT_S, say=say(nodes))
     wait_for(lambda: settled(set()), "one lease a node", wait_s=WAIT_S, say=say(nodes))
     leases, done = theirs(), losses(out, 1)
-    wait_for(lambda: losses(out, 1) > done + 200, "they go on for longer than a lease", wait_s=WAIT_S, say=say(nodes))
+    wait_for(lambda: losses(out, 1) > done + 50, "they go on for longer than a lease", wait_s=WAIT_S, say=say(nodes))
     assert theirs() == leases
     assert "joins anew" not in say(nodes)()
     assert nodes[1].fleet.send(nodes[1].fleet.keeper(Path("out/store")), signal.SIGKILL)
     wait_for(lambda: settled(leases), "one lease a node with the next keeper", wait_s=WAIT_S, say=say(nodes))
+    (out / "hurry").touch()
     assert finished(nodes) == [0, 0], say(nodes)()
     assert "asked-back" not in say(nodes)()
     wait_for(lambda: not theirs(), "no lease is left", wait_s=WAIT_S)
@@ -183,6 +184,7 @@ def _lose_a_node(nodes: list[Node], out: Path, steps: int, *, warm: bool) -> Non
     rest = [node for node in nodes if node is not dead]
     dead.fleet.kill_all()
     assert losses(out, 1) < steps
+    (out / "hurry").touch()
     assert finished(rest) == [0, 0], say(rest)()
     assert job.supervisor(0) == supervisor
     taken = [int(line.split()[0]) for line in (out / "losses-1.txt").read_text().splitlines()]

@@ -22,7 +22,7 @@ from ckpt.link.frames import Wire
 from ckpt.link.message import Message
 from ckpt.link.messages import Hello, Leave, Start, Started
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """How long anything may take before a test fails."""
 
 HEAD = """

@@ -242,7 +242,7 @@ def test_node_that_may_not_act_has_its_trainer_stopped_and_starts_none_until_it_
     def may_act(seconds: float) -> None:
         board.act_until(now_ns() + int(seconds * 1e9))
 
-    may_act(2.0)
+    may_act(10.0)
     link.send(KeepBoard(), [board.fd])
     first = link.start().trainer_pid
     died = link.expect(Died)  # nobody prolongs it
@@ -251,7 +251,7 @@ def test_node_that_may_not_act_has_its_trainer_stopped_and_starts_none_until_it_
 
     link.send(Start(attempt=2, port=12345))
     link.silent(1.0)
-    may_act(2.0)
+    may_act(10.0)
     started = link.expect(Started)
     assert started.attempt == 2
     os.kill(started.trainer_pid, signal.SIGKILL)

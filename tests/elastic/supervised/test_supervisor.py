@@ -149,7 +149,7 @@ def test_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None
 
 
 def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None:
-    run = program("sit()\nforever()\n")
+    run = program("from ckpt.elastic import terms\nterms.SAME_TERM_S = 1000.0\nsit()\nforever()\n")
     link = keeper.accept()
     pid = link.start().trainer_pid
     os.kill(run.pid, signal.SIGTERM)

@@ -15,7 +15,7 @@ import pytest
 
 from ckpt.link.messages import Bye, Died, Kill, Killed, Leave
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 SHELL = """
 import fcntl, os, signal, sys, termios

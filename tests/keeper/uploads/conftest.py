@@ -32,7 +32,7 @@ from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedInd
 
 T = TypeVar("T")
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 ROW_BYTES = 64 << 10
 Told = tuple[int, SnapshotId, SnapshotInfo | None, RemoteError | None]
 

@@ -14,7 +14,7 @@ from ckpt.keeper.uploads import Uploads
 from ckpt.link.client import KeeperSpec
 from ckpt.values import SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Node:

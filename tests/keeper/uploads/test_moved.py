@@ -11,7 +11,7 @@ from ckpt.commit.journal import Journal
 from ckpt.link.answers import Choice
 from ckpt.values import SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @pytest.mark.parametrize("asked", [True, False])

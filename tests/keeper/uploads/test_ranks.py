@@ -10,7 +10,7 @@ from ckpt.link.answers import Choice
 from ckpt.link.message import RemoteError
 from ckpt.values import SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @pytest.mark.parametrize("staged_by", [(0, 1), (0,)])

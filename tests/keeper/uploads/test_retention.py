@@ -16,7 +16,7 @@ from ckpt.upkeep import gc_due
 from ckpt.upkeep.sweep_plan import PREFIXES
 from ckpt.values import SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 LAST_TWO = Retention(keep="last=2", grace_s=0.0)
 
 

@@ -13,7 +13,7 @@ from ckpt.errors import FencedError, UnavailableError, UsageError
 from ckpt.link.answers import Choice
 from ckpt.values import SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def test_store_that_is_down_at_the_first_open_tells_the_caller(make_world) -> None:

@@ -12,7 +12,7 @@ from ckpt.keeper.store_log import Opening, StoreLog, new_origin
 from ckpt.link.answers import Choice
 from ckpt.values import SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 ROW_BYTES = 64 << 10
 FIRST = SnapshotId(1, 1)
 

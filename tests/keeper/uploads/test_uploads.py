@@ -13,7 +13,7 @@ from ckpt.link.answers import Choice
 from ckpt.manifest.records import Commit
 from ckpt.values import SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def test_no_store_yet_gives_no_choices_and_the_first_epoch_makes_one(make_world) -> None:

@@ -27,7 +27,7 @@ from ckpt.session.staging import Staged
 from ckpt.stage.slot import SlotPool
 from ckpt.values import SnapshotId, StagedIndex
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 SPEC = KeeperSpec(job="job", store="/store")
 HELLO = words.Hello(version=words.WIRE_VERSION, role="trainer", pid=1, launch="l", rank=0, ranks=2, attempt=3)
 SNAPSHOT = SnapshotId(1, 10)

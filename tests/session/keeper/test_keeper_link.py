@@ -19,7 +19,7 @@ from ckpt.session.keeper_link import KNOWN_MAX, KeeperLink
 from ckpt.stage.slot import read_slot
 from ckpt.values import ChunkLocation, Codec, SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 SNAPSHOT = SnapshotId(1, 10)
 
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

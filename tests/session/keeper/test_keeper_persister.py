@@ -14,7 +14,7 @@ from ckpt.manifest.digest import digest
 from ckpt.session.keeper_link import KeeperLink
 from ckpt.values import ChunkLocation, Codec, SnapshotId, SnapshotInfo
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 SNAPSHOT = SnapshotId(1, 10)
 INFO = SnapshotInfo(epoch=1, step=10, world_size=2, size_bytes=9, new_bytes=9, created_unix_s=1.0)
 

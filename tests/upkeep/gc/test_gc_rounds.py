@@ -29,7 +29,7 @@ from ckpt.upkeep.retain import KeepPolicy, keep_last, keep_tagged
 from ckpt.upkeep.sweep_plan import PREFIXES
 from ckpt.values import SnapshotId
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 STEPS = (10, 20, 30, 40)
 """Of the sample: 20 is tagged ``best``."""
 
