@@ -288,13 +288,14 @@ def test_hanging_store_blocks_no_step_and_due_snapshots_are_skipped_and_told(
 def test_store_that_is_slow_for_one_call_delays_durability_only(tmp_path: Path) -> None:
     slow = Switch(tmp_path / "store")
     with ckpt.Checkpointer(slow) as checkpointer:
+        checkpointer.save({"state": {"x": noise(1)}}, step=1)
         slow.gate.clear()
-        pending = checkpointer.save_async({"state": {"x": noise(1)}}, step=1)
+        pending = checkpointer.save_async({"state": {"x": noise(2)}}, step=2)
         assert not pending.done()
         with pytest.raises(ckpt.UnavailableError, match="not durable yet"):
             pending.durable(0.01)
         slow.gate.set()
-        assert pending.durable(WAIT_S).step == 1
+        assert pending.durable(WAIT_S).step == 2
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ckpt.peer.wire import END, HEAD_BYTES_MAX, with_mac
 from ckpt.peer.words import CONTINUE, Base, Request
 
 BUDGET_BYTES = 2 << 20
-QUICK = Limits(stranger_s=20.0, idle_s=20.0, patience=Patience(grace_s=20.0, bytes_per_s_min=1 << 20))
+QUICK = Limits(stranger_s=5.0, idle_s=5.0, patience=Patience(grace_s=5.0, bytes_per_s_min=1 << 20))
 KEPT = b"what was here before"
 SEEDS = range(6)
 TURNS = 60
