@@ -59,12 +59,10 @@ class Node:
         self._epochs = Epochs(told, meeting=ways.meeting, say=self.say)
         self._grow_wait_s = grow_wait_s
         self._changed = threading.Condition()
-        self._stopped = False
-        self._over = False
-        self._rejoin = False
-        self._dirty = False
+        self._stopped = self._over = self._rejoin = self._dirty = False
         self._lines: Lines | None = None
         self._me: NodeInfo | None = None
+        self._joining: NodeInfo | None = None  # a member, which has not seen itself as one yet
         self._began_at = self._joined_at = 0
         """Revisions at which this node joined, the first time and last."""
         self._view: View | None = None
@@ -186,6 +184,22 @@ class Node:
                 return
 
     def _join(self) -> NodeInfo:
+        info = self._joining
+        if info is None or self._member.standing().state is State.LOST:
+            self._joining = info = self._come()
+        view = self._member.view()  # where this fails it is asked again: by now this node is a member
+        joined_at = view.by_node[info.node].joined if info.node in view.by_node else view.revision
+        with self._changed:
+            self._me, self._joining, self._rejoin = info, None, False
+            self._joined_at = joined_at
+            # Revisions of a membership whose data were lost begin anew.
+            self._began_at = min(self._began_at or joined_at, joined_at)
+            self._epochs.begin_anew()
+        self._tell(Event("joined", f"this node is {info.node} of its job", {"node": info.node}))
+        return info
+
+    def _come(self) -> NodeInfo:
+        """Become a member, with lines of its own."""
         if self._lines is not None:
             self._lines.close()
             self._lines = None
@@ -197,16 +211,7 @@ class Node:
         info = self._info()
         self._lines = self._make_lines(info.node, heard)
         info = replace(info, address=f"{info.address}:{self._lines.port}")
-        ticket = self._member.join(info, agent=self._agent)
-        view = self._member.view()
-        joined_at = view.by_node[ticket.node].joined if ticket.node in view.by_node else view.revision
-        with self._changed:
-            self._me, self._rejoin = info, False
-            self._joined_at = joined_at
-            # Revisions of a membership whose data were lost begin anew.
-            self._began_at = min(self._began_at or joined_at, joined_at)
-            self._epochs.begin_anew()
-        self._tell(Event("joined", f"this node is {info.node} of its job", {"node": info.node}))
+        self._member.join(info, agent=self._agent)
         return info
 
     def _lose(self, why: str, me: NodeInfo | None) -> None:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "membership"))
 from memory_keyspace import MemoryKeyspace, MemoryServer
 
 from ckpt.encode.threads import start
+from ckpt.errors import UnavailableError
 from ckpt.fleet.leading import ALL_ENDED, FLOOR, PEER
 from ckpt.fleet.lines import Lines
 from ckpt.fleet.node import Node
@@ -28,7 +29,8 @@ from ckpt.keeper.verdict import ECHO_S
 from ckpt.link.policy import Policy
 from ckpt.membership.decide import Options
 from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.values import Holdings, NodeInfo
+from ckpt.membership.leases import State
+from ckpt.membership.values import Holdings, NodeInfo, View
 from ckpt.observe.events import Event
 
 WAIT_S = 60.0
@@ -71,6 +73,18 @@ class One:
         self.lines[-1].close()
 
 
+def blinded(view: Callable[[], View], *, times: int) -> Callable[[], View]:
+    """The same, but for the first times."""
+    left = iter(range(times))
+
+    def view_or_not() -> View:
+        if next(left, None) is not None:
+            raise UnavailableError("the service changes its leader")
+        return view()
+
+    return view_or_not
+
+
 class World:
     """One service and the nodes of one job."""
 
@@ -88,6 +102,7 @@ class World:
         one = One(name)
         attempt = more.pop("attempt", 0)
         ttl_s = float(more.pop("ttl_s", TTL_S))  # type: ignore[arg-type]
+        blind = int(more.pop("blind", 0))  # type: ignore[call-overload]
 
         def note(kept: list, said: object) -> None:  # type: ignore[type-arg]
             with self.changed:
@@ -112,6 +127,7 @@ class World:
         one.member = KeyedMembership(
             MemoryKeyspace(self.server), "job", ttl_s=ttl_s, witnesses_min=witnesses
         )  # fmt: skip
+        one.member.view = blinded(one.member.view, times=blind)  # type: ignore[method-assign]
         options = replace(Options(nodes_min=least, nodes_max=most, last_call_s=0.3, witnesses_min=witnesses), **more)  # type: ignore[arg-type]
         one.node = Node(
             one.member, info, options,
@@ -311,6 +327,25 @@ def test_second_word_of_an_attempt_that_is_final_counts(world: World) -> None:
     nodes[1].fail(1, "error", status=1)
     nodes[1].fail(1, "preempted", final=True, status=0)
     assert world.epoch(*nodes, beyond=1).note.why == "b preempted"
+
+
+def test_node_that_joined_and_could_not_look_then_is_a_node_all_the_same(world: World) -> None:
+    nodes = [world.node("a"), world.node("b", blind=5)]
+    assert world.epoch(*nodes).number == 1
+    assert [len(one.lines) for one in nodes] == [1, 1], "others reach it where it said that it is"
+
+
+def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: World) -> None:
+    one = world.node("a", blind=10**9)
+    world.until(lambda: one.member.standing().state is State.SURE, "a first membership")
+    one.member.keepalive.lost("nobody prolonged it")
+    one.member.view = KeyedMembership.view.__get__(one.member)  # type: ignore[method-assign]
+    other = world.node("b")
+    world.until(
+        lambda: one.epochs and other.epochs and one.epochs[-1].record.ranks == other.epochs[-1].record.ranks, "one"
+    )
+    assert set(one.epochs[-1].record.ranks) == {one.id, other.id}
+    assert len(one.lines) == 2
 
 
 def test_world_grows_when_the_epoch_has_lasted_long_enough(world: World) -> None:
