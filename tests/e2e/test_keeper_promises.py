@@ -70,7 +70,7 @@ def test_preempted_program_is_durable_at_the_step_it_stopped_at_and_goes_on_from
     command = (plain if world_size == 1 else ranks)("steady.py", "{folder}", steps, "--every", 1000)
     calm = calm_run(fleet, command)
     for number in range(PREEMPTIONS):
-        job = fleet.start([*command, "--step-s", 0.2], "preempted")  # so that it is not over before the signal comes
+        job = fleet.start([*command, "--step-s", "0.2"], "preempted")  # so that it is not over before the signal comes
         job.wait_steps(job.completed + chance.randint(1, 25))
         job.process.send_signal(signal.SIGTERM)
         status = job.wait_end(GRACE_S + 10.0)
@@ -126,7 +126,7 @@ def test_second_run_of_a_job_that_lives_is_refused_and_the_first_goes_on_unharme
 def test_two_jobs_on_one_machine_do_not_disturb_each_other(fleet: Fleet) -> None:
     command = plain("steady.py", "{folder}", STEPS)
     calm = calm_run(fleet, command)
-    jobs = [fleet.start([*command, "--step-s", 0.3], name) for name in ("one", "other")]
+    jobs = [fleet.start([*command, "--step-s", "0.3"], name) for name in ("one", "other")]
     for job in jobs:
         job.wait_steps(5)
     assert fleet.keeper(jobs[0].folder / "store") != fleet.keeper(jobs[1].folder / "store")
