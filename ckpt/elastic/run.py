@@ -142,7 +142,13 @@ class Run(Whereabouts):
                     self._torn = not ran_dry(frame)
                 raise
             self.completed(step + 1)
-        self._snapshot_last()
+        if self._stepped:
+            self._snapshot_last()
+            return
+        with suppress(
+            UnavailableError
+        ):  # this loop had nothing to do; another may follow, and no store holds that up for long
+            self._snapshot_last(wait_s=BOUNDARY_WAIT_S)
 
     def completed(self, steps: int) -> None:
         """Tell that ``steps`` steps are complete: the boundary of a loop of one's own. ``steps()`` calls it by itself.
@@ -273,8 +279,7 @@ class Run(Whereabouts):
         if self._completed is None:
             restored = self._session.restored
             self._completed = restored.step if restored is not None else 0
-            # What only memory held is not durable yet: the last boundary, if this is it, has a snapshot still to come.
-            self._taken = restored.step if restored is not None and self._session.restored_from_store else None
+            self._taken = restored.step if restored is not None and not self._session.must_save_restored else None
             self._begin()
 
     def _begin(self) -> None:
@@ -350,11 +355,11 @@ class Run(Whereabouts):
         except (CkptError, Preempted) as error:
             self._left_error = error
 
-    def _snapshot_last(self) -> None:
+    def _snapshot_last(self, *, wait_s: float = SLOT_WAIT_S) -> None:
         """The snapshot of a loop's last boundary, where it is a snapshot point and has none yet."""
         if self._taken == self._done or not self._watch.was_point or self._done == 0:
             return
-        self._snapshot([Order(forced=True)])
+        self._snapshot([Order(forced=True)], wait_s=wait_s)
 
     def _snapshot(self, orders: list[Order], *, wait_s: float = SLOT_WAIT_S) -> None:
         if self._torn or self._watch.stepped:  # only at the end: the loop was left in the middle of a body
@@ -365,7 +370,10 @@ class Run(Whereabouts):
             )
             return
         tags = tuple(dict.fromkeys(tag for order in orders for tag in order.tags))
-        self._session.snapshot(self._done, metadata=self._metrics.facts(), tags=tags, wait_s=wait_s)
+        facts, restored = self._metrics.facts(), self._session.restored
+        if not self._stepped and restored is not None:
+            facts = {**restored.metadata, **facts}  # it is that snapshot once more
+        self._session.snapshot(self._done, metadata=facts, tags=tags, wait_s=wait_s)
         self._taken = self._done
         self._asked_at_s = time.monotonic()
 

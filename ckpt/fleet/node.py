@@ -156,7 +156,8 @@ class Node:
         while not self._done:
             me = self._me
             try:
-                if me is not None and self._rejoin and self._member.standing().state is not State.LOST:
+                lost = self._member.standing().state is State.LOST
+                if me is not None and self._rejoin and self._joining is None and not lost:
                     self._pause(RETRY_S)  # its lease has yet to learn it
                     continue
                 if me is None or self._rejoin:

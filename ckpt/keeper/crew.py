@@ -222,9 +222,12 @@ class Crew:
     def _on(self, event: Event) -> None:
         if self.roster is None:
             return
+        before = self.roster.state
         self.roster, actions = rules.step(self.roster, event)
         for action in actions:
             self._do(action)
+        if State.OVER is self.roster.state is not before and not any(isinstance(one, LeaveAll) for one in actions):
+            self._job.keep_newest()  # no more than a look, where all ended as they should: what they left last is durable
 
     def _do(self, action: Action) -> None:
         job = self._job

@@ -73,6 +73,7 @@ class Session:
         self._items: dict[str, object] = {}
         self._rng = RngState()
         self._opens, self._closed = 0, False
+        self._whole = False  # whether all that was restored is tracked
         self._refers = False  # whether what was restored was also read: only verified chunks may be referred to
         self.epoch = 0
         """The epoch that this session opened; 0 before."""
@@ -136,14 +137,12 @@ class Session:
     @property
     def local_rank(self) -> int:
         """This rank among those of its node, on whose board it is. Joined."""
-        link = self._link
-        return link.local_rank if link is not None else self.channel.rank
+        return self._link.local_rank if self._link is not None else self.channel.rank
 
     @property
     def pass_on(self) -> Callable[[int, int], object] | None:
         """Tells other nodes what is done at a boundary; None where the job has no others."""
-        link = self._link
-        return link.decided if link is not None and link.several_nodes else None
+        return self._link.decided if self._link is not None and self._link.several_nodes else None
 
     @property
     def seated(self) -> bool:
@@ -152,9 +151,9 @@ class Session:
         return seat is not None and self._spec is not None and seat.serves(self._spec)
 
     @property
-    def restored_from_store(self) -> bool:
-        """Whether what was restored is durable for certain; else memory had it, and perhaps nothing but memory."""
-        return self.restored is not None and not self.join().restoring.staged
+    def must_save_restored(self) -> bool:
+        """Whether a run that ends where it began saves that once more: perhaps memory alone had it, and all of it is here."""
+        return self._whole and self.join().restoring.staged
 
     def on_stop(self, call: Callable[[float], object]) -> None:
         """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it must have stopped."""
@@ -273,6 +272,7 @@ class Session:
         if unknown:
             raise UsageError(f"only names what is not tracked. only={unknown} tracked={sorted(tracked)}; correct it")
         lost = sorted(set(item_names(self.join().restoring.index())) - tracked)
+        self._whole = not lost and self._options.only is None
         self.join().restoring.close()
         if lost:
             text = f"the restored snapshot has items that nobody tracks, later ones will lack them: {', '.join(lost)}"

@@ -35,7 +35,8 @@ def test_each_dtype_is_recorded_by_its_name(name: str) -> None:
 
 def test_every_dtype_of_torch_is_known_or_is_quantized_or_bits() -> None:
     every = {dtype_name(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
-    assert {name for name in every - DTYPE_BYTES.keys() if not name.startswith(("q", "bits"))} == set()
+    left = {name for name in every - DTYPE_BYTES.keys() if not name.startswith(("q", "bits"))}
+    assert left <= {"bcomplex32"}  # which torch calls experimental; a tensor of it is refused by name, as those are
 
 
 def test_strided_view_shares_memory() -> None:

@@ -80,13 +80,17 @@ def test_exception_unwinds_nothing_that_the_next_attempt_stands_in(fleet: Fleet)
 
 
 @pytest.mark.slow
-def test_end_that_was_restored_from_memory_is_durable_before_the_program_ends(fleet: Fleet) -> None:
-    job = fleet.start(plain("ends.py", "{folder}", "last"))
+@pytest.mark.parametrize("how", ["last", "early"])
+def test_end_that_only_memory_had_is_durable_though_nothing_was_left_to_do(fleet: Fleet, how: str) -> None:
+    job = fleet.start(plain("ends.py", "{folder}", how))
     assert job.wait_end() == 0, job.output()
     assert (job.attempts(), rest(job)) == (2, 1)
+    if how == "early":  # its keeper's work: the program has nothing of it
+        fleet.wait_gone()
     store = ckpt.Checkpointer(str(job.folder / "store"))
     state = {"sum": torch.zeros(4)}
-    assert store.restore({"state": state}).step == 12
+    restored = store.restore({"state": state})
+    assert (restored.step, restored.metadata["sum"]) == (12, sum(range(12)))
     assert state["sum"].tolist() == [sum(range(12))] * 4
     assert store.verify().ok
     fleet.wait_gone()

@@ -348,6 +348,22 @@ def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: Wor
     assert len(one.lines) == 2
 
 
+def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: World) -> None:
+    one = world.node("a", least=1, last_call_s=0.0)
+    world.epoch(one)
+    first, join, view = one.id, one.member.join, one.member.view
+
+    def join_blindly(*args: object, **named: object) -> object:
+        ticket = join(*args, **named)  # type: ignore[arg-type]
+        one.member.view = blinded(view, times=3)  # type: ignore[method-assign]
+        return ticket
+
+    one.member.join = join_blindly  # type: ignore[method-assign,assignment]
+    one.member.keepalive.lost("nobody prolonged it")
+    world.until(lambda: one.id != first and one.id in one.epochs[-1].record.ranks, "an epoch under its new name")
+    assert len(one.lines) == 2
+
+
 def test_world_grows_when_the_epoch_has_lasted_long_enough(world: World) -> None:
     began_s = time.monotonic()
     first = world.node("a", least=1, grow_wait_s=1.0, last_call_s=0.0)

@@ -71,6 +71,16 @@ def test_nobody_leaves_before_what_only_memory_holds_is_durable(serve: Serve, ho
     assert served.ends()
 
 
+def test_what_only_memory_holds_is_durable_though_all_ended_well(serve: Serve) -> None:
+    served = serve(Policy(linger_s=0.0, hang_s=0.0))
+    crew, some = staged_by(served, 2)
+    for one in some:
+        one.leave()
+    end_well(crew, 1)
+    assert served.ends()
+    assert durable(served) == [PAIR]
+
+
 def test_a_store_that_takes_too_long_holds_nobody_longer_than_the_grace_time(
     serve: Serve, hold_commits: threading.Event
 ) -> None:
