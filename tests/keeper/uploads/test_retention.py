@@ -109,8 +109,9 @@ def test_nothing_is_dropped_or_deleted_while_trainers_restore(make_world) -> Non
     world.outcomes(uploads, SnapshotId(1, 2))
     assert uploads.tidy(begin=False), "nothing is even begun"
     assert before <= objects(world), "what is restored now is there, though a newer one is committed"
-    assert all(world.infos(world.save(uploads, SnapshotId(2, 3))))
-    world.until(lambda: steps(world) == [3])
+    # (1, 2) may be dropped in the moment in which the next one refers to it: that is refused, the one after refers to none.
+    saved = next(step for step in (3, 4) if all(world.infos(world.save(uploads, SnapshotId(2, step)))))
+    world.until(lambda: steps(world) == [saved])
     uploads.close(WAIT_S)
 
 
