@@ -339,13 +339,13 @@ def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: Wor
     one = world.node("a", blind=10**9)
     world.until(lambda: one.member.standing().state is State.SURE, "a first membership")
     one.member.keepalive.lost("nobody prolonged it")
+    world.until(lambda: len(one.lines) == 2, "another membership")
     one.member.view = KeyedMembership.view.__get__(one.member)  # type: ignore[method-assign]
     other = world.node("b")
     world.until(
         lambda: one.epochs and other.epochs and one.epochs[-1].record.ranks == other.epochs[-1].record.ranks, "one"
     )
     assert set(one.epochs[-1].record.ranks) == {one.id, other.id}
-    assert len(one.lines) == 2
 
 
 def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: World) -> None:
