@@ -145,9 +145,8 @@ class Run(Whereabouts):
         if self._stepped:
             self._snapshot_last()
             return
-        with suppress(
-            UnavailableError
-        ):  # this loop had nothing to do; another may follow, and no store holds that up for long
+        # Nothing was left to do here, and another loop may follow: no store holds it up for longer than it does a boundary.
+        with suppress(UnavailableError):
             self._snapshot_last(wait_s=BOUNDARY_WAIT_S)
 
     def completed(self, steps: int) -> None:

@@ -226,7 +226,8 @@ class Crew:
         self.roster, actions = rules.step(self.roster, event)
         for action in actions:
             self._do(action)
-        if State.OVER is self.roster.state is not before and not any(isinstance(one, LeaveAll) for one in actions):
+        over = self.roster.state is State.OVER and before is not State.OVER
+        if over and not any(isinstance(action, LeaveAll) for action in actions):  # which keeps the newest by itself
             self._job.keep_newest()  # no more than a look, where all ended as they should: what they left last is durable
 
     def _do(self, action: Action) -> None:
