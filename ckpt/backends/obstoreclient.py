@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import Protocol
 
 from ckpt.backends.base import Stat
@@ -53,7 +53,7 @@ def stat_of(key: str, entry: Entry) -> Stat:
     """An entry as the seam's facts."""
     size, modified = entry["size"], entry["last_modified"]
     assert isinstance(size, int), "a size is a number of bytes"
-    assert isinstance(modified, datetime), "a store says when an object was written"
+    assert isinstance(modified, datetime.datetime), "a store says when an object was written"
     return Stat(key, size, modified.timestamp())
 
 

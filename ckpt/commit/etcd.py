@@ -24,7 +24,7 @@ from ckpt.membership.where import etcd_of, where_of
 SEQUENCER_VARIABLE = "CKPT_SEQUENCER"
 """Names an etcd for programs and commands that no launcher of nodes told of one."""
 
-KEPT = 256
+ETCD_RECORDS_KEPT = 256
 """How many of the last records are kept; older ones are on their stores for long."""
 
 _LOG = "log/"
@@ -57,7 +57,7 @@ class EtcdSequencer:
     def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
         """See Sequencer."""
         key = f"{_LOG}{seq:020d}"
-        drop = (Delete(f"{_LOG}{seq - KEPT:020d}"),) if seq >= KEPT else ()
+        drop = (Delete(f"{_LOG}{seq - ETCD_RECORDS_KEPT:020d}"),) if seq >= ETCD_RECORDS_KEPT else ()
         try:
             with self._opened() as keys:
                 done = keys.transact(

@@ -13,7 +13,7 @@ from pathlib import Path
 from ckpt.errors import UsageError
 from ckpt.link.nodes_spec import NodesSpec
 
-SECRET_BYTES = 32
+JOB_SECRET_BYTES = 32
 NONCE_BYTES = 16
 MAC_BYTES = 16
 
@@ -55,7 +55,7 @@ def secret_of(nodes: NodesSpec) -> bytes:
     if not path.exists():
         draft = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(os.urandom(SECRET_BYTES).hex().encode())
+            file.write(os.urandom(JOB_SECRET_BYTES).hex().encode())
         with contextlib.suppress(FileExistsError):  # another node was faster
             os.link(draft, path)
         draft.unlink()

@@ -11,7 +11,7 @@ import ssl
 from ckpt.errors import StoreDeniedError
 from ckpt.fleet.tls import Tls
 
-READ_BYTES = 64 << 10
+TLS_READ_BYTES = 64 << 10
 
 
 class Sheath:
@@ -38,7 +38,7 @@ class Sheath:
             if not self._met:
                 self._tls.do_handshake()
                 self._met = True
-            while piece := self._tls.read(READ_BYTES):
+            while piece := self._tls.read(TLS_READ_BYTES):
                 said += piece
         except ssl.SSLWantReadError:
             pass  # more has to come
@@ -59,7 +59,7 @@ class Sheath:
                 self._tls.do_handshake()
                 self._met = True
             while self._kept:
-                count = self._tls.write(memoryview(self._kept)[:READ_BYTES].tobytes())
+                count = self._tls.write(memoryview(self._kept)[:TLS_READ_BYTES].tobytes())
                 del self._kept[:count]
         except ssl.SSLWantReadError:
             pass  # the other end's turn

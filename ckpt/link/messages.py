@@ -14,14 +14,13 @@ import msgspec
 from ckpt.link.answers import Choices, Done, Number, Slots, Sources, Status, Value, Welcome
 from ckpt.link.message import Message, RemoteError
 from ckpt.link.policy import Policy, Retention
+from ckpt.link.report import Fact
 from ckpt.link.seating import Seating
 from ckpt.manifest.canonical import ready
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 WIRE_VERSION = 4
 """Grows with each change of a message; peers of different versions refuse each other."""
-
-Fact = str | int | float | bool | None
 
 
 # ---- from everybody

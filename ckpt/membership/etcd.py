@@ -28,7 +28,7 @@ class EtcdKeyspace:
 
     def transact(self, transaction: Transaction) -> Outcome:
         """See Keyspace. One of reads only is linearizable as well: etcd asks its majority first."""
-        request = etcd_words.request(self._root, transaction)
+        request = etcd_words.txn_request(self._root, transaction)
 
         def ask(client: etcd3.MultiEndpointEtcd3Client) -> Outcome:
             response = client.kvstub.Txn(

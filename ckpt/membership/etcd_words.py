@@ -27,7 +27,7 @@ def root_of(job: str) -> str:
     return f"/ckpt/{quote(job, safe='')}/"
 
 
-def request(root: str, transaction: Transaction) -> etcdrpc.TxnRequest:
+def txn_request(root: str, transaction: Transaction) -> etcdrpc.TxnRequest:
     """The transaction as etcd takes it: in both branches the reads come last."""
     reads = [etcdrpc.RequestOp(request_range=_range(root, keys)) for keys in transaction.reads]
     return etcdrpc.TxnRequest(

@@ -11,7 +11,7 @@ from pathlib import Path
 from ckpt.errors import UsageError
 from ckpt.peer.auth import SECRET_BYTES, Secret
 
-_TEXT = re.compile(rb"[0-9a-f]{64}\n?")
+_SECRET_TEXT = re.compile(rb"[0-9a-f]{64}\n?")
 _READ_BYTES = 1024
 
 
@@ -38,7 +38,7 @@ def load_secret(path: str | os.PathLike[str]) -> Secret:
             os.close(fd)
     except OSError as error:
         raise UsageError(f"a peer secret can't be read. path={place} cause={error.strerror}; check the path") from error
-    if not _TEXT.fullmatch(text):
+    if not _SECRET_TEXT.fullmatch(text):
         raise UsageError(
             f"no peer secret here: not 64 hex digits. path={place} size_bytes={len(text)}; "
             "make one with ckpt.peer.secret_file.write_new_secret(path)"

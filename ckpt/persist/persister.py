@@ -180,11 +180,11 @@ class Persister:
         except CkptError as error:
             if isinstance(error, ConflictError):  # perhaps the base was dropped: refer to nothing next time
                 self._base, self._known = None, {}
-            self._tell(told.failed(snapshot, error))
+            self._tell(told.failed_event(snapshot, error))
             raise
         except Exception as error:  # a thread's border
             wrapped = InternalError(f"saving failed in an unforeseen way. snapshot={snapshot} cause={error!r}")
-            self._tell(told.failed(snapshot, wrapped))
+            self._tell(told.failed_event(snapshot, wrapped))
             if share is None:  # the other ranks would wait for it
                 self._decline(n, failed(snapshot, self._channel.rank, wrapped))
             raise wrapped from error
@@ -193,15 +193,15 @@ class Persister:
         self._base, self._known = snapshot, locations
         self.durable_at_s = time.monotonic()
         self.last_info = outcome.info
-        self._tell(told.durable(outcome.info, seconds=time.monotonic() - began))
+        self._tell(told.durable_event(outcome.info, seconds=time.monotonic() - began))
         if outcome.error is not None:
             untagged = to_error(outcome.error)
-            self._tell(told.untagged(outcome.info, untagged))
+            self._tell(told.untagged_event(outcome.info, untagged))
             raise untagged
         return outcome.info
 
     def _refuse(self, n: int, snapshot: SnapshotId, error: CkptError) -> None:
-        self._tell(told.failed(snapshot, error))
+        self._tell(told.failed_event(snapshot, error))
         try:
             self._decline(n, failed(snapshot, self._channel.rank, error))
         finally:
@@ -223,7 +223,7 @@ class Persister:
                 self._post(n, self._receipt(n, snapshot))
         except Exception as lost:  # noqa: BLE001  a thread's border; nobody waits for it
             text = f"the ranks can't be told. snapshot={snapshot} cause={lost!r}"
-            self._tell(told.failed(snapshot, InternalError(text)))
+            self._tell(told.failed_event(snapshot, InternalError(text)))
 
     # ---- this rank's share
 

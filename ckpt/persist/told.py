@@ -7,18 +7,18 @@ from ckpt.observe.events import Event
 from ckpt.values import SnapshotId, SnapshotInfo
 
 
-def durable(info: SnapshotInfo, *, seconds: float) -> Event:
+def durable_event(info: SnapshotInfo, *, seconds: float) -> Event:
     """A snapshot is committed, ``seconds`` after it was handed in."""
     facts = {"epoch": info.epoch, "step": info.step, "size_bytes": info.size_bytes, "new_bytes": info.new_bytes}
     return Event("durable", f"{info.id} is durable", {**facts, "seconds": round(seconds, 3)})
 
 
-def failed(snapshot: SnapshotId, error: CkptError) -> Event:
+def failed_event(snapshot: SnapshotId, error: CkptError) -> Event:
     """A snapshot did not become durable."""
     text = f"the snapshot of {snapshot} is not durable: {error}"
     return Event("save-failed", text, {"epoch": snapshot.epoch, "step": snapshot.step, "code": error.code}, alarm=True)
 
 
-def untagged(info: SnapshotInfo, error: CkptError) -> Event:
+def untagged_event(info: SnapshotInfo, error: CkptError) -> Event:
     """A snapshot is durable, but lacks a tag."""
     return Event("tag-failed", str(error), {"step": info.step, "code": error.code}, alarm=True)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ckpt.backends.base import Buffer
-from ckpt.replicate.memory import Buffer as Region
-from ckpt.replicate.memory import Memory
+from ckpt.replicate.memory import Memory, PooledBuffer
 
 
 class Copied:
@@ -19,7 +18,7 @@ class Copied:
         self._memory = memory
         self._data = data
         self._size_bytes = size_bytes
-        self._region: Region | None = None
+        self._region: PooledBuffer | None = None
         self._holders = 0
         self._lock = threading.Lock()
 

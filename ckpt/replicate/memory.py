@@ -61,21 +61,21 @@ class Memory:
             self._used[place] -= size_bytes
             self._change.notify_all()
 
-    def buffer(self, size_bytes: int) -> Buffer:
+    def buffer(self, size_bytes: int) -> PooledBuffer:
         """Memory of that size, holding anything. Claim it first."""
         if size_bytes < REUSED_BYTES_MIN:
-            return Buffer(memoryview(bytearray(size_bytes)), None)
+            return PooledBuffer(memoryview(bytearray(size_bytes)), None)
         with self._change:
             fits = [kept for kept in self._kept if size_bytes <= len(kept) <= 2 * size_bytes]
             if fits:
                 found = min(fits, key=len)
                 self._kept.remove(found)
                 self._kept_bytes -= len(found)
-                return Buffer(memoryview(found)[:size_bytes], found)
+                return PooledBuffer(memoryview(found)[:size_bytes], found)
         fresh = mmap.mmap(-1, size_bytes + -size_bytes % mmap.PAGESIZE)
-        return Buffer(memoryview(fresh)[:size_bytes], fresh)
+        return PooledBuffer(memoryview(fresh)[:size_bytes], fresh)
 
-    def reuse(self, buffer: Buffer) -> None:
+    def reuse(self, buffer: PooledBuffer) -> None:
         """Keep ``buffer`` for later; nobody may touch it any more."""
         region = buffer.region
         if region is None:
@@ -86,7 +86,7 @@ class Memory:
                 self._kept_bytes += len(region)
 
 
-class Buffer:
+class PooledBuffer:
     """``view`` of ``region``, which is None for small ones."""
 
     __slots__ = ("region", "view")

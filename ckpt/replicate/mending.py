@@ -11,7 +11,7 @@ from ckpt.replicate.group import Group
 from ckpt.replicate.ledger import Need, Proof, Why
 from ckpt.replicate.mailbox import Mailbox
 from ckpt.replicate.member import Member
-from ckpt.replicate.memory import Buffer
+from ckpt.replicate.memory import PooledBuffer
 from ckpt.replicate.mend import Copy, Later, Leave, Well, agree_outside, plan_mend, unproven
 from ckpt.replicate.pace import stall_s
 
@@ -109,19 +109,19 @@ def _read(member: Member, key: str, out: memoryview, offset_bytes: int) -> None:
     member.read(len(out), lambda: member.store.read_into(key, out, offset_bytes=offset_bytes))
 
 
-def _read_whole(group: Group, source: Member, target: int, key: str, size_bytes: int) -> Buffer | None:
+def _read_whole(group: Group, source: Member, target: int, key: str, size_bytes: int) -> PooledBuffer | None:
     """The whole object of one store; None where it doesn't give it. The memory is charged to ``target``, and then to be freed.
 
     A source that hangs is given up, and what it still holds is charged to it.
     """
-    mailbox: Mailbox[tuple[Buffer | None]] = Mailbox()
+    mailbox: Mailbox[tuple[PooledBuffer | None]] = Mailbox()
     until_s = time.monotonic() + stall_s(group.pace, size_bytes)
     if not group.memory.claim(target, size_bytes, until_s=until_s):
         return None
     region = group.memory.buffer(size_bytes)
 
     def job() -> None:
-        answer: Buffer | None = region
+        answer: PooledBuffer | None = region
         try:
             for at in range(0, max(1, size_bytes), PIECE_BYTES):
                 if mailbox.closed():

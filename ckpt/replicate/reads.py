@@ -20,7 +20,7 @@ from ckpt.replicate.group import Group, busy, silent
 from ckpt.replicate.ledger import Need, Proof, Why
 from ckpt.replicate.mailbox import Mailbox
 from ckpt.replicate.member import Member
-from ckpt.replicate.memory import Buffer
+from ckpt.replicate.memory import PooledBuffer
 from ckpt.replicate.pace import stall_s
 from ckpt.replicate.read_race import Found, Verdict
 from ckpt.replicate.speed import hedge_s
@@ -32,7 +32,7 @@ class Piece:
 
     group: Group
     place: int
-    buffer: Buffer
+    buffer: PooledBuffer
 
     def let_go(self) -> None:
         """The memory may be used for something else."""

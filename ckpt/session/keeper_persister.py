@@ -118,12 +118,12 @@ class KeeperPersister:
         error = to_error(outcome.error) if outcome.error is not None else None
         if info is not None:
             self.durable_at_s, self.last_info = time.monotonic(), info
-            self._tell(told.durable(info, seconds=time.monotonic() - one.began_s if one is not None else 0.0))
+            self._tell(told.durable_event(info, seconds=time.monotonic() - one.began_s if one is not None else 0.0))
             if error is not None:
-                self._tell(told.untagged(info, error))
+                self._tell(told.untagged_event(info, error))
         else:
             error = error or InternalError(f"the keeper settled a snapshot without a word. snapshot={snapshot}")
-            self._tell(told.failed(snapshot, error))
+            self._tell(told.failed_event(snapshot, error))
         if one is None:
             return
         if error is not None:
@@ -143,7 +143,7 @@ class KeeperPersister:
             if one not in self._pending:  # the link's thread was faster
                 return
             self._pending.remove(one)
-        self._tell(told.failed(one.snapshot, error))
+        self._tell(told.failed_event(one.snapshot, error))
         one.future.set_exception(error)
 
     def _fail_all(self, error: CkptError, *, quiet: bool = False) -> None:
@@ -151,5 +151,5 @@ class KeeperPersister:
             left, self._pending = self._pending, []
         for one in left:
             if not quiet:
-                self._tell(told.failed(one.snapshot, error))
+                self._tell(told.failed_event(one.snapshot, error))
             one.future.set_exception(error)

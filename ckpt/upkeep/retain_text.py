@@ -27,14 +27,14 @@ def _rule(word: str, text: str) -> Rule:
         case "tagged", False:
             return Tagged()
         case "best", True:
-            return _best(value, word)
+            return _best_of_text(value, word)
         case "for", True:
             return For(duration_s(value))
         case _:
             raise UsageError(f"not a rule for what to keep. rule={word!r} policy={text!r} known: {KNOWN}")
 
 
-def _best(value: str, word: str) -> Best:
+def _best_of_text(value: str, word: str) -> Best:
     match value.split(":"):
         case [metric]:
             return Best(metric)

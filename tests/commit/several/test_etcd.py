@@ -104,7 +104,7 @@ def test_of_many_that_claim_at_once_each_place_has_one_winner(named: EtcdCluster
 def test_a_writer_that_slept_while_many_places_went_reads_the_log_again(
     named: EtcdCluster, log_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "KEPT", 5)
+    monkeypatch.setattr(room, "ETCD_RECORDS_KEPT", 5)
     etcd = sequencer(named, log_id)
     for seq in range(10):
         assert etcd.claim(seq, b"%d" % seq) == Claimed()
