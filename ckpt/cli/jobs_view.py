@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from ckpt.cli.output import human_bytes, human_time
 from ckpt.cli.say import JsonValue
-from ckpt.link.messages import Fact
-from ckpt.link.report import RankReport, Report, SlotReport
+from ckpt.link.report import Fact, RankReport, Report, SlotReport
 from ckpt.values import SnapshotId, SnapshotInfo
 
 RANK_COLUMNS = ("RANK", "SUPERVISOR", "TRAINER", "STEP", "PHASE", "IDLE", "STAGED", "SKIPPED", "SLOTS")

@@ -23,7 +23,6 @@ from ckpt.link.messages import (
     Bye,
     Count,
     Decided,
-    Fact,
     Failing,
     Fenced,
     Finished,
@@ -49,6 +48,7 @@ from ckpt.link.messages import (
 )
 from ckpt.link.policy import Retention
 from ckpt.link.remote import from_error
+from ckpt.link.report import Fact
 from ckpt.session.keeper_hello import connections, greet, in_spite_of_ends
 from ckpt.stage.memory import Region
 from ckpt.values import ChunkLocation, Digest, SnapshotId

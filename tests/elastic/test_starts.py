@@ -76,7 +76,8 @@ def test_test_under_pytest_stays_and_is_not_probed() -> None:
 def decided(text: str, *options: str, stdin: str | None = None, **environment: str) -> list[str]:
     """What a fresh program decides: the kind, why and the remedy."""
     program = (
-        f"{text}\nimport json\nfrom ckpt.elastic.facts import gather\nfrom ckpt.elastic.starts import choose\n"
+        f"{text}\nimport json\nfrom ckpt.elastic.facts import gather\n"
+        "from ckpt.elastic.starts import choose\n"
         "chosen = choose(gather())\n"
         "print(json.dumps([type(chosen).__name__, getattr(chosen, 'why', ''), getattr(chosen, 'remedy', '')]), flush=True)\n"
     )

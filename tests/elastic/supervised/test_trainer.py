@@ -54,7 +54,8 @@ def test_children_of_a_trainer_end_on_sigterm_as_children_do(program, keeper) ->
 def test_programs_that_a_trainer_starts_are_no_trainers(program, keeper) -> None:
     run = program(
         "import subprocess\nsit()\n"
-        "subprocess.run([sys.executable, '-c', 'from ckpt.elastic.trainer import seat_of_process as s; print(s())'])\n"
+        "code = 'from ckpt.elastic.trainer import seat_of_process as s; print(s())'\n"
+        "subprocess.run([sys.executable, '-c', code])\n"
     )
     keeper.accept().start()
     assert run.line() == "None"
