@@ -153,10 +153,10 @@ def path_of(fd: int) -> str:
 
 def first_half(buffers: Sequence[memoryview]) -> list[memoryview]:
     """The first half of the buffers' bytes; cut on pages where there are pages, so that direct I/O takes it."""
-    left = sum(len(buffer) for buffer in buffers) // 2
+    left = sum(len(block) for block in buffers) // 2
     left = left // 4096 * 4096 or left
     half = []
-    for buffer in buffers:
-        half.append(buffer[:left])
+    for block in buffers:
+        half.append(block[:left])
         left -= len(half[-1])
-    return [buffer for buffer in half if len(buffer)]
+    return [block for block in half if len(block)]
