@@ -24,12 +24,12 @@ from pathlib import Path
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ckpt.backends.base import Backend
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_cipher import digest_of, sealed
-from ckpt.backends.encrypted_layout import TAG_BYTES
-from ckpt.backends.encrypted_memory import SpareMemory
-from ckpt.backends.encrypted_secret import Key, Keys
-from ckpt.backends.file import FileBackend
+from ckpt.backends.encrypted.cipher import digest_of, sealed
+from ckpt.backends.encrypted.encrypted_memory import SpareMemory
+from ckpt.backends.encrypted.layout import TAG_BYTES
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.testing.buffers import buffer
 

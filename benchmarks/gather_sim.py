@@ -24,10 +24,10 @@ from types import SimpleNamespace
 
 from scale_records import holdings, node_name
 
-from ckpt.fleet import words as said
-from ckpt.fleet.words import Holding
-from ckpt.keeper.gather import WAIT_S, Gather
-from ckpt.keeper.held import Pair, complete
+from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh.messages import Holding
+from ckpt.keeper.mirrors.gather import WAIT_S, Gather
+from ckpt.keeper.mirrors.plan import Pair, complete
 
 Held = dict[str, Sequence[Holding]]
 

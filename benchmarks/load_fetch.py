@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.catalog import load_index
+from ckpt.backends.file.store import FileBackend
+from ckpt.log.catalog import load_index
 from ckpt.restore.fetch import Fetcher, fetch
 from ckpt.restore.plan import ReadPlan, Want, plan_reads
 from ckpt.testing.sample import SampleWriter, tensor

@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from servers.s3 import Bucket, Gateway  # noqa: E402
 
 from ckpt.backends.base import Backend  # noqa: E402
-from ckpt.backends.objectclient import CHOICE  # noqa: E402
+from ckpt.backends.objects.s3 import CHOICE  # noqa: E402
 from ckpt.backends.open import open_backend  # noqa: E402
 
 MIB = 1 << 20

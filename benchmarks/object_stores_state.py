@@ -20,7 +20,7 @@ from servers.s3 import Bucket, Gateway
 
 from ckpt import Checkpointer
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 
 SAMPLE_S = 0.005
 SLOTS = 1

@@ -36,18 +36,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "peer"))
 
 from peer_certificates import Files, make_certificates
 
-from ckpt.observe.events import Event
-from ckpt.peer.auth import Secret, mac
-from ckpt.peer.bodies import Extent
-from ckpt.peer.body_mac import body_mac, known_macs
-from ckpt.peer.changed import Stored
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.server import PeerServer
-from ckpt.peer.store import ClientLimits, PeerStore
-from ckpt.peer.tls import client_context, server_context
-from ckpt.peer.vault import Vault
-from ckpt.peer.wire import parse_head, split_mac, with_mac
-from ckpt.peer.words import Request
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.auth import Secret, mac
+from ckpt.cluster.peermem.bodies import Extent
+from ckpt.cluster.peermem.body_mac import body_mac, known_macs
+from ckpt.cluster.peermem.changed import Stored
+from ckpt.cluster.peermem.http import Request
+from ckpt.cluster.peermem.peer_server import PeerServer
+from ckpt.cluster.peermem.store import ClientLimits, PeerStore
+from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.wire import parse_head, split_mac, with_mac
+from ckpt.cluster.tls import client_context, server_context
+from ckpt.events import Event
 
 SECRET = Secret.of(bytes(range(32)))
 BLOCK_BYTES = 256 << 10

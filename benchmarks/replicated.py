@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
-from ckpt.manifest.digest import digest
-from ckpt.observe.events import Event
-from ckpt.replicate.backend import ReplicatedBackend
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.replicated.store import ReplicatedBackend
+from ckpt.events import Event
+from ckpt.format.digest import digest
 from ckpt.testing.buffers import aligned_memory
 
 PACK_BYTES = 64 << 20

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from scale_records import RANKS_A_NODE
 from scale_sizes import size_text, time_text
 
-from ckpt.elastic.rendezvous_agent import LOOK_S as AGENT_LOOK_S
-from ckpt.elastic.rendezvous_agent import VIEW_S as AGENT_VIEW_S
-from ckpt.fleet.cable import FRAME_BYTES_MAX
-from ckpt.fleet.lines import BEAT_S
-from ckpt.fleet.node import VIEW_S
-from ckpt.fleet.reach import MESH_MAX
-from ckpt.keeper.loop_channel import ANSWER_S
-from ckpt.keeper.nodes_progress import STANDING_S
-from ckpt.manifest.manifest import MANIFEST_BYTES_MAX
-from ckpt.membership.values import EPOCH_BYTES_MAX
-from ckpt.persist.channel import POLL_LAST_S
-from ckpt.session.orders import RANKS_PER_S_MAX
+from ckpt.cluster.membership.records import EPOCH_BYTES_MAX
+from ckpt.cluster.mesh.connections import BEAT_S
+from ckpt.cluster.mesh.protocol import FRAME_BYTES_MAX
+from ckpt.cluster.node.node import VIEW_S
+from ckpt.cluster.node.reach import MESH_MAX
+from ckpt.elastic.rendezvous.agent import LOOK_S as AGENT_LOOK_S
+from ckpt.elastic.rendezvous.agent import VIEW_S as AGENT_VIEW_S
+from ckpt.format.manifest import MANIFEST_BYTES_MAX
+from ckpt.ipc.mailbox import POLL_LAST_S
+from ckpt.keeper.nodes.loop_channel import ANSWER_S
+from ckpt.keeper.nodes.progress import STANDING_S
+from ckpt.session.decisions import RANKS_PER_S_MAX
 
 TTL_S = 5.0
 

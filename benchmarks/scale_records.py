@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt.fleet.cable import Cable
-from ckpt.fleet.leading import FLOOR, PEER
-from ckpt.fleet.note import Note, encode_note
-from ckpt.fleet.secret import NONCE_BYTES
-from ckpt.fleet.words import Holding, Word
-from ckpt.keeper.held import joined
-from ckpt.manifest.keys import part_key, writer_name
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.records import Commit, Record, make_record
-from ckpt.membership.values import EpochRecord, NodeInfo, Place
-from ckpt.persist.receipts import Receipt, Replicas
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place
+from ckpt.cluster.mesh.messages import Holding, Word
+from ckpt.cluster.mesh.protocol import Cable
+from ckpt.cluster.node.leading import FLOOR, PEER
+from ckpt.cluster.node.note import Note, encode_note
+from ckpt.cluster.secret import NONCE_BYTES
+from ckpt.format.keys import part_key, writer_name
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.records import Commit, Record, make_record
+from ckpt.keeper.mirrors.plan import joined
+from ckpt.save.receipts import Receipt, Replicas
 from ckpt.values import SnapshotId
 
 RANKS_A_NODE = 8

@@ -32,17 +32,17 @@ from scale_records import (
     receipt,
 )
 
+from ckpt.cluster.membership.membership_mirrors import Holder, place_mirrors
+from ckpt.cluster.membership.records import decode_epoch, decode_node, encode_epoch, encode_node
+from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh.connections import Heard, Lines
+from ckpt.cluster.secret import mac
 from ckpt.errors import CkptError
-from ckpt.fleet import words as said
-from ckpt.fleet.lines import Heard, Lines
-from ckpt.fleet.secret import mac
-from ckpt.keeper.held import complete, to_word
-from ckpt.keeper.mirror_rounds import Round
-from ckpt.keeper.nodes_standing import common_but_each
-from ckpt.manifest.manifest import Manifest
-from ckpt.membership.mirrors import Holder, place_mirrors
-from ckpt.membership.values import decode_epoch, decode_node, encode_epoch, encode_node
-from ckpt.persist.receipts import Receipt, checked, merge
+from ckpt.format.manifest import Manifest
+from ckpt.keeper.mirrors.mirror_rounds import Round
+from ckpt.keeper.mirrors.plan import complete, to_word
+from ckpt.keeper.nodes.nodes_standing import common_but_each
+from ckpt.save.receipts import Receipt, checked, merge
 from ckpt.values import SnapshotId
 
 SOURCES_NODES_MAX = 12_500

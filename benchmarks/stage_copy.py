@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ckpt.stage.copy import CopyPlan, CopySource
-from ckpt.stage.slot import Slot, SlotPool
+from ckpt.staging.copy import CopyPlan, CopySource
+from ckpt.staging.slot import Slot, SlotPool
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex
 
 ROUNDS = 7

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from ckpt.errors import StoreFullError as StoreFullError
     from ckpt.errors import UnavailableError as UnavailableError
     from ckpt.errors import UsageError as UsageError
+    from ckpt.maintenance.retention import KeepPolicy as KeepPolicy
+    from ckpt.maintenance.retention import keep_best as keep_best
+    from ckpt.maintenance.retention import keep_every as keep_every
+    from ckpt.maintenance.retention import keep_for as keep_for
+    from ckpt.maintenance.retention import keep_last as keep_last
+    from ckpt.maintenance.retention import keep_tagged as keep_tagged
     from ckpt.session.checkpointer import Checkpointer as Checkpointer
     from ckpt.session.pending import Pending as Pending
-    from ckpt.upkeep.retain import KeepPolicy as KeepPolicy
-    from ckpt.upkeep.retain import keep_best as keep_best
-    from ckpt.upkeep.retain import keep_every as keep_every
-    from ckpt.upkeep.retain import keep_for as keep_for
-    from ckpt.upkeep.retain import keep_last as keep_last
-    from ckpt.upkeep.retain import keep_tagged as keep_tagged
     from ckpt.values import SnapshotId as SnapshotId
     from ckpt.values import SnapshotInfo as SnapshotInfo
 
@@ -51,7 +51,7 @@ _HOMES = {
     "SnapshotId": "ckpt.values",
     "SnapshotInfo": "ckpt.values",
     **dict.fromkeys(
-        ("KeepPolicy", "keep_best", "keep_every", "keep_for", "keep_last", "keep_tagged"), "ckpt.upkeep.retain"
+        ("KeepPolicy", "keep_best", "keep_every", "keep_for", "keep_last", "keep_tagged"), "ckpt.maintenance.retention"
     ),
     **dict.fromkeys(
         (

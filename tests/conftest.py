@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from ckpt.link.nodes_spec import NODES_VARIABLE
+from ckpt.ipc.cluster_spec import NODES_VARIABLE
 
 ROOT = Path(__file__).parent
 FULL = ("e2e", "examples", "docs", "keeper", "link", "elastic/supervised")

@@ -1,1 +1,1 @@
-"""Stores: where bytes rest. Six operations a store, and what users' URLs mean."""
+"""What a store is: six operations of which one is atomic; folders, fsspec URLs, encryption, and several stores as one."""

@@ -7,10 +7,10 @@ import re
 from urllib.parse import unquote
 
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
-from ckpt.backends.objectclient import open_s3
-from ckpt.backends.objectparts import S3_PROTOCOLS
-from ckpt.backends.objects import ObjectsBackend, StorageOptions
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.objects.fsspec_io import S3_PROTOCOLS
+from ckpt.backends.objects.fsspec_store import ObjectsBackend, StorageOptions
+from ckpt.backends.objects.s3 import open_s3
 from ckpt.errors import UsageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/*)")

@@ -1,1 +1,1 @@
-"""Live objects become named leaves, and stored leaves find their live objects again."""
+"""Live objects to named leaves."""

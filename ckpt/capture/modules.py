@@ -18,7 +18,7 @@ from ckpt.capture.meshes import holders, is_dtensor, mesh_dims
 from ckpt.capture.names import clean_fqn, join
 from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text, local_of
 from ckpt.errors import UsageError
-from ckpt.manifest.objects import Encoded, Ref, encode_object
+from ckpt.format.manifest_objects import Encoded, Ref, encode_object
 
 EXTRA_STATE = "_extra_state"
 """What torch calls the entry that ``Module.get_extra_state`` makes."""

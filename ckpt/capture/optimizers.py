@@ -19,7 +19,7 @@ from ckpt.capture.meshes import holders, is_dtensor
 from ckpt.capture.modules import Home
 from ckpt.capture.names import escape
 from ckpt.capture.tensors import ALONE, Sharing
-from ckpt.manifest.objects import Encoded, encode_object
+from ckpt.format.manifest_objects import Encoded, encode_object
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ from ckpt.capture.optimizers import OptimizerSource
 from ckpt.capture.tensors import resolved, with_aliases
 from ckpt.capture.tree import Memo, Walker, is_stateful, unsupported, visit
 from ckpt.errors import UsageError
-from ckpt.manifest.objects import encode_object
+from ckpt.format.manifest_objects import encode_object
 from ckpt.values import Leaf, LeafKind
 
 

@@ -23,7 +23,7 @@ from ckpt.capture.names import join
 from ckpt.capture.optimizers import OptimizerSource
 from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text
 from ckpt.errors import UsageError
-from ckpt.manifest.objects import DEPTH_MAX, DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.format.manifest_objects import DEPTH_MAX, DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, np.ndarray})
 """Types that the codec takes as they are."""

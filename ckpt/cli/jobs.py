@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 
 from ckpt.errors import CkptError, NotFoundError, UsageError
-from ckpt.link.answers import Status
-from ckpt.link.client import Calls
-from ckpt.link.frames import Wire
-from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello
-from ckpt.link.report import Report
-from ckpt.link.runtime import JobFolder, list_jobs
+from ckpt.ipc.answers import Status
+from ckpt.ipc.client import Calls
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello
+from ckpt.ipc.report import Report
+from ckpt.ipc.runtime_dir import JobFolder, list_jobs
 
 ANSWER_S_MAX = 5.0
 """How long a keeper may take for one answer; it answers from memory, so more means that it hangs."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ckpt.cli.echo import JsonValue
 from ckpt.cli.output import human_bytes, human_time
-from ckpt.cli.say import JsonValue
-from ckpt.link.report import Fact, RankReport, Report, SlotReport
+from ckpt.ipc.report import Fact, RankReport, Report, SlotReport
 from ckpt.values import SnapshotId, SnapshotInfo
 
 RANK_COLUMNS = ("RANK", "SUPERVISOR", "TRAINER", "STEP", "PHASE", "IDLE", "STAGED", "SKIPPED", "SLOTS")

@@ -11,31 +11,31 @@ from importlib import metadata
 
 import click
 
-from ckpt.cli.say import COMPLETE_VARIABLE, emit_error
+from ckpt.cli.echo import COMPLETE_VARIABLE, emit_error
 from ckpt.errors import CkptError, InternalError
 
 COMMANDS = {
-    "run": "ckpt.cli.run",
-    "ls": "ckpt.cli.ls",
-    "show": "ckpt.cli.show",
-    "log": "ckpt.cli.log",
-    "read": "ckpt.cli.read",
-    "verify": "ckpt.cli.verify",
-    "scrub": "ckpt.cli.scrub",
-    "sync": "ckpt.cli.sync",
-    "doctor": "ckpt.cli.doctor",
-    "diff": "ckpt.cli.diff",
-    "restore": "ckpt.cli.restore",
-    "tag": "ckpt.cli.tag",
-    "untag": "ckpt.cli.untag",
-    "rm": "ckpt.cli.rm",
-    "gc": "ckpt.cli.gc",
-    "stores": "ckpt.cli.stores",
-    "key": "ckpt.cli.key",
-    "ps": "ckpt.cli.ps",
-    "top": "ckpt.cli.top",
-    "standby": "ckpt.cli.standby",
-    "completion": "ckpt.cli.completion",
+    "run": "ckpt.cli.commands.run",
+    "ls": "ckpt.cli.commands.ls",
+    "show": "ckpt.cli.commands.show",
+    "log": "ckpt.cli.commands.log",
+    "read": "ckpt.cli.commands.read",
+    "verify": "ckpt.cli.commands.verify",
+    "scrub": "ckpt.cli.commands.scrub",
+    "sync": "ckpt.cli.commands.sync",
+    "doctor": "ckpt.cli.commands.doctor",
+    "diff": "ckpt.cli.commands.diff",
+    "restore": "ckpt.cli.commands.restore",
+    "tag": "ckpt.cli.commands.tag",
+    "untag": "ckpt.cli.commands.untag",
+    "rm": "ckpt.cli.commands.rm",
+    "gc": "ckpt.cli.commands.gc",
+    "stores": "ckpt.cli.commands.stores",
+    "key": "ckpt.cli.commands.key",
+    "ps": "ckpt.cli.commands.ps",
+    "top": "ckpt.cli.commands.top",
+    "standby": "ckpt.cli.commands.standby",
+    "completion": "ckpt.cli.commands.completion",
 }
 """Each command and the module that holds it as ``command``."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
+from ckpt.cli.echo import JsonValue
 from ckpt.cli.output import human_bytes, table
-from ckpt.cli.say import JsonValue
-from ckpt.cli.store import id_json
+from ckpt.cli.store_options import id_json
 from ckpt.errors import IntegrityError, UnavailableError
-from ckpt.upkeep.copies import What
-from ckpt.upkeep.scrub_facts import ScrubReport, Trouble
+from ckpt.maintenance.copies import What
+from ckpt.maintenance.scrub.scrub_facts import ScrubReport, Trouble
 
 TROUBLES_SHOWN = 50
 """How many troubles are printed; JSON has more."""

@@ -11,16 +11,16 @@ import click
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
-from ckpt.backends.encrypted import encrypted, refuse_mismatch
-from ckpt.backends.encrypted_key import load_keys
-from ckpt.backends.objects import StorageOptions
-from ckpt.cli.say import warn
-from ckpt.cli.store import Result, options_of
+from ckpt.backends.encrypted.keys import load_keys
+from ckpt.backends.encrypted.open import encrypted, refuse_mismatch
+from ckpt.backends.objects.fsspec_store import StorageOptions
+from ckpt.backends.replicated.job import key_source
+from ckpt.backends.replicated.open import open_stores
+from ckpt.cli.echo import warn
+from ckpt.cli.store_options import Result, options_of
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError
-from ckpt.link.rate_text import rate_of
-from ckpt.observe.events import Event
-from ckpt.replicate.job import key_source
-from ckpt.replicate.open import open_stores
+from ckpt.events import Event
+from ckpt.rate_text import rate_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""The decorator, the Run that user functions receive, and its loop."""
+"""The decorator, the training loop's run, and what a failure means."""

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from ckpt.elastic.border import die, dies_here
-from ckpt.elastic.enter import enter
+from ckpt.elastic.failure import die, dies_here
 from ckpt.elastic.judge import Judge
 from ckpt.elastic.nesting import entered
 from ckpt.elastic.points import Points
 from ckpt.elastic.policy import RestartPolicy
-from ckpt.elastic.process_group import watch_process_group
+from ckpt.elastic.processes.enter import enter
+from ckpt.elastic.processes.process_group import watch_process_group
+from ckpt.elastic.processes.trainer import seat_of_process
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
-from ckpt.elastic.term_in_place import TermInPlace
-from ckpt.elastic.trainer import seat_of_process
+from ckpt.elastic.sigterm import TermInPlace
 from ckpt.errors import UsageError
-from ckpt.session.keeping import keeper_spec
+from ckpt.session.keeper.attachment import keeper_spec
 from ckpt.session.options import (
     KeepArgument,
     Options,

@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from ckpt.elastic.preempted import Preempted
 from ckpt.errors import FencedError, IntegrityError, NotFoundError, UsageError
-from ckpt.manifest.digest import digest_hex
+from ckpt.format.digest import digest_hex
 
 TEXT_MAX = 500
 

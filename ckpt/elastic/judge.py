@@ -8,9 +8,9 @@ from contextlib import suppress
 from ckpt.elastic.failing import FailingFacts
 from ckpt.elastic.points import Points
 from ckpt.errors import UnavailableError
-from ckpt.link.messages import WIRE_VERSION, Hello
-from ckpt.session.keeper_link import KeeperLink
-from ckpt.session.keeping import Seat, seat_of_process
+from ckpt.ipc.messages import WIRE_VERSION, Hello
+from ckpt.session.keeper.attachment import Seat, seat_of_process
+from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.session import Session
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ckpt.elastic.schedule import parse_duration
 from ckpt.errors import UsageError
-from ckpt.link.policy import Policy
+from ckpt.ipc.policy import Policy
 
 NEVER = "never"
 

@@ -9,21 +9,21 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from ckpt.elastic.boundaries import MemoryTier
 from ckpt.elastic.exits import asking_frame, left_by_break, ran_dry
 from ckpt.elastic.failing import facts_of
 from ckpt.elastic.judge import Judge
-from ckpt.elastic.memory_tier import MemoryTier
 from ckpt.elastic.optimizers import StepWatch
 from ckpt.elastic.points import Points
 from ckpt.elastic.preempted import Preempted
+from ckpt.elastic.processes.trainer import TrainerSeat
 from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
-from ckpt.elastic.trainer import TrainerSeat
 from ckpt.elastic.whereabouts import Whereabouts
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.link.rank_board import Phase
-from ckpt.observe.events import Event
-from ckpt.session.agree import Order
-from ckpt.session.channel import world_of_process
+from ckpt.events import Event
+from ckpt.ipc.board import Phase
+from ckpt.session.agreement import Order
+from ckpt.session.c10d_mailbox import world_of_process
 from ckpt.session.metrics import Metrics
 from ckpt.session.options import check_tag
 from ckpt.session.session import Session

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ckpt.session.channel import world_of_process
+from ckpt.session.c10d_mailbox import world_of_process
 
 
 class Whereabouts:

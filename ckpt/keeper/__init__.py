@@ -1,1 +1,1 @@
-"""The daemon that outlives trainers: holds slots and board, restarts attempts, makes snapshots durable. No torch."""
+"""The daemon of a node: owns staged memory, starts attempts, makes snapshots durable."""

@@ -14,10 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt.keeper.home import Home
-from ckpt.link.client import KeeperSpec
-from ckpt.link.runtime import JobFolder
-from ckpt.observe.events import to_logging
+from ckpt.events import to_logging
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.runtime_dir import JobFolder
+from ckpt.keeper.process import Home
 
 if TYPE_CHECKING:
     from ckpt.keeper.daemon import Daemon

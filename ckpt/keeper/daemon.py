@@ -14,20 +14,20 @@ from collections.abc import Callable
 from importlib import import_module
 
 from ckpt.errors import CkptError, InternalError, UsageError
-from ckpt.keeper.crew import Crew
-from ckpt.keeper.desk import Desk
-from ckpt.keeper.home import Home
+from ckpt.events import Event, Tell
+from ckpt.ipc.answers import Status, Welcome
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.frames import close_fds
+from ckpt.ipc.message import Message
+from ckpt.ipc.messages import WIRE_VERSION, BoardKept, Bye, GetStatus, Hello, SlotKept, SlotMade
+from ckpt.keeper.attempts.supervisors import Crew
+from ckpt.keeper.connection import Peer
 from ckpt.keeper.job import Job
-from ckpt.keeper.peers import Peer
+from ckpt.keeper.process import Home
 from ckpt.keeper.stalls import Stalls
 from ckpt.keeper.status import report
+from ckpt.keeper.trainer_calls import Desk
 from ckpt.keeper.watchdog import Watchdog, end_hung_process
-from ckpt.link.answers import Status, Welcome
-from ckpt.link.client import KeeperSpec
-from ckpt.link.frames import close_fds
-from ckpt.link.message import Message
-from ckpt.link.messages import WIRE_VERSION, BoardKept, Bye, GetStatus, Hello, SlotKept, SlotMade
-from ckpt.observe.events import Event, Tell
 
 FIRST_HELLO_S = 30.0
 """How long a keeper that nobody spoke to stays, and a connection on which nobody says hello."""
@@ -312,7 +312,9 @@ class Daemon:
     def _import_ahead(self) -> None:
         """Import what uploads need beside the loop: a supervisor is answered before that, and needs none of it."""
         if self._importing is None:
-            self._importing = threading.Thread(target=lambda: import_module("ckpt.keeper.uploads"), name="ckpt-import")
+            self._importing = threading.Thread(
+                target=lambda: import_module("ckpt.keeper.uploads.uploads"), name="ckpt-import"
+            )
             self._importing.start()
 
     def _gone(self, peer: Peer) -> None:

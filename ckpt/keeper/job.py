@@ -14,20 +14,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ckpt.errors import CkptError, ConflictError, UnavailableError, UsageError
-from ckpt.keeper.peers import Peer, failed
+from ckpt.events import Tell
+from ckpt.ipc.answers import Welcome
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.link_board import RANKS_MAX, Board
+from ckpt.ipc.message import Message, RemoteError
+from ckpt.ipc.messages import Drop, Fenced, Hello, Outcome
+from ckpt.ipc.policy import Policy
+from ckpt.keeper.connection import Peer, failed
 from ckpt.keeper.slots import Post, SlotTable
-from ckpt.link.answers import Welcome
-from ckpt.link.board import RANKS_MAX, Board
-from ckpt.link.client import KeeperSpec
-from ckpt.link.message import Message, RemoteError
-from ckpt.link.messages import Drop, Fenced, Hello, Outcome
-from ckpt.link.policy import Policy
-from ckpt.observe.events import Tell
 from ckpt.values import SnapshotId, SnapshotInfo
 
 if TYPE_CHECKING:
-    from ckpt.keeper.nodes import Nodes
-    from ckpt.keeper.uploads import Uploads
+    from ckpt.keeper.nodes.nodes import Nodes
+    from ckpt.keeper.uploads.uploads import Uploads
 
 SETTLE_WAIT_S = 600.0
 """How long a keeper that nobody needs any more goes on trying to bring to a store what it promised."""
@@ -136,7 +136,7 @@ class Job:
     def need_uploads(self) -> Uploads:
         """The uploads of these ranks, made when they are first needed: importing them takes longer than a hello may."""
         if self.uploads is None:
-            made: type[Uploads] = import_module("ckpt.keeper.uploads").Uploads
+            made: type[Uploads] = import_module("ckpt.keeper.uploads.uploads").Uploads
             self.uploads = made(
                 self.spec, ranks=self.ranks, post=self.post, outcome=self._outcome, fenced=self._fenced, tell=self.tell
             )

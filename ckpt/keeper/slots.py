@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.link.answers import SlotEntry
-from ckpt.link.board import Board
-from ckpt.link.rank_board import SLOTS_MAX
-from ckpt.link.report import SlotReport
-from ckpt.persist.sealed import Sealed
-from ckpt.stage.memory_limit import available_bytes
-from ckpt.stage.slot_header import Brief, Header, generation_of, header_bytes_of, read_brief, read_slot
+from ckpt.ipc.answers import SlotEntry
+from ckpt.ipc.board import SLOTS_MAX
+from ckpt.ipc.link_board import Board
+from ckpt.ipc.report import SlotReport
+from ckpt.save.sealed import Sealed
+from ckpt.staging.header import Brief, Header, generation_of, header_bytes_of, read_brief, read_slot
+from ckpt.staging.memory_limit import available_bytes
 from ckpt.values import SnapshotId, StagedIndex
 
 Post = Callable[[Callable[[], object]], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ckpt.observe.events import Event, Tell
+from ckpt.events import Event, Tell
 
 STALL_S = 0.5
 """A turn of the loop takes a few milliseconds; leases last for seconds."""

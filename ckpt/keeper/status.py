@@ -6,9 +6,9 @@ import os
 import time
 from pathlib import Path
 
-from ckpt.keeper.crew import Crew
+from ckpt.ipc.report import RankReport, Report
+from ckpt.keeper.attempts.supervisors import Crew
 from ckpt.keeper.job import Job
-from ckpt.link.report import RankReport, Report
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 

@@ -1,1 +1,1 @@
-"""Stored boxes meet needed boxes: plan, read, verify, hand over."""
+"""From a snapshot to live objects, arrays or files."""

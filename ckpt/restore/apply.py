@@ -14,14 +14,14 @@ from ckpt.capture.names import escape
 from ckpt.capture.optimizers import OptimizerSource
 from ckpt.capture.plan import CapturePlan
 from ckpt.errors import UsageError
-from ckpt.manifest.index import SnapshotIndex
+from ckpt.format.index import SnapshotIndex
 from ckpt.restore.apply_fill import fill
 from ckpt.restore.apply_modules import Modules
 from ckpt.restore.apply_optimizer import Optimizers
 from ckpt.restore.apply_select import Cover, Problems, Selection
-from ckpt.restore.apply_tensors import Targets
 from ckpt.restore.apply_values import Step, Values
 from ckpt.restore.rebuild import Read, read_objects
+from ckpt.restore.targets import Targets
 
 
 def apply(

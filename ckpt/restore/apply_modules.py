@@ -7,10 +7,10 @@ from torch import nn
 from ckpt.capture.modules import EXTRA_STATE, MadeEntry, ModuleSource
 from ckpt.capture.names import clean_fqn, join
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.manifest.objects import Ref
+from ckpt.format.manifest_objects import Ref
 from ckpt.restore.apply_select import Cover, Problems, Selection
-from ckpt.restore.apply_tensors import Targets
 from ckpt.restore.apply_values import Step, Values
+from ckpt.restore.targets import Targets
 
 
 class Modules:

@@ -10,10 +10,10 @@ from ckpt.capture.meshes import is_dtensor
 from ckpt.capture.names import join
 from ckpt.capture.optimizers import Member, OptimizerSource
 from ckpt.errors import IntegrityError
-from ckpt.manifest.objects import Ref
+from ckpt.format.manifest_objects import Ref
 from ckpt.restore.apply_select import Cover, Problems, Selection
-from ckpt.restore.apply_tensors import New, Targets
 from ckpt.restore.apply_values import Step, Values
+from ckpt.restore.targets import New, Targets
 
 NAMES_SHOWN_MAX = 3
 """How many parameter names one difference lists."""

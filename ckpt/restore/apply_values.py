@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from ckpt.capture.leaves import World
 from ckpt.capture.loaders import is_iterated, is_loader, load_loader
 from ckpt.capture.names import join
-from ckpt.capture.rng import RngState
+from ckpt.capture.streams import RngState
 from ckpt.capture.tree import PLAIN, Stateful, Walker, is_stateful, state_of, type_name
 from ckpt.errors import IntegrityError
-from ckpt.manifest.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.format.manifest_objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 from ckpt.restore.apply_select import Cover, Problems, Selection
-from ckpt.restore.apply_tensors import New, Targets
+from ckpt.restore.targets import New, Targets
 
 Step = Callable[[], object]
 """Puts a value in place once all bytes are there, and returns it (the live object itself where that was filled)."""

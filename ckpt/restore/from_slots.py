@@ -13,11 +13,11 @@ import numpy as np
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.manifest.keys import part_key, writer_name
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.part import Part, StoredShard, chunk_sizes
-from ckpt.stage.slot_header import generation_of, header_bytes_of, read_brief, read_slot
+from ckpt.format.index import SnapshotIndex
+from ckpt.format.keys import part_key, writer_name
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.part import Part, StoredShard, chunk_sizes
+from ckpt.staging.header import generation_of, header_bytes_of, read_brief, read_slot
 from ckpt.values import CHUNK_BYTES, ChunkLocation, Codec, SnapshotId, StagedIndex, StagedShard
 
 SLOT_PREFIX = "slot/"

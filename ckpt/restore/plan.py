@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.manifest.part import StoredShard
+from ckpt.format.part import StoredShard
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, ChunkLocation, Digest, Leaf
 
 GAP_BYTES_MAX = 64 << 10

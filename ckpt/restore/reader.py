@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.manifest.objects_decode import decode_object
+from ckpt.format.index import SnapshotIndex
+from ckpt.format.objects import decode_object
 from ckpt.restore.fetch import BUDGET_BYTES, Fetcher, Progress
 from ckpt.restore.plan import Want, plan_reads, split_flat, unknown_leaf
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Leaf, LeafKind
@@ -112,7 +112,7 @@ class SnapshotReader:
         return out
 
     def read_object(self, name: str, *, rank: int = 0) -> object:
-        """An object leaf's value in plain types and the nodes of ``ckpt.manifest.objects``; nothing is unpickled."""
+        """An object leaf's value in plain types and the nodes of ``ckpt.format.manifest_objects``; nothing is unpickled."""
         leaf = self.leaf(name, rank=rank)
         if leaf.kind is not LeafKind.OBJECT:
             raise UsageError(

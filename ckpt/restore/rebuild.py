@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ckpt.errors import IntegrityError, NotFoundError
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.manifest.objects import DataclassNode, NamedTupleNode, Ref, decode_object
+from ckpt.format.index import SnapshotIndex
+from ckpt.format.manifest_objects import DataclassNode, NamedTupleNode, Ref, decode_object
 from ckpt.restore.plan import Want
 from ckpt.values import Box, Leaf, LeafKind
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import Replicated, read_object
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.manifest.keys import manifest_key
+from ckpt.format.digest import digest_hex
+from ckpt.format.index import SnapshotIndex
+from ckpt.format.keys import manifest_key
 from ckpt.restore.fetch import BUDGET_BYTES, Damage, Fetcher, Progress
 from ckpt.restore.plan import plan_verify
 from ckpt.values import ChunkLocation, Digest, SnapshotId

@@ -1,1 +1,1 @@
-"""Wires the rooms: the public Checkpointer."""
+"""One training process's use of one store: saving, staging, restoring."""

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from ckpt.commit.catalog import info_of, load_index, load_manifest, select, snapshots
 from ckpt.errors import NotFoundError, UsageError
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.observe.events import Fact
+from ckpt.events import Fact
+from ckpt.format.index import SnapshotIndex
+from ckpt.log.catalog import info_of, load_index, load_manifest, select, snapshots
 from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import VerifyReport, verify
 from ckpt.session.options import (

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from ckpt.backends.base import Backend
 from ckpt.capture.leaves import World
-from ckpt.commit.state import LogState
 from ckpt.errors import UnavailableError
-from ckpt.observe.events import Event, Tell
-from ckpt.persist.channel import wait_for
-from ckpt.session.keeping import Keeping
+from ckpt.events import Event, Tell
+from ckpt.ipc.mailbox import wait_for
+from ckpt.log.state import LogState
+from ckpt.session.decisions import Orders, RankOrders, SoloOrders
+from ckpt.session.keeper.attachment import Keeping
 from ckpt.session.options import Options
-from ckpt.session.orders import Orders, RankOrders, SoloOrders
 from ckpt.session.restoring import Restoring
 from ckpt.session.saving import Saving
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ckpt.errors import UnavailableError
-from ckpt.session.keeper_link import KeeperLink
+from ckpt.session.keeper.connection import KeeperLink
 
 
 class Judged:

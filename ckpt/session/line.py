@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ckpt.commit.catalog import candidates
-from ckpt.commit.select import Chosen
 from ckpt.errors import CkptError, NotFoundError, UnavailableError
-from ckpt.link.message import RemoteError
-from ckpt.link.remote import from_error, to_error
-from ckpt.session.keeper_link import KeeperLink
+from ckpt.ipc.message import RemoteError
+from ckpt.ipc.remote import from_error, to_error
+from ckpt.log.catalog import candidates
+from ckpt.log.select import Chosen
+from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.log import Log
 from ckpt.session.options import Options, retention_of
 from ckpt.session.restoring import Candidate

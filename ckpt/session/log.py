@@ -6,12 +6,12 @@ import secrets
 import socket
 
 from ckpt.backends.base import Backend
-from ckpt.commit.journal import Journal
-from ckpt.commit.select import Chosen
-from ckpt.commit.state import LogState
 from ckpt.errors import CkptError, NotFoundError
-from ckpt.manifest.keys import writer_name
-from ckpt.persist.persister import Place
+from ckpt.format.keys import writer_name
+from ckpt.log.journal import Journal
+from ckpt.log.select import Chosen
+from ckpt.log.state import LogState
+from ckpt.save.persister import Place
 from ckpt.values import SnapshotId
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ckpt.errors import UsageError
-from ckpt.observe.events import Event, Fact, Tell
+from ckpt.events import Event, Fact, Tell
 from ckpt.session.options import check_metadata
 
 Loggable = float | int | str | bool | torch.Tensor | None

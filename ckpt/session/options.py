@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from ckpt.backends.base import Backend
+from ckpt.backends.replicated.job import key_source
 from ckpt.capture.names import escape
 from ckpt.errors import UsageError
-from ckpt.link.policy import Retention
-from ckpt.manifest.manifest import job_ok, metadata_problem
-from ckpt.manifest.records import tag_ok
-from ckpt.observe.events import Fact
-from ckpt.replicate.job import key_source
-from ckpt.upkeep.retain import KeepPolicy, duration_s
-from ckpt.upkeep.retain_text import parse_policy
-from ckpt.upkeep.sweep import GRACE_S
+from ckpt.events import Fact
+from ckpt.format.manifest import job_ok, metadata_problem
+from ckpt.format.records import tag_ok
+from ckpt.ipc.policy import Retention
+from ckpt.maintenance.gc.upkeep_sweep import GRACE_S
+from ckpt.maintenance.retain_text import parse_policy
+from ckpt.maintenance.retention import KeepPolicy, duration_s
 
 SLOTS_MAX = 64
 

@@ -13,8 +13,8 @@ import torch
 
 from ckpt.capture.leaves import TensorLeaf
 from ckpt.errors import UsageError
-from ckpt.manifest.digest import digest_hex
-from ckpt.persist.channel import Channel, wait_for
+from ckpt.format.digest import digest_hex
+from ckpt.ipc.mailbox import Channel, wait_for
 
 COMPARE_WAIT_S = 1800.0
 NAMED_MAX = 5

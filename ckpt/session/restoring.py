@@ -16,15 +16,15 @@ import msgspec
 
 from ckpt.backends.base import Backend
 from ckpt.capture.leaves import World
-from ckpt.commit.catalog import info_of, load_index
-from ckpt.commit.fold import LogState
 from ckpt.errors import CkptError, IntegrityError, InternalError, NotFoundError, UsageError
-from ckpt.link.message import RemoteError
-from ckpt.link.remote import from_error, to_error
-from ckpt.manifest.canonical import ready
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.observe.events import Event, Tell
-from ckpt.persist.channel import Channel, wait_for
+from ckpt.events import Event, Tell
+from ckpt.format.canonical import ready
+from ckpt.format.index import SnapshotIndex
+from ckpt.ipc.mailbox import Channel, wait_for
+from ckpt.ipc.message import RemoteError
+from ckpt.ipc.remote import from_error, to_error
+from ckpt.log.catalog import info_of, load_index
+from ckpt.log.commit_fold import LogState
 from ckpt.restore.apply import apply
 from ckpt.restore.fetch import Fetcher
 from ckpt.restore.plan import Want, plan_reads

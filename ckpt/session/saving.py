@@ -9,21 +9,21 @@ from concurrent.futures import Future, wait
 import msgspec
 
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.encode.choose import Compression
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.link.message import RemoteError
-from ckpt.link.remote import from_error, to_error
-from ckpt.observe.events import Event, Fact, Tell
-from ckpt.persist.channel import Channel, wait_for
-from ckpt.persist.persister import Persister, Place
-from ckpt.session.agree import Skip, Take, take_or_skip
-from ckpt.session.keeper_persister import KeeperPersister
+from ckpt.events import Event, Fact, Tell
+from ckpt.ipc.mailbox import Channel, wait_for
+from ckpt.ipc.message import RemoteError
+from ckpt.ipc.remote import from_error, to_error
+from ckpt.maintenance.gc.rounds import GcRounds, Keep
+from ckpt.save.choose import Compression
+from ckpt.save.persister import Persister, Place
+from ckpt.session.agreement import Skip, Take, take_or_skip
+from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.options import Options
 from ckpt.session.pending import Pending
 from ckpt.session.replicas import COMPARE_WAIT_S, compare_replicas
 from ckpt.session.staging import SLOT_WAIT_S, Stager
-from ckpt.stage.slot import Regions, Slot
-from ckpt.upkeep.gc_rounds import GcRounds, Keep
+from ckpt.staging.slot import Regions, Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 ABANDON_WAIT_S = 60.0

@@ -10,26 +10,26 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
+from ckpt.backends.replicated.job import open_job, require_key_fits
 from ckpt.capture.names import escape
-from ckpt.capture.rng import RngState
-from ckpt.commit.state import LogState
+from ckpt.capture.streams import RngState
 from ckpt.errors import NewerSnapshotError, NotFoundError, UsageError
-from ckpt.link.board import Board
-from ckpt.observe.events import Event, Fact, Tell, to_logging
-from ckpt.persist.channel import Channel, wait_for
-from ckpt.replicate.job import open_job, require_key_fits
+from ckpt.events import Event, Fact, Tell, to_logging
+from ckpt.ipc.link_board import Board
+from ckpt.ipc.mailbox import Channel, wait_for
+from ckpt.log.state import LogState
 from ckpt.restore.rebuild import item_names
 from ckpt.session import writers
-from ckpt.session.channel import world_of_process
+from ckpt.session.c10d_mailbox import world_of_process
+from ckpt.session.connected import Mending
+from ckpt.session.decisions import Orders
 from ckpt.session.joined import Joined
 from ckpt.session.judged import Judged
-from ckpt.session.keeper_link import KeeperLink
-from ckpt.session.keeping import OFF, Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
+from ckpt.session.keeper.attachment import OFF, Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
+from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.line import Line, read_word
 from ckpt.session.log import Log
-from ckpt.session.mending import Mending
 from ckpt.session.options import Address, Options, only_below
-from ckpt.session.orders import Orders
 from ckpt.session.pending import Pending
 from ckpt.session.restoring import Candidate, Rules
 from ckpt.session.saving import Saving

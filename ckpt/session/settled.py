@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 
 from ckpt.errors import CkptError, UsageError
-from ckpt.link.answers import Status
-from ckpt.link.client import Calls, KeeperSpec
-from ckpt.link.frames import Wire
-from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello
-from ckpt.link.report import Report
-from ckpt.link.runtime import JobFolder
-from ckpt.observe.events import Event, Tell
+from ckpt.events import Event, Tell
+from ckpt.ipc.answers import Status
+from ckpt.ipc.client import Calls, KeeperSpec
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello
+from ckpt.ipc.report import Report
+from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.values import SnapshotId
 
 SETTLE_WAIT_S = 60.0

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import msgspec
 
 from ckpt.capture.leaves import Capture, TensorLeaf, World
+from ckpt.capture.owners import Replicated, owned
 from ckpt.capture.plan import CapturePlan
 from ckpt.errors import InternalError, UnavailableError, UsageError
-from ckpt.manifest.digest import digest_hex
-from ckpt.observe.events import Fact
-from ckpt.persist.persister import Sealed
-from ckpt.place.owners import Replicated, owned
-from ckpt.stage.copy import THREADS_DEFAULT, CopyPlan, CopySource
-from ckpt.stage.slot import Pin, Regions, Slot, SlotPool
+from ckpt.events import Fact
+from ckpt.format.digest import digest_hex
+from ckpt.save.persister import Sealed
+from ckpt.staging.copy import THREADS_DEFAULT, CopyPlan, CopySource
+from ckpt.staging.slot import Pin, Regions, Slot, SlotPool
 from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
 
 SLOT_WAIT_S = 3600.0

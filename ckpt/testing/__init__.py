@@ -1,1 +1,1 @@
-"""A kit for users and our own tests: backend contract, faulty stores, crash points."""
+"""For tests of stores and of programs: the backend contract, stores that misbehave, crash points, a sample store."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.backends.fileops import REAL_OPS, FileOps
+from ckpt.backends.file.syscalls import REAL_OPS, FileOps
 from ckpt.testing.fileops import NumberedOps, OpCall, T
 
 _CHILD_S = 120.0
@@ -124,7 +124,7 @@ def run_in_child(work: Callable[[], None]) -> int:
     (and kills the child) after two minutes.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ckpt.testing.crash", "ckpt.backends.file"])
+    context.set_forkserver_preload(["ckpt.testing.crash", "ckpt.backends.file.store"])
     process = context.Process(target=work)
     process.start()
     try:

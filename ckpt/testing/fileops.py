@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ckpt.backends.fileops import REAL_OPS, FileOps
+from ckpt.backends.file.syscalls import REAL_OPS, FileOps
 
 T = TypeVar("T")
 

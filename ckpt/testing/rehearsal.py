@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import KeyExistsError
 from ckpt.testing.buffers import buffer
 from ckpt.testing.crash import CrashingBackend, CrashingOps, CrashMode

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.backends.base import Backend
-from ckpt.commit.journal import Journal
-from ckpt.encode.choose import OFF, Compression
-from ckpt.encode.part_put import put_part
-from ckpt.encode.persist import persist
 from ckpt.errors import NotFoundError
-from ckpt.manifest.digest import digest
-from ckpt.manifest.keys import writer_name
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.objects import Ref, encode_object
+from ckpt.format.digest import digest
+from ckpt.format.keys import writer_name
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.manifest_objects import Ref, encode_object
+from ckpt.log.journal import Journal
+from ckpt.save.choose import OFF, Compression
+from ckpt.save.packs import persist
+from ckpt.save.part_put import put_part
 from ckpt.values import (
     CHUNK_BYTES,
     PAGE_BYTES,

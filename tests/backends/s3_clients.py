@@ -6,7 +6,7 @@ import pytest
 from servers.s3 import Bucket
 
 from ckpt.backends.base import Backend
-from ckpt.backends.objectclient import CHOICE
+from ckpt.backends.objects.s3 import CHOICE
 from ckpt.backends.open import open_backend
 
 CLIENTS = ("s3fs", "obstore")

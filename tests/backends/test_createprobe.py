@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ckpt.backends.createprobe import CreateOnce, creates_once, verdict
+from ckpt.backends.probe import CreateOnce, creates_once, verdict
 from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.backends.file import FileBackend
-from ckpt.backends.fileops import RealOps
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.file.syscalls import RealOps
 from ckpt.errors import (
     CkptError,
     IntegrityError,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.backends.fileops import RealOps
-from ckpt.backends.filewrite import DIRECT_BYTES_MIN, WRITE_BYTES_MAX, address_of, set_direct, write_all
+from ckpt.backends.file.syscalls import RealOps
+from ckpt.backends.file.writing import DIRECT_BYTES_MIN, WRITE_BYTES_MAX, address_of, set_direct, write_all
 from ckpt.testing.buffers import aligned_memory, buffer
 from ckpt.values import PAGE_BYTES
 

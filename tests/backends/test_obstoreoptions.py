@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.backends.obstoreoptions import Anonymous, Differs, Found, Keys, Settings, translate
+from ckpt.backends.objects.obstore_options import Anonymous, Differs, Found, Keys, Settings, translate
 
 PLACE = {"endpoint_url": "http://host:9000", "key": "k", "secret": "s"}
 URL = "s3://bucket/some/run"

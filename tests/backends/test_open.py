@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.backends.file import FileBackend
-from ckpt.backends.objects import ObjectsBackend
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.objects.fsspec_store import ObjectsBackend
 from ckpt.backends.open import open_backend
 from ckpt.errors import UsageError
 

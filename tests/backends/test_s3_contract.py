@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from servers.s3 import S3Server
 
-from ckpt.backends.objects import ObjectsBackend
+from ckpt.backends.objects.fsspec_store import ObjectsBackend
 from ckpt.backends.open import open_backend
 from ckpt.testing.contract import BackendContract, BackendRaceContract, Opener
 

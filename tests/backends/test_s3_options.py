@@ -20,9 +20,9 @@ from s3_clients import HASTY, open_with, through
 from servers.proxy import FaultProxy
 from servers.s3 import KEY, SECRET, Bucket, S3Server
 
-from ckpt.backends.objectclient import CHOICE
-from ckpt.backends.objects import ObjectsBackend
-from ckpt.backends.obstorefork import HereOrForked
+from ckpt.backends.objects.fsspec_store import ObjectsBackend
+from ckpt.backends.objects.obstorefork import HereOrForked
+from ckpt.backends.objects.s3 import CHOICE
 from ckpt.backends.open import open_backend
 from ckpt.errors import StoreDeniedError, UnavailableError, UsageError
 from ckpt.testing.contract import read

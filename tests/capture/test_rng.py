@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt.capture.rng import RngState
+from ckpt.capture.streams import RngState
 from ckpt.errors import UsageError
-from ckpt.manifest.objects import decode_object, encode_object
+from ckpt.format.manifest_objects import decode_object, encode_object
 
 
 def draws() -> tuple[float, float, float, float]:

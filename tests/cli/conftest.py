@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for standin_keeper
 
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.cli.main import run
 from ckpt.testing.sample import write_sample_store
 

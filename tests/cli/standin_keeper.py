@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable
 
 from ckpt.errors import UsageError
-from ckpt.link.answers import Done, Status, Welcome
-from ckpt.link.frames import Wire
-from ckpt.link.messages import WIRE_VERSION, GetStatus, Hello
-from ckpt.link.remote import from_error
-from ckpt.link.report import RankReport, Report, SlotReport
-from ckpt.link.runtime import JobFolder
+from ckpt.ipc.answers import Done, Status, Welcome
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello
+from ckpt.ipc.remote import from_error
+from ckpt.ipc.report import RankReport, Report, SlotReport
+from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.values import SnapshotId, SnapshotInfo
 
 STORE = "file:///runs/a"

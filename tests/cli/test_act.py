@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
 from ckpt.testing.sample import damage, sample_state
 from ckpt.values import SnapshotId
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.cli.numbers import readable
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
 from ckpt.restore.reader import Values
 from ckpt.testing.sample import SampleWriter, damage, sample_state, tensor
 from ckpt.values import SnapshotId

@@ -154,13 +154,13 @@ def test_closed_pipe_is_no_error(store) -> None:
 def test_interrupt_exits_130_quietly(store, tmp_path: Path) -> None:
     code = """
 import sys
-import ckpt.cli.ls
+import ckpt.cli.commands.ls
 from ckpt.cli.main import main
 def waits(backend, state):
     print("reading", flush=True)
     while True:
         sys.stdin.read(1)
-ckpt.cli.ls.snapshots = waits
+ckpt.cli.commands.ls.snapshots = waits
 sys.argv = ["ckpt", "ls", sys.argv[1]]
 main()
 """

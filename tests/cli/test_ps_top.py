@@ -17,9 +17,10 @@ import pytest
 from msgspec.structs import replace as changed
 from standin_keeper import RECOVERY, STORE, StandIn, dead_folder, folder_of, job_report, rank_report
 
-from ckpt.cli import jobs, top
-from ckpt.link.report import Report
-from ckpt.link.runtime import JobFolder, runtime_root
+from ckpt.cli import jobs
+from ckpt.cli.commands import top
+from ckpt.ipc.report import Report
+from ckpt.ipc.runtime_dir import JobFolder, runtime_root
 
 
 @pytest.fixture(autouse=True)

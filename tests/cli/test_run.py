@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.elastic import rendezvous_run
+from ckpt.elastic.rendezvous import run as rendezvous_run
 from ckpt.errors import UsageError
 
 CKPT_RUN = [sys.executable, "-m", "ckpt", "run"]

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import candidates, info_of, load_index, load_manifest, older_than, select, snapshots
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.part import Part, encode_part
+from ckpt.format import keys
+from ckpt.format.digest import digest_hex
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.part import Part, encode_part
+from ckpt.log.catalog import candidates, info_of, load_index, load_manifest, older_than, select, snapshots
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
 from ckpt.values import SnapshotId
 
 WRITER = keys.writer_name("node", "0123456789abcdef")

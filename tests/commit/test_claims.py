@@ -11,15 +11,15 @@ import pytest
 from ckpt.backends.base import Backend, Buffer, Capabilities
 from ckpt.backends.checked import read_alone
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.claims import FiledSequencer, StoresSequencer, silent
-from ckpt.commit.copies import Copies
-from ckpt.commit.gather import Silent
-from ckpt.commit.lanes import Enough
-from ckpt.commit.sequencer import Claimed, Lost, StoreSequencer, Unknown
 from ckpt.errors import FencedError, NotFoundError, UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.job import JobRecord
-from ckpt.manifest.records import Commit, make_record
+from ckpt.format import keys
+from ckpt.format.records import Commit, make_record
+from ckpt.format.store import JobRecord
+from ckpt.log.claims import FiledSequencer, StoresSequencer, silent
+from ckpt.log.copies import Copies
+from ckpt.log.lanes import Enough
+from ckpt.log.quorum import Silent
+from ckpt.log.sequencer import Claimed, Lost, StoreSequencer, Unknown
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.commit import working
-from ckpt.commit.fold import Unreadable, empty, fold, verdict
-from ckpt.commit.folds import decode_fold, encode_fold, fold_due
-from ckpt.commit.state import LogState
 from ckpt.errors import FormatVersionError, IntegrityError
-from ckpt.manifest.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
+from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
+from ckpt.log import working
+from ckpt.log.commit_fold import Unreadable, empty, fold, verdict
+from ckpt.log.state import LogState
+from ckpt.log.stored_fold import decode_fold, encode_fold, fold_due
 from ckpt.values import SnapshotId
 
 A, B = "a" * 32, "b" * 32

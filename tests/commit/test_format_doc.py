@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt.commit.fold import empty, fold
-from ckpt.commit.folds import decode_fold
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.job import JobRecord
-from ckpt.manifest.manifest import Manifest
-from ckpt.manifest.records import Commit, decode_record
+from ckpt.format.digest import digest_hex
+from ckpt.format.manifest import Manifest
+from ckpt.format.records import Commit, decode_record
+from ckpt.format.store import JobRecord
+from ckpt.log.commit_fold import empty, fold
+from ckpt.log.stored_fold import decode_fold
 
 DOC = Path(__file__).parents[2] / "docs" / "format.md"
 

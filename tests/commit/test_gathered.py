@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from ckpt.commit.fold import empty, fold
-from ckpt.commit.gather import Gathered, Held, Silent, Tail, gather
-from ckpt.commit.quorum import Seen, stand_in
-from ckpt.commit.state import LogState, StoreSet
-from ckpt.manifest.records import BY_STORES, Body, Commit, Open, Record, Stores, make_record
+from ckpt.format.records import BY_STORES, Body, Commit, Open, Record, Stores, make_record
+from ckpt.log.commit_fold import empty, fold
+from ckpt.log.commit_quorum import Seen, stand_in
+from ckpt.log.quorum import Gathered, Held, Silent, Tail, gather
+from ckpt.log.state import LogState, StoreSet
 from ckpt.values import SnapshotId
 
 IDS = tuple(f"{n:032x}" for n in range(6))

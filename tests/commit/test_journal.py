@@ -6,12 +6,6 @@ import pytest
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit import folds, journal
-from ckpt.commit.catalog import load_index, snapshots
-from ckpt.commit.journal import Journal
-from ckpt.commit.reader import read_start
-from ckpt.commit.select import Chosen
-from ckpt.commit.sequencer import CLAIM_TRIES_MAX
 from ckpt.errors import (
     CommitUnknownError,
     ConflictError,
@@ -24,12 +18,19 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.manifest import keys
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.job import JobRecord
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.part import Part, StoredShard, encode_part
-from ckpt.manifest.records import Commit, Open, Tag
+from ckpt.format import keys
+from ckpt.format.digest import digest_hex
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.part import Part, StoredShard, encode_part
+from ckpt.format.records import Commit, Open, Tag
+from ckpt.format.store import JobRecord
+from ckpt.log import journal
+from ckpt.log import stored_fold as folds
+from ckpt.log.catalog import load_index, snapshots
+from ckpt.log.journal import Journal
+from ckpt.log.reader import read_start
+from ckpt.log.select import Chosen
+from ckpt.log.sequencer import CLAIM_TRIES_MAX
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId, SnapshotInfo
 
 WRITER = keys.writer_name("node", "0123456789abcdef")

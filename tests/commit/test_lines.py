@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.commit import working
-from ckpt.commit.fold import empty, fold
-from ckpt.commit.select import Chosen, candidates, older_than, require_newest, select
-from ckpt.commit.state import RECENT_MAX, Hole, LogState, Opened, Segment, StoreSet, segments, whole
 from ckpt.errors import NewerSnapshotError, NotFoundError, UsageError
-from ckpt.manifest.records import BY_STORES, Body, Commit, Drop, Open, Record, Tag, make_record
+from ckpt.format.records import BY_STORES, Body, Commit, Drop, Open, Record, Tag, make_record
+from ckpt.log import working
+from ckpt.log.commit_fold import empty, fold
+from ckpt.log.select import Chosen, candidates, older_than, require_newest, select
+from ckpt.log.state import RECENT_MAX, Hole, LogState, Opened, Segment, StoreSet, segments, whole
 from ckpt.values import SnapshotId
 
 A = "a" * 32

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.commit.claim import refused, settled
-from ckpt.commit.fold import Unreadable, empty, fold, verdict
-from ckpt.commit.state import LogState, Void, VoidCode
 from ckpt.errors import ConflictError, FencedError
-from ckpt.manifest.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
+from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
+from ckpt.log.claim import refused, settled
+from ckpt.log.commit_fold import Unreadable, empty, fold, verdict
+from ckpt.log.state import LogState, Void, VoidCode
 from ckpt.values import SnapshotId
 
 A, B = "a" * 32, "b" * 32

@@ -3,10 +3,10 @@
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.journal import Journal
 from ckpt.errors import FencedError
-from ckpt.manifest.keys import part_key, writer_name
-from ckpt.manifest.manifest import Manifest, PartRef
+from ckpt.format.keys import part_key, writer_name
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 

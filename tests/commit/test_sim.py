@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit import folds
-from ckpt.commit.catalog import load_manifest
-from ckpt.commit.fold import empty, fold
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
 from ckpt.errors import CommitUnknownError, ConflictError, FencedError, KeyExistsError, UnavailableError
-from ckpt.manifest import keys
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.records import Commit, Open, decode_record
+from ckpt.format import keys
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.records import Commit, Open, decode_record
+from ckpt.log import stored_fold as folds
+from ckpt.log.catalog import load_manifest
+from ckpt.log.commit_fold import empty, fold
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
 from ckpt.values import SnapshotId
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from ckpt.commit import folds
-from ckpt.commit.folds import FOLD_BYTES_MAX, decode_fold, encode_fold
-from ckpt.commit.state import RECENT_MAX, Committed, LogState, Opened, StoreSet, Tagged, Void
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.canonical import seal
+from ckpt.format import keys
+from ckpt.format.canonical import seal
+from ckpt.log import stored_fold as folds
+from ckpt.log.state import RECENT_MAX, Committed, LogState, Opened, StoreSet, Tagged, Void
+from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold, encode_fold
 from ckpt.values import SnapshotId
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32

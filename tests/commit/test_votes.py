@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from ckpt.commit.quorum import (
+from ckpt.format import keys
+from ckpt.log.commit_quorum import (
     Beaten,
     Decided,
     Open,
@@ -22,7 +23,6 @@ from ckpt.commit.quorum import (
     stand_in,
     winner,
 )
-from ckpt.manifest import keys
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
 NONE, SILENT, ROT = Seen(), Seen(answered=False), Seen(damaged=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.backends.objects import ObjectsBackend
+from ckpt.backends.objects.fsspec_store import ObjectsBackend
 from ckpt.backends.open import open_backend
 from ckpt.testing.contract import BackendContract, BackendRaceContract, Opener
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckpt import errors
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.cli.main import COMMANDS, run
 from ckpt.errors import CkptError
 from ckpt.testing.sample import write_sample_store

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from nemesis_history import Beat, Change, Committed, Content, Entered, History, Opened, Step, Trainer
 
-from ckpt.membership.values import EpochRecord, NodeInfo, Place, encode_epoch, encode_node
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place, encode_epoch, encode_node
 
 S = 1_000_000_000
 REFERENCE = tuple(range(1000, 1020))

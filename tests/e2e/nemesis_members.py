@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from nemesis_history import Change
 
-from ckpt.membership import names
-from ckpt.membership.values import EpochRecord, decode_epoch, decode_node
+from ckpt.cluster.membership import names
+from ckpt.cluster.membership.records import EpochRecord, decode_epoch, decode_node
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,10 @@ from nemesis_watch import EtcdWatch, LogWatch, Trainers, etcd_watch, steps_of
 from networks import Network, network
 
 import ckpt
-from ckpt.commit.journal import Journal
+from ckpt.backends.replicated.open import open_stores
 from ckpt.errors import CkptError
-from ckpt.manifest.records import Commit, Open, Record, decode_record
-from ckpt.replicate.open import open_stores
+from ckpt.format.records import Commit, Open, Record, decode_record
+from ckpt.log.journal import Journal
 
 MACHINES = (1, 2, 3, 4)
 ETCD_HOSTS = (5, 6, 7)

@@ -18,8 +18,8 @@ from nemesis_history import Beat, Change, Entered, Sighting, Step, Trainer
 from nemesis_members import Members, read_members
 from networks import Network
 
-from ckpt.manifest.digest import digest_hex
-from ckpt.membership import names
+from ckpt.cluster.membership import names
+from ckpt.format.digest import digest_hex
 
 LOOK_S = 0.5
 

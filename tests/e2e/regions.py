@@ -16,7 +16,7 @@ from servers.s3 import Bucket
 
 import ckpt
 from ckpt.cli.main import run
-from ckpt.manifest.keys import JOB_KEY, log_key, parse_settled_key
+from ckpt.format.keys import JOB_KEY, log_key, parse_settled_key
 
 HARM_BYTES_MAX = 3
 """How many bytes of an object are changed at most."""

@@ -10,15 +10,15 @@ import pytest
 from jobs import SOAK, WAIT_S, Fleet, Job, differences, plain, ranks, wait_for
 
 import ckpt
-from ckpt.backends.file import FileBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import NotFoundError
-from ckpt.manifest import keys
+from ckpt.format import keys
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
+from ckpt.maintenance.gc.plan import PREFIXES
+from ckpt.maintenance.gc.sweep_clock import PROBES
 from ckpt.restore.verify import verify
-from ckpt.upkeep.sweep_clock import PROBES
-from ckpt.upkeep.sweep_plan import PREFIXES
 from ckpt.values import SnapshotId
 
 KILLS = 2 if not SOAK else 25

@@ -17,12 +17,12 @@ from jobs import SEED, SOAK, WAIT_S, differences, wait_for
 from machines import Machine, calm, cluster
 from servers.keeper_fuzz import Strangers, descriptors, own_bytes
 
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.store import PeerStore
+from ckpt.cluster.secret import read_secret
 from ckpt.errors import FencedError, StoreDeniedError
-from ckpt.fleet.secret import read_secret
-from ckpt.link.runtime import JobFolder
-from ckpt.peer.auth import Secret
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.store import PeerStore
+from ckpt.ipc.runtime_dir import JobFolder
 
 STEPS = 5_000 if SOAK else 500
 FUZZ_AT, UNDISTURBED = 20, 30

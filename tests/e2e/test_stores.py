@@ -21,7 +21,7 @@ from servers.proxy import FaultProxy
 from servers.rules import Request
 from servers.s3 import Gateway, Moto
 
-from ckpt.manifest.keys import JOB_KEY
+from ckpt.format.keys import JOB_KEY
 
 STEPS, EVERY = 400 if not SOAK else 2400, 10
 PAUSE_S = 0.1

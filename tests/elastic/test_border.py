@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.elastic.border import dies_here
+from ckpt.elastic.failure import dies_here
 from ckpt.elastic.preempted import Preempted
-from ckpt.elastic.trainer import TrainerSeat
+from ckpt.elastic.processes.trainer import TrainerSeat
 from ckpt.errors import FencedError, UnavailableError, UsageError
-from ckpt.link.policy import Policy
+from ckpt.ipc.policy import Policy
 
 WAIT_S = 60
 SEAT = TrainerSeat(attempt=2, port=1, how="fork", pid=1, report_fd=9)
@@ -41,7 +41,7 @@ def test_trainer_dies_of_what_a_new_attempt_may_not_meet(error: BaseException, d
 def died(body: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """How a process ends that dies at the border of what ``body`` raises."""
     program = (
-        "import atexit, sys\nfrom ckpt.elastic.border import die\natexit.register(print, 'exit handler')\n"
+        "import atexit, sys\nfrom ckpt.elastic.failure import die\natexit.register(print, 'exit handler')\n"
         "def words(): print('last words', flush=True)\n"
         "def broken(): raise OSError('no words')\n"
         "last = words\nprint('buffered')\ntry:\n    try:\n"

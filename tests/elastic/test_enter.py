@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from ckpt.elastic import enter
+from ckpt.elastic.processes import enter
 from ckpt.errors import ConflictError, UnavailableError
-from ckpt.link.client import HungUpError
+from ckpt.ipc.client import HungUpError
 
 
 @pytest.fixture

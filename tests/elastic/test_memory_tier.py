@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from ckpt.elastic.memory_tier import MemoryTier
-from ckpt.link.board import Board
-from ckpt.link.rank_board import Phase
+from ckpt.elastic.boundaries import MemoryTier
+from ckpt.ipc.board import Phase
+from ckpt.ipc.link_board import Board
 
 
 @pytest.fixture

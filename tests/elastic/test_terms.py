@@ -16,7 +16,7 @@ WAIT_S = 60
 PROGRAM = """
 import os, signal, sys, threading, time
 from ckpt.elastic import terms
-from ckpt.elastic.term_in_place import TermInPlace
+from ckpt.elastic.sigterm import TermInPlace
 terms.SAME_TERM_S = 1000.0
 asked = threading.Semaphore(0)
 def ask():

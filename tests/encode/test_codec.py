@@ -11,8 +11,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.encode.codec import Encoded, decode_chunk, encode_chunk
 from ckpt.errors import IntegrityError
+from ckpt.format.codec import Encoded, decode_chunk, encode_chunk
 from ckpt.values import CHUNK_BYTES, ChunkLocation, Codec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.encode.plan import GAP_BYTES_MAX, Chunk, PackPlan, new_chunks, plan_packs, raw_offsets
+from ckpt.save.chunks import GAP_BYTES_MAX, Chunk, PackPlan, new_chunks, plan_packs, raw_offsets
 from ckpt.values import CHUNK_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 

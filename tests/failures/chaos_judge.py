@@ -13,14 +13,14 @@ from chaos_upkeep import scrub_all, sweep_now
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone, stores_of
-from ckpt.commit.journal import Journal
-from ckpt.commit.reader import read_on
-from ckpt.commit.state import LogState
-from ckpt.manifest import keys
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.manifest import Manifest
-from ckpt.manifest.part import decode_part
-from ckpt.upkeep.gc import drop
+from ckpt.format import keys
+from ckpt.format.digest import digest_hex
+from ckpt.format.manifest import Manifest
+from ckpt.format.part import decode_part
+from ckpt.log.journal import Journal
+from ckpt.log.reader import read_on
+from ckpt.log.state import LogState
+from ckpt.maintenance.gc.drop import drop
 from ckpt.values import ChunkLocation
 
 OBJECT_BYTES_MAX = 1 << 30

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import botocore.exceptions
 
-from ckpt.manifest import keys
+from ckpt.format import keys
 
 LOG_SPARED = 2
 """How many of the last records a store may not lose by themselves: nobody could tell that from never having had them."""

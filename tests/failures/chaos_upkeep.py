@@ -6,14 +6,14 @@ import random
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of, write_quorum_of
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
-from ckpt.observe.events import Event
-from ckpt.upkeep.scrub import Scrub, ScrubReport
-from ckpt.upkeep.stores import fill_up, members_here, replace, returned_empty
-from ckpt.upkeep.sweep import SweepReport, sweep
-from ckpt.upkeep.sweep_clock import store_clock
-from ckpt.upkeep.sync_facts import Effort
+from ckpt.events import Event
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
+from ckpt.maintenance.gc.sweep_clock import store_clock
+from ckpt.maintenance.gc.upkeep_sweep import SweepReport, sweep
+from ckpt.maintenance.scrub.scrub import Scrub, ScrubReport
+from ckpt.maintenance.store_set import fill_up, members_here, replace, returned_empty
+from ckpt.maintenance.sync_facts import Effort
 
 
 def sweep_now(backend: Backend, state: LogState, dice: random.Random) -> SweepReport:

@@ -8,7 +8,7 @@ import pytest
 RACE = """
 import os, sys, threading
 sys.setswitchinterval(1e-6)
-from ckpt.manifest.records import Commit, decode_record, make_record
+from ckpt.format.records import Commit, decode_record, make_record
 from ckpt.values import SnapshotId
 
 body = Commit(SnapshotId(1, 1), "0" * 32, None)

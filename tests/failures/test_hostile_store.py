@@ -18,11 +18,11 @@ import zstandard
 
 import ckpt
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.cli.main import run as cli
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.keys import log_key, parse_manifest_key
+from ckpt.format.digest import digest_hex
+from ckpt.format.keys import log_key, parse_manifest_key
 
 Json = dict[str, object]
 Change = Callable[[Json], None]

@@ -20,11 +20,11 @@ from torch import nn
 
 import ckpt
 from ckpt.backends.base import Backend, Buffer
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.cli.main import run as cli
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import damage
 

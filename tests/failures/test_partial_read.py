@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ckpt
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.testing.faults import CountingBackend
 from ckpt.values import CHUNK_BYTES
 

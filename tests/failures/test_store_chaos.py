@@ -22,10 +22,10 @@ from servers.fixtures import Servers
 from servers.s3 import Gateway, Moto
 
 from ckpt.backends import open as opening
-from ckpt.backends.encrypted_key import write_new_key
-from ckpt.backends.file import FileBackend
-from ckpt.backends.objectclient import CHOICE
-from ckpt.commit.sqlite import STATE_VARIABLE
+from ckpt.backends.encrypted.keys import write_new_key
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.objects.s3 import CHOICE
+from ckpt.log.sequencers import STATE_VARIABLE
 from ckpt.testing.fileops import NumberedOps
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"

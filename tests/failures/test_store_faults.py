@@ -15,7 +15,7 @@ import torch
 
 import ckpt
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.testing.fileops import FailingOps
 
 WAIT_S = 30.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ckpt.fleet.lines import Heard, Lines
-from ckpt.fleet.tls import Tls
-from ckpt.fleet.words import Word
-from ckpt.observe.events import Event
+from ckpt.cluster.fleet_tls import Tls
+from ckpt.cluster.mesh.connections import Heard, Lines
+from ckpt.cluster.mesh.messages import Word
+from ckpt.events import Event
 
 SECRET = b"a secret of all nodes"
 WAIT_S = 30.0

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt.cluster.mesh import protocol as cables
+from ckpt.cluster.mesh.messages import Beat, Decided, Meet, Post, Word
+from ckpt.cluster.mesh.protocol import FRAME_BYTES_MAX, Cable, Speller
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
-from ckpt.fleet import cable as cables
-from ckpt.fleet.cable import FRAME_BYTES_MAX, Cable, Speller
-from ckpt.fleet.words import Beat, Decided, Meet, Post, Word
 
 SECRET = b"a secret of all nodes"
 _numbers = itertools.count(1)

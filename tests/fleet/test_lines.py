@@ -10,11 +10,11 @@ from contextlib import ExitStack, suppress
 import pytest
 from fleet_nodes import WAIT_S, Node, acquaint
 
-from ckpt.fleet import cable as cable_room
-from ckpt.fleet import lines as lines_room
-from ckpt.fleet.places import Place, Places
-from ckpt.fleet.sockets import probe
-from ckpt.fleet.words import Post, Word
+from ckpt.cluster.mesh import connections as lines_room
+from ckpt.cluster.mesh import protocol as cable_room
+from ckpt.cluster.mesh.addresses import Place, Places
+from ckpt.cluster.mesh.messages import Post, Word
+from ckpt.cluster.mesh.sockets import probe
 
 
 class Network:

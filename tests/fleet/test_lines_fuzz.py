@@ -22,12 +22,12 @@ from fleet_nodes import SECRET, WAIT_S, Node, acquaint
 from msgspec.msgpack import encode
 from servers.certificates import Authority
 
-from ckpt.fleet.cable import GREETING_BYTES_MAX, Cable
-from ckpt.fleet.lines import STRANGERS_MAX
-from ckpt.fleet.secret import mac
-from ckpt.fleet.tls import Tls, tls_of
-from ckpt.fleet.words import Post, Standing
-from ckpt.link.nodes_spec import NodesSpec
+from ckpt.cluster.fleet_tls import Tls, tls_of
+from ckpt.cluster.mesh.connections import STRANGERS_MAX
+from ckpt.cluster.mesh.messages import Post, Standing
+from ckpt.cluster.mesh.protocol import GREETING_BYTES_MAX, Cable
+from ckpt.cluster.secret import mac
+from ckpt.ipc.cluster_spec import NodesSpec
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 FIRST = int(os.environ.get("CKPT_SEED", "1"))
@@ -267,7 +267,7 @@ def test_word_that_is_too_long_ends_the_line_and_not_the_keeper(
 ) -> None:
     one, other = node("a"), node("b")
     acquaint(one, other)
-    monkeypatch.setattr("ckpt.fleet.cable.FRAME_BYTES_MAX", 10_000)
+    monkeypatch.setattr("ckpt.cluster.mesh.protocol.FRAME_BYTES_MAX", 10_000)
     assert one.lines.say("b", Post(room="1", key="k", value=bytes(20_000)))
     one.wait(lambda: one.downs, "that the line is down")
     assert "too long" in one.downs[0][1]

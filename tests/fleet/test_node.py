@@ -16,22 +16,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "membership"))
 
 from memory_keyspace import MemoryKeyspace, MemoryServer
 
-from ckpt.encode.threads import start
+from ckpt.cluster.membership.decide import Options
+from ckpt.cluster.membership.leases import State
+from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.records import Holdings, NodeInfo, View
+from ckpt.cluster.mesh.connections import Lines
+from ckpt.cluster.mesh.messages import Decided, Failed, Meet, Word
+from ckpt.cluster.node.leading import ALL_ENDED, FLOOR, PEER
+from ckpt.cluster.node.node import Node
+from ckpt.cluster.node.ways import Epoch, Told, Ways
+from ckpt.encode_threads import start
 from ckpt.errors import UnavailableError
-from ckpt.fleet.leading import ALL_ENDED, FLOOR, PEER
-from ckpt.fleet.lines import Lines
-from ckpt.fleet.node import Node
-from ckpt.fleet.ways import Epoch, Told, Ways
-from ckpt.fleet.words import Decided, Failed, Meet, Word
-from ckpt.keeper.nodes_join import _judged
-from ckpt.keeper.nodes_judge import Trouble
-from ckpt.keeper.verdict import ECHO_S
-from ckpt.link.policy import Policy
-from ckpt.membership.decide import Options
-from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.leases import State
-from ckpt.membership.values import Holdings, NodeInfo, View
-from ckpt.observe.events import Event
+from ckpt.events import Event
+from ckpt.ipc.policy import Policy
+from ckpt.keeper.attempts.failures import Trouble
+from ckpt.keeper.attempts.verdict import ECHO_S
+from ckpt.keeper.nodes.join import _judged
 
 WAIT_S = 60.0
 LOOK_S = 0.02

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt.cluster.membership.records import EpochRecord, Leader, Member, NodeInfo, Place, Scope, View
+from ckpt.cluster.node.note import NOTE_CHARS_MAX, Note, decode_note, encode_note
+from ckpt.cluster.node.reach import MESH_MAX, wanted
 from ckpt.errors import IntegrityError
-from ckpt.fleet.note import NOTE_CHARS_MAX, Note, decode_note, encode_note
-from ckpt.fleet.reach import MESH_MAX, wanted
-from ckpt.membership.values import EpochRecord, Leader, Member, NodeInfo, Place, Scope, View
 
 notes = st.builds(
     Note, why=st.text(max_size=200), fingerprint=st.text(max_size=50), step=st.integers(-1, 10**9), same=st.integers(0, 99),

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from ckpt.fleet.places import Place, Places, asked
+from ckpt.cluster.mesh.addresses import Place, Places, asked
 
 WAIT_S = 30.0
 HERE = Place(socket.AF_INET, ("127.0.0.1", 7))

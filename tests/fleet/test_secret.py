@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ckpt.cluster.secret import line_keys, read_secret
 from ckpt.errors import UsageError
-from ckpt.fleet.secret import line_keys, read_secret
 
 
 def secret_file(path: Path, content: bytes, mode: int) -> Path:

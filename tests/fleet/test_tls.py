@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers.certificates import Authority, Files
 
+from ckpt.cluster.fleet_tls import Tls, check_path, check_tls, lender_at, lending_at, tls_of
+from ckpt.cluster.mesh.messages import Post
+from ckpt.cluster.mesh.sheath import Sheath
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
-from ckpt.fleet.sheath import Sheath
-from ckpt.fleet.tls import Tls, check_path, check_tls, lender_at, lending_at, tls_of
-from ckpt.fleet.words import Post
-from ckpt.link.nodes_spec import NodesSpec
+from ckpt.ipc.cluster_spec import NodesSpec
 
 HERE = "127.0.0.1"
 AWAY = "10.1.2.3"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 
-from ckpt.elastic import rendezvous_run
-from ckpt.elastic.rendezvous_options import Settings, settings_of
+from ckpt.elastic.rendezvous import run as rendezvous_run
+from ckpt.elastic.rendezvous.options import Settings, settings_of
 
 
 def launch_of(words: Sequence[str]) -> tuple[argparse.Namespace, Settings | None]:

@@ -22,9 +22,9 @@ from etcd_server import require
 from launches import launch_of
 from servers.process import ServerProcess, free_port
 
+from ckpt.cluster.fleet_tls import check_tls
+from ckpt.cluster.secret import read_secret
 from ckpt.errors import UsageError
-from ckpt.fleet.secret import read_secret
-from ckpt.fleet.tls import check_tls
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "integrations" / "ansible"

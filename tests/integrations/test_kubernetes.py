@@ -22,14 +22,14 @@ from servers.certificates import Authority
 from servers.process import ServerProcess, free_port
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
+from ckpt.cluster.fleet_tls import check_tls
+from ckpt.cluster.membership.open import open_membership
+from ckpt.cluster.membership.records import NodeInfo
+from ckpt.cluster.secret import read_secret
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.fleet.secret import read_secret
-from ckpt.fleet.tls import check_tls
-from ckpt.link.nodes_spec import NodesSpec
-from ckpt.link.policy import Policy
-from ckpt.membership.etcd_options import EtcdOptions
-from ckpt.membership.open import open_membership
-from ckpt.membership.values import NodeInfo
+from ckpt.ipc.cluster_spec import NodesSpec
+from ckpt.ipc.policy import Policy
+from ckpt.keyspace.etcd_options import EtcdOptions
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "integrations" / "kubernetes"

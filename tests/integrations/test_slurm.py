@@ -20,9 +20,9 @@ from launches import launch_of
 from servers.process import free_port
 
 import ckpt
+from ckpt.cluster.fleet_tls import check_tls
 from ckpt.errors import UsageError
-from ckpt.fleet.tls import check_tls
-from ckpt.link.nodes_spec import NodesSpec
+from ckpt.ipc.cluster_spec import NodesSpec
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -12,7 +12,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # f
 
 from served import POLICY, Served  # noqa: E402
 
-from ckpt.link.messages import Policy  # noqa: E402
+from ckpt.ipc.messages import Policy  # noqa: E402
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ckpt.keeper import roster as rules
-from ckpt.keeper.roster import PREEMPTED_STATUS, Roster, Seat, State
-from ckpt.keeper.roster_words import (
+from ckpt.ipc.messages import Failing, Policy
+from ckpt.keeper.attempts import roster as rules
+from ckpt.keeper.attempts.events import (
     Action,
     AskEpoch,
     AskStop,
@@ -36,7 +36,7 @@ from ckpt.keeper.roster_words import (
     TrainerKilled,
     TrainerStarted,
 )
-from ckpt.link.messages import Failing, Policy
+from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, Roster, Seat, State
 
 STATUS_OF = {"ends": 0, "stops": PREEMPTED_STATUS, "raises": 1, "refuses": 2, "killed": -9, "interrupted": -2}
 ERROR = Failing(kind="ValueError", text="bad", fingerprint="f", step=3)

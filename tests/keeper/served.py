@@ -13,14 +13,13 @@ from typing import TypeVar
 from slot_makers import MadeSlot
 
 from ckpt.errors import CkptError
-from ckpt.keeper.daemon import Daemon
-from ckpt.keeper.home import Home
-from ckpt.link.answers import Number, Status, Welcome
-from ckpt.link.board import Board
-from ckpt.link.client import Calls, KeeperSpec
-from ckpt.link.frames import Wire, close_fds
-from ckpt.link.message import Message
-from ckpt.link.messages import (
+from ckpt.events import Event
+from ckpt.ipc.answers import Number, Status, Welcome
+from ckpt.ipc.client import Calls, KeeperSpec
+from ckpt.ipc.frames import Wire, close_fds
+from ckpt.ipc.link_board import Board
+from ckpt.ipc.message import Message
+from ckpt.ipc.messages import (
     WIRE_VERSION,
     Bye,
     Died,
@@ -40,10 +39,11 @@ from ckpt.link.messages import (
     Start,
     Started,
 )
-from ckpt.link.policy import Retention
-from ckpt.link.report import Report
-from ckpt.link.runtime import JobFolder
-from ckpt.observe.events import Event
+from ckpt.ipc.policy import Retention
+from ckpt.ipc.report import Report
+from ckpt.ipc.runtime_dir import JobFolder
+from ckpt.keeper.daemon import Daemon
+from ckpt.keeper.process import Home
 from ckpt.values import SnapshotId
 
 T = TypeVar("T", bound=Message)

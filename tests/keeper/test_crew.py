@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from served import POLICY, Served, Trainer, die, end_well, gone, kept, open_epoch, started, until
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
+from ckpt.ipc import answers
+from ckpt.ipc import messages as words
+from ckpt.ipc.answers import Welcome
+from ckpt.ipc.board import Phase
+from ckpt.ipc.link_board import Board
+from ckpt.ipc.messages import Policy
 from ckpt.keeper import daemon as daemon_module
-from ckpt.keeper import watch as watch_module
-from ckpt.link import answers
-from ckpt.link import messages as words
-from ckpt.link.answers import Welcome
-from ckpt.link.board import Board
-from ckpt.link.messages import Policy
-from ckpt.link.rank_board import Phase
+from ckpt.keeper.attempts import hang_watch as watch_module
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

@@ -11,14 +11,14 @@ import pytest
 import served as served_room
 from served import Peer, Served, started, until
 
+from ckpt.ipc import messages as words
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.cluster_spec import NodesSpec
+from ckpt.ipc.frames import close_fds
+from ckpt.ipc.messages import Policy
 from ckpt.keeper import daemon as daemon_module
-from ckpt.link import messages as words
-from ckpt.link.client import KeeperSpec
-from ckpt.link.frames import close_fds
-from ckpt.link.messages import Policy
-from ckpt.link.nodes_spec import NodesSpec
-from ckpt.membership.embedded import SqliteKeyspace
-from ckpt.membership.keyspace import Keys, Transaction
+from ckpt.keyspace.base import Keys, Transaction
+from ckpt.keyspace.sqlite import SqliteKeyspace
 
 POLICY = Policy(linger_s=20.0, hang_s=0.0)
 

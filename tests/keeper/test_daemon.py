@@ -14,13 +14,13 @@ from collections.abc import Callable
 import pytest
 from served import WAIT_S, Served, open_epoch, until
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import ConflictError, UsageError
+from ckpt.ipc.answers import Choices, Done, Number, Slots, Welcome
+from ckpt.ipc.client import Calls
+from ckpt.ipc.messages import WIRE_VERSION, Count, GetChoices, GetSlots, Policy
 from ckpt.keeper import daemon as daemon_module
-from ckpt.link.answers import Choices, Done, Number, Slots, Welcome
-from ckpt.link.client import Calls
-from ckpt.link.messages import WIRE_VERSION, Count, GetChoices, GetSlots, Policy
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]
@@ -295,7 +295,7 @@ def test_what_cannot_be_settled_keeps_no_launch_of_another_size_out(serve: Serve
 
 
 def test_what_a_hello_needs_is_imported_quickly() -> None:
-    heavy = ("numpy", "fsspec", "asyncio", "ckpt.keeper.uploads", "ckpt.persist.persister")
+    heavy = ("numpy", "fsspec", "asyncio", "ckpt.keeper.uploads.uploads", "ckpt.save.persister")
     code = f"import ckpt.keeper.__main__, ckpt.keeper.daemon, sys; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

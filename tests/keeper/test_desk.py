@@ -11,12 +11,11 @@ import pytest
 from served import Served, Trainer, open_epoch, until
 from slot_makers import descriptors
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import FencedError, IntegrityError, UsageError
-from ckpt.link.answers import Choices, Done, Number, Slots, Value
-from ckpt.link.message import RemoteError
-from ckpt.link.messages import (
+from ckpt.ipc.answers import Choices, Done, Number, Slots, Value
+from ckpt.ipc.message import RemoteError
+from ckpt.ipc.messages import (
     Count,
     Fenced,
     Forget,
@@ -32,6 +31,7 @@ from ckpt.link.messages import (
     SlotGone,
     SlotMade,
 )
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

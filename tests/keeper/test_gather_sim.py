@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gather_sim import Costs, GatherRun, Run, Way, ways_for
 from scale_records import NEWEST, RANKS_A_NODE, SLOTS, all_holdings, node_name
 
-from ckpt.keeper.held import complete
+from ckpt.keeper.mirrors.plan import complete
 
 NODES = 48
 COSTS = Costs()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.keeper.hang import LOOK_GAPS_MAX, PATIENCE, Pulse, Sight, check_s, hung, look, timeout_s
-from ckpt.link.rank_board import Phase
+from ckpt.ipc.board import Phase
+from ckpt.keeper.attempts.hang import LOOK_GAPS_MAX, PATIENCE, Pulse, Sight, check_s, hung, look, timeout_s
 
 FLOOR_S = 10.0
 WELL = Pulse(0, Phase.TRAINING, True, completed=5, idle_s=1.0, longest_step_s=0.5)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.fleet.words import Holding, Sources
-from ckpt.keeper.held import PAIRS_MAX, WORLD_MAX, Pair, Span, complete, from_word, joined, lost, to_word
+from ckpt.cluster.mesh.messages import Holding, Sources
+from ckpt.keeper.mirrors.plan import PAIRS_MAX, WORLD_MAX, Pair, Span, complete, from_word, joined, lost, to_word
 from ckpt.values import SnapshotId
 
 P1, P2 = SnapshotId(1, 10), SnapshotId(1, 20)

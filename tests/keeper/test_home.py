@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from served import WAIT_S, Served, until
 
+from ckpt.ipc.answers import Number, Welcome
+from ckpt.ipc.client import Calls
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.messages import Count, Policy
 from ckpt.keeper import daemon as daemon_module
-from ckpt.keeper.home import Home
-from ckpt.link.answers import Number, Welcome
-from ckpt.link.client import Calls
-from ckpt.link.frames import Wire
-from ckpt.link.messages import Count, Policy
+from ckpt.keeper.process import Home
 
 Serve = Callable[..., Served]
 LINGERS = Policy(linger_s=30.0, hang_s=0.0)

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from slot_makers import SLOT_BYTES, MadeSlot, descriptors, leading_to
 
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.mesh.messages import Holding
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.keys import mirror_key, slot_key
+from ckpt.cluster.peermem.store import PeerStore
 from ckpt.errors import FencedError, NotFoundError, StoreFullError
-from ckpt.fleet.words import Holding
-from ckpt.keeper import lend
-from ckpt.keeper.lend import Lending, SlotsLent
+from ckpt.events import Event
+from ckpt.ipc.link_board import Board
+from ckpt.keeper.mirrors import serve as lend
+from ckpt.keeper.mirrors.serve import Lending, SlotsLent
 from ckpt.keeper.slots import SlotTable
-from ckpt.link.board import Board
-from ckpt.link.lent_keys import mirror_key, slot_key
-from ckpt.observe.events import Event
-from ckpt.peer.auth import Secret
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.store import PeerStore
 from ckpt.values import SnapshotId
 
 SECRET = Secret.of(bytes(range(32)))

@@ -11,20 +11,20 @@ import pytest
 from slot_makers import MadeSlot
 
 from ckpt.backends.base import Buffer
-from ckpt.fleet.words import Holding
-from ckpt.keeper.held import complete
-from ckpt.keeper.lend import Lending
-from ckpt.keeper.mirror import Mirror, Task, compact_header
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.mesh.messages import Holding
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.changed import Stored
+from ckpt.cluster.peermem.keys import mirror_key
+from ckpt.cluster.peermem.store import PeerStore
+from ckpt.events import Event
+from ckpt.ipc.link_board import Board
+from ckpt.keeper.mirrors.plan import complete
+from ckpt.keeper.mirrors.send import Mirror, Task, compact_header
+from ckpt.keeper.mirrors.serve import Lending
 from ckpt.keeper.slots import SlotTable
-from ckpt.link.board import Board
-from ckpt.link.lent_keys import mirror_key
-from ckpt.observe.events import Event
-from ckpt.peer.auth import Secret
-from ckpt.peer.changed import Stored
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.rate import RATE_BYTES_MIN, RateCap
-from ckpt.peer.store import PeerStore
-from ckpt.stage.slot_header import read_slot
+from ckpt.rate_limit import RATE_BYTES_MIN, RateCap
+from ckpt.staging.header import read_slot
 from ckpt.values import PAGE_BYTES, SnapshotId
 
 SECRET = Secret.of(bytes(range(32)))

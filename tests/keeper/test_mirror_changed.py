@@ -10,19 +10,19 @@ import pytest
 from slot_makers import HEADER_BYTES, MadeSlot
 
 from ckpt.backends.base import Buffer
-from ckpt.keeper import mirror_bases
-from ckpt.keeper.lend import Lending
-from ckpt.keeper.mirror import Mirror, Task
-from ckpt.keeper.mirror_rounds import Round, Word, next_round, retained
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.changed import RANGE_BYTES, Stored
+from ckpt.cluster.peermem.keys import mirror_key
+from ckpt.cluster.peermem.store import PeerStore
+from ckpt.events import Event
+from ckpt.ipc.link_board import Board
+from ckpt.keeper.mirrors import mirror_bases
+from ckpt.keeper.mirrors.mirror_rounds import Round, Word, next_round, retained
+from ckpt.keeper.mirrors.send import Mirror, Task
+from ckpt.keeper.mirrors.serve import Lending
 from ckpt.keeper.slots import SlotTable
-from ckpt.link.board import Board
-from ckpt.link.lent_keys import mirror_key
-from ckpt.observe.events import Event
-from ckpt.peer.auth import Secret
-from ckpt.peer.changed import RANGE_BYTES, Stored
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.store import PeerStore
-from ckpt.stage.slot_header import read_slot
+from ckpt.staging.header import read_slot
 from ckpt.values import CHUNK_BYTES, PAGE_BYTES, SnapshotId
 
 SECRET = Secret.of(bytes(range(32)))

@@ -7,27 +7,27 @@ from pathlib import Path
 
 import pytest
 
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.membership.api import Standing
+from ckpt.cluster.membership.leases import State
+from ckpt.cluster.membership.records import EpochRecord, Place
+from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh.messages import Word
+from ckpt.cluster.node.note import Note
+from ckpt.cluster.node.ways import Epoch, Told
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.fleet import words as said
-from ckpt.fleet.note import Note
-from ckpt.fleet.ways import Epoch, Told
-from ckpt.fleet.words import Word
-from ckpt.keeper import nodes as nodes_room
-from ckpt.keeper.far_room import FarRoom
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.cluster_spec import NodesSpec
+from ckpt.ipc.message import Message
+from ckpt.ipc.messages import RunAhead
+from ckpt.ipc.policy import Policy
+from ckpt.keeper.attempts.events import Cut, EpochCame, Failure, JobEnded
 from ckpt.keeper.job import Job
-from ckpt.keeper.nodes import Nodes
-from ckpt.keeper.nodes_join import Here, check_spec, lent_at
-from ckpt.keeper.room import OwnRoom
-from ckpt.keeper.roster_words import Cut, EpochCame, Failure, JobEnded
-from ckpt.link.client import KeeperSpec
-from ckpt.link.message import Message
-from ckpt.link.messages import RunAhead
-from ckpt.link.nodes_spec import NodesSpec
-from ckpt.link.policy import Policy
-from ckpt.membership.base import Standing
-from ckpt.membership.leases import State
-from ckpt.membership.values import EpochRecord, Place
-from ckpt.peer.endpoint import Endpoint
+from ckpt.keeper.mailbox import OwnRoom
+from ckpt.keeper.nodes import nodes as nodes_room
+from ckpt.keeper.nodes.join import Here, check_spec, lent_at
+from ckpt.keeper.nodes.nodes import Nodes
+from ckpt.keeper.nodes.remote_mailbox import FarRoom
 from ckpt.values import SnapshotId
 
 PAIR = SnapshotId(1, 5)

@@ -7,10 +7,10 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.keeper.nodes_judge import Again, End, Later, Trouble, Well, judge, with_rank
-from ckpt.keeper.roster_words import Failure
-from ckpt.keeper.verdict import ECHO_S, OVERDUE_MAX, Record
-from ckpt.link.policy import Policy
+from ckpt.ipc.policy import Policy
+from ckpt.keeper.attempts.events import Failure
+from ckpt.keeper.attempts.failures import Again, End, Later, Trouble, Well, judge, with_rank
+from ckpt.keeper.attempts.verdict import ECHO_S, OVERDUE_MAX, Record
 
 NOW_S = 100.0
 DIED = Failure(0, "died", "rank 0 died of SIGKILL", -9, NOW_S)

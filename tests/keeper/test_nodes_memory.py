@@ -11,23 +11,23 @@ import pytest
 from msgspec import structs
 from slot_makers import HEADER_BYTES, SLOT_BYTES, MadeSlot
 
-from ckpt.fleet.note import Note
-from ckpt.fleet.ways import Epoch
-from ckpt.fleet.words import AskHeld, Held, Holding, Sources
-from ckpt.fleet.words import Word as Said
-from ckpt.keeper.gather import Gather
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.membership.records import EpochRecord, Place
+from ckpt.cluster.mesh.messages import AskHeld, Held, Holding, Sources
+from ckpt.cluster.mesh.messages import Word as Said
+from ckpt.cluster.node.note import Note
+from ckpt.cluster.node.ways import Epoch
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.keys import mirror_key
+from ckpt.events import Event
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.keeper.job import Job
-from ckpt.keeper.lend import Lending
-from ckpt.keeper.mirror_rounds import Round, Word, next_round, retained
-from ckpt.keeper.nodes_memory import NodesMemory
-from ckpt.keeper.room import OwnRoom, Room
-from ckpt.link.client import KeeperSpec
-from ckpt.link.lent_keys import mirror_key
-from ckpt.link.nodes_spec import NodesSpec
-from ckpt.membership.values import EpochRecord, Place
-from ckpt.observe.events import Event
-from ckpt.peer.auth import Secret
-from ckpt.peer.endpoint import Endpoint
+from ckpt.keeper.mailbox import OwnRoom, Room
+from ckpt.keeper.mirrors.gather import Gather
+from ckpt.keeper.mirrors.memory import NodesMemory
+from ckpt.keeper.mirrors.mirror_rounds import Round, Word, next_round, retained
+from ckpt.keeper.mirrors.serve import Lending
 from ckpt.values import PAGE_BYTES, SnapshotId
 
 SECRET = bytes(range(32))

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from ckpt.fleet.words import Standing
-from ckpt.keeper.mirror_rounds import Round, Word
-from ckpt.keeper.nodes_standing import common, common_but_each, standing_of
-from ckpt.link.board import Board
-from ckpt.link.rank_board import SLOTS_MAX
+from ckpt.cluster.mesh.messages import Standing
+from ckpt.ipc.board import SLOTS_MAX
+from ckpt.ipc.link_board import Board
+from ckpt.keeper.mirrors.mirror_rounds import Round, Word
+from ckpt.keeper.nodes.nodes_standing import common, common_but_each, standing_of
 from ckpt.values import SnapshotId
 
 P1, P2, P3 = SnapshotId(1, 1), SnapshotId(1, 2), SnapshotId(1, 3)

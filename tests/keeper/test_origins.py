@@ -7,12 +7,12 @@ from collections.abc import Callable
 from served import Served
 from slot_makers import MadeSlot
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
+from ckpt.ipc.answers import Choices, Number
+from ckpt.ipc.link_board import Board
+from ckpt.ipc.messages import GetChoices, OpenEpoch
 from ckpt.keeper.slots import SlotTable
-from ckpt.link.answers import Choices, Number
-from ckpt.link.board import Board
-from ckpt.link.messages import GetChoices, OpenEpoch
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 

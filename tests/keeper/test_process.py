@@ -13,11 +13,11 @@ import pytest
 from served import POLICY, WAIT_S, until
 from slot_makers import MadeSlot
 
-from ckpt.link import messages as words
-from ckpt.link.answers import Status, Welcome
-from ckpt.link.client import Calls, KeeperSpec, ensure_keeper
-from ckpt.link.messages import GetStatus, Hello, SlotMade
-from ckpt.link.runtime import JobFolder
+from ckpt.ipc import messages as words
+from ckpt.ipc.answers import Status, Welcome
+from ckpt.ipc.client import Calls, KeeperSpec, ensure_keeper
+from ckpt.ipc.messages import GetStatus, Hello, SlotMade
+from ckpt.ipc.runtime_dir import JobFolder
 
 START_S_WANTED, START_S_MAX = 0.2, 5.0
 """What an idle machine shows, and what a test on a busy one may demand."""

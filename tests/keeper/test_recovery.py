@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.keeper.recovery import NAMES, POINTS, Recovery
-from ckpt.keeper.roster_words import Failure
+from ckpt.keeper.attempts.events import Failure
+from ckpt.keeper.attempts.recovery import NAMES, POINTS, Recovery
 from ckpt.values import SnapshotId
 
 FAILURE = Failure(1, "died", "rank 1 died of SIGKILL", -9, at_s=10.0)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ckpt.keeper.roll_call import KEPT, RollCall, answers, called, heard
+from ckpt.keeper.nodes.liveness import KEPT, RollCall, answers, called, heard
 
 TTL_S, MARGIN_S = 2.0, 0.2
 

@@ -7,10 +7,10 @@ from collections import deque
 
 import pytest
 
+from ckpt.cluster.mesh import messages as said
 from ckpt.errors import UsageError
-from ckpt.fleet import words as said
-from ckpt.keeper.far_room import EARLY_MAX, FarRoom, FarRooms, attempt_room, uploads_room
-from ckpt.keeper.room import COUNT_MAX, OwnRoom
+from ckpt.keeper.mailbox import COUNT_MAX, OwnRoom
+from ckpt.keeper.nodes.remote_mailbox import EARLY_MAX, FarRoom, FarRooms, attempt_room, uploads_room
 
 
 class Answers:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from ckpt.keeper import roster as rules
-from ckpt.keeper.roster import PREEMPTED_STATUS, Roster, Seat, State
-from ckpt.keeper.roster_words import (
+from ckpt.ipc.messages import Failing, Policy
+from ckpt.keeper.attempts import roster as rules
+from ckpt.keeper.attempts.events import (
     Action,
     AskStop,
     AttemptOver,
@@ -30,8 +30,8 @@ from ckpt.keeper.roster_words import (
     TrainerKilled,
     TrainerStarted,
 )
-from ckpt.keeper.verdict import ECHO_S
-from ckpt.link.messages import Failing, Policy
+from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, Roster, Seat, State
+from ckpt.keeper.attempts.verdict import ECHO_S
 
 
 def failing(*, fingerprint: str = "f", step: int = 7, final: bool = False) -> Failing:

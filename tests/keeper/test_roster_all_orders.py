@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from roster_world import World, check_rest, moves, world
 
-from ckpt.keeper.roster import State
-from ckpt.link.messages import Policy
+from ckpt.ipc.messages import Policy
+from ckpt.keeper.attempts.roster import State
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 

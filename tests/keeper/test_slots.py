@@ -9,10 +9,10 @@ import pytest
 from slot_makers import HEADER_BYTES, SLOT_BYTES, MadeSlot, descriptors
 
 from ckpt.errors import CkptError, UsageError
+from ckpt.ipc.board import SLOTS_MAX
+from ckpt.ipc.link_board import Board
 from ckpt.keeper import slots as slots_module
 from ckpt.keeper.slots import SlotTable
-from ckpt.link.board import Board
-from ckpt.link.rank_board import SLOTS_MAX
 from ckpt.values import PAGE_BYTES, SnapshotId
 
 OLD, NEW, NEWER = SnapshotId(1, 4), SnapshotId(1, 5), SnapshotId(2, 6)

@@ -34,15 +34,15 @@ from servers.keeper_fuzz import (
 )
 from slot_makers import MadeSlot
 
-from ckpt.keeper.peers import STRANGER_BYTES_MAX, TOOL_WAITING_BYTES_MAX
-from ckpt.link import answers
-from ckpt.link import messages as words
-from ckpt.link.answers import Slots, Status, Value, Welcome
-from ckpt.link.board import Board
-from ckpt.link.client import Calls, KeeperSpec, ensure_keeper
-from ckpt.link.frames import READ_BYTES, close_fds
-from ckpt.link.messages import Count, GetBoard, GetSlots, GetStatus, Hello, Peek, Post, SlotMade
-from ckpt.link.runtime import JobFolder
+from ckpt.ipc import answers
+from ckpt.ipc import messages as words
+from ckpt.ipc.answers import Slots, Status, Value, Welcome
+from ckpt.ipc.client import Calls, KeeperSpec, ensure_keeper
+from ckpt.ipc.frames import READ_BYTES, close_fds
+from ckpt.ipc.link_board import Board
+from ckpt.ipc.messages import Count, GetBoard, GetSlots, GetStatus, Hello, Peek, Post, SlotMade
+from ckpt.ipc.runtime_dir import JobFolder
+from ckpt.keeper.connection import STRANGER_BYTES_MAX, TOOL_WAITING_BYTES_MAX
 from ckpt.values import SnapshotId
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"

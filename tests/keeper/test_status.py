@@ -9,10 +9,10 @@ from collections.abc import Callable
 from served import POLICY, Served, open_epoch, started, until
 from slot_makers import SLOT_BYTES
 
-from ckpt.link import answers
-from ckpt.link import messages as words
-from ckpt.link.messages import Policy
-from ckpt.link.rank_board import Phase
+from ckpt.ipc import answers
+from ckpt.ipc import messages as words
+from ckpt.ipc.board import Phase
+from ckpt.ipc.messages import Policy
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 from served import Served, open_epoch, until
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
-from ckpt.link.messages import Policy
-from ckpt.link.policy import Retention
-from ckpt.upkeep import gc_due
+from ckpt.backends.file.store import FileBackend
+from ckpt.ipc.messages import Policy
+from ckpt.ipc.policy import Retention
+from ckpt.log.journal import Journal
+from ckpt.maintenance.gc import gc_due
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.link import rank_board as module
-from ckpt.link.anonymous import open_anonymous
-from ckpt.link.board import RANKS_MAX, STAGE, Board, newest_common
-from ckpt.link.rank_board import RING_WORDS, SLOTS_MAX, Phase, SlotWord, now_ns
+from ckpt.ipc import board as module
+from ckpt.ipc.anonymous import open_anonymous
+from ckpt.ipc.board import RING_WORDS, SLOTS_MAX, Phase, SlotWord, now_ns
+from ckpt.ipc.link_board import RANKS_MAX, STAGE, Board, newest_common
 from ckpt.values import SnapshotId
 
 
@@ -239,8 +239,8 @@ def test_a_reader_never_mixes_two_publications(board: Board) -> None:
 
 OTHER = textwrap.dedent("""
     import socket, sys
-    from ckpt.link.board import Board
-    from ckpt.link.rank_board import Phase
+    from ckpt.ipc.link_board import Board
+    from ckpt.ipc.board import Phase
     from ckpt.values import SnapshotId
 
     sock = socket.socket(fileno=int(sys.argv[1]))

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ckpt.errors import FencedError, IntegrityError, UnavailableError
-from ckpt.link.answers import Done, Number, Value
-from ckpt.link.client import Calls
-from ckpt.link.frames import Wire, close_fds
-from ckpt.link.message import Message, RemoteError
-from ckpt.link.messages import Bye, Fenced, GetBoard, Peek, Post, SlotMade
+from ckpt.ipc.answers import Done, Number, Value
+from ckpt.ipc.client import Calls
+from ckpt.ipc.frames import Wire, close_fds
+from ckpt.ipc.message import Message, RemoteError
+from ckpt.ipc.messages import Bye, Fenced, GetBoard, Peek, Post, SlotMade
 
 
 @pytest.fixture

@@ -16,23 +16,23 @@ from pathlib import Path
 import pytest
 
 from ckpt.errors import InternalError, UnavailableError, UsageError
-from ckpt.link import client
-from ckpt.link.answers import Done, Number, Value, Welcome
-from ckpt.link.client import Calls, HungUpError, KeeperSpec, ensure_keeper, greet, welcomed
-from ckpt.link.frames import Wire
-from ckpt.link.message import Message, RemoteError
-from ckpt.link.messages import Bye, Count, GetStatus, Hello, Peek
-from ckpt.link.runtime import JobFolder
+from ckpt.ipc import client
+from ckpt.ipc.answers import Done, Number, Value, Welcome
+from ckpt.ipc.client import Calls, HungUpError, KeeperSpec, ensure_keeper, greet, welcomed
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.message import Message, RemoteError
+from ckpt.ipc.messages import Bye, Count, GetStatus, Hello, Peek
+from ckpt.ipc.runtime_dir import JobFolder
 
 KEEPER = textwrap.dedent("""
     # A keeper that knows four words: it counts, answers what it was told, ends on Bye, and leaves its number in a file.
     import os, sys, time
     from pathlib import Path
-    from ckpt.link.client import KeeperSpec
-    from ckpt.link.frames import Wire
-    from ckpt.link.answers import Number, Value
-    from ckpt.link.messages import Bye, Count, GetStatus, Peek
-    from ckpt.link.runtime import JobFolder
+    from ckpt.ipc.client import KeeperSpec
+    from ckpt.ipc.frames import Wire
+    from ckpt.ipc.answers import Number, Value
+    from ckpt.ipc.messages import Bye, Count, GetStatus, Peek
+    from ckpt.ipc.runtime_dir import JobFolder
 
     spec = KeeperSpec.decode(sys.stdin.buffer.read())
     folder = JobFolder.at(Path(sys.argv[1]))
@@ -155,7 +155,7 @@ def test_many_starters_at_once_start_one_keeper(program) -> None:
 @pytest.mark.slow
 def test_many_processes_at_once_start_one_keeper(program) -> None:
     script = (
-        "import sys; from ckpt.link.client import *; from ckpt.link.messages import *\n"
+        "import sys; from ckpt.ipc.client import *; from ckpt.ipc.messages import *\n"
         "spec = KeeperSpec(job='gpt', store='/data/runs')\n"
         "calls = Calls(ensure_keeper(spec, program=sys.argv[1:]))\n"
         "print(calls.call(GetStatus()).number)\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.link.launcher import ranks_here
+from ckpt.ipc.launcher import ranks_here
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.link import runtime
-from ckpt.link.runtime import JobFolder, list_jobs, runtime_root, sweep_dead
+from ckpt.ipc import runtime_dir as runtime
+from ckpt.ipc.runtime_dir import JobFolder, list_jobs, runtime_root, sweep_dead
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_one_process_holds_the_lock(folder: JobFolder) -> None:
 
 def test_a_lock_outlives_the_process_that_took_it_in_its_child(folder: JobFolder) -> None:
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom ckpt.link.runtime import JobFolder\n"
+        "import os, sys\nfrom pathlib import Path\nfrom ckpt.ipc.runtime_dir import JobFolder\n"
         "JobFolder.at(Path(sys.argv[1])).try_lock()\n"
         "if os.fork(): os._exit(0)\nsys.stdin.read()"
     )

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.link import frames
-from ckpt.link.answers import Slots, Value
-from ckpt.link.frames import FDS_MAX, Wire, close_fds
-from ckpt.link.messages import Bye, Hello, Keep, Post
+from ckpt.ipc import frames
+from ckpt.ipc.answers import Slots, Value
+from ckpt.ipc.frames import FDS_MAX, Wire, close_fds
+from ckpt.ipc.messages import Bye, Hello, Keep, Post
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 

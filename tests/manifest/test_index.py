@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError
-from ckpt.manifest import keys
-from ckpt.manifest.cover import cover_problem
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.part import Part, StoredShard, decode_part, encode_part
-from ckpt.manifest.part_merge import merge_parts
+from ckpt.format import keys
+from ckpt.format.cover import cover_problem
+from ckpt.format.index import SnapshotIndex
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.part import Part, StoredShard, decode_part, encode_part
+from ckpt.format.part_merge import merge_parts
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 PAIR = SnapshotId(1, 5)

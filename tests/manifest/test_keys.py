@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from ckpt.backends.keys import check_key
 from ckpt.errors import UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.digest import digest, digest_hex
+from ckpt.format import keys
+from ckpt.format.digest import digest, digest_hex
 from ckpt.values import SnapshotId
 
 BOOT = "0123456789abcdef"

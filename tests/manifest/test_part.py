@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
-from ckpt.manifest import keys, part
-from ckpt.manifest.part import Part, StoredShard, chunk_sizes, decode_part, encode_part
+from ckpt.format import keys, part
+from ckpt.format.part import Part, StoredShard, chunk_sizes, decode_part, encode_part
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 WRITER = keys.writer_name("node-a", "0123456789abcdef")

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.part import Part, StoredShard, decode_part, encode_part
-from ckpt.manifest.part_merge import merge_parts
+from ckpt.format import keys
+from ckpt.format.part import Part, StoredShard, decode_part, encode_part
+from ckpt.format.part_merge import merge_parts
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 PAIR = SnapshotId(3, 40)

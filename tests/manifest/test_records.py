@@ -10,21 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.job import JobRecord
-from ckpt.manifest.manifest import INT_MAX, Manifest, PartRef
-from ckpt.manifest.records import (
-    Commit,
-    Drop,
-    Open,
-    Record,
-    Stores,
-    Tag,
-    Untag,
-    decode_record,
-    make_record,
-)
+from ckpt.format import keys
+from ckpt.format.digest import digest_hex
+from ckpt.format.manifest import INT_MAX, Manifest, PartRef
+from ckpt.format.records import Commit, Drop, Open, Record, Stores, Tag, Untag, decode_record, make_record
+from ckpt.format.store import JobRecord
 from ckpt.values import SnapshotId
 
 WRITER = keys.writer_name("node", "0123456789abcdef")

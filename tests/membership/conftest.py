@@ -11,19 +11,21 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # as in ckpt.membership.open, before anything imports grpc
+os.environ.setdefault(
+    "GRPC_ENABLE_FORK_SUPPORT", "0"
+)  # as in ckpt.cluster.membership.open, before anything imports grpc
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for servers.*
 sys.path.insert(0, str(Path(__file__).parent))  # for etcd_server and the others beside it
 
 from etcd_server import EtcdCluster, require
 from memory_keyspace import MemoryKeyspace, MemoryServer
 
+from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.open import open_keyspace
 from ckpt.errors import UnavailableError
-from ckpt.membership.embedded import SqliteKeyspace
-from ckpt.membership.etcd_options import EtcdOptions
-from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.keyspace import Keyspace
-from ckpt.membership.open import open_keyspace
+from ckpt.keyspace.base import Keyspace
+from ckpt.keyspace.etcd_options import EtcdOptions
+from ckpt.keyspace.sqlite import SqliteKeyspace
 
 _jobs = itertools.count()
 

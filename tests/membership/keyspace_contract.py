@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from ckpt.errors import NotFoundError
-from ckpt.membership.keyspace import (
+from ckpt.keyspace.base import (
     Delete,
     Equals,
     Exists,

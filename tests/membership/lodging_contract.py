@@ -9,13 +9,13 @@ import pytest
 from keyspace_contract import get, lease
 from members_contract import info, joined, open_epoch, record_of, until
 
+from ckpt.cluster.membership import names
+from ckpt.cluster.membership.api import Following, Leading, Lost, Published
+from ckpt.cluster.membership.leases import State
+from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.records import Holdings, encode_holdings
 from ckpt.errors import FencedError, UsageError
-from ckpt.membership import names
-from ckpt.membership.base import Following, Leading, Lost, Published
-from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.keyspace import Keys, Keyspace, Put, Transaction
-from ckpt.membership.leases import State
-from ckpt.membership.values import Holdings, encode_holdings
+from ckpt.keyspace.base import Keys, Keyspace, Put, Transaction
 
 Make = Callable[..., KeyedMembership]
 MakeKeyspace = Callable[[], Keyspace]

@@ -11,21 +11,13 @@ from dataclasses import replace
 import pytest
 from keyspace_contract import DEADLINE_S, put
 
+from ckpt.cluster.membership import names
+from ckpt.cluster.membership.api import Following, Leading, Lost, Published
+from ckpt.cluster.membership.leases import State
+from ckpt.cluster.membership.member import SUSPECTS_MAX, KeyedMembership, boot_s
+from ckpt.cluster.membership.records import EpochRecord, Holdings, NodeInfo, Place, Scope, View, encode_holdings
 from ckpt.errors import ConflictError, FencedError, UsageError
-from ckpt.membership import names
-from ckpt.membership.base import Following, Leading, Lost, Published
-from ckpt.membership.keyed import SUSPECTS_MAX, KeyedMembership, boot_s
-from ckpt.membership.keyspace import Keyspace
-from ckpt.membership.leases import State
-from ckpt.membership.values import (
-    EpochRecord,
-    Holdings,
-    NodeInfo,
-    Place,
-    Scope,
-    View,
-    encode_holdings,
-)
+from ckpt.keyspace.base import Keyspace
 
 Make = Callable[..., KeyedMembership]
 

@@ -18,14 +18,14 @@ from typing import TypeVar
 
 from memory_keyspace import MemoryServer
 
+from ckpt.cluster.membership import names
+from ckpt.cluster.membership.api import Leading, Lost, Published
+from ckpt.cluster.membership.decide import NewEpoch, Noticed, Options, decide, notice
+from ckpt.cluster.membership.leases import State
+from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View, decode_epoch, encode_epoch
 from ckpt.errors import CkptError, FencedError, UnavailableError
-from ckpt.membership import names
-from ckpt.membership.base import Leading, Lost, Published
-from ckpt.membership.decide import NewEpoch, Noticed, Options, decide, notice
-from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.keyspace import Grant, Keys, Outcome, Put, Transaction
-from ckpt.membership.leases import State
-from ckpt.membership.values import EpochRecord, NodeInfo, View, decode_epoch, encode_epoch
+from ckpt.keyspace.base import Grant, Keys, Outcome, Put, Transaction
 
 T = TypeVar("T")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from ckpt.membership.decide import Decision, NewEpoch, Noticed, Options, decide, notice
-from ckpt.membership.values import (
+from ckpt.cluster.membership.decide import Decision, NewEpoch, Noticed, Options, decide, notice
+from ckpt.cluster.membership.records import (
     EpochRecord,
     Holdings,
     Leader,

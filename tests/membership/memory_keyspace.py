@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from ckpt.errors import NotFoundError, UnavailableError
-from ckpt.membership.keyspace import (
+from ckpt.keyspace.base import (
     Compare,
     Delete,
     Equals,

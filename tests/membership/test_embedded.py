@@ -13,17 +13,17 @@ from keyspace_contract import DEADLINE_S, get, put
 from members_contract import info, until
 from zombie import zombie_is_refused
 
+from ckpt.cluster.membership.open import open_membership
 from ckpt.errors import UnavailableError
-from ckpt.membership import embedded
-from ckpt.membership.embedded import SqliteKeyspace
-from ckpt.membership.keyspace import Keys
-from ckpt.membership.open import open_membership
+from ckpt.keyspace import sqlite as embedded
+from ckpt.keyspace.base import Keys
+from ckpt.keyspace.sqlite import SqliteKeyspace
 
 JOINS = """
 import sys, time
 from pathlib import Path
-from ckpt.membership.open import open_membership
-from ckpt.membership.values import NodeInfo
+from ckpt.cluster.membership.open import open_membership
+from ckpt.cluster.membership.records import NodeInfo
 member = open_membership(Path(sys.argv[1]), "j", ttl_s=5.0)
 member.join(NodeInfo(node=sys.argv[2], host="h", slots=1))
 print("joined", flush=True)

@@ -14,15 +14,15 @@ from keyspace_contract import DEADLINE_S
 from members_contract import info, open_epoch, record_of, until
 from zombie import zombie_is_refused
 
+from ckpt.cluster.membership.api import Leading, Lost, Published
+from ckpt.cluster.membership.decide import NewEpoch, Noticed, Options, decide
+from ckpt.cluster.membership.leases import State
+from ckpt.cluster.membership.member import KeyedMembership, boot_s
+from ckpt.cluster.membership.records import Scope
 from ckpt.errors import FencedError, UnavailableError
-from ckpt.membership.base import Leading, Lost, Published
-from ckpt.membership.decide import NewEpoch, Noticed, Options, decide
-from ckpt.membership.etcd import EtcdKeyspace
-from ckpt.membership.etcd_options import EtcdOptions, split_endpoint
-from ckpt.membership.keyed import KeyedMembership, boot_s
-from ckpt.membership.keyspace import Keys
-from ckpt.membership.leases import State
-from ckpt.membership.values import Scope
+from ckpt.keyspace.base import Keys
+from ckpt.keyspace.etcd_options import EtcdOptions, split_endpoint
+from ckpt.keyspace.membership_etcd import EtcdKeyspace
 
 pytestmark = pytest.mark.slow
 

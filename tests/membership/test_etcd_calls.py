@@ -15,12 +15,12 @@ from etcd_server import EtcdCluster, require
 from keyspace_contract import DEADLINE_S, get, put
 from members_contract import info, until
 
+from ckpt.cluster.membership.leases import State
+from ckpt.cluster.membership.member import KeyedMembership
 from ckpt.errors import CkptError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
-from ckpt.membership.etcd import EtcdKeyspace
-from ckpt.membership.etcd_options import EtcdOptions, split_endpoint
-from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.keyspace import Keys, Put, Transaction
-from ckpt.membership.leases import State
+from ckpt.keyspace.base import Keys, Put, Transaction
+from ckpt.keyspace.etcd_options import EtcdOptions, split_endpoint
+from ckpt.keyspace.membership_etcd import EtcdKeyspace
 
 pytestmark = pytest.mark.slow
 

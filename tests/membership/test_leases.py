@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ckpt.cluster.membership.leases import Gone, Lease, Renewed, Silent, State, call_s, granted, heard
 from ckpt.errors import UsageError
-from ckpt.membership.leases import Gone, Lease, Renewed, Silent, State, call_s, granted, heard
 
 
 def lease(ttl_s: float = 6.0, margin_s: float = 0.5, sent_s: float = 100.0) -> Lease:

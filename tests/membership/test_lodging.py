@@ -9,12 +9,12 @@ from keyspace_contract import get, lease
 from lodging_contract import LodgingContract, under
 from memory_keyspace import MemoryKeyspace, MemoryServer
 
+from ckpt.cluster.membership.api import Leading, Unknown
+from ckpt.cluster.membership.leases import Gone, Seen, Silent, State, borrowed, heard
+from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.records import NodeInfo
 from ckpt.errors import UnavailableError
-from ckpt.membership.base import Leading, Unknown
-from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.keyspace import Outcome, Transaction
-from ckpt.membership.leases import Gone, Seen, Silent, State, borrowed, heard
-from ckpt.membership.values import NodeInfo
+from ckpt.keyspace.base import Outcome, Transaction
 
 
 class TestLodging(LodgingContract):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt.cluster.membership.membership_mirrors import Holder, Placement, place_mirrors, renamed
 from ckpt.errors import UsageError
-from ckpt.membership.mirrors import Holder, Placement, place_mirrors, renamed
 
 
 def job(domains: Sequence[str], groups: Sequence[str] = ()) -> list[Holder]:

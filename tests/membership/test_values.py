@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.errors import FormatVersionError, IntegrityError, UsageError
-from ckpt.membership.values import (
+from ckpt.cluster.membership.records import (
     EpochRecord,
     Holdings,
     NodeInfo,
@@ -23,6 +22,7 @@ from ckpt.membership.values import (
     encode_holdings,
     encode_node,
 )
+from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.values import SnapshotId
 
 NODE = NodeInfo(node="0a-b_C", host="h1", slots=8, domain="r1", address="[::1]:7", capabilities=("x",))

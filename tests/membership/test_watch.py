@@ -11,10 +11,10 @@ import pytest
 from etcd3 import etcdrpc
 
 from ckpt.errors import UnavailableError
-from ckpt.membership.etcd_calls import EtcdCalls
-from ckpt.membership.etcd_options import EtcdOptions
-from ckpt.membership.etcd_watch import BEHIND_MAX, EtcdWatch
-from ckpt.membership.keyspace import Keys
+from ckpt.keyspace.base import Keys
+from ckpt.keyspace.etcd import EtcdCalls
+from ckpt.keyspace.etcd_options import EtcdOptions
+from ckpt.keyspace.etcd_watch import BEHIND_MAX, EtcdWatch
 
 
 class NoCalls(EtcdCalls):

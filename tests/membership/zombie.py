@@ -9,16 +9,16 @@ import sys
 from keyspace_contract import DEADLINE_S
 from members_contract import open_epoch
 
-from ckpt.membership.keyed import KeyedMembership
+from ckpt.cluster.membership.member import KeyedMembership
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from ckpt.errors import CkptError
-from ckpt.membership.etcd_options import EtcdOptions
-from ckpt.membership.keyed import boot_s
-from ckpt.membership.open import open_membership
-from ckpt.membership.values import EpochRecord, NodeInfo, Place
+from ckpt.keyspace.etcd_options import EtcdOptions
+from ckpt.cluster.membership.member import boot_s
+from ckpt.cluster.membership.open import open_membership
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place
 
 where, job, ttl_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
 where = Path(where) if where.startswith("/") else EtcdOptions(endpoints=tuple(where.split(",")))

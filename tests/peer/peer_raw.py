@@ -9,13 +9,13 @@ from types import TracebackType
 
 from peer_world import SECRET, WAIT_S
 
-from ckpt.peer.auth import Secret, SessionKeys, mac
-from ckpt.peer.body_mac import body_mac
-from ckpt.peer.channel import Channel
-from ckpt.peer.patience import Patience
-from ckpt.peer.server import PeerServer
-from ckpt.peer.wire import parse_head, split_mac, with_mac
-from ckpt.peer.words import Answer, Hello, Request, Welcome, status_of
+from ckpt.cluster.peermem.auth import Secret, SessionKeys, mac
+from ckpt.cluster.peermem.body_mac import body_mac
+from ckpt.cluster.peermem.channel import Channel
+from ckpt.cluster.peermem.http import Answer, Hello, Request, Welcome, status_of
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.peer_server import PeerServer
+from ckpt.cluster.peermem.wire import parse_head, split_mac, with_mac
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 
-from ckpt.observe.events import Event
-from ckpt.peer.auth import Secret
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.patience import Patience
-from ckpt.peer.rate import RateCap
-from ckpt.peer.server import Limits, PeerServer
-from ckpt.peer.sources import Source
-from ckpt.peer.store import ClientLimits, PeerStore
-from ckpt.peer.vault import Vault
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.peer_server import Limits, PeerServer
+from ckpt.cluster.peermem.sources import Source
+from ckpt.cluster.peermem.store import ClientLimits, PeerStore
+from ckpt.cluster.peermem.vault import Vault
+from ckpt.events import Event
+from ckpt.rate_limit import RateCap
 
 WAIT_S = 30.0
 SECRET = Secret.of(bytes(range(32)))

@@ -8,12 +8,12 @@ import pytest
 from peer_raw import RawPeer, Said
 from peer_world import OTHER_SECRET, SECRET, World, until
 
-from ckpt.peer.admit import admit
-from ckpt.peer.auth import mac
-from ckpt.peer.changed import spell_ranges
-from ckpt.peer.server import PeerServer
-from ckpt.peer.wire import with_mac
-from ckpt.peer.words import Base, Request
+from ckpt.cluster.peermem.admit import admit
+from ckpt.cluster.peermem.auth import mac
+from ckpt.cluster.peermem.changed import spell_ranges
+from ckpt.cluster.peermem.http import Base, Request
+from ckpt.cluster.peermem.peer_server import PeerServer
+from ckpt.cluster.peermem.wire import with_mac
 
 OLD_BOOT = "00" * 16
 BODY = b"the body of an object"

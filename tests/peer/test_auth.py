@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ckpt.cluster.peermem import body_mac as macs
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.secret_file import load_secret, write_new_secret
 from ckpt.errors import UsageError
-from ckpt.peer import body_mac as macs
-from ckpt.peer.auth import Secret
-from ckpt.peer.secret_file import load_secret, write_new_secret
 
 RAW = bytes(range(32))
 

@@ -15,17 +15,11 @@ from peer_proxy import Proxy
 from peer_raw import RawPeer
 from peer_world import SECRET, Epoch, World, read, until
 
-from ckpt.errors import (
-    CkptError,
-    FencedError,
-    KeyExistsError,
-    NotFoundError,
-    StoreFullError,
-    UnavailableError,
-    UsageError,
-)
-from ckpt.peer import connection, serving
-from ckpt.peer.changed import (
+from ckpt.backends.replicated.loans import Loan, TakenBackError
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem import client as connection
+from ckpt.cluster.peermem import server as serving
+from ckpt.cluster.peermem.changed import (
     RANGE_BYTES,
     RANGES_MAX,
     BaseGoneError,
@@ -37,16 +31,23 @@ from ckpt.peer.changed import (
     read_ranges,
     spell_ranges,
 )
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.patience import Patience
-from ckpt.peer.rate import RateCap
-from ckpt.peer.server import Limits, PeerServer
-from ckpt.peer.store import ClientLimits
-from ckpt.peer.tls import client_context, server_context
-from ckpt.peer.vault import Vault
-from ckpt.peer.wire import MalformedError
-from ckpt.peer.words import Base, Request
-from ckpt.replicate.loans import Loan, TakenBackError
+from ckpt.cluster.peermem.http import Base, Request
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.peer_server import Limits, PeerServer
+from ckpt.cluster.peermem.store import ClientLimits
+from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.wire import MalformedError
+from ckpt.cluster.tls import client_context, server_context
+from ckpt.errors import (
+    CkptError,
+    FencedError,
+    KeyExistsError,
+    NotFoundError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
+from ckpt.rate_limit import RateCap
 
 MIB = 1 << 20
 OLD = bytes(range(250)) * 4

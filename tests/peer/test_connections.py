@@ -10,13 +10,13 @@ import pytest
 from peer_proxy import Proxy
 from peer_world import SECRET, WAIT_S, Epoch, World, read, until
 
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.peer_server import Limits
+from ckpt.cluster.peermem.store import ClientLimits, PeerStore
 from ckpt.errors import (
     UnavailableError,
 )
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.patience import Patience
-from ckpt.peer.server import Limits
-from ckpt.peer.store import ClientLimits, PeerStore
 
 MIB = 1 << 20
 

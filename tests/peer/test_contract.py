@@ -9,10 +9,11 @@ from peer_certificates import Certificates
 from peer_world import World
 
 from ckpt.backends.base import Backend
-from ckpt.peer import body_mac, connection
-from ckpt.peer.store import ClientLimits
-from ckpt.peer.tls import client_context, server_context
-from ckpt.replicate.loans import borrower_of
+from ckpt.backends.replicated.loans import borrower_of
+from ckpt.cluster.peermem import body_mac
+from ckpt.cluster.peermem import client as connection
+from ckpt.cluster.peermem.store import ClientLimits
+from ckpt.cluster.tls import client_context, server_context
 from ckpt.testing.contract import BackendContract, Opener
 
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from peer_raw import RawPeer
 from peer_world import SECRET, World, read, until
 
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.changed import RANGES_MAX
+from ckpt.cluster.peermem.channel import Channel
+from ckpt.cluster.peermem.client import Connection
+from ckpt.cluster.peermem.http import CONTINUE, Base, Request
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.peer_server import CONNECTION_BYTES_MAX, Limits, PeerServer
+from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.wire import END, HEAD_BYTES_MAX, with_mac
 from ckpt.errors import CkptError
-from ckpt.peer.changed import RANGES_MAX
-from ckpt.peer.channel import Channel
-from ckpt.peer.connection import Connection
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.patience import Patience
-from ckpt.peer.server import CONNECTION_BYTES_MAX, Limits, PeerServer
-from ckpt.peer.vault import Vault
-from ckpt.peer.wire import END, HEAD_BYTES_MAX, with_mac
-from ckpt.peer.words import CONTINUE, Base, Request
 
 BUDGET_BYTES = 2 << 20
 QUICK = Limits(stranger_s=5.0, idle_s=5.0, patience=Patience(grace_s=5.0, bytes_per_s_min=1 << 20))

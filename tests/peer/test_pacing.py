@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.peer.pacing import BURST_S, Bucket
-from ckpt.peer.rate import RATE_BYTES_MIN, RateCap
+from ckpt.pacing import BURST_S, Bucket
+from ckpt.rate_limit import RATE_BYTES_MIN, RateCap
 
 RATE = 1000.0
 SENDS = st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(0, 400)), min_size=1, max_size=60)

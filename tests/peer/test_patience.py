@@ -9,10 +9,10 @@ import pytest
 from peer_raw import RawPeer
 from peer_world import WAIT_S, World, until
 
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.peer_server import Limits
 from ckpt.errors import UsageError
-from ckpt.peer.patience import Patience
-from ckpt.peer.rate import RATE_BYTES_MIN, RateCap
-from ckpt.peer.server import Limits
+from ckpt.rate_limit import RATE_BYTES_MIN, RateCap
 
 MIB = 1 << 20
 

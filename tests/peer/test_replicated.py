@@ -7,9 +7,9 @@ import random
 from peer_world import World, until
 
 from ckpt.backends.checked import read_checked
-from ckpt.peer.patience import Patience
-from ckpt.peer.store import ClientLimits
-from ckpt.replicate.backend import ReplicatedBackend
+from ckpt.backends.replicated.store import ReplicatedBackend
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.store import ClientLimits
 
 BYTES = 700_000
 

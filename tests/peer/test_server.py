@@ -14,14 +14,14 @@ from peer_raw import RawPeer
 from peer_world import BRIEF, BUDGET_BYTES, PATIENT, SECRET, WAIT_S, World, read, until
 
 from ckpt.backends.base import Stat
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.client import CrowdedError
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.peer_server import Limits, PeerServer
+from ckpt.cluster.peermem.sources import Held
+from ckpt.cluster.peermem.store import ClientLimits, PeerStore
+from ckpt.cluster.peermem.vault import Vault
 from ckpt.errors import StoreFullError, UnavailableError, UsageError
-from ckpt.peer.connection import CrowdedError
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.patience import Patience
-from ckpt.peer.server import Limits, PeerServer
-from ckpt.peer.sources import Held
-from ckpt.peer.store import ClientLimits, PeerStore
-from ckpt.peer.vault import Vault
 
 OLD, NEW = b"the old object", b"n" * 300
 LARGE_BYTES = 32 << 20

@@ -13,8 +13,8 @@ import pytest
 from peer_world import WAIT_S, World, read, until
 
 from ckpt.backends.base import Stat
+from ckpt.cluster.peermem.sources import Held, Source
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
-from ckpt.peer.sources import Held, Source
 
 SLOT_BYTES = 3 << 20
 HEADER_BYTES = 4096

@@ -13,6 +13,14 @@ from peer_proxy import Proxy
 from peer_raw import RawPeer
 from peer_world import OTHER_SECRET, SECRET, WAIT_S, Epoch, World, read, until
 
+from ckpt.backends.replicated.loans import Loan, TakenBackError
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.bodies import Extent
+from ckpt.cluster.peermem.fence import Fence
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.peer_server import PeerServer
+from ckpt.cluster.peermem.store import ClientLimits, PeerStore
+from ckpt.cluster.peermem.vault import Vault
 from ckpt.errors import (
     CkptError,
     FencedError,
@@ -24,14 +32,6 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.peer.bodies import Extent
-from ckpt.peer.endpoint import Endpoint
-from ckpt.peer.fence import Fence
-from ckpt.peer.patience import Patience
-from ckpt.peer.server import PeerServer
-from ckpt.peer.store import ClientLimits, PeerStore
-from ckpt.peer.vault import Vault
-from ckpt.replicate.loans import Loan, TakenBackError
 
 MIB = 1 << 20
 

@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ckpt.cluster.peermem.memory import SMALL_BYTES, room_bytes
+from ckpt.cluster.peermem.sources import Held
+from ckpt.cluster.peermem.vault import Incoming, TooLargeError, Vault
 from ckpt.errors import KeyExistsError, NotFoundError, StoreFullError, UsageError
-from ckpt.peer.memory import SMALL_BYTES, room_bytes
-from ckpt.peer.sources import Held
-from ckpt.peer.vault import Incoming, TooLargeError, Vault
 
 BUDGET_BYTES = 1 << 20
 KEYS = tuple(f"{node}/{slot}/{name}" for node in ("n1", "n2") for slot in "01" for name in ("a", "b"))

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.backends.keys import is_key
-from ckpt.peer.auth import mac
-from ckpt.peer.changed import RANGES_MAX
-from ckpt.peer.wire import (
+from ckpt.cluster.peermem.auth import mac
+from ckpt.cluster.peermem.changed import RANGES_MAX
+from ckpt.cluster.peermem.http import Answer, Base, Hello, Request, Verb, Welcome, refusal_unsigned
+from ckpt.cluster.peermem.wire import (
     FIELDS_MAX,
     HEAD_BYTES_MAX,
     MalformedError,
@@ -23,7 +24,6 @@ from ckpt.peer.wire import (
     unsigned,
     with_mac,
 )
-from ckpt.peer.words import Answer, Base, Hello, Request, Verb, Welcome, refusal_unsigned
 from ckpt.testing.contract import ODD_KEYS
 
 KEY = bytes(32)

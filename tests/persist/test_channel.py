@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ckpt.errors import UnavailableError
-from ckpt.persist.channel import Room, RoomChannel, SoloChannel, Waiting, wait_for
+from ckpt.ipc.mailbox import Room, RoomChannel, SoloChannel, Waiting, wait_for
 
 WAIT_S = 60.0
 

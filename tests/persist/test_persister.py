@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index, load_manifest
-from ckpt.commit.journal import Journal
-from ckpt.encode.choose import OFF
 from ckpt.errors import IntegrityError
-from ckpt.manifest.digest import digest
-from ckpt.manifest.keys import writer_name
-from ckpt.persist.channel import Room, RoomChannel
-from ckpt.persist.persister import Persister, Place, Sealed
+from ckpt.format.digest import digest
+from ckpt.format.keys import writer_name
+from ckpt.ipc.mailbox import Room, RoomChannel
+from ckpt.log.catalog import load_index, load_manifest
+from ckpt.log.journal import Journal
+from ckpt.save.choose import OFF
+from ckpt.save.persister import Persister, Place, Sealed
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 WAIT_S = 60.0

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from ckpt.persist.queue import CallQueue
+from ckpt.threads import CallQueue
 
 WAIT_S = 30
 
@@ -43,7 +43,7 @@ def test_cancelled_queue_drops_what_has_not_begun() -> None:
 
 
 EXIT = """
-import ckpt.persist.queue as q
+import ckpt.threads as q
 q.EXIT_WAIT_S = {limit}
 import threading, time
 queue = q.CallQueue("test")

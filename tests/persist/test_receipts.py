@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import ConflictError, InternalError, UsageError
-from ckpt.manifest.manifest import PartRef
-from ckpt.persist.receipts import Receipt, Replicas, checked, failed, merge, one_base, shared_of
+from ckpt.format.manifest import PartRef
+from ckpt.save.receipts import Receipt, Replicas, checked, failed, merge, one_base, shared_of
 from ckpt.values import SnapshotId
 
 PAIR, OTHER = SnapshotId(1, 7), SnapshotId(1, 8)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
-from ckpt.encode.choose import OFF
-from ckpt.encode.pack_sizes import PackSizes
-from ckpt.manifest.digest import digest
-from ckpt.manifest.keys import writer_name
-from ckpt.persist.channel import Room, RoomChannel
-from ckpt.persist.persister import Persister, Place, Sealed
+from ckpt.format.digest import digest
+from ckpt.format.keys import writer_name
+from ckpt.ipc.mailbox import Room, RoomChannel
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.save.choose import OFF
+from ckpt.save.pack_sizes import PackSizes
+from ckpt.save.persister import Persister, Place, Sealed
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 

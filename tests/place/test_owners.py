@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt.capture.owners import OwnedBox, Replicated, owned
 from ckpt.errors import UsageError
-from ckpt.place.owners import OwnedBox, Replicated, owned
 from ckpt.values import CHUNK_BYTES, Box
 
 RANKS = 6

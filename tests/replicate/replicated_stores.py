@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.backends.file import FileBackend
-from ckpt.backends.fileops import RealOps
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.file.syscalls import RealOps
 from ckpt.backends.memory import MemoryBackend
+from ckpt.backends.replicated.pace import Pace
+from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError
-from ckpt.observe.events import Event
-from ckpt.replicate.backend import ReplicatedBackend
-from ckpt.replicate.pace import Pace
+from ckpt.events import Event
 
 T = TypeVar("T")
 

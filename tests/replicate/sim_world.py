@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 
 from sim_clock import Clock, Process, Step
 
-from ckpt.manifest.digest import digest
-from ckpt.replicate import ledger as ledgers
-from ckpt.replicate import put_race, read_race
-from ckpt.replicate import speed as speeds
-from ckpt.replicate.feed import How, Taker, feed
-from ckpt.replicate.health import Circuit, Phase, Sign, probe_due, step
-from ckpt.replicate.ledger import Need, Proof, Why
-from ckpt.replicate.loans import Loan, TakenBackError
-from ckpt.replicate.mend import Copy, Later, Leave, agree_outside, plan_mend, unproven
-from ckpt.replicate.pace import Pace, stall_s
-from ckpt.replicate.put_race import Side
-from ckpt.replicate.quorum import Quorum
-from ckpt.replicate.read_race import Found, Verdict
-from ckpt.replicate.speed import Candidate, Speed
+from ckpt.backends.replicated import policy as speeds
+from ckpt.backends.replicated import put_race, read_race
+from ckpt.backends.replicated import replicate_ledger as ledgers
+from ckpt.backends.replicated.feed import How, Taker, feed
+from ckpt.backends.replicated.health import Circuit, Phase, Sign, probe_due, step
+from ckpt.backends.replicated.ledger import Copy, Later, Leave, agree_outside, plan_mend, unproven
+from ckpt.backends.replicated.loans import Loan, TakenBackError
+from ckpt.backends.replicated.pace import Pace, stall_s
+from ckpt.backends.replicated.policy import Candidate, Speed
+from ckpt.backends.replicated.put_race import Side
+from ckpt.backends.replicated.quorum import Quorum
+from ckpt.backends.replicated.read_race import Found, Verdict
+from ckpt.backends.replicated.replicate_ledger import Need, Proof, Why
+from ckpt.format.digest import digest
 
 PACE = Pace(keys_max=10_000)
 BODY_BYTES = 24

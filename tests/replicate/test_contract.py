@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import Replicated
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.observe.events import Event
-from ckpt.replicate.backend import ReplicatedBackend
+from ckpt.backends.replicated.store import ReplicatedBackend
+from ckpt.events import Event
 from ckpt.testing.contract import BackendContract, Opener
 
 

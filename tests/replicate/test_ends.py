@@ -14,11 +14,11 @@ import pytest
 from replicated_stores import QUICK, WAIT_S, Gated, Heard, Remembering, away, read, replicated, wait_until
 
 from ckpt.backends.checked import stores_of, write_quorum_of
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
+from ckpt.backends.replicated.open import open_stores
+from ckpt.backends.replicated.store import CLOSE_S, ReplicatedBackend
 from ckpt.errors import UsageError
-from ckpt.replicate.backend import CLOSE_S, ReplicatedBackend
-from ckpt.replicate.open import open_stores
 
 EXIT_S = 60.0
 
@@ -36,7 +36,7 @@ def test_close_waits_for_stragglers_and_repeats_harmlessly() -> None:
 
 
 def test_close_leaves_hanging_calls_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt.replicate.backend.CLOSE_S", 0.2)
+    monkeypatch.setattr("ckpt.backends.replicated.store.CLOSE_S", 0.2)
     assert CLOSE_S > 0.2
     stores = [Gated(Remembering(name)) for name in "abc"]
     store = ReplicatedBackend(stores, tell=Heard(), pace=QUICK)
@@ -62,9 +62,9 @@ def test_interpreter_exits_though_a_store_hangs_and_nobody_closed(tmp_path: Path
     program = textwrap.dedent(
         """
         import sys, time, threading
-        from ckpt.backends.file import FileBackend
-        from ckpt.replicate.backend import ReplicatedBackend
-        from ckpt.replicate.pace import Pace
+        from ckpt.backends.file.store import FileBackend
+        from ckpt.backends.replicated.store import ReplicatedBackend
+        from ckpt.backends.replicated.pace import Pace
 
         class Hanging(FileBackend):
             def put(self, key, data, *, create_only=False):
@@ -93,8 +93,8 @@ def test_puts_and_reads_still_work_while_the_interpreter_ends(tmp_path: Path) ->
     program = textwrap.dedent(
         """
         import atexit, sys
-        from ckpt.backends.file import FileBackend
-        from ckpt.replicate.backend import ReplicatedBackend
+        from ckpt.backends.file.store import FileBackend
+        from ckpt.backends.replicated.store import ReplicatedBackend
 
         store = ReplicatedBackend([FileBackend(sys.argv[1] + "/" + name) for name in "abc"], tell=lambda event: None)
 

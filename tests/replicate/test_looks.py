@@ -11,8 +11,8 @@ from replicated_stores import QUICK, WAIT_S, Gated, Remembering, away, read, rep
 
 from ckpt.backends.base import Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
+from ckpt.backends.replicated.looks import PAGE, agreed
 from ckpt.errors import KeyExistsError, StoreDeniedError, UnavailableError, UsageError
-from ckpt.replicate.looks import PAGE, agreed
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 
 

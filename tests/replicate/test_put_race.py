@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_read_race import quorums
 
-from ckpt.replicate import put_race as races
-from ckpt.replicate.pace import Pace, give_up_s, grace_s, stall_s
-from ckpt.replicate.put_race import Done, Failed, Side
-from ckpt.replicate.quorum import Quorum
+from ckpt.backends.replicated import put_race as races
+from ckpt.backends.replicated.pace import Pace, give_up_s, grace_s, stall_s
+from ckpt.backends.replicated.put_race import Done, Failed, Side
+from ckpt.backends.replicated.quorum import Quorum
 
 PACE = Pace()
 ACKS, SLOW, FAILS, REFUSES, HANGS, SECOND = "acks", "acks late", "fails", "refuses", "hangs", "acks when tried again"

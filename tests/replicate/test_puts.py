@@ -27,8 +27,8 @@ from replicated_stores import (
 
 from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.memory import MemoryBackend
+from ckpt.backends.replicated.store import Behind
 from ckpt.errors import StoreDeniedError, StoreFullError, UnavailableError, UsageError
-from ckpt.replicate.backend import Behind
 from ckpt.testing.buffers import aligned_memory
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 

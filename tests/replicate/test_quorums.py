@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ckpt.backends.replicated.quorum import Quorum, counting_only, quorum_of
 from ckpt.errors import UsageError
-from ckpt.replicate.quorum import Quorum, counting_only, quorum_of
 
 
 @pytest.mark.parametrize(

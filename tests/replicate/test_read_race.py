@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.replicate import read_race as races
-from ckpt.replicate.pace import Pace, stall_s
-from ckpt.replicate.quorum import Quorum
-from ckpt.replicate.read_race import Deliver, Found, Lost, Verdict
+from ckpt.backends.replicated import read_race as races
+from ckpt.backends.replicated.pace import Pace, stall_s
+from ckpt.backends.replicated.quorum import Quorum
+from ckpt.backends.replicated.read_race import Deliver, Found, Lost, Verdict
 
 PACE = Pace()
 HANGS = None

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_read_race import quorums
 
+from ckpt.backends.replicated import policy as speeds
+from ckpt.backends.replicated import replicate_ledger as ledgers
+from ckpt.backends.replicated.feed import How, Taker, feed
+from ckpt.backends.replicated.health import Circuit, Phase, Sign, hastened, probe_due, step
+from ckpt.backends.replicated.pace import Pace, backoff_s
+from ckpt.backends.replicated.policy import Candidate, Speed, nearest
+from ckpt.backends.replicated.quorum import Quorum, commonest, counting_only, quorum_of
+from ckpt.backends.replicated.replicate_ledger import Need, Proof, Why
 from ckpt.errors import StoreDeniedError, StoreFullError, UnavailableError, UsageError
-from ckpt.manifest.digest import digest
-from ckpt.replicate import ledger as ledgers
-from ckpt.replicate import speed as speeds
-from ckpt.replicate.feed import How, Taker, feed
-from ckpt.replicate.health import Circuit, Phase, Sign, hastened, probe_due, step
-from ckpt.replicate.ledger import Need, Proof, Why
-from ckpt.replicate.pace import Pace, backoff_s
-from ckpt.replicate.quorum import Quorum, commonest, counting_only, quorum_of
-from ckpt.replicate.speed import Candidate, Speed, nearest
+from ckpt.format.digest import digest
 
 PACE = Pace()
 Q3 = Quorum(3, 2, frozenset(range(3)))

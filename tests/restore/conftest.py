@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.manifest.index import SnapshotIndex
+from ckpt.format.index import SnapshotIndex
+from ckpt.log.catalog import load_index
 from ckpt.testing.sample import SampleWriter, write_sample_store
 from ckpt.values import SnapshotId
 

@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import capture
-from ckpt.commit.catalog import load_index
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.manifest.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
-from ckpt.restore.export import ExportOptions, ItemWriter, export
-from ckpt.restore.export_safetensors import SafetensorsWriter
-from ckpt.restore.export_torch import TorchWriter
-from ckpt.restore.export_tree import indexed_optimizer, json_tree, plain_tree
+from ckpt.format.index import SnapshotIndex
+from ckpt.format.manifest_objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.log.catalog import load_index
+from ckpt.restore.export.export import ExportOptions, ItemWriter, export
+from ckpt.restore.export.items import indexed_optimizer, json_tree, plain_tree
+from ckpt.restore.export.safetensors_files import SafetensorsWriter
+from ckpt.restore.export.torch_files import TorchWriter
 from ckpt.restore.reader import SnapshotReader
 from ckpt.testing.sample import Piece, SampleWriter, damage, sample_state, skeleton, tensor
 from ckpt.values import DTYPE_BYTES, Box, SnapshotId

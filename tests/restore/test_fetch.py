@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.encode.choose import Compression
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
-from ckpt.manifest.index import SnapshotIndex
+from ckpt.format.index import SnapshotIndex
+from ckpt.log.catalog import load_index
 from ckpt.restore.fetch import Fetcher, fetch, threads_best
 from ckpt.restore.plan import Want, plan_reads
+from ckpt.save.choose import Compression
 from ckpt.testing.sample import Piece, SampleWriter, damage, shard, tensor
 from ckpt.values import CHUNK_BYTES, Box, SnapshotId
 

@@ -10,13 +10,13 @@ import torch
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import CapturePlan
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.manifest.digest import digest
+from ckpt.format.digest import digest
 from ckpt.restore.apply import apply
 from ckpt.restore.fetch import Fetcher, fetch
 from ckpt.restore.from_slots import SLOT_PREFIX, SlotStore, slot_key, staged_index
 from ckpt.restore.plan import Want, plan_reads
-from ckpt.stage.copy import CopyPlan, CopySource
-from ckpt.stage.slot import Slot, SlotPool
+from ckpt.staging.copy import CopyPlan, CopySource
+from ckpt.staging.slot import Slot, SlotPool
 from ckpt.values import CHUNK_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 SNAPSHOT = SnapshotId(2, 7)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.manifest.digest import digest
-from ckpt.manifest.part import StoredShard
+from ckpt.format.digest import digest
+from ckpt.format.part import StoredShard
 from ckpt.restore import plan as plan_room
 from ckpt.restore.plan import (
     CLOSE_NAMES_MAX,

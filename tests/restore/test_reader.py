@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.manifest.index import SnapshotIndex
+from ckpt.format.index import SnapshotIndex
+from ckpt.log.catalog import load_index
 from ckpt.restore.reader import SnapshotReader, numpy_dtype, size_bytes
 from ckpt.restore.verify import VerifyMemo, verify
 from ckpt.testing.sample import SampleWriter, damage, sample_state, shard, tensor
@@ -134,7 +134,7 @@ def test_damaged_object_does_not_decode(sample: SampleWriter, sample_index: Snap
 
 
 def test_reading_never_imports_torch() -> None:
-    rooms = "ckpt.restore.reader, ckpt.restore.verify, ckpt.restore.export_safetensors"
+    rooms = "ckpt.restore.reader, ckpt.restore.verify, ckpt.restore.export.safetensors_files"
     code = f"import sys, {rooms}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from ckpt.link.frames import FDS_MAX, FRAME_BYTES_MAX
-from ckpt.link.message import Message
-from ckpt.link.messages import ALL, WIRE_VERSION, GetStatus, Hello
+from ckpt.ipc.frames import FDS_MAX, FRAME_BYTES_MAX
+from ckpt.ipc.message import Message
+from ckpt.ipc.messages import ALL, WIRE_VERSION, GetStatus, Hello
 
 KINDS: tuple[type[Message], ...] = typing.get_args(ALL)
 _PACK = msgspec.msgpack.Encoder().encode

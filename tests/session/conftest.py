@@ -13,11 +13,11 @@ import pytest
 from ckpt.backends.base import Backend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.capture.leaves import World
-from ckpt.commit.journal import Journal
 from ckpt.errors import CkptError
-from ckpt.manifest.keys import writer_name
-from ckpt.observe.events import Event
-from ckpt.persist.persister import Place
+from ckpt.events import Event
+from ckpt.format.keys import writer_name
+from ckpt.log.journal import Journal
+from ckpt.save.persister import Place
 from ckpt.session.options import Options
 from ckpt.session.restoring import Restoring
 from ckpt.session.saving import Saving

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import ConflictError
-from ckpt.session.agree import Ack, Order, Skip, Take, merge, place, take_or_skip
+from ckpt.session.agreement import Ack, Order, Skip, Take, merge, place, take_or_skip
 
 
 def test_running_ranks_get_the_first_boundary_that_none_has_passed() -> None:

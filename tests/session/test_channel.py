@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.persist.channel import SoloChannel, wait_for
-from ckpt.session.channel import StoreChannel, connect, meet, world_of_process
+from ckpt.ipc.mailbox import SoloChannel, wait_for
+from ckpt.session.c10d_mailbox import StoreChannel, connect, meet, world_of_process
 
 
 @pytest.fixture(params=["hash", "tcp"])

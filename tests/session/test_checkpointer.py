@@ -12,7 +12,7 @@ from torch import nn
 
 import ckpt
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.journal import Journal
+from ckpt.log.journal import Journal
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
 

@@ -17,13 +17,13 @@ PROGRAM = """
 import sys, threading
 import torch
 import ckpt
-import ckpt.persist.persister, ckpt.persist.queue, ckpt.session.saving
+import ckpt.save.persister, ckpt.threads, ckpt.session.saving
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.backends.memory import MemoryBackend
 
 ckpt.session.saving.ABANDON_WAIT_S = 0.2
-ckpt.persist.persister.ABANDON_STORE_S = 0.2
-ckpt.persist.queue.EXIT_WAIT_S = 0.2
+ckpt.save.persister.ABANDON_STORE_S = 0.2
+ckpt.threads.EXIT_WAIT_S = 0.2
 hung = threading.Event()
 
 def hang(seconds):

@@ -9,15 +9,15 @@ import pytest
 
 from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.memory import MemoryBackend
+from ckpt.cluster.peermem.keys import mirror_key, slot_key
 from ckpt.errors import FencedError, IntegrityError, NotFoundError, UnavailableError, UsageError
-from ckpt.link.lent_keys import mirror_key, slot_key
-from ckpt.link.seating import Source
-from ckpt.manifest.digest import digest
+from ckpt.format.digest import digest
+from ckpt.ipc.seating import Source
 from ckpt.restore.fetch import fetch
 from ckpt.restore.plan import Want, plan_reads
-from ckpt.session import far_slots
-from ckpt.session.far_slots import open_memory
-from ckpt.stage.slot_header import INDEX_OFFSET_BYTES, Header
+from ckpt.session import peer_memory as far_slots
+from ckpt.session.peer_memory import open_memory
+from ckpt.staging.header import INDEX_OFFSET_BYTES, Header
 from ckpt.values import PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 SNAPSHOT = SnapshotId(2, 7)

@@ -11,16 +11,16 @@ import torch
 
 import ckpt
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
-from ckpt.link.policy import Retention
-from ckpt.manifest import keys
+from ckpt.format import keys
+from ckpt.ipc.policy import Retention
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.maintenance.gc import gc_due
+from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.session.options import Options, check_grace, check_keep, retention_of
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
-from ckpt.upkeep import gc_due
-from ckpt.upkeep.sweep_plan import PREFIXES
 
 WAIT_S = 60.0
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.stage import slot
+from ckpt.staging import slot
 from ckpt.values import SnapshotId
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from ckpt.errors import ConflictError, UnavailableError
-from ckpt.session.agree import Order, Skip, Take, merge
-from ckpt.session.orders import RankOrders, SoloOrders
+from ckpt.session.agreement import Order, Skip, Take, merge
+from ckpt.session.decisions import RankOrders, SoloOrders
 
 Decide = Callable[[], Take | Skip]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ckpt.backends.base import Backend
-from ckpt.commit.journal import Journal
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.log.journal import Journal
 from ckpt.session.restoring import Candidate, Restoring, Rules
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId

@@ -9,7 +9,7 @@ import torch
 import ckpt
 from ckpt.backends.memory import MemoryBackend
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.persist.receipts import Receipt, checked, merge, shared_of
+from ckpt.save.receipts import Receipt, checked, merge, shared_of
 from ckpt.session.restoring import Candidate
 from ckpt.session.staging import Stager, shared_sets
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index, snapshots
-from ckpt.commit.journal import Journal
 from ckpt.errors import (
     CkptError,
     ConflictError,
@@ -21,7 +19,9 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.session.agree import Skip, Take
+from ckpt.log.catalog import load_index, snapshots
+from ckpt.log.journal import Journal
+from ckpt.session.agreement import Skip, Take
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
 

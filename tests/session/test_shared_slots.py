@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
-from ckpt.link.board import Board
-from ckpt.link.rank_board import SLOTS_MAX
-from ckpt.manifest.digest import digest
-from ckpt.session.shared_slots import SharedSlots, open_staged
-from ckpt.stage.memory import Region
-from ckpt.stage.slot import Slot, SlotPool, read_slot
+from ckpt.format.digest import digest
+from ckpt.ipc.board import SLOTS_MAX
+from ckpt.ipc.link_board import Board
+from ckpt.session.keeper.slots import SharedSlots, open_staged
+from ckpt.staging.memory import Region
+from ckpt.staging.slot import Slot, SlotPool, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 HEADER = 64 << 10

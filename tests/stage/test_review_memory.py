@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from ckpt.stage.memory import Region
+from ckpt.staging.memory import Region
 from ckpt.values import PAGE_BYTES
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ckpt.errors import UsageError
-from ckpt.stage.memory import Region
-from ckpt.stage.slot import Slot, SlotPool
-from ckpt.stage.slot_state import OwnRegions
+from ckpt.staging.memory import Region
+from ckpt.staging.slot import Slot, SlotPool
+from ckpt.staging.slot_state import OwnRegions
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
 

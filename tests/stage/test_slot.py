@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.errors import InternalError, UsageError
-from ckpt.manifest.digest import digest
-from ckpt.stage.slot import Slot, SlotPool, generation_of, read_slot
+from ckpt.format.digest import digest
+from ckpt.staging.slot import Slot, SlotPool, generation_of, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 HEADER = 64 << 10

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError
-from ckpt.stage.slot_header import MAGIC, Header, read_slot
+from ckpt.staging.header import MAGIC, Header, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 SIZE = 3 * 4096

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
-from ckpt.stage.memory import Region
-from ckpt.stage.slot import Slot, SlotPool, read_slot
-from ckpt.stage.slot_header import header_bytes_of
+from ckpt.staging.header import header_bytes_of
+from ckpt.staging.memory import Region
+from ckpt.staging.slot import Slot, SlotPool, read_slot
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
 HEADER = 16 * PAGE_BYTES

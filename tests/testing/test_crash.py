@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.testing.crash import CrashingBackend, CrashMode, run_in_child
 from ckpt.testing.fileops import OpCall, RecordingOps

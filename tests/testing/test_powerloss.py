@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.backends.file import FileBackend
-from ckpt.backends.fileops import REAL_OPS
-from ckpt.testing.powerloss import PowerCut, PowerLossOps
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.file.syscalls import REAL_OPS
+from ckpt.testing.crashes import PowerCut, PowerLossOps
 from ckpt.testing.rehearsal import Delete, Put, Step, faults_found, run_steps
 
 STEPS: tuple[Step, ...] = (

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_secret import Key, Keys
-from ckpt.backends.file import FileBackend
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.testing.buffers import buffer
 from ckpt.testing.contract import BackendContract, Opener, read

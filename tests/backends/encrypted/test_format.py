@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.backends.checked import read_alone
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_cipher import CopyingCipher, frame_cipher
-from ckpt.backends.encrypted_layout import (
+from ckpt.backends.encrypted.cipher import CopyingCipher, frame_cipher
+from ckpt.backends.encrypted.layout import (
     FRAME_BYTES,
     HEADER_BYTES,
     PLAIN_BYTES_MAX,
@@ -23,7 +22,8 @@ from ckpt.backends.encrypted_layout import (
     plain_size,
     sealed_size,
 )
-from ckpt.backends.encrypted_secret import Key, Keys
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.encrypted.secret import Key, Keys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.testing.contract import keys as keys_of

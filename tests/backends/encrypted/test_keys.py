@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from ckpt.backends.encrypted import encrypted, is_sealed_key, refuse_mismatch
-from ckpt.backends.encrypted_secret import Key, Keys
+from ckpt.backends.encrypted.open import encrypted, is_sealed_key, refuse_mismatch
+from ckpt.backends.encrypted.secret import Key, Keys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, StoreDeniedError, UnavailableError, UsageError
 from ckpt.testing.contract import read
@@ -138,8 +138,8 @@ def test_missing_package_is_named() -> None:
     code = """
 import sys
 sys.modules["cryptography"] = None  # as if it were not installed
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_key import load_keys
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.encrypted.keys import load_keys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import UsageError
 import os
@@ -156,9 +156,9 @@ except UsageError as error:
 
 def test_neither_torch_nor_the_cipher_is_imported_before_it_is_needed() -> None:
     code = (
-        "import sys, ckpt.backends.encrypted as e, ckpt.backends.encrypted_key\n"
+        "import sys, ckpt.backends.encrypted.open as e, ckpt.backends.encrypted.keys\n"
         "print('cryptography' in sys.modules, 'torch' in sys.modules)\n"
-        "import ckpt.backends.encrypted_store\n"
+        "import ckpt.backends.encrypted.store\n"
         "print('torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,9 +7,9 @@ import random
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_memory import SpareMemory
-from ckpt.backends.encrypted_secret import Key, Keys
+from ckpt.backends.encrypted.encrypted_memory import SpareMemory
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.encrypted.secret import Key, Keys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.testing.contract import read
 

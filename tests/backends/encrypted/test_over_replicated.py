@@ -7,14 +7,14 @@ import random
 
 import pytest
 
-from ckpt.backends.encrypted import encrypted, refuse_mismatch
-from ckpt.backends.encrypted_secret import Key, Keys
+from ckpt.backends.encrypted.open import encrypted, refuse_mismatch
+from ckpt.backends.encrypted.secret import Key, Keys
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index, snapshots
+from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.manifest.digest import digest
-from ckpt.observe.events import Event
-from ckpt.replicate.backend import ReplicatedBackend
+from ckpt.events import Event
+from ckpt.format.digest import digest
+from ckpt.log.catalog import load_index, snapshots
 from ckpt.restore.verify import verify
 from ckpt.testing.contract import read
 from ckpt.testing.faults import Fault, FaultyBackend, Harm

@@ -10,8 +10,8 @@ import pytest
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
 from ckpt.backends.checked import Check, Replicated, read_alone, read_checked, read_object, stores_of, write_quorum_of
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_secret import Key, Keys
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.encrypted.secret import Key, Keys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.testing.contract import read

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.backends import encrypted_key
-from ckpt.backends.encrypted_command import output_of
-from ckpt.backends.encrypted_key import load_key, load_keys, write_new_key
-from ckpt.backends.encrypted_material import secret_of
-from ckpt.backends.encrypted_secret import Key
+from ckpt.backends.encrypted import keys as encrypted_key
+from ckpt.backends.encrypted.encrypted_command import output_of
+from ckpt.backends.encrypted.encrypted_material import secret_of
+from ckpt.backends.encrypted.keys import load_key, load_keys, write_new_key
+from ckpt.backends.encrypted.secret import Key
 from ckpt.errors import CkptError, UnavailableError, UsageError
 
 SECRET = bytes(range(100, 132))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from ckpt.backends.base import Backend
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_secret import Key, Keys
-from ckpt.backends.file import FileBackend
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index, snapshots
 from ckpt.errors import IntegrityError, UsageError
+from ckpt.log.catalog import load_index, snapshots
 from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import verify
 from ckpt.testing.sample import SampleWriter, damage, sample_ranks, sample_state, write_sample_store

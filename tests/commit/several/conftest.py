@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import pytest
 
-from ckpt.commit import copies as copies_room
-from ckpt.commit.sqlite import STATE_VARIABLE
+from ckpt.log import copies as copies_room
+from ckpt.log.sequencers import STATE_VARIABLE
 
 sys.path.insert(0, str(Path(__file__).parent))
 

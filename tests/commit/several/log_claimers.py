@@ -6,8 +6,8 @@ import itertools
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from ckpt.commit.sequencer import Claimed, Lost
-from ckpt.commit.sqlite import SqliteSequencer
+from ckpt.log.sequencer import Claimed, Lost
+from ckpt.log.sequencers import SqliteSequencer
 
 LOG_ID = "1" * 32
 

@@ -6,13 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.fold import empty, fold
-from ckpt.commit.quorum import is_stand_in
-from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import IntegrityError
-from ckpt.manifest import keys
-from ckpt.manifest.job import JobRecord
-from ckpt.manifest.records import BY_STORES, Record, Stores, decode_record
+from ckpt.format import keys
+from ckpt.format.records import BY_STORES, Record, Stores, decode_record
+from ckpt.format.store import JobRecord
+from ckpt.log.commit_fold import empty, fold
+from ckpt.log.commit_quorum import is_stand_in
+from ckpt.log.state import LogState, StoreSet
 
 JOB = "sim"
 

@@ -6,10 +6,10 @@ from log_people import Scene
 from log_stores import SmallReplicated
 from log_world import Process, Still
 
-from ckpt.commit.catalog import load_manifest
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
+from ckpt.log.catalog import load_manifest
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
 
 
 def look(scene: Scene, heard: set[int]) -> LogState | None:

@@ -9,8 +9,6 @@ from log_ledger import JOB
 from log_stores import SmallReplicated
 from log_world import Death, Process, Way, World
 
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState, StoreSet
 from ckpt.errors import (
     CkptError,
     CommitUnknownError,
@@ -22,10 +20,12 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.manifest import keys
-from ckpt.manifest.job import JobRecord
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.records import Stores
+from ckpt.format import keys
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.records import Stores
+from ckpt.format.store import JobRecord
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState, StoreSet
 from ckpt.values import SnapshotId
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from log_stores import SmallReplicated
 
 from ckpt.backends.base import Buffer, Capabilities
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import CkptError, UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.manifest import Manifest, PartRef
+from ckpt.format import keys
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 JOB = "sleepy"

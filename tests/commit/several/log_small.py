@@ -9,13 +9,13 @@ from log_stores import SmallReplicated
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.journal import Journal
 from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.manifest import keys
-from ckpt.manifest.manifest import Manifest, PartRef
+from ckpt.format import keys
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 T = TypeVar("T")

@@ -20,10 +20,10 @@ from log_service import Service
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.lanes import Enough
-from ckpt.commit.sqlite import STATE_VARIABLE
 from ckpt.errors import CkptError, KeyExistsError, UnavailableError, UsageError
-from ckpt.manifest import keys
+from ckpt.format import keys
+from ckpt.log.lanes import Enough
+from ckpt.log.sequencers import STATE_VARIABLE
 
 T = TypeVar("T")
 

@@ -8,10 +8,10 @@ import pytest
 
 from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError
-from ckpt.manifest import keys
-from ckpt.replicate.backend import ReplicatedBackend
+from ckpt.format import keys
+from ckpt.log.journal import Journal
 
 
 class Switched:

@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "membership"))
 from etcd_server import EtcdCluster, require
 
-from ckpt.commit import etcd as room
-from ckpt.commit.etcd import SEQUENCER_VARIABLE, EtcdSequencer, etcd_here
-from ckpt.commit.sequencer import Claimed, Lost, Unknown
-from ckpt.commit.sqlite import STATE_VARIABLE
 from ckpt.errors import FencedError, UnavailableError, UsageError
-from ckpt.link.nodes_spec import NODES_VARIABLE, NodesSpec, to_environment
-from ckpt.membership.etcd_options import EtcdOptions
-from ckpt.membership.where import etcd_of
-from ckpt.upkeep import stores as sets
+from ckpt.ipc.cluster_spec import NODES_VARIABLE, NodesSpec, to_environment
+from ckpt.keyspace.address import etcd_of
+from ckpt.keyspace.etcd_options import EtcdOptions
+from ckpt.log import etcd as room
+from ckpt.log.etcd import SEQUENCER_VARIABLE, EtcdSequencer, etcd_here
+from ckpt.log.sequencer import Claimed, Lost, Unknown
+from ckpt.log.sequencers import STATE_VARIABLE
+from ckpt.maintenance import store_set as sets
 from ckpt.values import SnapshotId
 
 

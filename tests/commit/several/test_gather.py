@@ -7,10 +7,10 @@ from itertools import combinations_with_replacement, product
 
 import pytest
 
-from ckpt.commit.fold import empty, fold
-from ckpt.commit.gather import Gathered, Held, Silent, gather
-from ckpt.commit.state import LogState
-from ckpt.manifest.records import Open, Record, Stores, make_record
+from ckpt.format.records import Open, Record, Stores, make_record
+from ckpt.log.commit_fold import empty, fold
+from ckpt.log.quorum import Gathered, Held, Silent, gather
+from ckpt.log.state import LogState
 
 IDS = tuple(f"{n:032x}" for n in range(1, 6))
 SIZES = [(stores, quorum) for stores in range(1, 4) for quorum in range(stores // 2 + 1, stores + 1)]

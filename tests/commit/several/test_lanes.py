@@ -12,12 +12,12 @@ import pytest
 
 from ckpt.backends.base import Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit import lanes as lanes_room
-from ckpt.commit.copies import LATE, Copies
-from ckpt.commit.gather import Held
-from ckpt.commit.lanes import ThreadLanes
-from ckpt.manifest import keys
-from ckpt.manifest.job import JobRecord
+from ckpt.format import keys
+from ckpt.format.store import JobRecord
+from ckpt.log import lanes as lanes_room
+from ckpt.log.copies import LATE, Copies
+from ckpt.log.lanes import ThreadLanes
+from ckpt.log.quorum import Held
 from ckpt.testing.faults import CountingBackend
 
 WAIT_S = 30.0
@@ -165,8 +165,8 @@ def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slo
 
 EXIT = """
 import threading
-from ckpt.commit.gather import Held
-from ckpt.commit.lanes import ThreadLanes
+from ckpt.log.quorum import Held
+from ckpt.log.lanes import ThreadLanes
 lanes = ThreadLanes()
 found = lanes.ask({0: lambda: 0, 1: lambda: threading.Event().wait(), 2: lambda: 2}, lambda answers: len(answers) >= 2)
 print(sorted(found), flush=True)

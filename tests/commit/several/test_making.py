@@ -8,7 +8,6 @@ import pytest
 from log_small import Death, Store, Watch, calm, commit, made, operations, several, three
 
 from ckpt.backends.checked import read_alone
-from ckpt.commit.journal import Journal
 from ckpt.errors import (
     CommitUnknownError,
     ConflictError,
@@ -16,9 +15,10 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.manifest import keys
-from ckpt.manifest.digest import digest_hex
-from ckpt.manifest.job import JobRecord
+from ckpt.format import keys
+from ckpt.format.digest import digest_hex
+from ckpt.format.store import JobRecord
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 

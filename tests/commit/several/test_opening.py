@@ -8,11 +8,6 @@ import pytest
 from log_small import JOB, Store, calm, commit, made, several, three, wipe
 
 from ckpt.backends.checked import read_alone
-from ckpt.commit import copies as copies_room
-from ckpt.commit.catalog import snapshots
-from ckpt.commit.journal import Journal
-from ckpt.commit.quorum import is_stand_in
-from ckpt.commit.sqlite import STATE_VARIABLE
 from ckpt.errors import (
     CkptError,
     CommitUnknownError,
@@ -21,9 +16,14 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.manifest import keys
-from ckpt.manifest.job import JobRecord
-from ckpt.manifest.records import BY_STORES, Stores
+from ckpt.format import keys
+from ckpt.format.records import BY_STORES, Stores
+from ckpt.format.store import JobRecord
+from ckpt.log import copies as copies_room
+from ckpt.log.catalog import snapshots
+from ckpt.log.commit_quorum import is_stand_in
+from ckpt.log.journal import Journal
+from ckpt.log.sequencers import STATE_VARIABLE
 from ckpt.values import SnapshotId
 
 

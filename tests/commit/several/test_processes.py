@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from log_sleeper import manifest, sleepy_writer, stores
 
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
 from ckpt.errors import FencedError
-from ckpt.manifest import keys
-from ckpt.manifest.records import BY_STORES
+from ckpt.format import keys
+from ckpt.format.records import BY_STORES
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
 from ckpt.values import SnapshotId
 
 WAIT_S = 120.0

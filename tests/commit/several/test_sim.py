@@ -19,11 +19,11 @@ from log_people import Operator, Plan, Reader, Scene, Writer
 from log_service import ANY_ETCD, Service, ServiceWay
 from log_world import InlineLanes, Site, Weather, World
 
-from ckpt.commit import copies as copies_room
-from ckpt.commit import etcd as etcd_room
-from ckpt.commit import folds
-from ckpt.commit import giver as giver_room
-from ckpt.manifest.records import BY_STORES
+from ckpt.format.records import BY_STORES
+from ckpt.log import copies as copies_room
+from ckpt.log import etcd as etcd_room
+from ckpt.log import giver as giver_room
+from ckpt.log import stored_fold as folds
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEEDS = 10_000 if SOAK else 60

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from log_claimers import LOG_ID, claim_for_ever, claim_many
 
-from ckpt.commit import sqlite
-from ckpt.commit.sequencer import Claimed, Lost, Unknown
-from ckpt.commit.sqlite import SqliteSequencer, database_path
 from ckpt.errors import UnavailableError, UsageError
+from ckpt.log import sequencers as sqlite
+from ckpt.log.sequencer import Claimed, Lost, Unknown
+from ckpt.log.sequencers import SqliteSequencer, database_path
 
 WAIT_S = 120.0
 SOAK = os.environ.get("CKPT_SOAK") == "1"

@@ -9,9 +9,9 @@ import sys
 from dataclasses import replace
 
 from ckpt.backends.base import Capabilities
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
-from ckpt.replicate.open import open_stores
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.replicated.open import open_stores
+from ckpt.log.journal import Journal
 
 _able = FileBackend.capabilities
 

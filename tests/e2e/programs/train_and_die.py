@@ -68,7 +68,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.testing.crash import CrashingOps, CrashMode
 
 

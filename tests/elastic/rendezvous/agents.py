@@ -14,8 +14,8 @@ import pytest
 from servers.process import ServerProcess, free_port
 from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousParameters
 
-from ckpt.elastic.rendezvous_agent import ROUND_TTL_S
-from ckpt.elastic.rendezvous_handler import Rendezvous, handler_of
+from ckpt.elastic.rendezvous.agent import ROUND_TTL_S
+from ckpt.elastic.rendezvous.plugin import Rendezvous, handler_of
 
 TESTS = Path(__file__).parents[2]
 WAIT_S = 90.0

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from ckpt.elastic.rendezvous_decide import (
+from ckpt.cluster.membership.records import EpochRecord, Leader, Member, NodeInfo, Place, Scope, View
+from ckpt.elastic.rendezvous.decide import (
     Apart,
     Hold,
     Pending,
@@ -23,9 +24,8 @@ from ckpt.elastic.rendezvous_decide import (
     present,
     seat_for,
 )
-from ckpt.elastic.rendezvous_words import Look, Seat, decode_seat, encode_seat, round_note, round_of
+from ckpt.elastic.rendezvous.rendezvous_words import Look, Seat, decode_seat, encode_seat, round_note, round_of
 from ckpt.errors import IntegrityError
-from ckpt.membership.values import EpochRecord, Leader, Member, NodeInfo, Place, Scope, View
 
 RULES = Rules(agents_min=2, agents_max=3, last_call_s=30.0, shrink_s=5.0)
 

@@ -18,10 +18,11 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.elastic.utils.store import barrier
 
-from ckpt.elastic import rendezvous, rendezvous_handler
-from ckpt.elastic.rendezvous_handler import StandbyReleased
+from ckpt.elastic import rendezvous
+from ckpt.elastic.rendezvous import plugin as rendezvous_handler
+from ckpt.elastic.rendezvous.plugin import StandbyReleased
 from ckpt.errors import UsageError
-from ckpt.link.nodes_spec import nodes_of_environment
+from ckpt.ipc.cluster_spec import nodes_of_environment
 
 Make = Callable[..., Agents]
 

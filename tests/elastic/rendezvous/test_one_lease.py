@@ -12,14 +12,14 @@ import pytest
 from agents import TESTS, Agents, Etcd, seated, wait_for
 from torch.distributed.elastic.utils.store import barrier
 
-from ckpt.elastic import rendezvous_agent
-from ckpt.elastic.rendezvous_agent import VIEW_S, Agent, keyspace_of
-from ckpt.elastic.rendezvous_lease import AgentLease, offered
-from ckpt.link.nodes_spec import nodes_of_environment
-from ckpt.membership.keyed import KeyedMembership
-from ckpt.membership.keyspace import Delete, Keys, KeyValue, Transaction
-from ckpt.membership.leases import State
-from ckpt.membership.values import NodeInfo
+from ckpt.cluster.membership.leases import State
+from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.records import NodeInfo
+from ckpt.elastic.rendezvous import agent as rendezvous_agent
+from ckpt.elastic.rendezvous.agent import VIEW_S, Agent, keyspace_of
+from ckpt.elastic.rendezvous.rendezvous_lease import AgentLease, offered
+from ckpt.ipc.cluster_spec import nodes_of_environment
+from ckpt.keyspace.base import Delete, Keys, KeyValue, Transaction
 
 sys.path[:0] = [str(TESTS / "membership")]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.elastic.rendezvous_options import KEYS, Settings, settings_of
+from ckpt.elastic.rendezvous.options import KEYS, Settings, settings_of
 from ckpt.errors import UsageError
-from ckpt.link.nodes_spec import nodes_of_environment, to_environment
+from ckpt.ipc.cluster_spec import nodes_of_environment, to_environment
 
 
 def settings(run_id: str = "job", endpoint: str = "", nodes: tuple[int, int] = (2, 3), **config: object) -> Settings:

@@ -11,13 +11,13 @@ import pytest
 import torch.distributed as dist
 from agents import WAIT_S, Etcd
 
-from ckpt.elastic.rendezvous_store import ApartStore, RoundStore
-from ckpt.elastic.rendezvous_words import Round
+from ckpt.cluster.membership.open import open_keyspace
+from ckpt.elastic.rendezvous.rendezvous_words import Round
+from ckpt.elastic.rendezvous.store import ApartStore, RoundStore
 from ckpt.errors import UnavailableError
-from ckpt.membership.embedded import SqliteKeyspace
-from ckpt.membership.etcd_options import EtcdOptions
-from ckpt.membership.keyspace import Keyspace, Outcome, Transaction
-from ckpt.membership.open import open_keyspace
+from ckpt.keyspace.base import Keyspace, Outcome, Transaction
+from ckpt.keyspace.etcd_options import EtcdOptions
+from ckpt.keyspace.sqlite import SqliteKeyspace
 
 Make = Callable[..., RoundStore]
 

@@ -17,10 +17,10 @@ from typing import TypeVar
 
 import pytest
 
-from ckpt.link.answers import Welcome
-from ckpt.link.frames import Wire
-from ckpt.link.message import Message
-from ckpt.link.messages import Hello, Leave, Start, Started
+from ckpt.ipc.answers import Welcome
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.message import Message
+from ckpt.ipc.messages import Hello, Leave, Start, Started
 
 WAIT_S = 60.0
 """How long anything may take before a test fails."""
@@ -28,12 +28,12 @@ WAIT_S = 60.0
 HEAD = """
 import json, os, signal, socket, sys, threading, time
 from pathlib import Path
-from ckpt.elastic.starts import Fork, Spawn
-from ckpt.elastic.supervise import supervise
-from ckpt.elastic.supervision import Supervision
-from ckpt.elastic.trainer import seat_of_process
-from ckpt.link.frames import Wire
-from ckpt.link.messages import Hello, Policy
+from ckpt.elastic.processes.start_method import Fork, Spawn
+from ckpt.elastic.processes.supervise import supervise
+from ckpt.elastic.processes.supervision import Supervision
+from ckpt.elastic.processes.trainer import seat_of_process
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.messages import Hello, Policy
 
 def connect():
     peer = socket.socket(socket.AF_UNIX)

@@ -6,8 +6,9 @@ import os
 import signal
 import time
 
-from ckpt.link.board import Board
-from ckpt.link.messages import (
+from ckpt.ipc.board import now_ns
+from ckpt.ipc.link_board import Board
+from ckpt.ipc.messages import (
     BoardKept,
     Bye,
     Died,
@@ -23,7 +24,6 @@ from ckpt.link.messages import (
     Start,
     Started,
 )
-from ckpt.link.rank_board import now_ns
 
 AHEAD = (
     "seat = sit(prepare=True)\n"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.link.messages import Bye, Died, Leave
+from ckpt.ipc.messages import Bye, Died, Leave
 
 CHOOSE = """
 import torch
 torch.set_num_threads(2)
 {above}
-from ckpt.elastic.facts import gather
-from ckpt.elastic.starts import choose
+from ckpt.elastic.processes.facts import gather
+from ckpt.elastic.processes.start_method import choose
 how = choose(gather())
 seat = sit(how)
 total = torch.ones(1 << 22).add_(1.0).sum().item()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.link.messages import Bye, Died, Dump, Kill, Killed, Leave, Preempt, Start, Started, Tell
+from ckpt.ipc.messages import Bye, Died, Dump, Kill, Killed, Leave, Preempt, Start, Started, Tell
 
 REST = "say(json.dumps([seat.attempt, seat.port, seat.how, os.getppid(), os.getpgrp() == os.getpid()]))\n"
 

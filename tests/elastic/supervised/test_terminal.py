@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.link.messages import Bye, Died, Kill, Killed, Leave
+from ckpt.ipc.messages import Bye, Died, Kill, Killed, Leave
 
 WAIT_S = 60.0
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from ckpt.elastic.trainer import SEAT_VARIABLE, TrainerSeat, environment, seat_of_process
+from ckpt.elastic.processes.trainer import SEAT_VARIABLE, TrainerSeat, environment, seat_of_process
 from ckpt.errors import UsageError
-from ckpt.link.messages import Kill, Killed, Preempt
+from ckpt.ipc.messages import Kill, Killed, Preempt
 
 
 def seat(**changes: object) -> TrainerSeat:
@@ -54,7 +54,7 @@ def test_children_of_a_trainer_end_on_sigterm_as_children_do(program, keeper) ->
 def test_programs_that_a_trainer_starts_are_no_trainers(program, keeper) -> None:
     run = program(
         "import subprocess\nsit()\n"
-        "code = 'from ckpt.elastic.trainer import seat_of_process as s; print(s())'\n"
+        "code = 'from ckpt.elastic.processes.trainer import seat_of_process as s; print(s())'\n"
         "subprocess.run([sys.executable, '-c', code])\n"
     )
     keeper.accept().start()

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 
-from ckpt.backends.file import FileBackend
-from ckpt.backends.fileops import REAL_OPS, FileOps
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.file.syscalls import REAL_OPS, FileOps
 from ckpt.errors import NotFoundError
 from ckpt.session.checkpointer import Checkpointer
 from ckpt.testing.crash import CrashingOps, CrashMode
+from ckpt.testing.crashes import PowerCut, PowerLossOps
 from ckpt.testing.fileops import OpCall, RecordingOps
-from ckpt.testing.powerloss import PowerCut, PowerLossOps
 
 HALVED = frozenset({"write", "preallocate"})
 POWER_SEEDS = (0, 1, 2)

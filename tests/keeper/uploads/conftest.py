@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.backends.file import FileBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import UnavailableError
-from ckpt.keeper.uploads import Uploads
-from ckpt.link.client import KeeperSpec
-from ckpt.link.message import RemoteError
-from ckpt.manifest.digest import digest
-from ckpt.observe.events import Event
-from ckpt.persist.persister import Sealed
+from ckpt.events import Event
+from ckpt.format.digest import digest
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.message import RemoteError
+from ckpt.keeper.uploads.uploads import Uploads
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
 from ckpt.restore.verify import verify
-from ckpt.stage.slot import SlotPool, read_slot
+from ckpt.save.persister import Sealed
+from ckpt.staging.slot import SlotPool, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedIndex, StagedShard
 
 T = TypeVar("T")

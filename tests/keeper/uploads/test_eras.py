@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from ckpt.errors import UnavailableError
-from ckpt.keeper.loop_channel import LoopChannel
-from ckpt.keeper.room import OwnRoom
-from ckpt.keeper.turns import Handed
-from ckpt.keeper.uploads import Uploads
-from ckpt.link.client import KeeperSpec
+from ckpt.ipc.client import KeeperSpec
+from ckpt.keeper.mailbox import OwnRoom
+from ckpt.keeper.nodes.loop_channel import LoopChannel
+from ckpt.keeper.uploads.submissions import Handed
+from ckpt.keeper.uploads.uploads import Uploads
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0

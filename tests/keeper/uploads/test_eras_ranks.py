@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from ckpt.commit.catalog import load_manifest
 from ckpt.errors import UsageError
-from ckpt.keeper.loop_channel import LoopChannel
-from ckpt.keeper.room import OwnRoom
-from ckpt.keeper.uploads import Uploads
-from ckpt.link.client import KeeperSpec
+from ckpt.ipc.client import KeeperSpec
+from ckpt.keeper.mailbox import OwnRoom
+from ckpt.keeper.nodes.loop_channel import LoopChannel
+from ckpt.keeper.uploads.uploads import Uploads
+from ckpt.log.catalog import load_manifest
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0

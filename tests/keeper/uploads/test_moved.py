@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
-from ckpt.link.answers import Choice
+from ckpt.backends.file.store import FileBackend
+from ckpt.ipc.answers import Choice
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.commit.catalog import load_manifest
 from ckpt.errors import UsageError
-from ckpt.link.answers import Choice
-from ckpt.link.message import RemoteError
+from ckpt.ipc.answers import Choice
+from ckpt.ipc.message import RemoteError
+from ckpt.log.catalog import load_manifest
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0

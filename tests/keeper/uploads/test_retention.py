@@ -6,14 +6,14 @@ import threading
 
 import pytest
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import UnavailableError
-from ckpt.link.policy import Retention
-from ckpt.manifest import keys
-from ckpt.upkeep import gc_due
-from ckpt.upkeep.sweep_plan import PREFIXES
+from ckpt.format import keys
+from ckpt.ipc.policy import Retention
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.maintenance.gc import gc_due
+from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import FencedError, UnavailableError, UsageError
-from ckpt.link.answers import Choice
+from ckpt.ipc.answers import Choice
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0

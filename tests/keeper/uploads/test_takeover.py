@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import ConflictError, NewerSnapshotError
-from ckpt.keeper.choices import lineage
-from ckpt.keeper.store_log import Opening, StoreLog, new_origin
-from ckpt.link.answers import Choice
+from ckpt.ipc.answers import Choice
+from ckpt.keeper.uploads.choices import lineage
+from ckpt.keeper.uploads.store_log import Opening, StoreLog, new_origin
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0
@@ -196,7 +196,7 @@ def test_records_written_late_carry_the_ids_that_were_given_out(make_world) -> N
 
 
 def test_ids_of_old_records_are_read(make_world, monkeypatch) -> None:
-    monkeypatch.setattr("ckpt.commit.working.RECENT_MAX", 2)
+    monkeypatch.setattr("ckpt.log.working.RECENT_MAX", 2)
     world = make_world()
     uploads = world.uploads()
     world.opened(uploads, None)

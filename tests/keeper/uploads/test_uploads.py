@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
-from ckpt.commit.catalog import load_index, load_manifest
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import NotFoundError, UsageError
-from ckpt.link.answers import Choice
-from ckpt.manifest.records import Commit
+from ckpt.format.records import Commit
+from ckpt.ipc.answers import Choice
+from ckpt.log.catalog import load_index, load_manifest
+from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ckpt.capture.leaves import Capture
-from ckpt.manifest import keys
-from ckpt.manifest.digest import digest
-from ckpt.manifest.index import SnapshotIndex
-from ckpt.manifest.manifest import Manifest, PartRef
-from ckpt.manifest.part import Part, StoredShard
+from ckpt.format import keys
+from ckpt.format.digest import digest
+from ckpt.format.index import SnapshotIndex
+from ckpt.format.manifest import Manifest, PartRef
+from ckpt.format.part import Part, StoredShard
 from ckpt.restore.plan import Want
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, ChunkLocation, Codec, Leaf, SnapshotId
 

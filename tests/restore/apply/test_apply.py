@@ -11,7 +11,7 @@ from torch import nn
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import capture
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.manifest.objects import Ref
+from ckpt.format.manifest_objects import Ref
 from ckpt.restore.apply import apply
 from ckpt.restore.plan import Want
 from ckpt.restore.rebuild import rebuild

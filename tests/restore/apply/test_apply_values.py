@@ -20,7 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import CapturePlan, capture
-from ckpt.capture.rng import RngState
+from ckpt.capture.streams import RngState
 from ckpt.errors import UsageError
 from ckpt.restore.apply import apply
 

@@ -11,20 +11,20 @@ import pytest
 from msgspec.structs import replace
 
 from ckpt.errors import CkptError, UnavailableError
-from ckpt.link import answers
-from ckpt.link import messages as words
-from ckpt.link.board import Board
-from ckpt.link.client import KeeperSpec
-from ckpt.link.frames import Wire
-from ckpt.link.message import Message, RemoteError
-from ckpt.link.report import Report
-from ckpt.link.runtime import JobFolder
-from ckpt.observe.events import Event
-from ckpt.session.keeper_link import KeeperLink
-from ckpt.session.keeper_persister import KeeperPersister
-from ckpt.session.shared_slots import SharedSlots
+from ckpt.events import Event
+from ckpt.ipc import answers
+from ckpt.ipc import messages as words
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.link_board import Board
+from ckpt.ipc.message import Message, RemoteError
+from ckpt.ipc.report import Report
+from ckpt.ipc.runtime_dir import JobFolder
+from ckpt.session.keeper.connection import KeeperLink
+from ckpt.session.keeper.persister import KeeperPersister
+from ckpt.session.keeper.slots import SharedSlots
 from ckpt.session.staging import Staged
-from ckpt.stage.slot import SlotPool
+from ckpt.staging.slot import SlotPool
 from ckpt.values import SnapshotId, StagedIndex
 
 WAIT_S = 60.0

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from ckpt.errors import CkptError, FencedError, IntegrityError, UnavailableError, UsageError
-from ckpt.link import answers
-from ckpt.link import messages as words
-from ckpt.link.policy import Retention
-from ckpt.manifest.keys import pack_key, writer_name
-from ckpt.persist.channel import wait_for
-from ckpt.session.keeper_link import KNOWN_MAX, KeeperLink
-from ckpt.stage.slot import read_slot
+from ckpt.format.keys import pack_key, writer_name
+from ckpt.ipc import answers
+from ckpt.ipc import messages as words
+from ckpt.ipc.mailbox import wait_for
+from ckpt.ipc.policy import Retention
+from ckpt.session.keeper.connection import KNOWN_MAX, KeeperLink
+from ckpt.staging.slot import read_slot
 from ckpt.values import ChunkLocation, Codec, SnapshotId
 
 WAIT_S = 60.0

@@ -8,10 +8,10 @@ import signal
 import pytest
 
 from ckpt.errors import CkptError, FencedError, UnavailableError
-from ckpt.link import messages as words
-from ckpt.link.message import RemoteError
-from ckpt.manifest.digest import digest
-from ckpt.session.keeper_link import KeeperLink
+from ckpt.format.digest import digest
+from ckpt.ipc import messages as words
+from ckpt.ipc.message import RemoteError
+from ckpt.session.keeper.connection import KeeperLink
 from ckpt.values import ChunkLocation, Codec, SnapshotId, SnapshotInfo
 
 WAIT_S = 60.0

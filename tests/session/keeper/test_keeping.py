@@ -12,19 +12,19 @@ import torch
 import ckpt
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.link import messages as words
-from ckpt.link.client import KeeperSpec, ensure_keeper
-from ckpt.observe.events import Event
-from ckpt.persist.channel import SoloChannel
-from ckpt.session import keeping
-from ckpt.session.keeper_link import KeeperLink
-from ckpt.session.keeper_persister import KeeperPersister
-from ckpt.session.keeping import Seat, link_in_place
+from ckpt.events import Event
+from ckpt.ipc import messages as words
+from ckpt.ipc.client import KeeperSpec, ensure_keeper
+from ckpt.ipc.mailbox import SoloChannel
+from ckpt.session.keeper import attachment as keeping
+from ckpt.session.keeper.attachment import Seat, link_in_place
+from ckpt.session.keeper.connection import KeeperLink
+from ckpt.session.keeper.persister import KeeperPersister
+from ckpt.session.keeper.slots import SharedSlots
 from ckpt.session.options import Options
 from ckpt.session.saving import Saving
 from ckpt.session.session import Session
-from ckpt.session.shared_slots import SharedSlots
-from ckpt.stage.slot import read_slot
+from ckpt.staging.slot import read_slot
 from ckpt.values import SnapshotId
 
 from .conftest import HELLO, SPEC, FakeKeeper

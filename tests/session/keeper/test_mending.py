@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import ckpt
-from ckpt.backends.file import FileBackend
-from ckpt.commit.journal import Journal
+from ckpt.backends.file.store import FileBackend
 from ckpt.errors import FencedError, UnavailableError
-from ckpt.observe.events import Event
-from ckpt.session import keeper_link, keeping
+from ckpt.events import Event
+from ckpt.log.journal import Journal
+from ckpt.session.keeper import attachment as keeping
+from ckpt.session.keeper import connection as keeper_link
 from ckpt.session.options import Options
 from ckpt.session.restoring import Rules
 from ckpt.session.session import Session

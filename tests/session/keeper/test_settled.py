@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import ckpt
-from ckpt.link import messages as words
-from ckpt.link.client import KeeperSpec
-from ckpt.link.report import Report
-from ckpt.link.runtime import JobFolder
-from ckpt.observe.events import Event
+from ckpt.events import Event
+from ckpt.ipc import messages as words
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.report import Report
+from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.session import settled
 from ckpt.session.settled import await_settled, unsettled
 from ckpt.values import SnapshotId, SnapshotInfo

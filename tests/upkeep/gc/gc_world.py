@@ -9,23 +9,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
-from ckpt.encode.choose import OFF
-from ckpt.encode.part_put import put_part
-from ckpt.encode.persist import Limits, persist
-from ckpt.encode.sparse import thin
 from ckpt.errors import CkptError, ConflictError
-from ckpt.manifest import keys
-from ckpt.manifest.digest import digest
-from ckpt.manifest.manifest import Manifest
-from ckpt.manifest.part import Part
+from ckpt.format import keys
+from ckpt.format.digest import digest
+from ckpt.format.manifest import Manifest
+from ckpt.format.part import Part
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
+from ckpt.maintenance.gc.upkeep_sweep import sweep
+from ckpt.save.choose import OFF
+from ckpt.save.packs import Limits, persist
+from ckpt.save.part_put import put_part
+from ckpt.save.sparse import thin
 from ckpt.testing.crash import CrashingBackend, CrashMode
 from ckpt.testing.sample import Piece, stage, tensor
-from ckpt.upkeep.sweep import sweep
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 
 JOB = "job"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.replicated.open import open_stores
 from ckpt.cli.main import run
-from ckpt.commit.journal import Journal
-from ckpt.manifest import keys
-from ckpt.replicate.open import open_stores
+from ckpt.format import keys
+from ckpt.log.journal import Journal
+from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.testing.sample import damage, write_sample_store
-from ckpt.upkeep.sweep_plan import PREFIXES
 from ckpt.values import SnapshotId
 
 

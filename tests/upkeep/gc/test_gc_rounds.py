@@ -12,21 +12,21 @@ from gc_world import Watched
 
 from ckpt.backends.base import Backend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
+from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import ConflictError, FencedError, UnavailableError
-from ckpt.manifest import keys
-from ckpt.observe.events import Event
-from ckpt.replicate.backend import ReplicatedBackend
+from ckpt.events import Event
+from ckpt.format import keys
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.maintenance.gc import gc_due
+from ckpt.maintenance.gc.drop import look
+from ckpt.maintenance.gc.gc_fence import fenced_journal
+from ckpt.maintenance.gc.plan import PREFIXES
+from ckpt.maintenance.gc.rounds import GcRounds, Keep
+from ckpt.maintenance.retention import KeepPolicy, keep_last, keep_tagged
 from ckpt.restore.verify import verify
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
-from ckpt.upkeep import gc_due
-from ckpt.upkeep.gc import look
-from ckpt.upkeep.gc_fence import fenced_journal
-from ckpt.upkeep.gc_rounds import GcRounds, Keep
-from ckpt.upkeep.retain import KeepPolicy, keep_last, keep_tagged
-from ckpt.upkeep.sweep_plan import PREFIXES
 from ckpt.values import SnapshotId
 
 WAIT_S = 60.0

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import UsageError
-from ckpt.upkeep.retain import (
+from ckpt.maintenance.retain_text import parse_policy
+from ckpt.maintenance.retention import (
     Best,
     Every,
     For,
@@ -24,7 +25,6 @@ from ckpt.upkeep.retain import (
     keep_last,
     keep_tagged,
 )
-from ckpt.upkeep.retain_text import parse_policy
 from ckpt.values import SnapshotId, SnapshotInfo
 
 LONG = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 import pytest
 from gc_world import Death, Process, Watched, World
 
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
 from ckpt.errors import CkptError, ConflictError, FencedError, UnavailableError
-from ckpt.manifest.index import SnapshotIndex
+from ckpt.format.index import SnapshotIndex
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.maintenance.gc.drop import drop
+from ckpt.maintenance.gc.gc_fence import fenced_journal
+from ckpt.maintenance.gc.upkeep_sweep import sweep
+from ckpt.maintenance.retention import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
 from ckpt.restore.verify import verify
-from ckpt.upkeep.gc import drop
-from ckpt.upkeep.gc_fence import fenced_journal
-from ckpt.upkeep.retain import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
-from ckpt.upkeep.sweep import sweep
 from ckpt.values import SnapshotId
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"

@@ -12,25 +12,25 @@ import pytest
 from gc_world import ClockedStore, Death, Watched, World, sweep_and_die
 
 from ckpt.backends.base import Backend
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_key import load_keys, write_new_key
-from ckpt.backends.file import FileBackend
+from ckpt.backends.encrypted.keys import load_keys, write_new_key
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import Hole
+from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import IntegrityError, UnavailableError
-from ckpt.manifest import keys
-from ckpt.replicate.backend import ReplicatedBackend
+from ckpt.format import keys
+from ckpt.log.journal import Journal
+from ckpt.log.state import Hole
+from ckpt.maintenance.gc import sweep as sweep_refs
+from ckpt.maintenance.gc.drop import drop, look, newest_whole
+from ckpt.maintenance.gc.gc_plan import WHOLE
+from ckpt.maintenance.gc.plan import PREFIXES, Verdict
+from ckpt.maintenance.gc.sweep_clock import PROBES
+from ckpt.maintenance.gc.upkeep_sweep import SweepReport, sweep
+from ckpt.maintenance.retention import keep_last, keep_tagged
 from ckpt.testing.crash import CrashMode, run_in_child
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, damage, sample_ranks, write_sample_store
-from ckpt.upkeep import sweep_refs
-from ckpt.upkeep.gc import drop, look, newest_whole
-from ckpt.upkeep.gc_plan import WHOLE
-from ckpt.upkeep.retain import keep_last, keep_tagged
-from ckpt.upkeep.sweep import SweepReport, sweep
-from ckpt.upkeep.sweep_clock import PROBES
-from ckpt.upkeep.sweep_plan import PREFIXES, Verdict
 from ckpt.values import SnapshotId
 
 

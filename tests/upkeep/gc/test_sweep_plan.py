@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt.backends.base import Stat
-from ckpt.commit.fold import empty, fold, verdict
-from ckpt.commit.state import LogState
-from ckpt.manifest import keys
-from ckpt.manifest.records import Body, Commit, Drop, Open, make_record
-from ckpt.upkeep.sweep_plan import Judge, Referred, Verdict, pair_of
+from ckpt.format import keys
+from ckpt.format.records import Body, Commit, Drop, Open, make_record
+from ckpt.log.commit_fold import empty, fold, verdict
+from ckpt.log.state import LogState
+from ckpt.maintenance.gc.plan import Judge, Referred, Verdict, pair_of
 from ckpt.values import SnapshotId
 
 LONG = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

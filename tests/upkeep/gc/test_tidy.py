@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 from gc_world import OBJECTS
 
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
-from ckpt.encode.choose import OFF
-from ckpt.encode.part_put import put_part
-from ckpt.encode.persist import persist
-from ckpt.encode.sparse import thin
-from ckpt.manifest import keys
-from ckpt.manifest.manifest import Manifest
+from ckpt.format import keys
+from ckpt.format.manifest import Manifest
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.maintenance.gc.drop import drop
+from ckpt.maintenance.gc.upkeep_sweep import sweep
+from ckpt.maintenance.retention import KeepPolicy, keep_every, keep_last
 from ckpt.restore.verify import verify
+from ckpt.save.choose import OFF
+from ckpt.save.packs import persist
+from ckpt.save.part_put import put_part
+from ckpt.save.sparse import thin
 from ckpt.testing.sample import stage, tensor
-from ckpt.upkeep.gc import drop
-from ckpt.upkeep.retain import KeepPolicy, keep_every, keep_last
-from ckpt.upkeep.sweep import sweep
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 
 LEAVES = 100

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # tests/, for servers.*
 
 from harm import replicate
 
-from ckpt.backends.file import FileBackend
-from ckpt.replicate.open import open_stores
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.replicated.open import open_stores
 from ckpt.testing.sample import write_sample_store
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckpt.backends.file import FileBackend
-from ckpt.backends.fileops import FileOps
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.file.syscalls import FileOps
+from ckpt.maintenance.scrub.scrub import scrub
+from ckpt.maintenance.sync.upkeep_sync import sync
+from ckpt.maintenance.sync_facts import Effort
 from ckpt.testing.crash import CrashingOps, CrashMode
-from ckpt.upkeep.scrub import scrub
-from ckpt.upkeep.sync import sync
-from ckpt.upkeep.sync_facts import Effort
 
 
 @dataclass(frozen=True)

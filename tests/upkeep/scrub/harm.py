@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
-from ckpt.commit.reader import read_on
-from ckpt.commit.state import LogState
-from ckpt.manifest import keys
-from ckpt.manifest.job import JobRecord
+from ckpt.backends.file.store import FileBackend
+from ckpt.format import keys
+from ckpt.format.store import JobRecord
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.log.reader import read_on
+from ckpt.log.state import LogState
 from ckpt.restore.verify import verify
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"

@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.cli import doctor, main
+from ckpt.cli import main
+from ckpt.cli.commands import doctor
 
 NOBODY = 65534
 

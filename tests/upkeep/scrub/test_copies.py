@@ -7,7 +7,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.upkeep.copies import (
+from ckpt.maintenance.copies import (
     Copy,
     Lost,
     Mend,

@@ -15,16 +15,16 @@ from nobody import AsNobody
 from servers.s3 import S3Server
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.open import open_backend
-from ckpt.manifest import keys
+from ckpt.format import keys
+from ckpt.maintenance.doctor.doctor import Patient, examine
+from ckpt.maintenance.doctor.doctor_facts import StoreFindings
+from ckpt.maintenance.doctor.findings import judge
+from ckpt.maintenance.doctor.probe import SMALL_OPERATIONS
 from ckpt.testing.crash import run_in_child
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
-from ckpt.upkeep.doctor import Patient, examine
-from ckpt.upkeep.doctor_facts import StoreFindings
-from ckpt.upkeep.doctor_judge import judge
-from ckpt.upkeep.doctor_probe import SMALL_OPERATIONS
 
 LARGE = 1 << 20
 

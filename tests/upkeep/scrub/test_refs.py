@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.manifest.part import Part, StoredShard
-from ckpt.upkeep.copies import Pack
-from ckpt.upkeep.copies_refs import Gathered
+from ckpt.format.part import Part, StoredShard
+from ckpt.maintenance.copies import Pack
+from ckpt.maintenance.copies_refs import Gathered
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 References = list[list[tuple[int, int]]]

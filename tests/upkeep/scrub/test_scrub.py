@@ -12,18 +12,18 @@ import pytest
 from harm import SOAK, bytes_of, faults_of, flip, folded, harm, names_nothing_missing, objects_of, record_of, replicate
 
 from ckpt.backends.base import Backend
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.records import Tag, decode_record, make_record
-from ckpt.observe.events import Event
+from ckpt.events import Event
+from ckpt.format import keys
+from ckpt.format.records import Tag, decode_record, make_record
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.maintenance.scrub.scrub import Scrub, scrub
+from ckpt.maintenance.scrub.scrub_facts import ScrubReport
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
-from ckpt.upkeep.scrub import Scrub, scrub
-from ckpt.upkeep.scrub_facts import ScrubReport
 from ckpt.values import ChunkLocation, SnapshotId
 
 SEEDS = range(200 if SOAK else 12)

@@ -12,24 +12,24 @@ import pytest
 from harm import SOAK, bytes_of, faults_of, flip, folded, harm, names_nothing_missing, objects_of, record_of, replicate
 
 from ckpt.backends.base import Backend, Capabilities
-from ckpt.backends.file import FileBackend
+from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.commit.catalog import load_index
-from ckpt.commit.journal import Journal
-from ckpt.commit.state import LogState
+from ckpt.backends.replicated.open import open_stores
 from ckpt.errors import ConflictError, IntegrityError, NotFoundError, StoreFullError, UnavailableError, UsageError
-from ckpt.manifest import keys
-from ckpt.manifest.records import Tag, decode_record, make_record
-from ckpt.replicate.open import open_stores
+from ckpt.format import keys
+from ckpt.format.records import Tag, decode_record, make_record
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
+from ckpt.maintenance.copies import Pack, Whole
+from ckpt.maintenance.scrub.scrub import scrub
+from ckpt.maintenance.scrub.scrub_facts import ScrubReport
+from ckpt.maintenance.sync.sync_objects import missing_objects
+from ckpt.maintenance.sync.upkeep_sync import fill, source_record, sync
+from ckpt.maintenance.sync_budget import Budget
+from ckpt.maintenance.sync_facts import Effort
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
-from ckpt.upkeep.copies import Pack, Whole
-from ckpt.upkeep.scrub import scrub
-from ckpt.upkeep.scrub_facts import ScrubReport
-from ckpt.upkeep.sync import fill, source_record, sync
-from ckpt.upkeep.sync_budget import Budget
-from ckpt.upkeep.sync_facts import Effort
-from ckpt.upkeep.sync_objects import missing_objects
 from ckpt.values import ChunkLocation, Codec, SnapshotId
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from harm import faults_of, flip, objects_of, record_of
 
-from ckpt.backends.encrypted import encrypted
-from ckpt.backends.encrypted_key import load_keys
-from ckpt.backends.file import FileBackend
+from ckpt.backends.encrypted.keys import load_keys
+from ckpt.backends.encrypted.open import encrypted
+from ckpt.backends.file.store import FileBackend
 from ckpt.cli.main import run
-from ckpt.manifest import keys
+from ckpt.format import keys
 from ckpt.testing.sample import write_sample_store
 
 Command = Callable[..., "Done"]

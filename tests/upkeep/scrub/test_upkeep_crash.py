@@ -11,14 +11,14 @@ import pytest
 from crashing import Dying, Work
 from harm import SOAK, faults_of, flip, names_nothing_missing, objects_of
 
-from ckpt.backends.file import FileBackend
-from ckpt.backends.fileops import REAL_OPS
-from ckpt.manifest import keys
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.file.syscalls import REAL_OPS
+from ckpt.format import keys
+from ckpt.maintenance.scrub.scrub import scrub
+from ckpt.maintenance.sync.upkeep_sync import sync
 from ckpt.testing.crash import CrashMode, run_in_child
+from ckpt.testing.crashes import PowerCut, PowerLossOps
 from ckpt.testing.fileops import RecordingOps
-from ckpt.testing.powerloss import PowerCut, PowerLossOps
-from ckpt.upkeep.scrub import scrub
-from ckpt.upkeep.sync import sync
 
 TARGETS = {"scrub": "2", "sync": "new"}
 

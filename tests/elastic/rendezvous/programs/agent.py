@@ -14,7 +14,7 @@ import sys
 
 from torch.distributed.elastic.rendezvous.api import RendezvousParameters
 
-from ckpt.elastic.rendezvous_handler import handler_of
+from ckpt.elastic.rendezvous.plugin import handler_of
 
 
 def say(**fields: object) -> None:

@@ -1,0 +1,1 @@
+"""A store whose objects are encrypted before they leave the machine."""

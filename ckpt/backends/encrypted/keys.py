@@ -1,0 +1,118 @@
+"""Where a store's key comes from. A source names the place and never is the key, so that it can stand in options and argv."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shlex
+import stat
+from pathlib import Path
+
+from ckpt.backends.encrypted.encrypted_command import output_of
+from ckpt.backends.encrypted.encrypted_material import MATERIAL_BYTES_MAX, secret_of
+from ckpt.backends.encrypted.secret import SECRET_BYTES, Key, Keys
+from ckpt.errors import UsageError
+
+COMMAND_S = 30.0
+"""How long a command may take to bring the key."""
+
+_KINDS = "file:PATH, env:NAME or command:WORDS"
+_NEXT = re.compile(r",(?=(?:file|env|command):)")
+
+
+def load_keys(sources: str) -> Keys:
+    """The keys of ``sources``, several with commas between: the first is written with, all are read with.
+
+    Raises as ``load_key``, and UsageError where one key is given twice.
+    """
+    first, *others = [load_key(source) for source in _NEXT.split(sources)]
+    ids = [key.id for key in (first, *others)]
+    if len(set(ids)) < len(ids):
+        raise UsageError("an encryption key is given twice; give each key once, the one to write with first")
+    return Keys(first, tuple(others))
+
+
+def load_key(source: str) -> Key:
+    """The key that ``source`` names: ``file:PATH``, ``env:NAME``, or ``command:WORDS``, whose output it is.
+
+    A file holds 32 raw bytes, or their hex or base64 text, and is readable by its owner alone; a variable holds text; a command
+    is run without a shell, for 30 s at most. Raises UsageError where there is no key, UnavailableError where a command fails.
+    No message holds the key, nor a source of unknown kind, which may be one.
+    """
+    kind, colon, place = source.partition(":")
+    if not colon or kind not in ("file", "env", "command") or not place.strip():
+        raise UsageError(f"not a source of a key; write {_KINDS} (not shown: it may be the key itself)")
+    match kind:
+        case "file":
+            return Key.of(secret_of(_read_file(place), source=f"file:{place}"))
+        case "env":
+            return Key.of(secret_of(_read_variable(place), source=f"env:{place}"))
+        case _:
+            words = _words(place)
+            output = output_of(words, wait_s=COMMAND_S, bytes_max=MATERIAL_BYTES_MAX)
+            return Key.of(secret_of(output, source=f"command:{words[0]}"))
+
+
+def write_new_key(path: str) -> Key:
+    """Draw a key and write it as text to a new file that only its owner reads. Keep a copy: without it the store is lost.
+
+    Raises UsageError where the file exists, or can't be written.
+    """
+    place = Path(path).expanduser()
+    secret = secrets.token_bytes(SECRET_BYTES)
+    try:
+        fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(secret.hex().encode() + b"\n")
+            file.flush()
+            os.fsync(fd)
+        folder = os.open(place.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except FileExistsError:
+        raise UsageError(f"a key file is never overwritten. path={place}; choose another name") from None
+    except OSError as error:
+        raise UsageError(f"a key file can't be written. path={place} cause={error.strerror}") from error
+    return Key.of(secret)
+
+
+def _read_file(path: str) -> bytes:
+    place = Path(path).expanduser()
+    try:
+        # A pipe without a writer must not hold us up.
+        fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        cause = os.strerror(error.errno or errno.EINVAL) if isinstance(error, OSError) else "not a path"
+        raise UsageError(f"a key file can't be read. path={place} cause={cause}; check the path") from None
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            raise UsageError(f"a key file is not a regular file. path={place}; use command: for a pipe")
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise UsageError(
+                f"others may read or change a key file. path={place} mode={stat.S_IMODE(mode):04o}; chmod 600 {place} "
+                "(a mounted secret: defaultMode 0400)"
+            )
+        return os.read(fd, MATERIAL_BYTES_MAX + 1)
+    except OSError as error:
+        raise UsageError(f"a key file can't be read. path={place} cause={error.strerror}; check the disk") from None
+    finally:
+        os.close(fd)
+
+
+def _read_variable(name: str) -> bytes:
+    text = os.environ.get(name)
+    if text is None:
+        raise UsageError(f"the variable with the encryption key is not set. name={name}; set it to 64 hex digits")
+    return text.encode(errors="replace").strip() + b"\n"
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"the key's command can't be split into words. cause={error}; check its quotes") from None

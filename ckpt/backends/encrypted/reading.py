@@ -1,0 +1,242 @@
+"""Reading encrypted objects, from one store or from several that hold the same objects.
+
+A range takes its object's header and the frames around it. Headers are remembered, and a read from an object's start brings
+its own, so that most reads are one request. What does not decrypt is never handed out: where a header and frames do not
+belong together, the header is read again (somebody may have replaced the object), and of another copy where there is one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import Check, Replicated, read_checked
+from ckpt.backends.encrypted.cipher import unseal
+from ckpt.backends.encrypted.encrypted_memory import SpareMemory
+from ckpt.backends.encrypted.layout import (
+    FRAME_BYTES,
+    HEADER_BYTES,
+    VERSION,
+    Header,
+    decode_header,
+    sealed_size,
+    stored_range,
+)
+from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UsageError
+
+_HEADERS_MAX = 4096
+"""Headers remembered: more than a snapshot has packs, and a megabyte of memory."""
+
+_TRIES_MAX = 8
+"""Headers that one read tries. Objects never change, so a second one means another key or a replaced object."""
+
+_NOT_GENUINE = "an encrypted object's header was not made with its key"
+
+
+def never_wrong(_: memoryview) -> str | None:
+    """The check of a read that knows no digest: that the bytes decrypt is enough."""
+    return None
+
+
+def refuse_foreign(header: Header, name: str, keys: Keys, *, url: str) -> Key:
+    """The key that ``header`` was written with. Raises UsageError where it isn't here, FormatVersionError for a newer format.
+
+    Neither is damage: nothing is to be mended, and no older snapshot to be taken instead.
+    """
+    if header.version != VERSION:
+        raise FormatVersionError(
+            f"an object is encrypted in another format. key={name} version={header.version} known={VERSION} store={url}; "
+            "upgrade ckpt"
+        )
+    key = keys.find(header.key_id)
+    if key is None:
+        raise UsageError(
+            f"wrong encryption key. key={name} encrypted_with={header.key_id.hex()} given={keys.ids} store={url}; "
+            "give the key that this was written with (after a change of keys both: 'file:new,file:old')"
+        )
+    return key
+
+
+class SealedReader:
+    """Reads from ``inner``, which holds objects encrypted with one of ``keys``. Thread-safe."""
+
+    def __init__(self, inner: Backend, keys: Keys, memory: SpareMemory) -> None:
+        self._inner = inner
+        self._keys = keys
+        self._memory = memory
+        self._headers: OrderedDict[str, Header] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def forget(self, name: str) -> None:
+        """The object is written or deleted here: its header may be another one."""
+        with self._lock:
+            self._headers.pop(name, None)
+
+    def size(self, name: str) -> int | None:
+        """The plaintext's length by the object's header, None without an object. Raises IntegrityError, UsageError."""
+        header = self._remembered(name)
+        if header is None:
+            try:
+                header = self._read_header(name, set())
+            except NotFoundError:
+                return None
+        return header.plain_bytes
+
+    def read(self, name: str, out: memoryview, check: Check, *, offset_bytes: int) -> None:
+        """As ``checked.read_checked``, of plaintext. Takes memory for the stored bytes of the range beside ``out``."""
+        header = self._remembered(name) if len(out) else None
+        if header is None and len(out) and offset_bytes == 0:
+            header, filled = self._read_start(name, out, check)
+            if filled:
+                return
+        refuted: set[Header] = set()
+        failure: IntegrityError | None = None
+        for _ in range(_TRIES_MAX):
+            if header is None:
+                try:
+                    header = self._read_header(name, refuted)
+                except IntegrityError as error:
+                    raise failure or error from None
+            try:
+                self._read_frames(name, header, out, check, offset_bytes=offset_bytes)
+                return
+            except IntegrityError as error:
+                failure = error
+                refuted.add(header)
+                header = None
+                self.forget(name)
+        assert failure is not None
+        raise failure
+
+    def read_object(self, name: str, check: Check, several: Replicated, *, bytes_max: int) -> bytes:
+        """As ``checked.read_object``, of plaintext. Decrypts twice, to look and to give."""
+
+        def opens(stored: memoryview) -> str | None:
+            header, why = self._header_in(stored, name)
+            if header is None or self._key_of(header) is None:
+                return why
+            plain = self._whole(name, stored)
+            return plain if isinstance(plain, str) else check(memoryview(plain))
+
+        stored = several.read_object(name, opens, bytes_max=sealed_size(bytes_max))
+        plain = self._whole(name, memoryview(stored))
+        if isinstance(plain, str):
+            raise IntegrityError(f"{plain}. key={name} store={self._inner.url}; read another copy")
+        return bytes(plain)
+
+    def _read_start(self, name: str, out: memoryview, check: Check) -> tuple[Header | None, bool]:
+        """Read header and frames in one request, as if the object ended with ``out`` or ``out`` with a frame.
+
+        Returns the header where there is one, and whether ``out`` is filled. Does not judge: the caller reads again then.
+        """
+        filling = _Filling(out, check)
+
+        def fits(data: memoryview) -> str | None:
+            header, why = self._header_in(data, name)
+            key = None if header is None else self._key_of(header)
+            if header is None or key is None or not _reaches(header, len(out)):
+                return why
+            return filling.fill(name, header, key, data[HEADER_BYTES:], offset_bytes=0)
+
+        with self._memory.borrow(sealed_size(len(out))) as stored:
+            try:
+                read_checked(self._inner, name, stored, fits)
+            except IntegrityError:
+                return None, False
+            return self._header_of(name, stored), filling.filled
+
+    def _read_header(self, name: str, refuted: set[Header]) -> Header:
+        """The header of a copy, but none of ``refuted``."""
+        stored = memoryview(bytearray(HEADER_BYTES))
+
+        def usable(data: memoryview) -> str | None:
+            header, why = self._header_in(data, name)
+            return "no other header" if header in refuted else why
+
+        read_checked(self._inner, name, stored, usable)
+        return self._header_of(name, stored)
+
+    def _read_frames(self, name: str, header: Header, out: memoryview, check: Check, *, offset_bytes: int) -> None:
+        if len(out) and offset_bytes + len(out) > header.plain_bytes:
+            raise IntegrityError(
+                f"the object ends too early. key={name} offset_bytes={offset_bytes} wanted_bytes={len(out)} "
+                f"size_bytes={header.plain_bytes} store={self._inner.url}; read another copy"
+            )
+        key = refuse_foreign(header, name, self._keys, url=self._inner.url)
+        filling = _Filling(out, check)
+
+        def opens(data: memoryview) -> str | None:
+            return filling.fill(name, header, key, data, offset_bytes=offset_bytes)
+
+        if not len(out):
+            if (why := opens(out)) is not None:
+                raise IntegrityError(f"{why}. key={name} store={self._inner.url}")
+            return
+        start, stop = stored_range(offset_bytes, len(out), header.plain_bytes)
+        with self._memory.borrow(stop - start) as stored:
+            read_checked(self._inner, name, stored, opens, offset_bytes=start)
+
+    def _whole(self, name: str, stored: memoryview) -> bytearray | str:
+        """The plaintext of a whole stored object, or what is wrong with it. Raises as ``refuse_foreign``."""
+        header, why = self._header_in(stored, name)
+        if header is None:
+            return why or _NOT_GENUINE
+        key = refuse_foreign(header, name, self._keys, url=self._inner.url)
+        if sealed_size(header.plain_bytes) != len(stored):
+            return f"an encrypted object has another length than its header says. size_bytes={len(stored)}"
+        out = bytearray(header.plain_bytes)
+        why = unseal(name, header, stored[HEADER_BYTES:], memoryview(out), key, offset_bytes=0)
+        return out if why is None else why
+
+    def _header_in(self, data: memoryview, name: str) -> tuple[Header | None, str | None]:
+        """The header at the start of a stored object, or what is wrong with it. One of a foreign key is not wrong."""
+        header = decode_header(data, name)
+        if isinstance(header, str):
+            return None, header
+        key = self._key_of(header)
+        return (header, None) if key is None or key.made(header, name) else (None, _NOT_GENUINE)
+
+    def _header_of(self, name: str, data: memoryview) -> Header:
+        """The header in bytes that were found right, to be remembered. Raises as ``refuse_foreign``."""
+        header, why = self._header_in(data, name)
+        if header is None:
+            raise IntegrityError(f"{why}. key={name} store={self._inner.url}; read another copy")
+        refuse_foreign(header, name, self._keys, url=self._inner.url)
+        with self._lock:
+            self._headers[name] = header
+            self._headers.move_to_end(name)
+            while len(self._headers) > _HEADERS_MAX:
+                self._headers.popitem(last=False)
+        return header
+
+    def _key_of(self, header: Header) -> Key | None:
+        return self._keys.find(header.key_id) if header.version == VERSION else None
+
+    def _remembered(self, name: str) -> Header | None:
+        with self._lock:
+            return self._headers.get(name)
+
+
+class _Filling:
+    """The caller's memory and check. Once filled rightly it is left alone, should a copy that was asked too answer later."""
+
+    def __init__(self, out: memoryview, check: Check) -> None:
+        self.filled = False
+        self._out = out
+        self._check = check
+        self._lock = threading.Lock()
+
+    def fill(self, name: str, header: Header, key: Key, stored: memoryview, *, offset_bytes: int) -> str | None:
+        """Decrypt and check; what is wrong, or None."""
+        with self._lock:
+            target = memoryview(bytearray(len(self._out))) if self.filled else self._out
+            why = unseal(name, header, stored, target, key, offset_bytes=offset_bytes) or self._check(target)
+            self.filled = self.filled or why is None
+        return why
+
+
+def _reaches(header: Header, size_bytes: int) -> bool:
+    """Whether the frames of the first ``size_bytes`` are as long as if the object ended with them."""
+    return size_bytes == header.plain_bytes or (size_bytes < header.plain_bytes and size_bytes % FRAME_BYTES == 0)

@@ -1,0 +1,89 @@
+"""A store's key, and the keys for single purposes that come from it. Pure, and needs no cipher."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from ckpt.backends.encrypted.layout import Header
+from ckpt.errors import UsageError
+
+SECRET_BYTES = 32
+"""Length of a key: what AES-256 takes."""
+
+_DISTINCT_MIN = 12
+"""Fewest different bytes in a key. 32 random bytes have 30 of them; fewer than 12 come once in 10^22 keys."""
+
+_DOMAIN = b"ckpt encrypted objects 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of 32 random bytes as what is derived from it. Its ``id`` is public; nothing else is ever shown or pickled."""
+
+    id: bytes
+    digest_key: bytes = field(repr=False)
+    _salt_key: bytes = field(repr=False)
+    _header_key: bytes = field(repr=False)
+    _frames_key: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, secret: bytes) -> Key:
+        """The key of 32 random bytes. Raises UsageError for another length, and for bytes that can't be random."""
+        if len(secret) != SECRET_BYTES:
+            raise UsageError(
+                f"a key has another length. size_bytes={len(secret)} wanted={SECRET_BYTES}; make a new one"
+            )
+        if len(set(secret)) < _DISTINCT_MIN:
+            raise UsageError("a key isn't random: it holds only a few different bytes; make a new one")
+        drawn = _mac(_DOMAIN, secret)
+        public, *private = (_mac(drawn, use + b"\x01") for use in (b"id", b"digest", b"salt", b"header", b"frames"))
+        return cls(public[:8], *private)
+
+    def __repr__(self) -> str:
+        return f"Key(id={self.id.hex()})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a key isn't pickled: hand its source to the other process and load it there")
+
+    def header(self, name: str, *, digest: bytes, plain_bytes: int) -> Header:
+        """The header of the object ``name`` whose plaintext has ``digest`` under ``digest_key``. Pure."""
+        salt = _mac(self._salt_key, digest + plain_bytes.to_bytes(8, "big") + name.encode())[:16]
+        bare = Header(key_id=self.id, plain_bytes=plain_bytes, salt=salt)
+        return Header(key_id=self.id, plain_bytes=plain_bytes, salt=salt, mac=self._mac_of(bare, name))
+
+    def made(self, header: Header, name: str) -> bool:
+        """Whether a writer with this key made ``header`` for the object ``name``."""
+        return hmac.compare_digest(header.mac, self._mac_of(header, name))
+
+    def frame_key(self, header: Header, name: str) -> bytes:
+        """The AES-256 key of one object's frames."""
+        return _mac(self._frames_key, header.salt + name.encode())
+
+    def _mac_of(self, header: Header, name: str) -> bytes:
+        return _mac(self._header_key, header.bound() + name.encode())[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The key that is written with, and further ones that only read: those used before."""
+
+    writing: Key
+    older: tuple[Key, ...] = ()
+
+    def find(self, key_id: bytes) -> Key | None:
+        """The key with this id, or None."""
+        for key in (self.writing, *self.older):
+            if key.id == key_id:
+                return key
+        return None
+
+    @property
+    def ids(self) -> str:
+        """The ids of all, for messages."""
+        return ",".join(key.id.hex() for key in (self.writing, *self.older))
+
+
+def _mac(key: bytes, data: bytes) -> bytes:
+    return hmac.digest(key, data, "sha256")

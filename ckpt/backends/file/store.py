@@ -1,0 +1,280 @@
+"""A store in a folder: local disk, or a network file system mounted here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat as modes
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ckpt.backends.base import Buffer, Capabilities, Stat
+from ckpt.backends.file import filepaths
+from ckpt.backends.file.fileprobe import Create, Probed, probe
+from ckpt.backends.file.filetemps import TEMP_FOLDER, Temp, new_temp, sweep
+from ckpt.backends.file.osfaults import os_fault, translated
+from ckpt.backends.file.syscalls import REAL_OPS, FileOps
+from ckpt.backends.file.writing import write_all
+from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
+
+READ_BYTES_BEST = 512 << 10
+"""Opening a file costs some ten microseconds, as reading a tenth of this does. Joining more would cost a copy instead."""
+
+CONCURRENCY_BEST = max(2, min(8, os.cpu_count() or 2))
+"""Reads or writes in flight that fill a disk or a mount: past the cores that copy, more of them only wait for each other."""
+
+_TRIES_MAX = 16
+_IOV_BYTES_MAX = 1 << 30
+
+
+class FileBackend:
+    """A store in the folder ``root`` of a file system.
+
+    An object is written to ``<root>/.tmp``, synced, and only then given its name, so that no reader sees half of it and
+    what has a name has its bytes on disk. When ``put`` returns, the name is on disk too. Objects of 1 MiB and more in
+    page-aligned memory go past the page cache where the file system allows (``direct_io``). The first put of each backend
+    makes the folder and sweeps what dead writers left in ``.tmp``. A delete is not synced: a power cut may undo it.
+
+    Keeps no files open and no state that another process or a fork could make stale. Thread-safe.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, ops: FileOps = REAL_OPS, direct_io: bool = True) -> None:
+        self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))  # noqa: PTH100, PTH111
+        self._ops = ops
+        self._direct_io = direct_io
+        self._swept = False
+        self._probed: Probed | None = None
+
+    @property
+    def url(self) -> str:
+        """The folder's absolute path."""
+        return self._root
+
+    def capabilities(self) -> Capabilities:
+        """See Backend. Tries two names in the folder once; where it may not write, create_only is False and asked again."""
+        try:
+            probed = self._probe()
+        except (StoreDeniedError, UnavailableError):
+            probed = Probed(None, direct=False)
+        return Capabilities(
+            create_only=probed.create is not None,
+            read_bytes_best=READ_BYTES_BEST,
+            concurrency_best=CONCURRENCY_BEST,
+            direct_io=probed.direct and self._direct_io,
+        )
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        """See Backend. Costs two to four syncs; copies only what is not page-aligned, through at most 8 MiB."""
+        self._put(key, data, lambda: None, create_only=create_only)
+
+    def put_lent(
+        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+    ) -> None:
+        """As ``put``, of memory that its owner may take back and change meanwhile.
+
+        ``still_lent`` is called when all bytes are down and before the object gets its name; what it raises is raised, with
+        nothing stored.
+        """
+        self._put(key, data, still_lent, create_only=create_only)
+
+    def _put(self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool) -> None:
+        path = filepaths.locate(self._root, key)
+        pieces = [memoryview(buffer).cast("B") for buffer in data]
+        create = self._probe().create if create_only else None
+        if create_only and create is None:
+            raise UsageError(
+                f"this file system can neither link nor rename without replacing, so nothing can be created once in it. "
+                f"store={self._root}; use another store as the job's first"
+            )
+        with translated("put", path):
+            self._prepare()
+            with new_temp(self._ops, f"{self._root}/{TEMP_FOLDER}") as temp:
+                write_all(self._ops, temp.fd, pieces, direct=self._direct_io)
+                self._ops.fsync(temp.fd)
+                still_lent()
+                try:
+                    self._give_name(temp, path, create)
+                except FileExistsError as error:
+                    # Whoever is told that the object exists may build on it: so its name must be on disk too.
+                    self._sync_names(path)
+                    raise _taken(path, key, error) from error
+                self._sync_names(path)
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        """See Backend. Reads through the page cache straight into ``out``."""
+        path = filepaths.locate(self._root, key)
+        if offset_bytes < 0:
+            raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
+        with translated("read", path):
+            fd = self._open_object(path, key)
+            try:
+                got = _read_fully(fd, out.cast("B"), offset_bytes)
+            finally:
+                os.close(fd)
+        if got < len(out):
+            raise IntegrityError(
+                f"the object ends too early. path={path} offset_bytes={offset_bytes} wanted_bytes={len(out)} "
+                f"got_bytes={got}; read another copy"
+            )
+
+    def stat(self, key: str) -> Stat | None:
+        """See Backend."""
+        path = filepaths.locate(self._root, key)
+        with translated("stat", path):
+            try:
+                facts = os.stat(path, follow_symlinks=False)  # noqa: PTH116
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Stat(key, facts.st_size, facts.st_mtime) if modes.S_ISREG(facts.st_mode) else None
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        """See Backend. Reads one folder at a time; symbolic links and files whose name is no key are left out."""
+        with translated("list", self._root):
+            yield from filepaths.walk(self._root, prefix, after)
+
+    def delete(self, key: str) -> None:
+        """See Backend. Folders that become empty go too."""
+        path = filepaths.locate(self._root, key)
+        with translated("delete", path):
+            try:
+                if modes.S_ISDIR(os.stat(path, follow_symlinks=False).st_mode):  # noqa: PTH116
+                    return
+                self._ops.unlink(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            for folder in filepaths.folders_up(self._root, path)[:-1]:
+                try:
+                    self._ops.rmdir(folder)
+                except OSError:
+                    # Not empty, or not ours to remove: an empty folder harms nobody.
+                    return
+
+    def close(self) -> None:
+        """See Backend. Nothing is held open."""
+
+    def _probe(self) -> Probed:
+        if self._probed is None:
+            with translated("probe", self._root):
+                self._probed = probe(self._ops, self._root)
+        return self._probed
+
+    def _prepare(self) -> None:
+        """Make the root and ``.tmp`` where they are missing; on the first call also sweep and sync the root's own name."""
+        temps = f"{self._root}/{TEMP_FOLDER}"
+        if not Path(temps).is_dir():
+            _make_folders(self._ops, self._root)
+            _make_folder(self._ops, temps)
+        if not self._swept:
+            # Another process may have made the root a moment ago and not yet synced its name.
+            _sync_where_allowed(self._ops, os.path.dirname(self._root))  # noqa: PTH120
+            sweep(self._ops, temps)
+            self._swept = True
+
+    def _give_name(self, temp: Temp, path: str, create: Create | None) -> None:
+        """Make the synced file visible as ``path``; without ``create`` it replaces what is there, else FileExistsError."""
+        for _ in range(_TRIES_MAX):
+            try:
+                for folder in reversed(filepaths.folders_up(self._root, path)[:-1]):
+                    _make_folder(self._ops, folder)
+                match create:
+                    case None:
+                        self._ops.rename(temp.path, path)
+                    case Create.LINK:
+                        self._link(temp, path)
+                    case Create.RENAME:
+                        self._ops.rename_new(temp.path, path)
+            except FileNotFoundError:
+                # A concurrent delete may prune the folder between making it and naming the object in it.
+                if os.fstat(temp.fd).st_nlink == 0:
+                    raise
+                continue
+            return
+        raise OSError(errno.EBUSY, "the key's folder vanishes as soon as it is made", path)
+
+    def _link(self, temp: Temp, path: str) -> None:
+        try:
+            self._ops.link(temp.path, path)
+        except FileExistsError:
+            # A network file system may repeat a link whose reply it lost, and then find our own.
+            if not _same_file(temp.fd, path):
+                raise
+
+    def _sync_names(self, path: str) -> None:
+        """Make the object's name durable, and each folder's above it.
+
+        All the way up each time, not just for folders made here: another process may have made one and not yet synced it.
+        Syncing a folder that nobody changed costs microseconds.
+        """
+        for folder in filepaths.folders_up(self._root, path):
+            # A folder that is gone was pruned by a delete of this very object.
+            with contextlib.suppress(FileNotFoundError):
+                self._ops.fsync_directory(folder)
+
+    def _open_object(self, path: str, key: str) -> int:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"no such object. key={key} store={self._root}; list the store's keys") from error
+        if not modes.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise NotFoundError(
+                f"no object but a folder or device. key={key} store={self._root}; list the store's keys"
+            )
+        return fd
+
+
+def _taken(path: str, key: str, error: FileExistsError) -> KeyExistsError | UsageError:
+    if Path(path).is_dir():
+        fault = os_fault(OSError(errno.EISDIR, "is a folder"), doing="put", where=path)
+        return fault if isinstance(fault, UsageError) else KeyExistsError(str(error))
+    return KeyExistsError(f"the key is taken. key={key} path={path}; read it to learn whose bytes it holds")
+
+
+def _same_file(fd: int, path: str) -> bool:
+    try:
+        there = os.stat(path, follow_symlinks=False)  # noqa: PTH116
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(fd), there)
+
+
+def _read_fully(fd: int, out: memoryview, offset_bytes: int) -> int:
+    """Read until ``out`` is full or the file ends; returns the bytes read."""
+    got = 0
+    while got < len(out):
+        read = os.preadv(fd, [out[got : got + _IOV_BYTES_MAX]], offset_bytes + got)
+        if read == 0:
+            break
+        got += read
+    return got
+
+
+def _make_folders(ops: FileOps, path: str) -> None:
+    """Make ``path`` and what is missing above it, each name durable before the next is made."""
+    missing = []
+    while not Path(path).is_dir():
+        missing.append(path)
+        path = os.path.dirname(path)  # noqa: PTH120
+    for folder in reversed(missing):
+        _make_folder(ops, folder)
+        ops.fsync_directory(os.path.dirname(folder))  # noqa: PTH120
+
+
+def _make_folder(ops: FileOps, path: str) -> None:
+    if Path(path).is_dir():
+        return
+    try:
+        ops.mkdir(path)
+    except FileExistsError:
+        if not Path(path).is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file stands where a folder belongs", path) from None
+
+
+def _sync_where_allowed(ops: FileOps, path: str) -> None:
+    try:
+        ops.fsync_directory(path)
+    except OSError as error:
+        # A folder that we may not read is one that we could not have made the root in.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL):
+            raise

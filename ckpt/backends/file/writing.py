@@ -1,0 +1,195 @@
+"""Bytes from the caller's memory into one open file: past the page cache where the memory allows, through it elsewhere.
+
+Direct writes need memory, file offset and length on page boundaries. Buffers that are so go down as they lie; the
+others are gathered in one page-aligned bounce buffer of bounded size. What is left at the end, less than a page, is
+written through the page cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ckpt.backends.file.syscalls import FileOps
+from ckpt.values import PAGE_BYTES
+
+DIRECT_BYTES_MIN = 1 << 20
+"""Smaller objects go through the page cache: for them the fsync costs more than the copy."""
+
+WRITE_BYTES_MAX = 16 << 20
+"""Bytes handed to one system call; larger ones were not faster."""
+
+BOUNCE_BYTES = 8 << 20
+"""The bounce buffer's size: the most that a put copies at a time."""
+
+_RUN_BYTES_MIN = 256 << 10
+"""An aligned stretch shorter than this is copied too: a write of its own would cost more than the copy."""
+
+_BUFFERS_MAX = 512
+"""Buffers a system call takes at once; Linux allows 1,024."""
+
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def write_all(ops: FileOps, fd: int, pieces: Sequence[memoryview], *, direct: bool) -> None:
+    """Write the concatenation of ``pieces`` to the empty file ``fd`` from offset 0. Does not sync.
+
+    ``direct`` asks for direct writes where there is enough to write; where the file system refuses them the bytes go
+    through the page cache. Raises OSError. Copies at most what is not page-aligned, through BOUNCE_BYTES of memory.
+    """
+    total = sum(len(piece) for piece in pieces)
+    wants_direct = direct and total >= DIRECT_BYTES_MIN
+    if wants_direct:
+        _preallocate(ops, fd, total)
+    writer = _Writer(ops, fd, direct=wants_direct and set_direct(fd, on=True))
+    batches = _direct_batches(pieces, total) if writer.direct else _plain_batches(pieces)
+    for batch in batches:
+        writer.write(batch)
+
+
+def set_direct(fd: int, *, on: bool) -> bool:
+    """Turn direct I/O of an open file on or off; False where the file system does not know it."""
+    if not _O_DIRECT:
+        return False
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | _O_DIRECT if on else flags & ~_O_DIRECT)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
+def address_of(piece: memoryview) -> int:
+    """Where a buffer's first byte lies in memory; 0 for an empty one."""
+    return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
+
+
+def _preallocate(ops: FileOps, fd: int, size_bytes: int) -> None:
+    try:
+        ops.preallocate(fd, size_bytes)
+    except OSError as error:
+        # Reserving only makes writing quicker and a full disk known earlier; a file system may well lack it.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+@dataclass(slots=True)
+class _Writer:
+    """One file being written front to back; leaves direct mode when the file system or the tail demands it."""
+
+    ops: FileOps
+    fd: int
+    direct: bool
+    offset_bytes: int = 0
+
+    def write(self, batch: Sequence[memoryview]) -> None:
+        left = list(batch)
+        while left:
+            if self.direct and sum(len(piece) for piece in left) % PAGE_BYTES:
+                self._leave_direct()
+            try:
+                taken = self.ops.write(self.fd, left, self.offset_bytes)
+            except OSError as error:
+                if not (self.direct and error.errno == errno.EINVAL):
+                    raise
+                self._leave_direct()
+                continue
+            if taken == 0:
+                raise OSError(errno.ENOSPC, "a write took no bytes")
+            self.offset_bytes += taken
+            left = _after(left, taken)
+
+    def _leave_direct(self) -> None:
+        set_direct(self.fd, on=False)
+        self.direct = False
+
+
+def _after(pieces: Sequence[memoryview], taken: int) -> list[memoryview]:
+    """What is left of ``pieces`` once their first ``taken`` bytes are written."""
+    left = []
+    for piece in pieces:
+        if taken < len(piece):
+            left.append(piece[taken:])
+        taken = max(0, taken - len(piece))
+    return left
+
+
+def _plain_batches(pieces: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """The pieces as they are, some hundred to a system call."""
+    filled = [piece for piece in pieces if len(piece)]
+    for first in range(0, len(filled), _BUFFERS_MAX):
+        yield filled[first : first + _BUFFERS_MAX]
+
+
+@dataclass(slots=True)
+class _Run:
+    """Aligned stretches of the caller's memory that wait to go down in one system call."""
+
+    pieces: list[memoryview] = field(default_factory=list)
+    size_bytes: int = 0
+
+    @property
+    def full(self) -> bool:
+        return self.size_bytes == WRITE_BYTES_MAX or len(self.pieces) == _BUFFERS_MAX
+
+    def add(self, piece: memoryview) -> int:
+        """Take as many whole pages of ``piece`` as fit; returns how many bytes."""
+        taken = min(len(piece) // PAGE_BYTES * PAGE_BYTES, WRITE_BYTES_MAX - self.size_bytes)
+        self.pieces.append(piece[:taken])
+        self.size_bytes += taken
+        return taken
+
+    def drain(self) -> list[memoryview]:
+        drained, self.pieces, self.size_bytes = self.pieces, [], 0
+        return drained
+
+
+def _direct_batches(pieces: Sequence[memoryview], total: int) -> Iterator[list[memoryview]]:
+    """Batches whose every part is page-aligned in memory and length, but for the last one.
+
+    A batch may lie in the bounce buffer, which the next one overwrites: write each before asking for the next.
+    """
+    bounce = memoryview(mmap.mmap(-1, min(BOUNCE_BYTES, total + -total % PAGE_BYTES)))
+    filled = 0
+    run = _Run()
+    for piece in pieces:
+        address = address_of(piece)
+        at = 0
+        while at < len(piece):
+            gap = -filled % PAGE_BYTES
+            left = len(piece) - at
+            aligned_after_gap = (address + at + gap) % PAGE_BYTES == 0 and left - gap >= _RUN_BYTES_MIN
+            if aligned_after_gap and gap == 0:
+                if filled:
+                    yield [bounce[:filled]]
+                    filled = 0
+                at += run.add(piece[at:])
+                if run.full:
+                    yield run.drain()
+                continue
+            if run.pieces:
+                yield run.drain()
+            taken = gap if aligned_after_gap else min(left, len(bounce) - filled)
+            bounce[filled : filled + taken] = piece[at : at + taken]
+            filled += taken
+            at += taken
+            if filled == len(bounce):
+                yield [bounce]
+                filled = 0
+    if run.pieces:
+        yield run.drain()
+    yield from _last_batches(bounce[:filled])
+
+
+def _last_batches(rest: memoryview) -> Iterator[list[memoryview]]:
+    """The bounce buffer's whole pages, then what is shorter than a page."""
+    whole = len(rest) // PAGE_BYTES * PAGE_BYTES
+    yield from ([part] for part in (rest[:whole], rest[whole:]) if len(part))

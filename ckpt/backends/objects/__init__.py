@@ -1,0 +1,1 @@
+"""Object stores: everything that fsspec knows, and S3 through obstore."""

@@ -1,0 +1,180 @@
+"""A store behind any URL that fsspec knows: S3, Google Cloud Storage, Azure, memory, sftp and others."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from ckpt.backends.base import Buffer, Capabilities, Stat
+from ckpt.backends.keys import check_key, check_prefix
+from ckpt.backends.objects import objectlists
+from ckpt.backends.objects.errors import object_fault, public_url, translated_reply
+from ckpt.backends.objects.objectreads import read_range, settle_read
+from ckpt.backends.objects.objecttune import tuned
+from ckpt.backends.objects.objectwrites import Writes, writes_for
+from ckpt.backends.probe import CreateOnce, creates_once
+from ckpt.errors import NotFoundError, UnavailableError, UsageError
+
+READ_BYTES_BEST = 16 << 20
+"""At some 100 MB/s a stream and 30 ms to the first byte, a request's fixed cost is then a sixth."""
+
+CONCURRENCY_BEST = 16
+"""Requests in flight; object stores scale with them until the network is full."""
+
+_EXTRAS: Mapping[str, str] = {
+    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure",
+}  # fmt: skip
+
+StorageOptions = Mapping[str, object]
+"""What the URL's fsspec file system takes as arguments, such as ``endpoint_url`` or ``key`` and ``secret``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    """One process's connection: what fsspec made, the path below which keys lie, and how objects are written."""
+
+    pid: int
+    fs: fsspec.AbstractFileSystem
+    root: str
+    writes: Writes
+
+
+class ObjectsBackend:
+    """A store at an fsspec URL, such as ``s3://bucket/run``.
+
+    Listings are never cached, so other writers' objects are seen. After a fork the child makes its own connection. Whether
+    the store creates once is found out by creating the same random key twice below ``.probe/``. Thread-safe.
+    Raises UsageError for a URL that fsspec does not know or whose library is not installed.
+    """
+
+    def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
+        self._full_url = url
+        self._options = dict(storage_options or {})
+        self._url = public_url(url)
+        self._creates = CreateOnce(self._probe, self._url)
+        self._client: _Client | None = self._connect()
+
+    @property
+    def url(self) -> str:
+        """The URL without credentials."""
+        return self._url
+
+    def capabilities(self) -> Capabilities:
+        """See Backend. Probes with at most three small requests once; where it may not write, create_only is False."""
+        return Capabilities(
+            create_only=self._creates(), read_bytes_best=READ_BYTES_BEST, concurrency_best=CONCURRENCY_BEST
+        )
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        """See Backend. Joined in memory first, but for large objects on S3: those go up in parts of 16 MiB, three at once."""
+        path = self._path(key)
+        if create_only:
+            self._creates.insist()
+        with translated_reply("put", self._where(key)):
+            writes = self._live().writes
+            if create_only:
+                writes.create(path, data)
+            else:
+                writes.replace(path, data)
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        """See Backend. One ranged request on S3, else one for each 16 MiB; copies once."""
+        path = self._path(key)
+        settle_read(self, key, out.cast("B"), offset_bytes, lambda flat: self._fill(key, path, flat, offset_bytes))
+
+    def stat(self, key: str) -> Stat | None:
+        """See Backend. One request."""
+        path = self._path(key)
+        try:
+            with translated_reply("stat", self._where(key)):
+                fs = self._live().fs
+                fs.invalidate_cache(path.rpartition("/")[0])
+                info = fs.info(path)
+        except NotFoundError:
+            return None
+        return None if info["type"] == "directory" else objectlists.stat_of(key, info)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        """See Backend. S3 is asked page by page from ``after`` on; other stores are listed whole below the folder."""
+        check_prefix(prefix)
+        with translated_reply("list", self._where(prefix)):
+            client = self._live()
+            yield from objectlists.walk(client.fs, client.root, prefix, after)
+
+    def delete(self, key: str) -> None:
+        """See Backend. One request a key: several S3 servers refuse the batch form."""
+        path = self._path(key)
+        try:
+            with translated_reply("delete", self._where(key)):
+                fs = self._live().fs
+                if objectlists.has_folders(fs) and fs.isdir(path):
+                    return
+                fs.rm_file(path)
+        except NotFoundError:
+            return
+
+    def close(self) -> None:
+        """See Backend. The connection goes with its last user; a later call connects anew."""
+        self._client = None
+
+    def _connect(self) -> _Client:
+        protocol = self._full_url.partition("://")[0]
+        try:
+            options = tuned(protocol.lower(), self._options, os.environ)
+            fs, root = url_to_fs(self._full_url, use_listings_cache=False, skip_instance_cache=True, **options)
+        except ImportError as error:
+            extra = _EXTRAS.get(protocol)
+            remedy = f"pip install 'torch-ckpt[{extra}]'" if extra else f"install what it names: {error}"
+            raise UsageError(f"the library for this kind of store is missing. url={self._url}; {remedy}") from error
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"not a store's URL, or options that it does not take. url={self._url} error={type(error).__name__}; "
+                f"check the URL and the storage options {sorted(self._options)}"
+            ) from error
+        except Exception as error:
+            raise object_fault(error, doing="connect", where=self._url) from error
+        root = root.rstrip("/")
+        return _Client(os.getpid(), fs, root, writes_for(fs, f"{root}/.tmp"))
+
+    def _live(self) -> _Client:
+        """This process's connection; its threads and sockets do not survive a fork, so a child makes its own."""
+        client = self._client
+        if client is None or client.pid != os.getpid():
+            self._client = client = self._connect()
+        return client
+
+    def _path(self, key: str) -> str:
+        return f"{self._live().root}/{check_key(key)}"
+
+    def _where(self, key: str) -> str:
+        return f"{self._url.rstrip('/')}/{key}"
+
+    def _fill(self, key: str, path: str, out: memoryview, offset_bytes: int) -> int:
+        """Fill ``out``; how many bytes there were, none where the object ends before them."""
+        try:
+            with translated_reply("read", self._where(key)):
+                return read_range(self._live().fs, path, out, offset_bytes)
+        except UnavailableError as error:
+            # Asked for bytes behind the end, HTTP stores answer "range not satisfiable" instead of nothing.
+            if "status=416" in str(error):
+                return 0
+            raise
+
+    def _probe(self) -> bool | None:
+        client = self._live()
+        path = f"{client.root}/.probe/{secrets.token_hex(16)}"
+
+        def create() -> None:
+            with translated_reply("probe", self._where(".probe")):
+                client.writes.create(path, [b"ckpt"])
+
+        def remove() -> None:
+            with translated_reply("probe", self._where(".probe")):
+                client.fs.rm_file(path)
+
+        return creates_once(create, remove)

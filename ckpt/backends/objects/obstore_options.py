@@ -1,0 +1,283 @@
+"""What fsspec's storage options and the AWS environment mean for obstore, or why obstore would do something else. Pure.
+
+Users write what s3fs takes. obstore is used only where it will do exactly the same: each option, variable and profile
+setting that is not known here makes the answer ``Differs``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from ckpt.backends.objects.obstoregiven import Given, OtherError
+
+CONNECT_TIMEOUT_S = 5.0
+"""s3fs's own."""
+
+READ_TIMEOUT_S = 60.0
+"""Longest wait for an answer; it covers sending the request's body too, so 16 MiB may take as long."""
+
+RETRIES = 4
+"""Repetitions of a request that failed for the moment, as botocore's default."""
+
+_IGNORED = frozenset(
+    {"default_block_size", "default_fill_cache", "default_cache_type", "use_listings_cache", "listings_expiry_time"}
+    | {"max_paths", "skip_instance_cache", "max_concurrency", "fixed_upload_size"}
+)
+"""About file objects and caches that stores do not use."""
+
+_IGNORED_CONFIG = frozenset({"max_pool_connections", "tcp_keepalive"})
+
+_ENV_KNOWN = frozenset(
+    {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_REGION"}
+    | {"AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE", "AWS_DEFAULT_OUTPUT"}
+    | {"AWS_PAGER", "AWS_EXECUTION_ENV"}
+    # How credentials are found, which botocore does for both clients.
+    | {"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_ROLE_ARN"}
+    | {"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_SESSION_NAME", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"}
+    | {"AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_STS_REGIONAL_ENDPOINTS"}
+    | {"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_EC2_METADATA_DISABLED", "AWS_METADATA_SERVICE_TIMEOUT"}
+    | {"AWS_METADATA_SERVICE_NUM_ATTEMPTS", "AWS_CREDENTIAL_EXPIRATION"}
+)  # fmt: skip
+
+_PROFILE_KNOWN = frozenset(
+    {
+        "region",
+        "output",
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "aws_session_token",
+        "role_arn",
+        "source_profile",
+    }
+    | {"credential_source", "credential_process", "external_id", "mfa_serial", "role_session_name", "duration_seconds"}
+    | {"web_identity_token_file", "sso_session", "sso_start_url", "sso_region", "sso_account_id", "sso_role_name"}
+)
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Credentials that were given."""
+
+    key: str
+    secret: str
+    token: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Credentials that botocore looks up, for a profile or the default one."""
+
+    profile: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Anonymous:
+    """Requests are not signed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What obstore is told. ``config`` and ``client`` have obstore's own names."""
+
+    bucket: str
+    folder: str
+    credentials: Keys | Found | Anonymous
+    config: Mapping[str, str | bool]
+    client: Mapping[str, str | bool]
+    retries: int = RETRIES
+
+
+@dataclass(frozen=True, slots=True)
+class Differs:
+    """obstore would not do what was asked; ``why`` names the first thing."""
+
+    why: str
+
+
+def translate(
+    url: str, options: Mapping[str, object], *, env: Mapping[str, str], profile: Mapping[str, object]
+) -> Settings | Differs:
+    """Settings that make obstore do at ``url`` what s3fs does with ``options``.
+
+    ``env`` is the environment, ``profile`` what the AWS configuration files say for the profile in use.
+    """
+    try:
+        return _translated(url, options, env, profile)
+    except OtherError as other:
+        return Differs(str(other))
+
+
+def _translated(
+    url: str, options: Mapping[str, object], env: Mapping[str, str], profile: Mapping[str, object]
+) -> Settings:
+    bucket, folder = _place(url)
+    _only({name for name in env if name.startswith("AWS_")}, _ENV_KNOWN, "the environment has")
+    _only(profile, _PROFILE_KNOWN, "the AWS profile has")
+    given = Given(options, "option")
+    given.ignore(_IGNORED)
+    client = Given(given.mapping("client_kwargs"), "client_kwargs")
+    boto = Given(given.mapping("config_kwargs"), "config_kwargs")
+    boto.ignore(_IGNORED_CONFIG)
+    extra = Given(given.mapping("s3_additional_kwargs"), "s3_additional_kwargs")
+
+    endpoint = _endpoint(given, client, env)
+    secure = endpoint is None or endpoint.startswith("https://")
+    credentials = _credentials(given, client, env)
+    region = (
+        client.text("region_name") or boto.text("region_name") or env.get("AWS_DEFAULT_REGION") or profile.get("region")
+    )
+    if region is None and endpoint is None:
+        raise OtherError("no region is named, and s3fs finds the bucket's")
+    config: dict[str, str | bool] = {
+        "region": str(region or "us-east-1"),
+        "virtual_hosted_style_request": endpoint is None and "." not in bucket,
+        # Several servers answer the batch form of a deletion with an error, others with one that does not parse.
+        "disable_bulk_delete": True,
+        "skip_signature": isinstance(credentials, Anonymous),
+        "request_payer": given.flag("requester_pays"),
+    }
+    if endpoint is not None:
+        config["endpoint"] = endpoint
+    config.update(_encryption(extra))
+    _addressing(boto, endpoint)
+    if (client.flag("use_ssl", True) and given.flag("use_ssl", True)) is False and endpoint is None:
+        raise OtherError("option use_ssl without an endpoint")
+    settings = Settings(
+        bucket=bucket,
+        folder=folder,
+        credentials=credentials,
+        config=config,
+        client={**_timeouts(boto), **_trust(client, env, secure), **_proxy(boto, secure), "allow_http": not secure},
+        retries=_retries(boto),
+    )
+    for rest in (given, client, boto, extra):
+        rest.end()
+    return settings
+
+
+def _only(names: Mapping[str, object] | set[str], known: frozenset[str], where: str) -> None:
+    if unknown := set(names) - known:
+        raise OtherError(f"{where} {min(unknown)}")
+
+
+def _place(url: str) -> tuple[str, str]:
+    if "?" in url or "#" in url:
+        raise OtherError("a URL with a query")
+    bucket, _, folder = url.partition("://")[2].partition("/")
+    folder = folder.rstrip("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise OtherError("the URL does not begin with a bucket's plain name")
+    if folder and any(part in ("", ".", "..") for part in folder.split("/")):
+        raise OtherError("the URL's path has an empty part or dots")
+    return bucket, folder
+
+
+def _endpoint(given: Given, client: Given, env: Mapping[str, str]) -> str | None:
+    named = [given.text("endpoint_url"), client.text("endpoint_url")]
+    if all(named) and named[0] != named[1]:
+        raise OtherError("two endpoints are named")
+    endpoint = named[0] or named[1] or env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or None
+    if endpoint is None:
+        return None
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+        raise OtherError("the endpoint is more than scheme, host and port")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _credentials(given: Given, client: Given, env: Mapping[str, str]) -> Keys | Found | Anonymous:
+    profile = given.text("profile")
+    key = given.text("key") or given.text("username")
+    secret = given.text("secret") or given.text("password")
+    token = given.text("token")
+    key = client.text("aws_access_key_id") or key
+    secret = client.text("aws_secret_access_key") or secret
+    token = client.text("aws_session_token") or token
+    if given.flag("anon"):
+        return Anonymous()
+    if (key is None) != (secret is None) or (token is not None and key is None):
+        raise OtherError("only a part of the credentials is given")
+    if key is not None and secret is not None:
+        return Keys(key, secret, token)
+    key, secret = env.get("AWS_ACCESS_KEY_ID"), env.get("AWS_SECRET_ACCESS_KEY")
+    if key and secret and profile is None:
+        return Keys(key, secret, env.get("AWS_SESSION_TOKEN") or env.get("AWS_SECURITY_TOKEN") or None)
+    return Found(profile)
+
+
+def _encryption(extra: Given) -> dict[str, str | bool]:
+    config: dict[str, str | bool] = {}
+    kind, key_id = extra.text("ServerSideEncryption"), extra.text("SSEKMSKeyId")
+    bucket_key = extra.take("BucketKeyEnabled")
+    if kind is None:
+        if key_id is not None or bucket_key is not None:
+            raise OtherError("a key for encryption without its kind")
+        return config
+    if kind not in ("AES256", "aws:kms", "aws:kms:dsse") or (kind == "AES256") != (key_id is None):
+        raise OtherError(f"s3_additional_kwargs ServerSideEncryption={kind}")
+    config["server_side_encryption"] = kind
+    if key_id is not None:
+        config["sse_kms_key_id"] = key_id
+    if isinstance(bucket_key, bool):
+        config["sse_bucket_key_enabled"] = bucket_key
+    return config
+
+
+def _addressing(boto: Given, endpoint: str | None) -> None:
+    s3 = Given(boto.mapping("s3"), "config_kwargs s3")
+    style = s3.text("addressing_style")
+    # botocore takes the path for every endpoint of one's own, and the host name for Amazon's.
+    if style not in (None, "auto") and (style == "path") == (endpoint is None):
+        raise OtherError(f"config_kwargs s3 addressing_style={style}")
+    s3.end()
+    if boto.text("signature_version") not in (None, "s3v4"):
+        raise OtherError("config_kwargs signature_version")
+
+
+def _timeouts(boto: Given) -> dict[str, str | bool]:
+    connect_s, read_s = boto.number("connect_timeout", CONNECT_TIMEOUT_S), boto.number("read_timeout", READ_TIMEOUT_S)
+    # A whole request has no limit of its own, as with s3fs: a large body over a slow link takes its time.
+    return {"connect_timeout": _duration(connect_s), "read_timeout": _duration(read_s), "timeout": "1day"}
+
+
+def _duration(seconds: float) -> str:
+    return f"{max(1, round(seconds * 1000))}ms"
+
+
+def _trust(client: Given, env: Mapping[str, str], secure: bool) -> dict[str, str | bool]:
+    verify = client.take("verify")
+    if verify is False:
+        return {"allow_invalid_certificates": True} if secure else {}
+    # obstore adds certificates to those it trusts; botocore trusts only what is named.
+    if secure and (verify not in (None, True) or (verify is None and env.get("AWS_CA_BUNDLE"))):
+        raise OtherError("an own certificate authority, beside which obstore trusts the public ones")
+    return {}
+
+
+def _proxy(boto: Given, secure: bool) -> dict[str, str | bool]:
+    proxies = boto.mapping("proxies")
+    chosen = proxies.get("https" if secure else "http")
+    if chosen is None:
+        if proxies:
+            raise OtherError("config_kwargs proxies for another scheme")
+        return {}
+    if not isinstance(chosen, str):
+        raise OtherError("config_kwargs proxies is no text")
+    return {"proxy_url": chosen}
+
+
+def _retries(boto: Given) -> int:
+    retries = Given(boto.mapping("retries"), "config_kwargs retries")
+    retries.take("mode")
+    total = retries.take("total_max_attempts")
+    if isinstance(total, int) and total > 0:
+        retries.take("max_attempts")
+        most = total - 1
+    else:
+        most = int(retries.number("max_attempts", RETRIES))
+    retries.end()
+    return most

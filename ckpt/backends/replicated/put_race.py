@@ -1,0 +1,127 @@
+"""When a put is done, what it tries again, and when it is lost. Pure.
+
+The effect hands bytes to stores, tells what became of it, and asks ``decide`` again.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from ckpt.backends.replicated.pace import Pace, backoff_s, give_up_s, grace_s, stall_s
+from ckpt.backends.replicated.quorum import Quorum
+
+_T = TypeVar("_T")
+
+
+class Side(enum.Enum):
+    """How far one store is."""
+
+    OUT = "on its way"
+    ACKED = "acknowledged"
+    RESTING = "failed, to be tried again"
+    FAILED = "failed"
+    APART = "not asked"
+
+
+@dataclass(frozen=True, slots=True)
+class PutRace:
+    """One put of ``size_bytes``, begun at ``start_s``. By place: the side, failed tries, when to try again."""
+
+    quorum: Quorum
+    size_bytes: int
+    start_s: float
+    sides: tuple[Side, ...]
+    tries: tuple[int, ...]
+    next_s: tuple[float, ...]
+    quorum_s: float | None = None
+
+    def at(self, *sides: Side) -> frozenset[int]:
+        """The places that are in one of these states."""
+        return frozenset(place for place, side in enumerate(self.sides) if side in sides)
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Hand the bytes to these stores (once more)."""
+
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait for an answer until this time, then decide again."""
+
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The object is durable. ``behind`` did not acknowledge it yet."""
+
+    behind: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The quorum cannot be reached now."""
+
+
+def begin(quorum: Quorum, *, size_bytes: int, now_s: float, apart: frozenset[int]) -> PutRace:
+    """A put that is on its way to all stores but those ``apart``."""
+    sides = tuple(Side.APART if place in apart else Side.OUT for place in range(quorum.stores))
+    zeros = (0,) * quorum.stores
+    return PutRace(quorum, size_bytes, now_s, sides, zeros, (now_s,) * quorum.stores)
+
+
+def acked(race: PutRace, place: int, now_s: float) -> PutRace:
+    """``place`` holds the object."""
+    race = replace(race, sides=_with(race.sides, place, Side.ACKED))
+    if race.quorum_s is None and race.quorum.acknowledged(race.at(Side.ACKED)):
+        race = replace(race, quorum_s=now_s)
+    return race
+
+
+def failed(race: PutRace, place: int, now_s: float, *, passing: bool, pace: Pace, jitter: float) -> PutRace:
+    """``place`` failed; ``passing``: with what may pass soon. ``jitter`` is a random number in [0, 1)."""
+    tries = race.tries[place] + 1
+    race = replace(race, tries=_with(race.tries, place, tries))
+    if not passing or tries >= pace.tries_max:
+        return replace(race, sides=_with(race.sides, place, Side.FAILED))
+    again_s = now_s + backoff_s(pace.retry_s_first, pace.retry_s_max, tries, jitter)
+    return replace(race, sides=_with(race.sides, place, Side.RESTING), next_s=_with(race.next_s, place, again_s))
+
+
+def given(race: PutRace, places: tuple[int, ...]) -> PutRace:
+    """The bytes were handed to ``places``."""
+    return replace(race, sides=tuple(Side.OUT if p in places else side for p, side in enumerate(race.sides)))
+
+
+def decide(race: PutRace, now_s: float, *, pace: Pace) -> Again | Wait | Done | Failed:
+    """What to do now.
+
+    Once durable, stragglers get the grace, and what failed is left to be caught up. Before, stores that were left apart are
+    asked too where the others cannot, or take long to, make up the quorum.
+    """
+    if race.quorum_s is not None:
+        until_s = race.quorum_s + grace_s(pace, race.quorum_s - race.start_s)
+        if not race.at(Side.OUT) or now_s >= until_s:
+            return Done(frozenset(range(race.quorum.stores)) - race.at(Side.ACKED))
+        return Wait(until_s)
+    lost_s = race.start_s + give_up_s(pace, race.size_bytes)
+    apart_s = race.start_s + stall_s(pace, race.size_bytes)
+    possible = race.quorum.acknowledged(race.at(Side.ACKED, Side.OUT, Side.RESTING))
+    apart = tuple(sorted(race.at(Side.APART) & race.quorum.takers))
+    if apart and (not possible or now_s >= apart_s):
+        return Again(apart)
+    if not possible or now_s >= lost_s:
+        return Failed()
+    if due := tuple(sorted(place for place in race.at(Side.RESTING) if now_s >= race.next_s[place])):
+        return Again(due)
+    times = [race.next_s[place] for place in race.at(Side.RESTING)]
+    return Wait(min([*times, lost_s, *([apart_s] if apart else [])]))
+
+
+def _with(values: tuple[_T, ...], place: int, value: _T) -> tuple[_T, ...]:
+    return (*values[:place], value, *values[place + 1 :])

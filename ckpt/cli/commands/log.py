@@ -1,0 +1,115 @@
+"""``ckpt log``: the records of a store's commit log."""
+
+from __future__ import annotations
+
+import click
+
+from ckpt.cli.commands.history import Entry, history
+from ckpt.cli.echo import JsonValue, emit_json
+from ckpt.cli.output import table
+from ckpt.cli.store_options import StoreChoice, id_json, opened, store_command
+from ckpt.format.records import Body, Commit, Drop, Open, Stores, Tag, Untag
+
+_EPILOG = """\b
+Examples:
+  ckpt log runs/a
+  ckpt log runs/a --last 20
+  ckpt log runs/a --json | jq '.records[] | select(.void)'
+
+\b
+JSON: {"job", "records": [{"seq", "epoch", "write_id", "kind", ..., "void"},
+...], "hole": null | {"seq", "reason"}}, oldest first. "epoch" is the
+writer's; "void" is null or {"code", "reason"}. By "kind":
+open {"opened", "from"}, commit {"snapshot", "manifest_digest", "base"},
+drop {"snapshots", "floor"}, tag {"tag", "snapshot"}, untag {"tag"},
+stores {"ids", "write_quorum"}.
+"""
+
+
+@click.command(name="log", epilog=_EPILOG)
+@store_command
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the last N records.")
+def command(choice: StoreChoice, *, last: int | None) -> None:
+    """Print the commit log of the store at URL: every record, and why some count for nothing."""
+    with opened(choice) as store:
+        entries = history(store.backend, store.state)
+        entries = entries if last is None else entries[-last:]
+        hole = store.state.hole
+        if choice.as_json:
+            emit_json(
+                {
+                    "job": store.state.job,
+                    "records": [_entry_json(entry) for entry in entries],
+                    "hole": None if hole is None else {"seq": hole.seq, "reason": hole.reason},
+                }
+            )
+            return
+        table(
+            ("SEQ", "EPOCH", "KIND", "WHAT", "VOID"),
+            [
+                (
+                    str(entry.record.seq),
+                    str(entry.record.epoch),
+                    _kind(entry.record.body),
+                    _what(entry.record.body),
+                    "" if entry.void is None else f"{entry.void.code}: {entry.void.reason}",
+                )
+                for entry in entries
+            ],
+            right=frozenset(("SEQ", "EPOCH")),
+        )
+
+
+def _kind(body: Body) -> str:
+    return type(body).__name__.lower()
+
+
+def _what(body: Body) -> str:
+    match body:
+        case Open(epoch, resume):
+            return f"epoch {epoch}, " + ("afresh" if resume is None else f"from {resume}")
+        case Commit(snapshot, _, base):
+            return f"{snapshot}" + ("" if base is None else f", base {base}")
+        case Drop(snapshots, floor):
+            return ", ".join(map(str, snapshots)) + ("" if floor is None else f"; nothing below {floor}")
+        case Tag(name, snapshot):
+            return f"{name} = {snapshot}"
+        case Untag(name):
+            return name
+        case Stores(ids, write_quorum, sequencer):
+            return f"{len(ids)} stores, quorum {write_quorum}, places by {sequencer}"
+
+
+def _entry_json(entry: Entry) -> JsonValue:
+    record = entry.record
+    void: JsonValue = None if entry.void is None else {"code": entry.void.code, "reason": entry.void.reason}
+    head: dict[str, JsonValue] = {
+        "seq": record.seq,
+        "epoch": record.epoch,
+        "write_id": record.write_id,
+        "kind": _kind(record.body),
+    }
+    return {**head, **_body_json(record.body), "void": void}
+
+
+def _body_json(body: Body) -> dict[str, JsonValue]:
+    match body:
+        case Open(epoch, resume):
+            return {"opened": epoch, "from": None if resume is None else id_json(resume)}
+        case Commit(snapshot, manifest_digest, base):
+            return {
+                "snapshot": id_json(snapshot),
+                "manifest_digest": manifest_digest,
+                "base": None if base is None else id_json(base),
+            }
+        case Drop(snapshots, floor):
+            return {
+                "snapshots": [id_json(one) for one in snapshots],
+                "floor": None if floor is None else id_json(floor),
+            }
+        case Tag(name, snapshot):
+            return {"tag": name, "snapshot": id_json(snapshot)}
+        case Untag(name):
+            return {"tag": name}
+        case Stores(ids, write_quorum, sequencer):
+            return {"ids": list(ids), "write_quorum": write_quorum, "sequencer": sequencer}

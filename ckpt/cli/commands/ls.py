@@ -1,0 +1,61 @@
+"""``ckpt ls``: the snapshots of a store."""
+
+from __future__ import annotations
+
+import click
+
+from ckpt.cli.echo import emit_json
+from ckpt.cli.output import human_bytes, human_time, table
+from ckpt.cli.store_options import StoreChoice, info_json, opened, store_command
+from ckpt.log.catalog import snapshots
+
+_EPILOG = """\b
+Examples:
+  ckpt ls runs/a
+  ckpt ls s3://bucket/run-a --json | jq '.snapshots[0].step'
+
+\b
+JSON: {"url", "job", "snapshots": [{"epoch", "step", "newest", "on_line",
+"world_size", "size_bytes", "new_bytes", "created_unix_s", "tags",
+"metadata", "problem", "maybe_stale"}, ...]}, last committed first.
+"problem" is null, or why the snapshot's manifest cannot be read; its sizes
+are 0 then. "maybe_stale": the log has a hole, newer ones may exist.
+"""
+
+
+@click.command(name="ls", epilog=_EPILOG)
+@store_command
+def command(choice: StoreChoice) -> None:
+    """List the snapshots of the store at URL, newest first.
+
+    '*' marks what a restore takes, '-' a snapshot off the newest line: kept, and restored only when asked for.
+    """
+    with opened(choice) as store:
+        line = store.state.line
+        newest = store.state.newest()
+        found = tuple(reversed(snapshots(store.backend, store.state)))
+        if choice.as_json:
+            rows = [info_json(info, newest=info.id == newest, on_line=info.id in line) for info in found]
+            emit_json({"url": store.backend.url, "job": store.state.job, "snapshots": list(rows)})
+            return
+        if not found:
+            click.echo("no snapshots")
+            return
+        table(
+            ("", "EPOCH", "STEP", "RANKS", "SIZE", "NEW", "CREATED", "TAGS", "PROBLEM"),
+            [
+                (
+                    "*" if info.id == newest else "" if info.id in line else "-",
+                    str(info.epoch),
+                    str(info.step),
+                    str(info.world_size),
+                    human_bytes(info.size_bytes),
+                    human_bytes(info.new_bytes),
+                    human_time(info.created_unix_s),
+                    ", ".join(info.tags),
+                    info.problem or "",
+                )
+                for info in found
+            ],
+            right=frozenset(("EPOCH", "STEP", "RANKS", "SIZE", "NEW")),
+        )

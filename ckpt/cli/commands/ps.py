@@ -1,0 +1,96 @@
+"""``ckpt ps``: the jobs of this machine, as their keepers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from ckpt.cli.echo import JsonValue, emit_json
+from ckpt.cli.jobs import Alive, Dead, Home, Silent, ask_all, job_command
+from ckpt.cli.jobs_view import NUMERIC_COLUMNS, RANK_COLUMNS, rank_rows, report_json, summary
+from ckpt.cli.output import table
+from ckpt.errors import UnavailableError
+
+_EPILOG = """\b
+Examples:
+  ckpt ps
+  ckpt ps --json | jq '.jobs[] | {job, complete}'
+
+\b
+A slot is shown by the pair that it holds, epoch:step; '*' marks one that an
+upload holds, '-' one that holds nothing. "complete" is the newest pair that
+slots of all ranks hold. Jobs in place have no supervisors.
+
+\b
+JSON: {"jobs": [{"job", "store", "pid", "launch", "state", "since_s",
+"attempt", "epoch", "complete": null | pair, "durable": null | {"epoch",
+"step", "size_bytes", "new_bytes", "created_unix_s", "tags"}, "uploads",
+"slot_bytes", "rss_bytes", "ranks": [{"rank", "supervisor_pid",
+"trainer_pid", "completed", "phase", "idle_s", "staged", "skipped",
+"slots": [{"index", "size_bytes", "snapshot": null | pair, "held"}, ...]},
+...], "recoveries": [{...}, ...], "mirror_bytes", "refused": {kind: count}},
+...],
+"silent": [{"job", "store", "pid", "folder", "problem"}, ...],
+"dead": [{"job", "store", "pid", "folder"}, ...]}. A pair is
+{"epoch", "step"}. "pid" is the keeper's. "silent" keepers live and do not
+answer; "dead" are folders that no keeper lives in any more.
+
+\b
+Exit codes: 0 all keepers answered, also where there is none; 2 the runtime
+folder cannot be trusted; 11 a keeper lives and does not answer.
+"""
+
+
+@click.command(name="ps", epilog=_EPILOG)
+@job_command
+def command(*, as_json: bool) -> int:
+    """List the jobs of this user on this machine: keepers, ranks, processes, slots, what is staged and durable.
+
+    Starts no keeper and removes nothing.
+    """
+    found = ask_all()
+    alive = [one for one in found if isinstance(one, Alive)]
+    silent = [one for one in found if isinstance(one, Silent)]
+    dead = [one for one in found if isinstance(one, Dead)]
+    if as_json:
+        emit_json(
+            {
+                "jobs": [report_json(one.report) for one in alive],
+                "silent": [{**_home_json(one.home), "problem": one.problem} for one in silent],
+                "dead": [_home_json(one.home) for one in dead],
+            }
+        )
+    else:
+        _print(alive, silent, dead)
+    return UnavailableError.exit_code if silent else 0
+
+
+def _print(alive: Sequence[Alive], silent: Sequence[Silent], dead: Sequence[Dead]) -> None:
+    if not (alive or silent or dead):
+        click.echo("no jobs")
+        return
+    for at, one in enumerate(alive):
+        if at:
+            click.echo()
+        for label, text in summary(one.report):
+            click.echo(f"{label:<10}{text}")
+        if one.report.ranks:
+            click.echo()
+            table(RANK_COLUMNS, rank_rows(one.report), right=NUMERIC_COLUMNS)
+    _print_homes("keepers that do not answer", [(one.home, one.problem) for one in silent], first=not alive)
+    _print_homes("folders of dead keepers", [(one.home, "") for one in dead], first=not (alive or silent))
+
+
+def _print_homes(title: str, homes: Sequence[tuple[Home, str]], *, first: bool) -> None:
+    if not homes:
+        return
+    if not first:
+        click.echo()
+    click.echo(f"{title}:")
+    rows = [(home.job, home.store, str(home.pid or "-"), str(home.folder), problem) for home, problem in homes]
+    table(("JOB", "STORE", "PID", "FOLDER", "PROBLEM"), rows, right=NUMERIC_COLUMNS)
+
+
+def _home_json(home: Home) -> dict[str, JsonValue]:
+    return {"job": home.job, "store": home.store, "pid": home.pid or None, "folder": str(home.folder)}

@@ -1,0 +1,147 @@
+"""``ckpt restore``: a snapshot as files that other programs read."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from ckpt.cli.echo import JsonValue, emit_json, warn
+from ckpt.cli.output import human_bytes, progress
+from ckpt.cli.store_options import Selector, Store, StoreChoice, id_json, opened, snapshot_options, store_command
+from ckpt.errors import IntegrityError, UsageError
+from ckpt.log.catalog import candidates, load_index
+from ckpt.restore.export.export import Exported, ExportOptions, ItemWriter, export
+from ckpt.restore.reader import SnapshotReader
+from ckpt.values import SnapshotId
+
+WRITERS = {
+    "torch": ("ckpt.restore.export.torch_files", "TorchWriter"),
+    "safetensors": ("ckpt.restore.export.safetensors_files", "SafetensorsWriter"),
+}
+"""Each format and its writer, imported when it is asked for: only one of them needs torch."""
+
+MEMORY_BYTES_MIN = 16 << 20
+"""The least that streaming works with: a window and one worker's scratch."""
+
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+_EPILOG = """\b
+Examples:
+  ckpt restore runs/a --to out
+  ckpt restore runs/a --to out --step 1200 --item model
+  ckpt restore s3://bucket/run-a --to out --format safetensors --memory 1GiB
+  ckpt restore runs/a --to out --all-ranks
+
+\b
+torch: <item>.pt, which torch.load(weights_only=True) reads; tied tensors stay
+tied, optimizers have torch's own form (state by number) where it is possible.
+safetensors: <item>.safetensors, and <item>.json for what is no tensor.
+
+\b
+JSON: {"snapshot": {"epoch", "step"}, "format", "fell_back_from":
+[{"epoch", "step"}, ...], "files": [{"path", "item", "rank", "size_bytes"}]}.
+"""
+
+
+@click.command(name="restore", epilog=_EPILOG)
+@store_command
+@snapshot_options
+@click.option("--to", "folder", type=click.Path(path_type=Path), required=True, help="The folder to write into.")
+@click.option("--format", "form", type=click.Choice(tuple(WRITERS)), default="torch", show_default=True)
+@click.option("--item", "items", multiple=True, help="Only this tracked item; may be repeated.")
+@click.option(
+    "--rank", type=click.IntRange(min=0), default=None, help="Whose state, where each rank has its own.  [default: 0]"
+)
+@click.option("--all-ranks", is_flag=True, help="Every rank's, into rank-N/.")
+@click.option("--memory", default="256MiB", show_default=True, help="How much memory streaming may take.")
+@click.option("--strict", is_flag=True, help="Fail on a damaged snapshot instead of taking the next older one.")
+@click.option("--force", is_flag=True, help="Replace files.")
+def command(  # noqa: PLR0913
+    choice: StoreChoice,
+    *,
+    selector: Selector,
+    folder: Path,
+    form: str,
+    items: tuple[str, ...],
+    rank: int | None,
+    all_ranks: bool,
+    memory: str,
+    strict: bool,
+    force: bool,
+) -> None:
+    """Write a snapshot of the store at URL as plain files, one for each tracked item.
+
+    Without a selector it takes the newest; where that is damaged it says so and takes the next older one, unless --strict.
+    A snapshot that was named is restored or the command fails. Data is streamed: memory stays small whatever its size.
+    """
+    if all_ranks and rank is not None:
+        raise UsageError("one rank or all. leave out --rank or --all-ranks")
+    options = ExportOptions(
+        rank=rank or 0, all_ranks=all_ranks, items=items or None, force=force, memory_bytes=_bytes(memory)
+    )
+    module, name = WRITERS[form]
+    writer: ItemWriter = getattr(importlib.import_module(module), name)()
+    with opened(choice) as store:
+        wanted = list(candidates(store.state)) if selector.empty and not strict else [store.select(selector)]
+        if not wanted:
+            wanted = [store.select(selector)]
+        fallen: list[SnapshotId] = []
+        for place, snapshot in enumerate(wanted):
+            try:
+                files = _restore(store, snapshot, folder, writer, options)
+            except IntegrityError as error:
+                if place + 1 == len(wanted):
+                    raise
+                warn(f"{snapshot} is damaged, so the next older one is restored: {error}")
+                fallen.append(snapshot)
+                continue
+            _print(choice, snapshot, form, fallen, files)
+            return
+
+
+def _restore(
+    store: Store, snapshot: SnapshotId, folder: Path, writer: ItemWriter, options: ExportOptions
+) -> Sequence[Exported]:
+    index = load_index(store.backend, store.state, snapshot)
+    label = f"restoring {snapshot}"
+    with (
+        SnapshotReader(store.backend, index, budget_bytes=options.memory_bytes // 2) as reader,
+        progress(label, index.manifest.size_bytes) as on_progress,
+    ):
+        return export(reader, folder, writer, options, on_progress=on_progress)
+
+
+def _print(
+    choice: StoreChoice, snapshot: SnapshotId, form: str, fallen: list[SnapshotId], files: Sequence[Exported]
+) -> None:
+    if choice.as_json:
+        listed: list[JsonValue] = [
+            {"path": str(one.path), "item": one.item, "rank": one.rank, "size_bytes": one.size_bytes} for one in files
+        ]
+        emit_json(
+            {
+                "snapshot": id_json(snapshot),
+                "format": form,
+                "fell_back_from": [id_json(one) for one in fallen],
+                "files": listed,
+            }
+        )
+        return
+    click.echo(f"restored {snapshot}")
+    for one in files:
+        click.echo(f"  {one.path}  {human_bytes(one.size_bytes)}")
+
+
+def _bytes(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"not a size. memory={text}; write 256MiB or 1GiB")
+    size_bytes = int(found[1]) * _UNITS[found[2].upper()]
+    if size_bytes < MEMORY_BYTES_MIN:
+        raise UsageError(f"too little memory to stream with. memory={text} least={MEMORY_BYTES_MIN >> 20}MiB")
+    return size_bytes

@@ -1,0 +1,133 @@
+"""``ckpt stores``: on which stores a log lies, and changing that."""
+
+from __future__ import annotations
+
+import click
+
+from ckpt.backends.base import Backend
+from ckpt.backends.replicated.job import open_job
+from ckpt.cli.echo import emit_json, warn
+from ckpt.cli.output import table
+from ckpt.cli.store_options import StoreChoice, opened, options_of, store_command
+from ckpt.errors import UsageError
+from ckpt.events import Event
+from ckpt.log.state import StoreSet
+from ckpt.maintenance import store_set as sets
+from ckpt.maintenance.sync_facts import Effort
+
+_ACTIONS = ("show", "add", "replace", "remove", "takeover")
+
+_EPILOG = """\b
+Examples:
+  ckpt stores show s3://east/run --replica s3://west/run --replica /mnt/nfs/run
+  ckpt stores add /mnt/a/run --store /mnt/b/run          one more store; it is filled first
+  ckpt stores replace URL --replica URL... --id ID --store NEW
+  ckpt stores remove URL --replica URL... --id ID
+  ckpt stores takeover URL --replica URL...
+
+\b
+URL and --replica name the stores as they are now. `add`, `replace` and `remove` first bring every store what it will be counted
+on to hold, then write one record to the log; running jobs go by it from their next commit on, and are started with the new
+list from then on. A store that is replaced counts no more, should it come back.
+
+\b
+`takeover` is for a log whose places a file of another machine gave out, or another etcd (stores that do not create a key only
+once). Nothing but your word keeps those who used it from writing in the meantime: make sure that they are gone. The places come
+from the etcd that CKPT_SEQUENCER names from then on, or else from a file of this machine.
+
+\b
+JSON: {"write_quorum", "sequencer", "ids": [...], "stores": [{"url", "store_id", "counts"}]}.
+"""
+
+
+@click.command(name="stores", epilog=_EPILOG)
+@click.argument("action", type=click.Choice(_ACTIONS))
+@store_command
+@click.option("--store", "new_url", metavar="URL", help="add, replace: the store that comes in.")
+@click.option(
+    "--store-option", "new_options", multiple=True, metavar="KEY=VALUE", help="A storage option of that store."
+)
+@click.option("--id", "store_id", metavar="ID", help="replace, remove: the store that goes out, as `show` names it.")
+@click.option(
+    "--quorum", type=click.IntRange(min=1), help="add, remove: the write quorum from then on (default: the majority)."
+)
+@click.option(
+    "--rate", type=click.FloatRange(min=0, min_open=True), metavar="MB/S", help="How fast to copy (default: no limit)."
+)
+def command(
+    choice: StoreChoice, *, action: str, new_url: str | None, new_options: tuple[str, ...], store_id: str | None,
+    quorum: int | None, rate: float | None,
+) -> None:  # fmt: skip
+    """Show or change on which stores the log of the job at URL lies. ACTION: show, add, replace, remove or takeover."""
+    _require(action, new_url=new_url, store_id=store_id, quorum=quorum)
+    effort = Effort(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
+    with opened(choice) as store:
+        journal, backend = store.journal, store.backend
+        match action:
+            case "add":
+                with _opened(new_url, new_options, choice) as new:
+                    sets.add(journal, backend, new, write_quorum=quorum or sets.MAJORITY, effort=effort, tell=_tell)
+            case "replace":
+                with _opened(new_url, new_options, choice) as new:
+                    sets.replace(journal, backend, new, store_id or "", effort=effort, tell=_tell)
+            case "remove":
+                sets.remove(
+                    journal, backend, store_id or "", write_quorum=quorum or sets.MAJORITY, effort=effort, tell=_tell
+                )
+            case "takeover":
+                sets.take_over(journal, backend)
+            case _:
+                pass
+        _print(choice, *sets.standing(journal, backend))
+
+
+def _require(action: str, *, new_url: str | None, store_id: str | None, quorum: int | None) -> None:
+    for option, given, where in (
+        ("--store", new_url is not None, ("add", "replace")),
+        ("--id", store_id is not None, ("replace", "remove")),
+    ):
+        if given != (action in where):
+            raise UsageError(
+                f"{option} goes with {' and '.join(where)}{', and has to' if action in where else ' only'}. action={action}"
+            )
+    if quorum is not None and action not in ("add", "remove"):
+        raise UsageError(f"--quorum goes with add and remove only. action={action}")
+
+
+class _opened:  # noqa: N801  reads as the function that it stands for
+    """The store that comes in, closed afterwards."""
+
+    def __init__(self, url: str | None, options: tuple[str, ...], choice: StoreChoice) -> None:
+        self._store = open_job(
+            [url or ""], options_of(options, stores=1), encryption_key=choice.encryption_key, tell=_tell
+        )
+
+    def __enter__(self) -> Backend:
+        return self._store
+
+    def __exit__(self, *error: object) -> None:
+        self._store.close()
+
+
+def _tell(event: Event) -> None:
+    if event.alarm:
+        warn(event.text)
+
+
+def _print(choice: StoreChoice, members: StoreSet | None, found: tuple[sets.Standing, ...]) -> None:
+    if choice.as_json:
+        emit_json(
+            {
+                "write_quorum": members.write_quorum if members else 1,
+                "sequencer": members.sequencer if members else "store",
+                "ids": list(members.ids) if members else [one.store_id for one in found],
+                "stores": [{"url": one.url, "store_id": one.store_id, "counts": one.counts} for one in found],
+            }
+        )
+        return
+    lost = [one for one in members.ids if one not in {here.store_id for here in found}] if members else []
+    rows = [[one.url, one.store_id or "-", "yes" if one.counts else "no"] for one in found]
+    rows += [["(not named, or silent)", one, "no"] for one in lost]
+    table(["STORE", "ID", "COUNTS"], rows)
+    if members is not None:
+        click.echo(f"write quorum {members.write_quorum} of {len(members.ids)}, places by {members.sequencer}")

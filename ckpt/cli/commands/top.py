@@ -1,0 +1,165 @@
+"""``ckpt top``: one job, live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from ckpt.cli.echo import emit_json
+from ckpt.cli.jobs import Asker, choose, home_of, job_command
+from ckpt.cli.jobs_view import (
+    LIVE_COLUMNS,
+    NUMERIC_COLUMNS,
+    RECOVERY_COLUMNS,
+    Sample,
+    live_json,
+    live_rows,
+    recovery_rows,
+    steps_per_s,
+    summary,
+)
+from ckpt.cli.output import grid, stdout_console
+from ckpt.errors import NotFoundError, UnavailableError
+from ckpt.ipc.runtime_dir import JobFolder, list_jobs
+
+SAMPLES_MAX = 20
+"""Over how many samples a rank's pace is taken: short enough to see it change, long enough for slow steps."""
+
+LOST_S_MAX = 15.0
+"""How long to wait for a keeper that is gone: supervisors start another one well within this."""
+
+RETRY_S = 0.1
+"""How often a keeper that is gone is looked for."""
+
+RECOVERIES_SHOWN = 5
+
+_EPILOG = """\b
+Examples:
+  ckpt top
+  ckpt top my-job --interval 5
+  ckpt top my-job --once --json | jq '.ranks[].steps_per_s'
+
+\b
+JOB is the job's name, or the folder's name that 'ckpt ps' shows; it may be
+left out where one job runs. Ctrl-C ends the view. In a pipe one view is
+printed for each interval. HELD counts slots that uploads hold, '*' marks them.
+
+\b
+JSON: one document for each interval, as in ps's "jobs", and each rank has
+"steps_per_s" besides: null until two samples of its trainer are there.
+--once prints one, after one interval.
+
+\b
+Exit codes: 0 the job's keeper ended as planned, or --once is done; 2 several
+jobs fit; 10 no such job runs; 11 the keeper died or does not answer;
+130 Ctrl-C.
+"""
+
+
+@click.command(name="top", epilog=_EPILOG)
+@click.argument("job", required=False)
+@click.option(
+    "--interval",
+    "interval_s",
+    type=click.FloatRange(min=0.01),
+    default=1.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds between two samples.",
+)
+@click.option("--once", is_flag=True, help="Print one view, after one interval, and exit.")
+@job_command
+def command(*, job: str | None, interval_s: float, once: bool, as_json: bool) -> None:
+    """Watch one job of this machine: each rank's step, pace, phase and slots, and the last recoveries."""
+    folders = [folder for folder in list_jobs() if folder.locked()]
+    folder = folders[choose([home_of(one) for one in folders], job)]
+    watch = Watch(folder)
+    try:
+        samples = [watch.sample()]
+        with _shown(as_json=as_json) as show:
+            if not once:
+                show(samples)
+            while True:
+                time.sleep(interval_s)
+                sample = watch.next_sample()
+                if sample is None:
+                    return
+                samples = [*samples, sample][-SAMPLES_MAX:]
+                show(samples)
+                if once:
+                    return
+    finally:
+        watch.close()
+
+
+class Watch:
+    """Samples of one job; goes on with the next keeper where one is replaced by another."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        self._folder = folder
+        self._asker: Asker | None = None
+
+    def sample(self) -> Sample:
+        """What the keeper says now. Raises UnavailableError where it does not, NotFoundError where it has no job yet."""
+        try:
+            self._asker = self._asker or Asker(self._folder)
+            report = self._asker.report()
+        except UnavailableError:
+            self.close()
+            raise
+        if report is None:
+            raise NotFoundError(f"the keeper has no ranks yet. folder={self._folder.path}")
+        return Sample(time.monotonic(), report)
+
+    def next_sample(self) -> Sample | None:
+        """As ``sample``, but waits LOST_S_MAX for another keeper; None where the job is over and its folder gone."""
+        until_s = time.monotonic() + LOST_S_MAX
+        while True:
+            try:
+                return self.sample()
+            except (UnavailableError, NotFoundError):
+                if not self._folder.path.is_dir():
+                    return None
+                if time.monotonic() > until_s:
+                    raise
+            time.sleep(RETRY_S)
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._asker is not None:
+            self._asker.close()
+            self._asker = None
+
+
+Show = Callable[[Sequence[Sample]], None]
+
+
+@contextmanager
+def _shown(*, as_json: bool) -> Iterator[Show]:
+    """How a view is put out: a document, text one below the other, or in place of the last one on a terminal."""
+    if as_json:
+        yield lambda samples: emit_json(live_json(samples))
+        return
+    console = stdout_console()
+    if not console.is_terminal:
+        yield lambda samples: console.print(view(samples), end="\n\n")
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        yield lambda samples: live.update(view(samples), refresh=True)
+
+
+def view(samples: Sequence[Sample]) -> RenderableType:
+    """What people see of the last sample."""
+    report = samples[-1].report
+    parts: list[RenderableType] = [Text(f"{label:<10}{text}") for label, text in summary(report)]
+    parts += [Text(""), grid(LIVE_COLUMNS, live_rows(report, steps_per_s(samples)), right=NUMERIC_COLUMNS)]
+    if report.recoveries:
+        recoveries = recovery_rows(report.recoveries, last=RECOVERIES_SHOWN)
+        parts += [Text(""), grid(RECOVERY_COLUMNS, recoveries)]
+    return Group(*parts)

@@ -1,0 +1,222 @@
+"""What all commands share: the store's URL and options, and the one way to name a snapshot."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import click
+
+from ckpt.backends.base import Backend
+from ckpt.backends.replicated.job import KEY_VARIABLE, open_job, require_key_fits
+from ckpt.cli.echo import JsonValue, warn
+from ckpt.errors import NotFoundError, UsageError
+from ckpt.events import Event
+from ckpt.log.catalog import select
+from ckpt.log.journal import Journal
+from ckpt.log.state import LogState
+from ckpt.values import SnapshotId, SnapshotInfo
+
+Result = int | None
+"""A command's exit code; None is 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreChoice:
+    """Which stores a command works on, and how it prints. ``url`` is the first of them."""
+
+    url: str
+    storage_options: tuple[str, ...]
+    as_json: bool
+    replicas: tuple[str, ...] = ()
+    write_quorum: int | None = None
+    encryption_key: str | None = None
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All stores."""
+        return (self.url, *self.replicas)
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """How a user names a snapshot; with nothing said, the newest."""
+
+    step: int | None
+    epoch: int | None
+    tag: str | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was said."""
+        return self.step is None and self.epoch is None and self.tag is None
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An open store: where its bytes are, its log, and the log's fold as it was when the command began."""
+
+    backend: Backend
+    journal: Journal
+    state: LogState
+
+    def select(self, selector: Selector) -> SnapshotId:
+        """The snapshot that ``selector`` names. Raises NotFoundError or UsageError."""
+        return select(self.state, step=selector.step, epoch=selector.epoch, tag=selector.tag)
+
+    def tags_of(self, snapshot: SnapshotId) -> tuple[str, ...]:
+        """The snapshot's tags, by name."""
+        return tuple(name for name, named in self.state.tags.items() if named == snapshot)
+
+
+def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Give a command the store's URL, the options of stores, ``--json`` and ``--debug``; it gets them as a StoreChoice."""
+
+    @click.argument("url")
+    @click.option(
+        "--replica",
+        "replicas",
+        multiple=True,
+        metavar="URL",
+        help="Another store of the same job; may be repeated. Name all of them to write, enough to know what is newest.",
+    )
+    @click.option(
+        "--write-quorum", type=click.IntRange(min=1), help="Of how many stores a record needs (default: the majority)."
+    )
+    @click.option(
+        "--encryption-key",
+        metavar="WHERE",
+        envvar=KEY_VARIABLE,
+        help="Where the key is: file:PATH, env:NAME or command:WORDS.",
+    )
+    @click.option(
+        "--storage-option",
+        "storage_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An option of the store's file system; may be repeated. VALUE is JSON, or else text. N:KEY=VALUE is for the N-th "
+        "store alone, from 1.",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
+    @click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
+    @click.pass_context
+    @functools.wraps(function)
+    def command(
+        ctx: click.Context, /, *, url: str, storage_options: tuple[str, ...], as_json: bool, replicas: tuple[str, ...],
+        write_quorum: int | None, encryption_key: str | None, **others: object,
+    ) -> Result:  # fmt: skip
+        anywhere = as_json or bool(ctx.find_root().params.get("as_json"))
+        choice = StoreChoice(
+            url, storage_options, anywhere, replicas=replicas, write_quorum=write_quorum, encryption_key=encryption_key
+        )
+        return function(choice, **others)
+
+    return command
+
+
+def snapshot_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Give a command ``--step``, ``--epoch`` and ``--tag``; it gets them as the keyword ``selector``."""
+
+    @click.option("--step", type=click.IntRange(min=0), help="The snapshot of this step; the newest one that has it.")
+    @click.option("--epoch", type=click.IntRange(min=0), help="The captured epoch; alone: its newest snapshot.")
+    @click.option("--tag", help="The snapshot with this tag.")
+    @functools.wraps(function)
+    def command(*args: object, step: int | None, epoch: int | None, tag: str | None, **others: object) -> Result:
+        if tag is not None and (step is not None or epoch is not None):
+            raise UsageError("a snapshot is named by its tag or by its step and epoch, not both. leave one out")
+        return function(*args, selector=Selector(step, epoch, tag), **others)
+
+    return command
+
+
+@contextmanager
+def opened(choice: StoreChoice) -> Iterator[Store]:
+    """Open the store and fold its log; closes it afterwards. Raises NotFoundError where there is no store."""
+    options = options_of(choice.storage_options, stores=len(choice.urls))
+    backend = open_job(
+        choice.urls, options, write_quorum=choice.write_quorum, encryption_key=choice.encryption_key, tell=_tell
+    )
+    try:
+        require_key_fits(backend, choice.encryption_key)
+        journal = Journal.open(backend)
+        state = journal.refresh()
+        if state.hole is not None:
+            warn(
+                f"the log has a hole, so what is newest cannot be known. seq={state.hole.seq} reason={state.hole.reason}"
+            )
+        elif state.short:
+            warn(f"what is newest cannot be known: {state.short}")
+        yield Store(backend, journal, state)
+    finally:
+        backend.close()
+
+
+def parse_reference(state: LogState, text: str) -> SnapshotId:
+    """The snapshot that ``text`` names: ``newest``, a step, ``epoch:step``, or a tag.
+
+    Raises NotFoundError where there is none of that name.
+    """
+    if text == "newest":
+        return select(state)
+    if text in state.tags:
+        return select(state, tag=text)
+    epoch, colon, step = text.rpartition(":")
+    if step.isdecimal() and (epoch.isdecimal() or not colon):
+        return select(state, step=int(step), epoch=int(epoch) if colon else None)
+    raise NotFoundError(f"no such snapshot. name={text}; write a step, epoch:step, a tag, or 'newest'")
+
+
+def id_json(snapshot: SnapshotId) -> dict[str, JsonValue]:
+    """A snapshot's pair."""
+    return {"epoch": snapshot.epoch, "step": snapshot.step}
+
+
+def info_json(info: SnapshotInfo, *, newest: bool, on_line: bool) -> dict[str, JsonValue]:
+    """A snapshot's facts, the same in every command."""
+    return {
+        **id_json(info.id),
+        "newest": newest,
+        "on_line": on_line,
+        "world_size": info.world_size,
+        "size_bytes": info.size_bytes,
+        "new_bytes": info.new_bytes,
+        "created_unix_s": info.created_unix_s,
+        "tags": list(info.tags),
+        "metadata": dict(info.metadata),
+        "problem": info.problem,
+        "maybe_stale": info.maybe_stale,
+    }
+
+
+def options_of(texts: tuple[str, ...], *, stores: int) -> list[dict[str, object] | None]:
+    """The storage options of each store. Raises UsageError for what is not ``KEY=VALUE`` or ``N:KEY=VALUE``."""
+    each: list[dict[str, object]] = [{} for _ in range(stores)]
+    for text in texts:
+        whose, key, value = _option(text, stores)
+        for number in whose:
+            each[number][key] = value
+    return [options or None for options in each]
+
+
+def _option(text: str, stores: int) -> tuple[range, str, object]:
+    name, equals, value = text.partition("=")
+    number, colon, key = name.partition(":")
+    whose = range(stores)
+    if colon and number.isdecimal():
+        if not 1 <= int(number) <= stores:
+            raise UsageError(f"a storage option is of a store that was not named. option={name} stores={stores}")
+        name, whose = key, range(int(number) - 1, int(number))
+    if not name or not equals:
+        raise UsageError(f"a storage option is not KEY=VALUE. option={text}")
+    try:
+        return whose, name, json.loads(value)
+    except ValueError:
+        return whose, name, value
+
+
+def _tell(event: Event) -> None:
+    if event.alarm:
+        warn(event.text)

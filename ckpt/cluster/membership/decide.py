@@ -1,0 +1,203 @@
+"""What the leader does about what it sees. Pure: a view, what was noticed and the clock in; a new epoch, or why none.
+
+Survivors keep their ranks. Lost places go to standbys of as many slots; where there is none the world shrinks, if the job's
+minimum allows, or waits. A node that comes is a standby: it disturbs nobody until the caller says that training stands at a
+boundary where the world may grow. The same view always gives the same epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt.cluster.membership.records import REMOVED_MAX, WHY_CHARS_MAX, EpochRecord, Member, Place, Removed, View
+from ckpt.cluster.membership.seating import fill, in_order, seat_all
+from ckpt.cluster.membership.suspects import confirmed, doubted
+from ckpt.errors import UsageError
+from ckpt.values import SnapshotId
+
+EXPIRED = "its lease expired, or it left"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a job allows. Times in seconds.
+
+    ``last_call_s``: how long the first epoch waits for more nodes once it has the minimum. ``shrink_wait_s``: how long a lost
+    node may take to come back before the world shrinks. ``may_grow``: training stands at a boundary where it may be started
+    anew with more nodes. ``epoch_floor``: the greatest epoch seen anywhere else, in stores and keepers. ``resumes``: the hint
+    that a new epoch carries.
+    """
+
+    nodes_min: int
+    nodes_max: int
+    last_call_s: float = 5.0
+    shrink_wait_s: float = 0.0
+    witnesses_min: int = 2
+    may_grow: bool = False
+    epoch_floor: int = 0
+    resumes: SnapshotId | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.nodes_min <= self.nodes_max or self.witnesses_min < 1 or self.epoch_floor < 0:
+            raise UsageError(f"not what a job can allow. options={self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Noticed:
+    """Since when the leader sees that there are enough nodes for a first epoch, and since when one of the epoch's is lost."""
+
+    enough_since_s: float | None = None
+    lost_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewEpoch:
+    """Publish ``record`` and delete what ``remove`` wrote, in one transaction."""
+
+    record: EpochRecord
+    remove: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The epoch holds."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Not now: look again when the view changes, at the latest at ``until_s``."""
+
+    until_s: float
+    why: str
+
+
+Decision = NewEpoch | Keep | Wait
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A view, sorted: who is out and why, who lives, which places are lost."""
+
+    view: View
+    out: Mapping[str, str]
+    live: Mapping[str, Member]
+    lost: tuple[Place, ...]
+    standbys: tuple[Member, ...]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether nobody holds a rank, so that an epoch is made of whoever is there."""
+        epoch = self.view.epoch
+        return epoch is None or len(self.lost) == len(epoch.places)
+
+
+def notice(noticed: Noticed, view: View, options: Options, now_s: float) -> Noticed:
+    """What is to be remembered from one view to the next: since when nodes are enough, or lost. Start with ``Noticed()``."""
+    seen = _see(view, options)
+    enough = seen.gathers and len(seen.live) >= options.nodes_min
+    lost = not seen.gathers and bool(seen.lost)
+    return Noticed(
+        enough_since_s=(now_s if noticed.enough_since_s is None else noticed.enough_since_s) if enough else None,
+        lost_since_s=(now_s if noticed.lost_since_s is None else noticed.lost_since_s) if lost else None,
+    )
+
+
+def decide(view: View, noticed: Noticed, options: Options, now_s: float) -> Decision:
+    """What the leader of ``view`` does. ``noticed`` is what ``notice`` made of the same view."""
+    if view.leader is None:
+        return Wait(math.inf, "nobody leads")
+    seen = _see(view, options)
+    if seen.gathers:
+        return _gather(seen, noticed, options, now_s)
+    if seen.lost:
+        return _recover(seen, noticed, options, now_s)
+    return _grow_or_keep(seen, options)
+
+
+def _see(view: View, options: Options) -> _Seen:
+    out = confirmed(view, options.witnesses_min)
+    live = {member.node: member for member in view.members if member.node not in out}
+    places = view.epoch.places if view.epoch is not None else ()
+    placed = {place.node for place in places}
+    return _Seen(
+        view, out, live,
+        lost=tuple(place for place in places if place.node not in live),
+        standbys=tuple(member for member in live.values() if member.node not in placed),
+    )  # fmt: skip
+
+
+def _gather(seen: _Seen, noticed: Noticed, options: Options, now_s: float) -> Decision:
+    count = len(seen.live)
+    if count < options.nodes_min:
+        return Wait(math.inf, f"too few nodes. nodes={count} nodes_min={options.nodes_min}")
+    if count < options.nodes_max:
+        until_s = (now_s if noticed.enough_since_s is None else noticed.enough_since_s) + options.last_call_s
+        if now_s < until_s:
+            return Wait(until_s, f"last call for more nodes. nodes={count} nodes_max={options.nodes_max}")
+    old = seen.view.epoch
+    places = seat_all(tuple(seen.live.values()), old.places if old is not None else (), nodes_max=options.nodes_max)
+    why = "the first epoch" if old is None else f"no node of epoch {old.number} is left"
+    return _opened(seen, places, options, f"{why}. nodes={len(places)}")
+
+
+def _recover(seen: _Seen, noticed: Noticed, options: Options, now_s: float) -> Decision:
+    assert seen.view.epoch is not None
+    old = seen.view.epoch.places
+    names = _named(seen.lost)
+    filled, left = fill(old, seen.live, seen.standbys)
+    limit = options.nodes_max if options.may_grow else min(len(old), options.nodes_max)
+    places = _extended(filled, left, limit)
+    if len(places) < options.nodes_min:
+        return Wait(math.inf, f"{names} lost, too few nodes left. nodes={len(places)} nodes_min={options.nodes_min}")
+    if len(places) < len(old):
+        until_s = (now_s if noticed.lost_since_s is None else noticed.lost_since_s) + options.shrink_wait_s
+        if now_s < until_s:
+            return Wait(until_s, f"{names} lost, and no standby: it may come back before the world shrinks")
+        return _opened(seen, places, options, f"{names} lost, and no standby: {len(places)} nodes go on without")
+    return _opened(seen, places, options, f"{names} lost: standbys take over. nodes={len(places)}")
+
+
+def _grow_or_keep(seen: _Seen, options: Options) -> Decision:
+    assert seen.view.epoch is not None
+    epoch = seen.view.epoch
+    places = _extended(epoch.places, seen.standbys, options.nodes_max)
+    if len(places) > len(epoch.places):
+        if options.may_grow:
+            return _opened(seen, places, options, f"the world grows at a boundary. nodes={len(places)}")
+        return Keep(f"{len(seen.standbys)} standbys wait for a boundary")
+    if doubts := doubted(seen.view, options.witnesses_min):
+        return Keep(f"suspected by too few: {doubts[0]} and {len(doubts) - 1} others")
+    return Keep(f"all nodes of epoch {epoch.number} live. standbys={len(seen.standbys)}")
+
+
+def _extended(places: Sequence[Place], standbys: Sequence[Member], nodes_max: int) -> tuple[Place, ...]:
+    """``places`` and, after them, as many standbys as may be: those before them keep their ranks."""
+    more = in_order(standbys)[: max(0, nodes_max - len(places))]
+    return (*places, *(Place(member.node, member.info.slots) for member in more))
+
+
+def _opened(seen: _Seen, places: tuple[Place, ...], options: Options, why: str) -> NewEpoch:
+    view = seen.view
+    assert view.leader is not None
+    greatest = max(options.epoch_floor, view.epoch.number if view.epoch is not None else 0)
+    reasons = {place.node: EXPIRED for place in seen.lost} | dict(seen.out)
+    removed = tuple(Removed(node, _printable(reasons[node])) for node in sorted(reasons)[:REMOVED_MAX])
+    record = EpochRecord(
+        job=view.job, number=greatest + 1, places=places, leader=view.leader.node, nodes_min=options.nodes_min,
+        nodes_max=options.nodes_max, removed=removed, resumes=options.resumes,
+    )  # fmt: skip
+    return NewEpoch(record, tuple(sorted(seen.out)), why)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:WHY_CHARS_MAX]
+
+
+def _named(lost: Sequence[Place]) -> str:
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f"node {lost[0].node}{more}"

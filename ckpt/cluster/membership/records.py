@@ -1,0 +1,348 @@
+"""What nodes say of themselves and what an epoch is, with bytes that are checked when they are read. No I/O."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ckpt.errors import IntegrityError, UsageError
+from ckpt.format import keys
+from ckpt.format.canonical import ready, seal, unseal
+from ckpt.format.manifest import job_ok
+from ckpt.values import SnapshotId
+
+VERSION = 1
+NODE_BYTES_MAX = 16 << 10
+EPOCH_BYTES_MAX = 1 << 20
+"""An epoch is one value in one transaction, and etcd takes 1.5 MiB in one: some 40,000 nodes."""
+HOLDINGS_BYTES_MAX = 64 << 10
+TEXT_CHARS_MAX = 255
+WHY_CHARS_MAX = 200
+NOTE_CHARS_MAX = 4096
+SLOTS_MAX = 1024
+RANKS_MAX = 10**7
+CAPABILITIES_MAX = 64
+REMOVED_MAX = 1000
+"""How many removed nodes an epoch names with a reason; the others are those that it does not place."""
+
+_NODE_RE = re.compile(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeInfo:
+    """What a node says of itself when it joins.
+
+    ``node`` is drawn at random for each join, so that no two starts are ever taken for one. ``domain``: what fails together;
+    empty means the host. ``address``: where its keeper listens. ``slots``: how many ranks it can hold.
+    """
+
+    node: str
+    host: str
+    slots: int
+    domain: str = ""
+    address: str = ""
+    capabilities: tuple[str, ...] = ()
+
+    @property
+    def failure_domain(self) -> str:
+        """What this node fails together with."""
+        return self.domain or self.host
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A node's place in an epoch: it holds ``slots`` ranks, the next ones after those of the places before."""
+
+    node: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A node that an epoch took out, and why."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochRecord:
+    """A numbered membership. ``places`` are in the order of ranks; ``leader`` is the node that decided.
+
+    ``resumes``: the pair (captured epoch, step) that its training goes on from, where the leader knew it. ``note``: what the
+    keepers' leader wants all to know of it; no matter of the membership.
+    """
+
+    job: str
+    number: int
+    places: tuple[Place, ...]
+    leader: str
+    nodes_min: int
+    nodes_max: int
+    removed: tuple[Removed, ...] = ()
+    resumes: SnapshotId | None = None
+    note: str = ""
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return sum(place.slots for place in self.places)
+
+    @property
+    def ranks(self) -> Mapping[str, range]:
+        """The ranks that each node holds."""
+        found: dict[str, range] = {}
+        first = 0
+        for place in self.places:
+            found[place.node] = range(first, first + place.slots)
+            first += place.slots
+        return found
+
+    @property
+    def root(self) -> str:
+        """The node of rank 0."""
+        return self.places[0].node
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """The word of ``by`` that ``node`` may be dead."""
+
+    node: str
+    by: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """How many bytes of which rank's state a node holds, in a world of that size."""
+
+    world_size: int
+    size_bytes: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A node whose lease lives. ``joined``: the revision at which it came."""
+
+    info: NodeInfo
+    lease_id: int
+    joined: int
+    holdings: Holdings | None = None
+
+    @property
+    def node(self) -> str:
+        """Its id."""
+        return self.info.node
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """Who leads, since which revision."""
+
+    node: str
+    revision: int
+
+
+class Scope(enum.Enum):
+    """How much of a job is looked at. At thousands of nodes only the leader can afford all of it."""
+
+    HEAD = "head"
+    """The epoch and the leader."""
+    ALL = "all"
+    """Also members, what they hold, and suspicions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A job at one revision. ``epoch`` None: unknown, none was published here; ``members`` are sorted by node id.
+
+    ``epoch_revision``: when the epoch was published, 0 where there is none. ``unreadable``: keys whose values are no valid
+    words of a member, and count for nothing.
+    """
+
+    job: str
+    revision: int
+    scope: Scope
+    leader: Leader | None = None
+    epoch: EpochRecord | None = None
+    epoch_revision: int = 0
+    members: tuple[Member, ...] = ()
+    suspicions: tuple[Suspicion, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    by_node: Mapping[str, Member] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_node", {member.node: member for member in self.members})
+
+
+class _WireNode(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    v: int
+    node: str
+    host: str
+    slots: int
+    domain: str
+    address: str
+    capabilities: tuple[str, ...]
+    digest: str
+
+
+class _WireEpoch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    v: int
+    job: str
+    number: int
+    places: tuple[tuple[str, int], ...]
+    leader: str
+    nodes_min: int
+    nodes_max: int
+    removed: tuple[tuple[str, str], ...]
+    resumes: tuple[int, int] | None
+    note: str
+    digest: str
+
+
+class _WireHoldings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    v: int
+    world_size: int
+    size_bytes: tuple[tuple[int, int], ...]
+    digest: str
+
+
+ready(_WireNode, _WireEpoch, _WireHoldings)
+
+
+def encode_node(info: NodeInfo) -> bytes:
+    """The canonical bytes. Raises UsageError where a field is out of range, naming it."""
+    if why := node_problem(info):
+        raise UsageError(f"not a node that can join. {why}")
+    wire = _WireNode(
+        v=VERSION, node=info.node, host=info.host, slots=info.slots, domain=info.domain, address=info.address,
+        capabilities=info.capabilities, digest="",
+    )  # fmt: skip
+    return seal(wire, what="node", bytes_max=NODE_BYTES_MAX)[0]
+
+
+def decode_node(data: bytes) -> NodeInfo:
+    """The node in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
+    wire = unseal(data, _WireNode, what="node", version=VERSION, bytes_max=NODE_BYTES_MAX)
+    info = NodeInfo(
+        node=wire.node, host=wire.host, slots=wire.slots, domain=wire.domain, address=wire.address,
+        capabilities=wire.capabilities,
+    )  # fmt: skip
+    if why := node_problem(info):
+        raise IntegrityError(f"node contradicts itself. {why}")
+    return info
+
+
+def encode_epoch(record: EpochRecord) -> bytes:
+    """The canonical bytes. Raises UsageError where a field is out of range, naming it."""
+    if why := epoch_problem(record):
+        raise UsageError(f"not an epoch that can be published. {why}")
+    resumes = record.resumes
+    wire = _WireEpoch(
+        v=VERSION, job=record.job, number=record.number,
+        places=tuple((place.node, place.slots) for place in record.places),
+        leader=record.leader, nodes_min=record.nodes_min, nodes_max=record.nodes_max,
+        removed=tuple((one.node, one.why) for one in record.removed),
+        resumes=None if resumes is None else (resumes.epoch, resumes.step), note=record.note, digest="",
+    )  # fmt: skip
+    return seal(wire, what="epoch", bytes_max=EPOCH_BYTES_MAX)[0]
+
+
+def decode_epoch(data: bytes) -> EpochRecord:
+    """The epoch in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
+    wire = unseal(data, _WireEpoch, what="epoch", version=VERSION, bytes_max=EPOCH_BYTES_MAX)
+    record = EpochRecord(
+        job=wire.job, number=wire.number, places=tuple(Place(*place) for place in wire.places), leader=wire.leader,
+        nodes_min=wire.nodes_min, nodes_max=wire.nodes_max, removed=tuple(Removed(*one) for one in wire.removed),
+        resumes=None if wire.resumes is None else SnapshotId(*wire.resumes), note=wire.note,
+    )  # fmt: skip
+    if why := epoch_problem(record):
+        raise IntegrityError(f"epoch contradicts itself. {why}")
+    return record
+
+
+def encode_holdings(holdings: Holdings) -> bytes:
+    """The canonical bytes. Raises UsageError where a field is out of range, naming it."""
+    if why := holdings_problem(holdings):
+        raise UsageError(f"not what a node can hold. {why}")
+    wire = _WireHoldings(
+        v=VERSION, world_size=holdings.world_size, size_bytes=tuple(sorted(holdings.size_bytes.items())), digest=""
+    )
+    return seal(wire, what="holdings", bytes_max=HOLDINGS_BYTES_MAX)[0]
+
+
+def decode_holdings(data: bytes) -> Holdings:
+    """The holdings in ``data``, which are not trusted. Raises IntegrityError or FormatVersionError."""
+    wire = unseal(data, _WireHoldings, what="holdings", version=VERSION, bytes_max=HOLDINGS_BYTES_MAX)
+    holdings = Holdings(wire.world_size, dict(wire.size_bytes))
+    why = holdings_problem(holdings)
+    if why is None and tuple(sorted(holdings.size_bytes.items())) != wire.size_bytes:
+        why = "ranks are not in order"
+    if why is not None:
+        raise IntegrityError(f"holdings contradict themselves. {why}")
+    return holdings
+
+
+def node_ok(node: str) -> bool:
+    """Whether ``node`` can be a node id: 1 to 64 of 0-9 a-z A-Z _ -."""
+    return _NODE_RE.fullmatch(node) is not None
+
+
+def node_problem(info: NodeInfo) -> str | None:
+    """What makes ``info`` invalid, as ``fact. key=value``, or None."""
+    if not node_ok(info.node):
+        return f"not a node id (1 to 64 of 0-9 a-z A-Z _ -). node={info.node[:80]!r}"
+    if not 1 <= info.slots <= SLOTS_MAX:
+        return f"slots out of range. slots={info.slots} (1..{SLOTS_MAX})"
+    if not info.host:
+        return f"no host. node={info.node}"
+    if len(info.capabilities) > CAPABILITIES_MAX:
+        return f"too many capabilities. count={len(info.capabilities)} limit={CAPABILITIES_MAX}"
+    for text in (info.host, info.domain, info.address, *info.capabilities):
+        if len(text) > TEXT_CHARS_MAX or not text.isprintable():
+            return f"a text is too long or not printable. text={text[:80]!r} limit={TEXT_CHARS_MAX}"
+    return None
+
+
+def epoch_problem(record: EpochRecord) -> str | None:
+    """What makes ``record`` invalid, as ``fact. key=value``, or None."""
+    if not job_ok(record.job):
+        return f"not a job name. job={record.job!r}"
+    if not 1 <= record.number <= keys.EPOCH_MAX:
+        return f"epoch out of range. epoch={record.number} (1..{keys.EPOCH_MAX})"
+    if not 1 <= record.nodes_min <= record.nodes_max <= RANKS_MAX:
+        return f"not a range of nodes. nodes_min={record.nodes_min} nodes_max={record.nodes_max}"
+    if len(record.places) < record.nodes_min:
+        return f"fewer nodes than it needs. nodes={len(record.places)} nodes_min={record.nodes_min}"
+    names = [place.node for place in record.places]
+    for name in (*names, record.leader, *(one.node for one in record.removed)):
+        if not node_ok(name):
+            return f"not a node id (1 to 64 of 0-9 a-z A-Z _ -). node={name[:80]!r}"
+    if len(set(names)) != len(names):
+        return "a node has two places"
+    if any(not 1 <= place.slots <= SLOTS_MAX for place in record.places) or record.world_size > RANKS_MAX:
+        return f"slots out of range. world_size={record.world_size} limit={RANKS_MAX}"
+    if len(record.removed) > REMOVED_MAX or {one.node for one in record.removed} & set(names):
+        return f"too many nodes are named as removed, or one has a place. removed={len(record.removed)} limit={REMOVED_MAX}"
+    if any(len(one.why) > WHY_CHARS_MAX or not one.why.isprintable() for one in record.removed):
+        return f"a reason is too long or not printable. limit={WHY_CHARS_MAX}"
+    if len(record.note) > NOTE_CHARS_MAX:
+        return f"a note is too long. chars={len(record.note)} limit={NOTE_CHARS_MAX}"
+    if record.resumes is not None and not keys.is_snapshot_id(record.resumes):
+        return f"resumes a pair out of range. epoch={record.resumes.epoch} step={record.resumes.step}"
+    return None
+
+
+def holdings_problem(holdings: Holdings) -> str | None:
+    """What makes ``holdings`` invalid, as ``fact. key=value``, or None."""
+    if not 1 <= holdings.world_size <= RANKS_MAX:
+        return f"world size out of range. world_size={holdings.world_size}"
+    for rank, size_bytes in holdings.size_bytes.items():
+        if not 0 <= rank < holdings.world_size or not 0 <= size_bytes < 1 << 62:
+            return f"rank or size out of range. rank={rank} size_bytes={size_bytes}"
+    return None

@@ -1,0 +1,1 @@
+"""Authenticated connections between the keepers of a job's nodes."""

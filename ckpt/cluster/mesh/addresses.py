@@ -1,0 +1,104 @@
+"""Where names are: asked in threads, so that a name server that does not answer holds up no line."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from ckpt.cluster.mesh.sockets import family, split
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a socket connects to."""
+
+    family: socket.AddressFamily
+    at: tuple[str, int]
+
+
+Ask = Callable[[str, int], Place]
+
+
+def asked(host: str, port: int) -> Place:
+    """Where a name is: IPv4, where nodes with names listen. Waits for name servers. Raises OSError."""
+    wanted = family(host)
+    _, _, _, _, at = socket.getaddrinfo(host, port, family=wanted, type=socket.SOCK_STREAM)[0]
+    return Place(wanted, (str(at[0]), int(at[1])))
+
+
+class Places:
+    """Of ``host:port`` addresses, as long as they are wanted. ``found`` is called, in a thread, when an answer has come.
+
+    What was found is kept until it is forgotten: a node whose processes have died is called where it was, not where its name
+    leads by now. Thread-safe.
+    """
+
+    def __init__(self, found: Callable[[], object], ask: Ask = asked) -> None:
+        self._found = found
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._known: dict[str, Place | OSError | ValueError | None] = {}  # None: it is asked for
+
+    def want(self, addresses: Collection[str]) -> None:
+        """Only these matter from here on, and where they are is asked already."""
+        with self._lock:
+            self._known = {address: known for address, known in self._known.items() if address in addresses}
+        for address in addresses:
+            with contextlib.suppress(OSError, ValueError):  # told to whoever dials there
+                self._look(address)
+
+    def of(self, address: str) -> Place | None:
+        """Where it is; None while that is asked. Raises what it could not be found for, once: then it is asked again.
+
+        OSError, or ValueError for what is no address.
+        """
+        found = self._look(address)
+        if isinstance(found, OSError | ValueError):
+            self.forget(address)
+            raise found
+        return found
+
+    def forget(self, address: str) -> None:
+        """Ask again next time."""
+        with self._lock:
+            if self._known.get(address) is not None:
+                del self._known[address]
+
+    def _look(self, address: str) -> Place | OSError | ValueError | None:
+        host, port = split(address)
+        if (literal := _literal(host, int(port))) is not None:
+            return literal
+        with self._lock:
+            if address in self._known:
+                return self._known[address]
+            self._known[address] = None
+        thread = threading.Thread(target=self._resolve, args=(address, host, int(port)), name="ckpt-name", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no thread now
+            self._note(address, OSError(f"no thread to ask in: {error}"))
+        return None
+
+    def _resolve(self, address: str, host: str, port: int) -> None:
+        try:
+            self._note(address, self._ask(host, port))
+        except (OSError, ValueError) as error:  # UnicodeError, for what can be no name, is a ValueError
+            self._note(address, error)
+
+    def _note(self, address: str, found: Place | OSError | ValueError) -> None:
+        with self._lock:
+            if address in self._known:  # nobody wants it any more otherwise
+                self._known[address] = found
+        self._found()
+
+
+def _literal(host: str, port: int) -> Place | None:
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        return None
+    return Place(socket.AF_INET6 if version == 6 else socket.AF_INET, (host, port))

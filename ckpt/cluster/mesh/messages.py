@@ -1,0 +1,239 @@
+"""What keepers of one job's nodes say to each other. One word is one msgpack map with a ``type`` tag, see ``cable``.
+
+Words that belong to an epoch of the membership carry its number as ``attempt``; those of another one are dropped or kept for
+later by whoever hears them. ``call``: a question, which is answered with the same number on the same line.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ckpt.format.canonical import ready
+from ckpt.values import SnapshotId
+
+
+class Word(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
+    """Base of all words."""
+
+
+class Proof(Word, frozen=True, kw_only=True):
+    """The first word of each end: its authentication proves that it knows the job's secret."""
+
+    node: str
+
+
+class Beat(Word, frozen=True, kw_only=True):
+    """Nothing to say, and still here."""
+
+
+# ---- rooms, which are at the node of rank 0; ``room`` names one for ever
+
+
+class Post(Word, frozen=True, kw_only=True):
+    """Publish ``value`` under ``key``."""
+
+    room: str
+    key: str
+    value: bytes
+
+
+class Peek(Word, frozen=True, kw_only=True):
+    """The value under ``key`` as soon as it is there, ``Said``; without one after ``wait_s`` seconds."""
+
+    call: int
+    room: str
+    key: str
+    wait_s: float = 0.0
+
+
+class Count(Word, frozen=True, kw_only=True):
+    """Add to a counter; answered with ``Said``."""
+
+    call: int
+    room: str
+    key: str
+    amount: int
+
+
+class Forget(Word, frozen=True, kw_only=True):
+    """Free what is under ``key``."""
+
+    room: str
+    key: str
+
+
+class Said(Word, frozen=True, kw_only=True):
+    """The answer of the room: a value (None: there is none), or a counter's sum."""
+
+    call: int
+    value: bytes | None = None
+    number: int = 0
+
+
+# ---- steps
+
+
+class Decided(Word, frozen=True, kw_only=True):
+    """Rank 0 decided what all ranks do at a boundary: see ``Board.decide``."""
+
+    attempt: int
+    boundary: int
+    flags: int
+
+
+class Standing(Word, frozen=True, kw_only=True):
+    """How far the ranks of a node are, or those of several nodes as one: what all of them hold sealed, looked at second.
+
+    ``completed``: the least number of steps that one of them completed, looked at first; -1: not all have begun.
+    To the node of rank 0 ``mirrored`` is the last named pair that this node has on others too, ``missed`` the last one that it
+    could not keep; from there ``mirrored`` is the newest that all nodes have on others, and ``named`` the one to keep next.
+    """
+
+    attempt: int
+    sealed: tuple[SnapshotId, ...]
+    completed: int
+    mirrored: SnapshotId | None = None
+    missed: SnapshotId | None = None
+    named: SnapshotId | None = None
+
+
+class Roll(Word, frozen=True, kw_only=True):
+    """From the node of rank 0: who is still at this epoch? ``answered``: the last call that everybody answered; 0: none."""
+
+    attempt: int
+    number: int
+    answered: int
+
+
+class Here(Word, frozen=True, kw_only=True):
+    """The answer: this node is."""
+
+    attempt: int
+    number: int
+
+
+# ---- snapshots
+
+Turn = tuple[int, SnapshotId, tuple[str, ...]]
+"""One snapshot that was handed in: its number in the era, the pair, the tags."""
+
+
+class Handed(Word, frozen=True, kw_only=True):
+    """To the node of rank 0, when an attempt begins: what this node's ranks handed in since the era began, the last ones."""
+
+    attempt: int
+    count: int
+    turns: tuple[Turn, ...]
+
+
+class Opened(Word, frozen=True, kw_only=True):
+    """From the node of rank 0: an epoch of the log is open, which goes on from ``resume``; ``turns`` as any node handed in."""
+
+    attempt: int
+    resume: SnapshotId | None
+    turns: tuple[Turn, ...]
+
+
+# ---- memory
+
+
+class Holding(msgspec.Struct, frozen=True, kw_only=True):
+    """The shares of ``ranks`` ranks of a pair, from ``rank`` on: in slots of their node, or kept for another as ``mirror``."""
+
+    snapshot: SnapshotId
+    origin: str
+    world_size: int
+    rank: int
+    ranks: int = 1
+    mirror: bool = False
+
+
+class AskHeld(Word, frozen=True, kw_only=True):
+    """From the node of rank 0: what is there to restore from."""
+
+    call: int
+
+
+class Held(Word, frozen=True, kw_only=True):
+    """The answer: all that this node holds in memory."""
+
+    call: int
+    holdings: tuple[Holding, ...]
+
+
+class Sources(Word, frozen=True, kw_only=True):
+    """From the node of rank 0: where each rank's share of some pairs is.
+
+    Of each pair the size of its world; of spans of its ranks, from 0 on, how many they are and which of ``nodes`` have them.
+    """
+
+    attempt: int
+    nodes: tuple[str, ...]
+    pairs: tuple[tuple[SnapshotId, int, tuple[tuple[int, tuple[int, ...]], ...]], ...]
+
+
+# ---- beginnings and ends
+
+
+class Meet(Word, frozen=True, kw_only=True):
+    """From the node of rank 0: where the trainers of ``attempt`` make their process group."""
+
+    attempt: int
+    host: str
+    port: int
+
+
+class Ended(Word, frozen=True, kw_only=True):
+    """To whoever leads: all ranks of this node ended well."""
+
+    attempt: int
+
+
+# ---- failures
+
+
+class Failed(Word, frozen=True, kw_only=True):
+    """To the leader: this node's trainers of ``attempt`` are dead, because of this; see ``keeper.roster_words.Failure``."""
+
+    attempt: int
+    rank: int
+    kind: str
+    text: str
+    status: int
+    fingerprint: str = ""
+    step: int = -1
+    final: bool = False
+    completed: int = -1
+
+
+ANY = (
+    Proof
+    | Beat
+    | Post
+    | Peek
+    | Count
+    | Forget
+    | Said
+    | Decided
+    | Standing
+    | Roll
+    | Here
+    | Handed
+    | Opened
+    | AskHeld
+    | Held
+    | Sources
+    | Meet
+    | Ended
+    | Failed
+)
+"""Every word there is."""
+
+
+class _Codec(msgspec.Struct, frozen=True):
+    """Only to make msgspec build the union's codec once, at import."""
+
+    word: ANY
+
+
+ready(_Codec)

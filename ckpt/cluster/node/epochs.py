@@ -1,0 +1,133 @@
+"""What each new epoch means for this node: told once, as soon as it is known where its ranks meet."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View
+from ckpt.cluster.mesh.messages import Meet, Word
+from ckpt.cluster.node.leading import note_of, peer_of
+from ckpt.cluster.node.note import Note
+from ckpt.cluster.node.ways import Epoch, Told
+
+
+class Epochs:
+    """See the module. ``meeting`` says where the trainers of an epoch shall meet, ``say`` says something to another node.
+
+    ``see`` and ``tell`` are for one thread; the rest is thread-safe.
+    """
+
+    def __init__(
+        self, told: Told, *, meeting: Callable[[], tuple[str, int]], say: Callable[[str, Word], object]
+    ) -> None:
+        self._told = told
+        self._meeting = meeting
+        self._say = say
+        self._lock = threading.Lock()
+        self._meet: Meet | None = None
+        self._seen = 0
+        self._epoch: Epoch | None = None
+
+    def forget_meeting(self) -> None:
+        """This node is about to join: what is said from now on is for its new self."""
+        with self._lock:
+            self._meet = None
+
+    def begin_anew(self) -> None:
+        """It has joined, and has seen no epoch as its new self."""
+        with self._lock:
+            self._seen = 0
+
+    def take(self, word: Meet) -> None:
+        """The node of rank 0 says where an epoch's ranks meet."""
+        with self._lock:
+            if self._meet is None or word.attempt > self._meet.attempt:
+                self._meet = word
+
+    def greet(self, node: str) -> None:
+        """There is a line again to a node that may not have heard where this one, that of rank 0, has its ranks meet."""
+        with self._lock:
+            meet = self._meet
+        if meet is not None:
+            self._say(node, meet)
+
+    def see(self, view: View, me: NodeInfo, *, joined_at: int, began_at: int) -> bool:
+        """Look at the view's epoch, and tell of other standbys. True: it is new, and ``tell`` is due.
+
+        This node joined at revision ``joined_at``, the first time at ``began_at``: an epoch from before is not its own, but a
+        job's end concerns whoever was in it.
+        """
+        record, note = view.epoch, note_of(view)
+        with self._lock:
+            seen = self._seen
+        if record is not None and record.number == seen:
+            self._see_members(view)
+            return False
+        if record is None or record.number <= seen:
+            return False
+        if view.epoch_revision < (joined_at if note.end is None else began_at):
+            self._see_from_outside(view, record, note, me)
+            return False
+        meet = None
+        if note.end is None and me.node in record.ranks:
+            meet = self._meeting_of(record, me)
+            if meet is None:
+                return False
+        self._note(Epoch(record, note, *_people(view), meet, me.node))
+        return True
+
+    def tell(self) -> None:
+        """Tell the epoch that ``see`` found to be new."""
+        if self._epoch is not None:
+            self._told.epoch(self._epoch)
+
+    def _see_from_outside(self, view: View, record: EpochRecord, note: Note, me: NodeInfo) -> None:
+        """An epoch that was there before this node: it is a standby, and is told of nothing but who is there."""
+        if note.end is None and me.node not in record.ranks:
+            self._told.members(self._note(Epoch(record, note, *_people(view), None, me.node)))
+
+    def _note(self, epoch: Epoch) -> Epoch:
+        with self._lock:
+            self._seen = epoch.number
+        self._epoch = epoch
+        return epoch
+
+    def _see_members(self, view: View) -> None:
+        """Standbys come and go within an epoch; who has ranks in it is of it until another one follows."""
+        if (before := self._epoch) is None:
+            return
+        addresses, peers, domains = (
+            {node: one for node, one in then.items() if node in before.record.ranks}
+            | {node: one for node, one in now.items() if node not in before.record.ranks}
+            for then, now in zip((before.addresses, before.peers, before.domains), _people(view), strict=True)
+        )
+        epoch = replace(before, addresses=addresses, peers=peers, domains=domains)
+        if epoch != before:
+            self._epoch = epoch
+            self._told.members(epoch)
+
+    def _meeting_of(self, record: EpochRecord, me: NodeInfo) -> Meet | None:
+        """Where the epoch's ranks meet, where that is known. The node of rank 0 chooses it, and says so."""
+        with self._lock:
+            meet = self._meet
+        if record.root != me.node:
+            return meet if meet is not None and meet.attempt == record.number else None
+        if meet is None or meet.attempt != record.number:
+            host, port = self._meeting()
+            meet = Meet(attempt=record.number, host=host, port=port)
+            with self._lock:
+                self._meet = meet
+        for node in record.ranks:
+            self._say(node, meet)
+        return meet
+
+
+def _people(view: View) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Of all members: where their lines are, where they lend memory, and what each fails together with."""
+    return (
+        {member.node: member.info.address for member in view.members},
+        {member.node: peer for member in view.members if (peer := peer_of(member.info))},
+        {member.node: member.info.failure_domain for member in view.members},
+    )

@@ -1,0 +1,1 @@
+"""Memory of another node as a store."""

@@ -1,0 +1,260 @@
+"""A client's side of one connection: it proves itself, and believes only who does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.auth import NONCE_BYTES, Secret, SessionKeys, mac, same
+from ckpt.cluster.peermem.bodies import Body
+from ckpt.cluster.peermem.body_mac import BodyMac, body_mac, known_macs
+from ckpt.cluster.peermem.changed import BaseGoneError, Stored
+from ckpt.cluster.peermem.channel import PIECES_MAX, Channel, EndedError
+from ckpt.cluster.peermem.http import CONTINUE, Answer, Base, Hello, Request, Verb, Welcome, status_of
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.wire import MalformedError, parse_head, split_mac, with_mac
+from ckpt.errors import CkptError, IntegrityError, StoreDeniedError, UnavailableError
+from ckpt.rate_limit import RateCap
+
+EAGER_BYTES_MAX = 64 << 10
+"""Larger bodies are sent when the server says that it takes them. It refuses more that comes unasked."""
+
+LISTING_BYTES_MAX = 4 << 20
+"""Longest page of a listing that is believed: 1,000 keys of 512 bytes, each spelled in six."""
+
+
+COPY_BYTES_PER_S_MIN = 128 << 20
+"""What a server copies of a base in a second at least, into fresh memory too: it is waited for so much longer."""
+
+
+class CrowdedError(UnavailableError):
+    """The peer serves others, or ended a connection that had hardly begun to make room for one: asking a little later helps."""
+
+
+def nothing() -> None:
+    """For memory that nobody takes back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One operation. A GET fills ``out``; ``still_lent`` is asked when all of ``body`` was read, before its tag goes.
+
+    ``base``: of a PUT whose body is a table of ``ranges`` ranges and their bytes.
+    """
+
+    verb: Verb
+    key: str
+    after: str = ""
+    span: tuple[int, int] | None = None
+    create_only: bool = False
+    body: Body | None = None
+    still_lent: Callable[[], None] = nothing
+    out: memoryview | None = None
+    base: Stored | None = None
+    ranges: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A proven answer, and its body where the call gave no place for it."""
+
+    answer: Answer
+    body: bytes = b""
+
+
+class Connection:
+    """A connection whose server has proven itself. For one thread at a time.
+
+    ``usable``: another call may follow. ``heard``: the server has said something about the last one.
+    """
+
+    def __init__(self, channel: Channel, endpoint: Endpoint, keys: SessionKeys, welcome: Welcome) -> None:
+        self._channel = channel
+        self._host = str(endpoint)
+        self._keys = keys
+        self._mac = welcome.mac
+        self._counter = 0
+        self.boot = welcome.boot
+        self.usable = True
+        self.heard = False
+        self.rested_s = time.monotonic()
+        """When it was last used."""
+
+    @classmethod
+    def open(cls, endpoint: Endpoint, secret: Secret, *, connect_s: float, patience: Patience) -> Connection:
+        """Connect and say hello.
+
+        Raises UnavailableError where nobody answers, StoreDeniedError where somebody does who doesn't know the secret or shows
+        another certificate, or to whom we don't.
+        """
+        try:
+            sock = socket.create_connection((endpoint.host, endpoint.port), connect_s)
+        except OSError as error:
+            raise UnavailableError(
+                f"a peer can't be reached. peer={endpoint} cause={error.strerror or error}"
+            ) from error
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if endpoint.tls is not None:
+                sock = endpoint.tls.wrap_socket(sock, server_hostname=endpoint.host)
+            return cls._meet(Channel(sock, patience), endpoint, secret)
+        except BaseException as error:
+            sock.close()
+            match error:
+                case ssl.SSLEOFError() | ConnectionError() | EndedError():
+                    raise CrowdedError(f"a peer broke off at the start. peer={endpoint} cause={error}") from error
+                case TimeoutError():
+                    raise UnavailableError(f"a peer is silent at the start. peer={endpoint} cause={error}") from error
+                case ssl.SSLError():
+                    raise StoreDeniedError(f"TLS failed. peer={endpoint} cause={error}; check certificates") from error
+                case OSError():
+                    raise UnavailableError(f"the connection failed. peer={endpoint} cause={error}") from error
+            raise
+
+    @classmethod
+    def _meet(cls, channel: Channel, endpoint: Endpoint, secret: Secret) -> Connection:
+        head = Hello(os.urandom(NONCE_BYTES).hex(), known_macs()).spell(str(endpoint))
+        hello_mac = secret.hello_mac(head)
+        channel.write(with_mac(head, hello_mac))
+        raw = channel.read_head()
+        if raw is None:
+            raise EndedError("the connection ended before an answer.")
+        split = split_mac(raw)
+        if split is None:
+            raise _unproven(raw, endpoint)
+        if not same(split[1], secret.welcome_mac(hello_mac, split[0])):
+            raise StoreDeniedError(
+                f"who answers doesn't know this job's secret. peer={endpoint}; compare the secret files"
+            )
+        welcome = Welcome.of(parse_head(split[0]))
+        if welcome.mac not in known_macs():
+            raise MalformedError(f"a body MAC that wasn't offered. mac={welcome.mac}")
+        return cls(channel, endpoint, secret.session(hello_mac, split[1]), welcome)
+
+    def ask(self, call: Call, *, epoch: int, cap: RateCap | None = None) -> Reply:
+        """Make one call. Whatever is raised once something was said, the connection is of no use afterwards.
+
+        Raises OSError and EndedError where it broke, IntegrityError where the answer isn't the peer's, StoreDeniedError or
+        UnavailableError for a refusal that nobody vouches for, what ``still_lent`` raises, and BaseGoneError, with nothing
+        said, for a base of another start of the server.
+        """
+        base, body = self._base(call), call.body
+        self.usable, self.heard = False, False
+        self._counter += 1
+        kept_bytes = 0 if base is None or body is None else base.size_bytes + base.table_bytes - body.size_bytes
+        self._channel.begin(work_s=kept_bytes / COPY_BYTES_PER_S_MIN)
+        waits = body is not None and (call.create_only or not _eager(body))
+        request = Request(
+            verb=call.verb, key=call.key, after=call.after, boot=self.boot, epoch=epoch, counter=self._counter,
+            body_bytes=None if body is None else body.size_bytes, span=call.span, create_only=call.create_only, waits=waits,
+            base=base,
+        )  # fmt: skip
+        head = request.spell(self._host)
+        head_mac = mac(self._keys.request_head, head)
+        if body is None:
+            self._channel.write(with_mac(head, head_mac))
+        else:
+            proof = body_mac(self._mac, self._keys.request_body, counter=self._counter, head_mac=head_mac)
+            if not waits:
+                self._send_at_once(with_mac(head, head_mac), body, proof, cap)
+            else:
+                self._channel.write(with_mac(head, head_mac))
+                raw = self._read_head()
+                if raw != CONTINUE:
+                    return self._reply(raw, request, call)
+                body.send(self._channel, proof, cap)
+            call.still_lent()
+            self._channel.write(proof.tag())
+        return self._reply(self._read_head(), request, call)
+
+    def rest(self) -> None:
+        """Note that nobody uses it for now."""
+        self.rested_s = time.monotonic()
+
+    def quiet(self) -> bool:
+        """Whether the server has neither ended it nor said anything unasked."""
+        return self._channel.quiet()
+
+    def end(self) -> None:
+        """Break what is under way, from any thread; whoever uses it closes it."""
+        self._channel.end()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._channel.close()
+
+    def _base(self, call: Call) -> Base | None:
+        base = call.base
+        if base is None:
+            return None
+        if base.boot != self.boot:  # this start of the server may have given the same version to other bytes
+            raise BaseGoneError(f"the peer was started anew, and the base is gone. peer={self._host} key={base.key}")
+        return Base(key=base.key, version=base.version, size_bytes=base.size_bytes, ranges=call.ranges)
+
+    def _send_at_once(self, head: bytes, body: Body, proof: BodyMac, cap: RateCap | None) -> None:
+        if cap is not None:
+            self._channel.excuse(cap.take(body.size_bytes))
+        for piece in body.pieces:
+            proof.update(piece)
+        self._channel.write(head, *body.pieces)
+
+    def _read_head(self) -> bytes:
+        raw = self._channel.read_head()
+        if raw is None:
+            raise EndedError("the connection ended before an answer.")
+        self.heard = True
+        return raw
+
+    def _reply(self, raw: bytes, request: Request, call: Call) -> Reply:
+        split = split_mac(raw)
+        if split is None:
+            raise _unproven(raw, self._host)
+        if not same(split[1], mac(self._keys.answer_head, split[0])):
+            raise IntegrityError(f"an answer is not the peer's. peer={self._host} key={request.key}")
+        answer = Answer.of(parse_head(split[0]))
+        if answer.counter != request.counter and not (answer.counter == 0 and answer.status in (400, 401)):
+            raise IntegrityError(f"an answer to another request. peer={self._host} key={request.key}")
+        if answer.status < 300 and answer.epoch < request.epoch:
+            raise IntegrityError(f"an answer of an older epoch than was asked. peer={self._host} key={request.key}")
+        body = b""
+        if answer.body_bytes:
+            proof = body_mac(self._mac, self._keys.answer_body, counter=answer.counter, head_mac=split[1])
+            body = self._take_body(answer, call, proof)
+        elif call.out is not None and answer.status < 300:
+            raise IntegrityError(f"an answer without its bytes. peer={self._host} key={request.key}")
+        self.usable = answer.counter == request.counter
+        return Reply(answer, body)
+
+    def _take_body(self, answer: Answer, call: Call, proof: BodyMac) -> bytes:
+        room = len(call.out) if call.out is not None else LISTING_BYTES_MAX
+        if answer.body_bytes > room or (call.out is not None and answer.body_bytes != room):
+            raise IntegrityError(f"an answer of another length. size_bytes={answer.body_bytes} room_bytes={room}")
+        out = bytearray(answer.body_bytes) if call.out is None else call.out
+        if not self._channel.read_body(memoryview(out), proof):
+            raise IntegrityError(
+                f"bytes are not what the peer's tag proves: changed on the way, or while they were sent. peer={self._host} "
+                f"key={call.key}; read again, or another copy"
+            )
+        return b"" if call.out is not None else bytes(out)
+
+
+def _eager(body: Body) -> bool:
+    return body.size_bytes <= EAGER_BYTES_MAX and (not body.size_bytes or 0 < len(body.pieces) < PIECES_MAX)
+
+
+def _unproven(raw: bytes, peer: Endpoint | str) -> CkptError:
+    """The error for an answer without a MAC: a hint, no more."""
+    try:
+        head = parse_head(raw[:-2])
+        status, why = status_of(head), head.fields.get("ckpt-why", "-")
+    except MalformedError as error:
+        return UnavailableError(f"no ckpt peer answers here. peer={peer} cause={error}")
+    kind = StoreDeniedError if status == 401 else UnavailableError
+    return kind(
+        f"the peer refuses, and proves nothing. peer={peer} status={status} why={why!r}; compare the secret files"
+    )

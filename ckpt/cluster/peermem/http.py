@@ -1,0 +1,318 @@
+"""What is asked and answered, as values, and their one spelling as heads. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import quote, unquote_to_bytes
+
+from ckpt.backends.keys import check_key
+from ckpt.cluster.peermem.auth import NONCE_BYTES
+from ckpt.cluster.peermem.changed import RANGE_BYTES, RANGES_MAX
+from ckpt.cluster.peermem.wire import REASONS, TAG_BYTES, Head, MalformedError, number, spell_head
+from ckpt.errors import UsageError
+
+Verb = Literal["PUT", "GET", "HEAD", "LIST", "DELETE"]
+
+PROTOCOL = 1
+OBJECTS = "/o/"
+LISTING = "/l?"
+HELLO = "/hello"
+WHY_CHARS_MAX = 300
+
+_HTTP = "HTTP/1.1"
+_NONCE = re.compile(rf"[0-9a-f]{{{2 * NONCE_BYTES}}}")
+_SPAN = re.compile(r"bytes=([0-9]+)-([0-9]+)")
+_LIST = re.compile(r"/l\?prefix=([^&]*)&after=([^&]*)")
+_MACS = re.compile(r"[a-z0-9-]{1,20}(?:,[a-z0-9-]{1,20}){0,3}")
+_COMMON = ("host", "ckpt-boot", "ckpt-epoch", "ckpt-counter")
+_BASE = ("ckpt-base", "ckpt-base-version", "ckpt-size", "ckpt-ranges")
+_MILLION = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A client's first words: its nonce, and the body MACs that it can make, best first."""
+
+    nonce: str
+    macs: tuple[str, ...]
+
+    def spell(self, host: str) -> bytes:
+        """The head without its MAC."""
+        fields = {"host": host, "ckpt-protocol": str(PROTOCOL), "ckpt-nonce": self.nonce}
+        return spell_head(f"GET {HELLO} {_HTTP}", {**fields, "ckpt-body-macs": ",".join(self.macs)})
+
+    @classmethod
+    def of(cls, head: Head) -> Hello:
+        """Raises MalformedError."""
+        if head.start != ("GET", HELLO, _HTTP) or head.text("ckpt-protocol") != str(PROTOCOL):
+            raise MalformedError(f"not a hello of this version. protocol={PROTOCOL}")
+        head.only("host", "ckpt-protocol", "ckpt-nonce", "ckpt-body-macs")
+        macs = head.text("ckpt-body-macs")
+        if not _MACS.fullmatch(macs):
+            raise MalformedError("not a list of body MACs.")
+        return cls(_nonce(head, "ckpt-nonce"), tuple(macs.split(",")))
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """A server's answer to a hello."""
+
+    nonce: str
+    boot: str
+    epoch: int
+    mac: str
+
+    def spell(self) -> bytes:
+        """The head without its MAC."""
+        fields = {"content-length": "0", "ckpt-nonce": self.nonce, "ckpt-boot": self.boot}
+        return spell_head(f"{_HTTP} 200 OK", {**fields, "ckpt-epoch": str(self.epoch), "ckpt-body-mac": self.mac})
+
+    @classmethod
+    def of(cls, head: Head) -> Welcome:
+        """Raises MalformedError."""
+        if head.start[:2] != (_HTTP, "200"):
+            raise MalformedError("not a welcome.")
+        boot, mac = _nonce(head, "ckpt-boot"), head.text("ckpt-body-mac")
+        return cls(_nonce(head, "ckpt-nonce"), boot, head.number("ckpt-epoch"), mac)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What a PUT refers to: the content ``version`` of ``key``, as long as the object that is put.
+
+    The body begins with a table of ``ranges`` ranges; what they don't hold is the base's.
+    """
+
+    key: str
+    version: int
+    size_bytes: int
+    ranges: int
+
+    @property
+    def table_bytes(self) -> int:
+        """Length of the table."""
+        return self.ranges * RANGE_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One operation. ``key`` is the prefix of a LIST. ``body_bytes`` is what a PUT sends, its tag not counted: the object, or
+    with a ``base`` what changed of it; ``span`` is a GET's offset and size. ``waits``: the body is sent only when the server
+    says that it takes it.
+    """
+
+    verb: Verb
+    key: str
+    boot: str
+    epoch: int
+    counter: int
+    after: str = ""
+    body_bytes: int | None = None
+    span: tuple[int, int] | None = None
+    create_only: bool = False
+    waits: bool = False
+    base: Base | None = None
+
+    @property
+    def object_bytes(self) -> int:
+        """Length of a PUT's object."""
+        return (self.body_bytes or 0) if self.base is None else self.base.size_bytes
+
+    def spell(self, host: str) -> bytes:
+        """The head without its MAC."""
+        fields = {
+            "host": host,
+            "ckpt-boot": self.boot,
+            "ckpt-epoch": str(self.epoch),
+            "ckpt-counter": str(self.counter),
+        }
+        if self.body_bytes is not None:
+            fields["content-length"] = str(self.body_bytes + TAG_BYTES)
+        if self.span is not None:
+            fields["range"] = f"bytes={self.span[0]}-{self.span[0] + self.span[1] - 1}"
+        if self.create_only:
+            fields["if-none-match"] = "*"
+        if self.waits:
+            fields["expect"] = "100-continue"
+        if self.base is not None:
+            facts = (OBJECTS + _quoted(self.base.key), self.base.version, self.base.size_bytes, self.base.ranges)
+            fields |= {name: str(fact) for name, fact in zip(_BASE, facts, strict=True)}
+        if self.verb == "LIST":
+            return spell_head(f"GET {LISTING}prefix={_quoted(self.key)}&after={_quoted(self.after)} {_HTTP}", fields)
+        return spell_head(f"{self.verb} {OBJECTS}{_quoted(self.key)} {_HTTP}", fields)
+
+    @classmethod
+    def of(cls, head: Head) -> Request:
+        """Raises MalformedError."""
+        method, target, version = head.start
+        if version != _HTTP:
+            raise MalformedError("not HTTP/1.1.")
+        head.text("host")
+        boot, epoch, counter = _nonce(head, "ckpt-boot"), head.number("ckpt-epoch"), head.number("ckpt-counter")
+        if method == "GET" and (listing := _LIST.fullmatch(target)):
+            head.only(*_COMMON)
+            prefix, after = _unquoted(listing[1]), _unquoted(listing[2])
+            return cls(verb="LIST", key=prefix, after=after, boot=boot, epoch=epoch, counter=counter)
+        key = _key(target)
+        match method:
+            case "PUT":
+                based = _BASE if _BASE[0] in head.fields else ()
+                head.only(*_COMMON, "content-length", "if-none-match", "expect", *based)
+                size = head.number("content-length") - TAG_BYTES
+                if size < 0:
+                    raise MalformedError("a body without its tag.")
+                return cls(
+                    verb="PUT", key=key, boot=boot, epoch=epoch, counter=counter, body_bytes=size,
+                    create_only=_flag(head, "if-none-match", "*"), waits=_flag(head, "expect", "100-continue"),
+                    base=_base(head, body_bytes=size),
+                )  # fmt: skip
+            case "GET":
+                head.only(*_COMMON, "range")
+                return cls(verb="GET", key=key, boot=boot, epoch=epoch, counter=counter, span=_span(head.text("range")))
+            case "HEAD" | "DELETE":
+                head.only(*_COMMON)
+                verb: Verb = "HEAD" if method == "HEAD" else "DELETE"
+                return cls(verb=verb, key=key, boot=boot, epoch=epoch, counter=counter)
+            case _:
+                raise MalformedError("an unknown method.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a server says. ``counter`` is the request's. ``body_bytes`` are followed by a tag, where there are any."""
+
+    status: int
+    boot: str
+    epoch: int
+    counter: int
+    body_bytes: int = 0
+    size_bytes: int | None = None
+    version: int = 0
+    modified_us: int = 0
+    more: bool = False
+    why: str = ""
+
+    def spell(self) -> bytes:
+        """The head without its MAC."""
+        length = self.body_bytes + TAG_BYTES if self.body_bytes else 0
+        fields = {"content-length": str(length), "ckpt-boot": self.boot, "ckpt-epoch": str(self.epoch)}
+        fields["ckpt-counter"] = str(self.counter)
+        if self.size_bytes is not None:
+            fields["ckpt-size"] = str(self.size_bytes)
+            fields["ckpt-version"] = str(self.version)
+            fields["ckpt-modified"] = str(self.modified_us)
+        if self.more:
+            fields["ckpt-more"] = "1"
+        if self.why:
+            fields["ckpt-why"] = plain(self.why)
+        return spell_head(f"{_HTTP} {self.status} {REASONS[self.status]}", fields)
+
+    @classmethod
+    def of(cls, head: Head) -> Answer:
+        """Raises MalformedError."""
+        status = status_of(head)
+        length = head.number("content-length")
+        if 0 < length <= TAG_BYTES:
+            raise MalformedError("a body without its tag.")
+        size = head.number("ckpt-size") if "ckpt-size" in head.fields else None
+        return cls(
+            status=status, boot=_nonce(head, "ckpt-boot"), epoch=head.number("ckpt-epoch"),
+            counter=head.number("ckpt-counter"), body_bytes=max(0, length - TAG_BYTES), size_bytes=size,
+            version=head.number("ckpt-version", 0), modified_us=head.number("ckpt-modified", 0),
+            more="ckpt-more" in head.fields, why=head.fields.get("ckpt-why", ""),
+        )  # fmt: skip
+
+    @property
+    def modified_unix_s(self) -> float:
+        """When the object was put, by the server's clock."""
+        return self.modified_us / _MILLION
+
+
+CONTINUE = f"{_HTTP} 100 {REASONS[100]}\r\n\r\n".encode()
+"""The go-ahead for a body. Nobody vouches for it: who believes a false one sends bytes that are then refused."""
+
+
+def status_of(head: Head) -> int:
+    """The status of an answer's head. Raises MalformedError."""
+    if head.start[0] != _HTTP:
+        raise MalformedError("not an answer of HTTP/1.1.")
+    status = number(head.start[1], "status")
+    if status not in REASONS:
+        raise MalformedError(f"an unknown status. status={status}")
+    return status
+
+
+def refusal_unsigned(status: int, why: str) -> bytes:
+    """An answer's head for somebody with whom no keys are shared."""
+    fields = {"content-length": "0", "ckpt-why": plain(why), "connection": "close"}
+    return spell_head(f"{_HTTP} {status} {REASONS[status]}", fields)
+
+
+def plain(text: str) -> str:
+    """``text`` as it can stand in a field."""
+    kept = "".join(c if " " <= c <= "~" else "?" for c in text).strip()
+    return kept[:WHY_CHARS_MAX].strip() or "-"
+
+
+def micros(seconds: float) -> int:
+    """Whole microseconds, as times travel."""
+    return max(0, int(seconds * _MILLION))
+
+
+def _key(target: str) -> str:
+    if not target.startswith(OBJECTS):
+        raise MalformedError("an unknown path.")
+    try:
+        return check_key(_unquoted(target[len(OBJECTS) :]))
+    except UsageError as error:
+        raise MalformedError(f"not a key. why={error}") from None
+
+
+def _base(head: Head, *, body_bytes: int) -> Base | None:
+    if _BASE[0] not in head.fields:
+        return None
+    version, size, ranges = (head.number(name) for name in _BASE[1:])
+    base = Base(key=_key(head.text(_BASE[0])), version=version, size_bytes=size, ranges=ranges)
+    if ranges > RANGES_MAX:
+        raise MalformedError(f"too many ranges. count={ranges} limit={RANGES_MAX}")
+    if not 0 <= body_bytes - base.table_bytes <= size:
+        raise MalformedError("a body that is no table and a part of its object.")
+    return base
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="/")
+
+
+def _unquoted(text: str) -> str:
+    try:
+        found = unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise MalformedError("a path is not UTF-8.") from None
+    if _quoted(found) != text:
+        raise MalformedError("a path in another spelling.")
+    return found
+
+
+def _nonce(head: Head, name: str) -> str:
+    if not _NONCE.fullmatch(text := head.text(name)):
+        raise MalformedError(f"not a nonce. name={name}")
+    return text
+
+
+def _flag(head: Head, name: str, value: str) -> bool:
+    if name in head.fields and head.fields[name] != value:
+        raise MalformedError(f"an unknown value. name={name}")
+    return name in head.fields
+
+
+def _span(text: str) -> tuple[int, int]:
+    found = _SPAN.fullmatch(text)
+    if found is None:
+        raise MalformedError("not a range of bytes.")
+    first, last = number(found[1], "range"), number(found[2], "range")
+    if last < first:
+        raise MalformedError("an empty range of bytes.")
+    return first, last - first + 1

@@ -1,0 +1,254 @@
+"""A peer's memory as a store."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ckpt.backends.base import Buffer, Capabilities, Stat
+from ckpt.backends.keys import check_key, check_prefix
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.bodies import Body, Buffers, Extent, mapped
+from ckpt.cluster.peermem.changed import Range, Stored, pieces_of, ranges_problem, spell_ranges
+from ckpt.cluster.peermem.channel import EndedError
+from ckpt.cluster.peermem.client import Call, Connection, CrowdedError, Reply, nothing
+from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.pool import Pool
+from ckpt.cluster.peermem.refusals import error_of
+from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.rate_limit import RateCap
+
+READ_BYTES_BEST = 1 << 20
+"""A request costs about as much as moving a fifth of this."""
+
+CROWDED_FIRST_S, CROWDED_LAST_S = 0.02, 0.5
+"""Pauses before a peer that has no place is asked again: doubled from the first to the last."""
+
+_ENTRIES = msgspec.json.Decoder(list[tuple[str, int, int]])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientLimits:
+    """``connections_max`` at once to one peer, ``lend_s`` the wait for one of them, ``idle_s`` how long it is kept unused (less
+    than servers keep them). A peer that has no place is asked again for ``crowded_s``. Reads from ``stream_bytes_min`` on are
+    cut into up to ``streams_max`` at once.
+    """
+
+    connections_max: int = 8
+    connect_s: float = 5.0
+    lend_s: float = 60.0
+    idle_s: float = 30.0
+    crowded_s: float = 10.0
+    streams_max: int = 4
+    stream_bytes_min: int = 32 << 20
+    patience: Patience = field(default_factory=Patience)
+
+
+class PeerStore:
+    """The objects of the peer at ``endpoint``, for holders of ``secret``. Thread-safe; opens connections when they are needed.
+
+    Each request is made in the name of the ``epoch`` that is current at that moment. ``cap`` bounds what is put, and may be
+    shared with other stores. Everything is gone when the peer's server ends: ``boot`` tells one start from another.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, secret: Secret, *, epoch: Callable[[], int], cap: RateCap | None = None,
+        limits: ClientLimits | None = None,
+    ) -> None:  # fmt: skip
+        self._endpoint = endpoint
+        self._epoch = epoch
+        self._cap = cap
+        self._limits = limits = limits or ClientLimits()
+        self.boot: str | None = None
+        """Which start of the server answered last; None before any did."""
+
+        def opener() -> Connection:
+            connection = Connection.open(endpoint, secret, connect_s=limits.connect_s, patience=limits.patience)
+            self.boot = connection.boot
+            return connection
+
+        self._pool = Pool(
+            opener, connections_max=limits.connections_max, lend_s=limits.lend_s, idle_s=limits.idle_s
+        )  # fmt: skip
+
+    @property
+    def url(self) -> str:
+        """``peer://host:port``, for messages; ``peers:`` over TLS."""
+        return f"{'peer' if self._endpoint.tls is None else 'peers'}://{self._endpoint}"
+
+    def capabilities(self) -> Capabilities:
+        """See Backend. Keys are created only once among all who put into this start of the server."""
+        return Capabilities(
+            create_only=True, read_bytes_best=READ_BYTES_BEST, concurrency_best=min(4, self._limits.connections_max)
+        )
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        """See Backend; durable as long as the peer's server runs. Copies nothing.
+
+        Beside Backend's errors raises FencedError where the peer knows a newer epoch.
+        """
+        self.put_lent(key, data, nothing, create_only=create_only)
+
+    def put_lent(
+        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+    ) -> None:
+        """As ``put``, of memory that its owner may take back and change meanwhile: then ``still_lent`` raises.
+
+        It is asked when all bytes are sent and before their tag, without which the peer stores nothing.
+        """
+        self._put(key, Buffers(data), still_lent, create_only=create_only)
+
+    def put_extent(
+        self, key: str, extent: Extent, *, still_lent: Callable[[], None] = nothing, create_only: bool = False
+    ) -> None:
+        """As ``put_lent``, of a stretch of a file or memfd; the kernel sends its pages where there is no TLS."""
+        check_key(key)
+        with mapped(extent) as body:
+            self._put(key, body, still_lent, create_only=create_only)
+
+    def put_whole(self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None] = nothing) -> Stored:
+        """As ``put_lent``; says what the peer holds there now, so that it can be the base of a later put."""
+        return self._put(key, Buffers(data), still_lent)
+
+    def put_changed(
+        self, key: str, data: Sequence[Buffer], *, base: Stored, changed: Sequence[Range],
+        still_lent: Callable[[], None] = nothing,
+    ) -> Stored:  # fmt: skip
+        """As ``put_whole``, but only the ranges ``changed`` of ``data`` are sent and looked at: all else is the base's.
+
+        ``changed`` ascends without overlap, RANGES_MAX at most. The peer has both objects meanwhile, as when one is replaced,
+        and copies what is kept. Raises BaseGoneError, and nothing is stored, where the peer doesn't have ``base`` any more:
+        then put it whole. Raises UsageError for ranges that don't fit and a base of another length.
+        """
+        size_bytes = sum(memoryview(one).nbytes for one in data)
+        why = ranges_problem(changed, size_bytes=size_bytes)
+        if why is None and base.size_bytes != size_bytes:
+            why = f"a base of another length. base_bytes={base.size_bytes} size_bytes={size_bytes}"
+        if why is not None:
+            raise UsageError(f"{why} key={key}; put it whole")
+        body = Buffers([spell_ranges(changed), *pieces_of(data, changed)])
+        return self._put(key, body, still_lent, base=base, ranges=len(changed))
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        """See Backend. Receives straight into ``out``, which holds anything where this raises. Large reads go in parallel.
+
+        Raises IntegrityError also for bytes that the peer's tag doesn't prove.
+        """
+        check_key(key)
+        if offset_bytes < 0:
+            raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
+        flat = out.cast("B")
+        if not flat:
+            if self.stat(key) is None:
+                raise NotFoundError(f"no such object. key={key} store={self.url}")
+            return
+        streams = min(
+            self._limits.streams_max, self._limits.connections_max, max(1, len(flat) // self._limits.stream_bytes_min)
+        )
+        if streams == 1 or not self._read_parallel(key, flat, offset_bytes, streams):
+            self._read(key, flat, offset_bytes)
+
+    def stat(self, key: str) -> Stat | None:
+        """See Backend."""
+        check_key(key)
+        try:
+            answer = self._call(Call(verb="HEAD", key=key)).answer
+        except NotFoundError:
+            return None
+        return Stat(key, answer.size_bytes or 0, answer.modified_unix_s)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        """See Backend. A page of up to 1,000 entries a request."""
+        check_prefix(prefix)
+        more = True
+        while more:
+            reply = self._call(Call(verb="LIST", key=prefix, after=after))
+            try:
+                entries = _ENTRIES.decode(reply.body)
+            except msgspec.MsgspecError as error:
+                raise IntegrityError(f"not a listing. store={self.url} cause={error}") from error
+            for key, size_bytes, modified_us in entries:
+                yield Stat(key, size_bytes, modified_us / 1_000_000)
+            more = reply.answer.more and bool(entries)
+            after = entries[-1][0] if entries else after
+
+    def delete(self, key: str) -> None:
+        """See Backend."""
+        check_key(key)
+        self._call(Call(verb="DELETE", key=key))
+
+    def close(self) -> None:
+        """See Backend."""
+        self._pool.close()
+
+    def _put(
+        self, key: str, body: Body, still_lent: Callable[[], None], *, create_only: bool = False,
+        base: Stored | None = None, ranges: int = 0,
+    ) -> Stored:  # fmt: skip
+        check_key(key)
+        call = Call(
+            verb="PUT", key=key, body=body, still_lent=still_lent, create_only=create_only, base=base, ranges=ranges
+        )  # fmt: skip
+        answer = self._call(call).answer
+        size_bytes = body.size_bytes if base is None else base.size_bytes
+        return Stored(key=key, size_bytes=size_bytes, version=answer.version, boot=answer.boot)
+
+    def _read(self, key: str, out: memoryview, offset_bytes: int) -> tuple[str, int]:
+        """Read one range; returns which content of the key it is of."""
+        answer = self._call(Call(verb="GET", key=key, span=(offset_bytes, len(out)), out=out)).answer
+        return answer.boot, answer.version
+
+    def _read_parallel(self, key: str, out: memoryview, offset_bytes: int, streams: int) -> bool:
+        """Read in ``streams`` ranges at once; False where the object was replaced in between."""
+        size = -(-len(out) // streams)
+        with ThreadPoolExecutor(streams - 1, thread_name_prefix="ckpt-peer-read") as threads:
+            others = [
+                threads.submit(self._read, key, out[at : at + size], offset_bytes + at)
+                for at in range(size, len(out), size)
+            ]
+            contents = {self._read(key, out[:size], offset_bytes)}
+            contents |= {other.result() for other in others}
+        return len(contents) == 1
+
+    def _call(self, call: Call) -> Reply:
+        """Make one call, again and again for a while where the peer has no place for it."""
+        until_s = time.monotonic() + self._limits.crowded_s
+        pause_s = CROWDED_FIRST_S
+        while True:
+            try:
+                return self._ask(call)
+            except CrowdedError:
+                if time.monotonic() + pause_s > until_s:
+                    raise
+            time.sleep(random.uniform(0.5, 1.0) * pause_s)  # all who were turned away come again, and not all at once
+            pause_s = min(2 * pause_s, CROWDED_LAST_S)
+
+    def _ask(self, call: Call) -> Reply:
+        """Make one call, once more where it met a connection that the peer had ended while it was idle."""
+        for turn in range(2):
+            with self._pool.lend(fresh=turn > 0) as (connection, used):
+                try:
+                    reply = connection.ask(call, epoch=self._epoch(), cap=self._cap)
+                except TimeoutError as error:
+                    raise UnavailableError(
+                        f"a peer is silent or too slow. {self._about(call)} cause={error}"
+                    ) from error
+                except (OSError, EndedError) as error:
+                    if turn == 0 and used and not connection.heard:
+                        continue  # what was sent unheard is repeated: nothing but a put without create_only can have landed
+                    # Unheard: a peer ends connections that have asked nothing yet where too many come at once.
+                    kind = UnavailableError if connection.heard else CrowdedError
+                    raise kind(f"the connection broke. {self._about(call)} cause={error}") from error
+            if (refusal := error_of(reply.answer, key=call.key, url=self.url)) is not None:
+                raise refusal
+            return reply
+        raise UnavailableError(f"the peer ends every connection. {self._about(call)}")
+
+    def _about(self, call: Call) -> str:
+        return f"operation={call.verb} key={call.key} store={self.url}"

@@ -1,1 +1,0 @@
-"""The commit log: its pure fold, and the effects that read and extend it."""

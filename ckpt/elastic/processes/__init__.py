@@ -1,0 +1,1 @@
+"""Supervisor and trainer: how processes start, are watched and end."""

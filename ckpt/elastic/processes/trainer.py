@@ -1,0 +1,248 @@
+"""A trainer's side of being supervised: what a child does before it runs the user's function, and its seat.
+
+A seat travels to a spawned trainer, and to later decorated calls of any trainer, in the environment as ``CKPT_SEAT``; it counts
+only in the process that it names, so what a trainer starts itself does not take it for its own. Everything that a trainer has
+to say to its supervisor is one byte in a pipe: that costs no thread, and a signal handler may write it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import msgspec
+
+from ckpt.errors import InternalError, UsageError
+from ckpt.format.canonical import ready
+from ckpt.ipc.seating import Seating
+
+SEAT_VARIABLE = "CKPT_SEAT"
+"""Where a trainer's seat is in its environment."""
+
+OOM_SCORE = 500
+"""Added to a trainer's score, so that the kernel kills it before supervisors and keeper, who hold what it would lose."""
+
+DUMPS_READY = b"D"
+FIRST_STEP = b"S"
+READY = b"R"
+TERMINATED = b"T"
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What a prepared trainer waits for: the attempt that it becomes part of."""
+
+    attempt: int
+    port: int
+    seating: Seating | None = None
+
+
+ready(Order)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSeat:
+    """This process is the trainer of ``attempt``, whose process group meets at ``port``, without ``seating`` on loopback.
+
+    ``how`` it was started: ``fork``, ``spawn`` or ``prepared``. A prepared one has attempt 0 until ``promoted``.
+    ``report_fd`` goes to the supervisor, ``order_fd`` comes from it (-1: not a prepared one), ``stacks`` is the file for stack
+    dumps ("": none).
+    """
+
+    attempt: int
+    port: int
+    how: str
+    pid: int
+    report_fd: int
+    order_fd: int = -1
+    stacks: str = ""
+    seating: Seating | None = None
+
+    def first_step_done(self) -> None:
+        """Tell the supervisor that this trainer got past its start; it may prepare the next one now."""
+        tell(self.report_fd, FIRST_STEP)
+
+    def promoted(self) -> TrainerSeat:
+        """The seat that counts: this one where it has an attempt, else, after a wait, the one that the supervisor gives.
+
+        A prepared trainer waits here, as long as the live one is well, and ends here where its supervisor has no use for it.
+        """
+        if self.attempt:
+            return self
+        tell(self.report_fd, READY)
+        order = _wait_for_order(self.order_fd)
+        os.close(self.order_fd)
+        seat = replace(self, attempt=order.attempt, port=order.port, order_fd=-1, seating=order.seating)
+        put_into_environment(seat)
+        return seat
+
+
+ready(TrainerSeat)
+
+
+def seat_of_process() -> TrainerSeat | None:
+    """The seat that this process holds, or None where it is no trainer. A spawned trainer takes it at its first call."""
+    text = os.environ.get(SEAT_VARIABLE)
+    if not text:
+        return None
+    try:
+        seat = msgspec.json.decode(text.encode(), type=TrainerSeat)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"not a seat. {SEAT_VARIABLE}={text!r}; unset it") from error
+    if seat.pid != os.getpid():
+        return None
+    if os.get_inheritable(seat.report_fd):  # spawned, and not seated yet
+        _take(seat)
+    return seat
+
+
+def put_into_environment(seat: TrainerSeat) -> None:
+    """What the user's ``init_process_group`` reads, and the seat itself. Other variables stay as the launcher set them."""
+    os.environ.update(environment(seat))
+
+
+def environment(seat: TrainerSeat) -> dict[str, str]:
+    """The variables of a seat."""
+    held = {SEAT_VARIABLE: msgspec.json.encode(seat).decode()}
+    if not seat.attempt:
+        return held
+    return {
+        **held,
+        **_place(seat.seating),
+        "MASTER_PORT": str(seat.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # the agent's store would lead to addresses of dead attempts
+        "TORCHELASTIC_RESTART_COUNT": str(seat.attempt - 1),
+    }
+
+
+def _place(seating: Seating | None) -> dict[str, str]:
+    """Where rank 0 is and, of several nodes, which ranks are here. Of one node the launcher has said it."""
+    if seating is None:
+        return {"MASTER_ADDR": "127.0.0.1"}
+    rank = str(seating.first_rank + int(os.environ.get("LOCAL_RANK", "0")))
+    world = str(seating.world_size)
+    return {
+        "MASTER_ADDR": seating.host,
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "ROLE_RANK": rank,
+        "ROLE_WORLD_SIZE": world,
+        "GROUP_RANK": str(seating.node),
+        "GROUP_WORLD_SIZE": str(seating.nodes),
+    }
+
+
+def begin(supervisor_pid: int) -> None:
+    """First thing in a forked child: a process group of its own, and no life without its supervisor."""
+    os.setpgid(0, 0)
+    die_with_parent(supervisor_pid)
+    with contextlib.suppress(OSError):  # no /proc, or not ours to write: then the kernel chooses by size alone
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies. Ends it at once where that has happened already."""
+    if _LIBC is not None and _LIBC.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0):
+        code = ctypes.get_errno()
+        raise InternalError(f"cannot tie a trainer to its supervisor. why={os.strerror(code)}")
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def enter_forked(seat: TrainerSeat) -> TrainerSeat:
+    """Become the trainer that ``seat`` says, in a forked child whose signals are the user's again."""
+    put_into_environment(seat)
+    _take(seat)
+    return seat
+
+
+def run_again(seat: TrainerSeat, folder: str) -> NoReturn:
+    """Replace this forked child by a fresh interpreter that runs the program's command from ``folder`` on. Never returns."""
+    for fd in (seat.report_fd, seat.order_fd):
+        if fd >= 0:
+            os.set_inheritable(fd, True)
+    os.chdir(folder)
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment(seat)})
+
+
+def tell(report_fd: int, word: bytes) -> None:
+    """Say one byte to the supervisor. Where it is gone, this process is about to be."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(report_fd, word)
+
+
+class OnTerm:
+    """The SIGTERM handler of a trainer: training ends at a boundary that all ranks agree on, so only the word is passed on.
+
+    The user's own handler, where there was one before the call, is called too.
+    """
+
+    def __init__(self, report_fd: int, before: Callable[[int, FrameType | None], object] | None) -> None:
+        self._report_fd = report_fd
+        self._before = before
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM."""
+        tell(self._report_fd, TERMINATED)
+        if self._before is not None:
+            self._before(number, frame)
+
+    def restore(self) -> None:
+        """In a child of the trainer, a data loader's worker say: SIGTERM is what it was, or nobody could end it."""
+        if isinstance(signal.getsignal(signal.SIGTERM), OnTerm):
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+
+
+def _take(seat: TrainerSeat) -> None:
+    """Sit down: signals and stack dumps of this process."""
+    for fd in (seat.report_fd, seat.order_fd):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_IGN:
+        handler = OnTerm(seat.report_fd, before if callable(before) else None)
+        signal.signal(signal.SIGTERM, handler)
+        os.register_at_fork(after_in_child=handler.restore)
+    if seat.stacks and signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
+        _dump_on_signal(seat)
+
+
+def _dump_on_signal(seat: TrainerSeat) -> None:
+    """SIGUSR2 writes the stacks of all threads. Where the user has a handler for it, nobody sends it."""
+    try:
+        fd = os.open(seat.stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        faulthandler.register(
+            signal.SIGUSR2, file=fd, all_threads=True, chain=False
+        )  # by number: nothing closes it early
+    except OSError:  # the folder was cleaned away: a hang is still met, without stacks
+        return
+    tell(seat.report_fd, DUMPS_READY)
+
+
+def _wait_for_order(fd: int) -> Order:
+    text = b""
+    while not text.endswith(b"\n"):
+        piece = os.read(fd, 4096)
+        if not piece:
+            os._exit(0)
+        text += piece
+    return msgspec.json.decode(text, type=Order)
+
+
+def die_of(error: BaseException) -> NoReturn:
+    """End a child that failed before it was a trainer: tell people why, and let nothing of the parent's run."""
+    sys.excepthook(type(error), error, error.__traceback__)
+    sys.stderr.flush()
+    os._exit(1)

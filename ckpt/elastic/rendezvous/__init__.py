@@ -1,0 +1,24 @@
+"""What torchrun loads for ``--rdzv-backend=ckpt``. Every torchrun loads it, also for other backends: so it imports nothing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+
+BACKEND = "ckpt"
+
+
+def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
+    """What makes handlers, as the entry point group ``torchrun.handlers`` wants it."""
+    return create
+
+
+def create(parameters: RendezvousParameters) -> RendezvousHandler:
+    """The handler for one agent. Raises UsageError (a ValueError) where the options can't work."""
+    # Loaded here only: torch calls ``handler`` while it is itself being imported.
+    made: RendezvousHandler = importlib.import_module("ckpt.elastic.rendezvous.plugin").handler_of(parameters)
+    return made

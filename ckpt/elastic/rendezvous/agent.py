@@ -1,0 +1,393 @@
+"""One agent among those of its job: joins, stays joined, sees, and leads when nobody else does.
+
+A thread of its own does all of that, as long as the process lives and whatever happens; the agent's main thread reads what it
+saw. The agents' keys lie in a job of their own: the membership's, and below it ``said/seat/<node>`` what each does, ``closed``
+why no round will come any more, and ``rounds/`` the stores of rounds. While a keeper runs here, they lie under its lease.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from ckpt.cluster.membership import names
+from ckpt.cluster.membership import transactions as moves
+from ckpt.cluster.membership.api import Published
+from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.open import open_keyspace
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place, Scope
+from ckpt.elastic.rendezvous.decide import Publish, next_round, notice
+from ckpt.elastic.rendezvous.options import Settings
+from ckpt.elastic.rendezvous.rendezvous_lease import AgentLease
+from ckpt.elastic.rendezvous.rendezvous_words import (
+    ALONE,
+    RUNNING,
+    WAITING,
+    Look,
+    Round,
+    Seat,
+    decode_seat,
+    encode_seat,
+    round_note,
+)
+from ckpt.errors import CkptError, FencedError, InternalError, UnavailableError
+from ckpt.events import Event, Tell
+from ckpt.ipc.cluster_spec import NodesSpec
+from ckpt.keyspace.address import where_of
+from ckpt.keyspace.base import Delete, Keys, Keyspace, NoneOf, Outcome, Put, Transaction
+from ckpt.keyspace.etcd_options import EtcdOptions
+
+LOOK_S = 2.0
+"""How often an agent looks when nothing seems to happen."""
+VIEW_S = 5.0
+"""How often one that only follows reads all where nothing is said to have changed: each of N agents reads of all N."""
+RETRY_S = 0.2
+ROUND_TTL_S = 3600.0
+"""How long a round's store is kept after its last agent."""
+RENEW_S = 300.0
+JOIN_THREAD_S = 30.0
+
+CLOSED = "closed"
+SEAT = "seat"
+_READS = (*names.ALL_KEYS, names.said_by_all(SEAT), Keys(CLOSED))
+_VIEW_READS = len(names.ALL_KEYS)
+
+
+class Agent:
+    """See the module. ``start`` begins; ``leave`` ends it for good."""
+
+    def __init__(self, settings: Settings, tell: Tell) -> None:
+        host = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in socket.gethostname())
+        self.me = f"{host[:30] or 'node'}-{os.urandom(6).hex()}"
+        self.keyspace = keyspace_of(settings.meet)
+        self._settings = settings
+        self._tell = tell
+        self._keepers = keyspace_of(settings.nodes) if settings.nodes is not None else None
+        meet = settings.meet
+        self._member = KeyedMembership(self.keyspace, meet.job, ttl_s=meet.ttl_s)
+        shares = self._keepers is not None and settings.one_service
+        self._lease = AgentLease(self._keepers, self._member, self.me) if self._keepers and shares else None
+        self._changed = threading.Condition()
+        self._saying = threading.Lock()
+        self._look: Look | None = None
+        self._look_until_s = 0.0
+        """Until when it holds, unless something changes."""
+        self._seat = Seat(WAITING)
+        self._said: Seat | None = None
+        self._node = ""
+        self._joins = 0
+        self._begun = False
+        self._kept = False
+        self._enough_since_s: float | None = None
+        self._renewed_s = 0.0
+        self._lost_since_s: float | None = None
+        self._began_s = time.monotonic()
+        self._stopped = False
+        self._warned = ""
+        self.mine: Round | None = None
+        """The round whose workers run here."""
+        self.refused = ""
+        """Why this agent can't become a member: the rendezvous was closed before it came."""
+        self.trouble: CkptError | None = None
+        """What is in the way of seeing anything."""
+        self._thread: threading.Thread | None = None
+
+    # ---- the main thread's
+
+    def start(self) -> None:
+        """Begin, unless that was done."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="ckpt-rendezvous", daemon=True)
+            self._thread.start()
+
+    @property
+    def seat(self) -> Seat:
+        """What this agent does."""
+        return self._seat
+
+    def newest(self) -> Look | None:
+        """What was seen last."""
+        return self._look
+
+    @property
+    def lost_for_s(self) -> float:
+        """How long an agent of the round is missing."""
+        since_s = self._lost_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
+    def later(self, before: Look | None, timeout_s: float) -> Look | None:
+        """What was seen after ``before``; None: nothing else, for so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._look is not before or bool(self.refused), timeout_s)
+            return self._look if self._look is not before else None
+
+    def wait(self, last: int) -> None:
+        """Wait for a round after the one numbered ``last``."""
+        self.mine = None
+        self._sit(Seat(WAITING, last))
+
+    def run(self, round_: Round) -> None:
+        """Run the workers of a round; who keeps them is found out anew."""
+        self.mine = round_
+        self._kept = False
+        self._sit(Seat(RUNNING, round_.number))
+
+    def run_apart(self) -> None:
+        """Run workers that are in no round."""
+        self.mine = None
+        self._sit(Seat(ALONE, self._seat.round))
+
+    def closed(self) -> str | None:
+        """Why the rendezvous is closed, as of now; None: it isn't. Raises UnavailableError."""
+        if self._stopped and self._keepers is None:
+            return "its only agent has ended"
+        (found,) = self._ask(Transaction(reads=(Keys(CLOSED),))).found
+        return found[0].value.decode(errors="replace") if found else None
+
+    def close(self, why: str) -> None:
+        """Have no round come any more. Raises UnavailableError where nobody answers as long as that may take."""
+        until_s = time.monotonic() + self._settings.close_s
+        while True:
+            try:
+                self._ask(Transaction(then=(Put(CLOSED, why.encode()),)))
+                return
+            except UnavailableError:
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(RETRY_S)
+
+    def leave(self) -> None:
+        """End the membership. Idempotent; the agent can't be used after it."""
+        with self._changed:
+            if self._stopped:
+                return
+            self._stopped = True
+            self._changed.notify_all()
+        try:
+            self._member.leave()
+        except CkptError as error:
+            self._say("leave-failed", f"the agent's membership ends by itself: {error}")
+        finally:
+            if self._thread is not None:
+                self._thread.join(JOIN_THREAD_S)
+            if self._keepers is not None:
+                self._keepers.close()
+            else:
+                self._remove_file()
+
+    def _remove_file(self) -> None:
+        """One node alone met nobody in its file."""
+        for more in ("", "-wal", "-shm"):
+            Path(f"{self._settings.meet.where}{more}").unlink(missing_ok=True)
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        while not self._stopped:
+            try:
+                if not self._node and not self._join():
+                    self._pause(RETRY_S)
+                    continue
+                look = self._newest()
+                self._say_seat()
+                self._show(look)
+                until_s = self._lead(look)
+                self._renew()
+                until_s = min(until_s, self._share_lease(look))
+                left_s = until_s - time.monotonic()
+                if left_s <= 0 or self.keyspace.wait(_READS, look.view.revision, timeout_s=left_s):
+                    self._look_until_s = 0.0
+            except FencedError as error:
+                with suppress(FencedError):  # it left meanwhile
+                    self._lose(error)
+            except CkptError as error:
+                self._hinder(error)
+                self._pause(RETRY_S)
+            except Exception as error:  # noqa: BLE001  a thread's border
+                self._hinder(InternalError(f"the rendezvous failed. cause={error!r}"))
+                self._pause(LOOK_S)
+
+    def _join(self) -> bool:
+        """Become a member. False: not now."""
+        if not self._begun and not self._may_begin():
+            return False
+        self._joins += 1
+        node = f"{self.me}-{self._joins}"
+        settings = self._settings
+        host = socket.gethostname()
+        self._member.join(NodeInfo(node=node, host=host, slots=1, domain=settings.meet.domain, address=settings.host))
+        self._node, self._said, self._look_until_s = node, None, 0.0
+        self._say_seat()
+        return True
+
+    def _may_begin(self) -> bool:
+        """A rendezvous that was closed is open again when nobody of it is left; that is waited for, not for ever."""
+        open_again = Transaction((NoneOf(names.under(names.NODES)),), (Delete(CLOSED),), (Keys(CLOSED),))
+        (found,) = self.keyspace.transact(open_again).found
+        if not found:
+            self._begun = True
+            return True
+        patience_s = 2 * self._settings.meet.ttl_s + 2.0
+        if time.monotonic() - self._began_s > patience_s:
+            with self._changed:
+                self.refused = found[0].value.decode(errors="replace")
+                self._changed.notify_all()
+        return False
+
+    def _newest(self) -> Look:
+        """What there is to see: what was seen before where nothing is said to have changed and this agent only follows."""
+        look = self._look
+        if look is not None and self._follows(look) and time.monotonic() < self._look_until_s:
+            return look
+        look = self._read()
+        self._look_until_s = time.monotonic() + VIEW_S
+        return look
+
+    def _follows(self, look: Look) -> bool:
+        """Whether nothing here hangs on what is seen late: keepers hold the job together, and another agent leads."""
+        leader = look.view.leader
+        return look.kept and self._seat.doing != WAITING and leader is not None and leader.node != self._node
+
+    def _share_lease(self, look: Look) -> float:
+        """Live under the keeper's lease while there is one; until when that is right."""
+        now_s = time.monotonic()
+        if self._lease is None or not (look.kept or self._lease.shared):
+            return now_s + LOOK_S
+        self._lease.look(runs=self._seat.doing != WAITING)
+        return now_s + (min(LOOK_S, self._settings.meet.ttl_s / 3) if self._lease.shared else LOOK_S)
+
+    def _read(self) -> Look:
+        outcome = self.keyspace.transact(Transaction(reads=_READS))
+        job = self._settings.meet.job
+        view = moves.seen(job, Scope.ALL, Outcome(outcome.held, outcome.revision, outcome.found[:_VIEW_READS]))
+        if self._node not in view.by_node:
+            raise FencedError(f"this agent is no member any more. node={self._node}")
+        said, closed = outcome.found[_VIEW_READS:]
+        seats = {one.key.rpartition("/")[2]: seat for one in said if (seat := decode_seat(one.value)) is not None}
+        why = closed[0].value.decode(errors="replace") if closed else None
+        return Look(view, seats, kept=self._is_kept(), closed=why)
+
+    def _is_kept(self) -> bool:
+        """Whether keepers hold the job together. Once they do, they do until this agent runs another round."""
+        if self._kept or self._keepers is None:
+            return self._kept
+        reads = (names.under(names.NODES, values=False),)
+        there = bool(self._keepers.transact(Transaction(reads=reads)).found[0])
+        if self._seat.doing != WAITING:
+            self._kept = there
+        return there
+
+    def _show(self, look: Look) -> None:
+        with self._changed:
+            self._look = look
+            if not look.lost:
+                self._lost_since_s = None
+            elif self._lost_since_s is None:
+                self._lost_since_s = time.monotonic()
+            self.trouble = None
+            self._warned = ""
+            self._changed.notify_all()
+
+    def _lead(self, look: Look) -> float:
+        """Do what the leader does, if this is the one; until when nothing is to be done."""
+        now_s = time.monotonic()
+        if look.view.leader is None:
+            self._member.lead(look.view)
+            return now_s
+        if look.view.leader.node != self._node:
+            self._enough_since_s = None
+            return now_s + LOOK_S
+        rules = self._settings.rules
+        self._enough_since_s = notice(self._enough_since_s, look, rules, now_s)
+        decision = next_round(look, self._enough_since_s, rules, now_s)
+        if not isinstance(decision, Publish):
+            return min(decision.until_s, now_s + LOOK_S)
+        self._publish(look, decision.places, decision.why)
+        return now_s
+
+    def _publish(self, look: Look, places: tuple[Place, ...], why: str) -> None:
+        before, rules = look.round, self._settings.rules
+        lease = secrets.randbits(62) + 1
+        self.keyspace.grant(lease, ROUND_TTL_S)
+        record = EpochRecord(
+            job=self._settings.meet.job, number=1 if before is None else before.number + 1, places=places,
+            leader=self._node, nodes_min=min(rules.agents_min, len(places)), nodes_max=rules.agents_max,
+            note=round_note(lease),
+        )  # fmt: skip
+        if not isinstance(self._member.publish(record, look.view), Published):
+            return  # what came of it is seen
+        self._say("round", f"round {record.number}: {why}")
+        if before is not None and not look.kept:  # nobody runs it any more
+            self.keyspace.revoke(before.lease)
+
+    def _renew(self) -> None:
+        mine = self.mine
+        if mine is not None and time.monotonic() - self._renewed_s > RENEW_S:
+            self.keyspace.renew(mine.lease)
+            self._renewed_s = time.monotonic()
+
+    # ---- small parts
+
+    def _ask(self, transaction: Transaction) -> Outcome:
+        """In the main thread; also after the end of the membership, which closed what it used."""
+        if not self._stopped:
+            return self.keyspace.transact(transaction)
+        keyspace = keyspace_of(self._settings.meet)
+        try:
+            return keyspace.transact(transaction)
+        finally:
+            keyspace.close()
+
+    def _sit(self, seat: Seat) -> None:
+        self._seat = seat
+        try:
+            self._say_seat()
+        except CkptError:  # the thread says it later
+            return
+
+    def _say_seat(self) -> None:
+        with self._saying:
+            seat = self._seat
+            if self._node and seat != self._said:
+                self._member.say(SEAT, encode_seat(seat))
+                self._said = seat
+
+    def _lose(self, error: FencedError) -> None:
+        if self._stopped:
+            return
+        self._say("agent-out", f"this agent is out of its job's membership, and joins anew: {error}", alarm=True)
+        if self._node:
+            self._member.keepalive.lost(str(error))
+        self._node = ""  # others may take its place if it does not come back at once
+
+    def _hinder(self, error: CkptError) -> None:
+        self._look_until_s = 0.0
+        if self._stopped:
+            return
+        with self._changed:
+            self.trouble = error
+            self._changed.notify_all()
+        if str(error) != self._warned:
+            self._warned = str(error)
+            self._say("rendezvous-waits", f"the agents' membership can't be reached, tried again: {error}", alarm=True)
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped, seconds)
+
+    def _say(self, kind: str, text: str, *, alarm: bool = False) -> None:
+        self._tell(Event(kind, text, alarm=alarm))
+
+
+def keyspace_of(spec: NodesSpec) -> Keyspace:
+    """The keys of a job of nodes. Raises UsageError."""
+    where = where_of(spec)
+    if isinstance(where, EtcdOptions):
+        where = replace(where, call_s=min(where.call_s, spec.ttl_s / 4))
+    return open_keyspace(where, spec.job)

@@ -1,0 +1,210 @@
+"""What agents do about what they see. Pure: a look, what was noticed and the clock in; a decision and why out.
+
+A round is made of agents that wait, and only where nobody runs the one before: so whoever runs is asked first, by
+``ask_back``, to stop its workers and come. Where keepers hold the job together nobody is ever asked: lost places go to agents
+that wait, and what runs goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ckpt.cluster.membership.records import Place
+from ckpt.cluster.membership.seating import fill, in_order, seat_all
+from ckpt.elastic.rendezvous.rendezvous_words import RUNNING, WAITING, Look, Round, agent_of
+
+REJOIN_S = 1.0
+"""How long an agent whose lease ran out may take to join anew before its round counts as broken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What a job allows. ``last_call_s``: how long a first round waits for more agents than the minimum.
+
+    ``shrink_s``: how long a later one waits for as many as before. ``warm``: agents that no round needs start their workers all
+    the same. ``grow``: a job with fewer agents than it may have is started anew when one more comes.
+    """
+
+    agents_min: int
+    agents_max: int
+    last_call_s: float = 30.0
+    shrink_s: float = 5.0
+    warm: bool = False
+    grow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Make this the next round."""
+
+    places: tuple[Place, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Not now: look again when something changes, at the latest at ``until_s``."""
+
+    until_s: float
+    why: str
+
+
+def notice(enough_since_s: float | None, look: Look, rules: Rules, now_s: float) -> float | None:
+    """Since when there are enough agents for a round, by the leader's clock. Start with None."""
+    enough = not look.busy and len(look.back) + len(look.fresh) >= rules.agents_min
+    return (now_s if enough_since_s is None else enough_since_s) if enough else None
+
+
+def next_round(look: Look, enough_since_s: float | None, rules: Rules, now_s: float) -> Publish | Hold:
+    """What the leader does. ``enough_since_s`` is what ``notice`` made of the same look."""
+    if look.closed is not None:
+        return Hold(math.inf, f"the rendezvous is closed: {look.closed}")
+    if look.kept:
+        return _replace(look)
+    if look.busy:
+        return Hold(math.inf, f"agents of the round still run. agents={len(look.busy)}")
+    return _gather(look, enough_since_s, rules, now_s)
+
+
+def _replace(look: Look) -> Publish | Hold:
+    """Give the places of agents that are gone, or have come back, to agents that wait; their own first."""
+    waiting = [*look.back, *(agent_of(one.node) for one in in_order([look.live[fresh] for fresh in look.fresh]))]
+    if look.round is None or not waiting or not (look.lost or look.back):
+        return Hold(math.inf, "keepers hold the job together, and nobody is missing or nobody waits")
+    places = []
+    replaced = 0
+    for agent, place in zip(look.round.agents, _named_now(look), strict=True):
+        takes = agent if agent in waiting else waiting[0] if agent in look.lost and waiting else None
+        if takes is not None:
+            waiting.remove(takes)
+            replaced += 1
+            place = Place(look.live[takes].node, place.slots)
+        places.append(place)
+    return Publish(tuple(places), f"{replaced} agents come in the place of others, and disturb nobody")
+
+
+def _gather(look: Look, enough_since_s: float | None, rules: Rules, now_s: float) -> Publish | Hold:
+    candidates = [look.live[one] for one in (*look.back, *look.fresh)]
+    before = _named_now(look)
+    count = min(len(candidates), rules.agents_max)
+    if count < rules.agents_min:
+        return Hold(math.inf, f"too few agents. waiting={count} nodes_min={rules.agents_min}")
+    wanted = min(len(before), rules.agents_max) if look.back else rules.agents_max
+    if count < wanted:
+        patience_s = rules.shrink_s if look.back else rules.last_call_s
+        until_s = (now_s if enough_since_s is None else enough_since_s) + patience_s
+        if now_s < until_s:
+            return Hold(until_s, f"waits for more agents. waiting={count} wanted={wanted}")
+    if not look.back:
+        return Publish(seat_all(candidates, (), nodes_max=rules.agents_max), f"{count} agents begin")
+    stays = {look.live[one].node: look.live[one] for one in look.back}
+    filled, left = fill(before, stays, [look.live[one] for one in look.fresh])
+    more = in_order(left)[: max(0, rules.agents_max - len(filled))]
+    places = (*filled, *(Place(member.node, member.info.slots) for member in more))[: rules.agents_max]
+    return Publish(places, f"{len(places)} agents go on, {len(look.back)} of them from the round before")
+
+
+def _named_now(look: Look) -> tuple[Place, ...]:
+    """The round's places under the node ids that its agents have now."""
+    if look.view.epoch is None or look.round is None:
+        return ()
+    pairs = zip(look.round.agents, look.view.epoch.places, strict=True)
+    return tuple(Place(look.live[agent].node, old.slots) if agent in look.live else old for agent, old in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Seated:
+    """The agent has a place in this round."""
+
+    round: Round
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """The agent starts its workers in no round: the job's keepers give them their ranks, now or later."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """A round runs without this agent: it waits, as long as that takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A round is to come: the agent waits for it, until its time is over."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """No round will come."""
+
+    why: str
+
+
+def seat_for(look: Look, me: str, last: int, rules: Rules) -> Seated | Apart | Standby | Pending | Shut:
+    """What becomes of the agent ``me``, which waits for a round after the one numbered ``last`` (0: any)."""
+    if look.closed is not None:
+        return Shut(look.closed)
+    newest = look.round
+    placed = newest is not None and me in newest.agents and newest.number > last
+    if look.kept:
+        if placed or (rules.warm and newest is not None):
+            return Apart("the job's keepers hold it together, and nobody else is disturbed")
+        return Standby()
+    if placed and newest is not None:
+        return Seated(newest)
+    if newest is None or not look.busy or me in newest.agents:
+        return Pending(f"waiting={len(look.fresh) + len(look.back)} nodes_min={rules.agents_min}")
+    if look.lost or look.back or (rules.grow and len(newest.agents) < rules.agents_max):
+        return Pending("the round that runs is about to end")
+    return Apart("the round is complete without this agent") if rules.warm else Standby()
+
+
+def ask_back(look: Look, mine: Round | None, rules: Rules, lost_for_s: float = math.inf) -> tuple[int, str]:
+    """For an agent that runs ``mine`` (None: none): how many agents wait for it to stop its workers and come, and why.
+
+    None do where keepers hold the job together, where the rendezvous is closed, and while the round is complete and alive.
+    ``lost_for_s``: how long an agent is missing by now; who only lost its lease may join anew meanwhile.
+    """
+    newest = look.round
+    if mine is None or newest is None or look.closed is not None or look.kept:
+        return 0, "nobody is to be waited for"
+    if newest.number != mine.number:
+        return 1, f"the others are in another round. round={newest.number}"
+    if look.back:
+        return len(look.back) + len(look.fresh), f"{look.back[0]} left the round and waits for the next one"
+    if look.lost and lost_for_s < REJOIN_S:
+        return 0, f"{look.lost[0]} may join anew"
+    if look.lost and len(newest.agents) - len(look.lost) + len(look.fresh) >= rules.agents_min:
+        return max(1, len(look.fresh)), f"{look.lost[0]} is gone"
+    if rules.grow and look.fresh and len(newest.agents) < rules.agents_max:
+        return len(look.fresh), "the job may grow"
+    return 0, "the round is complete" if not look.lost else "too few agents are left for another round"
+
+
+def broken(look: Look, mine: Round) -> str:
+    """Why a round that is about to begin can't: an agent of it is gone, or has left it. Empty where it can."""
+    if look.closed is not None:
+        return f"the rendezvous was closed: {look.closed}"
+    newest = look.round
+    if newest is None or newest.number != mine.number:
+        return "another round came"
+    if look.lost:
+        return f"{look.lost[0]} is gone"
+    return f"{look.back[0]} left it" if look.back else ""
+
+
+def present(look: Look, mine: Round) -> int:
+    """How many agents of a round run it, or are about to."""
+    count = 0
+    for agent in mine.agents:
+        seat = look.seat(agent)
+        if seat is not None:
+            running = seat.doing == RUNNING and seat.round == mine.number
+            count += running or (seat.doing == WAITING and seat.round < mine.number)
+    return count

@@ -1,0 +1,260 @@
+"""The rendezvous that torchrun's agents have with each other over ckpt's membership. No agent is special: each may die.
+
+torch's agent calls ``next_rendezvous`` to start its workers, and asks ``num_nodes_waiting`` ten times a second whether it has
+to start them anew. Both are answered by pure decisions about what the agent's thread saw last.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import cast
+
+from msgspec import structs
+from torch.distributed import DistStoreError
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+)
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+from ckpt.cluster.fleet_tls import check_tls
+from ckpt.elastic.rendezvous import BACKEND
+from ckpt.elastic.rendezvous.agent import Agent
+from ckpt.elastic.rendezvous.decide import Apart, Pending, Seated, Shut, Standby, ask_back, broken, present, seat_for
+from ckpt.elastic.rendezvous.options import Settings, settings_of
+from ckpt.elastic.rendezvous.rendezvous_words import Look, Round
+from ckpt.elastic.rendezvous.store import ApartStore, RoundStore
+from ckpt.errors import CkptError, StoreDeniedError, UsageError
+from ckpt.events import Event, to_logging
+from ckpt.ipc.cluster_spec import host_towards, to_environment
+
+CONNECT_S = 60.0
+"""How long an agent that has never seen the membership tries to."""
+LOOK_S = 1.0
+KEEPERS_S = 1.0
+"""How long keepers wait for more of them than the minimum where all agents of a smaller round have come already."""
+
+NO_PORT = (
+    "none: this node is a standby and has no rank; call init_process_group in a function decorated with @ckpt.resilient, "
+    "or start the nodes with standby=wait"
+)
+"""What workers of no round find as MASTER_PORT: ``init_process_group`` refuses it, and quotes it."""
+
+
+class StandbyReleased(SystemExit):
+    """The job ended, and this agent was not needed: its process ends well.
+
+    torch has RendezvousGracefulExitError for this, and its launcher then fails on the missing result (torch 2.13).
+    """
+
+
+def handler_of(parameters: RendezvousParameters) -> Rendezvous:
+    """The handler that torchrun's options ask for. Raises UsageError, which is a ValueError."""
+    settings = settings_of(
+        parameters.run_id, parameters.endpoint, agents_min=parameters.min_nodes, agents_max=parameters.max_nodes,
+        config=parameters.config, local_addr=parameters.local_addr or "",
+    )  # fmt: skip
+    if not settings.host:
+        settings = replace(settings, host=host_towards(settings.meet.where))
+    if (
+        settings.nodes is not None
+    ):  # whether they may go without TLS is for keepers to say: undecorated programs lend nothing
+        check_tls(settings.nodes, settings.host)
+    return Rendezvous(settings)
+
+
+class Rendezvous(RendezvousHandler):
+    """See RendezvousHandler, and the module."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tell = to_logging(0)
+        self._agent = Agent(settings, self._tell)
+        self._last = 0
+        self._doomed = ""
+        self._asked = ""
+        self._timed_out = False
+        atexit.register(self._agent.leave)  # a launcher that a signal ends does not shut down
+
+    def get_backend(self) -> str:
+        """See RendezvousHandler."""
+        return BACKEND
+
+    def get_run_id(self) -> str:
+        """See RendezvousHandler."""
+        return self._settings.run_id
+
+    @property
+    def use_agent_store(self) -> bool:
+        """No: what workers tell each other is over with their round."""
+        return False
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """See RendezvousHandler. Ends the process well, by StandbyReleased, where the job ended without needing this agent."""
+        agent, settings = self._agent, self._settings
+        self._tell_keepers(settings.rules.last_call_s)
+        agent.wait(self._last)
+        agent.start()
+        began_s = time.monotonic()
+        until_s = began_s + settings.join_s
+        stood_by = False
+        why = "nothing was seen of the membership"
+        look: Look | None = None
+        while True:
+            found = agent.later(look, min(LOOK_S, max(0.0, until_s - time.monotonic())))
+            self._give_up_early(began_s)
+            if found is not None:
+                look = found
+                match seat_for(look, agent.me, self._last, settings.rules):
+                    case Seated(round_):
+                        if (info := self._meet(round_)) is not None:
+                            return info
+                        stood_by = False
+                    case Apart(text):
+                        return self._apart(text)
+                    case Standby():
+                        stood_by = True
+                        until_s = time.monotonic() + settings.join_s
+                    case Pending(why):
+                        pass
+                    case Shut(text) if stood_by:
+                        self._say("standby-released", f"the job ended without needing this node: {text}")
+                        raise StandbyReleased(0)
+                    case Shut(text):
+                        raise RendezvousClosedError(f"the rendezvous is closed: {text}")
+            if time.monotonic() > until_s:
+                self._timed_out = True
+                agent.leave()
+                raise RendezvousTimeoutError(f"no round came within {settings.join_s:g} s: {why}")
+
+    def is_closed(self) -> bool:
+        """See RendezvousHandler."""
+        with _connecting():
+            return self._agent.closed() is not None
+
+    def set_closed(self) -> None:
+        """See RendezvousHandler."""
+        with _connecting():
+            self._agent.close(f"by the agent {self._agent.me}")
+
+    def num_nodes_waiting(self) -> int:
+        """See RendezvousHandler: how many wait for this agent to stop its workers and come; ``ask_back`` says when any do."""
+        agent, look = self._agent, self._agent.newest()
+        if agent.mine is None or look is None:
+            return 0
+        if self._doomed:
+            count, why = 1, self._doomed
+        else:
+            count, why = ask_back(look, agent.mine, self._settings.rules, agent.lost_for_s)
+        if count and why != self._asked:
+            self._say("asked-back", f"the workers of this node are started anew: {why}")
+        self._asked = why if count else ""
+        return count
+
+    def shutdown(self) -> bool:
+        """See RendezvousHandler. An agent that has no place in a round leaves without closing anything for the others."""
+        try:
+            if self._closes():
+                self._agent.close(f"the agent {self._agent.me} has ended")
+            return True
+        except CkptError as error:
+            self._say("close-failed", f"the rendezvous could not be closed: {error}")
+            return False
+        finally:
+            self._agent.leave()
+
+    # ---- inside
+
+    def _closes(self) -> bool:
+        """Whether the end of this agent is the job's: where it has a place in the newest round, and did not only wait."""
+        agent, look = self._agent, self._agent.newest()
+        if agent.mine is not None:
+            return True
+        return not self._timed_out and look is not None and look.round is not None and agent.me in look.round.agents
+
+    def _give_up_early(self, began_s: float) -> None:
+        agent = self._agent
+        if agent.refused:
+            raise RendezvousClosedError(f"the rendezvous is closed: {agent.refused}")
+        trouble = agent.trouble
+        if agent.newest() is not None or trouble is None:
+            return
+        if isinstance(trouble, UsageError):
+            raise trouble
+        if isinstance(trouble, StoreDeniedError) or time.monotonic() - began_s > CONNECT_S:
+            raise RendezvousConnectionError(f"the membership can't be reached: {trouble}") from trouble
+
+    def _meet(self, round_: Round) -> RendezvousInfo | None:
+        """Begin a round together with its other agents; None: one of them is gone, so another round must come."""
+        agent = self._agent
+        self._doomed = ""
+        store = RoundStore(
+            agent.keyspace, round_, over=lambda: self._over(round_), present=lambda: self._present(round_),
+            doomed=self._doom,
+        )  # fmt: skip
+        rank = round_.agents.index(agent.me)
+        address, port = RendezvousStoreInfo.MASTER_ADDR_KEY, RendezvousStoreInfo.MASTER_PORT_KEY
+        with _connecting():
+            if rank == 0:
+                store.set(address, self._settings.host)
+                store.set(port, str(get_free_port()))  # type: ignore[no-untyped-call]
+            why = store.meet((address, port))
+        if why:
+            self._say("round-over", f"round {round_.number} ended before it began: {why}")
+            self._last = round_.number
+            agent.wait(self._last)
+            return None
+        self._last = round_.number
+        agent.run(round_)
+        rules = self._settings.rules
+        self._tell_keepers(rules.last_call_s if len(round_.agents) == rules.agents_max else KEEPERS_S)
+        info = RendezvousStoreInfo(store.get(address).decode(), int(store.get(port)))
+        return RendezvousInfo(store, rank, len(round_.agents), info)
+
+    def _apart(self, why: str) -> RendezvousInfo:
+        """Start workers that have no rank of any world: their program's keeper gives them one, or they refuse to train."""
+        self._say("apart", f"this node starts its workers without ranks: {why}")
+        self._agent.run_apart()
+        agents = max(2, self._settings.rules.agents_max)
+        info = RendezvousStoreInfo(self._settings.host, cast(int, NO_PORT))  # torch writes it as a text
+        return RendezvousInfo(ApartStore(agents), agents, agents, info)
+
+    def _tell_keepers(self, last_call_s: float) -> None:
+        """Say how keepers find each other, where workers inherit it."""
+        nodes = self._settings.nodes
+        if nodes is not None:
+            agent = self._agent.me if self._settings.one_service else ""
+            os.environ.update(to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent)))
+
+    def _over(self, round_: Round) -> str:
+        look = self._agent.newest()
+        return "" if look is None else broken(look, round_)
+
+    def _present(self, round_: Round) -> int:
+        look = self._agent.newest()
+        return len(round_.agents) if look is None else present(look, round_)
+
+    def _doom(self, why: str) -> None:
+        self._doomed = f"round {self._last} ended before it began: {why}"
+
+    def _say(self, kind: str, text: str) -> None:
+        self._tell(Event(kind, text, alarm=True))
+
+
+@contextmanager
+def _connecting() -> Iterator[None]:
+    """Around what asks the membership in the main thread: its silence is torch's RendezvousConnectionError."""
+    try:
+        yield
+    except (CkptError, DistStoreError) as error:
+        raise RendezvousConnectionError(f"the membership can't be reached: {error}") from error

@@ -1,0 +1,251 @@
+"""The stores that agents hand out ranks with and wait for each other at the end: one for each round, on no agent's machine.
+
+A round's store is a range of keys beside the agents' membership, so it lives where that does: in etcd, or in a file of one
+machine. Its keys have a lease of their own, which every agent of the round keeps alive, and are gone some time after the last.
+"""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from urllib.parse import quote
+
+from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
+
+from ckpt.cluster.membership.names import under
+from ckpt.elastic.rendezvous import rendezvous_absent as absent
+from ckpt.elastic.rendezvous.rendezvous_words import Round
+from ckpt.errors import CkptError, NotFoundError, UnavailableError
+from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Outcome, Put, Transaction, Unchanged
+
+ROUNDS = "rounds/"
+LOOK_S = 0.5
+"""How often a wait looks whether the round is over."""
+RETRY_S = 0.1
+RACES_MAX = 100
+
+
+def keys_of(number: int, lease: int) -> str:
+    """Where a round's store is."""
+    return f"{ROUNDS}{number}-{lease:x}/"
+
+
+class RoundStore(Store):
+    """A ``torch.distributed.Store`` of one round. Thread-safe.
+
+    ``over``: why the round can't begin, "" where it can. ``present``: how many agents still run it. ``doomed`` is called where
+    ranks were handed out for a round that can't come together. Raises DistStoreError where a wait takes too long, or nobody
+    answers as long.
+    """
+
+    def __init__(
+        self, keyspace: Keyspace, round_: Round, *, over: Callable[[], str], present: Callable[[], int],
+        doomed: Callable[[str], object],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._keyspace = keyspace
+        self._lease = round_.lease
+        self._root = keys_of(round_.number, round_.lease)
+        self._over = over
+        self._present = present
+        self._doomed = doomed
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Write a value, in place of the one before."""
+        put = Put(self._value(key), _bytes(value), self._lease)
+        for _ in range(RACES_MAX):
+            outcome = self._transact(Transaction((NoneOf(self._adds(key)),), (put,), (self._adds(key),)))
+            if outcome.held:
+                return
+            adds = outcome.found[0][:64]
+            when = tuple(Unchanged(one.key, one.changed) for one in adds)
+            self._transact(Transaction(when, tuple(Delete(one.key) for one in adds)))
+        raise DistStoreError(f"what stands there changed every time. key={key}")
+
+    def get(self, key: str) -> bytes:
+        """The value, waiting until there is one."""
+        value = self._awaited(key, self._until_s())
+        if value is None:
+            raise DistStoreError(f"nobody set this key in time. key={key}")
+        return value
+
+    def add(self, key: str, value: int) -> int:
+        """Add to a number, 0 at first; what it is then. Each call counts once, also where its answer was lost."""
+        mine = f"{self._adds(key).start}{secrets.token_hex(8)}"
+        reads = (Keys(self._value(key)), self._adds(key))
+        outcome = self._transact(Transaction((), (Put(mine, str(value).encode(), self._lease),), reads))
+        first, adds = outcome.found
+        place = next(one.created for one in adds if one.key == mine)
+        return _sum(first, [one for one in adds if one.created <= place])
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all of them have a value now."""
+        return all(self._read(key)[0] is not None for key in keys)
+
+    def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
+        """Wait until all of them have a value."""
+        until_s = self._until_s(timeout)
+        for key in keys:
+            if self._awaited(key, until_s) is None:
+                raise DistStoreError(f"nobody set this key in time. key={key}")
+
+    def meet(self, keys: Sequence[str]) -> str:
+        """Wait until all of them have a value. Returns why the round is over where it is before that, else nothing."""
+        for key in keys:
+            value, revision = self._read(key)
+            while value is None:
+                if why := self._over():
+                    return why
+                self._wait(revision, LOOK_S)
+                value, revision = self._read(key)
+        return ""
+
+    def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
+        """Write a value where ``expected_value`` stands, "" also where none does; what stands there then."""
+        expected, desired = _bytes(expected_value), _bytes(desired_value)
+        for _ in range(RACES_MAX):
+            (found,) = self._transact(Transaction(reads=(Keys(self._value(key)),))).found
+            there = found[0].value if found else b""
+            if there != expected:
+                return there if found else expected
+            changed = found[0].changed if found else 0
+            put = Put(self._value(key), desired, self._lease)
+            if self._transact(Transaction((Unchanged(put.key, changed),), (put,))).held:
+                return desired
+        raise DistStoreError(f"what stands there changed every time. key={key}")
+
+    def delete_key(self, key: str) -> bool:
+        """Delete a value; whether there was one."""
+        found = self._transact(Transaction(reads=(Keys(self._value(key), values=False), self._adds(key)))).found
+        there = [one.key for one in (*found[0], *found[1])]
+        for first in range(0, len(there), 64):
+            self._transact(Transaction(then=tuple(Delete(one) for one in there[first : first + 64])))
+        return bool(there)
+
+    def num_keys(self) -> int:
+        """How many keys have a value."""
+        values, adds = self._transact(
+            Transaction(reads=(under(f"{self._root}v/", values=False), under(f"{self._root}a/", values=False)))
+        ).found
+        return len({one.key.split("/")[3] for one in (*values, *adds)})
+
+    # ---- inside
+
+    def _value(self, key: str) -> str:
+        return f"{self._root}v/{quote(key, safe='')}"
+
+    def _adds(self, key: str) -> Keys:
+        return under(f"{self._root}a/{quote(key, safe='')}/")
+
+    def _until_s(self, timeout: datetime.timedelta | None = None) -> float:
+        given: datetime.timedelta = self.timeout if timeout is None else timeout  # type: ignore[attr-defined]
+        return time.monotonic() + given.total_seconds()
+
+    def _read(self, key: str) -> tuple[bytes | None, int]:
+        outcome = self._transact(Transaction(reads=(Keys(self._value(key)), self._adds(key))))
+        first, adds = outcome.found
+        if adds:
+            return str(_sum(first, adds)).encode(), outcome.revision
+        return (first[0].value if first else None), outcome.revision
+
+    def _awaited(self, key: str, until_s: float) -> bytes | None:
+        while True:
+            value, revision = self._read(key)
+            if value is None:
+                value = self._in_place(key)
+            left_s = until_s - time.monotonic()
+            if value is not None or left_s <= 0:
+                return value
+            self._wait(revision, min(LOOK_S, left_s))
+
+    def _wait(self, revision: int, timeout_s: float) -> None:
+        """Until something of any round changes: one range for all keys, since a driver keeps a watch for each range."""
+        try:
+            self._keyspace.wait((under(ROUNDS, values=False),), revision, timeout_s=timeout_s)
+        except UnavailableError:
+            time.sleep(min(RETRY_S, timeout_s))
+
+    def _in_place(self, key: str) -> bytes | None:
+        """What is to be taken for the word of agents that are gone."""
+        if absent.of_agent(key):
+            why = self._over()
+            if not why:
+                return None
+            self._doomed(why)
+            return absent.stand_in(key)
+        if key == absent.EXIT_DONE:
+            count, _ = self._read(absent.EXIT_COUNT)
+            if count is not None and int(count) >= self._present():
+                return b"1"
+        return None
+
+    def _transact(self, transaction: Transaction) -> Outcome:
+        until_s = self._until_s()
+        while True:
+            try:
+                return self._keyspace.transact(transaction)
+            except NotFoundError as error:
+                raise DistStoreError(f"the round of this store is long over. {error}") from error
+            except UnavailableError as error:
+                if time.monotonic() > until_s:
+                    raise DistStoreError(f"the store of the agents does not answer: {error}") from error
+                time.sleep(RETRY_S)
+            except CkptError as error:
+                raise DistStoreError(str(error)) from error
+
+
+class ApartStore(Store):
+    """The store of an agent that is in no round: it waits for nobody, and its workers' ranks are of no world.
+
+    ``agents``: how many a round may have.
+    """
+
+    def __init__(self, agents: int) -> None:
+        super().__init__()
+        self._agents = agents
+        self._lock = threading.Lock()
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Write a value."""
+        with self._lock:
+            self._values[key] = _bytes(value)
+
+    def get(self, key: str) -> bytes:
+        """The value; of the ranks, those beyond the end of the world. Raises DistStoreError where there is none."""
+        with self._lock:
+            if key.startswith(absent.ASSIGNED):
+                return absent.seat_apart(
+                    self._values[absent.ROLE_INFO + key.removeprefix(absent.ASSIGNED)], self._agents
+                )
+            if key not in self._values:
+                raise DistStoreError(f"nobody else writes here. key={key}")
+            return self._values[key]
+
+    def add(self, key: str, value: int) -> int:
+        """Add to a number."""
+        with self._lock:
+            total = int(self._values.get(key, b"0")) + value
+            self._values[key] = str(total).encode()
+            return total
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all of them have a value."""
+        with self._lock:
+            return all(key in self._values for key in keys)
+
+    def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
+        """Nobody else comes, so there is nobody to wait for."""
+        if wanted := [key for key in keys if key != absent.EXIT_DONE and not self.check([key])]:
+            raise DistStoreError(f"nobody else writes here. keys={wanted} timeout={timeout}")
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def _sum(first: Sequence[KeyValue], adds: Sequence[KeyValue]) -> int:
+    return (int(first[0].value) if first else 0) + sum(int(one.value) for one in adds)

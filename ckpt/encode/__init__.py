@@ -1,1 +1,0 @@
-"""Staged bytes become packs and a part: chunks, dedup, compression."""

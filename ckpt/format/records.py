@@ -1,0 +1,196 @@
+"""The records of the commit log: what each says, its canonical bytes, and the chain that ties it to the one before."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from ckpt.errors import IntegrityError, UsageError
+from ckpt.format import keys
+from ckpt.format.canonical import ready, seal, unseal
+from ckpt.format.manifest import job_ok
+from ckpt.values import SnapshotId
+
+RECORD_VERSION = 1
+RECORD_BYTES_MAX = 1 << 20
+DROPS_MAX = 10_000
+"""How many snapshots one drop record may name."""
+STORES_MAX = 99
+TAG_CHARS_MAX = 128
+
+BY_STORES = "stores"
+"""The places in the log are given out by the stores together: a record that was created on W of them has its place."""
+BY_SQLITE = "sqlite:"
+"""They are given out by one machine's own SQLite file; its id follows."""
+BY_ETCD = "etcd:"
+"""They are given out by an etcd; the id of its cluster follows."""
+
+_SEQUENCER_RE = re.compile(r"stores|sqlite:[0-9a-f]{32}|etcd:[0-9A-Za-z_.:/-]{1,128}", re.ASCII)
+_WRITE_ID_RE = re.compile(r"[0-9a-zA-Z_-]{1,64}", re.ASCII)
+
+
+class Open(msgspec.Struct, frozen=True, tag_field="kind", tag="open", rename={"resume": "from"}):
+    """A new epoch, and the pair its training resumed (None: it starts afresh). JSON calls ``resume`` "from"."""
+
+    epoch: int
+    resume: SnapshotId | None
+
+
+class Commit(msgspec.Struct, frozen=True, tag_field="kind", tag="commit"):
+    """A snapshot exists: its manifest's digest (32 hex digits) and the snapshot whose chunks it refers to."""
+
+    snapshot: SnapshotId
+    manifest_digest: str
+    base: SnapshotId | None
+
+
+class Drop(msgspec.Struct, frozen=True, tag_field="kind", tag="drop"):
+    """Snapshots that no longer exist; their bytes go later. Commits of pairs below ``floor`` count no more."""
+
+    snapshots: tuple[SnapshotId, ...]
+    floor: SnapshotId | None
+
+
+class Tag(msgspec.Struct, frozen=True, tag_field="kind", tag="tag"):
+    """A name for a snapshot, which keeps it from being dropped. A name that exists moves."""
+
+    name: str
+    snapshot: SnapshotId
+
+
+class Untag(msgspec.Struct, frozen=True, tag_field="kind", tag="untag"):
+    """A name that goes."""
+
+    name: str
+
+
+class Stores(msgspec.Struct, frozen=True, tag_field="kind", tag="stores"):
+    """The ids of the stores that hold this log, on how many of them a record must be to count, and who gives out places."""
+
+    ids: tuple[str, ...]
+    write_quorum: int
+    sequencer: str = BY_STORES
+
+
+Body = Open | Commit | Drop | Tag | Untag | Stores
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One record. ``epoch`` is its writer's, ``prev`` the digest of the record before ("" at seq 0).
+
+    ``write_id`` names the attempt, so that writing the same record twice is seen to be one. ``digest`` covers the
+    canonical bytes without itself. Make records with ``make_record``, read them with ``decode_record``.
+    """
+
+    v: int
+    job: str
+    seq: int
+    epoch: int
+    write_id: str
+    prev: str
+    body: Body
+    digest: str
+
+    def encode(self) -> bytes:
+        """The canonical bytes, as they lie at ``keys.log_key(seq)``."""
+        return _seal(self)[0]
+
+
+def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, prev: str) -> Record:
+    """A record with its digest. Raises UsageError where a field is out of range, naming it."""
+    draft = Record(v=RECORD_VERSION, job=job, seq=seq, epoch=epoch, write_id=write_id, prev=prev, body=body, digest="")
+    if why := problem(draft):
+        raise UsageError(f"not a record that can be written. {why}")
+    return msgspec.structs.replace(draft, digest=_seal(draft)[1])
+
+
+def decode_record(data: bytes) -> Record:
+    """The record in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
+    record = unseal(data, Record, what="log record", version=RECORD_VERSION, bytes_max=RECORD_BYTES_MAX)
+    if why := problem(record):
+        raise IntegrityError(f"log record contradicts itself. {why}")
+    return record
+
+
+def problem(record: Record) -> str | None:
+    """What makes a record's fields invalid whatever the log says, or None. Pure."""
+    if not job_ok(record.job):
+        return f"not a job name. job={record.job!r}"
+    if not 0 <= record.seq <= keys.SEQ_MAX:
+        return f"seq out of range. seq={record.seq}"
+    if not 0 <= record.epoch <= keys.EPOCH_MAX:
+        return f"epoch out of range. epoch={record.epoch}"
+    if not _WRITE_ID_RE.fullmatch(record.write_id):
+        return f"not a write id (1 to 64 of 0-9 a-z A-Z _ -). write_id={record.write_id[:80]!r}"
+    if record.seq == 0 and record.prev != "":
+        return "the first record has none before it"
+    if record.seq > 0 and not keys.is_digest_hex(record.prev):
+        return f"no digest of the record before. prev={record.prev[:80]!r}"
+    return _body_problem(record.body)
+
+
+def tag_ok(name: str) -> bool:
+    """Whether ``name`` can be a tag: 1 to 128 printable characters, no blank at either end."""
+    return 1 <= len(name) <= TAG_CHARS_MAX and name.isprintable() and name == name.strip()
+
+
+def _body_problem(body: Body) -> str | None:
+    match body:
+        case Open(epoch, resume):
+            if not 1 <= epoch <= keys.EPOCH_MAX:
+                return f"epoch out of range. epoch={epoch} (1..{keys.EPOCH_MAX})"
+            return _pairs_problem((resume,))
+        case Commit(snapshot, manifest_digest, base):
+            if not keys.is_digest_hex(manifest_digest):
+                return f"not a digest. manifest_digest={manifest_digest[:80]!r}"
+            return _pairs_problem((snapshot, base)) or ("refers to itself as base" if base == snapshot else None)
+        case Drop(snapshots, floor):
+            if len(snapshots) > DROPS_MAX:
+                return f"too many snapshots in one drop. snapshots={len(snapshots)} limit={DROPS_MAX}"
+            if list(snapshots) != sorted(set(snapshots)):
+                return "dropped snapshots are not in ascending order, each once"
+            if not snapshots and floor is None:
+                return "drops nothing"
+            return _pairs_problem((*snapshots, floor))
+        case Tag(name, snapshot):
+            return _pairs_problem((snapshot,)) or _tag_problem(name)
+        case Untag(name):
+            return _tag_problem(name)
+        case Stores(ids, write_quorum, sequencer):
+            return _stores_problem(ids, write_quorum, sequencer)
+
+
+def _pairs_problem(pairs: tuple[SnapshotId | None, ...]) -> str | None:
+    for pair in pairs:
+        if pair is not None and not keys.is_snapshot_id(pair):
+            return f"epoch or step out of range. epoch={pair.epoch} step={pair.step}"
+    return None
+
+
+def _tag_problem(name: str) -> str | None:
+    if not tag_ok(name):
+        return f"not a tag (1 to {TAG_CHARS_MAX} printable characters, no blank at either end). name={name[:160]!r}"
+    return None
+
+
+def sequencer_ok(name: str) -> bool:
+    """Whether ``name`` says who gives out the places of a log on several stores."""
+    return _SEQUENCER_RE.fullmatch(name) is not None
+
+
+def _stores_problem(ids: tuple[str, ...], write_quorum: int, sequencer: str) -> str | None:
+    if not 1 <= len(ids) <= STORES_MAX or len(set(ids)) != len(ids) or not all(map(keys.is_digest_hex, ids)):
+        return f"not a set of store ids. stores={len(ids)} (1..{STORES_MAX})"
+    if not len(ids) < 2 * write_quorum <= 2 * len(ids):
+        return f"write quorum must be more than half of the stores. write_quorum={write_quorum} stores={len(ids)}"
+    if not sequencer_ok(sequencer):
+        return f"not a sequencer. sequencer={sequencer[:80]!r}"
+    return None
+
+
+def _seal(record: Record) -> tuple[bytes, str]:
+    return seal(record, what="log record", bytes_max=RECORD_BYTES_MAX)
+
+
+ready(Record)

@@ -1,0 +1,1 @@
+"""Who runs: the state of a launch's attempts, their failures and hangs."""

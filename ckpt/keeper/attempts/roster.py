@@ -1,0 +1,390 @@
+"""Who trains on this node, and what to do when one of them fails. Pure: events in, a new roster and actions out.
+
+A roster is one launch of a program with supervisors. Its attempts follow each other: all ranks start, one fails, all are
+killed, all start again. Only the first failure of an attempt is judged; what comes after it is an echo.
+
+Where the job has several nodes (``shared``), attempts are epochs of their membership: a roster is told when one begins, and
+only tells why its own ranks failed. Who leads the nodes judges.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from ckpt.ipc.messages import Failing
+from ckpt.ipc.policy import Policy
+from ckpt.keeper.attempts.events import (
+    Action,
+    AskEpoch,
+    AskStop,
+    AttemptOver,
+    Cut,
+    EpochCame,
+    Event,
+    Failure,
+    GatheringOver,
+    GraceOver,
+    Hung,
+    JobEnded,
+    Joined,
+    KillAll,
+    LeaveAll,
+    LeaveOne,
+    Preempted,
+    SayEnded,
+    StartAll,
+    SupervisorLeft,
+    TrainerDied,
+    TrainerEntered,
+    TrainerFailing,
+    TrainerFinished,
+    TrainerKilled,
+    TrainerStarted,
+)
+from ckpt.keeper.attempts.verdict import Record, after_failure, cause_of, judged
+
+PREEMPTED_STATUS = 128 + signal.SIGTERM
+"""How a preempted program exits."""
+
+
+class State(enum.Enum):
+    """What a roster is doing."""
+
+    GATHERING = "gathering"
+    WAITING = "waiting"
+    RUNNING = "running"
+    KILLING = "killing"
+    OVER = "over"
+
+
+class Seat(enum.Enum):
+    """What a rank's trainer is doing."""
+
+    IDLE = "idle"
+    STARTING = "starting"
+    ALIVE = "alive"
+    DEAD = "dead"
+    ENDED = "ended"
+
+
+_WAITED = (Seat.STARTING,)
+_LIVE = (Seat.STARTING, Seat.ALIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One rank: the connection of its supervisor, and its trainer. ``finished``: that one is in the rest of its program."""
+
+    rank: int
+    peer: int
+    pid: int
+    seat: Seat = Seat.IDLE
+    trainer_pid: int = 0
+    how: str = ""
+    failing: Failing | None = None
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """One launch. ``members`` by rank; ``failures`` are those of the attempt that is being killed.
+
+    ``status``: what it was told to leave with, once it is over. ``came``: the newest epoch of several nodes, and whether it has
+    ranks for this one; ``ended``: what the nodes' leader told all to leave with, while trainers are still being killed for it.
+    """
+
+    launch: str
+    ranks: int
+    policy: Policy
+    attempt: int
+    state: State = State.GATHERING
+    members: Mapping[int, Member] = field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
+    record: Record = field(default_factory=Record)
+    preempted: bool = False
+    status: int = 0
+    shared: bool = False
+    came: EpochCame | None = None
+    ended: JobEnded | None = None
+
+    @property
+    def failure(self) -> Failure | None:
+        """The failure that is judged: one that needs no other to explain it before exceptions, else the first."""
+        return cause_of(self.failures)
+
+
+def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
+    """The roster after ``event``, and what is to be done, in order. Events of dead attempts change nothing."""
+    if roster.state is State.OVER:  # who comes too late goes at once: nobody else would tell it to
+        return roster, [LeaveOne(event.rank, roster.status)] if isinstance(event, Joined) else []
+    # While ranks gather or wait no attempt lives: the number is that of the last one, perhaps an earlier keeper's.
+    live = roster.attempt if roster.state not in (State.GATHERING, State.WAITING) else None
+    if getattr(event, "attempt", live) != live:
+        return roster, []
+    match event:
+        case Joined():
+            return _join(roster, event)
+        case TrainerStarted(rank, _, pid, how):
+            return _seat(roster, rank, of=_WAITED, seat=Seat.ALIVE, trainer_pid=pid, how=how), []
+        case TrainerFailing(rank, _, failing):
+            return _seat(roster, rank, failing=failing), []
+        case TrainerFinished(rank):
+            return _moved_on(_seat(roster, rank, finished=True)), []
+        case TrainerEntered(rank):
+            return _entered(roster, rank), []
+        case TrainerDied():
+            return _died(roster, event)
+        case Hung(rank, _, text, at_s, completed):
+            return _fail(roster, Failure(rank, "hang", text, 0, at_s), completed)
+        case TrainerKilled(rank):
+            return _gone(_seat(roster, rank, of=_LIVE, seat=Seat.DEAD))
+        case SupervisorLeft():
+            return _left(roster, event)
+        case _:
+            return _of_job(roster, event)
+
+
+def _of_job(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
+    """What concerns all ranks."""
+    match event:
+        case Preempted():
+            return _preempted(roster)
+        case GraceOver(at_s):
+            text = "preempted, and not done within the grace period"
+            return _fail(roster, Failure(-1, "preempted", text, 0, at_s), roster.record.completed)
+        case Cut(_, text, at_s, completed):
+            running = roster.state is State.RUNNING
+            return _fail(roster, Failure(-1, "cut", text, 1, at_s), completed) if running else (roster, [])
+        case EpochCame():
+            return _epoch(roster, event)
+        case JobEnded():
+            return _job_ended(roster, event)
+        case GatheringOver(text, at_s):
+            gathering = roster.state is State.GATHERING
+            return _leave(roster, Failure(-1, "missing", text, 1, at_s)) if gathering else (roster, [])
+        case _:
+            raise AssertionError(f"an event that nobody takes: {event}")
+
+
+def _preempted(roster: Roster) -> tuple[Roster, list[Action]]:
+    if roster.preempted:
+        return roster, []
+    roster = replace(roster, preempted=True)
+    if roster.state is State.WAITING:
+        return roster, [AskEpoch(Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0, final=True), -1)]
+    return roster, [AskStop()] if roster.state is State.RUNNING else []
+
+
+def _join(roster: Roster, event: Joined) -> tuple[Roster, list[Action]]:
+    ended = event.status is not None and _well(roster, event.status)
+    member = Member(event.rank, event.peer, event.pid, seat=Seat.ENDED if ended else Seat.IDLE)
+    roster = replace(roster, members={**roster.members, member.rank: member})
+    leaves: list[Action] = [LeaveOne(event.rank, event.status or 0)] if ended else []
+    if roster.state is not State.GATHERING or len(roster.members) < roster.ranks:
+        return roster, leaves
+    ends = [one.seat is Seat.ENDED for one in roster.members.values()]
+    if all(ends):
+        return replace(roster, state=State.OVER, status=event.status or 0), leaves
+    if any(ends):
+        text = "the keeper was lost after a rank had ended, and before the others did"
+        roster, actions = _leave(roster, Failure(event.rank, "died", text, 1, 0.0))
+    else:
+        roster, actions = _wait(roster, None) if roster.shared else _start(roster)
+    return roster, [*leaves, *actions]
+
+
+def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[Action]]:
+    """Nothing lives here: start at once where a newer epoch has come, else ask for one, or say that none can follow here."""
+    last = failure is not None and _is_last(roster)
+    roster = replace(roster, state=State.WAITING, failures=())
+    came = roster.came
+    if roster.preempted and failure is None:
+        failure, last = Failure(-1, "preempted", "preempted before its first epoch", 0, 0.0), True
+    if came is not None and came.number > roster.attempt and not last:
+        return _start(roster) if came.placed else (roster, [])
+    told = replace(failure, final=True) if failure is not None and last else failure
+    return roster, [AskEpoch(told, roster.record.completed)]
+
+
+def _epoch(roster: Roster, event: EpochCame) -> tuple[Roster, list[Action]]:
+    """A newer epoch ends what runs under an older one; it begins once nothing of that lives."""
+    known = (roster.came.number, roster.came.placed) if roster.came is not None else (0, False)
+    # A node that is out of the membership says so as an epoch that has no place for it; the real one may yet have one.
+    if event.number <= roster.attempt or (event.number, event.placed) <= known:
+        return roster, []
+    roster = replace(roster, came=event)
+    if roster.state is State.RUNNING:
+        return _fail(roster, Failure(-1, "elsewhere", event.text, 0, event.at_s), roster.record.completed)
+    if roster.state is State.WAITING and event.placed and not _is_last(roster):
+        return _start(roster)
+    return roster, []
+
+
+def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[Action]]:
+    roster = replace(roster, ended=event)
+    failure = Failure(-1, "elsewhere", event.text, event.status, event.at_s)
+    if roster.state in (State.RUNNING, State.KILLING):
+        return _fail(roster, failure, roster.record.completed)
+    if event.status == 0:  # it held no rank, and none is needed any more
+        return replace(roster, state=State.OVER), [LeaveAll(0, event.text, held=False)]
+    return _leave(roster, failure)
+
+
+def _well(roster: Roster, status: int) -> bool:
+    """Whether a trainer that ended so was done."""
+    return status == 0 or (roster.preempted and status == PREEMPTED_STATUS)
+
+
+def _start(roster: Roster) -> tuple[Roster, list[Action]]:
+    attempt = roster.came.number if roster.shared and roster.came is not None else roster.attempt + 1
+    members = {
+        rank: replace(one, seat=Seat.STARTING, trainer_pid=0, failing=None, finished=False)
+        for rank, one in roster.members.items()
+    }
+    started = replace(roster, attempt=attempt, state=State.RUNNING, members=members, failures=())
+    return started, [StartAll(attempt)]
+
+
+def _seat(roster: Roster, rank: int, *, of: Collection[Seat] = tuple(Seat), **changes: object) -> Roster:
+    """Change what is known of a rank's trainer, where its seat is one ``of`` those."""
+    if rank not in roster.members or roster.members[rank].seat not in of:
+        return roster
+    member = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
+    return replace(roster, members={**roster.members, rank: member})
+
+
+def _moved_on(roster: Roster) -> Roster:
+    """A decorated call is done, or another one begins: the failures before say nothing about what comes."""
+    return replace(roster, record=replace(roster.record, stuck=0))
+
+
+def _entered(roster: Roster, rank: int) -> Roster:
+    """A decorated call began. One after another takes back that its rank had finished; each attempt's first says nothing."""
+    again = rank in roster.members and roster.members[rank].finished
+    roster = _seat(roster, rank, finished=False, failing=None)
+    return _moved_on(roster) if again else roster
+
+
+def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
+    member = roster.members.get(event.rank)
+    if member is None or member.seat in (Seat.DEAD, Seat.ENDED):
+        return roster, []
+    if _well(roster, event.status):
+        roster = _seat(roster, event.rank, seat=Seat.ENDED)
+        leaves: list[Action] = [LeaveOne(event.rank, event.status)]
+        if roster.state is State.KILLING:  # it was done before the kill came: not to be started again
+            roster, actions = _gone(roster)
+            return roster, [*leaves, *actions]
+        ended = all(one.seat is Seat.ENDED for one in roster.members.values())
+        if ended and roster.shared:
+            leaves = [SayEnded(event.status), *leaves]
+        return replace(roster, state=State.OVER, status=event.status) if ended else roster, leaves
+    roster = _seat(roster, event.rank, seat=Seat.DEAD)
+    failing = member.failing
+    if event.status == -signal.SIGINT:  # somebody wants the end, whatever else went wrong
+        text = f"rank {event.rank} {status_text(event.status)}"
+        failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
+    elif failing is not None:
+        failure = Failure(
+            event.rank, "error", f"rank {event.rank} raised {failing.kind}: {failing.text}", event.status, event.at_s,
+            failing.fingerprint, failing.step, failing.final,
+        )  # fmt: skip
+    elif event.overdue:
+        text = f"rank {event.rank} was stopped, because its node had lost touch with the job's others"
+        failure = Failure(event.rank, "overdue", text, event.status, event.at_s)
+    else:
+        failure = Failure(
+            event.rank, "died", f"rank {event.rank} {status_text(event.status)}", event.status, event.at_s
+        )
+    return _fail(roster, failure, event.completed)
+
+
+def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[Action]]:
+    member = roster.members.get(event.rank)
+    if member is None or member.peer != event.peer:
+        return roster, []
+    if member.seat is Seat.ENDED and roster.state is State.GATHERING:
+        return roster, []  # it has come, and that it ended is known to those who come later
+    members = {rank: one for rank, one in roster.members.items() if rank != event.rank}
+    roster = replace(roster, members=members)
+    if member.seat is Seat.ENDED:
+        return (replace(roster, state=State.OVER) if not members else roster), []
+    text = f"the supervisor of rank {event.rank} {'left' if event.planned else 'was cut off'}"
+    return _fail(roster, Failure(event.rank, "supervisor", text, 1, event.at_s), event.completed)
+
+
+def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, list[Action]]:
+    """Note a failure; the first one has everything killed."""
+    roster = replace(roster, failures=(*roster.failures, failure))
+    if roster.state in (State.GATHERING, State.WAITING):
+        return _leave(roster, failure)
+    if roster.state is State.KILLING:
+        return _gone(roster)
+    killing = replace(roster, state=State.KILLING, record=after_failure(roster.record, completed))
+    over, actions = _gone(killing)
+    return over, [KillAll(roster.attempt, failure), *actions]
+
+
+def _gone(roster: Roster) -> tuple[Roster, list[Action]]:
+    """Once all are dead: judge, then start again or end."""
+    left = [one for one in roster.members.values() if one.seat in _LIVE]
+    failure = roster.failure
+    if roster.state is not State.KILLING or left or failure is None:
+        return roster, []
+    over = AttemptOver(roster.attempt, failure)
+    if roster.ended is not None:
+        roster, actions = _leave(roster, Failure(-1, "elsewhere", roster.ended.text, roster.ended.status, failure.at_s))
+        return roster, [over, *actions]
+    if roster.shared and failure.kind != "supervisor":
+        roster, actions = _wait(roster, failure)
+        return roster, [over, *actions]
+    roster, why = _judge(roster, failure)
+    roster, actions = _start(roster) if why is None else _leave(roster, replace(failure, text=why))
+    return roster, [over, *actions]
+
+
+def _is_last(roster: Roster) -> bool:
+    """Whether no attempt can follow on this node, whatever the attempt died of."""
+    gone = len(roster.members) < roster.ranks or any(one.seat is Seat.ENDED for one in roster.members.values())
+    return gone or roster.preempted or any(one.finished for one in roster.members.values())
+
+
+def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[Action]]:
+    if roster.preempted:
+        status = PREEMPTED_STATUS
+    elif failure.status < 0:
+        status = 128 - failure.status
+    else:
+        status = failure.status or 1
+    # The keeper lives on and the launcher starts the program at once where a supervisor was lost: no need to wait.
+    leave = LeaveAll(status, failure.text, held=failure.kind != "supervisor")
+    return replace(roster, state=State.OVER, status=status), [leave]
+
+
+def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
+    """The roster with its record brought up to date, and why there is no next attempt; None: start it."""
+    record, why = judged(roster.record, failure, roster.policy)
+    roster = replace(roster, record=record)
+    if roster.preempted or failure.kind == "supervisor" or failure.final:
+        return roster, failure.text
+    if any(one.seat is Seat.ENDED for one in roster.members.values()) or len(roster.members) < roster.ranks:
+        return roster, f"{failure.text}, after another rank had ended"
+    if any(one.finished for one in roster.members.values()):
+        return (
+            roster,
+            f"{failure.text}, after the training function had returned: the rest of a program is not run again",
+        )
+    return roster, why
+
+
+def status_text(status: int) -> str:
+    """How a process ended, in words."""
+    if status >= 0:
+        return f"exited with {status}"
+    try:
+        return f"died of {signal.Signals(-status).name}"
+    except ValueError:
+        return f"died of signal {-status}"

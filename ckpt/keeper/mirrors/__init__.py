@@ -1,0 +1,1 @@
+"""Copies of staged state in the memory of other nodes."""

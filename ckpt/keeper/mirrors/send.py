@@ -1,0 +1,231 @@
+"""Keeping what this node staged on other nodes too: the newest complete pair, over and over. Nobody waits for it."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt.backends.base import Buffer
+from ckpt.backends.replicated.loans import TakenBackError
+from ckpt.cluster.peermem.changed import BaseGoneError, Stored
+from ckpt.cluster.peermem.keys import mirror_key
+from ckpt.cluster.peermem.store import PeerStore
+from ckpt.encode_threads import start
+from ckpt.errors import CkptError, FencedError, InternalError, StoreFullError, UnavailableError
+from ckpt.events import Event, Fact, Tell
+from ckpt.keeper.mirrors.mirror_bases import Base, Bases
+from ckpt.keeper.mirrors.mirror_delta import Changed, Share, what_changed
+from ckpt.save.sealed import Sealed
+from ckpt.staging.header import INDEX_OFFSET_BYTES, Header, encode_index
+from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
+
+RETRY_S = 0.5
+"""Pause before a pair that came to no node is sent again."""
+
+CLOSE_WAIT_S = 2.0
+"""How long the end waits for what is on its way; it goes on behind, and ends with the process."""
+
+
+Own = Callable[[str, Sequence[Buffer]], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep it, by those of ``epoch``.
+
+    ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does). Of ``spare`` nodes, which are among
+    the ``peers``, none has to keep it.
+    """
+
+    snapshot: SnapshotId
+    epoch: int
+    sealed: Sequence[Sealed]
+    peers: Mapping[str, PeerStore]
+    own: Own | None = None
+    spare: frozenset[str] = frozenset()
+
+    def let_go(self) -> None:
+        """Let go of the slots."""
+        for one in self.sealed:
+            one.let_go()
+
+
+Done = Callable[[Task, frozenset[str]], object]
+"""Hears, from the thread, of each task and of the nodes to which it came whole; none where this one could not keep it."""
+
+
+class Mirror:
+    """Sends one pair at a time. What keeps a node from having them is told once, until it has one again."""
+
+    def __init__(self, *, done: Done, tell: Tell) -> None:
+        self._done = done
+        self._tell = tell
+        self._changed = threading.Condition()
+        self._task: Task | None = None
+        self._busy = False
+        self._stopped = False
+        self._told: set[tuple[str, str]] = set()
+        self._bases = Bases()
+        self.sent_bytes = 0
+        """All that was sent so far and came; not what a node had already."""
+        self._thread = threading.Thread(target=self._run, name="ckpt-mirror", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pair is on its way."""
+        with self._changed:
+            return self._busy or self._task is not None
+
+    def send(self, task: Task) -> None:
+        """Keep this pair, whose slots are let go of in any case. Only when not busy."""
+        with self._changed:
+            assert self._task is None and not self._busy, "one at a time"
+            self._task = task
+            self._changed.notify_all()
+
+    def close(self, timeout_s: float = CLOSE_WAIT_S) -> bool:
+        """End; what is on its way has ``timeout_s`` seconds to come. Whether it ended."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._task is not None or self._stopped)
+                task, self._task = self._task, None
+                self._busy = task is not None
+            if task is None:
+                return
+            came: frozenset[str] = frozenset()
+            try:
+                came = self._send(task)
+            except Exception as error:  # noqa: BLE001  a thread's border
+                self._fail("", task, InternalError(f"keeping it failed in an unforeseen way. cause={error!r}"))
+            finally:
+                task.let_go()
+                with self._changed:
+                    self._busy = False
+                self._done(task, came)
+                del task  # or it would keep the slots' memory until the next one
+
+    def _send(self, task: Task) -> frozenset[str]:
+        headers = [compact_header(one.index, one.data.nbytes) for one in task.sealed]
+        self._bases.begin(task.epoch, task.peers.keys())
+
+        def sending(node: str, peer: PeerStore) -> Callable[[], bool]:
+            return lambda: self._send_to(node, peer, task, headers)
+
+        jobs = {node: start(sending(node, peer), name="ckpt-mirror-send") for node, peer in task.peers.items()}
+        kept = self._keep_own(task, headers)
+        came = frozenset([node for node, job in jobs.items() if job.result()])
+        self._bases.retain(came)
+        return came if kept else frozenset()
+
+    def _keep_own(self, task: Task, headers: Sequence[bytes]) -> bool:
+        try:
+            for one, header in zip(task.sealed, headers, strict=True):
+                if task.own is not None:
+                    task.own(mirror_key(task.snapshot, one.index.rank), [header, one.data])
+        except CkptError as error:
+            self._fail("", task, error)
+            return False
+        with self._changed:
+            self._told = {told for told in self._told if told[0] != ""}
+        return True
+
+    def _send_to(self, node: str, peer: PeerStore, task: Task, headers: Sequence[bytes]) -> bool:
+        boot: str | None = None
+        try:
+            for one, header in zip(task.sealed, headers, strict=True):
+                if self._stopped:
+                    return False
+                stored = self._put(node, peer, one, header)
+                if boot not in (None, stored.boot):
+                    raise UnavailableError("the node's keeper was started anew meanwhile: what it had is gone.")
+                boot = stored.boot
+        except FencedError:
+            return False  # another epoch comes, which places mirrors anew
+        except CkptError as error:
+            self._fail(node, task, error)
+            return False
+        except Exception as error:  # noqa: BLE001  a thread's border: the other nodes' words count all the same
+            self._fail(node, task, InternalError(f"sending failed in an unforeseen way. cause={error!r}"))
+            return False
+        with self._changed:
+            self._told = {told for told in self._told if told[0] != node}
+        return True
+
+    def _put(self, node: str, peer: PeerStore, one: Sealed, header: bytes) -> Stored:
+        """Send a share: what changed since an earlier one that the node still has, or all."""
+        key, rank = mirror_key(one.index.snapshot, one.index.rank), one.index.rank
+        share = Share(one.index, len(header), one.data.nbytes)
+        pieces: list[Buffer] = [header, one.data]
+
+        def still_lent() -> None:
+            if not one.unchanged():
+                raise TakenBackError(f"the slot was overwritten while it was sent. key={key}; nothing was stored")
+
+        for base in self._bases.of(node, rank):
+            changed = what_changed(share, base.share)
+            if not isinstance(changed, Changed):
+                continue
+            try:
+                stored = peer.put_changed(
+                    key, pieces, base=base.stored, changed=changed.ranges, still_lent=still_lent
+                )  # fmt: skip
+            except BaseGoneError:
+                self._bases.drop(node, rank, base)
+                continue
+            self._came(node, rank, Base(stored, share, base.behind + 1), changed.size_bytes)
+            return stored
+        stored = peer.put_whole(key, pieces, still_lent)
+        self._came(node, rank, Base(stored, share, 0), share.size_bytes)
+        return stored
+
+    def _came(self, node: str, rank: int, base: Base, sent_bytes: int) -> None:
+        self._bases.add(node, rank, base)
+        with self._changed:
+            self.sent_bytes += sent_bytes
+
+    def _fail(self, node: str, task: Task, error: CkptError) -> None:
+        with self._changed:
+            if (node, error.code) in self._told or self._stopped:
+                return
+            self._told.add((node, error.code))
+        what = f"{task.snapshot} and what follows is not kept {'on another node' if node else 'here'}: {error}"
+        if node in task.spare:
+            what = (
+                f"the standby {node} does not have {task.snapshot}, and may have to fetch what it takes over: {error}"
+            )
+        elif isinstance(error, StoreFullError):
+            what += "; a lost node then costs the steps since the last durable snapshot: raise mirror_bytes"
+        facts: dict[str, Fact] = {"node": node, "step": task.snapshot.step, "code": error.code}
+        self._tell(Event("mirror-failed", what, facts, alarm=node not in task.spare))
+
+
+def compact_header(index: StagedIndex, data_bytes: int) -> bytes:
+    """A slot's header around ``index`` that is no longer than it must be: what lies between in a slot is never sent."""
+    size = INDEX_OFFSET_BYTES + len(encode_index(index))
+    header_bytes = -(-size // PAGE_BYTES) * PAGE_BYTES
+    with mmap.mmap(-1, header_bytes + data_bytes, flags=ROOM_FLAGS) as room:  # only the header's pages are ever taken
+        memory = memoryview(room)
+        try:
+            header = Header(memory, header_bytes=header_bytes)
+            header.open()
+            header.close(index)
+            return bytes(memory[:header_bytes])
+        finally:
+            del header
+            memory.release()
+
+
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # no constant of the standard library before 3.13
+ROOM_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+"""Memory that is promised to nobody: a system that counts promises would refuse a room as large as a slot."""

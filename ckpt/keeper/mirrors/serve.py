@@ -1,0 +1,208 @@
+"""What this node lends to the others: its slots, read-only, and what it keeps for them. One server, one vault."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ckpt.backends.base import Buffer, Stat
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.mesh.messages import Holding
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.keys import MIRRORS, SLOTS, mirror_of, slot_key, slot_of
+from ckpt.cluster.peermem.memory import copy_bytes
+from ckpt.cluster.peermem.peer_server import PeerServer
+from ckpt.cluster.peermem.sources import Held
+from ckpt.cluster.peermem.vault import Vault
+from ckpt.errors import IntegrityError, NotFoundError
+from ckpt.events import Tell
+from ckpt.keeper.slots import HeldSlot
+from ckpt.staging.header import Brief, generation_of, read_brief
+from ckpt.staging.memory_limit import available_bytes
+from ckpt.values import SnapshotId
+
+VAULT_SHARE = 0.5
+"""How much of the memory that is free at the start the mirrors of others may take."""
+
+VAULT_BYTES_DEFAULT = 8 << 30
+"""Where nothing says how much memory there is."""
+
+
+@dataclass(slots=True, eq=False)
+class _Lent:
+    """One slot as it is lent: a mapping of its own, which lives as long as anybody reads."""
+
+    fd: int
+    size_bytes: int
+    mapping: mmap.mmap
+    known: tuple[Brief, int] | None = None
+
+    def brief(self) -> tuple[Brief, int] | None:
+        """What it holds sealed. Looked into once a generation: each request asks, and an index may be long."""
+        memory = memoryview(self.mapping)
+        if self.known is None or generation_of(memory) != self.known[1]:
+            try:
+                self.known = read_brief(memory)
+            except IntegrityError:
+                self.known = None
+        return self.known
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class SlotsLent:
+    """A ``Source`` of this node's slots: ``slots/<pair>/<rank>`` is a slot's whole memory. Thread-safe.
+
+    The keeper's loop says which there are. A slot that is overwritten while it is sent is found by its generation, and what was
+    sent of it by its chunks' digests.
+    """
+
+    prefix = SLOTS
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lent: dict[HeldSlot, _Lent] = {}
+
+    def show(self, slots: Iterable[HeldSlot]) -> None:
+        """These are the slots of this node now."""
+        with self._lock:
+            here = set(slots)
+            for gone in self._lent.keys() - here:
+                self._lent.pop(gone).close()
+            for slot in here - self._lent.keys():
+                if (lent := _lent(slot)) is not None:
+                    self._lent[slot] = lent
+
+    @contextlib.contextmanager
+    def reading(self, key: str) -> Iterator[Held]:
+        """See Source."""
+        with self._lock:
+            found = self._find(key)
+            if found is None:
+                raise NotFoundError(f"no slot of this node holds that. key={key}")
+            lent, generation = found
+            fd, view = os.dup(lent.fd), memoryview(lent.mapping)
+        try:
+            yield Held(
+                view=view, fd=fd, offset_bytes=0, version=generation, modified_unix_s=0.0,
+                unchanged=lambda: generation_of(view) == generation,
+            )  # fmt: skip
+        finally:
+            view.release()
+            os.close(fd)
+
+    def stat(self, key: str) -> Stat | None:
+        """See Source."""
+        with self._lock:
+            found = self._find(key)
+            return None if found is None else Stat(key, found[0].size_bytes, 0.0)
+
+    def list(self) -> list[Stat]:
+        """See Source."""
+        with self._lock:
+            held = [(lent, brief[0]) for lent in self._lent.values() if (brief := lent.brief()) is not None]
+        stats = [Stat(slot_key(brief.snapshot, brief.rank), lent.size_bytes, 0.0) for lent, brief in held]
+        return sorted(stats, key=lambda one: one.key)
+
+    def _find(self, key: str) -> tuple[_Lent, int] | None:
+        wanted = slot_of(key)
+        for lent in self._lent.values() if wanted is not None else ():
+            brief = lent.brief()
+            if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
+                return lent, brief[1]
+        return None
+
+
+def _lent(slot: HeldSlot) -> _Lent | None:
+    """None where the system has no descriptor or no room left: then it is tried again, and others have mirrors."""
+    try:
+        fd = os.dup(slot.fd)
+    except OSError:
+        return None
+    try:
+        return _Lent(fd, slot.size_bytes, mmap.mmap(fd, slot.size_bytes, prot=mmap.PROT_READ))
+    except (OSError, ValueError):
+        os.close(fd)
+        return None
+
+
+class Lending:
+    """The server and what it serves."""
+
+    def __init__(self, secret: Secret, endpoint: Endpoint, *, tell: Tell, budget_bytes: int = 0) -> None:
+        left = available_bytes()
+        share = VAULT_BYTES_DEFAULT if left is None else int(left * VAULT_SHARE)
+        self.vault = Vault(budget_bytes or max(1 << 20, share))
+        self.slots = SlotsLent()
+        self._server = PeerServer(self.vault, secret, endpoint=endpoint, sources=[self.slots], tell=tell)
+        self._server.start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._server.address[1]
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """How many requests and connections were turned away, by kind."""
+        return dict(self._server.stats().refused)
+
+    def see_epoch(self, number: int) -> None:
+        """Refuse from now on whatever comes in the name of an older epoch of the membership."""
+        self._server.see_epoch(number)
+
+    def mirrored(self) -> list[Holding]:
+        """What this node keeps for others; what is damaged is nothing."""
+        found = []
+        for stat in self.vault.list(MIRRORS):
+            wanted = mirror_of(stat.key)
+            if wanted is None:
+                continue
+            with contextlib.suppress(NotFoundError, IntegrityError), self.vault.reading(stat.key) as held:
+                brief = read_brief(held.view)
+                if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
+                    found.append(
+                        Holding(
+                            snapshot=brief[0].snapshot, origin=brief[0].origin, world_size=brief[0].world_size,
+                            rank=brief[0].rank, mirror=True,
+                        )
+                    )  # fmt: skip
+        return found
+
+    def kept(self) -> list[tuple[SnapshotId, int, int]]:
+        """Of what is kept here, by its name: the pair, the rank and the bytes of each share."""
+        found = ((mirror_of(stat.key), stat.size_bytes) for stat in self.vault.list(MIRRORS))
+        return [(*of, size_bytes) for of, size_bytes in found if of is not None]
+
+    def keep(self, key: str, pieces: Sequence[Buffer]) -> None:
+        """Keep this node's own share beside its slots, which training goes on to overwrite. Raises StoreFullError."""
+        views = [memoryview(piece).cast("B") for piece in pieces]
+        with self.vault.incoming(key, sum(view.nbytes for view in views)) as room:
+            at = 0
+            for view in views:
+                copy_bytes(room.view[at : at + view.nbytes], view)
+                at += view.nbytes
+            room.publish()
+
+    def pairs(self) -> frozenset[SnapshotId]:
+        """The pairs of which something is kept here."""
+        found = (mirror_of(stat.key) for stat in self.vault.list(MIRRORS))
+        return frozenset(one[0] for one in found if one is not None)
+
+    def retain(self, pairs: frozenset[SnapshotId]) -> None:
+        """Of what is kept here only these pairs are still needed."""
+        for stat in self.vault.list(MIRRORS):
+            kept = mirror_of(stat.key)
+            if kept is not None and kept[0] not in pairs:
+                self.vault.delete(stat.key)
+
+    def close(self) -> None:
+        """End the server. What was kept for others is gone."""
+        self._server.stop()
+        self.slots.show(())
+        self.vault.retain(())

@@ -1,0 +1,1 @@
+"""This keeper among those of the job's other nodes."""

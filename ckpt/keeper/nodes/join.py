@@ -1,0 +1,160 @@
+"""How a keeper gets among the nodes of its job: membership, lines, and the judge of failures, put together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.fleet_tls import check_path, check_tls, tls_of
+from ckpt.cluster.membership.decide import Options
+from ckpt.cluster.membership.names import agent_fact
+from ckpt.cluster.membership.open import open_membership
+from ckpt.cluster.membership.records import NodeInfo
+from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh.connections import Heard, Lines
+from ckpt.cluster.node.leading import FLOOR, PEER, Verdict
+from ckpt.cluster.node.node import Node
+from ckpt.cluster.node.note import Note
+from ckpt.cluster.node.ways import Told, Ways
+from ckpt.errors import UsageError
+from ckpt.events import Event, Tell
+from ckpt.ipc.cluster_spec import NodesSpec, host_towards
+from ckpt.ipc.policy import Policy
+from ckpt.keeper.attempts.events import Failure
+from ckpt.keeper.attempts.failures import Again, End, Later, Trouble, judge
+from ckpt.keeper.attempts.verdict import Record
+from ckpt.keyspace.address import ETCD, where_of
+
+VALID_S_WANTED = 86_400.0
+"""A certificate that ends sooner is an alarm: connections that are made after its end fail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What is asked of this keeper, from the node's threads.
+
+    ``attempt``: the greatest that it knows of; ``completed``: the most steps that one of its ranks has, -1: none.
+    """
+
+    policy: Callable[[], Policy]
+    attempt: Callable[[], int]
+    completed: Callable[[], int]
+
+
+def check_spec(spec: NodesSpec) -> None:
+    """Raises UsageError where nodes could not know each other, or what they lend each other could be read by anybody."""
+    if spec.agent:
+        agent_fact(spec.agent)
+    if not spec.secret and spec.where.startswith(ETCD):
+        raise UsageError(
+            f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex digits that only you can read, "
+            "the same on all nodes"
+        )
+    host = spec.host or host_towards(spec.where)
+    check_path(spec, host)
+    check_tls(spec, host)
+
+
+def join(
+    spec: NodesSpec, secret: bytes, *, host: str, ranks: int, peer_port: int, here: Here, told: Told, tell: Tell
+) -> Node:
+    """This machine as a node with ``ranks`` ranks; it lends its memory at ``peer_port``. Waits for nothing."""
+    witnesses = _witnesses(spec)
+    tls = tls_of(spec)
+    _tell_validity(check_tls(spec, host), tell)
+
+    def lines(node: str, heard: Heard) -> Lines:
+        return Lines(secret, job=spec.job, node=node, listen=f"{host}:0", heard=heard, tell=tell, tls=tls)
+
+    def info() -> NodeInfo:
+        name = socket.gethostname()
+        return NodeInfo(
+            node=f"{_printable(name)}-{os.urandom(6).hex()}", host=name, slots=ranks, domain=spec.domain, address=host,
+            capabilities=(f"{PEER}{lent_at(host, peer_port)}", f"{FLOOR}{here.attempt()}"),
+        )  # fmt: skip
+
+    def judged(
+        note: Note, failures: Mapping[str, said.Failed], lost: Mapping[str, float], ended: AbstractSet[str],
+        heard_s: Mapping[str, float], now_s: float,
+    ) -> Verdict:  # fmt: skip
+        known = Trouble({}, lost, ended, here.completed())
+        return _judged(note, failures, known, heard_s, now_s, here.policy())
+
+    return Node(
+        open_membership(where_of(spec), spec.job, ttl_s=spec.ttl_s, witnesses_min=witnesses, acts=told.acts),
+        info,
+        Options(
+            nodes_min=spec.nodes_min, nodes_max=spec.nodes_max, last_call_s=spec.last_call_s,
+            shrink_wait_s=spec.shrink_wait_s, witnesses_min=witnesses,
+        ),
+        judge=judged, told=told, tell=tell, ways=Ways(lines, lambda: (host, free_port(host)), spec.agent),
+        grow_wait_s=spec.grow_wait_s,
+    )  # fmt: skip
+
+
+def lent_at(host: str, port: int) -> str:
+    """Where this node lends its memory, as others read it."""
+    return str(Endpoint(host, port, plaintext=True))
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on now. Whoever takes it in between makes an attempt fail, which is repeated."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _judged(
+    note: Note,
+    failures: Mapping[str, said.Failed],
+    known: Trouble,
+    heard_s: Mapping[str, float],
+    now_s: float,
+    policy: Policy,
+) -> Verdict:
+    """What ``judge`` makes of it, as the membership's leader takes it."""
+    told = {
+        node: Failure(one.rank, one.kind, one.text, one.status, heard_s[node], one.fingerprint, one.step, one.final)
+        for node, one in failures.items()
+    }
+    completed = max(known.completed, *[one.completed for one in failures.values()], -1)
+    record = Record(note.fingerprint, note.step, note.same, note.stuck, note.completed, note.overdue)
+    match judge(Trouble(told, known.lost, known.ended, completed), record, policy, now_s):
+        case Again(after, text):
+            return Verdict(_note(after, text))
+        case End(status, text):
+            return Verdict(_note(record, text, end=status))
+        case Later(until_s):
+            return Verdict(until_s=until_s)
+        case _:
+            return Verdict()
+
+
+def _note(record: Record, text: str, *, end: int | None = None) -> Note:
+    return Note(
+        why=text, fingerprint=record.fingerprint, step=record.step, same=record.same, stuck=record.stuck,
+        completed=record.completed, overdue=record.overdue, end=end,
+    )  # fmt: skip
+
+
+def _tell_validity(ends_s: float | None, tell: Tell) -> None:
+    if ends_s is not None:
+        until = datetime.fromtimestamp(ends_s, timezone.utc).isoformat()
+        text = f"nodes speak TLS; this node's certificate is valid until {until}, and is read when a launch begins"
+        tell(Event("tls", text, alarm=ends_s - time.time() < VALID_S_WANTED))
+
+
+def _witnesses(spec: NodesSpec) -> int:
+    """Of two nodes only one is left to see the other's end."""
+    return 2 if spec.nodes_max > 2 else 1
+
+
+def _printable(host: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in host)[:40] or "node"

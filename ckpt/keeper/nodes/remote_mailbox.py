@@ -1,0 +1,133 @@
+"""Rooms that are at another keeper, the one of rank 0's node; and on that node, serving those who ask. All in the loop.
+
+Each room has a name that no other ever has, so words of a dead attempt's room reach nobody. Words about a room that is not
+open yet wait for it: another node may have begun the epoch a moment earlier.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh.messages import Word
+from ckpt.keeper.mailbox import OwnRoom, ValueTo
+
+EARLY_MAX = 10_000
+"""Words that wait for rooms that are not open yet; what comes beyond is dropped, and its attempt fails in time."""
+
+RoomWord = said.Post | said.Peek | said.Count | said.Forget
+Asked = tuple[str, "ValueTo | Callable[[int], object]", bool]
+
+
+class FarRooms:
+    """The rooms of one keeper's job. ``say`` says a word to a node, and whether a line was there."""
+
+    def __init__(self, say: Callable[[str, Word], bool]) -> None:
+        self._say = say
+        self._served: dict[str, OwnRoom] = {}
+        self._early: list[tuple[str, RoomWord]] = []
+        self._calls = itertools.count(1)
+        self._asked: dict[int, Asked] = {}
+
+    def new_epoch(self, number: int, *, era: int) -> None:
+        """Rooms of other attempts and eras are gone, and so are questions to them."""
+        stay = {attempt_room(number), uploads_room(era)}
+        self._served = {name: room for name, room in self._served.items() if name in stay}
+        self._asked = {call: one for call, one in self._asked.items() if one[0] in stay}
+
+    def serve(self, name: str, room: OwnRoom) -> None:
+        """Answer others' words about a room of this keeper, those that came too early first."""
+        if self._served.get(name) is room:
+            return
+        self._served[name] = room
+        early, self._early = self._early, []
+        for node, word in early:
+            self._serve(node, word)
+
+    def ask(self, node: str, name: str, word: Callable[[int], RoomWord], answer: object, *, counts: bool) -> None:
+        """Ask the node of rank 0; ``answer`` hears of it. Without a line nobody answers, and the attempt fails in time."""
+        call = next(self._calls)
+        self._asked[call] = (name, answer, counts)  # type: ignore[assignment]
+        self._say(node, word(call))
+
+    def tell(self, node: str, word: RoomWord) -> None:
+        """Say something to the node of rank 0 that nobody answers."""
+        self._say(node, word)
+
+    def take(self, node: str, word: RoomWord | said.Said) -> None:
+        """A word about a room, or an answer."""
+        if not isinstance(word, said.Said):
+            self._serve(node, word)
+            return
+        asked = self._asked.pop(word.call, None)
+        if asked is not None:
+            asked[1](word.number if asked[2] else word.value)  # type: ignore[arg-type]
+
+    def _serve(self, node: str, word: RoomWord) -> None:
+        room = self._served.get(word.room)
+        if room is None:
+            if len(self._early) < EARLY_MAX:
+                self._early.append((node, word))
+            return
+        match word:
+            case said.Post():
+                room.post(word.key, word.value)
+            case said.Forget():
+                room.forget(word.key)
+            case said.Peek(call=call):
+
+                def value(found: bytes | None) -> None:
+                    self._say(node, said.Said(call=call, value=found))
+
+                room.peek(word.key, wait_s=word.wait_s, owner=node, answer=value)
+            case said.Count(call=call):
+
+                def number(found: int) -> None:
+                    self._say(node, said.Said(call=call, number=found))
+
+                room.count(word.key, word.amount, answer=number)
+
+
+def attempt_room(number: int) -> str:
+    """The name of an attempt's room."""
+    return f"attempt/{number}"
+
+
+def uploads_room(era: int) -> str:
+    """The name of the room in which an era's snapshots are made durable."""
+    return f"uploads/{era}"
+
+
+class FarRoom:
+    """A room that is at ``node``. See Room."""
+
+    def __init__(self, rooms: FarRooms, name: str, node: str) -> None:
+        self._rooms = rooms
+        self._name = name
+        self._node = node
+
+    def post(self, key: str, value: bytes) -> None:
+        """See Room."""
+        self._rooms.tell(self._node, said.Post(room=self._name, key=key, value=value))
+
+    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueTo) -> None:
+        """See Room. Whoever leaves is answered all the same, and hears nothing of it."""
+        del owner
+
+        def word(call: int) -> RoomWord:
+            return said.Peek(call=call, room=self._name, key=key, wait_s=wait_s)
+
+        self._rooms.ask(self._node, self._name, word, answer, counts=False)
+
+    def count(self, key: str, amount: int, *, answer: Callable[[int], object]) -> None:
+        """See Room."""
+
+        def word(call: int) -> RoomWord:
+            return said.Count(call=call, room=self._name, key=key, amount=amount)
+
+        self._rooms.ask(self._node, self._name, word, answer, counts=True)
+
+    def forget(self, key: str) -> None:
+        """See Room."""
+        self._rooms.tell(self._node, said.Forget(room=self._name, key=key))

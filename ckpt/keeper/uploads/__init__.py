@@ -1,0 +1,1 @@
+"""Making staged snapshots durable, and the epochs of the log."""

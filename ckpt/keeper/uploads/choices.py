@@ -1,0 +1,109 @@
+"""What can be restored, and how the log will look once all that this keeper gave out is written. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from ckpt.ipc.answers import Choice
+from ckpt.log.select import candidates
+from ckpt.log.state import Committed, LogState, Opened, segments, whole
+from ckpt.values import SnapshotId
+
+STAGED = "staged"
+DURABLE = "durable"
+NOT_WRITTEN = -1
+"""The ``seq`` of what is not in the log as it was read."""
+
+
+def ahead(state: LogState, opens: Sequence[Opened], commits: Sequence[SnapshotId] = ()) -> LogState:
+    """``state`` with what was given out and committed since it was read: ``opens`` and ``commits``, both in their order.
+
+    What ``state`` has already, or has passed, is left out.
+    """
+    known = {entry.snapshot for entry in state.snapshots}
+    fresh = dict.fromkeys(pair for pair in commits if pair not in known)
+    return replace(
+        state,
+        opens=(*state.opens, *(opened for opened in opens if opened.epoch > state.epoch)),
+        snapshots=(*state.snapshots, *(Committed(pair, "", None, NOT_WRITTEN, pair.epoch) for pair in fresh)),
+    )
+
+
+LINEAGE_CHARS = 16
+"""How much of an open's write id is shared by all opens that one keeper wrote for one launch; the rest is its own."""
+
+
+def lineage(origin: str) -> str:
+    """What the opens of one keeper and launch have in common."""
+    return origin[:LINEAGE_CHARS]
+
+
+def ours(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> dict[SnapshotId, str]:
+    """Those of ``staged`` (pair and origin) whose epoch is the one that ``state`` has under that number, or will have.
+
+    ``ids`` are the write ids of the log's opens. An epoch that is not in the log is still to come only where nobody else
+    opened one since its lineage's last: a launch's first open is always written before it captures anything. Without an origin
+    the number alone decides.
+    """
+    known = {opened.epoch for opened in state.opens}
+    newest = lineage(ids.get(state.epoch, ""))
+
+    def counts(pair: SnapshotId, origin: str) -> bool:
+        if not origin:
+            return True
+        return ids.get(pair.epoch) == origin if pair.epoch in known else newest == lineage(origin)
+
+    return {pair: origin for pair, origin in staged.items() if counts(pair, origin)}
+
+
+def restorable(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> tuple[SnapshotId, ...]:
+    """Those of ``staged`` that a restart may go on from, newest first: ours, and on the line of the newest epoch."""
+    counted = ours(state, ids, staged)
+    return on_line(ahead(state, assumed(state, counted)), counted)
+
+
+def on_line(state: LogState, pairs: Collection[SnapshotId]) -> tuple[SnapshotId, ...]:
+    """Those of ``pairs``, committed or not, that are on the line of the newest epoch, newest first."""
+    opens = {opened.epoch: opened for opened in state.opens}
+    last = {segment.epoch: segment.last_step for segment in segments(opens, whole(state.epoch))}
+    found = {pair for pair in pairs if pair.epoch in last and _within(pair.step, last[pair.epoch])}
+    return tuple(sorted(found, reverse=True))
+
+
+def assumed(state: LogState, staged: Collection[SnapshotId]) -> tuple[Opened, ...]:
+    """The opens that are missing in ``state`` although their captures are staged.
+
+    An earlier keeper of this job gave those epochs out and died before it wrote the records. Each is taken to go on from the
+    newest pair known below it: what a restart chooses.
+    """
+    found: tuple[Opened, ...] = ()
+    for epoch in sorted({pair.epoch for pair in staged if pair.epoch > state.epoch}):
+        before = ahead(state, found)
+        below = [*on_line(before, [pair for pair in staged if pair.epoch < epoch]), *candidates(before)]
+        found = (*found, Opened(epoch, NOT_WRITTEN, max(below, default=None)))
+    return found
+
+
+def best_first(state: LogState, staged: Collection[SnapshotId]) -> tuple[Choice, ...]:
+    """What a restore tries: pairs of the line, newest first; of one that is in both places the staged copy first."""
+    found = [Choice(pair, STAGED) for pair in on_line(state, staged)]
+    found += [Choice(pair, DURABLE) for pair in candidates(state)]
+    return tuple(sorted(found, key=lambda choice: (choice.snapshot, choice.tier == STAGED), reverse=True))
+
+
+def superseded(state: LogState, snapshot: SnapshotId) -> bool:
+    """Whether ``snapshot`` is committed, or can't be any more because its epoch has a later commit."""
+    return any(
+        entry.snapshot.epoch == snapshot.epoch and entry.snapshot.step >= snapshot.step for entry in state.snapshots
+    )
+
+
+def needless(state: LogState, snapshot: SnapshotId) -> bool:
+    """Whether to commit ``snapshot`` would help nobody: it is superseded, or the line holds a newer one."""
+    newest = state.newest()
+    return superseded(state, snapshot) or (newest is not None and newest >= snapshot)
+
+
+def _within(step: int, last_step: int | None) -> bool:
+    return last_step is None or step <= last_step

@@ -1,0 +1,301 @@
+"""One job's epochs inside its keeper: what can be restored, opening the next one, and whether another writer took over.
+
+Used by the keeper's loop alone, which it never holds up: what may wait for the store is done in threads, and comes back through
+``post``. All futures are resolved and all callbacks called by the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
+from ckpt.events import Event
+from ckpt.ipc.answers import Choice
+from ckpt.keeper.uploads.choices import STAGED
+from ckpt.keeper.uploads.log_view import LogView
+from ckpt.keeper.uploads.persisters import HandIns, error_of
+from ckpt.keeper.uploads.retry import Waits
+from ckpt.keeper.uploads.store_log import Begun, Opening, Seen, StoreLog, new_origin
+from ckpt.log.select import Chosen
+from ckpt.threads import CallQueue
+from ckpt.values import SnapshotId
+
+T = TypeVar("T")
+
+
+class Around(Protocol):
+    """What epochs need of the keeper around them."""
+
+    def post(self, call: Callable[[], object], /) -> object:
+        """Have a call made by the keeper's loop, soon; from any thread."""
+        ...
+
+    def tell(self, event: Event, /) -> None:
+        """Tell people."""
+        ...
+
+    def on_fenced(self, error: FencedError, /) -> None:
+        """Another writer opened a newer epoch; once a launch."""
+        ...
+
+    def on_moved(self) -> None:
+        """Another store, or none, stands where the launch before had its own."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """An epoch that is wanted while another is being opened."""
+
+    resume: SnapshotId | None
+    chosen: Chosen | None
+    answer: Future[int]
+
+
+class Epochs:
+    """The log as the loop knows it, and the epochs given out from it. Lives over any number of launches and attempts."""
+
+    def __init__(self, log: StoreLog, hands: HandIns, waits: Waits, around: Around, *, store: str) -> None:
+        self._log = log
+        self._hands = hands
+        self._waits = waits
+        self._around = around
+        self._store = store
+        self._thread = CallQueue("ckpt-log")
+        self.view = LogView()
+        """What is known of the log."""
+        self.fenced: FencedError | None = None
+        """Why nothing more may be written; None while this keeper is the log's writer, or may become it."""
+        self._fresh = True  # the launch has opened no epoch yet, so that another writer's isn't a rival
+        self._beginning = False
+        self._waiting: list[_Asked] = []
+        self._chosen: Chosen | None = None
+        """What the log's newest snapshot was when choices were last read there."""
+        self._under_way = 0
+        self._eras = 0
+        self._closed = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether some call to the store is on its way."""
+        return self._under_way > 0
+
+    def choices(self, staged: Mapping[SnapshotId, str]) -> Future[tuple[Choice, ...]]:
+        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold, with the origins they carry.
+
+        Answered at once where this launch opened an epoch and a staged pair is on its line, else after reading the log. Fails
+        with what keeps the log from being read; waits for the store where the slots may hold more than that would give.
+        """
+        self._log.restoring(True)
+        self._chosen = None
+        future: Future[tuple[Choice, ...]] = Future()
+        self.view.staged = dict(staged)
+        if self.fenced is not None:
+            future.set_exception(self.fenced)
+            return future
+        found = self.view.best_first(staged)
+        if not self._fresh and any(choice.tier == STAGED for choice in found):
+            future.set_result(found)
+            return future
+        self._read_choices(staged, future, self.view.stores)
+        return future
+
+    def open(self, resume: SnapshotId | None, *, newest: bool) -> Future[int]:
+        """Open the next epoch: see ``Uploads.open_epoch``."""
+        future: Future[int] = Future()
+        self._open(_Asked(resume, self._chosen if newest else None, future))
+        return future
+
+    def open_to_settle(
+        self, snapshot: SnapshotId, origin: str, then: Callable[[], object], failed: Callable[[CkptError], object]
+    ) -> None:
+        """Open an epoch that goes on from a staged pair, unless somebody else went on with the job."""
+        if self._beginning:  # trainers came back
+            failed(UnavailableError("an epoch is being opened."))
+            return
+        opening = Opening(snapshot, {snapshot: origin}, True, new_origin())
+        self._beginning = True
+
+        def begun(done: Begun) -> None:
+            self._begun(done)
+            then()
+            self._open_waiting()
+
+        def not_begun(error: CkptError) -> None:
+            failed(error)
+            self._open_waiting()
+
+        self._begin(opening, begun, not_begun)
+
+    def open_store(self, then: Callable[[], object], failed: Callable[[CkptError], object]) -> None:
+        """Open the store where it is not open yet, to write chunks and parts there; then go on."""
+        self.when_done(self._thread.submit(lambda: self._log.backend), lambda _: then(), failed)
+
+    def read_log(
+        self, epochs: frozenset[int], then: Callable[[], object], failed: Callable[[CkptError], object]
+    ) -> None:
+        """Read the log in the background, with the ids of ``epochs``; then go on."""
+        before = self.view.commits()
+
+        def have(seen: Seen) -> None:
+            if not self._fresh and seen.log_id != self.view.log_id:
+                failed(UnavailableError(f"the store is not where it was. store={self._store}"))
+                return
+            self._see_store(seen.log_id)
+            if self.view.see(seen, before) and not self._fresh:
+                self.fence(self.view.fenced())
+            if self.fenced is not None:
+                failed(self.fenced)
+            else:
+                then()
+
+        self.when_done(self._thread.submit(lambda: self._log.read(epochs)), have, failed)
+
+    def when_done(self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]) -> None:
+        """When ``call`` is done in its thread, go on in the loop."""
+        self._under_way += 1
+        era = self._eras
+
+        def done() -> None:
+            self._under_way -= 1
+            error = UnavailableError("the keeper ends.") if self._closed else error_of(call)
+            if error is None:
+                then(call.result())
+                return
+            if isinstance(error, FencedError) and era == self._eras:
+                self.fence(error)
+            failed(error)
+
+        call.add_done_callback(lambda _: self._around.post(done))
+
+    def fence(self, error: FencedError) -> None:
+        """Another writer opened a newer epoch: write nothing more. Nothing before this launch opened one of its own."""
+        if self.fenced is None and not self._fresh:
+            self.fenced = error
+            self._around.on_fenced(error)
+
+    def new_launch(self) -> None:
+        """The program was started anew: neither who went on with the job in between nor another store is a rival now."""
+        self._fresh, self.fenced, self._chosen = True, None, None
+        self._log.look_again()
+
+    def new_era(self, *, root: bool) -> None:
+        """Other nodes, or places, than before: see ``Uploads.new_era``. What is asked for, and not opened yet, fails."""
+        self._eras += 1
+        for kind in ("choices-wait", "open-waits"):
+            self._waits.over(kind)
+        waiting, self._waiting, self._beginning = self._waiting, [], False
+        gone = UnavailableError("the job's nodes are others now; the attempt that asked is over.")
+        for asked in waiting:
+            asked.answer.set_exception(gone)
+        self.new_launch()
+        if not root:
+            self.view.staged = {}
+
+    def stop(self) -> None:
+        """What is on its way fails from now on."""
+        self._closed = True
+
+    def close(self, timeout_s: float) -> bool:
+        """End the thread; whether it ended by then."""
+        return self._thread.close(cancel=True, timeout_s=timeout_s)
+
+    def _read_choices(self, staged: Mapping[SnapshotId, str], future: Future[tuple[Choice, ...]], stores: int) -> None:
+        def have() -> None:
+            self._waits.worked("choices-wait")
+            self._chosen = Chosen(self.view.state.newest())
+            future.set_result(self.view.best_first(staged if stores == self.view.stores else {}))
+
+        def failed(error: CkptError) -> None:
+            if not (staged and self._fresh and error.retry) or self._closed:
+                future.set_exception(error)
+                return
+            what = "slots hold snapshots, but the log that says which of them count can't be read; waiting"
+            self._waits.later("choices-wait", what, error, lambda: self._read_choices(staged, future, stores))
+
+        self.read_log(frozenset(pair.epoch for pair in staged), have, failed)
+
+    def _open(self, asked: _Asked) -> None:
+        if self.fenced is not None:
+            asked.answer.set_exception(self.fenced)
+        elif self._beginning:
+            self._waiting.append(asked)
+        elif not self._fresh:
+            self._give_out(asked)
+        else:
+            self._beginning = True
+            self._open_first(Opening(asked.resume, self.view.staged, False, new_origin(), asked.chosen), asked.answer)
+
+    def _open_first(self, opening: Opening, future: Future[int]) -> None:
+        era = self._eras
+
+        def begun(done: Begun) -> None:
+            if era != self._eras:
+                not_begun(UnavailableError("the job's nodes are others now; the attempt that asked is over."))
+                return
+            self._waits.worked("open-waits")
+            self._begun(done)
+            future.set_result(self.view.epoch)
+            self._open_waiting()
+
+        def not_begun(error: CkptError) -> None:
+            if era != self._eras:
+                future.set_exception(error)
+                return
+            if opening.staged and error.retry and not self._closed:
+                what = "slots hold snapshots, but no epoch can be opened to go on; waiting"
+                self._waits.later("open-waits", what, error, lambda: self._open_first(opening, future))
+                return
+            future.set_exception(error)
+            self._open_waiting()
+
+        self._begin(opening, begun, not_begun)
+
+    def _begin(self, opening: Opening, begun: Callable[[Begun], object], failed: Callable[[CkptError], object]) -> None:
+        # What an earlier launch left in flight is committed first: the new epoch would make those commits void.
+        do = self._hands.call if self._hands else self._thread.submit
+        self.when_done(do(lambda: self._log.begin(opening)), begun, failed)
+
+    def _begun(self, begun: Begun) -> None:
+        self._see_store(begun.seen.log_id)
+        self._fresh = False
+        self.view.begin(begun)
+        if not self._hands:
+            self._hands.start(self._log)
+        self._around.tell(Event("epoch", f"epoch {self.view.epoch} is open", {"epoch": self.view.epoch}))
+
+    def _see_store(self, log_id: str) -> None:
+        """Start afresh where another store, or none, stands where the last launch's did."""
+        if not self.view.moved(log_id):
+            return
+        self._around.on_moved()
+        what = "another one now" if log_id else "gone"
+        text = (
+            f"the store is {what}: what was staged for it is given up, and the job starts afresh. store={self._store}"
+        )
+        self._around.tell(Event("store-changed", text, {"log_id": log_id}, alarm=True))
+
+    def _open_waiting(self) -> None:
+        self._beginning = False
+        waiting, self._waiting = self._waiting, []
+        for asked in waiting:
+            self._open(asked)
+
+    def _give_out(self, asked: _Asked) -> None:
+        try:
+            given = self.view.give_out(asked.resume)
+        except UsageError as error:
+            asked.answer.set_exception(error)
+            return
+        recorded = self._hands.call(lambda: self._log.record(given))
+        facts = {"epoch": given.epoch}
+        tell = self._around.tell
+        self.when_done(
+            recorded,
+            lambda _: tell(Event("epoch", f"epoch {given.epoch} is open", facts)),
+            lambda error: tell(Event("open-failed", f"epoch {given.epoch} is not open: {error}", facts, alarm=True)),
+        )
+        asked.answer.set_result(given.epoch)

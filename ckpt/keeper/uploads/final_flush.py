@@ -1,0 +1,168 @@
+"""Making a staged pair durable that nobody waits for: its trainers are gone. Repeated while the store doesn't take it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt.errors import CkptError, ConflictError, FencedError, NotFoundError, UnavailableError
+from ckpt.events import Event, Tell
+from ckpt.keeper.uploads.epochs import Epochs
+from ckpt.keeper.uploads.persisters import HandIns
+from ckpt.keeper.uploads.retry import Waits
+from ckpt.keeper.uploads.submissions import Turn, Turns
+from ckpt.save.sealed import Sealed
+from ckpt.save.shares import shares_problem
+from ckpt.values import SnapshotId
+
+SealedOf = Callable[[int, SnapshotId], Sealed | None]
+"""The slot of a rank that holds a pair, held for an upload; None where there is none."""
+
+
+KIND = "settle-waits"
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    pairs: deque[SnapshotId]
+    sealed_of: SealedOf
+    turn: Turn | None = None
+
+
+class Settler:
+    """At most one job at a time: the newest of some pairs that can be saved. The last one asked for counts."""
+
+    def __init__(
+        self, epochs: Epochs, hand_ins: HandIns, turns: Turns, waits: Waits, *, ranks: int, tell: Tell
+    ) -> None:
+        self._epochs = epochs
+        self._view = epochs.view
+        self._hand_ins = hand_ins
+        self._turns = turns
+        self._waits = waits
+        self._ranks = ranks
+        self._tell = tell
+        self._task: _Task | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pair is still to be settled."""
+        return self._task is not None
+
+    @property
+    def wanted(self) -> SnapshotId | None:
+        """The pair that is to be settled, or None."""
+        return self._task.pairs[0] if self._task is not None else None
+
+    def start(self, pairs: Sequence[SnapshotId], sealed_of: SealedOf) -> None:
+        """Settle the newest of ``pairs`` that can be; no second try beside one in flight."""
+        self.stop()
+        if not pairs or self._view.needless(max(pairs)):
+            return
+        self._task = task = _Task(deque(sorted(pairs, reverse=True)), sealed_of, turn=self._turns.find(max(pairs)))
+        if task.turn is None:
+            self._look(task)
+
+    def stop(self) -> None:
+        """Settle nothing any more; what is in flight goes on."""
+        self._task = None
+        self._waits.over(KIND)
+
+    def turn_settled(self, turn: Turn) -> None:
+        """All ranks are done with ``turn``."""
+        task = self._task
+        if task is None or task.turn is not turn:
+            return
+        task.turn = None
+        if turn.error is None:
+            self.stop()
+        elif turn.error.retry:
+            self._later(task, turn.error)
+        elif isinstance(turn.error, FencedError):
+            self._give_up(task, turn.error)
+        else:
+            self._next(task, turn.error)
+
+    def _look(self, task: _Task) -> None:
+        """The log decides: what an unanswered commit left there is durable."""
+        if task is self._task:
+            epochs = frozenset(pair.epoch for pair in task.pairs)
+            self._epochs.read_log(epochs, lambda: self._try(task), lambda error: self._later(task, error))
+
+    def _try(self, task: _Task) -> None:
+        if task is not self._task:
+            return
+        pair = task.pairs[0]
+        if self._view.needless(pair):
+            self.stop()
+            return
+        task.turn = self._turns.find(pair)
+        if task.turn is not None:
+            return
+        if not self._turns.level:  # trainers came back and are in the middle of handing something in
+            self._later(task, None)
+            return
+        sealed = {rank: found for rank in range(self._ranks) if (found := task.sealed_of(rank, pair))}
+        why = unfit(Turn(0, pair), sealed, self._ranks)
+        if why is None and not self._view.restorable(pair, sealed[0].index.origin):
+            why = ConflictError(
+                f"what is staged is not on the job's line, or another writer opened a newer epoch. snapshot={pair}"
+            )
+        if why is None and self._hand_ins:
+            task.turn = self._hand_ins.submit_again(sealed)
+            return
+        origin = sealed[0].index.origin if why is None else ""
+        for one in sealed.values():
+            one.let_go()
+        if why is not None:
+            self._next(task, why)
+            return
+        self._epochs.open_to_settle(
+            pair, origin, lambda: self._look(task), lambda error: self._not_opened(task, error)
+        )  # fmt: skip
+
+    def _not_opened(self, task: _Task, error: CkptError) -> None:
+        if isinstance(error, ConflictError | NotFoundError):
+            self._give_up(task, error)
+        else:
+            self._later(task, error)
+
+    def _next(self, task: _Task, why: CkptError) -> None:
+        """The pair can't be saved at all: an older one is better than nothing."""
+        if len(task.pairs) == 1:
+            self._give_up(task, why)
+            return
+        if task is self._task:
+            step = task.pairs.popleft().step
+            text = f"a staged snapshot can't be saved, the one before it is tried: {why}"
+            self._tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
+            self._look(task)
+
+    def _give_up(self, task: _Task, why: CkptError) -> None:
+        if task is not self._task:
+            return
+        step = task.pairs[0].step
+        self.stop()
+        text = f"what is staged stays in memory only: {why}"
+        self._tell(Event("settle-failed", text, {"step": step, "code": why.code}, alarm=True))
+
+    def _later(self, task: _Task, error: CkptError | None) -> None:
+        if task is not self._task:
+            return
+        if isinstance(error, FencedError):
+            self._give_up(task, error)
+            return
+        task.turn = None
+        what = f"{task.pairs[0]} is staged and not durable yet, tried again"
+        self._waits.later(KIND, what, error, lambda: self._look(task))
+
+
+def unfit(turn: Turn, sealed: Mapping[int, Sealed], ranks: int) -> CkptError | None:
+    """Why the shares handed in and those found make no snapshot, or None. Pure."""
+    indexes = {**turn.indexes, **{rank: one.index for rank, one in sealed.items()}}
+    lost = [rank for rank in range(ranks) if rank not in indexes]
+    if lost:
+        return UnavailableError(f"ranks died before they staged it. snapshot={turn.snapshot} ranks={lost}")
+    problem = shares_problem([indexes[rank] for rank in range(ranks)])
+    return UnavailableError(f"{problem} snapshot={turn.snapshot}") if problem else None

@@ -1,0 +1,168 @@
+"""The persisters of all ranks of this node: one queue each, made together, left together. Their shares become one part."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TypeVar
+
+from ckpt.errors import CkptError, InternalError, UnavailableError
+from ckpt.events import Event, Tell
+from ckpt.format.keys import writer_name
+from ckpt.ipc.mailbox import Messages, Room, RoomChannel
+from ckpt.keeper.uploads.store_log import StoreLog
+from ckpt.keeper.uploads.submissions import Turn, Turns
+from ckpt.save.choose import Compression
+from ckpt.save.mates import Mates
+from ckpt.save.persister import Persister, Place
+from ckpt.save.sealed import Sealed
+from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+T = TypeVar("T")
+
+Settled = Callable[[int, Turn, SnapshotInfo | None, CkptError | None, bool], None]
+"""A rank is done with a turn: its facts, or why it failed; and whether its slot was handed in at all (else refused)."""
+
+
+class HandIns:
+    """Takes shares for the ranks' persisters and notes them in ``turns``; ``settled`` hears of each, in the loop."""
+
+    def __init__(
+        self, turns: Turns, *, ranks: int, compression: Compression, post: Callable[[Callable[[], object]], None],
+        tell: Tell, settled: Settled,
+    ) -> None:  # fmt: skip
+        self._turns = turns
+        self._ranks = ranks
+        self._compression = compression
+        self._post = post
+        self._tell = tell
+        self._settled = settled
+        self._persisters: list[Persister] = []
+        self._left: list[Persister] = []
+        self._epoch: _Epoch | None = None
+        self.channel_of: Callable[[int], Messages] | None = None
+        """The channel of each rank of this node, where other nodes have ranks too. Looked at by ``start``."""
+
+    def __bool__(self) -> bool:
+        """Whether there are persisters: an epoch was opened."""
+        return bool(self._persisters)
+
+    def start(self, log: StoreLog) -> None:
+        """Make the persisters, for the store that ``log`` has now."""
+        room, of = Room(), self.channel_of
+        channels = [of(rank) if of else RoomChannel(room, rank=rank, size=self._ranks) for rank in range(self._ranks)]
+        mates = Mates(channels[0].rank, self._ranks)
+        self._epoch = _Epoch(log.writer_epoch)
+        for rank, channel in enumerate(channels):
+            place = Place(
+                backend=log.backend, writer=_new_writer(), epoch=self._epoch,
+                journal=log.journal if channel.rank == 0 else None,
+            )  # fmt: skip
+            self._persisters.append(
+                Persister(
+                    channel,
+                    place,
+                    compression=self._compression,
+                    verify=True,
+                    tell=self._tell if rank == 0 else _silent,
+                    mates=mates,
+                )
+            )
+
+    def leave(self) -> None:
+        """The store is another one now: what is in flight fails, and what they know of chunks is true no more."""
+        if self._epoch is not None:
+            self._epoch.over = True
+        for persister in self._persisters:
+            persister.abandon(0.0)
+        self._left = [one for one in (*self._left, *self._persisters) if not one.ended]
+        self._persisters = []
+
+    def known(self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
+        """Let what ``rank`` hands in next refer to chunks of ``base``."""
+        if self._persisters:
+            self._persisters[rank].refer_next(base, known)
+
+    def call(self, call: Callable[[], T]) -> Future[T]:
+        """Do ``call`` behind all that was handed in, before all that comes."""
+        return self._persisters[0].call(call)
+
+    def submit(self, rank: int, sealed: Sealed, tags: tuple[str, ...]) -> Turn:
+        """Hand in a rank's share."""
+        snapshot = sealed.index.snapshot
+        turn = self._turns.hand_in(rank, snapshot, tags, sealed.index)
+        persister = self._persisters[rank]
+
+        def settled(future: Future[SnapshotInfo]) -> None:
+            last = persister.last_info  # asked before the persister takes its next call
+            info = last if last is not None and last.id == snapshot else None
+            error = error_of(future)
+            if future.cancelled():
+                sealed.let_go()
+            self._post(lambda: self._settled(rank, turn, info, error, True))
+
+        persister.submit(sealed, tags=tags).add_done_callback(settled)
+        return turn
+
+    def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
+        """A rank has no share to give."""
+        turn = self._turns.hand_in(rank, snapshot, (), error)
+        refused = self._persisters[rank].refuse(snapshot, error)
+        refused.add_done_callback(lambda _: self._post(lambda: self._settled(rank, turn, None, error, False)))
+
+    def submit_again(self, sealed: Mapping[int, Sealed]) -> Turn:
+        """Hand in all ranks' shares of one pair that may have been handed in before."""
+        turn: Turn | None = None
+        for rank, one in sealed.items():
+            # Its part may be in the store already, named by a commit that was never answered: it must not be overwritten.
+            self._persisters[rank].write_as(_new_writer())
+            turn = self.submit(rank, replace(one, shared=None), ())
+        assert turn is not None, "there is at least one rank"
+        return turn
+
+    def close(self, deadline_s: float) -> bool:
+        """Drop what has not begun and end the threads by then (monotonic); whether they ended."""
+        every = [*self._persisters, *self._left]
+        for persister in every:
+            persister.stop_waiting()
+        ended = [persister.abandon(max(0.0, deadline_s - time.monotonic())) for persister in every]
+        return all(ended)
+
+
+class _Epoch:
+    """Under which epoch persisters commit. Once they are left none: what is on its way must not come under a later one."""
+
+    def __init__(self, newest: Callable[[], int]) -> None:
+        self._newest = newest
+        self.over = False
+
+    def __call__(self) -> int:
+        """Raises UnavailableError."""
+        epoch = self._newest()
+        if self.over:
+            raise UnavailableError("the job's nodes, or its store, are others now. commit nothing")
+        return epoch
+
+
+def error_of(future: Future[T]) -> CkptError | None:
+    """Why a call failed, as an error of this package; None where it did not."""
+    if future.cancelled():
+        return UnavailableError("the keeper ended before this was done.")
+    error = future.exception()
+    if error is None or isinstance(error, CkptError):
+        return error
+    wrapped = InternalError(f"a keeper failed in an unforeseen way. cause={error!r}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _new_writer() -> str:
+    return writer_name(socket.gethostname(), secrets.token_hex(8))
+
+
+def _silent(event: Event) -> None:
+    """Rank 0's persister tells what concerns all."""

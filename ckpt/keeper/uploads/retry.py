@@ -1,0 +1,69 @@
+"""Calls that are made again after a pause, because a store did not answer. Each new reason is told once. For the loop alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ckpt.errors import CkptError
+from ckpt.events import Event, Tell
+from ckpt.keeper.uploads.store_log import RETRY_FIRST_S, RETRY_LAST_S
+
+
+@dataclass(slots=True)
+class _Wait:
+    pause_s: float
+    told: str = ""
+    timers: set[threading.Timer] = field(default_factory=set)
+
+
+class Waits:
+    """What waits, by kind: an event's kind, ``open-waits`` for one. Pauses double from the first to RETRY_LAST_S."""
+
+    def __init__(
+        self, post: Callable[[Callable[[], object]], None], tell: Tell, *, retry_first_s: float = RETRY_FIRST_S
+    ) -> None:
+        self._post = post
+        self._tell = tell
+        self._retry_first_s = retry_first_s
+        self._waits: dict[str, _Wait] = {}
+
+    def __len__(self) -> int:
+        return sum(len(wait.timers) for wait in self._waits.values())
+
+    def later(self, kind: str, what: str, error: CkptError | None, call: Callable[[], object]) -> None:
+        """Make ``call`` after a pause. ``what`` says for people what waits; None: for nothing that people need to know."""
+        wait = self._waits.setdefault(kind, _Wait(self._retry_first_s))
+        if error is not None and str(error) != wait.told:
+            wait.told = str(error)
+            self._tell(Event(kind, f"{what}: {error}", {"code": error.code}, alarm=True))
+
+        def due() -> None:
+            if timer in wait.timers:  # else it was stopped meanwhile
+                wait.timers.discard(timer)
+                call()
+
+        timer = threading.Timer(wait.pause_s, lambda: self._post(due))
+        timer.daemon = True
+        wait.timers.add(timer)
+        wait.pause_s = min(2 * wait.pause_s, RETRY_LAST_S)
+        timer.start()
+
+    def worked(self, kind: str) -> None:
+        """The store answered: the next wait is a new one."""
+        if kind in self._waits:
+            self._waits[kind].pause_s, self._waits[kind].told = self._retry_first_s, ""
+
+    def over(self, kind: str) -> None:
+        """Nobody asks any more."""
+        wait = self._waits.pop(kind, None)
+        for timer in wait.timers if wait is not None else ():
+            timer.cancel()
+        if wait is not None:
+            wait.timers.clear()
+
+    def stop(self) -> None:
+        """Make no call any more."""
+        for kind in list(self._waits):
+            self.over(kind)

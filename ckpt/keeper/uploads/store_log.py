@@ -1,0 +1,369 @@
+"""A job's log and its store as a keeper uses them: the calls that may wait for a store. Never called by the keeper's loop."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import Replicated
+from ckpt.errors import CkptError, ConflictError, FencedError, InternalError, NotFoundError, UnavailableError
+from ckpt.events import Event, Tell
+from ckpt.format.records import Open
+from ckpt.ipc.client import KeeperSpec
+from ckpt.ipc.policy import Retention
+from ckpt.keeper.uploads.choices import LINEAGE_CHARS, NOT_WRITTEN, assumed, lineage, ours, restorable
+from ckpt.log.commit_fold import empty
+from ckpt.log.journal import Journal, new_write_id
+from ckpt.log.select import Chosen, require_newest
+from ckpt.log.state import LogState, Opened
+from ckpt.maintenance.caretaker import Caretaker
+from ckpt.maintenance.gc.rounds import GcRounds, Keep
+from ckpt.maintenance.retain_text import parse_policy
+from ckpt.values import SnapshotId
+
+RETRY_FIRST_S = 1.0
+RETRY_LAST_S = 30.0
+"""Pauses between tries to write an epoch's record to a store that doesn't take it: doubled from the first to the last."""
+
+CARE_WAIT_S = 5.0
+"""How long the end waits for what looks after the stores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An epoch that was given out before its record is written. ``write_id`` makes repeating the write harmless."""
+
+    epoch: int
+    resume: SnapshotId | None
+    write_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The log as it was read. ``ids`` are write ids of its opens, those asked for and some more.
+
+    ``log_id`` is empty where there is no store.
+    """
+
+    state: LogState
+    ids: Mapping[int, str]
+    log_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The first epoch of a launch, as it is wanted: what it goes on from, and what is staged, with origins.
+
+    ``settling``: nobody trains, it is opened to commit the staged ``resume`` alone. ``write_id`` makes repeating it harmless.
+    ``chosen``: see ``Journal.open_epoch``.
+    """
+
+    resume: SnapshotId | None
+    staged: Mapping[SnapshotId, str]
+    settling: bool
+    write_id: str
+    chosen: Chosen | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The log when the first epoch was opened: as it was before, the opens written then, the new one last, and their ids."""
+
+    seen: Seen
+    opens: tuple[Opened, ...]
+    ids: Mapping[int, str]
+
+
+def open_job_of(spec: KeeperSpec, tell: Tell) -> Backend:
+    """The stores of a keeper's job."""
+    # Only now, so that a keeper listens before it has loaded what stores need.
+    opening = import_module("ckpt.backends.replicated.job")
+    opened: Backend = opening.open_job(
+        spec.stores, spec.storage_options, write_quorum=spec.write_quorum, encryption_key=spec.encryption_key, tell=tell
+    )
+    return opened
+
+
+class StoreLog:
+    """The store of one job. ``read`` and the first ``begin`` belong to one thread, all writing after it to rank 0's.
+
+    ``job`` names a store that is made here; ``named``: the user chose it, so a store of another name is refused.
+    """
+
+    def __init__(
+        self, open_store: Callable[[], Backend], *, job: str, named: bool, tell: Tell, retry_first_s: float = RETRY_FIRST_S,
+        scrub_every_s: float | None = None,
+    ) -> None:  # fmt: skip
+        self._open_store = open_store
+        self._job = job
+        self._named = named
+        self._tell = tell
+        self._retry_first_s = retry_first_s
+        self._backend: Backend | None = None
+        self._reader: Journal | None = None
+        self._writer: Journal | None = None
+        self._left: list[Backend] = []
+        self._look_again = threading.Event()
+        self._renewing = threading.Lock()
+        self._tidying = threading.Lock()
+        self._due: deque[Given] = deque()
+        self._recorded = 0
+        self._stopped = threading.Event()
+        self._caretaker: Caretaker | None = None
+        self._scrub_every_s = scrub_every_s
+        self._retention: Retention | None = None
+        self._rounds: GcRounds | None = None
+
+    @property
+    def backend(self) -> Backend:
+        """The store; opened when first asked for."""
+        if self._backend is None:
+            self._backend = self._open_store()
+        return self._backend
+
+    @property
+    def journal(self) -> Journal:
+        """The log for writing, after ``begin``."""
+        if self._writer is None:
+            raise InternalError("the log is written before an epoch is open.")
+        return self._writer
+
+    def look_again(self) -> None:
+        """The store may be another one by now, or gone: before it is used next, see which it is."""
+        self.keep_to(None)
+        self._look_again.set()
+
+    def keep_to(self, retention: Retention | None) -> None:
+        """What is to be dropped from now on; None: nothing. It begins with the next snapshot that is handed in."""
+        with self._tidying:
+            if retention != self._retention:
+                self._retention = retention
+                self._stop_rounds(0.0)
+            self._start_rounds()
+
+    def committed(self) -> None:
+        """A snapshot was committed: others may be dropped."""
+        rounds = self._rounds
+        if rounds is not None:
+            rounds.committed()
+
+    def restoring(self, busy: bool) -> None:
+        """Whether trainers are about to restore: then nothing is dropped or deleted, whatever the grace is."""
+        rounds = self._rounds
+        if rounds is not None:
+            (rounds.hold if busy else rounds.let_go)()
+
+    def tidy(self, *, begin: bool) -> bool:
+        """The job is over: ``begin`` to drop and delete what is due, without rest; whether that is done."""
+        rounds = self._rounds
+        if begin and rounds is not None:
+            rounds.hurry()
+        return rounds is None or rounds.idle
+
+    def read(self, epochs: Collection[int]) -> Seen:
+        """The log, fresh from the store, and the ids of the opens of ``epochs`` at least; empty where there is no store."""
+        self._renew()
+        if self._reader is None:
+            try:
+                self._reader = Journal.open(self.backend, job=self._job if self._named else None)
+            except NotFoundError:
+                return Seen(empty(self._job), {}, "")
+        # A journal of its own: the writer's serves one call at a time, and one to a dead store takes long.
+        return _seen(self._reader, epochs)
+
+    def begin(self, opening: Opening) -> Begun:
+        """Make the store where there is none, and open a launch's first epoch. Raises whatever keeps it from being written.
+
+        Epochs that are staged but have no record get theirs first. Raises ConflictError where another writer went on with the
+        job since the log was last read, so that ``resume`` is no staged pair of its line, or committed what is newer
+        (NewerSnapshotError); and where another store stands there.
+        """
+        if self._renew():
+            opening = replace(opening, staged={})  # for another store, whose epochs these are not
+        self._due.clear()  # of an earlier launch, and not to be written any more
+        if self._writer is None:
+            self._writer = self._open_to_write(create=not opening.settling)
+        journal = self._writer
+        epochs = {pair.epoch for pair in opening.staged}
+        seen = _seen(journal, epochs)
+        resume, again = opening.resume, seen.state.seq_of(opening.write_id) is not None
+        counted = ours(seen.state, seen.ids, opening.staged)
+        if not again:
+            require_newest(seen.state, resume, opening.chosen)
+        if resume is not None and not again:
+            _check_resume(seen, opening, resume)
+        missing = assumed(seen.state, counted)
+        named = {pair.epoch: origin for pair, origin in counted.items() if origin}
+        for opened in missing:
+            journal.append(Open(opened.epoch, opened.resume), epoch=opened.epoch, write_id=named.get(opened.epoch))
+        if opening.settling and not again:
+            # Told to this very state: whoever opens an epoch in between trains on, and is not to be fenced.
+            epoch = max(seen.state.epoch, *(opened.epoch for opened in missing), 0) + 1
+            journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
+        else:
+            epoch = journal.open_epoch(resume=resume, write_id=opening.write_id, chosen=opening.chosen)
+        self._recorded = epoch
+        self._take_care()
+        ids = _seen(journal, epochs | {epoch}).ids
+        return Begun(seen, (*missing, Opened(epoch, NOT_WRITTEN, resume)), ids)
+
+    def record(self, given: Given) -> None:
+        """Write the record of an epoch that was given out. Repeated, with an alarm, until the store takes it.
+
+        Raises FencedError where another writer opened an epoch in between. What else can't be helped by repeating (a hole in
+        the log) is raised too, and tried again before the next record.
+        """
+        self._due.append(given)
+        self._record_due()
+
+    def writer_epoch(self) -> int:
+        """The newest epoch whose record is written: whose writer this keeper is. Writes what is due first."""
+        self._record_due()
+        return self._recorded
+
+    def leads(self, journal: Journal) -> bool:
+        """Whether the newest epoch in the log is the one that was recorded here last."""
+        return self._recorded == journal.refresh().epoch
+
+    def stop(self) -> None:
+        """End all waiting between tries, and looking after the stores."""
+        self._stopped.set()
+        self._stop_rounds(CARE_WAIT_S)
+        if self._caretaker is not None:
+            self._caretaker.stop(CARE_WAIT_S)
+
+    def close(self) -> None:
+        """Let go of the store."""
+        for backend in (self._backend, *self._left):
+            if backend is not None:
+                backend.close()
+
+    def _take_care(self) -> None:
+        backend = self.backend
+        if self._caretaker is None and (isinstance(backend, Replicated) or self._scrub_every_s is not None):
+            self._caretaker = Caretaker(backend, mine=self.leads, tell=self._tell, scrub_every_s=self._scrub_every_s)
+        with self._tidying:
+            self._start_rounds()
+
+    def _start_rounds(self) -> None:
+        if self._rounds is None and self._retention is not None and self._writer is not None:
+            keep = Keep(policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s)
+            self._rounds = GcRounds(self.backend, keep, epoch=lambda: self._recorded, tell=self._tell)
+            self._rounds.hold()  # whoever opens an epoch is restoring
+
+    def _stop_rounds(self, timeout_s: float) -> None:
+        rounds, self._rounds = self._rounds, None
+        if rounds is not None:
+            rounds.stop(timeout_s)
+
+    def _open_to_write(self, *, create: bool) -> Journal:
+        job = self._job
+        if not self._named:
+            try:
+                job = Journal.open(self.backend).job
+            except NotFoundError:
+                job = self._job
+        return Journal.open(self.backend, job=job, create=create)
+
+    def _renew(self) -> bool:
+        """Let go of journals of a store that is no longer there, where that is to be looked at; whether it was so."""
+        with self._renewing:
+            if not self._look_again.is_set():
+                return False
+            known = self._reader or self._writer
+            backend = self._open_store() if known is not None else None
+            self._look_again.clear()
+            if known is None or backend is None:
+                return False
+            try:
+                same = Journal.open(backend).log_id == known.log_id
+            except NotFoundError:
+                same = False
+            except BaseException:
+                self._look_again.set()
+                self._let_go(backend)
+                raise
+            if same:
+                self._let_go(backend)
+                return False
+            if self._backend is not None and self._backend is not backend:
+                self._left.append(self._backend)  # uploads may still use it
+            self._backend, self._reader, self._writer = backend, None, None
+            with self._tidying:
+                self._stop_rounds(0.0)
+            if self._caretaker is not None:
+                self._caretaker.stop(CARE_WAIT_S)
+                self._caretaker = None
+            return True
+
+    def _let_go(self, backend: Backend) -> None:
+        if backend is not self._backend:
+            backend.close()
+
+    def _record_due(self) -> None:
+        while self._due:
+            self._record(self._due[0])
+            self._recorded = self._due.popleft().epoch
+
+    def _record(self, given: Given) -> None:
+        pause_s, told = self._retry_first_s, ""
+        while True:
+            try:
+                self._append(given)
+                return
+            except CkptError as error:
+                if not error.retry:
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    text = f"epoch {given.epoch} is given out but not in the log yet, commits wait for it: {told}"
+                    self._tell(Event("open-waits", text, {"epoch": given.epoch, "code": error.code}, alarm=True))
+            if self._stopped.wait(pause_s):
+                raise UnavailableError(
+                    f"the keeper ends before the log could be written. epoch={given.epoch} why={told}"
+                )
+            pause_s = min(2 * pause_s, RETRY_LAST_S)
+
+    def _append(self, given: Given) -> None:
+        try:
+            self.journal.append(Open(given.epoch, given.resume), epoch=given.epoch, write_id=given.write_id)
+        except ConflictError as error:
+            newest = self.journal.refresh().epoch
+            if newest < given.epoch:
+                raise
+            raise FencedError(
+                f"another writer opened an epoch of this job. newest={newest} mine={given.epoch} stop this one"
+            ) from error
+
+
+def new_origin(after: str = "") -> str:
+    """A write id for an open: of the same lineage as ``after``, or of a new one."""
+    return lineage(after or new_write_id()) + new_write_id()[LINEAGE_CHARS:]
+
+
+def _seen(journal: Journal, epochs: Collection[int]) -> Seen:
+    state = journal.refresh()
+    ids = {}
+    for opened in state.opens:
+        write_id = state.write_id_at(opened.seq)
+        if write_id is None and (opened.epoch in epochs or opened.epoch == state.epoch):
+            write_id = journal.write_id_of(opened.seq)
+        if write_id is not None:
+            ids[opened.epoch] = write_id
+    return Seen(state, ids, journal.log_id)
+
+
+def _check_resume(seen: Seen, opening: Opening, resume: SnapshotId) -> None:
+    """Raises ConflictError where ``resume`` is only staged, and what the log has under its epoch's number is another's."""
+    if resume not in opening.staged or (not opening.settling and seen.state.find(resume) is not None):
+        return
+    there = seen.state.epoch > 0 or not opening.settling
+    if not there or resume not in restorable(seen.state, seen.ids, {resume: opening.staged[resume]}):
+        raise ConflictError(
+            f"another writer went on with this job, not from what is staged here. resume={resume} newest={seen.state.epoch} "
+            "restore anew"
+        )

@@ -1,0 +1,1 @@
+"""Keys, leases and transactions: etcd, or an SQLite file of one machine."""

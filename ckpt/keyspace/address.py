@@ -1,0 +1,56 @@
+"""What a launcher's words mean: the etcd, or the file of this machine, in which a job's nodes meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from ckpt.errors import UsageError
+from ckpt.ipc.cluster_spec import NodesSpec
+from ckpt.keyspace.etcd_options import EtcdOptions
+
+ETCD = "etcd://"
+_GIVEN = {"ca", "cert", "key", "user", "password_file"}
+
+
+def where_of(spec: NodesSpec) -> EtcdOptions | Path:
+    """Where the nodes of a job meet. Raises UsageError where a file that it names can't be read."""
+    if not spec.where.startswith(ETCD):
+        return Path(spec.where)
+    return EtcdOptions(
+        endpoints=_endpoints(spec.where), ca=_path(spec.ca_file), cert=_path(spec.cert_file), key=_path(spec.key_file),
+        user=spec.user or None, password=_password(spec.password_file),
+    )  # fmt: skip
+
+
+def etcd_of(address: str) -> EtcdOptions:
+    """``etcd://host:port,host:port``, then perhaps ``?ca=FILE&cert=FILE&key=FILE&user=NAME&password_file=FILE``. UsageError."""
+    hosts, _, query = address.partition("?")
+    try:
+        given = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+    except ValueError as error:
+        raise UsageError(f"not an address of etcd. address={address!r} why={error}") from error
+    if not hosts.startswith(ETCD) or (unknown := sorted(set(given) - _GIVEN)):
+        what = f"unknown={unknown}" if hosts.startswith(ETCD) else "it begins with etcd://"
+        raise UsageError(f"not an address of etcd. address={address!r} {what}")
+    return EtcdOptions(
+        endpoints=_endpoints(hosts), ca=_path(given.get("ca", "")), cert=_path(given.get("cert", "")),
+        key=_path(given.get("key", "")), user=given.get("user"), password=_password(given.get("password_file", "")),
+    )  # fmt: skip
+
+
+def _endpoints(where: str) -> tuple[str, ...]:
+    return tuple(where.removeprefix(ETCD).split(","))
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _password(path: str) -> str | None:
+    if not path:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UsageError(f"etcd's password can't be read. path={path} why={error.strerror}") from error

@@ -1,1 +1,0 @@
-"""How the processes of one node speak: a unix socket to the keeper, and shared memory beside it. No torch."""

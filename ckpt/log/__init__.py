@@ -1,0 +1,1 @@
+"""The commit log: a pure fold, a journal that appends, sequencers, and copies on several stores."""

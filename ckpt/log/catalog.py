@@ -1,0 +1,137 @@
+"""What snapshots there are, and one snapshot's index with every record checked against the digest that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import Check, read_object
+from ckpt.backends.encrypted.layout import looks_encrypted
+from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError
+from ckpt.format import keys
+from ckpt.format.digest import digest_hex
+from ckpt.format.index import SnapshotIndex
+from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest, PartRef
+from ckpt.format.part import Part, decode_part
+from ckpt.log.reader import read_all
+from ckpt.log.select import candidates, older_than, select
+from ckpt.log.state import Committed, LogState
+from ckpt.values import SnapshotId, SnapshotInfo
+
+__all__ = ["candidates", "info_of", "load_index", "load_manifest", "older_than", "select", "snapshots"]
+
+
+def snapshots(backend: Backend, state: LogState) -> tuple[SnapshotInfo, ...]:
+    """Every snapshot that exists, in log order. Reads one manifest each, several at once.
+
+    One whose manifest can't be read is there too: ``problem`` says why, its sizes are 0. Raises UnavailableError.
+    """
+    tags = _tags_by_snapshot(state)
+
+    def read(entry: Committed) -> SnapshotInfo:
+        names = tags.get(entry.snapshot, ())
+        try:
+            return _info(_manifest(backend, state, entry), names, stale=bool(state.unsure))
+        except (IntegrityError, FormatVersionError, NotFoundError) as error:
+            return _unreadable(entry, names, stale=bool(state.unsure), why=str(error))
+
+    return tuple(read_all(state.snapshots, read))
+
+
+def info_of(manifest: Manifest, state: LogState) -> SnapshotInfo:
+    """What users see of the snapshot of ``manifest``, with the tags of ``state``; ``maybe_stale`` where it has a hole."""
+    return _info(manifest, _tags_by_snapshot(state).get(manifest.snapshot, ()), stale=bool(state.unsure))
+
+
+def load_manifest(backend: Backend, state: LogState, snapshot: SnapshotId) -> Manifest:
+    """The manifest that the log committed for ``snapshot``.
+
+    Raises NotFoundError where the log has no such snapshot, IntegrityError where its manifest is gone or is not the one
+    that was committed.
+    """
+    entry = state.find(snapshot)
+    if entry is None:
+        raise NotFoundError(f"no such snapshot, or it was dropped. snapshot={snapshot} job={state.job!r}")
+    return _manifest(backend, state, entry)
+
+
+def load_index(backend: Backend, state: LogState, snapshot: SnapshotId) -> SnapshotIndex:
+    """The index of ``snapshot``: its manifest checked against the log, its parts against the manifest.
+
+    Raises NotFoundError where the log has no such snapshot; IntegrityError where a record is gone, damaged or
+    contradicts another; UnavailableError. Cost: the manifest and all parts are read, several at once.
+    """
+    manifest = load_manifest(backend, state, snapshot)
+    return SnapshotIndex(manifest, read_all(manifest.parts, lambda ref: _part(backend, ref)))
+
+
+def _manifest(backend: Backend, state: LogState, entry: Committed) -> Manifest:
+    key = keys.manifest_key(entry.snapshot, entry.manifest_digest)
+    check = _digest_is(entry.manifest_digest, "manifest differs from what was committed")
+    data = _committed_object(backend, key, check, bytes_max=MANIFEST_BYTES_MAX)
+    manifest = Manifest.decode(data)
+    if (manifest.job, manifest.snapshot, manifest.base) != (state.job, entry.snapshot, entry.base):
+        raise IntegrityError(
+            f"manifest of another job, snapshot or base than its commit. key={key} store={backend.url}"
+        )
+    return manifest
+
+
+def _part(backend: Backend, ref: PartRef) -> Part:
+    check = _digest_is(ref.digest, "part differs from what its manifest names")
+    data = _committed_object(backend, ref.key, check, bytes_max=min(ref.size_bytes, PART_STORED_BYTES_MAX))
+    if len(data) != ref.size_bytes:
+        raise IntegrityError(f"part has another length than its manifest says. key={ref.key} store={backend.url}")
+    return decode_part(data)
+
+
+def _digest_is(digest: str, fact: str) -> Check:
+    def check(data: memoryview) -> str | None:
+        if digest_hex(data) == digest:
+            return None
+        return f"{fact}: it is encrypted, give its key with encryption_key" if looks_encrypted(data) else fact
+
+    return check
+
+
+def _committed_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
+    """The object's bytes. What a commit names and is not there is damage, not a question about a wrong name."""
+    try:
+        return read_object(backend, key, check, bytes_max=bytes_max)
+    except NotFoundError as error:
+        raise IntegrityError(f"a committed snapshot's record is gone. key={key} store={backend.url}") from error
+
+
+def _tags_by_snapshot(state: LogState) -> Mapping[SnapshotId, tuple[str, ...]]:
+    found: dict[SnapshotId, tuple[str, ...]] = {}
+    for tag in state.tagged:
+        found[tag.snapshot] = (*found.get(tag.snapshot, ()), tag.name)
+    return found
+
+
+def _info(manifest: Manifest, tags: tuple[str, ...], *, stale: bool) -> SnapshotInfo:
+    return SnapshotInfo(
+        epoch=manifest.snapshot.epoch,
+        step=manifest.snapshot.step,
+        world_size=manifest.world_size,
+        size_bytes=manifest.size_bytes,
+        new_bytes=manifest.new_bytes,
+        created_unix_s=manifest.created_unix_s,
+        tags=tags,
+        metadata=manifest.metadata,
+        maybe_stale=stale,
+    )
+
+
+def _unreadable(entry: Committed, tags: tuple[str, ...], *, stale: bool, why: str) -> SnapshotInfo:
+    return SnapshotInfo(
+        epoch=entry.snapshot.epoch,
+        step=entry.snapshot.step,
+        world_size=0,
+        size_bytes=0,
+        new_bytes=0,
+        created_unix_s=0.0,
+        tags=tags,
+        maybe_stale=stale,
+        problem=why,
+    )

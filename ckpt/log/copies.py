@@ -1,0 +1,261 @@
+"""The copies of one log on several stores: reading what each holds, creating a record at many. No decisions live here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from itertools import islice
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
+from ckpt.errors import (
+    CkptError,
+    FormatVersionError,
+    IntegrityError,
+    NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
+from ckpt.format import keys
+from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
+from ckpt.format.store import JOB_BYTES_MAX, JobRecord
+from ckpt.log.lanes import Lanes, ThreadLanes
+from ckpt.log.quorum import Held, Silent
+from ckpt.log.reader import RECORDS_AT_ONCE, read_all
+from ckpt.log.sequencer import Lost, Unknown, create_once
+
+LATE = Silent("no answer yet")
+
+UNABLE_TIMES = 3
+"""A store that says so often that it does not create only once, and answers other questions meanwhile, is believed."""
+
+
+class Copies:
+    """The stores that hold one log, or shall, by number in the user's order."""
+
+    def __init__(self, stores: Sequence[Backend], lanes: Lanes | None = None) -> None:
+        self.stores = tuple(stores)
+        self.urls = tuple(store.url for store in stores)
+        self._lanes = lanes or ThreadLanes()
+        self._creators: frozenset[int] = frozenset()
+
+    def jobs(self) -> list[JobRecord | Silent | None]:
+        """What each store's ``ckpt.json`` says; None where it has none. One that is damaged says nothing.
+
+        A majority of answers is waited for, and a little longer for the others.
+        """
+        found = self._lanes.ask({n: partial(_job, store) for n, store in enumerate(self.stores)}, self._most)
+        return [found.get(n, LATE) for n in range(len(self.stores))]
+
+    def held(self, after: int, log_id: str, *, of: Collection[str] = ()) -> list[Held | Silent]:
+        """What each store holds of a log behind place ``after``, 1,024 places at most; its id as it is afterwards.
+
+        A majority of answers is waited for, of stores with the ids ``of`` where they are given, and a little longer for the
+        others.
+        """
+
+        def enough(answers: Mapping[int, Held | Silent]) -> bool:
+            return 2 * sum(isinstance(one, Held) and one.store_id in of for one in answers.values()) > len(self.stores)
+
+        calls = {n: partial(_held, store, after, log_id) for n, store in enumerate(self.stores)}
+        found = self._lanes.ask(calls, enough if of else self._most)
+        return [found.get(n, LATE) for n in range(len(self.stores))]
+
+    def create(
+        self, key: str, data: bytes, at: Mapping[int, str], quorum: int, *, vote: bool = False
+    ) -> dict[int, bytes | Silent]:
+        """Create ``key`` at the stores of these numbers; what each holds there now, or that this is not known.
+
+        ``at`` gives the id of each store, which is looked at afterwards: another one may have come to stand there, and what it
+        holds is not known. A store that does not create only once is looked at first, and written to if nothing is there; with
+        ``vote`` it is left alone, and not known. Returns soon after ``quorum`` of them hold the same bytes; the others get it
+        behind.
+        """
+        found: dict[int, bytes | Silent] = dict.fromkeys(at, LATE)
+        calls = {n: partial(_create, self.stores[n], key, data, vote=vote, store_id=at[n]) for n in sorted(at)}
+        found.update(self._lanes.ask(calls, lambda answers: _most_copies(answers) >= quorum))
+        return found
+
+    def begun(self, number: int) -> bool | Silent:
+        """Whether a store holds any record of a log."""
+        found = self._lanes.ask({number: partial(_listed, self.stores[number], keys.LOG)}, bool).get(number, LATE)
+        return found if isinstance(found, Silent) else bool(found)
+
+    def make(self, number: int, record: JobRecord) -> JobRecord | Silent:
+        """Write ``ckpt.json`` in a store that has none; what is there then."""
+        store = self.stores[number]
+        try:
+            made = create_once(store, keys.JOB_KEY, record.encode(), bytes_max=JOB_BYTES_MAX)
+        except UsageError:
+            return _make_anyhow(store, record)  # it does not create a key only once
+        except (UnavailableError, StoreFullError, StoreDeniedError) as error:
+            return Silent(str(error))
+        if isinstance(made, Unknown):
+            return Silent(made.why)
+        return _job(store) or Silent("what was written is not there")
+
+    def listed(self, prefix: str) -> set[str]:
+        """The keys that any store which answers has below ``prefix``."""
+        calls = {n: partial(_listed, store, prefix) for n, store in enumerate(self.stores)}
+        return {
+            key for found in self._lanes.ask(calls, self._most).values() if isinstance(found, list) for key in found
+        }
+
+    def read(self, key: str, *, bytes_max: int) -> list[bytes | Silent]:
+        """What each store holds at ``key``, or that this is not known, or nothing."""
+        calls = {n: partial(_read, store, key, bytes_max) for n, store in enumerate(self.stores)}
+        found = self._lanes.ask(calls, self._most)
+        return [found.get(n, LATE) for n in range(len(self.stores))]
+
+    def creators(self, at: Collection[int]) -> frozenset[int]:
+        """Those of the stores that are known to create a key only once.
+
+        The others may do so all the same, for a store that can't be asked says no too; it is asked again.
+        """
+        unknown = {n: partial(_creates, self.stores[n]) for n in at if n not in self._creators}
+        if unknown:
+            answers = self._lanes.ask(unknown, lambda found: 2 * len(found) > len(unknown))
+            self._creators |= {n for n, yes in answers.items() if yes}
+        return self._creators.intersection(at)
+
+    def unable(self, at: Collection[int]) -> frozenset[int]:
+        """Those of the stores that answer, and don't say that they create a key only once, however often they are asked."""
+        answers = self._lanes.ask(
+            {n: partial(_unable, self.stores[n]) for n in at}, lambda found: len(found) == len(at)
+        )
+        return frozenset(n for n, unable in answers.items() if unable)
+
+    def _most(self, answers: Mapping[int, object]) -> bool:
+        return 2 * sum(not isinstance(one, Silent) for one in answers.values()) > len(self.stores)
+
+
+def copies_of(data: bytes, found: Mapping[int, bytes | Silent]) -> int:
+    """How many of the stores hold ``data``."""
+    return sum(held == data for held in found.values())
+
+
+def _most_copies(found: Mapping[int, bytes | Silent]) -> int:
+    return max(Counter(held for held in found.values() if isinstance(held, bytes)).values(), default=0)
+
+
+def _job(store: Backend) -> JobRecord | Silent | None:
+    try:
+        return JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+    except NotFoundError:
+        return None
+    except (UnavailableError, StoreDeniedError, IntegrityError, FormatVersionError) as error:
+        return Silent(str(error))
+
+
+def _make_anyhow(store: Backend, record: JobRecord) -> JobRecord | Silent:
+    found = _job(store)
+    if found is not None:
+        return found
+    try:
+        store.put(keys.JOB_KEY, [record.encode()])
+    except (UnavailableError, StoreFullError, StoreDeniedError) as error:
+        return Silent(str(error))
+    return _job(store) or Silent("what was written is not there")
+
+
+def _held(store: Backend, after: int, log_id: str) -> Held | Silent:
+    try:
+        records, settled, damaged, newer = _records(store, after)
+    except (UnavailableError, StoreDeniedError, NotFoundError) as error:
+        return Silent(str(error))  # not even the bucket that it is in may be there
+    found = _job(store)  # last: a store that was swapped meanwhile holds nothing that counts
+    if isinstance(found, Silent):
+        return found
+    if found is not None and found.log_id != log_id:
+        return Held("", elsewhere=found.log_id)
+    return Held(found.store_id if found is not None else "", records, settled, damaged, newer)
+
+
+def _records(store: Backend, after: int) -> tuple[dict[int, Record], dict[int, Record], frozenset[int], frozenset[int]]:
+    start = keys.log_key(after) if after >= 0 else ""
+    listed = [stat.key for stat in islice(store.list(keys.LOG, after=start), 2 * RECORDS_AT_ONCE)]
+    places = [(key, seq, False) for key in listed if (seq := keys.parse_log_key(key)) is not None]
+    places += [(key, seq, True) for key in listed if (seq := keys.parse_settled_key(key)) is not None and seq > after]
+    found = read_all(places, lambda place: _record(store, place[0], place[1]))
+    records: dict[int, Record] = {}
+    settled: dict[int, Record] = {}
+    damaged = set()
+    newer = set()
+    for (_, seq, second), record in zip(places, found, strict=True):
+        if isinstance(record, Record):
+            (settled if second else records)[seq] = record
+        else:
+            damaged.add(seq)
+            if isinstance(record, FormatVersionError):
+                newer.add(seq)
+    return records, settled, frozenset(damaged), frozenset(newer)
+
+
+def _record(store: Backend, key: str, seq: int) -> Record | FormatVersionError | None:
+    try:
+        record = decode_record(read_alone(store, key, bytes_max=RECORD_BYTES_MAX))
+    except (IntegrityError, NotFoundError):
+        return None
+    except FormatVersionError as error:
+        return error  # or damage to what says the version
+    return record if record.seq == seq else None
+
+
+def _listed(store: Backend, prefix: str) -> list[str] | Silent:
+    try:
+        return [stat.key for stat in store.list(prefix)]
+    except (UnavailableError, StoreDeniedError, NotFoundError) as error:
+        return Silent(str(error))
+
+
+def _read(store: Backend, key: str, bytes_max: int) -> bytes | Silent:
+    try:
+        return read_alone(store, key, bytes_max=bytes_max)
+    except (UnavailableError, StoreDeniedError, NotFoundError, IntegrityError) as error:
+        return Silent(str(error))
+
+
+def _creates(store: Backend) -> bool:
+    try:
+        return store.capabilities().create_only
+    except CkptError:
+        return False
+
+
+def _unable(store: Backend) -> bool:
+    return all(not _creates(store) and isinstance(_job(store), JobRecord) for _ in range(UNABLE_TIMES))
+
+
+def _create(store: Backend, key: str, data: bytes, *, vote: bool, store_id: str) -> bytes | Silent:
+    """Create the key and say what is there. Refused or unanswered it isn't known: the put may have landed, or land yet."""
+    held = _put_or_read(store, key, data, vote=vote)
+    if isinstance(held, Silent):
+        return held
+    there = _job(store)
+    if isinstance(there, Silent):
+        return there
+    if there is None or there.store_id != store_id:
+        return Silent(f"another store came to stand there. wanted={store_id} found={there.store_id if there else None}")
+    return held
+
+
+def _put_or_read(store: Backend, key: str, data: bytes, *, vote: bool) -> bytes | Silent:
+    try:
+        try:
+            made = create_once(store, key, data, bytes_max=RECORD_BYTES_MAX)
+        except UsageError as error:
+            # It does not create a key only once. What the capabilities say is not asked: no may mean not known now.
+            if vote:
+                return Silent(str(error))
+            if store.stat(key) is not None:
+                return read_alone(store, key, bytes_max=RECORD_BYTES_MAX)
+            store.put(key, [data])
+            return data
+    except (UnavailableError, StoreFullError, StoreDeniedError, NotFoundError, IntegrityError) as error:
+        return Silent(str(error))
+    if isinstance(made, Unknown):
+        return Silent(made.why)
+    return made.data if isinstance(made, Lost) else data

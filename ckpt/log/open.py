@@ -1,0 +1,127 @@
+"""Finding or making a log on several stores: their ``ckpt.json``, and the record that says which they are."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckpt.errors import ConflictError, NotFoundError, UnavailableError, UsageError
+from ckpt.format import keys
+from ckpt.format.store import JobRecord
+from ckpt.log.claims import silent
+from ckpt.log.copies import Copies
+from ckpt.log.quorum import Silent
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a log lies: its job and id. ``fresh``: none of the stores that answered belonged to any.
+
+    ``ids`` of its stores, in the user's order; empty for one that did not answer or belongs to no log.
+    """
+
+    job: str
+    log_id: str
+    fresh: bool = False
+    ids: tuple[str, ...] = ()
+
+
+def open_places(copies: Copies, *, write_quorum: int, job: str | None, create: bool) -> Place:
+    """The log on these stores; made for ``job`` where they are empty and ``create`` is set.
+
+    Raises NotFoundError where there is none, UnavailableError where too few answer to know, UsageError where the stores belong
+    to several logs or to another job.
+    """
+    found = copies.jobs()
+    place = _common(copies, found, write_quorum)
+    if place is None:
+        _require_answers(copies, found, write_quorum)
+        if not create:
+            raise NotFoundError(
+                f"no ckpt store here yet. stores={list(copies.urls)} save a snapshot first, or check the addresses"
+            )
+        if job is None:
+            raise UsageError(f"new stores need their job's name. stores={list(copies.urls)} pass job=")
+        place = Place(job, secrets.token_hex(16), fresh=True)
+    if job is not None and place.job != job:
+        raise UsageError(
+            f"the stores belong to another job. stores={list(copies.urls)} their_job={place.job!r} asked={job!r} "
+            f"use other prefixes, or that job's name"
+        )
+    return _make(copies, found, place, write_quorum) if create else place
+
+
+def _common(copies: Copies, found: Sequence[JobRecord | Silent | None], write_quorum: int) -> Place | None:
+    """The log that the stores belong to.
+
+    Of several whose making was cut short it is the one that has any record; else the one on most stores, since none has a
+    record before it is on W.
+    """
+    places: dict[Place, list[int]] = {}
+    ids: dict[str, str] = {}
+    for number, record in enumerate(found):
+        if isinstance(record, JobRecord):
+            places.setdefault(Place(record.job, record.log_id), []).append(number)
+            url = copies.urls[number]
+            if record.store_id in ids:
+                raise UsageError(f"two addresses are one store. stores={[ids[record.store_id], url]} leave one out")
+            ids[record.store_id] = url
+    return _choose(copies, places, len(found), write_quorum) if len(places) > 1 else next(iter(places), None)
+
+
+def _choose(copies: Copies, places: Mapping[Place, Sequence[int]], stores: int, write_quorum: int) -> Place:
+    told = "; ".join(f"{place.job!r} on {[copies.urls[n] for n in numbers]}" for place, numbers in places.items())
+    begun = {n: copies.begun(n) for numbers in places.values() for n in numbers}
+    if why := {n: one for n, one in begun.items() if isinstance(one, Silent)}:
+        raise UnavailableError(
+            f"the stores say that they hold different logs. {told} {silent(copies, why)} repeat later"
+        )
+    logs = [place for place, numbers in places.items() if any(begun[n] for n in numbers)]
+    best = min(logs or places, key=lambda place: (-len(places[place]), place.log_id))
+    others = sum(len(numbers) for place, numbers in places.items() if place != best)
+    if len({place.job for place in places}) > 1 or len(logs) > 1 or (not logs and stores - others < write_quorum):
+        raise UsageError(
+            f"the stores hold different logs. {told} name stores of one, or add one with `ckpt stores add`; of logs that were "
+            f"never finished being made, delete the {keys.JOB_KEY}"
+        )
+    return best
+
+
+def _require_answers(copies: Copies, found: Sequence[JobRecord | Silent | None], write_quorum: int) -> None:
+    """A log was made on W stores at least, so these many that have none are enough to know that there is none."""
+    empty = sum(one is None for one in found)
+    if empty < len(found) - write_quorum + 1:
+        why = silent(copies, {n: one for n, one in enumerate(found) if isinstance(one, Silent)})
+        raise UnavailableError(f"too few stores answer to know whether there is a log. {why} repeat later")
+
+
+def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Place, write_quorum: int) -> Place:
+    """Write ``ckpt.json`` where a log that has not begun needs one. The first store that is made decides whose it is."""
+    ids = [one.store_id if isinstance(one, JobRecord) and one.log_id == place.log_id else "" for one in found]
+    known = [number for number, store_id in enumerate(ids) if store_id]
+    if known and (None not in found or any(copies.begun(number) is not False for number in known)):
+        # A store without a name beside a log came back empty: it is filled before it gets one.
+        return replace(place, ids=tuple(ids))
+    why = {number: one for number, one in enumerate(found) if isinstance(one, Silent)}
+    if len(found) - len(why) < write_quorum:
+        # Nothing is made then: what is left behind could keep the log of a silent store from being found.
+        raise UnavailableError(f"too few stores answer. needed={write_quorum} {silent(copies, why)} repeat later")
+    for number in [number for number, one in enumerate(found) if one is None]:
+        there = copies.make(number, JobRecord(job=place.job, store_id=secrets.token_hex(16), log_id=place.log_id))
+        if isinstance(there, Silent):
+            why[number] = there
+            continue
+        if (there.job, there.log_id) != (place.job, place.log_id):
+            if any(ids) or there.job != place.job:
+                raise ConflictError(
+                    f"another process makes a log on these stores at the same time. store={copies.urls[number]} "
+                    f"its_job={there.job!r} repeat"
+                )
+            place = replace(place, log_id=there.log_id)
+        ids[number] = there.store_id
+    if sum(map(bool, ids)) < write_quorum:
+        raise UnavailableError(
+            f"too few stores could be made. made={sum(map(bool, ids))} needed={write_quorum} {silent(copies, why)}"
+        )
+    return replace(place, ids=tuple(ids))

@@ -1,0 +1,151 @@
+"""A fold as it is stored: sealed JSON at ``folds/<seq>.json``, so that readers need not begin at the log's start. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ckpt.errors import IntegrityError
+from ckpt.format import keys
+from ckpt.format.canonical import ready, seal, unseal
+from ckpt.format.manifest import job_ok
+from ckpt.format.records import sequencer_ok, tag_ok
+from ckpt.log.state import RECENT_MAX, Committed, LogState, Opened, StoreSet, Tagged, Void
+from ckpt.values import SnapshotId
+
+FOLD_VERSION = 1
+FOLD_EVERY = 1024
+"""A fold is written by whoever appends a record whose seq + 1 is a multiple of this."""
+FOLD_BYTES_MAX = 256 << 20
+"""Refused above this: about 180 bytes a snapshot that exists, so room for a million."""
+
+
+def fold_due(seq: int) -> bool:
+    """Whether the fold of the records up to and with ``seq`` is to be stored."""
+    return (seq + 1) % FOLD_EVERY == 0
+
+
+def encode_fold(state: LogState) -> bytes:
+    """Canonical bytes of a state without a hole, after at least one record. Equal states give equal bytes."""
+    assert state.hole is None and state.next_seq > 0
+    wire = _Wire(
+        format_version=FOLD_VERSION,
+        job=state.job,
+        seq=state.next_seq - 1,
+        head_digest=state.head_digest,
+        opens=list(state.opens),
+        snapshots=list(state.snapshots),
+        tags=list(state.tagged),
+        floor=state.floor,
+        stores=state.stores,
+        voids=list(state.voids),
+        voids_total=state.voids_total,
+        recent=list(state.recent),
+    )
+    return seal(wire, what="fold", bytes_max=FOLD_BYTES_MAX)[0]
+
+
+def decode_fold(data: bytes) -> LogState:
+    """The state in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
+    wire = unseal(data, _Wire, what="fold", version=FOLD_VERSION, bytes_max=FOLD_BYTES_MAX)
+    if not 0 <= wire.seq < keys.SEQ_MAX:
+        raise IntegrityError(f"fold contradicts itself. seq out of range. seq={wire.seq}")
+    state = LogState(
+        job=wire.job,
+        next_seq=wire.seq + 1,
+        head_digest=wire.head_digest,
+        opens=tuple(wire.opens),
+        snapshots=tuple(wire.snapshots),
+        tagged=tuple(wire.tags),
+        floor=wire.floor,
+        stores=wire.stores,
+        voids=tuple(wire.voids),
+        voids_total=wire.voids_total,
+        recent=tuple(wire.recent),
+    )
+    if why := _problem(state):
+        raise IntegrityError(f"fold contradicts itself. {why}")
+    return state
+
+
+class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    format_version: int
+    job: str
+    seq: int
+    head_digest: str
+    opens: list[Opened]
+    snapshots: list[Committed]
+    tags: list[Tagged]
+    floor: SnapshotId | None
+    stores: StoreSet | None
+    voids: list[Void]
+    voids_total: int
+    recent: list[str]
+    digest: str = ""
+
+
+def _problem(state: LogState) -> str | None:
+    if not job_ok(state.job) or not keys.is_digest_hex(state.head_digest):
+        return "not a job name or head digest"
+    if len(state.recent) != min(state.next_seq, RECENT_MAX):
+        return f"write ids of other records. recent={len(state.recent)}"
+    if not min(state.voids_total, RECENT_MAX) == len(state.voids) <= state.voids_total <= state.next_seq:
+        return f"voids miscounted. voids={len(state.voids)} total={state.voids_total}"
+    return _opens_problem(state) or _snapshots_problem(state) or _rest_problem(state)
+
+
+def _opens_problem(state: LogState) -> str | None:
+    opened: set[int] = set()
+    last = (0, -1)
+    for entry in state.opens:
+        if not (last[0] < entry.epoch <= keys.EPOCH_MAX and last[1] < entry.seq < state.next_seq):
+            return f"epochs do not ascend. epoch={entry.epoch} seq={entry.seq}"
+        if entry.resume is not None and (not keys.is_snapshot_id(entry.resume) or entry.resume.epoch not in opened):
+            return f"resumes an epoch that was never opened. epoch={entry.epoch}"
+        if entry.last_step is not None and not 0 <= entry.last_step <= keys.STEP_MAX:
+            return f"step out of range. epoch={entry.epoch} step={entry.last_step}"
+        opened.add(entry.epoch)
+        last = (entry.epoch, entry.seq)
+    return None
+
+
+def _snapshots_problem(state: LogState) -> str | None:
+    top = {entry.epoch: entry.last_step for entry in state.opens}
+    at: dict[int, int] = {}
+    last = -1
+    for entry in state.snapshots:
+        pair = entry.snapshot
+        limit = top.get(pair.epoch)
+        if limit is None or entry.writer_epoch not in top or entry.base == pair:
+            return f"snapshot of an epoch that was never opened. snapshot={pair}"
+        if not (at.get(pair.epoch, -1) < pair.step <= limit and last < entry.seq < state.next_seq):
+            return f"snapshots do not ascend. snapshot={pair} seq={entry.seq}"
+        if not keys.is_digest_hex(entry.manifest_digest) or (entry.base and not keys.is_snapshot_id(entry.base)):
+            return f"not a digest or base. snapshot={pair}"
+        at[pair.epoch] = pair.step
+        last = entry.seq
+    return None
+
+
+def _rest_problem(state: LogState) -> str | None:
+    pairs = {entry.snapshot for entry in state.snapshots}
+    names = [tag.name for tag in state.tagged]
+    if names != sorted(set(names)) or not all(tag_ok(tag.name) and tag.snapshot in pairs for tag in state.tagged):
+        return "a tag is no name or names no snapshot"
+    if state.floor is not None and not keys.is_snapshot_id(state.floor):
+        return "floor out of range"
+    if state.stores is not None:
+        ids, quorum = state.stores.ids, state.stores.write_quorum
+        if (
+            len(set(ids)) != len(ids)
+            or not all(map(keys.is_digest_hex, ids))
+            or not len(ids) < 2 * quorum <= 2 * len(ids)
+            or not sequencer_ok(state.stores.sequencer)
+        ):
+            return "not a set of stores"
+    seqs = [void.seq for void in state.voids]
+    if seqs != sorted(set(seqs)) or any(not 0 <= seq < state.next_seq for seq in seqs):
+        return "voids do not ascend"
+    return None
+
+
+ready(_Wire)

@@ -1,0 +1,1 @@
+"""What keeps stores healthy: retention, copies, and changes of the set of stores."""

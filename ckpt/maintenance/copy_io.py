@@ -1,0 +1,128 @@
+"""Reading one store's copy of an object, and all of it that is known compared with its digest. Nothing is written here."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
+from ckpt.errors import IntegrityError, NotFoundError, UnavailableError
+from ckpt.format.codec import decode_chunk
+from ckpt.format.digest import digest, digest_hex
+from ckpt.maintenance.copies import OK, Copy, Mend, Pack, Place, What, Whole
+from ckpt.maintenance.copies_pace import Pace
+from ckpt.restore.plan import ChunkRead, Read, join_reads
+from ckpt.save.chunks import PACK_BYTES_MAX
+from ckpt.values import CHUNK_BYTES, Codec
+
+PIECE_BYTES = 8 << 20
+"""Largest request: what a slow link can be asked for at once, and the scratch memory of one reader."""
+
+
+def look_whole(store: Backend, want: Whole, *, bytes_max: int, pace: Pace) -> tuple[Copy, bytes]:
+    """What ``store`` has of an object that one digest is for, and its bytes where they are right. Raises Stopped only."""
+    try:
+        pace.take(want.size_bytes or 0)
+        data = read_alone(store, want.key, bytes_max=bytes_max)
+    except NotFoundError:
+        return Copy(What.MISSING, "it is not there"), b""
+    except IntegrityError as error:
+        return Copy(What.DAMAGED, str(error)), b""
+    except UnavailableError as error:
+        return Copy(What.UNREADABLE, str(error)), b""
+    if want.size_bytes is not None and len(data) != want.size_bytes:
+        return Copy(What.DAMAGED, f"another length. size_bytes={len(data)} expected={want.size_bytes}"), b""
+    if digest_hex(data) != want.digest:
+        return Copy(What.DAMAGED, "its bytes differ from their digest"), b""
+    return OK, data
+
+
+def look_pack(store: Backend, pack: Pack, *, pace: Pace) -> Copy:
+    """Read every chunk of ``pack`` that is referred to, and compare. Memory: one piece and one chunk. Raises Stopped only."""
+    reads = list(join_reads((ChunkRead(*place, "", None, ()) for place in pack.places), PIECE_BYTES))
+    memory = memoryview(bytearray(max((read.size_bytes for read in reads), default=0)))
+    bad: set[Place] = set()
+    why = ""
+    for read in reads:
+        try:
+            told = _look(store, read, memory[: read.size_bytes], bad, pace)
+        except NotFoundError:
+            return Copy(What.MISSING, "it is not there", all_bad=True)
+        except UnavailableError as error:
+            return Copy(What.UNREADABLE, str(error), all_bad=True)
+        why = why or told
+    if bad:
+        return Copy(What.DAMAGED, f"{why} chunks={len(bad)} of={len(pack.places)}", frozenset(bad))
+    return OK
+
+
+def gather_pack(stores: Sequence[Backend], pack: Pack, mend: Mend, *, pace: Pace) -> memoryview | None:
+    """The whole pack as ``mend`` says, every chunk of it verified in the memory that is returned; None where it isn't right.
+
+    What lies between chunks is the source's. Takes memory of the pack's size. Raises what the stores raise, and Stopped.
+    """
+    stat = stores[mend.source].stat(pack.key)
+    if stat is None:
+        return None
+    # Garbage behind a pack's end isn't copied, nor may it ask for any amount of memory.
+    size_bytes = max(pack.end_bytes, stat.size_bytes if stat.size_bytes <= PACK_BYTES_MAX else 0)
+    memory = memoryview(mmap.mmap(-1, max(size_bytes, 1)))[:size_bytes]
+    there = min(stat.size_bytes, size_bytes)
+    for start in range(0, there, PIECE_BYTES):
+        piece = memory[start : min(start + PIECE_BYTES, there)]
+        pace.take(len(piece))
+        stores[mend.source].read_into(pack.key, piece, offset_bytes=start)
+    for (_, at), store in mend.patches:
+        piece = memory[at.offset_bytes : at.offset_bytes + at.stored_bytes]
+        pace.take(len(piece))
+        stores[store].read_into(pack.key, piece, offset_bytes=at.offset_bytes)
+    return memory if wrong_chunk(memory, pack) is None else None
+
+
+def wrong_chunk(memory: memoryview, pack: Pack) -> Place | None:
+    """The first chunk of ``pack`` that ``memory``, which holds the pack from its start, does not hold rightly."""
+    for place in pack.places:
+        at = place[1]
+        if chunk_problem(memory[at.offset_bytes : at.offset_bytes + at.stored_bytes], place) is not None:
+            return place
+    return None
+
+
+def chunk_problem(stored: memoryview, place: Place) -> str | None:
+    """What is wrong with the stored bytes of a chunk, or None."""
+    wanted, at = place
+    raw = stored
+    if at.codec is not Codec.RAW:
+        raw = memoryview(bytearray(min(at.raw_bytes, CHUNK_BYTES)))
+        try:
+            decode_chunk(stored, at, raw)
+        except IntegrityError as error:
+            return f"a chunk does not decode: {error}"
+    if len(raw) != at.raw_bytes or digest(raw) != wanted:
+        return "a chunk's bytes differ from their digest."
+    return None
+
+
+def _look(store: Backend, read: Read, memory: memoryview, bad: set[Place], pace: Pace) -> str:
+    """Adds what is wrong in one request's range to ``bad``; returns a word about the first of it, or nothing."""
+    pace.take(read.size_bytes)
+    try:
+        store.read_into(read.pack, memory, offset_bytes=read.offset_bytes)
+    except IntegrityError:
+        if len(read.chunks) > 1:
+            # It ends too early somewhere: the chunks before that may be right.
+            alone = [Read(read.pack, c.location.offset_bytes, c.location.stored_bytes, (c,)) for c in read.chunks]
+            words = [_look(store, one, memory[: one.size_bytes], bad, pace) for one in alone]
+            return next((word for word in words if word), "")
+        bad.add((read.chunks[0].digest, read.chunks[0].location))
+        return "it ends too early."
+    why = ""
+    for chunk in read.chunks:
+        place = (chunk.digest, chunk.location)
+        start = chunk.location.offset_bytes - read.offset_bytes
+        told = chunk_problem(memory[start : start + chunk.location.stored_bytes], place)
+        if told is not None:
+            bad.add(place)
+            why = why or told
+    return why

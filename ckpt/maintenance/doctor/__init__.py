@@ -1,0 +1,1 @@
+"""Trying a store out, and saying what is wrong with it."""

@@ -1,0 +1,205 @@
+"""Finding out what a store does by doing it, with short-lived objects below a name that nobody else uses."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
+from ckpt.errors import CkptError, IntegrityError
+from ckpt.format.digest import digest
+from ckpt.maintenance.doctor.doctor_facts import Latency, StoreFindings
+from ckpt.maintenance.doctor.doctor_holds import PROBES, look_inside
+
+T = TypeVar("T")
+
+SMALL_OPERATIONS = 20
+SMALL_BYTES = 512
+LARGE_BYTES = 16 << 20
+"""Size of the object that the throughput is measured with, when the caller names none."""
+
+
+@dataclass(slots=True)
+class Probing:
+    """One store under examination. ``close`` removes what was left by an operation that failed half-way."""
+
+    store: Backend
+    again: Callable[[], Backend] | None = None
+    """Opens the same store once more, for a second client."""
+    clock: Callable[[], float] = time.perf_counter
+    wall_clock: Callable[[], float] = time.time
+    _prefix: str = field(default_factory=lambda: f"{PROBES}{secrets.token_hex(8)}/")
+    _left: dict[str, None] = field(default_factory=dict)
+    _failures: dict[str, str] = field(default_factory=dict)
+    _times: dict[str, list[float]] = field(default_factory=dict)
+    _wrong: bool = False
+    """Other bytes came back than were put."""
+
+    def run(self, *, large_bytes: int = LARGE_BYTES) -> StoreFindings:
+        """Everything that one store alone can be asked. Raises nothing of the store."""
+        holds = self._try("reach", lambda: look_inside(self.store))
+        if holds is None:
+            return StoreFindings(url=self.store.url, failures=dict(self._failures))
+        creates = self._try("create", lambda: self.store.capabilities().create_only)
+        self._small()
+        seen_put, seen_delete, seen_other = self._lists()
+        up, down, right = self._large(large_bytes)
+        skew, unsure = self._skew()
+        folder = os.path.isdir(self.store.url)  # noqa: PTH112
+        return StoreFindings(
+            url=self.store.url,
+            folder=folder,
+            failures=dict(self._failures),
+            create_only=creates,
+            latency={name: _latency(times) for name, times in self._times.items()},
+            up_bytes_per_s=up,
+            down_bytes_per_s=down,
+            read_back_right=False if self._wrong else right,
+            list_after_put=seen_put,
+            list_after_delete=seen_delete,
+            other_client=seen_other,
+            skew_s=skew,
+            skew_unsure_s=unsure,
+            free_bytes=_free_bytes(self.store.url) if folder else None,
+            holds=holds,
+        )
+
+    def mark(self) -> str | None:
+        """Put an object that only this store has; its key, or None where that fails."""
+        key = f"{self._prefix}mark"
+        return key if self._put(key, b"mark") else None
+
+    def close(self) -> tuple[str, ...]:
+        """Remove every probe object that may be there; the keys of those that could not be."""
+        for key in list(self._left):
+            self._delete(key)
+        return tuple(self._left)
+
+    def _small(self) -> None:
+        for number in range(SMALL_OPERATIONS):
+            key, body = f"{self._prefix}small-{number}", secrets.token_bytes(SMALL_BYTES)
+            if not self._put(key, body, timed=True):
+                break
+            found = self._timed("read", partial(read_alone, self.store, key, bytes_max=SMALL_BYTES))
+            self._timed("stat", partial(self.store.stat, key))
+            self._wrong = self._wrong or found not in (None, body)
+            self._delete(key, timed=True)
+            if self._failures:
+                break
+        for _ in range(SMALL_OPERATIONS):
+            if self._timed("list", lambda: list(self.store.list(self._prefix))) is None:
+                break
+
+    def _lists(self) -> tuple[bool | None, bool | None, bool | None]:
+        """Whether lists tell of a put, of a delete, and of a put over another connection."""
+        key = f"{self._prefix}listed"
+        if "put" in self._failures or "list" in self._failures or not self._put(key, b"listed"):
+            return None, None, None
+        seen = self._lists_it(self.store, key)
+        other = None
+        if self.again is not None:
+            opened = self._try("reach", self.again)
+            if opened is not None:
+                with closing(opened):
+                    other = self._lists_it(opened, key)
+        gone = None
+        if self._delete(key):
+            still = self._lists_it(self.store, key)
+            gone = None if still is None else not still
+        return seen, gone, other
+
+    def _large(self, size_bytes: int) -> tuple[float | None, float | None, bool | None]:
+        """Bytes a second up and down, and whether they came back the same."""
+        key = f"{self._prefix}large"
+        if self._failures.keys() & {"put", "read"}:
+            return None, None, None
+        body = secrets.token_bytes(min(size_bytes, 1 << 20)) * max(1, size_bytes >> 20)
+        start = self.clock()
+        if not self._put(key, body):
+            return None, None, None
+        up = len(body) / max(self.clock() - start, 1e-9)
+        out = bytearray(len(body))
+        start = self.clock()
+        try:
+            self.store.read_into(key, memoryview(out))
+        except IntegrityError as error:
+            self._failures["read"] = str(error)
+            return up, None, False
+        except CkptError as error:
+            self._failures["read"] = str(error)
+            return up, None, None
+        down = len(out) / max(self.clock() - start, 1e-9)
+        self._delete(key)
+        return up, down, digest(out) == digest(body)
+
+    def _skew(self) -> tuple[float | None, float]:
+        """How far the store's clock is ahead of ours, and how unsure that is: half of the time that the put took."""
+        key = f"{self._prefix}clock"
+        if "put" in self._failures:
+            return None, 0.0
+        before = self.wall_clock()
+        if not self._put(key, b"clock"):
+            return None, 0.0
+        after = self.wall_clock()
+        stat = self._try("read", lambda: self.store.stat(key))
+        self._delete(key)
+        # Stores tell whole seconds, most of them.
+        unsure = (after - before) / 2 + 1.0
+        return (None, 0.0) if stat is None else (stat.modified_unix_s - (before + after) / 2, unsure)
+
+    def _lists_it(self, store: Backend, key: str) -> bool | None:
+        found = self._try("list", lambda: [stat.key for stat in store.list(self._prefix)])
+        return None if found is None else key in found
+
+    def _put(self, key: str, body: bytes, *, timed: bool = False) -> bool:
+        def act() -> bool:
+            self.store.put(key, [body])
+            return True
+
+        self._left[key] = None  # before it is tried: a put whose reply is lost may have landed
+        return bool(self._timed("put", act) if timed else self._try("put", act))
+
+    def _delete(self, key: str, *, timed: bool = False) -> bool:
+        def act() -> bool:
+            self.store.delete(key)
+            return True
+
+        done = bool(self._timed("delete", act) if timed else self._try("delete", act))
+        if done:
+            self._left.pop(key, None)
+        return done
+
+    def _timed(self, name: str, act: Callable[[], T]) -> T | None:
+        start = self.clock()
+        found = self._try(name, act)
+        if name not in self._failures:
+            self._times.setdefault(name, []).append(self.clock() - start)
+        return found
+
+    def _try(self, name: str, act: Callable[[], T]) -> T | None:
+        try:
+            return act()
+        except CkptError as error:
+            self._failures.setdefault(name, str(error))
+            return None
+
+
+def _latency(times: list[float]) -> Latency:
+    ordered = sorted(times)
+    return Latency(statistics.median(ordered), ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))], len(ordered))
+
+
+def _free_bytes(folder: str) -> int | None:
+    try:
+        facts = os.statvfs(folder)
+    except OSError:
+        return None
+    return facts.f_bavail * facts.f_frsize

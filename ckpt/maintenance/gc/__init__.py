@@ -1,0 +1,1 @@
+"""Dropping snapshots and deleting bytes that no snapshot refers to."""

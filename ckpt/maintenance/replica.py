@@ -1,0 +1,80 @@
+"""Making a place a replica of a log: its own ``ckpt.json``, created once."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
+from ckpt.errors import (
+    ConflictError,
+    IntegrityError,
+    KeyExistsError,
+    NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
+from ckpt.format import keys
+from ckpt.format.store import JOB_BYTES_MAX, JobRecord
+
+CLAIM_TRIES_MAX = 5
+"""How often a claim whose reply was lost is looked at or made again; backends wait and retry beneath this."""
+
+
+def claim_replica(store: Backend, source: JobRecord) -> JobRecord:
+    """The record of ``store`` as a replica of the log of ``source``: the one it has, or a new one with an id of its own.
+
+    An id that no ``stores`` record names counts for nothing, so a replica that is being filled can't be taken for a full one.
+    Two that claim at once get the same record where the store creates a key only once; where it doesn't, the later one may win,
+    and both see it. Raises UsageError where the store is another job's, ConflictError where it holds another log of the job,
+    IntegrityError where it has a log without ``ckpt.json``, UnavailableError.
+    """
+    why = "no answer"
+    once = store.capabilities().create_only
+    for _ in range(CLAIM_TRIES_MAX):
+        found = _read(store)
+        if found is not None:
+            _require_same_log(store, found, source)
+            return found
+        first = next(iter(store.list(keys.LOG)), None)
+        if first is not None:
+            raise IntegrityError(
+                f"the store holds a log but no {keys.JOB_KEY}. store={store.url} found={first.key} "
+                f"bring {keys.JOB_KEY} back with ckpt scrub, or name an empty place"
+            )
+        try:
+            store.put(keys.JOB_KEY, [replace(source, store_id=secrets.token_hex(16)).encode()], create_only=once)
+        except KeyExistsError:
+            continue
+        except (StoreFullError, StoreDeniedError):
+            raise
+        except UnavailableError as error:
+            why = str(error)
+    found = _read(store)
+    if found is None:
+        raise UnavailableError(f"the store did not answer while it was made a replica. store={store.url} why={why}")
+    _require_same_log(store, found, source)
+    return found
+
+
+def _read(store: Backend) -> JobRecord | None:
+    try:
+        return JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+    except NotFoundError:
+        return None
+
+
+def _require_same_log(store: Backend, found: JobRecord, source: JobRecord) -> None:
+    if found.job != source.job:
+        raise UsageError(
+            f"the store belongs to another job. store={store.url} its_job={found.job!r} wanted={source.job!r} "
+            f"use another prefix"
+        )
+    if found.log_id != source.log_id:
+        raise ConflictError(
+            f"the store holds another log of the same job: its records and those of the source never were one. "
+            f"store={store.url} its_log={found.log_id} wanted={source.log_id} use another prefix"
+        )

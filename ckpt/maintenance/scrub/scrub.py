@@ -1,0 +1,237 @@
+"""Reading everything everywhere, and mending what is not as it should be: on one store, or on all that hold one log.
+
+The order is what makes it safe to stop, or to die, anywhere: first the log is only read. Then manifests, parts and packs are
+compared and mended. Only then do stores get log records that they lack, in order; then folds; and last a lost ``ckpt.json``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from ckpt.backends.base import Backend
+from ckpt.errors import FormatVersionError, UnavailableError
+from ckpt.events import Event, Tell
+from ckpt.format import keys
+from ckpt.log.reader import read_on
+from ckpt.log.state import LogState
+from ckpt.maintenance.copies import Copy, What
+from ckpt.maintenance.copies_pace import Pace, Stopped
+from ckpt.maintenance.scrub.log import Truth
+from ckpt.maintenance.scrub.objects import Objects
+from ckpt.maintenance.scrub.repair import repair_folds, repair_job, repair_log
+from ckpt.maintenance.scrub.scrub_begin import Begun, begin
+from ckpt.maintenance.scrub.scrub_facts import ScrubReport
+from ckpt.maintenance.scrub.scrub_gone import Gone
+from ckpt.maintenance.scrub.scrub_roles import HEADLESS, READY
+from ckpt.values import SnapshotId
+
+BUDGET_BYTES = 256 << 20
+"""Memory for what is referred to, when the caller names no limit; a pack that is mended takes its own size besides."""
+
+
+def scrub(  # noqa: PLR0913  all but two are keywords
+    stores: Sequence[Backend],
+    write_quorum: int,
+    *,
+    truth: Truth | None = None,
+    mend: bool = True,
+    fill_empty: bool = False,
+    rate_bytes_per_s: float | None = None,
+    threads: int = 1,
+    tell: Tell | None = None,
+    stop: threading.Event | None = None,
+) -> ScrubReport | None:
+    """One scrub from beginning to end, or until ``stop`` is set. See ``Scrub``."""
+    whole = Scrub(
+        stores,
+        write_quorum,
+        truth=truth,
+        mend=mend,
+        fill_empty=fill_empty,
+        rate_bytes_per_s=rate_bytes_per_s,
+        tell=tell,
+    )
+    return whole.run(stop, threads=threads)
+
+
+class Scrub:
+    """A scrub that can be stopped and gone on with; after its end, the next ``run`` begins another.
+
+    ``stores`` are plain, each alone. ``write_quorum``: an object on fewer is counted as ``thin``. ``truth`` tells which record
+    counts at a place, where the stores alone can't. ``mend`` False: nothing is written anywhere. A store that holds nothing may
+    be a disk that isn't mounted, so it is left alone unless ``fill_empty``: then it becomes a replica with an id of its own.
+    ``only``: of the objects, those of these snapshots. ``rate_bytes_per_s`` bounds what is read and written together.
+    Uses about ``budget_bytes`` of memory, and a pack's size while one is mended. Not for several threads at once.
+    """
+
+    def __init__(  # noqa: PLR0913  all but two are keywords
+        self,
+        stores: Sequence[Backend],
+        write_quorum: int,
+        *,
+        truth: Truth | None = None,
+        mend: bool = True,
+        fill_empty: bool = False,
+        only: frozenset[SnapshotId] | None = None,
+        rate_bytes_per_s: float | None = None,
+        budget_bytes: int = BUDGET_BYTES,
+        tell: Tell | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stores = tuple(stores)
+        self._write_quorum = write_quorum
+        self._truth = truth
+        self._mend = mend
+        self._fill_empty = fill_empty
+        self._only = only
+        self._rate = rate_bytes_per_s
+        self._budget_bytes = budget_bytes
+        self._tell: Tell = tell or _to_nobody
+        self._clock = clock
+        self._work: _Work | None = None
+
+    def run(self, stop: threading.Event | None = None, *, threads: int = 1) -> ScrubReport | None:
+        """Go on until the end or until ``stop`` is set, and report what was found since the beginning.
+
+        None where it was stopped before anything was compared. ``threads`` objects are looked at at once, each on all stores.
+        Raises UsageError where the stores do not belong together, NotFoundError where none is a store, FormatVersionError, and
+        UnavailableError where none answers.
+        """
+        pace = Pace(self._rate, stop=stop, clock=self._clock)
+        try:
+            if self._work is None:
+                self._work = self._begin(pace)
+            self._work.go_on(pace, threads=threads)
+        except Stopped:
+            return None if self._work is None else self._work.report(complete=False)
+        report = self._work.report(complete=True)
+        self._work = None
+        self._tell(_done(report))
+        return report
+
+    def _begin(self, pace: Pace) -> _Work:
+        begun = begin(
+            self._stores,
+            self._write_quorum,
+            mend=self._mend,
+            fill_empty=self._fill_empty,
+            truth=self._truth,
+            tell=self._tell,
+            pace=pace,
+        )
+        return _Work(begun, truth=self._truth, only=self._only, budget_bytes=self._budget_bytes, clock=self._clock)
+
+
+class _Work:
+    """One scrub under way: what is left of it, and what was found."""
+
+    def __init__(
+        self,
+        begun: Begun,
+        *,
+        truth: Truth | None,
+        only: frozenset[SnapshotId] | None,
+        budget_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._begun = begun
+        self._truth = truth
+        state = begun.log.state
+        entries = [entry for entry in state.snapshots if only is None or entry.snapshot in only]
+        gone = Gone(state, self._read_on, clock=clock)
+        self._objects = Objects(begun.bench, entries, everything=only is None, gone=gone, budget_bytes=budget_bytes)
+        self._snapshots = len(entries)
+        self._moved_bytes = 0
+        headless = [number for number, seat in enumerate(begun.seats) if seat.role == HEADLESS]
+        heads: list[Callable[[int], None]] = [partial(self._repair_head, number) for number in headless]
+        self._left = [*heads, self._tell_of_log, self._repair_folds, self._repair_log, self._packs, self._records]
+        """What is still to be done, the next one last; each is called with the number of threads."""
+
+    def go_on(self, pace: Pace, *, threads: int) -> None:
+        """Do what is left. Raises Stopped."""
+        self._begun.bench.pace = pace
+        try:
+            while self._left:
+                self._left[-1](threads)
+                self._left.pop()
+        finally:
+            self._moved_bytes += pace.moved_bytes
+
+    def report(self, *, complete: bool) -> ScrubReport:
+        """Everything so far."""
+        findings, log = self._begun.bench.findings, self._begun.log
+        return ScrubReport(
+            complete=complete,
+            job=log.state.job,
+            snapshots=self._snapshots,
+            records=log.state.next_seq,
+            moved_bytes=self._moved_bytes,
+            stores=tuple(replace(tally) for tally in findings.stores),
+            troubles=tuple(findings.troubles),
+            troubles_total=findings.total,
+            thin=findings.thin,
+            lost=findings.lost,
+            unmended=findings.unmended,
+            hole=log.hole,
+            untraced=tuple(entry.snapshot for entry in self._objects.untraced),
+        )
+
+    def _records(self, threads: int) -> None:
+        self._objects.records(threads=threads)
+
+    def _packs(self, threads: int) -> None:
+        self._objects.packs(threads=threads)
+
+    def _repair_log(self, threads: int) -> None:
+        repair_log(self._begun.bench, self._begun.log, self._truth)
+
+    def _repair_folds(self, threads: int) -> None:
+        repair_folds(self._begun.bench, self._begun.log)
+
+    def _tell_of_log(self, threads: int) -> None:
+        self._begun.noted.settle(self._begun.bench, self._begun.log)
+
+    def _repair_head(self, number: int, threads: int) -> None:
+        begun, seat = self._begun, self._begun.seats[number]
+        tally = begun.bench.findings.stores[number]
+        if tally.role != HEADLESS:
+            return  # it stopped answering
+        why = repair_job(begun.bench, begun.log, begun.seats, number, begun.common)
+        copy = Copy(What.DAMAGED if seat.damaged else What.MISSING, why or seat.problem)
+        begun.bench.settle(keys.JOB_KEY, {number: copy}, mended=() if why else (number,))
+        tally.problem = why or ""
+        tally.role = READY if why is None else HEADLESS
+
+    def _read_on(self, state: LogState) -> LogState:
+        """The newest that any store tells: enough to know what was dropped meanwhile."""
+        newest = state
+        for number in self._begun.bench.active:
+            try:
+                found = read_on(self._begun.bench.stores[number], state)
+            except (UnavailableError, FormatVersionError):
+                continue
+            newest = max(newest, found, key=lambda one: one.next_seq)
+        return newest
+
+
+def _done(report: ScrubReport) -> Event:
+    facts = {
+        "snapshots": report.snapshots,
+        "records": report.records,
+        "moved_bytes": report.moved_bytes,
+        "troubles": report.troubles_total,
+        "mended": sum(store.mended for store in report.stores),
+        "unmended": report.unmended,
+        "lost": report.lost,
+        "away": report.away,
+    }
+    text = "all copies were read, and all is well" if report.ok else "all copies were read, and not all is well"
+    return Event("scrub-done", text, facts, alarm=not report.ok)
+
+
+def _to_nobody(event: Event) -> None:
+    """Nobody listens."""

@@ -1,0 +1,1 @@
+"""Bringing a store to the state of others."""

@@ -1,1 +1,0 @@
-"""The records: their fields, versions, keys and canonical bytes."""

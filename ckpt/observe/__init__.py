@@ -1,1 +1,0 @@
-"""Events and metrics: what happened, told once, in one form."""

@@ -1,0 +1,1 @@
+"""Snapshots written as files of other libraries."""

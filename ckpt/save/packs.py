@@ -1,0 +1,219 @@
+"""From a sealed slot to packs in a store, and what its part says. Nothing is recorded here: without a commit nobody reads these
+bytes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+from ckpt.backends.base import Backend
+from ckpt.encode_threads import start
+from ckpt.errors import CkptError, IntegrityError, UsageError
+from ckpt.format.keys import pack_key
+from ckpt.format.part import Part, StoredShard, chunk_sizes
+from ckpt.save.choose import OFF, Compression, may_compress
+from ckpt.save.chunks import GAP_BYTES_MAX, PACK_BYTES_MAX, Chunk, PackPlan, new_chunks, plan_packs
+from ckpt.save.pack import BuiltPack, Sampler, encoded_pack, raw_pack, verify_chunks
+from ckpt.values import PAGE_BYTES, ChunkLocation, Digest, StagedIndex, StagedShard
+
+PUTS_MAX = 4
+"""Packs on their way at once: what fills the links measured, and bounds the memory that compressed packs take."""
+
+ENCODED_BYTES_MAX = 256 << 20
+"""Memory that compressed packs may take in all."""
+
+PROBE_BYTES = 16 << 20
+"""Size of a first pack that is written raw to measure the link."""
+
+MEASURED_BYTES_MIN = 4 << 20
+"""Smaller packs say more about a request's fixed cost than about the link."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes that persisting keeps to: the largest pack, packs on their way at once, memory for compressed ones."""
+
+    pack_bytes_max: int = PACK_BYTES_MAX
+    puts_max: int = PUTS_MAX
+    encoded_bytes_max: int = ENCODED_BYTES_MAX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persisted:
+    """What a rank's share of a snapshot became. ``part`` says where it lies, and is stored nowhere yet (``put_part``).
+
+    ``new_bytes`` is what its new chunks take in the store, ``packs`` how many packs were written and ``pack_bytes`` how large
+    each is, ``locations`` where every chunk of the snapshot lies (the next one's ``known``), ``link_bytes_per_s`` how fast
+    packs went (None: none was written).
+    """
+
+    part: Part
+    new_bytes: int
+    packs: int
+    pack_bytes: dict[str, int]
+    locations: dict[Digest, ChunkLocation]
+    link_bytes_per_s: float | None
+
+
+def packs_at_most(staged: StagedIndex) -> int:
+    """How many pack numbers ``persist`` can use for ``staged`` within the default limits, whatever is known. O(shards)."""
+    chunks = sum(len(shard.digests) for shard in staged.shards)
+    padded = sum(shard.size_bytes for shard in staged.shards) + chunks * (2 * PAGE_BYTES + GAP_BYTES_MAX)
+    # Two packs that follow each other exceed a pack's limit together, and the smallest limit is the probe's.
+    return min(chunks, 1 + 2 * padded // PROBE_BYTES)
+
+
+def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywords
+    staged: StagedIndex,
+    data: memoryview,
+    *,
+    known: Mapping[Digest, ChunkLocation],
+    backend: Backend,
+    writer: str,
+    pack_start: int,
+    compression: Compression,
+    verify: bool = True,
+    limits: Limits = Limits(),
+) -> Persisted:
+    """Write the chunks of ``staged`` that are not ``known``, and say where all of them lie.
+
+    ``data`` is the slot's data area, pinned by the caller. ``pack_start`` is the first pack number that ``writer`` never used;
+    the result says how many are used up, after an error it may be ``packs_at_most``. ``verify`` compares each new chunk with
+    its staged digest just before it is written, 0.05 s a GiB of one core beside the writing: without it a byte that went bad in
+    the slot would be called durable, and be found only by the restore that needs it.
+
+    Raises what the store raises, with the snapshot named, and IntegrityError where the slot changed; nothing was recorded
+    then, older snapshots stand, and what was written is swept later.
+    """
+    if any(shard.offset_bytes + shard.size_bytes > len(data) for shard in staged.shards):
+        raise UsageError(f"the data area is shorter than its index says. size_bytes={len(data)}")
+    chunks = new_chunks(staged, known)
+    try:
+        caps = backend.capabilities()
+        compressing = may_compress(compression, local=caps.direct_io)
+        puts = max(1, min(limits.puts_max, caps.concurrency_best))
+        packs = _plan(chunks, len(data), limits, puts=puts, compression=compression if compressing else OFF)
+        writing = _Writing(backend, data, compression=compression if compressing else OFF, verify=verify)
+        fresh = writing.write(
+            {pack_key(staged.snapshot, writer, pack_start + n): pack for n, pack in enumerate(packs)}, puts=puts
+        )
+        part = _part(staged, writer, {**known, **fresh})
+    except CkptError as error:
+        raise type(error)(
+            f"{error} [snapshot={staged.snapshot} rank={staged.rank} store={backend.url}: not recorded, older ones stand]"
+        ) from error
+    return Persisted(
+        part=part,
+        new_bytes=sum(place.stored_bytes for place in fresh.values()),
+        packs=len(packs),
+        pack_bytes=writing.pack_bytes,
+        locations={d: p for shard in part.shards for d, p in zip(shard.digests, shard.locations, strict=True)},
+        link_bytes_per_s=writing.link_bytes_per_s,
+    )
+
+
+def _plan(
+    chunks: Sequence[Chunk], data_bytes: int, limits: Limits, *, puts: int, compression: Compression
+) -> list[PackPlan]:
+    if compression.mode == "off":
+        return plan_packs(chunks, data_bytes=data_bytes, pack_bytes_max=limits.pack_bytes_max)
+    # One pack is built while ``puts`` are on their way, and none gets larger by compression.
+    most = min(limits.pack_bytes_max, limits.encoded_bytes_max // (puts + 1))
+    first = PROBE_BYTES if _measures(compression) else None
+    return plan_packs(chunks, data_bytes=data_bytes, pack_bytes_max=most, first_bytes_max=first)
+
+
+def _measures(compression: Compression) -> bool:
+    return compression.mode == "auto" and compression.link_bytes_per_s is None
+
+
+class _Writing:
+    """Packs on their way to the store: the next is verified and built while earlier ones travel."""
+
+    def __init__(self, backend: Backend, data: memoryview, *, compression: Compression, verify: bool) -> None:
+        self._backend = backend
+        self._data = data
+        self._compression = compression
+        self._verify = verify
+        self._sampler = Sampler(compression, data)
+        self._seen_bytes_per_s: float | None = None
+        self.pack_bytes: dict[str, int] = {}
+        """The size of each pack that was built."""
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """The link's speed: as told, else the best seen so far."""
+        return self._compression.link_bytes_per_s or self._seen_bytes_per_s
+
+    def write(self, packs: Mapping[str, PackPlan], *, puts: int) -> dict[Digest, ChunkLocation]:
+        """Put each pack at its key, at most ``puts`` at once; where each chunk lies then. The first error ends it."""
+        places: dict[Digest, ChunkLocation] = {}
+        running: deque[Future[None]] = deque()
+        if not packs:
+            return places
+        try:
+            for key, pack in packs.items():
+                built = self._build(key, pack)
+                self.pack_bytes[key] = built.size_bytes
+                while len(running) >= puts:
+                    running.popleft().result()
+                running.append(self._start(built))
+                places.update(built.locations)
+                if self.link_bytes_per_s is None and _measures(self._compression):
+                    running.popleft().result()
+            while running:
+                running.popleft().result()
+        finally:
+            wait(running)  # after an error too: they read the slot, which the caller then lets go
+        return places
+
+    def _start(self, built: BuiltPack) -> Future[None]:
+        return start(lambda: self._put(built), name="ckpt-put")
+
+    def _build(self, key: str, pack: PackPlan) -> BuiltPack:
+        if self._verify:
+            verify_chunks(pack, self._data)
+        wanted = {chunk.digest for chunk in pack.chunks if self._wants(chunk)}
+        if not wanted:
+            return raw_pack(key, pack, self._data)
+        level = self._compression.level
+        return encoded_pack(key, pack, self._data, level=level, wanted=lambda chunk: chunk.digest in wanted)
+
+    def _wants(self, chunk: Chunk) -> bool:
+        if self._compression.mode == "off" or (_measures(self._compression) and self.link_bytes_per_s is None):
+            return False
+        return self._sampler.decide(chunk, link_bytes_per_s=self.link_bytes_per_s).compress
+
+    def _put(self, built: BuiltPack) -> None:
+        start = time.perf_counter()
+        self._backend.put(built.key, built.buffers)
+        taken = time.perf_counter() - start
+        if built.size_bytes >= MEASURED_BYTES_MIN and taken > 0:
+            self._seen_bytes_per_s = max(self._seen_bytes_per_s or 0.0, built.size_bytes / taken)
+
+
+def _part(staged: StagedIndex, writer: str, places: Mapping[Digest, ChunkLocation]) -> Part:
+    return Part(
+        snapshot=staged.snapshot,
+        writer=writer,
+        rank=staged.rank,
+        world_size=staged.world_size,
+        shards=tuple(_stored(shard, places) for shard in staged.shards),
+        aliases=staged.aliases,
+    )
+
+
+def _stored(shard: StagedShard, places: Mapping[Digest, ChunkLocation]) -> StoredShard:
+    found = tuple(places[digest] for digest in shard.digests)
+    for place, raw_bytes in zip(found, chunk_sizes(shard.size_bytes), strict=True):
+        if place.raw_bytes != raw_bytes:
+            raise IntegrityError(
+                f"two chunks of different sizes have one digest. leaf={shard.leaf.name!r} pack={place.pack} "
+                f"raw_bytes={place.raw_bytes} expected={raw_bytes}; save once without known chunks"
+            )
+    return StoredShard(
+        leaf=shard.leaf, box=shard.box, size_bytes=shard.size_bytes, digests=shard.digests, locations=found
+    )

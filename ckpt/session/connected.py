@@ -1,0 +1,150 @@
+"""In place: after a keeper's death the next snapshot goes to the next keeper, or to nobody but this process.
+
+The ranks learn of the death at different snapshots, and must not wait for each other there: one that waits holds up the step
+that the others need to get to theirs. So rank 0 alone decides, at its next snapshot: it finds or starts a keeper, opens an
+epoch that goes on from the newest pair that all ranks have, and posts from which step on the new one counts. The others look
+for that word at each snapshot of theirs; until it is there their snapshots fail, and what they missed from that step on they
+refuse. So all ranks hand in the same sequence, and a death costs the snapshots around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from ckpt.errors import FencedError, IntegrityError, UnavailableError, UsageError
+from ckpt.events import Event
+from ckpt.format.canonical import ready
+from ckpt.session.joined import Joined
+from ckpt.session.log import Log
+from ckpt.session.slot_rule import newest_of
+from ckpt.values import SnapshotId
+
+
+class _Word(msgspec.Struct, frozen=True):
+    """From snapshot ``at_step`` on, ``epoch`` counts; ``alone``: without keeper."""
+
+    epoch: int
+    origin: str
+    at_step: int
+    alone: bool
+
+
+class Mending:
+    """One rank's part in it. Used by the training thread.
+
+    ``open_epoch`` opens the next epoch, on rank 0; ``log`` is asked there whether another writer did, and used without keeper.
+    """
+
+    def __init__(
+        self, joined: Joined, *, open_epoch: Callable[[SnapshotId | None], tuple[int, str]], log: Log
+    ) -> None:  # fmt: skip
+        self._joined = joined
+        self._open_epoch = open_epoch
+        self._log = log
+        self._mended = 0
+        self._under_way = False
+        self._handed_in: list[int] = []
+        self._bases: dict[int, SnapshotId | None] = {}
+
+    @property
+    def needed(self) -> bool:
+        """Whether the keeper of a session in place is gone, or what follows is not done yet."""
+        keeping = self._joined.keeping
+        lost = keeping.link is not None and keeping.link.lost is not None
+        return not keeping.seated and (lost or self._under_way)
+
+    def handed_in(self, step: int) -> None:
+        """This rank handed in, or refused, a snapshot of that step."""
+        if self._joined.channel.size > 1 and self._joined.keeping.link is not None:
+            self._handed_in = [*self._handed_in[-999:], step]
+
+    def relink(self) -> None:
+        """Rank 0, before an epoch is opened anyway: find the next keeper, or do without."""
+        if self.needed:
+            self._reach()
+
+    def align(self, *, alone: bool) -> None:
+        """After that, on all ranks: do as rank 0 did. ``alone``: it opened the epoch without keeper."""
+        keeping, slots = self._joined.keeping, self._joined.saving.slots
+        if alone and keeping.link is not None:
+            keeping.go_on_alone(slots)
+        elif self.needed:
+            keeping.reconnect(slots)
+        self._under_way, self._handed_in = False, []
+
+    def mend(self, step: int, *, epoch: int, base: SnapshotId | None) -> int | None:
+        """Before the snapshot of ``step``, where it is ``needed``: the epoch that counts from now on, or None if none does yet.
+
+        ``epoch`` is open and went on from ``base``. Raises FencedError where another writer opened a newer one, ConflictError
+        where another launch has the next keeper, UnavailableError where the store can't be asked: the next one tries again.
+        """
+        if self._joined.channel.rank == 0:
+            word = self._decide(step, epoch, self._bases.get(epoch, base))
+        else:
+            body = self._joined.channel.peek(f"mended/{self._mended}")
+            if body is None:
+                return None
+            word = msgspec.json.decode(body, type=_Word)
+            if word.at_step > step:  # rank 0 handed this one in before it knew
+                return None
+        self._follow(word, after=step - 1)
+        return word.epoch
+
+    def _decide(self, step: int, epoch: int, base: SnapshotId | None) -> _Word:
+        self._under_way = True
+        self._reach()
+        newest = self._log.newest_epoch()
+        if newest > epoch:
+            raise FencedError(
+                f"another writer opened an epoch of this job. newest={newest} mine={epoch}; stop this one"
+            )
+        resume = self._newest_of(epoch) or base
+        number, origin = self._open_epoch(resume)
+        word = _Word(number, origin, step, self._joined.keeping.link is None)
+        self._bases[word.epoch] = resume
+        if self._joined.channel.size > 1:
+            self._joined.channel.post(f"mended/{self._mended}", msgspec.json.encode(word))
+        text = f"the keeper was lost; epoch {word.epoch} goes on from {resume}"
+        self._joined.tell(Event("keeper-replaced", text, {"epoch": word.epoch, "alone": word.alone}, alarm=True))
+        return word
+
+    def _newest_of(self, epoch: int) -> SnapshotId | None:
+        """The newest pair of ``epoch`` that all ranks' slots hold, or that is durable."""
+        board, durable = self._joined.keeping.board, self._joined.saving.durable
+        found = [board.complete() if board is not None else None, durable.id if durable is not None else None]
+        return newest_of(pair for pair in found if pair is not None and pair.epoch == epoch)
+
+    def _reach(self) -> None:
+        """Find or start the next keeper, and give it what the last one had; else do without from here on."""
+        keeping, slots = self._joined.keeping, self._joined.saving.slots
+        if keeping.link is None:
+            return
+        try:
+            keeping.reconnect(slots)
+        except (UnavailableError, UsageError, IntegrityError) as error:
+            text = f"the keeper is lost and there is no other, so snapshots depend on this process alone: {error}"
+            self._joined.tell(Event("no-keeper", text, alarm=True))
+            keeping.go_on_alone(slots)
+
+    def _follow(self, word: _Word, *, after: int) -> None:
+        keeping, saving = self._joined.keeping, self._joined.saving
+        if not word.alone:
+            keeping.reconnect(saving.slots)
+            saving.go_on_kept(keeping.persister(word.epoch), origin=word.origin, after=after)
+        else:
+            if keeping.link is not None:
+                keeping.go_on_alone(saving.slots)
+            place = self._log.place(word.epoch, rank=self._joined.channel.rank)
+            saving.go_on(place, base=None, known=dict, after=after)
+            if keeping.regions is not None:
+                keeping.regions.epoch = word.epoch
+        self._mended += 1
+        self._under_way = False
+        missed, self._handed_in = [step for step in self._handed_in if step >= word.at_step], []
+        for step in missed:
+            saving.refuse(SnapshotId(word.epoch, step), UnavailableError("the keeper was lost when it was handed in"))
+
+
+ready(_Word)

@@ -1,0 +1,1 @@
+"""A training process's connection to its keeper."""

@@ -1,0 +1,283 @@
+"""Restoring from the memory of several nodes: slots of this one, slots and mirrors that others lend, read as one store."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
+from ckpt.cluster.fleet_tls import lender_at
+from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.keys import mirror_key, slot_key
+from ckpt.cluster.peermem.store import PeerStore
+from ckpt.cluster.secret import secret_of
+from ckpt.errors import CkptError, IntegrityError, NotFoundError, UsageError
+from ckpt.format.index import SnapshotIndex
+from ckpt.ipc.cluster_spec import NodesSpec
+from ckpt.ipc.seating import Source
+from ckpt.restore.from_slots import SlotStore, staged_index
+from ckpt.restore.from_slots import slot_key as place_key
+from ckpt.session.keeper.connection import KeeperLink
+from ckpt.staging.header import INDEX_BYTES_MAX, INDEX_OFFSET_BYTES, read_slot
+from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
+
+_HEAD = struct.Struct("=8Q")
+
+SLOT_BYTES_MAX = 1 << 46
+"""No slot is longer: no machine has so much memory."""
+
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # no constant of the standard library before 3.13
+ROOM_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+"""Room for an address more than for bytes: nothing is promised, or a system that counts promises would refuse it."""
+
+FAILURES_MAX = 8
+"""So many places are named where none has a share."""
+
+Reach = Callable[[str], Backend]
+"""The store that the node at an address lends."""
+
+
+@dataclass(frozen=True, slots=True)
+class LentSlot:
+    """One rank's share of a pair at another node. ``offset_bytes``: where its data begin in the object."""
+
+    store: Backend
+    key: str
+    index: StagedIndex
+    offset_bytes: int
+    size_bytes: int
+
+
+class Share:
+    """One rank's share, wherever it is lent: the next place is looked at when the one before fails. Thread-safe.
+
+    Raises IntegrityError where no place has it.
+    """
+
+    def __init__(self, snapshot: SnapshotId, rank: int, places: Sequence[tuple[str, str]], reach: Reach) -> None:
+        """``places``: addresses, and the key there."""
+        self._snapshot = snapshot
+        self._rank = rank
+        self._places = deque(places)
+        self._reach = reach
+        self._failures: list[str] = []
+        self._lock = threading.Lock()
+        self.slot = self._next(None)
+        """Where it is read now."""
+
+    @property
+    def index(self) -> StagedIndex:
+        """What the share is."""
+        return self.slot.index
+
+    def read_into(self, out: memoryview, *, offset_bytes: int) -> None:
+        """Read from the first place that still has it. Each place is given up once it failed, or answers nobody."""
+        if offset_bytes < 0 or offset_bytes + out.nbytes > self.slot.size_bytes:
+            raise IntegrityError(f"the slot ends too early. rank={self._rank} offset_bytes={offset_bytes}")
+        while True:
+            slot = self.slot
+            try:
+                slot.store.read_into(slot.key, out, offset_bytes=slot.offset_bytes + offset_bytes)
+                return
+            except CkptError as error:
+                # A fence too: a newer epoch of the membership ends this attempt, which is no matter of the job's log.
+                self._give_up(slot, error)
+
+    def _give_up(self, slot: LentSlot, error: CkptError) -> None:
+        with self._lock:
+            if self.slot is slot:  # else another thread has found the next
+                self._failures.append(f"{slot.store.url}: {error}")
+                self.slot = self._next(slot)
+
+    def _next(self, before: LentSlot | None) -> LentSlot:
+        while self._places:
+            address, key = self._places.popleft()
+            try:
+                slot = _look(self._reach(address), key)
+            except CkptError as error:
+                self._failures.append(f"{address}: {error}")
+                continue
+            held = None if slot is None else (slot.index.snapshot, slot.index.rank)
+            same = before is None or (slot is not None and slot.index == before.index)
+            if slot is not None and held == (self._snapshot, self._rank) and same:
+                return slot
+            self._failures.append(f"{address}: it holds something else now")
+        raise IntegrityError(
+            f"nobody has this share in memory any more. snapshot={self._snapshot} rank={self._rank} "
+            f"why={' | '.join(self._failures[:FAILURES_MAX])}"
+        )
+
+
+class MemoryStore:
+    """A read-only ``Backend`` over the shares of all ranks: ``slot/<rank>`` is one's data. Thread-safe.
+
+    Whoever reads compares each chunk with its digest; so a slot that is overwritten meanwhile is damage like any other.
+    """
+
+    def __init__(self, snapshot: SnapshotId, own: Mapping[int, SlotStore], lent: Mapping[int, Share]) -> None:
+        self.snapshot = snapshot
+        self._own = {place_key(rank): store for rank, store in own.items()}
+        self._lent = {place_key(rank): share for rank, share in lent.items()}
+
+    @property
+    def url(self) -> str:
+        """For messages."""
+        return f"memory of {len(self._lent)} ranks elsewhere: {self.snapshot.key}"
+
+    def capabilities(self) -> Capabilities:
+        """See Backend."""
+        return Capabilities(create_only=False, read_bytes_best=1 << 20, concurrency_best=4)
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        """Raises UsageError: only trainers write slots."""
+        raise UsageError(f"slots are only read. key={key} store={self.url}")
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        """See Backend. Where a node does not answer, or has it no more, the next one is asked."""
+        if (share := self._lent.get(key)) is not None:
+            share.read_into(out, offset_bytes=offset_bytes)
+        elif (own := self._own.get(key)) is not None:
+            own.read_into(key, out, offset_bytes=offset_bytes)
+        else:
+            raise NotFoundError(f"no such slot. key={key} store={self.url}")
+
+    def stat(self, key: str) -> Stat | None:
+        """See Backend."""
+        if (share := self._lent.get(key)) is not None:
+            return Stat(key, share.slot.size_bytes, 0.0)
+        own = self._own.get(key)
+        return own.stat(key) if own is not None else None
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        """See Backend."""
+        for key in sorted({*self._own, *self._lent}):
+            if key.startswith(prefix) and key > after and (stat := self.stat(key)) is not None:
+                yield stat
+
+    def delete(self, key: str) -> None:
+        """Raises UsageError: only trainers write slots."""
+        raise UsageError(f"slots are only read. key={key} store={self.url}")
+
+    def close(self) -> None:
+        """Let go of this node's memory. Idempotent."""
+        for own in self._own.values():
+            own.close()
+
+
+@contextmanager
+def open_from_nodes(
+    keeper: KeeperLink, snapshot: SnapshotId, *, nodes: NodesSpec, job: str
+) -> Iterator[tuple[SnapshotIndex, Backend]]:
+    """A staged pair of a job with several nodes, to restore from. Raises as ``open_memory``."""
+    found = keeper.sources(snapshot)
+    if not found.ranks:
+        raise IntegrityError(f"nobody has this pair in memory any more. snapshot={snapshot}")
+    with ExitStack() as ending:
+        own: dict[int, list[memoryview]] = {}
+        for rank, source in enumerate(found.ranks):
+            if source.local >= 0:
+                regions = [region for _, region in keeper.slots(source.local)]
+                for region in regions:
+                    ending.callback(region.close)
+                own[rank] = [region.view for region in regions]
+        stores: dict[str, PeerStore] = {}
+
+        def reach(address: str) -> Backend:
+            if address not in stores:
+                stores[address] = PeerStore(
+                    lender_at(nodes, address), Secret.of(secret_of(nodes)), epoch=lambda: found.epoch
+                )
+                ending.callback(stores[address].close)
+            return stores[address]
+
+        try:
+            with open_memory(snapshot, found.ranks, own, reach=reach, job=job) as opened:
+                yield opened
+        finally:
+            own.clear()
+
+
+@contextmanager
+def open_memory(
+    snapshot: SnapshotId, sources: Sequence[Source], own: Mapping[int, Sequence[memoryview]], *, reach: Reach, job: str
+) -> Iterator[tuple[SnapshotIndex, Backend]]:
+    """A staged pair of several nodes: its index, and its ranks' shares as a store.
+
+    ``own``: the memory of this node's slots, for the ranks that ``sources`` say are local. Raises IntegrityError where a rank's
+    share is nowhere (any more), also at the end; UnavailableError where no node answers.
+    """
+    with ExitStack() as ending:
+        here: dict[int, SlotStore] = {}
+        elsewhere: dict[int, list[tuple[str, str]]] = {}
+        for rank, source in enumerate(sources):
+            places = [(address, slot_key(snapshot, rank)) for address in source.slots]
+            places += [(address, mirror_key(snapshot, rank)) for address in source.mirrors]
+            if rank in own:
+                try:
+                    here[rank] = SlotStore.find(snapshot, {rank: own[rank]})
+                    ending.callback(here[rank].close)
+                    continue
+                except IntegrityError:
+                    if not places:
+                        raise
+            elsewhere[rank] = places
+        lent = _shares(snapshot, elsewhere, reach, first=max(here, default=0))
+        indexes = [*(one.indexes[0] for one in here.values()), *(one.index for one in lent.values())]
+        yield staged_index(indexes, job=job), MemoryStore(snapshot, here, lent)
+        if not all(one.unchanged() for one in here.values()):
+            raise IntegrityError(f"a slot was overwritten while it was read. snapshot={snapshot}")
+
+
+def _shares(
+    snapshot: SnapshotId, places: Mapping[int, Sequence[tuple[str, str]]], reach: Reach, *, first: int
+) -> dict[int, Share]:
+    """The shares of these ranks, each with its header read, in the order of ranks.
+
+    Begins behind rank ``first``, of this node, and goes round: all trainers do this at once, and would be at the same nodes.
+    """
+    after = [*(rank for rank in places if rank > first), *(rank for rank in places if rank <= first)]
+    found = {rank: Share(snapshot, rank, places[rank], reach) for rank in after}
+    return {rank: found[rank] for rank in places}
+
+
+def _look(store: Backend, key: str) -> LentSlot | None:
+    """Read the header that is lent under ``key``, and nothing else; None where it is not sealed.
+
+    Believes nothing: takes memory for no more than the index, which is as long as its header says and INDEX_BYTES_MAX at most.
+    """
+    stat = store.stat(key)
+    if stat is None:
+        raise NotFoundError(f"no such slot. key={key} store={store.url}")
+    size = stat.size_bytes
+    if not PAGE_BYTES < size <= SLOT_BYTES_MAX:
+        raise IntegrityError(f"not a slot. key={key} size_bytes={size}")
+    head = bytearray(_HEAD.size)
+    store.read_into(key, memoryview(head))
+    header_bytes, data_bytes, index_bytes = _HEAD.unpack(head)[3:6]
+    if header_bytes + data_bytes != size or index_bytes > min(INDEX_BYTES_MAX, header_bytes - INDEX_OFFSET_BYTES):
+        raise IntegrityError(
+            f"not a slot. key={key} size_bytes={size} header_bytes={header_bytes} index_bytes={index_bytes}"
+        )
+    try:
+        room = mmap.mmap(-1, size, flags=ROOM_FLAGS)  # only the header's pages are ever taken
+    except (OSError, ValueError, OverflowError) as error:
+        raise IntegrityError(f"not a slot, or larger than can be mapped. key={key} size_bytes={size}") from error
+    memory = memoryview(room)
+    try:
+        memory[: _HEAD.size] = head
+        if index_bytes:
+            place = memory[INDEX_OFFSET_BYTES : INDEX_OFFSET_BYTES + index_bytes]
+            store.read_into(key, place, offset_bytes=INDEX_OFFSET_BYTES)
+            place.release()
+        found = read_slot(memory)
+    finally:
+        memory.release()
+        with suppress(BufferError):  # a frame of an error still has a view, and ends soon
+            room.close()
+    return None if found is None else LentSlot(store, key, found[0], header_bytes, data_bytes)

@@ -1,1 +1,0 @@
-"""Shared-memory slots, and the copy of live tensors into them."""

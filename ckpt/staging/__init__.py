@@ -1,0 +1,1 @@
+"""Leaves copied into shared-memory slots, with a digest of each block."""

@@ -1,1 +1,0 @@
-"""Looking after stores: retention, sweeping, scrubbing, syncing, examining."""
