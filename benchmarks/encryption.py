@@ -24,14 +24,13 @@ from pathlib import Path
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ckpt.backends.base import Backend
-from ckpt.backends.encrypted.cipher import digest_of, sealed
-from ckpt.backends.encrypted.encrypted_memory import SpareMemory
+from ckpt.backends.encrypted.cipher import SpareMemory, digest_of, sealed
 from ckpt.backends.encrypted.layout import TAG_BYTES
 from ckpt.backends.encrypted.open import encrypted
 from ckpt.backends.encrypted.secret import Key, Keys
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.testing.buffers import buffer
+from ckpt.testing.contract import buffer
 
 PACK_BYTES = 64 << 20
 CHUNK_BYTES = 4 << 20

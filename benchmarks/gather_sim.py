@@ -26,8 +26,7 @@ from scale_records import holdings, node_name
 
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import Holding
-from ckpt.keeper.mirrors.gather import WAIT_S, Gather
-from ckpt.keeper.mirrors.plan import Pair, complete
+from ckpt.keeper.mirrors.plan import WAIT_S, Gather, Pair, complete
 
 Held = dict[str, Sequence[Holding]]
 

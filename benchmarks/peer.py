@@ -38,14 +38,12 @@ from peer_certificates import Files, make_certificates
 
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.auth import Secret, mac
-from ckpt.cluster.peermem.bodies import Extent
 from ckpt.cluster.peermem.body_mac import body_mac, known_macs
-from ckpt.cluster.peermem.changed import Stored
-from ckpt.cluster.peermem.http import Request
-from ckpt.cluster.peermem.peer_server import PeerServer
+from ckpt.cluster.peermem.channel import Extent
+from ckpt.cluster.peermem.http import Request, Stored, parse_head, split_mac, with_mac
+from ckpt.cluster.peermem.server import PeerServer
 from ckpt.cluster.peermem.store import ClientLimits, PeerStore
 from ckpt.cluster.peermem.vault import Vault
-from ckpt.cluster.peermem.wire import parse_head, split_mac, with_mac
 from ckpt.cluster.tls import client_context, server_context
 from ckpt.events import Event
 

@@ -24,8 +24,8 @@ from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.events import Event
-from ckpt.format.digest import digest
-from ckpt.testing.buffers import aligned_memory
+from ckpt.format.canonical import digest
+from ckpt.testing.contract import aligned_memory
 
 PACK_BYTES = 64 << 20
 CHUNK_BYTES = 4 << 20

@@ -16,14 +16,14 @@ from scale_sizes import size_text, time_text
 from ckpt.cluster.membership.records import EPOCH_BYTES_MAX
 from ckpt.cluster.mesh.connections import BEAT_S
 from ckpt.cluster.mesh.protocol import FRAME_BYTES_MAX
+from ckpt.cluster.node.leading import MESH_MAX
 from ckpt.cluster.node.node import VIEW_S
-from ckpt.cluster.node.reach import MESH_MAX
 from ckpt.elastic.rendezvous.agent import LOOK_S as AGENT_LOOK_S
 from ckpt.elastic.rendezvous.agent import VIEW_S as AGENT_VIEW_S
 from ckpt.format.manifest import MANIFEST_BYTES_MAX
 from ckpt.ipc.mailbox import POLL_LAST_S
-from ckpt.keeper.nodes.loop_channel import ANSWER_S
 from ckpt.keeper.nodes.progress import STANDING_S
+from ckpt.keeper.nodes.remote_mailbox import ANSWER_S
 from ckpt.session.decisions import RANKS_PER_S_MAX
 
 TTL_S = 5.0
@@ -101,7 +101,7 @@ def steps_a_s(step_s: float) -> float:
 
 
 def lines(nodes: int, *, centre: bool) -> int:
-    """How many lines a node keeps: see ``fleet/reach.py``."""
+    """How many lines a node keeps: see ``cluster/node/leading.py``."""
     return nodes - 1 if nodes <= MESH_MAX or centre else min(4, nodes - 1)
 
 
@@ -114,15 +114,15 @@ ROWS = (
     Row("etcd: writes when all join", "grant, put; of agents move, revoke", lambda n, _: 6 * n, count_text),
     Row("etcd: epoch record", "values.encode_epoch", lambda n, _: n * PLACE_BYTES, bytes_text),
     Row(
-        "etcd: reads of keepers, nothing happening", "fleet/node.py: all, each VIEW_S",
+        "etcd: reads of keepers, nothing happening", "cluster/node/node.py: all, each VIEW_S",
         lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / VIEW_S, flow_text,
     ),
     Row(
         "etcd: reads of agents, nothing happening", "rendezvous_agent.py: all, each VIEW_S",
         lambda n, _: n * n * (NODE_BYTES + PLACE_BYTES) / AGENT_VIEW_S, flow_text,
     ),
-    Row("lines: of the leader and of rank 0's node", "fleet/reach.py", lambda n, _: lines(n, centre=True), count_text),
-    Row("lines: of any other node", "fleet/reach.py", lambda n, _: lines(n, centre=False), count_text),
+    Row("lines: of the leader and of rank 0's node", "cluster/node/leading.py", lambda n, _: lines(n, centre=True), count_text),
+    Row("lines: of any other node", "cluster/node/leading.py", lambda n, _: lines(n, centre=False), count_text),
     Row("rank 0's node: beats", "2 a line and BEAT_S", lambda n, _: 2 * n / BEAT_S * WORD_S, cores_text),
     Row(
         "rank 0's node: standings", "keeper/nodes_progress.py, 1 in and 1 out a step, in 3 rounds",
@@ -140,7 +140,7 @@ ROWS = (
         "rank 0's node: nodes wait for an outcome", "keeper/loop_channel.py, ANSWER_S",
         lambda n, _: n / ANSWER_S * 2 * WORD_S, cores_text,
     ),
-    Row("a snapshot: receipts", "persist/receipts.py, 1 a node", lambda n, _: n * RECEIPT_BYTES, bytes_text),
+    Row("a snapshot: receipts", "save/receipts.py, 1 a node", lambda n, _: n * RECEIPT_BYTES, bytes_text),
     Row(
         "a snapshot: receipts heard and merged in", "the same, on one core", lambda n, _: n * (3 * WORD_S + RECEIPT_S),
         time_text,
@@ -148,7 +148,7 @@ ROWS = (
     Row("a snapshot: manifest", "manifest.py, 1 part a node", lambda n, _: n * PART_REF_BYTES, bytes_text),
     Row("a snapshot: objects put, packs aside", "parts, manifest, commit", lambda n, _: n + 2, count_text),
     Row(
-        "restore from the store: reads of parts", "commit/catalog.py: each rank reads all",
+        "restore from the store: reads of parts", "log/catalog.py: each rank reads all",
         lambda n, _: ranks(n) * n, count_text,
     ),
     Row("gather: all answers", "fleet/words.Held, 5 a node", lambda n, _: n * HOLDINGS * HOLDING_BYTES, bytes_text),

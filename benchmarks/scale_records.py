@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place
 from ckpt.cluster.mesh.messages import Holding, Word
 from ckpt.cluster.mesh.protocol import Cable
-from ckpt.cluster.node.leading import FLOOR, PEER
-from ckpt.cluster.node.note import Note, encode_note
+from ckpt.cluster.node.leading import FLOOR, PEER, Note, encode_note
 from ckpt.cluster.secret import NONCE_BYTES
 from ckpt.format.keys import part_key, writer_name
 from ckpt.format.manifest import Manifest, PartRef

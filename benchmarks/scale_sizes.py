@@ -32,16 +32,15 @@ from scale_records import (
     receipt,
 )
 
-from ckpt.cluster.membership.membership_mirrors import Holder, place_mirrors
+from ckpt.cluster.membership.mirrors import Holder, place_mirrors
 from ckpt.cluster.membership.records import decode_epoch, decode_node, encode_epoch, encode_node
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.connections import Heard, Lines
 from ckpt.cluster.secret import mac
 from ckpt.errors import CkptError
 from ckpt.format.manifest import Manifest
-from ckpt.keeper.mirrors.mirror_rounds import Round
-from ckpt.keeper.mirrors.plan import complete, to_word
-from ckpt.keeper.nodes.nodes_standing import common_but_each
+from ckpt.keeper.mirrors.plan import Round, complete, to_word
+from ckpt.keeper.nodes.progress import common_but_each
 from ckpt.save.receipts import Receipt, checked, merge
 from ckpt.values import SnapshotId
 

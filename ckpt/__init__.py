@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 if TYPE_CHECKING:
+    from ckpt.elastic.decorator import RestartPolicy as RestartPolicy
     from ckpt.elastic.decorator import resilient as resilient
-    from ckpt.elastic.policy import RestartPolicy as RestartPolicy
-    from ckpt.elastic.preempted import Preempted as Preempted
+    from ckpt.elastic.failure import Preempted as Preempted
     from ckpt.elastic.run import Run as Run
     from ckpt.errors import CkptError as CkptError
     from ckpt.errors import CommitUnknownError as CommitUnknownError
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
     from ckpt.maintenance.retention import keep_last as keep_last
     from ckpt.maintenance.retention import keep_tagged as keep_tagged
     from ckpt.session.checkpointer import Checkpointer as Checkpointer
-    from ckpt.session.pending import Pending as Pending
+    from ckpt.session.saving import Pending as Pending
     from ckpt.values import SnapshotId as SnapshotId
     from ckpt.values import SnapshotInfo as SnapshotInfo
 
 _HOMES = {
     "resilient": "ckpt.elastic.decorator",
-    "Preempted": "ckpt.elastic.preempted",
-    "RestartPolicy": "ckpt.elastic.policy",
+    "Preempted": "ckpt.elastic.failure",
+    "RestartPolicy": "ckpt.elastic.decorator",
     "Run": "ckpt.elastic.run",
     "Checkpointer": "ckpt.session.checkpointer",
-    "Pending": "ckpt.session.pending",
+    "Pending": "ckpt.session.saving",
     "SnapshotId": "ckpt.values",
     "SnapshotInfo": "ckpt.values",
     **dict.fromkeys(

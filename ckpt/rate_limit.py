@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ckpt.errors import UsageError
-from ckpt.pacing import BURST_S, Bucket
+
+# When bytes may go, at a rate: a token bucket as a value. Pure.
+
+BURST_S = 0.05
+"""How much of a second's bytes may go at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """``free_bytes`` may go at ``at_s``; below 0 so many were let go beyond that, and are owed. No ``rate`` (bytes a second):
+    everything may go, and nothing is owed.
+    """
+
+    rate: float | None
+    at_s: float
+    free_bytes: float = 0.0
+
+    def at(self, now_s: float) -> Bucket:
+        """The same bucket later. It fills at its rate, up to BURST_S of it; a clock that stands still adds nothing."""
+        if self.rate is None:
+            return replace(self, at_s=now_s, free_bytes=0.0)
+        more = max(0.0, now_s - self.at_s) * self.rate
+        return replace(self, at_s=max(now_s, self.at_s), free_bytes=min(self.free_bytes + more, self.rate * BURST_S))
+
+    def with_rate(self, rate: float | None) -> Bucket:
+        """Filled at another rate from here on. What is owed stays owed."""
+        return replace(self, rate=rate)
+
+    def taken(self, size_bytes: int) -> Bucket:
+        """After so many bytes went."""
+        return self if self.rate is None else replace(self, free_bytes=self.free_bytes - size_bytes)
+
+    @property
+    def wait_s(self) -> float:
+        """How long nothing may go yet. More than a burst goes at once when nothing is owed: blocks are not cut here."""
+        return 0.0 if self.rate is None or self.free_bytes >= 0 else -self.free_bytes / self.rate
+
 
 RATE_BYTES_MIN = 1 << 20
 """Least rate of a cap, in bytes a second: below it servers would take this node for one that stalls."""
@@ -59,3 +97,17 @@ def _checked(bytes_per_s: float | None) -> float | None:
             f"a rate cap is too low. bytes_per_s={bytes_per_s} least={RATE_BYTES_MIN}; pass None for no cap"
         )
     return bytes_per_s
+
+
+# A rate as people write it: ``50MiB`` is so much in a second. Pure.
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def rate_of(text: str) -> float:
+    """Bytes a second. Raises UsageError."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise UsageError(f"not a rate. rate={text}; write 50MiB, for so much in a second")
+    return float(found[1]) * 2.0 ** _POWERS[found[2].upper()]

@@ -6,8 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from ckpt.backends.base import Buffer, Capabilities, Stat
-from ckpt.backends.keys import check_key, check_prefix
+from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix
 from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, UsageError
 
 

@@ -12,13 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.capture.memory import Watch
-from ckpt.capture.meshes import holders, is_dtensor, mesh_dims
-from ckpt.capture.names import clean_fqn, join
-from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text, local_of
+from ckpt.capture.leaves import TensorLeaf, World, clean_fqn, join
+from ckpt.capture.tensors import ALONE, Sharing, Watch, describe, holders, is_dtensor, layout_text, local_of, mesh_dims
 from ckpt.errors import UsageError
-from ckpt.format.manifest_objects import Encoded, Ref, encode_object
+from ckpt.format.objects import Encoded, Ref, encode_object
 
 EXTRA_STATE = "_extra_state"
 """What torch calls the entry that ``Module.get_extra_state`` makes."""

@@ -13,13 +13,10 @@ from itertools import chain
 import torch
 from torch.optim import Optimizer
 
-from ckpt.capture.leaves import TensorLeaf
-from ckpt.capture.memory import Watch
-from ckpt.capture.meshes import holders, is_dtensor
+from ckpt.capture.leaves import TensorLeaf, escape
 from ckpt.capture.modules import Home
-from ckpt.capture.names import escape
-from ckpt.capture.tensors import ALONE, Sharing
-from ckpt.format.manifest_objects import Encoded, encode_object
+from ckpt.capture.tensors import ALONE, Sharing, Watch, holders, is_dtensor
+from ckpt.format.objects import Encoded, encode_object
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,14 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ckpt.capture.leaves import Capture, ObjectLeaf, TensorLeaf, World
+from ckpt.capture.leaves import Capture, ObjectLeaf, TensorLeaf, World, escape
 from ckpt.capture.modules import Home, ModuleSource
-from ckpt.capture.names import escape
 from ckpt.capture.optimizers import OptimizerSource
 from ckpt.capture.tensors import resolved, with_aliases
 from ckpt.capture.tree import Memo, Walker, is_stateful, unsupported, visit
 from ckpt.errors import UsageError
-from ckpt.format.manifest_objects import encode_object
+from ckpt.format.objects import encode_object
 from ckpt.values import Leaf, LeafKind
 
 

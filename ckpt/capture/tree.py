@@ -15,15 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.capture.loaders import is_loader, loader_state
-from ckpt.capture.memory import same_memory
+from ckpt.capture.leaves import TensorLeaf, World, join
 from ckpt.capture.modules import ModuleSource
-from ckpt.capture.names import join
 from ckpt.capture.optimizers import OptimizerSource
-from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text
+from ckpt.capture.streams import is_loader, loader_state
+from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text, same_memory
 from ckpt.errors import UsageError
-from ckpt.format.manifest_objects import DEPTH_MAX, DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.format.objects import DEPTH_MAX, DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, np.ndarray})
 """Types that the codec takes as they are."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from ckpt.cli.echo import JsonValue
+from ckpt.cli.output import human_bytes, human_time
 from ckpt.errors import CkptError, NotFoundError, UsageError
-from ckpt.ipc.answers import Status
 from ckpt.ipc.client import Calls
 from ckpt.ipc.frames import Wire
-from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello
-from ckpt.ipc.report import Report
+from ckpt.ipc.messages import WIRE_VERSION, Fact, GetStatus, Hello, RankReport, Report, SlotReport, Status
 from ckpt.ipc.runtime_dir import JobFolder, list_jobs
+from ckpt.values import SnapshotId, SnapshotInfo
 
 ANSWER_S_MAX = 5.0
 """How long a keeper may take for one answer; it answers from memory, so more means that it hangs."""
@@ -133,3 +134,242 @@ def job_command(function: Callable[..., int | None]) -> Callable[..., int | None
         return function(as_json=as_json or bool(ctx.find_root().params.get("as_json")), **others)
 
     return command
+
+
+# What a keeper's report looks like: lines and table rows for people, one document for programs.
+# Pure.
+
+RANK_COLUMNS = ("RANK", "SUPERVISOR", "TRAINER", "STEP", "PHASE", "IDLE", "STAGED", "SKIPPED", "SLOTS")
+"""Heads of ``rank_rows``; SLOTS has the pair that each slot holds, marked with ``*`` while an upload holds the slot."""
+
+LIVE_COLUMNS = ("RANK", "TRAINER", "STEP", "STEPS/S", "IDLE", "PHASE", "STAGED", "SKIPPED", "HELD", "SLOTS")
+"""Heads of ``live_rows``; HELD counts the slots that uploads hold."""
+
+RECOVERY_COLUMNS = ("ATTEMPT", "WHY", "TOOK", "FROM", "REDONE", "PHASES")
+"""Heads of ``recovery_rows``."""
+
+NUMERIC_COLUMNS = frozenset(
+    ("RANK", "SUPERVISOR", "TRAINER", "STEP", "STEPS/S", "IDLE", "STAGED", "SKIPPED", "HELD", "ATTEMPT")
+)
+"""Columns that stand to the right."""
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A report, and when it came, in seconds of a clock that only goes forward."""
+
+    at_s: float
+    report: Report
+
+
+def human_seconds(seconds: float) -> str:
+    """``0.0123`` as ``12 ms``, ``75.0`` as ``1 min 15 s``."""
+    if seconds < 1:
+        return f"{max(0.0, seconds) * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest_s = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest_s} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def pair_text(snapshot: SnapshotId | None) -> str:
+    """A snapshot as every command takes it, ``epoch:step``."""
+    return NOTHING if snapshot is None else f"{snapshot.epoch}:{snapshot.step}"
+
+
+def summary(report: Report) -> list[tuple[str, str]]:
+    """The job's facts beside its ranks, each with a label."""
+    held = sum(slot.held for rank in report.ranks for slot in rank.slots)
+    epoch = f", epoch {report.epoch}" if report.epoch else ""
+    return [
+        ("job", report.job),
+        ("store", report.store),
+        ("keeper", f"pid {report.pid}, up {human_seconds(report.since_s)}, {human_bytes(report.rss_bytes)}"),
+        ("state", f"{report.state}, attempt {report.attempt}{epoch}"),
+        ("complete", pair_text(report.complete)),
+        ("durable", _durable_text(report.durable)),
+        ("uploads", f"{report.uploads} in flight, {held} slots held"),
+        ("slots", human_bytes(report.slot_bytes)),
+    ]
+
+
+def rank_rows(report: Report) -> list[tuple[str, ...]]:
+    """One row of ``RANK_COLUMNS`` for each rank."""
+    return [
+        (
+            str(rank.rank),
+            _pid_text(rank.supervisor_pid),
+            _pid_text(rank.trainer_pid),
+            _steps_text(rank.completed),
+            rank.phase,
+            human_seconds(rank.idle_s),
+            str(rank.staged),
+            str(rank.skipped),
+            _slots_text(rank.slots),
+        )
+        for rank in report.ranks
+    ]
+
+
+def live_rows(report: Report, rates: Mapping[int, float | None]) -> list[tuple[str, ...]]:
+    """One row of ``LIVE_COLUMNS`` for each rank, with its ``steps_per_s``."""
+    return [
+        (
+            str(rank.rank),
+            _pid_text(rank.trainer_pid),
+            _steps_text(rank.completed),
+            _rate_text(rates.get(rank.rank)),
+            human_seconds(rank.idle_s),
+            rank.phase,
+            str(rank.staged),
+            str(rank.skipped),
+            str(sum(slot.held for slot in rank.slots)),
+            _slots_text(rank.slots),
+        )
+        for rank in report.ranks
+    ]
+
+
+def recovery_rows(recoveries: Sequence[Mapping[str, Fact]], *, last: int) -> list[tuple[str, ...]]:
+    """One row of ``RECOVERY_COLUMNS`` for each of the last recoveries, newest first. FROM is the step that was restored.
+
+    A fact whose name ends in ``_s`` is how long a phase took; phases are shown in the order that they come in.
+    """
+    return [
+        (
+            _fact_text(facts.get("attempt")),
+            _fact_text(facts.get("why")),
+            _seconds_text(facts.get("seconds")),
+            _fact_text(facts.get("resumed")),
+            _fact_text(facts.get("steps_lost")),
+            ", ".join(f"{name[:-2]} {_seconds_text(value)}" for name, value in facts.items() if name.endswith("_s")),
+        )
+        for facts in reversed(recoveries[-last:])
+    ]
+
+
+def steps_per_s(samples: Sequence[Sample]) -> dict[int, float | None]:
+    """How many steps a second each rank of the last sample completed, since the oldest sample of the same trainer.
+
+    None where the last sample is the only one of its trainer.
+    """
+    if not samples:
+        return {}
+    last = samples[-1]
+    return {rank.rank: _rate(rank, last, samples) for rank in last.report.ranks}
+
+
+def report_json(report: Report) -> dict[str, JsonValue]:
+    """The whole report as one document."""
+    return {
+        "job": report.job,
+        "store": report.store,
+        "pid": report.pid,
+        "launch": report.launch,
+        "state": report.state,
+        "since_s": report.since_s,
+        "attempt": report.attempt,
+        "epoch": report.epoch,
+        "complete": pair_json(report.complete),
+        "durable": _durable_json(report.durable),
+        "uploads": report.uploads,
+        "slot_bytes": report.slot_bytes,
+        "rss_bytes": report.rss_bytes,
+        "ranks": [_rank_json(rank) for rank in report.ranks],
+        "recoveries": [dict(facts) for facts in report.recoveries],
+        "mirror_bytes": report.mirror_bytes,
+        "refused": dict(report.refused),
+    }
+
+
+def live_json(samples: Sequence[Sample]) -> dict[str, JsonValue]:
+    """The last sample's report as one document, whose ranks have ``steps_per_s`` besides."""
+    report = samples[-1].report
+    rates = steps_per_s(samples)
+    ranks: list[JsonValue] = [{**_rank_json(rank), "steps_per_s": rates[rank.rank]} for rank in report.ranks]
+    return {**report_json(report), "ranks": ranks}
+
+
+def _rate(rank: RankReport, last: Sample, samples: Sequence[Sample]) -> float | None:
+    for sample in samples:
+        for before in sample.report.ranks:
+            same = (before.rank, before.trainer_pid) == (rank.rank, rank.trainer_pid)
+            same = same and sample.report.attempt == last.report.attempt and 0 <= before.completed <= rank.completed
+            if same and sample.at_s < last.at_s:
+                return (rank.completed - before.completed) / (last.at_s - sample.at_s)
+    return None
+
+
+def _rank_json(rank: RankReport) -> dict[str, JsonValue]:
+    return {
+        "rank": rank.rank,
+        "supervisor_pid": rank.supervisor_pid or None,
+        "trainer_pid": rank.trainer_pid or None,
+        "completed": rank.completed if rank.completed >= 0 else None,
+        "phase": rank.phase,
+        "idle_s": rank.idle_s,
+        "staged": rank.staged,
+        "skipped": rank.skipped,
+        "slots": [
+            {
+                "index": slot.index,
+                "size_bytes": slot.size_bytes,
+                "snapshot": pair_json(slot.snapshot),
+                "held": slot.held,
+            }
+            for slot in rank.slots
+        ],
+    }
+
+
+def pair_json(snapshot: SnapshotId | None) -> JsonValue:
+    return None if snapshot is None else {"epoch": snapshot.epoch, "step": snapshot.step}
+
+
+def _durable_json(info: SnapshotInfo | None) -> JsonValue:
+    if info is None:
+        return None
+    return {
+        "epoch": info.epoch,
+        "step": info.step,
+        "size_bytes": info.size_bytes,
+        "new_bytes": info.new_bytes,
+        "created_unix_s": info.created_unix_s,
+        "tags": list(info.tags),
+    }
+
+
+def _durable_text(info: SnapshotInfo | None) -> str:
+    if info is None:
+        return NOTHING
+    tags = f" ({', '.join(info.tags)})" if info.tags else ""
+    return f"{pair_text(info.id)}{tags}, committed {human_time(info.created_unix_s)}"
+
+
+def _pid_text(pid: int) -> str:
+    return str(pid) if pid else NOTHING
+
+
+def _steps_text(completed: int) -> str:
+    return str(completed) if completed >= 0 else NOTHING
+
+
+def _rate_text(rate: float | None) -> str:
+    return NOTHING if rate is None else f"{rate:.2f}"
+
+
+def _slots_text(slots: Sequence[SlotReport]) -> str:
+    return " ".join(pair_text(slot.snapshot) + ("*" if slot.held else "") for slot in slots) or NOTHING
+
+
+def _fact_text(value: Fact) -> str:
+    return NOTHING if value is None else str(value)
+
+
+def _seconds_text(value: Fact) -> str:
+    return human_seconds(value) if isinstance(value, float | int) else _fact_text(value)

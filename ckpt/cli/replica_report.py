@@ -9,7 +9,7 @@ from ckpt.cli.output import human_bytes, table
 from ckpt.cli.store_options import id_json
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.maintenance.copies import What
-from ckpt.maintenance.scrub.scrub_facts import ScrubReport, Trouble
+from ckpt.maintenance.scrub.report import ScrubReport, Trouble
 
 TROUBLES_SHOWN = 50
 """How many troubles are printed; JSON has more."""

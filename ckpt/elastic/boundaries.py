@@ -11,11 +11,39 @@ moment late, so the next snapshot waits until the last one is known to be comple
 
 from __future__ import annotations
 
+import dis
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 
-from ckpt.ipc.board import Phase
-from ckpt.ipc.link_board import Board
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ckpt.ipc.board import Board, Phase
+
+# When this trainer reached the points of its start, for the account of a recovery.
+
+
+class Points:
+    """Notes points; hands each on once somebody listens. Names are those of ``messages.Phase``."""
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[str, float]] = []
+        self._names: set[str] = set()
+
+    def reach(self, name: str) -> None:
+        """This point is reached now; only the first time counts."""
+        if name not in self._names:
+            self._names.add(name)
+            self._noted.append((name, time.monotonic()))
+
+    def hand_on(self, tell: Callable[[str, float], None]) -> None:
+        """Tell what was noted since the last call."""
+        noted, self._noted = self._noted, []
+        for name, at_s in noted:
+            tell(name, at_s)
+
 
 STAGE = 1
 """The flag of a decision: stage this boundary."""
@@ -117,3 +145,134 @@ class MemoryTier:
         """Where the slowest rank is. One that is behind this one's last boundary would have the others fill all their slots."""
         done = [one.completed for one in self._board.everyone()]
         return min(self._at if one is None else one for one in done)
+
+
+# Whether an optimizer stepped since the last snapshot point.
+#
+# Inside a gradient accumulation the gradients are state too, and nobody stores gradients: a
+# snapshot there would restore another training. So a boundary counts as a snapshot point only
+# where a tracked optimizer has stepped.
+
+
+class StepWatch:
+    """Counts steps of tracked optimizers by their post-step hooks."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._watched: set[int] = set()
+        self._stepped = False
+        self.was_point = True
+        """Whether the last boundary was a snapshot point."""
+
+    def add(self, items: Mapping[str, object]) -> None:
+        """Watch every optimizer among ``items``, nested ones too."""
+        for optimizer in _optimizers(items):
+            if id(optimizer) not in self._watched:
+                self._watched.add(id(optimizer))
+                self._handles.append(optimizer.register_step_post_hook(self._on_step))
+
+    def is_point(self) -> bool:
+        """Ask once a boundary: whether it is a snapshot point. With no optimizer watched, each one is."""
+        self.was_point = self._stepped or not self._watched
+        self._stepped = False
+        return self.was_point
+
+    @property
+    def stepped(self) -> bool:
+        """Whether an optimizer stepped since the last boundary."""
+        return self._stepped
+
+    def close(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _on_step(self, optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        self._stepped = True
+
+
+def _optimizers(value: object) -> Iterator[Optimizer]:
+    match value:
+        case Optimizer():
+            yield value
+        case Mapping():
+            for inner in value.values():
+                yield from _optimizers(inner)
+        case list() | tuple():
+            for inner in value:
+                yield from _optimizers(inner)
+
+
+# How a loop over a generator was left: by ``break`` or ``return``, or by an exception.
+#
+# ``break`` completes the body that it stands in; an exception does not. Python tells a generator
+# neither: in both cases it just closes it. But at that moment the frame that drops the generator
+# stands at the instruction that drops it: popping the iterator off the stack for ``break`` and
+# ``return``, whatever raised for an exception, ``FOR_ITER`` or ``END_FOR`` where an enclosing
+# iterator (``zip``) ran dry. A frame that only holds the last reference (a variable, the
+# traceback of a caught exception) may stand anywhere, so only the frame whose ``for`` asks the
+# generator counts: ``asking_frame`` finds it at each step. In doubt the answer is "not by break":
+# that costs one step done again, never a wrong state.
+
+_DROPS = frozenset({"POP_TOP", "POP_ITER"})
+_CACHE = 0
+_FOR_ITER = dis.opmap["FOR_ITER"]
+_DRY = frozenset({"FOR_ITER", "END_FOR"})
+
+
+def asking_frame(frame: FrameType | None) -> int | None:
+    """The identity of the frame whose ``for`` asks a generator for its next element; None where there is no such frame.
+
+    ``frame`` is the caller's frame as the generator sees it before it yields. Generators in between and ``__next__`` methods
+    of iterators around it are passed over.
+    """
+    while frame is not None:
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR and frame.f_lasti >= 0:
+            code, at = frame.f_code.co_code, frame.f_lasti
+            while at > 0 and code[at] == _CACHE:
+                at -= 2
+            if code[at] == _FOR_ITER:
+                return id(frame)
+        frame = frame.f_back
+    return None
+
+
+def left_by_break(frame: FrameType | None, *, asking: int | None) -> bool:
+    """Whether the frame that closes a generator does so for ``break`` or ``return``.
+
+    ``frame`` is the caller's frame as the generator sees it while it handles ``GeneratorExit``, ``asking`` what
+    ``asking_frame`` found at its last element. Generators in between (``tqdm(run.steps(n))``) are being closed themselves and
+    are passed over.
+    """
+    frame = _outside_generators(frame)
+    if frame is None or id(frame) != asking:
+        return False
+    before, at = _instructions(frame)
+    return at in _DROPS and before != "END_FOR"
+
+
+def ran_dry(frame: FrameType | None) -> bool:
+    """Whether an iterator around the generator (``zip``) had no more elements."""
+    before, at = _instructions(frame)
+    return at in _DRY or (at in _DROPS and before == "END_FOR")
+
+
+def _instructions(frame: FrameType | None) -> tuple[str, str]:
+    """The instruction before the one at which ``frame`` (or the first below it that is no generator) stands, and that one."""
+    frame = _outside_generators(frame)
+    if frame is None or frame.f_lasti < 0:
+        return "", ""
+    before = ""
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset == frame.f_lasti:
+            return before, instruction.opname
+        if instruction.opname not in {"CACHE", "NOP"}:
+            before = instruction.opname
+    return "", ""
+
+
+def _outside_generators(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
+        frame = frame.f_back
+    return frame

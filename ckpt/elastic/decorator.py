@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from ckpt.elastic.failure import die, dies_here
-from ckpt.elastic.judge import Judge
-from ckpt.elastic.nesting import entered
-from ckpt.elastic.points import Points
-from ckpt.elastic.policy import RestartPolicy
+from ckpt.elastic.boundaries import Points
+from ckpt.elastic.failure import Judge, die, dies_here
 from ckpt.elastic.processes.enter import enter
-from ckpt.elastic.processes.process_group import watch_process_group
-from ckpt.elastic.processes.trainer import seat_of_process
+from ckpt.elastic.processes.trainer import seat_of_process, watch_process_group
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
 from ckpt.elastic.sigterm import TermInPlace
 from ckpt.errors import UsageError
+from ckpt.ipc.messages import Policy
 from ckpt.session.keeper.attachment import keeper_spec
 from ckpt.session.options import (
     KeepArgument,
@@ -31,6 +30,71 @@ from ckpt.session.options import (
     check_store,
 )
 from ckpt.session.session import Session
+
+# Decorated calls inside decorated calls: allowed with stores of their own, refused with the same
+# one.
+#
+# Two runs of one store would each open an epoch, and the inner would fence the outer.
+
+_OPEN: ContextVar[tuple[str, ...]] = ContextVar("ckpt_open_runs", default=())
+
+
+@contextmanager
+def entered(url: str) -> Iterator[bool]:
+    """Hold ``url`` as open while the body runs; gives whether no other run is around.
+
+    Raises UsageError where a run around this one holds it.
+    """
+    if url in _OPEN.get():
+        raise UsageError(
+            f"a run inside a run of the same store would fence it. store={url}; give the inner one a store of its own, or pass "
+            "the outer Run to the inner function"
+        )
+    token = _OPEN.set((*_OPEN.get(), url))
+    try:
+        yield len(_OPEN.get()) == 1
+    finally:
+        _OPEN.reset(token)
+
+
+# What a user chooses about failures.
+
+NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """When a job whose trainer failed is started again, and when a trainer counts as hanging.
+
+    ``same_error_max``: the same exception of the program at the same step, that often in a row, is a bug: the job ends with it
+    (1: never start again after an exception). ``stuck_max``: that many failures in a row without a new step end the job.
+    ``hang``: the least time without a completed step that counts as a hang, or ``"never"``; where the job's own steps are long,
+    ten times the longest recent one. The first step, pauses and debuggers are exempt. ``grace``: how long a preempted job may
+    take to stop. ``linger``: how long slots are kept for a program that was killed as a whole.
+    Raises UsageError where a value cannot work.
+    """
+
+    same_error_max: int = 2
+    stuck_max: int = 5
+    hang: str = "10m"
+    grace: str = "25s"
+    linger: str = "60s"
+
+    def __post_init__(self) -> None:
+        for name in ("same_error_max", "stuck_max"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} counts from 1 on. {name}={value!r}")
+        self.message()
+
+    def message(self) -> Policy:
+        """As the keeper takes it."""
+        return Policy(
+            same_error_max=self.same_error_max, stuck_max=self.stuck_max,
+            hang_s=0.0 if self.hang == NEVER else parse_duration(self.hang, name="hang"),
+            grace_s=parse_duration(self.grace, name="grace"), linger_s=parse_duration(self.linger, name="linger"),
+        )  # fmt: skip
+
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,16 +8,120 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypedDict
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from ckpt.elastic.failing import facts_of
+from ckpt.elastic.boundaries import Points
 from ckpt.elastic.processes.trainer import TrainerSeat
-from ckpt.ipc.policy import Policy
+from ckpt.errors import FencedError, IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.format.canonical import digest_hex
+from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
+from ckpt.session.keeper.attachment import Seat, seat_of_process
+from ckpt.session.keeper.connection import KeeperLink
+from ckpt.session.session import Session
+
+# How a preempted program ends: at a step boundary, durable, with an exit status of its own.
+
+PREEMPTED_STATUS = 128 + signal.SIGTERM
+"""143: what a shell reports for a program that SIGTERM ended."""
+
+
+class Preempted(SystemExit):
+    """Raised out of ``run.steps`` or ``run.completed`` when the node is about to be taken away and the state is safe.
+
+    A ``SystemExit``: ``finally`` blocks run, the program exits with 143, nothing after the loop takes it for a finished one.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(PREEMPTED_STATUS)
+        self.step = step
+        """How many steps were complete."""
+
+
+# An exception of the user's program, as a keeper judges it.
+
+TEXT_MAX = 500
+
+_FINAL = (UsageError, FencedError, IntegrityError, NotFoundError, KeyboardInterrupt, Preempted)
+"""Starting again would meet them again, or somebody wanted the end."""
+
+
+class FailingFacts(TypedDict):
+    """What ``Session.failing`` takes."""
+
+    kind: str
+    text: str
+    fingerprint: str
+    final: bool
+
+
+def facts_of(error: BaseException) -> FailingFacts:
+    """Equal exceptions raised at equal places have equal fingerprints; their texts, which may hold addresses, don't count."""
+    places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    kind = type(error).__qualname__
+    final = isinstance(error, _FINAL) or (isinstance(error, SystemExit) and not error.code)
+    return FailingFacts(
+        kind=kind, text=str(error)[:TEXT_MAX], fingerprint=digest_hex("\n".join([kind, *places]).encode()), final=final
+    )
+
+
+# The keeper that judges how this process ends, where the run at hand uses another one: a second
+# store in one program.
+
+
+class Judge:
+    """Hears what a decorated call does: through the run's session where that one's keeper is the judge, else on its own.
+
+    ``outermost``: the call stands in no other one, of which it would be a part.
+    """
+
+    def __init__(self, session: Session, *, outermost: bool = True) -> None:
+        self._session = session
+        self._outermost = outermost
+        self._link: KeeperLink | None = None
+
+    def entered(self, points: Points) -> None:
+        """The call began; ``points`` has when."""
+        seat = seat_of_process()
+        if seat is None or not self._outermost:
+            return
+        if self._session.seated:
+            self._session.join()
+            points.hand_on(self._session.judged.report)
+            return
+        self._link = KeeperLink.connect(seat.spec, _hello(seat), start=False)
+        points.hand_on(self._link.phase)
+
+    def failing(self, facts: FailingFacts, step: int) -> None:
+        """The process is about to die of an exception."""
+        if self._link is None:
+            self._session.judged.failing(**facts, step=step)
+            return
+        with suppress(UnavailableError):  # without a keeper nobody judges it
+            self._link.failing(**facts, step=step)
+        self._link.close()
+
+    def finished(self) -> None:
+        """The function returned and all is durable. A session tells it itself, before it parts with the keeper."""
+        if self._link is not None:
+            with suppress(UnavailableError):  # nothing is lost any more
+                self._link.finished()
+            self._link.close()
+
+
+def _hello(seat: Seat) -> Hello:
+    return Hello(
+        version=WIRE_VERSION, role="trainer", pid=os.getpid(), launch=seat.launch, rank=seat.rank, ranks=seat.ranks,
+        attempt=seat.attempt,
+    )  # fmt: skip
+
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Where torchrun looks for what a rank died of."""

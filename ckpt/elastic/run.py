@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,26 +10,49 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from ckpt.elastic.boundaries import MemoryTier
-from ckpt.elastic.exits import asking_frame, left_by_break, ran_dry
-from ckpt.elastic.failing import facts_of
-from ckpt.elastic.judge import Judge
-from ckpt.elastic.optimizers import StepWatch
-from ckpt.elastic.points import Points
-from ckpt.elastic.preempted import Preempted
+from ckpt.elastic.boundaries import MemoryTier, Points, StepWatch, asking_frame, left_by_break, ran_dry
+from ckpt.elastic.failure import Judge, Preempted, facts_of
 from ckpt.elastic.processes.trainer import TrainerSeat
 from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
-from ckpt.elastic.whereabouts import Whereabouts
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.ipc.board import Phase
 from ckpt.session.agreement import Order
 from ckpt.session.c10d_mailbox import world_of_process
-from ckpt.session.metrics import Metrics
 from ckpt.session.options import check_tag
+from ckpt.session.saving import Metrics
 from ckpt.session.session import Session
 from ckpt.session.staging import SLOT_WAIT_S
 from ckpt.values import SnapshotInfo
+
+# Which process of a training this one is.
+
+
+class Whereabouts:
+    """This process's rank and device."""
+
+    @property
+    def rank(self) -> int:
+        """This process's rank, from 0."""
+        return world_of_process()[0]
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its node, from 0."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks train together."""
+        return world_of_process()[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's model belongs: its CUDA device where there is one, else the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
 
 BOUNDARY_WAIT_S = 60.0
 """How long a snapshot that the user asked for may hold training up where uploads hold all slots; then it is given up."""

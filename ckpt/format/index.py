@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from ckpt.errors import IntegrityError
 from ckpt.format import keys
-from ckpt.format.cover import cover_problem
 from ckpt.format.manifest import Manifest
 from ckpt.format.part import Part, StoredShard
+from ckpt.format.part_rules import cover_problem
 from ckpt.values import ChunkLocation, Digest, Leaf
 
 LeafKey = tuple[str, int | None]

@@ -11,8 +11,7 @@ from msgspec import structs
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format import keys
-from ckpt.format.canonical import ready, seal, unseal
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex, ready, seal, unseal
 from ckpt.values import SnapshotId
 
 FORMAT_VERSION = 2

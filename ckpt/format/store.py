@@ -8,8 +8,7 @@ import msgspec
 
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.format import keys
-from ckpt.format.canonical import UPGRADE, ready, seal, unseal
-from ckpt.format.digest import DIGEST_NAME
+from ckpt.format.canonical import DIGEST_NAME, UPGRADE, ready, seal, unseal
 from ckpt.format.manifest import job_ok
 from ckpt.values import CHUNK_BYTES
 

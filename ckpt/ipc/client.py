@@ -17,12 +17,9 @@ import msgspec
 
 from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
 from ckpt.format.canonical import ready
-from ckpt.ipc.answers import Reply, Welcome
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.frames import Received, Wire, close_fds
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import Bye, Hello
-from ckpt.ipc.remote import to_error
+from ckpt.ipc.messages import Bye, Hello, Message, Reply, Welcome, to_error
 from ckpt.ipc.runtime_dir import JobFolder
 
 START_WAIT_S = 30.0

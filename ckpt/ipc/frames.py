@@ -23,8 +23,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import ALL
+from ckpt.ipc.messages import ALL, Message
 
 FRAME_BYTES_MAX = 64 << 20
 """No body is longer; a reader refuses the claim before it keeps anything."""

@@ -7,17 +7,231 @@ overtake each other. Everything else is a word that nobody answers. File descrip
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import msgspec
 
+from ckpt import errors
+from ckpt.errors import CkptError, InternalError
 from ckpt.format.canonical import ready
-from ckpt.ipc.answers import Choices, Done, Number, Slots, Sources, Status, Value, Welcome
-from ckpt.ipc.message import Message, RemoteError
-from ckpt.ipc.policy import Policy, Retention
-from ckpt.ipc.report import Fact
-from ckpt.ipc.seating import Seating
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+# What every message between keepers, supervisors, trainers and tools has in common.
+
+
+class RemoteError(msgspec.Struct, frozen=True):
+    """An error as a message: ``code`` finds its class again, ``text`` are its words, ``rank`` says whose it was."""
+
+    code: str
+    text: str
+    rank: int
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
+    """Base of all messages. ``id`` above 0: a call."""
+
+    id: int = 0
+
+
+# What a keeper tells tools about itself and its job.
+
+Fact = str | int | float | bool | None
+
+
+class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One slot: what it holds sealed (None: nothing), and whether an upload holds it."""
+
+    index: int
+    size_bytes: int
+    snapshot: SnapshotId | None
+    held: bool
+
+
+class RankReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank as its keeper sees it. ``idle_s``: since its last boundary."""
+
+    rank: int
+    supervisor_pid: int
+    trainer_pid: int
+    completed: int
+    phase: str
+    idle_s: float
+    staged: int
+    skipped: int
+    slots: tuple[SlotReport, ...]
+
+
+class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One node of the job's newest epoch; ``first_rank`` -1 and no ``ranks``: a standby. ``here``: the keeper's own node.
+
+    ``mirrored``: the newest pair that all nodes have on others; of a standby the newest of which it has all that it is to keep
+    (None: nothing, or not known to this keeper).
+    """
+
+    node: str
+    here: bool
+    first_rank: int
+    ranks: int
+    mirrored: SnapshotId | None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One keeper. ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: its own memory besides slots."""
+
+    job: str
+    store: str
+    pid: int
+    boot: str
+    launch: str
+    attempt: int
+    epoch: int
+    state: str
+    since_s: float
+    complete: SnapshotId | None
+    durable: SnapshotInfo | None
+    uploads: int
+    slot_bytes: int
+    rss_bytes: int
+    ranks: tuple[RankReport, ...]
+    recoveries: tuple[Mapping[str, Fact], ...]
+    nodes: tuple[NodeReport, ...] = ()
+    mirror_bytes: int = 0
+    """Of several nodes: what this one has sent to others so far, to be kept there, and came."""
+    refused: Mapping[str, int] = {}
+    """Of several nodes: what was turned away, by kind; ``line`` counts connections, the others requests for lent memory."""
+
+
+# Where a node's ranks are in a job of several nodes, and where what they staged is.
+
+
+class Seating(msgspec.Struct, frozen=True):
+    """This node's ranks are the ones from ``first_rank`` on; rank 0 is at ``host``. ``node`` counts from 0."""
+
+    host: str
+    first_rank: int
+    world_size: int
+    node: int
+    nodes: int
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where one rank's share of a staged pair is. ``local``: the local rank whose slot has it, -1 for none.
+
+    ``slots`` and ``mirrors``: the addresses of nodes that lend it, out of a slot or as a mirror.
+    """
+
+    local: int = -1
+    slots: tuple[str, ...] = ()
+    mirrors: tuple[str, ...] = ()
+
+
+ready(Seating, Source)
+
+
+# What a keeper answers to what it is asked. The questions are in ``messages``.
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    """Base of answers; ``error`` is set where the call failed, and nothing else then counts."""
+
+    error: RemoteError | None = None
+
+
+class Done(Reply, frozen=True, kw_only=True):
+    """The call was carried out (or failed)."""
+
+
+class Welcome(Reply, frozen=True, kw_only=True):
+    """``boot`` is random for each keeper. ``new``: it knows nothing of the peer's attempt, so hand over what you hold.
+
+    ``seating``: where the node's ranks are in the peer's attempt, where the job has several nodes.
+    """
+
+    boot: str
+    pid: int
+    attempt: int
+    new: bool = False
+    seating: Seating | None = None
+
+
+class Value(Reply, frozen=True, kw_only=True):
+    """What is posted under the key, or None."""
+
+    value: bytes | None
+
+
+class Number(Reply, frozen=True, kw_only=True):
+    """A count or an epoch. ``origin``: of an epoch, what its staged indexes carry, since numbers alone are given out twice."""
+
+    number: int
+    origin: str = ""
+
+
+class SlotEntry(msgspec.Struct, frozen=True):
+    """One slot that the keeper holds."""
+
+    index: int
+    size_bytes: int
+
+
+class Slots(Reply, frozen=True, kw_only=True):
+    """The slots of one rank, memfds beside them in the same order."""
+
+    slots: tuple[SlotEntry, ...]
+
+
+class Sources(Reply, frozen=True, kw_only=True):
+    """Where the share of each rank of the pair's world is; empty where the pair isn't known."""
+
+    ranks: tuple[Source, ...]
+    epoch: int = 0
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """A snapshot to restore. ``tier``: ``staged`` (all ranks' slots hold it) or ``durable``."""
+
+    snapshot: SnapshotId
+    tier: str
+
+
+class Choices(Reply, frozen=True, kw_only=True):
+    """What can be restored, best first: the line of the newest epoch."""
+
+    choices: tuple[Choice, ...]
+
+
+class Status(Reply, frozen=True, kw_only=True):
+    """What ``ckpt ps`` and ``ckpt top`` show: see ``report``."""
+
+    report: Report | None
+
+
+# What a keeper needs to know of its user's choices: about failures, and how long snapshots are
+# kept.
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What a supervisor's user chose about failures; equal on all ranks.
+
+    ``same_error_max``: the same exception at the same step that often in a row is a bug. ``stuck_max``: that many failures in a
+    row without one step completed end the job. ``hang_s``: the least time without a step that counts as a hang (0: never).
+    ``grace_s``: how long a preempted job may take. ``linger_s``: how long slots are kept for a program that was killed.
+    """
+
+    same_error_max: int = 2
+    stuck_max: int = 5
+    hang_s: float = 600.0
+    grace_s: float = 25.0
+    linger_s: float = 60.0
+
+
+class Retention(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user of an epoch's writer chose to keep: the policy's text, and how long the bytes of dropped snapshots stay."""
+
+    keep: str
+    grace_s: float
+
 
 WIRE_VERSION = 4
 """Grows with each change of a message; peers of different versions refuse each other."""
@@ -346,3 +560,26 @@ class _Codec(msgspec.Struct, frozen=True):
 
 
 ready(_Codec)
+
+
+# An error of one rank, told to all: its code and words travel, and become the same kind of error
+# again.
+
+_CAME_FROM = re.compile(r"rank (-?[0-9]{1,9}): ")
+_BY_CODE = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)}
+
+
+def from_error(error: CkptError, *, rank: int) -> RemoteError:
+    """The message for ``error``, met on ``rank``. One that came from another rank keeps that rank."""
+    text = str(error)
+    came = _CAME_FROM.match(text)
+    if came is not None:
+        return RemoteError(error.code, text[came.end() :], int(came[1]))
+    return RemoteError(error.code, text, rank)
+
+
+def to_error(message: RemoteError) -> CkptError:
+    """The error that a message stands for."""
+    return _BY_CODE.get(message.code, InternalError)(
+        f"rank {message.rank}: {message.text}" if message.rank >= 0 else message.text
+    )

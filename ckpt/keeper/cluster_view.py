@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ckpt.cluster.mesh.messages import Word
-from ckpt.cluster.node.ways import Epoch
+from ckpt.cluster.node.epochs import Epoch
 from ckpt.keeper.mailbox import OwnRoom, Room
 
 

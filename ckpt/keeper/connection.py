@@ -9,11 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from ckpt.errors import CkptError, UnavailableError
-from ckpt.ipc.answers import Done, Reply
 from ckpt.ipc.frames import FRAME_BYTES_MAX, Inbox, Outbox
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import Hello
-from ckpt.ipc.remote import from_error
+from ckpt.ipc.messages import Done, Hello, Message, Reply, from_error
 
 STRANGER_BYTES_MAX = 64 << 10
 """No longer frame is taken of who has not been admitted to the job: of tools, and before a hello."""

@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING
 
 from ckpt.errors import CkptError, ConflictError, UnavailableError, UsageError
 from ckpt.events import Tell
-from ckpt.ipc.answers import Welcome
+from ckpt.ipc.board import RANKS_MAX, Board
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.link_board import RANKS_MAX, Board
-from ckpt.ipc.message import Message, RemoteError
-from ckpt.ipc.messages import Drop, Fenced, Hello, Outcome
-from ckpt.ipc.policy import Policy
+from ckpt.ipc.messages import Drop, Fenced, Hello, Message, Outcome, Policy, RemoteError, Welcome
 from ckpt.keeper.connection import Peer, failed
 from ckpt.keeper.slots import Post, SlotTable
 from ckpt.values import SnapshotId, SnapshotInfo

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.ipc.answers import SlotEntry
-from ckpt.ipc.board import SLOTS_MAX
-from ckpt.ipc.link_board import Board
-from ckpt.ipc.report import SlotReport
+from ckpt.ipc.board import SLOTS_MAX, Board
+from ckpt.ipc.messages import SlotEntry, SlotReport
 from ckpt.save.sealed import Sealed
 from ckpt.staging.header import Brief, Header, generation_of, header_bytes_of, read_brief, read_slot
-from ckpt.staging.memory_limit import available_bytes
+from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId, StagedIndex
 
 Post = Callable[[Callable[[], object]], None]

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import TypeVar
 
 from ckpt.errors import CkptError, FencedError, InternalError, UsageError
-from ckpt.ipc.answers import Choices, Done, Number, Reply, Slots, Sources, Value
-from ckpt.ipc.message import Message
 from ckpt.ipc.messages import (
+    Choices,
     Count,
     Decided,
+    Done,
     Forget,
     GetBoard,
     GetChoices,
@@ -21,17 +21,24 @@ from ckpt.ipc.messages import (
     GetSources,
     Keep,
     Known,
+    Message,
+    Number,
     OpenEpoch,
     Outcome,
     Peek,
     Persist,
     Post,
     Refuse,
+    Reply,
     SetTag,
     SlotGone,
     SlotMade,
+    Slots,
+    Sources,
+    Value,
+    from_error,
+    to_error,
 )
-from ckpt.ipc.remote import from_error, to_error
 from ckpt.keeper.connection import Peer
 from ckpt.keeper.job import Job
 from ckpt.keeper.mailbox import OwnRoom, Room

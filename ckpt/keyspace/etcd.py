@@ -7,17 +7,36 @@ when an answer comes, not the one that was asked.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
+from urllib.parse import quote
 
 import etcd3
 import grpc
 from etcd3 import etcdrpc
 
 from ckpt.errors import CkptError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
-from ckpt.keyspace.etcd_options import EtcdOptions, split_endpoint
+from ckpt.keyspace.address import EtcdOptions, split_endpoint
+from ckpt.keyspace.base import (
+    Compare,
+    Delete,
+    Equals,
+    Exists,
+    Grant,
+    Keys,
+    KeyValue,
+    Leased,
+    NoneOf,
+    Outcome,
+    Put,
+    Transaction,
+    Unchanged,
+)
 
 T = TypeVar("T")
 
@@ -179,3 +198,294 @@ def _refusal(error: Exception, what: str) -> CkptError | None:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space" in text:
         return StoreFullError(f"etcd is full. asked={what} why={text} compact and defragment it, or raise its quota")
     return None
+
+
+# Between the words of a keyspace and etcd's messages.
+
+
+def root_of(job: str) -> str:
+    """The prefix of a job's keys. A name that holds a slash can't reach into another job."""
+    return f"/ckpt/{quote(job, safe='')}/"
+
+
+def txn_request(root: str, transaction: Transaction) -> etcdrpc.TxnRequest:
+    """The transaction as etcd takes it: in both branches the reads come last."""
+    reads = [etcdrpc.RequestOp(request_range=_range(root, keys)) for keys in transaction.reads]
+    return etcdrpc.TxnRequest(
+        compare=[_compare(root, compare) for compare in transaction.when],
+        success=[*(_op(root, op) for op in transaction.then), *reads],
+        failure=reads,
+    )
+
+
+def outcome(root: str, transaction: Transaction, response: etcdrpc.TxnResponse) -> Outcome:
+    """What etcd answered."""
+    count = len(transaction.reads)
+    reads = response.responses[len(response.responses) - count :]
+    found = tuple(tuple(_found(root, kv) for kv in read.response_range.kvs) for read in reads)
+    return Outcome(response.succeeded, response.header.revision, found, response.header.cluster_id)
+
+
+def watch_request(root: str, keys: Keys, first: int) -> etcdrpc.WatchRequest:
+    """Watch a range from the revision ``first`` on."""
+    start, end = bounds(root, keys)
+    created = etcdrpc.WatchCreateRequest(key=start, range_end=end, start_revision=first)
+    return etcdrpc.WatchRequest(create_request=created)
+
+
+def progress_request() -> etcdrpc.WatchRequest:
+    """Ask a stream how far it is."""
+    return etcdrpc.WatchRequest(progress_request=etcdrpc.WatchProgressRequest())
+
+
+def bounds(root: str, keys: Keys) -> tuple[bytes, bytes]:
+    """A range as etcd names it."""
+    return (root + keys.start).encode(), (root + keys.end).encode() if keys.end else b""
+
+
+def _range(root: str, keys: Keys) -> etcdrpc.RangeRequest:
+    start, end = bounds(root, keys)
+    return etcdrpc.RangeRequest(key=start, range_end=end, keys_only=not keys.values)
+
+
+def _compare(root: str, compare: Compare) -> etcdrpc.Compare:
+    kind = etcdrpc.Compare
+    match compare:
+        case Unchanged(key, revision):
+            return kind(result=kind.EQUAL, target=kind.MOD, key=(root + key).encode(), mod_revision=revision)
+        case NoneOf(keys):
+            start, end = bounds(root, keys)
+            return kind(result=kind.EQUAL, target=kind.CREATE, key=start, range_end=end, create_revision=0)
+        case Exists(key):
+            return kind(result=kind.GREATER, target=kind.CREATE, key=(root + key).encode(), create_revision=0)
+        case Equals(key, value):
+            return kind(result=kind.EQUAL, target=kind.VALUE, key=(root + key).encode(), value=value)
+        case Leased(key, lease_id):
+            return kind(result=kind.EQUAL, target=kind.LEASE, key=(root + key).encode(), lease=lease_id)
+
+
+def _op(root: str, op: Put | Delete) -> etcdrpc.RequestOp:
+    key = (root + op.key).encode()
+    match op:
+        case Put(_, value, lease_id):
+            return etcdrpc.RequestOp(request_put=etcdrpc.PutRequest(key=key, value=value, lease=lease_id))
+        case Delete():
+            return etcdrpc.RequestOp(request_delete_range=etcdrpc.DeleteRangeRequest(key=key))
+
+
+def _found(root: str, kv: etcdrpc.KeyValue) -> KeyValue:
+    return KeyValue(kv.key.decode().removeprefix(root), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+
+
+# Watches ranges of etcd's keys, on a thread of its own, over every loss of the stream.
+#
+# ``etcd3``'s own watcher isn't used: in the release that imports today its thread dies of a
+# ``NameError`` when a stream ends, and tells nobody. A server that hangs says nothing either, so
+# the stream is asked how far it is, and is left when it doesn't answer.
+
+BEHIND_MAX = 3
+"""After how many words of a server that is behind what was seen it counts as a new one, which had its data wiped."""
+PAUSE_S = 0.2
+_JOIN_S = 10.0
+
+
+class EtcdWatch:
+    """``after``: all changes after that revision are seen. ``beat_s``: how often the stream is asked whether it lives."""
+
+    def __init__(self, calls: EtcdCalls, root: str, ranges: tuple[Keys, ...], *, after: int, beat_s: float) -> None:
+        self._calls = calls
+        self.root = root
+        self.ranges = ranges
+        self.beat_s = beat_s
+        self._changed = threading.Condition()
+        self._since = after
+        """All changes after this revision and up to ``_newest`` are counted in it."""
+        self._newest = after
+        self._resets = 0
+        self._behind = 0
+        self._stream: _Stream | None = None
+        self.stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ckpt-watch", daemon=True)
+        self._thread.start()
+
+    def wait(self, after: int, *, timeout_s: float) -> bool:
+        """Whether something changed after that revision, or that can't be known; waits for it up to ``timeout_s``."""
+        with self._changed:
+            resets = self._resets
+            return after < self._since or self._changed.wait_for(
+                lambda: self._newest > after or self._resets != resets or self.stopping.is_set(), timeout_s
+            )
+
+    def close(self) -> None:
+        """End the thread."""
+        self.stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        if (stream := self._stream) is not None:
+            stream.end()
+        self._thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        while not self.stopping.is_set():
+            number = self._calls.number
+            try:
+                self._stream = _Stream(self, self._calls.client(number), partial(self._uses, number))
+                self._stream.read()
+            except (grpc.RpcError, etcd3.exceptions.Etcd3Exception, CkptError):
+                # Whatever it was, nothing is missed: the next stream begins where this one ended.
+                self._calls.failed(number)
+            self.stopping.wait(PAUSE_S)
+
+    def _uses(self, number: int) -> bool:
+        return self._calls.number == number
+
+    def heard(self, response: etcdrpc.WatchResponse) -> bool:
+        """Count what a stream says; False: it has to begin anew."""
+        revision = response.header.revision
+        with self._changed:
+            if response.compact_revision:
+                # Changes were forgotten: who looked before then has to look again.
+                self._newest = max(self._newest, response.compact_revision)
+                self._changed.notify_all()
+                return False
+            if response.events:
+                self._newest = max(self._newest, *(event.kv.mod_revision for event in response.events))
+                self._behind = 0
+                self._changed.notify_all()
+            elif 0 < revision < self._newest:
+                self._behind += 1
+            else:
+                self._behind = 0
+            if self._behind >= BEHIND_MAX:
+                self._behind = 0
+                self._since = self._newest = revision
+                self._resets += 1
+                self._changed.notify_all()
+                return False
+            return not response.canceled
+
+    @property
+    def first(self) -> int:
+        with self._changed:
+            return self._newest + 1
+
+
+class _Stream:
+    """One stream to one endpoint, as long as calls go there too (``used``).
+
+    A member that is cut off from the others goes on to answer that nothing changes; calls are refused there, and go elsewhere.
+    """
+
+    def __init__(self, watch: EtcdWatch, client: etcd3.MultiEndpointEtcd3Client, used: Callable[[], bool]) -> None:
+        self._watch = watch
+        self._used = used
+        self._ended = threading.Event()
+        self._heard_s = time.monotonic()
+        self._call = etcdrpc.WatchStub(client.channel).Watch(
+            self._requests(), credentials=client.call_credentials, metadata=client.metadata
+        )
+
+    def read(self) -> None:
+        """Until the stream ends. Raises grpc.RpcError."""
+        try:
+            for response in self._call:
+                self._heard_s = time.monotonic()
+                if not self._watch.heard(response):
+                    return
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """End the stream."""
+        self._ended.set()
+        self._call.cancel()
+
+    def _requests(self) -> Iterator[etcdrpc.WatchRequest]:
+        watch = self._watch
+        first = watch.first
+        for keys in watch.ranges:
+            yield watch_request(watch.root, keys, first)
+        while not self._ended.wait(watch.beat_s):
+            silent = time.monotonic() > self._heard_s + 2 * watch.beat_s
+            if watch.stopping.is_set() or silent or not self._used():
+                self._call.cancel()
+                return
+            yield progress_request()
+
+
+# A keyspace in etcd. Imports grpc, which takes longer than the rest of the room together: only
+# for who uses etcd.
+
+
+class EtcdKeyspace:
+    """See Keyspace. Safe to be called from several threads, by the process that made it only."""
+
+    def __init__(self, options: EtcdOptions, job: str) -> None:
+        self._options = options
+        self._root = root_of(job)
+        self._calls = EtcdCalls(options)
+        self._lock = threading.Lock()
+        self._watches: dict[tuple[Keys, ...], EtcdWatch] = {}
+        self._closed = False
+
+    def transact(self, transaction: Transaction) -> Outcome:
+        """See Keyspace. One of reads only is linearizable as well: etcd asks its majority first."""
+        request = txn_request(self._root, transaction)
+
+        def ask(client: etcd3.MultiEndpointEtcd3Client) -> Outcome:
+            response = client.kvstub.Txn(
+                request, client.timeout, credentials=client.call_credentials, metadata=client.metadata
+            )
+            return outcome(self._root, transaction, response)
+
+        return self._calls.call(ask, what="transaction")
+
+    def grant(self, lease_id: int, ttl_s: float) -> Grant:
+        """See Keyspace. etcd counts in whole seconds, and grants no less than it finds sensible."""
+
+        def ask(client: etcd3.MultiEndpointEtcd3Client) -> float:
+            try:
+                return float(client.lease(math.ceil(ttl_s), lease_id).ttl)
+            except etcd3.exceptions.PreconditionFailedError:  # an earlier try made it
+                return float(client.get_lease_info(lease_id).grantedTTL)
+
+        return Grant(lease_id, self._calls.call(ask, what="lease"))
+
+    def renew(self, lease_id: int) -> float:
+        """See Keyspace."""
+
+        def ask(client: etcd3.MultiEndpointEtcd3Client) -> float:
+            answers = list(client.refresh_lease(lease_id))
+            if not answers:
+                raise etcd3.exceptions.ConnectionFailedError
+            return float(answers[-1].TTL)
+
+        return self._calls.call(ask, what="keepalive")
+
+    def revoke(self, lease_id: int) -> None:
+        """See Keyspace."""
+        try:
+            self._calls.call(lambda client: client.revoke_lease(lease_id), what="end of a lease")
+        except NotFoundError:
+            return
+
+    def wait(self, ranges: tuple[Keys, ...], after: int, *, timeout_s: float) -> bool:
+        """See Keyspace. The first wait for some ranges begins to watch them."""
+        with self._lock:
+            if self._closed:
+                return False
+            watch = self._watches.get(ranges)
+            if watch is None:
+                watch = self._watches[ranges] = EtcdWatch(
+                    self._calls, self._root, ranges, after=after, beat_s=2 * self._options.call_s
+                )
+        return watch.wait(after, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """See Keyspace."""
+        with self._lock:
+            self._closed = True
+            watches = list(self._watches.values())
+        for watch in watches:
+            watch.close()
+        self._calls.close()

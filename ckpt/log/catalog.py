@@ -9,7 +9,7 @@ from ckpt.backends.checked import Check, read_object
 from ckpt.backends.encrypted.layout import looks_encrypted
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError
 from ckpt.format import keys
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest, PartRef
 from ckpt.format.part import Part, decode_part

@@ -5,9 +5,142 @@ A record that does not count stays in the log and holds its seq; it is void. Eac
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ckpt.errors import ConflictError, FencedError
 from ckpt.format.records import Commit, Drop, Open, Record, Stores, Tag, Untag
-from ckpt.log.state import Committed, Opened, StoreSet, VoidCode
-from ckpt.log.working import Working
+from ckpt.log.state import (
+    RECENT_MAX,
+    Committed,
+    Hole,
+    LogState,
+    Opened,
+    Segment,
+    StoreSet,
+    Tagged,
+    Void,
+    VoidCode,
+    segments,
+    whole,
+)
+from ckpt.values import SnapshotId
+
+# The fold's own workbench: the state with its lists indexed, changed record by record, then
+# frozen again.
+
+
+class Working:
+    """One fold in progress. Never leaves this room; O(state) to make and to freeze, O(1) for most records."""
+
+    __slots__ = (
+        "_recent",
+        "_write_ids",
+        "epoch",
+        "floor",
+        "head_digest",
+        "next_seq",
+        "opens",
+        "snapshots",
+        "steps",
+        "stores",
+        "tags",
+        "voids",
+        "voids_total",
+    )
+
+    def __init__(self, state: LogState) -> None:
+        self.next_seq = state.next_seq
+        self.head_digest = state.head_digest
+        self.opens: dict[int, Opened] = {opened.epoch: opened for opened in state.opens}
+        self.epoch = state.epoch
+        self.snapshots: dict[SnapshotId, Committed] = {}
+        self.steps: dict[int, dict[int, None]] = {}
+        """Per captured epoch the steps that exist, ascending, for that is how they were committed."""
+        for entry in state.snapshots:
+            self._put(entry)
+        self.tags: dict[str, SnapshotId] = state.tags
+        self.floor = state.floor
+        self.stores: StoreSet | None = state.stores
+        self.voids: deque[Void] = deque(state.voids, maxlen=RECENT_MAX)
+        self.voids_total = state.voids_total
+        self._recent: deque[str] = deque(state.recent)
+        self._write_ids = Counter(state.recent)
+
+    def freeze(self, before: LogState) -> LogState:
+        """The state as it now is."""
+        return replace(
+            before,
+            next_seq=self.next_seq,
+            head_digest=self.head_digest,
+            opens=tuple(self.opens.values()),
+            snapshots=tuple(self.snapshots.values()),
+            tagged=tuple(Tagged(name, self.tags[name]) for name in sorted(self.tags)),
+            floor=self.floor,
+            stores=self.stores,
+            voids=tuple(self.voids),
+            voids_total=self.voids_total,
+            recent=tuple(self._recent),
+        )
+
+    def step_on(self, record: Record) -> None:
+        """Move the head past ``record`` and remember its write id."""
+        self.next_seq = record.seq + 1
+        self.head_digest = record.digest
+        self._recent.append(record.write_id)
+        self._write_ids[record.write_id] += 1
+        if len(self._recent) > RECENT_MAX:
+            gone = self._recent.popleft()
+            self._write_ids[gone] -= 1
+            if not self._write_ids[gone]:
+                del self._write_ids[gone]
+
+    def seen(self, write_id: str) -> bool:
+        """Whether one of the last 1,024 records had this write id."""
+        return write_id in self._write_ids
+
+    def void(self, seq: int, code: VoidCode, reason: str) -> None:
+        """Note that the record at ``seq`` counts for nothing."""
+        self.voids.append(Void(seq, code, reason))
+        self.voids_total += 1
+
+    def open(self, opened: Opened) -> None:
+        """Count an ``open``."""
+        self.opens[opened.epoch] = opened
+        self.epoch = opened.epoch
+
+    def commit(self, entry: Committed) -> None:
+        """Count a ``commit``."""
+        pair = entry.snapshot
+        self._put(entry)
+        self.opens[pair.epoch] = replace(self.opens[pair.epoch], last_step=pair.step)
+
+    def drop(self, pair: SnapshotId) -> None:
+        """Forget a snapshot."""
+        del self.snapshots[pair]
+        del self.steps[pair.epoch][pair.step]
+
+    def kept(self) -> SnapshotId | None:
+        """The snapshot that no drop may take: the newest on the line, or where the line holds none the greatest of all.
+
+        Without the second half, a job that was started afresh could drop all that it has before its first commit.
+        """
+        for segment in segments(self.opens, whole(self.epoch)):
+            if (step := self._last_up_to(segment)) is not None:
+                return SnapshotId(segment.epoch, step)
+        return max(self.snapshots, default=None)
+
+    def _last_up_to(self, segment: Segment) -> int | None:
+        for step in reversed(self.steps.get(segment.epoch, {})):
+            if segment.last_step is None or step <= segment.last_step:
+                return step
+        return None
+
+    def _put(self, entry: Committed) -> None:
+        self.snapshots[entry.snapshot] = entry
+        self.steps.setdefault(entry.snapshot.epoch, {})[entry.snapshot.step] = None
+
 
 Refusal = tuple[VoidCode, str]
 
@@ -112,3 +245,91 @@ def _refuse_drop(log: Working, body: Drop) -> Refusal | None:
         # Some gone already is no harm (two sweeps met); all gone is a mistake worth telling.
         return "nothing-to-drop", f"none of these snapshots exists. snapshots={len(body.snapshots)}"
     return None
+
+
+# The log as a pure function: records in, what they mean out.
+#
+# Dropping the base of a snapshot that is already committed is allowed: references lead straight
+# to packs, and packs are kept by what refers to them. Dropping it before the commit makes the
+# commit void. Writing the same record twice is one record.
+
+__all__ = ["LogState", "Unreadable", "empty", "fold", "verdict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A place in the log whose bytes are missing or are no valid record."""
+
+    seq: int
+    reason: str
+
+
+def empty(job: str) -> LogState:
+    """The state before the first record of ``job``."""
+    return LogState(job=job)
+
+
+def fold(state: LogState, records: Sequence[Record | Unreadable]) -> LogState:
+    """``state`` and then ``records``, in order of their seq.
+
+    Stops at the first place that is missing, unreadable, of another job or not chained to the record before, and says so
+    in ``hole``; a state with a hole folds nothing more. ``fold(fold(s, a), b) == fold(s, a + b)``. O(state + records).
+    """
+    if state.hole is not None or not records:
+        return state
+    log = Working(state)
+    for record in records:
+        if (hole := _hole(state.job, log, record)) is not None:
+            return replace(log.freeze(state), hole=hole)
+        assert isinstance(record, Record)
+        if (why := refusal(log, record)) is not None:
+            log.void(record.seq, *why)
+        else:
+            apply(log, record)
+        log.step_on(record)
+    return log.freeze(state)
+
+
+def verdict(state: LogState, record: Record) -> Void | None:
+    """Why ``record`` would count for nothing as the next record after ``state``, or None where it would count.
+
+    The seq and chain of ``record`` are the caller's to get right. O(state).
+    """
+    why = refusal(Working(state), record)
+    return None if why is None else Void(record.seq, *why)
+
+
+def _hole(job: str, log: Working, record: Record | Unreadable) -> Hole | None:
+    at = log.next_seq
+    if record.seq != at:
+        return Hole(at, f"record is missing. next_found={record.seq}")
+    if isinstance(record, Unreadable):
+        return Hole(at, record.reason)
+    if record.job != job:
+        return Hole(at, f"record of another job. expected={job!r} found={record.job!r}")
+    if record.prev != log.head_digest:
+        return Hole(at, f"record does not follow the one before. expected={log.head_digest!r} found={record.prev!r}")
+    return None
+
+
+# What a record that counts for nothing means to who wrote it. Pure.
+
+
+def refused(void: Void) -> ConflictError:
+    """The error for a record that is, or would be, void: FencedError where the writer must stop, else ConflictError."""
+    match void.code:
+        case "fenced":
+            return FencedError(f"{void.reason} stop this writer: another one goes on")
+        case "base-gone":
+            return ConflictError(f"{void.reason} snapshot again without that base")
+        case "newest-kept" | "tag-kept":
+            return ConflictError(f"{void.reason} leave it out, or move what keeps it")
+        case _:
+            return ConflictError(f"{void.reason} code={void.code}")
+
+
+def settled(state: LogState, seq: int) -> None:
+    """Raises the fitting error where the record at ``seq`` is void in ``state``."""
+    void = state.void_at(seq)
+    if void is not None:
+        raise refused(void)

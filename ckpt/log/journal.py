@@ -20,17 +20,16 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.format import keys
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest
 from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, decode_record, make_record
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import info_of
-from ckpt.log.claim import refused, settled
-from ckpt.log.commit_fold import fold, verdict
-from ckpt.log.opening import open_log
+from ckpt.log.fold import fold, refused, settled, verdict
+from ckpt.log.open import open_log
 from ckpt.log.reader import Note
 from ckpt.log.select import Chosen, require_newest
-from ckpt.log.sequencer import Claimed, Lost, Unknown
+from ckpt.log.sequencers import Claimed, Lost, Unknown
 from ckpt.log.state import LogState, StoreSet
 from ckpt.log.stored_fold import encode_fold, fold_due
 from ckpt.values import SnapshotId, SnapshotInfo

@@ -13,7 +13,7 @@ from ckpt.backends.checked import read_alone
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
-from ckpt.log.commit_fold import Unreadable, empty, fold
+from ckpt.log.fold import Unreadable, empty, fold
 from ckpt.log.state import LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
 

@@ -13,11 +13,110 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from ckpt.errors import UnavailableError, UsageError
-from ckpt.format.records import BY_SQLITE
-from ckpt.log.sequencer import Claimed, Lost, Unknown
+from ckpt.backends.base import Backend
+from ckpt.backends.checked import read_alone
+from ckpt.cluster.membership.open import open_keyspace
+from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
+from ckpt.format import keys
+from ckpt.format.records import BY_ETCD, BY_SQLITE, RECORD_BYTES_MAX
+from ckpt.ipc.cluster_spec import nodes_of_environment
+from ckpt.keyspace.address import EtcdOptions, etcd_of, where_of
+from ckpt.keyspace.base import Delete, Keys, Keyspace, NoneOf, Put, Transaction
+
+# Who gives out the places in the log. One question, three answers; several stores come to stand
+# behind the same seam.
+
+CLAIM_TRIES_MAX = 5
+"""How often the same bytes are put at the same key before silence is reported; backends wait and retry beneath this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The place is ours and holds our bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The place is another's; ``data`` are the bytes that are there."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """No answer, or none after a put that may have landed: repeat the same bytes at the same place."""
+
+    why: str
+
+
+class Sequencer(Protocol):
+    """Gives each place in the log to one record, for good."""
+
+    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+        """Make ``data`` the record at ``seq`` unless there is one. Repeating the same call is harmless.
+
+        Raises StoreFullError or StoreDeniedError where the store refused before anything can have landed.
+        """
+        ...
+
+
+class StoreSequencer:
+    """One store's own create-if-absent, for a store whose capabilities say that it has it."""
+
+    __slots__ = ("_backend",)
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+        """See Sequencer."""
+        found = create_once(self._backend, keys.log_key(seq), data, bytes_max=RECORD_BYTES_MAX)
+        if isinstance(found, Lost) and found.data == data:
+            return Claimed()
+        return found
+
+
+def require_create_only(backend: Backend) -> None:
+    """Raises UsageError for a store that can't give out places: two writers would both believe that one is theirs."""
+    if not backend.capabilities().create_only:
+        raise UsageError(
+            f"this store does not create a key only once, so two writers could overwrite each other. "
+            f"store={backend.url} use a store that honours create-if-absent"
+        )
+
+
+def create_once(backend: Backend, key: str, data: bytes, *, bytes_max: int) -> Claimed | Lost | Unknown:
+    """Put ``data`` at ``key`` unless something is there; a lost reply is answered by putting the same bytes again.
+
+    ``Lost`` may hold our own bytes, put by a try whose reply was lost. Raises StoreFullError or StoreDeniedError where the
+    first try was refused, for then nothing can have landed.
+    """
+    why = "no answer"
+    doubt = False
+    for _ in range(CLAIM_TRIES_MAX):
+        try:
+            backend.put(key, [data], create_only=True)
+            return Claimed()
+        except KeyExistsError:
+            # Even after a lost reply the holder is only known by reading.
+            doubt = True
+        except (StoreFullError, StoreDeniedError):
+            if not doubt:
+                raise
+        except UnavailableError as error:
+            doubt = True
+            why = str(error)
+            continue
+        try:
+            return Lost(read_alone(backend, key, bytes_max=bytes_max))
+        except (UnavailableError, NotFoundError) as error:
+            why = str(error)
+    return Unknown(why)
+
 
 STATE_VARIABLE = "CKPT_STATE_DIR"
 """Names the folder of these files; by default ``ckpt`` in the user's state folder."""
@@ -172,3 +271,110 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
         db.execute("ROLLBACK")
         raise
     db.execute("COMMIT")
+
+
+# etcd as what gives out the places of a log, for stores that don't create a key only once and a
+# job of several machines.
+#
+# One transaction a claim: it puts the whole record, if neither this place nor a later one was
+# given out. That the place before is nobody's to change any more is the claimer's to know
+# (``several`` brings the last record to W stores first), so the transaction need not ask for it;
+# and an etcd that lost its data goes on from the first claim: nothing there has to be filled by
+# hand. The epoch inside each record fences its writer, as with everything that gives out places.
+
+SEQUENCER_VARIABLE = "CKPT_SEQUENCER"
+"""Names an etcd for programs and commands that no launcher of nodes told of one."""
+
+ETCD_RECORDS_KEPT = 256
+"""How many of the last records are kept; older ones are on their stores for long."""
+
+_LOG = "log/"
+_END = "log0"
+"""Behind every place: "0" follows "/"."""
+
+
+def etcd_here() -> EtcdOptions | None:
+    """The etcd that this process's environment names, or None. Raises UsageError."""
+    if address := os.environ.get(SEQUENCER_VARIABLE):
+        return etcd_of(address)
+    spec = nodes_of_environment()
+    where = where_of(spec) if spec is not None else None
+    return where if isinstance(where, EtcdOptions) else None
+
+
+class EtcdSequencer:
+    """See Sequencer. Each call connects anew, for a connection does not outlive a fork; thread-safe."""
+
+    def __init__(self, options: EtcdOptions, log_id: str) -> None:
+        self._options = options
+        self._job = f"log {log_id}"
+
+    @property
+    def name(self) -> str:
+        """What a ``stores`` record calls this etcd: the id of its cluster, which survives all but its making. Unavailable."""
+        with self._opened() as keys:
+            return f"{BY_ETCD}{keys.transact(Transaction(reads=(Keys(_LOG),))).service:x}"
+
+    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+        """See Sequencer."""
+        key = f"{_LOG}{seq:020d}"
+        drop = (Delete(f"{_LOG}{seq - ETCD_RECORDS_KEPT:020d}"),) if seq >= ETCD_RECORDS_KEPT else ()
+        try:
+            with self._opened() as keys:
+                done = keys.transact(
+                    Transaction((NoneOf(Keys(key, _END)),), (Put(key, data), *drop), (Keys(key), _top(key)))
+                )
+        except UnavailableError as error:
+            return Unknown(str(error))
+        (mine, later) = done.found
+        if done.held:
+            return Claimed()
+        if mine:
+            return Claimed() if mine[0].value == data else Lost(mine[0].value)
+        nexts = int(later[-1].key.removeprefix(_LOG)) + 1 if later else seq
+        return Unknown(f"the place was given out long ago; the log is to be read again. seq={seq} next={nexts}")
+
+    @contextmanager
+    def _opened(self) -> Iterator[Keyspace]:
+        keys = open_keyspace(self._options, self._job)
+        try:
+            yield keys
+        finally:
+            keys.close()
+
+
+def _top(key: str) -> Keys:
+    return Keys(key, _END, values=False)
+
+
+def require_etcd(log_id: str, name: str) -> EtcdSequencer:
+    """The etcd that gives out a log's places, which ``name`` calls it. Raises UsageError where it is another, or none."""
+    options = etcd_here()
+    if options is None:
+        raise UsageError(
+            f"etcd gives out the places of this log, and nobody said where it is. sequencer={name}; set "
+            f"{SEQUENCER_VARIABLE}=etcd://host:port,host:port, or take over with `ckpt stores takeover`"
+        )
+    found = EtcdSequencer(options, log_id)
+    if (here := found.name) != name:
+        raise UsageError(
+            f"another etcd gives out the places of this log. sequencer={name} this_one={here} "
+            f"endpoints={list(options.endpoints)}; name that one, or take over with `ckpt stores takeover`"
+        )
+    return found
+
+
+# Who gives out a log's places where its stores can't: the etcd that this process was told of, or
+# a file of this machine.
+
+
+def giver_beside(log_id: str, *, start: int = ANYWHERE, renew: bool = False) -> str:
+    """Its name, for the ``stores`` record that puts it in charge; a file is made where there is none.
+
+    ``start``: the file's first place. ``renew``: whatever the file gave out before counts no more, for a take-over. Raises
+    UsageError, and UnavailableError where etcd does not answer or the file can't be made.
+    """
+    if (etcd := etcd_here()) is not None:
+        return EtcdSequencer(etcd, log_id).name
+    file = SqliteSequencer(database_path(log_id), log_id)
+    return file.renew() if renew else file.make(start)

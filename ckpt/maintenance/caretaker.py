@@ -14,14 +14,13 @@ from collections.abc import Callable
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.backends.file.store import FileBackend
-from ckpt.encode_threads import start
 from ckpt.errors import CkptError, InternalError
 from ckpt.events import Event, Tell
 from ckpt.log.journal import Journal
-from ckpt.maintenance.behind import Places
+from ckpt.maintenance.replica import Effort
 from ckpt.maintenance.scrub.scrub import Scrub
-from ckpt.maintenance.store_set import fill_up, members_here, replace, returned_empty
-from ckpt.maintenance.sync_facts import Effort
+from ckpt.maintenance.store_set import Places, fill_up, members_here, replace, returned_empty
+from ckpt.threads import start
 
 LOOK_S = 10.0
 """How often the stores are looked at: one small read and a short list each."""

@@ -3,18 +3,75 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
 
-from ckpt.backends.base import Backend
+from ckpt.backends.base import Backend, Stat
 from ckpt.backends.checked import read_alone
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError
+from ckpt.format.canonical import digest, digest_hex
 from ckpt.format.codec import decode_chunk
-from ckpt.format.digest import digest, digest_hex
 from ckpt.maintenance.copies import OK, Copy, Mend, Pack, Place, What, Whole
-from ckpt.maintenance.copies_pace import Pace
 from ckpt.restore.plan import ChunkRead, Read, join_reads
 from ckpt.save.chunks import PACK_BYTES_MAX
 from ckpt.values import CHUNK_BYTES, Codec
+
+# How fast upkeep may read and write, and that it can be told to stop: a token bucket that
+# everything passes through.
+
+BURST_S = 0.25
+"""What was not used may be made up for this long; more would be felt by whoever shares the link."""
+
+
+class Stopped(Exception):  # noqa: N818  a word to the caller, not a fault
+    """Upkeep was told to stop. Never leaves the room."""
+
+
+class Pace:
+    """Lets ``bytes_per_s`` through in the long run (None: all), and raises Stopped once ``stop`` is set. Thread-safe.
+
+    ``wait`` is given seconds and returns early, True, where ``stop`` is set meanwhile.
+    """
+
+    def __init__(
+        self,
+        bytes_per_s: float | None = None,
+        *,
+        stop: threading.Event | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], bool] | None = None,
+    ) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._stop = stop or threading.Event()
+        self._clock = clock
+        self._wait = wait or self._stop.wait
+        self._lock = threading.Lock()
+        self._free_s = clock()
+        """When all that was let through so far has been paid for."""
+        self.moved_bytes = 0
+
+    def take(self, size_bytes: int) -> None:
+        """Wait until ``size_bytes`` may move. Raises Stopped."""
+        self.check()
+        with self._lock:
+            self.moved_bytes += size_bytes
+            if self._bytes_per_s is None:
+                return
+            now = self._clock()
+            start = max(self._free_s, now - BURST_S)
+            self._free_s = start + size_bytes / self._bytes_per_s
+        if start > now and self._wait(start - now):
+            raise Stopped
+
+    def check(self) -> None:
+        """Raises Stopped where ``stop`` is set."""
+        if self._stop.is_set():
+            raise Stopped
+
 
 PIECE_BYTES = 8 << 20
 """Largest request: what a slow link can be asked for at once, and the scratch memory of one reader."""
@@ -126,3 +183,74 @@ def _look(store: Backend, read: Read, memory: memoryview, bad: set[Place], pace:
             bad.add(place)
             why = why or told
     return why
+
+
+# A store's listing met with what ought to be there, both in key order: what is there too, and
+# what is only there.
+
+
+class Walk:
+    """The objects below ``prefix`` from after ``after`` on. Ask in ascending order; those passed over are counted as strays."""
+
+    def __init__(self, store: Backend, prefix: str, *, after: str = "") -> None:
+        self._entries: Iterator[Stat] = iter(store.list(prefix, after=after))
+        self._next: Stat | None = None
+        self._ended = False
+        self.strays = 0
+        self.stray_bytes = 0
+
+    def take(self, key: str) -> Stat | None:
+        """The entry of ``key``, or None where the listing has none."""
+        self.skip(key)
+        if self._next is None or self._next.key != key:
+            return None
+        found, self._next = self._next, None
+        return found
+
+    def skip(self, key: str | None, *, count: bool = True) -> None:
+        """Pass over everything before ``key`` (None: all that is left), and ``count`` it as strays."""
+        while (entry := self._peek()) is not None and (key is None or entry.key < key):
+            self.strays += count
+            self.stray_bytes += entry.size_bytes if count else 0
+            self._next = None
+
+    def _peek(self) -> Stat | None:
+        if self._next is None and not self._ended:
+            self._next = next(self._entries, None)
+            self._ended = self._next is None
+        return self._next
+
+
+# Work on many objects at once, answers in order, never more in flight than was asked for.
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+THREADS_MAX = 32
+
+
+def in_order(items: Iterable[K], work: Callable[[K], V], *, threads: int) -> Generator[tuple[K, V], None, None]:
+    """Each item and ``work`` of it, in order, up to ``threads`` at once; no thread is started for one at a time.
+
+    The first error in order is raised when its turn comes. Whoever stops early waits for what is in flight.
+    """
+    if threads <= 1:
+        for item in items:
+            yield item, work(item)
+        return
+    threads = min(threads, THREADS_MAX)
+    running: deque[tuple[K, Future[V]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-upkeep") as pool:
+        try:
+            for item in items:
+                if len(running) >= threads:
+                    done, future = running.popleft()
+                    yield done, future.result()
+                running.append((item, pool.submit(work, item)))
+            while running:
+                done, future = running.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in running:
+                future.cancel()
+            wait([future for _, future in running])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
@@ -19,6 +22,8 @@ from ckpt.errors import (
 )
 from ckpt.format import keys
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
+from ckpt.log.state import Hole
+from ckpt.save.chunks import PACK_BYTES_MAX
 
 CLAIM_TRIES_MAX = 5
 """How often a claim whose reply was lost is looked at or made again; backends wait and retry beneath this."""
@@ -78,3 +83,75 @@ def _require_same_log(store: Backend, found: JobRecord, source: JobRecord) -> No
             f"the store holds another log of the same job: its records and those of the source never were one. "
             f"store={store.url} its_log={found.log_id} wanted={source.log_id} use another prefix"
         )
+
+
+# How much a sync may take, and what it did.
+
+BUDGET_BYTES = 2 * PACK_BYTES_MAX
+"""Memory for copies in flight, when the caller names no limit: two of the largest packs."""
+
+Progress = Callable[[int], None]
+"""Told how many bytes were just copied; called by one thread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """What a sync may take. ``threads`` objects are copied at once, as far as they fit into ``budget_bytes`` together;
+    ``rate_bytes_per_s`` bounds what is read and written (None: not at all); setting ``stop`` ends it early."""
+
+    threads: int = 4
+    budget_bytes: int = BUDGET_BYTES
+    rate_bytes_per_s: float | None = None
+    stop: threading.Event | None = None
+
+
+USUAL = Effort()
+"""What a sync takes that nobody waits for, and nothing is in the way of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """What was copied. ``next_seq``: the replica holds the log below it. ``damaged``: objects, with the reason, that the source
+    has nowhere rightly, so that the replica lacks them too; ``hole``: where the source's log can't be read on."""
+
+    complete: bool
+    store_id: str
+    next_seq: int
+    rounds: int
+    copied_objects: int
+    copied_bytes: int
+    present_objects: int
+    records: int
+    folds: int
+    damaged: tuple[tuple[str, str], ...]
+    hole: Hole | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the replica holds everything that the source's log named when it was last read."""
+        return self.complete and not self.damaged and self.hole is None
+
+
+# How much memory copies in flight may take together.
+
+
+class Budget:
+    """Lets in what fits below ``limit_bytes``, and what is larger alone. Thread-safe."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def holding(self, size_bytes: int) -> Iterator[None]:
+        """Wait until ``size_bytes`` fit, and hold them. Never hold two at once: both would wait for each other."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes)
+            self._used_bytes += size_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used_bytes -= size_bytes
+                self._changed.notify_all()

@@ -2,26 +2,546 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import dataclasses
+import enum
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckpt.capture.leaves import World
-from ckpt.capture.modules import ModuleSource
-from ckpt.capture.names import escape
-from ckpt.capture.optimizers import OptimizerSource
+from ckpt.capture.leaves import World, clean_fqn, escape, join
+from ckpt.capture.modules import EXTRA_STATE, MadeEntry, ModuleSource
+from ckpt.capture.optimizers import Member, OptimizerSource
 from ckpt.capture.plan import CapturePlan
-from ckpt.errors import UsageError
+from ckpt.capture.streams import RngState, is_iterated, is_loader, load_loader
+from ckpt.capture.tensors import is_dtensor
+from ckpt.capture.tree import PLAIN, Stateful, Walker, is_stateful, state_of, type_name
+from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
-from ckpt.restore.apply_fill import fill
-from ckpt.restore.apply_modules import Modules
-from ckpt.restore.apply_optimizer import Optimizers
-from ckpt.restore.apply_select import Cover, Problems, Selection
-from ckpt.restore.apply_values import Step, Values
-from ckpt.restore.rebuild import Read, read_objects
-from ckpt.restore.targets import Targets
+from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.restore.reader import Read, read_objects
+from ckpt.restore.targets import Cover, New, Problems, Selection, Targets, fill
+
+# Match live values with stored structure: what goes where. Decides; the returned steps do.
+
+Step = Callable[[], object]
+"""Puts a value in place once all bytes are there, and returns it (the live object itself where that was filled)."""
+
+Matcher = Callable[[nn.Module | Optimizer, object, str], Step]
+
+
+class _Absent:
+    """Stands for a live value that isn't there; fits nothing."""
+
+
+ABSENT = _Absent()
+
+
+class Values:
+    """Plain containers, tensors and objects with state. ``sources`` matches modules and optimizers."""
+
+    def __init__(self, targets: Targets, selection: Selection, problems: Problems, sources: Matcher) -> None:
+        self._targets = targets
+        self._selection = selection
+        self._problems = problems
+        self._sources = sources
+        self.late: list[Callable[[], None]] = []
+        self.last: list[Callable[[], None]] = []
+
+    def match(self, live: object, node: object, path: str) -> Step:
+        """How ``live`` becomes what ``node`` says; kept as it is where it isn't selected."""
+        cover = self._selection.cover(path)
+        if cover is Cover.NONE:
+            return lambda: live
+        match live:
+            case nn.Module() | Optimizer():
+                return self._sources(live, node, path)
+            case torch.Tensor() if isinstance(node, Ref):
+                return self._targets.into(live, node, path).value
+            case dict() if isinstance(node, dict):
+                return self._dict(live, node, path)
+            case list() if isinstance(node, list):
+                return self._list(live, node, path)
+            case tuple() if type(live) is tuple and isinstance(node, tuple):
+                steps = self._positions(live, node, path)
+                return lambda: tuple(step() for step in steps)
+            case torch.Generator() if isinstance(node, bytes):
+                self.last.append(lambda: _set_generator(live, node))
+                return lambda: live
+        if dataclasses.is_dataclass(live) and isinstance(node, DataclassNode) and type_name(live) == node.type_name:
+            return self._dataclass(live, node, path)
+        if is_stateful(live):
+            return self._stateful(live, node, path, cover)
+        return self.fresh(live, node, path)
+
+    def fresh(self, hint: object, node: object, path: str) -> Step:
+        """How ``node`` becomes a new value. ``hint`` is the live value there: it lends types, devices and factories."""
+        match node:
+            case Ref():
+                return self._new_tensor(hint, node, path)
+            case dict():
+                return self._new_dict(hint, node, path)
+            case list() | tuple() | deque():
+                parts = list(hint) if isinstance(hint, (list, tuple, deque)) else []
+                steps = [self.fresh(_at(parts, i), one, join(path, i)) for i, one in enumerate(node)]
+                return lambda: _sequence(node, [step() for step in steps])
+            case set() | frozenset():
+                hints = list(hint) if isinstance(hint, (set, frozenset)) else []
+                made = [self._key(one, hints, path) for one in node]
+                return lambda: type(node)(made)
+            case Named() | EnumNode():
+                value = self._key(node, [hint], path)
+                return lambda: value
+            case DataclassNode():
+                if type_name(hint) != node.type_name:
+                    return self._no_type(node.type_name, path)
+                return self._dataclass(hint, node, path, anew=True)
+            case NamedTupleNode():
+                return self._named_tuple(hint, node, path)
+            case _:
+                return lambda: copy.copy(node)
+
+    def _dict(self, live: dict[object, object], node: dict[object, object], path: str) -> Step:
+        by_node = {_key_node(key): key for key in live}
+        holds_objects = any(isinstance(one, (nn.Module, Optimizer)) or is_stateful(one) for one in live.values())
+        steps: dict[object, Step] = {}
+        for key, one in node.items():
+            where = join(path, key)
+            if key in by_node:
+                steps[by_node[key]] = self.match(live[by_node[key]], one, where)
+            elif self._selection.cover(where) is Cover.NONE:
+                continue
+            elif holds_objects and isinstance(one, dict):
+                self._problems.unexpected(where)
+            else:
+                steps[self._key(key, live, path)] = self.fresh(ABSENT, one, where)
+        for key in by_node.keys() - node.keys():
+            where = join(path, key)
+            if self._must_stay(live[by_node[key]], path, where):
+                self._problems.missing(where)
+                steps[by_node[key]] = _constant(live[by_node[key]])
+            elif self._selection.cover(where) is not Cover.ALL:
+                steps[by_node[key]] = _constant(live[by_node[key]])
+
+        def put() -> object:
+            values = {key: step() for key, step in steps.items()}
+            live.clear()
+            live.update(values)
+            return live
+
+        return put
+
+    def _must_stay(self, value: object, path: str, where: str) -> bool:
+        """Whether a live value that the snapshot lacks is named by the user, or holds state: then it can't just go."""
+        named_by_user = "/" not in path
+        holds = isinstance(value, (nn.Module, Optimizer, torch.Generator)) or is_stateful(value)
+        return (named_by_user or holds) and self._selection.cover(where) is not Cover.NONE
+
+    def _list(self, live: list[object], node: list[object], path: str) -> Step:
+        steps = self._positions(live, node, path)
+
+        def put() -> object:
+            live[:] = [step() for step in steps]
+            return live
+
+        return put
+
+    def _positions(self, live: list[object] | tuple[object, ...], node: Iterable[object], path: str) -> list[Step]:
+        steps = [self.match(_at(live, i), one, join(path, i)) for i, one in enumerate(node)]
+        for i in range(len(steps), len(live)):
+            if isinstance(live[i], (nn.Module, Optimizer, torch.Generator)) or is_stateful(live[i]):
+                self._problems.missing(join(path, i))
+                steps.append(_constant(live[i]))
+        return steps
+
+    def _dataclass(self, live: object, node: DataclassNode, path: str, *, anew: bool = False) -> Step:
+        anew = anew or bool(getattr(type(live), "__dataclass_params__").frozen)  # noqa: B009 - unknown to type checkers
+        known = {one.name for one in dataclasses.fields(live)}  # type: ignore[arg-type]
+        steps: dict[str, Step] = {}
+        for key, one in node.fields.items():
+            where = join(path, key)
+            if key not in known:
+                self._problems.unexpected(where)
+                continue
+            before = getattr(live, key, ABSENT)
+            steps[key] = self.fresh(before, one, where) if anew else self.match(before, one, where)
+        for key in known - node.fields.keys():
+            self._problems.missing(join(path, key))
+
+        def put() -> object:
+            target = copy.copy(live) if anew else live
+            for key, step in steps.items():
+                object.__setattr__(target, key, step())
+            return target
+
+        return put
+
+    def _named_tuple(self, hint: object, node: NamedTupleNode, path: str) -> Step:
+        if type_name(hint) != node.type_name or getattr(hint, "_fields", None) != node.names:
+            return self._no_type(node.type_name, path)
+        steps = [
+            self.match(getattr(hint, name), one, join(path, name))
+            for name, one in zip(node.names, node.values, strict=True)
+        ]
+        make: Callable[[list[object]], object] = type(hint)._make  # type: ignore[attr-defined]
+        return lambda: make([step() for step in steps])
+
+    def _stateful(self, live: Stateful, node: object, path: str, cover: Cover) -> Step:
+        if cover is Cover.PART:
+            self._problems.add("object can only be restored whole.", path, "name the whole object in only=[...]")
+            return lambda: live
+        if is_loader(live) and is_iterated(live):
+            self._problems.add(
+                "loader is being iterated, and would go on from where it is.",
+                path,
+                "restore before iter(), or make a new one",
+            )
+            return lambda: live
+        state = state_of(live)
+        if isinstance(state, Mapping) != isinstance(node, dict):
+            self._problems.add(f"stored value is no state of this object. type={type_name(live)}", path)
+            return lambda: live
+        step = self.fresh(state, node, path)
+        steps = self.last if isinstance(live, RngState) else self.late
+        steps.append(lambda: _load(live, step()))
+        return lambda: live
+
+    def _new_tensor(self, hint: object, ref: Ref, path: str) -> Step:
+        device = hint.device if isinstance(hint, torch.Tensor) else _device(ref.device)
+        return self._targets.fresh(New(self._targets.stored(ref), device), ref, path).value
+
+    def _new_dict(self, hint: object, node: dict[object, object], path: str) -> Step:
+        before: Mapping[object, object] = hint if isinstance(hint, dict) else {}
+        by_node = {_key_node(key): key for key in before}
+        steps = {
+            self._key(key, before, path): self.fresh(
+                before[by_node[key]] if key in by_node else ABSENT, one, join(path, key)
+            )
+            for key, one in node.items()
+        }
+
+        def make() -> object:
+            values = {key: step() for key, step in steps.items()}
+            match node:
+                case OrderedDict():
+                    return OrderedDict(values)
+                case Counter():
+                    return Counter(values)
+            return defaultdict(hint.default_factory, values) if isinstance(hint, defaultdict) else values
+
+        return make
+
+    def _key(self, node: object, hints: Iterable[object], path: str) -> object:
+        """A dict key, a set's element or a constant; enum types come from ``hints`` only."""
+        match node:
+            case Named():
+                return _constant_of(node)
+            case tuple():
+                return tuple(self._key(one, hints, path) for one in node)
+            case EnumNode():
+                for hint in hints:
+                    if isinstance(hint, enum.Enum) and type_name(hint) == node.type_name:
+                        if node.member in type(hint).__members__:
+                            return type(hint)[node.member]
+                        self._problems.add(
+                            f"enum has no such member. type={node.type_name} member={node.member!r}", path
+                        )
+                        return node
+                self._no_type(node.type_name, path)
+        return node
+
+    def _no_type(self, name: str, path: str) -> Step:
+        self._problems.add(
+            f"stored value has a type that no live value there has. type={name}",
+            path,
+            "put such a value there before restoring",
+        )
+        return lambda: None
+
+
+def _at(values: list[object] | tuple[object, ...], index: int) -> object:
+    return values[index] if index < len(values) else ABSENT
+
+
+def _constant(value: object) -> Step:
+    return lambda: value
+
+
+def _sequence(node: list[object] | tuple[object, ...] | deque[object], values: list[object]) -> object:
+    match node:
+        case tuple():
+            return tuple(values)
+        case deque():
+            return deque(values, node.maxlen)
+    return values
+
+
+def _key_node(key: object) -> object:
+    return key if type(key) in PLAIN else Walker(World(0, 1), {}, {}).key(key, "")
+
+
+def _constant_of(node: Named) -> object:
+    try:
+        return _parse_constant(node)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"stored constant can't be read. kind={node.kind!r} text={node.text!r} error={error}"
+        ) from None
+
+
+def _parse_constant(node: Named) -> object:
+    match node.kind:
+        case "torch.Size":
+            return torch.Size(int(one) for one in node.text.split(",") if one)
+        case "torch.device":
+            return torch.device(node.text)
+        case "torch.dtype" | "torch.layout" | "torch.memory_format":
+            found = getattr(torch, node.text, None)
+            return found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) else node
+    return node
+
+
+def _device(kind: str) -> torch.device:
+    """The recorded kind of device where this process has it, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device(accelerator.type if accelerator is not None and kind == accelerator.type else "cpu")
+
+
+def _set_generator(generator: torch.Generator, state: bytes) -> None:
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def _load(live: Stateful, state: object) -> None:
+    if is_loader(live) and isinstance(state, dict):
+        load_loader(live, state)
+    else:
+        live.load_state_dict(state)  # type: ignore[arg-type]
+
+
+# Match a live module with its stored entries.
+
+
+class Modules:
+    """Modules by clean name: parameters and buffers filled in place, extra state handed to ``set_extra_state``."""
+
+    def __init__(self, targets: Targets, selection: Selection, problems: Problems, values: Values) -> None:
+        self._targets = targets
+        self._selection = selection
+        self._problems = problems
+        self._values = values
+
+    def match(self, source: ModuleSource, node: object, path: str) -> Step:
+        """How the module becomes what ``node`` says."""
+        if not isinstance(node, dict):
+            raise IntegrityError(f"stored value is no module's. path={path!r}")
+        for entry in source.live:
+            where = join(path, entry.fqn)
+            if self._selection.cover(where) is Cover.NONE:
+                continue
+            match node.get(entry.fqn):
+                case None:
+                    self._problems.missing(where)
+                case Ref() as ref:
+                    self._targets.into(entry.tensor, ref, where)
+                case other:
+                    self._problems.add(f"stored value is no tensor. type={type(other).__name__}", where)
+        made = self._made(source, node, path)
+        known = {entry.fqn for entry in source.live} | {entry.fqn for entry in source.made}
+        for fqn in node:
+            if fqn not in known and self._selection.cover(join(path, fqn)) is not Cover.NONE:
+                self._problems.unexpected(join(path, fqn))
+
+        def put() -> object:
+            _put_made(source, [(entry, step()) for entry, step in made])
+            return source.module
+
+        return put
+
+    def _made(self, source: ModuleSource, node: dict[object, object], path: str) -> list[tuple[MadeEntry, Step]]:
+        found: list[tuple[MadeEntry, Step]] = []
+        for entry in source.made:
+            where = join(path, entry.fqn)
+            if self._selection.cover(where) is Cover.NONE:
+                continue
+            if entry.fqn not in node:
+                self._problems.missing(where)
+            else:
+                found.append((entry, self._values.fresh(entry.value, node[entry.fqn], where)))
+        return found
+
+
+def _put_made(source: ModuleSource, values: list[tuple[MadeEntry, object]]) -> None:
+    extra = _extra_state_owners(source.module)
+    others = {entry.key: value for entry, value in values if entry.fqn not in extra}
+    for entry, value in values:
+        if entry.fqn in extra:
+            extra[entry.fqn].set_extra_state(value)
+    if others:
+        # Made by state-dict hooks: only the module's own loading knows what they mean. Live entries load onto themselves.
+        live = {entry.key: entry.tensor for entry in source.live}
+        kept = {entry.key: value for entry, value in values if entry.fqn in extra}
+        try:
+            source.module.load_state_dict({**live, **kept, **others}, strict=False)
+        except RuntimeError as error:
+            raise UsageError(
+                f"module refuses the entries that its hooks made. path={source.path!r} error={error}"
+            ) from error
+
+
+def _extra_state_owners(module: nn.Module) -> dict[str, nn.Module]:
+    return {
+        clean_fqn(module, f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE): one
+        for name, one in module.named_modules(remove_duplicate=False)
+        if type(one).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
+# Match a live optimizer with its stored groups and state.
+
+NAMES_SHOWN_MAX = 3
+"""How many parameter names one difference lists."""
+
+
+class Optimizers:
+    """Optimizers by parameter name: hyper-parameters set, state filled in place, made or removed."""
+
+    def __init__(self, targets: Targets, selection: Selection, problems: Problems, values: Values) -> None:
+        self._targets = targets
+        self._selection = selection
+        self._problems = problems
+        self._values = values
+
+    def match(self, source: OptimizerSource, node: object, path: str) -> Step:
+        """How the optimizer becomes what ``node`` says."""
+        state, groups = _parts(node, path)
+        stored = {name for group in groups for name in _names(group, path)}
+        steps: list[Step] = []
+        if self._selection.cover(f"{path}/param_groups") is not Cover.NONE:
+            steps += self._groups(source, groups, path)
+        if self._selection.cover(f"{path}/state") is not Cover.NONE:
+            flags = {name: _on_device(group) for group in groups for name in _names(group, path)}
+            for member in source.members:
+                where = f"{path}/state/{member.name}"
+                if self._selection.cover(where) is Cover.NONE:
+                    continue
+                if member.name not in stored:
+                    self._problems.missing(where)
+                else:
+                    steps.append(
+                        self._state(source, member, state.get(member.name), where, step_on_device=flags[member.name])
+                    )
+            for name in state.keys() - {member.name for member in source.members}:
+                if self._selection.cover(f"{path}/state/{name}") is not Cover.NONE:
+                    self._problems.unexpected(f"{path}/state/{name}")
+
+        def put() -> object:
+            for step in steps:
+                step()
+            return source.optimizer
+
+        return put
+
+    def _groups(self, source: OptimizerSource, groups: list[dict[object, object]], path: str) -> list[Step]:
+        live = source.optimizer.param_groups
+        if len(live) != len(groups):
+            self._problems.add(
+                f"numbers of parameter groups differ. stored={len(groups)} live={len(live)}",
+                f"{path}/param_groups",
+                f'restore only=["{path}/state"] to keep the live groups',
+            )
+            return []
+        steps: list[Step] = []
+        for number, (group, node) in enumerate(zip(live, groups, strict=True)):
+            where = f"{path}/param_groups/{number}"
+            mine = {one.name for one in source.members if one.group == number}
+            theirs = set(_names(node, path))
+            if mine != theirs:
+                self._problems.add(
+                    f"parameters of a group differ. only_live={sorted(mine - theirs)[:NAMES_SHOWN_MAX]} "
+                    f"only_stored={sorted(theirs - mine)[:NAMES_SHOWN_MAX]}",
+                    where,
+                    f'restore only=["{path}/state"] to keep the live groups',
+                )
+            for key, one in node.items():
+                if isinstance(key, str) and key != "params":
+                    steps.append(self._hyper(group, key, one, join(where, key)))
+        return steps
+
+    def _hyper(self, group: dict[str, object], key: str, node: object, where: str) -> Step:
+        if self._selection.cover(where) is Cover.NONE:
+            return lambda: None
+        step = self._values.match(group.get(key), node, where)
+
+        def put() -> object:
+            group[key] = step()
+            return group
+
+        return put
+
+    def _state(
+        self, source: OptimizerSource, member: Member, node: object, where: str, *, step_on_device: bool
+    ) -> Step:
+        state: dict[torch.Tensor, dict[object, object]] = source.optimizer.state
+        if node is None:
+            return lambda: state.pop(member.tensor, None)
+        if not isinstance(node, dict):
+            raise IntegrityError(f"optimizer's stored state is no dict. path={where!r}")
+        before = state.get(member.tensor, {})
+        steps = {
+            key: self._entry(
+                member, before.get(key), key, one, join(where, key), on_device=key == "step" and step_on_device
+            )
+            for key, one in node.items()
+        }
+
+        def put() -> object:
+            values = {key: step() for key, step in steps.items()}
+            entry = state.setdefault(member.tensor, {})
+            entry.clear()
+            entry.update(values)
+            return entry
+
+        return put
+
+    def _entry(self, member: Member, live: object, key: object, node: object, where: str, *, on_device: bool) -> Step:
+        if not isinstance(node, Ref):
+            return self._values.fresh(live, node, where)
+        leaf = self._targets.stored(node)
+        parameter = member.tensor
+        device = parameter.device if on_device or node.device != "cpu" else torch.device("cpu")
+        if isinstance(live, torch.Tensor) and live.device == device:
+            fits = tuple(live.shape) == leaf.shape and str(live.dtype) == f"torch.{leaf.dtype}"
+            if fits or (leaf.shape and live.shape == parameter.shape):
+                return self._targets.into(live, node, where).value
+        like = parameter if leaf.shape and leaf.shape == tuple(parameter.shape) else None
+        placements = ""
+        if like is None and is_dtensor(parameter) and node.placements.count(",") + 1 == parameter.device_mesh.ndim:
+            # Smaller than the parameter but laid over the same kind of mesh (a factored second moment).
+            like, placements = (parameter, node.placements) if node.placements else (None, "")
+        return self._targets.fresh(New(leaf, device, like, placements), node, where).value
+
+
+def _parts(node: object, path: str) -> tuple[Mapping[object, object], list[dict[object, object]]]:
+    match node:
+        case {"state": dict(state), "param_groups": list(groups)} if all(isinstance(one, dict) for one in groups):
+            return state, groups
+    raise IntegrityError(f"stored value is no optimizer's. path={path!r}")
+
+
+def _names(group: Mapping[object, object], path: str) -> list[str]:
+    names = group.get("params")
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise IntegrityError(f"stored group names no parameters. path={path!r}")
+    return names
+
+
+def _on_device(group: Mapping[object, object]) -> bool:
+    """Whether torch keeps ``step`` beside the parameter rather than on the CPU."""
+    return bool(group.get("capturable") or group.get("fused"))
 
 
 def apply(

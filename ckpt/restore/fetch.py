@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import Replicated
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.format.canonical import digest
 from ckpt.format.codec import decode_chunk
-from ckpt.format.digest import digest
 from ckpt.restore.plan import ChunkRead, Copy, Read, ReadPlan
 from ckpt.values import Codec
 

@@ -4,21 +4,194 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
+import numpy as np
 import torch
 
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.capture.meshes import is_dtensor
-from ckpt.capture.tensors import ALONE, describe, with_aliases
+from ckpt.capture.tensors import ALONE, describe, is_dtensor, local_of, with_aliases
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
-from ckpt.format.manifest_objects import Ref
-from ckpt.restore.apply_fill import Fill
-from ckpt.restore.apply_select import Problems
+from ckpt.format.objects import Ref
 from ckpt.restore.plan import Want
-from ckpt.restore.rebuild import find
+from ckpt.restore.reader import Read, find
 from ckpt.values import Box, Leaf, LeafKind
+
+# Stored bytes into live memory: straight where it is contiguous CPU memory, else through a
+# scratch buffer.
+
+SCRATCH_BYTES = 512 << 20
+"""How much scratch memory is used at a time (more where one tensor alone is larger)."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""A dtype for each element size that copies bits as they are."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fill:
+    """A want and the tensor that takes its bytes, in full."""
+
+    want: Want
+    tensor: torch.Tensor
+
+
+@torch.no_grad()
+def fill(fills: Sequence[Fill], read: Read) -> None:
+    """Read all wants and put them into their tensors, bit by bit; autograd's version counters move on.
+
+    ``read``'s errors pass through; memory may then hold a part of the new bytes.
+    """
+    direct: list[tuple[Want, memoryview]] = []
+    others: list[Fill] = []
+    for one in fills:
+        local = local_of(one.tensor)
+        if not local.numel():
+            continue
+        if _is_direct(local):
+            direct.append((one.want, _bytes_of(local)))
+        else:
+            others.append(one)
+    if direct:
+        read([want for want, _ in direct], [view for _, view in direct])
+    for batch in _batches(others):
+        scratch = [np.empty(_nbytes(local_of(one.tensor)), np.uint8) for one in batch]
+        read([one.want for one in batch], [one.data for one in scratch])
+        for one, data in zip(batch, scratch, strict=True):
+            _copy(local_of(one.tensor), data)
+    for one in fills:
+        _bump(one.tensor)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _is_direct(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    # Over the storage rather than view(): that works for every dtype and for 0-d tensors.
+    base = torch.empty(0, dtype=torch.uint8)
+    base.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size(), (_nbytes(tensor),), (1,))
+    return base.numpy().data
+
+
+def _batches(fills: Sequence[Fill]) -> Iterator[list[Fill]]:
+    batch: list[Fill] = []
+    used = 0
+    for one in fills:
+        size = _nbytes(local_of(one.tensor))
+        if batch and used + size > SCRATCH_BYTES:
+            yield batch
+            batch, used = [], 0
+        batch.append(one)
+        used += size
+    if batch:
+        yield batch
+
+
+def _copy(target: torch.Tensor, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+    source = torch.empty(0, dtype=target.dtype)
+    dense = torch.empty(target.shape, device="meta").stride()
+    source.set_(torch.from_numpy(data).untyped_storage(), 0, target.shape, dense)
+    if target.is_conj() or target.is_neg():
+        target.copy_(source)
+    else:
+        _bits(target).copy_(_bits(source))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    dtype = _BITS[tensor.element_size()]
+    bits = torch.empty(0, dtype=dtype, device=tensor.device)
+    return bits.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _bump(tensor: torch.Tensor) -> None:
+    if is_dtensor(tensor):
+        _bump(tensor._local_tensor)
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+# Which paths a restore touches (``only=``), and the differences it found.
+
+PROBLEMS_SHOWN_MAX = 20
+"""How many differences one error lists."""
+
+
+class Cover(Enum):
+    """How much of what lies at and below a path is selected."""
+
+    NONE = 0
+    PART = 1
+    ALL = 2
+
+
+class Selection:
+    """Prefixes of paths, by whole components; None selects everything."""
+
+    def __init__(self, only: Sequence[str] | None) -> None:
+        self._only = None if only is None else tuple(one.strip("/") for one in only)
+        self._used: set[str] = set()
+
+    @property
+    def everything(self) -> bool:
+        """Whether no selection was given."""
+        return self._only is None
+
+    def cover(self, path: str) -> Cover:
+        """What is selected of ``path``."""
+        if self._only is None:
+            return Cover.ALL
+        if inside := [one for one in self._only if path == one or path.startswith(one + "/")]:
+            self._used.update(inside)
+            return Cover.ALL
+        return Cover.PART if any(one.startswith(path + "/") for one in self._only) else Cover.NONE
+
+    def unused(self) -> list[str]:
+        """The prefixes that no path had."""
+        return [one for one in self._only or () if one not in self._used]
+
+
+class Problems:
+    """Differences between live objects and a snapshot, gathered so that one error lists them all."""
+
+    def __init__(self, *, keep_missing: bool) -> None:
+        self._keep_missing = keep_missing
+        self._found: list[str] = []
+        self.kept: list[str] = []
+        """Paths that keep their live value because the snapshot lacks them."""
+
+    def add(self, fact: str, path: str, remedy: str = "") -> None:
+        """One more difference."""
+        self._found.append(f"{fact} path={path!r}{'; ' + remedy if remedy else ''}")
+
+    def missing(self, path: str) -> None:
+        """Something live that the snapshot doesn't have: a difference, unless it is to keep its value."""
+        if self._keep_missing:
+            self.kept.append(path)
+        else:
+            self.add("missing in the snapshot.", path, 'pass missing="keep" to keep its live value')
+
+    def unexpected(self, path: str) -> None:
+        """Something in the snapshot that is not live."""
+        self.add("in the snapshot, but not live.", path, "track it, or name what to restore with only=[...]")
+
+    def check(self) -> None:
+        """Raise UsageError listing what was found, if anything was. Nothing was written until then."""
+        if not self._found:
+            return
+        shown = "\n  ".join(self._found[:PROBLEMS_SHOWN_MAX])
+        more = len(self._found) - PROBLEMS_SHOWN_MAX
+        rest = f"\n  ... and {more} more" if more > 0 else ""
+        raise UsageError(
+            f"live objects and snapshot don't fit; nothing was changed. differences={len(self._found)}\n  {shown}{rest}"
+        )
+
 
 _PLACEMENTS = re.compile(r"(R|S[0-9]{1,2})(,(R|S[0-9]{1,2}))*")
 

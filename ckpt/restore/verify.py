@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import Replicated, read_object
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.keys import manifest_key
 from ckpt.restore.fetch import BUDGET_BYTES, Damage, Fetcher, Progress

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, PAGE_BYTES, Digest, LeafKind, StagedIndex, StagedShard
+from ckpt.errors import UsageError
+from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, PAGE_BYTES, ChunkLocation, Digest, LeafKind, StagedIndex, StagedShard
 
 PACK_BYTES_MAX = 256 << 20
 """A pack's usual largest size. A pack is swept only when nothing refers to any of its chunks, so smaller is tidier; packs go up
@@ -125,3 +127,168 @@ def _nature(shard: StagedShard) -> tuple[int, str]:
     if shard.leaf.kind is LeafKind.OBJECT:
         return 1, "object"
     return DTYPE_BYTES[shard.leaf.dtype], f"{shard.leaf.dtype}/{shard.leaf.name.rsplit('/', 1)[-1].rsplit('.', 1)[-1]}"
+
+
+# Which known chunks to write anew, so that packs of which little is still needed can go. Pure.
+#
+# A pack is deleted as a whole. Without this a pack would be kept for ever by one chunk that never
+# changes.
+
+LIVE_MIN = 0.5
+"""A pack of which less is needed is sparse: what is stored stays below twice what is needed, and a chunk is moved only after
+half of the pack around it has changed."""
+
+BUDGET_SHARE = 0.1
+"""How much of a snapshot's bytes one save may write anew for tidiness: then it takes a tenth longer than without, at most."""
+
+BUDGET_BYTES_MIN = 256 << 20
+"""That much may be written in any case: one pack's worth, so that the sparsest pack always fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparsePack:
+    """A pack that is given up: its size, and how much of it a rewriting takes."""
+
+    pack: str
+    size_bytes: int
+    live_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Thinned:
+    """``known`` without the chunks of the packs given up, sparsest first; and the bytes that are written anew for that."""
+
+    known: Mapping[Digest, ChunkLocation]
+    given_up: tuple[SparsePack, ...]
+    rewritten_bytes: int
+
+
+def default_budget_bytes(size_bytes: int) -> int:
+    """How much a save of a state of ``size_bytes`` may write anew by default."""
+    return max(BUDGET_BYTES_MIN, int(size_bytes * BUDGET_SHARE))
+
+
+def thin(
+    known: Mapping[Digest, ChunkLocation],
+    wanted: Collection[Digest],
+    pack_bytes: Mapping[str, int],
+    *,
+    budget_bytes: int,
+    live_min: float = LIVE_MIN,
+) -> Thinned:
+    """Leave out of ``known`` the chunks of sparse packs, as far as ``budget_bytes`` reaches.
+
+    ``wanted`` are the digests of the new snapshot, ``pack_bytes`` the sizes of packs; one whose size is not there is not
+    judged. Needed is what lies between the first and last byte of a wanted chunk, with gaps as short as a writer leaves them,
+    so that a pack never looks sparse to the save after the one that wrote it. Equal arguments give equal answers, in whatever
+    order they come. O(known + wanted + chunks log chunks).
+    """
+    by_pack: dict[str, list[Digest]] = {}
+    for digest in wanted if isinstance(wanted, frozenset | set) else dict.fromkeys(wanted):
+        place = known.get(digest)
+        if place is not None and place.pack in pack_bytes:
+            by_pack.setdefault(place.pack, []).append(digest)
+    sparse: list[SparsePack] = []
+    for pack, digests in by_pack.items():
+        live = _live_bytes([known[digest] for digest in digests])
+        if live < live_min * pack_bytes[pack]:
+            sparse.append(SparsePack(pack, pack_bytes[pack], live))
+    sparse.sort(key=lambda one: (one.live_bytes / one.size_bytes, one.pack))
+    given_up: list[SparsePack] = []
+    left = budget_bytes
+    for one in sparse:
+        if one.live_bytes <= left:
+            given_up.append(one)
+            left -= one.live_bytes
+    if not given_up:
+        return Thinned(known, (), 0)
+    gone = {digest for one in given_up for digest in by_pack[one.pack]}
+    rest = {digest: place for digest, place in known.items() if digest not in gone}
+    return Thinned(rest, tuple(given_up), budget_bytes - left)
+
+
+def _live_bytes(places: Sequence[ChunkLocation]) -> int:
+    """The bytes that a pack of just these chunks would take: whole pages, and short gaps along."""
+    total = stop = 0
+    for start, end in sorted((place.offset_bytes, place.offset_bytes + place.stored_bytes) for place in places):
+        low, high = start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES
+        if total and low <= stop + GAP_BYTES_MAX:
+            total += max(high, stop) - stop
+        else:
+            total += high - low
+        stop = max(stop, high)
+    return total
+
+
+# Whether compression pays. Pure.
+
+PAYS_FROM = 1.1
+"""Compression must make the writing this much faster: it takes a core that training could use."""
+
+LEVEL_MAX = 22
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """What a user asks for. ``auto`` compresses where a sample says that it makes writing faster, ``on`` wherever bytes shrink.
+
+    ``level`` is zstd's. ``link_bytes_per_s`` is the speed of the way to the store; None: it is measured while writing.
+    """
+
+    mode: Literal["off", "auto", "on"] = "auto"
+    level: int = 1
+    link_bytes_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("off", "auto", "on"):
+            raise UsageError(f"compression is off, auto or on. mode={self.mode!r}")
+        if not 1 <= self.level <= LEVEL_MAX:
+            raise UsageError(f"zstd's level out of range. level={self.level} (1..{LEVEL_MAX})")
+
+
+OFF = Compression("off")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What compressing some bytes came to."""
+
+    raw_bytes: int
+    stored_bytes: int
+    encode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether to compress bytes like the sampled ones, and why."""
+
+    compress: bool
+    why: str
+
+
+def may_compress(compression: Compression, *, local: bool) -> bool:
+    """Whether compression is worth a sample at all: never when off, and never to a local disk in ``auto``."""
+    return compression.mode == "on" or (compression.mode == "auto" and not local)
+
+
+def decide(compression: Compression, sample: Sample, *, link_bytes_per_s: float | None) -> Decision:
+    """Compress bytes like ``sample``? One core encodes while the link carries what was encoded before."""
+    match compression.mode:
+        case "off":
+            return Decision(False, "off")
+        case "on":
+            shrinks = sample.stored_bytes < sample.raw_bytes
+            return Decision(shrinks, "on" if shrinks else "the sample does not shrink")
+        case "auto":
+            return _auto(sample, link_bytes_per_s)
+
+
+def _auto(sample: Sample, link: float | None) -> Decision:
+    if link is None or link <= 0:
+        return Decision(False, "the link's speed is not known yet")
+    if sample.stored_bytes >= sample.raw_bytes:
+        return Decision(False, "the sample does not shrink")
+    encode = sample.raw_bytes / sample.encode_s if sample.encode_s > 0 else float("inf")
+    speed = min(encode, link * sample.raw_bytes / sample.stored_bytes)
+    what = f"encode_bytes_per_s={encode:.3g} link_bytes_per_s={link:.3g} ratio={sample.raw_bytes / sample.stored_bytes:.2f}"
+    return Decision(speed >= PAYS_FROM * link, what)

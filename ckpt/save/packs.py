@@ -5,19 +5,117 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from ckpt.backends.base import Backend
-from ckpt.encode_threads import start
 from ckpt.errors import CkptError, IntegrityError, UsageError
-from ckpt.format.keys import pack_key
-from ckpt.format.part import Part, StoredShard, chunk_sizes
-from ckpt.save.choose import OFF, Compression, may_compress
-from ckpt.save.chunks import GAP_BYTES_MAX, PACK_BYTES_MAX, Chunk, PackPlan, new_chunks, plan_packs
-from ckpt.save.pack import BuiltPack, Sampler, encoded_pack, raw_pack, verify_chunks
-from ckpt.values import PAGE_BYTES, ChunkLocation, Digest, StagedIndex, StagedShard
+from ckpt.format.canonical import digest, digest_hex
+from ckpt.format.codec import encode_chunk
+from ckpt.format.keys import pack_key, part_key
+from ckpt.format.manifest import PartRef
+from ckpt.format.part import Part, StoredShard, chunk_sizes, encode_part, merge_parts
+from ckpt.save.chunks import (
+    GAP_BYTES_MAX,
+    OFF,
+    PACK_BYTES_MAX,
+    Chunk,
+    Compression,
+    Decision,
+    PackPlan,
+    Sample,
+    decide,
+    may_compress,
+    new_chunks,
+    plan_packs,
+    raw_offsets,
+)
+from ckpt.threads import start
+from ckpt.values import PAGE_BYTES, ChunkLocation, Codec, Digest, StagedIndex, StagedShard
+
+# A planned pack's bytes: stretches of the slot as they lie, or compressed chunks.
+
+SAMPLE_BYTES = 512 << 10
+"""Compressed to see whether it pays: 0.5 ms, and long enough for zstd to show its ratio."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPack:
+    """What to put at ``key``, and where each chunk then lies."""
+
+    key: str
+    buffers: tuple[bytes | memoryview, ...]
+    locations: dict[Digest, ChunkLocation]
+
+    @property
+    def size_bytes(self) -> int:
+        """The object's size."""
+        return sum(len(buffer) for buffer in self.buffers)
+
+
+def verify_chunks(pack: PackPlan, data: memoryview) -> None:
+    """Compare each chunk with the digest made while it was staged. Raises IntegrityError naming the leaf. 30 GB/s."""
+    for chunk in pack.chunks:
+        if digest(data[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]) != chunk.digest:
+            raise IntegrityError(
+                f"staged bytes changed after they were copied. leaf={chunk.leaf} offset_bytes={chunk.offset_bytes} "
+                "the snapshot is given up; something writes into memory that isn't its own, or the memory is faulty"
+            )
+
+
+def raw_pack(key: str, pack: PackPlan, data: memoryview) -> BuiltPack:
+    """The pack as page-aligned stretches of the slot, with no copy."""
+    places = {
+        chunk.digest: ChunkLocation(key, offset, chunk.raw_bytes, chunk.raw_bytes, Codec.RAW)
+        for chunk, offset in zip(pack.chunks, raw_offsets(pack), strict=True)
+    }
+    return BuiltPack(key, tuple(data[extent.start : extent.stop] for extent in pack.extents), places)
+
+
+def encoded_pack(
+    key: str, pack: PackPlan, data: memoryview, *, level: int, wanted: Callable[[Chunk], bool]
+) -> BuiltPack:
+    """The pack with every ``wanted`` chunk compressed and the others as they lie. Takes memory for what is compressed."""
+    buffers: list[bytes | memoryview] = []
+    places: dict[Digest, ChunkLocation] = {}
+    at = 0
+    for chunk in pack.chunks:
+        raw = data[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]
+        encoded = encode_chunk(raw, itemsize_bytes=chunk.itemsize_bytes, level=level) if wanted(chunk) else None
+        if encoded is None:
+            buffers.append(raw)
+            place = ChunkLocation(key, at, len(raw), len(raw), Codec.RAW)
+        else:
+            buffers.append(encoded.data)
+            place = ChunkLocation(key, at, len(encoded.data), len(raw), encoded.codec, encoded.itemsize_bytes)
+        places[chunk.digest] = place
+        at += place.stored_bytes
+    return BuiltPack(key, tuple(buffers), places)
+
+
+class Sampler:
+    """Remembers, for each kind of bytes, whether compressing pays; asks a sample of the first chunk of the kind."""
+
+    def __init__(self, compression: Compression, data: memoryview) -> None:
+        self._compression = compression
+        self._data = data
+        self._samples: dict[str, Sample] = {}
+
+    def decide(self, chunk: Chunk, *, link_bytes_per_s: float | None) -> Decision:
+        """Whether to compress ``chunk``. Costs a sample for the first of its kind."""
+        if chunk.kind not in self._samples:
+            self._samples[chunk.kind] = self._sample(chunk)
+        return decide(self._compression, self._samples[chunk.kind], link_bytes_per_s=link_bytes_per_s)
+
+    def _sample(self, chunk: Chunk) -> Sample:
+        length = min(chunk.raw_bytes, SAMPLE_BYTES) // chunk.itemsize_bytes * chunk.itemsize_bytes
+        raw = self._data[chunk.offset_bytes : chunk.offset_bytes + length]
+        start = time.perf_counter()
+        encoded = encode_chunk(raw, itemsize_bytes=chunk.itemsize_bytes, level=self._compression.level)
+        taken = time.perf_counter() - start
+        return Sample(length, length if encoded is None else len(encoded.data), taken)
+
 
 PUTS_MAX = 4
 """Packs on their way at once: what fills the links measured, and bounds the memory that compressed packs take."""
@@ -217,3 +315,61 @@ def _stored(shard: StagedShard, places: Mapping[Digest, ChunkLocation]) -> Store
     return StoredShard(
         leaf=shard.leaf, box=shard.box, size_bytes=shard.size_bytes, digests=shard.digests, locations=found
     )
+
+
+# How large stored packs are: what a persister wrote itself it knows, of others it asks once.
+
+
+class PackSizes:
+    """Remembers the sizes of packs of one store. For one thread."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._sizes: dict[str, int] = {}
+
+    def of(self, packs: Iterable[str]) -> Mapping[str, int]:
+        """The sizes of ``packs``, and no others are remembered from now on. One request for each that is new.
+
+        A pack that can't be asked for now is left out: whoever tidies passes it over, and asks again next time.
+        """
+        found: dict[str, int] = {}
+        for pack in dict.fromkeys(packs):
+            size = self._sizes.get(pack)
+            if size is None:
+                size = self._ask(pack)
+            if size is not None:
+                found[pack] = size
+        self._sizes = found
+        return found
+
+    def note(self, sizes: Mapping[str, int]) -> None:
+        """Remember packs that were just written."""
+        self._sizes |= sizes
+
+    def _ask(self, pack: str) -> int | None:
+        try:
+            stat = self._backend.stat(pack)
+        except CkptError:
+            return None  # tidying is no reason for a save to fail
+        return None if stat is None else stat.size_bytes
+
+
+# The part of a node's ranks, written to a store. Still nothing is recorded.
+
+
+def put_part(parts: Sequence[Part], *, backend: Backend, writer: str) -> PartRef:
+    """Write one part for the ranks of ``parts``, which follow each other; ``writer`` never wrote one of this snapshot.
+
+    Raises what the store raises, with snapshot and ranks named, and UsageError where they make no part. O(chunks).
+    """
+    part = merge_parts(parts, writer=writer)
+    encoded = encode_part(part)
+    key = part_key(part.snapshot, writer)
+    try:
+        backend.put(key, [encoded])
+    except CkptError as error:
+        raise type(error)(
+            f"{error} [snapshot={part.snapshot} part of ranks {part.rank} to {part.rank + part.ranks - 1} "
+            f"store={backend.url}: not recorded, older ones stand]"
+        ) from error
+    return PartRef(key=key, digest=digest_hex(encoded), size_bytes=len(encoded), rank=part.rank, ranks=part.ranks)

@@ -8,6 +8,7 @@ one starts afresh.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -19,23 +20,119 @@ from msgspec import structs
 
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError
-from ckpt.events import Tell
+from ckpt.events import Event, Tell
 from ckpt.format.manifest import Manifest
-from ckpt.ipc.mailbox import Messages, Staying, wait_for
-from ckpt.ipc.message import RemoteError
-from ckpt.ipc.remote import from_error, to_error
+from ckpt.format.part import Part
+from ckpt.ipc.mailbox import STOP_LOOK_S, Messages, Staying, wait_for
+from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.log.journal import Journal
-from ckpt.save import told
-from ckpt.save.choose import Compression
-from ckpt.save.mates import Mates, Share
-from ckpt.save.pack_sizes import PackSizes
-from ckpt.save.packs import packs_at_most, persist
-from ckpt.save.part_put import put_part
+from ckpt.save.chunks import Compression, default_budget_bytes, thin
+from ckpt.save.packs import PackSizes, packs_at_most, persist, put_part
 from ckpt.save.receipts import Outcome, Receipt, checked, failed, merge, shared_of
 from ckpt.save.sealed import Sealed
-from ckpt.save.sparse import default_budget_bytes, thin
 from ckpt.threads import CallQueue
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo, StagedIndex
+
+# What the persisters of one node's ranks tell each other: they are threads of one process.
+#
+# The first of them is the node's *head*. Each gives it what its rank wrote; the head writes one
+# part for all, speaks for them to the head of rank 0's node, and tells them what became of the
+# snapshot.
+
+MATE_WAIT_S = 7200.0
+"""How long one waits for another's word on a snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank wrote, and where it lies; no part where it failed."""
+
+    receipt: Receipt
+    part: Part | None = None
+
+
+class Mates:
+    """The node's ranks: ``ranks`` of them, from ``rank`` on. Snapshots are numbered alike by all. Thread-safe."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank = rank
+        self.ranks = ranks
+        self._changed = threading.Condition()
+        self._shares: dict[int, dict[int, Share]] = {}
+        self._outcomes: dict[int, Outcome] = {}
+        self._taken = -1
+        """The last snapshot whose shares the head took, or gave up."""
+
+    def give(self, n: int, share: Share) -> None:
+        """A rank has done with its share of snapshot ``n``; its slot is free."""
+        with self._changed:
+            if n > self._taken:
+                self._shares.setdefault(n, {})[share.receipt.rank] = share
+            self._changed.notify_all()
+
+    def shares(self, n: int, stop: Callable[[], bool]) -> tuple[Share, ...]:
+        """For the head, once: the shares of all ranks, in rank order. Each has then seen the outcome of ``n - 1``.
+
+        Raises UnavailableError as soon as ``stop()`` is true, and after MATE_WAIT_S; those that come later are dropped.
+        """
+        with self._changed:
+            try:
+                self._wait(lambda: len(self._shares.get(n, ())) == self.ranks, stop, lambda: self._missing(n))
+            finally:
+                self._taken = n
+                found = self._shares.pop(n, {})
+            self._outcomes = {later: outcome for later, outcome in self._outcomes.items() if later >= n}
+            return tuple(share for _, share in sorted(found.items()))
+
+    def tell(self, n: int, outcome: Outcome) -> None:
+        """From the head: what became of snapshot ``n``."""
+        with self._changed:
+            self._outcomes[n] = outcome
+            self._changed.notify_all()
+
+    def outcome(self, n: int, stop: Callable[[], bool]) -> Outcome:
+        """What became of snapshot ``n``. Raises UnavailableError as soon as ``stop()`` is true, and after MATE_WAIT_S."""
+        with self._changed:
+            self._wait(lambda: n in self._outcomes, stop, lambda: f"the outcome. first_rank={self.rank}")
+            return self._outcomes[n]
+
+    def _missing(self, n: int) -> str:
+        there = self._shares.get(n, {})
+        missing = [rank for rank in range(self.rank, self.rank + self.ranks) if rank not in there]
+        return f"the shares of this node's other ranks. missing={','.join(map(str, missing))}"
+
+    def _wait(self, there: Callable[[], bool], stop: Callable[[], bool], what: Callable[[], str]) -> None:
+        until_s = time.monotonic() + MATE_WAIT_S
+        while not there():
+            if stop():
+                raise UnavailableError(f"stopped while waiting for {what()}")
+            if time.monotonic() > until_s:
+                raise UnavailableError(
+                    f"no word within the time limit while waiting for {what()} timeout_s={MATE_WAIT_S:g}; a rank is dead or "
+                    "far behind: look at its log"
+                )
+            self._changed.wait(STOP_LOOK_S)
+
+
+# The events of a snapshot on its way to a store, in one form for whoever tells them.
+
+
+def durable_event(info: SnapshotInfo, *, seconds: float) -> Event:
+    """A snapshot is committed, ``seconds`` after it was handed in."""
+    facts = {"epoch": info.epoch, "step": info.step, "size_bytes": info.size_bytes, "new_bytes": info.new_bytes}
+    return Event("durable", f"{info.id} is durable", {**facts, "seconds": round(seconds, 3)})
+
+
+def failed_event(snapshot: SnapshotId, error: CkptError) -> Event:
+    """A snapshot did not become durable."""
+    text = f"the snapshot of {snapshot} is not durable: {error}"
+    return Event("save-failed", text, {"epoch": snapshot.epoch, "step": snapshot.step, "code": error.code}, alarm=True)
+
+
+def untagged_event(info: SnapshotInfo, error: CkptError) -> Event:
+    """A snapshot is durable, but lacks a tag."""
+    return Event("tag-failed", str(error), {"step": info.step, "code": error.code}, alarm=True)
+
 
 __all__ = ["Persister", "Place", "Sealed"]
 
@@ -180,11 +277,11 @@ class Persister:
         except CkptError as error:
             if isinstance(error, ConflictError):  # perhaps the base was dropped: refer to nothing next time
                 self._base, self._known = None, {}
-            self._tell(told.failed_event(snapshot, error))
+            self._tell(failed_event(snapshot, error))
             raise
         except Exception as error:  # a thread's border
             wrapped = InternalError(f"saving failed in an unforeseen way. snapshot={snapshot} cause={error!r}")
-            self._tell(told.failed_event(snapshot, wrapped))
+            self._tell(failed_event(snapshot, wrapped))
             if share is None:  # the other ranks would wait for it
                 self._decline(n, failed(snapshot, self._channel.rank, wrapped))
             raise wrapped from error
@@ -193,15 +290,15 @@ class Persister:
         self._base, self._known = snapshot, locations
         self.durable_at_s = time.monotonic()
         self.last_info = outcome.info
-        self._tell(told.durable_event(outcome.info, seconds=time.monotonic() - began))
+        self._tell(durable_event(outcome.info, seconds=time.monotonic() - began))
         if outcome.error is not None:
             untagged = to_error(outcome.error)
-            self._tell(told.untagged_event(outcome.info, untagged))
+            self._tell(untagged_event(outcome.info, untagged))
             raise untagged
         return outcome.info
 
     def _refuse(self, n: int, snapshot: SnapshotId, error: CkptError) -> None:
-        self._tell(told.failed_event(snapshot, error))
+        self._tell(failed_event(snapshot, error))
         try:
             self._decline(n, failed(snapshot, self._channel.rank, error))
         finally:
@@ -223,7 +320,7 @@ class Persister:
                 self._post(n, self._receipt(n, snapshot))
         except Exception as lost:  # noqa: BLE001  a thread's border; nobody waits for it
             text = f"the ranks can't be told. snapshot={snapshot} cause={lost!r}"
-            self._tell(told.failed_event(snapshot, InternalError(text)))
+            self._tell(failed_event(snapshot, InternalError(text)))
 
     # ---- this rank's share
 

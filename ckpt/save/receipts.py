@@ -14,9 +14,9 @@ from msgspec import structs
 from ckpt.errors import CkptError, ConflictError, InternalError, UsageError
 from ckpt.format.canonical import ready
 from ckpt.format.manifest import PartRef
-from ckpt.ipc.message import RemoteError
-from ckpt.ipc.remote import from_error
-from ckpt.values import SnapshotId, SnapshotInfo
+from ckpt.format.part_rules import cover_problem
+from ckpt.ipc.messages import RemoteError, from_error
+from ckpt.values import Box, Leaf, SnapshotId, SnapshotInfo, StagedIndex
 
 DIFFERENT_MAX = 8
 """So many groups of ranks are named where they captured different steps."""
@@ -161,3 +161,32 @@ def _check(fits: bool, one: Replicas, other: Replicas) -> None:
 
 def _ranks(receipt: Receipt) -> str:
     return str(receipt.rank) if receipt.ranks == 1 else f"{receipt.rank} to {receipt.rank + receipt.ranks - 1}"
+
+
+# Whether the shares that the ranks staged make one whole snapshot. Pure.
+
+
+def shares_problem(indexes: Sequence[StagedIndex]) -> str | None:
+    """What keeps ``indexes`` from being one snapshot, one index a rank in rank order, as ``fact. key=value``; or None.
+
+    For slots that are handed in by somebody else than the ranks themselves, who would have compared their replicas before.
+    """
+    snapshots = {index.snapshot for index in indexes}
+    if len(snapshots) != 1:
+        return f"the ranks hold different snapshots. snapshots={', '.join(map(str, sorted(snapshots))) or 'none'}"
+    if len({index.origin for index in indexes}) != 1:
+        return "the ranks hold an epoch of the same number that was opened twice."
+    if [(index.rank, index.world_size) for index in indexes] != [(rank, len(indexes)) for rank in range(len(indexes))]:
+        return f"slots of other ranks or of a world of another size. ranks={len(indexes)}"
+    leaves: dict[tuple[str, int | None], Leaf] = {}
+    boxes: dict[tuple[str, int | None], list[Box]] = {}
+    for index in indexes:
+        for shard in index.shards:
+            key = (shard.leaf.name, shard.leaf.rank)
+            if leaves.setdefault(key, shard.leaf) != shard.leaf:
+                return f"the ranks disagree on a leaf. leaf={key[0]!r}"
+            boxes.setdefault(key, []).append(shard.box)
+    for key, found in boxes.items():
+        if why := cover_problem(leaves[key].shape, found):
+            return f"{why} leaf={key[0]!r}"
+    return None

@@ -28,8 +28,8 @@ from ckpt.session.options import (
     check_tag,
     is_count,
 )
-from ckpt.session.pending import Pending
 from ckpt.session.restoring import Candidate, Rules
+from ckpt.session.saving import Pending
 from ckpt.session.session import Session
 from ckpt.values import SnapshotInfo
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
+import time
+from collections.abc import Callable, Sequence
 
 from ckpt.backends.base import Backend
-from ckpt.errors import CkptError, NotFoundError
+from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
+from ckpt.events import Event, Tell
 from ckpt.format.keys import writer_name
+from ckpt.ipc.client import Calls, KeeperSpec
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello, RemoteError, Report, Status, from_error, to_error
+from ckpt.ipc.runtime_dir import JobFolder
+from ckpt.log.catalog import candidates
 from ckpt.log.journal import Journal
 from ckpt.log.select import Chosen
 from ckpt.log.state import LogState
 from ckpt.save.persister import Place
+from ckpt.session.keeper.connection import KeeperLink
+from ckpt.session.options import Options, retention_of
+from ckpt.session.restoring import Candidate
 from ckpt.values import SnapshotId
 
 
@@ -75,3 +87,135 @@ class Log:
         except NotFoundError:
             job = self._job
         return Journal.open(self._backend, job=job, create=True)
+
+
+# What a session may go on from, and the epochs that go on from it: by its keeper, or, without
+# one, by this process.
+
+
+class Line:
+    """Used by the training thread. ``link``: the keeper, where there is one by now."""
+
+    def __init__(self, log: Log, options: Options, *, link: Callable[[], KeeperLink | None]) -> None:
+        self._log = log
+        self._options = options
+        self._link = link
+        self._chosen: Chosen | None = None
+        """What the log's newest snapshot was when it was last read here."""
+
+    def newest_first(self) -> Sequence[Candidate]:
+        """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
+        link = self._link()
+        if link is not None and link.lost is None:
+            return [Candidate(one.snapshot, one.tier == "staged") for one in link.choices()]
+        self._chosen = Chosen(None)
+        try:
+            state = self._log.state()
+        except NotFoundError:
+            return ()
+        self._chosen = Chosen(state.newest())
+        found = [Candidate(snapshot) for snapshot in candidates(state)]
+        if not found and state.short:
+            # Beginning afresh would leave behind what the silent stores hold.
+            raise UnavailableError(
+                f"no snapshot can be seen, and there may be some: {state.short} repeat when more answer"
+            )
+        return found
+
+    def open_next(self, resume: SnapshotId | None, *, newest: bool = False) -> tuple[int, str]:
+        """Rank 0: open the next epoch, going on from ``resume``; its number and what its staged indexes carry.
+
+        ``newest``: that was the best of what ``newest_first`` gave last; raises NewerSnapshotError where it is that no more.
+        """
+        link = self._link()
+        if link is not None:
+            return link.open_epoch(resume, retention=retention_of(self._options), newest=newest)
+        return self._log.open_epoch(resume, chosen=self._chosen if newest else None), ""
+
+    def open_word(self, resume: SnapshotId | None, *, newest: bool) -> str:
+        """As ``open_next``; what the other ranks are to hear of it, an error too. See ``read_word``."""
+        try:
+            epoch, origin = self.open_next(resume, newest=newest)
+            return f"{epoch} {origin}"
+        except CkptError as error:
+            message = from_error(error, rank=0)
+            return f"{message.code} {message.text}"
+
+
+def read_word(word: str) -> tuple[int, str]:
+    """The epoch and origin of rank 0's word about it. Raises the error that it met."""
+    code, _, text = word.partition(" ")
+    if not code.isdigit():
+        raise to_error(RemoteError(code, text, 0))
+    return int(code), text
+
+
+# Before a store is read: let a keeper that nobody uses any more finish what the last run left
+# staged.
+#
+# Only looks, as a tool does: reading must not become a launch, and must not take a lingering
+# keeper's slots from it.
+
+SETTLE_WAIT_S = 60.0
+"""How long reading waits for it; then the store is read as it is."""
+
+ANSWER_S_MAX = 5.0
+LOOK_S = 0.1
+
+LINGERING = "lingering"
+"""The state of a keeper to which nobody is connected."""
+
+
+def await_settled(
+    spec: KeeperSpec, tell: Tell, *, has: Callable[[SnapshotId], bool], timeout_s: float | None = None
+) -> None:
+    """Wait, ``timeout_s`` seconds at most (None: SETTLE_WAIT_S), until the job's keeper has made durable what it holds.
+
+    Returns at once where no keeper lives or a run uses it. ``has`` says whether the store has a snapshot already: a keeper that
+    took over from another one doesn't know. Raises nothing: what is not durable then isn't read.
+    """
+    calls = _call(spec)
+    if calls is None:
+        return
+    wait_s = SETTLE_WAIT_S if timeout_s is None else timeout_s
+    until_s = time.monotonic() + wait_s
+    told = False
+    try:
+        calls.call(Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_S_MAX)
+        while True:
+            report = calls.ask(GetStatus(), Status, timeout_s=ANSWER_S_MAX).report
+            left = unsettled(report)
+            if report is None or left is None:
+                return
+            if time.monotonic() > until_s:
+                text = f"{left} is not durable after {wait_s:.0f} s, the store is read without it. store={spec.store}"
+                tell(Event("unsettled", text, {"waited_s": wait_s}, alarm=True))
+                return
+            if not told:
+                if not report.uploads and report.complete is not None and has(report.complete):
+                    return
+                told = True
+                tell(Event("settling", f"waiting until {left} of the last run is durable, at most {wait_s:.0f} s"))
+            time.sleep(LOOK_S)
+    except (CkptError, OSError) as error:  # it ended, or is of another release: the store has what is durable
+        tell(Event("keeper-silent", f"the last run's keeper says nothing, the store is read as it is: {error}"))
+    finally:
+        calls.close()
+
+
+def unsettled(report: Report | None) -> str | None:
+    """What a keeper that nobody uses still brings to the store, in words; None where there is nothing, or somebody uses it."""
+    if report is None or report.state != LINGERING:
+        return None
+    durable = report.durable.id if report.durable is not None else None
+    if report.complete is not None and (durable is None or report.complete > durable):
+        return f"the snapshot of {report.complete}"
+    return f"what is being uploaded ({report.uploads})" if report.uploads else None
+
+
+def _call(spec: KeeperSpec) -> Calls | None:
+    try:
+        found = JobFolder(spec.store, spec.job).try_connect()
+    except UsageError:  # a folder that can't be trusted has no keeper of ours
+        return None
+    return Calls(Wire(found)) if found is not None else None

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from ckpt.backends.base import Backend
-from ckpt.backends.replicated.job import key_source
-from ckpt.capture.names import escape
+from ckpt.backends.replicated.open import key_source
+from ckpt.capture.leaves import escape
 from ckpt.errors import UsageError
 from ckpt.events import Fact
 from ckpt.format.manifest import job_ok, metadata_problem
 from ckpt.format.records import tag_ok
-from ckpt.ipc.policy import Retention
-from ckpt.maintenance.gc.upkeep_sweep import GRACE_S
-from ckpt.maintenance.retain_text import parse_policy
-from ckpt.maintenance.retention import KeepPolicy, duration_s
+from ckpt.ipc.messages import Retention
+from ckpt.maintenance.gc.sweep import GRACE_S
+from ckpt.maintenance.retention import KeepPolicy, duration_s, parse_policy
 
 SLOTS_MAX = 64
 

@@ -12,15 +12,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.cluster.fleet_tls import lender_at
 from ckpt.cluster.peermem.auth import Secret
 from ckpt.cluster.peermem.keys import mirror_key, slot_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.cluster.secret import secret_of
+from ckpt.cluster.tls import lender_at
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.ipc.seating import Source
+from ckpt.ipc.messages import Source
 from ckpt.restore.from_slots import SlotStore, staged_index
 from ckpt.restore.from_slots import slot_key as place_key
 from ckpt.session.keeper.connection import KeeperLink

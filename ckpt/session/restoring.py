@@ -21,10 +21,9 @@ from ckpt.events import Event, Tell
 from ckpt.format.canonical import ready
 from ckpt.format.index import SnapshotIndex
 from ckpt.ipc.mailbox import Channel, wait_for
-from ckpt.ipc.message import RemoteError
-from ckpt.ipc.remote import from_error, to_error
+from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.log.catalog import info_of, load_index
-from ckpt.log.commit_fold import LogState
+from ckpt.log.fold import LogState
 from ckpt.restore.apply import apply
 from ckpt.restore.fetch import Fetcher
 from ckpt.restore.plan import Want, plan_reads

@@ -2,29 +2,99 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import msgspec
+import torch
 
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.events import Event, Fact, Tell
 from ckpt.ipc.mailbox import Channel, wait_for
-from ckpt.ipc.message import RemoteError
-from ckpt.ipc.remote import from_error, to_error
+from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.maintenance.gc.rounds import GcRounds, Keep
-from ckpt.save.choose import Compression
+from ckpt.save.chunks import Compression
 from ckpt.save.persister import Persister, Place
 from ckpt.session.agreement import Skip, Take, take_or_skip
 from ckpt.session.keeper.persister import KeeperPersister
-from ckpt.session.options import Options
-from ckpt.session.pending import Pending
-from ckpt.session.replicas import COMPARE_WAIT_S, compare_replicas
-from ckpt.session.staging import SLOT_WAIT_S, Stager
+from ckpt.session.options import Options, check_metadata
+from ckpt.session.staging import COMPARE_WAIT_S, SLOT_WAIT_S, Stager, compare_replicas
 from ckpt.staging.slot import Regions, Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
+
+# A snapshot on its way: staged already, durable later.
+
+
+class Pending:
+    """What ``save_async`` returns: the state is copied, so training may change it; the store's copy is being made.
+
+    One object a save; safe to use from any thread; dropping it loses nothing.
+    """
+
+    __slots__ = ("_future", "_snapshot")
+
+    def __init__(self, snapshot: SnapshotId, future: Future[SnapshotInfo]) -> None:
+        self._snapshot = snapshot
+        self._future = future
+
+    @property
+    def step(self) -> int:
+        """The step that this snapshot captured."""
+        return self._snapshot.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which it was captured."""
+        return self._snapshot.epoch
+
+    def done(self) -> bool:
+        """Whether the outcome is known; ``durable`` then returns or raises at once."""
+        return self._future.done()
+
+    def durable(self, timeout_s: float | None = None) -> SnapshotInfo:
+        """Wait until the snapshot is committed on the store and return its facts.
+
+        Raises what made it fail (StoreFullError, StoreDeniedError, FencedError, ...), and UnavailableError where
+        ``timeout_s`` seconds pass first; the save then still goes on and may be waited for again.
+        """
+        try:
+            return self._future.result(timeout_s)
+        except CancelledError as error:
+            raise self._abandoned() from error
+        except FutureTimeoutError as error:
+            if self._future.done():  # the save itself failed with a time-out of its own
+                raise
+            raise UnavailableError(
+                f"the snapshot is not durable yet, the save goes on. {self._snapshot} waited_s={timeout_s}"
+            ) from error
+
+    @property
+    def future(self) -> Future[SnapshotInfo]:
+        """The outcome as a future, for waiting on several at once."""
+        return self._future
+
+    def failure(self) -> CkptError | None:
+        """The error of a save that is settled, or None where it is durable or still in flight."""
+        if not self._future.done():
+            return None
+        if self._future.cancelled():
+            return self._abandoned()
+        error = self._future.exception()
+        return error if isinstance(error, CkptError) else None
+
+    def _abandoned(self) -> CkptError:
+        return UnavailableError(
+            f"the snapshot was abandoned before it was durable, because an exception ended its session. {self._snapshot}"
+        )
+
+    def __repr__(self) -> str:
+        state = "in flight" if not self.done() else "failed" if self.failure() else "durable"
+        return f"<Pending {self._snapshot}: {state}>"
+
 
 ABANDON_WAIT_S = 60.0
 """After an exception in training: how long what is staged may take to become durable."""
@@ -321,3 +391,52 @@ def _tell_committed(rounds: GcRounds) -> Callable[[Future[SnapshotInfo]], None]:
             rounds.committed()
 
     return done
+
+
+# What the user logs: the latest value of each name, ready to travel with the next snapshot.
+
+Loggable = float | int | str | bool | torch.Tensor | None
+
+
+class Metrics:
+    """Rank 0 keeps the latest values; the other ranks take part and keep nothing. Thread-safe."""
+
+    def __init__(self, tell: Tell, *, rank: int) -> None:
+        self._tell = tell
+        self._rank = rank
+        self._latest: dict[str, Fact | torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def log(self, values: Mapping[str, Loggable]) -> None:
+        """Note values. A tensor of one element is read at once on the CPU, later elsewhere. UsageError for anything else."""
+        noted = {name: _noted(name, value) for name, value in values.items()}
+        if self._rank != 0:
+            return
+        with self._lock:
+            self._latest.update(noted)
+        ready = {name: value for name, value in noted.items() if not isinstance(value, torch.Tensor)}
+        self._tell(Event("log", "logged", ready))
+
+    def facts(self) -> dict[str, Fact]:
+        """The latest values as plain ones; waits for the devices that hold some."""
+        with self._lock:
+            latest = dict(self._latest)
+        return {name: _item(value) if isinstance(value, torch.Tensor) else value for name, value in latest.items()}
+
+
+def _noted(name: str, value: Loggable) -> Fact | torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise UsageError(f"only a tensor of one element can be logged. name={name} shape={tuple(value.shape)}")
+        detached = value.detach()
+        return _item(detached) if detached.device.type == "cpu" else detached.clone()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return check_metadata({name: value})[name]
+    raise UsageError(
+        f"only None, bool, int, float, str and tensors of one element can be logged. name={name} type={type(value).__name__}"
+    )
+
+
+def _item(value: torch.Tensor) -> Fact:
+    item = value.item()
+    return item if isinstance(item, (bool, int, float)) else str(item)

@@ -6,35 +6,84 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
-from ckpt.backends.replicated.job import open_job, require_key_fits
-from ckpt.capture.names import escape
+from ckpt.backends.replicated.open import open_job, require_key_fits
+from ckpt.capture.leaves import escape
 from ckpt.capture.streams import RngState
-from ckpt.errors import NewerSnapshotError, NotFoundError, UsageError
+from ckpt.errors import NewerSnapshotError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event, Fact, Tell, to_logging
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.board import Board
 from ckpt.ipc.mailbox import Channel, wait_for
 from ckpt.log.state import LogState
-from ckpt.restore.rebuild import item_names
-from ckpt.session import writers
+from ckpt.restore.reader import item_names
 from ckpt.session.c10d_mailbox import world_of_process
-from ckpt.session.connected import Mending
+from ckpt.session.connected import Joined, Mending
 from ckpt.session.decisions import Orders
-from ckpt.session.joined import Joined
-from ckpt.session.judged import Judged
 from ckpt.session.keeper.attachment import OFF, Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
 from ckpt.session.keeper.connection import KeeperLink
-from ckpt.session.line import Line, read_word
-from ckpt.session.log import Log
+from ckpt.session.log import Line, Log, await_settled, read_word
 from ckpt.session.options import Address, Options, only_below
-from ckpt.session.pending import Pending
 from ckpt.session.restoring import Candidate, Rules
-from ckpt.session.saving import Saving
-from ckpt.session.settled import await_settled
+from ckpt.session.saving import Pending, Saving
 from ckpt.values import SnapshotId, SnapshotInfo
+
+# A trainer as the keeper that judges it hears of it: how far it is, what it dies of, that it is
+# done.
+
+
+class Judged:
+    """Tells ``judge()``; nobody where that is None."""
+
+    def __init__(self, judge: Callable[[], KeeperLink | None]) -> None:
+        self._judge = judge
+
+    def report(self, point: str, at_s: float) -> None:
+        """This trainer reached a point of its start at ``at_s``, CLOCK_MONOTONIC."""
+        if (judge := self._judge()) is not None:
+            judge.phase(point, at_s)
+
+    def failing(self, kind: str, text: str, *, fingerprint: str, step: int, final: bool) -> None:
+        """This trainer is about to die of an exception."""
+        if (judge := self._judge()) is not None:
+            with suppress(UnavailableError):  # without a keeper nobody judges it
+                judge.failing(kind, text, fingerprint=fingerprint, step=step, final=final)
+
+    def finished(self) -> None:
+        """This trainer's run is over and durable; what follows is the rest of the program."""
+        if (judge := self._judge()) is not None:
+            with suppress(UnavailableError):  # nothing is lost any more
+                judge.finished()
+
+
+# Which sessions of this process write: under one supervisor, one a store, which is one job's
+# whatever name it is given.
+#
+# A second one would open a newer epoch through the same keeper, over the same slots: the first
+# would be off the line and go on without knowing it.
+
+_open: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+
+
+def enter(store: str, session: object) -> None:
+    """Note that ``session`` writes from now on; again is free. Raises UsageError where another one does that isn't closed."""
+    other = _open.setdefault(store, session)
+    if other is not session:
+        raise UsageError(
+            f"a run or Checkpointer of this process writes to this store already, and a second one would cut it off. "
+            f"store={store}; call run.save(), close the other one first, or give this one another store"
+        )
+
+
+def leave(store: str, session: object) -> None:
+    """``session`` is closed. Nothing where it never wrote."""
+    if _open.get(store) is session:
+        del _open[store]
+
 
 BYE_WAIT_S = 60.0
 """How long rank 0 stays for the other ranks to read its last words: it may own the message store."""
@@ -172,7 +221,7 @@ class Session:
         """
         seat = seat_of_process()
         if seat is not None and self._spec is not None and seat.spec.store == self._spec.store and not self._closed:
-            writers.enter(self._spec.store, self)
+            enter(self._spec.store, self)
         joined = self.join()
         joined.keeping.start()
         joined.use_slots()
@@ -382,7 +431,7 @@ class Session:
     def _close_store(self) -> None:
         self._closed = True
         if self._spec is not None:
-            writers.leave(self._spec.store, self)
+            leave(self._spec.store, self)
         if self._owns_backend:
             self._backend.close()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from ckpt.ipc.link_board import newest_common
+from ckpt.ipc.board import newest_common
 from ckpt.values import SnapshotId
 
 SEALED_WITHIN_STEPS = 2

@@ -18,8 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from ckpt.errors import IntegrityError, InternalError, UsageError
-from ckpt.format.canonical import ready
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest, ready
 from ckpt.staging.layout import index_problem
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 

@@ -10,19 +10,91 @@ another writer would. ``BackendRaceContract`` adds races between processes, for 
 
 from __future__ import annotations
 
+import mmap
+import multiprocessing
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, UsageError
-from ckpt.testing.buffers import aligned_memory, buffer
-from ckpt.testing.races import race_processes
+
+# Memory to put: on page boundaries or just behind them, random or of one byte.
+
+
+def aligned_memory(size_bytes: int) -> memoryview:
+    """Writable zeroed memory that starts on a page boundary."""
+    return memoryview(mmap.mmap(-1, max(1, size_bytes)))[:size_bytes]
+
+
+def buffer(size_bytes: int, *, aligned: bool, seed: int = 0, fill: int | None = None) -> memoryview:
+    """A buffer of bytes made from ``seed``, or of the byte ``fill``, that starts on a page boundary or one byte behind."""
+    memory = aligned_memory(size_bytes + 1)
+    out = memory[:size_bytes] if aligned else memory[1:]
+    out[:] = random.Random(seed).randbytes(size_bytes) if fill is None else bytes([fill]) * size_bytes
+    return out
+
+
+# Several processes that try to create the same keys at the same moment.
+
+_ANSWER_S = 120.0
+
+
+def race_processes(opener: Callable[[], Backend], names: Sequence[str], *, racers: int) -> list[set[str]]:
+    """Let ``racers`` fresh processes create each of ``names``; returns which names each of them won.
+
+    The processes meet before each name, so that their puts overlap. ``opener`` must be picklable. Process ``n`` writes
+    ``process n``. Raises TimeoutError where one does not answer within two minutes.
+    """
+    context = multiprocessing.get_context("spawn")
+    gate = context.Barrier(racers)
+    pipes = [context.Pipe(duplex=False) for _ in range(racers)]
+    processes = [
+        context.Process(target=_race, args=(opener, tuple(names), me, gate.wait, pipes[me][1]), daemon=True)
+        for me in range(racers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return [_answer(pipe) for pipe, _ in pipes]
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+            process.join()
+        for ends in pipes:
+            for end in ends:
+                end.close()
+
+
+def _answer(pipe: Connection) -> set[str]:
+    if not pipe.poll(_ANSWER_S):
+        raise TimeoutError(f"a racing process did not answer. waited_s={_ANSWER_S}")
+    won: set[str] = pipe.recv()
+    return won
+
+
+def _race(
+    opener: Callable[[], Backend], names: Sequence[str], me: int, meet: Callable[[float], int], answer: Connection
+) -> None:
+    store = opener()
+    won = set()
+    for name in names:
+        meet(_ANSWER_S)
+        try:
+            store.put(name, [f"process {me}".encode()], create_only=True)
+            won.add(name)
+        except KeyExistsError:
+            pass
+    answer.send(won)
+    store.close()
+
 
 Opener = Callable[[], Backend]
 

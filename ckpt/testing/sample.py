@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from ckpt.backends.base import Backend
 from ckpt.errors import NotFoundError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.format.keys import writer_name
 from ckpt.format.manifest import Manifest, PartRef
-from ckpt.format.manifest_objects import Ref, encode_object
+from ckpt.format.objects import Ref, encode_object
 from ckpt.log.journal import Journal
-from ckpt.save.choose import OFF, Compression
-from ckpt.save.packs import persist
-from ckpt.save.part_put import put_part
+from ckpt.save.chunks import OFF, Compression
+from ckpt.save.packs import persist, put_part
 from ckpt.values import (
     CHUNK_BYTES,
     PAGE_BYTES,

@@ -22,9 +22,8 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.testing.buffers import buffer
-from ckpt.testing.contract import keys, read
-from ckpt.testing.fileops import FailingOps, RecordingOps
+from ckpt.testing.contract import buffer, keys, read
+from ckpt.testing.crashes import FailingOps, RecordingOps
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ckpt.backends.file.syscalls import RealOps
 from ckpt.backends.file.writing import DIRECT_BYTES_MIN, WRITE_BYTES_MAX, address_of, set_direct, write_all
-from ckpt.testing.buffers import aligned_memory, buffer
+from ckpt.testing.contract import aligned_memory, buffer
 from ckpt.values import PAGE_BYTES
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.backends.keys import check_key, check_prefix, is_key
+from ckpt.backends.base import check_key, check_prefix, is_key
 from ckpt.errors import UsageError
 from ckpt.testing.contract import HOSTILE_KEYS, ODD_KEYS
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 from fsspec.asyn import get_loop
 
-from ckpt.backends.objects.objectloop import wait_for
+from ckpt.backends.objects.fsspec_io import wait_for
 
 
 def test_result_and_error_come_from_the_other_thread() -> None:

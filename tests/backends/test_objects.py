@@ -9,9 +9,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ckpt.backends.objects.errors import object_fault, public_url, translated_reply
-from ckpt.backends.objects.fsspec_io import Joined
+from ckpt.backends.objects.fsspec_io import Joined, MemoryWrites
 from ckpt.backends.objects.fsspec_store import ObjectsBackend
-from ckpt.backends.objects.objectwrites import MemoryWrites
 from ckpt.errors import (
     CkptError,
     IntegrityError,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.backends.objects.objecttune import tuned
+from ckpt.backends.objects.fsspec_store import tuned
 
 TUNED = {"request_checksum_calculation": "when_required", "s3": {"payload_signing_enabled": True}}
 

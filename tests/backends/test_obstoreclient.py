@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.backends.keys import is_key
-from ckpt.backends.objects.obstoreclient import first_after
+from ckpt.backends.base import is_key
+from ckpt.backends.objects.obstore_store import first_after
 
 LETTERS = st.text("ab/.-0~é\U0001f600", max_size=6)
 KEYS = LETTERS.filter(is_key)

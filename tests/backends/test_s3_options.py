@@ -21,7 +21,7 @@ from servers.proxy import FaultProxy
 from servers.s3 import KEY, SECRET, Bucket, S3Server
 
 from ckpt.backends.objects.fsspec_store import ObjectsBackend
-from ckpt.backends.objects.obstorefork import HereOrForked
+from ckpt.backends.objects.obstore_store import HereOrForked
 from ckpt.backends.objects.s3 import CHOICE
 from ckpt.backends.open import open_backend
 from ckpt.errors import StoreDeniedError, UnavailableError, UsageError

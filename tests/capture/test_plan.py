@@ -12,7 +12,7 @@ from torch import nn
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.capture.plan import CapturePlan, capture
 from ckpt.errors import UsageError
-from ckpt.format.manifest_objects import decode_object
+from ckpt.format.objects import decode_object
 
 WORLD = World(0, 1)
 

@@ -10,7 +10,7 @@ import torch
 
 from ckpt.capture.streams import RngState
 from ckpt.errors import UsageError
-from ckpt.format.manifest_objects import decode_object, encode_object
+from ckpt.format.objects import decode_object, encode_object
 
 
 def draws() -> tuple[float, float, float, float]:

@@ -8,11 +8,19 @@ import threading
 from collections.abc import Callable
 
 from ckpt.errors import UsageError
-from ckpt.ipc.answers import Done, Status, Welcome
 from ckpt.ipc.frames import Wire
-from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello
-from ckpt.ipc.remote import from_error
-from ckpt.ipc.report import RankReport, Report, SlotReport
+from ckpt.ipc.messages import (
+    WIRE_VERSION,
+    Done,
+    GetStatus,
+    Hello,
+    RankReport,
+    Report,
+    SlotReport,
+    Status,
+    Welcome,
+    from_error,
+)
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.values import SnapshotId, SnapshotInfo
 

@@ -8,8 +8,7 @@ import pytest
 from msgspec.structs import replace as changed
 from standin_keeper import job_report, rank_report
 
-from ckpt.cli.jobs import Home, choose
-from ckpt.cli.jobs_view import Sample, human_seconds, recovery_rows, steps_per_s
+from ckpt.cli.jobs import Home, Sample, choose, human_seconds, recovery_rows, steps_per_s
 from ckpt.errors import NotFoundError, UsageError
 
 

@@ -19,7 +19,7 @@ from standin_keeper import RECOVERY, STORE, StandIn, dead_folder, folder_of, job
 
 from ckpt.cli import jobs
 from ckpt.cli.commands import top
-from ckpt.ipc.report import Report
+from ckpt.ipc.messages import Report
 from ckpt.ipc.runtime_dir import JobFolder, runtime_root
 
 

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 from standin_keeper import STORE, StandIn, folder_of, job_report
 
-from ckpt.ipc.report import NodeReport
+from ckpt.ipc.messages import NodeReport
 from ckpt.values import SnapshotId
 
 NODES = (

@@ -7,7 +7,7 @@ import pytest
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.format import keys
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.part import Part, encode_part
 from ckpt.log.catalog import candidates, info_of, load_index, load_manifest, older_than, select, snapshots

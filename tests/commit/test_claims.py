@@ -15,11 +15,10 @@ from ckpt.errors import FencedError, NotFoundError, UsageError
 from ckpt.format import keys
 from ckpt.format.records import Commit, make_record
 from ckpt.format.store import JobRecord
-from ckpt.log.claims import FiledSequencer, StoresSequencer, silent
-from ckpt.log.copies import Copies
-from ckpt.log.lanes import Enough
+from ckpt.log.copies import Copies, Enough
 from ckpt.log.quorum import Silent
-from ckpt.log.sequencer import Claimed, Lost, StoreSequencer, Unknown
+from ckpt.log.replicated import FiledSequencer, StoresSequencer, silent
+from ckpt.log.sequencers import Claimed, Lost, StoreSequencer, Unknown
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from ckpt.errors import FormatVersionError, IntegrityError
 from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
-from ckpt.log import working
-from ckpt.log.commit_fold import Unreadable, empty, fold, verdict
+from ckpt.log import fold as working
+from ckpt.log.fold import Unreadable, empty, fold, verdict
 from ckpt.log.state import LogState
 from ckpt.log.stored_fold import decode_fold, encode_fold, fold_due
 from ckpt.values import SnapshotId

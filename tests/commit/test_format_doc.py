@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest
 from ckpt.format.records import Commit, decode_record
 from ckpt.format.store import JobRecord
-from ckpt.log.commit_fold import empty, fold
+from ckpt.log.fold import empty, fold
 from ckpt.log.stored_fold import decode_fold
 
 DOC = Path(__file__).parents[2] / "docs" / "format.md"

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 from ckpt.format.records import BY_STORES, Body, Commit, Open, Record, Stores, make_record
-from ckpt.log.commit_fold import empty, fold
-from ckpt.log.commit_quorum import Seen, stand_in
-from ckpt.log.quorum import Gathered, Held, Silent, Tail, gather
+from ckpt.log.fold import empty, fold
+from ckpt.log.quorum import Gathered, Held, Seen, Silent, Tail, gather, stand_in
 from ckpt.log.state import LogState, StoreSet
 from ckpt.values import SnapshotId
 

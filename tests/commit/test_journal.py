@@ -19,7 +19,7 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.format import keys
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.part import Part, StoredShard, encode_part
 from ckpt.format.records import Commit, Open, Tag
@@ -30,7 +30,7 @@ from ckpt.log.catalog import load_index, snapshots
 from ckpt.log.journal import Journal
 from ckpt.log.reader import read_start
 from ckpt.log.select import Chosen
-from ckpt.log.sequencer import CLAIM_TRIES_MAX
+from ckpt.log.sequencers import CLAIM_TRIES_MAX
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId, SnapshotInfo
 
 WRITER = keys.writer_name("node", "0123456789abcdef")

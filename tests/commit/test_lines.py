@@ -6,8 +6,8 @@ import pytest
 
 from ckpt.errors import NewerSnapshotError, NotFoundError, UsageError
 from ckpt.format.records import BY_STORES, Body, Commit, Drop, Open, Record, Tag, make_record
-from ckpt.log import working
-from ckpt.log.commit_fold import empty, fold
+from ckpt.log import fold as working
+from ckpt.log.fold import empty, fold
 from ckpt.log.select import Chosen, candidates, older_than, require_newest, select
 from ckpt.log.state import RECENT_MAX, Hole, LogState, Opened, Segment, StoreSet, segments, whole
 from ckpt.values import SnapshotId

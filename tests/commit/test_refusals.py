@@ -6,8 +6,7 @@ import pytest
 
 from ckpt.errors import ConflictError, FencedError
 from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
-from ckpt.log.claim import refused, settled
-from ckpt.log.commit_fold import Unreadable, empty, fold, verdict
+from ckpt.log.fold import Unreadable, empty, fold, refused, settled, verdict
 from ckpt.log.state import LogState, Void, VoidCode
 from ckpt.values import SnapshotId
 

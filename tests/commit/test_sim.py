@@ -24,7 +24,7 @@ from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.records import Commit, Open, decode_record
 from ckpt.log import stored_fold as folds
 from ckpt.log.catalog import load_manifest
-from ckpt.log.commit_fold import empty, fold
+from ckpt.log.fold import empty, fold
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.values import SnapshotId

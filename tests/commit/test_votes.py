@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from ckpt.format import keys
-from ckpt.log.commit_quorum import (
+from ckpt.log.quorum import (
     Beaten,
     Decided,
     Open,

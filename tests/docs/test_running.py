@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 from launches import launch_of
 
 from ckpt.cli.main import COMMANDS, cli
-from ckpt.ipc.policy import Policy
+from ckpt.ipc.messages import Policy
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "running.md"

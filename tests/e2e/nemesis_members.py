@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nemesis_history import Change
 
-from ckpt.cluster.membership import names
+from ckpt.cluster.membership import transactions as names
 from ckpt.cluster.membership.records import EpochRecord, decode_epoch, decode_node
 
 

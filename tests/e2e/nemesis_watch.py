@@ -18,8 +18,8 @@ from nemesis_history import Beat, Change, Entered, Sighting, Step, Trainer
 from nemesis_members import Members, read_members
 from networks import Network
 
-from ckpt.cluster.membership import names
-from ckpt.format.digest import digest_hex
+from ckpt.cluster.membership import transactions as names
+from ckpt.format.canonical import digest_hex
 
 LOOK_S = 0.5
 

@@ -17,7 +17,7 @@ from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.plan import PREFIXES
-from ckpt.maintenance.gc.sweep_clock import PROBES
+from ckpt.maintenance.gc.sweep import PROBES
 from ckpt.restore.verify import verify
 from ckpt.values import SnapshotId
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.elastic.failure import dies_here
-from ckpt.elastic.preempted import Preempted
+from ckpt.elastic.failure import Preempted, dies_here
 from ckpt.elastic.processes.trainer import TrainerSeat
 from ckpt.errors import FencedError, UnavailableError, UsageError
-from ckpt.ipc.policy import Policy
+from ckpt.ipc.messages import Policy
 
 WAIT_S = 60
 SEAT = TrainerSeat(attempt=2, port=1, how="fork", pid=1, report_fd=9)

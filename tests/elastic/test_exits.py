@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ckpt.elastic.exits import asking_frame, left_by_break
+from ckpt.elastic.boundaries import asking_frame, left_by_break
 
 Steps = Callable[[], Iterator[int]]
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.elastic.boundaries import MemoryTier
-from ckpt.ipc.board import Phase
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.board import Board, Phase
 
 
 @pytest.fixture

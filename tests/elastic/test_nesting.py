@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from ckpt.elastic.nesting import entered
+from ckpt.elastic.decorator import entered
 from ckpt.errors import UsageError
 
 

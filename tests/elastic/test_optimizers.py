@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import nn
 
-from ckpt.elastic.optimizers import StepWatch
+from ckpt.elastic.boundaries import StepWatch
 
 
 def _optimizer() -> torch.optim.Optimizer:

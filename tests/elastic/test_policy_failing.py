@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.elastic.failing import facts_of
-from ckpt.elastic.policy import RestartPolicy
-from ckpt.elastic.preempted import Preempted
+from ckpt.elastic.decorator import RestartPolicy
+from ckpt.elastic.failure import Preempted, facts_of
 from ckpt.errors import FencedError, UsageError
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from ckpt.elastic.processes.process_group import listens, looks_here, wait_for_listener, watch_process_group
+from ckpt.elastic.processes.trainer import listens, looks_here, wait_for_listener, watch_process_group
 
 
 def bound() -> socket.socket:

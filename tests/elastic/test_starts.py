@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.elastic.processes.facts import gather
+from ckpt.elastic.processes.enter import gather
 from ckpt.elastic.processes.start_method import Facts, Fork, InPlace, Spawn, choose
 
 WAIT_S = 60
@@ -76,7 +76,7 @@ def test_test_under_pytest_stays_and_is_not_probed() -> None:
 def decided(text: str, *options: str, stdin: str | None = None, **environment: str) -> list[str]:
     """What a fresh program decides: the kind, why and the remedy."""
     program = (
-        f"{text}\nimport json\nfrom ckpt.elastic.processes.facts import gather\n"
+        f"{text}\nimport json\nfrom ckpt.elastic.processes.enter import gather\n"
         "from ckpt.elastic.processes.start_method import choose\n"
         "chosen = choose(gather())\n"
         "print(json.dumps([type(chosen).__name__, getattr(chosen, 'why', ''), getattr(chosen, 'remedy', '')]), flush=True)\n"
@@ -155,7 +155,7 @@ def test_process_that_multiprocessing_started_stays_unless_it_has_a_rank(tmp_pat
     program = tmp_path / "program.py"
     program.write_text(
         "import multiprocessing, os, sys\n"
-        "from ckpt.elastic.processes.facts import gather\n"
+        "from ckpt.elastic.processes.enter import gather\n"
         "def child(): print(gather().unranked_child, flush=True)\n"
         "if __name__ == '__main__':\n"
         "    one = multiprocessing.get_context('spawn').Process(target=child)\n"

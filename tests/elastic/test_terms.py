@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from ckpt.elastic import terms
-from ckpt.elastic.terms import Term, Terms
+from ckpt.elastic import sigterm as terms
+from ckpt.elastic.sigterm import Term, Terms
 
 WAIT_S = 60
 PROGRAM = """
 import os, signal, sys, threading, time
-from ckpt.elastic import terms
+from ckpt.elastic import sigterm as terms
 from ckpt.elastic.sigterm import TermInPlace
 terms.SAME_TERM_S = 1000.0
 asked = threading.Semaphore(0)

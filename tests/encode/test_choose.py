@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckpt.errors import UsageError
-from ckpt.save.choose import OFF, Compression, Sample, decide, may_compress
+from ckpt.save.chunks import OFF, Compression, Sample, decide, may_compress
 
 MIB = 1 << 20
 SHRINKS = Sample(raw_bytes=100 * MIB, stored_bytes=80 * MIB, encode_s=0.1)

@@ -12,12 +12,11 @@ from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, StoreFullError, UsageError
+from ckpt.format.canonical import digest, digest_hex
 from ckpt.format.codec import decode_chunk
-from ckpt.format.digest import digest, digest_hex
 from ckpt.format.part import decode_part
-from ckpt.save.choose import OFF, Compression
-from ckpt.save.packs import Limits, Persisted, packs_at_most, persist
-from ckpt.save.part_put import put_part
+from ckpt.save.chunks import OFF, Compression
+from ckpt.save.packs import Limits, Persisted, packs_at_most, persist, put_part
 from ckpt.values import (
     CHUNK_BYTES,
     PAGE_BYTES,

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckpt.save.chunks import GAP_BYTES_MAX, new_chunks, plan_packs, raw_offsets
-from ckpt.save.sparse import BUDGET_BYTES_MIN, LIVE_MIN, SparsePack, default_budget_bytes, thin
+from ckpt.save.chunks import (
+    BUDGET_BYTES_MIN,
+    GAP_BYTES_MAX,
+    LIVE_MIN,
+    SparsePack,
+    default_budget_bytes,
+    new_chunks,
+    plan_packs,
+    raw_offsets,
+    thin,
+)
 from ckpt.values import (
     PAGE_BYTES,
     Box,

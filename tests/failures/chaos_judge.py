@@ -14,7 +14,7 @@ from chaos_upkeep import scrub_all, sweep_now
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone, stores_of
 from ckpt.format import keys
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest
 from ckpt.format.part import decode_part
 from ckpt.log.journal import Journal

@@ -18,7 +18,7 @@ from servers.process import free_port
 from servers.proxy import FaultProxy
 from servers.s3 import KEY, REGION, SECRET, Bucket, S3Server
 
-from ckpt.testing.fileops import OpCall
+from ckpt.testing.crashes import OpCall
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from servers.rules import Answer, Delay, Fault, Flip, Request, ResetAfter, ResetBefore, Rule, Truncate
 
-from ckpt.testing.fileops import OpCall
+from ckpt.testing.crashes import OpCall
 
 HANG_S = 2.2
 """Longer than clients wait, their repetition included: what hung so is done when nobody waits for it any more."""

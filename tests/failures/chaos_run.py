@@ -18,12 +18,12 @@ from chaos_upkeep import care, nobody, scrub_all, sweep_now, told
 
 import ckpt
 from ckpt.backends.base import Backend
-from ckpt.backends.replicated.job import open_job
+from ckpt.backends.replicated.open import open_job
 from ckpt.errors import CkptError, CommitUnknownError, ConflictError, NotFoundError
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc.drop import drop, look
-from ckpt.maintenance.retain_text import parse_policy
-from ckpt.maintenance.sync.upkeep_sync import sync
+from ckpt.maintenance.retention import parse_policy
+from ckpt.maintenance.sync.sync import sync
 from ckpt.values import SnapshotInfo
 
 QUORUM = 2

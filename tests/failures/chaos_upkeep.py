@@ -9,11 +9,10 @@ from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.events import Event
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.sweep_clock import store_clock
-from ckpt.maintenance.gc.upkeep_sweep import SweepReport, sweep
+from ckpt.maintenance.gc.sweep import SweepReport, store_clock, sweep
+from ckpt.maintenance.replica import Effort
 from ckpt.maintenance.scrub.scrub import Scrub, ScrubReport
 from ckpt.maintenance.store_set import fill_up, members_here, replace, returned_empty
-from ckpt.maintenance.sync_facts import Effort
 
 
 def sweep_now(backend: Backend, state: LogState, dice: random.Random) -> SweepReport:

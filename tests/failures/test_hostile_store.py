@@ -21,7 +21,7 @@ from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.cli.main import run as cli
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.keys import log_key, parse_manifest_key
 
 Json = dict[str, object]

@@ -26,7 +26,7 @@ from ckpt.backends.encrypted.keys import write_new_key
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.objects.s3 import CHOICE
 from ckpt.log.sequencers import STATE_VARIABLE
-from ckpt.testing.fileops import NumberedOps
+from ckpt.testing.crashes import NumberedOps
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 NAMED = os.environ.get("CKPT_SEED", "")

@@ -16,7 +16,7 @@ import torch
 import ckpt
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
-from ckpt.testing.fileops import FailingOps
+from ckpt.testing.crashes import FailingOps
 
 WAIT_S = 30.0
 DISK = "4m"

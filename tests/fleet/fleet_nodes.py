@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ckpt.cluster.fleet_tls import Tls
 from ckpt.cluster.mesh.connections import Heard, Lines
 from ckpt.cluster.mesh.messages import Word
+from ckpt.cluster.tls import Tls
 from ckpt.events import Event
 
 SECRET = b"a secret of all nodes"

@@ -12,9 +12,8 @@ from fleet_nodes import WAIT_S, Node, acquaint
 
 from ckpt.cluster.mesh import connections as lines_room
 from ckpt.cluster.mesh import protocol as cable_room
-from ckpt.cluster.mesh.addresses import Place, Places
+from ckpt.cluster.mesh.addresses import Place, Places, probe
 from ckpt.cluster.mesh.messages import Post, Word
-from ckpt.cluster.mesh.sockets import probe
 
 
 class Network:

@@ -22,11 +22,11 @@ from fleet_nodes import SECRET, WAIT_S, Node, acquaint
 from msgspec.msgpack import encode
 from servers.certificates import Authority
 
-from ckpt.cluster.fleet_tls import Tls, tls_of
 from ckpt.cluster.mesh.connections import STRANGERS_MAX
 from ckpt.cluster.mesh.messages import Post, Standing
 from ckpt.cluster.mesh.protocol import GREETING_BYTES_MAX, Cable
 from ckpt.cluster.secret import mac
+from ckpt.cluster.tls import Tls, tls_of
 from ckpt.ipc.cluster_spec import NodesSpec
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"

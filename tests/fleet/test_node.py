@@ -22,16 +22,15 @@ from ckpt.cluster.membership.member import KeyedMembership
 from ckpt.cluster.membership.records import Holdings, NodeInfo, View
 from ckpt.cluster.mesh.connections import Lines
 from ckpt.cluster.mesh.messages import Decided, Failed, Meet, Word
+from ckpt.cluster.node.epochs import Epoch, Told, Ways
 from ckpt.cluster.node.leading import ALL_ENDED, FLOOR, PEER
 from ckpt.cluster.node.node import Node
-from ckpt.cluster.node.ways import Epoch, Told, Ways
-from ckpt.encode_threads import start
 from ckpt.errors import UnavailableError
 from ckpt.events import Event
-from ckpt.ipc.policy import Policy
-from ckpt.keeper.attempts.failures import Trouble
-from ckpt.keeper.attempts.verdict import ECHO_S
+from ckpt.ipc.messages import Policy
+from ckpt.keeper.attempts.failures import ECHO_S, Trouble
 from ckpt.keeper.nodes.join import _judged
+from ckpt.threads import start
 
 WAIT_S = 60.0
 LOOK_S = 0.02

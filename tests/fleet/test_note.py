@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.cluster.membership.records import EpochRecord, Leader, Member, NodeInfo, Place, Scope, View
-from ckpt.cluster.node.note import NOTE_CHARS_MAX, Note, decode_note, encode_note
-from ckpt.cluster.node.reach import MESH_MAX, wanted
+from ckpt.cluster.node.leading import MESH_MAX, NOTE_CHARS_MAX, Note, decode_note, encode_note, wanted
 from ckpt.errors import IntegrityError
 
 notes = st.builds(

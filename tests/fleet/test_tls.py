@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers.certificates import Authority, Files
 
-from ckpt.cluster.fleet_tls import Tls, check_path, check_tls, lender_at, lending_at, tls_of
+from ckpt.cluster.mesh.connections import Sheath
 from ckpt.cluster.mesh.messages import Post
-from ckpt.cluster.mesh.sheath import Sheath
+from ckpt.cluster.tls import Tls, check_path, check_tls, lender_at, lending_at, tls_of
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
 from ckpt.ipc.cluster_spec import NodesSpec
 

@@ -22,8 +22,8 @@ from etcd_server import require
 from launches import launch_of
 from servers.process import ServerProcess, free_port
 
-from ckpt.cluster.fleet_tls import check_tls
 from ckpt.cluster.secret import read_secret
+from ckpt.cluster.tls import check_tls
 from ckpt.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

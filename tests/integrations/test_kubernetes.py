@@ -22,14 +22,14 @@ from servers.certificates import Authority
 from servers.process import ServerProcess, free_port
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from ckpt.cluster.fleet_tls import check_tls
 from ckpt.cluster.membership.open import open_membership
 from ckpt.cluster.membership.records import NodeInfo
 from ckpt.cluster.secret import read_secret
+from ckpt.cluster.tls import check_tls
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.ipc.policy import Policy
-from ckpt.keyspace.etcd_options import EtcdOptions
+from ckpt.ipc.messages import Policy
+from ckpt.keyspace.address import EtcdOptions
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "integrations" / "kubernetes"

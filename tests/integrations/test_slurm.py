@@ -20,7 +20,7 @@ from launches import launch_of
 from servers.process import free_port
 
 import ckpt
-from ckpt.cluster.fleet_tls import check_tls
+from ckpt.cluster.tls import check_tls
 from ckpt.errors import UsageError
 from ckpt.ipc.cluster_spec import NodesSpec
 

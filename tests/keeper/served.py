@@ -14,11 +14,9 @@ from slot_makers import MadeSlot
 
 from ckpt.errors import CkptError
 from ckpt.events import Event
-from ckpt.ipc.answers import Number, Status, Welcome
+from ckpt.ipc.board import Board
 from ckpt.ipc.client import Calls, KeeperSpec
 from ckpt.ipc.frames import Wire, close_fds
-from ckpt.ipc.link_board import Board
-from ckpt.ipc.message import Message
 from ckpt.ipc.messages import (
     WIRE_VERSION,
     Bye,
@@ -31,16 +29,20 @@ from ckpt.ipc.messages import (
     Kill,
     Killed,
     Leave,
+    Message,
+    Number,
     OpenEpoch,
     Outcome,
     Persist,
     Policy,
+    Report,
+    Retention,
     SlotMade,
     Start,
     Started,
+    Status,
+    Welcome,
 )
-from ckpt.ipc.policy import Retention
-from ckpt.ipc.report import Report
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.keeper.daemon import Daemon
 from ckpt.keeper.process import Home

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.staging.header import Header
-from ckpt.staging.stage_layout import lay_out
+from ckpt.staging.layout import lay_out
 from ckpt.values import CHUNK_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 SLOT_BYTES = 16 * PAGE_BYTES

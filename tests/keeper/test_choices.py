@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.ipc.answers import Choice
+from ckpt.ipc.messages import Choice
 from ckpt.keeper.uploads.choices import ahead, assumed, best_first, needless, on_line, ours, restorable, superseded
 from ckpt.log.state import Committed, LogState, Opened
 from ckpt.values import SnapshotId

@@ -12,12 +12,10 @@ import pytest
 from served import POLICY, Served, Trainer, die, end_well, gone, kept, open_epoch, started, until
 
 from ckpt.backends.file.store import FileBackend
-from ckpt.ipc import answers
+from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
-from ckpt.ipc.answers import Welcome
-from ckpt.ipc.board import Phase
-from ckpt.ipc.link_board import Board
-from ckpt.ipc.messages import Policy
+from ckpt.ipc.board import Board, Phase
+from ckpt.ipc.messages import Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.attempts import hang_watch as watch_module
 from ckpt.log.journal import Journal

@@ -12,9 +12,8 @@ from served import Peer, Served, Trainer, die, end_well, gone, open_epoch, start
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc import messages as words
-from ckpt.ipc.answers import Welcome
 from ckpt.ipc.board import Phase
-from ckpt.ipc.messages import Policy
+from ckpt.ipc.messages import Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.attempts import hang_watch as watch_module
 from ckpt.keeper.attempts import supervisors as crew_module

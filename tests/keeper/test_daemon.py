@@ -16,9 +16,8 @@ from served import WAIT_S, Served, open_epoch, until
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import ConflictError, UsageError
-from ckpt.ipc.answers import Choices, Done, Number, Slots, Welcome
 from ckpt.ipc.client import Calls
-from ckpt.ipc.messages import WIRE_VERSION, Count, GetChoices, GetSlots, Policy
+from ckpt.ipc.messages import WIRE_VERSION, Choices, Count, Done, GetChoices, GetSlots, Number, Policy, Slots, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId

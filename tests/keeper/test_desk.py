@@ -13,23 +13,27 @@ from slot_makers import descriptors
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import FencedError, IntegrityError, UsageError
-from ckpt.ipc.answers import Choices, Done, Number, Slots, Value
-from ckpt.ipc.message import RemoteError
 from ckpt.ipc.messages import (
+    Choices,
     Count,
+    Done,
     Fenced,
     Forget,
     GetChoices,
     GetSlots,
     Known,
+    Number,
     Peek,
     Persist,
     Policy,
     Post,
     Refuse,
+    RemoteError,
     SetTag,
     SlotGone,
     SlotMade,
+    Slots,
+    Value,
 )
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId

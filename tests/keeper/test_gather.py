@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import Holding
-from ckpt.keeper.mirrors.gather import WAIT_S, Gather
+from ckpt.keeper.mirrors.plan import WAIT_S, Gather
 from ckpt.values import SnapshotId
 
 MINE = Holding(snapshot=SnapshotId(1, 1), origin="o", world_size=2, rank=0)

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from served import WAIT_S, Served, until
 
-from ckpt.ipc.answers import Number, Welcome
 from ckpt.ipc.client import Calls
 from ckpt.ipc.frames import Wire
-from ckpt.ipc.messages import Count, Policy
+from ckpt.ipc.messages import Count, Number, Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.process import Home
 

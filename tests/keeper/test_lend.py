@@ -18,7 +18,7 @@ from ckpt.cluster.peermem.keys import mirror_key, slot_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.errors import FencedError, NotFoundError, StoreFullError
 from ckpt.events import Event
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.board import Board
 from ckpt.keeper.mirrors import serve as lend
 from ckpt.keeper.mirrors.serve import Lending, SlotsLent
 from ckpt.keeper.slots import SlotTable

@@ -6,9 +6,9 @@ import queue
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from ckpt.encode_threads import start
 from ckpt.keeper.mailbox import OwnRoom, ValueTo
-from ckpt.keeper.nodes.loop_channel import REPEATED_MAX, LoopChannel
+from ckpt.keeper.nodes.remote_mailbox import REPEATED_MAX, LoopChannel
+from ckpt.threads import start
 
 WAIT_S = 60.0
 

@@ -14,11 +14,11 @@ from ckpt.backends.base import Buffer
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.mesh.messages import Holding
 from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.changed import Stored
+from ckpt.cluster.peermem.http import Stored
 from ckpt.cluster.peermem.keys import mirror_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.events import Event
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.board import Board
 from ckpt.keeper.mirrors.plan import complete
 from ckpt.keeper.mirrors.send import Mirror, Task, compact_header
 from ckpt.keeper.mirrors.serve import Lending

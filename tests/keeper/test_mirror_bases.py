@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ckpt.cluster.peermem.changed import Stored
-from ckpt.keeper.mirrors.mirror_bases import BASES_MAX, BEHIND_MAX, Base, Bases
-from ckpt.keeper.mirrors.mirror_delta import Share
+from ckpt.cluster.peermem.http import Stored
+from ckpt.keeper.mirrors.plan import Share
+from ckpt.keeper.mirrors.send import BASES_MAX, BEHIND_MAX, Base, Bases
 from ckpt.values import SnapshotId, StagedIndex
 
 

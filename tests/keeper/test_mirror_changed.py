@@ -12,13 +12,13 @@ from slot_makers import HEADER_BYTES, MadeSlot
 from ckpt.backends.base import Buffer
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.changed import RANGE_BYTES, Stored
+from ckpt.cluster.peermem.http import RANGE_BYTES, Stored
 from ckpt.cluster.peermem.keys import mirror_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.events import Event
-from ckpt.ipc.link_board import Board
-from ckpt.keeper.mirrors import mirror_bases
-from ckpt.keeper.mirrors.mirror_rounds import Round, Word, next_round, retained
+from ckpt.ipc.board import Board
+from ckpt.keeper.mirrors import send as mirror_bases
+from ckpt.keeper.mirrors.plan import Round, Word, next_round, retained
 from ckpt.keeper.mirrors.send import Mirror, Task
 from ckpt.keeper.mirrors.serve import Lending
 from ckpt.keeper.slots import SlotTable

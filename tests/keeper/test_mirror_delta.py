@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.cluster.peermem.changed import RANGES_MAX, ranges_problem
-from ckpt.format.digest import digest
-from ckpt.keeper.mirrors import mirror_delta
-from ckpt.keeper.mirrors.mirror_delta import CHANGED_SHARE_MAX, JOIN_BYTES, Changed, Everything, Share, what_changed
-from ckpt.staging.stage_layout import lay_out
+from ckpt.cluster.peermem.http import RANGES_MAX, ranges_problem
+from ckpt.format.canonical import digest
+from ckpt.keeper.mirrors import plan as mirror_delta
+from ckpt.keeper.mirrors.plan import CHANGED_SHARE_MAX, JOIN_BYTES, Changed, Everything, Share, what_changed
+from ckpt.staging.layout import lay_out
 from ckpt.values import CHUNK_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 HEADER_BYTES = PAGE_BYTES

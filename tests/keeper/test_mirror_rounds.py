@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.keeper.mirrors.mirror_rounds import Round, Word, next_round, retained
+from ckpt.keeper.mirrors.plan import Round, Word, next_round, retained
 from ckpt.values import SnapshotId
 
 P1, P2, P3 = SnapshotId(1, 1), SnapshotId(1, 2), SnapshotId(1, 3)

@@ -13,14 +13,12 @@ from ckpt.cluster.membership.leases import State
 from ckpt.cluster.membership.records import EpochRecord, Place
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import Word
-from ckpt.cluster.node.note import Note
-from ckpt.cluster.node.ways import Epoch, Told
+from ckpt.cluster.node.epochs import Epoch, Told
+from ckpt.cluster.node.leading import Note
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import RunAhead
-from ckpt.ipc.policy import Policy
+from ckpt.ipc.messages import Message, Policy, RunAhead
 from ckpt.keeper.attempts.events import Cut, EpochCame, Failure, JobEnded
 from ckpt.keeper.job import Job
 from ckpt.keeper.mailbox import OwnRoom

@@ -7,10 +7,20 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.ipc.policy import Policy
+from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.events import Failure
-from ckpt.keeper.attempts.failures import Again, End, Later, Trouble, Well, judge, with_rank
-from ckpt.keeper.attempts.verdict import ECHO_S, OVERDUE_MAX, Record
+from ckpt.keeper.attempts.failures import (
+    ECHO_S,
+    OVERDUE_MAX,
+    Again,
+    End,
+    Later,
+    Record,
+    Trouble,
+    Well,
+    judge,
+    with_rank,
+)
 
 NOW_S = 100.0
 DIED = Failure(0, "died", "rank 0 died of SIGKILL", -9, NOW_S)

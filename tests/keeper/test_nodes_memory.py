@@ -15,8 +15,8 @@ from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.membership.records import EpochRecord, Place
 from ckpt.cluster.mesh.messages import AskHeld, Held, Holding, Sources
 from ckpt.cluster.mesh.messages import Word as Said
-from ckpt.cluster.node.note import Note
-from ckpt.cluster.node.ways import Epoch
+from ckpt.cluster.node.epochs import Epoch
+from ckpt.cluster.node.leading import Note
 from ckpt.cluster.peermem.auth import Secret
 from ckpt.cluster.peermem.keys import mirror_key
 from ckpt.events import Event
@@ -24,9 +24,8 @@ from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.keeper.job import Job
 from ckpt.keeper.mailbox import OwnRoom, Room
-from ckpt.keeper.mirrors.gather import Gather
 from ckpt.keeper.mirrors.memory import NodesMemory
-from ckpt.keeper.mirrors.mirror_rounds import Round, Word, next_round, retained
+from ckpt.keeper.mirrors.plan import Gather, Round, Word, next_round, retained
 from ckpt.keeper.mirrors.serve import Lending
 from ckpt.values import PAGE_BYTES, SnapshotId
 

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from ckpt.cluster.mesh.messages import Standing
-from ckpt.ipc.board import SLOTS_MAX
-from ckpt.ipc.link_board import Board
-from ckpt.keeper.mirrors.mirror_rounds import Round, Word
-from ckpt.keeper.nodes.nodes_standing import common, common_but_each, standing_of
+from ckpt.ipc.board import SLOTS_MAX, Board
+from ckpt.keeper.mirrors.plan import Round, Word
+from ckpt.keeper.nodes.progress import common, common_but_each, standing_of
 from ckpt.values import SnapshotId
 
 P1, P2, P3 = SnapshotId(1, 1), SnapshotId(1, 2), SnapshotId(1, 3)

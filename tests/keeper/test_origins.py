@@ -8,9 +8,8 @@ from served import Served
 from slot_makers import MadeSlot
 
 from ckpt.backends.file.store import FileBackend
-from ckpt.ipc.answers import Choices, Number
-from ckpt.ipc.link_board import Board
-from ckpt.ipc.messages import GetChoices, OpenEpoch
+from ckpt.ipc.board import Board
+from ckpt.ipc.messages import Choices, GetChoices, Number, OpenEpoch
 from ckpt.keeper.slots import SlotTable
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId

@@ -14,9 +14,8 @@ from served import POLICY, WAIT_S, until
 from slot_makers import MadeSlot
 
 from ckpt.ipc import messages as words
-from ckpt.ipc.answers import Status, Welcome
 from ckpt.ipc.client import Calls, KeeperSpec, ensure_keeper
-from ckpt.ipc.messages import GetStatus, Hello, SlotMade
+from ckpt.ipc.messages import GetStatus, Hello, SlotMade, Status, Welcome
 from ckpt.ipc.runtime_dir import JobFolder
 
 START_S_WANTED, START_S_MAX = 0.2, 5.0

@@ -30,8 +30,8 @@ from ckpt.keeper.attempts.events import (
     TrainerKilled,
     TrainerStarted,
 )
+from ckpt.keeper.attempts.failures import ECHO_S
 from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, Roster, Seat, State
-from ckpt.keeper.attempts.verdict import ECHO_S
 
 
 def failing(*, fingerprint: str = "f", step: int = 7, final: bool = False) -> Failing:

@@ -9,8 +9,7 @@ import pytest
 from slot_makers import HEADER_BYTES, SLOT_BYTES, MadeSlot, descriptors
 
 from ckpt.errors import CkptError, UsageError
-from ckpt.ipc.board import SLOTS_MAX
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.board import SLOTS_MAX, Board
 from ckpt.keeper import slots as slots_module
 from ckpt.keeper.slots import SlotTable
 from ckpt.values import PAGE_BYTES, SnapshotId

@@ -34,13 +34,25 @@ from servers.keeper_fuzz import (
 )
 from slot_makers import MadeSlot
 
-from ckpt.ipc import answers
+from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
-from ckpt.ipc.answers import Slots, Status, Value, Welcome
+from ckpt.ipc.board import Board
 from ckpt.ipc.client import Calls, KeeperSpec, ensure_keeper
 from ckpt.ipc.frames import READ_BYTES, close_fds
-from ckpt.ipc.link_board import Board
-from ckpt.ipc.messages import Count, GetBoard, GetSlots, GetStatus, Hello, Peek, Post, SlotMade
+from ckpt.ipc.messages import (
+    Count,
+    GetBoard,
+    GetSlots,
+    GetStatus,
+    Hello,
+    Peek,
+    Post,
+    SlotMade,
+    Slots,
+    Status,
+    Value,
+    Welcome,
+)
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.keeper.connection import STRANGER_BYTES_MAX, TOOL_WAITING_BYTES_MAX
 from ckpt.values import SnapshotId

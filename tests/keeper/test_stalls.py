@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckpt.events import Event
-from ckpt.keeper.stalls import STALL_S, Stalls
+from ckpt.keeper.process import STALL_S, Stalls
 
 
 def test_time_beyond_what_the_loop_was_to_wait_is_told_with_what_it_computed_of_it() -> None:

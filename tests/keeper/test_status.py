@@ -9,7 +9,7 @@ from collections.abc import Callable
 from served import POLICY, Served, open_epoch, started, until
 from slot_makers import SLOT_BYTES
 
-from ckpt.ipc import answers
+from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
 from ckpt.ipc.board import Phase
 from ckpt.ipc.messages import Policy

@@ -8,10 +8,9 @@ import pytest
 from served import Served, open_epoch, until
 
 from ckpt.backends.file.store import FileBackend
-from ckpt.ipc.messages import Policy
-from ckpt.ipc.policy import Retention
+from ckpt.ipc.messages import Policy, Retention
 from ckpt.log.journal import Journal
-from ckpt.maintenance.gc import gc_due
+from ckpt.maintenance.gc import plan as gc_due
 from ckpt.values import SnapshotId
 
 Serve = Callable[..., Served]

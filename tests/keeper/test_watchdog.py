@@ -9,11 +9,11 @@ import threading
 import time
 from pathlib import Path
 
-from ckpt.keeper.watchdog import Watchdog
+from ckpt.keeper.process import Watchdog
 
 HUNG = """
 import threading
-from ckpt.keeper.watchdog import Watchdog, end_hung_process
+from ckpt.keeper.process import Watchdog, end_hung_process
 def loop_that_hangs():
     threading.Event().wait()
 Watchdog(end_hung_process, look_s=0.01, looks_max=5)

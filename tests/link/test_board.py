@@ -19,9 +19,18 @@ from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.ipc import board as module
-from ckpt.ipc.anonymous import open_anonymous
-from ckpt.ipc.board import RING_WORDS, SLOTS_MAX, Phase, SlotWord, now_ns
-from ckpt.ipc.link_board import RANKS_MAX, STAGE, Board, newest_common
+from ckpt.ipc.board import (
+    RANKS_MAX,
+    RING_WORDS,
+    SLOTS_MAX,
+    STAGE,
+    Board,
+    Phase,
+    SlotWord,
+    newest_common,
+    now_ns,
+    open_anonymous,
+)
 from ckpt.values import SnapshotId
 
 
@@ -239,7 +248,7 @@ def test_a_reader_never_mixes_two_publications(board: Board) -> None:
 
 OTHER = textwrap.dedent("""
     import socket, sys
-    from ckpt.ipc.link_board import Board
+    from ckpt.ipc.board import Board
     from ckpt.ipc.board import Phase
     from ckpt.values import SnapshotId
 

@@ -11,11 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ckpt.errors import FencedError, IntegrityError, UnavailableError
-from ckpt.ipc.answers import Done, Number, Value
 from ckpt.ipc.client import Calls
 from ckpt.ipc.frames import Wire, close_fds
-from ckpt.ipc.message import Message, RemoteError
-from ckpt.ipc.messages import Bye, Fenced, GetBoard, Peek, Post, SlotMade
+from ckpt.ipc.messages import Bye, Done, Fenced, GetBoard, Message, Number, Peek, Post, RemoteError, SlotMade, Value
 
 
 @pytest.fixture

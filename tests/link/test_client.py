@@ -17,11 +17,9 @@ import pytest
 
 from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.ipc import client
-from ckpt.ipc.answers import Done, Number, Value, Welcome
 from ckpt.ipc.client import Calls, HungUpError, KeeperSpec, ensure_keeper, greet, welcomed
 from ckpt.ipc.frames import Wire
-from ckpt.ipc.message import Message, RemoteError
-from ckpt.ipc.messages import Bye, Count, GetStatus, Hello, Peek
+from ckpt.ipc.messages import Bye, Count, Done, GetStatus, Hello, Message, Number, Peek, RemoteError, Value, Welcome
 from ckpt.ipc.runtime_dir import JobFolder
 
 KEEPER = textwrap.dedent("""
@@ -30,7 +28,7 @@ KEEPER = textwrap.dedent("""
     from pathlib import Path
     from ckpt.ipc.client import KeeperSpec
     from ckpt.ipc.frames import Wire
-    from ckpt.ipc.answers import Number, Value
+    from ckpt.ipc.messages import Number, Value
     from ckpt.ipc.messages import Bye, Count, GetStatus, Peek
     from ckpt.ipc.runtime_dir import JobFolder
 

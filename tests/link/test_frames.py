@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.ipc import frames
 from ckpt.ipc.frames import FDS_MAX, FRAME_BYTES_MAX, Inbox, Outbox, close_fds, encode
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import Bye, Post
+from ckpt.ipc.messages import Bye, Message, Post
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.ipc.launcher import ranks_here
+from ckpt.ipc.cluster_spec import ranks_here
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import pytest
 
 from ckpt import errors
 from ckpt.errors import CkptError, InternalError
-from ckpt.ipc.message import RemoteError
-from ckpt.ipc.remote import from_error, to_error
+from ckpt.ipc.messages import RemoteError, from_error, to_error
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)]
 

@@ -13,9 +13,8 @@ import pytest
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc import frames
-from ckpt.ipc.answers import Slots, Value
 from ckpt.ipc.frames import FDS_MAX, Wire, close_fds
-from ckpt.ipc.messages import Bye, Hello, Keep, Post
+from ckpt.ipc.messages import Bye, Hello, Keep, Post, Slots, Value
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError
 from ckpt.format import keys
-from ckpt.format.cover import cover_problem
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.manifest import Manifest, PartRef
-from ckpt.format.part import Part, StoredShard, decode_part, encode_part
-from ckpt.format.part_merge import merge_parts
+from ckpt.format.part import Part, StoredShard, decode_part, encode_part, merge_parts
+from ckpt.format.part_rules import cover_problem
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 PAIR = SnapshotId(1, 5)

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.backends.keys import check_key
+from ckpt.backends.base import check_key
 from ckpt.errors import UsageError
 from ckpt.format import keys
-from ckpt.format.digest import digest, digest_hex
+from ckpt.format.canonical import digest, digest_hex
 from ckpt.values import SnapshotId
 
 BOOT = "0123456789abcdef"

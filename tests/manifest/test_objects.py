@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.format.manifest_objects import (
+from ckpt.format.objects import (
     DEPTH_MAX,
     DataclassNode,
     Encoded,

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from ckpt.errors import UsageError
 from ckpt.format import keys
-from ckpt.format.part import Part, StoredShard, decode_part, encode_part
-from ckpt.format.part_merge import merge_parts
+from ckpt.format.part import Part, StoredShard, decode_part, encode_part, merge_parts
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 PAIR = SnapshotId(3, 40)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.format import keys
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import INT_MAX, Manifest, PartRef
 from ckpt.format.records import Commit, Drop, Open, Record, Stores, Tag, Untag, decode_record, make_record
 from ckpt.format.store import JobRecord

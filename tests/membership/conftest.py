@@ -23,8 +23,8 @@ from memory_keyspace import MemoryKeyspace, MemoryServer
 from ckpt.cluster.membership.member import KeyedMembership
 from ckpt.cluster.membership.open import open_keyspace
 from ckpt.errors import UnavailableError
+from ckpt.keyspace.address import EtcdOptions
 from ckpt.keyspace.base import Keyspace
-from ckpt.keyspace.etcd_options import EtcdOptions
 from ckpt.keyspace.sqlite import SqliteKeyspace
 
 _jobs = itertools.count()

@@ -9,7 +9,7 @@ import pytest
 from keyspace_contract import get, lease
 from members_contract import info, joined, open_epoch, record_of, until
 
-from ckpt.cluster.membership import names
+from ckpt.cluster.membership import transactions as names
 from ckpt.cluster.membership.api import Following, Leading, Lost, Published
 from ckpt.cluster.membership.leases import State
 from ckpt.cluster.membership.member import KeyedMembership

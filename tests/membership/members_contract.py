@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from keyspace_contract import DEADLINE_S, put
 
-from ckpt.cluster.membership import names
+from ckpt.cluster.membership import transactions as names
 from ckpt.cluster.membership.api import Following, Leading, Lost, Published
 from ckpt.cluster.membership.leases import State
 from ckpt.cluster.membership.member import SUSPECTS_MAX, KeyedMembership, boot_s

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from memory_keyspace import MemoryServer
 
-from ckpt.cluster.membership import names
+from ckpt.cluster.membership import transactions as names
 from ckpt.cluster.membership.api import Leading, Lost, Published
 from ckpt.cluster.membership.decide import NewEpoch, Noticed, Options, decide, notice
 from ckpt.cluster.membership.leases import State

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from membership_views import after, decided, view_of
 
-from ckpt.cluster.membership.decide import Keep, NewEpoch, Noticed, Options, Wait, decide, notice
+from ckpt.cluster.membership.decide import Keep, NewEpoch, Noticed, Options, Wait, confirmed, decide, notice
 from ckpt.cluster.membership.records import View, decode_epoch, encode_epoch
-from ckpt.cluster.membership.suspects import confirmed
 from ckpt.errors import UsageError
 from ckpt.values import SnapshotId
 

@@ -20,9 +20,9 @@ from ckpt.cluster.membership.leases import State
 from ckpt.cluster.membership.member import KeyedMembership, boot_s
 from ckpt.cluster.membership.records import Scope
 from ckpt.errors import FencedError, UnavailableError
+from ckpt.keyspace.address import EtcdOptions, split_endpoint
 from ckpt.keyspace.base import Keys
-from ckpt.keyspace.etcd_options import EtcdOptions, split_endpoint
-from ckpt.keyspace.membership_etcd import EtcdKeyspace
+from ckpt.keyspace.etcd import EtcdKeyspace
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,9 @@ from members_contract import info, until
 from ckpt.cluster.membership.leases import State
 from ckpt.cluster.membership.member import KeyedMembership
 from ckpt.errors import CkptError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
+from ckpt.keyspace.address import EtcdOptions, split_endpoint
 from ckpt.keyspace.base import Keys, Put, Transaction
-from ckpt.keyspace.etcd_options import EtcdOptions, split_endpoint
-from ckpt.keyspace.membership_etcd import EtcdKeyspace
+from ckpt.keyspace.etcd import EtcdKeyspace
 
 pytestmark = pytest.mark.slow
 

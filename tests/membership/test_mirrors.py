@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.cluster.membership.membership_mirrors import Holder, Placement, place_mirrors, renamed
+from ckpt.cluster.membership.mirrors import Holder, Placement, place_mirrors, renamed
 from ckpt.errors import UsageError
 
 

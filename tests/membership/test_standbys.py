@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.cluster.membership.standbys import standby_copies
+from ckpt.cluster.membership.mirrors import standby_copies
 
 NAMES = st.sets(st.text("abc", min_size=1, max_size=4), max_size=12)
 

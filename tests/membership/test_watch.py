@@ -11,10 +11,9 @@ import pytest
 from etcd3 import etcdrpc
 
 from ckpt.errors import UnavailableError
+from ckpt.keyspace.address import EtcdOptions
 from ckpt.keyspace.base import Keys
-from ckpt.keyspace.etcd import EtcdCalls
-from ckpt.keyspace.etcd_options import EtcdOptions
-from ckpt.keyspace.etcd_watch import BEHIND_MAX, EtcdWatch
+from ckpt.keyspace.etcd import BEHIND_MAX, EtcdCalls, EtcdWatch
 
 
 class NoCalls(EtcdCalls):

@@ -15,7 +15,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from ckpt.errors import CkptError
-from ckpt.keyspace.etcd_options import EtcdOptions
+from ckpt.keyspace.address import EtcdOptions
 from ckpt.cluster.membership.member import boot_s
 from ckpt.cluster.membership.open import open_membership
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place

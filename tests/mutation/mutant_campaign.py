@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mutant_runs import BaselineError, Ran, Target, copied, preload, run_all
 from mutant_targets import COPIED, TARGETS
-from mutants import Mutant, mutants_of
+from mutants import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPLAINED = ROOT / "docs" / "design" / "014-mutants.md"
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children and the copy go too
     known = explained(EXPLAINED.read_text()) if EXPLAINED.exists() else {}
     with copied(ROOT, COPIED) as root:
-        drawn = [(target, mutant) for target in targets for mutant in mutants_of((root / target.path).read_text())]
+        drawn = [(target, mutant) for target in targets for mutant in target.mutants((root / target.path).read_text())]
         names = {(target.path, mutant.function, mutant.name) for target, mutant in drawn}
         if asked.function:
             drawn = [pair for pair in drawn if asked.function in pair[1].function]

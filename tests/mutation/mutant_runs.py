@@ -28,7 +28,7 @@ from typing import IO, Literal
 
 import pytest
 from mutant_inject import Imported, entered, entry_of, patch
-from mutants import Mutant
+from mutants import Mutant, mutants_of
 
 Outcome = Literal["killed", "hung", "survived", "broken"]
 """``hung`` is a way of being killed; ``broken`` says that the run itself failed and nothing is known."""
@@ -47,15 +47,23 @@ class Hang(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A module that is mutated, and the tests that ought to notice: paths from the tree's root."""
+    """A module that is mutated, and the tests that ought to notice: paths from the tree's root.
+
+    ``only``: the functions and classes that are mutated, all of them where it is empty.
+    """
 
     path: str
     tests: tuple[str, ...]
+    only: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
         """Its dotted name."""
         return self.path.removesuffix(".py").replace("/", ".")
+
+    def mutants(self, source: str) -> list[Mutant]:
+        """The mutants of the module's source that count."""
+        return [one for one in mutants_of(source) if not self.only or one.function.partition(".")[0] in self.only]
 
 
 @dataclass(frozen=True, slots=True)

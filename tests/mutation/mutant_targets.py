@@ -18,16 +18,20 @@ _STORES = ("tests/commit/test_votes.py", "tests/commit/test_gathered.py", "tests
 
 TARGETS = (
     Target("ckpt/log/fold.py", _LOG),
-    Target("ckpt/log/commit_fold.py", _LOG),
-    Target("ckpt/log/working.py", _LOG),
     Target("ckpt/log/state.py", _LOG),
     Target("ckpt/log/select.py", _LOG),
-    Target("ckpt/log/claim.py", _LOG),
     Target("ckpt/log/stored_fold.py", _LOG),
-    Target("ckpt/log/commit_quorum.py", _STORES),
     Target("ckpt/log/quorum.py", _STORES),
-    Target("ckpt/log/claims.py", _STORES),
+    Target("ckpt/log/replicated.py", _STORES, only=("StoresSequencer", "FiledSequencer", "silent", "_digest")),
     Target("ckpt/restore/plan.py", ("tests/restore/test_plan.py", "tests/restore/test_planned_reads.py")),
-    Target("ckpt/save/shares.py", ("tests/persist/test_shares.py", "tests/persist/test_shares_told.py")),
-    Target("ckpt/backends/replicated/quorum.py", ("tests/replicate/test_rules.py", "tests/replicate/test_quorums.py")),
+    Target(
+        "ckpt/save/receipts.py",
+        ("tests/persist/test_shares.py", "tests/persist/test_shares_told.py"),
+        only=("shares_problem",),
+    ),
+    Target(
+        "ckpt/backends/replicated/policy.py",
+        ("tests/replicate/test_rules.py", "tests/replicate/test_quorums.py"),
+        only=("Quorum", "quorum_of", "counting_only", "commonest"),
+    ),
 )

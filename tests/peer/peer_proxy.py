@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from ckpt.cluster.peermem.peer_server import PeerServer
+from ckpt.cluster.peermem.server import PeerServer
 
 Spoil = Callable[[int, bytes], "bytes | None"]
 """Offset in the stream of one direction, and bytes; gives what is passed on, or None to cut the connection."""

@@ -11,11 +11,9 @@ from peer_world import SECRET, WAIT_S
 
 from ckpt.cluster.peermem.auth import Secret, SessionKeys, mac
 from ckpt.cluster.peermem.body_mac import body_mac
-from ckpt.cluster.peermem.channel import Channel
-from ckpt.cluster.peermem.http import Answer, Hello, Request, Welcome, status_of
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.peer_server import PeerServer
-from ckpt.cluster.peermem.wire import parse_head, split_mac, with_mac
+from ckpt.cluster.peermem.channel import Channel, Patience
+from ckpt.cluster.peermem.http import Answer, Hello, Request, Welcome, parse_head, split_mac, status_of, with_mac
+from ckpt.cluster.peermem.server import PeerServer
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.peer_server import Limits, PeerServer
-from ckpt.cluster.peermem.sources import Source
+from ckpt.cluster.peermem.channel import Patience
+from ckpt.cluster.peermem.server import Limits, PeerServer
 from ckpt.cluster.peermem.store import ClientLimits, PeerStore
-from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.vault import Source, Vault
 from ckpt.events import Event
 from ckpt.rate_limit import RateCap
 

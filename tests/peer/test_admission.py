@@ -8,12 +8,9 @@ import pytest
 from peer_raw import RawPeer, Said
 from peer_world import OTHER_SECRET, SECRET, World, until
 
-from ckpt.cluster.peermem.admit import admit
 from ckpt.cluster.peermem.auth import mac
-from ckpt.cluster.peermem.changed import spell_ranges
-from ckpt.cluster.peermem.http import Base, Request
-from ckpt.cluster.peermem.peer_server import PeerServer
-from ckpt.cluster.peermem.wire import with_mac
+from ckpt.cluster.peermem.http import Base, Request, admit, spell_ranges, with_mac
+from ckpt.cluster.peermem.server import PeerServer
 
 OLD_BOOT = "00" * 16
 BODY = b"the body of an object"

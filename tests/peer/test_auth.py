@@ -10,7 +10,7 @@ import pytest
 
 from ckpt.cluster.peermem import body_mac as macs
 from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.secret_file import load_secret, write_new_secret
+from ckpt.cluster.secret import load_secret, write_new_secret
 from ckpt.errors import UsageError
 
 RAW = bytes(range(32))

@@ -15,15 +15,19 @@ from peer_proxy import Proxy
 from peer_raw import RawPeer
 from peer_world import SECRET, Epoch, World, read, until
 
-from ckpt.backends.replicated.loans import Loan, TakenBackError
+from ckpt.backends.replicated.buffers import Loan, TakenBackError
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem import client as connection
 from ckpt.cluster.peermem import server as serving
-from ckpt.cluster.peermem.changed import (
+from ckpt.cluster.peermem.channel import Patience
+from ckpt.cluster.peermem.http import (
     RANGE_BYTES,
     RANGES_MAX,
+    Base,
     BaseGoneError,
+    MalformedError,
     Range,
+    Request,
     Stored,
     between,
     pieces_of,
@@ -31,12 +35,9 @@ from ckpt.cluster.peermem.changed import (
     read_ranges,
     spell_ranges,
 )
-from ckpt.cluster.peermem.http import Base, Request
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.peer_server import Limits, PeerServer
+from ckpt.cluster.peermem.server import Limits, PeerServer
 from ckpt.cluster.peermem.store import ClientLimits
 from ckpt.cluster.peermem.vault import Vault
-from ckpt.cluster.peermem.wire import MalformedError
 from ckpt.cluster.tls import client_context, server_context
 from ckpt.errors import (
     CkptError,

@@ -11,9 +11,8 @@ import pytest
 from peer_world import WAIT_S, until
 
 from ckpt.cluster.peermem.body_mac import BodyMac, HmacBody
-from ckpt.cluster.peermem.channel import BLOCK_BYTES, PIECES_MAX, Channel, EndedError, _blocks
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.wire import HEAD_BYTES_MAX, MalformedError
+from ckpt.cluster.peermem.channel import BLOCK_BYTES, PIECES_MAX, Channel, EndedError, Patience, _blocks
+from ckpt.cluster.peermem.http import HEAD_BYTES_MAX, MalformedError
 
 KEY, NONCE = bytes(32), bytes(12)
 BODY = bytes(range(200)) * 3

@@ -11,8 +11,8 @@ from peer_proxy import Proxy
 from peer_world import SECRET, WAIT_S, Epoch, World, read, until
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.peer_server import Limits
+from ckpt.cluster.peermem.channel import Patience
+from ckpt.cluster.peermem.server import Limits
 from ckpt.cluster.peermem.store import ClientLimits, PeerStore
 from ckpt.errors import (
     UnavailableError,

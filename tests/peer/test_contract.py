@@ -9,7 +9,7 @@ from peer_certificates import Certificates
 from peer_world import World
 
 from ckpt.backends.base import Backend
-from ckpt.backends.replicated.loans import borrower_of
+from ckpt.backends.replicated.buffers import borrower_of
 from ckpt.cluster.peermem import body_mac
 from ckpt.cluster.peermem import client as connection
 from ckpt.cluster.peermem.store import ClientLimits

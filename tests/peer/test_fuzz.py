@@ -15,14 +15,11 @@ from peer_raw import RawPeer
 from peer_world import SECRET, World, read, until
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.changed import RANGES_MAX
-from ckpt.cluster.peermem.channel import Channel
+from ckpt.cluster.peermem.channel import Channel, Patience
 from ckpt.cluster.peermem.client import Connection
-from ckpt.cluster.peermem.http import CONTINUE, Base, Request
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.peer_server import CONNECTION_BYTES_MAX, Limits, PeerServer
+from ckpt.cluster.peermem.http import CONTINUE, END, HEAD_BYTES_MAX, RANGES_MAX, Base, Request, with_mac
+from ckpt.cluster.peermem.server import CONNECTION_BYTES_MAX, Limits, PeerServer
 from ckpt.cluster.peermem.vault import Vault
-from ckpt.cluster.peermem.wire import END, HEAD_BYTES_MAX, with_mac
 from ckpt.errors import CkptError
 
 BUDGET_BYTES = 2 << 20

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.pacing import BURST_S, Bucket
-from ckpt.rate_limit import RATE_BYTES_MIN, RateCap
+from ckpt.rate_limit import BURST_S, RATE_BYTES_MIN, Bucket, RateCap
 
 RATE = 1000.0
 SENDS = st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(0, 400)), min_size=1, max_size=60)

@@ -9,8 +9,8 @@ import pytest
 from peer_raw import RawPeer
 from peer_world import WAIT_S, World, until
 
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.peer_server import Limits
+from ckpt.cluster.peermem.channel import Patience
+from ckpt.cluster.peermem.server import Limits
 from ckpt.errors import UsageError
 from ckpt.rate_limit import RATE_BYTES_MIN, RateCap
 

@@ -8,7 +8,7 @@ from peer_world import World, until
 
 from ckpt.backends.checked import read_checked
 from ckpt.backends.replicated.store import ReplicatedBackend
-from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.channel import Patience
 from ckpt.cluster.peermem.store import ClientLimits
 
 BYTES = 700_000

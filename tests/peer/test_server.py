@@ -15,12 +15,11 @@ from peer_world import BRIEF, BUDGET_BYTES, PATIENT, SECRET, WAIT_S, World, read
 
 from ckpt.backends.base import Stat
 from ckpt.cluster.endpoint import Endpoint
+from ckpt.cluster.peermem.channel import Patience
 from ckpt.cluster.peermem.client import CrowdedError
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.peer_server import Limits, PeerServer
-from ckpt.cluster.peermem.sources import Held
+from ckpt.cluster.peermem.server import Limits, PeerServer
 from ckpt.cluster.peermem.store import ClientLimits, PeerStore
-from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.vault import Held, Vault
 from ckpt.errors import StoreFullError, UnavailableError, UsageError
 
 OLD, NEW = b"the old object", b"n" * 300

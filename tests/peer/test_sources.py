@@ -13,7 +13,7 @@ import pytest
 from peer_world import WAIT_S, World, read, until
 
 from ckpt.backends.base import Stat
-from ckpt.cluster.peermem.sources import Held, Source
+from ckpt.cluster.peermem.vault import Held, Source
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
 
 SLOT_BYTES = 3 << 20

@@ -13,12 +13,10 @@ from peer_proxy import Proxy
 from peer_raw import RawPeer
 from peer_world import OTHER_SECRET, SECRET, WAIT_S, Epoch, World, read, until
 
-from ckpt.backends.replicated.loans import Loan, TakenBackError
+from ckpt.backends.replicated.buffers import Loan, TakenBackError
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.bodies import Extent
-from ckpt.cluster.peermem.fence import Fence
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.peer_server import PeerServer
+from ckpt.cluster.peermem.channel import Extent, Patience
+from ckpt.cluster.peermem.server import Fence, PeerServer
 from ckpt.cluster.peermem.store import ClientLimits, PeerStore
 from ckpt.cluster.peermem.vault import Vault
 from ckpt.errors import (

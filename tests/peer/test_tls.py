@@ -11,8 +11,7 @@ import pytest
 from peer_certificates import Certificates, Files
 from peer_world import WAIT_S, World, read, until
 
-from ckpt.cluster.peermem.bodies import Extent
-from ckpt.cluster.peermem.patience import Patience
+from ckpt.cluster.peermem.channel import Extent, Patience
 from ckpt.cluster.peermem.store import ClientLimits
 from ckpt.cluster.tls import client_context, rehearse, server_context
 from ckpt.errors import StoreDeniedError, UnavailableError, UsageError

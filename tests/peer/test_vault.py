@@ -10,9 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ckpt.cluster.peermem.memory import SMALL_BYTES, room_bytes
-from ckpt.cluster.peermem.sources import Held
-from ckpt.cluster.peermem.vault import Incoming, TooLargeError, Vault
+from ckpt.cluster.peermem.vault import SMALL_BYTES, Held, Incoming, TooLargeError, Vault, room_bytes
 from ckpt.errors import KeyExistsError, NotFoundError, StoreFullError, UsageError
 
 BUDGET_BYTES = 1 << 20

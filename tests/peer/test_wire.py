@@ -10,15 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.backends.keys import is_key
+from ckpt.backends.base import is_key
 from ckpt.cluster.peermem.auth import mac
-from ckpt.cluster.peermem.changed import RANGES_MAX
-from ckpt.cluster.peermem.http import Answer, Base, Hello, Request, Verb, Welcome, refusal_unsigned
-from ckpt.cluster.peermem.wire import (
+from ckpt.cluster.peermem.http import (
     FIELDS_MAX,
     HEAD_BYTES_MAX,
+    RANGES_MAX,
+    Answer,
+    Base,
+    Hello,
     MalformedError,
+    Request,
+    Verb,
+    Welcome,
     parse_head,
+    refusal_unsigned,
     spell_head,
     split_mac,
     unsigned,

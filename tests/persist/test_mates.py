@@ -22,15 +22,14 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.format.keys import PARTS, part_key, writer_name
 from ckpt.ipc.mailbox import Room, RoomChannel
 from ckpt.log.catalog import load_index, load_manifest
 from ckpt.log.journal import Journal
 from ckpt.restore.verify import verify
-from ckpt.save.choose import OFF
-from ckpt.save.mates import Mates
-from ckpt.save.persister import Persister, Place, Sealed
+from ckpt.save.chunks import OFF
+from ckpt.save.persister import Mates, Persister, Place, Sealed
 from ckpt.save.receipts import Receipt
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedIndex, StagedShard
@@ -190,7 +189,7 @@ def test_step_that_all_passed_is_the_least_that_one_captured(world: World) -> No
 
 def test_share_that_never_comes_is_named_and_moves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.saved(1)
-    monkeypatch.setattr("ckpt.save.mates.MATE_WAIT_S", 2.0)
+    monkeypatch.setattr("ckpt.save.persister.MATE_WAIT_S", 2.0)
     futures = [world.persisters[rank].submit(sealed(rank, 2), tags=()) for rank in range(WORLD) if rank != 5]
     assert errors(futures) == {UnavailableError.code}
     assert "missing=5" in str(futures[0].exception()) and "look at its log" in str(futures[0].exception())

@@ -12,12 +12,12 @@ import pytest
 
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import Room, RoomChannel
 from ckpt.log.catalog import load_index, load_manifest
 from ckpt.log.journal import Journal
-from ckpt.save.choose import OFF
+from ckpt.save.chunks import OFF
 from ckpt.save.persister import Persister, Place, Sealed
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.save.shares import shares_problem
+from ckpt.save.receipts import shares_problem
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 PAIR = SnapshotId(1, 2)

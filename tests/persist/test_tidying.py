@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from ckpt.backends.memory import MemoryBackend
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import Room, RoomChannel
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.save.choose import OFF
-from ckpt.save.pack_sizes import PackSizes
+from ckpt.save.chunks import OFF
+from ckpt.save.packs import PackSizes
 from ckpt.save.persister import Persister, Place, Sealed
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard

@@ -13,7 +13,7 @@ from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import RealOps
 from ckpt.backends.memory import MemoryBackend
-from ckpt.backends.replicated.pace import Pace
+from ckpt.backends.replicated.policy import Pace
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError
 from ckpt.events import Event

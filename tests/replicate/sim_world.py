@@ -11,20 +11,26 @@ from dataclasses import dataclass, field
 
 from sim_clock import Clock, Process, Step
 
+from ckpt.backends.replicated import ledger as ledgers
 from ckpt.backends.replicated import policy as speeds
 from ckpt.backends.replicated import put_race, read_race
-from ckpt.backends.replicated import replicate_ledger as ledgers
-from ckpt.backends.replicated.feed import How, Taker, feed
-from ckpt.backends.replicated.health import Circuit, Phase, Sign, probe_due, step
-from ckpt.backends.replicated.ledger import Copy, Later, Leave, agree_outside, plan_mend, unproven
-from ckpt.backends.replicated.loans import Loan, TakenBackError
-from ckpt.backends.replicated.pace import Pace, stall_s
-from ckpt.backends.replicated.policy import Candidate, Speed
-from ckpt.backends.replicated.put_race import Side
-from ckpt.backends.replicated.quorum import Quorum
+from ckpt.backends.replicated.buffers import Loan, TakenBackError
+from ckpt.backends.replicated.ledger import Copy, Later, Leave, Need, Proof, Why, agree_outside, plan_mend, unproven
+from ckpt.backends.replicated.policy import (
+    Candidate,
+    Circuit,
+    Pace,
+    Phase,
+    Quorum,
+    Sign,
+    Speed,
+    probe_due,
+    stall_s,
+    step,
+)
+from ckpt.backends.replicated.put_race import How, Side, Taker, feed
 from ckpt.backends.replicated.read_race import Found, Verdict
-from ckpt.backends.replicated.replicate_ledger import Need, Proof, Why
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 
 PACE = Pace(keys_max=10_000)
 BODY_BYTES = 24

@@ -64,7 +64,7 @@ def test_interpreter_exits_though_a_store_hangs_and_nobody_closed(tmp_path: Path
         import sys, time, threading
         from ckpt.backends.file.store import FileBackend
         from ckpt.backends.replicated.store import ReplicatedBackend
-        from ckpt.backends.replicated.pace import Pace
+        from ckpt.backends.replicated.policy import Pace
 
         class Hanging(FileBackend):
             def put(self, key, data, *, create_only=False):

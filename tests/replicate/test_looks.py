@@ -11,7 +11,7 @@ from replicated_stores import QUICK, WAIT_S, Gated, Remembering, away, read, rep
 
 from ckpt.backends.base import Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.backends.replicated.looks import PAGE, agreed
+from ckpt.backends.replicated.read import PAGE, agreed
 from ckpt.errors import KeyExistsError, StoreDeniedError, UnavailableError, UsageError
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 

@@ -8,10 +8,20 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.backends.replicated.ledger import Copy, Later, Leave, Well, agree_outside, plan_mend, unproven
-from ckpt.backends.replicated.quorum import Quorum
-from ckpt.backends.replicated.replicate_ledger import Need, Proof, Why
-from ckpt.format.digest import digest
+from ckpt.backends.replicated.ledger import (
+    Copy,
+    Later,
+    Leave,
+    Need,
+    Proof,
+    Well,
+    Why,
+    agree_outside,
+    plan_mend,
+    unproven,
+)
+from ckpt.backends.replicated.policy import Quorum
+from ckpt.format.canonical import digest
 
 Q2, Q3 = Quorum(2, 2, frozenset(range(2))), Quorum(3, 2, frozenset(range(3)))
 MISSING = Need(Why.MISSING)

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from test_read_race import quorums
 
 from ckpt.backends.replicated import put_race as races
-from ckpt.backends.replicated.pace import Pace, give_up_s, grace_s, stall_s
+from ckpt.backends.replicated.policy import Pace, Quorum, give_up_s, grace_s, stall_s
 from ckpt.backends.replicated.put_race import Done, Failed, Side
-from ckpt.backends.replicated.quorum import Quorum
 
 PACE = Pace()
 ACKS, SLOW, FAILS, REFUSES, HANGS, SECOND = "acks", "acks late", "fails", "refuses", "hangs", "acks when tried again"

@@ -29,7 +29,7 @@ from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import Behind
 from ckpt.errors import StoreDeniedError, StoreFullError, UnavailableError, UsageError
-from ckpt.testing.buffers import aligned_memory
+from ckpt.testing.contract import aligned_memory
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 
 RIGHT = b"right" * 20_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.backends.replicated.quorum import Quorum, counting_only, quorum_of
+from ckpt.backends.replicated.policy import Quorum, counting_only, quorum_of
 from ckpt.errors import UsageError
 
 

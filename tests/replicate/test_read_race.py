@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.backends.replicated import read_race as races
-from ckpt.backends.replicated.pace import Pace, stall_s
-from ckpt.backends.replicated.quorum import Quorum
+from ckpt.backends.replicated.policy import Pace, Quorum, stall_s
 from ckpt.backends.replicated.read_race import Deliver, Found, Lost, Verdict
 
 PACE = Pace()

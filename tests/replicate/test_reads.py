@@ -23,7 +23,7 @@ from replicated_stores import (
 from ckpt.backends.checked import read_checked, read_object
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 
 RIGHT = bytes(range(256)) * 40

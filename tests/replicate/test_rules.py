@@ -10,16 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_read_race import quorums
 
+from ckpt.backends.replicated import ledger as ledgers
 from ckpt.backends.replicated import policy as speeds
-from ckpt.backends.replicated import replicate_ledger as ledgers
-from ckpt.backends.replicated.feed import How, Taker, feed
-from ckpt.backends.replicated.health import Circuit, Phase, Sign, hastened, probe_due, step
-from ckpt.backends.replicated.pace import Pace, backoff_s
-from ckpt.backends.replicated.policy import Candidate, Speed, nearest
-from ckpt.backends.replicated.quorum import Quorum, commonest, counting_only, quorum_of
-from ckpt.backends.replicated.replicate_ledger import Need, Proof, Why
+from ckpt.backends.replicated.ledger import Need, Proof, Why
+from ckpt.backends.replicated.policy import (
+    Candidate,
+    Circuit,
+    Pace,
+    Phase,
+    Quorum,
+    Sign,
+    Speed,
+    backoff_s,
+    commonest,
+    counting_only,
+    hastened,
+    nearest,
+    probe_due,
+    quorum_of,
+    step,
+)
+from ckpt.backends.replicated.put_race import How, Taker, feed
 from ckpt.errors import StoreDeniedError, StoreFullError, UnavailableError, UsageError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 
 PACE = Pace()
 Q3 = Quorum(3, 2, frozenset(range(3)))

@@ -13,10 +13,17 @@ from replicated_stores import WAIT_S, Lending, wait_until
 from ckpt.backends.base import Buffer
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated import lanes
-from ckpt.backends.replicated.buffers import REUSED_BYTES_MIN, Memory
+from ckpt.backends.replicated.buffers import (
+    REUSED_BYTES_MIN,
+    Borrower,
+    Loan,
+    Memory,
+    TakenBackError,
+    borrower_of,
+    immutable,
+)
+from ckpt.backends.replicated.group import Mailbox
 from ckpt.backends.replicated.lanes import Lane
-from ckpt.backends.replicated.loans import Borrower, Loan, TakenBackError, borrower_of, immutable
-from ckpt.backends.replicated.mailbox import Mailbox
 from ckpt.testing.faults import CountingBackend, FaultyBackend
 
 

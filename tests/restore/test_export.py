@@ -21,10 +21,9 @@ from ckpt.capture.leaves import World
 from ckpt.capture.plan import capture
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.format.index import SnapshotIndex
-from ckpt.format.manifest_objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
+from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 from ckpt.log.catalog import load_index
-from ckpt.restore.export.export import ExportOptions, ItemWriter, export
-from ckpt.restore.export.items import indexed_optimizer, json_tree, plain_tree
+from ckpt.restore.export.items import ExportOptions, ItemWriter, export, indexed_optimizer, json_tree, plain_tree
 from ckpt.restore.export.safetensors_files import SafetensorsWriter
 from ckpt.restore.export.torch_files import TorchWriter
 from ckpt.restore.reader import SnapshotReader

@@ -16,7 +16,7 @@ from ckpt.format.index import SnapshotIndex
 from ckpt.log.catalog import load_index
 from ckpt.restore.fetch import Fetcher, fetch, threads_best
 from ckpt.restore.plan import Want, plan_reads
-from ckpt.save.choose import Compression
+from ckpt.save.chunks import Compression
 from ckpt.testing.sample import Piece, SampleWriter, damage, shard, tensor
 from ckpt.values import CHUNK_BYTES, Box, SnapshotId
 

@@ -10,7 +10,7 @@ import torch
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import CapturePlan
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.restore.apply import apply
 from ckpt.restore.fetch import Fetcher, fetch
 from ckpt.restore.from_slots import SLOT_PREFIX, SlotStore, slot_key, staged_index

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.format.part import StoredShard
 from ckpt.restore.plan import GAP_BYTES_MAX, ReadPlan, Want, plan_reads, plan_verify, split_flat
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind

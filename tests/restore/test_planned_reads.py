@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.format.part import StoredShard
 from ckpt.restore import plan as plan_room
 from ckpt.restore.plan import (

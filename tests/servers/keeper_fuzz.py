@@ -19,8 +19,7 @@ from pathlib import Path
 import msgspec
 
 from ckpt.ipc.frames import FDS_MAX, FRAME_BYTES_MAX
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import ALL, WIRE_VERSION, GetStatus, Hello
+from ckpt.ipc.messages import ALL, WIRE_VERSION, GetStatus, Hello, Message
 
 KINDS: tuple[type[Message], ...] = typing.get_args(ALL)
 _PACK = msgspec.msgpack.Encoder().encode

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from ckpt.errors import UnavailableError
-from ckpt.session.pending import Pending
+from ckpt.session.saving import Pending
 from ckpt.values import SnapshotId, SnapshotInfo
 
 WAIT_S = 120

@@ -11,8 +11,8 @@ from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.memory import MemoryBackend
 from ckpt.cluster.peermem.keys import mirror_key, slot_key
 from ckpt.errors import FencedError, IntegrityError, NotFoundError, UnavailableError, UsageError
-from ckpt.format.digest import digest
-from ckpt.ipc.seating import Source
+from ckpt.format.canonical import digest
+from ckpt.ipc.messages import Source
 from ckpt.restore.fetch import fetch
 from ckpt.restore.plan import Want, plan_reads
 from ckpt.session import peer_memory as far_slots

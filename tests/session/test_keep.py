@@ -14,10 +14,10 @@ from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.format import keys
-from ckpt.ipc.policy import Retention
+from ckpt.ipc.messages import Retention
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.maintenance.gc import gc_due
+from ckpt.maintenance.gc import plan as gc_due
 from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.session.options import Options, check_grace, check_keep, retention_of
 from ckpt.testing.faults import Fault, FaultyBackend, Harm

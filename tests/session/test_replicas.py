@@ -7,7 +7,7 @@ import torch
 
 from ckpt.capture.leaves import TensorLeaf
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.session.replicas import compare_replicas
+from ckpt.session.staging import compare_replicas
 from ckpt.values import Box, Leaf, LeafKind
 
 

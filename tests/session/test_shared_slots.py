@@ -9,9 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
-from ckpt.format.digest import digest
-from ckpt.ipc.board import SLOTS_MAX
-from ckpt.ipc.link_board import Board
+from ckpt.format.canonical import digest
+from ckpt.ipc.board import SLOTS_MAX, Board
 from ckpt.session.keeper.slots import SharedSlots, open_staged
 from ckpt.staging.memory import Region
 from ckpt.staging.slot import Slot, SlotPool, read_slot

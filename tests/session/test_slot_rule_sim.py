@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from ckpt.ipc.link_board import newest_common
+from ckpt.ipc.board import newest_common
 from ckpt.session.slot_rule import Seen, passed, why_kept
 from ckpt.values import SnapshotId
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import InternalError, UsageError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.staging.copy import CopyPlan, CopySource
+from ckpt.staging.layout import lay_out
 from ckpt.staging.slot import Slot, SlotPool, read_slot
-from ckpt.staging.stage_layout import lay_out
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckpt.errors import UsageError
-from ckpt.staging.memory_limit import available_bytes, check_available
+from ckpt.staging.memory import available_bytes, check_available
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:

@@ -6,8 +6,7 @@ import pytest
 
 from ckpt.errors import UsageError
 from ckpt.staging.memory import Region
-from ckpt.staging.slot import Slot, SlotPool
-from ckpt.staging.slot_state import OwnRegions
+from ckpt.staging.slot import OwnRegions, Slot, SlotPool
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.errors import InternalError, UsageError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.staging.slot import Slot, SlotPool, generation_of, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 

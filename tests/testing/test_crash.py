@@ -8,9 +8,20 @@ import pytest
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.testing.crash import CrashingBackend, CrashMode, run_in_child
-from ckpt.testing.fileops import OpCall, RecordingOps
-from ckpt.testing.rehearsal import Delete, DoneFile, Put, Rehearsal, Step, faults_found, run_steps
+from ckpt.testing.crashes import (
+    CrashingBackend,
+    CrashMode,
+    Delete,
+    DoneFile,
+    OpCall,
+    Put,
+    RecordingOps,
+    Rehearsal,
+    Step,
+    faults_found,
+    run_in_child,
+    run_steps,
+)
 
 STEPS: tuple[Step, ...] = (
     Put("packs/one", (1 << 20) + 5, seed=1),

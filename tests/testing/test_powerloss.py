@@ -8,8 +8,7 @@ import pytest
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import REAL_OPS
-from ckpt.testing.crashes import PowerCut, PowerLossOps
-from ckpt.testing.rehearsal import Delete, Put, Step, faults_found, run_steps
+from ckpt.testing.crashes import Delete, PowerCut, PowerLossOps, Put, Step, faults_found, run_steps
 
 STEPS: tuple[Step, ...] = (
     Put("packs/one", (1 << 20) + 5, seed=1),

@@ -12,8 +12,7 @@ from collections import OrderedDict
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import Check, Replicated, read_checked
-from ckpt.backends.encrypted.cipher import unseal
-from ckpt.backends.encrypted.encrypted_memory import SpareMemory
+from ckpt.backends.encrypted.cipher import SpareMemory, unseal
 from ckpt.backends.encrypted.layout import (
     FRAME_BYTES,
     HEADER_BYTES,

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
+from ckpt.backends.base import Backend, Buffer, Capabilities, Stat, check_key
 from ckpt.backends.checked import Check, Replicated
-from ckpt.backends.encrypted.cipher import sealed
-from ckpt.backends.encrypted.encrypted_memory import SpareMemory
+from ckpt.backends.encrypted.cipher import SpareMemory, sealed
 from ckpt.backends.encrypted.layout import FRAME_BYTES, HEADER_BYTES, decode_header, plain_size
 from ckpt.backends.encrypted.reading import SealedReader, never_wrong
 from ckpt.backends.encrypted.secret import Key, Keys
-from ckpt.backends.keys import check_key
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 
 READ_BYTES_BEST_MIN = 4 * FRAME_BYTES

@@ -3,20 +3,147 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import os
 import stat as modes
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.backends.base import Buffer, Capabilities, Stat
-from ckpt.backends.file import filepaths
-from ckpt.backends.file.fileprobe import Create, Probed, probe
-from ckpt.backends.file.filetemps import TEMP_FOLDER, Temp, new_temp, sweep
-from ckpt.backends.file.osfaults import os_fault, translated
-from ckpt.backends.file.syscalls import REAL_OPS, FileOps
-from ckpt.backends.file.writing import write_all
+from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix, is_key
+from ckpt.backends.file.syscalls import REAL_OPS, FileOps, os_fault, translated
+from ckpt.backends.file.writing import TEMP_FOLDER, Temp, new_temp, set_direct, sweep, write_all
 from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
+
+# From keys to paths below one root, and back.
+
+
+def locate(root: str, key: str) -> str:
+    """The path of ``key``'s object. Raises UsageError for a bad key and where a symbolic link leads its folder elsewhere.
+
+    Below the root a store has real folders only: a link could lead out of the store, or make two keys one object.
+    """
+    path = f"{root}/{check_key(key)}"
+    folder = os.path.dirname(path)  # noqa: PTH120
+    expected = os.path.normpath(os.path.realpath(root) + folder[len(root) :])
+    if os.path.realpath(folder) != expected:
+        raise UsageError(
+            f"a symbolic link leads out of the place where the key belongs. key={key!r} path={folder} "
+            f"leads_to={os.path.realpath(folder)}; replace the link by a real folder (or mount that disk there)"
+        )
+    return path
+
+
+def folders_up(root: str, path: str) -> list[str]:
+    """The folders from that of ``path`` up to and with ``root``, innermost first."""
+    folders = []
+    folder = path
+    while folder != root:
+        folder = folder.rpartition("/")[0]
+        folders.append(folder)
+    return folders
+
+
+def walk(root: str, prefix: str, after: str) -> Iterator[Stat]:
+    """Objects below ``root`` in key order, folder by folder; what vanishes meanwhile is left out. Raises OSError."""
+    check_prefix(prefix)
+    yield from _walk(root, prefix.rpartition("/")[0], prefix, after)
+
+
+def _walk(root: str, folder: str, prefix: str, after: str) -> Iterator[Stat]:
+    stem = f"{folder}/" if folder else ""
+    for name, is_folder in _entries(f"{root}/{folder}" if folder else root):
+        key = stem + name
+        if is_folder:
+            below = key + "/"
+            matches = below.startswith(prefix) or prefix.startswith(below)
+            if matches and (below > after or after.startswith(below)):
+                yield from _walk(root, key, prefix, after)
+        elif key.startswith(prefix) and key > after and is_key(key):
+            try:
+                facts = os.stat(f"{root}/{key}", follow_symlinks=False)  # noqa: PTH116
+            except FileNotFoundError:
+                continue
+            yield Stat(key, facts.st_size, facts.st_mtime)
+
+
+def _entries(path: str) -> list[tuple[str, bool]]:
+    """Files and folders (True) in the order of the keys they lead to: a folder sorts as its name with a slash."""
+    try:
+        with os.scandir(path) as entries:
+            found = [
+                (entry.name, entry.is_dir(follow_symlinks=False))
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
+            ]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(found, key=lambda entry: entry[0] + "/" if entry[1] else entry[0])
+
+
+# What a file system can do, found out by doing it.
+
+_LACKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV})
+
+
+class Create(enum.Enum):
+    """How a finished file gets a name, unless somebody has that name."""
+
+    LINK = "link"
+    RENAME = "rename"
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What the folder's file system does: the way to create once (None: there is none), and whether it takes direct I/O."""
+
+    create: Create | None
+    direct: bool
+
+
+def probe(ops: FileOps, root: str) -> Probed:
+    """Try links, renames without replacing and direct I/O with a few short-lived names.
+
+    They lie in ``<root>/.tmp`` or, where there is no root yet, in the nearest folder above it, which it will share its file
+    system with. Raises OSError where nothing may be written there.
+    """
+    folder, prefix = root, ".ckpt-"
+    while not os.path.isdir(folder):  # noqa: PTH112
+        folder = os.path.dirname(folder)  # noqa: PTH120
+    if folder == root:
+        folder, prefix = f"{root}/{TEMP_FOLDER}", ""
+        with contextlib.suppress(FileExistsError):
+            ops.mkdir(folder)
+    with new_temp(ops, folder, prefix=prefix) as first, new_temp(ops, folder, prefix=prefix) as second:
+        return Probed(_way_to_create(ops, first, second), direct=set_direct(first.fd, on=True))
+
+
+def _way_to_create(ops: FileOps, first: Temp, second: Temp) -> Create | None:
+    free = second.path + "-c"
+    try:
+        for create, act in ((Create.LINK, ops.link), (Create.RENAME, ops.rename_new)):
+            refuses_taken = _outcome(act, first.path, second.path) is FileExistsError
+            if refuses_taken and _outcome(act, first.path, free) is None:
+                return create
+        return None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            ops.unlink(free)
+
+
+def _outcome(act: Callable[[str, str], None], source: str, target: str) -> type[OSError] | None:
+    """The error class of an act that the file system refuses or lacks; None where it succeeds."""
+    try:
+        act(source, target)
+    except FileExistsError:
+        return FileExistsError
+    except OSError as error:
+        if error.errno not in _LACKS:
+            raise
+        return OSError
+    return None
+
 
 READ_BYTES_BEST = 512 << 10
 """Opening a file costs some ten microseconds, as reading a tenth of this does. Joining more would cost a copy instead."""
@@ -79,7 +206,7 @@ class FileBackend:
         self._put(key, data, still_lent, create_only=create_only)
 
     def _put(self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool) -> None:
-        path = filepaths.locate(self._root, key)
+        path = locate(self._root, key)
         pieces = [memoryview(buffer).cast("B") for buffer in data]
         create = self._probe().create if create_only else None
         if create_only and create is None:
@@ -103,7 +230,7 @@ class FileBackend:
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """See Backend. Reads through the page cache straight into ``out``."""
-        path = filepaths.locate(self._root, key)
+        path = locate(self._root, key)
         if offset_bytes < 0:
             raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
         with translated("read", path):
@@ -120,7 +247,7 @@ class FileBackend:
 
     def stat(self, key: str) -> Stat | None:
         """See Backend."""
-        path = filepaths.locate(self._root, key)
+        path = locate(self._root, key)
         with translated("stat", path):
             try:
                 facts = os.stat(path, follow_symlinks=False)  # noqa: PTH116
@@ -131,11 +258,11 @@ class FileBackend:
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
         """See Backend. Reads one folder at a time; symbolic links and files whose name is no key are left out."""
         with translated("list", self._root):
-            yield from filepaths.walk(self._root, prefix, after)
+            yield from walk(self._root, prefix, after)
 
     def delete(self, key: str) -> None:
         """See Backend. Folders that become empty go too."""
-        path = filepaths.locate(self._root, key)
+        path = locate(self._root, key)
         with translated("delete", path):
             try:
                 if modes.S_ISDIR(os.stat(path, follow_symlinks=False).st_mode):  # noqa: PTH116
@@ -143,7 +270,7 @@ class FileBackend:
                 self._ops.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
                 return
-            for folder in filepaths.folders_up(self._root, path)[:-1]:
+            for folder in folders_up(self._root, path)[:-1]:
                 try:
                     self._ops.rmdir(folder)
                 except OSError:
@@ -175,7 +302,7 @@ class FileBackend:
         """Make the synced file visible as ``path``; without ``create`` it replaces what is there, else FileExistsError."""
         for _ in range(_TRIES_MAX):
             try:
-                for folder in reversed(filepaths.folders_up(self._root, path)[:-1]):
+                for folder in reversed(folders_up(self._root, path)[:-1]):
                     _make_folder(self._ops, folder)
                 match create:
                     case None:
@@ -206,7 +333,7 @@ class FileBackend:
         All the way up each time, not just for folders made here: another process may have made one and not yet synced it.
         Syncing a folder that nobody changed costs microseconds.
         """
-        for folder in filepaths.folders_up(self._root, path):
+        for folder in folders_up(self._root, path):
             # A folder that is gone was pruned by a delete of this very object.
             with contextlib.suppress(FileNotFoundError):
                 self._ops.fsync_directory(folder)

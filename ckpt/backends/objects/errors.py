@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
-from ckpt.backends.file.osfaults import os_fault
+from ckpt.backends.file.syscalls import os_fault
 from ckpt.errors import (
     CkptError,
     KeyExistsError,

@@ -4,21 +4,142 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.memory import MemoryFileSystem
 
-from ckpt.backends.base import Buffer, Capabilities, Stat
-from ckpt.backends.keys import check_key, check_prefix
-from ckpt.backends.objects import objectlists
+from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix, is_key
 from ckpt.backends.objects.errors import object_fault, public_url, translated_reply
-from ckpt.backends.objects.objectreads import read_range, settle_read
-from ckpt.backends.objects.objecttune import tuned
-from ckpt.backends.objects.objectwrites import Writes, writes_for
+from ckpt.backends.objects.fsspec_io import (
+    ATOMIC_PROTOCOLS,
+    S3_PROTOCOLS,
+    Writes,
+    protocols_of,
+    read_range,
+    settle_read,
+    writes_for,
+)
 from ckpt.backends.probe import CreateOnce, creates_once
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
+
+# Listings and facts of objects behind fsspec, always fresh and in key order.
+
+_MODIFIED = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
+"""What the file systems call the time of writing."""
+
+
+def has_folders(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether the store knows folders beside objects, so that removing one could remove more than an object."""
+    return not (protocols_of(fs) & ATOMIC_PROTOCOLS or isinstance(fs, MemoryFileSystem))
+
+
+def stat_of(key: str, info: Mapping[str, object]) -> Stat:
+    """Facts from what fsspec says of one object. An unknown time counts as now, so that no sweep takes it for old."""
+    size = info["size"]
+    return Stat(key, int(size) if isinstance(size, int | float) else 0, _modified_unix_s(info))
+
+
+def walk(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) -> Iterator[Stat]:
+    """Objects below ``root`` in key order. Raises what the client library raises."""
+    stats = _walk_s3(fs, root, prefix, after) if _is_s3(fs) else _walk_any(fs, root, prefix)
+    yield from (entry for entry in stats if entry.key > after and entry.key.startswith(prefix) and is_key(entry.key))
+
+
+def _walk_any(fs: fsspec.AbstractFileSystem, root: str, prefix: str) -> Iterator[Stat]:
+    folder = f"{root}/{prefix.rpartition('/')[0]}".rstrip("/")
+    fs.invalidate_cache(folder)
+    try:
+        found = fs.find(folder, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    stem = root + "/"
+    infos = {name[len(stem) :]: info for name, info in found.items() if name.startswith(stem)}
+    yield from (stat_of(key, infos[key]) for key in sorted(infos))
+
+
+def _walk_s3(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) -> Iterator[Stat]:
+    """One page of a thousand at a time, starting behind ``after``: the file system's own listing can do neither."""
+    bucket, _, inside = root.partition("/")
+    stem = f"{inside}/" if inside else ""
+    request: dict[str, str] = {"Bucket": bucket, "Prefix": stem + prefix}
+    # Servers that descend from MinIO refuse to start behind a key that has another prefix (501).
+    if after.startswith(prefix):
+        if after:
+            request["StartAfter"] = stem + after
+    elif after > prefix:
+        return
+    last = ""
+    while True:
+        page = fs.call_s3("list_objects_v2", **request)
+        for entry in page.get("Contents", []):
+            key = entry["Key"][len(stem) :]
+            if key <= last:
+                raise UsageError(
+                    f"this S3 store does not list in key order. bucket={bucket}; use a general-purpose bucket"
+                )
+            last = key
+            yield Stat(key, entry["Size"], _modified_unix_s(entry))
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _modified_unix_s(info: Mapping[str, object]) -> float:
+    for name in _MODIFIED:
+        match info.get(name):
+            case datetime() as moment:
+                return moment.timestamp()
+            case int() | float() as seconds:
+                return float(seconds)
+            case str() as text:
+                # Python 3.10 does not read the Z of UTC.
+                return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+            case _:
+                pass
+    return time.time()
+
+
+def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    return bool(protocols_of(fs) & S3_PROTOCOLS)
+
+
+# What is added to users' options for s3fs, so that it works with servers of one's own. Pure.
+
+_CHECKSUMS = "request_checksum_calculation"
+_ENV = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+
+
+def tuned(protocol: str, options: Mapping[str, object], env: Mapping[str, str]) -> dict[str, object]:
+    """``options``, for S3 over TLS at an endpoint of one's own with bodies of known length and a signed digest.
+
+    By itself botocore since 1.36 sends bodies over TLS in chunks of unknown length with a checksum behind them; servers
+    that descend from MinIO, and others, refuse that with 411. What the user says about it stands.
+    """
+    given = dict(options)
+    boto = given.get("config_kwargs") or {}
+    if (
+        protocol not in S3_PROTOCOLS
+        or not _endpoint(options, env).startswith("https://")
+        or not isinstance(boto, Mapping)
+    ):
+        return given
+    s3 = boto.get("s3") or {}
+    if _CHECKSUMS in boto or f"AWS_{_CHECKSUMS.upper()}" in env or not isinstance(s3, Mapping):
+        return given
+    given["config_kwargs"] = {_CHECKSUMS: "when_required", **boto, "s3": {"payload_signing_enabled": True, **s3}}
+    return given
+
+
+def _endpoint(options: Mapping[str, object], env: Mapping[str, str]) -> str:
+    client = options.get("client_kwargs")
+    named = options.get("endpoint_url") or (client.get("endpoint_url") if isinstance(client, Mapping) else None)
+    return str(named or next((env[name] for name in _ENV if env.get(name)), ""))
+
 
 READ_BYTES_BEST = 16 << 20
 """At some 100 MB/s a stream and 30 ms to the first byte, a request's fixed cost is then a sixth."""
@@ -97,14 +218,14 @@ class ObjectsBackend:
                 info = fs.info(path)
         except NotFoundError:
             return None
-        return None if info["type"] == "directory" else objectlists.stat_of(key, info)
+        return None if info["type"] == "directory" else stat_of(key, info)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
         """See Backend. S3 is asked page by page from ``after`` on; other stores are listed whole below the folder."""
         check_prefix(prefix)
         with translated_reply("list", self._where(prefix)):
             client = self._live()
-            yield from objectlists.walk(client.fs, client.root, prefix, after)
+            yield from walk(client.fs, client.root, prefix, after)
 
     def delete(self, key: str) -> None:
         """See Backend. One request a key: several S3 servers refuse the batch form."""
@@ -112,7 +233,7 @@ class ObjectsBackend:
         try:
             with translated_reply("delete", self._where(key)):
                 fs = self._live().fs
-                if objectlists.has_folders(fs) and fs.isdir(path):
+                if has_folders(fs) and fs.isdir(path):
                     return
                 fs.rm_file(path)
         except NotFoundError:

@@ -7,23 +7,247 @@ It does what ``ObjectsBackend`` does through s3fs, behind the same seam. ``obsto
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib
+import importlib.util
+import os
 import secrets
-from collections.abc import Iterator, Sequence
-from typing import cast
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypedDict, cast
 
-from ckpt.backends.base import Buffer, Capabilities, Stat
-from ckpt.backends.keys import check_key, check_prefix
+from ckpt.backends.base import Backend, Buffer, Capabilities, Stat, check_key, check_prefix, is_key
 from ckpt.backends.objects.errors import public_url, translated_reply
-from ckpt.backends.objects.fsspec_io import MULTIPART_BYTES_MIN, PART_BYTES
+from ckpt.backends.objects.fsspec_io import MULTIPART_BYTES_MIN, PART_BYTES, Filling, settle_read
 from ckpt.backends.objects.fsspec_store import CONCURRENCY_BEST, READ_BYTES_BEST
-from ckpt.backends.objects.objectreads import Filling, settle_read
 from ckpt.backends.objects.obstore_options import Found, Keys, Settings
-from ckpt.backends.objects.obstoreclient import Client, stat_of, walk
-from ckpt.backends.objects.obstorecredentials import provider
-from ckpt.backends.objects.obstorerepeat import repeat, resume
 from ckpt.backends.probe import CreateOnce, creates_once
-from ckpt.errors import NotFoundError, UnavailableError
+from ckpt.errors import NotFoundError, StoreDeniedError, UnavailableError, UsageError
+
+# What is used of obstore's ``S3Store``, and its listings in the seam's terms.
+
+_PAGE = 1000
+"""Entries handed over at once, as many as S3 has on a page."""
+
+Entry = Mapping[str, object]
+"""``path``, ``size``, ``last_modified`` and others."""
+
+
+class Reply(Protocol):
+    """An object's bytes on their way."""
+
+    def stream(self, min_chunk_size: int) -> Iterable[bytes]:
+        """The bytes in pieces of at least that size."""
+        ...
+
+
+class Client(Protocol):
+    """The five calls. All raise obstore's errors, and let other threads run meanwhile."""
+
+    def put(self, path: str, file: object, *, mode: str = ..., use_multipart: bool, **sizes: int) -> object:
+        """Store a buffer or a list of them."""
+        ...
+
+    def get(self, path: str, *, options: Mapping[str, object]) -> Reply:
+        """Begin to read a range."""
+        ...
+
+    def head(self, path: str) -> Entry:
+        """The facts of one object."""
+        ...
+
+    def list(self, prefix: str | None, *, offset: str | None, chunk_size: int) -> Iterable[Sequence[Entry]]:
+        """Objects in the folder ``prefix`` that come behind ``offset``."""
+        ...
+
+    def delete(self, paths: str) -> None:
+        """Remove one object."""
+        ...
+
+
+def stat_of(key: str, entry: Entry) -> Stat:
+    """An entry as the seam's facts."""
+    size, modified = entry["size"], entry["last_modified"]
+    assert isinstance(size, int), "a size is a number of bytes"
+    assert isinstance(modified, datetime.datetime), "a store says when an object was written"
+    return Stat(key, size, modified.timestamp())
+
+
+def walk(client: Client, root: str, prefix: str, after: str, *, is_object: Callable[[str], bool]) -> Iterator[Stat]:
+    """Objects below ``root`` (empty, or with a slash at its end) in key order. Raises what obstore raises.
+
+    obstore lists whole folders, so other names of the folder are passed over before ``prefix`` and it ends behind it.
+    """
+    folder = prefix.rpartition("/")[0]
+    start = first_after(prefix, after)
+    if start is None:
+        return
+    last = ""
+    for page in client.list(root + folder or None, offset=root + start if start else None, chunk_size=_PAGE):
+        for entry in page:
+            key = str(entry["path"])[len(root) :]
+            if not key.startswith(prefix):
+                if key > prefix:
+                    return
+                continue
+            if key <= after or not is_key(key):
+                continue
+            found = stat_of(key, entry)
+            # The empty object "folder/", which marks a folder in some stores, is shown as "folder".
+            if not found.size_bytes and not is_object(key):
+                continue
+            if key <= last:
+                raise UsageError(f"this S3 store does not list in key order. key={key}; use a general-purpose bucket")
+            last = key
+            yield found
+
+
+def first_after(prefix: str, after: str) -> str | None:
+    """A key behind which all wanted ones come, as far on as is easily said; empty for the folder's beginning. Pure.
+
+    None where no wanted key can exist. It lies in the folder of ``prefix``, since servers that descend from MinIO refuse
+    to start elsewhere.
+    """
+    if after > prefix and not after.startswith(prefix):
+        return None
+    folder = prefix[: prefix.rfind("/") + 1]
+    starts = [after.rstrip("/")]
+    if prefix > folder:
+        # Just below the prefix: its last character's predecessor, then one that keys seldom have.
+        starts.append(f"{prefix[:-1]}{chr(max(ord(prefix[-1]) - 1, 0))}~")
+    fit = [start for start in starts if start > folder and start.startswith(folder) and is_key(start)]
+    return max(fit, default="")
+
+
+# AWS credentials and profile settings as botocore finds them: files, roles, containers,
+# instances, single sign-on.
+
+_ASK_AGAIN = datetime.timedelta(minutes=5)
+"""botocore renews credentials ten minutes before they expire, so what it gives is good for as long at least."""
+
+
+class Credential(TypedDict):
+    """What obstore asks a provider for."""
+
+    access_key_id: str
+    secret_access_key: str
+    token: str | None
+    expires_at: datetime.datetime | None
+
+
+class _Frozen(Protocol):
+    access_key: str
+    secret_key: str
+    token: str | None
+
+
+class _Credentials(Protocol):
+    def get_frozen_credentials(self) -> _Frozen: ...
+
+
+class _Session(Protocol):
+    def get_credentials(self) -> _Credentials | None: ...
+
+    def get_scoped_config(self) -> Mapping[str, object]: ...
+
+
+def profile_settings(profile: str | None, env: Mapping[str, str]) -> Mapping[str, object] | None:
+    """What the AWS configuration files say for the profile in use; empty without files, None where they cannot be read.
+
+    Imports botocore only where there are files or a profile is named.
+    """
+    named = profile or env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE")
+    files = (env.get("AWS_CONFIG_FILE", "~/.aws/config"), env.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+    if not named and not any(Path(os.path.expanduser(file)).exists() for file in files):  # noqa: PTH111
+        return {}
+    try:
+        return _session(profile).get_scoped_config()
+    except Exception:  # noqa: BLE001  no botocore, no such profile, a broken file: s3fs will say which
+        return None
+
+
+def provider(profile: str | None) -> Callable[[], Credential]:
+    """What gives obstore the current credentials. Raises ImportError without botocore, StoreDeniedError without any."""
+    credentials = _session(profile).get_credentials()
+    if credentials is None:
+        raise StoreDeniedError(
+            "no AWS credentials are found. set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass key and secret as "
+            "storage options, or anon=True for a public bucket"
+        )
+
+    def current() -> Credential:
+        frozen = credentials.get_frozen_credentials()
+        return Credential(
+            access_key_id=frozen.access_key,
+            secret_access_key=frozen.secret_key,
+            token=frozen.token,
+            expires_at=datetime.datetime.now(datetime.timezone.utc) + _ASK_AGAIN,
+        )
+
+    return current
+
+
+def can_look_up() -> bool:
+    """Whether botocore is installed."""
+    return importlib.util.find_spec("botocore") is not None
+
+
+def _session(profile: str | None) -> _Session:
+    return cast(_Session, importlib.import_module("botocore.session").Session(profile=profile))
+
+
+# Repeats what obstore does not: it takes a deletion for something that may not be done twice, and
+# gives up where a page of a listing, or an object without a tag, breaks off.
+
+_PAUSE_S = 0.1
+"""Before the first repetition, then twice as long each time, at most 5 s."""
+
+_PAUSE_MAX_S = 5.0
+
+
+def repeat(call: Callable[[], None], *, times: int, progress: Callable[[], int] = int) -> None:
+    """Do ``call``, again where the connection broke, ``times`` in a row at most without ``progress`` having grown.
+
+    Raises what the last one raised.
+    """
+    broken, before = 0, progress()
+    while True:
+        try:
+            return call()
+        except UnavailableError as error:
+            broken, before = (0, progress()) if progress() > before else (broken, before)
+            if broken >= times or not _broke(error):
+                raise
+        _pause(broken)
+        broken += 1
+
+
+def resume(listing: Callable[[str], Iterator[Stat]], after: str, *, times: int) -> Iterator[Stat]:
+    """``listing(after)``, begun again behind the last key where it broke off; ``times`` in a row at most."""
+    broken = 0
+    while True:
+        try:
+            for found in listing(after):
+                yield found
+                after, broken = found.key, 0
+        except UnavailableError as error:
+            if broken >= times or not _broke(error):
+                raise
+        else:
+            return
+        _pause(broken)
+        broken += 1
+
+
+def _broke(error: UnavailableError) -> bool:
+    """Whether there was no answer: answers that promise better luck were repeated already."""
+    return type(error) is UnavailableError and "status=-" in str(error)
+
+
+def _pause(done: int) -> None:
+    time.sleep(min(_PAUSE_S * 2**done, _PAUSE_MAX_S))
+
 
 _PIECE_BYTES = 1 << 20
 """A reply is copied into the caller's memory in pieces of this size."""
@@ -179,3 +403,69 @@ class ObstoreBackend:
             self._delete(".probe", path)
 
         return creates_once(create, remove)
+
+
+# obstore in the process that used it first, s3fs in children of a fork: obstore's threads are not
+# copied into them.
+#
+# A call into obstore would wait there for ever.
+
+
+class HereOrForked:
+    """A store that is ``here`` in the process where obstore's threads run, and ``forked()`` in children of it."""
+
+    def __init__(self, here: Backend, forked: Callable[[], Backend]) -> None:
+        self._here = here
+        self._forked = forked
+        self._other: Backend | None = None
+
+    @property
+    def url(self) -> str:
+        """See Backend."""
+        return self._here.url
+
+    @property
+    def client(self) -> str:
+        """The name of the library in use, for reports."""
+        return "obstore" if _home() == os.getpid() else "s3fs"
+
+    def capabilities(self) -> Capabilities:
+        """See Backend."""
+        return self._store().capabilities()
+
+    def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
+        """See Backend."""
+        self._store().put(key, data, create_only=create_only)
+
+    def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+        """See Backend."""
+        self._store().read_into(key, out, offset_bytes=offset_bytes)
+
+    def stat(self, key: str) -> Stat | None:
+        """See Backend."""
+        return self._store().stat(key)
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
+        """See Backend."""
+        return self._store().list(prefix, after=after)
+
+    def delete(self, key: str) -> None:
+        """See Backend."""
+        self._store().delete(key)
+
+    def close(self) -> None:
+        """See Backend."""
+        (self._other or self._here).close()
+
+    def _store(self) -> Backend:
+        if _home() == os.getpid():
+            return self._here
+        if self._other is None:
+            self._other = self._forked()
+        return self._other
+
+
+@functools.cache
+def _home() -> int:
+    """The process where obstore's threads run: the first that asked, and what a child of it is told too."""
+    return os.getpid()

@@ -10,9 +10,7 @@ from ckpt.backends.base import Backend
 from ckpt.backends.objects.errors import public_url
 from ckpt.backends.objects.fsspec_store import ObjectsBackend, StorageOptions
 from ckpt.backends.objects.obstore_options import Differs, Found, Settings, translate
-from ckpt.backends.objects.obstore_store import ObstoreBackend
-from ckpt.backends.objects.obstorecredentials import can_look_up, profile_settings
-from ckpt.backends.objects.obstorefork import HereOrForked
+from ckpt.backends.objects.obstore_store import HereOrForked, ObstoreBackend, can_look_up, profile_settings
 from ckpt.errors import UsageError
 
 CHOICE = "CKPT_OBJECT_CLIENT"

@@ -12,15 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from ckpt.backends.base import Buffer
 from ckpt.backends.replicated import policy as speeds
 from ckpt.backends.replicated import put_race as races
-from ckpt.backends.replicated.copied import Copied
-from ckpt.backends.replicated.feed import How, Taker, feed
-from ckpt.backends.replicated.group import Group, busy, silent
-from ckpt.backends.replicated.loans import Loan, TakenBackError, immutable
-from ckpt.backends.replicated.mailbox import Mailbox
-from ckpt.backends.replicated.member import Member
-from ckpt.backends.replicated.put_race import Side
-from ckpt.backends.replicated.quorum import commonest
-from ckpt.backends.replicated.replicate_ledger import Need, Proof, Why
+from ckpt.backends.replicated.buffers import Copied, Loan, TakenBackError, immutable
+from ckpt.backends.replicated.group import Group, Mailbox, Member, busy, silent
+from ckpt.backends.replicated.ledger import Need, Proof, Why
+from ckpt.backends.replicated.policy import commonest
+from ckpt.backends.replicated.put_race import How, Side, Taker, feed
 from ckpt.errors import CkptError, KeyExistsError, StoreDeniedError, StoreFullError, UnavailableError
 
 Answer = tuple[int, "CkptError | None"]

@@ -9,8 +9,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ckpt.backends.replicated.pace import Pace, backoff_s
-from ckpt.backends.replicated.quorum import Quorum
+from ckpt.backends.replicated.policy import Pace, Quorum, backoff_s
 
 
 class Found(enum.Enum):

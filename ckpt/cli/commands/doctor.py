@@ -10,11 +10,10 @@ import click
 from ckpt.backends.open import open_backend
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, table
-from ckpt.cli.url_list import UrlList, urls_command
+from ckpt.cli.store_options import UrlList, urls_command
 from ckpt.errors import UsageError
-from ckpt.maintenance.doctor.doctor import Patient, examine
-from ckpt.maintenance.doctor.doctor_facts import Advice, Judgement, StoreFindings
-from ckpt.maintenance.doctor.findings import judge
+from ckpt.maintenance.doctor.findings import Advice, Judgement, StoreFindings, judge
+from ckpt.maintenance.doctor.probe import Patient, examine
 
 LARGE_MIB_MAX = 64
 

@@ -10,17 +10,13 @@ import click
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
 from ckpt.cli.output import human_bytes, human_time, table
-from ckpt.cli.store_options import Store, StoreChoice, id_json, opened
-from ckpt.cli.url_list import UrlList, urls_command
+from ckpt.cli.store_options import Store, StoreChoice, UrlList, id_json, opened, urls_command
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.drop import drop, look
-from ckpt.maintenance.gc.gc_plan import GcPlan
-from ckpt.maintenance.gc.plan import Verdict
-from ckpt.maintenance.gc.sweep import referred
-from ckpt.maintenance.gc.upkeep_sweep import GRACE_S, StoreSweep, SweepReport, sweep
-from ckpt.maintenance.retain_text import parse_policy
-from ckpt.maintenance.retention import KeepPolicy, duration_s, duration_text
+from ckpt.maintenance.gc.plan import GcPlan, Verdict
+from ckpt.maintenance.gc.sweep import GRACE_S, StoreSweep, SweepReport, referred, sweep
+from ckpt.maintenance.retention import KeepPolicy, duration_s, duration_text, parse_policy
 from ckpt.values import SnapshotId
 
 _EPILOG = """\b

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckpt.backends.encrypted.keys import load_keys, write_new_key
-from ckpt.backends.replicated.job import KEY_VARIABLE
+from ckpt.backends.replicated.open import KEY_VARIABLE
 from ckpt.cli.echo import emit_json
 
 _EPILOG = f"""\b

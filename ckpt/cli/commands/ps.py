@@ -7,8 +7,19 @@ from collections.abc import Sequence
 import click
 
 from ckpt.cli.echo import JsonValue, emit_json
-from ckpt.cli.jobs import Alive, Dead, Home, Silent, ask_all, job_command
-from ckpt.cli.jobs_view import NUMERIC_COLUMNS, RANK_COLUMNS, rank_rows, report_json, summary
+from ckpt.cli.jobs import (
+    NUMERIC_COLUMNS,
+    RANK_COLUMNS,
+    Alive,
+    Dead,
+    Home,
+    Silent,
+    ask_all,
+    job_command,
+    rank_rows,
+    report_json,
+    summary,
+)
 from ckpt.cli.output import table
 from ckpt.errors import UnavailableError
 

@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 import numpy as np
 
-from ckpt.cli.commands.files import write_file
 from ckpt.cli.echo import JsonValue, emit_json, warn
 from ckpt.cli.numbers import Array, readable
 from ckpt.cli.store_options import Selector, StoreChoice, opened, snapshot_options, store_command
-from ckpt.errors import UsageError
+from ckpt.errors import UnavailableError, UsageError
 from ckpt.log.catalog import load_index
 from ckpt.restore.export.items import json_tree
 from ckpt.restore.reader import SnapshotReader
 from ckpt.values import Leaf, LeafKind
+
+# One output file, whole or not at all.
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object], *, force: bool) -> None:
+    """Let ``write`` fill a temporary file, sync it, and only then give it its name.
+
+    Raises UsageError where ``path`` exists and ``force`` is off, UnavailableError where the folder cannot take the file.
+    """
+    if not force and os.path.lexists(path):
+        raise UsageError(f"a file is in the way. path={path}; name another or pass --force")
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            with temp.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temp.replace(path)
+        finally:
+            temp.unlink(missing_ok=True)
+    except OSError as error:
+        raise UnavailableError(
+            f"the file cannot be written: {error.strerror}. path={path} errno={error.errno}"
+        ) from error
+
 
 VALUES_MAX = 100_000
 """How many numbers JSON may hold; more belong into a file."""

@@ -14,7 +14,7 @@ from ckpt.cli.output import human_bytes, progress
 from ckpt.cli.store_options import Selector, Store, StoreChoice, id_json, opened, snapshot_options, store_command
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.log.catalog import candidates, load_index
-from ckpt.restore.export.export import Exported, ExportOptions, ItemWriter, export
+from ckpt.restore.export.items import Exported, ExportOptions, ItemWriter, export
 from ckpt.restore.reader import SnapshotReader
 from ckpt.values import SnapshotId
 

@@ -8,7 +8,7 @@ from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.cli.echo import emit_json
 from ckpt.cli.output import human_bytes
 from ckpt.cli.replica_report import exit_code_of, print_report, report_json
-from ckpt.cli.url_list import UrlList, opened_plain, rate_option, urls_command
+from ckpt.cli.store_options import UrlList, opened_plain, rate_option, urls_command
 from ckpt.errors import InternalError
 from ckpt.maintenance.scrub.scrub import Scrub
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import click
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
-from ckpt.cli.jobs import Alive, Silent, ask_all, job_command
-from ckpt.cli.jobs_view import NOTHING, pair_json, pair_text
+from ckpt.cli.jobs import NOTHING, Alive, Silent, ask_all, job_command, pair_json, pair_text
 from ckpt.cli.output import table
 from ckpt.errors import UnavailableError
-from ckpt.ipc.report import NodeReport, Report
+from ckpt.ipc.messages import NodeReport, Report
 
 _EPILOG = """\b
 Examples:

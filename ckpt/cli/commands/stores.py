@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckpt.backends.base import Backend
-from ckpt.backends.replicated.job import open_job
+from ckpt.backends.replicated.open import open_job
 from ckpt.cli.echo import emit_json, warn
 from ckpt.cli.output import table
 from ckpt.cli.store_options import StoreChoice, opened, options_of, store_command
@@ -13,7 +13,7 @@ from ckpt.errors import UsageError
 from ckpt.events import Event
 from ckpt.log.state import StoreSet
 from ckpt.maintenance import store_set as sets
-from ckpt.maintenance.sync_facts import Effort
+from ckpt.maintenance.replica import Effort
 
 _ACTIONS = ("show", "add", "replace", "remove", "takeover")
 

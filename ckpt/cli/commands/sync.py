@@ -9,12 +9,11 @@ import click
 from ckpt.backends.base import Backend
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, progress
-from ckpt.cli.store_options import options_of
-from ckpt.cli.url_list import CommonOptions, common_options, opened_plain, rate_option
+from ckpt.cli.store_options import CommonOptions, common_options, opened_plain, options_of, rate_option
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.format import keys
-from ckpt.maintenance.sync.upkeep_sync import sync
-from ckpt.maintenance.sync_facts import Effort, SyncReport
+from ckpt.maintenance.replica import Effort, SyncReport
+from ckpt.maintenance.sync.sync import sync
 
 _EPILOG = """\b
 Examples:

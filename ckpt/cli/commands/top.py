@@ -12,12 +12,15 @@ from rich.live import Live
 from rich.text import Text
 
 from ckpt.cli.echo import emit_json
-from ckpt.cli.jobs import Asker, choose, home_of, job_command
-from ckpt.cli.jobs_view import (
+from ckpt.cli.jobs import (
     LIVE_COLUMNS,
     NUMERIC_COLUMNS,
     RECOVERY_COLUMNS,
+    Asker,
     Sample,
+    choose,
+    home_of,
+    job_command,
     live_json,
     live_rows,
     recovery_rows,

@@ -13,8 +13,8 @@ from typing import cast
 from ckpt.cluster.membership import leases
 from ckpt.cluster.membership.member import TTL_S, KeyedMembership
 from ckpt.errors import UsageError
+from ckpt.keyspace.address import EtcdOptions
 from ckpt.keyspace.base import Keyspace
-from ckpt.keyspace.etcd_options import EtcdOptions
 from ckpt.keyspace.sqlite import SqliteKeyspace
 
 
@@ -30,7 +30,7 @@ def open_keyspace(where: EtcdOptions | Path, job: str) -> Keyspace:
     # What grpc does in a child between fork and exec can abort it; a connection isn't used in children anyway.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     # Loaded here only: grpc takes longer to import than a keeper may take to start.
-    return cast(Keyspace, importlib.import_module("ckpt.keyspace.membership_etcd").EtcdKeyspace(where, job))
+    return cast(Keyspace, importlib.import_module("ckpt.keyspace.etcd").EtcdKeyspace(where, job))
 
 
 def open_membership(

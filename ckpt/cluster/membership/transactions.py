@@ -6,10 +6,11 @@ it is done late, since it compares the revision of what it replaces.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
-from ckpt.cluster.membership import names
 from ckpt.cluster.membership.api import Following, Leading, Lost, Published, Ticket
+from ckpt.cluster.membership.decide import confirmed
 from ckpt.cluster.membership.records import (
     Leader,
     Member,
@@ -19,9 +20,9 @@ from ckpt.cluster.membership.records import (
     decode_epoch,
     decode_holdings,
     decode_node,
+    node_ok,
 )
-from ckpt.cluster.membership.suspects import confirmed
-from ckpt.errors import CkptError, ConflictError, FencedError
+from ckpt.errors import CkptError, ConflictError, FencedError, UsageError
 from ckpt.keyspace.base import (
     OPS_MAX,
     Compare,
@@ -37,24 +38,83 @@ from ckpt.keyspace.base import (
     Unchanged,
 )
 
+# Where each fact of a job lies below ``/ckpt/<job>/``. Pure.
+#
+# epoch                      the newest epoch's record                            no lease leader
+# the id of the node that leads                        its node's lease nodes/<id>
+# what a node says of itself                           its lease said/<fact>/<id>           what
+# it says besides: ``holdings``, ``agent.x``      its lease suspects/<id>/<by>         a witness's
+# word                                     the witness's lease
+
+EPOCH = "epoch"
+LEADER = "leader"
+NODES = "nodes/"
+SAID = "said/"
+SUSPECTS = "suspects/"
+HOLDINGS = "holdings"
+
+_FACT_RE = re.compile(r"[0-9A-Za-z_.-]{1,100}", re.ASCII)
+
+
+def under(prefix: str, *, values: bool = True) -> Keys:
+    """All keys that begin with ``prefix``, which ends with a slash."""
+    return Keys(prefix, prefix[:-1] + "0", values)  # "0" follows "/"
+
+
+HEAD_KEYS = (Keys(EPOCH, LEADER + "\0"),)
+"""Epoch and leader, and nothing else: no other name lies between."""
+ALL_KEYS = (*HEAD_KEYS, under(NODES), under(f"{SAID}{HOLDINGS}/"), under(SUSPECTS))
+
+
+def node_key(node: str) -> str:
+    """Where a node says what it is."""
+    return NODES + node
+
+
+def agent_fact(agent: str) -> str:
+    """What a node says to let that agent live under its lease. Raises UsageError for a name that can't be one."""
+    if not node_ok(agent):
+        raise UsageError(f"not the name of an agent (1 to 64 of 0-9 a-z A-Z _ -). agent={agent[:80]!r}")
+    return f"agent.{agent}"
+
+
+def said_key(fact: str, node: str) -> str:
+    """Where a node says a fact. Raises UsageError for a name that can't be one."""
+    return f"{said_by_all(fact).start}{node}"
+
+
+def said_by_all(fact: str) -> Keys:
+    """Where all nodes say it. Raises UsageError for a name that can't be one."""
+    if not _FACT_RE.fullmatch(fact):
+        raise UsageError(f"not the name of a fact (1 to 100 of 0-9 a-z A-Z _ . -). fact={fact[:120]!r}")
+    return under(f"{SAID}{fact}/")
+
+
+def suspect_key(node: str, by: str) -> str:
+    """Where ``by`` says that it suspects ``node``."""
+    if not node_ok(node):
+        raise UsageError(f"not a node id. node={node[:80]!r}")
+    return f"{SUSPECTS}{node}/{by}"
+
+
 REMOVES_MAX = OPS_MAX - 10
 
 
 def join(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
     """Become a member, under a lease that was granted for it; ``agent`` may live under that lease too."""
-    key = names.node_key(ticket.node)
+    key = node_key(ticket.node)
     return Transaction((Unchanged(key, 0),), _joins(ticket, info, agent), (Keys(key, values=False),))
 
 
 def take_on(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
     """Go on with a membership that another process began."""
-    key = names.node_key(ticket.node)
+    key = node_key(ticket.node)
     return Transaction((Leased(key, ticket.lease_id),), _joins(ticket, info, agent), (Keys(key, values=False),))
 
 
 def _joins(ticket: Ticket, info: bytes, agent: str) -> tuple[Put, ...]:
-    own = Put(names.node_key(ticket.node), info, ticket.lease_id)
-    word = (Put(names.said_key(names.agent_fact(agent), ticket.node), b"", ticket.lease_id),) if agent else ()
+    own = Put(node_key(ticket.node), info, ticket.lease_id)
+    word = (Put(said_key(agent_fact(agent), ticket.node), b"", ticket.lease_id),) if agent else ()
     return (own, *word)
 
 
@@ -70,12 +130,12 @@ def joined(outcome: Outcome, ticket: Ticket) -> None:
 
 def look(ticket: Ticket) -> Transaction:
     """What each keepalive reads: whether the node's own key is there, and whether the epoch changed."""
-    return Transaction(reads=(Keys(names.node_key(ticket.node), values=False), Keys(names.EPOCH, values=False)))
+    return Transaction(reads=(Keys(node_key(ticket.node), values=False), Keys(EPOCH, values=False)))
 
 
 def written(ticket: Ticket, said: Sequence[str]) -> Transaction:
     """Read what a node has written, to put it under another lease. ``said``: its keys besides its own one and the leader's."""
-    own = (names.node_key(ticket.node), names.LEADER, *said)
+    own = (node_key(ticket.node), LEADER, *said)
     return Transaction(reads=tuple(Keys(key) for key in own))
 
 
@@ -85,9 +145,9 @@ def put_under(ticket: Ticket, lease_id: int, found: Outcome) -> Transaction:
     Once it has been done it changes the revision of each key, so whichever try lands later does nothing.
     """
     me = ticket.node.encode()
-    mine = [one for part in found.found for one in part if one.key != names.LEADER or one.value == me]
+    mine = [one for part in found.found for one in part if one.key != LEADER or one.value == me]
     return Transaction(
-        (Leased(names.node_key(ticket.node), ticket.lease_id), *(Unchanged(one.key, one.changed) for one in mine)),
+        (Leased(node_key(ticket.node), ticket.lease_id), *(Unchanged(one.key, one.changed) for one in mine)),
         tuple(Put(one.key, one.value, lease_id) for one in mine),
     )
 
@@ -100,19 +160,19 @@ def lives_under(found: Outcome) -> int:
 
 def stop_leading(ticket: Ticket) -> Transaction:
     """Lead no more, where this node does."""
-    return Transaction((Equals(names.LEADER, ticket.node.encode()),), (Delete(names.LEADER),))
+    return Transaction((Equals(LEADER, ticket.node.encode()),), (Delete(LEADER),))
 
 
 def take_back(ticket: Ticket, said: Iterable[str]) -> Iterable[Transaction]:
     """Delete what a node has written, itself first: the way out of a lease that others live under. Its id never comes back."""
-    keys = (names.node_key(ticket.node), *said)
+    keys = (node_key(ticket.node), *said)
     for first in range(0, len(keys), REMOVES_MAX):
         yield Transaction(then=tuple(Delete(key) for key in keys[first : first + REMOVES_MAX]))
 
 
 def read(scope: Scope) -> Transaction:
     """A job at one revision."""
-    return Transaction(reads=names.ALL_KEYS if scope is Scope.ALL else names.HEAD_KEYS)
+    return Transaction(reads=ALL_KEYS if scope is Scope.ALL else HEAD_KEYS)
 
 
 def seen(job: str, scope: Scope, outcome: Outcome) -> View:
@@ -122,9 +182,9 @@ def seen(job: str, scope: Scope, outcome: Outcome) -> View:
     """
     head = {one.key: one for one in outcome.found[0]}
     unreadable: list[str] = []
-    held = head.get(names.EPOCH)
+    held = head.get(EPOCH)
     epoch = decode_epoch(held.value) if held is not None else None
-    leads = head.get(names.LEADER)
+    leads = head.get(LEADER)
     nodes, holds, suspects = outcome.found[1:] if scope is Scope.ALL else ((), (), ())
     holdings = {}
     for one in holds:
@@ -139,7 +199,7 @@ def seen(job: str, scope: Scope, outcome: Outcome) -> View:
         except CkptError:
             unreadable.append(one.key)
             continue
-        if names.node_key(info.node) == one.key and one.lease_id:
+        if node_key(info.node) == one.key and one.lease_id:
             members.append(Member(info, one.lease_id, one.created, holdings.get((info.node, one.lease_id))))
         else:
             unreadable.append(one.key)
@@ -159,17 +219,17 @@ def _suspicion(one: KeyValue) -> Suspicion:
 
 def lead(ticket: Ticket, view: View | None, witnesses_min: int) -> Transaction:
     """Lead where nobody does, or in place of the leader of ``view`` where enough witnesses there suspect it."""
-    when: list[Compare] = [Leased(names.node_key(ticket.node), ticket.lease_id)]
+    when: list[Compare] = [Leased(node_key(ticket.node), ticket.lease_id)]
     leader = view.leader if view is not None else None
     if view is None or leader is None or leader.node not in confirmed(view, witnesses_min):
-        when.append(Unchanged(names.LEADER, 0))
+        when.append(Unchanged(LEADER, 0))
     else:
-        when.append(Unchanged(names.LEADER, leader.revision))
+        when.append(Unchanged(LEADER, leader.revision))
         by = sorted(one.by for one in view.suspicions if one.node == leader.node and one.by in view.by_node)
-        when.extend(Exists(names.suspect_key(leader.node, one)) for one in by[:witnesses_min])
+        when.extend(Exists(suspect_key(leader.node, one)) for one in by[:witnesses_min])
     return Transaction(
-        tuple(when), (Put(names.LEADER, ticket.node.encode(), ticket.lease_id),),
-        (Keys(names.LEADER), Keys(names.node_key(ticket.node), values=False)),
+        tuple(when), (Put(LEADER, ticket.node.encode(), ticket.lease_id),),
+        (Keys(LEADER), Keys(node_key(ticket.node), values=False)),
     )  # fmt: skip
 
 
@@ -191,13 +251,13 @@ def publish(ticket: Ticket, record: bytes, view: View, remove: tuple[str, ...]) 
     assert view.leader is not None
     return Transaction(
         (
-            Unchanged(names.LEADER, view.leader.revision),
-            Equals(names.LEADER, ticket.node.encode()),
-            Leased(names.node_key(ticket.node), ticket.lease_id),
-            Unchanged(names.EPOCH, view.epoch_revision),
+            Unchanged(LEADER, view.leader.revision),
+            Equals(LEADER, ticket.node.encode()),
+            Leased(node_key(ticket.node), ticket.lease_id),
+            Unchanged(EPOCH, view.epoch_revision),
         ),
-        (Put(names.EPOCH, record), *(Delete(names.node_key(node)) for node in remove[:REMOVES_MAX])),
-        (Keys(names.EPOCH), Keys(names.LEADER)),
+        (Put(EPOCH, record), *(Delete(node_key(node)) for node in remove[:REMOVES_MAX])),
+        (Keys(EPOCH), Keys(LEADER)),
     )
 
 
@@ -216,16 +276,16 @@ def published(outcome: Outcome, ticket: Ticket, record: bytes) -> Published | Lo
 def remove_more(epoch_revision: int, nodes: tuple[str, ...]) -> Transaction:
     """Delete the memberships that did not fit into the transaction of the epoch, while that epoch holds."""
     return Transaction(
-        (Unchanged(names.EPOCH, epoch_revision),), tuple(Delete(names.node_key(node)) for node in nodes[:REMOVES_MAX])
+        (Unchanged(EPOCH, epoch_revision),), tuple(Delete(node_key(node)) for node in nodes[:REMOVES_MAX])
     )
 
 
 def say(ticket: Ticket, key: str, value: bytes | None, changed: int) -> Transaction:
     """Write or delete a word of this node that was last changed at ``changed``, so that an older try can't land after it."""
     return Transaction(
-        (Leased(names.node_key(ticket.node), ticket.lease_id), Unchanged(key, changed)),
+        (Leased(node_key(ticket.node), ticket.lease_id), Unchanged(key, changed)),
         (Delete(key) if value is None else Put(key, value, ticket.lease_id),),
-        (Keys(key), Keys(names.node_key(ticket.node), values=False)),
+        (Keys(key), Keys(node_key(ticket.node), values=False)),
     )
 
 

@@ -11,21 +11,110 @@ import contextlib
 import os
 import selectors
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ckpt.cluster.fleet_tls import Tls
-from ckpt.cluster.mesh.addresses import Places
+from ckpt.cluster.mesh.addresses import DIAL_S, Places, family, name_of, quick, split, why_of
 from ckpt.cluster.mesh.messages import Beat, Word
 from ckpt.cluster.mesh.protocol import Cable, Speller
-from ckpt.cluster.mesh.sheath import Sheath
-from ckpt.cluster.mesh.sockets import DIAL_S, family, name_of, quick, split, why_of
-from ckpt.cluster.mesh.wanted import RETRY_FIRST_S, Wanted
 from ckpt.cluster.secret import NONCE_BYTES
-from ckpt.errors import CkptError, UnavailableError
+from ckpt.cluster.tls import Tls
+from ckpt.errors import CkptError, StoreDeniedError, UnavailableError
 from ckpt.events import Event, Tell
+
+# TLS around one cable, without its socket: bytes of the network in, bytes of the cable out, and
+# back. Pure but for OpenSSL.
+#
+# A line is one of many in one thread that never waits, so the handshake goes on as bytes come.
+# What the cable says meanwhile is kept until it is over. Memory: what OpenSSL keeps of a
+# handshake or a record, some 100 KiB, and what one read gave.
+
+TLS_READ_BYTES = 64 << 10
+
+
+class Sheath:
+    """One end. ``calls``: the host that is called, None at the end that was called."""
+
+    def __init__(self, tls: Tls, *, calls: str | None) -> None:
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        if calls is None:
+            self._tls = tls.server.wrap_bio(self._in, self._out, server_side=True)
+        else:
+            self._tls = tls.client.wrap_bio(self._in, self._out, server_hostname=calls)
+        self._kept = bytearray()
+        """What the cable said, and TLS has not taken."""
+        self._met = False
+
+    def received(self, data: bytes) -> bytes:
+        """What the other end's cable said, of what came.
+
+        Raises StoreDeniedError for one that is not of this job's CA, or not where it says; ``last_words`` then tells it why.
+        """
+        self._in.write(data)
+        said = bytearray()
+        try:
+            if not self._met:
+                self._tls.do_handshake()
+                self._met = True
+            while piece := self._tls.read(TLS_READ_BYTES):
+                said += piece
+        except ssl.SSLWantReadError:
+            pass  # more has to come
+        except ssl.SSLError as error:
+            why = (
+                error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason or str(error)
+            )
+            raise StoreDeniedError(
+                f"TLS failed: {why}; compare the certificates, their CA and their hosts; all nodes have some or none"
+            ) from error
+        return bytes(said)
+
+    def to_send(self, said: bytes) -> bytes:
+        """The bytes that are to go out now, once; ``said``: what the cable says now. Raises StoreDeniedError."""
+        self._kept += said
+        try:
+            if not self._met:
+                self._tls.do_handshake()
+                self._met = True
+            while self._kept:
+                count = self._tls.write(memoryview(self._kept)[:TLS_READ_BYTES].tobytes())
+                del self._kept[:count]
+        except ssl.SSLWantReadError:
+            pass  # the other end's turn
+        except ssl.SSLError as error:
+            raise StoreDeniedError(f"TLS failed: {error.reason or error}") from error
+        return self._out.read()
+
+    def last_words(self) -> bytes:
+        """What tells the other end why it was refused."""
+        return self._out.read()
+
+
+# A node to which a line is wanted: where it is called, and when next.
+
+RETRY_FIRST_S = 0.05
+RETRY_LAST_S = 2.0
+
+
+@dataclass(slots=True)
+class Wanted:
+    """See the module. Owned by the lines."""
+
+    address: str
+    doubtful: bool = True
+    """Nobody has answered at its address yet, or since its line broke."""
+    reached: bool = False
+    """It was called there, and answered."""
+    due_s: float = 0.0
+    pause_s: float = RETRY_FIRST_S
+
+    def wait(self, now_s: float) -> None:
+        """A call was tried: the next comes later and later."""
+        self.due_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, RETRY_LAST_S)
+
 
 BEAT_S = 1.0
 """How often a line on which nothing is said says that it is there."""

@@ -2,15 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from ckpt.cluster.membership.decide import Decision, NewEpoch
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View
-from ckpt.cluster.mesh.messages import Failed
-from ckpt.cluster.node.note import Note, decode_note
-from ckpt.cluster.node.reports import Reported
+from ckpt.cluster.mesh.messages import Ended, Failed
+from ckpt.errors import IntegrityError
+from ckpt.format.canonical import ready
+
+# What an epoch carries besides places: why it came, what to remember of failures, and the job's
+# end. Pure.
+
+NOTE_CHARS_MAX = 4000
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """``why`` the epoch came, for people.
+
+    ``fingerprint``, ``step``, ``same``, ``stuck``, ``completed``, ``overdue``: see ``keeper.verdict.Record``. ``end``: all
+    nodes leave with that status. ``era``: the first epoch with the same nodes in the same places; what their keepers do
+    together goes on within.
+    """
+
+    why: str = ""
+    fingerprint: str = ""
+    step: int = -1
+    same: int = 0
+    stuck: int = 0
+    completed: int = -1
+    overdue: int = 0
+    end: int | None = None
+    era: int = 0
+
+
+ready(Note)
+
+
+def encode_note(note: Note) -> str:
+    """As text; a reason that is too long is cut."""
+    text = msgspec.json.encode(note).decode()
+    if len(text) <= NOTE_CHARS_MAX:
+        return text
+    short = msgspec.structs.replace(note, why=note.why[:500], fingerprint=note.fingerprint[:200])
+    return msgspec.json.encode(short).decode()
+
+
+def decode_note(text: str) -> Note:
+    """The note in ``text``; an empty one of no text. Raises IntegrityError."""
+    if not text:
+        return Note()
+    try:
+        return msgspec.json.decode(text, type=Note)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise IntegrityError(f"an epoch's note is no note. why={error}") from error
+
+
+# What nodes said about one epoch after the other: whose trainers failed, whose ended. Not
+# thread-safe.
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What is known of one epoch: failures by node, when each was heard, and the nodes all of whose ranks ended well."""
+
+    failures: Mapping[str, Failed]
+    heard_s: Mapping[str, float]
+    ended: frozenset[str]
+
+
+class Reports:
+    """The newest word of each node. Words may be of an epoch that this node has not seen yet."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, tuple[Failed, float]] = {}
+        self._ended: dict[str, int] = {}
+
+    def take(self, node: str, word: Failed | Ended, now_s: float) -> None:
+        """Note a word, unless it is known or older than what is."""
+        match word:
+            case Failed():
+                known = self._failures.get(node)
+                if known is None or _age(known[0]) < _age(word):
+                    self._failures[node] = (word, now_s)
+            case Ended():
+                self._ended[node] = max(word.attempt, self._ended.get(node, 0))
+
+    def of(self, record: EpochRecord) -> Reported:
+        """Of an epoch's nodes. A node that can't go on said so once, and it holds in each epoch that still places it."""
+        known = {
+            node: self._failures[node] for node in record.ranks
+            if node in self._failures and _concerns(self._failures[node][0], record.number)
+        }  # fmt: skip
+        return Reported(
+            {node: word for node, (word, _) in known.items()},
+            {node: at_s for node, (_, at_s) in known.items()},
+            frozenset(node for node in record.ranks if self._ended.get(node) == record.number),
+        )
+
+    def forget(self, view: View) -> None:
+        """Drop what says nothing about the view's epoch or a later one."""
+        number = view.epoch.number if view.epoch is not None else 0
+        self._failures = {
+            node: (word, at_s) for node, (word, at_s) in self._failures.items()
+            if word.attempt >= number or (word.final and node in view.by_node)
+        }  # fmt: skip
+        self._ended = {node: attempt for node, attempt in self._ended.items() if attempt >= number}
+
+
+def _age(word: Failed) -> tuple[int, bool]:
+    return word.attempt, word.final
+
+
+def _concerns(word: Failed, number: int) -> bool:
+    return word.attempt == number or (word.final and word.attempt < number)
+
 
 ALL_ENDED = "all ranks ended"
 
@@ -133,3 +242,35 @@ def _floor(info: NodeInfo) -> int:
 
 def _said(info: NodeInfo, what: str) -> str:
     return next((one.removeprefix(what) for one in info.capabilities if one.startswith(what)), "")
+
+
+# Which nodes a node keeps a line to. Pure.
+
+MESH_MAX = 64
+"""Up to so many nodes everybody has a line to everybody."""
+
+
+def wanted(view: View, me: str) -> dict[str, str]:
+    """The addresses, by node, to which ``me`` keeps lines.
+
+    With many nodes: to the leader and the node of rank 0, who have lines to all, and to both neighbours in a ring of all
+    members, so that two at least see each node's end.
+    """
+    addresses = {member.node: member.info.address for member in view.members if member.info.address}
+    nodes = sorted(addresses)
+    if len(nodes) <= MESH_MAX or me in _centres(view):
+        return {node: address for node, address in addresses.items() if node != me}
+    near = {*_centres(view), *_neighbours(nodes, me)}
+    return {node: addresses[node] for node in near if node in addresses and node != me}
+
+
+def _centres(view: View) -> set[str]:
+    found = {view.leader.node} if view.leader is not None else set()
+    return found | {view.epoch.root} if view.epoch is not None else found
+
+
+def _neighbours(nodes: Sequence[str], me: str) -> set[str]:
+    if me not in nodes:
+        return set()
+    at = nodes.index(me)
+    return {nodes[at - 1], nodes[(at + 1) % len(nodes)]}

@@ -12,22 +12,73 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ckpt.cluster.membership.api import Leading, Published, Standing
-from ckpt.cluster.membership.decide import Noticed, Options, decide, notice
+from ckpt.cluster.membership.decide import Noticed, Options, confirmed, decide, notice
 from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.names import HOLDINGS
 from ckpt.cluster.membership.records import Holdings, NodeInfo, View, encode_holdings
-from ckpt.cluster.membership.suspects import confirmed
+from ckpt.cluster.membership.transactions import HOLDINGS
 from ckpt.cluster.mesh.connections import Heard, Lines
 from ckpt.cluster.mesh.messages import Ended, Failed, Meet, Word
-from ckpt.cluster.node.epochs import Epochs
-from ckpt.cluster.node.leading import Judge, Trouble, assess, end_unseen, floor_of, next_epoch, note_of
-from ckpt.cluster.node.note import encode_note
-from ckpt.cluster.node.reach import wanted
-from ckpt.cluster.node.reports import Reported, Reports
-from ckpt.cluster.node.suspects import Suspects
-from ckpt.cluster.node.ways import Member, Told, Ways
+from ckpt.cluster.node.epochs import Epochs, Member, Told, Ways
+from ckpt.cluster.node.leading import (
+    Judge,
+    Reported,
+    Reports,
+    Trouble,
+    assess,
+    encode_note,
+    end_unseen,
+    floor_of,
+    next_epoch,
+    note_of,
+    wanted,
+)
 from ckpt.errors import CkptError, FencedError, InternalError
 from ckpt.events import Event, Tell
+
+# What a node thinks of the others' lines, and what of it the membership has been told.
+# Thread-safe.
+
+
+class Suspects:
+    """Of one membership of this node: a new one begins with none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._due: dict[str, str | None] = {}
+        """What is to be told, by node; None: that it is taken back."""
+        self._told: set[str] = set()
+
+    def refused(self, node: str, why: str) -> None:
+        """Its machine answers, and nobody listens there any more."""
+        with self._lock:
+            if node not in self._told or node in self._due:
+                self._due[node] = why
+
+    def reached(self, node: str) -> None:
+        """A line to it is up."""
+        with self._lock:
+            if node in self._told or node in self._due:
+                self._due[node] = None
+
+    def tell(self, view: View, suspect: Callable[[str, str | None], object]) -> None:
+        """Tell what is due about those who are still members. What can't be told now is told the next time."""
+        with self._lock:
+            due, self._due = self._due, {}
+            due = {node: why for node, why in due.items() if node in view.by_node}
+            # Noted first: who is reached meanwhile must find that there is something to take back.
+            self._told = {node for node in self._told if node in view.by_node} | due.keys()
+        try:
+            while due:
+                node, why = next(iter(due.items()))
+                suspect(node, why)
+                del due[node]
+                with self._lock:
+                    if why is None and node not in self._due:
+                        self._told.discard(node)
+        finally:
+            with self._lock:
+                self._due = due | self._due
+
 
 LOOK_S = 1.0
 """How often time alone may have changed what follows."""

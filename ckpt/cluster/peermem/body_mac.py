@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from typing import Protocol, cast
 
-from ckpt.cluster.peermem.wire import TAG_BYTES
+from ckpt.cluster.peermem.http import TAG_BYTES
 from ckpt.errors import UsageError
 
 GMAC = "gmac"

@@ -6,19 +6,38 @@ Holds HEAD_BYTES_MAX of memory of its own, and no body.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import select
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from ckpt.backends.base import Buffer
 from ckpt.cluster.peermem.auth import same
 from ckpt.cluster.peermem.body_mac import BodyMac
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.wire import END, HEAD_BYTES_MAX, TAG_BYTES, MalformedError
-from ckpt.errors import UnavailableError
+from ckpt.cluster.peermem.http import END, HEAD_BYTES_MAX, TAG_BYTES, MalformedError
+from ckpt.errors import UnavailableError, UsageError
 from ckpt.rate_limit import RateCap
+
+# How long a peer is waited for. Pure.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """A peer moves ``bytes_per_s_min`` and may be late by ``grace_s``, as a leaky bucket: speed makes up for lateness and never
+    earns more. So neither silence nor a trickle holds anybody up, whatever went before.
+    """
+
+    grace_s: float = 10.0
+    bytes_per_s_min: int = 64 << 10
+
+    def late_s(self, late_s: float, *, took_s: float, moved_bytes: int) -> float:
+        """How late a peer is that was ``late_s``, and then took ``took_s`` to move ``moved_bytes``."""
+        return max(0.0, late_s + took_s - moved_bytes / self.bytes_per_s_min)
+
 
 BLOCK_BYTES = 1 << 20
 """What is digested and sent at once, and received at most: smaller blocks wake the other side more often, which costs more than
@@ -276,3 +295,86 @@ def _blocks(data: Sequence[memoryview], block_bytes: int) -> Iterator[list[memor
                 block, room = [], block_bytes
     if block:
         yield block
+
+
+# What a put sends: buffers in a row, or a stretch of a file that the kernel sends by itself.
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``size_bytes`` of a file or memfd from ``offset_bytes`` on. The descriptor stays the caller's."""
+
+    fd: int
+    offset_bytes: int
+    size_bytes: int
+
+
+class Body(Protocol):
+    """The bytes of one put. May be sent more than once."""
+
+    @property
+    def size_bytes(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def pieces(self) -> Sequence[memoryview]:
+        """All of them in order, where they are few pieces; else empty."""
+        ...
+
+    def send(self, channel: Channel, mac: BodyMac, cap: RateCap | None) -> None:
+        """Send and digest them."""
+        ...
+
+
+class Buffers:
+    """Buffers in a row; none is copied."""
+
+    __slots__ = ("_views", "size_bytes")
+
+    def __init__(self, data: Sequence[Buffer]) -> None:
+        self._views = [memoryview(one).cast("B") for one in data]
+        self.size_bytes = sum(len(view) for view in self._views)
+
+    @property
+    def pieces(self) -> Sequence[memoryview]:
+        """See Body."""
+        return self._views if len(self._views) < PIECES_MAX else ()
+
+    def send(self, channel: Channel, mac: BodyMac, cap: RateCap | None) -> None:
+        """See Body."""
+        channel.write_body(self._views, mac, cap)
+
+
+class MappedExtent:
+    """An extent, mapped to be digested."""
+
+    __slots__ = ("_extent", "_view", "pieces", "size_bytes")
+
+    def __init__(self, extent: Extent, view: memoryview) -> None:
+        self._extent = extent
+        self._view = view
+        self.size_bytes = extent.size_bytes
+        self.pieces: Sequence[memoryview] = ()
+
+    def send(self, channel: Channel, mac: BodyMac, cap: RateCap | None) -> None:
+        """See Body."""
+        channel.write_extent(self._view, self._extent.fd, self._extent.offset_bytes, mac, cap)
+
+
+@contextlib.contextmanager
+def mapped(extent: Extent) -> Iterator[Body]:
+    """``extent`` as a body. Raises UsageError where the file doesn't reach so far or can't be mapped."""
+    if extent.size_bytes == 0:
+        yield Buffers([])
+        return
+    start = extent.offset_bytes - extent.offset_bytes % mmap.ALLOCATIONGRANULARITY
+    length = extent.offset_bytes + extent.size_bytes - start
+    try:
+        memory = mmap.mmap(extent.fd, length, prot=mmap.PROT_READ, offset=start)
+    except (ValueError, OSError, OverflowError) as error:
+        raise UsageError(
+            f"an extent can't be mapped. offset_bytes={extent.offset_bytes} size_bytes={extent.size_bytes} cause={error}"
+        ) from error
+    with memory, memoryview(memory) as whole, whole[extent.offset_bytes - start :] as view:
+        yield MappedExtent(extent, view)

@@ -3,15 +3,235 @@
 from __future__ import annotations
 
 import re
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 from urllib.parse import quote, unquote_to_bytes
 
-from ckpt.backends.keys import check_key
-from ckpt.cluster.peermem.auth import NONCE_BYTES
-from ckpt.cluster.peermem.changed import RANGE_BYTES, RANGES_MAX
-from ckpt.cluster.peermem.wire import REASONS, TAG_BYTES, Head, MalformedError, number, spell_head
-from ckpt.errors import UsageError
+from ckpt.backends.base import Buffer, check_key
+from ckpt.cluster.peermem.auth import MAC_BYTES, NONCE_BYTES
+from ckpt.errors import IntegrityError, NotFoundError, UsageError
+
+# The heads of requests and answers, as bytes and as values. Pure.
+#
+# HTTP/1.1 in one spelling, and nothing beside it: lower-case names, one space, no header twice,
+# the MAC's line last. The MAC covers every byte before its line and is compared first, so that a
+# stranger's bytes are never taken apart.
+
+HEAD_BYTES_MAX = 8 << 10
+"""No head is longer; a quoted key takes 1.5 KiB at most, and no head has more than two."""
+FIELDS_MAX = 16
+"""Lines of one head behind the first."""
+TAG_BYTES = 16
+"""What follows the bytes of every body and proves them."""
+END = b"\r\n\r\n"
+
+REASONS = MappingProxyType(
+    {
+        100: "Continue",
+        200: "OK",
+        201: "Created",
+        204: "No Content",
+        206: "Partial Content",
+        400: "Bad Request",
+        401: "Unauthorized",
+        403: "Forbidden",
+        404: "Not Found",
+        409: "Conflict",
+        412: "Precondition Failed",
+        413: "Content Too Large",
+        416: "Range Not Satisfiable",
+        421: "Misdirected Request",
+        424: "Failed Dependency",
+        503: "Service Unavailable",
+        507: "Insufficient Storage",
+    }
+)
+
+_MAC_FIELD = b"ckpt-mac: "
+_MAC_LINE_BYTES = len(_MAC_FIELD) + 2 * MAC_BYTES + len(END)
+_MAC_LINE = re.compile(rb"ckpt-mac: [0-9a-f]{64}\r\n\r\n")
+_LINE = re.compile(r"([a-z][a-z0-9-]*): ([!-~](?:[ -~]*[!-~])?)")
+_START = re.compile(r"([!-~]+) ([!-~]+) ([!-~](?:[ -~]*[!-~])?)")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+class MalformedError(IntegrityError):
+    """Bytes that are no head of this protocol."""
+
+    code = "malformed"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The three words of a first line, and the fields behind it."""
+
+    start: tuple[str, str, str]
+    fields: MappingProxyType[str, str]
+
+    def text(self, name: str) -> str:
+        """The field's value. Raises MalformedError where it is missing."""
+        if name not in self.fields:
+            raise MalformedError(f"a field is missing. name={name}")
+        return self.fields[name]
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """The field as a number in its one decimal spelling, below 10^18."""
+        if default is not None and name not in self.fields:
+            return default
+        return number(self.text(name), name)
+
+    def only(self, *names: str) -> None:
+        """Raise MalformedError where there is a field beside ``names``."""
+        for name in self.fields:
+            if name not in names:
+                raise MalformedError(f"an unknown field. name={name}")
+
+
+def number(text: str, name: str) -> int:
+    """``text`` as a number. Raises MalformedError."""
+    if not _NUMBER.fullmatch(text):
+        raise MalformedError(f"not a number. name={name}")
+    return int(text)
+
+
+def spell_head(start: str, fields: dict[str, str]) -> bytes:
+    """A head without its MAC and end."""
+    lines = [start, *(f"{name}: {value}" for name, value in fields.items())]
+    return "".join(f"{line}\r\n" for line in lines).encode("ascii")
+
+
+def with_mac(head: bytes, mac: bytes) -> bytes:
+    """The whole of a signed head."""
+    return head + _MAC_FIELD + mac.hex().encode() + END
+
+
+def unsigned(head: bytes) -> bytes:
+    """The whole of a head that nobody vouches for."""
+    return head + b"\r\n"
+
+
+def split_mac(raw: bytes) -> tuple[bytes, bytes] | None:
+    """What a MAC covers, and the MAC; None where the head has none at its end."""
+    if len(raw) < _MAC_LINE_BYTES or not _MAC_LINE.fullmatch(raw, len(raw) - _MAC_LINE_BYTES):
+        return None
+    at = len(raw) - _MAC_LINE_BYTES
+    return raw[:at], bytes.fromhex(raw[at + len(_MAC_FIELD) : -len(END)].decode())
+
+
+def parse_head(covered: bytes) -> Head:
+    """The head in ``covered``, which is what ``spell_head`` makes. Raises MalformedError for everything else."""
+    try:
+        text = covered.decode("ascii")
+    except UnicodeDecodeError:
+        raise MalformedError("a head is not ASCII.") from None
+    if len(covered) > HEAD_BYTES_MAX or not text.endswith("\r\n"):
+        raise MalformedError(f"a head is too long or ends in the middle of a line. size_bytes={len(covered)}")
+    first, *lines = text[:-2].split("\r\n")
+    if len(lines) > FIELDS_MAX:
+        raise MalformedError(f"too many fields. count={len(lines)} limit={FIELDS_MAX}")
+    start = _START.fullmatch(first)
+    if start is None:
+        raise MalformedError("not the first line of a head.")
+    fields: dict[str, str] = {}
+    for line in lines:
+        found = _LINE.fullmatch(line)
+        if found is None or found[1] in fields:
+            raise MalformedError("not a field, or one that is there twice.")
+        fields[found[1]] = found[2]
+    return Head((start[1], start[2], start[3]), MappingProxyType(fields))
+
+
+# Putting only what changed: which ranges of an object are sent, and which are those of its base.
+# Pure.
+#
+# The table of ranges leads such a body: for each its offset and its length, 8 bytes each,
+# big-endian. The ranges' bytes follow in order. Everything between them is the base's.
+
+RANGE_BYTES = 16
+"""One entry of the table."""
+
+RANGES_MAX = 4096
+"""Most ranges of one put: a table of 64 KiB, well inside what a connection may take."""
+
+Range = tuple[int, int]
+"""Offset and length in bytes."""
+
+
+class BaseGoneError(NotFoundError):
+    """The peer does not have the base any more, or has another content of it: put the whole object."""
+
+    code = "base-gone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One content of a key in a peer's memory, as the peer named it when that was put.
+
+    ``version`` tells it from all others of one start of the peer's server, which is ``boot``.
+    """
+
+    key: str
+    size_bytes: int
+    version: int
+    boot: str
+
+
+def spell_ranges(ranges: Sequence[Range]) -> bytes:
+    """The table of ``ranges``, in which ``ranges_problem`` finds nothing wrong."""
+    return struct.pack(f">{2 * len(ranges)}Q", *(number for one in ranges for number in one))
+
+
+def read_ranges(table: bytes | bytearray, *, size_bytes: int, sent_bytes: int) -> list[Range]:
+    """The ranges in ``table``, of an object of ``size_bytes`` of which ``sent_bytes`` follow. Raises MalformedError."""
+    numbers = struct.unpack(f">{len(table) // 8}Q", table)
+    ranges = list(zip(numbers[::2], numbers[1::2], strict=True))
+    why = ranges_problem(ranges, size_bytes=size_bytes)
+    if why is None and sum(length for _, length in ranges) != sent_bytes:
+        why = f"the ranges are not as long as what follows. sent_bytes={sent_bytes}"
+    if why is not None:
+        raise MalformedError(why)
+    return ranges
+
+
+def ranges_problem(ranges: Sequence[Range], *, size_bytes: int) -> str | None:
+    """What makes ``ranges`` unfit for an object of ``size_bytes``, or None. None may be empty; they ascend without overlap."""
+    if len(ranges) > RANGES_MAX:
+        return f"too many ranges. count={len(ranges)} limit={RANGES_MAX}"
+    end = 0
+    for offset, length in ranges:
+        if length < 1 or offset < end or offset + length > size_bytes:
+            return f"a range is empty, out of order or outside. offset={offset} length={length} size_bytes={size_bytes}"
+        end = offset + length
+    return None
+
+
+def between(ranges: Sequence[Range], *, size_bytes: int) -> Iterator[tuple[Range, Range]]:
+    """What is kept before each range, and that range; last what is kept behind all of them, and an empty range."""
+    at = 0
+    for offset, length in (*ranges, (size_bytes, 0)):
+        yield (at, offset - at), (offset, length)
+        at = offset + length
+
+
+def pieces_of(data: Sequence[Buffer], ranges: Sequence[Range]) -> list[memoryview]:
+    """Views of what ``ranges`` hold of the concatenation of ``data``; nothing is copied."""
+    pieces: list[memoryview] = []
+    views = [memoryview(one).cast("B") for one in data]
+    place, begin = 0, 0  # of the buffer in which the next byte lies, and where that buffer begins
+    for offset, length in ranges:
+        end = offset + length
+        while offset < end:
+            while offset >= begin + len(views[place]):
+                begin += len(views[place])
+                place += 1
+            piece = views[place][offset - begin : end - begin]
+            pieces.append(piece)
+            offset += len(piece)
+    return pieces
+
 
 Verb = Literal["PUT", "GET", "HEAD", "LIST", "DELETE"]
 
@@ -316,3 +536,37 @@ def _span(text: str) -> tuple[int, int]:
     if last < first:
         raise MalformedError("an empty range of bytes.")
     return first, last - first + 1
+
+
+# Whether a request that came from a holder of the secret is served. Pure.
+
+Kind = Literal[
+    "mac", "malformed", "replay", "boot", "epoch", "taken", "missing", "range", "read-only", "too-large", "full", "base",
+    "body", "slow", "crowded", "tls",
+]  # fmt: skip
+"""What a request or a connection was turned away for; each is counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A status, and why in words for programs and for people."""
+
+    status: int
+    kind: Kind
+    why: str
+
+
+def admit(request: Request, *, boot: str, epoch: int, last_counter: int) -> Refusal | None:
+    """Why ``request`` is refused, or None. ``epoch`` is the highest seen, ``last_counter`` this connection's last number."""
+    if request.counter <= last_counter:
+        return Refusal(401, "replay", f"a number that was used before. counter={request.counter} last={last_counter}")
+    if request.boot != boot:
+        return Refusal(421, "boot", f"meant for an earlier start of this server. meant={request.boot} boot={boot}")
+    if request.epoch < epoch:
+        return fenced(request.epoch, epoch)
+    return None
+
+
+def fenced(epoch: int, known: int) -> Refusal:
+    """The refusal of an epoch that is over."""
+    return Refusal(409, "epoch", f"a newer epoch is open. epoch={epoch} known={known}")

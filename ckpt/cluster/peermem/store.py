@@ -7,22 +7,56 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import msgspec
 
-from ckpt.backends.base import Buffer, Capabilities, Stat
-from ckpt.backends.keys import check_key, check_prefix
+from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.bodies import Body, Buffers, Extent, mapped
-from ckpt.cluster.peermem.changed import Range, Stored, pieces_of, ranges_problem, spell_ranges
-from ckpt.cluster.peermem.channel import EndedError
-from ckpt.cluster.peermem.client import Call, Connection, CrowdedError, Reply, nothing
-from ckpt.cluster.peermem.patience import Patience
-from ckpt.cluster.peermem.pool import Pool
-from ckpt.cluster.peermem.refusals import error_of
-from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.cluster.peermem.channel import Body, Buffers, EndedError, Extent, Patience, mapped
+from ckpt.cluster.peermem.client import Call, Connection, CrowdedError, Pool, Reply, nothing
+from ckpt.cluster.peermem.http import Answer, BaseGoneError, Range, Stored, pieces_of, ranges_problem, spell_ranges
+from ckpt.errors import (
+    CkptError,
+    FencedError,
+    IntegrityError,
+    KeyExistsError,
+    NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.rate_limit import RateCap
+
+# What a peer's refusals mean for the caller of a store. Pure.
+
+_KINDS: MappingProxyType[int, tuple[type[CkptError], str]] = MappingProxyType(
+    {
+        400: (UnavailableError, "the peer doesn't understand; run one version on all nodes"),
+        401: (StoreDeniedError, "the peer finds this request not genuine"),
+        403: (UsageError, "the peer's own objects are only read"),
+        404: (NotFoundError, "no such object"),
+        409: (FencedError, "a newer epoch is open"),
+        412: (KeyExistsError, "the key is taken; read it to learn whose bytes it holds"),
+        413: (StoreFullError, "the object is larger than this peer takes"),
+        416: (IntegrityError, "the object ends too early; read another copy"),
+        421: (UnavailableError, "the peer was started anew, and what it held is gone"),
+        424: (BaseGoneError, "the peer does not have the base any more; put the whole object"),
+        503: (CrowdedError, "the peer serves as many others as it can"),
+        507: (StoreFullError, "the peer's memory is used up; delete there or raise its budget"),
+    }
+)
+
+
+def error_of(answer: Answer, *, key: str, url: str) -> CkptError | None:
+    """The error to raise for ``answer``, or None where it is no refusal."""
+    if answer.status < 300:
+        return None
+    kind, text = _KINDS.get(answer.status, (UnavailableError, "the peer refuses"))
+    return kind(f"{text}. key={key} store={url} status={answer.status} epoch={answer.epoch} why={answer.why!r}")
+
 
 READ_BYTES_BEST = 1 << 20
 """A request costs about as much as moving a fifth of this."""

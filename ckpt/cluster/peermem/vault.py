@@ -3,18 +3,182 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import resource
 import threading
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Protocol
 
-from ckpt.backends.base import Stat
-from ckpt.backends.keys import check_key, check_prefix
-from ckpt.cluster.peermem.memory import Block, Blocks, room_bytes
-from ckpt.cluster.peermem.sources import Held
+import numpy as np
+
+from ckpt.backends.base import Stat, check_key, check_prefix
 from ckpt.errors import InternalError, KeyExistsError, NotFoundError, StoreFullError, UsageError
-from ckpt.staging.memory_limit import available_bytes
+from ckpt.staging.memory import Region, available_bytes, pages
+
+# The memory that a vault's objects lie in: where it comes from, and what is kept of it for the
+# next object.
+
+SMALL_BYTES = 64 << 10
+"""Smaller objects are plain memory: a memfd each would cost a descriptor for little."""
+
+DESCRIPTORS_SHARE = 4
+"""One in so many of the descriptors that this process may have is spent on objects; what lies beyond is memory without one."""
+
+OVERSIZE = 1.25
+"""Spare memory is used for objects down to this many times smaller."""
+
+
+class Block:
+    """Memory of one object: ``view`` is as long as the object, ``room_bytes`` what it costs."""
+
+    __slots__ = ("_region", "room_bytes", "view")
+
+    def __init__(self, size_bytes: int, region: Region | None) -> None:
+        self._region = region
+        self.room_bytes = region.size_bytes if region is not None else room_bytes(size_bytes)
+        if region is not None:
+            self.view = region.view[:size_bytes]
+        elif size_bytes < SMALL_BYTES:
+            self.view = memoryview(bytearray(size_bytes))
+        else:
+            self.view = memoryview(mmap.mmap(-1, size_bytes))
+
+    def free(self) -> None:
+        """Give the memory back; views of it that are still held stay readable."""
+        self.view = memoryview(b"")
+        if self._region is not None:
+            self._region.close()
+
+    def take(self) -> Region | None:
+        """The region, for another object; this one must not be used any more."""
+        self.view = memoryview(b"")
+        region, self._region = self._region, None
+        return region
+
+
+class Blocks:
+    """Makes blocks, and keeps up to ``spare_bytes_max`` of freed ones: fresh pages cost several times a copy into old ones.
+
+    Not thread-safe: the vault's lock is over it.
+    """
+
+    def __init__(self, spare_bytes_max: int) -> None:
+        self._spare_bytes_max = spare_bytes_max
+        self._spare: list[Region] = []
+        self._descriptors_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_SHARE
+        self._descriptors = 0
+        self.spare_bytes = 0
+        """What is kept at the moment."""
+
+    def make(self, size_bytes: int) -> Block:
+        """A block, of spare memory where that fits. Raises StoreFullError where the system gives none."""
+        if size_bytes < SMALL_BYTES:
+            return Block(size_bytes, None)
+        fitting = [one for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE]
+        if fitting:
+            region = min(fitting, key=lambda one: one.size_bytes)
+            self._spare.remove(region)
+            self.spare_bytes -= region.size_bytes
+            return Block(size_bytes, region)
+        try:
+            if self._descriptors >= self._descriptors_max:
+                return Block(size_bytes, None)
+            region = Region(pages(size_bytes), name="ckpt-peer")
+        except (OSError, MemoryError) as error:
+            raise StoreFullError(f"the system gives no memory for an object. size_bytes={size_bytes}") from error
+        self._descriptors += 1
+        return Block(size_bytes, region)
+
+    def spare_for(self, size_bytes: int) -> int:
+        """The room of the spare memory that ``make`` would take, or 0."""
+        fitting = (one.size_bytes for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE)
+        return min(fitting, default=0) if size_bytes >= SMALL_BYTES else 0
+
+    def free(self, block: Block) -> None:
+        """Take a block back, whose bytes nobody reads any more: not the kernel either, which was given copies to send."""
+        region = block.take()
+        if region is None:
+            block.free()
+        elif self.spare_bytes + region.size_bytes > self._spare_bytes_max:
+            self._drop(region)
+        else:
+            self._spare.append(region)
+            self.spare_bytes += region.size_bytes
+
+    def shrink(self, size_bytes: int) -> None:
+        """Give at least ``size_bytes`` of what is spare back to the system, or all."""
+        while self._spare and size_bytes > 0:
+            region = self._spare.pop(0)
+            self.spare_bytes -= region.size_bytes
+            size_bytes -= region.size_bytes
+            self._drop(region)
+
+    def _drop(self, region: Region) -> None:
+        self._descriptors -= 1
+        region.close()
+
+
+def copy_bytes(out: memoryview, data: memoryview) -> None:
+    """Copy ``data`` into ``out``, which is as long; without the interpreter's lock, for numpy does it."""
+    if data.nbytes:
+        np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(data, np.uint8))
+
+
+def room_bytes(size_bytes: int) -> int:
+    """What an object of this size is charged: whole pages, and one at least, for names and tables cost memory too."""
+    return pages(max(1, size_bytes))
+
+
+# What a server serves beside its vault: memory of its own node, read-only.
+
+
+def always() -> bool:
+    """For bytes that nobody changes."""
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """An object's bytes while somebody sends them. Where ``fd`` is given, ``view`` is a mapping of it at
+    ``offset_bytes``, and the kernel sends its pages: they must not be used for anything else soon, or the reader gets an error.
+
+    ``unchanged`` is asked when all were sent: where it says no, the reader gets an error. ``version`` tells one content of a
+    key from the next, within one start of the server.
+    """
+
+    view: memoryview
+    fd: int | None
+    offset_bytes: int
+    version: int
+    modified_unix_s: float
+    unchanged: Callable[[], bool] = field(default=always)
+
+
+class Source(Protocol):
+    """Objects below one prefix that others may read: a node's slots, for one. Thread-safe."""
+
+    @property
+    def prefix(self) -> str:
+        """All its keys begin so, and no other source's or vault object's do."""
+        ...
+
+    def reading(self, key: str) -> AbstractContextManager[Held]:
+        """The object, pinned until the end where the source can. Raises NotFoundError."""
+        ...
+
+    def stat(self, key: str) -> Stat | None:
+        """The object's facts, or None."""
+        ...
+
+    def list(self) -> list[Stat]:
+        """All objects, in key order; few."""
+        ...
+
 
 OBJECTS_MAX = 65_536
 """Objects of one vault, those under way included."""
@@ -253,3 +417,50 @@ class Vault:
 
 def _stat(entry: _Object) -> Stat:
     return Stat(entry.key, entry.size_bytes, entry.modified_unix_s)
+
+
+# A vault and the sources beside it, as one flat map of keys.
+
+PAGE_ENTRIES_MAX = 1000
+"""Entries of one answer to a listing."""
+
+
+class Shelf:
+    """Reads come from the source whose prefix a key has, or from the vault; writes go to the vault alone. Thread-safe."""
+
+    def __init__(self, vault: Vault, sources: Sequence[Source] = ()) -> None:
+        for source in sources:
+            check_prefix(source.prefix)
+            if not source.prefix:
+                raise UsageError("a source without a prefix would hide the vault.")
+        self.vault = vault
+        self._sources = tuple(sources)
+
+    def read_only(self, key: str) -> bool:
+        """Whether the key is a source's."""
+        return self._source(key) is not None
+
+    def reading(self, key: str) -> AbstractContextManager[Held]:
+        """See Vault and Source."""
+        source = self._source(key)
+        return self.vault.reading(key) if source is None else source.reading(key)
+
+    def stat(self, key: str) -> Stat | None:
+        """See Vault and Source."""
+        source = self._source(key)
+        return self.vault.stat(key) if source is None else source.stat(key)
+
+    def page(self, prefix: str, after: str) -> tuple[list[Stat], bool]:
+        """The next entries behind ``after`` in key order, PAGE_ENTRIES_MAX at most, and whether there are more."""
+        most = PAGE_ENTRIES_MAX + 1
+        held = self.vault.list(prefix, after=after, entries_max=most)
+        others = [
+            [one for one in source.list() if one.key.startswith(prefix) and one.key > after]
+            for source in self._sources
+            if source.prefix.startswith(prefix) or prefix.startswith(source.prefix)
+        ]
+        found = sorted(chain(held, *others), key=lambda one: one.key)
+        return found[:PAGE_ENTRIES_MAX], len(found) >= most
+
+    def _source(self, key: str) -> Source | None:
+        return next((source for source in self._sources if key.startswith(source.prefix)), None)

@@ -10,11 +10,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.elastic.processes.child import Child
-from ckpt.elastic.processes.signals import Signals
+from ckpt.elastic.processes.child import Child, Signals
 from ckpt.elastic.processes.start_method import Fork, Spawn
 from ckpt.elastic.processes.trainer import Order, TrainerSeat, begin, die_of, enter_forked, run_again
-from ckpt.ipc.seating import Seating
+from ckpt.ipc.messages import Seating
 
 
 def _started_in() -> str:

@@ -8,30 +8,105 @@ then does whatever is possible now; so nothing in it waits for anything but the 
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from ckpt import events
-from ckpt.elastic.processes.child import Child, adopt_orphans, memory_bytes, reaped
-from ckpt.elastic.processes.ending import end_as, end_with_signal, leave_status
+from ckpt.elastic.processes.child import Child, Signals, Terminal, adopt_orphans, memory_bytes, reaped
 from ckpt.elastic.processes.launch import Launch, launch
 from ckpt.elastic.processes.lifeline import Lifeline
-from ckpt.elastic.processes.signals import Signals
-from ckpt.elastic.processes.start_method import Fork
-from ckpt.elastic.processes.supervision import Supervision
-from ckpt.elastic.processes.terminal import Terminal
+from ckpt.elastic.processes.start_method import Fork, Spawn
 from ckpt.elastic.processes.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, Order, TrainerSeat
-from ckpt.elastic.terms import Term, Terms
-from ckpt.errors import InternalError
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import Bye, Died, Dump, Kill, Killed, Leave, Preempt, RunAhead, Start, Started, Tell
-from ckpt.ipc.policy import Policy
-from ckpt.staging.memory_limit import available_bytes
+from ckpt.elastic.sigterm import Term, Terms
+from ckpt.errors import CkptError, InternalError
+from ckpt.ipc.frames import Wire
+from ckpt.ipc.messages import (
+    Bye,
+    Died,
+    Dump,
+    Hello,
+    Kill,
+    Killed,
+    Leave,
+    Message,
+    Policy,
+    Preempt,
+    RunAhead,
+    Start,
+    Started,
+    Tell,
+)
+from ckpt.staging.memory import available_bytes
+
+# How a supervisor ends: as its trainer did, so that the launcher sees what it would have seen
+# without it.
+
+INTERRUPTED_STATUS = 128 + signal.SIGINT
+
+
+def leave_status(told: int, own: int | None, *, interrupted: bool = False) -> int:
+    """The status to end with: the keeper says ``told``, the own trainer ended by itself with ``own`` (None: it didn't).
+
+    Both as ``os.waitstatus_to_exitcode``. A keeper tells a signal as 128 and its number, since it speaks to all ranks; the rank
+    that died of it dies of it. ``interrupted``: this rank's Ctrl-C was told as the cause, whatever its trainer ended with.
+    """
+    if own is None:
+        return told
+    caught = interrupted and own != 0 and told == INTERRUPTED_STATUS
+    return own if caught or (own < 0 and told == 128 - own) else told
+
+
+def end_as(status: int) -> NoReturn:
+    """End this process with an exit code, or of minus a signal. Runs no exit handler: those are the trainer's."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
+    if status < 0:
+        end_with_signal(-status)
+    os._exit(status & 0xFF)
+
+
+def end_with_signal(number: int, *, group: bool = False) -> NoReturn:
+    """Die of a signal, without a second core file. ``group``: the whole process group gets it, as from the terminal."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    if group:
+        os.killpg(os.getpgrp(), number)
+    else:
+        os.kill(os.getpid(), number)
+    os._exit(128 + number)  # the first process of a container ignores signals that it sends itself
+
+
+# What a supervisor needs to know.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Supervision:
+    """See the module. ``hello`` is what it says first on each connection; its ``attempt`` is filled in.
+
+    ``reconnect`` gives a connection to a keeper, starting one where there is none; nothing was said on it yet. ``stacks`` is a
+    folder for stack dumps (None: none). ``prepare``: keep a second trainer that has run ahead to ``run.ready()``.
+    """
+
+    start: Fork | Spawn
+    hello: Hello
+    reconnect: Callable[[], Wire]
+    tell: events.Tell
+    stacks: Path | None = None
+    prepare: bool = False
+
 
 LEAVE_WAIT_S = 30.0
 """How long a killed process may take to be gone before a supervisor leaves without it: one that the kernel can't end now."""
@@ -387,3 +462,30 @@ class Supervisor:
         self._keeper.forget()
         for child in self._children():
             child.close()
+
+
+# The call in which a process becomes a supervisor, and out of which its trainers come.
+
+
+def supervise(link: Wire, plan: Supervision) -> TrainerSeat:
+    """Become the supervisor of this rank; returns only in its trainers, each with its seat.
+
+    ``link`` is a fresh connection to the keeper, owned from here on. Call it in the main thread. Raises what the keeper refuses
+    the hello with, UnavailableError where it is gone before that; later errors end the process with a message.
+    """
+    lifeline = Lifeline(link, plan.hello, plan.reconnect)
+    try:
+        lifeline.greet(plan.hello.attempt)
+    except BaseException:
+        lifeline.lose()
+        raise
+    supervisor_pid = os.getpid()
+    supervisor = Supervisor(lifeline, plan)
+    try:
+        return supervisor.run()
+    except BaseException as error:
+        if os.getpid() != supervisor_pid:  # a trainer that was interrupted on its way out of here
+            raise
+        if isinstance(error, CkptError):  # the program must not go on here: it goes on in its trainers
+            supervisor.give_up(str(error), error.exit_code)
+        supervisor.give_up(traceback.format_exc(), InternalError.exit_code)

@@ -16,10 +16,9 @@ from ckpt.errors import UsageError
 from ckpt.format.manifest import job_ok
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.runtime_dir import runtime_root
-from ckpt.keyspace.etcd_options import PORT, split_endpoint
+from ckpt.keyspace.address import PORT, split_endpoint
 from ckpt.log.sequencers import database_path
-from ckpt.rate_limit import RATE_BYTES_MIN
-from ckpt.rate_text import rate_of
+from ckpt.rate_limit import RATE_BYTES_MIN, rate_of
 
 KEYS: Mapping[str, str] = {
     "secret": "a file with what only the job's nodes know",

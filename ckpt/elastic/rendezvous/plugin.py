@@ -27,12 +27,23 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from ckpt.cluster.fleet_tls import check_tls
+from ckpt.cluster.tls import check_tls
 from ckpt.elastic.rendezvous import BACKEND
 from ckpt.elastic.rendezvous.agent import Agent
-from ckpt.elastic.rendezvous.decide import Apart, Pending, Seated, Shut, Standby, ask_back, broken, present, seat_for
+from ckpt.elastic.rendezvous.decide import (
+    Apart,
+    Look,
+    Pending,
+    Round,
+    Seated,
+    Shut,
+    Standby,
+    ask_back,
+    broken,
+    present,
+    seat_for,
+)
 from ckpt.elastic.rendezvous.options import Settings, settings_of
-from ckpt.elastic.rendezvous.rendezvous_words import Look, Round
 from ckpt.elastic.rendezvous.store import ApartStore, RoundStore
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
 from ckpt.events import Event, to_logging

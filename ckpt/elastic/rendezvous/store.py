@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
 
-from ckpt.cluster.membership.names import under
-from ckpt.elastic.rendezvous import rendezvous_absent as absent
-from ckpt.elastic.rendezvous.rendezvous_words import Round
+from ckpt.cluster.membership.transactions import under
+from ckpt.elastic.rendezvous import decide as absent
+from ckpt.elastic.rendezvous.decide import Round
 from ckpt.errors import CkptError, NotFoundError, UnavailableError
 from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Outcome, Put, Transaction, Unchanged
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ckpt.events import Event as Told
 from ckpt.ipc import messages as words
-from ckpt.ipc.board import RankBoard
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.board import Board, RankBoard
 from ckpt.keeper.attempts.events import Hung
 from ckpt.keeper.attempts.hang import Pulse, Sight, check_s, hung, look
 from ckpt.keeper.attempts.roster import Member, Roster, Seat, State

@@ -14,8 +14,7 @@ import signal
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from ckpt.ipc.messages import Failing
-from ckpt.ipc.policy import Policy
+from ckpt.ipc.messages import Failing, Policy
 from ckpt.keeper.attempts.events import (
     Action,
     AskEpoch,
@@ -44,7 +43,7 @@ from ckpt.keeper.attempts.events import (
     TrainerKilled,
     TrainerStarted,
 )
-from ckpt.keeper.attempts.verdict import Record, after_failure, cause_of, judged
+from ckpt.keeper.attempts.failures import Record, after_failure, cause_of, judged
 
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 """How a preempted program exits."""

@@ -17,8 +17,7 @@ from ckpt.events import Event as Told
 from ckpt.events import Fact
 from ckpt.ipc import messages as words
 from ckpt.ipc.frames import close_fds
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import Hello
+from ckpt.ipc.messages import Hello, Message
 from ckpt.keeper.attempts import roster as rules
 from ckpt.keeper.attempts.events import (
     Action,

@@ -7,23 +7,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from ckpt.cluster.fleet_tls import lender_at, lending_at
-from ckpt.cluster.membership.membership_mirrors import Holder, place_mirrors
-from ckpt.cluster.membership.standbys import standby_copies
+from ckpt.cluster.membership.mirrors import Holder, place_mirrors, standby_copies
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import Holding
-from ckpt.cluster.node.ways import Epoch
+from ckpt.cluster.node.epochs import Epoch
 from ckpt.cluster.peermem.auth import Secret
 from ckpt.cluster.peermem.store import PeerStore
+from ckpt.cluster.tls import lender_at, lending_at
 from ckpt.errors import UsageError
 from ckpt.events import Event, Tell
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.ipc.seating import Source
+from ckpt.ipc.messages import Source
 from ckpt.keeper.cluster_view import Among
 from ckpt.keeper.job import Job
-from ckpt.keeper.mirrors.gather import Gather
-from ckpt.keeper.mirrors.mirror_rounds import Round, Word, retained
-from ckpt.keeper.mirrors.plan import Span, complete, from_word, joined, lost, to_word
+from ckpt.keeper.mirrors.plan import Gather, Round, Span, Word, complete, from_word, joined, lost, retained, to_word
 from ckpt.keeper.mirrors.send import RETRY_S, Mirror, Task
 from ckpt.keeper.mirrors.serve import Lending
 from ckpt.rate_limit import RateCap

@@ -6,15 +6,18 @@ worked out of it. So its cost grows with the number of nodes, not of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from msgspec import structs
 
+from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import Holding, Sources
+from ckpt.cluster.peermem.http import RANGES_MAX, Range
 from ckpt.format.part_rules import WORLD_MAX
-from ckpt.values import SnapshotId
+from ckpt.values import CHUNK_BYTES, SnapshotId, StagedIndex, StagedShard
 
 PAIRS_MAX = 8
 """So many complete pairs are offered to restore from: more are never needed, each slot holds one."""
@@ -154,3 +157,198 @@ def _spans(segments: Sequence[_Segment]) -> tuple[Span, ...]:
         else:
             found.append(Span(end - start, nodes))
     return tuple(found)
+
+
+# Which pair all nodes keep on others next: one for all, named by the node of rank 0. Pure.
+#
+# Were each node to keep the newest that it knows of, two nodes' mirrors might be of different
+# pairs, and after a loss none would be whole. So one pair is named, every node keeps it (in its
+# own memory beside the slots, and on its peers), and only when all have it the next one is named
+# and older ones go.
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """``named``: the pair that all nodes keep now; ``kept``: the newest that all have."""
+
+    named: SnapshotId | None = None
+    kept: SnapshotId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What a node says: the last named pair that it has kept everywhere, and the last one that it could not."""
+
+    mirrored: SnapshotId | None = None
+    missed: SnapshotId | None = None
+
+
+def next_round(now: Round, words: Sequence[Word | None], complete: SnapshotId | None) -> Round:
+    """The round that follows. ``words``: of every node, None from those that said nothing yet; ``complete``: the newest pair.
+
+    A pair that a node could not keep, because its slot had gone on or a peer had no room, is passed over for a newer one.
+    """
+    if now.named is not None and all(word is not None and word.mirrored == now.named for word in words):
+        now = replace(now, kept=now.named)
+    over = (
+        now.named is None
+        or now.kept == now.named
+        or any(word is not None and word.missed == now.named for word in words)
+    )
+    if over and complete is not None and (now.named is None or complete > now.named):
+        return replace(now, named=complete)
+    return now
+
+
+def retained(now: Round, before: frozenset[SnapshotId]) -> frozenset[SnapshotId]:
+    """The pairs of which mirrors stay. ``before``: those that were there when the epoch began, for until something is kept."""
+    named = {now.named} if now.named is not None else set()
+    return frozenset(named | ({now.kept} if now.kept is not None else before))
+
+
+# What of a share must be sent to a node that has an earlier one of the same rank. Pure.
+#
+# A chunk is taken for the same where the digests are: 128 bits of xxh3, made by the trainer that
+# staged it, and trusted here as everywhere in ckpt. They tell apart what happens to differ, not
+# what somebody makes collide: who could do that holds the job's secret or trains in it.
+
+CHANGED_SHARE_MAX = 0.75
+"""Where more of the bytes changed, all are sent: copying the rest would gain the peer nothing."""
+
+JOIN_BYTES = 16 << 10
+"""Ranges that lie nearer to each other are sent as one: another range costs about as much as so many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank staged of a snapshot as it is sent: a header, and behind it the data that ``index`` tells of."""
+
+    index: StagedIndex
+    header_bytes: int
+    data_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """All of it."""
+        return self.header_bytes + self.data_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Only these ranges are sent, header and data counted as one; all else is as in the earlier share."""
+
+    ranges: tuple[Range, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """How much they hold."""
+        return sum(length for _, length in self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """All is sent, and why."""
+
+    why: str
+
+
+def what_changed(share: Share, base: Share) -> Changed | Everything:
+    """What of ``share`` must be sent where ``base`` is.
+
+    The header always, and each chunk unless ``base`` has a shard at the same place and of the same length, whose chunk has the
+    same digest there: its name and box are the header's matter. So what of the data is in no shard is the base's.
+    """
+    if (share.header_bytes, share.data_bytes) != (base.header_bytes, base.data_bytes):
+        return Everything("another length of header or data")
+    ranges = _joined([(0, share.header_bytes), *sorted(_changed_chunks(share, base))])
+    if len(ranges) > RANGES_MAX:
+        return Everything("changes lie too far apart")
+    changed = Changed(tuple(ranges))
+    if changed.size_bytes > CHANGED_SHARE_MAX * share.size_bytes:
+        return Everything("most has changed")
+    return changed
+
+
+def _changed_chunks(share: Share, base: Share) -> Iterator[Range]:
+    there = {_place(shard): shard.digests for shard in base.index.shards}
+    for shard in share.index.shards:
+        known: Sequence[bytes | None] = there.get(_place(shard)) or [None] * len(shard.digests)
+        begin = share.header_bytes + shard.offset_bytes
+        for number, (digest, old) in enumerate(zip(shard.digests, known, strict=True)):
+            if digest != old:
+                at = number * CHUNK_BYTES
+                yield begin + at, min(CHUNK_BYTES, shard.size_bytes - at)
+
+
+def _place(shard: StagedShard) -> Range:
+    return shard.offset_bytes, shard.size_bytes
+
+
+def _joined(ranges: Iterable[Range]) -> list[Range]:
+    """``ranges``, which ascend and may overlap, with those that touch or nearly do as one."""
+    joined: list[Range] = []
+    for offset, length in ranges:
+        if joined and offset - sum(joined[-1]) < JOIN_BYTES:
+            first, before = joined[-1]
+            joined[-1] = first, max(before, offset + length - first)
+        else:
+            joined.append((offset, length))
+    return joined
+
+
+# Asking all nodes what they hold in memory, for the node of rank 0. In its keeper's loop.
+
+WAIT_S = 3.0
+"""How long a node may take to say what it holds; one that says nothing has nothing."""
+
+Answer = Callable[[dict[str, Sequence[Holding]]], object]
+
+
+@dataclass(slots=True, eq=False)
+class _Asking:
+    waits_for: set[str]
+    until_s: float
+    answer: Answer
+    held: dict[str, Sequence[Holding]] = field(default_factory=dict)
+
+
+class Gather:
+    """Questions to all nodes, each answered once all have spoken or WAIT_S have passed."""
+
+    def __init__(self, say: Callable[[str, said.Word], bool]) -> None:
+        self._say = say
+        self._calls = itertools.count(1)
+        self._asking: dict[int, _Asking] = {}
+
+    def ask(self, nodes: Sequence[str], own: tuple[str, Sequence[Holding]], now_s: float, answer: Answer) -> None:
+        """Ask ``nodes``, and have ``answer`` told what they and this node hold."""
+        call = next(self._calls)
+        asked = {node for node in nodes if self._say(node, said.AskHeld(call=call))}
+        self._asking[call] = _Asking(asked, now_s + WAIT_S, answer, {own[0]: own[1]})
+        self._settle(call, now_s)
+
+    def heard(self, node: str, word: said.Held, now_s: float) -> None:
+        """A node's answer."""
+        asking = self._asking.get(word.call)
+        if asking is not None and node in asking.waits_for:
+            asking.waits_for.discard(node)
+            asking.held[node] = word.holdings
+            self._settle(word.call, now_s)
+
+    def lost(self, node: str, now_s: float) -> None:
+        """A node won't answer any more."""
+        for call, asking in list(self._asking.items()):
+            asking.waits_for.discard(node)
+            self._settle(call, now_s)
+
+    def tick(self, now_s: float) -> float:
+        """Give up what waits too long; returns seconds until the next look."""
+        for call in list(self._asking):
+            self._settle(call, now_s)
+        return min((one.until_s - now_s for one in self._asking.values()), default=WAIT_S)
+
+    def _settle(self, call: int, now_s: float) -> None:
+        asking = self._asking.get(call)
+        if asking is not None and (not asking.waits_for or now_s >= asking.until_s):
+            del self._asking[call]
+            asking.answer(asking.held)

@@ -14,15 +14,13 @@ from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.mesh.messages import Holding
 from ckpt.cluster.peermem.auth import Secret
 from ckpt.cluster.peermem.keys import MIRRORS, SLOTS, mirror_of, slot_key, slot_of
-from ckpt.cluster.peermem.memory import copy_bytes
-from ckpt.cluster.peermem.peer_server import PeerServer
-from ckpt.cluster.peermem.sources import Held
-from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.server import PeerServer
+from ckpt.cluster.peermem.vault import Held, Vault, copy_bytes
 from ckpt.errors import IntegrityError, NotFoundError
 from ckpt.events import Tell
 from ckpt.keeper.slots import HeldSlot
 from ckpt.staging.header import Brief, generation_of, read_brief
-from ckpt.staging.memory_limit import available_bytes
+from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId
 
 VAULT_SHARE = 0.5

@@ -11,24 +11,22 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.fleet_tls import check_path, check_tls, tls_of
 from ckpt.cluster.membership.decide import Options
-from ckpt.cluster.membership.names import agent_fact
 from ckpt.cluster.membership.open import open_membership
 from ckpt.cluster.membership.records import NodeInfo
+from ckpt.cluster.membership.transactions import agent_fact
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.connections import Heard, Lines
-from ckpt.cluster.node.leading import FLOOR, PEER, Verdict
+from ckpt.cluster.node.epochs import Told, Ways
+from ckpt.cluster.node.leading import FLOOR, PEER, Note, Verdict
 from ckpt.cluster.node.node import Node
-from ckpt.cluster.node.note import Note
-from ckpt.cluster.node.ways import Told, Ways
+from ckpt.cluster.tls import check_path, check_tls, tls_of
 from ckpt.errors import UsageError
 from ckpt.events import Event, Tell
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
-from ckpt.ipc.policy import Policy
+from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.events import Failure
-from ckpt.keeper.attempts.failures import Again, End, Later, Trouble, judge
-from ckpt.keeper.attempts.verdict import Record
+from ckpt.keeper.attempts.failures import Again, End, Later, Record, Trouble, judge
 from ckpt.keyspace.address import ETCD, where_of
 
 VALID_S_WANTED = 86_400.0

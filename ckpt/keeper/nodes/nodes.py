@@ -17,27 +17,24 @@ from ckpt.cluster.membership.leases import State
 from ckpt.cluster.membership.records import Holdings
 from ckpt.cluster.mesh import messages as said
 from ckpt.cluster.mesh.messages import Word
+from ckpt.cluster.node.epochs import Epoch, Told
 from ckpt.cluster.node.node import Node
-from ckpt.cluster.node.ways import Epoch, Told
 from ckpt.cluster.secret import secret_of
-from ckpt.encode_threads import start
 from ckpt.errors import CkptError
 from ckpt.events import Event
+from ckpt.ipc.board import Board
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
-from ckpt.ipc.link_board import Board
-from ckpt.ipc.messages import RunAhead
-from ckpt.ipc.seating import Seating
+from ckpt.ipc.messages import RunAhead, Seating
 from ckpt.keeper.attempts.events import Cut, EpochCame, Failure, JobEnded
 from ckpt.keeper.attempts.failures import with_rank
 from ckpt.keeper.job import Job
 from ckpt.keeper.mailbox import OwnRoom, Room
 from ckpt.keeper.mirrors.memory import NodesMemory
 from ckpt.keeper.nodes.join import Here, check_spec, join
-from ckpt.keeper.nodes.nodes_roll import NodesRoll
-from ckpt.keeper.nodes.nodes_standbys import Standbys
-from ckpt.keeper.nodes.progress import NodesProgress
+from ckpt.keeper.nodes.progress import NodesProgress, NodesRoll, Standbys
 from ckpt.keeper.nodes.remote_mailbox import FarRoom, FarRooms, attempt_room
 from ckpt.keeper.nodes.uploads import NodesUploads
+from ckpt.threads import start
 
 LOOK_S = 1.0
 """How often the clock is looked at where nothing is due."""

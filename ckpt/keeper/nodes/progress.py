@@ -5,12 +5,86 @@ All nodes tell rank 0's; that one tells each of the others what all but it have 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from msgspec.structs import replace
+
+from ckpt.cluster.membership.leases import margin_of
+from ckpt.cluster.membership.member import boot_s
+from ckpt.cluster.membership.records import Holdings
 from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh.messages import Standing
+from ckpt.cluster.node.epochs import Epoch
+from ckpt.ipc.board import RankBoard
+from ckpt.ipc.messages import NodeReport
 from ckpt.keeper.cluster_view import Among
 from ckpt.keeper.job import Job
-from ckpt.keeper.mirrors import mirror_rounds as rounds
+from ckpt.keeper.mirrors import plan as rounds
 from ckpt.keeper.mirrors.memory import NodesMemory
-from ckpt.keeper.nodes.nodes_standing import common, common_but_each, standing_of
+from ckpt.keeper.mirrors.plan import Round, Word
+from ckpt.keeper.nodes.liveness import CALLS_PER_TTL, RollCall, answers, called, heard
+from ckpt.values import SnapshotId
+
+# What ranks have in common: how far all of them are, and what all of them hold. Pure but for
+# reading the board.
+
+NO_ROUND = Round()
+
+
+def standing_of(ranks: Sequence[RankBoard], attempt: int, word: Word) -> Standing:
+    """The standing of some ranks of this node. How far they are is read before what they hold."""
+    done = [-1 if one.completed is None else one.completed for one in ranks]
+    held = [one.pairs() for one in ranks]
+    return Standing(
+        attempt=attempt,
+        sealed=_all_hold(held),
+        completed=min(done, default=-1),
+        mirrored=word.mirrored,
+        missed=word.missed,
+    )
+
+
+def common(standings: Sequence[Standing | None], attempt: int, now: Round = NO_ROUND) -> Standing:
+    """Of several nodes as one, in the round ``now``; where one has not told its own yet they have nothing."""
+    known = [one for one in standings if one is not None]
+    if len(known) < len(standings) or not known:
+        return Standing(attempt=attempt, sealed=(), completed=-1, mirrored=now.kept, named=now.named)
+    return Standing(
+        attempt=attempt,
+        sealed=_all_hold([frozenset(one.sealed) for one in known]),
+        completed=min(one.completed for one in known),
+        mirrored=now.kept,
+        named=now.named,
+    )
+
+
+def common_but_each(
+    mine: Standing, others: Mapping[str, Standing | None], attempt: int, now: Round
+) -> dict[str, Standing]:
+    """For each of ``others``, what all but it have in common with ``mine``: ``common`` of the rest, in one pass for all."""
+    nothing = common([None], attempt, now)
+    silent = {node for node, one in others.items() if one is None}
+    known = [mine, *(one for one in others.values() if one is not None)]
+    holders = Counter(pair for one in known for pair in frozenset(one.sealed))
+    nearly = {pair: count for pair, count in holders.items() if count >= len(known) - 1}
+    least, *rest = sorted(one.completed for one in known)[:2]
+    found = {}
+    for node, own in others.items():
+        if silent - {node}:
+            found[node] = nothing
+            continue
+        held = frozenset(own.sealed if own is not None else ())
+        needed = len(known) - (own is not None)
+        sealed = sorted((pair for pair, count in nearly.items() if count - (pair in held) == needed), reverse=True)
+        completed = rest[0] if own is not None and own.completed == least else least
+        found[node] = replace(nothing, sealed=tuple(sealed), completed=completed)
+    return found
+
+
+def _all_hold(held: Sequence[frozenset[SnapshotId]]) -> tuple[SnapshotId, ...]:
+    return tuple(sorted(frozenset.intersection(*held), reverse=True)) if held else ()
+
 
 STANDING_S = 0.02
 """How often nodes tell how far their ranks are, where that changed."""
@@ -90,3 +164,133 @@ class NodesProgress:
         board.others.show(found.sealed, found.completed if found.completed >= 0 else None)
         if not among.root and known[0] is not None and known[0].attempt == epoch.number:
             self._memory.go_round(rounds.Round(known[0].named, known[0].mirrored))
+
+
+# What the node of rank 0 and the standbys tell each other: which pair is kept, and which a
+# standby has. In the loop.
+
+LOOK_S = 0.25
+"""How often a standby looks at what it has; each look reads the headers of all of it."""
+
+TELL_S = 1.0
+"""How often it is told where nothing changed."""
+
+
+class Standbys:
+    """See the module. ``holds`` is told what this node has of which ranks, while it is a standby."""
+
+    def __init__(self, among: Among, memory: NodesMemory, *, holds: Callable[[Holdings], object]) -> None:
+        self._among = among
+        self._memory = memory
+        self._holds = holds
+        self._have: dict[str, SnapshotId | None] = {}
+        """What each standby said that it has."""
+        self._told: said.Standing | None = None
+        self._told_s = self._look_s = 0.0
+
+    def see(self) -> None:
+        """Another epoch: others may be standbys."""
+        self._have.clear()
+        self._told = None
+
+    def tick(self, now_s: float) -> None:
+        """Tell what changed."""
+        epoch = self._among.epoch
+        if epoch is None:
+            return
+        standbys = epoch.standbys
+        if self._among.root and standbys:
+            self._tell(now_s, epoch, standbys, self._memory.round, None)
+        elif self._among.me in standbys and now_s >= self._look_s:
+            self._look_s = now_s + LOOK_S
+            pair, sizes = self._memory.copied(epoch)
+            self._tell(now_s, epoch, (epoch.record.root,), None, pair)
+            if pair is not None:
+                self._holds(Holdings(epoch.record.world_size, sizes))
+
+    def take(self, node: str, word: said.Standing) -> bool:
+        """A word from a standby, or to one: whether it was that."""
+        epoch = self._among.epoch
+        if epoch is None or word.attempt != epoch.number:
+            return False
+        standbys = epoch.standbys
+        if node in standbys:
+            self._have[node] = word.mirrored
+            return True
+        if self._among.me in standbys and node == epoch.record.root:
+            self._memory.go_round(Round(word.named, word.mirrored))
+            return True
+        return False
+
+    def report(self) -> tuple[NodeReport, ...]:
+        """The nodes of the newest epoch, as far as this one knows: the node of rank 0 knows of all."""
+        epoch, me = self._among.epoch, self._among.me
+        if epoch is None:
+            return ()
+        kept = self._memory.round.kept
+        placed = [
+            NodeReport(node=node, here=node == me, first_rank=ranks.start, ranks=len(ranks), mirrored=kept)
+            for node, ranks in epoch.record.ranks.items()
+        ]
+        have = {**self._have, **({me: self._memory.copied(epoch)[0]} if me in epoch.standbys else {})}
+        waiting = [
+            NodeReport(node=node, here=node == me, first_rank=-1, ranks=0, mirrored=have.get(node))
+            for node in epoch.standbys
+        ]
+        return (*placed, *waiting)
+
+    def _tell(
+        self, now_s: float, epoch: Epoch, nodes: tuple[str, ...], now: Round | None, pair: SnapshotId | None
+    ) -> None:
+        word = said.Standing(
+            attempt=epoch.number, sealed=(), completed=-1, mirrored=now.kept if now is not None else pair,
+            named=now.named if now is not None else None,
+        )  # fmt: skip
+        if word == self._told and now_s < self._told_s + TELL_S:
+            return
+        self._told, self._told_s = word, now_s
+        for node in nodes:
+            self._among.say(node, word)
+
+
+# Calling the roll of an epoch, and answering it. In the loop; what it proves is decided in
+# ``roll_call``.
+
+
+class NodesRoll:
+    """See the module. ``ttl_s``: of the nodes' leases."""
+
+    def __init__(self, among: Among, *, ttl_s: float) -> None:
+        self._among = among
+        self._ttl_s = ttl_s
+        self._roll = RollCall()
+        self._due_s = 0.0
+
+    def tick(self, now_s: float) -> None:
+        """On a node with ranks, beside others: call when it is time to."""
+        epoch = self._among.epoch
+        if epoch is None or not self._among.root or now_s < self._due_s:
+            return
+        self._due_s = now_s + self._ttl_s / CALLS_PER_TTL
+        self._roll = called(self._roll, epoch.number, self._among.others, boot_s())
+        self._among.say_to_all(
+            said.Roll(attempt=self._roll.attempt, number=self._roll.number, answered=self._roll.answered)
+        )
+
+    def take(self, node: str, word: said.Roll | said.Here) -> None:
+        """On a node with ranks. One that knows of a newer epoch, or was told that it is no member any more, answers nothing."""
+        epoch = self._among.epoch
+        if epoch is None or word.attempt != epoch.number:
+            return
+        if isinstance(word, said.Here):
+            self._roll = heard(self._roll, word.attempt, word.number, node)
+        elif node == epoch.record.root:
+            self._roll = answers(self._roll, word.attempt, word.number, word.answered, boot_s())
+            self._among.say(node, said.Here(attempt=word.attempt, number=word.number))
+
+    def until_s(self) -> float:
+        """Until when, of CLOCK_BOOTTIME, this node may act for that all answered; 0: not for that reason."""
+        epoch = self._among.epoch
+        if epoch is None or epoch.number != self._roll.attempt:
+            return 0.0
+        return self._roll.until_s(ttl_s=self._ttl_s, margin_s=margin_of(self._ttl_s))

@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 
 from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.node.ways import Epoch
-from ckpt.ipc.seating import Seating
+from ckpt.cluster.node.epochs import Epoch
+from ckpt.ipc.messages import Seating
 from ckpt.keeper.cluster_view import Among
 from ckpt.keeper.job import Job
 from ckpt.keeper.mailbox import OwnRoom, Room, ValueTo
-from ckpt.keeper.nodes.loop_channel import LoopChannel
-from ckpt.keeper.nodes.remote_mailbox import uploads_room
+from ckpt.keeper.nodes.remote_mailbox import LoopChannel, uploads_room
 from ckpt.values import SnapshotId
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from ckpt.ipc.answers import Choice
+from ckpt.ipc.messages import Choice
 from ckpt.log.select import candidates
 from ckpt.log.state import Committed, LogState, Opened, segments, whole
 from ckpt.values import SnapshotId

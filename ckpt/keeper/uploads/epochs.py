@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.events import Event
-from ckpt.ipc.answers import Choice
+from ckpt.ipc.messages import Choice
 from ckpt.keeper.uploads.choices import STAGED
 from ckpt.keeper.uploads.log_view import LogView
 from ckpt.keeper.uploads.persisters import HandIns, error_of

@@ -12,8 +12,8 @@ from ckpt.keeper.uploads.epochs import Epochs
 from ckpt.keeper.uploads.persisters import HandIns
 from ckpt.keeper.uploads.retry import Waits
 from ckpt.keeper.uploads.submissions import Turn, Turns
+from ckpt.save.receipts import shares_problem
 from ckpt.save.sealed import Sealed
-from ckpt.save.shares import shares_problem
 from ckpt.values import SnapshotId
 
 SealedOf = Callable[[int, SnapshotId], Sealed | None]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from ckpt.errors import FencedError, InternalError, UsageError
-from ckpt.ipc.answers import Choice
+from ckpt.ipc.messages import Choice
 from ckpt.keeper.uploads.choices import NOT_WRITTEN, ahead, assumed, best_first, needless, ours, restorable
 from ckpt.keeper.uploads.store_log import Begun, Given, Seen, new_origin
 from ckpt.log.state import LogState, Opened

@@ -16,9 +16,8 @@ from ckpt.format.keys import writer_name
 from ckpt.ipc.mailbox import Messages, Room, RoomChannel
 from ckpt.keeper.uploads.store_log import StoreLog
 from ckpt.keeper.uploads.submissions import Turn, Turns
-from ckpt.save.choose import Compression
-from ckpt.save.mates import Mates
-from ckpt.save.persister import Persister, Place
+from ckpt.save.chunks import Compression
+from ckpt.save.persister import Mates, Persister, Place
 from ckpt.save.sealed import Sealed
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 

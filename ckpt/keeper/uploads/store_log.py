@@ -14,15 +14,15 @@ from ckpt.errors import CkptError, ConflictError, FencedError, InternalError, No
 from ckpt.events import Event, Tell
 from ckpt.format.records import Open
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.policy import Retention
+from ckpt.ipc.messages import Retention
 from ckpt.keeper.uploads.choices import LINEAGE_CHARS, NOT_WRITTEN, assumed, lineage, ours, restorable
-from ckpt.log.commit_fold import empty
+from ckpt.log.fold import empty
 from ckpt.log.journal import Journal, new_write_id
 from ckpt.log.select import Chosen, require_newest
 from ckpt.log.state import LogState, Opened
 from ckpt.maintenance.caretaker import Caretaker
 from ckpt.maintenance.gc.rounds import GcRounds, Keep
-from ckpt.maintenance.retain_text import parse_policy
+from ckpt.maintenance.retention import parse_policy
 from ckpt.values import SnapshotId
 
 RETRY_FIRST_S = 1.0
@@ -81,7 +81,7 @@ class Begun:
 def open_job_of(spec: KeeperSpec, tell: Tell) -> Backend:
     """The stores of a keeper's job."""
     # Only now, so that a keeper listens before it has loaded what stores need.
-    opening = import_module("ckpt.backends.replicated.job")
+    opening = import_module("ckpt.backends.replicated.open")
     opened: Backend = opening.open_job(
         spec.stores, spec.storage_options, write_quorum=spec.write_quorum, encryption_key=spec.encryption_key, tell=tell
     )

@@ -14,19 +14,16 @@ from dataclasses import dataclass, replace
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.events import Event, Tell
-from ckpt.ipc.answers import Choice
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.mailbox import Messages
-from ckpt.ipc.message import RemoteError
-from ckpt.ipc.policy import Retention
-from ckpt.ipc.remote import from_error
+from ckpt.ipc.messages import Choice, RemoteError, Retention, from_error
 from ckpt.keeper.uploads.epochs import Epochs
 from ckpt.keeper.uploads.final_flush import SealedOf, Settler, unfit
 from ckpt.keeper.uploads.persisters import HandIns
 from ckpt.keeper.uploads.retry import Waits
 from ckpt.keeper.uploads.store_log import RETRY_FIRST_S, StoreLog, open_job_of
 from ckpt.keeper.uploads.submissions import Handed, Turn, Turns
-from ckpt.save.choose import Compression
+from ckpt.save.chunks import Compression
 from ckpt.save.sealed import Sealed
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 

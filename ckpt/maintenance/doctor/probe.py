@@ -6,18 +6,67 @@ import os
 import secrets
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
-from ckpt.errors import CkptError, IntegrityError
-from ckpt.format.digest import digest
-from ckpt.maintenance.doctor.doctor_facts import Latency, StoreFindings
-from ckpt.maintenance.doctor.doctor_holds import PROBES, look_inside
+from ckpt.errors import CkptError, FormatVersionError, IntegrityError, NotFoundError
+from ckpt.format import keys
+from ckpt.format.canonical import digest
+from ckpt.format.store import JOB_BYTES_MAX, JobRecord
+from ckpt.log.reader import read_on, read_start
+from ckpt.maintenance.doctor.findings import Holds, Latency, StoreFindings
+
+# What lies in a store already. Reads little: a list of its first keys, ``ckpt.json`` and the log.
+
+PROBES = "probe/"
+"""Below this, examinations put their short-lived objects."""
+LISTED_MAX = 100
+"""How many keys of a place without a store are looked at."""
+
+
+def look_inside(store: Backend) -> Holds:
+    """What ``store`` holds. Raises UnavailableError and its kinds where it does not answer or denies."""
+    try:
+        record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+    except NotFoundError:
+        return _without_record(store)
+    except IntegrityError as error:
+        return Holds(kind="headless", problem=str(error))
+    except FormatVersionError as error:
+        return Holds(kind="unknown", problem=str(error))
+    try:
+        state, _ = read_start(store, record.job)
+        state = read_on(store, state)
+    except FormatVersionError as error:
+        return Holds(kind="unknown", job=record.job, problem=str(error))
+    newest = state.newest()
+    return Holds(
+        kind="store",
+        job=record.job,
+        store_id=record.store_id,
+        log_id=record.log_id,
+        snapshots=len(state.snapshots),
+        newest="" if newest is None else str(newest),
+        next_seq=state.next_seq,
+        members=() if state.stores is None else state.stores.ids,
+        write_quorum=0 if state.stores is None else state.stores.write_quorum,
+        hole="" if state.hole is None else f"{state.hole.reason} seq={state.hole.seq}",
+    )
+
+
+def _without_record(store: Backend) -> Holds:
+    if next(iter(store.list(keys.LOG)), None) is not None:
+        return Holds(kind="headless", problem=f"{keys.JOB_KEY} is gone")
+    # What an earlier examination could not remove says nothing about whose place it is.
+    first = [stat.key for stat in islice(store.list(""), LISTED_MAX) if not stat.key.startswith(PROBES)]
+    return Holds(kind="foreign") if first else Holds(kind="empty")
+
 
 T = TypeVar("T")
 
@@ -203,3 +252,57 @@ def _free_bytes(folder: str) -> int | None:
     except OSError:
         return None
     return facts.f_bavail * facts.f_frsize
+
+
+# Examining stores before they are trusted, or when something is wrong: what each does, and what
+# they do together.
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """A store to be examined, and how to open it once more (None: a second client is not tried)."""
+
+    store: Backend
+    again: Callable[[], Backend] | None = None
+
+
+def examine(patients: Sequence[Patient], *, large_bytes: int = LARGE_BYTES) -> list[StoreFindings]:
+    """Use each store with short-lived objects below ``probe/``, one after the other so that they don't share the link.
+
+    Cost: some hundred small operations and one object of ``large_bytes`` each way a store. What could not be removed afterwards
+    is named. Raises nothing of the stores; see ``judge`` for what the findings mean.
+    """
+    probings = [Probing(patient.store, patient.again) for patient in patients]
+    findings: list[StoreFindings] = []
+    try:
+        findings = [probing.run(large_bytes=large_bytes) for probing in probings]
+        same = _same_places(probings, findings)
+    finally:
+        left = [probing.close() for probing in probings]
+    return [
+        replace(found, same_as=tuple(sorted(same[number])), leftovers=left[number])
+        for number, found in enumerate(findings)
+    ]
+
+
+def _same_places(probings: Sequence[Probing], findings: Sequence[StoreFindings]) -> list[set[int]]:
+    """Which stores see what was put into which: two addresses may lead to one place."""
+    same: list[set[int]] = [set() for _ in probings]
+    for number, probing in enumerate(probings):
+        if len(probings) < 2 or not findings[number].reached or "put" in findings[number].failures:
+            continue
+        key = probing.mark()
+        for other, beside in enumerate(probings):
+            if key is None or other == number or not findings[other].reached:
+                continue
+            if _sees(beside.store, key):
+                same[number].add(other)
+                same[other].add(number)
+    return same
+
+
+def _sees(store: Backend, key: str) -> bool:
+    try:
+        return store.stat(key) is not None
+    except CkptError:
+        return False

@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 from ckpt.backends.base import Backend
 from ckpt.errors import ConflictError, FencedError, FormatVersionError, IntegrityError, NotFoundError
-from ckpt.format.records import DROPS_MAX
+from ckpt.format.records import DROPS_MAX, Record
+from ckpt.log.access import LogAccess
 from ckpt.log.catalog import load_index, snapshots
 from ckpt.log.journal import Journal
-from ckpt.log.reader import read_all
+from ckpt.log.reader import Note, read_all
+from ckpt.log.sequencers import Claimed, Lost, Unknown
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.gc_plan import GcPlan, by_worth, plan_gc
-from ckpt.maintenance.gc.upkeep_sweep import require_known
+from ckpt.maintenance.gc.plan import GcPlan, by_worth, plan_gc
+from ckpt.maintenance.gc.sweep import require_known
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.values import SnapshotId
 
@@ -92,3 +94,77 @@ def _is_there(backend: Backend) -> Callable[[tuple[str, int]], bool]:
         return stat is not None and stat.size_bytes >= end[1]
 
     return there
+
+
+# A log that is written only while one's own epoch is the newest: whoever was overtaken drops
+# nothing any more.
+
+
+def fenced_journal(backend: Backend, epoch: Callable[[], int]) -> Journal:
+    """The log of the stores behind ``backend``, for a writer whose epoch is ``epoch()``.
+
+    Each append raises FencedError where a newer epoch is open. It is looked at in the very state that the record follows, and
+    a place in the log is given once, so no epoch can be opened between the look and the record. Raises as ``Journal.open``.
+    """
+    return Journal(Fence(Journal.open(backend).access, epoch), backend.url)
+
+
+class Fence:
+    """A ``LogAccess`` that gives no place to a writer who was overtaken."""
+
+    __slots__ = ("_epoch", "_inner")
+
+    def __init__(self, inner: LogAccess, epoch: Callable[[], int]) -> None:
+        self._inner = inner
+        self._epoch = epoch
+
+    def claim(self, state: LogState, record: Record) -> Claimed | Lost | Unknown:
+        """See LogAccess. Raises FencedError where ``state`` has a newer epoch than the writer's."""
+        require_newest(state, self._epoch())
+        return self._inner.claim(state, record)
+
+    @property
+    def job(self) -> str:
+        """See LogAccess."""
+        return self._inner.job
+
+    @property
+    def log_id(self) -> str:
+        """See LogAccess."""
+        return self._inner.log_id
+
+    def start(self) -> tuple[LogState, tuple[Note, ...]]:
+        """See LogAccess."""
+        return self._inner.start()
+
+    def read_on(self, state: LogState) -> LogState:
+        """See LogAccess."""
+        return self._inner.read_on(state)
+
+    def record_at(self, seq: int) -> bytes:
+        """See LogAccess."""
+        return self._inner.record_at(seq)
+
+    def require_giver(self, state: LogState) -> None:
+        """See LogAccess."""
+        self._inner.require_giver(state)
+
+    def finish(self, state: LogState) -> Lost | Unknown | None:
+        """See LogAccess."""
+        return self._inner.finish(state)
+
+    def put_fold(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
+        """See LogAccess."""
+        return self._inner.put_fold(key, data)
+
+    def put_manifest(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
+        """See LogAccess."""
+        return self._inner.put_manifest(key, data)
+
+
+def require_newest(state: LogState, epoch: int) -> None:
+    """Raises FencedError where ``state`` has a newer epoch than ``epoch``."""
+    if state.epoch > epoch:
+        raise FencedError(
+            f"a newer epoch is open. writer={epoch} newest={state.epoch} what to keep is its writer's choice"
+        )

@@ -7,13 +7,161 @@ any more and no snapshot that exists refers to it. Both stay true in every later
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Stat
 from ckpt.format import keys
 from ckpt.log.state import LogState
-from ckpt.values import SnapshotId
+from ckpt.maintenance.retention import KeepPolicy, Tagged
+from ckpt.values import SnapshotId, SnapshotInfo
+
+# Which snapshots to drop, why each other one stays, and the floor to set. Pure.
+
+NEWEST = "newest"
+WHOLE = "newest found whole"
+NO_POLICY = "nothing is to be dropped"
+NONE_WHOLE = "no snapshot was found whole"
+NOT_AGREED = "only now to be dropped: nobody has agreed to it"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One snapshot and what keeps it; ``why`` is empty where it is to be dropped."""
+
+    info: SnapshotInfo
+    on_line: bool
+    why: tuple[str, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the snapshot stays."""
+        return bool(self.why)
+
+
+@dataclass(frozen=True, slots=True)
+class GcPlan:
+    """Every snapshot in log order, judged; and the ``floor`` to set, below which no commit counts any more (None: as it is)."""
+
+    judged: tuple[Judged, ...]
+    floor: SnapshotId | None
+
+    @property
+    def drops(self) -> tuple[SnapshotId, ...]:
+        """What to drop, ascending."""
+        return tuple(sorted(one.info.id for one in self.judged if not one.kept))
+
+    def only(self, agreed: Collection[SnapshotId]) -> GcPlan:
+        """The same plan, without the drops that are not among ``agreed``."""
+        judged = tuple(
+            one if one.kept or one.info.id in agreed else replace(one, why=(NOT_AGREED,)) for one in self.judged
+        )
+        return replace(self, judged=judged)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to record."""
+        return not self.drops and self.floor is None
+
+
+def by_worth(state: LogState) -> tuple[SnapshotId, ...]:
+    """What a restore would want, best first: the newest line; where it holds nothing, all there is."""
+    return state.line or tuple(sorted((entry.snapshot for entry in state.snapshots), reverse=True))
+
+
+def plan_gc(
+    state: LogState,
+    infos: Sequence[SnapshotInfo],
+    policy: KeepPolicy | None,
+    *,
+    now_unix_s: float,
+    whole: SnapshotId | None,
+) -> GcPlan:
+    """Judge every snapshot of ``infos`` (those of ``state``, in log order) by ``policy``; None keeps all.
+
+    ``whole`` is the first of ``by_worth(state)`` whose bytes were found to be there. It stays beside the newest, or a job whose
+    newest snapshot is damaged would lose the one that it falls back to; where there is none, nothing is dropped. It is also the
+    floor: what is older than it and was never committed is wanted no more.
+    """
+    best = by_worth(state)
+    line = frozenset(state.line)
+    reasons = {} if policy is None else policy.reasons(infos, line=state.line, now_unix_s=now_unix_s)
+    judged: list[Judged] = []
+    for info in infos:
+        why = [NEWEST] if best[:1] == (info.id,) else []
+        why += [WHOLE] if info.id == whole and not why else []
+        why += [f"tagged {', '.join(info.tags)}"] if info.tags else []
+        why += [rule for rule in reasons.get(info.id, ()) if rule != str(Tagged())]
+        why += [NO_POLICY] if policy is None else []
+        why += [NONE_WHOLE] if whole is None and not why else []
+        judged.append(Judged(info, info.id in line, tuple(why)))
+    rises = whole is not None and (state.floor is None or whole > state.floor)
+    return GcPlan(tuple(judged), whole if rises else None)
+
+
+# When snapshots are looked through beside a job that trains, and when bytes are deleted. Pure.
+
+ROUND_S = 10.0
+"""The least time from the end of one round to the next, however often snapshots are committed."""
+
+RESTS = 9.0
+"""A round is followed by a rest of so many times its own length, so that stores are asked a tenth of the time at most."""
+
+SWEEPS_PER_GRACE = 24
+"""Bytes are deleted so many times in one grace: they stay longer than they must by that part of it at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """What was done so far. Times are monotonic seconds; None: never.
+
+    ``commits``: how many commits the last round that went well has seen. ``began_s``, ``ended_s``: the last round, however it
+    went. ``swept_s``: when the last sweep that came to its end was begun.
+    """
+
+    commits: int = 0
+    began_s: float = 0.0
+    ended_s: float | None = None
+    swept_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Look through the snapshots now, and drop. ``sweep``: delete bytes too."""
+
+    sweep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Nothing to do for so many seconds, unless something is committed; None: until something is."""
+
+    seconds: float | None
+
+
+def next_round(past: Past, now_s: float, *, commits: int, grace_s: float, hurry: bool = False) -> Round | Rest:
+    """What to do at ``now_s``, where ``commits`` snapshots were committed so far.
+
+    ``hurry``: the job is over, so that nothing is gained by resting. Nothing is done before the first commit: only then it is
+    certain that the job goes on from where it began.
+    """
+    if commits == 0:
+        return Rest(None)
+    owed = commits > past.commits
+    sweep_s = past.swept_s + sweep_every_s(grace_s) if past.swept_s is not None else now_s
+    if hurry:
+        # Without a grace what is dropped now can go now; with one it can't, and is for the next run.
+        sweep = sweep_s <= now_s or (owed and grace_s <= 0)
+        return Round(sweep) if owed or sweep else Rest(None)
+    rested_s = now_s if past.ended_s is None else past.ended_s + max(ROUND_S, RESTS * (past.ended_s - past.began_s))
+    due_s = max(rested_s, now_s if owed else sweep_s)
+    return Rest(due_s - now_s) if due_s > now_s else Round(sweep_s <= now_s)
+
+
+def sweep_every_s(grace_s: float) -> float:
+    """How long after a sweep was begun the next one is due."""
+    return max(ROUND_S, grace_s / SWEEPS_PER_GRACE)
+
 
 PREFIXES = (keys.MANIFESTS, keys.PARTS, keys.PACKS)
 """What a sweep looks at, in the order in which it deletes: what names others goes first."""

@@ -11,16 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
-from ckpt.encode_threads import start
 from ckpt.errors import CkptError, FencedError, InternalError
 from ckpt.events import Event, Fact, Tell
 from ckpt.log.journal import Journal
-from ckpt.maintenance.gc.drop import drop
-from ckpt.maintenance.gc.gc_due import Past, Rest, Round, next_round
-from ckpt.maintenance.gc.gc_fence import fenced_journal, require_newest
-from ckpt.maintenance.gc.gc_plan import GcPlan
-from ckpt.maintenance.gc.upkeep_sweep import SweepReport, sweep
+from ckpt.maintenance.gc.drop import drop, fenced_journal, require_newest
+from ckpt.maintenance.gc.plan import GcPlan, Past, Rest, Round, next_round
+from ckpt.maintenance.gc.sweep import SweepReport, sweep
 from ckpt.maintenance.retention import KeepPolicy
+from ckpt.threads import start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

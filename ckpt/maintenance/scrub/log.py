@@ -14,13 +14,13 @@ from ckpt.backends.checked import read_alone
 from ckpt.errors import CkptError, FormatVersionError, IntegrityError, NotFoundError, UnavailableError
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, Record, Stores, decode_record
-from ckpt.log.commit_fold import empty, fold
+from ckpt.log.fold import empty, fold
 from ckpt.log.quorum import Gathered, Held, Silent, Tail, gather
 from ckpt.log.reader import read_all
 from ckpt.log.state import Hole, LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold, encode_fold, fold_due
 from ckpt.maintenance.copies import What
-from ckpt.maintenance.copies_pace import Pace
+from ckpt.maintenance.copy_io import Pace
 from ckpt.values import DIGEST_BYTES
 
 WINDOW = 1024

@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 
-from ckpt.errors import CkptError, IntegrityError
+from ckpt.errors import CkptError, IntegrityError, UnavailableError
 from ckpt.format import keys
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest
 from ckpt.format.part import Part, decode_part
 from ckpt.log.state import Committed
-from ckpt.maintenance.copies import Copy, Lost, Mend, Pack, Unknown, What, Whole, decide_pack, decide_whole
-from ckpt.maintenance.copies_pool import in_order
-from ckpt.maintenance.copies_refs import PLACE_BYTES, Gathered
-from ckpt.maintenance.copy_io import gather_pack, look_pack, look_whole
-from ckpt.maintenance.scrub.report import Bench
-from ckpt.maintenance.scrub.scrub_gone import Gone
-from ckpt.maintenance.scrub.scrub_strays import Strays
+from ckpt.maintenance.copies import (
+    PLACE_BYTES,
+    Copy,
+    Gathered,
+    Lost,
+    Mend,
+    Pack,
+    Unknown,
+    What,
+    Whole,
+    decide_pack,
+    decide_whole,
+)
+from ckpt.maintenance.copy_io import Walk, gather_pack, in_order, look_pack, look_whole
+from ckpt.maintenance.scrub.report import Bench, Gone
+
+# Objects that a store lists and nothing refers to: counted beside the scrub's way through the
+# keys, never touched.
+
+
+class Strays:
+    """A walk through each store's keys below ``prefix``, behind ``after``. Closing it adds what was met to the tallies."""
+
+    def __init__(self, bench: Bench, prefix: str, *, after: str, numbers: Sequence[int]) -> None:
+        self._bench = bench
+        self._walks = {number: Walk(bench.stores[number], prefix, after=after) for number in numbers}
+
+    def pass_to(self, key: str) -> None:
+        """``key`` is referred to; what lies before it and was not passed yet is not."""
+        self._each(lambda walk: walk.take(key))
+
+    def leave(self, folder: str) -> None:
+        """Pass over what lies in ``folder`` without counting it: whether it is referred to can't be known."""
+        self._each(lambda walk: walk.skip(folder))
+        self._each(lambda walk: walk.skip(f"{folder}~", count=False))
+
+    def end(self) -> None:
+        """Everything that is left is referred to by nothing."""
+        self._each(lambda walk: walk.skip(None))
+
+    def close(self) -> None:
+        """Add what was met to the stores' tallies."""
+        for number, walk in self._walks.items():
+            tally = self._bench.findings.stores[number]
+            tally.strays += walk.strays
+            tally.stray_bytes += walk.stray_bytes
+        self._walks = {}
+
+    def _each(self, act: Callable[[Walk], object]) -> None:
+        active = set(self._bench.active)
+        for number, walk in self._walks.items():
+            if number not in active:
+                continue
+            try:
+                act(walk)
+            except UnavailableError as error:
+                self._bench.lose(number, str(error))
+                active.discard(number)
+
 
 Looks = dict[int, tuple[Copy, bytes]]
 """What each store has of a small object, and the bytes where they are right."""

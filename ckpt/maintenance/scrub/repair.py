@@ -15,8 +15,7 @@ from ckpt.format import keys
 from ckpt.format.store import JobRecord
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
 from ckpt.maintenance.scrub.log import FoldFaults, LogFindings, RecordFaults, Truth, is_record, right_record
-from ckpt.maintenance.scrub.report import Bench
-from ckpt.maintenance.scrub.scrub_roles import HEADLESS, Seat, lost_id
+from ckpt.maintenance.scrub.report import HEADLESS, Bench, Seat, lost_id
 
 
 def repair_log(bench: Bench, log: LogFindings, truth: Truth | None) -> None:

@@ -2,16 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ckpt.backends.base import Backend
-from ckpt.errors import UnavailableError
+from ckpt.backends.checked import read_alone
+from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event, Fact, Tell
+from ckpt.format import keys
+from ckpt.format.store import JOB_BYTES_MAX, JobRecord
+from ckpt.log.quorum import is_stand_in
+from ckpt.log.reader import read_all
+from ckpt.log.state import Committed, Hole, LogState
 from ckpt.maintenance.copies import Copy, Place, What
-from ckpt.maintenance.copies_pace import Pace
-from ckpt.maintenance.scrub.scrub_facts import Findings, Trouble
-from ckpt.maintenance.scrub.scrub_roles import AWAY, EMPTY
+from ckpt.maintenance.copy_io import Pace
+from ckpt.maintenance.scrub.log import LogFindings
+from ckpt.values import SnapshotId
+
+# What a scrub found and did, as it is told to people and programs.
+
+TROUBLES_MAX = 10_000
+"""How many troubles a report names; all are counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """One object that is not as it should be at one store.
+
+    ``offsets`` are those of a pack's chunks that are not right there, none for other objects and for a copy that is gone.
+    ``lost``: no store has the object (or one of its chunks) rightly. ``mended``: a right copy was written since.
+    """
+
+    key: str
+    store: int
+    what: What
+    message: str
+    offsets: tuple[int, ...] = ()
+    lost: bool = False
+    mended: bool = False
+
+
+@dataclass(slots=True)
+class StoreTally:
+    """One store in numbers. ``strays`` are objects that nothing refers to: uploads under way, or what a sweep will delete.
+
+    ``role``: ``ready``; ``headless``: its ``ckpt.json`` is gone or damaged; ``empty``: nothing is there; ``away``: it did not
+    answer, then or too often later. ``away`` and ``empty`` ones are not compared, unless an empty one is to be filled.
+    """
+
+    url: str
+    role: str
+    store_id: str = ""
+    problem: str = ""
+    objects: int = 0
+    ok: int = 0
+    missing: int = 0
+    damaged: int = 0
+    unreadable: int = 0
+    mended: int = 0
+    strays: int = 0
+    stray_bytes: int = 0
+
+    def count(self, what: What, copies: int = 1) -> None:
+        """So many copies were looked at, and are ``what``."""
+        self.objects += copies
+        match what:
+            case What.OK:
+                self.ok += copies
+            case What.MISSING:
+                self.missing += copies
+            case What.DAMAGED:
+                self.damaged += copies
+            case What.UNREADABLE:
+                self.unreadable += copies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScrubReport:
+    """Everything that was found. ``complete`` is False where the scrub was stopped: the same scrub goes on from there.
+
+    ``thin``: objects on fewer stores than the write quorum when they were looked at. ``lost``: objects that no store has
+    rightly. ``unmended``: copies that still are not right, of objects that some store has. ``hole``: the log can't be read on.
+    """
+
+    complete: bool
+    job: str
+    snapshots: int
+    records: int
+    moved_bytes: int
+    stores: tuple[StoreTally, ...]
+    troubles: tuple[Trouble, ...]
+    troubles_total: int
+    thin: int
+    lost: int
+    unmended: int
+    hole: Hole | None
+    untraced: tuple[SnapshotId, ...]
+    """Snapshots of which a manifest or part is lost, so that what they refer to can't all be found."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every store that is to hold everything now does, as far as it was compared."""
+        return self.complete and self.hole is None and not (self.lost or self.unmended or self.away)
+
+    @property
+    def away(self) -> int:
+        """How many stores did not answer, or hold nothing."""
+        return sum(store.role in ("away", "empty") for store in self.stores)
+
+    @property
+    def found(self) -> bool:
+        """Whether anything was not as it should be, mended since or not."""
+        return bool(self.troubles_total or self.hole or self.away)
+
+
+@dataclass(slots=True)
+class Findings:
+    """What is being gathered while a scrub runs. Only its own thread changes it."""
+
+    stores: list[StoreTally]
+    write_quorum: int
+    troubles: list[Trouble] = field(default_factory=list)
+    total: int = 0
+    thin: int = 0
+    lost: int = 0
+    unmended: int = 0
+
+    def add(self, trouble: Trouble) -> None:
+        """Note a trouble; the counts of lost and unmended objects are the caller's."""
+        self.total += 1
+        if len(self.troubles) < TROUBLES_MAX:
+            self.troubles.append(trouble)
+
+
+# Which of the given stores take part in a scrub, by what their ``ckpt.json`` says.
+
+READY = "ready"
+HEADLESS = "headless"
+EMPTY = "empty"
+AWAY = "away"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One store's part in a scrub: its role (see ``StoreTally``), its record where there is one, and what is wrong."""
+
+    role: str
+    record: JobRecord | None = None
+    problem: str = ""
+    damaged: bool = False
+    """Its ``ckpt.json`` is there and can't be read, rather than gone."""
+    newer: FormatVersionError | None = None
+    """It says that a newer release wrote it: believed only where no other store's can be read."""
+
+
+def seat_all(stores: Sequence[Backend]) -> list[Seat]:
+    """Ask each store what it is. Raises FormatVersionError where they are of a newer release."""
+    seats = read_all(list(stores), _seat)
+    newer = next((seat.newer for seat in seats if seat.newer is not None), None)
+    if newer is not None and not any(seat.role == READY for seat in seats):
+        raise newer
+    return seats
+
+
+def common_record(stores: Sequence[Backend], seats: Sequence[Seat]) -> JobRecord | None:
+    """The job record that the stores agree in but for their own ids; None where none can be read.
+
+    Raises UsageError where they are of different jobs or hold different logs, and where one store is named twice.
+    """
+    found: dict[str, int] = {}
+    first: tuple[int, JobRecord] | None = None
+    for number, seat in enumerate(seats):
+        if seat.record is None:
+            continue
+        if seat.record.store_id in found:
+            other = stores[found[seat.record.store_id]].url
+            raise UsageError(
+                f"two of the stores are one and the same, or one is a plain copy of the other. "
+                f"one={other} other={stores[number].url} store_id={seat.record.store_id} name each store once; "
+                "make replicas with ckpt sync, not by copying files"
+            )
+        found[seat.record.store_id] = number
+        if first is None:
+            first = (number, seat.record)
+        elif (first[1].job, first[1].log_id) != (seat.record.job, seat.record.log_id):
+            raise UsageError(
+                f"the stores do not hold one log. one={stores[first[0]].url} its_job={first[1].job!r} "
+                f"other={stores[number].url} its_job={seat.record.job!r} "
+                f"same_job_other_log={first[1].job == seat.record.job} leave one out"
+            )
+    return None if first is None else first[1]
+
+
+def lost_id(members: Sequence[str] | None, seats: Sequence[Seat], number: int) -> str | None:
+    """The id that the headless store ``number`` must have had: the only one of ``members`` that no other store has.
+
+    Empty where it had none that counts: ``members`` is None (a log in one store names no ids), or all of them are others. None
+    where that can't be known. Pure.
+    """
+    if members is None:
+        return ""
+    others = [seat for at, seat in enumerate(seats) if at != number]
+    if any(seat.record is None for seat in others):
+        return None
+    left = {member for member in members if not is_stand_in(member)} - {
+        seat.record.store_id for seat in others if seat.record is not None
+    }
+    return None if len(left) > 1 else left.pop() if left else ""
+
+
+def _seat(store: Backend) -> Seat:
+    try:
+        return Seat(READY, JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX)))
+    except UnavailableError as error:
+        return Seat(AWAY, problem=str(error))
+    except IntegrityError as error:
+        return Seat(HEADLESS, problem=str(error), damaged=True)
+    except FormatVersionError as error:
+        return Seat(HEADLESS, problem=str(error), damaged=True, newer=error)
+    except NotFoundError:
+        pass
+    try:
+        first = next(islice(store.list(keys.LOG), 1), None)
+    except UnavailableError as error:
+        return Seat(AWAY, problem=str(error))
+    if first is None:
+        return Seat(EMPTY, problem=f"nothing is there. store={store.url} mount it, or fill it with ckpt sync")
+    return Seat(HEADLESS, problem=f"it holds a log but no {keys.JOB_KEY}")
+
 
 SILENCES_MAX = 5
 """A store that does not answer for so many objects in a row is left alone for the rest of the scrub."""
@@ -116,3 +337,69 @@ class Bench:
         where = ", ".join(f"{self.stores[number].url}: {copy.what.value}" for number, copy in wrong.items())
         text = f"no store has {key} as it should be" if lost else f"a copy of {key} is not as it should be"
         self.tell(Event("scrub-damage", text, {"key": key, "where": where, "lost": lost}, alarm=True))
+
+
+# What was seen of records and folds while the log was read, kept until it is known what of it was
+# mended.
+
+
+class Noted:
+    """Counts every copy and names those that are wrong, up to a limit. Call it with each copy as it was found."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[int, What]] = Counter()
+        self._wrong: list[tuple[int, str, What, str]] = []
+
+    def __call__(self, number: int, key: str, what: What, message: str) -> None:
+        """One copy: the store's number, the key, what it is, and why."""
+        self._counts[number, what] += 1
+        if what is not What.OK and len(self._wrong) < TROUBLES_MAX:
+            self._wrong.append((number, key, what, message))
+
+    def settle(self, bench: Bench, log: LogFindings) -> None:
+        """Tell it all. What ``log`` still lists as wanting is unmended."""
+        left = {(number, keys.log_key(seq)) for number, faults in enumerate(log.faults) for seq in faults.first}
+        left |= {(number, keys.settled_key(seq)) for number, faults in enumerate(log.faults) for seq in faults.second}
+        left |= {(number, keys.fold_key(fault.seq)) for fault in log.folds for number in fault.wrong}
+        findings = bench.findings
+        unreadable = wrong = 0
+        for (number, what), count in self._counts.items():
+            findings.stores[number].count(what, count)
+            unreadable += count if what is What.UNREADABLE else 0
+            wrong += 0 if what is What.OK else count
+        for number, key, what, message in self._wrong:
+            done = what is not What.UNREADABLE and (number, key) not in left
+            findings.add(Trouble(key=key, store=number, what=what, message=message, mended=done))
+        findings.total += wrong - len(self._wrong)
+        findings.unmended += len(left) + unreadable
+        if self._wrong:
+            number, key, what, _ = self._wrong[0]
+            facts = {"first": key, "store": bench.stores[number].url, "what": what.value, "copies": wrong}
+            bench.tell(Event("scrub-damage", "copies of log records are not as they should be", facts, alarm=True))
+
+
+# Whether what is missing was dropped while the scrub went on: then a sweep took it, and nothing
+# is wrong.
+
+FRESH_S = 60.0
+"""A log that was read so long ago is read again before damage is believed: sweeps wait for hours between drop and deletion."""
+
+
+class Gone:
+    """The log of a while ago, read on when it is asked. ``read_on`` gives the state after what it is given."""
+
+    def __init__(
+        self, state: LogState, read_on: Callable[[LogState], LogState], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._state = state
+        self._read_on = read_on
+        self._clock = clock
+        self._read_at = clock()
+
+    def all_gone(self, entries: Sequence[Committed]) -> bool:
+        """Whether none of these snapshots exists any more."""
+        if self._clock() - self._read_at > FRESH_S:
+            self._state = self._read_on(self._state)
+            self._read_at = self._clock()
+        exist = set(self._state.snapshots)
+        return not any(entry in exist for entry in entries)

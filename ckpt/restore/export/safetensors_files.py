@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt.errors import UsageError
-from ckpt.restore.export.export import Streaming
-from ckpt.restore.export.items import Item, is_flat, json_tree
+from ckpt.restore.export.items import Item, Streaming, is_flat, json_tree
 from ckpt.restore.reader import SnapshotReader, size_bytes
 from ckpt.values import DTYPE_BYTES, Leaf
 

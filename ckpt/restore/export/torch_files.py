@@ -19,9 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ckpt.errors import InternalError, UsageError
-from ckpt.format.manifest_objects import Named, Ref
-from ckpt.restore.export.export import Streaming
-from ckpt.restore.export.items import Item, indexed_optimizer, plain_tree
+from ckpt.format.objects import Named, Ref
+from ckpt.restore.export.items import Item, Streaming, indexed_optimizer, plain_tree
 from ckpt.restore.reader import SnapshotReader, size_bytes
 from ckpt.values import Leaf
 

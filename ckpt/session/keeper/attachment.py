@@ -19,16 +19,13 @@ from ckpt.backends.open import address_of
 from ckpt.errors import CkptError, UnavailableError, UsageError
 from ckpt.events import Event, Tell
 from ckpt.format.index import SnapshotIndex
+from ckpt.ipc.board import Board
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.cluster_spec import nodes_of_environment
-from ckpt.ipc.launcher import ranks_here
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.cluster_spec import nodes_of_environment, ranks_here
 from ckpt.ipc.mailbox import Channel, wait_for
-from ckpt.ipc.messages import WIRE_VERSION, Hello
-from ckpt.ipc.policy import Policy
+from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
 from ckpt.session.c10d_mailbox import connect
-from ckpt.session.keeper.connection import KeeperLink
-from ckpt.session.keeper.keeper_hello import KeeperBusyError
+from ckpt.session.keeper.connection import KeeperBusyError, KeeperLink
 from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.keeper.slots import SharedSlots, open_staged
 from ckpt.session.options import Address, Options, StorageOptions

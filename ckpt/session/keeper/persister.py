@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 from ckpt.errors import CkptError, InternalError, UnavailableError
 from ckpt.events import Tell
-from ckpt.ipc.messages import Outcome
-from ckpt.ipc.remote import to_error
-from ckpt.save import told
+from ckpt.ipc.messages import Outcome, to_error
+from ckpt.save import persister as told
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.keeper.slots import SharedSlots
 from ckpt.session.staging import Staged

@@ -14,8 +14,7 @@ from typing import Protocol
 from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.format.index import SnapshotIndex
-from ckpt.ipc.board import SLOTS_MAX
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.board import SLOTS_MAX, Board
 from ckpt.restore.from_slots import SlotStore, staged_index
 from ckpt.session.slot_rule import Seen, newest_of, passed, why_kept
 from ckpt.staging.header import read_brief

@@ -13,8 +13,7 @@ from ckpt.backends.encrypted.open import encrypted
 from ckpt.backends.encrypted.secret import Key, Keys
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.testing.buffers import buffer
-from ckpt.testing.contract import BackendContract, Opener, read
+from ckpt.testing.contract import BackendContract, Opener, buffer, read
 from ckpt.testing.faults import CountingBackend
 
 

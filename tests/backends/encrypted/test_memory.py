@@ -7,7 +7,7 @@ import random
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
-from ckpt.backends.encrypted.encrypted_memory import SpareMemory
+from ckpt.backends.encrypted.cipher import SpareMemory
 from ckpt.backends.encrypted.open import encrypted
 from ckpt.backends.encrypted.secret import Key, Keys
 from ckpt.backends.memory import MemoryBackend

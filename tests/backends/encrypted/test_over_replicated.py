@@ -13,7 +13,7 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.events import Event
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.log.catalog import load_index, snapshots
 from ckpt.restore.verify import verify
 from ckpt.testing.contract import read

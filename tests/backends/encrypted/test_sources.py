@@ -15,10 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.backends.encrypted import keys as encrypted_key
-from ckpt.backends.encrypted.encrypted_command import output_of
-from ckpt.backends.encrypted.encrypted_material import secret_of
-from ckpt.backends.encrypted.keys import load_key, load_keys, write_new_key
-from ckpt.backends.encrypted.secret import Key
+from ckpt.backends.encrypted.keys import load_key, load_keys, output_of, write_new_key
+from ckpt.backends.encrypted.secret import Key, secret_of
 from ckpt.errors import CkptError, UnavailableError, UsageError
 
 SECRET = bytes(range(100, 132))

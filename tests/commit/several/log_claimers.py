@@ -6,8 +6,7 @@ import itertools
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from ckpt.log.sequencer import Claimed, Lost
-from ckpt.log.sequencers import SqliteSequencer
+from ckpt.log.sequencers import Claimed, Lost, SqliteSequencer
 
 LOG_ID = "1" * 32
 

@@ -10,8 +10,8 @@ from ckpt.errors import IntegrityError
 from ckpt.format import keys
 from ckpt.format.records import BY_STORES, Record, Stores, decode_record
 from ckpt.format.store import JobRecord
-from ckpt.log.commit_fold import empty, fold
-from ckpt.log.commit_quorum import is_stand_in
+from ckpt.log.fold import empty, fold
+from ckpt.log.quorum import is_stand_in
 from ckpt.log.state import LogState, StoreSet
 
 JOB = "sim"

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "membership"))
 from memory_keyspace import MemoryServer
 
 from ckpt.errors import UnavailableError
+from ckpt.keyspace.address import EtcdOptions
 from ckpt.keyspace.base import Outcome, Transaction
-from ckpt.keyspace.etcd_options import EtcdOptions
 
 if TYPE_CHECKING:
     from log_world import World

@@ -17,12 +17,9 @@ from etcd_server import EtcdCluster, require
 
 from ckpt.errors import FencedError, UnavailableError, UsageError
 from ckpt.ipc.cluster_spec import NODES_VARIABLE, NodesSpec, to_environment
-from ckpt.keyspace.address import etcd_of
-from ckpt.keyspace.etcd_options import EtcdOptions
-from ckpt.log import etcd as room
-from ckpt.log.etcd import SEQUENCER_VARIABLE, EtcdSequencer, etcd_here
-from ckpt.log.sequencer import Claimed, Lost, Unknown
-from ckpt.log.sequencers import STATE_VARIABLE
+from ckpt.keyspace.address import EtcdOptions, etcd_of
+from ckpt.log import sequencers as room
+from ckpt.log.sequencers import SEQUENCER_VARIABLE, STATE_VARIABLE, Claimed, EtcdSequencer, Lost, Unknown, etcd_here
 from ckpt.maintenance import store_set as sets
 from ckpt.values import SnapshotId
 

@@ -8,7 +8,7 @@ from itertools import combinations_with_replacement, product
 import pytest
 
 from ckpt.format.records import Open, Record, Stores, make_record
-from ckpt.log.commit_fold import empty, fold
+from ckpt.log.fold import empty, fold
 from ckpt.log.quorum import Gathered, Held, Silent, gather
 from ckpt.log.state import LogState
 

@@ -14,9 +14,8 @@ from ckpt.backends.base import Stat
 from ckpt.backends.memory import MemoryBackend
 from ckpt.format import keys
 from ckpt.format.store import JobRecord
-from ckpt.log import lanes as lanes_room
-from ckpt.log.copies import LATE, Copies
-from ckpt.log.lanes import ThreadLanes
+from ckpt.log import copies as lanes_room
+from ckpt.log.copies import LATE, Copies, ThreadLanes
 from ckpt.log.quorum import Held
 from ckpt.testing.faults import CountingBackend
 
@@ -166,7 +165,7 @@ def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slo
 EXIT = """
 import threading
 from ckpt.log.quorum import Held
-from ckpt.log.lanes import ThreadLanes
+from ckpt.log.copies import ThreadLanes
 lanes = ThreadLanes()
 found = lanes.ask({0: lambda: 0, 1: lambda: threading.Event().wait(), 2: lambda: 2}, lambda answers: len(answers) >= 2)
 print(sorted(found), flush=True)

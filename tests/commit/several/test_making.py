@@ -16,7 +16,7 @@ from ckpt.errors import (
     UsageError,
 )
 from ckpt.format import keys
-from ckpt.format.digest import digest_hex
+from ckpt.format.canonical import digest_hex
 from ckpt.format.store import JobRecord
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId

@@ -21,8 +21,8 @@ from ckpt.format.records import BY_STORES, Stores
 from ckpt.format.store import JobRecord
 from ckpt.log import copies as copies_room
 from ckpt.log.catalog import snapshots
-from ckpt.log.commit_quorum import is_stand_in
 from ckpt.log.journal import Journal
+from ckpt.log.quorum import is_stand_in
 from ckpt.log.sequencers import STATE_VARIABLE
 from ckpt.values import SnapshotId
 

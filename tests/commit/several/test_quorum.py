@@ -8,7 +8,7 @@ from itertools import combinations_with_replacement, product
 
 import pytest
 
-from ckpt.log.commit_quorum import (
+from ckpt.log.quorum import (
     Beaten,
     Open,
     Seen,

@@ -21,8 +21,8 @@ from log_world import InlineLanes, Site, Weather, World
 
 from ckpt.format.records import BY_STORES
 from ckpt.log import copies as copies_room
-from ckpt.log import etcd as etcd_room
-from ckpt.log import giver as giver_room
+from ckpt.log import sequencers as etcd_room
+from ckpt.log import sequencers as giver_room
 from ckpt.log import stored_fold as folds
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"

@@ -18,8 +18,7 @@ from log_claimers import LOG_ID, claim_for_ever, claim_many
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.log import sequencers as sqlite
-from ckpt.log.sequencer import Claimed, Lost, Unknown
-from ckpt.log.sequencers import SqliteSequencer, database_path
+from ckpt.log.sequencers import Claimed, Lost, SqliteSequencer, Unknown, database_path
 
 WAIT_S = 120.0
 SOAK = os.environ.get("CKPT_SOAK") == "1"

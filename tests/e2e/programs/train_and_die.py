@@ -69,7 +69,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import ckpt
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
-from ckpt.testing.crash import CrashingOps, CrashMode
+from ckpt.testing.crashes import CrashingOps, CrashMode
 
 
 def store() -> Backend:

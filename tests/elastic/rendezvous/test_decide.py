@@ -11,20 +11,25 @@ from ckpt.cluster.membership.records import EpochRecord, Leader, Member, NodeInf
 from ckpt.elastic.rendezvous.decide import (
     Apart,
     Hold,
+    Look,
     Pending,
     Publish,
     Rules,
+    Seat,
     Seated,
     Shut,
     Standby,
     ask_back,
     broken,
+    decode_seat,
+    encode_seat,
     next_round,
     notice,
     present,
+    round_note,
+    round_of,
     seat_for,
 )
-from ckpt.elastic.rendezvous.rendezvous_words import Look, Seat, decode_seat, encode_seat, round_note, round_of
 from ckpt.errors import IntegrityError
 
 RULES = Rules(agents_min=2, agents_max=3, last_call_s=30.0, shrink_s=5.0)

@@ -16,8 +16,7 @@ from ckpt.cluster.membership.leases import State
 from ckpt.cluster.membership.member import KeyedMembership
 from ckpt.cluster.membership.records import NodeInfo
 from ckpt.elastic.rendezvous import agent as rendezvous_agent
-from ckpt.elastic.rendezvous.agent import VIEW_S, Agent, keyspace_of
-from ckpt.elastic.rendezvous.rendezvous_lease import AgentLease, offered
+from ckpt.elastic.rendezvous.agent import VIEW_S, Agent, AgentLease, keyspace_of, offered
 from ckpt.ipc.cluster_spec import nodes_of_environment
 from ckpt.keyspace.base import Delete, Keys, KeyValue, Transaction
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from agents import WAIT_S, Etcd
 
 from ckpt.cluster.membership.open import open_keyspace
-from ckpt.elastic.rendezvous.rendezvous_words import Round
+from ckpt.elastic.rendezvous.decide import Round
 from ckpt.elastic.rendezvous.store import ApartStore, RoundStore
 from ckpt.errors import UnavailableError
+from ckpt.keyspace.address import EtcdOptions
 from ckpt.keyspace.base import Keyspace, Outcome, Transaction
-from ckpt.keyspace.etcd_options import EtcdOptions
 from ckpt.keyspace.sqlite import SqliteKeyspace
 
 Make = Callable[..., RoundStore]

@@ -17,10 +17,8 @@ from typing import TypeVar
 
 import pytest
 
-from ckpt.ipc.answers import Welcome
 from ckpt.ipc.frames import Wire
-from ckpt.ipc.message import Message
-from ckpt.ipc.messages import Hello, Leave, Start, Started
+from ckpt.ipc.messages import Hello, Leave, Message, Start, Started, Welcome
 
 WAIT_S = 60.0
 """How long anything may take before a test fails."""
@@ -29,8 +27,8 @@ HEAD = """
 import json, os, signal, socket, sys, threading, time
 from pathlib import Path
 from ckpt.elastic.processes.start_method import Fork, Spawn
-from ckpt.elastic.processes.supervise import supervise
-from ckpt.elastic.processes.supervision import Supervision
+from ckpt.elastic.processes.supervisor import supervise
+from ckpt.elastic.processes.supervisor import Supervision
 from ckpt.elastic.processes.trainer import seat_of_process
 from ckpt.ipc.frames import Wire
 from ckpt.ipc.messages import Hello, Policy

@@ -6,8 +6,7 @@ import os
 import signal
 import time
 
-from ckpt.ipc.board import now_ns
-from ckpt.ipc.link_board import Board
+from ckpt.ipc.board import Board, now_ns
 from ckpt.ipc.messages import (
     BoardKept,
     Bye,

@@ -10,7 +10,7 @@ CHOOSE = """
 import torch
 torch.set_num_threads(2)
 {above}
-from ckpt.elastic.processes.facts import gather
+from ckpt.elastic.processes.enter import gather
 from ckpt.elastic.processes.start_method import choose
 how = choose(gather())
 seat = sit(how)

@@ -149,7 +149,7 @@ def test_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None
 
 
 def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None:
-    run = program("from ckpt.elastic import terms\nterms.SAME_TERM_S = 1000.0\nsit()\nforever()\n")
+    run = program("from ckpt.elastic import sigterm as terms\nterms.SAME_TERM_S = 1000.0\nsit()\nforever()\n")
     link = keeper.accept()
     pid = link.start().trainer_pid
     os.kill(run.pid, signal.SIGTERM)
@@ -163,7 +163,7 @@ def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None
 
 
 def test_first_sigterm_asks_a_later_one_ends(program, keeper, until, alive) -> None:
-    run = program("from ckpt.elastic import terms\nterms.SAME_TERM_S = 0.0\nsit()\nforever()\n")
+    run = program("from ckpt.elastic import sigterm as terms\nterms.SAME_TERM_S = 0.0\nsit()\nforever()\n")
     link = keeper.accept()
     pid = link.start().trainer_pid
     os.kill(run.pid, signal.SIGTERM)

@@ -29,9 +29,7 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import REAL_OPS, FileOps
 from ckpt.errors import NotFoundError
 from ckpt.session.checkpointer import Checkpointer
-from ckpt.testing.crash import CrashingOps, CrashMode
-from ckpt.testing.crashes import PowerCut, PowerLossOps
-from ckpt.testing.fileops import OpCall, RecordingOps
+from ckpt.testing.crashes import CrashingOps, CrashMode, OpCall, PowerCut, PowerLossOps, RecordingOps
 
 HALVED = frozenset({"write", "preallocate"})
 POWER_SEEDS = (0, 1, 2)

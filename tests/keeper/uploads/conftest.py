@@ -18,9 +18,9 @@ from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import UnavailableError
 from ckpt.events import Event
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.message import RemoteError
+from ckpt.ipc.messages import RemoteError
 from ckpt.keeper.uploads.uploads import Uploads
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal

@@ -9,7 +9,7 @@ import pytest
 from ckpt.errors import UnavailableError
 from ckpt.ipc.client import KeeperSpec
 from ckpt.keeper.mailbox import OwnRoom
-from ckpt.keeper.nodes.loop_channel import LoopChannel
+from ckpt.keeper.nodes.remote_mailbox import LoopChannel
 from ckpt.keeper.uploads.submissions import Handed
 from ckpt.keeper.uploads.uploads import Uploads
 from ckpt.values import SnapshotId

@@ -12,7 +12,7 @@ import pytest
 from ckpt.errors import UsageError
 from ckpt.ipc.client import KeeperSpec
 from ckpt.keeper.mailbox import OwnRoom
-from ckpt.keeper.nodes.loop_channel import LoopChannel
+from ckpt.keeper.nodes.remote_mailbox import LoopChannel
 from ckpt.keeper.uploads.uploads import Uploads
 from ckpt.log.catalog import load_manifest
 from ckpt.values import SnapshotId

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from ckpt.backends.file.store import FileBackend
-from ckpt.ipc.answers import Choice
+from ckpt.ipc.messages import Choice
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 

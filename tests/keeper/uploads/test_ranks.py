@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckpt.errors import UsageError
-from ckpt.ipc.answers import Choice
-from ckpt.ipc.message import RemoteError
+from ckpt.ipc.messages import Choice, RemoteError
 from ckpt.log.catalog import load_manifest
 from ckpt.values import SnapshotId
 

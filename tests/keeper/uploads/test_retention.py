@@ -9,10 +9,10 @@ import pytest
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import UnavailableError
 from ckpt.format import keys
-from ckpt.ipc.policy import Retention
+from ckpt.ipc.messages import Retention
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.maintenance.gc import gc_due
+from ckpt.maintenance.gc import plan as gc_due
 from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.values import SnapshotId
 

@@ -9,7 +9,7 @@ import pytest
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import FencedError, UnavailableError, UsageError
-from ckpt.ipc.answers import Choice
+from ckpt.ipc.messages import Choice
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 

@@ -6,7 +6,7 @@ import pytest
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import ConflictError, NewerSnapshotError
-from ckpt.ipc.answers import Choice
+from ckpt.ipc.messages import Choice
 from ckpt.keeper.uploads.choices import lineage
 from ckpt.keeper.uploads.store_log import Opening, StoreLog, new_origin
 from ckpt.log.journal import Journal
@@ -196,7 +196,7 @@ def test_records_written_late_carry_the_ids_that_were_given_out(make_world) -> N
 
 
 def test_ids_of_old_records_are_read(make_world, monkeypatch) -> None:
-    monkeypatch.setattr("ckpt.log.working.RECENT_MAX", 2)
+    monkeypatch.setattr("ckpt.log.fold.RECENT_MAX", 2)
     world = make_world()
     uploads = world.uploads()
     world.opened(uploads, None)

@@ -8,7 +8,7 @@ from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import NotFoundError, UsageError
 from ckpt.format.records import Commit
-from ckpt.ipc.answers import Choice
+from ckpt.ipc.messages import Choice
 from ckpt.log.catalog import load_index, load_manifest
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId

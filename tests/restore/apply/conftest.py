@@ -10,7 +10,7 @@ import torch
 
 from ckpt.capture.leaves import Capture
 from ckpt.format import keys
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.part import Part, StoredShard

@@ -11,10 +11,10 @@ from torch import nn
 from ckpt.capture.leaves import World
 from ckpt.capture.plan import capture
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
-from ckpt.format.manifest_objects import Ref
+from ckpt.format.objects import Ref
 from ckpt.restore.apply import apply
 from ckpt.restore.plan import Want
-from ckpt.restore.rebuild import rebuild
+from ckpt.restore.reader import rebuild
 from ckpt.values import DTYPE_BYTES
 
 WORLD = World(0, 1)

@@ -12,13 +12,12 @@ from msgspec.structs import replace
 
 from ckpt.errors import CkptError, UnavailableError
 from ckpt.events import Event
-from ckpt.ipc import answers
+from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
+from ckpt.ipc.board import Board
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.frames import Wire
-from ckpt.ipc.link_board import Board
-from ckpt.ipc.message import Message, RemoteError
-from ckpt.ipc.report import Report
+from ckpt.ipc.messages import Message, RemoteError, Report
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.keeper.persister import KeeperPersister

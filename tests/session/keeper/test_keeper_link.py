@@ -11,10 +11,10 @@ import pytest
 
 from ckpt.errors import CkptError, FencedError, IntegrityError, UnavailableError, UsageError
 from ckpt.format.keys import pack_key, writer_name
-from ckpt.ipc import answers
+from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
 from ckpt.ipc.mailbox import wait_for
-from ckpt.ipc.policy import Retention
+from ckpt.ipc.messages import Retention
 from ckpt.session.keeper.connection import KNOWN_MAX, KeeperLink
 from ckpt.staging.slot import read_slot
 from ckpt.values import ChunkLocation, Codec, SnapshotId

@@ -8,9 +8,9 @@ import signal
 import pytest
 
 from ckpt.errors import CkptError, FencedError, UnavailableError
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.ipc import messages as words
-from ckpt.ipc.message import RemoteError
+from ckpt.ipc.messages import RemoteError
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.values import ChunkLocation, Codec, SnapshotId, SnapshotInfo
 

@@ -16,10 +16,10 @@ import ckpt
 from ckpt.events import Event
 from ckpt.ipc import messages as words
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.report import Report
+from ckpt.ipc.messages import Report
 from ckpt.ipc.runtime_dir import JobFolder
-from ckpt.session import settled
-from ckpt.session.settled import await_settled, unsettled
+from ckpt.session import log as settled
+from ckpt.session.log import await_settled, unsettled
 from ckpt.values import SnapshotId, SnapshotInfo
 
 from .conftest import SPEC, FakeKeeper

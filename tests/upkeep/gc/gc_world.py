@@ -13,18 +13,16 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import CkptError, ConflictError
 from ckpt.format import keys
-from ckpt.format.digest import digest
+from ckpt.format.canonical import digest
 from ckpt.format.manifest import Manifest
 from ckpt.format.part import Part
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.upkeep_sweep import sweep
-from ckpt.save.choose import OFF
-from ckpt.save.packs import Limits, persist
-from ckpt.save.part_put import put_part
-from ckpt.save.sparse import thin
-from ckpt.testing.crash import CrashingBackend, CrashMode
+from ckpt.maintenance.gc.sweep import sweep
+from ckpt.save.chunks import OFF, thin
+from ckpt.save.packs import Limits, persist, put_part
+from ckpt.testing.crashes import CrashingBackend, CrashMode
 from ckpt.testing.sample import Piece, stage, tensor
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 

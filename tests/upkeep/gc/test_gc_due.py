@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.maintenance.gc.gc_due import RESTS, ROUND_S, SWEEPS_PER_GRACE, Past, Rest, Round, next_round, sweep_every_s
+from ckpt.maintenance.gc.plan import RESTS, ROUND_S, SWEEPS_PER_GRACE, Past, Rest, Round, next_round, sweep_every_s
 
 DAY = 86400.0
 seconds = st.floats(0, 10 * DAY)

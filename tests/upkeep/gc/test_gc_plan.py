@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt.format.records import Body, Commit, Drop, Open, Tag, make_record
-from ckpt.log.commit_fold import empty, fold, verdict
+from ckpt.log.fold import empty, fold, verdict
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.gc_plan import NEWEST, NONE_WHOLE, WHOLE, by_worth, plan_gc
+from ckpt.maintenance.gc.plan import NEWEST, NONE_WHOLE, WHOLE, by_worth, plan_gc
 from ckpt.maintenance.retention import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
 from ckpt.values import SnapshotId, SnapshotInfo
 

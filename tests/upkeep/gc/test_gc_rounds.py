@@ -18,9 +18,8 @@ from ckpt.events import Event
 from ckpt.format import keys
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.maintenance.gc import gc_due
-from ckpt.maintenance.gc.drop import look
-from ckpt.maintenance.gc.gc_fence import fenced_journal
+from ckpt.maintenance.gc import plan as gc_due
+from ckpt.maintenance.gc.drop import fenced_journal, look
 from ckpt.maintenance.gc.plan import PREFIXES
 from ckpt.maintenance.gc.rounds import GcRounds, Keep
 from ckpt.maintenance.retention import KeepPolicy, keep_last, keep_tagged

@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt.errors import UsageError
-from ckpt.maintenance.retain_text import parse_policy
 from ckpt.maintenance.retention import (
     Best,
     Every,
@@ -24,6 +23,7 @@ from ckpt.maintenance.retention import (
     keep_for,
     keep_last,
     keep_tagged,
+    parse_policy,
 )
 from ckpt.values import SnapshotId, SnapshotInfo
 

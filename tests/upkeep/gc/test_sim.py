@@ -14,9 +14,8 @@ from ckpt.errors import CkptError, ConflictError, FencedError, UnavailableError
 from ckpt.format.index import SnapshotIndex
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.maintenance.gc.drop import drop
-from ckpt.maintenance.gc.gc_fence import fenced_journal
-from ckpt.maintenance.gc.upkeep_sweep import sweep
+from ckpt.maintenance.gc.drop import drop, fenced_journal
+from ckpt.maintenance.gc.sweep import sweep
 from ckpt.maintenance.retention import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
 from ckpt.restore.verify import verify
 from ckpt.values import SnapshotId

@@ -23,12 +23,10 @@ from ckpt.log.journal import Journal
 from ckpt.log.state import Hole
 from ckpt.maintenance.gc import sweep as sweep_refs
 from ckpt.maintenance.gc.drop import drop, look, newest_whole
-from ckpt.maintenance.gc.gc_plan import WHOLE
-from ckpt.maintenance.gc.plan import PREFIXES, Verdict
-from ckpt.maintenance.gc.sweep_clock import PROBES
-from ckpt.maintenance.gc.upkeep_sweep import SweepReport, sweep
+from ckpt.maintenance.gc.plan import PREFIXES, WHOLE, Verdict
+from ckpt.maintenance.gc.sweep import PROBES, SweepReport, sweep
 from ckpt.maintenance.retention import keep_last, keep_tagged
-from ckpt.testing.crash import CrashMode, run_in_child
+from ckpt.testing.crashes import CrashMode, run_in_child
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, damage, sample_ranks, write_sample_store
 from ckpt.values import SnapshotId

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckpt.backends.base import Stat
 from ckpt.format import keys
 from ckpt.format.records import Body, Commit, Drop, Open, make_record
-from ckpt.log.commit_fold import empty, fold, verdict
+from ckpt.log.fold import empty, fold, verdict
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.plan import Judge, Referred, Verdict, pair_of
 from ckpt.values import SnapshotId

@@ -15,13 +15,11 @@ from ckpt.format.manifest import Manifest
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc.drop import drop
-from ckpt.maintenance.gc.upkeep_sweep import sweep
+from ckpt.maintenance.gc.sweep import sweep
 from ckpt.maintenance.retention import KeepPolicy, keep_every, keep_last
 from ckpt.restore.verify import verify
-from ckpt.save.choose import OFF
-from ckpt.save.packs import persist
-from ckpt.save.part_put import put_part
-from ckpt.save.sparse import thin
+from ckpt.save.chunks import OFF, thin
+from ckpt.save.packs import persist, put_part
 from ckpt.testing.sample import stage, tensor
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 

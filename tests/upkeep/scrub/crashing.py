@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import FileOps
+from ckpt.maintenance.replica import Effort
 from ckpt.maintenance.scrub.scrub import scrub
-from ckpt.maintenance.sync.upkeep_sync import sync
-from ckpt.maintenance.sync_facts import Effort
-from ckpt.testing.crash import CrashingOps, CrashMode
+from ckpt.maintenance.sync.sync import sync
+from ckpt.testing.crashes import CrashingOps, CrashMode
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,9 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.open import open_backend
 from ckpt.format import keys
-from ckpt.maintenance.doctor.doctor import Patient, examine
-from ckpt.maintenance.doctor.doctor_facts import StoreFindings
-from ckpt.maintenance.doctor.findings import judge
-from ckpt.maintenance.doctor.probe import SMALL_OPERATIONS
-from ckpt.testing.crash import run_in_child
+from ckpt.maintenance.doctor.findings import StoreFindings, judge
+from ckpt.maintenance.doctor.probe import SMALL_OPERATIONS, Patient, examine
+from ckpt.testing.crashes import run_in_child
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 
 LARGE = 1 << 20

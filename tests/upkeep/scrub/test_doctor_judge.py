@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.maintenance.doctor.doctor_facts import Holds, Judgement, Latency, StoreFindings
-from ckpt.maintenance.doctor.findings import judge, writable
+from ckpt.maintenance.doctor.findings import Holds, Judgement, Latency, StoreFindings, judge, writable
 
 EMPTY = Holds(kind="empty")
 A = Holds(kind="store", job="a", store_id="1" * 32, log_id="1" * 32, snapshots=3, newest="epoch 1 step 30", next_seq=9)

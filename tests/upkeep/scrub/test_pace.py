@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ckpt.maintenance.copies_pace import BURST_S, Pace, Stopped
+from ckpt.maintenance.copy_io import BURST_S, Pace, Stopped
 
 
 class Time:

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.format.part import Part, StoredShard
-from ckpt.maintenance.copies import Pack
-from ckpt.maintenance.copies_refs import Gathered
+from ckpt.maintenance.copies import Gathered, Pack
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 References = list[list[tuple[int, int]]]

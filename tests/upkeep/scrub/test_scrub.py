@@ -20,8 +20,8 @@ from ckpt.format import keys
 from ckpt.format.records import Tag, decode_record, make_record
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
+from ckpt.maintenance.scrub.report import ScrubReport
 from ckpt.maintenance.scrub.scrub import Scrub, scrub
-from ckpt.maintenance.scrub.scrub_facts import ScrubReport
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
 from ckpt.values import ChunkLocation, SnapshotId

@@ -22,12 +22,11 @@ from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.maintenance.copies import Pack, Whole
+from ckpt.maintenance.replica import Budget, Effort
+from ckpt.maintenance.scrub.report import ScrubReport
 from ckpt.maintenance.scrub.scrub import scrub
-from ckpt.maintenance.scrub.scrub_facts import ScrubReport
-from ckpt.maintenance.sync.sync_objects import missing_objects
-from ckpt.maintenance.sync.upkeep_sync import fill, source_record, sync
-from ckpt.maintenance.sync_budget import Budget
-from ckpt.maintenance.sync_facts import Effort
+from ckpt.maintenance.sync.copy import missing_objects
+from ckpt.maintenance.sync.sync import fill, source_record, sync
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
 from ckpt.values import ChunkLocation, Codec, SnapshotId

@@ -15,10 +15,8 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import REAL_OPS
 from ckpt.format import keys
 from ckpt.maintenance.scrub.scrub import scrub
-from ckpt.maintenance.sync.upkeep_sync import sync
-from ckpt.testing.crash import CrashMode, run_in_child
-from ckpt.testing.crashes import PowerCut, PowerLossOps
-from ckpt.testing.fileops import RecordingOps
+from ckpt.maintenance.sync.sync import sync
+from ckpt.testing.crashes import CrashMode, PowerCut, PowerLossOps, RecordingOps, run_in_child
 
 TARGETS = {"scrub": "2", "sync": "new"}
 
