@@ -132,17 +132,17 @@ ready(Seating, Source)
 # What a keeper answers to what it is asked. The questions are in ``messages``.
 
 
-class Reply(Message, frozen=True, kw_only=True):
+class Reply(Message, frozen=True, kw_only=True, tag="Reply"):
     """Base of answers; ``error`` is set where the call failed, and nothing else then counts."""
 
     error: RemoteError | None = None
 
 
-class Done(Reply, frozen=True, kw_only=True):
+class Done(Reply, frozen=True, kw_only=True, tag="Done"):
     """The call was carried out (or failed)."""
 
 
-class Welcome(Reply, frozen=True, kw_only=True):
+class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
     """``boot`` is random for each keeper. ``new``: it knows nothing of the peer's attempt, so hand over what you hold.
 
     ``seating``: where the node's ranks are in the peer's attempt, where the job has several nodes.
@@ -155,13 +155,13 @@ class Welcome(Reply, frozen=True, kw_only=True):
     seating: Seating | None = None
 
 
-class Value(Reply, frozen=True, kw_only=True):
+class Value(Reply, frozen=True, kw_only=True, tag="Value"):
     """What is posted under the key, or None."""
 
     value: bytes | None
 
 
-class Number(Reply, frozen=True, kw_only=True):
+class Number(Reply, frozen=True, kw_only=True, tag="Number"):
     """A count or an epoch. ``origin``: of an epoch, what its staged indexes carry, since numbers alone are given out twice."""
 
     number: int
@@ -175,13 +175,13 @@ class SlotEntry(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
-class Slots(Reply, frozen=True, kw_only=True):
+class Slots(Reply, frozen=True, kw_only=True, tag="Slots"):
     """The slots of one rank, memfds beside them in the same order."""
 
     slots: tuple[SlotEntry, ...]
 
 
-class Sources(Reply, frozen=True, kw_only=True):
+class Sources(Reply, frozen=True, kw_only=True, tag="Sources"):
     """Where the share of each rank of the pair's world is; empty where the pair isn't known."""
 
     ranks: tuple[Source, ...]
@@ -195,13 +195,13 @@ class Choice(msgspec.Struct, frozen=True):
     tier: str
 
 
-class Choices(Reply, frozen=True, kw_only=True):
+class Choices(Reply, frozen=True, kw_only=True, tag="Choices"):
     """What can be restored, best first: the line of the newest epoch."""
 
     choices: tuple[Choice, ...]
 
 
-class Status(Reply, frozen=True, kw_only=True):
+class Status(Reply, frozen=True, kw_only=True, tag="Status"):
     """What ``ckpt ps`` and ``ckpt top`` show: see ``report``."""
 
     report: Report | None
@@ -240,7 +240,7 @@ WIRE_VERSION = 4
 # ---- from everybody
 
 
-class Hello(Message, frozen=True, kw_only=True):
+class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
     """First on every connection; a call. Answered with ``Welcome``, or an error that says why the peer isn't wanted.
 
     ``role``: ``supervisor``, ``trainer`` (its calls), ``events`` (a trainer's second connection, for words of the keeper) or
@@ -263,14 +263,14 @@ class Hello(Message, frozen=True, kw_only=True):
     agent: str = ""
 
 
-class Bye(Message, frozen=True, kw_only=True):
+class Bye(Message, frozen=True, kw_only=True, tag="Bye"):
     """The peer leaves as planned. A connection that ends without it was cut off."""
 
 
 # ---- from supervisors
 
 
-class Started(Message, frozen=True, kw_only=True):
+class Started(Message, frozen=True, kw_only=True, tag="Started"):
     """A trainer of ``attempt`` runs. ``how``: ``fork``, ``spawn`` or ``prepared``. Times are CLOCK_MONOTONIC seconds."""
 
     attempt: int
@@ -279,7 +279,7 @@ class Started(Message, frozen=True, kw_only=True):
     at_s: float
 
 
-class Died(Message, frozen=True, kw_only=True):
+class Died(Message, frozen=True, kw_only=True, tag="Died"):
     """The trainer ended by itself. ``status`` as ``os.waitstatus_to_exitcode``: an exit code, or minus a signal.
 
     ``overdue``: its supervisor stopped it, because this node may not act at the moment: it did nothing wrong.
@@ -291,19 +291,19 @@ class Died(Message, frozen=True, kw_only=True):
     overdue: bool = False
 
 
-class Killed(Message, frozen=True, kw_only=True):
+class Killed(Message, frozen=True, kw_only=True, tag="Killed"):
     """No process of the attempt's group lives on this rank any more: the answer to ``Kill``."""
 
     attempt: int
 
 
-class Preempt(Message, frozen=True, kw_only=True):
+class Preempt(Message, frozen=True, kw_only=True, tag="Preempt"):
     """The node is about to be taken away: stop at a boundary, durable, within ``grace_s``. From supervisors and trainers."""
 
     grace_s: float
 
 
-class SlotKept(Message, frozen=True, kw_only=True):
+class SlotKept(Message, frozen=True, kw_only=True, tag="SlotKept"):
     """To a keeper that is new: a slot that this supervisor holds; its memfd travels beside it."""
 
     rank: int
@@ -311,74 +311,74 @@ class SlotKept(Message, frozen=True, kw_only=True):
     size_bytes: int
 
 
-class BoardKept(Message, frozen=True, kw_only=True):
+class BoardKept(Message, frozen=True, kw_only=True, tag="BoardKept"):
     """To a keeper that is new: the board; its memfd travels beside it."""
 
 
 # ---- from trainers
 
 
-class Post(Message, frozen=True, kw_only=True):
+class Post(Message, frozen=True, kw_only=True, tag="Post"):
     """Publish ``value`` under ``key`` in the attempt's room."""
 
     key: str
     value: bytes
 
 
-class Peek(Message, frozen=True, kw_only=True):
+class Peek(Message, frozen=True, kw_only=True, tag="Peek"):
     """A call: ``Value`` of the key, as soon as it is posted, or None after ``wait_s`` seconds."""
 
     key: str
     wait_s: float = 0.0
 
 
-class Count(Message, frozen=True, kw_only=True):
+class Count(Message, frozen=True, kw_only=True, tag="Count"):
     """A call: add to a counter; ``Number`` is the sum."""
 
     key: str
     amount: int
 
 
-class Forget(Message, frozen=True, kw_only=True):
+class Forget(Message, frozen=True, kw_only=True, tag="Forget"):
     """Free a posted message."""
 
     key: str
 
 
-class GetBoard(Message, frozen=True, kw_only=True):
+class GetBoard(Message, frozen=True, kw_only=True, tag="GetBoard"):
     """A call: ``Done`` with the board's memfd beside it."""
 
 
-class GetSlots(Message, frozen=True, kw_only=True):
+class GetSlots(Message, frozen=True, kw_only=True, tag="GetSlots"):
     """A call: ``Slots`` of this node's ``rank``, with their memfds in the same order."""
 
     rank: int
 
 
-class SlotMade(Message, frozen=True, kw_only=True):
+class SlotMade(Message, frozen=True, kw_only=True, tag="SlotMade"):
     """A call: the trainer made a slot for itself; its memfd travels beside it. UsageError where memory is short."""
 
     index: int
     size_bytes: int
 
 
-class SlotGone(Message, frozen=True, kw_only=True):
+class SlotGone(Message, frozen=True, kw_only=True, tag="SlotGone"):
     """The trainer gave up its slot ``index``."""
 
     index: int
 
 
-class GetChoices(Message, frozen=True, kw_only=True):
+class GetChoices(Message, frozen=True, kw_only=True, tag="GetChoices"):
     """A call: ``Choices``, once the keeper has read the log. NotFoundError never: no store means no choices."""
 
 
-class GetSources(Message, frozen=True, kw_only=True):
+class GetSources(Message, frozen=True, kw_only=True, tag="GetSources"):
     """A call, where the job has several nodes: ``Sources`` of a staged pair that ``Choices`` named."""
 
     snapshot: SnapshotId
 
 
-class OpenEpoch(Message, frozen=True, kw_only=True):
+class OpenEpoch(Message, frozen=True, kw_only=True, tag="OpenEpoch"):
     """A call, of rank 0: open the next epoch, going on from ``resume``; ``Number`` is the epoch.
 
     ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the log; its record follows,
@@ -391,14 +391,14 @@ class OpenEpoch(Message, frozen=True, kw_only=True):
     newest: bool = False
 
 
-class Decided(Message, frozen=True, kw_only=True):
+class Decided(Message, frozen=True, kw_only=True, tag="Decided"):
     """Of rank 0, where the job has several nodes: what all ranks do at a boundary, see ``Board.decide``."""
 
     boundary: int
     flags: int
 
 
-class Known(Message, frozen=True, kw_only=True):
+class Known(Message, frozen=True, kw_only=True, tag="Known"):
     """Chunks of the committed snapshot ``base`` that this trainer read and found right: they may be referred to."""
 
     base: SnapshotId
@@ -406,7 +406,7 @@ class Known(Message, frozen=True, kw_only=True):
     locations: tuple[ChunkLocation, ...]
 
 
-class Persist(Message, frozen=True, kw_only=True):
+class Persist(Message, frozen=True, kw_only=True, tag="Persist"):
     """Make slot ``index``, sealed under ``generation`` and marked as held, durable. Each rank hands in the same sequence."""
 
     snapshot: SnapshotId
@@ -416,21 +416,21 @@ class Persist(Message, frozen=True, kw_only=True):
     shared: Mapping[str, tuple[int, str]] = {}
 
 
-class Refuse(Message, frozen=True, kw_only=True):
+class Refuse(Message, frozen=True, kw_only=True, tag="Refuse"):
     """Instead of ``Persist``: this rank can't give its share."""
 
     snapshot: SnapshotId
     error: RemoteError
 
 
-class SetTag(Message, frozen=True, kw_only=True):
+class SetTag(Message, frozen=True, kw_only=True, tag="SetTag"):
     """A call, of rank 0: tag a durable snapshot; ``Done`` when the record is written."""
 
     name: str
     snapshot: SnapshotId
 
 
-class Failing(Message, frozen=True, kw_only=True):
+class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
     """The user's code raised, and this trainer is about to die of it.
 
     ``fingerprint`` is equal for equal exceptions at equal places. ``final``: not worth a restart (a usage error, Ctrl-C).
@@ -443,7 +443,7 @@ class Failing(Message, frozen=True, kw_only=True):
     final: bool = False
 
 
-class Phase(Message, frozen=True, kw_only=True):
+class Phase(Message, frozen=True, kw_only=True, tag="Phase"):
     """A point of a trainer's start: ``entered``, ``group`` (process group made), ``tracked``, ``restored``, ``first-step``."""
 
     name: str
@@ -451,21 +451,21 @@ class Phase(Message, frozen=True, kw_only=True):
     facts: Mapping[str, Fact] = {}
 
 
-class Finished(Message, frozen=True, kw_only=True):
+class Finished(Message, frozen=True, kw_only=True, tag="Finished"):
     """The decorated function returned and all is durable; what follows is the rest of the user's program."""
 
 
 # ---- from tools
 
 
-class GetStatus(Message, frozen=True, kw_only=True):
+class GetStatus(Message, frozen=True, kw_only=True, tag="GetStatus"):
     """A call: ``Status``."""
 
 
 # ---- words of the keeper
 
 
-class Start(Message, frozen=True, kw_only=True):
+class Start(Message, frozen=True, kw_only=True, tag="Start"):
     """To a supervisor: start the trainer of ``attempt``; its group meets at ``port``, without ``seating`` on loopback."""
 
     attempt: int
@@ -473,31 +473,31 @@ class Start(Message, frozen=True, kw_only=True):
     seating: Seating | None = None
 
 
-class Kill(Message, frozen=True, kw_only=True):
+class Kill(Message, frozen=True, kw_only=True, tag="Kill"):
     """To a supervisor: kill the trainer of ``attempt`` and its whole process group, then answer ``Killed``."""
 
     attempt: int
 
 
-class Dump(Message, frozen=True, kw_only=True):
+class Dump(Message, frozen=True, kw_only=True, tag="Dump"):
     """To a supervisor: have the trainer of ``attempt`` write its stacks to ``path``."""
 
     attempt: int
     path: str
 
 
-class RunAhead(Message, frozen=True, kw_only=True):
+class RunAhead(Message, frozen=True, kw_only=True, tag="RunAhead"):
     """To a supervisor whose node is a standby: where the program wants prepared trainers, one may run ahead here now."""
 
 
-class Leave(Message, frozen=True, kw_only=True):
+class Leave(Message, frozen=True, kw_only=True, tag="Leave"):
     """To a supervisor: kill what still runs and exit with ``status``; ``text`` says why, for people ("" : say nothing)."""
 
     status: int
     text: str = ""
 
 
-class Keep(Message, frozen=True, kw_only=True):
+class Keep(Message, frozen=True, kw_only=True, tag="Keep"):
     """To a supervisor: hold this slot's memfd, which travels beside it, for the keeper that may come after this one."""
 
     rank: int
@@ -505,18 +505,18 @@ class Keep(Message, frozen=True, kw_only=True):
     size_bytes: int
 
 
-class Drop(Message, frozen=True, kw_only=True):
+class Drop(Message, frozen=True, kw_only=True, tag="Drop"):
     """To a supervisor: let go of a slot."""
 
     rank: int
     index: int
 
 
-class KeepBoard(Message, frozen=True, kw_only=True):
+class KeepBoard(Message, frozen=True, kw_only=True, tag="KeepBoard"):
     """To a supervisor: hold the board's memfd."""
 
 
-class Outcome(Message, frozen=True, kw_only=True):
+class Outcome(Message, frozen=True, kw_only=True, tag="Outcome"):
     """To a trainer's ``events``: a snapshot that was handed in is settled. ``error`` beside ``info``: durable, but untagged."""
 
     snapshot: SnapshotId
@@ -524,19 +524,19 @@ class Outcome(Message, frozen=True, kw_only=True):
     error: RemoteError | None = None
 
 
-class Fenced(Message, frozen=True, kw_only=True):
+class Fenced(Message, frozen=True, kw_only=True, tag="Fenced"):
     """To a trainer's ``events``: another writer opened a newer epoch; nothing of this job counts any more."""
 
     text: str
 
 
-class Stop(Message, frozen=True, kw_only=True):
+class Stop(Message, frozen=True, kw_only=True, tag="Stop"):
     """To trainers' ``events``: the job is preempted: stop at a boundary, durable, within ``grace_s``."""
 
     grace_s: float
 
 
-class Tell(Message, frozen=True, kw_only=True):
+class Tell(Message, frozen=True, kw_only=True, tag="Tell"):
     """To the supervisor of rank 0: print one line for people (a recovery, an alarm)."""
 
     text: str

@@ -16,20 +16,20 @@ class Word(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"
     """Base of all words."""
 
 
-class Proof(Word, frozen=True, kw_only=True):
+class Proof(Word, frozen=True, kw_only=True, tag="Proof"):
     """The first word of each end: its authentication proves that it knows the job's secret."""
 
     node: str
 
 
-class Beat(Word, frozen=True, kw_only=True):
+class Beat(Word, frozen=True, kw_only=True, tag="Beat"):
     """Nothing to say, and still here."""
 
 
 # ---- rooms, which are at the node of rank 0; ``room`` names one for ever
 
 
-class Post(Word, frozen=True, kw_only=True):
+class Post(Word, frozen=True, kw_only=True, tag="Post"):
     """Publish ``value`` under ``key``."""
 
     room: str
@@ -37,7 +37,7 @@ class Post(Word, frozen=True, kw_only=True):
     value: bytes
 
 
-class Peek(Word, frozen=True, kw_only=True):
+class Peek(Word, frozen=True, kw_only=True, tag="Peek"):
     """The value under ``key`` as soon as it is there, ``Said``; without one after ``wait_s`` seconds."""
 
     call: int
@@ -46,7 +46,7 @@ class Peek(Word, frozen=True, kw_only=True):
     wait_s: float = 0.0
 
 
-class Count(Word, frozen=True, kw_only=True):
+class Count(Word, frozen=True, kw_only=True, tag="Count"):
     """Add to a counter; answered with ``Said``."""
 
     call: int
@@ -55,14 +55,14 @@ class Count(Word, frozen=True, kw_only=True):
     amount: int
 
 
-class Forget(Word, frozen=True, kw_only=True):
+class Forget(Word, frozen=True, kw_only=True, tag="Forget"):
     """Free what is under ``key``."""
 
     room: str
     key: str
 
 
-class Said(Word, frozen=True, kw_only=True):
+class Said(Word, frozen=True, kw_only=True, tag="Said"):
     """The answer of the room: a value (None: there is none), or a counter's sum."""
 
     call: int
@@ -73,7 +73,7 @@ class Said(Word, frozen=True, kw_only=True):
 # ---- steps
 
 
-class Decided(Word, frozen=True, kw_only=True):
+class Decided(Word, frozen=True, kw_only=True, tag="Decided"):
     """Rank 0 decided what all ranks do at a boundary: see ``Board.decide``."""
 
     attempt: int
@@ -81,7 +81,7 @@ class Decided(Word, frozen=True, kw_only=True):
     flags: int
 
 
-class Standing(Word, frozen=True, kw_only=True):
+class Standing(Word, frozen=True, kw_only=True, tag="Standing"):
     """How far the ranks of a node are, or those of several nodes as one: what all of them hold sealed, looked at second.
 
     ``completed``: the least number of steps that one of them completed, looked at first; -1: not all have begun.
@@ -97,7 +97,7 @@ class Standing(Word, frozen=True, kw_only=True):
     named: SnapshotId | None = None
 
 
-class Roll(Word, frozen=True, kw_only=True):
+class Roll(Word, frozen=True, kw_only=True, tag="Roll"):
     """From the node of rank 0: who is still at this epoch? ``answered``: the last call that everybody answered; 0: none."""
 
     attempt: int
@@ -105,7 +105,7 @@ class Roll(Word, frozen=True, kw_only=True):
     answered: int
 
 
-class Here(Word, frozen=True, kw_only=True):
+class Here(Word, frozen=True, kw_only=True, tag="Here"):
     """The answer: this node is."""
 
     attempt: int
@@ -118,7 +118,7 @@ Turn = tuple[int, SnapshotId, tuple[str, ...]]
 """One snapshot that was handed in: its number in the era, the pair, the tags."""
 
 
-class Handed(Word, frozen=True, kw_only=True):
+class Handed(Word, frozen=True, kw_only=True, tag="Handed"):
     """To the node of rank 0, when an attempt begins: what this node's ranks handed in since the era began, the last ones."""
 
     attempt: int
@@ -126,7 +126,7 @@ class Handed(Word, frozen=True, kw_only=True):
     turns: tuple[Turn, ...]
 
 
-class Opened(Word, frozen=True, kw_only=True):
+class Opened(Word, frozen=True, kw_only=True, tag="Opened"):
     """From the node of rank 0: an epoch of the log is open, which goes on from ``resume``; ``turns`` as any node handed in."""
 
     attempt: int
@@ -148,20 +148,20 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     mirror: bool = False
 
 
-class AskHeld(Word, frozen=True, kw_only=True):
+class AskHeld(Word, frozen=True, kw_only=True, tag="AskHeld"):
     """From the node of rank 0: what is there to restore from."""
 
     call: int
 
 
-class Held(Word, frozen=True, kw_only=True):
+class Held(Word, frozen=True, kw_only=True, tag="Held"):
     """The answer: all that this node holds in memory."""
 
     call: int
     holdings: tuple[Holding, ...]
 
 
-class Sources(Word, frozen=True, kw_only=True):
+class Sources(Word, frozen=True, kw_only=True, tag="Sources"):
     """From the node of rank 0: where each rank's share of some pairs is.
 
     Of each pair the size of its world; of spans of its ranks, from 0 on, how many they are and which of ``nodes`` have them.
@@ -175,7 +175,7 @@ class Sources(Word, frozen=True, kw_only=True):
 # ---- beginnings and ends
 
 
-class Meet(Word, frozen=True, kw_only=True):
+class Meet(Word, frozen=True, kw_only=True, tag="Meet"):
     """From the node of rank 0: where the trainers of ``attempt`` make their process group."""
 
     attempt: int
@@ -183,7 +183,7 @@ class Meet(Word, frozen=True, kw_only=True):
     port: int
 
 
-class Ended(Word, frozen=True, kw_only=True):
+class Ended(Word, frozen=True, kw_only=True, tag="Ended"):
     """To whoever leads: all ranks of this node ended well."""
 
     attempt: int
@@ -192,7 +192,7 @@ class Ended(Word, frozen=True, kw_only=True):
 # ---- failures
 
 
-class Failed(Word, frozen=True, kw_only=True):
+class Failed(Word, frozen=True, kw_only=True, tag="Failed"):
     """To the leader: this node's trainers of ``attempt`` are dead, because of this; see ``keeper.roster_words.Failure``."""
 
     attempt: int
