@@ -44,7 +44,7 @@ demo: $(STAMP)
 soak: $(STAMP)
 	CKPT_SOAK=1 $(BIN)/pytest -q -n 2 --dist worksteal -m soak
 
-# Every mutant of the log's and the restore plan's decisions must be caught by a test, or be explained in docs/design/014-mutants.md.
+# Every mutant of the log's and the restore plan's decisions must be caught by a test, or be explained in docs/dev/design/014-mutants.md.
 mutants: $(STAMP)
 	$(BIN)/python tests/mutation/mutant_campaign.py
 

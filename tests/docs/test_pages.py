@@ -48,12 +48,12 @@ def outer_members(row: str) -> list[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_room_has_a_paragraph_in_the_map(room: str) -> None:
-    assert re.search(rf"^\*\*[\w, ]*\b{room}\b[\w, ]*\.\*\*", page("docs/map.md"), re.MULTILINE)
-    assert f"`{room}`" in page("docs/map.md")
+    assert re.search(rf"^\*\*[\w, ]*\b{room}\b[\w, ]*\.\*\*", page("docs/dev/architecture.md"), re.MULTILINE)
+    assert f"`{room}`" in page("docs/dev/architecture.md")
 
 
 def test_files_that_the_map_names_exist() -> None:
-    names = re.findall(r"`(\w+\.py)`", page("docs/map.md"))
+    names = re.findall(r"`(\w+\.py)`", page("docs/dev/architecture.md"))
     assert [name for name in names if not list((ROOT / "ckpt").rglob(name))] == []
 
 
@@ -86,7 +86,7 @@ def test_readme_and_command_page_give_the_exit_code_of_each_error() -> None:
 
 def test_dependency_has_a_line_that_says_what_it_replaces() -> None:
     names = [re.split(r"[\s\[<>=!;(]", one)[0] for one in metadata.requires("torch-ckpt") or ()]
-    assert [name for name in names if name not in page("docs/design/006-dependencies.md")] == [
+    assert [name for name in names if name not in page("docs/dev/design/006-dependencies.md")] == [
         "torch-ckpt"
     ] * names.count("torch-ckpt")
 

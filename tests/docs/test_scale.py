@@ -15,7 +15,7 @@ import gather_sim  # noqa: E402
 import scale_model  # noqa: E402
 import scale_sizes  # noqa: E402
 
-PAGE = (ROOT / "docs" / "design" / "019-scale.md").read_text()
+PAGE = (ROOT / "docs" / "dev" / "design" / "019-scale.md").read_text()
 SIMULATED = (64, 256)
 """Those that take no time."""
 

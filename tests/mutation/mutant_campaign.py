@@ -1,7 +1,7 @@
 """Mutate, run, and say what survived: ``make mutants``.
 
 Exit 0 where every mutant is killed or explained, 1 where one is not or an explanation is wrong, 2 where the tests themselves
-fail. What is explained stands in ``docs/design/014-mutants.md``, in the tables.
+fail. What is explained stands in ``docs/dev/design/014-mutants.md``, in the tables.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mutant_targets import COPIED, TARGETS
 from mutants import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPLAINED = ROOT / "docs" / "design" / "014-mutants.md"
+EXPLAINED = ROOT / "docs" / "dev" / "design" / "014-mutants.md"
 ROW = re.compile(r"^\| `(?P<where>[^`]+)` \| `(?P<name>.+)` \| (?P<why>.+) \|$", re.MULTILINE)
 
 Name = tuple[str, str, str]

@@ -1,6 +1,6 @@
 """Where the bytes of an encrypted object lie: a header of 64 bytes, then frames of equal size. Pure; knows no cipher.
 
-docs/design/010-encryption.md describes the bytes. All sizes are functions of the plaintext's length and back, so that
+docs/dev/design/010-encryption.md describes the bytes. All sizes are functions of the plaintext's length and back, so that
 listings need not open any object.
 """
 

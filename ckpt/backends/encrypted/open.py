@@ -2,7 +2,7 @@
 
     store = encrypted(open_backend(url), load_keys("file:~/job.key"))
 
-What is encrypted, what is not, and the bytes: docs/design/010-encryption.md.
+What is encrypted, what is not, and the bytes: docs/dev/design/010-encryption.md.
 """
 
 from __future__ import annotations

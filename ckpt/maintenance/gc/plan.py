@@ -1,4 +1,4 @@
-"""Which objects of a store are garbage for good. Pure; the proof is in docs/design/011-retention-and-sweep.md.
+"""Which objects of a store are garbage for good. Pure; the proof is in docs/dev/design/011-retention-and-sweep.md.
 
 Packs, parts and manifests name the pair that they were written for. An object is garbage once no commit of that pair can count
 any more and no snapshot that exists refers to it. Both stay true in every later state of the log.

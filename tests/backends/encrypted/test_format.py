@@ -1,4 +1,4 @@
-"""The bytes of an encrypted object: as docs/design/010-encryption.md says, and none of them can be changed unseen."""
+"""The bytes of an encrypted object: as docs/dev/design/010-encryption.md says, and none of them can be changed unseen."""
 
 from __future__ import annotations
 
