@@ -1,0 +1,67 @@
+"""What a template process is asked for: one program, as ``subprocess.Popen`` would start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+_LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One program. Descriptors travel beside it: standard input, output and error, then those in ``keep``.
+
+    Texts are the system's, decoded by ``os.fsdecode``. ``parent``: whose child it is to be. ``keep``: the numbers that
+    further descriptors have in it. ``group``: its process group, 0 for one of its own, unless it gets a new session.
+    """
+
+    words: list[str]
+    environment: dict[str, str]
+    folder: str
+    keep: list[int]
+    parent: int
+    new_session: bool
+    group: int
+    umask: int
+
+    @property
+    def launches(self) -> bool:
+        """Whether it is torchrun, whose workers are to be forks too."""
+        words = self.words
+        return any(words[at : at + 2] == ["-m", "torch.distributed.run"] for at in range(1, len(words)))
+
+
+def send(peer: socket.socket, order: Order, fds: Sequence[int]) -> None:
+    """Ask for a program. Raises OSError where the template is gone."""
+    told = json.dumps(asdict(order)).encode()
+    socket.send_fds(peer, [len(told).to_bytes(_LENGTH_BYTES, "little")], fds)
+    peer.sendall(told)
+
+
+def receive(peer: socket.socket) -> tuple[Order, list[int]] | None:
+    """What the next program is, and its descriptors; None where nobody asks any more."""
+    head, fds, _, _ = socket.recv_fds(peer, _LENGTH_BYTES, 64)
+    if not head:
+        return None
+    told = exactly(peer, int.from_bytes(head, "little"))
+    return Order(**json.loads(told)), fds
+
+
+def exactly(peer: socket.socket, count: int) -> bytes:
+    """So many bytes. Raises EOFError where the other side is gone before."""
+    got = b""
+    while len(got) < count:
+        piece = peer.recv(count - len(got))
+        if not piece:
+            raise EOFError(f"the other side is gone after {len(got)} of {count} bytes")
+        got += piece
+    return got
+
+
+def decoded(words: Sequence[str | bytes | os.PathLike[str]]) -> list[str]:
+    """A command's words as text."""
+    return [os.fsdecode(word) for word in words]
