@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 _LENGTH_BYTES = 4
+NUMBER_BYTES = 4
+"""A process's number, in network order; 0 where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +18,13 @@ class Order:
 
     Texts are the system's, decoded by ``os.fsdecode``. ``parent``: whose child it is to be. ``keep``: the numbers that
     further descriptors have in it. ``group``: its process group, 0 for one of its own, unless it gets a new session.
+    ``network``: the name of its network namespace, "" for the usual one.
     """
 
     words: list[str]
     environment: dict[str, str]
     folder: str
+    network: str
     keep: list[int]
     parent: int
     new_session: bool
@@ -30,9 +33,19 @@ class Order:
 
     @property
     def launches(self) -> bool:
-        """Whether it is torchrun, whose workers are to be forks too."""
-        words = self.words
-        return any(words[at : at + 2] == ["-m", "torch.distributed.run"] for at in range(1, len(words)))
+        """Whether it is torchrun, under this name or another, whose workers are to be forks too."""
+        what = arguments_of(self.words)
+        return what[:2] == ["-m", "torch.distributed.run"] or what[:3] == ["-m", "ckpt", "run"]
+
+
+def arguments_of(words: Sequence[str]) -> list[str]:
+    """What follows an interpreter's own options in a command: a script, or -m or -c, and arguments. Empty where a fork cannot
+    be what the options say."""
+    at = 1
+    while at < len(words) and words[at] in ("-u", "-W"):
+        at += 2 if words[at] == "-W" else 1
+    rest = list(words[at:])
+    return rest if rest and (not rest[0].startswith("-") or (rest[0] in ("-m", "-c") and len(rest) > 1)) else []
 
 
 def send(peer: socket.socket, order: Order, fds: Sequence[int]) -> None:
@@ -60,8 +73,3 @@ def exactly(peer: socket.socket, count: int) -> bytes:
             raise EOFError(f"the other side is gone after {len(got)} of {count} bytes")
         got += piece
     return got
-
-
-def decoded(words: Sequence[str | bytes | os.PathLike[str]]) -> list[str]:
-    """A command's words as text."""
-    return [os.fsdecode(word) for word in words]

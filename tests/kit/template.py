@@ -1,9 +1,10 @@
 """Programs that tests start, without what every new interpreter spends on imports.
 
 ``Program`` is ``subprocess.Popen`` and ``run`` is ``subprocess.run``, but that a command which begins with this interpreter is
-no new one: it is a fork of a template process that has imported torch and ckpt and has done nothing else. The program is a
-child of the caller all the same, with its own command line, environment, folder, descriptors, session and signals, and ends
-as a program does; see ``template_process`` for what it is not. All other commands are started as ever.
+no new one, whichever network namespace it is put into: it is a fork of a template process that has imported torch and ckpt
+and has done nothing else. The program is a child of the caller all the same, with its own command line, environment, folder,
+descriptors, session and signals, and ends as a program does; see ``template_process`` for what it is not. All other commands
+are started as ever, and an interpreter with options other than -u and -W.
 
 ``CKPT_TEST_STARTS=real`` starts every program for real, and so do the long campaigns.
 """
@@ -85,7 +86,7 @@ class Template:
         with self._lock:
             try:
                 orders.send(self._peer, order, fds)
-                pid = int.from_bytes(orders.exactly(self._peer, 4), "little")
+                pid = int.from_bytes(orders.exactly(self._peer, orders.NUMBER_BYTES), "big")
                 self._take_orphans(True)
                 try:
                     self._peer.sendall(b"!")
@@ -95,6 +96,8 @@ class Template:
                 self._peer.sendall(b"!")
             except (OSError, EOFError) as error:
                 raise RuntimeError(f"no template process: {error}\n{self._last_words()}") from error
+        if pid == 0:
+            raise RuntimeError(f"the program ended before it began; it may have said why. order={order}")
         return pid
 
     def _take_orphans(self, yes: bool) -> None:
@@ -133,8 +136,11 @@ class Program(subprocess.Popen[Any]):
 
     def _execute_child(self, *arguments: Any) -> None:
         asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *arguments).arguments  # type: ignore[attr-defined]
-        words = asked["args"]
-        if REAL or asked["shell"] or isinstance(words, (str, bytes, os.PathLike)) or words[0] != sys.executable:
+        if REAL or asked["shell"] or isinstance(asked["args"], (str, bytes, os.PathLike)):
+            super()._execute_child(*arguments)  # type: ignore[misc]
+            return
+        network, words = _network_of([os.fsdecode(word) for word in asked["args"]])
+        if words[0] != sys.executable or not orders.arguments_of(words):
             super()._execute_child(*arguments)  # type: ignore[misc]
             return
         told = {
@@ -146,9 +152,10 @@ class Program(subprocess.Popen[Any]):
         keep = sorted(map(int, asked["pass_fds"]))
         group = asked.get("process_group")
         order = Order(
-            words=orders.decoded(words),
+            words=words,
             environment={os.fsdecode(name): os.fsdecode(value) for name, value in environment.items()},
             folder=str(Path(os.fsdecode(asked["cwd"] or ".")).absolute()),
+            network=network,
             keep=keep,
             parent=os.getpid(),
             new_session=bool(asked["start_new_session"]),
@@ -181,6 +188,11 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def _network_of(words: list[str]) -> tuple[str, list[str]]:
+    """The network namespace that a command begins with, "" for none, and the command in it."""
+    return (words[3], words[4:]) if words[:3] == ["ip", "netns", "exec"] else ("", words)
 
 
 def _umask() -> int:

@@ -58,6 +58,7 @@ _ADDED_ENVIRONMENT = {name: value for name, value in os.environ.items() if name 
 
 _PATH = sys.path[1:]
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
+_CLONE_NEWNET = 0x40000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.sbrk.restype = ctypes.c_void_p
 _LIBC.sbrk.argtypes = [ctypes.c_ssize_t]
@@ -72,21 +73,20 @@ def serve(peer: socket.socket) -> Order | None:
         begins, says_begin = os.pipe()
         between = os.fork()
         if between == 0:
-            program = os.fork()
-            if program == 0:
-                peer.close()
-                for fd in (number, says_number, leaves, says_leave, says_begin):
+            if os.fork() == 0:
+                for fd in (number, leaves, says_leave, says_begin):
                     os.close(fd)
-                _arrange(order, fds, begins)
+                peer.close()
+                _arrange(order, fds, says_number, begins)
                 return order
-            os.write(says_number, program.to_bytes(4, "little"))
-            os.close(says_leave)
+            for fd in (says_number, says_leave):
+                os.close(fd)
             os.read(leaves, 1)
             os._exit(0)
         for fd in (*fds, leaves, begins, says_number):
             os.close(fd)
-        pid = os.read(number, 4)
-        peer.sendall(pid)
+        # It says its number when it is what was ordered, or dies.
+        peer.sendall(os.read(number, orders.NUMBER_BYTES).rjust(orders.NUMBER_BYTES, b"\0"))
         orders.exactly(peer, 1)
         os.close(says_leave)
         os.waitpid(between, 0)
@@ -97,35 +97,45 @@ def serve(peer: socket.socket) -> Order | None:
     return None
 
 
-def _arrange(order: Order, fds: Sequence[int], begins: int) -> None:
-    """Everything of a process that a new program inherits or is given; then wait for its time."""
+def _arrange(order: Order, fds: Sequence[int], says_number: int, begins: int) -> None:
+    """Everything of a process that a new program inherits or is given; then say its number and wait for its time."""
     if order.new_session:
         os.setsid()
     else:
         os.setpgid(0, order.group)
-    begins = _place(fds, [0, 1, 2, *order.keep], begins)
+    says_number, begins = _place(fds, [0, 1, 2, *order.keep], [says_number, begins])
+    if order.network:
+        _enter(Path("/run/netns") / order.network)
     os.umask(order.umask)
     os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.environment)
     _show(order.words, order.environment)
+    os.write(says_number, os.getpid().to_bytes(orders.NUMBER_BYTES, "big"))
+    os.close(says_number)
     os.read(begins, 1)
     os.close(begins)
     if os.getppid() != order.parent:
         os._exit(1)  # whoever asked is gone
 
 
-def _place(fds: Sequence[int], numbers: Sequence[int], other: int) -> int:
-    """Give descriptors the numbers that they are to have and close all others but one, whose new number is given back."""
+def _place(fds: Sequence[int], numbers: Sequence[int], others: Sequence[int]) -> list[int]:
+    """Give descriptors the numbers that they are to have and close the rest but ``others``, whose new numbers these are."""
     above = max(numbers) + 1
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, above) for fd in (*fds, other)]
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in (*fds, *others)]
     for fd, number in zip(high, numbers, strict=False):
         os.dup2(fd, number, inheritable=True)
-    wanted = sorted([*numbers, high[-1]])
+    others = high[len(fds) :]
+    wanted = sorted([*numbers, *others])
     for number, next_one in zip(wanted, [*wanted[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
         os.closerange(number + 1, next_one)
-    os.set_inheritable(high[-1], False)
-    return high[-1]
+    return others
+
+
+def _enter(network: Path) -> None:
+    with network.open() as file:
+        if _LIBC.setns(file.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "this process cannot enter a network", str(network))
 
 
 _shown: list[mmap.mmap] = []
@@ -150,16 +160,16 @@ def _show(words: Sequence[str], environment: Mapping[str, str]) -> None:
         raise OSError(ctypes.get_errno(), "this process cannot change what /proc shows of it")
 
 
-def _launcher(order: Order) -> Order | None:
+def _launcher() -> Order | None:
     """Make this process one whose workers are forks, of a template of its own that has seen nothing of what it does.
 
     Gives an order in each worker; None in the launcher itself.
     """
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
-        os.setsid()
+        os.setpgid(0, 0)
         fds = [os.open(os.devnull, os.O_RDWR)] * 3
-        peer = socket.socket(fileno=_place(fds, [0, 1, 2], theirs.detach()))
+        peer = socket.socket(fileno=_place(fds, [0, 1, 2], [theirs.detach()])[0])
         ours.detach()
         os.chdir("/")
         _show(["template"], {})  # nobody who looks for a test's processes means this one
@@ -178,18 +188,19 @@ def _become(order: Order) -> NoReturn:
     torch_threads = order.environment.get("OMP_NUM_THREADS", "")
     if torch_threads.isdecimal():
         torch.set_num_threads(int(torch_threads))
-    np.random.seed()  # the random numbers of a new process, whichever way they are made
+    np.random.seed()  # random numbers of its own, whichever way they are made; Python sees to its own ones
+    torch.default_generator.seed()
     for name, value in _ADDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for module in [one for name, one in sys.modules.items() if name.startswith("ckpt.")]:
         if hasattr(module, "STARTED_IN"):
             module.STARTED_IN = order.folder  # noted when it was imported
     sys.orig_argv = order.words
-    options, words = _options(order)
+    options, words = _options(order.words)
     behind = order.environment.get("PYTHONPATH")
     sys.path[:] = [*(behind.split(os.pathsep) if behind else ()), *_PATH]
-    _warnings([*order.environment.get("PYTHONWARNINGS", "").split(","), *options["-W"]])
-    _streams(unbuffered=bool(options["-u"]) or bool(order.environment.get("PYTHONUNBUFFERED")))
+    _warnings([*order.environment.get("PYTHONWARNINGS", "").split(","), *(one for one in options if one[0] != "-")])
+    _streams(unbuffered="-u" in options or bool(order.environment.get("PYTHONUNBUFFERED")))
     status, interrupted = 1, False
     try:
         _run_main(words)
@@ -205,16 +216,10 @@ def _become(order: Order) -> NoReturn:
     _end(status, interrupted=interrupted)
 
 
-def _options(order: Order) -> tuple[dict[str, list[str]], list[str]]:
-    """What the interpreter was told for itself, and its other words: a script, -m or -c, and arguments."""
-    found: dict[str, list[str]] = {"-u": [], "-W": []}
-    words = order.words[1:]
-    while words[0] in found:
-        option = words.pop(0)
-        found[option].append(words.pop(0) if option == "-W" else option)
-    if words[0].startswith("-") and words[0] not in ("-m", "-c"):
-        raise ValueError(f"a forked program cannot have this option; start it with subprocess.Popen: {words[0]}")
-    return found, words
+def _options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What the interpreter was told for itself, and the rest."""
+    rest = orders.arguments_of(words)
+    return list(words[1 : len(words) - len(rest)]), rest
 
 
 def _warnings(options: Sequence[str]) -> None:
@@ -294,7 +299,7 @@ def main() -> None:
     gc.freeze()
     order = serve(peer)
     while order is not None and order.launches:
-        worker = _launcher(order)
+        worker = _launcher()
         if worker is None:
             break
         order = worker
