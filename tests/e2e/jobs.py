@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from kit.template import Program
 
 PROGRAMS = Path(__file__).parent / "programs"
 SOAK = os.environ.get("CKPT_SOAK") == "1"
@@ -168,7 +169,7 @@ class Fleet:
             "CKPT_RUNTIME_DIR": str(self.runtime),
         }
         with (folder / "output.txt").open("ab") as output:
-            process = subprocess.Popen(
+            process = Program(
                 [part.replace("{folder}", str(folder)) for part in command],
                 env=environment, stdin=stdin, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from jobs import POLL_S, WAIT_S, Job, Results, plain, wait_for
+from kit.template import Program, run
 
 TTL_S = 2.0
 """After how long a silent node is lost here: the shortest that etcd grants."""
@@ -114,7 +115,7 @@ class Cluster:
             **({"GLOO_SOCKET_IFNAME": "eth0"} if host else {}),
         }  # fmt: skip
         with (machine.folder / "output.txt").open("ab") as output:
-            machine.process = subprocess.Popen(
+            machine.process = Program(
                 [*before, *plain(program, self.results, *arguments)], env=environment, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
@@ -148,7 +149,7 @@ class Cluster:
     def nodes_of(self, machine: Machine) -> list[dict[str, object]]:
         """What ``ckpt standby`` says there of the job's nodes."""
         environment = {**os.environ, "CKPT_RUNTIME_DIR": str(machine.folder / "runtime")}
-        done = subprocess.run(
+        done = run(
             [sys.executable, "-m", "ckpt", "standby", "--json"], env=environment, capture_output=True, text=True,
             timeout=WAIT_S, check=False,
         )  # fmt: skip

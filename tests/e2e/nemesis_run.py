@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from exact_state import Exact, reference
 from jobs import wait_for
+from kit.template import run
 from machines import Cluster, Machine, cluster
 from nemesis_acts import Acts, Undo, now_ns
 from nemesis_clock import Clock
@@ -148,7 +148,7 @@ class Nemesis:
 
     def _begin_log(self) -> None:
         program = Path(__file__).parent / "programs" / "log_by_etcd.py"
-        done = subprocess.run(
+        done = run(
             [*self._lan.command(OBSERVER), sys.executable, str(program), JOB, *map(str, self._stores)],
             env={**os.environ, "CKPT_SEQUENCER": self._etcd.where}, capture_output=True, text=True, check=False,
         )  # fmt: skip

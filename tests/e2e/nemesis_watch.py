@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jobs import PROGRAMS, wait_for
+from kit.template import Program
 from nemesis_acts import now_ns
 from nemesis_etcd import Etcd
 from nemesis_history import Beat, Change, Entered, Sighting, Step, Trainer
@@ -79,7 +80,7 @@ def etcd_watch(path: Path, lan: Network, host: int, etcd: Etcd, job: str) -> Ite
     """A watch from a host of its own, and its end."""
     path.touch()
     with path.with_suffix(".log").open("ab") as log:
-        process = subprocess.Popen(
+        process = Program(
             [
                 *lan.command(host), sys.executable, str(PROGRAMS / "watch_etcd.py"), str(path), f"/ckpt/{job}/",
                 ",".join(etcd.endpoints),

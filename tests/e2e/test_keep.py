@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 
 import pytest
 from jobs import SOAK, WAIT_S, Fleet, Job, differences, plain, ranks, wait_for
+from kit.template import run
 
 import ckpt
 from ckpt.backends.file.store import FileBackend
@@ -132,7 +132,7 @@ def test_restores_beside_a_job_that_drops_and_sweeps_are_not_harmed(
             restored.append(reader.restore({"progress": found}, only=["progress"], missing="keep").step)
         assert found["seen"] == 5 * restored[-1]
     sweep = [sys.executable, "-m", "ckpt", "gc", str(job.folder / "store"), "--grace", "60s"]
-    swept = subprocess.run(sweep, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    swept = run(sweep, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert swept.returncode == 0, swept.stdout + swept.stderr
     assert verify(begun, store).ok, "a restore that began before the drop goes on within the grace"
     assert restored == sorted(restored)

@@ -7,13 +7,13 @@ import json
 import os
 import random
 import socket
-import subprocess
 import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 from jobs import SEED, SOAK, WAIT_S, differences, wait_for
+from kit.template import run
 from machines import Machine, calm, cluster
 from servers.keeper_fuzz import Strangers, descriptors, own_bytes
 
@@ -112,7 +112,7 @@ def refused(machine: Machine) -> dict[str, int]:
     found: list[dict[str, int]] = []
 
     def answered() -> bool:
-        done = subprocess.run(
+        done = run(
             [sys.executable, "-m", "ckpt", "ps", "--json"], env=environment, capture_output=True, text=True,
             timeout=WAIT_S, check=False,
         )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from jobs import PROGRAMS, WAIT_S, differences, wait_for
+from kit.template import Program
 from machines import calm, cluster
 from networks import Network, network
 from servers.certificates import Authority
@@ -112,7 +112,7 @@ def lan() -> Iterator[Network]:
 @contextmanager
 def listening(lan: Network, path: Path) -> Iterator[Path]:
     """Somebody who sees all packets of the network; what was seen is in the file afterwards."""
-    process = subprocess.Popen([*lan.hub(), sys.executable, str(PROGRAMS / "listen_in.py"), str(path)])
+    process = Program([*lan.hub(), sys.executable, str(PROGRAMS / "listen_in.py"), str(path)])
     try:
         wait_for(path.exists, "a listener")
         yield path

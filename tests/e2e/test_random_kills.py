@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kit.template import Program
 
 PROGRAM = Path(__file__).parent / "programs" / "train_and_die.py"
 SOAK = os.environ.get("CKPT_SOAK") == "1"
@@ -24,7 +24,7 @@ def run(command: list[str], folder: Path, *, kills: int, seed: str, steps: int) 
         **os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     with (folder / "output.txt").open("a") as output:
-        process = subprocess.Popen(
+        process = Program(
             [*command, str(PROGRAM), str(folder), str(steps), seed, str(kills)],
             env=environment, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kit.template import run
 
 from ckpt.elastic.failure import Preempted, dies_here
 from ckpt.elastic.processes.trainer import TrainerSeat
@@ -47,7 +48,7 @@ def died(body: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
         + textwrap.indent(body, " " * 8)
         + "\n    except BaseException as error:\n        die(error, last_words=last)\nfinally:\n    print('unwound')\n"
     )
-    return subprocess.run(
+    return run(
         [sys.executable, "-c", program], timeout=WAIT_S, capture_output=True, text=True, check=False,
         env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json"), "PYTHONUNBUFFERED": ""},
     )  # fmt: skip

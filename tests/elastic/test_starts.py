@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kit.template import run
 
 from ckpt.elastic.processes.enter import gather
 from ckpt.elastic.processes.start_method import Facts, Fork, InPlace, Spawn, choose
@@ -86,7 +87,7 @@ def decided(text: str, *options: str, stdin: str | None = None, **environment: s
         for name, value in os.environ.items()
         if not name.startswith(("CKPT_", "PYTEST_")) and name != "OMP_NUM_THREADS"
     }
-    done = subprocess.run(
+    done = run(
         [sys.executable, *(options or ("-c", program))], env={**kept, **environment}, timeout=WAIT_S, check=True,
         capture_output=True, text=True, input=program if stdin is not None else None,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from kit.template import Program
 
 import ckpt
 
@@ -94,7 +95,7 @@ class Launcher:
         facts = json.dumps({"store": self.store, "out": str(out), "total": 10, **case})
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
+        process = Program(
             [*command, str(program), facts], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip

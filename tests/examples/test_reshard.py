@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import reshard
+from kit.template import run as run_program
 
 RUN_S_MAX = 150
 
@@ -17,7 +17,7 @@ RUN_S_MAX = 150
 def run(folder: Path, *, ranks: int, steps: int) -> tuple[str, str]:
     """Train to ``steps`` and return the weights' digests at the start and at the end."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run(
+    done = run_program(
         [sys.executable, *launcher, reshard.__file__, f"--steps={steps}"],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import own_loop
 import plain_checkpointer
 import pytest
 import torch
+from kit.template import run
 
 import ckpt
 
@@ -127,7 +127,7 @@ def test_example_killed_goes_on_bit_for_bit(example: str, tmp_path: Path, monkey
     calm = undisturbed(example, tmp_path / "calm", monkeypatch)
     monkeypatch.chdir(tmp_path)
     paths = f"import sys; sys.path[:0] = [{str(EXAMPLES)!r}, {str(Path(__file__).parent)!r}]"
-    killed = subprocess.run(
+    killed = run(
         [sys.executable, "-c", paths + DRIVER.format(example=example)],
         capture_output=True,
         text=True,

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.template import run
 
 PROGRAM = Path(__file__).parent / "programs" / "crash_points.py"
 SOAK = os.environ.get("CKPT_SOAK") == "1"
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def check(folder: Path, scenario: str, kind: str, *, share: int) -> None:
     """Try every ``share``-th point (each one in a soak), and expect nothing wrong."""
-    done = subprocess.run(
+    done = run(
         [sys.executable, str(PROGRAM), str(folder), scenario, kind, "1" if SOAK else str(share)],
         capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip

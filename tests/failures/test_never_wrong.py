@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit.template import run
 from torch import nn
 
 import ckpt
@@ -253,7 +253,7 @@ os.system = refuse
 with ckpt.Checkpointer({str(tmp_path / "store")!r}) as c:
     c.save({{"state": {{"x": torch.zeros(1000)}}}}, step=1)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    run([sys.executable, "-c", program], check=True, timeout=60)
     calls = [
         line
         for path in sources()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kit.template import run
 from torch import nn
 
 import ckpt
@@ -132,7 +132,7 @@ print(int(state["t"][0]))
 c.close()
 """
     for wanted in ("1", "2"):
-        done = subprocess.run(
+        done = run(
             [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
         )
         assert (done.returncode, done.stdout.strip()) == (0, wanted), done.stderr

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from agents import TESTS, Etcd
+from kit.template import run
 
 sys.path[:0] = [str(TESTS / "e2e")]
 
@@ -126,7 +126,7 @@ def test_a_standby_that_waits_takes_over_over_etcd(start: Callable[..., Node], t
     out = tmp_path / "out"
     out.mkdir()
     secret = tmp_path / "job.secret"
-    subprocess.run([sys.executable, "-m", "ckpt", "key", "new", str(secret)], check=True, capture_output=True)
+    run([sys.executable, "-m", "ckpt", "key", "new", str(secret)], check=True, capture_output=True)
     launcher = [
         *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=kept too", "--nnodes=2", "--nproc-per-node=1",
         f"--rdzv-conf=ttl=5,standby=wait,secret={secret}",
@@ -142,7 +142,7 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     out = tmp_path / "out"
     out.mkdir()
     secret = tmp_path / "job.secret"
-    subprocess.run([sys.executable, "-m", "ckpt", "key", "new", str(secret)], check=True, capture_output=True)
+    run([sys.executable, "-m", "ckpt", "key", "new", str(secret)], check=True, capture_output=True)
     before = set(etcd.leases())
     launcher = [
         *TORCHRUN, f"--rdzv-endpoint={etcd.endpoint}", "--rdzv-id=one lease", "--nnodes=2", "--nproc-per-node=1",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from kit.template import run
 
 import ckpt
 from ckpt.events import Event
@@ -141,7 +141,7 @@ def test_what_a_dead_run_left_in_memory_is_restored_from_the_store_and_its_keepe
     monkeypatch.delenv("CKPT_KEEPER")
     monkeypatch.setenv("CKPT_RUNTIME_DIR", str(tmp_path / "keepers"))
     store = tmp_path / "run"
-    assert subprocess.run([sys.executable, "-c", DIES, str(store)], check=False).returncode == 9
+    assert run([sys.executable, "-c", DIES, str(store)], check=False).returncode == 9
     note = JobFolder(str(store), "run").note()
     assert note is not None
     try:
