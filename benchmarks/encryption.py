@@ -24,10 +24,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ckpt.backends.base import Backend
-from ckpt.backends.encrypted.cipher import SpareMemory, digest_of, sealed
+from ckpt.backends.encrypted.cipher import CipherMemory, digest_of, sealed
 from ckpt.backends.encrypted.layout import TAG_BYTES
 from ckpt.backends.encrypted.open import encrypted
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.testing.contract import buffer
@@ -104,10 +104,10 @@ def main() -> None:
     folder = parser.parse_args().folder
     print(machine())
     secret = random.Random(1).randbytes(32)
-    key, cipher = Key.of(secret), AESGCM(secret)
+    key, cipher = EncryptionKey.of(secret), AESGCM(secret)
     pack = buffer(PACK_BYTES, aligned=True, seed=1)
     into = memoryview(bytearray(PACK_BYTES + TAG_BYTES))
-    memory = SpareMemory()
+    memory = CipherMemory()
 
     def seal_alone() -> None:
         with sealed(NAME, stretches, key, memory):
@@ -128,7 +128,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=folder) as root:
         bare: Backend = MemoryBackend() if folder is None else FileBackend(Path(root) / "bare")
         inner: Backend = MemoryBackend() if folder is None else FileBackend(Path(root) / "encrypted")
-        store = encrypted(inner, Keys(key))
+        store = encrypted(inner, EncryptionKeys(key))
         bare.put(NAME, stretches)
         store.put(NAME, stretches)
         kind = "memory" if folder is None else "folder"

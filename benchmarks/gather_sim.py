@@ -25,10 +25,10 @@ from types import SimpleNamespace
 from scale_records import holdings, node_name
 
 from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.mesh.messages import Holding
-from ckpt.keeper.mirrors.plan import WAIT_S, Gather, Pair, complete
+from ckpt.cluster.mesh.messages import InventoryEntry
+from ckpt.keeper.mirrors.plan import WAIT_S, InventoryQuery, MemorySnapshot, complete_snapshots
 
-Held = dict[str, Sequence[Holding]]
+Held = dict[str, Sequence[InventoryEntry]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Run:
     root_out_bytes: float
     answers: int
     plans: int
-    pairs: tuple[Pair, ...]
+    pairs: tuple[MemorySnapshot, ...]
 
 
 @dataclass(slots=True)
@@ -165,7 +165,7 @@ class GatherRun:
         self._plans: set[int] = set()
         self._known_s = self._gathered_s = 0.0
         self._held: Held = {}
-        self._found: tuple[Pair, ...] = ()
+        self._found: tuple[MemorySnapshot, ...] = ()
 
     def run(self) -> Run:
         """From the question until the last node knows the plan."""
@@ -184,11 +184,11 @@ class GatherRun:
         world = self._world
         own = (node_name(node), holdings(node, self.nodes, slots=self._real[0], kept=self._real[1]))
 
-        def say(name: str, word: said.Word) -> bool:
+        def say(name: str, word: said.MeshMessage) -> bool:
             child = self._numbers[name]
             if child in self._lost:
                 return False
-            assert isinstance(word, said.AskHeld)
+            assert isinstance(word, said.AskNodeInventory)
             world.send(
                 node,
                 child,
@@ -201,7 +201,7 @@ class GatherRun:
             # A subtree's answer has one more level than said.Held; all else of it is the same.
             word = SimpleNamespace(call=call, holdings=held)
             world.send(
-                child, node, self._answer_bytes(len(held)), lambda: gather.heard(node_name(child), word, world.now_s)
+                child, node, self._answer_bytes(len(held)), lambda: gather.answered(node_name(child), word, world.now_s)
             )
 
         def told(found: Mapping[str, object]) -> None:
@@ -212,7 +212,7 @@ class GatherRun:
                     held[one] = its
             have(held)
 
-        gather = Gather(say)
+        gather = InventoryQuery(say)
         gather.ask([node_name(child) for child in self._children[node]], own, world.now_s, told)
         world.at(world.now_s + self._wait_s, lambda: void(gather.tick(world.now_s)))
 
@@ -225,7 +225,7 @@ class GatherRun:
 
     def _plan(self) -> None:
         self._gathered_s = self._world.now_s
-        self._found = tuple(complete(self._held))
+        self._found = tuple(complete_snapshots(self._held))
         self._tell(0)
 
     # ---- down

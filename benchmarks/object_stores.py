@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from servers.s3 import Bucket, Gateway  # noqa: E402
 
 from ckpt.backends.base import Backend  # noqa: E402
-from ckpt.backends.objects.s3 import CHOICE  # noqa: E402
+from ckpt.backends.objects.s3 import CLIENT_VARIABLE  # noqa: E402
 from ckpt.backends.open import open_backend  # noqa: E402
 
 MIB = 1 << 20
@@ -87,7 +87,7 @@ def ours(bucket: Bucket, client: str) -> Way:
 
 def open_with(bucket: Bucket, client: str) -> Backend:
     """Our store at the bucket, through that client."""
-    os.environ[CHOICE] = client
+    os.environ[CLIENT_VARIABLE] = client
     return open_backend(bucket.url, bucket.options)
 
 
@@ -184,7 +184,12 @@ def whole_state(server: Gateway, *, state_gib: float, rounds: int) -> dict[str, 
                 "folder": str(folder),
             }
             command = [sys.executable, str(HERE / "object_stores_state.py"), json.dumps(word)]
-            environment = {**os.environ, CHOICE: client, "CKPT_KEEPER": "off", "CKPT_RUNTIME_DIR": str(folder / "run")}
+            environment = {
+                **os.environ,
+                CLIENT_VARIABLE: client,
+                "CKPT_KEEPER": "off",
+                "CKPT_RUNTIME_DIR": str(folder / "run"),
+            }
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
                 sys.exit(f"the state's process failed. client={client} exit_status={done.returncode}")

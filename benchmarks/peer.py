@@ -37,17 +37,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "peer"))
 from peer_certificates import Files, make_certificates
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.auth import Secret, mac
+from ckpt.cluster.peermem.auth import PeerSecret, mac
 from ckpt.cluster.peermem.body_mac import body_mac, known_macs
-from ckpt.cluster.peermem.channel import Extent
-from ckpt.cluster.peermem.http import Request, Stored, parse_head, split_mac, with_mac
+from ckpt.cluster.peermem.channel import PeerExtent
+from ckpt.cluster.peermem.http import PeerRequest, StoredContent, parse_head, split_mac, with_mac
+from ckpt.cluster.peermem.memory import PeerMemory
 from ckpt.cluster.peermem.server import PeerServer
-from ckpt.cluster.peermem.store import ClientLimits, PeerStore
-from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.store import PeerClientLimits, PeerStore
 from ckpt.cluster.tls import client_context, server_context
 from ckpt.events import Event
 
-SECRET = Secret.of(bytes(range(32)))
+SECRET = PeerSecret.of(bytes(range(32)))
 BLOCK_BYTES = 256 << 10
 SEND_BYTES = 1 << 20
 KEY = "bench/pack"
@@ -65,7 +65,7 @@ def lend(pipe: Connection, budget_bytes: int, spare_bytes: int, files: Files | N
     """A server, until the pipe says None; anything else asks for its peak memory."""
     tls = None if files is None else server_context(certificate=files.certificate, key=files.key, ca=files.ca)
     server = PeerServer(
-        Vault(budget_bytes, spare_bytes_max=spare_bytes), SECRET, endpoint=Endpoint(tls=tls), tell=quiet
+        PeerMemory(budget_bytes, spare_bytes_max=spare_bytes), SECRET, endpoint=Endpoint(tls=tls), emit=quiet
     )
     server.start()
     pipe.send(server.address)
@@ -187,13 +187,13 @@ def macs() -> None:
 
 
 def heads(count: int = 2000) -> None:
-    request = Request(verb="PUT", key=KEY, boot="0" * 32, epoch=3, counter=7, body_bytes=1 << 20, waits=True)
+    request = PeerRequest(verb="PUT", key=KEY, boot="0" * 32, epoch=3, counter=7, body_bytes=1 << 20, waits=True)
 
     def one() -> None:
-        head = request.spell("127.0.0.1:1")
+        head = request.encode("127.0.0.1:1")
         split = split_mac(with_mac(head, mac(bytes(32), head)))
         assert split is not None
-        Request.of(parse_head(split[0]))
+        PeerRequest.parse(parse_head(split[0]))
 
     start = time.perf_counter()
     for _ in range(count):
@@ -222,9 +222,9 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
     data, out = memoryview(mmap.mmap(fd, size_bytes)), memoryview(mmap.mmap(-1, size_bytes))
     data[:] = os.urandom(1 << 20) * (size_bytes >> 20)
     out[:] = bytes(size_bytes)
-    store = PeerStore(endpoint, SECRET, epoch=lambda: 1, limits=ClientLimits(streams_max=1))
+    store = PeerStore(endpoint, SECRET, epoch=lambda: 1, limits=PeerClientLimits(streams_max=1))
     parallel = PeerStore(endpoint, SECRET, epoch=lambda: 1)
-    store.put_extent(KEY, Extent(fd, 0, size_bytes))  # its mapping counts the same pages once more
+    store.put_extent(KEY, PeerExtent(fd, 0, size_bytes))  # its mapping counts the same pages once more
     before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
     def bare_out() -> None:
@@ -234,7 +234,7 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
     pieces = [data[:4096], data[4096:]]
     part = size_bytes // 100
     tenth = [(10 * number * part, part) for number in range(10)]
-    stored: list[Stored] = []
+    stored: list[StoredContent] = []
 
     def put() -> None:
         stored[:] = [store.put_whole(KEY, pieces)]
@@ -247,7 +247,7 @@ def one_size(size_bytes: int, *, rounds: int, files: tuple[Files, Files] | None,
         **streams,
         PUT: put,
         TENTH: put_tenth,
-        "put of a memfd": lambda: store.put_extent(KEY, Extent(fd, 0, size_bytes)),
+        "put of a memfd": lambda: store.put_extent(KEY, PeerExtent(fd, 0, size_bytes)),
     }
     gets = {
         **streams,

@@ -45,7 +45,7 @@ def main() -> None:
 def run(folder: Path) -> None:
     plain = FileBackend(folder / "plain")
     stores = [FileBackend(folder / name) for name in "abc"]
-    several = ReplicatedBackend(stores, tell=tell)
+    several = ReplicatedBackend(stores, emit=tell)
     pack = aligned_memory(PACK_BYTES)
     np.frombuffer(pack, np.uint8)[:] = np.random.default_rng(1).integers(0, 256, PACK_BYTES, np.uint8)
     expected = digest(pack[:CHUNK_BYTES])
@@ -83,7 +83,7 @@ def run(folder: Path) -> None:
 
 
 def lends(stores: list[FileBackend]) -> bool:
-    return all(hasattr(store, "put_lent") for store in stores)
+    return all(hasattr(store, "put_checked") for store in stores)
 
 
 def compare(what: str, calls: int, one: Callable[[], None], other: Callable[[], None]) -> None:

@@ -14,9 +14,9 @@ from scale_records import RANKS_A_NODE
 from scale_sizes import size_text, time_text
 
 from ckpt.cluster.membership.records import EPOCH_BYTES_MAX
-from ckpt.cluster.mesh.connections import BEAT_S
+from ckpt.cluster.mesh.connections import HEARTBEAT_S
 from ckpt.cluster.mesh.protocol import FRAME_BYTES_MAX
-from ckpt.cluster.node.leading import MESH_MAX
+from ckpt.cluster.node.leading import FULL_MESH_NODES_MAX
 from ckpt.cluster.node.node import VIEW_S
 from ckpt.elastic.rendezvous.agent import LOOK_S as AGENT_LOOK_S
 from ckpt.elastic.rendezvous.agent import VIEW_S as AGENT_VIEW_S
@@ -102,7 +102,7 @@ def steps_a_s(step_s: float) -> float:
 
 def lines(nodes: int, *, centre: bool) -> int:
     """How many lines a node keeps: see ``cluster/node/leading.py``."""
-    return nodes - 1 if nodes <= MESH_MAX or centre else min(4, nodes - 1)
+    return nodes - 1 if nodes <= FULL_MESH_NODES_MAX or centre else min(4, nodes - 1)
 
 
 ROWS = (
@@ -123,7 +123,7 @@ ROWS = (
     ),
     Row("lines: of the leader and of rank 0's node", "cluster/node/leading.py", lambda n, _: lines(n, centre=True), count_text),
     Row("lines: of any other node", "cluster/node/leading.py", lambda n, _: lines(n, centre=False), count_text),
-    Row("rank 0's node: beats", "2 a line and BEAT_S", lambda n, _: 2 * n / BEAT_S * WORD_S, cores_text),
+    Row("rank 0's node: beats", "2 a line and BEAT_S", lambda n, _: 2 * n / HEARTBEAT_S * WORD_S, cores_text),
     Row(
         "rank 0's node: standings", "keeper/nodes_progress.py, 1 in and 1 out a step, in 3 rounds",
         lambda n, step_s: n * steps_a_s(step_s) * (2 * WORD_S + 3 * STANDING_S_A_NODE), cores_text,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place
-from ckpt.cluster.mesh.messages import Holding, Word
-from ckpt.cluster.mesh.protocol import Cable
-from ckpt.cluster.node.leading import FLOOR, PEER, Note, encode_note
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, NodePlacement
+from ckpt.cluster.mesh.messages import InventoryEntry, MeshMessage
+from ckpt.cluster.mesh.protocol import MeshProtocol
+from ckpt.cluster.node.leading import FLOOR_CAPABILITY, PEER_CAPABILITY, EpochNote, encode_note
 from ckpt.cluster.secret import NONCE_BYTES
 from ckpt.format.keys import part_key, writer_name
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.records import Commit, Record, make_record
-from ckpt.keeper.mirrors.plan import joined
-from ckpt.save.receipts import Receipt, Replicas
+from ckpt.keeper.mirrors.plan import merge_ranges
+from ckpt.save.receipts import Receipt, ReplicaGroup
 from ckpt.values import SnapshotId
 
 RANKS_A_NODE = 8
@@ -35,15 +35,15 @@ def node_info(number: int) -> NodeInfo:
     host = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
     return NodeInfo(
         node=node_name(number), host=f"gpu-{number:06d}", slots=RANKS_A_NODE, domain=f"rack-{number // 16:05d}",
-        address=f"{host}:45678", capabilities=(f"{PEER}{host}:45679", f"{FLOOR}7"),
+        address=f"{host}:45678", capabilities=(f"{PEER_CAPABILITY}{host}:45679", f"{FLOOR_CAPABILITY}7"),
     )  # fmt: skip
 
 
 def epoch_record(nodes: int) -> EpochRecord:
     """An epoch of so many nodes."""
     return EpochRecord(
-        job="train", number=8, places=tuple(Place(node_name(n), RANKS_A_NODE) for n in range(nodes)), leader=node_name(3),
-        nodes_min=max(1, nodes - 8), nodes_max=nodes, note=encode_note(Note(why="node gpu-000003 was lost", era=5)),
+        job="train", number=8, places=tuple(NodePlacement(node_name(n), RANKS_A_NODE) for n in range(nodes)), leader=node_name(3),
+        nodes_min=max(1, nodes - 8), nodes_max=nodes, note=encode_note(EpochNote(why="node gpu-000003 was lost", era=5)),
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def receipt(node: int) -> Receipt:
     """What one node's head says of a snapshot; all its ranks train alike."""
     return Receipt(
         snapshot=NEWEST, rank=node * RANKS_A_NODE, ranks=RANKS_A_NODE, refs=(part_ref(node),), size_bytes=8 << 33,
-        new_bytes=8 << 33, base=SnapshotId(7, 123_000), shared={"dp": Replicas(100_000, DIGEST, RANKS_A_NODE)},
+        new_bytes=8 << 33, base=SnapshotId(7, 123_000), shared={"dp": ReplicaGroup(100_000, DIGEST, RANKS_A_NODE)},
     )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def commit_record() -> Record:
     return make_record(body, job="train", seq=12_345, epoch=8, write_id=DIGEST, prev=DIGEST)
 
 
-def holdings(node: int, nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> list[Holding]:
+def holdings(node: int, nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> list[InventoryEntry]:
     """What one node holds: its ranks' slots, mirrors of its own ranks and of its partner's (``mirrors=1``: nodes in pairs)."""
     partner = node ^ 1 if node ^ 1 < nodes else max(0, node - 2)
     found = []
@@ -92,32 +92,32 @@ def holdings(node: int, nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> 
         ):
             if there:
                 found.append(
-                    Holding(
+                    InventoryEntry(
                         snapshot=pair, origin=ORIGIN, world_size=nodes * RANKS_A_NODE, rank=owner * RANKS_A_NODE,
                         ranks=RANKS_A_NODE, mirror=mirror,
                     )
                 )  # fmt: skip
-    return joined(found)
+    return merge_ranges(found)
 
 
-def all_holdings(nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> dict[str, Sequence[Holding]]:
+def all_holdings(nodes: int, *, slots: int = SLOTS, kept: int = KEPT) -> dict[str, Sequence[InventoryEntry]]:
     """What every node holds."""
     return {node_name(n): holdings(n, nodes, slots=slots, kept=kept) for n in range(nodes)}
 
 
-def line() -> tuple[Cable, Cable]:
+def line() -> tuple[MeshProtocol, MeshProtocol]:
     """Two ends that have proven themselves to each other."""
-    dialler = Cable(bytes(32), job="train", node="a", nonce=bytes(NONCE_BYTES), dials="b")
-    listener = Cable(bytes(32), job="train", node="b", nonce=bytes([1] * NONCE_BYTES))
+    dialler = MeshProtocol(bytes(32), job="train", node="a", nonce=bytes(NONCE_BYTES), dials="b")
+    listener = MeshProtocol(bytes(32), job="train", node="b", nonce=bytes([1] * NONCE_BYTES))
     for _ in range(2):
-        listener.received(dialler.to_send())
-        dialler.received(listener.to_send())
+        listener.receive_data(dialler.data_to_send())
+        dialler.receive_data(listener.data_to_send())
     assert dialler.up and listener.up
     return dialler, listener
 
 
-def across(ends: tuple[Cable, Cable], word: Word) -> tuple[int, bytes]:
+def across(ends: tuple[MeshProtocol, MeshProtocol], word: MeshMessage) -> tuple[int, bytes]:
     """A word's bytes on the wire, and the bytes themselves for the other end."""
-    ends[0].say(word)
-    data = ends[0].to_send()
+    ends[0].send(word)
+    data = ends[0].data_to_send()
     return len(data), data

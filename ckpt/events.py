@@ -23,11 +23,11 @@ class Event:
     alarm: bool = False
 
 
-Tell = Callable[[Event], None]
+Emit = Callable[[Event], None]
 """Receives events; must be quick and must not raise."""
 
 
-def to_logging(rank: int) -> Tell:
+def emit_to_logging(rank: int) -> Emit:
     """A ``Tell`` that writes to the logger ``ckpt``: alarms as warnings, the rest as info, facts as ``key=value``."""
     logger = logging.getLogger("ckpt")
 

@@ -17,7 +17,7 @@ BURST_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class TokenBucket:
     """``free_bytes`` may go at ``at_s``; below 0 so many were let go beyond that, and are owed. No ``rate`` (bytes a second):
     everything may go, and nothing is owed.
     """
@@ -26,18 +26,18 @@ class Bucket:
     at_s: float
     free_bytes: float = 0.0
 
-    def at(self, now_s: float) -> Bucket:
+    def at(self, now_s: float) -> TokenBucket:
         """The same bucket later. It fills at its rate, up to BURST_S of it; a clock that stands still adds nothing."""
         if self.rate is None:
             return replace(self, at_s=now_s, free_bytes=0.0)
         more = max(0.0, now_s - self.at_s) * self.rate
         return replace(self, at_s=max(now_s, self.at_s), free_bytes=min(self.free_bytes + more, self.rate * BURST_S))
 
-    def with_rate(self, rate: float | None) -> Bucket:
+    def with_rate(self, rate: float | None) -> TokenBucket:
         """Filled at another rate from here on. What is owed stays owed."""
         return replace(self, rate=rate)
 
-    def taken(self, size_bytes: int) -> Bucket:
+    def taken(self, size_bytes: int) -> TokenBucket:
         """After so many bytes went."""
         return self if self.rate is None else replace(self, free_bytes=self.free_bytes - size_bytes)
 
@@ -53,13 +53,13 @@ RATE_BYTES_MIN = 1 << 20
 BLOCK_BYTES_MIN = 64 << 10
 
 
-class RateCap:
+class RateLimit:
     """At most so many bytes a second for all that share it, as a token bucket. None: no limit. Thread-safe."""
 
     def __init__(self, bytes_per_s: float | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._change = threading.Condition()
-        self._bucket = Bucket(_checked(bytes_per_s), clock())
+        self._bucket = TokenBucket(_checked(bytes_per_s), clock())
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -86,7 +86,7 @@ class RateCap:
             self._bucket = self._bucket.taken(size_bytes)
         return self._clock() - began_s
 
-    def _now(self) -> Bucket:
+    def _now(self) -> TokenBucket:
         self._bucket = self._bucket.at(self._clock())
         return self._bucket
 
@@ -105,7 +105,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?(?:/s)?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
-def rate_of(text: str) -> float:
+def parse_rate(text: str) -> float:
     """Bytes a second. Raises UsageError."""
     found = _SIZE.fullmatch(text.strip())
     if found is None or float(found[1]) <= 0:

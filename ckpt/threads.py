@@ -20,7 +20,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def run_into(future: Future[T], call: Callable[[], T]) -> None:
+def run_into_future(future: Future[T], call: Callable[[], T]) -> None:
     """Do ``call`` now, unless ``future`` was cancelled, and let ``future`` have what it returns or raises."""
     if not future.set_running_or_notify_cancel():
         return
@@ -32,14 +32,14 @@ def run_into(future: Future[T], call: Callable[[], T]) -> None:
         future.set_result(result)
 
 
-def start(call: Callable[[], T], *, name: str) -> Future[T]:
+def start_thread(call: Callable[[], T], *, name: str) -> Future[T]:
     """Do ``call`` in a thread of its own; in this one where the interpreter is ending and starts no thread any more."""
     future: Future[T] = Future()
-    thread = threading.Thread(target=run_into, args=(future, call), name=name, daemon=True)
+    thread = threading.Thread(target=run_into_future, args=(future, call), name=name, daemon=True)
     try:
         thread.start()
     except RuntimeError:
-        run_into(future, call)
+        run_into_future(future, call)
     return future
 
 
@@ -59,7 +59,7 @@ class CallQueue:
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Queue ``call``; the future gives what it returns or raises."""
         future: Future[T] = Future()
-        self._calls.put(_Call(future.cancel, lambda: run_into(future, call)))
+        self._calls.put(_Call(future.cancel, lambda: run_into_future(future, call)))
         return future
 
     @property

@@ -17,7 +17,7 @@ Check = Callable[[memoryview], "str | None"]
 
 
 @runtime_checkable
-class Replicated(Backend, Protocol):
+class MultiStoreBackend(Backend, Protocol):
     """What a backend over several stores has beside the six operations."""
 
     @property
@@ -54,12 +54,12 @@ class Replicated(Backend, Protocol):
 
 def stores_of(backend: Backend) -> tuple[Backend, ...]:
     """The stores behind ``backend``, each alone."""
-    return backend.stores if isinstance(backend, Replicated) else (backend,)
+    return backend.stores if isinstance(backend, MultiStoreBackend) else (backend,)
 
 
 def write_quorum_of(backend: Backend) -> int:
     """On how many stores an object must be to be durable."""
-    return backend.write_quorum if isinstance(backend, Replicated) else 1
+    return backend.write_quorum if isinstance(backend, MultiStoreBackend) else 1
 
 
 def read_checked(backend: Backend, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0) -> None:
@@ -67,7 +67,7 @@ def read_checked(backend: Backend, key: str, out: memoryview, check: Check, *, o
 
     Raises NotFoundError where no store has the key, IntegrityError with the check's words where no copy is right.
     """
-    if isinstance(backend, Replicated):
+    if isinstance(backend, MultiStoreBackend):
         backend.read_checked(key, out, check, offset_bytes=offset_bytes)
         return
     backend.read_into(key, out, offset_bytes=offset_bytes)
@@ -80,7 +80,7 @@ def read_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> 
 
     Raises as ``read_checked``, and IntegrityError above ``bytes_max``.
     """
-    if isinstance(backend, Replicated):
+    if isinstance(backend, MultiStoreBackend):
         return backend.read_object(key, check, bytes_max=bytes_max)
     data = read_alone(backend, key, bytes_max=bytes_max)
     if (why := check(memoryview(data))) is not None:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from ckpt.backends.base import Backend
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.objects.fsspec_io import S3_PROTOCOLS
-from ckpt.backends.objects.fsspec_store import ObjectsBackend, StorageOptions
+from ckpt.backends.objects.fsspec_store import FsspecBackend, StorageOptions
 from ckpt.backends.objects.s3 import open_s3
 from ckpt.errors import UsageError
 
@@ -27,7 +27,7 @@ def open_backend(url: str, storage_options: StorageOptions | None = None) -> Bac
     if scheme in S3_PROTOCOLS:
         return open_s3(url, storage_options)
     if scheme not in ("", "file", "local"):
-        return ObjectsBackend(url, storage_options)
+        return FsspecBackend(url, storage_options)
     if storage_options:
         raise UsageError(
             f"a folder takes no storage options. url={url} options={sorted(storage_options)}; leave them out"

@@ -12,10 +12,10 @@ from ckpt.errors import CkptError, KeyExistsError, NotFoundError, UnavailableErr
 _CANNOT_ASK = (NotImplementedError, TypeError)
 """What client libraries raise that cannot put such a condition at all."""
 
-Outcome = Literal["created", "taken", "impossible", "unknown"]
+CreateOutcome = Literal["created", "taken", "impossible", "unknown"]
 
 
-class CreateOnce:
+class CreateOnceProbe:
     """Asks once and remembers, for all threads; ``ask`` is asked again as long as it cannot tell."""
 
     def __init__(self, ask: Callable[[], bool | None], url: str) -> None:
@@ -32,7 +32,7 @@ class CreateOnce:
                     self._known = self._ask()
         return bool(self._known)
 
-    def insist(self) -> None:
+    def require(self) -> None:
         """Raise UsageError where it is not."""
         if not self():
             raise UsageError(
@@ -55,10 +55,10 @@ def creates_once(create: Callable[[], None], remove: Callable[[], None]) -> bool
         # Also where the first creation raised: its reply may have been lost. What remains does no harm.
         with contextlib.suppress(CkptError):
             remove()
-    return verdict(first, second)
+    return interpret_outcomes(first, second)
 
 
-def verdict(first: Outcome, second: Outcome | None) -> bool | None:
+def interpret_outcomes(first: CreateOutcome, second: CreateOutcome | None) -> bool | None:
     """What the outcomes of two creations of the same unused key say. Pure."""
     match first, second:
         case "created", "taken":
@@ -70,7 +70,7 @@ def verdict(first: Outcome, second: Outcome | None) -> bool | None:
             return None
 
 
-def _outcome(create: Callable[[], None]) -> Outcome:
+def _outcome(create: Callable[[], None]) -> CreateOutcome:
     try:
         create()
     except KeyExistsError:

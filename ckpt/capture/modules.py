@@ -13,9 +13,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ckpt.capture.leaves import TensorLeaf, World, clean_fqn, join
-from ckpt.capture.tensors import ALONE, Sharing, Watch, describe, holders, is_dtensor, layout_text, local_of, mesh_dims
+from ckpt.capture.tensors import (
+    UNSHARED,
+    MemoryWatch,
+    Sharing,
+    describe,
+    holders,
+    is_dtensor,
+    layout_text,
+    local_of,
+    mesh_dims,
+)
 from ckpt.errors import UsageError
-from ckpt.format.objects import Encoded, Ref, encode_object
+from ckpt.format.objects import EncodedValue, Ref, encode_object
 
 EXTRA_STATE = "_extra_state"
 """What torch calls the entry that ``Module.get_extra_state`` makes."""
@@ -32,7 +42,7 @@ class LiveEntry:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MadeEntry:
+class ComputedEntry:
     """A state-dict entry that is no parameter or buffer: extra state, or what a hook computed."""
 
     fqn: str
@@ -41,7 +51,7 @@ class MadeEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class TrackedTensor:
     """Where a parameter is tracked: the path of its module's item, its clean name, and who shares it."""
 
     path: str
@@ -57,10 +67,10 @@ class ModuleSource:
         self.path = path
         self.live: tuple[LiveEntry, ...] = ()
         self.leaves: tuple[TensorLeaf, ...] = ()
-        self.made: tuple[MadeEntry, ...] = ()
+        self.computed: tuple[ComputedEntry, ...] = ()
         self._world = world
-        self._encoded: Encoded | None = None
-        self._watch = Watch()
+        self._encoded: EncodedValue | None = None
+        self._watch = MemoryWatch()
         self.rebuild()
 
     def refresh(self) -> bool:
@@ -78,14 +88,14 @@ class ModuleSource:
         self._read()
         self._held, self._seen = self._values(), self._structure()
 
-    def homes(self) -> Iterator[tuple[torch.Tensor, Home]]:
+    def tracked_tensors(self) -> Iterator[tuple[torch.Tensor, TrackedTensor]]:
         """Every live tensor with its home, in state-dict order; a tied one comes once for each name."""
-        return ((entry.tensor, Home(self.path, entry.fqn, entry.sharing)) for entry in self.live)
+        return ((entry.tensor, TrackedTensor(self.path, entry.fqn, entry.sharing)) for entry in self.live)
 
-    def encoded(self) -> Encoded:
+    def encoded(self) -> EncodedValue:
         """The references to all live entries, for a module that has no others."""
         if self._encoded is None:
-            self._encoded = Encoded(encode_object(self.references()))
+            self._encoded = EncodedValue(encode_object(self.references()))
         return self._encoded
 
     def references(self) -> dict[str, Ref]:
@@ -106,7 +116,7 @@ class ModuleSource:
         owners = _shared_by_ddp(self._modules)
         dims = mesh_dims(_tensors(self._modules))
         live: list[LiveEntry] = []
-        made: list[MadeEntry] = []
+        made: list[ComputedEntry] = []
         for key, value in entries.items():
             fqn = clean_fqn(self.module, key)
             tensor = known.get(id(value))
@@ -115,8 +125,8 @@ class ModuleSource:
             if tensor is not None:
                 live.append(LiveEntry(fqn, key, tensor, _sharing(tensor, owners.get(id(tensor)), dims)))
             else:
-                made.append(MadeEntry(fqn, key, value))
-        self.made = tuple(made)
+                made.append(ComputedEntry(fqn, key, value))
+        self.computed = tuple(made)
         if self._same(live):
             return False
         self.live = tuple(live)
@@ -124,7 +134,7 @@ class ModuleSource:
             describe(join(self.path, one.fqn), one.tensor, world=self._world, sharing=one.sharing) for one in live
         )
         self._encoded = None
-        self._watch = Watch()
+        self._watch = MemoryWatch()
         for entry, leaf in zip(self.live, self.leaves, strict=True):
             self._watch.add(entry.tensor, leaf)
         return True
@@ -191,7 +201,7 @@ def _sharing(tensor: torch.Tensor, ranks: tuple[int, ...] | None, dims: frozense
                 f"mesh with a replicated dimension instead"
             )
         return Sharing(scalars=holders(tensor.device_mesh, None, dims, "step"), dims=dims)
-    return ALONE if ranks is None else Sharing(ranks, ranks)
+    return UNSHARED if ranks is None else Sharing(ranks, ranks)
 
 
 def _may_compute(module: nn.Module) -> bool:

@@ -14,13 +14,13 @@ import torch
 from torch.optim import Optimizer
 
 from ckpt.capture.leaves import TensorLeaf, escape
-from ckpt.capture.modules import Home
-from ckpt.capture.tensors import ALONE, Sharing, Watch, holders, is_dtensor
-from ckpt.format.objects import Encoded, encode_object
+from ckpt.capture.modules import TrackedTensor
+from ckpt.capture.tensors import UNSHARED, MemoryWatch, Sharing, holders, is_dtensor
+from ckpt.format.objects import EncodedValue, encode_object
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Member:
+class OptimizerParameter:
     """One parameter of an optimizer: its name there, the live tensor, its group, and who shares what belongs to it.
 
     ``name`` is its clean module name; ``<module item>/<clean name>`` where two tracked modules have the name;
@@ -30,36 +30,36 @@ class Member:
     name: str
     tensor: torch.Tensor
     group: int
-    home: Home | None
+    tracked: TrackedTensor | None
 
     @property
     def sharing(self) -> Sharing:
         """Who shares this parameter's optimizer state."""
-        if self.home is not None:
-            return self.home.sharing
+        if self.tracked is not None:
+            return self.tracked.sharing
         if is_dtensor(self.tensor):
             return Sharing(scalars=holders(self.tensor.device_mesh, None, frozenset(), self.name))
-        return ALONE
+        return UNSHARED
 
 
-def members(optimizer: Optimizer, homes: Mapping[int, Home]) -> tuple[Member, ...]:
+def optimizer_parameters(optimizer: Optimizer, tracked: Mapping[int, TrackedTensor]) -> tuple[OptimizerParameter, ...]:
     """The optimizer's parameters in group order, named. ``homes`` maps ``id(parameter)`` to where it is tracked first."""
     flat = [
         (number, index, parameter)
         for number, group in enumerate(optimizer.param_groups)
         for index, parameter in enumerate(group["params"])
     ]
-    often = Counter(home.fqn for *_, one in flat if (home := homes.get(id(one))) is not None)
-    found: list[Member] = []
+    often = Counter(home.fqn for *_, one in flat if (home := tracked.get(id(one))) is not None)
+    found: list[OptimizerParameter] = []
     for number, index, parameter in flat:
-        home = homes.get(id(parameter))
+        home = tracked.get(id(parameter))
         if home is None:
             name = f"group{number}/param{index}"
         elif often[home.fqn] > 1:
             name = f"{home.path}/{escape(home.fqn)}"
         else:
             name = escape(home.fqn)
-        found.append(Member(name, parameter, number, home))
+        found.append(OptimizerParameter(name, parameter, number, home))
     return tuple(found)
 
 
@@ -69,32 +69,32 @@ class OptimizerSource:
     def __init__(self, optimizer: Optimizer, path: str) -> None:
         self.optimizer = optimizer
         self.path = path
-        self.members: tuple[Member, ...] = ()
-        self.group_names: tuple[Encoded, ...] = ()
-        self.encoded_state: Encoded | None = None
+        self.parameters: tuple[OptimizerParameter, ...] = ()
+        self.group_names: tuple[EncodedValue, ...] = ()
+        self.encoded_state: EncodedValue | None = None
         self.state_leaves: tuple[TensorLeaf, ...] = ()
-        self._watch = Watch()
+        self._watch = MemoryWatch()
         self._seen: object = None
         self._held: list[object] = []
 
-    def refresh(self, homes: Mapping[int, Home], *, renamed: bool) -> bool:
+    def refresh(self, tracked: Mapping[int, TrackedTensor], *, renamed: bool) -> bool:
         """Look whether state or parameters moved; forget what was encoded and read the names anew if so."""
         if not renamed and self._seen == self._structure() and not self._watch.moved():
             return False
-        self.members = members(self.optimizer, homes)
+        self.parameters = optimizer_parameters(self.optimizer, tracked)
         self.group_names = tuple(
-            Encoded(encode_object([one.name for one in self.members if one.group == number]))
+            EncodedValue(encode_object([one.name for one in self.parameters if one.group == number]))
             for number in range(len(self.optimizer.param_groups))
         )
         self.encoded_state = None
-        self._watch = Watch()
+        self._watch = MemoryWatch()
         self._held = self._values()
         self._seen = self._structure()
         return True
 
     def keep_state(self, nodes: dict[str, object], live: list[torch.Tensor], leaves: tuple[TensorLeaf, ...]) -> None:
         """Remember a state that is nothing but tensors until one of them moves; ``live`` and ``leaves`` in step."""
-        self.encoded_state = Encoded(encode_object(nodes))
+        self.encoded_state = EncodedValue(encode_object(nodes))
         self.state_leaves = leaves
         for tensor, leaf in zip(live, leaves, strict=True):
             self._watch.add(tensor, leaf)

@@ -22,7 +22,7 @@ CUT_SHIFT_DIVISOR = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Replicated:
+class ReplicatedBox:
     """A region of a leaf and the ranks that hold exactly it."""
 
     box: Box
@@ -39,14 +39,14 @@ class OwnedBox:
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _GroupLayout:
     """The leaves of one group end to end: ``starts[i]`` is where the ``i``-th begins, in bytes; one more than leaves."""
 
-    leaves: tuple[Replicated, ...]
+    leaves: tuple[ReplicatedBox, ...]
     starts: tuple[int, ...]
 
 
-def owned(leaves: Sequence[Replicated], *, rank: int) -> list[OwnedBox]:
+def owned_boxes(leaves: Sequence[ReplicatedBox], *, rank: int) -> list[OwnedBox]:
     """What ``rank`` stages of the ``leaves`` that it holds, in their order; a leaf it stages nothing of is left out.
 
     All ranks of a group must pass that group's leaves in the same order, other leaves may lie between. Then each element is
@@ -64,9 +64,11 @@ def owned(leaves: Sequence[Replicated], *, rank: int) -> list[OwnedBox]:
     return sorted(found, key=lambda one: one.index)
 
 
-def _owned_in_group(leaves: list[Replicated], indices: list[int], ranks: tuple[int, ...], rank: int) -> list[OwnedBox]:
+def _owned_in_group(
+    leaves: list[ReplicatedBox], indices: list[int], ranks: tuple[int, ...], rank: int
+) -> list[OwnedBox]:
     sizes = (leaf.box.elements * leaf.itemsize_bytes for leaf in leaves)
-    line = _Line(tuple(leaves), tuple(itertools.accumulate(sizes, initial=0)))
+    line = _GroupLayout(tuple(leaves), tuple(itertools.accumulate(sizes, initial=0)))
     place, count = ranks.index(rank), len(ranks)
     start, stop = _cut(line, place, count), _cut(line, place + 1, count)
     found = []
@@ -79,7 +81,7 @@ def _owned_in_group(leaves: list[Replicated], indices: list[int], ranks: tuple[i
     return found
 
 
-def _cut(line: _Line, place: int, count: int) -> int:
+def _cut(line: _GroupLayout, place: int, count: int) -> int:
     """Where share ``place`` starts. Never decreases with ``place``: all candidates lie between rows, and the nearest of one
     fixed set of places keeps its order; preferred places are nearer than half a share."""
     total = line.starts[-1]
@@ -105,7 +107,7 @@ def _nearest(to: int, low: int, high: int) -> int:
     return low if to - low <= high - to else high
 
 
-def _row_bytes(leaf: Replicated) -> int:
+def _row_bytes(leaf: ReplicatedBox) -> int:
     dim = _row_dim(leaf.box)
     rows = 1 if dim is None else leaf.box.sizes[dim]
     return leaf.box.elements // rows * leaf.itemsize_bytes
@@ -115,7 +117,7 @@ def _row_dim(box: Box) -> int | None:
     return next((dim for dim, size in enumerate(box.sizes) if size > 1), None)
 
 
-def _rows(leaf: Replicated, start_bytes: int, stop_bytes: int) -> Box:
+def _rows(leaf: ReplicatedBox, start_bytes: int, stop_bytes: int) -> Box:
     dim = _row_dim(leaf.box)
     if dim is None:
         return leaf.box

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ckpt.capture.leaves import Capture, ObjectLeaf, TensorLeaf, World, escape
-from ckpt.capture.modules import Home, ModuleSource
+from ckpt.capture.modules import ModuleSource, TrackedTensor
 from ckpt.capture.optimizers import OptimizerSource
-from ckpt.capture.tensors import resolved, with_aliases
-from ckpt.capture.tree import Memo, Walker, is_stateful, unsupported, visit
+from ckpt.capture.tensors import with_aliases, with_bits_resolved
+from ckpt.capture.tree import LeafMemo, Walker, is_stateful, unsupported, visit
 from ckpt.errors import UsageError
 from ckpt.format.objects import encode_object
 from ckpt.values import Leaf, LeafKind
@@ -32,8 +32,8 @@ class CapturePlan:
         self.items = dict(items)
         self.world = world
         self._sources: dict[int, ModuleSource | OptimizerSource] = {}
-        self._homes: dict[int, Home] = {}
-        self._memo: Memo = {}
+        self._homes: dict[int, TrackedTensor] = {}
+        self._memo: LeafMemo = {}
         self._raw: list[TensorLeaf] = []
         self._tensors: tuple[TensorLeaf, ...] = ()
         self._lazy = False
@@ -54,7 +54,7 @@ class CapturePlan:
         if moved:
             self._homes = {}
             for source in self._sources.values():
-                for tensor, home in source.homes() if isinstance(source, ModuleSource) else ():
+                for tensor, home in source.tracked_tensors() if isinstance(source, ModuleSource) else ():
                     self._homes.setdefault(id(tensor), home)
         again = [
             self._refresh_optimizer(one, path, known, renamed=moved)
@@ -89,7 +89,7 @@ class CapturePlan:
             if len(names) != len(raw):
                 raise UsageError(f"two tensors have one name. names={_twice(raw)}; rename a key")
             self._memo = {name: held for name, held in self._memo.items() if name in names}
-        tensors = tuple(map(resolved, self._tensors)) if self._lazy else self._tensors
+        tensors = tuple(map(with_bits_resolved, self._tensors)) if self._lazy else self._tensors
         return Capture(tensors, objects)
 
     def _object(self, walker: Walker, name: str, item: object) -> ObjectLeaf | None:

@@ -61,11 +61,11 @@ def _cuda_in_use() -> bool:
 
 # torchdata's ``StatefulDataLoader``: found by name, so that torchdata is never imported.
 
-UNOPENED = "unopened_sampler_generator"
+UNOPENED_KEY = "unopened_sampler_generator"
 """The only key in the state of a loader that nobody has iterated: its sampler's generator state, or None."""
 
 
-class Loader(Protocol):
+class ResumableLoader(Protocol):
     """What is used of a loader."""
 
     sampler: object
@@ -80,7 +80,7 @@ class Loader(Protocol):
         ...
 
 
-def is_loader(value: object) -> TypeGuard[Loader]:
+def is_loader(value: object) -> TypeGuard[ResumableLoader]:
     """Whether it is torchdata's loader."""
     return any(
         base.__name__ == "StatefulDataLoader" and base.__module__.startswith("torchdata.")
@@ -88,31 +88,31 @@ def is_loader(value: object) -> TypeGuard[Loader]:
     )
 
 
-def loader_state(loader: Loader) -> dict[str, object]:
+def loader_state(loader: ResumableLoader) -> dict[str, object]:
     """The loader's place. One that nobody has iterated is not opened for it: that would draw random numbers."""
     if getattr(loader, "_iterator", None) is not None:
         return loader.state_dict()
     if loader.next_iter_state is not None:
         return loader.next_iter_state
     generator = getattr(loader.sampler, "generator", None)
-    return {UNOPENED: generator.get_state().numpy().tobytes() if isinstance(generator, torch.Generator) else None}
+    return {UNOPENED_KEY: generator.get_state().numpy().tobytes() if isinstance(generator, torch.Generator) else None}
 
 
-def is_iterated(loader: Loader) -> bool:
+def is_iterated(loader: ResumableLoader) -> bool:
     """Whether somebody holds an iterator in the middle of an epoch: it would keep the old place, whatever is loaded."""
     iterator = getattr(loader, "_iterator", None)
     return not (iterator is None or iterator._finished or getattr(loader, "_initial_iter_for_state_dict", False))
 
 
-def load_loader(loader: Loader, state: Mapping[str, object]) -> None:
+def restore_loader(loader: ResumableLoader, state: Mapping[str, object]) -> None:
     """Put back what ``loader_state`` gave."""
-    if UNOPENED not in state:
+    if UNOPENED_KEY not in state:
         loader.load_state_dict(dict(state))
         return
     loader.load_state_dict({})
     loader.next_iter_state = None
     generator = getattr(loader.sampler, "generator", None)
-    match state[UNOPENED], generator:
+    match state[UNOPENED_KEY], generator:
         case bytes(data), torch.Generator():
             generator.set_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         case None, None:

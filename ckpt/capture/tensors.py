@@ -93,7 +93,7 @@ class Sharing:
     dims: frozenset[str] = frozenset()
 
 
-ALONE = Sharing()
+UNSHARED = Sharing()
 """Every tensor is the rank's own."""
 
 
@@ -103,7 +103,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def refusal(tensor: torch.Tensor) -> str | None:
+def unsupported_reason(tensor: torch.Tensor) -> str | None:
     """Why a tensor can't be stored, with the remedy; None where it can."""
     if is_lazy(tensor):
         return "tensor has no shape yet; run one forward pass before tracking or capturing it"
@@ -137,9 +137,9 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().as_subclass(torch.Tensor)
 
 
-def describe(name: str, tensor: torch.Tensor, *, world: World, sharing: Sharing = ALONE) -> TensorLeaf:
+def describe(name: str, tensor: torch.Tensor, *, world: World, sharing: Sharing = UNSHARED) -> TensorLeaf:
     """The leaf of one tensor. Raises UsageError that names the leaf where the tensor can't be stored."""
-    if why := refusal(tensor):
+    if why := unsupported_reason(tensor):
         raise UsageError(f"{why}. leaf={name!r}")
     local = local_of(tensor)
     shape = tuple(tensor.shape)
@@ -153,7 +153,7 @@ def describe(name: str, tensor: torch.Tensor, *, world: World, sharing: Sharing 
     return TensorLeaf(leaf, box, local, replicas)
 
 
-def resolved(leaf: TensorLeaf) -> TensorLeaf:
+def with_bits_resolved(leaf: TensorLeaf) -> TensorLeaf:
     """The leaf with lazily conjugated or negated memory written out; itself where there is nothing to resolve."""
     tensor = leaf.tensor
     if not (tensor.is_conj() or tensor.is_neg()):
@@ -223,7 +223,7 @@ def with_aliases(leaves: Iterable[TensorLeaf]) -> tuple[TensorLeaf, ...]:
 # Whether tensors still are where a plan saw them.
 
 
-class Watch:
+class MemoryWatch:
     """Live tensors beside the memory that was seen. Holds that memory, so that its address can't be given out anew."""
 
     __slots__ = ("_distributed", "_distributed_seen", "_plain", "_plain_seen")
@@ -258,6 +258,6 @@ class Watch:
 
 def same_memory(live: torch.Tensor, leaf: TensorLeaf) -> bool:
     """Whether one live tensor still is the memory that ``leaf`` describes."""
-    watch = Watch()
+    watch = MemoryWatch()
     watch.add(live, leaf)
     return not watch.moved()

@@ -19,7 +19,7 @@ from ckpt.capture.leaves import TensorLeaf, World, join
 from ckpt.capture.modules import ModuleSource
 from ckpt.capture.optimizers import OptimizerSource
 from ckpt.capture.streams import is_loader, loader_state
-from ckpt.capture.tensors import ALONE, Sharing, describe, layout_text, same_memory
+from ckpt.capture.tensors import UNSHARED, Sharing, describe, layout_text, same_memory
 from ckpt.errors import UsageError
 from ckpt.format.objects import DEPTH_MAX, DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 
@@ -43,21 +43,21 @@ class Stateful(Protocol):
         ...
 
 
-Memo = dict[str, tuple[torch.Tensor, TensorLeaf]]
+LeafMemo = dict[str, tuple[torch.Tensor, TensorLeaf]]
 """Tensors by leaf name as they were last described, so that steady ones aren't described again."""
 
 
 class Walker:
     """One pass over the tracked items. ``tensors`` fills with the leaves met, in order."""
 
-    def __init__(self, world: World, sources: Mapping[int, ModuleSource | OptimizerSource], memo: Memo) -> None:
+    def __init__(self, world: World, sources: Mapping[int, ModuleSource | OptimizerSource], memo: LeafMemo) -> None:
         self.tensors: list[TensorLeaf] = []
         self._world = world
         self._sources = sources
         self._memo = memo
         self._depth = 0
 
-    def node(self, value: object, path: str, sharing: Sharing = ALONE) -> object:
+    def node(self, value: object, path: str, sharing: Sharing = UNSHARED) -> object:
         """The skeleton of ``value`` at ``path``. Raises UsageError naming the path of what can't be stored."""
         if type(value) in PLAIN or isinstance(value, np.generic):
             return value
@@ -92,7 +92,7 @@ class Walker:
                 return value.get_state().numpy().tobytes()
             case enum.Enum() if value.name in type(value).__members__:
                 return EnumNode(type_name(value), value.name)
-        if (constant := named(value)) is not None:
+        if (constant := torch_constant(value)) is not None:
             return constant
         if is_stateful(value):
             return self._stateful(value, path)
@@ -148,9 +148,9 @@ class Walker:
 
     def _module(self, source: ModuleSource) -> object:
         self.tensors.extend(source.leaves)
-        if not source.made:
+        if not source.computed:
             return source.encoded()
-        made = {one.fqn: self.node(one.value, join(source.path, one.fqn)) for one in source.made}
+        made = {one.fqn: self.node(one.value, join(source.path, one.fqn)) for one in source.computed}
         return {**source.references(), **made}
 
     def _optimizer(self, source: OptimizerSource) -> object:
@@ -164,7 +164,7 @@ class Walker:
         nodes: dict[str, object] = {}
         live: list[object] = []
         start = len(self.tensors)
-        for member in source.members:
+        for member in source.parameters:
             # Not state[...]: that would make an entry where there is none.
             entry = state.get(member.tensor)
             if entry is not None:
@@ -203,7 +203,7 @@ def type_name(value: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def named(value: object) -> Named | None:
+def torch_constant(value: object) -> Named | None:
     """A constant of torch by name, or None."""
     match value:
         case torch.dtype() | torch.layout() | torch.memory_format():

@@ -13,9 +13,9 @@ import click
 from ckpt.cli.echo import JsonValue
 from ckpt.cli.output import human_bytes, human_time
 from ckpt.errors import CkptError, NotFoundError, UsageError
-from ckpt.ipc.client import Calls
-from ckpt.ipc.frames import Wire
-from ckpt.ipc.messages import WIRE_VERSION, Fact, GetStatus, Hello, RankReport, Report, SlotReport, Status
+from ckpt.ipc.client import KeeperClient
+from ckpt.ipc.frames import MessageSocket
+from ckpt.ipc.messages import WIRE_VERSION, Fact, GetStatus, Hello, KeeperReport, RankReport, SlotReport, Status
 from ckpt.ipc.runtime_dir import JobFolder, list_jobs
 from ckpt.values import SnapshotId, SnapshotInfo
 
@@ -24,7 +24,7 @@ ANSWER_S_MAX = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class KeeperIdentity:
     """Where a keeper lives or lived. ``pid`` is 0 and texts are empty where its note of itself is gone."""
 
     job: str
@@ -34,43 +34,43 @@ class Home:
 
 
 @dataclass(frozen=True, slots=True)
-class Alive:
+class LiveKeeper:
     """A keeper that answered."""
 
-    home: Home
-    report: Report
+    keeper: KeeperIdentity
+    report: KeeperReport
 
 
 @dataclass(frozen=True, slots=True)
-class Silent:
+class SilentKeeper:
     """A keeper that holds its lock and did not answer: it hangs, is stopped, starts just now, or speaks another version."""
 
-    home: Home
+    keeper: KeeperIdentity
     problem: str
 
 
 @dataclass(frozen=True, slots=True)
-class Dead:
+class DeadKeeper:
     """A folder that nobody holds: its keeper was killed, and no other has come."""
 
-    home: Home
+    keeper: KeeperIdentity
 
 
-Found = Alive | Silent | Dead
+KeeperAnswer = LiveKeeper | SilentKeeper | DeadKeeper
 
 
-class Asker:
+class KeeperQuery:
     """One connection to a keeper, as a tool. Raises UnavailableError where nobody listens or answers in time."""
 
     def __init__(self, folder: JobFolder) -> None:
-        self._calls = Calls(Wire(folder.connect()))
+        self._calls = KeeperClient(MessageSocket(folder.connect()))
         try:
             self._calls.call(Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_S_MAX)
         except BaseException:
             self._calls.close()
             raise
 
-    def report(self) -> Report | None:
+    def report(self) -> KeeperReport | None:
         """What the keeper says now; None where it has no ranks yet."""
         return self._calls.ask(GetStatus(), Status, timeout_s=ANSWER_S_MAX).report
 
@@ -79,36 +79,40 @@ class Asker:
         self._calls.close()
 
 
-def ask_all() -> list[Found]:
+def query_all() -> list[KeeperAnswer]:
     """What each keeper of this user says, in the order of their jobs' names."""
-    found = (ask(folder) for folder in list_jobs())
-    return sorted((one for one in found if one is not None), key=lambda one: (one.home.job, one.home.store))
+    found = (query(folder) for folder in list_jobs())
+    return sorted((one for one in found if one is not None), key=lambda one: (one.keeper.job, one.keeper.store))
 
 
-def ask(folder: JobFolder) -> Found | None:
+def query(folder: JobFolder) -> KeeperAnswer | None:
     """What the keeper of one folder says; None where there is none and never was."""
-    home = home_of(folder)
+    home = keeper_identity(folder)
     try:
-        asker = Asker(folder)
+        asker = KeeperQuery(folder)
         try:
             report = asker.report()
         finally:
             asker.close()
     except CkptError as error:
-        if folder.locked():
-            return Silent(home, str(error))
+        if folder.has_keeper():
+            return SilentKeeper(home, str(error))
         # Without a note: it has gone meanwhile, or its first keeper is about to start.
-        return Dead(home) if folder.note() is not None else None
-    return Silent(home, "it has no ranks yet") if report is None else Alive(home, report)
+        return DeadKeeper(home) if folder.read_info() is not None else None
+    return SilentKeeper(home, "it has no ranks yet") if report is None else LiveKeeper(home, report)
 
 
-def home_of(folder: JobFolder) -> Home:
+def keeper_identity(folder: JobFolder) -> KeeperIdentity:
     """What the keeper wrote down about itself."""
-    note = folder.note()
-    return Home(note.job, note.store, note.pid, folder.path) if note is not None else Home("", "", 0, folder.path)
+    note = folder.read_info()
+    return (
+        KeeperIdentity(note.job, note.store, note.pid, folder.path)
+        if note is not None
+        else KeeperIdentity("", "", 0, folder.path)
+    )
 
 
-def choose(homes: Sequence[Home], wanted: str | None) -> int:
+def choose_keeper(homes: Sequence[KeeperIdentity], wanted: str | None) -> int:
     """Which home the user means: by the job's name, or by the folder's. Pure.
 
     Raises NotFoundError where there is none, UsageError where the name fits several.
@@ -157,11 +161,11 @@ NOTHING = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ReportSample:
     """A report, and when it came, in seconds of a clock that only goes forward."""
 
     at_s: float
-    report: Report
+    report: KeeperReport
 
 
 def human_seconds(seconds: float) -> str:
@@ -177,12 +181,12 @@ def human_seconds(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
-def pair_text(snapshot: SnapshotId | None) -> str:
+def snapshot_text(snapshot: SnapshotId | None) -> str:
     """A snapshot as every command takes it, ``epoch:step``."""
     return NOTHING if snapshot is None else f"{snapshot.epoch}:{snapshot.step}"
 
 
-def summary(report: Report) -> list[tuple[str, str]]:
+def summary(report: KeeperReport) -> list[tuple[str, str]]:
     """The job's facts beside its ranks, each with a label."""
     held = sum(slot.held for rank in report.ranks for slot in rank.slots)
     epoch = f", epoch {report.epoch}" if report.epoch else ""
@@ -191,14 +195,14 @@ def summary(report: Report) -> list[tuple[str, str]]:
         ("store", report.store),
         ("keeper", f"pid {report.pid}, up {human_seconds(report.since_s)}, {human_bytes(report.rss_bytes)}"),
         ("state", f"{report.state}, attempt {report.attempt}{epoch}"),
-        ("complete", pair_text(report.complete)),
+        ("complete", snapshot_text(report.complete)),
         ("durable", _durable_text(report.durable)),
         ("uploads", f"{report.uploads} in flight, {held} slots held"),
         ("slots", human_bytes(report.slot_bytes)),
     ]
 
 
-def rank_rows(report: Report) -> list[tuple[str, ...]]:
+def rank_rows(report: KeeperReport) -> list[tuple[str, ...]]:
     """One row of ``RANK_COLUMNS`` for each rank."""
     return [
         (
@@ -216,7 +220,7 @@ def rank_rows(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
-def live_rows(report: Report, rates: Mapping[int, float | None]) -> list[tuple[str, ...]]:
+def live_rows(report: KeeperReport, rates: Mapping[int, float | None]) -> list[tuple[str, ...]]:
     """One row of ``LIVE_COLUMNS`` for each rank, with its ``steps_per_s``."""
     return [
         (
@@ -253,7 +257,7 @@ def recovery_rows(recoveries: Sequence[Mapping[str, Fact]], *, last: int) -> lis
     ]
 
 
-def steps_per_s(samples: Sequence[Sample]) -> dict[int, float | None]:
+def steps_per_s(samples: Sequence[ReportSample]) -> dict[int, float | None]:
     """How many steps a second each rank of the last sample completed, since the oldest sample of the same trainer.
 
     None where the last sample is the only one of its trainer.
@@ -264,7 +268,7 @@ def steps_per_s(samples: Sequence[Sample]) -> dict[int, float | None]:
     return {rank.rank: _rate(rank, last, samples) for rank in last.report.ranks}
 
 
-def report_json(report: Report) -> dict[str, JsonValue]:
+def report_json(report: KeeperReport) -> dict[str, JsonValue]:
     """The whole report as one document."""
     return {
         "job": report.job,
@@ -275,7 +279,7 @@ def report_json(report: Report) -> dict[str, JsonValue]:
         "since_s": report.since_s,
         "attempt": report.attempt,
         "epoch": report.epoch,
-        "complete": pair_json(report.complete),
+        "complete": snapshot_json(report.complete),
         "durable": _durable_json(report.durable),
         "uploads": report.uploads,
         "slot_bytes": report.slot_bytes,
@@ -287,7 +291,7 @@ def report_json(report: Report) -> dict[str, JsonValue]:
     }
 
 
-def live_json(samples: Sequence[Sample]) -> dict[str, JsonValue]:
+def live_json(samples: Sequence[ReportSample]) -> dict[str, JsonValue]:
     """The last sample's report as one document, whose ranks have ``steps_per_s`` besides."""
     report = samples[-1].report
     rates = steps_per_s(samples)
@@ -295,7 +299,7 @@ def live_json(samples: Sequence[Sample]) -> dict[str, JsonValue]:
     return {**report_json(report), "ranks": ranks}
 
 
-def _rate(rank: RankReport, last: Sample, samples: Sequence[Sample]) -> float | None:
+def _rate(rank: RankReport, last: ReportSample, samples: Sequence[ReportSample]) -> float | None:
     for sample in samples:
         for before in sample.report.ranks:
             same = (before.rank, before.trainer_pid) == (rank.rank, rank.trainer_pid)
@@ -319,7 +323,7 @@ def _rank_json(rank: RankReport) -> dict[str, JsonValue]:
             {
                 "index": slot.index,
                 "size_bytes": slot.size_bytes,
-                "snapshot": pair_json(slot.snapshot),
+                "snapshot": snapshot_json(slot.snapshot),
                 "held": slot.held,
             }
             for slot in rank.slots
@@ -327,7 +331,7 @@ def _rank_json(rank: RankReport) -> dict[str, JsonValue]:
     }
 
 
-def pair_json(snapshot: SnapshotId | None) -> JsonValue:
+def snapshot_json(snapshot: SnapshotId | None) -> JsonValue:
     return None if snapshot is None else {"epoch": snapshot.epoch, "step": snapshot.step}
 
 
@@ -348,7 +352,7 @@ def _durable_text(info: SnapshotInfo | None) -> str:
     if info is None:
         return NOTHING
     tags = f" ({', '.join(info.tags)})" if info.tags else ""
-    return f"{pair_text(info.id)}{tags}, committed {human_time(info.created_unix_s)}"
+    return f"{snapshot_text(info.id)}{tags}, committed {human_time(info.created_unix_s)}"
 
 
 def _pid_text(pid: int) -> str:
@@ -364,7 +368,7 @@ def _rate_text(rate: float | None) -> str:
 
 
 def _slots_text(slots: Sequence[SlotReport]) -> str:
-    return " ".join(pair_text(slot.snapshot) + ("*" if slot.held else "") for slot in slots) or NOTHING
+    return " ".join(snapshot_text(slot.snapshot) + ("*" if slot.held else "") for slot in slots) or NOTHING
 
 
 def _fact_text(value: Fact) -> str:

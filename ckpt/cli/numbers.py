@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckpt.restore.reader import Values
+from ckpt.restore.reader import LeafValues
 
 Array = NDArray[np.generic]
 
@@ -13,7 +13,7 @@ _FLOAT8 = {"float8_e4m3fn": (4, 3, 7), "float8_e5m2": (5, 2, 15)}
 """Exponent bits, mantissa bits, bias of the 8-bit floats that are spelled out; others are shown as bits."""
 
 
-def readable(values: Values) -> Array:
+def readable(values: LeafValues) -> Array:
     """The values as numpy numbers: bfloat16 as float32, the usual 8-bit floats as float32, others as they are stored."""
     if values.dtype == "bfloat16":
         bits: NDArray[np.uint32] = np.left_shift(values.array.astype(np.uint32), np.uint32(16))

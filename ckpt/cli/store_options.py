@@ -13,16 +13,16 @@ import click
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
 from ckpt.backends.encrypted.keys import load_keys
-from ckpt.backends.encrypted.open import encrypted, refuse_mismatch
+from ckpt.backends.encrypted.open import encrypted, require_matching_keys
 from ckpt.backends.objects.fsspec_store import StorageOptions
-from ckpt.backends.replicated.open import KEY_VARIABLE, key_source, open_job, open_stores, require_key_fits
+from ckpt.backends.replicated.open import KEY_VARIABLE, key_source, open_job_stores, open_stores, require_key_fits
 from ckpt.cli.echo import JsonValue, warn
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.log.catalog import select
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
-from ckpt.rate_limit import rate_of
+from ckpt.rate_limit import parse_rate
 from ckpt.values import SnapshotId, SnapshotInfo
 
 Result = int | None
@@ -61,7 +61,7 @@ class Selector:
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class OpenStore:
     """An open store: where its bytes are, its log, and the log's fold as it was when the command began."""
 
     backend: Backend
@@ -138,11 +138,11 @@ def snapshot_options(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 @contextmanager
-def opened(choice: StoreChoice) -> Iterator[Store]:
+def open_store(choice: StoreChoice) -> Iterator[OpenStore]:
     """Open the store and fold its log; closes it afterwards. Raises NotFoundError where there is no store."""
     options = options_of(choice.storage_options, stores=len(choice.urls))
-    backend = open_job(
-        choice.urls, options, write_quorum=choice.write_quorum, encryption_key=choice.encryption_key, tell=_tell
+    backend = open_job_stores(
+        choice.urls, options, write_quorum=choice.write_quorum, encryption_key=choice.encryption_key, emit=_tell
     )
     try:
         require_key_fits(backend, choice.encryption_key)
@@ -154,7 +154,7 @@ def opened(choice: StoreChoice) -> Iterator[Store]:
             )
         elif state.short:
             warn(f"what is newest cannot be known: {state.short}")
-        yield Store(backend, journal, state)
+        yield OpenStore(backend, journal, state)
     finally:
         backend.close()
 
@@ -232,7 +232,7 @@ def _tell(event: Event) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class UrlList:
+class StoreList:
     """Which stores a command works on, and how it prints."""
 
     urls: tuple[str, ...]
@@ -259,7 +259,7 @@ def urls_command(function: Callable[..., Result]) -> Callable[..., Result]:
     @common_options
     @functools.wraps(function)
     def command(*, urls: tuple[str, ...], write_quorum: int | None, options: CommonOptions, **others: object) -> Result:
-        choice = UrlList(urls, options.storage_options, options.as_json, options.encryption_key, write_quorum)
+        choice = StoreList(urls, options.storage_options, options.as_json, options.encryption_key, write_quorum)
         return function(choice, **others)
 
     return command
@@ -311,13 +311,13 @@ def rate_option(function: Callable[..., Result]) -> Callable[..., Result]:
     @click.option("--rate", metavar="SIZE", help="Read and write no more than this in a second, such as 50MiB.")
     @functools.wraps(function)
     def command(*args: object, rate: str | None, **others: object) -> Result:
-        return function(*args, rate_bytes_per_s=None if rate is None else rate_of(rate), **others)
+        return function(*args, rate_bytes_per_s=None if rate is None else parse_rate(rate), **others)
 
     return command
 
 
 @contextmanager
-def opened_plain(
+def open_plain_stores(
     urls: Sequence[str],
     options: Sequence[StorageOptions | None],
     *,
@@ -330,11 +330,11 @@ def opened_plain(
     """
     where = key_source(encryption_key)
     keys = load_keys(where) if where is not None else None
-    bare = open_stores(list(urls), list(options), write_quorum=write_quorum, tell=tell_alarms)
+    bare = open_stores(list(urls), list(options), write_quorum=write_quorum, emit=warn_on_alarm)
     try:
         for store in stores_of(bare):
             try:
-                refuse_mismatch(store, keys)
+                require_matching_keys(store, keys)
             except (UnavailableError, NotFoundError, IntegrityError):
                 continue  # the command itself tells what is the matter with the store
         yield encrypted(bare, keys) if keys is not None else bare
@@ -342,7 +342,7 @@ def opened_plain(
         bare.close()
 
 
-def tell_alarms(event: Event) -> None:
+def warn_on_alarm(event: Event) -> None:
     """A Tell that warns on stderr."""
     if event.alarm:
         warn(event.text)

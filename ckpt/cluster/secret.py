@@ -11,7 +11,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from ckpt.cluster.peermem.auth import SECRET_BYTES, Secret
+from ckpt.cluster.peermem.auth import SECRET_BYTES, PeerSecret
 from ckpt.errors import UsageError
 from ckpt.ipc.cluster_spec import NodesSpec
 
@@ -49,7 +49,7 @@ def read_secret(path: Path) -> bytes:
     return bytes.fromhex(text.decode().strip())
 
 
-def secret_of(nodes: NodesSpec) -> bytes:
+def job_secret(nodes: NodesSpec) -> bytes:
     """The secret of a job's nodes. Those that meet in a file of one machine have it beside it, made by whoever comes first."""
     if nodes.secret:
         return read_secret(Path(nodes.secret))
@@ -64,7 +64,7 @@ def secret_of(nodes: NodesSpec) -> bytes:
     return read_secret(path)
 
 
-def line_keys(secret: bytes, *, job: str, dialler: bytes, listener: bytes) -> tuple[bytes, bytes]:
+def connection_keys(secret: bytes, *, job: str, dialler: bytes, listener: bytes) -> tuple[bytes, bytes]:
     """The keys of one line, one for each direction: what the dialler sends, and what the listener sends.
 
     ``dialler`` and ``listener`` are the two ends' nonces, so no two lines share a key. HKDF (RFC 5869) with SHA-256.
@@ -77,7 +77,7 @@ def line_keys(secret: bytes, *, job: str, dialler: bytes, listener: bytes) -> tu
     return to_listener, to_dialler
 
 
-def mac(key: bytes, number: int, body: bytes | memoryview) -> bytes:
+def frame_mac(key: bytes, number: int, body: bytes | memoryview) -> bytes:
     """The authentication of the frame ``number`` (from 0) of one direction: 128 bits of HMAC-SHA256."""
     made = hmac.new(key, number.to_bytes(8, "little"), hashlib.sha256)
     made.update(body)
@@ -90,7 +90,7 @@ _SECRET_TEXT = re.compile(rb"[0-9a-f]{64}\n?")
 _READ_BYTES = 1024
 
 
-def load_secret(path: str | os.PathLike[str]) -> Secret:
+def load_secret(path: str | os.PathLike[str]) -> PeerSecret:
     """The secret in the file ``path``, 64 hex digits.
 
     Raises UsageError where it can't be read, is no regular file, holds something else, or others than its owner may do anything
@@ -118,10 +118,10 @@ def load_secret(path: str | os.PathLike[str]) -> Secret:
             f"no peer secret here: not 64 hex digits. path={place} size_bytes={len(text)}; "
             "make one with ckpt.cluster.secret.write_new_secret(path)"
         )
-    return Secret.of(bytes.fromhex(text.decode().strip()))
+    return PeerSecret.of(bytes.fromhex(text.decode().strip()))
 
 
-def write_new_secret(path: str | os.PathLike[str]) -> Secret:
+def write_new_secret(path: str | os.PathLike[str]) -> PeerSecret:
     """Draw a secret and write it to a new file of mode 0600. Raises UsageError where the file exists or can't be written."""
     place = Path(path).expanduser()
     raw = secrets.token_bytes(SECRET_BYTES)
@@ -131,4 +131,4 @@ def write_new_secret(path: str | os.PathLike[str]) -> Secret:
             file.write(raw.hex().encode() + b"\n")
     except OSError as error:
         raise UsageError(f"a peer secret can't be written. path={place} cause={error.strerror}") from error
-    return Secret.of(raw)
+    return PeerSecret.of(raw)

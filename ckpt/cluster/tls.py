@@ -13,7 +13,7 @@ from ckpt.ipc.cluster_spec import NodesSpec
 
 Path = str | os.PathLike[str]
 
-TURNS_MAX = 16
+FLIGHTS_MAX = 16
 """Flights of one handshake; TLS 1.3 takes three."""
 
 
@@ -30,7 +30,7 @@ def client_context(*, certificate: Path, key: Path, ca: Path) -> ssl.SSLContext:
     return _filled(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, key, ca)
 
 
-def rehearse(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> float:
+def check_handshake(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> float:
     """A handshake of a node with itself, in memory, as another node of its CA would have with it at ``host``.
 
     Returns until when its certificate is valid, in seconds of the Unix epoch. Raises UsageError where that node would refuse
@@ -41,7 +41,7 @@ def rehearse(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> float
     try:
         asking = client.wrap_bio(to_client, to_server, server_hostname=host)
         asked = server.wrap_bio(to_server, to_client, server_side=True)
-        for _ in range(TURNS_MAX):
+        for _ in range(FLIGHTS_MAX):
             done = [_went_on(asking.do_handshake), _went_on(asked.do_handshake)]
             if all(done):
                 return _ends_s(asking)
@@ -105,14 +105,14 @@ def _no_password() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Tls:
+class TlsContexts:
     """What this node shows and believes: ``server`` to who calls it, ``client`` to whom it calls."""
 
     server: ssl.SSLContext
     client: ssl.SSLContext
 
 
-def tls_of(nodes: NodesSpec) -> Tls | None:
+def job_tls(nodes: NodesSpec) -> TlsContexts | None:
     """The contexts that a launcher's files make; None where it names none. Raises UsageError for files that don't do."""
     if not (nodes.tls_cert or nodes.tls_key or nodes.tls_ca):
         return None
@@ -122,7 +122,7 @@ def tls_of(nodes: NodesSpec) -> Tls | None:
             f"tls_cert={nodes.tls_cert!r} tls_key={nodes.tls_key!r} tls_ca={nodes.tls_ca!r}"
         )
     files = {"certificate": nodes.tls_cert, "key": nodes.tls_key, "ca": nodes.tls_ca}
-    return Tls(server_context(**files), client_context(**files))
+    return TlsContexts(server_context(**files), client_context(**files))
 
 
 def check_tls(nodes: NodesSpec, host: str) -> float | None:
@@ -130,15 +130,15 @@ def check_tls(nodes: NodesSpec, host: str) -> float | None:
 
     Returns until when its certificate is valid, in seconds of the Unix epoch; None without TLS. Raises UsageError.
     """
-    tls = tls_of(nodes)
+    tls = job_tls(nodes)
     if tls is None:
         return None
     if nodes.plaintext:
         raise UsageError("TLS files and plaintext exclude each other. give one of them")
-    return rehearse(tls.server, tls.client, host)
+    return check_handshake(tls.server, tls.client, host)
 
 
-def check_path(nodes: NodesSpec, host: str) -> None:
+def check_network(nodes: NodesSpec, host: str) -> None:
     """Raises UsageError where ``host`` is reached over a network, and what is lent there would be read on the way."""
     if not (nodes.plaintext or nodes.tls_cert or is_loopback(host)):
         raise UsageError(
@@ -147,13 +147,13 @@ def check_path(nodes: NodesSpec, host: str) -> None:
         )
 
 
-def lending_at(nodes: NodesSpec, host: str) -> Endpoint:
+def serving_endpoint(nodes: NodesSpec, host: str) -> Endpoint:
     """Where this node lends its memory: at a free port of ``host``. Raises UsageError."""
-    tls = tls_of(nodes)
+    tls = job_tls(nodes)
     return Endpoint(host, 0, None if tls is None else tls.server, nodes.plaintext)
 
 
-def lender_at(nodes: NodesSpec, address: str) -> Endpoint:
+def peer_endpoint(nodes: NodesSpec, address: str) -> Endpoint:
     """The node that lends its memory at ``address``, as this one speaks to it. Raises UsageError."""
-    tls = tls_of(nodes)
+    tls = job_tls(nodes)
     return Endpoint.parse(address, tls=None if tls is None else tls.client, plaintext=nodes.plaintext)

@@ -20,12 +20,12 @@ from types import FrameType
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ckpt.ipc.board import Board, Phase
+from ckpt.ipc.board import Board, TrainerPhase
 
 # When this trainer reached the points of its start, for the account of a recovery.
 
 
-class Points:
+class Milestones:
     """Notes points; hands each on once somebody listens. Names are those of ``messages.Phase``."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Points:
             self._names.add(name)
             self._noted.append((name, time.monotonic()))
 
-    def hand_on(self, tell: Callable[[str, float], None]) -> None:
+    def report_to(self, tell: Callable[[str, float], None]) -> None:
         """Tell what was noted since the last call."""
         noted, self._noted = self._noted, []
         for name, at_s in noted:
@@ -49,10 +49,10 @@ STAGE = 1
 """The flag of a decision: stage this boundary."""
 
 
-AHEAD = 2
+DECIDED_AHEAD = 2
 """For which boundary rank 0 gives its word to other nodes: the one after the next."""
 
-GIVE_UP_S = 2.0
+INCOMPLETE_AFTER_S = 2.0
 """A snapshot that is not complete on all nodes by then never will be: a rank had no slot for it."""
 
 
@@ -65,12 +65,12 @@ class MemoryTier:
 
     def __init__(
         self, board: Board, *, rank: int, every: int, leads: bool | None = None,
-        pass_on: Callable[[int, int], object] | None = None,
+        forward_decision: Callable[[int, int], object] | None = None,
     ) -> None:  # fmt: skip
         self._board = board
         self._mine = board.rank(rank)
         self._leads = rank == 0 if leads is None else leads
-        self._pass_on = pass_on
+        self._pass_on = forward_decision
         self._every = every
         self._staged_at: int | None = None
         self._at = 0
@@ -82,15 +82,15 @@ class MemoryTier:
         """Training starts: ``completed`` steps are done."""
         self._staged_at = self._at = self._told = self._told_stage = completed
         self._mine.attempt = self._board.attempt
-        self._mine.phase = Phase.TRAINING
+        self._mine.phase = TrainerPhase.TRAINING
         self._mine.beat(completed)
         self._announce(completed)
 
-    def wants(self, completed: int, *, since: int) -> bool:
+    def should_stage(self, completed: int, *, since: int) -> bool:
         """Whether all ranks stage this boundary; ``since`` is the one before it."""
         return self._every > 0 and self._board.decision(since + 1) == STAGE and completed > since
 
-    def passed(self, completed: int, *, staged: bool) -> None:
+    def complete_boundary(self, completed: int, *, staged: bool) -> None:
         """This boundary is done with; on rank 0, say what happens at the next one."""
         if staged:
             self._staged_at = completed
@@ -100,11 +100,11 @@ class MemoryTier:
         self._announce(completed)
         self._at = completed
 
-    def skipped(self) -> None:
+    def count_skipped(self) -> None:
         """A boundary that was to be staged found no slot."""
         self._mine.skipped += 1
 
-    def pause(self, phase: Phase) -> None:
+    def set_phase(self, phase: TrainerPhase) -> None:
         """Steps stand still for a reason, or go on (``Phase.TRAINING``)."""
         self._mine.phase = phase
         self._mine.beat(self._mine.completed or 0)
@@ -120,7 +120,7 @@ class MemoryTier:
         self._board.decide(completed + 1, STAGE if due and self._slowest() >= self._at else 0)
 
     def _announce_to_all(self, completed: int, pass_on: Callable[[int, int], object]) -> None:
-        for boundary in range(max(self._told, completed) + 1, completed + AHEAD + 1):
+        for boundary in range(max(self._told, completed) + 1, completed + DECIDED_AHEAD + 1):
             due = boundary - self._told_stage >= self._every and self._last_is_settled()
             flags = STAGE if due else 0
             self._board.decide(boundary, flags)
@@ -131,19 +131,19 @@ class MemoryTier:
 
     def _last_is_settled(self) -> bool:
         """Whether the last snapshot is complete on all nodes, or never will be."""
-        if not self._told_stage_s or time.monotonic() - self._told_stage_s > GIVE_UP_S:
+        if not self._told_stage_s or time.monotonic() - self._told_stage_s > INCOMPLETE_AFTER_S:
             return True
         # How far all are is read before what they hold: who is past that boundary without the snapshot did not take it, for
         # instance because the word came late.
-        done = [one.completed for one in self._board.everyone()]
-        complete = self._board.complete()
+        done = [one.completed for one in self._board.all_ranks()]
+        complete = self._board.newest_complete()
         if complete is not None and complete.step >= self._told_stage:
             return True
         return all(one is not None and one > self._told_stage for one in done)
 
     def _slowest(self) -> int:
         """Where the slowest rank is. One that is behind this one's last boundary would have the others fill all their slots."""
-        done = [one.completed for one in self._board.everyone()]
+        done = [one.completed for one in self._board.all_ranks()]
         return min(self._at if one is None else one for one in done)
 
 
@@ -161,7 +161,7 @@ class StepWatch:
         self._handles: list[RemovableHandle] = []
         self._watched: set[int] = set()
         self._stepped = False
-        self.was_point = True
+        self.was_snapshot_point = True
         """Whether the last boundary was a snapshot point."""
 
     def add(self, items: Mapping[str, object]) -> None:
@@ -171,11 +171,11 @@ class StepWatch:
                 self._watched.add(id(optimizer))
                 self._handles.append(optimizer.register_step_post_hook(self._on_step))
 
-    def is_point(self) -> bool:
+    def at_snapshot_point(self) -> bool:
         """Ask once a boundary: whether it is a snapshot point. With no optimizer watched, each one is."""
-        self.was_point = self._stepped or not self._watched
+        self.was_snapshot_point = self._stepped or not self._watched
         self._stepped = False
-        return self.was_point
+        return self.was_snapshot_point
 
     @property
     def stepped(self) -> bool:
@@ -212,7 +212,7 @@ def _optimizers(value: object) -> Iterator[Optimizer]:
 # ``return``, whatever raised for an exception, ``FOR_ITER`` or ``END_FOR`` where an enclosing
 # iterator (``zip``) ran dry. A frame that only holds the last reference (a variable, the
 # traceback of a caught exception) may stand anywhere, so only the frame whose ``for`` asks the
-# generator counts: ``asking_frame`` finds it at each step. In doubt the answer is "not by break":
+# generator counts: ``consumer_frame`` finds it at each step. In doubt the answer is "not by break":
 # that costs one step done again, never a wrong state.
 
 _DROPS = frozenset({"POP_TOP", "POP_ITER"})
@@ -221,7 +221,7 @@ _FOR_ITER = dis.opmap["FOR_ITER"]
 _DRY = frozenset({"FOR_ITER", "END_FOR"})
 
 
-def asking_frame(frame: FrameType | None) -> int | None:
+def consumer_frame(frame: FrameType | None) -> int | None:
     """The identity of the frame whose ``for`` asks a generator for its next element; None where there is no such frame.
 
     ``frame`` is the caller's frame as the generator sees it before it yields. Generators in between and ``__next__`` methods
@@ -238,21 +238,21 @@ def asking_frame(frame: FrameType | None) -> int | None:
     return None
 
 
-def left_by_break(frame: FrameType | None, *, asking: int | None) -> bool:
+def left_by_break(frame: FrameType | None, *, consumer: int | None) -> bool:
     """Whether the frame that closes a generator does so for ``break`` or ``return``.
 
     ``frame`` is the caller's frame as the generator sees it while it handles ``GeneratorExit``, ``asking`` what
-    ``asking_frame`` found at its last element. Generators in between (``tqdm(run.steps(n))``) are being closed themselves and
+    ``consumer_frame`` found at its last element. Generators in between (``tqdm(run.steps(n))``) are being closed themselves and
     are passed over.
     """
     frame = _outside_generators(frame)
-    if frame is None or id(frame) != asking:
+    if frame is None or id(frame) != consumer:
         return False
     before, at = _instructions(frame)
     return at in _DROPS and before != "END_FOR"
 
 
-def ran_dry(frame: FrameType | None) -> bool:
+def was_exhausted(frame: FrameType | None) -> bool:
     """Whether an iterator around the generator (``zip``) had no more elements."""
     before, at = _instructions(frame)
     return at in _DRY or (at in _DROPS and before == "END_FOR")

@@ -9,19 +9,19 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from ckpt.elastic.boundaries import Points
-from ckpt.elastic.failure import Judge, die, dies_here
+from ckpt.elastic.boundaries import Milestones
+from ckpt.elastic.failure import ExitReporter, die, ends_process
 from ckpt.elastic.processes.enter import enter
-from ckpt.elastic.processes.trainer import seat_of_process, watch_process_group
+from ckpt.elastic.processes.trainer import trainer_of_process, watch_process_group
 from ckpt.elastic.run import Run
 from ckpt.elastic.schedule import parse_duration, parse_every
-from ckpt.elastic.sigterm import TermInPlace
+from ckpt.elastic.sigterm import InPlaceSigterm
 from ckpt.errors import UsageError
 from ckpt.ipc.messages import Policy
 from ckpt.session.keeper.attachment import keeper_spec
 from ckpt.session.options import (
     KeepArgument,
-    Options,
+    SessionOptions,
     StorageOptions,
     StoreArgument,
     check_grace,
@@ -40,7 +40,7 @@ _OPEN: ContextVar[tuple[str, ...]] = ContextVar("ckpt_open_runs", default=())
 
 
 @contextmanager
-def entered(url: str) -> Iterator[bool]:
+def claimed_store(url: str) -> Iterator[bool]:
     """Hold ``url`` as open while the body runs; gives whether no other run is around.
 
     Raises UsageError where a run around this one holds it.
@@ -158,7 +158,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
     policy = (restart or RestartPolicy()).message()
     address = check_store(store, write_quorum=write_quorum)
     stale_s_max = parse_duration(max_stale, name="max_stale") if max_stale is not None else None
-    options = Options(
+    options = SessionOptions(
         job=job, slots=slots, compression=compression, only=check_only(only), missing=missing,
         storage_options=storage_options, write_quorum=write_quorum, encryption_key=encryption_key,
         scrub_every_s=parse_duration(scrub_every, name="scrub_every") if scrub_every is not None else None,
@@ -169,27 +169,27 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             seat = enter(keeper_spec(address, options), policy, prepare=prepared)
-            points = Points()
+            points = Milestones()
             points.reach("entered")
             if seat is not None:
                 watch_process_group(lambda: points.reach("group"))
             session = Session(address, options)
-            with entered(session.url) as outermost:
-                judge = Judge(session, outermost=outermost)
+            with claimed_store(session.url) as outermost:
+                judge = ExitReporter(session, outermost=outermost)
                 run = Run(
-                    session, schedule, stale_s_max=stale_s_max, memory_every=memory_every, seat=seat, points=points,
-                    judge=judge,
+                    session, schedule, stale_s_max=stale_s_max, memory_every=memory_every, trainer=seat, milestones=points,
+                    exit_reporter=judge,
                 )  # fmt: skip
-                in_place = TermInPlace(lambda: run.stop(policy.grace_s)) if seat is None else nullcontext()
+                in_place = InPlaceSigterm(lambda: run.stop(policy.grace_s)) if seat is None else nullcontext()
                 try:
                     with in_place:
                         judge.entered(points)
                         result = function(run, *args, **kwargs)
                         run.finish()
                 except BaseException as error:
-                    if dies_here(error, seat_of_process(), policy, outermost=outermost):
-                        die(error, last_words=functools.partial(end_badly, run, error))
-                    end_badly(run, error)
+                    if ends_process(error, trainer_of_process(), policy, outermost=outermost):
+                        die(error, last_words=functools.partial(end_after_failure, run, error))
+                    end_after_failure(run, error)
                     raise
                 return result
 
@@ -198,7 +198,7 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
     return decorate
 
 
-def end_badly(run: Run, error: BaseException) -> None:
+def end_after_failure(run: Run, error: BaseException) -> None:
     """Tell the keeper, and leave what is staged to whoever makes it durable."""
     run.failing(error)
     run.abandon()

@@ -18,12 +18,12 @@ from typing import NoReturn, TypedDict
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from ckpt.elastic.boundaries import Points
-from ckpt.elastic.processes.trainer import TrainerSeat
+from ckpt.elastic.boundaries import Milestones
+from ckpt.elastic.processes.trainer import TrainerProcess
 from ckpt.errors import FencedError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.format.canonical import digest_hex
 from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
-from ckpt.session.keeper.attachment import Seat, seat_of_process
+from ckpt.session.keeper.attachment import SupervisedTrainer, supervised_trainer
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.session import Session
 
@@ -53,7 +53,7 @@ _FINAL = (UsageError, FencedError, IntegrityError, NotFoundError, KeyboardInterr
 """Starting again would meet them again, or somebody wanted the end."""
 
 
-class FailingFacts(TypedDict):
+class FailureDescription(TypedDict):
     """What ``Session.failing`` takes."""
 
     kind: str
@@ -62,12 +62,12 @@ class FailingFacts(TypedDict):
     final: bool
 
 
-def facts_of(error: BaseException) -> FailingFacts:
+def describe_failure(error: BaseException) -> FailureDescription:
     """Equal exceptions raised at equal places have equal fingerprints; their texts, which may hold addresses, don't count."""
     places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
     kind = type(error).__qualname__
     final = isinstance(error, _FINAL) or (isinstance(error, SystemExit) and not error.code)
-    return FailingFacts(
+    return FailureDescription(
         kind=kind, text=str(error)[:TEXT_MAX], fingerprint=digest_hex("\n".join([kind, *places]).encode()), final=final
     )
 
@@ -76,7 +76,7 @@ def facts_of(error: BaseException) -> FailingFacts:
 # store in one program.
 
 
-class Judge:
+class ExitReporter:
     """Hears what a decorated call does: through the run's session where that one's keeper is the judge, else on its own.
 
     ``outermost``: the call stands in no other one, of which it would be a part.
@@ -87,22 +87,22 @@ class Judge:
         self._outermost = outermost
         self._link: KeeperLink | None = None
 
-    def entered(self, points: Points) -> None:
+    def entered(self, points: Milestones) -> None:
         """The call began; ``points`` has when."""
-        seat = seat_of_process()
+        seat = supervised_trainer()
         if seat is None or not self._outermost:
             return
-        if self._session.seated:
+        if self._session.supervised:
             self._session.join()
-            points.hand_on(self._session.judged.report)
+            points.report_to(self._session.reporter.report)
             return
         self._link = KeeperLink.connect(seat.spec, _hello(seat), start=False)
-        points.hand_on(self._link.phase)
+        points.report_to(self._link.phase)
 
-    def failing(self, facts: FailingFacts, step: int) -> None:
+    def failing(self, facts: FailureDescription, step: int) -> None:
         """The process is about to die of an exception."""
         if self._link is None:
-            self._session.judged.failing(**facts, step=step)
+            self._session.reporter.failing(**facts, step=step)
             return
         with suppress(UnavailableError):  # without a keeper nobody judges it
             self._link.failing(**facts, step=step)
@@ -116,7 +116,7 @@ class Judge:
             self._link.close()
 
 
-def _hello(seat: Seat) -> Hello:
+def _hello(seat: SupervisedTrainer) -> Hello:
     return Hello(
         version=WIRE_VERSION, role="trainer", pid=os.getpid(), launch=seat.launch, rank=seat.rank, ranks=seat.ranks,
         attempt=seat.attempt,
@@ -127,7 +127,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Where torchrun looks for what a rank died of."""
 
 
-def dies_here(error: BaseException, seat: TrainerSeat | None, policy: Policy, *, outermost: bool) -> bool:
+def ends_process(error: BaseException, seat: TrainerProcess | None, policy: Policy, *, outermost: bool) -> bool:
     """Whether ``error`` ends this process at the border; else it unwinds, as in a program without supervisor.
 
     It unwinds where nothing starts anew: in place, for an error that is final, where the policy allows no attempt after one.
@@ -137,7 +137,7 @@ def dies_here(error: BaseException, seat: TrainerSeat | None, policy: Policy, *,
         return False
     if not seat.attempt:
         return True
-    return outermost and policy.same_error_max > 1 and not facts_of(error)["final"]
+    return outermost and policy.same_error_max > 1 and not describe_failure(error)["final"]
 
 
 def die(error: BaseException, *, last_words: Callable[[], None]) -> NoReturn:
@@ -153,7 +153,7 @@ def die(error: BaseException, *, last_words: Callable[[], None]) -> NoReturn:
         os._exit(status)
 
 
-def forget_older_error() -> None:
+def remove_stale_error_file() -> None:
     """At a trainer's start: what an earlier attempt died of is not what this one will die of."""
     if path := os.environ.get(ERROR_FILE):
         with contextlib.suppress(OSError):

@@ -10,14 +10,14 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from ckpt.elastic.boundaries import MemoryTier, Points, StepWatch, asking_frame, left_by_break, ran_dry
-from ckpt.elastic.failure import Judge, Preempted, facts_of
-from ckpt.elastic.processes.trainer import TrainerSeat
+from ckpt.elastic.boundaries import MemoryTier, Milestones, StepWatch, consumer_frame, left_by_break, was_exhausted
+from ckpt.elastic.failure import ExitReporter, Preempted, describe_failure
+from ckpt.elastic.processes.trainer import TrainerProcess
 from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
 from ckpt.events import Event
-from ckpt.ipc.board import Phase
-from ckpt.session.agreement import Order
+from ckpt.ipc.board import TrainerPhase
+from ckpt.session.agreement import SnapshotRequest
 from ckpt.session.c10d_mailbox import world_of_process
 from ckpt.session.options import check_tag
 from ckpt.session.saving import Metrics
@@ -28,7 +28,7 @@ from ckpt.values import SnapshotInfo
 # Which process of a training this one is.
 
 
-class Whereabouts:
+class RankInfo:
     """This process's rank and device."""
 
     @property
@@ -58,7 +58,7 @@ BOUNDARY_WAIT_S = 60.0
 """How long a snapshot that the user asked for may hold training up where uploads hold all slots; then it is given up."""
 
 
-class Run(Whereabouts):
+class Run(RankInfo):
     """One call of a decorated function: its state, its steps, its snapshots.
 
     Made by ``ckpt.resilient``. Not thread-safe but for ``save`` and ``log``: the training thread owns it. With several ranks
@@ -67,24 +67,24 @@ class Run(Whereabouts):
 
     def __init__(
         self, session: Session, schedule: Schedule, *, stale_s_max: float | None = None, memory_every: int = 1,
-        seat: TrainerSeat | None = None, points: Points | None = None, judge: Judge | None = None,
+        trainer: TrainerProcess | None = None, milestones: Milestones | None = None, exit_reporter: ExitReporter | None = None,
     ) -> None:  # fmt: skip
-        self._seat = seat
-        self._points = points or Points()
+        self._seat = trainer
+        self._points = milestones or Milestones()
         self._session = session
-        self._judge = judge or Judge(session)
+        self._judge = exit_reporter or ExitReporter(session)
         self._memory_every = memory_every
         self._memory: MemoryTier | None = None
         self._schedule = schedule
         self._stale_s_max = stale_s_max
         self._watch = StepWatch()
-        self._metrics = Metrics(session.tell, rank=world_of_process()[0])
+        self._metrics = Metrics(session.emit, rank=world_of_process()[0])
         self._completed: int | None = None
         self._taken: int | None = None
         self._staged: int | None = None
         self._first_step_told = False
         self._owed: int | None = None
-        self._carried: list[Order] = []
+        self._carried: list[SnapshotRequest] = []
         self._rng_waits = False
         self._stepped = False
         self._torn = False
@@ -155,15 +155,15 @@ class Run(Whereabouts):
         self._start()
         while self._done < total:
             step = self._done
-            asking = asking_frame(sys._getframe(1))
+            asking = consumer_frame(sys._getframe(1))
             try:
                 yield step
             except GeneratorExit:
                 frame = sys._getframe(1)
-                if left_by_break(frame, asking=asking):
+                if left_by_break(frame, consumer=asking):
                     self._leave(step + 1)
                 else:
-                    self._torn = not ran_dry(frame)
+                    self._torn = not was_exhausted(frame)
                 raise
             self.completed(step + 1)
         if self._stepped:
@@ -190,8 +190,8 @@ class Run(Whereabouts):
         self._completed = steps
         self._stepped, self._torn = True, False
         self._raise_what_must_stop()
-        orders = self._session.orders
-        point = self._watch.is_point()
+        orders = self._session.decisions
+        point = self._watch.at_snapshot_point()
         ordered = orders.reached(steps, due=due if point else None)
         if ordered is not None:
             self._carried.append(ordered)
@@ -200,10 +200,10 @@ class Run(Whereabouts):
         if point and self._carried:
             carried, self._carried = self._carried, []
             self._serve(carried)
-        elif point and self._memory is not None and self._memory.wants(steps, since=since):
+        elif point and self._memory is not None and self._memory.should_stage(steps, since=since):
             self._stage()
         if self._memory is not None:
-            self._memory.passed(steps, staged=steps in (self._taken, self._staged))
+            self._memory.complete_boundary(steps, staged=steps in (self._taken, self._staged))
         self._told_first_step()
         upcoming = next_due(self._schedule, steps)
         if upcoming == steps + 1:
@@ -217,11 +217,11 @@ class Run(Whereabouts):
         """
         if self._seat is not None and not self._seat.attempt:
             self._seat = self._seat.promoted()
-            self._session.sit_down(self._seat.attempt)
+            self._session.join_attempt(self._seat.attempt)
 
     def failing(self, error: BaseException) -> None:
         """Tell which exception this process is about to die of. Called by the decorator."""
-        self._judge.failing(facts_of(error), self._done)
+        self._judge.failing(describe_failure(error), self._done)
 
     def log(self, **values: float | int | str | bool | torch.Tensor | None) -> None:
         """Note facts of the current step, such as the loss. Rank 0's latest go to the next snapshot's metadata.
@@ -240,7 +240,7 @@ class Run(Whereabouts):
         self._open()
         if tag is not None:
             check_tag(tag)
-        self._session.orders.request(Order((tag,) if tag is not None else (), forced=True))
+        self._session.decisions.request(SnapshotRequest((tag,) if tag is not None else (), forced=True))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -248,14 +248,14 @@ class Run(Whereabouts):
         if self._paused:
             raise UsageError("pauses don't nest; one `with run.paused()` at a time")
         self._paused = True
-        self._session.tell(Event("paused", "training pauses"))
-        self._mark(Phase.PAUSED)
+        self._session.emit(Event("paused", "training pauses"))
+        self._mark(TrainerPhase.PAUSED)
         try:
             yield
         finally:
             self._paused = False
-            self._mark(Phase.TRAINING)
-            self._session.tell(Event("resumed", "training goes on"))
+            self._mark(TrainerPhase.TRAINING)
+            self._session.emit(Event("resumed", "training goes on"))
 
     def finish(self) -> None:
         """End well: a last snapshot where the last boundary has none, everything durable. Called by the decorator."""
@@ -268,7 +268,7 @@ class Run(Whereabouts):
 
     def _take_last(self) -> None:
         self._start()
-        last = self._session.orders.end(self._done)
+        last = self._session.decisions.end(self._done)
         wanted = [*self._carried, *([last] if last is not None else [])]
         self._carried = []
         if wanted and self._taken == self._done:
@@ -278,7 +278,7 @@ class Run(Whereabouts):
         else:
             self._snapshot_last()
         self._watch.close()
-        self._mark(Phase.FINISHED)
+        self._mark(TrainerPhase.FINISHED)
 
     def abandon(self) -> None:
         """End after an exception: what is staged still gets its time to become durable. Called by the decorator."""
@@ -308,16 +308,16 @@ class Run(Whereabouts):
     def _begin(self) -> None:
         """Everything is restored; the first step comes next."""
         self._points.reach("restored")
-        self._points.hand_on(self._session.judged.report)
+        self._points.report_to(self._session.reporter.report)
         board = self._session.board
         if board is not None:
             self._memory = MemoryTier(
                 board, rank=self._session.local_rank, every=self._memory_every, leads=self.rank == 0,
-                pass_on=self._session.pass_on,
+                forward_decision=self._session.announce_decision,
             )  # fmt: skip
             self._memory.begin(self._done)
             if self._memory_every:
-                self._session.saving.leave_free(2)
+                self._session.saving.reserve_slots(2)
         self._session.on_stop(self.stop)
 
     def stop(self, within_s: float) -> bool:
@@ -326,18 +326,18 @@ class Run(Whereabouts):
             return False
         self._stop_at_s = time.monotonic() + within_s
         if self._session.local_rank == 0:  # one request is every rank's; of several nodes any one may be asked to go
-            self._session.orders.request(Order(forced=True, stop=True))
+            self._session.decisions.request(SnapshotRequest(forced=True, stop=True))
         return True
 
-    def _mark(self, phase: Phase) -> None:
+    def _mark(self, phase: TrainerPhase) -> None:
         if self._memory is not None:
-            self._memory.pause(phase)
+            self._memory.set_phase(phase)
 
     def _told_first_step(self) -> None:
         if not self._first_step_told:
             self._first_step_told = True
             self._points.reach("first-step")
-            self._points.hand_on(self._session.judged.report)
+            self._points.report_to(self._session.reporter.report)
             if self._seat is not None:
                 self._seat.first_step_done()
 
@@ -346,29 +346,29 @@ class Run(Whereabouts):
         if self._session.stage(self._done, metadata=self._metrics.facts()):
             self._staged = self._done
         elif self._memory is not None:
-            self._memory.skipped()
+            self._memory.count_skipped()
 
-    def _serve(self, orders: list[Order]) -> None:
+    def _serve(self, orders: list[SnapshotRequest]) -> None:
         """Take the snapshot that is due or was asked for; where it is the last one before a preemption, end here."""
         stop = any(order.stop for order in orders)
         # A failure was told as an alarm, and every rank knows: a store that is behind doesn't stop training.
         with suppress(UnavailableError):
             self._snapshot(orders, wait_s=BOUNDARY_WAIT_S)
         if stop:
-            self._mark(Phase.FINISHED)
+            self._mark(TrainerPhase.FINISHED)
             self._session.await_durable(min(3600.0, max(0.0, self._stop_at_s - time.monotonic())))
             raise Preempted(self._done)
 
     def _ask_by_time(self, steps: int) -> None:
         """Rank 0's clock asks for a snapshot; the ranks agree on its boundary as for any request."""
-        if not isinstance(self._schedule, EverySeconds) or self._session.channel.rank != 0:
+        if not isinstance(self._schedule, EverySeconds) or self._session.mailbox.rank != 0:
             return
         now_s = time.monotonic()
-        if self._taken == steps or not self._session.saving.settled:
+        if self._taken == steps or not self._session.saving.idle:
             return
         if now_s - self._asked_at_s >= self._schedule.seconds:
             self._asked_at_s = now_s
-            self._session.orders.request(Order())
+            self._session.decisions.request(SnapshotRequest())
 
     def _leave(self, steps: int) -> None:
         """Complete the body that ``break`` left. Runs inside a closing generator, whose errors Python would drop: kept."""
@@ -380,11 +380,11 @@ class Run(Whereabouts):
 
     def _snapshot_last(self, *, wait_s: float = SLOT_WAIT_S) -> None:
         """The snapshot of a loop's last boundary, where it is a snapshot point and has none yet."""
-        if self._taken == self._done or not self._watch.was_point or self._done == 0:
+        if self._taken == self._done or not self._watch.was_snapshot_point or self._done == 0:
             return
-        self._snapshot([Order(forced=True)], wait_s=wait_s)
+        self._snapshot([SnapshotRequest(forced=True)], wait_s=wait_s)
 
-    def _snapshot(self, orders: list[Order], *, wait_s: float = SLOT_WAIT_S) -> None:
+    def _snapshot(self, orders: list[SnapshotRequest], *, wait_s: float = SLOT_WAIT_S) -> None:
         if self._torn or self._watch.stepped:  # only at the end: the loop was left in the middle of a body
             self._session.refuse(
                 self._done,

@@ -12,34 +12,34 @@ from types import FrameType, TracebackType
 
 # Which SIGTERM asks, which is the same one again, and which means now.
 
-SAME_TERM_S = 2.0
+REPEAT_S = 2.0
 """A SIGTERM this soon after the first is that one again: schedulers signal every process, and launchers pass it on."""
 
 
-class Term(enum.Enum):
+class SigtermMeaning(enum.Enum):
     """What one SIGTERM means."""
 
     FIRST = "first"
-    SAME = "same"
+    REPEAT = "same"
     NOW = "now"
 
 
-class Terms:
+class SigtermHistory:
     """Those that came to this process. For a signal handler: it takes no lock."""
 
     def __init__(self) -> None:
         self._first_s: float | None = None
 
-    def came(self) -> Term:
+    def classify(self) -> SigtermMeaning:
         """One came now."""
         now_s = time.monotonic()
         if self._first_s is None:
             self._first_s = now_s
-            return Term.FIRST
-        return Term.SAME if now_s - self._first_s < SAME_TERM_S else Term.NOW
+            return SigtermMeaning.FIRST
+        return SigtermMeaning.REPEAT if now_s - self._first_s < REPEAT_S else SigtermMeaning.NOW
 
 
-class TermInPlace:
+class InPlaceSigterm:
     """While it is entered, the first SIGTERM asks to stop; a later one, or one that nobody can obey, ends the process.
 
     Does nothing beside the main thread, or where the program has a handler of its own. ``ask`` is called in a thread, since a
@@ -50,7 +50,7 @@ class TermInPlace:
         self._ask = ask
         self._pid = os.getpid()
         self._installed = False
-        self._terms = Terms()
+        self._terms = SigtermHistory()
         self._refused = False
 
     def __enter__(self) -> None:
@@ -69,12 +69,12 @@ class TermInPlace:
         if os.getpid() != self._pid:  # a child of this process, which has nothing to finish
             self._end()
             return
-        match self._terms.came():
-            case Term.FIRST:
+        match self._terms.classify():
+            case SigtermMeaning.FIRST:
                 threading.Thread(target=self._try, name="ckpt-term", daemon=True).start()
-            case Term.NOW:
+            case SigtermMeaning.NOW:
                 self._end()
-            case Term.SAME if self._refused:
+            case SigtermMeaning.REPEAT if self._refused:
                 self._end()
 
     def _try(self) -> None:

@@ -39,7 +39,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 UPGRADE = "pip install --upgrade torch-ckpt"
 
 
-def ready(*kinds: type) -> None:
+def prepare_decoders(*kinds: type) -> None:
     """Let msgspec learn ``kinds`` now; call it where they are defined, so that it runs under the import's lock.
 
     msgspec learns a type at its first use, without a lock of its own: two threads that decode a type for the first time at the
@@ -57,10 +57,10 @@ class _FormatVersion(msgspec.Struct):
     format_version: int
 
 
-ready(_V, _FormatVersion)
+prepare_decoders(_V, _FormatVersion)
 
 
-def seal(value: msgspec.Struct, *, what: str, bytes_max: int) -> tuple[bytes, str]:
+def seal(value: msgspec.Struct, *, label: str, bytes_max: int) -> tuple[bytes, str]:
     """The canonical bytes of ``value`` and the digest inside them; the value's own ``digest`` field is ignored.
 
     Raises UsageError where the bytes exceed ``bytes_max`` or a text can't be spelled in UTF-8.
@@ -68,40 +68,40 @@ def seal(value: msgspec.Struct, *, what: str, bytes_max: int) -> tuple[bytes, st
     try:
         data, seen = _spell(value)
     except (UnicodeError, OverflowError, msgspec.MsgspecError) as error:
-        raise UsageError(f"cannot be written as JSON. what={what} why={error}") from error
+        raise UsageError(f"cannot be written as JSON. what={label} why={error}") from error
     if len(data) > bytes_max:
-        raise UsageError(f"too large. what={what} size_bytes={len(data)} limit_bytes={bytes_max}")
+        raise UsageError(f"too large. what={label} size_bytes={len(data)} limit_bytes={bytes_max}")
     return data, seen
 
 
-def unseal(data: bytes, kind: type[T], *, what: str, version: int, bytes_max: int) -> T:
+def unseal(data: bytes, kind: type[T], *, label: str, version: int, bytes_max: int) -> T:
     """The value whose sealed bytes are ``data``.
 
     Raises FormatVersionError where they were written in another format version, IntegrityError for anything else that
     is not exactly what ``seal`` gives.
     """
     if len(data) > bytes_max:
-        raise IntegrityError(f"too large to be read. what={what} size_bytes={len(data)} limit_bytes={bytes_max}")
+        raise IntegrityError(f"too large to be read. what={label} size_bytes={len(data)} limit_bytes={bytes_max}")
     field = "v" if "v" in kind.__struct_fields__ else "format_version"
     try:
         found = _version(data, field)
-        check_version(found, known=version, what=what)
+        check_version(found, supported=version, label=label)
         value = msgspec.json.decode(data, type=kind)
         spelled, seen = _spell(value)
     except (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError) as error:
-        raise IntegrityError(f"not a valid record. what={what} why={error}") from error
+        raise IntegrityError(f"not a valid record. what={label} why={error}") from error
     if getattr(value, "digest", None) != seen:
-        raise IntegrityError(f"bytes differ from their own digest. what={what} computed={seen}")
+        raise IntegrityError(f"bytes differ from their own digest. what={label} computed={seen}")
     if spelled != data:
-        raise IntegrityError(f"not the canonical spelling. what={what}")
+        raise IntegrityError(f"not the canonical spelling. what={label}")
     return value
 
 
-def check_version(found: int, *, known: int, what: str) -> None:
+def check_version(found: int, *, supported: int, label: str) -> None:
     """Raises FormatVersionError unless ``found`` is ``known``."""
-    if found != known:
+    if found != supported:
         raise FormatVersionError(
-            f"written in a format version that this release does not read. what={what} found={found} known={known} "
+            f"written in a format version that this release does not read. what={label} found={found} known={supported} "
             f"upgrade torch-ckpt: {UPGRADE}"
         )
 

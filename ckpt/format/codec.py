@@ -20,7 +20,7 @@ _WINDOW_BYTES_MAX = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedChunk:
     """A chunk as it is to be stored; always shorter than the raw bytes."""
 
     data: bytes
@@ -28,7 +28,7 @@ class Encoded:
     itemsize_bytes: int
 
 
-def encode_chunk(raw: memoryview, *, itemsize_bytes: int, level: int = 1) -> Encoded | None:
+def encode_chunk(raw: memoryview, *, itemsize_bytes: int, level: int = 1) -> EncodedChunk | None:
     """``raw`` compressed, elements of ``itemsize_bytes`` regrouped by byte planes first; None where it doesn't get shorter.
 
     About 1 GiB/s at level 1 for floating-point numbers; takes two chunks of scratch. Releases the GIL while compressing.
@@ -41,7 +41,7 @@ def encode_chunk(raw: memoryview, *, itemsize_bytes: int, level: int = 1) -> Enc
     data = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(source)
     if len(data) >= len(raw):
         return None
-    return Encoded(data, Codec.PLANES_ZSTD if planes else Codec.ZSTD, itemsize_bytes if planes else 1)
+    return EncodedChunk(data, Codec.PLANES_ZSTD if planes else Codec.ZSTD, itemsize_bytes if planes else 1)
 
 
 def decode_chunk(stored: Buffer, location: ChunkLocation, out: memoryview) -> None:

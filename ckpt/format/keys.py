@@ -41,17 +41,19 @@ _FOLD_RE = re.compile(r"folds/(\d{20})\.json", re.ASCII)
 _HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
-def writer_name(node: str, boot: str) -> str:
+def writer_name(node: str, incarnation: str) -> str:
     """The name of one process start: ``node`` with every character a key can't hold replaced by ``_``, and ``boot``.
 
     ``boot`` is 16 lower-case hex digits, drawn at random by the caller once per process. Raises UsageError otherwise.
     """
-    if not _BOOT_RE.fullmatch(boot):
-        raise UsageError(f"boot is not 16 lower-case hex digits. boot={boot!r} draw it with secrets.token_hex(8)")
+    if not _BOOT_RE.fullmatch(incarnation):
+        raise UsageError(
+            f"boot is not 16 lower-case hex digits. boot={incarnation!r} draw it with secrets.token_hex(8)"
+        )
     clean = re.sub(r"[^A-Za-z0-9_.-]", "_", node)[:NODE_CHARS_MAX]
     if not clean or clean[0] in ".-":
         clean = ("_" + clean)[:NODE_CHARS_MAX]
-    return f"{clean}-{boot}"
+    return f"{clean}-{incarnation}"
 
 
 def is_writer(text: str) -> bool:

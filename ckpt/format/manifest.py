@@ -11,7 +11,7 @@ from msgspec import structs
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format import keys
-from ckpt.format.canonical import digest_hex, ready, seal, unseal
+from ckpt.format.canonical import digest_hex, prepare_decoders, seal, unseal
 from ckpt.values import SnapshotId
 
 FORMAT_VERSION = 2
@@ -65,7 +65,7 @@ class Manifest:
         """Canonical JSON. Raises UsageError where a field is out of range, naming it."""
         if why := problem(self):
             raise UsageError(f"not a manifest that can be written. {why}")
-        return seal(_to_wire(self), what="manifest", bytes_max=MANIFEST_BYTES_MAX)[0]
+        return seal(_to_wire(self), label="manifest", bytes_max=MANIFEST_BYTES_MAX)[0]
 
     @property
     def digest(self) -> str:
@@ -75,7 +75,7 @@ class Manifest:
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
         """The manifest in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-        wire = unseal(data, _Wire, what="manifest", version=FORMAT_VERSION, bytes_max=MANIFEST_BYTES_MAX)
+        wire = unseal(data, _ManifestWire, label="manifest", version=FORMAT_VERSION, bytes_max=MANIFEST_BYTES_MAX)
         manifest = _from_wire(wire)
         if why := problem(manifest):
             raise IntegrityError(f"manifest contradicts itself. {why}")
@@ -92,7 +92,7 @@ def problem(manifest: Manifest) -> str | None:
             return f"epoch or step out of range. epoch={pair.epoch} step={pair.step}"
     if m.base is not None and m.base == m.snapshot:
         return "refers to itself as base"
-    if not job_ok(m.job):
+    if not is_job_name(m.job):
         return f"not a job name. job={m.job!r}"
     if not (0 <= m.size_bytes <= INT_MAX and 0 <= m.new_bytes <= INT_MAX):
         return f"size out of range. size_bytes={m.size_bytes} new_bytes={m.new_bytes}"
@@ -101,7 +101,7 @@ def problem(manifest: Manifest) -> str | None:
     return _parts_problem(m) or metadata_problem(m.metadata)
 
 
-def job_ok(job: str) -> bool:
+def is_job_name(job: str) -> bool:
     """Whether ``job`` can name a job: 1 to 200 printable characters."""
     return 1 <= len(job) <= 200 and job.isprintable()
 
@@ -156,7 +156,7 @@ class _Float(msgspec.Struct, forbid_unknown_fields=True):
     float: str
 
 
-class _PartWire(msgspec.Struct, forbid_unknown_fields=True):
+class _PartRefWire(msgspec.Struct, forbid_unknown_fields=True):
     key: str
     digest: str
     size_bytes: int
@@ -164,13 +164,13 @@ class _PartWire(msgspec.Struct, forbid_unknown_fields=True):
     ranks: int
 
 
-class _Wire(msgspec.Struct, forbid_unknown_fields=True):
+class _ManifestWire(msgspec.Struct, forbid_unknown_fields=True):
     format_version: int
     job: str
     snapshot: SnapshotId
     world_size: int
     base: SnapshotId | None
-    parts: list[_PartWire]
+    parts: list[_PartRefWire]
     size_bytes: int
     new_bytes: int
     created_unix_s: float
@@ -181,14 +181,14 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True):
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def _to_wire(m: Manifest) -> _Wire:
-    return _Wire(
+def _to_wire(m: Manifest) -> _ManifestWire:
+    return _ManifestWire(
         format_version=m.format_version,
         job=m.job,
         snapshot=m.snapshot,
         world_size=m.world_size,
         base=m.base,
-        parts=[_PartWire(p.key, p.digest, p.size_bytes, p.rank, p.ranks) for p in m.parts],
+        parts=[_PartRefWire(p.key, p.digest, p.size_bytes, p.rank, p.ranks) for p in m.parts],
         size_bytes=m.size_bytes,
         new_bytes=m.new_bytes,
         created_unix_s=float(m.created_unix_s),
@@ -208,7 +208,7 @@ def _metadata_wire(value: Scalar) -> bool | int | float | str | _Float | None:
             return str(value)
 
 
-def _from_wire(wire: _Wire) -> Manifest:
+def _from_wire(wire: _ManifestWire) -> Manifest:
     metadata: dict[str, Scalar] = {}
     for name, value in wire.metadata.items():
         if not isinstance(value, _Float):
@@ -231,4 +231,4 @@ def _from_wire(wire: _Wire) -> Manifest:
     )
 
 
-ready(_Wire)
+prepare_decoders(_ManifestWire)

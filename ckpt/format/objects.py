@@ -103,7 +103,7 @@ class NamedTupleNode:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedValue:
     """A value that is encoded already; ``encode_object`` puts its bytes where it stands. Must come from ``encode_object``."""
 
     data: bytes
@@ -123,13 +123,13 @@ def decode_object(data: bytes | bytearray | memoryview) -> object:
     view = memoryview(data).cast("B")
     if len(view) > BYTES_MAX:
         raise IntegrityError(f"object is longer than allowed. bytes={len(view)} bytes_max={BYTES_MAX}")
-    reader = _Reader(view, [NODES_MAX])
+    reader = _ObjectReader(view, [NODES_MAX])
     value = reader.value(DEPTH_MAX)
     reader.expect_end()
     return value
 
 
-class _Reader:
+class _ObjectReader:
     """A cursor over one piece of the bytes; pieces of one object share their budget of values."""
 
     __slots__ = ("_at", "_budget", "_view")
@@ -186,7 +186,7 @@ class _Reader:
                 return bytes(self.take(self.number(">I")))
             case 0xC9:
                 length, code = self.number(">I"), self.number("B")
-                return _extension(code, _Reader(self.take(length), self._budget), depth - 1)
+                return _extension(code, _ObjectReader(self.take(length), self._budget), depth - 1)
             case 0xCB:
                 return struct.unpack(">d", self.take(8))[0]
             case 0xD3:
@@ -258,7 +258,7 @@ def _text(data: memoryview, errors: str) -> str:
         raise IntegrityError(f"object holds text that isn't UTF-8. {error}") from None
 
 
-def _extension(code: int, body: _Reader, depth: int) -> object:
+def _extension(code: int, body: _ObjectReader, depth: int) -> object:
     try:
         ext = Ext(code)
     except ValueError:
@@ -282,7 +282,7 @@ def _extension(code: int, body: _Reader, depth: int) -> object:
     return value
 
 
-def _node(ext: Ext, body: _Reader, depth: int) -> object:
+def _node(ext: Ext, body: _ObjectReader, depth: int) -> object:
     match ext:
         case Ext.COMPLEX:
             real, imaginary = struct.unpack(">dd", body.take(16))
@@ -338,7 +338,7 @@ def _deque(maxlen: object, items: list[object]) -> deque[object]:
     return deque(items, maxlen if isinstance(maxlen, int) else None)
 
 
-def _array(body: _Reader) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+def _array(body: _ObjectReader) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
     text = body.text()
     sizes = body.sizes()
     data = body.rest()
@@ -483,7 +483,7 @@ def _put_enum(value: EnumNode, out: bytearray) -> None:
     _put_ext(out, Ext.ENUM, payload)
 
 
-def _put_encoded(value: Encoded, out: bytearray) -> None:
+def _put_encoded(value: EncodedValue, out: bytearray) -> None:
     out += value.data
 
 
@@ -597,7 +597,7 @@ _SCALARS: dict[type, Callable[..., None]] = {
     Ref: _put_ref,
     Named: _put_named,
     EnumNode: _put_enum,
-    Encoded: _put_encoded,
+    EncodedValue: _put_encoded,
 }
 
 _CONTAINERS: dict[type, Callable[..., None]] = {
@@ -626,7 +626,7 @@ __all__ = [
     "DEPTH_MAX",
     "NODES_MAX",
     "DataclassNode",
-    "Encoded",
+    "EncodedValue",
     "EnumNode",
     "Named",
     "NamedTupleNode",

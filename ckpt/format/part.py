@@ -14,7 +14,7 @@ import msgspec
 import zstandard
 
 from ckpt.errors import IntegrityError, UsageError
-from ckpt.format.canonical import check_version, ready
+from ckpt.format.canonical import check_version, prepare_decoders
 from ckpt.format.part_rules import problem
 from ckpt.values import CHUNK_BYTES, DIGEST_BYTES, Box, ChunkLocation, Codec, Digest, Leaf, LeafKind, SnapshotId
 
@@ -82,8 +82,8 @@ def decode_part(data: bytes) -> Part:
     """The part in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
     raw = _decompress(data)
     try:
-        check_version(msgspec.msgpack.decode(raw, type=_Version).v, known=PART_VERSION, what="part")
-        wire = msgspec.msgpack.decode(raw, type=_Wire)
+        check_version(msgspec.msgpack.decode(raw, type=_Version).v, supported=PART_VERSION, label="part")
+        wire = msgspec.msgpack.decode(raw, type=_PartWire)
         if msgspec.msgpack.encode(wire) != raw:
             raise IntegrityError("not the canonical spelling. what=part")
     except (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError) as error:
@@ -133,7 +133,7 @@ class _ShardWire(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     size_bytes: int
 
 
-class _Wire(msgspec.Struct, forbid_unknown_fields=True):
+class _PartWire(msgspec.Struct, forbid_unknown_fields=True):
     v: int
     epoch: int
     step: int
@@ -153,7 +153,7 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True):
     itemsize_bytes: bytes
 
 
-def _to_wire(part: Part) -> _Wire:
+def _to_wire(part: Part) -> _PartWire:
     leaves: dict[Leaf, int] = {}
     packs: dict[str, int] = {}
     shards = [
@@ -162,7 +162,7 @@ def _to_wire(part: Part) -> _Wire:
     ]
     places = [location for shard in part.shards for location in shard.locations]
     count = len(places)
-    return _Wire(
+    return _PartWire(
         v=PART_VERSION,
         epoch=part.snapshot.epoch,
         step=part.snapshot.step,
@@ -183,7 +183,7 @@ def _to_wire(part: Part) -> _Wire:
     )
 
 
-def _from_wire(wire: _Wire) -> Part:
+def _from_wire(wire: _PartWire) -> Part:
     leaves = [_leaf(leaf) for leaf in wire.leaves]
     shapes = [(_at(leaves, s.leaf, "leaf"), Box(s.offsets, s.sizes), s.size_bytes) for s in wire.shards]
     if any(size < 0 for _, _, size in shapes):
@@ -211,7 +211,7 @@ def _from_wire(wire: _Wire) -> Part:
     )
 
 
-def _chunks(wire: _Wire, sizes: list[int]) -> tuple[tuple[Digest, ...], tuple[ChunkLocation, ...]]:
+def _chunks(wire: _PartWire, sizes: list[int]) -> tuple[tuple[Digest, ...], tuple[ChunkLocation, ...]]:
     """Digests and places of all chunks in order; raw sizes follow from the shards' sizes."""
     count = sum(-(-size // CHUNK_BYTES) for size in sizes)
     if len(wire.digests) != count * DIGEST_BYTES:
@@ -274,7 +274,7 @@ def _leaf(wire: _LeafWire) -> Leaf:
     )
 
 
-ready(_Version, _Wire)
+prepare_decoders(_Version, _PartWire)
 
 
 # One part of several: what the ranks of a node stored, as one list. Pure.

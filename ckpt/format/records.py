@@ -8,8 +8,8 @@ import msgspec
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format import keys
-from ckpt.format.canonical import ready, seal, unseal
-from ckpt.format.manifest import job_ok
+from ckpt.format.canonical import prepare_decoders, seal, unseal
+from ckpt.format.manifest import is_job_name
 from ckpt.values import SnapshotId
 
 RECORD_VERSION = 1
@@ -107,7 +107,7 @@ def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, pr
 
 def decode_record(data: bytes) -> Record:
     """The record in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-    record = unseal(data, Record, what="log record", version=RECORD_VERSION, bytes_max=RECORD_BYTES_MAX)
+    record = unseal(data, Record, label="log record", version=RECORD_VERSION, bytes_max=RECORD_BYTES_MAX)
     if why := problem(record):
         raise IntegrityError(f"log record contradicts itself. {why}")
     return record
@@ -115,7 +115,7 @@ def decode_record(data: bytes) -> Record:
 
 def problem(record: Record) -> str | None:
     """What makes a record's fields invalid whatever the log says, or None. Pure."""
-    if not job_ok(record.job):
+    if not is_job_name(record.job):
         return f"not a job name. job={record.job!r}"
     if not 0 <= record.seq <= keys.SEQ_MAX:
         return f"seq out of range. seq={record.seq}"
@@ -130,7 +130,7 @@ def problem(record: Record) -> str | None:
     return _body_problem(record.body)
 
 
-def tag_ok(name: str) -> bool:
+def is_tag_name(name: str) -> bool:
     """Whether ``name`` can be a tag: 1 to 128 printable characters, no blank at either end."""
     return 1 <= len(name) <= TAG_CHARS_MAX and name.isprintable() and name == name.strip()
 
@@ -169,12 +169,12 @@ def _pairs_problem(pairs: tuple[SnapshotId | None, ...]) -> str | None:
 
 
 def _tag_problem(name: str) -> str | None:
-    if not tag_ok(name):
+    if not is_tag_name(name):
         return f"not a tag (1 to {TAG_CHARS_MAX} printable characters, no blank at either end). name={name[:160]!r}"
     return None
 
 
-def sequencer_ok(name: str) -> bool:
+def is_sequencer_name(name: str) -> bool:
     """Whether ``name`` says who gives out the places of a log on several stores."""
     return _SEQUENCER_RE.fullmatch(name) is not None
 
@@ -184,13 +184,13 @@ def _stores_problem(ids: tuple[str, ...], write_quorum: int, sequencer: str) -> 
         return f"not a set of store ids. stores={len(ids)} (1..{STORES_MAX})"
     if not len(ids) < 2 * write_quorum <= 2 * len(ids):
         return f"write quorum must be more than half of the stores. write_quorum={write_quorum} stores={len(ids)}"
-    if not sequencer_ok(sequencer):
+    if not is_sequencer_name(sequencer):
         return f"not a sequencer. sequencer={sequencer[:80]!r}"
     return None
 
 
 def _seal(record: Record) -> tuple[bytes, str]:
-    return seal(record, what="log record", bytes_max=RECORD_BYTES_MAX)
+    return seal(record, label="log record", bytes_max=RECORD_BYTES_MAX)
 
 
-ready(Record)
+prepare_decoders(Record)

@@ -8,8 +8,8 @@ import msgspec
 
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.format import keys
-from ckpt.format.canonical import DIGEST_NAME, UPGRADE, ready, seal, unseal
-from ckpt.format.manifest import job_ok
+from ckpt.format.canonical import DIGEST_NAME, UPGRADE, prepare_decoders, seal, unseal
+from ckpt.format.manifest import is_job_name
 from ckpt.values import CHUNK_BYTES
 
 JOB_VERSION = 1
@@ -41,7 +41,7 @@ class JobRecord:
         """Canonical JSON. Raises UsageError where a field is out of range."""
         if why := _problem(self):
             raise UsageError(f"not a job record that can be written. {why}")
-        wire = _Wire(
+        wire = _JobWire(
             format_version=self.format_version,
             job=self.job,
             store_id=self.store_id,
@@ -50,12 +50,12 @@ class JobRecord:
             digest_name=self.digest,
             chunk_bytes=self.chunk_bytes,
         )
-        return seal(wire, what="ckpt.json", bytes_max=JOB_BYTES_MAX)[0]
+        return seal(wire, label="ckpt.json", bytes_max=JOB_BYTES_MAX)[0]
 
     @classmethod
     def decode(cls, data: bytes) -> JobRecord:
         """The record in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-        wire = unseal(data, _Wire, what="ckpt.json", version=JOB_VERSION, bytes_max=JOB_BYTES_MAX)
+        wire = unseal(data, _JobWire, label="ckpt.json", version=JOB_VERSION, bytes_max=JOB_BYTES_MAX)
         found = cls(
             format_version=wire.format_version,
             job=wire.job,
@@ -76,7 +76,7 @@ class JobRecord:
 
 
 def _problem(record: JobRecord) -> str | None:
-    if not job_ok(record.job):
+    if not is_job_name(record.job):
         return f"not a job name (1 to 200 printable characters). job={record.job!r}"
     for name, text in (("store_id", record.store_id), ("log_id", record.log_id)):
         if not keys.is_digest_hex(text):
@@ -89,7 +89,7 @@ def _problem(record: JobRecord) -> str | None:
     return None
 
 
-class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _JobWire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     format_version: int
     job: str
     store_id: str
@@ -100,4 +100,4 @@ class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     digest: str = ""
 
 
-ready(_Wire)
+prepare_decoders(_JobWire)

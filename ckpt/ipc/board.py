@@ -58,7 +58,7 @@ _EPOCH, _STEP, _GENERATION, _HELD = range(4)
 _CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
-class Phase(enum.IntEnum):
+class TrainerPhase(enum.IntEnum):
     """What a trainer is at. Only in TRAINING does a step that takes too long mean that it hangs."""
 
     STARTING = 0
@@ -70,7 +70,7 @@ class Phase(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class SlotWord:
+class BoardSlot:
     """What the board says of one slot: the pair that it holds sealed (None: nothing) under which generation, and whether an
     upload holds it."""
 
@@ -128,16 +128,16 @@ class RankBoard:
         return self._words[self._first + _BEAT]
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> TrainerPhase:
         """What the trainer is at. A value of a later version reads as STARTING, which nobody judges."""
         with contextlib.suppress(ValueError):
-            return Phase(self._words[self._first + _PHASE])
-        return Phase.STARTING
+            return TrainerPhase(self._words[self._first + _PHASE])
+        return TrainerPhase.STARTING
 
     @phase.setter
-    def phase(self, phase: Phase) -> None:
+    def phase(self, phase: TrainerPhase) -> None:
         self._words[self._first + _PHASE] = phase
-        if phase is not Phase.TRAINING:
+        if phase is not TrainerPhase.TRAINING:
             self._last_beat_ns = 0  # how long a step with a pause in it took says nothing
 
     @property
@@ -186,7 +186,7 @@ class RankBoard:
         self._words[self._first + _COMPLETED] = completed + 1
         self._words[self._first + _BEAT] = now
 
-    def slot(self, index: int) -> SlotWord:
+    def slot(self, index: int) -> BoardSlot:
         """What slot ``index`` holds. One that is being changed holds nothing."""
         at = self._slot(index)
         words = self._words
@@ -197,14 +197,14 @@ class RankBoard:
                 break
             snapshot = SnapshotId(words[at + _EPOCH], words[at + _STEP])
             if words[at + _GENERATION] == generation:
-                return SlotWord(index, snapshot, generation, held)
-        return SlotWord(index, None, 0, held)
+                return BoardSlot(index, snapshot, generation, held)
+        return BoardSlot(index, None, 0, held)
 
-    def slots(self) -> list[SlotWord]:
+    def slots(self) -> list[BoardSlot]:
         """All SLOTS_MAX slots, whether they are there or not."""
         return [self.slot(index) for index in range(SLOTS_MAX)]
 
-    def pairs(self) -> frozenset[SnapshotId]:
+    def sealed_snapshots(self) -> frozenset[SnapshotId]:
         """What the slots hold sealed. About 10 microseconds."""
         first = self._slot(0) + _GENERATION
         generations = self._words[first : first + SLOTS_MAX * _SLOT_WORDS : _SLOT_WORDS].tolist()
@@ -232,11 +232,11 @@ class RankBoard:
         """An upload holds slot ``index``: it must not be overwritten."""
         self._words[self._slot(index) + _HELD] = 1
 
-    def let_go(self, index: int) -> None:
+    def release(self, index: int) -> None:
         """No upload holds slot ``index`` any more."""
         self._words[self._slot(index) + _HELD] = 0
 
-    def show(self, pairs: Iterable[SnapshotId], completed: int | None) -> None:
+    def publish_remote(self, pairs: Iterable[SnapshotId], completed: int | None) -> None:
         """For ranks elsewhere: they hold these pairs (the newest SLOTS_MAX) and completed so many steps. Pairs come first.
 
         Who reads ``completed`` before pairs then finds every pair that those ranks had sealed by then.
@@ -347,7 +347,7 @@ class Board:
         """Until when trainers may go on, on the clock of ``now_ns``; 0: for ever."""
         return self._words[_ACT_UNTIL]
 
-    def act_until(self, until_ns: int) -> None:
+    def extend_act_until(self, until_ns: int) -> None:
         """They may go on until then, at least; from any thread. What was once promised is not taken back."""
         with self._promises:
             if self.fd >= 0 and until_ns > self._words[_ACT_UNTIL]:
@@ -360,23 +360,23 @@ class Board:
         return RankBoard(self._words, rank, self._fence)
 
     @property
-    def others(self) -> RankBoard:
+    def remote_ranks(self) -> RankBoard:
         """The ranks of all other nodes as one: it holds what all of them hold, and has come as far as the last of them."""
         return RankBoard(self._words, self.ranks, self._fence)
 
     @property
-    def others_count(self) -> bool:
+    def has_remote_ranks(self) -> bool:
         """Whether the job has ranks on other nodes."""
         return bool(self._words[_OTHERS_COUNT])
 
-    @others_count.setter
-    def others_count(self, count: bool) -> None:
+    @has_remote_ranks.setter
+    def has_remote_ranks(self, count: bool) -> None:
         self._words[_OTHERS_COUNT] = count
 
-    def everyone(self) -> list[RankBoard]:
+    def all_ranks(self) -> list[RankBoard]:
         """The ranks of this node, and those of others as one where there are any."""
         here = [self.rank(rank) for rank in range(self.ranks)]
-        return [*here, self.others] if self.others_count else here
+        return [*here, self.remote_ranks] if self.has_remote_ranks else here
 
     def decide(self, boundary: int, flags: int) -> None:
         """Publish what all ranks do at ``boundary``, in the current attempt. Replaces what was decided 64 boundaries before."""
@@ -393,13 +393,13 @@ class Board:
         attempt = self.attempt
         return word & _FLAGS_MASK if attempt and word & ~_FLAGS_MASK == _decision(attempt, boundary) else None
 
-    def complete(self) -> SnapshotId | None:
+    def newest_complete(self) -> SnapshotId | None:
         """The newest pair that a slot of every rank holds sealed.
 
         Ranks are read one after the other. A pair may have been overwritten on one of them meanwhile, but only because a newer
         one was complete: a pair at least as new as the answer is complete now.
         """
-        return newest_common(one.pairs() for one in self.everyone())
+        return newest_common(one.sealed_snapshots() for one in self.all_ranks())
 
     def begin_attempt(self, attempt: int) -> None:
         """Reset all counters and decisions for a new attempt; what slots hold stays. No trainer may be running."""

@@ -16,9 +16,9 @@ from typing import TypeVar
 import msgspec
 
 from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
-from ckpt.format.canonical import ready
+from ckpt.format.canonical import prepare_decoders
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.ipc.frames import Received, Wire, close_fds
+from ckpt.ipc.frames import MessageSocket, Received, close_fds
 from ckpt.ipc.messages import Bye, Hello, Message, Reply, Welcome, to_error
 from ckpt.ipc.runtime_dir import JobFolder
 
@@ -33,11 +33,11 @@ POLL_FIRST_S = 0.002
 POLL_LAST_S = 0.05
 TAIL_BYTES = 2000
 
-PROGRAM = ("-m", "ckpt.keeper")
+KEEPER_PROGRAM = ("-m", "ckpt.keeper")
 """What the interpreter is given to run a keeper; the job's folder follows."""
-LISTENS = 0
+EXIT_LISTENING = 0
 """The exit status of a keeper's first process when the keeper listens."""
-LOCKED = 3
+EXIT_LOCKED = 3
 """Its exit status where another keeper holds the job's lock."""
 
 _R = TypeVar("_R", bound=Reply)
@@ -97,12 +97,12 @@ def _names(options: Mapping[str, object] | list[Mapping[str, object] | None] | N
     return sorted({name for one in each for name in one or ()})
 
 
-ready(KeeperSpec)
+prepare_decoders(KeeperSpec)
 
 
 def ensure_keeper(
-    spec: KeeperSpec, *, start: bool = True, program: Sequence[str] = PROGRAM, wait_s: float = START_WAIT_S
-) -> Wire:
+    spec: KeeperSpec, *, start: bool = True, program: Sequence[str] = KEEPER_PROGRAM, wait_s: float = START_WAIT_S
+) -> MessageSocket:
     """A connection to the job's keeper, which is started where none runs, unless ``start`` is false.
 
     However many processes call this at once, one of them starts a keeper and the others wait for it. Raises UnavailableError
@@ -110,13 +110,13 @@ def ensure_keeper(
     """
     folder = JobFolder(spec.store, spec.job)
     if not start:
-        return Wire(folder.connect())
-    starter = _Starter(folder, spec, program, until_s=time.monotonic() + wait_s)
+        return MessageSocket(folder.connect())
+    starter = _KeeperStarter(folder, spec, program, until_s=time.monotonic() + wait_s)
     pause_s = POLL_FIRST_S
     while True:
         sock = folder.try_connect()
         if sock is not None:
-            return Wire(sock)
+            return MessageSocket(sock)
         if not starter.start():
             time.sleep(pause_s)  # another process is starting a keeper, or one is just ending
             pause_s = min(pause_s * 1.5, POLL_LAST_S)
@@ -126,7 +126,7 @@ class HungUpError(UnavailableError):
     """The keeper went away before it answered the hello: it was just ending, and the next one may be had at once."""
 
 
-def greet(wire: Wire, hello: Hello) -> Welcome:
+def exchange_hello(wire: MessageSocket, hello: Hello) -> Welcome:
     """Say hello, with an ``id``, as the first word on a connection, and wait for the answer.
 
     Raises HungUpError where the keeper is gone, and the error that it answers with.
@@ -147,7 +147,9 @@ def greet(wire: Wire, hello: Hello) -> Welcome:
     return answer
 
 
-def welcomed(connect: Callable[[], Wire], hello: Hello, *, wait_s: float = START_WAIT_S) -> tuple[Wire, Welcome]:
+def connect_with_hello(
+    connect: Callable[[], MessageSocket], hello: Hello, *, wait_s: float = START_WAIT_S
+) -> tuple[MessageSocket, Welcome]:
     """A connection from ``connect`` on which the keeper has said welcome to ``hello``, which is a call.
 
     A keeper that is just ending still takes connections, and hangs up: then ``connect`` is asked for the next one, as long as
@@ -158,7 +160,7 @@ def welcomed(connect: Callable[[], Wire], hello: Hello, *, wait_s: float = START
     while True:
         wire = connect()
         try:
-            return wire, greet(wire, hello)
+            return wire, exchange_hello(wire, hello)
         except HungUpError:
             wire.close()
             if time.monotonic() > until_s:
@@ -170,7 +172,7 @@ def welcomed(connect: Callable[[], Wire], hello: Hello, *, wait_s: float = START
         pause_s = min(pause_s * 1.5, POLL_LAST_S)
 
 
-class _Starter:
+class _KeeperStarter:
     """Starts the keeper of one job, at most FAILS_MAX times in vain."""
 
     def __init__(self, folder: JobFolder, spec: KeeperSpec, program: Sequence[str], *, until_s: float) -> None:
@@ -193,7 +195,7 @@ class _Starter:
         if lock is None:
             return False
         try:
-            return not self._folder.locked() and self._run()
+            return not self._folder.has_keeper() and self._run()
         finally:
             os.close(lock)
 
@@ -202,7 +204,7 @@ class _Starter:
             raise UnavailableError(
                 "no keeper can be started: this process knows no Python interpreter (sys.executable)"
             )
-        with self._folder.entered(), self._folder.log_path.open("ab") as log:
+        with self._folder.in_use(), self._folder.log_path.open("ab") as log:
             self._log_bytes = log.tell()
             try:
                 ended = subprocess.run(
@@ -215,10 +217,10 @@ class _Starter:
                 return False
             except OSError as error:
                 raise UnavailableError(f"no keeper can be started. program={sys.executable} why={error}") from error
-        if ended.returncode not in (LISTENS, LOCKED):
+        if ended.returncode not in (EXIT_LISTENING, EXIT_LOCKED):
             self._fails += 1
             self._why = f"the keeper ended at once, with status {ended.returncode}"
-        return ended.returncode == LISTENS
+        return ended.returncode == EXIT_LISTENING
 
     def _error(self) -> UnavailableError:
         tail = self._folder.log_tail(start_bytes=self._log_bytes, limit_bytes=TAIL_BYTES)
@@ -237,13 +239,13 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-class Calls:
+class KeeperClient:
     """Questions and words over one connection. Thread-safe: answers may come in any order, whoever reads hands them round.
 
     Owns the wire. For connections on which the keeper only answers.
     """
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: MessageSocket) -> None:
         self._wire = wire
         self._turn = threading.Condition()
         self._last_id = 0
@@ -288,7 +290,7 @@ class Calls:
             raise to_error(reply.error)
         return reply, came
 
-    def tell(self, message: Message, fds: Sequence[int] = ()) -> None:
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Say something that nobody answers. The caller keeps ``fds``. Raises UnavailableError where the connection is gone."""
         self._wire.send(message, fds)
 

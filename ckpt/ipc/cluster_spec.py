@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from ckpt.errors import UsageError
-from ckpt.format.canonical import ready
+from ckpt.format.canonical import prepare_decoders
 
 NODES_VARIABLE = "CKPT_NODES"
 """Where a launcher that knows of other nodes leaves a ``NodesSpec``, as JSON."""
@@ -60,10 +60,10 @@ class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     agent: str = ""
 
 
-ready(NodesSpec)
+prepare_decoders(NodesSpec)
 
 
-def nodes_of_environment(environment: Mapping[str, str] | None = None) -> NodesSpec | None:
+def nodes_from_environment(environment: Mapping[str, str] | None = None) -> NodesSpec | None:
     """What the launcher said, or None. Raises UsageError."""
     text = (os.environ if environment is None else environment).get(NODES_VARIABLE, "")
     if not text:
@@ -74,7 +74,7 @@ def nodes_of_environment(environment: Mapping[str, str] | None = None) -> NodesS
         raise UsageError(f"not what a launcher says of nodes. {NODES_VARIABLE}={text[:200]!r} why={error}") from error
 
 
-def to_environment(spec: NodesSpec) -> dict[str, str]:
+def nodes_to_environment(spec: NodesSpec) -> dict[str, str]:
     """The variable that says it."""
     return {NODES_VARIABLE: msgspec.json.encode(spec).decode()}
 
@@ -111,7 +111,7 @@ _MPI_COUNTS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _SLURM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
 
 
-def ranks_here(environment: Mapping[str, str] | None = None) -> int | None:
+def local_rank_count(environment: Mapping[str, str] | None = None) -> int | None:
     """How many ranks of this job are on this node; None where there are several and nothing tells how many are here.
 
     torchrun says ``LOCAL_WORLD_SIZE``. Where people set ``WORLD_SIZE`` themselves under ``srun`` or ``mpirun``, those know.

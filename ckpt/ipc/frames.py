@@ -4,7 +4,7 @@ A frame is a little-endian 32-bit length and that many bytes of msgpack, one mes
 leave with its first byte, in a system call that carries no byte of another frame. The kernel ends a read behind the piece
 that descriptors came with, so they belong to the last frame that begins in what one read gave.
 
-``Inbox`` and ``Outbox`` never block: they are for a process that serves many sockets. ``Wire`` is for one that waits.
+``Inbox`` and ``Outbox`` never block: they are for a process that serves many sockets. ``MessageSocket`` is for one that waits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
-from ckpt.ipc.messages import ALL, Message
+from ckpt.ipc.messages import AnyMessage, Message
 
 FRAME_BYTES_MAX = 64 << 20
 """No body is longer; a reader refuses the claim before it keeps anything."""
@@ -49,7 +49,7 @@ _CLOSED_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _READ_FLAGS = socket.MSG_DONTWAIT | _CLOSED_ON_EXEC
 _WRITE_FLAGS: int = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(ALL)
+_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: Message) -> bytes:
@@ -260,7 +260,7 @@ class Outbox:
             self._sent -= len(self._frames.popleft()[0])
 
 
-class Wire:
+class MessageSocket:
     """A connected unix stream socket that this process waits on. Owns the socket. Thread-safe.
 
     A connection whose stream was cut in the middle of a frame, by an error or a signal, is shut down: nothing can go on.
@@ -317,7 +317,7 @@ class Wire:
                     break
             return self._ready.popleft() if self._ready else None
 
-    def arrived(self) -> tuple[list[Received], bool]:
+    def receive_available(self) -> tuple[list[Received], bool]:
         """All that is there, without waiting, and whether the peer has ended the connection. For who waits with ``select``.
 
         Look here before the first ``select`` too: ``receive`` may have read more than it returned.

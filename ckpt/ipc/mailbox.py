@@ -15,7 +15,7 @@ STOP_LOOK_S = 0.25
 """How often a channel that waits by itself looks whether to stop waiting."""
 
 
-class Messages(Protocol):
+class RankMailbox(Protocol):
     """Messages between the ranks of one attempt. Thread-safe. Keys are written once."""
 
     @property
@@ -41,7 +41,7 @@ class Messages(Protocol):
         ...
 
 
-class Channel(Messages, Protocol):
+class CountingMailbox(RankMailbox, Protocol):
     """Messages, and counters that all ranks share."""
 
     def count(self, key: str, amount: int = 0) -> int:
@@ -50,7 +50,7 @@ class Channel(Messages, Protocol):
 
 
 @runtime_checkable
-class Waiting(Protocol):
+class WaitingMailbox(Protocol):
     """A channel that can wait for a key itself, without being asked again and again."""
 
     def wait(self, key: str, timeout_s: float) -> bytes | None:
@@ -59,14 +59,14 @@ class Waiting(Protocol):
 
 
 @runtime_checkable
-class Staying(Protocol):
+class StayingMailbox(Protocol):
     """A channel that may have ranks that leave only together: then nobody need ask whether another one is gone."""
 
     stays: bool
 
 
-def wait_for(
-    channel: Messages, key: str, *, timeout_s: float | None, what: str, stop: Callable[[], bool] | None = None
+def wait_for_message(
+    channel: RankMailbox, key: str, *, timeout_s: float | None, awaited: str, stop: Callable[[], bool] | None = None
 ) -> bytes:
     """Wait until ``key`` is posted and return its value.
 
@@ -76,22 +76,22 @@ def wait_for(
     began = time.monotonic()
     pause_s = POLL_FIRST_S
     while True:
-        value = channel.wait(key, STOP_LOOK_S) if isinstance(channel, Waiting) else channel.peek(key)
+        value = channel.wait(key, STOP_LOOK_S) if isinstance(channel, WaitingMailbox) else channel.peek(key)
         if value is not None:
             return value
         if stop is not None and stop():
-            raise UnavailableError(f"stopped while waiting for {what}. rank={channel.rank}")
+            raise UnavailableError(f"stopped while waiting for {awaited}. rank={channel.rank}")
         if timeout_s is not None and time.monotonic() - began > timeout_s:
             raise UnavailableError(
-                f"no word within the time limit while waiting for {what}. rank={channel.rank} timeout_s={timeout_s:g}; "
+                f"no word within the time limit while waiting for {awaited}. rank={channel.rank} timeout_s={timeout_s:g}; "
                 "a rank is dead or far behind: look at its log"
             )
-        if not isinstance(channel, Waiting):
+        if not isinstance(channel, WaitingMailbox):
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, POLL_LAST_S)
 
 
-class SoloChannel:
+class SoloMailbox:
     """The channel of a world of one."""
 
     rank = 0
@@ -119,7 +119,7 @@ class SoloChannel:
         self._values.pop(key, None)
 
 
-class Room:
+class InProcessRoom:
     """What the ranks of one process share: messages and counters. Thread-safe."""
 
     def __init__(self) -> None:
@@ -128,10 +128,10 @@ class Room:
         self.counts: dict[str, int] = {}
 
 
-class RoomChannel:
+class InProcessMailbox:
     """One rank's channel where all ranks live in one process. Waits without polling."""
 
-    def __init__(self, room: Room, *, rank: int, size: int) -> None:
+    def __init__(self, room: InProcessRoom, *, rank: int, size: int) -> None:
         self._room = room
         self.rank = rank
         self.size = size
@@ -148,7 +148,7 @@ class RoomChannel:
             return self._room.values.get(key)
 
     def wait(self, key: str, timeout_s: float) -> bytes | None:
-        """See ``Waiting``."""
+        """See ``WaitingMailbox``."""
         with self._room.changed:
             self._room.changed.wait_for(lambda: key in self._room.values, timeout_s)
             return self._room.values.get(key)

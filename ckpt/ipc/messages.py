@@ -14,7 +14,7 @@ import msgspec
 
 from ckpt import errors
 from ckpt.errors import CkptError, InternalError
-from ckpt.format.canonical import ready
+from ckpt.format.canonical import prepare_decoders
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 # What every message between keepers, supervisors, trainers and tools has in common.
@@ -76,7 +76,7 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
     mirrored: SnapshotId | None
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     """One keeper. ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: its own memory besides slots."""
 
     job: str
@@ -105,7 +105,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 # Where a node's ranks are in a job of several nodes, and where what they staged is.
 
 
-class Seating(msgspec.Struct, frozen=True):
+class RankPlacement(msgspec.Struct, frozen=True):
     """This node's ranks are the ones from ``first_rank`` on; rank 0 is at ``host``. ``node`` counts from 0."""
 
     host: str
@@ -126,7 +126,7 @@ class Source(msgspec.Struct, frozen=True):
     mirrors: tuple[str, ...] = ()
 
 
-ready(Seating, Source)
+prepare_decoders(RankPlacement, Source)
 
 
 # What a keeper answers to what it is asked. The questions are in ``messages``.
@@ -152,7 +152,7 @@ class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
     pid: int
     attempt: int
     new: bool = False
-    seating: Seating | None = None
+    seating: RankPlacement | None = None
 
 
 class Value(Reply, frozen=True, kw_only=True, tag="Value"):
@@ -204,7 +204,7 @@ class Choices(Reply, frozen=True, kw_only=True, tag="Choices"):
 class Status(Reply, frozen=True, kw_only=True, tag="Status"):
     """What ``ckpt ps`` and ``ckpt top`` show: see ``report``."""
 
-    report: Report | None
+    report: KeeperReport | None
 
 
 # What a keeper needs to know of its user's choices: about failures, and how long snapshots are
@@ -241,7 +241,7 @@ WIRE_VERSION = 4
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
-    """First on every connection; a call. Answered with ``Welcome``, or an error that says why the peer isn't wanted.
+    """First on every connection; a call. Answered with ``PeerWelcome``, or an error that says why the peer isn't wanted.
 
     ``role``: ``supervisor``, ``trainer`` (its calls), ``events`` (a trainer's second connection, for words of the keeper) or
     ``tool``. ``launch`` names one start of the whole program: all its ranks share it, no other start ever has it.
@@ -346,7 +346,7 @@ class Forget(Message, frozen=True, kw_only=True, tag="Forget"):
 
 
 class GetBoard(Message, frozen=True, kw_only=True, tag="GetBoard"):
-    """A call: ``Done`` with the board's memfd beside it."""
+    """A call: ``PutDone`` with the board's memfd beside it."""
 
 
 class GetSlots(Message, frozen=True, kw_only=True, tag="GetSlots"):
@@ -355,14 +355,14 @@ class GetSlots(Message, frozen=True, kw_only=True, tag="GetSlots"):
     rank: int
 
 
-class SlotMade(Message, frozen=True, kw_only=True, tag="SlotMade"):
+class SlotCreated(Message, frozen=True, kw_only=True, tag="SlotMade"):
     """A call: the trainer made a slot for itself; its memfd travels beside it. UsageError where memory is short."""
 
     index: int
     size_bytes: int
 
 
-class SlotGone(Message, frozen=True, kw_only=True, tag="SlotGone"):
+class SlotReleased(Message, frozen=True, kw_only=True, tag="SlotGone"):
     """The trainer gave up its slot ``index``."""
 
     index: int
@@ -373,7 +373,7 @@ class GetChoices(Message, frozen=True, kw_only=True, tag="GetChoices"):
 
 
 class GetSources(Message, frozen=True, kw_only=True, tag="GetSources"):
-    """A call, where the job has several nodes: ``Sources`` of a staged pair that ``Choices`` named."""
+    """A call, where the job has several nodes: ``MeshSources`` of a staged pair that ``Choices`` named."""
 
     snapshot: SnapshotId
 
@@ -398,7 +398,7 @@ class Decided(Message, frozen=True, kw_only=True, tag="Decided"):
     flags: int
 
 
-class Known(Message, frozen=True, kw_only=True, tag="Known"):
+class VerifiedChunks(Message, frozen=True, kw_only=True, tag="Known"):
     """Chunks of the committed snapshot ``base`` that this trainer read and found right: they may be referred to."""
 
     base: SnapshotId
@@ -424,7 +424,7 @@ class Refuse(Message, frozen=True, kw_only=True, tag="Refuse"):
 
 
 class SetTag(Message, frozen=True, kw_only=True, tag="SetTag"):
-    """A call, of rank 0: tag a durable snapshot; ``Done`` when the record is written."""
+    """A call, of rank 0: tag a durable snapshot; ``PutDone`` when the record is written."""
 
     name: str
     snapshot: SnapshotId
@@ -470,7 +470,7 @@ class Start(Message, frozen=True, kw_only=True, tag="Start"):
 
     attempt: int
     port: int
-    seating: Seating | None = None
+    seating: RankPlacement | None = None
 
 
 class Kill(Message, frozen=True, kw_only=True, tag="Kill"):
@@ -486,7 +486,7 @@ class Dump(Message, frozen=True, kw_only=True, tag="Dump"):
     path: str
 
 
-class RunAhead(Message, frozen=True, kw_only=True, tag="RunAhead"):
+class StartPrepared(Message, frozen=True, kw_only=True, tag="RunAhead"):
     """To a supervisor whose node is a standby: where the program wants prepared trainers, one may run ahead here now."""
 
 
@@ -505,7 +505,7 @@ class Keep(Message, frozen=True, kw_only=True, tag="Keep"):
     size_bytes: int
 
 
-class Drop(Message, frozen=True, kw_only=True, tag="Drop"):
+class DropSlot(Message, frozen=True, kw_only=True, tag="Drop"):
     """To a supervisor: let go of a slot."""
 
     rank: int
@@ -536,30 +536,30 @@ class Stop(Message, frozen=True, kw_only=True, tag="Stop"):
     grace_s: float
 
 
-class Tell(Message, frozen=True, kw_only=True, tag="Tell"):
+class PrintLine(Message, frozen=True, kw_only=True, tag="Tell"):
     """To the supervisor of rank 0: print one line for people (a recovery, an alarm)."""
 
     text: str
     alarm: bool = False
 
 
-ALL = (
+AnyMessage = (
     Hello | Bye | Started | Died | Killed | Preempt | SlotKept | BoardKept | Post | Peek | Count | Forget | GetBoard | GetSlots
-    | SlotMade | SlotGone | GetChoices | GetSources | OpenEpoch | Decided | Known | Persist | Refuse | SetTag | Failing
+    | SlotCreated | SlotReleased | GetChoices | GetSources | OpenEpoch | Decided | VerifiedChunks | Persist | Refuse | SetTag | Failing
     | Phase | Finished | GetStatus
     | Done | Welcome | Value | Number | Slots | Sources | Choices | Status
-    | Start | Kill | Dump | RunAhead | Leave | Keep | Drop | KeepBoard | Outcome | Fenced | Stop | Tell
+    | Start | Kill | Dump | StartPrepared | Leave | Keep | DropSlot | KeepBoard | Outcome | Fenced | Stop | PrintLine
 )  # fmt: skip
 """Every message there is."""
 
 
-class _Codec(msgspec.Struct, frozen=True):
+class _MessageCodec(msgspec.Struct, frozen=True):
     """Only to make msgspec build the union's codec once, at import."""
 
-    message: ALL
+    message: AnyMessage
 
 
-ready(_Codec)
+prepare_decoders(_MessageCodec)
 
 
 # An error of one rank, told to all: its code and words travel, and become the same kind of error

@@ -20,7 +20,7 @@ import msgspec
 import xxhash
 
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.format.canonical import ready
+from ckpt.format.canonical import prepare_decoders
 
 SOCKET_PATH_BYTES_MAX = 100
 """The kernel takes 107 bytes; longer paths go through ``/proc/self/fd``."""
@@ -32,7 +32,7 @@ TRIES_MAX = 100
 _NAME = re.compile(r"[0-9a-f]{16}")
 
 
-class Note(msgspec.Struct, frozen=True):
+class JobFolderInfo(msgspec.Struct, frozen=True):
     """``job.json``: whose folder it is, for people and tools. ``pid`` is the keeper's."""
 
     store: str
@@ -40,7 +40,7 @@ class Note(msgspec.Struct, frozen=True):
     pid: int
 
 
-ready(Note)
+prepare_decoders(JobFolderInfo)
 
 
 def runtime_root() -> Path:
@@ -116,7 +116,7 @@ class JobFolder:
         return self.path / "stacks"
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
         """Make the folder where it is missing; nobody sweeps it meanwhile."""
         for _ in range(TRIES_MAX):
             with contextlib.suppress(FileExistsError):  # swept between two looks; a file in its place is found below
@@ -139,7 +139,7 @@ class JobFolder:
 
         ``lock`` is the keeper's. Children that are forked hold it too. None may also mean that somebody looked with ``locked``.
         """
-        with self.entered():
+        with self.in_use():
             fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +151,7 @@ class JobFolder:
                 raise
             return fd
 
-    def locked(self) -> bool:
+    def has_keeper(self) -> bool:
         """Whether a keeper lives here."""
         try:
             fd = os.open(self.lock_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -206,16 +206,16 @@ class JobFolder:
             raise
         return sock
 
-    def describe(self, store: str, job: str) -> None:
+    def write_info(self, store: str, job: str) -> None:
         """Write ``job.json``, as one change, with this process as the keeper."""
         fresh = self.path / "job.json.new"
-        fresh.write_bytes(msgspec.json.encode(Note(store, job, os.getpid())))
+        fresh.write_bytes(msgspec.json.encode(JobFolderInfo(store, job, os.getpid())))
         fresh.replace(self.path / "job.json")
 
-    def note(self) -> Note | None:
+    def read_info(self) -> JobFolderInfo | None:
         """What ``job.json`` says; None where there is none that can be read."""
         try:
-            return msgspec.json.decode((self.path / "job.json").read_bytes(), type=Note)
+            return msgspec.json.decode((self.path / "job.json").read_bytes(), type=JobFolderInfo)
         except (OSError, msgspec.MsgspecError):
             return None
 
@@ -238,7 +238,7 @@ class JobFolder:
 
     def sweep(self) -> bool:
         """Remove the folder unless a keeper lives here or somebody is starting one; says whether it is gone."""
-        return self._remove(unless=self.locked)
+        return self._remove(unless=self.has_keeper)
 
     def _remove(self, *, unless: Callable[[], bool]) -> bool:
         with _opened(self.path) as fd:

@@ -14,10 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt.events import to_logging
+from ckpt.events import emit_to_logging
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.runtime_dir import JobFolder
-from ckpt.keeper.process import Home
+from ckpt.keeper.process import KeeperListener
 
 if TYPE_CHECKING:
     from ckpt.keeper.daemon import Daemon
@@ -28,7 +28,7 @@ LOCKED_STATUS = 3
 def main() -> int:
     """See the module."""
     spec = KeeperSpec.decode(sys.stdin.buffer.read())
-    home = Home.take(spec, JobFolder.at(Path(sys.argv[1])))
+    home = KeeperListener.acquire(spec, JobFolder.at(Path(sys.argv[1])))
     if home is None:
         return LOCKED_STATUS
     home.describe()
@@ -43,7 +43,7 @@ def main() -> int:
     try:
         # Only now: whoever waits for the first process to end connects meanwhile.
         daemon: type[Daemon] = import_module("ckpt.keeper.daemon").Daemon
-        daemon(spec, home, boot=os.urandom(8).hex(), tell=to_logging(-1)).run()
+        daemon(spec, home, incarnation=os.urandom(8).hex(), emit=emit_to_logging(-1)).run()
     finally:
         home.close()
     return 0

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ckpt.cluster.mesh.messages import Word
-from ckpt.cluster.node.epochs import Epoch
-from ckpt.keeper.mailbox import OwnRoom, Room
+from ckpt.cluster.mesh.messages import MeshMessage
+from ckpt.cluster.node.epochs import NodeEpoch
+from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
 
 
-class Among(Protocol):
+class EpochView(Protocol):
     """This node among the others, as of the newest epoch. For the keeper's loop."""
 
     @property
-    def epoch(self) -> Epoch | None:
+    def epoch(self) -> NodeEpoch | None:
         """The newest epoch, complete; None before the first."""
         ...
 
@@ -37,14 +37,14 @@ class Among(Protocol):
         """The other nodes that hold ranks."""
         ...
 
-    def room(self, name: str, own: OwnRoom) -> Room:
+    def room(self, name: str, own: LocalMailbox) -> KeeperMailbox:
         """The room of that name: ``own`` where it is here, else the one at the node of rank 0."""
         ...
 
-    def say(self, node: str, word: Word) -> bool:
+    def say(self, node: str, word: MeshMessage) -> bool:
         """Say something to another node's keeper; False where there is no line now."""
         ...
 
-    def say_to_all(self, word: Word) -> None:
+    def say_to_all(self, word: MeshMessage) -> None:
         """Say something to all other nodes that hold ranks."""
         ...

@@ -12,20 +12,20 @@ from ckpt.errors import CkptError, UnavailableError
 from ckpt.ipc.frames import FRAME_BYTES_MAX, Inbox, Outbox
 from ckpt.ipc.messages import Done, Hello, Message, Reply, from_error
 
-STRANGER_BYTES_MAX = 64 << 10
+UNADMITTED_BYTES_MAX = 64 << 10
 """No longer frame is taken of who has not been admitted to the job: of tools, and before a hello."""
 
 TOOL_WAITING_BYTES_MAX = 4 << 20
 """What waits for a tool at most; one that asks on and reads nothing is hung up on."""
 
 
-class Peer:
+class ClientConnection:
     """One connection. ``hello`` is None until the first message; ``planned`` after a ``Bye``.
 
     Memory: a read's chunk, a frame that is not whole (STRANGER_BYTES_MAX until it is admitted), and what it does not read.
     """
 
-    def __init__(self, number: int, sock: socket.socket, *, on_blocked: Callable[[Peer], None]) -> None:
+    def __init__(self, number: int, sock: socket.socket, *, on_blocked: Callable[[ClientConnection], None]) -> None:
         self._on_blocked = on_blocked
         self.number = number
         self.sock = sock
@@ -34,7 +34,7 @@ class Peer:
         self.lost = False
         """Whether it was hung up on, for it reads nothing: what it still says counts for nothing."""
         self.since_s = time.monotonic()
-        self._inbox = Inbox(frame_bytes_max=STRANGER_BYTES_MAX)
+        self._inbox = Inbox(frame_bytes_max=UNADMITTED_BYTES_MAX)
         self._outbox = Outbox()
 
     def fileno(self) -> int:
@@ -96,6 +96,6 @@ class Peer:
         self.sock.close()
 
 
-def failed(call_id: int, error: CkptError, *, rank: int = -1) -> Reply:
+def error_reply(call_id: int, error: CkptError, *, rank: int = -1) -> Reply:
     """The answer to a call that failed."""
     return Done(id=call_id, error=from_error(error, rank=rank))

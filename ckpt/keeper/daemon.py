@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ckpt.errors import CkptError, InternalError, UsageError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.frames import close_fds
 from ckpt.ipc.messages import (
@@ -24,34 +24,34 @@ from ckpt.ipc.messages import (
     Bye,
     GetStatus,
     Hello,
+    KeeperReport,
     Message,
     RankReport,
-    Report,
+    SlotCreated,
     SlotKept,
-    SlotMade,
     Status,
     Welcome,
 )
-from ckpt.keeper.attempts.supervisors import Crew
-from ckpt.keeper.connection import Peer
+from ckpt.keeper.attempts.supervisors import Supervisors
+from ckpt.keeper.connection import ClientConnection
 from ckpt.keeper.job import Job
-from ckpt.keeper.process import Home, Stalls, Watchdog, end_hung_process
-from ckpt.keeper.trainer_calls import Desk
+from ckpt.keeper.process import KeeperListener, StallDetector, Watchdog, end_hung_process
+from ckpt.keeper.trainer_calls import TrainerCalls
 
 # What a keeper tells tools about itself.
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def report(job: Job, crew: Crew) -> Report:
+def status_report(job: Job, crew: Supervisors) -> KeeperReport:
     """All of it, at one moment."""
     roster = crew.roster
-    complete = job.slots.complete(job.ranks) if job.slots is not None else []
+    complete = job.slots.complete_snapshots(job.ranks) if job.slots is not None else []
     state = "lingering"
     if job.members:
         state = roster.state.value if roster is not None and crew.supervised else "in place"
-    return Report(
-        job=job.spec.job, store=job.spec.store, pid=os.getpid(), boot=job.boot, launch=job.launch, attempt=crew.attempt,
+    return KeeperReport(
+        job=job.spec.job, store=job.spec.store, pid=os.getpid(), boot=job.incarnation, launch=job.launch, attempt=crew.attempt,
         epoch=job.uploads.epoch if job.uploads is not None else 0, state=state,
         since_s=time.monotonic() - job.times.began_s, complete=complete[0] if complete else None,
         durable=job.uploads.durable if job.uploads is not None else None,
@@ -64,7 +64,7 @@ def report(job: Job, crew: Crew) -> Report:
     )  # fmt: skip
 
 
-def _rank(job: Job, crew: Crew, rank: int) -> RankReport:
+def _rank(job: Job, crew: Supervisors, rank: int) -> RankReport:
     assert job.board is not None and job.slots is not None, "there are ranks"
     words = job.board.rank(rank)
     member = crew.roster.members.get(rank) if crew.roster is not None else None
@@ -102,7 +102,7 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 DRAIN_READS_MAX = 256
 """Reads, of 1 MiB each at most, to take what one trainer left; one that lives may go on sending for ever."""
 
-CARRIERS = (SlotMade, SlotKept, BoardKept)
+CARRIERS = (SlotCreated, SlotKept, BoardKept)
 """The messages that come with one descriptor."""
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -111,14 +111,14 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 class Daemon:
     """Serves one job until it is over."""
 
-    def __init__(self, spec: KeeperSpec, home: Home, *, boot: str, tell: Tell) -> None:
-        self._home = home
+    def __init__(self, spec: KeeperSpec, listener: KeeperListener, *, incarnation: str, emit: Emit) -> None:
+        self._home = listener
         self._home_look_s = time.monotonic() + HOME_LOOK_S
         self._accept_at_s: float | None = None
         self._alarms: set[str] = set()
         """Kinds of alarms about finding and taking connections that were told, and have not been overcome since."""
         self._importing: threading.Thread | None = None
-        self._tell = tell
+        self._tell = emit
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], object]] = deque()
         # Sockets, not a pipe: a thread that posts after the end must not write to whatever has its number then.
@@ -126,10 +126,10 @@ class Daemon:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._thread = threading.get_ident()
-        self._job = Job(spec, boot=boot, post=self.post, tell=tell)
+        self._job = Job(spec, incarnation=incarnation, post=self.post, emit=emit)
         self._job.drain = self._drain
-        self._desk = Desk(self._job)
-        self._crew = Crew(self._job, self._desk, stacks=home.folder.stacks)
+        self._desk = TrainerCalls(self._job)
+        self._crew = Supervisors(self._job, self._desk, stacks=listener.folder.stacks)
         self._numbers = 0
         self._met_anyone = False
 
@@ -143,15 +143,15 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until the job is over."""
-        began_s, stalls = time.monotonic(), Stalls(self._tell)
+        began_s, stalls = time.monotonic(), StallDetector(self._tell)
         watchdog = Watchdog(end_hung_process)
         self._selector.register(self._home.listener, _READ, self._home)
         self._selector.register(self._wake_read, _READ, None)
         try:
             while not (self._over(began_s) and self._hidden()):
                 wait_s = min(TICK_S_MAX, self._crew.tick(), self._desk.tick(time.monotonic()), self._look())
-                stalls.turn(wait_s)
-                watchdog.turn()
+                stalls.before_wait(wait_s)
+                watchdog.beat()
                 for key, mask in self._selector.select(max(0.0, wait_s)):
                     self._serve(key, mask)
                 self._run_posted()
@@ -177,7 +177,7 @@ class Daemon:
     def _hidden(self) -> bool:
         """Whether nobody comes any more. Who had found the keeper before it was hidden is served, by the same keeper."""
         self._home.hide()
-        if not self._home.somebody_knocks():
+        if not self._home.has_pending():
             return True
         self._move()
         return False
@@ -193,7 +193,7 @@ class Daemon:
             self._selector.register(self._home.listener, _READ, self._home)
         if now_s >= self._home_look_s:
             self._home_look_s = now_s + HOME_LOOK_S
-            if not self._home.found():
+            if not self._home.is_reachable():
                 self._move()
         return min(self._home_look_s, self._accept_at_s or self._home_look_s) - now_s
 
@@ -228,7 +228,7 @@ class Daemon:
         elif key.fileobj is self._wake_read:
             self._drain_wake()
         else:
-            peer: Peer = key.data
+            peer: ClientConnection = key.data
             if peer.number not in self._job.peers:  # it went while another's words were obeyed
                 return
             if mask & _WRITE and peer.flush():
@@ -249,12 +249,12 @@ class Daemon:
         self._alarms.discard("full")
         sock.setblocking(False)
         self._numbers += 1
-        peer = Peer(self._numbers, sock, on_blocked=self._blocked)
+        peer = ClientConnection(self._numbers, sock, on_blocked=self._blocked)
         self._job.peers[peer.number] = peer
         self._selector.register(sock, _READ, peer)
         return True
 
-    def _blocked(self, peer: Peer) -> None:
+    def _blocked(self, peer: ClientConnection) -> None:
         """Something is left to send: look for room too."""
         if peer.number in self._job.peers:
             self._selector.modify(peer.sock, _READ | _WRITE, peer)
@@ -274,7 +274,7 @@ class Daemon:
             except Exception as error:  # noqa: BLE001  the loop's border: a keeper that ends takes the slots with it
                 self._tell(Event("keeper-failed", f"a call failed in an unforeseen way: {error!r}", alarm=True))
 
-    def _read(self, peer: Peer) -> None:
+    def _read(self, peer: ClientConnection) -> None:
         try:
             messages, ended = peer.read()
         except (CkptError, OSError) as error:
@@ -296,7 +296,7 @@ class Daemon:
                     break
                 self._read(peer)
 
-    def _take(self, peer: Peer, message: Message, fds: list[int]) -> None:
+    def _take(self, peer: ClientConnection, message: Message, fds: list[int]) -> None:
         try:
             if fds and (len(fds) > 1 or peer.hello is None or not isinstance(message, CARRIERS)):
                 close_fds(fds)
@@ -312,13 +312,13 @@ class Daemon:
                 peer, message, InternalError(f"the keeper failed. message={type(message).__name__} cause={error!r}")
             )
 
-    def _fail(self, peer: Peer, message: Message, error: CkptError) -> None:
+    def _fail(self, peer: ClientConnection, message: Message, error: CkptError) -> None:
         if message.id:
             self._job.refuse(peer, message.id, error)
         else:
             self._tell(Event("refused", str(error), {"role": peer.role, "rank": peer.rank}, alarm=True))
 
-    def _dispatch(self, peer: Peer, message: Message, fds: list[int]) -> None:
+    def _dispatch(self, peer: ClientConnection, message: Message, fds: list[int]) -> None:
         if isinstance(message, Hello):
             self._hello(peer, message)
             if peer.role != "tool":
@@ -330,16 +330,16 @@ class Daemon:
             case Bye():
                 peer.planned = True
             case GetStatus():
-                peer.send(Status(id=message.id, report=report(self._job, self._crew)))
+                peer.send(Status(id=message.id, report=status_report(self._job, self._crew)))
             case _ if peer.role != "tool" and (
-                self._crew.take(peer, message, fds) or (self._job.board and self._desk.take(peer, message, fds))
+                self._crew.handle(peer, message, fds) or (self._job.board and self._desk.handle(peer, message, fds))
             ):
                 return
             case _:
                 close_fds(fds)
                 raise UsageError(f"a message that a {peer.role} does not send. message={type(message).__name__}")
 
-    def _hello(self, peer: Peer, hello: Hello) -> None:
+    def _hello(self, peer: ClientConnection, hello: Hello) -> None:
         if peer.hello is not None:
             raise UsageError("a peer says hello twice.")
         if hello.version != WIRE_VERSION:
@@ -351,7 +351,7 @@ class Daemon:
         self._met_anyone |= hello.role != "tool"
         if hello.role == "tool":
             peer.admit(hello)
-            peer.send(Welcome(id=hello.id, boot=self._job.boot, pid=os.getpid(), attempt=self._crew.attempt))
+            peer.send(Welcome(id=hello.id, boot=self._job.incarnation, pid=os.getpid(), attempt=self._crew.attempt))
             return
         new = self._job.admit(hello)
         peer.admit(hello)
@@ -361,7 +361,7 @@ class Daemon:
         if new and self._job.slots is not None and self._job.board is not None:
             self._desk.clear()
             self._job.board.begin_attempt(max(self._job.board.attempt, self._crew.attempt) + 1)
-            self._job.slots.settle()
+            self._job.slots.sync_board()
         self._job.welcome(peer, hello, attempt=self._crew.attempt, new=new)
         if self._crew.attempt and hello.role == "events":
             self._crew.repeat_stop(peer)
@@ -374,13 +374,13 @@ class Daemon:
             )
             self._importing.start()
 
-    def _gone(self, peer: Peer) -> None:
+    def _gone(self, peer: ClientConnection) -> None:
         self._selector.unregister(peer.sock)
         peer.close()
         self._job.peers.pop(peer.number, None)
-        self._desk.gone(peer)
+        self._desk.disconnected(peer)
         if peer.role == "supervisor":
-            self._crew.gone(peer)
+            self._crew.disconnected(peer)
         if peer.role in ("", "tool"):
             return
         if peer.role == "trainer" and not peer.planned and not self._crew.supervised:
@@ -390,7 +390,7 @@ class Daemon:
             self._job.abandon()
 
 
-def _mute(peer: Peer, now_s: float) -> bool:
+def _mute(peer: ClientConnection, now_s: float) -> bool:
     """Whether it has had all the time in the world to say hello."""
     return peer.hello is None and now_s - peer.since_s > FIRST_HELLO_S
 

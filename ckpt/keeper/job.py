@@ -1,6 +1,6 @@
 """One job in its keeper: who is connected, what they hold, what happens next. No sockets, no waiting.
 
-The loop (``daemon``) hands in what peers say; ``Crew`` follows supervisors and attempts, ``Desk`` answers trainers. A job ends
+The loop (``daemon``) hands in what peers say; ``Supervisors`` follows supervisors and attempts, ``Desk`` answers trainers. A job ends
 when nobody is connected, nothing is in flight, and either all left as planned or nobody came back in time.
 """
 
@@ -14,12 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ckpt.errors import CkptError, ConflictError, UnavailableError, UsageError
-from ckpt.events import Tell
+from ckpt.events import Emit
 from ckpt.ipc.board import RANKS_MAX, Board
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.messages import Drop, Fenced, Hello, Message, Outcome, Policy, RemoteError, Welcome
-from ckpt.keeper.connection import Peer, failed
-from ckpt.keeper.slots import Post, SlotTable
+from ckpt.ipc.messages import DropSlot, Fenced, Hello, Message, Outcome, Policy, RemoteError, Welcome
+from ckpt.keeper.connection import ClientConnection, error_reply
+from ckpt.keeper.slots import PostToLoop, SlotTable
 from ckpt.values import SnapshotId, SnapshotInfo
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ TIDY_WAIT_S = 120.0
 
 
 @dataclass(slots=True)
-class Times:
+class JobTimes:
     """When things happened, CLOCK_MONOTONIC seconds; None: not."""
 
     began_s: float
@@ -46,16 +46,16 @@ class Times:
 class Job:
     """The state that crew and desk share. ``post`` brings a call of another thread to the loop."""
 
-    def __init__(self, spec: KeeperSpec, *, boot: str, post: Post, tell: Tell) -> None:
+    def __init__(self, spec: KeeperSpec, *, incarnation: str, post: PostToLoop, emit: Emit) -> None:
         self.spec = spec
-        self.boot = boot
+        self.incarnation = incarnation
         self.post = post
-        self.tell = tell
-        self.peers: dict[int, Peer] = {}
+        self.emit = emit
+        self.peers: dict[int, ClientConnection] = {}
         self.launch = ""
         self.ranks = 0
         self.policy = Policy()
-        self.times = Times(time.monotonic())
+        self.times = JobTimes(time.monotonic())
         self.board: Board | None = None
         self.slots: SlotTable | None = None
         self.uploads: Uploads | None = None
@@ -71,7 +71,7 @@ class Job:
         """Takes what trainers said before they died and nobody has read yet."""
 
     @property
-    def members(self) -> list[Peer]:
+    def members(self) -> list[ClientConnection]:
         """Everybody but tools."""
         return [peer for peer in self.peers.values() if peer.role not in ("", "tool")]
 
@@ -135,25 +135,30 @@ class Job:
         if self.uploads is None:
             made: type[Uploads] = import_module("ckpt.keeper.uploads.uploads").Uploads
             self.uploads = made(
-                self.spec, ranks=self.ranks, post=self.post, outcome=self._outcome, fenced=self._fenced, tell=self.tell
+                self.spec,
+                ranks=self.ranks,
+                post=self.post,
+                on_outcome=self._outcome,
+                on_fenced_text=self._fenced,
+                emit=self.emit,
             )
-            self.uploads.reach_others_by(self.nodes.uploads.channel_of if self.nodes is not None else None)
+            self.uploads.use_channels(self.nodes.uploads.channel_of if self.nodes is not None else None)
         return self.uploads
 
     def keep_newest(self) -> None:
         """Nobody trains on for now: bring the newest complete pair, which only memory holds, to a store."""
         if self.slots is None:
             return
-        pairs = self.slots.complete(self.ranks)
+        pairs = self.slots.complete_snapshots(self.ranks)
         if pairs:
             self._settling = pairs[0]
-            self.need_uploads().settle(pairs, self.slots.sealed_of)
+            self.need_uploads().flush_newest(pairs, self.slots.hold_snapshot)
 
     def _check_settled(self) -> None:
         """Raise UnavailableError while something may still become durable. What can't any more is no reason to wait."""
         if self.slots is None:
             return
-        newest = next(iter(self.slots.complete(self.ranks)), None)
+        newest = next(iter(self.slots.complete_snapshots(self.ranks)), None)
         durable = self.uploads.durable.id if self.uploads is not None and self.uploads.durable is not None else None
         if newest is not None and newest != self._settling and (durable is None or newest > durable):
             self.keep_newest()
@@ -164,14 +169,16 @@ class Job:
             f"still bringing {what} to the store; wait. job={self.spec.job!r} store={self.spec.store} ranks={self.ranks}"
         )
 
-    def refuse(self, peer: Peer, call_id: int, error: CkptError) -> None:
+    def refuse(self, peer: ClientConnection, call_id: int, error: CkptError) -> None:
         """Answer a call with an error."""
-        peer.send(failed(call_id, error))
+        peer.send(error_reply(call_id, error))
 
-    def welcome(self, peer: Peer, hello: Hello, *, attempt: int, new: bool) -> None:
+    def welcome(self, peer: ClientConnection, hello: Hello, *, attempt: int, new: bool) -> None:
         """Answer a hello."""
         seating = self.nodes.seating if self.nodes is not None else None
-        peer.send(Welcome(id=hello.id, boot=self.boot, pid=os.getpid(), attempt=attempt, new=new, seating=seating))
+        peer.send(
+            Welcome(id=hello.id, boot=self.incarnation, pid=os.getpid(), attempt=attempt, new=new, seating=seating)
+        )
 
     def say(self, role: str, message: Message, *, rank: int | None = None) -> None:
         """Send a word to all peers of a role, or to one rank's."""
@@ -190,14 +197,14 @@ class Job:
         """Everybody is gone without a word: bring the newest complete pair to a store, and wait for somebody to come back."""
         self.times.abandoned_s = time.monotonic()
         if self.uploads is not None and self.slots is not None:
-            self.uploads.attempt_ended(self.slots.sealed_of)
+            self.uploads.attempt_ended(self.slots.hold_snapshot)
         self.keep_newest()
 
     def lone_trainer_lost(self) -> None:
         """A trainer without supervisor is gone without a word: what it had not handed in is settled for the others' sake."""
         self.cut_off = True
         if self.uploads is not None and self.slots is not None:
-            self.uploads.attempt_ended(self.slots.sealed_of)
+            self.uploads.attempt_ended(self.slots.hold_snapshot)
 
     def over(self) -> bool:
         """Whether the keeper may end."""
@@ -218,7 +225,7 @@ class Job:
         begin = self.times.tidy_s is None
         if self.times.tidy_s is None:
             self.times.tidy_s = now_s
-        return self.uploads.tidy(begin=begin) or now_s - self.times.tidy_s > TIDY_WAIT_S
+        return self.uploads.finish_retention(begin=begin) or now_s - self.times.tidy_s > TIDY_WAIT_S
 
     def close(self) -> None:
         """Give everything back."""
@@ -232,7 +239,7 @@ class Job:
             self.board.close()
 
     def _dropped(self, rank: int, index: int) -> None:
-        self.say("supervisor", Drop(rank=rank, index=index))
+        self.say("supervisor", DropSlot(rank=rank, index=index))
 
     def _outcome(self, rank: int, snapshot: SnapshotId, info: SnapshotInfo | None, error: RemoteError | None) -> None:
         self.say("events", Outcome(snapshot=snapshot, info=info, error=error), rank=rank)

@@ -15,18 +15,18 @@ WAIT_S_MAX = 3600.0
 COUNT_MAX = 2**62
 """A counter beyond this could not be told to anybody any more."""
 
-ValueTo = Callable[["bytes | None"], object]
+ValueCallback = Callable[["bytes | None"], object]
 """Takes the value of a key, or None where it was not posted in time; in the keeper's loop."""
 
 
-class Room(Protocol):
+class KeeperMailbox(Protocol):
     """What a trainer's keeper does for it; all in the loop, which it never holds up."""
 
     def post(self, key: str, value: bytes) -> None:
         """Publish a value."""
         ...
 
-    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueTo) -> None:
+    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
         """Have ``answer`` told the value as soon as it is there; ``owner``: with whom the question ends."""
         ...
 
@@ -42,11 +42,11 @@ class Room(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class _Question:
     owner: object
-    answer: ValueTo
+    answer: ValueCallback
     until_s: float
 
 
-class OwnRoom:
+class LocalMailbox:
     """The room where it is: in this keeper."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class OwnRoom:
         for question in self._waiting.pop(key, ()):
             question.answer(value)
 
-    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueTo) -> None:
+    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
         """See Room."""
         value = self._values.get(key)
         if value is not None or wait_s <= 0:
@@ -101,7 +101,7 @@ class OwnRoom:
                 del self._waiting[key]
         return left_s
 
-    def gone(self, owner: object) -> None:
+    def cancel(self, owner: object) -> None:
         """Nobody waits there any more."""
         for waiting in self._waiting.values():
             waiting[:] = [one for one in waiting if one.owner is not owner]

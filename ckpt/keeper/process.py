@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.runtime_dir import JobFolder
 
 
-class Home:
+class KeeperListener:
     """One keeper's place. Owns lock and listener until ``close``."""
 
     def __init__(self, spec: KeeperSpec, folder: JobFolder, lock: int) -> None:
@@ -27,22 +27,22 @@ class Home:
         self.listener = self._listen()
 
     @classmethod
-    def take(cls, spec: KeeperSpec, folder: JobFolder) -> Home | None:
+    def acquire(cls, spec: KeeperSpec, folder: JobFolder) -> KeeperListener | None:
         """Move in and listen; None where another keeper lives there."""
         lock = folder.try_lock()
         return cls(spec, folder, lock) if lock is not None else None
 
     def describe(self) -> None:
         """Say whose folder it is, with this process as the keeper."""
-        self.folder.describe(self._spec.store, self._spec.job)
+        self.folder.write_info(self._spec.store, self._spec.job)
 
-    def found(self) -> bool:
+    def is_reachable(self) -> bool:
         """Whether who looks for this keeper still finds it. Makes the small things that are missing."""
         if not self._owns() or _file_of(self.folder.socket_path) != self._socket_file:
             return False
         try:
             self.folder.stacks.mkdir(mode=0o700, exist_ok=True)
-            if self.folder.note() is None:
+            if self.folder.read_info() is None:
                 self.describe()
         except OSError:  # the folder goes at this very moment
             return False
@@ -66,7 +66,7 @@ class Home:
         if _file_of(self.folder.socket_path) == self._socket_file:
             self.folder.socket_path.unlink(missing_ok=True)
 
-    def somebody_knocks(self) -> bool:
+    def has_pending(self) -> bool:
         """Whether there is a connection that was not accepted yet."""
         return bool(select.select([self.listener], [], [], 0)[0])
 
@@ -127,7 +127,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="ckpt-watchdog", daemon=True)
         self._thread.start()
 
-    def turn(self) -> None:
+    def beat(self) -> None:
         """The loop goes on."""
         self._turned.set()
 
@@ -168,21 +168,21 @@ STALL_S = 0.5
 """A turn of the loop takes a few milliseconds; leases last for seconds."""
 
 
-class Stalls:
+class StallDetector:
     """Call ``turn`` once in each turn of the loop, in its thread.
 
     ``clock`` and ``computed`` are seconds: of the world, and of the processor's that this thread took.
     """
 
     def __init__(
-        self, tell: Tell, clock: Callable[[], float] = time.monotonic, computed: Callable[[], float] = time.thread_time
+        self, emit: Emit, clock: Callable[[], float] = time.monotonic, computed: Callable[[], float] = time.thread_time
     ) -> None:
-        self._tell = tell
+        self._tell = emit
         self._clock = clock
         self._computed = computed
         self._before: tuple[float, float] | None = None
 
-    def turn(self, waits_s: float) -> None:
+    def before_wait(self, waits_s: float) -> None:
         """The loop is about to wait, for ``waits_s`` at most."""
         now_s, computed_s = self._clock(), self._computed()
         if self._before is not None and now_s - self._before[0] > STALL_S:

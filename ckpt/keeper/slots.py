@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.ipc.board import SLOTS_MAX, Board
 from ckpt.ipc.messages import SlotEntry, SlotReport
-from ckpt.save.sealed import Sealed
-from ckpt.staging.header import Brief, Header, generation_of, header_bytes_of, read_brief, read_slot
+from ckpt.save.sealed import SealedSlot
+from ckpt.staging.header import Header, SlotSummary, generation_of, header_bytes_of, read_slot, read_summary
 from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId, StagedIndex
 
-Post = Callable[[Callable[[], object]], None]
+PostToLoop = Callable[[Callable[[], object]], None]
 """Has a call made by the keeper's loop, soon; from any thread."""
 
 PAGE_BLOCK_BYTES = 512
@@ -46,10 +46,10 @@ class HeldSlot:
         except IntegrityError:
             return None
 
-    def brief(self) -> tuple[Brief, int] | None:
+    def brief(self) -> tuple[SlotSummary, int] | None:
         """As ``read``, but only whose state of which snapshot it is: far quicker."""
         try:
-            return read_brief(self.memory)
+            return read_summary(self.memory)
         except IntegrityError:
             return None
 
@@ -60,7 +60,7 @@ class SlotTable:
     ``dropped`` hears of each slot that is gone.
     """
 
-    def __init__(self, board: Board, post: Post, *, dropped: Callable[[int, int], None]) -> None:
+    def __init__(self, board: Board, post: PostToLoop, *, dropped: Callable[[int, int], None]) -> None:
         self._dropped = dropped
         self._board = board
         self._post = post
@@ -85,7 +85,7 @@ class SlotTable:
         self._slots[rank, index] = slot
         return slot
 
-    def of(self, rank: int) -> list[HeldSlot]:
+    def of_rank(self, rank: int) -> list[HeldSlot]:
         """The slots of ``rank`` that it still uses, by index."""
         return sorted((one for one in self if one.rank == rank and not one.retired), key=lambda one: one.index)
 
@@ -106,19 +106,19 @@ class SlotTable:
         slot.retired = True
         return self._free_retired(slot)
 
-    def sealed(self, rank: int, index: int, generation: int) -> Sealed | None:
+    def hold(self, rank: int, index: int, generation: int) -> SealedSlot | None:
         """Slot ``index`` for an upload, where it is still sealed under ``generation``; marked as held until released."""
         slot = self._slots.get((rank, index))
         found = slot.read() if slot is not None else None
         if slot is None or found is None or found[1] != generation:
             if slot is not None and not slot.uploads:
-                self._board.rank(rank).let_go(index)
+                self._board.rank(rank).release(index)
             return None
         return self._hold(slot, *found)
 
-    def sealed_of(self, rank: int, snapshot: SnapshotId) -> Sealed | None:
+    def hold_snapshot(self, rank: int, snapshot: SnapshotId) -> SealedSlot | None:
         """The slot of ``rank`` that holds ``snapshot``, for an upload; marked as held until released."""
-        for slot in self.of(rank):
+        for slot in self.of_rank(rank):
             brief = slot.brief()
             if brief is None or brief[0].snapshot != snapshot:
                 continue
@@ -127,14 +127,14 @@ class SlotTable:
                 return self._hold(slot, *found)
         return None
 
-    def settle(self) -> None:
+    def sync_board(self) -> None:
         """Between attempts: make the board say what the headers say. Half-written slots hold nothing.
 
         A trainer that died between its mark and its word leaves a mark that nobody would clear: only uploads' marks stay.
         """
         for slot in self:
             if not slot.uploads:
-                self._board.rank(slot.rank).let_go(slot.index)
+                self._board.rank(slot.rank).release(slot.index)
             entry = self._board.rank(slot.rank).slot(slot.index)
             found = slot.brief()
             if found is None:
@@ -142,7 +142,7 @@ class SlotTable:
             elif (entry.snapshot, entry.generation) != (found[0].snapshot, found[1]):
                 self._board.rank(slot.rank).publish(slot.index, found[0].snapshot, found[1])
 
-    def forget_beyond(self, resume: SnapshotId | None) -> None:
+    def discard_after(self, resume: SnapshotId | None) -> None:
         """Training goes on from ``resume``: what was captured after it (None: at all) is on no line and holds nothing now."""
         for slot in self:
             entry = self._board.rank(slot.rank).slot(slot.index)
@@ -150,13 +150,13 @@ class SlotTable:
                 self._board.rank(slot.rank).clear(slot.index)
                 header_bytes = header_bytes_of(slot.memory)
                 if header_bytes is not None:  # else it is damaged, and holds nothing anyway
-                    Header(slot.memory, header_bytes=header_bytes).open()
+                    Header(slot.memory, header_bytes=header_bytes).begin()
 
-    def complete(self, ranks: int) -> list[SnapshotId]:
+    def complete_snapshots(self, ranks: int) -> list[SnapshotId]:
         """Every pair that all ranks hold sealed, newest first, by their headers."""
-        return list(self.origins(ranks))
+        return list(self.snapshot_origins(ranks))
 
-    def origins(self, ranks: int) -> dict[SnapshotId, str]:
+    def snapshot_origins(self, ranks: int) -> dict[SnapshotId, str]:
         """As ``complete``, with what the pairs' indexes carry: equal numbers of two openings make no pair."""
         held: list[set[tuple[SnapshotId, str]]] = [set() for _ in range(ranks)]
         for slot in self:
@@ -173,12 +173,12 @@ class SlotTable:
                 index=slot.index, size_bytes=slot.size_bytes, snapshot=board.slot(slot.index).snapshot,
                 held=board.slot(slot.index).held,
             )
-            for slot in self.of(rank)
+            for slot in self.of_rank(rank)
         )  # fmt: skip
 
     def entries(self, rank: int) -> tuple[SlotEntry, ...]:
         """What ``GetSlots`` answers."""
-        return tuple(SlotEntry(slot.index, slot.size_bytes) for slot in self.of(rank))
+        return tuple(SlotEntry(slot.index, slot.size_bytes) for slot in self.of_rank(rank))
 
     def close(self) -> None:
         """Give everything up. Views that an upload still holds stay readable."""
@@ -194,10 +194,10 @@ class SlotTable:
         """Another slot takes over the number of one that was given up. Supervisors and board know slots by number only."""
         self._outlived.append(slot)
         self._board.rank(slot.rank).clear(slot.index)
-        self._board.rank(slot.rank).let_go(slot.index)
+        self._board.rank(slot.rank).release(slot.index)
         self._dropped(slot.rank, slot.index)
 
-    def _hold(self, slot: HeldSlot, index: StagedIndex, generation: int) -> Sealed:
+    def _hold(self, slot: HeldSlot, index: StagedIndex, generation: int) -> SealedSlot:
         header_bytes = _header_bytes(slot)
         rank_board = self._board.rank(slot.rank)
         rank_board.hold(slot.index)
@@ -211,7 +211,7 @@ class SlotTable:
                 self._outlived.remove(slot)
                 os.close(slot.fd)
             elif self._slots.get((slot.rank, slot.index)) is slot:
-                rank_board.let_go(slot.index)
+                rank_board.release(slot.index)
                 self._free_retired(slot)
 
         def release() -> None:
@@ -220,7 +220,7 @@ class SlotTable:
         def unchanged() -> bool:
             return generation_of(slot.memory) == generation
 
-        return Sealed(
+        return SealedSlot(
             index=index, data=slot.memory[header_bytes:], release=release, shared={}, unchanged=unchanged
         )  # fmt: skip
 

@@ -20,7 +20,6 @@ from ckpt.ipc.messages import (
     GetSlots,
     GetSources,
     Keep,
-    Known,
     Message,
     Number,
     OpenEpoch,
@@ -31,30 +30,31 @@ from ckpt.ipc.messages import (
     Refuse,
     Reply,
     SetTag,
-    SlotGone,
-    SlotMade,
+    SlotCreated,
+    SlotReleased,
     Slots,
     Sources,
     Value,
+    VerifiedChunks,
     from_error,
     to_error,
 )
-from ckpt.keeper.connection import Peer
+from ckpt.keeper.connection import ClientConnection
 from ckpt.keeper.job import Job
-from ckpt.keeper.mailbox import OwnRoom, Room
+from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
 from ckpt.values import SnapshotId
 
 T = TypeVar("T")
 
 
-class Desk:
+class TrainerCalls:
     """Answers the calls of trainers. ``room`` has the attempt's messages, and is empty when the attempt begins."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self.own_room = OwnRoom()
+        self.own_mailbox = LocalMailbox()
         """The room, where it is this keeper's."""
-        self.room: Room = self.own_room
+        self.mailbox: KeeperMailbox = self.own_mailbox
         self.resume: SnapshotId | None = None
         """Where the last epoch that was opened goes on from."""
 
@@ -62,43 +62,43 @@ class Desk:
         """An attempt begins in an empty room: this keeper's, or the one at the node of rank 0."""
         self.clear()
         nodes = self._job.nodes
-        self.room = self.own_room if nodes is None else nodes.begin(attempt, self.own_room)
+        self.mailbox = self.own_mailbox if nodes is None else nodes.begin(attempt, self.own_mailbox)
 
     def clear(self) -> None:
         """Forget all messages: a new attempt, or launch, starts with an empty room."""
-        self.own_room.clear()
+        self.own_mailbox.clear()
 
     def tick(self, now_s: float) -> float:
         """Answer those that have waited long enough; returns seconds until the next has."""
-        return self.own_room.tick(now_s)
+        return self.own_mailbox.tick(now_s)
 
-    def gone(self, peer: Peer) -> None:
+    def disconnected(self, peer: ClientConnection) -> None:
         """Nobody waits there any more."""
-        self.own_room.gone(peer)
+        self.own_mailbox.cancel(peer)
 
-    def _peek(self, peer: Peer, message: Peek) -> None:
+    def _peek(self, peer: ClientConnection, message: Peek) -> None:
         def answer(value: bytes | None) -> None:
             peer.send(Value(id=message.id, value=value))
 
-        self.room.peek(message.key, wait_s=message.wait_s, owner=peer, answer=answer)
+        self.mailbox.peek(message.key, wait_s=message.wait_s, owner=peer, answer=answer)
 
-    def _count(self, peer: Peer, message: Count) -> None:
+    def _count(self, peer: ClientConnection, message: Count) -> None:
         def answer(number: int) -> None:
             peer.send(Number(id=message.id, number=number))
 
-        self.room.count(message.key, message.amount, answer=answer)
+        self.mailbox.count(message.key, message.amount, answer=answer)
 
-    def take(self, peer: Peer, message: Message, fds: Sequence[int]) -> bool:
+    def handle(self, peer: ClientConnection, message: Message, fds: Sequence[int]) -> bool:
         """Answer one message; False where it is none of a trainer's. Owns ``fds``."""
         match message:
             case Peek():
                 self._peek(peer, message)
             case Post():
-                self.room.post(message.key, message.value)
+                self.mailbox.post(message.key, message.value)
             case Count():
                 self._count(peer, message)
             case Forget():
-                self.room.forget(message.key)
+                self.mailbox.forget(message.key)
             case Decided():
                 if self._job.nodes is not None:
                     self._job.nodes.decided(message.boundary, message.flags)
@@ -110,24 +110,26 @@ class Desk:
             case GetBoard():
                 assert self._job.board is not None, "admitted"
                 peer.send(Done(id=message.id), [self._job.board.fd])
-            case GetSlots() | SlotMade() | SlotGone():
+            case GetSlots() | SlotCreated() | SlotReleased():
                 self._slots(peer, message, fds)
             case GetChoices() | OpenEpoch() | SetTag():
                 self._log(peer, message)
-            case Known() | Persist() | Refuse():
+            case VerifiedChunks() | Persist() | Refuse():
                 self._upload(peer, message)
             case _:
                 return False
         return True
 
-    def _slots(self, peer: Peer, message: GetSlots | SlotMade | SlotGone, fds: Sequence[int]) -> None:
+    def _slots(
+        self, peer: ClientConnection, message: GetSlots | SlotCreated | SlotReleased, fds: Sequence[int]
+    ) -> None:
         table = self._job.slots
         assert table is not None, "admitted"
         match message:
             case GetSlots():
-                slots = table.of(message.rank)
+                slots = table.of_rank(message.rank)
                 peer.send(Slots(id=message.id, slots=table.entries(message.rank)), [slot.fd for slot in slots])
-            case SlotMade() if len(fds) == 1:
+            case SlotCreated() if len(fds) == 1:
                 try:
                     slot = table.add(peer.rank, message.index, fds[0], message.size_bytes)
                 except CkptError as error:
@@ -137,14 +139,14 @@ class Desk:
                 for other in self._job.members:
                     if other.role == "supervisor":
                         other.send(Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes), [slot.fd])
-            case SlotMade():
+            case SlotCreated():
                 for fd in fds:
                     os.close(fd)
                 self._job.refuse(peer, message.id, UsageError("a slot comes with exactly one descriptor."))
-            case SlotGone():
+            case SlotReleased():
                 table.drop(peer.rank, message.index)
 
-    def _log(self, peer: Peer, message: GetChoices | OpenEpoch | SetTag) -> None:
+    def _log(self, peer: ClientConnection, message: GetChoices | OpenEpoch | SetTag) -> None:
         job = self._job
         assert job.slots is not None, "admitted"
         if job.fenced:
@@ -158,7 +160,7 @@ class Desk:
                     self._answer(peer, message.id, answer, lambda found: Choices(id=message.id, choices=tuple(found)))
 
                 if job.nodes is None:
-                    choose(job.slots.origins(job.ranks))
+                    choose(job.slots.snapshot_origins(job.ranks))
                 else:
                     job.nodes.memory.gather(choose)
             case OpenEpoch():
@@ -174,25 +176,25 @@ class Desk:
         if self._job.nodes is not None:
             self._job.nodes.uploads.open(message.resume)
         else:
-            self._job.slots.forget_beyond(message.resume)
+            self._job.slots.discard_after(message.resume)
         self.resume = message.resume
         return Number(id=message.id, number=number, origin=self._job.need_uploads().origin_of(number))
 
-    def _upload(self, peer: Peer, message: Known | Persist | Refuse) -> None:
+    def _upload(self, peer: ClientConnection, message: VerifiedChunks | Persist | Refuse) -> None:
         job = self._job
         assert job.slots is not None, "admitted"
         uploads = job.need_uploads()
         match message:
-            case Known():
+            case VerifiedChunks():
                 if len(message.digests) != len(message.locations):
                     raise UsageError("chunks that are known come with one place each.")
                 known = dict(zip(message.digests, message.locations, strict=True))
-                uploads.known(peer.rank, message.base, known)
+                uploads.refer_next(peer.rank, message.base, known)
             case Refuse():
                 uploads.refuse(peer.rank, message.snapshot, to_error(message.error))
                 job.say("events", Outcome(snapshot=message.snapshot, error=message.error), rank=peer.rank)
             case Persist():
-                sealed = job.slots.sealed(peer.rank, message.index, message.generation)
+                sealed = job.slots.hold(peer.rank, message.index, message.generation)
                 if sealed is None:
                     text = f"a slot was handed in that is not sealed. snapshot={message.snapshot} rank={peer.rank}"
                     lost = InternalError(text)
@@ -202,7 +204,7 @@ class Desk:
                 else:
                     uploads.persist(peer.rank, replace(sealed, shared=dict(message.shared)), message.tags)
 
-    def _answer(self, peer: Peer, call_id: int, future: Future[T], reply: Callable[[T], Reply]) -> None:
+    def _answer(self, peer: ClientConnection, call_id: int, future: Future[T], reply: Callable[[T], Reply]) -> None:
         """Answer a call when ``future`` is done, from the loop."""
 
         def send() -> None:

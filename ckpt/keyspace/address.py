@@ -18,7 +18,7 @@ PORT = 2379
 class EtcdOptions:
     """Where etcd is and how it is spoken to. ``endpoints``: ``host:port`` each; files are paths of PEM files.
 
-    With ``ca`` all calls go over TLS; ``cert`` and ``key`` are this client's own. ``call_s``: how long one endpoint may take.
+    With ``ca`` all calls go over TLS; ``cert`` and ``key`` are this client's own. ``call_timeout_s``: how long one endpoint may take.
     """
 
     endpoints: tuple[str, ...]
@@ -52,13 +52,13 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
-ETCD = "etcd://"
+ETCD_SCHEME = "etcd://"
 _GIVEN = {"ca", "cert", "key", "user", "password_file"}
 
 
-def where_of(spec: NodesSpec) -> EtcdOptions | Path:
+def keyspace_location(spec: NodesSpec) -> EtcdOptions | Path:
     """Where the nodes of a job meet. Raises UsageError where a file that it names can't be read."""
-    if not spec.where.startswith(ETCD):
+    if not spec.where.startswith(ETCD_SCHEME):
         return Path(spec.where)
     return EtcdOptions(
         endpoints=_endpoints(spec.where), ca=_path(spec.ca_file), cert=_path(spec.cert_file), key=_path(spec.key_file),
@@ -66,15 +66,15 @@ def where_of(spec: NodesSpec) -> EtcdOptions | Path:
     )  # fmt: skip
 
 
-def etcd_of(address: str) -> EtcdOptions:
+def parse_etcd_url(address: str) -> EtcdOptions:
     """``etcd://host:port,host:port``, then perhaps ``?ca=FILE&cert=FILE&key=FILE&user=NAME&password_file=FILE``. UsageError."""
     hosts, _, query = address.partition("?")
     try:
         given = dict(parse_qsl(query, strict_parsing=True)) if query else {}
     except ValueError as error:
         raise UsageError(f"not an address of etcd. address={address!r} why={error}") from error
-    if not hosts.startswith(ETCD) or (unknown := sorted(set(given) - _GIVEN)):
-        what = f"unknown={unknown}" if hosts.startswith(ETCD) else "it begins with etcd://"
+    if not hosts.startswith(ETCD_SCHEME) or (unknown := sorted(set(given) - _GIVEN)):
+        what = f"unknown={unknown}" if hosts.startswith(ETCD_SCHEME) else "it begins with etcd://"
         raise UsageError(f"not an address of etcd. address={address!r} {what}")
     return EtcdOptions(
         endpoints=_endpoints(hosts), ca=_path(given.get("ca", "")), cert=_path(given.get("cert", "")),
@@ -83,7 +83,7 @@ def etcd_of(address: str) -> EtcdOptions:
 
 
 def _endpoints(where: str) -> tuple[str, ...]:
-    return tuple(where.removeprefix(ETCD).split(","))
+    return tuple(where.removeprefix(ETCD_SCHEME).split(","))
 
 
 def _path(text: str) -> Path | None:

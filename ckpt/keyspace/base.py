@@ -104,13 +104,13 @@ class Transaction:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TransactionResult:
     """What a transaction did: whether it held, the service's revision, and what each read found, in key order.
 
     ``service``: which of all services answered; 0 where there is only one that it can be.
     """
 
-    held: bool
+    succeeded: bool
     revision: int
     found: tuple[tuple[KeyValue, ...], ...]
     service: int = 0
@@ -131,7 +131,7 @@ class Keyspace(Protocol):
     refuses, and NotFoundError where a key was to be put under a lease that does not exist.
     """
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         """Do a transaction, linearizably: it sees all that was answered before it was asked for."""
         ...
 

@@ -32,9 +32,9 @@ from ckpt.keyspace.base import (
     KeyValue,
     Leased,
     NoneOf,
-    Outcome,
     Put,
     Transaction,
+    TransactionResult,
     Unchanged,
 )
 
@@ -56,7 +56,7 @@ _DENIED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _AUTH_WORDS = ("auth", "user name is empty", "revision of auth store is old")
 
 
-class EtcdCalls:
+class EtcdClient:
     """Safe to be called from several threads. Belongs to the process that made it: what grpc has does not outlive a fork."""
 
     def __init__(self, options: EtcdOptions) -> None:
@@ -73,7 +73,7 @@ class EtcdCalls:
         """Which endpoint is asked now."""
         return self._number
 
-    def call(self, ask: Callable[[etcd3.MultiEndpointEtcd3Client], T], *, what: str) -> T:
+    def call(self, ask: Callable[[etcd3.MultiEndpointEtcd3Client], T], *, operation: str) -> T:
         """The answer of the first endpoint that gives one; what is asked must be harmless when it is done twice.
 
         Raises UnavailableError where none did, and what an answer that refuses means.
@@ -84,11 +84,11 @@ class EtcdCalls:
             try:
                 return self._ask(ask, self.client(number))
             except (etcd3.exceptions.Etcd3Exception, grpc.RpcError) as error:
-                if (refusal := _refusal(error, what)) is not None:
+                if (refusal := _refusal(error, operation)) is not None:
                     raise refusal from error
                 whys.append(f"{self._options.endpoints[number]}: {_text(error)}")
                 self.failed(number)
-        raise UnavailableError(f"etcd did not answer. asked={what} answers={whys} repeat later")
+        raise UnavailableError(f"etcd did not answer. asked={operation} answers={whys} repeat later")
 
     def _ask(self, ask: Callable[[etcd3.MultiEndpointEtcd3Client], T], client: etcd3.MultiEndpointEtcd3Client) -> T:
         try:
@@ -203,7 +203,7 @@ def _refusal(error: Exception, what: str) -> CkptError | None:
 # Between the words of a keyspace and etcd's messages.
 
 
-def root_of(job: str) -> str:
+def key_prefix(job: str) -> str:
     """The prefix of a job's keys. A name that holds a slash can't reach into another job."""
     return f"/ckpt/{quote(job, safe='')}/"
 
@@ -218,12 +218,12 @@ def txn_request(root: str, transaction: Transaction) -> etcdrpc.TxnRequest:
     )
 
 
-def outcome(root: str, transaction: Transaction, response: etcdrpc.TxnResponse) -> Outcome:
+def transaction_result(root: str, transaction: Transaction, response: etcdrpc.TxnResponse) -> TransactionResult:
     """What etcd answered."""
     count = len(transaction.reads)
     reads = response.responses[len(response.responses) - count :]
     found = tuple(tuple(_found(root, kv) for kv in read.response_range.kvs) for read in reads)
-    return Outcome(response.succeeded, response.header.revision, found, response.header.cluster_id)
+    return TransactionResult(response.succeeded, response.header.revision, found, response.header.cluster_id)
 
 
 def watch_request(root: str, keys: Keys, first: int) -> etcdrpc.WatchRequest:
@@ -292,7 +292,7 @@ _JOIN_S = 10.0
 class EtcdWatch:
     """``after``: all changes after that revision are seen. ``beat_s``: how often the stream is asked whether it lives."""
 
-    def __init__(self, calls: EtcdCalls, root: str, ranges: tuple[Keys, ...], *, after: int, beat_s: float) -> None:
+    def __init__(self, calls: EtcdClient, root: str, ranges: tuple[Keys, ...], *, after: int, beat_s: float) -> None:
         self._calls = calls
         self.root = root
         self.ranges = ranges
@@ -303,7 +303,7 @@ class EtcdWatch:
         self._newest = after
         self._resets = 0
         self._behind = 0
-        self._stream: _Stream | None = None
+        self._stream: _WatchStream | None = None
         self.stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ckpt-watch", daemon=True)
         self._thread.start()
@@ -329,7 +329,7 @@ class EtcdWatch:
         while not self.stopping.is_set():
             number = self._calls.number
             try:
-                self._stream = _Stream(self, self._calls.client(number), partial(self._uses, number))
+                self._stream = _WatchStream(self, self._calls.client(number), partial(self._uses, number))
                 self._stream.read()
             except (grpc.RpcError, etcd3.exceptions.Etcd3Exception, CkptError):
                 # Whatever it was, nothing is missed: the next stream begins where this one ended.
@@ -370,7 +370,7 @@ class EtcdWatch:
             return self._newest + 1
 
 
-class _Stream:
+class _WatchStream:
     """One stream to one endpoint, as long as calls go there too (``used``).
 
     A member that is cut off from the others goes on to answer that nothing changes; calls are refused there, and go elsewhere.
@@ -422,23 +422,23 @@ class EtcdKeyspace:
 
     def __init__(self, options: EtcdOptions, job: str) -> None:
         self._options = options
-        self._root = root_of(job)
-        self._calls = EtcdCalls(options)
+        self._root = key_prefix(job)
+        self._calls = EtcdClient(options)
         self._lock = threading.Lock()
         self._watches: dict[tuple[Keys, ...], EtcdWatch] = {}
         self._closed = False
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         """See Keyspace. One of reads only is linearizable as well: etcd asks its majority first."""
         request = txn_request(self._root, transaction)
 
-        def ask(client: etcd3.MultiEndpointEtcd3Client) -> Outcome:
+        def ask(client: etcd3.MultiEndpointEtcd3Client) -> TransactionResult:
             response = client.kvstub.Txn(
                 request, client.timeout, credentials=client.call_credentials, metadata=client.metadata
             )
-            return outcome(self._root, transaction, response)
+            return transaction_result(self._root, transaction, response)
 
-        return self._calls.call(ask, what="transaction")
+        return self._calls.call(ask, operation="transaction")
 
     def grant(self, lease_id: int, ttl_s: float) -> Grant:
         """See Keyspace. etcd counts in whole seconds, and grants no less than it finds sensible."""
@@ -449,7 +449,7 @@ class EtcdKeyspace:
             except etcd3.exceptions.PreconditionFailedError:  # an earlier try made it
                 return float(client.get_lease_info(lease_id).grantedTTL)
 
-        return Grant(lease_id, self._calls.call(ask, what="lease"))
+        return Grant(lease_id, self._calls.call(ask, operation="lease"))
 
     def renew(self, lease_id: int) -> float:
         """See Keyspace."""
@@ -460,12 +460,12 @@ class EtcdKeyspace:
                 raise etcd3.exceptions.ConnectionFailedError
             return float(answers[-1].TTL)
 
-        return self._calls.call(ask, what="keepalive")
+        return self._calls.call(ask, operation="keepalive")
 
     def revoke(self, lease_id: int) -> None:
         """See Keyspace."""
         try:
-            self._calls.call(lambda client: client.revoke_lease(lease_id), what="end of a lease")
+            self._calls.call(lambda client: client.revoke_lease(lease_id), operation="end of a lease")
         except NotFoundError:
             return
 

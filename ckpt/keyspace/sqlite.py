@@ -26,17 +26,17 @@ from ckpt.keyspace.base import (
     KeyValue,
     Leased,
     NoneOf,
-    Outcome,
     Put,
     Transaction,
+    TransactionResult,
     Unchanged,
 )
 
 BUSY_S = 10.0
 """How long a transaction waits for those of other processes."""
-TURN_S = 0.001
+LOCK_POLL_S = 0.001
 """How often it looks whether it is its turn."""
-PAUSE_S = 0.02
+WAIT_POLL_S = 0.02
 """How often a wait looks."""
 CHANGES_KEPT = 1024
 """Of how many changes a wait can tell whether they concern it."""
@@ -89,7 +89,7 @@ class SqliteKeyspace:
         except (sqlite3.Error, OSError) as error:
             raise UnavailableError(f"the membership's file can't be made. file={path} why={error}") from error
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         """See Keyspace."""
         with self._changing(sync=any(isinstance(op, Put) and not op.lease_id for op in transaction.then)) as db:
             held = all(_holds(db, compare) for compare in transaction.when)
@@ -100,7 +100,7 @@ class SqliteKeyspace:
                     _apply(db, op, revision)
                 _advance(db, revision)
             found = tuple(tuple(_read(db, keys)) for keys in transaction.reads)
-        return Outcome(held, revision, found)
+        return TransactionResult(held, revision, found)
 
     def grant(self, lease_id: int, ttl_s: float) -> Grant:
         """See Keyspace."""
@@ -128,7 +128,7 @@ class SqliteKeyspace:
             _end(db, [lease_id])
 
     def wait(self, ranges: tuple[Keys, ...], after: int, *, timeout_s: float) -> bool:
-        """See Keyspace. Looks every ``PAUSE_S``."""
+        """See Keyspace. Looks every ``WAIT_POLL_S``."""
         until_s = time.monotonic() + timeout_s
         changed = partial(_changed, ranges=ranges, after=after)
         with self._translated(), self._connected() as db:
@@ -139,7 +139,7 @@ class SqliteKeyspace:
                 if changed(db):
                     return True
                 left_s = until_s - time.monotonic()
-                if left_s <= 0 or self._closed.wait(min(PAUSE_S, left_s)):
+                if left_s <= 0 or self._closed.wait(min(WAIT_POLL_S, left_s)):
                     return False
 
     def close(self) -> None:
@@ -263,7 +263,7 @@ def _keep_wal(db: sqlite3.Connection) -> None:
         except sqlite3.OperationalError:
             if time.monotonic() > until_s:
                 raise
-        time.sleep(PAUSE_S)
+        time.sleep(WAIT_POLL_S)
 
 
 @contextmanager
@@ -288,5 +288,5 @@ def _begin(db: sqlite3.Connection) -> None:
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > until_s:
                 raise
-        time.sleep(TURN_S)
+        time.sleep(LOCK_POLL_S)
     db.execute(f"PRAGMA busy_timeout={int(BUSY_S * 1000)}")

@@ -13,8 +13,16 @@ from ckpt.format import keys
 from ckpt.format.manifest import MANIFEST_BYTES_MAX
 from ckpt.format.records import Record
 from ckpt.format.store import JOB_BYTES_MAX, SEQUENCER_STORE, JobRecord
-from ckpt.log.reader import Note, read_on, read_start, record_bytes
-from ckpt.log.sequencers import Claimed, Lost, Sequencer, StoreSequencer, Unknown, create_once, require_create_only
+from ckpt.log.reader import LogNote, read_new, read_start, record_bytes
+from ckpt.log.sequencers import (
+    Appended,
+    KeyTaken,
+    Sequencer,
+    StoreSequencer,
+    WriteUnknown,
+    create_once,
+    require_create_only,
+)
 from ckpt.log.state import LogState
 
 # Finding or making a store: ``ckpt.json``.
@@ -79,11 +87,11 @@ def _create(backend: Backend, job: str | None) -> JobRecord:
     require_create_only(backend)
     mine = JobRecord(job=job, store_id=secrets.token_hex(16))
     match create_once(backend, keys.JOB_KEY, mine.encode(), bytes_max=JOB_BYTES_MAX):
-        case Claimed():
+        case Appended():
             return mine
-        case Lost(data):
+        case KeyTaken(data):
             return JobRecord.decode(data)
-        case Unknown(why):
+        case WriteUnknown(why):
             raise UnavailableError(f"the store did not answer while it was made. store={backend.url} why={why}")
 
 
@@ -100,11 +108,11 @@ class LogAccess(Protocol):
         """The log's id."""
         ...
 
-    def start(self) -> tuple[LogState, tuple[Note, ...]]:
+    def read_start(self) -> tuple[LogState, tuple[LogNote, ...]]:
         """The state to begin at, and what was passed over on the way to it."""
         ...
 
-    def read_on(self, state: LogState) -> LogState:
+    def read_new(self, state: LogState) -> LogState:
         """``state`` and all records after it. Raises UnavailableError, and FormatVersionError for a newer release's record."""
         ...
 
@@ -112,11 +120,11 @@ class LogAccess(Protocol):
         """The bytes of a record that counts. Raises NotFoundError, IntegrityError, UnavailableError."""
         ...
 
-    def require_giver(self, state: LogState) -> None:
+    def require_sequencer(self, state: LogState) -> None:
         """Raises UsageError where this process can't give out places after ``state``. May ask stores what they can do."""
         ...
 
-    def claim(self, state: LogState, record: Record) -> Claimed | Lost | Unknown:
+    def append(self, state: LogState, record: Record) -> Appended | KeyTaken | WriteUnknown:
         """Make ``record`` the one at its place after ``state``, durable on enough stores. Repeating it is harmless.
 
         Raises UnavailableError where the log is not where it was, or its last record could not be made durable first;
@@ -124,23 +132,23 @@ class LogAccess(Protocol):
         """
         ...
 
-    def finish(self, state: LogState) -> Lost | Unknown | None:
+    def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
         """Make sure that the last record of ``state``, as it was read last, counts for good; None where it does.
 
         Lost where another has its place: the log is to be read again. Raises as ``claim`` does.
         """
         ...
 
-    def put_fold(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
+    def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """Store a fold, where it is not there yet."""
         ...
 
-    def put_manifest(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
+    def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """Store a manifest, durable, where it is not there yet."""
         ...
 
 
-class OneStore:
+class SingleStoreLog:
     """A log in one store, whose own create-if-absent gives out the places."""
 
     __slots__ = ("_backend", "_record", "_sequencer")
@@ -165,13 +173,13 @@ class OneStore:
         """The store's own id."""
         return self._record.store_id
 
-    def start(self) -> tuple[LogState, tuple[Note, ...]]:
+    def read_start(self) -> tuple[LogState, tuple[LogNote, ...]]:
         """See LogAccess."""
         return read_start(self._backend, self._record.job)
 
-    def read_on(self, state: LogState) -> LogState:
+    def read_new(self, state: LogState) -> LogState:
         """See LogAccess. What is newest can't be known where this is one of several stores."""
-        state = read_on(self._backend, state)
+        state = read_new(self._backend, state)
         if state.stores is None or state.stores.answers_min == 1:
             return state
         return replace(state, short=(
@@ -183,7 +191,7 @@ class OneStore:
         """See LogAccess."""
         return record_bytes(self._backend, seq)
 
-    def require_giver(self, state: LogState) -> None:
+    def require_sequencer(self, state: LogState) -> None:
         """See LogAccess. Asked for at the first write only: finding out what a store can do may write to it."""
         if state.stores is not None and len(state.stores.ids) > 1:
             raise UsageError(
@@ -199,21 +207,21 @@ class OneStore:
             require_create_only(self._backend)
             self._sequencer = StoreSequencer(self._backend)
 
-    def claim(self, state: LogState, record: Record) -> Claimed | Lost | Unknown:
+    def append(self, state: LogState, record: Record) -> Appended | KeyTaken | WriteUnknown:
         """See LogAccess."""
-        self.require_giver(state)
+        self.require_sequencer(state)
         assert self._sequencer is not None
         require_same_store(self._backend, self._record)
-        return self._sequencer.claim(record.seq, record.encode())
+        return self._sequencer.append(record.seq, record.encode())
 
-    def finish(self, state: LogState) -> Lost | Unknown | None:
+    def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
         """See LogAccess. What is there counts."""
         return None
 
-    def put_fold(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
+    def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """See LogAccess."""
         return create_once(self._backend, key, data, bytes_max=len(data) + 1)
 
-    def put_manifest(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
+    def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """See LogAccess."""
         return create_once(self._backend, key, data, bytes_max=MANIFEST_BYTES_MAX)

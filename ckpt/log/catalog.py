@@ -31,16 +31,16 @@ def snapshots(backend: Backend, state: LogState) -> tuple[SnapshotInfo, ...]:
     def read(entry: Committed) -> SnapshotInfo:
         names = tags.get(entry.snapshot, ())
         try:
-            return _info(_manifest(backend, state, entry), names, stale=bool(state.unsure))
+            return _info(_manifest(backend, state, entry), names, stale=bool(state.stale_reason))
         except (IntegrityError, FormatVersionError, NotFoundError) as error:
-            return _unreadable(entry, names, stale=bool(state.unsure), why=str(error))
+            return _unreadable(entry, names, stale=bool(state.stale_reason), why=str(error))
 
     return tuple(read_all(state.snapshots, read))
 
 
 def info_of(manifest: Manifest, state: LogState) -> SnapshotInfo:
     """What users see of the snapshot of ``manifest``, with the tags of ``state``; ``maybe_stale`` where it has a hole."""
-    return _info(manifest, _tags_by_snapshot(state).get(manifest.snapshot, ()), stale=bool(state.unsure))
+    return _info(manifest, _tags_by_snapshot(state).get(manifest.snapshot, ()), stale=bool(state.stale_reason))
 
 
 def load_manifest(backend: Backend, state: LogState, snapshot: SnapshotId) -> Manifest:

@@ -15,15 +15,15 @@ from ckpt.log.state import (
     RECENT_MAX,
     Committed,
     Hole,
+    LineageSegment,
     LogState,
-    Opened,
-    Segment,
+    OpenedEpoch,
     StoreSet,
-    Tagged,
+    TagEntry,
     Void,
     VoidCode,
-    segments,
-    whole,
+    lineage_segments,
+    whole_epoch,
 )
 from ckpt.values import SnapshotId
 
@@ -31,7 +31,7 @@ from ckpt.values import SnapshotId
 # frozen again.
 
 
-class Working:
+class FoldBuilder:
     """One fold in progress. Never leaves this room; O(state) to make and to freeze, O(1) for most records."""
 
     __slots__ = (
@@ -53,7 +53,7 @@ class Working:
     def __init__(self, state: LogState) -> None:
         self.next_seq = state.next_seq
         self.head_digest = state.head_digest
-        self.opens: dict[int, Opened] = {opened.epoch: opened for opened in state.opens}
+        self.opens: dict[int, OpenedEpoch] = {opened.epoch: opened for opened in state.opens}
         self.epoch = state.epoch
         self.snapshots: dict[SnapshotId, Committed] = {}
         self.steps: dict[int, dict[int, None]] = {}
@@ -76,7 +76,7 @@ class Working:
             head_digest=self.head_digest,
             opens=tuple(self.opens.values()),
             snapshots=tuple(self.snapshots.values()),
-            tagged=tuple(Tagged(name, self.tags[name]) for name in sorted(self.tags)),
+            tagged=tuple(TagEntry(name, self.tags[name]) for name in sorted(self.tags)),
             floor=self.floor,
             stores=self.stores,
             voids=tuple(self.voids),
@@ -84,7 +84,7 @@ class Working:
             recent=tuple(self._recent),
         )
 
-    def step_on(self, record: Record) -> None:
+    def advance(self, record: Record) -> None:
         """Move the head past ``record`` and remember its write id."""
         self.next_seq = record.seq + 1
         self.head_digest = record.digest
@@ -96,7 +96,7 @@ class Working:
             if not self._write_ids[gone]:
                 del self._write_ids[gone]
 
-    def seen(self, write_id: str) -> bool:
+    def has_write_id(self, write_id: str) -> bool:
         """Whether one of the last 1,024 records had this write id."""
         return write_id in self._write_ids
 
@@ -105,7 +105,7 @@ class Working:
         self.voids.append(Void(seq, code, reason))
         self.voids_total += 1
 
-    def open(self, opened: Opened) -> None:
+    def open(self, opened: OpenedEpoch) -> None:
         """Count an ``open``."""
         self.opens[opened.epoch] = opened
         self.epoch = opened.epoch
@@ -121,17 +121,17 @@ class Working:
         del self.snapshots[pair]
         del self.steps[pair.epoch][pair.step]
 
-    def kept(self) -> SnapshotId | None:
+    def protected_snapshot(self) -> SnapshotId | None:
         """The snapshot that no drop may take: the newest on the line, or where the line holds none the greatest of all.
 
         Without the second half, a job that was started afresh could drop all that it has before its first commit.
         """
-        for segment in segments(self.opens, whole(self.epoch)):
+        for segment in lineage_segments(self.opens, whole_epoch(self.epoch)):
             if (step := self._last_up_to(segment)) is not None:
                 return SnapshotId(segment.epoch, step)
         return max(self.snapshots, default=None)
 
-    def _last_up_to(self, segment: Segment) -> int | None:
+    def _last_up_to(self, segment: LineageSegment) -> int | None:
         for step in reversed(self.steps.get(segment.epoch, {})):
             if segment.last_step is None or step <= segment.last_step:
                 return step
@@ -142,12 +142,12 @@ class Working:
         self.steps.setdefault(entry.snapshot.epoch, {})[entry.snapshot.step] = None
 
 
-Refusal = tuple[VoidCode, str]
+VoidReason = tuple[VoidCode, str]
 
 
-def refusal(log: Working, record: Record) -> Refusal | None:
+def void_reason(log: FoldBuilder, record: Record) -> VoidReason | None:
     """Why ``record`` counts for nothing after ``log``, or None where it counts."""
-    if log.seen(record.write_id):
+    if log.has_write_id(record.write_id):
         # A put whose reply was lost, and that was repeated at a later place.
         return "repeat", f"this write was recorded before. write_id={record.write_id}"
     match record.body:
@@ -172,11 +172,11 @@ def refusal(log: Working, record: Record) -> Refusal | None:
             return None
 
 
-def apply(log: Working, record: Record) -> None:
+def apply(log: FoldBuilder, record: Record) -> None:
     """Change ``log`` by a record that counts."""
     match record.body:
         case Open(epoch, resume):
-            log.open(Opened(epoch, record.seq, resume))
+            log.open(OpenedEpoch(epoch, record.seq, resume))
         case Commit(snapshot, manifest_digest, base):
             log.commit(Committed(snapshot, manifest_digest, base, record.seq, record.epoch))
         case Drop(snapshots, floor):
@@ -193,7 +193,7 @@ def apply(log: Working, record: Record) -> None:
             log.stores = StoreSet(ids, write_quorum, sequencer)
 
 
-def _refuse_open(log: Working, writer_epoch: int, body: Open) -> Refusal | None:
+def _refuse_open(log: FoldBuilder, writer_epoch: int, body: Open) -> VoidReason | None:
     if writer_epoch != body.epoch:
         # Its writer claims to act in one epoch and opens another: no honest writer does.
         return "epoch-not-new", f"opened by a writer of another epoch. epoch={body.epoch} writer={writer_epoch}"
@@ -205,7 +205,7 @@ def _refuse_open(log: Working, writer_epoch: int, body: Open) -> Refusal | None:
     return None
 
 
-def _refuse_commit(log: Working, writer_epoch: int, body: Commit) -> Refusal | None:
+def _refuse_commit(log: FoldBuilder, writer_epoch: int, body: Commit) -> VoidReason | None:
     pair = body.snapshot
     if writer_epoch < log.epoch:
         return "fenced", f"a newer epoch is open. writer={writer_epoch} newest={log.epoch}"
@@ -229,8 +229,8 @@ def _refuse_commit(log: Working, writer_epoch: int, body: Commit) -> Refusal | N
     return None
 
 
-def _refuse_drop(log: Working, body: Drop) -> Refusal | None:
-    kept = log.kept()
+def _refuse_drop(log: FoldBuilder, body: Drop) -> VoidReason | None:
+    kept = log.protected_snapshot()
     if kept is not None and kept in body.snapshots:
         return "newest-kept", f"the newest snapshot is never dropped. snapshot={kept}"
     named = {pair: tag for tag, pair in log.tags.items()}
@@ -253,7 +253,7 @@ def _refuse_drop(log: Working, body: Drop) -> Refusal | None:
 # to packs, and packs are kept by what refers to them. Dropping it before the commit makes the
 # commit void. Writing the same record twice is one record.
 
-__all__ = ["LogState", "Unreadable", "empty", "fold", "verdict"]
+__all__ = ["LogState", "Unreadable", "empty", "fold", "void_if_appended"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,29 +277,29 @@ def fold(state: LogState, records: Sequence[Record | Unreadable]) -> LogState:
     """
     if state.hole is not None or not records:
         return state
-    log = Working(state)
+    log = FoldBuilder(state)
     for record in records:
         if (hole := _hole(state.job, log, record)) is not None:
             return replace(log.freeze(state), hole=hole)
         assert isinstance(record, Record)
-        if (why := refusal(log, record)) is not None:
+        if (why := void_reason(log, record)) is not None:
             log.void(record.seq, *why)
         else:
             apply(log, record)
-        log.step_on(record)
+        log.advance(record)
     return log.freeze(state)
 
 
-def verdict(state: LogState, record: Record) -> Void | None:
+def void_if_appended(state: LogState, record: Record) -> Void | None:
     """Why ``record`` would count for nothing as the next record after ``state``, or None where it would count.
 
     The seq and chain of ``record`` are the caller's to get right. O(state).
     """
-    why = refusal(Working(state), record)
+    why = void_reason(FoldBuilder(state), record)
     return None if why is None else Void(record.seq, *why)
 
 
-def _hole(job: str, log: Working, record: Record | Unreadable) -> Hole | None:
+def _hole(job: str, log: FoldBuilder, record: Record | Unreadable) -> Hole | None:
     at = log.next_seq
     if record.seq != at:
         return Hole(at, f"record is missing. next_found={record.seq}")
@@ -315,7 +315,7 @@ def _hole(job: str, log: Working, record: Record | Unreadable) -> Hole | None:
 # What a record that counts for nothing means to who wrote it. Pure.
 
 
-def refused(void: Void) -> ConflictError:
+def void_error(void: Void) -> ConflictError:
     """The error for a record that is, or would be, void: FencedError where the writer must stop, else ConflictError."""
     match void.code:
         case "fenced":
@@ -328,8 +328,8 @@ def refused(void: Void) -> ConflictError:
             return ConflictError(f"{void.reason} code={void.code}")
 
 
-def settled(state: LogState, seq: int) -> None:
+def require_counted(state: LogState, seq: int) -> None:
     """Raises the fitting error where the record at ``seq`` is void in ``state``."""
     void = state.void_at(seq)
     if void is not None:
-        raise refused(void)
+        raise void_error(void)

@@ -25,11 +25,11 @@ from ckpt.format.manifest import Manifest
 from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, decode_record, make_record
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import info_of
-from ckpt.log.fold import fold, refused, settled, verdict
+from ckpt.log.fold import fold, require_counted, void_error, void_if_appended
 from ckpt.log.open import open_log
-from ckpt.log.reader import Note
-from ckpt.log.select import Chosen, require_newest
-from ckpt.log.sequencers import Claimed, Lost, Unknown
+from ckpt.log.reader import LogNote
+from ckpt.log.select import ResumeChoice, require_newest
+from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
 from ckpt.log.state import LogState, StoreSet
 from ckpt.log.stored_fold import encode_fold, fold_due
 from ckpt.values import SnapshotId, SnapshotInfo
@@ -56,7 +56,7 @@ class Journal:
         self._url = url
         self._lock = threading.RLock()
         self._state: LogState | None = None
-        self._notes: deque[Note] = deque(maxlen=NOTES_MAX)
+        self._notes: deque[LogNote] = deque(maxlen=NOTES_MAX)
 
     @classmethod
     def open(cls, backend: Backend, *, job: str | None = None, create: bool = False) -> Journal:
@@ -84,7 +84,7 @@ class Journal:
         return self._access.log_id
 
     @property
-    def notes(self) -> tuple[Note, ...]:
+    def notes(self) -> tuple[LogNote, ...]:
         """What went wrong beside the point and was got around: folds passed over or not written. The last 100."""
         return tuple(self._notes)
 
@@ -96,12 +96,12 @@ class Journal:
         """
         with self._lock:
             if self._state is None:
-                self._state, notes = self._access.start()
+                self._state, notes = self._access.read_start()
                 self._notes.extend(notes)
-            self._state = self._access.read_on(self._state)
+            self._state = self._access.read_new(self._state)
             return self._state
 
-    def refresh_sure(self) -> LogState:
+    def refresh_confirmed(self) -> LogState:
         """As ``refresh``, with a last record that certainly counts: for who deletes, or tells that something is durable.
 
         A reader may take a record for the last one whose writer is not done, and which may come to nothing; here it is first
@@ -123,7 +123,7 @@ class Journal:
         IntegrityError where the log has a hole, UsageError where this store can't give out places.
         """
         state, seq = self._append(lambda _: (body, epoch), write_id or new_write_id())
-        settled(state, seq)
+        require_counted(state, seq)
         return state
 
     def write_id_of(self, seq: int) -> str:
@@ -137,7 +137,7 @@ class Journal:
             return ""
 
     def open_epoch(
-        self, *, resume: SnapshotId | None, write_id: str | None = None, chosen: Chosen | None = None
+        self, *, resume: SnapshotId | None, write_id: str | None = None, choice: ResumeChoice | None = None
     ) -> int:
         """Open the next epoch, whose training goes on from ``resume`` (None: afresh), and return its number.
 
@@ -147,12 +147,12 @@ class Journal:
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
-            require_newest(state, resume, chosen)
+            require_newest(state, resume, choice)
             epoch = state.epoch + 1
             return Open(epoch, resume), epoch
 
         state, seq = self._append(draft, write_id or new_write_id())
-        settled(state, seq)
+        require_counted(state, seq)
         found = next((opened.epoch for opened in state.opens if opened.seq == seq), None)
         if found is None:
             raise InternalError(f"an open that counts is not in the state. seq={seq}")
@@ -198,7 +198,7 @@ class Journal:
             return body, state.epoch
 
         state, seq = self._append(draft, new_write_id())
-        settled(state, seq)
+        require_counted(state, seq)
         return state
 
     def tag(self, name: str, snapshot: SnapshotId, *, epoch: int | None = None) -> LogState:
@@ -216,7 +216,7 @@ class Journal:
             return Tag(name, snapshot), state.epoch
 
         state, seq = self._append(draft, new_write_id())
-        settled(state, seq)
+        require_counted(state, seq)
         return state
 
     def untag(self, name: str) -> LogState:
@@ -225,7 +225,7 @@ class Journal:
 
     def _append_now(self, body: Body) -> LogState:
         state, seq = self._append(lambda state: (body, state.epoch), new_write_id())
-        settled(state, seq)
+        require_counted(state, seq)
         return state
 
     def _before_commit(self, body: Commit, epoch: int) -> LogState:
@@ -233,7 +233,7 @@ class Journal:
         for _ in range(RACES_MAX):
             state = self.refresh()
             if _committed(state, body):
-                return self.refresh_sure()
+                return self.refresh_confirmed()
             if self._check(state, self._make(state, body, epoch, new_write_id())):
                 return state
         raise ConflictError(f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later")
@@ -243,7 +243,7 @@ class Journal:
             return self.append(body, epoch=epoch)
         except ConflictError:
             # Another keeper may have committed the very same snapshot in between.
-            state = self.refresh_sure()
+            state = self.refresh_confirmed()
             if _committed(state, body):
                 return state
             raise
@@ -260,14 +260,14 @@ class Journal:
                 record = self._make(state, *draft(state), write_id)
                 if not self._check(state, record):
                     continue
-                match self._access.claim(state, record):
-                    case Claimed():
+                match self._access.append(state, record):
+                    case Appended():
                         self._state = state = fold(state, [record])
                         self._store_fold(state)
                         return state, record.seq
-                    case Lost():
+                    case KeyTaken():
                         continue  # the next refresh reads what is there
-                    case Unknown(why):
+                    case WriteUnknown(why):
                         raise CommitUnknownError(
                             f"the store did not answer; the record may be there or come yet. "
                             f"key={keys.log_key(record.seq)} write_id={write_id} why={why} repeat the same call"
@@ -276,12 +276,12 @@ class Journal:
 
     def _sure(self, state: LogState) -> bool:
         """Whether the last record of ``state`` counts for good; False where another came first."""
-        match self._access.finish(state):
+        match self._access.confirm_last(state):
             case None:
                 return True
-            case Lost():
+            case KeyTaken():
                 return False
-            case Unknown(why):
+            case WriteUnknown(why):
                 raise CommitUnknownError(
                     f"the log's last record is on too few stores, and can't be brought to more now. seq={state.next_seq - 1} "
                     f"why={why} repeat the same call"
@@ -302,21 +302,21 @@ class Journal:
                 f"the log has a hole, so nothing can be added. key={keys.log_key(state.hole.seq)} "
                 f"why={state.hole.reason} bring that object back from a copy of the store ({self._url})"
             )
-        self._access.require_giver(state)
-        if (void := verdict(state, record)) is not None:
+        self._access.require_sequencer(state)
+        if (void := void_if_appended(state, record)) is not None:
             if not self._sure(state):
                 return False
-            raise refused(void)
+            raise void_error(void)
         return True
 
     def _put_manifest(self, key: str, data: bytes) -> None:
         match self._access.put_manifest(key, data):
-            case Lost(found) if found != data:
+            case KeyTaken(found) if found != data:
                 raise IntegrityError(
                     f"a manifest's bytes differ from the digest in its key. key={key} store={self._url} "
                     f"delete that object and repeat"
                 )
-            case Unknown(why):
+            case WriteUnknown(why):
                 raise UnavailableError(f"the manifest could not be stored, nothing is committed. key={key} why={why}")
             case _:
                 return
@@ -331,12 +331,12 @@ class Journal:
             found = self._access.put_fold(key, data)
         except CkptError as error:
             # Readers do without it; the record that was appended counts all the same.
-            self._notes.append(Note("fold not written", key, str(error)))
+            self._notes.append(LogNote("fold not written", key, str(error)))
             return
-        if isinstance(found, Unknown):
-            self._notes.append(Note("fold not written", key, found.why))
-        elif isinstance(found, Lost) and found.data != data:
-            self._notes.append(Note("fold not written", key, "other bytes are there"))
+        if isinstance(found, WriteUnknown):
+            self._notes.append(LogNote("fold not written", key, found.reason))
+        elif isinstance(found, KeyTaken) and found.data != data:
+            self._notes.append(LogNote("fold not written", key, "other bytes are there"))
 
 
 def new_write_id() -> str:

@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import Replicated
+from ckpt.backends.checked import MultiStoreBackend
 from ckpt.errors import ConflictError, FencedError, NotFoundError, UnavailableError, UsageError
 from ckpt.format import keys
 from ckpt.format.records import BY_STORES, Stores, make_record
 from ckpt.format.store import JobRecord
-from ckpt.log.access import LogAccess, OneStore, open_store
-from ckpt.log.copies import Copies
-from ckpt.log.quorum import Silent, stand_in
-from ckpt.log.replicated import SeveralStores, silent
-from ckpt.log.sequencers import Claimed, Lost, Unknown, giver_beside
+from ckpt.log.access import LogAccess, SingleStoreLog, open_store
+from ckpt.log.quorum import NoAnswer, placeholder_id
+from ckpt.log.replicas import LogReplicas
+from ckpt.log.replicated import ReplicatedLog, silent_stores
+from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown, external_sequencer
 from ckpt.log.state import LogState
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LogLocation:
     """Where a log lies: its job and id. ``fresh``: none of the stores that answered belonged to any.
 
     ``ids`` of its stores, in the user's order; empty for one that did not answer or belongs to no log.
@@ -33,13 +33,13 @@ class Place:
     ids: tuple[str, ...] = ()
 
 
-def open_places(copies: Copies, *, write_quorum: int, job: str | None, create: bool) -> Place:
+def locate_log(copies: LogReplicas, *, write_quorum: int, job: str | None, create: bool) -> LogLocation:
     """The log on these stores; made for ``job`` where they are empty and ``create`` is set.
 
     Raises NotFoundError where there is none, UnavailableError where too few answer to know, UsageError where the stores belong
     to several logs or to another job.
     """
-    found = copies.jobs()
+    found = copies.job_records()
     place = _common(copies, found, write_quorum)
     if place is None:
         _require_answers(copies, found, write_quorum)
@@ -49,7 +49,7 @@ def open_places(copies: Copies, *, write_quorum: int, job: str | None, create: b
             )
         if job is None:
             raise UsageError(f"new stores need their job's name. stores={list(copies.urls)} pass job=")
-        place = Place(job, secrets.token_hex(16), fresh=True)
+        place = LogLocation(job, secrets.token_hex(16), fresh=True)
     if job is not None and place.job != job:
         raise UsageError(
             f"the stores belong to another job. stores={list(copies.urls)} their_job={place.job!r} asked={job!r} "
@@ -58,17 +58,17 @@ def open_places(copies: Copies, *, write_quorum: int, job: str | None, create: b
     return _make(copies, found, place, write_quorum) if create else place
 
 
-def _common(copies: Copies, found: Sequence[JobRecord | Silent | None], write_quorum: int) -> Place | None:
+def _common(copies: LogReplicas, found: Sequence[JobRecord | NoAnswer | None], write_quorum: int) -> LogLocation | None:
     """The log that the stores belong to.
 
     Of several whose making was cut short it is the one that has any record; else the one on most stores, since none has a
     record before it is on W.
     """
-    places: dict[Place, list[int]] = {}
+    places: dict[LogLocation, list[int]] = {}
     ids: dict[str, str] = {}
     for number, record in enumerate(found):
         if isinstance(record, JobRecord):
-            places.setdefault(Place(record.job, record.log_id), []).append(number)
+            places.setdefault(LogLocation(record.job, record.log_id), []).append(number)
             url = copies.urls[number]
             if record.store_id in ids:
                 raise UsageError(f"two addresses are one store. stores={[ids[record.store_id], url]} leave one out")
@@ -76,12 +76,14 @@ def _common(copies: Copies, found: Sequence[JobRecord | Silent | None], write_qu
     return _choose(copies, places, len(found), write_quorum) if len(places) > 1 else next(iter(places), None)
 
 
-def _choose(copies: Copies, places: Mapping[Place, Sequence[int]], stores: int, write_quorum: int) -> Place:
+def _choose(
+    copies: LogReplicas, places: Mapping[LogLocation, Sequence[int]], stores: int, write_quorum: int
+) -> LogLocation:
     told = "; ".join(f"{place.job!r} on {[copies.urls[n] for n in numbers]}" for place, numbers in places.items())
-    begun = {n: copies.begun(n) for numbers in places.values() for n in numbers}
-    if why := {n: one for n, one in begun.items() if isinstance(one, Silent)}:
+    begun = {n: copies.has_records(n) for numbers in places.values() for n in numbers}
+    if why := {n: one for n, one in begun.items() if isinstance(one, NoAnswer)}:
         raise UnavailableError(
-            f"the stores say that they hold different logs. {told} {silent(copies, why)} repeat later"
+            f"the stores say that they hold different logs. {told} {silent_stores(copies, why)} repeat later"
         )
     logs = [place for place, numbers in places.items() if any(begun[n] for n in numbers)]
     best = min(logs or places, key=lambda place: (-len(places[place]), place.log_id))
@@ -94,28 +96,32 @@ def _choose(copies: Copies, places: Mapping[Place, Sequence[int]], stores: int, 
     return best
 
 
-def _require_answers(copies: Copies, found: Sequence[JobRecord | Silent | None], write_quorum: int) -> None:
+def _require_answers(copies: LogReplicas, found: Sequence[JobRecord | NoAnswer | None], write_quorum: int) -> None:
     """A log was made on W stores at least, so these many that have none are enough to know that there is none."""
     empty = sum(one is None for one in found)
     if empty < len(found) - write_quorum + 1:
-        why = silent(copies, {n: one for n, one in enumerate(found) if isinstance(one, Silent)})
+        why = silent_stores(copies, {n: one for n, one in enumerate(found) if isinstance(one, NoAnswer)})
         raise UnavailableError(f"too few stores answer to know whether there is a log. {why} repeat later")
 
 
-def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Place, write_quorum: int) -> Place:
+def _make(
+    copies: LogReplicas, found: Sequence[JobRecord | NoAnswer | None], place: LogLocation, write_quorum: int
+) -> LogLocation:
     """Write ``ckpt.json`` where a log that has not begun needs one. The first store that is made decides whose it is."""
     ids = [one.store_id if isinstance(one, JobRecord) and one.log_id == place.log_id else "" for one in found]
     known = [number for number, store_id in enumerate(ids) if store_id]
-    if known and (None not in found or any(copies.begun(number) is not False for number in known)):
+    if known and (None not in found or any(copies.has_records(number) is not False for number in known)):
         # A store without a name beside a log came back empty: it is filled before it gets one.
         return replace(place, ids=tuple(ids))
-    why = {number: one for number, one in enumerate(found) if isinstance(one, Silent)}
+    why = {number: one for number, one in enumerate(found) if isinstance(one, NoAnswer)}
     if len(found) - len(why) < write_quorum:
         # Nothing is made then: what is left behind could keep the log of a silent store from being found.
-        raise UnavailableError(f"too few stores answer. needed={write_quorum} {silent(copies, why)} repeat later")
+        raise UnavailableError(
+            f"too few stores answer. needed={write_quorum} {silent_stores(copies, why)} repeat later"
+        )
     for number in [number for number, one in enumerate(found) if one is None]:
-        there = copies.make(number, JobRecord(job=place.job, store_id=secrets.token_hex(16), log_id=place.log_id))
-        if isinstance(there, Silent):
+        there = copies.make_store(number, JobRecord(job=place.job, store_id=secrets.token_hex(16), log_id=place.log_id))
+        if isinstance(there, NoAnswer):
             why[number] = there
             continue
         if (there.job, there.log_id) != (place.job, place.log_id):
@@ -128,7 +134,7 @@ def _make(copies: Copies, found: Sequence[JobRecord | Silent | None], place: Pla
         ids[number] = there.store_id
     if sum(map(bool, ids)) < write_quorum:
         raise UnavailableError(
-            f"too few stores could be made. made={sum(map(bool, ids))} needed={write_quorum} {silent(copies, why)}"
+            f"too few stores could be made. made={sum(map(bool, ids))} needed={write_quorum} {silent_stores(copies, why)}"
         )
     return replace(place, ids=tuple(ids))
 
@@ -142,66 +148,66 @@ FIRST_TRIES_MAX = 8
 
 def open_log(backend: Backend, *, job: str | None, create: bool) -> LogAccess:
     """See ``Journal.open``."""
-    if not isinstance(backend, Replicated):
-        return OneStore(backend, open_store(backend, job=job, create=create))
-    copies = Copies(backend.stores)
-    place = open_places(copies, write_quorum=backend.write_quorum, job=job, create=create)
-    several = SeveralStores(backend, copies, job=place.job, log_id=place.log_id)
+    if not isinstance(backend, MultiStoreBackend):
+        return SingleStoreLog(backend, open_store(backend, job=job, create=create))
+    copies = LogReplicas(backend.stores)
+    place = locate_log(copies, write_quorum=backend.write_quorum, job=job, create=create)
+    several = ReplicatedLog(backend, copies, job=place.job, log_id=place.log_id)
     if create:
         _begin(several, backend, place)
     return several
 
 
-def _begin(log: SeveralStores, backend: Replicated, place: Place) -> None:
+def _begin(log: ReplicatedLog, backend: MultiStoreBackend, place: LogLocation) -> None:
     """Write the first record, which says where the log lies. Nothing where it is written already.
 
     Stores that were not empty a moment ago may belong to a log of which those that answer have nothing: one that missed
     everything, and one that came back empty and is being filled.
     """
     for _ in range(FIRST_TRIES_MAX):
-        state = log.read_on(log.start()[0])
+        state = log.read_new(log.read_start()[0])
         if state.next_seq > 0:
-            require_known(state, backend)
+            require_store_set(state, backend)
         if state.next_seq == 1 and state.hole is None:
-            match log.finish(state):  # nothing can follow before that, and it may come to nothing
-                case Unknown(why):
+            match log.confirm_last(state):  # nothing can follow before that, and it may come to nothing
+                case WriteUnknown(why):
                     raise UnavailableError(f"the log's first record is on too few stores yet. why={why} repeat later")
-                case Lost():
+                case KeyTaken():
                     continue
         if state.next_seq > 0:
             return
         if state.hole is not None:
             raise UnavailableError(
-                f"the log's first record can't be read. stores={list(log.copies.urls)} why={state.hole.reason} repeat later"
+                f"the log's first record can't be read. stores={list(log.replicas.urls)} why={state.hole.reason} repeat later"
             )
         if log.silent and not place.fresh:
-            silent = [log.copies.urls[number] for number in sorted(log.silent)]
+            silent = [log.replicas.urls[number] for number in sorted(log.silent)]
             raise UnavailableError(
-                f"the log may have begun on stores that do not answer. stores={list(log.copies.urls)} silent={silent} "
+                f"the log may have begun on stores that do not answer. stores={list(log.replicas.urls)} silent={silent} "
                 "repeat when all answer"
             )
         known = [now or then for now, then in zip(log.ids, place.ids, strict=True)]
-        ids = tuple(store_id or stand_in(number) for number, store_id in enumerate(known))
+        ids = tuple(store_id or placeholder_id(number) for number, store_id in enumerate(known))
         if sum(bool(store_id) for store_id in known) < backend.write_quorum:
             raise UnavailableError(
-                f"too few stores answer to begin the log. stores={list(log.copies.urls)} repeat later"
+                f"too few stores answer to begin the log. stores={list(log.replicas.urls)} repeat later"
             )
         body = Stores(ids, backend.write_quorum, _giver(log, backend.write_quorum))
         record = make_record(body, job=log.job, seq=0, epoch=0, write_id=secrets.token_hex(16), prev="")
         try:
-            made = log.claim(state, record)
+            made = log.append(state, record)
         except FencedError:
             continue  # another maker found that a file has to give out places, or that none has
-        if isinstance(made, Claimed):
+        if isinstance(made, Appended):
             return
-        if isinstance(made, Unknown):
+        if isinstance(made, WriteUnknown):
             raise UnavailableError(
-                f"the log could not be begun. stores={list(log.copies.urls)} why={made.why} repeat later"
+                f"the log could not be begun. stores={list(log.replicas.urls)} why={made.reason} repeat later"
             )
-    raise UnavailableError(f"other writers came first every time. stores={list(log.copies.urls)} repeat later")
+    raise UnavailableError(f"other writers came first every time. stores={list(log.replicas.urls)} repeat later")
 
 
-def require_known(state: LogState, backend: Replicated) -> None:
+def require_store_set(state: LogState, backend: MultiStoreBackend) -> None:
     """Raises UsageError where the log does not say what the user says: on how many stores it lies, and on how many it must."""
     urls = [store.url for store in backend.stores]
     if state.stores is None:
@@ -216,19 +222,19 @@ def require_known(state: LogState, backend: Replicated) -> None:
         )
 
 
-def _giver(log: SeveralStores, write_quorum: int) -> str:
+def _giver(log: ReplicatedLog, write_quorum: int) -> str:
     """Who gives out the places: the stores together where all create a key only once, or else etcd or a file of this machine.
 
     One that doesn't would have a vote that nobody can know, so that a split could never be settled.
     """
     answering = [number for number, store_id in enumerate(log.ids) if store_id]
-    able = log.copies.creators(answering)
-    if log.copies.unable([number for number in answering if number not in able]):
-        return giver_beside(log.log_id, start=0)
+    able = log.replicas.create_only_stores(answering)
+    if log.replicas.not_create_only([number for number in answering if number not in able]):
+        return external_sequencer(log.log_id, start=0)
     if len(able) >= write_quorum:
         return BY_STORES
     # A log is bound to this machine for good only where that must be: not because a store can't be asked now.
     raise UnavailableError(
-        f"it can't be learned whether the stores create a key only once. stores={list(log.copies.urls)} repeat later, or grant "
+        f"it can't be learned whether the stores create a key only once. stores={list(log.replicas.urls)} repeat later, or grant "
         "permission to write"
     )

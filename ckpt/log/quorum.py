@@ -29,7 +29,7 @@ from ckpt.log.state import LogState, StoreSet
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class PositionReading:
     """What one store holds at one place: ``record`` and ``settled`` are digests of valid records there, empty for none.
 
     ``answered``: the store could be asked. ``damaged``: it holds something at one of the two keys that is no record, so that
@@ -71,10 +71,10 @@ class Unclear:
     digests: tuple[str, ...]
 
 
-Decided = Taken | Vacant | Unclear
+Position = Taken | Vacant | Unclear
 
 
-def decide(seen: Sequence[Seen], quorum: int, followed: Collection[str] = ()) -> Decided:
+def decide(seen: Sequence[PositionReading], quorum: int, followed: Collection[str] = ()) -> Position:
     """What the place holds. ``seen``: one for each store of the set.
 
     ``followed``: the digests that records at the next place name as their predecessor, wherever they were seen.
@@ -122,11 +122,11 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
+class Undecided:
     """The stores that did not answer decide."""
 
 
-def contest(mine: str, held: Sequence[str | None], quorum: int) -> Won | Beaten | Split | Open:
+def contest(mine: str, held: Sequence[str | None], quorum: int) -> Won | Beaten | Split | Undecided:
     """How a claim stands after ``mine`` was created at every store that creates only once.
 
     ``held`` says for each store that has a vote the digest that it holds; None where that is not known.
@@ -139,9 +139,9 @@ def contest(mine: str, held: Sequence[str | None], quorum: int) -> Won | Beaten 
         return Beaten(best)
     silent = sum(digest is None for digest in held)
     if best is None or counts[best] + silent >= quorum:
-        return Open()
+        return Undecided()
     # All that can be known of a split must be known, or two writers would find different winners.
-    return Split(best) if silent == 0 else Open()
+    return Split(best) if silent == 0 else Undecided()
 
 
 def winner(counts: Mapping[str, int]) -> str | None:
@@ -149,13 +149,13 @@ def winner(counts: Mapping[str, int]) -> str | None:
     return min(counts, key=lambda digest: (-counts[digest], digest), default=None)
 
 
-def _possible(digests: Sequence[str], seen: Sequence[Seen], quorum: int) -> dict[str, int]:
+def _possible(digests: Sequence[str], seen: Sequence[PositionReading], quorum: int) -> dict[str, int]:
     counts = Counter(digest for digest in digests if digest)
     unknown = [digest == "" and not one.sure for digest, one in zip(digests, seen, strict=True)]
     return {digest: count for digest, count in counts.items() if count + sum(unknown) >= quorum}
 
 
-def _one(possible: Mapping[str, int], *, settled_key: bool) -> Decided:
+def _one(possible: Mapping[str, int], *, settled_key: bool) -> Position:
     if not possible:
         return Vacant()
     if len(possible) > 1:
@@ -167,7 +167,7 @@ def _one(possible: Mapping[str, int], *, settled_key: bool) -> Decided:
 _STAND_IN = b"no store yet".hex()
 
 
-def stand_in(number: int) -> str:
+def placeholder_id(number: int) -> str:
     """The id in a set of stores for one that did not answer when the log was made: nothing that counts is ever on it.
 
     It gets a real one when it is added.
@@ -175,13 +175,13 @@ def stand_in(number: int) -> str:
     return f"{_STAND_IN}{number:08x}"
 
 
-def is_stand_in(store_id: str) -> bool:
+def is_placeholder(store_id: str) -> bool:
     """Whether ``store_id`` only stands for a store that was not there."""
     return store_id.startswith(_STAND_IN)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class StoreRecords:
     """What one store was seen to hold of the log from some place on: valid records, and places where others lie.
 
     ``store_id`` is what its ``ckpt.json`` says now, empty where it has none. ``newer``: the damaged places that look like a
@@ -199,23 +199,23 @@ class Held:
         """The last place at which it holds anything; -1 for none."""
         return max((*self.records, *self.settled, *self.damaged), default=-1)
 
-    def at(self, seq: int) -> Seen:
+    def at(self, seq: int) -> PositionReading:
         """What it holds at one place."""
         record, settled = self.records.get(seq), self.settled.get(seq)
-        return Seen(
+        return PositionReading(
             record.digest if record else "", settled.digest if settled else "", damaged=seq in self.damaged
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Silent:
+class NoAnswer:
     """A store that did not answer, and why."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Tail:
+class LastRecord:
     """The last record that was taken: on how many stores it was seen, and which set had to hold it.
 
     ``settled``: it stands at its place's second key; ``followed``: another one names it.
@@ -228,18 +228,18 @@ class Tail:
     followed: bool = False
 
     @property
-    def sure(self) -> bool:
+    def is_final(self) -> bool:
         """Whether it counts for good, so that its writer may be told, and whichever W - 1 stores are lost from now on."""
         if self.followed:
             return True
         if self.settled or self.members.sequencer != BY_STORES:
             return self.copies >= self.members.write_quorum
         # Another vote, seen or not, could be taken for this record's where W - 1 of its own are lost.
-        return self.copies >= sum(not is_stand_in(store_id) for store_id in self.members.ids)
+        return self.copies >= sum(not is_placeholder(store_id) for store_id in self.members.ids)
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class MergedLog:
     """The log after what was read. ``full``: which stores (by their number) count; ``tail``: None where nothing was new.
 
     ``thin``: places whose record is on fewer stores than it was written to; a scrub mends them. ``before``: the state before
@@ -248,12 +248,12 @@ class Gathered:
 
     state: LogState
     full: frozenset[int]
-    tail: Tail | None
-    thin: tuple[int, ...]
+    tail: LastRecord | None
+    underreplicated: tuple[int, ...]
     before: LogState | None = None
 
 
-def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) -> Gathered:
+def merge_stores(state: LogState, held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]) -> MergedLog:
     """``state`` and the records after it that count.
 
     ``held``: what each store holds from ``state.next_seq`` on; ``urls`` names them in reasons. Stops at the first place that is
@@ -263,7 +263,7 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
     end: list[Unreadable] = []
     before: LogState | None = None
     members, seq = state.stores, state.next_seq
-    tail: Tail | None = None
+    tail: LastRecord | None = None
     thin: list[int] = []
     while True:
         copies = dict(_copies(held, seq))
@@ -276,7 +276,7 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
             record = copies[decided.digest]
             batch.append(record)
             follows = any(one.prev == record.digest for _, one in _copies(held, seq + 1))
-            tail = Tail(record, decided.copies, decided.settled, inside, follows)
+            tail = LastRecord(record, decided.copies, decided.settled, inside, follows)
             if decided.copies < inside.write_quorum:
                 thin.append(seq)
             if isinstance(record.body, Stores) or members is None:
@@ -289,7 +289,7 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
             what = "different records" if decided.digests else "damage"
             reason = f"stores hold {what} there, and too few answered to know what counts. {_silent(held, urls)}"
             end.append(Unreadable(seq, reason))
-        elif any(isinstance(one, Held) and one.last() > seq for one in held):
+        elif any(isinstance(one, StoreRecords) and one.last() > seq for one in held):
             end.append(Unreadable(seq, f"no store has a readable record there. {_silent(held, urls)}"))
         break
     if batch:
@@ -297,19 +297,19 @@ def gather(state: LogState, held: Sequence[Held | Silent], urls: Sequence[str]) 
         state = fold(before, batch[-1:])
     state = fold(state, end)
     full, short = _full(state.stores, held, urls)
-    doubted = before if tail is not None and not tail.sure else None
+    doubted = before if tail is not None and not tail.is_final else None
     if not short and doubted is not None and tail is not None and tail.copies < tail.members.write_quorum:
         # It may change the set, and not count: then it is the set before that knows what is newest.
         _, short = _full(doubted.stores, held, urls)
-    return Gathered(replace(state, short=short), full, tail, tuple(thin), doubted)
+    return MergedLog(replace(state, short=short), full, tail, tuple(thin), doubted)
 
 
-def _first(held: Sequence[Held | Silent], copies: Mapping[str, Record]) -> tuple[StoreSet, Decided]:
+def _first(held: Sequence[StoreRecords | NoAnswer], copies: Mapping[str, Record]) -> tuple[StoreSet, Position]:
     """What the first place holds: a record counts there on the stores that it names itself."""
     lone = _lone(held)
     if not copies:
         return lone, _decide(held, 0, lone)
-    taken: dict[str, tuple[StoreSet, Decided]] = {}
+    taken: dict[str, tuple[StoreSet, Position]] = {}
     unclear = False
     for digest, record in copies.items():
         inside = _named_by(record) or lone
@@ -322,24 +322,26 @@ def _first(held: Sequence[Held | Silent], copies: Mapping[str, Record]) -> tuple
     return next(iter(taken.values()), (lone, Vacant()))
 
 
-def _seen(held: Sequence[Held | Silent], seq: int, members: StoreSet) -> list[Seen]:
-    by_id = {one.store_id: one for one in held if isinstance(one, Held)}
-    return [by_id[name].at(seq) if name in by_id else Seen(answered=is_stand_in(name)) for name in members.ids]
+def _seen(held: Sequence[StoreRecords | NoAnswer], seq: int, members: StoreSet) -> list[PositionReading]:
+    by_id = {one.store_id: one for one in held if isinstance(one, StoreRecords)}
+    return [
+        by_id[name].at(seq) if name in by_id else PositionReading(answered=is_placeholder(name)) for name in members.ids
+    ]
 
 
-def _decide(held: Sequence[Held | Silent], seq: int, members: StoreSet) -> Decided:
+def _decide(held: Sequence[StoreRecords | NoAnswer], seq: int, members: StoreSet) -> Position:
     followed = {record.prev for record in dict(_copies(held, seq + 1)).values()}
     decided = decide(_seen(held, seq, members), members.write_quorum, followed)
     if isinstance(decided, Taken) or not followed:
         return decided
     # Also a store that counts no longer, or not yet, may hold what a record that was seen follows.
-    anywhere = decide([one.at(seq) for one in held if isinstance(one, Held)], members.write_quorum, followed)
+    anywhere = decide([one.at(seq) for one in held if isinstance(one, StoreRecords)], members.write_quorum, followed)
     return anywhere if isinstance(anywhere, Taken) else decided
 
 
-def _copies(held: Sequence[Held | Silent], seq: int) -> Iterator[tuple[str, Record]]:
+def _copies(held: Sequence[StoreRecords | NoAnswer], seq: int) -> Iterator[tuple[str, Record]]:
     for one in held:
-        if isinstance(one, Held):
+        if isinstance(one, StoreRecords):
             for found in (one.records.get(seq), one.settled.get(seq)):
                 if found is not None:
                     yield found.digest, found
@@ -351,22 +353,26 @@ def _named_by(record: Record) -> StoreSet | None:
     return StoreSet(body.ids, body.write_quorum, body.sequencer) if isinstance(body, Stores) else None
 
 
-def _lone(held: Sequence[Held | Silent]) -> StoreSet:
+def _lone(held: Sequence[StoreRecords | NoAnswer]) -> StoreSet:
     """Before a log knows of several stores it is in one, and what is there counts."""
-    ids = tuple(one.store_id for one in held if isinstance(one, Held) and one.store_id)
+    ids = tuple(one.store_id for one in held if isinstance(one, StoreRecords) and one.store_id)
     return StoreSet(ids, 1, SEQUENCER_STORE)
 
 
-def _full(members: StoreSet | None, held: Sequence[Held | Silent], urls: Sequence[str]) -> tuple[frozenset[int], str]:
+def _full(
+    members: StoreSet | None, held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]
+) -> tuple[frozenset[int], str]:
     if members is None:
-        full = frozenset(number for number, one in enumerate(held) if isinstance(one, Held) and one.store_id)
-        others = [url for url, one in zip(urls, held, strict=True) if isinstance(one, Held) and one.elsewhere]
-        if not others and not any(isinstance(one, Silent) for one in held):
+        full = frozenset(number for number, one in enumerate(held) if isinstance(one, StoreRecords) and one.store_id)
+        others = [url for url, one in zip(urls, held, strict=True) if isinstance(one, StoreRecords) and one.elsewhere]
+        if not others and not any(isinstance(one, NoAnswer) for one in held):
             return full, ""
         return full, (
             f"where the log lies is not known, and other stores may hold it. of_another_log={others} {_silent(held, urls)}"
         )
-    full = frozenset(number for number, one in enumerate(held) if isinstance(one, Held) and one.store_id in members.ids)
+    full = frozenset(
+        number for number, one in enumerate(held) if isinstance(one, StoreRecords) and one.store_id in members.ids
+    )
     if len(full) >= members.answers_min:
         return full, ""
     return full, (
@@ -375,6 +381,6 @@ def _full(members: StoreSet | None, held: Sequence[Held | Silent], urls: Sequenc
     )
 
 
-def _silent(held: Sequence[Held | Silent], urls: Sequence[str]) -> str:
-    silent = [f"{url}: {one.why}" for url, one in zip(urls, held, strict=True) if isinstance(one, Silent)]
+def _silent(held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]) -> str:
+    silent = [f"{url}: {one.reason}" for url, one in zip(urls, held, strict=True) if isinstance(one, NoAnswer)]
     return f"silent=[{'; '.join(silent)}]"

@@ -21,7 +21,7 @@ READ_THREADS = 8
 """How many small objects are read at once; more gains nothing on one connection pool."""
 RECORDS_AT_ONCE = 1024
 """How many records are held in memory before they are folded."""
-LOOKS_MAX = 2
+HOLE_READS_MAX = 2
 """A hole is believed when it is seen twice: a list made while records are written may show the later one alone."""
 
 K = TypeVar("K")
@@ -29,12 +29,12 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class LogNote:
     """Something that went wrong and was got around: ``what`` happened to the object at ``key``, and why."""
 
-    what: str
+    event: str
     key: str
-    why: str
+    reason: str
 
 
 def read_all(items: Sequence[K], read: Callable[[K], V]) -> list[V]:
@@ -49,34 +49,34 @@ def read_all(items: Sequence[K], read: Callable[[K], V]) -> list[V]:
         return list(found)
 
 
-def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[Note, ...]]:
+def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[LogNote, ...]]:
     """The state to begin at: the newest fold that proves right, or the log's start; and notes of folds passed over.
 
     A fold proves right by its own digest and by the record that it says it ends with. Cost: a list of folds, and per
     fold tried two reads.
     """
     seqs = [seq for stat in backend.list(keys.FOLDS) if (seq := keys.parse_fold_key(stat.key)) is not None]
-    notes: list[Note] = []
+    notes: list[LogNote] = []
     for seq in reversed(seqs):
         key = keys.fold_key(seq)
         try:
             state = decode_fold(read_alone(backend, key, bytes_max=FOLD_BYTES_MAX))
             last = decode_record(record_bytes(backend, seq))
         except (IntegrityError, FormatVersionError, NotFoundError) as error:
-            notes.append(Note("fold passed over", key, str(error)))
+            notes.append(LogNote("fold passed over", key, str(error)))
             continue
         if (state.job, state.next_seq, state.head_digest) == (job, last.seq + 1, last.digest) and last.seq == seq:
             return state, tuple(notes)
-        notes.append(Note("fold passed over", key, "it is not the fold of the record that it names"))
+        notes.append(LogNote("fold passed over", key, "it is not the fold of the record that it names"))
     return empty(job), tuple(notes)
 
 
-def read_on(backend: Backend, state: LogState) -> LogState:
+def read_new(backend: Backend, state: LogState) -> LogState:
     """``state`` and all records after it, up to the first hole. Cost: one list, and one read per new record.
 
     Raises FormatVersionError where a newer release wrote a record: what it says can't be guessed.
     """
-    for _ in range(LOOKS_MAX):
+    for _ in range(HOLE_READS_MAX):
         state = _read_on_once(backend, state.without_hole())
         if state.hole is None:
             return state

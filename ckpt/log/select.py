@@ -26,7 +26,7 @@ def select(state: LogState, *, step: int | None = None, epoch: int | None = None
         return _by_tag(state, tag)
     if epoch is not None:
         return _by_epoch(state, epoch, step)
-    line = state.line
+    line = state.lineage
     if step is None:
         if not line:
             raise _absent(state, f"no snapshot on the line of the newest epoch. job={state.job!r} {_elsewhere(state)}")
@@ -39,24 +39,24 @@ def select(state: LogState, *, step: int | None = None, epoch: int | None = None
 
 def candidates(state: LogState) -> tuple[SnapshotId, ...]:
     """What a restore tries, best first: the line of the newest epoch, newest first."""
-    return state.line
+    return state.lineage
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ResumeChoice:
     """When it was decided what training goes on from: ``newest`` was the newest snapshot on the line then (None: none)."""
 
     newest: SnapshotId | None
 
 
-def require_newest(state: LogState, resume: SnapshotId | None, chosen: Chosen | None) -> None:
+def require_newest(state: LogState, resume: SnapshotId | None, choice: ResumeChoice | None) -> None:
     """Raises NewerSnapshotError where what was committed since ``chosen`` is newer than ``resume``; None: no matter.
 
     A writer that was paused may land a commit between that decision and the epoch that fences it. Gone on from ``resume``,
     the line would leave behind what somebody was told is durable.
     """
     newest = state.newest()
-    if chosen is None or newest is None or newest == chosen.newest:
+    if choice is None or newest is None or newest == choice.newest:
         return
     if resume is None or newest > resume:
         raise NewerSnapshotError(
@@ -66,7 +66,7 @@ def require_newest(state: LogState, resume: SnapshotId | None, chosen: Chosen | 
 
 def older_than(state: LogState, snapshot: SnapshotId) -> tuple[SnapshotId, ...]:
     """What a restore falls back to where ``snapshot`` can't be read: its own line below it, newest first."""
-    return tuple(pair for pair in state.line_from(snapshot) if pair != snapshot)
+    return tuple(pair for pair in state.lineage_from(snapshot) if pair != snapshot)
 
 
 def _by_tag(state: LogState, tag: str) -> SnapshotId:
@@ -101,5 +101,5 @@ def _nearest(pairs: tuple[SnapshotId, ...], step: int) -> str:
 
 
 def _elsewhere(state: LogState) -> str:
-    off = len(state.snapshots) - len(state.line)
+    off = len(state.snapshots) - len(state.lineage)
     return f"off_the_line={off} name one with epoch and step" if off else "off_the_line=0"

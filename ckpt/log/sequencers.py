@@ -23,40 +23,40 @@ from ckpt.cluster.membership.open import open_keyspace
 from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
 from ckpt.format import keys
 from ckpt.format.records import BY_ETCD, BY_SQLITE, RECORD_BYTES_MAX
-from ckpt.ipc.cluster_spec import nodes_of_environment
-from ckpt.keyspace.address import EtcdOptions, etcd_of, where_of
+from ckpt.ipc.cluster_spec import nodes_from_environment
+from ckpt.keyspace.address import EtcdOptions, keyspace_location, parse_etcd_url
 from ckpt.keyspace.base import Delete, Keys, Keyspace, NoneOf, Put, Transaction
 
 # Who gives out the places in the log. One question, three answers; several stores come to stand
 # behind the same seam.
 
-CLAIM_TRIES_MAX = 5
+PUT_TRIES_MAX = 5
 """How often the same bytes are put at the same key before silence is reported; backends wait and retry beneath this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class Appended:
     """The place is ours and holds our bytes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class KeyTaken:
     """The place is another's; ``data`` are the bytes that are there."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class WriteUnknown:
     """No answer, or none after a put that may have landed: repeat the same bytes at the same place."""
 
-    why: str
+    reason: str
 
 
 class Sequencer(Protocol):
     """Gives each place in the log to one record, for good."""
 
-    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+    def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """Make ``data`` the record at ``seq`` unless there is one. Repeating the same call is harmless.
 
         Raises StoreFullError or StoreDeniedError where the store refused before anything can have landed.
@@ -72,11 +72,11 @@ class StoreSequencer:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+    def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """See Sequencer."""
         found = create_once(self._backend, keys.log_key(seq), data, bytes_max=RECORD_BYTES_MAX)
-        if isinstance(found, Lost) and found.data == data:
-            return Claimed()
+        if isinstance(found, KeyTaken) and found.data == data:
+            return Appended()
         return found
 
 
@@ -89,7 +89,7 @@ def require_create_only(backend: Backend) -> None:
         )
 
 
-def create_once(backend: Backend, key: str, data: bytes, *, bytes_max: int) -> Claimed | Lost | Unknown:
+def create_once(backend: Backend, key: str, data: bytes, *, bytes_max: int) -> Appended | KeyTaken | WriteUnknown:
     """Put ``data`` at ``key`` unless something is there; a lost reply is answered by putting the same bytes again.
 
     ``Lost`` may hold our own bytes, put by a try whose reply was lost. Raises StoreFullError or StoreDeniedError where the
@@ -97,10 +97,10 @@ def create_once(backend: Backend, key: str, data: bytes, *, bytes_max: int) -> C
     """
     why = "no answer"
     doubt = False
-    for _ in range(CLAIM_TRIES_MAX):
+    for _ in range(PUT_TRIES_MAX):
         try:
             backend.put(key, [data], create_only=True)
-            return Claimed()
+            return Appended()
         except KeyExistsError:
             # Even after a lost reply the holder is only known by reading.
             doubt = True
@@ -112,10 +112,10 @@ def create_once(backend: Backend, key: str, data: bytes, *, bytes_max: int) -> C
             why = str(error)
             continue
         try:
-            return Lost(read_alone(backend, key, bytes_max=bytes_max))
+            return KeyTaken(read_alone(backend, key, bytes_max=bytes_max))
         except (UnavailableError, NotFoundError) as error:
             why = str(error)
-    return Unknown(why)
+    return WriteUnknown(why)
 
 
 STATE_VARIABLE = "CKPT_STATE_DIR"
@@ -124,12 +124,12 @@ STATE_VARIABLE = "CKPT_STATE_DIR"
 BUSY_S = 30.0
 """How long a claim waits for other processes' claims."""
 
-KEPT = 4096
+SQLITE_RECORDS_KEPT = 4096
 """How many of the last records are kept; older ones are on their stores for long."""
 
 _PAUSE_S = 0.01
 
-ANYWHERE = -1
+START_UNKNOWN = -1
 """Where a file begins whose first place is known only when it is claimed."""
 
 _SCHEMA = """
@@ -167,16 +167,16 @@ class SqliteSequencer:
                 f"the file that gives out places in the log did not answer. file={self._path} why={error} repeat later"
             ) from error
 
-    def make(self, start: int = ANYWHERE) -> str:
+    def make(self, start: int = START_UNKNOWN) -> str:
         """Make the file, which gives out places from ``start`` on; its name. One that exists stays as it is.
 
-        ``ANYWHERE``: from whichever is claimed first, by who has read the record that puts this file in charge.
+        ``START_UNKNOWN``: from whichever is claimed first, by who has read the record that puts this file in charge.
         """
         return self._write("INSERT OR IGNORE INTO about VALUES (1, ?, ?, ?)", start)
 
     def renew(self) -> str:
         """Make the file anew, under another name, where one may be: for a take-over. Its name."""
-        return self._write("INSERT OR REPLACE INTO about VALUES (1, ?, ?, ?)", ANYWHERE, clear=True)
+        return self._write("INSERT OR REPLACE INTO about VALUES (1, ?, ?, ?)", START_UNKNOWN, clear=True)
 
     def _write(self, statement: str, start: int, *, clear: bool = False) -> str:
         try:
@@ -195,16 +195,16 @@ class SqliteSequencer:
             ) from error
         return self.name
 
-    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+    def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """See Sequencer. Raises UsageError where this machine has no such file, or it is behind its log."""
         try:
             with self._opened() as db, _transaction(db):
                 _, start = self._about(db)
                 last = db.execute("SELECT seq, data FROM log WHERE seq >= ? ORDER BY seq LIMIT 1", (seq,)).fetchone()
                 if last is not None and last[0] == seq:
-                    return Claimed() if bytes(last[1]) == data else Lost(bytes(last[1]))
+                    return Appended() if bytes(last[1]) == data else KeyTaken(bytes(last[1]))
                 (top,) = db.execute("SELECT max(seq) FROM log").fetchone()
-                following = top + 1 if top is not None else seq if start == ANYWHERE else start
+                following = top + 1 if top is not None else seq if start == START_UNKNOWN else start
                 if seq > following:
                     raise UsageError(
                         f"the file that gives out places is older than its log: it was brought back from a copy, or another "
@@ -213,15 +213,15 @@ class SqliteSequencer:
                     )
                 if seq < following:
                     # This writer slept while thousands of places were given out.
-                    return Unknown(
+                    return WriteUnknown(
                         f"the place was given out long ago; the log is to be read again. seq={seq} next={following}"
                     )
                 db.execute("INSERT INTO log VALUES (?, ?)", (seq, data))
-                db.execute("DELETE FROM log WHERE seq <= ?", (seq - KEPT,))
+                db.execute("DELETE FROM log WHERE seq <= ?", (seq - SQLITE_RECORDS_KEPT,))
         except sqlite3.Error as error:
             # Also after a failed commit nobody knows: the same claim again tells.
-            return Unknown(f"the file that gives out places did not answer. file={self._path} why={error}")
-        return Claimed()
+            return WriteUnknown(f"the file that gives out places did not answer. file={self._path} why={error}")
+        return Appended()
 
     def _about(self, db: sqlite3.Connection) -> tuple[str, int]:
         row = db.execute("SELECT log_id, id, start FROM about").fetchone()
@@ -293,12 +293,12 @@ _END = "log0"
 """Behind every place: "0" follows "/"."""
 
 
-def etcd_here() -> EtcdOptions | None:
+def etcd_of_environment() -> EtcdOptions | None:
     """The etcd that this process's environment names, or None. Raises UsageError."""
     if address := os.environ.get(SEQUENCER_VARIABLE):
-        return etcd_of(address)
-    spec = nodes_of_environment()
-    where = where_of(spec) if spec is not None else None
+        return parse_etcd_url(address)
+    spec = nodes_from_environment()
+    where = keyspace_location(spec) if spec is not None else None
     return where if isinstance(where, EtcdOptions) else None
 
 
@@ -315,7 +315,7 @@ class EtcdSequencer:
         with self._opened() as keys:
             return f"{BY_ETCD}{keys.transact(Transaction(reads=(Keys(_LOG),))).service:x}"
 
-    def claim(self, seq: int, data: bytes) -> Claimed | Lost | Unknown:
+    def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """See Sequencer."""
         key = f"{_LOG}{seq:020d}"
         drop = (Delete(f"{_LOG}{seq - ETCD_RECORDS_KEPT:020d}"),) if seq >= ETCD_RECORDS_KEPT else ()
@@ -325,14 +325,14 @@ class EtcdSequencer:
                     Transaction((NoneOf(Keys(key, _END)),), (Put(key, data), *drop), (Keys(key), _top(key)))
                 )
         except UnavailableError as error:
-            return Unknown(str(error))
+            return WriteUnknown(str(error))
         (mine, later) = done.found
-        if done.held:
-            return Claimed()
+        if done.succeeded:
+            return Appended()
         if mine:
-            return Claimed() if mine[0].value == data else Lost(mine[0].value)
+            return Appended() if mine[0].value == data else KeyTaken(mine[0].value)
         nexts = int(later[-1].key.removeprefix(_LOG)) + 1 if later else seq
-        return Unknown(f"the place was given out long ago; the log is to be read again. seq={seq} next={nexts}")
+        return WriteUnknown(f"the place was given out long ago; the log is to be read again. seq={seq} next={nexts}")
 
     @contextmanager
     def _opened(self) -> Iterator[Keyspace]:
@@ -349,7 +349,7 @@ def _top(key: str) -> Keys:
 
 def require_etcd(log_id: str, name: str) -> EtcdSequencer:
     """The etcd that gives out a log's places, which ``name`` calls it. Raises UsageError where it is another, or none."""
-    options = etcd_here()
+    options = etcd_of_environment()
     if options is None:
         raise UsageError(
             f"etcd gives out the places of this log, and nobody said where it is. sequencer={name}; set "
@@ -368,13 +368,13 @@ def require_etcd(log_id: str, name: str) -> EtcdSequencer:
 # a file of this machine.
 
 
-def giver_beside(log_id: str, *, start: int = ANYWHERE, renew: bool = False) -> str:
+def external_sequencer(log_id: str, *, start: int = START_UNKNOWN, renew: bool = False) -> str:
     """Its name, for the ``stores`` record that puts it in charge; a file is made where there is none.
 
     ``start``: the file's first place. ``renew``: whatever the file gave out before counts no more, for a take-over. Raises
     UsageError, and UnavailableError where etcd does not answer or the file can't be made.
     """
-    if (etcd := etcd_here()) is not None:
+    if (etcd := etcd_of_environment()) is not None:
         return EtcdSequencer(etcd, log_id).name
     file = SqliteSequencer(database_path(log_id), log_id)
     return file.renew() if renew else file.make(start)

@@ -51,7 +51,7 @@ class Hole:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedEpoch:
     """A counted ``open``: the epoch, its record's seq, the pair it resumed, and the last step committed of it."""
 
     epoch: int
@@ -72,7 +72,7 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
-class Tagged:
+class TagEntry:
     """A tag and what it names."""
 
     name: str
@@ -94,7 +94,7 @@ class StoreSet:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class LineageSegment:
     """What a line takes of one captured epoch: steps up to and with ``last_step``, or all (None)."""
 
     epoch: int
@@ -114,9 +114,9 @@ class LogState:
     job: str
     next_seq: int = 0
     head_digest: str = ""
-    opens: tuple[Opened, ...] = ()
+    opens: tuple[OpenedEpoch, ...] = ()
     snapshots: tuple[Committed, ...] = ()
-    tagged: tuple[Tagged, ...] = ()
+    tagged: tuple[TagEntry, ...] = ()
     floor: SnapshotId | None = None
     stores: StoreSet | None = None
     voids: tuple[Void, ...] = ()
@@ -126,7 +126,7 @@ class LogState:
     short: str = ""
 
     @property
-    def unsure(self) -> str:
+    def stale_reason(self) -> str:
         """Why a newer snapshot may exist than the newest one here; empty where it can't."""
         return self.hole.reason if self.hole is not None else self.short
 
@@ -141,11 +141,11 @@ class LogState:
         return {tag.name: tag.snapshot for tag in self.tagged}
 
     @property
-    def line(self) -> tuple[SnapshotId, ...]:
+    def lineage(self) -> tuple[SnapshotId, ...]:
         """The snapshots on the line of the newest open epoch, newest first. O(snapshots + epochs)."""
-        return self.line_from(None)
+        return self.lineage_from(None)
 
-    def line_from(self, start: SnapshotId | None) -> tuple[SnapshotId, ...]:
+    def lineage_from(self, start: SnapshotId | None) -> tuple[SnapshotId, ...]:
         """The snapshots on the line that ends at ``start`` (None: the newest open epoch's), newest first."""
         by_epoch: dict[int, list[int]] = {}
         for entry in self.snapshots:
@@ -153,14 +153,14 @@ class LogState:
         opens = {opened.epoch: opened for opened in self.opens}
         return tuple(
             SnapshotId(segment.epoch, step)
-            for segment in segments(opens, start or whole(self.epoch))
+            for segment in lineage_segments(opens, start or whole_epoch(self.epoch))
             for step in reversed(by_epoch.get(segment.epoch, ()))
             if segment.last_step is None or step <= segment.last_step
         )
 
     def newest(self) -> SnapshotId | None:
         """The greatest pair on the line of the newest open epoch, or None where the line holds none."""
-        line = self.line
+        line = self.lineage
         return line[0] if line else None
 
     def find(self, snapshot: SnapshotId) -> Committed | None:
@@ -187,19 +187,19 @@ class LogState:
         return replace(self, hole=None, short="")
 
 
-def whole(epoch: int) -> Segment:
+def whole_epoch(epoch: int) -> LineageSegment:
     """All that ``epoch`` captured."""
-    return Segment(epoch, None)
+    return LineageSegment(epoch, None)
 
 
-def segments(opens: Mapping[int, Opened], start: Segment | SnapshotId) -> Iterator[Segment]:
+def lineage_segments(opens: Mapping[int, OpenedEpoch], start: LineageSegment | SnapshotId) -> Iterator[LineageSegment]:
     """The line that ends at ``start``, backwards: each epoch once, up to the pair that the next one resumed.
 
     An ``open`` resumes an epoch below its own, so the walk ends.
     """
-    at: Segment | SnapshotId | None = start
+    at: LineageSegment | SnapshotId | None = start
     while at is not None:
-        segment = at if isinstance(at, Segment) else Segment(at.epoch, at.step)
+        segment = at if isinstance(at, LineageSegment) else LineageSegment(at.epoch, at.step)
         opened = opens.get(segment.epoch)
         if opened is None:
             return

@@ -6,10 +6,10 @@ import msgspec
 
 from ckpt.errors import IntegrityError
 from ckpt.format import keys
-from ckpt.format.canonical import ready, seal, unseal
-from ckpt.format.manifest import job_ok
-from ckpt.format.records import sequencer_ok, tag_ok
-from ckpt.log.state import RECENT_MAX, Committed, LogState, Opened, StoreSet, Tagged, Void
+from ckpt.format.canonical import prepare_decoders, seal, unseal
+from ckpt.format.manifest import is_job_name
+from ckpt.format.records import is_sequencer_name, is_tag_name
+from ckpt.log.state import RECENT_MAX, Committed, LogState, OpenedEpoch, StoreSet, TagEntry, Void
 from ckpt.values import SnapshotId
 
 FOLD_VERSION = 1
@@ -41,12 +41,12 @@ def encode_fold(state: LogState) -> bytes:
         voids_total=state.voids_total,
         recent=list(state.recent),
     )
-    return seal(wire, what="fold", bytes_max=FOLD_BYTES_MAX)[0]
+    return seal(wire, label="fold", bytes_max=FOLD_BYTES_MAX)[0]
 
 
 def decode_fold(data: bytes) -> LogState:
     """The state in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-    wire = unseal(data, _Wire, what="fold", version=FOLD_VERSION, bytes_max=FOLD_BYTES_MAX)
+    wire = unseal(data, _Wire, label="fold", version=FOLD_VERSION, bytes_max=FOLD_BYTES_MAX)
     if not 0 <= wire.seq < keys.SEQ_MAX:
         raise IntegrityError(f"fold contradicts itself. seq out of range. seq={wire.seq}")
     state = LogState(
@@ -72,9 +72,9 @@ class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     job: str
     seq: int
     head_digest: str
-    opens: list[Opened]
+    opens: list[OpenedEpoch]
     snapshots: list[Committed]
-    tags: list[Tagged]
+    tags: list[TagEntry]
     floor: SnapshotId | None
     stores: StoreSet | None
     voids: list[Void]
@@ -84,7 +84,7 @@ class _Wire(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def _problem(state: LogState) -> str | None:
-    if not job_ok(state.job) or not keys.is_digest_hex(state.head_digest):
+    if not is_job_name(state.job) or not keys.is_digest_hex(state.head_digest):
         return "not a job name or head digest"
     if len(state.recent) != min(state.next_seq, RECENT_MAX):
         return f"write ids of other records. recent={len(state.recent)}"
@@ -129,7 +129,7 @@ def _snapshots_problem(state: LogState) -> str | None:
 def _rest_problem(state: LogState) -> str | None:
     pairs = {entry.snapshot for entry in state.snapshots}
     names = [tag.name for tag in state.tagged]
-    if names != sorted(set(names)) or not all(tag_ok(tag.name) and tag.snapshot in pairs for tag in state.tagged):
+    if names != sorted(set(names)) or not all(is_tag_name(tag.name) and tag.snapshot in pairs for tag in state.tagged):
         return "a tag is no name or names no snapshot"
     if state.floor is not None and not keys.is_snapshot_id(state.floor):
         return "floor out of range"
@@ -139,7 +139,7 @@ def _rest_problem(state: LogState) -> str | None:
             len(set(ids)) != len(ids)
             or not all(map(keys.is_digest_hex, ids))
             or not len(ids) < 2 * quorum <= 2 * len(ids)
-            or not sequencer_ok(state.stores.sequencer)
+            or not is_sequencer_name(state.stores.sequencer)
         ):
             return "not a set of stores"
     seqs = [void.seq for void in state.voids]
@@ -148,4 +148,4 @@ def _rest_problem(state: LogState) -> str | None:
     return None
 
 
-ready(_Wire)
+prepare_decoders(_Wire)

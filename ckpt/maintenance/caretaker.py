@@ -15,14 +15,14 @@ from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import CkptError, InternalError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.log.journal import Journal
-from ckpt.maintenance.replica import Effort
+from ckpt.maintenance.replica import SyncLimits
 from ckpt.maintenance.scrub.scrub import Scrub
-from ckpt.maintenance.store_set import Places, fill_up, members_here, replace, returned_empty
-from ckpt.threads import start
+from ckpt.maintenance.store_set import LogCoverage, catch_up, reachable_members, replace, returned_empty
+from ckpt.threads import start_thread
 
-LOOK_S = 10.0
+CHECK_INTERVAL_S = 10.0
 """How often the stores are looked at: one small read and a short list each."""
 
 RATE_BYTES_PER_S = 200e6
@@ -32,30 +32,30 @@ SCRUB_BYTES_PER_S = 50e6
 """How fast a scrub reads beside the training."""
 
 
-class Caretaker:
+class StoreCaretaker:
     """Looks after the stores of ``backend`` until ``stop``. ``mine``: whether this keeper's epoch is the log's newest.
 
     ``scrub_every_s``: how often all is read and compared, None for never.
     """
 
     def __init__(
-        self, backend: Backend, *, mine: Callable[[Journal], bool], tell: Tell, scrub_every_s: float | None = None,
-        look_s: float = LOOK_S,
+        self, backend: Backend, *, has_newest_epoch: Callable[[Journal], bool], emit: Emit, scrub_every_s: float | None = None,
+        interval_s: float = CHECK_INTERVAL_S,
     ) -> None:  # fmt: skip
         self._backend = backend
-        self._mine = mine
-        self._tell = tell
-        self._look_s = look_s
+        self._mine = has_newest_epoch
+        self._tell = emit
+        self._look_s = interval_s
         self._stop = threading.Event()
         self._told: set[str] = set()
-        self._places = Places()
+        self._places = LogCoverage()
         self._upto_seq = 0
         self._scrub_every_s = scrub_every_s
         self._scrub_due_s = time.monotonic() + scrub_every_s if scrub_every_s is not None else math.inf
         self._scrub = Scrub(
-            stores_of(backend), write_quorum_of(backend), rate_bytes_per_s=SCRUB_BYTES_PER_S, tell=tell
+            stores_of(backend), write_quorum_of(backend), rate_bytes_per_s=SCRUB_BYTES_PER_S, tell=emit
         )  # fmt: skip
-        self._done = start(self._run, name="ckpt-caretaker")
+        self._done = start_thread(self._run, name="ckpt-caretaker")
 
     def stop(self, timeout_s: float) -> None:
         """End soon. What is being filled is left as far as it came."""
@@ -92,23 +92,23 @@ class Caretaker:
                 self._say("store-empty", text, alarm=True)
                 continue
             self._say("store-returns", f"{store.url} came back empty and is filled again", alarm=False)
-            effort = Effort(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
-            replace(journal, self._backend, store, store_id, effort=effort, tell=self._tell)
+            effort = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
+            replace(journal, self._backend, store, store_id, limits=effort, emit=self._tell)
             self._told.clear()
             self._tell(Event("store-full", f"{store.url} holds everything again and counts", {"store": store.url}))
 
     def _catch_up(self, journal: Journal) -> None:
         # Up to where the log went at the last look: what is newer may still be on its way to a store.
         upto_seq, self._upto_seq = self._upto_seq, journal.refresh().next_seq
-        for store, store_id in members_here(journal, self._backend):
-            gap = self._places.gap(store, store_id, upto_seq=upto_seq)
+        for store, store_id in reachable_members(journal, self._backend):
+            gap = self._places.first_gap(store, store_id, upto_seq=upto_seq)
             if gap is None:
                 continue
             if not self._mine(journal):
                 return
             self._say("store-behind", f"{store.url} lacks the log's record {gap}, and catches up", alarm=False)
-            effort = Effort(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
-            fill_up(journal, self._backend, store, effort=effort, tell=self._tell)
+            effort = SyncLimits(rate_bytes_per_s=RATE_BYTES_PER_S, stop=self._stop)
+            catch_up(journal, self._backend, store, limits=effort, emit=self._tell)
 
     def _scrub_when_due(self) -> None:
         if self._scrub_every_s is not None and time.monotonic() >= self._scrub_due_s:

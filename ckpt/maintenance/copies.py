@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from ckpt.format.part import Part
 from ckpt.values import ChunkLocation, Digest
 
-Place = tuple[Digest, ChunkLocation]
+ChunkRef = tuple[Digest, ChunkLocation]
 """One chunk that some snapshot needs: its digest, and where it lies."""
 
 
-class What(str, enum.Enum):
+class CopyStatus(str, enum.Enum):
     """What one store's copy of an object is."""
 
     OK = "ok"
@@ -29,7 +29,7 @@ class What(str, enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class WholeObject:
     """An object that one digest (32 hex digits) is for."""
 
     key: str
@@ -43,94 +43,94 @@ class Pack:
     """A pack and the chunks in it that are referred to, in order of their offset."""
 
     key: str
-    places: tuple[Place, ...]
+    chunks: tuple[ChunkRef, ...]
     size_bytes: int | None = None
     """The object's length, where a copy that is trusted has told it."""
 
     @property
     def end_bytes(self) -> int:
         """No copy that is shorter can be right."""
-        return max((at.offset_bytes + at.stored_bytes for _, at in self.places), default=0)
+        return max((at.offset_bytes + at.stored_bytes for _, at in self.chunks), default=0)
 
     @property
     def stored_bytes(self) -> int:
         """What reading all its chunks once carries."""
-        return sum(at.stored_bytes for _, at in self.places)
+        return sum(at.stored_bytes for _, at in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class CopyCheck:
     """What was found of an object at one store. ``bad`` names a pack's chunks that are not right there; see ``all_bad``."""
 
-    what: What
+    status: CopyStatus
     message: str = ""
-    bad: frozenset[Place] = frozenset()
+    bad_chunks: frozenset[ChunkRef] = frozenset()
     all_bad: bool = False
 
-    def has(self, place: Place) -> bool:
+    def has(self, place: ChunkRef) -> bool:
         """Whether this copy holds ``place`` rightly."""
-        return not self.all_bad and place not in self.bad
+        return not self.all_bad and place not in self.bad_chunks
 
 
-OK = Copy(What.OK)
+OK = CopyCheck(CopyStatus.OK)
 
 
 @dataclass(frozen=True, slots=True)
-class Mend:
+class CopyRepair:
     """Write the object to the stores ``targets``: the copy at ``source``, with ``patches`` taken from other stores' copies."""
 
     source: int
     targets: tuple[int, ...]
-    patches: tuple[tuple[Place, int], ...] = ()
+    patches: tuple[tuple[ChunkRef, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class CopyLost:
     """No store has it right. ``places`` are a pack's chunks that are nowhere right; none for a whole object."""
 
-    places: tuple[Place, ...] = ()
+    chunks: tuple[ChunkRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class CopyUnknown:
     """No store that answered has it right, and one that did not answer may."""
 
-    places: tuple[Place, ...] = ()
+    chunks: tuple[ChunkRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Well:
+class NothingToRepair:
     """Nothing needs to be written, or nothing may."""
 
 
-Decision = Mend | Lost | Unknown | Well
+CopyDecision = CopyRepair | CopyLost | CopyUnknown | NothingToRepair
 
 
-def decide_whole(copies: Sequence[Copy], *, writable: Container[int]) -> Decision:
+def decide_whole(copies: Sequence[CopyCheck], *, writable: Container[int]) -> CopyDecision:
     """What to do about an object that one digest is for; ``copies`` has one entry a store, in their order."""
     targets = _targets(copies, writable)
-    source = next((store for store, copy in enumerate(copies) if copy.what is What.OK), None)
+    source = next((store for store, copy in enumerate(copies) if copy.status is CopyStatus.OK), None)
     if source is not None:
-        return Mend(source, targets) if targets else Well()
-    return Unknown() if _silent(copies) else Lost()
+        return CopyRepair(source, targets) if targets else NothingToRepair()
+    return CopyUnknown() if _silent(copies) else CopyLost()
 
 
-def decide_pack(pack: Pack, copies: Sequence[Copy], *, writable: Container[int]) -> Decision:
+def decide_pack(pack: Pack, copies: Sequence[CopyCheck], *, writable: Container[int]) -> CopyDecision:
     """What to do about a pack: copied from a copy that is whole, or put together from several that are whole together.
 
     A pack of which one chunk is right nowhere is copied nowhere: what is written is right, or it isn't written.
     """
-    whole = next((store for store, copy in enumerate(copies) if copy.what is What.OK), None)
+    whole = next((store for store, copy in enumerate(copies) if copy.status is CopyStatus.OK), None)
     targets = _targets(copies, writable)
     if whole is not None:
-        return Mend(whole, targets) if targets else Well()
-    known = [store for store, copy in enumerate(copies) if copy.what is not What.UNREADABLE]
+        return CopyRepair(whole, targets) if targets else NothingToRepair()
+    known = [store for store, copy in enumerate(copies) if copy.status is not CopyStatus.UNREADABLE]
     if not known:
-        return Unknown(pack.places)
+        return CopyUnknown(pack.chunks)
     base = min(known, key=lambda store: _badness(pack, copies[store]))
-    patches: list[tuple[Place, int]] = []
-    nowhere: list[Place] = []
-    for place in pack.places:
+    patches: list[tuple[ChunkRef, int]] = []
+    nowhere: list[ChunkRef] = []
+    for place in pack.chunks:
         if copies[base].has(place):
             continue
         other = next((store for store in known if copies[store].has(place)), None)
@@ -139,27 +139,29 @@ def decide_pack(pack: Pack, copies: Sequence[Copy], *, writable: Container[int])
         else:
             patches.append((place, other))
     if nowhere:
-        return Unknown(tuple(nowhere)) if _silent(copies) else Lost(tuple(nowhere))
-    return Mend(base, targets, tuple(patches)) if targets else Well()
+        return CopyUnknown(tuple(nowhere)) if _silent(copies) else CopyLost(tuple(nowhere))
+    return CopyRepair(base, targets, tuple(patches)) if targets else NothingToRepair()
 
 
-def sorted_places(places: Iterable[Place]) -> tuple[Place, ...]:
+def sorted_chunks(places: Iterable[ChunkRef]) -> tuple[ChunkRef, ...]:
     """``places`` in order of their offset, equal ones in one order everywhere."""
     return tuple(sorted(places, key=lambda place: (place[1].offset_bytes, place[1].stored_bytes, place[0])))
 
 
-def _targets(copies: Sequence[Copy], writable: Container[int]) -> tuple[int, ...]:
+def _targets(copies: Sequence[CopyCheck], writable: Container[int]) -> tuple[int, ...]:
     return tuple(
-        store for store, copy in enumerate(copies) if copy.what in (What.MISSING, What.DAMAGED) and store in writable
+        store
+        for store, copy in enumerate(copies)
+        if copy.status in (CopyStatus.MISSING, CopyStatus.DAMAGED) and store in writable
     )
 
 
-def _silent(copies: Sequence[Copy]) -> bool:
-    return any(copy.what is What.UNREADABLE for copy in copies)
+def _silent(copies: Sequence[CopyCheck]) -> bool:
+    return any(copy.status is CopyStatus.UNREADABLE for copy in copies)
 
 
-def _badness(pack: Pack, copy: Copy) -> int:
-    return len(pack.places) + 1 if copy.all_bad else len(copy.bad)
+def _badness(pack: Pack, copy: CopyCheck) -> int:
+    return len(pack.chunks) + 1 if copy.all_bad else len(copy.bad_chunks)
 
 
 # Which chunks of which packs existing snapshots refer to, gathered from their parts in bounded
@@ -169,21 +171,21 @@ def _badness(pack: Pack, copy: Copy) -> int:
 # key: when there are too many, the packs with the greatest keys are forgotten, and the parts are
 # gone through once more for them when the others are done.
 
-PLACE_BYTES = 480
+CHUNK_REF_BYTES = 480
 """Memory that one gathered chunk takes: measured, digest, location and dictionary entry together."""
 
 
 @dataclass(slots=True)
-class Gathered:
+class PackReferences:
     """The chunks of the packs whose keys lie between ``after`` and ``before`` (None: no end), both exclusive.
 
     ``places_max`` bounds how many are held, but for those of one pack, which always fit.
     """
 
-    places_max: int
+    chunks_max: int
     after: str = ""
     before: str | None = None
-    _packs: dict[str, dict[Place, None]] = field(default_factory=dict)
+    _packs: dict[str, dict[ChunkRef, None]] = field(default_factory=dict)
     _users: dict[str, set[int]] = field(default_factory=dict)
     _count: int = 0
 
@@ -205,17 +207,17 @@ class Gathered:
 
     def pack(self, key: str) -> Pack:
         """What is referred to in one pack."""
-        return Pack(key, sorted_places(self._packs[key]))
+        return Pack(key, sorted_chunks(self._packs[key]))
 
     def users(self, key: str) -> frozenset[int]:
         """The numbers of the snapshots that refer to the pack."""
         return frozenset(self._users[key])
 
-    def next_round(self) -> Gathered:
+    def next_round(self) -> PackReferences:
         """Empty, for the packs that were forgotten; its ``after`` is exclusive too."""
-        return Gathered(self.places_max, after=max(self._packs, default=self.after))
+        return PackReferences(self.chunks_max, after=max(self._packs, default=self.after))
 
-    def _add(self, place: Place, user: int) -> None:
+    def _add(self, place: ChunkRef, user: int) -> None:
         key = place[1].pack
         if key <= self.after or (self.before is not None and key >= self.before):
             return
@@ -226,11 +228,11 @@ class Gathered:
         self._users.setdefault(key, set()).add(user)
 
     def _forget(self) -> None:
-        if self._count <= self.places_max:
+        if self._count <= self.chunks_max:
             return
         # Down to half, or the next part would make it sort again.
         for key in sorted(self._packs, reverse=True):
-            if self._count <= self.places_max // 2 or len(self._packs) == 1:
+            if self._count <= self.chunks_max // 2 or len(self._packs) == 1:
                 return
             self._count -= len(self._packs.pop(key))
             del self._users[key]

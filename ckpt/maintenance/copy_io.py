@@ -15,8 +15,8 @@ from ckpt.backends.checked import read_alone
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError
 from ckpt.format.canonical import digest, digest_hex
 from ckpt.format.codec import decode_chunk
-from ckpt.maintenance.copies import OK, Copy, Mend, Pack, Place, What, Whole
-from ckpt.restore.plan import ChunkRead, Read, join_reads
+from ckpt.maintenance.copies import OK, ChunkRef, CopyCheck, CopyRepair, CopyStatus, Pack, WholeObject
+from ckpt.restore.plan import ChunkRead, PackRead, join_reads
 from ckpt.save.chunks import PACK_BYTES_MAX
 from ckpt.values import CHUNK_BYTES, Codec
 
@@ -31,7 +31,7 @@ class Stopped(Exception):  # noqa: N818  a word to the caller, not a fault
     """Upkeep was told to stop. Never leaves the room."""
 
 
-class Pace:
+class MaintenancePace:
     """Lets ``bytes_per_s`` through in the long run (None: all), and raises Stopped once ``stop`` is set. Thread-safe.
 
     ``wait`` is given seconds and returns early, True, where ``stop`` is set meanwhile.
@@ -77,44 +77,46 @@ PIECE_BYTES = 8 << 20
 """Largest request: what a slow link can be asked for at once, and the scratch memory of one reader."""
 
 
-def look_whole(store: Backend, want: Whole, *, bytes_max: int, pace: Pace) -> tuple[Copy, bytes]:
+def check_whole(store: Backend, want: WholeObject, *, bytes_max: int, pace: MaintenancePace) -> tuple[CopyCheck, bytes]:
     """What ``store`` has of an object that one digest is for, and its bytes where they are right. Raises Stopped only."""
     try:
         pace.take(want.size_bytes or 0)
         data = read_alone(store, want.key, bytes_max=bytes_max)
     except NotFoundError:
-        return Copy(What.MISSING, "it is not there"), b""
+        return CopyCheck(CopyStatus.MISSING, "it is not there"), b""
     except IntegrityError as error:
-        return Copy(What.DAMAGED, str(error)), b""
+        return CopyCheck(CopyStatus.DAMAGED, str(error)), b""
     except UnavailableError as error:
-        return Copy(What.UNREADABLE, str(error)), b""
+        return CopyCheck(CopyStatus.UNREADABLE, str(error)), b""
     if want.size_bytes is not None and len(data) != want.size_bytes:
-        return Copy(What.DAMAGED, f"another length. size_bytes={len(data)} expected={want.size_bytes}"), b""
+        return CopyCheck(CopyStatus.DAMAGED, f"another length. size_bytes={len(data)} expected={want.size_bytes}"), b""
     if digest_hex(data) != want.digest:
-        return Copy(What.DAMAGED, "its bytes differ from their digest"), b""
+        return CopyCheck(CopyStatus.DAMAGED, "its bytes differ from their digest"), b""
     return OK, data
 
 
-def look_pack(store: Backend, pack: Pack, *, pace: Pace) -> Copy:
+def check_pack(store: Backend, pack: Pack, *, pace: MaintenancePace) -> CopyCheck:
     """Read every chunk of ``pack`` that is referred to, and compare. Memory: one piece and one chunk. Raises Stopped only."""
-    reads = list(join_reads((ChunkRead(*place, "", None, ()) for place in pack.places), PIECE_BYTES))
+    reads = list(join_reads((ChunkRead(*place, "", None, ()) for place in pack.chunks), PIECE_BYTES))
     memory = memoryview(bytearray(max((read.size_bytes for read in reads), default=0)))
-    bad: set[Place] = set()
+    bad: set[ChunkRef] = set()
     why = ""
     for read in reads:
         try:
             told = _look(store, read, memory[: read.size_bytes], bad, pace)
         except NotFoundError:
-            return Copy(What.MISSING, "it is not there", all_bad=True)
+            return CopyCheck(CopyStatus.MISSING, "it is not there", all_bad=True)
         except UnavailableError as error:
-            return Copy(What.UNREADABLE, str(error), all_bad=True)
+            return CopyCheck(CopyStatus.UNREADABLE, str(error), all_bad=True)
         why = why or told
     if bad:
-        return Copy(What.DAMAGED, f"{why} chunks={len(bad)} of={len(pack.places)}", frozenset(bad))
+        return CopyCheck(CopyStatus.DAMAGED, f"{why} chunks={len(bad)} of={len(pack.chunks)}", frozenset(bad))
     return OK
 
 
-def gather_pack(stores: Sequence[Backend], pack: Pack, mend: Mend, *, pace: Pace) -> memoryview | None:
+def assemble_pack(
+    stores: Sequence[Backend], pack: Pack, mend: CopyRepair, *, pace: MaintenancePace
+) -> memoryview | None:
     """The whole pack as ``mend`` says, every chunk of it verified in the memory that is returned; None where it isn't right.
 
     What lies between chunks is the source's. Takes memory of the pack's size. Raises what the stores raise, and Stopped.
@@ -134,19 +136,19 @@ def gather_pack(stores: Sequence[Backend], pack: Pack, mend: Mend, *, pace: Pace
         piece = memory[at.offset_bytes : at.offset_bytes + at.stored_bytes]
         pace.take(len(piece))
         stores[store].read_into(pack.key, piece, offset_bytes=at.offset_bytes)
-    return memory if wrong_chunk(memory, pack) is None else None
+    return memory if first_wrong_chunk(memory, pack) is None else None
 
 
-def wrong_chunk(memory: memoryview, pack: Pack) -> Place | None:
+def first_wrong_chunk(memory: memoryview, pack: Pack) -> ChunkRef | None:
     """The first chunk of ``pack`` that ``memory``, which holds the pack from its start, does not hold rightly."""
-    for place in pack.places:
+    for place in pack.chunks:
         at = place[1]
         if chunk_problem(memory[at.offset_bytes : at.offset_bytes + at.stored_bytes], place) is not None:
             return place
     return None
 
 
-def chunk_problem(stored: memoryview, place: Place) -> str | None:
+def chunk_problem(stored: memoryview, place: ChunkRef) -> str | None:
     """What is wrong with the stored bytes of a chunk, or None."""
     wanted, at = place
     raw = stored
@@ -161,7 +163,7 @@ def chunk_problem(stored: memoryview, place: Place) -> str | None:
     return None
 
 
-def _look(store: Backend, read: Read, memory: memoryview, bad: set[Place], pace: Pace) -> str:
+def _look(store: Backend, read: PackRead, memory: memoryview, bad: set[ChunkRef], pace: MaintenancePace) -> str:
     """Adds what is wrong in one request's range to ``bad``; returns a word about the first of it, or nothing."""
     pace.take(read.size_bytes)
     try:
@@ -169,7 +171,7 @@ def _look(store: Backend, read: Read, memory: memoryview, bad: set[Place], pace:
     except IntegrityError:
         if len(read.chunks) > 1:
             # It ends too early somewhere: the chunks before that may be right.
-            alone = [Read(read.pack, c.location.offset_bytes, c.location.stored_bytes, (c,)) for c in read.chunks]
+            alone = [PackRead(read.pack, c.location.offset_bytes, c.location.stored_bytes, (c,)) for c in read.chunks]
             words = [_look(store, one, memory[: one.size_bytes], bad, pace) for one in alone]
             return next((word for word in words if word), "")
         bad.add((read.chunks[0].digest, read.chunks[0].location))
@@ -189,15 +191,15 @@ def _look(store: Backend, read: Read, memory: memoryview, bad: set[Place], pace:
 # what is only there.
 
 
-class Walk:
+class ListingWalk:
     """The objects below ``prefix`` from after ``after`` on. Ask in ascending order; those passed over are counted as strays."""
 
     def __init__(self, store: Backend, prefix: str, *, after: str = "") -> None:
         self._entries: Iterator[Stat] = iter(store.list(prefix, after=after))
         self._next: Stat | None = None
         self._ended = False
-        self.strays = 0
-        self.stray_bytes = 0
+        self.orphans = 0
+        self.orphan_bytes = 0
 
     def take(self, key: str) -> Stat | None:
         """The entry of ``key``, or None where the listing has none."""
@@ -210,8 +212,8 @@ class Walk:
     def skip(self, key: str | None, *, count: bool = True) -> None:
         """Pass over everything before ``key`` (None: all that is left), and ``count`` it as strays."""
         while (entry := self._peek()) is not None and (key is None or entry.key < key):
-            self.strays += count
-            self.stray_bytes += entry.size_bytes if count else 0
+            self.orphans += count
+            self.orphan_bytes += entry.size_bytes if count else 0
             self._next = None
 
     def _peek(self) -> Stat | None:
@@ -229,7 +231,7 @@ V = TypeVar("V")
 THREADS_MAX = 32
 
 
-def in_order(items: Iterable[K], work: Callable[[K], V], *, threads: int) -> Generator[tuple[K, V], None, None]:
+def map_in_order(items: Iterable[K], work: Callable[[K], V], *, threads: int) -> Generator[tuple[K, V], None, None]:
     """Each item and ``work`` of it, in order, up to ``threads`` at once; no thread is started for one at a time.
 
     The first error in order is raised when its turn comes. Whoever stops early waits for what is in flight.

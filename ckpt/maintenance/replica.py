@@ -90,12 +90,12 @@ def _require_same_log(store: Backend, found: JobRecord, source: JobRecord) -> No
 BUDGET_BYTES = 2 * PACK_BYTES_MAX
 """Memory for copies in flight, when the caller names no limit: two of the largest packs."""
 
-Progress = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 """Told how many bytes were just copied; called by one thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class SyncLimits:
     """What a sync may take. ``threads`` objects are copied at once, as far as they fit into ``budget_bytes`` together;
     ``rate_bytes_per_s`` bounds what is read and written (None: not at all); setting ``stop`` ends it early."""
 
@@ -105,7 +105,7 @@ class Effort:
     stop: threading.Event | None = None
 
 
-USUAL = Effort()
+DEFAULT_LIMITS = SyncLimits()
 """What a sync takes that nobody waits for, and nothing is in the way of."""
 
 
@@ -135,7 +135,7 @@ class SyncReport:
 # How much memory copies in flight may take together.
 
 
-class Budget:
+class MemoryBudget:
     """Lets in what fits below ``limit_bytes``, and what is larger alone. Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -144,7 +144,7 @@ class Budget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def holding(self, size_bytes: int) -> Iterator[None]:
+    def reserve(self, size_bytes: int) -> Iterator[None]:
         """Wait until ``size_bytes`` fit, and hold them. Never hold two at once: both would wait for each other."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes)

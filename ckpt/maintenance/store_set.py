@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
 from ckpt.errors import ConflictError, UnavailableError, UsageError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.format import keys
 from ckpt.format.records import BY_STORES, Stores
 from ckpt.format.store import JobRecord
-from ckpt.log.access import OneStore
+from ckpt.log.access import SingleStoreLog
 from ckpt.log.journal import Journal
-from ckpt.log.replicated import SeveralStores
-from ckpt.log.sequencers import giver_beside
+from ckpt.log.replicated import ReplicatedLog
+from ckpt.log.sequencers import external_sequencer
 from ckpt.log.state import LogState, StoreSet
-from ckpt.maintenance.replica import USUAL, Effort
+from ckpt.maintenance.replica import DEFAULT_LIMITS, SyncLimits
 from ckpt.maintenance.sync.sync import fill, source_record
 
 MAJORITY = 0
@@ -31,7 +31,7 @@ MAJORITY = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class StoreMembership:
     """One store as the log sees it: its id (empty where it did not answer or has none), and whether it counts."""
 
     url: str
@@ -39,14 +39,14 @@ class Standing:
     counts: bool
 
 
-def standing(journal: Journal, backend: Backend) -> tuple[StoreSet | None, tuple[Standing, ...]]:
+def store_memberships(journal: Journal, backend: Backend) -> tuple[StoreSet | None, tuple[StoreMembership, ...]]:
     """The set that the log fixes (None: it is in one store), and how each of these stores stands to it."""
     state = journal.refresh()
     urls = [store.url for store in stores_of(backend)]
     ids = _ids(journal, backend)
     members = state.stores.ids if state.stores is not None else ids
     return state.stores, tuple(
-        Standing(url, one, bool(one) and one in members) for url, one in zip(urls, ids, strict=True)
+        StoreMembership(url, one, bool(one) and one in members) for url, one in zip(urls, ids, strict=True)
     )
 
 
@@ -56,25 +56,25 @@ def add(
     new: Backend,
     *,
     write_quorum: int = MAJORITY,
-    effort: Effort = USUAL,
-    tell: Tell,
+    limits: SyncLimits = DEFAULT_LIMITS,
+    emit: Emit,
 ) -> StoreSet:
     """Make ``new`` one more store of the log behind ``backend``, and return the set that is in force then.
 
     Raises UsageError where it is one already or belongs to another log, UnavailableError where it could not be filled.
     """
-    new_id = _filled(journal, backend, new, effort, tell)
+    new_id = _filled(journal, backend, new, limits, emit)
     before = _members(journal, backend)
     if new_id in before.ids:
         raise UsageError(f"the store counts already. store={new.url}")
     ids = (*before.ids, new_id)
     quorum = write_quorum or len(ids) // 2 + 1
     after = StoreSet(ids, quorum, _giver(journal, [*stores_of(backend), new], before, quorum))
-    return _change(journal, backend, before, after, [new], effort, tell)
+    return _change(journal, backend, before, after, [new], limits, emit)
 
 
 def replace(
-    journal: Journal, backend: Backend, new: Backend, lost_id: str, *, effort: Effort = USUAL, tell: Tell
+    journal: Journal, backend: Backend, new: Backend, lost_id: str, *, limits: SyncLimits = DEFAULT_LIMITS, emit: Emit
 ) -> StoreSet:
     """Put ``new`` in the place of the store with ``lost_id``, which is declared lost: should it come back it counts no more.
 
@@ -84,7 +84,7 @@ def replace(
         # A writer's records that were on their way when it was emptied: they are this log's, or filling it finds out.
         record = dataclasses.replace(_record_beside(backend, new), store_id=secrets.token_hex(16))
         new.put(keys.JOB_KEY, [record.encode()], create_only=new.capabilities().create_only)
-    new_id = _filled(journal, backend, new, effort, tell)
+    new_id = _filled(journal, backend, new, limits, emit)
     before = _members(journal, backend)
     if lost_id not in before.ids:
         raise UsageError(f"the log has no such store. store_id={lost_id} ids={list(before.ids)}")
@@ -92,32 +92,32 @@ def replace(
         raise UsageError(f"the store counts already. store={new.url}")
     ids = tuple(new_id if one == lost_id else one for one in before.ids)
     after = StoreSet(ids, before.write_quorum, before.sequencer)
-    return _change(journal, backend, before, after, [new], effort, tell)
+    return _change(journal, backend, before, after, [new], limits, emit)
 
 
 def remove(
     journal: Journal,
     backend: Backend,
-    gone_id: str,
+    removed_id: str,
     *,
     write_quorum: int = MAJORITY,
-    effort: Effort = USUAL,
-    tell: Tell,
+    limits: SyncLimits = DEFAULT_LIMITS,
+    emit: Emit,
 ) -> StoreSet:
     """Take a store out of the log's set, after the others have all that it may be one of few to have.
 
     Nothing is deleted. Raises UsageError where the log knows no such store or it is the last one.
     """
     before = _members(journal, backend)
-    if gone_id not in before.ids or len(before.ids) == 1:
-        raise UsageError(f"the log has no such store beside others. store_id={gone_id} ids={list(before.ids)}")
+    if removed_id not in before.ids or len(before.ids) == 1:
+        raise UsageError(f"the log has no such store beside others. store_id={removed_id} ids={list(before.ids)}")
     seats = zip(stores_of(backend), _ids(journal, backend), strict=True)
-    kept = [store for store, one in seats if one in before.ids and one != gone_id]
+    kept = [store for store, one in seats if one in before.ids and one != removed_id]
     for store in kept:
-        _filled(journal, backend, store, effort, tell)
-    ids = tuple(one for one in before.ids if one != gone_id)
+        _filled(journal, backend, store, limits, emit)
+    ids = tuple(one for one in before.ids if one != removed_id)
     after = StoreSet(ids, write_quorum or len(ids) // 2 + 1, before.sequencer)
-    return _change(journal, backend, before, after, kept, effort, tell)
+    return _change(journal, backend, before, after, kept, limits, emit)
 
 
 def take_over(journal: Journal, backend: Backend) -> StoreSet:
@@ -128,14 +128,14 @@ def take_over(journal: Journal, backend: Backend) -> StoreSet:
     """
     access = journal.access
     state = journal.refresh()
-    if not isinstance(access, SeveralStores) or state.stores is None:
+    if not isinstance(access, ReplicatedLog) or state.stores is None:
         raise UsageError("the log is in one store, which gives out its places itself. name all of its stores")
     _require_sure(state, backend)
     name = BY_STORES
-    if len(access.copies.creators(access.full(state.stores))) < state.stores.write_quorum:
-        name = giver_beside(journal.log_id, renew=True)
+    if len(access.replicas.create_only_stores(access.full(state.stores))) < state.stores.write_quorum:
+        name = external_sequencer(journal.log_id, renew=True)
     after = StoreSet(state.stores.ids, state.stores.write_quorum, name)
-    with access.giver(name):
+    with access.using_sequencer(name):
         journal.append(_body(after), epoch=state.epoch)
     return after
 
@@ -144,7 +144,7 @@ def returned_empty(journal: Journal, backend: Backend) -> tuple[tuple[Backend, s
     """Stores that answer and don't count while ids of the set are missing: each with the id that it stands in for."""
     access = journal.access
     state = journal.refresh()
-    if not isinstance(access, SeveralStores) or state.stores is None or state.unsure:
+    if not isinstance(access, ReplicatedLog) or state.stores is None or state.stale_reason:
         return ()
     members = state.stores
     missing = [one for one in members.ids if one not in access.ids]
@@ -159,24 +159,24 @@ def returned_empty(journal: Journal, backend: Backend) -> tuple[tuple[Backend, s
     return tuple(found)
 
 
-def members_here(journal: Journal, backend: Backend) -> tuple[tuple[Backend, str], ...]:
+def reachable_members(journal: Journal, backend: Backend) -> tuple[tuple[Backend, str], ...]:
     """The stores that answer and count, with their ids, as the log was last read; none where it is in one store."""
     access, state = journal.access, journal.refresh()
-    if not isinstance(access, SeveralStores) or state.stores is None or state.unsure:
+    if not isinstance(access, ReplicatedLog) or state.stores is None or state.stale_reason:
         return ()
     ids = enumerate(zip(stores_of(backend), access.ids, strict=True))
     return tuple((store, one) for n, (store, one) in ids if one in state.stores.ids and n not in access.silent)
 
 
-def fill_up(journal: Journal, backend: Backend, store: Backend, *, effort: Effort, tell: Tell) -> None:
+def catch_up(journal: Journal, backend: Backend, store: Backend, *, limits: SyncLimits, emit: Emit) -> None:
     """Bring a store that counts what it missed while it was away. Raises UnavailableError where that can't be done now."""
-    _filled(journal, backend, store, effort, tell)
+    _filled(journal, backend, store, limits, emit)
 
 
-def _filled(journal: Journal, backend: Backend, store: Backend, effort: Effort, tell: Tell) -> str:
+def _filled(journal: Journal, backend: Backend, store: Backend, effort: SyncLimits, tell: Emit) -> str:
     """Bring ``store`` all that the log names; its id."""
     record = _record_beside(backend, store)
-    done = fill(backend, store, journal.refresh, record=record, deep=False, effort=effort, tell=tell)
+    done = fill(backend, store, journal.refresh, record=record, deep=False, limits=effort, emit=tell)
     if not done.complete:
         raise UnavailableError(
             f"the store could not be filled as quickly as the job writes. store={store.url} repeat later"
@@ -213,8 +213,8 @@ def _record_beside(backend: Backend, store: Backend) -> JobRecord:
 
 
 def _change(
-    journal: Journal, backend: Backend, before: StoreSet, after: StoreSet, fresh: Sequence[Backend], effort: Effort,
-    tell: Tell,
+    journal: Journal, backend: Backend, before: StoreSet, after: StoreSet, fresh: Sequence[Backend], effort: SyncLimits,
+    tell: Emit,
 ) -> StoreSet:  # fmt: skip
     state = journal.refresh()
     _require_sure(state, backend)
@@ -239,9 +239,9 @@ def _members(journal: Journal, backend: Backend) -> StoreSet:
 
 def _ids(journal: Journal, backend: Backend) -> tuple[str, ...]:
     access = journal.access
-    if isinstance(access, SeveralStores):
+    if isinstance(access, ReplicatedLog):
         return access.ids
-    assert isinstance(access, OneStore)
+    assert isinstance(access, SingleStoreLog)
     return (access.store_id,)
 
 
@@ -251,7 +251,7 @@ def _giver(journal: Journal, stores: Sequence[Backend], before: StoreSet, quorum
         return before.sequencer
     if sum(store.capabilities().create_only for store in stores) >= quorum:
         return BY_STORES
-    return giver_beside(journal.log_id)
+    return external_sequencer(journal.log_id)
 
 
 def _body(members: StoreSet) -> Stores:
@@ -259,9 +259,9 @@ def _body(members: StoreSet) -> Stores:
 
 
 def _require_sure(state: LogState, backend: Backend) -> None:
-    if state.unsure:
+    if state.stale_reason:
         raise ConflictError(
-            f"the set of stores is changed only where the log is known for sure. why={state.unsure} "
+            f"the set of stores is changed only where the log is known for sure. why={state.stale_reason} "
             f"stores={[store.url for store in stores_of(backend)]}"
         )
 
@@ -270,13 +270,13 @@ def _require_sure(state: LogState, backend: Backend) -> None:
 # written meanwhile.
 
 
-class Places:
+class LogCoverage:
     """What each store was seen to list, by its id. For one thread; what is known once isn't listed again."""
 
     def __init__(self) -> None:
         self._whole: dict[str, int] = {}
 
-    def gap(self, store: Backend, store_id: str, *, upto_seq: int) -> int | None:
+    def first_gap(self, store: Backend, store_id: str, *, upto_seq: int) -> int | None:
         """The first place below ``upto_seq`` at which ``store`` lists no record; None where it lists all.
 
         Cost: a list of the places from the first that was not seen yet. Raises UnavailableError.

@@ -14,37 +14,39 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckpt.capture.leaves import World, clean_fqn, escape, join
-from ckpt.capture.modules import EXTRA_STATE, MadeEntry, ModuleSource
-from ckpt.capture.optimizers import Member, OptimizerSource
+from ckpt.capture.modules import EXTRA_STATE, ComputedEntry, ModuleSource
+from ckpt.capture.optimizers import OptimizerParameter, OptimizerSource
 from ckpt.capture.plan import CapturePlan
-from ckpt.capture.streams import RngState, is_iterated, is_loader, load_loader
+from ckpt.capture.streams import RngState, is_iterated, is_loader, restore_loader
 from ckpt.capture.tensors import is_dtensor
 from ckpt.capture.tree import PLAIN, Stateful, Walker, is_stateful, state_of, type_name
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
-from ckpt.restore.reader import Read, read_objects
-from ckpt.restore.targets import Cover, New, Problems, Selection, Targets, fill
+from ckpt.restore.reader import ReadWants, read_objects
+from ckpt.restore.targets import Coverage, NewTensor, RestoreProblems, Selection, TensorTargets, fill_tensors
 
 # Match live values with stored structure: what goes where. Decides; the returned steps do.
 
-Step = Callable[[], object]
+RestoreStep = Callable[[], object]
 """Puts a value in place once all bytes are there, and returns it (the live object itself where that was filled)."""
 
-Matcher = Callable[[nn.Module | Optimizer, object, str], Step]
+SourceMatch = Callable[[nn.Module | Optimizer, object, str], RestoreStep]
 
 
-class _Absent:
+class _NoLiveValue:
     """Stands for a live value that isn't there; fits nothing."""
 
 
-ABSENT = _Absent()
+ABSENT = _NoLiveValue()
 
 
-class Values:
+class ValueMatcher:
     """Plain containers, tensors and objects with state. ``sources`` matches modules and optimizers."""
 
-    def __init__(self, targets: Targets, selection: Selection, problems: Problems, sources: Matcher) -> None:
+    def __init__(
+        self, targets: TensorTargets, selection: Selection, problems: RestoreProblems, sources: SourceMatch
+    ) -> None:
         self._targets = targets
         self._selection = selection
         self._problems = problems
@@ -52,10 +54,10 @@ class Values:
         self.late: list[Callable[[], None]] = []
         self.last: list[Callable[[], None]] = []
 
-    def match(self, live: object, node: object, path: str) -> Step:
+    def match(self, live: object, node: object, path: str) -> RestoreStep:
         """How ``live`` becomes what ``node`` says; kept as it is where it isn't selected."""
         cover = self._selection.cover(path)
-        if cover is Cover.NONE:
+        if cover is Coverage.NONE:
             return lambda: live
         match live:
             case nn.Module() | Optimizer():
@@ -78,7 +80,7 @@ class Values:
             return self._stateful(live, node, path, cover)
         return self.fresh(live, node, path)
 
-    def fresh(self, hint: object, node: object, path: str) -> Step:
+    def fresh(self, hint: object, node: object, path: str) -> RestoreStep:
         """How ``node`` becomes a new value. ``hint`` is the live value there: it lends types, devices and factories."""
         match node:
             case Ref():
@@ -105,15 +107,15 @@ class Values:
             case _:
                 return lambda: copy.copy(node)
 
-    def _dict(self, live: dict[object, object], node: dict[object, object], path: str) -> Step:
+    def _dict(self, live: dict[object, object], node: dict[object, object], path: str) -> RestoreStep:
         by_node = {_key_node(key): key for key in live}
         holds_objects = any(isinstance(one, (nn.Module, Optimizer)) or is_stateful(one) for one in live.values())
-        steps: dict[object, Step] = {}
+        steps: dict[object, RestoreStep] = {}
         for key, one in node.items():
             where = join(path, key)
             if key in by_node:
                 steps[by_node[key]] = self.match(live[by_node[key]], one, where)
-            elif self._selection.cover(where) is Cover.NONE:
+            elif self._selection.cover(where) is Coverage.NONE:
                 continue
             elif holds_objects and isinstance(one, dict):
                 self._problems.unexpected(where)
@@ -124,7 +126,7 @@ class Values:
             if self._must_stay(live[by_node[key]], path, where):
                 self._problems.missing(where)
                 steps[by_node[key]] = _constant(live[by_node[key]])
-            elif self._selection.cover(where) is not Cover.ALL:
+            elif self._selection.cover(where) is not Coverage.ALL:
                 steps[by_node[key]] = _constant(live[by_node[key]])
 
         def put() -> object:
@@ -139,9 +141,9 @@ class Values:
         """Whether a live value that the snapshot lacks is named by the user, or holds state: then it can't just go."""
         named_by_user = "/" not in path
         holds = isinstance(value, (nn.Module, Optimizer, torch.Generator)) or is_stateful(value)
-        return (named_by_user or holds) and self._selection.cover(where) is not Cover.NONE
+        return (named_by_user or holds) and self._selection.cover(where) is not Coverage.NONE
 
-    def _list(self, live: list[object], node: list[object], path: str) -> Step:
+    def _list(self, live: list[object], node: list[object], path: str) -> RestoreStep:
         steps = self._positions(live, node, path)
 
         def put() -> object:
@@ -150,7 +152,9 @@ class Values:
 
         return put
 
-    def _positions(self, live: list[object] | tuple[object, ...], node: Iterable[object], path: str) -> list[Step]:
+    def _positions(
+        self, live: list[object] | tuple[object, ...], node: Iterable[object], path: str
+    ) -> list[RestoreStep]:
         steps = [self.match(_at(live, i), one, join(path, i)) for i, one in enumerate(node)]
         for i in range(len(steps), len(live)):
             if isinstance(live[i], (nn.Module, Optimizer, torch.Generator)) or is_stateful(live[i]):
@@ -158,10 +162,10 @@ class Values:
                 steps.append(_constant(live[i]))
         return steps
 
-    def _dataclass(self, live: object, node: DataclassNode, path: str, *, anew: bool = False) -> Step:
+    def _dataclass(self, live: object, node: DataclassNode, path: str, *, anew: bool = False) -> RestoreStep:
         anew = anew or bool(getattr(type(live), "__dataclass_params__").frozen)  # noqa: B009 - unknown to type checkers
         known = {one.name for one in dataclasses.fields(live)}  # type: ignore[arg-type]
-        steps: dict[str, Step] = {}
+        steps: dict[str, RestoreStep] = {}
         for key, one in node.fields.items():
             where = join(path, key)
             if key not in known:
@@ -180,7 +184,7 @@ class Values:
 
         return put
 
-    def _named_tuple(self, hint: object, node: NamedTupleNode, path: str) -> Step:
+    def _named_tuple(self, hint: object, node: NamedTupleNode, path: str) -> RestoreStep:
         if type_name(hint) != node.type_name or getattr(hint, "_fields", None) != node.names:
             return self._no_type(node.type_name, path)
         steps = [
@@ -190,8 +194,8 @@ class Values:
         make: Callable[[list[object]], object] = type(hint)._make  # type: ignore[attr-defined]
         return lambda: make([step() for step in steps])
 
-    def _stateful(self, live: Stateful, node: object, path: str, cover: Cover) -> Step:
-        if cover is Cover.PART:
+    def _stateful(self, live: Stateful, node: object, path: str, cover: Coverage) -> RestoreStep:
+        if cover is Coverage.PART:
             self._problems.add("object can only be restored whole.", path, "name the whole object in only=[...]")
             return lambda: live
         if is_loader(live) and is_iterated(live):
@@ -210,11 +214,11 @@ class Values:
         steps.append(lambda: _load(live, step()))
         return lambda: live
 
-    def _new_tensor(self, hint: object, ref: Ref, path: str) -> Step:
+    def _new_tensor(self, hint: object, ref: Ref, path: str) -> RestoreStep:
         device = hint.device if isinstance(hint, torch.Tensor) else _device(ref.device)
-        return self._targets.fresh(New(self._targets.stored(ref), device), ref, path).value
+        return self._targets.fresh(NewTensor(self._targets.stored(ref), device), ref, path).value
 
-    def _new_dict(self, hint: object, node: dict[object, object], path: str) -> Step:
+    def _new_dict(self, hint: object, node: dict[object, object], path: str) -> RestoreStep:
         before: Mapping[object, object] = hint if isinstance(hint, dict) else {}
         by_node = {_key_node(key): key for key in before}
         steps = {
@@ -254,7 +258,7 @@ class Values:
                 self._no_type(node.type_name, path)
         return node
 
-    def _no_type(self, name: str, path: str) -> Step:
+    def _no_type(self, name: str, path: str) -> RestoreStep:
         self._problems.add(
             f"stored value has a type that no live value there has. type={name}",
             path,
@@ -267,7 +271,7 @@ def _at(values: list[object] | tuple[object, ...], index: int) -> object:
     return values[index] if index < len(values) else ABSENT
 
 
-def _constant(value: object) -> Step:
+def _constant(value: object) -> RestoreStep:
     return lambda: value
 
 
@@ -317,7 +321,7 @@ def _set_generator(generator: torch.Generator, state: bytes) -> None:
 
 def _load(live: Stateful, state: object) -> None:
     if is_loader(live) and isinstance(state, dict):
-        load_loader(live, state)
+        restore_loader(live, state)
     else:
         live.load_state_dict(state)  # type: ignore[arg-type]
 
@@ -325,22 +329,24 @@ def _load(live: Stateful, state: object) -> None:
 # Match a live module with its stored entries.
 
 
-class Modules:
+class ModuleMatcher:
     """Modules by clean name: parameters and buffers filled in place, extra state handed to ``set_extra_state``."""
 
-    def __init__(self, targets: Targets, selection: Selection, problems: Problems, values: Values) -> None:
+    def __init__(
+        self, targets: TensorTargets, selection: Selection, problems: RestoreProblems, values: ValueMatcher
+    ) -> None:
         self._targets = targets
         self._selection = selection
         self._problems = problems
         self._values = values
 
-    def match(self, source: ModuleSource, node: object, path: str) -> Step:
+    def match(self, source: ModuleSource, node: object, path: str) -> RestoreStep:
         """How the module becomes what ``node`` says."""
         if not isinstance(node, dict):
             raise IntegrityError(f"stored value is no module's. path={path!r}")
         for entry in source.live:
             where = join(path, entry.fqn)
-            if self._selection.cover(where) is Cover.NONE:
+            if self._selection.cover(where) is Coverage.NONE:
                 continue
             match node.get(entry.fqn):
                 case None:
@@ -350,9 +356,9 @@ class Modules:
                 case other:
                     self._problems.add(f"stored value is no tensor. type={type(other).__name__}", where)
         made = self._made(source, node, path)
-        known = {entry.fqn for entry in source.live} | {entry.fqn for entry in source.made}
+        known = {entry.fqn for entry in source.live} | {entry.fqn for entry in source.computed}
         for fqn in node:
-            if fqn not in known and self._selection.cover(join(path, fqn)) is not Cover.NONE:
+            if fqn not in known and self._selection.cover(join(path, fqn)) is not Coverage.NONE:
                 self._problems.unexpected(join(path, fqn))
 
         def put() -> object:
@@ -361,11 +367,13 @@ class Modules:
 
         return put
 
-    def _made(self, source: ModuleSource, node: dict[object, object], path: str) -> list[tuple[MadeEntry, Step]]:
-        found: list[tuple[MadeEntry, Step]] = []
-        for entry in source.made:
+    def _made(
+        self, source: ModuleSource, node: dict[object, object], path: str
+    ) -> list[tuple[ComputedEntry, RestoreStep]]:
+        found: list[tuple[ComputedEntry, RestoreStep]] = []
+        for entry in source.computed:
             where = join(path, entry.fqn)
-            if self._selection.cover(where) is Cover.NONE:
+            if self._selection.cover(where) is Coverage.NONE:
                 continue
             if entry.fqn not in node:
                 self._problems.missing(where)
@@ -374,7 +382,7 @@ class Modules:
         return found
 
 
-def _put_made(source: ModuleSource, values: list[tuple[MadeEntry, object]]) -> None:
+def _put_made(source: ModuleSource, values: list[tuple[ComputedEntry, object]]) -> None:
     extra = _extra_state_owners(source.module)
     others = {entry.key: value for entry, value in values if entry.fqn not in extra}
     for entry, value in values:
@@ -406,27 +414,29 @@ NAMES_SHOWN_MAX = 3
 """How many parameter names one difference lists."""
 
 
-class Optimizers:
+class OptimizerMatcher:
     """Optimizers by parameter name: hyper-parameters set, state filled in place, made or removed."""
 
-    def __init__(self, targets: Targets, selection: Selection, problems: Problems, values: Values) -> None:
+    def __init__(
+        self, targets: TensorTargets, selection: Selection, problems: RestoreProblems, values: ValueMatcher
+    ) -> None:
         self._targets = targets
         self._selection = selection
         self._problems = problems
         self._values = values
 
-    def match(self, source: OptimizerSource, node: object, path: str) -> Step:
+    def match(self, source: OptimizerSource, node: object, path: str) -> RestoreStep:
         """How the optimizer becomes what ``node`` says."""
         state, groups = _parts(node, path)
         stored = {name for group in groups for name in _names(group, path)}
-        steps: list[Step] = []
-        if self._selection.cover(f"{path}/param_groups") is not Cover.NONE:
+        steps: list[RestoreStep] = []
+        if self._selection.cover(f"{path}/param_groups") is not Coverage.NONE:
             steps += self._groups(source, groups, path)
-        if self._selection.cover(f"{path}/state") is not Cover.NONE:
+        if self._selection.cover(f"{path}/state") is not Coverage.NONE:
             flags = {name: _on_device(group) for group in groups for name in _names(group, path)}
-            for member in source.members:
+            for member in source.parameters:
                 where = f"{path}/state/{member.name}"
-                if self._selection.cover(where) is Cover.NONE:
+                if self._selection.cover(where) is Coverage.NONE:
                     continue
                 if member.name not in stored:
                     self._problems.missing(where)
@@ -434,8 +444,8 @@ class Optimizers:
                     steps.append(
                         self._state(source, member, state.get(member.name), where, step_on_device=flags[member.name])
                     )
-            for name in state.keys() - {member.name for member in source.members}:
-                if self._selection.cover(f"{path}/state/{name}") is not Cover.NONE:
+            for name in state.keys() - {member.name for member in source.parameters}:
+                if self._selection.cover(f"{path}/state/{name}") is not Coverage.NONE:
                     self._problems.unexpected(f"{path}/state/{name}")
 
         def put() -> object:
@@ -445,7 +455,7 @@ class Optimizers:
 
         return put
 
-    def _groups(self, source: OptimizerSource, groups: list[dict[object, object]], path: str) -> list[Step]:
+    def _groups(self, source: OptimizerSource, groups: list[dict[object, object]], path: str) -> list[RestoreStep]:
         live = source.optimizer.param_groups
         if len(live) != len(groups):
             self._problems.add(
@@ -454,10 +464,10 @@ class Optimizers:
                 f'restore only=["{path}/state"] to keep the live groups',
             )
             return []
-        steps: list[Step] = []
+        steps: list[RestoreStep] = []
         for number, (group, node) in enumerate(zip(live, groups, strict=True)):
             where = f"{path}/param_groups/{number}"
-            mine = {one.name for one in source.members if one.group == number}
+            mine = {one.name for one in source.parameters if one.group == number}
             theirs = set(_names(node, path))
             if mine != theirs:
                 self._problems.add(
@@ -471,8 +481,8 @@ class Optimizers:
                     steps.append(self._hyper(group, key, one, join(where, key)))
         return steps
 
-    def _hyper(self, group: dict[str, object], key: str, node: object, where: str) -> Step:
-        if self._selection.cover(where) is Cover.NONE:
+    def _hyper(self, group: dict[str, object], key: str, node: object, where: str) -> RestoreStep:
+        if self._selection.cover(where) is Coverage.NONE:
             return lambda: None
         step = self._values.match(group.get(key), node, where)
 
@@ -483,8 +493,8 @@ class Optimizers:
         return put
 
     def _state(
-        self, source: OptimizerSource, member: Member, node: object, where: str, *, step_on_device: bool
-    ) -> Step:
+        self, source: OptimizerSource, member: OptimizerParameter, node: object, where: str, *, step_on_device: bool
+    ) -> RestoreStep:
         state: dict[torch.Tensor, dict[object, object]] = source.optimizer.state
         if node is None:
             return lambda: state.pop(member.tensor, None)
@@ -507,7 +517,9 @@ class Optimizers:
 
         return put
 
-    def _entry(self, member: Member, live: object, key: object, node: object, where: str, *, on_device: bool) -> Step:
+    def _entry(
+        self, member: OptimizerParameter, live: object, key: object, node: object, where: str, *, on_device: bool
+    ) -> RestoreStep:
         if not isinstance(node, Ref):
             return self._values.fresh(live, node, where)
         leaf = self._targets.stored(node)
@@ -522,7 +534,7 @@ class Optimizers:
         if like is None and is_dtensor(parameter) and node.placements.count(",") + 1 == parameter.device_mesh.ndim:
             # Smaller than the parameter but laid over the same kind of mesh (a factored second moment).
             like, placements = (parameter, node.placements) if node.placements else (None, "")
-        return self._targets.fresh(New(leaf, device, like, placements), node, where).value
+        return self._targets.fresh(NewTensor(leaf, device, like, placements), node, where).value
 
 
 def _parts(node: object, path: str) -> tuple[Mapping[object, object], list[dict[object, object]]]:
@@ -548,7 +560,7 @@ def apply(
     items: Mapping[str, object],
     index: SnapshotIndex,
     *,
-    read: Read,
+    read: ReadWants,
     world: World,
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
@@ -570,35 +582,37 @@ def apply(
     if isinstance(only, str):
         raise UsageError(f"only is one text. only={only!r}; pass a list of paths")
     selection = Selection(only)
-    problems = Problems(keep_missing=missing == "keep")
-    restore = _Restore(CapturePlan(items, world), index, selection, problems)
+    problems = RestoreProblems(keep_missing=missing == "keep")
+    restore = _RestoreDecision(CapturePlan(items, world), index, selection, problems)
     steps = restore.decide(read)
-    fill(restore.targets.fills(), read)
+    fill_tensors(restore.targets.fills(), read)
     for step in [*steps, *restore.values.late, *restore.values.last]:
         step()
     return tuple(problems.kept)
 
 
-class _Restore:
+class _RestoreDecision:
     """The deciding half of one restore."""
 
-    def __init__(self, plan: CapturePlan, index: SnapshotIndex, selection: Selection, problems: Problems) -> None:
+    def __init__(
+        self, plan: CapturePlan, index: SnapshotIndex, selection: Selection, problems: RestoreProblems
+    ) -> None:
         self._plan = plan
         self._index = index
         self._selection = selection
         self._problems = problems
-        self.targets = Targets(index, plan.world, problems)
-        self.values = Values(self.targets, selection, problems, self._source)
-        self._modules = Modules(self.targets, selection, problems, self.values)
-        self._optimizers = Optimizers(self.targets, selection, problems, self.values)
+        self.targets = TensorTargets(index, plan.world, problems)
+        self.values = ValueMatcher(self.targets, selection, problems, self._source)
+        self._modules = ModuleMatcher(self.targets, selection, problems, self.values)
+        self._optimizers = OptimizerMatcher(self.targets, selection, problems, self.values)
 
-    def decide(self, read: Read) -> list[Step]:
+    def decide(self, read: ReadWants) -> list[RestoreStep]:
         """The steps to take once all bytes are there. Raises UsageError that lists every difference."""
         rank = self._plan.world.rank
         live = {escape(name): item for name, item in self._plan.items.items()}
-        names = {name: item for name, item in live.items() if self._selection.cover(name) is not Cover.NONE}
+        names = {name: item for name, item in live.items() if self._selection.cover(name) is not Coverage.NONE}
         stored = read_objects(self._index, list(names), rank=rank, read=read)
-        steps: list[Step] = []
+        steps: list[RestoreStep] = []
         for name, item in names.items():
             if name in stored:
                 steps.append(self.values.match(item, stored[name], name))
@@ -610,7 +624,7 @@ class _Restore:
         self._problems.check()
         return steps
 
-    def _source(self, live: nn.Module | Optimizer, node: object, path: str) -> Step:
+    def _source(self, live: nn.Module | Optimizer, node: object, path: str) -> RestoreStep:
         match self._plan.sources().get(id(live)):
             case ModuleSource() as source:
                 return self._modules.match(source, node, path)

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import Replicated
+from ckpt.backends.checked import MultiStoreBackend
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.format.canonical import digest
 from ckpt.format.codec import decode_chunk
-from ckpt.restore.plan import ChunkRead, Copy, Read, ReadPlan
+from ckpt.restore.plan import ChunkCopy, ChunkRead, PackRead, ReadPlan
 from ckpt.values import Codec
 
 THREADS_MAX = 64
@@ -32,7 +32,7 @@ THREADS_MAX = 64
 BUDGET_BYTES = 256 << 20
 """Scratch memory that a fetch may use when its caller names no limit."""
 
-Progress = Callable[[int], None]
+OnProgress = Callable[[int], None]
 """Told how many raw bytes were just verified; called by one worker at a time."""
 
 Bytes = NDArray[np.uint8]
@@ -47,7 +47,7 @@ _WORDS: dict[int, np.dtype[np.generic]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class DamagedChunk:
     """One stored range that is not what it should be. ``what``: ``missing``, ``short``, ``mismatch`` or ``unreadable``."""
 
     chunk: ChunkRead
@@ -68,7 +68,7 @@ def fetch(
     *,
     threads: int | None = None,
     budget_bytes: int = BUDGET_BYTES,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Read what ``plan`` says into ``outputs``, one writable contiguous buffer for each want.
 
@@ -87,7 +87,7 @@ class Fetcher:
         self._backend = backend
         self._threads = threads_best(backend) if threads is None else max(1, threads)
         self._budget_bytes = budget_bytes
-        self._scratch: list[_Scratch] = []
+        self._scratch: list[_ScratchMemory] = []
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Fetcher:
@@ -110,21 +110,21 @@ class Fetcher:
         plan: ReadPlan,
         outputs: Sequence[memoryview | NDArray[np.generic]],
         *,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         """As the function ``fetch``."""
         targets = _targets(plan, outputs)
 
-        def work(read: Read, scratch: _Scratch) -> int:
+        def work(read: PackRead, scratch: _ScratchMemory) -> int:
             return _deliver_read(self._backend, plan.snapshot, read, targets, scratch)
 
         self._run(plan, work, on_progress)
 
-    def scan(self, plan: ReadPlan, *, on_progress: Progress | None = None) -> list[Damage]:
+    def scan(self, plan: ReadPlan, *, on_progress: OnProgress | None = None) -> list[DamagedChunk]:
         """Read and verify everything in ``plan``, deliver nothing, and return all damage found instead of raising."""
-        found: list[Damage] = []
+        found: list[DamagedChunk] = []
 
-        def work(read: Read, scratch: _Scratch) -> int:
+        def work(read: PackRead, scratch: _ScratchMemory) -> int:
             found.extend(_scan_read(self._backend, plan.snapshot, read, scratch))
             return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
@@ -132,15 +132,17 @@ class Fetcher:
         found.sort(key=lambda damage: (damage.chunk.location.pack, damage.chunk.location.offset_bytes))
         return found
 
-    def _run(self, plan: ReadPlan, work: Callable[[Read, _Scratch], int], on_progress: Progress | None) -> None:
+    def _run(
+        self, plan: ReadPlan, work: Callable[[PackRead, _ScratchMemory], int], on_progress: OnProgress | None
+    ) -> None:
         stored_bytes, raw_bytes = _scratch_bytes(plan)
         scratch_bytes = max(1, stored_bytes + raw_bytes)
         workers = max(1, min(self._threads, len(plan.reads), self._budget_bytes // scratch_bytes))
         while len(self._scratch) < workers:
-            self._scratch.append(_Scratch())
+            self._scratch.append(_ScratchMemory())
         for scratch in self._scratch[:workers]:
             scratch.grow(stored_bytes, raw_bytes)
-        line = _Line(plan.reads, on_progress)
+        line = _ReadQueue(plan.reads, on_progress)
         if workers == 1:
             line.drain(work, self._scratch[0])
         else:
@@ -158,12 +160,12 @@ class Fetcher:
             raise line.error
 
 
-class _Line:
+class _ReadQueue:
     """Reads waiting for a worker; the first error empties it."""
 
-    def __init__(self, reads: Sequence[Read], on_progress: Progress | None) -> None:
+    def __init__(self, reads: Sequence[PackRead], on_progress: OnProgress | None) -> None:
         self._lock = threading.Lock()
-        self._reads: Iterator[Read] = iter(reads)
+        self._reads: Iterator[PackRead] = iter(reads)
         self._on_progress = on_progress
         self._stopped = False
         self.error: CkptError | None = None
@@ -171,7 +173,7 @@ class _Line:
     def stop(self) -> None:
         self._stopped = True
 
-    def drain(self, work: Callable[[Read, _Scratch], int], scratch: _Scratch) -> None:
+    def drain(self, work: Callable[[PackRead, _ScratchMemory], int], scratch: _ScratchMemory) -> None:
         try:
             while True:
                 with self._lock:
@@ -191,7 +193,7 @@ class _Line:
             raise
 
 
-class _Scratch:
+class _ScratchMemory:
     """One worker's reused memory: stored bytes of one request, raw bytes of one chunk. Page-aligned, for direct I/O."""
 
     def __init__(self) -> None:
@@ -216,7 +218,7 @@ def _scratch_bytes(plan: ReadPlan) -> tuple[int, int]:
     return stored_bytes, raw_bytes
 
 
-def _direct(read: Read) -> Copy | None:
+def _direct(read: PackRead) -> ChunkCopy | None:
     """The copy whose place in its output can take the read's bytes as they come, or None."""
     chunk = read.chunks[0]
     if len(read.chunks) > 1 or chunk.location.codec is not Codec.RAW:
@@ -246,7 +248,9 @@ def _targets(plan: ReadPlan, outputs: Sequence[memoryview | NDArray[np.generic]]
     return targets
 
 
-def _deliver_read(backend: Backend, snapshot: str, read: Read, targets: list[Bytes], scratch: _Scratch) -> int:
+def _deliver_read(
+    backend: Backend, snapshot: str, read: PackRead, targets: list[Bytes], scratch: _ScratchMemory
+) -> int:
     direct = _direct(read)
     if direct is not None:
         chunk = read.chunks[0]
@@ -268,9 +272,9 @@ def _deliver_read(backend: Backend, snapshot: str, read: Read, targets: list[Byt
     return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
 
-def _scan_read(backend: Backend, snapshot: str, read: Read, scratch: _Scratch) -> list[Damage]:
+def _scan_read(backend: Backend, snapshot: str, read: PackRead, scratch: _ScratchMemory) -> list[DamagedChunk]:
     stored = scratch.stored[: read.size_bytes]
-    found: list[Damage] = []
+    found: list[DamagedChunk] = []
 
     def look(chunk: ChunkRead) -> None:
         _check(chunk, _raw(chunk, stored, read.offset_bytes, scratch, snapshot), snapshot)
@@ -280,7 +284,7 @@ def _scan_read(backend: Backend, snapshot: str, read: Read, scratch: _Scratch) -
             look(chunk)
 
     try:
-        if isinstance(backend, Replicated):
+        if isinstance(backend, MultiStoreBackend):
             _read_right(backend, snapshot, read, stored, look_at_all)
             return []
         _read(backend, snapshot, read, stored)
@@ -288,7 +292,8 @@ def _scan_read(backend: Backend, snapshot: str, read: Read, scratch: _Scratch) -
         if len(read.chunks) == 1:
             return [_damage(read.chunks[0], error)]
         alone = (
-            Read(read.pack, chunk.location.offset_bytes, chunk.location.stored_bytes, (chunk,)) for chunk in read.chunks
+            PackRead(read.pack, chunk.location.offset_bytes, chunk.location.stored_bytes, (chunk,))
+            for chunk in read.chunks
         )
         return [damage for one in alone for damage in _scan_read(backend, snapshot, one, scratch)]
     for chunk in read.chunks:
@@ -299,7 +304,7 @@ def _scan_read(backend: Backend, snapshot: str, read: Read, scratch: _Scratch) -
     return found
 
 
-def _damage(chunk: ChunkRead, error: CkptError) -> Damage:
+def _damage(chunk: ChunkRead, error: CkptError) -> DamagedChunk:
     match error, error.__cause__:
         case UnavailableError(), _:
             what = "unreadable"
@@ -309,12 +314,12 @@ def _damage(chunk: ChunkRead, error: CkptError) -> Damage:
             what = "short"
         case _:
             what = "mismatch"
-    return Damage(chunk, what, str(error))
+    return DamagedChunk(chunk, what, str(error))
 
 
-def _read_right(backend: Backend, snapshot: str, read: Read, out: Bytes, check: Callable[[], None]) -> None:
+def _read_right(backend: Backend, snapshot: str, read: PackRead, out: Bytes, check: Callable[[], None]) -> None:
     """Fill ``out`` with bytes that ``check`` doesn't raise for, of whichever copy."""
-    if not isinstance(backend, Replicated):
+    if not isinstance(backend, MultiStoreBackend):
         _read(backend, snapshot, read, out)
         check()
         return
@@ -334,7 +339,7 @@ def _read_right(backend: Backend, snapshot: str, read: Read, out: Bytes, check: 
         raise IntegrityError(f"{_where(fact, read.chunks[0], snapshot)}: {error}") from cause
 
 
-def _read(backend: Backend, snapshot: str, read: Read, out: Bytes) -> None:
+def _read(backend: Backend, snapshot: str, read: PackRead, out: Bytes) -> None:
     try:
         backend.read_into(read.pack, out.data, offset_bytes=read.offset_bytes)
     except (NotFoundError, IntegrityError) as error:
@@ -343,7 +348,7 @@ def _read(backend: Backend, snapshot: str, read: Read, out: Bytes) -> None:
         raise IntegrityError(_where(fact, chunk, snapshot)) from error
 
 
-def _raw(chunk: ChunkRead, stored: Bytes, start_bytes: int, scratch: _Scratch, snapshot: str) -> Bytes:
+def _raw(chunk: ChunkRead, stored: Bytes, start_bytes: int, scratch: _ScratchMemory, snapshot: str) -> Bytes:
     at = chunk.location
     low = at.offset_bytes - start_bytes
     mine = stored[low : low + at.stored_bytes]
@@ -371,7 +376,7 @@ def _where(fact: str, chunk: ChunkRead, snapshot: str) -> str:
     )
 
 
-def _deliver(raw: Bytes, copies: Iterator[Copy] | Sequence[Copy], targets: list[Bytes]) -> None:
+def _deliver(raw: Bytes, copies: Iterator[ChunkCopy] | Sequence[ChunkCopy], targets: list[Bytes]) -> None:
     for copy in copies:
         target = targets[copy.output]
         if copy.contiguous:

@@ -17,7 +17,7 @@ from ckpt.format.index import SnapshotIndex
 from ckpt.format.keys import part_key, writer_name
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.part import Part, StoredShard, chunk_sizes
-from ckpt.staging.header import generation_of, header_bytes_of, read_brief, read_slot
+from ckpt.staging.header import generation_of, header_bytes_of, read_slot, read_summary
 from ckpt.values import CHUNK_BYTES, ChunkLocation, Codec, SnapshotId, StagedIndex, StagedShard
 
 SLOT_PREFIX = "slot/"
@@ -158,7 +158,7 @@ def _holder(snapshot: SnapshotId, rank: int, memories: Sequence[memoryview]) -> 
     damage: IntegrityError | None = None
     for memory in memories:
         try:
-            found = read_brief(memory)
+            found = read_summary(memory)
         except IntegrityError as error:
             damage = error
             continue

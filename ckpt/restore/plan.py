@@ -23,7 +23,7 @@ CLOSE_NAMES_MAX = 3
 """How many similar leaf names an error offers."""
 
 
-class LeafSource(Protocol):
+class PlanIndex(Protocol):
     """What planning asks of a snapshot's index."""
 
     def leaves(self) -> Sequence[Leaf]:
@@ -49,7 +49,7 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class ChunkCopy:
     """A part of one raw chunk and its place in one output, as numpy describes strided memory.
 
     ``shape`` is in elements of ``itemsize_bytes``, outermost first, with neighbouring dimensions merged where both sides
@@ -84,11 +84,11 @@ class ChunkRead:
     location: ChunkLocation
     leaf: str
     rank: int | None
-    copies: tuple[Copy, ...]
+    copies: tuple[ChunkCopy, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class PackRead:
     """One request to the store: a byte range of one pack and the chunks in it, in order of their offset."""
 
     pack: str
@@ -103,7 +103,7 @@ class ReadPlan:
 
     snapshot: str
     output_bytes: tuple[int, ...]
-    reads: tuple[Read, ...]
+    reads: tuple[PackRead, ...]
 
     @property
     def read_bytes(self) -> int:
@@ -112,7 +112,7 @@ class ReadPlan:
 
 
 def plan_reads(
-    index: LeafSource,
+    index: PlanIndex,
     wants: Sequence[Want],
     *,
     coalesce_bytes: int,
@@ -126,7 +126,7 @@ def plan_reads(
     not have, UsageError for a box outside its shape, and IntegrityError where no shard covers a wanted element.
     O(wants x shards of their leaf + chunks); no I/O.
     """
-    places: dict[Digest, tuple[StoredShard, int, list[Copy]]] = {}
+    places: dict[Digest, tuple[StoredShard, int, list[ChunkCopy]]] = {}
     sizes: list[int] = []
     for output, want in enumerate(wants):
         leaf = _find(index, want)
@@ -171,7 +171,7 @@ def plan_verify(
     return ReadPlan(snapshot, (), tuple(join_reads(places.values(), coalesce_bytes)))
 
 
-def join_reads(chunks: Iterable[ChunkRead], coalesce_bytes: int) -> Iterator[Read]:
+def join_reads(chunks: Iterable[ChunkRead], coalesce_bytes: int) -> Iterator[PackRead]:
     """Join chunks that are near neighbours in the same pack into requests of at most ``coalesce_bytes``, in pack order."""
     run: list[ChunkRead] = []
     start = end = 0
@@ -181,12 +181,12 @@ def join_reads(chunks: Iterable[ChunkRead], coalesce_bytes: int) -> Iterator[Rea
         near = bool(run) and at.pack == run[0].location.pack and 0 <= at.offset_bytes - end <= GAP_BYTES_MAX
         if not near or stop - start > coalesce_bytes:
             if run:
-                yield Read(run[0].location.pack, start, end - start, tuple(run))
+                yield PackRead(run[0].location.pack, start, end - start, tuple(run))
             run, start = [], at.offset_bytes
         run.append(chunk)
         end = stop
     if run:
-        yield Read(run[0].location.pack, start, end - start, tuple(run))
+        yield PackRead(run[0].location.pack, start, end - start, tuple(run))
 
 
 def split_flat(sizes: tuple[int, ...], start: int, stop: int) -> tuple[Box, ...]:
@@ -219,7 +219,7 @@ def _rows(row: int, boxes: tuple[Box, ...]) -> tuple[Box, ...]:
     return tuple(Box((row, *box.offsets), (1, *box.sizes)) for box in boxes)
 
 
-def _find(index: LeafSource, want: Want) -> Leaf:
+def _find(index: PlanIndex, want: Want) -> Leaf:
     leaf = index.leaf(want.leaf, want.rank)
     if leaf is None:
         raise unknown_leaf(index, want.leaf, want.rank)
@@ -236,7 +236,7 @@ def _find(index: LeafSource, want: Want) -> Leaf:
     return leaf
 
 
-def unknown_leaf(index: LeafSource, name: str, rank: int | None) -> NotFoundError:
+def unknown_leaf(index: PlanIndex, name: str, rank: int | None) -> NotFoundError:
     """The error for a leaf that the snapshot does not have: names the leaf's other ranks, or leaves with a similar name."""
     ranks: Mapping[int | None, None] = {leaf.rank: None for leaf in index.leaves() if leaf.name == name}
     if ranks:
@@ -250,7 +250,7 @@ def unknown_leaf(index: LeafSource, name: str, rank: int | None) -> NotFoundErro
 
 def _chunk_copies(
     common: Box, shard: StoredShard, wanted: Box, output: int, itemsize: int, chunk_bytes: int
-) -> Iterator[tuple[int, Copy]]:
+) -> Iterator[tuple[int, ChunkCopy]]:
     """For each chunk of ``shard`` that holds elements of ``common``: its number and a copy of them."""
     per_chunk = chunk_bytes // itemsize
     source, target = _flat_range(common, shard.box), _flat_range(common, wanted)
@@ -270,12 +270,12 @@ def _chunk_copies(
                 yield number, _strided(here, shard.box, wanted, output, itemsize, low)
 
 
-def _dense(output: int, source: int, target: int, elements: int, itemsize: int) -> Copy:
+def _dense(output: int, source: int, target: int, elements: int, itemsize: int) -> ChunkCopy:
     strides = (itemsize,)
-    return Copy(output, (elements,), source * itemsize, strides, target * itemsize, strides, itemsize)
+    return ChunkCopy(output, (elements,), source * itemsize, strides, target * itemsize, strides, itemsize)
 
 
-def _strided(here: Box, stored: Box, wanted: Box, output: int, itemsize: int, chunk_start: int) -> Copy:
+def _strided(here: Box, stored: Box, wanted: Box, output: int, itemsize: int, chunk_start: int) -> ChunkCopy:
     shape: list[int] = []
     source_strides: list[int] = []
     target_strides: list[int] = []
@@ -290,7 +290,7 @@ def _strided(here: Box, stored: Box, wanted: Box, output: int, itemsize: int, ch
             shape.append(size)
             source_strides.append(source)
             target_strides.append(target)
-    return Copy(
+    return ChunkCopy(
         output,
         tuple(shape) or (1,),
         (_flat_offset(here, stored) - chunk_start) * itemsize,

@@ -16,7 +16,7 @@ from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, NamedTupleNode, Ref, decode_object
-from ckpt.restore.fetch import BUDGET_BYTES, Fetcher, Progress
+from ckpt.restore.fetch import BUDGET_BYTES, Fetcher, OnProgress
 from ckpt.restore.plan import Want, plan_reads, split_flat, unknown_leaf
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Leaf, LeafKind
 
@@ -29,7 +29,7 @@ _NUMPY = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
+class LeafValues:
     """A leaf's values. ``dtype`` is torch's name; where numpy has no such type (``bfloat16``, the 8-bit floats), ``array``
     holds the raw bits as unsigned integers of the same width."""
 
@@ -38,7 +38,7 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StreamPiece:
     """Some bytes of a streamed leaf: ``number`` is its place in the request. ``data`` is valid until the next piece."""
 
     number: int
@@ -94,7 +94,7 @@ class SnapshotReader:
             raise unknown_leaf(self._index, name, rank)
         return found
 
-    def read(self, name: str, *, rank: int = 0, rows: slice | None = None) -> Values:
+    def read(self, name: str, *, rank: int = 0, rows: slice | None = None) -> LeafValues:
         """A leaf, or the half-open range ``rows`` of its first dimension, reading no more chunks than hold them.
 
         Raises NotFoundError, UsageError for rows with a step or of a leaf without dimensions, IntegrityError for damage.
@@ -102,7 +102,7 @@ class SnapshotReader:
         leaf = self.leaf(name, rank=rank)
         box = Box.whole(leaf.shape) if rows is None else _row_box(leaf, rows)
         data = self.read_bytes(name, leaf.rank, box)
-        return Values(np.frombuffer(data, numpy_dtype(leaf.dtype)).reshape(box.sizes), leaf.dtype)
+        return LeafValues(np.frombuffer(data, numpy_dtype(leaf.dtype)).reshape(box.sizes), leaf.dtype)
 
     def read_bytes(self, name: str, rank: int | None, box: Box) -> bytearray:
         """The bytes of ``box`` of a leaf, C order. ``rank`` is None for a shared leaf, exactly as it is recorded."""
@@ -129,8 +129,8 @@ class SnapshotReader:
             ) from error
 
     def stream(
-        self, leaves: Sequence[Leaf], *, window_bytes: int, on_progress: Progress | None = None
-    ) -> Iterator[Piece]:
+        self, leaves: Sequence[Leaf], *, window_bytes: int, on_progress: OnProgress | None = None
+    ) -> Iterator[StreamPiece]:
         """All bytes of ``leaves`` in order, in pieces, through one reused window of ``window_bytes`` (at least 4 MiB).
 
         A window is verified whole before its pieces come. A leaf without elements gives no piece. Small leaves share a
@@ -141,12 +141,12 @@ class SnapshotReader:
         for segments in _windows(leaves, window_bytes):
             wants: list[Want] = []
             outputs: list[memoryview] = []
-            pieces: list[Piece] = []
+            pieces: list[StreamPiece] = []
             at = 0
             for number, start, stop in segments:
                 leaf = leaves[number]
                 itemsize = DTYPE_BYTES[leaf.dtype]
-                pieces.append(Piece(number, start, window[at : at + stop - start]))
+                pieces.append(StreamPiece(number, start, window[at : at + stop - start]))
                 for box in split_flat(leaf.shape, start // itemsize, stop // itemsize):
                     size = box.elements * itemsize
                     wants.append(Want(leaf.name, leaf.rank, box))
@@ -195,18 +195,18 @@ def _row_box(leaf: Leaf, rows: slice) -> Box:
 
 T = TypeVar("T")
 
-Read = Callable[[Sequence[Want], Sequence[memoryview]], None]
+ReadWants = Callable[[Sequence[Want], Sequence[memoryview]], None]
 """Fills each output with its want's elements in C order; raises IntegrityError where bytes differ from their digest."""
 
 
-def rank_of(index: SnapshotIndex, rank: int) -> int:
+def captured_rank(index: SnapshotIndex, rank: int) -> int:
     """The old rank whose leaves a rank takes: its own number modulo the size of the world that was captured."""
     return rank % index.manifest.world_size
 
 
-def find(index: SnapshotIndex, name: str, rank: int) -> Leaf | None:
+def find_leaf(index: SnapshotIndex, name: str, rank: int) -> Leaf | None:
     """The leaf that all ranks share, else the one that ``rank`` takes, else None."""
-    return index.leaf(name, None) or index.leaf(name, rank_of(index, rank))
+    return index.leaf(name, None) or index.leaf(name, captured_rank(index, rank))
 
 
 def item_names(index: SnapshotIndex) -> list[str]:
@@ -214,12 +214,12 @@ def item_names(index: SnapshotIndex) -> list[str]:
     return list(dict.fromkeys(leaf.name.split("/", 1)[0] for leaf in index.leaves()))
 
 
-def read_objects(index: SnapshotIndex, names: Sequence[str], *, rank: int, read: Read) -> dict[str, object]:
+def read_objects(index: SnapshotIndex, names: Sequence[str], *, rank: int, read: ReadWants) -> dict[str, object]:
     """The skeletons of those items that the snapshot has, in one read. An item that is a tensor has its Ref as skeleton.
 
     Raises IntegrityError where bytes are not what was written.
     """
-    found = {name: leaf for name in names if (leaf := find(index, name, rank)) is not None}
+    found = {name: leaf for name in names if (leaf := find_leaf(index, name, rank)) is not None}
     leaves = {name: leaf for name, leaf in found.items() if leaf.kind is not LeafKind.TENSOR}
     for name, leaf in leaves.items():
         if len(leaf.shape) != 1:
@@ -230,7 +230,7 @@ def read_objects(index: SnapshotIndex, names: Sequence[str], *, rank: int, read:
     return {name: decode_object(buffers[name]) if name in buffers else Ref(name) for name in found}
 
 
-def rebuild(index: SnapshotIndex, name: str, *, read: Read, tensors: Callable[[Ref], T], rank: int = 0) -> object:
+def rebuild(index: SnapshotIndex, name: str, *, read: ReadWants, tensors: Callable[[Ref], T], rank: int = 0) -> object:
     """The item's value in plain Python, each tensor replaced by what ``tensors`` gives for it.
 
     ``name`` is the item's escaped name. Instances of user classes stay nodes; nothing is imported. Raises NotFoundError

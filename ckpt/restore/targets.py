@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.capture.tensors import ALONE, describe, is_dtensor, local_of, with_aliases
+from ckpt.capture.tensors import UNSHARED, describe, is_dtensor, local_of, with_aliases
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import Ref
 from ckpt.restore.plan import Want
-from ckpt.restore.reader import Read, find
+from ckpt.restore.reader import ReadWants, find_leaf
 from ckpt.values import Box, Leaf, LeafKind
 
 # Stored bytes into live memory: straight where it is contiguous CPU memory, else through a
@@ -31,7 +31,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fill:
+class TensorFill:
     """A want and the tensor that takes its bytes, in full."""
 
     want: Want
@@ -39,13 +39,13 @@ class Fill:
 
 
 @torch.no_grad()
-def fill(fills: Sequence[Fill], read: Read) -> None:
+def fill_tensors(fills: Sequence[TensorFill], read: ReadWants) -> None:
     """Read all wants and put them into their tensors, bit by bit; autograd's version counters move on.
 
     ``read``'s errors pass through; memory may then hold a part of the new bytes.
     """
     direct: list[tuple[Want, memoryview]] = []
-    others: list[Fill] = []
+    others: list[TensorFill] = []
     for one in fills:
         local = local_of(one.tensor)
         if not local.numel():
@@ -80,8 +80,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return base.numpy().data
 
 
-def _batches(fills: Sequence[Fill]) -> Iterator[list[Fill]]:
-    batch: list[Fill] = []
+def _batches(fills: Sequence[TensorFill]) -> Iterator[list[TensorFill]]:
+    batch: list[TensorFill] = []
     used = 0
     for one in fills:
         size = _nbytes(local_of(one.tensor))
@@ -123,7 +123,7 @@ PROBLEMS_SHOWN_MAX = 20
 """How many differences one error lists."""
 
 
-class Cover(Enum):
+class Coverage(Enum):
     """How much of what lies at and below a path is selected."""
 
     NONE = 0
@@ -143,21 +143,21 @@ class Selection:
         """Whether no selection was given."""
         return self._only is None
 
-    def cover(self, path: str) -> Cover:
+    def cover(self, path: str) -> Coverage:
         """What is selected of ``path``."""
         if self._only is None:
-            return Cover.ALL
+            return Coverage.ALL
         if inside := [one for one in self._only if path == one or path.startswith(one + "/")]:
             self._used.update(inside)
-            return Cover.ALL
-        return Cover.PART if any(one.startswith(path + "/") for one in self._only) else Cover.NONE
+            return Coverage.ALL
+        return Coverage.PART if any(one.startswith(path + "/") for one in self._only) else Coverage.NONE
 
     def unused(self) -> list[str]:
         """The prefixes that no path had."""
         return [one for one in self._only or () if one not in self._used]
 
 
-class Problems:
+class RestoreProblems:
     """Differences between live objects and a snapshot, gathered so that one error lists them all."""
 
     def __init__(self, *, keep_missing: bool) -> None:
@@ -197,7 +197,7 @@ _PLACEMENTS = re.compile(r"(R|S[0-9]{1,2})(,(R|S[0-9]{1,2}))*")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class New:
+class NewTensor:
     """A tensor to make: a plain one, or one laid out like a parameter.
 
     ``like`` gives memory format and, where it is distributed, mesh and placements (``placements`` overrides those).
@@ -235,49 +235,51 @@ class New:
         return made
 
 
-class Slot:
+class PlannedTensor:
     """A tensor's place in the plan: filled by the time that the plan's values are put in place."""
 
     __slots__ = ("new", "path", "ref", "tensor")
 
-    def __init__(self, path: str, ref: Ref, *, tensor: torch.Tensor | None = None, new: New | None = None) -> None:
+    def __init__(
+        self, path: str, ref: Ref, *, tensor: torch.Tensor | None = None, new: NewTensor | None = None
+    ) -> None:
         self.path = path
         self.ref = ref
         self.tensor = tensor
         self.new = new
 
     def value(self) -> torch.Tensor:
-        """The tensor; made by ``Targets.fills``."""
+        """The tensor; made by ``TensorTargets.fills``."""
         if self.tensor is None:
             raise AssertionError(self.path)
         return self.tensor
 
 
-class Targets:
+class TensorTargets:
     """All tensors of one restore, each with its stored leaf."""
 
-    def __init__(self, index: SnapshotIndex, world: World, problems: Problems) -> None:
+    def __init__(self, index: SnapshotIndex, world: World, problems: RestoreProblems) -> None:
         self._index = index
         self._world = world
         self._problems = problems
-        self._slots: list[tuple[Slot, Leaf]] = []
+        self._slots: list[tuple[PlannedTensor, Leaf]] = []
         self._live: list[TensorLeaf] = []
 
     def stored(self, ref: Ref) -> Leaf:
         """The leaf that a reference of this rank's structure leads to. Raises IntegrityError where there is none."""
-        leaf = find(self._index, ref.leaf, self._world.rank)
+        leaf = find_leaf(self._index, ref.leaf, self._world.rank)
         if leaf is None or leaf.kind is not LeafKind.TENSOR:
             raise IntegrityError(
                 f"item's structure refers to a tensor that the snapshot doesn't have. leaf={ref.leaf!r}"
             )
         return leaf
 
-    def into(self, live: torch.Tensor, ref: Ref, path: str) -> Slot:
+    def into(self, live: torch.Tensor, ref: Ref, path: str) -> PlannedTensor:
         """Plan to fill a live tensor in place; a difference in shape or dtype is a problem."""
-        slot = Slot(path, ref, tensor=live)
+        slot = PlannedTensor(path, ref, tensor=live)
         leaf = self.stored(ref)
         try:
-            mine = describe(path, live, world=self._world, sharing=ALONE)
+            mine = describe(path, live, world=self._world, sharing=UNSHARED)
         except UsageError as error:
             self._problems.add(f"live tensor can't be restored: {error}", path)
             return slot
@@ -296,9 +298,9 @@ class Targets:
             self._live.append(mine)
         return slot
 
-    def fresh(self, new: New, ref: Ref, path: str) -> Slot:
+    def fresh(self, new: NewTensor, ref: Ref, path: str) -> PlannedTensor:
         """Plan to make a tensor."""
-        slot = Slot(path, ref, new=new)
+        slot = PlannedTensor(path, ref, new=new)
         if not isinstance(getattr(torch, new.leaf.dtype, None), torch.dtype):
             self._problems.add(f"this torch has no such dtype. dtype={new.leaf.dtype} torch={torch.__version__}", path)
         if new.placements and not _PLACEMENTS.fullmatch(new.placements):
@@ -320,9 +322,9 @@ class Targets:
                     "untie them, or name the one to restore with only=[...]",
                 )
 
-    def fills(self) -> list[Fill]:
+    def fills(self) -> list[TensorFill]:
         """What to read, new tensors made. Memory that several names share is read once."""
-        found: list[Fill] = []
+        found: list[TensorFill] = []
         aliases = {one.leaf.name for one in with_aliases(self._live) if one.leaf.alias_of is not None}
         boxes = {one.leaf.name: one.box for one in self._live}
         for slot, leaf in self._slots:
@@ -331,7 +333,7 @@ class Targets:
             elif slot.path in aliases:
                 continue
             box = boxes.get(slot.path) or describe(slot.path, slot.value(), world=self._world).box
-            found.append(Fill(Want(leaf.name, leaf.rank, box), slot.value()))
+            found.append(TensorFill(Want(leaf.name, leaf.rank, box), slot.value()))
         return found
 
     def _bytes(self, leaf: Leaf) -> list[tuple[Box, tuple[bytes, ...]]]:

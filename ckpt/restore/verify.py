@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import Replicated, read_object
+from ckpt.backends.checked import MultiStoreBackend, read_object
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError
 from ckpt.format.canonical import digest_hex
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.keys import manifest_key
-from ckpt.restore.fetch import BUDGET_BYTES, Damage, Fetcher, Progress
+from ckpt.restore.fetch import BUDGET_BYTES, DamagedChunk, Fetcher, OnProgress
 from ckpt.restore.plan import plan_verify
 from ckpt.values import ChunkLocation, Digest, SnapshotId
 
@@ -19,14 +19,14 @@ LEAVES_NAMED_MAX = 20
 """How many leaves one damaged range names; dedup may let thousands share it."""
 
 
-Place = tuple[Digest, ChunkLocation]
+ChunkPlace = tuple[Digest, ChunkLocation]
 
-VerifyMemo = dict[Place, Damage | None]
+VerifyMemo = dict[ChunkPlace, DamagedChunk | None]
 """Chunks verified before, and the damage found: snapshots of one store share many."""
 
 
 @dataclass(frozen=True, slots=True)
-class Damaged:
+class DamagedObject:
     """One object, or range of a pack, that is not what it should be.
 
     ``what`` is ``missing``, ``short``, ``mismatch`` or ``unreadable`` (the store did not answer). ``offset_bytes`` is 0
@@ -53,7 +53,7 @@ class VerifyReport:
     chunks: int
     packs: int
     objects: int
-    damaged: tuple[Damaged, ...]
+    damaged: tuple[DamagedObject, ...]
 
     @property
     def ok(self) -> bool:
@@ -65,7 +65,7 @@ def verify(
     index: SnapshotIndex,
     backend: Backend,
     *,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     threads: int | None = None,
     budget_bytes: int = BUDGET_BYTES,
     memo: VerifyMemo | None = None,
@@ -109,26 +109,26 @@ def verify(
     )
 
 
-def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> Damaged | None:
-    if isinstance(backend, Replicated):
+def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> DamagedObject | None:
+    if isinstance(backend, MultiStoreBackend):
         return _check_copies(backend, key, wanted, size_bytes)
     try:
         stat = backend.stat(key)
         if stat is None:
-            return Damaged(key, 0, (), "missing", f"an object is missing. key={key}")
+            return DamagedObject(key, 0, (), "missing", f"an object is missing. key={key}")
         if stat.size_bytes != size_bytes:
             fact = f"an object has another length. key={key} bytes={stat.size_bytes} wanted={size_bytes}"
-            return Damaged(key, 0, (), "short" if stat.size_bytes < size_bytes else "mismatch", fact)
+            return DamagedObject(key, 0, (), "short" if stat.size_bytes < size_bytes else "mismatch", fact)
         data = bytearray(size_bytes)
         backend.read_into(key, memoryview(data))
     except (NotFoundError, IntegrityError, UnavailableError) as error:
-        return Damaged(key, 0, (), _what(error), str(error))
+        return DamagedObject(key, 0, (), _what(error), str(error))
     if digest_hex(data) != wanted:
-        return Damaged(key, 0, (), "mismatch", f"an object's bytes differ from their digest. key={key}")
+        return DamagedObject(key, 0, (), "mismatch", f"an object's bytes differ from their digest. key={key}")
     return None
 
 
-def _check_copies(backend: Backend, key: str, wanted: str, size_bytes: int) -> Damaged | None:
+def _check_copies(backend: Backend, key: str, wanted: str, size_bytes: int) -> DamagedObject | None:
     """Whether any store has it right; those that don't are mended on the way."""
 
     def words(data: memoryview) -> str | None:
@@ -138,7 +138,7 @@ def _check_copies(backend: Backend, key: str, wanted: str, size_bytes: int) -> D
         read_object(backend, key, words, bytes_max=size_bytes)
     except (NotFoundError, IntegrityError, UnavailableError) as error:
         what = "mismatch" if isinstance(error, IntegrityError) else _what(error)
-        return Damaged(key, 0, (), what, str(error))
+        return DamagedObject(key, 0, (), what, str(error))
     return None
 
 
@@ -152,10 +152,10 @@ def _what(error: CkptError) -> str:
             return "short"
 
 
-def _name_leaves(index: SnapshotIndex, found: Sequence[Damage]) -> list[Damaged]:
+def _name_leaves(index: SnapshotIndex, found: Sequence[DamagedChunk]) -> list[DamagedObject]:
     if not found:
         return []
-    users: dict[Place, dict[str, None]] = {(damage.chunk.digest, damage.chunk.location): {} for damage in found}
+    users: dict[ChunkPlace, dict[str, None]] = {(damage.chunk.digest, damage.chunk.location): {} for damage in found}
     for part in index.parts:
         for shard in part.shards:
             for key in zip(shard.digests, shard.locations, strict=True):
@@ -164,7 +164,7 @@ def _name_leaves(index: SnapshotIndex, found: Sequence[Damage]) -> list[Damaged]
                     owner = "" if shard.leaf.rank is None else f" (rank {shard.leaf.rank})"
                     names[shard.leaf.name + owner] = None
     return [
-        Damaged(
+        DamagedObject(
             damage.chunk.location.pack,
             damage.chunk.location.offset_bytes,
             tuple(users[damage.chunk.digest, damage.chunk.location]),

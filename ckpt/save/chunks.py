@@ -31,7 +31,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class SlotExtent:
     """A half-open byte range of the data area, on page boundaries (but for the end of the area)."""
 
     start: int
@@ -43,7 +43,7 @@ class PackPlan:
     """One pack: its chunks by their place in the slot, and the extents that hold them, in that order."""
 
     chunks: tuple[Chunk, ...]
-    extents: tuple[Extent, ...]
+    extents: tuple[SlotExtent, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -51,11 +51,11 @@ class PackPlan:
         return sum(extent.stop - extent.start for extent in self.extents)
 
 
-def new_chunks(staged: StagedIndex, known: Container[Digest]) -> list[Chunk]:
+def new_chunks(staged: StagedIndex, stored_chunks: Container[Digest]) -> list[Chunk]:
     """The chunks that are stored nowhere yet, by their place in the slot; of equal ones the first met. O(chunks log chunks)."""
     found: dict[Digest, Chunk] = {}
     for shard in staged.shards:
-        fresh = [n for n, digest in enumerate(shard.digests) if digest not in known and digest not in found]
+        fresh = [n for n, digest in enumerate(shard.digests) if digest not in stored_chunks and digest not in found]
         if not fresh:
             continue
         itemsize, kind = _nature(shard)
@@ -80,7 +80,7 @@ def plan_packs(
     """
     packs: list[PackPlan] = []
     members: list[Chunk] = []
-    extents: list[Extent] = []
+    extents: list[SlotExtent] = []
     size = 0
     limit = pack_bytes_max if first_bytes_max is None else min(first_bytes_max, pack_bytes_max)
     for chunk in chunks:
@@ -112,14 +112,14 @@ def raw_offsets(pack: PackPlan) -> list[int]:
     return offsets
 
 
-def _grow(last: Extent | None, chunk: Chunk, data_bytes: int) -> tuple[Extent, int]:
+def _grow(last: SlotExtent | None, chunk: Chunk, data_bytes: int) -> tuple[SlotExtent, int]:
     """The extent that holds ``chunk``: ``last`` made longer where it is near, else a new one; and how many bytes that adds."""
     start = chunk.offset_bytes // PAGE_BYTES * PAGE_BYTES
     stop = min(-(-(chunk.offset_bytes + chunk.raw_bytes) // PAGE_BYTES) * PAGE_BYTES, data_bytes)
     if last is not None and start <= last.stop + GAP_BYTES_MAX:
-        longer = Extent(last.start, max(stop, last.stop))
+        longer = SlotExtent(last.start, max(stop, last.stop))
         return longer, longer.stop - last.stop
-    return Extent(start, stop), stop - start
+    return SlotExtent(start, stop), stop - start
 
 
 def _nature(shard: StagedShard) -> tuple[int, str]:
@@ -155,10 +155,10 @@ class SparsePack:
 
 
 @dataclass(frozen=True, slots=True)
-class Thinned:
+class Repacking:
     """``known`` without the chunks of the packs given up, sparsest first; and the bytes that are written anew for that."""
 
-    known: Mapping[Digest, ChunkLocation]
+    stored_chunks: Mapping[Digest, ChunkLocation]
     given_up: tuple[SparsePack, ...]
     rewritten_bytes: int
 
@@ -168,14 +168,14 @@ def default_budget_bytes(size_bytes: int) -> int:
     return max(BUDGET_BYTES_MIN, int(size_bytes * BUDGET_SHARE))
 
 
-def thin(
-    known: Mapping[Digest, ChunkLocation],
+def plan_repacking(
+    stored_chunks: Mapping[Digest, ChunkLocation],
     wanted: Collection[Digest],
     pack_bytes: Mapping[str, int],
     *,
     budget_bytes: int,
     live_min: float = LIVE_MIN,
-) -> Thinned:
+) -> Repacking:
     """Leave out of ``known`` the chunks of sparse packs, as far as ``budget_bytes`` reaches.
 
     ``wanted`` are the digests of the new snapshot, ``pack_bytes`` the sizes of packs; one whose size is not there is not
@@ -185,12 +185,12 @@ def thin(
     """
     by_pack: dict[str, list[Digest]] = {}
     for digest in wanted if isinstance(wanted, frozenset | set) else dict.fromkeys(wanted):
-        place = known.get(digest)
+        place = stored_chunks.get(digest)
         if place is not None and place.pack in pack_bytes:
             by_pack.setdefault(place.pack, []).append(digest)
     sparse: list[SparsePack] = []
     for pack, digests in by_pack.items():
-        live = _live_bytes([known[digest] for digest in digests])
+        live = _live_bytes([stored_chunks[digest] for digest in digests])
         if live < live_min * pack_bytes[pack]:
             sparse.append(SparsePack(pack, pack_bytes[pack], live))
     sparse.sort(key=lambda one: (one.live_bytes / one.size_bytes, one.pack))
@@ -201,10 +201,10 @@ def thin(
             given_up.append(one)
             left -= one.live_bytes
     if not given_up:
-        return Thinned(known, (), 0)
+        return Repacking(stored_chunks, (), 0)
     gone = {digest for one in given_up for digest in by_pack[one.pack]}
-    rest = {digest: place for digest, place in known.items() if digest not in gone}
-    return Thinned(rest, tuple(given_up), budget_bytes - left)
+    rest = {digest: place for digest, place in stored_chunks.items() if digest not in gone}
+    return Repacking(rest, tuple(given_up), budget_bytes - left)
 
 
 def _live_bytes(places: Sequence[ChunkLocation]) -> int:
@@ -246,11 +246,11 @@ class Compression:
             raise UsageError(f"zstd's level out of range. level={self.level} (1..{LEVEL_MAX})")
 
 
-OFF = Compression("off")
+NO_COMPRESSION = Compression("off")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class CompressionSample:
     """What compressing some bytes came to."""
 
     raw_bytes: int
@@ -259,11 +259,11 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class CompressionDecision:
     """Whether to compress bytes like the sampled ones, and why."""
 
     compress: bool
-    why: str
+    reason: str
 
 
 def may_compress(compression: Compression, *, local: bool) -> bool:
@@ -271,24 +271,26 @@ def may_compress(compression: Compression, *, local: bool) -> bool:
     return compression.mode == "on" or (compression.mode == "auto" and not local)
 
 
-def decide(compression: Compression, sample: Sample, *, link_bytes_per_s: float | None) -> Decision:
+def decide_compression(
+    compression: Compression, sample: CompressionSample, *, link_bytes_per_s: float | None
+) -> CompressionDecision:
     """Compress bytes like ``sample``? One core encodes while the link carries what was encoded before."""
     match compression.mode:
         case "off":
-            return Decision(False, "off")
+            return CompressionDecision(False, "off")
         case "on":
             shrinks = sample.stored_bytes < sample.raw_bytes
-            return Decision(shrinks, "on" if shrinks else "the sample does not shrink")
+            return CompressionDecision(shrinks, "on" if shrinks else "the sample does not shrink")
         case "auto":
             return _auto(sample, link_bytes_per_s)
 
 
-def _auto(sample: Sample, link: float | None) -> Decision:
+def _auto(sample: CompressionSample, link: float | None) -> CompressionDecision:
     if link is None or link <= 0:
-        return Decision(False, "the link's speed is not known yet")
+        return CompressionDecision(False, "the link's speed is not known yet")
     if sample.stored_bytes >= sample.raw_bytes:
-        return Decision(False, "the sample does not shrink")
+        return CompressionDecision(False, "the sample does not shrink")
     encode = sample.raw_bytes / sample.encode_s if sample.encode_s > 0 else float("inf")
     speed = min(encode, link * sample.raw_bytes / sample.stored_bytes)
     what = f"encode_bytes_per_s={encode:.3g} link_bytes_per_s={link:.3g} ratio={sample.raw_bytes / sample.stored_bytes:.2f}"
-    return Decision(speed >= PAYS_FROM * link, what)
+    return CompressionDecision(speed >= PAYS_FROM * link, what)

@@ -18,20 +18,20 @@ from ckpt.format.manifest import PartRef
 from ckpt.format.part import Part, StoredShard, chunk_sizes, encode_part, merge_parts
 from ckpt.save.chunks import (
     GAP_BYTES_MAX,
-    OFF,
+    NO_COMPRESSION,
     PACK_BYTES_MAX,
     Chunk,
     Compression,
-    Decision,
+    CompressionDecision,
+    CompressionSample,
     PackPlan,
-    Sample,
-    decide,
+    decide_compression,
     may_compress,
     new_chunks,
     plan_packs,
     raw_offsets,
 )
-from ckpt.threads import start
+from ckpt.threads import start_thread
 from ckpt.values import PAGE_BYTES, ChunkLocation, Codec, Digest, StagedIndex, StagedShard
 
 # A planned pack's bytes: stretches of the slot as they lie, or compressed chunks.
@@ -100,21 +100,21 @@ class Sampler:
     def __init__(self, compression: Compression, data: memoryview) -> None:
         self._compression = compression
         self._data = data
-        self._samples: dict[str, Sample] = {}
+        self._samples: dict[str, CompressionSample] = {}
 
-    def decide(self, chunk: Chunk, *, link_bytes_per_s: float | None) -> Decision:
+    def decide(self, chunk: Chunk, *, link_bytes_per_s: float | None) -> CompressionDecision:
         """Whether to compress ``chunk``. Costs a sample for the first of its kind."""
         if chunk.kind not in self._samples:
             self._samples[chunk.kind] = self._sample(chunk)
-        return decide(self._compression, self._samples[chunk.kind], link_bytes_per_s=link_bytes_per_s)
+        return decide_compression(self._compression, self._samples[chunk.kind], link_bytes_per_s=link_bytes_per_s)
 
-    def _sample(self, chunk: Chunk) -> Sample:
+    def _sample(self, chunk: Chunk) -> CompressionSample:
         length = min(chunk.raw_bytes, SAMPLE_BYTES) // chunk.itemsize_bytes * chunk.itemsize_bytes
         raw = self._data[chunk.offset_bytes : chunk.offset_bytes + length]
         start = time.perf_counter()
         encoded = encode_chunk(raw, itemsize_bytes=chunk.itemsize_bytes, level=self._compression.level)
         taken = time.perf_counter() - start
-        return Sample(length, length if encoded is None else len(encoded.data), taken)
+        return CompressionSample(length, length if encoded is None else len(encoded.data), taken)
 
 
 PUTS_MAX = 4
@@ -131,7 +131,7 @@ MEASURED_BYTES_MIN = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class PersistLimits:
     """Sizes that persisting keeps to: the largest pack, packs on their way at once, memory for compressed ones."""
 
     pack_bytes_max: int = PACK_BYTES_MAX
@@ -156,7 +156,7 @@ class Persisted:
     link_bytes_per_s: float | None
 
 
-def packs_at_most(staged: StagedIndex) -> int:
+def pack_numbers_max(staged: StagedIndex) -> int:
     """How many pack numbers ``persist`` can use for ``staged`` within the default limits, whatever is known. O(shards)."""
     chunks = sum(len(shard.digests) for shard in staged.shards)
     padded = sum(shard.size_bytes for shard in staged.shards) + chunks * (2 * PAGE_BYTES + GAP_BYTES_MAX)
@@ -168,18 +168,18 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
     staged: StagedIndex,
     data: memoryview,
     *,
-    known: Mapping[Digest, ChunkLocation],
+    stored_chunks: Mapping[Digest, ChunkLocation],
     backend: Backend,
     writer: str,
     pack_start: int,
     compression: Compression,
     verify: bool = True,
-    limits: Limits = Limits(),
+    limits: PersistLimits = PersistLimits(),
 ) -> Persisted:
     """Write the chunks of ``staged`` that are not ``known``, and say where all of them lie.
 
     ``data`` is the slot's data area, pinned by the caller. ``pack_start`` is the first pack number that ``writer`` never used;
-    the result says how many are used up, after an error it may be ``packs_at_most``. ``verify`` compares each new chunk with
+    the result says how many are used up, after an error it may be ``pack_numbers_max``. ``verify`` compares each new chunk with
     its staged digest just before it is written, 0.05 s a GiB of one core beside the writing: without it a byte that went bad in
     the slot would be called durable, and be found only by the restore that needs it.
 
@@ -188,17 +188,17 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
     """
     if any(shard.offset_bytes + shard.size_bytes > len(data) for shard in staged.shards):
         raise UsageError(f"the data area is shorter than its index says. size_bytes={len(data)}")
-    chunks = new_chunks(staged, known)
+    chunks = new_chunks(staged, stored_chunks)
     try:
         caps = backend.capabilities()
         compressing = may_compress(compression, local=caps.direct_io)
         puts = max(1, min(limits.puts_max, caps.concurrency_best))
-        packs = _plan(chunks, len(data), limits, puts=puts, compression=compression if compressing else OFF)
-        writing = _Writing(backend, data, compression=compression if compressing else OFF, verify=verify)
+        packs = _plan(chunks, len(data), limits, puts=puts, compression=compression if compressing else NO_COMPRESSION)
+        writing = _PackWriter(backend, data, compression=compression if compressing else NO_COMPRESSION, verify=verify)
         fresh = writing.write(
             {pack_key(staged.snapshot, writer, pack_start + n): pack for n, pack in enumerate(packs)}, puts=puts
         )
-        part = _part(staged, writer, {**known, **fresh})
+        part = _part(staged, writer, {**stored_chunks, **fresh})
     except CkptError as error:
         raise type(error)(
             f"{error} [snapshot={staged.snapshot} rank={staged.rank} store={backend.url}: not recorded, older ones stand]"
@@ -214,7 +214,7 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
 
 
 def _plan(
-    chunks: Sequence[Chunk], data_bytes: int, limits: Limits, *, puts: int, compression: Compression
+    chunks: Sequence[Chunk], data_bytes: int, limits: PersistLimits, *, puts: int, compression: Compression
 ) -> list[PackPlan]:
     if compression.mode == "off":
         return plan_packs(chunks, data_bytes=data_bytes, pack_bytes_max=limits.pack_bytes_max)
@@ -228,7 +228,7 @@ def _measures(compression: Compression) -> bool:
     return compression.mode == "auto" and compression.link_bytes_per_s is None
 
 
-class _Writing:
+class _PackWriter:
     """Packs on their way to the store: the next is verified and built while earlier ones travel."""
 
     def __init__(self, backend: Backend, data: memoryview, *, compression: Compression, verify: bool) -> None:
@@ -269,7 +269,7 @@ class _Writing:
         return places
 
     def _start(self, built: BuiltPack) -> Future[None]:
-        return start(lambda: self._put(built), name="ckpt-put")
+        return start_thread(lambda: self._put(built), name="ckpt-put")
 
     def _build(self, key: str, pack: PackPlan) -> BuiltPack:
         if self._verify:

@@ -20,16 +20,16 @@ from msgspec import structs
 
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, ConflictError, InternalError, UnavailableError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.format.manifest import Manifest
 from ckpt.format.part import Part
-from ckpt.ipc.mailbox import STOP_LOOK_S, Messages, Staying, wait_for
+from ckpt.ipc.mailbox import STOP_LOOK_S, RankMailbox, StayingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.log.journal import Journal
-from ckpt.save.chunks import Compression, default_budget_bytes, thin
-from ckpt.save.packs import PackSizes, packs_at_most, persist, put_part
-from ckpt.save.receipts import Outcome, Receipt, checked, failed, merge, shared_of
-from ckpt.save.sealed import Sealed
+from ckpt.save.chunks import Compression, default_budget_bytes, plan_repacking
+from ckpt.save.packs import PackSizes, pack_numbers_max, persist, put_part
+from ckpt.save.receipts import Receipt, SaveOutcome, check_groups, failed_receipt, merge_receipts, replica_groups
+from ckpt.save.sealed import SealedSlot
 from ckpt.threads import CallQueue
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo, StagedIndex
 
@@ -39,38 +39,38 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo, StagedI
 # part for all, speaks for them to the head of rank 0's node, and tells them what became of the
 # snapshot.
 
-MATE_WAIT_S = 7200.0
+LOCAL_RANKS_WAIT_S = 7200.0
 """How long one waits for another's word on a snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankShare:
     """What one rank wrote, and where it lies; no part where it failed."""
 
     receipt: Receipt
     part: Part | None = None
 
 
-class Mates:
+class LocalRanks:
     """The node's ranks: ``ranks`` of them, from ``rank`` on. Snapshots are numbered alike by all. Thread-safe."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank = rank
         self.ranks = ranks
         self._changed = threading.Condition()
-        self._shares: dict[int, dict[int, Share]] = {}
-        self._outcomes: dict[int, Outcome] = {}
+        self._shares: dict[int, dict[int, RankShare]] = {}
+        self._outcomes: dict[int, SaveOutcome] = {}
         self._taken = -1
         """The last snapshot whose shares the head took, or gave up."""
 
-    def give(self, n: int, share: Share) -> None:
+    def submit(self, n: int, share: RankShare) -> None:
         """A rank has done with its share of snapshot ``n``; its slot is free."""
         with self._changed:
             if n > self._taken:
                 self._shares.setdefault(n, {})[share.receipt.rank] = share
             self._changed.notify_all()
 
-    def shares(self, n: int, stop: Callable[[], bool]) -> tuple[Share, ...]:
+    def shares(self, n: int, stop: Callable[[], bool]) -> tuple[RankShare, ...]:
         """For the head, once: the shares of all ranks, in rank order. Each has then seen the outcome of ``n - 1``.
 
         Raises UnavailableError as soon as ``stop()`` is true, and after MATE_WAIT_S; those that come later are dropped.
@@ -84,13 +84,13 @@ class Mates:
             self._outcomes = {later: outcome for later, outcome in self._outcomes.items() if later >= n}
             return tuple(share for _, share in sorted(found.items()))
 
-    def tell(self, n: int, outcome: Outcome) -> None:
+    def publish(self, n: int, outcome: SaveOutcome) -> None:
         """From the head: what became of snapshot ``n``."""
         with self._changed:
             self._outcomes[n] = outcome
             self._changed.notify_all()
 
-    def outcome(self, n: int, stop: Callable[[], bool]) -> Outcome:
+    def outcome(self, n: int, stop: Callable[[], bool]) -> SaveOutcome:
         """What became of snapshot ``n``. Raises UnavailableError as soon as ``stop()`` is true, and after MATE_WAIT_S."""
         with self._changed:
             self._wait(lambda: n in self._outcomes, stop, lambda: f"the outcome. first_rank={self.rank}")
@@ -102,13 +102,13 @@ class Mates:
         return f"the shares of this node's other ranks. missing={','.join(map(str, missing))}"
 
     def _wait(self, there: Callable[[], bool], stop: Callable[[], bool], what: Callable[[], str]) -> None:
-        until_s = time.monotonic() + MATE_WAIT_S
+        until_s = time.monotonic() + LOCAL_RANKS_WAIT_S
         while not there():
             if stop():
                 raise UnavailableError(f"stopped while waiting for {what()}")
             if time.monotonic() > until_s:
                 raise UnavailableError(
-                    f"no word within the time limit while waiting for {what()} timeout_s={MATE_WAIT_S:g}; a rank is dead or "
+                    f"no word within the time limit while waiting for {what()} timeout_s={LOCAL_RANKS_WAIT_S:g}; a rank is dead or "
                     "far behind: look at its log"
                 )
             self._changed.wait(STOP_LOOK_S)
@@ -134,7 +134,7 @@ def untagged_event(info: SnapshotInfo, error: CkptError) -> Event:
     return Event("tag-failed", str(error), {"step": info.step, "code": error.code}, alarm=True)
 
 
-__all__ = ["Persister", "Place", "Sealed"]
+__all__ = ["Persister", "SaveTarget", "SealedSlot"]
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ ABANDON_STORE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class SaveTarget:
     """Where and as whom a rank writes."""
 
     backend: Backend
@@ -167,21 +167,21 @@ class Persister:
     """
 
     def __init__(
-        self, channel: Messages, place: Place, *, compression: Compression, verify: bool, tell: Tell,
-        base: SnapshotId | None = None, known: Mapping[Digest, ChunkLocation] | None = None, mates: Mates | None = None,
+        self, channel: RankMailbox, target: SaveTarget, *, compression: Compression, verify: bool, emit: Emit,
+        base: SnapshotId | None = None, stored_chunks: Mapping[Digest, ChunkLocation] | None = None, local_ranks: LocalRanks | None = None,
     ) -> None:  # fmt: skip
         self._channel = channel
-        self._mates = mates or Mates(channel.rank, 1)
+        self._mates = local_ranks or LocalRanks(channel.rank, 1)
         self._heads: tuple[int, ...] = ()
         """On rank 0: who posted the receipts that were gathered last."""
-        self._place = place
-        self._writer = place.writer
+        self._place = target
+        self._writer = target.writer
         self._compression = compression
         self._verify = verify
-        self._tell = tell
+        self._tell = emit
         self._base = base
-        self._known: Mapping[Digest, ChunkLocation] = known or {}
-        self._pack_sizes = PackSizes(place.backend)
+        self._known: Mapping[Digest, ChunkLocation] = stored_chunks or {}
+        self._pack_sizes = PackSizes(target.backend)
         self._packs_written = 0
         self._count = 0
         self._settled = 0
@@ -199,13 +199,13 @@ class Persister:
         """Snapshots handed in and not settled yet. On rank 0, settled means that every rank has let go of its slot."""
         return self._count - self._settled
 
-    def submit(self, staged: Sealed, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
+    def submit(self, staged: SealedSlot, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
         """Queue a sealed slot; the future gives the commit's facts or the error. Every rank submits the same sequence."""
         self._count += 1
         n = self._count
         return self._calls.submit(lambda: self._run(n, staged, tags))
 
-    def refuse(self, snapshot: SnapshotId, error: CkptError) -> Future[None]:
+    def submit_failure(self, snapshot: SnapshotId, error: CkptError) -> Future[None]:
         """Take part in a snapshot that this rank could not stage: all ranks learn that it failed, and why.
 
         The future is done when the snapshot is settled; it gives no error.
@@ -214,17 +214,17 @@ class Persister:
         n = self._count
         return self._calls.submit(lambda: self._refuse(n, snapshot, error))
 
-    def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
+    def refer_to(self, base: SnapshotId, stored_chunks: Mapping[Digest, ChunkLocation]) -> None:
         """Let the first snapshot refer to chunks of ``base``; nothing once one was handed in. Every rank calls it alike."""
         if self._count == 0:
-            self._base, self._known = base, known
+            self._base, self._known = base, stored_chunks
 
-    def refer_next(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
+    def refer_next(self, base: SnapshotId, stored_chunks: Mapping[Digest, ChunkLocation]) -> None:
         """As ``refer_to``, in the queue's order: what is handed in next may refer to ``base``, unless a base is known then."""
 
         def refer() -> None:
             if self._base is None:
-                self._base, self._known = base, known
+                self._base, self._known = base, stored_chunks
 
         self._calls.submit(refer)
 
@@ -264,10 +264,10 @@ class Persister:
         self.stop_waiting()
         return self._calls.close(cancel=True, timeout_s=ABANDON_STORE_S if timeout_s is None else timeout_s)
 
-    def _run(self, n: int, staged: Sealed, tags: tuple[str, ...]) -> SnapshotInfo:
+    def _run(self, n: int, staged: SealedSlot, tags: tuple[str, ...]) -> SnapshotInfo:
         began = time.monotonic()
         snapshot = staged.index.snapshot
-        share: Share | None = None
+        share: RankShare | None = None
         try:
             share, locations = self._write(staged)
             outcome = self._outcome(n, share, staged.index, tags)
@@ -283,7 +283,7 @@ class Persister:
             wrapped = InternalError(f"saving failed in an unforeseen way. snapshot={snapshot} cause={error!r}")
             self._tell(failed_event(snapshot, wrapped))
             if share is None:  # the other ranks would wait for it
-                self._decline(n, failed(snapshot, self._channel.rank, wrapped))
+                self._decline(n, failed_receipt(snapshot, self._channel.rank, wrapped))
             raise wrapped from error
         finally:
             self._settled += 1
@@ -300,7 +300,7 @@ class Persister:
     def _refuse(self, n: int, snapshot: SnapshotId, error: CkptError) -> None:
         self._tell(failed_event(snapshot, error))
         try:
-            self._decline(n, failed(snapshot, self._channel.rank, error))
+            self._decline(n, failed_receipt(snapshot, self._channel.rank, error))
         finally:
             self._settled += 1
 
@@ -308,11 +308,11 @@ class Persister:
         """Have all ranks learn that this one has no share of a snapshot; of what keeps them from it, tell."""
         snapshot = mine.snapshot
         try:
-            self._mates.give(n, Share(mine))
+            self._mates.submit(n, RankShare(mine))
             if not self._is_head:
                 return
-            outcome = Outcome(error=mine.error)
-            self._mates.tell(n, outcome)
+            outcome = SaveOutcome(error=mine.error)
+            self._mates.publish(n, outcome)
             if self._channel.rank == 0:
                 self._channel.post(f"outcome/{n}", msgspec.msgpack.encode(outcome))
                 self._gather(n, self._receipt(n, snapshot))  # not settled before every rank has let go of its slot
@@ -324,36 +324,36 @@ class Persister:
 
     # ---- this rank's share
 
-    def _write(self, staged: Sealed) -> tuple[Share, Mapping[Digest, ChunkLocation]]:
+    def _write(self, staged: SealedSlot) -> tuple[RankShare, Mapping[Digest, ChunkLocation]]:
         """Write this rank's chunks, then let go of the slot. What fails becomes a receipt that says so."""
         index, rank = staged.index, self._channel.rank
         size = sum(shard.size_bytes for shard in index.shards)
         try:
             done = persist(
-                index, staged.data, known=self._worth_keeping(index, size), backend=self._place.backend,
+                index, staged.data, stored_chunks=self._worth_keeping(index, size), backend=self._place.backend,
                 writer=self._writer, pack_start=self._packs_written, compression=self._compression, verify=self._verify,
             )  # fmt: skip
         except CkptError as error:
-            return Share(failed(index.snapshot, rank, error)), {}
+            return RankShare(failed_receipt(index.snapshot, rank, error)), {}
         except Exception as error:  # noqa: BLE001  a thread's border: without a receipt the other ranks would wait for ever
             wrapped = InternalError(f"writing failed in an unforeseen way. snapshot={index.snapshot} cause={error!r}")
             wrapped.__cause__ = error
-            return Share(failed(index.snapshot, rank, wrapped)), {}
+            return RankShare(failed_receipt(index.snapshot, rank, wrapped)), {}
         finally:
-            self._packs_written += packs_at_most(index)
-            staged.let_go()
+            self._packs_written += pack_numbers_max(index)
+            staged.free()
         self._pack_sizes.note(done.pack_bytes)
         receipt = Receipt(
             snapshot=index.snapshot, rank=rank, size_bytes=size, new_bytes=done.new_bytes,
-            base=self._base if self._known else None, shared=shared_of(staged.shared), complete=staged.shared is not None,
+            base=self._base if self._known else None, shared=replica_groups(staged.shared), complete=staged.shared is not None,
         )  # fmt: skip
-        return Share(receipt, done.part), done.locations
+        return RankShare(receipt, done.part), done.locations
 
     def _worth_keeping(self, index: StagedIndex, size_bytes: int) -> Mapping[Digest, ChunkLocation]:
         """What is known, but for chunks in packs of which little is needed: those are written anew."""
         wanted = {digest for shard in index.shards for digest in shard.digests}
         sizes = self._pack_sizes.of(self._known[digest].pack for digest in wanted if digest in self._known)
-        return thin(self._known, wanted, sizes, budget_bytes=default_budget_bytes(size_bytes)).known
+        return plan_repacking(self._known, wanted, sizes, budget_bytes=default_budget_bytes(size_bytes)).stored_chunks
 
     # ---- the node's
 
@@ -364,22 +364,22 @@ class Persister:
     def _closes(self) -> bool:
         return self._closing
 
-    def _outcome(self, n: int, share: Share, index: StagedIndex, tags: tuple[str, ...]) -> Outcome:
+    def _outcome(self, n: int, share: RankShare, index: StagedIndex, tags: tuple[str, ...]) -> SaveOutcome:
         """Give this rank's share; what became of the snapshot. What the head meets, its mates hear too."""
-        self._mates.give(n, share)
+        self._mates.submit(n, share)
         if not self._is_head:
             return self._mates.outcome(n, self._closes)
-        outcome = Outcome(error=RemoteError(InternalError.code, "the node's head failed.", self._channel.rank))
+        outcome = SaveOutcome(error=RemoteError(InternalError.code, "the node's head failed.", self._channel.rank))
         try:
             outcome = self._speak(n, index, tags)
         except CkptError as error:
-            outcome = Outcome(error=from_error(error, rank=self._channel.rank))
+            outcome = SaveOutcome(error=from_error(error, rank=self._channel.rank))
             raise
         finally:
-            self._mates.tell(n, outcome)
+            self._mates.publish(n, outcome)
         return outcome
 
-    def _speak(self, n: int, index: StagedIndex, tags: tuple[str, ...]) -> Outcome:
+    def _speak(self, n: int, index: StagedIndex, tags: tuple[str, ...]) -> SaveOutcome:
         receipt = self._receipt(n, index.snapshot)
         if self._channel.rank == 0:
             outcome = self._settle(n, receipt, index, tags)
@@ -388,7 +388,7 @@ class Persister:
         self._post(n, receipt)
         word = self._wait(f"outcome/{n}", f"rank 0's commit of {index.snapshot}", rank=0)
         self._channel.forget(f"receipt/{n - 1}/{receipt.rank}")  # or it would be posted again after a line broke
-        return msgspec.msgpack.decode(word, type=Outcome)
+        return msgspec.msgpack.decode(word, type=SaveOutcome)
 
     def _receipt(self, n: int, snapshot: SnapshotId) -> Receipt:
         """Write the part of the node's ranks; their receipt, which says so where something failed."""
@@ -399,7 +399,7 @@ class Persister:
             told_of = from_error(error, rank=rank)
             return Receipt(snapshot=snapshot, rank=rank, ranks=ranks, error=told_of, passed=False)
         try:
-            receipt = merge([share.receipt for share in shares])
+            receipt = merge_receipts([share.receipt for share in shares])
             if receipt.error is not None:
                 return receipt
             parts = [share.part for share in shares if share.part is not None]
@@ -416,19 +416,19 @@ class Persister:
 
     # ---- rank 0's
 
-    def _settle(self, n: int, mine: Receipt, index: StagedIndex, tags: tuple[str, ...]) -> Outcome:
+    def _settle(self, n: int, mine: Receipt, index: StagedIndex, tags: tuple[str, ...]) -> SaveOutcome:
         try:
-            whole = checked(self._gather(n, mine))
+            whole = check_groups(self._gather(n, mine))
             if whole.error is not None:
-                return Outcome(error=whole.error)
+                return SaveOutcome(error=whole.error)
             return self._tagged(self._commit(index, whole), tags)
         except CkptError as error:
-            return Outcome(error=from_error(error, rank=0))
+            return SaveOutcome(error=from_error(error, rank=0))
         except Exception as error:  # noqa: BLE001  a thread's border: without an outcome the other ranks would wait for ever
             wrapped = InternalError(
                 f"committing failed in an unforeseen way. snapshot={index.snapshot} cause={error!r}"
             )
-            return Outcome(error=from_error(wrapped, rank=0))
+            return SaveOutcome(error=from_error(wrapped, rank=0))
 
     def _gather(self, n: int, mine: Receipt) -> Receipt:
         """All ranks' receipt for ``n``. Then each has seen the outcome of ``n - 1``, whose messages are freed."""
@@ -443,7 +443,7 @@ class Persister:
             rank += max(1, receipt.ranks)
         self._forget(n - 1)
         self._heads = tuple(receipt.rank for receipt in receipts[1:])
-        whole = merge(receipts)
+        whole = merge_receipts(receipts)
         if whole.ranks != self._channel.size:
             raise InternalError(
                 f"receipts of more ranks than there are. ranks={whole.ranks} world={self._channel.size}"
@@ -461,7 +461,7 @@ class Persister:
         )  # fmt: skip
         return journal.commit(manifest, epoch=self._place.epoch())
 
-    def _tagged(self, info: SnapshotInfo, tags: tuple[str, ...]) -> Outcome:
+    def _tagged(self, info: SnapshotInfo, tags: tuple[str, ...]) -> SaveOutcome:
         """Tag what is committed. A tag that fails makes the snapshot no less durable."""
         journal = self._place.journal
         assert journal is not None, "rank 0 has the log"
@@ -470,8 +470,8 @@ class Persister:
                 journal.tag(tag, info.id, epoch=self._place.epoch())
             except CkptError as error:
                 text = f"{info.id} is durable, but could not be tagged. tag={tag!r} cause={error}"
-                return Outcome(replace(info, tags=tags[:done]), RemoteError(error.code, text, 0))
-        return Outcome(replace(info, tags=tags))
+                return SaveOutcome(replace(info, tags=tags[:done]), RemoteError(error.code, text, 0))
+        return SaveOutcome(replace(info, tags=tags))
 
     def _forget(self, n: int) -> None:
         """Free the messages of a snapshot that every rank has settled. The same nodes speak for the same ranks each time."""
@@ -483,13 +483,13 @@ class Persister:
     def _wait(self, key: str, what: str, *, rank: int) -> bytes:
         """Wait for a message of ``rank``, while it is there. One that left has posted all that it ever will."""
         left = f"bye/{rank}"
-        leaves = not (isinstance(self._channel, Staying) and self._channel.stays)
+        leaves = not (isinstance(self._channel, StayingMailbox) and self._channel.stays)
 
         def stop() -> bool:
             return self._closing or (leaves and self._channel.peek(left) is not None)
 
         try:
-            return wait_for(self._channel, key, timeout_s=PEER_WAIT_S, what=what, stop=stop)
+            return wait_for_message(self._channel, key, timeout_s=PEER_WAIT_S, awaited=what, stop=stop)
         except UnavailableError:
             word = self._channel.peek(key)  # posted just before it left
             if word is None:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import structs
 
 from ckpt.errors import CkptError, ConflictError, InternalError, UsageError
-from ckpt.format.canonical import ready
+from ckpt.format.canonical import prepare_decoders
 from ckpt.format.manifest import PartRef
 from ckpt.format.part_rules import cover_problem
 from ckpt.ipc.messages import RemoteError, from_error
@@ -22,7 +22,7 @@ DIFFERENT_MAX = 8
 """So many groups of ranks are named where they captured different steps."""
 
 
-class Replicas(msgspec.Struct, frozen=True, array_like=True):
+class ReplicaGroup(msgspec.Struct, frozen=True, array_like=True):
     """What members of one group of replicas hold: of how many there are, a digest of what each holds, and how many say so."""
 
     size: int
@@ -46,12 +46,12 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     new_bytes: int = 0
     error: RemoteError | None = None
     base: SnapshotId | None = None
-    shared: Mapping[str, Replicas] = {}
+    shared: Mapping[str, ReplicaGroup] = {}
     complete: bool = True
     passed: bool = True
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class SaveOutcome(msgspec.Struct, frozen=True):
     """What became of a snapshot: its facts, or an error."""
 
     info: SnapshotInfo | None = None
@@ -59,20 +59,20 @@ class Outcome(msgspec.Struct, frozen=True):
     """Why there is no ``info``; or beside one, why the snapshot, durable as it is, lacks a tag."""
 
 
-ready(Receipt, Outcome)
+prepare_decoders(Receipt, SaveOutcome)
 
 
-def failed(snapshot: SnapshotId, rank: int, error: CkptError) -> Receipt:
+def failed_receipt(snapshot: SnapshotId, rank: int, error: CkptError) -> Receipt:
     """The receipt of a rank that has no share to give."""
     return Receipt(snapshot=snapshot, rank=rank, error=from_error(error, rank=rank))
 
 
-def shared_of(shared: Mapping[str, tuple[int, str]] | None) -> Mapping[str, Replicas]:
-    """One rank's ``Sealed.shared``, as receipts have it."""
-    return {group: Replicas(size, digest) for group, (size, digest) in (shared or {}).items()}
+def replica_groups(shared: Mapping[str, tuple[int, str]] | None) -> Mapping[str, ReplicaGroup]:
+    """One rank's ``SealedSlot.shared``, as receipts have it."""
+    return {group: ReplicaGroup(size, digest) for group, (size, digest) in (shared or {}).items()}
 
 
-def merge(receipts: Sequence[Receipt]) -> Receipt:
+def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
     """What all of them say together; an error of one, or between them, is that of all. At least one; in rank order.
 
     Raises InternalError where the ranks of one don't follow those of the one before.
@@ -93,12 +93,12 @@ def merge(receipts: Sequence[Receipt]) -> Receipt:
         return structs.replace(both, error=error)
     try:
         _check_captured(receipts)
-        return structs.replace(both, base=one_base([one.base for one in receipts]), shared=_shared(receipts))
+        return structs.replace(both, base=common_base([one.base for one in receipts]), shared=_shared(receipts))
     except CkptError as found:
         return structs.replace(both, error=from_error(found, rank=first.rank))
 
 
-def checked(whole: Receipt) -> Receipt:
+def check_groups(whole: Receipt) -> Receipt:
     """The receipt of all ranks of a world; one with an error where a group of replicas misses a member."""
     try:
         if whole.error is None and whole.complete:
@@ -109,7 +109,7 @@ def checked(whole: Receipt) -> Receipt:
     return whole
 
 
-def one_base(bases: Sequence[SnapshotId | None]) -> SnapshotId | None:
+def common_base(bases: Sequence[SnapshotId | None]) -> SnapshotId | None:
     """The snapshot that the ranks refer to chunks of; None: no rank refers to any. Raises ConflictError where they differ.
 
     A commit names one base. Chunks of another could be deleted before it, with nobody the wiser.
@@ -133,13 +133,13 @@ def _check_captured(receipts: Sequence[Receipt]) -> None:
         )
 
 
-def _shared(receipts: Sequence[Receipt]) -> Mapping[str, Replicas]:
+def _shared(receipts: Sequence[Receipt]) -> Mapping[str, ReplicaGroup]:
     """What they hold of each group together. Raises UsageError where two hold different leaves, or in another order.
 
     Each rank stores its share of them, computed from what it holds itself; were the sets different, the shares would overlap
     or leave gaps, and the snapshot could not be read.
     """
-    found: dict[str, Replicas] = {}
+    found: dict[str, ReplicaGroup] = {}
     for one in receipts:
         for group, held in one.shared.items():
             before = found.get(group)
@@ -147,11 +147,11 @@ def _shared(receipts: Sequence[Receipt]) -> Mapping[str, Replicas]:
                 found[group] = held
                 continue
             _check((before.size, before.digest) == (held.size, held.digest), before, held)
-            found[group] = Replicas(held.size, held.digest, before.members + held.members)
+            found[group] = ReplicaGroup(held.size, held.digest, before.members + held.members)
     return found
 
 
-def _check(fits: bool, one: Replicas, other: Replicas) -> None:
+def _check(fits: bool, one: ReplicaGroup, other: ReplicaGroup) -> None:
     if not fits:
         raise UsageError(
             f"replicas hold different leaves, so their shares don't fit together. replicas={other.size} "

@@ -14,7 +14,7 @@ def _always() -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sealed:
+class SealedSlot:
     """A sealed slot as a persister takes it: what it holds, and how to let go of it (called once).
 
     ``data`` is a view of the data area for the persister alone, which releases it: an error that is kept somewhere would keep
@@ -30,7 +30,7 @@ class Sealed:
     unchanged: Callable[[], bool] = _always
     """Whether nobody has begun to write to it: then all that was read of it before is what ``index`` tells of."""
 
-    def let_go(self) -> None:
+    def free(self) -> None:
         """Give up the view and the slot."""
         with contextlib.suppress(BufferError):  # a frame of an error still reads it, and ends soon
             self.data.release()

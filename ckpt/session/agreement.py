@@ -27,7 +27,7 @@ class Ack:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class SnapshotRequest:
     """What all ranks do at one boundary: a snapshot, with the tags that it gets when it is durable."""
 
     tags: tuple[str, ...] = ()
@@ -46,10 +46,10 @@ class Take:
 class Skip:
     """A due boundary is skipped, and why."""
 
-    why: str
+    reason: str
 
 
-def place(acks: Mapping[int, Ack]) -> int:
+def boundary_for(acks: Mapping[int, Ack]) -> int:
     """The boundary at which a request takes effect: the first that no rank has passed.
 
     ``acks`` holds every rank's answer. Where loops have ended, that is their end; ranks that ended at different boundaries,
@@ -68,10 +68,10 @@ def place(acks: Mapping[int, Ack]) -> int:
     return end
 
 
-def merge(orders: Sequence[Order]) -> Order:
+def merge_requests(orders: Sequence[SnapshotRequest]) -> SnapshotRequest:
     """One order for several that met at a boundary: all tags, forced where any is, and the end where any asks for it."""
     tags = dict.fromkeys(tag for order in orders for tag in order.tags)
-    return Order(tuple(tags), any(order.forced for order in orders), any(order.stop for order in orders))
+    return SnapshotRequest(tuple(tags), any(order.forced for order in orders), any(order.stop for order in orders))
 
 
 def take_or_skip(*, in_flight: int, slots: int) -> Take | Skip:

@@ -15,17 +15,17 @@ import msgspec
 import torch.distributed as dist
 
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.format.canonical import ready
-from ckpt.ipc.mailbox import POLL_FIRST_S, POLL_LAST_S, Channel, SoloChannel
+from ckpt.format.canonical import prepare_decoders
+from ckpt.ipc.mailbox import POLL_FIRST_S, POLL_LAST_S, CountingMailbox, SoloMailbox
 
-MEET_WAIT_S = 1800.0
+HANDSHAKE_WAIT_S = 1800.0
 """How long ranks wait for each other at the start: a rank may still be building its model."""
 
 STORE_WAIT_S = 300.0
 
 
 class KeyValueStore(Protocol):
-    """The part of ``torch.distributed.Store`` that a channel uses."""
+    """The part of ``torch.distributed.OpenStore`` that a channel uses."""
 
     def set(self, key: str, value: str, /) -> None:
         """Write; replaces."""
@@ -48,14 +48,14 @@ class KeyValueStore(Protocol):
         ...
 
 
-class StoreChannel:
+class StoreMailbox:
     """A channel over a c10d store, below a prefix that only this meeting knows."""
 
-    def __init__(self, store: KeyValueStore, *, rank: int, size: int, room: str) -> None:
+    def __init__(self, store: KeyValueStore, *, rank: int, size: int, prefix: str) -> None:
         self._store = store
         self.rank = rank
         self.size = size
-        self._prefix = f"ckpt/{room}/"
+        self._prefix = f"ckpt/{prefix}/"
 
     def post(self, key: str, value: bytes) -> None:
         """See ``Channel``. torch's stores take text, so bytes travel as Latin-1."""
@@ -83,7 +83,7 @@ def world_of_process() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def connect(*, name: str) -> Channel:
+def connect_ranks(*, name: str) -> CountingMailbox:
     """Join the other ranks and return the channel. Every rank calls it, in the same order of names.
 
     ``name`` tells meetings of one attempt apart (a job may have several checkpointers). Raises UsageError where there are
@@ -91,8 +91,8 @@ def connect(*, name: str) -> Channel:
     """
     rank, size = world_of_process()
     if size == 1:
-        return SoloChannel()
-    return meet(_store_of_process(rank), rank=rank, size=size, name=name)
+        return SoloMailbox()
+    return join_handshake(_store_of_process(rank), rank=rank, size=size, name=name)
 
 
 def _store_of_process(rank: int) -> KeyValueStore:
@@ -111,7 +111,9 @@ class _Invitation(msgspec.Struct, frozen=True):
     guests: list[str]
 
 
-def meet(store: KeyValueStore, *, rank: int, size: int, name: str, timeout_s: float = MEET_WAIT_S) -> StoreChannel:
+def join_handshake(
+    store: KeyValueStore, *, rank: int, size: int, name: str, timeout_s: float = HANDSHAKE_WAIT_S
+) -> StoreMailbox:
     """Agree on a fresh room over a store that may hold keys of dead attempts.
 
     Each rank shows a random badge under its rank. Rank 0 collects the badges and sends every badge an invitation to a random
@@ -134,11 +136,11 @@ def meet(store: KeyValueStore, *, rank: int, size: int, name: str, timeout_s: fl
                     store.set(f"{lobby}to/{guest}", invitation)
                 invited = badges
             if invited and all(store.check([f"{lobby}in/{room}/{guest}"]) for guest in invited[1:]):
-                return StoreChannel(store, rank=rank, size=size, room=room)
+                return StoreMailbox(store, rank=rank, size=size, prefix=room)
         elif store.check([f"{lobby}to/{badge}"]):
             entered = msgspec.json.decode(store.get(f"{lobby}to/{badge}"), type=_Invitation).room
             store.set(f"{lobby}in/{entered}/{badge}", "1")
-            return StoreChannel(store, rank=rank, size=size, room=entered)
+            return StoreMailbox(store, rank=rank, size=size, prefix=entered)
         if time.monotonic() - began > timeout_s:
             raise UnavailableError(
                 f"not all ranks came to the meeting. name={name} rank={rank} world_size={size} timeout_s={timeout_s:g}; "
@@ -155,4 +157,4 @@ def _badges(store: KeyValueStore, lobby: str, size: int) -> tuple[str, ...] | No
     return tuple(store.get(key).decode() for key in keys)
 
 
-ready(_Invitation)
+prepare_decoders(_Invitation)

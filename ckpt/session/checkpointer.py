@@ -16,7 +16,7 @@ from ckpt.restore.reader import SnapshotReader
 from ckpt.restore.verify import VerifyReport, verify
 from ckpt.session.options import (
     KeepArgument,
-    Options,
+    SessionOptions,
     StorageOptions,
     StoreArgument,
     check_grace,
@@ -28,7 +28,7 @@ from ckpt.session.options import (
     check_tag,
     is_count,
 )
-from ckpt.session.restoring import Candidate, Rules
+from ckpt.session.restoring import FillRules, RestoreCandidate
 from ckpt.session.saving import Pending
 from ckpt.session.session import Session
 from ckpt.values import SnapshotInfo
@@ -74,7 +74,7 @@ class Checkpointer:
         all); the newest and tagged ones always do. The others are dropped in the background after saves, and their bytes
         deleted ``grace`` later, by the stores' clocks: longer than any restore takes that may have begun before.
         """
-        options = Options(
+        options = SessionOptions(
             job=job, slots=slots, compression=compression, threads=threads, storage_options=storage_options,
             write_quorum=write_quorum, encryption_key=encryption_key, keep=check_keep(keep), grace_s=check_grace(grace),
         )  # fmt: skip
@@ -86,7 +86,7 @@ class Checkpointer:
         Call it early, while the program still reads data or compiles; every rank calls it. Never needed: a first save without
         it only takes longer, because it touches fresh memory. Raises UsageError for what can't be captured.
         """
-        self._session.keep()
+        self._session.attach_keeper()
         self._session.saving.prepare(state)
 
     def save_async(
@@ -147,13 +147,13 @@ class Checkpointer:
         _check_choice(step, epoch, tag)
         if missing not in ("error", "keep"):
             raise UsageError(f"missing is 'error' or 'keep'. missing={missing!r}")
-        rules = Rules(check_only(only), missing)
+        rules = FillRules(check_only(only), missing)
         session = self._session
 
-        def choices() -> Sequence[Candidate]:
+        def choices() -> Sequence[RestoreCandidate]:
             if step is None and tag is None and epoch is None:
                 return session.newest_first()
-            return [Candidate(select(session.state(), step=step, epoch=epoch, tag=tag))]
+            return [RestoreCandidate(select(session.state(), step=step, epoch=epoch, tag=tag))]
 
         return session.restore(state, choices, rules)
 
@@ -163,7 +163,7 @@ class Checkpointer:
         What a run that died left with its keeper becomes durable first, as for ``restore``; that is waited for, one minute at
         most.
         """
-        self._session.settle()
+        self._session.await_previous_run()
         newest = [one.snapshot for one in self._session.newest_first() if not one.staged]
         if not newest:
             return None
@@ -172,7 +172,7 @@ class Checkpointer:
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]:
         """All snapshots that exist, in the order of their commits. Reads the log and their manifests; waits as ``latest``."""
-        self._session.settle()
+        self._session.await_previous_run()
         try:
             return snapshots(self._session.backend, self._session.state())
         except NotFoundError:

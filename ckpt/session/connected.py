@@ -17,14 +17,14 @@ import msgspec
 from ckpt.backends.base import Backend
 from ckpt.capture.leaves import World
 from ckpt.errors import FencedError, IntegrityError, UnavailableError, UsageError
-from ckpt.events import Event, Tell
-from ckpt.format.canonical import ready
-from ckpt.ipc.mailbox import wait_for
+from ckpt.events import Emit, Event
+from ckpt.format.canonical import prepare_decoders
+from ckpt.ipc.mailbox import wait_for_message
 from ckpt.log.state import LogState
-from ckpt.session.decisions import Orders, RankOrders, SoloOrders
-from ckpt.session.keeper.attachment import Keeping
-from ckpt.session.log import Log
-from ckpt.session.options import Options
+from ckpt.session.decisions import Decisions, RankDecisions, SoloDecisions
+from ckpt.session.keeper.attachment import KeeperAttachment
+from ckpt.session.log import SessionLog
+from ckpt.session.options import SessionOptions
 from ckpt.session.restoring import Restoring
 from ckpt.session.saving import Saving
 from ckpt.session.slot_rule import newest_of
@@ -34,42 +34,47 @@ from ckpt.values import SnapshotId
 # agrees over them.
 
 
-class Joined:
+class ConnectedSession:
     """What exists once the ranks have met."""
 
     def __init__(
-        self, keeping: Keeping, backend: Backend, options: Options, state: Callable[[], LogState], tell: Tell
+        self,
+        attachment: KeeperAttachment,
+        backend: Backend,
+        options: SessionOptions,
+        state: Callable[[], LogState],
+        emit: Emit,
     ) -> None:
-        self.keeping = keeping
-        self.channel = channel = keeping.channel
-        self.tell = tell
+        self.attachment = attachment
+        self.channel = channel = attachment.channel
+        self.emit = emit
         self._uses_slots = False
-        self.saving = Saving(channel, options, self.tell)
-        self._orders: Orders | None = None
+        self.saving = Saving(channel, options, self.emit)
+        self._orders: Decisions | None = None
         self.restoring = Restoring(
-            channel, backend, world=World(channel.rank, channel.size), state=state, tell=self.tell, threads=options.threads,
-            budget_bytes=options.read_budget_bytes, staged=keeping.open_staged,
+            channel, backend, world=World(channel.rank, channel.size), state=state, emit=self.emit, threads=options.threads,
+            budget_bytes=options.read_budget_bytes, open_staged=attachment.open_staged,
         )  # fmt: skip
 
     def use_slots(self) -> None:
         """Stage into slots that the keeper holds too, where there is one; once."""
-        if not self._uses_slots and self.keeping.regions is not None:
+        if not self._uses_slots and self.attachment.regions is not None:
             self._uses_slots = True
-            self.saving.use(self.keeping.regions)
+            self.saving.use_regions(self.attachment.regions)
 
     @property
-    def orders(self) -> Orders:
+    def decisions(self) -> Decisions:
         """What all ranks do at a boundary."""
         assert self._orders is not None, "a run is open"
         return self._orders
 
-    def start_orders(self) -> None:
+    def start_decisions(self) -> None:
         """For a run; a checkpointer has no boundaries to agree on."""
         saving = self.saving
         self._orders = (
-            SoloOrders(saving.may_take, self._skipped)
+            SoloDecisions(saving.may_take, self._skipped)
             if self.channel.size == 1
-            else RankOrders(self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step)
+            else RankDecisions(self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step)
         )
 
     def leave(self, *, wait_s: float) -> None:
@@ -82,10 +87,10 @@ class Joined:
                 self._orders.close()
             if self.channel.rank != 0:
                 self._say_bye(heard=wait_s > 0)
-            elif wait_s > 0 and not self.keeping.seated:
+            elif wait_s > 0 and not self.attachment.supervised:
                 self._see_off(wait_s)
         finally:
-            self.keeping.close()
+            self.attachment.close()
 
     def _say_bye(self, *, heard: bool) -> None:
         rank = self.channel.rank
@@ -94,24 +99,24 @@ class Joined:
         except (UnavailableError, RuntimeError) as error:  # RuntimeError: torch's own stores
             if heard:
                 raise
-            self.tell(Event("left", f"left without a word to the other ranks: {error}", {"rank": rank}))
+            self.emit(Event("left", f"left without a word to the other ranks: {error}", {"rank": rank}))
 
     def _see_off(self, wait_s: float) -> None:
         began_s = time.monotonic()
         for rank in range(1, self.channel.size):
             left_s = max(0.0, wait_s - (time.monotonic() - began_s))
             try:
-                wait_for(self.channel, f"bye/{rank}", timeout_s=left_s, what=f"rank {rank} to leave")
+                wait_for_message(self.channel, f"bye/{rank}", timeout_s=left_s, awaited=f"rank {rank} to leave")
             except UnavailableError as error:
-                self.tell(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
+                self.emit(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
 
     def _skipped(self, boundary: int, why: str) -> None:
-        self.tell(
+        self.emit(
             Event("skipped", f"the snapshot due at step {boundary} is skipped: {why}", {"step": boundary}, alarm=True)
         )
 
 
-class _Word(msgspec.Struct, frozen=True):
+class _EpochChange(msgspec.Struct, frozen=True):
     """From snapshot ``at_step`` on, ``epoch`` counts; ``alone``: without keeper."""
 
     epoch: int
@@ -120,16 +125,16 @@ class _Word(msgspec.Struct, frozen=True):
     alone: bool
 
 
-class Mending:
+class KeeperFailover:
     """One rank's part in it. Used by the training thread.
 
     ``open_epoch`` opens the next epoch, on rank 0; ``log`` is asked there whether another writer did, and used without keeper.
     """
 
     def __init__(
-        self, joined: Joined, *, open_epoch: Callable[[SnapshotId | None], tuple[int, str]], log: Log
+        self, connected: ConnectedSession, *, open_epoch: Callable[[SnapshotId | None], tuple[int, str]], log: SessionLog
     ) -> None:  # fmt: skip
-        self._joined = joined
+        self._joined = connected
         self._open_epoch = open_epoch
         self._log = log
         self._mended = 0
@@ -140,30 +145,30 @@ class Mending:
     @property
     def needed(self) -> bool:
         """Whether the keeper of a session in place is gone, or what follows is not done yet."""
-        keeping = self._joined.keeping
+        keeping = self._joined.attachment
         lost = keeping.link is not None and keeping.link.lost is not None
-        return not keeping.seated and (lost or self._under_way)
+        return not keeping.supervised and (lost or self._under_way)
 
-    def handed_in(self, step: int) -> None:
+    def record_submitted(self, step: int) -> None:
         """This rank handed in, or refused, a snapshot of that step."""
-        if self._joined.channel.size > 1 and self._joined.keeping.link is not None:
+        if self._joined.channel.size > 1 and self._joined.attachment.link is not None:
             self._handed_in = [*self._handed_in[-999:], step]
 
-    def relink(self) -> None:
+    def reattach(self) -> None:
         """Rank 0, before an epoch is opened anyway: find the next keeper, or do without."""
         if self.needed:
             self._reach()
 
-    def align(self, *, alone: bool) -> None:
+    def follow_rank0(self, *, alone: bool) -> None:
         """After that, on all ranks: do as rank 0 did. ``alone``: it opened the epoch without keeper."""
-        keeping, slots = self._joined.keeping, self._joined.saving.slots
+        keeping, slots = self._joined.attachment, self._joined.saving.slots
         if alone and keeping.link is not None:
-            keeping.go_on_alone(slots)
+            keeping.detach(slots)
         elif self.needed:
             keeping.reconnect(slots)
         self._under_way, self._handed_in = False, []
 
-    def mend(self, step: int, *, epoch: int, base: SnapshotId | None) -> int | None:
+    def fail_over(self, step: int, *, epoch: int, base: SnapshotId | None) -> int | None:
         """Before the snapshot of ``step``, where it is ``needed``: the epoch that counts from now on, or None if none does yet.
 
         ``epoch`` is open and went on from ``base``. Raises FencedError where another writer opened a newer one, ConflictError
@@ -175,13 +180,13 @@ class Mending:
             body = self._joined.channel.peek(f"mended/{self._mended}")
             if body is None:
                 return None
-            word = msgspec.json.decode(body, type=_Word)
+            word = msgspec.json.decode(body, type=_EpochChange)
             if word.at_step > step:  # rank 0 handed this one in before it knew
                 return None
         self._follow(word, after=step - 1)
         return word.epoch
 
-    def _decide(self, step: int, epoch: int, base: SnapshotId | None) -> _Word:
+    def _decide(self, step: int, epoch: int, base: SnapshotId | None) -> _EpochChange:
         self._under_way = True
         self._reach()
         newest = self._log.newest_epoch()
@@ -191,42 +196,42 @@ class Mending:
             )
         resume = self._newest_of(epoch) or base
         number, origin = self._open_epoch(resume)
-        word = _Word(number, origin, step, self._joined.keeping.link is None)
+        word = _EpochChange(number, origin, step, self._joined.attachment.link is None)
         self._bases[word.epoch] = resume
         if self._joined.channel.size > 1:
             self._joined.channel.post(f"mended/{self._mended}", msgspec.json.encode(word))
         text = f"the keeper was lost; epoch {word.epoch} goes on from {resume}"
-        self._joined.tell(Event("keeper-replaced", text, {"epoch": word.epoch, "alone": word.alone}, alarm=True))
+        self._joined.emit(Event("keeper-replaced", text, {"epoch": word.epoch, "alone": word.alone}, alarm=True))
         return word
 
     def _newest_of(self, epoch: int) -> SnapshotId | None:
         """The newest pair of ``epoch`` that all ranks' slots hold, or that is durable."""
-        board, durable = self._joined.keeping.board, self._joined.saving.durable
-        found = [board.complete() if board is not None else None, durable.id if durable is not None else None]
+        board, durable = self._joined.attachment.board, self._joined.saving.durable
+        found = [board.newest_complete() if board is not None else None, durable.id if durable is not None else None]
         return newest_of(pair for pair in found if pair is not None and pair.epoch == epoch)
 
     def _reach(self) -> None:
         """Find or start the next keeper, and give it what the last one had; else do without from here on."""
-        keeping, slots = self._joined.keeping, self._joined.saving.slots
+        keeping, slots = self._joined.attachment, self._joined.saving.slots
         if keeping.link is None:
             return
         try:
             keeping.reconnect(slots)
         except (UnavailableError, UsageError, IntegrityError) as error:
             text = f"the keeper is lost and there is no other, so snapshots depend on this process alone: {error}"
-            self._joined.tell(Event("no-keeper", text, alarm=True))
-            keeping.go_on_alone(slots)
+            self._joined.emit(Event("no-keeper", text, alarm=True))
+            keeping.detach(slots)
 
-    def _follow(self, word: _Word, *, after: int) -> None:
-        keeping, saving = self._joined.keeping, self._joined.saving
+    def _follow(self, word: _EpochChange, *, after: int) -> None:
+        keeping, saving = self._joined.attachment, self._joined.saving
         if not word.alone:
             keeping.reconnect(saving.slots)
-            saving.go_on_kept(keeping.persister(word.epoch), origin=word.origin, after=after)
+            saving.write_through_keeper(keeping.persister(word.epoch), origin=word.origin, after=after)
         else:
             if keeping.link is not None:
-                keeping.go_on_alone(saving.slots)
+                keeping.detach(saving.slots)
             place = self._log.place(word.epoch, rank=self._joined.channel.rank)
-            saving.go_on(place, base=None, known=dict, after=after)
+            saving.write_locally(place, base=None, known_chunks=dict, after=after)
             if keeping.regions is not None:
                 keeping.regions.epoch = word.epoch
         self._mended += 1
@@ -236,4 +241,4 @@ class Mending:
             saving.refuse(SnapshotId(word.epoch, step), UnavailableError("the keeper was lost when it was handed in"))
 
 
-ready(_Word)
+prepare_decoders(_EpochChange)

@@ -1,6 +1,6 @@
 """The effects of ``agree``: a thread a rank that answers proposals, and on rank 0 makes them.
 
-A world of one needs neither thread nor messages: ``SoloOrders``. Both give the loop the same four calls.
+A world of one needs neither thread nor messages: ``SoloDecisions``. Both give the loop the same four calls.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Protocol
 import msgspec
 
 from ckpt.errors import CkptError, ConflictError, UnavailableError
-from ckpt.format.canonical import ready
-from ckpt.ipc.mailbox import POLL_FIRST_S, POLL_LAST_S, Channel, wait_for
-from ckpt.session.agreement import Ack, Order, Skip, Take, merge, place
+from ckpt.format.canonical import prepare_decoders
+from ckpt.ipc.mailbox import POLL_FIRST_S, POLL_LAST_S, CountingMailbox, wait_for_message
+from ckpt.session.agreement import Ack, Skip, SnapshotRequest, Take, boundary_for, merge_requests
 
-HOLD_WAIT_S = 1800.0
+DECISION_WAIT_S = 1800.0
 """How long a rank waits for a decision of the leader before it calls the leader dead."""
 
 Decide = Callable[[int], Take | Skip]
@@ -27,10 +27,10 @@ RANKS_PER_S_MAX = 10_000
 """Requests a second that idle ranks may send to the message store in all: their pauses grow with their number."""
 
 
-class Orders(Protocol):
+class Decisions(Protocol):
     """What the loop asks at each boundary."""
 
-    def request(self, order: Order) -> None:
+    def request(self, order: SnapshotRequest) -> None:
         """Ask for a snapshot at the next boundary that no rank has passed. From any rank and thread; returns at once."""
         ...
 
@@ -38,14 +38,14 @@ class Orders(Protocol):
         """On rank 0, decide about the due boundary ``due`` if that was not done yet; nothing elsewhere."""
         ...
 
-    def reached(self, completed: int, *, due: int | None) -> Order | None:
+    def reached(self, completed: int, *, due: int | None) -> SnapshotRequest | None:
         """Report a boundary; returns what to do there. Waits only where a decision about this boundary is still open.
 
         ``due`` is the due boundary that is to be served here, if any: this one, or an earlier one that was no snapshot point.
         """
         ...
 
-    def end(self, completed: int) -> Order | None:
+    def end(self, completed: int) -> SnapshotRequest | None:
         """Report the loop's last boundary and settle all requests; returns those that take effect there."""
         ...
 
@@ -54,25 +54,25 @@ class Orders(Protocol):
         ...
 
 
-class SoloOrders:
+class SoloDecisions:
     """Orders of a world of one: what was requested takes effect at the next boundary."""
 
-    def __init__(self, decide: Decide, told: Callable[[int, str], None]) -> None:
+    def __init__(self, decide: Decide, on_skipped: Callable[[int, str], None]) -> None:
         self._decide = decide
-        self._told = told
-        self._requests: list[Order] = []
+        self._told = on_skipped
+        self._requests: list[SnapshotRequest] = []
         self._lock = threading.Lock()
 
-    def request(self, order: Order) -> None:
-        """See ``Orders``."""
+    def request(self, order: SnapshotRequest) -> None:
+        """See ``Decisions``."""
         with self._lock:
             self._requests.append(order)
 
     def announce(self, due: int) -> None:
-        """See ``Orders``."""
+        """See ``Decisions``."""
 
-    def reached(self, completed: int, *, due: int | None) -> Order | None:
-        """See ``Orders``."""
+    def reached(self, completed: int, *, due: int | None) -> SnapshotRequest | None:
+        """See ``Decisions``."""
         if due is None and not self._requests:
             return None
         match self._decide(0):
@@ -81,20 +81,20 @@ class SoloOrders:
                     self._told(completed, why)
                 return None  # what rank 0's clock asked for waits for a slot, and training does not
         orders = self._take_requests()
-        return merge([*orders, Order()] if due is not None else orders)
+        return merge_requests([*orders, SnapshotRequest()] if due is not None else orders)
 
-    def end(self, completed: int) -> Order | None:
-        """See ``Orders``."""
+    def end(self, completed: int) -> SnapshotRequest | None:
+        """See ``Decisions``."""
         orders = self._take_requests()
-        return merge(orders) if orders else None
+        return merge_requests(orders) if orders else None
 
-    def _take_requests(self) -> list[Order]:
+    def _take_requests(self) -> list[SnapshotRequest]:
         with self._lock:
             orders, self._requests = self._requests, []
         return orders
 
     def close(self) -> None:
-        """See ``Orders``."""
+        """See ``Decisions``."""
 
 
 class _Proposal(msgspec.Struct, frozen=True):
@@ -103,11 +103,11 @@ class _Proposal(msgspec.Struct, frozen=True):
     stop: bool = False
 
     @classmethod
-    def of(cls, order: Order) -> _Proposal:
+    def of(cls, order: SnapshotRequest) -> _Proposal:
         return cls(list(order.tags), order.forced, order.stop)
 
-    def order(self) -> Order:
-        return Order(tuple(self.tags), self.forced, self.stop)
+    def order(self) -> SnapshotRequest:
+        return SnapshotRequest(tuple(self.tags), self.forced, self.stop)
 
 
 class _Decision(msgspec.Struct, frozen=True):
@@ -115,7 +115,7 @@ class _Decision(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-class RankOrders:
+class RankDecisions:
     """Orders of one rank among several, over a channel.
 
     Keys: ``request/<n>`` from anyone (n from the counter ``requests``), ``proposal/<n>`` and ``decision/<n>`` from rank 0,
@@ -125,9 +125,9 @@ class RankOrders:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: CountingMailbox,
         decide: Decide,
-        told: Callable[[int, str], None],
+        on_skipped: Callable[[int, str], None],
         *,
         passed: Callable[[], int] = lambda: -1,
     ) -> None:
@@ -136,12 +136,12 @@ class RankOrders:
         self._passed = passed
         self._pause_s_max = max(POLL_LAST_S, channel.size / RANKS_PER_S_MAX)
         self._decide = decide
-        self._told = told
+        self._told = on_skipped
         self._changed = threading.Condition()
         self._completed = 0
         self._ended = False
         self._hold_at: int | None = None
-        self._placed: dict[int, list[Order]] = {}
+        self._placed: dict[int, list[SnapshotRequest]] = {}
         self._deciding = 0  # proposals whose boundary is not known yet
         self._announced: set[int] = set()
         self._failure: CkptError | None = None
@@ -150,13 +150,13 @@ class RankOrders:
         self._thread = threading.Thread(target=self._run, name="ckpt-orders", daemon=True)
         self._thread.start()
 
-    def request(self, order: Order) -> None:
-        """See ``Orders``."""
+    def request(self, order: SnapshotRequest) -> None:
+        """See ``Decisions``."""
         n = self._channel.count("requests", 1)
         self._channel.post(f"request/{n}", msgspec.json.encode(_Proposal.of(order)))
 
     def announce(self, due: int) -> None:
-        """See ``Orders``."""
+        """See ``Decisions``."""
         if self._channel.rank != 0 or due in self._announced:
             return
         self._forget_passed()
@@ -170,34 +170,34 @@ class RankOrders:
                 self._channel.post(f"due/{due}", b"skip")
                 self._told(due, why)
 
-    def reached(self, completed: int, *, due: int | None) -> Order | None:
-        """See ``Orders``."""
+    def reached(self, completed: int, *, due: int | None) -> SnapshotRequest | None:
+        """See ``Decisions``."""
         orders = self._pass(completed)
         if due is not None:
             self.announce(due)
             if self._word_on(due, completed) == b"take":
-                orders.append(Order())
-        return merge(orders) if orders else None
+                orders.append(SnapshotRequest())
+        return merge_requests(orders) if orders else None
 
-    def end(self, completed: int) -> Order | None:
-        """See ``Orders``."""
+    def end(self, completed: int) -> SnapshotRequest | None:
+        """See ``Decisions``."""
         self._tell_end(completed)
-        deadline = time.monotonic() + HOLD_WAIT_S
+        deadline = time.monotonic() + DECISION_WAIT_S
         with self._changed:
             while not self._closed and self._failure is None:
                 if not self._changed.wait(timeout=max(0.0, deadline - time.monotonic())):
                     raise UnavailableError(
                         f"not all ranks ended their loops. rank={self._channel.rank} completed={completed} "
-                        f"timeout_s={HOLD_WAIT_S:g}; look at the other ranks' logs"
+                        f"timeout_s={DECISION_WAIT_S:g}; look at the other ranks' logs"
                     )
             if self._failure is not None:
                 raise self._failure
             # One placed beyond the end was asked for at the last boundary, before anyone knew that it was the last.
             orders = [order for boundary in sorted(self._placed) for order in self._placed.pop(boundary)]
-        return merge(orders) if orders else None
+        return merge_requests(orders) if orders else None
 
     def close(self) -> None:
-        """See ``Orders``."""
+        """See ``Decisions``."""
         self._stop.set()
         self._thread.join()
 
@@ -205,8 +205,8 @@ class RankOrders:
         """Rank 0's word on a due boundary. Raises ConflictError where rank 0's loop has ended without giving it."""
         key = f"due/{due}"
         try:
-            return wait_for(
-                self._channel, key, timeout_s=HOLD_WAIT_S, what=f"rank 0's word on the snapshot due at step {due}",
+            return wait_for_message(
+                self._channel, key, timeout_s=DECISION_WAIT_S, awaited=f"rank 0's word on the snapshot due at step {due}",
                 stop=lambda: self._failure is not None or self._channel.peek("ended/0") is not None,
             )  # fmt: skip
         except UnavailableError:
@@ -219,7 +219,9 @@ class RankOrders:
                     raise
                 return word
             self._tell_end(completed)
-            place({0: Ack(int(ended), True), self._channel.rank: Ack(completed, True)})  # raises where they differ
+            boundary_for(
+                {0: Ack(int(ended), True), self._channel.rank: Ack(completed, True)}
+            )  # raises where they differ
             raise
 
     def _tell_end(self, completed: int) -> None:
@@ -228,21 +230,21 @@ class RankOrders:
             self._ended = True
         self._channel.post(f"ended/{self._channel.rank}", str(completed).encode())
 
-    def _pass(self, completed: int) -> list[Order]:
-        deadline = time.monotonic() + HOLD_WAIT_S
+    def _pass(self, completed: int) -> list[SnapshotRequest]:
+        deadline = time.monotonic() + DECISION_WAIT_S
         with self._changed:
             self._completed = completed
             while self._hold_at is not None and completed >= self._hold_at and self._failure is None:
                 if not self._changed.wait(timeout=max(0.0, deadline - time.monotonic())):
                     raise UnavailableError(
                         f"rank 0 did not decide about a requested snapshot. rank={self._channel.rank} completed={completed} "
-                        f"timeout_s={HOLD_WAIT_S:g}; a rank is dead or far behind: look at its log"
+                        f"timeout_s={DECISION_WAIT_S:g}; a rank is dead or far behind: look at its log"
                     )
             if self._failure is not None:
                 raise self._failure
             return self._due_orders(completed)
 
-    def _due_orders(self, completed: int) -> list[Order]:
+    def _due_orders(self, completed: int) -> list[SnapshotRequest]:
         """What was placed at this boundary, or at one before it where the loop counts several steps at once."""
         reached = sorted(boundary for boundary in self._placed if boundary <= completed)
         return [order for boundary in reached for order in self._placed.pop(boundary)]
@@ -305,7 +307,7 @@ class RankOrders:
             msgspec.json.decode(self._wait(f"request/{k}", "a rank's request"), type=_Proposal)
             for k in range(served + 1, asked + 1)
         ]
-        merged = merge([order.order() for order in orders])
+        merged = merge_requests([order.order() for order in orders])
         if not (merged.forced or self._ended) and isinstance(self._decide(len(self._placed)), Skip):
             return served  # the store is behind: what the clock asked for waits for a slot, and training does not
         for k in range(served + 1, asked + 1):
@@ -359,14 +361,14 @@ class RankOrders:
             raise ConflictError(decision.error)
 
     def _wait(self, key: str, what: str) -> bytes:
-        return wait_for(self._channel, key, timeout_s=HOLD_WAIT_S, what=what, stop=self._stop.is_set)
+        return wait_for_message(self._channel, key, timeout_s=DECISION_WAIT_S, awaited=what, stop=self._stop.is_set)
 
 
 def _place(acks: Mapping[int, Ack]) -> _Decision:
     try:
-        return _Decision(place(acks))
+        return _Decision(boundary_for(acks))
     except ConflictError as error:
         return _Decision(0, str(error))
 
 
-ready(_Proposal, _Decision)
+prepare_decoders(_Proposal, _Decision)

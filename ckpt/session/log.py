@@ -10,24 +10,24 @@ from collections.abc import Callable, Sequence
 
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, NotFoundError, UnavailableError, UsageError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.format.keys import writer_name
-from ckpt.ipc.client import Calls, KeeperSpec
-from ckpt.ipc.frames import Wire
-from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello, RemoteError, Report, Status, from_error, to_error
+from ckpt.ipc.client import KeeperClient, KeeperSpec
+from ckpt.ipc.frames import MessageSocket
+from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello, KeeperReport, RemoteError, Status, from_error, to_error
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.log.catalog import candidates
 from ckpt.log.journal import Journal
-from ckpt.log.select import Chosen
+from ckpt.log.select import ResumeChoice
 from ckpt.log.state import LogState
-from ckpt.save.persister import Place
+from ckpt.save.persister import SaveTarget
 from ckpt.session.keeper.connection import KeeperLink
-from ckpt.session.options import Options, retention_of
-from ckpt.session.restoring import Candidate
+from ckpt.session.options import SessionOptions, retention_of
+from ckpt.session.restoring import RestoreCandidate
 from ckpt.values import SnapshotId
 
 
-class Log:
+class SessionLog:
     """The log of one store. ``named``: the job's name as the user gave it; ``job``: that or the address's own."""
 
     def __init__(self, backend: Backend, *, job: str, named: str | None) -> None:
@@ -57,7 +57,7 @@ class Log:
         except CkptError:
             return False
 
-    def open_epoch(self, resume: SnapshotId | None, *, chosen: Chosen | None = None) -> int:
+    def open_epoch(self, resume: SnapshotId | None, *, chosen: ResumeChoice | None = None) -> int:
         """Open the next epoch, going on from ``resume``; its number. Makes the store where there is none.
 
         ``chosen``: see ``Journal.open_epoch``.
@@ -65,16 +65,16 @@ class Log:
         if self._journal is None or not self._may_write:
             self._journal = self._open_to_write()
             self._may_write = True
-        return self._journal.open_epoch(resume=resume, chosen=chosen)
+        return self._journal.open_epoch(resume=resume, choice=chosen)
 
     def tag(self, name: str, snapshot: SnapshotId, *, epoch: int) -> None:
         """Tag a snapshot. Nothing where no log was opened."""
         if self._journal is not None:
             self._journal.tag(name, snapshot, epoch=epoch)
 
-    def place(self, epoch: int, *, rank: int) -> Place:
+    def place(self, epoch: int, *, rank: int) -> SaveTarget:
         """Where this process makes its share of ``epoch``'s snapshots durable itself."""
-        return Place(
+        return SaveTarget(
             backend=self._backend, writer=writer_name(socket.gethostname(), secrets.token_hex(8)), epoch=lambda: epoch,
             journal=self._journal if rank == 0 else None,
         )  # fmt: skip
@@ -93,28 +93,28 @@ class Log:
 # one, by this process.
 
 
-class Line:
+class SessionLineage:
     """Used by the training thread. ``link``: the keeper, where there is one by now."""
 
-    def __init__(self, log: Log, options: Options, *, link: Callable[[], KeeperLink | None]) -> None:
+    def __init__(self, log: SessionLog, options: SessionOptions, *, link: Callable[[], KeeperLink | None]) -> None:
         self._log = log
         self._options = options
         self._link = link
-        self._chosen: Chosen | None = None
+        self._chosen: ResumeChoice | None = None
         """What the log's newest snapshot was when it was last read here."""
 
-    def newest_first(self) -> Sequence[Candidate]:
+    def newest_first(self) -> Sequence[RestoreCandidate]:
         """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
         link = self._link()
         if link is not None and link.lost is None:
-            return [Candidate(one.snapshot, one.tier == "staged") for one in link.choices()]
-        self._chosen = Chosen(None)
+            return [RestoreCandidate(one.snapshot, one.tier == "staged") for one in link.choices()]
+        self._chosen = ResumeChoice(None)
         try:
             state = self._log.state()
         except NotFoundError:
             return ()
-        self._chosen = Chosen(state.newest())
-        found = [Candidate(snapshot) for snapshot in candidates(state)]
+        self._chosen = ResumeChoice(state.newest())
+        found = [RestoreCandidate(snapshot) for snapshot in candidates(state)]
         if not found and state.short:
             # Beginning afresh would leave behind what the silent stores hold.
             raise UnavailableError(
@@ -132,8 +132,8 @@ class Line:
             return link.open_epoch(resume, retention=retention_of(self._options), newest=newest)
         return self._log.open_epoch(resume, chosen=self._chosen if newest else None), ""
 
-    def open_word(self, resume: SnapshotId | None, *, newest: bool) -> str:
-        """As ``open_next``; what the other ranks are to hear of it, an error too. See ``read_word``."""
+    def open_for_ranks(self, resume: SnapshotId | None, *, newest: bool) -> str:
+        """As ``open_next``; what the other ranks are to hear of it, an error too. See ``parse_opened``."""
         try:
             epoch, origin = self.open_next(resume, newest=newest)
             return f"{epoch} {origin}"
@@ -142,7 +142,7 @@ class Line:
             return f"{message.code} {message.text}"
 
 
-def read_word(word: str) -> tuple[int, str]:
+def parse_opened(word: str) -> tuple[int, str]:
     """The epoch and origin of rank 0's word about it. Raises the error that it met."""
     code, _, text = word.partition(" ")
     if not code.isdigit():
@@ -156,18 +156,18 @@ def read_word(word: str) -> tuple[int, str]:
 # Only looks, as a tool does: reading must not become a launch, and must not take a lingering
 # keeper's slots from it.
 
-SETTLE_WAIT_S = 60.0
+FLUSH_WAIT_S = 60.0
 """How long reading waits for it; then the store is read as it is."""
 
-ANSWER_S_MAX = 5.0
-LOOK_S = 0.1
+ANSWER_WAIT_S = 5.0
+FLUSH_POLL_S = 0.1
 
 LINGERING = "lingering"
 """The state of a keeper to which nobody is connected."""
 
 
-def await_settled(
-    spec: KeeperSpec, tell: Tell, *, has: Callable[[SnapshotId], bool], timeout_s: float | None = None
+def await_final_flush(
+    spec: KeeperSpec, emit: Emit, *, has: Callable[[SnapshotId], bool], timeout_s: float | None = None
 ) -> None:
     """Wait, ``timeout_s`` seconds at most (None: SETTLE_WAIT_S), until the job's keeper has made durable what it holds.
 
@@ -177,33 +177,33 @@ def await_settled(
     calls = _call(spec)
     if calls is None:
         return
-    wait_s = SETTLE_WAIT_S if timeout_s is None else timeout_s
+    wait_s = FLUSH_WAIT_S if timeout_s is None else timeout_s
     until_s = time.monotonic() + wait_s
     told = False
     try:
-        calls.call(Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_S_MAX)
+        calls.call(Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_WAIT_S)
         while True:
-            report = calls.ask(GetStatus(), Status, timeout_s=ANSWER_S_MAX).report
-            left = unsettled(report)
+            report = calls.ask(GetStatus(), Status, timeout_s=ANSWER_WAIT_S).report
+            left = unflushed(report)
             if report is None or left is None:
                 return
             if time.monotonic() > until_s:
                 text = f"{left} is not durable after {wait_s:.0f} s, the store is read without it. store={spec.store}"
-                tell(Event("unsettled", text, {"waited_s": wait_s}, alarm=True))
+                emit(Event("unsettled", text, {"waited_s": wait_s}, alarm=True))
                 return
             if not told:
                 if not report.uploads and report.complete is not None and has(report.complete):
                     return
                 told = True
-                tell(Event("settling", f"waiting until {left} of the last run is durable, at most {wait_s:.0f} s"))
-            time.sleep(LOOK_S)
+                emit(Event("settling", f"waiting until {left} of the last run is durable, at most {wait_s:.0f} s"))
+            time.sleep(FLUSH_POLL_S)
     except (CkptError, OSError) as error:  # it ended, or is of another release: the store has what is durable
-        tell(Event("keeper-silent", f"the last run's keeper says nothing, the store is read as it is: {error}"))
+        emit(Event("keeper-silent", f"the last run's keeper says nothing, the store is read as it is: {error}"))
     finally:
         calls.close()
 
 
-def unsettled(report: Report | None) -> str | None:
+def unflushed(report: KeeperReport | None) -> str | None:
     """What a keeper that nobody uses still brings to the store, in words; None where there is nothing, or somebody uses it."""
     if report is None or report.state != LINGERING:
         return None
@@ -213,9 +213,9 @@ def unsettled(report: Report | None) -> str | None:
     return f"what is being uploaded ({report.uploads})" if report.uploads else None
 
 
-def _call(spec: KeeperSpec) -> Calls | None:
+def _call(spec: KeeperSpec) -> KeeperClient | None:
     try:
         found = JobFolder(spec.store, spec.job).try_connect()
     except UsageError:  # a folder that can't be trusted has no keeper of ours
         return None
-    return Calls(Wire(found)) if found is not None else None
+    return KeeperClient(MessageSocket(found)) if found is not None else None

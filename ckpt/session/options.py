@@ -12,8 +12,8 @@ from ckpt.backends.replicated.open import key_source
 from ckpt.capture.leaves import escape
 from ckpt.errors import UsageError
 from ckpt.events import Fact
-from ckpt.format.manifest import job_ok, metadata_problem
-from ckpt.format.records import tag_ok
+from ckpt.format.manifest import is_job_name, metadata_problem
+from ckpt.format.records import is_tag_name
 from ckpt.ipc.messages import Retention
 from ckpt.maintenance.gc.sweep import GRACE_S
 from ckpt.maintenance.retention import KeepPolicy, duration_s, parse_policy
@@ -29,12 +29,12 @@ StoreArgument = str | os.PathLike[str] | Backend | Sequence[str | os.PathLike[st
 KeepArgument = KeepPolicy | str | None
 """What a user wants kept: a policy, or its text."""
 
-Address = str | tuple[str, ...]
+StoreAddress = str | tuple[str, ...]
 """One store's path or URL, or several stores'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class SessionOptions:
     """Choices for one session. Raises UsageError naming the first that cannot work."""
 
     job: str | None = None
@@ -53,7 +53,7 @@ class Options:
     grace_s: float = GRACE_S
 
     def __post_init__(self) -> None:
-        if self.job is not None and not (isinstance(self.job, str) and job_ok(self.job)):
+        if self.job is not None and not (isinstance(self.job, str) and is_job_name(self.job)):
             raise UsageError(f"a job's name is 1 to 200 printable characters. job={self.job!r}")
         if not is_count(self.slots) or not 1 <= self.slots <= SLOTS_MAX:
             raise UsageError(f"slots is a number from 1 to {SLOTS_MAX}. slots={self.slots!r}")
@@ -78,7 +78,7 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def check_store(store: StoreArgument, *, write_quorum: int | None = None) -> Address | Backend:
+def check_store(store: StoreArgument, *, write_quorum: int | None = None) -> StoreAddress | Backend:
     """The address, addresses or store that is meant. Raises UsageError where ``store`` is none."""
     if isinstance(store, (list, tuple)):
         return _check_stores(store, write_quorum)
@@ -93,7 +93,7 @@ def check_store(store: StoreArgument, *, write_quorum: int | None = None) -> Add
     raise UsageError(f"a store is a path, an fsspec URL, a list of these, or a Backend. store={store!r}")
 
 
-def _check_stores(stores: Sequence[str | os.PathLike[str]], write_quorum: int | None) -> Address:
+def _check_stores(stores: Sequence[str | os.PathLike[str]], write_quorum: int | None) -> StoreAddress:
     for one in stores:
         if not isinstance(one, (str, os.PathLike)):
             raise UsageError(f"a list of stores holds paths and fsspec URLs. store={one!r}")
@@ -158,7 +158,7 @@ def check_keep(keep: KeepArgument) -> KeepPolicy | None:
     )
 
 
-def retention_of(options: Options) -> Retention | None:
+def retention_of(options: SessionOptions) -> Retention | None:
     """What is to be dropped, as it travels to a keeper."""
     return Retention(keep=str(options.keep), grace_s=options.grace_s) if options.keep is not None else None
 
@@ -172,5 +172,5 @@ def check_grace(grace: str) -> float:
 
 def check_tag(tag: str) -> None:
     """Raises UsageError where ``tag`` can't name a snapshot."""
-    if not isinstance(tag, str) or not tag_ok(tag):
+    if not isinstance(tag, str) or not is_tag_name(tag):
         raise UsageError(f"a tag is 1 to 128 printable characters without blanks at its ends. tag={tag!r}")

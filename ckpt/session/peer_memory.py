@@ -12,11 +12,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.auth import PeerSecret
 from ckpt.cluster.peermem.keys import mirror_key, slot_key
 from ckpt.cluster.peermem.store import PeerStore
-from ckpt.cluster.secret import secret_of
-from ckpt.cluster.tls import lender_at
+from ckpt.cluster.secret import job_secret
+from ckpt.cluster.tls import peer_endpoint
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.ipc.cluster_spec import NodesSpec
@@ -33,18 +33,18 @@ SLOT_BYTES_MAX = 1 << 46
 """No slot is longer: no machine has so much memory."""
 
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0  # no constant of the standard library before 3.13
-ROOM_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+RESERVE_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
 """Room for an address more than for bytes: nothing is promised, or a system that counts promises would refuse it."""
 
 FAILURES_MAX = 8
 """So many places are named where none has a share."""
 
-Reach = Callable[[str], Backend]
+OpenPeer = Callable[[str], Backend]
 """The store that the node at an address lends."""
 
 
 @dataclass(frozen=True, slots=True)
-class LentSlot:
+class RemoteSlot:
     """One rank's share of a pair at another node. ``offset_bytes``: where its data begin in the object."""
 
     store: Backend
@@ -54,13 +54,13 @@ class LentSlot:
     size_bytes: int
 
 
-class Share:
+class RemoteShare:
     """One rank's share, wherever it is lent: the next place is looked at when the one before fails. Thread-safe.
 
     Raises IntegrityError where no place has it.
     """
 
-    def __init__(self, snapshot: SnapshotId, rank: int, places: Sequence[tuple[str, str]], reach: Reach) -> None:
+    def __init__(self, snapshot: SnapshotId, rank: int, places: Sequence[tuple[str, str]], reach: OpenPeer) -> None:
         """``places``: addresses, and the key there."""
         self._snapshot = snapshot
         self._rank = rank
@@ -89,13 +89,13 @@ class Share:
                 # A fence too: a newer epoch of the membership ends this attempt, which is no matter of the job's log.
                 self._give_up(slot, error)
 
-    def _give_up(self, slot: LentSlot, error: CkptError) -> None:
+    def _give_up(self, slot: RemoteSlot, error: CkptError) -> None:
         with self._lock:
             if self.slot is slot:  # else another thread has found the next
                 self._failures.append(f"{slot.store.url}: {error}")
                 self.slot = self._next(slot)
 
-    def _next(self, before: LentSlot | None) -> LentSlot:
+    def _next(self, before: RemoteSlot | None) -> RemoteSlot:
         while self._places:
             address, key = self._places.popleft()
             try:
@@ -120,7 +120,7 @@ class MemoryStore:
     Whoever reads compares each chunk with its digest; so a slot that is overwritten meanwhile is damage like any other.
     """
 
-    def __init__(self, snapshot: SnapshotId, own: Mapping[int, SlotStore], lent: Mapping[int, Share]) -> None:
+    def __init__(self, snapshot: SnapshotId, own: Mapping[int, SlotStore], lent: Mapping[int, RemoteShare]) -> None:
         self.snapshot = snapshot
         self._own = {place_key(rank): store for rank, store in own.items()}
         self._lent = {place_key(rank): share for rank, share in lent.items()}
@@ -191,13 +191,13 @@ def open_from_nodes(
         def reach(address: str) -> Backend:
             if address not in stores:
                 stores[address] = PeerStore(
-                    lender_at(nodes, address), Secret.of(secret_of(nodes)), epoch=lambda: found.epoch
+                    peer_endpoint(nodes, address), PeerSecret.of(job_secret(nodes)), epoch=lambda: found.epoch
                 )
                 ending.callback(stores[address].close)
             return stores[address]
 
         try:
-            with open_memory(snapshot, found.ranks, own, reach=reach, job=job) as opened:
+            with open_memory(snapshot, found.ranks, own, open_peer=reach, job=job) as opened:
                 yield opened
         finally:
             own.clear()
@@ -205,7 +205,12 @@ def open_from_nodes(
 
 @contextmanager
 def open_memory(
-    snapshot: SnapshotId, sources: Sequence[Source], own: Mapping[int, Sequence[memoryview]], *, reach: Reach, job: str
+    snapshot: SnapshotId,
+    sources: Sequence[Source],
+    own: Mapping[int, Sequence[memoryview]],
+    *,
+    open_peer: OpenPeer,
+    job: str,
 ) -> Iterator[tuple[SnapshotIndex, Backend]]:
     """A staged pair of several nodes: its index, and its ranks' shares as a store.
 
@@ -227,7 +232,7 @@ def open_memory(
                     if not places:
                         raise
             elsewhere[rank] = places
-        lent = _shares(snapshot, elsewhere, reach, first=max(here, default=0))
+        lent = _shares(snapshot, elsewhere, open_peer, first=max(here, default=0))
         indexes = [*(one.indexes[0] for one in here.values()), *(one.index for one in lent.values())]
         yield staged_index(indexes, job=job), MemoryStore(snapshot, here, lent)
         if not all(one.unchanged() for one in here.values()):
@@ -235,18 +240,18 @@ def open_memory(
 
 
 def _shares(
-    snapshot: SnapshotId, places: Mapping[int, Sequence[tuple[str, str]]], reach: Reach, *, first: int
-) -> dict[int, Share]:
+    snapshot: SnapshotId, places: Mapping[int, Sequence[tuple[str, str]]], reach: OpenPeer, *, first: int
+) -> dict[int, RemoteShare]:
     """The shares of these ranks, each with its header read, in the order of ranks.
 
     Begins behind rank ``first``, of this node, and goes round: all trainers do this at once, and would be at the same nodes.
     """
     after = [*(rank for rank in places if rank > first), *(rank for rank in places if rank <= first)]
-    found = {rank: Share(snapshot, rank, places[rank], reach) for rank in after}
+    found = {rank: RemoteShare(snapshot, rank, places[rank], reach) for rank in after}
     return {rank: found[rank] for rank in places}
 
 
-def _look(store: Backend, key: str) -> LentSlot | None:
+def _look(store: Backend, key: str) -> RemoteSlot | None:
     """Read the header that is lent under ``key``, and nothing else; None where it is not sealed.
 
     Believes nothing: takes memory for no more than the index, which is as long as its header says and INDEX_BYTES_MAX at most.
@@ -265,7 +270,7 @@ def _look(store: Backend, key: str) -> LentSlot | None:
             f"not a slot. key={key} size_bytes={size} header_bytes={header_bytes} index_bytes={index_bytes}"
         )
     try:
-        room = mmap.mmap(-1, size, flags=ROOM_FLAGS)  # only the header's pages are ever taken
+        room = mmap.mmap(-1, size, flags=RESERVE_FLAGS)  # only the header's pages are ever taken
     except (OSError, ValueError, OverflowError) as error:
         raise IntegrityError(f"not a slot, or larger than can be mapped. key={key} size_bytes={size}") from error
     memory = memoryview(room)
@@ -280,4 +285,4 @@ def _look(store: Backend, key: str) -> LentSlot | None:
         memory.release()
         with suppress(BufferError):  # a frame of an error still has a view, and ends soon
             room.close()
-    return None if found is None else LentSlot(store, key, found[0], header_bytes, data_bytes)
+    return None if found is None else RemoteSlot(store, key, found[0], header_bytes, data_bytes)

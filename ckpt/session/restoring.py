@@ -17,10 +17,10 @@ import msgspec
 from ckpt.backends.base import Backend
 from ckpt.capture.leaves import World
 from ckpt.errors import CkptError, IntegrityError, InternalError, NotFoundError, UsageError
-from ckpt.events import Event, Tell
-from ckpt.format.canonical import ready
+from ckpt.events import Emit, Event
+from ckpt.format.canonical import prepare_decoders
 from ckpt.format.index import SnapshotIndex
-from ckpt.ipc.mailbox import Channel, wait_for
+from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
 from ckpt.log.catalog import info_of, load_index
 from ckpt.log.fold import LogState
@@ -36,13 +36,13 @@ PATHS_SHOWN_MAX = 5
 
 
 class _Choice(msgspec.Struct, frozen=True):
-    candidate: Candidate | None = None
+    candidate: RestoreCandidate | None = None
     error: RemoteError | None = None
 
 
 class _Verdict(msgspec.Struct, frozen=True):
     done: bool = False
-    next: Candidate | None = None
+    next: RestoreCandidate | None = None
     error: RemoteError | None = None
 
 
@@ -50,19 +50,19 @@ class _Result(msgspec.Struct, frozen=True):
     error: RemoteError | None = None
 
 
-class Candidate(msgspec.Struct, frozen=True):
+class RestoreCandidate(msgspec.Struct, frozen=True):
     """A snapshot that may be restored. ``staged``: from the slots of this node's ranks; else from the store."""
 
     snapshot: SnapshotId
     staged: bool = False
 
 
-Staged = Callable[[SnapshotId], AbstractContextManager["tuple[SnapshotIndex, Backend]"]]
+OpenStaged = Callable[[SnapshotId], AbstractContextManager["tuple[SnapshotIndex, Backend]"]]
 """Opens a staged snapshot: its index, and its slots as a store."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class FillRules:
     """How items are filled where program and snapshot differ: see ``Checkpointer.restore``."""
 
     only: tuple[str, ...] | None = None
@@ -77,22 +77,22 @@ class Restoring:
     """
 
     def __init__(
-        self, channel: Channel, backend: Backend, *, world: World, state: Callable[[], LogState], tell: Tell,
-        threads: int | None, budget_bytes: int, staged: Staged | None = None,
+        self, channel: CountingMailbox, backend: Backend, *, world: World, state: Callable[[], LogState], emit: Emit,
+        threads: int | None, budget_bytes: int, open_staged: OpenStaged | None = None,
     ) -> None:  # fmt: skip
         self._channel = channel
         self._backend = backend
         self._world = world
         self._state = state
-        self._tell = tell
+        self._tell = emit
         self._threads = threads
         self._budget_bytes = budget_bytes
         self._round = 0
-        self._staged = staged
-        self._left: list[Candidate] = []
-        self._choices: Callable[[], Sequence[Candidate]] = list
-        self._tried: set[Candidate] = set()
-        self._filled: list[tuple[Mapping[str, object], Rules]] = []
+        self._staged = open_staged
+        self._left: list[RestoreCandidate] = []
+        self._choices: Callable[[], Sequence[RestoreCandidate]] = list
+        self._tried: set[RestoreCandidate] = set()
+        self._filled: list[tuple[Mapping[str, object], FillRules]] = []
         self._open = ExitStack()
         self._source: tuple[SnapshotIndex, Backend] | None = None
         self._half_filled: set[str] = set()
@@ -103,14 +103,14 @@ class Restoring:
         self.staged = False
         """Whether it comes from slots."""
 
-    def choose(self, choices: Callable[[], Sequence[Candidate]]) -> SnapshotId | None:
+    def choose(self, choices: Callable[[], Sequence[RestoreCandidate]]) -> SnapshotId | None:
         """Agree on the snapshot to restore; forgets what an earlier choice filled. Raises what rank 0 met."""
         self._round += 1
         key = f"choice/{self._round}"
         if self._channel.rank == 0:
             self._channel.post(key, msgspec.json.encode(self._first(choices)))
-        choice = msgspec.json.decode(wait_for(
-            self._channel, key, timeout_s=FILL_WAIT_S, what="rank 0's choice of a snapshot"
+        choice = msgspec.json.decode(wait_for_message(
+            self._channel, key, timeout_s=FILL_WAIT_S, awaited="rank 0's choice of a snapshot"
         ), type=_Choice)  # fmt: skip
         if choice.error is not None:
             raise to_error(choice.error)
@@ -119,7 +119,7 @@ class Restoring:
         self._half_filled = set()
         return self.chosen
 
-    def fill(self, items: Mapping[str, object], rules: Rules) -> SnapshotInfo:
+    def fill(self, items: Mapping[str, object], rules: FillRules) -> SnapshotInfo:
         """Fill ``items`` in place from the chosen snapshot, or all items so far from an older one where it is damaged.
 
         Returns the facts of the snapshot that they hold now. Raises IntegrityError where no candidate is left, and whatever
@@ -155,7 +155,7 @@ class Restoring:
         manifest = self._loaded()[0].manifest
         return info_of(manifest, LogState(job=manifest.job) if self.staged else self._state())
 
-    def _first(self, choices: Callable[[], Sequence[Candidate]]) -> _Choice:
+    def _first(self, choices: Callable[[], Sequence[RestoreCandidate]]) -> _Choice:
         self._choices, self._tried = choices, set()
         try:
             self._left = list(choices())
@@ -164,7 +164,7 @@ class Restoring:
         self._tried.update(self._left)
         return _Choice(candidate=self._left.pop(0) if self._left else None)
 
-    def _take(self, candidate: Candidate | None) -> None:
+    def _take(self, candidate: RestoreCandidate | None) -> None:
         self.close()
         self.chosen = candidate.snapshot if candidate is not None else None
         self.staged = candidate is not None and candidate.staged
@@ -188,11 +188,11 @@ class Restoring:
                 ) from error
         return self._source
 
-    def _try(self, todo: Sequence[tuple[Mapping[str, object], Rules]]) -> CkptError | None:
+    def _try(self, todo: Sequence[tuple[Mapping[str, object], FillRules]]) -> CkptError | None:
         with without_garbage_collection():
             return self._try_now(todo)
 
-    def _try_now(self, todo: Sequence[tuple[Mapping[str, object], Rules]]) -> CkptError | None:
+    def _try_now(self, todo: Sequence[tuple[Mapping[str, object], FillRules]]) -> CkptError | None:
         try:
             index, backend = self._loaded()
             coalesce = backend.capabilities().read_bytes_best
@@ -232,7 +232,7 @@ class Restoring:
         key = f"verdict/{self._round}"
         if self._channel.rank == 0:
             self._channel.post(key, msgspec.json.encode(self._judge()))
-        word = wait_for(self._channel, key, timeout_s=FILL_WAIT_S, what="all ranks to restore their share")
+        word = wait_for_message(self._channel, key, timeout_s=FILL_WAIT_S, awaited="all ranks to restore their share")
         return msgspec.json.decode(word, type=_Verdict)
 
     def _judge(self) -> _Verdict:
@@ -240,7 +240,9 @@ class Restoring:
         errors = []
         for rank in range(self._channel.size):
             key = f"filled/{self._round}/{rank}"
-            word = wait_for(self._channel, key, timeout_s=FILL_WAIT_S, what=f"rank {rank} to restore its share")
+            word = wait_for_message(
+                self._channel, key, timeout_s=FILL_WAIT_S, awaited=f"rank {rank} to restore its share"
+            )
             result = msgspec.json.decode(word, type=_Result)
             if result.error is not None:
                 errors.append(result.error)
@@ -258,7 +260,7 @@ class Restoring:
         self._tell(_fallback(self.chosen, older.snapshot, errors[0].text))
         return _Verdict(next=older)
 
-    def _come_since(self) -> list[Candidate]:
+    def _come_since(self) -> list[RestoreCandidate]:
         """What can be restored now and could not be when it was chosen: a job may drop the only snapshot for a newer one.
 
         Nothing once items were filled: a run that is under way must not be taken to what it committed itself meanwhile.
@@ -292,4 +294,4 @@ def _fallback(damaged: SnapshotId | None, older: SnapshotId, why: str) -> Event:
     return Event("fallback", text, facts, alarm=True)
 
 
-ready(Candidate, _Choice, _Verdict, _Result)
+prepare_decoders(RestoreCandidate, _Choice, _Verdict, _Result)

@@ -13,15 +13,15 @@ import torch
 
 from ckpt.capture.leaves import TensorLeaf, World
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.events import Event, Fact, Tell
-from ckpt.ipc.mailbox import Channel, wait_for
+from ckpt.events import Emit, Event, Fact
+from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.ipc.messages import RemoteError, from_error, to_error
-from ckpt.maintenance.gc.rounds import GcRounds, Keep
+from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
 from ckpt.save.chunks import Compression
-from ckpt.save.persister import Persister, Place
+from ckpt.save.persister import Persister, SaveTarget
 from ckpt.session.agreement import Skip, Take, take_or_skip
 from ckpt.session.keeper.persister import KeeperPersister
-from ckpt.session.options import Options, check_metadata
+from ckpt.session.options import SessionOptions, check_metadata
 from ckpt.session.staging import COMPARE_WAIT_S, SLOT_WAIT_S, Stager, compare_replicas
 from ckpt.staging.slot import Regions, Slot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
@@ -106,15 +106,15 @@ LAST_ROUND_WAIT_S = 30.0
 class Saving:
     """Stages and persists one rank's share, in order. Used by the training thread."""
 
-    def __init__(self, channel: Channel, options: Options, tell: Tell) -> None:
+    def __init__(self, channel: CountingMailbox, options: SessionOptions, emit: Emit) -> None:
         self._channel = channel
         self._options = options
-        self._tell = tell
+        self._tell = emit
         self._compared = 0
         self._prepared = 0
         self._stager = Stager(
-            World(channel.rank, channel.size), slots=options.slots, threads=options.threads, agree=self._compare,
-            short=self._memory_short,
+            World(channel.rank, channel.size), slots=options.slots, threads=options.threads, compare_replicas=self._compare,
+            on_short=self._memory_short,
         )  # fmt: skip
         self._short_told = False
         self._persister: Persister | KeeperPersister | None = None
@@ -148,8 +148,8 @@ class Saving:
         if met:  # one that only stopped waiting for another rank is not the cause
             raise to_error(next((one for one in met if one.code != UnavailableError.code), met[0])) from mine
 
-    def go_on(
-        self, place: Place, *, base: SnapshotId | None, known: Callable[[], Mapping[Digest, ChunkLocation]],
+    def write_locally(
+        self, place: SaveTarget, *, base: SnapshotId | None, known_chunks: Callable[[], Mapping[Digest, ChunkLocation]],
         after: int | None = None,
     ) -> None:  # fmt: skip
         """Write as ``place`` says from now on, referring to chunks of ``base``. What is in flight ends first.
@@ -161,14 +161,14 @@ class Saving:
         self._stager.origin = ""
         self._persister = Persister(
             self._channel, place, compression=Compression(self._options.compression), verify=self._options.verify_staged,
-            tell=self._tell, base=base, known=known() if base is not None else None,
+            emit=self._tell, base=base, stored_chunks=known_chunks() if base is not None else None,
         )  # fmt: skip
         self._end_rounds()
         if self._options.keep is not None and place.journal is not None:
-            keep = Keep(policy=self._options.keep, grace_s=self._options.grace_s)
+            keep = RetentionSettings(policy=self._options.keep, grace_s=self._options.grace_s)
             self._rounds = GcRounds(place.backend, keep, epoch=place.epoch, tell=self._tell)
 
-    def go_on_kept(self, persister: KeeperPersister, *, origin: str, after: int | None = None) -> None:
+    def write_through_keeper(self, persister: KeeperPersister, *, origin: str, after: int | None = None) -> None:
         """As ``go_on``, where a keeper writes, and drops. ``origin``: the epoch's, which what is staged carries."""
         self.drain()
         self._end_rounds()
@@ -176,9 +176,9 @@ class Saving:
         self._last_step = self._staged_step = after
         self._persister = persister
 
-    def use(self, regions: Regions) -> None:
+    def use_regions(self, regions: Regions) -> None:
         """Take the slots' memory from there; once, before anything is laid out."""
-        self._stager.use(regions)
+        self._stager.use_regions(regions)
 
     def stage(self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact]) -> bool:
         """Stage ``items`` for memory alone. False where no slot is free: nothing is waited for.
@@ -213,7 +213,7 @@ class Saving:
         assert persister is not None, "an epoch is open"
         failure = self.last_failure_of(snapshot.epoch)
         if isinstance(failure, FencedError):
-            persister.refuse(snapshot, failure)  # another rank may not know yet, and be waiting for this one
+            persister.submit_failure(snapshot, failure)  # another rank may not know yet, and be waiting for this one
             raise failure
         if self._last_step is not None and snapshot.step <= self._last_step:
             raise UsageError(
@@ -224,13 +224,13 @@ class Saving:
         try:
             staged = self._stager.stage(items, snapshot, metadata=metadata, wait_s=wait_s)
         except CkptError as error:
-            persister.refuse(snapshot, error)
+            persister.submit_failure(snapshot, error)
             raise
         except (
             BaseException
         ) as error:  # a user's state_dict, a device, Ctrl-C: the other ranks must not wait for this one
             text = f"the state could not be staged. snapshot={snapshot} rank={self._channel.rank} cause={error!r}"
-            persister.refuse(snapshot, UnavailableError(text))
+            persister.submit_failure(snapshot, UnavailableError(text))
             raise
         self._last_step = self._staged_step = snapshot.step
         durable = (
@@ -239,7 +239,7 @@ class Saving:
             else persister.submit(staged.sealed(), tags=tags)
         )
         if self._rounds is not None:
-            self._rounds.let_go()
+            self._rounds.resume()
             durable.add_done_callback(_tell_committed(self._rounds))
         pending = Pending(snapshot, durable)
         settled = [one for one in self._pendings if one.done()]
@@ -251,7 +251,7 @@ class Saving:
     def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
         """Take part in a snapshot that this rank can't give: all ranks learn that it failed, and why."""
         assert self._persister is not None, "an epoch is open"
-        self._persister.refuse(snapshot, error)
+        self._persister.submit_failure(snapshot, error)
 
     def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
         """Let the first snapshot of this epoch refer to chunks of ``base``, which were read and found right."""
@@ -264,7 +264,7 @@ class Saving:
         slots = max(1, self._options.slots - self._left_free)
         return take_or_skip(in_flight=in_flight + reserved, slots=slots)
 
-    def leave_free(self, slots: int) -> None:
+    def reserve_slots(self, slots: int) -> None:
         """Keep that many slots from uploads, where there are as many: memory needs one to write and one that is complete."""
         self._left_free = slots
 
@@ -274,7 +274,7 @@ class Saving:
         return self._persister.passed_step if self._persister is not None else -1
 
     @property
-    def settled(self) -> bool:
+    def idle(self) -> bool:
         """Whether nothing is in flight."""
         return all(pending.done() for pending in self._pendings)
 
@@ -304,20 +304,20 @@ class Saving:
             self._persister.close()
             self._persister = None
 
-    def settle(self, timeout_s: float) -> None:
+    def wait_idle(self, timeout_s: float) -> None:
         """Wait until nothing is in flight, ``timeout_s`` seconds at most."""
         wait([pending.future for pending in self._pendings], timeout=timeout_s)
 
-    def hold_rounds(self) -> None:
+    def hold_gc(self) -> None:
         """Something is restored: drop and delete nothing until the next snapshot is handed in. A keeper knows by itself."""
         if self._rounds is not None:
-            self._rounds.hold()
+            self._rounds.pause()
 
     def _end_rounds(self, *, last_s: float = 0.0) -> None:
         rounds, self._rounds = self._rounds, None
         if rounds is not None:
             if last_s:
-                rounds.hurry()
+                rounds.start_last_round()
                 rounds.await_idle(last_s)
             rounds.stop(0.0)
 
@@ -381,14 +381,16 @@ class Saving:
 
     def _prepared_word(self, rank: int) -> RemoteError | None:
         key = f"prepared/{self._prepared}/{rank}"
-        word = wait_for(self._channel, key, timeout_s=COMPARE_WAIT_S, what=f"rank {rank} to lay out its share")
+        word = wait_for_message(
+            self._channel, key, timeout_s=COMPARE_WAIT_S, awaited=f"rank {rank} to lay out its share"
+        )
         return msgspec.json.decode(word, type=RemoteError | None)
 
 
 def _tell_committed(rounds: GcRounds) -> Callable[[Future[SnapshotInfo]], None]:
     def done(future: Future[SnapshotInfo]) -> None:
         if not future.cancelled() and future.exception() is None:
-            rounds.committed()
+            rounds.on_commit()
 
     return done
 
@@ -401,8 +403,8 @@ Loggable = float | int | str | bool | torch.Tensor | None
 class Metrics:
     """Rank 0 keeps the latest values; the other ranks take part and keep nothing. Thread-safe."""
 
-    def __init__(self, tell: Tell, *, rank: int) -> None:
-        self._tell = tell
+    def __init__(self, emit: Emit, *, rank: int) -> None:
+        self._tell = emit
         self._rank = rank
         self._latest: dict[str, Fact | torch.Tensor] = {}
         self._lock = threading.Lock()

@@ -12,23 +12,30 @@ from contextlib import suppress
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import stores_of
-from ckpt.backends.replicated.open import open_job, require_key_fits
+from ckpt.backends.replicated.open import open_job_stores, require_key_fits
 from ckpt.capture.leaves import escape
 from ckpt.capture.streams import RngState
 from ckpt.errors import NewerSnapshotError, NotFoundError, UnavailableError, UsageError
-from ckpt.events import Event, Fact, Tell, to_logging
+from ckpt.events import Emit, Event, Fact, emit_to_logging
 from ckpt.ipc.board import Board
-from ckpt.ipc.mailbox import Channel, wait_for
+from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
 from ckpt.log.state import LogState
 from ckpt.restore.reader import item_names
 from ckpt.session.c10d_mailbox import world_of_process
-from ckpt.session.connected import Joined, Mending
-from ckpt.session.decisions import Orders
-from ckpt.session.keeper.attachment import OFF, Keeping, job_name, keeper_spec, seat_of_process, take_launch_seat
+from ckpt.session.connected import ConnectedSession, KeeperFailover
+from ckpt.session.decisions import Decisions
+from ckpt.session.keeper.attachment import (
+    KEEPER_VARIABLE,
+    KeeperAttachment,
+    job_name,
+    keeper_spec,
+    set_supervised_from_environment,
+    supervised_trainer,
+)
 from ckpt.session.keeper.connection import KeeperLink
-from ckpt.session.log import Line, Log, await_settled, read_word
-from ckpt.session.options import Address, Options, only_below
-from ckpt.session.restoring import Candidate, Rules
+from ckpt.session.log import SessionLineage, SessionLog, await_final_flush, parse_opened
+from ckpt.session.options import SessionOptions, StoreAddress, only_below
+from ckpt.session.restoring import FillRules, RestoreCandidate
 from ckpt.session.saving import Pending, Saving
 from ckpt.values import SnapshotId, SnapshotInfo
 
@@ -36,7 +43,7 @@ from ckpt.values import SnapshotId, SnapshotInfo
 # done.
 
 
-class Judged:
+class TrainerReporter:
     """Tells ``judge()``; nobody where that is None."""
 
     def __init__(self, judge: Callable[[], KeeperLink | None]) -> None:
@@ -69,7 +76,7 @@ class Judged:
 _open: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 
 
-def enter(store: str, session: object) -> None:
+def register_writer(store: str, session: object) -> None:
     """Note that ``session`` writes from now on; again is free. Raises UsageError where another one does that isn't closed."""
     other = _open.setdefault(store, session)
     if other is not session:
@@ -79,7 +86,7 @@ def enter(store: str, session: object) -> None:
         )
 
 
-def leave(store: str, session: object) -> None:
+def unregister_writer(store: str, session: object) -> None:
     """``session`` is closed. Nothing where it never wrote."""
     if _open.get(store) is session:
         del _open[store]
@@ -93,31 +100,31 @@ OPEN_WAIT_S = 600.0
 CHOICES_MAX = 5
 """How often a snapshot is chosen anew where a newer one is committed in between: only who was fenced a moment ago can."""
 
-RNG = "rng"
+RNG_ITEM = "rng"
 """The item under which a run's random number generators are stored."""
 
 
 class Session:
     """Joins, restores, opens the epoch, snapshots. With several ranks every rank makes the same calls in the same order."""
 
-    def __init__(self, store: Address | Backend, options: Options) -> None:
+    def __init__(self, store: StoreAddress | Backend, options: SessionOptions) -> None:
         self._options = options
         self._owns_backend = isinstance(store, str | tuple)
         self._spec = keeper_spec(store, options)
-        self.tell: Tell = to_logging(world_of_process()[0])
+        self.emit: Emit = emit_to_logging(world_of_process()[0])
         """Where events go."""
-        self._backend = store if not isinstance(store, str | tuple) else open_job(
+        self._backend = store if not isinstance(store, str | tuple) else open_job_stores(
             (store,) if isinstance(store, str) else store, options.storage_options, write_quorum=options.write_quorum,
-            encryption_key=options.encryption_key, tell=lambda event: self.tell(event),  # noqa: PLW0108  it may change
+            encryption_key=options.encryption_key, emit=lambda event: self.emit(event),  # noqa: PLW0108  it may change
         )  # fmt: skip
         self._job = options.job or job_name(stores_of(self._backend)[0].url)
-        self._log = Log(self._backend, job=self._job, named=options.job)
-        self._line = Line(self._log, options, link=lambda: self._link)
-        self.judged = Judged(
-            lambda: self._joined.keeping.seat if self._joined is not None and not self._closed else None
+        self._log = SessionLog(self._backend, job=self._job, named=options.job)
+        self._line = SessionLineage(self._log, options, link=lambda: self._link)
+        self.reporter = TrainerReporter(
+            lambda: self._joined.attachment.trainer_link if self._joined is not None and not self._closed else None
         )
         """What the keeper that judges this trainer hears."""
-        self._joined: Joined | None = None
+        self._joined: ConnectedSession | None = None
         self._key_fits = not self._owns_backend or options.encryption_key is None
         self._items: dict[str, object] = {}
         self._rng = RngState()
@@ -140,14 +147,14 @@ class Session:
         return self._backend
 
     @property
-    def channel(self) -> Channel:
+    def mailbox(self) -> CountingMailbox:
         """The other ranks; joins them first."""
         return self.join().channel
 
     @property
-    def orders(self) -> Orders:
+    def decisions(self) -> Decisions:
         """What all ranks do at a boundary; joins first."""
-        return self.join().orders
+        return self.join().decisions
 
     @property
     def saving(self) -> Saving:
@@ -159,14 +166,14 @@ class Session:
         """Whether an epoch is open."""
         return self.epoch > 0
 
-    def join(self) -> Joined:
+    def join(self) -> ConnectedSession:
         """Meet the other ranks; once, then free."""
         if self._closed:
             raise UsageError(f"closed already; make a new one. store={self.url}")
         if self._joined is None:
-            keeping = Keeping.join(self._spec, self._options, self.tell, name=self._job)
-            self._joined = Joined(keeping, self._backend, self._options, self.state, self.tell)
-            self._mending = Mending(self._joined, open_epoch=self._line.open_next, log=self._log)
+            keeping = KeeperAttachment.join(self._spec, self._options, self.emit, name=self._job)
+            self._joined = ConnectedSession(keeping, self._backend, self._options, self.state, self.emit)
+            self._mending = KeeperFailover(self._joined, open_epoch=self._line.open_next, log=self._log)
         if not self._key_fits:
             # Only now, so that the keeper can be told why this process ends: starting it again would not help.
             require_key_fits(self._backend, self._options.encryption_key)
@@ -176,27 +183,27 @@ class Session:
     @property
     def _link(self) -> KeeperLink | None:
         """The keeper, where this session has one by now."""
-        return self._joined.keeping.link if self._joined is not None else None
+        return self._joined.attachment.link if self._joined is not None else None
 
     @property
     def board(self) -> Board | None:
         """The board that this rank shares with the others of its node, or None without a keeper."""
-        return self._joined.keeping.board if self._joined is not None else None
+        return self._joined.attachment.board if self._joined is not None else None
 
     @property
     def local_rank(self) -> int:
         """This rank among those of its node, on whose board it is. Joined."""
-        return self._link.local_rank if self._link is not None else self.channel.rank
+        return self._link.local_rank if self._link is not None else self.mailbox.rank
 
     @property
-    def pass_on(self) -> Callable[[int, int], object] | None:
+    def announce_decision(self) -> Callable[[int, int], object] | None:
         """Tells other nodes what is done at a boundary; None where the job has no others."""
-        return self._link.decided if self._link is not None and self._link.several_nodes else None
+        return self._link.decided if self._link is not None and self._link.spans_nodes else None
 
     @property
-    def seated(self) -> bool:
+    def supervised(self) -> bool:
         """Whether a supervisor uses the same keeper as this session does: it judges how this process ends. Joins nobody."""
-        seat = seat_of_process()
+        seat = supervised_trainer()
         return seat is not None and self._spec is not None and seat.serves(self._spec)
 
     @property
@@ -209,33 +216,33 @@ class Session:
         if self._link is not None:
             self._link.on_stop(call)
 
-    def sit_down(self, attempt: int) -> None:
+    def join_attempt(self, attempt: int) -> None:
         """A prepared trainer was promoted: it belongs to ``attempt`` from here on. Before the ranks meet."""
-        if seat_of_process() is None and self._spec is not None:
-            take_launch_seat(self._spec, attempt)
+        if supervised_trainer() is None and self._spec is not None:
+            set_supervised_from_environment(self._spec, attempt)
 
-    def keep(self) -> None:
+    def attach_keeper(self) -> None:
         """Get a keeper, where this session may have one; before anything is staged. Every rank calls it alike.
 
         Raises UsageError, having touched nothing, where another session of this trainer writes to the same store.
         """
-        seat = seat_of_process()
+        seat = supervised_trainer()
         if seat is not None and self._spec is not None and seat.spec.store == self._spec.store and not self._closed:
-            enter(self._spec.store, self)
+            register_writer(self._spec.store, self)
         joined = self.join()
-        joined.keeping.start()
+        joined.attachment.start()
         joined.use_slots()
 
-    def settle(self) -> None:
+    def await_previous_run(self) -> None:
         """Before the store is read: wait, for a bounded time, until what the last run left with its keeper is durable."""
-        if self._spec is not None and self._link is None and os.environ.get(OFF, "") != "off":
-            await_settled(self._spec, self.tell, has=self._log.has)
+        if self._spec is not None and self._link is None and os.environ.get(KEEPER_VARIABLE, "") != "off":
+            await_final_flush(self._spec, self.emit, has=self._log.has)
 
     def state(self) -> LogState:
         """The log's fold, fresh from the store. Raises NotFoundError where there is no store yet."""
         return self._log.state()
 
-    def newest_first(self) -> Sequence[Candidate]:
+    def newest_first(self) -> Sequence[RestoreCandidate]:
         """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
         return self._line.newest_first()
 
@@ -243,28 +250,28 @@ class Session:
         """For a run: choose the newest snapshot and open an epoch that goes on from it; once, then free."""
         if self.opened:
             return
-        self.keep()
+        self.attach_keeper()
         self._open_on_newest()
-        self.join().start_orders()  # every rank's must be there to answer the others'
+        self.join().start_decisions()  # every rank's must be there to answer the others'
 
     def _open_on_newest(self) -> None:
         """Go on from the newest snapshot; from a newer one where somebody commits it in between. On all ranks alike."""
         for left in reversed(range(CHOICES_MAX)):
-            self.go_on_from_newest()
+            self.choose_newest()
             try:
                 self.open_epoch(newest=True)
                 return
             except NewerSnapshotError as error:
                 if not left:
                     raise
-                self.tell(Event("chosen-anew", str(error)))
+                self.emit(Event("chosen-anew", str(error)))
 
-    def go_on_from_newest(self) -> None:
+    def choose_newest(self) -> None:
         """Choose the newest snapshot whose records can be read; its bytes are not read yet."""
         restoring = self.join().restoring
         self.restored = None
         if restoring.choose(self.newest_first) is not None:
-            self.restored = restoring.fill({}, Rules())
+            self.restored = restoring.fill({}, FillRules())
 
     def open_epoch(self, *, newest: bool = False) -> None:
         """Open the next epoch as the continuation of what was restored; rank 0 writes the record, all learn the number.
@@ -277,32 +284,32 @@ class Session:
         key = f"epoch/{self._opens}"
         resume = self.restored.id if self.restored is not None else None
         if joined.channel.rank == 0:
-            self._mending.relink()
-            joined.channel.post(key, self._line.open_word(resume, newest=newest).encode())
-        word = wait_for(joined.channel, key, timeout_s=OPEN_WAIT_S, what="rank 0 to open the epoch").decode()
-        epoch, origin = read_word(word)
-        self._mending.align(alone=not origin)
+            self._mending.reattach()
+            joined.channel.post(key, self._line.open_for_ranks(resume, newest=newest).encode())
+        word = wait_for_message(joined.channel, key, timeout_s=OPEN_WAIT_S, awaited="rank 0 to open the epoch").decode()
+        epoch, origin = parse_opened(word)
+        self._mending.follow_rank0(alone=not origin)
         self.epoch = epoch
         base = resume if self._refers else None
-        joined.tell(Event("epoch", f"epoch {epoch} is open", {"epoch": epoch}))
-        if joined.keeping.link is not None:
+        joined.emit(Event("epoch", f"epoch {epoch} is open", {"epoch": epoch}))
+        if joined.attachment.link is not None:
             if base is not None:
-                joined.keeping.link.known(base, dict(joined.restoring.verified))
+                joined.attachment.link.known(base, dict(joined.restoring.verified))
             staged = resume if joined.restoring.staged else None
-            joined.saving.go_on_kept(joined.keeping.persister(epoch, resume=staged), origin=origin)
+            joined.saving.write_through_keeper(joined.attachment.persister(epoch, resume=staged), origin=origin)
             return
         place = self._log.place(epoch, rank=joined.channel.rank)
-        joined.saving.go_on(place, base=base, known=lambda: dict(joined.restoring.verified))
+        joined.saving.write_locally(place, base=base, known_chunks=lambda: dict(joined.restoring.verified))
 
     def track(self, items: Mapping[str, object]) -> None:
         """Add items to a run's state, filling them from its snapshot. Falls back for all items together."""
         for name in items:
-            if name in self._items or name == RNG:
+            if name in self._items or name == RNG_ITEM:
                 raise UsageError(f"an item of that name is tracked already. name={name}; choose another name")
         if self.restored is not None:
-            self._fill(items, Rules(only_below(self._options.only, items), self._options.missing))
+            self._fill(items, FillRules(only_below(self._options.only, items), self._options.missing))
         self._items.update(items)
-        self.saving.prepare({**self._items, RNG: self._rng})
+        self.saving.prepare({**self._items, RNG_ITEM: self._rng})
 
     def begin(self) -> None:
         """Before a run's first step: put the random number generators where its snapshot had them.
@@ -312,11 +319,11 @@ class Session:
         """
         if self.restored is None:
             return
-        if self._options.only is None or RNG in self._options.only:
-            self._fill({RNG: self._rng}, Rules(None, "keep"))
+        if self._options.only is None or RNG_ITEM in self._options.only:
+            self._fill({RNG_ITEM: self._rng}, FillRules(None, "keep"))
         if not self.join().restoring.staged:
             self.saving.refer_to(self.restored.id, dict(self.join().restoring.verified))
-        tracked = {escape(name) for name in self._items} | {RNG}
+        tracked = {escape(name) for name in self._items} | {RNG_ITEM}
         unknown = [path for path in self._options.only or () if path.strip("/").split("/")[0] not in tracked]
         if unknown:
             raise UsageError(f"only names what is not tracked. only={unknown} tracked={sorted(tracked)}; correct it")
@@ -325,17 +332,17 @@ class Session:
         self.join().restoring.close()
         if lost:
             text = f"the restored snapshot has items that nobody tracks, later ones will lack them: {', '.join(lost)}"
-            self.tell(Event("untracked", text, {"items": ",".join(lost)}, alarm=True))
+            self.emit(Event("untracked", text, {"items": ",".join(lost)}, alarm=True))
 
     def restore(
-        self, items: Mapping[str, object], choices: Callable[[], Sequence[Candidate]], rules: Rules
+        self, items: Mapping[str, object], choices: Callable[[], Sequence[RestoreCandidate]], rules: FillRules
     ) -> SnapshotInfo:
         """For a checkpointer: fill ``items`` from the first readable of ``choices``. Later saves go on from it."""
-        self.saving.hold_rounds()
+        self.saving.hold_gc()
         restoring = self.join().restoring
 
-        def settled() -> Sequence[Candidate]:
-            self.settle()
+        def settled() -> Sequence[RestoreCandidate]:
+            self.await_previous_run()
             return choices()
 
         if restoring.choose(settled) is None:
@@ -344,7 +351,7 @@ class Session:
         restoring.close()
         if self.restored.maybe_stale:
             text = f"restored {self.restored.id}, but a newer one may exist: the log has a hole. store={self.url}"
-            self.tell(Event("maybe-stale", text, {"step": self.restored.step}, alarm=True))
+            self.emit(Event("maybe-stale", text, {"step": self.restored.step}, alarm=True))
         self._refers = not restoring.staged
         self.epoch = 0  # the next save opens an epoch that goes on from here
         return self.restored
@@ -352,22 +359,22 @@ class Session:
     def snapshot(self, step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...], wait_s: float) -> Pending:
         """Stage a run's tracked items now, waiting ``wait_s`` seconds at most for a slot; durable later."""
         self._mend(step)
-        items = {**self._items, RNG: self._rng}
+        items = {**self._items, RNG_ITEM: self._rng}
         return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags, wait_s=wait_s)
 
     def stage(self, step: int, *, metadata: Mapping[str, Fact]) -> bool:
         """Stage a run's tracked items for memory alone; False where no slot is free."""
-        items = {**self._items, RNG: self._rng}
+        items = {**self._items, RNG_ITEM: self._rng}
         return self.saving.stage(items, SnapshotId(self.epoch, step), metadata=metadata)
 
     def await_durable(self, timeout_s: float) -> None:
         """Wait until the last snapshot is durable, as long as there is time; failures were told."""
-        self.saving.settle(timeout_s)
+        self.saving.wait_idle(timeout_s)
 
-    def refuse(self, step: int, why: str) -> None:
+    def refuse(self, step: int, reason: str) -> None:
         """Instead of ``snapshot``: this rank can't take it, which all ranks learn."""
         self._mend(step)
-        self.saving.refuse(SnapshotId(self.epoch, step), UsageError(why))
+        self.saving.refuse(SnapshotId(self.epoch, step), UsageError(reason))
 
     def save(
         self, items: Mapping[str, object], step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...]
@@ -376,7 +383,7 @@ class Session:
         if not items:
             raise UsageError("nothing to save; give a dict of names to objects")
         if not self.opened:
-            self.keep()
+            self.attach_keeper()
             if self.restored is None:
                 self._open_on_newest()
             else:
@@ -389,7 +396,7 @@ class Session:
         info = self.saving.last_info()
         if info is None and self.restored is not None:
             info = self.restored
-        if info is None or self.channel.rank != 0:
+        if info is None or self.mailbox.rank != 0:
             return
         for tag in tags:
             if self._link is not None:
@@ -408,7 +415,7 @@ class Session:
         try:
             self._joined.saving.finish()
             if run:
-                self.judged.finished()
+                self.reporter.finished()
         finally:
             self._part(wait_s=BYE_WAIT_S)
 
@@ -431,11 +438,11 @@ class Session:
     def _close_store(self) -> None:
         self._closed = True
         if self._spec is not None:
-            leave(self._spec.store, self)
+            unregister_writer(self._spec.store, self)
         if self._owns_backend:
             self._backend.close()
 
-    def _fill(self, items: Mapping[str, object], rules: Rules) -> None:
+    def _fill(self, items: Mapping[str, object], rules: FillRules) -> None:
         before = self.restored
         self.restored = self.join().restoring.fill(items, rules)
         if self.opened and before is not None and self.restored.id != before.id:
@@ -445,5 +452,5 @@ class Session:
         """Before a snapshot: where its keeper is lost, go on with the next one. Notes that the snapshot is handed in."""
         if self._mending.needed:
             base = self.restored.id if self.restored is not None else None
-            self.epoch = self._mending.mend(step, epoch=self.epoch, base=base) or self.epoch
-        self._mending.handed_in(step)
+            self.epoch = self._mending.fail_over(step, epoch=self.epoch, base=base) or self.epoch
+        self._mending.record_submitted(step)

@@ -20,7 +20,7 @@ SEALED_WITHIN_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class BoardView:
     """What the board said of each rank. All of ``passed`` was read before any of ``sealed``.
 
     ``passed``: every pair up to this one that the rank will ever hold was sealed by then. ``sealed``: what it holds. So a
@@ -42,8 +42,8 @@ def passed(pairs: Iterable[SnapshotId | None], *, completed: int | None, epoch: 
     return newest_of([*pairs, by_steps])
 
 
-def why_kept(
-    pair: SnapshotId | None, *, in_use: bool, seen: Seen, epoch: int, resume: SnapshotId | None = None
+def reason_kept(
+    pair: SnapshotId | None, *, in_use: bool, view: BoardView, epoch: int, resume: SnapshotId | None = None
 ) -> str | None:
     """Why a slot that holds ``pair`` (None: nothing) must not be overwritten, or None where it may be.
 
@@ -54,23 +54,23 @@ def why_kept(
         return "it is in use"
     if pair is None:
         return None
-    complete = seen.complete
+    complete = view.complete
     if complete is not None and pair < complete:
         return None
     if pair == complete:
         return "it is the newest that all ranks hold"
     if pair == resume:
         return "training goes on from it, and nothing newer is complete"
-    if pair.epoch < epoch or overtaken(pair, seen):
+    if pair.epoch < epoch or overtaken(pair, view):
         return None
     return "other ranks may still complete it"
 
 
-def overtaken(pair: SnapshotId, seen: Seen) -> bool:
+def overtaken(pair: SnapshotId, view: BoardView) -> bool:
     """Whether some rank has gone past this pair and doesn't hold it: it never will."""
     return any(
         passed is not None and passed >= pair and pair not in sealed
-        for passed, sealed in zip(seen.passed, seen.sealed, strict=True)
+        for passed, sealed in zip(view.passed, view.sealed, strict=True)
     )
 
 

@@ -10,13 +10,13 @@ import msgspec
 import torch
 
 from ckpt.capture.leaves import Capture, TensorLeaf, World
-from ckpt.capture.owners import Replicated, owned
+from ckpt.capture.owners import ReplicatedBox, owned_boxes
 from ckpt.capture.plan import CapturePlan
 from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.events import Fact
 from ckpt.format.canonical import digest_hex
-from ckpt.ipc.mailbox import Channel, wait_for
-from ckpt.save.persister import Sealed
+from ckpt.ipc.mailbox import CountingMailbox, wait_for_message
+from ckpt.save.persister import SealedSlot
 from ckpt.staging.copy import THREADS_DEFAULT, CopyPlan, CopySource
 from ckpt.staging.slot import Pin, Regions, Slot, SlotPool
 from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
@@ -24,27 +24,27 @@ from ckpt.values import DTYPE_BYTES, Box, Leaf, SnapshotId, StagedIndex
 SLOT_WAIT_S = 3600.0
 """How long a forced snapshot waits for a slot that an upload holds before it gives up."""
 
-Agree = Callable[[Sequence[TensorLeaf]], None]
+CompareReplicas = Callable[[Sequence[TensorLeaf]], None]
 """Called once for each new set of replicated leaves: raises where replicas differ."""
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
+class StagedSlot:
     """A sealed slot and what it holds. ``release`` lets the slot be reused; call it once."""
 
     slot: Slot
     index: StagedIndex
     pin: Pin
     shared: Mapping[str, tuple[int, str]]
-    """What replicas must agree on for their shares to fit together: see ``shared_sets``."""
+    """What replicas must agree on for their shares to fit together: see ``replicated_leaves``."""
 
     def release(self) -> None:
         """Let go of the slot."""
         self.pin.release()
 
-    def sealed(self) -> Sealed:
+    def sealed(self) -> SealedSlot:
         """What a persister takes."""
-        return Sealed(index=self.index, data=self.slot.data[:], release=self.release, shared=self.shared)
+        return SealedSlot(index=self.index, data=self.slot.data[:], release=self.release, shared=self.shared)
 
 
 class Stager:
@@ -55,15 +55,15 @@ class Stager:
     """
 
     def __init__(
-        self, world: World, *, slots: int, threads: int | None, agree: Agree,
-        short: Callable[[UsageError], None] | None = None,
+        self, world: World, *, slots: int, threads: int | None, compare_replicas: CompareReplicas,
+        on_short: Callable[[UsageError], None] | None = None,
     ) -> None:  # fmt: skip
         self._world = world
         self._count = slots
         self._threads = threads or THREADS_DEFAULT
         self._helpers = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="ckpt-stage")
-        self._agree = agree
-        self._short = short
+        self._agree = compare_replicas
+        self._short = on_short
         self._staged_once = False
         self._plan: CapturePlan | None = None
         self._items: tuple[tuple[str, int], ...] = ()
@@ -76,7 +76,7 @@ class Stager:
         self.origin = ""
         """Of the epoch that is staged in: see ``StagedIndex``."""
 
-    def use(self, regions: Regions) -> None:
+    def use_regions(self, regions: Regions) -> None:
         """Take the slots' memory from there. Before the first snapshot and the first ``prepare``."""
         if self._pool is not None:
             raise InternalError("slots are laid out already.")
@@ -88,7 +88,7 @@ class Stager:
 
     def stage(
         self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact], wait_s: float
-    ) -> Staged:
+    ) -> StagedSlot:
         """Copy this rank's share of ``items`` into a slot and seal it. Costs one memcpy of it and one digest pass in cache.
 
         Raises UnavailableError where no slot is free within ``wait_s`` seconds, or where memory is short now and was not
@@ -122,7 +122,7 @@ class Stager:
             pin.release()
             raise
         self._staged_once = True
-        return Staged(slot, index, pin, self._shared)
+        return StagedSlot(slot, index, pin, self._shared)
 
     def close(self) -> None:
         """Give the slots' memory back."""
@@ -148,7 +148,7 @@ class Stager:
         if found != self._agreed:
             self._agree(shared)
             self._agreed = found
-            self._shared = shared_sets(shared)
+            self._shared = replicated_leaves(shared)
 
     def _layout(self, capture: Capture) -> tuple[CopyPlan, SlotPool]:
         if capture.tensors is not self._seen or self._copy is None:
@@ -181,7 +181,7 @@ class Stager:
         return self._pool.slots if self._pool is not None else ()
 
 
-def shared_sets(shared: Sequence[TensorLeaf]) -> dict[str, tuple[int, str]]:
+def replicated_leaves(shared: Sequence[TensorLeaf]) -> dict[str, tuple[int, str]]:
     """For each group of replicas, by digest of its ranks: how many they are, and a digest of what they hold, in order. Pure."""
     groups: dict[tuple[int, ...], list[tuple[Leaf, Box]]] = {}
     for one in shared:
@@ -197,8 +197,8 @@ def _tensors(capture: Capture, rank: int) -> Iterator[CopySource]:
     for leaf in own:
         if len(leaf.replicas) == 1:
             yield CopySource(leaf.leaf, leaf.box, leaf.tensor)
-    groups = [Replicated(leaf.box, DTYPE_BYTES[leaf.leaf.dtype], leaf.replicas) for leaf in shared]
-    for share in owned(groups, rank=rank):
+    groups = [ReplicatedBox(leaf.box, DTYPE_BYTES[leaf.leaf.dtype], leaf.replicas) for leaf in shared]
+    for share in owned_boxes(groups, rank=rank):
         leaf = shared[share.index]
         yield CopySource(leaf.leaf, leaf.box, leaf.tensor, share.box)
 
@@ -218,7 +218,7 @@ NAMED_MAX = 5
 
 
 def compare_replicas(
-    channel: Channel, leaves: Sequence[TensorLeaf], *, n: int, stop: Callable[[], bool] | None = None
+    channel: CountingMailbox, leaves: Sequence[TensorLeaf], *, n: int, stop: Callable[[], bool] | None = None
 ) -> None:
     """Check that every replica of ``leaves`` has the same bytes. All ranks call it with the same ``n``, counted up.
 
@@ -236,11 +236,11 @@ def compare_replicas(
         if first == channel.rank:
             continue
         if first not in theirs:
-            word = wait_for(
+            word = wait_for_message(
                 channel,
                 f"replicas/{n}/{first}",
                 timeout_s=COMPARE_WAIT_S,
-                what=f"rank {first}'s digests of replicated leaves",
+                awaited=f"rank {first}'s digests of replicated leaves",
                 stop=stop,
             )
             theirs[first] = msgspec.json.decode(word, type=dict[str, str])

@@ -18,7 +18,7 @@ from ckpt.errors import InternalError, UsageError
 from ckpt.format.part_rules import leaf_problem
 from ckpt.staging.header import HEADER_BYTES_DEFAULT
 from ckpt.staging.layout import lay_out
-from ckpt.staging.memory import pages
+from ckpt.staging.memory import round_to_pages
 from ckpt.staging.slot import Slot
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Digest, Leaf, StagedShard
 
@@ -47,7 +47,7 @@ class HostCopies:
             for source, target in pairs:
                 device = source.device
                 if device not in used:
-                    register(slot)
+                    register_pinned(slot)
                     used[device] = self._stream(device)
                     used[device].wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(used[device]):
@@ -63,7 +63,7 @@ class HostCopies:
         return self._streams[device]
 
 
-def register(slot: Slot) -> None:
+def register_pinned(slot: Slot) -> None:
     """Have CUDA lock the slot's pages once, until the slot is freed."""
     if slot.registered:
         return
@@ -86,7 +86,7 @@ TINY_BYTES = 64 << 10
 THREADS_DEFAULT = 2
 """Two threads reach 1.3 to 1.4 times the speed of one; more take cores from training for nothing."""
 
-OBJECT_ROOM_BYTES = 64 << 10
+OBJECT_GROWTH_BYTES = 64 << 10
 """What objects may grow by, beside doubling, before a slot is too small for them."""
 
 _memmove = ctypes.memmove
@@ -113,7 +113,7 @@ class CopySource:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _PlannedShard:
     """A shard before its digests are known. ``first`` is the place of its first digest."""
 
     leaf: Leaf
@@ -169,18 +169,18 @@ class CopyPlan:
     def data_bytes(self) -> int:
         """Data area a slot needs: tensors, the objects given to ``build``, and room for these to double."""
         objects = [_data(source) for source in self._objects]
-        return pages(self.needed_bytes(objects) + sum(map(len, objects)) + OBJECT_ROOM_BYTES)
+        return round_to_pages(self.needed_bytes(objects) + sum(map(len, objects)) + OBJECT_GROWTH_BYTES)
 
     @property
     def header_bytes(self) -> int:
         """Header area a slot needs for this plan's index, with user metadata and an alias for each leaf; never too little."""
         leaves = [shape.leaf for shape in self._shapes] + [source.leaf for source in self._objects]
         index = sum(400 + 4 * len(leaf.name) + 40 * len(leaf.shape) for leaf in leaves) + 20 * self._digest_count
-        return max(HEADER_BYTES_DEFAULT, pages(2 * index + (4 << 20)))
+        return max(HEADER_BYTES_DEFAULT, round_to_pages(2 * index + (4 << 20)))
 
     def needed_bytes(self, objects: Sequence[bytes]) -> int:
         """Data area that a run with these objects needs."""
-        return pages(max(1, lay_out([len(data) for data in objects], start=self._tensor_bytes)[1]))
+        return round_to_pages(max(1, lay_out([len(data) for data in objects], start=self._tensor_bytes)[1]))
 
     def run(
         self,
@@ -206,7 +206,7 @@ class CopyPlan:
             raise InternalError(f"a slot is written that was not begun. slot={slot.number}")
         self._check_pointers()
         digests: list[Digest] = [b""] * self._digest_count
-        crew = _Crew(executor, min(threads, os.cpu_count() or 1))
+        crew = _CopyWorkers(executor, min(threads, os.cpu_count() or 1))
         with self._host_copies.running(self._pairs(slot, device=True), slot):
             crew.run(lambda batches: _copy_batches(slot, batches, digests), self._batches)
             for source, target in self._pairs(slot, device=False):
@@ -244,13 +244,13 @@ class CopyPlan:
             yield StagedShard(leaf=leaf, box=box, offset_bytes=offset, size_bytes=len(data), digests=tuple(digests))
 
 
-def _shards(sources: Sequence[CopySource]) -> tuple[list[_Shape], list[torch.Tensor]]:
+def _shards(sources: Sequence[CopySource]) -> tuple[list[_PlannedShard], list[torch.Tensor]]:
     tensors = [_owned_tensor(source) for source in sources]
     sizes = [tensor.numel() * DTYPE_BYTES[source.leaf.dtype] for source, tensor in zip(sources, tensors, strict=True)]
     offsets, _ = lay_out(sizes)
     firsts = itertools.accumulate((-(-size // CHUNK_BYTES) for size in sizes), initial=0)
     shapes = [
-        _Shape(source.leaf, source.owned or source.box, offset, size, first)
+        _PlannedShard(source.leaf, source.owned or source.box, offset, size, first)
         for source, offset, size, first in zip(sources, offsets, sizes, firsts, strict=False)
     ]
     return shapes, tensors
@@ -294,7 +294,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if kind is None or tensor.is_conj() or tensor.is_neg() else tensor.view(kind)
 
 
-def _view(slot: Slot, shape: _Shape, tensor: torch.Tensor) -> torch.Tensor:
+def _view(slot: Slot, shape: _PlannedShard, tensor: torch.Tensor) -> torch.Tensor:
     kind = _bits(tensor).dtype
     flat = torch.frombuffer(slot.data, dtype=kind, count=tensor.numel(), offset=shape.offset_bytes)
     return flat.view(tensor.shape)
@@ -306,7 +306,7 @@ def _data(source: CopySource) -> bytes:
     return source.source
 
 
-def _batches(sources: Iterable[tuple[_Shape, int]]) -> list[list[_Chunk]]:
+def _batches(sources: Iterable[tuple[_PlannedShard, int]]) -> list[list[_Chunk]]:
     """The chunks of shards with the addresses of their bytes (0: they are in the slot already), in batches.
 
     All tiny shards make one batch, the first.
@@ -330,7 +330,7 @@ def _batches(sources: Iterable[tuple[_Shape, int]]) -> list[list[_Chunk]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Crew:
+class _CopyWorkers:
     """This thread and up to ``threads - 1`` of the executor, all drawing batches from one list."""
 
     executor: Executor | None

@@ -18,7 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from ckpt.errors import IntegrityError, InternalError, UsageError
-from ckpt.format.canonical import digest, ready
+from ckpt.format.canonical import digest, prepare_decoders
 from ckpt.staging.layout import index_problem
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
@@ -59,7 +59,7 @@ class Header:
         """Whether the slot is sealed."""
         return bool(self._words[_STATE] & 1)
 
-    def open(self) -> int:
+    def begin(self) -> int:
         """Turn the header invalid under the next generation, which is returned. Before any other write."""
         generation = self.generation + 1
         with self._fence:
@@ -71,7 +71,7 @@ class Header:
             self._words[4] = len(self._memory) - self._header_bytes
         return generation
 
-    def close(self, index: StagedIndex) -> None:
+    def seal(self, index: StagedIndex) -> None:
         """Write the index and its digest, then turn the header valid with one store.
 
         Raises UsageError where the index doesn't fit. The index is the caller's promise and not looked into: readers do.
@@ -109,7 +109,7 @@ def read_slot(memory: memoryview) -> tuple[StagedIndex, int] | None:
     None for a slot that is not sealed (never was, is being written, or its writer died meanwhile) or was overwritten
     while it was read. Raises IntegrityError where it claims to be sealed and contradicts itself. Trusts nothing, allocates no
     more than the header's own size. Data is not read: compare ``generation_of`` after copying, and each chunk's digest.
-    Costs some ten microseconds a shard; ``read_brief`` far less.
+    Costs some ten microseconds a shard; ``read_summary`` far less.
     """
     found = _encoded(memory)
     if found is None:
@@ -122,7 +122,7 @@ def read_slot(memory: memoryview) -> tuple[StagedIndex, int] | None:
     return index, generation
 
 
-class Brief(msgspec.Struct, frozen=True):
+class SlotSummary(msgspec.Struct, frozen=True):
     """Whose state of which snapshot a sealed slot holds."""
 
     snapshot: SnapshotId
@@ -131,10 +131,10 @@ class Brief(msgspec.Struct, frozen=True):
     origin: str = ""
 
 
-def read_brief(memory: memoryview) -> tuple[Brief, int] | None:
+def read_summary(memory: memoryview) -> tuple[SlotSummary, int] | None:
     """As ``read_slot``, but only what the slot holds: the index is compared with its digest and not looked into."""
     found = _encoded(memory)
-    return None if found is None else (_decode(found[0], Brief), found[1])
+    return None if found is None else (_decode(found[0], SlotSummary), found[1])
 
 
 def _encoded(memory: memoryview) -> tuple[bytes, int, int] | None:
@@ -196,4 +196,4 @@ def _seal(generation: int, header_bytes: int, data_bytes: int, encoded: bytes) -
     return digest(struct.pack("<4Q", generation, header_bytes, data_bytes, len(encoded)) + encoded)
 
 
-ready(StagedIndex, Brief)
+prepare_decoders(StagedIndex, SlotSummary)

@@ -53,7 +53,7 @@ class Region:
             raise
 
     @classmethod
-    def over(cls, fd: int, size_bytes: int) -> Region:
+    def from_fd(cls, fd: int, size_bytes: int) -> Region:
         """The memory that ``fd`` refers to, as it is: another process made it. Takes ``fd`` over, and closes it on errors.
 
         Raises IntegrityError where it is not that long: touching memory beyond a file's end kills the process.
@@ -135,7 +135,7 @@ def _check_size(size_bytes: int) -> None:
         raise UsageError(f"not a positive multiple of a page. size_bytes={size_bytes} page_bytes={PAGE_BYTES}")
 
 
-def pages(size_bytes: int) -> int:
+def round_to_pages(size_bytes: int) -> int:
     """``size_bytes`` rounded up to whole pages, in bytes."""
     return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
@@ -153,7 +153,7 @@ def available_bytes(*, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/
     return min(found, default=None)
 
 
-def check_available(needed_bytes: int, *, what: str, freed_bytes: int = 0, available: int | None = None) -> None:
+def check_available(needed_bytes: int, *, purpose: str, freed_bytes: int = 0, available: int | None = None) -> None:
     """Raise UsageError where ``needed_bytes`` exceed what is available and what is about to be freed.
 
     ``available`` replaces asking the system.
@@ -161,7 +161,7 @@ def check_available(needed_bytes: int, *, what: str, freed_bytes: int = 0, avail
     left = available_bytes() if available is None else available
     if left is not None and needed_bytes > left + freed_bytes:
         raise UsageError(
-            f"not enough memory for {what}. needed_bytes={needed_bytes} available_bytes={left + freed_bytes} "
+            f"not enough memory for {purpose}. needed_bytes={needed_bytes} available_bytes={left + freed_bytes} "
             "use fewer slots, shard the state over more ranks, or raise the memory limit"
         )
 

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Protocol
 
 from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
-from ckpt.staging.header import HEADER_BYTES_DEFAULT, Header, generation_of, header_bytes_of, read_brief, read_slot
-from ckpt.staging.memory import PREFAULT_BYTES, Region, check_available, pages
+from ckpt.staging.header import HEADER_BYTES_DEFAULT, Header, generation_of, header_bytes_of, read_slot, read_summary
+from ckpt.staging.memory import PREFAULT_BYTES, Region, check_available, round_to_pages
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
 # One slot: who writes it, who reads it, and where its memory comes from. No torch.
@@ -122,13 +122,13 @@ class Slot:
                  "_writing", "address", "data", "memory", "number", "order", "registered", "snapshot")  # fmt: skip
 
     def __init__(
-        self, number: int, region: Region, *, header_bytes: int, shared: Shared, read_only: bool = False
+        self, number: int, region: Region, *, header_bytes: int, pool: PoolState, read_only: bool = False
     ) -> None:
         self._region = region
-        self._regions = shared.regions
+        self._regions = pool.regions
         self._header = Header(self._region.view, header_bytes=header_bytes)
-        self._changed = shared.changed
-        self._orders = shared.orders
+        self._changed = pool.changed
+        self._orders = pool.orders
         self._read_only = read_only
         self._pins = 0
         self._writing = False
@@ -184,7 +184,7 @@ class Slot:
         self._check_writer()
         if self._read_only and self._header.valid:
             self._region.protect(writable=True)
-        generation = self._header.open()
+        generation = self._header.begin()
         with self._changed:
             self.snapshot, self.order = None, 0
             self._regions.emptied(self)
@@ -196,7 +196,7 @@ class Slot:
         Raises UsageError where the index doesn't fit the header; the slot is then still the writer's, and invalid.
         """
         self._check_writer()
-        self._header.close(index)
+        self._header.seal(index)
         if self._read_only:
             self._region.protect(writable=False)
         with self._changed:
@@ -208,7 +208,7 @@ class Slot:
         """Give up what the slot holds, sealed or half written, and let go of it where a writer held it."""
         if self._read_only and self._header.valid:
             self._region.protect(writable=True)
-        self._header.open()
+        self._header.begin()
         with self._changed:
             self.snapshot, self.order = None, 0
             self._regions.emptied(self)
@@ -242,7 +242,7 @@ class Slot:
     def sealed_in_memory(self) -> SnapshotId | None:
         """What the memory holds sealed, read from its bytes. What contradicts itself counts as nothing."""
         try:
-            found = read_brief(self.memory)
+            found = read_summary(self.memory)
         except IntegrityError:
             return None
         return None if found is None else found[0].snapshot
@@ -279,7 +279,7 @@ class Slot:
         self._region.close()
 
 
-class Shared:
+class PoolState:
     """What the slots of one pool have in common: the lock of all their states, the order of seals, and whose memory it is."""
 
     __slots__ = ("changed", "orders", "regions")
@@ -350,12 +350,12 @@ class SlotPool:
         if not self._regions.slots_min <= count <= most:
             raise UsageError(f"number of slots out of range. count={count} ({self._regions.slots_min}..{most})")
         self.count = count
-        self._data_bytes = pages(max(1, data_bytes))
-        self._header_bytes = pages(header_bytes)
+        self._data_bytes = round_to_pages(max(1, data_bytes))
+        self._header_bytes = round_to_pages(header_bytes)
         self._prefault = prefault
         self._read_only = read_only_between_copies
         self._available = available_bytes
-        self._shared = Shared(self._regions)
+        self._shared = PoolState(self._regions)
         self._changed = self._shared.changed
         self._slots: list[Slot] = []
         self._retired: list[Slot] = []
@@ -368,7 +368,7 @@ class SlotPool:
         self._thread: threading.Thread | None = None
         self._adopt()
         missing = count - len(self._slots)
-        check_available(missing * self.slot_bytes, what=f"{missing} slots", available=available_bytes)
+        check_available(missing * self.slot_bytes, purpose=f"{missing} slots", available=available_bytes)
         self._start_prefault()
 
     @property
@@ -432,8 +432,8 @@ class SlotPool:
         Slots never shrink. Raises UsageError, changing nothing, where memory doesn't suffice beside the old slots that can't
         go yet.
         """
-        data = max(pages(max(1, data_bytes)), self._data_bytes)
-        header = max(pages(header_bytes or 0), self._header_bytes)
+        data = max(round_to_pages(max(1, data_bytes)), self._data_bytes)
+        header = max(round_to_pages(header_bytes or 0), self._header_bytes)
         if (data, header) == (self._data_bytes, self._header_bytes):
             return
         with self._changed:
@@ -442,7 +442,7 @@ class SlotPool:
             freed = sum(slot.size_bytes for slot in small if self._idle(slot))
             missing = self.count - len(roomy)
             needed = missing * (data + header)
-            check_available(needed, what=f"{missing} slots", freed_bytes=freed, available=self._available)
+            check_available(needed, purpose=f"{missing} slots", freed_bytes=freed, available=self._available)
             self._data_bytes, self._header_bytes = data, header
             self._retired += small
             self._slots = roomy
@@ -474,7 +474,7 @@ class SlotPool:
         kept = []
         for number, region in self._regions.kept():
             header_bytes = header_bytes_of(region.view) or min(self._header_bytes, region.size_bytes - PAGE_BYTES)
-            slot = Slot(number, region, header_bytes=header_bytes, shared=self._shared, read_only=self._read_only)
+            slot = Slot(number, region, header_bytes=header_bytes, pool=self._shared, read_only=self._read_only)
             kept.append((slot.sealed_in_memory(), slot))
         found = []
         for snapshot, slot in sorted(kept, key=lambda one: one[0] or SnapshotId(-1, -1)):
@@ -538,9 +538,9 @@ class SlotPool:
         number = self._next_number()
         if number is None:
             return None
-        check_available(self.slot_bytes, what="a slot", available=self._available)
+        check_available(self.slot_bytes, purpose="a slot", available=self._available)
         region = self._regions.make(number, self.slot_bytes)
-        slot = Slot(number, region, header_bytes=self._header_bytes, shared=self._shared, read_only=self._read_only)
+        slot = Slot(number, region, header_bytes=self._header_bytes, pool=self._shared, read_only=self._read_only)
         self._slots.append(slot)
         return slot
 

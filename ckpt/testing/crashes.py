@@ -40,7 +40,7 @@ class OpCall:
     path: str
 
 
-class Around(Protocol):
+class CallHook(Protocol):
     """What happens at each call: run it, or not, or half of it."""
 
     def __call__(self, call: OpCall, run: Callable[[], T], half: Callable[[], object]) -> T:
@@ -51,7 +51,7 @@ class Around(Protocol):
 class NumberedOps:
     """FileOps that numbers every call and hands it to ``around``. Thread-safe as far as ``around`` is."""
 
-    def __init__(self, around: Around, *, inner: FileOps = REAL_OPS) -> None:
+    def __init__(self, around: CallHook, *, inner: FileOps = REAL_OPS) -> None:
         self._around = around
         self._inner = inner
         self._lock = threading.Lock()
@@ -517,7 +517,7 @@ def _after_cut(file: _File, rng: random.Random | None) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Put:
+class PutStep:
     """Store ``size_bytes`` of bytes made from ``seed``; ``aligned`` ones take the direct way when they are large."""
 
     key: str
@@ -532,13 +532,13 @@ class Put:
 
 
 @dataclass(frozen=True, slots=True)
-class Delete:
+class DeleteStep:
     """Remove ``key``."""
 
     key: str
 
 
-Step = Put | Delete
+Step = PutStep | DeleteStep
 
 
 def run_steps(store: Backend, steps: Sequence[Step], *, done: Callable[[int], None]) -> None:
@@ -548,13 +548,13 @@ def run_steps(store: Backend, steps: Sequence[Step], *, done: Callable[[int], No
     """
     for number, step in enumerate(steps):
         match step:
-            case Put():
+            case PutStep():
                 try:
                     store.put(step.key, [step.body()], create_only=step.create_only)
                 except KeyExistsError:
                     if _body(store, step.key) != bytes(step.body()):
                         raise
-            case Delete():
+            case DeleteStep():
                 store.delete(step.key)
         done(number)
 
@@ -613,8 +613,8 @@ def faults_found(store: Backend, steps: Sequence[Step], *, done: int) -> list[st
         allowed: set[bytes | None] = {None}
         for number, step in enumerate(steps[: done + 1]):
             if step.key == key:
-                after = bytes(step.body()) if isinstance(step, Put) else None
-                allowed = {after} if number < done and isinstance(step, Put) else allowed | {after}
+                after = bytes(step.body()) if isinstance(step, PutStep) else None
+                allowed = {after} if number < done and isinstance(step, PutStep) else allowed | {after}
         if _body(store, key) not in allowed:
             wrong.append(f"{key}: holds other bytes than a returned or a running step wrote. done={done}")
     strangers = {entry.key for entry in store.list("")} - {step.key for step in steps}

@@ -16,7 +16,7 @@ from ckpt.format.keys import writer_name
 from ckpt.format.manifest import Manifest, PartRef
 from ckpt.format.objects import Ref, encode_object
 from ckpt.log.journal import Journal
-from ckpt.save.chunks import OFF, Compression
+from ckpt.save.chunks import NO_COMPRESSION, Compression
 from ckpt.save.packs import persist, put_part
 from ckpt.values import (
     CHUNK_BYTES,
@@ -53,7 +53,7 @@ class SampleWriter:
 
     backend: Backend
     job: str = "sample"
-    compression: Compression = OFF
+    compression: Compression = NO_COMPRESSION
     _journal: Journal | None = None
     _known: dict[Digest, ChunkLocation] = field(default_factory=dict)
     _base: SnapshotId | None = None
@@ -88,7 +88,7 @@ class SampleWriter:
             done = persist(
                 staged,
                 data,
-                known={**self._known, **known},
+                stored_chunks={**self._known, **known},
                 backend=self.backend,
                 writer=writer,
                 pack_start=0,

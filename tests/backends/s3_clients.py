@@ -6,7 +6,7 @@ import pytest
 from servers.s3 import Bucket
 
 from ckpt.backends.base import Backend
-from ckpt.backends.objects.s3 import CHOICE
+from ckpt.backends.objects.s3 import CLIENT_VARIABLE
 from ckpt.backends.open import open_backend
 
 CLIENTS = ("s3fs", "obstore")
@@ -20,7 +20,7 @@ ONCE: dict[str, object] = {**HASTY, "read_timeout": 30}
 
 def open_with(client: str, patch: pytest.MonkeyPatch, url: str, options: dict[str, object]) -> Backend:
     """The store through that client, or a UsageError."""
-    patch.setenv(CHOICE, client)
+    patch.setenv(CLIENT_VARIABLE, client)
     return open_backend(url, options)
 
 

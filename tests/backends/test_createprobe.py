@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ckpt.backends.probe import CreateOnce, creates_once, verdict
+from ckpt.backends.probe import CreateOnceProbe, creates_once, interpret_outcomes
 from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
 
 
@@ -65,16 +65,16 @@ def test_error_of_ours_is_not_taken_for_an_answer() -> None:
 
 
 def test_verdict_needs_a_first_creation() -> None:
-    assert verdict("unknown", None) is None
-    assert verdict("created", "impossible") is None
+    assert interpret_outcomes("unknown", None) is None
+    assert interpret_outcomes("created", "impossible") is None
 
 
 def test_answer_is_remembered_and_silence_is_not() -> None:
     answers: list[bool | None] = [None, None, True]
-    creates = CreateOnce(lambda: answers.pop(0), "s3://b")
+    creates = CreateOnceProbe(lambda: answers.pop(0), "s3://b")
     assert [creates(), creates()] == [False, False]
     with pytest.raises(UsageError, match="s3://b"):
-        CreateOnce(lambda: False, "s3://b").insist()
-    creates.insist()
+        CreateOnceProbe(lambda: False, "s3://b").require()
+    creates.require()
     assert creates()
     assert answers == []

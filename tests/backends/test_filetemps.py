@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ckpt.backends.file.syscalls import REAL_OPS
-from ckpt.backends.file.writing import STRANGER_IDLE_S, machine_mark, new_temp, sweep
+from ckpt.backends.file.writing import FOREIGN_IDLE_S, boot_mark, new_temp_file, sweep
 
 
 def left(folder: Path) -> list[str]:
@@ -23,7 +23,7 @@ def abandoned(folder: Path, mark: str, idle_s: float = 0) -> Path:
 
 
 def test_live_writers_file_is_spared_and_gone_when_done(tmp_path: Path) -> None:
-    with new_temp(REAL_OPS, str(tmp_path)) as temp:
+    with new_temp_file(REAL_OPS, str(tmp_path)) as temp:
         assert sweep(REAL_OPS, str(tmp_path)) == 0
         assert Path(temp.path).exists()
     assert left(tmp_path) == []
@@ -41,17 +41,17 @@ def test_dead_writers_file_is_swept_at_once_on_its_own_machine(tmp_path: Path) -
 
 
 def test_file_of_another_machine_is_swept_only_when_long_idle(tmp_path: Path) -> None:
-    abandoned(tmp_path, "ffffffff", STRANGER_IDLE_S - 60)
+    abandoned(tmp_path, "ffffffff", FOREIGN_IDLE_S - 60)
     assert sweep(REAL_OPS, str(tmp_path)) == 0
-    abandoned(tmp_path, "ffffffff", STRANGER_IDLE_S + 60)
+    abandoned(tmp_path, "ffffffff", FOREIGN_IDLE_S + 60)
     assert sweep(REAL_OPS, str(tmp_path)) == 1
     assert left(tmp_path) == []
 
 
 def test_folder_in_the_temps_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / f"{machine_mark()}-folder").mkdir()
-    (tmp_path / f"{machine_mark()}-link").symlink_to("/etc/passwd")
-    abandoned(tmp_path, machine_mark())
+    (tmp_path / f"{boot_mark()}-folder").mkdir()
+    (tmp_path / f"{boot_mark()}-link").symlink_to("/etc/passwd")
+    abandoned(tmp_path, boot_mark())
     assert sweep(REAL_OPS, str(tmp_path)) == 1
     assert len(left(tmp_path)) == 2
 
@@ -61,7 +61,7 @@ def test_missing_folder_has_nothing_to_sweep(tmp_path: Path) -> None:
 
 
 def test_failing_block_removes_its_file(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), new_temp(REAL_OPS, str(tmp_path)):
+    with pytest.raises(RuntimeError), new_temp_file(REAL_OPS, str(tmp_path)):
         raise RuntimeError
     assert left(tmp_path) == []
 
@@ -77,5 +77,5 @@ def test_writer_whose_file_is_swept_before_it_locks_takes_another(tmp_path: Path
                 Path(path).unlink()
             return fd
 
-    with new_temp(Robbed(), str(tmp_path)) as temp:
+    with new_temp_file(Robbed(), str(tmp_path)) as temp:
         assert Path(temp.path).exists()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.backends.file.syscalls import RealOps
-from ckpt.backends.file.writing import DIRECT_BYTES_MIN, WRITE_BYTES_MAX, address_of, set_direct, write_all
+from ckpt.backends.file.writing import DIRECT_BYTES_MIN, WRITE_BYTES_MAX, memory_address, set_direct, write_all
 from ckpt.testing.contract import aligned_memory, buffer
 from ckpt.values import PAGE_BYTES
 
@@ -32,7 +32,7 @@ class Spy(RealOps):
             buffers = [buffers[0][: self._most]]
         taken = super().write(fd, buffers, offset_bytes)
         self.writes.append((taken, direct))
-        self.addresses += [address_of(piece) for piece in buffers]
+        self.addresses += [memory_address(piece) for piece in buffers]
         return taken
 
 
@@ -68,7 +68,7 @@ def test_aligned_memory_goes_down_uncopied_in_large_direct_writes(tmp_path: Path
     # A stretch of three pages is too short for a write of its own: it is copied, and still written directly.
     assert write(tmp_path / "a", [data], ops) == bytes(data)
     assert ops.writes == [(WRITE_BYTES_MAX, True), (WRITE_BYTES_MAX, True), (3 * PAGE_BYTES, True)]
-    assert ops.addresses[:2] == [address_of(data), address_of(data) + WRITE_BYTES_MAX]
+    assert ops.addresses[:2] == [memory_address(data), memory_address(data) + WRITE_BYTES_MAX]
 
 
 @pytest.mark.usefixtures("takes_direct")
@@ -103,7 +103,7 @@ def test_memory_that_becomes_aligned_after_a_header_goes_down_uncopied(tmp_path:
     memory[:] = buffer(len(memory), aligned=True, seed=3)
     data = [memoryview(bytes(100)), memory[100:]]
     assert write(tmp_path / "a", data, ops) == b"".join(data)
-    assert ops.addresses[1] == address_of(memory) + PAGE_BYTES
+    assert ops.addresses[1] == memory_address(memory) + PAGE_BYTES
     assert ops.writes == [(PAGE_BYTES, True), (2 << 20, True)]
 
 

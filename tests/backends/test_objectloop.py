@@ -7,20 +7,20 @@ import threading
 import pytest
 from fsspec.asyn import get_loop
 
-from ckpt.backends.objects.fsspec_io import wait_for
+from ckpt.backends.objects.fsspec_io import run_in_loop
 
 
 def test_result_and_error_come_from_the_other_thread() -> None:
     async def work() -> str:
         return threading.current_thread().name
 
-    assert wait_for(work(), get_loop()) != threading.current_thread().name
+    assert run_in_loop(work(), get_loop()) != threading.current_thread().name
 
     async def fails() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        wait_for(fails(), get_loop())
+        run_in_loop(fails(), get_loop())
 
 
 def test_interrupted_wait_ends_the_work_before_it_raises() -> None:
@@ -40,6 +40,6 @@ def test_interrupted_wait_ends_the_work_before_it_raises() -> None:
     interrupting = threading.Thread(target=interrupt)
     interrupting.start()
     with pytest.raises(KeyboardInterrupt):
-        wait_for(work(), get_loop())
+        run_in_loop(work(), get_loop())
     assert ended.is_set()
     interrupting.join()

@@ -8,9 +8,9 @@ import uuid
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ckpt.backends.objects.errors import object_fault, public_url, translated_reply
-from ckpt.backends.objects.fsspec_io import Joined, MemoryWrites
-from ckpt.backends.objects.fsspec_store import ObjectsBackend
+from ckpt.backends.objects.errors import error_from_client, public_url, translate_client_errors
+from ckpt.backends.objects.fsspec_io import FsspecMemoryWriter, JoinedBuffers
+from ckpt.backends.objects.fsspec_store import FsspecBackend
 from ckpt.errors import (
     CkptError,
     IntegrityError,
@@ -76,8 +76,8 @@ def caused(error: Exception, cause: Exception) -> Exception:
     ids=repr,
 )
 def test_client_errors_are_translated_by_what_their_handler_does(raised: Exception, expected: type[CkptError]) -> None:
-    assert type(object_fault(raised, doing="put", where="s3://b/k")) is expected
-    with pytest.raises(expected) as caught, translated_reply("put", "s3://b/k"):
+    assert type(error_from_client(raised, doing="put", where="s3://b/k")) is expected
+    with pytest.raises(expected) as caught, translate_client_errors("put", "s3://b/k"):
         raise raised
     assert caught.value.__cause__ is raised
     assert "s3://b/k" in str(caught.value)
@@ -99,7 +99,7 @@ def test_shown_url_has_no_credentials(url: str, shown: str) -> None:
 
 def test_joined_slices_equal_the_joined_bytes() -> None:
     pieces = [b"abc", bytearray(b""), memoryview(b"defgh"), b"i"]
-    whole, joined = b"abcdefghi", Joined(pieces)
+    whole, joined = b"abcdefghi", JoinedBuffers(pieces)
     assert len(joined) == 9
     for start in range(10):
         for stop in range(12):
@@ -107,12 +107,12 @@ def test_joined_slices_equal_the_joined_bytes() -> None:
 
 
 @pytest.fixture
-def store() -> ObjectsBackend:
-    return ObjectsBackend(f"memory://{uuid.uuid4().hex}/run")
+def store() -> FsspecBackend:
+    return FsspecBackend(f"memory://{uuid.uuid4().hex}/run")
 
 
-def test_store_whose_create_replaces_is_found_out(store: ObjectsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MemoryWrites, "create", MemoryWrites.replace)
+def test_store_whose_create_replaces_is_found_out(store: FsspecBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FsspecMemoryWriter, "create", FsspecMemoryWriter.replace)
     assert not store.capabilities().create_only
     assert keys(store) == []
     assert not any(".probe" in name for name in MemoryFileSystem.store if store.url.partition("//")[2] in name)
@@ -120,17 +120,17 @@ def test_store_whose_create_replaces_is_found_out(store: ObjectsBackend, monkeyp
         store.put("a", [b"x"], create_only=True)
 
 
-def test_store_that_could_not_be_probed_is_asked_again(store: ObjectsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(self: MemoryWrites, path: str, data: object) -> None:
+def test_store_that_could_not_be_probed_is_asked_again(store: FsspecBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: FsspecMemoryWriter, path: str, data: object) -> None:
         raise PermissionError(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryWrites, "create", denied)
+        patch.setattr(FsspecMemoryWriter, "create_method", denied)
         assert not store.capabilities().create_only
     assert store.capabilities().create_only
 
 
-def test_object_larger_than_one_request_is_read_in_pieces(store: ObjectsBackend) -> None:
+def test_object_larger_than_one_request_is_read_in_pieces(store: FsspecBackend) -> None:
     body = os.urandom(1000) * (34 * 1024)
     store.put("a", [body])
     assert read(store, "a") == body
@@ -138,7 +138,7 @@ def test_object_larger_than_one_request_is_read_in_pieces(store: ObjectsBackend)
         store.read_into("a", memoryview(bytearray(len(body))), offset_bytes=1)
 
 
-def test_closed_store_connects_anew(store: ObjectsBackend) -> None:
+def test_closed_store_connects_anew(store: FsspecBackend) -> None:
     store.put("a", [b"x"])
     store.close()
     assert read(store, "a") == b"x"
@@ -152,14 +152,14 @@ def test_unreachable_server_is_unavailable_and_says_no_secret() -> None:
         "endpoint_url": f"http://127.0.0.1:{port}", "key": "k", "secret": "hush",
         "config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 1},
     }  # fmt: skip
-    store = ObjectsBackend("s3://bucket/run", options)
+    store = FsspecBackend("s3://bucket/run", options)
     with pytest.raises(UnavailableError) as caught:
         store.put("a", [b"x"])
     assert "hush" not in str(caught.value)
     assert caught.value.__cause__ is not None
 
 
-def test_child_of_a_fork_makes_its_own_connection(store: ObjectsBackend) -> None:
+def test_child_of_a_fork_makes_its_own_connection(store: FsspecBackend) -> None:
     """The parent's event loop thread does not exist in the child."""
     store.put("a", [b"x"])
     before = store._live()
@@ -171,4 +171,4 @@ def test_child_of_a_fork_makes_its_own_connection(store: ObjectsBackend) -> None
 
 def test_wrong_options_are_refused_with_a_remedy() -> None:
     with pytest.raises(UsageError, match="storage options"):
-        ObjectsBackend("github://owner/repository", {"no_such_option": 1})
+        FsspecBackend("github://owner/repository", {"no_such_option": 1})

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.backends.objects.fsspec_store import tuned
+from ckpt.backends.objects.fsspec_store import with_s3_defaults
 
 TUNED = {"request_checksum_calculation": "when_required", "s3": {"payload_signing_enabled": True}}
 
@@ -17,7 +17,7 @@ TUNED = {"request_checksum_calculation": "when_required", "s3": {"payload_signin
     ],
 )
 def test_own_endpoint_over_tls_gets_bodies_of_known_length(options: dict[str, object], env: dict[str, str]) -> None:
-    assert tuned("s3", options, env) == {**options, "config_kwargs": TUNED}
+    assert with_s3_defaults("s3", options, env) == {**options, "config_kwargs": TUNED}
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,12 @@ def test_own_endpoint_over_tls_gets_bodies_of_known_length(options: dict[str, ob
     ],
 )
 def test_other_options_stay_as_they_are(protocol: str, options: dict[str, object], env: dict[str, str]) -> None:
-    assert tuned(protocol, options, env) == options
+    assert with_s3_defaults(protocol, options, env) == options
 
 
 def test_what_the_user_says_stands_beside_it() -> None:
     given = {"endpoint_url": "https://h", "config_kwargs": {"read_timeout": 9, "s3": {"addressing_style": "path"}}}
-    config = tuned("s3", given, {})["config_kwargs"]
+    config = with_s3_defaults("s3", given, {})["config_kwargs"]
     assert config == {
         **TUNED, "read_timeout": 9, "s3": {"payload_signing_enabled": True, "addressing_style": "path"},
     }  # fmt: skip

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.backends.objects.obstore_options import Anonymous, Differs, Found, Keys, Settings, translate
+from ckpt.backends.objects.obstore_options import (
+    AnonymousAccess,
+    LookedUpCredentials,
+    ObstoreDiffers,
+    ObstoreSettings,
+    S3Credentials,
+    translate_options,
+)
 
 PLACE = {"endpoint_url": "http://host:9000", "key": "k", "secret": "s"}
 URL = "s3://bucket/some/run"
 
 
-def meant(options: dict[str, object], url: str = URL, env: dict[str, str] | None = None, **profile: str) -> Settings:
-    settings = translate(url, options, env=env or {}, profile=profile)
-    assert isinstance(settings, Settings), settings
+def meant(
+    options: dict[str, object], url: str = URL, env: dict[str, str] | None = None, **profile: str
+) -> ObstoreSettings:
+    settings = translate_options(url, options, env=env or {}, profile=profile)
+    assert isinstance(settings, ObstoreSettings), settings
     return settings
 
 
 def test_endpoint_and_keys() -> None:
     settings = meant(PLACE)
     assert (settings.bucket, settings.folder) == ("bucket", "some/run")
-    assert settings.credentials == Keys("k", "s", None)
+    assert settings.credentials == S3Credentials("k", "s", None)
     assert settings.config["endpoint"] == "http://host:9000"
     assert settings.config["region"] == "us-east-1"
     assert settings.config["disable_bulk_delete"] is True
@@ -41,22 +50,34 @@ def test_amazon_needs_no_endpoint_but_a_region() -> None:
 @pytest.mark.parametrize(
     ("options", "env", "expected"),
     [
-        ({"key": "k", "secret": "s", "token": "t"}, {}, Keys("k", "s", "t")),
-        ({"username": "k", "password": "s"}, {}, Keys("k", "s", None)),
-        ({"client_kwargs": {"aws_access_key_id": "k", "aws_secret_access_key": "s"}}, {}, Keys("k", "s", None)),
-        ({}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, Keys("k", "s", None)),
-        ({}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_SESSION_TOKEN": "t"}, Keys("k", "s", "t")),
-        ({"key": "x", "secret": "y"}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SESSION_TOKEN": "t"}, Keys("x", "y", None)),
-        ({}, {}, Found(None)),
-        ({"profile": "p"}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, Found("p")),
-        ({"anon": True}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, Anonymous()),
-        ({"key": None, "secret": None, "anon": True}, {}, Anonymous()),
+        ({"key": "k", "secret": "s", "token": "t"}, {}, S3Credentials("k", "s", "t")),
+        ({"username": "k", "password": "s"}, {}, S3Credentials("k", "s", None)),
+        (
+            {"client_kwargs": {"aws_access_key_id": "k", "aws_secret_access_key": "s"}},
+            {},
+            S3Credentials("k", "s", None),
+        ),
+        ({}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, S3Credentials("k", "s", None)),
+        (
+            {},
+            {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_SESSION_TOKEN": "t"},
+            S3Credentials("k", "s", "t"),
+        ),
+        (
+            {"key": "x", "secret": "y"},
+            {"AWS_ACCESS_KEY_ID": "k", "AWS_SESSION_TOKEN": "t"},
+            S3Credentials("x", "y", None),
+        ),
+        ({}, {}, LookedUpCredentials(None)),
+        ({"profile": "p"}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, LookedUpCredentials("p")),
+        ({"anon": True}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}, AnonymousAccess()),
+        ({"key": None, "secret": None, "anon": True}, {}, AnonymousAccess()),
     ],
 )
 def test_credentials(options: dict[str, object], env: dict[str, str], expected: object) -> None:
     settings = meant({"endpoint_url": "http://h", **options}, env=env)
     assert settings.credentials == expected
-    assert settings.config["skip_signature"] is isinstance(expected, Anonymous)
+    assert settings.config["skip_signature"] is isinstance(expected, AnonymousAccess)
 
 
 def test_environment_and_profile_name_region_and_endpoint() -> None:
@@ -130,6 +151,6 @@ def test_options_about_caches_and_verify_change_nothing() -> None:
 def test_what_obstore_would_do_otherwise_is_left_to_s3fs(
     options: dict[str, object], url: str, env: dict[str, str], profile: dict[str, object], why: str
 ) -> None:
-    answer = translate(url, options, env=env, profile=profile)
-    assert isinstance(answer, Differs)
-    assert why in answer.why
+    answer = translate_options(url, options, env=env, profile=profile)
+    assert isinstance(answer, ObstoreDiffers)
+    assert why in answer.reason

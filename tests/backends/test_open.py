@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ckpt.backends.file.store import FileBackend
-from ckpt.backends.objects.fsspec_store import ObjectsBackend
+from ckpt.backends.objects.fsspec_store import FsspecBackend
 from ckpt.backends.open import open_backend
 from ckpt.errors import UsageError
 
@@ -37,7 +37,7 @@ def test_relative_and_home_paths_are_made_absolute(tmp_path: Path, monkeypatch: 
 
 
 def test_other_url_goes_through_fsspec() -> None:
-    assert isinstance(open_backend("memory://x/y"), ObjectsBackend)
+    assert isinstance(open_backend("memory://x/y"), FsspecBackend)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from servers.s3 import S3Server
 
-from ckpt.backends.objects.fsspec_store import ObjectsBackend
+from ckpt.backends.objects.fsspec_store import FsspecBackend
 from ckpt.backends.open import open_backend
 from ckpt.testing.contract import BackendContract, BackendRaceContract, Opener
 
@@ -21,7 +21,7 @@ class TestS3fsOnGateway(BackendContract):
         self.bucket = s3_server.bucket()
 
     def opener(self, folder: Path) -> Opener:
-        return functools.partial(ObjectsBackend, self.bucket.url, self.bucket.options)
+        return functools.partial(FsspecBackend, self.bucket.url, self.bucket.options)
 
 
 class TestObstoreOnGateway(BackendContract):
@@ -48,4 +48,4 @@ class TestS3fsOnMoto(BackendRaceContract):
         self.bucket = moto_server.bucket()
 
     def opener(self, folder: Path) -> Opener:
-        return functools.partial(ObjectsBackend, self.bucket.url, self.bucket.options)
+        return functools.partial(FsspecBackend, self.bucket.url, self.bucket.options)

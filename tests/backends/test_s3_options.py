@@ -20,9 +20,9 @@ from s3_clients import HASTY, open_with, through
 from servers.proxy import FaultProxy
 from servers.s3 import KEY, SECRET, Bucket, S3Server
 
-from ckpt.backends.objects.fsspec_store import ObjectsBackend
-from ckpt.backends.objects.obstore_store import HereOrForked
-from ckpt.backends.objects.s3 import CHOICE
+from ckpt.backends.objects.fsspec_store import FsspecBackend
+from ckpt.backends.objects.obstore_store import ForkAwareBackend
+from ckpt.backends.objects.s3 import CLIENT_VARIABLE
 from ckpt.backends.open import open_backend
 from ckpt.errors import StoreDeniedError, UnavailableError, UsageError
 from ckpt.testing.contract import read
@@ -177,9 +177,9 @@ def test_own_certificate_authority_is_trusted_when_named_and_not_otherwise(
         with pytest.raises(UnavailableError):
             store.put("a", [b"x"])
         assert not proxy.seen
-    monkeypatch.delenv(CHOICE)
+    monkeypatch.delenv(CLIENT_VARIABLE)
     named = open_backend(s3_bucket.url, {**options, "client_kwargs": {"verify": str(ca)}})
-    assert isinstance(named, ObjectsBackend), "obstore would trust the public authorities too"
+    assert isinstance(named, FsspecBackend), "obstore would trust the public authorities too"
     named.put("a", [b"x"])
     monkeypatch.setenv("AWS_CA_BUNDLE", str(ca))
     named = open_backend(s3_bucket.url, options)
@@ -216,15 +216,15 @@ def test_client_is_chosen_by_what_was_asked(
     s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "ckpt")
-    monkeypatch.delenv(CHOICE, raising=False)
+    monkeypatch.delenv(CLIENT_VARIABLE, raising=False)
     odd: dict[str, object] = {**s3_bucket.options, "s3_additional_kwargs": {"StorageClass": "STANDARD"}}
-    assert isinstance(open_backend(s3_bucket.url, s3_bucket.options), HereOrForked)
+    assert isinstance(open_backend(s3_bucket.url, s3_bucket.options), ForkAwareBackend)
     assert not caplog.records
-    assert isinstance(open_backend(s3_bucket.url, odd), ObjectsBackend)
+    assert isinstance(open_backend(s3_bucket.url, odd), FsspecBackend)
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
     assert "StorageClass" in caplog.text
     assert SECRET not in caplog.text
-    assert isinstance(open_with("s3fs", monkeypatch, s3_bucket.url, s3_bucket.options), ObjectsBackend)
+    assert isinstance(open_with("s3fs", monkeypatch, s3_bucket.url, s3_bucket.options), FsspecBackend)
     with pytest.raises(UsageError, match="StorageClass"):
         open_with("obstore", monkeypatch, s3_bucket.url, odd)
     with pytest.raises(UsageError, match="no such client"):

@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable
 
 from ckpt.errors import UsageError
-from ckpt.ipc.frames import Wire
+from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import (
     WIRE_VERSION,
     Done,
     GetStatus,
     Hello,
+    KeeperReport,
     RankReport,
-    Report,
     SlotReport,
     Status,
     Welcome,
@@ -55,8 +55,8 @@ def rank_report(rank: int, *, completed: int = 120, trainer_pid: int = 0) -> Ran
     )
 
 
-def job_report(job: str = "demo", *, completed: int = 120, attempt: int = 2) -> Report:
-    return Report(
+def job_report(job: str = "demo", *, completed: int = 120, attempt: int = 2) -> KeeperReport:
+    return KeeperReport(
         job=job,
         store=STORE,
         pid=os.getpid(),
@@ -93,7 +93,7 @@ class StandIn:
     def __init__(
         self,
         folder: JobFolder,
-        *reports: Report | None,
+        *reports: KeeperReport | None,
         mute: bool = False,
         refuses: bool = False,
         answers_max: int | None = None,
@@ -104,10 +104,10 @@ class StandIn:
         self._reports = reports
         self._mute, self._refuses, self._answers_max, self._on_end = mute, refuses, answers_max, on_end
         self._asked = 0
-        self._wires: list[Wire] = []
+        self._wires: list[MessageSocket] = []
         self._lock = lock
         named = next((one for one in reports if one is not None), job_report())
-        folder.describe(named.store, named.job)
+        folder.write_info(named.store, named.job)
         self._listener = folder.listen()
         self.roles: list[str] = []
         self._thread = threading.Thread(target=self._serve)
@@ -125,7 +125,7 @@ class StandIn:
                     peer, _ = self._listener.accept()
                 except OSError:
                     return
-                self._wires.append(Wire(peer))
+                self._wires.append(MessageSocket(peer))
                 if not self._mute:
                     self._answer(self._wires[-1])
         finally:
@@ -138,7 +138,7 @@ class StandIn:
     def _over(self) -> bool:
         return self._answers_max is not None and self._asked >= self._answers_max
 
-    def _answer(self, wire: Wire) -> None:
+    def _answer(self, wire: MessageSocket) -> None:
         while not self._over() and (received := wire.receive(10)) is not None:
             match received[0]:
                 case Hello(id=call_id, version=version, role=role):
@@ -167,6 +167,6 @@ def dead_folder(job: str) -> JobFolder:
     lock = folder.try_lock()
     assert lock is not None
     folder.listen().close()
-    folder.describe(STORE, job)
+    folder.write_info(STORE, job)
     os.close(lock)
     return folder

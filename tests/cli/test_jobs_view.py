@@ -8,12 +8,12 @@ import pytest
 from msgspec.structs import replace as changed
 from standin_keeper import job_report, rank_report
 
-from ckpt.cli.jobs import Home, Sample, choose, human_seconds, recovery_rows, steps_per_s
+from ckpt.cli.jobs import KeeperIdentity, ReportSample, choose_keeper, human_seconds, recovery_rows, steps_per_s
 from ckpt.errors import NotFoundError, UsageError
 
 
-def samples(*points: tuple[float, int, int]) -> list[Sample]:
-    return [Sample(at_s, job_report(completed=done, attempt=attempt)) for at_s, done, attempt in points]
+def samples(*points: tuple[float, int, int]) -> list[ReportSample]:
+    return [ReportSample(at_s, job_report(completed=done, attempt=attempt)) for at_s, done, attempt in points]
 
 
 def test_pace_is_taken_from_the_oldest_sample_of_the_same_trainer() -> None:
@@ -25,7 +25,7 @@ def test_pace_is_taken_from_the_oldest_sample_of_the_same_trainer() -> None:
     # A trainer that has completed nothing is about to go on from a snapshot: that is no pace.
     assert steps_per_s(samples((0, -1, 1), (1, 100, 1), (2, 103, 1))) == {0: 3.0, 1: 3.0}
     other = changed(job_report(completed=6), ranks=(rank_report(0, completed=6, trainer_pid=77),))
-    assert steps_per_s([*samples((0, 5, 2)), Sample(1.0, other)]) == {0: None}
+    assert steps_per_s([*samples((0, 5, 2)), ReportSample(1.0, other)]) == {0: None}
 
 
 def test_recoveries_are_shown_newest_first_and_bear_missing_facts() -> None:
@@ -44,14 +44,18 @@ def test_seconds_for_people(seconds: float, text: str) -> None:
 
 
 def test_job_is_chosen_by_name_or_folder() -> None:
-    homes = [Home("a", "s", 1, Path("/r/0a")), Home("b", "s", 2, Path("/r/0b")), Home("b", "t", 3, Path("/r/0c"))]
-    assert choose(homes, "a") == 0
-    assert choose(homes, "0c") == 2
-    assert choose(homes[:1], None) == 0
+    homes = [
+        KeeperIdentity("a", "s", 1, Path("/r/0a")),
+        KeeperIdentity("b", "s", 2, Path("/r/0b")),
+        KeeperIdentity("b", "t", 3, Path("/r/0c")),
+    ]
+    assert choose_keeper(homes, "a") == 0
+    assert choose_keeper(homes, "0c") == 2
+    assert choose_keeper(homes[:1], None) == 0
     for wanted in ("b", None):
         with pytest.raises(UsageError, match=r"0b \(b in s\)"):
-            choose(homes, wanted)
+            choose_keeper(homes, wanted)
     with pytest.raises(NotFoundError, match="no such job"):
-        choose(homes, "c")
+        choose_keeper(homes, "c")
     with pytest.raises(NotFoundError, match="no job runs"):
-        choose([], None)
+        choose_keeper([], None)

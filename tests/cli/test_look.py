@@ -11,7 +11,7 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.cli.numbers import readable
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.restore.reader import Values
+from ckpt.restore.reader import LeafValues
 from ckpt.testing.sample import SampleWriter, damage, sample_state, tensor
 from ckpt.values import SnapshotId
 
@@ -151,7 +151,7 @@ def test_float8_is_spelled_as_torch_spells_it() -> None:
     bits = np.arange(256, dtype=np.uint8)
     for name in ("float8_e4m3fn", "float8_e5m2"):
         expected = torch.from_numpy(bits.copy()).view(getattr(torch, name)).to(torch.float32).numpy()
-        assert np.array_equal(readable(Values(bits, name)), expected, equal_nan=True)
+        assert np.array_equal(readable(LeafValues(bits, name)), expected, equal_nan=True)
 
 
 def test_diff_tells_what_changed_without_reading(ckpt, store) -> None:

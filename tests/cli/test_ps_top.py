@@ -19,7 +19,7 @@ from standin_keeper import RECOVERY, STORE, StandIn, dead_folder, folder_of, job
 
 from ckpt.cli import jobs
 from ckpt.cli.commands import top
-from ckpt.ipc.messages import Report
+from ckpt.ipc.messages import KeeperReport
 from ckpt.ipc.runtime_dir import JobFolder, runtime_root
 
 
@@ -34,7 +34,7 @@ def keeper() -> Iterator[Callable[..., StandIn]]:
     """Start a stand-in keeper in a job's folder; ends it afterwards."""
     with ExitStack() as stack:
 
-        def start(folder: JobFolder, *reports: Report | None, **options: object) -> StandIn:
+        def start(folder: JobFolder, *reports: KeeperReport | None, **options: object) -> StandIn:
             made = StandIn(folder, *reports, **options)
             stack.callback(made.close)
             return made
@@ -155,7 +155,7 @@ def test_ps_names_the_folder_of_a_dead_keeper_and_leaves_it(ckpt) -> None:
 
 
 def test_ps_passes_over_a_folder_whose_first_keeper_has_not_begun(ckpt) -> None:
-    with folder_of().entered():
+    with folder_of().in_use():
         assert ckpt("ps").out == "no jobs\n"
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def parsed(*arguments: str) -> object:
-    return rendezvous_run.filled_in(rendezvous_run._parser().parse_args(list(arguments)))
+    return rendezvous_run.fill_in_options(rendezvous_run._parser().parse_args(list(arguments)))
 
 
 def test_own_options_become_settings_wherever_they_stand() -> None:

@@ -15,10 +15,10 @@ from ckpt.errors import FencedError, NotFoundError, UsageError
 from ckpt.format import keys
 from ckpt.format.records import Commit, make_record
 from ckpt.format.store import JobRecord
-from ckpt.log.copies import Copies, Enough
-from ckpt.log.quorum import Silent
-from ckpt.log.replicated import FiledSequencer, StoresSequencer, silent
-from ckpt.log.sequencers import Claimed, Lost, StoreSequencer, Unknown
+from ckpt.log.quorum import NoAnswer
+from ckpt.log.replicas import Enough, LogReplicas
+from ckpt.log.replicated import CopyingSequencer, QuorumSequencer, silent_stores
+from ckpt.log.sequencers import Appended, KeyTaken, StoreSequencer, WriteUnknown
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
 
@@ -74,7 +74,7 @@ class Stores:
         stores: list[Backend] = [
             FaultyBackend(one, [dead]) if number in silent else one for number, one in enumerate(self.inner)
         ]
-        self.copies = Copies(stores, OneByOne())
+        self.copies = LogReplicas(stores, OneByOne())
 
     def give(self, number: int, data: bytes, *, key: str = KEY) -> None:
         self.inner[number].put(key, [data])
@@ -82,13 +82,13 @@ class Stores:
     def at(self, key: str = KEY) -> list[bytes | None]:
         return [_held(store, key) for store in self.inner]
 
-    def claim(self, data: bytes, *, quorum: int, absent: int = 0) -> Claimed | Lost | Unknown:
-        return StoresSequencer(self.copies, self.ids, quorum, absent=absent).claim(SEQ, data)
+    def claim(self, data: bytes, *, quorum: int, absent: int = 0) -> Appended | KeyTaken | WriteUnknown:
+        return QuorumSequencer(self.copies, self.ids, quorum, absent=absent).append(SEQ, data)
 
     def claim_filed(
         self, file: MemoryBackend, data: bytes, *, quorum: int, absent: int = 0
-    ) -> Claimed | Lost | Unknown:
-        return FiledSequencer(StoreSequencer(file), self.copies, self.ids, quorum, absent=absent).claim(SEQ, data)
+    ) -> Appended | KeyTaken | WriteUnknown:
+        return CopyingSequencer(StoreSequencer(file), self.copies, self.ids, quorum, absent=absent).append(SEQ, data)
 
 
 def _held(store: Backend, key: str) -> bytes | None:
@@ -103,7 +103,7 @@ THREE = (MemoryBackend,) * 3
 
 def test_a_place_that_nobody_has_is_claimed_at_all_stores() -> None:
     world = Stores(*THREE)
-    assert world.claim(FIRST, quorum=2) == Claimed() == world.claim(FIRST, quorum=2)
+    assert world.claim(FIRST, quorum=2) == Appended() == world.claim(FIRST, quorum=2)
     assert world.at() == [FIRST] * 3 and world.at(SETTLED) == [None] * 3
 
 
@@ -112,28 +112,28 @@ def test_a_place_won_with_a_store_that_holds_something_else_is_settled_too(held:
     """W votes of which W - 1 are lost could not be told from another's single one."""
     world = Stores(*THREE)
     world.give(1, held)
-    assert world.claim(SECOND, quorum=2) == Claimed()
+    assert world.claim(SECOND, quorum=2) == Appended()
     assert world.at() == [SECOND, held, SECOND] and world.at(SETTLED) == [SECOND] * 3
 
 
 def test_a_place_won_while_a_store_is_away_is_settled_too() -> None:
     world = Stores(*THREE, silent=[2])
-    assert world.claim(SECOND, quorum=2) == Claimed()
+    assert world.claim(SECOND, quorum=2) == Appended()
     assert world.at(SETTLED) == [SECOND, SECOND, None]
     absent = Stores(*THREE[:2])
-    assert absent.claim(SECOND, quorum=2, absent=1) == Claimed() and absent.at(SETTLED) == [SECOND] * 2
+    assert absent.claim(SECOND, quorum=2, absent=1) == Appended() and absent.at(SETTLED) == [SECOND] * 2
 
 
 def test_a_place_that_another_has_is_lost_and_its_record_told() -> None:
     world = Stores(*THREE)
     world.give(0, SECOND)
     world.give(2, SECOND)
-    assert world.claim(FIRST, quorum=2) == Lost(SECOND)
+    assert world.claim(FIRST, quorum=2) == KeyTaken(SECOND)
     assert world.at(SETTLED) == [None] * 3
 
 
-@pytest.mark.parametrize(("mine", "found"), [(FIRST, Claimed()), (SECOND, Lost(FIRST))])
-def test_a_split_place_is_settled_for_the_same_winner_whoever_finds_it(mine: bytes, found: Claimed | Lost) -> None:
+@pytest.mark.parametrize(("mine", "found"), [(FIRST, Appended()), (SECOND, KeyTaken(FIRST))])
+def test_a_split_place_is_settled_for_the_same_winner_whoever_finds_it(mine: bytes, found: Appended | KeyTaken) -> None:
     world = Stores(*THREE[:2])
     world.give(0, SECOND)
     world.give(1, FIRST)
@@ -146,21 +146,21 @@ def test_a_split_is_not_settled_while_a_vote_is_not_known() -> None:
         world.give(0, SECOND)
         world.give(1, FIRST)
         found = world.claim(FIRST, quorum=2, absent=absent)
-        assert isinstance(found, Unknown) and found.why.startswith("too few stores answered.")
+        assert isinstance(found, WriteUnknown) and found.reason.startswith("too few stores answered.")
         assert set(world.at(SETTLED)) == {None}
 
 
 def test_too_few_answers_are_unknown_and_say_who_is_silent() -> None:
     world = Stores(*THREE, silent=[1, 2])
     found = world.claim(FIRST, quorum=2)
-    assert isinstance(found, Unknown)
-    assert "too few stores answered. silent=[memory:s1: the store did not answer." in found.why
-    assert "; memory:s2: " in found.why and "memory:s0" not in found.why and found.why.endswith("]")
+    assert isinstance(found, WriteUnknown)
+    assert "too few stores answered. silent=[memory:s1: the store did not answer." in found.reason
+    assert "; memory:s2: " in found.reason and "memory:s0" not in found.reason and found.reason.endswith("]")
 
 
 def test_the_silent_are_named_in_the_users_order() -> None:
-    found = {2: Silent("late"), 0: b"x", 1: Silent("dead")}
-    assert silent(Stores(*THREE).copies, found) == "silent=[memory:s1: dead; memory:s2: late]"
+    found = {2: NoAnswer("late"), 0: b"x", 1: NoAnswer("dead")}
+    assert silent_stores(Stores(*THREE).copies, found) == "silent=[memory:s1: dead; memory:s2: late]"
 
 
 def test_a_split_that_can_be_settled_on_too_few_stores_is_unknown() -> None:
@@ -168,35 +168,35 @@ def test_a_split_that_can_be_settled_on_too_few_stores_is_unknown() -> None:
     world.give(0, SECOND)
     world.give(1, FIRST)
     denied = Fault(harm=Harm.LOST_REQUEST, key=SETTLED, times=None)
-    copies = Copies([world.inner[0], FaultyBackend(world.inner[1], [denied])], OneByOne())
-    found = StoresSequencer(copies, world.ids, 2, absent=0).claim(SEQ, FIRST)
-    assert isinstance(found, Unknown) and "on too few stores yet. silent=[memory:s1" in found.why
+    copies = LogReplicas([world.inner[0], FaultyBackend(world.inner[1], [denied])], OneByOne())
+    found = QuorumSequencer(copies, world.ids, 2, absent=0).append(SEQ, FIRST)
+    assert isinstance(found, WriteUnknown) and "on too few stores yet. silent=[memory:s1" in found.reason
     again = world.claim(FIRST, quorum=2)
-    assert again == Claimed() and world.at(SETTLED) == [FIRST, FIRST]
+    assert again == Appended() and world.at(SETTLED) == [FIRST, FIRST]
 
 
 def test_a_file_gives_the_place_and_the_stores_get_the_record() -> None:
     world, file = Stores(Plain, Plain, Plain), MemoryBackend("file")
-    assert world.claim_filed(file, FIRST, quorum=2) == Claimed() == world.claim_filed(file, FIRST, quorum=2)
+    assert world.claim_filed(file, FIRST, quorum=2) == Appended() == world.claim_filed(file, FIRST, quorum=2)
     assert world.at() == [FIRST] * 3
-    assert world.claim_filed(file, SECOND, quorum=2) == Lost(FIRST)
+    assert world.claim_filed(file, SECOND, quorum=2) == KeyTaken(FIRST)
     away = Stores(Plain, Plain, Plain, silent=[1])
-    assert away.claim_filed(MemoryBackend("file"), FIRST, quorum=2) == Claimed()
+    assert away.claim_filed(MemoryBackend("file"), FIRST, quorum=2) == Appended()
     assert away.at() == [FIRST, None, FIRST]
 
 
 def test_a_record_that_has_its_place_in_the_file_is_copied_for_a_writer_that_died() -> None:
     world, file = Stores(Plain, Plain, Plain), MemoryBackend("file")
     file.put(KEY, [FIRST])
-    assert world.claim_filed(file, SECOND, quorum=2) == Lost(FIRST)
+    assert world.claim_filed(file, SECOND, quorum=2) == KeyTaken(FIRST)
     assert world.at() == [FIRST] * 3
 
 
 def test_a_file_that_does_not_answer_gives_nothing() -> None:
     world = Stores(*THREE)
     dead = FaultyBackend(MemoryBackend("file"), [Fault(harm=Harm.LOST_REQUEST, times=None)])
-    found = FiledSequencer(StoreSequencer(dead), world.copies, world.ids, 2, absent=0).claim(SEQ, FIRST)
-    assert isinstance(found, Unknown) and world.at() == [None] * 3
+    found = CopyingSequencer(StoreSequencer(dead), world.copies, world.ids, 2, absent=0).append(SEQ, FIRST)
+    assert isinstance(found, WriteUnknown) and world.at() == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,9 @@ def test_what_the_file_never_gave_out_fences_once_it_leaves_too_few_stores(
             world.claim_filed(MemoryBackend("file"), FIRST, quorum=quorum, absent=absent)
     else:
         found = world.claim_filed(MemoryBackend("file"), FIRST, quorum=quorum, absent=absent)
-        assert isinstance(found, Unknown) and found.why.startswith("the record has its place, and is on too few stores")
+        assert isinstance(found, WriteUnknown) and found.reason.startswith(
+            "the record has its place, and is on too few stores"
+        )
 
 
 @pytest.mark.parametrize("damage", [b"rot", record(3, seq=SEQ + 1), NEWER])
@@ -230,5 +232,5 @@ def test_damage_where_the_record_should_be_fences_nobody(damage: bytes) -> None:
     world = Stores(*THREE)
     world.give(0, damage)
     world.give(1, damage)
-    assert isinstance(world.claim_filed(MemoryBackend("file"), FIRST, quorum=2), Unknown)
+    assert isinstance(world.claim_filed(MemoryBackend("file"), FIRST, quorum=2), WriteUnknown)
     assert world.at() == [damage, damage, FIRST]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ckpt.errors import FormatVersionError, IntegrityError
 from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
 from ckpt.log import fold as working
-from ckpt.log.fold import Unreadable, empty, fold, verdict
+from ckpt.log.fold import Unreadable, empty, fold, void_if_appended
 from ckpt.log.state import LogState
 from ckpt.log.stored_fold import decode_fold, encode_fold, fold_due
 from ckpt.values import SnapshotId
@@ -53,7 +53,7 @@ def test_newest_is_the_greatest_pair_on_the_line_of_the_newest_epoch() -> None:
     )  # fmt: skip
     assert state.newest() == pair(1, 10), "1/20 and 2/11 lie beyond what was resumed"
     assert [entry.snapshot for entry in state.snapshots] == [pair(1, 10), pair(1, 20), pair(2, 11)]
-    assert state.line_from(pair(2, 11)) == (pair(2, 11), pair(1, 10))
+    assert state.lineage_from(pair(2, 11)) == (pair(2, 11), pair(1, 10))
 
 
 def test_an_older_capture_becomes_durable_under_the_epoch_that_is_open() -> None:
@@ -65,7 +65,7 @@ def test_an_older_capture_becomes_durable_under_the_epoch_that_is_open() -> None
 
 def test_a_resumed_pair_that_was_never_committed_leaves_the_line_below_it() -> None:
     state = folded(OPEN1, (1, commit(1, 10)), (2, Open(2, pair(1, 15))), (2, commit(1, 14)))
-    assert state.line == (pair(1, 14), pair(1, 10))
+    assert state.lineage == (pair(1, 14), pair(1, 10))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_record_that_may_not_count_is_void_and_says_why(bodies: list[tuple[int
     after = fold(before, records[-1:])
     assert codes(after)[-1:] == [(len(bodies), code)]
     assert after.voids[-1].reason and after.voids_total == before.voids_total + 1
-    assert verdict(before, records[-1]) == after.voids[-1]
+    assert void_if_appended(before, records[-1]) == after.voids[-1]
     assert (after.snapshots, after.opens, after.tagged) == (before.snapshots, before.opens, before.tagged)
 
 
@@ -109,7 +109,7 @@ def test_a_commit_whose_base_is_dropped_before_it_is_void_and_dropping_it_after_
     )
     assert codes(before) == [(4, "base-gone")]
     after = folded(OPEN1, (1, commit(1, 1)), (1, commit(1, 2, base=pair(1, 1))), (0, Drop((pair(1, 1),), None)))
-    assert after.line == (pair(1, 2),) and not after.voids
+    assert after.lineage == (pair(1, 2),) and not after.voids
 
 
 def test_a_commit_below_the_floor_is_void() -> None:
@@ -122,7 +122,7 @@ def test_a_drop_of_some_that_are_gone_already_counts_for_the_rest() -> None:
         OPEN1, (1, commit(1, 1)), (1, commit(1, 2)), (1, commit(1, 3)), (0, Drop((pair(1, 1),), None)),
         (0, Drop((pair(1, 1), pair(1, 2)), None)),
     )  # fmt: skip
-    assert state.line == (pair(1, 3),) and not state.voids
+    assert state.lineage == (pair(1, 3),) and not state.voids
 
 
 def test_a_tag_moves_and_lets_go_of_what_it_kept() -> None:
@@ -140,7 +140,7 @@ def test_a_stores_record_is_remembered() -> None:
 
 def test_the_same_write_counts_once() -> None:
     state = folded(OPEN1, (1, commit(1, 1), "mine"), (1, commit(1, 2), "mine"), (1, commit(1, 3)))
-    assert state.line == (pair(1, 3), pair(1, 1)) and codes(state) == [(2, "repeat")]
+    assert state.lineage == (pair(1, 3), pair(1, 1)) and codes(state) == [(2, "repeat")]
     assert state.seq_of("mine") == 1 and state.seq_of("other") is None
 
 
@@ -298,7 +298,7 @@ def test_the_fold_equals_a_naive_model(records: list[Record]) -> None:
     assert state.tags == model.tags()
     assert state.floor == model.floor()
     assert state.newest() == model.newest()
-    assert list(state.line) == sorted(filter(model.on_line, model.live()), reverse=True)
+    assert list(state.lineage) == sorted(filter(model.on_line, model.live()), reverse=True)
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,14 +8,14 @@ import pytest
 
 from ckpt.format.records import BY_STORES, Body, Commit, Open, Record, Stores, make_record
 from ckpt.log.fold import empty, fold
-from ckpt.log.quorum import Gathered, Held, Seen, Silent, Tail, gather, stand_in
+from ckpt.log.quorum import LastRecord, MergedLog, NoAnswer, PositionReading, StoreRecords, merge_stores, placeholder_id
 from ckpt.log.state import LogState, StoreSet
 from ckpt.values import SnapshotId
 
 IDS = tuple(f"{n:032x}" for n in range(6))
 URLS = tuple(f"u{n}" for n in range(6))
 FILE = "sqlite:" + "5" * 32
-LATE = Silent("no answer")
+LATE = NoAnswer("no answer")
 
 
 def stores(*numbers: int, quorum: int = 2, by: str = BY_STORES) -> Stores:
@@ -41,12 +41,16 @@ LOG = follow([], stores(0, 1, 2), Open(1, None), commit(1), commit(2))
 """Three stores, two of which must hold a record; then an epoch and two snapshots."""
 
 
-def held(number: int, *records: Record, settled: tuple[Record, ...] = (), damaged: tuple[int, ...] = ()) -> Held:
-    return Held(IDS[number], {one.seq: one for one in records}, {one.seq: one for one in settled}, frozenset(damaged))
+def held(
+    number: int, *records: Record, settled: tuple[Record, ...] = (), damaged: tuple[int, ...] = ()
+) -> StoreRecords:
+    return StoreRecords(
+        IDS[number], {one.seq: one for one in records}, {one.seq: one for one in settled}, frozenset(damaged)
+    )
 
 
-def read(*found: Held | Silent, state: LogState | None = None) -> Gathered:
-    return gather(state or empty("run-a"), found, URLS[: len(found)])
+def read(*found: StoreRecords | NoAnswer, state: LogState | None = None) -> MergedLog:
+    return merge_stores(state or empty("run-a"), found, URLS[: len(found)])
 
 
 def upto(count: int, log: list[Record] = LOG) -> LogState:
@@ -56,14 +60,14 @@ def upto(count: int, log: list[Record] = LOG) -> LogState:
 def test_what_all_stores_hold_is_the_log_and_sure() -> None:
     found = read(*(held(n, *LOG) for n in range(3)))
     assert found.state == upto(4) and found.full == {0, 1, 2}
-    assert found.tail == Tail(LOG[3], 3, False, StoreSet(IDS[:3], 2)) and found.tail.sure
-    assert found.thin == () and found.before is None
+    assert found.tail == LastRecord(LOG[3], 3, False, StoreSet(IDS[:3], 2)) and found.tail.is_final
+    assert found.underreplicated == () and found.before is None
 
 
 def test_nothing_new_is_nothing_new() -> None:
     found = read(*(held(n) for n in range(3)), state=upto(4))
-    assert found == Gathered(upto(4), frozenset({0, 1, 2}), None, ())
-    assert read(Held(""), Held("")) == Gathered(empty("run-a"), frozenset(), None, ())
+    assert found == MergedLog(upto(4), frozenset({0, 1, 2}), None, ())
+    assert read(StoreRecords(""), StoreRecords("")) == MergedLog(empty("run-a"), frozenset(), None, ())
 
 
 def test_a_state_is_read_on_from_where_it_ends() -> None:
@@ -73,36 +77,36 @@ def test_a_state_is_read_on_from_where_it_ends() -> None:
 
 def test_a_last_record_on_some_of_the_voters_counts_and_may_yet_turn_out_not_to() -> None:
     found = read(held(0, *LOG), held(1, *LOG), held(2, *LOG[:3]))
-    assert found.state == upto(4) and found.before == upto(3) and found.thin == ()
-    assert found.tail is not None and (found.tail.copies, found.tail.sure) == (2, False)
+    assert found.state == upto(4) and found.before == upto(3) and found.underreplicated == ()
+    assert found.tail is not None and (found.tail.copies, found.tail.is_final) == (2, False)
 
 
 def test_a_last_record_that_may_be_on_silent_stores_is_taken_and_told_as_thin() -> None:
     found = read(held(0, *LOG), held(1, *LOG[:3]), LATE)
-    assert found.state == upto(4) and found.before == upto(3) and found.thin == (3,)
-    assert found.full == {0, 1} and found.state.unsure == ""
+    assert found.state == upto(4) and found.before == upto(3) and found.underreplicated == (3,)
+    assert found.full == {0, 1} and found.state.stale_reason == ""
 
 
 def test_a_last_record_on_too_few_stores_is_not_taken_and_leaves_no_hole() -> None:
     found = read(held(0, *LOG), held(1, *LOG[:3]), held(2, *LOG[:3]))
-    assert found.state == upto(3) and found.before is None and found.thin == ()
-    assert found.tail is not None and found.tail.record == LOG[2] and found.tail.sure
+    assert found.state == upto(3) and found.before is None and found.underreplicated == ()
+    assert found.tail is not None and found.tail.record == LOG[2] and found.tail.is_final
 
 
 def test_a_last_record_that_is_followed_is_sure_although_what_follows_it_is_not_taken() -> None:
     found = read(held(0, *LOG), held(1, *LOG[:3]), held(2, *LOG[:2]))
     assert found.state == upto(3) and found.before is None
-    assert found.tail is not None and (found.tail.record, found.tail.copies, found.tail.sure) == (LOG[2], 2, True)
+    assert found.tail is not None and (found.tail.record, found.tail.copies, found.tail.is_final) == (LOG[2], 2, True)
 
 
 def test_a_record_that_is_followed_is_taken_of_whatever_is_left_of_it() -> None:
     found = read(held(0, *LOG), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2], LOG[3]))
-    assert found.state == upto(4) and found.thin == (2,) and found.before is None
+    assert found.state == upto(4) and found.underreplicated == (2,) and found.before is None
     beside = read(held(0, *LOG), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2], LOG[3]), held(5, LOG[2]))
-    assert beside.state == upto(4) and beside.thin == (2,), "a store that does not count is no copy"
+    assert beside.state == upto(4) and beside.underreplicated == (2,), "a store that does not count is no copy"
     elsewhere = read(held(0, *LOG[:2], LOG[3]), held(1, *LOG[:2], LOG[3]), held(2, *LOG[:2]), held(5, LOG[2]))
     assert elsewhere.state == upto(4), "also where only a store has it that does not count"
-    assert elsewhere.full == {0, 1, 2} and elsewhere.thin == (2,)
+    assert elsewhere.full == {0, 1, 2} and elsewhere.underreplicated == (2,)
 
 
 def test_a_place_without_any_record_before_others_is_a_hole_that_says_who_is_silent() -> None:
@@ -111,7 +115,7 @@ def test_a_place_without_any_record_before_others_is_a_hole_that_says_who_is_sil
         hole = found.state.hole
         assert hole is not None and hole.seq == 2 and found.state.without_hole() == upto(2)
         assert hole.reason == "no store has a readable record there. silent=[u2: no answer]"
-        assert found.state.unsure == hole.reason
+        assert found.state.stale_reason == hole.reason
 
 
 def test_damage_at_the_end_is_no_hole_where_too_little_is_damaged_to_have_counted() -> None:
@@ -135,17 +139,17 @@ def test_two_records_that_may_both_count_are_a_hole() -> None:
     assert split.state == upto(3), "with all seen, neither can count"
     decided = read(held(0, *LOG), held(1, *LOG[:3], other, settled=(other,)), LATE)
     assert decided.tail is not None and decided.tail.record == other and decided.tail.settled
-    assert decided.thin == (3,) and not decided.tail.sure
+    assert decided.underreplicated == (3,) and not decided.tail.is_final
 
 
 def test_a_record_at_its_second_key_on_enough_stores_is_sure() -> None:
     found = read(held(0, *LOG, settled=(LOG[3],)), held(1, *LOG, settled=(LOG[3],)), held(2, *LOG[:3]))
-    assert found.tail is not None and found.tail.settled and found.tail.sure and found.before is None
+    assert found.tail is not None and found.tail.settled and found.tail.is_final and found.before is None
 
 
 def test_with_too_few_answers_the_newest_is_not_known() -> None:
-    found = read(held(0, *LOG), LATE, Silent("dead"))
-    assert found.full == {0} and found.state.short == found.state.unsure
+    found = read(held(0, *LOG), LATE, NoAnswer("dead"))
+    assert found.full == {0} and found.state.short == found.state.stale_reason
     assert found.state.short == (
         "too few of the log's stores answered to know what is newest. answered=1 stores=3 needed=2 "
         "silent=[u1: no answer; u2: dead]"
@@ -160,15 +164,15 @@ def test_with_too_few_answers_the_newest_is_not_known() -> None:
 def test_where_a_file_gives_out_places_enough_copies_are_sure() -> None:
     log = follow([], stores(0, 1, 2, by=FILE), Open(1, None), commit(1))
     found = read(held(0, *log), held(1, *log), held(2, *log[:2]))
-    assert found.tail is not None and found.tail.sure and found.before is None
+    assert found.tail is not None and found.tail.is_final and found.before is None
     thin = read(held(0, *log), held(1, *log[:2]), LATE)
-    assert thin.tail is not None and not thin.tail.sure and thin.before == upto(2, log)
+    assert thin.tail is not None and not thin.tail.is_final and thin.before == upto(2, log)
 
 
 def test_a_stand_in_has_no_vote_and_no_copy_is_waited_for() -> None:
-    log = follow([], Stores((IDS[0], IDS[1], stand_in(2)), 2), Open(1, None))
+    log = follow([], Stores((IDS[0], IDS[1], placeholder_id(2)), 2), Open(1, None))
     found = read(held(0, *log), held(1, *log))
-    assert found.tail is not None and (found.tail.copies, found.tail.sure) == (2, True)
+    assert found.tail is not None and (found.tail.copies, found.tail.is_final) == (2, True)
     one = read(held(0, *log), held(1, log[0]))
     assert one.state == upto(1, log), "a stand-in is never silent: it holds nothing"
 
@@ -191,7 +195,7 @@ def test_a_change_of_stores_is_the_old_sets_to_decide_until_it_is_followed() -> 
     followed = read(*old, *(held(n, *log) for n in (3, 4, 5)))
     assert followed.state == upto(4, log) and followed.full == {3, 4, 5}
     lost = read(LATE, LATE, LATE, *(held(n, *log) for n in (3, 4, 5)))
-    assert lost.state == upto(4, log) and lost.full == {3, 4, 5} and lost.state.unsure == ""
+    assert lost.state == upto(4, log) and lost.full == {3, 4, 5} and lost.state.stale_reason == ""
 
 
 def test_a_change_that_few_of_the_old_set_hold_leaves_it_to_the_old_set_what_is_newest() -> None:
@@ -211,34 +215,34 @@ def test_a_change_to_stores_that_are_silent_leaves_the_newest_unknown_although_t
 def test_before_the_stores_are_named_the_log_is_in_one_store_and_what_is_there_counts() -> None:
     log = follow([], Open(1, None), commit(1))
     alone = read(held(0, *log))
-    assert alone.state == upto(2, log) and alone.full == {0} and alone.tail is not None and alone.tail.sure
-    beside = read(Held(""), held(0, *log))
+    assert alone.state == upto(2, log) and alone.full == {0} and alone.tail is not None and alone.tail.is_final
+    beside = read(StoreRecords(""), held(0, *log))
     assert beside.state == upto(2, log) and beside.full == {1} and beside.state.short == ""
-    unknown = read(LATE, held(0, *log), Held("", elsewhere="e" * 32), Held(""))
+    unknown = read(LATE, held(0, *log), StoreRecords("", elsewhere="e" * 32), StoreRecords(""))
     assert unknown.full == {1} and unknown.state.find(SnapshotId(1, 1)) is not None
     assert unknown.state.short == (
         "where the log lies is not known, and other stores may hold it. of_another_log=['u2'] silent=[u0: no answer]"
     )
-    assert "of_another_log=['u0'] silent=[]" in read(Held("", elsewhere="e" * 32), held(0, *log)).state.short
+    assert "of_another_log=['u0'] silent=[]" in read(StoreRecords("", elsewhere="e" * 32), held(0, *log)).state.short
     assert "of_another_log=[] silent=[u1" in read(held(0, *log), LATE).state.short
 
 
 def test_damage_at_the_first_place_is_not_an_empty_log() -> None:
-    found = read(held(0, damaged=(0,)), Held(""))
+    found = read(held(0, damaged=(0,)), StoreRecords(""))
     assert found.state.hole is not None and found.state.hole.seq == 0
     assert found.state.hole.reason.startswith("stores hold damage there")
 
 
 def test_records_in_a_store_that_has_no_id_count_for_nothing() -> None:
     log = follow([], Open(1, None))
-    found = read(Held("", {0: log[0]}), held(1))
+    found = read(StoreRecords("", {0: log[0]}), held(1))
     assert found.state == empty("run-a") and found.full == {1}
 
 
 def test_a_log_of_one_store_goes_on_in_the_stores_that_it_names() -> None:
     log = follow([], Open(1, None), commit(1), stores(0, 1, 2), commit(2))
     found = read(held(0, *log), held(1, log[3]), held(2))
-    assert found.state == upto(4, log) and found.full == {0, 1, 2} and found.thin == ()
+    assert found.state == upto(4, log) and found.full == {0, 1, 2} and found.underreplicated == ()
     few = read(held(0, *log), held(1), held(2))
     assert few.state == upto(3, log)
 
@@ -273,19 +277,19 @@ def test_of_two_first_records_the_one_that_counts_is_taken_and_two_that_may_are_
 @pytest.mark.parametrize(
     ("one", "last"),
     [
-        (Held(""), -1),
+        (StoreRecords(""), -1),
         (held(0, LOG[0]), 0),
         (held(0, LOG[0], LOG[2]), 2),
         (held(0, LOG[0], settled=(LOG[3],)), 3),
         (held(0, LOG[0], settled=(LOG[1],), damaged=(2, 1)), 2),
     ],
 )
-def test_the_last_place_of_a_store_is_that_of_anything_it_holds(one: Held, last: int) -> None:
+def test_the_last_place_of_a_store_is_that_of_anything_it_holds(one: StoreRecords, last: int) -> None:
     assert one.last() == last
 
 
 def test_what_a_store_holds_at_a_place() -> None:
     one = held(0, LOG[0], LOG[1], settled=(LOG[1],), damaged=(2, 0))
-    assert one.at(0) == Seen(LOG[0].digest, "", damaged=True)
-    assert one.at(1) == Seen(LOG[1].digest, LOG[1].digest)
-    assert one.at(2) == Seen(damaged=True) and one.at(3) == Seen()
+    assert one.at(0) == PositionReading(LOG[0].digest, "", damaged=True)
+    assert one.at(1) == PositionReading(LOG[1].digest, LOG[1].digest)
+    assert one.at(2) == PositionReading(damaged=True) and one.at(3) == PositionReading()

@@ -29,8 +29,8 @@ from ckpt.log import stored_fold as folds
 from ckpt.log.catalog import load_index, snapshots
 from ckpt.log.journal import Journal
 from ckpt.log.reader import read_start
-from ckpt.log.select import Chosen
-from ckpt.log.sequencers import CLAIM_TRIES_MAX
+from ckpt.log.select import ResumeChoice
+from ckpt.log.sequencers import PUT_TRIES_MAX
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId, SnapshotInfo
 
 WRITER = keys.writer_name("node", "0123456789abcdef")
@@ -226,7 +226,7 @@ def test_silence_is_unknown_and_the_same_call_settles_it(store: MemoryBackend) -
     log.open_epoch(resume=None)
     body = Commit(SnapshotId(1, 5), "0" * 32, None)
     for first in ("lost", "down"):
-        faulty.script = [first] + ["down"] * (CLAIM_TRIES_MAX - 1)
+        faulty.script = [first] + ["down"] * (PUT_TRIES_MAX - 1)
         body = Commit(SnapshotId(1, body.snapshot.step + 1), "0" * 32, None)
         with pytest.raises(CommitUnknownError, match=rf"key=log/.* write_id=w-{first}"):
             log.append(body, epoch=1, write_id=f"w-{first}")
@@ -241,7 +241,7 @@ def test_a_lost_commit_reply_then_a_repeated_commit_gives_one_snapshot(store: Me
     log.open_epoch(resume=None)
     found = manifest(store, 1, 10)
     faulty.only = keys.LOG
-    faulty.script = ["lost"] + ["down"] * (CLAIM_TRIES_MAX - 1)
+    faulty.script = ["lost"] + ["down"] * (PUT_TRIES_MAX - 1)
     with pytest.raises(CommitUnknownError):
         log.commit(found, epoch=1)
     assert log.commit(found, epoch=1).step == 10
@@ -256,7 +256,7 @@ def test_a_full_store_is_told_at_once_and_nothing_is_committed(store: MemoryBack
     faulty.script = ["full"]
     with pytest.raises(StoreFullError):
         log.commit(found, epoch=1)
-    faulty.only, faulty.script = keys.MANIFESTS, ["down"] * CLAIM_TRIES_MAX
+    faulty.only, faulty.script = keys.MANIFESTS, ["down"] * PUT_TRIES_MAX
     with pytest.raises(UnavailableError, match="nothing is committed"):
         log.commit(found, epoch=1)
     assert log.refresh().newest() is None
@@ -285,7 +285,7 @@ def test_two_writers_take_turns_without_voids(store: MemoryBackend) -> None:
     one.commit(manifest(store, 3, 2), epoch=3)
     two.tag("best", SnapshotId(3, 2))
     state = one.drop([SnapshotId(3, 1)], floor=SnapshotId(3, 2))
-    assert state.line == (SnapshotId(3, 2),) and state.tags == {"best": SnapshotId(3, 2)}
+    assert state.lineage == (SnapshotId(3, 2),) and state.tags == {"best": SnapshotId(3, 2)}
     assert two.untag("best").tags == {} and not state.voids
 
 
@@ -385,10 +385,10 @@ def test_a_fold_that_cannot_be_written_is_noted_and_the_append_counts(
     faulty = FaultyBackend(store)
     log = Journal.open(faulty, job="run-a", create=True)
     faulty.only = keys.FOLDS
-    faulty.script = ["full"] + ["down"] * CLAIM_TRIES_MAX
+    faulty.script = ["full"] + ["down"] * PUT_TRIES_MAX
     assert log.open_epoch(resume=None) == 1
     assert log.open_epoch(resume=None) == 2
-    assert [(note.what, note.key) for note in log.notes] == [("fold not written", keys.fold_key(n)) for n in (0, 1)]
+    assert [(note.event, note.key) for note in log.notes] == [("fold not written", keys.fold_key(n)) for n in (0, 1)]
 
 
 def test_a_void_record_of_a_repeated_write_id_is_told_to_its_writer(store: MemoryBackend, log: Journal) -> None:
@@ -404,16 +404,16 @@ def test_a_void_record_of_a_repeated_write_id_is_told_to_its_writer(store: Memor
 
 def test_epoch_that_goes_on_from_what_is_newest_no_more_is_not_opened(store: MemoryBackend, log: Journal) -> None:
     log.open_epoch(resume=None)
-    nothing, first, second = Chosen(log.refresh().newest()), SnapshotId(1, 10), SnapshotId(1, 20)
+    nothing, first, second = ResumeChoice(log.refresh().newest()), SnapshotId(1, 10), SnapshotId(1, 20)
     commit(log, store, 1, 10)
     successor = Journal.open(store)
-    chosen = Chosen(successor.refresh().newest())
+    chosen = ResumeChoice(successor.refresh().newest())
     commit(log, store, 1, 20)  # by a writer that nobody has fenced yet
     for resume, when in ((first, chosen), (first, nothing), (None, nothing)):
         with pytest.raises(NewerSnapshotError, match="newest=epoch 1 step 20"):
-            successor.open_epoch(resume=resume, chosen=when)
+            successor.open_epoch(resume=resume, choice=when)
     assert successor.refresh().epoch == 1, "nothing is written"
-    assert successor.open_epoch(resume=second, chosen=Chosen(second)) == 2
+    assert successor.open_epoch(resume=second, choice=ResumeChoice(second)) == 2
     assert successor.refresh().newest() == second
 
 
@@ -423,13 +423,15 @@ def test_epoch_may_go_on_from_an_older_snapshot_that_was_chosen_knowing_the_newe
     log.open_epoch(resume=None)
     commit(log, store, 1, 10)
     commit(log, store, 1, 20)
-    assert log.open_epoch(resume=SnapshotId(1, 10), chosen=Chosen(SnapshotId(1, 20))) == 2, "the newest is damaged"
+    assert log.open_epoch(resume=SnapshotId(1, 10), choice=ResumeChoice(SnapshotId(1, 20))) == 2, (
+        "the newest is damaged"
+    )
     commit(log, store, 2, 11)
     assert log.open_epoch(resume=SnapshotId(1, 10)) == 3, "nobody said that it is the newest"
-    assert log.open_epoch(resume=SnapshotId(1, 15), chosen=Chosen(None)) == 4, "staged, and newer than all"
+    assert log.open_epoch(resume=SnapshotId(1, 15), choice=ResumeChoice(None)) == 4, "staged, and newer than all"
 
 
 def test_epoch_of_a_repeated_call_is_the_one_that_it_opened(store: MemoryBackend, log: Journal) -> None:
-    assert log.open_epoch(resume=None, write_id="w", chosen=Chosen(None)) == 1
+    assert log.open_epoch(resume=None, write_id="w", choice=ResumeChoice(None)) == 1
     commit(log, store, 1, 10)
-    assert log.open_epoch(resume=None, write_id="w", chosen=Chosen(None)) == 1
+    assert log.open_epoch(resume=None, write_id="w", choice=ResumeChoice(None)) == 1

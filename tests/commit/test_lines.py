@@ -8,8 +8,17 @@ from ckpt.errors import NewerSnapshotError, NotFoundError, UsageError
 from ckpt.format.records import BY_STORES, Body, Commit, Drop, Open, Record, Tag, make_record
 from ckpt.log import fold as working
 from ckpt.log.fold import empty, fold
-from ckpt.log.select import Chosen, candidates, older_than, require_newest, select
-from ckpt.log.state import RECENT_MAX, Hole, LogState, Opened, Segment, StoreSet, segments, whole
+from ckpt.log.select import ResumeChoice, candidates, older_than, require_newest, select
+from ckpt.log.state import (
+    RECENT_MAX,
+    Hole,
+    LineageSegment,
+    LogState,
+    OpenedEpoch,
+    StoreSet,
+    lineage_segments,
+    whole_epoch,
+)
 from ckpt.values import SnapshotId
 
 A = "a" * 32
@@ -47,28 +56,30 @@ def state() -> LogState:
 
 
 def test_a_line_goes_down_through_what_each_epoch_resumed() -> None:
-    assert state().line == (pair(4, 40), pair(2, 25), pair(1, 20), pair(1, 10)) == candidates(state())
-    assert state().line_from(pair(3, 5)) == (pair(3, 5),)
-    assert state().line_from(pair(2, 24)) == (pair(1, 20), pair(1, 10))
-    assert state().line_from(pair(9, 1)) == (), "an epoch that was never opened has no line"
+    assert state().lineage == (pair(4, 40), pair(2, 25), pair(1, 20), pair(1, 10)) == candidates(state())
+    assert state().lineage_from(pair(3, 5)) == (pair(3, 5),)
+    assert state().lineage_from(pair(2, 24)) == (pair(1, 20), pair(1, 10))
+    assert state().lineage_from(pair(9, 1)) == (), "an epoch that was never opened has no line"
     assert older_than(state(), pair(2, 25)) == (pair(1, 20), pair(1, 10))
-    opens = {1: Opened(1, 0, None), 2: Opened(2, 4, pair(1, 20))}
-    assert list(segments(opens, whole(2))) == [Segment(2, None), Segment(1, 20)]
-    assert list(segments(opens, pair(2, 7))) == [Segment(2, 7), Segment(1, 20)]
+    opens = {1: OpenedEpoch(1, 0, None), 2: OpenedEpoch(2, 4, pair(1, 20))}
+    assert list(lineage_segments(opens, whole_epoch(2))) == [LineageSegment(2, None), LineageSegment(1, 20)]
+    assert list(lineage_segments(opens, pair(2, 7))) == [LineageSegment(2, 7), LineageSegment(1, 20)]
 
 
 def test_an_empty_state_has_no_epoch_line_or_newest() -> None:
     nothing = empty("run-a")
     assert (nothing.job, nothing.next_seq, nothing.head_digest, nothing.epoch) == ("run-a", 0, "", 0)
-    assert nothing.line == () and nothing.newest() is None and nothing.unsure == "" and nothing.voids_total == 0
+    assert (
+        nothing.lineage == () and nothing.newest() is None and nothing.stale_reason == "" and nothing.voids_total == 0
+    )
     assert nothing.stores is None and nothing.floor is None and nothing.tags == {}
     assert folded(OPEN1).epoch == 1 and folded(OPEN1).newest() is None
 
 
 def test_a_state_is_unsure_of_the_newest_where_the_log_goes_on_or_too_few_answered() -> None:
     hole = LogState(job="run-a", hole=Hole(3, "rot"), short="two are silent")
-    assert hole.unsure == "rot"
-    assert LogState(job="run-a", short="two are silent").unsure == "two are silent"
+    assert hole.stale_reason == "rot"
+    assert LogState(job="run-a", short="two are silent").stale_reason == "two are silent"
     assert hole.without_hole() == LogState(job="run-a")
 
 
@@ -123,11 +134,14 @@ def test_tags_are_listed_by_name_whatever_order_they_came_in() -> None:
 def test_the_newest_on_the_line_is_kept_and_off_the_line_what_is_greatest() -> None:
     """Beyond what was resumed nothing is kept; with an empty line, the greatest there is."""
     off = folded(OPEN1, commit(1, 10), commit(1, 20), (2, Open(2, pair(1, 15))), (0, Drop((pair(1, 20),), None)))
-    assert off.line == (pair(1, 10),) and not off.voids
+    assert off.lineage == (pair(1, 10),) and not off.voids
     exact = folded(OPEN1, commit(1, 10), commit(1, 20), (2, Open(2, pair(1, 20))), (0, Drop((pair(1, 20),), None)))
     assert [void.code for void in exact.voids] == ["newest-kept"]
     fresh = folded(OPEN1, commit(1, 10), (2, Open(2, None)), commit(2, 3), (3, Open(3, None)))
-    assert [fold(fresh, _drop(fresh, one)).line_from(one) for one in (pair(1, 10), pair(2, 3))] == [(), (pair(2, 3),)]
+    assert [fold(fresh, _drop(fresh, one)).lineage_from(one) for one in (pair(1, 10), pair(2, 3))] == [
+        (),
+        (pair(2, 3),),
+    ]
 
 
 def test_a_dropped_snapshot_is_not_what_a_later_line_keeps() -> None:
@@ -205,7 +219,7 @@ def test_what_was_committed_since_a_choice_must_not_be_left_behind(
     resume: SnapshotId | None, newest_then: SnapshotId | None
 ) -> None:
     """The newest is 4/40."""
-    chosen = Chosen(newest_then)
+    chosen = ResumeChoice(newest_then)
     if newest_then == pair(4, 40) or resume in (pair(4, 40), pair(4, 41)):
         require_newest(state(), resume, chosen)
     else:

@@ -6,7 +6,7 @@ import pytest
 
 from ckpt.errors import ConflictError, FencedError
 from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, make_record
-from ckpt.log.fold import Unreadable, empty, fold, refused, settled, verdict
+from ckpt.log.fold import Unreadable, empty, fold, require_counted, void_error, void_if_appended
 from ckpt.log.state import LogState, Void, VoidCode
 from ckpt.values import SnapshotId
 
@@ -47,7 +47,7 @@ def test_a_tag_that_was_taken_off_keeps_nothing_and_can_be_taken_off_once() -> N
     state = folded(
         *TWO_EPOCHS, (2, Tag("x", pair(1, 5))), (2, Untag("x")), (0, Drop((pair(1, 5),), None)), (2, Untag("x"))
     )
-    assert state.tags == {} and state.line == (pair(2, 10),)
+    assert state.tags == {} and state.lineage == (pair(2, 10),)
     assert codes(state) == [(7, "no-such-tag")]
 
 
@@ -77,7 +77,7 @@ def test_a_floor_may_be_as_high_as_the_newest_and_no_higher() -> None:
 def test_a_dropped_snapshot_never_comes_back() -> None:
     state = folded(*TWO_EPOCHS, (0, Drop((pair(1, 5),), None)), (2, commit(1, 5)), (2, commit(1, 6)))
     assert codes(state) == [(5, "step-not-newer")]
-    assert state.line == (pair(2, 10), pair(1, 6))
+    assert state.lineage == (pair(2, 10), pair(1, 6))
 
 
 def test_stores_are_fixed_by_whoever_may_train_and_by_nobody_else() -> None:
@@ -100,7 +100,7 @@ def test_a_record_at_the_place_of_another_is_missing_also_where_it_is_unreadable
 def test_a_verdict_on_a_record_that_counts_is_none() -> None:
     state = folded(*TWO_EPOCHS)
     good = make_record(commit(2, 11), job="run-a", seq=4, epoch=2, write_id="x", prev=state.head_digest)
-    assert verdict(state, good) is None
+    assert void_if_appended(state, good) is None
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_a_verdict_on_a_record_that_counts_is_none() -> None:
     ],
 )
 def test_who_wrote_a_void_record_is_told_what_to_do(code: VoidCode, kind: type[ConflictError], says: str) -> None:
-    error = refused(Void(3, code, "the reason."))
+    error = void_error(Void(3, code, "the reason."))
     assert type(error) is kind and str(error).startswith("the reason.") and says in str(error)
 
 
 def test_only_the_writer_of_a_void_record_is_told() -> None:
     state = folded(*TWO_EPOCHS, (1, commit(1, 6)), (2, commit(2, 11)))
     with pytest.raises(FencedError, match="a newer epoch is open"):
-        settled(state, 4)
-    settled(state, 3)
-    settled(state, 5)
+        require_counted(state, 4)
+    require_counted(state, 3)
+    require_counted(state, 5)

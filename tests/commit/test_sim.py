@@ -176,7 +176,7 @@ class Writer:
 
     def _resume(self) -> SnapshotId | None:
         assert self.journal is not None
-        line = self.journal.refresh().line
+        line = self.journal.refresh().lineage
         return self.world.dice.choice([*line[:2], None]) if line else None
 
     def _commit(self) -> None:

@@ -11,7 +11,7 @@ from ckpt.errors import IntegrityError, UsageError
 from ckpt.format import keys
 from ckpt.format.canonical import seal
 from ckpt.log import stored_fold as folds
-from ckpt.log.state import RECENT_MAX, Committed, LogState, Opened, StoreSet, Tagged, Void
+from ckpt.log.state import RECENT_MAX, Committed, LogState, OpenedEpoch, StoreSet, TagEntry, Void
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold, encode_fold
 from ckpt.values import SnapshotId
 
@@ -27,11 +27,11 @@ def one(epoch: int, step: int, seq: int, *, writer: int = 2, base: SnapshotId | 
     return Committed(pair(epoch, step), by, base, seq, writer)
 
 
-OPENS = (Opened(1, 0, None, 30), Opened(2, 9, pair(1, 10), 0), Opened(5, 20, None))
+OPENS = (OpenedEpoch(1, 0, None, 30), OpenedEpoch(2, 9, pair(1, 10), 0), OpenedEpoch(5, 20, None))
 SNAPSHOTS = (one(1, 10, 5), one(1, 30, 6), one(2, 0, 12))
 STATE = LogState(
     job="run-a", next_seq=NEXT, head_digest=A, opens=OPENS, snapshots=SNAPSHOTS,
-    tagged=(Tagged("a", pair(1, 30)), Tagged("b", pair(1, 30))), floor=pair(1, 5), stores=StoreSet((A, B, C), 2),
+    tagged=(TagEntry("a", pair(1, 30)), TagEntry("b", pair(1, 30))), floor=pair(1, 5), stores=StoreSet((A, B, C), 2),
     voids=(Void(3, "repeat", "x"), Void(7, "fenced", "y")), voids_total=2, recent=tuple(f"w{n}" for n in range(NEXT)),
 )  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_a_fold_comes_back_as_it_was() -> None:
     assert believed(STATE)
 
 
-def _opens(*opens: Opened) -> dict[str, Any]:
+def _opens(*opens: OpenedEpoch) -> dict[str, Any]:
     return {"opens": opens, "snapshots": (), "tagged": ()}
 
 
@@ -58,27 +58,27 @@ def _opens(*opens: Opened) -> dict[str, Any]:
     ("changes", "fine"),
     [
         (_opens(), True),
-        (_opens(Opened(1, 0, None), Opened(2, 1, pair(1, 0))), True),
-        (_opens(Opened(1, 0, None), Opened(1, 1, None)), False),
-        (_opens(Opened(2, 0, None), Opened(1, 1, None)), False),
-        (_opens(Opened(0, 0, None)), False),
-        (_opens(Opened(1, -1, None)), False),
-        (_opens(Opened(1, 5, None), Opened(2, 5, None)), False),
-        (_opens(Opened(1, 6, None), Opened(2, 5, None)), False),
-        (_opens(Opened(1, NEXT - 1, None)), True),
-        (_opens(Opened(1, NEXT, None)), False),
-        (_opens(Opened(keys.EPOCH_MAX, 5, None)), True),
-        (_opens(Opened(keys.EPOCH_MAX + 1, 5, None)), False),
-        (_opens(Opened(1, 0, pair(1, 3))), False),
-        (_opens(Opened(1, 0, pair(0, 3))), False),
-        (_opens(Opened(1, 0, None), Opened(3, 1, pair(2, 0))), False),
-        (_opens(Opened(1, 0, None), Opened(2, 1, pair(1, -1))), False),
-        (_opens(Opened(1, 0, None), Opened(2, 1, pair(1, keys.STEP_MAX))), True),
-        (_opens(Opened(1, 0, None), Opened(2, 1, pair(1, keys.STEP_MAX + 1))), False),
-        (_opens(Opened(1, 0, None, 0)), True),
-        (_opens(Opened(1, 0, None, -1)), False),
-        (_opens(Opened(1, 0, None, keys.STEP_MAX)), True),
-        (_opens(Opened(1, 0, None, keys.STEP_MAX + 1)), False),
+        (_opens(OpenedEpoch(1, 0, None), OpenedEpoch(2, 1, pair(1, 0))), True),
+        (_opens(OpenedEpoch(1, 0, None), OpenedEpoch(1, 1, None)), False),
+        (_opens(OpenedEpoch(2, 0, None), OpenedEpoch(1, 1, None)), False),
+        (_opens(OpenedEpoch(0, 0, None)), False),
+        (_opens(OpenedEpoch(1, -1, None)), False),
+        (_opens(OpenedEpoch(1, 5, None), OpenedEpoch(2, 5, None)), False),
+        (_opens(OpenedEpoch(1, 6, None), OpenedEpoch(2, 5, None)), False),
+        (_opens(OpenedEpoch(1, NEXT - 1, None)), True),
+        (_opens(OpenedEpoch(1, NEXT, None)), False),
+        (_opens(OpenedEpoch(keys.EPOCH_MAX, 5, None)), True),
+        (_opens(OpenedEpoch(keys.EPOCH_MAX + 1, 5, None)), False),
+        (_opens(OpenedEpoch(1, 0, pair(1, 3))), False),
+        (_opens(OpenedEpoch(1, 0, pair(0, 3))), False),
+        (_opens(OpenedEpoch(1, 0, None), OpenedEpoch(3, 1, pair(2, 0))), False),
+        (_opens(OpenedEpoch(1, 0, None), OpenedEpoch(2, 1, pair(1, -1))), False),
+        (_opens(OpenedEpoch(1, 0, None), OpenedEpoch(2, 1, pair(1, keys.STEP_MAX))), True),
+        (_opens(OpenedEpoch(1, 0, None), OpenedEpoch(2, 1, pair(1, keys.STEP_MAX + 1))), False),
+        (_opens(OpenedEpoch(1, 0, None, 0)), True),
+        (_opens(OpenedEpoch(1, 0, None, -1)), False),
+        (_opens(OpenedEpoch(1, 0, None, keys.STEP_MAX)), True),
+        (_opens(OpenedEpoch(1, 0, None, keys.STEP_MAX + 1)), False),
     ],
 )
 def test_opens_ascend_within_their_limits_and_resume_what_was_opened(changes: dict[str, Any], fine: bool) -> None:
@@ -120,14 +120,14 @@ def test_snapshots_ascend_within_what_was_opened(snapshots: tuple[Committed, ...
     ("tagged", "fine"),
     [
         ((), True),
-        ((Tagged("b", pair(1, 30)), Tagged("a", pair(1, 30))), False),
-        ((Tagged("a", pair(1, 30)), Tagged("a", pair(1, 10))), False),
-        ((Tagged("a", pair(1, 30)), Tagged("b", pair(1, 29))), False),
-        ((Tagged("a", pair(1, 29)), Tagged("b", pair(1, 30))), False),
-        ((Tagged(" a", pair(1, 30)),), False),
+        ((TagEntry("b", pair(1, 30)), TagEntry("a", pair(1, 30))), False),
+        ((TagEntry("a", pair(1, 30)), TagEntry("a", pair(1, 10))), False),
+        ((TagEntry("a", pair(1, 30)), TagEntry("b", pair(1, 29))), False),
+        ((TagEntry("a", pair(1, 29)), TagEntry("b", pair(1, 30))), False),
+        ((TagEntry(" a", pair(1, 30)),), False),
     ],
 )
-def test_tags_are_names_in_order_and_name_what_exists(tagged: tuple[Tagged, ...], fine: bool) -> None:
+def test_tags_are_names_in_order_and_name_what_exists(tagged: tuple[TagEntry, ...], fine: bool) -> None:
     assert believed(replace(STATE, tagged=tagged)) == fine
 
 
@@ -217,7 +217,7 @@ def test_the_last_record_of_a_fold_has_a_place_and_leaves_one_for_the_next(seq: 
         format_version=1, job="run-a", seq=seq, head_digest=A, opens=[], snapshots=[], tags=[], floor=None, stores=None,
         voids=[], voids_total=0, recent=recent,
     )  # fmt: skip
-    data = seal(wire, what="fold", bytes_max=FOLD_BYTES_MAX)[0]
+    data = seal(wire, label="fold", bytes_max=FOLD_BYTES_MAX)[0]
     if fine:
         assert decode_fold(data).next_seq == seq + 1
     else:

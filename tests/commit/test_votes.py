@@ -9,25 +9,25 @@ import pytest
 from ckpt.format import keys
 from ckpt.log.quorum import (
     Beaten,
-    Decided,
-    Open,
-    Seen,
+    Position,
+    PositionReading,
     Split,
     Taken,
     Unclear,
+    Undecided,
     Vacant,
     Won,
     contest,
     decide,
-    is_stand_in,
-    stand_in,
+    is_placeholder,
+    placeholder_id,
     winner,
 )
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
-NONE, SILENT, ROT = Seen(), Seen(answered=False), Seen(damaged=True)
-HAS_A, HAS_B, HAS_C = Seen(A), Seen(B), Seen(C)
-SETTLED_A, BOTH_A = Seen(settled=A), Seen(A, A)
+NONE, SILENT, ROT = PositionReading(), PositionReading(answered=False), PositionReading(damaged=True)
+HAS_A, HAS_B, HAS_C = PositionReading(A), PositionReading(B), PositionReading(C)
+SETTLED_A, BOTH_A = PositionReading(settled=A), PositionReading(A, A)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ SETTLED_A, BOTH_A = Seen(settled=A), Seen(A, A)
         ([ROT], 1, Unclear(())),
         ([ROT, ROT, SILENT, HAS_B, HAS_A], 3, Unclear((A, B))),
         # Damage at the other key than the record's makes one store neither two copies nor none.
-        ([Seen(A, damaged=True), NONE, NONE], 2, Vacant()),
-        ([Seen(A, damaged=True), Seen(A, damaged=True), NONE], 2, Taken(A, 2, False)),
-        ([Seen(settled=A, damaged=True), NONE, NONE], 2, Vacant()),
+        ([PositionReading(A, damaged=True), NONE, NONE], 2, Vacant()),
+        ([PositionReading(A, damaged=True), PositionReading(A, damaged=True), NONE], 2, Taken(A, 2, False)),
+        ([PositionReading(settled=A, damaged=True), NONE, NONE], 2, Vacant()),
         # The second key: W of them, or one whose writer is not done.
         ([BOTH_A, BOTH_A, HAS_B], 2, Taken(A, 2, True)),
         ([SETTLED_A, SETTLED_A, NONE], 2, Taken(A, 2, True)),
@@ -68,10 +68,12 @@ SETTLED_A, BOTH_A = Seen(settled=A), Seen(A, A)
         ([BOTH_A, HAS_A, HAS_B, HAS_B, SILENT], 3, Taken(A, 2, False)),
         ([BOTH_A, HAS_A, HAS_A, NONE, NONE], 3, Taken(A, 3, False)),
         ([BOTH_A, HAS_B, HAS_B, SILENT, NONE], 3, Vacant()),
-        ([SETTLED_A, Seen(settled=B), SILENT], 2, Unclear((A, B))),
+        ([SETTLED_A, PositionReading(settled=B), SILENT], 2, Unclear((A, B))),
     ],
 )  # fmt: skip
-def test_a_record_counts_that_is_or_may_be_on_enough_stores(seen: list[Seen], quorum: int, found: Decided) -> None:
+def test_a_record_counts_that_is_or_may_be_on_enough_stores(
+    seen: list[PositionReading], quorum: int, found: Position
+) -> None:
     for order in set(itertools.permutations(range(len(seen)))) if len(seen) < 4 else [range(len(seen))]:
         assert decide([seen[at] for at in order], quorum) == found
 
@@ -91,14 +93,14 @@ def test_a_record_counts_that_is_or_may_be_on_enough_stores(seen: list[Seen], qu
     ],
 )
 def test_a_record_that_was_followed_counts_whatever_is_left_of_it(
-    seen: list[Seen], followed: set[str], found: Decided
+    seen: list[PositionReading], followed: set[str], found: Position
 ) -> None:
     assert decide(seen, 2, followed) == found == decide(seen, 2, sorted(followed, reverse=True))
 
 
 def test_a_store_is_sure_of_what_it_holds_where_it_answers_and_nothing_is_damaged() -> None:
     assert NONE.sure and HAS_A.sure and not SILENT.sure and not ROT.sure
-    assert not Seen(answered=False, damaged=True).sure
+    assert not PositionReading(answered=False, damaged=True).sure
 
 
 @pytest.mark.parametrize(
@@ -108,22 +110,22 @@ def test_a_store_is_sure_of_what_it_holds_where_it_answers_and_nothing_is_damage
         ([A, A, A], 2, Won(True)),
         ([A, A, None], 2, Won(False)),
         ([A, A, B], 2, Won(False)),
-        ([A, None, None], 2, Open()),
-        ([None, None, None], 2, Open()),
-        ([], 1, Open()),
+        ([A, None, None], 2, Undecided()),
+        ([None, None, None], 2, Undecided()),
+        ([], 1, Undecided()),
         ([B, B, A], 2, Beaten(B)),
         ([B, B, None], 2, Beaten(B)),
         ([C, B, B, B, A], 3, Beaten(B)),
-        ([A, B, None], 2, Open()),
+        ([A, B, None], 2, Undecided()),
         ([A, B], 2, Split(A)),
         ([B, C], 2, Split(B)),
-        ([A, None], 2, Open()),
+        ([A, None], 2, Undecided()),
         ([A, B, C], 2, Split(A)),
         ([A, B, B, C], 3, Split(B)),
         ([A, B, B, C, C], 3, Split(B)),
-        ([A, A, B, B, None], 3, Open()),
-        ([A, B, C, "d" * 32, None], 3, Open()),
-        ([A, B, C, None, None], 3, Open()),
+        ([A, A, B, B, None], 3, Undecided()),
+        ([A, B, C, "d" * 32, None], 3, Undecided()),
+        ([A, B, C, None, None], 3, Undecided()),
     ],
 )  # fmt: skip
 def test_a_claim_is_won_lost_split_or_open(held: list[str | None], quorum: int, found: object) -> None:
@@ -131,7 +133,7 @@ def test_a_claim_is_won_lost_split_or_open(held: list[str | None], quorum: int, 
 
 
 def test_a_claim_that_has_no_valid_record_wins_nothing() -> None:
-    assert contest("", [None, None], 1) == Open()
+    assert contest("", [None, None], 1) == Undecided()
 
 
 def test_of_records_that_split_the_stores_all_find_the_same_winner() -> None:
@@ -159,7 +161,7 @@ def test_no_two_claims_on_one_place_both_win_whatever_each_of_them_saw() -> None
 
 def test_a_stand_in_looks_like_an_id_and_is_no_stores_id() -> None:
     """It is stored in the log: other releases must know it again."""
-    assert stand_in(1) == "6e6f2073746f72652079657400000001"
-    ids = [stand_in(number) for number in range(20)]
-    assert len(set(ids)) == 20 and all(keys.is_digest_hex(one) and is_stand_in(one) for one in ids)
-    assert not is_stand_in(A) and not is_stand_in("0" * 20 + stand_in(0)[:12]) and not is_stand_in("")
+    assert placeholder_id(1) == "6e6f2073746f72652079657400000001"
+    ids = [placeholder_id(number) for number in range(20)]
+    assert len(set(ids)) == 20 and all(keys.is_digest_hex(one) and is_placeholder(one) for one in ids)
+    assert not is_placeholder(A) and not is_placeholder("0" * 20 + placeholder_id(0)[:12]) and not is_placeholder("")

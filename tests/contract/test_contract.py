@@ -11,7 +11,7 @@ import pytest
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
-from ckpt.backends.objects.fsspec_store import ObjectsBackend
+from ckpt.backends.objects.fsspec_store import FsspecBackend
 from ckpt.backends.open import open_backend
 from ckpt.testing.contract import BackendContract, BackendRaceContract, Opener
 
@@ -39,7 +39,7 @@ class TestFsspecMemory(BackendContract):
 
 class TestFsspecLocal(BackendContract):
     def opener(self, folder: Path) -> Opener:
-        return functools.partial(ObjectsBackend, f"file://{folder}/store")
+        return functools.partial(FsspecBackend, f"file://{folder}/store")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from nemesis_history import Beat, Change, Committed, Content, Entered, History, Opened, Step, Trainer
 
-from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place, encode_epoch, encode_node
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, NodePlacement, encode_epoch, encode_node
 
 S = 1_000_000_000
 REFERENCE = tuple(range(1000, 1020))
@@ -31,7 +31,7 @@ def node(name: str) -> bytes:
 
 def epoch(number: int, *machines: str, leader: str = "m0") -> bytes:
     """An epoch's record."""
-    places = tuple(Place(f"n-{name}", 1) for name in machines)
+    places = tuple(NodePlacement(f"n-{name}", 1) for name in machines)
     return encode_epoch(
         EpochRecord(job="job", number=number, places=places, leader=f"n-{leader}", nodes_min=2, nodes_max=2)
     )

@@ -241,8 +241,8 @@ class Nemesis:
         """
         paths = {path.name: path for store in self._stores for path in (store / "log").glob("*.json")}
         found = [decode_record(path.read_bytes()) for _, path in sorted(paths.items())]
-        backend = open_stores([str(store) for store in self._stores], tell=lambda event: None)
-        unsure = Journal.open(backend).refresh().unsure
+        backend = open_stores([str(store) for store in self._stores], emit=lambda event: None)
+        unsure = Journal.open(backend).refresh().stale_reason
         backend.close()
         return [one for record in found if (one := _said(record)) is not None], str(unsure) if unsure else ""
 

@@ -17,7 +17,7 @@ from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.plan import PREFIXES
-from ckpt.maintenance.gc.sweep import PROBES
+from ckpt.maintenance.gc.sweep import CLOCK_PROBES
 from ckpt.restore.verify import verify
 from ckpt.values import SnapshotId
 
@@ -67,7 +67,7 @@ def test_finished_training_leaves_two_snapshots_and_exactly_their_bytes(fleet: F
     assert len(steps(job)) == 2
     assert steps(job)[-1] == 60
     assert_exactly_what_is_needed(job)
-    assert list(FileBackend(job.folder / "store").list(PROBES)) == []
+    assert list(FileBackend(job.folder / "store").list(CLOCK_PROBES)) == []
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from machines import Machine, calm, cluster
 from servers.keeper_fuzz import Strangers, descriptors, own_bytes
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.auth import PeerSecret
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.cluster.secret import read_secret
 from ckpt.errors import FencedError, StoreDeniedError
@@ -62,7 +62,7 @@ def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(
         answers = [answer_of(web, raw) for raw in asked]
         assert {answer[:12] for answer in answers} <= {b"HTTP/1.1 401", b"HTTP/1.1 400"}
         # A node of an older epoch that knows the secret: 409, whatever it wants.
-        secret = Secret.of(read_secret(one.folder / "members.db.secret"))
+        secret = PeerSecret.of(read_secret(one.folder / "members.db.secret"))
         with closing(PeerStore(Endpoint("127.0.0.1", web), secret, epoch=lambda: 0)) as zombie:
             for _ in range(3):
                 for want in (
@@ -71,7 +71,7 @@ def test_whoever_is_not_of_the_job_is_refused_counted_and_changes_nothing(
                 ):  # fmt: skip
                     with pytest.raises(FencedError):
                         want()
-        another = Secret.of(bytes(range(32)))
+        another = PeerSecret.of(bytes(range(32)))
         with (
             closing(PeerStore(Endpoint("127.0.0.1", web), another, epoch=lambda: 99)) as stranger,
             pytest.raises(StoreDeniedError),

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from kit.template import run
 
-from ckpt.elastic.failure import Preempted, dies_here
-from ckpt.elastic.processes.trainer import TrainerSeat
+from ckpt.elastic.failure import Preempted, ends_process
+from ckpt.elastic.processes.trainer import TrainerProcess
 from ckpt.errors import FencedError, UnavailableError, UsageError
 from ckpt.ipc.messages import Policy
 
 WAIT_S = 60
-SEAT = TrainerSeat(attempt=2, port=1, how="fork", pid=1, report_fd=9)
+SEAT = TrainerProcess(attempt=2, port=1, how="fork", pid=1, report_fd=9)
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,11 @@ SEAT = TrainerSeat(attempt=2, port=1, how="fork", pid=1, report_fd=9)
     ],
 )  # fmt: skip
 def test_trainer_dies_of_what_a_new_attempt_may_not_meet(error: BaseException, dies: bool) -> None:
-    assert dies_here(error, SEAT, Policy(), outermost=True) is dies
-    assert not dies_here(error, None, Policy(), outermost=True), "in place"
-    assert not dies_here(error, SEAT, Policy(), outermost=False), "the outer call may catch it"
-    assert not dies_here(error, SEAT, Policy(same_error_max=1), outermost=True), "there is no next attempt"
-    assert dies_here(error, replace(SEAT, attempt=0), Policy(), outermost=True), "a prepared one"
+    assert ends_process(error, SEAT, Policy(), outermost=True) is dies
+    assert not ends_process(error, None, Policy(), outermost=True), "in place"
+    assert not ends_process(error, SEAT, Policy(), outermost=False), "the outer call may catch it"
+    assert not ends_process(error, SEAT, Policy(same_error_max=1), outermost=True), "there is no next attempt"
+    assert ends_process(error, replace(SEAT, attempt=0), Policy(), outermost=True), "a prepared one"
 
 
 def died(body: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ckpt.elastic.boundaries import asking_frame, left_by_break
+from ckpt.elastic.boundaries import consumer_frame, left_by_break
 
 Steps = Callable[[], Iterator[int]]
 
@@ -23,11 +23,11 @@ class Watch:
     def steps(self, total: int = 10) -> Iterator[int]:
         """As a run's loop."""
         for step in range(total):
-            asking = asking_frame(sys._getframe(1))
+            asking = consumer_frame(sys._getframe(1))
             try:
                 yield step
             except GeneratorExit:
-                self.left.append("break" if left_by_break(sys._getframe(1), asking=asking) else "torn")
+                self.left.append("break" if left_by_break(sys._getframe(1), consumer=asking) else "torn")
                 raise
         self.left.append("ended")
 

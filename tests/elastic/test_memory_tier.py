@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ckpt.elastic.boundaries import MemoryTier
-from ckpt.ipc.board import Board, Phase
+from ckpt.ipc.board import Board, TrainerPhase
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def boundary(tiers: list[MemoryTier], step: int, since: int | None = None) -> li
     """All ranks pass a boundary, rank 0 first; which of them staged."""
     wants = []
     for tier in tiers:
-        wanted = tier.wants(step, since=step - 1 if since is None else since)
+        wanted = tier.should_stage(step, since=step - 1 if since is None else since)
         wants.append(wanted)
-        tier.passed(step, staged=wanted)
+        tier.complete_boundary(step, staged=wanted)
     return wants
 
 
@@ -50,46 +50,46 @@ def test_a_loop_that_counts_several_steps_at_once_stages_where_it_passes_the_wor
 
 def test_a_rank_ahead_of_rank_0_finds_no_word_and_takes_none(board: Board) -> None:
     first, second = tiers(board, 1)
-    assert second.wants(1, since=0)
-    second.passed(1, staged=True)
-    assert not second.wants(2, since=1)
+    assert second.should_stage(1, since=0)
+    second.complete_boundary(1, staged=True)
+    assert not second.should_stage(2, since=1)
     del first
 
 
 def test_rank_0_waits_for_a_rank_that_is_far_behind(board: Board) -> None:
     first, second = tiers(board, 1)
     for step in (1, 2):
-        first.passed(step, staged=first.wants(step, since=step - 1))
-    assert not first.wants(3, since=2), "rank 1 has two boundaries to catch up"
-    second.passed(2, staged=True)
-    first.passed(3, staged=False)
-    assert first.wants(4, since=3)
+        first.complete_boundary(step, staged=first.should_stage(step, since=step - 1))
+    assert not first.should_stage(3, since=2), "rank 1 has two boundaries to catch up"
+    second.complete_boundary(2, staged=True)
+    first.complete_boundary(3, staged=False)
+    assert first.should_stage(4, since=3)
 
 
 def test_a_boundary_that_was_not_taken_is_due_at_the_next(board: Board) -> None:
     both = tiers(board, 2)
     for tier in both:
-        tier.passed(1, staged=False)
+        tier.complete_boundary(1, staged=False)
     for tier in both:
-        tier.passed(2, staged=False)  # gradients were being accumulated there
+        tier.complete_boundary(2, staged=False)  # gradients were being accumulated there
     assert board.decision(3) == 1
 
 
 def test_a_snapshot_that_another_node_passed_by_is_not_waited_for(board: Board) -> None:
-    board.others_count = True
+    board.has_remote_ranks = True
     told: dict[int, int] = {}
     first, second = (
-        MemoryTier(board, rank=rank, every=1, leads=rank == 0, pass_on=told.__setitem__) for rank in range(2)
+        MemoryTier(board, rank=rank, every=1, leads=rank == 0, forward_decision=told.__setitem__) for rank in range(2)
     )
     first.begin(0)
     second.begin(0)
     assert told == {1: 1, 2: 0}
     both = [first, second]
     assert boundary(both, 1) == [True, True]
-    board.others.show((), 1)
+    board.remote_ranks.publish_remote((), 1)
     assert boundary(both, 2) == [False, False]
     assert told[4] == 0, "the others may be about to take it"
-    board.others.show((), 2)
+    board.remote_ranks.publish_remote((), 2)
     assert boundary(both, 3) == [False, False]
     assert told[5] == 1, "they are beyond it, and have it not"
 
@@ -97,9 +97,9 @@ def test_a_snapshot_that_another_node_passed_by_is_not_waited_for(board: Board) 
 def test_the_board_shows_phase_steps_and_counts(board: Board) -> None:
     first, _ = tiers(board, 1, completed=7)
     words = board.rank(0)
-    assert (words.completed, words.phase, words.first_step_done) == (7, Phase.TRAINING, False)
-    first.passed(8, staged=True)
-    first.skipped()
+    assert (words.completed, words.phase, words.first_step_done) == (7, TrainerPhase.TRAINING, False)
+    first.complete_boundary(8, staged=True)
+    first.count_skipped()
     assert (words.completed, words.staged, words.skipped, words.first_step_done) == (8, 1, 1, True)
-    first.pause(Phase.PAUSED)
-    assert (words.completed, words.phase) == (8, Phase.PAUSED)
+    first.set_phase(TrainerPhase.PAUSED)
+    assert (words.completed, words.phase) == (8, TrainerPhase.PAUSED)

@@ -6,28 +6,32 @@ import threading
 
 import pytest
 
-from ckpt.elastic.decorator import entered
+from ckpt.elastic.decorator import claimed_store
 from ckpt.errors import UsageError
 
 
 def test_same_store_inside_is_refused_and_free_again_afterwards() -> None:
-    with entered("a"), pytest.raises(UsageError, match="store=a; give the inner one a store of its own"), entered("a"):
+    with (
+        claimed_store("a"),
+        pytest.raises(UsageError, match="store=a; give the inner one a store of its own"),
+        claimed_store("a"),
+    ):
         pass
-    with entered("a"):
+    with claimed_store("a"):
         pass
 
 
 def test_other_store_inside_is_allowed_but_none_of_those_around() -> None:
-    with entered("a"), entered("b"):
+    with claimed_store("a"), claimed_store("b"):
         for url in ("a", "b"):
-            with pytest.raises(UsageError), entered(url):
+            with pytest.raises(UsageError), claimed_store(url):
                 pass
 
 
 def test_exception_inside_frees_the_store() -> None:
-    with pytest.raises(ZeroDivisionError), entered("a"):
+    with pytest.raises(ZeroDivisionError), claimed_store("a"):
         raise ZeroDivisionError
-    with entered("a"):
+    with claimed_store("a"):
         pass
 
 
@@ -35,10 +39,10 @@ def test_thread_of_its_own_starts_with_no_run_around_it() -> None:
     met: list[str] = []
 
     def other() -> None:
-        with entered("a"):
+        with claimed_store("a"):
             met.append("entered")
 
-    with entered("a"):
+    with claimed_store("a"):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join(10)

@@ -20,22 +20,22 @@ def _optimizer() -> torch.optim.Optimizer:
 def test_without_an_optimizer_every_boundary_is_a_point() -> None:
     watch = StepWatch()
     watch.add({"model": nn.Linear(2, 2), "n": 1})
-    assert [watch.is_point() for _ in range(3)] == [True, True, True]
-    assert watch.was_point
+    assert [watch.at_snapshot_point() for _ in range(3)] == [True, True, True]
+    assert watch.was_snapshot_point
 
 
 def test_boundary_is_a_point_once_after_each_step() -> None:
     watch = StepWatch()
     optimizer = _optimizer()
     watch.add({"optimizer": optimizer})
-    assert not watch.is_point()
+    assert not watch.at_snapshot_point()
     optimizer.step()
-    assert watch.is_point()
-    assert not watch.is_point()
-    assert not watch.was_point
+    assert watch.at_snapshot_point()
+    assert not watch.at_snapshot_point()
+    assert not watch.was_snapshot_point
     optimizer.step()
     optimizer.step()
-    assert watch.is_point()
+    assert watch.at_snapshot_point()
 
 
 def test_nested_optimizers_count_and_any_of_several_is_enough() -> None:
@@ -43,9 +43,9 @@ def test_nested_optimizers_count_and_any_of_several_is_enough() -> None:
     optimizers = [_optimizer() for _ in range(3)]
     watch.add({"all": {"g": optimizers[0], "d": [optimizers[1], (optimizers[2],)]}})
     for optimizer in optimizers:
-        assert not watch.is_point()
+        assert not watch.at_snapshot_point()
         optimizer.step()
-        assert watch.is_point()
+        assert watch.at_snapshot_point()
 
 
 def test_optimizer_added_twice_has_one_hook_and_none_after_the_close() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckpt.elastic.decorator import RestartPolicy
-from ckpt.elastic.failure import Preempted, facts_of
+from ckpt.elastic.failure import Preempted, describe_failure
 from ckpt.errors import FencedError, UsageError
 
 
@@ -32,13 +32,13 @@ def raised(error: BaseException) -> BaseException:
 
 
 def test_equal_errors_at_equal_places_have_equal_fingerprints_whatever_they_say() -> None:
-    first, second = (facts_of(raised(ValueError(f"at {text}"))) for text in ("0x1", "0x2"))
+    first, second = (describe_failure(raised(ValueError(f"at {text}"))) for text in ("0x1", "0x2"))
     assert first["fingerprint"] == second["fingerprint"]
-    assert facts_of(raised(KeyError("at")))["fingerprint"] != first["fingerprint"]
+    assert describe_failure(raised(KeyError("at")))["fingerprint"] != first["fingerprint"]
     try:
         raise ValueError("elsewhere")
     except ValueError as error:
-        assert facts_of(error)["fingerprint"] != first["fingerprint"]
+        assert describe_failure(error)["fingerprint"] != first["fingerprint"]
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_equal_errors_at_equal_places_have_equal_fingerprints_whatever_they_say(
     ],
 )  # fmt: skip
 def test_what_a_restart_would_meet_again_is_final(error: BaseException, final: bool) -> None:
-    assert facts_of(raised(error))["final"] is final
+    assert describe_failure(raised(error))["final"] is final
 
 
 def test_a_long_text_is_cut() -> None:
-    assert len(facts_of(raised(ValueError("x" * 10_000)))["text"]) == 500
+    assert len(describe_failure(raised(ValueError("x" * 10_000)))["text"]) == 500

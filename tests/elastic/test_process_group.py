@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from ckpt.elastic.processes.trainer import listens, looks_here, wait_for_listener, watch_process_group
+from ckpt.elastic.processes.trainer import is_listening, rank0_is_local, wait_for_listener, watch_process_group
 
 
 def bound() -> socket.socket:
@@ -21,10 +21,10 @@ def bound() -> socket.socket:
 def test_only_a_listener_counts() -> None:
     with bound() as one:
         port = one.getsockname()[1]
-        assert listens(port) is False
+        assert is_listening(port) is False
         one.listen()
-        assert listens(port) is True
-    assert listens(port) is False
+        assert is_listening(port) is True
+    assert is_listening(port) is False
 
 
 def test_waiting_ends_as_soon_as_somebody_listens() -> None:
@@ -66,4 +66,4 @@ def test_the_users_call_is_made_as_it_is_and_noted(monkeypatch) -> None:
     ],
 )
 def test_rank_zero_is_looked_for_only_where_it_is_on_this_machine(said: dict[str, str], looks: bool) -> None:
-    assert looks_here(said) is looks
+    assert rank0_is_local(said) is looks

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from kit.template import run
 
-from ckpt.elastic.processes.enter import gather
-from ckpt.elastic.processes.start_method import Facts, Fork, InPlace, Spawn, choose
+from ckpt.elastic.processes.enter import gather_process_facts
+from ckpt.elastic.processes.start_method import Fork, InPlace, ProcessFacts, Spawn, choose_start_method
 
 WAIT_S = 60
 
@@ -32,54 +32,54 @@ NO_FORK = [({"threads": ("Timer",)}, "Timer"), ({"gpu_open": True}, "GPU"), ({"p
 
 
 def test_process_with_nothing_special_forks() -> None:
-    assert choose(Facts()) == Fork()
+    assert choose_start_method(ProcessFacts()) == Fork()
 
 
 @pytest.mark.parametrize(("facts", "why", "remedy"), STAYS)
 def test_process_that_must_stay_alone_runs_in_place_and_says_why(facts: dict, why: str, remedy: str) -> None:
-    chosen = choose(Facts(**facts))
+    chosen = choose_start_method(ProcessFacts(**facts))
     assert isinstance(chosen, InPlace)
-    assert why in chosen.why
+    assert why in chosen.reason
     assert remedy in chosen.remedy
     assert bool(remedy) == bool(chosen.remedy), "what was asked for needs no warning"
 
 
 @pytest.mark.parametrize(("facts", "why"), NO_FORK)
 def test_process_whose_fork_would_not_be_well_spawns(facts: dict, why: str) -> None:
-    chosen = choose(Facts(**facts))
+    chosen = choose_start_method(ProcessFacts(**facts))
     assert isinstance(chosen, Spawn)
-    assert why in chosen.why
+    assert why in chosen.reason
 
 
 @pytest.mark.parametrize(("facts", "why"), NO_FORK)
 def test_process_that_can_neither_fork_nor_run_again_stays(facts: dict, why: str) -> None:
-    chosen = choose(Facts(**facts, rerun=False))
+    chosen = choose_start_method(ProcessFacts(**facts, rerun=False))
     assert isinstance(chosen, InPlace)
-    assert why in chosen.why
+    assert why in chosen.reason
     assert chosen.remedy
 
 
 @pytest.mark.parametrize(("stays", "_why", "_remedy"), STAYS)
 @pytest.mark.parametrize(("spawns", "_why2"), NO_FORK)
 def test_staying_comes_before_spawning(stays: dict, spawns: dict, _why: str, _remedy: str, _why2: str) -> None:
-    assert isinstance(choose(replace(Facts(**spawns), **stays)), InPlace)
+    assert isinstance(choose_start_method(replace(ProcessFacts(**spawns), **stays)), InPlace)
 
 
 def test_test_under_pytest_stays_and_is_not_probed() -> None:
     def never() -> bool:
         raise AssertionError("probed")
 
-    facts = gather(probe=never)
+    facts = gather_process_facts(probe=never)
     assert facts.under_pytest
-    assert isinstance(choose(facts), InPlace)
+    assert isinstance(choose_start_method(facts), InPlace)
 
 
 def decided(text: str, *options: str, stdin: str | None = None, **environment: str) -> list[str]:
     """What a fresh program decides: the kind, why and the remedy."""
     program = (
-        f"{text}\nimport json\nfrom ckpt.elastic.processes.enter import gather\n"
-        "from ckpt.elastic.processes.start_method import choose\n"
-        "chosen = choose(gather())\n"
+        f"{text}\nimport json\nfrom ckpt.elastic.processes.enter import gather_process_facts\n"
+        "from ckpt.elastic.processes.start_method import choose_start_method\n"
+        "chosen = choose_start_method(gather_process_facts())\n"
         "print(json.dumps([type(chosen).__name__, getattr(chosen, 'why', ''), getattr(chosen, 'remedy', '')]), flush=True)\n"
     )
     kept = {
@@ -156,8 +156,8 @@ def test_process_that_multiprocessing_started_stays_unless_it_has_a_rank(tmp_pat
     program = tmp_path / "program.py"
     program.write_text(
         "import multiprocessing, os, sys\n"
-        "from ckpt.elastic.processes.enter import gather\n"
-        "def child(): print(gather().unranked_child, flush=True)\n"
+        "from ckpt.elastic.processes.enter import gather_process_facts\n"
+        "def child(): print(gather_process_facts().unranked_child, flush=True)\n"
         "if __name__ == '__main__':\n"
         "    one = multiprocessing.get_context('spawn').Process(target=child)\n"
         "    one.start(); one.join()\n"

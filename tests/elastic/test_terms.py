@@ -10,20 +10,20 @@ import sys
 import pytest
 
 from ckpt.elastic import sigterm as terms
-from ckpt.elastic.sigterm import Term, Terms
+from ckpt.elastic.sigterm import SigtermHistory, SigtermMeaning
 
 WAIT_S = 60
 PROGRAM = """
 import os, signal, sys, threading, time
 from ckpt.elastic import sigterm as terms
-from ckpt.elastic.sigterm import TermInPlace
+from ckpt.elastic.sigterm import InPlaceSigterm
 terms.SAME_TERM_S = 1000.0
 asked = threading.Semaphore(0)
 def ask():
     os.write(1, b"asked\\n")
     asked.release()
     return sys.argv[1] == "yes"
-with TermInPlace(ask):
+with InPlaceSigterm(ask):
     print("ready", flush=True)
     for line in sys.stdin:
         if line == "sigterm\\n":
@@ -39,12 +39,12 @@ with TermInPlace(ask):
 def test_terms_soon_after_the_first_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(terms.time, "monotonic", lambda: now[0])
-    came = Terms()
-    assert came.came() is Term.FIRST
+    came = SigtermHistory()
+    assert came.classify() is SigtermMeaning.FIRST
     now[0] += 1.9
-    assert came.came() is Term.SAME
+    assert came.classify() is SigtermMeaning.REPEAT
     now[0] += 0.2
-    assert came.came() is Term.NOW
+    assert came.classify() is SigtermMeaning.NOW
 
 
 def ended(answer: str, *lines: str) -> subprocess.CompletedProcess[str]:

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import IntegrityError
-from ckpt.format.codec import Encoded, decode_chunk, encode_chunk
+from ckpt.format.codec import EncodedChunk, decode_chunk, encode_chunk
 from ckpt.values import CHUNK_BYTES, ChunkLocation, Codec
 
 
-def place(encoded: Encoded, raw_bytes: int) -> ChunkLocation:
+def place(encoded: EncodedChunk, raw_bytes: int) -> ChunkLocation:
     return ChunkLocation("p", 0, len(encoded.data), raw_bytes, encoded.codec, encoded.itemsize_bytes)
 
 

@@ -15,8 +15,8 @@ from ckpt.errors import IntegrityError, StoreFullError, UsageError
 from ckpt.format.canonical import digest, digest_hex
 from ckpt.format.codec import decode_chunk
 from ckpt.format.part import decode_part
-from ckpt.save.chunks import OFF, Compression
-from ckpt.save.packs import Limits, Persisted, packs_at_most, persist, put_part
+from ckpt.save.chunks import NO_COMPRESSION, Compression
+from ckpt.save.packs import Persisted, PersistLimits, pack_numbers_max, persist, put_part
 from ckpt.values import (
     CHUNK_BYTES,
     PAGE_BYTES,
@@ -32,7 +32,7 @@ from ckpt.values import (
 )
 
 WRITER = "node-0123456789abcdef"
-SMALL = Limits(pack_bytes_max=5 << 20)
+SMALL = PersistLimits(pack_bytes_max=5 << 20)
 
 
 def slot(arrays: Mapping[str, np.ndarray], *, step: int = 0) -> tuple[StagedIndex, memoryview]:
@@ -62,15 +62,15 @@ def save(
     staged: tuple[StagedIndex, memoryview],
     *,
     known: Mapping[Digest, ChunkLocation] | None = None,
-    compression: Compression = OFF,
-    limits: Limits = SMALL,
+    compression: Compression = NO_COMPRESSION,
+    limits: PersistLimits = SMALL,
     start: int = 0,
 ) -> Persisted:
     index, data = staged
     return persist(
         index,
         data,
-        known=known or {},
+        stored_chunks=known or {},
         backend=backend,
         writer=WRITER,
         pack_start=start,
@@ -112,7 +112,7 @@ STATE = {
 def test_memory_store_gives_every_byte_back(mode: str) -> None:
     backend = MemoryBackend(f"persist-{mode}")
     staged = slot(STATE)
-    done = save(backend, staged, compression=Compression("on") if mode == "on" else OFF)
+    done = save(backend, staged, compression=Compression("on") if mode == "on" else NO_COMPRESSION)
     read_back(backend, done, staged)
     codecs = {place.codec for place in done.locations.values()}
     assert codecs == {Codec.RAW} if mode == "off" else Codec.PLANES_ZSTD in codecs
@@ -147,7 +147,7 @@ def test_staged_byte_that_changed_is_found_before_it_is_written() -> None:
     index, data = slot(STATE)
     data[CHUNK_BYTES + 5] ^= 1
     with pytest.raises(IntegrityError, match=r"leaf=model/a .*epoch 1 step 0.*not recorded"):
-        save(backend, (index, data), limits=Limits())
+        save(backend, (index, data), limits=PersistLimits())
     assert list(backend.list("")) == []
 
 
@@ -228,7 +228,7 @@ def test_auto_measures_an_unknown_link_with_its_first_pack() -> None:
 
 def test_pack_numbers_stay_below_the_stated_bound() -> None:
     index, data = slot({f"w{i}": random(i, 5000) for i in range(40)} | STATE)
-    for compression in (OFF, Compression("on"), Compression("auto")):
+    for compression in (NO_COMPRESSION, Compression("on"), Compression("auto")):
         backend = MemoryBackend(f"persist-bound-{compression.mode}")
-        done = save(backend, (index, data), compression=compression, limits=Limits())
-        assert done.packs <= packs_at_most(index)
+        done = save(backend, (index, data), compression=compression, limits=PersistLimits())
+        assert done.packs <= pack_numbers_max(index)

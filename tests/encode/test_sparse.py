@@ -16,8 +16,8 @@ from ckpt.save.chunks import (
     default_budget_bytes,
     new_chunks,
     plan_packs,
+    plan_repacking,
     raw_offsets,
-    thin,
 )
 from ckpt.values import (
     PAGE_BYTES,
@@ -56,10 +56,10 @@ def whole(pack: str, chunks: int, *, pages: int = 1) -> dict[Digest, ChunkLocati
 def test_pack_of_which_less_than_half_is_needed_is_given_up() -> None:
     known = whole("a", PAGES) | whole("b", PAGES)
     wanted = {name("a", n) for n in range(9)} | {name("b", n) for n in range(10)}
-    found = thin(known, wanted, {"a": PACK_BYTES, "b": PACK_BYTES}, budget_bytes=1 << 30)
+    found = plan_repacking(known, wanted, {"a": PACK_BYTES, "b": PACK_BYTES}, budget_bytes=1 << 30)
     assert found.given_up == (SparsePack("a", PACK_BYTES, 9 * PAGE_BYTES),)
     assert found.rewritten_bytes == 9 * PAGE_BYTES
-    assert wanted & set(found.known) == {name("b", n) for n in range(10)}
+    assert wanted & set(found.stored_chunks) == {name("b", n) for n in range(10)}
 
 
 def test_sparsest_goes_first_and_the_budget_is_kept() -> None:
@@ -67,21 +67,21 @@ def test_sparsest_goes_first_and_the_budget_is_kept() -> None:
     wanted = {name("a", n) for n in range(6)} | {name("b", n) for n in range(3)} | {name("c", n) for n in range(8)}
     sizes = dict.fromkeys("abc", PACK_BYTES)
     for budget, given_up in ((2, ""), (3, "b"), (8, "b"), (9, "ba"), (11, "ba"), (16, "ba"), (17, "bac")):
-        found = thin(known, wanted, sizes, budget_bytes=budget * PAGE_BYTES)
+        found = plan_repacking(known, wanted, sizes, budget_bytes=budget * PAGE_BYTES)
         assert "".join(one.pack for one in found.given_up) == given_up, budget
 
 
 def test_one_that_does_not_fit_lets_a_smaller_one_go() -> None:
     known = whole("a", 40) | whole("b", PAGES)
     wanted = {name("a", n) for n in range(8)} | {name("b", n) for n in range(5)}
-    found = thin(known, wanted, {"a": 40 * PAGE_BYTES, "b": PACK_BYTES}, budget_bytes=5 * PAGE_BYTES)
+    found = plan_repacking(known, wanted, {"a": 40 * PAGE_BYTES, "b": PACK_BYTES}, budget_bytes=5 * PAGE_BYTES)
     assert [one.pack for one in found.given_up] == ["b"]
 
 
 def test_pack_of_unknown_size_is_not_judged() -> None:
     known = whole("a", PAGES)
-    found = thin(known, {name("a", 0)}, {}, budget_bytes=1 << 30)
-    assert found.known is known
+    found = plan_repacking(known, {name("a", 0)}, {}, budget_bytes=1 << 30)
+    assert found.stored_chunks is known
     assert found.given_up == ()
 
 
@@ -89,7 +89,7 @@ def test_short_gaps_count_as_needed_and_long_ones_do_not() -> None:
     near = {name("a", n): chunk("a", 5 * n) for n in range(4)}
     far = {name("b", n): chunk("b", STRIDE * n) for n in range(4)}
     sizes = {"a": 16 * PAGE_BYTES, "b": (3 * STRIDE + 1) * PAGE_BYTES}
-    found = thin(near | far, {*near, *far}, sizes, budget_bytes=1 << 30)
+    found = plan_repacking(near | far, {*near, *far}, sizes, budget_bytes=1 << 30)
     assert [(one.pack, one.live_bytes) for one in found.given_up] == [("b", 4 * PAGE_BYTES)]
 
 
@@ -124,7 +124,7 @@ def test_pack_just_written_never_looks_sparse(sizes: list[int], seed: int, few: 
         pack_bytes[str(n)] = pack.size_bytes
         for one, offset in zip(pack.chunks, raw_offsets(pack), strict=True):
             known[one.digest] = ChunkLocation(str(n), offset, one.raw_bytes, one.raw_bytes, Codec.RAW)
-    assert thin(known, set(known), pack_bytes, budget_bytes=1 << 40).given_up == ()
+    assert plan_repacking(known, set(known), pack_bytes, budget_bytes=1 << 40).given_up == ()
 
 
 @st.composite
@@ -145,22 +145,24 @@ def stores(draw: st.DrawFn) -> tuple[dict[Digest, ChunkLocation], dict[str, int]
 def test_what_is_given_up_is_whole_packs_within_the_budget_whatever_the_order(store, pages: int, dice) -> None:
     known, sizes, wanted = store
     budget = pages * PAGE_BYTES
-    found = thin(known, wanted, sizes, budget_bytes=budget)
+    found = plan_repacking(known, wanted, sizes, budget_bytes=budget)
     assert found.rewritten_bytes == sum(one.live_bytes for one in found.given_up) <= budget
     gone = {one.pack for one in found.given_up}
     assert all(one.live_bytes < LIVE_MIN * one.size_bytes for one in found.given_up)
-    assert {place.pack for digest, place in found.known.items() if digest in set(wanted)} & gone == set()
-    assert {digest: known[digest] for digest in found.known} == dict(found.known)
-    assert all(known[digest].pack in gone for digest in set(known) - set(found.known))
+    assert {place.pack for digest, place in found.stored_chunks.items() if digest in set(wanted)} & gone == set()
+    assert {digest: known[digest] for digest in found.stored_chunks} == dict(found.stored_chunks)
+    assert all(known[digest].pack in gone for digest in set(known) - set(found.stored_chunks))
     shuffled = list(known)
     dice.shuffle(shuffled)
     dice.shuffle(wanted)
-    assert thin({digest: known[digest] for digest in shuffled}, wanted, sizes, budget_bytes=budget) == found
-    assert thin(found.known, wanted, sizes, budget_bytes=budget - found.rewritten_bytes).given_up == ()
+    assert plan_repacking({digest: known[digest] for digest in shuffled}, wanted, sizes, budget_bytes=budget) == found
+    assert (
+        plan_repacking(found.stored_chunks, wanted, sizes, budget_bytes=budget - found.rewritten_bytes).given_up == ()
+    )
 
 
 @pytest.mark.parametrize("live_min", [0.0, 1.0])
 def test_threshold_is_the_callers(live_min: float) -> None:
     known = whole("a", PAGES)
-    found = thin(known, {name("a", 0)}, {"a": PACK_BYTES}, budget_bytes=1 << 30, live_min=live_min)
+    found = plan_repacking(known, {name("a", 0)}, {"a": PACK_BYTES}, budget_bytes=1 << 30, live_min=live_min)
     assert bool(found.given_up) is bool(live_min)

@@ -18,7 +18,7 @@ from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest
 from ckpt.format.part import decode_part
 from ckpt.log.journal import Journal
-from ckpt.log.reader import read_on
+from ckpt.log.reader import read_new
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.drop import drop
 from ckpt.values import ChunkLocation
@@ -55,7 +55,7 @@ def _tidy(run: Run, dice: random.Random, quiet: bool) -> str:
         scrub_all(backend)  # the last record may be on its way to the third store
         scrubbed = scrub_all(backend, mend=False)
         assert scrubbed.ok, f"not right: {scrubbed}"
-        assert not scrubbed.troubles_total, f"not right: {scrubbed.troubles}"
+        assert not scrubbed.problems_total, f"not right: {scrubbed.problems}"
     return f"deleted {[one.deleted for one in report.stores]}"
 
 
@@ -63,12 +63,12 @@ def _stores(run: Run, dice: random.Random, quiet: bool) -> str:
     """Each store holds the whole log, and exactly the manifests, parts and packs that its snapshots need, all of them right."""
     with closing(run.backend()) as backend:
         state = Journal.open(backend).refresh()
-        assert not state.unsure, state.unsure
+        assert not state.stale_reason, state.stale_reason
         assert state.stores is not None
         world = run.truth.known()
         assert {one.snapshot for one in state.snapshots} == world.existing().keys()
         for number, store in enumerate(stores_of(backend)):
-            alone = read_on(store, LogState(job=state.job))
+            alone = read_new(store, LogState(job=state.job))
             assert alone.hole is None, f"a hole in the log. store={number} {alone.hole}"
             assert (alone.head_digest, alone.snapshots) == (state.head_digest, state.snapshots), f"store={number}"
             _check_store(run, number, store, state)

@@ -18,10 +18,10 @@ from chaos_upkeep import care, nobody, scrub_all, sweep_now, told
 
 import ckpt
 from ckpt.backends.base import Backend
-from ckpt.backends.replicated.open import open_job
+from ckpt.backends.replicated.open import open_job_stores
 from ckpt.errors import CkptError, CommitUnknownError, ConflictError, NotFoundError
 from ckpt.log.journal import Journal
-from ckpt.maintenance.gc.drop import drop, look
+from ckpt.maintenance.gc.drop import drop, preview
 from ckpt.maintenance.retention import parse_policy
 from ckpt.maintenance.sync.sync import sync
 from ckpt.values import SnapshotInfo
@@ -242,7 +242,7 @@ class Run:
         """Read and mend everything; an empty store is left alone."""
         with closing(self.backend()) as backend:
             report = scrub_all(backend)
-        assert not report.lost, f"lost to all stores: {report.troubles}"
+        assert not report.lost, f"lost to all stores: {report.problems}"
         return told(report)
 
     def gc(self, dice: random.Random, quiet: bool) -> str:
@@ -251,14 +251,14 @@ class Run:
         policy = parse_policy(f"last={last}")
         with closing(self.backend()) as backend:
             journal = Journal.open(backend)
-            plan = look(backend, journal.refresh(), policy, now_unix_s=time.time())
+            plan = preview(backend, journal.refresh(), policy, now_unix_s=time.time())
             for world in self.truth.worlds if plan.drops and quiet else ():
                 kept = set(world.line()[:last])
                 assert not kept & set(plan.drops), (
                     f"drops what the policy keeps. drops={plan.drops} keep={sorted(kept)}"
                 )
             try:
-                done, state = drop(backend, journal, policy, now_unix_s=time.time(), agreed=plan)
+                done, state = drop(backend, journal, policy, now_unix_s=time.time(), approved=plan)
             except CkptError:
                 if plan.drops:
                     self.truth.maybe_dropped(plan.drops)
@@ -278,7 +278,7 @@ class Run:
     def sync(self, dice: random.Random, quiet: bool) -> str:
         """Make a replica in a new folder, and look whether it holds everything."""
         url = str(self._folder / f"replica-{dice.getrandbits(40):x}")
-        target = open_job([url], encryption_key=self._key, tell=nobody)
+        target = open_job_stores([url], encryption_key=self._key, emit=nobody)
         with closing(self.backend()) as backend, closing(target):
             report = sync(backend, target, deep=dice.random() < 0.5)
         if not quiet:
@@ -296,7 +296,7 @@ class Run:
                 words.append(care(backend))
                 report = scrub_all(backend)
                 words.append(told(report))
-                assert not report.lost, f"lost to all stores: {report.troubles}"
+                assert not report.lost, f"lost to all stores: {report.problems}"
                 members = Journal.open(backend).refresh().stores
                 if report.ok and members is not None and {one.store_id for one in report.stores} == set(members.ids):
                     return "; ".join(words)
@@ -312,7 +312,7 @@ class Run:
 
     def backend(self, dead: Sequence[int] = ()) -> Backend:
         urls, options = self._stores(dead)
-        return open_job(urls, options, write_quorum=QUORUM, encryption_key=self._key, tell=nobody)
+        return open_job_stores(urls, options, write_quorum=QUORUM, encryption_key=self._key, emit=nobody)
 
 
 def _short(error: CkptError) -> str:

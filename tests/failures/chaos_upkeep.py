@@ -10,9 +10,9 @@ from ckpt.events import Event
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.sweep import SweepReport, store_clock, sweep
-from ckpt.maintenance.replica import Effort
+from ckpt.maintenance.replica import SyncLimits
 from ckpt.maintenance.scrub.scrub import Scrub, ScrubReport
-from ckpt.maintenance.store_set import fill_up, members_here, replace, returned_empty
+from ckpt.maintenance.store_set import catch_up, reachable_members, replace, returned_empty
 
 
 def sweep_now(backend: Backend, state: LogState, dice: random.Random) -> SweepReport:
@@ -28,10 +28,10 @@ def care(backend: Backend) -> str:
     journal.refresh()
     filled = []
     for store, store_id in returned_empty(journal, backend):
-        replace(journal, backend, store, store_id, effort=Effort(), tell=nobody)
+        replace(journal, backend, store, store_id, limits=SyncLimits(), emit=nobody)
         filled.append(f"filled {store.url}")
-    for store, _ in members_here(journal, backend):
-        fill_up(journal, backend, store, effort=Effort(), tell=nobody)
+    for store, _ in reachable_members(journal, backend):
+        catch_up(journal, backend, store, limits=SyncLimits(), emit=nobody)
     return ", ".join(filled) or "all count"
 
 
@@ -44,8 +44,8 @@ def scrub_all(backend: Backend, *, mend: bool = True) -> ScrubReport:
 
 def told(report: ScrubReport) -> str:
     """The report in a line."""
-    stores = [f"{one.role} {one.mended}/{one.missing}+{one.damaged}" for one in report.stores]
-    return f"scrub ok={report.ok} {stores}" + ("" if report.ok else f" unmended={report.unmended} hole={report.hole}")
+    stores = [f"{one.role} {one.repaired}/{one.missing}+{one.damaged}" for one in report.stores]
+    return f"scrub ok={report.ok} {stores}" + ("" if report.ok else f" unmended={report.unrepaired} hole={report.hole}")
 
 
 def nobody(event: Event) -> None:

@@ -24,7 +24,7 @@ from servers.s3 import Gateway, Moto
 from ckpt.backends import open as opening
 from ckpt.backends.encrypted.keys import write_new_key
 from ckpt.backends.file.store import FileBackend
-from ckpt.backends.objects.s3 import CHOICE
+from ckpt.backends.objects.s3 import CLIENT_VARIABLE
 from ckpt.log.sequencers import STATE_VARIABLE
 from ckpt.testing.crashes import NumberedOps
 
@@ -48,7 +48,7 @@ def test_no_committed_snapshot_is_lost_or_wrong_whatever_the_stores_do(
 ) -> None:
     schedule = draw(seed)
     print(schedule)
-    monkeypatch.setenv(CHOICE, schedule.client)
+    monkeypatch.setenv(CLIENT_VARIABLE, schedule.client)
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
     key = None
     if schedule.encrypted:

@@ -18,7 +18,7 @@ from servers.certificates import Authority  # noqa: E402
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that stands still for seconds is no silent node, where a test says nothing else."""
-    monkeypatch.setattr("ckpt.cluster.mesh.connections.SILENT_S", 60.0)
+    monkeypatch.setattr("ckpt.cluster.mesh.connections.SILENCE_S_MAX", 60.0)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ckpt.cluster.mesh.connections import Heard, Lines
-from ckpt.cluster.mesh.messages import Word
-from ckpt.cluster.tls import Tls
+from ckpt.cluster.mesh.connections import Mesh, MeshObserver
+from ckpt.cluster.mesh.messages import MeshMessage
+from ckpt.cluster.tls import TlsContexts
 from ckpt.events import Event
 
 SECRET = b"a secret of all nodes"
@@ -18,26 +18,26 @@ class Node:
     """One keeper's lines, and all that it heard."""
 
     def __init__(
-        self, name: str, *, secret: bytes = SECRET, listen: str = "127.0.0.1:0", tls: Tls | None = None
+        self, name: str, *, secret: bytes = SECRET, listen: str = "127.0.0.1:0", tls: TlsContexts | None = None
     ) -> None:
         self.name = name
-        self.words: list[tuple[str, Word]] = []
+        self.words: list[tuple[str, MeshMessage]] = []
         self.downs: list[tuple[str, str]] = []
         self.ups: list[str] = []
         self.events: list[Event] = []
         self.changed = threading.Condition()
-        heard = Heard(
-            word=lambda node, word: self._note(self.words, (node, word)),
-            up=lambda node: self._note(self.ups, node),
-            down=lambda node, why: self._note(self.downs, (node, why)),
+        heard = MeshObserver(
+            on_message=lambda node, word: self._note(self.words, (node, word)),
+            on_connected=lambda node: self._note(self.ups, node),
+            on_disconnected=lambda node, why: self._note(self.downs, (node, why)),
         )
-        self.lines = Lines(
+        self.lines = Mesh(
             secret,
             job="job",
             node=name,
             listen=listen,
-            heard=heard,
-            tell=lambda event: self._note(self.events, event),
+            observer=heard,
+            emit=lambda event: self._note(self.events, event),
             tls=tls,
         )
 
@@ -58,6 +58,8 @@ class Node:
 def acquaint(*nodes: Node) -> None:
     addresses = {one.name: one.address for one in nodes}
     for one in nodes:
-        one.lines.want(addresses)
+        one.lines.set_targets(addresses)
     for one in nodes:
-        one.wait(lambda one=one: one.lines.up() == addresses.keys() - {one.name}, f"the lines of {one.name}")
+        one.wait(
+            lambda one=one: one.lines.connected_nodes() == addresses.keys() - {one.name}, f"the lines of {one.name}"
+        )

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt.cluster.mesh import protocol as cables
-from ckpt.cluster.mesh.messages import Beat, Decided, Meet, Post, Word
-from ckpt.cluster.mesh.protocol import FRAME_BYTES_MAX, Cable, Speller
+from ckpt.cluster.mesh.messages import MeetingAddress, MeshDecided, MeshMessage, MeshPost, NodeHeartbeat
+from ckpt.cluster.mesh.protocol import FRAME_BYTES_MAX, MeshProtocol, MessageEncoder
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
 
 SECRET = b"a secret of all nodes"
@@ -21,21 +21,21 @@ def nonce() -> bytes:
     return next(_numbers).to_bytes(16, "big")
 
 
-def pair(*, secret: bytes = SECRET, job: str = "job", means: str = "b") -> tuple[Cable, Cable]:
-    dialler = Cable(SECRET, job="job", node="a", nonce=nonce(), dials=means)
-    listener = Cable(secret, job=job, node="b", nonce=nonce())
+def pair(*, secret: bytes = SECRET, job: str = "job", means: str = "b") -> tuple[MeshProtocol, MeshProtocol]:
+    dialler = MeshProtocol(SECRET, job="job", node="a", nonce=nonce(), dials=means)
+    listener = MeshProtocol(secret, job=job, node="b", nonce=nonce())
     return dialler, listener
 
 
-def join(dialler: Cable, listener: Cable) -> None:
+def join(dialler: MeshProtocol, listener: MeshProtocol) -> None:
     """Carry what both say until both are quiet."""
     while True:
-        there = dialler.to_send()
-        back = listener.to_send()
+        there = dialler.data_to_send()
+        back = listener.data_to_send()
         if not there and not back:
             return
-        assert listener.received(there) == []
-        assert dialler.received(back) == []
+        assert listener.receive_data(there) == []
+        assert dialler.receive_data(back) == []
 
 
 def test_both_ends_know_each_other_once_both_proved_themselves() -> None:
@@ -49,14 +49,14 @@ def test_both_ends_know_each_other_once_both_proved_themselves() -> None:
 def test_words_come_in_order_both_ways_however_they_are_cut() -> None:
     dialler, listener = pair()
     join(dialler, listener)
-    words: list[Word] = [Post(room="3", key=f"k{n}", value=bytes(n)) for n in range(50)]
+    words: list[MeshMessage] = [MeshPost(room="3", key=f"k{n}", value=bytes(n)) for n in range(50)]
     for word in words:
-        dialler.say(word)
-        listener.say(word)
-    there, back = dialler.to_send(), listener.to_send()
-    got = [word for at in range(0, len(there), 7) for word in listener.received(there[at : at + 7])]
+        dialler.send(word)
+        listener.send(word)
+    there, back = dialler.data_to_send(), listener.data_to_send()
+    got = [word for at in range(0, len(there), 7) for word in listener.receive_data(there[at : at + 7])]
     assert got == words
-    assert dialler.received(back) == words
+    assert dialler.receive_data(back) == words
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_stranger_never_comes_up(wrong: dict[str, object]) -> None:
 
 def test_recorded_line_says_nothing_to_another_listener() -> None:
     dialler, listener = pair()
-    first = dialler.to_send()
-    listener.received(first)
-    dialler.received(listener.to_send())
-    proof = dialler.to_send()
-    again = Cable(SECRET, job="job", node="b", nonce=nonce())
-    again.received(first)
+    first = dialler.data_to_send()
+    listener.receive_data(first)
+    dialler.receive_data(listener.data_to_send())
+    proof = dialler.data_to_send()
+    again = MeshProtocol(SECRET, job="job", node="b", nonce=nonce())
+    again.receive_data(first)
     with pytest.raises(StoreDeniedError, match="none of this job's nodes"):
-        again.received(proof)
+        again.receive_data(proof)
     assert not again.up
 
 
@@ -88,42 +88,42 @@ def test_word_that_is_played_twice_or_left_out_ends_the_line() -> None:
     for twice in (True, False):
         dialler, listener = pair()
         join(dialler, listener)
-        dialler.say(Beat())
-        one = dialler.to_send()
-        dialler.say(Decided(attempt=1, boundary=2, flags=1))
-        other = dialler.to_send()
+        dialler.send(NodeHeartbeat())
+        one = dialler.data_to_send()
+        dialler.send(MeshDecided(attempt=1, boundary=2, flags=1))
+        other = dialler.data_to_send()
         if twice:
-            listener.received(one)
+            listener.receive_data(one)
         with pytest.raises(StoreDeniedError):
-            listener.received(one if twice else other)
+            listener.receive_data(one if twice else other)
 
 
 def test_own_words_reflected_are_refused() -> None:
     dialler, listener = pair()
     join(dialler, listener)
-    dialler.say(Beat())
+    dialler.send(NodeHeartbeat())
     with pytest.raises(StoreDeniedError):
-        dialler.received(dialler.to_send())
+        dialler.receive_data(dialler.data_to_send())
 
 
 @settings(max_examples=300, deadline=None)
 @given(at=st.integers(min_value=0), flip=st.integers(1, 255), stage=st.sampled_from(["greeting", "proof", "word"]))
 def test_any_changed_byte_is_found_or_changes_nothing(at: int, flip: int, stage: str) -> None:
     dialler, listener = pair()
-    word = Post(room="1", key="k", value=b"value")
+    word = MeshPost(room="1", key="k", value=b"value")
     if stage == "word":
         join(dialler, listener)
-        dialler.say(word)
+        dialler.send(word)
     elif stage == "proof":
-        listener.received(dialler.to_send())
-        dialler.received(listener.to_send())
-    data = bytearray(dialler.to_send())
+        listener.receive_data(dialler.data_to_send())
+        dialler.receive_data(listener.data_to_send())
+    data = bytearray(dialler.data_to_send())
     data[at % len(data)] ^= flip
     try:
-        got = listener.received(bytes(data))
+        got = listener.receive_data(bytes(data))
         if stage == "greeting":
-            dialler.received(listener.to_send())
-            listener.received(dialler.to_send())
+            dialler.receive_data(listener.data_to_send())
+            listener.receive_data(dialler.data_to_send())
     except CkptError:
         return
     # A longer length only waits for more; else nothing may have come up or been heard.
@@ -134,10 +134,10 @@ def test_any_changed_byte_is_found_or_changes_nothing(at: int, flip: int, stage:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=20))
 def test_noise_raises_only_our_errors_and_keeps_little(pieces: list[bytes]) -> None:
-    listener = Cable(SECRET, job="job", node="b", nonce=nonce())
+    listener = MeshProtocol(SECRET, job="job", node="b", nonce=nonce())
     try:
         for piece in pieces:
-            assert listener.received(piece) == []
+            assert listener.receive_data(piece) == []
     except CkptError:
         return
     assert not listener.up
@@ -145,9 +145,9 @@ def test_noise_raises_only_our_errors_and_keeps_little(pieces: list[bytes]) -> N
 
 
 def test_stranger_cannot_announce_a_long_frame() -> None:
-    listener = Cable(SECRET, job="job", node="b", nonce=nonce())
+    listener = MeshProtocol(SECRET, job="job", node="b", nonce=nonce())
     with pytest.raises(StoreDeniedError, match="length"):
-        listener.received((cables.GREETING_BYTES_MAX + 1).to_bytes(4, "little"))
+        listener.receive_data((cables.GREETING_BYTES_MAX + 1).to_bytes(4, "little"))
 
 
 def test_word_beyond_the_limit_is_refused_by_its_sender(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,16 +155,16 @@ def test_word_beyond_the_limit_is_refused_by_its_sender(monkeypatch: pytest.Monk
     join(dialler, listener)
     monkeypatch.setattr(cables, "FRAME_BYTES_MAX", 100)
     with pytest.raises(UsageError, match="too long"):
-        dialler.say(Post(room="1", key="k", value=bytes(200)))
+        dialler.send(MeshPost(room="1", key="k", value=bytes(200)))
 
 
 def test_what_is_said_to_all_is_spelled_once() -> None:
-    spell = Speller()
-    one, same = Beat(), Beat()
+    spell = MessageEncoder()
+    one, same = NodeHeartbeat(), NodeHeartbeat()
     assert spell(one) is spell(one)
     encoded = [spell(one), spell(same)]
     assert encoded[0] == encoded[1] and encoded[0] is not encoded[1], "equal words are two"
-    assert spell(Meet(attempt=1, host="h", port=2)) != encoded[0]
+    assert spell(MeetingAddress(attempt=1, host="h", port=2)) != encoded[0]
     with pytest.raises(UsageError, match="too long"):
-        spell(Meet(attempt=1, host="h" * FRAME_BYTES_MAX, port=2))
+        spell(MeetingAddress(attempt=1, host="h" * FRAME_BYTES_MAX, port=2))
     assert spell(same) == encoded[1]

@@ -22,26 +22,26 @@ from fleet_nodes import SECRET, WAIT_S, Node, acquaint
 from msgspec.msgpack import encode
 from servers.certificates import Authority
 
-from ckpt.cluster.mesh.connections import STRANGERS_MAX
-from ckpt.cluster.mesh.messages import Post, Standing
-from ckpt.cluster.mesh.protocol import GREETING_BYTES_MAX, Cable
-from ckpt.cluster.secret import mac
-from ckpt.cluster.tls import Tls, tls_of
+from ckpt.cluster.mesh.connections import UNAUTHENTICATED_MAX
+from ckpt.cluster.mesh.messages import MeshPost, NodeProgress
+from ckpt.cluster.mesh.protocol import GREETING_BYTES_MAX, MeshProtocol
+from ckpt.cluster.secret import frame_mac
+from ckpt.cluster.tls import TlsContexts, job_tls
 from ckpt.ipc.cluster_spec import NodesSpec
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 FIRST = int(os.environ.get("CKPT_SEED", "1"))
 SEEDS = range(FIRST, FIRST + (40 if SOAK else 2))
 TURNS = 2000 if SOAK else 200
-GROWTH_BYTES_MAX = STRANGERS_MAX * (2 * GREETING_BYTES_MAX + (256 << 10)) + (16 << 20)
+GROWTH_BYTES_MAX = UNAUTHENTICATED_MAX * (2 * GREETING_BYTES_MAX + (256 << 10)) + (16 << 20)
 
 
 @pytest.fixture(params=["clear", "TLS"])
-def tls(request: pytest.FixtureRequest, authority: Authority) -> Tls | None:
+def tls(request: pytest.FixtureRequest, authority: Authority) -> TlsContexts | None:
     if request.param == "clear":
         return None
     files = authority.sign("fuzzed").spec()
-    return tls_of(NodesSpec(where="/f", job="job", nodes_min=1, nodes_max=2, **files))
+    return job_tls(NodesSpec(where="/f", job="job", nodes_min=1, nodes_max=2, **files))
 
 
 def framed(body: bytes) -> bytes:
@@ -60,7 +60,9 @@ def greeting(rng: random.Random) -> bytes:
 
 def frame(rng: random.Random) -> bytes:
     """One whose MAC nobody made who knows the secret."""
-    word = rng.choice((Post(room="1", key="k", value=b"forged"), Standing(attempt=1, sealed=(), completed=10**6)))
+    word = rng.choice(
+        (MeshPost(room="1", key="k", value=b"forged"), NodeProgress(attempt=1, sealed=(), completed=10**6))
+    )
     return framed(encode(word)) + rng.randbytes(16)
 
 
@@ -97,8 +99,8 @@ class Witness:
 
     def check(self, *, calm: bool = True) -> None:
         """``calm``: nor may the line have been down."""
-        word = Post(room="1", key=str(self.said), value=os.urandom(2000))
-        assert self.one.lines.say(self.other.name, word)
+        word = MeshPost(room="1", key=str(self.said), value=os.urandom(2000))
+        assert self.one.lines.send(self.other.name, word)
         self.said += 1
         self.other.wait(lambda: len(self.other.words) >= self.said, "a word")
         assert self.other.words[-1] == (self.one.name, word)
@@ -107,7 +109,7 @@ class Witness:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_strangers_say_nothing_that_counts(node: Callable[..., Node], tls: Tls | None, seed: int) -> None:
+def test_strangers_say_nothing_that_counts(node: Callable[..., Node], tls: TlsContexts | None, seed: int) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     one, other = node("a", tls=tls), node("z", tls=tls)
@@ -120,11 +122,11 @@ def test_strangers_say_nothing_that_counts(node: Callable[..., Node], tls: Tls |
         with suppress(ConnectionError):
             sock.sendall(speech(rng))
         open_.append(sock)
-        while len(open_) > rng.choice((0, 10, STRANGERS_MAX + 20)):
+        while len(open_) > rng.choice((0, 10, UNAUTHENTICATED_MAX + 20)):
             open_.pop(rng.randrange(len(open_))).close()
         if turn % 20 == 0:
             witness.check()
-            assert len(one.lines._lines) <= STRANGERS_MAX + 2
+            assert len(one.lines._lines) <= UNAUTHENTICATED_MAX + 2
     witness.check()
     grown = resident_bytes() - memory
     print(f"grew by {grown >> 10} KiB, of {GROWTH_BYTES_MAX >> 10} KiB; {one.lines.refused} refused")
@@ -132,7 +134,7 @@ def test_strangers_say_nothing_that_counts(node: Callable[..., Node], tls: Tls |
     assert one.lines.refused > 0
     assert one.ups == ["z"]
     assert {event.kind for event in one.events} == {"line-refused"}
-    assert len(one.events) <= STRANGERS_MAX
+    assert len(one.events) <= UNAUTHENTICATED_MAX
     for sock in open_:
         sock.close()
     wait(lambda: descriptors() <= fds, "the end of strangers' connections")
@@ -151,7 +153,7 @@ def test_node_gets_in_though_strangers_hold_all_places(node: Callable[..., Node]
             with suppress(ConnectionError):
                 sock.sendall(b"\x40\x00\x00\x00half")
             mine.append(sock)
-            if len(mine) > 2 * STRANGERS_MAX:
+            if len(mine) > 2 * UNAUTHENTICATED_MAX:
                 mine.pop(0).close()
         for sock in mine:
             sock.close()
@@ -159,7 +161,7 @@ def test_node_gets_in_though_strangers_hold_all_places(node: Callable[..., Node]
     thread = threading.Thread(target=crowd, daemon=True)
     thread.start()
     try:
-        wait(lambda: one.lines.refused > STRANGERS_MAX, "a crowd")
+        wait(lambda: one.lines.refused > UNAUTHENTICATED_MAX, "a crowd")
         Witness(one, node("z")).check()
         Witness(one, node("0")).check(
             calm=False
@@ -209,15 +211,15 @@ class Recorder:
             target.shutdown(socket.SHUT_RDWR)
 
 
-def test_recorded_line_is_no_line_when_it_is_played_again(node: Callable[..., Node], tls: Tls | None) -> None:
+def test_recorded_line_is_no_line_when_it_is_played_again(node: Callable[..., Node], tls: TlsContexts | None) -> None:
     one, other = node("a", tls=tls), node("b", tls=tls)
     recorder = Recorder(other.lines.port)
     try:
-        one.lines.want({"b": f"127.0.0.1:{recorder.port}"})
-        other.lines.want({"a": one.address})
+        one.lines.set_targets({"b": f"127.0.0.1:{recorder.port}"})
+        other.lines.set_targets({"a": one.address})
         one.wait(lambda: one.ups, "the line")
         for number in range(5):
-            assert one.lines.say("b", Post(room="1", key=str(number), value=b"v"))
+            assert one.lines.send("b", MeshPost(room="1", key=str(number), value=b"v"))
         other.wait(lambda: len(other.words) == 5, "the words")
         recorded = recorder.sent[0]
         before = other.lines.refused
@@ -235,23 +237,25 @@ def test_recorded_line_is_no_line_when_it_is_played_again(node: Callable[..., No
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_spoiled_bytes_end_a_line_and_are_never_heard(node: Callable[..., Node], tls: Tls | None, seed: int) -> None:
+def test_spoiled_bytes_end_a_line_and_are_never_heard(
+    node: Callable[..., Node], tls: TlsContexts | None, seed: int
+) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     one, other = node("a", tls=tls), node("b", tls=tls)
     recorder = Recorder(other.lines.port)
-    said: set[tuple[str, Post]] = set()
+    said: set[tuple[str, MeshPost]] = set()
     try:
-        one.lines.want({"b": f"127.0.0.1:{recorder.port}"})
-        other.lines.want({"a": one.address})
+        one.lines.set_targets({"b": f"127.0.0.1:{recorder.port}"})
+        other.lines.set_targets({"a": one.address})
         for turn in range(3):
-            one.wait(lambda turn=turn: len(one.ups) > turn and one.lines.up(), "the line")
+            one.wait(lambda turn=turn: len(one.ups) > turn and one.lines.connected_nodes(), "the line")
             recorder.spoil_at = rng.randrange(5000)
             until_s = time.monotonic() + WAIT_S
             while len(one.downs) <= turn:
                 assert time.monotonic() < until_s, "what was spoiled was believed"
-                word = Post(room=str(turn), key=str(len(said)), value=rng.randbytes(500))
-                if one.lines.say("b", word):
+                word = MeshPost(room=str(turn), key=str(len(said)), value=rng.randbytes(500))
+                if one.lines.send("b", word):
                     said.add(("a", word))
                 with one.changed:
                     one.changed.wait_for(lambda turn=turn: len(one.downs) > turn, 0.02)
@@ -268,11 +272,11 @@ def test_word_that_is_too_long_ends_the_line_and_not_the_keeper(
     one, other = node("a"), node("b")
     acquaint(one, other)
     monkeypatch.setattr("ckpt.cluster.mesh.protocol.FRAME_BYTES_MAX", 10_000)
-    assert one.lines.say("b", Post(room="1", key="k", value=bytes(20_000)))
+    assert one.lines.send("b", MeshPost(room="1", key="k", value=bytes(20_000)))
     one.wait(lambda: one.downs, "that the line is down")
     assert "too long" in one.downs[0][1]
     one.wait(lambda: len(one.ups) == 2, "the line again")
-    assert one.lines.say("b", Post(room="1", key="k", value=b"short"))
+    assert one.lines.send("b", MeshPost(room="1", key="k", value=b"short"))
     other.wait(lambda: other.words, "a word")
 
 
@@ -288,12 +292,12 @@ def test_holder_of_the_secret_that_says_what_no_release_says_is_refused(node: Ca
         encode({"type": "Post", "room": 5}),
         rng.randbytes(900),
     ):
-        cable = Cable(SECRET, job="job", node="a", nonce=rng.randbytes(16), dials="b")
+        cable = MeshProtocol(SECRET, job="job", node="a", nonce=rng.randbytes(16), dials="b")
         with socket.create_connection(("127.0.0.1", one.lines.port), WAIT_S) as sock:
             while not cable.up:
-                sock.sendall(cable.to_send())
-                cable.received(sock.recv(65536))
-            sock.sendall(cable.to_send())
+                sock.sendall(cable.data_to_send())
+                cable.receive_data(sock.recv(65536))
+            sock.sendall(cable.data_to_send())
             sock.sendall(signed(cable, body))
             with suppress(ConnectionError):
                 while sock.recv(65536):
@@ -303,8 +307,8 @@ def test_holder_of_the_secret_that_says_what_no_release_says_is_refused(node: Ca
     assert one.lines.refused == 6
 
 
-def signed(cable: Cable, body: bytes) -> bytes:
-    return framed(body) + mac(cable._send_key, cable._sent, body)
+def signed(cable: MeshProtocol, body: bytes) -> bytes:
+    return framed(body) + frame_mac(cable._send_key, cable._sent, body)
 
 
 def wait(until: Callable[[], object], what: str) -> None:

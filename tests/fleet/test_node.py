@@ -16,21 +16,21 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "membership"))
 
 from memory_keyspace import MemoryKeyspace, MemoryServer
 
-from ckpt.cluster.membership.decide import Options
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.member import KeyedMembership
-from ckpt.cluster.membership.records import Holdings, NodeInfo, View
-from ckpt.cluster.mesh.connections import Lines
-from ckpt.cluster.mesh.messages import Decided, Failed, Meet, Word
-from ckpt.cluster.node.epochs import Epoch, Told, Ways
-from ckpt.cluster.node.leading import ALL_ENDED, FLOOR, PEER
+from ckpt.cluster.membership.decide import MembershipOptions
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.member import KeyspaceMembership
+from ckpt.cluster.membership.records import NodeInfo, StateInventory, View
+from ckpt.cluster.mesh.connections import Mesh
+from ckpt.cluster.mesh.messages import MeetingAddress, MeshDecided, MeshMessage, NodeFailed
+from ckpt.cluster.node.epochs import NodeDeps, NodeEpoch, NodeObserver
+from ckpt.cluster.node.leading import ALL_ENDED, FLOOR_CAPABILITY, PEER_CAPABILITY
 from ckpt.cluster.node.node import Node
 from ckpt.errors import UnavailableError
 from ckpt.events import Event
 from ckpt.ipc.messages import Policy
-from ckpt.keeper.attempts.failures import ECHO_S, Trouble
+from ckpt.keeper.attempts.failures import ECHO_S, EpochFailures
 from ckpt.keeper.nodes.join import _judged
-from ckpt.threads import start
+from ckpt.threads import start_thread
 
 WAIT_S = 60.0
 LOOK_S = 0.02
@@ -44,22 +44,22 @@ class One:
 
     name: str
     node: Node = field(init=False)
-    member: KeyedMembership = field(init=False)
-    lines: list[Lines] = field(default_factory=list)
-    epochs: list[Epoch] = field(default_factory=list)
-    seen: list[Epoch] = field(default_factory=list)
+    member: KeyspaceMembership = field(init=False)
+    lines: list[Mesh] = field(default_factory=list)
+    epochs: list[NodeEpoch] = field(default_factory=list)
+    seen: list[NodeEpoch] = field(default_factory=list)
     outs: list[str] = field(default_factory=list)
-    words: list[tuple[str, Word]] = field(default_factory=list)
+    words: list[tuple[str, MeshMessage]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     dead: bool = False
 
     @property
     def id(self) -> str:
-        return self.node.name
+        return self.node.node_id
 
     def fail(self, attempt: int, kind: str = "died", **more: object) -> None:
         known = {"rank": 0, "kind": kind, "text": f"{self.name} {kind}", "status": -9, "completed": 1}
-        self.node.failed(Failed(attempt=attempt, **{**known, **more}))  # type: ignore[arg-type]
+        self.node.report_failure(NodeFailed(attempt=attempt, **{**known, **more}))  # type: ignore[arg-type]
 
     def kill(self) -> None:
         """Its process is gone: nobody listens, nothing is said, its lease runs out by itself."""
@@ -108,38 +108,40 @@ class World:
                 kept.append(said)
                 self.changed.notify_all()
 
-        def lines(node: str, heard: object) -> Lines:
-            made = Lines(
-                SECRET, job="job", node=node, listen="127.0.0.1:0", heard=heard,  # type: ignore[arg-type]
-                tell=lambda event: note(one.events, event),
+        def lines(node: str, heard: object) -> Mesh:
+            made = Mesh(
+                SECRET, job="job", node=node, listen="127.0.0.1:0", observer=heard,  # type: ignore[arg-type]
+                emit=lambda event: note(one.events, event),
             )  # fmt: skip
             one.lines.append(made)
             return made
 
         def info() -> NodeInfo:
-            capabilities = (f"{PEER}127.0.0.1:1", f"{FLOOR}{attempt}")
+            capabilities = (f"{PEER_CAPABILITY}127.0.0.1:1", f"{FLOOR_CAPABILITY}{attempt}")
             return NodeInfo(
                 node=f"{name}-{next(self.ids)}", host=name, slots=1, address="127.0.0.1", capabilities=capabilities
             )
 
         witnesses = 2 if most > 2 else 1
-        one.member = KeyedMembership(
+        one.member = KeyspaceMembership(
             MemoryKeyspace(self.server), "job", ttl_s=ttl_s, witnesses_min=witnesses
         )  # fmt: skip
         one.member.view = blinded(one.member.view, times=blind)  # type: ignore[method-assign]
-        options = replace(Options(nodes_min=least, nodes_max=most, last_call_s=0.3, witnesses_min=witnesses), **more)  # type: ignore[arg-type]
+        options = replace(
+            MembershipOptions(nodes_min=least, nodes_max=most, last_call_s=0.3, witnesses_min=witnesses), **more
+        )  # type: ignore[arg-type]
         one.node = Node(
             one.member, info, options,
-            judge=lambda note, failures, lost, ended, heard_s, now_s: _judged(
-                note, failures, Trouble({}, lost, ended), heard_s, now_s, self.policy
+            decide_failures=lambda note, failures, lost, ended, heard_s, now_s: _judged(
+                note, failures, EpochFailures({}, lost, ended), heard_s, now_s, self.policy
             ),
-            told=Told(
-                epoch=lambda epoch: note(one.epochs, epoch), members=lambda epoch: note(one.seen, epoch),
-                out=lambda why: note(one.outs, why),
-                word=lambda node, word: note(one.words, (node, word)), up=lambda node: None, down=lambda node, why: None,
+            observer=NodeObserver(
+                on_epoch=lambda epoch: note(one.epochs, epoch), on_standbys=lambda epoch: note(one.seen, epoch),
+                on_membership_lost=lambda why: note(one.outs, why),
+                on_message=lambda node, word: note(one.words, (node, word)), on_connected=lambda node: None, on_disconnected=lambda node, why: None,
             ),
-            tell=lambda event: note(one.events, event),
-            ways=Ways(lines, lambda: ("127.0.0.1", 1000 + next(self.ids)), agent), grow_wait_s=grow_wait_s,
+            emit=lambda event: note(one.events, event),
+            deps=NodeDeps(lines, lambda: ("127.0.0.1", 1000 + next(self.ids)), agent), grow_wait_s=grow_wait_s,
         )  # fmt: skip
         self.made.append(one)
         return one
@@ -151,7 +153,7 @@ class World:
                 assert time.monotonic() < deadline_s, f"not in time: {what}"
                 self.changed.wait(LOOK_S)  # what is looked at may change without a word
 
-    def epoch(self, *nodes: One, beyond: int = 0) -> Epoch:
+    def epoch(self, *nodes: One, beyond: int = 0) -> NodeEpoch:
         """The next epoch of all these nodes, which is the same."""
         for one in nodes:
             self.until(lambda one=one: one.epochs and one.epochs[-1].number > beyond, f"an epoch at {one.name}")
@@ -163,7 +165,7 @@ class World:
 def world() -> Iterator[World]:
     made = World()
     yield made
-    for closing in [start(one.node.close, name="test-close") for one in made.made]:  # each waits for its threads
+    for closing in [start_thread(one.node.close, name="test-close") for one in made.made]:  # each waits for its threads
         closing.result()
 
 
@@ -172,8 +174,8 @@ def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: World) -> 
     first = world.epoch(*nodes)
     assert first.number == 1
     assert set(first.record.ranks) == {one.id for one in nodes}
-    assert {one.epochs[-1].meet for one in nodes} == {first.meet}
-    assert first.meet is not None
+    assert {one.epochs[-1].meeting for one in nodes} == {first.meeting}
+    assert first.meeting is not None
     assert first.note.era == 1
     assert first.peers.keys() == first.addresses.keys() == {one.id for one in nodes}
     assert [one.epochs[-1].me for one in nodes] == [one.id for one in nodes]
@@ -187,7 +189,7 @@ def test_standby_that_comes_later_is_told_to_all_and_hears_of_the_epoch_that_is(
         world.until(lambda one=one: one.seen and late.id in one.seen[-1].peers, f"the standby at {one.name}")
         assert one.seen[-1].record == first.record and one.seen[-1].standbys == (late.id,)
         assert one.seen[-1].me == one.id
-    assert (late.epochs, late.seen[-1].meet) == ([], None), "nothing begins at it"
+    assert (late.epochs, late.seen[-1].meeting) == ([], None), "nothing begins at it"
     assert all(one.epochs == [first] or one.epochs[0].record == first.record for one in nodes), "nor at the others"
     late.kill()
     for one in nodes:
@@ -203,9 +205,9 @@ def test_standby_says_what_it_holds_and_is_chosen_for_it(world: World) -> None:
         world.until(lambda one=one: one.seen and len(one.seen[-1].standbys) == 2, "two standbys")
     lost = nodes[1]
     rank = first.record.ranks[lost.id].start
-    spares[1].node.holds(Holdings(2, {rank: 1 << 20}))
+    spares[1].node.put_inventory(StateInventory(2, {rank: 1 << 20}))
     world.until(
-        lambda: any(m.holdings for m in nodes[0].member.view().members if m.node == spares[1].id), "what it holds"
+        lambda: any(m.inventory for m in nodes[0].member.view().members if m.node == spares[1].id), "what it holds"
     )
     lost.kill()
     second = world.epoch(nodes[0], spares[1], beyond=first.number)
@@ -215,10 +217,10 @@ def test_standby_says_what_it_holds_and_is_chosen_for_it(world: World) -> None:
 def test_words_reach_another_nodes_keeper(world: World) -> None:
     one, other = world.node("a"), world.node("b")
     world.epoch(one, other)
-    assert one.node.up(other.id)
-    assert one.node.say(other.id, Decided(attempt=1, boundary=4, flags=1))
+    assert one.node.is_connected(other.id)
+    assert one.node.send(other.id, MeshDecided(attempt=1, boundary=4, flags=1))
     world.until(lambda: other.words, "the word")
-    assert other.words == [(one.id, Decided(attempt=1, boundary=4, flags=1))]
+    assert other.words == [(one.id, MeshDecided(attempt=1, boundary=4, flags=1))]
 
 
 def test_failure_is_followed_by_an_epoch_of_the_same_places_that_says_why(world: World) -> None:
@@ -228,8 +230,8 @@ def test_failure_is_followed_by_an_epoch_of_the_same_places_that_says_why(world:
     second = world.epoch(*nodes, beyond=1)
     assert (second.number, second.record.places) == (2, first.record.places)
     assert (second.note.why, second.note.completed, second.note.era) == ("b died", 7, 1)
-    assert second.meet is not None
-    assert second.meet != first.meet
+    assert second.meeting is not None
+    assert second.meeting != first.meeting
 
 
 def test_exception_waits_for_what_explains_it(world: World) -> None:
@@ -284,8 +286,8 @@ def test_leader_that_is_lost_is_followed_by_another(world: World) -> None:
 def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_it(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
-    nodes[0].node.ended(1)
-    nodes[1].node.ended(1)
+    nodes[0].node.report_ended(1)
+    nodes[1].node.report_ended(1)
     end = world.epoch(*nodes, beyond=1)
     assert (end.number, end.note.end, end.note.why) == (2, 0, ALL_ENDED)
     anew = [world.node("a"), world.node("b")]
@@ -336,10 +338,10 @@ def test_node_that_joined_and_could_not_look_then_is_a_node_all_the_same(world: 
 
 def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: World) -> None:
     one = world.node("a", blind=10**9)
-    world.until(lambda: one.member.standing().state is State.SURE, "a first membership")
-    one.member.keepalive.lost("nobody prolonged it")
+    world.until(lambda: one.member.lease_status().state is LeaseState.VALID, "a first membership")
+    one.member.keepalive.mark_lost("nobody prolonged it")
     world.until(lambda: len(one.lines) == 2, "another membership")
-    one.member.view = KeyedMembership.view.__get__(one.member)  # type: ignore[method-assign]
+    one.member.view = KeyspaceMembership.view.__get__(one.member)  # type: ignore[method-assign]
     other = world.node("b")
     world.until(
         lambda: one.epochs and other.epochs and one.epochs[-1].record.ranks == other.epochs[-1].record.ranks, "one"
@@ -358,7 +360,7 @@ def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: Worl
         return ticket
 
     one.member.join = join_blindly  # type: ignore[method-assign,assignment]
-    one.member.keepalive.lost("nobody prolonged it")
+    one.member.keepalive.mark_lost("nobody prolonged it")
     world.until(lambda: one.id != first and one.id in one.epochs[-1].record.ranks, "an epoch under its new name")
     assert len(one.lines) == 2
 
@@ -377,13 +379,13 @@ def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(world: 
     nodes = [world.node("a", least=1), world.node("b", least=1)]
     world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
     number = world.epoch(*nodes).number
-    nodes[0].node.ended(number)
+    nodes[0].node.report_ended(number)
     other = nodes[1].node
     world.until(lambda: nodes[0].id in other._reports._ended, "its word")
     nodes[0].node.close()
     world.until(lambda: other._view is not None and other._view.leader is not None
-                and other._view.leader.node == other.name, "the other leads")  # fmt: skip
-    other.ended(number)
+                and other._view.leader.node == other.node_id, "the other leads")  # fmt: skip
+    other.report_ended(number)
     end = world.epoch(nodes[1], beyond=number)
     assert (end.number, end.note.end) == (number + 1, 0)
 
@@ -392,7 +394,7 @@ def test_failure_after_another_nodes_end_ends_the_job_though_it_is_gone(world: W
     nodes = [world.node("a", least=1), world.node("b", least=1)]
     world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
     number = world.epoch(*nodes).number
-    nodes[0].node.ended(number)
+    nodes[0].node.report_ended(number)
     world.until(lambda: nodes[0].id in nodes[1].node._reports._ended, "its word")
     nodes[0].node.close()
     nodes[1].fail(number)
@@ -411,7 +413,7 @@ def test_node_that_was_taken_out_is_told_and_joins_anew(world: World) -> None:
     assert nodes[1].id != before
     assert second.number == 2
     assert set(second.record.ranks) == {one.id for one in nodes}
-    assert second.meet is not None
+    assert second.meeting is not None
     assert len(nodes[1].outs) == 1
     nodes[1].fail(2, completed=50)
     assert world.epoch(*nodes, beyond=2).note.completed == 50
@@ -440,12 +442,12 @@ def test_epochs_exceed_what_any_keeper_knows_of(world: World) -> None:
 def test_meeting_place_that_comes_before_its_epoch_is_kept(world: World) -> None:
     one = world.node("b")
     world.until(lambda: any(event.kind == "joined" for event in one.events), "that it joined")
-    one.node._on_word("x", Meet(attempt=1, host="h", port=7))
+    one.node._on_word("x", MeetingAddress(attempt=1, host="h", port=7))
     other = world.node("c")
     first = world.epoch(one, other)
     assert first.number == 1
-    if first.record.root != one.id:
-        assert one.epochs[-1].meet == Meet(attempt=1, host="h", port=7)
+    if first.record.rank0_node != one.id:
+        assert one.epochs[-1].meeting == MeetingAddress(attempt=1, host="h", port=7)
 
 
 def test_node_says_under_each_lease_that_it_has_which_agent_may_live_there_and_leaves_that_to_run_out(

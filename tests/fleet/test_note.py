@@ -6,29 +6,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.cluster.membership.records import EpochRecord, Leader, Member, NodeInfo, Place, Scope, View
-from ckpt.cluster.node.leading import MESH_MAX, NOTE_CHARS_MAX, Note, decode_note, encode_note, wanted
+from ckpt.cluster.membership.records import EpochRecord, Leader, Member, NodeInfo, NodePlacement, View, ViewScope
+from ckpt.cluster.node.leading import (
+    FULL_MESH_NODES_MAX,
+    NOTE_CHARS_MAX,
+    EpochNote,
+    decode_note,
+    encode_note,
+    mesh_topology,
+)
 from ckpt.errors import IntegrityError
 
 notes = st.builds(
-    Note, why=st.text(max_size=200), fingerprint=st.text(max_size=50), step=st.integers(-1, 10**9), same=st.integers(0, 99),
+    EpochNote, why=st.text(max_size=200), fingerprint=st.text(max_size=50), step=st.integers(-1, 10**9), same=st.integers(0, 99),
     stuck=st.integers(0, 99), completed=st.integers(-1, 10**9), end=st.none() | st.integers(0, 255), era=st.integers(0, 10**6),
 )  # fmt: skip
 
 
 @given(notes)
-def test_note_comes_back_as_it_was(note: Note) -> None:
+def test_note_comes_back_as_it_was(note: EpochNote) -> None:
     assert decode_note(encode_note(note)) == note
 
 
 def test_reason_that_is_too_long_is_cut() -> None:
-    text = encode_note(Note(why="x" * 10_000, era=7))
+    text = encode_note(EpochNote(why="x" * 10_000, era=7))
     assert len(text) <= NOTE_CHARS_MAX
     assert decode_note(text).era == 7
 
 
 def test_no_text_is_an_empty_note_and_noise_is_none() -> None:
-    assert decode_note("") == Note()
+    assert decode_note("") == EpochNote()
     for noise in ("{", "[]", '{"era":"x"}', "\x00"):
         with pytest.raises(IntegrityError):
             decode_note(noise)
@@ -44,7 +51,7 @@ def view(count: int, *, leader: int = 0, root: int = 1) -> View:
     epoch = EpochRecord(
         job="j",
         number=1,
-        places=tuple(Place(name, 1) for name in order),
+        places=tuple(NodePlacement(name, 1) for name in order),
         leader=names[leader],
         nodes_min=1,
         nodes_max=count,
@@ -52,7 +59,7 @@ def view(count: int, *, leader: int = 0, root: int = 1) -> View:
     return View(
         job="j",
         revision=1,
-        scope=Scope.ALL,
+        scope=ViewScope.ALL,
         leader=Leader(names[leader], 1),
         epoch=epoch,
         epoch_revision=1,
@@ -61,23 +68,27 @@ def view(count: int, *, leader: int = 0, root: int = 1) -> View:
 
 
 def test_few_nodes_all_know_each_other() -> None:
-    found = wanted(view(5), "n003")
+    found = mesh_topology(view(5), "n003")
     assert found.keys() == {"n000", "n001", "n002", "n004"}
     assert found["n002"] == "10.0.0.1:2"
 
 
 def test_of_many_nodes_only_leader_and_root_know_all_and_each_has_two_neighbours() -> None:
-    many = view(MESH_MAX + 20)
-    assert len(wanted(many, "n000")) == len(wanted(many, "n001")) == MESH_MAX + 19
-    assert wanted(many, "n040").keys() == {"n000", "n001", "n039", "n041"}
-    assert wanted(many, f"n{MESH_MAX + 19:03d}").keys() == {"n000", "n001", f"n{MESH_MAX + 18:03d}"}
+    many = view(FULL_MESH_NODES_MAX + 20)
+    assert len(mesh_topology(many, "n000")) == len(mesh_topology(many, "n001")) == FULL_MESH_NODES_MAX + 19
+    assert mesh_topology(many, "n040").keys() == {"n000", "n001", "n039", "n041"}
+    assert mesh_topology(many, f"n{FULL_MESH_NODES_MAX + 19:03d}").keys() == {
+        "n000",
+        "n001",
+        f"n{FULL_MESH_NODES_MAX + 18:03d}",
+    }
 
 
 def test_every_node_is_seen_by_two_others_at_least() -> None:
-    many = view(MESH_MAX + 20)
+    many = view(FULL_MESH_NODES_MAX + 20)
     reached: dict[str, set[str]] = {}
     for member in many.members:
-        for node in wanted(many, member.node):
+        for node in mesh_topology(many, member.node):
             reached.setdefault(node, set()).add(member.node)
             reached.setdefault(member.node, set()).add(node)
     assert all(len(seen) >= 2 for seen in reached.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.cluster.secret import line_keys, read_secret
+from ckpt.cluster.secret import connection_keys, read_secret
 from ckpt.errors import UsageError
 
 
@@ -43,6 +43,6 @@ def test_every_line_and_direction_has_a_key_of_its_own() -> None:
         for job in ("a", "b")
         for one in (b"1" * 16, b"2" * 16)
         for other in (b"3" * 16, b"4" * 16)
-        for key in line_keys(b"secret", job=job, dialler=one, listener=other)
+        for key in connection_keys(b"secret", job=job, dialler=one, listener=other)
     }
     assert len(keys) == 16

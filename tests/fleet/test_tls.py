@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers.certificates import Authority, Files
 
-from ckpt.cluster.mesh.connections import Sheath
-from ckpt.cluster.mesh.messages import Post
-from ckpt.cluster.tls import Tls, check_path, check_tls, lender_at, lending_at, tls_of
+from ckpt.cluster.mesh.connections import TlsStream
+from ckpt.cluster.mesh.messages import MeshPost
+from ckpt.cluster.tls import TlsContexts, check_network, check_tls, job_tls, peer_endpoint, serving_endpoint
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
 from ckpt.ipc.cluster_spec import NodesSpec
 
@@ -27,8 +27,8 @@ def spec(files: Files | None = None, **more: object) -> NodesSpec:
     return NodesSpec(**{**known, **more})  # type: ignore[arg-type]
 
 
-def tls(files: Files) -> Tls:
-    found = tls_of(spec(files))
+def tls(files: Files) -> TlsContexts:
+    found = job_tls(spec(files))
     assert found is not None
     return found
 
@@ -37,15 +37,15 @@ def tls(files: Files) -> Tls:
 
 
 def test_beyond_loopback_it_is_tls_or_a_word(authority: Authority) -> None:
-    check_path(spec(), HERE)
-    check_path(spec(), "localhost")
-    check_path(spec(plaintext=True), AWAY)
-    check_path(spec(authority.sign("away", AWAY)), AWAY)
+    check_network(spec(), HERE)
+    check_network(spec(), "localhost")
+    check_network(spec(plaintext=True), AWAY)
+    check_network(spec(authority.sign("away", AWAY)), AWAY)
     with pytest.raises(UsageError, match="--plaintext") as error:
-        check_path(spec(), AWAY)
+        check_network(spec(), AWAY)
     assert "read the weights" in str(error.value) and AWAY in str(error.value)
     with pytest.raises(UsageError, match="not loopback"):
-        lending_at(spec(), AWAY)
+        serving_endpoint(spec(), AWAY)
 
 
 def test_both_or_some_of_it_is_refused(authority: Authority) -> None:
@@ -54,8 +54,8 @@ def test_both_or_some_of_it_is_refused(authority: Authority) -> None:
         check_tls(spec(files, plaintext=True), HERE)
     for left_out in ("tls_cert", "tls_key", "tls_ca"):
         with pytest.raises(UsageError, match="three files"):
-            tls_of(spec(files, **{left_out: ""}))
-    assert tls_of(spec()) is None
+            job_tls(spec(files, **{left_out: ""}))
+    assert job_tls(spec()) is None
     assert check_tls(spec(), AWAY) is None
 
 
@@ -77,16 +77,16 @@ def test_wildcard_names_the_hosts_one_step_below_it(authority: Authority) -> Non
 
 def test_whoever_lends_shows_it_and_whoever_reads_checks_the_host(authority: Authority) -> None:
     files = spec(authority.sign("lender", AWAY))
-    assert lending_at(files, AWAY).tls is not None
-    reached = lender_at(files, f"{AWAY}:7")
+    assert serving_endpoint(files, AWAY).tls is not None
+    reached = peer_endpoint(files, f"{AWAY}:7")
     assert reached.tls is not None and reached.tls.check_hostname
-    assert lender_at(spec(), f"{HERE}:7").tls is None
+    assert peer_endpoint(spec(), f"{HERE}:7").tls is None
 
 
 @pytest.mark.parametrize("name", ["tls_cert", "tls_key", "tls_ca"])
 def test_file_that_is_missing_is_named(authority: Authority, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="can't be read") as error:
-        tls_of(spec(authority.sign("whole"), **{name: str(tmp_path / "nowhere")}))
+        job_tls(spec(authority.sign("whole"), **{name: str(tmp_path / "nowhere")}))
     assert str(tmp_path / "nowhere") in str(error.value)
     assert {"tls_cert": "certificate", "tls_key": "key", "tls_ca": "CA"}[name] in str(error.value)
 
@@ -94,9 +94,9 @@ def test_file_that_is_missing_is_named(authority: Authority, tmp_path: Path, nam
 def test_key_of_another_certificate_or_with_a_password_is_refused(authority: Authority) -> None:
     one, other = authority.sign("first"), authority.sign("second")
     with pytest.raises(UsageError, match="the key belongs to the certificate"):
-        tls_of(spec(one, tls_key=str(other.key)))
+        job_tls(spec(one, tls_key=str(other.key)))
     with pytest.raises(UsageError, match="encrypted"):
-        tls_of(spec(authority.encrypt(one, "secret")))
+        job_tls(spec(authority.encrypt(one, "secret")))
 
 
 def test_certificate_that_others_would_refuse_is_refused_here(authority: Authority, stranger: Authority) -> None:
@@ -118,11 +118,11 @@ def test_certificate_that_others_would_refuse_is_refused_here(authority: Authori
 def test_lines_over_tls_carry_words_of_any_length(node: Callable[..., Node], authority: Authority) -> None:
     nodes = [node(name, tls=tls(authority.sign(f"line-{name}"))) for name in ("a", "b", "c")]
     acquaint(*nodes)
-    large = Post(room="1", key="large", value=bytes(range(256)) * 40_000)
-    words = [large, *(Post(room="1", key=str(n), value=bytes(n)) for n in range(100)), large]
+    large = MeshPost(room="1", key="large", value=bytes(range(256)) * 40_000)
+    words = [large, *(MeshPost(room="1", key=str(n), value=bytes(n)) for n in range(100)), large]
     for word in words:
-        assert nodes[2].lines.say("a", word)
-        assert nodes[0].lines.say("b", word)
+        assert nodes[2].lines.send("a", word)
+        assert nodes[0].lines.send("b", word)
     nodes[0].wait(lambda: len(nodes[0].words) == len(words), "all words")
     nodes[1].wait(lambda: len(nodes[1].words) == len(words), "all words")
     assert nodes[0].words == [("c", word) for word in words]
@@ -150,8 +150,8 @@ def test_node_with_a_certificate_like_that_never_comes_up(
     good = node(names[0], tls=tls(authority.sign(f"good-{dials}-{len(who)}")))
     other = node(names[1], tls=bad)
     addresses = {good.name: good.address, other.name: other.address}
-    good.lines.want(addresses)
-    other.lines.want(addresses)
+    good.lines.set_targets(addresses)
+    other.lines.set_targets(addresses)
     if bad is None:
         who_tells = good if dials else other  # whoever was called
         who_tells.wait(lambda: who_tells.events, "the alarm")
@@ -167,15 +167,15 @@ def test_node_with_a_certificate_like_that_never_comes_up(
 # ---- without sockets
 
 
-def ends(authority: Authority, name: str) -> tuple[Sheath, Sheath]:
+def ends(authority: Authority, name: str) -> tuple[TlsStream, TlsStream]:
     one = tls(authority.sign(name))
-    return Sheath(one, calls=HERE), Sheath(one, calls=None)
+    return TlsStream(one, server_hostname=HERE), TlsStream(one, server_hostname=None)
 
 
-def carry(source: Sheath, target: Sheath, said: bytes, piece: int) -> bytes:
+def carry(source: TlsStream, target: TlsStream, said: bytes, piece: int) -> bytes:
     """What arrives of ``said``, and of what the source owes by now, in pieces."""
-    data = source.to_send(said)
-    return b"".join(target.received(data[at : at + piece]) for at in range(0, len(data), piece))
+    data = source.data_to_send(said)
+    return b"".join(target.receive_data(data[at : at + piece]) for at in range(0, len(data), piece))
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000, 1 << 20])
@@ -192,27 +192,27 @@ def test_bytes_come_in_order_however_they_are_cut(authority: Authority, piece: i
 
 
 @pytest.fixture(scope="module")
-def one(authority: Authority) -> Tls:
+def one(authority: Authority) -> TlsContexts:
     return tls(authority.sign("noise"))
 
 
 @settings(max_examples=200)
 @given(pieces=st.lists(st.binary(max_size=300), min_size=1, max_size=6), flip=st.integers(0, 4000))
-def test_noise_raises_only_our_errors(one: Tls, pieces: list[bytes], flip: int) -> None:
-    for sheath in (Sheath(one, calls=None), Sheath(one, calls=HERE)):
+def test_noise_raises_only_our_errors(one: TlsContexts, pieces: list[bytes], flip: int) -> None:
+    for sheath in (TlsStream(one, server_hostname=None), TlsStream(one, server_hostname=HERE)):
         try:
             for piece in pieces:
-                assert sheath.received(piece) == b""
-            sheath.to_send(b"said")
+                assert sheath.receive_data(piece) == b""
+            sheath.data_to_send(b"said")
         except CkptError as error:
             assert isinstance(error, StoreDeniedError)
-    dialler, listener = Sheath(one, calls=HERE), Sheath(one, calls=None)
+    dialler, listener = TlsStream(one, server_hostname=HERE), TlsStream(one, server_hostname=None)
     try:
         for turn in range(3):
-            data = bytearray(dialler.to_send(b""))
+            data = bytearray(dialler.data_to_send(b""))
             if data and turn == flip % 3:
                 data[flip % len(data)] ^= 1
-            assert listener.received(bytes(data)) == b""
-            dialler.received(listener.to_send(b""))
+            assert listener.receive_data(bytes(data)) == b""
+            dialler.receive_data(listener.data_to_send(b""))
     except CkptError as error:
         assert isinstance(error, StoreDeniedError)

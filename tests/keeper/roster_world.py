@@ -11,23 +11,23 @@ from dataclasses import dataclass, field, replace
 from ckpt.ipc.messages import Failing, Policy
 from ckpt.keeper.attempts import roster as rules
 from ckpt.keeper.attempts.events import (
-    Action,
-    AskEpoch,
-    AskStop,
     AttemptOver,
-    EpochCame,
-    Event,
-    GatheringOver,
-    GraceOver,
+    EpochChanged,
+    GatheringTimedOut,
+    GraceExpired,
     Hung,
     JobEnded,
-    Joined,
     KillAll,
     LeaveAll,
     LeaveOne,
-    Preempted,
-    SayEnded,
+    PreemptRequested,
+    ReportEnded,
+    RequestEpoch,
+    RequestStop,
+    RosterAction,
+    RosterEvent,
     StartAll,
+    SupervisorJoined,
     SupervisorLeft,
     TrainerDied,
     TrainerEntered,
@@ -36,7 +36,7 @@ from ckpt.keeper.attempts.events import (
     TrainerKilled,
     TrainerStarted,
 )
-from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, Roster, Seat, State
+from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, RosterState
 
 STATUS_OF = {"ends": 0, "stops": PREEMPTED_STATUS, "raises": 1, "refuses": 2, "killed": -9, "interrupted": -2}
 ERROR = Failing(kind="ValueError", text="bad", fingerprint="f", step=3)
@@ -50,8 +50,8 @@ class Side:
     there: str = "absent"  # absent, up, gone
     trainer: int = 0  # attempt of the one that lives, 0: none
     done: int = 0  # attempt whose trainer ended by itself, well
-    up: tuple[Event, ...] = ()
-    down: tuple[Action, ...] = ()
+    up: tuple[RosterEvent, ...] = ()
+    down: tuple[RosterAction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class World:
     stops: bool = False
     owes: tuple[str, ...] = field(default=())
     epoch: int = 0
-    asked: AskEpoch | None = None
+    asked: RequestEpoch | None = None
     said_ended: bool = False
 
     def key(self) -> object:
@@ -118,11 +118,11 @@ def moves(now: World) -> Iterator[tuple[str, World]]:
     """All that may happen next, with a name."""
     for rank, side in enumerate(now.sides):
         if side.there == "absent":
-            yield f"{rank} joins", put(now, rank, there="up", up=(Joined(rank, rank, 50 + rank),))
+            yield f"{rank} joins", put(now, rank, there="up", up=(SupervisorJoined(rank, rank, 50 + rank),))
             if now.roster.attempt and now.faults:  # it met an earlier keeper, which did not hear how its trainer ended
                 fewer = replace(now, faults=now.faults - 1)
                 for status in (0, -9):
-                    joined = Joined(rank, rank, 50 + rank, status)
+                    joined = SupervisorJoined(rank, rank, 50 + rank, status)
                     done = int(not status)
                     yield f"{rank} joins late, {status}", put(fewer, rank, there="up", done=done, up=(joined,))
         if side.up:
@@ -139,7 +139,7 @@ def moves(now: World) -> Iterator[tuple[str, World]]:
         yield from faults(replace(now, faults=now.faults - 1, now_s=now.now_s + now.gap_s))
 
 
-def answers(now: World, asked: AskEpoch) -> Iterator[tuple[str, World]]:
+def answers(now: World, asked: RequestEpoch) -> Iterator[tuple[str, World]]:
     """What the nodes' leader may do about what this node asked for."""
     if asked.failure is None or not asked.failure.final:
         yield "an epoch comes", come(now, placed=True)
@@ -153,7 +153,7 @@ def come(now: World, *, placed: bool) -> World:
     """A new epoch of the job's nodes."""
     last = now.asked is not None and now.asked.failure is not None and now.asked.failure.final
     now = replace(now, epoch=now.epoch + 1, asked=now.asked if last else None)
-    return hear(now, EpochCame(now.epoch, placed, "another node failed", now.now_s))
+    return hear(now, EpochChanged(now.epoch, placed, "another node failed", now.now_s))
 
 
 def faults(now: World) -> Iterator[tuple[str, World]]:
@@ -174,15 +174,15 @@ def faults(now: World) -> Iterator[tuple[str, World]]:
         yield "another node fails", come(now, placed=True)
         yield "another node fails, this one is left out", come(now, placed=False)
         for status in (0, 1):  # 0: only where this node has no rank, which the leader knows
-            if status or now.roster.state is State.WAITING:
+            if status or now.roster.state is RosterState.WAITING:
                 ended = JobEnded(status, "ended elsewhere", now.now_s)
                 yield f"the job ends elsewhere, {status}", hear(replace(now, asked=None), ended)
-    if now.roster.state is State.GATHERING:
-        yield "gathering over", hear(now, GatheringOver("ranks are missing", now.now_s))
+    if now.roster.state is RosterState.GATHERING:
+        yield "gathering over", hear(now, GatheringTimedOut("ranks are missing", now.now_s))
     if not now.stops:
-        yield "preempted", hear(replace(now, stops=True), Preempted())
+        yield "preempted", hear(replace(now, stops=True), PreemptRequested())
     else:
-        yield "grace over", hear(now, GraceOver(now.now_s))
+        yield "grace over", hear(now, GraceExpired(now.now_s))
 
 
 def put(now: World, rank: int, **changes: object) -> World:
@@ -195,7 +195,7 @@ def put(now: World, rank: int, **changes: object) -> World:
 def end(now: World, rank: int, how: str) -> World:
     """A trainer ends by itself."""
     side = now.sides[rank]
-    told: list[Event] = []
+    told: list[RosterEvent] = []
     if how in ("raises", "refuses"):
         told.append(TrainerFailing(rank, side.trainer, ERROR if how == "raises" else FINAL))
     told.append(TrainerDied(rank, side.trainer, STATUS_OF[how], now.now_s, now.completed))
@@ -219,16 +219,16 @@ def obey(now: World, rank: int) -> World:
             return put(now, rank, there="gone", trainer=0, up=(*side.up, gone), down=())
 
 
-def hear(now: World, event: Event) -> World:
+def hear(now: World, event: RosterEvent) -> World:
     """The keeper takes one event; whatever it decides is checked, and told."""
     before = now.roster
     roster, actions = rules.step(before, event)
     now = replace(now, roster=roster)
     names = [type(action) for action in actions]
-    assert names.count(StartAll) + names.count(LeaveAll) + names.count(AskEpoch) <= 1, actions
+    assert names.count(StartAll) + names.count(LeaveAll) + names.count(RequestEpoch) <= 1, actions
     if AttemptOver in names:
-        ends = (StartAll, LeaveAll, AskEpoch)
-        standby = roster.state is State.WAITING and roster.came is not None and not roster.came.placed
+        ends = (StartAll, LeaveAll, RequestEpoch)
+        standby = roster.state is RosterState.WAITING and roster.came is not None and not roster.came.placed
         assert names[-1] in ends or standby, "an attempt ends in another one, or all leave"
         assert all(not side.trainer for side in now.sides), "it is over, and something of it lives"
     for action in actions:
@@ -237,7 +237,7 @@ def hear(now: World, event: Event) -> World:
     return now
 
 
-def _tell(now: World, before: Roster, action: Action) -> World:
+def _tell(now: World, before: Roster, action: RosterAction) -> World:
     match action:
         case StartAll(attempt):
             assert attempt == (now.epoch if before.shared else before.attempt + 1)
@@ -246,22 +246,22 @@ def _tell(now: World, before: Roster, action: Action) -> World:
             assert not any(isinstance(word, StartAll) for side in now.sides for word in side.down), "two will live"
             assert not any(side.done for side in now.sides), "a rank that ended is started again"
             assert not any(one.finished for one in before.members.values()), "the rest of a program is run again"
-            fresh = before.state is State.GATHERING and not before.shared
+            fresh = before.state is RosterState.GATHERING and not before.shared
             assert fresh or not now.roster.preempted, "preempted, and started again"
         case KillAll():
-            assert before.state is State.RUNNING
-        case AskEpoch():
+            assert before.state is RosterState.RUNNING
+        case RequestEpoch():
             assert before.shared
             assert all(not side.trainer for side in now.sides), "asks for an epoch while something lives"
             return replace(now, asked=action)
-        case SayEnded():
+        case ReportEnded():
             assert before.shared
             return replace(now, said_ended=True)
-        case AskStop():
-            assert before.state is State.RUNNING
+        case RequestStop():
+            assert before.state is RosterState.RUNNING
             return replace(now, asked_to_stop=True)
         case LeaveAll(status, text):
-            assert status > 0 or before.state is State.WAITING
+            assert status > 0 or before.state is RosterState.WAITING
             assert text
         case LeaveOne(rank):
             return _send(now, rank, action)
@@ -272,10 +272,10 @@ def _tell(now: World, before: Roster, action: Action) -> World:
     return now
 
 
-def _send(now: World, rank: int, word: Action) -> World:
+def _send(now: World, rank: int, word: RosterAction) -> World:
     side = now.sides[rank]
     # To who has joined: its connection is known by its hello.
-    known = side.there == "up" and not any(isinstance(event, Joined) for event in side.up)
+    known = side.there == "up" and not any(isinstance(event, SupervisorJoined) for event in side.up)
     return put(now, rank, down=(*side.down, word)) if known else now
 
 
@@ -293,17 +293,17 @@ def _check(roster: Roster) -> None:
 def check_rest(now: World) -> None:
     """At rest nothing may be left to wait for: all train, or all have gone."""
     roster = now.roster
-    if roster.state is State.RUNNING:
+    if roster.state is RosterState.RUNNING:
         for rank, side in enumerate(now.sides):
             trains = side.there == "up" and side.trainer == roster.attempt
             ended = side.there == "gone" and rank not in roster.members
             assert trains or ended, f"rank {rank} neither trains nor has gone: {side} {roster}"
-            assert not trains or roster.members[rank].seat is Seat.ALIVE
+            assert not trains or roster.members[rank].seat is RankState.ALIVE
         return
-    if roster.shared and roster.state is State.WAITING:
+    if roster.shared and roster.state is RosterState.WAITING:
         left_out = roster.came is not None and not roster.came.placed and roster.came.number > roster.attempt
         assert now.asked is not None or left_out, f"waits for what nobody knows of: {roster}"
         assert all(side.there == "up" and not side.trainer for side in now.sides if side.there != "gone")
         return
-    assert roster.state is State.OVER, f"hangs: {roster}"
+    assert roster.state is RosterState.OVER, f"hangs: {roster}"
     assert all(side.there == "gone" for side in now.sides), f"a supervisor was never told to go: {now.sides}"

@@ -15,8 +15,8 @@ from slot_makers import MadeSlot
 from ckpt.errors import CkptError
 from ckpt.events import Event
 from ckpt.ipc.board import Board
-from ckpt.ipc.client import Calls, KeeperSpec
-from ckpt.ipc.frames import Wire, close_fds
+from ckpt.ipc.client import KeeperClient, KeeperSpec
+from ckpt.ipc.frames import MessageSocket, close_fds
 from ckpt.ipc.messages import (
     WIRE_VERSION,
     Bye,
@@ -26,6 +26,7 @@ from ckpt.ipc.messages import (
     Hello,
     Keep,
     KeepBoard,
+    KeeperReport,
     Kill,
     Killed,
     Leave,
@@ -35,9 +36,8 @@ from ckpt.ipc.messages import (
     Outcome,
     Persist,
     Policy,
-    Report,
     Retention,
-    SlotMade,
+    SlotCreated,
     Start,
     Started,
     Status,
@@ -45,7 +45,7 @@ from ckpt.ipc.messages import (
 )
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.keeper.daemon import Daemon
-from ckpt.keeper.process import Home
+from ckpt.keeper.process import KeeperListener
 from ckpt.values import SnapshotId
 
 T = TypeVar("T", bound=Message)
@@ -64,7 +64,7 @@ def until(there: Callable[[], object], *, wait_s: float = WAIT_S) -> None:
 class Peer:
     """One connection whose words are read as they come."""
 
-    def __init__(self, wire: Wire, hello: Hello) -> None:
+    def __init__(self, wire: MessageSocket, hello: Hello) -> None:
         self.wire = wire
         self.hello = hello
         self.fds: list[int] = []
@@ -88,7 +88,7 @@ class Peer:
 
     def so_far(self, kind: type[T]) -> list[T]:
         """The words of that kind that have come."""
-        words, _ = self.wire.arrived()
+        words, _ = self.wire.receive_available()
         for word, fds in words:
             self.fds += fds
             self._later.append(word)
@@ -117,7 +117,7 @@ class Trainer:
     """A rank's two connections, with its board and the slots that it made."""
 
     def __init__(self, served: Served, hello: Hello) -> None:
-        self.calls = Calls(served.wire())
+        self.calls = KeeperClient(served.wire())
         self.rank, self.ranks = hello.rank, hello.ranks
         try:
             self.welcome = self.calls.ask(hello, Welcome, timeout_s=WAIT_S)
@@ -133,7 +133,7 @@ class Trainer:
     def make(self, index: int) -> MadeSlot:
         """Make a slot and hand it over."""
         slot = self.slots[index] = MadeSlot()
-        self.calls.call(SlotMade(index=index, size_bytes=slot.size_bytes), [slot.fd])
+        self.calls.call(SlotCreated(index=index, size_bytes=slot.size_bytes), [slot.fd])
         return slot
 
     def stage(self, snapshot: SnapshotId, index: int = 0) -> int:
@@ -147,7 +147,7 @@ class Trainer:
         """Stage it and have it made durable."""
         generation = self.stage(snapshot, index)
         self.board.rank(self.rank).hold(index)
-        self.calls.tell(Persist(snapshot=snapshot, index=index, generation=generation))
+        self.calls.send(Persist(snapshot=snapshot, index=index, generation=generation))
 
     def outcome(self) -> Outcome:
         return self.events.next(Outcome)
@@ -175,10 +175,10 @@ class Served:
         self.policy = policy
         self.events: list[Event] = []
         self._launches = itertools.count(1)
-        home = Home.take(self.spec, self.folder)
+        home = KeeperListener.acquire(self.spec, self.folder)
         assert home is not None
-        self.home: Home | None = home
-        self.daemon = Daemon(self.spec, home, boot="b00t", tell=self.events.append)
+        self.home: KeeperListener | None = home
+        self.daemon = Daemon(self.spec, home, incarnation="b00t", emit=self.events.append)
         self.failed: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -189,8 +189,8 @@ class Served:
         except BaseException as error:  # noqa: BLE001  a thread's border
             self.failed = error
 
-    def wire(self) -> Wire:
-        return Wire(self.folder.connect())
+    def wire(self) -> MessageSocket:
+        return MessageSocket(self.folder.connect())
 
     def hello(self, like: Hello | None = None, **changes: object) -> Hello:
         """A hello of a trainer of a launch of its own, or one like another."""
@@ -215,12 +215,12 @@ class Served:
             one.next(Welcome)
         return found
 
-    def tool(self) -> Calls:
-        calls = Calls(self.wire())
+    def tool(self) -> KeeperClient:
+        calls = KeeperClient(self.wire())
         calls.ask(self.hello(role="tool", launch="", ranks=0, policy=None), Welcome, timeout_s=WAIT_S)
         return calls
 
-    def report(self) -> Report:
+    def report(self) -> KeeperReport:
         """What tools see."""
         tool = self.tool()
         report = tool.ask(GetStatus(), Status, timeout_s=WAIT_S).report

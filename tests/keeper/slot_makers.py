@@ -30,11 +30,11 @@ class MadeSlot:
 
     def begin(self) -> int:
         """Open the header: nothing is sealed."""
-        return self.header.open()
+        return self.header.begin()
 
     def seal(self, snapshot: SnapshotId, *, rank: int = 0, ranks: int = 2, origin: str = "") -> int:
         """Hold ``snapshot``; the generation."""
-        generation = self.header.open()
+        generation = self.header.begin()
         data = bytes([snapshot.step % 251]) * PAGE_BYTES
         self.memory[HEADER_BYTES : HEADER_BYTES + PAGE_BYTES] = data
         leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(ranks, PAGE_BYTES))
@@ -42,12 +42,12 @@ class MadeSlot:
             leaf=leaf, box=Box((rank, 0), (1, PAGE_BYTES)), offset_bytes=0, size_bytes=PAGE_BYTES, digests=(digest(data),)
         )  # fmt: skip
         index = StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=(shard,), origin=origin)
-        self.header.close(index)
+        self.header.seal(index)
         return generation
 
     def seal_leaves(self, snapshot: SnapshotId, bodies: Sequence[bytes], *, rank: int = 0, ranks: int = 2) -> int:
         """Hold ``snapshot``, of one leaf of this rank for each body; the generation. What is between shards stays as it was."""
-        generation = self.header.open()
+        generation = self.header.begin()
         offsets, _ = lay_out([len(body) for body in bodies])
         shards = []
         for number, (offset, body) in enumerate(zip(offsets, bodies, strict=True)):
@@ -57,7 +57,7 @@ class MadeSlot:
             shards.append(
                 StagedShard(leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=offset, size_bytes=len(body), digests=digests)
             )  # fmt: skip
-        self.header.close(StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=tuple(shards)))
+        self.header.seal(StagedIndex(snapshot=snapshot, rank=rank, world_size=ranks, shards=tuple(shards)))
         return generation
 
     def given(self) -> int:

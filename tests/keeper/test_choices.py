@@ -9,8 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.ipc.messages import Choice
-from ckpt.keeper.uploads.choices import ahead, assumed, best_first, needless, on_line, ours, restorable, superseded
-from ckpt.log.state import Committed, LogState, Opened
+from ckpt.keeper.uploads.choices import (
+    best_first,
+    missing_opens,
+    not_needed,
+    on_lineage,
+    own_staged,
+    restorable,
+    superseded,
+    with_pending,
+)
+from ckpt.log.state import Committed, LogState, OpenedEpoch
 from ckpt.values import SnapshotId
 
 STEPS = (0, 1)
@@ -21,7 +30,7 @@ PAIRS = tuple(SnapshotId(epoch, step) for epoch in EPOCHS for step in STEPS)
 def _log(opens: dict[int, SnapshotId | None], commits: tuple[SnapshotId, ...] = ()) -> LogState:
     return LogState(
         job="job",
-        opens=tuple(Opened(epoch, seq, resume) for seq, (epoch, resume) in enumerate(sorted(opens.items()))),
+        opens=tuple(OpenedEpoch(epoch, seq, resume) for seq, (epoch, resume) in enumerate(sorted(opens.items()))),
         snapshots=tuple(Committed(pair, "", None, 100 + seq, 0) for seq, pair in enumerate(commits)),
     )
 
@@ -74,35 +83,37 @@ def test_what_was_given_out_counts_as_if_it_were_read() -> None:
         given_out = whole.opens
         for read in range(len(opens) + 1):
             commits = PAIRS[: 2 * read]
-            state = ahead(_log(dict(list(opens.items())[:read]), commits), given_out, PAIRS[: 2 * len(opens)])
-            assert (state.epoch, state.line) == (whole.epoch, whole.line)
-            assert ahead(state, given_out, PAIRS[: 2 * len(opens)]) == state
+            state = with_pending(_log(dict(list(opens.items())[:read]), commits), given_out, PAIRS[: 2 * len(opens)])
+            assert (state.epoch, state.lineage) == (whole.epoch, whole.lineage)
+            assert with_pending(state, given_out, PAIRS[: 2 * len(opens)]) == state
 
 
 def test_fallback_to_an_older_snapshot_leaves_the_newer_ones_off_the_line() -> None:
     newest, older = SnapshotId(1, 20), SnapshotId(1, 10)
     state = _log({1: None}, (older, newest))
-    assert on_line(state, [newest, older]) == (newest, older)
-    went_on = ahead(state, [Opened(2, -1, older)])
-    assert on_line(went_on, [newest, older, SnapshotId(2, 11)]) == (SnapshotId(2, 11), older)
+    assert on_lineage(state, [newest, older]) == (newest, older)
+    went_on = with_pending(state, [OpenedEpoch(2, -1, older)])
+    assert on_lineage(went_on, [newest, older, SnapshotId(2, 11)]) == (SnapshotId(2, 11), older)
     assert best_first(went_on, [newest]) == (Choice(older, "durable"),)
 
 
 def test_staged_pair_that_was_never_committed_may_be_resumed_and_stays_on_the_line() -> None:
     staged = SnapshotId(1, 15)
-    state = ahead(_log({1: None}, (SnapshotId(1, 10),)), [Opened(2, -1, staged), Opened(3, -1, SnapshotId(2, 16))])
+    state = with_pending(
+        _log({1: None}, (SnapshotId(1, 10),)), [OpenedEpoch(2, -1, staged), OpenedEpoch(3, -1, SnapshotId(2, 16))]
+    )
     assert best_first(state, [staged, SnapshotId(1, 16)])[0] == Choice(staged, "staged")
 
 
 def test_epochs_without_record_are_taken_to_follow_the_newest_pair_below() -> None:
     state = _log({1: None}, (SnapshotId(1, 10),))
     staged = [SnapshotId(2, 30), SnapshotId(4, 50), SnapshotId(1, 12)]
-    assert [(one.epoch, one.resume) for one in assumed(state, staged)] == [
+    assert [(one.epoch, one.resume) for one in missing_opens(state, staged)] == [
         (2, SnapshotId(1, 12)),
         (4, SnapshotId(2, 30)),
     ]
-    assert assumed(state, [SnapshotId(1, 12)]) == ()
-    assert [(one.epoch, one.resume) for one in assumed(_log({}), [SnapshotId(2, 30)])] == [(2, None)]
+    assert missing_opens(state, [SnapshotId(1, 12)]) == ()
+    assert [(one.epoch, one.resume) for one in missing_opens(_log({}), [SnapshotId(2, 30)])] == [(2, None)]
 
 
 @given(
@@ -113,17 +124,17 @@ def test_epochs_without_record_are_taken_to_follow_the_newest_pair_below() -> No
 def test_assumed_opens_put_the_newest_staged_pair_first(staged: set[SnapshotId], read: int, commits: int) -> None:
     opens = {epoch: SnapshotId(epoch - 1, 1) if epoch > 1 else None for epoch in EPOCHS[:read]}
     state = _log(opens, PAIRS[: min(commits, 2 * read)])
-    missing = assumed(state, staged)
+    missing = missing_opens(state, staged)
     known = set(opens)
     for opened in missing:
         assert opened.epoch > max(known, default=0), "each record counts where the one before is written"
         assert opened.resume is None or opened.resume.epoch in known
         known.add(opened.epoch)
     beyond = [pair for pair in staged if pair.epoch > read]
-    found = best_first(ahead(state, missing), staged)
+    found = best_first(with_pending(state, missing), staged)
     if beyond:
         assert found[0] == Choice(max(beyond), "staged")
-    assert {choice.snapshot for choice in found if choice.tier == "durable"} == set(state.line)
+    assert {choice.snapshot for choice in found if choice.tier == "durable"} == set(state.lineage)
 
 
 def test_pair_is_superseded_by_itself_and_by_later_ones_of_its_epoch() -> None:
@@ -139,11 +150,11 @@ MINE, THEIRS = "a" * 16, "b" * 16
 
 def test_nobody_needs_what_the_line_has_a_newer_one_of() -> None:
     state = _log({1: None, 2: SnapshotId(1, 10)}, (SnapshotId(1, 10), SnapshotId(2, 12)))
-    assert needless(state, SnapshotId(1, 11))
-    assert needless(state, SnapshotId(2, 12))
-    assert not needless(state, SnapshotId(2, 13))
+    assert not_needed(state, SnapshotId(1, 11))
+    assert not_needed(state, SnapshotId(2, 12))
+    assert not not_needed(state, SnapshotId(2, 13))
     off = _log({1: None, 2: None}, (SnapshotId(1, 10),))
-    assert not needless(off, SnapshotId(2, 1)), "what is durable is on no line any more"
+    assert not not_needed(off, SnapshotId(2, 1)), "what is durable is on no line any more"
 
 
 @given(
@@ -160,9 +171,9 @@ def test_staged_pairs_count_by_the_record_that_opened_their_epoch(
         origin = ids[epoch] if recorded and epoch in ids else f"{MINE}{100 + epoch:016x}"
         pair = SnapshotId(epoch, 7)
         expected = ids[epoch] == origin if epoch in ids else opened[-1] == MINE
-        assert (pair in ours(state, ids, {pair: origin})) == expected
+        assert (pair in own_staged(state, ids, {pair: origin})) == expected
         assert (pair in restorable(state, ids, {pair: origin})) == (expected and epoch >= state.epoch)
-        assert pair in ours(state, ids, {pair: ""}), "by its number alone"
+        assert pair in own_staged(state, ids, {pair: ""}), "by its number alone"
 
 
 def test_numbers_that_were_given_out_after_a_foreign_epoch_do_not_count() -> None:

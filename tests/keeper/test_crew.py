@@ -14,7 +14,7 @@ from served import POLICY, Served, Trainer, die, end_well, gone, kept, open_epoc
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
-from ckpt.ipc.board import Board, Phase
+from ckpt.ipc.board import Board, TrainerPhase
 from ckpt.ipc.messages import Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.attempts import hang_watch as watch_module
@@ -40,7 +40,7 @@ def test_a_death_starts_all_anew_on_another_port_with_an_empty_room(serve: Serve
     crew = served.supervisors(2)
     first = started(crew)
     some = trainers(served, 2, 1)
-    some[0].calls.tell(words.Post(key="k", value=b"dead"))
+    some[0].calls.send(words.Post(key="k", value=b"dead"))
     assert [one.board.attempt for one in some] == [1, 1]
     for one in some:
         one.leave(planned=False)
@@ -92,7 +92,7 @@ def test_words_that_a_dead_trainer_left_in_its_socket_count(serve: Serve) -> Non
     go_on = served.pause()
     # Its death is heard before its last words are read, and its connections end in the same breath.
     crew[1].say(words.Died(attempt=1, status=1, at_s=time.monotonic()))
-    some[1].calls.tell(ERROR)
+    some[1].calls.send(ERROR)
     for one in some:
         one.leave(planned=False)
     go_on.set()
@@ -112,7 +112,7 @@ def test_the_same_error_twice_ends_the_job_with_its_status(serve: Serve) -> None
     for attempt in (1, 2):
         started(crew)
         trainer = served.trainer(1, 2, attempt=attempt)
-        trainer.calls.tell(ERROR)
+        trainer.calls.send(ERROR)
         trainer.leave(planned=False)
         die(crew, attempt, rank=1, status=3)
     for one in crew:
@@ -158,7 +158,7 @@ def test_a_supervisor_that_comes_too_late_is_told_to_go(serve: Serve) -> None:
 
 def beat(one: Trainer, completed: int) -> None:
     words_of = one.board.rank(one.rank)
-    words_of.phase, words_of.first_step_done = Phase.TRAINING, True
+    words_of.phase, words_of.first_step_done = TrainerPhase.TRAINING, True
     words_of.beat(completed)
 
 
@@ -175,7 +175,7 @@ def test_a_hang_is_dumped_told_and_started_anew(serve: Serve, monkeypatch: pytes
     for one in crew:
         one.next(words.Kill)
         one.say(words.Killed(attempt=1))
-    assert "rank 1 hangs here:\nstack of 1" in [tell.text for tell in crew[0].so_far(words.Tell)]
+    assert "rank 1 hangs here:\nstack of 1" in [tell.text for tell in crew[0].so_far(words.PrintLine)]
     gone_now = started(crew)
     for one in some:
         one.leave(planned=False)
@@ -235,8 +235,8 @@ def test_a_recovery_is_told_in_one_line_and_kept_for_tools(serve: Serve) -> None
     started(crew)
     anew = served.trainer(0, 1, attempt=2)
     for name in ("entered", "tracked", "restored", "first-step"):
-        anew.calls.tell(words.Phase(name=name, at_s=time.monotonic()))
-    line = crew[0].next(words.Tell).text
+        anew.calls.send(words.Phase(name=name, at_s=time.monotonic()))
+    line = crew[0].next(words.PrintLine).text
     assert re.match(r"recovered in \d+\.\d{3} s: ", line)
     (facts,) = served.report().recoveries
     assert (facts["attempt"], facts["why"], facts["how"]) == (2, "rank 0 died of SIGKILL", "fork")
@@ -282,7 +282,7 @@ def test_the_next_keeper_gets_slots_and_board_and_numbers_go_on(serve: Serve) ->
     third = after.trainer(0, 2, attempt=3)
     assert third.board.attempt == 3
     assert third.calls.ask(words.GetChoices(), answers.Choices).choices == (answers.Choice(PAIR, "staged"),)
-    assert third.board.complete() == PAIR
+    assert third.board.newest_complete() == PAIR
     assert not third.board.rank(0).slot(0).held
     assert some[0].board.attempt == 3, "it is the same board"
     third.leave()

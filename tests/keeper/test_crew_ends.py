@@ -12,7 +12,7 @@ from served import Peer, Served, Trainer, die, end_well, gone, open_epoch, start
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc import messages as words
-from ckpt.ipc.board import Phase
+from ckpt.ipc.board import TrainerPhase
 from ckpt.ipc.messages import Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.keeper.attempts import hang_watch as watch_module
@@ -55,11 +55,11 @@ def durable(served: Served) -> list[SnapshotId]:
 def test_nobody_leaves_before_what_only_memory_holds_is_durable(serve: Serve, hold_commits: threading.Event) -> None:
     served = serve(Policy(linger_s=30.0, hang_s=0.0))
     crew, some = staged_by(served, 2)
-    some[0].calls.tell(words.Failing(kind="UsageError", text="wrong", fingerprint="u", step=0, final=True))
+    some[0].calls.send(words.Failing(kind="UsageError", text="wrong", fingerprint="u", step=0, final=True))
     for one in some:
         one.leave(planned=False)
     die(crew, 1, rank=0, status=2)
-    assert "leaving when what is staged is in the store" in crew[0].next(words.Tell).text
+    assert "leaving when what is staged is in the store" in crew[0].next(words.PrintLine).text
     assert served.report().state == "over"
     assert not any(one.so_far(words.Leave) for one in crew)
     hold_commits.set()
@@ -129,7 +129,7 @@ def test_what_a_supervisor_holds_is_handed_over_before_the_first_attempt(serve: 
     peer.say(words.Killed(attempt=0))
     begun = started([peer])
     anew = after.trainer(0, 1, attempt=begun.attempt)
-    assert anew.board.complete() == PAIR
+    assert anew.board.newest_complete() == PAIR
     anew.leave()
     for one in some:
         one.leave(planned=False)
@@ -147,7 +147,7 @@ def test_ranks_that_do_not_come_are_named_and_then_given_up(serve: Serve, monkey
         peer.next(Welcome)
     monkeypatch.setattr(crew_module, "GATHER_TELL_S", 0.0)
     for peer in (one, other):
-        told = peer.next(words.Tell)
+        told = peer.next(words.PrintLine)
         assert told.alarm
         assert "missing on this node: 0, 3 of 4" in told.text
     (event,) = served.told("missing")
@@ -157,7 +157,7 @@ def test_ranks_that_do_not_come_are_named_and_then_given_up(serve: Serve, monkey
         leave = peer.next(words.Leave)
         assert leave.status == 1
         assert "0, 3 of 4" in leave.text
-        assert peer.so_far(words.Tell) == []
+        assert peer.so_far(words.PrintLine) == []
         peer.leave()
 
 
@@ -166,7 +166,7 @@ def test_the_rest_of_a_program_is_not_run_again(serve: Serve) -> None:
     crew = served.supervisors(2)
     started(crew)
     some = [served.trainer(rank, 2, attempt=1) for rank in range(2)]
-    some[1].calls.tell(words.Finished())
+    some[1].calls.send(words.Finished())
     for one in some:
         one.leave(planned=False)
     die(crew, 1, rank=1, status=3)
@@ -183,8 +183,8 @@ def test_a_training_function_that_is_called_again_is_started_again(serve: Serve)
     crew = served.supervisors(1)
     started(crew)
     one = served.trainer(attempt=1)
-    one.calls.tell(words.Finished())
-    one.calls.tell(words.Phase(name="entered", at_s=time.monotonic()))
+    one.calls.send(words.Finished())
+    one.calls.send(words.Phase(name="entered", at_s=time.monotonic()))
     one.leave(planned=False)
     die(crew, 1, status=3)
     assert started(crew).attempt == 2
@@ -209,12 +209,12 @@ def test_a_folder_of_stacks_that_was_taken_away_hides_no_hang(serve: Serve, monk
     one = served.trainer(attempt=1)
     served.folder.stacks.rmdir()
     words_of = one.board.rank(0)
-    words_of.phase, words_of.first_step_done = Phase.TRAINING, True
+    words_of.phase, words_of.first_step_done = TrainerPhase.TRAINING, True
     words_of.beat(3)
     crew[0].next(words.Dump)
     crew[0].next(words.Kill)
     crew[0].say(words.Killed(attempt=1))
-    assert "the process did not answer" in crew[0].next(words.Tell).text
+    assert "the process did not answer" in crew[0].next(words.PrintLine).text
     one.leave(planned=False)
     end_well(crew, started(crew).attempt)
 

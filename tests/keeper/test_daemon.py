@@ -16,7 +16,7 @@ from served import WAIT_S, Served, open_epoch, until
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import ConflictError, UsageError
-from ckpt.ipc.client import Calls
+from ckpt.ipc.client import KeeperClient
 from ckpt.ipc.messages import WIRE_VERSION, Choices, Count, Done, GetChoices, GetSlots, Number, Policy, Slots, Welcome
 from ckpt.keeper import daemon as daemon_module
 from ckpt.log.journal import Journal
@@ -145,7 +145,7 @@ def test_another_release_is_refused_and_told_why(serve: Serve) -> None:
 
 def test_who_speaks_before_its_hello_is_refused(serve: Serve) -> None:
     served = serve()
-    calls = Calls(served.wire())
+    calls = KeeperClient(served.wire())
     with pytest.raises(UsageError, match="before its hello"):
         calls.call(Count(key="c", amount=1))
     calls.close()
@@ -307,7 +307,7 @@ def test_a_connection_that_waits_when_all_is_over_is_served(serve: Serve) -> Non
     first.leave()
     second = served.wire()
     go_on.set()
-    calls = Calls(second)
+    calls = KeeperClient(second)
     assert calls.ask(served.hello(launch="b"), Welcome, timeout_s=WAIT_S).boot == "b00t"
     calls.close()
 

@@ -21,7 +21,6 @@ from ckpt.ipc.messages import (
     Forget,
     GetChoices,
     GetSlots,
-    Known,
     Number,
     Peek,
     Persist,
@@ -30,10 +29,11 @@ from ckpt.ipc.messages import (
     Refuse,
     RemoteError,
     SetTag,
-    SlotGone,
-    SlotMade,
+    SlotCreated,
+    SlotReleased,
     Slots,
     Value,
+    VerifiedChunks,
 )
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
@@ -94,7 +94,7 @@ def test_slots_are_handed_over_and_back(pair) -> None:
     assert [(entry.index, entry.size_bytes) for entry in reply.slots] == [(3, made.size_bytes)]
     assert os.pread(fds[0], 3, 8192) == b"abc"
     os.close(fds[0])
-    one.calls.tell(SlotGone(index=3))
+    one.calls.tell(SlotReleased(index=3))
     assert one.calls.ask(GetSlots(rank=0), Slots).slots == ()
 
 
@@ -103,11 +103,11 @@ def test_a_slot_with_no_descriptor_or_two_is_refused_and_none_is_kept(pair) -> N
     made = one.make(0)
     before = descriptors([made])
     with pytest.raises(UsageError, match="exactly one descriptor"):
-        one.calls.call(SlotMade(index=1, size_bytes=made.size_bytes))
+        one.calls.call(SlotCreated(index=1, size_bytes=made.size_bytes))
     with pytest.raises(UsageError):
-        one.calls.call(SlotMade(index=1, size_bytes=made.size_bytes), [made.fd, made.fd])
+        one.calls.call(SlotCreated(index=1, size_bytes=made.size_bytes), [made.fd, made.fd])
     with pytest.raises(UsageError, match="taken"):
-        one.calls.call(SlotMade(index=0, size_bytes=made.size_bytes), [made.fd])
+        one.calls.call(SlotCreated(index=0, size_bytes=made.size_bytes), [made.fd])
     one.calls.tell(Post(key="k", value=b""), [made.fd])
     until(lambda: served.told("refused"))
     until(lambda: descriptors([made]) == before)
@@ -183,7 +183,7 @@ def test_what_lies_beyond_is_forgotten_only_once_the_epoch_is_open(pair) -> None
 def test_places_without_digests_are_refused_and_hurt_nobody(pair) -> None:
     served, one, two = pair
     open_epoch(one)
-    one.calls.tell(Known(base=SnapshotId(1, 1), digests=(b"x" * 16,), locations=()))
+    one.calls.tell(VerifiedChunks(base=SnapshotId(1, 1), digests=(b"x" * 16,), locations=()))
     until(lambda: served.told("refused"))
     assert two.calls.ask(Count(key="c", amount=1), Number).number == 1
 
@@ -191,7 +191,7 @@ def test_places_without_digests_are_refused_and_hurt_nobody(pair) -> None:
 def test_a_new_launch_finds_an_empty_room(serve: Serve) -> None:
     served = serve(Policy(linger_s=30.0))
     first = served.trainer(launch="a")
-    first.calls.tell(Post(key="k", value=b"dead"))
+    first.calls.send(Post(key="k", value=b"dead"))
     assert first.calls.ask(Count(key="c", amount=4), Number).number == 4
     first.leave(planned=False)
     until(lambda: served.report().state == "lingering")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.mesh.messages import Holding
-from ckpt.keeper.mirrors.plan import WAIT_S, Gather
+from ckpt.cluster.mesh.messages import InventoryEntry
+from ckpt.keeper.mirrors.plan import WAIT_S, InventoryQuery
 from ckpt.values import SnapshotId
 
-MINE = Holding(snapshot=SnapshotId(1, 1), origin="o", world_size=2, rank=0)
-THEIRS = Holding(snapshot=SnapshotId(1, 1), origin="o", world_size=2, rank=1)
+MINE = InventoryEntry(snapshot=SnapshotId(1, 1), origin="o", world_size=2, rank=0)
+THEIRS = InventoryEntry(snapshot=SnapshotId(1, 1), origin="o", world_size=2, rank=1)
 
 
 class Told:
@@ -18,18 +18,18 @@ class Told:
         self.asked: dict[str, int] = {}
         self.answers: list[dict] = []  # type: ignore[type-arg]
 
-        def say(node: str, word: said.Word) -> bool:
-            assert isinstance(word, said.AskHeld)
+        def say(node: str, word: said.MeshMessage) -> bool:
+            assert isinstance(word, said.AskNodeInventory)
             self.asked[node] = word.call
             return node not in down
 
-        self.gather = Gather(say)
+        self.gather = InventoryQuery(say)
 
     def ask(self, *nodes: str) -> None:
         self.gather.ask(nodes, ("me", [MINE]), 100.0, self.answers.append)
 
     def answer(self, node: str) -> None:
-        self.gather.heard(node, said.Held(call=self.asked[node], holdings=(THEIRS,)), 100.1)
+        self.gather.answered(node, said.NodeInventory(call=self.asked[node], holdings=(THEIRS,)), 100.1)
 
 
 def test_alone_it_is_answered_at_once() -> None:
@@ -43,7 +43,7 @@ def test_answered_when_all_have_spoken_or_are_lost() -> None:
     told.ask("a", "b", "down")
     told.answer("a")
     assert told.answers == []
-    told.gather.lost("b", 100.2)
+    told.gather.disconnected("b", 100.2)
     assert told.answers == [{"me": [MINE], "a": (THEIRS,)}]
 
 
@@ -64,9 +64,9 @@ def test_answers_belong_to_their_questions() -> None:
     told.ask("a")
     first = dict(told.asked)
     told.ask("a")
-    told.gather.heard("a", said.Held(call=first["a"], holdings=()), 100.1)
+    told.gather.answered("a", said.NodeInventory(call=first["a"], holdings=()), 100.1)
     assert told.answers == [{"me": [MINE], "a": ()}]
-    told.gather.heard("stranger", said.Held(call=told.asked["a"], holdings=()), 100.1)
+    told.gather.answered("stranger", said.NodeInventory(call=told.asked["a"], holdings=()), 100.1)
     assert len(told.answers) == 1
     told.answer("a")
     assert len(told.answers) == 2

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gather_sim import Costs, GatherRun, Run, Way, ways_for
 from scale_records import NEWEST, RANKS_A_NODE, SLOTS, all_holdings, node_name
 
-from ckpt.keeper.mirrors.plan import complete
+from ckpt.keeper.mirrors.plan import complete_snapshots
 
 NODES = 48
 COSTS = Costs()
@@ -29,7 +29,7 @@ def run(
 def test_every_nodes_word_arrives_once_and_the_plan_is_that_of_one_who_sees_all(way: Way, seed: int) -> None:
     found = run(way, seed=seed)
     assert found.answers == found.plans == NODES
-    assert list(found.pairs) == complete(all_holdings(NODES))
+    assert list(found.pairs) == complete_snapshots(all_holdings(NODES))
     assert len(found.pairs) == SLOTS
     assert 0.0 < found.gathered_s <= found.known_s
     assert run(way, seed=seed) == found, "one seed is one run"

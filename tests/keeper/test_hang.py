@@ -8,72 +8,86 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.ipc.board import Phase
-from ckpt.keeper.attempts.hang import LOOK_GAPS_MAX, PATIENCE, Pulse, Sight, check_s, hung, look, timeout_s
+from ckpt.ipc.board import TrainerPhase
+from ckpt.keeper.attempts.hang import (
+    LOOK_GAPS_MAX,
+    STEP_TIME_FACTOR,
+    Observation,
+    Pulse,
+    check_interval_s,
+    hung_ranks,
+    observe,
+    timeout_s,
+)
 
 FLOOR_S = 10.0
-WELL = Pulse(0, Phase.TRAINING, True, completed=5, idle_s=1.0, longest_step_s=0.5)
+WELL = Pulse(0, TrainerPhase.TRAINING, True, completed=5, idle_s=1.0, longest_step_s=0.5)
 LATE = replace(WELL, rank=1, idle_s=FLOOR_S + 1)
 
 
 def test_a_rank_that_stands_still_longer_than_the_floor_hangs() -> None:
-    assert hung([WELL, LATE], floor_s=FLOOR_S) == (1,)
-    assert hung([WELL, replace(LATE, idle_s=FLOOR_S)], floor_s=FLOOR_S) == ()
+    assert hung_ranks([WELL, LATE], floor_s=FLOOR_S) == (1,)
+    assert hung_ranks([WELL, replace(LATE, idle_s=FLOOR_S)], floor_s=FLOOR_S) == ()
 
 
 def test_long_steps_make_it_patient() -> None:
     slow = replace(WELL, longest_step_s=2.0)
-    assert timeout_s([slow, LATE], floor_s=FLOOR_S) == 2.0 * PATIENCE
-    assert hung([slow, LATE], floor_s=FLOOR_S) == ()
+    assert timeout_s([slow, LATE], floor_s=FLOOR_S) == 2.0 * STEP_TIME_FACTOR
+    assert hung_ranks([slow, LATE], floor_s=FLOOR_S) == ()
 
 
-@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.BUILDING, Phase.PAUSED, Phase.DEBUGGING])
-def test_nobody_hangs_while_somebody_is_exempt(phase: Phase) -> None:
-    assert hung([replace(WELL, phase=phase), LATE], floor_s=FLOOR_S) == ()
+@pytest.mark.parametrize(
+    "phase", [TrainerPhase.STARTING, TrainerPhase.BUILDING, TrainerPhase.PAUSED, TrainerPhase.DEBUGGING]
+)
+def test_nobody_hangs_while_somebody_is_exempt(phase: TrainerPhase) -> None:
+    assert hung_ranks([replace(WELL, phase=phase), LATE], floor_s=FLOOR_S) == ()
 
 
 def test_nobody_hangs_before_the_first_step_or_in_a_debugger() -> None:
-    assert hung([replace(WELL, first_step_done=False), LATE], floor_s=FLOOR_S) == ()
-    assert hung([replace(WELL, traced=True), LATE], floor_s=FLOOR_S) == ()
+    assert hung_ranks([replace(WELL, first_step_done=False), LATE], floor_s=FLOOR_S) == ()
+    assert hung_ranks([replace(WELL, traced=True), LATE], floor_s=FLOOR_S) == ()
 
 
-@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.BUILDING, Phase.TRAINING, Phase.PAUSED, Phase.DEBUGGING])
-def test_a_stopped_process_hangs_in_its_first_step_and_in_a_pause_too(phase: Phase) -> None:
+@pytest.mark.parametrize(
+    "phase",
+    [TrainerPhase.STARTING, TrainerPhase.BUILDING, TrainerPhase.TRAINING, TrainerPhase.PAUSED, TrainerPhase.DEBUGGING],
+)
+def test_a_stopped_process_hangs_in_its_first_step_and_in_a_pause_too(phase: TrainerPhase) -> None:
     halted = replace(WELL, phase=phase, first_step_done=False, idle_s=61.0, stopped=True)
-    assert hung([replace(WELL, rank=1, idle_s=61.0), halted], floor_s=60.0) == (0,)
-    assert hung([replace(halted, idle_s=59.0)], floor_s=60.0) == ()
-    assert hung([replace(halted, traced=True)], floor_s=60.0) == ()
-    assert hung([replace(halted, phase=Phase.FINISHED)], floor_s=60.0) == ()
-    assert hung([halted], floor_s=0.0) == ()
+    assert hung_ranks([replace(WELL, rank=1, idle_s=61.0), halted], floor_s=60.0) == (0,)
+    assert hung_ranks([replace(halted, idle_s=59.0)], floor_s=60.0) == ()
+    assert hung_ranks([replace(halted, traced=True)], floor_s=60.0) == ()
+    assert hung_ranks([replace(halted, phase=TrainerPhase.FINISHED)], floor_s=60.0) == ()
+    assert hung_ranks([halted], floor_s=0.0) == ()
 
 
 def test_a_rank_that_finished_neither_hangs_nor_exempts() -> None:
-    done = replace(LATE, rank=0, phase=Phase.FINISHED, first_step_done=False)
-    assert hung([done, LATE], floor_s=FLOOR_S) == (1,)
-    assert hung([done], floor_s=FLOOR_S) == ()
+    done = replace(LATE, rank=0, phase=TrainerPhase.FINISHED, first_step_done=False)
+    assert hung_ranks([done, LATE], floor_s=FLOOR_S) == (1,)
+    assert hung_ranks([done], floor_s=FLOOR_S) == ()
 
 
 def test_those_furthest_behind_come_first_and_of_those_the_longest_idle() -> None:
     pulses = [replace(LATE, rank=0, completed=6), replace(LATE, rank=1), replace(LATE, rank=2, idle_s=20.0)]
-    assert hung(pulses, floor_s=FLOOR_S) == (2, 1, 0)
+    assert hung_ranks(pulses, floor_s=FLOOR_S) == (2, 1, 0)
 
 
 def test_no_floor_means_never() -> None:
-    assert hung([replace(LATE, idle_s=1e9)], floor_s=0.0) == ()
-    assert hung([], floor_s=FLOOR_S) == ()
+    assert hung_ranks([replace(LATE, idle_s=1e9)], floor_s=0.0) == ()
+    assert hung_ranks([], floor_s=FLOOR_S) == ()
 
 
 @given(st.floats(0.01, 1e6))
 def test_it_looks_often_enough_and_not_too_often(floor_s: float) -> None:
-    assert 0.1 <= check_s(floor_s) <= 5.0
-    assert check_s(floor_s) <= max(0.1, floor_s / 8)
+    assert 0.1 <= check_interval_s(floor_s) <= 5.0
+    assert check_interval_s(floor_s) <= max(0.1, floor_s / 8)
 
 
-def seen(*looks: tuple[float, dict[int, object]]) -> Sight:
+def seen(*looks: tuple[float, dict[int, object]]) -> Observation:
     """What is known after looks, one second apart as a rule."""
-    sight: Sight | None = None
+    sight: Observation | None = None
     for now_s, marks in looks:
-        sight = look(sight, marks, now_s=now_s, check_s=1.0)
+        sight = observe(sight, marks, now_s=now_s, check_s=1.0)
     assert sight is not None
     return sight
 

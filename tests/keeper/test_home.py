@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from served import WAIT_S, Served, until
 
-from ckpt.ipc.client import Calls
-from ckpt.ipc.frames import Wire
+from ckpt.ipc.client import KeeperClient
+from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import Count, Number, Policy, Welcome
 from ckpt.keeper import daemon as daemon_module
-from ckpt.keeper.process import Home
+from ckpt.keeper.process import KeeperListener
 
 Serve = Callable[..., Served]
 LINGERS = Policy(linger_s=30.0, hang_s=0.0)
@@ -31,7 +31,7 @@ def test_whoever_found_it_just_before_it_hid_is_served_by_it(serve: Serve, monke
     served = serve()
     home = served.home
     assert home is not None
-    came: list[Wire] = []
+    came: list[MessageSocket] = []
     hide = home.hide
 
     def hide_late() -> None:
@@ -42,7 +42,7 @@ def test_whoever_found_it_just_before_it_hid_is_served_by_it(serve: Serve, monke
     monkeypatch.setattr(home, "hide", hide_late)
     served.trainer().leave()
     until(lambda: bool(came))
-    calls = Calls(came[0])
+    calls = KeeperClient(came[0])
     assert calls.ask(served.hello(launch="b"), Welcome, timeout_s=WAIT_S).boot == "b00t"
     another = served.trainer(launch="b")
     another.leave()
@@ -77,9 +77,9 @@ def test_a_keeper_whose_folder_was_taken_away_is_found_again(
     until(lambda: served.told("home-renewed"))
     assert one.calls.ask(Count(key="c", amount=1), Number).number == 1
     two = served.trainer(1, 2)
-    assert served.folder.locked()
+    assert served.folder.has_keeper()
     assert served.folder.stacks.is_dir()
-    note = served.folder.note()
+    note = served.folder.read_info()
     assert note is not None
     assert note.job == "job"
     if waits is not None:
@@ -94,7 +94,7 @@ def test_a_small_thing_that_is_missing_is_made_again(serve: Serve, monkeypatch: 
     served = serve(LINGERS)
     one = served.trainer()
     served.folder.stacks.rmdir()
-    until(lambda: served.folder.stacks.exists() and served.folder.note() is not None)
+    until(lambda: served.folder.stacks.exists() and served.folder.read_info() is not None)
     assert not served.told("home-renewed")
     one.leave()
 
@@ -107,7 +107,7 @@ def test_a_keeper_whose_folder_another_one_took_over_goes_on_with_those_it_has(
     one = served.trainer()
     go_on = served.pause()
     shutil.rmtree(served.folder.path)
-    other = Home.take(served.spec, served.folder)
+    other = KeeperListener.acquire(served.spec, served.folder)
     assert other is not None
     go_on.set()
     until(lambda: served.told("home-lost"))
@@ -117,7 +117,7 @@ def test_a_keeper_whose_folder_another_one_took_over_goes_on_with_those_it_has(
     assert one.calls.ask(Count(key="c", amount=1), Number).number == 1
     one.leave()
     assert served.ends()
-    assert other.found()
+    assert other.is_reachable()
     other.close()
 
 

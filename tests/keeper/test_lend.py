@@ -12,19 +12,19 @@ import pytest
 from slot_makers import SLOT_BYTES, MadeSlot, descriptors, leading_to
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.mesh.messages import Holding
-from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.mesh.messages import InventoryEntry
+from ckpt.cluster.peermem.auth import PeerSecret
 from ckpt.cluster.peermem.keys import mirror_key, slot_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.errors import FencedError, NotFoundError, StoreFullError
 from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.keeper.mirrors import serve as lend
-from ckpt.keeper.mirrors.serve import Lending, SlotsLent
+from ckpt.keeper.mirrors.serve import NodeMemoryServer, SlotCatalog
 from ckpt.keeper.slots import SlotTable
 from ckpt.values import SnapshotId
 
-SECRET = Secret.of(bytes(range(32)))
+SECRET = PeerSecret.of(bytes(range(32)))
 PAIR = SnapshotId(1, 5)
 NEXT = SnapshotId(1, 6)
 
@@ -39,7 +39,7 @@ class Node:
         for index, made in enumerate(self.made):
             self.table.add(0, index, made.given(), made.size_bytes)
         self.told: list[Event] = []
-        self.lending = Lending(SECRET, Endpoint(), tell=self.told.append, budget_bytes=1 << 20)
+        self.lending = NodeMemoryServer(SECRET, Endpoint(), emit=self.told.append, budget_bytes=1 << 20)
         self.lending.slots.show(self.table)
         self.store = PeerStore(Endpoint("127.0.0.1", self.lending.port), SECRET, epoch=lambda: 1)
 
@@ -124,13 +124,13 @@ def test_damaged_header_is_nothing_that_is_lent(node: Node) -> None:
 
 def test_index_is_looked_into_once_a_generation(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
-    real = lend.read_brief
+    real = lend.read_summary
 
     def counted(memory: memoryview) -> object:
         looks.append(len(memory))
         return real(memory)
 
-    monkeypatch.setattr(lend, "read_brief", counted)
+    monkeypatch.setattr(lend, "read_summary", counted)
     node.made[1].seal(NEXT)
     for step in (1, 2):
         node.made[0].seal(SnapshotId(1, step))
@@ -146,7 +146,7 @@ def test_system_without_descriptors_lends_later(node: Node, monkeypatch: pytest.
         raise OSError(24, "too many open files")
 
     node.made[0].seal(PAIR)
-    lent = SlotsLent()
+    lent = SlotCatalog()
     before = descriptors(node.made)
     with monkeypatch.context() as patched:
         patched.setattr(lend.os if call == "dup" else lend.mmap, call, full)
@@ -167,7 +167,7 @@ def test_what_is_kept_for_others_is_told_unless_it_is_something_else(node: Node)
     node.store.put(mirror_key(PAIR, 0), [whole])
     node.store.put(mirror_key(NEXT, 1), [damaged])
     node.store.put("mirrors/what", [b"ever"])
-    assert node.lending.mirrored() == [Holding(snapshot=PAIR, origin="o", world_size=2, rank=1, mirror=True)]
+    assert node.lending.mirrored() == [InventoryEntry(snapshot=PAIR, origin="o", world_size=2, rank=1, mirror=True)]
 
 
 def test_only_the_pairs_that_are_named_stay(node: Node) -> None:

@@ -6,9 +6,9 @@ import queue
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from ckpt.keeper.mailbox import OwnRoom, ValueTo
+from ckpt.keeper.mailbox import LocalMailbox, ValueCallback
 from ckpt.keeper.nodes.remote_mailbox import REPEATED_MAX, LoopChannel
-from ckpt.threads import start
+from ckpt.threads import start_thread
 
 WAIT_S = 60.0
 
@@ -18,22 +18,22 @@ class Loop:
 
     def __init__(self) -> None:
         self.calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self.room: OwnRoom | None = OwnRoom()
+        self.room: LocalMailbox | None = LocalMailbox()
         self.channel = LoopChannel(self.calls.put, lambda: self.room, rank=3, size=4)
 
     def turn(self) -> None:
         self.calls.get(timeout=WAIT_S)()
 
     def asked(self, key: str, timeout_s: float) -> Future[bytes | None]:
-        return start(lambda: self.channel.wait(key, timeout_s), name="test-wait")
+        return start_thread(lambda: self.channel.wait(key, timeout_s), name="test-wait")
 
 
-class Counting(OwnRoom):
+class Counting(LocalMailbox):
     """Counts questions."""
 
     asked = 0
 
-    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueTo) -> None:
+    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
         self.asked += 1
         super().peek(key, wait_s=wait_s, owner=owner, answer=answer)
 
@@ -50,7 +50,7 @@ def test_what_is_posted_is_found_by_who_waits() -> None:
 def test_peek_finds_what_is_there_and_does_not_wait() -> None:
     loop = Loop()
     for value in (None, b"1"):
-        found = start(lambda: loop.channel.peek("a"), name="test-peek")
+        found = start_thread(lambda: loop.channel.peek("a"), name="test-peek")
         loop.turn()
         assert found.result(WAIT_S) == value
         loop.channel.post("a", b"1")
@@ -86,7 +86,7 @@ def test_last_messages_are_repeated_but_those_that_were_forgotten() -> None:
         loop.turn()
     loop.channel.forget("5")
     loop.turn()
-    loop.room = room = OwnRoom()
+    loop.room = room = LocalMailbox()
     loop.channel.repeat()
     there: list[bytes | None] = []
     for key in ("0", "1", "2", "5", str(REPEATED_MAX + 1)):

@@ -12,22 +12,22 @@ from slot_makers import MadeSlot
 
 from ckpt.backends.base import Buffer
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.mesh.messages import Holding
-from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.http import Stored
+from ckpt.cluster.mesh.messages import InventoryEntry
+from ckpt.cluster.peermem.auth import PeerSecret
+from ckpt.cluster.peermem.http import StoredContent
 from ckpt.cluster.peermem.keys import mirror_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.events import Event
 from ckpt.ipc.board import Board
-from ckpt.keeper.mirrors.plan import complete
-from ckpt.keeper.mirrors.send import Mirror, Task, compact_header
-from ckpt.keeper.mirrors.serve import Lending
+from ckpt.keeper.mirrors.plan import complete_snapshots
+from ckpt.keeper.mirrors.send import MirrorSender, MirrorTask, compact_header
+from ckpt.keeper.mirrors.serve import NodeMemoryServer
 from ckpt.keeper.slots import SlotTable
-from ckpt.rate_limit import RATE_BYTES_MIN, RateCap
+from ckpt.rate_limit import RATE_BYTES_MIN, RateLimit
 from ckpt.staging.header import read_slot
 from ckpt.values import PAGE_BYTES, SnapshotId
 
-SECRET = Secret.of(bytes(range(32)))
+SECRET = PeerSecret.of(bytes(range(32)))
 WAIT_S = 60.0
 ROOMY = 1 << 20
 
@@ -45,17 +45,17 @@ class World:
         self.came: list[tuple[SnapshotId, int, frozenset[str]]] = []
         self.heard = threading.Semaphore(0)
         self.epoch = 1
-        self.cap = RateCap()
-        self.nodes: dict[str, Lending] = {}
+        self.cap = RateLimit()
+        self.nodes: dict[str, NodeMemoryServer] = {}
         self.stores: dict[str, PeerStore] = {}
-        self.mirror = Mirror(done=self.done, tell=self.told.append)
+        self.mirror = MirrorSender(done=self.done, emit=self.told.append)
 
-    def done(self, task: Task, came: frozenset[str]) -> None:
+    def done(self, task: MirrorTask, came: frozenset[str]) -> None:
         self.came.append((task.snapshot, task.epoch, came))
         self.heard.release()
 
-    def node(self, name: str, budget_bytes: int = ROOMY) -> Lending:
-        lending = Lending(SECRET, Endpoint(), tell=self.told.append, budget_bytes=budget_bytes)
+    def node(self, name: str, budget_bytes: int = ROOMY) -> NodeMemoryServer:
+        lending = NodeMemoryServer(SECRET, Endpoint(), emit=self.told.append, budget_bytes=budget_bytes)
         self.nodes[name] = lending
         endpoint = Endpoint("127.0.0.1", lending.port)
         self.stores[name] = PeerStore(endpoint, SECRET, epoch=lambda: self.epoch, cap=self.cap)
@@ -64,9 +64,9 @@ class World:
     def send(self, snapshot: SnapshotId) -> frozenset[str]:
         for rank, made in enumerate(self.made):
             made.seal(snapshot, rank=rank, origin="o")
-        sealed = [self.table.sealed_of(rank, snapshot) for rank in range(2)]
+        sealed = [self.table.hold_snapshot(rank, snapshot) for rank in range(2)]
         assert all(self.board.rank(rank).slot(0).held for rank in range(2)), "not overwritten on its way"
-        self.mirror.send(Task(snapshot, self.epoch, [one for one in sealed if one is not None], self.stores))
+        self.mirror.send(MirrorTask(snapshot, self.epoch, [one for one in sealed if one is not None], self.stores))
         assert self.heard.acquire(timeout=WAIT_S)
         assert not any(self.board.rank(rank).slot(0).held for rank in range(2)), "let go of"
         return self.came[-1][2]
@@ -90,7 +90,7 @@ def world() -> Iterator[World]:
     made.close()
 
 
-def held(lending: Lending) -> list[tuple[SnapshotId, int]]:
+def held(lending: NodeMemoryServer) -> list[tuple[SnapshotId, int]]:
     return [(one.snapshot, one.rank) for one in lending.mirrored()]
 
 
@@ -132,9 +132,9 @@ def test_some_ranks_shares_are_no_pair(world: World) -> None:
     pair = SnapshotId(1, 1)
     assert world.send(pair) == frozenset()
     assert held(node) == [(pair, 0)]
-    assert complete({"b": node.mirrored()}) == []
-    slot = Holding(snapshot=pair, origin="o", world_size=2, rank=1)
-    assert len(complete({"b": node.mirrored(), "a": [slot]})) == 1
+    assert complete_snapshots({"b": node.mirrored()}) == []
+    slot = InventoryEntry(snapshot=pair, origin="o", world_size=2, rank=1)
+    assert len(complete_snapshots({"b": node.mirrored(), "a": [slot]})) == 1
 
 
 def test_node_that_is_gone_keeps_no_others_from_their_mirrors(world: World) -> None:
@@ -164,7 +164,7 @@ def test_node_that_was_started_anew_between_two_ranks_has_not_the_pair(
     real = store.put_whole
     boots = iter(("first", "second"))
 
-    def put(key: str, data: Sequence[Buffer], still_lent: Callable[[], None]) -> Stored:
+    def put(key: str, data: Sequence[Buffer], still_lent: Callable[[], None]) -> StoredContent:
         return replace(real(key, data, still_lent), boot=next(boots))
 
     monkeypatch.setattr(store, "put_whole", put)
@@ -177,10 +177,10 @@ def test_end_waits_for_nobody_for_long(world: World) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     class Slow:
-        def put_whole(self, key: str, data: object, still_lent: object) -> Stored:
+        def put_whole(self, key: str, data: object, still_lent: object) -> StoredContent:
             entered.set()
             assert go_on.wait(WAIT_S)
-            return Stored(key=key, size_bytes=0, version=1, boot="b")
+            return StoredContent(key=key, size_bytes=0, version=1, boot="b")
 
     world.stores["b"].close()
     world.stores = {"b": Slow()}  # type: ignore[dict-item]

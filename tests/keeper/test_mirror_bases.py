@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from ckpt.cluster.peermem.http import Stored
-from ckpt.keeper.mirrors.plan import Share
-from ckpt.keeper.mirrors.send import BASES_MAX, BEHIND_MAX, Base, Bases
+from ckpt.cluster.peermem.http import StoredContent
+from ckpt.keeper.mirrors.plan import StagedShare
+from ckpt.keeper.mirrors.send import BASES_MAX, BEHIND_MAX, MirrorBase, MirrorBases
 from ckpt.values import SnapshotId, StagedIndex
 
 
-def base(step: int, *, behind: int = 0) -> Base:
+def base(step: int, *, behind: int = 0) -> MirrorBase:
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=())
-    return Base(Stored(key=f"k/{step}", size_bytes=1, version=step, boot="b"), Share(index, 0, 1), behind)
+    return MirrorBase(
+        StoredContent(key=f"k/{step}", size_bytes=1, version=step, boot="b"), StagedShare(index, 0, 1), behind
+    )
 
 
 def test_newest_is_first_and_few_are_kept() -> None:
-    bases = Bases()
+    bases = MirrorBases()
     bases.begin(1, ["b"])
     made = [base(step) for step in range(BASES_MAX + 2)]
     for one in made:
@@ -24,7 +26,7 @@ def test_newest_is_first_and_few_are_kept() -> None:
 
 
 def test_another_content_of_a_key_takes_the_place_of_the_first() -> None:
-    bases = Bases()
+    bases = MirrorBases()
     bases.begin(1, ["b"])
     one, again = base(1), base(1, behind=1)
     for made in (one, again):
@@ -33,7 +35,7 @@ def test_another_content_of_a_key_takes_the_place_of_the_first() -> None:
 
 
 def test_another_epoch_and_nodes_that_get_nothing_are_forgotten() -> None:
-    bases = Bases()
+    bases = MirrorBases()
     bases.begin(1, ["b", "c"])
     for node in ("b", "c"):
         bases.add(node, 0, base(1))
@@ -45,7 +47,7 @@ def test_another_epoch_and_nodes_that_get_nothing_are_forgotten() -> None:
 
 
 def test_what_is_gone_and_nodes_with_which_something_went_wrong_are_forgotten() -> None:
-    bases = Bases()
+    bases = MirrorBases()
     bases.begin(1, ["b", "c"])
     old, new = base(1), base(2)
     for one in (old, new):
@@ -58,7 +60,7 @@ def test_what_is_gone_and_nodes_with_which_something_went_wrong_are_forgotten() 
 
 
 def test_after_so_many_shares_one_goes_whole_though_an_older_base_is_there() -> None:
-    bases = Bases()
+    bases = MirrorBases()
     bases.begin(1, ["b"])
     bases.add("b", 0, base(1, behind=BEHIND_MAX - 1))
     assert bases.of("b", 0)

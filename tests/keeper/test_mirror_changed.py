@@ -11,21 +11,21 @@ from slot_makers import HEADER_BYTES, MadeSlot
 
 from ckpt.backends.base import Buffer
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.http import RANGE_BYTES, Stored
+from ckpt.cluster.peermem.auth import PeerSecret
+from ckpt.cluster.peermem.http import RANGE_BYTES, StoredContent
 from ckpt.cluster.peermem.keys import mirror_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.keeper.mirrors import send as mirror_bases
-from ckpt.keeper.mirrors.plan import Round, Word, next_round, retained
-from ckpt.keeper.mirrors.send import Mirror, Task
-from ckpt.keeper.mirrors.serve import Lending
+from ckpt.keeper.mirrors.plan import MirrorReport, MirrorRound, next_round, retained_mirrors
+from ckpt.keeper.mirrors.send import MirrorSender, MirrorTask
+from ckpt.keeper.mirrors.serve import NodeMemoryServer
 from ckpt.keeper.slots import SlotTable
 from ckpt.staging.header import read_slot
 from ckpt.values import CHUNK_BYTES, PAGE_BYTES, SnapshotId
 
-SECRET = Secret.of(bytes(range(32)))
+SECRET = PeerSecret.of(bytes(range(32)))
 WAIT_S = 60.0
 DATA_BYTES = 4 * CHUNK_BYTES
 FROZEN = bytes(3 * CHUNK_BYTES)
@@ -48,21 +48,21 @@ class World:
         self.came: list[frozenset[str]] = []
         self.heard = threading.Semaphore(0)
         self.epoch = 1
-        self.lending = Lending(SECRET, Endpoint(), tell=self.told.append, budget_bytes=ROOMY)
+        self.lending = NodeMemoryServer(SECRET, Endpoint(), emit=self.told.append, budget_bytes=ROOMY)
         self.store = PeerStore(Endpoint("127.0.0.1", self.lending.port), SECRET, epoch=lambda: self.epoch)
-        self.mirror = Mirror(done=self.done, tell=self.told.append)
+        self.mirror = MirrorSender(done=self.done, emit=self.told.append)
 
-    def done(self, task: Task, came: frozenset[str]) -> None:
+    def done(self, task: MirrorTask, came: frozenset[str]) -> None:
         self.came.append(came)
         self.heard.release()
 
     def send(self, step: int, *bodies: bytes) -> int:
         """Seal a pair and have it kept; returns how many bytes the other node received for it."""
         self.slot.seal_leaves(pair(step), bodies, ranks=1)
-        sealed = self.table.sealed_of(0, pair(step))
+        sealed = self.table.hold_snapshot(0, pair(step))
         assert sealed is not None
         before = self.lending._server.stats()
-        self.mirror.send(Task(pair(step), self.epoch, [sealed], {"b": self.store}))
+        self.mirror.send(MirrorTask(pair(step), self.epoch, [sealed], {"b": self.store}))
         assert self.heard.acquire(timeout=WAIT_S)
         puts = before.served.get("PUT", 0) + len(self.came[-1])
         deadline_s = time.monotonic() + WAIT_S
@@ -84,7 +84,7 @@ class World:
         """The other node's keeper dies, and another one lends at the same address."""
         port = self.lending.port
         self.lending.close()
-        self.lending = Lending(SECRET, Endpoint("127.0.0.1", port), tell=self.told.append, budget_bytes=ROOMY)
+        self.lending = NodeMemoryServer(SECRET, Endpoint("127.0.0.1", port), emit=self.told.append, budget_bytes=ROOMY)
 
     def close(self) -> None:
         assert self.mirror.close(WAIT_S)
@@ -130,18 +130,18 @@ def test_only_chunks_that_changed_travel(world: World) -> None:
 
 def test_base_is_there_in_every_round_whichever_are_missed(world: World) -> None:
     """As node of rank 0: pairs alternate, some are missed by another node, and what is over goes each time."""
-    now, received = Round(), []
+    now, received = MirrorRound(), []
     for step in range(1, 9):
-        now = next_round(now, [Word(mirrored=now.named, missed=None)], pair(step))
+        now = next_round(now, [MirrorReport(mirrored=now.named, missed=None)], pair(step))
         assert now.named == pair(step)
-        world.lending.retain(retained(now, frozenset()))
+        world.lending.retain(retained_mirrors(now, frozenset()))
         received.append(world.send(step, FROZEN, small(step)))
         assert world.has(step)
         assert len(world.lending.pairs()) <= 2
     assert received == [WHOLE_BYTES] + [SMALL_SENT] * 7
     for step in (9, 10):  # this node had the last one, another one had not: it goes, and what was kept stays
-        now = next_round(now, [Word(mirrored=now.kept), Word(missed=now.named)], pair(step))
-        world.lending.retain(retained(now, frozenset()))
+        now = next_round(now, [MirrorReport(mirrored=now.kept), MirrorReport(missed=now.named)], pair(step))
+        world.lending.retain(retained_mirrors(now, frozenset()))
         assert world.lending.pairs() == {pair(7)}
         assert world.send(step, FROZEN, small(step)) == SMALL_SENT
         assert world.has(step)
@@ -219,13 +219,15 @@ def test_slot_that_is_overwritten_while_it_is_sent_is_kept_nowhere_and_no_base(
     name = "put_whole" if step == 1 else "put_changed"
     real = getattr(world.store, name)
 
-    def put(key: str, data: Sequence[Buffer], still_lent: Callable[[], None] | None = None, **facts: object) -> Stored:
+    def put(
+        key: str, data: Sequence[Buffer], still_lent: Callable[[], None] | None = None, **facts: object
+    ) -> StoredContent:
         def begun() -> None:
             world.slot.begin()
             assert still_lent is not None
             still_lent()
 
-        made: Stored = real(key, data, still_lent=begun, **facts)
+        made: StoredContent = real(key, data, still_lent=begun, **facts)
         return made
 
     with monkeypatch.context() as patched:

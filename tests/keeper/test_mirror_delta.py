@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckpt.cluster.peermem.http import RANGES_MAX, ranges_problem
 from ckpt.format.canonical import digest
 from ckpt.keeper.mirrors import plan as mirror_delta
-from ckpt.keeper.mirrors.plan import CHANGED_SHARE_MAX, JOIN_BYTES, Changed, Everything, Share, what_changed
+from ckpt.keeper.mirrors.plan import CHANGED_SHARE_MAX, JOIN_BYTES, DeltaRanges, StagedShare, WholeShare, delta_of
 from ckpt.staging.layout import lay_out
 from ckpt.values import CHUNK_BYTES, PAGE_BYTES, Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
@@ -22,7 +22,7 @@ HEADER_BYTES = PAGE_BYTES
 class Made:
     """A share and its bytes."""
 
-    share: Share
+    share: StagedShare
     data: bytes
 
 
@@ -42,10 +42,10 @@ def made(
             StagedShard(leaf=leaf, box=Box.whole(leaf.shape), offset_bytes=offset, size_bytes=len(body), digests=digests)
         )  # fmt: skip
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=tuple(shards))
-    return Made(Share(index, HEADER_BYTES, size_bytes), bytes([step]) * HEADER_BYTES + bytes(data))
+    return Made(StagedShare(index, HEADER_BYTES, size_bytes), bytes([step]) * HEADER_BYTES + bytes(data))
 
 
-def applied(changed: Changed, new: Made, base: Made) -> bytes:
+def applied(changed: DeltaRanges, new: Made, base: Made) -> bytes:
     """What a peer makes of it."""
     out = bytearray(base.data)
     for offset, length in changed.ranges:
@@ -89,8 +89,8 @@ def test_earlier_share_with_what_is_sent_is_the_new_share(sizes: list[int], data
     new = made(bodies, step=2, data_bytes=data_bytes, filler=b"\xdd", chunk_bytes=SHORT_BYTES)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(mirror_delta, "CHUNK_BYTES", SHORT_BYTES)
-        found = what_changed(new.share, base.share)
-    if isinstance(found, Everything):
+        found = delta_of(new.share, base.share)
+    if isinstance(found, WholeShare):
         assert found.why == "most has changed"
         return
     assert ranges_problem(found.ranges, size_bytes=new.share.size_bytes) is None
@@ -108,7 +108,7 @@ def test_only_chunks_that_changed_are_sent_and_neighbours_as_one_range() -> None
     for chunk in (2, 3, 5):
         spoiled[chunk * CHUNK_BYTES + 7] = 1
     new = made([bytes(spoiled), b"x" * PAGE_BYTES], step=2)
-    assert what_changed(new.share, base.share) == Changed(
+    assert delta_of(new.share, base.share) == DeltaRanges(
         (
             (0, HEADER_BYTES),
             (HEADER_BYTES + 2 * CHUNK_BYTES, 2 * CHUNK_BYTES),
@@ -123,13 +123,13 @@ def test_ranges_that_nearly_touch_are_one() -> None:
     near, far = HEADER_BYTES + 2 * PAGE_BYTES, HEADER_BYTES + (3 * PAGE_BYTES + JOIN_BYTES)
     for number in (2, 3 + JOIN_BYTES // PAGE_BYTES):
         bodies[number] = bytes(PAGE_BYTES)
-    assert what_changed(made(bodies, step=2).share, base.share) == Changed(((0, near + PAGE_BYTES), (far, PAGE_BYTES)))
+    assert delta_of(made(bodies, step=2).share, base.share) == DeltaRanges(((0, near + PAGE_BYTES), (far, PAGE_BYTES)))
 
 
 def test_empty_share_is_its_header() -> None:
-    assert what_changed(
-        made([], step=2, data_bytes=PAGE_BYTES).share, made([], step=1, data_bytes=PAGE_BYTES).share
-    ) == (Changed(((0, HEADER_BYTES),)))
+    assert delta_of(made([], step=2, data_bytes=PAGE_BYTES).share, made([], step=1, data_bytes=PAGE_BYTES).share) == (
+        DeltaRanges(((0, HEADER_BYTES),))
+    )
 
 
 def test_all_is_sent_where_most_changed_and_not_just_below() -> None:
@@ -137,24 +137,24 @@ def test_all_is_sent_where_most_changed_and_not_just_below() -> None:
     base = made(bodies, step=1)
     for count, whole in ((11, False), (13, True)):
         other = [bytes(len(body)) if number < count else body for number, body in enumerate(bodies)]
-        found = what_changed(made(other, step=2).share, base.share)
-        assert isinstance(found, Everything) == whole
-    assert found == Everything("most has changed")
+        found = delta_of(made(other, step=2).share, base.share)
+        assert isinstance(found, WholeShare) == whole
+    assert found == WholeShare("most has changed")
 
 
 @pytest.mark.parametrize("facts", [{"header_bytes": 2 * PAGE_BYTES}, {"data_bytes": 8 * PAGE_BYTES}])
 def test_all_is_sent_where_header_or_data_is_of_another_length(facts: dict[str, int]) -> None:
     base = made([bytes(PAGE_BYTES)], step=1, data_bytes=4 * PAGE_BYTES).share
-    assert isinstance(what_changed(base, base), Changed)
-    assert what_changed(replace(base, **facts), base) == Everything("another length of header or data")
+    assert isinstance(delta_of(base, base), DeltaRanges)
+    assert delta_of(replace(base, **facts), base) == WholeShare("another length of header or data")
 
 
 def test_shard_that_moved_is_sent_though_its_digest_is_known() -> None:
     one, two = b"a" * PAGE_BYTES, b"b" * PAGE_BYTES
     base = made([one, two, bytes(200_000)], step=1)
     new = made([two, one, bytes(200_000)], step=2)
-    found = what_changed(new.share, base.share)
-    assert found == Changed(((0, HEADER_BYTES + 2 * PAGE_BYTES),))
+    found = delta_of(new.share, base.share)
+    assert found == DeltaRanges(((0, HEADER_BYTES + 2 * PAGE_BYTES),))
     assert right(applied(found, new, base), new)
 
 
@@ -165,6 +165,6 @@ def test_changes_that_make_too_many_ranges_go_whole(monkeypatch: pytest.MonkeyPa
     base = made(bodies, step=1)
     for number, whole in ((3, False), (8, False), (12, True)):
         bodies[number] = bytes(JOIN_BYTES * 2)
-        found = what_changed(made(bodies, step=2).share, base.share)
-        assert isinstance(found, Everything) == whole
-    assert found == Everything("changes lie too far apart")
+        found = delta_of(made(bodies, step=2).share, base.share)
+        assert isinstance(found, WholeShare) == whole
+    assert found == WholeShare("changes lie too far apart")

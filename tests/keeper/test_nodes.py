@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.membership.api import Standing
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.records import EpochRecord, Place
+from ckpt.cluster.membership.api import LeaseStatus
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.records import EpochRecord, NodePlacement
 from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.mesh.messages import Word
-from ckpt.cluster.node.epochs import Epoch, Told
-from ckpt.cluster.node.leading import Note
+from ckpt.cluster.mesh.messages import MeshMessage
+from ckpt.cluster.node.epochs import NodeEpoch, NodeObserver
+from ckpt.cluster.node.leading import EpochNote
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.ipc.messages import Message, Policy, RunAhead
-from ckpt.keeper.attempts.events import Cut, EpochCame, Failure, JobEnded
+from ckpt.ipc.messages import Message, Policy, StartPrepared
+from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
 from ckpt.keeper.job import Job
-from ckpt.keeper.mailbox import OwnRoom
+from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes import nodes as nodes_room
-from ckpt.keeper.nodes.join import Here, check_spec, lent_at
+from ckpt.keeper.nodes.join import KeeperFacts, check_spec, memory_address
 from ckpt.keeper.nodes.nodes import Nodes
-from ckpt.keeper.nodes.remote_mailbox import FarRoom
+from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox
 from ckpt.values import SnapshotId
 
 PAIR = SnapshotId(1, 5)
@@ -35,24 +35,24 @@ DIED = Failure(1, "died", "rank 1 died of SIGKILL", -9, 1.0)
 class FakeNode:
     """What a keeper asks of its node; ``reached``: to whom it has lines."""
 
-    def __init__(self, told: Told, here: Here) -> None:
+    def __init__(self, told: NodeObserver, here: KeeperFacts) -> None:
         self.told, self.here = told, here
         self.name = "me"
         self.reached = {"root", "other"}
-        self.said: list[tuple[str, Word]] = []
-        self.failures: list[said.Failed] = []
+        self.said: list[tuple[str, MeshMessage]] = []
+        self.failures: list[said.NodeFailed] = []
         self.ends: list[int] = []
         self.closed = False
-        self.standing = Standing(State.SURE, 77.0, 1, True)
+        self.standing = LeaseStatus(LeaseState.VALID, 77.0, 1, True)
 
-    def say(self, node: str, word: Word) -> bool:
+    def say(self, node: str, word: MeshMessage) -> bool:
         self.said.append((node, word))
         return node in self.reached
 
     def up(self, node: str) -> bool:
         return node in self.reached
 
-    def failed(self, failure: said.Failed) -> None:
+    def failed(self, failure: said.NodeFailed) -> None:
         self.failures.append(failure)
 
     def ended(self, attempt: int) -> None:
@@ -61,7 +61,7 @@ class FakeNode:
     def close(self) -> None:
         self.closed = True
 
-    def of(self, kind: type[Word]) -> list[tuple[str, Word]]:
+    def of(self, kind: type[MeshMessage]) -> list[tuple[str, MeshMessage]]:
         return [one for one in self.said if isinstance(one[1], kind)]
 
 
@@ -70,16 +70,16 @@ class Keeper:
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **more: object) -> None:
         self.posted: list[Callable[[], object]] = []
-        self.heard: list[EpochCame | JobEnded | Cut] = []
+        self.heard: list[EpochChanged | JobEnded | Rank0Unreachable] = []
         spec = KeeperSpec(job="job", store=str(tmp_path / "store"), compression="off")
-        self.job = Job(spec, boot="b", post=self.posted.append, tell=lambda event: None)
+        self.job = Job(spec, incarnation="b", post=self.posted.append, emit=lambda event: None)
         self.job._make_room(2)
         self.job.policy = Policy(linger_s=5.0)
         where = NodesSpec(where=str(tmp_path / "meet"), job="job", nodes_min=2, nodes_max=2, **more)  # type: ignore[arg-type]
         self.node: FakeNode | None = None
         self.refuses: Exception | None = None
 
-        def join(*_: object, told: Told, here: Here, **__: object) -> FakeNode:
+        def join(*_: object, told: NodeObserver, here: KeeperFacts, **__: object) -> FakeNode:
             if self.refuses is not None:
                 raise self.refuses
             self.node = FakeNode(told, here)
@@ -100,16 +100,20 @@ class Keeper:
 
     def come(self, number: int, *order: str, end: int | None = None, era: int = 1, why: str = "why") -> None:
         """An epoch of those nodes, two ranks each."""
-        places = tuple(Place(name, 2) for name in order)
+        places = tuple(NodePlacement(name, 2) for name in order)
         record = EpochRecord(
             job="job", number=number, places=places, leader=order[0], nodes_min=1, nodes_max=3
         )  # fmt: skip
-        meet = None if end is not None or "me" not in order else said.Meet(attempt=number, host="10.0.0.9", port=4000)
-        self.fake.told.epoch(Epoch(record, Note(why=why, end=end, era=era), {}, {}, {}, meet, "me"))
+        meet = (
+            None
+            if end is not None or "me" not in order
+            else said.MeetingAddress(attempt=number, host="10.0.0.9", port=4000)
+        )
+        self.fake.told.on_epoch(NodeEpoch(record, EpochNote(why=why, end=end, era=era), {}, {}, {}, meet, "me"))
         self.run()
 
-    def word(self, node: str, word: Word) -> None:
-        self.fake.told.word(node, word)
+    def word(self, node: str, word: MeshMessage) -> None:
+        self.fake.told.on_message(node, word)
         self.run()
 
 
@@ -143,7 +147,7 @@ def test_nodes_on_a_network_need_tls_or_a_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["10.1.2.3", "node7.example", "fd00::7"])
 def test_address_of_lent_memory_is_read_as_it_is_written(host: str) -> None:
-    read = Endpoint.parse(lent_at(host, 4000), plaintext=True)
+    read = Endpoint.parse(memory_address(host, 4000), plaintext=True)
     assert (read.host, read.port) == (host, 4000)
 
 
@@ -160,25 +164,25 @@ def test_one_rate_cap_for_all_nodes_that_keep_mirrors(tmp_path: Path, monkeypatc
 def test_epoch_that_places_this_node_starts_it_where_its_ranks_are(joined: Keeper) -> None:
     joined.come(3, "root", "me")
     (came,) = joined.heard
-    assert came == EpochCame(3, True, "why", came.at_s)
+    assert came == EpochChanged(3, True, "why", came.at_s)
     seating = joined.nodes.seating
     assert seating is not None
     assert (seating.first_rank, seating.world_size, seating.node, seating.nodes) == (2, 4, 1, 2)
     assert (seating.host, joined.nodes.port) == ("10.0.0.9", 4000)
     assert not joined.nodes.root
-    assert isinstance(joined.nodes.room("attempt/3", OwnRoom()), FarRoom)
+    assert isinstance(joined.nodes.room("attempt/3", LocalMailbox()), RemoteMailbox)
     joined.come(4, "root", "other")
-    assert joined.heard[-1] == EpochCame(4, False, "why", joined.heard[-1].at_s)
+    assert joined.heard[-1] == EpochChanged(4, False, "why", joined.heard[-1].at_s)
     assert joined.nodes.seating is None
 
 
 def test_node_of_rank_0_has_the_room_and_answers_others(joined: Keeper) -> None:
     joined.come(3, "me", "other")
-    room = OwnRoom()
+    room = LocalMailbox()
     assert joined.nodes.begin(3, room) is room
-    joined.word("other", said.Post(room="attempt/3", key="k", value=b"v"))
-    joined.word("other", said.Peek(call=8, room="attempt/3", key="k"))
-    assert ("other", said.Said(call=8, value=b"v")) in joined.fake.said
+    joined.word("other", said.MeshPost(room="attempt/3", key="k", value=b"v"))
+    joined.word("other", said.MeshPeek(call=8, room="attempt/3", key="k"))
+    assert ("other", said.MeshReply(call=8, value=b"v")) in joined.fake.said
 
 
 def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
@@ -216,9 +220,9 @@ def test_end_of_the_job_is_passed_on_and_frees_the_keeper(joined: Keeper) -> Non
 
 def test_node_that_is_out_has_no_ranks_until_the_next_epoch_of_its_own(joined: Keeper) -> None:
     joined.come(3, "root", "me")
-    joined.fake.told.out("its lease expired")
+    joined.fake.told.on_membership_lost("its lease expired")
     joined.run()
-    assert joined.heard[-1] == EpochCame(4, False, "its lease expired", joined.heard[-1].at_s)
+    assert joined.heard[-1] == EpochChanged(4, False, "its lease expired", joined.heard[-1].at_s)
     assert joined.nodes.seating is None
     assert not joined.nodes.placed
     joined.come(4, "root", "me")
@@ -229,32 +233,32 @@ def test_launch_that_has_left_hears_nothing_more(joined: Keeper) -> None:
     told = joined.fake.told
     joined.come(3, "root", "me")
     before = list(joined.heard)
-    joined.fake.told.out("late")
+    joined.fake.told.on_membership_lost("late")
     joined.nodes.close()
     joined.run()
-    told.down("root", "late")
+    told.on_disconnected("root", "late")
     joined.run()
     assert joined.heard == before
 
 
 def test_broken_line_to_the_node_of_rank_0_cuts_the_attempt(joined: Keeper) -> None:
     joined.come(3, "root", "other", "me")
-    joined.fake.told.down("other", "reset")
+    joined.fake.told.on_disconnected("other", "reset")
     joined.run()
     assert len(joined.heard) == 1
-    joined.fake.told.down("root", "reset")
+    joined.fake.told.on_disconnected("root", "reset")
     joined.run()
-    assert isinstance(joined.heard[-1], Cut)
+    assert isinstance(joined.heard[-1], Rank0Unreachable)
     assert joined.heard[-1].attempt == 3
 
 
 def test_line_that_broke_before_the_attempt_began_cuts_it_as_well(joined: Keeper) -> None:
     joined.come(3, "root", "me")
     joined.fake.reached = set()
-    joined.nodes.begin(3, OwnRoom())
+    joined.nodes.begin(3, LocalMailbox())
     assert len(joined.heard) == 1, "the roster does not know yet that it runs"
     joined.run()
-    assert isinstance(joined.heard[-1], Cut)
+    assert isinstance(joined.heard[-1], Rank0Unreachable)
 
 
 def test_decisions_of_rank_0_are_passed_on_and_those_of_this_attempt_taken(joined: Keeper) -> None:
@@ -263,12 +267,12 @@ def test_decisions_of_rank_0_are_passed_on_and_those_of_this_attempt_taken(joine
     joined.come(3, "me", "other")
     board.begin_attempt(3)
     joined.nodes.decided(6, 1)
-    assert joined.fake.of(said.Decided) == [("other", said.Decided(attempt=3, boundary=6, flags=1))]
+    assert joined.fake.of(said.MeshDecided) == [("other", said.MeshDecided(attempt=3, boundary=6, flags=1))]
     joined.come(4, "root", "me")
     board.begin_attempt(4)
-    joined.word("root", said.Decided(attempt=3, boundary=8, flags=1))
+    joined.word("root", said.MeshDecided(attempt=3, boundary=8, flags=1))
     assert board.decision(8) is None
-    joined.word("root", said.Decided(attempt=4, boundary=8, flags=1))
+    joined.word("root", said.MeshDecided(attempt=4, boundary=8, flags=1))
     assert board.decision(8) == 1
 
 
@@ -277,15 +281,15 @@ def test_what_the_others_hold_comes_onto_the_board(joined: Keeper) -> None:
     assert board is not None
     joined.come(3, "me", "other", "third")
     board.begin_attempt(3)
-    assert board.others_count
-    mine = said.Standing(attempt=3, sealed=(PAIR,), completed=5)
+    assert board.has_remote_ranks
+    mine = said.NodeProgress(attempt=3, sealed=(PAIR,), completed=5)
     joined.word("other", mine)
-    assert board.others.pairs() == frozenset(), "the third has said nothing yet"
+    assert board.remote_ranks.sealed_snapshots() == frozenset(), "the third has said nothing yet"
     joined.word("third", replace_attempt(mine, 2))
-    assert board.others.pairs() == frozenset()
+    assert board.remote_ranks.sealed_snapshots() == frozenset()
     joined.word("third", mine)
-    assert board.others.pairs() == {PAIR}
-    assert board.others.completed == 5
+    assert board.remote_ranks.sealed_snapshots() == {PAIR}
+    assert board.remote_ranks.completed == 5
 
 
 def test_how_far_this_node_is_goes_to_rank_0_and_its_lease_onto_the_board(joined: Keeper) -> None:
@@ -295,12 +299,12 @@ def test_how_far_this_node_is_goes_to_rank_0_and_its_lease_onto_the_board(joined
     board.begin_attempt(3)
     joined.nodes.tick(100.0)
     assert board.act_until_ns == 77_000_000_000
-    ((to, word),) = joined.fake.of(said.Standing)
-    assert (to, word) == ("root", said.Standing(attempt=3, sealed=(), completed=-1))
+    ((to, word),) = joined.fake.of(said.NodeProgress)
+    assert (to, word) == ("root", said.NodeProgress(attempt=3, sealed=(), completed=-1))
     joined.nodes.tick(100.5)
-    assert len(joined.fake.of(said.Standing)) == 1, "nothing has changed"
+    assert len(joined.fake.of(said.NodeProgress)) == 1, "nothing has changed"
     joined.nodes.tick(101.5)
-    assert len(joined.fake.of(said.Standing)) == 2
+    assert len(joined.fake.of(said.NodeProgress)) == 2
 
 
 def test_supervisors_of_a_standby_hear_once_an_epoch_that_trainers_may_run_ahead(
@@ -311,9 +315,9 @@ def test_supervisors_of_a_standby_hear_once_an_epoch_that_trainers_may_run_ahead
     joined.come(3, "root", "me")
     assert heard == []
     joined.come(4, "root", "other")
-    assert heard == [("supervisor", RunAhead())]
+    assert heard == [("supervisor", StartPrepared())]
     assert joined.nodes.epoch is not None
-    joined.fake.told.members(joined.nodes.epoch)  # another standby came
+    joined.fake.told.on_standbys(joined.nodes.epoch)  # another standby came
     joined.run()
     assert len(heard) == 1
     joined.come(5, "root", "other")
@@ -325,12 +329,12 @@ def test_supervisors_of_a_standby_hear_once_an_epoch_that_trainers_may_run_ahead
 def test_lease_prolonged_while_the_loop_stands_still_is_on_the_board(joined: Keeper) -> None:
     board = joined.job.board
     assert board is not None
-    joined.fake.told.acts(80.0)
+    joined.fake.told.on_act_until(80.0)
     assert board.act_until_ns == 80_000_000_000
     joined.nodes.tick(100.0)  # what it read before is older
     assert board.act_until_ns == 80_000_000_000
     joined.job.close()
-    joined.fake.told.acts(90.0)  # the thread ends a little later
+    joined.fake.told.on_act_until(90.0)  # the thread ends a little later
 
 
 def test_node_of_rank_0_tells_each_what_the_rest_have_in_common(joined: Keeper) -> None:
@@ -338,14 +342,14 @@ def test_node_of_rank_0_tells_each_what_the_rest_have_in_common(joined: Keeper) 
     assert board is not None
     joined.come(3, "me", "other", "third")
     board.begin_attempt(3)
-    joined.word("other", said.Standing(attempt=3, sealed=(PAIR,), completed=5))
-    joined.word("third", said.Standing(attempt=3, sealed=(PAIR,), completed=4))
+    joined.word("other", said.NodeProgress(attempt=3, sealed=(PAIR,), completed=5))
+    joined.word("third", said.NodeProgress(attempt=3, sealed=(PAIR,), completed=4))
     joined.fake.said.clear()
     joined.nodes.tick(100.0)
-    told = dict(joined.fake.of(said.Standing))
+    told = dict(joined.fake.of(said.NodeProgress))
     assert set(told) == {"other", "third"}
-    assert all(word == said.Standing(attempt=3, sealed=(), completed=-1) for word in told.values())
+    assert all(word == said.NodeProgress(attempt=3, sealed=(), completed=-1) for word in told.values())
 
 
-def replace_attempt(word: said.Standing, attempt: int) -> said.Standing:
-    return said.Standing(attempt=attempt, sealed=word.sealed, completed=word.completed)
+def replace_attempt(word: said.NodeProgress, attempt: int) -> said.NodeProgress:
+    return said.NodeProgress(attempt=attempt, sealed=word.sealed, completed=word.completed)

@@ -12,14 +12,14 @@ from ckpt.keeper.attempts.events import Failure
 from ckpt.keeper.attempts.failures import (
     ECHO_S,
     OVERDUE_MAX,
-    Again,
-    End,
-    Later,
-    Record,
-    Trouble,
-    Well,
-    judge,
-    with_rank,
+    EndJob,
+    EpochFailures,
+    FailureHistory,
+    NoFailure,
+    StartNextEpoch,
+    WaitForCause,
+    decide,
+    with_global_rank,
 )
 
 NOW_S = 100.0
@@ -27,78 +27,80 @@ DIED = Failure(0, "died", "rank 0 died of SIGKILL", -9, NOW_S)
 ERROR = Failure(1, "error", "rank 1 raised ValueError: bad", 1, NOW_S, "f", 7)
 
 
-def trouble(*failures: Failure, lost: tuple[str, ...] = (), ended: tuple[str, ...] = (), completed: int = 5) -> Trouble:
+def trouble(
+    *failures: Failure, lost: tuple[str, ...] = (), ended: tuple[str, ...] = (), completed: int = 5
+) -> EpochFailures:
     by_node = {f"n{number}": failure for number, failure in enumerate(failures)}
-    return Trouble(by_node, dict.fromkeys(lost, NOW_S), frozenset(ended), completed)
+    return EpochFailures(by_node, dict.fromkeys(lost, NOW_S), frozenset(ended), completed)
 
 
 def test_without_failure_nothing_is_judged() -> None:
-    assert judge(trouble(), Record(), Policy(), NOW_S) == Well()
-    assert judge(trouble(ended=("a",)), Record(), Policy(), NOW_S) == Well()
+    assert decide(trouble(), FailureHistory(), Policy(), NOW_S) == NoFailure()
+    assert decide(trouble(ended=("a",)), FailureHistory(), Policy(), NOW_S) == NoFailure()
 
 
 def test_death_is_followed_at_once() -> None:
-    came = judge(trouble(DIED), Record(), Policy(), NOW_S)
-    assert isinstance(came, Again)
+    came = decide(trouble(DIED), FailureHistory(), Policy(), NOW_S)
+    assert isinstance(came, StartNextEpoch)
     assert came.text == DIED.text
     assert came.record.completed == 5
 
 
 def test_lost_node_is_followed_at_once_and_explains_the_exceptions_of_the_others() -> None:
     broken = replace(ERROR, at_s=NOW_S - 0.3)
-    came = judge(trouble(broken, lost=("x",)), Record("f", 7, 1, 0, 5), Policy(), NOW_S)
-    assert isinstance(came, Again)
+    came = decide(trouble(broken, lost=("x",)), FailureHistory("f", 7, 1, 0, 5), Policy(), NOW_S)
+    assert isinstance(came, StartNextEpoch)
     assert "x" in came.text
     assert came.record.same == 1
 
 
 def test_exception_alone_waits_for_an_explanation_then_counts() -> None:
-    assert judge(trouble(ERROR), Record(), Policy(), NOW_S) == Later(NOW_S + ECHO_S)
-    came = judge(trouble(ERROR), Record(), Policy(), NOW_S + ECHO_S)
-    assert isinstance(came, Again)
+    assert decide(trouble(ERROR), FailureHistory(), Policy(), NOW_S) == WaitForCause(NOW_S + ECHO_S)
+    came = decide(trouble(ERROR), FailureHistory(), Policy(), NOW_S + ECHO_S)
+    assert isinstance(came, StartNextEpoch)
     assert (came.record.fingerprint, came.record.same) == ("f", 1)
 
 
 def test_same_exception_at_the_same_step_twice_ends_all_nodes_with_its_status() -> None:
-    came = judge(trouble(replace(ERROR, status=3)), Record("f", 7, 1, 0, 5), Policy(), NOW_S + 9)
-    assert isinstance(came, End)
+    came = decide(trouble(replace(ERROR, status=3)), FailureHistory("f", 7, 1, 0, 5), Policy(), NOW_S + 9)
+    assert isinstance(came, EndJob)
     assert came.status == 3
     assert "twice" in came.text or "2 times" in came.text
 
 
 def test_failure_that_one_node_cannot_go_on_from_ends_the_job_whatever_else_happened() -> None:
     final = replace(ERROR, final=True, text="rank 1 raised UsageError: wrong")
-    came = judge(trouble(DIED, final, lost=("x",)), Record(), Policy(), NOW_S)
-    assert came == End(1, final.text)
+    came = decide(trouble(DIED, final, lost=("x",)), FailureHistory(), Policy(), NOW_S)
+    assert came == EndJob(1, final.text)
 
 
 def test_failure_after_another_nodes_ranks_had_ended_ends_the_job() -> None:
-    came = judge(trouble(DIED, ended=("b",)), Record(), Policy(), NOW_S)
-    assert isinstance(came, End)
+    came = decide(trouble(DIED, ended=("b",)), FailureHistory(), Policy(), NOW_S)
+    assert isinstance(came, EndJob)
     assert came.status == 128 + 9
 
 
 def test_failures_without_progress_end_the_job() -> None:
-    record = Record()
+    record = FailureHistory()
     for number in range(1, 6):
-        came = judge(trouble(DIED, completed=-1), record, Policy(stuck_max=5), NOW_S)
-        assert isinstance(came, End if number == 5 else Again)
-        if isinstance(came, Again):
+        came = decide(trouble(DIED, completed=-1), record, Policy(stuck_max=5), NOW_S)
+        assert isinstance(came, EndJob if number == 5 else StartNextEpoch)
+        if isinstance(came, StartNextEpoch):
             record = came.record
 
 
 def test_nodes_that_could_not_act_for_a_while_are_no_failures_of_the_program() -> None:
     stopped = replace(DIED, kind="overdue", text="rank 0 was stopped")
-    record = Record()
+    record = FailureHistory()
     for _ in range(OVERDUE_MAX - 1):
-        came = judge(trouble(stopped, completed=-1), record, Policy(stuck_max=5), NOW_S)
-        assert isinstance(came, Again)
+        came = decide(trouble(stopped, completed=-1), record, Policy(stuck_max=5), NOW_S)
+        assert isinstance(came, StartNextEpoch)
         record = came.record
     assert record.stuck == 0
-    came = judge(trouble(stopped, completed=0), record, Policy(stuck_max=5), NOW_S)
-    assert isinstance(came, Again) and came.record.overdue == 1, "a step was completed"
-    came = judge(trouble(stopped, completed=-1), record, Policy(stuck_max=5), NOW_S)
-    assert isinstance(came, End) and "starves its own node" in came.text
+    came = decide(trouble(stopped, completed=0), record, Policy(stuck_max=5), NOW_S)
+    assert isinstance(came, StartNextEpoch) and came.record.overdue == 1, "a step was completed"
+    came = decide(trouble(stopped, completed=-1), record, Policy(stuck_max=5), NOW_S)
+    assert isinstance(came, EndJob) and "starves its own node" in came.text
 
 
 @settings(deadline=None)
@@ -108,16 +110,16 @@ def test_nodes_that_could_not_act_for_a_while_are_no_failures_of_the_program() -
     st.floats(NOW_S, NOW_S + 3),
 )
 def test_waiting_ends_and_only_exceptions_wait(failures: list[Failure], lost: set[str], now_s: float) -> None:
-    came = judge(trouble(*failures, lost=tuple(sorted(lost))), Record(), Policy(), now_s)
-    assert isinstance(came, Well) == (not failures and not lost)
-    if isinstance(came, Later):
+    came = decide(trouble(*failures, lost=tuple(sorted(lost))), FailureHistory(), Policy(), now_s)
+    assert isinstance(came, NoFailure) == (not failures and not lost)
+    if isinstance(came, WaitForCause):
         assert not lost
         assert all(one.kind == "error" for one in failures)
         assert now_s < came.until_s <= NOW_S + ECHO_S
 
 
 def test_ranks_are_told_as_those_of_the_whole_job() -> None:
-    told = with_rank(DIED, 8)
+    told = with_global_rank(DIED, 8)
     assert (told.rank, told.text) == (8, "rank 8 died of SIGKILL")
-    assert with_rank(replace(DIED, rank=1, text="rank 12 is not this one"), 8).text == "rank 12 is not this one"
-    assert with_rank(replace(DIED, rank=-1), 8).rank == -1
+    assert with_global_rank(replace(DIED, rank=1, text="rank 12 is not this one"), 8).text == "rank 12 is not this one"
+    assert with_global_rank(replace(DIED, rank=-1), 8).rank == -1

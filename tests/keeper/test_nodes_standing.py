@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from ckpt.cluster.mesh.messages import Standing
+from ckpt.cluster.mesh.messages import NodeProgress
 from ckpt.ipc.board import SLOTS_MAX, Board
-from ckpt.keeper.mirrors.plan import Round, Word
-from ckpt.keeper.nodes.progress import common, common_but_each, standing_of
+from ckpt.keeper.mirrors.plan import MirrorReport, MirrorRound
+from ckpt.keeper.nodes.progress import common_progress, common_progress_without_each, progress_of
 from ckpt.values import SnapshotId
 
 P1, P2, P3 = SnapshotId(1, 1), SnapshotId(1, 2), SnapshotId(1, 3)
@@ -26,8 +26,8 @@ def board() -> Iterator[Board]:
     board.close()
 
 
-def standing(*sealed: SnapshotId, completed: int = 5, mirrored: SnapshotId | None = None) -> Standing:
-    return Standing(attempt=1, sealed=sealed, completed=completed, mirrored=mirrored)
+def standing(*sealed: SnapshotId, completed: int = 5, mirrored: SnapshotId | None = None) -> NodeProgress:
+    return NodeProgress(attempt=1, sealed=sealed, completed=completed, mirrored=mirrored)
 
 
 def test_a_node_holds_what_all_its_ranks_hold_and_is_as_far_as_the_last_of_them(board: Board) -> None:
@@ -36,21 +36,21 @@ def test_a_node_holds_what_all_its_ranks_hold_and_is_as_far_as_the_last_of_them(
     board.rank(1).publish(0, P1, 1)
     board.rank(0).completed = 7
     ranks = [board.rank(0), board.rank(1)]
-    assert standing_of(ranks, 1, Word()) == standing(P1, completed=-1)
+    assert progress_of(ranks, 1, MirrorReport()) == standing(P1, completed=-1)
     board.rank(1).completed = 6
-    assert standing_of(ranks, 1, Word(P1, P2)) == replace(standing(P1, completed=6, mirrored=P1), missed=P2)
+    assert progress_of(ranks, 1, MirrorReport(P1, P2)) == replace(standing(P1, completed=6, mirrored=P1), missed=P2)
 
 
 def test_of_several_nodes_only_what_all_have_counts() -> None:
-    assert common([standing(P2, P1, completed=4), standing(P1, completed=9)], 1) == standing(P1, completed=4)
-    assert common([standing(P1), None], 1) == standing(completed=-1)
-    assert common([], 1) == standing(completed=-1)
+    assert common_progress([standing(P2, P1, completed=4), standing(P1, completed=9)], 1) == standing(P1, completed=4)
+    assert common_progress([standing(P1), None], 1) == standing(completed=-1)
+    assert common_progress([], 1) == standing(completed=-1)
 
 
 def test_of_mirrors_the_round_is_told_whatever_single_nodes_have() -> None:
-    told = common([standing(mirrored=P2), None], 1, Round(named=P3, kept=P1))
+    told = common_progress([standing(mirrored=P2), None], 1, MirrorRound(named=P3, kept=P1))
     assert (told.named, told.mirrored, told.missed) == (P3, P1, None)
-    assert common([standing(mirrored=P2)], 1).mirrored is None
+    assert common_progress([standing(mirrored=P2)], 1).mirrored is None
 
 
 _standings = st.builds(
@@ -59,11 +59,12 @@ _standings = st.builds(
 
 
 @given(mine=_standings, others=st.lists(st.none() | _standings, max_size=5))
-def test_all_but_each_have_in_common_what_the_rest_has(mine: Standing, others: list[Standing | None]) -> None:
+def test_all_but_each_have_in_common_what_the_rest_has(mine: NodeProgress, others: list[NodeProgress | None]) -> None:
     by_node = {str(number): one for number, one in enumerate(others)}
-    now = Round(named=P3, kept=P1)
-    assert common_but_each(mine, by_node, 1, now) == {
-        node: common([mine, *[one for other, one in by_node.items() if other != node]], 1, now) for node in by_node
+    now = MirrorRound(named=P3, kept=P1)
+    assert common_progress_without_each(mine, by_node, 1, now) == {
+        node: common_progress([mine, *[one for other, one in by_node.items() if other != node]], 1, now)
+        for node in by_node
     }
 
 
@@ -71,16 +72,16 @@ def test_pair_is_complete_once_ranks_elsewhere_hold_it_too(board: Board) -> None
     for rank in range(2):
         board.rank(rank).publish(0, P1, 1)
         board.rank(rank).publish(1, P2, 1)
-    assert board.complete() == P2
-    board.others_count = True
-    assert board.complete() is None
-    board.others.show([P1], 3)
-    assert board.complete() == P1
-    board.others.show([P1, P2], 4)
-    assert board.complete() == P2
-    assert [one.completed for one in board.everyone()] == [None, None, 4]
-    board.others_count = False
-    assert len(board.everyone()) == 2
+    assert board.newest_complete() == P2
+    board.has_remote_ranks = True
+    assert board.newest_complete() is None
+    board.remote_ranks.publish_remote([P1], 3)
+    assert board.newest_complete() == P1
+    board.remote_ranks.publish_remote([P1, P2], 4)
+    assert board.newest_complete() == P2
+    assert [one.completed for one in board.all_ranks()] == [None, None, 4]
+    board.has_remote_ranks = False
+    assert len(board.all_ranks()) == 2
 
 
 @given(st.lists(st.sets(st.builds(SnapshotId, st.integers(1, 3), st.integers(0, 40)), max_size=20), max_size=6))
@@ -88,13 +89,13 @@ def test_board_shows_the_newest_of_what_was_last_told(told: list[set[SnapshotId]
     board = Board.create(1)
     try:
         for pairs in told:
-            board.others.show(pairs, 1)
-            assert board.others.pairs() == frozenset(sorted(pairs)[-SLOTS_MAX:])
+            board.remote_ranks.publish_remote(pairs, 1)
+            assert board.remote_ranks.sealed_snapshots() == frozenset(sorted(pairs)[-SLOTS_MAX:])
     finally:
         board.close()
 
 
 def test_a_new_attempt_forgets_how_far_others_were(board: Board) -> None:
-    board.others.show([P3], 9)
+    board.remote_ranks.publish_remote([P3], 9)
     board.begin_attempt(2)
-    assert board.others.completed is None
+    assert board.remote_ranks.completed is None

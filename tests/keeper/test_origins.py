@@ -37,8 +37,8 @@ def test_slots_of_two_openings_of_one_number_make_no_pair() -> None:
         made.append(MadeSlot())
         made[-1].seal(snapshot, rank=rank, origin=origin)
         table.add(rank, index, made[-1].given(), made[-1].size_bytes)
-    assert table.origins(2) == {other: "x"}
-    assert table.complete(2) == [other]
+    assert table.snapshot_origins(2) == {other: "x"}
+    assert table.complete_snapshots(2) == [other]
     table.close()
     board.close()
     for slot in made:

@@ -14,8 +14,8 @@ from served import POLICY, WAIT_S, until
 from slot_makers import MadeSlot
 
 from ckpt.ipc import messages as words
-from ckpt.ipc.client import Calls, KeeperSpec, ensure_keeper
-from ckpt.ipc.messages import GetStatus, Hello, SlotMade, Status, Welcome
+from ckpt.ipc.client import KeeperClient, KeeperSpec, ensure_keeper
+from ckpt.ipc.messages import GetStatus, Hello, SlotCreated, Status, Welcome
 from ckpt.ipc.runtime_dir import JobFolder
 
 START_S_WANTED, START_S_MAX = 0.2, 5.0
@@ -40,10 +40,10 @@ def spec(tmp_path: Path) -> Iterator[KeeperSpec]:
     one = KeeperSpec(job="job", store=str(tmp_path / "store"))
     yield one
     folder = JobFolder(one.store, one.job)
-    note = folder.note()
-    if folder.locked() and note is not None:
+    note = folder.read_info()
+    if folder.has_keeper() and note is not None:
         os.kill(note.pid, signal.SIGKILL)
-        until(lambda: not folder.locked())
+        until(lambda: not folder.has_keeper())
     folder.sweep()
 
 
@@ -51,7 +51,7 @@ def test_a_keeper_answers_soon_after_its_start_began(spec: KeeperSpec) -> None:
     took_s = []
     for _ in range(2):
         began_s = time.monotonic()
-        calls = Calls(ensure_keeper(spec))
+        calls = KeeperClient(ensure_keeper(spec))
         calls.ask(HELLO, Welcome, timeout_s=WAIT_S)
         took_s.append(time.monotonic() - began_s)
         calls.close()
@@ -61,11 +61,11 @@ def test_a_keeper_answers_soon_after_its_start_began(spec: KeeperSpec) -> None:
 
 
 def test_a_keeper_takes_little_memory_besides_its_slots(spec: KeeperSpec) -> None:
-    calls = Calls(ensure_keeper(spec, program=WITH_STORES))
+    calls = KeeperClient(ensure_keeper(spec, program=WITH_STORES))
     calls.ask(HELLO, Welcome, timeout_s=WAIT_S)
     slot = MadeSlot(SLOT_BYTES)
     slot.memory[:] = bytes([1]) * SLOT_BYTES
-    calls.call(SlotMade(index=0, size_bytes=SLOT_BYTES), [slot.fd], timeout_s=WAIT_S)
+    calls.call(SlotCreated(index=0, size_bytes=SLOT_BYTES), [slot.fd], timeout_s=WAIT_S)
     report = calls.ask(GetStatus(), Status, timeout_s=WAIT_S).report
     assert report is not None
     loaded = [name for name in ("s3fs", "etcd3") if _found(name)]
@@ -78,7 +78,7 @@ def test_a_keeper_takes_little_memory_besides_its_slots(spec: KeeperSpec) -> Non
 
 
 def test_a_keeper_stays_through_a_terminals_signals_and_removes_its_folder(spec: KeeperSpec) -> None:
-    calls = Calls(ensure_keeper(spec))
+    calls = KeeperClient(ensure_keeper(spec))
     pid = calls.ask(HELLO, Welcome, timeout_s=WAIT_S).pid
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(pid, number)
@@ -86,19 +86,19 @@ def test_a_keeper_stays_through_a_terminals_signals_and_removes_its_folder(spec:
     assert report is not None
     assert report.pid == pid != os.getpid()
     folder = JobFolder(spec.store, spec.job)
-    assert folder.locked()
+    assert folder.has_keeper()
     assert os.getsid(pid) == pid, "a session of its own"
     calls.close()
     until(lambda: not folder.path.exists())
 
 
 def test_a_killed_keeper_is_followed_by_another(spec: KeeperSpec) -> None:
-    first = Calls(ensure_keeper(spec))
+    first = KeeperClient(ensure_keeper(spec))
     welcome = first.ask(HELLO, Welcome, timeout_s=WAIT_S)
     os.kill(welcome.pid, signal.SIGKILL)
-    until(lambda: not JobFolder(spec.store, spec.job).locked())
+    until(lambda: not JobFolder(spec.store, spec.job).has_keeper())
     first.close()
-    second = Calls(ensure_keeper(spec))
+    second = KeeperClient(ensure_keeper(spec))
     assert second.ask(HELLO, Welcome, timeout_s=WAIT_S).boot != welcome.boot
     second.close()
 

@@ -9,8 +9,8 @@ import pytest
 
 from ckpt.cluster.mesh import messages as said
 from ckpt.errors import UsageError
-from ckpt.keeper.mailbox import COUNT_MAX, OwnRoom
-from ckpt.keeper.nodes.remote_mailbox import EARLY_MAX, FarRoom, FarRooms, attempt_room, uploads_room
+from ckpt.keeper.mailbox import COUNT_MAX, LocalMailbox
+from ckpt.keeper.nodes.remote_mailbox import EARLY_MAX, RemoteMailbox, RemoteMailboxes, attempt_mailbox, uploads_mailbox
 
 
 class Answers:
@@ -24,7 +24,7 @@ class Answers:
 
 
 def test_value_is_there_at_once_or_as_soon_as_it_is_posted() -> None:
-    room, answers = OwnRoom(), Answers()
+    room, answers = LocalMailbox(), Answers()
     room.peek("k", wait_s=0.0, owner=None, answer=answers)
     room.peek("k", wait_s=9.0, owner=None, answer=answers)
     assert answers.got == [None]
@@ -34,10 +34,10 @@ def test_value_is_there_at_once_or_as_soon_as_it_is_posted() -> None:
 
 
 def test_question_ends_when_its_time_is_over_or_its_owner_gone() -> None:
-    room, answers, owner = OwnRoom(), Answers(), object()
+    room, answers, owner = LocalMailbox(), Answers(), object()
     room.peek("k", wait_s=5.0, owner=None, answer=answers)
     room.peek("k", wait_s=5.0, owner=owner, answer=answers)
-    room.gone(owner)
+    room.cancel(owner)
     now_s = time.monotonic()
     assert 4.0 < room.tick(now_s) <= 5.0
     room.tick(now_s + 6.0)
@@ -45,7 +45,7 @@ def test_question_ends_when_its_time_is_over_or_its_owner_gone() -> None:
 
 
 def test_counters_add_up_and_forgotten_values_are_gone() -> None:
-    room, answers = OwnRoom(), Answers()
+    room, answers = LocalMailbox(), Answers()
     room.count("n", 2, answer=answers)
     room.count("n", 3, answer=answers)
     room.post("k", b"v")
@@ -59,7 +59,7 @@ def test_counters_add_up_and_forgotten_values_are_gone() -> None:
 
 
 def test_counter_that_would_run_over_is_refused_and_counts_on() -> None:
-    room, answers = OwnRoom(), Answers()
+    room, answers = LocalMailbox(), Answers()
     room.count("n", COUNT_MAX, answer=answers)
     for amount in (1, 2**64 - 1, -(2**63) - COUNT_MAX):
         with pytest.raises(UsageError, match="runs over"):
@@ -72,11 +72,13 @@ class Net:
     """Two keepers' rooms, and what is on its way between them."""
 
     def __init__(self) -> None:
-        self.on_the_way: deque[tuple[str, str, said.Word]] = deque()
+        self.on_the_way: deque[tuple[str, str, said.MeshMessage]] = deque()
         self.up = True
-        self.ends = {name: FarRooms(lambda to, word, name=name: self._say(name, to, word)) for name in ("root", "far")}
+        self.ends = {
+            name: RemoteMailboxes(lambda to, word, name=name: self._say(name, to, word)) for name in ("root", "far")
+        }
 
-    def _say(self, source: str, target: str, word: said.Word) -> bool:
+    def _say(self, source: str, target: str, word: said.MeshMessage) -> bool:
         if self.up:
             self.on_the_way.append((source, target, word))
         return self.up
@@ -93,9 +95,9 @@ def net() -> Net:
 
 
 def test_far_room_is_the_same_room(net: Net) -> None:
-    own, answers = OwnRoom(), Answers()
-    net.ends["root"].serve(attempt_room(3), own)
-    far = FarRoom(net.ends["far"], attempt_room(3), "root")
+    own, answers = LocalMailbox(), Answers()
+    net.ends["root"].serve(attempt_mailbox(3), own)
+    far = RemoteMailbox(net.ends["far"], attempt_mailbox(3), "root")
     far.peek("late", wait_s=9.0, owner=None, answer=answers)
     far.post("k", b"v")
     far.peek("k", wait_s=0.0, owner=None, answer=answers)
@@ -111,38 +113,38 @@ def test_far_room_is_the_same_room(net: Net) -> None:
 
 
 def test_words_of_a_room_that_is_not_open_yet_wait_for_it_in_order(net: Net) -> None:
-    own, answers = OwnRoom(), Answers()
-    far = FarRoom(net.ends["far"], attempt_room(4), "root")
+    own, answers = LocalMailbox(), Answers()
+    far = RemoteMailbox(net.ends["far"], attempt_mailbox(4), "root")
     far.post("k", b"1")
     far.post("k", b"2")
     far.peek("k", wait_s=0.0, owner=None, answer=answers)
     net.carry()
-    net.ends["root"].serve(attempt_room(4), own)
+    net.ends["root"].serve(attempt_mailbox(4), own)
     net.carry()
     assert answers.got == [b"2"]
 
 
 def test_words_of_a_dead_attempt_reach_no_later_room(net: Net) -> None:
-    first, second, answers = OwnRoom(), OwnRoom(), Answers()
-    net.ends["root"].serve(attempt_room(1), first)
-    old = FarRoom(net.ends["far"], attempt_room(1), "root")
+    first, second, answers = LocalMailbox(), LocalMailbox(), Answers()
+    net.ends["root"].serve(attempt_mailbox(1), first)
+    old = RemoteMailbox(net.ends["far"], attempt_mailbox(1), "root")
     old.post("k", b"old")
     old.peek("never", wait_s=60.0, owner=None, answer=answers)
     net.ends["root"].new_epoch(2, era=1)
     net.ends["far"].new_epoch(2, era=1)
-    net.ends["root"].serve(attempt_room(2), second)
+    net.ends["root"].serve(attempt_mailbox(2), second)
     net.carry()
     first.post("never", b"x")
     net.carry()
-    FarRoom(net.ends["far"], attempt_room(2), "root").peek("k", wait_s=0.0, owner=None, answer=answers)
+    RemoteMailbox(net.ends["far"], attempt_mailbox(2), "root").peek("k", wait_s=0.0, owner=None, answer=answers)
     net.carry()
     assert answers.got == [None]
 
 
 def test_room_of_uploads_outlives_attempts(net: Net) -> None:
-    own, answers = OwnRoom(), Answers()
+    own, answers = LocalMailbox(), Answers()
     net.ends["root"].serve("uploads/1", own)
-    far = FarRoom(net.ends["far"], "uploads/1", "root")
+    far = RemoteMailbox(net.ends["far"], "uploads/1", "root")
     far.peek("receipt", wait_s=60.0, owner=None, answer=answers)
     net.carry()
     net.ends["far"].new_epoch(2, era=1)
@@ -153,9 +155,9 @@ def test_room_of_uploads_outlives_attempts(net: Net) -> None:
 
 
 def test_room_of_uploads_ends_with_its_era(net: Net) -> None:
-    own, answers = OwnRoom(), Answers()
-    net.ends["root"].serve(uploads_room(1), own)
-    far = FarRoom(net.ends["far"], uploads_room(1), "root")
+    own, answers = LocalMailbox(), Answers()
+    net.ends["root"].serve(uploads_mailbox(1), own)
+    far = RemoteMailbox(net.ends["far"], uploads_mailbox(1), "root")
     far.peek("receipt", wait_s=60.0, owner=None, answer=answers)
     net.carry()
     for end in net.ends.values():
@@ -166,12 +168,12 @@ def test_room_of_uploads_ends_with_its_era(net: Net) -> None:
 
 
 def test_early_words_are_bounded(net: Net) -> None:
-    far = FarRoom(net.ends["far"], attempt_room(9), "root")
+    far = RemoteMailbox(net.ends["far"], attempt_mailbox(9), "root")
     for n in range(EARLY_MAX + 5):
         far.post(str(n), b"")
     net.carry()
-    own, answers = OwnRoom(), Answers()
-    net.ends["root"].serve(attempt_room(9), own)
+    own, answers = LocalMailbox(), Answers()
+    net.ends["root"].serve(attempt_mailbox(9), own)
     own.peek(str(EARLY_MAX), wait_s=0.0, owner=None, answer=answers)
     own.peek(str(EARLY_MAX - 1), wait_s=0.0, owner=None, answer=answers)
     assert answers.got == [None, b""]

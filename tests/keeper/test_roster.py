@@ -9,19 +9,19 @@ import pytest
 from ckpt.ipc.messages import Failing, Policy
 from ckpt.keeper.attempts import roster as rules
 from ckpt.keeper.attempts.events import (
-    Action,
-    AskStop,
     AttemptOver,
-    Event,
-    GatheringOver,
-    GraceOver,
+    GatheringTimedOut,
+    GraceExpired,
     Hung,
-    Joined,
     KillAll,
     LeaveAll,
     LeaveOne,
-    Preempted,
+    PreemptRequested,
+    RequestStop,
+    RosterAction,
+    RosterEvent,
     StartAll,
+    SupervisorJoined,
     SupervisorLeft,
     TrainerDied,
     TrainerEntered,
@@ -31,7 +31,7 @@ from ckpt.keeper.attempts.events import (
     TrainerStarted,
 )
 from ckpt.keeper.attempts.failures import ECHO_S
-from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, Roster, Seat, State
+from ckpt.keeper.attempts.roster import PREEMPTED_STATUS, RankState, Roster, RosterState
 
 
 def failing(*, fingerprint: str = "f", step: int = 7, final: bool = False) -> Failing:
@@ -43,12 +43,12 @@ class Told:
 
     def __init__(self, ranks: int = 2, policy: Policy | None = None, *, attempt: int = 0) -> None:
         self.roster = Roster("l", ranks, policy or Policy(), attempt)
-        self.actions: list[Action] = []
+        self.actions: list[RosterAction] = []
         self.now_s = 100.0
 
-    def __call__(self, *events: Event) -> list[Action]:
+    def __call__(self, *events: RosterEvent) -> list[RosterAction]:
         """What these events led to."""
-        came: list[Action] = []
+        came: list[RosterAction] = []
         for event in events:
             self.roster, actions = rules.step(self.roster, event)
             came += actions
@@ -61,7 +61,7 @@ class Told:
 
     def run(self) -> Told:
         """All join and start."""
-        self(*(Joined(rank, rank, 1) for rank in range(self.roster.ranks)))
+        self(*(SupervisorJoined(rank, rank, 1) for rank in range(self.roster.ranks)))
         return self.started()
 
     def started(self) -> Told:
@@ -75,39 +75,41 @@ class Told:
             self(TrainerFailing(rank, self.attempt, told))
         return self(TrainerDied(rank, self.attempt, status, self.now_s + after_s, completed))
 
-    def killed(self, *ranks: int) -> list[Action]:
+    def killed(self, *ranks: int) -> list[RosterAction]:
         return self(*(TrainerKilled(rank, self.attempt) for rank in ranks))
 
-    def fail(self, rank: int = 0, status: int = -9, *, completed: int = 0, told: Failing | None = None) -> list[Action]:
+    def fail(
+        self, rank: int = 0, status: int = -9, *, completed: int = 0, told: Failing | None = None
+    ) -> list[RosterAction]:
         """One dies, the others are killed; what came of it at the end."""
         self.die(rank, status, completed=completed, told=told)
         others = [one for one in range(self.roster.ranks) if one != rank]
         came = self.killed(*others)
-        if self.roster.state is State.RUNNING:
+        if self.roster.state is RosterState.RUNNING:
             self.started()
         self.now_s += 10
         return came
 
 
-def kinds(actions: Sequence[Action]) -> list[type]:
+def kinds(actions: Sequence[RosterAction]) -> list[type]:
     return [type(action) for action in actions]
 
 
 def test_the_first_attempt_begins_when_all_have_come() -> None:
     told = Told(3)
-    assert told(Joined(2, 12, 1), Joined(0, 10, 1)) == []
-    assert told(Joined(1, 11, 1)) == [StartAll(1)]
+    assert told(SupervisorJoined(2, 12, 1), SupervisorJoined(0, 10, 1)) == []
+    assert told(SupervisorJoined(1, 11, 1)) == [StartAll(1)]
 
 
 def test_attempts_are_numbered_on_from_those_of_an_earlier_keeper() -> None:
-    assert Told(1, attempt=4)(Joined(0, 0, 1)) == [StartAll(5)]
+    assert Told(1, attempt=4)(SupervisorJoined(0, 0, 1)) == [StartAll(5)]
 
 
 def test_words_of_an_earlier_keepers_attempt_count_for_nothing_while_ranks_gather() -> None:
     told = Told(2, attempt=4)
-    told(Joined(0, 0, 1))
+    told(SupervisorJoined(0, 0, 1))
     assert told(TrainerDied(0, 4, -9, 1.0, 3), Hung(0, 4, "hangs", 1.0, 3), TrainerKilled(0, 4)) == []
-    assert told(Joined(1, 1, 1)) == [StartAll(5)]
+    assert told(SupervisorJoined(1, 1, 1)) == [StartAll(5)]
 
 
 def test_a_death_has_all_killed_and_all_started_again_once_nothing_lives() -> None:
@@ -122,7 +124,7 @@ def test_a_late_start_does_not_revive_the_dead() -> None:
     told = Told(2).run()
     told.die(0)
     told(TrainerStarted(0, 1, 9, "fork"))
-    assert told.roster.members[0].seat is Seat.DEAD
+    assert told.roster.members[0].seat is RankState.DEAD
     assert kinds(told.killed(1)) == [AttemptOver, StartAll]
 
 
@@ -244,10 +246,10 @@ def test_an_attempts_first_call_does_not_make_it_patient_again() -> None:
 
 def test_ranks_that_do_not_come_in_time_end_those_that_did() -> None:
     told = Told(2)
-    told(Joined(0, 0, 1))
-    assert told(GatheringOver("rank 1 is missing", 600.0)) == [LeaveAll(1, "rank 1 is missing")]
-    assert told(Joined(1, 1, 1)) == [LeaveOne(1, 1)]
-    assert Told(2).run()(GatheringOver("late word", 600.0)) == []
+    told(SupervisorJoined(0, 0, 1))
+    assert told(GatheringTimedOut("rank 1 is missing", 600.0)) == [LeaveAll(1, "rank 1 is missing")]
+    assert told(SupervisorJoined(1, 1, 1)) == [LeaveOne(1, 1)]
+    assert Told(2).run()(GatheringTimedOut("late word", 600.0)) == []
 
 
 def test_a_job_that_completes_no_step_is_given_up() -> None:
@@ -260,7 +262,7 @@ def test_a_job_that_never_completed_a_step_is_given_up() -> None:
     told = Told(1, Policy(stuck_max=3)).run()
     for _ in range(3):
         told.die(0, -9, completed=-1)
-        if told.roster.state is State.RUNNING:
+        if told.roster.state is RosterState.RUNNING:
             told.started()
     assert told.actions[-1] == LeaveAll(
         137, "rank 0 died of SIGKILL; 3 failures in a row without one new step completed"
@@ -296,34 +298,34 @@ def test_a_rank_that_ended_before_the_kill_came_is_not_started_again() -> None:
 def test_a_job_that_all_ranks_end_is_over_without_a_word() -> None:
     told = Told(2).run()
     assert told.die(0, 0) + told.die(1, 0) == [LeaveOne(0, 0), LeaveOne(1, 0)]
-    assert told.roster.state is State.OVER
+    assert told.roster.state is RosterState.OVER
 
 
 def test_preempted_trainers_are_asked_once_and_leave_one_by_one() -> None:
     told = Told(2).run()
-    assert told(Preempted(), Preempted()) == [AskStop()]
+    assert told(PreemptRequested(), PreemptRequested()) == [RequestStop()]
     assert told.die(0, PREEMPTED_STATUS) == [LeaveOne(0, PREEMPTED_STATUS)]
     assert told.die(1, PREEMPTED_STATUS) == [LeaveOne(1, PREEMPTED_STATUS)]
-    assert told.roster.state is State.OVER
+    assert told.roster.state is RosterState.OVER
 
 
 def test_a_preempted_job_is_never_started_again() -> None:
     told = Told(2).run()
-    told(Preempted())
+    told(PreemptRequested())
     assert told.fail(1)[-1] == LeaveAll(PREEMPTED_STATUS, "rank 1 died of SIGKILL")
 
 
 def test_preempted_while_it_is_killed_is_preempted() -> None:
     told = Told(2).run()
     told.die(0)
-    assert told(Preempted()) == []
+    assert told(PreemptRequested()) == []
     assert kinds(told.killed(1)) == [AttemptOver, LeaveAll]
 
 
 def test_the_end_of_grace_has_all_killed() -> None:
     told = Told(2).run()
-    told(Preempted())
-    assert kinds(told(GraceOver(110.0))) == [KillAll]
+    told(PreemptRequested())
+    assert kinds(told(GraceExpired(110.0))) == [KillAll]
     leave = told.killed(0, 1)[-1]
     assert isinstance(leave, LeaveAll)
     assert leave.status == PREEMPTED_STATUS
@@ -345,14 +347,14 @@ def test_a_lost_supervisor_ends_the_job() -> None:
 @pytest.mark.parametrize("planned", [True, False])
 def test_a_supervisor_that_goes_before_all_have_come_ends_the_job(planned: bool) -> None:
     told = Told(2)
-    told(Joined(0, 0, 1))
+    told(SupervisorJoined(0, 0, 1))
     assert kinds(told(SupervisorLeft(0, 0, planned, 1.0, -1))) == [LeaveAll]
-    assert told(Joined(1, 1, 1)) == [LeaveOne(1, 1)], "who comes too late must not wait for ever"
+    assert told(SupervisorJoined(1, 1, 1)) == [LeaveOne(1, 1)], "who comes too late must not wait for ever"
 
 
 def test_the_end_of_a_connection_that_was_replaced_says_nothing() -> None:
     told = Told(2)
-    told(Joined(0, 5, 1), Joined(0, 6, 1))
+    told(SupervisorJoined(0, 5, 1), SupervisorJoined(0, 6, 1))
     assert told(SupervisorLeft(0, 5, False, 1.0, -1)) == []
 
 
@@ -366,13 +368,13 @@ def test_a_status_in_words(status: int, text: str) -> None:
 
 def test_ranks_that_ended_while_there_was_no_keeper_are_not_started_again() -> None:
     told = Told(2, attempt=4)
-    assert told(Joined(0, 0, 1, 0)) == [LeaveOne(0, 0)]
+    assert told(SupervisorJoined(0, 0, 1, 0)) == [LeaveOne(0, 0)]
     assert told(SupervisorLeft(0, 0, True, 1.0, 3)) == []
-    assert kinds(told(Joined(1, 1, 1))) == [LeaveAll]
+    assert kinds(told(SupervisorJoined(1, 1, 1))) == [LeaveAll]
     both = Told(2, attempt=4)
-    assert both(Joined(0, 0, 1, 0), Joined(1, 1, 1, 0)) == [LeaveOne(0, 0), LeaveOne(1, 0)]
-    assert both.roster.state is State.OVER
+    assert both(SupervisorJoined(0, 0, 1, 0), SupervisorJoined(1, 1, 1, 0)) == [LeaveOne(0, 0), LeaveOne(1, 0)]
+    assert both.roster.state is RosterState.OVER
 
 
 def test_a_rank_that_died_while_there_was_no_keeper_is_started_again() -> None:
-    assert Told(1, attempt=4)(Joined(0, 0, 1, -9)) == [StartAll(5)]
+    assert Told(1, attempt=4)(SupervisorJoined(0, 0, 1, -9)) == [StartAll(5)]

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from roster_world import World, check_rest, moves, world
 
 from ckpt.ipc.messages import Policy
-from ckpt.keeper.attempts.roster import State
+from ckpt.keeper.attempts.roster import RosterState
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 
 STATES_MAX = 2_000_000
 
 
-def explore(start: World) -> tuple[int, set[State]]:
+def explore(start: World) -> tuple[int, set[RosterState]]:
     """Go everywhere; how many states there are, and in what the roster can come to rest."""
     seen = {start.key()}
     todo = [start]
-    rests: set[State] = set()
+    rests: set[RosterState] = set()
     while todo:
         now = todo.pop()
         if now.at_rest():
@@ -40,13 +40,13 @@ def explore(start: World) -> tuple[int, set[State]]:
 @pytest.mark.parametrize(("ranks", "faults"), [(1, 3), (2, 1)])
 def test_every_order_ends_in_training_or_in_leaving(ranks: int, faults: int, gap_s: float) -> None:
     _, rests = explore(world(ranks, faults=faults, gap_s=gap_s))
-    assert rests == {State.RUNNING, State.OVER}
+    assert rests == {RosterState.RUNNING, RosterState.OVER}
 
 
 def test_a_keepers_successor_behaves_alike() -> None:
     _, rests = explore(world(2, faults=1, attempt=7))
     explore(world(1, faults=2, attempt=7))
-    assert rests == {State.RUNNING, State.OVER}
+    assert rests == {RosterState.RUNNING, RosterState.OVER}
 
 
 @pytest.mark.parametrize(("ranks", "faults", "attempt"), [(1, 2, 0), (2, 1, 0), (1, 2, 7)])
@@ -54,7 +54,7 @@ def test_one_node_of_several_trains_leaves_or_waits_for_an_epoch_it_asked_for(
     ranks: int, faults: int, attempt: int
 ) -> None:
     _, rests = explore(world(ranks, faults=faults, attempt=attempt, shared=True))
-    assert rests == {State.RUNNING, State.WAITING, State.OVER}
+    assert rests == {RosterState.RUNNING, RosterState.WAITING, RosterState.OVER}
 
 
 @pytest.mark.slow

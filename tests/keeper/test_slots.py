@@ -57,23 +57,23 @@ def held() -> Iterator[Held]:
 
 def test_what_a_slot_holds_is_read_from_its_memory(held: Held) -> None:
     made = held.add(0, 0, OLD)
-    sealed = held.table.sealed_of(0, OLD)
+    sealed = held.table.hold_snapshot(0, OLD)
     assert sealed is not None
     assert sealed.index.snapshot == OLD
     assert bytes(sealed.data[:4]) == bytes(made.memory[HEADER_BYTES : HEADER_BYTES + 4]) == bytes([4] * 4)
-    assert held.table.sealed_of(1, OLD) is None
+    assert held.table.hold_snapshot(1, OLD) is None
 
 
 def test_an_upload_holds_its_slot_until_the_loop_hears_that_it_let_go(held: Held) -> None:
     held.add(0, 0, OLD)
-    first, second = held.table.sealed_of(0, OLD), held.table.sealed(0, 0, 1)
+    first, second = held.table.hold_snapshot(0, OLD), held.table.hold(0, 0, 1)
     assert first is not None
     assert second is not None
     assert held.word().held
-    first.let_go()
+    first.free()
     held.loop()
     assert held.word().held
-    second.let_go()
+    second.free()
     assert held.word().held, "only the loop may change it"
     held.loop()
     assert not held.word().held
@@ -86,19 +86,19 @@ def test_a_slot_that_is_not_as_it_was_told_is_no_upload_and_loses_its_mark(held:
     if how == "begun again":
         made.begin()
     if how == "no slot":
-        assert held.table.sealed(0, 7, 1) is None
+        assert held.table.hold(0, 7, 1) is None
         return
-    assert held.table.sealed(0, 0, 2 if how == "another generation" else 1) is None
+    assert held.table.hold(0, 0, 2 if how == "another generation" else 1) is None
     assert not held.word().held
 
 
 def test_a_mark_that_a_dead_trainer_left_is_cleared_between_attempts(held: Held) -> None:
     held.add(0, 0, OLD)
     held.add(0, 1, NEW)
-    uploading = held.table.sealed_of(0, NEW)
+    uploading = held.table.hold_snapshot(0, NEW)
     assert uploading is not None
     held.board.rank(0).hold(0)
-    held.table.settle()
+    held.table.sync_board()
     assert not held.word(0, 0).held
     assert held.word(0, 1).held, "an upload's mark stays"
 
@@ -109,7 +109,7 @@ def test_the_board_says_what_the_headers_say_after_a_death(held: Held) -> None:
     sealed = held.add(0, 1)
     generation = sealed.seal(NEW)  # died before it told
     held.add(0, 2, OLD).seal(NEWER)  # died between
-    held.table.settle()
+    held.table.sync_board()
     assert held.word(0, 0).snapshot is None
     assert (held.word(0, 1).snapshot, held.word(0, 1).generation) == (NEW, generation)
     assert held.word(0, 2).snapshot == NEWER
@@ -119,16 +119,16 @@ def test_a_damaged_header_holds_nothing(held: Held) -> None:
     for index in range(2):
         made = held.add(index, 0, OLD)
         made.memory[70] ^= 0xFF
-    assert held.table.complete(2) == []
-    assert held.table.sealed_of(0, OLD) is None
-    held.table.settle()
+    assert held.table.complete_snapshots(2) == []
+    assert held.table.hold_snapshot(0, OLD) is None
+    held.table.sync_board()
     assert held.word().snapshot is None
 
 
 def test_forgetting_stays_clear_of_memory_that_is_no_slot_any_more(held: Held) -> None:
     made = held.add(0, 0, NEW)
     made.memory[24:32] = bytes([255]) * 8
-    held.table.forget_beyond(OLD)
+    held.table.discard_after(OLD)
     assert held.word().snapshot is None
 
 
@@ -136,13 +136,13 @@ def test_only_pairs_that_all_ranks_hold_are_complete_newest_first(held: Held) ->
     for rank, pairs in enumerate([(OLD, NEW, NEWER), (NEWER, OLD)]):
         for index, pair in enumerate(pairs):
             held.add(rank, index, pair)
-    assert held.table.complete(2) == [NEWER, OLD]
+    assert held.table.complete_snapshots(2) == [NEWER, OLD]
 
 
 def test_slots_of_another_number_of_ranks_are_not_complete(held: Held) -> None:
     held.add(0, 0, OLD, ranks=2)
     held.add(1, 0, OLD, ranks=3)
-    assert held.table.complete(2) == []
+    assert held.table.complete_snapshots(2) == []
 
 
 @pytest.mark.parametrize(("resume", "left"), [(NEWER, [NEWER, NEW, OLD]), (NEW, [NEW, OLD]), (OLD, [OLD]), (None, [])])
@@ -152,17 +152,17 @@ def test_what_was_captured_after_the_resumed_pair_is_forgotten(
     for rank in range(2):
         for index, pair in enumerate((OLD, NEW, NEWER)):
             held.add(rank, index, pair)
-    held.table.forget_beyond(resume)
-    assert held.table.complete(2) == left
-    assert held.board.complete() == max(left, default=None)
-    held.table.settle()
-    assert held.table.complete(2) == left, "it does not come back"
+    held.table.discard_after(resume)
+    assert held.table.complete_snapshots(2) == left
+    assert held.board.newest_complete() == max(left, default=None)
+    held.table.sync_board()
+    assert held.table.complete_snapshots(2) == left, "it does not come back"
 
 
 def test_an_uploads_slot_is_not_forgotten_under_it(held: Held) -> None:
     held.add(0, 0, NEWER)
-    sealed = held.table.sealed_of(0, NEWER)
-    held.table.forget_beyond(OLD)
+    sealed = held.table.hold_snapshot(0, NEWER)
+    held.table.discard_after(OLD)
     assert sealed is not None
     assert held.word().snapshot == NEWER
 
@@ -170,14 +170,14 @@ def test_an_uploads_slot_is_not_forgotten_under_it(held: Held) -> None:
 def test_a_slot_that_its_rank_gave_up_goes_when_no_upload_holds_it(held: Held) -> None:
     held.add(0, 0, OLD)
     held.add(0, 1, NEW)
-    sealed = held.table.sealed_of(0, OLD)
+    sealed = held.table.hold_snapshot(0, OLD)
     assert sealed is not None
     memory = held.made[0, 0]
     before = descriptors([memory])
     assert not held.table.drop(0, 0)
-    assert [one.index for one in held.table.of(0)] == [1]
+    assert [one.index for one in held.table.of_rank(0)] == [1]
     assert held.dropped == []
-    sealed.let_go()
+    sealed.free()
     held.loop()
     assert held.dropped == [(0, 0)]
     assert held.word().snapshot is None
@@ -189,11 +189,11 @@ def test_a_slot_that_its_rank_gave_up_goes_when_no_upload_holds_it(held: Held) -
 
 def test_an_upload_reads_on_after_the_table_is_closed(held: Held) -> None:
     held.add(0, 0, NEW)
-    sealed = held.table.sealed_of(0, NEW)
+    sealed = held.table.hold_snapshot(0, NEW)
     assert sealed is not None
     held.table.close()
     assert bytes(sealed.data[:3]) == bytes([5] * 3)
-    sealed.let_go()
+    sealed.free()
     held.loop()
 
 
@@ -255,7 +255,7 @@ def test_tools_see_what_the_board_says(held: Held) -> None:
 def test_a_slot_that_was_given_up_and_uploads_on_does_not_take_its_number_from_the_next(held: Held) -> None:
     held.add(0, 0, OLD)
     old = held.made[0, 0]
-    uploading = held.table.sealed_of(0, OLD)
+    uploading = held.table.hold_snapshot(0, OLD)
     assert uploading is not None
     assert not held.table.drop(0, 0)
     assert held.dropped == []
@@ -266,16 +266,16 @@ def test_a_slot_that_was_given_up_and_uploads_on_does_not_take_its_number_from_t
     assert not held.word().held
     assert held.table.total_bytes == 2 * SLOT_BYTES
     assert bytes(uploading.data[:2]) == bytes([4] * 2)
-    next_one = held.table.sealed_of(0, NEW)
+    next_one = held.table.hold_snapshot(0, NEW)
     assert next_one is not None
-    uploading.let_go()
+    uploading.free()
     held.loop()
     assert held.word().held, "the mark is the next one's"
     assert held.word().snapshot == NEW
     assert held.dropped == [(0, 0)]
     assert held.table.total_bytes == SLOT_BYTES
     assert descriptors([old]) < before, "the table's of the old one is closed"
-    next_one.let_go()
+    next_one.free()
     held.loop()
     assert not held.word().held
     old.close()

@@ -37,7 +37,7 @@ from slot_makers import MadeSlot
 from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
 from ckpt.ipc.board import Board
-from ckpt.ipc.client import Calls, KeeperSpec, ensure_keeper
+from ckpt.ipc.client import KeeperClient, KeeperSpec, ensure_keeper
 from ckpt.ipc.frames import READ_BYTES, close_fds
 from ckpt.ipc.messages import (
     Count,
@@ -47,21 +47,21 @@ from ckpt.ipc.messages import (
     Hello,
     Peek,
     Post,
-    SlotMade,
+    SlotCreated,
     Slots,
     Status,
     Value,
     Welcome,
 )
 from ckpt.ipc.runtime_dir import JobFolder
-from ckpt.keeper.connection import STRANGER_BYTES_MAX, TOOL_WAITING_BYTES_MAX
+from ckpt.keeper.connection import TOOL_WAITING_BYTES_MAX, UNADMITTED_BYTES_MAX
 from ckpt.values import SnapshotId
 
 SOAK = os.environ.get("CKPT_SOAK") == "1"
 SEEDS = range(int(os.environ.get("CKPT_SEED", "1")), int(os.environ.get("CKPT_SEED", "1")) + (40 if SOAK else 2))
 TURNS = 3000 if SOAK else 250
 PAIR = SnapshotId(3, 17)
-GROWTH_BYTES_MAX = CONNECTIONS_MAX * (STRANGER_BYTES_MAX + READ_BYTES + TOOL_WAITING_BYTES_MAX) + (64 << 20)
+GROWTH_BYTES_MAX = CONNECTIONS_MAX * (UNADMITTED_BYTES_MAX + READ_BYTES + TOOL_WAITING_BYTES_MAX) + (64 << 20)
 
 
 class Live:
@@ -70,16 +70,16 @@ class Live:
     def __init__(self, tmp_path: Path) -> None:
         self.spec = KeeperSpec(job="job", store=str(tmp_path / "store"))
         self.folder = JobFolder(self.spec.store, self.spec.job)
-        self.calls = Calls(ensure_keeper(self.spec))
+        self.calls = KeeperClient(ensure_keeper(self.spec))
         self.pid = self.calls.ask(self.hello(rank=0), Welcome, timeout_s=WAIT_S).pid
         _, fds = self.calls.call_fds(GetBoard())
         self.board = Board.attach(fds[0])
         self.slot = MadeSlot()
-        self.calls.call(SlotMade(index=0, size_bytes=self.slot.size_bytes), [self.slot.fd], timeout_s=WAIT_S)
+        self.calls.call(SlotCreated(index=0, size_bytes=self.slot.size_bytes), [self.slot.fd], timeout_s=WAIT_S)
         generation = self.slot.seal(PAIR, rank=0, ranks=2)
         self.board.rank(0).publish(0, PAIR, generation)
         self.bytes = bytes(self.slot.memory)
-        self.calls.tell(Post(key="said", value=b"before"))
+        self.calls.send(Post(key="said", value=b"before"))
         self.calls.call(Count(key="counted", amount=3), timeout_s=WAIT_S)
         self.check()
         self.descriptors, self.own_bytes = descriptors(self.pid), own_bytes(self.pid)
@@ -135,9 +135,9 @@ class Live:
         self.calls.close()
         self.board.close()
         self.slot.close()
-        if self.folder.locked():
+        if self.folder.has_keeper():
             os.kill(self.pid, signal.SIGKILL)
-            until(lambda: not self.folder.locked())
+            until(lambda: not self.folder.has_keeper())
         self.folder.sweep()
 
 
@@ -171,7 +171,7 @@ def test_strangers_change_nothing_and_cost_what_is_stated(live: Live, seed: int)
 def test_peers_that_are_none_are_hung_up_on(live: Live) -> None:
     """Each in its way; and a tool that asks nothing unheard-of stays."""
     rng = random.Random(0)
-    too_long = struct.pack("<I", STRANGER_BYTES_MAX + 1)
+    too_long = struct.pack("<I", UNADMITTED_BYTES_MAX + 1)
     for raw in (
         b"\xff\xff\xff\xff", too_long, tool_hello(rng) + too_long, framed(b"no msgpack"), framed(any_message(rng)[:-1]),
         tool_hello(rng) + framed(b"\xc1"),
@@ -244,9 +244,9 @@ def test_tool_may_only_ask(live: Live) -> None:
 
 
 INSIDERS_SAY = (
-    words.Post, words.Peek, words.Count, words.GetBoard, words.GetSlots, words.SlotMade, words.SlotGone, words.Known,
+    words.Post, words.Peek, words.Count, words.GetBoard, words.GetSlots, words.SlotCreated, words.SlotReleased, words.VerifiedChunks,
     words.Persist, words.Refuse, words.Phase, words.Decided, words.GetSources, words.GetChoices, words.Hello, answers.Done,
-    words.Start, words.Kill, words.Keep, words.Tell, words.Outcome,
+    words.Start, words.Kill, words.Keep, words.PrintLine, words.Outcome,
 )  # fmt: skip
 """What a rank says of itself. Left out is what ends, restarts or re-opens the job, as any rank may."""
 

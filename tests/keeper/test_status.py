@@ -11,7 +11,7 @@ from slot_makers import SLOT_BYTES
 
 from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
-from ckpt.ipc.board import Phase
+from ckpt.ipc.board import TrainerPhase
 from ckpt.ipc.messages import Policy
 from ckpt.values import SnapshotId
 
@@ -39,7 +39,7 @@ def test_a_job_in_place_shows_ranks_slots_and_what_is_durable(serve: Serve) -> N
     for trainer in (one, two):
         assert trainer.outcome().error is None
     mine = one.board.rank(0)
-    mine.phase, mine.staged, mine.skipped = Phase.PAUSED, 3, 1
+    mine.phase, mine.staged, mine.skipped = TrainerPhase.PAUSED, 3, 1
     mine.beat(6)
     report = served.report()
     assert (report.state, report.launch, report.epoch, report.complete) == ("in place", "l1", 1, PAIR)

@@ -39,7 +39,7 @@ def test_loop_that_turns_is_left_alone_and_one_that_ended_too() -> None:
     watchdog = Watchdog(hung.set, look_s=0.1, looks_max=25)
     until_s = time.monotonic() + 4.0
     while time.monotonic() < until_s:
-        watchdog.turn()
+        watchdog.beat()
         time.sleep(0.01)
     watchdog.stop()
     assert not hung.wait(1.0)

@@ -193,8 +193,8 @@ def _become(order: Order) -> NoReturn:
     for name, value in _ADDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for module in [one for name, one in sys.modules.items() if name.startswith("ckpt.")]:
-        if hasattr(module, "STARTED_IN"):
-            module.STARTED_IN = order.folder  # noted when it was imported
+        if hasattr(module, "STARTUP_FOLDER"):
+            module.STARTUP_FOLDER = order.folder  # noted when it was imported
     sys.orig_argv = order.words
     options, words = _options(order.words)
     behind = order.environment.get("PYTHONPATH")

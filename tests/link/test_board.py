@@ -25,8 +25,8 @@ from ckpt.ipc.board import (
     SLOTS_MAX,
     STAGE,
     Board,
-    Phase,
-    SlotWord,
+    BoardSlot,
+    TrainerPhase,
     newest_common,
     now_ns,
     open_anonymous,
@@ -53,14 +53,14 @@ def test_what_one_mapping_writes_another_reads(board: Board) -> None:
     with another(board) as other:
         assert other.ranks == 3
         board.attempt = 4
-        board.act_until(1 << 62)
-        board.act_until(1 << 61)  # said late
+        board.extend_act_until(1 << 62)
+        board.extend_act_until(1 << 61)  # said late
         mine = board.rank(2)
-        mine.attempt, mine.phase, mine.first_step_done = 4, Phase.TRAINING, True
+        mine.attempt, mine.phase, mine.first_step_done = 4, TrainerPhase.TRAINING, True
         mine.staged, mine.skipped, mine.longest_step_ns = 5, 6, 7
         theirs = other.rank(2)
         assert (other.attempt, other.act_until_ns) == (4, 1 << 62)
-        assert (theirs.attempt, theirs.phase, theirs.first_step_done) == (4, Phase.TRAINING, True)
+        assert (theirs.attempt, theirs.phase, theirs.first_step_done) == (4, TrainerPhase.TRAINING, True)
         assert (theirs.staged, theirs.skipped, theirs.longest_step_ns) == (5, 6, 7)
         assert (other.rank(0).attempt, other.rank(1).attempt) == (0, 0)
 
@@ -102,16 +102,16 @@ def test_any_decision_is_read_back(attempt: int, boundary: int, flags: int) -> N
 def test_a_new_attempt_resets_counters_and_decisions_and_keeps_slots(board: Board) -> None:
     board.begin_attempt(1)
     mine = board.rank(1)
-    mine.attempt, mine.phase, mine.first_step_done, mine.staged, mine.skipped = 1, Phase.TRAINING, True, 2, 3
+    mine.attempt, mine.phase, mine.first_step_done, mine.staged, mine.skipped = 1, TrainerPhase.TRAINING, True, 2, 3
     mine.beat(9)
     mine.publish(2, SnapshotId(1, 8), 5)
     mine.hold(2)
     board.decide(10, STAGE)
     board.begin_attempt(2)
     assert board.attempt == 2
-    assert (mine.attempt, mine.completed, mine.beat_ns, mine.phase) == (0, None, 0, Phase.STARTING)
+    assert (mine.attempt, mine.completed, mine.beat_ns, mine.phase) == (0, None, 0, TrainerPhase.STARTING)
     assert (mine.first_step_done, mine.longest_step_ns, mine.staged, mine.skipped) == (False, 0, 0, 0)
-    assert mine.slot(2) == SlotWord(2, SnapshotId(1, 8), 5, True)
+    assert mine.slot(2) == BoardSlot(2, SnapshotId(1, 8), 5, True)
     board.attempt = 1
     assert board.decision(10) is None
     with pytest.raises(UsageError, match="from 1"):
@@ -149,8 +149,8 @@ def test_a_step_with_a_pause_in_it_says_nothing_about_steps(monkeypatch, board: 
     monkeypatch.setattr(module, "now_ns", lambda: next(clock))
     mine.beat(0)
     mine.beat(1)
-    mine.phase = Phase.PAUSED
-    mine.phase = Phase.TRAINING
+    mine.phase = TrainerPhase.PAUSED
+    mine.phase = TrainerPhase.TRAINING
     mine.beat(2)
     assert mine.longest_step_ns == 1
     mine.beat(3)
@@ -159,7 +159,7 @@ def test_a_step_with_a_pause_in_it_says_nothing_about_steps(monkeypatch, board: 
 
 def test_a_phase_of_a_later_version_reads_as_starting(board: Board) -> None:
     board._words[module.first_word(0) + module._PHASE] = 99
-    assert board.rank(0).phase is Phase.STARTING
+    assert board.rank(0).phase is TrainerPhase.STARTING
 
 
 # ---- slots
@@ -167,22 +167,22 @@ def test_a_phase_of_a_later_version_reads_as_starting(board: Board) -> None:
 
 def test_slots_are_published_held_and_cleared(board: Board) -> None:
     mine = board.rank(0)
-    assert mine.slots() == [SlotWord(index, None, 0, False) for index in range(SLOTS_MAX)]
+    assert mine.slots() == [BoardSlot(index, None, 0, False) for index in range(SLOTS_MAX)]
     mine.publish(15, SnapshotId(2, 30), 4)
     mine.hold(15)
-    assert mine.slot(15) == SlotWord(15, SnapshotId(2, 30), 4, True)
-    assert mine.pairs() == {SnapshotId(2, 30)}
+    assert mine.slot(15) == BoardSlot(15, SnapshotId(2, 30), 4, True)
+    assert mine.sealed_snapshots() == {SnapshotId(2, 30)}
     mine.clear(15)
-    assert mine.pairs() == frozenset()
-    assert mine.slot(15) == SlotWord(15, None, 0, True)
-    mine.let_go(15)
+    assert mine.sealed_snapshots() == frozenset()
+    assert mine.slot(15) == BoardSlot(15, None, 0, True)
+    mine.release(15)
     assert mine.slots() == board.rank(1).slots()
 
 
 @pytest.mark.parametrize("index", [-1, SLOTS_MAX])
 def test_there_is_no_slot_beyond_the_last(board: Board, index: int) -> None:
     mine = board.rank(0)
-    for call in (mine.slot, mine.clear, mine.hold, mine.let_go):
+    for call in (mine.slot, mine.clear, mine.hold, mine.release):
         with pytest.raises(UsageError, match="no such slot"):
             call(index)
     with pytest.raises(UsageError):
@@ -195,17 +195,17 @@ def test_a_sealed_slot_has_a_generation(board: Board) -> None:
 
 
 def test_a_pair_is_complete_once_every_rank_holds_it(board: Board) -> None:
-    assert board.complete() is None
+    assert board.newest_complete() is None
     for rank in range(3):
         board.rank(rank).publish(0, SnapshotId(1, 10), 1)
-    assert board.complete() == SnapshotId(1, 10)
+    assert board.newest_complete() == SnapshotId(1, 10)
     for rank in range(2):
         board.rank(rank).publish(1, SnapshotId(1, 11), 1)
-    assert board.complete() == SnapshotId(1, 10)
+    assert board.newest_complete() == SnapshotId(1, 10)
     board.rank(2).publish(5, SnapshotId(1, 11), 9)
-    assert board.complete() == SnapshotId(1, 11)
+    assert board.newest_complete() == SnapshotId(1, 11)
     board.rank(0).clear(1)
-    assert board.complete() == SnapshotId(1, 10)
+    assert board.newest_complete() == SnapshotId(1, 10)
 
 
 pairs = st.builds(SnapshotId, st.integers(1, 3), st.integers(0, 5))
@@ -249,7 +249,7 @@ def test_a_reader_never_mixes_two_publications(board: Board) -> None:
 OTHER = textwrap.dedent("""
     import socket, sys
     from ckpt.ipc.board import Board
-    from ckpt.ipc.board import Phase
+    from ckpt.ipc.board import TrainerPhase
     from ckpt.values import SnapshotId
 
     sock = socket.socket(fileno=int(sys.argv[1]))
@@ -257,7 +257,7 @@ OTHER = textwrap.dedent("""
     board = Board.attach(fd)
     mine = board.rank(1)
     mine.attempt = board.attempt
-    mine.phase = Phase.TRAINING
+    mine.phase = TrainerPhase.TRAINING
     for step in range(1, 20001):
         mine.beat(step)
         mine.publish(step % 3, SnapshotId(board.attempt, step), step)
@@ -288,7 +288,7 @@ def test_another_process_sees_beats_and_slots_and_its_death_leaves_them(board: B
                 assert ended == b"d", "the other process ended early"
         child.kill()
         child.wait(10)
-    assert (mine.attempt, mine.completed, mine.phase) == (7, 20000, Phase.TRAINING)
+    assert (mine.attempt, mine.completed, mine.phase) == (7, 20000, TrainerPhase.TRAINING)
     assert [word.snapshot for word in mine.slots()[:3]] == [SnapshotId(7, step) for step in (19998, 19999, 20000)]
 
 

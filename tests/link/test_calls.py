@@ -11,21 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ckpt.errors import FencedError, IntegrityError, UnavailableError
-from ckpt.ipc.client import Calls
-from ckpt.ipc.frames import Wire, close_fds
-from ckpt.ipc.messages import Bye, Done, Fenced, GetBoard, Message, Number, Peek, Post, RemoteError, SlotMade, Value
+from ckpt.ipc.client import KeeperClient
+from ckpt.ipc.frames import MessageSocket, close_fds
+from ckpt.ipc.messages import Bye, Done, Fenced, GetBoard, Message, Number, Peek, Post, RemoteError, SlotCreated, Value
 
 
 @pytest.fixture
-def ends_of_a_wire() -> Iterator[tuple[Calls, Wire]]:
+def ends_of_a_wire() -> Iterator[tuple[KeeperClient, MessageSocket]]:
     mine, theirs = socket.socketpair()
-    calls, keeper = Calls(Wire(mine)), Wire(theirs)
+    calls, keeper = KeeperClient(MessageSocket(mine)), MessageSocket(theirs)
     yield calls, keeper
     calls.close()
     keeper.close()
 
 
-def served(keeper: Wire, answer: Callable[[Message, list[int]], None]) -> threading.Thread:
+def served(keeper: MessageSocket, answer: Callable[[Message, list[int]], None]) -> threading.Thread:
     def serve() -> None:
         while (got := keeper.receive()) is not None and not isinstance(got[0], Bye):
             answer(*got)
@@ -35,7 +35,7 @@ def served(keeper: Wire, answer: Callable[[Message, list[int]], None]) -> thread
     return thread
 
 
-def take(keeper: Wire) -> Message:
+def take(keeper: MessageSocket) -> Message:
     got = keeper.receive(20)
     assert got is not None
     return got[0]
@@ -72,7 +72,7 @@ def test_descriptors_travel_both_ways(ends_of_a_wire) -> None:
     thread = served(keeper, lambda message, fds: (keeper.send(Done(id=message.id), fds), close_fds(fds))[1])
     fd = os.memfd_create("slot")
     os.write(fd, b"slot")
-    reply, came = calls.call_fds(SlotMade(index=0, size_bytes=4), [fd])
+    reply, came = calls.call_fds(SlotCreated(index=0, size_bytes=4), [fd])
     assert isinstance(reply, Done)
     assert os.pread(came[0], 4, 0) == b"slot"
     close_fds(came)

@@ -17,8 +17,8 @@ import pytest
 
 from ckpt.errors import InternalError, UnavailableError, UsageError
 from ckpt.ipc import client
-from ckpt.ipc.client import Calls, HungUpError, KeeperSpec, ensure_keeper, greet, welcomed
-from ckpt.ipc.frames import Wire
+from ckpt.ipc.client import HungUpError, KeeperClient, KeeperSpec, connect_with_hello, ensure_keeper, exchange_hello
+from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import Bye, Count, Done, GetStatus, Hello, Message, Number, Peek, RemoteError, Value, Welcome
 from ckpt.ipc.runtime_dir import JobFolder
 
@@ -27,7 +27,7 @@ KEEPER = textwrap.dedent("""
     import os, sys, time
     from pathlib import Path
     from ckpt.ipc.client import KeeperSpec
-    from ckpt.ipc.frames import Wire
+    from ckpt.ipc.frames import MessageSocket
     from ckpt.ipc.messages import Number, Value
     from ckpt.ipc.messages import Bye, Count, GetStatus, Peek
     from ckpt.ipc.runtime_dir import JobFolder
@@ -51,7 +51,7 @@ KEEPER = textwrap.dedent("""
         os._exit(0)
     count, going = 0, True
     while going:
-        wire = Wire(listener.accept()[0])
+        wire = MessageSocket(listener.accept()[0])
         while (got := wire.receive()) is not None:
             message = got[0]
             match message:
@@ -92,8 +92,8 @@ def starts(job: str = "gpt") -> int:
     return len((JobFolder("/data/runs", job).path / "starts").read_text().split())
 
 
-def number(wire: Wire, message: Message) -> int:
-    return Calls(wire).ask(message, Number, timeout_s=20).number
+def number(wire: MessageSocket, message: Message) -> int:
+    return KeeperClient(wire).ask(message, Number, timeout_s=20).number
 
 
 def ends(pid: int) -> None:
@@ -104,7 +104,7 @@ def ends(pid: int) -> None:
     assert ended
 
 
-def end(wire: Wire) -> int:
+def end(wire: MessageSocket) -> int:
     """End the keeper, and return which process it was."""
     pid = number(wire, GetStatus())
     wire.send(Bye())
@@ -118,14 +118,14 @@ def end(wire: Wire) -> int:
 
 def test_a_keeper_is_started_told_its_specification_and_found_again(program) -> None:
     wire = ensure_keeper(spec(), program=program)
-    calls = Calls(wire)
+    calls = KeeperClient(wire)
     assert calls.ask(Peek(key=""), Value).value == repr(spec()).encode()
     assert calls.ask(Count(key="", amount=2), Number).number == 2
     wire.close()
     wire = ensure_keeper(spec(), start=False)
     assert number(wire, Count(key="", amount=1)) == 3
     folder = JobFolder("/data/runs", "gpt")
-    note = folder.note()
+    note = folder.read_info()
     assert note is not None
     assert note.pid != os.getpid()
     assert folder.log_tail() == "said on gpt"
@@ -222,7 +222,7 @@ def test_a_lock_whose_holder_never_listens_is_given_up_in_time(program) -> None:
 def test_a_keeper_that_never_listens_is_ended_in_time(program) -> None:
     with pytest.raises(UnavailableError, match="didn't listen in time"):
         ensure_keeper(spec("deaf"), program=program, wait_s=0.5)
-    assert not JobFolder("/data/runs", "deaf").locked()
+    assert not JobFolder("/data/runs", "deaf").has_keeper()
 
 
 def test_the_keeper_imports_this_package_first(monkeypatch) -> None:
@@ -260,7 +260,7 @@ class Endings:
         self.left = list(answers)
         self._ends: list[socket.socket] = []
 
-    def connect(self) -> Wire:
+    def connect(self) -> MessageSocket:
         """A connection whose hello is answered already."""
         ours, theirs = socket.socketpair()
         answer = self.left.pop(0)
@@ -268,8 +268,8 @@ class Endings:
             theirs.close()
         else:
             self._ends.append(theirs)
-            Wire(theirs).send(answer)
-        return Wire(ours)
+            MessageSocket(theirs).send(answer)
+        return MessageSocket(ours)
 
     def close(self) -> None:
         """Hang up on those that were answered."""
@@ -295,7 +295,7 @@ WELCOME = Welcome(id=1, boot="b", pid=2, attempt=3)
 
 def test_a_keeper_that_is_just_ending_is_followed_by_the_next(endings, no_descriptor_is_left_open) -> None:
     keepers = endings(None, None, WELCOME)
-    wire, welcome = welcomed(keepers.connect, HELLO)
+    wire, welcome = connect_with_hello(keepers.connect, HELLO)
     assert welcome == WELCOME
     assert keepers.left == []
     wire.close()
@@ -304,14 +304,14 @@ def test_a_keeper_that_is_just_ending_is_followed_by_the_next(endings, no_descri
 
 def test_keepers_that_all_hang_up_are_given_up(endings, no_descriptor_is_left_open) -> None:
     with pytest.raises(HungUpError, match=r"hung up|no answer"):
-        welcomed(endings(None, None).connect, HELLO, wait_s=0.0)
+        connect_with_hello(endings(None, None).connect, HELLO, wait_s=0.0)
 
 
 def test_what_a_keeper_has_against_a_peer_is_raised_at_once(endings, no_descriptor_is_left_open) -> None:
     refused = Done(id=1, error=RemoteError("unavailable", "still at it", -1))
     keepers = endings(refused, WELCOME)
     with pytest.raises(UnavailableError, match="still at it") as caught:
-        welcomed(keepers.connect, HELLO)
+        connect_with_hello(keepers.connect, HELLO)
     assert not isinstance(caught.value, HungUpError)
     assert keepers.left == [WELCOME]
     keepers.close()
@@ -320,5 +320,5 @@ def test_what_a_keeper_has_against_a_peer_is_raised_at_once(endings, no_descript
 def test_another_answer_than_a_welcome_is_a_bug(endings) -> None:
     wire = endings(Number(id=1, number=3)).connect()
     with pytest.raises(InternalError):
-        greet(wire, HELLO)
+        exchange_hello(wire, HELLO)
     wire.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.ipc.cluster_spec import ranks_here
+from ckpt.ipc.cluster_spec import local_rank_count
 
 
 @pytest.mark.parametrize(
@@ -29,4 +29,4 @@ from ckpt.ipc.cluster_spec import ranks_here
     ],
 )
 def test_ranks_on_this_node(said: dict[str, str], wanted: int | None) -> None:
-    assert ranks_here(said) == wanted
+    assert local_rank_count(said) == wanted

@@ -46,10 +46,10 @@ def test_the_root_of_a_login_session_serves_only_where_there_is_no_tmp(tmp_path:
 
 
 def test_a_folder_without_room_for_stacks_is_entered_all_the_same(folder: JobFolder) -> None:
-    with folder.entered():
+    with folder.in_use():
         folder.stacks.rmdir()
         folder.stacks.touch()
-    with folder.entered():
+    with folder.in_use():
         assert folder.stacks.is_file()
 
 
@@ -113,19 +113,19 @@ def test_each_job_and_store_has_a_folder_of_its_own(root: Path) -> None:
 
 
 def test_a_folder_is_made_private_and_described(folder: JobFolder) -> None:
-    assert folder.note() is None
-    with folder.entered():
+    assert folder.read_info() is None
+    with folder.in_use():
         assert folder.path.stat().st_mode & 0o777 == 0o700
         assert folder.stacks.is_dir()
-        folder.describe("/data/runs", "gpt")
-    assert folder.note() == runtime.Note("/data/runs", "gpt", os.getpid())
+        folder.write_info("/data/runs", "gpt")
+    assert folder.read_info() == runtime.JobFolderInfo("/data/runs", "gpt", os.getpid())
     assert list_jobs() == [folder]
     (folder.path / "job.json").write_bytes(b"{")
-    assert folder.note() is None
+    assert folder.read_info() is None
 
 
 def test_other_things_in_the_root_are_no_jobs(root: Path, folder: JobFolder) -> None:
-    with folder.entered():
+    with folder.in_use():
         (root / "notes.txt").touch()
         (root / ("a" * 16)).touch()
         (root / "abc").mkdir()
@@ -134,7 +134,7 @@ def test_other_things_in_the_root_are_no_jobs(root: Path, folder: JobFolder) -> 
 
 def test_the_tail_of_a_log(folder: JobFolder) -> None:
     assert folder.log_tail() == ""
-    with folder.entered():
+    with folder.in_use():
         folder.log_path.write_bytes(b"old\n" + b"x" * 100 + b"\xff end\n")
     assert folder.log_tail(limit_bytes=9) == "xxx\N{REPLACEMENT CHARACTER} end"
     assert folder.log_tail(start_bytes=4) == "x" * 100 + "\N{REPLACEMENT CHARACTER} end"
@@ -144,17 +144,17 @@ def test_the_tail_of_a_log(folder: JobFolder) -> None:
 
 
 def test_one_process_holds_the_lock(folder: JobFolder) -> None:
-    assert not folder.locked()
+    assert not folder.has_keeper()
     lock = folder.try_lock()
     assert lock is not None
     assert not os.get_inheritable(lock)
-    assert folder.locked()
+    assert folder.has_keeper()
     assert folder.try_lock() is None
     other = folder.try_lock(name="starting")
     assert other is not None
     os.close(other)
     os.close(lock)
-    assert not folder.locked()
+    assert not folder.has_keeper()
     again = folder.try_lock()
     assert again is not None
     os.close(again)
@@ -168,12 +168,12 @@ def test_a_lock_outlives_the_process_that_took_it_in_its_child(folder: JobFolder
     )
     with subprocess.Popen([sys.executable, "-c", program, str(folder.path)], stdin=subprocess.PIPE) as parent:
         assert parent.wait(30) == 0
-        assert folder.locked()
+        assert folder.has_keeper()
         watch = os.open(folder.lock_path, os.O_RDWR)
         parent.stdin.close()
         fcntl.flock(watch, fcntl.LOCK_EX)  # waits for the child's end
         os.close(watch)
-    assert not folder.locked()
+    assert not folder.has_keeper()
 
 
 # ---- sockets
@@ -188,7 +188,7 @@ def talk(folder: JobFolder, listener: socket.socket) -> None:
 
 def test_who_connects_meets_who_listens(folder: JobFolder) -> None:
     assert folder.try_connect() is None
-    with folder.entered(), folder.listen() as listener:
+    with folder.in_use(), folder.listen() as listener:
         talk(folder, listener)
 
 
@@ -196,7 +196,7 @@ def test_a_path_too_long_for_a_socket_works_all_the_same(tmp_path: Path, monkeyp
     monkeypatch.setenv("CKPT_RUNTIME_DIR", str(tmp_path / ("d" * 120)))
     folder = JobFolder("/data/runs", "gpt")
     assert folder.try_connect() is None
-    with folder.entered():
+    with folder.in_use():
         assert folder.try_connect() is None
         with folder.listen() as listener:
             talk(folder, listener)
@@ -204,7 +204,7 @@ def test_a_path_too_long_for_a_socket_works_all_the_same(tmp_path: Path, monkeyp
 
 
 def test_a_stale_socket_is_replaced(folder: JobFolder) -> None:
-    with folder.entered():
+    with folder.in_use():
         folder.listen().close()
         (folder.path / "socket.new").touch()
         assert folder.socket_path.is_socket()
@@ -217,7 +217,7 @@ def test_a_stale_socket_is_replaced(folder: JobFolder) -> None:
 
 def test_a_full_backlog_is_not_waited_for(monkeypatch, folder: JobFolder) -> None:
     monkeypatch.setattr(runtime, "BACKLOG", 0)
-    with folder.entered(), folder.listen(), folder.connect():
+    with folder.in_use(), folder.listen(), folder.connect():
         assert folder.try_connect() is None
 
 
@@ -240,7 +240,7 @@ def test_a_keeper_leaves_its_folder_to_who_has_entered_it(folder: JobFolder) -> 
     lock = folder.try_lock()
     assert lock is not None
     folder.listen().close()
-    with folder.entered():
+    with folder.in_use():
         folder.remove()
         os.close(lock)
         assert folder.path.is_dir()
@@ -255,7 +255,7 @@ def test_sweeping_removes_only_folders_that_nobody_uses(root: Path) -> None:
         if each is dead:
             os.close(lock)
     fresh.path.mkdir()
-    with starting.entered():
+    with starting.in_use():
         assert {each.path for each in sweep_dead()} == {dead.path, fresh.path}
         assert {each.path for each in list_jobs()} == {alive.path, starting.path}
     os.close(lock)
@@ -273,7 +273,7 @@ def test_a_folder_that_is_swept_under_who_enters_is_made_again(folder: JobFolder
         lock(fd, flags)
 
     monkeypatch.setattr(fcntl, "flock", sweep_first)
-    with folder.entered():
+    with folder.in_use():
         assert folder.path.is_dir()
     assert swept == [True]
 
@@ -291,8 +291,8 @@ def test_enterers_and_sweepers_at_once_never_lose_a_folder(folder: JobFolder) ->
         for _ in range(60):
             lock = folder.try_lock(name="lock")
             if lock is not None:  # None: the sweeper was looking
-                folder.describe("/data/runs", "gpt")
-                assert folder.note() is not None
+                folder.write_info("/data/runs", "gpt")
+                assert folder.read_info() is not None
                 os.close(lock)
     finally:
         stop.set()

@@ -13,7 +13,7 @@ import pytest
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc import frames
-from ckpt.ipc.frames import FDS_MAX, Wire, close_fds
+from ckpt.ipc.frames import FDS_MAX, MessageSocket, close_fds
 from ckpt.ipc.messages import Bye, Hello, Keep, Post, Slots, Value
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
@@ -34,14 +34,14 @@ def marks(fds: list[int]) -> list[int]:
 
 
 @pytest.fixture
-def wires() -> Iterator[tuple[Wire, Wire]]:
-    one, other = (Wire(sock) for sock in socket.socketpair())
+def wires() -> Iterator[tuple[MessageSocket, MessageSocket]]:
+    one, other = (MessageSocket(sock) for sock in socket.socketpair())
     yield one, other
     one.close()
     other.close()
 
 
-def test_what_came_before_the_end_is_given_first(wires: tuple[Wire, Wire]) -> None:
+def test_what_came_before_the_end_is_given_first(wires: tuple[MessageSocket, MessageSocket]) -> None:
     one, other = wires
     one.send(Post(key="a", value=b"1"))
     one.send(Bye())
@@ -54,14 +54,14 @@ def test_what_came_before_the_end_is_given_first(wires: tuple[Wire, Wire]) -> No
         other.send(Bye())
 
 
-def test_receive_gives_up_in_time(wires: tuple[Wire, Wire]) -> None:
+def test_receive_gives_up_in_time(wires: tuple[MessageSocket, MessageSocket]) -> None:
     with pytest.raises(UnavailableError, match="time limit"):
         wires[0].receive(0.01)
     wires[1].send(Bye())
     assert wires[0].receive(0) == (Bye(), [])
 
 
-def test_closing_wakes_who_waits(wires: tuple[Wire, Wire]) -> None:
+def test_closing_wakes_who_waits(wires: tuple[MessageSocket, MessageSocket]) -> None:
     got: list[object] = []
     thread = threading.Thread(target=lambda: got.append(wires[0].receive()))
     thread.start()
@@ -72,7 +72,7 @@ def test_closing_wakes_who_waits(wires: tuple[Wire, Wire]) -> None:
     assert wires[0].fileno() == -1
 
 
-def test_a_peer_that_reads_nothing_is_given_up(monkeypatch, wires: tuple[Wire, Wire]) -> None:
+def test_a_peer_that_reads_nothing_is_given_up(monkeypatch, wires: tuple[MessageSocket, MessageSocket]) -> None:
     monkeypatch.setattr(frames, "SEND_WAIT_S", 0.05)
     with pytest.raises(UnavailableError, match="doesn't read"):
         wires[0].send(Post(key="k", value=bytes(4 << 20)))
@@ -80,7 +80,7 @@ def test_a_peer_that_reads_nothing_is_given_up(monkeypatch, wires: tuple[Wire, W
         wires[0].send(Bye())
 
 
-def test_a_signal_that_cuts_a_frame_ends_the_connection(wires: tuple[Wire, Wire]) -> None:
+def test_a_signal_that_cuts_a_frame_ends_the_connection(wires: tuple[MessageSocket, MessageSocket]) -> None:
     class CutError(Exception):
         pass
 
@@ -103,20 +103,20 @@ def test_a_signal_that_cuts_a_frame_ends_the_connection(wires: tuple[Wire, Wire]
     assert wires[1].receive(20) is None
 
 
-def test_arrived_gives_all_that_is_there(wires: tuple[Wire, Wire]) -> None:
+def test_arrived_gives_all_that_is_there(wires: tuple[MessageSocket, MessageSocket]) -> None:
     one, other = wires
-    assert other.arrived() == ([], False)
+    assert other.receive_available() == ([], False)
     for number in range(5):
         one.send(Post(key=str(number), value=b""))
     assert other.receive(5) == (Post(key="0", value=b""), [])
-    rest, ended = other.arrived()
+    rest, ended = other.receive_available()
     assert [message for message, _ in rest] == [Post(key=str(number), value=b"") for number in range(1, 5)]
     assert not ended
     one.close()
-    assert other.arrived() == ([], True)
+    assert other.receive_available() == ([], True)
 
 
-def test_what_was_not_taken_is_closed(wires: tuple[Wire, Wire]) -> None:
+def test_what_was_not_taken_is_closed(wires: tuple[MessageSocket, MessageSocket]) -> None:
     fd = marked(1)
     for _ in range(3):
         wires[0].send(Bye(), [fd])
@@ -127,7 +127,9 @@ def test_what_was_not_taken_is_closed(wires: tuple[Wire, Wire]) -> None:
     wires[1].close()
 
 
-def test_too_many_descriptors_and_too_long_messages_are_not_sent(monkeypatch, wires: tuple[Wire, Wire]) -> None:
+def test_too_many_descriptors_and_too_long_messages_are_not_sent(
+    monkeypatch, wires: tuple[MessageSocket, MessageSocket]
+) -> None:
     fd = marked(1)
     with pytest.raises(UsageError, match="too many descriptors"):
         wires[0].send(Bye(), [fd] * (FDS_MAX + 1))
@@ -141,7 +143,7 @@ def test_too_many_descriptors_and_too_long_messages_are_not_sent(monkeypatch, wi
     assert (received[0], marks(received[1])) == (Keep(rank=0, index=1, size_bytes=2), [1])
 
 
-def test_as_many_descriptors_as_allowed_arrive(wires: tuple[Wire, Wire]) -> None:
+def test_as_many_descriptors_as_allowed_arrive(wires: tuple[MessageSocket, MessageSocket]) -> None:
     fds = [marked(number) for number in range(FDS_MAX)]
     wires[0].send(Slots(slots=()), fds)
     close_fds(fds)
@@ -154,7 +156,7 @@ def test_as_many_descriptors_as_allowed_arrive(wires: tuple[Wire, Wire]) -> None
 # ---- threads and forks
 
 
-def test_many_threads_send_whole_messages(wires: tuple[Wire, Wire]) -> None:
+def test_many_threads_send_whole_messages(wires: tuple[MessageSocket, MessageSocket]) -> None:
     one, other = wires
 
     def send(number: int) -> None:
@@ -177,7 +179,7 @@ def test_many_threads_send_whole_messages(wires: tuple[Wire, Wire]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_leaves_the_connection_to_its_parent(wires: tuple[Wire, Wire]) -> None:
+def test_a_forked_child_leaves_the_connection_to_its_parent(wires: tuple[MessageSocket, MessageSocket]) -> None:
     one, other = wires
     child = os.fork()
     if child == 0:

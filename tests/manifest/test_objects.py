@@ -18,7 +18,7 @@ from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.objects import (
     DEPTH_MAX,
     DataclassNode,
-    Encoded,
+    EncodedValue,
     EnumNode,
     Named,
     NamedTupleNode,
@@ -143,7 +143,7 @@ def test_nodes_counter_and_named_tuple_come_back() -> None:
 
 def test_encoded_value_stands_for_what_it_was_made_of() -> None:
     inner = {"a": Ref("x")}
-    assert encode_object({"k": Encoded(encode_object(inner))}) == encode_object({"k": inner})
+    assert encode_object({"k": EncodedValue(encode_object(inner))}) == encode_object({"k": inner})
 
 
 def test_unsupported_value_is_named_by_path_and_type() -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for etcd_server and the others
 from etcd_server import EtcdCluster, require
 from memory_keyspace import MemoryKeyspace, MemoryServer
 
-from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.open import open_keyspace
 from ckpt.errors import UnavailableError
 from ckpt.keyspace.address import EtcdOptions
@@ -104,12 +104,12 @@ def make_keyspace(
 
 
 @pytest.fixture
-def make_member(make_keyspace: Callable[[], Keyspace], job: str) -> Iterator[Callable[..., KeyedMembership]]:
+def make_member(make_keyspace: Callable[[], Keyspace], job: str) -> Iterator[Callable[..., KeyspaceMembership]]:
     """Makes what a node has of the job, before it joined."""
-    made: list[KeyedMembership] = []
+    made: list[KeyspaceMembership] = []
 
-    def make(ttl_s: float = MEMBER_TTL_S, **more: Callable[[float], None]) -> KeyedMembership:
-        made.append(KeyedMembership(make_keyspace(), job, ttl_s=ttl_s, **more))
+    def make(ttl_s: float = MEMBER_TTL_S, **more: Callable[[float], None]) -> KeyspaceMembership:
+        made.append(KeyspaceMembership(make_keyspace(), job, ttl_s=ttl_s, **more))
         return made[-1]
 
     yield make

@@ -49,7 +49,7 @@ class KeyspaceContract:
         done = keyspace.transact(
             Transaction(then=(Put("a", b"1"), Put("b", b"2")), reads=(Keys("a", "c"), Keys("nothing"), Keys("b")))
         )
-        assert done.held
+        assert done.succeeded
         both, nothing, one = done.found
         assert [(kv.key, kv.value) for kv in both] == [("a", b"1"), ("b", b"2")]
         assert nothing == ()
@@ -62,7 +62,7 @@ class KeyspaceContract:
         keyspace = make_keyspace()
         put(keyspace, "a", b"1")
         done = keyspace.transact(Transaction((Unchanged("a", 0),), (Put("a", b"2"), Put("b", b"2")), (Keys("a", "c"),)))
-        assert not done.held
+        assert not done.succeeded
         assert [(kv.key, kv.value) for kv in done.found[0]] == [("a", b"1")]
 
     def test_each_condition_holds_exactly_where_it_says(self, make_keyspace: Make) -> None:
@@ -80,7 +80,7 @@ class KeyspaceContract:
             (Leased("leased", lease_id), True), (Leased("leased", lease_id + 1), False), (Leased("free", lease_id), False),
             (Leased("none", lease_id), False),
         ]:  # fmt: skip
-            assert keyspace.transact(Transaction((compare,))).held is holds, compare
+            assert keyspace.transact(Transaction((compare,))).succeeded is holds, compare
 
     def test_keys_without_values_are_read_with_their_revisions(self, make_keyspace: Make) -> None:
         keyspace = make_keyspace()
@@ -144,10 +144,10 @@ class KeyspaceContract:
         both = (Put("a", b"1", second), Put("b", b"2", second))
         with pytest.raises(NotFoundError):
             keyspace.transact(Transaction((Leased("a", first),), (both[0], Put("b", b"2", gone))))
-        assert keyspace.transact(Transaction((Leased("a", first), Leased("b", first)), both)).held
+        assert keyspace.transact(Transaction((Leased("a", first), Leased("b", first)), both)).succeeded
         keyspace.revoke(first)
         assert [get(keyspace, key) for key in "ab"] == [b"1", b"2"]
-        assert not keyspace.transact(Transaction((Leased("a", first),), both)).held
+        assert not keyspace.transact(Transaction((Leased("a", first),), both)).succeeded
 
     def test_a_put_under_a_lease_that_is_gone_is_refused(self, make_keyspace: Make) -> None:
         keyspace = make_keyspace()
@@ -222,7 +222,7 @@ class KeyspaceContract:
 
         def race(number: int, keyspace: Keyspace) -> None:
             start.wait(DEADLINE_S)
-            if keyspace.transact(Transaction((Unchanged("one", 0),), (Put("one", b"%d" % number),))).held:
+            if keyspace.transact(Transaction((Unchanged("one", 0),), (Put("one", b"%d" % number),))).succeeded:
                 winners.append(number)
 
         keyspaces = [make_keyspace() for _ in range(6)]
@@ -243,7 +243,7 @@ class KeyspaceContract:
                 while True:
                     ((one,),) = keyspace.transact(Transaction(reads=(Keys("count"),))).found
                     raised = Put("count", b"%d" % (int(one.value) + 1))
-                    if keyspace.transact(Transaction((Unchanged("count", one.changed),), (raised,))).held:
+                    if keyspace.transact(Transaction((Unchanged("count", one.changed),), (raised,))).succeeded:
                         break
             done.append(1)
 

@@ -10,14 +10,14 @@ from keyspace_contract import get, lease
 from members_contract import info, joined, open_epoch, record_of, until
 
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Following, Leading, Lost, Published
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.member import KeyedMembership
-from ckpt.cluster.membership.records import Holdings, encode_holdings
+from ckpt.cluster.membership.api import Following, Leading, NotPublished, Published
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.member import KeyspaceMembership
+from ckpt.cluster.membership.records import StateInventory, encode_inventory
 from ckpt.errors import FencedError, UsageError
 from ckpt.keyspace.base import Keys, Keyspace, Put, Transaction
 
-Make = Callable[..., KeyedMembership]
+Make = Callable[..., KeyspaceMembership]
 MakeKeyspace = Callable[[], Keyspace]
 
 
@@ -35,24 +35,24 @@ class LodgingContract:
     ) -> None:
         member, keyspace = make_member(), make_keyspace()
         ticket = member.join(info())
-        member.say("fact", b"x")
-        member.say("other", b"y")
-        member.say("other", None)
-        member.say(names.HOLDINGS, encode_holdings(Holdings(8, {0: 7})))
+        member.put_fact("fact", b"x")
+        member.put_fact("other", b"y")
+        member.put_fact("other", None)
+        member.put_fact(names.INVENTORY_FACT, encode_inventory(StateInventory(8, {0: 7})))
         member.suspect("n1", "reset")
         open_epoch(member, ticket.node)
         before, other = member.view(), lease(keyspace)
-        assert member.live_under(other)
-        assert member.live_under(other)
-        assert member.borrows == other
+        assert member.borrow_lease(other)
+        assert member.borrow_lease(other)
+        assert member.borrowed_lease_id == other
         assert keyspace.renew(ticket.lease_id) == 0
         assert under(keyspace, other) == {
             f"nodes/{ticket.node}", f"said/fact/{ticket.node}", f"said/holdings/{ticket.node}",
             f"suspects/n1/{ticket.node}", "leader",
         }  # fmt: skip
         after = member.view()
-        assert after.by_node[ticket.node].joined == before.by_node[ticket.node].joined
-        assert after.by_node[ticket.node].holdings == Holdings(8, {0: 7})
+        assert after.by_node[ticket.node].joined_revision == before.by_node[ticket.node].joined_revision
+        assert after.by_node[ticket.node].inventory == StateInventory(8, {0: 7})
         assert (after.epoch, after.suspicions) == (before.epoch, before.suspicions)
 
     def test_who_lives_under_another_lease_goes_on_to_lead_and_to_speak(
@@ -62,17 +62,17 @@ class LodgingContract:
         follower, _ = joined(make_member)
         open_epoch(member, node)
         older, other, keyspace = member.view(), lease(make_keyspace()), make_keyspace()
-        assert member.live_under(other)
+        assert member.borrow_lease(other)
         assert follower.lead() == Following(node)
-        assert isinstance(member.publish(record_of(older, node, "x"), older), Lost)
+        assert isinstance(member.publish(record_of(older, node, "x"), older), NotPublished)
         view = member.view()
         assert isinstance(member.publish(record_of(view, node, "x"), view), Published)
-        member.say("fact", b"1")
+        member.put_fact("fact", b"1")
         member.suspect("n1", "reset")
         assert under(keyspace, other) == {
             f"nodes/{node}", f"said/fact/{node}", f"suspects/n1/{node}", "leader",
         }  # fmt: skip
-        assert member.live_under(third := lease(keyspace))
+        assert member.borrow_lease(third := lease(keyspace))
         assert under(keyspace, other) == set()
         assert keyspace.renew(other) > 0
         assert member.lead() == Leading()
@@ -84,20 +84,20 @@ class LodgingContract:
         member, _ = joined(make_member)
         leader, node = joined(make_member)
         assert [leader.lead(), member.lead()] == [Leading(), Following(node)]
-        assert member.live_under(other := lease(make_keyspace()))
+        assert member.borrow_lease(other := lease(make_keyspace()))
         assert "leader" not in under(make_keyspace(), other)
         assert member.lead() == Following(node)
 
     def test_a_lease_that_is_over_is_not_moved_to(self, make_member: Make, make_keyspace: MakeKeyspace) -> None:
         member, keyspace = make_member(), make_keyspace()
         ticket = member.join(info())
-        member.say("fact", b"x")
+        member.put_fact("fact", b"x")
         other = lease(keyspace)
         keyspace.revoke(other)
-        assert not member.live_under(other)
-        assert member.borrows == 0
-        assert member.standing().state is State.SURE
-        member.say("fact", b"y")
+        assert not member.borrow_lease(other)
+        assert member.borrowed_lease_id == 0
+        assert member.lease_status().state is LeaseState.VALID
+        member.put_fact("fact", b"y")
         assert under(keyspace, ticket.lease_id) == {f"nodes/{ticket.node}", f"said/fact/{ticket.node}"}
 
     def test_back_under_a_lease_of_its_own_it_needs_no_other(
@@ -106,20 +106,20 @@ class LodgingContract:
         ttl_s *= 2  # nothing may be late by as much as it lasts
         member, keyspace = make_member(ttl_s), make_keyspace()
         node = member.join(info()).node
-        member.say("fact", b"x")
-        member.live_alone()
+        member.put_fact("fact", b"x")
+        member.use_own_lease()
         other = lease(keyspace)
-        assert member.live_under(other)
-        member.live_alone()
-        member.live_alone()
-        assert member.borrows == 0
+        assert member.borrow_lease(other)
+        member.use_own_lease()
+        member.use_own_lease()
+        assert member.borrowed_lease_id == 0
         assert keyspace.renew(other) > 0
         keyspace.revoke(other)
         own = member._member()[0].lease_id
         assert under(keyspace, own) == {f"nodes/{node}", f"said/fact/{node}"}
-        first_s = member.standing().act_until_s
-        until(lambda: member.standing().act_until_s > first_s + 1.2 * ttl_s)
-        assert member.standing().state is State.SURE
+        first_s = member.lease_status().act_until_s
+        until(lambda: member.lease_status().act_until_s > first_s + 1.2 * ttl_s)
+        assert member.lease_status().state is LeaseState.VALID
         assert node in member.view().by_node
 
     def test_nobody_sees_it_missing_while_it_moves_to_and_fro(
@@ -127,9 +127,9 @@ class LodgingContract:
     ) -> None:
         member, node = joined(make_member)
         keyspace = make_keyspace()
-        member.say("fact", b"x")
+        member.put_fact("fact", b"x")
         for _ in range(5):
-            for move in (lambda: member.live_under(lease(keyspace)), member.live_alone):
+            for move in (lambda: member.borrow_lease(lease(keyspace)), member.use_own_lease):
                 move()
                 assert node in member.view().by_node
                 assert get(keyspace, f"said/fact/{node}") == b"x"
@@ -141,23 +141,23 @@ class LodgingContract:
         member, keyspace = make_member(ttl_s), make_keyspace()
         node = member.join(info()).node
         other = lease(keyspace, ttl_s)
-        assert member.live_under(other)
-        assert member.standing().state is State.LAPSED
-        until(lambda: member.standing().state is State.LOST)
+        assert member.borrow_lease(other)
+        assert member.lease_status().state is LeaseState.LAPSED
+        until(lambda: member.lease_status().state is LeaseState.LOST)
         assert get(keyspace, names.node_key(node)) is None
         with pytest.raises(FencedError):
-            member.say("fact", b"x")
+            member.put_fact("fact", b"x")
         with pytest.raises(FencedError):
-            member.live_alone()
+            member.use_own_lease()
         again = member.join(info())
-        assert member.borrows == 0
+        assert member.borrowed_lease_id == 0
         assert set(member.view().by_node) == {again.node}
 
     def test_who_lives_under_another_lease_can_not_join_twice(
         self, make_member: Make, make_keyspace: MakeKeyspace
     ) -> None:
         member, _ = joined(make_member)
-        assert member.live_under(lease(make_keyspace()))
+        assert member.borrow_lease(lease(make_keyspace()))
         with pytest.raises(UsageError):
             member.join(info())
 
@@ -168,12 +168,12 @@ class LodgingContract:
         member, node = joined(make_member)
         keyspace = make_keyspace()
         other = lease(keyspace)
-        assert member.live_under(other)
-        member.say("fact", b"x")
+        assert member.borrow_lease(other)
+        member.put_fact("fact", b"x")
         open_epoch(leader, leads, remove=(node,))
         with pytest.raises(FencedError):
-            member.say("fact", b"y")
-        member.keepalive.lost("as whoever looks says")
+            member.put_fact("fact", b"y")
+        member.keepalive.mark_lost("as whoever looks says")
         member.join(info())
         assert under(keyspace, other) == set()
         assert keyspace.renew(other) > 0
@@ -185,10 +185,10 @@ class LodgingContract:
         keyspace = make_keyspace()
         other = lease(keyspace)
         keyspace.transact(Transaction(then=(Put("nodes/lender", b"", other),)))
-        member.say("fact", b"x")
+        member.put_fact("fact", b"x")
         member.suspect("n1", "reset")
         assert member.lead() == Leading()
-        assert member.live_under(other)
+        assert member.borrow_lease(other)
         member.leave()
         assert under(keyspace, other) == {"nodes/lender"}
         assert keyspace.renew(other) > 0
@@ -210,7 +210,7 @@ class LodgingContract:
         member, keyspace = make_member(ttl_s), make_keyspace()
         ticket = member.join(info(), agent="host-1a")
         assert member.lead() == Leading()
-        member.say("fact", b"x")
+        member.put_fact("fact", b"x")
         member.suspect("n1", "reset")
         keyspace.transact(Transaction(then=(Put("nodes/lodger", b"", ticket.lease_id),)))
         left_s = time.monotonic()
@@ -227,7 +227,7 @@ class LodgingContract:
         member, keyspace = make_member(), make_keyspace()
         first = member.join(info(), agent="host-1a")
         open_epoch(leader, leads, remove=(first.node,))
-        until(lambda: member.standing().state is State.LOST)
+        until(lambda: member.lease_status().state is LeaseState.LOST)
         second = member.join(info(), agent="host-1a")
         assert under(keyspace, first.lease_id) == set()
         assert keyspace.renew(first.lease_id) > 0  # an agent may live under it yet

@@ -12,21 +12,29 @@ import pytest
 from keyspace_contract import DEADLINE_S, put
 
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Following, Leading, Lost, Published
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.member import SUSPECTS_MAX, KeyedMembership, boot_s
-from ckpt.cluster.membership.records import EpochRecord, Holdings, NodeInfo, Place, Scope, View, encode_holdings
+from ckpt.cluster.membership.api import Following, Leading, NotPublished, Published
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.member import SUSPICIONS_MAX, KeyspaceMembership, boottime_s
+from ckpt.cluster.membership.records import (
+    EpochRecord,
+    NodeInfo,
+    NodePlacement,
+    StateInventory,
+    View,
+    ViewScope,
+    encode_inventory,
+)
 from ckpt.errors import ConflictError, FencedError, UsageError
 from ckpt.keyspace.base import Keyspace
 
-Make = Callable[..., KeyedMembership]
+Make = Callable[..., KeyspaceMembership]
 
 
 def info(node: str = "", **more: object) -> NodeInfo:
     return NodeInfo(node=node or secrets.token_hex(8), host="h", slots=2, **more)  # type: ignore[arg-type]
 
 
-def joined(make: Make, node: str = "") -> tuple[KeyedMembership, str]:
+def joined(make: Make, node: str = "") -> tuple[KeyspaceMembership, str]:
     member = make()
     return member, member.join(info(node)).node
 
@@ -34,11 +42,11 @@ def joined(make: Make, node: str = "") -> tuple[KeyedMembership, str]:
 def record_of(view: View, *nodes: str, number: int = 0) -> EpochRecord:
     assert view.leader is not None
     number = number or (view.epoch.number if view.epoch else 0) + 1
-    places = tuple(Place(node, 2) for node in nodes)
+    places = tuple(NodePlacement(node, 2) for node in nodes)
     return EpochRecord(job=view.job, number=number, places=places, leader=view.leader.node, nodes_min=1, nodes_max=9)
 
 
-def open_epoch(leader: KeyedMembership, *nodes: str, remove: tuple[str, ...] = (), number: int = 0) -> EpochRecord:
+def open_epoch(leader: KeyspaceMembership, *nodes: str, remove: tuple[str, ...] = (), number: int = 0) -> EpochRecord:
     assert leader.lead() == Leading()
     view = leader.view()
     record = record_of(view, *nodes, number=number)
@@ -79,16 +87,16 @@ class MembershipContract:
 
     def test_before_it_joined_a_node_can_look_and_do_nothing_else(self, make_member: Make) -> None:
         member = make_member()
-        assert member.standing().state is State.LOST
+        assert member.lease_status().state is LeaseState.LOST
         assert member.view().members == ()
-        for act in (member.lead, lambda: member.say("a", b"")):
+        for act in (member.lead, lambda: member.put_fact("a", b"")):
             with pytest.raises(FencedError):
                 act()
 
     def test_who_leaves_is_gone_at_once_with_what_it_said(self, make_member: Make) -> None:
         one, _ = joined(make_member)
         other, node = joined(make_member)
-        other.say("fact", b"x")
+        other.put_fact("fact", b"x")
         one.suspect(node, "why")
         assert other.lead() == Leading()
         before = one.view().revision
@@ -97,16 +105,16 @@ class MembershipContract:
         view = one.view()
         assert node not in view.by_node
         assert view.leader is None
-        assert one.heard("fact") == {}
+        assert one.read_facts("fact") == {}
 
     def test_a_lease_is_kept_alive_far_beyond_its_life(self, make_member: Make, ttl_s: float) -> None:
         ttl_s *= 2  # nothing may be late by as much as it lasts
         member = make_member(ttl_s)
         node = member.join(info()).node
-        first_s = member.standing().act_until_s
-        assert boot_s() < first_s <= boot_s() + ttl_s
-        until(lambda: member.standing().act_until_s > first_s + 1.2 * ttl_s)
-        assert member.standing().state is State.SURE
+        first_s = member.lease_status().act_until_s
+        assert boottime_s() < first_s <= boottime_s() + ttl_s
+        until(lambda: member.lease_status().act_until_s > first_s + 1.2 * ttl_s)
+        assert member.lease_status().state is LeaseState.VALID
         assert node in member.view().by_node
 
     def test_each_time_that_it_is_prolonged_it_is_told_until_when_it_may_act(
@@ -117,25 +125,25 @@ class MembershipContract:
         member.join(info())
         until(lambda: len(told) >= 3)
         assert told == sorted(set(told))
-        assert told[-1] <= member.standing().act_until_s
+        assert told[-1] <= member.lease_status().act_until_s
         member.leave()
         count = len(told)
-        assert member.standing().state is State.LOST
+        assert member.lease_status().state is LeaseState.LOST
         time.sleep(ttl_s / 2)
         assert len(told) == count
 
     def test_another_process_takes_a_membership_on(self, make_member: Make) -> None:
         one = make_member()
         ticket = one.join(info(address="old"))
-        one.say("fact", b"x")
+        one.put_fact("fact", b"x")
         one.leave(keep=True)
-        assert one.standing().state is State.LOST
+        assert one.lease_status().state is LeaseState.LOST
         other = make_member()
         assert other.join(info(ticket.node, address="new"), lease_id=ticket.lease_id) == ticket
         view = other.view()
         assert view.by_node[ticket.node].info.address == "new"
-        assert other.heard("fact") == {ticket.node: b"x"}
-        assert other.standing().state is State.SURE
+        assert other.read_facts("fact") == {ticket.node: b"x"}
+        assert other.lease_status().state is LeaseState.VALID
 
     def test_a_membership_that_is_over_is_not_taken_on(self, make_member: Make) -> None:
         one = make_member()
@@ -165,7 +173,7 @@ class MembershipContract:
         start = threading.Barrier(5)
         found: list[object] = []
 
-        def race(member: KeyedMembership) -> None:
+        def race(member: KeyspaceMembership) -> None:
             start.wait(DEADLINE_S)
             found.append(member.lead())
 
@@ -187,7 +195,7 @@ class MembershipContract:
         other.suspect(node, "does not answer")
         assert one.lead() == Following(node)  # without a view that shows it nobody is put out
         assert one.lead(one.view()) == Leading()
-        assert isinstance(dead.publish(record_of(old_view, node), old_view), Lost)
+        assert isinstance(dead.publish(record_of(old_view, node), old_view), NotPublished)
         assert isinstance(one.publish(record_of(view := one.view(), "x"), view), Published)
 
     def test_a_word_that_is_taken_back_puts_nobody_out(self, make_member: Make) -> None:
@@ -207,14 +215,14 @@ class MembershipContract:
         record = open_epoch(one, node, other_node)
         for member in (one, other, spare):
             assert member.view().epoch == record
-            assert member.view(Scope.HEAD).epoch == record
-        until(lambda: all(member.standing().epoch == 1 for member in (one, other, spare)))
-        assert [member.standing().placed for member in (one, other, spare)] == [True, True, False]
+            assert member.view(ViewScope.HEAD).epoch == record
+        until(lambda: all(member.lease_status().epoch == 1 for member in (one, other, spare)))
+        assert [member.lease_status().placed for member in (one, other, spare)] == [True, True, False]
 
     def test_the_head_alone_names_no_members(self, make_member: Make) -> None:
         one, node = joined(make_member)
         open_epoch(one, node)
-        view = one.view(Scope.HEAD)
+        view = one.view(ViewScope.HEAD)
         assert (view.members, view.leader) == ((), one.view().leader)
 
     def test_who_does_not_lead_publishes_nothing(self, make_member: Make) -> None:
@@ -225,7 +233,7 @@ class MembershipContract:
         with pytest.raises(UsageError):
             other.publish(record_of(view, node), view)
         mine = replace(record_of(view, node), leader=other_node)
-        assert isinstance(other.publish(mine, view), Lost)
+        assert isinstance(other.publish(mine, view), NotPublished)
         assert other.view().epoch == leader.view().epoch
 
     def test_an_epoch_that_was_decided_on_an_older_one_is_lost(self, make_member: Make) -> None:
@@ -233,7 +241,7 @@ class MembershipContract:
         open_epoch(leader, node)
         view = leader.view()
         open_epoch(leader, node, "x")
-        assert isinstance(leader.publish(record_of(view, node, "y", number=7), view), Lost)
+        assert isinstance(leader.publish(record_of(view, node, "y", number=7), view), NotPublished)
 
     def test_publishing_the_same_epoch_again_tells_that_it_holds(self, make_member: Make) -> None:
         leader, node = joined(make_member)
@@ -259,7 +267,7 @@ class MembershipContract:
         leader.leave()
         again, _ = joined(make_member, node)
         again.lead()
-        assert isinstance(again.publish(record_of(view, node), view), Lost)
+        assert isinstance(again.publish(record_of(view, node), view), NotPublished)
 
     def test_who_is_taken_out_learns_it_and_can_do_nothing_more(self, make_member: Make) -> None:
         leader, node = joined(make_member)
@@ -267,12 +275,12 @@ class MembershipContract:
         open_epoch(leader, node, out_node)
         open_epoch(leader, node, remove=(out_node,))
         assert out_node not in leader.view().by_node
-        for act in (lambda: out.say("a", b"1"), out.lead, lambda: out.suspect(node, "revenge")):
+        for act in (lambda: out.put_fact("a", b"1"), out.lead, lambda: out.suspect(node, "revenge")):
             with pytest.raises(FencedError):
                 act()
-        until(lambda: out.standing().state is State.LOST)
+        until(lambda: out.lease_status().state is LeaseState.LOST)
         out.join(info())
-        assert out.standing().state is State.SURE
+        assert out.lease_status().state is LeaseState.VALID
 
     def test_more_nodes_are_taken_out_than_one_transaction_can(
         self, make_member: Make, make_keyspace: Callable[[], Keyspace]
@@ -288,34 +296,34 @@ class MembershipContract:
     def test_a_fact_is_heard_replaced_and_taken_back(self, make_member: Make) -> None:
         one, node = joined(make_member)
         other, other_node = joined(make_member)
-        one.say("address.7", b"1")
-        other.say("address.7", b"2")
-        one.say("address.70", b"9")
-        assert other.heard("address.7") == {node: b"1", other_node: b"2"}
-        one.say("address.7", b"3")
-        one.say("address.7", b"3")
-        assert other.heard("address.7")[node] == b"3"
-        one.say("address.7", None)
-        one.say("address.7", None)
-        assert other.heard("address.7") == {other_node: b"2"}
+        one.put_fact("address.7", b"1")
+        other.put_fact("address.7", b"2")
+        one.put_fact("address.70", b"9")
+        assert other.read_facts("address.7") == {node: b"1", other_node: b"2"}
+        one.put_fact("address.7", b"3")
+        one.put_fact("address.7", b"3")
+        assert other.read_facts("address.7")[node] == b"3"
+        one.put_fact("address.7", None)
+        one.put_fact("address.7", None)
+        assert other.read_facts("address.7") == {other_node: b"2"}
 
     def test_facts_have_limits(self, make_member: Make) -> None:
         one, _ = joined(make_member)
         for fact in ("", "a/b", "a b", "x" * 101):
             with pytest.raises(UsageError):
-                one.say(fact, b"")
+                one.put_fact(fact, b"")
         with pytest.raises(UsageError):
-            one.say("a", bytes(1 << 20))
+            one.put_fact("a", bytes(1 << 20))
 
     def test_what_a_member_holds_is_part_of_the_view(self, make_member: Make) -> None:
         one, node = joined(make_member)
         other, other_node = joined(make_member)
-        holdings = Holdings(8, {3: 100, 0: 7})
-        one.say(names.HOLDINGS, encode_holdings(holdings))
-        other.say(names.HOLDINGS, b"nonsense")
+        holdings = StateInventory(8, {3: 100, 0: 7})
+        one.put_fact(names.INVENTORY_FACT, encode_inventory(holdings))
+        other.put_fact(names.INVENTORY_FACT, b"nonsense")
         view = other.view()
-        assert view.by_node[node].holdings == holdings
-        assert view.by_node[other_node].holdings is None
+        assert view.by_node[node].inventory == holdings
+        assert view.by_node[other_node].inventory is None
         assert view.unreadable == (f"said/holdings/{other_node}",)
 
     def test_a_suspicion_is_seen_and_taken_back(self, make_member: Make) -> None:
@@ -324,7 +332,7 @@ class MembershipContract:
         one.suspect(other_node, "socket reset")
         one.suspect(other_node, "still")
         (word,) = other.view().suspicions
-        assert (word.node, word.by, word.why) == (other_node, node, "still")
+        assert (word.node, word.by, word.reason) == (other_node, node, "still")
         one.suspect(other_node, None)
         assert other.view().suspicions == ()
         with pytest.raises(UsageError):
@@ -334,10 +342,10 @@ class MembershipContract:
 
     def test_a_witness_suspects_a_few_at_a_time(self, make_member: Make) -> None:
         one, _ = joined(make_member)
-        for number in range(SUSPECTS_MAX + 3):
+        for number in range(SUSPICIONS_MAX + 3):
             one.suspect(f"n{number}", "x")
         suspected = {word.node for word in one.view().suspicions}
-        assert suspected == {f"n{number}" for number in range(3, SUSPECTS_MAX + 3)}
+        assert suspected == {f"n{number}" for number in range(3, SUSPICIONS_MAX + 3)}
 
     def test_what_nobody_can_read_is_no_member(self, make_member: Make, make_keyspace: Callable[[], Keyspace]) -> None:
         one, node = joined(make_member)
@@ -352,9 +360,9 @@ class MembershipContract:
         leader, node = joined(make_member)
         follower, _ = joined(make_member)
         leader.lead()
-        before = follower.view(Scope.HEAD).revision
+        before = follower.view(ViewScope.HEAD).revision
         joined(make_member)
         assert leader.wait_change(before, timeout_s=DEADLINE_S)
-        assert not follower.wait_change(before, timeout_s=0.2, scope=Scope.HEAD)
+        assert not follower.wait_change(before, timeout_s=0.2, scope=ViewScope.HEAD)
         open_epoch(leader, node)
-        assert follower.wait_change(before, timeout_s=DEADLINE_S, scope=Scope.HEAD)
+        assert follower.wait_change(before, timeout_s=DEADLINE_S, scope=ViewScope.HEAD)

@@ -19,13 +19,13 @@ from typing import TypeVar
 from memory_keyspace import MemoryServer
 
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Leading, Lost, Published
-from ckpt.cluster.membership.decide import NewEpoch, Noticed, Options, decide, notice
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.api import Leading, NotPublished, Published
+from ckpt.cluster.membership.decide import MembershipOptions, NewEpoch, WaitTimers, decide, update_timers
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View, decode_epoch, encode_epoch
 from ckpt.errors import CkptError, FencedError, UnavailableError
-from ckpt.keyspace.base import Grant, Keys, Outcome, Put, Transaction
+from ckpt.keyspace.base import Grant, Keys, Put, Transaction, TransactionResult
 
 T = TypeVar("T")
 
@@ -53,8 +53,10 @@ class Service(MemoryServer):
         for process in self._world.processes:
             own = self.keys.get(names.node_key(process.node))
             if own is not None and own.lease_id in ended:
-                standing = process.member.standing()
-                assert standing.state is not State.SURE, f"a lease expired while its holder acts: {process} {standing}"
+                standing = process.member.lease_status()
+                assert standing.state is not LeaseState.VALID, (
+                    f"a lease expired while its holder acts: {process} {standing}"
+                )
         super().expire()
 
     def _seen(self, put: Put) -> None:
@@ -101,8 +103,8 @@ class Process:
     slots: int
     offset_s: float
     rate: float
-    member: KeyedMembership = field(init=False)
-    noticed: Noticed = field(default_factory=Noticed)
+    member: KeyspaceMembership = field(init=False)
+    noticed: WaitTimers = field(default_factory=WaitTimers)
     lease_id: int = 0
     alive: bool = True
     paused_until_s: float = 0.0
@@ -110,7 +112,7 @@ class Process:
 
     def __post_init__(self) -> None:
         keyspace = SimKeyspace(self.world, self)
-        self.member = KeyedMembership(keyspace, "j", ttl_s=self.world.ttl_s, clock=self.clock, threads=False)
+        self.member = KeyspaceMembership(keyspace, "j", ttl_s=self.world.ttl_s, clock=self.clock, threads=False)
 
     def clock(self) -> float:
         """This machine's clock: it began at another time and runs at another speed."""
@@ -128,11 +130,11 @@ class Process:
 
     def keep(self) -> None:
         """One keepalive, as the thread does it."""
-        if self.member.standing().state is State.LOST:
+        if self.member.lease_status().state is LeaseState.LOST:
             self.world.restart(self, soon=True)
             return
         self.member.keepalive.round()
-        wait_s = (self.member.keepalive.due_s - self.clock()) / self.rate
+        wait_s = (self.member.keepalive.next_keepalive_s - self.clock()) / self.rate
         self.world.at(self.world.now_s + max(0.01, wait_s), self, self.keep)
 
     def control(self) -> None:
@@ -145,7 +147,7 @@ class Process:
             self._suspect(view)
             self._lodge()
         except (UnavailableError, FencedError):
-            self.noticed = Noticed()
+            self.noticed = WaitTimers()
         self.world.at(self.world.now_s + dice.uniform(0.2, 0.8), self, self.control)
 
     def _lodge(self) -> None:
@@ -154,16 +156,16 @@ class Process:
         if landlord is None:
             return
         if landlord.offered:
-            self.member.live_under(landlord.lease_id)
+            self.member.borrow_lease(landlord.lease_id)
         else:
-            self.member.live_alone()
+            self.member.use_own_lease()
 
     def _lead(self) -> None:
         view = self.member.view()
         if view.leader is None or view.leader.node != self.node:
             return
         job = self.world.options(self.world.dice)
-        self.noticed = notice(self.noticed, view, job, self.clock())
+        self.noticed = update_timers(self.noticed, view, job, self.clock())
         decision = decide(view, self.noticed, job, self.clock())
         if not isinstance(decision, NewEpoch):
             return
@@ -171,7 +173,7 @@ class Process:
         bytes_held = [encode_epoch(record) for record in self.world.service.epochs]
         data = encode_epoch(decision.record)
         assert not isinstance(done, Published) or data in bytes_held, "published, but it is not there"
-        assert not isinstance(done, Lost) or data not in bytes_held, "lost, but it is there"
+        assert not isinstance(done, NotPublished) or data not in bytes_held, "lost, but it is there"
 
     def _suspect(self, view: View) -> None:
         dice = self.world.dice
@@ -193,7 +195,7 @@ class SimKeyspace:
         self._world = world
         self._process = process
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         return self._call(lambda: self._world.service.transact(transaction))
 
     def grant(self, lease_id: int, ttl_s: float) -> Grant:
@@ -252,9 +254,11 @@ class World:
         self._starts = itertools.count()
         self._depth = 0
 
-    def options(self, dice: random.Random) -> Options:
+    def options(self, dice: random.Random) -> MembershipOptions:
         grows = dice.random() < 0.1 and self.now_s < FAULTS_S + SETTLE_S / 2  # or it may be growing when all is checked
-        return Options(nodes_min=self.low, nodes_max=self.high, last_call_s=1.0, shrink_wait_s=0.5, may_grow=grows)
+        return MembershipOptions(
+            nodes_min=self.low, nodes_max=self.high, last_call_s=1.0, shrink_wait_s=0.5, may_grow=grows
+        )
 
     def of(self, node: str) -> Process | None:
         return next((process for process in self.processes if process.node == node), None)
@@ -389,7 +393,7 @@ class World:
         assert {one.node: self.service.keys[names.node_key(one.node)].lease_id for one in alive} == own
         assert set(self.service.leases) == set(own.values()), "a lease is left"
         for process in alive:
-            standing = process.member.standing()
-            assert standing.state is State.SURE
+            standing = process.member.lease_status()
+            assert standing.state is LeaseState.VALID
             assert standing.epoch == newest.number
             assert standing.placed == (process.node in newest.ranks)

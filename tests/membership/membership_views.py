@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from ckpt.cluster.membership.decide import Decision, NewEpoch, Noticed, Options, decide, notice
+from ckpt.cluster.membership.decide import (
+    MembershipDecision,
+    MembershipOptions,
+    NewEpoch,
+    WaitTimers,
+    decide,
+    update_timers,
+)
 from ckpt.cluster.membership.records import (
     EpochRecord,
-    Holdings,
     Leader,
     Member,
     NodeInfo,
-    Place,
-    Scope,
+    NodePlacement,
+    StateInventory,
     Suspicion,
     View,
+    ViewScope,
 )
 
 
@@ -35,28 +42,30 @@ def view_of(
     members = tuple(
         Member(
             NodeInfo(node=node, host=f"host-{node}", domain=(domains or {}).get(node, ""), slots=slots.get(node, 2)),
-            lease_id=n + 1, joined=n + 1,
-            holdings=Holdings(world, dict(holdings[node])) if holdings and node in holdings else None,
+            lease_id=n + 1, joined_revision=n + 1,
+            inventory=StateInventory(world, dict(holdings[node])) if holdings and node in holdings else None,
         )
         for n, node in enumerate(sorted(nodes))
     )  # fmt: skip
     epoch = None
     if places is not None:
         epoch = EpochRecord(
-            job="j", number=number, places=tuple(Place(node, slots.get(node, 2)) for node in places), leader="z",
+            job="j", number=number, places=tuple(NodePlacement(node, slots.get(node, 2)) for node in places), leader="z",
             nodes_min=1, nodes_max=99,
         )  # fmt: skip
     leads = min(nodes, default=None) if leader == "" else leader
     return View(
-        job="j", revision=50, scope=Scope.ALL, leader=Leader(leads, 9) if leads is not None else None, epoch=epoch,
+        job="j", revision=50, scope=ViewScope.ALL, leader=Leader(leads, 9) if leads is not None else None, epoch=epoch,
         epoch_revision=7 if epoch else 0, members=members,
         suspicions=tuple(Suspicion(node, by, "reset") for node, by in suspicions),
     )  # fmt: skip
 
 
-def decided(view: View, options: Options, *, now_s: float = 100.0, since_s: float = 0.0) -> Decision:
+def decided(
+    view: View, options: MembershipOptions, *, now_s: float = 100.0, since_s: float = 0.0
+) -> MembershipDecision:
     """What is decided at ``now_s`` where all has been as it is since ``since_s``."""
-    noticed = notice(Noticed(), view, options, since_s)
+    noticed = update_timers(WaitTimers(), view, options, since_s)
     return decide(view, noticed, options, now_s)
 
 

@@ -18,9 +18,9 @@ from ckpt.keyspace.base import (
     KeyValue,
     Leased,
     NoneOf,
-    Outcome,
     Put,
     Transaction,
+    TransactionResult,
     Unchanged,
 )
 
@@ -38,7 +38,7 @@ class MemoryServer:
         self.lock = threading.RLock()
         self.on_put: Callable[[Put], None] = lambda put: None
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         with self.lock:
             self.expire()
             held = all(self._holds(compare) for compare in transaction.when)
@@ -49,7 +49,7 @@ class MemoryServer:
                 self.revision += 1
                 for op in transaction.then:
                     self._apply(op)
-            return Outcome(held, self.revision, tuple(tuple(self._read(keys)) for keys in transaction.reads))
+            return TransactionResult(held, self.revision, tuple(tuple(self._read(keys)) for keys in transaction.reads))
 
     def grant(self, lease_id: int, ttl_s: float) -> Grant:
         with self.lock:
@@ -139,7 +139,7 @@ class MemoryKeyspace:
         self._server = server
         self._closed = False
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         self._check()
         return self._server.transact(transaction)
 

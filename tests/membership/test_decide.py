@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from membership_views import after, decided, view_of
 
-from ckpt.cluster.membership.decide import Keep, NewEpoch, Noticed, Options, Wait, confirmed, decide, notice
+from ckpt.cluster.membership.decide import (
+    KeepEpoch,
+    MembershipOptions,
+    NewEpoch,
+    WaitForNodes,
+    WaitTimers,
+    confirmed_suspects,
+    decide,
+    update_timers,
+)
 from ckpt.cluster.membership.records import View, decode_epoch, encode_epoch
 from ckpt.errors import UsageError
 from ckpt.values import SnapshotId
@@ -22,30 +31,30 @@ def nodes_of(decision: object) -> tuple[str, ...]:
     return tuple(place.node for place in decision.record.places)
 
 
-def options(low: int = 1, high: int = 4, **more: object) -> Options:
-    return Options(nodes_min=low, nodes_max=high, **more)  # type: ignore[arg-type]
+def options(low: int = 1, high: int = 4, **more: object) -> MembershipOptions:
+    return MembershipOptions(nodes_min=low, nodes_max=high, **more)  # type: ignore[arg-type]
 
 
 def test_the_first_epoch_waits_for_the_minimum() -> None:
     decision = decided(view_of("a"), options(2))
-    assert isinstance(decision, Wait)
-    assert (decision.until_s, "too few nodes" in decision.why) == (math.inf, True)
+    assert isinstance(decision, WaitForNodes)
+    assert (decision.until_s, "too few nodes" in decision.reason) == (math.inf, True)
 
 
 def test_the_first_epoch_waits_for_a_last_call_and_no_longer() -> None:
     view, job = view_of("ab"), options(2, 3, last_call_s=10.0)
-    noticed = notice(Noticed(), view, job, 100.0)
-    assert decide(view, noticed, job, 100.0) == Wait(110.0, "last call for more nodes. nodes=2 nodes_max=3")
-    noticed = notice(noticed, view, job, 109.0)
-    assert isinstance(decide(view, noticed, job, 109.9), Wait)
+    noticed = update_timers(WaitTimers(), view, job, 100.0)
+    assert decide(view, noticed, job, 100.0) == WaitForNodes(110.0, "last call for more nodes. nodes=2 nodes_max=3")
+    noticed = update_timers(noticed, view, job, 109.0)
+    assert isinstance(decide(view, noticed, job, 109.9), WaitForNodes)
     assert nodes_of(decide(view, noticed, job, 110.0)) == ("a", "b")
 
 
 def test_a_last_call_begins_anew_when_the_minimum_is_lost() -> None:
     job = options(2, 3)
-    noticed = notice(Noticed(), view_of("ab"), job, 100.0)
-    noticed = notice(noticed, view_of("a"), job, 101.0)
-    assert notice(noticed, view_of("ab"), job, 102.0).enough_since_s == 102.0
+    noticed = update_timers(WaitTimers(), view_of("ab"), job, 100.0)
+    noticed = update_timers(noticed, view_of("a"), job, 101.0)
+    assert update_timers(noticed, view_of("ab"), job, 102.0).enough_since_s == 102.0
 
 
 def test_the_first_epoch_opens_at_once_with_the_maximum_and_the_others_stand_by() -> None:
@@ -56,8 +65,8 @@ def test_the_first_epoch_opens_at_once_with_the_maximum_and_the_others_stand_by(
     record = decision.record
     assert (record.number, record.leader, record.world_size, record.removed) == (1, "a", 6, ())
     assert record.ranks == {"a": range(2), "b": range(2, 4), "c": range(4, 6)}
-    assert record.root == "a"
-    assert isinstance(decided(after(view, decision), options(2, 3)), Keep)
+    assert record.rank0_node == "a"
+    assert isinstance(decided(after(view, decision), options(2, 3)), KeepEpoch)
 
 
 def test_a_new_epoch_exceeds_what_was_seen_anywhere() -> None:
@@ -72,9 +81,9 @@ def test_neighbours_are_placed_beside_each_other() -> None:
 
 
 def test_nothing_lost_changes_nothing_and_a_newcomer_disturbs_nobody() -> None:
-    assert isinstance(decided(view_of("abc", places="ab"), options(1, 2)), Keep)
+    assert isinstance(decided(view_of("abc", places="ab"), options(1, 2)), KeepEpoch)
     decision = decided(view_of("abc", places="ab"), options(1, 3))
-    assert decision == Keep("1 standbys wait for a boundary")
+    assert decision == KeepEpoch("1 standbys wait for a boundary")
 
 
 def test_the_world_grows_at_a_boundary_and_nobody_moves() -> None:
@@ -85,7 +94,7 @@ def test_an_expired_lease_gives_its_ranks_to_a_standby_at_once() -> None:
     decision = decided(view_of("acx", places="abc"), options(1, 3, shrink_wait_s=60.0), now_s=0.0)
     assert nodes_of(decision) == ("a", "x", "c")
     assert isinstance(decision, NewEpoch)
-    assert [(one.node, one.why) for one in decision.record.removed] == [("b", "its lease expired, or it left")]
+    assert [(one.node, one.reason) for one in decision.record.removed] == [("b", "its lease expired, or it left")]
     assert decision.remove == ()
 
 
@@ -101,8 +110,8 @@ def test_of_two_lost_nodes_each_goes_to_who_holds_most_of_it() -> None:
 
 def test_what_is_held_of_a_world_of_another_size_counts_for_nothing() -> None:
     lost = view_of("acxy", places="abc", holdings={"y": {2: 10}})
-    assert lost.by_node["y"].holdings is not None
-    lost.by_node["y"].holdings.size_bytes  # noqa: B018
+    assert lost.by_node["y"].inventory is not None
+    lost.by_node["y"].inventory.size_bytes  # noqa: B018
     other = view_of("acxy", places="abcd", holdings={"y": {2: 10}})
     assert nodes_of(decided(lost, options())) == ("a", "y", "c")
     swapped = View(
@@ -126,13 +135,13 @@ def test_the_world_shrinks_when_no_standby_is_left_and_the_minimum_allows() -> N
     decision = decided(view_of("ac", places="abc"), options(2, 3))
     assert nodes_of(decision) == ("a", "c")
     decision = decided(view_of("a", places="abc"), options(2, 3))
-    assert isinstance(decision, Wait)
+    assert isinstance(decision, WaitForNodes)
     assert decision.until_s == math.inf
 
 
 def test_a_lost_node_may_have_some_time_to_come_back() -> None:
     view, job = view_of("ac", places="abc"), options(1, 3, shrink_wait_s=10.0)
-    assert decided(view, job, now_s=5.0) == Wait(
+    assert decided(view, job, now_s=5.0) == WaitForNodes(
         10.0, "node b lost, and no standby: it may come back before the world shrinks"
     )
     assert nodes_of(decided(view, job, now_s=10.0)) == ("a", "c")
@@ -140,23 +149,23 @@ def test_a_lost_node_may_have_some_time_to_come_back() -> None:
 
 def test_two_witnesses_open_an_epoch_and_one_does_not() -> None:
     one = view_of("abcx", places="abc", suspicions=[("b", "a")])
-    assert decided(one, options(1, 3)) == Keep("suspected by too few: b and 0 others")
+    assert decided(one, options(1, 3)) == KeepEpoch("suspected by too few: b and 0 others")
     two = view_of("abcx", places="abc", suspicions=[("b", "a"), ("b", "c")])
     decision = decided(two, options(1, 3))
     assert nodes_of(decision) == ("a", "x", "c")
     assert isinstance(decision, NewEpoch)
     assert decision.remove == ("b",)
-    assert decision.record.removed[0].why == "suspected by 2 nodes, as a says: reset"
+    assert decision.record.removed[0].reason == "suspected by 2 nodes, as a says: reset"
 
 
 def test_a_node_says_nothing_about_itself_nor_do_nodes_that_are_gone() -> None:
     view = view_of("abc", places="abc", suspicions=[("b", "b"), ("b", "gone"), ("b", "a")])
-    assert isinstance(decided(view, options(1, 3)), Keep)
+    assert isinstance(decided(view, options(1, 3)), KeepEpoch)
 
 
 def test_a_standby_that_is_suspected_costs_no_epoch() -> None:
     view = view_of("abcx", places="abc", suspicions=[("x", "a"), ("x", "b")])
-    assert isinstance(decided(view, options(1, 3)), Keep)
+    assert isinstance(decided(view, options(1, 3)), KeepEpoch)
     lost = view_of("acxy", places="abc", suspicions=[("x", "a"), ("x", "c")])
     decision = decided(lost, options(1, 3))
     assert nodes_of(decision) == ("a", "y", "c")
@@ -168,7 +177,7 @@ def test_a_standby_that_is_suspected_costs_no_epoch() -> None:
 def test_two_halves_that_suspect_each_other_leave_one_half(left: str, right: str) -> None:
     words = [pair for a in left for b in right for pair in ((a, b), (b, a))]
     view = view_of(left + right, places=left + right, suspicions=words, leader=left[0])
-    out = set(confirmed(view, 2))
+    out = set(confirmed_suspects(view, 2))
     winner = max((left, right), key=lambda half: (len(half), left[0] in half))
     assert not out & set(winner)
     assert len(set(left + right) - out - set(winner)) <= 1  # the last of the others has too few accusers left
@@ -180,7 +189,7 @@ def test_when_nobody_is_left_an_epoch_is_made_of_who_came() -> None:
     assert nodes_of(decision) == ("z", "y", "x")
     assert isinstance(decision, NewEpoch)
     assert decision.record.number == 5
-    assert isinstance(decided(view_of("x", places="abc"), options(2, 3)), Wait)
+    assert isinstance(decided(view_of("x", places="abc"), options(2, 3)), WaitForNodes)
 
 
 def test_a_standby_of_other_slots_fits_no_place_and_is_used_before_the_world_loses_a_node() -> None:
@@ -192,7 +201,7 @@ def test_a_standby_of_other_slots_fits_no_place_and_is_used_before_the_world_los
 
 
 def test_where_nobody_leads_nothing_is_decided() -> None:
-    assert decided(view_of("ab", leader=None), options()) == Wait(math.inf, "nobody leads")
+    assert decided(view_of("ab", leader=None), options()) == WaitForNodes(math.inf, "nobody leads")
 
 
 @pytest.mark.parametrize(
@@ -204,22 +213,22 @@ def test_where_nobody_leads_nothing_is_decided() -> None:
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(words: dict[str, int]) -> None:
     with pytest.raises(UsageError):
-        Options(**words)  # type: ignore[arg-type]
+        MembershipOptions(**words)  # type: ignore[arg-type]
 
 
-def check(view: View, job: Options, *, now_s: float = 100.0) -> None:
+def check(view: View, job: MembershipOptions, *, now_s: float = 100.0) -> None:
     """All that must hold for a decision."""
     decision = decided(view, job, now_s=now_s)
     assert decision == decided(view, job, now_s=now_s)
-    assert decision.why
+    assert decision.reason
     old = view.epoch
-    out = confirmed(view, job.witnesses_min)
+    out = confirmed_suspects(view, job.witnesses_min)
     live = {member.node for member in view.members} - set(out)
     lost = [place.node for place in old.places if place.node not in live] if old else []
     if not isinstance(decision, NewEpoch):
         # Something lost is never let be where enough are left and no time is given.
         if view.leader is not None and old is not None and lost and len(lost) < len(old.places):
-            assert isinstance(decision, Wait)
+            assert isinstance(decision, WaitForNodes)
             assert min(len(live), len(old.places)) < job.nodes_min or now_s < job.shrink_wait_s
         return
     record = decision.record
@@ -247,7 +256,7 @@ def check(view: View, job: Options, *, now_s: float = 100.0) -> None:
     else:
         assert len(names) == min(len(live), job.nodes_max)
     again = decided(after(view, decision), job, now_s=now_s)
-    assert isinstance(again, Keep), again
+    assert isinstance(again, KeepEpoch), again
 
 
 def subsets(nodes: str) -> Iterator[tuple[str, ...]]:
@@ -287,7 +296,7 @@ def test_every_suspicion_among_four() -> None:
 
 
 @st.composite
-def views(draw: st.DrawFn) -> tuple[View, Options]:
+def views(draw: st.DrawFn) -> tuple[View, MembershipOptions]:
     names = [f"n{number:02d}" for number in range(14)]
     live = draw(st.sets(st.sampled_from(names), min_size=1))
     places = draw(st.none() | st.lists(st.sampled_from(names), unique=True, min_size=1, max_size=10))
@@ -311,7 +320,7 @@ def views(draw: st.DrawFn) -> tuple[View, Options]:
 
 @settings(max_examples=300, deadline=None)
 @given(views())
-def test_what_holds_for_any_decision(case: tuple[View, Options]) -> None:
+def test_what_holds_for_any_decision(case: tuple[View, MembershipOptions]) -> None:
     check(*case)
 
 

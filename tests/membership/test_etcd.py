@@ -14,11 +14,11 @@ from keyspace_contract import DEADLINE_S
 from members_contract import info, open_epoch, record_of, until
 from zombie import zombie_is_refused
 
-from ckpt.cluster.membership.api import Leading, Lost, Published
-from ckpt.cluster.membership.decide import NewEpoch, Noticed, Options, decide
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.member import KeyedMembership, boot_s
-from ckpt.cluster.membership.records import Scope
+from ckpt.cluster.membership.api import Leading, NotPublished, Published
+from ckpt.cluster.membership.decide import MembershipOptions, NewEpoch, WaitTimers, decide
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.member import KeyspaceMembership, boottime_s
+from ckpt.cluster.membership.records import ViewScope
 from ckpt.errors import FencedError, UnavailableError
 from ckpt.keyspace.address import EtcdOptions, split_endpoint
 from ckpt.keyspace.base import Keys
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 TTL_S = 12.0
 CALL_S = 0.5
-Make = Callable[..., KeyedMembership]
+Make = Callable[..., KeyspaceMembership]
 
 
 def options(cluster: EtcdCluster, first: int = 0) -> EtcdOptions:
@@ -40,11 +40,11 @@ def options(cluster: EtcdCluster, first: int = 0) -> EtcdOptions:
 @pytest.fixture
 def make(etcd_three: EtcdCluster, job: str) -> Iterator[Make]:
     """Makes nodes of the job that have joined; each asks another member first."""
-    made: list[KeyedMembership] = []
+    made: list[KeyspaceMembership] = []
 
-    def join(first: int | None = None, ttl_s: float = TTL_S) -> KeyedMembership:
+    def join(first: int | None = None, ttl_s: float = TTL_S) -> KeyspaceMembership:
         first = len(made) % 3 if first is None else first
-        made.append(KeyedMembership(EtcdKeyspace(options(etcd_three, first), job), job, ttl_s=ttl_s))
+        made.append(KeyspaceMembership(EtcdKeyspace(options(etcd_three, first), job), job, ttl_s=ttl_s))
         made[-1].join(info())
         return made[-1]
 
@@ -54,33 +54,33 @@ def make(etcd_three: EtcdCluster, job: str) -> Iterator[Make]:
             member.leave()
 
 
-def node_of(member: KeyedMembership) -> str:
+def node_of(member: KeyspaceMembership) -> str:
     return member.keepalive.ticket.node
 
 
-def held_over(members: list[KeyedMembership]) -> None:
+def held_over(members: list[KeyspaceMembership]) -> None:
     """All go on as members, at every moment until keepalives that were sent from now on have been answered."""
-    now_s = boot_s()
+    now_s = boottime_s()
 
     def renewed() -> bool:
-        standings = [member.standing() for member in members]
-        assert all(standing.state is State.SURE for standing in standings), standings
+        standings = [member.lease_status() for member in members]
+        assert all(standing.state is LeaseState.VALID for standing in standings), standings
         return all(standing.act_until_s > now_s + TTL_S for standing in standings)
 
     until(renewed)
 
 
-def still_works(members: list[KeyedMembership]) -> None:
+def still_works(members: list[KeyspaceMembership]) -> None:
     """All see each other and one another's epochs."""
     nodes = {node_of(member) for member in members}
     until(lambda: all(nodes <= set(member.view().by_node) for member in members))
     leader = next((member for member in members if member.lead() == Leading()), None)
     assert leader is not None
-    before = members[-1].view(Scope.HEAD)
+    before = members[-1].view(ViewScope.HEAD)
     record = open_epoch(leader, *sorted(nodes))
-    assert members[-1].wait_change(before.revision, timeout_s=DEADLINE_S, scope=Scope.HEAD)
+    assert members[-1].wait_change(before.revision, timeout_s=DEADLINE_S, scope=ViewScope.HEAD)
     assert all(member.view().epoch == record for member in members)
-    until(lambda: all(member.standing().epoch == record.number for member in members))
+    until(lambda: all(member.lease_status().epoch == record.number for member in members))
 
 
 def harm(cluster: EtcdCluster, which: str) -> EtcdMember:
@@ -115,7 +115,7 @@ def test_all_of_etcd_starts_anew_and_memberships_and_epoch_are_still_there(etcd_
     etcd_three.stop()
     with pytest.raises(UnavailableError):
         members[0].view()
-    assert members[0].standing().state is State.SURE
+    assert members[0].lease_status().state is LeaseState.VALID
     etcd_three.start()
     until(lambda: _quiet(members[0].view) is not None)
     assert members[0].view().epoch == epoch
@@ -135,16 +135,16 @@ def test_etcd_is_gone_for_longer_than_a_lease_and_the_node_stops_acting_in_time(
 ) -> None:
     member = make(ttl_s=2.0)
     etcd_three.stop()
-    until(lambda: member.standing().state is not State.SURE)
-    standing = member.standing()
-    assert standing.state is State.LAPSED
-    assert standing.act_until_s <= boot_s()
+    until(lambda: member.lease_status().state is not LeaseState.VALID)
+    standing = member.lease_status()
+    assert standing.state is LeaseState.LAPSED
+    assert standing.act_until_s <= boottime_s()
     assert "etcd did not answer" in standing.why
     etcd_three.start()
     # A new leader of etcd lets every lease begin anew, so this one may come back; if not, the node learns that.
-    until(lambda: member.standing().state is not State.LAPSED)
+    until(lambda: member.lease_status().state is not LeaseState.LAPSED)
     assert member.keepalive._thread is not None
-    if member.standing().state is State.SURE:
+    if member.lease_status().state is LeaseState.VALID:
         still_works([member])
 
 
@@ -166,14 +166,14 @@ def test_a_dead_node_is_seen_by_others_within_its_ttl_and_a_second(etcd_three: E
         assert dead.keepalive._thread is not None
         dead.keepalive._thread.join(DEADLINE_S)
         view = watcher.view()
-        last_s = dead.standing().act_until_s + 0.1 * ttl_s
+        last_s = dead.lease_status().act_until_s + 0.1 * ttl_s
         while node in view.by_node:
             watcher.wait_change(view.revision, timeout_s=DEADLINE_S)
             view = watcher.view()
-        assert dead.standing().act_until_s <= boot_s()
-        late_s = boot_s() - last_s
+        assert dead.lease_status().act_until_s <= boottime_s()
+        late_s = boottime_s() - last_s
         with pytest.raises(FencedError):
-            dead.say("a", b"1")
+            dead.put_fact("a", b"1")
         if late_s <= 1.0:
             break
     assert late_s <= 1.0
@@ -184,7 +184,7 @@ def test_a_watch_survives_compaction(etcd_three: EtcdCluster, make: Make) -> Non
     revision = one.view().revision
     assert not one.wait_change(revision, timeout_s=0.1)
     for number in range(20):
-        other.say("holdings", b"%d" % number)
+        other.put_fact("holdings", b"%d" % number)
     host, port = split_endpoint(etcd_three.endpoints[1])
     with etcd3.client(host=host, port=port) as client:
         client.compact(other.view().revision, physical=True)
@@ -192,7 +192,7 @@ def test_a_watch_survives_compaction(etcd_three: EtcdCluster, make: Make) -> Non
     try:
         assert late.wait((Keys("said/", "said0"),), revision, timeout_s=DEADLINE_S)  # began before what is left
         now = one.view().revision
-        other.say("holdings", b"last")
+        other.put_fact("holdings", b"last")
         assert late.wait((Keys("said/", "said0"),), now, timeout_s=DEADLINE_S)
         assert one.wait_change(now, timeout_s=DEADLINE_S)
     finally:
@@ -210,7 +210,7 @@ def test_a_watch_moves_on_when_the_member_it_listens_to_is_lost(
         etcd_three.members[0].kill()
     else:
         etcd_three.members[0].process.freeze()
-    until(lambda: _quiet(lambda: other.say("holdings", b"1")) is None and other.heard("holdings"))
+    until(lambda: _quiet(lambda: other.put_fact("holdings", b"1")) is None and other.read_facts("holdings"))
     assert one.wait_change(revision, timeout_s=DEADLINE_S)
 
 
@@ -218,25 +218,25 @@ def test_a_wiped_etcd_knows_no_epoch_and_the_next_one_exceeds_all_that_were_seen
     etcd_one_of_ours: EtcdCluster, job: str
 ) -> None:
     cluster = etcd_one_of_ours
-    old = KeyedMembership(EtcdKeyspace(options(cluster), job), job, ttl_s=TTL_S)
+    old = KeyspaceMembership(EtcdKeyspace(options(cluster), job), job, ttl_s=TTL_S)
     old.join(info())
     for _ in range(3):
         open_epoch(old, node_of(old), "x")
     view = old.view()
     assert not old.wait_change(view.revision, timeout_s=0.1)
     cluster.wipe()
-    until(lambda: old.standing().state is State.LOST)
+    until(lambda: old.lease_status().state is LeaseState.LOST)
     assert old.wait_change(view.revision, timeout_s=DEADLINE_S)  # what was seen is not there any more
-    fresh = KeyedMembership(EtcdKeyspace(options(cluster), job), job, ttl_s=TTL_S)
+    fresh = KeyspaceMembership(EtcdKeyspace(options(cluster), job), job, ttl_s=TTL_S)
     fresh.join(info())
     assert fresh.lead() == Leading()
     view = fresh.view()
     assert (view.epoch, view.epoch_revision) == (None, 0)
-    decided = decide(view, Noticed(), Options(nodes_min=1, nodes_max=1, epoch_floor=3), boot_s())
+    decided = decide(view, WaitTimers(), MembershipOptions(nodes_min=1, nodes_max=1, epoch_floor=3), boottime_s())
     assert isinstance(decided, NewEpoch)
     assert decided.record.number == 4
     # A zombie of the old cluster can do nothing to the new one, whatever its revisions were.
-    for act in (old.lead, lambda: old.say("a", b"x")):
+    for act in (old.lead, lambda: old.put_fact("a", b"x")):
         with pytest.raises(FencedError):
             act()
     assert isinstance(fresh.publish(decided.record, view), Published)
@@ -269,7 +269,7 @@ def test_two_leaders_that_do_not_know_of_each_other_open_one_epoch(make: Make) -
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(one.publish, record_of(old_view, node_of(one)), old_view)
             second = pool.submit(other.publish, record_of(new_view, node_of(other)), new_view)
-            assert (type(first.result()), type(second.result())) == (Lost, Published)
+            assert (type(first.result()), type(second.result())) == (NotPublished, Published)
         witness.suspect(node_of(one), None)
         other.suspect(node_of(one), None)
         one, other = other, one

@@ -15,8 +15,8 @@ from etcd_server import EtcdCluster, require
 from keyspace_contract import DEADLINE_S, get, put
 from members_contract import info, until
 
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.errors import CkptError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
 from ckpt.keyspace.address import EtcdOptions, split_endpoint
 from ckpt.keyspace.base import Keys, Put, Transaction
@@ -85,7 +85,7 @@ def test_what_etcd_can_not_take_is_the_callers_mistake(etcd_one: EtcdCluster, jo
         put(keyspace, "a", bytes(1_600_000))
     with pytest.raises(NotFoundError):
         put(keyspace, "a", b"", 12345)
-    assert keyspace.transact(Transaction(then=tuple(Put(f"k{n}", b"") for n in range(100)))).held
+    assert keyspace.transact(Transaction(then=tuple(Put(f"k{n}", b"") for n in range(100)))).succeeded
     keyspace.close()
 
 
@@ -123,13 +123,13 @@ def test_a_keepalive_thread_outlives_whatever_is_raised(etcd_one: EtcdCluster, j
 
     keyspace = Spiteful(options(etcd_one), job)
     keyspace.errors = []
-    member = KeyedMembership(keyspace, job, ttl_s=TTL_S)
+    member = KeyspaceMembership(keyspace, job, ttl_s=TTL_S)
     member.join(info())
     keyspace.errors = [RuntimeError("a"), CkptError("b"), UnavailableError("c"), ValueError("d"), OSError("e")]
     until(lambda: not keyspace.errors)
-    first_s = member.standing().act_until_s
-    until(lambda: member.standing().act_until_s > first_s)
-    assert member.standing().state is State.SURE
+    first_s = member.lease_status().act_until_s
+    until(lambda: member.lease_status().act_until_s > first_s)
+    assert member.lease_status().state is LeaseState.VALID
     member.leave()
 
 
@@ -148,11 +148,11 @@ def test_a_user_needs_the_right_password(tmp_path: Path, etcd_one: EtcdCluster, 
         cluster.stop()  # it forgets the tokens that it gave out
         cluster.start()
         until(lambda: quiet_get(keyspace, "a") == b"1")
-        member = KeyedMembership(keyspace, job, ttl_s=TTL_S)
+        member = KeyspaceMembership(keyspace, job, ttl_s=TTL_S)
         member.join(info())
         view = member.view()
         assert not member.wait_change(view.revision, timeout_s=0.1)
-        member.say("holdings", b"1")
+        member.put_fact("holdings", b"1")
         assert member.wait_change(view.revision, timeout_s=DEADLINE_S)
         member.leave()
         wrong = EtcdKeyspace(EtcdOptions(endpoints=cluster.endpoints, user="root", password="no", call_s=5.0), job)
@@ -177,11 +177,11 @@ def test_calls_and_watches_go_over_tls_with_certificates_on_both_sides(
         good = EtcdOptions(
             endpoints=cluster.endpoints, ca=files["ca"], cert=files["client"], key=files["client-key"], call_s=5.0
         )
-        member = KeyedMembership(EtcdKeyspace(good, job), job, ttl_s=TTL_S)
+        member = KeyspaceMembership(EtcdKeyspace(good, job), job, ttl_s=TTL_S)
         member.join(info())
         view = member.view()
         assert not member.wait_change(view.revision, timeout_s=0.1)
-        member.say("holdings", b"1")
+        member.put_fact("holdings", b"1")
         assert member.wait_change(view.revision, timeout_s=DEADLINE_S)
         member.leave()
         for bad in (

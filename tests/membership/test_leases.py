@@ -7,63 +7,72 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ckpt.cluster.membership.leases import Gone, Lease, Renewed, Silent, State, call_s, granted, heard
+from ckpt.cluster.membership.leases import (
+    Lease,
+    LeaseGone,
+    LeaseSilent,
+    LeaseState,
+    Renewed,
+    apply_answer,
+    call_timeout_s,
+    granted_lease,
+)
 from ckpt.errors import UsageError
 
 
 def lease(ttl_s: float = 6.0, margin_s: float = 0.5, sent_s: float = 100.0) -> Lease:
-    return granted(7, ttl_s=ttl_s, margin_s=margin_s, sent_s=sent_s)
+    return granted_lease(7, ttl_s=ttl_s, margin_s=margin_s, sent_s=sent_s)
 
 
 def test_a_holder_acts_until_its_last_acknowledged_send_and_the_ttl_less_a_margin() -> None:
     held = lease()
     assert held.act_until_s == 105.5
     assert [held.state(now_s) for now_s in (100.0, 105.4, 105.5, 200.0)] == [
-        State.SURE, State.SURE, State.LAPSED, State.LAPSED,
+        LeaseState.VALID, LeaseState.VALID, LeaseState.LAPSED, LeaseState.LAPSED,
     ]  # fmt: skip
 
 
 def test_keepalives_are_due_at_a_third_and_sooner_after_silence() -> None:
     held = lease()
-    assert held.next_s == 102.0
-    assert heard(held, Silent(102.0, "x")).next_s == 102.5
-    assert heard(heard(held, Silent(102.0, "x")), Renewed(102.5, 6.0)).next_s == 104.5
+    assert held.next_keepalive_s == 102.0
+    assert apply_answer(held, LeaseSilent(102.0, "x")).next_keepalive_s == 102.5
+    assert apply_answer(apply_answer(held, LeaseSilent(102.0, "x")), Renewed(102.5, 6.0)).next_keepalive_s == 104.5
 
 
 def test_silence_says_nothing_and_is_remembered() -> None:
-    held = heard(lease(), Silent(102.0, "no route"))
+    held = apply_answer(lease(), LeaseSilent(102.0, "no route"))
     assert (held.act_until_s, held.why, held.lost) == (105.5, "no route", None)
 
 
 def test_an_answer_counts_from_when_it_was_asked_for() -> None:
-    assert heard(lease(), Renewed(102.0, 6.0)).act_until_s == 107.5
+    assert apply_answer(lease(), Renewed(102.0, 6.0)).act_until_s == 107.5
 
 
 def test_a_late_answer_takes_no_time_away_and_brings_a_lapsed_lease_back() -> None:
-    held = heard(heard(lease(), Renewed(104.0, 6.0)), Renewed(102.0, 6.0))
+    held = apply_answer(apply_answer(lease(), Renewed(104.0, 6.0)), Renewed(102.0, 6.0))
     assert held.act_until_s == 109.5
     lapsed = lease()
-    assert lapsed.state(105.8) is State.LAPSED
-    assert heard(lapsed, Renewed(104.0, 6.0)).state(105.8) is State.SURE
+    assert lapsed.state(105.8) is LeaseState.LAPSED
+    assert apply_answer(lapsed, Renewed(104.0, 6.0)).state(105.8) is LeaseState.VALID
 
 
 def test_nothing_left_is_loss_though_the_answer_is_no_error() -> None:
-    held = heard(lease(), Renewed(102.0, 0.0))
-    assert held.state(101.0) is State.LOST
+    held = apply_answer(lease(), Renewed(102.0, 0.0))
+    assert held.state(101.0) is LeaseState.LOST
     assert held.why == "the lease has expired"
 
 
 def test_what_is_lost_stays_lost() -> None:
-    held = heard(lease(), Gone("taken out"))
-    for answer in (Renewed(102.0, 6.0), Silent(102.0, "x"), Gone("again")):
-        held = heard(held, answer)
-        assert (held.state(102.0), held.why) == (State.LOST, "taken out")
+    held = apply_answer(lease(), LeaseGone("taken out"))
+    for answer in (Renewed(102.0, 6.0), LeaseSilent(102.0, "x"), LeaseGone("again")):
+        held = apply_answer(held, answer)
+        assert (held.state(102.0), held.why) == (LeaseState.LOST, "taken out")
 
 
 def test_less_time_than_was_granted_counts_as_less_and_more_as_no_more() -> None:
-    assert heard(lease(), Renewed(102.0, 4.0)).act_until_s == 105.5
-    assert heard(lease(), Renewed(103.0, 5.0)).act_until_s == 107.5
-    assert heard(lease(), Renewed(102.0, 60.0)).act_until_s == 107.5
+    assert apply_answer(lease(), Renewed(102.0, 4.0)).act_until_s == 105.5
+    assert apply_answer(lease(), Renewed(103.0, 5.0)).act_until_s == 107.5
+    assert apply_answer(lease(), Renewed(102.0, 60.0)).act_until_s == 107.5
 
 
 @pytest.mark.parametrize(("ttl_s", "margin_s"), [(0.0, 0.0), (float("inf"), 1.0), (6.0, 4.0), (6.0, -0.1), (-1.0, 0.0)])
@@ -73,7 +82,7 @@ def test_a_lease_that_leaves_no_time_to_act_is_refused(ttl_s: float, margin_s: f
 
 
 def test_a_call_is_over_well_before_the_next_keepalive() -> None:
-    assert 2 * call_s(6.0) <= 6.0 / 3
+    assert 2 * call_timeout_s(6.0) <= 6.0 / 3
 
 
 TTL_S = 5.0
@@ -91,7 +100,7 @@ class OneLease(RuleBasedStateMachine):
         self.end_s: float | None = TTL_S
         self.requests: list[float] = []
         self.answers: list[Renewed] = []
-        self.lease = granted(1, ttl_s=TTL_S, margin_s=MARGIN_S, sent_s=self.clock())
+        self.lease = granted_lease(1, ttl_s=TTL_S, margin_s=MARGIN_S, sent_s=self.clock())
 
     def clock(self) -> float:
         return self.offset_s + self.now_s * self.rate
@@ -117,11 +126,11 @@ class OneLease(RuleBasedStateMachine):
     @precondition(lambda self: self.answers)
     @rule(which=st.integers(0, 99))
     def answer_comes(self, which: int) -> None:
-        self.lease = heard(self.lease, self.answers.pop(which % len(self.answers)))
+        self.lease = apply_answer(self.lease, self.answers.pop(which % len(self.answers)))
 
     @rule()
     def tries_in_vain(self) -> None:
-        self.lease = heard(self.lease, Silent(self.clock(), "x"))
+        self.lease = apply_answer(self.lease, LeaseSilent(self.clock(), "x"))
 
     @rule()
     def service_has_a_new_leader(self) -> None:
@@ -131,7 +140,7 @@ class OneLease(RuleBasedStateMachine):
     @invariant()
     def nobody_acts_whose_lease_expired(self) -> None:
         if self.end_s is None:
-            assert self.lease.state(self.clock()) is not State.SURE
+            assert self.lease.state(self.clock()) is not LeaseState.VALID
 
 
 TestOneLease = OneLease.TestCase

@@ -9,12 +9,12 @@ from keyspace_contract import get, lease
 from lodging_contract import LodgingContract, under
 from memory_keyspace import MemoryKeyspace, MemoryServer
 
-from ckpt.cluster.membership.api import Leading, Unknown
-from ckpt.cluster.membership.leases import Gone, Seen, Silent, State, borrowed, heard
-from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.api import Leading, MembershipUnknown
+from ckpt.cluster.membership.leases import LeaseGone, LeaseSeen, LeaseSilent, LeaseState, apply_answer, borrowed_lease
+from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.records import NodeInfo
 from ckpt.errors import UnavailableError
-from ckpt.keyspace.base import Outcome, Transaction
+from ckpt.keyspace.base import Transaction, TransactionResult
 
 
 class TestLodging(LodgingContract):
@@ -29,7 +29,7 @@ class Lossy(MemoryKeyspace):
         self.fates: list[str] = []
         self.late: list[Transaction] = []
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         fate = self.fates.pop(0) if self.fates else ""
         if fate == "late":
             self.late.append(transaction)
@@ -43,7 +43,7 @@ class Lossy(MemoryKeyspace):
     def land(self) -> list[bool]:
         """Whether each of those that come late did anything."""
         late, self.late = self.late, []
-        return [MemoryKeyspace.transact(self, one).held for one in late]
+        return [MemoryKeyspace.transact(self, one).succeeded for one in late]
 
 
 @pytest.fixture
@@ -52,10 +52,10 @@ def lossy() -> Lossy:
 
 
 @pytest.fixture
-def member(lossy: Lossy) -> KeyedMembership:
-    made = KeyedMembership(lossy, "j", ttl_s=60.0, threads=False)
+def member(lossy: Lossy) -> KeyspaceMembership:
+    made = KeyspaceMembership(lossy, "j", ttl_s=60.0, threads=False)
     made.join(NodeInfo(node="n", host="h", slots=1))
-    made.say("fact", b"x")
+    made.put_fact("fact", b"x")
     return made
 
 
@@ -75,14 +75,14 @@ FATES = ["request lost", "answer lost", "late"]
     ],
 )
 def test_a_move_without_an_answer_is_settled_by_whatever_is_written_next(
-    lossy: Lossy, member: KeyedMembership, first: str, at: int, settle: Callable[[KeyedMembership, int], object]
+    lossy: Lossy, member: KeyspaceMembership, first: str, at: int, settle: Callable[[KeyspaceMembership, int], object]
 ) -> None:
     own, other = member._member()[0].lease_id, lease(lossy)
     lossy.fates = [""] * at + [first]
     with pytest.raises(UnavailableError):
-        member.live_under(other)
+        member.borrow_lease(other)
     member.keepalive.round()
-    assert member.standing().state is State.LAPSED  # it may live under a lease of which it knows nothing
+    assert member.lease_status().state is LeaseState.LAPSED  # it may live under a lease of which it knows nothing
     settle(member, other)
     now = member._member()[0].lease_id
     assert under(lossy, now) >= {"nodes/n", "said/fact/n"}
@@ -90,74 +90,74 @@ def test_a_move_without_an_answer_is_settled_by_whatever_is_written_next(
     assert under(lossy, now) >= {"nodes/n", "said/fact/n"}
     assert lossy.renew(own) == 0
     member.keepalive.round()
-    assert member.standing().state is not State.LOST
+    assert member.lease_status().state is not LeaseState.LOST
 
 
 @pytest.mark.parametrize("first", FATES)
-def test_a_way_back_without_an_answer_is_settled_as_well(lossy: Lossy, member: KeyedMembership, first: str) -> None:
+def test_a_way_back_without_an_answer_is_settled_as_well(lossy: Lossy, member: KeyspaceMembership, first: str) -> None:
     other = lease(lossy)
-    assert member.live_under(other)
+    assert member.borrow_lease(other)
     lossy.fates = ["", first]
     with pytest.raises(UnavailableError):
-        member.live_alone()
-    member.live_alone()
+        member.use_own_lease()
+    member.use_own_lease()
     lossy.land()
     lossy.revoke(other)
     assert get(lossy, "nodes/n") is not None
-    assert member.borrows == 0
+    assert member.borrowed_lease_id == 0
     member.keepalive.round()
-    assert member.standing().state is State.SURE
+    assert member.lease_status().state is LeaseState.VALID
     assert under(lossy, member._member()[0].lease_id) == {"nodes/n", "said/fact/n"}
 
 
 @pytest.mark.parametrize("first", FATES)
 @pytest.mark.parametrize("back", [False, True])
 def test_who_leaves_after_a_move_without_an_answer_leaves_nothing_however_late_it_lands(
-    lossy: Lossy, member: KeyedMembership, first: str, back: bool
+    lossy: Lossy, member: KeyspaceMembership, first: str, back: bool
 ) -> None:
     other = lease(lossy)
     if back:
-        assert member.live_under(other)
+        assert member.borrow_lease(other)
     assert member.lead() == Leading()
     lossy.fates = ["", first]
     with pytest.raises(UnavailableError):
-        member.live_alone() if back else member.live_under(other)
+        member.use_own_lease() if back else member.borrow_lease(other)
     late, server = lossy.late, lossy._server
     member.leave()
     after = MemoryKeyspace(server)
     assert server.keys == {}
-    assert not any(after.transact(one).held for one in late)
+    assert not any(after.transact(one).succeeded for one in late)
     assert set(server.leases) == {other}
 
 
-def test_a_move_that_is_made_twice_does_nothing_the_second_time(lossy: Lossy, member: KeyedMembership) -> None:
+def test_a_move_that_is_made_twice_does_nothing_the_second_time(lossy: Lossy, member: KeyspaceMembership) -> None:
     other = lease(lossy)
     lossy.fates = ["", "late"]
     with pytest.raises(UnavailableError):
-        member.live_under(other)
-    assert member.live_under(other)
+        member.borrow_lease(other)
+    assert member.borrow_lease(other)
     revision = lossy._server.revision
     assert lossy.land() == [False]
     assert lossy._server.revision == revision
 
 
-def test_what_was_said_before_a_move_without_an_answer_waits_for_it(lossy: Lossy, member: KeyedMembership) -> None:
+def test_what_was_said_before_a_move_without_an_answer_waits_for_it(lossy: Lossy, member: KeyspaceMembership) -> None:
     lossy.fates = ["", "answer lost", "request lost", "request lost", "request lost"]
     with pytest.raises(UnavailableError):
-        member.live_under(lease(lossy))
+        member.borrow_lease(lease(lossy))
     with pytest.raises(UnavailableError):
-        member.say("fact", b"y")
-    assert isinstance(member.lead(), Unknown)
+        member.put_fact("fact", b"y")
+    assert isinstance(member.lead(), MembershipUnknown)
     with pytest.raises(UnavailableError):
         member.suspect("n1", "reset")
-    member.say("fact", b"y")
+    member.put_fact("fact", b"y")
     assert get(lossy, "said/fact/n") == b"y"
 
 
 def test_a_borrowed_lease_is_looked_at_once_in_its_ttl_and_gives_no_time_to_act() -> None:
-    held = borrowed(7, ttl_s=6.0, margin_s=0.5, now_s=100.0)
-    assert (held.state(100.0), held.next_s) == (State.LAPSED, 106.0)
-    held = heard(held, Seen(106.0))
-    assert (held.state(106.0), held.next_s) == (State.LAPSED, 112.0)
-    assert heard(held, Silent(112.0, "x")).next_s == 112.5
-    assert heard(held, Gone("taken out")).state(100.0) is State.LOST
+    held = borrowed_lease(7, ttl_s=6.0, margin_s=0.5, now_s=100.0)
+    assert (held.state(100.0), held.next_keepalive_s) == (LeaseState.LAPSED, 106.0)
+    held = apply_answer(held, LeaseSeen(106.0))
+    assert (held.state(106.0), held.next_keepalive_s) == (LeaseState.LAPSED, 112.0)
+    assert apply_answer(held, LeaseSilent(112.0, "x")).next_keepalive_s == 112.5
+    assert apply_answer(held, LeaseGone("taken out")).state(100.0) is LeaseState.LOST

@@ -10,21 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.cluster.membership.mirrors import Holder, Placement, place_mirrors, renamed
+from ckpt.cluster.membership.mirrors import MirrorPlacement, RankHolder, place_mirrors, rename_nodes
 from ckpt.errors import UsageError
 
 
-def job(domains: Sequence[str], groups: Sequence[str] = ()) -> list[Holder]:
+def job(domains: Sequence[str], groups: Sequence[str] = ()) -> list[RankHolder]:
     """Nodes n00, n01, ... in these domains."""
-    return [Holder(f"n{number:02d}", domain, groups[number] if groups else "") for number, domain in enumerate(domains)]
+    return [
+        RankHolder(f"n{number:02d}", domain, groups[number] if groups else "") for number, domain in enumerate(domains)
+    ]
 
 
-def suffice(holders: Sequence[Holder], mirrors: int) -> bool:
+def suffice(holders: Sequence[RankHolder], mirrors: int) -> bool:
     greatest = max(Counter(holder.domain for holder in holders).values())
     return greatest <= len(holders) // (mirrors + 1)
 
 
-def check(holders: Sequence[Holder], mirrors: int, placed: Placement) -> None:
+def check(holders: Sequence[RankHolder], mirrors: int, placed: MirrorPlacement) -> None:
     count = min(mirrors, len(holders) - 1)
     domains = {holder.node: holder.domain for holder in holders}
     assert set(placed) == set(domains)
@@ -39,7 +41,7 @@ def check(holders: Sequence[Holder], mirrors: int, placed: Placement) -> None:
     assert max(loads[node] for node in domains) - min(loads[node] for node in domains) <= 1
 
 
-def moves(before: Placement, placed: Placement) -> int:
+def moves(before: MirrorPlacement, placed: MirrorPlacement) -> int:
     """How many mirrors are made anew."""
     return sum(len(set(peers) - set(before.get(node, ()))) for node, peers in placed.items())
 
@@ -63,7 +65,7 @@ def test_every_shape_of_domains(mirrors: int) -> None:
                 left = [holder for holder in holders if holder != lost]
                 if left:
                     check(left, mirrors, place_mirrors(left, mirrors, before=placed))
-            more = [*holders, Holder("new", "d0")]
+            more = [*holders, RankHolder("new", "d0")]
             check(more, mirrors, place_mirrors(more, mirrors, before=placed))
 
 
@@ -91,7 +93,7 @@ def test_fewer_nodes_than_mirrors_hold_all() -> None:
 
 def test_what_can_not_be_placed_is_refused() -> None:
     with pytest.raises(UsageError):
-        place_mirrors([Holder("a", "x"), Holder("a", "y")], 1)
+        place_mirrors([RankHolder("a", "x"), RankHolder("a", "y")], 1)
     with pytest.raises(UsageError):
         place_mirrors(job("ab"), -1)
 
@@ -99,8 +101,8 @@ def test_what_can_not_be_placed_is_refused() -> None:
 def test_a_node_that_takes_over_moves_nothing_else() -> None:
     holders = job("aabbccdd")
     placed = place_mirrors(holders, 1)
-    after = [Holder("new", "a"), *holders[1:]]
-    was = renamed(placed, {"n00": "new", "unknown": "x"})
+    after = [RankHolder("new", "a"), *holders[1:]]
+    was = rename_nodes(placed, {"n00": "new", "unknown": "x"})
     assert place_mirrors(after, 1, before=was) == dict(sorted(was.items()))
 
 
@@ -113,7 +115,7 @@ def test_after_a_loss_only_what_must_move_moves() -> None:
 
 
 @st.composite
-def jobs(draw: st.DrawFn) -> tuple[list[Holder], int]:
+def jobs(draw: st.DrawFn) -> tuple[list[RankHolder], int]:
     count = draw(st.integers(1, 40))
     kinds = draw(st.integers(1, 12))
     domains = [f"d{draw(st.integers(0, kinds))}" for _ in range(count)]
@@ -123,7 +125,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[Holder], int]:
 
 @settings(max_examples=120, deadline=None)
 @given(jobs(), st.data())
-def test_what_holds_for_any_job_also_after_losses(case: tuple[list[Holder], int], data: st.DataObject) -> None:
+def test_what_holds_for_any_job_also_after_losses(case: tuple[list[RankHolder], int], data: st.DataObject) -> None:
     holders, mirrors = case
     placed = place_mirrors(holders, mirrors)
     check(holders, mirrors, placed)
@@ -155,7 +157,7 @@ def test_any_losses_up_to_the_number_of_mirrors_leave_a_copy_of_everything() -> 
 
 
 def test_a_job_of_many_nodes_is_placed_and_repaired_quickly_enough() -> None:
-    holders = [Holder(f"n{number:05d}", f"rack{number // 16:04d}", f"p{number // 64}") for number in range(4_000)]
+    holders = [RankHolder(f"n{number:05d}", f"rack{number // 16:04d}", f"p{number // 64}") for number in range(4_000)]
     placed = place_mirrors(holders, 1)
     check(holders, 1, placed)
     left = holders[:100] + holders[116:]  # a rack is lost

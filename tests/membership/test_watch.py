@@ -13,10 +13,10 @@ from etcd3 import etcdrpc
 from ckpt.errors import UnavailableError
 from ckpt.keyspace.address import EtcdOptions
 from ckpt.keyspace.base import Keys
-from ckpt.keyspace.etcd import BEHIND_MAX, EtcdCalls, EtcdWatch
+from ckpt.keyspace.etcd import BEHIND_MAX, EtcdClient, EtcdWatch
 
 
-class NoCalls(EtcdCalls):
+class NoCalls(EtcdClient):
     """Nobody to listen to."""
 
     def client(self, number: int) -> object:  # type: ignore[override]
@@ -103,7 +103,7 @@ class Streams:
 OPENED: list[str] = []
 
 
-class TwoEndpoints(EtcdCalls):
+class TwoEndpoints(EtcdClient):
     """Clients that are only told apart."""
 
     def client(self, number: int) -> object:  # type: ignore[override]

@@ -9,16 +9,16 @@ import sys
 from keyspace_contract import DEADLINE_S
 from members_contract import open_epoch
 
-from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.member import KeyspaceMembership
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from ckpt.errors import CkptError
 from ckpt.keyspace.address import EtcdOptions
-from ckpt.cluster.membership.member import boot_s
+from ckpt.cluster.membership.member import boottime_s
 from ckpt.cluster.membership.open import open_membership
-from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, NodePlacement
 
 where, job, ttl_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
 where = Path(where) if where.startswith("/") else EtcdOptions(endpoints=tuple(where.split(",")))
@@ -27,9 +27,9 @@ member.join(NodeInfo(node="zombie", host="z", slots=1))
 leading = member.lead()
 view = member.view()
 print(type(leading).__name__, flush=True)  # who freezes it now freezes it outside its transactions, but for a keepalive's
-record = EpochRecord(job=job, number=9, places=(Place("zombie", 1),), leader="zombie", nodes_min=1, nodes_max=1)
+record = EpochRecord(job=job, number=9, places=(NodePlacement("zombie", 1),), leader="zombie", nodes_min=1, nodes_max=1)
 sys.stdin.readline()
-print("acts" if boot_s() < member.standing().act_until_s else "stopped", flush=True)
+print("acts" if boottime_s() < member.standing().act_until_s else "stopped", flush=True)
 print(type(member.publish(record, view)).__name__, flush=True)
 try:
     print(type(member.lead()).__name__, flush=True)
@@ -41,7 +41,7 @@ print("lost", flush=True)
 """
 
 
-def zombie_is_refused(where: str, other: KeyedMembership, job: str, *, ttl_s: float) -> None:
+def zombie_is_refused(where: str, other: KeyspaceMembership, job: str, *, ttl_s: float) -> None:
     """``where``: endpoints, or a file. ``other`` is another member of the job."""
     zombie = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, where, job, str(ttl_s)],

@@ -9,10 +9,19 @@ from types import TracebackType
 
 from peer_world import SECRET, WAIT_S
 
-from ckpt.cluster.peermem.auth import Secret, SessionKeys, mac
+from ckpt.cluster.peermem.auth import PeerSecret, SessionKeys, mac
 from ckpt.cluster.peermem.body_mac import body_mac
-from ckpt.cluster.peermem.channel import Channel, Patience
-from ckpt.cluster.peermem.http import Answer, Hello, Request, Welcome, parse_head, split_mac, status_of, with_mac
+from ckpt.cluster.peermem.channel import PeerChannel, PeerTimeouts
+from ckpt.cluster.peermem.http import (
+    PeerAnswer,
+    PeerHello,
+    PeerRequest,
+    PeerWelcome,
+    parse_head,
+    parse_status,
+    split_mac,
+    with_mac,
+)
 from ckpt.cluster.peermem.server import PeerServer
 
 
@@ -22,16 +31,16 @@ class Said:
 
     status: int
     proven: bool
-    answer: Answer | None
+    answer: PeerAnswer | None
 
 
 class RawPeer:
     """A connection to ``server`` whose every byte the test decides. ``meet`` makes the keys."""
 
-    def __init__(self, server: PeerServer, *, secret: Secret = SECRET, meet: bool = True) -> None:
+    def __init__(self, server: PeerServer, *, secret: PeerSecret = SECRET, meet: bool = True) -> None:
         self.socket = socket.create_connection(server.address, WAIT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.channel = Channel(self.socket, Patience(grace_s=WAIT_S))
+        self.channel = PeerChannel(self.socket, PeerTimeouts(grace_s=WAIT_S))
         self.secret = secret
         self.boot = server.boot
         self.counter = 0
@@ -50,7 +59,7 @@ class RawPeer:
 
     def meet(self, nonce: str = "ab" * 16) -> bytes:
         """Say hello; returns the hello's bytes."""
-        head = Hello(nonce, ("gmac", "hmac-sha256")).spell("test")
+        head = PeerHello(nonce, ("gmac", "hmac-sha256")).encode("test")
         proof = self.secret.hello_mac(head)
         raw = with_mac(head, proof)
         self.socket.sendall(raw)
@@ -59,14 +68,14 @@ class RawPeer:
         split = split_mac(answer)
         assert split is not None, answer
         assert split[1] == self.secret.welcome_mac(proof, split[0])
-        self.mac_name = Welcome.of(parse_head(split[0])).mac
+        self.mac_name = PeerWelcome.parse(parse_head(split[0])).mac
         self.keys = self.secret.session(proof, split[1])
         return raw
 
-    def request(self, **facts: object) -> Request:
+    def request(self, **facts: object) -> PeerRequest:
         """A right request with the next number, except for ``facts``."""
         self.counter += 1
-        base = Request(verb="HEAD", key="a", boot=self.boot, epoch=1, counter=self.counter)
+        base = PeerRequest(verb="HEAD", key="a", boot=self.boot, epoch=1, counter=self.counter)
         return dataclasses.replace(base, **facts)  # type: ignore[arg-type]
 
     def sign(self, head: bytes) -> bytes:
@@ -74,10 +83,10 @@ class RawPeer:
         assert self.keys is not None
         return with_mac(head, mac(self.keys.request_head, head))
 
-    def put_bytes(self, request: Request, body: bytes) -> bytes:
+    def put_bytes(self, request: PeerRequest, body: bytes) -> bytes:
         """A whole PUT: head, body and tag."""
         assert self.keys is not None
-        head = request.spell("test")
+        head = request.encode("test")
         proof = mac(self.keys.request_head, head)
         tag = body_mac(self.mac_name, self.keys.request_body, counter=request.counter, head_mac=proof)
         tag.update(body)
@@ -100,10 +109,10 @@ class RawPeer:
             return None
         split = split_mac(raw)
         if split is None:
-            return Said(status_of(parse_head(raw[:-2])), False, None)
+            return Said(parse_status(parse_head(raw[:-2])), False, None)
         assert self.keys is not None
         assert split[1] == mac(self.keys.answer_head, split[0])
-        answer = Answer.of(parse_head(split[0]))
+        answer = PeerAnswer.parse(parse_head(split[0]))
         return Said(answer.status, True, answer)
 
     def ask(self, raw: bytes) -> Said | None:
@@ -111,7 +120,7 @@ class RawPeer:
         self.send(raw)
         return self.hear()
 
-    def body(self, answer: Answer) -> bytes:
+    def body(self, answer: PeerAnswer) -> bytes:
         """The body behind ``answer``, its tag not looked at."""
         out = bytearray(answer.body_bytes)
         self.channel.read_body(memoryview(out), body_mac("hmac-sha256", b"", counter=0, head_mac=b""))

@@ -7,21 +7,21 @@ import time
 from collections.abc import Callable, Sequence
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.channel import Patience
-from ckpt.cluster.peermem.server import Limits, PeerServer
-from ckpt.cluster.peermem.store import ClientLimits, PeerStore
-from ckpt.cluster.peermem.vault import Source, Vault
+from ckpt.cluster.peermem.auth import PeerSecret
+from ckpt.cluster.peermem.channel import PeerTimeouts
+from ckpt.cluster.peermem.memory import PeerMemory, ServedSource
+from ckpt.cluster.peermem.server import PeerServer, PeerServerLimits
+from ckpt.cluster.peermem.store import PeerClientLimits, PeerStore
 from ckpt.events import Event
-from ckpt.rate_limit import RateCap
+from ckpt.rate_limit import RateLimit
 
 WAIT_S = 30.0
-SECRET = Secret.of(bytes(range(32)))
-OTHER_SECRET = Secret.of(bytes(range(100, 132)))
+SECRET = PeerSecret.of(bytes(range(32)))
+OTHER_SECRET = PeerSecret.of(bytes(range(100, 132)))
 BUDGET_BYTES = 160 << 20
 
-PATIENT = Limits(stranger_s=WAIT_S, idle_s=WAIT_S, patience=Patience(grace_s=WAIT_S))
-BRIEF = Limits(stranger_s=3.0, idle_s=3.0, patience=Patience(grace_s=3.0, bytes_per_s_min=8 << 20))
+PATIENT = PeerServerLimits(stranger_s=WAIT_S, idle_s=WAIT_S, timeouts=PeerTimeouts(grace_s=WAIT_S))
+BRIEF = PeerServerLimits(stranger_s=3.0, idle_s=3.0, timeouts=PeerTimeouts(grace_s=3.0, bytes_per_s_min=8 << 20))
 """Limits that a test reaches at once, and ones that none reaches."""
 
 
@@ -46,21 +46,21 @@ class World:
     def serve(
         self,
         *,
-        vault: Vault | None = None,
-        limits: Limits = PATIENT,
+        vault: PeerMemory | None = None,
+        limits: PeerServerLimits = PATIENT,
         port: int = 0,
         tls: ssl.SSLContext | None = None,
         epoch: int = 0,
-        sources: Sequence[Source] = (),
+        sources: Sequence[ServedSource] = (),
     ) -> PeerServer:
         server = PeerServer(
-            vault or Vault(BUDGET_BYTES),
+            vault or PeerMemory(BUDGET_BYTES),
             SECRET,
             endpoint=Endpoint(port=port, tls=tls),
             limits=limits,
             epoch=epoch,
             sources=sources,
-            tell=self.told.append,
+            emit=self.told.append,
         )
         server.start()
         self._servers.append(server)
@@ -70,11 +70,11 @@ class World:
         self,
         server: PeerServer,
         *,
-        secret: Secret = SECRET,
+        secret: PeerSecret = SECRET,
         epoch: Callable[[], int] | None = None,
-        cap: RateCap | None = None,
+        cap: RateLimit | None = None,
         tls: ssl.SSLContext | None = None,
-        limits: ClientLimits | None = None,
+        limits: PeerClientLimits | None = None,
     ) -> PeerStore:
         endpoint = Endpoint(*server.address, tls=tls)
         store = PeerStore(endpoint, secret, epoch=epoch or Epoch(), cap=cap, limits=limits)

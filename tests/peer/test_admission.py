@@ -9,29 +9,29 @@ from peer_raw import RawPeer, Said
 from peer_world import OTHER_SECRET, SECRET, World, until
 
 from ckpt.cluster.peermem.auth import mac
-from ckpt.cluster.peermem.http import Base, Request, admit, spell_ranges, with_mac
+from ckpt.cluster.peermem.http import DeltaBase, PeerRequest, authorize, encode_ranges, with_mac
 from ckpt.cluster.peermem.server import PeerServer
 
 OLD_BOOT = "00" * 16
 BODY = b"the body of an object"
-CHANGED = spell_ranges([(1, 2)]) + b"ne"
+CHANGED = encode_ranges([(1, 2)]) + b"ne"
 
 
 def state(server: PeerServer) -> tuple[object, ...]:
     """All that a request could change."""
-    vault = server.vault
+    vault = server.memory
     bodies = []
     for one in vault.list():
         with vault.reading(one.key) as held:
             bodies.append((one, bytes(held.view), held.version))
     stats = vault.stats()
-    return server.epoch, bodies, stats.held_bytes - stats.spare_bytes
+    return server.epoch, bodies, stats.total_bytes - stats.spare_bytes
 
 
 def prepared(world: World) -> PeerServer:
     server = world.serve(epoch=1)
     for key in ("a", "b/c"):
-        with server.vault.incoming(key, 3) as incoming:
+        with server.memory.incoming(key, 3) as incoming:
             incoming.view[:] = b"old"
             incoming.publish()
     return server
@@ -41,12 +41,12 @@ def refused(server: PeerServer, kind: str) -> int:
     return server.stats().refused.get(kind, 0)
 
 
-REQUESTS: dict[str, Callable[[RawPeer], Request]] = {
+REQUESTS: dict[str, Callable[[RawPeer], PeerRequest]] = {
     "put": lambda peer: peer.request(verb="PUT", key="a", body_bytes=len(BODY)),
     "create": lambda peer: peer.request(verb="PUT", key="new", body_bytes=len(BODY), create_only=True),
     "announced": lambda peer: peer.request(verb="PUT", key="a", body_bytes=len(BODY), waits=True),
     "changed": lambda peer: peer.request(
-        verb="PUT", key="a", body_bytes=len(CHANGED), base=Base(key="b/c", version=2, size_bytes=3, ranges=1)
+        verb="PUT", key="a", body_bytes=len(CHANGED), base=DeltaBase(key="b/c", version=2, size_bytes=3, ranges=1)
     ),
     "delete": lambda peer: peer.request(verb="DELETE", key="a"),
     "get": lambda peer: peer.request(verb="GET", key="a", span=(0, 3)),
@@ -55,11 +55,11 @@ REQUESTS: dict[str, Callable[[RawPeer], Request]] = {
 }
 
 
-def whole(peer: RawPeer, request: Request) -> bytes:
+def whole(peer: RawPeer, request: PeerRequest) -> bytes:
     """A request as it would be served."""
     if request.body_bytes is not None and not request.waits:
         return peer.put_bytes(request, BODY if request.base is None else CHANGED)
-    return peer.sign(request.spell("test"))
+    return peer.sign(request.encode("test"))
 
 
 FIELDS = {
@@ -149,13 +149,13 @@ def test_other_keys_are_refused(world: World) -> None:
         assert other.keys is not None
         for key in (other.keys.request_head, other.keys.answer_head, bytes(32)):
             with RawPeer(server) as peer:
-                head = peer.request(verb="DELETE", key="a").spell("test")
+                head = peer.request(verb="DELETE", key="a").encode("test")
                 assert peer.ask(with_mac(head, mac(key, head))) == Said(401, False, None)
         with RawPeer(server) as peer:
-            head = peer.request(verb="DELETE", key="a").spell("test")
+            head = peer.request(verb="DELETE", key="a").encode("test")
             assert peer.keys is not None
             assert peer.ask(with_mac(head, mac(peer.keys.answer_head, head))) == Said(401, False, None)
-        assert again.ask(again.sign(again.request(key="a").spell("test"))) is not None
+        assert again.ask(again.sign(again.request(key="a").encode("test"))) is not None
     assert state(server) == before
 
 
@@ -184,7 +184,8 @@ def test_a_request_that_is_played_again_is_refused(world: World, name: str) -> N
         if name == "announced":
             assert peer.channel.read_head() == b"HTTP/1.1 100 Continue\r\n\r\n"
             raw += peer.put_bytes(
-                Request(verb="PUT", key="a", boot=peer.boot, epoch=1, counter=1, body_bytes=len(BODY), waits=True), BODY
+                PeerRequest(verb="PUT", key="a", boot=peer.boot, epoch=1, counter=1, body_bytes=len(BODY), waits=True),
+                BODY,
             )[len(raw) :]
             peer.send(raw[-len(BODY) - 16 :])
         first = peer.hear()
@@ -224,11 +225,11 @@ def test_numbers_may_leave_gaps_and_never_go_back(world: World) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
         for counter, wanted in ((5, 200), (6, 200), (100, 200), (100, 401)):
-            said = peer.ask(peer.sign(peer.request(key="a", counter=counter).spell("t")))
+            said = peer.ask(peer.sign(peer.request(key="a", counter=counter).encode("t")))
             assert said is not None
             assert said.status == wanted
     with RawPeer(server) as peer:
-        said = peer.ask(peer.sign(peer.request(key="a", counter=0).spell("t")))
+        said = peer.ask(peer.sign(peer.request(key="a", counter=0).encode("t")))
         assert said is not None
         assert said.status == 401
 
@@ -245,7 +246,7 @@ def test_an_older_epoch_is_told_the_newer_one_and_changes_nothing(world: World, 
         assert (said.status, said.answer.epoch) == (409, 7)
         assert refused(server, "epoch") == 1
         assert state(server) == before
-        said = peer.ask(peer.sign(peer.request(key="a", epoch=7).spell("t")))
+        said = peer.ask(peer.sign(peer.request(key="a", epoch=7).encode("t")))
         assert said is not None
         assert said.status == 200, "a refused epoch does not spoil the connection"
 
@@ -253,11 +254,11 @@ def test_an_older_epoch_is_told_the_newer_one_and_changes_nothing(world: World, 
 def test_a_newer_epoch_is_learned_from_any_genuine_request_and_from_no_other(world: World) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        raw = peer.sign(peer.request(key="a", epoch=9).spell("t"))
+        raw = peer.sign(peer.request(key="a", epoch=9).encode("t"))
         peer.ask(raw.replace(b"epoch: 9", b"epoch: 8"))
     assert server.epoch == 1
     with RawPeer(server) as peer:
-        said = peer.ask(peer.sign(peer.request(key="none", epoch=9).spell("t")))
+        said = peer.ask(peer.sign(peer.request(key="none", epoch=9).encode("t")))
         assert said is not None
         assert said.status == 404
     assert server.epoch == 9
@@ -269,7 +270,7 @@ def test_an_epoch_that_opens_while_a_body_comes_fences_the_put(world: World) -> 
     with RawPeer(server) as peer:
         raw = peer.put_bytes(REQUESTS["put"](peer), BODY)
         peer.send(raw[:-5])
-        until(lambda: server.vault.stats().coming_bytes)
+        until(lambda: server.memory.stats().incoming_bytes)
         server.see_epoch(2)
         said = peer.ask(raw[-5:])
         assert said is not None
@@ -290,16 +291,16 @@ def test_a_request_for_an_earlier_start_is_told_the_new_one(world: World, name: 
         assert refused(server, "boot") == 1
         assert state(server) == before
         peer.boot = said.answer.boot
-        said = peer.ask(peer.sign(peer.request(key="a").spell("t")))
+        said = peer.ask(peer.sign(peer.request(key="a").encode("t")))
         assert said is not None
         assert said.status == 200
 
 
 def test_admission_says_the_first_reason_of_several() -> None:
-    request = Request(verb="HEAD", key="a", boot=OLD_BOOT, epoch=1, counter=3)
+    request = PeerRequest(verb="HEAD", key="a", boot=OLD_BOOT, epoch=1, counter=3)
 
     def kind(**facts: object) -> str | None:
-        found = admit(request, **{"boot": OLD_BOOT, "epoch": 1, "last_counter": 2, **facts})  # type: ignore[arg-type]
+        found = authorize(request, **{"boot": OLD_BOOT, "epoch": 1, "last_counter": 2, **facts})  # type: ignore[arg-type]
         return None if found is None else found.kind
 
     assert kind() is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckpt.cluster.peermem import body_mac as macs
-from ckpt.cluster.peermem.auth import Secret
+from ckpt.cluster.peermem.auth import PeerSecret
 from ckpt.cluster.secret import load_secret, write_new_secret
 from ckpt.errors import UsageError
 
@@ -54,7 +54,7 @@ def test_a_folder_a_pipe_and_nothing_are_no_secret(tmp_path: Path) -> None:
 
 
 def test_a_secret_is_neither_shown_nor_pickled() -> None:
-    secret = Secret.of(RAW)
+    secret = PeerSecret.of(RAW)
     keys = secret.session(b"h" * 32, b"w" * 32)
     for shown in (repr(secret), str(secret), repr(keys)):
         assert RAW.hex() not in shown
@@ -67,7 +67,7 @@ def test_a_secret_is_neither_shown_nor_pickled() -> None:
 def test_every_key_differs_from_every_other() -> None:
     found = set()
     for raw in (RAW, RAW[::-1]):
-        secret = Secret.of(raw)
+        secret = PeerSecret.of(raw)
         for hello in (b"h" * 32, b"i" * 32):
             found |= {secret.hello_mac(hello), secret.welcome_mac(hello, b"")}
             for welcome in (b"w" * 32, b"x" * 32):

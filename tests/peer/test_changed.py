@@ -19,25 +19,25 @@ from ckpt.backends.replicated.buffers import Loan, TakenBackError
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem import client as connection
 from ckpt.cluster.peermem import server as serving
-from ckpt.cluster.peermem.channel import Patience
+from ckpt.cluster.peermem.channel import PeerTimeouts
 from ckpt.cluster.peermem.http import (
     RANGE_BYTES,
     RANGES_MAX,
-    Base,
     BaseGoneError,
+    ByteRange,
+    DeltaBase,
     MalformedError,
-    Range,
-    Request,
-    Stored,
-    between,
-    pieces_of,
+    PeerRequest,
+    StoredContent,
+    encode_ranges,
+    kept_and_sent,
+    parse_ranges,
     ranges_problem,
-    read_ranges,
-    spell_ranges,
+    slice_ranges,
 )
-from ckpt.cluster.peermem.server import Limits, PeerServer
-from ckpt.cluster.peermem.store import ClientLimits
-from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.memory import PeerMemory
+from ckpt.cluster.peermem.server import PeerServer, PeerServerLimits
+from ckpt.cluster.peermem.store import PeerClientLimits
 from ckpt.cluster.tls import client_context, server_context
 from ckpt.errors import (
     CkptError,
@@ -48,14 +48,14 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.rate_limit import RateCap
+from ckpt.rate_limit import RateLimit
 
 MIB = 1 << 20
 OLD = bytes(range(250)) * 4
-RANGES: list[Range] = [(0, 10), (10, 1), (500, 100), (999, 1)]
+RANGES: list[ByteRange] = [(0, 10), (10, 1), (500, 100), (999, 1)]
 
 
-def changed(old: bytes, ranges: list[Range], fill: int = 0xFF) -> bytes:
+def changed(old: bytes, ranges: list[ByteRange], fill: int = 0xFF) -> bytes:
     """``old`` with other bytes in ``ranges``."""
     new = bytearray(old)
     for offset, length in ranges:
@@ -68,22 +68,22 @@ SENT = b"".join(NEW[offset : offset + length] for offset, length in RANGES)
 
 
 def held(server: PeerServer, key: str) -> bytes | None:
-    if server.vault.stat(key) is None:
+    if server.memory.stat(key) is None:
         return None
-    with server.vault.reading(key) as found:
+    with server.memory.reading(key) as found:
         return bytes(found.view)
 
 
 def idle(server: PeerServer) -> bool:
-    stats = server.vault.stats()
-    return (stats.coming_bytes, stats.going_bytes) == (0, 0)
+    stats = server.memory.stats()
+    return (stats.incoming_bytes, stats.removed_bytes) == (0, 0)
 
 
 # ---- pure
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[int, list[Range]]:
+def layouts(draw: st.DrawFn) -> tuple[int, list[ByteRange]]:
     """A size, and ranges in it."""
     cuts = sorted(draw(st.sets(st.integers(0, 400), max_size=40)))
     size = draw(st.integers(cuts[-1] if cuts else 0, 500))
@@ -91,24 +91,24 @@ def layouts(draw: st.DrawFn) -> tuple[int, list[Range]]:
 
 
 @given(layouts())
-def test_table_is_read_as_it_was_meant(layout: tuple[int, list[Range]]) -> None:
+def test_table_is_read_as_it_was_meant(layout: tuple[int, list[ByteRange]]) -> None:
     size, ranges = layout
     assert ranges_problem(ranges, size_bytes=size) is None
-    table = spell_ranges(ranges)
+    table = encode_ranges(ranges)
     assert len(table) == len(ranges) * RANGE_BYTES
-    assert read_ranges(table, size_bytes=size, sent_bytes=sum(length for _, length in ranges)) == ranges
+    assert parse_ranges(table, size_bytes=size, sent_bytes=sum(length for _, length in ranges)) == ranges
 
 
 @given(layouts(), st.lists(st.integers(0, 500), max_size=5))
-def test_pieces_and_what_is_kept_are_all_bytes_once(layout: tuple[int, list[Range]], cuts: list[int]) -> None:
+def test_pieces_and_what_is_kept_are_all_bytes_once(layout: tuple[int, list[ByteRange]], cuts: list[int]) -> None:
     size, ranges = layout
     whole = bytes(number % 251 for number in range(size))
     edges = [0, *sorted(min(cut, size) for cut in cuts), size]
     data = [whole[low:high] for low, high in itertools.pairwise(edges)]
-    sent = b"".join(pieces_of(data, ranges))
+    sent = b"".join(slice_ranges(data, ranges))
     assert sent == b"".join(whole[offset : offset + length] for offset, length in ranges)
     made = b""
-    for (kept, kept_bytes), (offset, length) in between(ranges, size_bytes=size):
+    for (kept, kept_bytes), (offset, length) in kept_and_sent(ranges, size_bytes=size):
         assert kept == len(made)
         made += whole[kept : kept + kept_bytes]
         assert offset == len(made)
@@ -117,7 +117,7 @@ def test_pieces_and_what_is_kept_are_all_bytes_once(layout: tuple[int, list[Rang
     assert sent == b""
 
 
-WRONG: dict[str, list[Range]] = {
+WRONG: dict[str, list[ByteRange]] = {
     "overlap": [(0, 10), (9, 10)],
     "descending": [(20, 10), (0, 10)],
     "twice": [(20, 10), (20, 10)],
@@ -136,7 +136,7 @@ WRONG: dict[str, list[Range]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_table_is_malformed(what: str) -> None:
     with pytest.raises(MalformedError):
-        read_ranges(spell_ranges(WRONG[what]), size_bytes=1000, sent_bytes=20)
+        parse_ranges(encode_ranges(WRONG[what]), size_bytes=1000, sent_bytes=20)
 
 
 # ---- a client
@@ -151,9 +151,9 @@ def test_only_what_changed_is_sent_and_the_object_is_whole(world: World, size: i
     ranges = [(5, 10), (size // 2, size // 10), (size - 1, 1)]
     new = changed(old, ranges)
     base = store.put_whole("a", [old])
-    assert base == Stored(key="a", size_bytes=size, version=1, boot=server.boot)
+    assert base == StoredContent(key="a", size_bytes=size, version=1, boot=server.boot)
     second = store.put_changed("b", [new[:7], new[7:]], base=base, changed=ranges)
-    assert second == Stored(key="b", size_bytes=size, version=2, boot=server.boot)
+    assert second == StoredContent(key="b", size_bytes=size, version=2, boot=server.boot)
     assert (read(store, "a"), read(store, "b")) == (old, new)
     until(lambda: server.stats().served["PUT"] == 2)
     assert server.stats().received_bytes == size + 11 + size // 10 + 3 * RANGE_BYTES
@@ -195,7 +195,7 @@ def test_base_that_is_gone_or_another_is_refused_and_the_connection_stays(world:
     other = store.put_whole("other", [old + b"longer"])
     store.put("b", [b"before"])
 
-    def refused(base: Stored) -> None:
+    def refused(base: StoredContent) -> None:
         with pytest.raises(BaseGoneError) as found:
             store.put_changed("b", [old], base=base, changed=ranges)
         assert isinstance(found.value, NotFoundError)
@@ -206,7 +206,7 @@ def test_base_that_is_gone_or_another_is_refused_and_the_connection_stays(world:
     refused(replace(other, size_bytes=size))
     store.put("a", [old])
     refused(base)
-    server.vault.delete("a")
+    server.memory.delete("a")
     refused(base)
     assert server.stats().refused == {"base": 5}
     assert server.stats().connections == 1
@@ -220,12 +220,12 @@ def test_base_of_another_start_is_no_base_though_key_version_and_length_are_the_
     port = server.address[1]
     server.stop()
     again = world.serve(port=port)
-    with again.vault.incoming("a", len(OLD)) as incoming:
+    with again.memory.incoming("a", len(OLD)) as incoming:
         incoming.view[:] = bytes(len(OLD))
         assert incoming.publish() == base.version
     with pytest.raises(BaseGoneError):
         store.put_changed("b", [NEW], base=base, changed=RANGES)
-    assert again.vault.stat("b") is None
+    assert again.memory.stat("b") is None
     assert again.stats().refused == {}
     store.put_whole("b", [NEW])
     assert read(store, "b") == NEW
@@ -238,8 +238,8 @@ def test_nobody_refers_to_a_source_or_creates_what_is_there(world: World) -> Non
     base = store.put_whole("a", [OLD])
     with RawPeer(server) as peer:
         for key, status in (("a", 412), ("new", 201)):
-            based = Base(key="a", version=base.version, size_bytes=len(OLD), ranges=len(RANGES))
-            body = spell_ranges(RANGES) + SENT
+            based = DeltaBase(key="a", version=base.version, size_bytes=len(OLD), ranges=len(RANGES))
+            body = encode_ranges(RANGES) + SENT
             request = peer.request(verb="PUT", key=key, body_bytes=len(body), create_only=True, base=based)
             said = peer.ask(peer.put_bytes(request, body))
             assert said is not None
@@ -262,7 +262,7 @@ def test_an_older_epoch_is_fenced(world: World) -> None:
 
 
 def test_budget_counts_the_whole_object_and_the_base_that_was_deleted_meanwhile(world: World) -> None:
-    server = world.serve(vault=Vault(MIB, spare_bytes_max=0))
+    server = world.serve(vault=PeerMemory(MIB, spare_bytes_max=0))
     store = world.store(server)
     old = bytes(600_000)
     base = store.put_whole("a", [old])
@@ -281,9 +281,9 @@ def test_memory_that_is_used_again_shows_nothing_of_what_it_held(world: World) -
     store.put("secret", [b"s" * 300_000])
     base = store.put_whole("a", [bytes(300_000)])
     store.delete("secret")
-    assert server.vault.stats().spare_bytes
+    assert server.memory.stats().spare_bytes
     store.put_changed("b", [bytes(300_000)], base=base, changed=[(7, 1), (200_000, 9)])
-    assert server.vault.stats().spare_bytes == 0, "it was used"
+    assert server.memory.stats().spare_bytes == 0, "it was used"
     assert read(store, "b") == bytes(300_000)
 
 
@@ -294,13 +294,13 @@ def test_lent_memory_that_is_taken_back_is_never_stored(world: World) -> None:
     loan = Loan("b")
     loan.take_back()
     with pytest.raises(TakenBackError):
-        store.put_changed("b", [NEW], base=base, changed=RANGES, still_lent=loan.still_lent)
+        store.put_changed("b", [NEW], base=base, changed=RANGES, check_unchanged=loan.still_lent)
     until(lambda: idle(server))
     assert store.stat("b") is None
 
 
 def test_a_cap_is_taken_for_what_is_sent_alone(world: World) -> None:
-    cap = RateCap(8 * MIB)
+    cap = RateLimit(8 * MIB)
     store = world.store(world.serve(), cap=cap)
     base = store.put_whole("a", [bytes(4 * MIB)])
     taken: list[int] = []
@@ -351,7 +351,7 @@ def test_bytes_changed_on_the_way_are_never_stored(world: World) -> None:
         with pytest.raises(CkptError) as found:
             through.put_changed("b", [NEW], base=base, changed=RANGES)
         assert isinstance(found.value, UnavailableError)
-        assert server.vault.stat("b") is None
+        assert server.memory.stat("b") is None
         assert held(server, "a") == OLD
         through.close()
         proxy.close()
@@ -374,13 +374,13 @@ def test_a_peer_is_waited_for_as_long_as_it_copies_and_waits_itself_no_less(
     monkeypatch.setattr(serving, "copy_bytes", slow)
     if patient:
         monkeypatch.setattr(connection, "COPY_BYTES_PER_S_MIN", MIB)
-    server = world.serve(limits=Limits(patience=Patience(grace_s=grace_s)))
-    store = world.store(server, limits=ClientLimits(patience=Patience(grace_s=grace_s)))
+    server = world.serve(limits=PeerServerLimits(timeouts=PeerTimeouts(grace_s=grace_s)))
+    store = world.store(server, limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=grace_s)))
     old, ranges = bytes(8 * MIB), [(7 * MIB, MIB)]
     new = changed(old, ranges)
-    with server.vault.incoming("a", len(old)) as incoming:
+    with server.memory.incoming("a", len(old)) as incoming:
         incoming.view[:] = old
-        base = Stored(key="a", size_bytes=len(old), version=incoming.publish(), boot=server.boot)
+        base = StoredContent(key="a", size_bytes=len(old), version=incoming.publish(), boot=server.boot)
     if patient:
         store.put_changed("b", [new], base=base, changed=ranges)
         assert held(server, "b") == new
@@ -397,22 +397,22 @@ def test_a_peer_is_waited_for_as_long_as_it_copies_and_waits_itself_no_less(
 def prepared(world: World) -> PeerServer:
     server = world.serve(epoch=1)
     for key in ("a", "b"):
-        with server.vault.incoming(key, len(OLD)) as incoming:
+        with server.memory.incoming(key, len(OLD)) as incoming:
             incoming.view[:] = OLD
             incoming.publish()
     return server
 
 
-def put(peer: RawPeer, table: bytes, sent: bytes, **facts: object) -> tuple[Request, bytes]:
+def put(peer: RawPeer, table: bytes, sent: bytes, **facts: object) -> tuple[PeerRequest, bytes]:
     """A put to ``b`` with ``a`` as its base."""
-    base = Base(key="a", version=1, size_bytes=len(OLD), ranges=len(table) // RANGE_BYTES)
+    base = DeltaBase(key="a", version=1, size_bytes=len(OLD), ranges=len(table) // RANGE_BYTES)
     return peer.request(verb="PUT", key="b", body_bytes=len(table) + len(sent), base=base, **facts), table + sent
 
 
 def test_the_sample_is_right_before_it_is_spoiled(world: World) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        said = peer.ask(peer.put_bytes(*put(peer, spell_ranges(RANGES), SENT)))
+        said = peer.ask(peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT)))
         assert said is not None
         assert said.answer is not None
         assert (said.status, said.answer.size_bytes, said.answer.version) == (201, len(OLD), 3)
@@ -428,7 +428,7 @@ def test_wrong_table_is_refused_before_anything_is_copied(
     monkeypatch.setattr(serving, "copy_bytes", lambda out, data: copied.append(len(data)))
     server = prepared(world)
     with RawPeer(server) as peer:
-        raw = peer.put_bytes(*put(peer, spell_ranges(WRONG[what]), bytes(20), waits=waits))
+        raw = peer.put_bytes(*put(peer, encode_ranges(WRONG[what]), bytes(20), waits=waits))
         peer.send(raw)
         if waits:
             assert peer.channel.read_head() == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -457,13 +457,13 @@ def test_wrong_table_is_refused_before_anything_is_copied(
 def test_head_that_contradicts_itself_is_malformed(world: World, facts: dict[str, object]) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        request, _ = put(peer, spell_ranges([(0, 10), (20, 10)]), bytes(20))
+        request, _ = put(peer, encode_ranges([(0, 10), (20, 10)]), bytes(20))
         assert request.base is not None
         spoiled = replace(request, waits=True, base=replace(request.base, **facts))  # type: ignore[arg-type]
-        said = peer.ask(peer.sign(spoiled.spell("t")))
+        said = peer.ask(peer.sign(spoiled.encode("t")))
         assert said is not None
         assert said.status == 400
-    assert server.vault.stats().coming_bytes == 0
+    assert server.memory.stats().incoming_bytes == 0
     assert server.stats().refused == {"malformed": 1}
 
 
@@ -471,9 +471,9 @@ def test_head_that_contradicts_itself_is_malformed(world: World, facts: dict[str
 def test_a_table_longer_than_any_may_be_is_refused_before_it_comes(world: World, ranges: int, status: int) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        base = Base(key="a", version=1, size_bytes=len(OLD), ranges=ranges)
+        base = DeltaBase(key="a", version=1, size_bytes=len(OLD), ranges=ranges)
         request = peer.request(verb="PUT", key="b", body_bytes=base.table_bytes + 20, waits=True, base=base)
-        said = peer.ask(peer.sign(request.spell("t")))
+        said = peer.ask(peer.sign(request.encode("t")))
         assert said is not None
         assert said.status == status
     assert held(server, "b") == OLD
@@ -482,15 +482,17 @@ def test_a_table_longer_than_any_may_be_is_refused_before_it_comes(world: World,
 @pytest.mark.parametrize("size", [1 << 50, 10**17])
 def test_a_length_that_no_base_has_takes_no_memory(world: World, size: int) -> None:
     server = prepared(world)
-    before = server.vault.stats()
+    before = server.memory.stats()
     with RawPeer(server) as peer:
-        request, _ = put(peer, spell_ranges([(0, 10)]), bytes(10))
+        request, _ = put(peer, encode_ranges([(0, 10)]), bytes(10))
         assert request.base is not None
-        said = peer.ask(peer.sign(replace(request, waits=True, base=replace(request.base, size_bytes=size)).spell("t")))
+        said = peer.ask(
+            peer.sign(replace(request, waits=True, base=replace(request.base, size_bytes=size)).encode("t"))
+        )
         assert said is not None
         assert said.status == 424
-        assert server.vault.stats() == before
-        said = peer.ask(peer.put_bytes(*put(peer, spell_ranges(RANGES), SENT)))
+        assert server.memory.stats() == before
+        said = peer.ask(peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT)))
         assert said is not None
         assert said.status == 201, "the connection is still of use"
 
@@ -499,7 +501,7 @@ def test_a_length_that_no_base_has_takes_no_memory(world: World, size: int) -> N
 def test_a_table_a_byte_or_a_tag_changed_stores_nothing(world: World, at: int) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        raw = bytearray(peer.put_bytes(*put(peer, spell_ranges(RANGES), SENT)))
+        raw = bytearray(peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT)))
         raw[len(raw) - 64 - len(SENT) - 16 + at] ^= 0x01
         said = peer.ask(bytes(raw))
         assert said is not None
@@ -513,7 +515,7 @@ def test_a_range_moved_within_the_object_is_not_proven(world: World) -> None:
     """A table that is in order, but not the one that was meant."""
     server = prepared(world)
     with RawPeer(server) as peer:
-        request, body = put(peer, spell_ranges([(0, 10), (20, 10)]), bytes(20))
+        request, body = put(peer, encode_ranges([(0, 10), (20, 10)]), bytes(20))
         raw = peer.put_bytes(request, body)
         said = peer.ask(raw.replace(struct.pack(">2Q", 20, 10), struct.pack(">2Q", 40, 10)))
         assert said is not None
@@ -525,10 +527,10 @@ def test_a_range_moved_within_the_object_is_not_proven(world: World) -> None:
 def test_cut_off_at_any_byte_it_leaves_the_old_object(world: World) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        length = len(peer.put_bytes(*put(peer, spell_ranges(RANGES), SENT)))
+        length = len(peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT)))
     for cut in range(0, length, 7):
         with RawPeer(server) as peer:
-            peer.send(peer.put_bytes(*put(peer, spell_ranges(RANGES), SENT))[:cut])
+            peer.send(peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT))[:cut])
     until(lambda: server.stats().connections == 0)
     assert (held(server, "a"), held(server, "b")) == (OLD, OLD)
     assert idle(server)
@@ -538,16 +540,16 @@ def test_cut_off_at_any_byte_it_leaves_the_old_object(world: World) -> None:
 def test_base_that_goes_while_the_bytes_come_is_the_one_that_was_meant(world: World, what: str) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        raw = peer.put_bytes(*put(peer, spell_ranges(RANGES), SENT))
+        raw = peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT))
         peer.send(raw[: -len(SENT) - 16])
-        until(lambda: server.vault.stats().coming_bytes)
+        until(lambda: server.memory.stats().incoming_bytes)
         if what == "deleted":
-            server.vault.delete("a")
+            server.memory.delete("a")
         else:
-            with server.vault.incoming("a", len(OLD)) as incoming:
+            with server.memory.incoming("a", len(OLD)) as incoming:
                 incoming.view[:] = bytes(len(OLD))
                 incoming.publish()
-        assert server.vault.stats().going_bytes, "it is still needed"
+        assert server.memory.stats().removed_bytes, "it is still needed"
         said = peer.ask(raw[-len(SENT) - 16 :])
         assert said is not None
         assert said.status == 201
@@ -558,9 +560,9 @@ def test_base_that_goes_while_the_bytes_come_is_the_one_that_was_meant(world: Wo
 def test_an_epoch_that_opens_while_the_bytes_come_fences_it(world: World) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        raw = peer.put_bytes(*put(peer, spell_ranges(RANGES), SENT))
+        raw = peer.put_bytes(*put(peer, encode_ranges(RANGES), SENT))
         peer.send(raw[:-5])
-        until(lambda: server.vault.stats().coming_bytes)
+        until(lambda: server.memory.stats().incoming_bytes)
         server.see_epoch(2)
         said = peer.ask(raw[-5:])
         assert said is not None
@@ -573,10 +575,10 @@ def test_key_exists_is_said_where_it_came_meanwhile(world: World) -> None:
     server = prepared(world)
     store = world.store(server)
     with RawPeer(server) as peer:
-        request, body = put(peer, spell_ranges(RANGES), SENT)
+        request, body = put(peer, encode_ranges(RANGES), SENT)
         raw = peer.put_bytes(replace(request, key="c", create_only=True), body)
         peer.send(raw[:-5])
-        until(lambda: server.vault.stats().coming_bytes)
+        until(lambda: server.memory.stats().incoming_bytes)
         store.put("c", [b"first"], create_only=True)
         said = peer.ask(raw[-5:])
         assert said is not None

@@ -11,7 +11,7 @@ import pytest
 from peer_world import WAIT_S, until
 
 from ckpt.cluster.peermem.body_mac import BodyMac, HmacBody
-from ckpt.cluster.peermem.channel import BLOCK_BYTES, PIECES_MAX, Channel, EndedError, Patience, _blocks
+from ckpt.cluster.peermem.channel import BLOCK_BYTES, PIECES_MAX, EndedError, PeerChannel, PeerTimeouts, _blocks
 from ckpt.cluster.peermem.http import HEAD_BYTES_MAX, MalformedError
 
 KEY, NONCE = bytes(32), bytes(12)
@@ -30,20 +30,20 @@ def tagged(body: bytes) -> bytes:
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, Channel]]:
+def pair() -> Iterator[tuple[socket.socket, PeerChannel]]:
     ours, theirs = socket.socketpair()
-    channel = Channel(theirs, Patience(grace_s=WAIT_S))
+    channel = PeerChannel(theirs, PeerTimeouts(grace_s=WAIT_S))
     yield ours, channel
     ours.close()
     channel.close()
 
 
-def taken_in(channel: Channel) -> bool:
+def taken_in(channel: PeerChannel) -> bool:
     """Whether the other end has nothing left to receive."""
     return not select.select([channel._socket], [], [], 0)[0]
 
 
-def test_a_head_and_a_body_are_read_alike_wherever_they_are_cut(pair: tuple[socket.socket, Channel]) -> None:
+def test_a_head_and_a_body_are_read_alike_wherever_they_are_cut(pair: tuple[socket.socket, PeerChannel]) -> None:
     ours, channel = pair
     raw = FIRST + SECOND + tagged(BODY) + FIRST
     out = bytearray(len(BODY))
@@ -63,7 +63,7 @@ def test_a_head_and_a_body_are_read_alike_wherever_they_are_cut(pair: tuple[sock
             assert out == BODY
 
 
-def test_heads_longer_than_the_buffer_together_are_read_one_by_one(pair: tuple[socket.socket, Channel]) -> None:
+def test_heads_longer_than_the_buffer_together_are_read_one_by_one(pair: tuple[socket.socket, PeerChannel]) -> None:
     ours, channel = pair
     head = b"GET /a HTTP/1.1\r\na: " + b"x" * (HEAD_BYTES_MAX // 2) + b"\r\n\r\n"
     with ThreadPoolExecutor(1) as pool:
@@ -71,10 +71,10 @@ def test_heads_longer_than_the_buffer_together_are_read_one_by_one(pair: tuple[s
         for _ in range(9):
             assert channel.read_head() == head
         sending.result(WAIT_S)
-    assert channel.quiet()
+    assert channel.is_idle()
 
 
-def test_a_head_without_an_end_is_given_up_when_the_buffer_is_full(pair: tuple[socket.socket, Channel]) -> None:
+def test_a_head_without_an_end_is_given_up_when_the_buffer_is_full(pair: tuple[socket.socket, PeerChannel]) -> None:
     ours, channel = pair
     ours.sendall(FIRST + b"x" * HEAD_BYTES_MAX)
     assert channel.read_head() == FIRST
@@ -82,7 +82,7 @@ def test_a_head_without_an_end_is_given_up_when_the_buffer_is_full(pair: tuple[s
         channel.read_head()
 
 
-def test_an_end_in_the_middle_is_told_from_one_between(pair: tuple[socket.socket, Channel]) -> None:
+def test_an_end_in_the_middle_is_told_from_one_between(pair: tuple[socket.socket, PeerChannel]) -> None:
     ours, channel = pair
     ours.sendall(FIRST + SECOND[:-1])
     ours.shutdown(socket.SHUT_WR)
@@ -92,7 +92,7 @@ def test_an_end_in_the_middle_is_told_from_one_between(pair: tuple[socket.socket
 
 
 @pytest.mark.parametrize("kept", [0, 1, 599, 600, 615])
-def test_a_body_that_ends_early_is_no_body(pair: tuple[socket.socket, Channel], kept: int) -> None:
+def test_a_body_that_ends_early_is_no_body(pair: tuple[socket.socket, PeerChannel], kept: int) -> None:
     ours, channel = pair
     ours.sendall(tagged(BODY)[:kept])
     ours.shutdown(socket.SHUT_WR)

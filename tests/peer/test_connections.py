@@ -11,9 +11,9 @@ from peer_proxy import Proxy
 from peer_world import SECRET, WAIT_S, Epoch, World, read, until
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.channel import Patience
-from ckpt.cluster.peermem.server import Limits
-from ckpt.cluster.peermem.store import ClientLimits, PeerStore
+from ckpt.cluster.peermem.channel import PeerTimeouts
+from ckpt.cluster.peermem.server import PeerServerLimits
+from ckpt.cluster.peermem.store import PeerClientLimits, PeerStore
 from ckpt.errors import (
     UnavailableError,
 )
@@ -35,7 +35,7 @@ def test_nobody_there_is_unavailable(world: World) -> None:
 
 
 def test_connections_that_the_server_ended_are_replaced_unseen(world: World) -> None:
-    server = world.serve(limits=Limits(idle_s=0.05, patience=Patience(grace_s=WAIT_S)))
+    server = world.serve(limits=PeerServerLimits(idle_s=0.05, timeouts=PeerTimeouts(grace_s=WAIT_S)))
     store = world.store(server)
     for turn in range(3):
         store.put("a", [bytes([turn])])
@@ -48,7 +48,7 @@ def test_connections_that_the_server_ended_are_replaced_unseen(world: World) -> 
 def test_a_connection_that_breaks_unheard_is_tried_once_more_and_only_once(world: World) -> None:
     server = world.serve()
     proxy = Proxy(server)
-    store = PeerStore(Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=ClientLimits(crowded_s=0.0))
+    store = PeerStore(Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=PeerClientLimits(crowded_s=0.0))
     store.put("a", [b"one"])
     cuts = []
 
@@ -72,7 +72,7 @@ def test_a_silent_peer_is_given_up_in_time(world: World) -> None:
     proxy = Proxy(server)
     proxy.down = lambda offset, data: b""
     store = PeerStore(
-        Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=ClientLimits(patience=Patience(grace_s=0.2))
+        Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.2))
     )
     with pytest.raises(UnavailableError):
         store.stat("a")
@@ -102,7 +102,7 @@ def test_a_fork_shares_no_connection_with_its_parent(world: World) -> None:
 
 def test_connections_are_bounded_and_waited_for(world: World) -> None:
     server = world.serve()
-    store = world.store(server, limits=ClientLimits(connections_max=1, lend_s=0.1))
+    store = world.store(server, limits=PeerClientLimits(connections_max=1, pool_wait_s=0.1))
     gate, inside = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -110,7 +110,7 @@ def test_connections_are_bounded_and_waited_for(world: World) -> None:
         assert gate.wait(WAIT_S)
 
     with ThreadPoolExecutor(1) as pool:
-        holding = pool.submit(store.put_lent, "a", [bytes(MIB)], hold)
+        holding = pool.submit(store.put_checked, "a", [bytes(MIB)], hold)
         assert inside.wait(WAIT_S)
         with pytest.raises(UnavailableError, match="busy"):
             store.stat("a")

@@ -12,7 +12,7 @@ from ckpt.backends.base import Backend
 from ckpt.backends.replicated.buffers import borrower_of
 from ckpt.cluster.peermem import body_mac
 from ckpt.cluster.peermem import client as connection
-from ckpt.cluster.peermem.store import ClientLimits
+from ckpt.cluster.peermem.store import PeerClientLimits
 from ckpt.cluster.tls import client_context, server_context
 from ckpt.testing.contract import BackendContract, Opener
 
@@ -32,7 +32,7 @@ class TestPeerInParallel(TestPeer):
 
     def opener(self, folder: Path) -> Opener:
         server = self.world.serve()
-        return lambda: self.world.store(server, limits=ClientLimits(stream_bytes_min=100))
+        return lambda: self.world.store(server, limits=PeerClientLimits(stream_bytes_min=100))
 
 
 class TestPeerWithoutCryptography(TestPeer):

@@ -15,23 +15,23 @@ from peer_raw import RawPeer
 from peer_world import SECRET, World, read, until
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.channel import Channel, Patience
-from ckpt.cluster.peermem.client import Connection
-from ckpt.cluster.peermem.http import CONTINUE, END, HEAD_BYTES_MAX, RANGES_MAX, Base, Request, with_mac
-from ckpt.cluster.peermem.server import CONNECTION_BYTES_MAX, Limits, PeerServer
-from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.channel import PeerChannel, PeerTimeouts
+from ckpt.cluster.peermem.client import PeerConnection
+from ckpt.cluster.peermem.http import CONTINUE, END, HEAD_BYTES_MAX, RANGES_MAX, DeltaBase, PeerRequest, with_mac
+from ckpt.cluster.peermem.memory import PeerMemory
+from ckpt.cluster.peermem.server import CONNECTION_BYTES_MAX, PeerServer, PeerServerLimits
 from ckpt.errors import CkptError
 
 BUDGET_BYTES = 2 << 20
-QUICK = Limits(stranger_s=5.0, idle_s=5.0, patience=Patience(grace_s=5.0, bytes_per_s_min=1 << 20))
+QUICK = PeerServerLimits(stranger_s=5.0, idle_s=5.0, timeouts=PeerTimeouts(grace_s=5.0, bytes_per_s_min=1 << 20))
 KEPT = b"what was here before"
 SEEDS = range(6)
 TURNS = 60
 
 
 def prepared(world: World) -> PeerServer:
-    server = world.serve(vault=Vault(BUDGET_BYTES), limits=QUICK)
-    with server.vault.incoming("kept", len(KEPT)) as incoming:
+    server = world.serve(vault=PeerMemory(BUDGET_BYTES), limits=QUICK)
+    with server.memory.incoming("kept", len(KEPT)) as incoming:
         incoming.view[:] = KEPT
         incoming.publish()
     return server
@@ -45,9 +45,9 @@ def serves_on(world: World, server: PeerServer) -> None:
     assert [one.key for one in store.list("")] == ["kept"]
     store.put("new", [bytes(100_000)])
     store.delete("new")
-    stats = server.vault.stats()
-    assert (stats.coming_bytes, stats.going_bytes) == (0, 0)
-    assert stats.held_bytes <= BUDGET_BYTES
+    stats = server.memory.stats()
+    assert (stats.incoming_bytes, stats.removed_bytes) == (0, 0)
+    assert stats.total_bytes <= BUDGET_BYTES
     store.close()
 
 
@@ -139,7 +139,7 @@ def test_any_head_that_a_holder_of_the_secret_signs_is_answered(world: World, he
         said = peer.hear()
         assert said is not None
         assert said.status in (400, 401, 413, 421)
-    assert server.vault.stat("kept") is not None
+    assert server.memory.stat("kept") is not None
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -178,7 +178,7 @@ def mutated(rng: random.Random, raw: bytes) -> bytes:
 def valid(rng: random.Random, peer: RawPeer) -> tuple[bytes, bytes]:
     """A right request's head without its MAC, and what follows."""
     size = rng.choice((0, 1, 1000, 60_000))
-    request: Request = rng.choice(
+    request: PeerRequest = rng.choice(
         (
             lambda: peer.request(verb="PUT", key="kept", body_bytes=size),
             lambda: peer.request(verb="PUT", key="kept", body_bytes=10 ** rng.randrange(1, 17), waits=True),
@@ -190,7 +190,7 @@ def valid(rng: random.Random, peer: RawPeer) -> tuple[bytes, bytes]:
                 key="kept",
                 body_bytes=size,
                 waits=rng.random() < 0.3,
-                base=Base(
+                base=DeltaBase(
                     key="kept",
                     version=rng.choice((1, 2)),
                     size_bytes=rng.choice((len(KEPT), 10**6)),
@@ -199,7 +199,7 @@ def valid(rng: random.Random, peer: RawPeer) -> tuple[bytes, bytes]:
             ),
         )
     )()
-    return request.spell("t"), rng.randbytes(size + 16) if request.verb == "PUT" and not request.waits else b""
+    return request.encode("t"), rng.randbytes(size + 16) if request.verb == "PUT" and not request.waits else b""
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -266,7 +266,7 @@ def test_any_table_that_a_holder_of_the_secret_signs_is_followed_or_refused(
     size = min(len(KEPT), max(0, sum(length for _, length in ranges if length <= len(KEPT)) + off))
     sent = bytes(range(200, 200 + size))
     wanted = meant(ranges, sent)
-    base = Base(key="kept", version=1, size_bytes=len(KEPT), ranges=len(ranges))
+    base = DeltaBase(key="kept", version=1, size_bytes=len(KEPT), ranges=len(ranges))
     with RawPeer(server) as peer:
         table = struct.pack(f">{2 * len(ranges)}Q", *(number for one in ranges for number in one))
         request = peer.request(verb="PUT", key="made", body_bytes=len(table + sent), waits=waits, base=base)
@@ -277,12 +277,12 @@ def test_any_table_that_a_holder_of_the_secret_signs_is_followed_or_refused(
         assert said is not None
         assert said.status == (400 if wanted is None else 201)
         if wanted is not None:
-            with server.vault.reading("made") as held:
+            with server.memory.reading("made") as held:
                 assert held.view == wanted
-        server.vault.delete("made")
-    with server.vault.reading("kept") as held:
+        server.memory.delete("made")
+    with server.memory.reading("kept") as held:
         assert held.view == KEPT
-    until(lambda: server.vault.stats().coming_bytes == 0)
+    until(lambda: server.memory.stats().incoming_bytes == 0)
 
 
 def test_requests_in_one_packet_are_answered_in_order(world: World) -> None:
@@ -291,7 +291,7 @@ def test_requests_in_one_packet_are_answered_in_order(world: World) -> None:
         raw = b""
         for number in range(20):
             if number % 2:
-                raw += peer.sign(peer.request(verb="GET", key="kept", span=(0, 4)).spell("t"))
+                raw += peer.sign(peer.request(verb="GET", key="kept", span=(0, 4)).encode("t"))
             else:
                 raw += peer.put_bytes(peer.request(verb="PUT", key=f"p/{number}", body_bytes=number), bytes(number))
         peer.send(raw)
@@ -308,7 +308,7 @@ def test_requests_in_one_packet_are_answered_in_order(world: World) -> None:
 def test_requests_cut_anywhere_into_packets_are_read_alike(world: World, step: int) -> None:
     server = prepared(world)
     with RawPeer(server) as peer:
-        heads = [peer.sign(peer.request(key="kept").spell("t" * 900)) for _ in range(2 if step == 1 else 30)]
+        heads = [peer.sign(peer.request(key="kept").encode("t" * 900)) for _ in range(2 if step == 1 else 30)]
         raw = b"".join(heads)
         for at in range(0, len(raw), step):
             peer.send(raw[at : at + step])
@@ -323,7 +323,7 @@ def test_a_lying_length_takes_no_more_than_the_budget_and_stores_nothing(world: 
     for announced, sent in ((1000, 999), (1000, 5), (60_000, 0), (1 << 20, 100)):
         with RawPeer(server) as peer:
             request = peer.request(verb="PUT", key="lie", body_bytes=announced, waits=announced > 60_000)
-            peer.send(peer.sign(request.spell("t")) + bytes(sent))
+            peer.send(peer.sign(request.encode("t")) + bytes(sent))
     with RawPeer(server) as peer:  # more than announced: the rest is no request
         raw = peer.put_bytes(peer.request(verb="PUT", key="short", body_bytes=3), b"abc")
         peer.send(raw + b"and so on\r\n\r\n")
@@ -334,8 +334,8 @@ def test_a_lying_length_takes_no_more_than_the_budget_and_stores_nothing(world: 
         assert said is not None
         assert said.status == 401
     until(lambda: server.stats().connections == 0)
-    assert server.vault.stat("lie") is None
-    server.vault.delete("short")
+    assert server.memory.stat("lie") is None
+    server.memory.delete("short")
     serves_on(world, server)
 
 
@@ -358,17 +358,17 @@ def test_crowds_of_liars_take_no_more_memory_than_is_stated(world: World) -> Non
                 peer.send(b"GET /o/a HTTP/1.1\r\n" + b"a: b\r\n" * 100_000)
             case 2:
                 peer.send(
-                    peer.sign(peer.request(verb="PUT", key=f"x/{number}", body_bytes=1 << 20, waits=True).spell("t"))
+                    peer.sign(peer.request(verb="PUT", key=f"x/{number}", body_bytes=1 << 20, waits=True).encode("t"))
                 )
             case 3:  # a table that never ends, of a body that would fit
-                base = Base(key="kept", version=1, size_bytes=len(KEPT), ranges=RANGES_MAX)
+                base = DeltaBase(key="kept", version=1, size_bytes=len(KEPT), ranges=RANGES_MAX)
                 size = base.table_bytes + len(KEPT)
-                head = peer.request(verb="PUT", key=f"x/{number}", body_bytes=size, waits=True, base=base).spell("t")
+                head = peer.request(verb="PUT", key=f"x/{number}", body_bytes=size, waits=True, base=base).encode("t")
                 peer.send(peer.sign(head) + bytes(base.table_bytes - 1))
             case _:
-                peer.send(peer.sign(peer.request(verb="LIST", key="").spell("t")) * 3)
-        assert server.vault.stats().held_bytes <= BUDGET_BYTES
-    until(lambda: server.vault.stats().coming_bytes <= BUDGET_BYTES)
+                peer.send(peer.sign(peer.request(verb="LIST", key="").encode("t")) * 3)
+        assert server.memory.stats().total_bytes <= BUDGET_BYTES
+    until(lambda: server.memory.stats().incoming_bytes <= BUDGET_BYTES)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     mine = sum(len(bytes(HEAD_BYTES_MAX)) for _ in peers)
@@ -394,11 +394,11 @@ def test_a_client_believes_no_server_that_talks_nonsense() -> None:
     answers += [b"HTTP/1.1 200 OK\r\nckpt-mac: " + b"0" * 64 + END]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for answer in answers:
-            client = Channel(socket.create_connection(listener.getsockname()), Patience(grace_s=5.0))
+            client = PeerChannel(socket.create_connection(listener.getsockname()), PeerTimeouts(grace_s=5.0))
             sock, _ = listener.accept()
             sock.sendall(answer)
             sock.shutdown(socket.SHUT_WR)
             with pytest.raises((CkptError, OSError)):
-                Connection._meet(client, Endpoint(port=1), SECRET)
+                PeerConnection._meet(client, Endpoint(port=1), SECRET)
             client.close()
             sock.close()

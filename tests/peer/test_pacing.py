@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.rate_limit import BURST_S, RATE_BYTES_MIN, Bucket, RateCap
+from ckpt.rate_limit import BURST_S, RATE_BYTES_MIN, RateLimit, TokenBucket
 
 RATE = 1000.0
 SENDS = st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(0, 400)), min_size=1, max_size=60)
@@ -17,7 +17,7 @@ SENDS = st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(0, 400)), min_size=1
 
 def sent(sends: list[tuple[float, int]], rate: float | None = RATE) -> list[tuple[float, int]]:
     """When each block went, as who waits for the bucket sends them."""
-    now_s, bucket, found = 0.0, Bucket(rate, 0.0), []
+    now_s, bucket, found = 0.0, TokenBucket(rate, 0.0), []
     for pause_s, size_bytes in sends:
         now_s += pause_s
         bucket = bucket.at(now_s)
@@ -59,20 +59,20 @@ def test_one_that_waits_long_is_evened_out() -> None:
 
 
 def test_clock_that_stands_still_or_goes_back_gives_nothing() -> None:
-    bucket = Bucket(RATE, 5.0).taken(100)
+    bucket = TokenBucket(RATE, 5.0).taken(100)
     assert bucket.at(5.0).wait_s == bucket.at(4.0).wait_s == pytest.approx(0.1)
     assert bucket.at(4.0).at(5.05).wait_s == pytest.approx(0.05)
 
 
 def test_debt_is_paid_at_a_new_rate_and_forgiven_without_one() -> None:
-    bucket = Bucket(RATE, 0.0).taken(100)
+    bucket = TokenBucket(RATE, 0.0).taken(100)
     assert bucket.with_rate(RATE / 2).wait_s == pytest.approx(0.2)
     assert bucket.with_rate(None).at(0.0).with_rate(RATE).wait_s == 0.0
 
 
 def test_cap_goes_by_the_clock_that_it_is_given() -> None:
     now_s = [100.0]
-    cap = RateCap(RATE_BYTES_MIN, clock=lambda: now_s[0])
+    cap = RateLimit(RATE_BYTES_MIN, clock=lambda: now_s[0])
     assert cap.take(RATE_BYTES_MIN) == 0.0
     now_s[0] += 1.0
     assert cap.take(0) == 0.0  # paid back while nobody asked

@@ -15,11 +15,11 @@ from peer_world import BRIEF, BUDGET_BYTES, PATIENT, SECRET, WAIT_S, World, read
 
 from ckpt.backends.base import Stat
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.channel import Patience
+from ckpt.cluster.peermem.channel import PeerTimeouts
 from ckpt.cluster.peermem.client import CrowdedError
-from ckpt.cluster.peermem.server import Limits, PeerServer
-from ckpt.cluster.peermem.store import ClientLimits, PeerStore
-from ckpt.cluster.peermem.vault import Held, Vault
+from ckpt.cluster.peermem.memory import PeerMemory, ServedObject
+from ckpt.cluster.peermem.server import PeerServer, PeerServerLimits
+from ckpt.cluster.peermem.store import PeerClientLimits, PeerStore
 from ckpt.errors import StoreFullError, UnavailableError, UsageError
 
 OLD, NEW = b"the old object", b"n" * 300
@@ -27,15 +27,15 @@ LARGE_BYTES = 32 << 20
 
 
 def put(server: PeerServer, key: str, body: bytes) -> None:
-    with server.vault.incoming(key, len(body)) as incoming:
+    with server.memory.incoming(key, len(body)) as incoming:
         incoming.view[:] = body
         incoming.publish()
 
 
 def held(server: PeerServer, key: str) -> bytes | None:
-    if server.vault.stat(key) is None:
+    if server.memory.stat(key) is None:
         return None
-    with server.vault.reading(key) as found:
+    with server.memory.reading(key) as found:
         return bytes(found.view)
 
 
@@ -55,7 +55,7 @@ def test_a_put_cut_off_at_any_byte_leaves_the_old_object_or_none(world: World) -
     until(lambda: deserted(server))
     assert held(server, "old") == OLD
     assert held(server, "new") is None
-    assert server.vault.stats().coming_bytes == 0
+    assert server.memory.stats().incoming_bytes == 0
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999999])
@@ -70,19 +70,19 @@ def test_a_large_announced_put_cut_off_gives_its_memory_back(world: World, share
         peer.send(raw[-len(body) - 16 :][: int((len(body) + 16) * share)])
     until(lambda: deserted(server))
     assert held(server, "old") == OLD
-    assert server.vault.stats().coming_bytes == 0
+    assert server.memory.stats().incoming_bytes == 0
 
 
 def test_a_put_beyond_the_budget_is_refused_before_a_byte_comes(world: World) -> None:
-    server = world.serve(vault=Vault(1 << 20))
+    server = world.serve(vault=PeerMemory(1 << 20))
     put(server, "full", bytes(600_000))
-    before = server.vault.stats()
+    before = server.memory.stats()
     with RawPeer(server) as peer:
         for size, status in ((1 << 50, 413), ((1 << 20) + 1, 413), (500_000, 507)):
-            said = peer.ask(peer.sign(peer.request(verb="PUT", key="a", body_bytes=size, waits=True).spell("t")))
+            said = peer.ask(peer.sign(peer.request(verb="PUT", key="a", body_bytes=size, waits=True).encode("t")))
             assert said is not None
             assert said.status == status
-        assert server.vault.stats() == before
+        assert server.memory.stats() == before
         said = peer.ask(peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=5), b"small"))
         assert said is not None
         assert said.status == 201, "the connection is still of use"
@@ -90,7 +90,7 @@ def test_a_put_beyond_the_budget_is_refused_before_a_byte_comes(world: World) ->
 
 
 def test_a_small_body_that_came_unasked_is_dropped_with_its_refusal(world: World) -> None:
-    server = world.serve(vault=Vault(8192))
+    server = world.serve(vault=PeerMemory(8192))
     with RawPeer(server) as peer:
         for _ in range(3):
             said = peer.ask(peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=60_000), bytes(60_000)))
@@ -109,7 +109,7 @@ def test_a_guest_that_stands_still_is_ended_and_its_memory_comes_back(world: Wor
         if what == "a hello's start":
             peer.send(b"GET /hello HT")
         elif what == "idle":
-            peer.ask(peer.sign(peer.request(key="a").spell("t")))
+            peer.ask(peer.sign(peer.request(key="a").encode("t")))
         elif what != "nothing":
             raw = peer.put_bytes(peer.request(verb="PUT", key="a", body_bytes=3000), bytes(3000))
             peer.send(raw[:20] if what == "a head's start" else raw[:-500])
@@ -117,7 +117,7 @@ def test_a_guest_that_stands_still_is_ended_and_its_memory_comes_back(world: Wor
         assert peer.hear() is None
         assert time.monotonic() - began_s < WAIT_S / 3
     until(lambda: deserted(server))
-    assert server.vault.stats().coming_bytes == 0
+    assert server.memory.stats().incoming_bytes == 0
     assert server.stats().refused.get("slow", 0) + server.stats().refused.get("mac", 0) <= 1
 
 
@@ -142,22 +142,22 @@ def test_a_trickle_holds_no_connection(world: World, what: str) -> None:
             assert time.monotonic() - began_s < WAIT_S / 2
             threading.Event().wait(0.01)  # slower than any limit allows, faster than any silence
     until(lambda: deserted(server))
-    assert server.vault.stats().held_bytes == 0
+    assert server.memory.stats().total_bytes == 0
 
 
 def test_a_reader_that_takes_nothing_is_ended_and_lets_go_of_the_object(world: World) -> None:
     server = world.serve(limits=BRIEF)
     put(server, "a", bytes(LARGE_BYTES))
     with RawPeer(server) as peer:
-        peer.send(peer.sign(peer.request(verb="GET", key="a", span=(0, LARGE_BYTES)).spell("t")))
+        peer.send(peer.sign(peer.request(verb="GET", key="a", span=(0, LARGE_BYTES)).encode("t")))
         until(lambda: server.stats().refused.get("slow"))
-        server.vault.delete("a")
-        until(lambda: server.vault.stats().going_bytes == 0)
+        server.memory.delete("a")
+        until(lambda: server.memory.stats().removed_bytes == 0)
 
 
 def test_strangers_never_keep_a_holder_of_the_secret_out(world: World) -> None:
-    limits = Limits(
-        connections_max=3, strangers_max=2, stranger_s=WAIT_S, idle_s=WAIT_S, patience=Patience(grace_s=WAIT_S)
+    limits = PeerServerLimits(
+        connections_max=3, strangers_max=2, stranger_s=WAIT_S, idle_s=WAIT_S, timeouts=PeerTimeouts(grace_s=WAIT_S)
     )
     server = world.serve(limits=limits)
     crowd = [socket.create_connection(server.address) for _ in range(10)]
@@ -170,15 +170,15 @@ def test_strangers_never_keep_a_holder_of_the_secret_out(world: World) -> None:
     assert server.stats().refused["crowded"] >= 8
 
 
-TWO = Limits(
-    connections_max=2, strangers_max=2, stranger_s=WAIT_S, idle_s=10 * WAIT_S, patience=Patience(grace_s=WAIT_S)
+TWO = PeerServerLimits(
+    connections_max=2, strangers_max=2, stranger_s=WAIT_S, idle_s=10 * WAIT_S, timeouts=PeerTimeouts(grace_s=WAIT_S)
 )
 """Who rests would keep its place for longer than anybody waits for one (``crowded_s``)."""
 
 
 def test_more_holders_than_connections_take_the_places_of_those_that_rest(world: World) -> None:
     server = world.serve(limits=TWO)
-    stores = [world.store(server, limits=ClientLimits(crowded_s=WAIT_S)) for _ in range(5)]
+    stores = [world.store(server, limits=PeerClientLimits(crowded_s=WAIT_S)) for _ in range(5)]
     for turn in range(20):
         for number, store in enumerate(stores):
             store.put(f"a/{number}", [bytes([turn])])
@@ -195,11 +195,11 @@ class Slow:
         self.begun, self.go_on = threading.Semaphore(0), threading.Event()
 
     @contextlib.contextmanager
-    def reading(self, key: str) -> Iterator[Held]:
+    def reading(self, key: str) -> Iterator[ServedObject]:
         """See Source."""
         self.begun.release()
         assert self.go_on.wait(WAIT_S)
-        yield Held(view=memoryview(b"x"), fd=None, offset_bytes=0, version=1, modified_unix_s=0.0)
+        yield ServedObject(view=memoryview(b"x"), fd=None, offset_bytes=0, version=1, modified_unix_s=0.0)
 
     def stat(self, key: str) -> Stat | None:
         """See Source."""
@@ -219,8 +219,8 @@ def test_where_all_places_have_a_request_under_way_others_come_again_until_one_i
         for _ in busy:
             assert slow.begun.acquire(timeout=WAIT_S)
         with pytest.raises(CrowdedError, match="as many others as it can"):
-            world.store(server, limits=ClientLimits(crowded_s=0.1)).stat("a")
-        waiting = pool.submit(world.store(server, limits=ClientLimits(crowded_s=WAIT_S)).stat, "a")
+            world.store(server, limits=PeerClientLimits(crowded_s=0.1)).stat("a")
+        waiting = pool.submit(world.store(server, limits=PeerClientLimits(crowded_s=WAIT_S)).stat, "a")
         refused = server.stats().refused["crowded"]
         until(lambda: server.stats().refused["crowded"] > refused)
         assert not waiting.done()
@@ -231,10 +231,10 @@ def test_where_all_places_have_a_request_under_way_others_come_again_until_one_i
 
 
 def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(world: World) -> None:
-    limits = Limits(connections_max=4, strangers_max=4, stranger_s=WAIT_S, idle_s=WAIT_S)
+    limits = PeerServerLimits(connections_max=4, strangers_max=4, stranger_s=WAIT_S, idle_s=WAIT_S)
     server = world.serve(limits=limits)
     world.store(server).put("a", [b"x"])
-    stores = [world.store(server, limits=ClientLimits(crowded_s=WAIT_S)) for _ in range(40)]
+    stores = [world.store(server, limits=PeerClientLimits(crowded_s=WAIT_S)) for _ in range(40)]
     start = threading.Barrier(len(stores), timeout=WAIT_S)
 
     def ask(store: PeerStore) -> list[bytes]:
@@ -247,7 +247,7 @@ def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(w
 
 
 def test_strangers_are_ended_after_their_time_however_busy_they_look(world: World) -> None:
-    limits = Limits(stranger_s=2.0, patience=Patience(grace_s=WAIT_S))
+    limits = PeerServerLimits(stranger_s=2.0, timeouts=PeerTimeouts(grace_s=WAIT_S))
     server = world.serve(limits=limits)
     with RawPeer(server) as peer:  # a hello alone proves little: it may be a recorded one
         assert peer.hear() is None
@@ -256,7 +256,7 @@ def test_strangers_are_ended_after_their_time_however_busy_they_look(world: Worl
 
 def test_many_clients_at_once_get_what_they_put(world: World) -> None:
     server = world.serve()
-    store = world.store(server, limits=ClientLimits(connections_max=4))
+    store = world.store(server, limits=PeerClientLimits(connections_max=4))
 
     def work(me: int) -> None:
         mine = store if me % 2 else world.store(server)
@@ -283,15 +283,15 @@ def test_stop_ends_whatever_is_under_way_and_repeats_harmlessly(world: World) ->
     threads, address = threading.active_count(), server.address
     with RawPeer(server) as idle, RawPeer(server) as writer, RawPeer(server) as reader, RawPeer(server, meet=False):
         writer.send(writer.put_bytes(writer.request(verb="PUT", key="b", body_bytes=5000), bytes(5000))[:-1])
-        reader.send(reader.sign(reader.request(verb="GET", key="a", span=(0, LARGE_BYTES)).spell("t")))
-        until(lambda: server.vault.stats().coming_bytes)
+        reader.send(reader.sign(reader.request(verb="GET", key="a", span=(0, LARGE_BYTES)).encode("t")))
+        until(lambda: server.memory.stats().incoming_bytes)
         began_s = time.monotonic()
         server.stop()
         server.stop()
         assert time.monotonic() - began_s < WAIT_S / 3
         assert deserted(server)
         assert idle.hear() is None
-        assert server.vault.stats().coming_bytes == 0
+        assert server.memory.stats().incoming_bytes == 0
         assert held(server, "b") is None
     assert threading.active_count() < threads
     with pytest.raises(ConnectionRefusedError):
@@ -299,12 +299,12 @@ def test_stop_ends_whatever_is_under_way_and_repeats_harmlessly(world: World) ->
 
 
 def test_a_server_that_never_started_stops(world: World) -> None:
-    server = PeerServer(Vault(BUDGET_BYTES), SECRET, tell=world.told.append)
+    server = PeerServer(PeerMemory(BUDGET_BYTES), SECRET, emit=world.told.append)
     server.stop()
 
 
 def test_a_restart_in_the_middle_of_a_put_loses_that_put_alone(world: World) -> None:
-    vault = Vault(BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES)
     server = world.serve(vault=vault, limits=PATIENT)
     store = world.store(server)
     store.put("a", [b"before"])
@@ -316,7 +316,7 @@ def test_a_restart_in_the_middle_of_a_put_loses_that_put_alone(world: World) -> 
         assert gate.wait(WAIT_S)
 
     with ThreadPoolExecutor(1) as pool:
-        putting = pool.submit(store.put_lent, "b", [bytes(LARGE_BYTES)], still_lent)
+        putting = pool.submit(store.put_checked, "b", [bytes(LARGE_BYTES)], still_lent)
         assert sent.wait(WAIT_S)
         port = server.address[1]
         server.stop()
@@ -324,7 +324,7 @@ def test_a_restart_in_the_middle_of_a_put_loses_that_put_alone(world: World) -> 
         gate.set()
         with pytest.raises(UnavailableError):
             putting.result(WAIT_S)
-    assert vault.stats().coming_bytes == 0
+    assert vault.stats().incoming_bytes == 0
     assert read(store, "a") is None, "memory is gone with its server"
     assert store.boot == again.boot != first
     store.put("b", [b"after"])
@@ -356,7 +356,7 @@ def test_addresses_are_read_as_they_are_shown() -> None:
 
 
 def test_a_full_vault_is_told_apart_from_one_that_is_gone(world: World) -> None:
-    server = world.serve(vault=Vault(1 << 20))
+    server = world.serve(vault=PeerMemory(1 << 20))
     store = world.store(server)
     with pytest.raises(StoreFullError):
         store.put("a", [bytes(2 << 20)])

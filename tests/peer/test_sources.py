@@ -13,7 +13,7 @@ import pytest
 from peer_world import WAIT_S, World, read, until
 
 from ckpt.backends.base import Stat
-from ckpt.cluster.peermem.vault import Held, Source
+from ckpt.cluster.peermem.memory import ServedObject, ServedSource
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
 
 SLOT_BYTES = 3 << 20
@@ -36,7 +36,7 @@ class Slots:
         self._maps = [mmap.mmap(fd, HEADER_BYTES + SLOT_BYTES) for fd in self._fds]
 
     @contextlib.contextmanager
-    def reading(self, key: str) -> Iterator[Held]:
+    def reading(self, key: str) -> Iterator[ServedObject]:
         number = self._number(key)
         begun = self.generation
         self.pins += 1
@@ -44,7 +44,7 @@ class Slots:
             self.generation += 1
         view = memoryview(self._maps[number])[HEADER_BYTES:]
         try:
-            yield Held(
+            yield ServedObject(
                 view=view,
                 fd=self._fds[number],
                 offset_bytes=HEADER_BYTES,
@@ -79,7 +79,7 @@ def slots() -> Iterator[Slots]:
 
 
 def test_a_sources_objects_are_read_and_listed_among_the_vaults(world: World, slots: Slots) -> None:
-    typed: Source = slots
+    typed: ServedSource = slots
     server = world.serve(sources=[typed])
     store = world.store(server)
     for key in ("a", "slots", "z"):
@@ -139,7 +139,7 @@ class Stuck:
         self.asked, self.may = threading.Event(), threading.Event()
 
     @contextlib.contextmanager
-    def reading(self, key: str) -> Iterator[Held]:
+    def reading(self, key: str) -> Iterator[ServedObject]:
         self.asked.set()
         assert self.may.wait(WAIT_S)
         raise NotFoundError(key)

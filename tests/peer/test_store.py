@@ -15,10 +15,10 @@ from peer_world import OTHER_SECRET, SECRET, WAIT_S, Epoch, World, read, until
 
 from ckpt.backends.replicated.buffers import Loan, TakenBackError
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.channel import Extent, Patience
-from ckpt.cluster.peermem.server import Fence, PeerServer
-from ckpt.cluster.peermem.store import ClientLimits, PeerStore
-from ckpt.cluster.peermem.vault import Vault
+from ckpt.cluster.peermem.channel import PeerExtent, PeerTimeouts
+from ckpt.cluster.peermem.memory import PeerMemory
+from ckpt.cluster.peermem.server import EpochFence, PeerServer
+from ckpt.cluster.peermem.store import PeerClientLimits, PeerStore
 from ckpt.errors import (
     CkptError,
     FencedError,
@@ -62,7 +62,7 @@ def test_an_older_epoch_is_fenced_in_every_operation(world: World) -> None:
 
 
 def test_a_refusal_is_the_error_that_its_handler_needs(world: World) -> None:
-    server = world.serve(vault=Vault(MIB))
+    server = world.serve(vault=PeerMemory(MIB))
     store = world.store(server)
     store.put("full", [bytes(600_000)])
     cases: list[tuple[type[CkptError], object]] = [
@@ -106,7 +106,7 @@ def test_bytes_changed_on_the_way_are_never_believed(world: World, large: bool) 
 
         store.close()
         store = PeerStore(
-            Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=ClientLimits(patience=Patience(grace_s=0.5))
+            Endpoint(*proxy.address), SECRET, epoch=Epoch(), limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.5))
         )
         proxy.down = flip
         with pytest.raises((IntegrityError, UnavailableError)):
@@ -129,13 +129,13 @@ def test_bytes_put_and_changed_on_the_way_are_never_stored(world: World, size: i
     proxy.up = flip
     with pytest.raises(UnavailableError):
         store.put("a", [bytes(size)])
-    assert server.vault.stat("a") is None
+    assert server.memory.stat("a") is None
     store.close()
     proxy.close()
 
 
 def test_a_stranger_in_the_peers_place_is_found_out(world: World) -> None:
-    theirs = PeerServer(Vault(MIB), OTHER_SECRET, tell=world.told.append)
+    theirs = PeerServer(PeerMemory(MIB), OTHER_SECRET, emit=world.told.append)
     theirs.start()
     store = PeerStore(Endpoint(*theirs.address), SECRET, epoch=Epoch())
     with pytest.raises(StoreDeniedError):
@@ -148,7 +148,7 @@ def test_a_peer_that_does_not_take_the_epoch_in_is_not_believed(world: World, mo
     server = world.serve()
     store = world.store(server)
     store.put("a", [b"x"])
-    monkeypatch.setattr(Fence, "see", lambda fence, epoch: None)
+    monkeypatch.setattr(EpochFence, "see", lambda fence, epoch: None)
     with pytest.raises(IntegrityError, match="older epoch"):
         world.store(server, epoch=Epoch(5)).stat("a")
     assert store.stat("a") is not None
@@ -168,7 +168,7 @@ def test_an_answer_is_taken_for_its_own_request_only(world: World) -> None:
 
     proxy.down = replay
     assert store.stat("a") is not None
-    server.vault.delete("a")
+    server.memory.delete("a")
     with pytest.raises(IntegrityError, match="another request"):
         store.stat("a")
     store.close()
@@ -183,9 +183,9 @@ def test_lent_memory_that_is_taken_back_is_never_stored(world: World) -> None:
         loan = Loan("a")
         loan.take_back()
         with pytest.raises(TakenBackError):
-            store.put_lent("a", [bytes(size)], loan.still_lent)
+            store.put_checked("a", [bytes(size)], loan.still_lent)
         assert read(store, "a") == b"before"
-        until(lambda: server.vault.stats().coming_bytes == 0)
+        until(lambda: server.memory.stats().incoming_bytes == 0)
 
 
 def test_still_lent_is_asked_when_all_is_sent_and_before_it_can_be_seen(world: World) -> None:
@@ -194,7 +194,7 @@ def test_still_lent_is_asked_when_all_is_sent_and_before_it_can_be_seen(world: W
     for size in (0, 10, MIB):
         asked: list[object] = []
         key = f"a/{size}"
-        store.put_lent(key, [bytes(size)], lambda asked=asked, key=key: asked.append(other.stat(key)))  # type: ignore[misc]
+        store.put_checked(key, [bytes(size)], lambda asked=asked, key=key: asked.append(other.stat(key)))  # type: ignore[misc]
         assert asked == [None]
         assert read(store, f"a/{size}") == bytes(size)
 
@@ -235,15 +235,15 @@ def test_a_stretch_of_a_memfd_is_put_as_it_is(world: World, offset: int, size: i
     fd = os.memfd_create("test")
     try:
         os.write(fd, whole)
-        store.put_extent("a", Extent(fd, offset, size))
+        store.put_extent("a", PeerExtent(fd, offset, size))
         assert read(store, "a") == whole[offset : offset + size]
         with pytest.raises(KeyExistsError):
-            store.put_extent("a", Extent(fd, offset, size), create_only=True)
+            store.put_extent("a", PeerExtent(fd, offset, size), create_only=True)
         loan = Loan("b")
         loan.take_back()
         if size:
             with pytest.raises(TakenBackError):
-                store.put_extent("b", Extent(fd, offset, size), still_lent=loan.still_lent)
+                store.put_extent("b", PeerExtent(fd, offset, size), check_unchanged=loan.still_lent)
         assert store.stat("b") is None
     finally:
         os.close(fd)
@@ -254,16 +254,20 @@ def test_a_stretch_beyond_the_file_is_refused(world: World, tmp_path: Path) -> N
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     with path.open("rb") as file:
-        for extent in (Extent(file.fileno(), 0, 6), Extent(file.fileno(), -1, 2), Extent(file.fileno(), 1 << 40, 1)):
+        for extent in (
+            PeerExtent(file.fileno(), 0, 6),
+            PeerExtent(file.fileno(), -1, 2),
+            PeerExtent(file.fileno(), 1 << 40, 1),
+        ):
             with pytest.raises(UsageError):
                 store.put_extent("a", extent)
-        store.put_extent("a", Extent(file.fileno(), 1, 3))
+        store.put_extent("a", PeerExtent(file.fileno(), 1, 3))
     assert read(store, "a") == b"234"
 
 
 def test_a_large_read_goes_in_streams_and_is_of_one_content(world: World) -> None:
     server = world.serve()
-    store = world.store(server, limits=ClientLimits(stream_bytes_min=MIB))
+    store = world.store(server, limits=PeerClientLimits(stream_bytes_min=MIB))
     contents = [body(5 * MIB + 3, seed) for seed in (1, 2)]
     store.put("a", [contents[0]])
     out = bytearray(len(contents[0]) - 10)
@@ -289,7 +293,7 @@ def test_a_large_read_goes_in_streams_and_is_of_one_content(world: World) -> Non
 
 
 def test_a_failed_stream_fails_the_read(world: World) -> None:
-    store = world.store(world.serve(), limits=ClientLimits(stream_bytes_min=1000))
+    store = world.store(world.serve(), limits=PeerClientLimits(stream_bytes_min=1000))
     store.put("a", [bytes(3500)])
     with pytest.raises(IntegrityError):
         store.read_into("a", memoryview(bytearray(4000)))
@@ -301,7 +305,7 @@ def test_a_listing_comes_in_pages(world: World) -> None:
     server = world.serve()
     store = world.store(server)
     for number in range(2500):
-        with server.vault.incoming(f"log/{number:05d}", 0) as incoming:
+        with server.memory.incoming(f"log/{number:05d}", 0) as incoming:
             incoming.publish()
     assert [one.key for one in store.list("log/")] == [f"log/{number:05d}" for number in range(2500)]
     until(lambda: server.stats().served["LIST"] == 3)

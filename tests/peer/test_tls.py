@@ -11,9 +11,9 @@ import pytest
 from peer_certificates import Certificates, Files
 from peer_world import WAIT_S, World, read, until
 
-from ckpt.cluster.peermem.channel import Extent, Patience
-from ckpt.cluster.peermem.store import ClientLimits
-from ckpt.cluster.tls import client_context, rehearse, server_context
+from ckpt.cluster.peermem.channel import PeerExtent, PeerTimeouts
+from ckpt.cluster.peermem.store import PeerClientLimits
+from ckpt.cluster.tls import check_handshake, client_context, server_context
 from ckpt.errors import StoreDeniedError, UnavailableError, UsageError
 
 
@@ -34,14 +34,14 @@ def test_bytes_go_both_ways(world: World, certificates: Certificates, tmp_path: 
     path = tmp_path / "file"
     path.write_bytes(body)
     with path.open("rb") as file:
-        store.put_extent("b", Extent(file.fileno(), 3, 2 << 20))
+        store.put_extent("b", PeerExtent(file.fileno(), 3, 2 << 20))
     assert read(store, "b") == body[3 : 3 + (2 << 20)]
     assert store.url.startswith("peers://")
 
 
 def test_a_rehearsal_says_what_others_would_find(certificates: Certificates) -> None:
     good, away = certificates.one, certificates.misnamed
-    assert time.time() < rehearse(serving(good), asking(good), "127.0.0.1") < time.time() + 7200
+    assert time.time() < check_handshake(serving(good), asking(good), "127.0.0.1") < time.time() + 7200
     for files, host, word in (
         (certificates.expired, "127.0.0.1", "expired"),
         (away, "127.0.0.1", "not valid for '127.0.0.1'"),
@@ -49,10 +49,10 @@ def test_a_rehearsal_says_what_others_would_find(certificates: Certificates) -> 
         (good, "", "empty"),
     ):
         with pytest.raises(UsageError, match="would refuse") as error:
-            rehearse(serving(files), asking(files), host)
+            check_handshake(serving(files), asking(files), host)
         assert word in str(error.value)
     with pytest.raises(UsageError, match="self-signed"):
-        rehearse(serving(certificates.stranger), asking(certificates.two), "127.0.0.1")
+        check_handshake(serving(certificates.stranger), asking(certificates.two), "127.0.0.1")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_another_certificate_is_refused(world: World, certificates: Certificates
     for _ in range(2):
         with pytest.raises(StoreDeniedError):
             store.put("a", [b"x"])
-    assert server.vault.stat("a") is None
+    assert server.memory.stat("a") is None
     good = world.store(world.serve(tls=serving(ours.one)), tls=asking(ours.two))
     good.put("a", [b"x"])
 
@@ -77,9 +77,11 @@ def test_another_certificate_is_refused(world: World, certificates: Certificates
 def test_clear_text_and_tls_do_not_meet(world: World, certificates: Certificates) -> None:
     clear, covered = world.serve(), world.serve(tls=serving(certificates.one))
     with pytest.raises((StoreDeniedError, UnavailableError)):
-        world.store(clear, tls=asking(certificates.two), limits=ClientLimits(connect_s=0.5, crowded_s=0.5)).stat("a")
+        world.store(clear, tls=asking(certificates.two), limits=PeerClientLimits(connect_s=0.5, crowded_s=0.5)).stat(
+            "a"
+        )
     with pytest.raises((StoreDeniedError, UnavailableError)):
-        world.store(covered, limits=ClientLimits(patience=Patience(grace_s=0.5), crowded_s=0.5)).stat("a")
+        world.store(covered, limits=PeerClientLimits(timeouts=PeerTimeouts(grace_s=0.5), crowded_s=0.5)).stat("a")
     until(lambda: clear.stats().connections == covered.stats().connections == 0)
 
 

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ckpt.cluster.peermem.vault import SMALL_BYTES, Held, Incoming, TooLargeError, Vault, room_bytes
+from ckpt.cluster.peermem.memory import SMALL_BYTES, IncomingObject, PeerMemory, ServedObject, TooLargeError, room_bytes
 from ckpt.errors import KeyExistsError, NotFoundError, StoreFullError, UsageError
 
 BUDGET_BYTES = 1 << 20
@@ -23,10 +23,10 @@ class VaultAgainstDict(RuleBasedStateMachine):
 
     @initialize(spare=st.sampled_from((0, BUDGET_BYTES // 2, BUDGET_BYTES)))
     def begin(self, spare: int) -> None:
-        self.vault = Vault(BUDGET_BYTES, spare_bytes_max=spare)
+        self.vault = PeerMemory(BUDGET_BYTES, spare_bytes_max=spare)
         self.model: dict[str, bytes] = {}
-        self.coming: list[tuple[contextlib.ExitStack, Incoming, bytes]] = []
-        self.readers: list[tuple[contextlib.ExitStack, Held, bytes]] = []
+        self.coming: list[tuple[contextlib.ExitStack, IncomingObject, bytes]] = []
+        self.readers: list[tuple[contextlib.ExitStack, ServedObject, bytes]] = []
         self.fill = 0
 
     def body(self, size: int) -> bytes:
@@ -36,7 +36,7 @@ class VaultAgainstDict(RuleBasedStateMachine):
     @rule(key=st.sampled_from(KEYS), size=st.sampled_from(SIZES))
     def reserve(self, key: str, size: int) -> None:
         stack, before = contextlib.ExitStack(), self.vault.stats()
-        used = before.held_bytes - before.spare_bytes
+        used = before.total_bytes - before.spare_bytes
         try:
             incoming = stack.enter_context(self.vault.incoming(key, size))
         except TooLargeError:
@@ -125,12 +125,12 @@ class VaultAgainstDict(RuleBasedStateMachine):
     @invariant()
     def memory_is_within_the_budget_and_accounted_for(self) -> None:
         found = self.vault.stats()
-        assert found.held_bytes <= BUDGET_BYTES
+        assert found.total_bytes <= BUDGET_BYTES
         assert found.objects == len(self.model)
         assert found.objects_bytes >= sum(room_bytes(len(body)) for body in self.model.values())
-        assert (found.coming_bytes == 0) == (not self.coming)
+        assert (found.incoming_bytes == 0) == (not self.coming)
         if not self.readers:
-            assert found.going_bytes == 0
+            assert found.removed_bytes == 0
 
     def teardown(self) -> None:
         for stack, *_ in (*getattr(self, "coming", ()), *getattr(self, "readers", ())):
@@ -141,19 +141,19 @@ VaultAgainstDict.TestCase.settings = settings(max_examples=60, stateful_step_cou
 TestVaultAgainstDict = VaultAgainstDict.TestCase
 
 
-def put(vault: Vault, key: str, body: bytes) -> None:
+def put(vault: PeerMemory, key: str, body: bytes) -> None:
     with vault.incoming(key, len(body)) as incoming:
         incoming.view[:] = body
         incoming.publish()
 
 
-def held(vault: Vault, key: str) -> bytes:
+def held(vault: PeerMemory, key: str) -> bytes:
     with vault.reading(key) as found:
         return bytes(found.view)
 
 
 def test_an_object_is_seen_only_once_published_and_replaces_at_once() -> None:
-    vault = Vault(BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES)
     put(vault, "a", b"old")
     with vault.incoming("a", 5) as incoming:
         incoming.view[:] = b"newer"
@@ -165,7 +165,7 @@ def test_an_object_is_seen_only_once_published_and_replaces_at_once() -> None:
 
 
 def test_a_length_beyond_the_budget_takes_no_memory() -> None:
-    vault = Vault(BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES)
     before = vault.stats()
     with pytest.raises(TooLargeError), vault.incoming("a", 1 << 60):
         pass
@@ -177,11 +177,11 @@ def test_a_length_beyond_the_budget_takes_no_memory() -> None:
         pass
     with pytest.raises(StoreFullError), vault.incoming("b", BUDGET_BYTES - 1), vault.incoming("c", 1):
         pass
-    assert vault.stats().held_bytes - vault.stats().spare_bytes == before.held_bytes
+    assert vault.stats().total_bytes - vault.stats().spare_bytes == before.total_bytes
 
 
 def test_reservations_of_a_machine_without_memory_are_refused() -> None:
-    vault = Vault(1 << 30, available=lambda: 5 << 20)
+    vault = PeerMemory(1 << 30, available=lambda: 5 << 20)
     with pytest.raises(StoreFullError, match="short of memory"), vault.incoming("a", 6 << 20):
         pass
     put(vault, "a", b"x" * (4 << 20))
@@ -189,19 +189,19 @@ def test_reservations_of_a_machine_without_memory_are_refused() -> None:
 
 
 def test_small_objects_cost_a_page_and_their_number_is_bounded() -> None:
-    vault = Vault(10 * 4096)
+    vault = PeerMemory(10 * 4096)
     for number in range(10):
         put(vault, f"a/{number}", b"")
     with pytest.raises(StoreFullError), vault.incoming("a/10", 0):
         pass
-    vault = Vault(BUDGET_BYTES, objects_max=2)
+    vault = PeerMemory(BUDGET_BYTES, objects_max=2)
     put(vault, "a", b"")
     with vault.incoming("b", 0), pytest.raises(StoreFullError, match="too many objects"), vault.incoming("c", 0):
         pass
 
 
 def test_freed_memory_is_used_again() -> None:
-    vault = Vault(BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES)
     put(vault, "a", b"1" * 300_000)
     with vault.reading("a"):
         vault.delete("a")
@@ -213,34 +213,34 @@ def test_freed_memory_is_used_again() -> None:
 
 
 def test_spare_memory_gives_way_to_objects() -> None:
-    vault = Vault(BUDGET_BYTES, spare_bytes_max=BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES, spare_bytes_max=BUDGET_BYTES)
     for number in range(3):
         put(vault, f"a/{number}", b"1" * 300_000)
     vault.retain([])
     assert vault.stats().spare_bytes == 3 * room_bytes(300_000)
     put(vault, "b", b"2" * 900_000)
-    assert vault.stats().held_bytes <= BUDGET_BYTES
+    assert vault.stats().total_bytes <= BUDGET_BYTES
     assert held(vault, "b") == b"2" * 900_000
 
 
 def test_what_is_read_stays_and_is_charged_until_it_is_let_go() -> None:
-    vault = Vault(BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES)
     put(vault, "a", b"1" * 400_000)
     with vault.reading("a") as found:
         vault.delete("a")
         assert vault.stat("a") is None
-        assert vault.stats().going_bytes == room_bytes(400_000)
+        assert vault.stats().removed_bytes == room_bytes(400_000)
         put(vault, "a", b"2" * 400_000)
         assert found.view == b"1" * 400_000
         with pytest.raises(StoreFullError), vault.incoming("c", 400_000):
             pass
-    assert vault.stats().going_bytes == 0
+    assert vault.stats().removed_bytes == 0
     put(vault, "c", b"3" * 400_000)
 
 
 def test_descriptors_run_out_before_the_process_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (8, 8))
-    vault = Vault(BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES)
     for number in range(4):
         put(vault, f"a/{number}", bytes([number]) * SMALL_BYTES)
     assert vault._blocks._descriptors == 2
@@ -250,7 +250,7 @@ def test_descriptors_run_out_before_the_process_has_none(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("key", ["", "/a", "a//b", "../a", ".tmp/a"])
 def test_no_key_is_refused(key: str) -> None:
-    vault = Vault(BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES)
     with pytest.raises(UsageError), vault.incoming(key, 1):
         pass
     with pytest.raises(UsageError), vault.reading(key):
@@ -258,7 +258,7 @@ def test_no_key_is_refused(key: str) -> None:
 
 
 def test_threads_see_whole_objects_only_and_leave_no_charge() -> None:
-    vault = Vault(BUDGET_BYTES)
+    vault = PeerMemory(BUDGET_BYTES)
 
     def work(me: int) -> None:
         for turn in range(60):
@@ -274,4 +274,4 @@ def test_threads_see_whole_objects_only_and_leave_no_charge() -> None:
         list(pool.map(work, range(4)))
     vault.retain([])
     found = vault.stats()
-    assert (found.objects, found.held_bytes - found.spare_bytes) == (0, 0)
+    assert (found.objects, found.total_bytes - found.spare_bytes) == (0, 0)

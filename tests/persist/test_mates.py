@@ -24,12 +24,12 @@ from ckpt.errors import (
 )
 from ckpt.format.canonical import digest
 from ckpt.format.keys import PARTS, part_key, writer_name
-from ckpt.ipc.mailbox import Room, RoomChannel
+from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom
 from ckpt.log.catalog import load_index, load_manifest
 from ckpt.log.journal import Journal
 from ckpt.restore.verify import verify
-from ckpt.save.chunks import OFF
-from ckpt.save.persister import Mates, Persister, Place, Sealed
+from ckpt.save.chunks import NO_COMPRESSION
+from ckpt.save.persister import LocalRanks, Persister, SaveTarget, SealedSlot
 from ckpt.save.receipts import Receipt
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedIndex, StagedShard
@@ -48,7 +48,7 @@ def _writer(rank: int) -> str:
     return writer_name("node", f"{rank:016x}")
 
 
-def sealed(rank: int, step: int, *, spoil: bool = False, let_go: threading.Event | None = None) -> Sealed:
+def sealed(rank: int, step: int, *, spoil: bool = False, let_go: threading.Event | None = None) -> SealedSlot:
     """A row of a tensor that all share, and what all hold alike."""
     data = np.full(ROW, step * WORLD + rank, dtype=np.uint8)
     leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(WORLD * ROW,))
@@ -59,7 +59,7 @@ def sealed(rank: int, step: int, *, spoil: bool = False, let_go: threading.Event
         data[7] += 1
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=rank, world_size=WORLD, shards=(shard,))
     release = (lambda: None) if let_go is None else let_go.set
-    return Sealed(index=index, data=memoryview(data), release=release, shared={"all": (WORLD, "x")})
+    return SealedSlot(index=index, data=memoryview(data), release=release, shared={"all": (WORLD, "x")})
 
 
 class World:
@@ -70,23 +70,25 @@ class World:
         self.store = FaultyBackend(MemoryBackend("job"), full)
         self.journal = Journal.open(self.store, job="job", create=True)
         self.epoch = self.journal.open_epoch(resume=None)
-        self.room = Room()
+        self.room = InProcessRoom()
         self.persisters: list[Persister] = []
-        self.mates: list[Mates] = []
+        self.mates: list[LocalRanks] = []
         for ranks in NODES:
-            self.mates.append(mates := Mates(len(self.persisters), ranks))
+            self.mates.append(mates := LocalRanks(len(self.persisters), ranks))
             for _ in range(ranks):
                 rank = len(self.persisters)
-                place = Place(
+                place = SaveTarget(
                     backend=self.store, writer=_writer(rank), epoch=lambda: self.epoch,
                     journal=self.journal if rank == 0 else None,
                 )  # fmt: skip
-                channel = RoomChannel(self.room, rank=rank, size=WORLD)
+                channel = InProcessMailbox(self.room, rank=rank, size=WORLD)
                 self.persisters.append(
-                    Persister(channel, place, compression=OFF, verify=True, tell=lambda _: None, mates=mates)
+                    Persister(
+                        channel, place, compression=NO_COMPRESSION, verify=True, emit=lambda _: None, local_ranks=mates
+                    )
                 )
 
-    def save(self, step: int, *, but: dict[int, Sealed] | None = None) -> list[Future[SnapshotInfo]]:
+    def save(self, step: int, *, but: dict[int, SealedSlot] | None = None) -> list[Future[SnapshotInfo]]:
         """All hand in."""
         shares = {rank: sealed(rank, step) for rank in range(WORLD)} | (but or {})
         return [self.persisters[rank].submit(share, tags=()) for rank, share in shares.items()]
@@ -146,7 +148,7 @@ def test_share_that_can_not_be_written_fails_all_and_frees_all_slots(world: Worl
 @pytest.mark.parametrize("rank", range(WORLD))
 def test_rank_that_refuses_fails_all(world: World, rank: int) -> None:
     world.saved(1)
-    refused = world.persisters[rank].refuse(SnapshotId(1, 2), UsageError("not this one"))
+    refused = world.persisters[rank].submit_failure(SnapshotId(1, 2), UsageError("not this one"))
     others = [world.persisters[one].submit(sealed(one, 2), tags=()) for one in range(WORLD) if one != rank]
     assert errors(others) == {UsageError.code}
     refused.result(WAIT_S)
@@ -164,7 +166,7 @@ def test_refusal_of_rank_0s_node_is_settled_only_when_all_let_go(world: World, r
         assert go_on.wait(WAIT_S)
 
     slow = replace(sealed(5, 1), release=slowly)
-    refused = world.persisters[rank].refuse(SnapshotId(1, 1), UsageError("not this one"))
+    refused = world.persisters[rank].submit_failure(SnapshotId(1, 1), UsageError("not this one"))
     others = [one for one in range(WORLD) if one != rank]
     futures = [world.persisters[one].submit(slow if one == 5 else sealed(one, 1), tags=()) for one in others]
     assert let_go.wait(WAIT_S)
@@ -189,7 +191,7 @@ def test_step_that_all_passed_is_the_least_that_one_captured(world: World) -> No
 
 def test_share_that_never_comes_is_named_and_moves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.saved(1)
-    monkeypatch.setattr("ckpt.save.persister.MATE_WAIT_S", 2.0)
+    monkeypatch.setattr("ckpt.save.persister.LOCAL_RANKS_WAIT_S", 2.0)
     futures = [world.persisters[rank].submit(sealed(rank, 2), tags=()) for rank in range(WORLD) if rank != 5]
     assert errors(futures) == {UnavailableError.code}
     assert "missing=5" in str(futures[0].exception()) and "look at its log" in str(futures[0].exception())
@@ -219,7 +221,7 @@ def test_receipt_of_more_ranks_than_there_are_commits_nothing(world: World) -> N
 
 
 def test_all_refuse(world: World) -> None:
-    futures = [one.refuse(SnapshotId(1, 1), UsageError("none has it")) for one in world.persisters]
+    futures = [one.submit_failure(SnapshotId(1, 1), UsageError("none has it")) for one in world.persisters]
     for future in futures:
         future.result(WAIT_S)
     world.saved(2)

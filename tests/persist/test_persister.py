@@ -14,11 +14,11 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError
 from ckpt.format.canonical import digest
 from ckpt.format.keys import writer_name
-from ckpt.ipc.mailbox import Room, RoomChannel
+from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom
 from ckpt.log.catalog import load_index, load_manifest
 from ckpt.log.journal import Journal
-from ckpt.save.chunks import OFF
-from ckpt.save.persister import Persister, Place, Sealed
+from ckpt.save.chunks import NO_COMPRESSION
+from ckpt.save.persister import Persister, SaveTarget, SealedSlot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
 WAIT_S = 60.0
@@ -27,7 +27,7 @@ SIZE_BYTES = 64 << 10
 
 def _sealed(
     step: int, *, value: int | None = None, spoil: bool = False, release: Callable[[], None] = lambda: None
-) -> Sealed:
+) -> SealedSlot:
     data = np.full(SIZE_BYTES, step if value is None else value, dtype=np.uint8)
     leaf = Leaf(name="w", kind=LeafKind.TENSOR, dtype="uint8", shape=(SIZE_BYTES,))
     shard = StagedShard(
@@ -36,7 +36,7 @@ def _sealed(
     if spoil:
         data[7] += 1
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=(shard,))
-    return Sealed(index=index, data=memoryview(data), release=release, shared={})
+    return SealedSlot(index=index, data=memoryview(data), release=release, shared={})
 
 
 class World:
@@ -46,11 +46,11 @@ class World:
         self.store = MemoryBackend("job")
         self.journal = Journal.open(self.store, job="job", create=True)
         self.epoch = self.journal.open_epoch(resume=None)
-        place = Place(
+        place = SaveTarget(
             backend=self.store, writer=writer_name("node", "0" * 16), epoch=lambda: self.epoch, journal=self.journal
         )
-        channel = RoomChannel(Room(), rank=0, size=1)
-        self.persister = Persister(channel, place, compression=OFF, verify=True, tell=lambda _: None)
+        channel = InProcessMailbox(InProcessRoom(), rank=0, size=1)
+        self.persister = Persister(channel, place, compression=NO_COMPRESSION, verify=True, emit=lambda _: None)
 
     def base_of(self, step: int) -> SnapshotId | None:
         """What the commit of that step refers to."""
@@ -89,8 +89,16 @@ def test_calls_are_done_in_the_order_they_came(world: World) -> None:
 def test_base_may_be_named_while_none_is_known(world: World) -> None:
     first = world.persister.submit(_sealed(1), tags=()).result(WAIT_S)
     world.persister.close()
-    place = Place(backend=world.store, writer=writer_name("node", "1" * 16), epoch=lambda: 1, journal=world.journal)
-    persister = Persister(RoomChannel(Room(), rank=0, size=1), place, compression=OFF, verify=True, tell=lambda _: None)
+    place = SaveTarget(
+        backend=world.store, writer=writer_name("node", "1" * 16), epoch=lambda: 1, journal=world.journal
+    )
+    persister = Persister(
+        InProcessMailbox(InProcessRoom(), rank=0, size=1),
+        place,
+        compression=NO_COMPRESSION,
+        verify=True,
+        emit=lambda _: None,
+    )
     known = load_index(world.store, world.journal.refresh(), first.id).locations()
     persister.submit(_sealed(2, spoil=True), tags=())
     persister.refer_next(first.id, known)

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from ckpt.errors import ConflictError, InternalError, UsageError
 from ckpt.format.manifest import PartRef
-from ckpt.save.receipts import Receipt, Replicas, checked, failed, merge, one_base, shared_of
+from ckpt.save.receipts import (
+    Receipt,
+    ReplicaGroup,
+    check_groups,
+    common_base,
+    failed_receipt,
+    merge_receipts,
+    replica_groups,
+)
 from ckpt.values import SnapshotId
 
 PAIR, OTHER = SnapshotId(1, 7), SnapshotId(1, 8)
@@ -24,7 +32,7 @@ def receipt(
 ) -> Receipt:
     ref = PartRef(key=f"part{rank}", digest="0" * 32, size_bytes=1, rank=rank)
     return Receipt(
-        snapshot=pair, rank=rank, refs=(ref,), size_bytes=rank, new_bytes=1, base=base, shared=shared_of(shared),
+        snapshot=pair, rank=rank, refs=(ref,), size_bytes=rank, new_bytes=1, base=base, shared=replica_groups(shared),
         complete=shared is not None,
     )  # fmt: skip
 
@@ -40,7 +48,7 @@ def worlds(draw: st.DrawFn) -> list[Receipt]:
         one = receipt(rank, shared=shared, base=draw(st.sampled_from([None, BASES[1]])))
         harm = draw(st.sampled_from(["", "", "", "", "", "failed", "pair", "base", "digest", "missing", "unknown"]))
         if harm == "failed":
-            one = failed(PAIR, rank, UsageError("no"))
+            one = failed_receipt(PAIR, rank, UsageError("no"))
         elif harm == "pair":
             one = receipt(rank, pair=OTHER, shared=shared)
         elif harm == "base":
@@ -57,7 +65,7 @@ def worlds(draw: st.DrawFn) -> list[Receipt]:
 
 def sound(world: list[Receipt]) -> bool:
     """Said anew, from all at once."""
-    held: dict[str, list[Replicas]] = {}
+    held: dict[str, list[ReplicaGroup]] = {}
     for one in world:
         for name, what in one.shared.items():
             held.setdefault(name, []).append(what)
@@ -73,13 +81,13 @@ def sound(world: list[Receipt]) -> bool:
 @settings(deadline=None, max_examples=300)
 @given(worlds(), st.data())
 def test_grouping_makes_no_difference(world: list[Receipt], data: st.DataObject) -> None:
-    flat = checked(merge(world))
+    flat = check_groups(merge_receipts(world))
     level = world
     while len(level) > 1:  # any tree, of any depth
         cuts = sorted(data.draw(st.sets(st.integers(1, len(level) - 1), max_size=len(level) - 2)))
         ends = [*cuts, len(level)]
-        level = [merge(level[a:b]) for a, b in zip([0, *cuts], ends, strict=True)]
-    tree = checked(level[0])
+        level = [merge_receipts(level[a:b]) for a, b in zip([0, *cuts], ends, strict=True)]
+    tree = check_groups(level[0])
     assert (flat.error is None) == (tree.error is None) == sound(world)
     assert (flat.snapshot, flat.rank, flat.ranks) == (min(one.snapshot for one in world), 0, len(world))
     if flat.error is None:
@@ -89,38 +97,40 @@ def test_grouping_makes_no_difference(world: list[Receipt], data: st.DataObject)
 
 
 def test_first_error_in_rank_order_is_that_of_all() -> None:
-    both = merge([receipt(0), failed(PAIR, 1, UsageError("one")), failed(PAIR, 2, UsageError("two"))])
+    both = merge_receipts(
+        [receipt(0), failed_receipt(PAIR, 1, UsageError("one")), failed_receipt(PAIR, 2, UsageError("two"))]
+    )
     assert both.error is not None and (both.error.text, both.error.rank) == ("one", 1)
     assert both.ranks == 3
 
 
 def test_ranks_that_captured_different_steps_are_named() -> None:
-    node = merge([receipt(0), receipt(1)])
-    error = merge([node, receipt(2, pair=OTHER)]).error
+    node = merge_receipts([receipt(0), receipt(1)])
+    error = merge_receipts([node, receipt(2, pair=OTHER)]).error
     assert error is not None and error.code == ConflictError.code
     assert "captured_by_rank=0 to 1: epoch 1 step 7, 2: epoch 1 step 8" in error.text
     many = [receipt(rank, pair=SnapshotId(1, rank)) for rank in range(20)]
-    error = merge(many).error
+    error = merge_receipts(many).error
     assert error is not None and "and 12 more" in error.text
 
 
 def test_ranks_that_do_not_follow_each_other_are_refused() -> None:
     with pytest.raises(InternalError, match="expected_rank=1"):
-        merge([receipt(0), receipt(2)])
+        merge_receipts([receipt(0), receipt(2)])
     with pytest.raises(InternalError):
-        merge([receipt(0), receipt(0)])
+        merge_receipts([receipt(0), receipt(0)])
 
 
 def test_ranks_that_refer_to_different_snapshots_commit_nothing() -> None:
-    assert one_base([None, None]) is None
-    assert one_base([None, BASES[1], BASES[1]]) == BASES[1]
+    assert common_base([None, None]) is None
+    assert common_base([None, BASES[1], BASES[1]]) == BASES[1]
     with pytest.raises(ConflictError, match=r"bases=epoch 1 step 1, epoch 1 step 2"):
-        one_base([BASES[2], None, BASES[1]])
+        common_base([BASES[2], None, BASES[1]])
 
 
 def test_unknown_sets_are_compared_as_far_as_they_are_known() -> None:
     def fits(*sets: dict[str, tuple[int, str]] | None) -> bool:
-        return checked(merge([receipt(rank, shared=one) for rank, one in enumerate(sets)])).error is None
+        return check_groups(merge_receipts([receipt(rank, shared=one) for rank, one in enumerate(sets)])).error is None
 
     assert fits({"a": (2, "x")}, None)
     assert fits(None, None)

@@ -8,12 +8,12 @@ import pytest
 from ckpt.backends.memory import MemoryBackend
 from ckpt.format.canonical import digest
 from ckpt.format.keys import writer_name
-from ckpt.ipc.mailbox import Room, RoomChannel
+from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.save.chunks import OFF
+from ckpt.save.chunks import NO_COMPRESSION
 from ckpt.save.packs import PackSizes
-from ckpt.save.persister import Persister, Place, Sealed
+from ckpt.save.persister import Persister, SaveTarget, SealedSlot
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, StagedIndex, StagedShard
 
@@ -22,7 +22,7 @@ LEAVES = 8
 LEAF_BYTES = 64 << 10
 
 
-def sealed(step: int, values: list[int]) -> Sealed:
+def sealed(step: int, values: list[int]) -> SealedSlot:
     data = np.repeat(np.array(values, np.uint8), LEAF_BYTES)
     shards = []
     for place in range(LEAVES):
@@ -35,7 +35,7 @@ def sealed(step: int, values: list[int]) -> Sealed:
             )
         )  # fmt: skip
     index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=1, shards=tuple(shards))
-    return Sealed(index=index, data=memoryview(data), release=lambda: None, shared={})
+    return SealedSlot(index=index, data=memoryview(data), release=lambda: None, shared={})
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def store() -> CountingBackend:
 
 
 def persister(store: CountingBackend, journal: Journal, boot: str) -> Persister:
-    place = Place(backend=store, writer=writer_name("node", boot * 16), epoch=lambda: 1, journal=journal)
-    channel = RoomChannel(Room(), rank=0, size=1)
-    return Persister(channel, place, compression=OFF, verify=True, tell=lambda _: None)
+    place = SaveTarget(backend=store, writer=writer_name("node", boot * 16), epoch=lambda: 1, journal=journal)
+    channel = InProcessMailbox(InProcessRoom(), rank=0, size=1)
+    return Persister(channel, place, compression=NO_COMPRESSION, verify=True, emit=lambda _: None)
 
 
 def test_last_chunks_of_a_pack_are_written_anew_when_most_of_it_is_not_needed_any_more(store) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.capture.owners import OwnedBox, Replicated, owned
+from ckpt.capture.owners import OwnedBox, ReplicatedBox, owned_boxes
 from ckpt.errors import UsageError
 from ckpt.values import CHUNK_BYTES, Box
 
@@ -17,21 +17,21 @@ boxes = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=4).ma
     lambda dims: Box(tuple(offset for offset, _ in dims), tuple(size for _, size in dims))
 )
 replicas = st.sets(st.integers(0, RANKS - 1), min_size=1).map(lambda ranks: tuple(sorted(ranks)))
-replicated = st.builds(Replicated, boxes, st.sampled_from([1, 2, 4, 8, 16]), replicas)
+replicated = st.builds(ReplicatedBox, boxes, st.sampled_from([1, 2, 4, 8, 16]), replicas)
 
 
-def all_owned(leaves: list[Replicated]) -> dict[int, list[tuple[int, Box]]]:
+def all_owned(leaves: list[ReplicatedBox]) -> dict[int, list[tuple[int, Box]]]:
     """Per leaf its owners; each rank is asked with only the leaves it holds."""
     found: dict[int, list[tuple[int, Box]]] = {index: [] for index in range(len(leaves))}
     for rank in range(RANKS):
         held = [index for index, leaf in enumerate(leaves) if rank in leaf.replicas]
-        for one in owned([leaves[index] for index in held], rank=rank):
+        for one in owned_boxes([leaves[index] for index in held], rank=rank):
             found[held[one.index]].append((rank, one.box))
     return found
 
 
 @given(st.lists(replicated, max_size=12))
-def test_every_element_is_owned_by_exactly_one_rank(leaves: list[Replicated]) -> None:
+def test_every_element_is_owned_by_exactly_one_rank(leaves: list[ReplicatedBox]) -> None:
     for index, owners in all_owned(leaves).items():
         box = leaves[index].box
         count = np.zeros(box.sizes, dtype=int)
@@ -52,8 +52,8 @@ def test_every_element_is_owned_by_exactly_one_rank(leaves: list[Replicated]) ->
     st.integers(1, RANKS),
 )
 def test_shares_differ_by_a_row_or_one_percent(shapes: list[tuple[int, int]], ranks: int) -> None:
-    leaves = [Replicated(Box.whole(shape), 4, tuple(range(ranks))) for shape in shapes]
-    shares = [sum(one.box.elements * 4 for one in owned(leaves, rank=rank)) for rank in range(ranks)]
+    leaves = [ReplicatedBox(Box.whole(shape), 4, tuple(range(ranks))) for shape in shapes]
+    shares = [sum(one.box.elements * 4 for one in owned_boxes(leaves, rank=rank)) for rank in range(ranks)]
     total = sum(leaf.box.elements * 4 for leaf in leaves)
     row = max((cols if rows > 1 else 1) * 4 for rows, cols in shapes)
     assert sum(shares) == total
@@ -61,30 +61,30 @@ def test_shares_differ_by_a_row_or_one_percent(shapes: list[tuple[int, int]], ra
 
 
 def test_cuts_fall_on_the_chunk_grid_where_it_costs_little() -> None:
-    leaf = Replicated(Box.whole((1 << 18, 1024)), 4, (0, 1, 2))
-    starts = [owned([leaf], rank=rank)[0].box.offsets[0] * 4096 for rank in range(3)]
+    leaf = ReplicatedBox(Box.whole((1 << 18, 1024)), 4, (0, 1, 2))
+    starts = [owned_boxes([leaf], rank=rank)[0].box.offsets[0] * 4096 for rank in range(3)]
     assert all(start % CHUNK_BYTES == 0 for start in starts)
 
 
 def test_cuts_fall_on_leaf_ends_where_it_costs_little() -> None:
-    leaves = [Replicated(Box.whole((1 << 20,)), 4, (0, 1)), Replicated(Box.whole(((1 << 20) + 5,)), 4, (0, 1))]
-    assert owned(leaves, rank=0) == [OwnedBox(0, leaves[0].box)]
-    assert owned(leaves, rank=1) == [OwnedBox(1, leaves[1].box)]
+    leaves = [ReplicatedBox(Box.whole((1 << 20,)), 4, (0, 1)), ReplicatedBox(Box.whole(((1 << 20) + 5,)), 4, (0, 1))]
+    assert owned_boxes(leaves, rank=0) == [OwnedBox(0, leaves[0].box)]
+    assert owned_boxes(leaves, rank=1) == [OwnedBox(1, leaves[1].box)]
 
 
 def test_a_small_leaf_more_moves_no_chunk() -> None:
-    big = [Replicated(Box.whole((1 << 16, 1024)), 4, (0, 1)) for _ in range(3)]
-    small = Replicated(Box.whole((1000,)), 4, (0, 1))
-    before, after = owned(big, rank=1), owned([small, *big], rank=1)
+    big = [ReplicatedBox(Box.whole((1 << 16, 1024)), 4, (0, 1)) for _ in range(3)]
+    small = ReplicatedBox(Box.whole((1000,)), 4, (0, 1))
+    before, after = owned_boxes(big, rank=1), owned_boxes([small, *big], rank=1)
     assert [one.box for one in before] == [one.box for one in after]
 
 
 def test_the_first_dimension_longer_than_one_is_cut() -> None:
-    leaf = Replicated(Box((3, 0, 0), (1, 4, 2)), 4, (1, 2))
-    assert owned([leaf], rank=1) == [OwnedBox(0, Box((3, 0, 0), (1, 2, 2)))]
-    assert owned([leaf], rank=2) == [OwnedBox(0, Box((3, 2, 0), (1, 2, 2)))]
+    leaf = ReplicatedBox(Box((3, 0, 0), (1, 4, 2)), 4, (1, 2))
+    assert owned_boxes([leaf], rank=1) == [OwnedBox(0, Box((3, 0, 0), (1, 2, 2)))]
+    assert owned_boxes([leaf], rank=2) == [OwnedBox(0, Box((3, 2, 0), (1, 2, 2)))]
 
 
 def test_a_leaf_of_other_ranks_is_refused() -> None:
     with pytest.raises(UsageError, match="replicas"):
-        owned([Replicated(Box.whole((4,)), 4, (1, 2))], rank=0)
+        owned_boxes([ReplicatedBox(Box.whole((4,)), 4, (1, 2))], rank=0)

@@ -13,7 +13,7 @@ from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import RealOps
 from ckpt.backends.memory import MemoryBackend
-from ckpt.backends.replicated.policy import Pace
+from ckpt.backends.replicated.policy import ReplicationLimits
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError
 from ckpt.events import Event
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 WAIT_S = 30.0
 
-QUICK = Pace(
+QUICK = ReplicationLimits(
     hedge_s_min=0.02,
     hedge_s_first=0.05,
     hedge_s_max=0.2,
@@ -40,7 +40,9 @@ QUICK = Pace(
 STEADY = dataclasses.replace(QUICK, hedge_s_min=WAIT_S, hedge_s_first=WAIT_S, hedge_s_max=WAIT_S)
 """The same without hedging: on a busy machine a bad copy is then still met before another one has answered."""
 
-PATIENT = Pace(hedge_s_min=WAIT_S, hedge_s_first=WAIT_S, hedge_s_max=WAIT_S, grace_s_min=WAIT_S, grace_s_max=WAIT_S)
+PATIENT = ReplicationLimits(
+    hedge_s_min=WAIT_S, hedge_s_first=WAIT_S, hedge_s_max=WAIT_S, grace_s_min=WAIT_S, grace_s_max=WAIT_S
+)
 """Limits that no test reaches: everybody is waited for."""
 
 
@@ -231,15 +233,15 @@ class Heard:
 
 @contextmanager
 def replicated(
-    stores: Sequence[Backend], *, pace: Pace = QUICK, write_quorum: int | None = None,
+    stores: Sequence[Backend], *, pace: ReplicationLimits = QUICK, write_quorum: int | None = None,
     tell: Callable[[Event], None] | None = None, prefer: Sequence[int] = (), budget_bytes: int = 64 << 20,
 ) -> Iterator[ReplicatedBackend]:  # fmt: skip
     """A group of ``stores`` that ends with the block, hung stores released first."""
     store = ReplicatedBackend(
         stores,
         write_quorum=write_quorum,
-        tell=tell or Heard(),
-        pace=pace,
+        emit=tell or Heard(),
+        limits=pace,
         prefer=prefer,
         budget_bytes=budget_bytes,
         seed=7,

@@ -15,24 +15,34 @@ from ckpt.backends.replicated import ledger as ledgers
 from ckpt.backends.replicated import policy as speeds
 from ckpt.backends.replicated import put_race, read_race
 from ckpt.backends.replicated.buffers import Loan, TakenBackError
-from ckpt.backends.replicated.ledger import Copy, Later, Leave, Need, Proof, Why, agree_outside, plan_mend, unproven
+from ckpt.backends.replicated.ledger import (
+    CopyFault,
+    LeaveToScrub,
+    RepairCopy,
+    RepairLater,
+    RepairNeed,
+    VerifiedRange,
+    equal_outside,
+    no_verified_source,
+    plan_repair,
+)
 from ckpt.backends.replicated.policy import (
-    Candidate,
     Circuit,
-    Pace,
-    Phase,
+    CircuitEvent,
+    CircuitState,
     Quorum,
-    Sign,
-    Speed,
+    ReadCandidate,
+    ReplicationLimits,
+    StoreSpeed,
+    advance,
     probe_due,
     stall_s,
-    step,
 )
-from ckpt.backends.replicated.put_race import How, Side, Taker, feed
-from ckpt.backends.replicated.read_race import Found, Verdict
+from ckpt.backends.replicated.put_race import Handover, PutState, PutTarget, plan_handover
+from ckpt.backends.replicated.read_race import ReadFailure, ReadResult
 from ckpt.format.canonical import digest
 
-PACE = Pace(keys_max=10_000)
+PACE = ReplicationLimits(keys_max=10_000)
 BODY_BYTES = 24
 LOOK_S = 1.0
 MOODS = ("well", "well", "slow", "dead", "full", "hangs", "lies", "flaky")
@@ -56,8 +66,8 @@ class Store:
     hung: list[Callable[[], None]] = field(default_factory=list)
     reading: Circuit = field(default_factory=Circuit)
     writing: Circuit = field(default_factory=Circuit)
-    gets: Speed = field(default_factory=Speed)
-    puts: Speed = field(default_factory=Speed)
+    gets: StoreSpeed = field(default_factory=StoreSpeed)
+    puts: StoreSpeed = field(default_factory=StoreSpeed)
     mending: bool = False
 
 
@@ -70,7 +80,7 @@ class World(Clock):
         self.quorum = Quorum(stores, write, frozenset(range(stores)))
         self.clean = clean
         self.stores = [Store(place, self.dice.choice((0.01, 0.05, 0.5))) for place in range(stores)]
-        self.ledger = ledgers.empty(stores)
+        self.ledger = ledgers.empty_ledger(stores)
         self.right: dict[str, bytes] = {}
         self.acked: dict[str, bytes] = {}
         self.harmed: set[str] = set()
@@ -97,9 +107,13 @@ class World(Clock):
                 answer = act(store)
             except (SilentError, FullError, TakenBackError) as error:
                 answer = error
-            sign = {SilentError: Sign.FAILED, FullError: Sign.REFUSED}.get(type(answer), Sign.ANSWERED)
-            if sign is Sign.ANSWERED:
-                learn = speeds.measured(store.gets if side == "reading" else store.puts, 100, self.now_s - start_s)
+            sign = {SilentError: CircuitEvent.FAILED, FullError: CircuitEvent.REFUSED}.get(
+                type(answer), CircuitEvent.ANSWERED
+            )
+            if sign is CircuitEvent.ANSWERED:
+                learn = speeds.with_measurement(
+                    store.gets if side == "reading" else store.puts, 100, self.now_s - start_s
+                )
                 if side == "reading":
                     store.gets = learn
                 else:
@@ -110,7 +124,7 @@ class World(Clock):
 
         def stalled() -> None:
             if not done[0]:
-                self._sign(store, side, Sign.STALLED)
+                self._sign(store, side, CircuitEvent.STALLED)
 
         if store.mood == "hangs":
             store.hung.append(finish)
@@ -119,8 +133,8 @@ class World(Clock):
             self.at(self.now_s + store.quick_s * slow * self.dice.uniform(0.5, 2), finish)
         self.at(self.now_s + stall_s(PACE, 0), stalled)
 
-    def _sign(self, store: Store, side: str, sign: Sign) -> None:
-        circuit = step(getattr(store, side), sign, self.now_s, pace=PACE, jitter=self.dice.random())
+    def _sign(self, store: Store, side: str, sign: CircuitEvent) -> None:
+        circuit = advance(getattr(store, side), sign, self.now_s, limits=PACE, jitter=self.dice.random())
         setattr(store, side, circuit)
 
     def feel(self, store: Store, mood: str) -> None:
@@ -150,17 +164,17 @@ class World(Clock):
         def steps(process: Process) -> Step:
             loan = Loan(key)
             takers = [
-                Taker(
-                    usable=one.writing.usable, room=True, borrows=one.place % 2 == 0,
+                PutTarget(
+                    usable=one.writing.usable, has_room=True, borrows=one.place % 2 == 0,
                     expected_s=speeds.expected_s(one.puts, 100),
                 )
                 for one in self.stores
             ]  # fmt: skip
-            hows = feed(takers, self.quorum, immutable=False, pace=PACE)
+            hows = plan_handover(takers, self.quorum, immutable=False, limits=PACE)
             durable = [False, False]
 
             def give(place: int) -> None:
-                lent = hows[place] is How.LENT
+                lent = hows[place] is Handover.LENT
 
                 def act(store: Store) -> None:
                     # Lent memory holds anything once it was taken back.
@@ -176,22 +190,22 @@ class World(Clock):
                 if not durable[1]:
                     self.answer(process, place, answer)
                 elif durable[0] and answer is None:
-                    self.ledger = ledgers.settled(self.ledger, place, key)
+                    self.ledger = ledgers.without_need(self.ledger, place, key)
                 elif durable[0] and not isinstance(answer, TakenBackError):
-                    self.note(place, key, Need(Why.MISSING))
+                    self.note(place, key, RepairNeed(CopyFault.MISSING))
 
-            apart = frozenset(place for place, how in enumerate(hows) if how is How.LATER)
-            race = put_race.begin(self.quorum, size_bytes=0, now_s=self.now_s, apart=apart)
+            apart = frozenset(place for place, how in enumerate(hows) if how is Handover.LATER)
+            race = put_race.begin_put(self.quorum, size_bytes=0, now_s=self.now_s, held_back=apart)
             for place in range(self.quorum.stores):
                 if place not in apart:
                     give(place)
             while True:
-                match put_race.decide(race, self.now_s, pace=PACE):
-                    case put_race.Again(places):
-                        race = put_race.given(race, places)
+                match put_race.decide(race, self.now_s, limits=PACE):
+                    case put_race.SendTo(places):
+                        race = put_race.with_sent(race, places)
                         for place in places:
                             give(place)
-                    case put_race.Wait(until_s):
+                    case put_race.WaitForAck(until_s):
                         got = yield until_s
                         if got is not None:
                             race = self._put_heard(race, *got)
@@ -199,16 +213,16 @@ class World(Clock):
                         break
             loan.take_back()
             durable[1] = True
-            if isinstance(end, put_race.Failed):
+            if isinstance(end, put_race.PutFailed):
                 self.failed_puts += 1
                 return
             durable[0] = True
-            acks = race.at(Side.ACKED)
+            acks = race.in_state(PutState.ACKED)
             assert len(acks & self.quorum.counting) >= self.quorum.write
             assert self.harmed or all(self.stores[place].objects.get(key) == body for place in acks)
             self.acked[key] = body
             for place in end.behind:
-                self.note(place, key, Need(Why.MISSING))
+                self.note(place, key, RepairNeed(CopyFault.MISSING))
             for place, answer in process.answers:
                 hear(place, answer)
 
@@ -216,70 +230,71 @@ class World(Clock):
 
     def _put_heard(self, race: put_race.PutRace, place: int, answer: object) -> put_race.PutRace:
         if answer is None:
-            return put_race.acked(race, place, self.now_s)
+            return put_race.with_ack(race, place, self.now_s)
         passing = isinstance(answer, SilentError)
-        return put_race.failed(race, place, self.now_s, passing=passing, pace=PACE, jitter=self.dice.random())
+        return put_race.with_failure(race, place, self.now_s, transient=passing, limits=PACE, jitter=self.dice.random())
 
     def read(self, key: str, low: int, high: int) -> Callable[[Process], Step]:
         wanted = self.right[key][low:high]
 
         def steps(process: Process) -> Step:
             candidates = [
-                Candidate(one.place, one.reading.usable, speeds.expected_s(one.gets, 100), 0.0) for one in self.stores
+                ReadCandidate(one.place, one.reading.usable, speeds.expected_s(one.gets, 100), 0.0)
+                for one in self.stores
             ]
             usable = frozenset(one.place for one in self.stores if one.reading.usable)
-            race = read_race.begin(self.quorum, speeds.nearest(candidates, prefer=()), usable)
+            race = read_race.begin_read(self.quorum, speeds.read_order(candidates, prefer=()), usable)
             out = b""
             while True:
-                race, move = read_race.decide(race, self.now_s, pace=PACE, jitter=self.dice.random())
+                race, move = read_race.decide(race, self.now_s, limits=PACE, jitter=self.dice.random())
                 match move:
-                    case read_race.Ask(place):
+                    case read_race.AskStore(place):
                         late_s = self.now_s + speeds.hedge_s(self.stores[place].gets, 100, PACE)
-                        race = read_race.asked(race, place, late_s=late_s, lost_s=self.now_s + stall_s(PACE, 0))
+                        race = read_race.with_asked(race, place, late_s=late_s, lost_s=self.now_s + stall_s(PACE, 0))
                         self.call(
                             place, "reading", lambda store: self.seen(store, key, low, high),
                             lambda place, answer: self.answer(process, place, answer),
                         )  # fmt: skip
-                    case read_race.Wait(until_s):
+                    case read_race.WaitForRead(until_s):
                         got = yield until_s
                         if got is not None:
                             place, answer = got
                             found = self._found(answer, wanted)
-                            out = answer if found is Found.RIGHT and isinstance(answer, bytes) else out
-                            race = read_race.heard(race, place, found)
+                            out = answer if found is ReadResult.RIGHT and isinstance(answer, bytes) else out
+                            race = read_race.with_result(race, place, found)
                     case end:
                         break
-            if isinstance(end, read_race.Deliver):
+            if isinstance(end, read_race.DeliverRead):
                 assert out == wanted, "wrong bytes were delivered"
                 self.delivered += 1
-                proof = Proof(low, high - low, digest(wanted))
+                proof = VerifiedRange(low, high - low, digest(wanted))
                 for place, found in race.found.items():
-                    if found is Found.MISSING:
-                        self.note(place, key, Need(Why.MISSING, proof))
-                    elif found in (Found.WRONG, Found.SHORT):
-                        self.note(place, key, Need(Why.DAMAGED, proof))
-            elif isinstance(end, read_race.Lost) and end.verdict is Verdict.NOT_FOUND:
+                    if found is ReadResult.MISSING:
+                        self.note(place, key, RepairNeed(CopyFault.MISSING, proof))
+                    elif found in (ReadResult.WRONG, ReadResult.SHORT):
+                        self.note(place, key, RepairNeed(CopyFault.DAMAGED, proof))
+            elif isinstance(end, read_race.GiveUpRead) and end.failure is ReadFailure.NOT_FOUND:
                 assert key not in self.acked or key in self.harmed, "an acknowledged object is said to be nowhere"
 
         return steps
 
-    def _found(self, answer: object, wanted: bytes) -> Found:
+    def _found(self, answer: object, wanted: bytes) -> ReadResult:
         match answer:
             case None:
-                return Found.MISSING
+                return ReadResult.MISSING
             case bytes() if len(answer) < len(wanted):
-                return Found.SHORT
+                return ReadResult.SHORT
             case bytes():
-                return Found.RIGHT if digest(answer) == digest(wanted) else Found.WRONG
+                return ReadResult.RIGHT if digest(answer) == digest(wanted) else ReadResult.WRONG
             case _:
-                return Found.SILENT
+                return ReadResult.SILENT
 
     def healed(self) -> bool:
         """Whether nothing is known to be missing and every store is asked as usual."""
         return not any(self.ledger.needs) and all(one.reading.usable and one.writing.usable for one in self.stores)
 
-    def note(self, place: int, key: str, need: Need) -> None:
-        self.ledger = ledgers.noted(self.ledger, place, key, need, keys_max=PACE.keys_max)
+    def note(self, place: int, key: str, need: RepairNeed) -> None:
+        self.ledger = ledgers.with_need(self.ledger, place, key, need, keys_max=PACE.keys_max)
 
     # The caretaker.
 
@@ -289,26 +304,31 @@ class World(Clock):
             entry = ledgers.next_need(self.ledger, store.place)
             for side in ("reading", "writing"):
                 if probe_due(getattr(store, side), self.now_s):
-                    self._sign(store, side, Sign.PROBED)
+                    self._sign(store, side, CircuitEvent.PROBED)
                     if entry is None or side == "reading":
                         self.call(store.place, side, lambda one: None, lambda place, answer: None)
-            if entry is None or store.mending or self.now_s < entry[1].due_s or store.writing.phase is Phase.OPEN:
+            if (
+                entry is None
+                or store.mending
+                or self.now_s < entry[1].due_s
+                or store.writing.phase is CircuitState.OPEN
+            ):
                 continue
             store.mending = True
             self.start(self.mend(store, *entry))
         self.at(self.now_s + LOOK_S, self.care)
 
-    def mend(self, target: Store, key: str, need: Need) -> Callable[[Process], Step]:
+    def mend(self, target: Store, key: str, need: RepairNeed) -> Callable[[Process], Step]:
         def steps(process: Process) -> Step:
             end = yield from self._mend(process, target, key, need)
             target.mending = False
             if end == "later":
                 jitter = self.dice.random()
-                self.ledger = ledgers.put_off(self.ledger, target.place, key, self.now_s, pace=PACE, jitter=jitter)
+                self.ledger = ledgers.postponed(self.ledger, target.place, key, self.now_s, limits=PACE, jitter=jitter)
             elif end == "leave":
-                self.ledger = ledgers.left(self.ledger, target.place, key)
+                self.ledger = ledgers.left_to_scrub(self.ledger, target.place, key)
             else:
-                self.ledger = ledgers.settled(self.ledger, target.place, key)
+                self.ledger = ledgers.without_need(self.ledger, target.place, key)
 
         return steps
 
@@ -330,7 +350,7 @@ class World(Clock):
         given_up.append(True)
         return heard[0] if heard else SilentError()
 
-    def _mend(self, process: Process, target: Store, key: str, need: Need) -> Generator[float, object, str]:
+    def _mend(self, process: Process, target: Store, key: str, need: RepairNeed) -> Generator[float, object, str]:
         sizes: dict[int, int | None] = {}
         for one in self.stores:
             size = yield from self._ask(
@@ -338,34 +358,34 @@ class World(Clock):
             )
             if not isinstance(size, Exception):
                 sizes[one.place] = size
-        plan = plan_mend(need, target.place, sizes, self.quorum)
+        plan = plan_repair(need, target.place, sizes, self.quorum)
         match plan:
-            case Later():
+            case RepairLater():
                 return "later"
-            case Leave():
+            case LeaveToScrub():
                 return "leave"
-            case Copy(sources, size_bytes, compare, all_known):
+            case RepairCopy(sources, size_bytes, compare, all_known):
                 for place in sources:
                     body = yield from self._ask(process, place, "reading", lambda s: self.seen(s, key, 0, size_bytes))
                     if not isinstance(body, bytes) or len(body) != size_bytes:
                         all_known = False
                         continue
-                    proof = need.proof
+                    proof = need.verified
                     if proof is not None and digest(body[proof.offset_bytes : proof.end_bytes]) != proof.digest:
                         continue
                     return (yield from self._replace(process, target, key, need, body, compare))
-                return "leave" if isinstance(unproven(all_known=all_known), Leave) else "later"
+                return "leave" if isinstance(no_verified_source(all_answered=all_known), LeaveToScrub) else "later"
             case _:
                 return "well"
 
     def _replace(
-        self, process: Process, target: Store, key: str, need: Need, body: bytes, compare: bool
+        self, process: Process, target: Store, key: str, need: RepairNeed, body: bytes, compare: bool
     ) -> Generator[float, object, str]:
         if compare:
             mine = yield from self._ask(process, target.place, "reading", lambda s: self.seen(s, key, 0, len(body)))
             if not isinstance(mine, bytes):
                 return "later"
-            if not agree_outside(memoryview(mine), memoryview(body), 0, need):
+            if not equal_outside(memoryview(mine), memoryview(body), 0, need):
                 return "leave"
 
         def act(store: Store) -> None:

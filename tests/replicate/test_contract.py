@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import Replicated
+from ckpt.backends.checked import MultiStoreBackend
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
@@ -19,29 +19,29 @@ def deaf(event: Event) -> None:
 
 class TestThreeFolders(BackendContract):
     def opener(self, folder: Path) -> Opener:
-        return lambda: ReplicatedBackend([FileBackend(folder / name) for name in "abc"], tell=deaf)
+        return lambda: ReplicatedBackend([FileBackend(folder / name) for name in "abc"], emit=deaf)
 
 
 class TestThreeMemories(BackendContract):
     def opener(self, folder: Path) -> Opener:
         stores = [MemoryBackend(name) for name in "abc"]
-        return lambda: ReplicatedBackend(stores, tell=deaf)
+        return lambda: ReplicatedBackend(stores, emit=deaf)
 
 
 class TestMixedPair(BackendContract):
     def opener(self, folder: Path) -> Opener:
         memory = MemoryBackend("a")
-        return lambda: ReplicatedBackend([memory, FileBackend(folder / "b")], tell=deaf)
+        return lambda: ReplicatedBackend([memory, FileBackend(folder / "b")], emit=deaf)
 
 
 class TestOneOfOne(BackendContract):
     def opener(self, folder: Path) -> Opener:
-        return lambda: ReplicatedBackend([FileBackend(folder / "a")], tell=deaf)
+        return lambda: ReplicatedBackend([FileBackend(folder / "a")], emit=deaf)
 
 
 def test_it_is_replicated_and_a_backend() -> None:
-    store = ReplicatedBackend([MemoryBackend(name) for name in "abc"], tell=deaf)
-    assert isinstance(store, Replicated)
+    store = ReplicatedBackend([MemoryBackend(name) for name in "abc"], emit=deaf)
+    assert isinstance(store, MultiStoreBackend)
     typed: Backend = store
     assert typed.url == "memory:a + memory:b + memory:c"
     assert store.write_quorum == 2

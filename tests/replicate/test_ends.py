@@ -25,7 +25,7 @@ EXIT_S = 60.0
 
 def test_close_waits_for_stragglers_and_repeats_harmlessly() -> None:
     stores = [Gated(Remembering(name)) for name in "abc"]
-    store = ReplicatedBackend(stores, tell=Heard(), pace=QUICK)
+    store = ReplicatedBackend(stores, emit=Heard(), limits=QUICK)
     stores[2].stop("put")
     store.put("k", [b"x"])
     stores[2].wait_inside()
@@ -39,7 +39,7 @@ def test_close_leaves_hanging_calls_behind(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("ckpt.backends.replicated.store.CLOSE_S", 0.2)
     assert CLOSE_S > 0.2
     stores = [Gated(Remembering(name)) for name in "abc"]
-    store = ReplicatedBackend(stores, tell=Heard(), pace=QUICK)
+    store = ReplicatedBackend(stores, emit=Heard(), limits=QUICK)
     stores[2].stop("put")
     store.put("k", [b"x"])
     stores[2].wait_inside()
@@ -64,7 +64,7 @@ def test_interpreter_exits_though_a_store_hangs_and_nobody_closed(tmp_path: Path
         import sys, time, threading
         from ckpt.backends.file.store import FileBackend
         from ckpt.backends.replicated.store import ReplicatedBackend
-        from ckpt.backends.replicated.policy import Pace
+        from ckpt.backends.replicated.policy import ReplicationLimits
 
         class Hanging(FileBackend):
             def put(self, key, data, *, create_only=False):
@@ -75,7 +75,7 @@ def test_interpreter_exits_though_a_store_hangs_and_nobody_closed(tmp_path: Path
                 threading.Event().wait()
 
         stores = [Hanging(sys.argv[1] + "/a"), FileBackend(sys.argv[1] + "/b"), FileBackend(sys.argv[1] + "/c")]
-        store = ReplicatedBackend(stores, tell=lambda event: None, pace=Pace(grace_s_max=0.1, hedge_s_first=0.1))
+        store = ReplicatedBackend(stores, tell=lambda event: None, pace=ReplicationLimits(grace_s_max=0.1, hedge_s_first=0.1))
         store.put("k", [bytearray(b"x" * 1000)])
         out = bytearray(1000)
         store.read_into("k", memoryview(out))
@@ -153,18 +153,18 @@ def test_dead_store_at_start_is_told_and_the_others_serve() -> None:
 
 
 def test_one_url_is_the_plain_store(tmp_path: Path) -> None:
-    store = open_stores([str(tmp_path / "a")], tell=Heard())
+    store = open_stores([str(tmp_path / "a")], emit=Heard())
     assert isinstance(store, FileBackend)
     assert (stores_of(store), write_quorum_of(store)) == ((store,), 1)
-    assert isinstance(open_stores([str(tmp_path / "a")], None, write_quorum=1, tell=Heard()), FileBackend)
+    assert isinstance(open_stores([str(tmp_path / "a")], None, write_quorum=1, emit=Heard()), FileBackend)
 
 
 def test_several_urls_are_one_store_with_a_majority(tmp_path: Path) -> None:
-    store = open_stores([str(tmp_path / name) for name in "abc"], None, tell=Heard())
+    store = open_stores([str(tmp_path / name) for name in "abc"], None, emit=Heard())
     assert [one.url for one in stores_of(store)] == [str(tmp_path / name) for name in "abc"]
     assert write_quorum_of(store) == 2
-    assert write_quorum_of(open_stores([str(tmp_path / name) for name in "abcd"], tell=Heard())) == 3
-    assert write_quorum_of(open_stores([str(tmp_path / name) for name in "abc"], write_quorum=3, tell=Heard())) == 3
+    assert write_quorum_of(open_stores([str(tmp_path / name) for name in "abcd"], emit=Heard())) == 3
+    assert write_quorum_of(open_stores([str(tmp_path / name) for name in "abc"], write_quorum=3, emit=Heard())) == 3
     assert list(tmp_path.iterdir()) == []
     store.close()
 
@@ -172,7 +172,7 @@ def test_several_urls_are_one_store_with_a_majority(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quorum", [0, 1, 4])
 def test_quorum_that_is_no_majority_is_refused(tmp_path: Path, quorum: int) -> None:
     with pytest.raises(UsageError, match="write_quorum"):
-        open_stores([str(tmp_path / name) for name in "abc"], write_quorum=quorum, tell=Heard())
+        open_stores([str(tmp_path / name) for name in "abc"], write_quorum=quorum, emit=Heard())
 
 
 @pytest.mark.parametrize(
@@ -184,26 +184,26 @@ def test_one_store_named_twice_is_refused(tmp_path: Path, one: str, other: str) 
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a")
     with pytest.raises(UsageError, match="named twice"):
-        open_stores([one.format(tmp_path), other.format(tmp_path)], tell=Heard())
+        open_stores([one.format(tmp_path), other.format(tmp_path)], emit=Heard())
 
 
 def test_same_object_twice_is_refused() -> None:
     memory = MemoryBackend()
     with pytest.raises(UsageError, match="named twice"):
-        ReplicatedBackend([memory, memory], tell=Heard())
+        ReplicatedBackend([memory, memory], emit=Heard())
 
 
 def test_options_go_to_each_url_or_to_all_that_are_no_folders(tmp_path: Path) -> None:
     folder = str(tmp_path / "a")
-    store = open_stores([folder, "memory://run/x"], {}, tell=Heard())
+    store = open_stores([folder, "memory://run/x"], {}, emit=Heard())
     assert len(stores_of(store)) == 2
     with pytest.raises(UsageError, match=r"TypeError|options"):
-        open_stores([folder, "memory://run/x"], [{"key": "x"}, None], tell=Heard())
+        open_stores([folder, "memory://run/x"], [{"key": "x"}, None], emit=Heard())
     with pytest.raises(UsageError, match=r"one for each. urls=2 options=1"):
-        open_stores([folder, "memory://run/x"], [None], tell=Heard())
+        open_stores([folder, "memory://run/x"], [None], emit=Heard())
     with pytest.raises(UsageError, match="a folder takes no storage options"):
-        open_stores([folder, str(tmp_path / "b")], {"key": "x"}, tell=Heard())
+        open_stores([folder, str(tmp_path / "b")], {"key": "x"}, emit=Heard())
     with pytest.raises(UsageError, match="come in a list"):
-        open_stores(folder, tell=Heard())
+        open_stores(folder, emit=Heard())
     with pytest.raises(UsageError):
-        open_stores([], tell=Heard())
+        open_stores([], emit=Heard())

@@ -11,7 +11,7 @@ from replicated_stores import QUICK, WAIT_S, Gated, Remembering, away, read, rep
 
 from ckpt.backends.base import Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
-from ckpt.backends.replicated.read import PAGE, agreed
+from ckpt.backends.replicated.read import PAGE_ENTRIES, merge_stats
 from ckpt.errors import KeyExistsError, StoreDeniedError, UnavailableError, UsageError
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 
@@ -65,19 +65,19 @@ def test_stat_believes_the_length_that_most_copies_have() -> None:
 
 
 def test_answers_that_differ_are_settled_by_number_then_length_and_the_latest_time() -> None:
-    assert agreed([Stat("k", 5, 1.0), Stat("k", 3, 9.0), Stat("k", 3, 2.0)]) == Stat("k", 3, 9.0)
-    assert agreed([Stat("k", 5, 1.0), Stat("k", 3, 9.0)]) == Stat("k", 5, 9.0)
+    assert merge_stats([Stat("k", 5, 1.0), Stat("k", 3, 9.0), Stat("k", 3, 2.0)]) == Stat("k", 3, 9.0)
+    assert merge_stats([Stat("k", 5, 1.0), Stat("k", 3, 9.0)]) == Stat("k", 5, 9.0)
 
 
 def test_list_is_the_union_in_key_order() -> None:
     memories = three()
-    for number in range(3 * PAGE):
+    for number in range(3 * PAGE_ENTRIES):
         memories[number % 3].put(f"k/{number:05}", [b"x"])
         memories[(number + 1) % 3].put(f"k/{number:05}", [b"x"])
     for place, memory in enumerate(memories):
         memory.put(f"only/{place}", [b"x"])
     with replicated(memories) as store:
-        assert keys(store, "k/") == [f"k/{number:05}" for number in range(3 * PAGE)]
+        assert keys(store, "k/") == [f"k/{number:05}" for number in range(3 * PAGE_ENTRIES)]
         assert keys(store, "", "k/00766") == ["k/00767", "only/0", "only/1", "only/2"]
 
 
@@ -110,7 +110,7 @@ def test_list_goes_on_without_a_store_that_hangs_on_the_way() -> None:
 def test_list_that_breaks_midway_in_too_many_stores_raises_midway() -> None:
     class Breaking(Remembering):
         def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-            for number in range(2 * PAGE):
+            for number in range(2 * PAGE_ENTRIES):
                 yield Stat(f"k/{number:05}", 1, 0.0)
             raise away(self)
 
@@ -124,7 +124,7 @@ def test_list_that_breaks_midway_in_too_many_stores_raises_midway() -> None:
 
 def test_abandoned_list_ends_its_threads() -> None:
     memories = three()
-    for number in range(20 * PAGE):
+    for number in range(20 * PAGE_ENTRIES):
         memories[0].put(f"k/{number}", [b"x"])
     with replicated(memories) as store:
         entries = store.list("")

@@ -27,7 +27,7 @@ from replicated_stores import (
 
 from ckpt.backends.base import Backend, Buffer
 from ckpt.backends.memory import MemoryBackend
-from ckpt.backends.replicated.store import Behind
+from ckpt.backends.replicated.store import StoreBacklog
 from ckpt.errors import StoreDeniedError, StoreFullError, UnavailableError, UsageError
 from ckpt.testing.contract import aligned_memory
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
@@ -157,7 +157,7 @@ def test_put_returns_at_the_quorum_and_the_straggler_finishes_from_its_copy() ->
         data, scribble = scribbled(len(RIGHT))
         store.put("k", data)
         scribble()
-        assert store.behind()[1] == Behind("memory:b", 1, False)
+        assert store.behind()[1] == StoreBacklog("memory:b", 1, False)
         stores[1].release()
         assert store.await_caught_up(WAIT_S)
     assert stores[1].inner.held("k") == RIGHT
@@ -216,7 +216,7 @@ def test_full_store_is_told_once_left_alone_and_caught_up_when_it_has_room() -> 
         heard.wait_for("store-back")
         assert heard.wait_for("copy-mended").facts["store"] == "memory:c"
         assert [memories[2].held(f"k/{n}") for n in range(20)] == [bytes([n]) for n in range(20)]
-        assert store.behind() == tuple(Behind(f"memory:{name}", 0, False) for name in "abc")
+        assert store.behind() == tuple(StoreBacklog(f"memory:{name}", 0, False) for name in "abc")
 
 
 def test_more_misses_than_are_remembered_ask_for_a_scrub() -> None:
@@ -227,7 +227,7 @@ def test_more_misses_than_are_remembered_ask_for_a_scrub() -> None:
     with replicated(memories, tell=heard, pace=pace) as store:
         for number in range(9):
             store.put(f"k/{number}", [b"x"])
-        assert store.behind()[2] == Behind("memory:c", 5, True)
+        assert store.behind()[2] == StoreBacklog("memory:c", 5, True)
         assert "ckpt scrub" in [event.text for event in heard.events if event.kind == "under-replicated"][-1]
         memories[2].away = None
         assert not store.await_caught_up(0.0)
@@ -255,7 +255,7 @@ def test_dead_store_costs_later_puts_nothing() -> None:
     with replicated(stores, pace=QUICK) as store:
         stores[0].stop("put")
         store.put("k/0", [b"x"])
-        wait_until(lambda: not store._live().group.members[0].writing.circuit.usable)
+        wait_until(lambda: not store._live().group.replicas[0].writing.circuit.usable)
         asked = stores[0].count("put")
         for number in range(1, 50):
             store.put(f"k/{number}", [b"x"])

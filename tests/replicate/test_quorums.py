@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt.backends.replicated.policy import Quorum, counting_only, quorum_of
+from ckpt.backends.replicated.policy import Quorum, quorum_of, with_counting
 from ckpt.errors import UsageError
 
 
@@ -15,16 +15,16 @@ def test_so_many_places_acknowledge_and_so_many_prove_absence(stores: int, write
     quorum = quorum_of(stores, write)
     for count in range(stores + 1):
         places = frozenset(range(stores - count, stores))
-        assert quorum.acknowledged(places) is (count >= write)
-        assert quorum.answered(places) is (count >= absent)
-        assert quorum.absent(places) is (count >= absent)
+        assert quorum.is_write_quorum(places) is (count >= write)
+        assert quorum.is_read_quorum(places) is (count >= absent)
+        assert quorum.proves_absent(places) is (count >= absent)
 
 
 def test_a_store_that_does_not_count_acknowledges_nothing_and_proves_nothing() -> None:
-    quorum = counting_only(quorum_of(4, 3), [0, 1, 3])
+    quorum = with_counting(quorum_of(4, 3), [0, 1, 3])
     assert quorum == Quorum(4, 3, frozenset({0, 1, 3}))
-    assert not quorum.acknowledged(frozenset({0, 1, 2})) and quorum.acknowledged(frozenset({0, 1, 3}))
-    assert not quorum.answered(frozenset({0, 2})) and quorum.answered(frozenset({0, 3}))
+    assert not quorum.is_write_quorum(frozenset({0, 1, 2})) and quorum.is_write_quorum(frozenset({0, 1, 3}))
+    assert not quorum.is_read_quorum(frozenset({0, 2})) and quorum.is_read_quorum(frozenset({0, 3}))
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_a_write_quorum_that_cannot_be_is_refused_with_what_can(stores: int, wri
 
 
 def test_silent_places_count_for_what_they_take_and_not_for_what_they_lack() -> None:
-    quorum = counting_only(quorum_of(3, 2), {0}, {1, 2})
-    assert quorum.takers == {0, 1, 2}
-    assert quorum.acknowledged({1, 2})
-    assert not quorum.absent({1, 2})
-    assert not quorum.answered({0, 1})
-    assert counting_only(quorum, {0, 1}, {1}).silent == frozenset()
+    quorum = with_counting(quorum_of(3, 2), {0}, {1, 2})
+    assert quorum.voters == {0, 1, 2}
+    assert quorum.is_write_quorum({1, 2})
+    assert not quorum.proves_absent({1, 2})
+    assert not quorum.is_read_quorum({0, 1})
+    assert with_counting(quorum, {0, 1}, {1}).silent == frozenset()
     with pytest.raises(UsageError, match="no store has this place"):
-        counting_only(quorum, {0}, {3})
+        with_counting(quorum, {0}, {3})

@@ -12,23 +12,23 @@ from replicated_stores import WAIT_S, Lending, wait_until
 
 from ckpt.backends.base import Buffer
 from ckpt.backends.memory import MemoryBackend
-from ckpt.backends.replicated import lanes
+from ckpt.backends.replicated import store_threads as lanes
 from ckpt.backends.replicated.buffers import (
     REUSED_BYTES_MIN,
     Borrower,
     Loan,
-    Memory,
+    ReplicaMemory,
     TakenBackError,
     borrower_of,
-    immutable,
+    is_immutable,
 )
-from ckpt.backends.replicated.group import Mailbox
-from ckpt.backends.replicated.lanes import Lane
+from ckpt.backends.replicated.group import AnswerQueue
+from ckpt.backends.replicated.store_threads import StoreThreads
 from ckpt.testing.faults import CountingBackend, FaultyBackend
 
 
 def test_jobs_run_side_by_side_up_to_the_number_of_threads() -> None:
-    lane = Lane("lane", threads_max=3, jobs_max=100)
+    lane = StoreThreads("lane", threads_max=3, jobs_max=100)
     gate, inside = threading.Event(), threading.Semaphore(0)
     done: list[int] = []
 
@@ -48,7 +48,7 @@ def test_jobs_run_side_by_side_up_to_the_number_of_threads() -> None:
 
 
 def test_jobs_of_one_key_keep_their_order_and_do_not_hold_up_others() -> None:
-    lane = Lane("lane", threads_max=4, jobs_max=100)
+    lane = StoreThreads("lane", threads_max=4, jobs_max=100)
     gate, done = threading.Event(), []
     lane.submit(lambda: (gate.wait(WAIT_S), done.append("a0"))[0], key="a")
     for number in (1, 2):
@@ -63,11 +63,11 @@ def test_jobs_of_one_key_keep_their_order_and_do_not_hold_up_others() -> None:
 
 
 def test_full_or_closed_lane_refuses() -> None:
-    lane = Lane("lane", threads_max=1, jobs_max=2)
+    lane = StoreThreads("lane", threads_max=1, jobs_max=2)
     gate = threading.Event()
     assert lane.submit(lambda: gate.wait(WAIT_S) and None)
     assert lane.submit(lambda: None)
-    assert not lane.room
+    assert not lane.has_room
     assert not lane.submit(lambda: None)
     gate.set()
     assert lane.close(WAIT_S)
@@ -75,7 +75,7 @@ def test_full_or_closed_lane_refuses() -> None:
 
 
 def test_close_does_not_wait_for_a_hanging_job_longer_than_told() -> None:
-    lane, gate = Lane("lane", threads_max=1, jobs_max=2), threading.Event()
+    lane, gate = StoreThreads("lane", threads_max=1, jobs_max=2), threading.Event()
     lane.submit(lambda: gate.wait(WAIT_S) and None)
     assert not lane.close(0.01)
     gate.set()
@@ -83,22 +83,22 @@ def test_close_does_not_wait_for_a_hanging_job_longer_than_told() -> None:
 
 
 def test_calls_that_never_come_back_do_not_use_up_the_threads() -> None:
-    lane, gate = Lane("lane", threads_max=2, jobs_max=99), threading.Event()
+    lane, gate = StoreThreads("lane", threads_max=2, jobs_max=99), threading.Event()
     for _ in range(2):
         lane.submit(lambda: gate.wait(WAIT_S) and None)
     done = threading.Event()
     lane.submit(done.set)
     assert not done.wait(0.05)
-    lane.lost()
+    lane.thread_lost()
     assert done.wait(WAIT_S)
-    lane.lost()
+    lane.thread_lost()
     together = threading.Barrier(3)
     for _ in range(2):
         lane.submit(lambda: together.wait(WAIT_S) and None)
     together.wait(WAIT_S)
     gate.set()
     for _ in range(2):
-        lane.found()
+        lane.thread_back()
     wait_until(lambda: lane._threads <= 4)
     for _ in range(9):
         lane.submit(lambda: None)
@@ -107,7 +107,7 @@ def test_calls_that_never_come_back_do_not_use_up_the_threads() -> None:
 
 def test_idle_threads_end_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "IDLE_S", 0.01)
-    lane = Lane("idle-lane", threads_max=2, jobs_max=9)
+    lane = StoreThreads("idle-lane", threads_max=2, jobs_max=9)
     for _ in range(3):
         done = threading.Event()
         lane.submit(done.set)
@@ -119,7 +119,7 @@ def test_job_runs_here_where_no_thread_starts_any_more(monkeypatch: pytest.Monke
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
-    lane, seen = Lane("lane", threads_max=2, jobs_max=9), []
+    lane, seen = StoreThreads("lane", threads_max=2, jobs_max=9), []
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert lane.submit(lambda: seen.append(threading.current_thread()), key="a")
     assert lane.submit(lambda: seen.append(threading.current_thread()), key="a")
@@ -127,7 +127,7 @@ def test_job_runs_here_where_no_thread_starts_any_more(monkeypatch: pytest.Monke
 
 
 def test_lane_under_many_submitters_loses_nothing() -> None:
-    lane, done = Lane("lane", threads_max=4, jobs_max=10_000), []
+    lane, done = StoreThreads("lane", threads_max=4, jobs_max=10_000), []
     orders: dict[str, list[int]] = {f"k{n}": [] for n in range(5)}
     lock = threading.Lock()
 
@@ -146,7 +146,7 @@ def test_lane_under_many_submitters_loses_nothing() -> None:
 
 
 def test_mailbox_gives_back_what_comes_too_late() -> None:
-    mailbox: Mailbox[int] = Mailbox()
+    mailbox: AnswerQueue[int] = AnswerQueue()
     assert mailbox.get(0.0) is None
     assert mailbox.put(1)
     assert mailbox.put(2)
@@ -158,7 +158,7 @@ def test_mailbox_gives_back_what_comes_too_late() -> None:
 
 
 def test_each_store_has_its_own_share_and_one_buffer_always_fits() -> None:
-    memory = Memory(2, budget_bytes=100)
+    memory = ReplicaMemory(2, budget_bytes=100)
     assert memory.claim(0, 1000)
     assert not memory.claim(0, 1)
     assert memory.claim(1, 30)
@@ -170,7 +170,7 @@ def test_each_store_has_its_own_share_and_one_buffer_always_fits() -> None:
 
 
 def test_claim_waits_for_what_is_freed_or_until_it_is_given_up() -> None:
-    memory = Memory(1, budget_bytes=10)
+    memory = ReplicaMemory(1, budget_bytes=10)
     assert memory.claim(0, 10)
     threading.Timer(0.05, lambda: memory.free(0, 10)).start()
     assert memory.claim(0, 10, until_s=time.monotonic() + WAIT_S)
@@ -178,20 +178,20 @@ def test_claim_waits_for_what_is_freed_or_until_it_is_given_up() -> None:
 
 
 def test_buffers_are_reused_page_aligned_and_never_shared() -> None:
-    memory = Memory(1, budget_bytes=40 << 20)
+    memory = ReplicaMemory(1, budget_bytes=40 << 20)
     first = memory.buffer(1 << 20)
     second = memory.buffer(1 << 20)
     assert first.region is not second.region
-    memory.reuse(first)
+    memory.recycle(first)
     again = memory.buffer((1 << 20) - 5)
     assert again.region is first.region
     assert len(again.view) == (1 << 20) - 5
     assert memory.buffer(1 << 20).region is not first.region
     small = memory.buffer(REUSED_BYTES_MIN - 1)
     assert small.region is None
-    memory.reuse(small)
+    memory.recycle(small)
     for _ in range(30):
-        memory.reuse(memory.buffer(9 << 20))
+        memory.recycle(memory.buffer(9 << 20))
     assert memory._kept_bytes <= 10 << 20
     assert len(memory.buffer(0).view) == 0
 
@@ -206,10 +206,10 @@ def test_loan_that_was_taken_back_is_refused() -> None:
 
 
 def test_only_bytes_and_views_of_bytes_are_immutable() -> None:
-    assert immutable([])
-    assert immutable([b"x", memoryview(b"xyz")[1:]])
-    assert not immutable([b"x", bytearray(b"y")])
-    assert not immutable([memoryview(bytearray(b"y")).toreadonly()])
+    assert is_immutable([])
+    assert is_immutable([b"x", memoryview(b"xyz")[1:]])
+    assert not is_immutable([b"x", bytearray(b"y")])
+    assert not is_immutable([memoryview(bytearray(b"y")).toreadonly()])
 
 
 def test_wrapper_around_a_borrower_is_no_borrower() -> None:

@@ -14,8 +14,8 @@ from ckpt.restore import plan as plan_room
 from ckpt.restore.plan import (
     CLOSE_NAMES_MAX,
     GAP_BYTES_MAX,
+    ChunkCopy,
     ChunkRead,
-    Copy,
     ReadPlan,
     Want,
     join_reads,
@@ -69,8 +69,8 @@ def test_a_request_may_be_as_large_as_the_limit_and_a_single_chunk_larger() -> N
     assert joined() == []
 
 
-def copy(source: tuple[int, ...], target: tuple[int, ...]) -> Copy:
-    return Copy(0, (3,) * len(source), 0, source, 0, target, 4)
+def copy(source: tuple[int, ...], target: tuple[int, ...]) -> ChunkCopy:
+    return ChunkCopy(0, (3,) * len(source), 0, source, 0, target, 4)
 
 
 def test_a_copy_is_contiguous_where_both_sides_are_one_run() -> None:
@@ -120,7 +120,7 @@ def packs(plan: ReadPlan) -> list[str]:
     return [read.pack for read in plan.reads]
 
 
-def copies(plan: ReadPlan) -> list[Copy]:
+def copies(plan: ReadPlan) -> list[ChunkCopy]:
     return [one for read in plan.reads for found in read.chunks for one in found.copies]
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import msgspec
 
 from ckpt.ipc.frames import FDS_MAX, FRAME_BYTES_MAX
-from ckpt.ipc.messages import ALL, WIRE_VERSION, GetStatus, Hello, Message
+from ckpt.ipc.messages import WIRE_VERSION, AnyMessage, GetStatus, Hello, Message
 
-KINDS: tuple[type[Message], ...] = typing.get_args(ALL)
+KINDS: tuple[type[Message], ...] = typing.get_args(AnyMessage)
 _PACK = msgspec.msgpack.Encoder().encode
 CONNECTIONS_MAX = 40
 """Open at a time."""

@@ -1,6 +1,6 @@
 """What a ``FaultProxy`` does to requests: the faults, and rules that choose one for each request. Pure.
 
-A rule is a function from ``Request`` to a fault or None (let it through). The proxy calls it once for each request,
+A rule is a function from ``PeerRequest`` to a fault or None (let it through). The proxy calls it once for each request,
 one call at a time.
 """
 

@@ -17,8 +17,8 @@ from ckpt.errors import CkptError
 from ckpt.events import Event
 from ckpt.format.keys import writer_name
 from ckpt.log.journal import Journal
-from ckpt.save.persister import Place
-from ckpt.session.options import Options
+from ckpt.save.persister import SaveTarget
+from ckpt.session.options import SessionOptions
 from ckpt.session.restoring import Restoring
 from ckpt.session.saving import Saving
 from ckpt.values import SnapshotId
@@ -127,15 +127,15 @@ class Job:
         for channel in channels(size):
             backend = (backends or {}).get(channel.rank, self.store)
             events: list[Event] = []
-            saving = Saving(channel, Options(slots=slots), events.append)
+            saving = Saving(channel, SessionOptions(slots=slots), events.append)
             self.boots += 1
-            place = Place(
+            place = SaveTarget(
                 backend=backend,
                 writer=writer_name("node", f"{self.boots:016x}"),
                 epoch=lambda: epoch,
                 journal=log if channel.rank == 0 else None,
             )
-            saving.go_on(place, base=None, known=dict)
+            saving.write_locally(place, base=None, known_chunks=dict)
             made.append(Rank(channel, backend, saving, epoch, events))
         return made
 
@@ -151,7 +151,7 @@ class Job:
             made.append(
                 Restoring(
                     channel, backend, world=World(channel.rank, size), state=journal.refresh,
-                    tell=told[channel.rank].append, threads=2, budget_bytes=8 << 20,
+                    emit=told[channel.rank].append, threads=2, budget_bytes=8 << 20,
                 )
             )  # fmt: skip
         return made, told

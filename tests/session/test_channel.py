@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.ipc.mailbox import SoloChannel, wait_for
-from ckpt.session.c10d_mailbox import StoreChannel, connect, meet, world_of_process
+from ckpt.ipc.mailbox import SoloMailbox, wait_for_message
+from ckpt.session.c10d_mailbox import StoreMailbox, connect_ranks, join_handshake, world_of_process
 
 
 @pytest.fixture(params=["hash", "tcp"])
@@ -35,12 +35,14 @@ def stores(request: pytest.FixtureRequest) -> Callable[[], dist.Store]:
     return handle
 
 
-def _meet_all(stores, size: int, *, name: str = "job") -> list[StoreChannel]:
+def _meet_all(stores, size: int, *, name: str = "job") -> list[StoreMailbox]:
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: meet(stores(), rank=rank, size=size, name=name, timeout_s=20), range(size)))
+        return list(
+            pool.map(lambda rank: join_handshake(stores(), rank=rank, size=size, name=name, timeout_s=20), range(size))
+        )
 
 
-def _same_room(channels: list[StoreChannel]) -> bool:
+def _same_room(channels: list[StoreMailbox]) -> bool:
     channels[0].post("hello", b"from rank 0")
     return all(channel.peek("hello") == b"from rank 0" for channel in channels)
 
@@ -73,28 +75,28 @@ def test_rank_that_comes_late_after_its_stale_badge_was_invited_enters_the_same_
     store = stores()
     store.set("ckpt/lobby/job/badge/1", "dead")
     with ThreadPoolExecutor(1) as pool:
-        zero = pool.submit(meet, stores(), rank=0, size=2, name="job", timeout_s=20)
+        zero = pool.submit(join_handshake, stores(), rank=0, size=2, name="job", timeout_s=20)
         _until(lambda: store.check(["ckpt/lobby/job/to/dead"]))
-        one = meet(stores(), rank=1, size=2, name="job", timeout_s=20)
+        one = join_handshake(stores(), rank=1, size=2, name="job", timeout_s=20)
         assert _same_room([zero.result(20), one])
 
 
 def test_rank_that_dies_while_others_wait_is_replaced(stores) -> None:
     with ThreadPoolExecutor(3) as pool:
         with pytest.raises(UnavailableError, match="not all ranks came"):
-            meet(stores(), rank=1, size=3, name="job", timeout_s=0.0)  # shows its badge, then dies
-        zero = pool.submit(meet, stores(), rank=0, size=3, name="job", timeout_s=20)
-        two = pool.submit(meet, stores(), rank=2, size=3, name="job", timeout_s=20)
-        one = pool.submit(meet, stores(), rank=1, size=3, name="job", timeout_s=20)
+            join_handshake(stores(), rank=1, size=3, name="job", timeout_s=0.0)  # shows its badge, then dies
+        zero = pool.submit(join_handshake, stores(), rank=0, size=3, name="job", timeout_s=20)
+        two = pool.submit(join_handshake, stores(), rank=2, size=3, name="job", timeout_s=20)
+        one = pool.submit(join_handshake, stores(), rank=1, size=3, name="job", timeout_s=20)
         assert _same_room([zero.result(20), one.result(20), two.result(20)])
 
 
 def test_rank_0_that_dies_and_comes_again_gathers_those_who_still_wait(stores) -> None:
     with pytest.raises(UnavailableError):
-        meet(stores(), rank=0, size=2, name="job", timeout_s=0.0)
+        join_handshake(stores(), rank=0, size=2, name="job", timeout_s=0.0)
     with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(meet, stores(), rank=1, size=2, name="job", timeout_s=20)
-        zero = pool.submit(meet, stores(), rank=0, size=2, name="job", timeout_s=20)
+        one = pool.submit(join_handshake, stores(), rank=1, size=2, name="job", timeout_s=20)
+        zero = pool.submit(join_handshake, stores(), rank=0, size=2, name="job", timeout_s=20)
         assert _same_room([zero.result(20), one.result(20)])
 
 
@@ -102,13 +104,15 @@ def test_missing_rank_ends_the_wait_with_what_to_do() -> None:
     store = dist.HashStore()
     for rank in (0, 1):
         with pytest.raises(UnavailableError, match=rf"name=job rank={rank} world_size=3 timeout_s=0.01; every rank"):
-            meet(store, rank=rank, size=3, name="job", timeout_s=0.01)
+            join_handshake(store, rank=rank, size=3, name="job", timeout_s=0.01)
 
 
 def test_names_keep_meetings_apart(stores) -> None:
     with ThreadPoolExecutor(4) as pool:
         calls = [(rank, name) for name in ("a", "b") for rank in (0, 1)]
-        made = list(pool.map(lambda call: meet(stores(), rank=call[0], size=2, name=call[1], timeout_s=20), calls))
+        made = list(
+            pool.map(lambda call: join_handshake(stores(), rank=call[0], size=2, name=call[1], timeout_s=20), calls)
+        )
     made[0].post("key", b"a")
     assert made[1].peek("key") == b"a"
     assert made[2].peek("key") is None
@@ -123,12 +127,12 @@ def test_every_byte_survives(stores) -> None:
     a.post("long", every * 4096)
     for key, value in (("bytes", every), ("empty", b""), ("long", every * 4096)):
         # A TCP store acknowledges no post, so another connection may be quicker.
-        assert wait_for(b, key, timeout_s=20, what=key) == value
+        assert wait_for_message(b, key, timeout_s=20, awaited=key) == value
 
 
 @given(st.binary(max_size=64))
 def test_any_message_survives(message: bytes) -> None:
-    channel = StoreChannel(dist.HashStore(), rank=0, size=1, room="r")
+    channel = StoreMailbox(dist.HashStore(), rank=0, size=1, prefix="r")
     channel.post("key", message)
     assert channel.peek("key") == message
 
@@ -148,7 +152,7 @@ def test_counters_add_up_and_forgotten_messages_are_gone(stores) -> None:
 def test_waiting_ends_when_the_message_comes(stores) -> None:
     a, b = _meet_all(stores, 2)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait_for, b, "word", timeout_s=20, what="a word")
+        waiting = pool.submit(wait_for_message, b, "word", timeout_s=20, what="a word")
         a.post("word", b"now")
         assert waiting.result(20) == b"now"
 
@@ -157,7 +161,7 @@ def test_plain_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert world_of_process() == (0, 1)
-    assert isinstance(connect(name="job"), SoloChannel)
+    assert isinstance(connect_ranks(name="job"), SoloMailbox)
 
 
 def test_several_ranks_without_any_way_to_speak_are_told_to_make_a_process_group(
@@ -167,7 +171,7 @@ def test_several_ranks_without_any_way_to_speak_are_told_to_make_a_process_group
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with pytest.raises(UsageError, match=r"rank=1; call torch\.distributed\.init_process_group\(\)"):
-        connect(name="job")
+        connect_ranks(name="job")
 
 
 def test_ranks_under_a_launcher_meet_through_its_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,8 +182,8 @@ def test_ranks_under_a_launcher_meet_through_its_store(monkeypatch: pytest.Monke
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     with ThreadPoolExecutor(1) as pool:
-        zero = pool.submit(meet, server, rank=0, size=2, name="job", timeout_s=20)
-        one = connect(name="job")
+        zero = pool.submit(join_handshake, server, rank=0, size=2, name="job", timeout_s=20)
+        one = connect_ranks(name="job")
         zero.result(20).post("key", b"x")
     assert one.rank == 1
     assert one.peek("key") == b"x"

@@ -177,7 +177,7 @@ def test_snapshot_that_comes_while_another_is_chosen_is_gone_on_from(
     assert [record.getMessage().count("choose again") for record in caplog.records].count(1) == 2
     newest = Journal.open(store).refresh()
     assert newest.opens[-1].resume == SnapshotId(1, 3), "nothing that was durable is left behind"
-    assert [one.step for one in newest.line] == [4, 3, 2, 1]
+    assert [one.step for one in newest.lineage] == [4, 3, 2, 1]
     with pytest.raises(ckpt.FencedError):
         first.save({"t": torch.zeros(3)}, step=5)
     second.close()

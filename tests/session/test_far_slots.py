@@ -39,7 +39,7 @@ def slot(
     """A sealed slot's memory; a mirror's has a shorter header."""
     memory = bytearray(header_pages * PAGE_BYTES + 4 * PAGE_BYTES)
     header = Header(memoryview(memory), header_bytes=header_pages * PAGE_BYTES)
-    header.open()
+    header.begin()
     at = header_pages * PAGE_BYTES
     memory[at : at + ROW_BYTES] = data or row(rank)
     shard = StagedShard(
@@ -49,7 +49,7 @@ def slot(
         size_bytes=ROW_BYTES,
         digests=(digest(row(rank)),),
     )
-    header.close(StagedIndex(snapshot=snapshot, rank=rank, world_size=RANKS, shards=(shard,), origin=origin))
+    header.seal(StagedIndex(snapshot=snapshot, rank=rank, world_size=RANKS, shards=(shard,), origin=origin))
     return memory
 
 
@@ -218,7 +218,7 @@ def test_own_slot_that_was_overwritten_is_read_elsewhere(world: World) -> None:
 
 def test_own_slot_overwritten_while_it_is_read_is_told_at_the_end(world: World) -> None:
     def begin() -> None:
-        Header(memoryview(world.here), header_bytes=3 * PAGE_BYTES).open()
+        Header(memoryview(world.here), header_bytes=3 * PAGE_BYTES).begin()
 
     with pytest.raises(IntegrityError, match="overwritten while it was read"):
         world.restore(begin, Box((1, 0), (1, ROW_BYTES)))

@@ -19,7 +19,7 @@ from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc import plan as gc_due
 from ckpt.maintenance.gc.plan import PREFIXES
-from ckpt.session.options import Options, check_grace, check_keep, retention_of
+from ckpt.session.options import SessionOptions, check_grace, check_keep, retention_of
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 
 WAIT_S = 60.0
@@ -183,7 +183,7 @@ def test_grace_that_is_no_length_of_time_is_refused_when_it_is_made(grace: objec
 
 def test_policy_travels_to_a_keeper_as_text_that_means_the_same() -> None:
     policy = ckpt.keep_last(3) | ckpt.keep_best("val/loss", 2, "max") | ckpt.keep_for("36h") | ckpt.keep_tagged()
-    retention = retention_of(Options(keep=policy, grace_s=check_grace("90m")))
+    retention = retention_of(SessionOptions(keep=policy, grace_s=check_grace("90m")))
     assert retention == Retention(keep="last=3,tagged,best=val/loss:2:max,for=36h", grace_s=5400.0)
     assert check_keep(retention.keep) == policy
-    assert retention_of(Options()) is None
+    assert retention_of(SessionOptions()) is None

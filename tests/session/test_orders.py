@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from ckpt.errors import ConflictError, UnavailableError
-from ckpt.session.agreement import Order, Skip, Take, merge
-from ckpt.session.decisions import RankOrders, SoloOrders
+from ckpt.session.agreement import Skip, SnapshotRequest, Take, merge_requests
+from ckpt.session.decisions import RankDecisions, SoloDecisions
 
 Decide = Callable[[], Take | Skip]
 
@@ -22,11 +22,13 @@ class Loop:
 
     def __init__(self, channel, *, decide: Decide = lambda _: Take(), every: int | None = None) -> None:
         self.told: list[tuple[int, str]] = []
-        self.orders = RankOrders(channel, decide, lambda boundary, why: self.told.append((boundary, why)))
-        self.got: dict[int, Order] = {}
+        self.orders = RankDecisions(channel, decide, lambda boundary, why: self.told.append((boundary, why)))
+        self.got: dict[int, SnapshotRequest] = {}
         self.every = every
 
-    def run(self, total: int, at: Callable[[int], None] = lambda step: None, *, start: int = 0) -> dict[int, Order]:
+    def run(
+        self, total: int, at: Callable[[int], None] = lambda step: None, *, start: int = 0
+    ) -> dict[int, SnapshotRequest]:
         """``total`` boundaries, with ``at(step)`` as the body of each step, then the end."""
         try:
             for step in range(start, total):
@@ -40,9 +42,9 @@ class Loop:
             self.orders.close()
         return self.got
 
-    def _note(self, boundary: int, order: Order | None) -> None:
+    def _note(self, boundary: int, order: SnapshotRequest | None) -> None:
         if order is not None:
-            self.got[boundary] = merge([self.got.get(boundary, Order()), order])
+            self.got[boundary] = merge_requests([self.got.get(boundary, SnapshotRequest()), order])
 
 
 def _loops(channels, **options: object) -> list[Loop]:
@@ -55,18 +57,18 @@ def test_request_from_any_rank_lands_at_one_boundary_of_all(make_channels, run_r
 
     def body(rank: int, step: int) -> None:
         if rank == asker and step == 4:
-            loops[rank].orders.request(Order(("best",), forced=True))
+            loops[rank].orders.request(SnapshotRequest(("best",), forced=True))
 
     got = run_ranks(3, lambda rank: loops[rank].run(12, lambda step: body(rank, step)))
     assert got[0] == got[1] == got[2]
     ((boundary, order),) = got[0].items()
     assert 5 <= boundary <= 12
-    assert order == Order(("best",), forced=True)
+    assert order == SnapshotRequest(("best",), forced=True)
 
 
 def test_request_before_the_first_step_lands(make_channels, run_ranks) -> None:
     loops = _loops(make_channels(2))
-    loops[1].orders.request(Order(("start",)))
+    loops[1].orders.request(SnapshotRequest(("start",)))
     got = run_ranks(2, lambda rank: loops[rank].run(3))
     assert got[0] == got[1]
     assert [order.tags for order in got[0].values()] == [("start",)]
@@ -75,20 +77,20 @@ def test_request_before_the_first_step_lands(make_channels, run_ranks) -> None:
 def test_request_after_the_last_boundary_lands_at_the_end(make_channels, run_ranks) -> None:
     loops = _loops(make_channels(2))
 
-    def run(rank: int) -> dict[int, Order]:
+    def run(rank: int) -> dict[int, SnapshotRequest]:
         loop = loops[rank]
         try:
             for step in range(1, 4):
                 loop._note(step, loop.orders.reached(step, due=None))
             if rank == 1:
-                loop.orders.request(Order(("late",)))
+                loop.orders.request(SnapshotRequest(("late",)))
             loop._note(3, loop.orders.end(3))
         finally:
             loop.orders.close()
         return loop.got
 
     got = run_ranks(2, run)
-    assert got[0] == got[1] == {3: Order(("late",))}
+    assert got[0] == got[1] == {3: SnapshotRequest(("late",))}
 
 
 def test_request_of_a_rank_while_another_has_already_ended_lands_at_the_end(make_channels, run_ranks) -> None:
@@ -98,16 +100,16 @@ def test_request_of_a_rank_while_another_has_already_ended_lands_at_the_end(make
     def wait_for_the_end_of_rank_0(step: int) -> None:
         if step == 2:
             _until(lambda: channels[1].peek("ended/0") is not None)
-            loops[1].orders.request(Order(("last",)))
+            loops[1].orders.request(SnapshotRequest(("last",)))
 
     got = run_ranks(2, lambda rank: loops[rank].run(3, wait_for_the_end_of_rank_0 if rank == 1 else lambda step: None))
-    assert got[0] == got[1] == {3: Order(("last",))}
+    assert got[0] == got[1] == {3: SnapshotRequest(("last",))}
 
 
 def test_two_requests_before_one_boundary_become_one_order(make_channels, run_ranks) -> None:
     loops = _loops(make_channels(2))
-    loops[0].orders.request(Order(("a",)))
-    loops[1].orders.request(Order(("b",), forced=True))
+    loops[0].orders.request(SnapshotRequest(("a",)))
+    loops[1].orders.request(SnapshotRequest(("b",), forced=True))
     got = run_ranks(2, lambda rank: loops[rank].run(8))
     assert got[0] == got[1]
     tags = sorted(tag for order in got[0].values() for tag in order.tags)
@@ -128,7 +130,7 @@ def test_request_beside_ends_at_different_steps_conflicts_on_all(make_channels, 
     def body(step: int) -> None:
         if step == 5:
             _until(lambda: channels[1].peek("ended/0") is not None)
-            loops[1].orders.request(Order(("late",)))
+            loops[1].orders.request(SnapshotRequest(("late",)))
 
     got = run_ranks(2, lambda rank: loops[rank].run(8, body) if rank else loops[rank].run(4))
     assert all(isinstance(error, ConflictError) for error in got), got
@@ -177,7 +179,7 @@ def test_random_speeds_and_requests_end_with_equal_orders_on_all_ranks(make_chan
     def body(rank: int, step: int) -> None:
         pace.wait(speeds[rank] * ((step * 7919 + rank) % 5))
         if (tag := plan.get((rank, step))) is not None:
-            loops[rank].orders.request(Order((tag,), forced=True))
+            loops[rank].orders.request(SnapshotRequest((tag,), forced=True))
 
     got = run_ranks(size, lambda rank: loops[rank].run(total, lambda step: body(rank, step)))
     told = [{boundary: sorted(order.tags) for boundary, order in orders.items()} for orders in got]
@@ -213,7 +215,7 @@ def test_dead_message_store_stops_the_loop_at_its_next_boundary(make_channels) -
         def peek(self, key: str) -> bytes | None:
             raise ConnectionError("the host is gone")
 
-    orders = RankOrders(Dead(), lambda _: Take(), lambda boundary, why: None)
+    orders = RankDecisions(Dead(), lambda _: Take(), lambda boundary, why: None)
     orders._thread.join(10)
     with pytest.raises(UnavailableError, match=r"message store is gone\. rank=1"):
         orders.reached(1, due=None)
@@ -222,7 +224,7 @@ def test_dead_message_store_stops_the_loop_at_its_next_boundary(make_channels) -
 
 def test_closing_ends_the_thread_while_others_never_come(make_channels) -> None:
     channel = make_channels(2)[1]
-    orders = RankOrders(channel, lambda _: Take(), lambda boundary, why: None)
+    orders = RankDecisions(channel, lambda _: Take(), lambda boundary, why: None)
     channel.post("proposal/0", b'{"tags":[],"forced":false}')
     _until(lambda: channel.peek("ack/0/1") is not None)
     orders.close()
@@ -230,56 +232,56 @@ def test_closing_ends_the_thread_while_others_never_come(make_channels) -> None:
 
 
 def test_close_twice_is_free(make_channels) -> None:
-    orders = RankOrders(make_channels(2)[0], lambda _: Take(), lambda boundary, why: None)
+    orders = RankDecisions(make_channels(2)[0], lambda _: Take(), lambda boundary, why: None)
     orders.close()
     orders.close()
 
 
 def test_solo_requests_take_effect_at_the_next_boundary_once() -> None:
-    orders = SoloOrders(lambda _: Take(), lambda boundary, why: None)
-    orders.request(Order(("a",)))
-    orders.request(Order(("b",), forced=True))
-    assert orders.reached(1, due=None) == Order(("a", "b"), forced=True)
+    orders = SoloDecisions(lambda _: Take(), lambda boundary, why: None)
+    orders.request(SnapshotRequest(("a",)))
+    orders.request(SnapshotRequest(("b",), forced=True))
+    assert orders.reached(1, due=None) == SnapshotRequest(("a", "b"), forced=True)
     assert orders.reached(2, due=None) is None
-    orders.request(Order(("end",)))
-    assert orders.end(2) == Order(("end",))
+    orders.request(SnapshotRequest(("end",)))
+    assert orders.end(2) == SnapshotRequest(("end",))
 
 
 def test_solo_request_waits_for_a_slot_and_training_does_not() -> None:
     told: list[tuple[int, str]] = []
     words: list[Take | Skip] = [Skip("full"), Skip("full"), Skip("full"), Take()]
-    orders = SoloOrders(lambda _: words.pop(0), lambda boundary, why: told.append((boundary, why)))
+    orders = SoloDecisions(lambda _: words.pop(0), lambda boundary, why: told.append((boundary, why)))
     assert orders.reached(5, due=5) is None
     assert told == [(5, "full")]
-    orders.request(Order(("a",)))
+    orders.request(SnapshotRequest(("a",)))
     assert orders.reached(6, due=None) is None
     assert orders.reached(10, due=10) is None
-    assert orders.reached(11, due=None) == Order(("a",))
+    assert orders.reached(11, due=None) == SnapshotRequest(("a",))
     assert told == [(5, "full"), (10, "full")]
 
 
 def test_solo_request_of_the_user_is_served_at_the_next_boundary_even_without_a_slot() -> None:
-    orders = SoloOrders(lambda _: Skip("full"), lambda boundary, why: None)
-    orders.request(Order(("best",), forced=True))
-    assert orders.reached(3, due=None) == Order(("best",), forced=True)
+    orders = SoloDecisions(lambda _: Skip("full"), lambda boundary, why: None)
+    orders.request(SnapshotRequest(("best",), forced=True))
+    assert orders.reached(3, due=None) == SnapshotRequest(("best",), forced=True)
 
 
 def test_solo_request_that_found_no_slot_is_served_at_the_end() -> None:
-    orders = SoloOrders(lambda _: Skip("full"), lambda boundary, why: None)
-    orders.request(Order(("a",)))
+    orders = SoloDecisions(lambda _: Skip("full"), lambda boundary, why: None)
+    orders.request(SnapshotRequest(("a",)))
     assert orders.reached(1, due=None) is None
-    assert orders.end(1) == Order(("a",))
+    assert orders.end(1) == SnapshotRequest(("a",))
 
 
 def test_rank_request_that_finds_no_slot_waits_for_one(make_channels) -> None:
     free = threading.Event()
     channels = make_channels(2)
     ranks = [
-        RankOrders(channel, lambda _: Take() if free.is_set() else Skip("full"), lambda boundary, why: None)
+        RankDecisions(channel, lambda _: Take() if free.is_set() else Skip("full"), lambda boundary, why: None)
         for channel in channels
     ]
     try:
-        ranks[1].request(Order(("late",)))
+        ranks[1].request(SnapshotRequest(("late",)))
         for boundary in range(1, 50):
             assert [rank.reached(boundary, due=None) for rank in ranks] == [None, None]
         free.set()
@@ -300,7 +302,7 @@ def test_rank_request_that_finds_no_slot_waits_for_one(make_channels) -> None:
 
 def test_request_placed_between_strides_is_served_at_the_next_boundary(make_channels) -> None:
     channels = make_channels(2)
-    ranks = [RankOrders(channel, lambda _: Take(), lambda boundary, why: None) for channel in channels]
+    ranks = [RankDecisions(channel, lambda _: Take(), lambda boundary, why: None) for channel in channels]
     found: list[list[int]] = [[], []]
 
     def loop(number: int) -> None:
@@ -313,7 +315,7 @@ def test_request_placed_between_strides_is_served_at_the_next_boundary(make_chan
 
     try:
         threads = [threading.Thread(target=loop, args=(number,)) for number in range(2)]
-        ranks[0].request(Order(("best",)))
+        ranks[0].request(SnapshotRequest(("best",)))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -336,13 +338,13 @@ def test_request_at_the_last_boundary_before_anyone_ended_is_served_at_the_end(m
     loops = _loops(make_channels(2))
     settled = threading.Barrier(2)
 
-    def run(number: int) -> dict[int, Order]:
+    def run(number: int) -> dict[int, SnapshotRequest]:
         orders = loops[number].orders
         try:
             assert orders.reached(5, due=None) is None
             settled.wait(30)  # both have reached the last boundary, and neither has said that it is the last
             if number == 0:
-                orders.request(Order(("best",)))
+                orders.request(SnapshotRequest(("best",)))
                 deadline = time.monotonic() + 30
                 while not orders._placed:
                     assert time.monotonic() < deadline, "the request was never placed"
@@ -353,4 +355,4 @@ def test_request_at_the_last_boundary_before_anyone_ended_is_served_at_the_end(m
             orders.close()
         return loops[number].got
 
-    assert run_ranks(2, run) == [{5: Order(("best",))}] * 2
+    assert run_ranks(2, run) == [{5: SnapshotRequest(("best",))}] * 2

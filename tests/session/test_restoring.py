@@ -10,7 +10,7 @@ from torch import nn
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.log.journal import Journal
-from ckpt.session.restoring import Candidate, Restoring, Rules
+from ckpt.session.restoring import FillRules, RestoreCandidate, Restoring
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.values import SnapshotId
 
@@ -47,11 +47,11 @@ def _is(items: dict[str, object], rank: int, step: int) -> bool:
 
 
 def _newest(job) -> list[SnapshotId]:
-    return list(Journal.open(job.store).refresh().line)
+    return list(Journal.open(job.store).refresh().lineage)
 
 
-def _candidates(snapshots: list[SnapshotId]) -> list[Candidate]:
-    return [Candidate(snapshot) for snapshot in snapshots]
+def _candidates(snapshots: list[SnapshotId]) -> list[RestoreCandidate]:
+    return [RestoreCandidate(snapshot) for snapshot in snapshots]
 
 
 def _restore(
@@ -66,7 +66,7 @@ def _restore(
         restoring.choose(lambda: _candidates(choices if choices is not None else _newest(job)))
         items = _blank()
         for share in [items] if at_once else [{name: item} for name, item in items.items()]:
-            restoring.fill(share, Rules())
+            restoring.fill(share, FillRules())
         return items, restoring.chosen
 
     return run_ranks(size, call), told[0]
@@ -155,13 +155,13 @@ def test_only_snapshot_that_is_dropped_for_a_newer_one_after_it_was_chosen_is_no
 ) -> None:
     _write(job, run_ranks, size)
     restorers, told = job.restorers(size)
-    dropped = [Candidate(SnapshotId(1, 5))]
+    dropped = [RestoreCandidate(SnapshotId(1, 5))]
 
     def call(rank: int) -> tuple[dict[str, object], SnapshotId | None]:
         lists = iter([dropped, _candidates(_newest(job)[:1])])
         restorers[rank].choose(lambda: next(lists))
         items = _blank()
-        restorers[rank].fill(items, Rules())
+        restorers[rank].fill(items, FillRules())
         return items, restorers[rank].chosen
 
     for rank, (items, chosen) in enumerate(run_ranks(size, call)):
@@ -202,7 +202,7 @@ def test_state_that_does_not_fit_on_one_rank_is_an_error_on_all_and_no_damage(jo
 
     def call(rank: int) -> object:
         restorers[rank].choose(lambda: _candidates(_newest(job)))
-        return restorers[rank].fill({"a": {"w": torch.zeros(1000 + rank), "step": 0, "rank": 0}}, Rules())
+        return restorers[rank].fill({"a": {"w": torch.zeros(1000 + rank), "step": 0, "rank": 0}}, FillRules())
 
     outcomes = run_ranks(2, call)
     assert all(isinstance(error, UsageError) for error in outcomes), outcomes
@@ -243,9 +243,9 @@ def test_missing_keys_are_named_and_nothing_is_changed(job, run_ranks) -> None:
     restoring = _chosen(job)
     items = {"a": {"w": torch.zeros(1000), "step": 0, "rank": -1, "extra": torch.ones(3)}}
     with pytest.raises(UsageError, match="a/extra"):
-        restoring.fill(items, Rules())
+        restoring.fill(items, FillRules())
     assert torch.equal(items["a"]["w"], torch.zeros(1000))
-    restoring.fill(items, Rules(missing="keep"))
+    restoring.fill(items, FillRules(missing="keep"))
     assert torch.equal(items["a"]["extra"], torch.ones(3))
     assert torch.equal(items["a"]["w"], torch.full((1000,), 3000.0))
 
@@ -254,16 +254,16 @@ def test_missing_item_is_named(job, run_ranks) -> None:
     _write(job, run_ranks, 1)
     restoring = _chosen(job)
     with pytest.raises(UsageError, match="newcomer"):
-        restoring.fill({"newcomer": {"x": 1}}, Rules())
+        restoring.fill({"newcomer": {"x": 1}}, FillRules())
     kept = {"newcomer": {"x": 1}}
-    restoring.fill(kept, Rules(missing="keep"))
+    restoring.fill(kept, FillRules(missing="keep"))
     assert kept == {"newcomer": {"x": 1}}
 
 
 def test_only_fills_what_it_names(job, run_ranks) -> None:
     _write(job, run_ranks, 1)
     items = _blank()
-    _chosen(job).fill(items, Rules(only=("a/w", "b/step")))
+    _chosen(job).fill(items, FillRules(only=("a/w", "b/step")))
     assert torch.equal(items["a"]["w"], torch.full((1000,), 3000.0))
     assert items["a"]["step"] == 0
     assert items["b"]["step"] == 30
@@ -291,10 +291,10 @@ def test_second_choice_forgets_what_the_first_filled(job, run_ranks) -> None:
     _write(job, run_ranks, 1)
     restoring = _chosen(job)
     first = {"a": _blank()["a"]}
-    restoring.fill(first, Rules())
+    restoring.fill(first, FillRules())
     restoring.choose(lambda: _candidates([SnapshotId(1, 10)]))
     second = {"b": _blank()["b"]}
-    restoring.fill(second, Rules())
+    restoring.fill(second, FillRules())
     assert _is(first, 0, 30)
     assert _is(second, 0, 10)
 
@@ -314,7 +314,7 @@ def test_modules_keep_their_parameters_identity_through_a_fallback(job, run_rank
     restorers[0].choose(lambda: _candidates(_newest(job)))
     fresh = nn.Linear(30, 20)
     weight = fresh.weight
-    info = restorers[0].fill({"model": fresh}, Rules())
+    info = restorers[0].fill({"model": fresh}, FillRules())
     assert info.step == 1
     assert fresh.weight is weight
     assert torch.equal(weight, wanted[1])

@@ -9,9 +9,9 @@ import torch
 import ckpt
 from ckpt.backends.memory import MemoryBackend
 from ckpt.capture.leaves import TensorLeaf, World
-from ckpt.save.receipts import Receipt, checked, merge, shared_of
-from ckpt.session.restoring import Candidate
-from ckpt.session.staging import Stager, shared_sets
+from ckpt.save.receipts import Receipt, check_groups, merge_receipts, replica_groups
+from ckpt.session.restoring import RestoreCandidate
+from ckpt.session.staging import Stager, replicated_leaves
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId
 
 
@@ -74,7 +74,9 @@ def test_an_unforeseen_error_of_the_commit_reaches_all_ranks(job, monkeypatch) -
 
 def test_replicas_are_compared_again_only_when_their_set_changes() -> None:
     met: list[list[str]] = []
-    stager = Stager(World(0, 2), slots=1, threads=1, agree=lambda leaves: met.append([one.leaf.name for one in leaves]))
+    stager = Stager(
+        World(0, 2), slots=1, threads=1, compare_replicas=lambda leaves: met.append([one.leaf.name for one in leaves])
+    )
 
     def leaf(name: str, replicas: tuple[int, ...]) -> TensorLeaf:
         found = Leaf(name=name, kind=LeafKind.TENSOR, dtype="float32", shape=(2,), rank=None if replicas[1:] else 0)
@@ -162,13 +164,13 @@ def test_a_users_error_in_loading_is_told_to_the_other_ranks(job, run_ranks) -> 
     for one in [rank.save(items(), 1) for rank in job.ranks(2)]:
         one.durable(20)
     restorers, _ = job.restorers(2)
-    choices = lambda: [Candidate(SnapshotId(1, 1))]  # noqa: E731
+    choices = lambda: [RestoreCandidate(SnapshotId(1, 1))]  # noqa: E731
     run_ranks(2, lambda rank: restorers[rank].choose(choices))
     live = [items(0.0), {"m": Broken()}]
 
     def fill(rank: int) -> object:
         try:
-            return restorers[rank].fill(live[rank], ckpt.session.restoring.Rules())
+            return restorers[rank].fill(live[rank], ckpt.session.restoring.FillRules())
         except RuntimeError as error:
             return error
 
@@ -181,13 +183,13 @@ def test_a_users_error_in_loading_is_told_to_the_other_ranks(job, run_ranks) -> 
 def test_replicas_that_hold_different_leaves_make_no_snapshot() -> None:
     def sets(*names: str) -> dict[str, tuple[int, str]]:
         leaves = [Leaf(name=name, kind=LeafKind.TENSOR, dtype="float32", shape=(2,)) for name in names]
-        return shared_sets([TensorLeaf(leaf, Box.whole((2,)), torch.ones(2), (0, 1)) for leaf in leaves])
+        return replicated_leaves([TensorLeaf(leaf, Box.whole((2,)), torch.ones(2), (0, 1)) for leaf in leaves])
 
     def error_of(*held: dict[str, tuple[int, str]]) -> str:
         receipts = [
-            Receipt(snapshot=SnapshotId(1, 1), rank=rank, shared=shared_of(one)) for rank, one in enumerate(held)
+            Receipt(snapshot=SnapshotId(1, 1), rank=rank, shared=replica_groups(one)) for rank, one in enumerate(held)
         ]
-        error = checked(merge(receipts)).error
+        error = check_groups(merge_receipts(receipts)).error
         return "" if error is None else error.text
 
     assert not error_of(sets("a", "b"), sets("a", "b"), {})

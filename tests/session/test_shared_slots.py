@@ -49,7 +49,7 @@ class RankKeeper:
     def slots(self, rank: int) -> list[tuple[int, Region]]:
         self._check()
         found = sorted(self._keeper.held[rank].items())
-        return [(index, Region.over(os.dup(fd), size)) for index, (fd, size) in found]
+        return [(index, Region.from_fd(os.dup(fd), size)) for index, (fd, size) in found]
 
     def slot_made(self, index: int, fd: int, size_bytes: int) -> None:
         self._check()
@@ -144,7 +144,7 @@ def test_pinned_slot_is_marked_before_it_is_published_and_until_the_pin_goes(ran
     slot.begin()
     slot.seal(index(0, SnapshotId(1, 1), bytes(slot.data)))
     assert ranks[0].own.slot(slot.number).held
-    assert ranks[0].shared.why_kept(slot) == "it is in use"
+    assert ranks[0].shared.reason_kept(slot) == "it is in use"
     pin.release()
     assert not ranks[0].own.slot(slot.number).held
 
@@ -157,8 +157,8 @@ def test_handed_over_slot_stays_marked_until_the_keeper_lets_go(ranks: list[Trai
     ranks[0].shared.hand_over(slot)
     pin.release()
     assert ranks[0].own.slot(slot.number).held
-    ranks[0].own.let_go(slot.number)
-    assert ranks[0].shared.why_kept(slot) == "other ranks may still complete it"
+    ranks[0].own.release(slot.number)
+    assert ranks[0].shared.reason_kept(slot) == "other ranks may still complete it"
 
 
 def test_slot_taken_back_is_let_go_with_its_pin(ranks: list[Trainer]) -> None:
@@ -246,9 +246,9 @@ def test_rank_that_went_on_without_a_pair_gives_it_free(ranks: list[Trainer]) ->
     for one in ranks:
         one.stage(1)
     lost = ranks[0].stage(2)
-    assert ranks[0].shared.why_kept(lost) is not None
+    assert ranks[0].shared.reason_kept(lost) is not None
     ranks[1].own.beat(4)
-    assert ranks[0].shared.why_kept(lost) is None
+    assert ranks[0].shared.reason_kept(lost) is None
 
 
 def test_trainer_dead_between_header_and_board_is_corrected(
@@ -256,7 +256,7 @@ def test_trainer_dead_between_header_and_board_is_corrected(
 ) -> None:
     sealed, begun = ranks[0].stage(1), ranks[0].stage(2)
     ranks[0].own.clear(sealed.number)
-    begun._header.open()
+    begun._header.begin()
     ranks[0].own.hold(begun.number)
     ranks[0].own.publish(SLOTS_MAX - 1, SnapshotId(1, 9), 1)
     ranks[0].die()
@@ -344,7 +344,7 @@ def test_next_keeper_is_given_every_slot_without_old_marks(board: Board, ranks: 
     mine.seal(index(0, SnapshotId(1, 2), bytes(mine.data)))
     heir = FakeKeeper()
     ranks[0].shared._keeper = heir.of(0)
-    ranks[0].shared.hand_in_again(ranks[0].pool.slots)
+    ranks[0].shared.hand_over_all(ranks[0].pool.slots)
     assert heir.held[0].keys() == {uploading.number, mine.number}
     assert not ranks[0].own.slot(uploading.number).held
     assert ranks[0].own.slot(mine.number).held

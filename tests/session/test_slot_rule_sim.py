@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ckpt.ipc.board import newest_common
-from ckpt.session.slot_rule import Seen, passed, why_kept
+from ckpt.session.slot_rule import BoardView, passed, reason_kept
 from ckpt.values import SnapshotId
 
 Steps = Generator[None, None, None]
@@ -141,8 +141,8 @@ class SimJob:
                         found.add(one.board)
                     yield
                 sealed.append(frozenset(found))
-            seen = Seen(tuple(come), tuple(sealed))
-            if why_kept(slot.header, in_use=slot.in_use, seen=seen, epoch=self.epoch) is None:
+            seen = BoardView(tuple(come), tuple(sealed))
+            if reason_kept(slot.header, in_use=slot.in_use, view=seen, epoch=self.epoch) is None:
                 return slot
         return None
 

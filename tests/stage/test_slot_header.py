@@ -21,8 +21,8 @@ INDEX = StagedIndex(snapshot=SnapshotId(3, 5), rank=0, world_size=2, shards=(SHA
 def sealed(index: StagedIndex = INDEX) -> bytearray:
     memory = bytearray(SIZE)
     header = Header(memoryview(memory), header_bytes=8192)
-    header.open()
-    header.close(index)
+    header.begin()
+    header.seal(index)
     return memory
 
 

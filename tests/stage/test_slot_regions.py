@@ -109,7 +109,7 @@ def test_kept_memory_is_taken_over_with_what_it_holds() -> None:
     slots = [stage(before, step) for step in (5, 3)]
     slots.append(take(before))
     assert all(slot.fd is not None for slot in slots)
-    kept = [(n + 1, Region.over(os.dup(slot.fd or 0), slot.size_bytes)) for n, slot in enumerate(slots)]
+    kept = [(n + 1, Region.from_fd(os.dup(slot.fd or 0), slot.size_bytes)) for n, slot in enumerate(slots)]
     before.close()
     owner = Owner(kept)
     pool = make_pool(owner, count=3)
@@ -124,7 +124,7 @@ def test_kept_memory_is_taken_over_with_what_it_holds() -> None:
 def test_slot_goes_on_with_the_next_generation_where_it_was_kept() -> None:
     before = make_pool(Owner(), count=1)
     slot = stage(before, 1)
-    region = Region.over(os.dup(slot.fd or 0), slot.size_bytes)
+    region = Region.from_fd(os.dup(slot.fd or 0), slot.size_bytes)
     before.close()
     pool = make_pool(Owner([(0, region)]), count=1)
     again = stage(pool, 2)
@@ -137,7 +137,7 @@ def test_slot_goes_on_with_the_next_generation_where_it_was_kept() -> None:
 def test_kept_slot_that_is_too_small_goes_when_its_owner_lets_it() -> None:
     before = make_pool(Owner(), count=1)
     slot = stage(before, 1)
-    region = Region.over(os.dup(slot.fd or 0), slot.size_bytes)
+    region = Region.from_fd(os.dup(slot.fd or 0), slot.size_bytes)
     before.close()
     owner = Owner([(0, region)])
     owner.refuses = {SnapshotId(1, 1)}
@@ -190,10 +190,10 @@ def test_memory_of_another_size_than_told_is_refused_and_closed() -> None:
     for size_bytes, error in [(4 * PAGE_BYTES, IntegrityError), (PAGE_BYTES, IntegrityError), (7, UsageError)]:
         fd = os.dup(region.fd)
         with pytest.raises(error):
-            Region.over(fd, size_bytes)
+            Region.from_fd(fd, size_bytes)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
-    other = Region.over(os.dup(region.fd), 2 * PAGE_BYTES)
+    other = Region.from_fd(os.dup(region.fd), 2 * PAGE_BYTES)
     other.view[5] = 9
     assert region.view[5] == 9
     other.close()

@@ -11,10 +11,10 @@ from ckpt.backends.memory import MemoryBackend
 from ckpt.testing.crashes import (
     CrashingBackend,
     CrashMode,
-    Delete,
+    DeleteStep,
     DoneFile,
     OpCall,
-    Put,
+    PutStep,
     RecordingOps,
     Rehearsal,
     Step,
@@ -24,11 +24,11 @@ from ckpt.testing.crashes import (
 )
 
 STEPS: tuple[Step, ...] = (
-    Put("packs/one", (1 << 20) + 5, seed=1),
-    Put("log/0", 300, seed=2, create_only=True),
-    Put("packs/one", (1 << 20) + 70_000, seed=3, aligned=False),
-    Delete("packs/one"),
-    Put("log/1", 200, seed=4, create_only=True),
+    PutStep("packs/one", (1 << 20) + 5, seed=1),
+    PutStep("log/0", 300, seed=2, create_only=True),
+    PutStep("packs/one", (1 << 20) + 70_000, seed=3, aligned=False),
+    DeleteStep("packs/one"),
+    PutStep("log/1", 200, seed=4, create_only=True),
 )
 
 
@@ -71,7 +71,7 @@ def test_work_has_crash_points_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_crashing_backend_dies_at_the_named_change(tmp_path: Path) -> None:
-    steps = tuple(Put(key, 10, seed=1) for key in "abc")
+    steps = tuple(PutStep(key, 10, seed=1) for key in "abc")
     for mode, names in ((CrashMode.BEFORE, ["a"]), (CrashMode.AFTER, ["a", "b"])):
         root, done = tmp_path / mode.value, DoneFile(str(tmp_path / f"done-{mode.value}"))
         rehearsal = Rehearsal(root=str(root), steps=steps, done=done, at=1, mode=mode, whole_puts=True)

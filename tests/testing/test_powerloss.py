@@ -8,15 +8,15 @@ import pytest
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import REAL_OPS
-from ckpt.testing.crashes import Delete, PowerCut, PowerLossOps, Put, Step, faults_found, run_steps
+from ckpt.testing.crashes import DeleteStep, PowerCut, PowerLossOps, PutStep, Step, faults_found, run_steps
 
 STEPS: tuple[Step, ...] = (
-    Put("packs/one", (1 << 20) + 5, seed=1),
-    Put("log/0", 300, seed=2, create_only=True),
-    Put("packs/one", (1 << 20) + 9_000, seed=3, aligned=False),
-    Put("parts/a/b", 100, seed=5),
-    Delete("log/0"),
-    Put("log/1", 200, seed=4, create_only=True),
+    PutStep("packs/one", (1 << 20) + 5, seed=1),
+    PutStep("log/0", 300, seed=2, create_only=True),
+    PutStep("packs/one", (1 << 20) + 9_000, seed=3, aligned=False),
+    PutStep("parts/a/b", 100, seed=5),
+    DeleteStep("log/0"),
+    PutStep("log/1", 200, seed=4, create_only=True),
 )
 
 

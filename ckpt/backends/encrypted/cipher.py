@@ -20,14 +20,14 @@ from ckpt.backends.encrypted.layout import (
     FRAME_BYTES,
     HEADER_BYTES,
     TAG_BYTES,
-    Header,
-    associated,
-    cut,
+    EncryptedHeader,
+    associated_data,
     frames_of,
     nonce,
     sealed_size,
+    split_frames,
 )
-from ckpt.backends.encrypted.secret import Key
+from ckpt.backends.encrypted.secret import EncryptionKey
 
 # Memory for stored bytes on their way, used again and again: new pages cost more time than the
 # cipher does.
@@ -48,7 +48,7 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 """Private memory: the shared kind can neither be huge nor be offered to the kernel."""
 
 
-class SpareMemory:
+class CipherMemory:
     """Hands out page-aligned memory and keeps what comes back, the last used longest. Thread-safe."""
 
     def __init__(self, kept_bytes_max: int = KEPT_BYTES_MAX) -> None:
@@ -141,7 +141,7 @@ def frame_cipher(key: bytes) -> FrameCipher:
     return AESGCM(key) if hasattr(AESGCM, "encrypt_into") else CopyingCipher(key)
 
 
-def digest_of(data: Sequence[Buffer], key: Key) -> bytes:
+def digest_of(data: Sequence[Buffer], key: EncryptionKey) -> bytes:
     """A digest of the plaintext by GMAC with one fixed nonce: 20 GB/s. To be kept secret; only its MAC is ever shown."""
     mac = Cipher(algorithms.AES(key.digest_key), modes.GCM(bytes(12))).encryptor()
     for buffer in data:
@@ -153,7 +153,7 @@ def digest_of(data: Sequence[Buffer], key: Key) -> bytes:
 
 
 @contextlib.contextmanager
-def sealed(name: str, data: Sequence[Buffer], key: Key, memory: SpareMemory) -> Iterator[memoryview]:
+def sealed(name: str, data: Sequence[Buffer], key: EncryptionKey, memory: CipherMemory) -> Iterator[memoryview]:
     """The object ``name`` as it is stored, in page-aligned memory of its size that is lent until the end of the block.
 
     The same name, plaintext and key give the same bytes. The buffers must not change meanwhile.
@@ -163,9 +163,9 @@ def sealed(name: str, data: Sequence[Buffer], key: Key, memory: SpareMemory) -> 
     with memory.borrow(sealed_size(plain_bytes)) as out:
         out[:HEADER_BYTES] = header.encode(name)
         cipher = frame_cipher(key.frame_key(header, name))
-        bound = associated(header, name)
+        bound = associated_data(header, name)
         at = HEADER_BYTES
-        for number, plain in enumerate(cut(data)):
+        for number, plain in enumerate(split_frames(data)):
             stop = at + len(plain) + TAG_BYTES
             cipher.encrypt_into(nonce(number), plain, bound + number.to_bytes(8, "big"), out[at:stop])
             at = stop
@@ -173,14 +173,14 @@ def sealed(name: str, data: Sequence[Buffer], key: Key, memory: SpareMemory) -> 
 
 
 def unseal(
-    name: str, header: Header, stored: memoryview, out: memoryview, key: Key, *, offset_bytes: int
+    name: str, header: EncryptedHeader, stored: memoryview, out: memoryview, key: EncryptionKey, *, offset_bytes: int
 ) -> str | None:
     """Fill ``out`` with the plaintext from ``offset_bytes`` on, or say what is wrong; ``out`` then holds anything.
 
     ``stored`` starts with the first frame of that range. ``header`` is genuine, and its plaintext covers ``out``.
     """
     cipher = frame_cipher(key.frame_key(header, name))
-    bound = associated(header, name)
+    bound = associated_data(header, name)
     stop_bytes = offset_bytes + len(out)
     at = 0
     for number in frames_of(offset_bytes, len(out)):  # a frame takes 14 us: no objects here

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from ckpt.backends.encrypted.secret import MATERIAL_BYTES_MAX, SECRET_BYTES, Key, Keys, secret_of
+from ckpt.backends.encrypted.secret import MATERIAL_BYTES_MAX, SECRET_BYTES, EncryptionKey, EncryptionKeys, parse_secret
 from ckpt.errors import UnavailableError, UsageError
 
 # What a command prints, in bounded time and memory. Its output is a secret: no message repeats
 # it.
 
 
-def output_of(words: Sequence[str], *, wait_s: float, bytes_max: int) -> bytes:
+def command_output(words: Sequence[str], *, wait_s: float, bytes_max: int) -> bytes:
     """Run ``words`` without a shell and return what it printed; its complaints go where ours go.
 
     The command and what it started are killed after ``wait_s`` seconds and where it prints more than ``bytes_max``. Raises
@@ -81,7 +81,7 @@ _KINDS = "file:PATH, env:NAME or command:WORDS"
 _NEXT = re.compile(r",(?=(?:file|env|command):)")
 
 
-def load_keys(sources: str) -> Keys:
+def load_keys(sources: str) -> EncryptionKeys:
     """The keys of ``sources``, several with commas between: the first is written with, all are read with.
 
     Raises as ``load_key``, and UsageError where one key is given twice.
@@ -90,10 +90,10 @@ def load_keys(sources: str) -> Keys:
     ids = [key.id for key in (first, *others)]
     if len(set(ids)) < len(ids):
         raise UsageError("an encryption key is given twice; give each key once, the one to write with first")
-    return Keys(first, tuple(others))
+    return EncryptionKeys(first, tuple(others))
 
 
-def load_key(source: str) -> Key:
+def load_key(source: str) -> EncryptionKey:
     """The key that ``source`` names: ``file:PATH``, ``env:NAME``, or ``command:WORDS``, whose output it is.
 
     A file holds 32 raw bytes, or their hex or base64 text, and is readable by its owner alone; a variable holds text; a command
@@ -105,16 +105,16 @@ def load_key(source: str) -> Key:
         raise UsageError(f"not a source of a key; write {_KINDS} (not shown: it may be the key itself)")
     match kind:
         case "file":
-            return Key.of(secret_of(_read_file(place), source=f"file:{place}"))
+            return EncryptionKey.of(parse_secret(_read_file(place), source=f"file:{place}"))
         case "env":
-            return Key.of(secret_of(_read_variable(place), source=f"env:{place}"))
+            return EncryptionKey.of(parse_secret(_read_variable(place), source=f"env:{place}"))
         case _:
             words = _words(place)
-            output = output_of(words, wait_s=COMMAND_S, bytes_max=MATERIAL_BYTES_MAX)
-            return Key.of(secret_of(output, source=f"command:{words[0]}"))
+            output = command_output(words, wait_s=COMMAND_S, bytes_max=MATERIAL_BYTES_MAX)
+            return EncryptionKey.of(parse_secret(output, source=f"command:{words[0]}"))
 
 
-def write_new_key(path: str) -> Key:
+def write_new_key(path: str) -> EncryptionKey:
     """Draw a key and write it as text to a new file that only its owner reads. Keep a copy: without it the store is lost.
 
     Raises UsageError where the file exists, or can't be written.
@@ -136,7 +136,7 @@ def write_new_key(path: str) -> Key:
         raise UsageError(f"a key file is never overwritten. path={place}; choose another name") from None
     except OSError as error:
         raise UsageError(f"a key file can't be written. path={place} cause={error.strerror}") from error
-    return Key.of(secret)
+    return EncryptionKey.of(secret)
 
 
 def _read_file(path: str) -> bytes:

@@ -36,7 +36,7 @@ _BOUND_BYTES = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
+class EncryptedHeader:
     """What an encrypted object says of itself. ``plain_bytes`` is its plaintext's length.
 
     ``salt`` chooses the object's own key, ``mac`` shows whoever has the key that the rest of the header is genuine.
@@ -48,7 +48,7 @@ class Header:
     mac: bytes = b""
     version: int = VERSION
 
-    def bound(self) -> bytes:
+    def bound_bytes(self) -> bytes:
         """The bytes that ``mac`` and every frame are bound to: all before the ``mac``."""
         return self._pack(b"")[:_BOUND_BYTES]
 
@@ -60,7 +60,7 @@ class Header:
         return _HEADER.pack(_MAGIC, self.version, self.key_id, self.plain_bytes, self.salt, self.mac, checksum)
 
 
-def decode_header(data: Buffer, name: str) -> Header | str:
+def decode_header(data: Buffer, name: str) -> EncryptedHeader | str:
     """The header in the first bytes of the object ``name``, or what is wrong with it.
 
     It is whole, not yet genuine: its checksum needs no key, so that damage can be told from a key that isn't here.
@@ -73,7 +73,7 @@ def decode_header(data: Buffer, name: str) -> Header | str:
         return "not an encrypted object"
     if checksum != _checksum(head[:_CHECKED_BYTES], name):
         return "an encrypted object's header is damaged"
-    return Header(key_id=key_id, plain_bytes=plain_bytes, salt=salt, mac=mac, version=version)
+    return EncryptedHeader(key_id=key_id, plain_bytes=plain_bytes, salt=salt, mac=mac, version=version)
 
 
 def looks_encrypted(data: Buffer) -> bool:
@@ -103,9 +103,9 @@ def nonce(frame: int) -> bytes:
     return frame.to_bytes(12, "big")
 
 
-def associated(header: Header, name: str) -> bytes:
+def associated_data(header: EncryptedHeader, name: str) -> bytes:
     """What every frame of the object ``name`` is bound to; the frame's number in 8 bytes follows."""
-    return header.bound() + name.encode()
+    return header.bound_bytes() + name.encode()
 
 
 def frames_of(offset_bytes: int, size_bytes: int) -> range:
@@ -114,14 +114,14 @@ def frames_of(offset_bytes: int, size_bytes: int) -> range:
     return range(first, -(-(offset_bytes + size_bytes) // FRAME_BYTES) if size_bytes else first)
 
 
-def stored_range(offset_bytes: int, size_bytes: int, plain_bytes: int) -> tuple[int, int]:
+def sealed_range(offset_bytes: int, size_bytes: int, plain_bytes: int) -> tuple[int, int]:
     """Where the frames of a range, which is not empty, start and stop in the stored object."""
     frames = frames_of(offset_bytes, size_bytes)
     plain_stop = min(frames.stop * FRAME_BYTES, plain_bytes)
     return HEADER_BYTES + frames.start * (FRAME_BYTES + TAG_BYTES), HEADER_BYTES + plain_stop + frames.stop * TAG_BYTES
 
 
-def cut(data: Sequence[Buffer]) -> Iterator[memoryview]:
+def split_frames(data: Sequence[Buffer]) -> Iterator[memoryview]:
     """The concatenation of ``data`` in frames. A frame over several buffers is copied, to memory used again by the next."""
     gathered = memoryview(bytearray(FRAME_BYTES))
     held = 0

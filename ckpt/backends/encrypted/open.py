@@ -13,9 +13,9 @@ from itertools import islice
 from typing import cast
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import Replicated, stores_of
+from ckpt.backends.checked import MultiStoreBackend, stores_of
 from ckpt.backends.encrypted.layout import HEADER_BYTES, decode_header, looks_encrypted
-from ckpt.backends.encrypted.secret import Keys
+from ckpt.backends.encrypted.secret import EncryptionKeys
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.format.keys import MANIFESTS, PACKS, PARTS
 
@@ -31,7 +31,7 @@ def is_sealed_key(key: str) -> bool:
     return key.startswith(SEALED_PREFIXES)
 
 
-def encrypted(inner: Backend, keys: Keys, *, is_sealed: Callable[[str], bool] = is_sealed_key) -> Backend:
+def encrypted(inner: Backend, keys: EncryptionKeys, *, is_sealed: Callable[[str], bool] = is_sealed_key) -> Backend:
     """``inner`` with its state encrypted under ``keys``; where ``inner`` is several stores, so is the result.
 
     Touches no store. ``is_sealed`` says which keys hold encrypted objects. Raises UsageError where the package
@@ -48,7 +48,7 @@ def encrypted(inner: Backend, keys: Keys, *, is_sealed: Callable[[str], bool] = 
     return cast("Backend", home.encrypted_store(inner, keys, is_sealed=is_sealed))
 
 
-def refuse_mismatch(inner: Backend, keys: Keys | None) -> None:
+def require_matching_keys(inner: Backend, keys: EncryptionKeys | None) -> None:
     """Raise UsageError where ``inner``'s snapshots are encrypted and ``keys`` is None, or the other way round, or a wrong key.
 
     Without it a store read in the wrong way would look damaged. ``inner`` is the bare store. Costs the beginning of a
@@ -77,7 +77,7 @@ def _known_heads(inner: Backend, *, encrypted: bool) -> Sequence[tuple[str, byte
     """How some manifests begin, of as many stores as have to be asked to know whether all is as it should be."""
     heads: list[tuple[str, bytes]] = []
     silent: UnavailableError | None = None
-    for store in (inner, *(stores_of(inner) if isinstance(inner, Replicated) else ())):
+    for store in (inner, *(stores_of(inner) if isinstance(inner, MultiStoreBackend) else ())):
         try:
             found = _first_heads(store)
         except UnavailableError as error:

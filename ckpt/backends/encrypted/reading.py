@@ -11,18 +11,18 @@ import threading
 from collections import OrderedDict
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import Check, Replicated, read_checked
-from ckpt.backends.encrypted.cipher import SpareMemory, unseal
+from ckpt.backends.checked import Check, MultiStoreBackend, read_checked
+from ckpt.backends.encrypted.cipher import CipherMemory, unseal
 from ckpt.backends.encrypted.layout import (
     FRAME_BYTES,
     HEADER_BYTES,
     VERSION,
-    Header,
+    EncryptedHeader,
     decode_header,
+    sealed_range,
     sealed_size,
-    stored_range,
 )
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UsageError
 
 _HEADERS_MAX = 4096
@@ -34,12 +34,12 @@ _TRIES_MAX = 8
 _NOT_GENUINE = "an encrypted object's header was not made with its key"
 
 
-def never_wrong(_: memoryview) -> str | None:
+def accept_any(_: memoryview) -> str | None:
     """The check of a read that knows no digest: that the bytes decrypt is enough."""
     return None
 
 
-def refuse_foreign(header: Header, name: str, keys: Keys, *, url: str) -> Key:
+def require_known_key(header: EncryptedHeader, name: str, keys: EncryptionKeys, *, url: str) -> EncryptionKey:
     """The key that ``header`` was written with. Raises UsageError where it isn't here, FormatVersionError for a newer format.
 
     Neither is damage: nothing is to be mended, and no older snapshot to be taken instead.
@@ -61,19 +61,19 @@ def refuse_foreign(header: Header, name: str, keys: Keys, *, url: str) -> Key:
 class SealedReader:
     """Reads from ``inner``, which holds objects encrypted with one of ``keys``. Thread-safe."""
 
-    def __init__(self, inner: Backend, keys: Keys, memory: SpareMemory) -> None:
+    def __init__(self, inner: Backend, keys: EncryptionKeys, memory: CipherMemory) -> None:
         self._inner = inner
         self._keys = keys
         self._memory = memory
-        self._headers: OrderedDict[str, Header] = OrderedDict()
+        self._headers: OrderedDict[str, EncryptedHeader] = OrderedDict()
         self._lock = threading.Lock()
 
-    def forget(self, name: str) -> None:
+    def forget_header(self, name: str) -> None:
         """The object is written or deleted here: its header may be another one."""
         with self._lock:
             self._headers.pop(name, None)
 
-    def size(self, name: str) -> int | None:
+    def plain_bytes(self, name: str) -> int | None:
         """The plaintext's length by the object's header, None without an object. Raises IntegrityError, UsageError."""
         header = self._remembered(name)
         if header is None:
@@ -90,7 +90,7 @@ class SealedReader:
             header, filled = self._read_start(name, out, check)
             if filled:
                 return
-        refuted: set[Header] = set()
+        refuted: set[EncryptedHeader] = set()
         failure: IntegrityError | None = None
         for _ in range(_TRIES_MAX):
             if header is None:
@@ -105,11 +105,11 @@ class SealedReader:
                 failure = error
                 refuted.add(header)
                 header = None
-                self.forget(name)
+                self.forget_header(name)
         assert failure is not None
         raise failure
 
-    def read_object(self, name: str, check: Check, several: Replicated, *, bytes_max: int) -> bytes:
+    def read_object(self, name: str, check: Check, several: MultiStoreBackend, *, bytes_max: int) -> bytes:
         """As ``checked.read_object``, of plaintext. Decrypts twice, to look and to give."""
 
         def opens(stored: memoryview) -> str | None:
@@ -125,12 +125,12 @@ class SealedReader:
             raise IntegrityError(f"{plain}. key={name} store={self._inner.url}; read another copy")
         return bytes(plain)
 
-    def _read_start(self, name: str, out: memoryview, check: Check) -> tuple[Header | None, bool]:
+    def _read_start(self, name: str, out: memoryview, check: Check) -> tuple[EncryptedHeader | None, bool]:
         """Read header and frames in one request, as if the object ended with ``out`` or ``out`` with a frame.
 
         Returns the header where there is one, and whether ``out`` is filled. Does not judge: the caller reads again then.
         """
-        filling = _Filling(out, check)
+        filling = _CheckedTarget(out, check)
 
         def fits(data: memoryview) -> str | None:
             header, why = self._header_in(data, name)
@@ -146,7 +146,7 @@ class SealedReader:
                 return None, False
             return self._header_of(name, stored), filling.filled
 
-    def _read_header(self, name: str, refuted: set[Header]) -> Header:
+    def _read_header(self, name: str, refuted: set[EncryptedHeader]) -> EncryptedHeader:
         """The header of a copy, but none of ``refuted``."""
         stored = memoryview(bytearray(HEADER_BYTES))
 
@@ -157,14 +157,16 @@ class SealedReader:
         read_checked(self._inner, name, stored, usable)
         return self._header_of(name, stored)
 
-    def _read_frames(self, name: str, header: Header, out: memoryview, check: Check, *, offset_bytes: int) -> None:
+    def _read_frames(
+        self, name: str, header: EncryptedHeader, out: memoryview, check: Check, *, offset_bytes: int
+    ) -> None:
         if len(out) and offset_bytes + len(out) > header.plain_bytes:
             raise IntegrityError(
                 f"the object ends too early. key={name} offset_bytes={offset_bytes} wanted_bytes={len(out)} "
                 f"size_bytes={header.plain_bytes} store={self._inner.url}; read another copy"
             )
-        key = refuse_foreign(header, name, self._keys, url=self._inner.url)
-        filling = _Filling(out, check)
+        key = require_known_key(header, name, self._keys, url=self._inner.url)
+        filling = _CheckedTarget(out, check)
 
         def opens(data: memoryview) -> str | None:
             return filling.fill(name, header, key, data, offset_bytes=offset_bytes)
@@ -173,36 +175,36 @@ class SealedReader:
             if (why := opens(out)) is not None:
                 raise IntegrityError(f"{why}. key={name} store={self._inner.url}")
             return
-        start, stop = stored_range(offset_bytes, len(out), header.plain_bytes)
+        start, stop = sealed_range(offset_bytes, len(out), header.plain_bytes)
         with self._memory.borrow(stop - start) as stored:
             read_checked(self._inner, name, stored, opens, offset_bytes=start)
 
     def _whole(self, name: str, stored: memoryview) -> bytearray | str:
-        """The plaintext of a whole stored object, or what is wrong with it. Raises as ``refuse_foreign``."""
+        """The plaintext of a whole stored object, or what is wrong with it. Raises as ``require_known_key``."""
         header, why = self._header_in(stored, name)
         if header is None:
             return why or _NOT_GENUINE
-        key = refuse_foreign(header, name, self._keys, url=self._inner.url)
+        key = require_known_key(header, name, self._keys, url=self._inner.url)
         if sealed_size(header.plain_bytes) != len(stored):
             return f"an encrypted object has another length than its header says. size_bytes={len(stored)}"
         out = bytearray(header.plain_bytes)
         why = unseal(name, header, stored[HEADER_BYTES:], memoryview(out), key, offset_bytes=0)
         return out if why is None else why
 
-    def _header_in(self, data: memoryview, name: str) -> tuple[Header | None, str | None]:
+    def _header_in(self, data: memoryview, name: str) -> tuple[EncryptedHeader | None, str | None]:
         """The header at the start of a stored object, or what is wrong with it. One of a foreign key is not wrong."""
         header = decode_header(data, name)
         if isinstance(header, str):
             return None, header
         key = self._key_of(header)
-        return (header, None) if key is None or key.made(header, name) else (None, _NOT_GENUINE)
+        return (header, None) if key is None or key.authenticates(header, name) else (None, _NOT_GENUINE)
 
-    def _header_of(self, name: str, data: memoryview) -> Header:
-        """The header in bytes that were found right, to be remembered. Raises as ``refuse_foreign``."""
+    def _header_of(self, name: str, data: memoryview) -> EncryptedHeader:
+        """The header in bytes that were found right, to be remembered. Raises as ``require_known_key``."""
         header, why = self._header_in(data, name)
         if header is None:
             raise IntegrityError(f"{why}. key={name} store={self._inner.url}; read another copy")
-        refuse_foreign(header, name, self._keys, url=self._inner.url)
+        require_known_key(header, name, self._keys, url=self._inner.url)
         with self._lock:
             self._headers[name] = header
             self._headers.move_to_end(name)
@@ -210,15 +212,15 @@ class SealedReader:
                 self._headers.popitem(last=False)
         return header
 
-    def _key_of(self, header: Header) -> Key | None:
+    def _key_of(self, header: EncryptedHeader) -> EncryptionKey | None:
         return self._keys.find(header.key_id) if header.version == VERSION else None
 
-    def _remembered(self, name: str) -> Header | None:
+    def _remembered(self, name: str) -> EncryptedHeader | None:
         with self._lock:
             return self._headers.get(name)
 
 
-class _Filling:
+class _CheckedTarget:
     """The caller's memory and check. Once filled rightly it is left alone, should a copy that was asked too answer later."""
 
     def __init__(self, out: memoryview, check: Check) -> None:
@@ -227,7 +229,9 @@ class _Filling:
         self._check = check
         self._lock = threading.Lock()
 
-    def fill(self, name: str, header: Header, key: Key, stored: memoryview, *, offset_bytes: int) -> str | None:
+    def fill(
+        self, name: str, header: EncryptedHeader, key: EncryptionKey, stored: memoryview, *, offset_bytes: int
+    ) -> str | None:
         """Decrypt and check; what is wrong, or None."""
         with self._lock:
             target = memoryview(bytearray(len(self._out))) if self.filled else self._out
@@ -236,6 +240,6 @@ class _Filling:
         return why
 
 
-def _reaches(header: Header, size_bytes: int) -> bool:
+def _reaches(header: EncryptedHeader, size_bytes: int) -> bool:
     """Whether the frames of the first ``size_bytes`` are as long as if the object ended with them."""
     return size_bytes == header.plain_bytes or (size_bytes < header.plain_bytes and size_bytes % FRAME_BYTES == 0)

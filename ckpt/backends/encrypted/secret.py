@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from ckpt.backends.encrypted.layout import Header
+from ckpt.backends.encrypted.layout import EncryptedHeader
 from ckpt.errors import UsageError
 
 SECRET_BYTES = 32
@@ -22,7 +22,7 @@ _DOMAIN = b"ckpt encrypted objects 1"
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class EncryptionKey:
     """A key of 32 random bytes as what is derived from it. Its ``id`` is public; nothing else is ever shown or pickled."""
 
     id: bytes
@@ -32,7 +32,7 @@ class Key:
     _frames_key: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, secret: bytes) -> Key:
+    def of(cls, secret: bytes) -> EncryptionKey:
         """The key of 32 random bytes. Raises UsageError for another length, and for bytes that can't be random."""
         if len(secret) != SECRET_BYTES:
             raise UsageError(
@@ -50,32 +50,32 @@ class Key:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a key isn't pickled: hand its source to the other process and load it there")
 
-    def header(self, name: str, *, digest: bytes, plain_bytes: int) -> Header:
+    def header(self, name: str, *, digest: bytes, plain_bytes: int) -> EncryptedHeader:
         """The header of the object ``name`` whose plaintext has ``digest`` under ``digest_key``. Pure."""
         salt = _mac(self._salt_key, digest + plain_bytes.to_bytes(8, "big") + name.encode())[:16]
-        bare = Header(key_id=self.id, plain_bytes=plain_bytes, salt=salt)
-        return Header(key_id=self.id, plain_bytes=plain_bytes, salt=salt, mac=self._mac_of(bare, name))
+        bare = EncryptedHeader(key_id=self.id, plain_bytes=plain_bytes, salt=salt)
+        return EncryptedHeader(key_id=self.id, plain_bytes=plain_bytes, salt=salt, mac=self._mac_of(bare, name))
 
-    def made(self, header: Header, name: str) -> bool:
+    def authenticates(self, header: EncryptedHeader, name: str) -> bool:
         """Whether a writer with this key made ``header`` for the object ``name``."""
         return hmac.compare_digest(header.mac, self._mac_of(header, name))
 
-    def frame_key(self, header: Header, name: str) -> bytes:
+    def frame_key(self, header: EncryptedHeader, name: str) -> bytes:
         """The AES-256 key of one object's frames."""
         return _mac(self._frames_key, header.salt + name.encode())
 
-    def _mac_of(self, header: Header, name: str) -> bytes:
-        return _mac(self._header_key, header.bound() + name.encode())[:16]
+    def _mac_of(self, header: EncryptedHeader, name: str) -> bytes:
+        return _mac(self._header_key, header.bound_bytes() + name.encode())[:16]
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class EncryptionKeys:
     """The key that is written with, and further ones that only read: those used before."""
 
-    writing: Key
-    older: tuple[Key, ...] = ()
+    writing: EncryptionKey
+    older: tuple[EncryptionKey, ...] = ()
 
-    def find(self, key_id: bytes) -> Key | None:
+    def find(self, key_id: bytes) -> EncryptionKey | None:
         """The key with this id, or None."""
         for key in (self.writing, *self.older):
             if key.id == key_id:
@@ -103,7 +103,7 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{43}=?")
 _TEXT = re.compile(rb"[\t\n\r -~]*")
 
 
-def secret_of(material: bytes, *, source: str) -> bytes:
+def parse_secret(material: bytes, *, source: str) -> bytes:
     """The key in ``material``: 32 raw bytes, or 64 hex digits, or base64 of 32 bytes, with white space around.
 
     Raises UsageError for everything else; a passphrase of whatever length is no key. ``source`` names it in the message.

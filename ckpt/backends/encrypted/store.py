@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat, check_key
-from ckpt.backends.checked import Check, Replicated
-from ckpt.backends.encrypted.cipher import SpareMemory, sealed
+from ckpt.backends.checked import Check, MultiStoreBackend
+from ckpt.backends.encrypted.cipher import CipherMemory, sealed
 from ckpt.backends.encrypted.layout import FRAME_BYTES, HEADER_BYTES, decode_header, plain_size
-from ckpt.backends.encrypted.reading import SealedReader, never_wrong
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.reading import SealedReader, accept_any
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 
 READ_BYTES_BEST_MIN = 4 * FRAME_BYTES
@@ -35,17 +35,17 @@ class EncryptedBackend:
     def __init__(
         self,
         inner: Backend,
-        keys: Keys,
+        keys: EncryptionKeys,
         *,
         is_sealed: Callable[[str], bool],
         others: Sequence[Backend] = (),
-        memory: SpareMemory | None = None,
+        memory: CipherMemory | None = None,
     ) -> None:
         self._inner = inner
         self._others = tuple(others) if keys.older else ()
         self._keys = keys
         self._is_sealed = is_sealed
-        self._memory = memory or SpareMemory()
+        self._memory = memory or CipherMemory()
         self._reader = SealedReader(inner, keys, self._memory)
 
     @property
@@ -68,7 +68,7 @@ class EncryptedBackend:
         if not self._is_sealed(check_key(key)):
             self._inner.put(key, data, create_only=create_only)
             return
-        self._reader.forget(key)
+        self._reader.forget_header(key)
         with sealed(key, data, self._writing(key), self._memory) as stored:
             self._inner.put(key, [stored], create_only=create_only)
 
@@ -77,7 +77,7 @@ class EncryptedBackend:
         if not self._is_sealed(check_key(key)):
             self._inner.read_into(key, out, offset_bytes=offset_bytes)
             return
-        self._read(key, out, never_wrong, offset_bytes=offset_bytes)
+        self._read(key, out, accept_any, offset_bytes=offset_bytes)
 
     def stat(self, key: str) -> Stat | None:
         """See Backend. Raises IntegrityError where the stored length is no encrypted object's, or not what its header says.
@@ -91,9 +91,9 @@ class EncryptedBackend:
             if found is None:
                 return None
             size_bytes = plain_size(found.size_bytes)
-            if size_bytes is not None and (size_bytes % FRAME_BYTES or size_bytes == self._reader.size(key)):
+            if size_bytes is not None and (size_bytes % FRAME_BYTES or size_bytes == self._reader.plain_bytes(key)):
                 return Stat(key, size_bytes, found.modified_unix_s)
-            self._reader.forget(key)  # another object may have taken its place
+            self._reader.forget_header(key)  # another object may have taken its place
             found = self._inner.stat(key)
         raise IntegrityError(
             f"an encrypted object's length is not what it should be. key={key} store={self.url}; read another copy"
@@ -109,14 +109,14 @@ class EncryptedBackend:
 
     def delete(self, key: str) -> None:
         """See Backend."""
-        self._reader.forget(key)
+        self._reader.forget_header(key)
         self._inner.delete(key)
 
     def close(self) -> None:
         """See Backend."""
         self._inner.close()
 
-    def _writing(self, name: str) -> Key:
+    def _writing(self, name: str) -> EncryptionKey:
         for store in self._others:
             head = memoryview(bytearray(HEADER_BYTES))
             try:
@@ -135,10 +135,12 @@ class EncryptedBackend:
         self._reader.read(key, out.cast("B"), check, offset_bytes=offset_bytes)
 
 
-class EncryptedReplicated(EncryptedBackend):
+class EncryptedMultiStore(EncryptedBackend):
     """The same around several stores: what does not decrypt in one of them is read from, and mended by, another."""
 
-    def __init__(self, inner: Backend, several: Replicated, keys: Keys, *, is_sealed: Callable[[str], bool]) -> None:
+    def __init__(
+        self, inner: Backend, several: MultiStoreBackend, keys: EncryptionKeys, *, is_sealed: Callable[[str], bool]
+    ) -> None:
         super().__init__(inner, keys, is_sealed=is_sealed)
         self._several = several
         self._stores = tuple(
@@ -194,8 +196,8 @@ class EncryptedReplicated(EncryptedBackend):
         return self._reader.read_object(key, check, self._several, bytes_max=bytes_max)
 
 
-def encrypted_store(inner: Backend, keys: Keys, *, is_sealed: Callable[[str], bool]) -> Backend:
+def encrypted_store(inner: Backend, keys: EncryptionKeys, *, is_sealed: Callable[[str], bool]) -> Backend:
     """``inner`` with encrypted objects, several stores where ``inner`` is several."""
-    if isinstance(inner, Replicated):
-        return EncryptedReplicated(inner, inner, keys, is_sealed=is_sealed)
+    if isinstance(inner, MultiStoreBackend):
+        return EncryptedMultiStore(inner, inner, keys, is_sealed=is_sealed)
     return EncryptedBackend(inner, keys, is_sealed=is_sealed)

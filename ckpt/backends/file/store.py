@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix, is_key
-from ckpt.backends.file.syscalls import REAL_OPS, FileOps, os_fault, translated
-from ckpt.backends.file.writing import TEMP_FOLDER, Temp, new_temp, set_direct, sweep, write_all
+from ckpt.backends.file.syscalls import REAL_OPS, FileOps, error_from_os, translate_os_errors
+from ckpt.backends.file.writing import TEMP_FOLDER, TempFile, new_temp_file, set_direct, sweep, write_all
 from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
 
 # From keys to paths below one root, and back.
@@ -35,7 +35,7 @@ def locate(root: str, key: str) -> str:
     return path
 
 
-def folders_up(root: str, path: str) -> list[str]:
+def parent_folders(root: str, path: str) -> list[str]:
     """The folders from that of ``path`` up to and with ``root``, innermost first."""
     folders = []
     folder = path
@@ -87,7 +87,7 @@ def _entries(path: str) -> list[tuple[str, bool]]:
 _LACKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV})
 
 
-class Create(enum.Enum):
+class CreateMethod(enum.Enum):
     """How a finished file gets a name, unless somebody has that name."""
 
     LINK = "link"
@@ -95,14 +95,14 @@ class Create(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
+class FileSystemSupport:
     """What the folder's file system does: the way to create once (None: there is none), and whether it takes direct I/O."""
 
-    create: Create | None
-    direct: bool
+    create_method: CreateMethod | None
+    direct_io: bool
 
 
-def probe(ops: FileOps, root: str) -> Probed:
+def probe_file_system(ops: FileOps, root: str) -> FileSystemSupport:
     """Try links, renames without replacing and direct I/O with a few short-lived names.
 
     They lie in ``<root>/.tmp`` or, where there is no root yet, in the nearest folder above it, which it will share its file
@@ -115,14 +115,14 @@ def probe(ops: FileOps, root: str) -> Probed:
         folder, prefix = f"{root}/{TEMP_FOLDER}", ""
         with contextlib.suppress(FileExistsError):
             ops.mkdir(folder)
-    with new_temp(ops, folder, prefix=prefix) as first, new_temp(ops, folder, prefix=prefix) as second:
-        return Probed(_way_to_create(ops, first, second), direct=set_direct(first.fd, on=True))
+    with new_temp_file(ops, folder, prefix=prefix) as first, new_temp_file(ops, folder, prefix=prefix) as second:
+        return FileSystemSupport(_way_to_create(ops, first, second), direct_io=set_direct(first.fd, on=True))
 
 
-def _way_to_create(ops: FileOps, first: Temp, second: Temp) -> Create | None:
+def _way_to_create(ops: FileOps, first: TempFile, second: TempFile) -> CreateMethod | None:
     free = second.path + "-c"
     try:
-        for create, act in ((Create.LINK, ops.link), (Create.RENAME, ops.rename_new)):
+        for create, act in ((CreateMethod.LINK, ops.link), (CreateMethod.RENAME, ops.rename_new)):
             refuses_taken = _outcome(act, first.path, second.path) is FileExistsError
             if refuses_taken and _outcome(act, first.path, free) is None:
                 return create
@@ -171,7 +171,7 @@ class FileBackend:
         self._ops = ops
         self._direct_io = direct_io
         self._swept = False
-        self._probed: Probed | None = None
+        self._probed: FileSystemSupport | None = None
 
     @property
     def url(self) -> str:
@@ -183,12 +183,12 @@ class FileBackend:
         try:
             probed = self._probe()
         except (StoreDeniedError, UnavailableError):
-            probed = Probed(None, direct=False)
+            probed = FileSystemSupport(None, direct_io=False)
         return Capabilities(
-            create_only=probed.create is not None,
+            create_only=probed.create_method is not None,
             read_bytes_best=READ_BYTES_BEST,
             concurrency_best=CONCURRENCY_BEST,
-            direct_io=probed.direct and self._direct_io,
+            direct_io=probed.direct_io and self._direct_io,
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
@@ -208,15 +208,15 @@ class FileBackend:
     def _put(self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool) -> None:
         path = locate(self._root, key)
         pieces = [memoryview(buffer).cast("B") for buffer in data]
-        create = self._probe().create if create_only else None
+        create = self._probe().create_method if create_only else None
         if create_only and create is None:
             raise UsageError(
                 f"this file system can neither link nor rename without replacing, so nothing can be created once in it. "
                 f"store={self._root}; use another store as the job's first"
             )
-        with translated("put", path):
+        with translate_os_errors("put", path):
             self._prepare()
-            with new_temp(self._ops, f"{self._root}/{TEMP_FOLDER}") as temp:
+            with new_temp_file(self._ops, f"{self._root}/{TEMP_FOLDER}") as temp:
                 write_all(self._ops, temp.fd, pieces, direct=self._direct_io)
                 self._ops.fsync(temp.fd)
                 still_lent()
@@ -233,7 +233,7 @@ class FileBackend:
         path = locate(self._root, key)
         if offset_bytes < 0:
             raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
-        with translated("read", path):
+        with translate_os_errors("read", path):
             fd = self._open_object(path, key)
             try:
                 got = _read_fully(fd, out.cast("B"), offset_bytes)
@@ -248,7 +248,7 @@ class FileBackend:
     def stat(self, key: str) -> Stat | None:
         """See Backend."""
         path = locate(self._root, key)
-        with translated("stat", path):
+        with translate_os_errors("stat", path):
             try:
                 facts = os.stat(path, follow_symlinks=False)  # noqa: PTH116
             except (FileNotFoundError, NotADirectoryError):
@@ -257,20 +257,20 @@ class FileBackend:
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
         """See Backend. Reads one folder at a time; symbolic links and files whose name is no key are left out."""
-        with translated("list", self._root):
+        with translate_os_errors("list", self._root):
             yield from walk(self._root, prefix, after)
 
     def delete(self, key: str) -> None:
         """See Backend. Folders that become empty go too."""
         path = locate(self._root, key)
-        with translated("delete", path):
+        with translate_os_errors("delete", path):
             try:
                 if modes.S_ISDIR(os.stat(path, follow_symlinks=False).st_mode):  # noqa: PTH116
                     return
                 self._ops.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
                 return
-            for folder in folders_up(self._root, path)[:-1]:
+            for folder in parent_folders(self._root, path)[:-1]:
                 try:
                     self._ops.rmdir(folder)
                 except OSError:
@@ -280,10 +280,10 @@ class FileBackend:
     def close(self) -> None:
         """See Backend. Nothing is held open."""
 
-    def _probe(self) -> Probed:
+    def _probe(self) -> FileSystemSupport:
         if self._probed is None:
-            with translated("probe", self._root):
-                self._probed = probe(self._ops, self._root)
+            with translate_os_errors("probe", self._root):
+                self._probed = probe_file_system(self._ops, self._root)
         return self._probed
 
     def _prepare(self) -> None:
@@ -298,18 +298,18 @@ class FileBackend:
             sweep(self._ops, temps)
             self._swept = True
 
-    def _give_name(self, temp: Temp, path: str, create: Create | None) -> None:
+    def _give_name(self, temp: TempFile, path: str, create: CreateMethod | None) -> None:
         """Make the synced file visible as ``path``; without ``create`` it replaces what is there, else FileExistsError."""
         for _ in range(_TRIES_MAX):
             try:
-                for folder in reversed(folders_up(self._root, path)[:-1]):
+                for folder in reversed(parent_folders(self._root, path)[:-1]):
                     _make_folder(self._ops, folder)
                 match create:
                     case None:
                         self._ops.rename(temp.path, path)
-                    case Create.LINK:
+                    case CreateMethod.LINK:
                         self._link(temp, path)
-                    case Create.RENAME:
+                    case CreateMethod.RENAME:
                         self._ops.rename_new(temp.path, path)
             except FileNotFoundError:
                 # A concurrent delete may prune the folder between making it and naming the object in it.
@@ -319,7 +319,7 @@ class FileBackend:
             return
         raise OSError(errno.EBUSY, "the key's folder vanishes as soon as it is made", path)
 
-    def _link(self, temp: Temp, path: str) -> None:
+    def _link(self, temp: TempFile, path: str) -> None:
         try:
             self._ops.link(temp.path, path)
         except FileExistsError:
@@ -333,7 +333,7 @@ class FileBackend:
         All the way up each time, not just for folders made here: another process may have made one and not yet synced it.
         Syncing a folder that nobody changed costs microseconds.
         """
-        for folder in folders_up(self._root, path):
+        for folder in parent_folders(self._root, path):
             # A folder that is gone was pruned by a delete of this very object.
             with contextlib.suppress(FileNotFoundError):
                 self._ops.fsync_directory(folder)
@@ -353,7 +353,7 @@ class FileBackend:
 
 def _taken(path: str, key: str, error: FileExistsError) -> KeyExistsError | UsageError:
     if Path(path).is_dir():
-        fault = os_fault(OSError(errno.EISDIR, "is a folder"), doing="put", where=path)
+        fault = error_from_os(OSError(errno.EISDIR, "is a folder"), doing="put", where=path)
         return fault if isinstance(fault, UsageError) else KeyExistsError(str(error))
     return KeyExistsError(f"the key is taken. key={key} path={path}; read it to learn whose bytes it holds")
 

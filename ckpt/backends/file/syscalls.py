@@ -139,7 +139,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
-def os_fault(error: OSError, *, doing: str, where: str) -> CkptError:
+def error_from_os(error: OSError, *, doing: str, where: str) -> CkptError:
     """The error to raise for ``error``. ``doing`` is the operation, ``where`` a path or URL without credentials."""
     name = errno.errorcode.get(error.errno or 0, type(error).__name__)
     facts = f"operation={doing} path={where} error={name}"
@@ -165,9 +165,9 @@ def os_fault(error: OSError, *, doing: str, where: str) -> CkptError:
 
 
 @contextlib.contextmanager
-def translated(doing: str, where: str) -> Iterator[None]:
+def translate_os_errors(doing: str, where: str) -> Iterator[None]:
     """Raise every OSError of the block as a CkptError with the cause chained."""
     try:
         yield
     except OSError as error:
-        raise os_fault(error, doing=doing, where=where) from error
+        raise error_from_os(error, doing=doing, where=where) from error

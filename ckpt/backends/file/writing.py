@@ -70,7 +70,7 @@ def set_direct(fd: int, *, on: bool) -> bool:
     return True
 
 
-def address_of(piece: memoryview) -> int:
+def memory_address(piece: memoryview) -> int:
     """Where a buffer's first byte lies in memory; 0 for an empty one."""
     return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
 
@@ -164,7 +164,7 @@ def _direct_batches(pieces: Sequence[memoryview], total: int) -> Iterator[list[m
     filled = 0
     run = _Run()
     for piece in pieces:
-        address = address_of(piece)
+        address = memory_address(piece)
         at = 0
         while at < len(piece):
             gap = -filled % PAGE_BYTES
@@ -212,7 +212,7 @@ def _last_batches(rest: memoryview) -> Iterator[list[memoryview]]:
 TEMP_FOLDER = ".tmp"
 """Where unfinished files lie, below the store's root; never listed."""
 
-STRANGER_IDLE_S = 3600
+FOREIGN_IDLE_S = 3600
 """How long another machine's unlocked temporary file must have been left alone before it is swept."""
 
 _NAMES_TRIED_MAX = 16
@@ -220,7 +220,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
-class Temp:
+class TempFile:
     """An open temporary file that this process alone writes."""
 
     path: str
@@ -228,7 +228,7 @@ class Temp:
 
 
 @contextlib.contextmanager
-def new_temp(ops: FileOps, folder: str, *, prefix: str = "") -> Iterator[Temp]:
+def new_temp_file(ops: FileOps, folder: str, *, prefix: str = "") -> Iterator[TempFile]:
     """Create and lock a temporary file in ``folder``; its name is removed and it is closed at the end of the block.
 
     Raises FileNotFoundError where the folder is missing, and OSError.
@@ -259,7 +259,7 @@ def sweep(ops: FileOps, folder: str) -> int:
     return swept
 
 
-def machine_mark() -> str:
+def boot_mark() -> str:
     """Short text that differs between machines and between boots of one; ``unknown`` off Linux."""
     try:
         return _BOOT_ID.read_text()[:8]
@@ -267,13 +267,13 @@ def machine_mark() -> str:
         return "unknown"
 
 
-def _create(ops: FileOps, folder: str, prefix: str) -> Temp:
+def _create(ops: FileOps, folder: str, prefix: str) -> TempFile:
     for _ in range(_NAMES_TRIED_MAX):
-        path = f"{folder}/{prefix}{machine_mark()}-{secrets.token_hex(8)}"
+        path = f"{folder}/{prefix}{boot_mark()}-{secrets.token_hex(8)}"
         fd = ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         try:
             if _hold(fd):
-                return Temp(path, fd)
+                return TempFile(path, fd)
         except BaseException:
             os.close(fd)
             raise
@@ -300,8 +300,8 @@ def _sweep_one(ops: FileOps, path: str, *, now_s: float) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = machine_mark() != "unknown" and Path(path).name.startswith(machine_mark() + "-")
-        if not ours and now_s - os.fstat(fd).st_mtime < STRANGER_IDLE_S:
+        ours = boot_mark() != "unknown" and Path(path).name.startswith(boot_mark() + "-")
+        if not ours and now_s - os.fstat(fd).st_mtime < FOREIGN_IDLE_S:
             return 0
         ops.unlink(path)
         return 1
@@ -310,5 +310,5 @@ def _sweep_one(ops: FileOps, path: str, *, now_s: float) -> int:
 
 
 def _store_clock_s(ops: FileOps, folder: str) -> float:
-    with new_temp(ops, folder) as temp:
+    with new_temp_file(ops, folder) as temp:
         return os.fstat(temp.fd).st_mtime

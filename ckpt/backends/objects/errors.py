@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
-from ckpt.backends.file.syscalls import os_fault
+from ckpt.backends.file.syscalls import error_from_os
 from ckpt.errors import (
     CkptError,
     KeyExistsError,
@@ -49,7 +49,7 @@ def public_url(url: str) -> str:
     return text if "://" in text or not parts.scheme else f"{parts.scheme}://{parts.path.lstrip('/')}"
 
 
-def object_fault(error: Exception, *, doing: str, where: str) -> CkptError:
+def error_from_client(error: Exception, *, doing: str, where: str) -> CkptError:
     """The error to raise for what a client library raised. ``where`` is a URL without credentials."""
     status, code = _reply(error)
     facts = f"operation={doing} url={where} error={code or type(error).__name__} status={status or '-'}"
@@ -67,12 +67,12 @@ def object_fault(error: Exception, *, doing: str, where: str) -> CkptError:
     if names & _USAGE_NAMES:
         return UsageError(f"the client refuses the request. {facts}; check the URL and the storage options")
     if isinstance(error, OSError) and not status and error.errno not in (None, errno.EINVAL):
-        return os_fault(error, doing=doing, where=where)
+        return error_from_os(error, doing=doing, where=where)
     return UnavailableError(f"the store failed or did not answer. {facts}; check network and endpoint, then repeat")
 
 
 @contextlib.contextmanager
-def translated_reply(doing: str, where: str) -> Iterator[None]:
+def translate_client_errors(doing: str, where: str) -> Iterator[None]:
     """Raise whatever a client library raises in the block as a CkptError with the cause chained."""
     try:
         yield
@@ -80,7 +80,7 @@ def translated_reply(doing: str, where: str) -> Iterator[None]:
         raise
     except Exception as error:
         # A reply from outside, through libraries that share no error class: the border where everything is translated.
-        raise object_fault(error, doing=doing, where=where) from error
+        raise error_from_client(error, doing=doing, where=where) from error
 
 
 def _links(error: BaseException) -> list[BaseException]:

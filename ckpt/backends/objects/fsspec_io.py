@@ -24,7 +24,7 @@ from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageEr
 T = TypeVar("T")
 
 
-def wait_for(work: Coroutine[object, object, T], loop: asyncio.AbstractEventLoop) -> T:
+def run_in_loop(work: Coroutine[object, object, T], loop: asyncio.AbstractEventLoop) -> T:
     """The result of ``work``, done in the thread of ``loop``.
 
     Where the wait is interrupted, the work is ended first: it touches no memory of the caller's any more.
@@ -78,7 +78,7 @@ _READ_TIMEOUTS = 4
 """How many times the client's own limit for one silence a request may take, repetitions included."""
 
 
-class S3Writes:
+class S3Writer:
     """The way objects get into S3 through s3fs. See ``Writes``."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
@@ -87,19 +87,19 @@ class S3Writes:
 
     def replace(self, path: str, data: Sequence[Buffer]) -> None:
         """See Writes. Large objects go up in parts that are copied one by one, not joined."""
-        joined = Joined(data)
+        joined = JoinedBuffers(data)
         work = self._in_parts if len(joined) >= MULTIPART_BYTES_MIN else self._in_one
-        wait_for(work(path, joined), self._fs.loop)
+        run_in_loop(work(path, joined), self._fs.loop)
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
         """See Writes. Always one request: conditions on multipart uploads are newer than on puts, and not probed."""
-        wait_for(self._in_one(path, Joined(data), IfNoneMatch="*"), self._fs.loop)
+        run_in_loop(self._in_one(path, JoinedBuffers(data), IfNoneMatch="*"), self._fs.loop)
 
-    async def _in_one(self, path: str, data: Joined, **condition: str) -> None:
+    async def _in_one(self, path: str, data: JoinedBuffers, **condition: str) -> None:
         bucket, key, _ = self._fs.split_path(path)
         await self._call("put_object", len(data), Bucket=bucket, Key=key, Body=data[:], **condition)
 
-    async def _in_parts(self, path: str, data: Joined) -> None:
+    async def _in_parts(self, path: str, data: JoinedBuffers) -> None:
         bucket, key, _ = self._fs.split_path(path)
         place = {"Bucket": bucket, "Key": key}
         begun = await self._call("create_multipart_upload", 0, **place)
@@ -112,7 +112,7 @@ class S3Writes:
             await self._abort(upload)
             raise
 
-    async def _send(self, upload: Mapping[str, str], data: Joined) -> list[dict[str, object]]:
+    async def _send(self, upload: Mapping[str, str], data: JoinedBuffers) -> list[dict[str, object]]:
         """Send all parts, at most PARTS_MAX at once; the first that fails ends the others before it is raised."""
         room = asyncio.Semaphore(PARTS_MAX)
 
@@ -144,7 +144,7 @@ class S3Writes:
         return reply
 
 
-class Joined:
+class JoinedBuffers:
     """The concatenation of buffers, joined slice by slice as an uploader asks for its parts."""
 
     def __init__(self, data: Sequence[Buffer]) -> None:
@@ -178,7 +178,7 @@ ATOMIC_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "
 """Stores in which an object appears whole or not at all, and which decide creation on their side."""
 
 
-class Writes(Protocol):
+class ObjectWriter(Protocol):
     """One way to store an object. ``path`` is fsspec's, without protocol."""
 
     def replace(self, path: str, data: Sequence[Buffer]) -> None:
@@ -190,19 +190,19 @@ class Writes(Protocol):
         ...
 
 
-def writes_for(fs: fsspec.AbstractFileSystem, temps: str) -> Writes:
+def writer_for(fs: fsspec.AbstractFileSystem, temps: str) -> ObjectWriter:
     """The way that suits ``fs``. ``temps`` is a folder for temporary names in the same store."""
     protocols = protocols_of(fs)
     if protocols & S3_PROTOCOLS:
-        return S3Writes(fs)
+        return S3Writer(fs)
     if protocols & ATOMIC_PROTOCOLS:
-        return ServerWrites(fs)
+        return OneRequestWriter(fs)
     if isinstance(fs, MemoryFileSystem):
-        return MemoryWrites(fs)
-    return RenameWrites(fs, temps)
+        return FsspecMemoryWriter(fs)
+    return RenameWriter(fs, temps)
 
 
-class ServerWrites:
+class OneRequestWriter:
     """One put request an object; the server decides whether a key is free."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
@@ -217,7 +217,7 @@ class ServerWrites:
         self._fs.pipe_file(path, _join(data), mode="create")
 
 
-class MemoryWrites:
+class FsspecMemoryWriter:
     """fsspec's memory store: a dictionary of this process, where one dictionary operation is the atomic step."""
 
     def __init__(self, fs: MemoryFileSystem) -> None:
@@ -234,7 +234,7 @@ class MemoryWrites:
             raise FileExistsError(path)
 
 
-class RenameWrites:
+class RenameWriter:
     """File systems whose files grow under their name: a temporary name first, then a rename."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, temps: str) -> None:
@@ -290,21 +290,21 @@ _BREAK_S = 0.1
 """Pause after the first of them, then twice as long each time."""
 
 
-class Filling:
+class BufferFiller:
     """Memory that is filled piece by piece."""
 
     def __init__(self, out: memoryview) -> None:
         self._out = out
-        self.got = 0
+        self.filled_bytes = 0
 
     def add(self, piece: bytes) -> None:
         """Put ``piece`` behind what came before; what does not fit is left out."""
-        stop = min(self.got + len(piece), len(self._out))
-        self._out[self.got : stop] = piece[: stop - self.got]
-        self.got = stop
+        stop = min(self.filled_bytes + len(piece), len(self._out))
+        self._out[self.filled_bytes : stop] = piece[: stop - self.filled_bytes]
+        self.filled_bytes = stop
 
 
-def settle_read(
+def read_exactly(
     store: Backend, key: str, out: memoryview, offset_bytes: int, fill: Callable[[memoryview], int]
 ) -> None:
     """What ``read_into`` does around ``fill``, which says how many bytes of ``out`` there were. Raises as it does."""
@@ -330,7 +330,7 @@ def read_range(fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset
     an interrupt.
     """
     if protocols_of(fs) & S3_PROTOCOLS:
-        return wait_for(_fill(fs, path, out, offset_bytes), fs.loop) if out else 0
+        return run_in_loop(_fill(fs, path, out, offset_bytes), fs.loop) if out else 0
     got = 0
     while got < len(out):
         start = offset_bytes + got

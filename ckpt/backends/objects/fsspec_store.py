@@ -14,17 +14,17 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix, is_key
-from ckpt.backends.objects.errors import object_fault, public_url, translated_reply
+from ckpt.backends.objects.errors import error_from_client, public_url, translate_client_errors
 from ckpt.backends.objects.fsspec_io import (
     ATOMIC_PROTOCOLS,
     S3_PROTOCOLS,
-    Writes,
+    ObjectWriter,
     protocols_of,
+    read_exactly,
     read_range,
-    settle_read,
-    writes_for,
+    writer_for,
 )
-from ckpt.backends.probe import CreateOnce, creates_once
+from ckpt.backends.probe import CreateOnceProbe, creates_once
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
 
 # Listings and facts of objects behind fsspec, always fresh and in key order.
@@ -114,7 +114,7 @@ _CHECKSUMS = "request_checksum_calculation"
 _ENV = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
-def tuned(protocol: str, options: Mapping[str, object], env: Mapping[str, str]) -> dict[str, object]:
+def with_s3_defaults(protocol: str, options: Mapping[str, object], env: Mapping[str, str]) -> dict[str, object]:
     """``options``, for S3 over TLS at an endpoint of one's own with bodies of known length and a signed digest.
 
     By itself botocore since 1.36 sends bodies over TLS in chunks of unknown length with a checksum behind them; servers
@@ -156,16 +156,16 @@ StorageOptions = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
-class _Client:
+class _FsspecConnection:
     """One process's connection: what fsspec made, the path below which keys lie, and how objects are written."""
 
     pid: int
     fs: fsspec.AbstractFileSystem
     root: str
-    writes: Writes
+    writes: ObjectWriter
 
 
-class ObjectsBackend:
+class FsspecBackend:
     """A store at an fsspec URL, such as ``s3://bucket/run``.
 
     Listings are never cached, so other writers' objects are seen. After a fork the child makes its own connection. Whether
@@ -177,8 +177,8 @@ class ObjectsBackend:
         self._full_url = url
         self._options = dict(storage_options or {})
         self._url = public_url(url)
-        self._creates = CreateOnce(self._probe, self._url)
-        self._client: _Client | None = self._connect()
+        self._creates = CreateOnceProbe(self._probe, self._url)
+        self._client: _FsspecConnection | None = self._connect()
 
     @property
     def url(self) -> str:
@@ -195,8 +195,8 @@ class ObjectsBackend:
         """See Backend. Joined in memory first, but for large objects on S3: those go up in parts of 16 MiB, three at once."""
         path = self._path(key)
         if create_only:
-            self._creates.insist()
-        with translated_reply("put", self._where(key)):
+            self._creates.require()
+        with translate_client_errors("put", self._where(key)):
             writes = self._live().writes
             if create_only:
                 writes.create(path, data)
@@ -206,13 +206,13 @@ class ObjectsBackend:
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """See Backend. One ranged request on S3, else one for each 16 MiB; copies once."""
         path = self._path(key)
-        settle_read(self, key, out.cast("B"), offset_bytes, lambda flat: self._fill(key, path, flat, offset_bytes))
+        read_exactly(self, key, out.cast("B"), offset_bytes, lambda flat: self._fill(key, path, flat, offset_bytes))
 
     def stat(self, key: str) -> Stat | None:
         """See Backend. One request."""
         path = self._path(key)
         try:
-            with translated_reply("stat", self._where(key)):
+            with translate_client_errors("stat", self._where(key)):
                 fs = self._live().fs
                 fs.invalidate_cache(path.rpartition("/")[0])
                 info = fs.info(path)
@@ -223,7 +223,7 @@ class ObjectsBackend:
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
         """See Backend. S3 is asked page by page from ``after`` on; other stores are listed whole below the folder."""
         check_prefix(prefix)
-        with translated_reply("list", self._where(prefix)):
+        with translate_client_errors("list", self._where(prefix)):
             client = self._live()
             yield from walk(client.fs, client.root, prefix, after)
 
@@ -231,7 +231,7 @@ class ObjectsBackend:
         """See Backend. One request a key: several S3 servers refuse the batch form."""
         path = self._path(key)
         try:
-            with translated_reply("delete", self._where(key)):
+            with translate_client_errors("delete", self._where(key)):
                 fs = self._live().fs
                 if has_folders(fs) and fs.isdir(path):
                     return
@@ -243,10 +243,10 @@ class ObjectsBackend:
         """See Backend. The connection goes with its last user; a later call connects anew."""
         self._client = None
 
-    def _connect(self) -> _Client:
+    def _connect(self) -> _FsspecConnection:
         protocol = self._full_url.partition("://")[0]
         try:
-            options = tuned(protocol.lower(), self._options, os.environ)
+            options = with_s3_defaults(protocol.lower(), self._options, os.environ)
             fs, root = url_to_fs(self._full_url, use_listings_cache=False, skip_instance_cache=True, **options)
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
@@ -258,11 +258,11 @@ class ObjectsBackend:
                 f"check the URL and the storage options {sorted(self._options)}"
             ) from error
         except Exception as error:
-            raise object_fault(error, doing="connect", where=self._url) from error
+            raise error_from_client(error, doing="connect", where=self._url) from error
         root = root.rstrip("/")
-        return _Client(os.getpid(), fs, root, writes_for(fs, f"{root}/.tmp"))
+        return _FsspecConnection(os.getpid(), fs, root, writer_for(fs, f"{root}/.tmp"))
 
-    def _live(self) -> _Client:
+    def _live(self) -> _FsspecConnection:
         """This process's connection; its threads and sockets do not survive a fork, so a child makes its own."""
         client = self._client
         if client is None or client.pid != os.getpid():
@@ -278,7 +278,7 @@ class ObjectsBackend:
     def _fill(self, key: str, path: str, out: memoryview, offset_bytes: int) -> int:
         """Fill ``out``; how many bytes there were, none where the object ends before them."""
         try:
-            with translated_reply("read", self._where(key)):
+            with translate_client_errors("read", self._where(key)):
                 return read_range(self._live().fs, path, out, offset_bytes)
         except UnavailableError as error:
             # Asked for bytes behind the end, HTTP stores answer "range not satisfiable" instead of nothing.
@@ -291,11 +291,11 @@ class ObjectsBackend:
         path = f"{client.root}/.probe/{secrets.token_hex(16)}"
 
         def create() -> None:
-            with translated_reply("probe", self._where(".probe")):
+            with translate_client_errors("probe", self._where(".probe")):
                 client.writes.create(path, [b"ckpt"])
 
         def remove() -> None:
-            with translated_reply("probe", self._where(".probe")):
+            with translate_client_errors("probe", self._where(".probe")):
                 client.fs.rm_file(path)
 
         return creates_once(create, remove)

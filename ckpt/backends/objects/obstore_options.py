@@ -1,7 +1,7 @@
 """What fsspec's storage options and the AWS environment mean for obstore, or why obstore would do something else. Pure.
 
 Users write what s3fs takes. obstore is used only where it will do exactly the same: each option, variable and profile
-setting that is not known here makes the answer ``Differs``.
+setting that is not known here makes the answer ``ObstoreDiffers``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 # Options taken out of mappings one by one, so that whatever nobody asked about is noticed. Pure.
 
 
-class OtherError(Exception):
+class UnsupportedOptionError(Exception):
     """Ends a translation: the text names what is not understood."""
 
 
-class Given:
+class OptionReader:
     """Options that are taken out one by one; what is left at the end was not understood."""
 
     def __init__(self, options: Mapping[str, object], what: str) -> None:
@@ -34,38 +34,38 @@ class Given:
         """A text; None where it is absent or empty."""
         value = self._left.pop(name, None)
         if value is not None and not isinstance(value, str):
-            raise OtherError(f"{self._what} {name} is no text")
+            raise UnsupportedOptionError(f"{self._what} {name} is no text")
         return value or None
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or False."""
         value = self._left.pop(name, default)
         if not isinstance(value, bool):
-            raise OtherError(f"{self._what} {name} is neither True nor False")
+            raise UnsupportedOptionError(f"{self._what} {name} is neither True nor False")
         return value
 
     def number(self, name: str, default: float) -> float:
         """A number from 0 on."""
         value = self._left.pop(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise OtherError(f"{self._what} {name} is no number")
+            raise UnsupportedOptionError(f"{self._what} {name} is no number")
         return value
 
     def mapping(self, name: str) -> dict[str, object]:
         """Options inside an option; empty where it is absent."""
         value = self._left.pop(name, {})
         if not isinstance(value, Mapping):
-            raise OtherError(f"{self._what} {name} is no mapping")
+            raise UnsupportedOptionError(f"{self._what} {name} is no mapping")
         return {str(key): entry for key, entry in value.items()}
 
     def take(self, name: str) -> object:
         """Whatever was given, or None."""
         return self._left.pop(name, None)
 
-    def end(self) -> None:
+    def require_empty(self) -> None:
         """Raise OtherError where something is left."""
         if self._left:
-            raise OtherError(f"{self._what} {min(self._left)}")
+            raise UnsupportedOptionError(f"{self._what} {min(self._left)}")
 
 
 CONNECT_TIMEOUT_S = 5.0
@@ -114,7 +114,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class S3Credentials:
     """Credentials that were given."""
 
     key: str
@@ -123,61 +123,61 @@ class Keys:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LookedUpCredentials:
     """Credentials that botocore looks up, for a profile or the default one."""
 
     profile: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Anonymous:
+class AnonymousAccess:
     """Requests are not signed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class ObstoreSettings:
     """What obstore is told. ``config`` and ``client`` have obstore's own names."""
 
     bucket: str
     folder: str
-    credentials: Keys | Found | Anonymous
+    credentials: S3Credentials | LookedUpCredentials | AnonymousAccess
     config: Mapping[str, str | bool]
     client: Mapping[str, str | bool]
     retries: int = RETRIES
 
 
 @dataclass(frozen=True, slots=True)
-class Differs:
+class ObstoreDiffers:
     """obstore would not do what was asked; ``why`` names the first thing."""
 
-    why: str
+    reason: str
 
 
-def translate(
+def translate_options(
     url: str, options: Mapping[str, object], *, env: Mapping[str, str], profile: Mapping[str, object]
-) -> Settings | Differs:
+) -> ObstoreSettings | ObstoreDiffers:
     """Settings that make obstore do at ``url`` what s3fs does with ``options``.
 
     ``env`` is the environment, ``profile`` what the AWS configuration files say for the profile in use.
     """
     try:
         return _translated(url, options, env, profile)
-    except OtherError as other:
-        return Differs(str(other))
+    except UnsupportedOptionError as other:
+        return ObstoreDiffers(str(other))
 
 
 def _translated(
     url: str, options: Mapping[str, object], env: Mapping[str, str], profile: Mapping[str, object]
-) -> Settings:
+) -> ObstoreSettings:
     bucket, folder = _place(url)
     _only({name for name in env if name.startswith("AWS_")}, _ENV_KNOWN, "the environment has")
     _only(profile, _PROFILE_KNOWN, "the AWS profile has")
-    given = Given(options, "option")
+    given = OptionReader(options, "option")
     given.ignore(_IGNORED)
-    client = Given(given.mapping("client_kwargs"), "client_kwargs")
-    boto = Given(given.mapping("config_kwargs"), "config_kwargs")
+    client = OptionReader(given.mapping("client_kwargs"), "client_kwargs")
+    boto = OptionReader(given.mapping("config_kwargs"), "config_kwargs")
     boto.ignore(_IGNORED_CONFIG)
-    extra = Given(given.mapping("s3_additional_kwargs"), "s3_additional_kwargs")
+    extra = OptionReader(given.mapping("s3_additional_kwargs"), "s3_additional_kwargs")
 
     endpoint = _endpoint(given, client, env)
     secure = endpoint is None or endpoint.startswith("https://")
@@ -186,13 +186,13 @@ def _translated(
         client.text("region_name") or boto.text("region_name") or env.get("AWS_DEFAULT_REGION") or profile.get("region")
     )
     if region is None and endpoint is None:
-        raise OtherError("no region is named, and s3fs finds the bucket's")
+        raise UnsupportedOptionError("no region is named, and s3fs finds the bucket's")
     config: dict[str, str | bool] = {
         "region": str(region or "us-east-1"),
         "virtual_hosted_style_request": endpoint is None and "." not in bucket,
         # Several servers answer the batch form of a deletion with an error, others with one that does not parse.
         "disable_bulk_delete": True,
-        "skip_signature": isinstance(credentials, Anonymous),
+        "skip_signature": isinstance(credentials, AnonymousAccess),
         "request_payer": given.flag("requester_pays"),
     }
     if endpoint is not None:
@@ -200,8 +200,8 @@ def _translated(
     config.update(_encryption(extra))
     _addressing(boto, endpoint)
     if (client.flag("use_ssl", True) and given.flag("use_ssl", True)) is False and endpoint is None:
-        raise OtherError("option use_ssl without an endpoint")
-    settings = Settings(
+        raise UnsupportedOptionError("option use_ssl without an endpoint")
+    settings = ObstoreSettings(
         bucket=bucket,
         folder=folder,
         credentials=credentials,
@@ -210,41 +210,43 @@ def _translated(
         retries=_retries(boto),
     )
     for rest in (given, client, boto, extra):
-        rest.end()
+        rest.require_empty()
     return settings
 
 
 def _only(names: Mapping[str, object] | set[str], known: frozenset[str], where: str) -> None:
     if unknown := set(names) - known:
-        raise OtherError(f"{where} {min(unknown)}")
+        raise UnsupportedOptionError(f"{where} {min(unknown)}")
 
 
 def _place(url: str) -> tuple[str, str]:
     if "?" in url or "#" in url:
-        raise OtherError("a URL with a query")
+        raise UnsupportedOptionError("a URL with a query")
     bucket, _, folder = url.partition("://")[2].partition("/")
     folder = folder.rstrip("/")
     if not _BUCKET.fullmatch(bucket):
-        raise OtherError("the URL does not begin with a bucket's plain name")
+        raise UnsupportedOptionError("the URL does not begin with a bucket's plain name")
     if folder and any(part in ("", ".", "..") for part in folder.split("/")):
-        raise OtherError("the URL's path has an empty part or dots")
+        raise UnsupportedOptionError("the URL's path has an empty part or dots")
     return bucket, folder
 
 
-def _endpoint(given: Given, client: Given, env: Mapping[str, str]) -> str | None:
+def _endpoint(given: OptionReader, client: OptionReader, env: Mapping[str, str]) -> str | None:
     named = [given.text("endpoint_url"), client.text("endpoint_url")]
     if all(named) and named[0] != named[1]:
-        raise OtherError("two endpoints are named")
+        raise UnsupportedOptionError("two endpoints are named")
     endpoint = named[0] or named[1] or env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or None
     if endpoint is None:
         return None
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
-        raise OtherError("the endpoint is more than scheme, host and port")
+        raise UnsupportedOptionError("the endpoint is more than scheme, host and port")
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def _credentials(given: Given, client: Given, env: Mapping[str, str]) -> Keys | Found | Anonymous:
+def _credentials(
+    given: OptionReader, client: OptionReader, env: Mapping[str, str]
+) -> S3Credentials | LookedUpCredentials | AnonymousAccess:
     profile = given.text("profile")
     key = given.text("key") or given.text("username")
     secret = given.text("secret") or given.text("password")
@@ -253,27 +255,27 @@ def _credentials(given: Given, client: Given, env: Mapping[str, str]) -> Keys | 
     secret = client.text("aws_secret_access_key") or secret
     token = client.text("aws_session_token") or token
     if given.flag("anon"):
-        return Anonymous()
+        return AnonymousAccess()
     if (key is None) != (secret is None) or (token is not None and key is None):
-        raise OtherError("only a part of the credentials is given")
+        raise UnsupportedOptionError("only a part of the credentials is given")
     if key is not None and secret is not None:
-        return Keys(key, secret, token)
+        return S3Credentials(key, secret, token)
     key, secret = env.get("AWS_ACCESS_KEY_ID"), env.get("AWS_SECRET_ACCESS_KEY")
     if key and secret and profile is None:
-        return Keys(key, secret, env.get("AWS_SESSION_TOKEN") or env.get("AWS_SECURITY_TOKEN") or None)
-    return Found(profile)
+        return S3Credentials(key, secret, env.get("AWS_SESSION_TOKEN") or env.get("AWS_SECURITY_TOKEN") or None)
+    return LookedUpCredentials(profile)
 
 
-def _encryption(extra: Given) -> dict[str, str | bool]:
+def _encryption(extra: OptionReader) -> dict[str, str | bool]:
     config: dict[str, str | bool] = {}
     kind, key_id = extra.text("ServerSideEncryption"), extra.text("SSEKMSKeyId")
     bucket_key = extra.take("BucketKeyEnabled")
     if kind is None:
         if key_id is not None or bucket_key is not None:
-            raise OtherError("a key for encryption without its kind")
+            raise UnsupportedOptionError("a key for encryption without its kind")
         return config
     if kind not in ("AES256", "aws:kms", "aws:kms:dsse") or (kind == "AES256") != (key_id is None):
-        raise OtherError(f"s3_additional_kwargs ServerSideEncryption={kind}")
+        raise UnsupportedOptionError(f"s3_additional_kwargs ServerSideEncryption={kind}")
     config["server_side_encryption"] = kind
     if key_id is not None:
         config["sse_kms_key_id"] = key_id
@@ -282,18 +284,18 @@ def _encryption(extra: Given) -> dict[str, str | bool]:
     return config
 
 
-def _addressing(boto: Given, endpoint: str | None) -> None:
-    s3 = Given(boto.mapping("s3"), "config_kwargs s3")
+def _addressing(boto: OptionReader, endpoint: str | None) -> None:
+    s3 = OptionReader(boto.mapping("s3"), "config_kwargs s3")
     style = s3.text("addressing_style")
     # botocore takes the path for every endpoint of one's own, and the host name for Amazon's.
     if style not in (None, "auto") and (style == "path") == (endpoint is None):
-        raise OtherError(f"config_kwargs s3 addressing_style={style}")
-    s3.end()
+        raise UnsupportedOptionError(f"config_kwargs s3 addressing_style={style}")
+    s3.require_empty()
     if boto.text("signature_version") not in (None, "s3v4"):
-        raise OtherError("config_kwargs signature_version")
+        raise UnsupportedOptionError("config_kwargs signature_version")
 
 
-def _timeouts(boto: Given) -> dict[str, str | bool]:
+def _timeouts(boto: OptionReader) -> dict[str, str | bool]:
     connect_s, read_s = boto.number("connect_timeout", CONNECT_TIMEOUT_S), boto.number("read_timeout", READ_TIMEOUT_S)
     # A whole request has no limit of its own, as with s3fs: a large body over a slow link takes its time.
     return {"connect_timeout": _duration(connect_s), "read_timeout": _duration(read_s), "timeout": "1day"}
@@ -303,30 +305,30 @@ def _duration(seconds: float) -> str:
     return f"{max(1, round(seconds * 1000))}ms"
 
 
-def _trust(client: Given, env: Mapping[str, str], secure: bool) -> dict[str, str | bool]:
+def _trust(client: OptionReader, env: Mapping[str, str], secure: bool) -> dict[str, str | bool]:
     verify = client.take("verify")
     if verify is False:
         return {"allow_invalid_certificates": True} if secure else {}
     # obstore adds certificates to those it trusts; botocore trusts only what is named.
     if secure and (verify not in (None, True) or (verify is None and env.get("AWS_CA_BUNDLE"))):
-        raise OtherError("an own certificate authority, beside which obstore trusts the public ones")
+        raise UnsupportedOptionError("an own certificate authority, beside which obstore trusts the public ones")
     return {}
 
 
-def _proxy(boto: Given, secure: bool) -> dict[str, str | bool]:
+def _proxy(boto: OptionReader, secure: bool) -> dict[str, str | bool]:
     proxies = boto.mapping("proxies")
     chosen = proxies.get("https" if secure else "http")
     if chosen is None:
         if proxies:
-            raise OtherError("config_kwargs proxies for another scheme")
+            raise UnsupportedOptionError("config_kwargs proxies for another scheme")
         return {}
     if not isinstance(chosen, str):
-        raise OtherError("config_kwargs proxies is no text")
+        raise UnsupportedOptionError("config_kwargs proxies is no text")
     return {"proxy_url": chosen}
 
 
-def _retries(boto: Given) -> int:
-    retries = Given(boto.mapping("retries"), "config_kwargs retries")
+def _retries(boto: OptionReader) -> int:
+    retries = OptionReader(boto.mapping("retries"), "config_kwargs retries")
     retries.take("mode")
     total = retries.take("total_max_attempts")
     if isinstance(total, int) and total > 0:
@@ -334,5 +336,5 @@ def _retries(boto: Given) -> int:
         most = total - 1
     else:
         most = int(retries.number("max_attempts", RETRIES))
-    retries.end()
+    retries.require_empty()
     return most

@@ -1,6 +1,6 @@
 """A store on S3 through obstore, a client in Rust: buffers go out uncopied, and its threads need no interpreter lock.
 
-It does what ``ObjectsBackend`` does through s3fs, behind the same seam. ``obstoreoptions`` says when it may stand in,
+It does what ``FsspecBackend`` does through s3fs, behind the same seam. ``obstoreoptions`` says when it may stand in,
 ``obstorefork`` what happens after a fork.
 """
 
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Protocol, TypedDict, cast
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat, check_key, check_prefix, is_key
-from ckpt.backends.objects.errors import public_url, translated_reply
-from ckpt.backends.objects.fsspec_io import MULTIPART_BYTES_MIN, PART_BYTES, Filling, settle_read
+from ckpt.backends.objects.errors import public_url, translate_client_errors
+from ckpt.backends.objects.fsspec_io import MULTIPART_BYTES_MIN, PART_BYTES, BufferFiller, read_exactly
 from ckpt.backends.objects.fsspec_store import CONCURRENCY_BEST, READ_BYTES_BEST
-from ckpt.backends.objects.obstore_options import Found, Keys, Settings
-from ckpt.backends.probe import CreateOnce, creates_once
+from ckpt.backends.objects.obstore_options import LookedUpCredentials, ObstoreSettings, S3Credentials
+from ckpt.backends.probe import CreateOnceProbe, creates_once
 from ckpt.errors import NotFoundError, StoreDeniedError, UnavailableError, UsageError
 
 # What is used of obstore's ``S3Store``, and its listings in the seam's terms.
@@ -30,11 +30,11 @@ from ckpt.errors import NotFoundError, StoreDeniedError, UnavailableError, Usage
 _PAGE = 1000
 """Entries handed over at once, as many as S3 has on a page."""
 
-Entry = Mapping[str, object]
+ObstoreEntry = Mapping[str, object]
 """``path``, ``size``, ``last_modified`` and others."""
 
 
-class Reply(Protocol):
+class ObjectStream(Protocol):
     """An object's bytes on their way."""
 
     def stream(self, min_chunk_size: int) -> Iterable[bytes]:
@@ -42,22 +42,22 @@ class Reply(Protocol):
         ...
 
 
-class Client(Protocol):
+class ObstoreClient(Protocol):
     """The five calls. All raise obstore's errors, and let other threads run meanwhile."""
 
     def put(self, path: str, file: object, *, mode: str = ..., use_multipart: bool, **sizes: int) -> object:
         """Store a buffer or a list of them."""
         ...
 
-    def get(self, path: str, *, options: Mapping[str, object]) -> Reply:
+    def get(self, path: str, *, options: Mapping[str, object]) -> ObjectStream:
         """Begin to read a range."""
         ...
 
-    def head(self, path: str) -> Entry:
+    def head(self, path: str) -> ObstoreEntry:
         """The facts of one object."""
         ...
 
-    def list(self, prefix: str | None, *, offset: str | None, chunk_size: int) -> Iterable[Sequence[Entry]]:
+    def list(self, prefix: str | None, *, offset: str | None, chunk_size: int) -> Iterable[Sequence[ObstoreEntry]]:
         """Objects in the folder ``prefix`` that come behind ``offset``."""
         ...
 
@@ -66,7 +66,7 @@ class Client(Protocol):
         ...
 
 
-def stat_of(key: str, entry: Entry) -> Stat:
+def stat_of(key: str, entry: ObstoreEntry) -> Stat:
     """An entry as the seam's facts."""
     size, modified = entry["size"], entry["last_modified"]
     assert isinstance(size, int), "a size is a number of bytes"
@@ -74,13 +74,15 @@ def stat_of(key: str, entry: Entry) -> Stat:
     return Stat(key, size, modified.timestamp())
 
 
-def walk(client: Client, root: str, prefix: str, after: str, *, is_object: Callable[[str], bool]) -> Iterator[Stat]:
+def walk(
+    client: ObstoreClient, root: str, prefix: str, after: str, *, is_object: Callable[[str], bool]
+) -> Iterator[Stat]:
     """Objects below ``root`` (empty, or with a slash at its end) in key order. Raises what obstore raises.
 
     obstore lists whole folders, so other names of the folder are passed over before ``prefix`` and it ends behind it.
     """
     folder = prefix.rpartition("/")[0]
-    start = first_after(prefix, after)
+    start = listing_start(prefix, after)
     if start is None:
         return
     last = ""
@@ -103,7 +105,7 @@ def walk(client: Client, root: str, prefix: str, after: str, *, is_object: Calla
             yield found
 
 
-def first_after(prefix: str, after: str) -> str | None:
+def listing_start(prefix: str, after: str) -> str | None:
     """A key behind which all wanted ones come, as far on as is easily said; empty for the folder's beginning. Pure.
 
     None where no wanted key can exist. It lies in the folder of ``prefix``, since servers that descend from MinIO refuse
@@ -127,7 +129,7 @@ _ASK_AGAIN = datetime.timedelta(minutes=5)
 """botocore renews credentials ten minutes before they expire, so what it gives is good for as long at least."""
 
 
-class Credential(TypedDict):
+class AwsCredential(TypedDict):
     """What obstore asks a provider for."""
 
     access_key_id: str
@@ -136,18 +138,18 @@ class Credential(TypedDict):
     expires_at: datetime.datetime | None
 
 
-class _Frozen(Protocol):
+class _FrozenCredentials(Protocol):
     access_key: str
     secret_key: str
     token: str | None
 
 
-class _Credentials(Protocol):
-    def get_frozen_credentials(self) -> _Frozen: ...
+class _BotoCredentials(Protocol):
+    def get_frozen_credentials(self) -> _FrozenCredentials: ...
 
 
-class _Session(Protocol):
-    def get_credentials(self) -> _Credentials | None: ...
+class _BotoSession(Protocol):
+    def get_credentials(self) -> _BotoCredentials | None: ...
 
     def get_scoped_config(self) -> Mapping[str, object]: ...
 
@@ -167,7 +169,7 @@ def profile_settings(profile: str | None, env: Mapping[str, str]) -> Mapping[str
         return None
 
 
-def provider(profile: str | None) -> Callable[[], Credential]:
+def credential_provider(profile: str | None) -> Callable[[], AwsCredential]:
     """What gives obstore the current credentials. Raises ImportError without botocore, StoreDeniedError without any."""
     credentials = _session(profile).get_credentials()
     if credentials is None:
@@ -176,9 +178,9 @@ def provider(profile: str | None) -> Callable[[], Credential]:
             "storage options, or anon=True for a public bucket"
         )
 
-    def current() -> Credential:
+    def current() -> AwsCredential:
         frozen = credentials.get_frozen_credentials()
-        return Credential(
+        return AwsCredential(
             access_key_id=frozen.access_key,
             secret_access_key=frozen.secret_key,
             token=frozen.token,
@@ -188,13 +190,13 @@ def provider(profile: str | None) -> Callable[[], Credential]:
     return current
 
 
-def can_look_up() -> bool:
+def has_botocore() -> bool:
     """Whether botocore is installed."""
     return importlib.util.find_spec("botocore") is not None
 
 
-def _session(profile: str | None) -> _Session:
-    return cast(_Session, importlib.import_module("botocore.session").Session(profile=profile))
+def _session(profile: str | None) -> _BotoSession:
+    return cast(_BotoSession, importlib.import_module("botocore.session").Session(profile=profile))
 
 
 # Repeats what obstore does not: it takes a deletion for something that may not be done twice, and
@@ -206,7 +208,7 @@ _PAUSE_S = 0.1
 _PAUSE_MAX_S = 5.0
 
 
-def repeat(call: Callable[[], None], *, times: int, progress: Callable[[], int] = int) -> None:
+def retry(call: Callable[[], None], *, times: int, progress: Callable[[], int] = int) -> None:
     """Do ``call``, again where the connection broke, ``times`` in a row at most without ``progress`` having grown.
 
     Raises what the last one raised.
@@ -223,7 +225,7 @@ def repeat(call: Callable[[], None], *, times: int, progress: Callable[[], int] 
         broken += 1
 
 
-def resume(listing: Callable[[str], Iterator[Stat]], after: str, *, times: int) -> Iterator[Stat]:
+def resume_listing(listing: Callable[[str], Iterator[Stat]], after: str, *, times: int) -> Iterator[Stat]:
     """``listing(after)``, begun again behind the last key where it broke off; ``times`` in a row at most."""
     broken = 0
     while True:
@@ -265,13 +267,13 @@ class ObstoreBackend:
     Only for the process that made it. Thread-safe. Raises ImportError where obstore is not installed.
     """
 
-    def __init__(self, url: str, settings: Settings) -> None:
+    def __init__(self, url: str, settings: ObstoreSettings) -> None:
         self._make_client = importlib.import_module("obstore.store").S3Store
         self._url = public_url(url)
         self._settings = settings
         self._root = f"{settings.folder}/" if settings.folder else ""
-        self._creates = CreateOnce(self._probe, self._url)
-        self._client: Client | None = None
+        self._creates = CreateOnceProbe(self._probe, self._url)
+        self._client: ObstoreClient | None = None
 
     @property
     def url(self) -> str:
@@ -288,20 +290,20 @@ class ObstoreBackend:
         """See Backend. Takes no memory; large objects go up in parts of 16 MiB, four at once."""
         path = self._path(key)
         if create_only:
-            self._creates.insist()
-        with translated_reply("put", self._where(key)):
+            self._creates.require()
+        with translate_client_errors("put", self._where(key)):
             self._put(path, data, create_only=create_only)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """See Backend. One ranged request, copied once, 1 MiB at a time."""
         path = self._path(key)
-        settle_read(self, key, out.cast("B"), offset_bytes, lambda flat: self._fill(key, path, flat, offset_bytes))
+        read_exactly(self, key, out.cast("B"), offset_bytes, lambda flat: self._fill(key, path, flat, offset_bytes))
 
     def stat(self, key: str) -> Stat | None:
         """See Backend. One request."""
         path = self._path(key)
         try:
-            with translated_reply("stat", self._where(key)):
+            with translate_client_errors("stat", self._where(key)):
                 return stat_of(key, self._live().head(path))
         except NotFoundError:
             return None
@@ -309,13 +311,13 @@ class ObstoreBackend:
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
         """See Backend. Page by page, from ``after`` or ``prefix`` on, until keys no longer begin with it."""
         check_prefix(prefix)
-        yield from resume(lambda start: self._walk(prefix, start), after, times=self._settings.retries)
+        yield from resume_listing(lambda start: self._walk(prefix, start), after, times=self._settings.retries)
 
     def delete(self, key: str) -> None:
         """See Backend. One request a key: several S3 servers refuse the batch form."""
         path = self._path(key)
         try:
-            repeat(lambda: self._delete(key, path), times=self._settings.retries)
+            retry(lambda: self._delete(key, path), times=self._settings.retries)
         except NotFoundError:
             return
 
@@ -323,22 +325,22 @@ class ObstoreBackend:
         """See Backend. The connections go with their last user; a later call connects anew."""
         self._client = None
 
-    def _live(self) -> Client:
+    def _live(self) -> ObstoreClient:
         client = self._client
         if client is None:
             self._client = client = self._connect()
         return client
 
-    def _connect(self) -> Client:
+    def _connect(self) -> ObstoreClient:
         settings = self._settings
         more: dict[str, object] = {}
         match settings.credentials:
-            case Keys(key, secret, token):
+            case S3Credentials(key, secret, token):
                 given = {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": None}
                 # As a provider: keys in the configuration would be joined with a session token of the environment.
                 more["credential_provider"] = lambda: given
-            case Found(profile):
-                more["credential_provider"] = provider(profile)
+            case LookedUpCredentials(profile):
+                more["credential_provider"] = credential_provider(profile)
             case _:
                 pass
         client = self._make_client(
@@ -348,7 +350,7 @@ class ObstoreBackend:
             retry_config={"max_retries": settings.retries, "retry_timeout": _RETRY_TIMEOUT, "backoff": _BACKOFF},
             **more,
         )
-        return cast(Client, client)
+        return cast(ObstoreClient, client)
 
     def _path(self, key: str) -> str:
         return self._root + check_key(key)
@@ -368,35 +370,35 @@ class ObstoreBackend:
 
     def _fill(self, key: str, path: str, out: memoryview, offset_bytes: int) -> int:
         """How many bytes of ``out`` were filled, none where the object ends before them."""
-        filled = Filling(out)
+        filled = BufferFiller(out)
 
         def stream() -> None:
-            with translated_reply("read", self._where(key)):
-                span = (offset_bytes + filled.got, offset_bytes + len(out))
+            with translate_client_errors("read", self._where(key)):
+                span = (offset_bytes + filled.filled_bytes, offset_bytes + len(out))
                 for piece in self._live().get(path, options={"range": span}).stream(min_chunk_size=_PIECE_BYTES):
                     filled.add(piece)
 
         try:
             # obstore itself goes on where a reply broke off only if the server gave the object a tag.
-            repeat(stream, times=self._settings.retries, progress=lambda: filled.got)
+            retry(stream, times=self._settings.retries, progress=lambda: filled.filled_bytes)
         except UnavailableError as error:
             if "status=416" not in str(error):
                 raise
-        return filled.got
+        return filled.filled_bytes
 
     def _walk(self, prefix: str, after: str) -> Iterator[Stat]:
-        with translated_reply("list", self._where(prefix)):
+        with translate_client_errors("list", self._where(prefix)):
             yield from walk(self._live(), self._root, prefix, after, is_object=lambda key: self.stat(key) is not None)
 
     def _delete(self, key: str, path: str) -> None:
-        with translated_reply("delete", self._where(key)):
+        with translate_client_errors("delete", self._where(key)):
             self._live().delete(path)
 
     def _probe(self) -> bool | None:
         path = f"{self._root}.probe/{secrets.token_hex(16)}"
 
         def create() -> None:
-            with translated_reply("probe", self._where(".probe")):
+            with translate_client_errors("probe", self._where(".probe")):
                 self._put(path, [b"ckpt"], create_only=True)
 
         def remove() -> None:
@@ -411,7 +413,7 @@ class ObstoreBackend:
 # A call into obstore would wait there for ever.
 
 
-class HereOrForked:
+class ForkAwareBackend:
     """A store that is ``here`` in the process where obstore's threads run, and ``forked()`` in children of it."""
 
     def __init__(self, here: Backend, forked: Callable[[], Backend]) -> None:
@@ -425,7 +427,7 @@ class HereOrForked:
         return self._here.url
 
     @property
-    def client(self) -> str:
+    def client_name(self) -> str:
         """The name of the library in use, for reports."""
         return "obstore" if _home() == os.getpid() else "s3fs"
 

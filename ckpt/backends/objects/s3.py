@@ -8,12 +8,17 @@ import os
 
 from ckpt.backends.base import Backend
 from ckpt.backends.objects.errors import public_url
-from ckpt.backends.objects.fsspec_store import ObjectsBackend, StorageOptions
-from ckpt.backends.objects.obstore_options import Differs, Found, Settings, translate
-from ckpt.backends.objects.obstore_store import HereOrForked, ObstoreBackend, can_look_up, profile_settings
+from ckpt.backends.objects.fsspec_store import FsspecBackend, StorageOptions
+from ckpt.backends.objects.obstore_options import (
+    LookedUpCredentials,
+    ObstoreDiffers,
+    ObstoreSettings,
+    translate_options,
+)
+from ckpt.backends.objects.obstore_store import ForkAwareBackend, ObstoreBackend, has_botocore, profile_settings
 from ckpt.errors import UsageError
 
-CHOICE = "CKPT_OBJECT_CLIENT"
+CLIENT_VARIABLE = "CKPT_OBJECT_CLIENT"
 """Environment variable: ``obstore`` or ``s3fs`` instead of the choice made here."""
 
 
@@ -22,30 +27,32 @@ def open_s3(url: str, storage_options: StorageOptions | None) -> Backend:
 
     Raises UsageError where ``CKPT_OBJECT_CLIENT`` names a client that cannot do it.
     """
-    asked = os.environ.get(CHOICE, "")
+    asked = os.environ.get(CLIENT_VARIABLE, "")
     if asked not in ("", "obstore", "s3fs"):
-        raise UsageError(f"no such client for S3. {CHOICE}={asked}; set it to obstore or s3fs, or leave it out")
+        raise UsageError(
+            f"no such client for S3. {CLIENT_VARIABLE}={asked}; set it to obstore or s3fs, or leave it out"
+        )
     if asked == "s3fs":
-        return ObjectsBackend(url, storage_options)
+        return FsspecBackend(url, storage_options)
     meant = _meant(url, storage_options or {})
-    if isinstance(meant, Settings):
-        return HereOrForked(ObstoreBackend(url, meant), lambda: ObjectsBackend(url, storage_options))
+    if isinstance(meant, ObstoreSettings):
+        return ForkAwareBackend(ObstoreBackend(url, meant), lambda: FsspecBackend(url, storage_options))
     if asked == "obstore":
         raise UsageError(
-            f"obstore cannot do this. url={public_url(url)} why={meant.why!r}; leave {CHOICE} out, or set it to s3fs"
+            f"obstore cannot do this. url={public_url(url)} why={meant.reason!r}; leave {CLIENT_VARIABLE} out, or set it to s3fs"
         )
-    logging.getLogger("ckpt").debug("s3fs serves %s: %s", public_url(url), meant.why)
-    return ObjectsBackend(url, storage_options)
+    logging.getLogger("ckpt").debug("s3fs serves %s: %s", public_url(url), meant.reason)
+    return FsspecBackend(url, storage_options)
 
 
-def _meant(url: str, options: StorageOptions) -> Settings | Differs:
+def _meant(url: str, options: StorageOptions) -> ObstoreSettings | ObstoreDiffers:
     if importlib.util.find_spec("obstore") is None:
-        return Differs("obstore is not installed (pip install 'torch-ckpt[fast]')")
+        return ObstoreDiffers("obstore is not installed (pip install 'torch-ckpt[fast]')")
     named = options.get("profile")
     profile = profile_settings(named if isinstance(named, str) else None, os.environ)
     if profile is None:
-        return Differs("the AWS configuration files cannot be read")
-    meant = translate(url, options, env=os.environ, profile=profile)
-    if isinstance(meant, Settings) and isinstance(meant.credentials, Found) and not can_look_up():
-        return Differs("credentials must be looked up, and botocore is not installed")
+        return ObstoreDiffers("the AWS configuration files cannot be read")
+    meant = translate_options(url, options, env=os.environ, profile=profile)
+    if isinstance(meant, ObstoreSettings) and isinstance(meant.credentials, LookedUpCredentials) and not has_botocore():
+        return ObstoreDiffers("credentials must be looked up, and botocore is not installed")
     return meant

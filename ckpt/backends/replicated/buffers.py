@@ -22,7 +22,7 @@ REUSED_BYTES_MIN = 64 << 10
 _LOOK_S = 0.5
 
 
-class Memory:
+class ReplicaMemory:
     """Each store may hold an equal share of ``budget_bytes``, or one buffer of any size. Thread-safe.
 
     Shares are apart, so that a hung store's buffers never keep a well one waiting. Buffers are page-aligned, for direct I/O,
@@ -81,7 +81,7 @@ class Memory:
         fresh = mmap.mmap(-1, size_bytes + -size_bytes % mmap.PAGESIZE)
         return PooledBuffer(memoryview(fresh)[:size_bytes], fresh)
 
-    def reuse(self, buffer: PooledBuffer) -> None:
+    def recycle(self, buffer: PooledBuffer) -> None:
         """Keep ``buffer`` for later; nobody may touch it any more."""
         region = buffer.region
         if region is None:
@@ -105,10 +105,10 @@ class PooledBuffer:
 # The one copy of a put's bytes that several stores share.
 
 
-class Copied:
+class SharedCopy:
     """One copy of the caller's bytes, for all stores that need one. The last of them to let go gives it back."""
 
-    def __init__(self, memory: Memory, data: Sequence[Buffer], size_bytes: int) -> None:
+    def __init__(self, memory: ReplicaMemory, data: Sequence[Buffer], size_bytes: int) -> None:
         self._memory = memory
         self._data = data
         self._size_bytes = size_bytes
@@ -116,7 +116,7 @@ class Copied:
         self._holders = 0
         self._lock = threading.Lock()
 
-    def hold(self) -> list[memoryview]:
+    def acquire(self) -> list[memoryview]:
         """The copy, made now where it is the first. Only while the caller's put has not returned."""
         with self._lock:
             if self._region is None:
@@ -125,11 +125,11 @@ class Copied:
             self._holders += 1
             return [self._region.view]
 
-    def over(self) -> None:
+    def forget_source(self) -> None:
         """The caller's memory may not be read any more."""
         self._data = ()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """One of its holders is through with it."""
         with self._lock:
             self._holders -= 1
@@ -137,7 +137,7 @@ class Copied:
             if region is not None:
                 self._region = None
         if region is not None:
-            self._memory.reuse(region)
+            self._memory.recycle(region)
 
 
 def _gather(data: Sequence[Buffer], out: memoryview) -> None:
@@ -210,6 +210,6 @@ class Loan:
             raise TakenBackError(f"the put is over, and its memory is used anew. key={self._key}; nothing was stored")
 
 
-def immutable(data: Sequence[Buffer]) -> bool:
+def is_immutable(data: Sequence[Buffer]) -> bool:
     """Whether nobody can change what ``data`` holds."""
     return all(isinstance(one.obj if isinstance(one, memoryview) else one, bytes) for one in data)

@@ -13,31 +13,31 @@ from typing import Generic, TypeVar
 from ckpt.backends.base import Backend
 from ckpt.backends.replicated import ledger as ledgers
 from ckpt.backends.replicated import policy as speeds
-from ckpt.backends.replicated.buffers import Memory, TakenBackError, borrower_of
-from ckpt.backends.replicated.lanes import Lane
-from ckpt.backends.replicated.ledger import Need
+from ckpt.backends.replicated.buffers import ReplicaMemory, TakenBackError, borrower_of
+from ckpt.backends.replicated.ledger import RepairNeed
 from ckpt.backends.replicated.policy import (
-    Candidate,
     Circuit,
-    Pace,
+    CircuitEvent,
     Quorum,
-    Sign,
-    Speed,
-    at_least,
-    hastened,
-    measured,
+    ReadCandidate,
+    ReplicationLimits,
+    StoreSpeed,
+    advance,
+    probe_now,
     stall_s,
-    step,
+    with_lower_bound,
+    with_measurement,
 )
+from ckpt.backends.replicated.store_threads import StoreThreads
 from ckpt.errors import CkptError, StoreDeniedError, StoreFullError, UnavailableError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 
 # Where answers of stores arrive, until nobody waits for them any more.
 
 T = TypeVar("T")
 
 
-class Mailbox(Generic[T]):
+class AnswerQueue(Generic[T]):
     """Filled by the threads of stores, emptied by the one thread that asked them."""
 
     def __init__(self) -> None:
@@ -84,18 +84,18 @@ QUEUED_MAX = 256
 
 
 @dataclass(slots=True)
-class Side:
+class ReplicaSide:
     """Reading or writing: a store that is full still serves reads."""
 
-    lane: Lane
+    threads: StoreThreads
     circuit: Circuit = field(default_factory=Circuit)
-    speed: Speed = field(default_factory=Speed)
-    calls: dict[int, Call] = field(default_factory=dict)
+    speed: StoreSpeed = field(default_factory=StoreSpeed)
+    calls: dict[int, RunningCall] = field(default_factory=dict)
     asked_s: float = 0.0
 
 
 @dataclass(slots=True)
-class Call:
+class RunningCall:
     """A call under way, and whether it was already counted as hung."""
 
     start_s: float
@@ -103,19 +103,19 @@ class Call:
     stalled: bool = False
 
 
-class Member:
+class StoreReplica:
     """The store at ``place``. ``changed`` is told after each change of a circuit, with the side's name. Thread-safe."""
 
     def __init__(
-        self, place: int, store: Backend, *, pace: Pace, jitter: Callable[[], float],
-        changed: Callable[[Member, str, str], None],
+        self, place: int, store: Backend, *, limits: ReplicationLimits, jitter: Callable[[], float],
+        changed: Callable[[StoreReplica, str, str], None],
     ) -> None:  # fmt: skip
-        self.place = place
+        self.index = place
         self.store = store
         self.borrower = borrower_of(store)
-        self.reading = Side(Lane(f"ckpt-read-{place}", threads_max=READS_MAX, jobs_max=QUEUED_MAX))
-        self.writing = Side(Lane(f"ckpt-write-{place}", threads_max=WRITES_MAX, jobs_max=QUEUED_MAX))
-        self._pace = pace
+        self.reading = ReplicaSide(StoreThreads(f"ckpt-read-{place}", threads_max=READS_MAX, jobs_max=QUEUED_MAX))
+        self.writing = ReplicaSide(StoreThreads(f"ckpt-write-{place}", threads_max=WRITES_MAX, jobs_max=QUEUED_MAX))
+        self._pace = limits
         self._jitter = jitter
         self._changed = changed
         self._lock = threading.Lock()
@@ -127,7 +127,7 @@ class Member:
         return self.store.url
 
     @property
-    def well(self) -> bool:
+    def healthy(self) -> bool:
         """Whether it is asked as usual, for reading and for writing."""
         return self.reading.circuit.usable and self.writing.circuit.usable
 
@@ -139,30 +139,30 @@ class Member:
         """Do ``call``, which writes ``size_bytes``, in this thread, and learn from it. Raises CkptError only."""
         return self._do(self.writing, size_bytes, call)
 
-    def sign(self, side: Side, sign: Sign, why: str) -> None:
+    def observe(self, side: ReplicaSide, sign: CircuitEvent, why: str) -> None:
         """Something was seen of the store."""
         with self._lock:
             before = side.circuit
-            if sign is Sign.ANSWERED and before == _FRESH:
+            if sign is CircuitEvent.ANSWERED and before == _FRESH:
                 return
-            side.circuit = step(before, sign, time.monotonic(), pace=self._pace, jitter=self._jitter())
+            side.circuit = advance(before, sign, time.monotonic(), limits=self._pace, jitter=self._jitter())
             changed = side.circuit.usable != before.usable
         if changed:
             self._changed(self, "reading" if side is self.reading else "writing", why)
 
-    def hasten(self) -> None:
+    def probe_now(self) -> None:
         """Be looked at now where it is left alone."""
         with self._lock:
             for side in (self.reading, self.writing):
-                side.circuit = hastened(side.circuit, time.monotonic())
+                side.circuit = probe_now(side.circuit, time.monotonic())
 
-    def asked(self, side: Side) -> float:
+    def mark_asked(self, side: ReplicaSide) -> float:
         """The store is about to be asked; how long it was not."""
         now_s = time.monotonic()
         idle_s, side.asked_s = now_s - side.asked_s, now_s
         return idle_s
 
-    def look_for_stalls(self) -> None:
+    def detect_stalls(self) -> None:
         """Count calls that take far too long as hung."""
         now_s = time.monotonic()
         for side in (self.reading, self.writing):
@@ -176,40 +176,40 @@ class Member:
                 ]
                 for call in hung:
                     call.stalled = True
-                    side.speed = at_least(side.speed, call.size_bytes, now_s - call.start_s)
+                    side.speed = with_lower_bound(side.speed, call.size_bytes, now_s - call.start_s)
             for call in hung:
-                side.lane.lost()
-                self.sign(side, Sign.STALLED, f"a call has not come back for {now_s - call.start_s:.0f} s")
+                side.threads.thread_lost()
+                self.observe(side, CircuitEvent.STALLED, f"a call has not come back for {now_s - call.start_s:.0f} s")
 
     def cut_off(self, size_bytes: int, waited_s: float) -> None:
         """A put was given up: it would have taken longer than ``waited_s``."""
         with self._lock:
-            self.writing.speed = at_least(self.writing.speed, size_bytes, waited_s)
+            self.writing.speed = with_lower_bound(self.writing.speed, size_bytes, waited_s)
 
-    def _do(self, side: Side, size_bytes: int, call: Callable[[], T]) -> T:
+    def _do(self, side: ReplicaSide, size_bytes: int, call: Callable[[], T]) -> T:
         start_s = time.monotonic()
-        under_way = Call(start_s, size_bytes)
+        under_way = RunningCall(start_s, size_bytes)
         with self._lock:
             self._calls += 1
             number = self._calls
             side.calls[number] = under_way
-        sign, why, counts = Sign.ANSWERED, "it answers", False
+        sign, why, counts = CircuitEvent.ANSWERED, "it answers", False
         try:
             result = call()
             counts = True
         except TakenBackError:
-            sign = Sign.PROBED  # says nothing of the store
+            sign = CircuitEvent.PROBED  # says nothing of the store
             raise
         except (StoreFullError, StoreDeniedError) as error:
-            sign, why = Sign.REFUSED, str(error)
+            sign, why = CircuitEvent.REFUSED, str(error)
             raise
         except UnavailableError as error:
-            sign, why = Sign.FAILED, str(error)
+            sign, why = CircuitEvent.FAILED, str(error)
             raise
         except CkptError:
             raise
         except Exception as error:
-            sign, why = Sign.FAILED, f"{type(error).__name__}: {error}"
+            sign, why = CircuitEvent.FAILED, f"{type(error).__name__}: {error}"
             raise UnavailableError(
                 f"the store's code failed. store={self.url} error={why}; repeat, and report it to who wrote the store"
             ) from error
@@ -218,11 +218,11 @@ class Member:
             with self._lock:
                 del side.calls[number]
                 if counts:
-                    side.speed = measured(side.speed, size_bytes, took_s)
+                    side.speed = with_measurement(side.speed, size_bytes, took_s)
             if under_way.stalled:
-                side.lane.found()
-            if sign is not Sign.PROBED:
-                self.sign(side, sign, why)
+                side.threads.thread_back()
+            if sign is not CircuitEvent.PROBED:
+                self.observe(side, sign, why)
         return result
 
 
@@ -233,27 +233,27 @@ def _never(answers: Mapping[int, object]) -> bool:
     return False
 
 
-class Group:
+class StoreGroup:
     """The stores behind one replicated backend, in one process. Thread-safe."""
 
     def __init__(
-        self, stores: Sequence[Backend], quorum: Quorum, *, prefer: Sequence[int], pace: Pace, budget_bytes: int,
-        seed: int | None, tell: Tell,
+        self, stores: Sequence[Backend], quorum: Quorum, *, prefer: Sequence[int], limits: ReplicationLimits, budget_bytes: int,
+        seed: int | None, emit: Emit,
     ) -> None:  # fmt: skip
         self.quorum = quorum
-        self.pace = pace
-        self.memory = Memory(len(stores), budget_bytes=budget_bytes)
+        self.limits = limits
+        self.memory = ReplicaMemory(len(stores), budget_bytes=budget_bytes)
         self._prefer = tuple(prefer)
         self._dice = random.Random(seed)
-        self._tell = tell
+        self._tell = emit
         self.change = threading.Condition()
-        self._ledger = ledgers.empty(len(stores))
-        self._aside: tuple[dict[str, Need], ...] = tuple({} for _ in stores)
+        self._ledger = ledgers.empty_ledger(len(stores))
+        self._aside: tuple[dict[str, RepairNeed], ...] = tuple({} for _ in stores)
         self._on_the_way: dict[tuple[int, str], int] = {}
         self._alarmed: set[int] = set()
         self.wake: Callable[[], None] = lambda: None
-        self.members = tuple(
-            Member(place, store, pace=pace, jitter=self.jitter, changed=self._circuit_changed)
+        self.replicas = tuple(
+            StoreReplica(place, store, limits=limits, jitter=self.jitter, changed=self._circuit_changed)
             for place, store in enumerate(stores)
         )
 
@@ -261,32 +261,32 @@ class Group:
         """A random number in [0, 1)."""
         return self._dice.random()
 
-    def tell(self, kind: str, text: str, *, alarm: bool = False, **facts: str | int) -> None:
+    def emit(self, kind: str, text: str, *, alarm: bool = False, **facts: str | int) -> None:
         """Say what happened."""
         self._tell(Event(kind, text, facts, alarm))
 
-    def nearest(self, size_bytes: int) -> tuple[int, ...]:
+    def read_order(self, size_bytes: int) -> tuple[int, ...]:
         """The places in the order in which to read ``size_bytes`` from them."""
         now_s = time.monotonic()
         candidates = [
-            Candidate(
-                member.place,
+            ReadCandidate(
+                member.index,
                 member.reading.circuit.usable,
                 speeds.expected_s(member.reading.speed, size_bytes),
                 now_s - member.reading.asked_s,
             )
-            for member in self.members
+            for member in self.replicas
         ]
-        return speeds.nearest(candidates, prefer=self._prefer)
+        return speeds.read_order(candidates, prefer=self._prefer)
 
     def usable(self) -> frozenset[int]:
         """The places that can be read from as usual."""
-        return frozenset(member.place for member in self.members if member.reading.circuit.usable)
+        return frozenset(member.index for member in self.replicas if member.reading.circuit.usable)
 
-    def look_for_stalls(self) -> None:
+    def detect_stalls(self) -> None:
         """Count calls that take far too long as hung."""
-        for member in self.members:
-            member.look_for_stalls()
+        for member in self.replicas:
+            member.detect_stalls()
 
     def count_only(self, quorum: Quorum) -> None:
         """From now on ``quorum`` says which stores count. What one missed shortly before it did is brought to it.
@@ -294,86 +294,86 @@ class Group:
         It was filled, or answered again, while objects were on their way to the others, whose records came later.
         """
         with self.change:
-            again = quorum.takers - self.quorum.takers
+            again = quorum.voters - self.quorum.voters
             self.quorum = quorum
             missed = [(place, self._aside[place].copy()) for place in sorted(again)]
             for place in again:
                 self._aside[place].clear()
         for place, needs in missed:
             for key, need in needs.items():
-                self.note(place, key, need, why="written while the store did not count", alarm=False)
+                self.note_need(place, key, need, reason="written while the store did not count", alarm=False)
 
     # What is missing where.
 
     @property
-    def ledger(self) -> ledgers.Ledger:
+    def ledger(self) -> ledgers.RepairLedger:
         """What is known to be missing now."""
         return self._ledger
 
-    def note(self, place: int, key: str, need: Need, *, why: str, alarm: bool) -> None:
+    def note_need(self, place: int, key: str, need: RepairNeed, *, reason: str, alarm: bool) -> None:
         """``key`` is not as it should be at ``place``. The first of a store is told; ``alarm``: loudly.
 
         For a store that doesn't count it is put aside until it does, the newest of it: the rest it is filled with.
         """
         with self.change:
-            if place not in self.quorum.takers:
+            if place not in self.quorum.voters:
                 aside = self._aside[place]
                 aside[key] = need
-                if len(aside) > self.pace.keys_max:
+                if len(aside) > self.limits.keys_max:
                     del aside[next(iter(aside))]
                 return
             scrub = self._ledger.scrub[place]
-            self._ledger = ledgers.noted(self._ledger, place, key, need, keys_max=self.pace.keys_max)
+            self._ledger = ledgers.with_need(self._ledger, place, key, need, keys_max=self.limits.keys_max)
             first = place not in self._alarmed
             overflows = self._ledger.scrub[place] and not scrub
             if alarm or overflows:
                 self._alarmed.add(place)
         if (alarm and first) or overflows:
-            self.tell(
+            self.emit(
                 "under-replicated",
-                f"objects are missing or damaged in {self.members[place].url} and will be mended from other stores"
+                f"objects are missing or damaged in {self.replicas[place].url} and will be mended from other stores"
                 + ("; more than are remembered: run `ckpt scrub`" if overflows else ""),
                 alarm=True,
-                store=self.members[place].url,
+                store=self.replicas[place].url,
                 key=key,
-                need=need.why.value,
-                why=why,
+                need=need.fault.value,
+                why=reason,
             )
         self.wake()
 
-    def settle(self, place: int, key: str) -> None:
+    def settle_need(self, place: int, key: str) -> None:
         """``key`` is as it should be at ``place``."""
-        self._turn(lambda ledger: ledgers.settled(ledger, place, key))
+        self._turn(lambda ledger: ledgers.without_need(ledger, place, key))
 
     def forget(self, key: str) -> None:
         """``key`` is deleted, and nowhere missing any more."""
         with self.change:
             for aside in self._aside:
                 aside.pop(key, None)
-        self._turn(lambda ledger: ledgers.dropped(ledger, key))
+        self._turn(lambda ledger: ledgers.without_key(ledger, key))
 
-    def put_off(self, place: int, key: str) -> None:
+    def postpone(self, place: int, key: str) -> None:
         """``key`` could not be mended at ``place`` now."""
         now_s, jitter = time.monotonic(), self.jitter()
-        self._turn(lambda ledger: ledgers.put_off(ledger, place, key, now_s, pace=self.pace, jitter=jitter))
+        self._turn(lambda ledger: ledgers.postponed(ledger, place, key, now_s, limits=self.limits, jitter=jitter))
 
-    def leave(self, place: int, key: str, why: str) -> None:
+    def leave_to_scrub(self, place: int, key: str, why: str) -> None:
         """``key`` can only be mended by a scrub."""
-        self._turn(lambda ledger: ledgers.left(ledger, place, key))
-        url = self.members[place].url
+        self._turn(lambda ledger: ledgers.left_to_scrub(ledger, place, key))
+        url = self.replicas[place].url
         text = f"a copy in {url} can't be mended without looking at every chunk: {why}; run `ckpt scrub`"
-        self.tell("under-replicated", text, alarm=True, store=url, key=key, why=why)
+        self.emit("under-replicated", text, alarm=True, store=url, key=key, why=why)
 
     def scrubbed(self, place: int) -> None:
         """A scrub has been through the store."""
         self._turn(lambda ledger: ledgers.scrubbed(ledger, place))
 
-    def hasten(self) -> None:
+    def repair_now(self) -> None:
         """Mend and probe without pauses."""
-        self._turn(ledgers.hastened)
+        self._turn(ledgers.all_due)
         self.wake()
 
-    def _turn(self, turn: Callable[[ledgers.Ledger], ledgers.Ledger]) -> None:
+    def _turn(self, turn: Callable[[ledgers.RepairLedger], ledgers.RepairLedger]) -> None:
         with self.change:
             self._ledger = turn(self._ledger)
             self._alarmed = {place for place in self._alarmed if self._ledger.needs[place] or self._ledger.scrub[place]}
@@ -381,12 +381,12 @@ class Group:
 
     # What a put that has returned still writes in the background.
 
-    def set_out(self, place: int, key: str) -> None:
+    def background_put_started(self, place: int, key: str) -> None:
         """A put of ``key`` goes on at ``place`` after its caller was told that it is done."""
         with self.change:
             self._on_the_way[place, key] = self._on_the_way.get((place, key), 0) + 1
 
-    def arrived(self, place: int, key: str) -> None:
+    def background_put_ended(self, place: int, key: str) -> None:
         """It ended."""
         with self.change:
             left = self._on_the_way.pop((place, key)) - 1
@@ -408,7 +408,7 @@ class Group:
     # Small calls to several stores at once.
 
     def ask(
-        self, places: Iterable[int], call: Callable[[Member], T], *, side: Callable[[Member], Side] | None = None,
+        self, places: Iterable[int], call: Callable[[StoreReplica], T], *, side: Callable[[StoreReplica], ReplicaSide] | None = None,
         key: str | None = None, enough: Callable[[Mapping[int, T | CkptError]], bool] = _never,
         nearly: Callable[[Mapping[int, T | CkptError]], bool] = _never,
     ) -> dict[int, T | CkptError]:  # fmt: skip
@@ -418,21 +418,21 @@ class Group:
         A store that does not answer within ``Pace.call_s`` gives UnavailableError. Calls go through the reading side by
         default; ``key`` keeps them in order with other writes of that key. Thread-safe.
         """
-        mailbox: Mailbox[tuple[int, T | CkptError]] = Mailbox()
+        mailbox: AnswerQueue[tuple[int, T | CkptError]] = AnswerQueue()
         answers: dict[int, T | CkptError] = {}
         waiting = set()
         for place in places:
-            member = self.members[place]
-            lane = (side(member) if side else member.reading).lane
+            member = self.replicas[place]
+            lane = (side(member) if side else member.reading).threads
             if lane.submit(_asking(member, call, mailbox), key=key):
                 waiting.add(place)
             else:
-                answers[place] = busy(member)
-        until_s = time.monotonic() + self.pace.call_s
+                answers[place] = busy_error(member)
+        until_s = time.monotonic() + self.limits.call_s
         hurried = False
         while waiting and not enough(answers):
             if not hurried and nearly(answers):
-                hurried, until_s = True, min(until_s, time.monotonic() + self.pace.hedge_s_first)
+                hurried, until_s = True, min(until_s, time.monotonic() + self.limits.hedge_s_first)
             got = mailbox.get(until_s - time.monotonic())
             if got is None:
                 break
@@ -442,35 +442,35 @@ class Group:
         if waiting:
             self.wake()  # to see it if one of them hangs
         if not enough(answers):
-            answers |= {place: silent(self.members[place], self.pace.call_s) for place in waiting}
+            answers |= {place: silent_error(self.replicas[place], self.limits.call_s) for place in waiting}
         return answers
 
-    def _circuit_changed(self, member: Member, side: str, why: str) -> None:
-        store, behind = member.url, self.behind(member.place)
+    def _circuit_changed(self, member: StoreReplica, side: str, why: str) -> None:
+        store, behind = member.url, self.behind(member.index)
         circuit = member.reading.circuit if side == "reading" else member.writing.circuit
         if circuit.usable:
-            if member.well:
-                self.tell(
+            if member.healthy:
+                self.emit(
                     "store-back", f"{member.url} answers again, and gets what it missed", store=store, behind=behind
                 )
         elif circuit.openings == 1:
             text = f"{member.url} is left alone for {side}: {why}; it is looked at again by and by"
-            self.tell("store-down", text, alarm=True, side=side, store=store, behind=behind)
+            self.emit("store-down", text, alarm=True, side=side, store=store, behind=behind)
         self.wake()
 
 
-def busy(member: Member) -> UnavailableError:
+def busy_error(member: StoreReplica) -> UnavailableError:
     """The store's queue is full: as good as not answering."""
     return UnavailableError(f"too many calls wait for the store already. store={member.url}; repeat later")
 
 
-def silent(member: Member, waited_s: float) -> UnavailableError:
+def silent_error(member: StoreReplica, waited_s: float) -> UnavailableError:
     """The store did not answer in time."""
     return UnavailableError(f"the store does not answer. store={member.url} waited_s={waited_s:.1f}; repeat later")
 
 
 def _asking(
-    member: Member, call: Callable[[Member], T], mailbox: Mailbox[tuple[int, T | CkptError]]
+    member: StoreReplica, call: Callable[[StoreReplica], T], mailbox: AnswerQueue[tuple[int, T | CkptError]]
 ) -> Callable[[], None]:
     def job() -> None:
         answer: T | CkptError
@@ -478,6 +478,6 @@ def _asking(
             answer = call(member)
         except CkptError as error:
             answer = error
-        mailbox.put((member.place, answer))
+        mailbox.put((member.index, answer))
 
     return job

@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ckpt.backends.replicated.policy import Pace, Quorum, backoff_s
+from ckpt.backends.replicated.policy import Quorum, ReplicationLimits, backoff_s
 from ckpt.values import Digest
 
 # Which objects are known to be missing or damaged in which store. Pure; bounded: what does not
 # fit is left to a scrub.
 
 
-class Why(enum.Enum):
+class CopyFault(enum.Enum):
     """What is wrong with a copy. MISSING: not there, or not known to be. DAMAGED: it had wrong bytes, or too few."""
 
     MISSING = "missing"
@@ -33,7 +33,7 @@ class Why(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class VerifiedRange:
     """Bytes that a reader's own check found right: where they lie in the object, and their digest.
 
     ``whole``: they are all of it.
@@ -51,188 +51,194 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class RepairNeed:
     """One copy to be mended, tried ``tries`` times and not before ``due_s`` again."""
 
-    why: Why
-    proof: Proof | None = None
+    fault: CopyFault
+    verified: VerifiedRange | None = None
     tries: int = 0
     due_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class RepairLedger:
     """By place: the needs by key in the order they were noted, and whether only a scrub can find the rest."""
 
-    needs: tuple[Mapping[str, Need], ...]
+    needs: tuple[Mapping[str, RepairNeed], ...]
     scrub: tuple[bool, ...]
 
 
-def empty(stores: int) -> Ledger:
+def empty_ledger(stores: int) -> RepairLedger:
     """Nothing is known to be missing anywhere."""
-    return Ledger(tuple({} for _ in range(stores)), (False,) * stores)
+    return RepairLedger(tuple({} for _ in range(stores)), (False,) * stores)
 
 
-def noted(ledger: Ledger, place: int, key: str, need: Need, *, keys_max: int) -> Ledger:
+def with_need(ledger: RepairLedger, place: int, key: str, need: RepairNeed, *, keys_max: int) -> RepairLedger:
     """With ``need`` of ``key`` at ``place``. A need with a proof is not replaced by one without."""
     needs = ledger.needs[place]
     before = needs.get(key)
-    if before is not None and before.proof is not None and need.proof is None:
+    if before is not None and before.verified is not None and need.verified is None:
         return ledger
     if before is None and len(needs) >= keys_max:
         return _scrub(ledger, place)
     return _with(ledger, place, {**needs, key: need})
 
 
-def settled(ledger: Ledger, place: int, key: str) -> Ledger:
+def without_need(ledger: RepairLedger, place: int, key: str) -> RepairLedger:
     """Without the need of ``key`` at ``place``: it is mended, or nothing that must be."""
     if key not in ledger.needs[place]:
         return ledger
     return _with(ledger, place, {other: need for other, need in ledger.needs[place].items() if other != key})
 
 
-def dropped(ledger: Ledger, key: str) -> Ledger:
+def without_key(ledger: RepairLedger, key: str) -> RepairLedger:
     """Without ``key`` anywhere: it was deleted."""
     for place in range(len(ledger.needs)):
-        ledger = settled(ledger, place, key)
+        ledger = without_need(ledger, place, key)
     return ledger
 
 
-def put_off(ledger: Ledger, place: int, key: str, now_s: float, *, pace: Pace, jitter: float) -> Ledger:
+def postponed(
+    ledger: RepairLedger, place: int, key: str, now_s: float, *, limits: ReplicationLimits, jitter: float
+) -> RepairLedger:
     """The need could not be met now. ``jitter`` is a random number in [0, 1)."""
     need = ledger.needs[place].get(key)
     if need is None:
         return ledger
     tries = need.tries + 1
-    due_s = now_s + backoff_s(pace.probe_s_first, pace.probe_s_max, tries, jitter)
+    due_s = now_s + backoff_s(limits.probe_s_first, limits.probe_s_max, tries, jitter)
     return _with(ledger, place, {**ledger.needs[place], key: replace(need, tries=tries, due_s=due_s)})
 
 
-def left(ledger: Ledger, place: int, key: str) -> Ledger:
+def left_to_scrub(ledger: RepairLedger, place: int, key: str) -> RepairLedger:
     """The need cannot be met without looking at every byte: that is a scrub's work."""
-    return _scrub(settled(ledger, place, key), place)
+    return _scrub(without_need(ledger, place, key), place)
 
 
-def scrubbed(ledger: Ledger, place: int) -> Ledger:
+def scrubbed(ledger: RepairLedger, place: int) -> RepairLedger:
     """A scrub has been through the store at ``place``: what did not fit here is found."""
     return replace(ledger, scrub=tuple(flag and at != place for at, flag in enumerate(ledger.scrub)))
 
 
-def hastened(ledger: Ledger) -> Ledger:
+def all_due(ledger: RepairLedger) -> RepairLedger:
     """With every need due now."""
     return replace(
         ledger, needs=tuple({key: replace(need, due_s=0.0) for key, need in needs.items()} for needs in ledger.needs)
     )
 
 
-def next_need(ledger: Ledger, place: int) -> tuple[str, Need] | None:
+def next_need(ledger: RepairLedger, place: int) -> tuple[str, RepairNeed] | None:
     """The need at ``place`` that is due first, the oldest of equals."""
     needs = ledger.needs[place]
     return min(needs.items(), key=lambda entry: entry[1].due_s, default=None)
 
 
-def _scrub(ledger: Ledger, place: int) -> Ledger:
+def _scrub(ledger: RepairLedger, place: int) -> RepairLedger:
     return replace(ledger, scrub=tuple(flag or at == place for at, flag in enumerate(ledger.scrub)))
 
 
-def _with(ledger: Ledger, place: int, needs: Mapping[str, Need]) -> Ledger:
+def _with(ledger: RepairLedger, place: int, needs: Mapping[str, RepairNeed]) -> RepairLedger:
     return replace(ledger, needs=(*ledger.needs[:place], needs, *ledger.needs[place + 1 :]))
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class RepairCopy:
     """Copy from one of ``sources``, after its bytes match the need's proof.
 
-    ``compare``: only where it agrees with the target outside the proven range (see ``agree_outside``). ``all_known``: there
+    ``compare``: only where it agrees with the target outside the proven range (see ``equal_outside``). ``all_known``: there
     is no other copy that could have the proven bytes (see ``unproven``).
     """
 
     sources: tuple[int, ...]
     size_bytes: int
     compare: bool
-    all_known: bool = True
+    all_answered: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Well:
+class CopyIntact:
     """There is nothing to mend."""
 
 
 @dataclass(frozen=True, slots=True)
-class Later:
+class RepairLater:
     """Not now: a store that does not answer may be needed."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
+class LeaveToScrub:
     """It cannot be known which copy is right."""
 
-    why: str
+    reason: str
 
 
-Plan = Copy | Well | Later | Leave
+RepairPlan = RepairCopy | CopyIntact | RepairLater | LeaveToScrub
 
 
-def plan_mend(need: Need, target: int, sizes: Mapping[int, int | None], quorum: Quorum) -> Plan:
+def plan_repair(need: RepairNeed, target: int, sizes: Mapping[int, int | None], quorum: Quorum) -> RepairPlan:
     """What to do about ``need`` at ``target``.
 
     ``sizes``: the copy's length in each store that answered, None where there is none.
     """
     if target not in sizes:
-        return Later("the store does not answer")
+        return RepairLater("the store does not answer")
     all_known = len(sizes) == quorum.stores
     others = {place: size for place, size in sizes.items() if place != target and size is not None}
     if not others:
         nowhere = {place for place, size in sizes.items() if size is None}
-        if quorum.absent(nowhere) or all_known:
-            return Well()
-        return Later("no other store that answers has the object")
-    if need.proof is not None and need.proof.whole:
-        return _from_proven(need, sizes[target], others, need.proof.size_bytes, all_known=all_known)
+        if quorum.proves_absent(nowhere) or all_known:
+            return CopyIntact()
+        return RepairLater("no other store that answers has the object")
+    if need.verified is not None and need.verified.whole:
+        return _from_proven(need, sizes[target], others, need.verified.size_bytes, all_known=all_known)
     if len(set(others.values())) > 1:
-        return Leave("the other copies differ in length")
+        return LeaveToScrub("the other copies differ in length")
     size = next(iter(others.values()))
-    if need.proof is not None and size < need.proof.end_bytes:
-        return unproven(all_known=all_known)
+    if need.verified is not None and size < need.verified.end_bytes:
+        return no_verified_source(all_answered=all_known)
     return _from_unknown(need, sizes[target], tuple(others), size, all_known=all_known)
 
 
-def unproven(*, all_known: bool) -> Later | Leave:
+def no_verified_source(*, all_answered: bool) -> RepairLater | LeaveToScrub:
     """What to do where no copy that answers has the bytes that a reader found right: it may have rotted since."""
     why = "no other copy has the bytes that were found right"
-    return Leave(why) if all_known else Later(why)
+    return LeaveToScrub(why) if all_answered else RepairLater(why)
 
 
-def _from_proven(need: Need, mine: int | None, others: Mapping[int, int], size: int, *, all_known: bool) -> Plan:
+def _from_proven(
+    need: RepairNeed, mine: int | None, others: Mapping[int, int], size: int, *, all_known: bool
+) -> RepairPlan:
     """Where every byte is known by its digest."""
-    if mine == size and need.why is Why.MISSING:
-        return Well()
+    if mine == size and need.fault is CopyFault.MISSING:
+        return CopyIntact()
     sources = tuple(place for place, other in others.items() if other == size)
-    return Copy(sources, size, False, all_known) if sources else unproven(all_known=all_known)
+    return RepairCopy(sources, size, False, all_known) if sources else no_verified_source(all_answered=all_known)
 
 
-def _from_unknown(need: Need, mine: int | None, sources: tuple[int, ...], size: int, *, all_known: bool) -> Plan:
+def _from_unknown(
+    need: RepairNeed, mine: int | None, sources: tuple[int, ...], size: int, *, all_known: bool
+) -> RepairPlan:
     if mine is None:
-        return Copy(sources, size, False, all_known)
-    if need.why is Why.MISSING or need.proof is None:
+        return RepairCopy(sources, size, False, all_known)
+    if need.fault is CopyFault.MISSING or need.verified is None:
         if mine == size:
-            return Well()
-        if need.why is Why.MISSING:
-            return Leave("the copy that appeared differs in length from the others")
+            return CopyIntact()
+        if need.fault is CopyFault.MISSING:
+            return LeaveToScrub("the copy that appeared differs in length from the others")
     if mine > size:
-        return Leave("the copy is longer than the others")
-    return Copy(sources, size, True, all_known)
+        return LeaveToScrub("the copy is longer than the others")
+    return RepairCopy(sources, size, True, all_known)
 
 
-def agree_outside(mine: memoryview, other: memoryview, offset_bytes: int, need: Need) -> bool:
+def equal_outside(mine: memoryview, other: memoryview, offset_bytes: int, need: RepairNeed) -> bool:
     """Whether two copies' bytes from ``offset_bytes`` on are the same, but for the proven range of ``need``.
 
     What ``mine`` lacks at its end counts as the same. O(bytes), no copies.
     """
     length = min(len(mine), len(other))
-    low, high = (0, 0) if need.proof is None else (need.proof.offset_bytes, need.proof.end_bytes)
+    low, high = (0, 0) if need.verified is None else (need.verified.offset_bytes, need.verified.end_bytes)
     cut = sorted(min(max(edge - offset_bytes, 0), length) for edge in (low, high))
     return _same(mine[: cut[0]], other[: cut[0]]) and _same(mine[cut[1] : length], other[cut[1] : length])
 

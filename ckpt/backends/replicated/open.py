@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from ckpt.backends.base import Backend
 from ckpt.backends.encrypted.keys import load_keys
-from ckpt.backends.encrypted.open import encrypted, refuse_mismatch
+from ckpt.backends.encrypted.open import encrypted, require_matching_keys
 from ckpt.backends.objects.fsspec_store import StorageOptions
 from ckpt.backends.open import address_of, open_backend
 from ckpt.backends.replicated.policy import quorum_of
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UsageError
-from ckpt.events import Tell
+from ckpt.events import Emit
 
 
 def open_stores(
@@ -21,7 +21,7 @@ def open_stores(
     storage_options: StorageOptions | Sequence[StorageOptions | None] | None = None,
     *,
     write_quorum: int | None = None,
-    tell: Tell,
+    emit: Emit,
 ) -> Backend:
     """The store over all ``urls``, each holding every object; for one URL that store itself.
 
@@ -35,7 +35,7 @@ def open_stores(
     _refuse_twice(urls)
     options = _options_of(urls, storage_options)
     stores = [open_backend(url, option) for url, option in zip(urls, options, strict=True)]
-    return stores[0] if len(stores) == 1 else ReplicatedBackend(stores, write_quorum=write_quorum, tell=tell)
+    return stores[0] if len(stores) == 1 else ReplicatedBackend(stores, write_quorum=write_quorum, emit=emit)
 
 
 def _refuse_twice(urls: Sequence[str]) -> None:
@@ -80,23 +80,23 @@ KEY_VARIABLE = "CKPT_ENCRYPTION_KEY"
 
 _FILE = "file:"
 
-Options = Mapping[str, object] | Sequence[Mapping[str, object] | None] | None
+StorageOptionsByStore = Mapping[str, object] | Sequence[Mapping[str, object] | None] | None
 
 
-def open_job(
+def open_job_stores(
     urls: Sequence[str],
-    storage_options: Options = None,
+    storage_options: StorageOptionsByStore = None,
     *,
     write_quorum: int | None = None,
     encryption_key: str | None = None,
-    tell: Tell,
+    emit: Emit,
 ) -> Backend:
     """The stores at ``urls`` as one, through the key that ``encryption_key`` leads to.
 
     Opening a folder touches nothing. Raises UsageError for addresses, options or keys that can't work.
     """
     keys = load_keys(encryption_key) if encryption_key is not None else None
-    opened = open_stores(urls, storage_options, write_quorum=write_quorum, tell=tell)
+    opened = open_stores(urls, storage_options, write_quorum=write_quorum, emit=emit)
     return encrypted(opened, keys) if keys is not None else opened
 
 
@@ -105,7 +105,7 @@ def require_key_fits(backend: Backend, encryption_key: str | None) -> None:
 
     Reads the beginning of a listing and of at most three manifests.
     """
-    refuse_mismatch(
+    require_matching_keys(
         getattr(backend, "inner", backend), load_keys(encryption_key) if encryption_key is not None else None
     )
 

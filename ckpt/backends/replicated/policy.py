@@ -13,13 +13,13 @@ from ckpt.errors import CkptError, UnavailableError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class ReplicationLimits:
     """Limits, in seconds where the name says so.
 
     A read asks the next store once the first is later than in 95 of 100 reads: between ``hedge_s_min`` and ``hedge_s_max``,
     ``hedge_s_first`` where nothing was measured. A put that reached its quorum waits for the others ``grace_share`` times as
     long as the quorum took, between ``grace_s_min`` and ``grace_s_max``. A call is taken for hung after ``stall_s`` and the
-    time that its bytes take at ``bytes_per_s_min``. ``call_s`` is the same for calls without bytes. A store that failed
+    time that its bytes take at ``bytes_per_s_min``. ``call_timeout_s`` is the same for calls without bytes. A store that failed
     ``failures_max`` times in a row, hung, or is full, is left alone and looked at again after ``probe_s_first``, then twice
     as long each time, up to ``probe_s_max``. One operation asks a store ``tries_max`` times, ``retry_s_first`` apart at first.
     """
@@ -43,19 +43,19 @@ class Pace:
     """Keys remembered as missing in one store; beyond that a scrub must find them."""
 
 
-def stall_s(pace: Pace, size_bytes: int) -> float:
+def stall_s(limits: ReplicationLimits, size_bytes: int) -> float:
     """How long a call that moves ``size_bytes`` may take before it counts as hung."""
-    return pace.stall_s + size_bytes / pace.bytes_per_s_min
+    return limits.stall_s + size_bytes / limits.bytes_per_s_min
 
 
-def give_up_s(pace: Pace, size_bytes: int) -> float:
+def give_up_s(limits: ReplicationLimits, size_bytes: int) -> float:
     """How long a put goes on without its quorum: long enough for one more store to be tried after one hung."""
-    return 2 * stall_s(pace, size_bytes)
+    return 2 * stall_s(limits, size_bytes)
 
 
-def grace_s(pace: Pace, quorum_s: float) -> float:
+def grace_s(limits: ReplicationLimits, quorum_s: float) -> float:
     """How long a put waits for the stragglers when its quorum took ``quorum_s``."""
-    return min(pace.grace_s_max, max(pace.grace_s_min, pace.grace_share * quorum_s))
+    return min(limits.grace_s_max, max(limits.grace_s_min, limits.grace_share * quorum_s))
 
 
 def backoff_s(first_s: float, most_s: float, tries: int, jitter: float) -> float:
@@ -74,7 +74,7 @@ def backoff_s(first_s: float, most_s: float, tries: int, jitter: float) -> float
 #    └────────────────────────── answered ────────────────────────────┘
 
 
-class Phase(enum.Enum):
+class CircuitState(enum.Enum):
     """CLOSED: asked as usual. OPEN: left alone. HALF_OPEN: one call is on its way to see whether it answers again."""
 
     CLOSED = "closed"
@@ -82,7 +82,7 @@ class Phase(enum.Enum):
     HALF_OPEN = "half-open"
 
 
-class Sign(enum.Enum):
+class CircuitEvent(enum.Enum):
     """What was seen of a store."""
 
     ANSWERED = "answered"
@@ -101,7 +101,7 @@ class Sign(enum.Enum):
 class Circuit:
     """``failures`` in a row while closed; ``openings`` in a row without an answer; ``next_s``: when to probe."""
 
-    phase: Phase = Phase.CLOSED
+    phase: CircuitState = CircuitState.CLOSED
     failures: int = 0
     openings: int = 0
     next_s: float = 0.0
@@ -109,28 +109,30 @@ class Circuit:
     @property
     def usable(self) -> bool:
         """Whether the store is asked as usual."""
-        return self.phase is Phase.CLOSED
+        return self.phase is CircuitState.CLOSED
 
 
-def step(circuit: Circuit, sign: Sign, now_s: float, *, pace: Pace, jitter: float) -> Circuit:
+def advance(
+    circuit: Circuit, event: CircuitEvent, now_s: float, *, limits: ReplicationLimits, jitter: float
+) -> Circuit:
     """The circuit after ``sign``. ``jitter`` is a random number in [0, 1)."""
-    match sign, circuit.phase:
-        case Sign.ANSWERED, _:
+    match event, circuit.phase:
+        case CircuitEvent.ANSWERED, _:
             return Circuit()
-        case Sign.PROBED, Phase.CLOSED:
+        case CircuitEvent.PROBED, CircuitState.CLOSED:
             return circuit
-        case Sign.PROBED, _:
+        case CircuitEvent.PROBED, _:
             # A probe may hang like any call; after this time another one may go.
-            return replace(circuit, phase=Phase.HALF_OPEN, next_s=now_s + pace.probe_s_max)
-        case Sign.FAILED, Phase.CLOSED if circuit.failures + 1 < pace.failures_max:
+            return replace(circuit, phase=CircuitState.HALF_OPEN, next_s=now_s + limits.probe_s_max)
+        case CircuitEvent.FAILED, CircuitState.CLOSED if circuit.failures + 1 < limits.failures_max:
             return replace(circuit, failures=circuit.failures + 1)
-        case _, Phase.OPEN:
+        case _, CircuitState.OPEN:
             # What was under way when it opened says nothing new.
             return circuit
         case _:
             openings = circuit.openings + 1
-            pause_s = backoff_s(pace.probe_s_first, pace.probe_s_max, openings, jitter)
-            return Circuit(Phase.OPEN, 0, openings, now_s + pause_s)
+            pause_s = backoff_s(limits.probe_s_first, limits.probe_s_max, openings, jitter)
+            return Circuit(CircuitState.OPEN, 0, openings, now_s + pause_s)
 
 
 def probe_due(circuit: Circuit, now_s: float) -> bool:
@@ -138,9 +140,9 @@ def probe_due(circuit: Circuit, now_s: float) -> bool:
     return not circuit.usable and now_s >= circuit.next_s
 
 
-def hastened(circuit: Circuit, now_s: float) -> Circuit:
+def probe_now(circuit: Circuit, now_s: float) -> Circuit:
     """The same circuit, to be probed now where it is open."""
-    return replace(circuit, next_s=now_s) if circuit.phase is Phase.OPEN else circuit
+    return replace(circuit, next_s=now_s) if circuit.phase is CircuitState.OPEN else circuit
 
 
 # On how many stores an object must be, and how many must miss it before it is known to be
@@ -161,19 +163,19 @@ class Quorum:
     silent: frozenset[int] = frozenset()
 
     @property
-    def takers(self) -> frozenset[int]:
+    def voters(self) -> frozenset[int]:
         """The places whose acknowledgement counts."""
         return self.counting | self.silent
 
-    def acknowledged(self, places: AbstractSet[int]) -> bool:
+    def is_write_quorum(self, places: AbstractSet[int]) -> bool:
         """Whether an object that lies on ``places`` is durable; or, of the places that may still take it, whether it can be."""
-        return len(self.takers & places) >= self.write
+        return len(self.voters & places) >= self.write
 
-    def absent(self, places: AbstractSet[int]) -> bool:
+    def proves_absent(self, places: AbstractSet[int]) -> bool:
         """Whether an object that ``places`` do not have was never acknowledged: too few others are left to hold it."""
-        return self.answered(places)
+        return self.is_read_quorum(places)
 
-    def answered(self, places: AbstractSet[int]) -> bool:
+    def is_read_quorum(self, places: AbstractSet[int]) -> bool:
         """Whether at least one of ``places`` holds any object that was acknowledged."""
         return len(self.counting & places) >= self.stores - self.write + 1
 
@@ -198,7 +200,7 @@ def quorum_of(stores: int, write: int | None) -> Quorum:
     return Quorum(stores, write, frozenset(range(stores)))
 
 
-def counting_only(quorum: Quorum, full: Iterable[int], silent: Iterable[int] = ()) -> Quorum:
+def with_counting(quorum: Quorum, full: Iterable[int], silent: Iterable[int] = ()) -> Quorum:
     """The same quorum in which only ``full`` count, and ``silent`` for what they take. Raises UsageError for other places."""
     counting = frozenset(full)
     late = frozenset(silent) - counting
@@ -207,7 +209,7 @@ def counting_only(quorum: Quorum, full: Iterable[int], silent: Iterable[int] = (
     return Quorum(quorum.stores, quorum.write, counting, late)
 
 
-def commonest(errors: Sequence[CkptError]) -> type[CkptError]:
+def most_common_error(errors: Sequence[CkptError]) -> type[CkptError]:
     """The type that most of ``errors`` have, the earliest of equals; UnavailableError where there is none."""
     kinds = [type(error) for error in errors]
     return max(kinds, key=kinds.count, default=UnavailableError)
@@ -230,7 +232,7 @@ _TOOK_S_MIN = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class StoreSpeed:
     """``latency_s`` of a small call and ``bytes_per_s`` of a large one (None: not measured).
 
     ``ratios``: how much longer than expected the last calls took. ``late`` is what 95 of 100 of them stay below.
@@ -242,7 +244,7 @@ class Speed:
     late: float = 2.0
 
 
-def expected_s(speed: Speed, size_bytes: int) -> float | None:
+def expected_s(speed: StoreSpeed, size_bytes: int) -> float | None:
     """How long a call that moves ``size_bytes`` takes; None where nothing was measured."""
     if speed.latency_s is None and speed.bytes_per_s is None:
         return None
@@ -250,7 +252,7 @@ def expected_s(speed: Speed, size_bytes: int) -> float | None:
     return (speed.latency_s or 0.0) + moving_s
 
 
-def measured(speed: Speed, size_bytes: int, took_s: float) -> Speed:
+def with_measurement(speed: StoreSpeed, size_bytes: int, took_s: float) -> StoreSpeed:
     """The speed after a call that moved ``size_bytes`` in ``took_s``."""
     took_s = max(took_s, _TOOK_S_MIN)
     before_s = expected_s(speed, size_bytes)
@@ -264,42 +266,42 @@ def measured(speed: Speed, size_bytes: int, took_s: float) -> Speed:
     return replace(speed, bytes_per_s=_mixed(speed.bytes_per_s, max(size_bytes / moving_s, BYTES_PER_S_MIN)))
 
 
-def at_least(speed: Speed, size_bytes: int, waited_s: float) -> Speed:
+def with_lower_bound(speed: StoreSpeed, size_bytes: int, waited_s: float) -> StoreSpeed:
     """The speed after a call that was given up: it would have taken longer than ``waited_s``."""
     before_s = expected_s(speed, size_bytes)
-    return speed if before_s is not None and before_s > waited_s else measured(speed, size_bytes, 2 * waited_s)
+    return speed if before_s is not None and before_s > waited_s else with_measurement(speed, size_bytes, 2 * waited_s)
 
 
-def hedge_s(speed: Speed, size_bytes: int, pace: Pace) -> float:
+def hedge_s(speed: StoreSpeed, size_bytes: int, limits: ReplicationLimits) -> float:
     """After how long another store is asked too."""
     usual_s = expected_s(speed, size_bytes)
     if usual_s is None:
-        return pace.hedge_s_first
-    return min(pace.hedge_s_max, max(pace.hedge_s_min, usual_s * speed.late))
+        return limits.hedge_s_first
+    return min(limits.hedge_s_max, max(limits.hedge_s_min, usual_s * speed.late))
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class ReadCandidate:
     """A store that could be asked: whether its circuit is closed, how long it would take, and since when it wasn't asked."""
 
-    place: int
+    index: int
     usable: bool
     expected_s: float | None
     idle_s: float
 
 
-def nearest(candidates: Sequence[Candidate], *, prefer: Sequence[int]) -> tuple[int, ...]:
+def read_order(candidates: Sequence[ReadCandidate], *, prefer: Sequence[int]) -> tuple[int, ...]:
     """The places in the order in which to ask: well ones first, then as ``prefer`` says, then the quickest.
 
     A store that was never asked counts as quickest, so that each is measured once.
     """
 
-    def rank(one: Candidate) -> tuple[bool, int, float, int]:
-        wanted = prefer.index(one.place) if one.place in prefer else len(prefer)
+    def rank(one: ReadCandidate) -> tuple[bool, int, float, int]:
+        wanted = prefer.index(one.index) if one.index in prefer else len(prefer)
         waits_s = 0.0 if one.expected_s is None else one.expected_s * 0.5 ** min(one.idle_s / HALF_LIFE_S, 500.0)
-        return not one.usable, wanted, waits_s, one.place
+        return not one.usable, wanted, waits_s, one.index
 
-    return tuple(one.place for one in sorted(candidates, key=rank))
+    return tuple(one.index for one in sorted(candidates, key=rank))
 
 
 def _mixed(before: float | None, new: float) -> float:

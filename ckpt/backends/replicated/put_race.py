@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ckpt.backends.replicated.policy import Pace, Quorum, backoff_s, give_up_s, grace_s, stall_s
+from ckpt.backends.replicated.policy import Quorum, ReplicationLimits, backoff_s, give_up_s, grace_s, stall_s
 
 _T = TypeVar("_T")
 
 
-class Side(enum.Enum):
+class PutState(enum.Enum):
     """How far one store is."""
 
-    OUT = "on its way"
+    SENT = "on its way"
     ACKED = "acknowledged"
-    RESTING = "failed, to be tried again"
+    RETRYING = "failed, to be tried again"
     FAILED = "failed"
-    APART = "not asked"
+    HELD_BACK = "not asked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,95 +32,97 @@ class PutRace:
     quorum: Quorum
     size_bytes: int
     start_s: float
-    sides: tuple[Side, ...]
+    sides: tuple[PutState, ...]
     tries: tuple[int, ...]
     next_s: tuple[float, ...]
     quorum_s: float | None = None
 
-    def at(self, *sides: Side) -> frozenset[int]:
+    def in_state(self, *sides: PutState) -> frozenset[int]:
         """The places that are in one of these states."""
         return frozenset(place for place, side in enumerate(self.sides) if side in sides)
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class SendTo:
     """Hand the bytes to these stores (once more)."""
 
-    places: tuple[int, ...]
+    indexes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class WaitForAck:
     """Wait for an answer until this time, then decide again."""
 
     until_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class PutDone:
     """The object is durable. ``behind`` did not acknowledge it yet."""
 
     behind: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class PutFailed:
     """The quorum cannot be reached now."""
 
 
-def begin(quorum: Quorum, *, size_bytes: int, now_s: float, apart: frozenset[int]) -> PutRace:
+def begin_put(quorum: Quorum, *, size_bytes: int, now_s: float, held_back: frozenset[int]) -> PutRace:
     """A put that is on its way to all stores but those ``apart``."""
-    sides = tuple(Side.APART if place in apart else Side.OUT for place in range(quorum.stores))
+    sides = tuple(PutState.HELD_BACK if place in held_back else PutState.SENT for place in range(quorum.stores))
     zeros = (0,) * quorum.stores
     return PutRace(quorum, size_bytes, now_s, sides, zeros, (now_s,) * quorum.stores)
 
 
-def acked(race: PutRace, place: int, now_s: float) -> PutRace:
+def with_ack(race: PutRace, place: int, now_s: float) -> PutRace:
     """``place`` holds the object."""
-    race = replace(race, sides=_with(race.sides, place, Side.ACKED))
-    if race.quorum_s is None and race.quorum.acknowledged(race.at(Side.ACKED)):
+    race = replace(race, sides=_with(race.sides, place, PutState.ACKED))
+    if race.quorum_s is None and race.quorum.is_write_quorum(race.in_state(PutState.ACKED)):
         race = replace(race, quorum_s=now_s)
     return race
 
 
-def failed(race: PutRace, place: int, now_s: float, *, passing: bool, pace: Pace, jitter: float) -> PutRace:
+def with_failure(
+    race: PutRace, place: int, now_s: float, *, transient: bool, limits: ReplicationLimits, jitter: float
+) -> PutRace:
     """``place`` failed; ``passing``: with what may pass soon. ``jitter`` is a random number in [0, 1)."""
     tries = race.tries[place] + 1
     race = replace(race, tries=_with(race.tries, place, tries))
-    if not passing or tries >= pace.tries_max:
-        return replace(race, sides=_with(race.sides, place, Side.FAILED))
-    again_s = now_s + backoff_s(pace.retry_s_first, pace.retry_s_max, tries, jitter)
-    return replace(race, sides=_with(race.sides, place, Side.RESTING), next_s=_with(race.next_s, place, again_s))
+    if not transient or tries >= limits.tries_max:
+        return replace(race, sides=_with(race.sides, place, PutState.FAILED))
+    again_s = now_s + backoff_s(limits.retry_s_first, limits.retry_s_max, tries, jitter)
+    return replace(race, sides=_with(race.sides, place, PutState.RETRYING), next_s=_with(race.next_s, place, again_s))
 
 
-def given(race: PutRace, places: tuple[int, ...]) -> PutRace:
+def with_sent(race: PutRace, places: tuple[int, ...]) -> PutRace:
     """The bytes were handed to ``places``."""
-    return replace(race, sides=tuple(Side.OUT if p in places else side for p, side in enumerate(race.sides)))
+    return replace(race, sides=tuple(PutState.SENT if p in places else side for p, side in enumerate(race.sides)))
 
 
-def decide(race: PutRace, now_s: float, *, pace: Pace) -> Again | Wait | Done | Failed:
+def decide(race: PutRace, now_s: float, *, limits: ReplicationLimits) -> SendTo | WaitForAck | PutDone | PutFailed:
     """What to do now.
 
     Once durable, stragglers get the grace, and what failed is left to be caught up. Before, stores that were left apart are
     asked too where the others cannot, or take long to, make up the quorum.
     """
     if race.quorum_s is not None:
-        until_s = race.quorum_s + grace_s(pace, race.quorum_s - race.start_s)
-        if not race.at(Side.OUT) or now_s >= until_s:
-            return Done(frozenset(range(race.quorum.stores)) - race.at(Side.ACKED))
-        return Wait(until_s)
-    lost_s = race.start_s + give_up_s(pace, race.size_bytes)
-    apart_s = race.start_s + stall_s(pace, race.size_bytes)
-    possible = race.quorum.acknowledged(race.at(Side.ACKED, Side.OUT, Side.RESTING))
-    apart = tuple(sorted(race.at(Side.APART) & race.quorum.takers))
+        until_s = race.quorum_s + grace_s(limits, race.quorum_s - race.start_s)
+        if not race.in_state(PutState.SENT) or now_s >= until_s:
+            return PutDone(frozenset(range(race.quorum.stores)) - race.in_state(PutState.ACKED))
+        return WaitForAck(until_s)
+    lost_s = race.start_s + give_up_s(limits, race.size_bytes)
+    apart_s = race.start_s + stall_s(limits, race.size_bytes)
+    possible = race.quorum.is_write_quorum(race.in_state(PutState.ACKED, PutState.SENT, PutState.RETRYING))
+    apart = tuple(sorted(race.in_state(PutState.HELD_BACK) & race.quorum.voters))
     if apart and (not possible or now_s >= apart_s):
-        return Again(apart)
+        return SendTo(apart)
     if not possible or now_s >= lost_s:
-        return Failed()
-    if due := tuple(sorted(place for place in race.at(Side.RESTING) if now_s >= race.next_s[place])):
-        return Again(due)
-    times = [race.next_s[place] for place in race.at(Side.RESTING)]
-    return Wait(min([*times, lost_s, *([apart_s] if apart else [])]))
+        return PutFailed()
+    if due := tuple(sorted(place for place in race.in_state(PutState.RETRYING) if now_s >= race.next_s[place])):
+        return SendTo(due)
+    times = [race.next_s[place] for place in race.in_state(PutState.RETRYING)]
+    return WaitForAck(min([*times, lost_s, *([apart_s] if apart else [])]))
 
 
 def _with(values: tuple[_T, ...], place: int, value: _T) -> tuple[_T, ...]:
@@ -131,7 +133,7 @@ def _with(values: tuple[_T, ...], place: int, value: _T) -> tuple[_T, ...]:
 # returned. Pure.
 
 
-class How(enum.Enum):
+class Handover(enum.Enum):
     """Ways to hand over bytes."""
 
     AS_IS = "as they are"
@@ -147,38 +149,40 @@ class How(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Taker:
+class PutTarget:
     """A store to be written to: circuit closed, room in its queue, takes lent memory, how long this put would take it."""
 
     usable: bool
-    room: bool
+    has_room: bool
     borrows: bool
     expected_s: float | None
 
 
-def feed(takers: Sequence[Taker], quorum: Quorum, *, immutable: bool, pace: Pace) -> tuple[How, ...]:
+def plan_handover(
+    takers: Sequence[PutTarget], quorum: Quorum, *, immutable: bool, limits: ReplicationLimits
+) -> tuple[Handover, ...]:
     """How each of ``takers`` gets the bytes, by place. ``immutable``: nobody can change the caller's buffers.
 
     Lent memory saves the copy, but a store that is slower than the grace would be cut off each time, after much work.
     """
-    limit_s = _limit_s(takers, quorum, pace)
+    limit_s = _limit_s(takers, quorum, limits)
 
-    def how(one: Taker) -> How:
+    def how(one: PutTarget) -> Handover:
         slow = one.expected_s is not None and one.expected_s > limit_s
-        if not one.usable or not one.room:
-            return How.LATER
+        if not one.usable or not one.has_room:
+            return Handover.LATER
         if immutable:
-            return How.AS_IS
+            return Handover.AS_IS
         if slow:
-            return How.SPARED
-        return How.LENT if one.borrows else How.COPIED
+            return Handover.SPARED
+        return Handover.LENT if one.borrows else Handover.COPIED
 
     return tuple(how(one) for one in takers)
 
 
-def _limit_s(takers: Sequence[Taker], quorum: Quorum, pace: Pace) -> float:
+def _limit_s(takers: Sequence[PutTarget], quorum: Quorum, pace: ReplicationLimits) -> float:
     """How long a store may take to be done before the grace is over."""
-    counting = [takers[place] for place in sorted(quorum.takers) if takers[place].usable]
+    counting = [takers[place] for place in sorted(quorum.voters) if takers[place].usable]
     times = sorted(one.expected_s or 0.0 for one in counting)
     if len(times) < quorum.write:
         return float("inf")

@@ -9,10 +9,10 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ckpt.backends.replicated.policy import Pace, Quorum, backoff_s
+from ckpt.backends.replicated.policy import Quorum, ReplicationLimits, backoff_s
 
 
-class Found(enum.Enum):
+class ReadResult(enum.Enum):
     """What one store had."""
 
     RIGHT = "right"
@@ -22,7 +22,7 @@ class Found(enum.Enum):
     SILENT = "no answer"
 
 
-class Verdict(enum.Enum):
+class ReadFailure(enum.Enum):
     """Why there is nothing to deliver."""
 
     NOT_FOUND = "not-found"
@@ -31,7 +31,7 @@ class Verdict(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PendingRead:
     """A question on its way: to whom, when it is late enough to ask another one, when it counts as unanswered."""
 
     late_s: float
@@ -45,101 +45,105 @@ class ReadRace:
     quorum: Quorum
     order: tuple[int, ...]
     usable: frozenset[int]
-    asked: Mapping[int, Asked]
-    found: Mapping[int, Found]
+    asked: Mapping[int, PendingRead]
+    found: Mapping[int, ReadResult]
     rounds: int = 1
     again_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class AskStore:
     """Ask this store now."""
 
-    place: int
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class WaitForRead:
     """Wait for an answer until this time, then decide again."""
 
     until_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Deliver:
+class DeliverRead:
     """The bytes of this store are right."""
 
-    place: int
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class GiveUpRead:
     """No store has right bytes, and why."""
 
-    verdict: Verdict
+    failure: ReadFailure
 
 
-def begin(quorum: Quorum, order: tuple[int, ...], usable: frozenset[int]) -> ReadRace:
+def begin_read(quorum: Quorum, order: tuple[int, ...], usable: frozenset[int]) -> ReadRace:
     """A read that has asked nobody yet."""
     return ReadRace(quorum, order, usable, {}, {})
 
 
-def asked(race: ReadRace, place: int, *, late_s: float, lost_s: float) -> ReadRace:
+def with_asked(race: ReadRace, place: int, *, late_s: float, lost_s: float) -> ReadRace:
     """``place`` was asked; the two times are as in Asked."""
-    return replace(race, asked={**race.asked, place: Asked(late_s, lost_s)})
+    return replace(race, asked={**race.asked, place: PendingRead(late_s, lost_s)})
 
 
-def heard(race: ReadRace, place: int, found: Found) -> ReadRace:
+def with_result(race: ReadRace, place: int, found: ReadResult) -> ReadRace:
     """``place`` answered, or will not."""
     left = {other: when for other, when in race.asked.items() if other != place}
     return replace(race, asked=left, found={**race.found, place: found})
 
 
-def decide(race: ReadRace, now_s: float, *, pace: Pace, jitter: float) -> tuple[ReadRace, Ask | Wait | Deliver | Lost]:
+def decide(
+    race: ReadRace, now_s: float, *, limits: ReplicationLimits, jitter: float
+) -> tuple[ReadRace, AskStore | WaitForRead | DeliverRead | GiveUpRead]:
     """What to do now, and the race as it is then. ``jitter`` is a random number in [0, 1)."""
-    if right := [place for place, found in race.found.items() if found is Found.RIGHT]:
-        return race, Deliver(right[0])
+    if right := [place for place, found in race.found.items() if found is ReadResult.RIGHT]:
+        return race, DeliverRead(right[0])
     for place, when in race.asked.items():
         if now_s >= when.lost_s:
-            race = heard(race, place, Found.SILENT)
-    missing = {place for place, found in race.found.items() if found is Found.MISSING}
-    nowhere = race.quorum.absent(missing) and not _damaged(race)
+            race = with_result(race, place, ReadResult.SILENT)
+    missing = {place for place, found in race.found.items() if found is ReadResult.MISSING}
+    nowhere = race.quorum.proves_absent(missing) and not _damaged(race)
     fresh = [place for place in race.order if place not in race.asked and place not in race.found]
     if nowhere:
         # A copy beyond the quorum is still looked for, where looking costs little.
         fresh = [place for place in fresh if place in race.usable]
     in_time = [when.late_s for when in race.asked.values() if now_s < when.late_s]
     if fresh and (missing or not in_time):
-        return race, Ask(fresh[0])
+        return race, AskStore(fresh[0])
     if race.asked and (in_time or not nowhere):
         times = in_time if fresh or nowhere else [when.lost_s for when in race.asked.values()]
-        return race, Wait(min(times))
-    return _end(race, now_s, pace=pace, jitter=jitter)
+        return race, WaitForRead(min(times))
+    return _end(race, now_s, pace=limits, jitter=jitter)
 
 
-def _end(race: ReadRace, now_s: float, *, pace: Pace, jitter: float) -> tuple[ReadRace, Ask | Wait | Lost]:
+def _end(
+    race: ReadRace, now_s: float, *, pace: ReplicationLimits, jitter: float
+) -> tuple[ReadRace, AskStore | WaitForRead | GiveUpRead]:
     """All who are worth asking have answered or are late."""
     verdict = _verdict(race)
-    silent = [place for place in race.order if race.found.get(place) is Found.SILENT]
-    if verdict is not Verdict.UNAVAILABLE or not silent or race.rounds >= pace.tries_max:
-        return race, Lost(verdict)
+    silent = [place for place in race.order if race.found.get(place) is ReadResult.SILENT]
+    if verdict is not ReadFailure.UNAVAILABLE or not silent or race.rounds >= pace.tries_max:
+        return race, GiveUpRead(verdict)
     if race.again_s is None:
         again_s = now_s + backoff_s(pace.retry_s_first, pace.retry_s_max, race.rounds, jitter)
-        return replace(race, again_s=again_s), Wait(again_s)
+        return replace(race, again_s=again_s), WaitForRead(again_s)
     if now_s < race.again_s:
-        return race, Wait(race.again_s)
-    found = {place: what for place, what in race.found.items() if what is not Found.SILENT}
+        return race, WaitForRead(race.again_s)
+    found = {place: what for place, what in race.found.items() if what is not ReadResult.SILENT}
     race = replace(race, found=found, rounds=race.rounds + 1, again_s=None)
-    return race, Ask(silent[0])
+    return race, AskStore(silent[0])
 
 
-def _verdict(race: ReadRace) -> Verdict:
-    missing = {place for place, found in race.found.items() if found is Found.MISSING}
-    silent = len(race.found) < race.quorum.stores or Found.SILENT in race.found.values()
+def _verdict(race: ReadRace) -> ReadFailure:
+    missing = {place for place, found in race.found.items() if found is ReadResult.MISSING}
+    silent = len(race.found) < race.quorum.stores or ReadResult.SILENT in race.found.values()
     if _damaged(race):
-        return Verdict.UNAVAILABLE if silent else Verdict.DAMAGED
-    return Verdict.NOT_FOUND if race.quorum.absent(missing) else Verdict.UNAVAILABLE
+        return ReadFailure.UNAVAILABLE if silent else ReadFailure.DAMAGED
+    return ReadFailure.NOT_FOUND if race.quorum.proves_absent(missing) else ReadFailure.UNAVAILABLE
 
 
 def _damaged(race: ReadRace) -> bool:
-    return any(found in (Found.WRONG, Found.SHORT) for found in race.found.values())
+    return any(found in (ReadResult.WRONG, ReadResult.SHORT) for found in race.found.values())

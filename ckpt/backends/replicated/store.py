@@ -13,14 +13,14 @@ from ckpt.backends.base import Backend, Buffer, Capabilities, Stat, check_key, c
 from ckpt.backends.checked import Check
 from ckpt.backends.replicated import read as looks
 from ckpt.backends.replicated import read as reads
-from ckpt.backends.replicated.buffers import BUDGET_BYTES, immutable
-from ckpt.backends.replicated.group import Group, Member
-from ckpt.backends.replicated.ledger import Proof
-from ckpt.backends.replicated.policy import Pace, counting_only, quorum_of
-from ckpt.backends.replicated.put import Put
-from ckpt.backends.replicated.repair import Caretaker
+from ckpt.backends.replicated.buffers import BUDGET_BYTES, is_immutable
+from ckpt.backends.replicated.group import StoreGroup, StoreReplica
+from ckpt.backends.replicated.ledger import VerifiedRange
+from ckpt.backends.replicated.policy import ReplicationLimits, quorum_of, with_counting
+from ckpt.backends.replicated.put import QuorumPut
+from ckpt.backends.replicated.repair import RepairThread
 from ckpt.errors import CkptError, KeyExistsError, UsageError
-from ckpt.events import Tell
+from ckpt.events import Emit
 from ckpt.format.canonical import digest
 
 # Create an object once over several stores: whoever creates it in the first of them goes on to
@@ -31,17 +31,17 @@ from ckpt.format.canonical import digest
 # store that is, at most one reaches the quorum.
 
 
-def create(group: Group, key: str, data: Sequence[Buffer]) -> None:
+def create(group: StoreGroup, key: str, data: Sequence[Buffer]) -> None:
     """Store ``data`` at ``key`` in a quorum of stores where the key is new. Copies what could change: meant for records.
 
     Raises KeyExistsError where another object came first, and what ``Put.run`` raises; after that the object may lie in some
     stores, and the key stays taken.
     """
-    body = tuple(data) if immutable(data) else (b"".join(data),)
+    body = tuple(data) if is_immutable(data) else (b"".join(data),)
     failed: dict[int, CkptError] = {}
     winner: frozenset[int] = frozenset()
-    usable = {member.place for member in group.members if member.writing.circuit.usable}
-    for place in sorted(group.quorum.takers, key=lambda at: (at in group.quorum.silent, at not in usable, at)):
+    usable = {member.index for member in group.replicas if member.writing.circuit.usable}
+    for place in sorted(group.quorum.voters, key=lambda at: (at in group.quorum.silent, at not in usable, at)):
         answer = group.ask([place], lambda member: _create(member, key, body), side=lambda m: m.writing, key=key)[place]
         if isinstance(answer, KeyExistsError):
             raise answer
@@ -50,16 +50,16 @@ def create(group: Group, key: str, data: Sequence[Buffer]) -> None:
             break
         failed[place] = answer
     joined = b"".join(body)
-    proof = Proof(0, len(joined), digest(joined), whole=True)
-    Put(group, key, body, how=_create_or_same, proof=proof).run(holders=winner, failed=failed)
+    proof = VerifiedRange(0, len(joined), digest(joined), whole=True)
+    QuorumPut(group, key, body, write=_create_or_same, verified=proof).run(holders=winner, failed=failed)
 
 
-def _create(member: Member, key: str, data: Sequence[Buffer]) -> bool:
+def _create(member: StoreReplica, key: str, data: Sequence[Buffer]) -> bool:
     member.write(sum(len(one) for one in data), lambda: member.store.put(key, data, create_only=True))
     return True
 
 
-def _create_or_same(member: Member, key: str, data: Sequence[Buffer]) -> None:
+def _create_or_same(member: StoreReplica, key: str, data: Sequence[Buffer]) -> None:
     """As a create; but bytes that are there already and the same are as good as created."""
     try:
         member.store.put(key, data, create_only=True)
@@ -77,12 +77,12 @@ def _create_or_same(member: Member, key: str, data: Sequence[Buffer]) -> None:
 CLOSE_S = 10.0
 """How long ``close`` waits for what is still on its way. It is durable already, so an exit need not wait for more."""
 
-HASTEN_S = 0.5
+CATCH_UP_POLL_S = 0.5
 """How often a store that does not answer is tried while somebody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Behind:
+class StoreBacklog:
     """What one store is known to miss. ``overflow``: also objects that are not remembered; a scrub finds them."""
 
     url: str
@@ -101,22 +101,22 @@ class ReplicatedBackend:
     """
 
     def __init__(
-        self, stores: Sequence[Backend], *, write_quorum: int | None = None, tell: Tell, prefer: Sequence[int] = (),
-        pace: Pace | None = None, budget_bytes: int = BUDGET_BYTES, seed: int | None = None,
+        self, stores: Sequence[Backend], *, write_quorum: int | None = None, emit: Emit, prefer: Sequence[int] = (),
+        limits: ReplicationLimits | None = None, budget_bytes: int = BUDGET_BYTES, seed: int | None = None,
     ) -> None:  # fmt: skip
         self._stores = tuple(stores)
         self._quorum = quorum_of(len(self._stores), write_quorum)
         if len({id(store) for store in self._stores}) < len(self._stores):
             raise UsageError("a store is named twice; a second copy in the same place protects from nothing")
-        counting_only(self._quorum, prefer)  # the places exist
-        self._tell = tell
+        with_counting(self._quorum, prefer)  # the places exist
+        self._tell = emit
         self._prefer = tuple(prefer)
-        self._pace = pace or Pace()
+        self._pace = limits or ReplicationLimits()
         self._budget_bytes = budget_bytes
         self._seed = seed
         self._closed = False
         self._starting = threading.Lock()
-        self._engine: _Engine | None = None
+        self._engine: _ProcessState | None = None
         _LIVING.add(self)
 
     @property
@@ -136,7 +136,7 @@ class ReplicatedBackend:
 
     def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         """See Replicated. Raises UsageError for a place that is none."""
-        self._quorum = counting_only(self._quorum, full, silent)
+        self._quorum = with_counting(self._quorum, full, silent)
         if self._engine is not None:
             self._engine.group.count_only(self._quorum)
 
@@ -161,7 +161,7 @@ class ReplicatedBackend:
         check_key(key)
         group = self._group()
         if not create_only:
-            Put(group, key, data).run()
+            QuorumPut(group, key, data).run()
             return
         if not self.capabilities().create_only:
             raise UsageError(
@@ -194,11 +194,11 @@ class ReplicatedBackend:
         """See Backend: from all stores. Raises, naming them, where some could not be asked."""
         looks.delete(self._group(), check_key(key))
 
-    def behind(self) -> tuple[Behind, ...]:
+    def behind(self) -> tuple[StoreBacklog, ...]:
         """What each store is known to miss, in the order of the stores."""
         group = self._group()
         return tuple(
-            Behind(store.url, group.behind(place), group.ledger.scrub[place])
+            StoreBacklog(store.url, group.behind(place), group.ledger.scrub[place])
             for place, store in enumerate(self._stores)
         )
 
@@ -213,9 +213,9 @@ class ReplicatedBackend:
             left_s = until_s - time.monotonic()
             if left_s <= 0 or any(engine.group.ledger.scrub):
                 return False
-            engine.caretaker.hasten()
+            engine.caretaker.repair_now()
             with engine.group.change:
-                engine.group.change.wait_for(engine.group.caught_up, min(left_s, HASTEN_S))
+                engine.group.change.wait_for(engine.group.caught_up, min(left_s, CATCH_UP_POLL_S))
         return True
 
     def scrubbed(self, place: int) -> None:
@@ -232,16 +232,16 @@ class ReplicatedBackend:
         for store in self._stores:
             store.close()
 
-    def _reader(self, key: str, offset_bytes: int) -> Group:
+    def _reader(self, key: str, offset_bytes: int) -> StoreGroup:
         check_key(key)
         if offset_bytes < 0:
             raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
         return self._group()
 
-    def _group(self) -> Group:
+    def _group(self) -> StoreGroup:
         return self._live().group
 
-    def _live(self) -> _Engine:
+    def _live(self) -> _ProcessState:
         """This process's threads. They do not survive a fork, so a child makes its own."""
         if self._closed:
             raise UsageError(f"the store is closed. stores={self.url}; open it again")
@@ -253,17 +253,17 @@ class ReplicatedBackend:
                 engine = self._engine
         return engine
 
-    def _new_engine(self) -> _Engine:
-        group = Group(
+    def _new_engine(self) -> _ProcessState:
+        group = StoreGroup(
             self._stores,
             self._quorum,
             prefer=self._prefer,
-            pace=self._pace,
+            limits=self._pace,
             budget_bytes=self._budget_bytes,
             seed=self._seed,
-            tell=self._tell,
+            emit=self._tell,
         )
-        return _Engine(group, Caretaker(group))
+        return _ProcessState(group, RepairThread(group))
 
     def _restart(self) -> None:
         self._starting = threading.Lock()
@@ -271,18 +271,18 @@ class ReplicatedBackend:
 
 
 @dataclass(frozen=True, slots=True)
-class _Engine:
+class _ProcessState:
     """What one process runs."""
 
-    group: Group
-    caretaker: Caretaker
+    group: StoreGroup
+    caretaker: RepairThread
 
     def close(self, until_s: float) -> None:
         """Take no more work, and wait for what was taken."""
         self.caretaker.close(max(0.0, until_s - time.monotonic()))
-        for member in self.group.members:
+        for member in self.group.replicas:
             for side in (member.writing, member.reading):
-                side.lane.close(max(0.0, until_s - time.monotonic()))
+                side.threads.close(max(0.0, until_s - time.monotonic()))
 
 
 _LIVING: weakref.WeakSet[ReplicatedBackend] = weakref.WeakSet()

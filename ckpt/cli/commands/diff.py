@@ -10,10 +10,10 @@ import numpy as np
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.numbers import is_numeric, readable
 from ckpt.cli.output import human_bytes, table
-from ckpt.cli.store_options import StoreChoice, id_json, opened, parse_reference, store_command
+from ckpt.cli.store_options import StoreChoice, id_json, open_store, parse_reference, store_command
 from ckpt.format.index import SnapshotIndex
 from ckpt.log.catalog import load_index
-from ckpt.restore.reader import SnapshotReader, Values, numpy_dtype, size_bytes
+from ckpt.restore.reader import LeafValues, SnapshotReader, numpy_dtype, size_bytes
 from ckpt.values import Leaf, LeafKind
 
 WINDOW_BYTES = 32 << 20
@@ -36,11 +36,11 @@ for objects, and where a difference is not a number.
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class LeafChange:
     """How one leaf differs. ``changed_bytes`` counts chunks whose digests differ, or the whole leaf."""
 
     leaf: Leaf
-    what: str
+    kind: str
     changed_bytes: int
     max_abs_diff: float | None = None
 
@@ -57,7 +57,7 @@ def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
 
     A and B are each a step, epoch:step, a tag, or 'newest'.
     """
-    with opened(choice) as store:
+    with open_store(choice) as store:
         first, second = (parse_reference(store.state, text) for text in (a, b))
         old, new = (load_index(store.backend, store.state, one) for one in (first, second))
         changes, unchanged = compare(old, new)
@@ -82,42 +82,42 @@ def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
             click.echo(f"changed: {human_bytes(changed_bytes)}")
 
 
-def compare(old: SnapshotIndex, new: SnapshotIndex) -> tuple[list[Change], int]:
+def compare(old: SnapshotIndex, new: SnapshotIndex) -> tuple[list[LeafChange], int]:
     """The leaves that differ, by name, and how many do not. Pure; looks at records only."""
     before = {(leaf.name, leaf.rank): leaf for leaf in old.leaves()}
     after = {(leaf.name, leaf.rank): leaf for leaf in new.leaves()}
-    changes: list[Change] = []
+    changes: list[LeafChange] = []
     for key in sorted(before.keys() | after.keys(), key=lambda key: (key[0], -1 if key[1] is None else key[1])):
         was, now = before.get(key), after.get(key)
         if was is None and now is not None:
-            changes.append(Change(now, "added", size_bytes(now)))
+            changes.append(LeafChange(now, "added", size_bytes(now)))
         elif now is None and was is not None:
-            changes.append(Change(was, "removed", size_bytes(was)))
+            changes.append(LeafChange(was, "removed", size_bytes(was)))
         elif was is not None and now is not None and (change := _change(old, new, was, now)) is not None:
             changes.append(change)
     return changes, len(before.keys() | after.keys()) - len(changes)
 
 
-def _change(old: SnapshotIndex, new: SnapshotIndex, was: Leaf, now: Leaf) -> Change | None:
+def _change(old: SnapshotIndex, new: SnapshotIndex, was: Leaf, now: Leaf) -> LeafChange | None:
     if (was.kind, was.dtype, was.shape) != (now.kind, now.dtype, now.shape):
         what = "changed" if was.kind is now.kind is LeafKind.OBJECT else "retyped"
-        return Change(now, what, size_bytes(now))
+        return LeafChange(now, what, size_bytes(now))
     before = {shard.box: shard for shard in old.shards(was.name, was.rank)}
     after = {shard.box: shard for shard in new.shards(now.name, now.rank)}
     if before.keys() != after.keys():
-        return Change(now, "relaid", size_bytes(now))
+        return LeafChange(now, "relaid", size_bytes(now))
     changed_bytes = sum(
         place.raw_bytes
         for box, shard in after.items()
         for mine, digest, place in zip(before[box].digests, shard.digests, shard.locations, strict=True)
         if mine != digest
     )
-    return Change(now, "changed", changed_bytes) if changed_bytes else None
+    return LeafChange(now, "changed", changed_bytes) if changed_bytes else None
 
 
-def _with_values(change: Change, left: SnapshotReader, right: SnapshotReader) -> Change:
+def _with_values(change: LeafChange, left: SnapshotReader, right: SnapshotReader) -> LeafChange:
     leaf = change.leaf
-    if change.what not in ("changed", "relaid") or leaf.kind is LeafKind.OBJECT or not is_numeric(leaf.dtype):
+    if change.kind not in ("changed", "relaid") or leaf.kind is LeafKind.OBJECT or not is_numeric(leaf.dtype):
         return change
     before, after = left.index.leaf(leaf.name, leaf.rank), right.index.leaf(leaf.name, leaf.rank)
     assert before is not None
@@ -128,20 +128,20 @@ def _with_values(change: Change, left: SnapshotReader, right: SnapshotReader) ->
         left.stream([before], window_bytes=WINDOW_BYTES), right.stream([after], window_bytes=WINDOW_BYTES), strict=True
     )
     for mine, theirs in pieces:
-        one, other = (readable(Values(np.frombuffer(piece.data, carrier), leaf.dtype)) for piece in (mine, theirs))
+        one, other = (readable(LeafValues(np.frombuffer(piece.data, carrier), leaf.dtype)) for piece in (mine, theirs))
         # Equal bits first: infinities in the same place differ by nothing.
         with np.errstate(invalid="ignore"):
             gap = np.where(one == other, 0.0, np.abs(one.astype(np.float64) - other.astype(np.float64)))
         both_nan = (one != one) & (other != other)  # noqa: PLR0124
         greatest = float(np.maximum(greatest, np.max(np.where(both_nan, 0.0, gap), initial=0.0)))
-    return Change(leaf, change.what, change.changed_bytes, greatest)
+    return LeafChange(leaf, change.kind, change.changed_bytes, greatest)
 
 
-def _print(changes: list[Change], by_values: bool) -> None:
+def _print(changes: list[LeafChange], by_values: bool) -> None:
     columns = ("CHANGE", "LEAF", "RANK", "BYTES", "OF") + (("MAX |A-B|",) if by_values else ())
     rows = [
         (
-            change.what,
+            change.kind,
             change.leaf.name,
             "all" if change.leaf.rank is None else str(change.leaf.rank),
             human_bytes(change.changed_bytes),
@@ -153,11 +153,11 @@ def _print(changes: list[Change], by_values: bool) -> None:
     table(columns, rows, right=frozenset(("RANK", "BYTES", "OF", "MAX |A-B|")))
 
 
-def _json(change: Change) -> JsonValue:
+def _json(change: LeafChange) -> JsonValue:
     return {
         "name": change.leaf.name,
         "rank": change.leaf.rank,
-        "change": change.what,
+        "change": change.kind,
         "size_bytes": size_bytes(change.leaf),
         "changed_bytes": change.changed_bytes,
         "max_abs_diff": change.max_abs_diff,

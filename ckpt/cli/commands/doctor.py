@@ -10,10 +10,10 @@ import click
 from ckpt.backends.open import open_backend
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, table
-from ckpt.cli.store_options import UrlList, urls_command
+from ckpt.cli.store_options import StoreList, urls_command
 from ckpt.errors import UsageError
-from ckpt.maintenance.doctor.findings import Advice, Judgement, StoreFindings, judge
-from ckpt.maintenance.doctor.probe import Patient, examine
+from ckpt.maintenance.doctor.findings import Advice, Assessment, StoreFindings, assess
+from ckpt.maintenance.doctor.probe import ExaminedStore, examine
 
 LARGE_MIB_MAX = 64
 
@@ -50,7 +50,7 @@ JSON: {"ok", "write_quorum", "answers_min", "stores": [{"url", "failures",
     show_default=True,
     help="MiB of the object that the throughput is measured with.",
 )
-def command(choice: UrlList, *, size_mib: int) -> int:
+def command(choice: StoreList, *, size_mib: int) -> int:
     """Examine the stores at URL...: what each can do, how fast, what is in it, and whether they will do together.
 
     Puts, reads, lists and deletes some twenty small objects and a large one below probe/ in each store, and removes
@@ -60,13 +60,13 @@ def command(choice: UrlList, *, size_mib: int) -> int:
         raise UsageError(
             "an examination needs no key: what it writes is noise, and the log is not encrypted. leave it out"
         )
-    patients: list[Patient] = []
+    patients: list[ExaminedStore] = []
     with ExitStack() as stack:
         for url, options in zip(choice.urls, choice.options, strict=True):
             again = partial(open_backend, url, options)
-            patients.append(Patient(stack.enter_context(closing(again())), again))
+            patients.append(ExaminedStore(stack.enter_context(closing(again())), again))
         findings = examine(patients, large_bytes=size_mib << 20)
-    judged = judge(findings, choice.write_quorum)
+    judged = assess(findings, choice.write_quorum)
     if choice.as_json:
         emit_json(_json(findings, judged))
     else:
@@ -74,7 +74,7 @@ def command(choice: UrlList, *, size_mib: int) -> int:
     return judged.exit_code
 
 
-def _print(findings: list[StoreFindings], judged: Judgement) -> None:
+def _print(findings: list[StoreFindings], judged: Assessment) -> None:
     columns = ("", "STORE", "HOLDS", "CREATES ONCE", "PUT", "READ", "LIST", "UP", "DOWN", "FREE")
     rows = [
         (
@@ -118,7 +118,7 @@ def _speed(bytes_per_s: float | None) -> str:
     return "-" if bytes_per_s is None else f"{human_bytes(round(bytes_per_s))}/s"
 
 
-def _json(findings: list[StoreFindings], judged: Judgement) -> JsonValue:
+def _json(findings: list[StoreFindings], judged: Assessment) -> JsonValue:
     return {
         "ok": judged.ok,
         "write_quorum": judged.write_quorum,

@@ -10,12 +10,12 @@ import click
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
 from ckpt.cli.output import human_bytes, human_time, table
-from ckpt.cli.store_options import Store, StoreChoice, UrlList, id_json, opened, urls_command
+from ckpt.cli.store_options import OpenStore, StoreChoice, StoreList, id_json, open_store, urls_command
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.drop import drop, look
-from ckpt.maintenance.gc.plan import GcPlan, Verdict
-from ckpt.maintenance.gc.sweep import GRACE_S, StoreSweep, SweepReport, referred, sweep
+from ckpt.maintenance.gc.drop import drop, preview
+from ckpt.maintenance.gc.plan import GcPlan, ObjectStatus
+from ckpt.maintenance.gc.sweep import GRACE_S, StoreSweep, SweepReport, snapshot_references, sweep
 from ckpt.maintenance.retention import KeepPolicy, duration_s, duration_text, parse_policy
 from ckpt.values import SnapshotId
 
@@ -56,7 +56,7 @@ held, foreign, garbage.
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
+class _GcRequest:
     """What the command line asks for."""
 
     policy: KeepPolicy | None
@@ -76,27 +76,27 @@ class _Wish:
     help="How long the bytes of dropped snapshots stay, by the stores' clocks, for restores in progress.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def command(urls: UrlList, *, keep: str | None, dry_run: bool, grace: str, yes: bool) -> int:
+def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes: bool) -> int:
     """Drop the snapshots of the job at URL... that --keep does not keep, then delete bytes that nothing needs.
 
     A drop is a record: what it names can't be restored any more. Its bytes go when the grace is over, in a later run. Safe
     beside a job that trains. Name every store of the job, or those left out keep their bytes.
     """
-    wish = _Wish(None if keep is None else parse_policy(keep), duration_s(grace), dry_run, yes)
+    wish = _GcRequest(None if keep is None else parse_policy(keep), duration_s(grace), dry_run, yes)
     choice = StoreChoice(
         urls.urls[0], urls.storage_options, urls.as_json, replicas=urls.urls[1:], write_quorum=urls.write_quorum,
         encryption_key=urls.encryption_key,
     )  # fmt: skip
-    with opened(choice) as store:
+    with open_store(choice) as store:
         now_unix_s = time.time()
-        plan = look(store.backend, store.state, wish.policy, now_unix_s=now_unix_s)
+        plan = preview(store.backend, store.state, wish.policy, now_unix_s=now_unix_s)
         if not choice.as_json:
             _print_plan(plan)
         if dry_run:
             report = _rehearse(store, plan, wish)
         else:
             _ask(choice, store, plan, wish)
-            plan, state = drop(store.backend, store.journal, wish.policy, now_unix_s=now_unix_s, agreed=plan)
+            plan, state = drop(store.backend, store.journal, wish.policy, now_unix_s=now_unix_s, approved=plan)
             report = sweep(store.backend, state, grace_s=wish.grace_s)
         if choice.as_json:
             emit_json(_json(store, plan, report, wish))
@@ -107,7 +107,7 @@ def command(urls: UrlList, *, keep: str | None, dry_run: bool, grace: str, yes: 
         return 0 if report.ok else UnavailableError.exit_code
 
 
-def _ask(choice: StoreChoice, store: Store, plan: GcPlan, wish: _Wish) -> None:
+def _ask(choice: StoreChoice, store: OpenStore, plan: GcPlan, wish: _GcRequest) -> None:
     if not plan.drops or wish.yes:
         return
     if choice.as_json:
@@ -116,7 +116,7 @@ def _ask(choice: StoreChoice, store: Store, plan: GcPlan, wish: _Wish) -> None:
     click.confirm(f"Drop {many} of {store.backend.url}? They cannot be restored afterwards.", abort=True, err=True)
 
 
-def _rehearse(store: Store, plan: GcPlan, wish: _Wish) -> SweepReport:
+def _rehearse(store: OpenStore, plan: GcPlan, wish: _GcRequest) -> SweepReport:
     """What a sweep would find after the drop. The clock is this machine's: asking the stores' would write to them."""
     going = frozenset(plan.drops)
     before = store.state
@@ -126,7 +126,7 @@ def _rehearse(store: Store, plan: GcPlan, wish: _Wish) -> SweepReport:
         store.backend,
         after,
         grace_s=wish.grace_s,
-        going=referred(store.backend, gone),
+        about_to_drop=snapshot_references(store.backend, gone),
         dry_run=True,
         clock=lambda _: time.time(),
     )
@@ -159,7 +159,7 @@ def _print_plan(plan: GcPlan) -> None:
     )
 
 
-def _print_report(plan: GcPlan, report: SweepReport, wish: _Wish) -> None:
+def _print_report(plan: GcPlan, report: SweepReport, wish: _GcRequest) -> None:
     if plan.drops:
         click.echo(f"{'would drop' if wish.dry_run else 'dropped'} {len(plan.drops)} of {len(plan.judged)} snapshots")
     for one in report.stores:
@@ -170,22 +170,22 @@ def _print_report(plan: GcPlan, report: SweepReport, wish: _Wish) -> None:
         warn(f"no pack is deleted, for nobody knows which ones {held.snapshot} needs: {held.problem}")
 
 
-def _done(one: StoreSweep, wish: _Wish) -> str:
-    going = (one.objects[Verdict.GARBAGE], one.size_bytes[Verdict.GARBAGE])
+def _done(one: StoreSweep, wish: _GcRequest) -> str:
+    going = (one.objects[ObjectStatus.GARBAGE], one.size_bytes[ObjectStatus.GARBAGE])
     count, size = going if wish.dry_run else (one.deleted, one.deleted_bytes)
     words = [f"{'would delete' if wish.dry_run else 'deleted'} {count} objects, {human_bytes(size)}"]
-    waiting = one.size_bytes[Verdict.GRACE] + one.size_bytes[Verdict.YOUNG]
+    waiting = one.size_bytes[ObjectStatus.GRACE] + one.size_bytes[ObjectStatus.YOUNG]
     if waiting:
         words.append(f"{human_bytes(waiting)} go when the grace of {duration_text(wish.grace_s)} is over")
-    if one.size_bytes[Verdict.OPEN]:
-        words.append(f"{human_bytes(one.size_bytes[Verdict.OPEN])} of snapshots that may still be committed")
-    if one.size_bytes[Verdict.HELD]:
-        words.append(f"{human_bytes(one.size_bytes[Verdict.HELD])} held back")
-    words.append(f"{human_bytes(one.size_bytes[Verdict.LIVE])} needed")
+    if one.size_bytes[ObjectStatus.OPEN]:
+        words.append(f"{human_bytes(one.size_bytes[ObjectStatus.OPEN])} of snapshots that may still be committed")
+    if one.size_bytes[ObjectStatus.HELD]:
+        words.append(f"{human_bytes(one.size_bytes[ObjectStatus.HELD])} held back")
+    words.append(f"{human_bytes(one.size_bytes[ObjectStatus.LIVE])} needed")
     return "; ".join(words)
 
 
-def _json(store: Store, plan: GcPlan, report: SweepReport, wish: _Wish) -> JsonValue:
+def _json(store: OpenStore, plan: GcPlan, report: SweepReport, wish: _GcRequest) -> JsonValue:
     return {
         "url": store.backend.url,
         "dry_run": wish.dry_run,
@@ -211,8 +211,8 @@ def _json(store: Store, plan: GcPlan, report: SweepReport, wish: _Wish) -> JsonV
                 "url": one.url,
                 "deleted": one.deleted,
                 "deleted_bytes": one.deleted_bytes,
-                "objects": {verdict.value: one.objects[verdict] for verdict in Verdict},
-                "size_bytes": {verdict.value: one.size_bytes[verdict] for verdict in Verdict},
+                "objects": {verdict.value: one.objects[verdict] for verdict in ObjectStatus},
+                "size_bytes": {verdict.value: one.size_bytes[verdict] for verdict in ObjectStatus},
                 "problem": one.problem or None,
             }
             for one in report.stores

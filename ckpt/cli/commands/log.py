@@ -10,7 +10,7 @@ from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import table
-from ckpt.cli.store_options import StoreChoice, id_json, opened, store_command
+from ckpt.cli.store_options import StoreChoice, id_json, open_store, store_command
 from ckpt.format.keys import log_key
 from ckpt.format.records import RECORD_BYTES_MAX, Body, Commit, Drop, Open, Record, Stores, Tag, Untag, decode_record
 from ckpt.log.fold import empty, fold
@@ -21,26 +21,26 @@ from ckpt.log.state import RECENT_MAX, LogState, Void
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LogEntry:
     """One record, and why it is void (None: it counts)."""
 
     record: Record
     void: Void | None
 
 
-def history(backend: Backend, state: LogState) -> list[Entry]:
+def history(backend: Backend, state: LogState) -> list[LogEntry]:
     """All records that ``state`` folded, oldest first. Reads each of them; a stored fold is no help here.
 
     Raises NotFoundError or IntegrityError where a record that lies under a stored fold is gone or damaged.
     """
-    entries: list[Entry] = []
+    entries: list[LogEntry] = []
     at = empty(state.job)
     # A fold remembers as many voids as one batch can have.
     for start in range(0, state.next_seq, RECENT_MAX):
         seqs = range(start, min(state.next_seq, start + RECENT_MAX))
         records = read_all(seqs, lambda seq: _record(backend, seq))
         at = fold(at, records)
-        entries += [Entry(record, at.void_at(record.seq)) for record in records]
+        entries += [LogEntry(record, at.void_at(record.seq)) for record in records]
     return entries
 
 
@@ -69,7 +69,7 @@ stores {"ids", "write_quorum"}.
 @click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the last N records.")
 def command(choice: StoreChoice, *, last: int | None) -> None:
     """Print the commit log of the store at URL: every record, and why some count for nothing."""
-    with opened(choice) as store:
+    with open_store(choice) as store:
         entries = history(store.backend, store.state)
         entries = entries if last is None else entries[-last:]
         hole = store.state.hole
@@ -118,7 +118,7 @@ def _what(body: Body) -> str:
             return f"{len(ids)} stores, quorum {write_quorum}, places by {sequencer}"
 
 
-def _entry_json(entry: Entry) -> JsonValue:
+def _entry_json(entry: LogEntry) -> JsonValue:
     record = entry.record
     void: JsonValue = None if entry.void is None else {"code": entry.void.code, "reason": entry.void.reason}
     head: dict[str, JsonValue] = {

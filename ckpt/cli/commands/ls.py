@@ -6,7 +6,7 @@ import click
 
 from ckpt.cli.echo import emit_json
 from ckpt.cli.output import human_bytes, human_time, table
-from ckpt.cli.store_options import StoreChoice, info_json, opened, store_command
+from ckpt.cli.store_options import StoreChoice, info_json, open_store, store_command
 from ckpt.log.catalog import snapshots
 
 _EPILOG = """\b
@@ -30,8 +30,8 @@ def command(choice: StoreChoice) -> None:
 
     '*' marks what a restore takes, '-' a snapshot off the newest line: kept, and restored only when asked for.
     """
-    with opened(choice) as store:
-        line = store.state.line
+    with open_store(choice) as store:
+        line = store.state.lineage
         newest = store.state.newest()
         found = tuple(reversed(snapshots(store.backend, store.state)))
         if choice.as_json:

@@ -10,12 +10,12 @@ from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.jobs import (
     NUMERIC_COLUMNS,
     RANK_COLUMNS,
-    Alive,
-    Dead,
-    Home,
-    Silent,
-    ask_all,
+    DeadKeeper,
+    KeeperIdentity,
+    LiveKeeper,
+    SilentKeeper,
     job_command,
+    query_all,
     rank_rows,
     report_json,
     summary,
@@ -60,16 +60,16 @@ def command(*, as_json: bool) -> int:
 
     Starts no keeper and removes nothing.
     """
-    found = ask_all()
-    alive = [one for one in found if isinstance(one, Alive)]
-    silent = [one for one in found if isinstance(one, Silent)]
-    dead = [one for one in found if isinstance(one, Dead)]
+    found = query_all()
+    alive = [one for one in found if isinstance(one, LiveKeeper)]
+    silent = [one for one in found if isinstance(one, SilentKeeper)]
+    dead = [one for one in found if isinstance(one, DeadKeeper)]
     if as_json:
         emit_json(
             {
                 "jobs": [report_json(one.report) for one in alive],
-                "silent": [{**_home_json(one.home), "problem": one.problem} for one in silent],
-                "dead": [_home_json(one.home) for one in dead],
+                "silent": [{**_home_json(one.keeper), "problem": one.problem} for one in silent],
+                "dead": [_home_json(one.keeper) for one in dead],
             }
         )
     else:
@@ -77,7 +77,7 @@ def command(*, as_json: bool) -> int:
     return UnavailableError.exit_code if silent else 0
 
 
-def _print(alive: Sequence[Alive], silent: Sequence[Silent], dead: Sequence[Dead]) -> None:
+def _print(alive: Sequence[LiveKeeper], silent: Sequence[SilentKeeper], dead: Sequence[DeadKeeper]) -> None:
     if not (alive or silent or dead):
         click.echo("no jobs")
         return
@@ -89,11 +89,11 @@ def _print(alive: Sequence[Alive], silent: Sequence[Silent], dead: Sequence[Dead
         if one.report.ranks:
             click.echo()
             table(RANK_COLUMNS, rank_rows(one.report), right=NUMERIC_COLUMNS)
-    _print_homes("keepers that do not answer", [(one.home, one.problem) for one in silent], first=not alive)
-    _print_homes("folders of dead keepers", [(one.home, "") for one in dead], first=not (alive or silent))
+    _print_homes("keepers that do not answer", [(one.keeper, one.problem) for one in silent], first=not alive)
+    _print_homes("folders of dead keepers", [(one.keeper, "") for one in dead], first=not (alive or silent))
 
 
-def _print_homes(title: str, homes: Sequence[tuple[Home, str]], *, first: bool) -> None:
+def _print_homes(title: str, homes: Sequence[tuple[KeeperIdentity, str]], *, first: bool) -> None:
     if not homes:
         return
     if not first:
@@ -103,5 +103,5 @@ def _print_homes(title: str, homes: Sequence[tuple[Home, str]], *, first: bool) 
     table(("JOB", "STORE", "PID", "FOLDER", "PROBLEM"), rows, right=NUMERIC_COLUMNS)
 
 
-def _home_json(home: Home) -> dict[str, JsonValue]:
+def _home_json(home: KeeperIdentity) -> dict[str, JsonValue]:
     return {"job": home.job, "store": home.store, "pid": home.pid or None, "folder": str(home.folder)}

@@ -15,7 +15,7 @@ import numpy as np
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
 from ckpt.cli.numbers import Array, readable
-from ckpt.cli.store_options import Selector, StoreChoice, opened, snapshot_options, store_command
+from ckpt.cli.store_options import Selector, StoreChoice, open_store, snapshot_options, store_command
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.log.catalog import load_index
 from ckpt.restore.export.items import json_tree
@@ -84,7 +84,7 @@ def command(
     bfloat16 and 8-bit floats are printed as numbers; in a .npy file they are raw bits, for numpy has no such types.
     """
     span = None if rows is None else _span(rows)
-    with opened(choice) as store:
+    with open_store(choice) as store:
         chosen = store.select(selector)
         index = load_index(store.backend, store.state, chosen)
         with SnapshotReader(store.backend, index) as reader:

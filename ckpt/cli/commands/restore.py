@@ -11,10 +11,18 @@ import click
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
 from ckpt.cli.output import human_bytes, progress
-from ckpt.cli.store_options import Selector, Store, StoreChoice, id_json, opened, snapshot_options, store_command
+from ckpt.cli.store_options import (
+    OpenStore,
+    Selector,
+    StoreChoice,
+    id_json,
+    open_store,
+    snapshot_options,
+    store_command,
+)
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.log.catalog import candidates, load_index
-from ckpt.restore.export.items import Exported, ExportOptions, ItemWriter, export
+from ckpt.restore.export.items import ExportedFile, ExportOptions, ItemWriter, export
 from ckpt.restore.reader import SnapshotReader
 from ckpt.values import SnapshotId
 
@@ -86,7 +94,7 @@ def command(  # noqa: PLR0913
     )
     module, name = WRITERS[form]
     writer: ItemWriter = getattr(importlib.import_module(module), name)()
-    with opened(choice) as store:
+    with open_store(choice) as store:
         wanted = list(candidates(store.state)) if selector.empty and not strict else [store.select(selector)]
         if not wanted:
             wanted = [store.select(selector)]
@@ -105,8 +113,8 @@ def command(  # noqa: PLR0913
 
 
 def _restore(
-    store: Store, snapshot: SnapshotId, folder: Path, writer: ItemWriter, options: ExportOptions
-) -> Sequence[Exported]:
+    store: OpenStore, snapshot: SnapshotId, folder: Path, writer: ItemWriter, options: ExportOptions
+) -> Sequence[ExportedFile]:
     index = load_index(store.backend, store.state, snapshot)
     label = f"restoring {snapshot}"
     with (
@@ -117,7 +125,7 @@ def _restore(
 
 
 def _print(
-    choice: StoreChoice, snapshot: SnapshotId, form: str, fallen: list[SnapshotId], files: Sequence[Exported]
+    choice: StoreChoice, snapshot: SnapshotId, form: str, fallen: list[SnapshotId], files: Sequence[ExportedFile]
 ) -> None:
     if choice.as_json:
         listed: list[JsonValue] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckpt.cli.echo import emit_json
-from ckpt.cli.store_options import Selector, StoreChoice, id_json, opened, store_command
+from ckpt.cli.store_options import Selector, StoreChoice, id_json, open_store, store_command
 from ckpt.errors import UsageError
 
 _EPILOG = """\b
@@ -28,7 +28,7 @@ def command(choice: StoreChoice, *, step: int, epoch: int | None, yes: bool) -> 
 
     Refuses the newest and tagged ones. Only a record is written: the bytes go with a later 'ckpt gc'.
     """
-    with opened(choice) as store:
+    with open_store(choice) as store:
         chosen = store.select(Selector(step, epoch, None))
         if chosen == store.state.newest():
             raise UsageError(f"the newest snapshot is never dropped. snapshot={chosen}; commit a newer one first")

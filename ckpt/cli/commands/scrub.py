@@ -8,7 +8,7 @@ from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.cli.echo import emit_json
 from ckpt.cli.output import human_bytes
 from ckpt.cli.replica_report import exit_code_of, print_report, report_json
-from ckpt.cli.store_options import UrlList, opened_plain, rate_option, urls_command
+from ckpt.cli.store_options import StoreList, open_plain_stores, rate_option, urls_command
 from ckpt.errors import InternalError
 from ckpt.maintenance.scrub.scrub import Scrub
 
@@ -41,7 +41,7 @@ that nothing refers to, which are left alone.
 @click.option(
     "--fill-empty", is_flag=True, help="Make an empty store a replica. Without it, it may be a disk that isn't mounted."
 )
-def command(choice: UrlList, *, rate_bytes_per_s: float | None, look_only: bool, fill_empty: bool) -> int:
+def command(choice: StoreList, *, rate_bytes_per_s: float | None, look_only: bool, fill_empty: bool) -> int:
     """Read everything on each store at URL..., compare it with its digests and with the other stores, and mend it.
 
     Name all stores of one job. Every record of the log, every manifest and part, and every stored byte that a
@@ -49,7 +49,7 @@ def command(choice: UrlList, *, rate_bytes_per_s: float | None, look_only: bool,
     has it right; a pack of which no store has a whole copy is put together from several. What no store has
     right is reported, and left alone. It may run beside training, be interrupted, and be repeated.
     """
-    with opened_plain(
+    with open_plain_stores(
         choice.urls, choice.options, encryption_key=choice.encryption_key, write_quorum=choice.write_quorum
     ) as backend:
         stores = stores_of(backend)

@@ -6,7 +6,7 @@ import click
 
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, human_time, table
-from ckpt.cli.store_options import Selector, StoreChoice, info_json, opened, snapshot_options, store_command
+from ckpt.cli.store_options import Selector, StoreChoice, info_json, open_store, snapshot_options, store_command
 from ckpt.format.index import SnapshotIndex
 from ckpt.log.catalog import info_of, load_index
 from ckpt.restore.reader import size_bytes
@@ -33,12 +33,12 @@ def command(choice: StoreChoice, *, selector: Selector) -> None:
 
     Reads records only, no tensor. Without a selector it shows the newest.
     """
-    with opened(choice) as store:
+    with open_store(choice) as store:
         chosen = store.select(selector)
         index = load_index(store.backend, store.state, chosen)
         info = info_of(index.manifest, store.state)
         if choice.as_json:
-            shown = info_json(info, newest=chosen == store.state.newest(), on_line=chosen in store.state.line)
+            shown = info_json(info, newest=chosen == store.state.newest(), on_line=chosen in store.state.lineage)
             emit_json({"snapshot": shown, "leaves": [_leaf_json(index, leaf) for leaf in index.leaves()]})
             return
         click.echo(f"snapshot  {chosen}{'  (newest)' if chosen == store.state.newest() else ''}")

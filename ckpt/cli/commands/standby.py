@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import click
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
-from ckpt.cli.jobs import NOTHING, Alive, Silent, ask_all, job_command, pair_json, pair_text
+from ckpt.cli.jobs import NOTHING, LiveKeeper, SilentKeeper, job_command, query_all, snapshot_json, snapshot_text
 from ckpt.cli.output import table
 from ckpt.errors import UnavailableError
-from ckpt.ipc.messages import NodeReport, Report
+from ckpt.ipc.messages import KeeperReport, NodeReport
 
 _EPILOG = """\b
 Examples:
@@ -40,19 +40,19 @@ folder cannot be trusted; 11 a keeper lives and does not answer.
 @job_command
 def command(*, as_json: bool) -> int:
     """Show the nodes of this machine's jobs: who holds which ranks, who waits, and how far behind its copy is."""
-    found = ask_all()
-    reports = [one.report for one in found if isinstance(one, Alive)]
-    silent = [one for one in found if isinstance(one, Silent)]
+    found = query_all()
+    reports = [one.report for one in found if isinstance(one, LiveKeeper)]
+    silent = [one for one in found if isinstance(one, SilentKeeper)]
     if as_json:
         emit_json({"jobs": [_json(report) for report in reports]})
     else:
         _print([report for report in reports if report.nodes])
     for one in silent:
-        warn(f"a keeper does not answer. job={one.home.job!r} pid={one.home.pid} why={one.problem}")
+        warn(f"a keeper does not answer. job={one.keeper.job!r} pid={one.keeper.pid} why={one.problem}")
     return UnavailableError.exit_code if silent else 0
 
 
-def _print(reports: Sequence[Report]) -> None:
+def _print(reports: Sequence[KeeperReport]) -> None:
     if not reports:
         click.echo("no jobs of several nodes")
     for at, report in enumerate(reports):
@@ -63,7 +63,7 @@ def _print(reports: Sequence[Report]) -> None:
             (
                 one.node + (" (here)" if one.here else ""),
                 _ranks_text(one),
-                pair_text(one.mirrored),
+                snapshot_text(one.mirrored),
                 _behind_text(report, one),
             )
             for one in report.nodes
@@ -77,31 +77,31 @@ def _ranks_text(one: NodeReport) -> str:
     return str(one.first_rank) if one.ranks == 1 else f"{one.first_rank}-{one.first_rank + one.ranks - 1}"
 
 
-def _behind_text(report: Report, one: NodeReport) -> str:
+def _behind_text(report: KeeperReport, one: NodeReport) -> str:
     behind = _behind(report, one)
     return NOTHING if behind is None else str(behind)
 
 
-def _completed(report: Report) -> int | None:
+def _completed(report: KeeperReport) -> int | None:
     """How many steps all ranks of that keeper's node completed; None: it has none, or they have not begun."""
     done = [rank.completed for rank in report.ranks if rank.completed >= 0]
     return min(done) if done else None
 
 
-def _behind(report: Report, one: NodeReport) -> int | None:
+def _behind(report: KeeperReport, one: NodeReport) -> int | None:
     completed = _completed(report)
     if completed is None or one.mirrored is None:
         return None
     return max(0, completed - one.mirrored.step)
 
 
-def _json(report: Report) -> dict[str, JsonValue]:
+def _json(report: KeeperReport) -> dict[str, JsonValue]:
     return {
         "job": report.job, "store": report.store, "pid": report.pid, "completed": _completed(report),
         "nodes": [
             {
                 "node": one.node, "here": one.here, "standby": not one.ranks, "first_rank": one.first_rank,
-                "ranks": one.ranks, "has": pair_json(one.mirrored), "behind": _behind(report, one),
+                "ranks": one.ranks, "has": snapshot_json(one.mirrored), "behind": _behind(report, one),
             }
             for one in report.nodes
         ],

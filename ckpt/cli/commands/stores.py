@@ -5,15 +5,15 @@ from __future__ import annotations
 import click
 
 from ckpt.backends.base import Backend
-from ckpt.backends.replicated.open import open_job
+from ckpt.backends.replicated.open import open_job_stores
 from ckpt.cli.echo import emit_json, warn
 from ckpt.cli.output import table
-from ckpt.cli.store_options import StoreChoice, opened, options_of, store_command
+from ckpt.cli.store_options import StoreChoice, open_store, options_of, store_command
 from ckpt.errors import UsageError
 from ckpt.events import Event
 from ckpt.log.state import StoreSet
 from ckpt.maintenance import store_set as sets
-from ckpt.maintenance.replica import Effort
+from ckpt.maintenance.replica import SyncLimits
 
 _ACTIONS = ("show", "add", "replace", "remove", "takeover")
 
@@ -60,25 +60,25 @@ def command(
 ) -> None:  # fmt: skip
     """Show or change on which stores the log of the job at URL lies. ACTION: show, add, replace, remove or takeover."""
     _require(action, new_url=new_url, store_id=store_id, quorum=quorum)
-    effort = Effort(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
-    with opened(choice) as store:
+    effort = SyncLimits(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
+    with open_store(choice) as store:
         journal, backend = store.journal, store.backend
         match action:
             case "add":
-                with _opened(new_url, new_options, choice) as new:
-                    sets.add(journal, backend, new, write_quorum=quorum or sets.MAJORITY, effort=effort, tell=_tell)
+                with _NewStore(new_url, new_options, choice) as new:
+                    sets.add(journal, backend, new, write_quorum=quorum or sets.MAJORITY, limits=effort, emit=_tell)
             case "replace":
-                with _opened(new_url, new_options, choice) as new:
-                    sets.replace(journal, backend, new, store_id or "", effort=effort, tell=_tell)
+                with _NewStore(new_url, new_options, choice) as new:
+                    sets.replace(journal, backend, new, store_id or "", limits=effort, emit=_tell)
             case "remove":
                 sets.remove(
-                    journal, backend, store_id or "", write_quorum=quorum or sets.MAJORITY, effort=effort, tell=_tell
+                    journal, backend, store_id or "", write_quorum=quorum or sets.MAJORITY, limits=effort, emit=_tell
                 )
             case "takeover":
                 sets.take_over(journal, backend)
             case _:
                 pass
-        _print(choice, *sets.standing(journal, backend))
+        _print(choice, *sets.store_memberships(journal, backend))
 
 
 def _require(action: str, *, new_url: str | None, store_id: str | None, quorum: int | None) -> None:
@@ -94,12 +94,12 @@ def _require(action: str, *, new_url: str | None, store_id: str | None, quorum: 
         raise UsageError(f"--quorum goes with add and remove only. action={action}")
 
 
-class _opened:  # noqa: N801  reads as the function that it stands for
+class _NewStore:
     """The store that comes in, closed afterwards."""
 
     def __init__(self, url: str | None, options: tuple[str, ...], choice: StoreChoice) -> None:
-        self._store = open_job(
-            [url or ""], options_of(options, stores=1), encryption_key=choice.encryption_key, tell=_tell
+        self._store = open_job_stores(
+            [url or ""], options_of(options, stores=1), encryption_key=choice.encryption_key, emit=_tell
         )
 
     def __enter__(self) -> Backend:
@@ -114,7 +114,7 @@ def _tell(event: Event) -> None:
         warn(event.text)
 
 
-def _print(choice: StoreChoice, members: StoreSet | None, found: tuple[sets.Standing, ...]) -> None:
+def _print(choice: StoreChoice, members: StoreSet | None, found: tuple[sets.StoreMembership, ...]) -> None:
     if choice.as_json:
         emit_json(
             {

@@ -9,10 +9,10 @@ import click
 from ckpt.backends.base import Backend
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, progress
-from ckpt.cli.store_options import CommonOptions, common_options, opened_plain, options_of, rate_option
+from ckpt.cli.store_options import CommonOptions, common_options, open_plain_stores, options_of, rate_option
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.format import keys
-from ckpt.maintenance.replica import Effort, SyncReport
+from ckpt.maintenance.replica import SyncLimits, SyncReport
 from ckpt.maintenance.sync.sync import sync
 
 _EPILOG = """\b
@@ -68,15 +68,15 @@ def command(
     sources = (src, *replicas)
     each = options_of(options.storage_options, stores=len(sources) + 1)
     with (
-        opened_plain(sources, each[:-1], encryption_key=options.encryption_key) as source,
-        opened_plain((dst,), each[-1:], encryption_key=options.encryption_key) as store,
+        open_plain_stores(sources, each[:-1], encryption_key=options.encryption_key) as source,
+        open_plain_stores((dst,), each[-1:], encryption_key=options.encryption_key) as store,
         progress(f"filling {store.url}", _packs_bytes(source)) as on_progress,
     ):
         report = sync(
             source,
             store,
             deep=deep,
-            effort=Effort(rate_bytes_per_s=rate_bytes_per_s),
+            limits=SyncLimits(rate_bytes_per_s=rate_bytes_per_s),
             on_progress=on_progress,
         )
     if options.as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckpt.cli.echo import emit_json
-from ckpt.cli.store_options import Selector, StoreChoice, id_json, opened, store_command
+from ckpt.cli.store_options import Selector, StoreChoice, id_json, open_store, store_command
 
 _EPILOG = """\b
 Examples:
@@ -27,7 +27,7 @@ def command(choice: StoreChoice, *, name: str, step: int | None, epoch: int | No
 
     A tagged snapshot is never dropped. A tag that exists moves.
     """
-    with opened(choice) as store:
+    with open_store(choice) as store:
         chosen = store.select(Selector(step, epoch, None))
         store.journal.tag(name, chosen)
         if choice.as_json:

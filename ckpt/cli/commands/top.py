@@ -16,11 +16,11 @@ from ckpt.cli.jobs import (
     LIVE_COLUMNS,
     NUMERIC_COLUMNS,
     RECOVERY_COLUMNS,
-    Asker,
-    Sample,
-    choose,
-    home_of,
+    KeeperQuery,
+    ReportSample,
+    choose_keeper,
     job_command,
+    keeper_identity,
     live_json,
     live_rows,
     recovery_rows,
@@ -80,9 +80,9 @@ jobs fit; 10 no such job runs; 11 the keeper died or does not answer;
 @job_command
 def command(*, job: str | None, interval_s: float, once: bool, as_json: bool) -> None:
     """Watch one job of this machine: each rank's step, pace, phase and slots, and the last recoveries."""
-    folders = [folder for folder in list_jobs() if folder.locked()]
-    folder = folders[choose([home_of(one) for one in folders], job)]
-    watch = Watch(folder)
+    folders = [folder for folder in list_jobs() if folder.has_keeper()]
+    folder = folders[choose_keeper([keeper_identity(one) for one in folders], job)]
+    watch = JobWatch(folder)
     try:
         samples = [watch.sample()]
         with _shown(as_json=as_json) as show:
@@ -101,26 +101,26 @@ def command(*, job: str | None, interval_s: float, once: bool, as_json: bool) ->
         watch.close()
 
 
-class Watch:
+class JobWatch:
     """Samples of one job; goes on with the next keeper where one is replaced by another."""
 
     def __init__(self, folder: JobFolder) -> None:
         self._folder = folder
-        self._asker: Asker | None = None
+        self._asker: KeeperQuery | None = None
 
-    def sample(self) -> Sample:
+    def sample(self) -> ReportSample:
         """What the keeper says now. Raises UnavailableError where it does not, NotFoundError where it has no job yet."""
         try:
-            self._asker = self._asker or Asker(self._folder)
+            self._asker = self._asker or KeeperQuery(self._folder)
             report = self._asker.report()
         except UnavailableError:
             self.close()
             raise
         if report is None:
             raise NotFoundError(f"the keeper has no ranks yet. folder={self._folder.path}")
-        return Sample(time.monotonic(), report)
+        return ReportSample(time.monotonic(), report)
 
-    def next_sample(self) -> Sample | None:
+    def next_sample(self) -> ReportSample | None:
         """As ``sample``, but waits LOST_S_MAX for another keeper; None where the job is over and its folder gone."""
         until_s = time.monotonic() + LOST_S_MAX
         while True:
@@ -140,24 +140,24 @@ class Watch:
             self._asker = None
 
 
-Show = Callable[[Sequence[Sample]], None]
+ShowSamples = Callable[[Sequence[ReportSample]], None]
 
 
 @contextmanager
-def _shown(*, as_json: bool) -> Iterator[Show]:
+def _shown(*, as_json: bool) -> Iterator[ShowSamples]:
     """How a view is put out: a document, text one below the other, or in place of the last one on a terminal."""
     if as_json:
         yield lambda samples: emit_json(live_json(samples))
         return
     console = stdout_console()
     if not console.is_terminal:
-        yield lambda samples: console.print(view(samples), end="\n\n")
+        yield lambda samples: console.print(render(samples), end="\n\n")
         return
     with Live(console=console, auto_refresh=False) as live:
-        yield lambda samples: live.update(view(samples), refresh=True)
+        yield lambda samples: live.update(render(samples), refresh=True)
 
 
-def view(samples: Sequence[Sample]) -> RenderableType:
+def render(samples: Sequence[ReportSample]) -> RenderableType:
     """What people see of the last sample."""
     report = samples[-1].report
     parts: list[RenderableType] = [Text(f"{label:<10}{text}") for label, text in summary(report)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckpt.cli.echo import emit_json
-from ckpt.cli.store_options import StoreChoice, id_json, opened, store_command
+from ckpt.cli.store_options import StoreChoice, id_json, open_store, store_command
 from ckpt.errors import NotFoundError
 
 _EPILOG = """\b
@@ -22,7 +22,7 @@ JSON: {"untagged", "snapshot": {"epoch", "step"}}.
 @click.argument("name")
 def command(choice: StoreChoice, *, name: str) -> None:
     """Remove the tag NAME from the store at URL; the snapshot stays."""
-    with opened(choice) as store:
+    with open_store(choice) as store:
         named = store.state.tags.get(name)
         if named is None:
             known = ", ".join(store.state.tags) or "none"

@@ -10,11 +10,19 @@ from ckpt.backends.checked import stores_of, write_quorum_of
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, progress
 from ckpt.cli.replica_report import exit_code_of, print_report, report_json
-from ckpt.cli.store_options import Selector, Store, StoreChoice, id_json, opened, snapshot_options, store_command
+from ckpt.cli.store_options import (
+    OpenStore,
+    Selector,
+    StoreChoice,
+    id_json,
+    open_store,
+    snapshot_options,
+    store_command,
+)
 from ckpt.errors import IntegrityError, InternalError, UnavailableError, UsageError
 from ckpt.log.catalog import load_index
 from ckpt.maintenance.scrub.scrub import Scrub
-from ckpt.restore.verify import Damaged, VerifyMemo, VerifyReport, verify
+from ckpt.restore.verify import DamagedObject, VerifyMemo, VerifyReport, verify
 from ckpt.values import SnapshotId
 
 READ_THREADS = 4
@@ -44,7 +52,7 @@ With --all-replicas it is what ckpt scrub prints.
 class _Outcome:
     snapshot: SnapshotId
     report: VerifyReport | None
-    damaged: tuple[Damaged, ...]
+    damaged: tuple[DamagedObject, ...]
 
 
 @click.command(name="verify", epilog=_EPILOG)
@@ -68,7 +76,7 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
     """
     if everything and not selector.empty:
         raise UsageError("all snapshots or one. leave out --all, or --step, --epoch and --tag")
-    with opened(choice) as store:
+    with open_store(choice) as store:
         if each_store:
             only = None if everything else frozenset((store.select(selector),))
             return _each_store(choice, store, only)
@@ -94,7 +102,7 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
         return UnavailableError.exit_code if whats else 0
 
 
-def _each_store(choice: StoreChoice, store: Store, only: frozenset[SnapshotId] | None) -> int:
+def _each_store(choice: StoreChoice, store: OpenStore, only: frozenset[SnapshotId] | None) -> int:
     """Compare all stores, of the log everything, of the objects what ``only`` needs (None: all)."""
     stores = stores_of(store.backend)
     comparison = Scrub(stores, write_quorum_of(store.backend), mend=False, only=only)
@@ -108,12 +116,12 @@ def _each_store(choice: StoreChoice, store: Store, only: frozenset[SnapshotId] |
     return exit_code_of(report)
 
 
-def _verify(store: Store, snapshot: SnapshotId, memo: VerifyMemo) -> _Outcome:
+def _verify(store: OpenStore, snapshot: SnapshotId, memo: VerifyMemo) -> _Outcome:
     try:
         index = load_index(store.backend, store.state, snapshot)
     except IntegrityError as error:
         # Without its records a snapshot's bytes cannot even be found.
-        return _Outcome(snapshot, None, (Damaged("", 0, (), "record", str(error)),))
+        return _Outcome(snapshot, None, (DamagedObject("", 0, (), "record", str(error)),))
     with progress(f"verifying {snapshot}", index.manifest.size_bytes) as on_progress:
         report = verify(index, store.backend, on_progress=on_progress, memo=memo)
     return _Outcome(snapshot, report, report.damaged)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Scope, View
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View, ViewScope
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +19,13 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class LeaseStatus:
     """What a node may do. Times are CLOCK_BOOTTIME in seconds; ``epoch`` is the newest that its keepalives saw, 0: none.
 
     It may act while its clock is before ``act_until_s``. ``placed``: whether that epoch gives it ranks.
     """
 
-    state: State
+    state: LeaseState
     act_until_s: float
     epoch: int
     placed: bool
@@ -52,17 +52,17 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class NotPublished:
     """It does not: somebody else came first, or this node does not lead any more. Look again."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class MembershipUnknown:
     """No answer came: it may have been done. Repeating the same call is harmless, and tells."""
 
-    why: str
+    reason: str
 
 
 class Membership(Protocol):
@@ -83,26 +83,28 @@ class Membership(Protocol):
         """
         ...
 
-    def standing(self) -> Standing:
+    def lease_status(self) -> LeaseStatus:
         """What this node may do now. Asks nobody; costs nothing."""
         ...
 
-    def view(self, scope: Scope = Scope.ALL) -> View:
+    def view(self, scope: ViewScope = ViewScope.ALL) -> View:
         """The job at one revision, read linearizably. Raises IntegrityError where the epoch can't be read."""
         ...
 
-    def wait_change(self, after: int, *, timeout_s: float, scope: Scope = Scope.ALL) -> bool:
+    def wait_change(self, after: int, *, timeout_s: float, scope: ViewScope = ViewScope.ALL) -> bool:
         """Whether something within ``scope`` may have changed after revision ``after``; waits for it up to ``timeout_s``.
 
         True at once where this node is no member any more. A wait is an economy, not a promise: look now and then all the same.
         """
         ...
 
-    def lead(self, view: View | None = None) -> Leading | Following | Unknown:
+    def lead(self, view: View | None = None) -> Leading | Following | MembershipUnknown:
         """Try to lead: where nobody does, or in place of the leader of ``view`` where witnesses there confirm its death."""
         ...
 
-    def publish(self, record: EpochRecord, view: View, *, remove: tuple[str, ...] = ()) -> Published | Lost | Unknown:
+    def publish(
+        self, record: EpochRecord, view: View, *, remove: tuple[str, ...] = ()
+    ) -> Published | NotPublished | MembershipUnknown:
         """Make ``record`` the epoch and end the membership of ``remove``, if leader and epoch are still those of ``view``."""
         ...
 
@@ -111,14 +113,14 @@ class Membership(Protocol):
         ...
 
 
-class Facts(Protocol):
+class MemberFacts(Protocol):
     """What members say besides, each under its own lease. Errors as in Membership."""
 
-    def say(self, fact: str, value: bytes | None) -> None:
+    def put_fact(self, fact: str, value: bytes | None) -> None:
         """Say something under this node's lease, in place of what it said before; None: take it back."""
         ...
 
-    def heard(self, fact: str) -> Mapping[str, bytes]:
+    def read_facts(self, fact: str) -> Mapping[str, bytes]:
         """What each node says about it."""
         ...
 

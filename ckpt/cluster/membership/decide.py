@@ -13,7 +13,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt.cluster.membership.records import REMOVED_MAX, WHY_CHARS_MAX, EpochRecord, Member, Place, Removed, View
+from ckpt.cluster.membership.records import (
+    REASON_CHARS_MAX,
+    REMOVED_MAX,
+    EpochRecord,
+    Member,
+    NodePlacement,
+    RemovedNode,
+    View,
+)
 from ckpt.errors import UsageError
 from ckpt.values import SnapshotId
 
@@ -24,14 +32,14 @@ from ckpt.values import SnapshotId
 # place, then by node id.
 
 
-def in_order(members: Sequence[Member]) -> list[Member]:
+def sorted_by_domain(members: Sequence[Member]) -> list[Member]:
     """Neighbours beside each other: by failure domain, host and node id."""
     return sorted(members, key=lambda one: (one.info.failure_domain, one.info.host, one.node))
 
 
-def fill(
-    places: Sequence[Place], live: Mapping[str, Member], standbys: Sequence[Member]
-) -> tuple[tuple[Place, ...], list[Member]]:
+def fill_placements(
+    places: Sequence[NodePlacement], live: Mapping[str, Member], standbys: Sequence[Member]
+) -> tuple[tuple[NodePlacement, ...], list[Member]]:
     """``places`` with those of nodes that don't live given to standbys of as many slots, and the standbys that are left.
 
     A place that none fits is left out, and the ranks after it move up. O((places + standbys + holdings) * log).
@@ -47,7 +55,7 @@ def fill(
         if number not in taken and (node := free.take(places[number].slots)) is not None:
             taken[number] = node
     filled = tuple(
-        Place(taken.get(number, place.node), place.slots)
+        NodePlacement(taken.get(number, place.node), place.slots)
         for number, place in enumerate(places)
         if place.node in live or number in taken
     )
@@ -55,20 +63,20 @@ def fill(
     return filled, [member for member in standbys if member.node not in used]
 
 
-def seat_all(live: Sequence[Member], old: Sequence[Place], *, nodes_max: int) -> tuple[Place, ...]:
+def place_all(live: Sequence[Member], old: Sequence[NodePlacement], *, nodes_max: int) -> tuple[NodePlacement, ...]:
     """Places for a world of which nobody lives: whoever holds state of the ``old`` one's ranks takes them, then the rest.
 
     The world keeps its shape where there are nodes for all of its places; else nodes are placed side by side.
     """
     if 0 < len(old) <= nodes_max:
-        filled, left = fill(old, {}, live)
+        filled, left = fill_placements(old, {}, live)
         if len(filled) == len(old):
-            more = in_order(left)[: nodes_max - len(filled)]
-            return (*filled, *(Place(member.node, member.info.slots) for member in more))
-    return tuple(Place(member.node, member.info.slots) for member in in_order(live)[:nodes_max])
+            more = sorted_by_domain(left)[: nodes_max - len(filled)]
+            return (*filled, *(NodePlacement(member.node, member.info.slots) for member in more))
+    return tuple(NodePlacement(member.node, member.info.slots) for member in sorted_by_domain(live)[:nodes_max])
 
 
-def _by_holdings(places: Sequence[Place], lost: Sequence[int], standbys: Sequence[Member]) -> dict[int, str]:
+def _by_holdings(places: Sequence[NodePlacement], lost: Sequence[int], standbys: Sequence[Member]) -> dict[int, str]:
     """Lost places and who takes them, where somebody holds state of their ranks: the greatest holding first."""
     world_size = sum(place.slots for place in places)
     of_rank: dict[int, int] = {}
@@ -80,9 +88,9 @@ def _by_holdings(places: Sequence[Place], lost: Sequence[int], standbys: Sequenc
         first += place.slots
     held: defaultdict[tuple[int, str], int] = defaultdict(int)
     for member in standbys:
-        if member.holdings is None or member.holdings.world_size != world_size:
+        if member.inventory is None or member.inventory.world_size != world_size:
             continue
-        for rank, size_bytes in member.holdings.size_bytes.items():
+        for rank, size_bytes in member.inventory.size_bytes.items():
             if rank in of_rank and places[of_rank[rank]].slots == member.info.slots:
                 held[of_rank[rank], member.node] += size_bytes
     taken: dict[int, str] = {}
@@ -131,7 +139,7 @@ class _Free:
 # accusers would leave nobody: so the most accused goes first, and with it goes its own word.
 
 
-def confirmed(view: View, witnesses_min: int) -> Mapping[str, str]:
+def confirmed_suspects(view: View, witnesses_min: int) -> Mapping[str, str]:
     """The members that enough others suspect, and why. Words of nodes that are no members, or are taken out, don't count.
 
     O(suspicions * nodes taken out). Of equally accused nodes a leader goes last, else the one with the greatest id first.
@@ -139,7 +147,7 @@ def confirmed(view: View, witnesses_min: int) -> Mapping[str, str]:
     accusers: dict[str, dict[str, str]] = {}
     for one in view.suspicions:
         if one.node in view.by_node and one.by in view.by_node and one.node != one.by:
-            accusers.setdefault(one.node, {})[one.by] = one.why
+            accusers.setdefault(one.node, {})[one.by] = one.reason
     leader = view.leader.node if view.leader is not None else ""
     out: dict[str, str] = {}
     while accusers:
@@ -160,18 +168,18 @@ def _why(words: Mapping[str, str]) -> str:
     return f"suspected by {len(words)} nodes, as {first} says: {words[first]}"
 
 
-def doubted(view: View, witnesses_min: int) -> tuple[str, ...]:
+def doubted_members(view: View, witnesses_min: int) -> tuple[str, ...]:
     """Members that somebody suspects, but too few."""
-    out = confirmed(view, witnesses_min)
+    out = confirmed_suspects(view, witnesses_min)
     words = {one.node for one in view.suspicions if one.by in view.by_node and one.by not in out and one.by != one.node}
     return tuple(sorted(node for node in words if node in view.by_node and node not in out))
 
 
-EXPIRED = "its lease expired, or it left"
+EXPIRED_REASON = "its lease expired, or it left"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class MembershipOptions:
     """What a job allows. Times in seconds.
 
     ``last_call_s``: how long the first epoch waits for more nodes once it has the minimum. ``shrink_wait_s``: how long a lost
@@ -195,7 +203,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Noticed:
+class WaitTimers:
     """Since when the leader sees that there are enough nodes for a first epoch, and since when one of the epoch's is lost."""
 
     enough_since_s: float | None = None
@@ -208,25 +216,25 @@ class NewEpoch:
 
     record: EpochRecord
     remove: tuple[str, ...]
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class KeepEpoch:
     """The epoch holds."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class WaitForNodes:
     """Not now: look again when the view changes, at the latest at ``until_s``."""
 
     until_s: float
-    why: str
+    reason: str
 
 
-Decision = NewEpoch | Keep | Wait
+MembershipDecision = NewEpoch | KeepEpoch | WaitForNodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +244,7 @@ class _Seen:
     view: View
     out: Mapping[str, str]
     live: Mapping[str, Member]
-    lost: tuple[Place, ...]
+    lost: tuple[NodePlacement, ...]
     standbys: tuple[Member, ...]
 
     @property
@@ -246,21 +254,21 @@ class _Seen:
         return epoch is None or len(self.lost) == len(epoch.places)
 
 
-def notice(noticed: Noticed, view: View, options: Options, now_s: float) -> Noticed:
-    """What is to be remembered from one view to the next: since when nodes are enough, or lost. Start with ``Noticed()``."""
+def update_timers(noticed: WaitTimers, view: View, options: MembershipOptions, now_s: float) -> WaitTimers:
+    """What is to be remembered from one view to the next: since when nodes are enough, or lost. Start with ``WaitTimers()``."""
     seen = _see(view, options)
     enough = seen.gathers and len(seen.live) >= options.nodes_min
     lost = not seen.gathers and bool(seen.lost)
-    return Noticed(
+    return WaitTimers(
         enough_since_s=(now_s if noticed.enough_since_s is None else noticed.enough_since_s) if enough else None,
         lost_since_s=(now_s if noticed.lost_since_s is None else noticed.lost_since_s) if lost else None,
     )
 
 
-def decide(view: View, noticed: Noticed, options: Options, now_s: float) -> Decision:
+def decide(view: View, noticed: WaitTimers, options: MembershipOptions, now_s: float) -> MembershipDecision:
     """What the leader of ``view`` does. ``noticed`` is what ``notice`` made of the same view."""
     if view.leader is None:
-        return Wait(math.inf, "nobody leads")
+        return WaitForNodes(math.inf, "nobody leads")
     seen = _see(view, options)
     if seen.gathers:
         return _gather(seen, noticed, options, now_s)
@@ -269,8 +277,8 @@ def decide(view: View, noticed: Noticed, options: Options, now_s: float) -> Deci
     return _grow_or_keep(seen, options)
 
 
-def _see(view: View, options: Options) -> _Seen:
-    out = confirmed(view, options.witnesses_min)
+def _see(view: View, options: MembershipOptions) -> _Seen:
+    out = confirmed_suspects(view, options.witnesses_min)
     live = {member.node: member for member in view.members if member.node not in out}
     places = view.epoch.places if view.epoch is not None else ()
     placed = {place.node for place in places}
@@ -281,62 +289,64 @@ def _see(view: View, options: Options) -> _Seen:
     )  # fmt: skip
 
 
-def _gather(seen: _Seen, noticed: Noticed, options: Options, now_s: float) -> Decision:
+def _gather(seen: _Seen, noticed: WaitTimers, options: MembershipOptions, now_s: float) -> MembershipDecision:
     count = len(seen.live)
     if count < options.nodes_min:
-        return Wait(math.inf, f"too few nodes. nodes={count} nodes_min={options.nodes_min}")
+        return WaitForNodes(math.inf, f"too few nodes. nodes={count} nodes_min={options.nodes_min}")
     if count < options.nodes_max:
         until_s = (now_s if noticed.enough_since_s is None else noticed.enough_since_s) + options.last_call_s
         if now_s < until_s:
-            return Wait(until_s, f"last call for more nodes. nodes={count} nodes_max={options.nodes_max}")
+            return WaitForNodes(until_s, f"last call for more nodes. nodes={count} nodes_max={options.nodes_max}")
     old = seen.view.epoch
-    places = seat_all(tuple(seen.live.values()), old.places if old is not None else (), nodes_max=options.nodes_max)
+    places = place_all(tuple(seen.live.values()), old.places if old is not None else (), nodes_max=options.nodes_max)
     why = "the first epoch" if old is None else f"no node of epoch {old.number} is left"
     return _opened(seen, places, options, f"{why}. nodes={len(places)}")
 
 
-def _recover(seen: _Seen, noticed: Noticed, options: Options, now_s: float) -> Decision:
+def _recover(seen: _Seen, noticed: WaitTimers, options: MembershipOptions, now_s: float) -> MembershipDecision:
     assert seen.view.epoch is not None
     old = seen.view.epoch.places
     names = _named(seen.lost)
-    filled, left = fill(old, seen.live, seen.standbys)
+    filled, left = fill_placements(old, seen.live, seen.standbys)
     limit = options.nodes_max if options.may_grow else min(len(old), options.nodes_max)
     places = _extended(filled, left, limit)
     if len(places) < options.nodes_min:
-        return Wait(math.inf, f"{names} lost, too few nodes left. nodes={len(places)} nodes_min={options.nodes_min}")
+        return WaitForNodes(
+            math.inf, f"{names} lost, too few nodes left. nodes={len(places)} nodes_min={options.nodes_min}"
+        )
     if len(places) < len(old):
         until_s = (now_s if noticed.lost_since_s is None else noticed.lost_since_s) + options.shrink_wait_s
         if now_s < until_s:
-            return Wait(until_s, f"{names} lost, and no standby: it may come back before the world shrinks")
+            return WaitForNodes(until_s, f"{names} lost, and no standby: it may come back before the world shrinks")
         return _opened(seen, places, options, f"{names} lost, and no standby: {len(places)} nodes go on without")
     return _opened(seen, places, options, f"{names} lost: standbys take over. nodes={len(places)}")
 
 
-def _grow_or_keep(seen: _Seen, options: Options) -> Decision:
+def _grow_or_keep(seen: _Seen, options: MembershipOptions) -> MembershipDecision:
     assert seen.view.epoch is not None
     epoch = seen.view.epoch
     places = _extended(epoch.places, seen.standbys, options.nodes_max)
     if len(places) > len(epoch.places):
         if options.may_grow:
             return _opened(seen, places, options, f"the world grows at a boundary. nodes={len(places)}")
-        return Keep(f"{len(seen.standbys)} standbys wait for a boundary")
-    if doubts := doubted(seen.view, options.witnesses_min):
-        return Keep(f"suspected by too few: {doubts[0]} and {len(doubts) - 1} others")
-    return Keep(f"all nodes of epoch {epoch.number} live. standbys={len(seen.standbys)}")
+        return KeepEpoch(f"{len(seen.standbys)} standbys wait for a boundary")
+    if doubts := doubted_members(seen.view, options.witnesses_min):
+        return KeepEpoch(f"suspected by too few: {doubts[0]} and {len(doubts) - 1} others")
+    return KeepEpoch(f"all nodes of epoch {epoch.number} live. standbys={len(seen.standbys)}")
 
 
-def _extended(places: Sequence[Place], standbys: Sequence[Member], nodes_max: int) -> tuple[Place, ...]:
+def _extended(places: Sequence[NodePlacement], standbys: Sequence[Member], nodes_max: int) -> tuple[NodePlacement, ...]:
     """``places`` and, after them, as many standbys as may be: those before them keep their ranks."""
-    more = in_order(standbys)[: max(0, nodes_max - len(places))]
-    return (*places, *(Place(member.node, member.info.slots) for member in more))
+    more = sorted_by_domain(standbys)[: max(0, nodes_max - len(places))]
+    return (*places, *(NodePlacement(member.node, member.info.slots) for member in more))
 
 
-def _opened(seen: _Seen, places: tuple[Place, ...], options: Options, why: str) -> NewEpoch:
+def _opened(seen: _Seen, places: tuple[NodePlacement, ...], options: MembershipOptions, why: str) -> NewEpoch:
     view = seen.view
     assert view.leader is not None
     greatest = max(options.epoch_floor, view.epoch.number if view.epoch is not None else 0)
-    reasons = {place.node: EXPIRED for place in seen.lost} | dict(seen.out)
-    removed = tuple(Removed(node, _printable(reasons[node])) for node in sorted(reasons)[:REMOVED_MAX])
+    reasons = {place.node: EXPIRED_REASON for place in seen.lost} | dict(seen.out)
+    removed = tuple(RemovedNode(node, _printable(reasons[node])) for node in sorted(reasons)[:REMOVED_MAX])
     record = EpochRecord(
         job=view.job, number=greatest + 1, places=places, leader=view.leader.node, nodes_min=options.nodes_min,
         nodes_max=options.nodes_max, removed=removed, resumes=options.resumes,
@@ -345,9 +355,9 @@ def _opened(seen: _Seen, places: tuple[Place, ...], options: Options, why: str) 
 
 
 def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:WHY_CHARS_MAX]
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:REASON_CHARS_MAX]
 
 
-def _named(lost: Sequence[Place]) -> str:
+def _named(lost: Sequence[NodePlacement]) -> str:
     more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     return f"node {lost[0].node}{more}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from ckpt.errors import UsageError
 
 KEEPALIVES_PER_TTL = 3
-TRIES_PER_TTL = 12
+RETRIES_PER_TTL = 12
 """After silence the next keepalive goes sooner."""
 
 
@@ -29,34 +29,34 @@ class Renewed:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class LeaseSeen:
     """The look at ``sent_s`` found the node's own key under a lease that another one keeps alive."""
 
     sent_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Silent:
+class LeaseSilent:
     """The keepalive sent at ``sent_s`` had no answer, or an error that may pass."""
 
     sent_s: float
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class LeaseGone:
     """The lease or the node's own key does not exist any more: it expired, or somebody took the node out."""
 
-    why: str
+    reason: str
 
 
-Answer = Renewed | Seen | Silent | Gone
+KeepaliveAnswer = Renewed | LeaseSeen | LeaseSilent | LeaseGone
 
 
-class State(enum.Enum):
+class LeaseState(enum.Enum):
     """What a lease lets its holder do."""
 
-    SURE = "sure"
+    VALID = "sure"
     """Act."""
     LAPSED = "lapsed"
     """Do nothing: others may think that it expired. A keepalive may still bring it back."""
@@ -87,19 +87,19 @@ class Lease:
         return self.acknowledged_s + self.ttl_s - self.margin_s
 
     @property
-    def next_s(self) -> float:
+    def next_keepalive_s(self) -> float:
         """When the next keepalive is due, or the next look."""
-        parts = TRIES_PER_TTL if self.silent else 1 if self.borrowed else KEEPALIVES_PER_TTL
+        parts = RETRIES_PER_TTL if self.silent else 1 if self.borrowed else KEEPALIVES_PER_TTL
         return self.tried_s + self.ttl_s / parts
 
-    def state(self, now_s: float) -> State:
+    def state(self, now_s: float) -> LeaseState:
         """What it lets its holder do now."""
         if self.lost is not None:
-            return State.LOST
-        return State.SURE if now_s < self.act_until_s else State.LAPSED
+            return LeaseState.LOST
+        return LeaseState.VALID if now_s < self.act_until_s else LeaseState.LAPSED
 
 
-def granted(lease_id: int, *, ttl_s: float, margin_s: float, sent_s: float) -> Lease:
+def granted_lease(lease_id: int, *, ttl_s: float, margin_s: float, sent_s: float) -> Lease:
     """A lease whose grant was asked for at ``sent_s``. Raises UsageError where the margin leaves no time to act."""
     if not 0.0 < ttl_s < float("inf"):
         raise UsageError(f"not the life of a lease. ttl_s={ttl_s}")
@@ -108,17 +108,17 @@ def granted(lease_id: int, *, ttl_s: float, margin_s: float, sent_s: float) -> L
     return Lease(lease_id, ttl_s, margin_s, acknowledged_s=sent_s, tried_s=sent_s)
 
 
-def borrowed(lease_id: int, *, ttl_s: float, margin_s: float, now_s: float) -> Lease:
+def borrowed_lease(lease_id: int, *, ttl_s: float, margin_s: float, now_s: float) -> Lease:
     """A lease that another one keeps alive: who lives under it never knows how long it has."""
     return Lease(lease_id, ttl_s, margin_s, acknowledged_s=float("-inf"), tried_s=now_s, borrowed=True)
 
 
-def heard(lease: Lease, answer: Answer) -> Lease:
+def apply_answer(lease: Lease, answer: KeepaliveAnswer) -> Lease:
     """The lease after an answer. What is lost stays lost, and no answer, however late, takes time away."""
     if lease.lost is not None:
         return lease
     match answer:
-        case Gone(why):
+        case LeaseGone(why):
             return replace(lease, lost=why, why=why)
         case Renewed(_, ttl_s) if ttl_s <= 0:
             return replace(lease, lost="the lease has expired", why="the lease has expired")
@@ -127,17 +127,17 @@ def heard(lease: Lease, answer: Answer) -> Lease:
             counted_s = sent_s - max(0.0, lease.ttl_s - ttl_s)
             acknowledged_s = max(lease.acknowledged_s, counted_s)
             return replace(lease, acknowledged_s=acknowledged_s, tried_s=max(lease.tried_s, sent_s), silent=0, why="")
-        case Seen(sent_s):
+        case LeaseSeen(sent_s):
             return replace(lease, tried_s=max(lease.tried_s, sent_s), silent=0, why="")
-        case Silent(sent_s, why):
+        case LeaseSilent(sent_s, why):
             return replace(lease, tried_s=max(lease.tried_s, sent_s), silent=lease.silent + 1, why=why)
 
 
-def margin_of(ttl_s: float) -> float:
+def default_margin_s(ttl_s: float) -> float:
     """How long before a lease can run out its holder stops acting, where nobody says otherwise: clocks differ."""
     return ttl_s / 10
 
 
-def call_s(ttl_s: float) -> float:
+def call_timeout_s(ttl_s: float) -> float:
     """How long one call may take: well under the time between two keepalives, so that another endpoint can still be tried."""
     return ttl_s / (2 * KEEPALIVES_PER_TTL)

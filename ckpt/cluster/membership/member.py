@@ -17,20 +17,36 @@ from dataclasses import replace
 from ckpt.cluster.membership import leases
 from ckpt.cluster.membership import transactions as moves
 from ckpt.cluster.membership import transactions as names
-from ckpt.cluster.membership.api import Following, Leading, Lost, Published, Standing, Ticket, Unknown
-from ckpt.cluster.membership.leases import Answer, Gone, Lease, Renewed, Seen, Silent, State
+from ckpt.cluster.membership.api import (
+    Following,
+    Leading,
+    LeaseStatus,
+    MembershipUnknown,
+    NotPublished,
+    Published,
+    Ticket,
+)
+from ckpt.cluster.membership.leases import (
+    KeepaliveAnswer,
+    Lease,
+    LeaseGone,
+    LeaseSeen,
+    LeaseSilent,
+    LeaseState,
+    Renewed,
+)
 from ckpt.cluster.membership.records import (
-    WHY_CHARS_MAX,
+    REASON_CHARS_MAX,
     EpochRecord,
     NodeInfo,
-    Scope,
     View,
+    ViewScope,
     decode_epoch,
     encode_epoch,
     encode_node,
 )
 from ckpt.errors import CkptError, ConflictError, FencedError, NotFoundError, UnavailableError, UsageError
-from ckpt.keyspace.base import Keys, Keyspace, Outcome, Transaction
+from ckpt.keyspace.base import Keys, Keyspace, Transaction, TransactionResult
 
 # Keeps one node's lease alive, on a thread of its own that no error ends.
 #
@@ -51,10 +67,10 @@ class Keepalive:
 
     def __init__(
         self, keyspace: Keyspace, ticket: Ticket, lease: Lease, clock: Callable[[], float],
-        *, acts: Callable[[float], None] = lambda until_s: None,
+        *, on_act_until: Callable[[float], None] = lambda until_s: None,
     ) -> None:  # fmt: skip
         self._keyspace = keyspace
-        self._acts = acts
+        self._acts = on_act_until
         self.ticket = ticket
         self._clock = clock
         self._lock = threading.Lock()
@@ -78,20 +94,20 @@ class Keepalive:
         if self._thread is not None:
             self._thread.join(_JOIN_S)
         with self._lock:
-            self._lease = leases.heard(self._lease, Gone("this node left"))
+            self._lease = leases.apply_answer(self._lease, LeaseGone("this node left"))
 
     def retire(self) -> None:
         """End soon, waiting for nothing: the one that ``heir`` made goes on."""
         self._stopping.set()
 
-    def heir(self, ticket: Ticket, lease: Lease) -> Keepalive:
+    def successor(self, ticket: Ticket, lease: Lease) -> Keepalive:
         """One that goes on for the same node under another lease, and knows what this one does."""
-        made = Keepalive(self._keyspace, ticket, lease, self._clock, acts=self._acts)
+        made = Keepalive(self._keyspace, ticket, lease, self._clock, on_act_until=self._acts)
         with self._lock:
             made._epoch, made._placed = self._epoch, self._placed
         return made
 
-    def expect(self, lease_id: int) -> None:
+    def expect_lease(self, lease_id: int) -> None:
         """The node's key may be found under that lease as well from now on: it is on its way there. 0: it is not."""
         self._under = {self.ticket.lease_id, lease_id} - {0}
 
@@ -101,16 +117,16 @@ class Keepalive:
         return self._lease.borrowed
 
     @property
-    def due_s(self) -> float:
+    def next_keepalive_s(self) -> float:
         """When the next keepalive is due."""
         with self._lock:
-            return self._lease.next_s
+            return self._lease.next_keepalive_s
 
-    def standing(self) -> Standing:
+    def status(self) -> LeaseStatus:
         """What the node may do now."""
         with self._lock:
             lease = self._lease
-            return Standing(
+            return LeaseStatus(
                 lease.state(self._clock()), lease.act_until_s, self._epoch[0], self._placed, lease.why or self._trouble
             )
 
@@ -119,42 +135,42 @@ class Keepalive:
         with self._lock:
             return self._epoch
 
-    def saw(self, record: EpochRecord, revision: int) -> None:
+    def record_epoch(self, record: EpochRecord, revision: int) -> None:
         """Note an epoch that this node read."""
         with self._lock:
             if revision > self._epoch[1]:
                 self._epoch = (record.number, revision)
                 self._placed = self.ticket.node in {place.node for place in record.places}
 
-    def lost(self, why: str) -> None:
+    def mark_lost(self, why: str) -> None:
         """Note that this node is no member any more, however that was learned."""
-        self._hear(Gone(why))
+        self._hear(LeaseGone(why))
 
     def round(self) -> None:
         """One keepalive, and what its answer means."""
         sent_s = self._clock()
         self._hear(self._ask(sent_s))
 
-    def _ask(self, sent_s: float) -> Answer:
+    def _ask(self, sent_s: float) -> KeepaliveAnswer:
         try:
             left_s = 0.0 if self.borrowed else self._keyspace.renew(self.ticket.lease_id)
             if left_s <= 0 and not self.borrowed:
-                return Gone("the lease has expired")
-            own, epoch = self._keyspace.transact(moves.look(self.ticket)).found
+                return LeaseGone("the lease has expired")
+            own, epoch = self._keyspace.transact(moves.read_keepalive(self.ticket)).found
             if not own or own[0].lease_id not in self._under:
-                return Gone("this node was taken out")
+                return LeaseGone("this node was taken out")
             if epoch and epoch[0].changed != self.epoch()[1]:
                 self._read_epoch()
-            return Seen(sent_s) if self.borrowed else Renewed(sent_s, left_s)
+            return LeaseSeen(sent_s) if self.borrowed else Renewed(sent_s, left_s)
         except UnavailableError as error:
-            return Silent(sent_s, str(error))
+            return LeaseSilent(sent_s, str(error))
 
     def _read_epoch(self) -> None:
         (found,) = self._keyspace.transact(Transaction(reads=(Keys(names.EPOCH),))).found
         trouble = ""
         if found:
             try:
-                self.saw(decode_epoch(found[0].value), found[0].changed)
+                self.record_epoch(decode_epoch(found[0].value), found[0].changed)
             except (
                 CkptError
             ) as error:  # no reason to be taken for dead; whoever asks for the view gets the error itself
@@ -162,10 +178,10 @@ class Keepalive:
         with self._lock:
             self._trouble = trouble
 
-    def _hear(self, answer: Answer) -> None:
+    def _hear(self, answer: KeepaliveAnswer) -> None:
         with self._lock:
             before_s = self._lease.act_until_s
-            self._lease = leases.heard(self._lease, answer)
+            self._lease = leases.apply_answer(self._lease, answer)
             until_s = self._lease.act_until_s
         if until_s > before_s:
             self._acts(until_s)
@@ -173,30 +189,30 @@ class Keepalive:
     def _run(self) -> None:
         if not self.borrowed:
             self._acts(self._lease.act_until_s)  # quick, and raises nothing: see Keepalive
-        while not self._stopping.wait(max(_WAIT_S_MIN, self.due_s - self._clock())):
+        while not self._stopping.wait(max(_WAIT_S_MIN, self.next_keepalive_s - self._clock())):
             sent_s = self._clock()
             try:
                 self.round()
             except Exception as error:  # noqa: BLE001 - a thread's border: whatever it was, the lease must be kept alive
-                self._hear(Silent(sent_s, f"{type(error).__name__}: {error}"))
-            if self.standing().state is State.LOST:
+                self._hear(LeaseSilent(sent_s, f"{type(error).__name__}: {error}"))
+            if self.status().state is LeaseState.LOST:
                 return
 
 
-TTL_S = 5.0
-SUSPECTS_MAX = 16
+LEASE_TTL_S = 5.0
+SUSPICIONS_MAX = 16
 """How many nodes one witness can suspect at a time."""
 FACT_BYTES_MAX = 64 << 10
 RACES_MAX = 8
 """How often something that changed in between is tried again."""
 
 
-def boot_s() -> float:
+def boottime_s() -> float:
     """The clock of leases: seconds since boot, also while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-class KeyedMembership:
+class KeyspaceMembership:
     """See Membership and Facts. One node of ``job`` in ``keyspace``, which it closes in the end.
 
     ``margin_s``: how long before its lease can run out a node stops acting; None: a tenth of the TTL. ``threads``: keep the
@@ -204,18 +220,18 @@ class KeyedMembership:
     """
 
     def __init__(
-        self, keyspace: Keyspace, job: str, *, ttl_s: float = TTL_S, margin_s: float | None = None,
-        witnesses_min: int = 2, clock: Callable[[], float] = boot_s, threads: bool = True,
-        acts: Callable[[float], None] = lambda until_s: None,
+        self, keyspace: Keyspace, job: str, *, ttl_s: float = LEASE_TTL_S, margin_s: float | None = None,
+        witnesses_min: int = 2, clock: Callable[[], float] = boottime_s, threads: bool = True,
+        on_act_until: Callable[[float], None] = lambda until_s: None,
     ) -> None:  # fmt: skip
         self._keyspace = keyspace
         self._job = job
         self._ttl_s = ttl_s
-        self._margin_s = leases.margin_of(ttl_s) if margin_s is None else margin_s
+        self._margin_s = leases.default_margin_s(ttl_s) if margin_s is None else margin_s
         self._witnesses_min = witnesses_min
         self._clock = clock
         self._threads = threads
-        self._acts = acts
+        self._acts = on_act_until
         self._lock = threading.Lock()
         self._writing = threading.RLock()
         """Held while something is written: what was said before a move to another lease moves too, and nothing between."""
@@ -233,7 +249,7 @@ class KeyedMembership:
         return self._member()[1]
 
     @property
-    def borrows(self) -> int:
+    def borrowed_lease_id(self) -> int:
         """The lease of another one that this node lives under; 0: none."""
         with self._lock:
             joined = self._joined
@@ -242,12 +258,12 @@ class KeyedMembership:
     def join(self, info: NodeInfo, *, lease_id: int = 0, agent: str = "") -> Ticket:
         """See Membership."""
         data = encode_node(info)
-        word = {names.said_key(names.agent_fact(agent), info.node): None} if agent else {}
+        word = {names.fact_key(names.agent_fact(agent), info.node): None} if agent else {}
         with self._writing:
             with self._lock:
                 before = self._joined
             if before is not None:
-                if before[1].standing().state is not State.LOST:
+                if before[1].status().state is not LeaseState.LOST:
                     raise UsageError(f"this node is a member already. node={before[0].node} leave first")
                 self._end(*before)  # it may live on where the node was taken out, and hold the lead
             ticket, keepalive = self._begin(info, data, lease_id, agent)
@@ -265,19 +281,19 @@ class KeyedMembership:
         ttl_s = self._keyspace.renew(lease_id) if lease_id else self._grant(ticket)
         if ttl_s <= 0:
             raise FencedError(f"this membership is over. node={info.node} join under a new node id")
-        lease = leases.granted(ticket.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
+        lease = leases.granted_lease(ticket.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
         try:
-            move = moves.take_on(ticket, data, agent) if lease_id else moves.join(ticket, data, agent)
-            moves.joined(self._keyspace.transact(move), ticket)
+            move = moves.resume(ticket, data, agent) if lease_id else moves.join(ticket, data, agent)
+            moves.check_joined(self._keyspace.transact(move), ticket)
         except NotFoundError as error:
             raise FencedError(f"the lease ran out before the node had joined. node={info.node} join anew") from error
         except ConflictError:
             if not lease_id:
                 self._keyspace.revoke(ticket.lease_id)
             raise
-        return ticket, Keepalive(self._keyspace, ticket, lease, self._clock, acts=self._acts)
+        return ticket, Keepalive(self._keyspace, ticket, lease, self._clock, on_act_until=self._acts)
 
-    def live_under(self, lease_id: int) -> bool:
+    def borrow_lease(self, lease_id: int) -> bool:
         """Put all that this node wrote under a lease that another one of this service keeps alive, and give its own back.
 
         False: that lease is over, and nothing was changed. It is never out of the membership meanwhile, and joined when it
@@ -289,10 +305,10 @@ class KeyedMembership:
             if ticket.lease_id == lease_id:
                 return True
             return self._move(
-                leases.borrowed(lease_id, ttl_s=self._ttl_s, margin_s=self._margin_s, now_s=self._clock())
+                leases.borrowed_lease(lease_id, ttl_s=self._ttl_s, margin_s=self._margin_s, now_s=self._clock())
             )
 
-    def live_alone(self) -> None:
+    def use_own_lease(self) -> None:
         """The way back: under a new lease of its own, where it lives under another's. Errors as ``live_under``."""
         with self._writing:
             ticket, keepalive = self._settled()
@@ -301,94 +317,98 @@ class KeyedMembership:
             sent_s = self._clock()
             own = Ticket(ticket.node, secrets.randbits(62) + 1)
             ttl_s = self._grant(own)
-            lease = leases.granted(own.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
+            lease = leases.granted_lease(own.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
             if not self._move(lease):
                 raise UnavailableError(f"the new lease ran out before it was used. node={ticket.node} repeat")
 
-    def standing(self) -> Standing:
+    def lease_status(self) -> LeaseStatus:
         """See Membership."""
         with self._lock:
             joined = self._joined
         if joined is None:
-            return Standing(State.LOST, 0.0, 0, False, "this node has not joined")
-        standing = joined[1].standing()
-        if self._target is None or standing.state is State.LOST:
+            return LeaseStatus(LeaseState.LOST, 0.0, 0, False, "this node has not joined")
+        standing = joined[1].status()
+        if self._target is None or standing.state is LeaseState.LOST:
             return standing
-        return replace(standing, state=State.LAPSED, act_until_s=float("-inf"), why="on its way to another lease")
+        return replace(standing, state=LeaseState.LAPSED, act_until_s=float("-inf"), why="on its way to another lease")
 
-    def view(self, scope: Scope = Scope.ALL) -> View:
+    def view(self, scope: ViewScope = ViewScope.ALL) -> View:
         """See Membership."""
-        view = moves.seen(self._job, scope, self._keyspace.transact(moves.read(scope)))
+        view = moves.view_of(self._job, scope, self._keyspace.transact(moves.read_view(scope)))
         with self._lock:
             joined = self._joined
         if joined is not None and view.epoch is not None:
-            joined[1].saw(view.epoch, view.epoch_revision)
+            joined[1].record_epoch(view.epoch, view.epoch_revision)
         return view
 
-    def wait_change(self, after: int, *, timeout_s: float, scope: Scope = Scope.ALL) -> bool:
+    def wait_change(self, after: int, *, timeout_s: float, scope: ViewScope = ViewScope.ALL) -> bool:
         """See Membership."""
         with self._lock:
             joined = self._joined
-        if joined is not None and joined[1].standing().state is State.LOST:
+        if joined is not None and joined[1].status().state is LeaseState.LOST:
             return True
-        ranges = names.ALL_KEYS if scope is Scope.ALL else names.HEAD_KEYS
+        ranges = names.ALL_KEYS if scope is ViewScope.ALL else names.HEAD_KEYS
         return self._keyspace.wait(ranges, after, timeout_s=timeout_s)
 
-    def lead(self, view: View | None = None) -> Leading | Following | Unknown:
+    def lead(self, view: View | None = None) -> Leading | Following | MembershipUnknown:
         """See Membership."""
         with self._writing:
             try:
                 ticket, _ = self._settled()
                 for _ in range(RACES_MAX):
                     outcome = self._leased(moves.lead(ticket, view, self._witnesses_min))
-                    if (who := moves.leads(outcome, ticket)) is not None:
+                    if (who := moves.leader_after(outcome, ticket)) is not None:
                         return who
             except UnavailableError as error:
-                return Unknown(str(error))
-        return Unknown("the leader changed every time")
+                return MembershipUnknown(str(error))
+        return MembershipUnknown("the leader changed every time")
 
-    def publish(self, record: EpochRecord, view: View, *, remove: tuple[str, ...] = ()) -> Published | Lost | Unknown:
+    def publish(
+        self, record: EpochRecord, view: View, *, remove: tuple[str, ...] = ()
+    ) -> Published | NotPublished | MembershipUnknown:
         """See Membership. Raises UsageError for a record that does not follow from the view."""
         with self._writing:
             try:
                 ticket, keepalive = self._settled()
             except UnavailableError as error:
-                return Unknown(str(error))
+                return MembershipUnknown(str(error))
             return self._publish(record, view, remove, ticket, keepalive)
 
     def _publish(
         self, record: EpochRecord, view: View, remove: tuple[str, ...], ticket: Ticket, keepalive: Keepalive
-    ) -> Published | Lost | Unknown:
+    ) -> Published | NotPublished | MembershipUnknown:
         data = encode_epoch(record)
         if record.job != self._job or record.leader != ticket.node:
             raise UsageError(f"not this node's epoch. job={record.job} leader={record.leader} node={ticket.node}")
         if view.epoch is not None and record.number <= view.epoch.number:
             raise UsageError(f"an epoch must exceed the one before. epoch={record.number} before={view.epoch.number}")
         if record.number < keepalive.epoch()[0]:
-            return Lost(f"a greater epoch was seen. epoch={record.number} seen={keepalive.epoch()[0]}")
+            return NotPublished(f"a greater epoch was seen. epoch={record.number} seen={keepalive.epoch()[0]}")
         if view.leader is None or view.leader.node != ticket.node:
-            return Lost("this node does not lead in that view")
+            return NotPublished("this node does not lead in that view")
         try:
-            done = moves.published(self._keyspace.transact(moves.publish(ticket, data, view, remove)), ticket, data)
-            if isinstance(done, Lost):
+            done = moves.publish_outcome(
+                self._keyspace.transact(moves.publish(ticket, data, view, remove)), ticket, data
+            )
+            if isinstance(done, NotPublished):
                 return done
-            keepalive.saw(record, done.revision)
+            keepalive.record_epoch(record, done.revision)
             for first in range(moves.REMOVES_MAX, len(remove), moves.REMOVES_MAX):
-                self._keyspace.transact(moves.remove_more(done.revision, remove[first:]))
+                self._keyspace.transact(moves.remove_members(done.revision, remove[first:]))
         except UnavailableError as error:
-            return Unknown(str(error))
+            return MembershipUnknown(str(error))
         return done
 
-    def say(self, fact: str, value: bytes | None) -> None:
+    def put_fact(self, fact: str, value: bytes | None) -> None:
         """See Facts."""
         if value is not None and len(value) > FACT_BYTES_MAX:
             raise UsageError(f"too large to be said. size_bytes={len(value)} limit_bytes={FACT_BYTES_MAX}")
         with self._writing:
-            self._write(names.said_key(fact, self._member()[0].node), value)
+            self._write(names.fact_key(fact, self._member()[0].node), value)
 
-    def heard(self, fact: str) -> Mapping[str, bytes]:
+    def read_facts(self, fact: str) -> Mapping[str, bytes]:
         """See Facts."""
-        keys = names.said_by_all(fact)
+        keys = names.fact_keys(fact)
         (found,) = self._keyspace.transact(Transaction(reads=(keys,))).found
         return {one.key.rpartition("/")[2]: one.value for one in found}
 
@@ -400,17 +420,17 @@ class KeyedMembership:
     def _suspect(self, node: str, why: str | None, *, by: str) -> None:
         if node == by:
             raise UsageError(f"a node can't suspect itself. node={node} leave instead")
-        key = names.suspect_key(node, by)
-        self._write(key, None if why is None else why[:WHY_CHARS_MAX].encode(errors="replace"))
+        key = names.suspicion_key(node, by)
+        self._write(key, None if why is None else why[:REASON_CHARS_MAX].encode(errors="replace"))
         dropped = None
         with self._lock:
             self._suspected.pop(node, None)
             if why is not None:
                 self._suspected[node] = None
-            if len(self._suspected) > SUSPECTS_MAX:
+            if len(self._suspected) > SUSPICIONS_MAX:
                 dropped, _ = self._suspected.popitem(last=False)
         if dropped is not None:
-            self._write(names.suspect_key(dropped, by), None)
+            self._write(names.suspicion_key(dropped, by), None)
 
     def leave(self, *, keep: bool = False) -> None:
         """See Membership. Raises UnavailableError where the lease could not be ended: it runs out by itself."""
@@ -433,7 +453,7 @@ class KeyedMembership:
                 self._keyspace.renew(ticket.lease_id)
         if self._agent or keepalive.borrowed or target is not None:
             self._keyspace.transact(moves.stop_leading(ticket))
-            for transaction in moves.take_back(ticket, self._said):
+            for transaction in moves.remove_written(ticket, self._said):
                 self._keyspace.transact(transaction)
         if not self._agent and not keepalive.borrowed:
             self._keyspace.revoke(ticket.lease_id)
@@ -450,22 +470,22 @@ class KeyedMembership:
         """Have all that this node wrote under that lease; False: it does not exist."""
         ticket, keepalive = self._member()
         self._target = lease
-        keepalive.expect(lease.lease_id)
+        keepalive.expect_lease(lease.lease_id)
         for _ in range(RACES_MAX):
-            found = self._keyspace.transact(moves.written(ticket, tuple(self._said)))
-            under = moves.lives_under(found)
+            found = self._keyspace.transact(moves.read_written(ticket, tuple(self._said)))
+            under = moves.lease_of(found)
             if under == lease.lease_id:  # an earlier try did it
                 self._moved(ticket, keepalive, lease)
                 return True
             if under != ticket.lease_id:
                 self._target = None
-                keepalive.lost("this node was taken out")
-                raise moves.no_member(ticket)
+                keepalive.mark_lost("this node was taken out")
+                raise moves.not_a_member(ticket)
             try:
-                done = self._keyspace.transact(moves.put_under(ticket, lease.lease_id, found)).held
+                done = self._keyspace.transact(moves.move_to_lease(ticket, lease.lease_id, found)).succeeded
             except NotFoundError:
                 self._target = None
-                keepalive.expect(0)
+                keepalive.expect_lease(0)
                 return False
             if done:
                 self._moved(ticket, keepalive, lease)
@@ -474,7 +494,7 @@ class KeyedMembership:
 
     def _moved(self, ticket: Ticket, keepalive: Keepalive, lease: Lease) -> None:
         now = Ticket(ticket.node, lease.lease_id)
-        heir = keepalive.heir(now, lease)
+        heir = keepalive.successor(now, lease)
         with self._lock:
             self._joined = (now, heir)
         self._target = None
@@ -495,13 +515,13 @@ class KeyedMembership:
     def _grant(self, ticket: Ticket) -> float:
         return self._keyspace.grant(ticket.lease_id, self._ttl_s).ttl_s
 
-    def _leased(self, transaction: Transaction) -> Outcome:
+    def _leased(self, transaction: Transaction) -> TransactionResult:
         """A transaction that puts something under this node's lease. Raises FencedError where that has run out."""
         ticket, keepalive = self._member()
         try:
             return self._keyspace.transact(transaction)
         except NotFoundError as error:
-            keepalive.lost("the lease has expired")
+            keepalive.mark_lost("the lease has expired")
             raise FencedError(
                 f"this node is no member any more. node={ticket.node} join under a new node id"
             ) from error
@@ -512,7 +532,9 @@ class KeyedMembership:
             self._said[key] = None
             changed: int | None = 0
             for _ in range(RACES_MAX):
-                changed = moves.said(self._leased(moves.say(ticket, key, value, changed or 0)), ticket, value)
+                changed = moves.fact_outcome(
+                    self._leased(moves.put_fact(ticket, key, value, changed or 0)), ticket, value
+                )
                 if changed is None:
                     if value is None:
                         del self._said[key]

@@ -18,7 +18,7 @@ CHAIN_MAX = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class MirrorRules:
     """What a placement must keep to. Domains and parallel groups by node; ``mirrors`` < nodes."""
 
     domains: Mapping[str, str]
@@ -34,7 +34,7 @@ class Rules:
 class _Draft:
     """A placement that is being changed."""
 
-    def __init__(self, rules: Rules, kept: Mapping[str, Iterable[str]]) -> None:
+    def __init__(self, rules: MirrorRules, kept: Mapping[str, Iterable[str]]) -> None:
         self.rules = rules
         self.apart = rules.apart
         self.peers: dict[str, list[str]] = {node: [] for node in sorted(rules.domains)}
@@ -119,7 +119,7 @@ class _Draft:
             peer = leaving
 
 
-def repaired(rules: Rules, kept: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]] | None:
+def repair_placement(rules: MirrorRules, kept: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]] | None:
     """``kept`` made right with few moves, or None where no short chain of moves does it."""
     draft = _Draft(rules, kept)
     for node in draft.peers:
@@ -135,7 +135,7 @@ def _leave_groups(draft: _Draft) -> None:
     """Where all of a node's copies are in its own parallel group, swap one of its peers with another node's."""
     groups = draft.rules.groups
     for node, peers in draft.peers.items():
-        if _inside(groups, node, peers):
+        if _all_in_group(groups, node, peers):
             _swap(draft, node)
 
 
@@ -148,7 +148,7 @@ def _swap(draft: _Draft, node: str) -> None:
                     continue
                 if draft.may(node, further, peer) and draft.may(other, peer, further):
                     after = [one for one in theirs if one != further] + [peer]
-                    if not _inside(groups, other, after):
+                    if not _all_in_group(groups, other, after):
                         draft.take(node, peer)
                         draft.take(other, further)
                         draft.give(node, further)
@@ -156,7 +156,7 @@ def _swap(draft: _Draft, node: str) -> None:
                         return
 
 
-def _inside(groups: Mapping[str, str], node: str, peers: Iterable[str]) -> bool:
+def _all_in_group(groups: Mapping[str, str], node: str, peers: Iterable[str]) -> bool:
     return bool(groups[node]) and all(groups[peer] == groups[node] for peer in peers)
 
 
@@ -169,12 +169,12 @@ def _inside(groups: Mapping[str, str], node: str, peers: Iterable[str]) -> bool:
 # members of a group stand at the same place of each piece, so that no two share a domain that is
 # no greater than a piece.
 
-Placement = Mapping[str, tuple[str, ...]]
+MirrorPlacement = Mapping[str, tuple[str, ...]]
 """For each node the peers that hold its mirrors."""
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class RankHolder:
     """A node that holds ranks. ``group``: a parallel group that may be lost or wrong as one; empty: none."""
 
     node: str
@@ -182,7 +182,9 @@ class Holder:
     group: str = ""
 
 
-def place_mirrors(holders: Sequence[Holder], mirrors: int, *, before: Placement | None = None) -> Placement:
+def place_mirrors(
+    holders: Sequence[RankHolder], mirrors: int, *, before: MirrorPlacement | None = None
+) -> MirrorPlacement:
     """The peers that hold each node's mirrors: ``mirrors`` of them, or all others where there are fewer.
 
     No node's copies share a failure domain where domains suffice: where the greatest has no more than ``N // (mirrors + 1)``
@@ -197,14 +199,14 @@ def place_mirrors(holders: Sequence[Holder], mirrors: int, *, before: Placement 
             f"can't place mirrors of doubled nodes, or a negative number. nodes={len(nodes)} mirrors={mirrors}"
         )
     count = min(mirrors, max(0, len(nodes) - 1))
-    rules = Rules(
+    rules = MirrorRules(
         domains={holder.node: holder.domain for holder in holders},
         groups={holder.node: holder.group for holder in holders},
         mirrors=count,
     )
     if count == 0:
         return dict.fromkeys(sorted(nodes), ())
-    if before is not None and (kept := repaired(rules, before)) is not None:
+    if before is not None and (kept := repair_placement(rules, before)) is not None:
         return kept
     placed: dict[str, tuple[str, ...]] = {}
     grouped, rest = _split(rules)
@@ -213,17 +215,17 @@ def place_mirrors(holders: Sequence[Holder], mirrors: int, *, before: Placement 
             placed[node] = tuple(group[place + 1 :] + group[:place])
     if rest:
         placed |= _ring(rules, rest)
-    mended = repaired(rules, placed)
+    mended = repair_placement(rules, placed)
     return mended if mended is not None else {node: placed[node] for node in sorted(placed)}
 
 
-def renamed(placement: Placement, successors: Mapping[str, str]) -> Placement:
+def rename_nodes(placement: MirrorPlacement, successors: Mapping[str, str]) -> MirrorPlacement:
     """A placement in which nodes took over from others: what a lost node held, its successor is to hold."""
     name = {old: new for old, new in successors.items() if old in placement}
     return {name.get(node, node): tuple(name.get(one, one) for one in peers) for node, peers in placement.items()}
 
 
-def _split(rules: Rules) -> tuple[list[list[str]], list[str]]:
+def _split(rules: MirrorRules) -> tuple[list[list[str]], list[str]]:
     """Groups of ``mirrors + 1``, and the rest where that does not divide their number; no domain outweighs in either."""
     size = rules.mirrors + 1
     by_domain: defaultdict[str, list[str]] = defaultdict(list)
@@ -241,7 +243,7 @@ def _split(rules: Rules) -> tuple[list[list[str]], list[str]]:
     return [[order[place + piece * pieces] for piece in range(size)] for place in range(pieces)], rest
 
 
-def _ring(rules: Rules, rest: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _ring(rules: MirrorRules, rest: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Each holds those of the nodes before it in the ring."""
     ring = sorted(rest, key=lambda node: (rules.domains[node], node))
     return {

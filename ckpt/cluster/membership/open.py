@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt.cluster.membership import leases
-from ckpt.cluster.membership.member import TTL_S, KeyedMembership
+from ckpt.cluster.membership.member import LEASE_TTL_S, KeyspaceMembership
 from ckpt.errors import UsageError
 from ckpt.keyspace.address import EtcdOptions
 from ckpt.keyspace.base import Keyspace
@@ -34,13 +34,15 @@ def open_keyspace(where: EtcdOptions | Path, job: str) -> Keyspace:
 
 
 def open_membership(
-    where: EtcdOptions | Path, job: str, *, ttl_s: float = TTL_S, witnesses_min: int = 2,
-    acts: Callable[[float], None] = lambda until_s: None,
-) -> KeyedMembership:  # fmt: skip
+    where: EtcdOptions | Path, job: str, *, ttl_s: float = LEASE_TTL_S, witnesses_min: int = 2,
+    on_act_until: Callable[[float], None] = lambda until_s: None,
+) -> KeyspaceMembership:  # fmt: skip
     """What one node has of ``job``, before it joins; ``acts``: see KeyedMembership. Errors as in ``open_keyspace``.
 
     A call to one of etcd's endpoints gets no more time than leaves some to ask another before the lease runs out.
     """
     if isinstance(where, EtcdOptions):
-        where = replace(where, call_s=min(where.call_s, leases.call_s(ttl_s)))
-    return KeyedMembership(open_keyspace(where, job), job, ttl_s=ttl_s, witnesses_min=witnesses_min, acts=acts)
+        where = replace(where, call_s=min(where.call_s, leases.call_timeout_s(ttl_s)))
+    return KeyspaceMembership(
+        open_keyspace(where, job), job, ttl_s=ttl_s, witnesses_min=witnesses_min, on_act_until=on_act_until
+    )

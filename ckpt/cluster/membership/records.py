@@ -11,17 +11,17 @@ import msgspec
 
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.format import keys
-from ckpt.format.canonical import ready, seal, unseal
-from ckpt.format.manifest import job_ok
+from ckpt.format.canonical import prepare_decoders, seal, unseal
+from ckpt.format.manifest import is_job_name
 from ckpt.values import SnapshotId
 
-VERSION = 1
+RECORD_VERSION = 1
 NODE_BYTES_MAX = 16 << 10
 EPOCH_BYTES_MAX = 1 << 20
 """An epoch is one value in one transaction, and etcd takes 1.5 MiB in one: some 40,000 nodes."""
-HOLDINGS_BYTES_MAX = 64 << 10
+INVENTORY_BYTES_MAX = 64 << 10
 TEXT_CHARS_MAX = 255
-WHY_CHARS_MAX = 200
+REASON_CHARS_MAX = 200
 NOTE_CHARS_MAX = 4096
 SLOTS_MAX = 1024
 RANKS_MAX = 10**7
@@ -54,7 +54,7 @@ class NodeInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NodePlacement:
     """A node's place in an epoch: it holds ``slots`` ranks, the next ones after those of the places before."""
 
     node: str
@@ -62,11 +62,11 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Removed:
+class RemovedNode:
     """A node that an epoch took out, and why."""
 
     node: str
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +79,11 @@ class EpochRecord:
 
     job: str
     number: int
-    places: tuple[Place, ...]
+    places: tuple[NodePlacement, ...]
     leader: str
     nodes_min: int
     nodes_max: int
-    removed: tuple[Removed, ...] = ()
+    removed: tuple[RemovedNode, ...] = ()
     resumes: SnapshotId | None = None
     note: str = ""
 
@@ -103,7 +103,7 @@ class EpochRecord:
         return found
 
     @property
-    def root(self) -> str:
+    def rank0_node(self) -> str:
         """The node of rank 0."""
         return self.places[0].node
 
@@ -114,11 +114,11 @@ class Suspicion:
 
     node: str
     by: str
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Holdings:
+class StateInventory:
     """How many bytes of which rank's state a node holds, in a world of that size."""
 
     world_size: int
@@ -131,8 +131,8 @@ class Member:
 
     info: NodeInfo
     lease_id: int
-    joined: int
-    holdings: Holdings | None = None
+    joined_revision: int
+    inventory: StateInventory | None = None
 
     @property
     def node(self) -> str:
@@ -148,7 +148,7 @@ class Leader:
     revision: int
 
 
-class Scope(enum.Enum):
+class ViewScope(enum.Enum):
     """How much of a job is looked at. At thousands of nodes only the leader can afford all of it."""
 
     HEAD = "head"
@@ -167,7 +167,7 @@ class View:
 
     job: str
     revision: int
-    scope: Scope
+    scope: ViewScope
     leader: Leader | None = None
     epoch: EpochRecord | None = None
     epoch_revision: int = 0
@@ -212,7 +212,7 @@ class _WireHoldings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     digest: str
 
 
-ready(_WireNode, _WireEpoch, _WireHoldings)
+prepare_decoders(_WireNode, _WireEpoch, _WireHoldings)
 
 
 def encode_node(info: NodeInfo) -> bytes:
@@ -220,15 +220,15 @@ def encode_node(info: NodeInfo) -> bytes:
     if why := node_problem(info):
         raise UsageError(f"not a node that can join. {why}")
     wire = _WireNode(
-        v=VERSION, node=info.node, host=info.host, slots=info.slots, domain=info.domain, address=info.address,
+        v=RECORD_VERSION, node=info.node, host=info.host, slots=info.slots, domain=info.domain, address=info.address,
         capabilities=info.capabilities, digest="",
     )  # fmt: skip
-    return seal(wire, what="node", bytes_max=NODE_BYTES_MAX)[0]
+    return seal(wire, label="node", bytes_max=NODE_BYTES_MAX)[0]
 
 
 def decode_node(data: bytes) -> NodeInfo:
     """The node in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-    wire = unseal(data, _WireNode, what="node", version=VERSION, bytes_max=NODE_BYTES_MAX)
+    wire = unseal(data, _WireNode, label="node", version=RECORD_VERSION, bytes_max=NODE_BYTES_MAX)
     info = NodeInfo(
         node=wire.node, host=wire.host, slots=wire.slots, domain=wire.domain, address=wire.address,
         capabilities=wire.capabilities,
@@ -244,21 +244,21 @@ def encode_epoch(record: EpochRecord) -> bytes:
         raise UsageError(f"not an epoch that can be published. {why}")
     resumes = record.resumes
     wire = _WireEpoch(
-        v=VERSION, job=record.job, number=record.number,
+        v=RECORD_VERSION, job=record.job, number=record.number,
         places=tuple((place.node, place.slots) for place in record.places),
         leader=record.leader, nodes_min=record.nodes_min, nodes_max=record.nodes_max,
-        removed=tuple((one.node, one.why) for one in record.removed),
+        removed=tuple((one.node, one.reason) for one in record.removed),
         resumes=None if resumes is None else (resumes.epoch, resumes.step), note=record.note, digest="",
     )  # fmt: skip
-    return seal(wire, what="epoch", bytes_max=EPOCH_BYTES_MAX)[0]
+    return seal(wire, label="epoch", bytes_max=EPOCH_BYTES_MAX)[0]
 
 
 def decode_epoch(data: bytes) -> EpochRecord:
     """The epoch in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-    wire = unseal(data, _WireEpoch, what="epoch", version=VERSION, bytes_max=EPOCH_BYTES_MAX)
+    wire = unseal(data, _WireEpoch, label="epoch", version=RECORD_VERSION, bytes_max=EPOCH_BYTES_MAX)
     record = EpochRecord(
-        job=wire.job, number=wire.number, places=tuple(Place(*place) for place in wire.places), leader=wire.leader,
-        nodes_min=wire.nodes_min, nodes_max=wire.nodes_max, removed=tuple(Removed(*one) for one in wire.removed),
+        job=wire.job, number=wire.number, places=tuple(NodePlacement(*place) for place in wire.places), leader=wire.leader,
+        nodes_min=wire.nodes_min, nodes_max=wire.nodes_max, removed=tuple(RemovedNode(*one) for one in wire.removed),
         resumes=None if wire.resumes is None else SnapshotId(*wire.resumes), note=wire.note,
     )  # fmt: skip
     if why := epoch_problem(record):
@@ -266,21 +266,24 @@ def decode_epoch(data: bytes) -> EpochRecord:
     return record
 
 
-def encode_holdings(holdings: Holdings) -> bytes:
+def encode_inventory(holdings: StateInventory) -> bytes:
     """The canonical bytes. Raises UsageError where a field is out of range, naming it."""
-    if why := holdings_problem(holdings):
+    if why := inventory_problem(holdings):
         raise UsageError(f"not what a node can hold. {why}")
     wire = _WireHoldings(
-        v=VERSION, world_size=holdings.world_size, size_bytes=tuple(sorted(holdings.size_bytes.items())), digest=""
+        v=RECORD_VERSION,
+        world_size=holdings.world_size,
+        size_bytes=tuple(sorted(holdings.size_bytes.items())),
+        digest="",
     )
-    return seal(wire, what="holdings", bytes_max=HOLDINGS_BYTES_MAX)[0]
+    return seal(wire, label="holdings", bytes_max=INVENTORY_BYTES_MAX)[0]
 
 
-def decode_holdings(data: bytes) -> Holdings:
+def decode_inventory(data: bytes) -> StateInventory:
     """The holdings in ``data``, which are not trusted. Raises IntegrityError or FormatVersionError."""
-    wire = unseal(data, _WireHoldings, what="holdings", version=VERSION, bytes_max=HOLDINGS_BYTES_MAX)
-    holdings = Holdings(wire.world_size, dict(wire.size_bytes))
-    why = holdings_problem(holdings)
+    wire = unseal(data, _WireHoldings, label="holdings", version=RECORD_VERSION, bytes_max=INVENTORY_BYTES_MAX)
+    holdings = StateInventory(wire.world_size, dict(wire.size_bytes))
+    why = inventory_problem(holdings)
     if why is None and tuple(sorted(holdings.size_bytes.items())) != wire.size_bytes:
         why = "ranks are not in order"
     if why is not None:
@@ -288,14 +291,14 @@ def decode_holdings(data: bytes) -> Holdings:
     return holdings
 
 
-def node_ok(node: str) -> bool:
+def is_node_id(node: str) -> bool:
     """Whether ``node`` can be a node id: 1 to 64 of 0-9 a-z A-Z _ -."""
     return _NODE_RE.fullmatch(node) is not None
 
 
 def node_problem(info: NodeInfo) -> str | None:
     """What makes ``info`` invalid, as ``fact. key=value``, or None."""
-    if not node_ok(info.node):
+    if not is_node_id(info.node):
         return f"not a node id (1 to 64 of 0-9 a-z A-Z _ -). node={info.node[:80]!r}"
     if not 1 <= info.slots <= SLOTS_MAX:
         return f"slots out of range. slots={info.slots} (1..{SLOTS_MAX})"
@@ -311,7 +314,7 @@ def node_problem(info: NodeInfo) -> str | None:
 
 def epoch_problem(record: EpochRecord) -> str | None:
     """What makes ``record`` invalid, as ``fact. key=value``, or None."""
-    if not job_ok(record.job):
+    if not is_job_name(record.job):
         return f"not a job name. job={record.job!r}"
     if not 1 <= record.number <= keys.EPOCH_MAX:
         return f"epoch out of range. epoch={record.number} (1..{keys.EPOCH_MAX})"
@@ -321,7 +324,7 @@ def epoch_problem(record: EpochRecord) -> str | None:
         return f"fewer nodes than it needs. nodes={len(record.places)} nodes_min={record.nodes_min}"
     names = [place.node for place in record.places]
     for name in (*names, record.leader, *(one.node for one in record.removed)):
-        if not node_ok(name):
+        if not is_node_id(name):
             return f"not a node id (1 to 64 of 0-9 a-z A-Z _ -). node={name[:80]!r}"
     if len(set(names)) != len(names):
         return "a node has two places"
@@ -329,8 +332,8 @@ def epoch_problem(record: EpochRecord) -> str | None:
         return f"slots out of range. world_size={record.world_size} limit={RANKS_MAX}"
     if len(record.removed) > REMOVED_MAX or {one.node for one in record.removed} & set(names):
         return f"too many nodes are named as removed, or one has a place. removed={len(record.removed)} limit={REMOVED_MAX}"
-    if any(len(one.why) > WHY_CHARS_MAX or not one.why.isprintable() for one in record.removed):
-        return f"a reason is too long or not printable. limit={WHY_CHARS_MAX}"
+    if any(len(one.reason) > REASON_CHARS_MAX or not one.reason.isprintable() for one in record.removed):
+        return f"a reason is too long or not printable. limit={REASON_CHARS_MAX}"
     if len(record.note) > NOTE_CHARS_MAX:
         return f"a note is too long. chars={len(record.note)} limit={NOTE_CHARS_MAX}"
     if record.resumes is not None and not keys.is_snapshot_id(record.resumes):
@@ -338,7 +341,7 @@ def epoch_problem(record: EpochRecord) -> str | None:
     return None
 
 
-def holdings_problem(holdings: Holdings) -> str | None:
+def inventory_problem(holdings: StateInventory) -> str | None:
     """What makes ``holdings`` invalid, as ``fact. key=value``, or None."""
     if not 1 <= holdings.world_size <= RANKS_MAX:
         return f"world size out of range. world_size={holdings.world_size}"

@@ -9,18 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from ckpt.cluster.membership.api import Following, Leading, Lost, Published, Ticket
-from ckpt.cluster.membership.decide import confirmed
+from ckpt.cluster.membership.api import Following, Leading, NotPublished, Published, Ticket
+from ckpt.cluster.membership.decide import confirmed_suspects
 from ckpt.cluster.membership.records import (
     Leader,
     Member,
-    Scope,
     Suspicion,
     View,
+    ViewScope,
     decode_epoch,
-    decode_holdings,
+    decode_inventory,
     decode_node,
-    node_ok,
+    is_node_id,
 )
 from ckpt.errors import CkptError, ConflictError, FencedError, UsageError
 from ckpt.keyspace.base import (
@@ -32,9 +32,9 @@ from ckpt.keyspace.base import (
     Keys,
     KeyValue,
     Leased,
-    Outcome,
     Put,
     Transaction,
+    TransactionResult,
     Unchanged,
 )
 
@@ -49,21 +49,21 @@ from ckpt.keyspace.base import (
 EPOCH = "epoch"
 LEADER = "leader"
 NODES = "nodes/"
-SAID = "said/"
-SUSPECTS = "suspects/"
-HOLDINGS = "holdings"
+FACTS = "said/"
+SUSPICIONS = "suspects/"
+INVENTORY_FACT = "holdings"
 
 _FACT_RE = re.compile(r"[0-9A-Za-z_.-]{1,100}", re.ASCII)
 
 
-def under(prefix: str, *, values: bool = True) -> Keys:
+def keys_under(prefix: str, *, values: bool = True) -> Keys:
     """All keys that begin with ``prefix``, which ends with a slash."""
     return Keys(prefix, prefix[:-1] + "0", values)  # "0" follows "/"
 
 
 HEAD_KEYS = (Keys(EPOCH, LEADER + "\0"),)
 """Epoch and leader, and nothing else: no other name lies between."""
-ALL_KEYS = (*HEAD_KEYS, under(NODES), under(f"{SAID}{HOLDINGS}/"), under(SUSPECTS))
+ALL_KEYS = (*HEAD_KEYS, keys_under(NODES), keys_under(f"{FACTS}{INVENTORY_FACT}/"), keys_under(SUSPICIONS))
 
 
 def node_key(node: str) -> str:
@@ -73,28 +73,28 @@ def node_key(node: str) -> str:
 
 def agent_fact(agent: str) -> str:
     """What a node says to let that agent live under its lease. Raises UsageError for a name that can't be one."""
-    if not node_ok(agent):
+    if not is_node_id(agent):
         raise UsageError(f"not the name of an agent (1 to 64 of 0-9 a-z A-Z _ -). agent={agent[:80]!r}")
     return f"agent.{agent}"
 
 
-def said_key(fact: str, node: str) -> str:
+def fact_key(fact: str, node: str) -> str:
     """Where a node says a fact. Raises UsageError for a name that can't be one."""
-    return f"{said_by_all(fact).start}{node}"
+    return f"{fact_keys(fact).start}{node}"
 
 
-def said_by_all(fact: str) -> Keys:
+def fact_keys(fact: str) -> Keys:
     """Where all nodes say it. Raises UsageError for a name that can't be one."""
     if not _FACT_RE.fullmatch(fact):
         raise UsageError(f"not the name of a fact (1 to 100 of 0-9 a-z A-Z _ . -). fact={fact[:120]!r}")
-    return under(f"{SAID}{fact}/")
+    return keys_under(f"{FACTS}{fact}/")
 
 
-def suspect_key(node: str, by: str) -> str:
+def suspicion_key(node: str, by: str) -> str:
     """Where ``by`` says that it suspects ``node``."""
-    if not node_ok(node):
+    if not is_node_id(node):
         raise UsageError(f"not a node id. node={node[:80]!r}")
-    return f"{SUSPECTS}{node}/{by}"
+    return f"{SUSPICIONS}{node}/{by}"
 
 
 REMOVES_MAX = OPS_MAX - 10
@@ -106,7 +106,7 @@ def join(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
     return Transaction((Unchanged(key, 0),), _joins(ticket, info, agent), (Keys(key, values=False),))
 
 
-def take_on(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
+def resume(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
     """Go on with a membership that another process began."""
     key = node_key(ticket.node)
     return Transaction((Leased(key, ticket.lease_id),), _joins(ticket, info, agent), (Keys(key, values=False),))
@@ -114,32 +114,32 @@ def take_on(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
 
 def _joins(ticket: Ticket, info: bytes, agent: str) -> tuple[Put, ...]:
     own = Put(node_key(ticket.node), info, ticket.lease_id)
-    word = (Put(said_key(agent_fact(agent), ticket.node), b"", ticket.lease_id),) if agent else ()
+    word = (Put(fact_key(agent_fact(agent), ticket.node), b"", ticket.lease_id),) if agent else ()
     return (own, *word)
 
 
-def joined(outcome: Outcome, ticket: Ticket) -> None:
+def check_joined(outcome: TransactionResult, ticket: Ticket) -> None:
     """Raises ConflictError where the node id belongs to another lease, FencedError where the membership is over."""
     found = outcome.found[0]
-    if outcome.held or (found and found[0].lease_id == ticket.lease_id):
+    if outcome.succeeded or (found and found[0].lease_id == ticket.lease_id):
         return
     if found:
         raise ConflictError(f"another member has this node id. node={ticket.node} join under a new one")
     raise FencedError(f"this membership is over. node={ticket.node} join under a new node id")
 
 
-def look(ticket: Ticket) -> Transaction:
+def read_keepalive(ticket: Ticket) -> Transaction:
     """What each keepalive reads: whether the node's own key is there, and whether the epoch changed."""
     return Transaction(reads=(Keys(node_key(ticket.node), values=False), Keys(EPOCH, values=False)))
 
 
-def written(ticket: Ticket, said: Sequence[str]) -> Transaction:
+def read_written(ticket: Ticket, said: Sequence[str]) -> Transaction:
     """Read what a node has written, to put it under another lease. ``said``: its keys besides its own one and the leader's."""
     own = (node_key(ticket.node), LEADER, *said)
     return Transaction(reads=tuple(Keys(key) for key in own))
 
 
-def put_under(ticket: Ticket, lease_id: int, found: Outcome) -> Transaction:
+def move_to_lease(ticket: Ticket, lease_id: int, found: TransactionResult) -> Transaction:
     """Put what ``written`` found under another lease, in one, if the node lives under its old one and none of it has changed.
 
     Once it has been done it changes the revision of each key, so whichever try lands later does nothing.
@@ -152,7 +152,7 @@ def put_under(ticket: Ticket, lease_id: int, found: Outcome) -> Transaction:
     )
 
 
-def lives_under(found: Outcome) -> int:
+def lease_of(found: TransactionResult) -> int:
     """The lease of the node's own key in what ``written`` found; 0: it is no member any more."""
     own = found.found[0]
     return own[0].lease_id if own else 0
@@ -163,19 +163,19 @@ def stop_leading(ticket: Ticket) -> Transaction:
     return Transaction((Equals(LEADER, ticket.node.encode()),), (Delete(LEADER),))
 
 
-def take_back(ticket: Ticket, said: Iterable[str]) -> Iterable[Transaction]:
+def remove_written(ticket: Ticket, said: Iterable[str]) -> Iterable[Transaction]:
     """Delete what a node has written, itself first: the way out of a lease that others live under. Its id never comes back."""
     keys = (node_key(ticket.node), *said)
     for first in range(0, len(keys), REMOVES_MAX):
         yield Transaction(then=tuple(Delete(key) for key in keys[first : first + REMOVES_MAX]))
 
 
-def read(scope: Scope) -> Transaction:
+def read_view(scope: ViewScope) -> Transaction:
     """A job at one revision."""
-    return Transaction(reads=ALL_KEYS if scope is Scope.ALL else HEAD_KEYS)
+    return Transaction(reads=ALL_KEYS if scope is ViewScope.ALL else HEAD_KEYS)
 
 
-def seen(job: str, scope: Scope, outcome: Outcome) -> View:
+def view_of(job: str, scope: ViewScope, outcome: TransactionResult) -> View:
     """The view in what was read. Raises IntegrityError or FormatVersionError where the epoch can't be read.
 
     What a member wrote and nobody can read counts for nothing; its key is told.
@@ -185,11 +185,11 @@ def seen(job: str, scope: Scope, outcome: Outcome) -> View:
     held = head.get(EPOCH)
     epoch = decode_epoch(held.value) if held is not None else None
     leads = head.get(LEADER)
-    nodes, holds, suspects = outcome.found[1:] if scope is Scope.ALL else ((), (), ())
+    nodes, holds, suspects = outcome.found[1:] if scope is ViewScope.ALL else ((), (), ())
     holdings = {}
     for one in holds:
         try:
-            holdings[one.key.rpartition("/")[2], one.lease_id] = decode_holdings(one.value)
+            holdings[one.key.rpartition("/")[2], one.lease_id] = decode_inventory(one.value)
         except CkptError:
             unreadable.append(one.key)
     members = []
@@ -221,24 +221,24 @@ def lead(ticket: Ticket, view: View | None, witnesses_min: int) -> Transaction:
     """Lead where nobody does, or in place of the leader of ``view`` where enough witnesses there suspect it."""
     when: list[Compare] = [Leased(node_key(ticket.node), ticket.lease_id)]
     leader = view.leader if view is not None else None
-    if view is None or leader is None or leader.node not in confirmed(view, witnesses_min):
+    if view is None or leader is None or leader.node not in confirmed_suspects(view, witnesses_min):
         when.append(Unchanged(LEADER, 0))
     else:
         when.append(Unchanged(LEADER, leader.revision))
         by = sorted(one.by for one in view.suspicions if one.node == leader.node and one.by in view.by_node)
-        when.extend(Exists(suspect_key(leader.node, one)) for one in by[:witnesses_min])
+        when.extend(Exists(suspicion_key(leader.node, one)) for one in by[:witnesses_min])
     return Transaction(
         tuple(when), (Put(LEADER, ticket.node.encode(), ticket.lease_id),),
         (Keys(LEADER), Keys(node_key(ticket.node), values=False)),
     )  # fmt: skip
 
 
-def leads(outcome: Outcome, ticket: Ticket) -> Leading | Following | None:
+def leader_after(outcome: TransactionResult, ticket: Ticket) -> Leading | Following | None:
     """Who leads after ``lead``; None: it changed in between, ask again. Raises FencedError where this node is no member."""
     leader, own = outcome.found
-    if not outcome.held and not _own(own, ticket):
-        raise no_member(ticket)
-    if outcome.held:
+    if not outcome.succeeded and not _own(own, ticket):
+        raise not_a_member(ticket)
+    if outcome.succeeded:
         return Leading()
     if not leader:
         return None
@@ -261,26 +261,26 @@ def publish(ticket: Ticket, record: bytes, view: View, remove: tuple[str, ...]) 
     )
 
 
-def published(outcome: Outcome, ticket: Ticket, record: bytes) -> Published | Lost:
+def publish_outcome(outcome: TransactionResult, ticket: Ticket, record: bytes) -> Published | NotPublished:
     """Whether the epoch holds. One with our bytes is ours: the answer to an earlier try was lost."""
     epoch, leader = outcome.found
-    if outcome.held:
+    if outcome.succeeded:
         return Published(outcome.revision)
     if epoch and epoch[0].value == record:
         return Published(epoch[0].changed)
     if not leader or leader[0].value != ticket.node.encode():
-        return Lost("this node does not lead any more")
-    return Lost("another epoch came first, or this node leads anew, or is no member any more")
+        return NotPublished("this node does not lead any more")
+    return NotPublished("another epoch came first, or this node leads anew, or is no member any more")
 
 
-def remove_more(epoch_revision: int, nodes: tuple[str, ...]) -> Transaction:
+def remove_members(epoch_revision: int, nodes: tuple[str, ...]) -> Transaction:
     """Delete the memberships that did not fit into the transaction of the epoch, while that epoch holds."""
     return Transaction(
         (Unchanged(EPOCH, epoch_revision),), tuple(Delete(node_key(node)) for node in nodes[:REMOVES_MAX])
     )
 
 
-def say(ticket: Ticket, key: str, value: bytes | None, changed: int) -> Transaction:
+def put_fact(ticket: Ticket, key: str, value: bytes | None, changed: int) -> Transaction:
     """Write or delete a word of this node that was last changed at ``changed``, so that an older try can't land after it."""
     return Transaction(
         (Leased(node_key(ticket.node), ticket.lease_id), Unchanged(key, changed)),
@@ -289,13 +289,13 @@ def say(ticket: Ticket, key: str, value: bytes | None, changed: int) -> Transact
     )
 
 
-def said(outcome: Outcome, ticket: Ticket, value: bytes | None) -> int | None:
+def fact_outcome(outcome: TransactionResult, ticket: Ticket, value: bytes | None) -> int | None:
     """None: it is said. Else the revision of what stands there. Raises FencedError where this node is no member."""
     word, own = outcome.found
-    if outcome.held:
+    if outcome.succeeded:
         return None
     if not _own(own, ticket):
-        raise no_member(ticket)
+        raise not_a_member(ticket)
     there = word[0].value if word else None
     if there == value:
         return None
@@ -306,6 +306,6 @@ def _own(own: tuple[KeyValue, ...], ticket: Ticket) -> bool:
     return bool(own) and own[0].lease_id == ticket.lease_id
 
 
-def no_member(ticket: Ticket) -> FencedError:
+def not_a_member(ticket: Ticket) -> FencedError:
     """What a node that was a member is told."""
     return FencedError(f"this node is no member any more. node={ticket.node} join under a new node id")

@@ -17,13 +17,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ckpt.cluster.mesh.addresses import DIAL_S, Places, family, name_of, quick, split, why_of
-from ckpt.cluster.mesh.messages import Beat, Word
-from ckpt.cluster.mesh.protocol import Cable, Speller
+from ckpt.cluster.mesh.addresses import (
+    DIAL_TIMEOUT_S,
+    NameResolver,
+    address_family,
+    disable_nagle,
+    peer_name,
+    socket_error_reason,
+    split_address,
+)
+from ckpt.cluster.mesh.messages import MeshMessage, NodeHeartbeat
+from ckpt.cluster.mesh.protocol import MeshProtocol, MessageEncoder
 from ckpt.cluster.secret import NONCE_BYTES
-from ckpt.cluster.tls import Tls
+from ckpt.cluster.tls import TlsContexts
 from ckpt.errors import CkptError, StoreDeniedError, UnavailableError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 
 # TLS around one cable, without its socket: bytes of the network in, bytes of the cable out, and
 # back. Pure but for OpenSSL.
@@ -35,20 +43,20 @@ from ckpt.events import Event, Tell
 TLS_READ_BYTES = 64 << 10
 
 
-class Sheath:
+class TlsStream:
     """One end. ``calls``: the host that is called, None at the end that was called."""
 
-    def __init__(self, tls: Tls, *, calls: str | None) -> None:
+    def __init__(self, tls: TlsContexts, *, server_hostname: str | None) -> None:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        if calls is None:
+        if server_hostname is None:
             self._tls = tls.server.wrap_bio(self._in, self._out, server_side=True)
         else:
-            self._tls = tls.client.wrap_bio(self._in, self._out, server_hostname=calls)
+            self._tls = tls.client.wrap_bio(self._in, self._out, server_hostname=server_hostname)
         self._kept = bytearray()
         """What the cable said, and TLS has not taken."""
         self._met = False
 
-    def received(self, data: bytes) -> bytes:
+    def receive_data(self, data: bytes) -> bytes:
         """What the other end's cable said, of what came.
 
         Raises StoreDeniedError for one that is not of this job's CA, or not where it says; ``last_words`` then tells it why.
@@ -72,7 +80,7 @@ class Sheath:
             ) from error
         return bytes(said)
 
-    def to_send(self, said: bytes) -> bytes:
+    def data_to_send(self, said: bytes) -> bytes:
         """The bytes that are to go out now, once; ``said``: what the cable says now. Raises StoreDeniedError."""
         self._kept += said
         try:
@@ -88,7 +96,7 @@ class Sheath:
             raise StoreDeniedError(f"TLS failed: {error.reason or error}") from error
         return self._out.read()
 
-    def last_words(self) -> bytes:
+    def final_data(self) -> bytes:
         """What tells the other end why it was refused."""
         return self._out.read()
 
@@ -100,32 +108,32 @@ RETRY_LAST_S = 2.0
 
 
 @dataclass(slots=True)
-class Wanted:
+class DialTarget:
     """See the module. Owned by the lines."""
 
     address: str
-    doubtful: bool = True
+    unconfirmed: bool = True
     """Nobody has answered at its address yet, or since its line broke."""
     reached: bool = False
     """It was called there, and answered."""
-    due_s: float = 0.0
+    next_dial_s: float = 0.0
     pause_s: float = RETRY_FIRST_S
 
-    def wait(self, now_s: float) -> None:
+    def back_off(self, now_s: float) -> None:
         """A call was tried: the next comes later and later."""
-        self.due_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, RETRY_LAST_S)
+        self.next_dial_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, RETRY_LAST_S)
 
 
-BEAT_S = 1.0
+HEARTBEAT_S = 1.0
 """How often a line on which nothing is said says that it is there."""
-SILENT_S = 4.0
+SILENCE_S_MAX = 4.0
 """A line on which nothing came for so long is given up, and dialled again."""
-GREET_S = 5.0
+HANDSHAKE_S = 5.0
 """How long the other end may take to say who it is."""
 PROBE_S = 1.0
-STRANGERS_MAX = 64
+UNAUTHENTICATED_MAX = 64
 """Connections that came and have not proved yet who they are; one more pushes out the oldest."""
-OUT_BYTES_MAX = 256 << 20
+SEND_BACKLOG_BYTES_MAX = 256 << 20
 """What waits for one node at most; one that reads nothing is given up."""
 READ_BYTES = 256 << 10
 BACKLOG = 256
@@ -134,22 +142,22 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class MeshObserver:
     """Who is told what, all in the lines' thread: quick, and never raising."""
 
-    word: Callable[[str, Word], object]
-    up: Callable[[str], object]
-    down: Callable[[str, str], object]
+    on_message: Callable[[str, MeshMessage], object]
+    on_connected: Callable[[str], object]
+    on_disconnected: Callable[[str, str], object]
     """A line that was up broke, or a call failed; with why, which begins with ``refused`` where nobody listens."""
 
 
 @dataclass(slots=True, eq=False)
-class _Line:
+class _MeshConnection:
     sock: socket.socket
-    cable: Cable
+    cable: MeshProtocol
     dialled: bool
     since_s: float
-    sheath: Sheath | None = None  # TLS around the cable
+    sheath: TlsStream | None = None  # TLS around the cable
     probes: bool = False
     """Only to learn whether anybody listens there: hung up as soon as it is known."""
     connecting: bool = False
@@ -159,25 +167,33 @@ class _Line:
     told: bool = False
 
 
-class Lines:
+class Mesh:
     """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Over TLS with ``tls``. Thread-safe."""
 
     def __init__(
-        self, secret: bytes, *, job: str, node: str, listen: str, heard: Heard, tell: Tell, tls: Tls | None = None
+        self,
+        secret: bytes,
+        *,
+        job: str,
+        node: str,
+        listen: str,
+        observer: MeshObserver,
+        emit: Emit,
+        tls: TlsContexts | None = None,
     ) -> None:
         self._secret = secret
         self._tls = tls
         self._job = job
         self._node = node
-        self._heard = heard
-        self._tell = tell
+        self._heard = observer
+        self._tell = emit
         self._told: set[str] = set()
         self.refused = 0
         """How many connections were ended because of what came on them, or because there were too many strangers."""
-        host, port = split(listen)
+        host, port = split_address(listen)
         try:
             self._listener = socket.create_server(
-                (host, int(port)), family=family(host), backlog=BACKLOG, reuse_port=False
+                (host, int(port)), family=address_family(host), backlog=BACKLOG, reuse_port=False
             )  # fmt: skip
         except OSError as error:
             raise UnavailableError(f"other nodes can't be listened to. address={listen} why={error}") from error
@@ -185,12 +201,12 @@ class Lines:
         self.port: int = self._listener.getsockname()[1]
         """Where this keeper listens."""
         self._lock = threading.Lock()
-        self._wanted: dict[str, Wanted] = {}
-        self._up: dict[str, _Line] = {}
-        self._lines: set[_Line] = set()
-        self._posted: list[tuple[str, Word]] = []
-        self._places = Places(self._wake)
-        self._spell = Speller()
+        self._wanted: dict[str, DialTarget] = {}
+        self._up: dict[str, _MeshConnection] = {}
+        self._lines: set[_MeshConnection] = set()
+        self._posted: list[tuple[str, MeshMessage]] = []
+        self._places = NameResolver(self._wake)
+        self._spell = MessageEncoder()
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
@@ -199,7 +215,7 @@ class Lines:
         self._thread = threading.Thread(target=self._run, name="ckpt-lines", daemon=True)
         self._thread.start()
 
-    def want(self, nodes: Mapping[str, str]) -> None:
+    def set_targets(self, nodes: Mapping[str, str]) -> None:
         """Keep a line to each of these nodes (addresses by name) and to no other."""
         with self._lock:
             mine = {node: address for node, address in nodes.items() if node != self._node}
@@ -209,14 +225,14 @@ class Lines:
                 else self._new(node, address)
                 for node, address in mine.items()
             }
-        self._places.want(set(mine.values()))
+        self._places.keep_only(set(mine.values()))
         self._wake()
 
-    def _new(self, node: str, address: str) -> Wanted:
+    def _new(self, node: str, address: str) -> DialTarget:
         """Who is to be dialled is so at once; who is to dial is looked for where no line came in time."""
-        return Wanted(address, due_s=0.0 if node > self._node else time.monotonic() + PROBE_S)
+        return DialTarget(address, next_dial_s=0.0 if node > self._node else time.monotonic() + PROBE_S)
 
-    def say(self, node: str, word: Word) -> bool:
+    def send(self, node: str, word: MeshMessage) -> bool:
         """Say something to a node; False where no line to it is up now. What is said in order is heard in order."""
         with self._lock:
             if node not in self._up:
@@ -225,7 +241,7 @@ class Lines:
         self._wake()
         return True
 
-    def up(self) -> frozenset[str]:
+    def connected_nodes(self) -> frozenset[str]:
         """The nodes to which a line is up."""
         with self._lock:
             return frozenset(self._up)
@@ -264,57 +280,59 @@ class Lines:
         with self._lock:
             wanted = dict(self._wanted)
         dialled = {line.cable.peer for line in self._lines if line.dialled}
-        wait_s = BEAT_S
+        wait_s = HEARTBEAT_S
         for node, one in wanted.items():
-            if node in dialled or node in self._up or (node < self._node and not one.doubtful):
+            if node in dialled or node in self._up or (node < self._node and not one.unconfirmed):
                 continue
-            if now_s >= one.due_s:
+            if now_s >= one.next_dial_s:
                 self._dial(node, one, now_s)
             else:
-                wait_s = min(wait_s, one.due_s - now_s)
+                wait_s = min(wait_s, one.next_dial_s - now_s)
         for line in list(self._lines):
             if line.cable.up:
                 if line.cable.peer not in wanted and line.dialled:
                     self._drop(line, "not wanted any more", quiet=True)
-                elif now_s - line.heard_s > SILENT_S:
-                    self._drop(line, f"silent for {SILENT_S:g} s")
-                elif now_s - line.said_s >= BEAT_S:
-                    self._send(line, Beat(), now_s)
-            elif now_s - line.since_s > (DIAL_S if line.connecting else GREET_S):
+                elif now_s - line.heard_s > SILENCE_S_MAX:
+                    self._drop(line, f"silent for {SILENCE_S_MAX:g} s")
+                elif now_s - line.said_s >= HEARTBEAT_S:
+                    self._send(line, NodeHeartbeat(), now_s)
+            elif now_s - line.since_s > (DIAL_TIMEOUT_S if line.connecting else HANDSHAKE_S):
                 self._drop(line, "no answer")
         return max(0.0, wait_s)
 
-    def _dial(self, node: str, one: Wanted, now_s: float) -> None:
+    def _dial(self, node: str, one: DialTarget, now_s: float) -> None:
         try:
-            place = self._places.of(one.address)
+            place = self._places.resolve(one.address)
         except (OSError, ValueError) as error:
-            one.wait(now_s)
-            self._heard.down(node, why_of(error))
+            one.back_off(now_s)
+            self._heard.on_disconnected(node, socket_error_reason(error))
             return
         if place is None:
             return  # the thread is woken when its name is found
-        one.wait(now_s)
-        host, _ = split(one.address)
+        one.back_off(now_s)
+        host, _ = split_address(one.address)
         try:
             sock = socket.socket(place.family, socket.SOCK_STREAM)
         except OSError as error:  # no descriptor is left, or the system has no such addresses
-            self._heard.down(node, why_of(error))
+            self._heard.on_disconnected(node, socket_error_reason(error))
             return
         sock.setblocking(False)
-        line = _Line(sock, self._cable(node), dialled=True, since_s=now_s, probes=node < self._node, connecting=True)
+        line = _MeshConnection(
+            sock, self._cable(node), dialled=True, since_s=now_s, probes=node < self._node, connecting=True
+        )
         self._lines.add(line)
         self._selector.register(sock, _WRITE, line)
         try:
-            line.sheath = None if self._tls is None or line.probes else Sheath(self._tls, calls=host)
-            sock.connect(place.at)
+            line.sheath = None if self._tls is None or line.probes else TlsStream(self._tls, server_hostname=host)
+            sock.connect(place.sockaddr)
         except BlockingIOError:
             return
         except (OSError, ValueError) as error:
-            self._drop(line, why_of(error))
+            self._drop(line, socket_error_reason(error))
 
-    def _cable(self, dials: str | None) -> Cable:
+    def _cable(self, dials: str | None) -> MeshProtocol:
         nonce = os.urandom(NONCE_BYTES)
-        return Cable(self._secret, job=self._job, node=self._node, nonce=nonce, dials=dials, spell=self._spell)
+        return MeshProtocol(self._secret, job=self._job, node=self._node, nonce=nonce, dials=dials, encode=self._spell)
 
     def _accept(self) -> None:
         try:
@@ -322,21 +340,21 @@ class Lines:
         except OSError:  # it hung up before we looked, or there is no descriptor left: it comes again
             return
         strangers = [line for line in self._lines if not line.dialled and not line.cable.up]
-        if len(strangers) >= STRANGERS_MAX:
+        if len(strangers) >= UNAUTHENTICATED_MAX:
             self.refused += 1
             self._drop(min(strangers, key=lambda line: line.since_s), "too many strangers", quiet=True)
         sock.setblocking(False)
-        line = _Line(sock, self._cable(None), dialled=False, since_s=time.monotonic())
-        line.sheath = None if self._tls is None else Sheath(self._tls, calls=None)
-        quick(sock)
+        line = _MeshConnection(sock, self._cable(None), dialled=False, since_s=time.monotonic())
+        line.sheath = None if self._tls is None else TlsStream(self._tls, server_hostname=None)
+        disable_nagle(sock)
         self._lines.add(line)
         self._selector.register(sock, _READ, line)
 
-    def _serve(self, line: _Line, mask: int) -> None:
+    def _serve(self, line: _MeshConnection, mask: int) -> None:
         if line.connecting:
             code = line.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
-                self._drop(line, why_of(OSError(code, os.strerror(code))))
+                self._drop(line, socket_error_reason(OSError(code, os.strerror(code))))
                 return
             line.connecting = False
             if line.probes:
@@ -344,26 +362,26 @@ class Lines:
                 # line may close a moment before the port.
                 self._drop(line, "somebody listens there", quiet=True)
                 return
-            quick(line.sock)
+            disable_nagle(line.sock)
         if mask & _READ:
             self._read(line)
         if line in self._lines:
             self._flush(line)
 
-    def _read(self, line: _Line) -> None:
+    def _read(self, line: _MeshConnection) -> None:
         try:
             data = line.sock.recv(READ_BYTES)
         except BlockingIOError:
             return
         except OSError as error:
-            self._drop(line, why_of(error))
+            self._drop(line, socket_error_reason(error))
             return
         if not data:
             self._drop(line, "the other end closed it")
             return
         line.heard_s = time.monotonic()
         try:
-            words = line.cable.received(data if line.sheath is None else line.sheath.received(data))
+            words = line.cable.receive_data(data if line.sheath is None else line.sheath.receive_data(data))
         except CkptError as error:
             self._refuse(line, error)
             return
@@ -371,10 +389,10 @@ class Lines:
             line.told = True
             self._come_up(line)
         for word in words:
-            if not isinstance(word, Beat):
-                self._heard.word(line.cable.peer, word)
+            if not isinstance(word, NodeHeartbeat):
+                self._heard.on_message(line.cable.peer, word)
 
-    def _come_up(self, line: _Line) -> None:
+    def _come_up(self, line: _MeshConnection) -> None:
         peer = line.cable.peer
         with self._lock:
             old = self._up.get(peer)
@@ -383,7 +401,7 @@ class Lines:
         if old is not None:  # the other end lost it, and we have not noticed
             self._drop(old, "the node called again")
         line.said_s = line.heard_s
-        self._heard.up(peer)
+        self._heard.on_connected(peer)
 
     def _settle(self, peer: str, *, called: bool) -> None:
         """That node is there."""
@@ -391,16 +409,16 @@ class Lines:
             if peer in self._wanted:
                 one = self._wanted[peer]
                 one.reached |= called
-                one.doubtful, one.pause_s, one.due_s = False, RETRY_FIRST_S, 0.0
+                one.unconfirmed, one.pause_s, one.next_dial_s = False, RETRY_FIRST_S, 0.0
 
-    def _refuse(self, line: _Line, error: CkptError) -> None:
+    def _refuse(self, line: _MeshConnection, error: CkptError) -> None:
         self.refused += 1
-        text = f"{'the node at' if line.dialled else 'a connection from'} {name_of(line.sock)}: {error}"
-        if text not in self._told and len(self._told) < STRANGERS_MAX:
+        text = f"{'the node at' if line.dialled else 'a connection from'} {peer_name(line.sock)}: {error}"
+        if text not in self._told and len(self._told) < UNAUTHENTICATED_MAX:
             self._told.add(text)
             self._tell(Event("line-refused", text, {"code": error.code}, alarm=True))
         with contextlib.suppress(OSError):  # it may have hung up, or take nothing
-            line.sock.send(b"" if line.sheath is None else line.sheath.last_words())
+            line.sock.send(b"" if line.sheath is None else line.sheath.final_data())
         self._drop(line, str(error))
 
     def _say_posted(self) -> None:
@@ -412,23 +430,23 @@ class Lines:
             if (line := lines.get(node)) is not None and line in self._lines:
                 self._send(line, word, now_s)
 
-    def _send(self, line: _Line, word: Word, now_s: float) -> None:
+    def _send(self, line: _MeshConnection, word: MeshMessage, now_s: float) -> None:
         try:
-            line.cable.say(word)
+            line.cable.send(word)
         except CkptError as error:  # too long: who said it hears that nothing goes on here
             self._drop(line, str(error))
             return
         line.said_s = now_s
         self._flush(line)
 
-    def _flush(self, line: _Line) -> None:
-        said = line.cable.to_send()
+    def _flush(self, line: _MeshConnection) -> None:
+        said = line.cable.data_to_send()
         try:
-            line.out += said if line.sheath is None else line.sheath.to_send(said)
+            line.out += said if line.sheath is None else line.sheath.data_to_send(said)
         except CkptError as error:
             self._refuse(line, error)
             return
-        if len(line.out) > OUT_BYTES_MAX:
+        if len(line.out) > SEND_BACKLOG_BYTES_MAX:
             self._drop(line, f"it does not read what it is sent. waiting_bytes={len(line.out)}")
             return
         try:
@@ -438,11 +456,11 @@ class Lines:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._drop(line, why_of(error))
+            self._drop(line, socket_error_reason(error))
             return
         self._selector.modify(line.sock, _READ | _WRITE if line.out else _READ, line)
 
-    def _drop(self, line: _Line, why: str, *, quiet: bool = False) -> None:
+    def _drop(self, line: _MeshConnection, why: str, *, quiet: bool = False) -> None:
         if line not in self._lines:
             return
         self._lines.discard(line)
@@ -455,11 +473,11 @@ class Lines:
             if current:
                 del self._up[peer]
                 if peer in self._wanted:  # at once, to learn whether it is only the line that is gone
-                    self._wanted[peer].doubtful, self._wanted[peer].due_s = True, 0.0
+                    self._wanted[peer].unconfirmed, self._wanted[peer].next_dial_s = True, 0.0
         if not quiet and (current or (line.dialled and not line.cable.up)):
-            self._heard.down(peer, why)
+            self._heard.on_disconnected(peer, why)
 
-    def _doubt_place(self, line: _Line) -> None:
+    def _doubt_place(self, line: _MeshConnection) -> None:
         """After a call that failed, its node's name is resolved anew, unless the node is known to have been there."""
         with self._lock:
             one = self._wanted.get(line.cable.peer)

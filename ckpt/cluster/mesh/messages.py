@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import msgspec
 
-from ckpt.format.canonical import ready
+from ckpt.format.canonical import prepare_decoders
 from ckpt.values import SnapshotId
 
 
-class Word(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
+class MeshMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
     """Base of all words."""
 
 
-class Proof(Word, frozen=True, kw_only=True, tag="Proof"):
+class NodeProof(MeshMessage, frozen=True, kw_only=True, tag="Proof"):
     """The first word of each end: its authentication proves that it knows the job's secret."""
 
     node: str
 
 
-class Beat(Word, frozen=True, kw_only=True, tag="Beat"):
+class NodeHeartbeat(MeshMessage, frozen=True, kw_only=True, tag="Beat"):
     """Nothing to say, and still here."""
 
 
 # ---- rooms, which are at the node of rank 0; ``room`` names one for ever
 
 
-class Post(Word, frozen=True, kw_only=True, tag="Post"):
+class MeshPost(MeshMessage, frozen=True, kw_only=True, tag="Post"):
     """Publish ``value`` under ``key``."""
 
     room: str
@@ -37,8 +37,8 @@ class Post(Word, frozen=True, kw_only=True, tag="Post"):
     value: bytes
 
 
-class Peek(Word, frozen=True, kw_only=True, tag="Peek"):
-    """The value under ``key`` as soon as it is there, ``Said``; without one after ``wait_s`` seconds."""
+class MeshPeek(MeshMessage, frozen=True, kw_only=True, tag="Peek"):
+    """The value under ``key`` as soon as it is there, ``MeshReply``; without one after ``wait_s`` seconds."""
 
     call: int
     room: str
@@ -46,8 +46,8 @@ class Peek(Word, frozen=True, kw_only=True, tag="Peek"):
     wait_s: float = 0.0
 
 
-class Count(Word, frozen=True, kw_only=True, tag="Count"):
-    """Add to a counter; answered with ``Said``."""
+class MeshCount(MeshMessage, frozen=True, kw_only=True, tag="Count"):
+    """Add to a counter; answered with ``MeshReply``."""
 
     call: int
     room: str
@@ -55,14 +55,14 @@ class Count(Word, frozen=True, kw_only=True, tag="Count"):
     amount: int
 
 
-class Forget(Word, frozen=True, kw_only=True, tag="Forget"):
+class MeshForget(MeshMessage, frozen=True, kw_only=True, tag="Forget"):
     """Free what is under ``key``."""
 
     room: str
     key: str
 
 
-class Said(Word, frozen=True, kw_only=True, tag="Said"):
+class MeshReply(MeshMessage, frozen=True, kw_only=True, tag="Said"):
     """The answer of the room: a value (None: there is none), or a counter's sum."""
 
     call: int
@@ -73,7 +73,7 @@ class Said(Word, frozen=True, kw_only=True, tag="Said"):
 # ---- steps
 
 
-class Decided(Word, frozen=True, kw_only=True, tag="Decided"):
+class MeshDecided(MeshMessage, frozen=True, kw_only=True, tag="Decided"):
     """Rank 0 decided what all ranks do at a boundary: see ``Board.decide``."""
 
     attempt: int
@@ -81,7 +81,7 @@ class Decided(Word, frozen=True, kw_only=True, tag="Decided"):
     flags: int
 
 
-class Standing(Word, frozen=True, kw_only=True, tag="Standing"):
+class NodeProgress(MeshMessage, frozen=True, kw_only=True, tag="Standing"):
     """How far the ranks of a node are, or those of several nodes as one: what all of them hold sealed, looked at second.
 
     ``completed``: the least number of steps that one of them completed, looked at first; -1: not all have begun.
@@ -97,7 +97,7 @@ class Standing(Word, frozen=True, kw_only=True, tag="Standing"):
     named: SnapshotId | None = None
 
 
-class Roll(Word, frozen=True, kw_only=True, tag="Roll"):
+class LivenessCall(MeshMessage, frozen=True, kw_only=True, tag="Roll"):
     """From the node of rank 0: who is still at this epoch? ``answered``: the last call that everybody answered; 0: none."""
 
     attempt: int
@@ -105,7 +105,7 @@ class Roll(Word, frozen=True, kw_only=True, tag="Roll"):
     answered: int
 
 
-class Here(Word, frozen=True, kw_only=True, tag="Here"):
+class LivenessAnswer(MeshMessage, frozen=True, kw_only=True, tag="Here"):
     """The answer: this node is."""
 
     attempt: int
@@ -114,30 +114,30 @@ class Here(Word, frozen=True, kw_only=True, tag="Here"):
 
 # ---- snapshots
 
-Turn = tuple[int, SnapshotId, tuple[str, ...]]
+NodeSubmission = tuple[int, SnapshotId, tuple[str, ...]]
 """One snapshot that was handed in: its number in the era, the pair, the tags."""
 
 
-class Handed(Word, frozen=True, kw_only=True, tag="Handed"):
+class NodeSubmissions(MeshMessage, frozen=True, kw_only=True, tag="Handed"):
     """To the node of rank 0, when an attempt begins: what this node's ranks handed in since the era began, the last ones."""
 
     attempt: int
     count: int
-    turns: tuple[Turn, ...]
+    turns: tuple[NodeSubmission, ...]
 
 
-class Opened(Word, frozen=True, kw_only=True, tag="Opened"):
+class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
     """From the node of rank 0: an epoch of the log is open, which goes on from ``resume``; ``turns`` as any node handed in."""
 
     attempt: int
     resume: SnapshotId | None
-    turns: tuple[Turn, ...]
+    turns: tuple[NodeSubmission, ...]
 
 
 # ---- memory
 
 
-class Holding(msgspec.Struct, frozen=True, kw_only=True):
+class InventoryEntry(msgspec.Struct, frozen=True, kw_only=True):
     """The shares of ``ranks`` ranks of a pair, from ``rank`` on: in slots of their node, or kept for another as ``mirror``."""
 
     snapshot: SnapshotId
@@ -148,20 +148,20 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     mirror: bool = False
 
 
-class AskHeld(Word, frozen=True, kw_only=True, tag="AskHeld"):
+class AskNodeInventory(MeshMessage, frozen=True, kw_only=True, tag="AskHeld"):
     """From the node of rank 0: what is there to restore from."""
 
     call: int
 
 
-class Held(Word, frozen=True, kw_only=True, tag="Held"):
+class NodeInventory(MeshMessage, frozen=True, kw_only=True, tag="Held"):
     """The answer: all that this node holds in memory."""
 
     call: int
-    holdings: tuple[Holding, ...]
+    holdings: tuple[InventoryEntry, ...]
 
 
-class Sources(Word, frozen=True, kw_only=True, tag="Sources"):
+class MeshSources(MeshMessage, frozen=True, kw_only=True, tag="Sources"):
     """From the node of rank 0: where each rank's share of some pairs is.
 
     Of each pair the size of its world; of spans of its ranks, from 0 on, how many they are and which of ``nodes`` have them.
@@ -175,7 +175,7 @@ class Sources(Word, frozen=True, kw_only=True, tag="Sources"):
 # ---- beginnings and ends
 
 
-class Meet(Word, frozen=True, kw_only=True, tag="Meet"):
+class MeetingAddress(MeshMessage, frozen=True, kw_only=True, tag="Meet"):
     """From the node of rank 0: where the trainers of ``attempt`` make their process group."""
 
     attempt: int
@@ -183,7 +183,7 @@ class Meet(Word, frozen=True, kw_only=True, tag="Meet"):
     port: int
 
 
-class Ended(Word, frozen=True, kw_only=True, tag="Ended"):
+class NodeEnded(MeshMessage, frozen=True, kw_only=True, tag="Ended"):
     """To whoever leads: all ranks of this node ended well."""
 
     attempt: int
@@ -192,7 +192,7 @@ class Ended(Word, frozen=True, kw_only=True, tag="Ended"):
 # ---- failures
 
 
-class Failed(Word, frozen=True, kw_only=True, tag="Failed"):
+class NodeFailed(MeshMessage, frozen=True, kw_only=True, tag="Failed"):
     """To the leader: this node's trainers of ``attempt`` are dead, because of this; see ``keeper.roster_words.Failure``."""
 
     attempt: int
@@ -206,34 +206,34 @@ class Failed(Word, frozen=True, kw_only=True, tag="Failed"):
     completed: int = -1
 
 
-ANY = (
-    Proof
-    | Beat
-    | Post
-    | Peek
-    | Count
-    | Forget
-    | Said
-    | Decided
-    | Standing
-    | Roll
-    | Here
-    | Handed
-    | Opened
-    | AskHeld
-    | Held
-    | Sources
-    | Meet
-    | Ended
-    | Failed
+AnyMeshMessage = (
+    NodeProof
+    | NodeHeartbeat
+    | MeshPost
+    | MeshPeek
+    | MeshCount
+    | MeshForget
+    | MeshReply
+    | MeshDecided
+    | NodeProgress
+    | LivenessCall
+    | LivenessAnswer
+    | NodeSubmissions
+    | MeshEpochOpened
+    | AskNodeInventory
+    | NodeInventory
+    | MeshSources
+    | MeetingAddress
+    | NodeEnded
+    | NodeFailed
 )
 """Every word there is."""
 
 
-class _Codec(msgspec.Struct, frozen=True):
+class _MeshCodec(msgspec.Struct, frozen=True):
     """Only to make msgspec build the union's codec once, at import."""
 
-    word: ANY
+    word: AnyMeshMessage
 
 
-ready(_Codec)
+prepare_decoders(_MeshCodec)

@@ -17,21 +17,21 @@ from collections.abc import Iterator
 
 import msgspec
 
-from ckpt.cluster.mesh.messages import ANY, Proof, Word
-from ckpt.cluster.secret import MAC_BYTES, NONCE_BYTES, line_keys, mac
+from ckpt.cluster.mesh.messages import AnyMeshMessage, MeshMessage, NodeProof
+from ckpt.cluster.secret import MAC_BYTES, NONCE_BYTES, connection_keys, frame_mac
 from ckpt.errors import FormatVersionError, StoreDeniedError, UsageError
-from ckpt.format.canonical import ready
+from ckpt.format.canonical import prepare_decoders
 
-VERSION = 2
+PROTOCOL_VERSION = 2
 GREETING_BYTES_MAX = 2048
 """All that is kept of what somebody says who has not proved yet who it is: twice this."""
 FRAME_BYTES_MAX = 64 << 20
-TLS_BEGINS = (b"\x16\x03", b"\x15\x03")
+TLS_RECORD_STARTS = (b"\x16\x03", b"\x15\x03")
 """How whoever speaks TLS begins, or refuses; a greeting is shorter than these are as a length."""
 
 _LENGTH = struct.Struct("<I")
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(ANY)
+_DECODER: msgspec.msgpack.Decoder[MeshMessage] = msgspec.msgpack.Decoder(AnyMeshMessage)
 
 
 class Greeting(msgspec.Struct, frozen=True):
@@ -45,16 +45,16 @@ class Greeting(msgspec.Struct, frozen=True):
 
 
 _GREETING = msgspec.msgpack.Decoder(Greeting)
-ready(Greeting)
+prepare_decoders(Greeting)
 
 
-class Speller:
+class MessageEncoder:
     """Makes the bytes of words. What is said to all is spelled once: the last word is remembered with its bytes."""
 
     def __init__(self) -> None:
-        self._last: tuple[Word, bytes] | None = None
+        self._last: tuple[MeshMessage, bytes] | None = None
 
-    def __call__(self, word: Word) -> bytes:
+    def __call__(self, word: MeshMessage) -> bytes:
         """Raises UsageError for a word that is too long."""
         if self._last is not None and self._last[0] is word:
             return self._last[1]
@@ -65,7 +65,7 @@ class Speller:
         return body
 
 
-class Cable:
+class MeshProtocol:
     """One end of one line. ``peer`` is the other end's node, known for certain once ``up``."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Cable:
         node: str,
         nonce: bytes,
         dials: str | None = None,
-        spell: Speller | None = None,
+        encode: MessageEncoder | None = None,
     ) -> None:
         """``dials``: the node that is called; None at the end that was called. ``nonce``: NONCE_BYTES, never used before.
 
@@ -88,7 +88,7 @@ class Cable:
         self._node = node
         self._nonce = nonce
         self._dials = dials
-        self._spell = spell or Speller()
+        self._spell = encode or MessageEncoder()
         self._in = bytearray()
         self._out: list[bytes] = []
         self._send_key = self._receive_key = b""
@@ -98,31 +98,31 @@ class Cable:
         if dials is not None:
             self._greet(dials)
 
-    def to_send(self) -> bytes:
+    def data_to_send(self) -> bytes:
         """The bytes that are to go out now, once."""
         data = b"".join(self._out)
         self._out.clear()
         return data
 
-    def say(self, word: Word) -> None:
+    def send(self, word: MeshMessage) -> None:
         """Queue a word. Only on a line that is up. Raises UsageError for one that is too long."""
         assert self.up, "nothing is said before both ends are known"
         self._frame(word)
 
-    def received(self, data: bytes | memoryview) -> list[Word]:
+    def receive_data(self, data: bytes | memoryview) -> list[MeshMessage]:
         """The words in what came. Raises StoreDeniedError for a stranger, FormatVersionError for another release.
 
         After an error the line is of no use. Memory: one frame at most, a greeting's before the other end is known.
         """
         self._in += data
-        words: list[Word] = []
+        words: list[MeshMessage] = []
         for body in self._bodies():
             if not self._receive_key:
                 self._met(body)
                 continue
             word = self._decoded(body)
             if not self.up:
-                if not isinstance(word, Proof) or word.node != self.peer:
+                if not isinstance(word, NodeProof) or word.node != self.peer:
                     raise StoreDeniedError(f"a node that does not prove who it is. node={self.peer!r}")
                 self.up = True
                 continue
@@ -134,7 +134,7 @@ class Cable:
             (length,) = _LENGTH.unpack_from(self._in)
             known = bool(self._receive_key)
             limit = FRAME_BYTES_MAX if self.up else GREETING_BYTES_MAX
-            if not known and self._in.startswith(TLS_BEGINS):
+            if not known and self._in.startswith(TLS_RECORD_STARTS):
                 raise StoreDeniedError(
                     "the other end speaks TLS, and this node has no certificate; give all nodes one or none"
                 )
@@ -146,7 +146,7 @@ class Cable:
             body = bytes(self._in[_LENGTH.size : _LENGTH.size + length])
             if known:
                 told = bytes(self._in[_LENGTH.size + length : stop])
-                if not hmac.compare_digest(told, mac(self._receive_key, self._received, body)):
+                if not hmac.compare_digest(told, frame_mac(self._receive_key, self._received, body)):
                     raise StoreDeniedError(f"a word that none of this job's nodes said. node={self.peer!r}")
                 self._received += 1
             del self._in[:stop]
@@ -157,9 +157,9 @@ class Cable:
             greeting = _GREETING.decode(body)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise StoreDeniedError(f"not a line of this job's nodes. why={error}") from error
-        if greeting.version != VERSION:
+        if greeting.version != PROTOCOL_VERSION:
             raise FormatVersionError(
-                f"a node runs another release of torch-ckpt. node={greeting.node!r} theirs={greeting.version} ours={VERSION}; "
+                f"a node runs another release of torch-ckpt. node={greeting.node!r} theirs={greeting.version} ours={PROTOCOL_VERSION}; "
                 "run the same one on all nodes"
             )
         meant = greeting.to if self._dials is None else greeting.node
@@ -172,14 +172,14 @@ class Cable:
         self.peer = greeting.node
         if self._dials is None:
             self._greet("")
-            keys = line_keys(self._secret, job=self._job, dialler=greeting.nonce, listener=self._nonce)
+            keys = connection_keys(self._secret, job=self._job, dialler=greeting.nonce, listener=self._nonce)
             self._receive_key, self._send_key = keys
         else:
-            keys = line_keys(self._secret, job=self._job, dialler=self._nonce, listener=greeting.nonce)
+            keys = connection_keys(self._secret, job=self._job, dialler=self._nonce, listener=greeting.nonce)
             self._send_key, self._receive_key = keys
-        self._frame(Proof(node=self._node))
+        self._frame(NodeProof(node=self._node))
 
-    def _decoded(self, body: bytes) -> Word:
+    def _decoded(self, body: bytes) -> MeshMessage:
         try:
             return _DECODER.decode(body)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -188,10 +188,10 @@ class Cable:
             ) from error
 
     def _greet(self, to: str) -> None:
-        body = _ENCODER.encode(Greeting(VERSION, self._job, self._node, self._nonce, to))
+        body = _ENCODER.encode(Greeting(PROTOCOL_VERSION, self._job, self._node, self._nonce, to))
         self._out.append(_LENGTH.pack(len(body)) + body)
 
-    def _frame(self, word: Word) -> None:
+    def _frame(self, word: MeshMessage) -> None:
         body = self._spell(word)
-        self._out.append(_LENGTH.pack(len(body)) + body + mac(self._send_key, self._sent, body))
+        self._out.append(_LENGTH.pack(len(body)) + body + frame_mac(self._send_key, self._sent, body))
         self._sent += 1

@@ -7,22 +7,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ckpt.cluster.membership.api import Facts, Membership
+from ckpt.cluster.membership.api import MemberFacts, Membership
 from ckpt.cluster.membership.records import EpochRecord, NodeInfo, View
-from ckpt.cluster.mesh.connections import Heard, Lines
-from ckpt.cluster.mesh.messages import Meet, Word
-from ckpt.cluster.node.leading import Note, note_of, peer_of
+from ckpt.cluster.mesh.connections import Mesh, MeshObserver
+from ckpt.cluster.mesh.messages import MeetingAddress, MeshMessage
+from ckpt.cluster.node.leading import EpochNote, epoch_note, peer_address
 
 # What a node needs from those who make it: a membership, whom it tells what, and how it is
 # reached.
 
 
-class Member(Membership, Facts, Protocol):
+class NodeMembership(Membership, MemberFacts, Protocol):
     """A driver of the membership: both of its seams."""
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
+class NodeEpoch:
     """An epoch as it concerns this node, complete: where its ranks meet is known.
 
     ``addresses`` of the lines by node, those of standbys too; ``peers``: where nodes lend their memory; ``domains``: what fails
@@ -30,11 +30,11 @@ class Epoch:
     """
 
     record: EpochRecord
-    note: Note
+    note: EpochNote
     addresses: Mapping[str, str]
     peers: Mapping[str, str]
     domains: Mapping[str, str]
-    meet: Meet | None
+    meeting: MeetingAddress | None
     me: str = ""
 
     @property
@@ -49,81 +49,85 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class NodeObserver:
     """What a node tells its keeper, from threads of its own."""
 
-    epoch: Callable[[Epoch], object]
-    members: Callable[[Epoch], object]
+    on_epoch: Callable[[NodeEpoch], object]
+    on_standbys: Callable[[NodeEpoch], object]
     """The epoch that was told goes on with other standbys, or was there before this node, which is one."""
-    out: Callable[[str], object]
+    on_membership_lost: Callable[[str], object]
     """This node is no member any more, so nothing of it may go on; it joins again by itself."""
-    word: Callable[[str, Word], object]
-    up: Callable[[str], object]
-    down: Callable[[str, str], object]
+    on_message: Callable[[str, MeshMessage], object]
+    on_connected: Callable[[str], object]
+    on_disconnected: Callable[[str, str], object]
     """A line to another node is up, or broke, with why."""
-    acts: Callable[[float], None] = lambda until_s: None
+    on_act_until: Callable[[float], None] = lambda until_s: None
     """Its lease was prolonged: until when, of CLOCK_BOOTTIME in seconds, it may act."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
+class NodeDeps:
     """How a node is reached. ``lines`` to others, for a node of that name; ``meeting``: where the trainers of an epoch meet.
 
     ``agent``: the launcher's own on this machine, which may live under this node's lease; "" where there is none.
     """
 
-    lines: Callable[[str, Heard], Lines]
-    meeting: Callable[[], tuple[str, int]]
+    open_mesh: Callable[[str, MeshObserver], Mesh]
+    pick_meeting: Callable[[], tuple[str, int]]
     agent: str = ""
 
 
-class Epochs:
+class EpochTracker:
     """See the module. ``meeting`` says where the trainers of an epoch shall meet, ``say`` says something to another node.
 
     ``see`` and ``tell`` are for one thread; the rest is thread-safe.
     """
 
     def __init__(
-        self, told: Told, *, meeting: Callable[[], tuple[str, int]], say: Callable[[str, Word], object]
+        self,
+        told: NodeObserver,
+        *,
+        pick_meeting: Callable[[], tuple[str, int]],
+        send: Callable[[str, MeshMessage], object],
     ) -> None:
         self._told = told
-        self._meeting = meeting
-        self._say = say
+        self._meeting = pick_meeting
+        self._say = send
         self._lock = threading.Lock()
-        self._meet: Meet | None = None
+        self._meet: MeetingAddress | None = None
         self._seen = 0
-        self._epoch: Epoch | None = None
+        self._epoch: NodeEpoch | None = None
 
     def forget_meeting(self) -> None:
         """This node is about to join: what is said from now on is for its new self."""
         with self._lock:
             self._meet = None
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """It has joined, and has seen no epoch as its new self."""
         with self._lock:
             self._seen = 0
 
-    def take(self, word: Meet) -> None:
+    def receive_meeting(self, word: MeetingAddress) -> None:
         """The node of rank 0 says where an epoch's ranks meet."""
         with self._lock:
             if self._meet is None or word.attempt > self._meet.attempt:
                 self._meet = word
 
-    def greet(self, node: str) -> None:
+    def resend_meeting(self, node: str) -> None:
         """There is a line again to a node that may not have heard where this one, that of rank 0, has its ranks meet."""
         with self._lock:
             meet = self._meet
         if meet is not None:
             self._say(node, meet)
 
-    def see(self, view: View, me: NodeInfo, *, joined_at: int, began_at: int) -> bool:
+    def observe(self, view: View, me: NodeInfo, *, joined_at: int, began_at: int) -> bool:
         """Look at the view's epoch, and tell of other standbys. True: it is new, and ``tell`` is due.
 
         This node joined at revision ``joined_at``, the first time at ``began_at``: an epoch from before is not its own, but a
         job's end concerns whoever was in it.
         """
-        record, note = view.epoch, note_of(view)
+        record, note = view.epoch, epoch_note(view)
         with self._lock:
             seen = self._seen
         if record is not None and record.number == seen:
@@ -139,20 +143,20 @@ class Epochs:
             meet = self._meeting_of(record, me)
             if meet is None:
                 return False
-        self._note(Epoch(record, note, *_people(view), meet, me.node))
+        self._note(NodeEpoch(record, note, *_people(view), meet, me.node))
         return True
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Tell the epoch that ``see`` found to be new."""
         if self._epoch is not None:
-            self._told.epoch(self._epoch)
+            self._told.on_epoch(self._epoch)
 
-    def _see_from_outside(self, view: View, record: EpochRecord, note: Note, me: NodeInfo) -> None:
+    def _see_from_outside(self, view: View, record: EpochRecord, note: EpochNote, me: NodeInfo) -> None:
         """An epoch that was there before this node: it is a standby, and is told of nothing but who is there."""
         if note.end is None and me.node not in record.ranks:
-            self._told.members(self._note(Epoch(record, note, *_people(view), None, me.node)))
+            self._told.on_standbys(self._note(NodeEpoch(record, note, *_people(view), None, me.node)))
 
-    def _note(self, epoch: Epoch) -> Epoch:
+    def _note(self, epoch: NodeEpoch) -> NodeEpoch:
         with self._lock:
             self._seen = epoch.number
         self._epoch = epoch
@@ -170,17 +174,17 @@ class Epochs:
         epoch = replace(before, addresses=addresses, peers=peers, domains=domains)
         if epoch != before:
             self._epoch = epoch
-            self._told.members(epoch)
+            self._told.on_standbys(epoch)
 
-    def _meeting_of(self, record: EpochRecord, me: NodeInfo) -> Meet | None:
+    def _meeting_of(self, record: EpochRecord, me: NodeInfo) -> MeetingAddress | None:
         """Where the epoch's ranks meet, where that is known. The node of rank 0 chooses it, and says so."""
         with self._lock:
             meet = self._meet
-        if record.root != me.node:
+        if record.rank0_node != me.node:
             return meet if meet is not None and meet.attempt == record.number else None
         if meet is None or meet.attempt != record.number:
             host, port = self._meeting()
-            meet = Meet(attempt=record.number, host=host, port=port)
+            meet = MeetingAddress(attempt=record.number, host=host, port=port)
             with self._lock:
                 self._meet = meet
         for node in record.ranks:
@@ -192,6 +196,6 @@ def _people(view: View) -> tuple[dict[str, str], dict[str, str], dict[str, str]]
     """Of all members: where their lines are, where they lend memory, and what each fails together with."""
     return (
         {member.node: member.info.address for member in view.members},
-        {member.node: peer for member in view.members if (peer := peer_of(member.info))},
+        {member.node: peer for member in view.members if (peer := peer_address(member.info))},
         {member.node: member.info.failure_domain for member in view.members},
     )

@@ -11,35 +11,35 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from ckpt.cluster.membership.api import Leading, Published, Standing
-from ckpt.cluster.membership.decide import Noticed, Options, confirmed, decide, notice
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.records import Holdings, NodeInfo, View, encode_holdings
-from ckpt.cluster.membership.transactions import HOLDINGS
-from ckpt.cluster.mesh.connections import Heard, Lines
-from ckpt.cluster.mesh.messages import Ended, Failed, Meet, Word
-from ckpt.cluster.node.epochs import Epochs, Member, Told, Ways
+from ckpt.cluster.membership.api import Leading, LeaseStatus, Published
+from ckpt.cluster.membership.decide import MembershipOptions, WaitTimers, confirmed_suspects, decide, update_timers
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.records import NodeInfo, StateInventory, View, encode_inventory
+from ckpt.cluster.membership.transactions import INVENTORY_FACT
+from ckpt.cluster.mesh.connections import Mesh, MeshObserver
+from ckpt.cluster.mesh.messages import MeetingAddress, MeshMessage, NodeEnded, NodeFailed
+from ckpt.cluster.node.epochs import EpochTracker, NodeDeps, NodeMembership, NodeObserver
 from ckpt.cluster.node.leading import (
-    Judge,
-    Reported,
-    Reports,
-    Trouble,
+    DecideFailures,
+    EpochProblems,
+    EpochReports,
+    NodeReports,
     assess,
     encode_note,
     end_unseen,
-    floor_of,
+    epoch_floor,
+    epoch_note,
+    mesh_topology,
     next_epoch,
-    note_of,
-    wanted,
 )
 from ckpt.errors import CkptError, FencedError, InternalError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 
 # What a node thinks of the others' lines, and what of it the membership has been told.
 # Thread-safe.
 
 
-class Suspects:
+class FailureDetector:
     """Of one membership of this node: a new one begins with none."""
 
     def __init__(self) -> None:
@@ -48,19 +48,19 @@ class Suspects:
         """What is to be told, by node; None: that it is taken back."""
         self._told: set[str] = set()
 
-    def refused(self, node: str, why: str) -> None:
+    def node_refused(self, node: str, why: str) -> None:
         """Its machine answers, and nobody listens there any more."""
         with self._lock:
             if node not in self._told or node in self._due:
                 self._due[node] = why
 
-    def reached(self, node: str) -> None:
+    def node_reached(self, node: str) -> None:
         """A line to it is up."""
         with self._lock:
             if node in self._told or node in self._due:
                 self._due[node] = None
 
-    def tell(self, view: View, suspect: Callable[[str, str | None], object]) -> None:
+    def report(self, view: View, suspect: Callable[[str, str | None], object]) -> None:
         """Tell what is due about those who are still members. What can't be told now is told the next time."""
         with self._lock:
             due, self._due = self._due, {}
@@ -97,33 +97,33 @@ class Node:
     """
 
     def __init__(
-        self, member: Member, info: Callable[[], NodeInfo], options: Options, *, judge: Judge, told: Told, tell: Tell,
-        ways: Ways, grow_wait_s: float,
+        self, member: NodeMembership, info: Callable[[], NodeInfo], options: MembershipOptions, *, decide_failures: DecideFailures, observer: NodeObserver, emit: Emit,
+        deps: NodeDeps, grow_wait_s: float,
     ) -> None:  # fmt: skip
         self._member = member
         self._info = info
         self._options = options
-        self._judge = judge
-        self._told = told
-        self._tell = tell
-        self._make_lines, self._agent = ways.lines, ways.agent
-        self._epochs = Epochs(told, meeting=ways.meeting, say=self.say)
+        self._judge = decide_failures
+        self._told = observer
+        self._tell = emit
+        self._make_lines, self._agent = deps.open_mesh, deps.agent
+        self._epochs = EpochTracker(observer, pick_meeting=deps.pick_meeting, send=self.send)
         self._grow_wait_s = grow_wait_s
         self._changed = threading.Condition()
         self._stopped = self._over = self._rejoin = self._dirty = False
-        self._lines: Lines | None = None
+        self._lines: Mesh | None = None
         self._me: NodeInfo | None = None
         self._joining: NodeInfo | None = None  # a member, which has not seen itself as one yet
         self._began_at = self._joined_at = 0
         """Revisions at which this node joined, the first time and last."""
         self._view: View | None = None
-        self._reports = Reports()
-        self._mine: Failed | Ended | None = None
+        self._reports = NodeReports()
+        self._mine: NodeFailed | NodeEnded | None = None
         self._holdings: bytes | None = None
-        self._suspects = Suspects()
+        self._suspects = FailureDetector()
         # For the thread that acts alone:
         self._since = (0, 0.0)
-        self._noticed = Noticed()
+        self._noticed = WaitTimers()
         self._said_holdings: tuple[str, bytes] | None = None
         self._lost: dict[str, float] = {}
         self._said = ""
@@ -137,14 +137,14 @@ class Node:
     # ---- from the keeper; thread-safe, and quick
 
     @property
-    def name(self) -> str:
+    def node_id(self) -> str:
         """This node's id; "" before it joined."""
         return self._me.node if self._me is not None else ""
 
     @property
-    def standing(self) -> Standing:
+    def lease_status(self) -> LeaseStatus:
         """What this node may do now."""
-        return self._member.standing()
+        return self._member.lease_status()
 
     @property
     def refused(self) -> int:
@@ -152,27 +152,27 @@ class Node:
         lines = self._lines
         return 0 if lines is None else lines.refused
 
-    def say(self, node: str, word: Word) -> bool:
+    def send(self, node: str, word: MeshMessage) -> bool:
         """Say something to another node's keeper; False where there is no line to it now."""
         lines = self._lines
-        return lines is not None and lines.say(node, word)
+        return lines is not None and lines.send(node, word)
 
-    def up(self, node: str) -> bool:
+    def is_connected(self, node: str) -> bool:
         """Whether there is a line to that node now."""
         lines = self._lines
-        return lines is not None and node in lines.up()
+        return lines is not None and node in lines.connected_nodes()
 
-    def failed(self, failure: Failed) -> None:
+    def report_failure(self, failure: NodeFailed) -> None:
         """The trainers of this node are dead, because of this; the next epoch may begin."""
         self._say_mine(failure)
 
-    def ended(self, attempt: int) -> None:
+    def report_ended(self, attempt: int) -> None:
         """All ranks of this node ended well."""
-        self._say_mine(Ended(attempt=attempt))
+        self._say_mine(NodeEnded(attempt=attempt))
 
-    def holds(self, holdings: Holdings) -> None:
+    def put_inventory(self, holdings: StateInventory) -> None:
         """What this node has of a world's ranks: who leads gives it, rather than another standby, the place of one of them."""
-        data = encode_holdings(holdings)
+        data = encode_inventory(holdings)
         with self._changed:
             if data != self._holdings:
                 self._holdings = data
@@ -189,7 +189,7 @@ class Node:
         if self._lines is not None:
             self._lines.close()
 
-    def _say_mine(self, word: Failed | Ended) -> None:
+    def _say_mine(self, word: NodeFailed | NodeEnded) -> None:
         with self._changed:
             self._mine = word
             self._touch()
@@ -207,7 +207,7 @@ class Node:
         while not self._done:
             me = self._me
             try:
-                lost = self._member.standing().state is State.LOST
+                lost = self._member.lease_status().state is LeaseState.LOST
                 if me is not None and self._rejoin and self._joining is None and not lost:
                     self._pause(RETRY_S)  # its lease has yet to learn it
                     continue
@@ -237,16 +237,16 @@ class Node:
 
     def _join(self) -> NodeInfo:
         info = self._joining
-        if info is None or self._member.standing().state is State.LOST:
+        if info is None or self._member.lease_status().state is LeaseState.LOST:
             self._joining = info = self._come()
         view = self._member.view()  # where this fails it is asked again: by now this node is a member
-        joined_at = view.by_node[info.node].joined if info.node in view.by_node else view.revision
+        joined_at = view.by_node[info.node].joined_revision if info.node in view.by_node else view.revision
         with self._changed:
             self._me, self._joining, self._rejoin = info, None, False
             self._joined_at = joined_at
             # Revisions of a membership whose data were lost begin anew.
             self._began_at = min(self._began_at or joined_at, joined_at)
-            self._epochs.begin_anew()
+            self._epochs.reset()
         self._tell(Event("joined", f"this node is {info.node} of its job", {"node": info.node}))
         return info
 
@@ -257,9 +257,9 @@ class Node:
             self._lines = None
         with self._changed:  # before anybody can reach this node: what is said once it has joined is for its new self
             self._view = None
-            self._suspects = Suspects()
+            self._suspects = FailureDetector()
         self._epochs.forget_meeting()
-        heard = Heard(word=self._on_word, up=self._on_up, down=self._on_down)
+        heard = MeshObserver(on_message=self._on_word, on_connected=self._on_up, on_disconnected=self._on_down)
         info = self._info()
         self._lines = self._make_lines(info.node, heard)
         info = replace(info, address=f"{info.address}:{self._lines.port}")
@@ -273,7 +273,7 @@ class Node:
             if news:
                 self._rejoin, self._view = True, None
         if news:
-            self._told.out(why)
+            self._told.on_membership_lost(why)
         self._pause(RETRY_S)
 
     def _see(self, view: View, me: NodeInfo) -> None:
@@ -298,43 +298,43 @@ class Node:
 
     # ---- the lines' thread
 
-    def _on_word(self, node: str, word: Word) -> None:
+    def _on_word(self, node: str, word: MeshMessage) -> None:
         match word:
-            case Failed() | Ended():
+            case NodeFailed() | NodeEnded():
                 with self._changed:
-                    self._reports.take(node, word, time.monotonic())
+                    self._reports.add(node, word, time.monotonic())
                     self._touch()
-            case Meet():
-                self._epochs.take(word)
+            case MeetingAddress():
+                self._epochs.receive_meeting(word)
                 with self._changed:
                     self._touch()
             case _:
-                self._told.word(node, word)
+                self._told.on_message(node, word)
 
     def _on_up(self, node: str) -> None:
         with self._changed:
             me = self._me
-            root = self._view.epoch.root if self._view is not None and self._view.epoch is not None else ""
-            self._suspects.reached(node)
+            root = self._view.epoch.rank0_node if self._view is not None and self._view.epoch is not None else ""
+            self._suspects.node_reached(node)
             self._touch()
         self._pass_on_mine()
         if me is not None and root == me.node:
-            self._epochs.greet(node)
-        self._told.up(node)
+            self._epochs.resend_meeting(node)
+        self._told.on_connected(node)
 
     def _on_down(self, node: str, why: str) -> None:
         with self._changed:
             if why.startswith("refused"):
-                self._suspects.refused(node, why)
+                self._suspects.node_refused(node, why)
             self._touch()
-        self._told.down(node, why)
+        self._told.on_disconnected(node, why)
 
     def _pass_on_mine(self) -> None:
         mine, lines = self._mine, self._lines
         if mine is None or lines is None:
             return
-        for node in lines.up():
-            lines.say(node, mine)
+        for node in lines.connected_nodes():
+            lines.send(node, mine)
 
     # ---- the thread that acts
 
@@ -349,7 +349,7 @@ class Node:
             if view is None or me is None or lines is None or self._done:
                 continue
             try:
-                lines.want(wanted(view, me.node))
+                lines.set_targets(mesh_topology(view, me.node))
                 until_s = min(until_s, self._on_view(view, me))
             except FencedError as error:
                 self._lose(str(error), me)
@@ -368,9 +368,9 @@ class Node:
         if self._over:
             self._leave()  # at once: whoever starts this job again shall not find it here
             return 0.0
-        self._suspects.tell(view, self._suspect)
+        self._suspects.report(view, self._suspect)
         self._say_holdings(me)
-        gone = confirmed(view, self._options.witnesses_min)
+        gone = confirmed_suspects(view, self._options.witnesses_min)
         leads = view.leader is not None and view.leader.node == me.node
         if me.node not in gone and (view.leader is None or view.leader.node in gone):
             if isinstance(self._member.lead(view), Leading):
@@ -380,14 +380,14 @@ class Node:
             self._look(me)
         elif leads and me.node not in gone:
             return self._lead(view, me)
-        self._noticed = Noticed()
+        self._noticed = WaitTimers()
         return time.monotonic() + LOOK_S
 
     def _say_holdings(self, me: NodeInfo) -> None:
         """Under this node's lease, so under another node id it is said again."""
         data = self._holdings
         if data is not None and self._said_holdings != (me.node, data):
-            self._member.say(HOLDINGS, data)
+            self._member.put_fact(INVENTORY_FACT, data)
             self._said_holdings = (me.node, data)
 
     def _suspect(self, node: str, why: str | None) -> None:
@@ -396,11 +396,11 @@ class Node:
         self._tell(Event("suspects", text, {"node": node}))
 
     def _see_epoch(self, view: View, me: NodeInfo) -> None:
-        if self._epochs.see(view, me, joined_at=self._joined_at, began_at=self._began_at):
-            self._over = note_of(view).end is not None
+        if self._epochs.observe(view, me, joined_at=self._joined_at, began_at=self._began_at):
+            self._over = epoch_note(view).end is not None
             with self._changed:
                 self._reports.forget(view)
-            self._epochs.tell()
+            self._epochs.report()
 
     def _lead(self, view: View, me: NodeInfo) -> float:
         now_s = time.monotonic()
@@ -410,8 +410,8 @@ class Node:
         if self._since[0] != number:
             self._since = (number, now_s)
         may_grow = now_s >= self._since[1] + self._grow_wait_s
-        options = replace(self._options, may_grow=may_grow, epoch_floor=floor_of(view))
-        self._noticed = notice(self._noticed, view, options, now_s)
+        options = replace(self._options, may_grow=may_grow, epoch_floor=epoch_floor(view))
+        self._noticed = update_timers(self._noticed, view, options, now_s)
         decision = decide(view, self._noticed, options, now_s)
         trouble = self._trouble(view, me, now_s)
         verdict = assess(view, trouble, self._judge, now_s)
@@ -427,19 +427,19 @@ class Node:
         self._look(me)
         return time.monotonic() + RETRY_S
 
-    def _trouble(self, view: View, me: NodeInfo, now_s: float) -> Trouble:
+    def _trouble(self, view: View, me: NodeInfo, now_s: float) -> EpochProblems:
         """What is known to be wrong with the view's epoch."""
         record = view.epoch
         if record is None:
-            return Trouble(Reported({}, {}, frozenset()), {})
+            return EpochProblems(EpochReports({}, {}, frozenset()), {})
         with self._changed:
             if self._mine is not None:
-                self._reports.take(me.node, self._mine, now_s)
-            reported = self._reports.of(record)
-        out = confirmed(view, self._options.witnesses_min)
+                self._reports.add(me.node, self._mine, now_s)
+            reported = self._reports.for_epoch(record)
+        out = confirmed_suspects(view, self._options.witnesses_min)
         dead = [node for node in record.ranks if node not in view.by_node or node in out]
         self._lost = {node: self._lost.get(node, now_s) for node in dead if node not in reported.ended}
-        return Trouble(reported, self._lost)
+        return EpochProblems(reported, self._lost)
 
     def _look(self, me: NodeInfo) -> None:
         """Read the membership again now, not when it is next said to have changed."""

@@ -33,13 +33,13 @@ class SessionKeys:
 
 
 @dataclass(frozen=True, slots=True)
-class Secret:
+class PeerSecret:
     """What the keepers of one job share. Shows and pickles nothing of it."""
 
     _root: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, raw: bytes) -> Secret:
+    def of(cls, raw: bytes) -> PeerSecret:
         """The secret of 32 random bytes. Raises UsageError for another length and for bytes that can't be random."""
         if len(raw) != SECRET_BYTES:
             raise UsageError(f"a peer secret has another length. size_bytes={len(raw)} wanted={SECRET_BYTES}")
@@ -73,6 +73,6 @@ def mac(key: bytes, data: bytes) -> bytes:
     return hmac.digest(key, data, "sha256")
 
 
-def same(one: bytes, other: bytes) -> bool:
+def macs_equal(one: bytes, other: bytes) -> bool:
     """Whether two MACs are equal, in a time that tells nothing."""
     return hmac.compare_digest(one, other)

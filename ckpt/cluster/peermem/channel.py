@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ckpt.backends.base import Buffer
-from ckpt.cluster.peermem.auth import same
+from ckpt.cluster.peermem.auth import macs_equal
 from ckpt.cluster.peermem.body_mac import BodyMac
 from ckpt.cluster.peermem.http import END, HEAD_BYTES_MAX, TAG_BYTES, MalformedError
 from ckpt.errors import UnavailableError, UsageError
-from ckpt.rate_limit import RateCap
+from ckpt.rate_limit import RateLimit
 
 # How long a peer is waited for. Pure.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class PeerTimeouts:
     """A peer moves ``bytes_per_s_min`` and may be late by ``grace_s``, as a leaky bucket: speed makes up for lateness and never
     earns more. So neither silence nor a trickle holds anybody up, whatever went before.
     """
@@ -61,39 +61,39 @@ class EndedError(UnavailableError):
     code = "ended"
 
 
-class Channel:
+class PeerChannel:
     """A connected socket, plain or TLS, and its owner's patience. Owns the socket. For one thread."""
 
     __slots__ = ("_buffer", "_late_s", "_mark_s", "_patience", "_socket", "_start", "_stop", "_work_s", "plain")
 
-    def __init__(self, sock: socket.socket, patience: Patience) -> None:
+    def __init__(self, sock: socket.socket, patience: PeerTimeouts) -> None:
         self._socket = sock
         self._patience = patience
         self._buffer = bytearray(HEAD_BYTES_MAX)
         self._start = self._stop = 0
         self.plain = type(sock) is socket.socket
         """Whether the kernel may move bytes by itself."""
-        self.begin()
+        self.restart_timeout()
 
-    def begin(self, *, work_s: float = 0.0) -> None:
+    def restart_timeout(self, *, work_s: float = 0.0) -> None:
         """The other side's time begins anew. ``work_s``: what it may take beyond its owner's patience, for work of its own."""
         self._mark_s = time.monotonic()
         self._late_s = 0.0
         self._work_s = work_s
 
-    def excuse(self, seconds: float) -> None:
+    def extend_timeout(self, seconds: float) -> None:
         """Time that the other side isn't to blame for."""
         self._mark_s += seconds
 
-    def end(self) -> None:
+    def abort(self) -> None:
         """Break what waits here, from any thread."""
-        shut(self._socket)
+        shut_down(self._socket)
 
     def close(self) -> None:
         """Idempotent."""
         self._socket.close()
 
-    def quiet(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing has come since the last answer; a connection that says more, or has ended, is of no use."""
         return self._start == self._stop and not _ready(self._socket, select.POLLIN, 0.0)
 
@@ -120,7 +120,7 @@ class Channel:
         if self._start == self._stop and not self._more(idle_s):
             return None
         if idle_s is not None:
-            self.begin()
+            self.restart_timeout()
         seen_bytes = 0
         while (at := self._buffer.find(END, self._start + max(0, seen_bytes - len(END)), self._stop)) < 0:
             seen_bytes = self._stop - self._start
@@ -138,7 +138,7 @@ class Channel:
         Raises TimeoutError, and EndedError where the connection ends before.
         """
         self.read_part(out, mac)
-        return self.proven(mac)
+        return self.verify_tag(mac)
 
     def read_part(self, out: memoryview, mac: BodyMac) -> None:
         """Fill ``out`` with the next bytes of a body and digest them. Raises as ``read_body``."""
@@ -157,9 +157,9 @@ class Channel:
                 raise EndedError("the connection ended in the middle of a body.")
             at += count
 
-    def proven(self, mac: BodyMac) -> bool:
+    def verify_tag(self, mac: BodyMac) -> bool:
         """Read a body's tag; whether it proves all that ``mac`` took in. Raises as ``read_body``."""
-        return same(self._read_tag(), mac.tag())
+        return macs_equal(self._read_tag(), mac.tag())
 
     def skip(self, size_bytes: int) -> None:
         """Take in and forget bytes, through the head's buffer. Raises as ``read_body``."""
@@ -200,17 +200,17 @@ class Channel:
         """Send small pieces, in one call where the kernel can. Raises TimeoutError, OSError."""
         self._send([memoryview(piece) for piece in pieces])
 
-    def write_body(self, data: Sequence[memoryview], mac: BodyMac, cap: RateCap | None = None) -> None:
+    def write_body(self, data: Sequence[memoryview], mac: BodyMac, cap: RateLimit | None = None) -> None:
         """Send ``data`` in order, no copy made but the kernel's, and digest it on the way. The tag is the caller's to send."""
         for block in _blocks(data, BLOCK_BYTES if cap is None else cap.block_bytes(BLOCK_BYTES)):
             if cap is not None:
-                self.excuse(cap.take(sum(len(piece) for piece in block)))
+                self.extend_timeout(cap.take(sum(len(piece) for piece in block)))
             for piece in block:
                 mac.update(piece)
             self._send(block)
 
     def write_extent(
-        self, view: memoryview, fd: int, offset_bytes: int, mac: BodyMac, cap: RateCap | None = None
+        self, view: memoryview, fd: int, offset_bytes: int, mac: BodyMac, cap: RateLimit | None = None
     ) -> None:
         """As ``write_body`` of ``view``, a mapping of ``fd`` at ``offset_bytes``; the kernel sends the pages themselves.
 
@@ -223,7 +223,7 @@ class Channel:
         for at in range(0, len(view), block_bytes):
             block = view[at : at + block_bytes]
             if cap is not None:
-                self.excuse(cap.take(len(block)))
+                self.extend_timeout(cap.take(len(block)))
             mac.update(block)
             self._send_file(fd, offset_bytes + at, len(block))
 
@@ -267,7 +267,7 @@ class Channel:
         self._mark_s = now_s
 
 
-def shut(sock: socket.socket) -> None:
+def shut_down(sock: socket.socket) -> None:
     """End all calls that wait on a socket, from any thread. The socket's own method would also take TLS off it."""
     with contextlib.suppress(OSError):  # the other side was faster
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
@@ -301,7 +301,7 @@ def _blocks(data: Sequence[memoryview], block_bytes: int) -> Iterator[list[memor
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class PeerExtent:
     """``size_bytes`` of a file or memfd from ``offset_bytes`` on. The descriptor stays the caller's."""
 
     fd: int
@@ -309,7 +309,7 @@ class Extent:
     size_bytes: int
 
 
-class Body(Protocol):
+class PeerBody(Protocol):
     """The bytes of one put. May be sent more than once."""
 
     @property
@@ -322,12 +322,12 @@ class Body(Protocol):
         """All of them in order, where they are few pieces; else empty."""
         ...
 
-    def send(self, channel: Channel, mac: BodyMac, cap: RateCap | None) -> None:
+    def send(self, channel: PeerChannel, mac: BodyMac, cap: RateLimit | None) -> None:
         """Send and digest them."""
         ...
 
 
-class Buffers:
+class BufferBody:
     """Buffers in a row; none is copied."""
 
     __slots__ = ("_views", "size_bytes")
@@ -341,7 +341,7 @@ class Buffers:
         """See Body."""
         return self._views if len(self._views) < PIECES_MAX else ()
 
-    def send(self, channel: Channel, mac: BodyMac, cap: RateCap | None) -> None:
+    def send(self, channel: PeerChannel, mac: BodyMac, cap: RateLimit | None) -> None:
         """See Body."""
         channel.write_body(self._views, mac, cap)
 
@@ -351,22 +351,22 @@ class MappedExtent:
 
     __slots__ = ("_extent", "_view", "pieces", "size_bytes")
 
-    def __init__(self, extent: Extent, view: memoryview) -> None:
+    def __init__(self, extent: PeerExtent, view: memoryview) -> None:
         self._extent = extent
         self._view = view
         self.size_bytes = extent.size_bytes
         self.pieces: Sequence[memoryview] = ()
 
-    def send(self, channel: Channel, mac: BodyMac, cap: RateCap | None) -> None:
+    def send(self, channel: PeerChannel, mac: BodyMac, cap: RateLimit | None) -> None:
         """See Body."""
         channel.write_extent(self._view, self._extent.fd, self._extent.offset_bytes, mac, cap)
 
 
 @contextlib.contextmanager
-def mapped(extent: Extent) -> Iterator[Body]:
+def mapped(extent: PeerExtent) -> Iterator[PeerBody]:
     """``extent`` as a body. Raises UsageError where the file doesn't reach so far or can't be mapped."""
     if extent.size_bytes == 0:
-        yield Buffers([])
+        yield BufferBody([])
         return
     start = extent.offset_bytes - extent.offset_bytes % mmap.ALLOCATIONGRANULARITY
     length = extent.offset_bytes + extent.size_bytes - start

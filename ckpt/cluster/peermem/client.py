@@ -12,27 +12,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.auth import NONCE_BYTES, Secret, SessionKeys, mac, same
+from ckpt.cluster.peermem.auth import NONCE_BYTES, PeerSecret, SessionKeys, mac, macs_equal
 from ckpt.cluster.peermem.body_mac import BodyMac, body_mac, known_macs
-from ckpt.cluster.peermem.channel import PIECES_MAX, Body, Channel, EndedError, Patience
+from ckpt.cluster.peermem.channel import PIECES_MAX, EndedError, PeerBody, PeerChannel, PeerTimeouts
 from ckpt.cluster.peermem.http import (
     CONTINUE,
-    Answer,
-    Base,
     BaseGoneError,
-    Hello,
+    DeltaBase,
     MalformedError,
-    Request,
-    Stored,
+    PeerAnswer,
+    PeerHello,
+    PeerRequest,
+    PeerWelcome,
+    StoredContent,
     Verb,
-    Welcome,
     parse_head,
+    parse_status,
     split_mac,
-    status_of,
     with_mac,
 )
 from ckpt.errors import CkptError, IntegrityError, StoreDeniedError, UnavailableError
-from ckpt.rate_limit import RateCap
+from ckpt.rate_limit import RateLimit
 
 EAGER_BYTES_MAX = 64 << 10
 """Larger bodies are sent when the server says that it takes them. It refuses more that comes unasked."""
@@ -49,12 +49,12 @@ class CrowdedError(UnavailableError):
     """The peer serves others, or ended a connection that had hardly begun to make room for one: asking a little later helps."""
 
 
-def nothing() -> None:
+def no_check() -> None:
     """For memory that nobody takes back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class PeerCall:
     """One operation. A GET fills ``out``; ``still_lent`` is asked when all of ``body`` was read, before its tag goes.
 
     ``base``: of a PUT whose body is a table of ``ranges`` ranges and their bytes.
@@ -65,28 +65,28 @@ class Call:
     after: str = ""
     span: tuple[int, int] | None = None
     create_only: bool = False
-    body: Body | None = None
-    still_lent: Callable[[], None] = nothing
+    body: PeerBody | None = None
+    check_unchanged: Callable[[], None] = no_check
     out: memoryview | None = None
-    base: Stored | None = None
+    base: StoredContent | None = None
     ranges: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class PeerReply:
     """A proven answer, and its body where the call gave no place for it."""
 
-    answer: Answer
+    answer: PeerAnswer
     body: bytes = b""
 
 
-class Connection:
+class PeerConnection:
     """A connection whose server has proven itself. For one thread at a time.
 
     ``usable``: another call may follow. ``heard``: the server has said something about the last one.
     """
 
-    def __init__(self, channel: Channel, endpoint: Endpoint, keys: SessionKeys, welcome: Welcome) -> None:
+    def __init__(self, channel: PeerChannel, endpoint: Endpoint, keys: SessionKeys, welcome: PeerWelcome) -> None:
         self._channel = channel
         self._host = str(endpoint)
         self._keys = keys
@@ -94,12 +94,14 @@ class Connection:
         self._counter = 0
         self.boot = welcome.boot
         self.usable = True
-        self.heard = False
-        self.rested_s = time.monotonic()
+        self.answered = False
+        self.idle_since_s = time.monotonic()
         """When it was last used."""
 
     @classmethod
-    def open(cls, endpoint: Endpoint, secret: Secret, *, connect_s: float, patience: Patience) -> Connection:
+    def open(
+        cls, endpoint: Endpoint, secret: PeerSecret, *, connect_s: float, patience: PeerTimeouts
+    ) -> PeerConnection:
         """Connect and say hello.
 
         Raises UnavailableError where nobody answers, StoreDeniedError where somebody does who doesn't know the secret or shows
@@ -115,7 +117,7 @@ class Connection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if endpoint.tls is not None:
                 sock = endpoint.tls.wrap_socket(sock, server_hostname=endpoint.host)
-            return cls._meet(Channel(sock, patience), endpoint, secret)
+            return cls._meet(PeerChannel(sock, patience), endpoint, secret)
         except BaseException as error:
             sock.close()
             match error:
@@ -130,8 +132,8 @@ class Connection:
             raise
 
     @classmethod
-    def _meet(cls, channel: Channel, endpoint: Endpoint, secret: Secret) -> Connection:
-        head = Hello(os.urandom(NONCE_BYTES).hex(), known_macs()).spell(str(endpoint))
+    def _meet(cls, channel: PeerChannel, endpoint: Endpoint, secret: PeerSecret) -> PeerConnection:
+        head = PeerHello(os.urandom(NONCE_BYTES).hex(), known_macs()).encode(str(endpoint))
         hello_mac = secret.hello_mac(head)
         channel.write(with_mac(head, hello_mac))
         raw = channel.read_head()
@@ -140,16 +142,16 @@ class Connection:
         split = split_mac(raw)
         if split is None:
             raise _unproven(raw, endpoint)
-        if not same(split[1], secret.welcome_mac(hello_mac, split[0])):
+        if not macs_equal(split[1], secret.welcome_mac(hello_mac, split[0])):
             raise StoreDeniedError(
                 f"who answers doesn't know this job's secret. peer={endpoint}; compare the secret files"
             )
-        welcome = Welcome.of(parse_head(split[0]))
+        welcome = PeerWelcome.parse(parse_head(split[0]))
         if welcome.mac not in known_macs():
             raise MalformedError(f"a body MAC that wasn't offered. mac={welcome.mac}")
         return cls(channel, endpoint, secret.session(hello_mac, split[1]), welcome)
 
-    def ask(self, call: Call, *, epoch: int, cap: RateCap | None = None) -> Reply:
+    def request(self, call: PeerCall, *, epoch: int, cap: RateLimit | None = None) -> PeerReply:
         """Make one call. Whatever is raised once something was said, the connection is of no use afterwards.
 
         Raises OSError and EndedError where it broke, IntegrityError where the answer isn't the peer's, StoreDeniedError or
@@ -157,17 +159,17 @@ class Connection:
         said, for a base of another start of the server.
         """
         base, body = self._base(call), call.body
-        self.usable, self.heard = False, False
+        self.usable, self.answered = False, False
         self._counter += 1
         kept_bytes = 0 if base is None or body is None else base.size_bytes + base.table_bytes - body.size_bytes
-        self._channel.begin(work_s=kept_bytes / COPY_BYTES_PER_S_MIN)
+        self._channel.restart_timeout(work_s=kept_bytes / COPY_BYTES_PER_S_MIN)
         waits = body is not None and (call.create_only or not _eager(body))
-        request = Request(
+        request = PeerRequest(
             verb=call.verb, key=call.key, after=call.after, boot=self.boot, epoch=epoch, counter=self._counter,
             body_bytes=None if body is None else body.size_bytes, span=call.span, create_only=call.create_only, waits=waits,
             base=base,
         )  # fmt: skip
-        head = request.spell(self._host)
+        head = request.encode(self._host)
         head_mac = mac(self._keys.request_head, head)
         if body is None:
             self._channel.write(with_mac(head, head_mac))
@@ -181,37 +183,37 @@ class Connection:
                 if raw != CONTINUE:
                     return self._reply(raw, request, call)
                 body.send(self._channel, proof, cap)
-            call.still_lent()
+            call.check_unchanged()
             self._channel.write(proof.tag())
         return self._reply(self._read_head(), request, call)
 
-    def rest(self) -> None:
+    def mark_idle(self) -> None:
         """Note that nobody uses it for now."""
-        self.rested_s = time.monotonic()
+        self.idle_since_s = time.monotonic()
 
-    def quiet(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether the server has neither ended it nor said anything unasked."""
-        return self._channel.quiet()
+        return self._channel.is_idle()
 
-    def end(self) -> None:
+    def abort(self) -> None:
         """Break what is under way, from any thread; whoever uses it closes it."""
-        self._channel.end()
+        self._channel.abort()
 
     def close(self) -> None:
         """Idempotent."""
         self._channel.close()
 
-    def _base(self, call: Call) -> Base | None:
+    def _base(self, call: PeerCall) -> DeltaBase | None:
         base = call.base
         if base is None:
             return None
         if base.boot != self.boot:  # this start of the server may have given the same version to other bytes
             raise BaseGoneError(f"the peer was started anew, and the base is gone. peer={self._host} key={base.key}")
-        return Base(key=base.key, version=base.version, size_bytes=base.size_bytes, ranges=call.ranges)
+        return DeltaBase(key=base.key, version=base.version, size_bytes=base.size_bytes, ranges=call.ranges)
 
-    def _send_at_once(self, head: bytes, body: Body, proof: BodyMac, cap: RateCap | None) -> None:
+    def _send_at_once(self, head: bytes, body: PeerBody, proof: BodyMac, cap: RateLimit | None) -> None:
         if cap is not None:
-            self._channel.excuse(cap.take(body.size_bytes))
+            self._channel.extend_timeout(cap.take(body.size_bytes))
         for piece in body.pieces:
             proof.update(piece)
         self._channel.write(head, *body.pieces)
@@ -220,16 +222,16 @@ class Connection:
         raw = self._channel.read_head()
         if raw is None:
             raise EndedError("the connection ended before an answer.")
-        self.heard = True
+        self.answered = True
         return raw
 
-    def _reply(self, raw: bytes, request: Request, call: Call) -> Reply:
+    def _reply(self, raw: bytes, request: PeerRequest, call: PeerCall) -> PeerReply:
         split = split_mac(raw)
         if split is None:
             raise _unproven(raw, self._host)
-        if not same(split[1], mac(self._keys.answer_head, split[0])):
+        if not macs_equal(split[1], mac(self._keys.answer_head, split[0])):
             raise IntegrityError(f"an answer is not the peer's. peer={self._host} key={request.key}")
-        answer = Answer.of(parse_head(split[0]))
+        answer = PeerAnswer.parse(parse_head(split[0]))
         if answer.counter != request.counter and not (answer.counter == 0 and answer.status in (400, 401)):
             raise IntegrityError(f"an answer to another request. peer={self._host} key={request.key}")
         if answer.status < 300 and answer.epoch < request.epoch:
@@ -241,9 +243,9 @@ class Connection:
         elif call.out is not None and answer.status < 300:
             raise IntegrityError(f"an answer without its bytes. peer={self._host} key={request.key}")
         self.usable = answer.counter == request.counter
-        return Reply(answer, body)
+        return PeerReply(answer, body)
 
-    def _take_body(self, answer: Answer, call: Call, proof: BodyMac) -> bytes:
+    def _take_body(self, answer: PeerAnswer, call: PeerCall, proof: BodyMac) -> bytes:
         room = len(call.out) if call.out is not None else LISTING_BYTES_MAX
         if answer.body_bytes > room or (call.out is not None and answer.body_bytes != room):
             raise IntegrityError(f"an answer of another length. size_bytes={answer.body_bytes} room_bytes={room}")
@@ -256,7 +258,7 @@ class Connection:
         return b"" if call.out is not None else bytes(out)
 
 
-def _eager(body: Body) -> bool:
+def _eager(body: PeerBody) -> bool:
     return body.size_bytes <= EAGER_BYTES_MAX and (not body.size_bytes or 0 < len(body.pieces) < PIECES_MAX)
 
 
@@ -264,7 +266,7 @@ def _unproven(raw: bytes, peer: Endpoint | str) -> CkptError:
     """The error for an answer without a MAC: a hint, no more."""
     try:
         head = parse_head(raw[:-2])
-        status, why = status_of(head), head.fields.get("ckpt-why", "-")
+        status, why = parse_status(head), head.fields.get("ckpt-why", "-")
     except MalformedError as error:
         return UnavailableError(f"no ckpt peer answers here. peer={peer} cause={error}")
     kind = StoreDeniedError if status == 401 else UnavailableError
@@ -283,27 +285,29 @@ class _Own:
     def __init__(self, connections_max: int) -> None:
         self.pid = os.getpid()
         self.lock = threading.Lock()
-        self.idle: list[Connection] = []
-        self.lent: set[Connection] = set()
+        self.idle: list[PeerConnection] = []
+        self.lent: set[PeerConnection] = set()
         self.free = threading.BoundedSemaphore(connections_max)
 
 
-class Pool:
+class PeerConnectionPool:
     """Lends connections that ``opener`` makes, ``connections_max`` at a time. Thread-safe.
 
     A fork's child starts with none: numbers and keys of a connection are for one process, or a MAC's nonce would come twice.
     """
 
-    def __init__(self, opener: Callable[[], Connection], *, connections_max: int, lend_s: float, idle_s: float) -> None:
+    def __init__(
+        self, opener: Callable[[], PeerConnection], *, connections_max: int, wait_s: float, idle_s: float
+    ) -> None:
         self._opener = opener
         self._connections_max = connections_max
-        self._lend_s = lend_s
+        self._lend_s = wait_s
         self._idle_s = idle_s
         self._closed = False
         self._own = _Own(connections_max)
 
     @contextlib.contextmanager
-    def lend(self, *, fresh: bool = False) -> Iterator[tuple[Connection, bool]]:
+    def connection(self, *, fresh: bool = False) -> Iterator[tuple[PeerConnection, bool]]:
         """A connection for one call, and whether it was used before; ``fresh`` ones never were. Kept afterwards while usable.
 
         Raises UnavailableError where none becomes free in time, and as ``opener``.
@@ -331,7 +335,7 @@ class Pool:
         with own.lock:
             idle, own.idle = own.idle, []
             for connection in own.lent:
-                connection.end()
+                connection.abort()
         for connection in idle:
             connection.close()
 
@@ -343,23 +347,23 @@ class Pool:
             self._own = own = _Own(self._connections_max)
         return own
 
-    def _idle(self, own: _Own) -> Connection | None:
+    def _idle(self, own: _Own) -> PeerConnection | None:
         old_s = time.monotonic() - self._idle_s
         while True:
             with own.lock:
                 connection = own.idle.pop() if own.idle else None
-            if connection is None or (connection.rested_s > old_s and connection.quiet()):
+            if connection is None or (connection.idle_since_s > old_s and connection.is_idle()):
                 return connection
             connection.close()
 
-    def _note_lent(self, own: _Own, connection: Connection) -> None:
+    def _note_lent(self, own: _Own, connection: PeerConnection) -> None:
         with own.lock:
             own.lent.add(connection)
             if self._closed:  # since it was asked for
-                connection.end()
+                connection.abort()
 
-    def _give_back(self, own: _Own, connection: Connection) -> None:
-        connection.rest()
+    def _give_back(self, own: _Own, connection: PeerConnection) -> None:
+        connection.mark_idle()
         with own.lock:
             own.lent.discard(connection)
             if connection.usable and not self._closed:

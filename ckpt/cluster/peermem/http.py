@@ -65,7 +65,7 @@ class MalformedError(IntegrityError):
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class HttpHead:
     """The three words of a first line, and the fields behind it."""
 
     start: tuple[str, str, str]
@@ -81,7 +81,7 @@ class Head:
         """The field as a number in its one decimal spelling, below 10^18."""
         if default is not None and name not in self.fields:
             return default
-        return number(self.text(name), name)
+        return parse_number(self.text(name), name)
 
     def only(self, *names: str) -> None:
         """Raise MalformedError where there is a field beside ``names``."""
@@ -90,14 +90,14 @@ class Head:
                 raise MalformedError(f"an unknown field. name={name}")
 
 
-def number(text: str, name: str) -> int:
+def parse_number(text: str, name: str) -> int:
     """``text`` as a number. Raises MalformedError."""
     if not _NUMBER.fullmatch(text):
         raise MalformedError(f"not a number. name={name}")
     return int(text)
 
 
-def spell_head(start: str, fields: dict[str, str]) -> bytes:
+def encode_head(start: str, fields: dict[str, str]) -> bytes:
     """A head without its MAC and end."""
     lines = [start, *(f"{name}: {value}" for name, value in fields.items())]
     return "".join(f"{line}\r\n" for line in lines).encode("ascii")
@@ -121,8 +121,8 @@ def split_mac(raw: bytes) -> tuple[bytes, bytes] | None:
     return raw[:at], bytes.fromhex(raw[at + len(_MAC_FIELD) : -len(END)].decode())
 
 
-def parse_head(covered: bytes) -> Head:
-    """The head in ``covered``, which is what ``spell_head`` makes. Raises MalformedError for everything else."""
+def parse_head(covered: bytes) -> HttpHead:
+    """The head in ``covered``, which is what ``encode_head`` makes. Raises MalformedError for everything else."""
     try:
         text = covered.decode("ascii")
     except UnicodeDecodeError:
@@ -141,7 +141,7 @@ def parse_head(covered: bytes) -> Head:
         if found is None or found[1] in fields:
             raise MalformedError("not a field, or one that is there twice.")
         fields[found[1]] = found[2]
-    return Head((start[1], start[2], start[3]), MappingProxyType(fields))
+    return HttpHead((start[1], start[2], start[3]), MappingProxyType(fields))
 
 
 # Putting only what changed: which ranges of an object are sent, and which are those of its base.
@@ -156,7 +156,7 @@ RANGE_BYTES = 16
 RANGES_MAX = 4096
 """Most ranges of one put: a table of 64 KiB, well inside what a connection may take."""
 
-Range = tuple[int, int]
+ByteRange = tuple[int, int]
 """Offset and length in bytes."""
 
 
@@ -167,7 +167,7 @@ class BaseGoneError(NotFoundError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
+class StoredContent:
     """One content of a key in a peer's memory, as the peer named it when that was put.
 
     ``version`` tells it from all others of one start of the peer's server, which is ``boot``.
@@ -179,12 +179,12 @@ class Stored:
     boot: str
 
 
-def spell_ranges(ranges: Sequence[Range]) -> bytes:
+def encode_ranges(ranges: Sequence[ByteRange]) -> bytes:
     """The table of ``ranges``, in which ``ranges_problem`` finds nothing wrong."""
     return struct.pack(f">{2 * len(ranges)}Q", *(number for one in ranges for number in one))
 
 
-def read_ranges(table: bytes | bytearray, *, size_bytes: int, sent_bytes: int) -> list[Range]:
+def parse_ranges(table: bytes | bytearray, *, size_bytes: int, sent_bytes: int) -> list[ByteRange]:
     """The ranges in ``table``, of an object of ``size_bytes`` of which ``sent_bytes`` follow. Raises MalformedError."""
     numbers = struct.unpack(f">{len(table) // 8}Q", table)
     ranges = list(zip(numbers[::2], numbers[1::2], strict=True))
@@ -196,7 +196,7 @@ def read_ranges(table: bytes | bytearray, *, size_bytes: int, sent_bytes: int) -
     return ranges
 
 
-def ranges_problem(ranges: Sequence[Range], *, size_bytes: int) -> str | None:
+def ranges_problem(ranges: Sequence[ByteRange], *, size_bytes: int) -> str | None:
     """What makes ``ranges`` unfit for an object of ``size_bytes``, or None. None may be empty; they ascend without overlap."""
     if len(ranges) > RANGES_MAX:
         return f"too many ranges. count={len(ranges)} limit={RANGES_MAX}"
@@ -208,7 +208,7 @@ def ranges_problem(ranges: Sequence[Range], *, size_bytes: int) -> str | None:
     return None
 
 
-def between(ranges: Sequence[Range], *, size_bytes: int) -> Iterator[tuple[Range, Range]]:
+def kept_and_sent(ranges: Sequence[ByteRange], *, size_bytes: int) -> Iterator[tuple[ByteRange, ByteRange]]:
     """What is kept before each range, and that range; last what is kept behind all of them, and an empty range."""
     at = 0
     for offset, length in (*ranges, (size_bytes, 0)):
@@ -216,7 +216,7 @@ def between(ranges: Sequence[Range], *, size_bytes: int) -> Iterator[tuple[Range
         at = offset + length
 
 
-def pieces_of(data: Sequence[Buffer], ranges: Sequence[Range]) -> list[memoryview]:
+def slice_ranges(data: Sequence[Buffer], ranges: Sequence[ByteRange]) -> list[memoryview]:
     """Views of what ``ranges`` hold of the concatenation of ``data``; nothing is copied."""
     pieces: list[memoryview] = []
     views = [memoryview(one).cast("B") for one in data]
@@ -252,19 +252,19 @@ _MILLION = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class PeerHello:
     """A client's first words: its nonce, and the body MACs that it can make, best first."""
 
     nonce: str
     macs: tuple[str, ...]
 
-    def spell(self, host: str) -> bytes:
+    def encode(self, host: str) -> bytes:
         """The head without its MAC."""
         fields = {"host": host, "ckpt-protocol": str(PROTOCOL), "ckpt-nonce": self.nonce}
-        return spell_head(f"GET {HELLO} {_HTTP}", {**fields, "ckpt-body-macs": ",".join(self.macs)})
+        return encode_head(f"GET {HELLO} {_HTTP}", {**fields, "ckpt-body-macs": ",".join(self.macs)})
 
     @classmethod
-    def of(cls, head: Head) -> Hello:
+    def parse(cls, head: HttpHead) -> PeerHello:
         """Raises MalformedError."""
         if head.start != ("GET", HELLO, _HTTP) or head.text("ckpt-protocol") != str(PROTOCOL):
             raise MalformedError(f"not a hello of this version. protocol={PROTOCOL}")
@@ -276,7 +276,7 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
+class PeerWelcome:
     """A server's answer to a hello."""
 
     nonce: str
@@ -284,13 +284,13 @@ class Welcome:
     epoch: int
     mac: str
 
-    def spell(self) -> bytes:
+    def encode(self) -> bytes:
         """The head without its MAC."""
         fields = {"content-length": "0", "ckpt-nonce": self.nonce, "ckpt-boot": self.boot}
-        return spell_head(f"{_HTTP} 200 OK", {**fields, "ckpt-epoch": str(self.epoch), "ckpt-body-mac": self.mac})
+        return encode_head(f"{_HTTP} 200 OK", {**fields, "ckpt-epoch": str(self.epoch), "ckpt-body-mac": self.mac})
 
     @classmethod
-    def of(cls, head: Head) -> Welcome:
+    def parse(cls, head: HttpHead) -> PeerWelcome:
         """Raises MalformedError."""
         if head.start[:2] != (_HTTP, "200"):
             raise MalformedError("not a welcome.")
@@ -299,7 +299,7 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
+class DeltaBase:
     """What a PUT refers to: the content ``version`` of ``key``, as long as the object that is put.
 
     The body begins with a table of ``ranges`` ranges; what they don't hold is the base's.
@@ -317,7 +317,7 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class PeerRequest:
     """One operation. ``key`` is the prefix of a LIST. ``body_bytes`` is what a PUT sends, its tag not counted: the object, or
     with a ``base`` what changed of it; ``span`` is a GET's offset and size. ``waits``: the body is sent only when the server
     says that it takes it.
@@ -333,14 +333,14 @@ class Request:
     span: tuple[int, int] | None = None
     create_only: bool = False
     waits: bool = False
-    base: Base | None = None
+    base: DeltaBase | None = None
 
     @property
     def object_bytes(self) -> int:
         """Length of a PUT's object."""
         return (self.body_bytes or 0) if self.base is None else self.base.size_bytes
 
-    def spell(self, host: str) -> bytes:
+    def encode(self, host: str) -> bytes:
         """The head without its MAC."""
         fields = {
             "host": host,
@@ -360,11 +360,11 @@ class Request:
             facts = (OBJECTS + _quoted(self.base.key), self.base.version, self.base.size_bytes, self.base.ranges)
             fields |= {name: str(fact) for name, fact in zip(_BASE, facts, strict=True)}
         if self.verb == "LIST":
-            return spell_head(f"GET {LISTING}prefix={_quoted(self.key)}&after={_quoted(self.after)} {_HTTP}", fields)
-        return spell_head(f"{self.verb} {OBJECTS}{_quoted(self.key)} {_HTTP}", fields)
+            return encode_head(f"GET {LISTING}prefix={_quoted(self.key)}&after={_quoted(self.after)} {_HTTP}", fields)
+        return encode_head(f"{self.verb} {OBJECTS}{_quoted(self.key)} {_HTTP}", fields)
 
     @classmethod
-    def of(cls, head: Head) -> Request:
+    def parse(cls, head: HttpHead) -> PeerRequest:
         """Raises MalformedError."""
         method, target, version = head.start
         if version != _HTTP:
@@ -400,7 +400,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class PeerAnswer:
     """What a server says. ``counter`` is the request's. ``body_bytes`` are followed by a tag, where there are any."""
 
     status: int
@@ -414,7 +414,7 @@ class Answer:
     more: bool = False
     why: str = ""
 
-    def spell(self) -> bytes:
+    def encode(self) -> bytes:
         """The head without its MAC."""
         length = self.body_bytes + TAG_BYTES if self.body_bytes else 0
         fields = {"content-length": str(length), "ckpt-boot": self.boot, "ckpt-epoch": str(self.epoch)}
@@ -426,13 +426,13 @@ class Answer:
         if self.more:
             fields["ckpt-more"] = "1"
         if self.why:
-            fields["ckpt-why"] = plain(self.why)
-        return spell_head(f"{_HTTP} {self.status} {REASONS[self.status]}", fields)
+            fields["ckpt-why"] = header_text(self.why)
+        return encode_head(f"{_HTTP} {self.status} {REASONS[self.status]}", fields)
 
     @classmethod
-    def of(cls, head: Head) -> Answer:
+    def parse(cls, head: HttpHead) -> PeerAnswer:
         """Raises MalformedError."""
-        status = status_of(head)
+        status = parse_status(head)
         length = head.number("content-length")
         if 0 < length <= TAG_BYTES:
             raise MalformedError("a body without its tag.")
@@ -454,29 +454,29 @@ CONTINUE = f"{_HTTP} 100 {REASONS[100]}\r\n\r\n".encode()
 """The go-ahead for a body. Nobody vouches for it: who believes a false one sends bytes that are then refused."""
 
 
-def status_of(head: Head) -> int:
+def parse_status(head: HttpHead) -> int:
     """The status of an answer's head. Raises MalformedError."""
     if head.start[0] != _HTTP:
         raise MalformedError("not an answer of HTTP/1.1.")
-    status = number(head.start[1], "status")
+    status = parse_number(head.start[1], "status")
     if status not in REASONS:
         raise MalformedError(f"an unknown status. status={status}")
     return status
 
 
-def refusal_unsigned(status: int, why: str) -> bytes:
+def unsigned_refusal(status: int, why: str) -> bytes:
     """An answer's head for somebody with whom no keys are shared."""
-    fields = {"content-length": "0", "ckpt-why": plain(why), "connection": "close"}
-    return spell_head(f"{_HTTP} {status} {REASONS[status]}", fields)
+    fields = {"content-length": "0", "ckpt-why": header_text(why), "connection": "close"}
+    return encode_head(f"{_HTTP} {status} {REASONS[status]}", fields)
 
 
-def plain(text: str) -> str:
+def header_text(text: str) -> str:
     """``text`` as it can stand in a field."""
     kept = "".join(c if " " <= c <= "~" else "?" for c in text).strip()
     return kept[:WHY_CHARS_MAX].strip() or "-"
 
 
-def micros(seconds: float) -> int:
+def to_micros(seconds: float) -> int:
     """Whole microseconds, as times travel."""
     return max(0, int(seconds * _MILLION))
 
@@ -490,11 +490,11 @@ def _key(target: str) -> str:
         raise MalformedError(f"not a key. why={error}") from None
 
 
-def _base(head: Head, *, body_bytes: int) -> Base | None:
+def _base(head: HttpHead, *, body_bytes: int) -> DeltaBase | None:
     if _BASE[0] not in head.fields:
         return None
     version, size, ranges = (head.number(name) for name in _BASE[1:])
-    base = Base(key=_key(head.text(_BASE[0])), version=version, size_bytes=size, ranges=ranges)
+    base = DeltaBase(key=_key(head.text(_BASE[0])), version=version, size_bytes=size, ranges=ranges)
     if ranges > RANGES_MAX:
         raise MalformedError(f"too many ranges. count={ranges} limit={RANGES_MAX}")
     if not 0 <= body_bytes - base.table_bytes <= size:
@@ -516,13 +516,13 @@ def _unquoted(text: str) -> str:
     return found
 
 
-def _nonce(head: Head, name: str) -> str:
+def _nonce(head: HttpHead, name: str) -> str:
     if not _NONCE.fullmatch(text := head.text(name)):
         raise MalformedError(f"not a nonce. name={name}")
     return text
 
 
-def _flag(head: Head, name: str, value: str) -> bool:
+def _flag(head: HttpHead, name: str, value: str) -> bool:
     if name in head.fields and head.fields[name] != value:
         raise MalformedError(f"an unknown value. name={name}")
     return name in head.fields
@@ -532,7 +532,7 @@ def _span(text: str) -> tuple[int, int]:
     found = _SPAN.fullmatch(text)
     if found is None:
         raise MalformedError("not a range of bytes.")
-    first, last = number(found[1], "range"), number(found[2], "range")
+    first, last = parse_number(found[1], "range"), parse_number(found[2], "range")
     if last < first:
         raise MalformedError("an empty range of bytes.")
     return first, last - first + 1
@@ -540,7 +540,7 @@ def _span(text: str) -> tuple[int, int]:
 
 # Whether a request that came from a holder of the secret is served. Pure.
 
-Kind = Literal[
+RefusalKind = Literal[
     "mac", "malformed", "replay", "boot", "epoch", "taken", "missing", "range", "read-only", "too-large", "full", "base",
     "body", "slow", "crowded", "tls",
 ]  # fmt: skip
@@ -552,21 +552,21 @@ class Refusal:
     """A status, and why in words for programs and for people."""
 
     status: int
-    kind: Kind
+    kind: RefusalKind
     why: str
 
 
-def admit(request: Request, *, boot: str, epoch: int, last_counter: int) -> Refusal | None:
+def authorize(request: PeerRequest, *, boot: str, epoch: int, last_counter: int) -> Refusal | None:
     """Why ``request`` is refused, or None. ``epoch`` is the highest seen, ``last_counter`` this connection's last number."""
     if request.counter <= last_counter:
         return Refusal(401, "replay", f"a number that was used before. counter={request.counter} last={last_counter}")
     if request.boot != boot:
         return Refusal(421, "boot", f"meant for an earlier start of this server. meant={request.boot} boot={boot}")
     if request.epoch < epoch:
-        return fenced(request.epoch, epoch)
+        return epoch_refusal(request.epoch, epoch)
     return None
 
 
-def fenced(epoch: int, known: int) -> Refusal:
+def epoch_refusal(epoch: int, known: int) -> Refusal:
     """The refusal of an epoch that is over."""
     return Refusal(409, "epoch", f"a newer epoch is open. epoch={epoch} known={known}")

@@ -6,9 +6,9 @@ import re
 
 from ckpt.values import SnapshotId
 
-SLOTS = "slots/"
+SLOTS_PREFIX = "slots/"
 """What a node's own slots hold: ``slots/<epoch>-<step>/<rank>``."""
-MIRRORS = "mirrors/"
+MIRRORS_PREFIX = "mirrors/"
 """What it keeps for others: ``mirrors/<epoch>-<step>/<rank>``."""
 
 _REST = re.compile(r"(\d{1,19})-(\d{1,19})/(\d{1,9})", re.ASCII)
@@ -16,22 +16,22 @@ _REST = re.compile(r"(\d{1,19})-(\d{1,19})/(\d{1,9})", re.ASCII)
 
 def slot_key(snapshot: SnapshotId, rank: int) -> str:
     """Where the share of ``rank`` is that its own node staged."""
-    return f"{SLOTS}{snapshot.epoch}-{snapshot.step}/{rank}"
+    return f"{SLOTS_PREFIX}{snapshot.epoch}-{snapshot.step}/{rank}"
 
 
 def mirror_key(snapshot: SnapshotId, rank: int) -> str:
     """Where it is on a node that keeps it for that one."""
-    return f"{MIRRORS}{snapshot.epoch}-{snapshot.step}/{rank}"
+    return f"{MIRRORS_PREFIX}{snapshot.epoch}-{snapshot.step}/{rank}"
 
 
-def slot_of(key: str) -> tuple[SnapshotId, int] | None:
+def parse_slot_key(key: str) -> tuple[SnapshotId, int] | None:
     """The pair and rank of a slot's key, or None."""
-    return _parsed(key, SLOTS)
+    return _parsed(key, SLOTS_PREFIX)
 
 
-def mirror_of(key: str) -> tuple[SnapshotId, int] | None:
+def parse_mirror_key(key: str) -> tuple[SnapshotId, int] | None:
     """The pair and rank of a mirror's key, or None."""
-    return _parsed(key, MIRRORS)
+    return _parsed(key, MIRRORS_PREFIX)
 
 
 def _parsed(key: str, prefix: str) -> tuple[SnapshotId, int] | None:

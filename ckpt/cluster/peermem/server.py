@@ -18,41 +18,49 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.auth import NONCE_BYTES, Secret, SessionKeys, mac, same
+from ckpt.cluster.peermem.auth import NONCE_BYTES, PeerSecret, SessionKeys, mac, macs_equal
 from ckpt.cluster.peermem.body_mac import BodyMac, body_mac, known_macs
-from ckpt.cluster.peermem.channel import Channel, EndedError, Patience, shut
+from ckpt.cluster.peermem.channel import EndedError, PeerChannel, PeerTimeouts, shut_down
 from ckpt.cluster.peermem.http import (
     CONTINUE,
     TAG_BYTES,
-    Answer,
     BaseGoneError,
-    Hello,
-    Kind,
     MalformedError,
+    PeerAnswer,
+    PeerHello,
+    PeerRequest,
+    PeerWelcome,
     Refusal,
-    Request,
+    RefusalKind,
     Verb,
-    Welcome,
-    admit,
-    between,
-    fenced,
-    micros,
+    authorize,
+    epoch_refusal,
+    kept_and_sent,
     parse_head,
-    read_ranges,
-    refusal_unsigned,
+    parse_ranges,
     split_mac,
+    to_micros,
     unsigned,
+    unsigned_refusal,
     with_mac,
 )
-from ckpt.cluster.peermem.vault import Held, Shelf, Source, TooLargeError, Vault, always, copy_bytes
+from ckpt.cluster.peermem.memory import (
+    PeerCatalog,
+    PeerMemory,
+    ServedObject,
+    ServedSource,
+    TooLargeError,
+    copy_bytes,
+    never_changes,
+)
 from ckpt.errors import FencedError, KeyExistsError, NotFoundError, StoreFullError, UsageError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 
 # The highest epoch that this node has seen. What an older one asks for changes nothing, at
 # whatever moment it gets there.
 
 
-class Fence:
+class EpochFence:
     """Thread-safe. The epoch only grows."""
 
     def __init__(self, epoch: int = 0) -> None:
@@ -70,7 +78,7 @@ class Fence:
             self._epoch = max(self._epoch, epoch)
 
     @contextlib.contextmanager
-    def holding(self, epoch: int) -> Iterator[None]:
+    def hold(self, epoch: int) -> Iterator[None]:
         """For a short block that changes something in the name of ``epoch``: none newer is seen meanwhile.
 
         Raises FencedError where one was seen before.
@@ -96,7 +104,7 @@ class ServerStats:
     strangers: int
 
 
-class Tally:
+class ServerCounters:
     """Thread-safe."""
 
     def __init__(self) -> None:
@@ -112,7 +120,7 @@ class Tally:
             self._received_bytes += received_bytes
             self._sent_bytes += sent_bytes
 
-    def refuse(self, kind: Kind) -> None:
+    def refuse(self, kind: RefusalKind) -> None:
         """A request or a connection was turned away."""
         with self._lock:
             self._refused[kind] += 1
@@ -130,36 +138,41 @@ EAGER_BYTES_MAX = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Desk:
+class ServerContext:
     """What all connections of one server share."""
 
-    shelf: Shelf
-    secret: Secret
-    fence: Fence
-    tally: Tally
+    catalog: PeerCatalog
+    secret: PeerSecret
+    fence: EpochFence
+    counters: ServerCounters
     boot: str
     macs: tuple[str, ...]
     idle_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Session:
+class _PeerSession:
     keys: SessionKeys
     mac: str
 
 
-class Serving:
+class PeerServerConnection:
     """Serves one channel until it ends. ``proven`` is asked at the first request of a holder of the secret whether there is a
     place for it; ``rests`` is told when one begins to ask nothing, and when that is over.
     """
 
     def __init__(
-        self, desk: Desk, channel: Channel, *, proven: Callable[[], bool], rests: Callable[[bool], object]
+        self,
+        desk: ServerContext,
+        channel: PeerChannel,
+        *,
+        on_authenticated: Callable[[], bool],
+        on_idle: Callable[[bool], object],
     ) -> None:
         self._desk = desk
         self._channel = channel
-        self._proven = proven
-        self._rests = rests
+        self._proven = on_authenticated
+        self._rests = on_idle
         self._last = 0
         self._owed_bytes = 0  # of a body that comes unasked and was not taken in
         self._met = False
@@ -171,20 +184,20 @@ class Serving:
             while session is not None and self._serve_next(session):
                 continue
         except TimeoutError:
-            self._desk.tally.refuse("slow")
+            self._desk.counters.refuse("slow")
 
-    def _meet(self) -> _Session | None:
+    def _meet(self) -> _PeerSession | None:
         """Hear the hello and answer it; None where there was none that is right."""
         desk = self._desk
         raw = self._head(None)
         if raw is None:
             return None
         split = split_mac(raw)
-        if split is None or not same(split[1], desk.secret.hello_mac(split[0])):
+        if split is None or not macs_equal(split[1], desk.secret.hello_mac(split[0])):
             self._turn_away(401, "mac", "no hello of a holder of this job's secret")
             return None
         try:
-            hello = Hello.of(parse_head(split[0]))
+            hello = PeerHello.parse(parse_head(split[0]))
         except MalformedError as error:
             self._turn_away(400, "malformed", str(error))
             return None
@@ -192,12 +205,12 @@ class Serving:
         if name is None:
             self._turn_away(400, "malformed", f"no body MAC in common. known={','.join(desk.macs)}")
             return None
-        head = Welcome(os.urandom(NONCE_BYTES).hex(), desk.boot, desk.fence.epoch, name).spell()
+        head = PeerWelcome(os.urandom(NONCE_BYTES).hex(), desk.boot, desk.fence.epoch, name).encode()
         proof = desk.secret.welcome_mac(split[1], head)
         self._channel.write(with_mac(head, proof))
-        return _Session(desk.secret.session(split[1], proof), name)
+        return _PeerSession(desk.secret.session(split[1], proof), name)
 
-    def _serve_next(self, session: _Session) -> bool:
+    def _serve_next(self, session: _PeerSession) -> bool:
         """Answer one request; whether another may follow."""
         self._rests(True)
         raw = self._head(self._desk.idle_s if self._met else None)
@@ -205,19 +218,19 @@ class Serving:
         if raw is None:
             return False
         split = split_mac(raw)
-        if split is None or not same(split[1], mac(session.keys.request_head, split[0])):
+        if split is None or not macs_equal(split[1], mac(session.keys.request_head, split[0])):
             self._turn_away(401, "mac", "not from who began this connection")
             return False
         place = self._met or self._proven()
         self._met = True
         try:
-            request = Request.of(parse_head(split[0]))
+            request = PeerRequest.parse(parse_head(split[0]))
         except MalformedError as error:
             return self._refuse(session, 0, Refusal(400, "malformed", str(error)), over=True)
         if not place:
             return self._refuse(session, request.counter, Refusal(503, "crowded", "all places are taken"), over=True)
         self._owed_bytes = 0 if request.body_bytes is None or request.waits else request.body_bytes + TAG_BYTES
-        refusal = admit(request, boot=self._desk.boot, epoch=self._desk.fence.epoch, last_counter=self._last)
+        refusal = authorize(request, boot=self._desk.boot, epoch=self._desk.fence.epoch, last_counter=self._last)
         if refusal is not None and refusal.kind == "replay":
             return self._refuse(session, 0, refusal, over=True)
         self._last = request.counter
@@ -226,18 +239,18 @@ class Serving:
             refusal = self._why_not(request)
         return self._act(session, request, split[1]) if refusal is None else self._refuse(session, self._last, refusal)
 
-    def _why_not(self, request: Request) -> Refusal | None:
+    def _why_not(self, request: PeerRequest) -> Refusal | None:
         """What can be refused before any byte of a body is taken in."""
-        shelf = self._desk.shelf
+        shelf = self._desk.catalog
         if request.verb in ("PUT", "DELETE") and shelf.read_only(request.key):
             return Refusal(403, "read-only", "objects below this prefix are only read")
-        if request.create_only and shelf.vault.stat(request.key) is not None:
+        if request.create_only and shelf.memory.stat(request.key) is not None:
             return Refusal(412, "taken", "the key is taken")
         if self._owed_bytes > EAGER_BYTES_MAX + TAG_BYTES:
             return Refusal(400, "malformed", f"so long a body is announced first. limit_bytes={EAGER_BYTES_MAX}")
         return None
 
-    def _act(self, session: _Session, request: Request, head_mac: bytes) -> bool:
+    def _act(self, session: _PeerSession, request: PeerRequest, head_mac: bytes) -> bool:
         """Do what is asked, answer, and say whether another request may follow."""
         desk, facts = self._desk, None
         try:
@@ -245,16 +258,16 @@ class Serving:
                 case "PUT":
                     return self._put(session, request, head_mac)
                 case "GET":
-                    with desk.shelf.reading(request.key) as held:
+                    with desk.catalog.reading(request.key) as held:
                         return self._get(session, request, held)
                 case "LIST":
                     return self._list(session, request)
                 case "DELETE":
-                    with desk.fence.holding(request.epoch):
-                        desk.shelf.vault.delete(request.key)
+                    with desk.fence.hold(request.epoch):
+                        desk.catalog.memory.delete(request.key)
                     self._answer(session, self._facts(204))
                 case "HEAD":
-                    with desk.shelf.reading(request.key) as held:
+                    with desk.catalog.reading(request.key) as held:
                         facts = self._facts(200, held)
                     self._answer(session, facts)
         except BaseGoneError as error:
@@ -270,12 +283,12 @@ class Serving:
         except KeyExistsError as error:
             return self._refuse(session, self._last, Refusal(412, "taken", str(error)))
         except FencedError:
-            return self._refuse(session, self._last, fenced(request.epoch, desk.fence.epoch))
-        desk.tally.serve(request.verb)
+            return self._refuse(session, self._last, epoch_refusal(request.epoch, desk.fence.epoch))
+        desk.counters.serve(request.verb)
         return True
 
-    def _put(self, session: _Session, request: Request, head_mac: bytes) -> bool:
-        vault, refusal = self._desk.shelf.vault, Refusal(401, "body", "the body is not what its tag proves")
+    def _put(self, session: _PeerSession, request: PeerRequest, head_mac: bytes) -> bool:
+        vault, refusal = self._desk.catalog.memory, Refusal(401, "body", "the body is not what its tag proves")
         proven = False
         with self._base(request) as base, vault.incoming(request.key, request.object_bytes) as incoming:
             if request.waits:
@@ -287,16 +300,16 @@ class Serving:
             except MalformedError as error:
                 refusal = Refusal(400, "malformed", str(error))
             if proven:
-                with self._desk.fence.holding(request.epoch):  # one may have opened while the bytes came
+                with self._desk.fence.hold(request.epoch):  # one may have opened while the bytes came
                     version = incoming.publish(create_only=request.create_only)
         if not proven:
             return self._refuse(session, request.counter, refusal, over=True)
         self._answer(session, dataclasses.replace(self._facts(201), size_bytes=request.object_bytes, version=version))
-        self._desk.tally.serve("PUT", received_bytes=request.body_bytes or 0)
+        self._desk.counters.serve("PUT", received_bytes=request.body_bytes or 0)
         return True
 
     @contextlib.contextmanager
-    def _base(self, request: Request) -> Iterator[memoryview | None]:
+    def _base(self, request: PeerRequest) -> Iterator[memoryview | None]:
         """The base that a PUT refers to, pinned until the end. Raises BaseGoneError where it is not that one any more."""
         base = request.base
         if base is None:
@@ -304,7 +317,7 @@ class Serving:
             return
         with contextlib.ExitStack() as pinned:
             try:
-                held = pinned.enter_context(self._desk.shelf.vault.reading(base.key))
+                held = pinned.enter_context(self._desk.catalog.memory.reading(base.key))
             except NotFoundError:
                 raise BaseGoneError(f"the base is gone. key={base.key}") from None
             found = held.version, len(held.view)
@@ -312,7 +325,7 @@ class Serving:
                 raise BaseGoneError(f"the base is another one. key={base.key} version={found[0]} size_bytes={found[1]}")
             yield held.view
 
-    def _take_in(self, request: Request, out: memoryview, base: memoryview | None, proof: BodyMac) -> bool:
+    def _take_in(self, request: PeerRequest, out: memoryview, base: memoryview | None, proof: BodyMac) -> bool:
         """Fill an object's memory with a body, and with what it leaves to the base; whether its tag proves it.
 
         Raises MalformedError for a table that is none, before anything is copied.
@@ -322,15 +335,15 @@ class Serving:
         table = bytearray(request.base.table_bytes)
         self._channel.read_part(memoryview(table), proof)
         sent_bytes = (request.body_bytes or 0) - len(table)
-        ranges = read_ranges(table, size_bytes=len(out), sent_bytes=sent_bytes)
-        for (kept, kept_bytes), (offset, length) in between(ranges, size_bytes=len(out)):
+        ranges = parse_ranges(table, size_bytes=len(out), sent_bytes=sent_bytes)
+        for (kept, kept_bytes), (offset, length) in kept_and_sent(ranges, size_bytes=len(out)):
             began_s = time.monotonic()
             copy_bytes(out[kept : kept + kept_bytes], base[kept : kept + kept_bytes])
-            self._channel.excuse(time.monotonic() - began_s)
+            self._channel.extend_timeout(time.monotonic() - began_s)
             self._channel.read_part(out[offset : offset + length], proof)
-        return self._channel.proven(proof)
+        return self._channel.verify_tag(proof)
 
-    def _get(self, session: _Session, request: Request, held: Held) -> bool:
+    def _get(self, session: _PeerSession, request: PeerRequest, held: ServedObject) -> bool:
         offset, size = request.span or (0, len(held.view))
         if offset + size > len(held.view):
             refusal = Refusal(416, "range", f"the object ends before. size_bytes={len(held.view)}")
@@ -340,15 +353,15 @@ class Serving:
         extent = None if held.fd is None else (held.fd, held.offset_bytes + offset)
         if not self._answer(session, answer, part, extent, held.unchanged):
             return False
-        self._desk.tally.serve("GET", sent_bytes=size)
+        self._desk.counters.serve("GET", sent_bytes=size)
         return True
 
-    def _list(self, session: _Session, request: Request) -> bool:
-        entries, more = self._desk.shelf.page(request.key, request.after)
-        body = msgspec.json.encode([(one.key, one.size_bytes, micros(one.modified_unix_s)) for one in entries])
+    def _list(self, session: _PeerSession, request: PeerRequest) -> bool:
+        entries, more = self._desk.catalog.page(request.key, request.after)
+        body = msgspec.json.encode([(one.key, one.size_bytes, to_micros(one.modified_unix_s)) for one in entries])
         answer = dataclasses.replace(self._facts(200), body_bytes=len(body), more=more)
         self._answer(session, answer, memoryview(body))
-        self._desk.tally.serve("LIST", sent_bytes=len(body))
+        self._desk.counters.serve("LIST", sent_bytes=len(body))
         return True
 
     # Words.
@@ -360,21 +373,21 @@ class Serving:
             self._turn_away(400, "malformed", str(error))
             return None
 
-    def _facts(self, status: int, held: Held | None = None) -> Answer:
+    def _facts(self, status: int, held: ServedObject | None = None) -> PeerAnswer:
         desk = self._desk
         if held is None:
-            return Answer(status=status, boot=desk.boot, epoch=desk.fence.epoch, counter=self._last)
-        return Answer(
+            return PeerAnswer(status=status, boot=desk.boot, epoch=desk.fence.epoch, counter=self._last)
+        return PeerAnswer(
             status=status, boot=desk.boot, epoch=desk.fence.epoch, counter=self._last, size_bytes=len(held.view),
-            version=held.version, modified_us=micros(held.modified_unix_s),
+            version=held.version, modified_us=to_micros(held.modified_unix_s),
         )  # fmt: skip
 
     def _answer(
-        self, session: _Session, answer: Answer, body: memoryview | None = None,
-        extent: tuple[int, int] | None = None, unchanged: Callable[[], bool] = always,
+        self, session: _PeerSession, answer: PeerAnswer, body: memoryview | None = None,
+        extent: tuple[int, int] | None = None, unchanged: Callable[[], bool] = never_changes,
     ) -> bool:  # fmt: skip
         """Send an answer; False where the body changed meanwhile, so that its tag was not sent."""
-        head = answer.spell()
+        head = answer.encode()
         head_mac = mac(session.keys.answer_head, head)
         if body is None:
             self._channel.write(with_mac(head, head_mac))
@@ -396,9 +409,9 @@ class Serving:
         self._channel.write(proof.tag())
         return True
 
-    def _refuse(self, session: _Session, counter: int, refusal: Refusal, *, over: bool = False) -> bool:
+    def _refuse(self, session: _PeerSession, counter: int, refusal: Refusal, *, over: bool = False) -> bool:
         """Say no; whether another request may follow. A small body that came along is taken in and dropped."""
-        self._desk.tally.refuse(refusal.kind)
+        self._desk.counters.refuse(refusal.kind)
         if not over and 0 < self._owed_bytes <= EAGER_BYTES_MAX + TAG_BYTES:
             self._channel.skip(self._owed_bytes)
             self._owed_bytes = 0
@@ -408,10 +421,10 @@ class Serving:
             self._channel.linger()
         return not over
 
-    def _turn_away(self, status: int, kind: Kind, why: str) -> None:
+    def _turn_away(self, status: int, kind: RefusalKind, why: str) -> None:
         """End a connection with somebody who has shown nothing."""
-        self._desk.tally.refuse(kind)
-        self._channel.write(unsigned(refusal_unsigned(status, why)))
+        self._desk.counters.refuse(kind)
+        self._channel.write(unsigned(unsigned_refusal(status, why)))
         self._channel.linger()
 
 
@@ -438,7 +451,7 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class PeerServerLimits:
     """What a server bears. A *stranger* is a connection whose first request hasn't proven that it knows the secret: one more
     than ``strangers_max`` pushes out the oldest, and ``stranger_s`` is all that each has. ``idle_s``: between two requests.
 
@@ -450,7 +463,7 @@ class Limits:
     strangers_max: int = 16
     stranger_s: float = 10.0
     idle_s: float = 60.0
-    patience: Patience = field(default_factory=Patience)
+    timeouts: PeerTimeouts = field(default_factory=PeerTimeouts)
 
 
 @dataclass(slots=True, eq=False)
@@ -469,7 +482,7 @@ class _Guest:
         """End its connection, from any thread."""
         with self._swap:
             self.ended = True
-            shut(self.sock)
+            shut_down(self.sock)
 
     def wrap(self, tls: ssl.SSLContext) -> ssl.SSLSocket:
         """Put TLS over its socket, with no word said yet. Raises EndedError where its connection has been ended."""
@@ -488,19 +501,19 @@ class PeerServer:
     """
 
     def __init__(
-        self, vault: Vault, secret: Secret, *, endpoint: Endpoint = LOOPBACK, sources: Sequence[Source] = (),
-        epoch: int = 0, limits: Limits | None = None, tell: Tell,
+        self, memory: PeerMemory, secret: PeerSecret, *, endpoint: Endpoint = LOOPBACK, sources: Sequence[ServedSource] = (),
+        epoch: int = 0, limits: PeerServerLimits | None = None, emit: Emit,
     ) -> None:  # fmt: skip
-        self.vault = vault
+        self.memory = memory
         self.boot = os.urandom(NONCE_BYTES).hex()
         """Drawn for this start of the server: what it holds is gone with it."""
-        self._limits = limits or Limits()
+        self._limits = limits or PeerServerLimits()
         self._tls = endpoint.tls
-        self._tell = tell
-        self._fence = Fence(epoch)
-        self._tally = Tally()
-        self._desk = Desk(
-            shelf=Shelf(vault, sources), secret=secret, fence=self._fence, tally=self._tally, boot=self.boot,
+        self._tell = emit
+        self._fence = EpochFence(epoch)
+        self._tally = ServerCounters()
+        self._desk = ServerContext(
+            catalog=PeerCatalog(memory, sources), secret=secret, fence=self._fence, counters=self._tally, boot=self.boot,
             macs=known_macs(), idle_s=self._limits.idle_s,
         )  # fmt: skip
         self._lock = threading.Lock()
@@ -638,7 +651,9 @@ class PeerServer:
                 except ssl.SSLError:
                     self._tally.refuse("tls")
                     raise
-            Serving(self._desk, Channel(guest.sock, self._limits.patience), proven=proven, rests=rests).run()
+            PeerServerConnection(
+                self._desk, PeerChannel(guest.sock, self._limits.timeouts), on_authenticated=proven, on_idle=rests
+            ).run()
         except (OSError, EndedError):
             return  # the connection broke: what it was about to do didn't happen
         except Exception as error:  # noqa: BLE001 the border of a thread

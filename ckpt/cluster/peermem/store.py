@@ -13,10 +13,18 @@ import msgspec
 
 from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.channel import Body, Buffers, EndedError, Extent, Patience, mapped
-from ckpt.cluster.peermem.client import Call, Connection, CrowdedError, Pool, Reply, nothing
-from ckpt.cluster.peermem.http import Answer, BaseGoneError, Range, Stored, pieces_of, ranges_problem, spell_ranges
+from ckpt.cluster.peermem.auth import PeerSecret
+from ckpt.cluster.peermem.channel import BufferBody, EndedError, PeerBody, PeerExtent, PeerTimeouts, mapped
+from ckpt.cluster.peermem.client import CrowdedError, PeerCall, PeerConnection, PeerConnectionPool, PeerReply, no_check
+from ckpt.cluster.peermem.http import (
+    BaseGoneError,
+    ByteRange,
+    PeerAnswer,
+    StoredContent,
+    encode_ranges,
+    ranges_problem,
+    slice_ranges,
+)
 from ckpt.errors import (
     CkptError,
     FencedError,
@@ -28,7 +36,7 @@ from ckpt.errors import (
     UnavailableError,
     UsageError,
 )
-from ckpt.rate_limit import RateCap
+from ckpt.rate_limit import RateLimit
 
 # What a peer's refusals mean for the caller of a store. Pure.
 
@@ -50,7 +58,7 @@ _KINDS: MappingProxyType[int, tuple[type[CkptError], str]] = MappingProxyType(
 )
 
 
-def error_of(answer: Answer, *, key: str, url: str) -> CkptError | None:
+def refusal_error(answer: PeerAnswer, *, key: str, url: str) -> CkptError | None:
     """The error to raise for ``answer``, or None where it is no refusal."""
     if answer.status < 300:
         return None
@@ -68,7 +76,7 @@ _ENTRIES = msgspec.json.Decoder(list[tuple[str, int, int]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientLimits:
+class PeerClientLimits:
     """``connections_max`` at once to one peer, ``lend_s`` the wait for one of them, ``idle_s`` how long it is kept unused (less
     than servers keep them). A peer that has no place is asked again for ``crowded_s``. Reads from ``stream_bytes_min`` on are
     cut into up to ``streams_max`` at once.
@@ -76,12 +84,12 @@ class ClientLimits:
 
     connections_max: int = 8
     connect_s: float = 5.0
-    lend_s: float = 60.0
+    pool_wait_s: float = 60.0
     idle_s: float = 30.0
     crowded_s: float = 10.0
     streams_max: int = 4
     stream_bytes_min: int = 32 << 20
-    patience: Patience = field(default_factory=Patience)
+    timeouts: PeerTimeouts = field(default_factory=PeerTimeouts)
 
 
 class PeerStore:
@@ -92,23 +100,23 @@ class PeerStore:
     """
 
     def __init__(
-        self, endpoint: Endpoint, secret: Secret, *, epoch: Callable[[], int], cap: RateCap | None = None,
-        limits: ClientLimits | None = None,
+        self, endpoint: Endpoint, secret: PeerSecret, *, epoch: Callable[[], int], cap: RateLimit | None = None,
+        limits: PeerClientLimits | None = None,
     ) -> None:  # fmt: skip
         self._endpoint = endpoint
         self._epoch = epoch
         self._cap = cap
-        self._limits = limits = limits or ClientLimits()
+        self._limits = limits = limits or PeerClientLimits()
         self.boot: str | None = None
         """Which start of the server answered last; None before any did."""
 
-        def opener() -> Connection:
-            connection = Connection.open(endpoint, secret, connect_s=limits.connect_s, patience=limits.patience)
+        def opener() -> PeerConnection:
+            connection = PeerConnection.open(endpoint, secret, connect_s=limits.connect_s, patience=limits.timeouts)
             self.boot = connection.boot
             return connection
 
-        self._pool = Pool(
-            opener, connections_max=limits.connections_max, lend_s=limits.lend_s, idle_s=limits.idle_s
+        self._pool = PeerConnectionPool(
+            opener, connections_max=limits.connections_max, wait_s=limits.pool_wait_s, idle_s=limits.idle_s
         )  # fmt: skip
 
     @property
@@ -127,33 +135,35 @@ class PeerStore:
 
         Beside Backend's errors raises FencedError where the peer knows a newer epoch.
         """
-        self.put_lent(key, data, nothing, create_only=create_only)
+        self.put_checked(key, data, no_check, create_only=create_only)
 
-    def put_lent(
-        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+    def put_checked(
+        self, key: str, data: Sequence[Buffer], check_unchanged: Callable[[], None], *, create_only: bool = False
     ) -> None:
         """As ``put``, of memory that its owner may take back and change meanwhile: then ``still_lent`` raises.
 
         It is asked when all bytes are sent and before their tag, without which the peer stores nothing.
         """
-        self._put(key, Buffers(data), still_lent, create_only=create_only)
+        self._put(key, BufferBody(data), check_unchanged, create_only=create_only)
 
     def put_extent(
-        self, key: str, extent: Extent, *, still_lent: Callable[[], None] = nothing, create_only: bool = False
+        self, key: str, extent: PeerExtent, *, check_unchanged: Callable[[], None] = no_check, create_only: bool = False
     ) -> None:
         """As ``put_lent``, of a stretch of a file or memfd; the kernel sends its pages where there is no TLS."""
         check_key(key)
         with mapped(extent) as body:
-            self._put(key, body, still_lent, create_only=create_only)
+            self._put(key, body, check_unchanged, create_only=create_only)
 
-    def put_whole(self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None] = nothing) -> Stored:
+    def put_whole(
+        self, key: str, data: Sequence[Buffer], check_unchanged: Callable[[], None] = no_check
+    ) -> StoredContent:
         """As ``put_lent``; says what the peer holds there now, so that it can be the base of a later put."""
-        return self._put(key, Buffers(data), still_lent)
+        return self._put(key, BufferBody(data), check_unchanged)
 
     def put_changed(
-        self, key: str, data: Sequence[Buffer], *, base: Stored, changed: Sequence[Range],
-        still_lent: Callable[[], None] = nothing,
-    ) -> Stored:  # fmt: skip
+        self, key: str, data: Sequence[Buffer], *, base: StoredContent, changed: Sequence[ByteRange],
+        check_unchanged: Callable[[], None] = no_check,
+    ) -> StoredContent:  # fmt: skip
         """As ``put_whole``, but only the ranges ``changed`` of ``data`` are sent and looked at: all else is the base's.
 
         ``changed`` ascends without overlap, RANGES_MAX at most. The peer has both objects meanwhile, as when one is replaced,
@@ -166,8 +176,8 @@ class PeerStore:
             why = f"a base of another length. base_bytes={base.size_bytes} size_bytes={size_bytes}"
         if why is not None:
             raise UsageError(f"{why} key={key}; put it whole")
-        body = Buffers([spell_ranges(changed), *pieces_of(data, changed)])
-        return self._put(key, body, still_lent, base=base, ranges=len(changed))
+        body = BufferBody([encode_ranges(changed), *slice_ranges(data, changed)])
+        return self._put(key, body, check_unchanged, base=base, ranges=len(changed))
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """See Backend. Receives straight into ``out``, which holds anything where this raises. Large reads go in parallel.
@@ -192,7 +202,7 @@ class PeerStore:
         """See Backend."""
         check_key(key)
         try:
-            answer = self._call(Call(verb="HEAD", key=key)).answer
+            answer = self._call(PeerCall(verb="HEAD", key=key)).answer
         except NotFoundError:
             return None
         return Stat(key, answer.size_bytes or 0, answer.modified_unix_s)
@@ -202,7 +212,7 @@ class PeerStore:
         check_prefix(prefix)
         more = True
         while more:
-            reply = self._call(Call(verb="LIST", key=prefix, after=after))
+            reply = self._call(PeerCall(verb="LIST", key=prefix, after=after))
             try:
                 entries = _ENTRIES.decode(reply.body)
             except msgspec.MsgspecError as error:
@@ -215,27 +225,27 @@ class PeerStore:
     def delete(self, key: str) -> None:
         """See Backend."""
         check_key(key)
-        self._call(Call(verb="DELETE", key=key))
+        self._call(PeerCall(verb="DELETE", key=key))
 
     def close(self) -> None:
         """See Backend."""
         self._pool.close()
 
     def _put(
-        self, key: str, body: Body, still_lent: Callable[[], None], *, create_only: bool = False,
-        base: Stored | None = None, ranges: int = 0,
-    ) -> Stored:  # fmt: skip
+        self, key: str, body: PeerBody, still_lent: Callable[[], None], *, create_only: bool = False,
+        base: StoredContent | None = None, ranges: int = 0,
+    ) -> StoredContent:  # fmt: skip
         check_key(key)
-        call = Call(
-            verb="PUT", key=key, body=body, still_lent=still_lent, create_only=create_only, base=base, ranges=ranges
+        call = PeerCall(
+            verb="PUT", key=key, body=body, check_unchanged=still_lent, create_only=create_only, base=base, ranges=ranges
         )  # fmt: skip
         answer = self._call(call).answer
         size_bytes = body.size_bytes if base is None else base.size_bytes
-        return Stored(key=key, size_bytes=size_bytes, version=answer.version, boot=answer.boot)
+        return StoredContent(key=key, size_bytes=size_bytes, version=answer.version, boot=answer.boot)
 
     def _read(self, key: str, out: memoryview, offset_bytes: int) -> tuple[str, int]:
         """Read one range; returns which content of the key it is of."""
-        answer = self._call(Call(verb="GET", key=key, span=(offset_bytes, len(out)), out=out)).answer
+        answer = self._call(PeerCall(verb="GET", key=key, span=(offset_bytes, len(out)), out=out)).answer
         return answer.boot, answer.version
 
     def _read_parallel(self, key: str, out: memoryview, offset_bytes: int, streams: int) -> bool:
@@ -250,7 +260,7 @@ class PeerStore:
             contents |= {other.result() for other in others}
         return len(contents) == 1
 
-    def _call(self, call: Call) -> Reply:
+    def _call(self, call: PeerCall) -> PeerReply:
         """Make one call, again and again for a while where the peer has no place for it."""
         until_s = time.monotonic() + self._limits.crowded_s
         pause_s = CROWDED_FIRST_S
@@ -263,26 +273,26 @@ class PeerStore:
             time.sleep(random.uniform(0.5, 1.0) * pause_s)  # all who were turned away come again, and not all at once
             pause_s = min(2 * pause_s, CROWDED_LAST_S)
 
-    def _ask(self, call: Call) -> Reply:
+    def _ask(self, call: PeerCall) -> PeerReply:
         """Make one call, once more where it met a connection that the peer had ended while it was idle."""
         for turn in range(2):
-            with self._pool.lend(fresh=turn > 0) as (connection, used):
+            with self._pool.connection(fresh=turn > 0) as (connection, used):
                 try:
-                    reply = connection.ask(call, epoch=self._epoch(), cap=self._cap)
+                    reply = connection.request(call, epoch=self._epoch(), cap=self._cap)
                 except TimeoutError as error:
                     raise UnavailableError(
                         f"a peer is silent or too slow. {self._about(call)} cause={error}"
                     ) from error
                 except (OSError, EndedError) as error:
-                    if turn == 0 and used and not connection.heard:
+                    if turn == 0 and used and not connection.answered:
                         continue  # what was sent unheard is repeated: nothing but a put without create_only can have landed
                     # Unheard: a peer ends connections that have asked nothing yet where too many come at once.
-                    kind = UnavailableError if connection.heard else CrowdedError
+                    kind = UnavailableError if connection.answered else CrowdedError
                     raise kind(f"the connection broke. {self._about(call)} cause={error}") from error
-            if (refusal := error_of(reply.answer, key=call.key, url=self.url)) is not None:
+            if (refusal := refusal_error(reply.answer, key=call.key, url=self.url)) is not None:
                 raise refusal
             return reply
         raise UnavailableError(f"the peer ends every connection. {self._about(call)}")
 
-    def _about(self, call: Call) -> str:
+    def _about(self, call: PeerCall) -> str:
         return f"operation={call.verb} key={call.key} store={self.url}"

@@ -15,17 +15,17 @@ from types import FrameType
 
 import msgspec
 
-from ckpt.elastic.processes.trainer import Order
+from ckpt.elastic.processes.trainer import TrainerOrder
 from ckpt.errors import InternalError
 
-WORDS_MAX = 4096
+REPORT_BYTES_MAX = 4096
 """Bytes of a trainer's words read at once; each word is one."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(slots=True, kw_only=True)
-class Child:
+class TrainerChild:
     """A started trainer. It leads a process group of its own, whose number is ``pid``.
 
     ``attempt`` is 0 for a prepared one. ``status``: how it ended (as ``os.waitstatus_to_exitcode``), None while it lives.
@@ -79,10 +79,10 @@ class Child:
             return
         self.signal(signal.SIGUSR2)
 
-    def words(self) -> bytes:
+    def read_reports(self) -> bytes:
         """What the trainer has said. b"" and a closed ``report_fd`` where it and all its children are gone."""
         try:
-            said = os.read(self.report_fd, WORDS_MAX)
+            said = os.read(self.report_fd, REPORT_BYTES_MAX)
         except BlockingIOError:
             return b""
         if not said:
@@ -90,7 +90,7 @@ class Child:
             self.report_fd = -1
         return said
 
-    def promote(self, order: Order) -> bool:
+    def promote(self, order: TrainerOrder) -> bool:
         """Give a prepared trainer its attempt; False where it isn't there any more."""
         if self.status is not None or self.order_fd < 0:
             return False
@@ -128,7 +128,7 @@ def adopt_orphans() -> None:
         raise InternalError(f"cannot adopt the trainers' children. why={os.strerror(ctypes.get_errno())}")
 
 
-def reaped() -> Iterator[tuple[int, int]]:
+def reap_children() -> Iterator[tuple[int, int]]:
     """Every child that has ended or was stopped since the last call: its number and raw wait status."""
     while True:
         try:
@@ -140,7 +140,7 @@ def reaped() -> Iterator[tuple[int, int]]:
         yield pid, status
 
 
-def memory_bytes(pid: int) -> int | None:
+def anonymous_memory_bytes(pid: int) -> int | None:
     """What a second process like ``pid`` would take for itself: its anonymous memory. None where the system doesn't say."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
@@ -154,7 +154,7 @@ def memory_bytes(pid: int) -> int | None:
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
-OWN = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGTSTP})
+SUPERVISOR_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGTSTP})
 """What a supervisor acts on."""
 
 _FAULTS = frozenset(
@@ -163,7 +163,7 @@ _FAULTS = frozenset(
 _READ_BYTES = 512
 
 
-class Signals:
+class SignalPipe:
     """Catches signals from when it is made. ``fd`` is readable where there are some.
 
     Besides its own, those that the user's program handles, and SIGUSR1: schedulers send them to the process that they know, the
@@ -226,7 +226,7 @@ def _watched() -> list[signal.Signals]:
         for number in signal.valid_signals()
         if isinstance(number, signal.Signals) and number not in _FAULTS and callable(signal.getsignal(number))
     ]
-    return sorted({*OWN, signal.SIGUSR1, *handled})
+    return sorted({*SUPERVISOR_SIGNALS, signal.SIGUSR1, *handled})
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

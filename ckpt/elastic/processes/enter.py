@@ -22,16 +22,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ckpt.elastic.failure import forget_older_error
-from ckpt.elastic.processes.launch import forking
-from ckpt.elastic.processes.start_method import Facts, Fork, InPlace, Spawn, choose
-from ckpt.elastic.processes.supervisor import Supervision, supervise
-from ckpt.elastic.processes.trainer import TrainerSeat, seat_of_process
+from ckpt.elastic.failure import remove_stale_error_file
+from ckpt.elastic.processes.launch import around_fork
+from ckpt.elastic.processes.start_method import Fork, InPlace, ProcessFacts, Spawn, choose_start_method
+from ckpt.elastic.processes.supervisor import SupervisorPlan, supervise
+from ckpt.elastic.processes.trainer import TrainerProcess, trainer_of_process
 from ckpt.errors import CkptError, ConflictError, UnavailableError
-from ckpt.events import Event, to_logging
+from ckpt.events import Event, emit_to_logging
 from ckpt.ipc.client import START_WAIT_S, HungUpError, KeeperSpec, ensure_keeper
-from ckpt.ipc.cluster_spec import NODES_VARIABLE, ranks_here
-from ckpt.ipc.frames import Wire
+from ckpt.ipc.cluster_spec import NODES_VARIABLE, local_rank_count
+from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.session.keeper import attachment as keeping
@@ -48,7 +48,7 @@ PROBE_ELEMENTS = 1 << 20
 _GPUS = ("/dev/nvidia", "/dev/kfd")
 
 
-def gather(*, probe: Callable[[], bool] | None = None) -> Facts:
+def gather_process_facts(*, probe: Callable[[], bool] | None = None) -> ProcessFacts:
     """The facts of this process, now.
 
     ``probe`` is asked only where nothing else decides, since it forks a child and runs a parallel operation there (default:
@@ -57,8 +57,8 @@ def gather(*, probe: Callable[[], bool] | None = None) -> Facts:
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     from_command = sys.argv[:1] == ["-c"]
     from_stdin = file is not None and file.startswith("<")
-    here = ranks_here()
-    facts = Facts(
+    here = local_rank_count()
+    facts = ProcessFacts(
         platform=sys.platform,
         asked_in_place=os.environ.get("CKPT_IN_PLACE", "0") not in ("", "0"),
         under_pytest="PYTEST_CURRENT_TEST" in os.environ and "_pytest.runner" in sys.modules,
@@ -74,7 +74,7 @@ def gather(*, probe: Callable[[], bool] | None = None) -> Facts:
         gpu_open=_gpu_open(),
         rerun=bool(sys.executable) and not from_stdin and multiprocessing.parent_process() is None,
     )
-    if isinstance(choose(facts), Fork):
+    if isinstance(choose_start_method(facts), Fork):
         facts = replace(facts, probe_hung=(probe or probe_hangs)())
     return facts
 
@@ -87,7 +87,7 @@ def probe_hangs(wait_s: float = PROBE_WAIT_S) -> bool:
     if torch.get_num_threads() == 1:
         return False
     said, says = os.pipe()
-    with forking():
+    with around_fork():
         pid = os.fork()
     if pid == 0:
         try:
@@ -184,19 +184,19 @@ SETTLE_WAIT_S = 600.0
 LOOK_AGAIN_S = 0.05
 
 
-def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerSeat | None:
+def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerProcess | None:
     """Where a decorated function is called for the first time. Returns in trainers, with their seat, and in place, with None.
 
     In the process that the launcher started it does not return where trainers can be restarted: that process becomes their
     supervisor. Raises ConflictError where another launch of the job lives on this node.
     """
-    seat = seat_of_process()
+    seat = trainer_of_process()
     if seat is not None:
-        if spec is not None and keeping.seat_of_process() is None:
-            sit_down(seat, spec)
+        if spec is not None and keeping.supervised_trainer() is None:
+            register_trainer(seat, spec)
         return seat
     _import_ahead()
-    start = choose(gather())
+    start = choose_start_method(gather_process_facts())
     if spec is None and not isinstance(start, InPlace):
         start = InPlace(
             "the store lives in this process's memory, or its options can't be handed on",
@@ -210,36 +210,34 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerS
     launch = launch_name()
     os.environ[keeping.LAUNCH_VARIABLE] = launch
     hello = Hello(
-        version=WIRE_VERSION, role="supervisor", pid=os.getpid(), launch=launch, rank=rank, ranks=ranks_here() or 1,
+        version=WIRE_VERSION, role="supervisor", pid=os.getpid(), launch=launch, rank=rank, ranks=local_rank_count() or 1,
         policy=policy, agent=spec.nodes.agent if spec.nodes is not None else "",
     )  # fmt: skip
-    tell = to_logging(rank)
+    tell = emit_to_logging(rank)
     if isinstance(start, Spawn):
-        text = (
-            f"the training function runs in a fresh interpreter, which runs the code above the call again: {start.why}"
-        )
+        text = f"the training function runs in a fresh interpreter, which runs the code above the call again: {start.reason}"
         tell(Event("spawn", text, alarm=True))
-    plan = Supervision(
+    plan = SupervisorPlan(
         start=start,
         hello=hello,
         reconnect=lambda: ensure_keeper(spec),
-        tell=tell,
+        emit=tell,
         stacks=_stacks(spec),
         prepare=prepare,
     )
     seat = _supervised(lambda: ensure_keeper(spec), plan)
-    forget_older_error()
-    sit_down(seat, spec)
+    remove_stale_error_file()
+    register_trainer(seat, spec)
     return seat
 
 
-def sit_down(seat: TrainerSeat, spec: KeeperSpec) -> None:
+def register_trainer(seat: TrainerProcess, spec: KeeperSpec) -> None:
     """Let sessions know whose trainer this process is. A prepared trainer has no attempt before it is promoted."""
     if seat.attempt:
-        keeping.take_launch_seat(spec, seat.attempt)
+        keeping.set_supervised_from_environment(spec, seat.attempt)
 
 
-def _supervised(connect: Callable[[], Wire], plan: Supervision) -> TrainerSeat:
+def _supervised(connect: Callable[[], MessageSocket], plan: SupervisorPlan) -> TrainerProcess:
     """Supervise, as soon as the keeper takes this launch.
 
     A launch whose processes are just being killed is given the time to be gone, a keeper the time to bring its snapshots to the
@@ -297,7 +295,7 @@ def _stacks(spec: KeeperSpec) -> Path:
 def _warn(start: InPlace) -> None:
     if start.remedy:
         warnings.warn(
-            f"ckpt runs the training function in this process, so only the launcher can start it again: {start.why}; "
+            f"ckpt runs the training function in this process, so only the launcher can start it again: {start.reason}; "
             f"{start.remedy}",
             RuntimeWarning,
             stacklevel=5,

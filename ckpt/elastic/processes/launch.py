@@ -10,10 +10,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.elastic.processes.child import Child, Signals
+from ckpt.elastic.processes.child import SignalPipe, TrainerChild
 from ckpt.elastic.processes.start_method import Fork, Spawn
-from ckpt.elastic.processes.trainer import Order, TrainerSeat, begin, die_of, enter_forked, run_again
-from ckpt.ipc.messages import Seating
+from ckpt.elastic.processes.trainer import (
+    TrainerOrder,
+    TrainerProcess,
+    begin_child,
+    enter_forked,
+    exec_again,
+    exit_after_error,
+)
+from ckpt.ipc.messages import RankPlacement
 
 
 def _started_in() -> str:
@@ -23,12 +30,12 @@ def _started_in() -> str:
         return "/"
 
 
-STARTED_IN = _started_in()
+STARTUP_FOLDER = _started_in()
 """Where this program was started, as far as is known: relative names in its command count from there."""
 
 
 @contextmanager
-def forking() -> Iterator[None]:
+def around_fork() -> Iterator[None]:
     """Around a fork: what is buffered is written once only, and no warning of native threads, which forks survive."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
@@ -40,7 +47,7 @@ def forking() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class TrainerLaunch:
     """What all trainers of one supervisor share. ``stacks`` is a folder for stack dumps.
 
     ``forget`` lets go, in a child, of what is the supervisor's.
@@ -49,8 +56,8 @@ class Launch:
     start: Fork | Spawn
     rank: int
     stacks: Path | None
-    signals: Signals
-    forget: Callable[[], None]
+    signals: SignalPipe
+    close_in_child: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +70,10 @@ class _Pipes:
     order_out: int = -1
 
 
-def launch(shared: Launch, *, attempt: int, port: int, seating: Seating | None = None) -> Child | TrainerSeat:
-    """Start a trainer; attempt 0: one that runs ahead and waits. A ``Child`` in the parent, its seat in the child.
+def launch_trainer(
+    shared: TrainerLaunch, *, attempt: int, port: int, seating: RankPlacement | None = None
+) -> TrainerChild | TrainerProcess:
+    """Start a trainer; attempt 0: one that runs ahead and waits. A ``TrainerChild`` in the parent, its seat in the child.
 
     Raises OSError where there is no process or descriptor left.
     """
@@ -72,42 +81,42 @@ def launch(shared: Launch, *, attempt: int, port: int, seating: Seating | None =
     pipes = _Pipes(*report, *os.pipe()) if attempt == 0 else _Pipes(*report)
     os.set_blocking(pipes.report_in, False)
     supervisor_pid = os.getpid()
-    with forking(), shared.signals.held():
+    with around_fork(), shared.signals.held():
         pid = os.fork()
         if pid == 0:
             shared.signals.restore()
     if pid == 0:
-        return _be_trainer(shared, pipes, Order(attempt=attempt, port=port, seating=seating), supervisor_pid)
+        return _be_trainer(shared, pipes, TrainerOrder(attempt=attempt, port=port, seating=seating), supervisor_pid)
     with suppress(PermissionError, ProcessLookupError):  # the child did it itself and went on, or is gone
         os.setpgid(pid, pid)
     os.close(pipes.report_out)
     if pipes.order_in >= 0:
         os.close(pipes.order_in)
-    return Child(
+    return TrainerChild(
         pid=pid, attempt=attempt, report_fd=pipes.report_in, order_fd=pipes.order_out, stacks=_stacks(shared, pid)
     )  # fmt: skip
 
 
-def _be_trainer(shared: Launch, pipes: _Pipes, order: Order, supervisor_pid: int) -> TrainerSeat:
+def _be_trainer(shared: TrainerLaunch, pipes: _Pipes, order: TrainerOrder, supervisor_pid: int) -> TrainerProcess:
     """The child's side. An error here must not come back into the copy of the supervisor's loop: it ends the child."""
     try:
-        begin(supervisor_pid)
+        begin_child(supervisor_pid)
         os.close(pipes.report_in)
         if pipes.order_out >= 0:
             os.close(pipes.order_out)
-        shared.forget()
+        shared.close_in_child()
         spawned = isinstance(shared.start, Spawn)
         how = "prepared" if order.attempt == 0 else "spawn" if spawned else "fork"
-        seat = TrainerSeat(
+        seat = TrainerProcess(
             attempt=order.attempt, port=order.port, how=how, pid=os.getpid(), report_fd=pipes.report_out,
             order_fd=pipes.order_in, stacks=_stacks(shared, os.getpid()), seating=order.seating,
         )  # fmt: skip
         if spawned:
-            run_again(seat, STARTED_IN)
+            exec_again(seat, STARTUP_FOLDER)
         return enter_forked(seat)
     except BaseException as error:  # noqa: BLE001  told, and the end of this process
-        die_of(error)
+        exit_after_error(error)
 
 
-def _stacks(shared: Launch, pid: int) -> str:
+def _stacks(shared: TrainerLaunch, pid: int) -> str:
     return str(shared.stacks / f"rank-{shared.rank}-{pid}.txt") if shared.stacks is not None else ""

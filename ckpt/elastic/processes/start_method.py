@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class ProcessFacts:
     """What a process knows about itself where a decorated function is called.
 
     ``ranks_unknown``: there are several ranks, and nothing tells how many are on this node. ``unranked_child``: multiprocessing
@@ -39,7 +39,7 @@ class Fork:
 class Spawn:
     """Trainers are fresh interpreters that run the same command up to the call. ``why`` a fork would not do."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,11 @@ class InPlace:
     ``remedy`` says what to change, "" where this is as it should be and needs no warning.
     """
 
-    why: str
+    reason: str
     remedy: str = ""
 
 
-def choose(facts: Facts) -> Fork | Spawn | InPlace:
+def choose_start_method(facts: ProcessFacts) -> Fork | Spawn | InPlace:
     """How to start trainers in a process of which ``facts`` hold."""
     stays = _stays(facts)
     if stays is not None:
@@ -69,7 +69,7 @@ def choose(facts: Facts) -> Fork | Spawn | InPlace:
     )
 
 
-def _stays(facts: Facts) -> InPlace | None:
+def _stays(facts: ProcessFacts) -> InPlace | None:
     if facts.asked_in_place:
         return InPlace("CKPT_IN_PLACE=1")
     if facts.under_pytest:
@@ -103,7 +103,7 @@ def _stays(facts: Facts) -> InPlace | None:
     return None
 
 
-def _no_fork(facts: Facts) -> str | None:
+def _no_fork(facts: ProcessFacts) -> str | None:
     """Why a forked child would not be well, or None."""
     if facts.threads:
         return f"Python threads run before the decorated call. threads={', '.join(facts.threads)}"

@@ -21,14 +21,21 @@ from pathlib import Path
 from typing import NoReturn
 
 from ckpt import events
-from ckpt.elastic.processes.child import Child, Signals, Terminal, adopt_orphans, memory_bytes, reaped
-from ckpt.elastic.processes.launch import Launch, launch
-from ckpt.elastic.processes.lifeline import Lifeline
+from ckpt.elastic.processes.child import (
+    SignalPipe,
+    Terminal,
+    TrainerChild,
+    adopt_orphans,
+    anonymous_memory_bytes,
+    reap_children,
+)
+from ckpt.elastic.processes.keeper_connection import SupervisorConnection
+from ckpt.elastic.processes.launch import TrainerLaunch, launch_trainer
 from ckpt.elastic.processes.start_method import Fork, Spawn
-from ckpt.elastic.processes.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, Order, TrainerSeat
-from ckpt.elastic.sigterm import Term, Terms
+from ckpt.elastic.processes.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, TrainerOrder, TrainerProcess
+from ckpt.elastic.sigterm import SigtermHistory, SigtermMeaning
 from ckpt.errors import CkptError, InternalError
-from ckpt.ipc.frames import Wire
+from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import (
     Bye,
     Died,
@@ -40,10 +47,10 @@ from ckpt.ipc.messages import (
     Message,
     Policy,
     Preempt,
-    RunAhead,
+    PrintLine,
     Start,
     Started,
-    Tell,
+    StartPrepared,
 )
 from ckpt.staging.memory import available_bytes
 
@@ -53,7 +60,7 @@ from ckpt.staging.memory import available_bytes
 INTERRUPTED_STATUS = 128 + signal.SIGINT
 
 
-def leave_status(told: int, own: int | None, *, interrupted: bool = False) -> int:
+def exit_status(told: int, own: int | None, *, interrupted: bool = False) -> int:
     """The status to end with: the keeper says ``told``, the own trainer ended by itself with ``own`` (None: it didn't).
 
     Both as ``os.waitstatus_to_exitcode``. A keeper tells a signal as 128 and its number, since it speaks to all ranks; the rank
@@ -65,18 +72,18 @@ def leave_status(told: int, own: int | None, *, interrupted: bool = False) -> in
     return own if caught or (own < 0 and told == 128 - own) else told
 
 
-def end_as(status: int) -> NoReturn:
+def exit_with(status: int) -> NoReturn:
     """End this process with an exit code, or of minus a signal. Runs no exit handler: those are the trainer's."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
             with suppress(OSError):  # nobody reads it any more
                 stream.flush()
     if status < 0:
-        end_with_signal(-status)
+        die_by_signal(-status)
     os._exit(status & 0xFF)
 
 
-def end_with_signal(number: int, *, group: bool = False) -> NoReturn:
+def die_by_signal(number: int, *, group: bool = False) -> NoReturn:
     """Die of a signal, without a second core file. ``group``: the whole process group gets it, as from the terminal."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if number not in (signal.SIGKILL, signal.SIGSTOP):
@@ -93,7 +100,7 @@ def end_with_signal(number: int, *, group: bool = False) -> NoReturn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Supervision:
+class SupervisorPlan:
     """See the module. ``hello`` is what it says first on each connection; its ``attempt`` is filled in.
 
     ``reconnect`` gives a connection to a keeper, starting one where there is none; nothing was said on it yet. ``stacks`` is a
@@ -102,8 +109,8 @@ class Supervision:
 
     start: Fork | Spawn
     hello: Hello
-    reconnect: Callable[[], Wire]
-    tell: events.Tell
+    reconnect: Callable[[], MessageSocket]
+    emit: events.Emit
     stacks: Path | None = None
     prepare: bool = False
 
@@ -122,12 +129,12 @@ _STOPPED_FOR_TERMINAL = (signal.SIGTTIN, signal.SIGTTOU)
 class Supervisor:
     """The loop of one rank's supervisor, and all that it knows."""
 
-    def __init__(self, keeper: Lifeline, plan: Supervision) -> None:
+    def __init__(self, keeper: SupervisorConnection, plan: SupervisorPlan) -> None:
         self._plan = plan
         self._keeper = keeper
         self._terminal = Terminal()
-        self._live: Child | None = None
-        self._ahead: Child | None = None
+        self._live: TrainerChild | None = None
+        self._ahead: TrainerChild | None = None
         self._attempt = plan.hello.attempt
         self._started = False
         self._ended: int | None = None
@@ -138,17 +145,17 @@ class Supervisor:
         self._prepare = False
         self._stands_by = False
         self._preempted = False
-        self._terms = Terms()
+        self._terms = SigtermHistory()
         self._interrupted = False
         self._had_terminal = False
         self._overdue = 0
         adopt_orphans()
-        self._signals = Signals()
-        self._launch = Launch(
-            start=plan.start, rank=plan.hello.rank, stacks=plan.stacks, signals=self._signals, forget=self._forget,
+        self._signals = SignalPipe()
+        self._launch = TrainerLaunch(
+            start=plan.start, rank=plan.hello.rank, stacks=plan.stacks, signals=self._signals, close_in_child=self._forget,
         )  # fmt: skip
 
-    def run(self) -> TrainerSeat:
+    def run(self) -> TrainerProcess:
         """Loop; returns in trainers only."""
         while True:
             self._hear_trainers()  # first: what a keeper asks for may need what a trainer said before
@@ -167,13 +174,13 @@ class Supervisor:
         for child in self._children():
             child.kill()
         self._terminal.take_back()
-        end_as(status)
+        exit_with(status)
 
     # ---- what happened
 
     def _wait(self) -> None:
         """Until something can be read, or something that tells nobody may have changed."""
-        if self._keeper.unheard:
+        if self._keeper.has_unread:
             return
         poll = select.poll()
         poll.register(self._signals.fd, select.POLLIN)
@@ -187,7 +194,7 @@ class Supervisor:
     def _patience_ms(self) -> int | None:
         patience_ms = self._patience_for_ends_ms()
         watched = self._live is not None and self._live.attempt != self._overdue
-        left_s = self._keeper.time_left_s() if watched else None
+        left_s = self._keeper.act_time_left_s() if watched else None
         if left_s is None:
             return patience_ms
         left_ms = min(CLOCK_LOOK_MS, max(1, int(left_s * 1000)))
@@ -202,7 +209,7 @@ class Supervisor:
         return None
 
     def _hear_keeper(self) -> None:
-        for word in self._keeper.hear():
+        for word in self._keeper.receive():
             self._on_word(word)
 
     def _on_word(self, word: Message) -> None:
@@ -217,9 +224,9 @@ class Supervisor:
             case Dump():
                 if self._live is not None and self._live.attempt == word.attempt:
                     self._live.dump(Path(word.path))
-            case RunAhead():
+            case StartPrepared():
                 self._stands_by = self._plan.prepare
-            case Tell():
+            case PrintLine():
                 self._say(word.text)
             case _:
                 raise InternalError(f"a supervisor has no use for this word. type={type(word).__name__}")
@@ -250,12 +257,12 @@ class Supervisor:
                     self._live.signal(number)
 
     def _on_terminate(self) -> None:
-        term = self._terms.came()
-        if term is Term.NOW or not self._started:
+        term = self._terms.classify()
+        if term is SigtermMeaning.NOW or not self._started:
             for child in self._children():
                 child.kill()
             self._terminal.take_back()
-            end_as(PREEMPTED_STATUS)
+            exit_with(PREEMPTED_STATUS)
         self._preempt()  # a second time changes nothing
 
     def _preempt(self) -> None:
@@ -267,10 +274,10 @@ class Supervisor:
         for child in self._children():
             if child.status is None:
                 child.kill()
-        end_with_signal(signal.SIGINT)
+        die_by_signal(signal.SIGINT)
 
     def _hear_ends(self) -> None:
-        for pid, status in reaped():
+        for pid, status in reap_children():
             child = next((one for one in self._children() if one.pid == pid), None)
             if child is None:
                 continue  # a child that a trainer left behind
@@ -280,7 +287,7 @@ class Supervisor:
                 child.status = os.waitstatus_to_exitcode(status)
                 self._on_ended(child, child.status)
 
-    def _on_ended(self, child: Child, status: int) -> None:
+    def _on_ended(self, child: TrainerChild, status: int) -> None:
         if child is self._ahead:
             if not child.killed:
                 self._lose_ahead(child, status)
@@ -294,7 +301,7 @@ class Supervisor:
         if status != 0:
             child.kill()  # what it left behind would hold memory and ports of the next attempt
 
-    def _on_stopped(self, child: Child, number: int) -> None:
+    def _on_stopped(self, child: TrainerChild, number: int) -> None:
         """A trainer asked for the terminal, or Ctrl-Z stopped the one that has it."""
         if child is not self._live:
             return
@@ -324,12 +331,12 @@ class Supervisor:
         live.signal(signal.SIGKILL, group=True)  # it ends like any other death, and its keeper hears of it
 
     def _may_act(self) -> bool:
-        left_s = self._keeper.time_left_s()
+        left_s = self._keeper.act_time_left_s()
         return left_s is None or left_s > 0
 
     def _hear_trainers(self) -> None:
         for child in self._children():
-            said = child.words() if child.report_fd >= 0 else b""
+            said = child.read_reports() if child.report_fd >= 0 else b""
             if DUMPS_READY in said:
                 child.dumps = True
             if TERMINATED in said:
@@ -339,7 +346,7 @@ class Supervisor:
 
     # ---- what can be done now
 
-    def _act(self) -> TrainerSeat | None:
+    def _act(self) -> TrainerProcess | None:
         """Do what is possible; what isn't yet is looked at again after the next event."""
         if self._leaving is not None:
             self._leave(self._leaving)
@@ -371,36 +378,36 @@ class Supervisor:
             live.signal(signal.SIGCONT, group=True)
         return None
 
-    def _start(self, word: Start) -> TrainerSeat | None:
+    def _start(self, word: Start) -> TrainerProcess | None:
         if self._interrupted:  # another rank failed of it first
             self._end_by_interrupt()
         at_s = time.monotonic()
         self._attempt, self._started, self._ended, self._stands_by = word.attempt, True, None, False
-        self._keeper.well()
+        self._keeper.reset_loss_count()
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.promote(Order(word.attempt, word.port, word.seating)):
+        if ahead is not None and ahead.promote(TrainerOrder(word.attempt, word.port, word.seating)):
             self._live, how = ahead, "prepared"
         else:
             if ahead is not None:
                 ahead.kill()
                 ahead.forget()
-            child = launch(self._launch, attempt=word.attempt, port=word.port, seating=word.seating)
-            if isinstance(child, TrainerSeat):
+            child = launch_trainer(self._launch, attempt=word.attempt, port=word.port, seating=word.seating)
+            if isinstance(child, TrainerProcess):
                 return child
             self._live, how = child, "fork" if isinstance(self._plan.start, Fork) else "spawn"
         self._keeper.send(Started(attempt=word.attempt, trainer_pid=self._live.pid, how=how, at_s=at_s))
         return None
 
-    def _run_ahead(self) -> TrainerSeat | None:
+    def _run_ahead(self) -> TrainerProcess | None:
         """Start the trainer of the next attempt already, where memory allows a second one."""
-        needed = memory_bytes(self._live.pid) if self._live is not None else None
+        needed = anonymous_memory_bytes(self._live.pid) if self._live is not None else None
         left = available_bytes()
         if needed is not None and left is not None and left < needed:
             facts = {"needed_bytes": needed, "available_bytes": left}
-            self._plan.tell(events.Event("not-prepared", "no memory for a prepared trainer", facts))
+            self._plan.emit(events.Event("not-prepared", "no memory for a prepared trainer", facts))
             return None
-        child = launch(self._launch, attempt=0, port=0)
-        if isinstance(child, TrainerSeat):
+        child = launch_trainer(self._launch, attempt=0, port=0)
+        if isinstance(child, TrainerProcess):
             return child
         self._ahead = child
         return None
@@ -417,13 +424,13 @@ class Supervisor:
         self._keeper.send(Bye())
         for child in self._children():
             child.forget()
-        status = leave_status(word.status, self._ended, interrupted=self._interrupted)
+        status = exit_status(word.status, self._ended, interrupted=self._interrupted)
         if status == -signal.SIGINT:
-            end_with_signal(signal.SIGINT, group=self._had_terminal)
-        end_as(status)
+            die_by_signal(signal.SIGINT, group=self._had_terminal)
+        exit_with(status)
 
     def _connect_again(self) -> None:
-        if not self._keeper.connect_again(self._attempt):
+        if not self._keeper.reconnect(self._attempt):
             return
         if self._ended is not None:
             self._keeper.send(self._died(self._attempt, self._ended))
@@ -431,7 +438,7 @@ class Supervisor:
             self._preempted = False
             self._preempt()
         if (
-            self._attempt or self._keeper.holds
+            self._attempt or self._keeper.has_descriptors
         ):  # nothing of it lives here any more, and all that was held and met is told
             self._keeper.send(Killed(attempt=self._attempt))
 
@@ -442,15 +449,15 @@ class Supervisor:
         told = -signal.SIGINT if self._interrupted and status not in (0, PREEMPTED_STATUS) else status
         return Died(attempt=attempt, status=told, at_s=time.monotonic(), overdue=attempt == self._overdue)
 
-    def _children(self) -> list[Child]:
+    def _children(self) -> list[TrainerChild]:
         return [child for child in (self._live, self._ahead) if child is not None]
 
-    def _lose_ahead(self, child: Child, status: int) -> None:
+    def _lose_ahead(self, child: TrainerChild, status: int) -> None:
         self._ahead = None
         child.kill()
         child.forget()
         text = "the prepared trainer ended early, so the next restart is a cold one"
-        self._plan.tell(events.Event("prepared-died", text, {"status": status}))
+        self._plan.emit(events.Event("prepared-died", text, {"status": status}))
 
     def _say(self, text: str) -> None:
         with suppress(OSError, ValueError):  # nobody reads it any more
@@ -459,7 +466,7 @@ class Supervisor:
 
     def _forget(self) -> None:
         """In a trainer: what is the supervisor's is closed."""
-        self._keeper.forget()
+        self._keeper.close_after_fork()
         for child in self._children():
             child.close()
 
@@ -467,17 +474,17 @@ class Supervisor:
 # The call in which a process becomes a supervisor, and out of which its trainers come.
 
 
-def supervise(link: Wire, plan: Supervision) -> TrainerSeat:
+def supervise(link: MessageSocket, plan: SupervisorPlan) -> TrainerProcess:
     """Become the supervisor of this rank; returns only in its trainers, each with its seat.
 
     ``link`` is a fresh connection to the keeper, owned from here on. Call it in the main thread. Raises what the keeper refuses
     the hello with, UnavailableError where it is gone before that; later errors end the process with a message.
     """
-    lifeline = Lifeline(link, plan.hello, plan.reconnect)
+    lifeline = SupervisorConnection(link, plan.hello, plan.reconnect)
     try:
-        lifeline.greet(plan.hello.attempt)
+        lifeline.say_hello(plan.hello.attempt)
     except BaseException:
-        lifeline.lose()
+        lifeline.disconnect()
         raise
     supervisor_pid = os.getpid()
     supervisor = Supervisor(lifeline, plan)

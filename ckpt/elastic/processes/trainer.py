@@ -25,10 +25,10 @@ import msgspec
 import torch.distributed as dist
 
 from ckpt.errors import InternalError, UsageError
-from ckpt.format.canonical import ready
-from ckpt.ipc.messages import Seating
+from ckpt.format.canonical import prepare_decoders
+from ckpt.ipc.messages import RankPlacement
 
-SEAT_VARIABLE = "CKPT_SEAT"
+TRAINER_VARIABLE = "CKPT_SEAT"
 """Where a trainer's seat is in its environment."""
 
 OOM_SCORE = 500
@@ -43,19 +43,19 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-class Order(msgspec.Struct, frozen=True):
+class TrainerOrder(msgspec.Struct, frozen=True):
     """What a prepared trainer waits for: the attempt that it becomes part of."""
 
     attempt: int
     port: int
-    seating: Seating | None = None
+    seating: RankPlacement | None = None
 
 
-ready(Order)
+prepare_decoders(TrainerOrder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerSeat:
+class TrainerProcess:
     """This process is the trainer of ``attempt``, whose process group meets at ``port``, without ``seating`` on loopback.
 
     ``how`` it was started: ``fork``, ``spawn`` or ``prepared``. A prepared one has attempt 0 until ``promoted``.
@@ -70,20 +70,20 @@ class TrainerSeat:
     report_fd: int
     order_fd: int = -1
     stacks: str = ""
-    seating: Seating | None = None
+    seating: RankPlacement | None = None
 
     def first_step_done(self) -> None:
         """Tell the supervisor that this trainer got past its start; it may prepare the next one now."""
-        tell(self.report_fd, FIRST_STEP)
+        report_byte(self.report_fd, FIRST_STEP)
 
-    def promoted(self) -> TrainerSeat:
+    def promoted(self) -> TrainerProcess:
         """The seat that counts: this one where it has an attempt, else, after a wait, the one that the supervisor gives.
 
         A prepared trainer waits here, as long as the live one is well, and ends here where its supervisor has no use for it.
         """
         if self.attempt:
             return self
-        tell(self.report_fd, READY)
+        report_byte(self.report_fd, READY)
         order = _wait_for_order(self.order_fd)
         os.close(self.order_fd)
         seat = replace(self, attempt=order.attempt, port=order.port, order_fd=-1, seating=order.seating)
@@ -91,18 +91,18 @@ class TrainerSeat:
         return seat
 
 
-ready(TrainerSeat)
+prepare_decoders(TrainerProcess)
 
 
-def seat_of_process() -> TrainerSeat | None:
+def trainer_of_process() -> TrainerProcess | None:
     """The seat that this process holds, or None where it is no trainer. A spawned trainer takes it at its first call."""
-    text = os.environ.get(SEAT_VARIABLE)
+    text = os.environ.get(TRAINER_VARIABLE)
     if not text:
         return None
     try:
-        seat = msgspec.json.decode(text.encode(), type=TrainerSeat)
+        seat = msgspec.json.decode(text.encode(), type=TrainerProcess)
     except msgspec.DecodeError as error:
-        raise UsageError(f"not a seat. {SEAT_VARIABLE}={text!r}; unset it") from error
+        raise UsageError(f"not a seat. {TRAINER_VARIABLE}={text!r}; unset it") from error
     if seat.pid != os.getpid():
         return None
     if os.get_inheritable(seat.report_fd):  # spawned, and not seated yet
@@ -110,14 +110,14 @@ def seat_of_process() -> TrainerSeat | None:
     return seat
 
 
-def put_into_environment(seat: TrainerSeat) -> None:
+def put_into_environment(seat: TrainerProcess) -> None:
     """What the user's ``init_process_group`` reads, and the seat itself. Other variables stay as the launcher set them."""
     os.environ.update(environment(seat))
 
 
-def environment(seat: TrainerSeat) -> dict[str, str]:
+def environment(seat: TrainerProcess) -> dict[str, str]:
     """The variables of a seat."""
-    held = {SEAT_VARIABLE: msgspec.json.encode(seat).decode()}
+    held = {TRAINER_VARIABLE: msgspec.json.encode(seat).decode()}
     if not seat.attempt:
         return held
     return {
@@ -129,7 +129,7 @@ def environment(seat: TrainerSeat) -> dict[str, str]:
     }
 
 
-def _place(seating: Seating | None) -> dict[str, str]:
+def _place(seating: RankPlacement | None) -> dict[str, str]:
     """Where rank 0 is and, of several nodes, which ranks are here. Of one node the launcher has said it."""
     if seating is None:
         return {"MASTER_ADDR": "127.0.0.1"}
@@ -146,7 +146,7 @@ def _place(seating: Seating | None) -> dict[str, str]:
     }
 
 
-def begin(supervisor_pid: int) -> None:
+def begin_child(supervisor_pid: int) -> None:
     """First thing in a forked child: a process group of its own, and no life without its supervisor."""
     os.setpgid(0, 0)
     die_with_parent(supervisor_pid)
@@ -164,14 +164,14 @@ def die_with_parent(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def enter_forked(seat: TrainerSeat) -> TrainerSeat:
+def enter_forked(seat: TrainerProcess) -> TrainerProcess:
     """Become the trainer that ``seat`` says, in a forked child whose signals are the user's again."""
     put_into_environment(seat)
     _take(seat)
     return seat
 
 
-def run_again(seat: TrainerSeat, folder: str) -> NoReturn:
+def exec_again(seat: TrainerProcess, folder: str) -> NoReturn:
     """Replace this forked child by a fresh interpreter that runs the program's command from ``folder`` on. Never returns."""
     for fd in (seat.report_fd, seat.order_fd):
         if fd >= 0:
@@ -180,13 +180,13 @@ def run_again(seat: TrainerSeat, folder: str) -> NoReturn:
     os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment(seat)})
 
 
-def tell(report_fd: int, word: bytes) -> None:
+def report_byte(report_fd: int, word: bytes) -> None:
     """Say one byte to the supervisor. Where it is gone, this process is about to be."""
     with contextlib.suppress(BrokenPipeError):
         os.write(report_fd, word)
 
 
-class OnTerm:
+class TrainerSigterm:
     """The SIGTERM handler of a trainer: training ends at a boundary that all ranks agree on, so only the word is passed on.
 
     The user's own handler, where there was one before the call, is called too.
@@ -198,31 +198,31 @@ class OnTerm:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGTERM."""
-        tell(self._report_fd, TERMINATED)
+        report_byte(self._report_fd, TERMINATED)
         if self._before is not None:
             self._before(number, frame)
 
     def restore(self) -> None:
         """In a child of the trainer, a data loader's worker say: SIGTERM is what it was, or nobody could end it."""
-        if isinstance(signal.getsignal(signal.SIGTERM), OnTerm):
+        if isinstance(signal.getsignal(signal.SIGTERM), TrainerSigterm):
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
-def _take(seat: TrainerSeat) -> None:
+def _take(seat: TrainerProcess) -> None:
     """Sit down: signals and stack dumps of this process."""
     for fd in (seat.report_fd, seat.order_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)
     before = signal.getsignal(signal.SIGTERM)
     if before is not signal.SIG_IGN:
-        handler = OnTerm(seat.report_fd, before if callable(before) else None)
+        handler = TrainerSigterm(seat.report_fd, before if callable(before) else None)
         signal.signal(signal.SIGTERM, handler)
         os.register_at_fork(after_in_child=handler.restore)
     if seat.stacks and signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
         _dump_on_signal(seat)
 
 
-def _dump_on_signal(seat: TrainerSeat) -> None:
+def _dump_on_signal(seat: TrainerProcess) -> None:
     """SIGUSR2 writes the stacks of all threads. Where the user has a handler for it, nobody sends it."""
     try:
         fd = os.open(seat.stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -231,20 +231,20 @@ def _dump_on_signal(seat: TrainerSeat) -> None:
         )  # by number: nothing closes it early
     except OSError:  # the folder was cleaned away: a hang is still met, without stacks
         return
-    tell(seat.report_fd, DUMPS_READY)
+    report_byte(seat.report_fd, DUMPS_READY)
 
 
-def _wait_for_order(fd: int) -> Order:
+def _wait_for_order(fd: int) -> TrainerOrder:
     text = b""
     while not text.endswith(b"\n"):
         piece = os.read(fd, 4096)
         if not piece:
             os._exit(0)
         text += piece
-    return msgspec.json.decode(text, type=Order)
+    return msgspec.json.decode(text, type=TrainerOrder)
 
 
-def die_of(error: BaseException) -> NoReturn:
+def exit_after_error(error: BaseException) -> NoReturn:
     """End a child that failed before it was a trainer: tell people why, and let nothing of the parent's run."""
     sys.excepthook(type(error), error, error.__traceback__)
     sys.stderr.flush()
@@ -275,7 +275,7 @@ def watch_process_group(made: Callable[[], None]) -> None:
     @functools.wraps(make)
     def init_process_group(*args: object, **kwargs: object) -> None:
         init_method = args[1] if len(args) > 1 else kwargs.get("init_method")
-        if init_method in (None, "env://") and kwargs.get("store") is None and looks_here(os.environ):
+        if init_method in (None, "env://") and kwargs.get("store") is None and rank0_is_local(os.environ):
             wait_for_listener(int(os.environ.get("MASTER_PORT", "0")))
         make(*args, **kwargs)  # type: ignore[arg-type]
         made()
@@ -283,7 +283,7 @@ def watch_process_group(made: Callable[[], None]) -> None:
     dist.init_process_group = init_process_group
 
 
-def looks_here(said: Mapping[str, str]) -> bool:
+def rank0_is_local(said: Mapping[str, str]) -> bool:
     """Whether this rank dials rank 0 and that one listens on this machine, as the environment says: only here one can look."""
     here = said.get("MASTER_ADDR", "").startswith(("127.", "localhost", "::1")) or said.get("GROUP_RANK") == "0"
     return said.get("RANK", "0") != "0" and here
@@ -293,7 +293,7 @@ def wait_for_listener(port: int, *, timeout_s: float = LISTEN_WAIT_S) -> bool:
     """Wait until somebody on this machine listens on ``port``; False where nobody did in time, or the system doesn't tell."""
     until_s = time.monotonic() + timeout_s
     while port:
-        found = listens(port)
+        found = is_listening(port)
         if found is not False:
             return bool(found)
         if time.monotonic() > until_s:
@@ -302,7 +302,7 @@ def wait_for_listener(port: int, *, timeout_s: float = LISTEN_WAIT_S) -> bool:
     return False
 
 
-def listens(port: int) -> bool | None:
+def is_listening(port: int) -> bool | None:
     """Whether somebody listens on ``port``; None where the system doesn't tell. Connects to nobody."""
     told = False
     for table in _TABLES:

@@ -19,29 +19,29 @@ from pathlib import Path
 from ckpt.cluster.membership import transactions as moves
 from ckpt.cluster.membership import transactions as names
 from ckpt.cluster.membership.api import Published
-from ckpt.cluster.membership.member import KeyedMembership
+from ckpt.cluster.membership.member import KeyspaceMembership
 from ckpt.cluster.membership.open import open_keyspace
-from ckpt.cluster.membership.records import EpochRecord, NodeInfo, Place, Scope
+from ckpt.cluster.membership.records import EpochRecord, NodeInfo, NodePlacement, ViewScope
 from ckpt.elastic.rendezvous.decide import (
     ALONE,
     RUNNING,
     WAITING,
-    Look,
-    Publish,
-    Round,
-    Seat,
-    decode_seat,
-    encode_seat,
+    AgentStatus,
+    AgentsView,
+    PublishRound,
+    RendezvousRound,
+    decode_status,
+    encode_round_note,
+    encode_status,
     next_round,
-    notice,
-    round_note,
+    update_enough_since,
 )
-from ckpt.elastic.rendezvous.options import Settings
+from ckpt.elastic.rendezvous.options import RendezvousSettings
 from ckpt.errors import CkptError, FencedError, InternalError, UnavailableError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.ipc.cluster_spec import NodesSpec
-from ckpt.keyspace.address import EtcdOptions, where_of
-from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Outcome, Put, Transaction
+from ckpt.keyspace.address import EtcdOptions, keyspace_location
+from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Put, Transaction, TransactionResult
 
 # Under whose lease an agent lives: its own, or that of the keeper on its node, so that a node has
 # one lease.
@@ -53,15 +53,15 @@ from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Outcome
 # long as a lease does: that is how long the agent has to put its keys under one of its own.
 
 
-def offered(words: tuple[KeyValue, ...], keepers: tuple[KeyValue, ...]) -> KeyValue | None:
+def newest_offer(words: tuple[KeyValue, ...], keepers: tuple[KeyValue, ...]) -> KeyValue | None:
     """The newest of a keeper's ``words`` that name this agent, if it is a member still: one that was taken out won't renew."""
     newest = max(words, key=lambda one: one.created, default=None)
-    if newest is None or names.node_key(node_of(newest)) not in {one.key for one in keepers}:
+    if newest is None or names.node_key(offering_node(newest)) not in {one.key for one in keepers}:
         return None
     return newest
 
 
-def node_of(word: KeyValue) -> str:
+def offering_node(word: KeyValue) -> str:
     """The node that said it."""
     return word.key.rpartition("/")[2]
 
@@ -69,17 +69,17 @@ def node_of(word: KeyValue) -> str:
 class AgentLease:
     """See the module. ``keepers``: the keys of the keepers' job, in the service in which ``member`` is. For one thread."""
 
-    def __init__(self, keepers: Keyspace, member: KeyedMembership, agent: str) -> None:
+    def __init__(self, keepers: Keyspace, member: KeyspaceMembership, agent: str) -> None:
         self._keepers = keepers
         self._member = member
-        self._words = names.said_by_all(names.agent_fact(agent))
+        self._words = names.fact_keys(names.agent_fact(agent))
         self._keeper = ""
         """The node that offered its lease last."""
 
     @property
     def shared(self) -> bool:
         """Whether this agent lives under a keeper's lease, so that it has to look in time whether that is still offered."""
-        return self._member.borrows != 0
+        return self._member.borrowed_lease_id != 0
 
     def look(self, *, runs: bool) -> None:
         """Move where that is right now. ``runs``: workers run here, whose keeper will stay for a while.
@@ -88,9 +88,9 @@ class AgentLease:
         """
         word = self._offered()
         if word is None:
-            self._member.live_alone()
+            self._member.use_own_lease()
         elif runs or self.shared:
-            self._member.live_under(word.lease_id)
+            self._member.borrow_lease(word.lease_id)
 
     def _offered(self) -> KeyValue | None:
         own = (Keys(names.node_key(self._keeper), values=False),) if self._keeper else ()
@@ -98,11 +98,11 @@ class AgentLease:
         if not words:
             return None
         newest = max(words, key=lambda one: one.created)
-        if not known or node_of(newest) != self._keeper:
-            self._keeper = node_of(newest)
+        if not known or offering_node(newest) != self._keeper:
+            self._keeper = offering_node(newest)
             key = Keys(names.node_key(self._keeper), values=False)
             known = list(self._keepers.transact(Transaction(reads=(key,))).found)
-        return offered(words, known[0])
+        return newest_offer(words, known[0])
 
 
 LOOK_S = 2.0
@@ -116,32 +116,32 @@ RENEW_S = 300.0
 JOIN_THREAD_S = 30.0
 
 CLOSED = "closed"
-SEAT = "seat"
-_READS = (*names.ALL_KEYS, names.said_by_all(SEAT), Keys(CLOSED))
+STATUS_FACT = "seat"
+_READS = (*names.ALL_KEYS, names.fact_keys(STATUS_FACT), Keys(CLOSED))
 _VIEW_READS = len(names.ALL_KEYS)
 
 
-class Agent:
+class RendezvousAgent:
     """See the module. ``start`` begins; ``leave`` ends it for good."""
 
-    def __init__(self, settings: Settings, tell: Tell) -> None:
+    def __init__(self, settings: RendezvousSettings, tell: Emit) -> None:
         host = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in socket.gethostname())
-        self.me = f"{host[:30] or 'node'}-{os.urandom(6).hex()}"
-        self.keyspace = keyspace_of(settings.meet)
+        self.name = f"{host[:30] or 'node'}-{os.urandom(6).hex()}"
+        self.keyspace = keyspace_of(settings.agents_spec)
         self._settings = settings
         self._tell = tell
         self._keepers = keyspace_of(settings.nodes) if settings.nodes is not None else None
-        meet = settings.meet
-        self._member = KeyedMembership(self.keyspace, meet.job, ttl_s=meet.ttl_s)
-        shares = self._keepers is not None and settings.one_service
-        self._lease = AgentLease(self._keepers, self._member, self.me) if self._keepers and shares else None
+        meet = settings.agents_spec
+        self._member = KeyspaceMembership(self.keyspace, meet.job, ttl_s=meet.ttl_s)
+        shares = self._keepers is not None and settings.shares_service
+        self._lease = AgentLease(self._keepers, self._member, self.name) if self._keepers and shares else None
         self._changed = threading.Condition()
         self._saying = threading.Lock()
-        self._look: Look | None = None
+        self._look: AgentsView | None = None
         self._look_until_s = 0.0
         """Until when it holds, unless something changes."""
-        self._seat = Seat(WAITING)
-        self._said: Seat | None = None
+        self._seat = AgentStatus(WAITING)
+        self._said: AgentStatus | None = None
         self._node = ""
         self._joins = 0
         self._begun = False
@@ -152,11 +152,11 @@ class Agent:
         self._began_s = time.monotonic()
         self._stopped = False
         self._warned = ""
-        self.mine: Round | None = None
+        self.own_round: RendezvousRound | None = None
         """The round whose workers run here."""
-        self.refused = ""
+        self.refusal = ""
         """Why this agent can't become a member: the rendezvous was closed before it came."""
-        self.trouble: CkptError | None = None
+        self.problem: CkptError | None = None
         """What is in the way of seeing anything."""
         self._thread: threading.Thread | None = None
 
@@ -169,11 +169,11 @@ class Agent:
             self._thread.start()
 
     @property
-    def seat(self) -> Seat:
+    def status(self) -> AgentStatus:
         """What this agent does."""
         return self._seat
 
-    def newest(self) -> Look | None:
+    def latest_view(self) -> AgentsView | None:
         """What was seen last."""
         return self._look
 
@@ -183,29 +183,29 @@ class Agent:
         since_s = self._lost_since_s
         return 0.0 if since_s is None else time.monotonic() - since_s
 
-    def later(self, before: Look | None, timeout_s: float) -> Look | None:
+    def next_view(self, before: AgentsView | None, timeout_s: float) -> AgentsView | None:
         """What was seen after ``before``; None: nothing else, for so long."""
         with self._changed:
-            self._changed.wait_for(lambda: self._look is not before or bool(self.refused), timeout_s)
+            self._changed.wait_for(lambda: self._look is not before or bool(self.refusal), timeout_s)
             return self._look if self._look is not before else None
 
-    def wait(self, last: int) -> None:
+    def wait_for_round(self, last: int) -> None:
         """Wait for a round after the one numbered ``last``."""
-        self.mine = None
-        self._sit(Seat(WAITING, last))
+        self.own_round = None
+        self._sit(AgentStatus(WAITING, last))
 
-    def run(self, round_: Round) -> None:
+    def run_round(self, round_: RendezvousRound) -> None:
         """Run the workers of a round; who keeps them is found out anew."""
-        self.mine = round_
+        self.own_round = round_
         self._kept = False
-        self._sit(Seat(RUNNING, round_.number))
+        self._sit(AgentStatus(RUNNING, round_.number))
 
-    def run_apart(self) -> None:
+    def run_unranked(self) -> None:
         """Run workers that are in no round."""
-        self.mine = None
-        self._sit(Seat(ALONE, self._seat.round))
+        self.own_round = None
+        self._sit(AgentStatus(ALONE, self._seat.round))
 
-    def closed(self) -> str | None:
+    def closed_reason(self) -> str | None:
         """Why the rendezvous is closed, as of now; None: it isn't. Raises UnavailableError."""
         if self._stopped and self._keepers is None:
             return "its only agent has ended"
@@ -246,7 +246,7 @@ class Agent:
     def _remove_file(self) -> None:
         """One node alone met nobody in its file."""
         for more in ("", "-wal", "-shm"):
-            Path(f"{self._settings.meet.where}{more}").unlink(missing_ok=True)
+            Path(f"{self._settings.agents_spec.where}{more}").unlink(missing_ok=True)
 
     # ---- the thread
 
@@ -280,29 +280,31 @@ class Agent:
         if not self._begun and not self._may_begin():
             return False
         self._joins += 1
-        node = f"{self.me}-{self._joins}"
+        node = f"{self.name}-{self._joins}"
         settings = self._settings
         host = socket.gethostname()
-        self._member.join(NodeInfo(node=node, host=host, slots=1, domain=settings.meet.domain, address=settings.host))
+        self._member.join(
+            NodeInfo(node=node, host=host, slots=1, domain=settings.agents_spec.domain, address=settings.host)
+        )
         self._node, self._said, self._look_until_s = node, None, 0.0
         self._say_seat()
         return True
 
     def _may_begin(self) -> bool:
         """A rendezvous that was closed is open again when nobody of it is left; that is waited for, not for ever."""
-        open_again = Transaction((NoneOf(names.under(names.NODES)),), (Delete(CLOSED),), (Keys(CLOSED),))
+        open_again = Transaction((NoneOf(names.keys_under(names.NODES)),), (Delete(CLOSED),), (Keys(CLOSED),))
         (found,) = self.keyspace.transact(open_again).found
         if not found:
             self._begun = True
             return True
-        patience_s = 2 * self._settings.meet.ttl_s + 2.0
+        patience_s = 2 * self._settings.agents_spec.ttl_s + 2.0
         if time.monotonic() - self._began_s > patience_s:
             with self._changed:
-                self.refused = found[0].value.decode(errors="replace")
+                self.refusal = found[0].value.decode(errors="replace")
                 self._changed.notify_all()
         return False
 
-    def _newest(self) -> Look:
+    def _newest(self) -> AgentsView:
         """What there is to see: what was seen before where nothing is said to have changed and this agent only follows."""
         look = self._look
         if look is not None and self._follows(look) and time.monotonic() < self._look_until_s:
@@ -311,52 +313,54 @@ class Agent:
         self._look_until_s = time.monotonic() + VIEW_S
         return look
 
-    def _follows(self, look: Look) -> bool:
+    def _follows(self, look: AgentsView) -> bool:
         """Whether nothing here hangs on what is seen late: keepers hold the job together, and another agent leads."""
         leader = look.view.leader
-        return look.kept and self._seat.doing != WAITING and leader is not None and leader.node != self._node
+        return look.kept_by_keepers and self._seat.doing != WAITING and leader is not None and leader.node != self._node
 
-    def _share_lease(self, look: Look) -> float:
+    def _share_lease(self, look: AgentsView) -> float:
         """Live under the keeper's lease while there is one; until when that is right."""
         now_s = time.monotonic()
-        if self._lease is None or not (look.kept or self._lease.shared):
+        if self._lease is None or not (look.kept_by_keepers or self._lease.shared):
             return now_s + LOOK_S
         self._lease.look(runs=self._seat.doing != WAITING)
-        return now_s + (min(LOOK_S, self._settings.meet.ttl_s / 3) if self._lease.shared else LOOK_S)
+        return now_s + (min(LOOK_S, self._settings.agents_spec.ttl_s / 3) if self._lease.shared else LOOK_S)
 
-    def _read(self) -> Look:
+    def _read(self) -> AgentsView:
         outcome = self.keyspace.transact(Transaction(reads=_READS))
-        job = self._settings.meet.job
-        view = moves.seen(job, Scope.ALL, Outcome(outcome.held, outcome.revision, outcome.found[:_VIEW_READS]))
+        job = self._settings.agents_spec.job
+        view = moves.view_of(
+            job, ViewScope.ALL, TransactionResult(outcome.succeeded, outcome.revision, outcome.found[:_VIEW_READS])
+        )
         if self._node not in view.by_node:
             raise FencedError(f"this agent is no member any more. node={self._node}")
         said, closed = outcome.found[_VIEW_READS:]
-        seats = {one.key.rpartition("/")[2]: seat for one in said if (seat := decode_seat(one.value)) is not None}
+        seats = {one.key.rpartition("/")[2]: seat for one in said if (seat := decode_status(one.value)) is not None}
         why = closed[0].value.decode(errors="replace") if closed else None
-        return Look(view, seats, kept=self._is_kept(), closed=why)
+        return AgentsView(view, seats, kept_by_keepers=self._is_kept(), closed=why)
 
     def _is_kept(self) -> bool:
         """Whether keepers hold the job together. Once they do, they do until this agent runs another round."""
         if self._kept or self._keepers is None:
             return self._kept
-        reads = (names.under(names.NODES, values=False),)
+        reads = (names.keys_under(names.NODES, values=False),)
         there = bool(self._keepers.transact(Transaction(reads=reads)).found[0])
         if self._seat.doing != WAITING:
             self._kept = there
         return there
 
-    def _show(self, look: Look) -> None:
+    def _show(self, look: AgentsView) -> None:
         with self._changed:
             self._look = look
             if not look.lost:
                 self._lost_since_s = None
             elif self._lost_since_s is None:
                 self._lost_since_s = time.monotonic()
-            self.trouble = None
+            self.problem = None
             self._warned = ""
             self._changed.notify_all()
 
-    def _lead(self, look: Look) -> float:
+    def _lead(self, look: AgentsView) -> float:
         """Do what the leader does, if this is the one; until when nothing is to be done."""
         now_s = time.monotonic()
         if look.view.leader is None:
@@ -366,47 +370,47 @@ class Agent:
             self._enough_since_s = None
             return now_s + LOOK_S
         rules = self._settings.rules
-        self._enough_since_s = notice(self._enough_since_s, look, rules, now_s)
+        self._enough_since_s = update_enough_since(self._enough_since_s, look, rules, now_s)
         decision = next_round(look, self._enough_since_s, rules, now_s)
-        if not isinstance(decision, Publish):
+        if not isinstance(decision, PublishRound):
             return min(decision.until_s, now_s + LOOK_S)
-        self._publish(look, decision.places, decision.why)
+        self._publish(look, decision.places, decision.reason)
         return now_s
 
-    def _publish(self, look: Look, places: tuple[Place, ...], why: str) -> None:
+    def _publish(self, look: AgentsView, places: tuple[NodePlacement, ...], why: str) -> None:
         before, rules = look.round, self._settings.rules
         lease = secrets.randbits(62) + 1
         self.keyspace.grant(lease, ROUND_TTL_S)
         record = EpochRecord(
-            job=self._settings.meet.job, number=1 if before is None else before.number + 1, places=places,
+            job=self._settings.agents_spec.job, number=1 if before is None else before.number + 1, places=places,
             leader=self._node, nodes_min=min(rules.agents_min, len(places)), nodes_max=rules.agents_max,
-            note=round_note(lease),
+            note=encode_round_note(lease),
         )  # fmt: skip
         if not isinstance(self._member.publish(record, look.view), Published):
             return  # what came of it is seen
         self._say("round", f"round {record.number}: {why}")
-        if before is not None and not look.kept:  # nobody runs it any more
+        if before is not None and not look.kept_by_keepers:  # nobody runs it any more
             self.keyspace.revoke(before.lease)
 
     def _renew(self) -> None:
-        mine = self.mine
+        mine = self.own_round
         if mine is not None and time.monotonic() - self._renewed_s > RENEW_S:
             self.keyspace.renew(mine.lease)
             self._renewed_s = time.monotonic()
 
     # ---- small parts
 
-    def _ask(self, transaction: Transaction) -> Outcome:
+    def _ask(self, transaction: Transaction) -> TransactionResult:
         """In the main thread; also after the end of the membership, which closed what it used."""
         if not self._stopped:
             return self.keyspace.transact(transaction)
-        keyspace = keyspace_of(self._settings.meet)
+        keyspace = keyspace_of(self._settings.agents_spec)
         try:
             return keyspace.transact(transaction)
         finally:
             keyspace.close()
 
-    def _sit(self, seat: Seat) -> None:
+    def _sit(self, seat: AgentStatus) -> None:
         self._seat = seat
         try:
             self._say_seat()
@@ -417,7 +421,7 @@ class Agent:
         with self._saying:
             seat = self._seat
             if self._node and seat != self._said:
-                self._member.say(SEAT, encode_seat(seat))
+                self._member.put_fact(STATUS_FACT, encode_status(seat))
                 self._said = seat
 
     def _lose(self, error: FencedError) -> None:
@@ -425,7 +429,7 @@ class Agent:
             return
         self._say("agent-out", f"this agent is out of its job's membership, and joins anew: {error}", alarm=True)
         if self._node:
-            self._member.keepalive.lost(str(error))
+            self._member.keepalive.mark_lost(str(error))
         self._node = ""  # others may take its place if it does not come back at once
 
     def _hinder(self, error: CkptError) -> None:
@@ -433,7 +437,7 @@ class Agent:
         if self._stopped:
             return
         with self._changed:
-            self.trouble = error
+            self.problem = error
             self._changed.notify_all()
         if str(error) != self._warned:
             self._warned = str(error)
@@ -449,7 +453,7 @@ class Agent:
 
 def keyspace_of(spec: NodesSpec) -> Keyspace:
     """The keys of a job of nodes. Raises UsageError."""
-    where = where_of(spec)
+    where = keyspace_location(spec)
     if isinstance(where, EtcdOptions):
         where = replace(where, call_s=min(where.call_s, spec.ttl_s / 4))
     return open_keyspace(where, spec.job)

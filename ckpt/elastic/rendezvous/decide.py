@@ -1,7 +1,7 @@
 """What agents do about what they see. Pure: a look, what was noticed and the clock in; a decision and why out.
 
 A round is made of agents that wait, and only where nobody runs the one before: so whoever runs is asked first, by
-``ask_back``, to stop its workers and come. Where keepers hold the job together nobody is ever asked: lost places go to agents
+``restart_request``, to stop its workers and come. Where keepers hold the job together nobody is ever asked: lost places go to agents
 that wait, and what runs goes on.
 """
 
@@ -15,10 +15,10 @@ from functools import cached_property
 
 import msgspec
 
-from ckpt.cluster.membership.decide import fill, in_order, seat_all
-from ckpt.cluster.membership.records import EpochRecord, Member, Place, View
+from ckpt.cluster.membership.decide import fill_placements, place_all, sorted_by_domain
+from ckpt.cluster.membership.records import EpochRecord, Member, NodePlacement, View
 from ckpt.errors import IntegrityError
-from ckpt.format.canonical import ready
+from ckpt.format.canonical import prepare_decoders
 
 # What agents know of each other: who waits, who runs which round, and what a round is. Pure.
 
@@ -27,7 +27,7 @@ RUNNING = "running"
 ALONE = "alone"
 
 
-class Seat(msgspec.Struct, frozen=True):
+class AgentStatus(msgspec.Struct, frozen=True):
     """What an agent says it does. ``round``: the last one that it was in, 0: none.
 
     ``waiting`` at the barrier; ``running`` the workers of that round; ``alone``: running workers in no round, as a standby does
@@ -42,18 +42,18 @@ class _Note(msgspec.Struct, frozen=True):
     lease: int
 
 
-ready(Seat, _Note)
+prepare_decoders(AgentStatus, _Note)
 
 
-def encode_seat(seat: Seat) -> bytes:
+def encode_status(seat: AgentStatus) -> bytes:
     """Its bytes."""
     return msgspec.json.encode(seat)
 
 
-def decode_seat(data: bytes) -> Seat | None:
+def decode_status(data: bytes) -> AgentStatus | None:
     """The seat in ``data``, which is not trusted; None where it is none."""
     try:
-        return msgspec.json.decode(data, type=Seat)
+        return msgspec.json.decode(data, type=AgentStatus)
     except msgspec.MsgspecError:
         return None
 
@@ -64,7 +64,7 @@ def agent_of(node: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class RendezvousRound:
     """A numbered world of agents, in the order of their ranks. ``lease``: its own, which keeps the keys of its store."""
 
     number: int
@@ -72,31 +72,31 @@ class Round:
     lease: int
 
 
-def round_note(lease: int) -> str:
+def encode_round_note(lease: int) -> str:
     """What an epoch's record holds beside its places."""
     return msgspec.json.encode(_Note(lease)).decode()
 
 
-def round_of(record: EpochRecord) -> Round:
+def round_of(record: EpochRecord) -> RendezvousRound:
     """The round that an epoch is. Raises IntegrityError where it is none."""
     try:
         note = msgspec.json.decode(record.note.encode(), type=_Note)
     except msgspec.MsgspecError as error:
         raise IntegrityError(f"an epoch that no agent wrote. job={record.job} epoch={record.number}") from error
-    return Round(record.number, tuple(agent_of(place.node) for place in record.places), note.lease)
+    return RendezvousRound(record.number, tuple(agent_of(place.node) for place in record.places), note.lease)
 
 
 @dataclass(frozen=True)
-class Look:
+class AgentsView:
     """The agents at one revision. ``kept``: keepers hold the job together below them. ``closed``: why, or None."""
 
     view: View
-    seats: Mapping[str, Seat]
-    kept: bool = False
+    statuses: Mapping[str, AgentStatus]
+    kept_by_keepers: bool = False
     closed: str | None = None
 
     @cached_property
-    def round(self) -> Round | None:
+    def round(self) -> RendezvousRound | None:
         """The newest round."""
         return None if self.view.epoch is None else round_of(self.view.epoch)
 
@@ -104,14 +104,14 @@ class Look:
     def live(self) -> Mapping[str, Member]:
         """The members, by agent: the one that joined last where an older membership has not run out yet."""
         found: dict[str, Member] = {}
-        for member in sorted(self.view.members, key=lambda one: one.joined):
+        for member in sorted(self.view.members, key=lambda one: one.joined_revision):
             found[agent_of(member.node)] = member
         return found
 
-    def seat(self, agent: str) -> Seat | None:
+    def status(self, agent: str) -> AgentStatus | None:
         """What a living agent does; None: it is gone, or has not said it yet."""
         member = self.live.get(agent)
-        return None if member is None else self.seats.get(member.node)
+        return None if member is None else self.statuses.get(member.node)
 
     @cached_property
     def lost(self) -> tuple[str, ...]:
@@ -119,18 +119,18 @@ class Look:
         return tuple(one for one in self._agents if one not in self.live)
 
     @cached_property
-    def back(self) -> tuple[str, ...]:
+    def returned(self) -> tuple[str, ...]:
         """The agents of the round that have left it and wait for another one."""
         return tuple(one for one in self._agents if self._waits(one) and self._been(one))
 
     @cached_property
-    def busy(self) -> tuple[str, ...]:
+    def running(self) -> tuple[str, ...]:
         """The agents of the round that run it, or are about to."""
-        alone = [one for one in self._agents if (seat := self.seat(one)) is not None and seat.doing == ALONE]
-        return tuple(one for one in self._agents if one not in {*self.lost, *self.back, *alone})
+        alone = [one for one in self._agents if (seat := self.status(one)) is not None and seat.doing == ALONE]
+        return tuple(one for one in self._agents if one not in {*self.lost, *self.returned, *alone})
 
     @cached_property
-    def fresh(self) -> tuple[str, ...]:
+    def newcomers(self) -> tuple[str, ...]:
         """The agents that wait and are in no round."""
         return tuple(one for one in self.live if one not in self._agents and self._waits(one))
 
@@ -139,11 +139,11 @@ class Look:
         return () if self.round is None else self.round.agents
 
     def _waits(self, agent: str) -> bool:
-        seat = self.seat(agent)
+        seat = self.status(agent)
         return seat is not None and seat.doing == WAITING
 
     def _been(self, agent: str) -> bool:
-        seat = self.seat(agent)
+        seat = self.status(agent)
         return seat is not None and self.round is not None and seat.round >= self.round.number
 
 
@@ -152,7 +152,7 @@ REJOIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class RendezvousRules:
     """What a job allows. ``last_call_s``: how long a first round waits for more agents than the minimum.
 
     ``shrink_s``: how long a later one waits for as many as before. ``warm``: agents that no round needs start their workers all
@@ -162,49 +162,56 @@ class Rules:
     agents_min: int
     agents_max: int
     last_call_s: float = 30.0
-    shrink_s: float = 5.0
+    shrink_wait_s: float = 5.0
     warm: bool = False
     grow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Publish:
+class PublishRound:
     """Make this the next round."""
 
-    places: tuple[Place, ...]
-    why: str
+    places: tuple[NodePlacement, ...]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class HoldRound:
     """Not now: look again when something changes, at the latest at ``until_s``."""
 
     until_s: float
-    why: str
+    reason: str
 
 
-def notice(enough_since_s: float | None, look: Look, rules: Rules, now_s: float) -> float | None:
+def update_enough_since(
+    enough_since_s: float | None, look: AgentsView, rules: RendezvousRules, now_s: float
+) -> float | None:
     """Since when there are enough agents for a round, by the leader's clock. Start with None."""
-    enough = not look.busy and len(look.back) + len(look.fresh) >= rules.agents_min
+    enough = not look.running and len(look.returned) + len(look.newcomers) >= rules.agents_min
     return (now_s if enough_since_s is None else enough_since_s) if enough else None
 
 
-def next_round(look: Look, enough_since_s: float | None, rules: Rules, now_s: float) -> Publish | Hold:
+def next_round(
+    look: AgentsView, enough_since_s: float | None, rules: RendezvousRules, now_s: float
+) -> PublishRound | HoldRound:
     """What the leader does. ``enough_since_s`` is what ``notice`` made of the same look."""
     if look.closed is not None:
-        return Hold(math.inf, f"the rendezvous is closed: {look.closed}")
-    if look.kept:
+        return HoldRound(math.inf, f"the rendezvous is closed: {look.closed}")
+    if look.kept_by_keepers:
         return _replace(look)
-    if look.busy:
-        return Hold(math.inf, f"agents of the round still run. agents={len(look.busy)}")
+    if look.running:
+        return HoldRound(math.inf, f"agents of the round still run. agents={len(look.running)}")
     return _gather(look, enough_since_s, rules, now_s)
 
 
-def _replace(look: Look) -> Publish | Hold:
+def _replace(look: AgentsView) -> PublishRound | HoldRound:
     """Give the places of agents that are gone, or have come back, to agents that wait; their own first."""
-    waiting = [*look.back, *(agent_of(one.node) for one in in_order([look.live[fresh] for fresh in look.fresh]))]
-    if look.round is None or not waiting or not (look.lost or look.back):
-        return Hold(math.inf, "keepers hold the job together, and nobody is missing or nobody waits")
+    waiting = [
+        *look.returned,
+        *(agent_of(one.node) for one in sorted_by_domain([look.live[fresh] for fresh in look.newcomers])),
+    ]
+    if look.round is None or not waiting or not (look.lost or look.returned):
+        return HoldRound(math.inf, "keepers hold the job together, and nobody is missing or nobody waits")
     places = []
     replaced = 0
     for agent, place in zip(look.round.agents, _named_now(look), strict=True):
@@ -212,115 +219,121 @@ def _replace(look: Look) -> Publish | Hold:
         if takes is not None:
             waiting.remove(takes)
             replaced += 1
-            place = Place(look.live[takes].node, place.slots)
+            place = NodePlacement(look.live[takes].node, place.slots)
         places.append(place)
-    return Publish(tuple(places), f"{replaced} agents come in the place of others, and disturb nobody")
+    return PublishRound(tuple(places), f"{replaced} agents come in the place of others, and disturb nobody")
 
 
-def _gather(look: Look, enough_since_s: float | None, rules: Rules, now_s: float) -> Publish | Hold:
-    candidates = [look.live[one] for one in (*look.back, *look.fresh)]
+def _gather(
+    look: AgentsView, enough_since_s: float | None, rules: RendezvousRules, now_s: float
+) -> PublishRound | HoldRound:
+    candidates = [look.live[one] for one in (*look.returned, *look.newcomers)]
     before = _named_now(look)
     count = min(len(candidates), rules.agents_max)
     if count < rules.agents_min:
-        return Hold(math.inf, f"too few agents. waiting={count} nodes_min={rules.agents_min}")
-    wanted = min(len(before), rules.agents_max) if look.back else rules.agents_max
+        return HoldRound(math.inf, f"too few agents. waiting={count} nodes_min={rules.agents_min}")
+    wanted = min(len(before), rules.agents_max) if look.returned else rules.agents_max
     if count < wanted:
-        patience_s = rules.shrink_s if look.back else rules.last_call_s
+        patience_s = rules.shrink_wait_s if look.returned else rules.last_call_s
         until_s = (now_s if enough_since_s is None else enough_since_s) + patience_s
         if now_s < until_s:
-            return Hold(until_s, f"waits for more agents. waiting={count} wanted={wanted}")
-    if not look.back:
-        return Publish(seat_all(candidates, (), nodes_max=rules.agents_max), f"{count} agents begin")
-    stays = {look.live[one].node: look.live[one] for one in look.back}
-    filled, left = fill(before, stays, [look.live[one] for one in look.fresh])
-    more = in_order(left)[: max(0, rules.agents_max - len(filled))]
-    places = (*filled, *(Place(member.node, member.info.slots) for member in more))[: rules.agents_max]
-    return Publish(places, f"{len(places)} agents go on, {len(look.back)} of them from the round before")
+            return HoldRound(until_s, f"waits for more agents. waiting={count} wanted={wanted}")
+    if not look.returned:
+        return PublishRound(place_all(candidates, (), nodes_max=rules.agents_max), f"{count} agents begin")
+    stays = {look.live[one].node: look.live[one] for one in look.returned}
+    filled, left = fill_placements(before, stays, [look.live[one] for one in look.newcomers])
+    more = sorted_by_domain(left)[: max(0, rules.agents_max - len(filled))]
+    places = (*filled, *(NodePlacement(member.node, member.info.slots) for member in more))[: rules.agents_max]
+    return PublishRound(places, f"{len(places)} agents go on, {len(look.returned)} of them from the round before")
 
 
-def _named_now(look: Look) -> tuple[Place, ...]:
+def _named_now(look: AgentsView) -> tuple[NodePlacement, ...]:
     """The round's places under the node ids that its agents have now."""
     if look.view.epoch is None or look.round is None:
         return ()
     pairs = zip(look.round.agents, look.view.epoch.places, strict=True)
-    return tuple(Place(look.live[agent].node, old.slots) if agent in look.live else old for agent, old in pairs)
+    return tuple(NodePlacement(look.live[agent].node, old.slots) if agent in look.live else old for agent, old in pairs)
 
 
 @dataclass(frozen=True, slots=True)
-class Seated:
+class PlacedInRound:
     """The agent has a place in this round."""
 
-    round: Round
+    round: RendezvousRound
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
+class RunUnranked:
     """The agent starts its workers in no round: the job's keepers give them their ranks, now or later."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Standby:
+class StandBy:
     """A round runs without this agent: it waits, as long as that takes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class RoundPending:
     """A round is to come: the agent waits for it, until its time is over."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Shut:
+class RendezvousShut:
     """No round will come."""
 
-    why: str
+    reason: str
 
 
-def seat_for(look: Look, me: str, last: int, rules: Rules) -> Seated | Apart | Standby | Pending | Shut:
+def decide_for_agent(
+    look: AgentsView, me: str, last: int, rules: RendezvousRules
+) -> PlacedInRound | RunUnranked | StandBy | RoundPending | RendezvousShut:
     """What becomes of the agent ``me``, which waits for a round after the one numbered ``last`` (0: any)."""
     if look.closed is not None:
-        return Shut(look.closed)
+        return RendezvousShut(look.closed)
     newest = look.round
     placed = newest is not None and me in newest.agents and newest.number > last
-    if look.kept:
+    if look.kept_by_keepers:
         if placed or (rules.warm and newest is not None):
-            return Apart("the job's keepers hold it together, and nobody else is disturbed")
-        return Standby()
+            return RunUnranked("the job's keepers hold it together, and nobody else is disturbed")
+        return StandBy()
     if placed and newest is not None:
-        return Seated(newest)
-    if newest is None or not look.busy or me in newest.agents:
-        return Pending(f"waiting={len(look.fresh) + len(look.back)} nodes_min={rules.agents_min}")
-    if look.lost or look.back or (rules.grow and len(newest.agents) < rules.agents_max):
-        return Pending("the round that runs is about to end")
-    return Apart("the round is complete without this agent") if rules.warm else Standby()
+        return PlacedInRound(newest)
+    if newest is None or not look.running or me in newest.agents:
+        return RoundPending(f"waiting={len(look.newcomers) + len(look.returned)} nodes_min={rules.agents_min}")
+    if look.lost or look.returned or (rules.grow and len(newest.agents) < rules.agents_max):
+        return RoundPending("the round that runs is about to end")
+    return RunUnranked("the round is complete without this agent") if rules.warm else StandBy()
 
 
-def ask_back(look: Look, mine: Round | None, rules: Rules, lost_for_s: float = math.inf) -> tuple[int, str]:
+def restart_request(
+    look: AgentsView, mine: RendezvousRound | None, rules: RendezvousRules, lost_for_s: float = math.inf
+) -> tuple[int, str]:
     """For an agent that runs ``mine`` (None: none): how many agents wait for it to stop its workers and come, and why.
 
     None do where keepers hold the job together, where the rendezvous is closed, and while the round is complete and alive.
     ``lost_for_s``: how long an agent is missing by now; who only lost its lease may join anew meanwhile.
     """
     newest = look.round
-    if mine is None or newest is None or look.closed is not None or look.kept:
+    if mine is None or newest is None or look.closed is not None or look.kept_by_keepers:
         return 0, "nobody is to be waited for"
     if newest.number != mine.number:
         return 1, f"the others are in another round. round={newest.number}"
-    if look.back:
-        return len(look.back) + len(look.fresh), f"{look.back[0]} left the round and waits for the next one"
+    if look.returned:
+        return len(look.returned) + len(look.newcomers), f"{look.returned[0]} left the round and waits for the next one"
     if look.lost and lost_for_s < REJOIN_S:
         return 0, f"{look.lost[0]} may join anew"
-    if look.lost and len(newest.agents) - len(look.lost) + len(look.fresh) >= rules.agents_min:
-        return max(1, len(look.fresh)), f"{look.lost[0]} is gone"
-    if rules.grow and look.fresh and len(newest.agents) < rules.agents_max:
-        return len(look.fresh), "the job may grow"
+    if look.lost and len(newest.agents) - len(look.lost) + len(look.newcomers) >= rules.agents_min:
+        return max(1, len(look.newcomers)), f"{look.lost[0]} is gone"
+    if rules.grow and look.newcomers and len(newest.agents) < rules.agents_max:
+        return len(look.newcomers), "the job may grow"
     return 0, "the round is complete" if not look.lost else "too few agents are left for another round"
 
 
-def broken(look: Look, mine: Round) -> str:
+def round_problem(look: AgentsView, mine: RendezvousRound) -> str:
     """Why a round that is about to begin can't: an agent of it is gone, or has left it. Empty where it can."""
     if look.closed is not None:
         return f"the rendezvous was closed: {look.closed}"
@@ -329,14 +342,14 @@ def broken(look: Look, mine: Round) -> str:
         return "another round came"
     if look.lost:
         return f"{look.lost[0]} is gone"
-    return f"{look.back[0]} left it" if look.back else ""
+    return f"{look.returned[0]} left it" if look.returned else ""
 
 
-def present(look: Look, mine: Round) -> int:
+def count_present(look: AgentsView, mine: RendezvousRound) -> int:
     """How many agents of a round run it, or are about to."""
     count = 0
     for agent in mine.agents:
-        seat = look.seat(agent)
+        seat = look.status(agent)
         if seat is not None:
             running = seat.doing == RUNNING and seat.round == mine.number
             count += running or (seat.doing == WAITING and seat.round < mine.number)
@@ -361,13 +374,13 @@ NOWHERE = 10**6
 """Ranks of a world of at least that many come together never."""
 
 
-def of_agent(key: str) -> bool:
+def is_agent_key(key: str) -> bool:
     """Whether agents wait for ``key`` when they hand out ranks."""
     return key.startswith((ROLE_INFO, ASSIGNED))
 
 
-def stand_in(key: str) -> bytes:
-    """What an agent that is gone would have said under a key of ``of_agent``."""
+def stand_in_value(key: str) -> bytes:
+    """What an agent that is gone would have said under a key of ``is_agent_key``."""
     number = int(key.rpartition("/")[2])
     if key.startswith(ROLE_INFO):
         return json.dumps({"role": "gone", "rank": number, "local_world_size": NOWHERE}).encode()
@@ -375,7 +388,7 @@ def stand_in(key: str) -> bytes:
     return json.dumps([first, NOWHERE**2, first, NOWHERE**2]).encode()
 
 
-def seat_apart(role_info: bytes, agents: int) -> bytes:
+def ranks_outside_world(role_info: bytes, agents: int) -> bytes:
     """The ranks of workers that have no place: of a world of ``agents`` like their own, and beyond its end."""
     here = int(json.loads(role_info)["local_world_size"])
     world = agents * here

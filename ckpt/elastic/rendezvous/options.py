@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from ckpt.elastic.rendezvous.decide import Rules
+from ckpt.elastic.rendezvous.decide import RendezvousRules
 from ckpt.errors import UsageError
-from ckpt.format.manifest import job_ok
+from ckpt.format.manifest import is_job_name
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.ipc.runtime_dir import runtime_root
 from ckpt.keyspace.address import PORT, split_endpoint
 from ckpt.log.sequencers import database_path
-from ckpt.rate_limit import RATE_BYTES_MIN, rate_of
+from ckpt.rate_limit import RATE_BYTES_MIN, parse_rate
 
-KEYS: Mapping[str, str] = {
+SETTINGS_HELP: Mapping[str, str] = {
     "secret": "a file with what only the job's nodes know",
     "host": "where other nodes reach this one",
     "domain": "what this node fails together with",
@@ -52,14 +52,14 @@ _TORCHS = ("timeout",)
 
 JOIN_S = 600.0
 CLOSE_S = 30.0
-AGENTS = ".agents"
+AGENTS_SUFFIX = ".agents"
 """The agents' membership is a job beside the keepers' one, named so."""
 NAME_CHARS_MAX = 190
 FILE_CHARS_MAX = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class RendezvousSettings:
     """``nodes`` is what keepers are told, None where one node is alone; ``meet`` is the same with the agents' own job.
 
     ``rules`` of rounds; ``host``: where rank 0's workers listen. Times in seconds.
@@ -67,50 +67,52 @@ class Settings:
 
     run_id: str
     nodes: NodesSpec | None
-    meet: NodesSpec
-    rules: Rules
+    agents_spec: NodesSpec
+    rules: RendezvousRules
     host: str
     join_s: float
     close_s: float
 
     @property
-    def one_service(self) -> bool:
+    def shares_service(self) -> bool:
         """Whether agents and keepers meet in one etcd, so that a lease of one can keep keys of the other. Files are two."""
-        return self.nodes is not None and self.nodes.where == self.meet.where
+        return self.nodes is not None and self.nodes.where == self.agents_spec.where
 
 
-def settings_of(
+def parse_settings(
     run_id: str, endpoint: str, *, agents_min: int, agents_max: int, config: Mapping[str, object], local_addr: str = ""
-) -> Settings:
+) -> RendezvousSettings:
     """The settings that torchrun's options ask for; ``config`` is ``--rdzv-conf``. Raises UsageError."""
-    if unknown := sorted(set(config) - set(KEYS) - set(_TORCHS)):
-        raise UsageError(f"not a setting of --rdzv-conf. key={unknown[0]}; known are {', '.join(sorted(KEYS))}")
-    read = _Reader(config)
+    if unknown := sorted(set(config) - set(SETTINGS_HELP) - set(_TORCHS)):
+        raise UsageError(
+            f"not a setting of --rdzv-conf. key={unknown[0]}; known are {', '.join(sorted(SETTINGS_HELP))}"
+        )
+    read = _ConfigReader(config)
     endpoint = endpoint.strip()
     alone = agents_max == 1 and not endpoint
     if run_id in ("", "none") and not alone:
         raise UsageError("nodes that meet need the name of their job. --rdzv-id=NAME, the same on all of them")
     job = f"alone-{os.getpid()}-{os.urandom(6).hex()}" if alone else run_id
-    if not job_ok(job) or len(job) > NAME_CHARS_MAX:
+    if not is_job_name(job) or len(job) > NAME_CHARS_MAX:
         raise UsageError(f"not a job's name (1 to {NAME_CHARS_MAX} printable characters). rdzv_id={job[:200]!r}")
     standby = read.text("standby") or "wait"
     if standby not in ("warm", "wait"):
         raise UsageError(f"not a kind of standby. standby={standby!r}; warm or wait")
-    rules = Rules(
+    rules = RendezvousRules(
         agents_min=agents_min, agents_max=agents_max, last_call_s=read.seconds("last_call_timeout", 30.0),
-        shrink_s=read.seconds("shrink_timeout", 5.0), warm=standby == "warm", grow=read.yes("grow"),
+        shrink_wait_s=read.seconds("shrink_timeout", 5.0), warm=standby == "warm", grow=read.yes("grow"),
     )  # fmt: skip
     host = read.text("host") or local_addr
     where = str(runtime_root() / f"{job}.sqlite3") if alone else _where(endpoint, job)
     nodes = _spec(read, where, job, rules, host)
-    return Settings(
-        run_id=run_id, nodes=None if alone else nodes, meet=_agents(nodes), rules=rules, host=host,
+    return RendezvousSettings(
+        run_id=run_id, nodes=None if alone else nodes, agents_spec=_agents(nodes), rules=rules, host=host,
         join_s=read.seconds("join_timeout", read.seconds("timeout", JOIN_S)),
         close_s=read.seconds("close_timeout", CLOSE_S),
     )  # fmt: skip
 
 
-def _spec(read: _Reader, where: str, job: str, rules: Rules, host: str) -> NodesSpec:
+def _spec(read: _ConfigReader, where: str, job: str, rules: RendezvousRules, host: str) -> NodesSpec:
     ttl_s = read.seconds("ttl", 5.0)
     if ttl_s < (2.0 if where.startswith("etcd://") else 0.5):
         raise UsageError(f"too short to tell silence from death. ttl={ttl_s}; etcd grants no less than 2 seconds")
@@ -129,8 +131,8 @@ def _spec(read: _Reader, where: str, job: str, rules: Rules, host: str) -> Nodes
 def _agents(nodes: NodesSpec) -> NodesSpec:
     """Where the agents meet: a job of their own, so that what they say and what keepers say does not mix."""
     fields = {name: getattr(nodes, name) for name in nodes.__struct_fields__}
-    where = nodes.where if nodes.where.startswith("etcd://") else f"{nodes.where}{AGENTS}"
-    return NodesSpec(**{**fields, "where": where, "job": f"{nodes.job}{AGENTS}"})
+    where = nodes.where if nodes.where.startswith("etcd://") else f"{nodes.where}{AGENTS_SUFFIX}"
+    return NodesSpec(**{**fields, "where": where, "job": f"{nodes.job}{AGENTS_SUFFIX}"})
 
 
 def _where(endpoint: str, job: str) -> str:
@@ -150,7 +152,7 @@ def _where(endpoint: str, job: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class _ConfigReader:
     """Values of ``--rdzv-conf``: texts, as torchrun gives them, or what a program put there itself."""
 
     config: Mapping[str, object]
@@ -179,7 +181,7 @@ class _Reader:
 
     def rate(self, key: str) -> float:
         text = self.text(key)
-        value = 0.0 if text in ("", "0") else rate_of(text)
+        value = 0.0 if text in ("", "0") else parse_rate(text)
         if 0.0 < value < RATE_BYTES_MIN:
             raise UsageError(
                 f"so slow a node is taken for one that stalls. {key}={text!r} least={RATE_BYTES_MIN >> 20}MiB"

@@ -29,25 +29,25 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from ckpt.cluster.tls import check_tls
 from ckpt.elastic.rendezvous import BACKEND
-from ckpt.elastic.rendezvous.agent import Agent
+from ckpt.elastic.rendezvous.agent import RendezvousAgent
 from ckpt.elastic.rendezvous.decide import (
-    Apart,
-    Look,
-    Pending,
-    Round,
-    Seated,
-    Shut,
-    Standby,
-    ask_back,
-    broken,
-    present,
-    seat_for,
+    AgentsView,
+    PlacedInRound,
+    RendezvousRound,
+    RendezvousShut,
+    RoundPending,
+    RunUnranked,
+    StandBy,
+    count_present,
+    decide_for_agent,
+    restart_request,
+    round_problem,
 )
-from ckpt.elastic.rendezvous.options import Settings, settings_of
-from ckpt.elastic.rendezvous.store import ApartStore, RoundStore
+from ckpt.elastic.rendezvous.options import RendezvousSettings, parse_settings
+from ckpt.elastic.rendezvous.store import RoundStore, UnrankedStore
 from ckpt.errors import CkptError, StoreDeniedError, UsageError
-from ckpt.events import Event, to_logging
-from ckpt.ipc.cluster_spec import host_towards, to_environment
+from ckpt.events import Event, emit_to_logging
+from ckpt.ipc.cluster_spec import host_towards, nodes_to_environment
 
 CONNECT_S = 60.0
 """How long an agent that has never seen the membership tries to."""
@@ -71,12 +71,12 @@ class StandbyReleased(SystemExit):
 
 def handler_of(parameters: RendezvousParameters) -> Rendezvous:
     """The handler that torchrun's options ask for. Raises UsageError, which is a ValueError."""
-    settings = settings_of(
+    settings = parse_settings(
         parameters.run_id, parameters.endpoint, agents_min=parameters.min_nodes, agents_max=parameters.max_nodes,
         config=parameters.config, local_addr=parameters.local_addr or "",
     )  # fmt: skip
     if not settings.host:
-        settings = replace(settings, host=host_towards(settings.meet.where))
+        settings = replace(settings, host=host_towards(settings.agents_spec.where))
     if (
         settings.nodes is not None
     ):  # whether they may go without TLS is for keepers to say: undecorated programs lend nothing
@@ -87,10 +87,10 @@ def handler_of(parameters: RendezvousParameters) -> Rendezvous:
 class Rendezvous(RendezvousHandler):
     """See RendezvousHandler, and the module."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RendezvousSettings) -> None:
         self._settings = settings
-        self._tell = to_logging(0)
-        self._agent = Agent(settings, self._tell)
+        self._tell = emit_to_logging(0)
+        self._agent = RendezvousAgent(settings, self._tell)
         self._last = 0
         self._doomed = ""
         self._asked = ""
@@ -114,34 +114,34 @@ class Rendezvous(RendezvousHandler):
         """See RendezvousHandler. Ends the process well, by StandbyReleased, where the job ended without needing this agent."""
         agent, settings = self._agent, self._settings
         self._tell_keepers(settings.rules.last_call_s)
-        agent.wait(self._last)
+        agent.wait_for_round(self._last)
         agent.start()
         began_s = time.monotonic()
         until_s = began_s + settings.join_s
         stood_by = False
         why = "nothing was seen of the membership"
-        look: Look | None = None
+        look: AgentsView | None = None
         while True:
-            found = agent.later(look, min(LOOK_S, max(0.0, until_s - time.monotonic())))
+            found = agent.next_view(look, min(LOOK_S, max(0.0, until_s - time.monotonic())))
             self._give_up_early(began_s)
             if found is not None:
                 look = found
-                match seat_for(look, agent.me, self._last, settings.rules):
-                    case Seated(round_):
+                match decide_for_agent(look, agent.name, self._last, settings.rules):
+                    case PlacedInRound(round_):
                         if (info := self._meet(round_)) is not None:
                             return info
                         stood_by = False
-                    case Apart(text):
+                    case RunUnranked(text):
                         return self._apart(text)
-                    case Standby():
+                    case StandBy():
                         stood_by = True
                         until_s = time.monotonic() + settings.join_s
-                    case Pending(why):
+                    case RoundPending(why):
                         pass
-                    case Shut(text) if stood_by:
+                    case RendezvousShut(text) if stood_by:
                         self._say("standby-released", f"the job ended without needing this node: {text}")
                         raise StandbyReleased(0)
-                    case Shut(text):
+                    case RendezvousShut(text):
                         raise RendezvousClosedError(f"the rendezvous is closed: {text}")
             if time.monotonic() > until_s:
                 self._timed_out = True
@@ -151,22 +151,22 @@ class Rendezvous(RendezvousHandler):
     def is_closed(self) -> bool:
         """See RendezvousHandler."""
         with _connecting():
-            return self._agent.closed() is not None
+            return self._agent.closed_reason() is not None
 
     def set_closed(self) -> None:
         """See RendezvousHandler."""
         with _connecting():
-            self._agent.close(f"by the agent {self._agent.me}")
+            self._agent.close(f"by the agent {self._agent.name}")
 
     def num_nodes_waiting(self) -> int:
-        """See RendezvousHandler: how many wait for this agent to stop its workers and come; ``ask_back`` says when any do."""
-        agent, look = self._agent, self._agent.newest()
-        if agent.mine is None or look is None:
+        """See RendezvousHandler: how many wait for this agent to stop its workers and come; ``restart_request`` says when any do."""
+        agent, look = self._agent, self._agent.latest_view()
+        if agent.own_round is None or look is None:
             return 0
         if self._doomed:
             count, why = 1, self._doomed
         else:
-            count, why = ask_back(look, agent.mine, self._settings.rules, agent.lost_for_s)
+            count, why = restart_request(look, agent.own_round, self._settings.rules, agent.lost_for_s)
         if count and why != self._asked:
             self._say("asked-back", f"the workers of this node are started anew: {why}")
         self._asked = why if count else ""
@@ -176,7 +176,7 @@ class Rendezvous(RendezvousHandler):
         """See RendezvousHandler. An agent that has no place in a round leaves without closing anything for the others."""
         try:
             if self._closes():
-                self._agent.close(f"the agent {self._agent.me} has ended")
+                self._agent.close(f"the agent {self._agent.name} has ended")
             return True
         except CkptError as error:
             self._say("close-failed", f"the rendezvous could not be closed: {error}")
@@ -188,45 +188,45 @@ class Rendezvous(RendezvousHandler):
 
     def _closes(self) -> bool:
         """Whether the end of this agent is the job's: where it has a place in the newest round, and did not only wait."""
-        agent, look = self._agent, self._agent.newest()
-        if agent.mine is not None:
+        agent, look = self._agent, self._agent.latest_view()
+        if agent.own_round is not None:
             return True
-        return not self._timed_out and look is not None and look.round is not None and agent.me in look.round.agents
+        return not self._timed_out and look is not None and look.round is not None and agent.name in look.round.agents
 
     def _give_up_early(self, began_s: float) -> None:
         agent = self._agent
-        if agent.refused:
-            raise RendezvousClosedError(f"the rendezvous is closed: {agent.refused}")
-        trouble = agent.trouble
-        if agent.newest() is not None or trouble is None:
+        if agent.refusal:
+            raise RendezvousClosedError(f"the rendezvous is closed: {agent.refusal}")
+        trouble = agent.problem
+        if agent.latest_view() is not None or trouble is None:
             return
         if isinstance(trouble, UsageError):
             raise trouble
         if isinstance(trouble, StoreDeniedError) or time.monotonic() - began_s > CONNECT_S:
             raise RendezvousConnectionError(f"the membership can't be reached: {trouble}") from trouble
 
-    def _meet(self, round_: Round) -> RendezvousInfo | None:
+    def _meet(self, round_: RendezvousRound) -> RendezvousInfo | None:
         """Begin a round together with its other agents; None: one of them is gone, so another round must come."""
         agent = self._agent
         self._doomed = ""
         store = RoundStore(
-            agent.keyspace, round_, over=lambda: self._over(round_), present=lambda: self._present(round_),
-            doomed=self._doom,
+            agent.keyspace, round_, round_problem=lambda: self._over(round_), count_present=lambda: self._present(round_),
+            on_doomed=self._doom,
         )  # fmt: skip
-        rank = round_.agents.index(agent.me)
+        rank = round_.agents.index(agent.name)
         address, port = RendezvousStoreInfo.MASTER_ADDR_KEY, RendezvousStoreInfo.MASTER_PORT_KEY
         with _connecting():
             if rank == 0:
                 store.set(address, self._settings.host)
                 store.set(port, str(get_free_port()))  # type: ignore[no-untyped-call]
-            why = store.meet((address, port))
+            why = store.wait_for_all((address, port))
         if why:
             self._say("round-over", f"round {round_.number} ended before it began: {why}")
             self._last = round_.number
-            agent.wait(self._last)
+            agent.wait_for_round(self._last)
             return None
         self._last = round_.number
-        agent.run(round_)
+        agent.run_round(round_)
         rules = self._settings.rules
         self._tell_keepers(rules.last_call_s if len(round_.agents) == rules.agents_max else KEEPERS_S)
         info = RendezvousStoreInfo(store.get(address).decode(), int(store.get(port)))
@@ -235,25 +235,25 @@ class Rendezvous(RendezvousHandler):
     def _apart(self, why: str) -> RendezvousInfo:
         """Start workers that have no rank of any world: their program's keeper gives them one, or they refuse to train."""
         self._say("apart", f"this node starts its workers without ranks: {why}")
-        self._agent.run_apart()
+        self._agent.run_unranked()
         agents = max(2, self._settings.rules.agents_max)
         info = RendezvousStoreInfo(self._settings.host, cast(int, NO_PORT))  # torch writes it as a text
-        return RendezvousInfo(ApartStore(agents), agents, agents, info)
+        return RendezvousInfo(UnrankedStore(agents), agents, agents, info)
 
     def _tell_keepers(self, last_call_s: float) -> None:
         """Say how keepers find each other, where workers inherit it."""
         nodes = self._settings.nodes
         if nodes is not None:
-            agent = self._agent.me if self._settings.one_service else ""
-            os.environ.update(to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent)))
+            agent = self._agent.name if self._settings.shares_service else ""
+            os.environ.update(nodes_to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent)))
 
-    def _over(self, round_: Round) -> str:
-        look = self._agent.newest()
-        return "" if look is None else broken(look, round_)
+    def _over(self, round_: RendezvousRound) -> str:
+        look = self._agent.latest_view()
+        return "" if look is None else round_problem(look, round_)
 
-    def _present(self, round_: Round) -> int:
-        look = self._agent.newest()
-        return len(round_.agents) if look is None else present(look, round_)
+    def _present(self, round_: RendezvousRound) -> int:
+        look = self._agent.latest_view()
+        return len(round_.agents) if look is None else count_present(look, round_)
 
     def _doom(self, why: str) -> None:
         self._doomed = f"round {self._last} ended before it began: {why}"

@@ -21,10 +21,10 @@ from torch.distributed.launcher.api import elastic_launch
 from ckpt.elastic.rendezvous import BACKEND, create
 from ckpt.errors import ConflictError, UnavailableError, UsageError
 
-OWN = ("secret", "host", "domain", "mirrors", "mirror_rate", "ttl", "standby", "tls_cert", "tls_key", "tls_ca")
+CKPT_OPTIONS = ("secret", "host", "domain", "mirrors", "mirror_rate", "ttl", "standby", "tls_cert", "tls_key", "tls_ca")
 """The settings of ``--rdzv-conf`` that are options of their own here,"""
 
-FLAGS = ("plaintext",)
+CKPT_FLAGS = ("plaintext",)
 """and those that take no value."""
 
 EXIT_FAILED = 1
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         args = _parser().parse_args(list(arguments))
     except SystemExit as end:  # it printed the help, or what is wrong
         return int(end.code or 0)
-    args = filled_in(args)
+    args = fill_in_options(args)
     with suppress(ValueError):  # installed, it was registered by torch
         rendezvous_handler_registry.register(BACKEND, create)
     try:
@@ -64,18 +64,18 @@ def _parser() -> ArgumentParser:
     parser.description = "torchrun, over ckpt's membership: every option of torchrun, and ckpt's own at the end."
     parser.set_defaults(rdzv_backend=BACKEND)
     group = parser.add_argument_group("ckpt")
-    for name in OWN:
+    for name in CKPT_OPTIONS:
         group.add_argument(_option(name), help=f"as {name}= in --rdzv-conf; see ckpt run --help")
-    for name in FLAGS:
+    for name in CKPT_FLAGS:
         group.add_argument(_option(name), action="store_const", const="1", help=f"as {name}=1 in --rdzv-conf")
     return parser
 
 
-def filled_in(args: Namespace) -> Namespace:
+def fill_in_options(args: Namespace) -> Namespace:
     """The options as torchrun takes them."""
     if args.rdzv_backend != BACKEND:
         raise UsageError(f"ckpt run has its own rendezvous. rdzv_backend={args.rdzv_backend}; torchrun takes others")
-    own = {name: getattr(args, name) for name in (*OWN, *FLAGS) if getattr(args, name) is not None}
+    own = {name: getattr(args, name) for name in (*CKPT_OPTIONS, *CKPT_FLAGS) if getattr(args, name) is not None}
     own.setdefault("standby", "warm")
     if bad := [name for name, value in own.items() if "," in value or not value]:
         raise UsageError(f"an option is empty, or holds a comma. option={_option(bad[0])}")

@@ -15,11 +15,11 @@ from urllib.parse import quote
 
 from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
 
-from ckpt.cluster.membership.transactions import under
+from ckpt.cluster.membership.transactions import keys_under
 from ckpt.elastic.rendezvous import decide as absent
-from ckpt.elastic.rendezvous.decide import Round
+from ckpt.elastic.rendezvous.decide import RendezvousRound
 from ckpt.errors import CkptError, NotFoundError, UnavailableError
-from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Outcome, Put, Transaction, Unchanged
+from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Put, Transaction, TransactionResult, Unchanged
 
 ROUNDS = "rounds/"
 LOOK_S = 0.5
@@ -28,13 +28,13 @@ RETRY_S = 0.1
 RACES_MAX = 100
 
 
-def keys_of(number: int, lease: int) -> str:
+def round_prefix(number: int, lease: int) -> str:
     """Where a round's store is."""
     return f"{ROUNDS}{number}-{lease:x}/"
 
 
 class RoundStore(Store):
-    """A ``torch.distributed.Store`` of one round. Thread-safe.
+    """A ``torch.distributed.OpenStore`` of one round. Thread-safe.
 
     ``over``: why the round can't begin, "" where it can. ``present``: how many agents still run it. ``doomed`` is called where
     ranks were handed out for a round that can't come together. Raises DistStoreError where a wait takes too long, or nobody
@@ -42,23 +42,23 @@ class RoundStore(Store):
     """
 
     def __init__(
-        self, keyspace: Keyspace, round_: Round, *, over: Callable[[], str], present: Callable[[], int],
-        doomed: Callable[[str], object],
+        self, keyspace: Keyspace, round_: RendezvousRound, *, round_problem: Callable[[], str], count_present: Callable[[], int],
+        on_doomed: Callable[[str], object],
     ) -> None:  # fmt: skip
         super().__init__()
         self._keyspace = keyspace
         self._lease = round_.lease
-        self._root = keys_of(round_.number, round_.lease)
-        self._over = over
-        self._present = present
-        self._doomed = doomed
+        self._root = round_prefix(round_.number, round_.lease)
+        self._over = round_problem
+        self._present = count_present
+        self._doomed = on_doomed
 
     def set(self, key: str, value: str | bytes) -> None:
         """Write a value, in place of the one before."""
         put = Put(self._value(key), _bytes(value), self._lease)
         for _ in range(RACES_MAX):
             outcome = self._transact(Transaction((NoneOf(self._adds(key)),), (put,), (self._adds(key),)))
-            if outcome.held:
+            if outcome.succeeded:
                 return
             adds = outcome.found[0][:64]
             when = tuple(Unchanged(one.key, one.changed) for one in adds)
@@ -92,7 +92,7 @@ class RoundStore(Store):
             if self._awaited(key, until_s) is None:
                 raise DistStoreError(f"nobody set this key in time. key={key}")
 
-    def meet(self, keys: Sequence[str]) -> str:
+    def wait_for_all(self, keys: Sequence[str]) -> str:
         """Wait until all of them have a value. Returns why the round is over where it is before that, else nothing."""
         for key in keys:
             value, revision = self._read(key)
@@ -113,7 +113,7 @@ class RoundStore(Store):
                 return there if found else expected
             changed = found[0].changed if found else 0
             put = Put(self._value(key), desired, self._lease)
-            if self._transact(Transaction((Unchanged(put.key, changed),), (put,))).held:
+            if self._transact(Transaction((Unchanged(put.key, changed),), (put,))).succeeded:
                 return desired
         raise DistStoreError(f"what stands there changed every time. key={key}")
 
@@ -128,7 +128,9 @@ class RoundStore(Store):
     def num_keys(self) -> int:
         """How many keys have a value."""
         values, adds = self._transact(
-            Transaction(reads=(under(f"{self._root}v/", values=False), under(f"{self._root}a/", values=False)))
+            Transaction(
+                reads=(keys_under(f"{self._root}v/", values=False), keys_under(f"{self._root}a/", values=False))
+            )
         ).found
         return len({one.key.split("/")[3] for one in (*values, *adds)})
 
@@ -138,7 +140,7 @@ class RoundStore(Store):
         return f"{self._root}v/{quote(key, safe='')}"
 
     def _adds(self, key: str) -> Keys:
-        return under(f"{self._root}a/{quote(key, safe='')}/")
+        return keys_under(f"{self._root}a/{quote(key, safe='')}/")
 
     def _until_s(self, timeout: datetime.timedelta | None = None) -> float:
         given: datetime.timedelta = self.timeout if timeout is None else timeout  # type: ignore[attr-defined]
@@ -164,25 +166,25 @@ class RoundStore(Store):
     def _wait(self, revision: int, timeout_s: float) -> None:
         """Until something of any round changes: one range for all keys, since a driver keeps a watch for each range."""
         try:
-            self._keyspace.wait((under(ROUNDS, values=False),), revision, timeout_s=timeout_s)
+            self._keyspace.wait((keys_under(ROUNDS, values=False),), revision, timeout_s=timeout_s)
         except UnavailableError:
             time.sleep(min(RETRY_S, timeout_s))
 
     def _in_place(self, key: str) -> bytes | None:
         """What is to be taken for the word of agents that are gone."""
-        if absent.of_agent(key):
+        if absent.is_agent_key(key):
             why = self._over()
             if not why:
                 return None
             self._doomed(why)
-            return absent.stand_in(key)
+            return absent.stand_in_value(key)
         if key == absent.EXIT_DONE:
             count, _ = self._read(absent.EXIT_COUNT)
             if count is not None and int(count) >= self._present():
                 return b"1"
         return None
 
-    def _transact(self, transaction: Transaction) -> Outcome:
+    def _transact(self, transaction: Transaction) -> TransactionResult:
         until_s = self._until_s()
         while True:
             try:
@@ -197,7 +199,7 @@ class RoundStore(Store):
                 raise DistStoreError(str(error)) from error
 
 
-class ApartStore(Store):
+class UnrankedStore(Store):
     """The store of an agent that is in no round: it waits for nobody, and its workers' ranks are of no world.
 
     ``agents``: how many a round may have.
@@ -218,7 +220,7 @@ class ApartStore(Store):
         """The value; of the ranks, those beyond the end of the world. Raises DistStoreError where there is none."""
         with self._lock:
             if key.startswith(absent.ASSIGNED):
-                return absent.seat_apart(
+                return absent.ranks_outside_world(
                     self._values[absent.ROLE_INFO + key.removeprefix(absent.ASSIGNED)], self._agents
                 )
             if key not in self._values:

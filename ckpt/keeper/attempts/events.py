@@ -26,7 +26,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class SupervisorJoined:
     """A supervisor said hello, its trainer (if it had one) dead. ``status``: how that one had ended by itself, if it had."""
 
     rank: int
@@ -113,19 +113,19 @@ class SupervisorLeft:
 
 
 @dataclass(frozen=True, slots=True)
-class Preempted:
+class PreemptRequested:
     """Somebody asked the job to stop."""
 
 
 @dataclass(frozen=True, slots=True)
-class GraceOver:
+class GraceExpired:
     """A preempted job took too long."""
 
     at_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class GatheringOver:
+class GatheringTimedOut:
     """Some ranks did not come in time; ``text`` names them."""
 
     text: str
@@ -133,7 +133,7 @@ class GatheringOver:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Rank0Unreachable:
     """Of a job with several nodes: this one can't speak to the node of rank 0 any more."""
 
     attempt: int
@@ -143,7 +143,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class EpochCame:
+class EpochChanged:
     """The job's nodes have a new epoch. ``placed``: it has ranks for this node; ``text`` says why it came."""
 
     number: int
@@ -161,9 +161,9 @@ class JobEnded:
     at_s: float
 
 
-Event = (
-    Joined | TrainerStarted | TrainerFailing | TrainerFinished | TrainerEntered | TrainerDied | Hung | TrainerKilled
-    | SupervisorLeft | Preempted | GraceOver | GatheringOver | Cut | EpochCame | JobEnded
+RosterEvent = (
+    SupervisorJoined | TrainerStarted | TrainerFailing | TrainerFinished | TrainerEntered | TrainerDied | Hung | TrainerKilled
+    | SupervisorLeft | PreemptRequested | GraceExpired | GatheringTimedOut | Rank0Unreachable | EpochChanged | JobEnded
 )  # fmt: skip
 
 
@@ -211,12 +211,12 @@ class LeaveOne:
 
 
 @dataclass(frozen=True, slots=True)
-class AskStop:
+class RequestStop:
     """Ask the trainers to stop at a boundary."""
 
 
 @dataclass(frozen=True, slots=True)
-class AskEpoch:
+class RequestEpoch:
     """Of a job with several nodes: this node is ready for the next epoch. ``failure``: why the last one ended here, if it did.
 
     ``completed``: the most steps that any rank of this node has completed so far.
@@ -227,10 +227,10 @@ class AskEpoch:
 
 
 @dataclass(frozen=True, slots=True)
-class SayEnded:
+class ReportEnded:
     """Of a job with several nodes: all ranks of this node ended, with ``status``."""
 
     status: int
 
 
-Action = StartAll | KillAll | AttemptOver | LeaveAll | LeaveOne | AskStop | AskEpoch | SayEnded
+RosterAction = StartAll | KillAll | AttemptOver | LeaveAll | LeaveOne | RequestStop | RequestEpoch | ReportEnded

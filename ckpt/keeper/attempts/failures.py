@@ -24,7 +24,7 @@ OVERDUE_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class FailureHistory:
     """What is remembered from failure to failure: how often the same error came, how often nothing was completed.
 
     ``overdue``: how often trainers were stopped because their node could not act, with nothing completed in between.
@@ -48,7 +48,7 @@ def cause_of(failures: Sequence[Failure]) -> Failure | None:
     return cause if cause.at_s <= first.at_s + ECHO_S else first
 
 
-def after_failure(record: Record, completed: int) -> Record:
+def after_failure(record: FailureHistory, completed: int) -> FailureHistory:
     """The record once an attempt failed that had completed so many steps (-1: none)."""
     moved = completed > record.completed
     completed = max(completed, record.completed)
@@ -57,7 +57,7 @@ def after_failure(record: Record, completed: int) -> Record:
     )
 
 
-def after_overdue(record: Record, completed: int) -> Record:
+def after_overdue(record: FailureHistory, completed: int) -> FailureHistory:
     """The same where its trainers were stopped because their node could not act: no failure of theirs."""
     moved = completed > record.completed
     completed = max(completed, record.completed)
@@ -66,7 +66,7 @@ def after_overdue(record: Record, completed: int) -> Record:
     )
 
 
-def judged(record: Record, failure: Failure, policy: Policy) -> tuple[Record, str | None]:
+def assess(record: FailureHistory, failure: Failure, policy: Policy) -> tuple[FailureHistory, str | None]:
     """The record once ``failure`` was judged, and why no attempt follows: it would only come again. None: one may follow."""
     same = failure.kind == "error" and (failure.fingerprint, failure.step) == (record.fingerprint, record.step)
     record = replace(record, fingerprint=failure.fingerprint, step=failure.step, same=record.same + 1 if same else 1)
@@ -86,7 +86,7 @@ UNEXPLAINED = ("error", "cut")
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class EpochFailures:
     """What is known to have gone wrong in one epoch. Times are the leader's, when it heard of it.
 
     ``failures`` by node; ``lost``: nodes of the epoch that are dead, since when; ``ended``: those whose ranks all ended well.
@@ -100,57 +100,57 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
-class Well:
+class NoFailure:
     """Nothing is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
-class Later:
+class WaitForCause:
     """An exception may yet be explained; judge again then."""
 
     until_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class StartNextEpoch:
     """The next epoch may begin. ``text``: why the last one ended."""
 
-    record: Record
+    record: FailureHistory
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class EndJob:
     """All nodes leave with ``status``."""
 
     status: int
     text: str
 
 
-Judgement = Well | Later | Again | End
+EpochDecision = NoFailure | WaitForCause | StartNextEpoch | EndJob
 
 
-def judge(trouble: Trouble, record: Record, policy: Policy, now_s: float) -> Judgement:
+def decide(trouble: EpochFailures, record: FailureHistory, policy: Policy, now_s: float) -> EpochDecision:
     """What follows. ``record`` is what the epoch carries from the ones before."""
     failures = [*trouble.failures.values(), *(_lost(node, at_s) for node, at_s in sorted(trouble.lost.items()))]
     cause = cause_of(failures)
     if cause is None:
-        return Well()
+        return NoFailure()
     finals = [one for one in failures if one.final]
     if finals:  # whatever else happened, that node can't go on
         cause = finals[0]
     elif cause.kind in UNEXPLAINED and now_s < cause.at_s + ECHO_S:
-        return Later(cause.at_s + ECHO_S)
+        return WaitForCause(cause.at_s + ECHO_S)
     if cause.kind == "overdue":
         record = after_overdue(record, trouble.completed)
     elif cause.kind != "node" or trouble.completed >= 0:  # else nobody could tell yet how far they were
         record = after_failure(record, trouble.completed)
-    record, why = judged(record, cause, policy)
+    record, why = assess(record, cause, policy)
     if why is None and trouble.ended:
         why = f"{cause.text}, after the ranks of another node had ended"
     if why is None:
-        return Again(record, cause.text)
-    return End(_status(cause), why)
+        return StartNextEpoch(record, cause.text)
+    return EndJob(_status(cause), why)
 
 
 def _lost(node: str, at_s: float) -> Failure:
@@ -161,7 +161,7 @@ def _status(failure: Failure) -> int:
     return 128 - failure.status if failure.status < 0 else failure.status or 1
 
 
-def with_rank(failure: Failure, first_rank: int) -> Failure:
+def with_global_rank(failure: Failure, first_rank: int) -> Failure:
     """The same, told of a rank of the whole job instead of one of its node."""
     if failure.rank < 0:
         return failure

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt.ipc.board import Phase
+from ckpt.ipc.board import TrainerPhase
 
-PATIENCE = 10.0
+STEP_TIME_FACTOR = 10.0
 """How many times its longest recent step a job may take for one."""
 
 CHECKS_PER_TIMEOUT = 8
@@ -24,7 +24,7 @@ LOOK_GAPS_MAX = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class Observation:
     """What a watcher saw of all ranks at ``at_s``, and since when (``idle_s``, its own awake time) nothing of it has changed.
 
     ``marks`` by rank: anything that changes with each step. No clock of the watched ones counts: a machine that slept, or a
@@ -36,17 +36,17 @@ class Sight:
     idle_s: Mapping[int, float]
 
 
-def look(before: Sight | None, marks: Mapping[int, object], *, now_s: float, check_s: float) -> Sight:
+def observe(before: Observation | None, marks: Mapping[int, object], *, now_s: float, check_s: float) -> Observation:
     """Look again. Time between two looks counts while both see the same, and LOOK_GAPS_MAX usual gaps at most."""
     if before is None:
-        return Sight(now_s, marks, dict.fromkeys(marks, 0.0))
+        return Observation(now_s, marks, dict.fromkeys(marks, 0.0))
     gap_s = min(max(0.0, now_s - before.at_s), LOOK_GAPS_MAX * check_s)
     missing = object()
     idle_s = {
         rank: before.idle_s[rank] + gap_s if before.marks.get(rank, missing) == mark else 0.0
         for rank, mark in marks.items()
     }
-    return Sight(now_s, marks, idle_s)
+    return Observation(now_s, marks, idle_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Pulse:
     """
 
     rank: int
-    phase: Phase
+    phase: TrainerPhase
     first_step_done: bool
     completed: int
     idle_s: float
@@ -68,10 +68,10 @@ class Pulse:
 
 def timeout_s(pulses: Sequence[Pulse], *, floor_s: float) -> float:
     """How long a step of this job may take: the floor, or more where the job's own steps are long."""
-    return max(floor_s, PATIENCE * max((pulse.longest_step_s for pulse in pulses), default=0.0))
+    return max(floor_s, STEP_TIME_FACTOR * max((pulse.longest_step_s for pulse in pulses), default=0.0))
 
 
-def hung(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
+def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
     """The ranks that stand still, those furthest behind first; none where ``floor_s`` is 0.
 
     Nobody counts while any rank is exempt: the others may be waiting for it, which is no fault of theirs. A stopped process
@@ -80,16 +80,16 @@ def hung(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
     if not floor_s or not pulses:
         return ()
     limit_s = timeout_s(pulses, floor_s=floor_s)
-    training = [pulse for pulse in pulses if pulse.phase is not Phase.FINISHED]
+    training = [pulse for pulse in pulses if pulse.phase is not TrainerPhase.FINISHED]
     halted = [pulse for pulse in training if pulse.stopped and not pulse.traced and pulse.idle_s > limit_s]
     if halted:
         return tuple(pulse.rank for pulse in halted)
-    if any(pulse.phase is not Phase.TRAINING or not pulse.first_step_done or pulse.traced for pulse in training):
+    if any(pulse.phase is not TrainerPhase.TRAINING or not pulse.first_step_done or pulse.traced for pulse in training):
         return ()
     late = [pulse for pulse in training if pulse.idle_s > limit_s]
     return tuple(pulse.rank for pulse in sorted(late, key=lambda pulse: (pulse.completed, -pulse.idle_s)))
 
 
-def check_s(floor_s: float) -> float:
+def check_interval_s(floor_s: float) -> float:
     """How often to look."""
     return min(CHECK_S_MAX, max(CHECK_S_MIN, floor_s / CHECKS_PER_TIMEOUT))

@@ -8,8 +8,8 @@ from ckpt.events import Event as Told
 from ckpt.ipc import messages as words
 from ckpt.ipc.board import Board, RankBoard
 from ckpt.keeper.attempts.events import Hung
-from ckpt.keeper.attempts.hang import Pulse, Sight, check_s, hung, look
-from ckpt.keeper.attempts.roster import Member, Roster, Seat, State
+from ckpt.keeper.attempts.hang import Observation, Pulse, check_interval_s, hung_ranks, observe
+from ckpt.keeper.attempts.roster import RankState, Roster, RosterEntry, RosterState
 from ckpt.keeper.job import Job
 
 STACKS_WAIT_S = 2.0
@@ -18,13 +18,13 @@ STACKS_SETTLE_S = 0.2
 STACKS_POLL_S = 0.05
 
 
-class Watch:
+class HangWatch:
     """One at a time looks, dumps, and says who hangs. ``stacks``: the folder for their stacks."""
 
     def __init__(self, job: Job, *, stacks: Path) -> None:
         self._job = job
         self._stacks = stacks
-        self._sight: Sight | None = None
+        self._sight: Observation | None = None
         self._check_at_s = 0.0
         self._dumping: tuple[float, Hung] | None = None
 
@@ -48,8 +48,8 @@ class Watch:
             return event
         floor_s, board = self._job.policy.hang_s, self._job.board
         if floor_s and board is not None and now_s >= self._check_at_s:
-            self._check_at_s = now_s + check_s(floor_s)
-            if roster.state is State.RUNNING:
+            self._check_at_s = now_s + check_interval_s(floor_s)
+            if roster.state is RosterState.RUNNING:
                 self._look(roster, board, now_s)
         return None
 
@@ -57,19 +57,19 @@ class Watch:
         """Seconds until the next tick is due; None: none is."""
         if self._dumping is not None:
             return STACKS_POLL_S
-        return check_s(self._job.policy.hang_s) if self._job.policy.hang_s else None
+        return check_interval_s(self._job.policy.hang_s) if self._job.policy.hang_s else None
 
     def _look(self, roster: Roster, board: Board, now_s: float) -> None:
         floor_s, alive = self._job.policy.hang_s, _alive(roster)
         stopped = {one.rank: _stopped(one) for one in alive}
         marks = {one.rank: (_mark(board.rank(one.rank)), stopped[one.rank]) for one in alive}
-        self._sight = look(self._sight, marks, now_s=now_s, check_s=check_s(floor_s))
+        self._sight = observe(self._sight, marks, now_s=now_s, check_s=check_interval_s(floor_s))
         idle_s = self._sight.idle_s
         pulses = [
             _pulse(board.rank(one.rank), one, idle_s[one.rank], stopped=stopped[one.rank]) for one in alive
         ]  # fmt: skip
-        stuck = hung(pulses, floor_s=floor_s)
-        if not stuck or any(one.seat not in (Seat.ALIVE, Seat.ENDED) for one in roster.members.values()):
+        stuck = hung_ranks(pulses, floor_s=floor_s)
+        if not stuck or any(one.seat not in (RankState.ALIVE, RankState.ENDED) for one in roster.members.values()):
             return
         first = stuck[0]
         text = (
@@ -95,12 +95,12 @@ class Watch:
         for rank in (one.rank for one in _alive(roster)):
             text = _text(self._stack_file(roster, rank))
             shown = text or "no stack: the process did not answer, it may be stopped"
-            self._job.tell(Told("stacks", f"rank {rank} hangs here:\n{shown}", {"rank": rank}, alarm=True))
-            self._job.say("supervisor", words.Tell(text=f"rank {rank} hangs here:\n{shown}", alarm=True), rank=0)
+            self._job.emit(Told("stacks", f"rank {rank} hangs here:\n{shown}", {"rank": rank}, alarm=True))
+            self._job.say("supervisor", words.PrintLine(text=f"rank {rank} hangs here:\n{shown}", alarm=True), rank=0)
 
 
-def _alive(roster: Roster) -> list[Member]:
-    return [one for one in roster.members.values() if one.seat is Seat.ALIVE]
+def _alive(roster: Roster) -> list[RosterEntry]:
+    return [one for one in roster.members.values() if one.seat is RankState.ALIVE]
 
 
 def _text(file: Path) -> str:
@@ -115,7 +115,7 @@ def _mark(board: RankBoard) -> object:
     return board.completed, board.beat_ns, board.phase, board.first_step_done
 
 
-def _pulse(board: RankBoard, member: Member, idle_s: float, *, stopped: bool) -> Pulse:
+def _pulse(board: RankBoard, member: RosterEntry, idle_s: float, *, stopped: bool) -> Pulse:
     completed = board.completed
     return Pulse(
         rank=member.rank, phase=board.phase, first_step_done=bool(board.first_step_done),
@@ -129,7 +129,7 @@ def _traced(pid: int) -> bool:
     return _status(pid, "TracerPid:") not in ("", "0")
 
 
-def _stopped(member: Member) -> bool:
+def _stopped(member: RosterEntry) -> bool:
     """Whether the trainer alone is stopped. With its supervisor it is Ctrl-Z: a person will go on."""
     return _status(member.trainer_pid, "State:") == "T" and _status(member.pid, "State:") != "T"
 

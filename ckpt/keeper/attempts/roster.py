@@ -16,25 +16,25 @@ from dataclasses import dataclass, field, replace
 
 from ckpt.ipc.messages import Failing, Policy
 from ckpt.keeper.attempts.events import (
-    Action,
-    AskEpoch,
-    AskStop,
     AttemptOver,
-    Cut,
-    EpochCame,
-    Event,
+    EpochChanged,
     Failure,
-    GatheringOver,
-    GraceOver,
+    GatheringTimedOut,
+    GraceExpired,
     Hung,
     JobEnded,
-    Joined,
     KillAll,
     LeaveAll,
     LeaveOne,
-    Preempted,
-    SayEnded,
+    PreemptRequested,
+    Rank0Unreachable,
+    ReportEnded,
+    RequestEpoch,
+    RequestStop,
+    RosterAction,
+    RosterEvent,
     StartAll,
+    SupervisorJoined,
     SupervisorLeft,
     TrainerDied,
     TrainerEntered,
@@ -43,13 +43,13 @@ from ckpt.keeper.attempts.events import (
     TrainerKilled,
     TrainerStarted,
 )
-from ckpt.keeper.attempts.failures import Record, after_failure, cause_of, judged
+from ckpt.keeper.attempts.failures import FailureHistory, after_failure, assess, cause_of
 
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 """How a preempted program exits."""
 
 
-class State(enum.Enum):
+class RosterState(enum.Enum):
     """What a roster is doing."""
 
     GATHERING = "gathering"
@@ -59,7 +59,7 @@ class State(enum.Enum):
     OVER = "over"
 
 
-class Seat(enum.Enum):
+class RankState(enum.Enum):
     """What a rank's trainer is doing."""
 
     IDLE = "idle"
@@ -69,18 +69,18 @@ class Seat(enum.Enum):
     ENDED = "ended"
 
 
-_WAITED = (Seat.STARTING,)
-_LIVE = (Seat.STARTING, Seat.ALIVE)
+_WAITED = (RankState.STARTING,)
+_LIVE = (RankState.STARTING, RankState.ALIVE)
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class RosterEntry:
     """One rank: the connection of its supervisor, and its trainer. ``finished``: that one is in the rest of its program."""
 
     rank: int
     peer: int
     pid: int
-    seat: Seat = Seat.IDLE
+    seat: RankState = RankState.IDLE
     trainer_pid: int = 0
     how: str = ""
     failing: Failing | None = None
@@ -99,14 +99,14 @@ class Roster:
     ranks: int
     policy: Policy
     attempt: int
-    state: State = State.GATHERING
-    members: Mapping[int, Member] = field(default_factory=dict)
+    state: RosterState = RosterState.GATHERING
+    members: Mapping[int, RosterEntry] = field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
-    record: Record = field(default_factory=Record)
+    record: FailureHistory = field(default_factory=FailureHistory)
     preempted: bool = False
     status: int = 0
     shared: bool = False
-    came: EpochCame | None = None
+    came: EpochChanged | None = None
     ended: JobEnded | None = None
 
     @property
@@ -115,19 +115,19 @@ class Roster:
         return cause_of(self.failures)
 
 
-def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
+def step(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]]:
     """The roster after ``event``, and what is to be done, in order. Events of dead attempts change nothing."""
-    if roster.state is State.OVER:  # who comes too late goes at once: nobody else would tell it to
-        return roster, [LeaveOne(event.rank, roster.status)] if isinstance(event, Joined) else []
+    if roster.state is RosterState.OVER:  # who comes too late goes at once: nobody else would tell it to
+        return roster, [LeaveOne(event.rank, roster.status)] if isinstance(event, SupervisorJoined) else []
     # While ranks gather or wait no attempt lives: the number is that of the last one, perhaps an earlier keeper's.
-    live = roster.attempt if roster.state not in (State.GATHERING, State.WAITING) else None
+    live = roster.attempt if roster.state not in (RosterState.GATHERING, RosterState.WAITING) else None
     if getattr(event, "attempt", live) != live:
         return roster, []
     match event:
-        case Joined():
+        case SupervisorJoined():
             return _join(roster, event)
         case TrainerStarted(rank, _, pid, how):
-            return _seat(roster, rank, of=_WAITED, seat=Seat.ALIVE, trainer_pid=pid, how=how), []
+            return _seat(roster, rank, of=_WAITED, seat=RankState.ALIVE, trainer_pid=pid, how=how), []
         case TrainerFailing(rank, _, failing):
             return _seat(roster, rank, failing=failing), []
         case TrainerFinished(rank):
@@ -139,54 +139,56 @@ def step(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
         case Hung(rank, _, text, at_s, completed):
             return _fail(roster, Failure(rank, "hang", text, 0, at_s), completed)
         case TrainerKilled(rank):
-            return _gone(_seat(roster, rank, of=_LIVE, seat=Seat.DEAD))
+            return _gone(_seat(roster, rank, of=_LIVE, seat=RankState.DEAD))
         case SupervisorLeft():
             return _left(roster, event)
         case _:
             return _of_job(roster, event)
 
 
-def _of_job(roster: Roster, event: Event) -> tuple[Roster, list[Action]]:
+def _of_job(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]]:
     """What concerns all ranks."""
     match event:
-        case Preempted():
+        case PreemptRequested():
             return _preempted(roster)
-        case GraceOver(at_s):
+        case GraceExpired(at_s):
             text = "preempted, and not done within the grace period"
             return _fail(roster, Failure(-1, "preempted", text, 0, at_s), roster.record.completed)
-        case Cut(_, text, at_s, completed):
-            running = roster.state is State.RUNNING
+        case Rank0Unreachable(_, text, at_s, completed):
+            running = roster.state is RosterState.RUNNING
             return _fail(roster, Failure(-1, "cut", text, 1, at_s), completed) if running else (roster, [])
-        case EpochCame():
+        case EpochChanged():
             return _epoch(roster, event)
         case JobEnded():
             return _job_ended(roster, event)
-        case GatheringOver(text, at_s):
-            gathering = roster.state is State.GATHERING
+        case GatheringTimedOut(text, at_s):
+            gathering = roster.state is RosterState.GATHERING
             return _leave(roster, Failure(-1, "missing", text, 1, at_s)) if gathering else (roster, [])
         case _:
             raise AssertionError(f"an event that nobody takes: {event}")
 
 
-def _preempted(roster: Roster) -> tuple[Roster, list[Action]]:
+def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     if roster.preempted:
         return roster, []
     roster = replace(roster, preempted=True)
-    if roster.state is State.WAITING:
-        return roster, [AskEpoch(Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0, final=True), -1)]
-    return roster, [AskStop()] if roster.state is State.RUNNING else []
+    if roster.state is RosterState.WAITING:
+        return roster, [
+            RequestEpoch(Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0, final=True), -1)
+        ]
+    return roster, [RequestStop()] if roster.state is RosterState.RUNNING else []
 
 
-def _join(roster: Roster, event: Joined) -> tuple[Roster, list[Action]]:
+def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterAction]]:
     ended = event.status is not None and _well(roster, event.status)
-    member = Member(event.rank, event.peer, event.pid, seat=Seat.ENDED if ended else Seat.IDLE)
+    member = RosterEntry(event.rank, event.peer, event.pid, seat=RankState.ENDED if ended else RankState.IDLE)
     roster = replace(roster, members={**roster.members, member.rank: member})
-    leaves: list[Action] = [LeaveOne(event.rank, event.status or 0)] if ended else []
-    if roster.state is not State.GATHERING or len(roster.members) < roster.ranks:
+    leaves: list[RosterAction] = [LeaveOne(event.rank, event.status or 0)] if ended else []
+    if roster.state is not RosterState.GATHERING or len(roster.members) < roster.ranks:
         return roster, leaves
-    ends = [one.seat is Seat.ENDED for one in roster.members.values()]
+    ends = [one.seat is RankState.ENDED for one in roster.members.values()]
     if all(ends):
-        return replace(roster, state=State.OVER, status=event.status or 0), leaves
+        return replace(roster, state=RosterState.OVER, status=event.status or 0), leaves
     if any(ends):
         text = "the keeper was lost after a rank had ended, and before the others did"
         roster, actions = _leave(roster, Failure(event.rank, "died", text, 1, 0.0))
@@ -195,40 +197,40 @@ def _join(roster: Roster, event: Joined) -> tuple[Roster, list[Action]]:
     return roster, [*leaves, *actions]
 
 
-def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[Action]]:
+def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterAction]]:
     """Nothing lives here: start at once where a newer epoch has come, else ask for one, or say that none can follow here."""
     last = failure is not None and _is_last(roster)
-    roster = replace(roster, state=State.WAITING, failures=())
+    roster = replace(roster, state=RosterState.WAITING, failures=())
     came = roster.came
     if roster.preempted and failure is None:
         failure, last = Failure(-1, "preempted", "preempted before its first epoch", 0, 0.0), True
     if came is not None and came.number > roster.attempt and not last:
         return _start(roster) if came.placed else (roster, [])
     told = replace(failure, final=True) if failure is not None and last else failure
-    return roster, [AskEpoch(told, roster.record.completed)]
+    return roster, [RequestEpoch(told, roster.record.completed)]
 
 
-def _epoch(roster: Roster, event: EpochCame) -> tuple[Roster, list[Action]]:
+def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterAction]]:
     """A newer epoch ends what runs under an older one; it begins once nothing of that lives."""
     known = (roster.came.number, roster.came.placed) if roster.came is not None else (0, False)
     # A node that is out of the membership says so as an epoch that has no place for it; the real one may yet have one.
     if event.number <= roster.attempt or (event.number, event.placed) <= known:
         return roster, []
     roster = replace(roster, came=event)
-    if roster.state is State.RUNNING:
+    if roster.state is RosterState.RUNNING:
         return _fail(roster, Failure(-1, "elsewhere", event.text, 0, event.at_s), roster.record.completed)
-    if roster.state is State.WAITING and event.placed and not _is_last(roster):
+    if roster.state is RosterState.WAITING and event.placed and not _is_last(roster):
         return _start(roster)
     return roster, []
 
 
-def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[Action]]:
+def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[RosterAction]]:
     roster = replace(roster, ended=event)
     failure = Failure(-1, "elsewhere", event.text, event.status, event.at_s)
-    if roster.state in (State.RUNNING, State.KILLING):
+    if roster.state in (RosterState.RUNNING, RosterState.KILLING):
         return _fail(roster, failure, roster.record.completed)
     if event.status == 0:  # it held no rank, and none is needed any more
-        return replace(roster, state=State.OVER), [LeaveAll(0, event.text, held=False)]
+        return replace(roster, state=RosterState.OVER), [LeaveAll(0, event.text, held=False)]
     return _leave(roster, failure)
 
 
@@ -237,17 +239,17 @@ def _well(roster: Roster, status: int) -> bool:
     return status == 0 or (roster.preempted and status == PREEMPTED_STATUS)
 
 
-def _start(roster: Roster) -> tuple[Roster, list[Action]]:
+def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     attempt = roster.came.number if roster.shared and roster.came is not None else roster.attempt + 1
     members = {
-        rank: replace(one, seat=Seat.STARTING, trainer_pid=0, failing=None, finished=False)
+        rank: replace(one, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False)
         for rank, one in roster.members.items()
     }
-    started = replace(roster, attempt=attempt, state=State.RUNNING, members=members, failures=())
+    started = replace(roster, attempt=attempt, state=RosterState.RUNNING, members=members, failures=())
     return started, [StartAll(attempt)]
 
 
-def _seat(roster: Roster, rank: int, *, of: Collection[Seat] = tuple(Seat), **changes: object) -> Roster:
+def _seat(roster: Roster, rank: int, *, of: Collection[RankState] = tuple(RankState), **changes: object) -> Roster:
     """Change what is known of a rank's trainer, where its seat is one ``of`` those."""
     if rank not in roster.members or roster.members[rank].seat not in of:
         return roster
@@ -267,21 +269,21 @@ def _entered(roster: Roster, rank: int) -> Roster:
     return _moved_on(roster) if again else roster
 
 
-def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
+def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction]]:
     member = roster.members.get(event.rank)
-    if member is None or member.seat in (Seat.DEAD, Seat.ENDED):
+    if member is None or member.seat in (RankState.DEAD, RankState.ENDED):
         return roster, []
     if _well(roster, event.status):
-        roster = _seat(roster, event.rank, seat=Seat.ENDED)
-        leaves: list[Action] = [LeaveOne(event.rank, event.status)]
-        if roster.state is State.KILLING:  # it was done before the kill came: not to be started again
+        roster = _seat(roster, event.rank, seat=RankState.ENDED)
+        leaves: list[RosterAction] = [LeaveOne(event.rank, event.status)]
+        if roster.state is RosterState.KILLING:  # it was done before the kill came: not to be started again
             roster, actions = _gone(roster)
             return roster, [*leaves, *actions]
-        ended = all(one.seat is Seat.ENDED for one in roster.members.values())
+        ended = all(one.seat is RankState.ENDED for one in roster.members.values())
         if ended and roster.shared:
-            leaves = [SayEnded(event.status), *leaves]
-        return replace(roster, state=State.OVER, status=event.status) if ended else roster, leaves
-    roster = _seat(roster, event.rank, seat=Seat.DEAD)
+            leaves = [ReportEnded(event.status), *leaves]
+        return replace(roster, state=RosterState.OVER, status=event.status) if ended else roster, leaves
+    roster = _seat(roster, event.rank, seat=RankState.DEAD)
     failing = member.failing
     if event.status == -signal.SIGINT:  # somebody wants the end, whatever else went wrong
         text = f"rank {event.rank} {status_text(event.status)}"
@@ -301,37 +303,37 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[Action]]:
     return _fail(roster, failure, event.completed)
 
 
-def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[Action]]:
+def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[RosterAction]]:
     member = roster.members.get(event.rank)
     if member is None or member.peer != event.peer:
         return roster, []
-    if member.seat is Seat.ENDED and roster.state is State.GATHERING:
+    if member.seat is RankState.ENDED and roster.state is RosterState.GATHERING:
         return roster, []  # it has come, and that it ended is known to those who come later
     members = {rank: one for rank, one in roster.members.items() if rank != event.rank}
     roster = replace(roster, members=members)
-    if member.seat is Seat.ENDED:
-        return (replace(roster, state=State.OVER) if not members else roster), []
+    if member.seat is RankState.ENDED:
+        return (replace(roster, state=RosterState.OVER) if not members else roster), []
     text = f"the supervisor of rank {event.rank} {'left' if event.planned else 'was cut off'}"
     return _fail(roster, Failure(event.rank, "supervisor", text, 1, event.at_s), event.completed)
 
 
-def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, list[Action]]:
+def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, list[RosterAction]]:
     """Note a failure; the first one has everything killed."""
     roster = replace(roster, failures=(*roster.failures, failure))
-    if roster.state in (State.GATHERING, State.WAITING):
+    if roster.state in (RosterState.GATHERING, RosterState.WAITING):
         return _leave(roster, failure)
-    if roster.state is State.KILLING:
+    if roster.state is RosterState.KILLING:
         return _gone(roster)
-    killing = replace(roster, state=State.KILLING, record=after_failure(roster.record, completed))
+    killing = replace(roster, state=RosterState.KILLING, record=after_failure(roster.record, completed))
     over, actions = _gone(killing)
     return over, [KillAll(roster.attempt, failure), *actions]
 
 
-def _gone(roster: Roster) -> tuple[Roster, list[Action]]:
+def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     """Once all are dead: judge, then start again or end."""
     left = [one for one in roster.members.values() if one.seat in _LIVE]
     failure = roster.failure
-    if roster.state is not State.KILLING or left or failure is None:
+    if roster.state is not RosterState.KILLING or left or failure is None:
         return roster, []
     over = AttemptOver(roster.attempt, failure)
     if roster.ended is not None:
@@ -347,11 +349,11 @@ def _gone(roster: Roster) -> tuple[Roster, list[Action]]:
 
 def _is_last(roster: Roster) -> bool:
     """Whether no attempt can follow on this node, whatever the attempt died of."""
-    gone = len(roster.members) < roster.ranks or any(one.seat is Seat.ENDED for one in roster.members.values())
+    gone = len(roster.members) < roster.ranks or any(one.seat is RankState.ENDED for one in roster.members.values())
     return gone or roster.preempted or any(one.finished for one in roster.members.values())
 
 
-def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[Action]]:
+def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]]:
     if roster.preempted:
         status = PREEMPTED_STATUS
     elif failure.status < 0:
@@ -360,16 +362,16 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[Action]]:
         status = failure.status or 1
     # The keeper lives on and the launcher starts the program at once where a supervisor was lost: no need to wait.
     leave = LeaveAll(status, failure.text, held=failure.kind != "supervisor")
-    return replace(roster, state=State.OVER, status=status), [leave]
+    return replace(roster, state=RosterState.OVER, status=status), [leave]
 
 
 def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
     """The roster with its record brought up to date, and why there is no next attempt; None: start it."""
-    record, why = judged(roster.record, failure, roster.policy)
+    record, why = assess(roster.record, failure, roster.policy)
     roster = replace(roster, record=record)
     if roster.preempted or failure.kind == "supervisor" or failure.final:
         return roster, failure.text
-    if any(one.seat is Seat.ENDED for one in roster.members.values()) or len(roster.members) < roster.ranks:
+    if any(one.seat is RankState.ENDED for one in roster.members.values()) or len(roster.members) < roster.ranks:
         return roster, f"{failure.text}, after another rank had ended"
     if any(one.finished for one in roster.members.values()):
         return (

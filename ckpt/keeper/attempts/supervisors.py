@@ -20,20 +20,20 @@ from ckpt.ipc.frames import close_fds
 from ckpt.ipc.messages import Hello, Message
 from ckpt.keeper.attempts import roster as rules
 from ckpt.keeper.attempts.events import (
-    Action,
-    AskEpoch,
-    AskStop,
     AttemptOver,
-    Event,
-    GatheringOver,
-    GraceOver,
-    Joined,
+    GatheringTimedOut,
+    GraceExpired,
     KillAll,
     LeaveAll,
     LeaveOne,
-    Preempted,
-    SayEnded,
+    PreemptRequested,
+    ReportEnded,
+    RequestEpoch,
+    RequestStop,
+    RosterAction,
+    RosterEvent,
     StartAll,
+    SupervisorJoined,
     SupervisorLeft,
     TrainerDied,
     TrainerEntered,
@@ -42,12 +42,12 @@ from ckpt.keeper.attempts.events import (
     TrainerKilled,
     TrainerStarted,
 )
-from ckpt.keeper.attempts.hang_watch import Watch
+from ckpt.keeper.attempts.hang_watch import HangWatch
 from ckpt.keeper.attempts.recovery import Recovery
-from ckpt.keeper.attempts.roster import Roster, Seat, State
-from ckpt.keeper.connection import Peer
+from ckpt.keeper.attempts.roster import RankState, Roster, RosterState
+from ckpt.keeper.connection import ClientConnection
 from ckpt.keeper.job import Job
-from ckpt.keeper.trainer_calls import Desk
+from ckpt.keeper.trainer_calls import TrainerCalls
 
 if TYPE_CHECKING:
     from ckpt.keeper.nodes.nodes import Nodes
@@ -60,13 +60,13 @@ GATHER_MAX_S = 600.0
 RECOVERIES_KEPT = 20
 
 
-class Crew:
+class Supervisors:
     """The supervisors of one launch."""
 
-    def __init__(self, job: Job, desk: Desk, *, stacks: Path) -> None:
+    def __init__(self, job: Job, trainer_calls: TrainerCalls, *, stacks: Path) -> None:
         self._job = job
-        self._desk = desk
-        self._watch = Watch(job, stacks=stacks)
+        self._desk = trainer_calls
+        self._watch = HangWatch(job, stacks=stacks)
         self.roster: Roster | None = None
         self.recoveries: deque[Mapping[str, Fact]] = deque(maxlen=RECOVERIES_KEPT)
         self._recovery: Recovery | None = None
@@ -85,10 +85,10 @@ class Crew:
         """The attempt that runs, or the last one."""
         return self._attempt
 
-    def join(self, peer: Peer, hello: Hello, *, new: bool) -> None:
+    def join(self, peer: ClientConnection, hello: Hello, *, new: bool) -> None:
         """A supervisor said hello. One that met an earlier keeper first hands over what it holds and ends with ``Killed``."""
         job = self._job
-        if self.roster is None or self.roster.launch != job.launch or (new and self.roster.state is State.OVER):
+        if self.roster is None or self.roster.launch != job.launch or (new and self.roster.state is RosterState.OVER):
             self.roster = Roster(
                 job.launch, job.ranks, job.policy, attempt=self._attempt, shared=self._meet_nodes(hello.agent)
             )
@@ -97,7 +97,7 @@ class Crew:
             self._gathering_s, self._missing_told = time.monotonic(), False
         met_another = hello.holds or hello.attempt > 0
         self._attempt = max(self._attempt, hello.attempt)
-        if self.roster.state is State.GATHERING:  # numbers of attempts only grow, over keepers too
+        if self.roster.state is RosterState.GATHERING:  # numbers of attempts only grow, over keepers too
             self.roster = replace(self.roster, attempt=self._attempt)
         job.welcome(peer, hello, attempt=self._attempt, new=met_another)
         if met_another:
@@ -105,7 +105,7 @@ class Crew:
         else:
             self._joined(peer, None)
 
-    def take(self, peer: Peer, message: Message, fds: list[int]) -> bool:
+    def handle(self, peer: ClientConnection, message: Message, fds: list[int]) -> bool:
         """One message of a supervisor, or of a trainer about its fate; False where it is neither. Owns ``fds``."""
         job = self._job
         match message:
@@ -140,7 +140,7 @@ class Crew:
                 return self._take_of_trainer(peer, message)
         return True
 
-    def _take_of_trainer(self, peer: Peer, message: Message) -> bool:
+    def _take_of_trainer(self, peer: ClientConnection, message: Message) -> bool:
         match message:
             case words.Failing():
                 self._on(TrainerFailing(peer.rank, peer.attempt, message))
@@ -167,23 +167,25 @@ class Crew:
     @property
     def ended_well(self) -> bool:
         """Whether the launch ran to an end of its own: nobody will come back for it."""
-        return self.roster is not None and self.supervised and self.roster.state is State.OVER and not self._cut_off
+        return (
+            self.roster is not None and self.supervised and self.roster.state is RosterState.OVER and not self._cut_off
+        )
 
-    def repeat_stop(self, peer: Peer) -> None:
+    def repeat_stop(self, peer: ClientConnection) -> None:
         """A trainer came after the job was asked to stop: tell it too."""
         if self._grace_until_s is not None and self.roster is not None and self.roster.preempted:
             peer.send(words.Stop(grace_s=max(0.1, self._grace_left_s())))
 
-    def gone(self, peer: Peer) -> None:
+    def disconnected(self, peer: ClientConnection) -> None:
         """A supervisor's connection ended."""
         self._waiting.pop(peer.number, None)
         now_s = time.monotonic()
         seat = self.roster.members[peer.rank].seat if self.roster and peer.rank in self.roster.members else None
         self._cut_off |= (
             not peer.planned
-            and seat is not Seat.ENDED
+            and seat is not RankState.ENDED
             and self.roster is not None
-            and self.roster.state is not State.OVER
+            and self.roster.state is not RosterState.OVER
         )
         self._on(SupervisorLeft(peer.rank, peer.number, peer.planned, now_s, self._job.completed()))
 
@@ -192,14 +194,14 @@ class Crew:
         now_s = time.monotonic()
         if self._grace_until_s is not None and now_s >= self._grace_until_s:
             self._grace_until_s = None
-            self._on(GraceOver(now_s))
+            self._on(GraceExpired(now_s))
         if self._leaving is not None and (now_s >= self._leaving[0] or self._all_durable()):
             leave, self._leaving = self._leaving[1], None
             self._job.say("supervisor", leave)
         hung = self._watch.tick(self.roster, now_s)
         if hung is not None:
             self._on(hung)
-        if self.roster is not None and self.roster.state is State.GATHERING:
+        if self.roster is not None and self.roster.state is RosterState.GATHERING:
             self._ask_for_missing(self.roster, now_s)
         untils_s = [self._grace_until_s, self._leaving[0] if self._leaving is not None else None]
         waits = [until_s - now_s for until_s in untils_s if until_s is not None]
@@ -208,28 +210,28 @@ class Crew:
         waits += [self._job.nodes.tick(now_s)] if self._job.nodes is not None else []
         return min(waits, default=5.0)
 
-    def _joined(self, peer: Peer, status: int | None) -> None:
+    def _joined(self, peer: ClientConnection, status: int | None) -> None:
         if self._job.slots is not None:
-            self._job.slots.settle()
+            self._job.slots.sync_board()
         assert peer.hello is not None, "it said hello"
         if self._job.board is not None and self._job.slots is not None:
             peer.send(words.KeepBoard(), [self._job.board.fd])
             for slot in self._job.slots:
                 peer.send(words.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes), [slot.fd])
-        self._on(Joined(peer.rank, peer.number, peer.hello.pid, status))
+        self._on(SupervisorJoined(peer.rank, peer.number, peer.hello.pid, status))
 
-    def _on(self, event: Event) -> None:
+    def _on(self, event: RosterEvent) -> None:
         if self.roster is None:
             return
         before = self.roster.state
         self.roster, actions = rules.step(self.roster, event)
         for action in actions:
             self._do(action)
-        over = self.roster.state is State.OVER and before is not State.OVER
+        over = self.roster.state is RosterState.OVER and before is not RosterState.OVER
         if over and not any(isinstance(action, LeaveAll) for action in actions):  # which keeps the newest by itself
             self._job.keep_newest()  # no more than a look, where all ended as they should: what they left last is durable
 
-    def _do(self, action: Action) -> None:
+    def _do(self, action: RosterAction) -> None:
         job = self._job
         match action:
             case StartAll(attempt):
@@ -246,20 +248,20 @@ class Crew:
                     self._recovery.failure = action.failure
                     self._recovery.killed_s = time.monotonic()
                 if job.slots is not None and job.uploads is not None:
-                    job.slots.settle()
-                    job.uploads.attempt_ended(job.slots.sealed_of)
+                    job.slots.sync_board()
+                    job.uploads.attempt_ended(job.slots.hold_snapshot)
             case LeaveAll():
                 self._recovery = None  # who starts it again later does not recover from this
                 self._leave(action)
             case LeaveOne(rank, status):
                 job.say("supervisor", words.Leave(status=status), rank=rank)
-            case AskEpoch(failure, completed):
+            case RequestEpoch(failure, completed):
                 assert job.nodes is not None and self.roster is not None, "a shared roster"
                 job.nodes.ask(failure, completed, self.roster.attempt)
-            case SayEnded():
+            case ReportEnded():
                 assert job.nodes is not None, "a shared roster"
                 job.nodes.ended(self._attempt)
-            case AskStop():
+            case RequestStop():
                 job.say("events", words.Stop(grace_s=max(0.1, self._grace_left_s())))
 
     def _meet_nodes(self, agent: str) -> bool:
@@ -296,7 +298,7 @@ class Crew:
     def _leave(self, action: LeaveAll) -> None:
         """All leave: at once, or once all is durable. Where the last process of a container ends, the keeper ends with it."""
         job = self._job
-        job.tell(Told("ended", action.text, {"status": action.status}, alarm=True))
+        job.emit(Told("ended", action.text, {"status": action.status}, alarm=True))
         job.keep_newest()
         if job.nodes is not None:  # the others go on without this node, or leave too
             job.nodes.leave()
@@ -307,7 +309,7 @@ class Crew:
             return
         self._leaving = (time.monotonic() + wait_s, leave)
         text = f"{action.text}; leaving when what is staged is in the store, in {wait_s:.0f} s at the latest"
-        job.say("supervisor", words.Tell(text=text), rank=0)
+        job.say("supervisor", words.PrintLine(text=text), rank=0)
 
     def _all_durable(self) -> bool:
         return self._job.uploads is None or self._job.uploads.idle
@@ -323,16 +325,16 @@ class Crew:
             "set LOCAL_WORLD_SIZE to how many there are on this node"
         )
         if waited_s >= GATHER_MAX_S:
-            self._on(GatheringOver(text, now_s))
+            self._on(GatheringTimedOut(text, now_s))
             return
         self._missing_told = True
-        self._job.tell(Told("missing", text, alarm=True))
-        self._job.say("supervisor", words.Tell(text=text, alarm=True))
+        self._job.emit(Told("missing", text, alarm=True))
+        self._job.say("supervisor", words.PrintLine(text=text, alarm=True))
 
     def _preempt(self, grace_s: float) -> None:
         if self._grace_until_s is None:
             self._grace_until_s = time.monotonic() + min(grace_s, self._job.policy.grace_s)
-        self._on(Preempted())
+        self._on(PreemptRequested())
 
     def _grace_left_s(self) -> float:
         return (self._grace_until_s or time.monotonic()) - time.monotonic()
@@ -348,8 +350,8 @@ class Crew:
         if recovery.done(self._job.ranks):
             self._recovery = None
             self.recoveries.append(recovery.facts())
-            self._job.tell(Told("recovered", recovery.line(), recovery.facts(), alarm=True))
-            self._job.say("supervisor", words.Tell(text=recovery.line()), rank=0)
+            self._job.emit(Told("recovered", recovery.line(), recovery.facts(), alarm=True))
+            self._job.say("supervisor", words.PrintLine(text=recovery.line()), rank=0)
 
 
 def _free_port() -> int:

@@ -14,17 +14,17 @@ from itertools import pairwise
 from msgspec import structs
 
 from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.mesh.messages import Holding, Sources
-from ckpt.cluster.peermem.http import RANGES_MAX, Range
+from ckpt.cluster.mesh.messages import InventoryEntry, MeshSources
+from ckpt.cluster.peermem.http import RANGES_MAX, ByteRange
 from ckpt.format.part_rules import WORLD_MAX
 from ckpt.values import CHUNK_BYTES, SnapshotId, StagedIndex, StagedShard
 
-PAIRS_MAX = 8
+SNAPSHOTS_MAX = 8
 """So many complete pairs are offered to restore from: more are never needed, each slot holds one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class SourceRange:
     """``ranks`` ranks that follow each other, whose shares the same nodes have: in a slot before as a mirror."""
 
     ranks: int
@@ -32,7 +32,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class MemorySnapshot:
     """A pair that can be restored from memory: of a world of ``world_size`` ranks, each rank's share at some nodes.
 
     ``spans``: all its ranks, from 0 on.
@@ -41,7 +41,7 @@ class Pair:
     snapshot: SnapshotId
     origin: str
     world_size: int
-    spans: tuple[Span, ...]
+    spans: tuple[SourceRange, ...]
 
     @property
     def sources(self) -> tuple[tuple[str, ...], ...]:
@@ -49,9 +49,9 @@ class Pair:
         return tuple(span.nodes for span in self.spans for _ in range(span.ranks))
 
 
-def joined(holdings: Iterable[Holding]) -> list[Holding]:
+def merge_ranges(holdings: Iterable[InventoryEntry]) -> list[InventoryEntry]:
     """The same, where ranks that follow each other are one."""
-    found: list[Holding] = []
+    found: list[InventoryEntry] = []
     for one in sorted(holdings, key=lambda one: (one.snapshot, one.origin, one.world_size, one.mirror, one.rank)):
         last = found[-1] if found else one
         alike = structs.replace(last, rank=one.rank, ranks=one.ranks) == one
@@ -62,17 +62,17 @@ def joined(holdings: Iterable[Holding]) -> list[Holding]:
     return found
 
 
-def complete(held: Mapping[str, Sequence[Holding]]) -> list[Pair]:
+def complete_snapshots(held: Mapping[str, Sequence[InventoryEntry]]) -> list[MemorySnapshot]:
     """The pairs of which every rank's share is somewhere, newest first. ``held``: what each node says that it holds."""
     found = []
     for (snapshot, origin, size), segments in _segments(held, with_origin=True).items():
         if all(nodes for _, _, nodes in segments):
-            found.append(Pair(snapshot, origin, size, _spans(segments)))
+            found.append(MemorySnapshot(snapshot, origin, size, _spans(segments)))
     # An epoch's number may have been given out twice: the log says which of the two origins counts.
-    return sorted(found, key=lambda pair: (pair.snapshot, pair.origin, pair.world_size), reverse=True)[:PAIRS_MAX]
+    return sorted(found, key=lambda pair: (pair.snapshot, pair.origin, pair.world_size), reverse=True)[:SNAPSHOTS_MAX]
 
 
-def lost(held: Mapping[str, Sequence[Holding]]) -> dict[SnapshotId, tuple[range, ...]]:
+def missing_ranks(held: Mapping[str, Sequence[InventoryEntry]]) -> dict[SnapshotId, tuple[range, ...]]:
     """Of the pairs that are not complete: the ranks whose share nobody has. For people."""
     found = {}
     for (snapshot, _, _), segments in sorted(_segments(held, with_origin=False).items(), reverse=True):
@@ -82,11 +82,11 @@ def lost(held: Mapping[str, Sequence[Holding]]) -> dict[SnapshotId, tuple[range,
     return found
 
 
-def to_word(attempt: int, pairs: Sequence[Pair]) -> Sources:
+def to_message(attempt: int, pairs: Sequence[MemorySnapshot]) -> MeshSources:
     """What all nodes are told: each node's name once."""
     names = {node: None for pair in pairs for span in pair.spans for node in span.nodes}
     numbers = {node: number for number, node in enumerate(names)}
-    return Sources(
+    return MeshSources(
         attempt=attempt, nodes=tuple(names),
         pairs=tuple(
             (
@@ -98,18 +98,18 @@ def to_word(attempt: int, pairs: Sequence[Pair]) -> Sources:
     )  # fmt: skip
 
 
-def from_word(word: Sources) -> dict[SnapshotId, tuple[Span, ...]]:
+def from_message(word: MeshSources) -> dict[SnapshotId, tuple[SourceRange, ...]]:
     """Where the shares of each pair are. A pair of which the word contradicts itself is none.
 
     Of one number that was given out twice the first counts, as in what is offered to restore.
     """
-    found: dict[SnapshotId, tuple[Span, ...]] = {}
+    found: dict[SnapshotId, tuple[SourceRange, ...]] = {}
     for snapshot, size, spans in word.pairs:
         sound = all(
             ranks > 0 and nodes and all(0 <= node < len(word.nodes) for node in nodes) for ranks, nodes in spans
         )
         if sound and size <= WORLD_MAX and sum(ranks for ranks, _ in spans) == size:
-            named = tuple(Span(ranks, tuple(word.nodes[node] for node in nodes)) for ranks, nodes in spans)
+            named = tuple(SourceRange(ranks, tuple(word.nodes[node] for node in nodes)) for ranks, nodes in spans)
             found.setdefault(snapshot, named)
     return found
 
@@ -119,7 +119,7 @@ _Segment = tuple[int, int, tuple[str, ...]]
 
 
 def _segments(
-    held: Mapping[str, Sequence[Holding]], *, with_origin: bool
+    held: Mapping[str, Sequence[InventoryEntry]], *, with_origin: bool
 ) -> dict[tuple[SnapshotId, str, int], list[_Segment]]:
     """Of each pair that somebody has a share of: the whole world in segments, each at the same nodes everywhere."""
     changes: dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, bool, str]]]] = {}
@@ -149,13 +149,13 @@ def _sweep(size: int, changes: dict[int, list[tuple[bool, bool, str]]]) -> list[
     return found
 
 
-def _spans(segments: Sequence[_Segment]) -> tuple[Span, ...]:
-    found: list[Span] = []
+def _spans(segments: Sequence[_Segment]) -> tuple[SourceRange, ...]:
+    found: list[SourceRange] = []
     for start, end, nodes in segments:
         if found and found[-1].nodes == nodes:
-            found[-1] = Span(found[-1].ranks + end - start, nodes)
+            found[-1] = SourceRange(found[-1].ranks + end - start, nodes)
         else:
-            found.append(Span(end - start, nodes))
+            found.append(SourceRange(end - start, nodes))
     return tuple(found)
 
 
@@ -168,7 +168,7 @@ def _spans(segments: Sequence[_Segment]) -> tuple[Span, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class MirrorRound:
     """``named``: the pair that all nodes keep now; ``kept``: the newest that all have."""
 
     named: SnapshotId | None = None
@@ -176,14 +176,14 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class MirrorReport:
     """What a node says: the last named pair that it has kept everywhere, and the last one that it could not."""
 
     mirrored: SnapshotId | None = None
     missed: SnapshotId | None = None
 
 
-def next_round(now: Round, words: Sequence[Word | None], complete: SnapshotId | None) -> Round:
+def next_round(now: MirrorRound, words: Sequence[MirrorReport | None], complete: SnapshotId | None) -> MirrorRound:
     """The round that follows. ``words``: of every node, None from those that said nothing yet; ``complete``: the newest pair.
 
     A pair that a node could not keep, because its slot had gone on or a peer had no room, is passed over for a newer one.
@@ -200,7 +200,7 @@ def next_round(now: Round, words: Sequence[Word | None], complete: SnapshotId | 
     return now
 
 
-def retained(now: Round, before: frozenset[SnapshotId]) -> frozenset[SnapshotId]:
+def retained_mirrors(now: MirrorRound, before: frozenset[SnapshotId]) -> frozenset[SnapshotId]:
     """The pairs of which mirrors stay. ``before``: those that were there when the epoch began, for until something is kept."""
     named = {now.named} if now.named is not None else set()
     return frozenset(named | ({now.kept} if now.kept is not None else before))
@@ -220,7 +220,7 @@ JOIN_BYTES = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class StagedShare:
     """What one rank staged of a snapshot as it is sent: a header, and behind it the data that ``index`` tells of."""
 
     index: StagedIndex
@@ -234,10 +234,10 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
+class DeltaRanges:
     """Only these ranges are sent, header and data counted as one; all else is as in the earlier share."""
 
-    ranges: tuple[Range, ...]
+    ranges: tuple[ByteRange, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -246,30 +246,30 @@ class Changed:
 
 
 @dataclass(frozen=True, slots=True)
-class Everything:
+class WholeShare:
     """All is sent, and why."""
 
     why: str
 
 
-def what_changed(share: Share, base: Share) -> Changed | Everything:
+def delta_of(share: StagedShare, base: StagedShare) -> DeltaRanges | WholeShare:
     """What of ``share`` must be sent where ``base`` is.
 
     The header always, and each chunk unless ``base`` has a shard at the same place and of the same length, whose chunk has the
     same digest there: its name and box are the header's matter. So what of the data is in no shard is the base's.
     """
     if (share.header_bytes, share.data_bytes) != (base.header_bytes, base.data_bytes):
-        return Everything("another length of header or data")
+        return WholeShare("another length of header or data")
     ranges = _joined([(0, share.header_bytes), *sorted(_changed_chunks(share, base))])
     if len(ranges) > RANGES_MAX:
-        return Everything("changes lie too far apart")
-    changed = Changed(tuple(ranges))
+        return WholeShare("changes lie too far apart")
+    changed = DeltaRanges(tuple(ranges))
     if changed.size_bytes > CHANGED_SHARE_MAX * share.size_bytes:
-        return Everything("most has changed")
+        return WholeShare("most has changed")
     return changed
 
 
-def _changed_chunks(share: Share, base: Share) -> Iterator[Range]:
+def _changed_chunks(share: StagedShare, base: StagedShare) -> Iterator[ByteRange]:
     there = {_place(shard): shard.digests for shard in base.index.shards}
     for shard in share.index.shards:
         known: Sequence[bytes | None] = there.get(_place(shard)) or [None] * len(shard.digests)
@@ -280,13 +280,13 @@ def _changed_chunks(share: Share, base: Share) -> Iterator[Range]:
                 yield begin + at, min(CHUNK_BYTES, shard.size_bytes - at)
 
 
-def _place(shard: StagedShard) -> Range:
+def _place(shard: StagedShard) -> ByteRange:
     return shard.offset_bytes, shard.size_bytes
 
 
-def _joined(ranges: Iterable[Range]) -> list[Range]:
+def _joined(ranges: Iterable[ByteRange]) -> list[ByteRange]:
     """``ranges``, which ascend and may overlap, with those that touch or nearly do as one."""
-    joined: list[Range] = []
+    joined: list[ByteRange] = []
     for offset, length in ranges:
         if joined and offset - sum(joined[-1]) < JOIN_BYTES:
             first, before = joined[-1]
@@ -301,7 +301,7 @@ def _joined(ranges: Iterable[Range]) -> list[Range]:
 WAIT_S = 3.0
 """How long a node may take to say what it holds; one that says nothing has nothing."""
 
-Answer = Callable[[dict[str, Sequence[Holding]]], object]
+Answer = Callable[[dict[str, Sequence[InventoryEntry]]], object]
 
 
 @dataclass(slots=True, eq=False)
@@ -309,25 +309,27 @@ class _Asking:
     waits_for: set[str]
     until_s: float
     answer: Answer
-    held: dict[str, Sequence[Holding]] = field(default_factory=dict)
+    held: dict[str, Sequence[InventoryEntry]] = field(default_factory=dict)
 
 
-class Gather:
+class InventoryQuery:
     """Questions to all nodes, each answered once all have spoken or WAIT_S have passed."""
 
-    def __init__(self, say: Callable[[str, said.Word], bool]) -> None:
+    def __init__(self, say: Callable[[str, said.MeshMessage], bool]) -> None:
         self._say = say
         self._calls = itertools.count(1)
         self._asking: dict[int, _Asking] = {}
 
-    def ask(self, nodes: Sequence[str], own: tuple[str, Sequence[Holding]], now_s: float, answer: Answer) -> None:
+    def ask(
+        self, nodes: Sequence[str], own: tuple[str, Sequence[InventoryEntry]], now_s: float, answer: Answer
+    ) -> None:
         """Ask ``nodes``, and have ``answer`` told what they and this node hold."""
         call = next(self._calls)
-        asked = {node for node in nodes if self._say(node, said.AskHeld(call=call))}
+        asked = {node for node in nodes if self._say(node, said.AskNodeInventory(call=call))}
         self._asking[call] = _Asking(asked, now_s + WAIT_S, answer, {own[0]: own[1]})
         self._settle(call, now_s)
 
-    def heard(self, node: str, word: said.Held, now_s: float) -> None:
+    def answered(self, node: str, word: said.NodeInventory, now_s: float) -> None:
         """A node's answer."""
         asking = self._asking.get(word.call)
         if asking is not None and node in asking.waits_for:
@@ -335,7 +337,7 @@ class Gather:
             asking.held[node] = word.holdings
             self._settle(word.call, now_s)
 
-    def lost(self, node: str, now_s: float) -> None:
+    def disconnected(self, node: str, now_s: float) -> None:
         """A node won't answer any more."""
         for call, asking in list(self._asking.items()):
             asking.waits_for.discard(node)

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from ckpt.backends.base import Buffer
 from ckpt.backends.replicated.buffers import TakenBackError
-from ckpt.cluster.peermem.http import BaseGoneError, Stored
+from ckpt.cluster.peermem.http import BaseGoneError, StoredContent
 from ckpt.cluster.peermem.keys import mirror_key
 from ckpt.cluster.peermem.store import PeerStore
 from ckpt.errors import CkptError, FencedError, InternalError, StoreFullError, UnavailableError
-from ckpt.events import Event, Fact, Tell
-from ckpt.keeper.mirrors.plan import Changed, Share, what_changed
-from ckpt.save.sealed import Sealed
+from ckpt.events import Emit, Event, Fact
+from ckpt.keeper.mirrors.plan import DeltaRanges, StagedShare, delta_of
+from ckpt.save.sealed import SealedSlot
 from ckpt.staging.header import INDEX_OFFSET_BYTES, Header, encode_index
-from ckpt.threads import start
+from ckpt.threads import start_thread
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
 # What a node's peers have of its shares, as far as it is sure: the bases of what is sent next.
@@ -33,21 +33,21 @@ along as long as training lasts.
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class MirrorBase:
     """A share that came whole, under which name, and how many shares back its oldest bytes were sent."""
 
-    stored: Stored
-    share: Share
+    stored: StoredContent
+    share: StagedShare
     behind: int
 
 
-class Bases:
+class MirrorBases:
     """By node and rank, the newest first. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._epoch: int | None = None
-        self._known: dict[str, dict[int, tuple[Base, ...]]] = {}
+        self._known: dict[str, dict[int, tuple[MirrorBase, ...]]] = {}
 
     def begin(self, epoch: int, nodes: Collection[str]) -> None:
         """Shares go to ``nodes`` now, in the name of ``epoch``: what was sent in another one, or to others, is forgotten."""
@@ -55,20 +55,20 @@ class Bases:
             kept = self._known if epoch == self._epoch else {}
             self._epoch, self._known = epoch, {node: kept.get(node, {}) for node in nodes}
 
-    def of(self, node: str, rank: int) -> tuple[Base, ...]:
+    def of(self, node: str, rank: int) -> tuple[MirrorBase, ...]:
         """What ``node`` has of ``rank`` that may be a base; nothing where the next one is to go whole."""
         with self._lock:
             known = self._known.get(node, {}).get(rank, ())
             return () if known and known[0].behind >= BEHIND_MAX else known
 
-    def add(self, node: str, rank: int, base: Base) -> None:
+    def add(self, node: str, rank: int, base: MirrorBase) -> None:
         """It came whole, and nothing was sent in its place meanwhile."""
         with self._lock:
             known = self._known.setdefault(node, {})
             others = [one for one in known.get(rank, ()) if one.stored.key != base.stored.key]
             known[rank] = (base, *others)[:BASES_MAX]
 
-    def drop(self, node: str, rank: int, base: Base) -> None:
+    def drop(self, node: str, rank: int, base: MirrorBase) -> None:
         """The node doesn't have it any more."""
         with self._lock:
             known = self._known.get(node, {})
@@ -91,7 +91,7 @@ Own = Callable[[str, Sequence[Buffer]], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class MirrorTask:
     """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep it, by those of ``epoch``.
 
     ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does). Of ``spare`` nodes, which are among
@@ -100,7 +100,7 @@ class Task:
 
     snapshot: SnapshotId
     epoch: int
-    sealed: Sequence[Sealed]
+    sealed: Sequence[SealedSlot]
     peers: Mapping[str, PeerStore]
     own: Own | None = None
     spare: frozenset[str] = frozenset()
@@ -108,25 +108,25 @@ class Task:
     def let_go(self) -> None:
         """Let go of the slots."""
         for one in self.sealed:
-            one.let_go()
+            one.free()
 
 
-Done = Callable[[Task, frozenset[str]], object]
+Done = Callable[[MirrorTask, frozenset[str]], object]
 """Hears, from the thread, of each task and of the nodes to which it came whole; none where this one could not keep it."""
 
 
-class Mirror:
+class MirrorSender:
     """Sends one pair at a time. What keeps a node from having them is told once, until it has one again."""
 
-    def __init__(self, *, done: Done, tell: Tell) -> None:
+    def __init__(self, *, done: Done, emit: Emit) -> None:
         self._done = done
-        self._tell = tell
+        self._tell = emit
         self._changed = threading.Condition()
-        self._task: Task | None = None
+        self._task: MirrorTask | None = None
         self._busy = False
         self._stopped = False
         self._told: set[tuple[str, str]] = set()
-        self._bases = Bases()
+        self._bases = MirrorBases()
         self.sent_bytes = 0
         """All that was sent so far and came; not what a node had already."""
         self._thread = threading.Thread(target=self._run, name="ckpt-mirror", daemon=True)
@@ -138,7 +138,7 @@ class Mirror:
         with self._changed:
             return self._busy or self._task is not None
 
-    def send(self, task: Task) -> None:
+    def send(self, task: MirrorTask) -> None:
         """Keep this pair, whose slots are let go of in any case. Only when not busy."""
         with self._changed:
             assert self._task is None and not self._busy, "one at a time"
@@ -173,20 +173,20 @@ class Mirror:
                 self._done(task, came)
                 del task  # or it would keep the slots' memory until the next one
 
-    def _send(self, task: Task) -> frozenset[str]:
+    def _send(self, task: MirrorTask) -> frozenset[str]:
         headers = [compact_header(one.index, one.data.nbytes) for one in task.sealed]
         self._bases.begin(task.epoch, task.peers.keys())
 
         def sending(node: str, peer: PeerStore) -> Callable[[], bool]:
             return lambda: self._send_to(node, peer, task, headers)
 
-        jobs = {node: start(sending(node, peer), name="ckpt-mirror-send") for node, peer in task.peers.items()}
+        jobs = {node: start_thread(sending(node, peer), name="ckpt-mirror-send") for node, peer in task.peers.items()}
         kept = self._keep_own(task, headers)
         came = frozenset([node for node, job in jobs.items() if job.result()])
         self._bases.retain(came)
         return came if kept else frozenset()
 
-    def _keep_own(self, task: Task, headers: Sequence[bytes]) -> bool:
+    def _keep_own(self, task: MirrorTask, headers: Sequence[bytes]) -> bool:
         try:
             for one, header in zip(task.sealed, headers, strict=True):
                 if task.own is not None:
@@ -198,7 +198,7 @@ class Mirror:
             self._told = {told for told in self._told if told[0] != ""}
         return True
 
-    def _send_to(self, node: str, peer: PeerStore, task: Task, headers: Sequence[bytes]) -> bool:
+    def _send_to(self, node: str, peer: PeerStore, task: MirrorTask, headers: Sequence[bytes]) -> bool:
         boot: str | None = None
         try:
             for one, header in zip(task.sealed, headers, strict=True):
@@ -220,10 +220,10 @@ class Mirror:
             self._told = {told for told in self._told if told[0] != node}
         return True
 
-    def _put(self, node: str, peer: PeerStore, one: Sealed, header: bytes) -> Stored:
+    def _put(self, node: str, peer: PeerStore, one: SealedSlot, header: bytes) -> StoredContent:
         """Send a share: what changed since an earlier one that the node still has, or all."""
         key, rank = mirror_key(one.index.snapshot, one.index.rank), one.index.rank
-        share = Share(one.index, len(header), one.data.nbytes)
+        share = StagedShare(one.index, len(header), one.data.nbytes)
         pieces: list[Buffer] = [header, one.data]
 
         def still_lent() -> None:
@@ -231,28 +231,28 @@ class Mirror:
                 raise TakenBackError(f"the slot was overwritten while it was sent. key={key}; nothing was stored")
 
         for base in self._bases.of(node, rank):
-            changed = what_changed(share, base.share)
-            if not isinstance(changed, Changed):
+            changed = delta_of(share, base.share)
+            if not isinstance(changed, DeltaRanges):
                 continue
             try:
                 stored = peer.put_changed(
-                    key, pieces, base=base.stored, changed=changed.ranges, still_lent=still_lent
+                    key, pieces, base=base.stored, changed=changed.ranges, check_unchanged=still_lent
                 )  # fmt: skip
             except BaseGoneError:
                 self._bases.drop(node, rank, base)
                 continue
-            self._came(node, rank, Base(stored, share, base.behind + 1), changed.size_bytes)
+            self._came(node, rank, MirrorBase(stored, share, base.behind + 1), changed.size_bytes)
             return stored
         stored = peer.put_whole(key, pieces, still_lent)
-        self._came(node, rank, Base(stored, share, 0), share.size_bytes)
+        self._came(node, rank, MirrorBase(stored, share, 0), share.size_bytes)
         return stored
 
-    def _came(self, node: str, rank: int, base: Base, sent_bytes: int) -> None:
+    def _came(self, node: str, rank: int, base: MirrorBase, sent_bytes: int) -> None:
         self._bases.add(node, rank, base)
         with self._changed:
             self.sent_bytes += sent_bytes
 
-    def _fail(self, node: str, task: Task, error: CkptError) -> None:
+    def _fail(self, node: str, task: MirrorTask, error: CkptError) -> None:
         with self._changed:
             if (node, error.code) in self._told or self._stopped:
                 return
@@ -276,8 +276,8 @@ def compact_header(index: StagedIndex, data_bytes: int) -> bytes:
         memory = memoryview(room)
         try:
             header = Header(memory, header_bytes=header_bytes)
-            header.open()
-            header.close(index)
+            header.begin()
+            header.seal(index)
             return bytes(memory[:header_bytes])
         finally:
             del header

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from ckpt.backends.base import Buffer, Stat
 from ckpt.cluster.endpoint import Endpoint
-from ckpt.cluster.mesh.messages import Holding
-from ckpt.cluster.peermem.auth import Secret
-from ckpt.cluster.peermem.keys import MIRRORS, SLOTS, mirror_of, slot_key, slot_of
+from ckpt.cluster.mesh.messages import InventoryEntry
+from ckpt.cluster.peermem.auth import PeerSecret
+from ckpt.cluster.peermem.keys import MIRRORS_PREFIX, SLOTS_PREFIX, parse_mirror_key, parse_slot_key, slot_key
+from ckpt.cluster.peermem.memory import PeerMemory, ServedObject, copy_bytes
 from ckpt.cluster.peermem.server import PeerServer
-from ckpt.cluster.peermem.vault import Held, Vault, copy_bytes
 from ckpt.errors import IntegrityError, NotFoundError
-from ckpt.events import Tell
+from ckpt.events import Emit
 from ckpt.keeper.slots import HeldSlot
-from ckpt.staging.header import Brief, generation_of, read_brief
+from ckpt.staging.header import SlotSummary, generation_of, read_summary
 from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId
 
@@ -37,14 +37,14 @@ class _Lent:
     fd: int
     size_bytes: int
     mapping: mmap.mmap
-    known: tuple[Brief, int] | None = None
+    known: tuple[SlotSummary, int] | None = None
 
-    def brief(self) -> tuple[Brief, int] | None:
+    def brief(self) -> tuple[SlotSummary, int] | None:
         """What it holds sealed. Looked into once a generation: each request asks, and an index may be long."""
         memory = memoryview(self.mapping)
         if self.known is None or generation_of(memory) != self.known[1]:
             try:
-                self.known = read_brief(memory)
+                self.known = read_summary(memory)
             except IntegrityError:
                 self.known = None
         return self.known
@@ -53,14 +53,14 @@ class _Lent:
         os.close(self.fd)
 
 
-class SlotsLent:
-    """A ``Source`` of this node's slots: ``slots/<pair>/<rank>`` is a slot's whole memory. Thread-safe.
+class SlotCatalog:
+    """A ``ServedSource`` of this node's slots: ``slots/<pair>/<rank>`` is a slot's whole memory. Thread-safe.
 
     The keeper's loop says which there are. A slot that is overwritten while it is sent is found by its generation, and what was
     sent of it by its chunks' digests.
     """
 
-    prefix = SLOTS
+    prefix = SLOTS_PREFIX
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -77,7 +77,7 @@ class SlotsLent:
                     self._lent[slot] = lent
 
     @contextlib.contextmanager
-    def reading(self, key: str) -> Iterator[Held]:
+    def reading(self, key: str) -> Iterator[ServedObject]:
         """See Source."""
         with self._lock:
             found = self._find(key)
@@ -86,7 +86,7 @@ class SlotsLent:
             lent, generation = found
             fd, view = os.dup(lent.fd), memoryview(lent.mapping)
         try:
-            yield Held(
+            yield ServedObject(
                 view=view, fd=fd, offset_bytes=0, version=generation, modified_unix_s=0.0,
                 unchanged=lambda: generation_of(view) == generation,
             )  # fmt: skip
@@ -108,7 +108,7 @@ class SlotsLent:
         return sorted(stats, key=lambda one: one.key)
 
     def _find(self, key: str) -> tuple[_Lent, int] | None:
-        wanted = slot_of(key)
+        wanted = parse_slot_key(key)
         for lent in self._lent.values() if wanted is not None else ():
             brief = lent.brief()
             if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
@@ -129,15 +129,15 @@ def _lent(slot: HeldSlot) -> _Lent | None:
         return None
 
 
-class Lending:
+class NodeMemoryServer:
     """The server and what it serves."""
 
-    def __init__(self, secret: Secret, endpoint: Endpoint, *, tell: Tell, budget_bytes: int = 0) -> None:
+    def __init__(self, secret: PeerSecret, endpoint: Endpoint, *, emit: Emit, budget_bytes: int = 0) -> None:
         left = available_bytes()
         share = VAULT_BYTES_DEFAULT if left is None else int(left * VAULT_SHARE)
-        self.vault = Vault(budget_bytes or max(1 << 20, share))
-        self.slots = SlotsLent()
-        self._server = PeerServer(self.vault, secret, endpoint=endpoint, sources=[self.slots], tell=tell)
+        self.vault = PeerMemory(budget_bytes or max(1 << 20, share))
+        self.slots = SlotCatalog()
+        self._server = PeerServer(self.vault, secret, endpoint=endpoint, sources=[self.slots], emit=emit)
         self._server.start()
 
     @property
@@ -154,18 +154,18 @@ class Lending:
         """Refuse from now on whatever comes in the name of an older epoch of the membership."""
         self._server.see_epoch(number)
 
-    def mirrored(self) -> list[Holding]:
+    def mirrored(self) -> list[InventoryEntry]:
         """What this node keeps for others; what is damaged is nothing."""
         found = []
-        for stat in self.vault.list(MIRRORS):
-            wanted = mirror_of(stat.key)
+        for stat in self.vault.list(MIRRORS_PREFIX):
+            wanted = parse_mirror_key(stat.key)
             if wanted is None:
                 continue
             with contextlib.suppress(NotFoundError, IntegrityError), self.vault.reading(stat.key) as held:
-                brief = read_brief(held.view)
+                brief = read_summary(held.view)
                 if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
                     found.append(
-                        Holding(
+                        InventoryEntry(
                             snapshot=brief[0].snapshot, origin=brief[0].origin, world_size=brief[0].world_size,
                             rank=brief[0].rank, mirror=True,
                         )
@@ -174,7 +174,7 @@ class Lending:
 
     def kept(self) -> list[tuple[SnapshotId, int, int]]:
         """Of what is kept here, by its name: the pair, the rank and the bytes of each share."""
-        found = ((mirror_of(stat.key), stat.size_bytes) for stat in self.vault.list(MIRRORS))
+        found = ((parse_mirror_key(stat.key), stat.size_bytes) for stat in self.vault.list(MIRRORS_PREFIX))
         return [(*of, size_bytes) for of, size_bytes in found if of is not None]
 
     def keep(self, key: str, pieces: Sequence[Buffer]) -> None:
@@ -189,13 +189,13 @@ class Lending:
 
     def pairs(self) -> frozenset[SnapshotId]:
         """The pairs of which something is kept here."""
-        found = (mirror_of(stat.key) for stat in self.vault.list(MIRRORS))
+        found = (parse_mirror_key(stat.key) for stat in self.vault.list(MIRRORS_PREFIX))
         return frozenset(one[0] for one in found if one is not None)
 
     def retain(self, pairs: frozenset[SnapshotId]) -> None:
         """Of what is kept here only these pairs are still needed."""
-        for stat in self.vault.list(MIRRORS):
-            kept = mirror_of(stat.key)
+        for stat in self.vault.list(MIRRORS_PREFIX):
+            kept = parse_mirror_key(stat.key)
             if kept is not None and kept[0] not in pairs:
                 self.vault.delete(stat.key)
 

@@ -18,7 +18,7 @@ KEPT = 4 * CALLS_PER_TTL
 
 
 @dataclass(frozen=True, slots=True)
-class RollCall:
+class LivenessRound:
     """What one node knows of the roll of one epoch. Times are its own, of the clock that leases use.
 
     ``number``: of the last call, made or answered; ``missing``: where it calls itself, who has not answered which call;
@@ -39,10 +39,10 @@ class RollCall:
         return since_s + ttl_s - margin_s if since_s is not None else 0.0
 
 
-def called(roll: RollCall, attempt: int, others: Collection[str], now_s: float) -> RollCall:
+def next_call(roll: LivenessRound, attempt: int, others: Collection[str], now_s: float) -> LivenessRound:
     """The next call goes out to ``others``, from the node of rank 0. Nobody else there: nothing is learned from it."""
     if roll.attempt != attempt:
-        roll = RollCall(attempt)
+        roll = LivenessRound(attempt)
     number = roll.number + 1
     missing = {one: names for one, names in roll.missing.items() if one > number - KEPT}
     return replace(
@@ -51,7 +51,7 @@ def called(roll: RollCall, attempt: int, others: Collection[str], now_s: float) 
     )  # fmt: skip
 
 
-def heard(roll: RollCall, attempt: int, number: int, node: str) -> RollCall:
+def answer_received(roll: LivenessRound, attempt: int, number: int, node: str) -> LivenessRound:
     """``node`` answers a call of this node; whoever answers was there after all earlier calls as well."""
     if attempt != roll.attempt or number > roll.number:
         return roll
@@ -62,10 +62,10 @@ def heard(roll: RollCall, attempt: int, number: int, node: str) -> RollCall:
     )
 
 
-def answers(roll: RollCall, attempt: int, number: int, answered: int, now_s: float) -> RollCall:
+def answer_call(roll: LivenessRound, attempt: int, number: int, answered: int, now_s: float) -> LivenessRound:
     """This node answers a call, now; ``answered``: the call that everybody answered, as the caller says."""
     if roll.attempt != attempt:
-        roll = RollCall(attempt)
+        roll = LivenessRound(attempt)
     if number <= roll.number:
         return roll
     since_s = roll.since_s

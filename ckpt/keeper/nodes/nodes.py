@@ -13,28 +13,28 @@ from concurrent.futures import Future
 from functools import partial
 from importlib import import_module
 
-from ckpt.cluster.membership.leases import State
-from ckpt.cluster.membership.records import Holdings
+from ckpt.cluster.membership.leases import LeaseState
+from ckpt.cluster.membership.records import StateInventory
 from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.mesh.messages import Word
-from ckpt.cluster.node.epochs import Epoch, Told
+from ckpt.cluster.mesh.messages import MeshMessage
+from ckpt.cluster.node.epochs import NodeEpoch, NodeObserver
 from ckpt.cluster.node.node import Node
-from ckpt.cluster.secret import secret_of
+from ckpt.cluster.secret import job_secret
 from ckpt.errors import CkptError
 from ckpt.events import Event
 from ckpt.ipc.board import Board
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
-from ckpt.ipc.messages import RunAhead, Seating
-from ckpt.keeper.attempts.events import Cut, EpochCame, Failure, JobEnded
-from ckpt.keeper.attempts.failures import with_rank
+from ckpt.ipc.messages import RankPlacement, StartPrepared
+from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Unreachable
+from ckpt.keeper.attempts.failures import with_global_rank
 from ckpt.keeper.job import Job
-from ckpt.keeper.mailbox import OwnRoom, Room
-from ckpt.keeper.mirrors.memory import NodesMemory
-from ckpt.keeper.nodes.join import Here, check_spec, join
-from ckpt.keeper.nodes.progress import NodesProgress, NodesRoll, Standbys
-from ckpt.keeper.nodes.remote_mailbox import FarRoom, FarRooms, attempt_room
-from ckpt.keeper.nodes.uploads import NodesUploads
-from ckpt.threads import start
+from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
+from ckpt.keeper.mirrors.memory import ClusterMemory
+from ckpt.keeper.nodes.join import KeeperFacts, check_spec, join
+from ckpt.keeper.nodes.progress import LivenessExchange, ProgressExchange, Standbys
+from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox, RemoteMailboxes, attempt_mailbox
+from ckpt.keeper.nodes.uploads import ClusterUploads
+from ckpt.threads import start_thread
 
 LOOK_S = 1.0
 """How often the clock is looked at where nothing is due."""
@@ -46,16 +46,18 @@ class Nodes:
     Raises UsageError where the specification can't work.
     """
 
-    def __init__(self, job: Job, spec: NodesSpec, *, on: Callable[[EpochCame | JobEnded | Cut], object]) -> None:
+    def __init__(
+        self, job: Job, spec: NodesSpec, *, on: Callable[[EpochChanged | JobEnded | Rank0Unreachable], object]
+    ) -> None:
         check_spec(spec)
         self._job = job
         self._spec = spec
         self._on = on
         self._node: Node | None = None
-        self.epoch: Epoch | None = None
+        self.epoch: NodeEpoch | None = None
         """See Among."""
-        self._rooms = FarRooms(self.say)
-        self._roll = NodesRoll(self, ttl_s=spec.ttl_s)
+        self._rooms = RemoteMailboxes(self.say)
+        self._roll = LivenessExchange(self, ttl_s=spec.ttl_s)
         self._ended_at_s: float | None = None
         self._all_ended = False
         self._leaving: Future[None] | None = None
@@ -64,13 +66,13 @@ class Nodes:
         self._attempt = 0
         self._ran_ahead = 0
         """The last epoch in which the supervisors here heard that they stand by."""
-        host, secret = spec.host or host_towards(spec.where), secret_of(spec)
+        host, secret = spec.host or host_towards(spec.where), job_secret(spec)
         self._host, self._secret = host, secret
-        self.uploads = NodesUploads(job, self, seating=lambda: self.seating)
+        self.uploads = ClusterUploads(job, self, seating=lambda: self.seating)
         """What becomes durable together."""
-        self.memory = NodesMemory(job, self, spec, secret, host=host, tell=self._tell)
+        self.memory = ClusterMemory(job, self, spec, secret, host=host, emit=self._tell)
         """What all hold together."""
-        self._progress = NodesProgress(job, self, self.memory)
+        self._progress = ProgressExchange(job, self, self.memory)
         self.standbys = Standbys(self, self.memory, holds=self._holds)
         """What those have that hold no ranks."""
 
@@ -89,27 +91,27 @@ class Nodes:
                 return
         if failure is not None:
             first = self._ranks_here().start if self.placed else 0
-            told = with_rank(failure, first)
-            self._node.failed(
-                said.Failed(
+            told = with_global_rank(failure, first)
+            self._node.report_failure(
+                said.NodeFailed(
                     attempt=attempt, rank=told.rank, kind=told.kind, text=told.text, status=told.status,
                     fingerprint=told.fingerprint, step=told.step, final=told.final, completed=completed,
                 )
             )  # fmt: skip
 
-    def begin(self, attempt: int, own: OwnRoom) -> Room:
+    def begin(self, attempt: int, own: LocalMailbox) -> KeeperMailbox:
         """An attempt begins; its room: ``own`` on the node of rank 0."""
         self.uploads.begin(attempt)
         assert self.epoch is not None, "an epoch with ranks here"
-        if not self.root and self._node is not None and not self._node.up(self.epoch.record.root):
+        if not self.root and self._node is not None and not self._node.is_connected(self.epoch.record.rank0_node):
             self._post(lambda: self._cut("it broke before the attempt began"))  # once the roster knows that it runs
-        return self.room(attempt_room(attempt), own)
+        return self.room(attempt_mailbox(attempt), own)
 
     def ended(self, attempt: int) -> None:
         """All ranks of this node ended well: it stays for the others."""
         self._ended_at_s = time.monotonic()
         if self._node is not None:
-            self._node.ended(attempt)
+            self._node.report_ended(attempt)
 
     @property
     def busy(self) -> bool:
@@ -125,7 +127,7 @@ class Nodes:
         """See Among. Of the newest epoch, though this node may have joined anew since."""
         if self.epoch is not None:
             return self.epoch.me
-        return self._node.name if self._node is not None else ""
+        return self._node.node_id if self._node is not None else ""
 
     @property
     def placed(self) -> bool:
@@ -135,7 +137,7 @@ class Nodes:
     @property
     def root(self) -> bool:
         """See Among."""
-        return self.epoch is not None and self.epoch.record.root == self.me
+        return self.epoch is not None and self.epoch.record.rank0_node == self.me
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -143,22 +145,22 @@ class Nodes:
         return tuple(node for node in self.epoch.record.ranks if node != self.me) if self.epoch is not None else ()
 
     @property
-    def seating(self) -> Seating | None:
+    def seating(self) -> RankPlacement | None:
         """Where this node's ranks are in the newest epoch; None where it has none."""
         epoch = self.epoch
-        if epoch is None or epoch.meet is None or not self.placed:
+        if epoch is None or epoch.meeting is None or not self.placed:
             return None
         nodes = list(epoch.record.ranks)
-        return Seating(
-            host=epoch.meet.host, first_rank=self._ranks_here().start, world_size=epoch.record.world_size,
+        return RankPlacement(
+            host=epoch.meeting.host, first_rank=self._ranks_here().start, world_size=epoch.record.world_size,
             node=nodes.index(self.me), nodes=len(nodes),
         )  # fmt: skip
 
     @property
     def port(self) -> int:
         """Where the trainers of the newest epoch meet."""
-        assert self.epoch is not None and self.epoch.meet is not None, "an epoch with ranks here"
-        return self.epoch.meet.port
+        assert self.epoch is not None and self.epoch.meeting is not None, "an epoch with ranks here"
+        return self.epoch.meeting.port
 
     @property
     def refused(self) -> dict[str, int]:
@@ -166,19 +168,19 @@ class Nodes:
         lines = self._node.refused if self._node is not None else 0
         return {**self.memory.refused, **({"line": lines} if lines else {})}
 
-    def room(self, name: str, own: OwnRoom) -> Room:
+    def room(self, name: str, own: LocalMailbox) -> KeeperMailbox:
         """See Among."""
         assert self.epoch is not None, "an epoch with ranks here"
         if self.root:
             self._rooms.serve(name, own)
             return own
-        return FarRoom(self._rooms, name, self.epoch.record.root)
+        return RemoteMailbox(self._rooms, name, self.epoch.record.rank0_node)
 
-    def say(self, node: str, word: Word) -> bool:
+    def say(self, node: str, word: MeshMessage) -> bool:
         """See Among."""
-        return self._node is not None and self._node.say(node, word)
+        return self._node is not None and self._node.send(node, word)
 
-    def say_to_all(self, word: Word) -> None:
+    def say_to_all(self, word: MeshMessage) -> None:
         """See Among."""
         for node in self.others:
             self.say(node, word)
@@ -186,7 +188,7 @@ class Nodes:
     def decided(self, boundary: int, flags: int) -> None:
         """Rank 0 decided what all ranks do at a boundary."""
         if self._job.board is not None:
-            self.say_to_all(said.Decided(attempt=self._job.board.attempt, boundary=boundary, flags=flags))
+            self.say_to_all(said.MeshDecided(attempt=self._job.board.attempt, boundary=boundary, flags=flags))
 
     def tick(self, now_s: float) -> float:
         """Tell how far this node is, and until when it may act; returns seconds until the next look."""
@@ -206,16 +208,16 @@ class Nodes:
 
         While its lease may have run out unheard of, because nothing answers there, all nodes' answers do as well.
         """
-        standing = node.standing
+        standing = node.lease_status
         until_s = standing.act_until_s
-        if standing.state is not State.LOST and self.placed:
+        if standing.state is not LeaseState.LOST and self.placed:
             until_s = max(until_s, self._roll.until_s())
-        board.act_until(int(until_s * 1e9))
+        board.extend_act_until(int(until_s * 1e9))
 
     def _acts(self, until_s: float) -> None:
         """Its lease was prolonged. In the lease's own thread: a loop that stands still, for a disk say, costs no trainer."""
         if (board := self._job.board) is not None:
-            board.act_until(int(until_s * 1e9))
+            board.extend_act_until(int(until_s * 1e9))
 
     def leave(self) -> None:
         """Leave the membership, beside the loop: nothing of this launch follows here.
@@ -235,11 +237,11 @@ class Nodes:
     def _hang_up(self) -> None:
         if self._node is not None:
             node, self._node = self._node, None
-            self._leaving = start(node.close, name="ckpt-node-leave")
+            self._leaving = start_thread(node.close, name="ckpt-node-leave")
 
     # ---- what comes from the node's threads, in the loop
 
-    def _came(self, epoch: Epoch) -> None:
+    def _came(self, epoch: NodeEpoch) -> None:
         before, self.epoch = self.epoch, epoch
         self._out = False
         self._attempt = max(self._attempt, epoch.number)
@@ -248,15 +250,15 @@ class Nodes:
             self._on(JobEnded(epoch.note.end, epoch.note.why, time.monotonic()))
             return
         self._progress.begin()
-        self.memory.see(epoch)
+        self.memory.see_epoch(epoch)
         self.standbys.see()
         self._rooms.new_epoch(epoch.number, era=epoch.note.era)
-        self.uploads.see(epoch, before, placed=self.placed)
+        self.uploads.see_epoch(epoch, before, placed=self.placed)
         if self._job.board is not None:
-            self._job.board.others_count = self.placed and bool(self.others)
+            self._job.board.has_remote_ranks = self.placed and bool(self.others)
             if self._node is not None:  # before anything starts: what is there may be from an earlier membership
                 self._tell_time(self._job.board, self._node)
-        self._on(EpochCame(epoch.number, self.placed, epoch.note.why, time.monotonic()))
+        self._on(EpochChanged(epoch.number, self.placed, epoch.note.why, time.monotonic()))
         self._stand_by()
 
     def _stand_by(self) -> None:
@@ -264,9 +266,9 @@ class Nodes:
         epoch = self.epoch
         if epoch is not None and not self.placed and not self._out and self._ran_ahead < epoch.number:
             self._ran_ahead = epoch.number
-            self._job.say("supervisor", RunAhead())
+            self._job.say("supervisor", StartPrepared())
 
-    def _see_members(self, epoch: Epoch) -> None:
+    def _see_members(self, epoch: NodeEpoch) -> None:
         """Other standbys came to an epoch, or this one did: nothing begins or ends by that."""
         before = self.epoch
         if before is not None and before.number > epoch.number:
@@ -275,7 +277,7 @@ class Nodes:
         if before is None or before.me != epoch.me:
             self._out = False  # it joined anew
         if before is None or (before.number, before.me) != (epoch.number, epoch.me):
-            self.memory.see(epoch)
+            self.memory.see_epoch(epoch)
             self.standbys.see()
         self.memory.see_members(epoch)
         self._stand_by()
@@ -283,20 +285,20 @@ class Nodes:
     def _lost(self, why: str) -> None:
         self._out = True
         number = self.epoch.number + 1 if self.epoch is not None else 1
-        self._job.tell(Event("out", f"this node is out of its job's membership, and joins anew: {why}", alarm=True))
-        self._on(EpochCame(number, False, why, time.monotonic()))
+        self._job.emit(Event("out", f"this node is out of its job's membership, and joins anew: {why}", alarm=True))
+        self._on(EpochChanged(number, False, why, time.monotonic()))
 
     def _fail(self, text: str) -> None:
         self._on(JobEnded(1, text, time.monotonic()))
 
     def _up(self, node: str) -> None:
-        self.uploads.line_up(node)
+        self.uploads.connected(node)
 
     def _down(self, node: str, why: str) -> None:
         """Without the node of rank 0 the ranks here can't agree on anything, and what they said may be lost."""
-        self.memory.line_down(node)
+        self.memory.disconnected(node)
         epoch = self.epoch
-        if epoch is None or not self.placed or self.root or node != epoch.record.root:
+        if epoch is None or not self.placed or self.root or node != epoch.record.rank0_node:
             return
         self._cut(why)
 
@@ -304,33 +306,33 @@ class Nodes:
         epoch = self.epoch
         assert epoch is not None, "an epoch"
         text = f"the line to the node of rank 0 is broken: {why}"
-        self._on(Cut(epoch.number, text, time.monotonic(), self._job.completed()))
+        self._on(Rank0Unreachable(epoch.number, text, time.monotonic(), self._job.completed()))
 
-    def _word(self, node: str, word: Word) -> None:
+    def _word(self, node: str, word: MeshMessage) -> None:
         board = self._job.board
         match word:
-            case said.Post() | said.Peek() | said.Count() | said.Forget() | said.Said():
+            case said.MeshPost() | said.MeshPeek() | said.MeshCount() | said.MeshForget() | said.MeshReply():
                 self._rooms.take(node, word)
-            case said.Standing() if self.standbys.take(node, word):
+            case said.NodeProgress() if self.standbys.take(node, word):
                 pass
-            case said.Standing():
+            case said.NodeProgress():
                 self._progress.take(node, word)
-            case said.Roll() | said.Here():
+            case said.LivenessCall() | said.LivenessAnswer():
                 if self.placed:
                     self._roll.take(node, word)
-            case said.Handed() | said.Opened():
+            case said.NodeSubmissions() | said.MeshEpochOpened():
                 self.uploads.take(node, word)
-            case said.AskHeld() | said.Held() | said.Sources():
+            case said.AskNodeInventory() | said.NodeInventory() | said.MeshSources():
                 self.memory.take(node, word)
-            case said.Decided():
+            case said.MeshDecided():
                 if board is not None and self.epoch is not None and word.attempt == board.attempt:
                     board.decide(word.boundary, word.flags)
 
     # ---- small parts
 
-    def _holds(self, holdings: Holdings) -> None:
+    def _holds(self, holdings: StateInventory) -> None:
         if self._node is not None:
-            self._node.holds(holdings)
+            self._node.put_inventory(holdings)
 
     def _ranks_here(self) -> range:
         assert self.epoch is not None, "an epoch"
@@ -341,20 +343,20 @@ class Nodes:
         self._job.post(lambda: call() if self._leaving is None else None)
 
     def _tell(self, event: Event) -> None:
-        self._job.post(lambda: self._job.tell(event))
+        self._job.post(lambda: self._job.emit(event))
 
     def _join(self) -> Node:
         job, post = self._job, self._post
-        told = Told(
-            epoch=lambda epoch: post(lambda: self._came(epoch)),
-            members=lambda epoch: post(lambda: self._see_members(epoch)),
-            out=lambda why: post(lambda: self._lost(why)),
-            word=lambda node, word: post(lambda: self._word(node, word)),
-            up=lambda node: post(lambda: self._up(node)),
-            down=lambda node, why: post(lambda: self._down(node, why)),
-            acts=self._acts,
+        told = NodeObserver(
+            on_epoch=lambda epoch: post(lambda: self._came(epoch)),
+            on_standbys=lambda epoch: post(lambda: self._see_members(epoch)),
+            on_membership_lost=lambda why: post(lambda: self._lost(why)),
+            on_message=lambda node, word: post(lambda: self._word(node, word)),
+            on_connected=lambda node: post(lambda: self._up(node)),
+            on_disconnected=lambda node, why: post(lambda: self._down(node, why)),
+            on_act_until=self._acts,
         )
         return join(
             self._spec, self._secret, host=self._host, ranks=job.ranks, peer_port=self.memory.port,
-            here=Here(lambda: job.policy, lambda: self._attempt, job.completed), told=told, tell=self._tell,
+            here=KeeperFacts(lambda: job.policy, lambda: self._attempt, job.completed), told=told, emit=self._tell,
         )  # fmt: skip

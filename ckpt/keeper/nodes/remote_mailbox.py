@@ -14,33 +14,33 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as WaitTimeoutError
 
 from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.mesh.messages import Word
-from ckpt.keeper.mailbox import OwnRoom, Room, ValueTo
+from ckpt.cluster.mesh.messages import MeshMessage
+from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox, ValueCallback
 
 EARLY_MAX = 10_000
 """Words that wait for rooms that are not open yet; what comes beyond is dropped, and its attempt fails in time."""
 
-RoomWord = said.Post | said.Peek | said.Count | said.Forget
-Asked = tuple[str, "ValueTo | Callable[[int], object]", bool]
+MailboxMessage = said.MeshPost | said.MeshPeek | said.MeshCount | said.MeshForget
+Asked = tuple[str, "ValueCallback | Callable[[int], object]", bool]
 
 
-class FarRooms:
+class RemoteMailboxes:
     """The rooms of one keeper's job. ``say`` says a word to a node, and whether a line was there."""
 
-    def __init__(self, say: Callable[[str, Word], bool]) -> None:
+    def __init__(self, say: Callable[[str, MeshMessage], bool]) -> None:
         self._say = say
-        self._served: dict[str, OwnRoom] = {}
-        self._early: list[tuple[str, RoomWord]] = []
+        self._served: dict[str, LocalMailbox] = {}
+        self._early: list[tuple[str, MailboxMessage]] = []
         self._calls = itertools.count(1)
         self._asked: dict[int, Asked] = {}
 
     def new_epoch(self, number: int, *, era: int) -> None:
         """Rooms of other attempts and eras are gone, and so are questions to them."""
-        stay = {attempt_room(number), uploads_room(era)}
+        stay = {attempt_mailbox(number), uploads_mailbox(era)}
         self._served = {name: room for name, room in self._served.items() if name in stay}
         self._asked = {call: one for call, one in self._asked.items() if one[0] in stay}
 
-    def serve(self, name: str, room: OwnRoom) -> None:
+    def serve(self, name: str, room: LocalMailbox) -> None:
         """Answer others' words about a room of this keeper, those that came too early first."""
         if self._served.get(name) is room:
             return
@@ -49,92 +49,92 @@ class FarRooms:
         for node, word in early:
             self._serve(node, word)
 
-    def ask(self, node: str, name: str, word: Callable[[int], RoomWord], answer: object, *, counts: bool) -> None:
+    def ask(self, node: str, name: str, word: Callable[[int], MailboxMessage], answer: object, *, counts: bool) -> None:
         """Ask the node of rank 0; ``answer`` hears of it. Without a line nobody answers, and the attempt fails in time."""
         call = next(self._calls)
         self._asked[call] = (name, answer, counts)  # type: ignore[assignment]
         self._say(node, word(call))
 
-    def tell(self, node: str, word: RoomWord) -> None:
+    def tell(self, node: str, word: MailboxMessage) -> None:
         """Say something to the node of rank 0 that nobody answers."""
         self._say(node, word)
 
-    def take(self, node: str, word: RoomWord | said.Said) -> None:
+    def take(self, node: str, word: MailboxMessage | said.MeshReply) -> None:
         """A word about a room, or an answer."""
-        if not isinstance(word, said.Said):
+        if not isinstance(word, said.MeshReply):
             self._serve(node, word)
             return
         asked = self._asked.pop(word.call, None)
         if asked is not None:
             asked[1](word.number if asked[2] else word.value)  # type: ignore[arg-type]
 
-    def _serve(self, node: str, word: RoomWord) -> None:
+    def _serve(self, node: str, word: MailboxMessage) -> None:
         room = self._served.get(word.room)
         if room is None:
             if len(self._early) < EARLY_MAX:
                 self._early.append((node, word))
             return
         match word:
-            case said.Post():
+            case said.MeshPost():
                 room.post(word.key, word.value)
-            case said.Forget():
+            case said.MeshForget():
                 room.forget(word.key)
-            case said.Peek(call=call):
+            case said.MeshPeek(call=call):
 
                 def value(found: bytes | None) -> None:
-                    self._say(node, said.Said(call=call, value=found))
+                    self._say(node, said.MeshReply(call=call, value=found))
 
                 room.peek(word.key, wait_s=word.wait_s, owner=node, answer=value)
-            case said.Count(call=call):
+            case said.MeshCount(call=call):
 
                 def number(found: int) -> None:
-                    self._say(node, said.Said(call=call, number=found))
+                    self._say(node, said.MeshReply(call=call, number=found))
 
                 room.count(word.key, word.amount, answer=number)
 
 
-def attempt_room(number: int) -> str:
+def attempt_mailbox(number: int) -> str:
     """The name of an attempt's room."""
     return f"attempt/{number}"
 
 
-def uploads_room(era: int) -> str:
+def uploads_mailbox(era: int) -> str:
     """The name of the room in which an era's snapshots are made durable."""
     return f"uploads/{era}"
 
 
-class FarRoom:
+class RemoteMailbox:
     """A room that is at ``node``. See Room."""
 
-    def __init__(self, rooms: FarRooms, name: str, node: str) -> None:
+    def __init__(self, rooms: RemoteMailboxes, name: str, node: str) -> None:
         self._rooms = rooms
         self._name = name
         self._node = node
 
     def post(self, key: str, value: bytes) -> None:
         """See Room."""
-        self._rooms.tell(self._node, said.Post(room=self._name, key=key, value=value))
+        self._rooms.tell(self._node, said.MeshPost(room=self._name, key=key, value=value))
 
-    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueTo) -> None:
+    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
         """See Room. Whoever leaves is answered all the same, and hears nothing of it."""
         del owner
 
-        def word(call: int) -> RoomWord:
-            return said.Peek(call=call, room=self._name, key=key, wait_s=wait_s)
+        def word(call: int) -> MailboxMessage:
+            return said.MeshPeek(call=call, room=self._name, key=key, wait_s=wait_s)
 
         self._rooms.ask(self._node, self._name, word, answer, counts=False)
 
     def count(self, key: str, amount: int, *, answer: Callable[[int], object]) -> None:
         """See Room."""
 
-        def word(call: int) -> RoomWord:
-            return said.Count(call=call, room=self._name, key=key, amount=amount)
+        def word(call: int) -> MailboxMessage:
+            return said.MeshCount(call=call, room=self._name, key=key, amount=amount)
 
         self._rooms.ask(self._node, self._name, word, answer, counts=True)
 
     def forget(self, key: str) -> None:
         """See Room."""
-        self._rooms.tell(self._node, said.Forget(room=self._name, key=key))
+        self._rooms.tell(self._node, said.MeshForget(room=self._name, key=key))
 
 
 # How threads of a keeper speak to the ranks of other nodes: through a room that only its loop may
@@ -149,19 +149,19 @@ NOBODY_S = 0.05
 REPEATED_MAX = 256
 """So many of the last messages are posted again where a line was broken. Only those of the last few snapshots matter."""
 
-Post = Callable[[Callable[[], object]], None]
+PostToLoop = Callable[[Callable[[], object]], None]
 
 
 class LoopChannel:
     """The channel of one rank over ``room``, which is asked for each time: None once that is over. Thread-safe.
 
-    See ``persist.channel.Messages``. What is lost on its way is said again, which counters would not bear.
+    See ``persist.channel.RankMailbox``. What is lost on its way is said again, which counters would not bear.
     """
 
     stays = True
     """A rank leaves with its node, and that ends the era for all."""
 
-    def __init__(self, post: Post, room: Callable[[], Room | None], *, rank: int, size: int) -> None:
+    def __init__(self, post: PostToLoop, room: Callable[[], KeeperMailbox | None], *, rank: int, size: int) -> None:
         self._call = post
         self._room = room
         self.rank = rank

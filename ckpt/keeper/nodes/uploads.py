@@ -11,41 +11,41 @@ import time
 from collections.abc import Callable
 
 from ckpt.cluster.mesh import messages as said
-from ckpt.cluster.node.epochs import Epoch
-from ckpt.ipc.messages import Seating
-from ckpt.keeper.cluster_view import Among
+from ckpt.cluster.node.epochs import NodeEpoch
+from ckpt.ipc.messages import RankPlacement
+from ckpt.keeper.cluster_view import EpochView
 from ckpt.keeper.job import Job
-from ckpt.keeper.mailbox import OwnRoom, Room, ValueTo
-from ckpt.keeper.nodes.remote_mailbox import LoopChannel, uploads_room
+from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox, ValueCallback
+from ckpt.keeper.nodes.remote_mailbox import LoopChannel, uploads_mailbox
 from ckpt.values import SnapshotId
 
 
-class _EraRoom(OwnRoom):
+class _EraRoom(LocalMailbox):
     """The room of an era's uploads. No clock of the loop's is for it: questions that waited long enough go when one comes."""
 
-    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueTo) -> None:
+    def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
         """See Room."""
         self.tick(time.monotonic())
         super().peek(key, wait_s=wait_s, owner=owner, answer=answer)
 
 
-class NodesUploads:
+class ClusterUploads:
     """See the module. In the loop."""
 
-    def __init__(self, job: Job, among: Among, *, seating: Callable[[], Seating | None]) -> None:
+    def __init__(self, job: Job, among: EpochView, *, seating: Callable[[], RankPlacement | None]) -> None:
         self._job = job
         self._among = among
         self._seating = seating
-        self._handed: dict[str, said.Handed] = {}
-        self._told: said.Handed | None = None
+        self._handed: dict[str, said.NodeSubmissions] = {}
+        self._told: said.NodeSubmissions | None = None
         """What this node had handed in when the attempt began."""
         self._begun = 0
         """The attempt that began here last."""
         self._resume: tuple[SnapshotId | None] | None = None
         """On the node of rank 0: what the log's open epoch goes on from, while some node has not told what it handed in."""
-        self._word: said.Opened | None = None
+        self._word: said.MeshEpochOpened | None = None
         """The last word of its kind, which may be of an attempt that begins here in a moment."""
-        self._room: Room | None = None
+        self._room: KeeperMailbox | None = None
         self._channels: list[LoopChannel] = []
         self.resume: SnapshotId | None = None
         """What the epoch that was opened last goes on from."""
@@ -62,27 +62,27 @@ class NodesUploads:
         self._channels.append(channel)
         return channel
 
-    def see(self, epoch: Epoch, before: Epoch | None, *, placed: bool) -> None:
+    def see_epoch(self, epoch: NodeEpoch, before: NodeEpoch | None, *, placed: bool) -> None:
         """A new epoch; perhaps another era."""
         self._handed = {node: one for node, one in self._handed.items() if one.attempt >= epoch.number}
         if before is not None and before.note.era == epoch.note.era:
             return
         self._channels.clear()
-        self._room = self._among.room(uploads_room(epoch.note.era), _EraRoom()) if placed else None
+        self._room = self._among.room(uploads_mailbox(epoch.note.era), _EraRoom()) if placed else None
         self._job.fenced = ""  # whoever wrote the log before, another one may do so now
         if self._job.uploads is not None:
-            self._job.uploads.new_era(root=self._among.root)
+            self._job.uploads.new_generation(root=self._among.root)
 
     def begin(self, attempt: int) -> None:
         """An attempt begins here: tell what was handed in before, and hold back what comes until its epoch is open."""
         assert self._among.epoch is not None, "an epoch with ranks here"
         uploads = self._job.need_uploads()
-        uploads.reach_others_by(self.channel_of)  # an earlier launch of the program had other nodes
-        count, turns = uploads.handed
-        self._told = said.Handed(attempt=attempt, count=count, turns=turns)
+        uploads.use_channels(self.channel_of)  # an earlier launch of the program had other nodes
+        count, turns = uploads.submitted
+        self._told = said.NodeSubmissions(attempt=attempt, count=count, turns=turns)
         self._begun, self._resume = attempt, None
         self._tell()
-        uploads.await_open()
+        uploads.hold_submissions()
         if self._word is not None and self._word.attempt == attempt:
             self._follow(self._word)
 
@@ -94,20 +94,20 @@ class NodesUploads:
             self._resume = (resume,)
             self._open()
 
-    def take(self, node: str, word: said.Handed | said.Opened) -> None:
+    def take(self, node: str, word: said.NodeSubmissions | said.MeshEpochOpened) -> None:
         """What another node says."""
         match word:
-            case said.Handed():
+            case said.NodeSubmissions():
                 self._handed[node] = word
                 self._open()
-            case said.Opened():
+            case said.MeshEpochOpened():
                 self._word = word
                 self._follow(word)
 
-    def line_up(self, node: str) -> None:
+    def connected(self, node: str) -> None:
         """What was said to the node of rank 0 may have been lost."""
         epoch = self._among.epoch
-        if epoch is not None and node == epoch.record.root:
+        if epoch is not None and node == epoch.record.rank0_node:
             self._tell()
             for channel in self._channels:
                 channel.repeat()
@@ -119,7 +119,7 @@ class NodesUploads:
         if self._among.root:
             self._handed[self._among.me] = self._told
         else:
-            self._among.say(epoch.record.root, self._told)
+            self._among.say(epoch.record.rank0_node, self._told)
 
     def _open(self) -> None:
         epoch = self._among.epoch
@@ -130,15 +130,15 @@ class NodesUploads:
         if len(known) < len(nodes):
             return
         turns = max(known, key=lambda one: one.count).turns
-        word = said.Opened(attempt=epoch.number, resume=self._resume[0], turns=turns)
+        word = said.MeshEpochOpened(attempt=epoch.number, resume=self._resume[0], turns=turns)
         self._resume = None
         self._follow(word)
         self._among.say_to_all(word)
 
-    def _follow(self, word: said.Opened) -> None:
+    def _follow(self, word: said.MeshEpochOpened) -> None:
         slots, epoch = self._job.slots, self._among.epoch
         if slots is None or epoch is None or not word.attempt == epoch.number == self._begun:
             return
         self.resume = word.resume
-        self._job.need_uploads().opened(word.turns, slots.sealed_of)
-        slots.forget_beyond(word.resume)
+        self._job.need_uploads().epoch_opened(word.turns, slots.hold_snapshot)
+        slots.discard_after(word.resume)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ckpt.ipc.messages import Choice
 from ckpt.log.select import candidates
-from ckpt.log.state import Committed, LogState, Opened, segments, whole
+from ckpt.log.state import Committed, LogState, OpenedEpoch, lineage_segments, whole_epoch
 from ckpt.values import SnapshotId
 
 STAGED = "staged"
@@ -16,7 +16,7 @@ NOT_WRITTEN = -1
 """The ``seq`` of what is not in the log as it was read."""
 
 
-def ahead(state: LogState, opens: Sequence[Opened], commits: Sequence[SnapshotId] = ()) -> LogState:
+def with_pending(state: LogState, opens: Sequence[OpenedEpoch], commits: Sequence[SnapshotId] = ()) -> LogState:
     """``state`` with what was given out and committed since it was read: ``opens`` and ``commits``, both in their order.
 
     What ``state`` has already, or has passed, is left out.
@@ -30,16 +30,16 @@ def ahead(state: LogState, opens: Sequence[Opened], commits: Sequence[SnapshotId
     )
 
 
-LINEAGE_CHARS = 16
+LAUNCH_PREFIX_CHARS = 16
 """How much of an open's write id is shared by all opens that one keeper wrote for one launch; the rest is its own."""
 
 
-def lineage(origin: str) -> str:
+def launch_prefix(origin: str) -> str:
     """What the opens of one keeper and launch have in common."""
-    return origin[:LINEAGE_CHARS]
+    return origin[:LAUNCH_PREFIX_CHARS]
 
 
-def ours(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> dict[SnapshotId, str]:
+def own_staged(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> dict[SnapshotId, str]:
     """Those of ``staged`` (pair and origin) whose epoch is the one that ``state`` has under that number, or will have.
 
     ``ids`` are the write ids of the log's opens. An epoch that is not in the log is still to come only where nobody else
@@ -47,47 +47,47 @@ def ours(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, st
     the number alone decides.
     """
     known = {opened.epoch for opened in state.opens}
-    newest = lineage(ids.get(state.epoch, ""))
+    newest = launch_prefix(ids.get(state.epoch, ""))
 
     def counts(pair: SnapshotId, origin: str) -> bool:
         if not origin:
             return True
-        return ids.get(pair.epoch) == origin if pair.epoch in known else newest == lineage(origin)
+        return ids.get(pair.epoch) == origin if pair.epoch in known else newest == launch_prefix(origin)
 
     return {pair: origin for pair, origin in staged.items() if counts(pair, origin)}
 
 
 def restorable(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> tuple[SnapshotId, ...]:
     """Those of ``staged`` that a restart may go on from, newest first: ours, and on the line of the newest epoch."""
-    counted = ours(state, ids, staged)
-    return on_line(ahead(state, assumed(state, counted)), counted)
+    counted = own_staged(state, ids, staged)
+    return on_lineage(with_pending(state, missing_opens(state, counted)), counted)
 
 
-def on_line(state: LogState, pairs: Collection[SnapshotId]) -> tuple[SnapshotId, ...]:
+def on_lineage(state: LogState, pairs: Collection[SnapshotId]) -> tuple[SnapshotId, ...]:
     """Those of ``pairs``, committed or not, that are on the line of the newest epoch, newest first."""
     opens = {opened.epoch: opened for opened in state.opens}
-    last = {segment.epoch: segment.last_step for segment in segments(opens, whole(state.epoch))}
+    last = {segment.epoch: segment.last_step for segment in lineage_segments(opens, whole_epoch(state.epoch))}
     found = {pair for pair in pairs if pair.epoch in last and _within(pair.step, last[pair.epoch])}
     return tuple(sorted(found, reverse=True))
 
 
-def assumed(state: LogState, staged: Collection[SnapshotId]) -> tuple[Opened, ...]:
+def missing_opens(state: LogState, staged: Collection[SnapshotId]) -> tuple[OpenedEpoch, ...]:
     """The opens that are missing in ``state`` although their captures are staged.
 
     An earlier keeper of this job gave those epochs out and died before it wrote the records. Each is taken to go on from the
     newest pair known below it: what a restart chooses.
     """
-    found: tuple[Opened, ...] = ()
+    found: tuple[OpenedEpoch, ...] = ()
     for epoch in sorted({pair.epoch for pair in staged if pair.epoch > state.epoch}):
-        before = ahead(state, found)
-        below = [*on_line(before, [pair for pair in staged if pair.epoch < epoch]), *candidates(before)]
-        found = (*found, Opened(epoch, NOT_WRITTEN, max(below, default=None)))
+        before = with_pending(state, found)
+        below = [*on_lineage(before, [pair for pair in staged if pair.epoch < epoch]), *candidates(before)]
+        found = (*found, OpenedEpoch(epoch, NOT_WRITTEN, max(below, default=None)))
     return found
 
 
 def best_first(state: LogState, staged: Collection[SnapshotId]) -> tuple[Choice, ...]:
     """What a restore tries: pairs of the line, newest first; of one that is in both places the staged copy first."""
-    found = [Choice(pair, STAGED) for pair in on_line(state, staged)]
+    found = [Choice(pair, STAGED) for pair in on_lineage(state, staged)]
     found += [Choice(pair, DURABLE) for pair in candidates(state)]
     return tuple(sorted(found, key=lambda choice: (choice.snapshot, choice.tier == STAGED), reverse=True))
 
@@ -99,7 +99,7 @@ def superseded(state: LogState, snapshot: SnapshotId) -> bool:
     )
 
 
-def needless(state: LogState, snapshot: SnapshotId) -> bool:
+def not_needed(state: LogState, snapshot: SnapshotId) -> bool:
     """Whether to commit ``snapshot`` would help nobody: it is superseded, or the line holds a newer one."""
     newest = state.newest()
     return superseded(state, snapshot) or (newest is not None and newest >= snapshot)

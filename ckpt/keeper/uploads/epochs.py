@@ -16,17 +16,17 @@ from ckpt.events import Event
 from ckpt.ipc.messages import Choice
 from ckpt.keeper.uploads.choices import STAGED
 from ckpt.keeper.uploads.log_view import LogView
-from ckpt.keeper.uploads.persisters import HandIns, error_of
-from ckpt.keeper.uploads.retry import Waits
-from ckpt.keeper.uploads.store_log import Begun, Opening, Seen, StoreLog, new_origin
-from ckpt.log.select import Chosen
+from ckpt.keeper.uploads.persisters import Persisters, error_of
+from ckpt.keeper.uploads.retry import Retries
+from ckpt.keeper.uploads.store_log import FirstOpen, FirstOpened, LogReading, StoreLog, new_origin
+from ckpt.log.select import ResumeChoice
 from ckpt.threads import CallQueue
 from ckpt.values import SnapshotId
 
 T = TypeVar("T")
 
 
-class Around(Protocol):
+class EpochObserver(Protocol):
     """What epochs need of the keeper around them."""
 
     def post(self, call: Callable[[], object], /) -> object:
@@ -51,14 +51,14 @@ class _Asked:
     """An epoch that is wanted while another is being opened."""
 
     resume: SnapshotId | None
-    chosen: Chosen | None
+    chosen: ResumeChoice | None
     answer: Future[int]
 
 
-class Epochs:
+class LogEpochs:
     """The log as the loop knows it, and the epochs given out from it. Lives over any number of launches and attempts."""
 
-    def __init__(self, log: StoreLog, hands: HandIns, waits: Waits, around: Around, *, store: str) -> None:
+    def __init__(self, log: StoreLog, hands: Persisters, waits: Retries, around: EpochObserver, *, store: str) -> None:
         self._log = log
         self._hands = hands
         self._waits = waits
@@ -72,7 +72,7 @@ class Epochs:
         self._fresh = True  # the launch has opened no epoch yet, so that another writer's isn't a rival
         self._beginning = False
         self._waiting: list[_Asked] = []
-        self._chosen: Chosen | None = None
+        self._chosen: ResumeChoice | None = None
         """What the log's newest snapshot was when choices were last read there."""
         self._under_way = 0
         self._eras = 0
@@ -109,17 +109,17 @@ class Epochs:
         self._open(_Asked(resume, self._chosen if newest else None, future))
         return future
 
-    def open_to_settle(
+    def open_to_flush(
         self, snapshot: SnapshotId, origin: str, then: Callable[[], object], failed: Callable[[CkptError], object]
     ) -> None:
         """Open an epoch that goes on from a staged pair, unless somebody else went on with the job."""
         if self._beginning:  # trainers came back
             failed(UnavailableError("an epoch is being opened."))
             return
-        opening = Opening(snapshot, {snapshot: origin}, True, new_origin())
+        opening = FirstOpen(snapshot, {snapshot: origin}, True, new_origin())
         self._beginning = True
 
-        def begun(done: Begun) -> None:
+        def begun(done: FirstOpened) -> None:
             self._begun(done)
             then()
             self._open_waiting()
@@ -140,12 +140,12 @@ class Epochs:
         """Read the log in the background, with the ids of ``epochs``; then go on."""
         before = self.view.commits()
 
-        def have(seen: Seen) -> None:
+        def have(seen: LogReading) -> None:
             if not self._fresh and seen.log_id != self.view.log_id:
                 failed(UnavailableError(f"the store is not where it was. store={self._store}"))
                 return
             self._see_store(seen.log_id)
-            if self.view.see(seen, before) and not self._fresh:
+            if self.view.update(seen, before) and not self._fresh:
                 self.fence(self.view.fenced())
             if self.fenced is not None:
                 failed(self.fenced)
@@ -180,13 +180,13 @@ class Epochs:
     def new_launch(self) -> None:
         """The program was started anew: neither who went on with the job in between nor another store is a rival now."""
         self._fresh, self.fenced, self._chosen = True, None, None
-        self._log.look_again()
+        self._log.recheck_store()
 
-    def new_era(self, *, root: bool) -> None:
+    def new_generation(self, *, root: bool) -> None:
         """Other nodes, or places, than before: see ``Uploads.new_era``. What is asked for, and not opened yet, fails."""
         self._eras += 1
         for kind in ("choices-wait", "open-waits"):
-            self._waits.over(kind)
+            self._waits.cancel(kind)
         waiting, self._waiting, self._beginning = self._waiting, [], False
         gone = UnavailableError("the job's nodes are others now; the attempt that asked is over.")
         for asked in waiting:
@@ -205,8 +205,8 @@ class Epochs:
 
     def _read_choices(self, staged: Mapping[SnapshotId, str], future: Future[tuple[Choice, ...]], stores: int) -> None:
         def have() -> None:
-            self._waits.worked("choices-wait")
-            self._chosen = Chosen(self.view.state.newest())
+            self._waits.succeeded("choices-wait")
+            self._chosen = ResumeChoice(self.view.state.newest())
             future.set_result(self.view.best_first(staged if stores == self.view.stores else {}))
 
         def failed(error: CkptError) -> None:
@@ -214,7 +214,7 @@ class Epochs:
                 future.set_exception(error)
                 return
             what = "slots hold snapshots, but the log that says which of them count can't be read; waiting"
-            self._waits.later("choices-wait", what, error, lambda: self._read_choices(staged, future, stores))
+            self._waits.schedule("choices-wait", what, error, lambda: self._read_choices(staged, future, stores))
 
         self.read_log(frozenset(pair.epoch for pair in staged), have, failed)
 
@@ -227,16 +227,16 @@ class Epochs:
             self._give_out(asked)
         else:
             self._beginning = True
-            self._open_first(Opening(asked.resume, self.view.staged, False, new_origin(), asked.chosen), asked.answer)
+            self._open_first(FirstOpen(asked.resume, self.view.staged, False, new_origin(), asked.chosen), asked.answer)
 
-    def _open_first(self, opening: Opening, future: Future[int]) -> None:
+    def _open_first(self, opening: FirstOpen, future: Future[int]) -> None:
         era = self._eras
 
-        def begun(done: Begun) -> None:
+        def begun(done: FirstOpened) -> None:
             if era != self._eras:
                 not_begun(UnavailableError("the job's nodes are others now; the attempt that asked is over."))
                 return
-            self._waits.worked("open-waits")
+            self._waits.succeeded("open-waits")
             self._begun(done)
             future.set_result(self.view.epoch)
             self._open_waiting()
@@ -247,19 +247,21 @@ class Epochs:
                 return
             if opening.staged and error.retry and not self._closed:
                 what = "slots hold snapshots, but no epoch can be opened to go on; waiting"
-                self._waits.later("open-waits", what, error, lambda: self._open_first(opening, future))
+                self._waits.schedule("open-waits", what, error, lambda: self._open_first(opening, future))
                 return
             future.set_exception(error)
             self._open_waiting()
 
         self._begin(opening, begun, not_begun)
 
-    def _begin(self, opening: Opening, begun: Callable[[Begun], object], failed: Callable[[CkptError], object]) -> None:
+    def _begin(
+        self, opening: FirstOpen, begun: Callable[[FirstOpened], object], failed: Callable[[CkptError], object]
+    ) -> None:
         # What an earlier launch left in flight is committed first: the new epoch would make those commits void.
         do = self._hands.call if self._hands else self._thread.submit
         self.when_done(do(lambda: self._log.begin(opening)), begun, failed)
 
-    def _begun(self, begun: Begun) -> None:
+    def _begun(self, begun: FirstOpened) -> None:
         self._see_store(begun.seen.log_id)
         self._fresh = False
         self.view.begin(begun)
@@ -269,7 +271,7 @@ class Epochs:
 
     def _see_store(self, log_id: str) -> None:
         """Start afresh where another store, or none, stands where the last launch's did."""
-        if not self.view.moved(log_id):
+        if not self.view.store_changed(log_id):
             return
         self._around.on_moved()
         what = "another one now" if log_id else "gone"
@@ -286,7 +288,7 @@ class Epochs:
 
     def _give_out(self, asked: _Asked) -> None:
         try:
-            given = self.view.give_out(asked.resume)
+            given = self.view.issue(asked.resume)
         except UsageError as error:
             asked.answer.set_exception(error)
             return

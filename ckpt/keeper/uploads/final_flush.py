@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt.errors import CkptError, ConflictError, FencedError, NotFoundError, UnavailableError
-from ckpt.events import Event, Tell
-from ckpt.keeper.uploads.epochs import Epochs
-from ckpt.keeper.uploads.persisters import HandIns
-from ckpt.keeper.uploads.retry import Waits
-from ckpt.keeper.uploads.submissions import Turn, Turns
+from ckpt.events import Emit, Event
+from ckpt.keeper.uploads.epochs import LogEpochs
+from ckpt.keeper.uploads.persisters import Persisters
+from ckpt.keeper.uploads.retry import Retries
+from ckpt.keeper.uploads.submissions import Submission, Submissions
 from ckpt.save.receipts import shares_problem
-from ckpt.save.sealed import Sealed
+from ckpt.save.sealed import SealedSlot
 from ckpt.values import SnapshotId
 
-SealedOf = Callable[[int, SnapshotId], Sealed | None]
+HoldSnapshot = Callable[[int, SnapshotId], SealedSlot | None]
 """The slot of a rank that holds a pair, held for an upload; None where there is none."""
 
 
@@ -26,15 +26,15 @@ KIND = "settle-waits"
 @dataclass(slots=True, eq=False)
 class _Task:
     pairs: deque[SnapshotId]
-    sealed_of: SealedOf
-    turn: Turn | None = None
+    sealed_of: HoldSnapshot
+    turn: Submission | None = None
 
 
-class Settler:
+class FinalFlush:
     """At most one job at a time: the newest of some pairs that can be saved. The last one asked for counts."""
 
     def __init__(
-        self, epochs: Epochs, hand_ins: HandIns, turns: Turns, waits: Waits, *, ranks: int, tell: Tell
+        self, epochs: LogEpochs, hand_ins: Persisters, turns: Submissions, waits: Retries, *, ranks: int, emit: Emit
     ) -> None:
         self._epochs = epochs
         self._view = epochs.view
@@ -42,7 +42,7 @@ class Settler:
         self._turns = turns
         self._waits = waits
         self._ranks = ranks
-        self._tell = tell
+        self._tell = emit
         self._task: _Task | None = None
 
     @property
@@ -55,10 +55,10 @@ class Settler:
         """The pair that is to be settled, or None."""
         return self._task.pairs[0] if self._task is not None else None
 
-    def start(self, pairs: Sequence[SnapshotId], sealed_of: SealedOf) -> None:
+    def start(self, pairs: Sequence[SnapshotId], sealed_of: HoldSnapshot) -> None:
         """Settle the newest of ``pairs`` that can be; no second try beside one in flight."""
         self.stop()
-        if not pairs or self._view.needless(max(pairs)):
+        if not pairs or self._view.not_needed(max(pairs)):
             return
         self._task = task = _Task(deque(sorted(pairs, reverse=True)), sealed_of, turn=self._turns.find(max(pairs)))
         if task.turn is None:
@@ -67,9 +67,9 @@ class Settler:
     def stop(self) -> None:
         """Settle nothing any more; what is in flight goes on."""
         self._task = None
-        self._waits.over(KIND)
+        self._waits.cancel(KIND)
 
-    def turn_settled(self, turn: Turn) -> None:
+    def submission_completed(self, turn: Submission) -> None:
         """All ranks are done with ``turn``."""
         task = self._task
         if task is None or task.turn is not turn:
@@ -94,7 +94,7 @@ class Settler:
         if task is not self._task:
             return
         pair = task.pairs[0]
-        if self._view.needless(pair):
+        if self._view.not_needed(pair):
             self.stop()
             return
         task.turn = self._turns.find(pair)
@@ -104,7 +104,7 @@ class Settler:
             self._later(task, None)
             return
         sealed = {rank: found for rank in range(self._ranks) if (found := task.sealed_of(rank, pair))}
-        why = unfit(Turn(0, pair), sealed, self._ranks)
+        why = unfit_reason(Submission(0, pair), sealed, self._ranks)
         if why is None and not self._view.restorable(pair, sealed[0].index.origin):
             why = ConflictError(
                 f"what is staged is not on the job's line, or another writer opened a newer epoch. snapshot={pair}"
@@ -114,11 +114,11 @@ class Settler:
             return
         origin = sealed[0].index.origin if why is None else ""
         for one in sealed.values():
-            one.let_go()
+            one.free()
         if why is not None:
             self._next(task, why)
             return
-        self._epochs.open_to_settle(
+        self._epochs.open_to_flush(
             pair, origin, lambda: self._look(task), lambda error: self._not_opened(task, error)
         )  # fmt: skip
 
@@ -155,10 +155,10 @@ class Settler:
             return
         task.turn = None
         what = f"{task.pairs[0]} is staged and not durable yet, tried again"
-        self._waits.later(KIND, what, error, lambda: self._look(task))
+        self._waits.schedule(KIND, what, error, lambda: self._look(task))
 
 
-def unfit(turn: Turn, sealed: Mapping[int, Sealed], ranks: int) -> CkptError | None:
+def unfit_reason(turn: Submission, sealed: Mapping[int, SealedSlot], ranks: int) -> CkptError | None:
     """Why the shares handed in and those found make no snapshot, or None. Pure."""
     indexes = {**turn.indexes, **{rank: one.index for rank, one in sealed.items()}}
     lost = [rank for rank in range(ranks) if rank not in indexes]

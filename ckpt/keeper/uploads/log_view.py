@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 
 from ckpt.errors import FencedError, InternalError, UsageError
 from ckpt.ipc.messages import Choice
-from ckpt.keeper.uploads.choices import NOT_WRITTEN, ahead, assumed, best_first, needless, ours, restorable
-from ckpt.keeper.uploads.store_log import Begun, Given, Seen, new_origin
-from ckpt.log.state import LogState, Opened
+from ckpt.keeper.uploads.choices import (
+    NOT_WRITTEN,
+    best_first,
+    missing_opens,
+    not_needed,
+    own_staged,
+    restorable,
+    with_pending,
+)
+from ckpt.keeper.uploads.store_log import FirstOpened, IssuedEpoch, LogReading, new_origin
+from ckpt.log.state import LogState, OpenedEpoch
 from ckpt.values import SnapshotId
 
 
@@ -18,7 +26,7 @@ class LogView:
     """No store is asked here."""
 
     _state: LogState | None = None
-    _opens: list[Opened] = field(default_factory=list)
+    _opens: list[OpenedEpoch] = field(default_factory=list)
     _ids: dict[int, str] = field(default_factory=dict)
     _commits: list[SnapshotId] = field(default_factory=list)
     log_id: str | None = None
@@ -38,7 +46,7 @@ class LogView:
         """The log's fold as it will be once all that was given out is written."""
         if self._state is None:
             raise InternalError("the log is looked into before it was read.")
-        return ahead(self._state, self._opens, self._commits)
+        return with_pending(self._state, self._opens, self._commits)
 
     def origin_of(self, epoch: int) -> str:
         """The write id of the record that opens ``epoch``; empty where it is not known."""
@@ -52,7 +60,7 @@ class LogView:
         """What became durable here since the log was last read."""
         return frozenset(self._commits)
 
-    def see(self, seen: Seen, before: Collection[SnapshotId]) -> bool:
+    def update(self, seen: LogReading, before: Collection[SnapshotId]) -> bool:
         """Take in what was read; ``before``: what was committed before the read. True where a foreign epoch is open.
 
         A number that was given out here and has another's record is foreign, and so is all that was given out after it.
@@ -75,7 +83,7 @@ class LogView:
             f"another writer opened an epoch of this job. newest={newest} mine={self.epoch} stop this one"
         )
 
-    def begin(self, begun: Begun) -> None:
+    def begin(self, begun: FirstOpened) -> None:
         """Take in the first epoch of a launch."""
         self._state = begun.seen.state
         # What an earlier launch gave out and is not in the log never comes there.
@@ -83,7 +91,7 @@ class LogView:
         self._opens += begun.opens
         self._ids.update(begun.ids)
 
-    def moved(self, log_id: str) -> bool:
+    def store_changed(self, log_id: str) -> bool:
         """Whether another store than before is there, or none (an empty id): all that was known is forgotten then."""
         before, self.log_id = self.log_id, log_id
         if not before or before == log_id:
@@ -93,13 +101,13 @@ class LogView:
         self._opens, self._ids, self._commits, self.staged = [], {}, [], {}
         return True
 
-    def give_out(self, resume: SnapshotId | None) -> Given:
+    def issue(self, resume: SnapshotId | None) -> IssuedEpoch:
         """The next epoch, to be recorded later. Raises UsageError where ``resume`` is of no epoch that was opened."""
         state = self.state
         if resume is not None and all(opened.epoch != resume.epoch for opened in state.opens):
             raise UsageError(f"goes on from an epoch that was never opened. from={resume}")
-        given = Given(state.epoch + 1, resume, new_origin(self.origin_of(self.epoch)))
-        self._opens.append(Opened(given.epoch, NOT_WRITTEN, resume))
+        given = IssuedEpoch(state.epoch + 1, resume, new_origin(self.origin_of(self.epoch)))
+        self._opens.append(OpenedEpoch(given.epoch, NOT_WRITTEN, resume))
         self._ids[given.epoch] = given.write_id
         return given
 
@@ -108,13 +116,13 @@ class LogView:
         if self._state is None:
             return ()
         state = self.state
-        counted = ours(state, self._ids, staged)
-        return best_first(ahead(state, assumed(state, counted)), counted)
+        counted = own_staged(state, self._ids, staged)
+        return best_first(with_pending(state, missing_opens(state, counted)), counted)
 
     def restorable(self, snapshot: SnapshotId, origin: str) -> bool:
         """Whether a staged pair is on the line, so that a restart would go on from it."""
         return snapshot in restorable(self.state, self._ids, {snapshot: origin})
 
-    def needless(self, snapshot: SnapshotId) -> bool:
+    def not_needed(self, snapshot: SnapshotId) -> bool:
         """Whether nobody needs ``snapshot`` committed any more, as far as the log is known."""
-        return self._state is not None and needless(self.state, snapshot)
+        return self._state is not None and not_needed(self.state, snapshot)

@@ -11,39 +11,39 @@ from dataclasses import replace
 from typing import TypeVar
 
 from ckpt.errors import CkptError, InternalError, UnavailableError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.format.keys import writer_name
-from ckpt.ipc.mailbox import Messages, Room, RoomChannel
+from ckpt.ipc.mailbox import InProcessMailbox, InProcessRoom, RankMailbox
 from ckpt.keeper.uploads.store_log import StoreLog
-from ckpt.keeper.uploads.submissions import Turn, Turns
+from ckpt.keeper.uploads.submissions import Submission, Submissions
 from ckpt.save.chunks import Compression
-from ckpt.save.persister import Mates, Persister, Place
-from ckpt.save.sealed import Sealed
+from ckpt.save.persister import LocalRanks, Persister, SaveTarget
+from ckpt.save.sealed import SealedSlot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 T = TypeVar("T")
 
-Settled = Callable[[int, Turn, SnapshotInfo | None, CkptError | None, bool], None]
+Settled = Callable[[int, Submission, SnapshotInfo | None, CkptError | None, bool], None]
 """A rank is done with a turn: its facts, or why it failed; and whether its slot was handed in at all (else refused)."""
 
 
-class HandIns:
+class Persisters:
     """Takes shares for the ranks' persisters and notes them in ``turns``; ``settled`` hears of each, in the loop."""
 
     def __init__(
-        self, turns: Turns, *, ranks: int, compression: Compression, post: Callable[[Callable[[], object]], None],
-        tell: Tell, settled: Settled,
+        self, submissions: Submissions, *, ranks: int, compression: Compression, post: Callable[[Callable[[], object]], None],
+        emit: Emit, settled: Settled,
     ) -> None:  # fmt: skip
-        self._turns = turns
+        self._turns = submissions
         self._ranks = ranks
         self._compression = compression
         self._post = post
-        self._tell = tell
+        self._tell = emit
         self._settled = settled
         self._persisters: list[Persister] = []
         self._left: list[Persister] = []
         self._epoch: _Epoch | None = None
-        self.channel_of: Callable[[int], Messages] | None = None
+        self.channel_of: Callable[[int], RankMailbox] | None = None
         """The channel of each rank of this node, where other nodes have ranks too. Looked at by ``start``."""
 
     def __bool__(self) -> bool:
@@ -52,12 +52,14 @@ class HandIns:
 
     def start(self, log: StoreLog) -> None:
         """Make the persisters, for the store that ``log`` has now."""
-        room, of = Room(), self.channel_of
-        channels = [of(rank) if of else RoomChannel(room, rank=rank, size=self._ranks) for rank in range(self._ranks)]
-        mates = Mates(channels[0].rank, self._ranks)
+        room, of = InProcessRoom(), self.channel_of
+        channels = [
+            of(rank) if of else InProcessMailbox(room, rank=rank, size=self._ranks) for rank in range(self._ranks)
+        ]
+        mates = LocalRanks(channels[0].rank, self._ranks)
         self._epoch = _Epoch(log.writer_epoch)
         for rank, channel in enumerate(channels):
-            place = Place(
+            place = SaveTarget(
                 backend=log.backend, writer=_new_writer(), epoch=self._epoch,
                 journal=log.journal if channel.rank == 0 else None,
             )  # fmt: skip
@@ -67,8 +69,8 @@ class HandIns:
                     place,
                     compression=self._compression,
                     verify=True,
-                    tell=self._tell if rank == 0 else _silent,
-                    mates=mates,
+                    emit=self._tell if rank == 0 else _silent,
+                    local_ranks=mates,
                 )
             )
 
@@ -81,7 +83,7 @@ class HandIns:
         self._left = [one for one in (*self._left, *self._persisters) if not one.ended]
         self._persisters = []
 
-    def known(self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
+    def refer_next(self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
         """Let what ``rank`` hands in next refer to chunks of ``base``."""
         if self._persisters:
             self._persisters[rank].refer_next(base, known)
@@ -90,10 +92,10 @@ class HandIns:
         """Do ``call`` behind all that was handed in, before all that comes."""
         return self._persisters[0].call(call)
 
-    def submit(self, rank: int, sealed: Sealed, tags: tuple[str, ...]) -> Turn:
+    def submit(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> Submission:
         """Hand in a rank's share."""
         snapshot = sealed.index.snapshot
-        turn = self._turns.hand_in(rank, snapshot, tags, sealed.index)
+        turn = self._turns.submit(rank, snapshot, tags, sealed.index)
         persister = self._persisters[rank]
 
         def settled(future: Future[SnapshotInfo]) -> None:
@@ -101,7 +103,7 @@ class HandIns:
             info = last if last is not None and last.id == snapshot else None
             error = error_of(future)
             if future.cancelled():
-                sealed.let_go()
+                sealed.free()
             self._post(lambda: self._settled(rank, turn, info, error, True))
 
         persister.submit(sealed, tags=tags).add_done_callback(settled)
@@ -109,13 +111,13 @@ class HandIns:
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
         """A rank has no share to give."""
-        turn = self._turns.hand_in(rank, snapshot, (), error)
-        refused = self._persisters[rank].refuse(snapshot, error)
+        turn = self._turns.submit(rank, snapshot, (), error)
+        refused = self._persisters[rank].submit_failure(snapshot, error)
         refused.add_done_callback(lambda _: self._post(lambda: self._settled(rank, turn, None, error, False)))
 
-    def submit_again(self, sealed: Mapping[int, Sealed]) -> Turn:
+    def submit_again(self, sealed: Mapping[int, SealedSlot]) -> Submission:
         """Hand in all ranks' shares of one pair that may have been handed in before."""
-        turn: Turn | None = None
+        turn: Submission | None = None
         for rank, one in sealed.items():
             # Its part may be in the store already, named by a commit that was never answered: it must not be overwritten.
             self._persisters[rank].write_as(_new_writer())

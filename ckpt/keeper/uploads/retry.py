@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ckpt.errors import CkptError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.keeper.uploads.store_log import RETRY_FIRST_S, RETRY_LAST_S
 
 
@@ -18,11 +18,11 @@ class _Wait:
     timers: set[threading.Timer] = field(default_factory=set)
 
 
-class Waits:
+class Retries:
     """What waits, by kind: an event's kind, ``open-waits`` for one. Pauses double from the first to RETRY_LAST_S."""
 
     def __init__(
-        self, post: Callable[[Callable[[], object]], None], tell: Tell, *, retry_first_s: float = RETRY_FIRST_S
+        self, post: Callable[[Callable[[], object]], None], tell: Emit, *, retry_first_s: float = RETRY_FIRST_S
     ) -> None:
         self._post = post
         self._tell = tell
@@ -32,7 +32,7 @@ class Waits:
     def __len__(self) -> int:
         return sum(len(wait.timers) for wait in self._waits.values())
 
-    def later(self, kind: str, what: str, error: CkptError | None, call: Callable[[], object]) -> None:
+    def schedule(self, kind: str, what: str, error: CkptError | None, call: Callable[[], object]) -> None:
         """Make ``call`` after a pause. ``what`` says for people what waits; None: for nothing that people need to know."""
         wait = self._waits.setdefault(kind, _Wait(self._retry_first_s))
         if error is not None and str(error) != wait.told:
@@ -50,12 +50,12 @@ class Waits:
         wait.pause_s = min(2 * wait.pause_s, RETRY_LAST_S)
         timer.start()
 
-    def worked(self, kind: str) -> None:
+    def succeeded(self, kind: str) -> None:
         """The store answered: the next wait is a new one."""
         if kind in self._waits:
             self._waits[kind].pause_s, self._waits[kind].told = self._retry_first_s, ""
 
-    def over(self, kind: str) -> None:
+    def cancel(self, kind: str) -> None:
         """Nobody asks any more."""
         wait = self._waits.pop(kind, None)
         for timer in wait.timers if wait is not None else ():
@@ -66,4 +66,4 @@ class Waits:
     def stop(self) -> None:
         """Make no call any more."""
         for kind in list(self._waits):
-            self.over(kind)
+            self.cancel(kind)

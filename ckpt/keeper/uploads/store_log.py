@@ -9,19 +9,26 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 
 from ckpt.backends.base import Backend
-from ckpt.backends.checked import Replicated
+from ckpt.backends.checked import MultiStoreBackend
 from ckpt.errors import CkptError, ConflictError, FencedError, InternalError, NotFoundError, UnavailableError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.format.records import Open
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.messages import Retention
-from ckpt.keeper.uploads.choices import LINEAGE_CHARS, NOT_WRITTEN, assumed, lineage, ours, restorable
+from ckpt.keeper.uploads.choices import (
+    LAUNCH_PREFIX_CHARS,
+    NOT_WRITTEN,
+    launch_prefix,
+    missing_opens,
+    own_staged,
+    restorable,
+)
 from ckpt.log.fold import empty
 from ckpt.log.journal import Journal, new_write_id
-from ckpt.log.select import Chosen, require_newest
-from ckpt.log.state import LogState, Opened
-from ckpt.maintenance.caretaker import Caretaker
-from ckpt.maintenance.gc.rounds import GcRounds, Keep
+from ckpt.log.select import ResumeChoice, require_newest
+from ckpt.log.state import LogState, OpenedEpoch
+from ckpt.maintenance.caretaker import StoreCaretaker
+from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
 from ckpt.maintenance.retention import parse_policy
 from ckpt.values import SnapshotId
 
@@ -34,7 +41,7 @@ CARE_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class IssuedEpoch:
     """An epoch that was given out before its record is written. ``write_id`` makes repeating the write harmless."""
 
     epoch: int
@@ -43,7 +50,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class LogReading:
     """The log as it was read. ``ids`` are write ids of its opens, those asked for and some more.
 
     ``log_id`` is empty where there is no store.
@@ -55,7 +62,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class FirstOpen:
     """The first epoch of a launch, as it is wanted: what it goes on from, and what is staged, with origins.
 
     ``settling``: nobody trains, it is opened to commit the staged ``resume`` alone. ``write_id`` makes repeating it harmless.
@@ -66,19 +73,19 @@ class Opening:
     staged: Mapping[SnapshotId, str]
     settling: bool
     write_id: str
-    chosen: Chosen | None = None
+    chosen: ResumeChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class FirstOpened:
     """The log when the first epoch was opened: as it was before, the opens written then, the new one last, and their ids."""
 
-    seen: Seen
-    opens: tuple[Opened, ...]
+    seen: LogReading
+    opens: tuple[OpenedEpoch, ...]
     ids: Mapping[int, str]
 
 
-def open_job_of(spec: KeeperSpec, tell: Tell) -> Backend:
+def open_job_of(spec: KeeperSpec, tell: Emit) -> Backend:
     """The stores of a keeper's job."""
     # Only now, so that a keeper listens before it has loaded what stores need.
     opening = import_module("ckpt.backends.replicated.open")
@@ -95,13 +102,13 @@ class StoreLog:
     """
 
     def __init__(
-        self, open_store: Callable[[], Backend], *, job: str, named: bool, tell: Tell, retry_first_s: float = RETRY_FIRST_S,
+        self, open_store: Callable[[], Backend], *, job: str, named: bool, emit: Emit, retry_first_s: float = RETRY_FIRST_S,
         scrub_every_s: float | None = None,
     ) -> None:  # fmt: skip
         self._open_store = open_store
         self._job = job
         self._named = named
-        self._tell = tell
+        self._tell = emit
         self._retry_first_s = retry_first_s
         self._backend: Backend | None = None
         self._reader: Journal | None = None
@@ -110,10 +117,10 @@ class StoreLog:
         self._look_again = threading.Event()
         self._renewing = threading.Lock()
         self._tidying = threading.Lock()
-        self._due: deque[Given] = deque()
+        self._due: deque[IssuedEpoch] = deque()
         self._recorded = 0
         self._stopped = threading.Event()
-        self._caretaker: Caretaker | None = None
+        self._caretaker: StoreCaretaker | None = None
         self._scrub_every_s = scrub_every_s
         self._retention: Retention | None = None
         self._rounds: GcRounds | None = None
@@ -132,12 +139,12 @@ class StoreLog:
             raise InternalError("the log is written before an epoch is open.")
         return self._writer
 
-    def look_again(self) -> None:
+    def recheck_store(self) -> None:
         """The store may be another one by now, or gone: before it is used next, see which it is."""
-        self.keep_to(None)
+        self.set_retention(None)
         self._look_again.set()
 
-    def keep_to(self, retention: Retention | None) -> None:
+    def set_retention(self, retention: Retention | None) -> None:
         """What is to be dropped from now on; None: nothing. It begins with the next snapshot that is handed in."""
         with self._tidying:
             if retention != self._retention:
@@ -149,33 +156,33 @@ class StoreLog:
         """A snapshot was committed: others may be dropped."""
         rounds = self._rounds
         if rounds is not None:
-            rounds.committed()
+            rounds.on_commit()
 
     def restoring(self, busy: bool) -> None:
         """Whether trainers are about to restore: then nothing is dropped or deleted, whatever the grace is."""
         rounds = self._rounds
         if rounds is not None:
-            (rounds.hold if busy else rounds.let_go)()
+            (rounds.pause if busy else rounds.resume)()
 
     def tidy(self, *, begin: bool) -> bool:
         """The job is over: ``begin`` to drop and delete what is due, without rest; whether that is done."""
         rounds = self._rounds
         if begin and rounds is not None:
-            rounds.hurry()
+            rounds.start_last_round()
         return rounds is None or rounds.idle
 
-    def read(self, epochs: Collection[int]) -> Seen:
+    def read(self, epochs: Collection[int]) -> LogReading:
         """The log, fresh from the store, and the ids of the opens of ``epochs`` at least; empty where there is no store."""
         self._renew()
         if self._reader is None:
             try:
                 self._reader = Journal.open(self.backend, job=self._job if self._named else None)
             except NotFoundError:
-                return Seen(empty(self._job), {}, "")
+                return LogReading(empty(self._job), {}, "")
         # A journal of its own: the writer's serves one call at a time, and one to a dead store takes long.
         return _seen(self._reader, epochs)
 
-    def begin(self, opening: Opening) -> Begun:
+    def begin(self, opening: FirstOpen) -> FirstOpened:
         """Make the store where there is none, and open a launch's first epoch. Raises whatever keeps it from being written.
 
         Epochs that are staged but have no record get theirs first. Raises ConflictError where another writer went on with the
@@ -191,12 +198,12 @@ class StoreLog:
         epochs = {pair.epoch for pair in opening.staged}
         seen = _seen(journal, epochs)
         resume, again = opening.resume, seen.state.seq_of(opening.write_id) is not None
-        counted = ours(seen.state, seen.ids, opening.staged)
+        counted = own_staged(seen.state, seen.ids, opening.staged)
         if not again:
             require_newest(seen.state, resume, opening.chosen)
         if resume is not None and not again:
             _check_resume(seen, opening, resume)
-        missing = assumed(seen.state, counted)
+        missing = missing_opens(seen.state, counted)
         named = {pair.epoch: origin for pair, origin in counted.items() if origin}
         for opened in missing:
             journal.append(Open(opened.epoch, opened.resume), epoch=opened.epoch, write_id=named.get(opened.epoch))
@@ -205,13 +212,13 @@ class StoreLog:
             epoch = max(seen.state.epoch, *(opened.epoch for opened in missing), 0) + 1
             journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
         else:
-            epoch = journal.open_epoch(resume=resume, write_id=opening.write_id, chosen=opening.chosen)
+            epoch = journal.open_epoch(resume=resume, write_id=opening.write_id, choice=opening.chosen)
         self._recorded = epoch
         self._take_care()
         ids = _seen(journal, epochs | {epoch}).ids
-        return Begun(seen, (*missing, Opened(epoch, NOT_WRITTEN, resume)), ids)
+        return FirstOpened(seen, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
 
-    def record(self, given: Given) -> None:
+    def record(self, given: IssuedEpoch) -> None:
         """Write the record of an epoch that was given out. Repeated, with an alarm, until the store takes it.
 
         Raises FencedError where another writer opened an epoch in between. What else can't be helped by repeating (a hole in
@@ -225,7 +232,7 @@ class StoreLog:
         self._record_due()
         return self._recorded
 
-    def leads(self, journal: Journal) -> bool:
+    def is_newest_writer(self, journal: Journal) -> bool:
         """Whether the newest epoch in the log is the one that was recorded here last."""
         return self._recorded == journal.refresh().epoch
 
@@ -244,16 +251,18 @@ class StoreLog:
 
     def _take_care(self) -> None:
         backend = self.backend
-        if self._caretaker is None and (isinstance(backend, Replicated) or self._scrub_every_s is not None):
-            self._caretaker = Caretaker(backend, mine=self.leads, tell=self._tell, scrub_every_s=self._scrub_every_s)
+        if self._caretaker is None and (isinstance(backend, MultiStoreBackend) or self._scrub_every_s is not None):
+            self._caretaker = StoreCaretaker(
+                backend, has_newest_epoch=self.is_newest_writer, emit=self._tell, scrub_every_s=self._scrub_every_s
+            )
         with self._tidying:
             self._start_rounds()
 
     def _start_rounds(self) -> None:
         if self._rounds is None and self._retention is not None and self._writer is not None:
-            keep = Keep(policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s)
+            keep = RetentionSettings(policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s)
             self._rounds = GcRounds(self.backend, keep, epoch=lambda: self._recorded, tell=self._tell)
-            self._rounds.hold()  # whoever opens an epoch is restoring
+            self._rounds.pause()  # whoever opens an epoch is restoring
 
     def _stop_rounds(self, timeout_s: float) -> None:
         rounds, self._rounds = self._rounds, None
@@ -309,7 +318,7 @@ class StoreLog:
             self._record(self._due[0])
             self._recorded = self._due.popleft().epoch
 
-    def _record(self, given: Given) -> None:
+    def _record(self, given: IssuedEpoch) -> None:
         pause_s, told = self._retry_first_s, ""
         while True:
             try:
@@ -328,7 +337,7 @@ class StoreLog:
                 )
             pause_s = min(2 * pause_s, RETRY_LAST_S)
 
-    def _append(self, given: Given) -> None:
+    def _append(self, given: IssuedEpoch) -> None:
         try:
             self.journal.append(Open(given.epoch, given.resume), epoch=given.epoch, write_id=given.write_id)
         except ConflictError as error:
@@ -342,10 +351,10 @@ class StoreLog:
 
 def new_origin(after: str = "") -> str:
     """A write id for an open: of the same lineage as ``after``, or of a new one."""
-    return lineage(after or new_write_id()) + new_write_id()[LINEAGE_CHARS:]
+    return launch_prefix(after or new_write_id()) + new_write_id()[LAUNCH_PREFIX_CHARS:]
 
 
-def _seen(journal: Journal, epochs: Collection[int]) -> Seen:
+def _seen(journal: Journal, epochs: Collection[int]) -> LogReading:
     state = journal.refresh()
     ids = {}
     for opened in state.opens:
@@ -354,10 +363,10 @@ def _seen(journal: Journal, epochs: Collection[int]) -> Seen:
             write_id = journal.write_id_of(opened.seq)
         if write_id is not None:
             ids[opened.epoch] = write_id
-    return Seen(state, ids, journal.log_id)
+    return LogReading(state, ids, journal.log_id)
 
 
-def _check_resume(seen: Seen, opening: Opening, resume: SnapshotId) -> None:
+def _check_resume(seen: LogReading, opening: FirstOpen, resume: SnapshotId) -> None:
     """Raises ConflictError where ``resume`` is only staged, and what the log has under its epoch's number is another's."""
     if resume not in opening.staged or (not opening.settling and seen.state.find(resume) is not None):
         return

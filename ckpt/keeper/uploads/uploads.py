@@ -13,24 +13,24 @@ from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.mailbox import Messages
+from ckpt.ipc.mailbox import RankMailbox
 from ckpt.ipc.messages import Choice, RemoteError, Retention, from_error
-from ckpt.keeper.uploads.epochs import Epochs
-from ckpt.keeper.uploads.final_flush import SealedOf, Settler, unfit
-from ckpt.keeper.uploads.persisters import HandIns
-from ckpt.keeper.uploads.retry import Waits
+from ckpt.keeper.uploads.epochs import LogEpochs
+from ckpt.keeper.uploads.final_flush import FinalFlush, HoldSnapshot, unfit_reason
+from ckpt.keeper.uploads.persisters import Persisters
+from ckpt.keeper.uploads.retry import Retries
 from ckpt.keeper.uploads.store_log import RETRY_FIRST_S, StoreLog, open_job_of
-from ckpt.keeper.uploads.submissions import Handed, Turn, Turns
+from ckpt.keeper.uploads.submissions import Submission, SubmissionEntry, Submissions
 from ckpt.save.chunks import Compression
-from ckpt.save.sealed import Sealed
+from ckpt.save.sealed import SealedSlot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
-Post = Callable[[Callable[[], object]], None]
+PostToLoop = Callable[[Callable[[], object]], None]
 """Has a call made by the keeper's loop, soon; from any thread."""
 
-Told = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None]
+OutcomeObserver = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None]
 """A rank's snapshot is settled: its facts, or why it failed; both where it is durable and could not be tagged."""
 
 Known = Mapping[Digest, ChunkLocation]
@@ -59,29 +59,29 @@ class Uploads:
     """
 
     def __init__(
-        self, spec: KeeperSpec, *, ranks: int, post: Post, outcome: Told, fenced: Callable[[str], None], tell: Tell,
+        self, spec: KeeperSpec, *, ranks: int, post: PostToLoop, on_outcome: OutcomeObserver, on_fenced_text: Callable[[str], None], emit: Emit,
         open_store: Callable[[], Backend] | None = None, retry_first_s: float = RETRY_FIRST_S,
     ) -> None:  # fmt: skip
         self._spec = spec
         self._ranks = ranks
         self.post = post
-        self._outcome = outcome
-        self._tell_fenced = fenced
-        self._tell_now = tell
-        self.tell: Tell = lambda event: post(lambda: tell(event))
+        self._outcome = on_outcome
+        self._tell_fenced = on_fenced_text
+        self._tell_now = emit
+        self.tell: Emit = lambda event: post(lambda: emit(event))
         self._log = StoreLog(
             open_store or (lambda: open_job_of(spec, self.tell)), job=spec.job,
-            named=spec.job != spec.store.rstrip("/").rpartition("/")[2], tell=self.tell, retry_first_s=retry_first_s,
+            named=spec.job != spec.store.rstrip("/").rpartition("/")[2], emit=self.tell, retry_first_s=retry_first_s,
             scrub_every_s=spec.scrub_every_s,
         )  # fmt: skip
-        self._turns = Turns(ranks)
-        self._hands = HandIns(
-            self._turns, ranks=ranks, compression=_COMPRESSIONS[spec.compression], post=post, tell=self.tell,
+        self._turns = Submissions(ranks)
+        self._hands = Persisters(
+            self._turns, ranks=ranks, compression=_COMPRESSIONS[spec.compression], post=post, emit=self.tell,
             settled=self._settled,
         )  # fmt: skip
-        self._waits = Waits(post, self.tell, retry_first_s=retry_first_s)
-        self._epochs = Epochs(self._log, self._hands, self._waits, self, store=spec.store)
-        self._settler = Settler(self._epochs, self._hands, self._turns, self._waits, ranks=ranks, tell=self.tell)
+        self._waits = Retries(post, self.tell, retry_first_s=retry_first_s)
+        self._epochs = LogEpochs(self._log, self._hands, self._waits, self, store=spec.store)
+        self._settler = FinalFlush(self._epochs, self._hands, self._turns, self._waits, ranks=ranks, emit=self.tell)
         self._closed = False
         self._era_from = 0
         self._until_opened: list[_Early] | None = None
@@ -132,7 +132,7 @@ class Uploads:
         keeps it from being written, or waits for the store where slots hold something. Later ones get their number at once;
         the record follows before any commit after it.
         """
-        self._log.keep_to(retention)
+        self._log.set_retention(retention)
         return self._epochs.open(resume, newest=newest)
 
     def new_launch(self) -> None:
@@ -142,21 +142,21 @@ class Uploads:
         """
         self._epochs.new_launch()
 
-    def known(self, rank: int, base: SnapshotId, known: Known) -> None:
+    def refer_next(self, rank: int, base: SnapshotId, known: Known) -> None:
         """Let what ``rank`` hands in next refer to chunks of the committed ``base``, unless it knows others."""
         if self._until_opened is not None:
-            self._until_opened.append(_Early(lambda: self.known(rank, base, known)))
+            self._until_opened.append(_Early(lambda: self.refer_next(rank, base, known)))
             return
-        self._hands.known(rank, base, known)
+        self._hands.refer_next(rank, base, known)
 
-    def persist(self, rank: int, sealed: Sealed, tags: tuple[str, ...]) -> None:
+    def persist(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> None:
         """Make a sealed slot durable; ``outcome`` hears how it went. Every rank hands in the same sequence."""
         if self._until_opened is not None:
-            self._until_opened.append(_Early(lambda: self._persist(rank, sealed, tags), sealed.let_go))
+            self._until_opened.append(_Early(lambda: self._persist(rank, sealed, tags), sealed.free))
             return
         self._persist(rank, sealed, tags)
 
-    def _persist(self, rank: int, sealed: Sealed, tags: tuple[str, ...]) -> None:
+    def _persist(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> None:
         snapshot = sealed.index.snapshot
         why: CkptError | None = self._epochs.fenced
         if why is None and not self._hands:
@@ -164,7 +164,7 @@ class Uploads:
                 f"a snapshot is handed in before this keeper opened an epoch. snapshot={snapshot} open one first"
             )
         if why is not None:
-            sealed.let_go()
+            sealed.free()
             self._outcome(rank, snapshot, None, from_error(why, rank=rank))
             self._refuse(rank, snapshot, why)
             return
@@ -184,7 +184,7 @@ class Uploads:
 
     # ---- with several nodes
 
-    def reach_others_by(self, channel_of: Callable[[int], Messages] | None) -> None:
+    def use_channels(self, channel_of: Callable[[int], RankMailbox] | None) -> None:
         """The channel of each rank of this node to those of other nodes; None: there are no others.
 
         To be told before anything is handed in.
@@ -192,13 +192,13 @@ class Uploads:
         self._hands.channel_of = channel_of
 
     @property
-    def handed(self) -> tuple[int, tuple[Handed, ...]]:
+    def submitted(self) -> tuple[int, tuple[SubmissionEntry, ...]]:
         """How many snapshots were handed in here since the era began, and the last of them, counted from its beginning."""
         first = self._era_from
         tail = ((n - first, snapshot, tags) for n, snapshot, tags in self._turns.tail if n >= first)
         return self._turns.count - first, tuple(tail)
 
-    def new_era(self, *, root: bool) -> None:
+    def new_generation(self, *, root: bool) -> None:
         """Other nodes, or places, than before: what is in flight fails, since its ranks are not all there any more.
 
         ``root``: rank 0 is here now, so the log is this keeper's to write, and what it knew of it is old. Where it is not, this
@@ -209,22 +209,22 @@ class Uploads:
         self._level()
         self._hands.leave()
         self._era_from = self._turns.count
-        self._waits.over("follow-waits")
-        self._epochs.new_era(root=root)
+        self._waits.cancel("follow-waits")
+        self._epochs.new_generation(root=root)
 
-    def await_open(self) -> None:
+    def hold_submissions(self) -> None:
         """An attempt begins: what is handed in waits until the node of rank 0 tells that its epoch is open."""
         self._drop_early()
         self._until_opened = []
 
-    def opened(self, handed: Sequence[Handed], sealed_of: SealedOf) -> None:
+    def epoch_opened(self, handed: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
         """The attempt's epoch is open. ``handed``: what some node handed in; what this one did not comes first."""
         attempt = self._attempts
 
         def go_on() -> None:
             if attempt != self._attempts or self._closed:
                 return  # another attempt awaits its own word
-            self._waits.worked("follow-waits")
+            self._waits.succeeded("follow-waits")
             if not self._hands:
                 self._hands.start(self._log)
             early, self._until_opened = self._until_opened or [], None
@@ -235,14 +235,14 @@ class Uploads:
         def failed(error: CkptError) -> None:
             if attempt == self._attempts and not self._closed:
                 what = "the store can't be opened here, so nothing of this node becomes durable; waiting"
-                self._waits.later("follow-waits", what, error, lambda: self.opened(handed, sealed_of))
+                self._waits.schedule("follow-waits", what, error, lambda: self.epoch_opened(handed, sealed_of))
 
         if self._hands:
             go_on()
         else:
             self._epochs.open_store(go_on, failed)
 
-    def _catch_up(self, handed: Sequence[Handed], sealed_of: SealedOf) -> None:
+    def _catch_up(self, handed: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
         for n, snapshot, tags in handed:
             if n < self._turns.count - self._era_from:
                 continue
@@ -257,7 +257,7 @@ class Uploads:
     def _drop_early(self) -> None:
         """The attempt that handed it in is over: its turns are settled as those that it never handed in."""
         self._attempts += 1
-        self._waits.over("follow-waits")
+        self._waits.cancel("follow-waits")
         early, self._until_opened = self._until_opened or [], None
         for one in early:
             one.drop()
@@ -267,13 +267,13 @@ class Uploads:
         for turn, missing in list(self._turns.uneven()):
             error = UnavailableError(f"the job's nodes are others now. snapshot={turn.snapshot}")
             for rank in missing:
-                self._turns.hand_in(rank, turn.snapshot, (), error)
+                self._turns.submit(rank, turn.snapshot, (), error)
                 self._settled(rank, turn, None, error, False)
 
-    def _unfit(self, turn: Turn, sealed: Mapping[int, Sealed]) -> CkptError | None:
+    def _unfit(self, turn: Submission, sealed: Mapping[int, SealedSlot]) -> CkptError | None:
         """As ``unfit``; of several nodes' snapshot this one has not all shares, so only its own must be of one."""
         if self._hands.channel_of is None:
-            return unfit(turn, sealed, self._ranks)
+            return unfit_reason(turn, sealed, self._ranks)
         indexes = [*turn.indexes.values(), *(one.index for one in sealed.values())]
         if len(indexes) < self._ranks:
             return UnavailableError(f"ranks died before they staged it. snapshot={turn.snapshot}")
@@ -281,7 +281,7 @@ class Uploads:
         text = f"the ranks hold different snapshots. snapshot={turn.snapshot}"
         return UnavailableError(text) if len(kinds) > 1 else None
 
-    def attempt_ended(self, sealed_of: SealedOf) -> None:
+    def attempt_ended(self, sealed_of: HoldSnapshot) -> None:
         """No trainer of the attempt lives: hand in for each rank what others handed in and it did not, or refuse it.
 
         Then all ranks have handed in the same, and what is in flight settles.
@@ -295,10 +295,10 @@ class Uploads:
                     self._persist(rank, replace(sealed[rank], shared=None), turn.tags)
                     continue
                 if rank in sealed:
-                    sealed[rank].let_go()
+                    sealed[rank].free()
                 self._refuse(rank, turn.snapshot, why)
 
-    def settle(self, pairs: Sequence[SnapshotId], sealed_of: SealedOf) -> None:
+    def flush_newest(self, pairs: Sequence[SnapshotId], sealed_of: HoldSnapshot) -> None:
         """Make the newest of ``pairs`` durable that nobody handed in, or that failed before; repeated while slots hold it.
 
         For a job without trainers: after ``attempt_ended``. ``pairs`` are all that the slots hold: where one can't be saved at
@@ -321,7 +321,7 @@ class Uploads:
             self._epochs.when_done(tagged, lambda _: future.set_result(None), future.set_exception)
         return future
 
-    def tidy(self, *, begin: bool) -> bool:
+    def finish_retention(self, *, begin: bool) -> bool:
         """Nobody comes any more: ``begin`` to drop and delete what is due, without rest; whether that is done."""
         return self._log.tidy(begin=begin)
 
@@ -352,7 +352,7 @@ class Uploads:
         self._hands.leave()
 
     def _settled(
-        self, rank: int, turn: Turn, info: SnapshotInfo | None, error: CkptError | None, handed_in: bool
+        self, rank: int, turn: Submission, info: SnapshotInfo | None, error: CkptError | None, handed_in: bool
     ) -> None:
         if self._closed:
             return
@@ -366,7 +366,7 @@ class Uploads:
             message = from_error(error, rank=rank) if error is not None else None
             self._outcome(rank, turn.indexes[rank].snapshot, info, message)
         if self._turns.settle(rank, turn, error if info is None else None):
-            self._settler.turn_settled(turn)
+            self._settler.submission_completed(turn)
 
     def _tell_lost(self) -> None:
         """Say what ends with the keeper and is in no store: its loop turns no more."""

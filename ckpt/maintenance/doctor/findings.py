@@ -23,7 +23,7 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holds:
+class StoreContent:
     """What lies in a store already.
 
     ``kind``: ``empty``; ``store``: a ckpt store; ``headless``: a log without a readable ``ckpt.json``; ``foreign``: objects
@@ -68,7 +68,7 @@ class StoreFindings:
     skew_s: float | None = None
     skew_unsure_s: float = 0.0
     free_bytes: int | None = None
-    holds: Holds = Holds(kind="unknown")
+    holds: StoreContent = StoreContent(kind="unknown")
     same_as: tuple[int, ...] = ()
     leftovers: tuple[str, ...] = ()
 
@@ -90,7 +90,7 @@ class Advice:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Assessment:
     """All advice, gravest first. ``exit_code``: 0 well (notes and warnings included), 2 these stores can't be used so, 11 some
     do not answer or deny, 20 damage."""
 
@@ -119,7 +119,7 @@ _DAMAGE = frozenset({"log-hole", "read-back-wrong", "headless"})
 _AWAY = frozenset({"unreachable", "denied"})
 
 
-def judge(findings: Sequence[StoreFindings], write_quorum: int | None = None) -> Judgement:
+def assess(findings: Sequence[StoreFindings], write_quorum: int | None = None) -> Assessment:
     """What the stores will and won't do for ckpt, together and each. ``write_quorum`` None: the majority."""
     count = len(findings)
     quorum = count // 2 + 1 if write_quorum is None else write_quorum
@@ -127,7 +127,7 @@ def judge(findings: Sequence[StoreFindings], write_quorum: int | None = None) ->
     advice += _of_identity(findings)
     advice += _of_quorum(findings, quorum)
     advice.sort(key=lambda one: (_ORDER[one.level], -1 if one.store is None else one.store))
-    return Judgement(tuple(advice), quorum, count - quorum + 1, _exit_code(advice))
+    return Assessment(tuple(advice), quorum, count - quorum + 1, _exit_code(advice))
 
 
 def writable(found: StoreFindings) -> bool:
@@ -257,7 +257,7 @@ def _of_speed(number: int, found: StoreFindings) -> Iterator[Advice]:
         )
 
 
-def _of_holdings(number: int, holds: Holds) -> Iterator[Advice]:
+def _of_holdings(number: int, holds: StoreContent) -> Iterator[Advice]:
     match holds.kind:
         case "store" if holds.hole:
             text = f"the log of job {holds.job!r} has a hole: {holds.hole}"
@@ -313,7 +313,7 @@ def _of_identity(findings: Sequence[StoreFindings]) -> Iterator[Advice]:
     yield from _of_members(findings, known)
 
 
-def _of_members(findings: Sequence[StoreFindings], known: Sequence[tuple[int, Holds]]) -> Iterator[Advice]:
+def _of_members(findings: Sequence[StoreFindings], known: Sequence[tuple[int, StoreContent]]) -> Iterator[Advice]:
     furthest = max((holds for _, holds in known), key=lambda holds: holds.next_seq, default=None)
     if furthest is None:
         return

@@ -19,34 +19,34 @@ from ckpt.errors import CkptError, FormatVersionError, IntegrityError, NotFoundE
 from ckpt.format import keys
 from ckpt.format.canonical import digest
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
-from ckpt.log.reader import read_on, read_start
-from ckpt.maintenance.doctor.findings import Holds, Latency, StoreFindings
+from ckpt.log.reader import read_new, read_start
+from ckpt.maintenance.doctor.findings import Latency, StoreContent, StoreFindings
 
 # What lies in a store already. Reads little: a list of its first keys, ``ckpt.json`` and the log.
 
-PROBES = "probe/"
+PROBE_FOLDER = "probe/"
 """Below this, examinations put their short-lived objects."""
 LISTED_MAX = 100
 """How many keys of a place without a store are looked at."""
 
 
-def look_inside(store: Backend) -> Holds:
+def read_content(store: Backend) -> StoreContent:
     """What ``store`` holds. Raises UnavailableError and its kinds where it does not answer or denies."""
     try:
         record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
     except NotFoundError:
         return _without_record(store)
     except IntegrityError as error:
-        return Holds(kind="headless", problem=str(error))
+        return StoreContent(kind="headless", problem=str(error))
     except FormatVersionError as error:
-        return Holds(kind="unknown", problem=str(error))
+        return StoreContent(kind="unknown", problem=str(error))
     try:
         state, _ = read_start(store, record.job)
-        state = read_on(store, state)
+        state = read_new(store, state)
     except FormatVersionError as error:
-        return Holds(kind="unknown", job=record.job, problem=str(error))
+        return StoreContent(kind="unknown", job=record.job, problem=str(error))
     newest = state.newest()
-    return Holds(
+    return StoreContent(
         kind="store",
         job=record.job,
         store_id=record.store_id,
@@ -60,12 +60,12 @@ def look_inside(store: Backend) -> Holds:
     )
 
 
-def _without_record(store: Backend) -> Holds:
+def _without_record(store: Backend) -> StoreContent:
     if next(iter(store.list(keys.LOG)), None) is not None:
-        return Holds(kind="headless", problem=f"{keys.JOB_KEY} is gone")
+        return StoreContent(kind="headless", problem=f"{keys.JOB_KEY} is gone")
     # What an earlier examination could not remove says nothing about whose place it is.
-    first = [stat.key for stat in islice(store.list(""), LISTED_MAX) if not stat.key.startswith(PROBES)]
-    return Holds(kind="foreign") if first else Holds(kind="empty")
+    first = [stat.key for stat in islice(store.list(""), LISTED_MAX) if not stat.key.startswith(PROBE_FOLDER)]
+    return StoreContent(kind="foreign") if first else StoreContent(kind="empty")
 
 
 T = TypeVar("T")
@@ -77,15 +77,15 @@ LARGE_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
-class Probing:
+class StoreProbe:
     """One store under examination. ``close`` removes what was left by an operation that failed half-way."""
 
     store: Backend
-    again: Callable[[], Backend] | None = None
+    reopen: Callable[[], Backend] | None = None
     """Opens the same store once more, for a second client."""
     clock: Callable[[], float] = time.perf_counter
     wall_clock: Callable[[], float] = time.time
-    _prefix: str = field(default_factory=lambda: f"{PROBES}{secrets.token_hex(8)}/")
+    _prefix: str = field(default_factory=lambda: f"{PROBE_FOLDER}{secrets.token_hex(8)}/")
     _left: dict[str, None] = field(default_factory=dict)
     _failures: dict[str, str] = field(default_factory=dict)
     _times: dict[str, list[float]] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Probing:
 
     def run(self, *, large_bytes: int = LARGE_BYTES) -> StoreFindings:
         """Everything that one store alone can be asked. Raises nothing of the store."""
-        holds = self._try("reach", lambda: look_inside(self.store))
+        holds = self._try("reach", lambda: read_content(self.store))
         if holds is None:
             return StoreFindings(url=self.store.url, failures=dict(self._failures))
         creates = self._try("create", lambda: self.store.capabilities().create_only)
@@ -121,7 +121,7 @@ class Probing:
             holds=holds,
         )
 
-    def mark(self) -> str | None:
+    def put_mark(self) -> str | None:
         """Put an object that only this store has; its key, or None where that fails."""
         key = f"{self._prefix}mark"
         return key if self._put(key, b"mark") else None
@@ -154,8 +154,8 @@ class Probing:
             return None, None, None
         seen = self._lists_it(self.store, key)
         other = None
-        if self.again is not None:
-            opened = self._try("reach", self.again)
+        if self.reopen is not None:
+            opened = self._try("reach", self.reopen)
             if opened is not None:
                 with closing(opened):
                     other = self._lists_it(opened, key)
@@ -259,20 +259,20 @@ def _free_bytes(folder: str) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Patient:
+class ExaminedStore:
     """A store to be examined, and how to open it once more (None: a second client is not tried)."""
 
     store: Backend
-    again: Callable[[], Backend] | None = None
+    reopen: Callable[[], Backend] | None = None
 
 
-def examine(patients: Sequence[Patient], *, large_bytes: int = LARGE_BYTES) -> list[StoreFindings]:
+def examine(patients: Sequence[ExaminedStore], *, large_bytes: int = LARGE_BYTES) -> list[StoreFindings]:
     """Use each store with short-lived objects below ``probe/``, one after the other so that they don't share the link.
 
     Cost: some hundred small operations and one object of ``large_bytes`` each way a store. What could not be removed afterwards
     is named. Raises nothing of the stores; see ``judge`` for what the findings mean.
     """
-    probings = [Probing(patient.store, patient.again) for patient in patients]
+    probings = [StoreProbe(patient.store, patient.reopen) for patient in patients]
     findings: list[StoreFindings] = []
     try:
         findings = [probing.run(large_bytes=large_bytes) for probing in probings]
@@ -285,13 +285,13 @@ def examine(patients: Sequence[Patient], *, large_bytes: int = LARGE_BYTES) -> l
     ]
 
 
-def _same_places(probings: Sequence[Probing], findings: Sequence[StoreFindings]) -> list[set[int]]:
+def _same_places(probings: Sequence[StoreProbe], findings: Sequence[StoreFindings]) -> list[set[int]]:
     """Which stores see what was put into which: two addresses may lead to one place."""
     same: list[set[int]] = [set() for _ in probings]
     for number, probing in enumerate(probings):
         if len(probings) < 2 or not findings[number].reached or "put" in findings[number].failures:
             continue
-        key = probing.mark()
+        key = probing.put_mark()
         for other, beside in enumerate(probings):
             if key is None or other == number or not findings[other].reached:
                 continue

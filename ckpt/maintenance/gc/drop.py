@@ -10,10 +10,10 @@ from ckpt.format.records import DROPS_MAX, Record
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import load_index, snapshots
 from ckpt.log.journal import Journal
-from ckpt.log.reader import Note, read_all
-from ckpt.log.sequencers import Claimed, Lost, Unknown
+from ckpt.log.reader import LogNote, read_all
+from ckpt.log.sequencers import Appended, KeyTaken, WriteUnknown
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.plan import GcPlan, by_worth, plan_gc
+from ckpt.maintenance.gc.plan import GcPlan, plan_gc, restore_order
 from ckpt.maintenance.gc.sweep import require_known
 from ckpt.maintenance.retention import KeepPolicy
 from ckpt.values import SnapshotId
@@ -22,7 +22,7 @@ RACES_MAX = 8
 """How often a plan is made anew because the log changed under it, before the conflict is raised."""
 
 
-def look(backend: Backend, state: LogState, policy: KeepPolicy | None, *, now_unix_s: float) -> GcPlan:
+def preview(backend: Backend, state: LogState, policy: KeepPolicy | None, *, now_unix_s: float) -> GcPlan:
     """What ``policy`` (None: keep all) makes of the snapshots of ``state`` at ``now_unix_s``. Changes nothing.
 
     Raises IntegrityError or UnavailableError where the log can't be known. Cost: every manifest is read; of the newest
@@ -30,11 +30,11 @@ def look(backend: Backend, state: LogState, policy: KeepPolicy | None, *, now_un
     """
     require_known(state)
     infos = snapshots(backend, state)
-    return plan_gc(state, infos, policy, now_unix_s=now_unix_s, whole=newest_whole(backend, state))
+    return plan_gc(state, infos, policy, now_unix_s=now_unix_s, intact=newest_intact(backend, state))
 
 
 def drop(
-    backend: Backend, journal: Journal, policy: KeepPolicy | None, *, now_unix_s: float, agreed: GcPlan | None = None
+    backend: Backend, journal: Journal, policy: KeepPolicy | None, *, now_unix_s: float, approved: GcPlan | None = None
 ) -> tuple[GcPlan, LogState]:
     """Record what ``look`` decides; the plan that was recorded, and the state after it.
 
@@ -44,9 +44,9 @@ def drop(
     """
     for races in range(RACES_MAX + 1):
         require_known(journal.refresh())
-        state = journal.refresh_sure()
-        plan = look(backend, state, policy, now_unix_s=now_unix_s)
-        plan = plan if agreed is None else plan.only(agreed.drops)
+        state = journal.refresh_confirmed()
+        plan = preview(backend, state, policy, now_unix_s=now_unix_s)
+        plan = plan if approved is None else plan.restricted_to(approved.drops)
         try:
             return plan, _record(journal, state, plan.drops, plan.floor)
         except FencedError:
@@ -57,12 +57,12 @@ def drop(
     raise AssertionError("the last race is raised")
 
 
-def newest_whole(backend: Backend, state: LogState) -> SnapshotId | None:
+def newest_intact(backend: Backend, state: LogState) -> SnapshotId | None:
     """The best snapshot for a restore whose records can be read and whose packs are all there, long enough; or None.
 
     Bytes are not compared with their digests: that is ``verify``'s work. Raises UnavailableError.
     """
-    return next((pair for pair in by_worth(state) if _whole(backend, state, pair)), None)
+    return next((pair for pair in restore_order(state) if _whole(backend, state, pair)), None)
 
 
 def _record(journal: Journal, state: LogState, drops: tuple[SnapshotId, ...], floor: SnapshotId | None) -> LogState:
@@ -106,10 +106,10 @@ def fenced_journal(backend: Backend, epoch: Callable[[], int]) -> Journal:
     Each append raises FencedError where a newer epoch is open. It is looked at in the very state that the record follows, and
     a place in the log is given once, so no epoch can be opened between the look and the record. Raises as ``Journal.open``.
     """
-    return Journal(Fence(Journal.open(backend).access, epoch), backend.url)
+    return Journal(FencedLogAccess(Journal.open(backend).access, epoch), backend.url)
 
 
-class Fence:
+class FencedLogAccess:
     """A ``LogAccess`` that gives no place to a writer who was overtaken."""
 
     __slots__ = ("_epoch", "_inner")
@@ -118,10 +118,10 @@ class Fence:
         self._inner = inner
         self._epoch = epoch
 
-    def claim(self, state: LogState, record: Record) -> Claimed | Lost | Unknown:
+    def append(self, state: LogState, record: Record) -> Appended | KeyTaken | WriteUnknown:
         """See LogAccess. Raises FencedError where ``state`` has a newer epoch than the writer's."""
-        require_newest(state, self._epoch())
-        return self._inner.claim(state, record)
+        require_newest_epoch(state, self._epoch())
+        return self._inner.append(state, record)
 
     @property
     def job(self) -> str:
@@ -133,36 +133,36 @@ class Fence:
         """See LogAccess."""
         return self._inner.log_id
 
-    def start(self) -> tuple[LogState, tuple[Note, ...]]:
+    def read_start(self) -> tuple[LogState, tuple[LogNote, ...]]:
         """See LogAccess."""
-        return self._inner.start()
+        return self._inner.read_start()
 
-    def read_on(self, state: LogState) -> LogState:
+    def read_new(self, state: LogState) -> LogState:
         """See LogAccess."""
-        return self._inner.read_on(state)
+        return self._inner.read_new(state)
 
     def record_at(self, seq: int) -> bytes:
         """See LogAccess."""
         return self._inner.record_at(seq)
 
-    def require_giver(self, state: LogState) -> None:
+    def require_sequencer(self, state: LogState) -> None:
         """See LogAccess."""
-        self._inner.require_giver(state)
+        self._inner.require_sequencer(state)
 
-    def finish(self, state: LogState) -> Lost | Unknown | None:
+    def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
         """See LogAccess."""
-        return self._inner.finish(state)
+        return self._inner.confirm_last(state)
 
-    def put_fold(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
+    def put_fold(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """See LogAccess."""
         return self._inner.put_fold(key, data)
 
-    def put_manifest(self, key: str, data: bytes) -> Claimed | Lost | Unknown:
+    def put_manifest(self, key: str, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """See LogAccess."""
         return self._inner.put_manifest(key, data)
 
 
-def require_newest(state: LogState, epoch: int) -> None:
+def require_newest_epoch(state: LogState, epoch: int) -> None:
     """Raises FencedError where ``state`` has a newer epoch than ``epoch``."""
     if state.epoch > epoch:
         raise FencedError(

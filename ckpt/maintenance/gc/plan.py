@@ -19,14 +19,14 @@ from ckpt.values import SnapshotId, SnapshotInfo
 # Which snapshots to drop, why each other one stays, and the floor to set. Pure.
 
 NEWEST = "newest"
-WHOLE = "newest found whole"
+NEWEST_INTACT = "newest found whole"
 NO_POLICY = "nothing is to be dropped"
-NONE_WHOLE = "no snapshot was found whole"
-NOT_AGREED = "only now to be dropped: nobody has agreed to it"
+NONE_INTACT = "no snapshot was found whole"
+NOT_APPROVED = "only now to be dropped: nobody has agreed to it"
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class SnapshotDecision:
     """One snapshot and what keeps it; ``why`` is empty where it is to be dropped."""
 
     info: SnapshotInfo
@@ -43,7 +43,7 @@ class Judged:
 class GcPlan:
     """Every snapshot in log order, judged; and the ``floor`` to set, below which no commit counts any more (None: as it is)."""
 
-    judged: tuple[Judged, ...]
+    judged: tuple[SnapshotDecision, ...]
     floor: SnapshotId | None
 
     @property
@@ -51,10 +51,10 @@ class GcPlan:
         """What to drop, ascending."""
         return tuple(sorted(one.info.id for one in self.judged if not one.kept))
 
-    def only(self, agreed: Collection[SnapshotId]) -> GcPlan:
+    def restricted_to(self, approved: Collection[SnapshotId]) -> GcPlan:
         """The same plan, without the drops that are not among ``agreed``."""
         judged = tuple(
-            one if one.kept or one.info.id in agreed else replace(one, why=(NOT_AGREED,)) for one in self.judged
+            one if one.kept or one.info.id in approved else replace(one, why=(NOT_APPROVED,)) for one in self.judged
         )
         return replace(self, judged=judged)
 
@@ -64,9 +64,9 @@ class GcPlan:
         return not self.drops and self.floor is None
 
 
-def by_worth(state: LogState) -> tuple[SnapshotId, ...]:
+def restore_order(state: LogState) -> tuple[SnapshotId, ...]:
     """What a restore would want, best first: the newest line; where it holds nothing, all there is."""
-    return state.line or tuple(sorted((entry.snapshot for entry in state.snapshots), reverse=True))
+    return state.lineage or tuple(sorted((entry.snapshot for entry in state.snapshots), reverse=True))
 
 
 def plan_gc(
@@ -75,7 +75,7 @@ def plan_gc(
     policy: KeepPolicy | None,
     *,
     now_unix_s: float,
-    whole: SnapshotId | None,
+    intact: SnapshotId | None,
 ) -> GcPlan:
     """Judge every snapshot of ``infos`` (those of ``state``, in log order) by ``policy``; None keeps all.
 
@@ -83,20 +83,20 @@ def plan_gc(
     newest snapshot is damaged would lose the one that it falls back to; where there is none, nothing is dropped. It is also the
     floor: what is older than it and was never committed is wanted no more.
     """
-    best = by_worth(state)
-    line = frozenset(state.line)
-    reasons = {} if policy is None else policy.reasons(infos, line=state.line, now_unix_s=now_unix_s)
-    judged: list[Judged] = []
+    best = restore_order(state)
+    line = frozenset(state.lineage)
+    reasons = {} if policy is None else policy.reasons(infos, line=state.lineage, now_unix_s=now_unix_s)
+    judged: list[SnapshotDecision] = []
     for info in infos:
         why = [NEWEST] if best[:1] == (info.id,) else []
-        why += [WHOLE] if info.id == whole and not why else []
+        why += [NEWEST_INTACT] if info.id == intact and not why else []
         why += [f"tagged {', '.join(info.tags)}"] if info.tags else []
         why += [rule for rule in reasons.get(info.id, ()) if rule != str(Tagged())]
         why += [NO_POLICY] if policy is None else []
-        why += [NONE_WHOLE] if whole is None and not why else []
-        judged.append(Judged(info, info.id in line, tuple(why)))
-    rises = whole is not None and (state.floor is None or whole > state.floor)
-    return GcPlan(tuple(judged), whole if rises else None)
+        why += [NONE_INTACT] if intact is None and not why else []
+        judged.append(SnapshotDecision(info, info.id in line, tuple(why)))
+    rises = intact is not None and (state.floor is None or intact > state.floor)
+    return GcPlan(tuple(judged), intact if rises else None)
 
 
 # When snapshots are looked through beside a job that trains, and when bytes are deleted. Pure.
@@ -104,7 +104,7 @@ def plan_gc(
 ROUND_S = 10.0
 """The least time from the end of one round to the next, however often snapshots are committed."""
 
-RESTS = 9.0
+REST_FACTOR = 9.0
 """A round is followed by a rest of so many times its own length, so that stores are asked a tenth of the time at most."""
 
 SWEEPS_PER_GRACE = 24
@@ -112,7 +112,7 @@ SWEEPS_PER_GRACE = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Past:
+class GcHistory:
     """What was done so far. Times are monotonic seconds; None: never.
 
     ``commits``: how many commits the last round that went well has seen. ``began_s``, ``ended_s``: the last round, however it
@@ -126,36 +126,38 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class GcRound:
     """Look through the snapshots now, and drop. ``sweep``: delete bytes too."""
 
     sweep: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class GcIdle:
     """Nothing to do for so many seconds, unless something is committed; None: until something is."""
 
     seconds: float | None
 
 
-def next_round(past: Past, now_s: float, *, commits: int, grace_s: float, hurry: bool = False) -> Round | Rest:
+def next_round(past: GcHistory, now_s: float, *, commits: int, grace_s: float, hurry: bool = False) -> GcRound | GcIdle:
     """What to do at ``now_s``, where ``commits`` snapshots were committed so far.
 
     ``hurry``: the job is over, so that nothing is gained by resting. Nothing is done before the first commit: only then it is
     certain that the job goes on from where it began.
     """
     if commits == 0:
-        return Rest(None)
+        return GcIdle(None)
     owed = commits > past.commits
     sweep_s = past.swept_s + sweep_every_s(grace_s) if past.swept_s is not None else now_s
     if hurry:
         # Without a grace what is dropped now can go now; with one it can't, and is for the next run.
         sweep = sweep_s <= now_s or (owed and grace_s <= 0)
-        return Round(sweep) if owed or sweep else Rest(None)
-    rested_s = now_s if past.ended_s is None else past.ended_s + max(ROUND_S, RESTS * (past.ended_s - past.began_s))
+        return GcRound(sweep) if owed or sweep else GcIdle(None)
+    rested_s = (
+        now_s if past.ended_s is None else past.ended_s + max(ROUND_S, REST_FACTOR * (past.ended_s - past.began_s))
+    )
     due_s = max(rested_s, now_s if owed else sweep_s)
-    return Rest(due_s - now_s) if due_s > now_s else Round(sweep_s <= now_s)
+    return GcIdle(due_s - now_s) if due_s > now_s else GcRound(sweep_s <= now_s)
 
 
 def sweep_every_s(grace_s: float) -> float:
@@ -167,7 +169,7 @@ PREFIXES = (keys.MANIFESTS, keys.PARTS, keys.PACKS)
 """What a sweep looks at, in the order in which it deletes: what names others goes first."""
 
 
-class Verdict(enum.Enum):
+class ObjectStatus(enum.Enum):
     """What a sweep makes of one object."""
 
     LIVE = "live"
@@ -186,7 +188,7 @@ class Verdict(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Referred:
+class SnapshotReferences:
     """A snapshot and the keys that it needs: its manifest, its parts, their packs. ``problem``: why they can't be known."""
 
     snapshot: SnapshotId
@@ -194,7 +196,7 @@ class Referred:
     problem: str = ""
 
 
-class Judge:
+class GarbageClassifier:
     """Gives the verdict on one object after another. Immutable; each verdict O(1).
 
     ``exist`` has what each snapshot of ``state`` refers to, ``dropped`` what those refer to that were dropped within the grace.
@@ -203,9 +205,14 @@ class Judge:
     __slots__ = ("_dropped", "_grace", "_grace_s", "_last_step", "_live", "_opaque", "_state")
 
     def __init__(
-        self, state: LogState, *, exist: Iterable[Referred], dropped: Iterable[Referred], grace_s: float
+        self,
+        state: LogState,
+        *,
+        existing: Iterable[SnapshotReferences],
+        dropped: Iterable[SnapshotReferences],
+        grace_s: float,
     ) -> None:
-        known, recent = tuple(exist), tuple(dropped)
+        known, recent = tuple(existing), tuple(dropped)
         assert {one.snapshot for one in known} == {entry.snapshot for entry in state.snapshots}
         self._state = state
         self._grace_s = grace_s
@@ -215,26 +222,26 @@ class Judge:
         self._dropped = frozenset(one.snapshot for one in recent)
         self._opaque = frozenset(one.snapshot for one in (*known, *recent) if one.problem)
 
-    def verdict(self, stat: Stat, *, now_unix_s: float) -> Verdict:
+    def classify(self, stat: Stat, *, now_unix_s: float) -> ObjectStatus:
         """What to make of the object; ``now_unix_s`` is by the clock of its own store."""
-        pair = pair_of(stat.key)
+        pair = snapshot_of(stat.key)
         if pair is None:
-            return Verdict.FOREIGN
+            return ObjectStatus.FOREIGN
         if stat.key in self._live:
-            return Verdict.LIVE
+            return ObjectStatus.LIVE
         if stat.key in self._grace:
-            return Verdict.GRACE
+            return ObjectStatus.GRACE
         if self._opaque and (pair in self._opaque or stat.key.startswith(keys.PACKS)):
-            return Verdict.HELD
-        if not self.settled(pair):
-            return Verdict.OPEN
+            return ObjectStatus.HELD
+        if not self.commit_impossible(pair):
+            return ObjectStatus.OPEN
         if pair in self._dropped:
-            return Verdict.GRACE
+            return ObjectStatus.GRACE
         if max(0.0, now_unix_s - stat.modified_unix_s) < self._grace_s:
-            return Verdict.YOUNG
-        return Verdict.GARBAGE
+            return ObjectStatus.YOUNG
+        return ObjectStatus.GARBAGE
 
-    def settled(self, pair: SnapshotId) -> bool:
+    def commit_impossible(self, pair: SnapshotId) -> bool:
         """Whether no commit of ``pair`` can count any more, in this state or any later one.
 
         Each case is a rule of ``commit.judge``: a step not above all that were committed of its epoch (what exists or was
@@ -249,7 +256,7 @@ class Judge:
         return self._state.floor is not None and pair < self._state.floor
 
 
-def pair_of(key: str) -> SnapshotId | None:
+def snapshot_of(key: str) -> SnapshotId | None:
     """The pair that a pack, part or manifest was written for; None for any other key, whoever's it is."""
     for parsed in (keys.parse_pack_key(key), keys.parse_part_key(key), keys.parse_manifest_key(key)):
         if parsed is not None:
@@ -257,5 +264,5 @@ def pair_of(key: str) -> SnapshotId | None:
     return None
 
 
-def _union(some: Iterable[Referred]) -> frozenset[str]:
+def _union(some: Iterable[SnapshotReferences]) -> frozenset[str]:
     return frozenset(key for one in some for key in one.keys)

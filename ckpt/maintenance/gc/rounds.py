@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, FencedError, InternalError
-from ckpt.events import Event, Fact, Tell
+from ckpt.events import Emit, Event, Fact
 from ckpt.log.journal import Journal
-from ckpt.maintenance.gc.drop import drop, fenced_journal, require_newest
-from ckpt.maintenance.gc.plan import GcPlan, Past, Rest, Round, next_round
+from ckpt.maintenance.gc.drop import drop, fenced_journal, require_newest_epoch
+from ckpt.maintenance.gc.plan import GcHistory, GcIdle, GcPlan, GcRound, next_round
 from ckpt.maintenance.gc.sweep import SweepReport, sweep
 from ckpt.maintenance.retention import KeepPolicy
-from ckpt.threads import start
+from ckpt.threads import start_thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Keep:
+class RetentionSettings:
     """What is kept, and how long the bytes of dropped snapshots stay, by the stores' clocks."""
 
     policy: KeepPolicy
@@ -30,7 +30,7 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
+class _DueRound:
     """A round: whether it sweeps, how many commits there were when it began, and whether it is the hurried one."""
 
     sweep: bool
@@ -45,53 +45,53 @@ class GcRounds:
     """
 
     def __init__(
-        self, backend: Backend, keep: Keep, *, epoch: Callable[[], int], tell: Tell,
+        self, backend: Backend, settings: RetentionSettings, *, epoch: Callable[[], int], tell: Emit,
         clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._backend = backend
-        self._keep = keep
+        self._keep = settings
         self._epoch = epoch
         self._tell = tell
         self._clock = clock
         self._wall = wall
         self._changed = threading.Condition()
-        self._past = Past()
+        self._past = GcHistory()
         self._commits = 0
         self._held = self._hurry = self._running = self._stopped = self._ended = False
         self._journal: Journal | None = None
         self._told: set[str] = set()
-        start(self._run, name="ckpt-gc")
+        start_thread(self._run, name="ckpt-gc")
 
-    def committed(self) -> None:
+    def on_commit(self) -> None:
         """A snapshot was committed."""
         with self._changed:
             self._commits += 1
             self._changed.notify_all()
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         """Somebody restores: begin nothing until ``let_go``, whatever the grace is."""
         with self._changed:
             self._held = True
 
-    def let_go(self) -> None:
+    def resume(self) -> None:
         """What was to be restored is."""
         with self._changed:
             if self._held:
                 self._held = False
                 self._changed.notify_all()
 
-    def hurry(self) -> None:
+    def start_last_round(self) -> None:
         """The job is over: do what is owed now, once, without rest."""
         with self._changed:
             self._hurry = True
-            self._hurry = isinstance(self._next(), Round)
+            self._hurry = isinstance(self._next(), GcRound)
             self._changed.notify_all()
 
     @property
     def idle(self) -> bool:
         """Whether nothing is being done, nor left to be done at once."""
         with self._changed:
-            return self._ended or not (self._running or isinstance(self._next(), Round))
+            return self._ended or not (self._running or isinstance(self._next(), GcRound))
 
     def await_idle(self, timeout_s: float) -> bool:
         """Wait until it is idle, ``timeout_s`` seconds at most; whether it is."""
@@ -121,25 +121,25 @@ class GcRounds:
                 self._running, self._ended = False, True
                 self._changed.notify_all()
 
-    def _next(self) -> Round | Rest:
+    def _next(self) -> GcRound | GcIdle:
         if self._held and not self._hurry:
-            return Rest(None)
+            return GcIdle(None)
         return next_round(
             self._past, self._clock(), commits=self._commits, grace_s=self._keep.grace_s, hurry=self._hurry
         )
 
-    def _await_round(self) -> _Begun | None:
+    def _await_round(self) -> _DueRound | None:
         """The next round, when it is time; None where there is none any more."""
         with self._changed:
             while not self._stopped:
                 found = self._next()
-                if isinstance(found, Round):
+                if isinstance(found, GcRound):
                     self._running = True
-                    return _Begun(found.sweep, self._commits, self._hurry)
+                    return _DueRound(found.sweep, self._commits, self._hurry)
                 self._changed.wait(found.seconds)
             return None
 
-    def _round(self, begun: _Begun) -> Event | None:
+    def _round(self, begun: _DueRound) -> Event | None:
         """Do it; what to tell."""
         began_s = self._clock()
         past, commits = self._past, begun.commits
@@ -165,9 +165,9 @@ class GcRounds:
 
     def _drop_and_sweep(self, *, sweeps: bool) -> tuple[GcPlan, SweepReport | None]:
         self._journal = self._journal or fenced_journal(self._backend, self._writer)
-        require_newest(self._journal.refresh(), self._writer())
+        require_newest_epoch(self._journal.refresh(), self._writer())
         plan, state = drop(self._backend, self._journal, self._keep.policy, now_unix_s=self._wall())
-        report = sweep(self._backend, state, grace_s=self._keep.grace_s, tell=self._tell_alarm) if sweeps else None
+        report = sweep(self._backend, state, grace_s=self._keep.grace_s, emit=self._tell_alarm) if sweeps else None
         return plan, report
 
     def _writer(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ckpt.backends.base import Backend, Stat
 from ckpt.backends.checked import Check, read_alone, read_object, stores_of, write_quorum_of
 from ckpt.errors import CkptError, FormatVersionError, IntegrityError, NotFoundError, UnavailableError
-from ckpt.events import Event, Fact, Tell
+from ckpt.events import Emit, Event, Fact
 from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest, PartRef
@@ -21,7 +21,7 @@ from ckpt.format.records import RECORD_BYTES_MAX, Commit, Drop, Record, decode_r
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
 from ckpt.log.reader import read_all
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.plan import PREFIXES, Judge, Referred, Verdict
+from ckpt.maintenance.gc.plan import PREFIXES, GarbageClassifier, ObjectStatus, SnapshotReferences
 from ckpt.values import SnapshotId
 
 WINDOW = 1024
@@ -29,14 +29,14 @@ WINDOW = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Answering:
+class ReachableStore:
     """One store that answers: alone, and what its own clock says now."""
 
     store: Backend
     now_unix_s: float
 
 
-def referred(backend: Backend, state: LogState) -> list[Referred]:
+def snapshot_references(backend: Backend, state: LogState) -> list[SnapshotReferences]:
     """What each snapshot of ``state`` refers to, in log order. Reads every manifest and part, several at once.
 
     Records that can't be read from any copy are told in ``problem``. Raises UnavailableError where a store that may have one
@@ -47,8 +47,8 @@ def referred(backend: Backend, state: LogState) -> list[Referred]:
 
 
 def dropped_within(
-    backend: Backend, state: LogState, answering: Sequence[Answering], *, grace_s: float, write_quorum: int
-) -> list[Referred]:
+    backend: Backend, state: LogState, answering: Sequence[ReachableStore], *, grace_s: float, write_quorum: int
+) -> list[SnapshotReferences]:
     """What snapshots refer to that were dropped less than ``grace_s`` ago by the stores' clocks, as far as it is still there.
 
     Walks the log back from its head, along the digests, to the first record that is old enough: one list and one read a
@@ -77,7 +77,9 @@ def dropped_within(
     return [_dropped(backend, state.job, answering, pair, digests.get(pair)) for pair in gone]
 
 
-def _referred(backend: Backend, job: str, snapshot: SnapshotId, digest: str, *, exists: bool = True) -> Referred:
+def _referred(
+    backend: Backend, job: str, snapshot: SnapshotId, digest: str, *, exists: bool = True
+) -> SnapshotReferences:
     """What one snapshot refers to. Of one that does not exist any more, what is missing was swept, with a shorter grace."""
     key = keys.manifest_key(snapshot, digest)
     try:
@@ -86,19 +88,19 @@ def _referred(backend: Backend, job: str, snapshot: SnapshotId, digest: str, *, 
         if (manifest.job, manifest.snapshot) != (job, snapshot):
             raise IntegrityError(f"manifest of another job or snapshot. key={key}")
     except NotFoundError as error:
-        return Referred(snapshot, frozenset((key,)), str(error) if exists else "")
+        return SnapshotReferences(snapshot, frozenset((key,)), str(error) if exists else "")
     except (IntegrityError, FormatVersionError) as error:
-        return Referred(snapshot, frozenset((key,)), str(error))
+        return SnapshotReferences(snapshot, frozenset((key,)), str(error))
     found = {key, *(ref.key for ref in manifest.parts)}
     for ref in manifest.parts:
         try:
             found |= _packs(backend, ref)
         except NotFoundError as error:
             if exists:
-                return Referred(snapshot, frozenset(found), str(error))
+                return SnapshotReferences(snapshot, frozenset(found), str(error))
         except (IntegrityError, FormatVersionError) as error:
-            return Referred(snapshot, frozenset(found), str(error))
-    return Referred(snapshot, frozenset(found))
+            return SnapshotReferences(snapshot, frozenset(found), str(error))
+    return SnapshotReferences(snapshot, frozenset(found))
 
 
 def _packs(backend: Backend, ref: PartRef) -> set[str]:
@@ -111,22 +113,24 @@ def _is(digest: str) -> Check:
 
 
 def _dropped(
-    backend: Backend, job: str, answering: Sequence[Answering], snapshot: SnapshotId, digest: str | None
-) -> Referred:
+    backend: Backend, job: str, answering: Sequence[ReachableStore], snapshot: SnapshotId, digest: str | None
+) -> SnapshotReferences:
     """What a dropped snapshot refers to. Where its commit is older than what was read, every manifest of the pair counts."""
     digests = {digest} if digest is not None else _manifests(answering, snapshot)
     found = [_referred(backend, job, snapshot, one, exists=False) for one in sorted(digests)]
     problems = [one.problem for one in found if one.problem]
-    return Referred(snapshot, frozenset(key for one in found for key in one.keys), problems[0] if problems else "")
+    return SnapshotReferences(
+        snapshot, frozenset(key for one in found for key in one.keys), problems[0] if problems else ""
+    )
 
 
-def _manifests(answering: Sequence[Answering], snapshot: SnapshotId) -> set[str]:
+def _manifests(answering: Sequence[ReachableStore], snapshot: SnapshotId) -> set[str]:
     prefix = f"{keys.MANIFESTS}{snapshot.key}-"
     listed = [keys.parse_manifest_key(stat.key) for one in answering for stat in one.store.list(prefix)]
     return {parsed[1] for parsed in listed if parsed is not None}
 
 
-def _young(answering: Sequence[Answering], low: int, top: int, *, grace_s: float, write_quorum: int) -> list[int]:
+def _young(answering: Sequence[ReachableStore], low: int, top: int, *, grace_s: float, write_quorum: int) -> list[int]:
     """The seqs from ``top`` down that are younger than the grace, up to the first that is not, ``low`` at most."""
     ages = _ages(answering, low, top)
     young: list[int] = []
@@ -139,7 +143,7 @@ def _young(answering: Sequence[Answering], low: int, top: int, *, grace_s: float
     return young
 
 
-def _ages(answering: Sequence[Answering], low: int, top: int) -> Mapping[int, list[float]]:
+def _ages(answering: Sequence[ReachableStore], low: int, top: int) -> Mapping[int, list[float]]:
     """How old the copies of each record are. Where writers had split the stores, the record is as old as its settling."""
     plain: dict[int, list[float]] = {}
     settled: dict[int, list[float]] = {}
@@ -155,7 +159,7 @@ def _ages(answering: Sequence[Answering], low: int, top: int) -> Mapping[int, li
     return plain | settled
 
 
-def _chain(answering: Sequence[Answering], seqs: Sequence[int], expected: str) -> list[Record]:
+def _chain(answering: Sequence[ReachableStore], seqs: Sequence[int], expected: str) -> list[Record]:
     """The records at ``seqs``, descending, each the one that the next names; ``expected`` is the digest of the first."""
     found: list[Record] = []
     for guess, seq in zip(read_all(seqs, lambda seq: next(_copies(answering, seq), None)), seqs, strict=True):
@@ -171,7 +175,7 @@ def _chain(answering: Sequence[Answering], seqs: Sequence[int], expected: str) -
     return found
 
 
-def _copies(answering: Sequence[Answering], seq: int) -> Iterator[Record]:
+def _copies(answering: Sequence[ReachableStore], seq: int) -> Iterator[Record]:
     for one in answering:
         for key in (keys.log_key(seq), keys.settled_key(seq)):
             try:
@@ -185,8 +189,8 @@ def _copies(answering: Sequence[Answering], seq: int) -> Iterator[Record]:
 # What a store's own clock says: the age of an object is counted by the clock that stamped it, and
 # by no other.
 
-PROBES = "probes/"
-LEFT_S = 3600.0
+CLOCK_PROBES = "probes/"
+ABANDONED_PROBE_S = 3600.0
 """A probe that is older was left by a process that died."""
 
 _PROBE_RE = re.compile(r"probes/[0-9a-f]{32}", re.ASCII)
@@ -197,7 +201,7 @@ def store_clock(store: Backend) -> float:
 
     Also removes what dead processes left of such. Raises UnavailableError, StoreDeniedError.
     """
-    key = f"{PROBES}{secrets.token_hex(16)}"
+    key = f"{CLOCK_PROBES}{secrets.token_hex(16)}"
     store.put(key, [b"ckpt"])
     try:
         stat = store.stat(key)
@@ -205,8 +209,8 @@ def store_clock(store: Backend) -> float:
         store.delete(key)
     if stat is None:
         raise UnavailableError(f"an object written just now isn't there. key={key} store={store.url} run this again")
-    for left in list(store.list(PROBES)):
-        if is_probe(left.key) and stat.modified_unix_s - left.modified_unix_s > LEFT_S:
+    for left in list(store.list(CLOCK_PROBES)):
+        if is_probe(left.key) and stat.modified_unix_s - left.modified_unix_s > ABANDONED_PROBE_S:
             store.delete(left.key)
     return stat.modified_unix_s
 
@@ -234,8 +238,8 @@ class StoreSweep:
     """
 
     url: str
-    objects: Counter[Verdict] = field(default_factory=Counter)
-    size_bytes: Counter[Verdict] = field(default_factory=Counter)
+    objects: Counter[ObjectStatus] = field(default_factory=Counter)
+    size_bytes: Counter[ObjectStatus] = field(default_factory=Counter)
     deleted: int = 0
     deleted_bytes: int = 0
     problem: str = ""
@@ -246,7 +250,7 @@ class SweepReport:
     """What a sweep came to. ``held`` names snapshots whose records can't be read, so that no pack was deleted, and why."""
 
     stores: tuple[StoreSweep, ...]
-    held: tuple[Referred, ...]
+    held: tuple[SnapshotReferences, ...]
 
     @property
     def ok(self) -> bool:
@@ -259,10 +263,10 @@ def sweep(
     state: LogState,
     *,
     grace_s: float = GRACE_S,
-    going: Sequence[Referred] = (),
+    about_to_drop: Sequence[SnapshotReferences] = (),
     dry_run: bool = False,
     clock: Callable[[Backend], float] = store_clock,
-    tell: Tell = lambda _: None,
+    emit: Emit = lambda _: None,
 ) -> SweepReport:
     """Delete the packs, parts and manifests that are garbage in ``state``, the log as it is now or was before.
 
@@ -273,15 +277,17 @@ def sweep(
     """
     require_known(state)
     stores = [_meet(store, state, clock) for store in stores_of(backend)]
-    answering = [one for one in stores if isinstance(one, Answering)]
+    answering = [one for one in stores if isinstance(one, ReachableStore)]
     quorum = write_quorum_of(backend)
-    exist = referred(backend, state)
+    exist = snapshot_references(backend, state)
     dropped = dropped_within(backend, state, answering, grace_s=grace_s, write_quorum=quorum) if grace_s > 0 else []
-    judge = Judge(state, exist=exist, dropped=[*dropped, *(going if grace_s > 0 else ())], grace_s=grace_s)
+    judge = GarbageClassifier(
+        state, existing=exist, dropped=[*dropped, *(about_to_drop if grace_s > 0 else ())], grace_s=grace_s
+    )
     done = tuple(one if isinstance(one, StoreSweep) else _sweep_store(one, judge, dry_run=dry_run) for one in stores)
     report = SweepReport(stores=done, held=tuple(one for one in (*exist, *dropped) if one.problem))
     for event in _events(report):
-        tell(event)
+        emit(event)
     return report
 
 
@@ -296,7 +302,7 @@ def require_known(state: LogState) -> None:
         raise UnavailableError(f"too few stores answer, so nothing is deleted. why={state.short} repeat when they do")
 
 
-def _meet(store: Backend, state: LogState, clock: Callable[[Backend], float]) -> Answering | StoreSweep:
+def _meet(store: Backend, state: LogState, clock: Callable[[Backend], float]) -> ReachableStore | StoreSweep:
     """Look whether the store is one of this log's and what time it has."""
     try:
         record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
@@ -305,26 +311,26 @@ def _meet(store: Backend, state: LogState, clock: Callable[[Backend], float]) ->
             return StoreSweep(
                 url=store.url, problem=f"not a store of this log. its_job={record.job!r} store_id={record.store_id}"
             )
-        return Answering(store, clock(store))
+        return ReachableStore(store, clock(store))
     except NotFoundError:
         return StoreSweep(url=store.url, problem=f"not a store of this log: it has no {keys.JOB_KEY}")
     except (UnavailableError, IntegrityError) as error:
         return StoreSweep(url=store.url, problem=str(error))
 
 
-def _sweep_store(one: Answering, judge: Judge, *, dry_run: bool) -> StoreSweep:
-    objects: Counter[Verdict] = Counter()
-    sizes: Counter[Verdict] = Counter()
+def _sweep_store(one: ReachableStore, judge: GarbageClassifier, *, dry_run: bool) -> StoreSweep:
+    objects: Counter[ObjectStatus] = Counter()
+    sizes: Counter[ObjectStatus] = Counter()
     deleted = deleted_bytes = 0
     problem = ""
     try:
         for prefix in PREFIXES:
             garbage: list[Stat] = []
             for stat in one.store.list(prefix):
-                verdict = judge.verdict(stat, now_unix_s=one.now_unix_s)
+                verdict = judge.classify(stat, now_unix_s=one.now_unix_s)
                 objects[verdict] += 1
                 sizes[verdict] += stat.size_bytes
-                if verdict is Verdict.GARBAGE:
+                if verdict is ObjectStatus.GARBAGE:
                     garbage.append(stat)
             if not dry_run:
                 for stat in _delete(one.store, garbage):

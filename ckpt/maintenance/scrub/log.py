@@ -15,12 +15,12 @@ from ckpt.errors import CkptError, FormatVersionError, IntegrityError, NotFoundE
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, Record, Stores, decode_record
 from ckpt.log.fold import empty, fold
-from ckpt.log.quorum import Gathered, Held, Silent, Tail, gather
+from ckpt.log.quorum import LastRecord, MergedLog, NoAnswer, StoreRecords, merge_stores
 from ckpt.log.reader import read_all
 from ckpt.log.state import Hole, LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold, encode_fold, fold_due
-from ckpt.maintenance.copies import What
-from ckpt.maintenance.copy_io import Pace
+from ckpt.maintenance.copies import CopyStatus
+from ckpt.maintenance.copy_io import MaintenancePace
 from ckpt.values import DIGEST_BYTES
 
 WINDOW = 1024
@@ -28,7 +28,7 @@ WINDOW = 1024
 FOLD_KEPT_BYTES_MAX = 16 << 20
 """A fold that no store has rightly is kept in memory until it is written, up to this size; larger ones are left to writers."""
 
-Truth = Callable[[int], "bytes | None"]
+CountedRecord = Callable[[int], "bytes | None"]
 """The bytes of the record that counts at a place, where the caller can tell; else None."""
 
 
@@ -72,12 +72,12 @@ class LogFindings:
         return self.digests[seq * DIGEST_BYTES : (seq + 1) * DIGEST_BYTES].hex()
 
 
-Note = Callable[[int, str, What, str], None]
+CopyObserver = Callable[[int, str, CopyStatus, str], None]
 """Told of each copy: the store's number, key, what it is, and a message."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Names:
+class _Listing:
     """What one store lists: places with a record, places with a settled one, and folds. None where it did not answer."""
 
     first: frozenset[int]
@@ -90,9 +90,9 @@ def compare_logs(
     ids: Mapping[int, str],
     job: str,
     *,
-    note: Note,
-    pace: Pace,
-    truth: Truth | None = None,
+    observe: CopyObserver,
+    pace: MaintenancePace,
+    counted_record: CountedRecord | None = None,
 ) -> LogFindings:
     """Read every record and fold of ``stores`` (by number; ``ids`` has theirs, "" where unknown), and compare.
 
@@ -101,14 +101,14 @@ def compare_logs(
     """
     size = 1 + max(stores, default=-1)
     log = LogFindings(empty(job), bytearray(), [RecordFaults() for _ in range(size)], [])
-    names: dict[int, _Names] = {}
+    names: dict[int, _Listing] = {}
     newer: dict[int, FormatVersionError] = {}
     for number, store in stores.items():
         try:
             names[number] = _names(store)
         except UnavailableError as error:
             log.silent[number] = str(error)
-    away = [Silent(why) for why in log.silent.values()]
+    away = [NoAnswer(why) for why in log.silent.values()]
     urls = [stores[number].url for number in (*names, *log.silent)]
     stores = {number: stores[number] for number in names}
     end = 1 + max((seq for one in names.values() for seq in one.first | one.second), default=-1)
@@ -118,20 +118,20 @@ def compare_logs(
         held = {
             number: _held(stores[number], ids.get(number, ""), names[number], seqs, newer, pace) for number in stores
         }
-        found, hole = _taken(log.state, [*held.values(), *away], urls, seqs.stop, truth)
+        found, hole = _taken(log.state, [*held.values(), *away], urls, seqs.stop, counted_record)
         records = found.chain
         if not records and hole is None:
             break
-        log.open_tail = seqs[-1] + 1 >= end and _open(found.gathered.tail, records, truth)
+        log.open_tail = seqs[-1] + 1 >= end and _open(found.gathered.tail, records, counted_record)
         for record in records:
             log.digests += bytes.fromhex(record.digest)
             unproven = log.open_tail and record is records[-1]
             for number, one in held.items():
-                _note_record(log.faults[number], number, one, record, None if unproven else note)
+                _note_record(log.faults[number], number, one, record, None if unproven else observe)
         for seq in (record.seq for record in records):
             if fold_due(seq) and any(seq in one.folds for one in names.values()):
                 state = fold(log.state, [record for record in records if record.seq <= seq])
-                _compare_fold(log, stores, state, note, pace)
+                _compare_fold(log, stores, state, observe, pace)
         before, log.state = log.state.next_seq, fold(log.state, records)
         if hole is not None and not (hole.seq > before and hole.seq == seqs[-1] and hole.seq + 1 < end):
             # At a window's end the next record, which may tell, was not seen: there it is looked at once more.
@@ -164,28 +164,32 @@ def is_record(data: bytes, digest: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
-    gathered: Gathered
+class _CountedRecords:
+    gathered: MergedLog
     chain: list[Record]
 
 
 def _taken(
-    state: LogState, held: Sequence[Held | Silent], urls: Sequence[str], stop: int, truth: Truth | None
-) -> tuple[_Taken, Hole | None]:
+    state: LogState,
+    held: Sequence[StoreRecords | NoAnswer],
+    urls: Sequence[str],
+    stop: int,
+    truth: CountedRecord | None,
+) -> tuple[_CountedRecords, Hole | None]:
     """The records below ``stop`` that count, in order, and the hole that ends them, if one does."""
-    found = gather(state, _without_doubt(state, held), urls)
+    found = merge_stores(state, _without_doubt(state, held), urls)
     chain = _chain(state, found.state, held)
     hole, at = found.state.hole, found.state.next_seq
-    if hole is None and at < stop and any(isinstance(one, Held) and at in one.damaged for one in held):
+    if hole is None and at < stop and any(isinstance(one, StoreRecords) and at in one.damaged for one in held):
         hole = Hole(at, "no store has a readable record there.")
     if truth is not None and found.state.next_seq < stop:
         told = _told(found.state.without_hole(), truth)
         if told is not None:
-            return _Taken(found, [*chain, told]), None
-    return _Taken(found, chain), hole
+            return _CountedRecords(found, [*chain, told]), None
+    return _CountedRecords(found, chain), hole
 
 
-def _without_doubt(state: LogState, held: Sequence[Held | Silent]) -> list[Held | Silent]:
+def _without_doubt(state: LogState, held: Sequence[StoreRecords | NoAnswer]) -> list[StoreRecords | NoAnswer]:
     """``held``, in which damage hides no vote as long as the log is in one store.
 
     Replicas of such a log hold only what counted already, so one sound record at a place is the one, whatever became of the
@@ -196,20 +200,20 @@ def _without_doubt(state: LogState, held: Sequence[Held | Silent]) -> list[Held 
     naming = [
         seq
         for one in held
-        if isinstance(one, Held)
+        if isinstance(one, StoreRecords)
         for seq, record in (*one.records.items(), *one.settled.items())
         if isinstance(record.body, Stores)
     ]
     first = min(naming, default=None)
     return [
         replace(one, damaged=frozenset(seq for seq in one.damaged if first is not None and seq >= first))
-        if isinstance(one, Held)
+        if isinstance(one, StoreRecords)
         else one
         for one in held
     ]
 
 
-def _chain(before: LogState, after: LogState, held: Sequence[Held | Silent]) -> list[Record]:
+def _chain(before: LogState, after: LogState, held: Sequence[StoreRecords | NoAnswer]) -> list[Record]:
     """The records from ``before`` to ``after``: each names the digest of the one before it."""
     expected = after.head_digest
     chain: list[Record] = []
@@ -217,7 +221,7 @@ def _chain(before: LogState, after: LogState, held: Sequence[Held | Silent]) -> 
         found = next(
             record
             for one in held
-            if isinstance(one, Held)
+            if isinstance(one, StoreRecords)
             for record in (one.records.get(seq), one.settled.get(seq))
             if record is not None and record.digest == expected
         )
@@ -227,7 +231,7 @@ def _chain(before: LogState, after: LogState, held: Sequence[Held | Silent]) -> 
     return chain
 
 
-def _told(state: LogState, truth: Truth) -> Record | None:
+def _told(state: LogState, truth: CountedRecord) -> Record | None:
     data = truth(state.next_seq)
     if data is None:
         return None
@@ -238,84 +242,92 @@ def _told(state: LogState, truth: Truth) -> Record | None:
     return record if fold(state, [record]).hole is None else None
 
 
-def _open(tail: Tail | None, records: Sequence[Record], truth: Truth | None) -> bool:
+def _open(tail: LastRecord | None, records: Sequence[Record], truth: CountedRecord | None) -> bool:
     """Whether the last record is on too few stores to be sure of it, and nobody else is."""
     if tail is None or not records or records[-1] is not tail.record or tail.copies >= tail.members.write_quorum:
         return False
     return truth is None or truth(tail.record.seq) != tail.record.encode()
 
 
-def _note_record(faults: RecordFaults, number: int, held: Held | Silent, record: Record, note: Note | None) -> None:
+def _note_record(
+    faults: RecordFaults, number: int, held: StoreRecords | NoAnswer, record: Record, note: CopyObserver | None
+) -> None:
     """Tell what a store has of a record; nothing where ``note`` is None, for a record that may not count."""
     if note is None:
         return
     seq, key = record.seq, keys.log_key(record.seq)
-    if isinstance(held, Silent):
-        note(number, key, What.UNREADABLE, held.why)
+    if isinstance(held, NoAnswer):
+        note(number, key, CopyStatus.UNREADABLE, held.reason)
         return
     first, second = held.records.get(seq), held.settled.get(seq)
     if record.digest in (first and first.digest, second and second.digest):
         if seq not in held.damaged:
-            note(number, key, What.OK, "")
+            note(number, key, CopyStatus.OK, "")
         elif first is None:
             faults.first.append(seq)
-            note(number, key, What.DAMAGED, "it is no valid record of this place")
+            note(number, key, CopyStatus.DAMAGED, "it is no valid record of this place")
         else:
             faults.second.append(seq)
-            note(number, keys.settled_key(seq), What.DAMAGED, "it is no valid record of this place")
+            note(number, keys.settled_key(seq), CopyStatus.DAMAGED, "it is no valid record of this place")
     elif first is not None:
         # It was created once and lost: it stays, and what counts goes to the second key.
         faults.second.append(seq)
-        note(number, keys.settled_key(seq), What.MISSING, f"another record lies at the first key. seq={seq}")
+        note(number, keys.settled_key(seq), CopyStatus.MISSING, f"another record lies at the first key. seq={seq}")
     elif seq in held.damaged:
         faults.first.append(seq)
-        note(number, key, What.DAMAGED, "it is no valid record of this place")
+        note(number, key, CopyStatus.DAMAGED, "it is no valid record of this place")
     else:
         faults.first.append(seq)
-        note(number, key, What.MISSING, "it is not there")
+        note(number, key, CopyStatus.MISSING, "it is not there")
 
 
-def _compare_fold(log: LogFindings, stores: Mapping[int, Backend], state: LogState, note: Note, pace: Pace) -> None:
+def _compare_fold(
+    log: LogFindings, stores: Mapping[int, Backend], state: LogState, note: CopyObserver, pace: MaintenancePace
+) -> None:
     expected = encode_fold(state)
     key = keys.fold_key(state.next_seq - 1)
     right: list[int] = []
     wrong: list[int] = []
-    found: dict[int, tuple[What, str, bool]] = {}
+    found: dict[int, tuple[CopyStatus, str, bool]] = {}
     for number, store in stores.items():
         pace.take(len(expected))
         found[number] = _look_fold(store, key, expected, state)
-    known = any(what is What.OK for what, _, _ in found.values())
+    known = any(what is CopyStatus.OK for what, _, _ in found.values())
     for number, (what, why, newer) in found.items():
         if newer and not known:
             continue  # a newer release may have written it: it is not ours to judge
         note(number, key, what, why)
-        if what is What.OK:
+        if what is CopyStatus.OK:
             right.append(number)
-        elif what is not What.UNREADABLE:
+        elif what is not CopyStatus.UNREADABLE:
             wrong.append(number)
     if wrong:
         kept = None if right or len(expected) > FOLD_KEPT_BYTES_MAX else expected
         log.folds.append(FoldFaults(state.next_seq - 1, tuple(right), tuple(wrong), kept))
 
 
-def _look_fold(store: Backend, key: str, expected: bytes, state: LogState) -> tuple[What, str, bool]:
+def _look_fold(store: Backend, key: str, expected: bytes, state: LogState) -> tuple[CopyStatus, str, bool]:
     """What the fold is there, why, and whether it says that another release wrote it."""
     try:
         data = read_alone(store, key, bytes_max=FOLD_BYTES_MAX)
         # Another release may spell the same state otherwise: that is right too.
         same = data == expected or decode_fold(data) == state
     except NotFoundError:
-        return What.MISSING, "it is not there", False
+        return CopyStatus.MISSING, "it is not there", False
     except UnavailableError as error:
-        return What.UNREADABLE, str(error), False
+        return CopyStatus.UNREADABLE, str(error), False
     except FormatVersionError as error:
-        return What.DAMAGED, str(error), True
+        return CopyStatus.DAMAGED, str(error), True
     except IntegrityError as error:
-        return What.DAMAGED, str(error), False
-    return (What.OK, "", False) if same else (What.DAMAGED, "it is not the fold of the records before it", False)
+        return CopyStatus.DAMAGED, str(error), False
+    return (
+        (CopyStatus.OK, "", False)
+        if same
+        else (CopyStatus.DAMAGED, "it is not the fold of the records before it", False)
+    )
 
 
-def _names(store: Backend) -> _Names:
+def _names(store: Backend) -> _Listing:
     first: set[int] = set()
     second: set[int] = set()
     for stat in store.list(keys.LOG):
@@ -324,12 +336,17 @@ def _names(store: Backend) -> _Names:
         elif (seq := keys.parse_settled_key(stat.key)) is not None:
             second.add(seq)
     folds = {seq for stat in store.list(keys.FOLDS) if (seq := keys.parse_fold_key(stat.key)) is not None}
-    return _Names(frozenset(first), frozenset(second), frozenset(folds))
+    return _Listing(frozenset(first), frozenset(second), frozenset(folds))
 
 
 def _held(
-    store: Backend, store_id: str, names: _Names, seqs: range, newer: dict[int, FormatVersionError], pace: Pace
-) -> Held | Silent:
+    store: Backend,
+    store_id: str,
+    names: _Listing,
+    seqs: range,
+    newer: dict[int, FormatVersionError],
+    pace: MaintenancePace,
+) -> StoreRecords | NoAnswer:
     """What ``store`` has at ``seqs``. A record of another format version is damage as long as another store has a sound one;
     it is noted in ``newer``."""
     places = [(keys.log_key(seq), seq, False) for seq in seqs if seq in names.first]
@@ -346,12 +363,12 @@ def _held(
         if isinstance(found, Record):
             (settled if second else records)[seq] = found
         elif isinstance(found, UnavailableError):
-            return Silent(str(found))
+            return NoAnswer(str(found))
         elif isinstance(found, IntegrityError | FormatVersionError):
             damaged.add(seq)
             if isinstance(found, FormatVersionError):
                 newer[seq] = found
-    return Held(store_id, records, settled, frozenset(damaged))
+    return StoreRecords(store_id, records, settled, frozenset(damaged))
 
 
 def _read(store: Backend, key: str, seq: int) -> Record | CkptError:

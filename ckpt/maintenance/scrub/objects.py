@@ -11,42 +11,42 @@ from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Mani
 from ckpt.format.part import Part, decode_part
 from ckpt.log.state import Committed
 from ckpt.maintenance.copies import (
-    PLACE_BYTES,
-    Copy,
-    Gathered,
-    Lost,
-    Mend,
+    CHUNK_REF_BYTES,
+    CopyCheck,
+    CopyLost,
+    CopyRepair,
+    CopyStatus,
+    CopyUnknown,
     Pack,
-    Unknown,
-    What,
-    Whole,
+    PackReferences,
+    WholeObject,
     decide_pack,
     decide_whole,
 )
-from ckpt.maintenance.copy_io import Walk, gather_pack, in_order, look_pack, look_whole
-from ckpt.maintenance.scrub.report import Bench, Gone
+from ckpt.maintenance.copy_io import ListingWalk, assemble_pack, check_pack, check_whole, map_in_order
+from ckpt.maintenance.scrub.report import DropCheck, ScrubContext
 
 # Objects that a store lists and nothing refers to: counted beside the scrub's way through the
 # keys, never touched.
 
 
-class Strays:
+class OrphanWalk:
     """A walk through each store's keys below ``prefix``, behind ``after``. Closing it adds what was met to the tallies."""
 
-    def __init__(self, bench: Bench, prefix: str, *, after: str, numbers: Sequence[int]) -> None:
+    def __init__(self, bench: ScrubContext, prefix: str, *, after: str, numbers: Sequence[int]) -> None:
         self._bench = bench
-        self._walks = {number: Walk(bench.stores[number], prefix, after=after) for number in numbers}
+        self._walks = {number: ListingWalk(bench.stores[number], prefix, after=after) for number in numbers}
 
-    def pass_to(self, key: str) -> None:
+    def reach(self, key: str) -> None:
         """``key`` is referred to; what lies before it and was not passed yet is not."""
         self._each(lambda walk: walk.take(key))
 
-    def leave(self, folder: str) -> None:
+    def skip_folder(self, folder: str) -> None:
         """Pass over what lies in ``folder`` without counting it: whether it is referred to can't be known."""
         self._each(lambda walk: walk.skip(folder))
         self._each(lambda walk: walk.skip(f"{folder}~", count=False))
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Everything that is left is referred to by nothing."""
         self._each(lambda walk: walk.skip(None))
 
@@ -54,11 +54,11 @@ class Strays:
         """Add what was met to the stores' tallies."""
         for number, walk in self._walks.items():
             tally = self._bench.findings.stores[number]
-            tally.strays += walk.strays
-            tally.stray_bytes += walk.stray_bytes
+            tally.orphans += walk.orphans
+            tally.orphan_bytes += walk.orphan_bytes
         self._walks = {}
 
-    def _each(self, act: Callable[[Walk], object]) -> None:
+    def _each(self, act: Callable[[ListingWalk], object]) -> None:
         active = set(self._bench.active)
         for number, walk in self._walks.items():
             if number not in active:
@@ -66,26 +66,32 @@ class Strays:
             try:
                 act(walk)
             except UnavailableError as error:
-                self._bench.lose(number, str(error))
+                self._bench.mark_away(number, str(error))
                 active.discard(number)
 
 
-Looks = dict[int, tuple[Copy, bytes]]
+WholeCopies = dict[int, tuple[CopyCheck, bytes]]
 """What each store has of a small object, and the bytes where they are right."""
 
 
-class Objects:
+class ObjectScrub:
     """Goes through ``snapshots``: first their manifests and parts, then the packs. Each can be left and taken up again."""
 
     def __init__(
-        self, bench: Bench, snapshots: Sequence[Committed], *, everything: bool, gone: Gone, budget_bytes: int
+        self,
+        bench: ScrubContext,
+        snapshots: Sequence[Committed],
+        *,
+        everything: bool,
+        dropped: DropCheck,
+        budget_bytes: int,
     ) -> None:
         self._bench = bench
         self._snapshots = sorted(snapshots, key=lambda entry: entry.snapshot)
         self._everything = everything
-        self._gone = gone
+        self._gone = dropped
         self._at = 0
-        self._gathered = Gathered(max(1, budget_bytes // 2 // PLACE_BYTES))
+        self._gathered = PackReferences(max(1, budget_bytes // 2 // CHUNK_REF_BYTES))
         self._cursor = ""
         self.untraced: list[Committed] = []
         """Snapshots whose manifest or a part can't be had."""
@@ -101,22 +107,22 @@ class Objects:
         ):
             while self._at < len(self._snapshots):
                 entry = self._snapshots[self._at]
-                manifests.pass_to(manifest_key(entry))
+                manifests.reach(manifest_key(entry))
                 found = self._snapshot(entry, parts, threads=threads)
                 for part in found:
                     self._gathered.add(part, self._at)
                 self._at += 1
-            manifests.end()
-            parts.end()
+            manifests.finish()
+            parts.finish()
 
     def packs(self, *, threads: int) -> None:
         """Every chunk that is referred to. As ``records``; memory stays within the budget, however many chunks there are."""
         with closing(self._strays(keys.PACKS, self._cursor)) as strays:
             while True:
                 todo = [key for key in self._gathered.packs() if key > self._cursor]
-                with closing(in_order(todo, self._look_pack, threads=threads)) as looked:
+                with closing(map_in_order(todo, self._look_pack, threads=threads)) as looked:
                     for key, copies in looked:
-                        strays.pass_to(key)
+                        strays.reach(key)
                         self._settle_pack(self._gathered.pack(key), self._gathered.users(key), copies)
                         self._cursor = key
                 if self._gathered.complete:
@@ -128,23 +134,23 @@ class Objects:
                 self._gathered = following
             # What only a snapshot that can't be traced refers to is no stray.
             if not self.untraced:
-                strays.end()
+                strays.finish()
 
-    def _snapshot(self, entry: Committed, parts: Strays, *, threads: int) -> list[Part]:
+    def _snapshot(self, entry: Committed, parts: OrphanWalk, *, threads: int) -> list[Part]:
         """The parts of one snapshot that can be had."""
-        want = Whole(manifest_key(entry), entry.manifest_digest)
+        want = WholeObject(manifest_key(entry), entry.manifest_digest)
         data = self._settle_whole(want, self._look_whole(want, MANIFEST_BYTES_MAX), entry)
         manifest = _manifest(data)
         if manifest is None:
             self.untraced.append(entry)
-            parts.leave(f"{keys.PARTS}{entry.snapshot.key}/")
+            parts.skip_folder(f"{keys.PARTS}{entry.snapshot.key}/")
             return []
-        wants = [Whole(ref.key, ref.digest, ref.size_bytes) for ref in manifest.parts]
+        wants = [WholeObject(ref.key, ref.digest, ref.size_bytes) for ref in manifest.parts]
         wants.sort(key=lambda want: want.key)
         found: list[Part] = []
-        with closing(in_order(wants, self._look_part, threads=threads)) as looked:
+        with closing(map_in_order(wants, self._look_part, threads=threads)) as looked:
             for want, looks in looked:
-                parts.pass_to(want.key)
+                parts.reach(want.key)
                 part = _part(self._settle_whole(want, looks, entry))
                 if part is not None:
                     found.append(part)
@@ -152,45 +158,47 @@ class Objects:
             self.untraced.append(entry)
         return found
 
-    def _look_part(self, want: Whole) -> Looks:
+    def _look_part(self, want: WholeObject) -> WholeCopies:
         return self._look_whole(want, PART_STORED_BYTES_MAX)
 
-    def _look_whole(self, want: Whole, bytes_max: int) -> Looks:
+    def _look_whole(self, want: WholeObject, bytes_max: int) -> WholeCopies:
         bench = self._bench
-        return {n: look_whole(bench.stores[n], want, bytes_max=bytes_max, pace=bench.pace) for n in bench.active}
+        return {n: check_whole(bench.stores[n], want, bytes_max=bytes_max, pace=bench.pace) for n in bench.active}
 
-    def _settle_whole(self, want: Whole, looks: Looks, entry: Committed) -> bytes | None:
+    def _settle_whole(self, want: WholeObject, looks: WholeCopies, entry: Committed) -> bytes | None:
         bench = self._bench
         copies = {number: copy for number, (copy, _) in looks.items()}
-        bench.heard(copies)
-        if _any_wrong(copies) and self._gone.all_gone([entry]):
+        bench.count_silence(copies)
+        if _any_wrong(copies) and self._gone.all_dropped([entry]):
             return None
-        decision = decide_whole(bench.row(copies), writable=bench.writable)
+        decision = decide_whole(bench.copy_of_each(copies), writable=bench.writable)
         mended: list[int] = []
-        if isinstance(decision, Mend):
+        if isinstance(decision, CopyRepair):
             data = looks[decision.source][1]
             mended = [number for number in decision.targets if bench.put(number, want.key, data)]
-        bench.settle(want.key, copies, mended=mended, lost=isinstance(decision, Lost))
-        return next((data for copy, data in looks.values() if copy.what is What.OK), None)
+        bench.count_object(want.key, copies, repaired=mended, lost=isinstance(decision, CopyLost))
+        return next((data for copy, data in looks.values() if copy.status is CopyStatus.OK), None)
 
-    def _look_pack(self, key: str) -> dict[int, Copy]:
+    def _look_pack(self, key: str) -> dict[int, CopyCheck]:
         pack, bench = self._gathered.pack(key), self._bench
-        return {number: look_pack(bench.stores[number], pack, pace=bench.pace) for number in bench.active}
+        return {number: check_pack(bench.stores[number], pack, pace=bench.pace) for number in bench.active}
 
-    def _settle_pack(self, pack: Pack, users: frozenset[int], copies: Mapping[int, Copy]) -> None:
+    def _settle_pack(self, pack: Pack, users: frozenset[int], copies: Mapping[int, CopyCheck]) -> None:
         bench = self._bench
-        bench.heard(copies)
-        if _any_wrong(copies) and self._gone.all_gone([self._snapshots[user] for user in users]):
+        bench.count_silence(copies)
+        if _any_wrong(copies) and self._gone.all_dropped([self._snapshots[user] for user in users]):
             return
-        decision = decide_pack(pack, bench.row(copies), writable=bench.writable)
-        mended = self._mend_pack(pack, decision) if isinstance(decision, Mend) else []
-        nowhere = decision.places if isinstance(decision, Lost | Unknown) else pack.places
-        bench.settle(pack.key, copies, mended=mended, lost=isinstance(decision, Lost), nowhere=nowhere)
+        decision = decide_pack(pack, bench.copy_of_each(copies), writable=bench.writable)
+        mended = self._mend_pack(pack, decision) if isinstance(decision, CopyRepair) else []
+        nowhere = decision.chunks if isinstance(decision, CopyLost | CopyUnknown) else pack.chunks
+        bench.count_object(
+            pack.key, copies, repaired=mended, lost=isinstance(decision, CopyLost), bad_everywhere=nowhere
+        )
 
-    def _mend_pack(self, pack: Pack, mend: Mend) -> list[int]:
+    def _mend_pack(self, pack: Pack, mend: CopyRepair) -> list[int]:
         bench = self._bench
         try:
-            memory = gather_pack(bench.stores, pack, mend, pace=bench.pace)
+            memory = assemble_pack(bench.stores, pack, mend, pace=bench.pace)
         except CkptError as error:
             # It was right a moment ago: the store went away, or what is beneath it is failing.
             bench.findings.stores[mend.source].problem = str(error)
@@ -201,23 +209,23 @@ class Objects:
 
     def _load(self, entry: Committed) -> Iterator[Part]:
         """The parts of a snapshot once more, from whichever store has them; what can't be had was told before."""
-        manifest = _manifest(self._any(Whole(manifest_key(entry), entry.manifest_digest), MANIFEST_BYTES_MAX))
+        manifest = _manifest(self._any(WholeObject(manifest_key(entry), entry.manifest_digest), MANIFEST_BYTES_MAX))
         for ref in () if manifest is None else manifest.parts:
-            part = _part(self._any(Whole(ref.key, ref.digest, ref.size_bytes), PART_STORED_BYTES_MAX))
+            part = _part(self._any(WholeObject(ref.key, ref.digest, ref.size_bytes), PART_STORED_BYTES_MAX))
             if part is not None:
                 yield part
 
-    def _any(self, want: Whole, bytes_max: int) -> bytes | None:
+    def _any(self, want: WholeObject, bytes_max: int) -> bytes | None:
         bench = self._bench
         for number in bench.active:
-            copy, data = look_whole(bench.stores[number], want, bytes_max=bytes_max, pace=bench.pace)
-            if copy.what is What.OK:
+            copy, data = check_whole(bench.stores[number], want, bytes_max=bytes_max, pace=bench.pace)
+            if copy.status is CopyStatus.OK:
                 return data
         return None
 
-    def _strays(self, prefix: str, after: str) -> Strays:
+    def _strays(self, prefix: str, after: str) -> OrphanWalk:
         # Only where all snapshots are looked at is it known what nothing refers to.
-        return Strays(self._bench, prefix, after=after, numbers=self._bench.active if self._everything else [])
+        return OrphanWalk(self._bench, prefix, after=after, numbers=self._bench.active if self._everything else [])
 
 
 def manifest_key(entry: Committed) -> str:
@@ -225,8 +233,8 @@ def manifest_key(entry: Committed) -> str:
     return keys.manifest_key(entry.snapshot, entry.manifest_digest)
 
 
-def _any_wrong(copies: Mapping[int, Copy]) -> bool:
-    return any(copy.what is not What.OK for copy in copies.values())
+def _any_wrong(copies: Mapping[int, CopyCheck]) -> bool:
+    return any(copy.status is not CopyStatus.OK for copy in copies.values())
 
 
 def _manifest(data: bytes | None) -> Manifest | None:

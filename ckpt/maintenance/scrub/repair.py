@@ -14,11 +14,11 @@ from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, Unava
 from ckpt.format import keys
 from ckpt.format.store import JobRecord
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
-from ckpt.maintenance.scrub.log import FoldFaults, LogFindings, RecordFaults, Truth, is_record, right_record
-from ckpt.maintenance.scrub.report import HEADLESS, Bench, Seat, lost_id
+from ckpt.maintenance.scrub.log import CountedRecord, FoldFaults, LogFindings, RecordFaults, is_record, right_record
+from ckpt.maintenance.scrub.report import HEADLESS, ScrubContext, StoreRole, lost_id
 
 
-def repair_log(bench: Bench, log: LogFindings, truth: Truth | None) -> None:
+def repair_log(bench: ScrubContext, log: LogFindings, truth: CountedRecord | None) -> None:
     """Write the records that stores lack, each store's in ascending order; what can't be written stays in ``log.faults``.
 
     A store at which one can't be written gets none behind it, and neither does one that lacks objects (``bench.tainted``).
@@ -29,7 +29,7 @@ def repair_log(bench: Bench, log: LogFindings, truth: Truth | None) -> None:
             _repair_store(bench, log, number, faults, truth)
 
 
-def repair_folds(bench: Bench, log: LogFindings) -> None:
+def repair_folds(bench: ScrubContext, log: LogFindings) -> None:
     """Write folds that stores lack, from a store that has them; what can't be written stays listed. Raises Stopped."""
     for place, fault in enumerate(log.folds):
         data = fault.data if fault.data is not None else _right_fold(bench, log, fault)
@@ -47,7 +47,7 @@ def repair_folds(bench: Bench, log: LogFindings) -> None:
 
 
 def repair_job(
-    bench: Bench, log: LogFindings, seats: Sequence[Seat], number: int, common: JobRecord | None
+    bench: ScrubContext, log: LogFindings, seats: Sequence[StoreRole], number: int, common: JobRecord | None
 ) -> str | None:
     """Give a store that lost its ``ckpt.json`` the same one again; None where that was done, else why not.
 
@@ -69,7 +69,9 @@ def repair_job(
     return None
 
 
-def _repair_store(bench: Bench, log: LogFindings, number: int, faults: RecordFaults, truth: Truth | None) -> None:
+def _repair_store(
+    bench: ScrubContext, log: LogFindings, number: int, faults: RecordFaults, truth: CountedRecord | None
+) -> None:
     todo = [(seq, keys.log_key(seq), False) for seq in faults.first]
     todo += [(seq, keys.settled_key(seq), True) for seq in faults.second]
     done = {False: 0, True: 0}
@@ -85,7 +87,7 @@ def _repair_store(bench: Bench, log: LogFindings, number: int, faults: RecordFau
         del faults.second[: done[True]]
 
 
-def _right_data(bench: Bench, seq: int, digest: str, truth: Truth | None) -> bytes | None:
+def _right_data(bench: ScrubContext, seq: int, digest: str, truth: CountedRecord | None) -> bytes | None:
     for number in bench.active:
         try:
             data = right_record(bench.stores[number], seq, digest)
@@ -97,7 +99,7 @@ def _right_data(bench: Bench, seq: int, digest: str, truth: Truth | None) -> byt
     return told if told is not None and is_record(told, digest) else None
 
 
-def _right_fold(bench: Bench, log: LogFindings, fault: FoldFaults) -> bytes | None:
+def _right_fold(bench: ScrubContext, log: LogFindings, fault: FoldFaults) -> bytes | None:
     for number in fault.right:
         try:
             data = read_alone(bench.stores[number], keys.fold_key(fault.seq), bytes_max=FOLD_BYTES_MAX)

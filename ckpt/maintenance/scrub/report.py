@@ -11,25 +11,25 @@ from itertools import islice
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError, UsageError
-from ckpt.events import Event, Fact, Tell
+from ckpt.events import Emit, Event, Fact
 from ckpt.format import keys
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
-from ckpt.log.quorum import is_stand_in
+from ckpt.log.quorum import is_placeholder
 from ckpt.log.reader import read_all
 from ckpt.log.state import Committed, Hole, LogState
-from ckpt.maintenance.copies import Copy, Place, What
-from ckpt.maintenance.copy_io import Pace
+from ckpt.maintenance.copies import ChunkRef, CopyCheck, CopyStatus
+from ckpt.maintenance.copy_io import MaintenancePace
 from ckpt.maintenance.scrub.log import LogFindings
 from ckpt.values import SnapshotId
 
 # What a scrub found and did, as it is told to people and programs.
 
-TROUBLES_MAX = 10_000
+PROBLEMS_MAX = 10_000
 """How many troubles a report names; all are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
+class ScrubProblem:
     """One object that is not as it should be at one store.
 
     ``offsets`` are those of a pack's chunks that are not right there, none for other objects and for a copy that is gone.
@@ -38,15 +38,15 @@ class Trouble:
 
     key: str
     store: int
-    what: What
+    status: CopyStatus
     message: str
     offsets: tuple[int, ...] = ()
     lost: bool = False
-    mended: bool = False
+    repaired: bool = False
 
 
 @dataclass(slots=True)
-class StoreTally:
+class StoreStatistics:
     """One store in numbers. ``strays`` are objects that nothing refers to: uploads under way, or what a sweep will delete.
 
     ``role``: ``ready``; ``headless``: its ``ckpt.json`` is gone or damaged; ``empty``: nothing is there; ``away``: it did not
@@ -62,21 +62,21 @@ class StoreTally:
     missing: int = 0
     damaged: int = 0
     unreadable: int = 0
-    mended: int = 0
-    strays: int = 0
-    stray_bytes: int = 0
+    repaired: int = 0
+    orphans: int = 0
+    orphan_bytes: int = 0
 
-    def count(self, what: What, copies: int = 1) -> None:
+    def count(self, what: CopyStatus, copies: int = 1) -> None:
         """So many copies were looked at, and are ``what``."""
         self.objects += copies
         match what:
-            case What.OK:
+            case CopyStatus.OK:
                 self.ok += copies
-            case What.MISSING:
+            case CopyStatus.MISSING:
                 self.missing += copies
-            case What.DAMAGED:
+            case CopyStatus.DAMAGED:
                 self.damaged += copies
-            case What.UNREADABLE:
+            case CopyStatus.UNREADABLE:
                 self.unreadable += copies
 
 
@@ -93,12 +93,12 @@ class ScrubReport:
     snapshots: int
     records: int
     moved_bytes: int
-    stores: tuple[StoreTally, ...]
-    troubles: tuple[Trouble, ...]
-    troubles_total: int
-    thin: int
+    stores: tuple[StoreStatistics, ...]
+    problems: tuple[ScrubProblem, ...]
+    problems_total: int
+    under_replicated: int
     lost: int
-    unmended: int
+    unrepaired: int
     hole: Hole | None
     untraced: tuple[SnapshotId, ...]
     """Snapshots of which a manifest or part is lost, so that what they refer to can't all be found."""
@@ -106,7 +106,7 @@ class ScrubReport:
     @property
     def ok(self) -> bool:
         """Whether every store that is to hold everything now does, as far as it was compared."""
-        return self.complete and self.hole is None and not (self.lost or self.unmended or self.away)
+        return self.complete and self.hole is None and not (self.lost or self.unrepaired or self.away)
 
     @property
     def away(self) -> int:
@@ -114,28 +114,28 @@ class ScrubReport:
         return sum(store.role in ("away", "empty") for store in self.stores)
 
     @property
-    def found(self) -> bool:
+    def has_findings(self) -> bool:
         """Whether anything was not as it should be, mended since or not."""
-        return bool(self.troubles_total or self.hole or self.away)
+        return bool(self.problems_total or self.hole or self.away)
 
 
 @dataclass(slots=True)
-class Findings:
+class ScrubFindings:
     """What is being gathered while a scrub runs. Only its own thread changes it."""
 
-    stores: list[StoreTally]
+    stores: list[StoreStatistics]
     write_quorum: int
-    troubles: list[Trouble] = field(default_factory=list)
+    problems: list[ScrubProblem] = field(default_factory=list)
     total: int = 0
-    thin: int = 0
+    under_replicated: int = 0
     lost: int = 0
-    unmended: int = 0
+    unrepaired: int = 0
 
-    def add(self, trouble: Trouble) -> None:
+    def add(self, trouble: ScrubProblem) -> None:
         """Note a trouble; the counts of lost and unmended objects are the caller's."""
         self.total += 1
-        if len(self.troubles) < TROUBLES_MAX:
-            self.troubles.append(trouble)
+        if len(self.problems) < PROBLEMS_MAX:
+            self.problems.append(trouble)
 
 
 # Which of the given stores take part in a scrub, by what their ``ckpt.json`` says.
@@ -147,8 +147,8 @@ AWAY = "away"
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """One store's part in a scrub: its role (see ``StoreTally``), its record where there is one, and what is wrong."""
+class StoreRole:
+    """One store's part in a scrub: its role (see ``StoreStatistics``), its record where there is one, and what is wrong."""
 
     role: str
     record: JobRecord | None = None
@@ -159,7 +159,7 @@ class Seat:
     """It says that a newer release wrote it: believed only where no other store's can be read."""
 
 
-def seat_all(stores: Sequence[Backend]) -> list[Seat]:
+def store_roles(stores: Sequence[Backend]) -> list[StoreRole]:
     """Ask each store what it is. Raises FormatVersionError where they are of a newer release."""
     seats = read_all(list(stores), _seat)
     newer = next((seat.newer for seat in seats if seat.newer is not None), None)
@@ -168,7 +168,7 @@ def seat_all(stores: Sequence[Backend]) -> list[Seat]:
     return seats
 
 
-def common_record(stores: Sequence[Backend], seats: Sequence[Seat]) -> JobRecord | None:
+def common_record(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> JobRecord | None:
     """The job record that the stores agree in but for their own ids; None where none can be read.
 
     Raises UsageError where they are of different jobs or hold different logs, and where one store is named twice.
@@ -197,7 +197,7 @@ def common_record(stores: Sequence[Backend], seats: Sequence[Seat]) -> JobRecord
     return None if first is None else first[1]
 
 
-def lost_id(members: Sequence[str] | None, seats: Sequence[Seat], number: int) -> str | None:
+def lost_id(members: Sequence[str] | None, seats: Sequence[StoreRole], number: int) -> str | None:
     """The id that the headless store ``number`` must have had: the only one of ``members`` that no other store has.
 
     Empty where it had none that counts: ``members`` is None (a log in one store names no ids), or all of them are others. None
@@ -208,30 +208,30 @@ def lost_id(members: Sequence[str] | None, seats: Sequence[Seat], number: int) -
     others = [seat for at, seat in enumerate(seats) if at != number]
     if any(seat.record is None for seat in others):
         return None
-    left = {member for member in members if not is_stand_in(member)} - {
+    left = {member for member in members if not is_placeholder(member)} - {
         seat.record.store_id for seat in others if seat.record is not None
     }
     return None if len(left) > 1 else left.pop() if left else ""
 
 
-def _seat(store: Backend) -> Seat:
+def _seat(store: Backend) -> StoreRole:
     try:
-        return Seat(READY, JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX)))
+        return StoreRole(READY, JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX)))
     except UnavailableError as error:
-        return Seat(AWAY, problem=str(error))
+        return StoreRole(AWAY, problem=str(error))
     except IntegrityError as error:
-        return Seat(HEADLESS, problem=str(error), damaged=True)
+        return StoreRole(HEADLESS, problem=str(error), damaged=True)
     except FormatVersionError as error:
-        return Seat(HEADLESS, problem=str(error), damaged=True, newer=error)
+        return StoreRole(HEADLESS, problem=str(error), damaged=True, newer=error)
     except NotFoundError:
         pass
     try:
         first = next(islice(store.list(keys.LOG), 1), None)
     except UnavailableError as error:
-        return Seat(AWAY, problem=str(error))
+        return StoreRole(AWAY, problem=str(error))
     if first is None:
-        return Seat(EMPTY, problem=f"nothing is there. store={store.url} mount it, or fill it with ckpt sync")
-    return Seat(HEADLESS, problem=f"it holds a log but no {keys.JOB_KEY}")
+        return StoreRole(EMPTY, problem=f"nothing is there. store={store.url} mount it, or fill it with ckpt sync")
+    return StoreRole(HEADLESS, problem=f"it holds a log but no {keys.JOB_KEY}")
 
 
 SILENCES_MAX = 5
@@ -241,15 +241,15 @@ ALARMS_MAX = 20
 
 
 @dataclass(slots=True)
-class Bench:
+class ScrubContext:
     """One scrub's stores and findings. Only the scrub's own thread changes it; others read through ``stores`` and ``pace``."""
 
     stores: tuple[Backend, ...]
-    findings: Findings
+    findings: ScrubFindings
     writable: set[int]
     """The stores that copies are written to; none where a scrub only looks."""
-    tell: Tell
-    pace: Pace = field(default_factory=Pace)
+    emit: Emit
+    pace: MaintenancePace = field(default_factory=MaintenancePace)
     tainted: set[int] = field(default_factory=set)
     """Stores that still lack what another has: no log record goes there, or it would name what isn't there."""
     _silences: dict[int, int] = field(default_factory=dict)
@@ -261,21 +261,21 @@ class Bench:
         roles = enumerate(tally.role for tally in self.findings.stores)
         return [number for number, role in roles if role != AWAY and (role != EMPTY or number in self.writable)]
 
-    def row(self, copies: Mapping[int, Copy]) -> list[Copy]:
+    def copy_of_each(self, copies: Mapping[int, CopyCheck]) -> list[CopyCheck]:
         """One entry for each store: one that is not looked at may have anything, or is known to have nothing."""
-        unknown, nothing = Copy(What.UNREADABLE, all_bad=True), Copy(What.MISSING, all_bad=True)
+        unknown, nothing = CopyCheck(CopyStatus.UNREADABLE, all_bad=True), CopyCheck(CopyStatus.MISSING, all_bad=True)
         roles = [tally.role for tally in self.findings.stores]
         return [copies.get(n) or (nothing if role == EMPTY else unknown) for n, role in enumerate(roles)]
 
-    def heard(self, copies: Mapping[int, Copy]) -> None:
+    def count_silence(self, copies: Mapping[int, CopyCheck]) -> None:
         """Count each store's silence; at the limit it is away."""
         for number, copy in copies.items():
-            silences = self._silences.get(number, 0) + 1 if copy.what is What.UNREADABLE else 0
+            silences = self._silences.get(number, 0) + 1 if copy.status is CopyStatus.UNREADABLE else 0
             self._silences[number] = silences
             if silences >= SILENCES_MAX:
-                self.lose(number, copy.message)
+                self.mark_away(number, copy.message)
 
-    def lose(self, number: int, why: str) -> None:
+    def mark_away(self, number: int, why: str) -> None:
         """From now on the store is away."""
         tally = self.findings.stores[number]
         tally.role, tally.problem = AWAY, why
@@ -290,73 +290,79 @@ class Bench:
         except UnavailableError as error:
             self.tainted.add(number)
             self.findings.stores[number].problem = str(error)
-            self.heard({number: Copy(What.UNREADABLE, str(error))})
+            self.count_silence({number: CopyCheck(CopyStatus.UNREADABLE, str(error))})
             return False
-        self.findings.stores[number].mended += 1
+        self.findings.stores[number].repaired += 1
         facts: dict[str, Fact] = {"key": key, "store": self.stores[number].url, "size_bytes": len(data)}
-        self.tell(Event("scrub-mended", f"a copy was written anew: {key}", facts))
+        self.emit(Event("scrub-mended", f"a copy was written anew: {key}", facts))
         return True
 
-    def settle(
+    def count_object(
         self,
         key: str,
-        copies: Mapping[int, Copy],
+        copies: Mapping[int, CopyCheck],
         *,
-        mended: Collection[int] = (),
+        repaired: Collection[int] = (),
         lost: bool = False,
-        nowhere: Collection[Place] = (),
+        bad_everywhere: Collection[ChunkRef] = (),
     ) -> None:
         """Count one object: its copies as they were found, who has a right one by now, and whether nobody has one.
 
         ``nowhere``: the chunks to name for a copy of which all are bad.
         """
-        wrong = {number: copy for number, copy in copies.items() if copy.what is not What.OK}
+        wrong = {number: copy for number, copy in copies.items() if copy.status is not CopyStatus.OK}
         for number, copy in copies.items():
-            self.findings.stores[number].count(copy.what)
-        self.findings.thin += len(copies) - len(wrong) < min(self.findings.write_quorum, len(self.stores))
+            self.findings.stores[number].count(copy.status)
+        self.findings.under_replicated += len(copies) - len(wrong) < min(self.findings.write_quorum, len(self.stores))
         self.findings.lost += lost
         for number, copy in wrong.items():
-            done = number in mended
+            done = number in repaired
             if not (done or lost):
-                self.findings.unmended += 1
+                self.findings.unrepaired += 1
                 self.tainted.add(number)
-            places = nowhere if copy.all_bad else copy.bad
-            offsets = () if copy.what is What.MISSING else tuple(sorted({at.offset_bytes for _, at in places}))
+            places = bad_everywhere if copy.all_bad else copy.bad_chunks
+            offsets = () if copy.status is CopyStatus.MISSING else tuple(sorted({at.offset_bytes for _, at in places}))
             self.findings.add(
-                Trouble(
-                    key=key, store=number, what=copy.what, message=copy.message, offsets=offsets, lost=lost, mended=done
+                ScrubProblem(
+                    key=key,
+                    store=number,
+                    status=copy.status,
+                    message=copy.message,
+                    offsets=offsets,
+                    lost=lost,
+                    repaired=done,
                 )
             )
         if wrong:
             self._alarm(key, wrong, lost=lost)
 
-    def _alarm(self, key: str, wrong: Mapping[int, Copy], *, lost: bool) -> None:
+    def _alarm(self, key: str, wrong: Mapping[int, CopyCheck], *, lost: bool) -> None:
         self._alarms += 1
         if self._alarms > ALARMS_MAX:
             return
-        where = ", ".join(f"{self.stores[number].url}: {copy.what.value}" for number, copy in wrong.items())
+        where = ", ".join(f"{self.stores[number].url}: {copy.status.value}" for number, copy in wrong.items())
         text = f"no store has {key} as it should be" if lost else f"a copy of {key} is not as it should be"
-        self.tell(Event("scrub-damage", text, {"key": key, "where": where, "lost": lost}, alarm=True))
+        self.emit(Event("scrub-damage", text, {"key": key, "where": where, "lost": lost}, alarm=True))
 
 
 # What was seen of records and folds while the log was read, kept until it is known what of it was
 # mended.
 
 
-class Noted:
+class PendingNotes:
     """Counts every copy and names those that are wrong, up to a limit. Call it with each copy as it was found."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[int, What]] = Counter()
-        self._wrong: list[tuple[int, str, What, str]] = []
+        self._counts: Counter[tuple[int, CopyStatus]] = Counter()
+        self._wrong: list[tuple[int, str, CopyStatus, str]] = []
 
-    def __call__(self, number: int, key: str, what: What, message: str) -> None:
+    def __call__(self, number: int, key: str, what: CopyStatus, message: str) -> None:
         """One copy: the store's number, the key, what it is, and why."""
         self._counts[number, what] += 1
-        if what is not What.OK and len(self._wrong) < TROUBLES_MAX:
+        if what is not CopyStatus.OK and len(self._wrong) < PROBLEMS_MAX:
             self._wrong.append((number, key, what, message))
 
-    def settle(self, bench: Bench, log: LogFindings) -> None:
+    def report_to(self, bench: ScrubContext, log: LogFindings) -> None:
         """Tell it all. What ``log`` still lists as wanting is unmended."""
         left = {(number, keys.log_key(seq)) for number, faults in enumerate(log.faults) for seq in faults.first}
         left |= {(number, keys.settled_key(seq)) for number, faults in enumerate(log.faults) for seq in faults.second}
@@ -365,17 +371,17 @@ class Noted:
         unreadable = wrong = 0
         for (number, what), count in self._counts.items():
             findings.stores[number].count(what, count)
-            unreadable += count if what is What.UNREADABLE else 0
-            wrong += 0 if what is What.OK else count
+            unreadable += count if what is CopyStatus.UNREADABLE else 0
+            wrong += 0 if what is CopyStatus.OK else count
         for number, key, what, message in self._wrong:
-            done = what is not What.UNREADABLE and (number, key) not in left
-            findings.add(Trouble(key=key, store=number, what=what, message=message, mended=done))
+            done = what is not CopyStatus.UNREADABLE and (number, key) not in left
+            findings.add(ScrubProblem(key=key, store=number, status=what, message=message, repaired=done))
         findings.total += wrong - len(self._wrong)
-        findings.unmended += len(left) + unreadable
+        findings.unrepaired += len(left) + unreadable
         if self._wrong:
             number, key, what, _ = self._wrong[0]
             facts = {"first": key, "store": bench.stores[number].url, "what": what.value, "copies": wrong}
-            bench.tell(Event("scrub-damage", "copies of log records are not as they should be", facts, alarm=True))
+            bench.emit(Event("scrub-damage", "copies of log records are not as they should be", facts, alarm=True))
 
 
 # Whether what is missing was dropped while the scrub went on: then a sweep took it, and nothing
@@ -385,8 +391,8 @@ FRESH_S = 60.0
 """A log that was read so long ago is read again before damage is believed: sweeps wait for hours between drop and deletion."""
 
 
-class Gone:
-    """The log of a while ago, read on when it is asked. ``read_on`` gives the state after what it is given."""
+class DropCheck:
+    """The log of a while ago, read on when it is asked. ``read_new`` gives the state after what it is given."""
 
     def __init__(
         self, state: LogState, read_on: Callable[[LogState], LogState], *, clock: Callable[[], float] = time.monotonic
@@ -396,7 +402,7 @@ class Gone:
         self._clock = clock
         self._read_at = clock()
 
-    def all_gone(self, entries: Sequence[Committed]) -> bool:
+    def all_dropped(self, entries: Sequence[Committed]) -> bool:
         """Whether none of these snapshots exists any more."""
         if self._clock() - self._read_at > FRESH_S:
             self._state = self._read_on(self._state)

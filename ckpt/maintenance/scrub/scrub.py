@@ -16,33 +16,33 @@ from itertools import islice
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
 from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, decode_record
 from ckpt.format.store import JobRecord
-from ckpt.log.reader import read_on
+from ckpt.log.reader import read_new
 from ckpt.log.state import LogState
-from ckpt.maintenance.copies import Copy, What
-from ckpt.maintenance.copy_io import Pace, Stopped
+from ckpt.maintenance.copies import CopyCheck, CopyStatus
+from ckpt.maintenance.copy_io import MaintenancePace, Stopped
 from ckpt.maintenance.replica import claim_replica
-from ckpt.maintenance.scrub.log import LogFindings, Truth, compare_logs
-from ckpt.maintenance.scrub.objects import Objects
+from ckpt.maintenance.scrub.log import CountedRecord, LogFindings, compare_logs
+from ckpt.maintenance.scrub.objects import ObjectScrub
 from ckpt.maintenance.scrub.repair import repair_folds, repair_job, repair_log
 from ckpt.maintenance.scrub.report import (
     AWAY,
     EMPTY,
     HEADLESS,
     READY,
-    Bench,
-    Findings,
-    Gone,
-    Noted,
+    DropCheck,
+    PendingNotes,
+    ScrubContext,
+    ScrubFindings,
     ScrubReport,
-    Seat,
-    StoreTally,
+    StoreRole,
+    StoreStatistics,
     common_record,
     lost_id,
-    seat_all,
+    store_roles,
 )
 from ckpt.values import SnapshotId
 
@@ -53,64 +53,68 @@ RECORDS_TRIED_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class ScrubStart:
     """What a scrub knows once all logs are read. ``common``: what the stores' records agree in; None where none can be read."""
 
-    bench: Bench
-    seats: Sequence[Seat]
+    bench: ScrubContext
+    roles: Sequence[StoreRole]
     common: JobRecord | None
     log: LogFindings
-    noted: Noted
+    notes: PendingNotes
 
 
-def begin(
+def start_scrub(
     stores: Sequence[Backend],
     write_quorum: int,
     *,
-    mend: bool,
+    repair: bool,
     fill_empty: bool,
-    truth: Truth | None,
-    tell: Tell,
-    pace: Pace,
-) -> Begun:
+    counted_record: CountedRecord | None,
+    emit: Emit,
+    pace: MaintenancePace,
+) -> ScrubStart:
     """Read everything but objects. Writes at most the ``ckpt.json`` of empty stores that are to be filled.
 
     Raises UsageError where the stores do not belong together, NotFoundError where none is a store, FormatVersionError,
     UnavailableError where none answers, and Stopped.
     """
-    seats = seat_all(stores)
+    seats = store_roles(stores)
     common = common_record(stores, seats)
     job = common.job if common is not None else _job_without_head(stores, seats)
     fresh: list[int] = []
     for number, seat in enumerate(seats):
-        if seat.role == EMPTY and mend and fill_empty and common is not None:
-            seats[number] = Seat(READY, claim_replica(stores[number], common), "it was empty, and is a replica now")
+        if seat.role == EMPTY and repair and fill_empty and common is not None:
+            seats[number] = StoreRole(
+                READY, claim_replica(stores[number], common), "it was empty, and is a replica now"
+            )
             fresh.append(number)
-    writable = {number for number, seat in enumerate(seats) if mend and seat.role in (READY, HEADLESS)}
-    findings = Findings([_tally(store, seat) for store, seat in zip(stores, seats, strict=True)], write_quorum)
-    bench = Bench(tuple(stores), findings, writable, tell, pace)
+    writable = {number for number, seat in enumerate(seats) if repair and seat.role in (READY, HEADLESS)}
+    findings = ScrubFindings([_tally(store, seat) for store, seat in zip(stores, seats, strict=True)], write_quorum)
+    bench = ScrubContext(tuple(stores), findings, writable, emit, pace)
     # A replica that was made just now holds nothing, so it has no say in what counts.
     ids = {n: seat.record.store_id if seat.record else f"headless-{n}" for n, seat in enumerate(seats)}
     ids |= dict.fromkeys(fresh, "")
-    log, noted = _compare(bench, ids, job, truth)
+    log, noted = _compare(bench, ids, job, counted_record)
     known = _known_heads(seats, log)
     if known:
         # Now it is known which of the log's stores a headless one is, so it counts like any other.
-        log, noted = _compare(bench, ids | known, job, truth)
+        log, noted = _compare(bench, ids | known, job, counted_record)
     for number, why in log.silent.items():
-        bench.lose(number, why)
+        bench.mark_away(number, why)
     if not bench.active:
         raise UnavailableError(f"no store answers. stores={[store.url for store in stores]} repeat later")
-    return Begun(bench, seats, common, log, noted)
+    return ScrubStart(bench, seats, common, log, noted)
 
 
-def _compare(bench: Bench, ids: dict[int, str], job: str, truth: Truth | None) -> tuple[LogFindings, Noted]:
-    noted = Noted()
+def _compare(
+    bench: ScrubContext, ids: dict[int, str], job: str, truth: CountedRecord | None
+) -> tuple[LogFindings, PendingNotes]:
+    noted = PendingNotes()
     stores = {number: bench.stores[number] for number in bench.active}
-    return compare_logs(stores, ids, job, note=noted, pace=bench.pace, truth=truth), noted
+    return compare_logs(stores, ids, job, observe=noted, pace=bench.pace, counted_record=truth), noted
 
 
-def _known_heads(seats: Sequence[Seat], log: LogFindings) -> dict[int, str]:
+def _known_heads(seats: Sequence[StoreRole], log: LogFindings) -> dict[int, str]:
     members = log.state.stores
     if members is None:
         return {}
@@ -118,13 +122,13 @@ def _known_heads(seats: Sequence[Seat], log: LogFindings) -> dict[int, str]:
     return {number: known for number, known in found.items() if known}
 
 
-def _tally(store: Backend, seat: Seat) -> StoreTally:
-    return StoreTally(
+def _tally(store: Backend, seat: StoreRole) -> StoreStatistics:
+    return StoreStatistics(
         url=store.url, role=seat.role, store_id=seat.record.store_id if seat.record else "", problem=seat.problem
     )
 
 
-def _job_without_head(stores: Sequence[Backend], seats: Sequence[Seat]) -> str:
+def _job_without_head(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> str:
     """The job that the log itself names, where no store has a ``ckpt.json`` that can be read."""
     for store, seat in zip(stores, seats, strict=True):
         if seat.role != HEADLESS:
@@ -147,12 +151,12 @@ def scrub(  # noqa: PLR0913  all but two are keywords
     stores: Sequence[Backend],
     write_quorum: int,
     *,
-    truth: Truth | None = None,
+    truth: CountedRecord | None = None,
     mend: bool = True,
     fill_empty: bool = False,
     rate_bytes_per_s: float | None = None,
     threads: int = 1,
-    tell: Tell | None = None,
+    tell: Emit | None = None,
     stop: threading.Event | None = None,
 ) -> ScrubReport | None:
     """One scrub from beginning to end, or until ``stop`` is set. See ``Scrub``."""
@@ -183,13 +187,13 @@ class Scrub:
         stores: Sequence[Backend],
         write_quorum: int,
         *,
-        truth: Truth | None = None,
+        truth: CountedRecord | None = None,
         mend: bool = True,
         fill_empty: bool = False,
         only: frozenset[SnapshotId] | None = None,
         rate_bytes_per_s: float | None = None,
         budget_bytes: int = BUDGET_BYTES,
-        tell: Tell | None = None,
+        tell: Emit | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stores = tuple(stores)
@@ -200,9 +204,9 @@ class Scrub:
         self._only = only
         self._rate = rate_bytes_per_s
         self._budget_bytes = budget_bytes
-        self._tell: Tell = tell or _to_nobody
+        self._tell: Emit = tell or _to_nobody
         self._clock = clock
-        self._work: _Work | None = None
+        self._work: _ScrubRun | None = None
 
     def run(self, stop: threading.Event | None = None, *, threads: int = 1) -> ScrubReport | None:
         """Go on until the end or until ``stop`` is set, and report what was found since the beginning.
@@ -211,7 +215,7 @@ class Scrub:
         Raises UsageError where the stores do not belong together, NotFoundError where none is a store, FormatVersionError, and
         UnavailableError where none answers.
         """
-        pace = Pace(self._rate, stop=stop, clock=self._clock)
+        pace = MaintenancePace(self._rate, stop=stop, clock=self._clock)
         try:
             if self._work is None:
                 self._work = self._begin(pace)
@@ -223,45 +227,49 @@ class Scrub:
         self._tell(_done(report))
         return report
 
-    def _begin(self, pace: Pace) -> _Work:
-        begun = begin(
+    def _begin(self, pace: MaintenancePace) -> _ScrubRun:
+        begun = start_scrub(
             self._stores,
             self._write_quorum,
-            mend=self._mend,
+            repair=self._mend,
             fill_empty=self._fill_empty,
-            truth=self._truth,
-            tell=self._tell,
+            counted_record=self._truth,
+            emit=self._tell,
             pace=pace,
         )
-        return _Work(begun, truth=self._truth, only=self._only, budget_bytes=self._budget_bytes, clock=self._clock)
+        return _ScrubRun(
+            begun, counted_record=self._truth, only=self._only, budget_bytes=self._budget_bytes, clock=self._clock
+        )
 
 
-class _Work:
+class _ScrubRun:
     """One scrub under way: what is left of it, and what was found."""
 
     def __init__(
         self,
-        begun: Begun,
+        begun: ScrubStart,
         *,
-        truth: Truth | None,
+        counted_record: CountedRecord | None,
         only: frozenset[SnapshotId] | None,
         budget_bytes: int,
         clock: Callable[[], float],
     ) -> None:
         self._begun = begun
-        self._truth = truth
+        self._truth = counted_record
         state = begun.log.state
         entries = [entry for entry in state.snapshots if only is None or entry.snapshot in only]
-        gone = Gone(state, self._read_on, clock=clock)
-        self._objects = Objects(begun.bench, entries, everything=only is None, gone=gone, budget_bytes=budget_bytes)
+        gone = DropCheck(state, self._read_on, clock=clock)
+        self._objects = ObjectScrub(
+            begun.bench, entries, everything=only is None, dropped=gone, budget_bytes=budget_bytes
+        )
         self._snapshots = len(entries)
         self._moved_bytes = 0
-        headless = [number for number, seat in enumerate(begun.seats) if seat.role == HEADLESS]
+        headless = [number for number, seat in enumerate(begun.roles) if seat.role == HEADLESS]
         heads: list[Callable[[int], None]] = [partial(self._repair_head, number) for number in headless]
         self._left = [*heads, self._tell_of_log, self._repair_folds, self._repair_log, self._packs, self._records]
         """What is still to be done, the next one last; each is called with the number of threads."""
 
-    def go_on(self, pace: Pace, *, threads: int) -> None:
+    def go_on(self, pace: MaintenancePace, *, threads: int) -> None:
         """Do what is left. Raises Stopped."""
         self._begun.bench.pace = pace
         try:
@@ -281,11 +289,11 @@ class _Work:
             records=log.state.next_seq,
             moved_bytes=self._moved_bytes,
             stores=tuple(replace(tally) for tally in findings.stores),
-            troubles=tuple(findings.troubles),
-            troubles_total=findings.total,
-            thin=findings.thin,
+            problems=tuple(findings.problems),
+            problems_total=findings.total,
+            under_replicated=findings.under_replicated,
             lost=findings.lost,
-            unmended=findings.unmended,
+            unrepaired=findings.unrepaired,
             hole=log.hole,
             untraced=tuple(entry.snapshot for entry in self._objects.untraced),
         )
@@ -303,16 +311,16 @@ class _Work:
         repair_folds(self._begun.bench, self._begun.log)
 
     def _tell_of_log(self, threads: int) -> None:
-        self._begun.noted.settle(self._begun.bench, self._begun.log)
+        self._begun.notes.report_to(self._begun.bench, self._begun.log)
 
     def _repair_head(self, number: int, threads: int) -> None:
-        begun, seat = self._begun, self._begun.seats[number]
+        begun, seat = self._begun, self._begun.roles[number]
         tally = begun.bench.findings.stores[number]
         if tally.role != HEADLESS:
             return  # it stopped answering
-        why = repair_job(begun.bench, begun.log, begun.seats, number, begun.common)
-        copy = Copy(What.DAMAGED if seat.damaged else What.MISSING, why or seat.problem)
-        begun.bench.settle(keys.JOB_KEY, {number: copy}, mended=() if why else (number,))
+        why = repair_job(begun.bench, begun.log, begun.roles, number, begun.common)
+        copy = CopyCheck(CopyStatus.DAMAGED if seat.damaged else CopyStatus.MISSING, why or seat.problem)
+        begun.bench.count_object(keys.JOB_KEY, {number: copy}, repaired=() if why else (number,))
         tally.problem = why or ""
         tally.role = READY if why is None else HEADLESS
 
@@ -321,7 +329,7 @@ class _Work:
         newest = state
         for number in self._begun.bench.active:
             try:
-                found = read_on(self._begun.bench.stores[number], state)
+                found = read_new(self._begun.bench.stores[number], state)
             except (UnavailableError, FormatVersionError):
                 continue
             newest = max(newest, found, key=lambda one: one.next_seq)
@@ -333,9 +341,9 @@ def _done(report: ScrubReport) -> Event:
         "snapshots": report.snapshots,
         "records": report.records,
         "moved_bytes": report.moved_bytes,
-        "troubles": report.troubles_total,
-        "mended": sum(store.mended for store in report.stores),
-        "unmended": report.unmended,
+        "troubles": report.problems_total,
+        "mended": sum(store.repaired for store in report.stores),
+        "unmended": report.unrepaired,
         "lost": report.lost,
         "away": report.away,
     }

@@ -15,12 +15,19 @@ from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import PART_STORED_BYTES_MAX
 from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
 from ckpt.log.reader import read_all
-from ckpt.log.sequencers import CLAIM_TRIES_MAX, Lost, Unknown, create_once
+from ckpt.log.sequencers import PUT_TRIES_MAX, KeyTaken, WriteUnknown, create_once
 from ckpt.log.state import LogState
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
-from ckpt.maintenance.copies import Pack, Place, What, Whole
-from ckpt.maintenance.copy_io import Pace, Walk, chunk_problem, look_pack, look_whole, wrong_chunk
-from ckpt.maintenance.replica import Budget
+from ckpt.maintenance.copies import ChunkRef, CopyStatus, Pack, WholeObject
+from ckpt.maintenance.copy_io import (
+    ListingWalk,
+    MaintenancePace,
+    check_pack,
+    check_whole,
+    chunk_problem,
+    first_wrong_chunk,
+)
+from ckpt.maintenance.replica import MemoryBudget
 from ckpt.maintenance.scrub.log import right_record
 from ckpt.save.chunks import PACK_BYTES_MAX
 from ckpt.values import DIGEST_BYTES
@@ -30,7 +37,7 @@ WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class RecordChain:
     """The digests of the records ``low`` to the head of a state, 16 bytes each. ``prev``: of the record before ``low``."""
 
     low: int
@@ -46,14 +53,14 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
+class LogPrefix:
     """What a replica lists of a log: the first ``length`` places without a gap, and whether anything lies behind them."""
 
     length: int
     beyond: frozenset[int]
 
 
-def read_chain(source: Backend, state: LogState, low: int, *, pace: Pace) -> Chain:
+def read_chain(source: Backend, state: LogState, low: int, *, pace: MaintenancePace) -> RecordChain:
     """Walk back from the head of ``state``, which is known, to ``low``: each record proves the one before it.
 
     Raises IntegrityError where ``source`` has a record nowhere rightly. Reads each record once.
@@ -69,7 +76,7 @@ def read_chain(source: Backend, state: LogState, low: int, *, pace: Pace) -> Cha
                 record = decode_record(read_record(source, seq, expected))
             digests[(seq - low) * DIGEST_BYTES : (seq - low + 1) * DIGEST_BYTES] = bytes.fromhex(record.digest)
             expected = record.prev
-    return Chain(low, expected, digests)
+    return RecordChain(low, expected, digests)
 
 
 def read_record(source: Backend, seq: int, digest: str) -> bytes:
@@ -93,7 +100,7 @@ def read_record(source: Backend, seq: int, digest: str) -> bytes:
     raise IntegrityError(f"a log record is nowhere right. seq={seq} store={source.url} run ckpt scrub there")
 
 
-def prefix_of(store: Backend) -> Prefix:
+def log_prefix_of(store: Backend) -> LogPrefix:
     """What ``store`` lists of its log. One list."""
     seqs: set[int] = set()
     for stat in store.list(keys.LOG):
@@ -104,10 +111,10 @@ def prefix_of(store: Backend) -> Prefix:
     length = 0
     while length in seqs:
         length += 1
-    return Prefix(length, frozenset(seq for seq in seqs if seq > length))
+    return LogPrefix(length, frozenset(seq for seq in seqs if seq > length))
 
 
-def check_history(store: Backend, prefix: Prefix, state: LogState, chain: Chain, *, member: bool) -> None:
+def check_history(store: Backend, prefix: LogPrefix, state: LogState, chain: RecordChain, *, member: bool) -> None:
     """Raises ConflictError where ``store`` holds records that the source's log does not. Reads what is above ``chain.low``.
 
     ``member``: it is one of the log's stores; then it may hold records that lost a race, and one that is not decided yet.
@@ -129,35 +136,35 @@ def check_history(store: Backend, prefix: Prefix, state: LogState, chain: Chain,
             )
 
 
-def copy_record(source: Backend, store: Backend, seq: int, digest: str, *, there: bool) -> bool:
+def copy_record(source: Backend, store: Backend, seq: int, digest: str, *, listed: bool) -> bool:
     """Make ``store`` hold the record; whether it had to be written. ``there``: its listing names the place.
 
     A damaged record is replaced. A sound one that lost a race stays: what counts goes to the place's second key.
     """
-    if there and right_record(store, seq, digest) is not None:
+    if listed and right_record(store, seq, digest) is not None:
         return False
     data = read_record(source, seq, digest)
     key = keys.log_key(seq)
-    if there and _sound_other(store, seq, digest):
+    if listed and _sound_other(store, seq, digest):
         store.put(keys.settled_key(seq), [data])
         return True
-    if there or not store.capabilities().create_only:
+    if listed or not store.capabilities().create_only:
         store.put(key, [data])
         return True
     match create_once(store, key, data, bytes_max=RECORD_BYTES_MAX):
-        case Lost(found) if found != data:
+        case KeyTaken(found) if found != data:
             raise ConflictError(
                 f"somebody else writes into the replica. store={store.url} key={key} end that writer, then repeat"
             )
-        case Unknown(why):
+        case WriteUnknown(why):
             raise UnavailableError(
-                f"the replica did not answer. store={store.url} key={key} tries={CLAIM_TRIES_MAX} why={why} repeat later"
+                f"the replica did not answer. store={store.url} key={key} tries={PUT_TRIES_MAX} why={why} repeat later"
             )
         case _:
             return True
 
 
-def copy_folds(source: Backend, store: Backend, next_seq: int, *, pace: Pace) -> int:
+def copy_folds(source: Backend, store: Backend, next_seq: int, *, pace: MaintenancePace) -> int:
     """Copy the folds below ``next_seq`` that ``store`` lacks; how many. One that is not of ``store``'s records is left out."""
     have = set(_folds(store))
     written = 0
@@ -215,23 +222,23 @@ def _sound_other(store: Backend, seq: int, digest: str) -> bool:
 # Copying manifests, parts and packs to a replica: what isn't there, verified on the way, never
 # damage.
 
-Want = Whole | Pack
+WantedObject = WholeObject | Pack
 
 
 def missing_objects(
-    store: Backend, wanted: Sequence[Want], *, deep: bool = False, pace: Pace | None = None
-) -> list[Want]:
+    store: Backend, wanted: Sequence[WantedObject], *, deep: bool = False, pace: MaintenancePace | None = None
+) -> list[WantedObject]:
     """What of ``wanted`` (in order of its keys) ``store`` does not list with the right length, or, ``deep``, not hold rightly.
 
     Quick: one list for each prefix, and nothing is read. A pack of unknown length counts as there where it is long enough.
     Deep reads everything that is there. Raises UnavailableError.
     """
-    pace = pace or Pace()
-    missing: list[Want] = []
+    pace = pace or MaintenancePace()
+    missing: list[WantedObject] = []
     for prefix, group in groupby(wanted, key=lambda want: want.key.partition("/")[0] + "/"):
         some = list(group)
         # The first key without its last sign is just before it, whatever else there is.
-        walk = Walk(store, prefix, after=some[0].key[:-1] if len(some[0].key) > len(prefix) + 1 else "")
+        walk = ListingWalk(store, prefix, after=some[0].key[:-1] if len(some[0].key) > len(prefix) + 1 else "")
         for want in some:
             stat = walk.take(want.key)
             if stat is None or not fits(want, stat) or (deep and not _right(store, want, pace)):
@@ -239,19 +246,21 @@ def missing_objects(
     return missing
 
 
-def fits(want: Want, stat: Stat) -> bool:
+def fits(want: WantedObject, stat: Stat) -> bool:
     """Whether an object of that length can be what is wanted. Pure."""
     if want.size_bytes is not None:
         return stat.size_bytes == want.size_bytes
     return stat.size_bytes >= want.end_bytes if isinstance(want, Pack) else stat.size_bytes > 0
 
 
-def copy_object(source: Backend, store: Backend, want: Want, *, budget: Budget, pace: Pace) -> int:
+def copy_object(
+    source: Backend, store: Backend, want: WantedObject, *, budget: MemoryBudget, pace: MaintenancePace
+) -> int:
     """Copy one object, all of it that has a digest verified in memory first; its length.
 
     Raises IntegrityError where ``source`` has it nowhere rightly, what either store raises, and Stopped.
     """
-    if isinstance(want, Whole):
+    if isinstance(want, WholeObject):
         data = read_object(
             source,
             want.key,
@@ -265,7 +274,7 @@ def copy_object(source: Backend, store: Backend, want: Want, *, budget: Budget, 
     if stat is None:
         raise NotFoundError(f"no such object. key={want.key} store={source.url}")
     size_bytes = max(want.end_bytes, stat.size_bytes if stat.size_bytes <= PACK_BYTES_MAX else 0)
-    with budget.holding(size_bytes):
+    with budget.reserve(size_bytes):
         memory = memoryview(mmap.mmap(-1, max(size_bytes, 1)))[:size_bytes]
         pace.take(2 * size_bytes)
         _read_pack(source, want, memory, min(stat.size_bytes, size_bytes))
@@ -279,23 +288,26 @@ def _read_pack(source: Backend, pack: Pack, memory: memoryview, there: int) -> N
     def check(found: memoryview) -> str | None:
         if len(found) < pack.end_bytes:
             return "it ends too early"
-        bad = wrong_chunk(found, pack)
+        bad = first_wrong_chunk(found, pack)
         return None if bad is None else f"a chunk is not right. offset_bytes={bad[1].offset_bytes}"
 
     try:
         read_checked(source, pack.key, memory[:there], check)
     except IntegrityError:
-        for place in pack.places:
+        for place in pack.chunks:
             at = place[1]
             piece = memory[at.offset_bytes : at.offset_bytes + at.stored_bytes]
             read_checked(source, pack.key, piece, _chunk_check(place), offset_bytes=at.offset_bytes)
 
 
-def _chunk_check(place: Place) -> Callable[[memoryview], str | None]:
+def _chunk_check(place: ChunkRef) -> Callable[[memoryview], str | None]:
     return lambda stored: chunk_problem(stored, place)
 
 
-def _right(store: Backend, want: Want, pace: Pace) -> bool:
+def _right(store: Backend, want: WantedObject, pace: MaintenancePace) -> bool:
     if isinstance(want, Pack):
-        return look_pack(store, want, pace=pace).what is What.OK
-    return look_whole(store, want, bytes_max=want.size_bytes or PART_STORED_BYTES_MAX, pace=pace)[0].what is What.OK
+        return check_pack(store, want, pace=pace).status is CopyStatus.OK
+    return (
+        check_whole(store, want, bytes_max=want.size_bytes or PART_STORED_BYTES_MAX, pace=pace)[0].status
+        is CopyStatus.OK
+    )

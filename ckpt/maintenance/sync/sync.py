@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_object, stores_of
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
-from ckpt.events import Event, Tell
+from ckpt.events import Emit, Event
 from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import MANIFEST_BYTES_MAX, PART_STORED_BYTES_MAX, Manifest
@@ -17,19 +17,26 @@ from ckpt.format.part import Part, decode_part
 from ckpt.format.store import JobRecord
 from ckpt.log.journal import Journal
 from ckpt.log.state import Committed, Hole, LogState
-from ckpt.maintenance.copies import PLACE_BYTES, Gathered, Whole
-from ckpt.maintenance.copy_io import Pace, Stopped, Walk, in_order
-from ckpt.maintenance.replica import USUAL, Budget, Effort, Progress, SyncReport, claim_replica
+from ckpt.maintenance.copies import CHUNK_REF_BYTES, PackReferences, WholeObject
+from ckpt.maintenance.copy_io import ListingWalk, MaintenancePace, Stopped, map_in_order
+from ckpt.maintenance.replica import (
+    DEFAULT_LIMITS,
+    MemoryBudget,
+    ProgressCallback,
+    SyncLimits,
+    SyncReport,
+    claim_replica,
+)
 from ckpt.maintenance.scrub.objects import manifest_key
-from ckpt.maintenance.scrub.report import READY, Gone, seat_all
+from ckpt.maintenance.scrub.report import READY, DropCheck, store_roles
 from ckpt.maintenance.sync.copy import (
-    Want,
+    WantedObject,
     check_history,
     copy_folds,
     copy_object,
     copy_record,
+    log_prefix_of,
     missing_objects,
-    prefix_of,
     read_chain,
 )
 from ckpt.save.chunks import PACK_BYTES_MAX
@@ -41,7 +48,7 @@ DAMAGED_MAX = 10_000
 
 
 @dataclass(slots=True)
-class Filling:
+class SyncRun:
     """One fill under way. ``pace`` goes with ``effort``; ``deep`` holds for its first round."""
 
     source: Backend
@@ -49,10 +56,10 @@ class Filling:
     store_id: str
     log: Callable[[], LogState]
     deep: bool
-    effort: Effort
-    pace: Pace
-    on_progress: Progress | None = None
-    tell: Tell | None = None
+    limits: SyncLimits
+    pace: MaintenancePace
+    on_progress: ProgressCallback | None = None
+    emit: Emit | None = None
     next_seq: int = 0
     rounds: int = 0
     copied_objects: int = 0
@@ -71,7 +78,7 @@ class Filling:
         self.rounds += 1
         if state.next_seq == 0:
             return True
-        prefix = prefix_of(self.store)
+        prefix = log_prefix_of(self.store)
         chain = read_chain(
             self.source, state, 0 if self.deep else max(0, min(prefix.length, state.next_seq) - 1), pace=self.pace
         )
@@ -81,7 +88,7 @@ class Filling:
         there = {*range(prefix.length), *prefix.beyond}
         for seq in range(chain.low, state.next_seq):
             self.pace.check()
-            self.records += copy_record(self.source, self.store, seq, chain.digest(seq), there=seq in there)
+            self.records += copy_record(self.source, self.store, seq, chain.digest(seq), listed=seq in there)
         self.folds += copy_folds(self.source, self.store, state.next_seq, pace=self.pace)
         self.next_seq = state.next_seq
         self.deep = False  # what was compared once isn't compared in the next round again
@@ -107,19 +114,19 @@ class Filling:
 
     def _objects(self, state: LogState) -> None:
         entries = sorted((entry for entry in state.snapshots if entry not in self._done), key=lambda one: one.snapshot)
-        gone = Gone(state, lambda _: self.log())
-        gathered = Gathered(max(1, self.effort.budget_bytes // 2 // PLACE_BYTES))
+        gone = DropCheck(state, lambda _: self.log())
+        gathered = PackReferences(max(1, self.limits.budget_bytes // 2 // CHUNK_REF_BYTES))
         for number, entry in enumerate(entries):
             wants, parts = self._records_of(entry, gone)
             for part in parts:
                 gathered.add(part, number)
-            self._copy(wants, lambda _: gone.all_gone([entry]))  # noqa: B023  done before the next one
+            self._copy(wants, lambda _: gone.all_dropped([entry]))  # noqa: B023  done before the next one
         while True:
-            sizes = Walk(self.source, keys.PACKS, after=gathered.after)
+            sizes = ListingWalk(self.source, keys.PACKS, after=gathered.after)
             for some in _batches(gathered.packs(), PACKS_AT_ONCE):
                 packs = [replace(gathered.pack(key), size_bytes=_size(sizes, key)) for key in some]
                 users = gathered.users
-                self._copy(packs, lambda want: gone.all_gone([entries[n] for n in users(want.key)]))  # noqa: B023
+                self._copy(packs, lambda want: gone.all_dropped([entries[n] for n in users(want.key)]))  # noqa: B023
             if gathered.complete:
                 break
             gathered = gathered.next_round()
@@ -128,24 +135,24 @@ class Filling:
                     gathered.add(part, number)
         self._done.update(entries)
 
-    def _records_of(self, entry: Committed, gone: Gone) -> tuple[list[Want], list[Part]]:
+    def _records_of(self, entry: Committed, gone: DropCheck) -> tuple[list[WantedObject], list[Part]]:
         """What one snapshot's manifest and parts are, and the parts that can be had."""
-        want = Whole(manifest_key(entry), entry.manifest_digest)
+        want = WholeObject(manifest_key(entry), entry.manifest_digest)
         data = self._have(want, MANIFEST_BYTES_MAX, entry, gone)
         if data is None:
             return [], []
         refs = Manifest.decode(data).parts
-        wants: list[Want] = [replace(want, size_bytes=len(data))]
+        wants: list[WantedObject] = [replace(want, size_bytes=len(data))]
         parts: list[Part] = []
         for ref in sorted(refs, key=lambda ref: ref.key):
-            part = Whole(ref.key, ref.digest, ref.size_bytes)
+            part = WholeObject(ref.key, ref.digest, ref.size_bytes)
             found = self._have(part, PART_STORED_BYTES_MAX, entry, gone)
             if found is not None:
                 wants.append(part)
                 parts.append(decode_part(found))
         return wants, parts
 
-    def _have(self, want: Whole, bytes_max: int, entry: Committed, gone: Gone) -> bytes | None:
+    def _have(self, want: WholeObject, bytes_max: int, entry: Committed, gone: DropCheck) -> bytes | None:
         self.pace.take(want.size_bytes or 0)
         try:
             return read_object(
@@ -155,21 +162,21 @@ class Filling:
                 bytes_max=bytes_max,
             )
         except (IntegrityError, NotFoundError) as error:
-            self._lost(want, str(error), gone.all_gone([entry]))
+            self._lost(want, str(error), gone.all_dropped([entry]))
             return None
 
-    def _copy(self, wants: Sequence[Want], is_gone: Callable[[Want], bool]) -> None:
+    def _copy(self, wants: Sequence[WantedObject], is_gone: Callable[[WantedObject], bool]) -> None:
         missing = missing_objects(self.store, wants, deep=self.deep, pace=self.pace)
         self.present_objects += len(wants) - len(missing)
-        budget = Budget(self.effort.budget_bytes)
+        budget = MemoryBudget(self.limits.budget_bytes)
 
-        def copy(want: Want) -> int | str:
+        def copy(want: WantedObject) -> int | str:
             try:
                 return copy_object(self.source, self.store, want, budget=budget, pace=self.pace)
             except (IntegrityError, NotFoundError) as error:
                 return str(error)
 
-        with closing(in_order(missing, copy, threads=self.effort.threads)) as copied:
+        with closing(map_in_order(missing, copy, threads=self.limits.threads)) as copied:
             for want, size_bytes in copied:
                 if isinstance(size_bytes, str):
                     self._lost(want, size_bytes, is_gone(want))
@@ -179,17 +186,17 @@ class Filling:
                 if self.on_progress is not None:
                     self.on_progress(size_bytes)
 
-    def _lost(self, want: Want, why: str, gone: bool) -> None:
+    def _lost(self, want: WantedObject, why: str, gone: bool) -> None:
         if gone or want.key in self.damaged:
             return
         if len(self.damaged) < DAMAGED_MAX:
             self.damaged[want.key] = why
-        if self.tell is not None:
+        if self.emit is not None:
             text = f"the source has no right copy of {want.key}, so the replica lacks it too"
-            self.tell(Event("sync-damage", text, {"key": want.key, "store": self.source.url}, alarm=True))
+            self.emit(Event("sync-damage", text, {"key": want.key, "store": self.source.url}, alarm=True))
 
 
-def _size(sizes: Walk, key: str) -> int | None:
+def _size(sizes: ListingWalk, key: str) -> int | None:
     stat = sizes.take(key)
     # A length that no pack has is damage: it is no measure for the copy.
     return None if stat is None or stat.size_bytes > PACK_BYTES_MAX else stat.size_bytes
@@ -222,9 +229,9 @@ def sync(
     store: Backend,
     *,
     deep: bool = False,
-    effort: Effort = USUAL,
-    on_progress: Progress | None = None,
-    tell: Tell | None = None,
+    limits: SyncLimits = DEFAULT_LIMITS,
+    on_progress: ProgressCallback | None = None,
+    emit: Emit | None = None,
 ) -> SyncReport:
     """Make ``store`` a full replica of ``source`` (one store or several). See ``fill``.
 
@@ -234,13 +241,13 @@ def sync(
     journal = Journal.open(source)
     record = source_record(source)
     return fill(
-        source, store, journal.refresh, record=record, deep=deep, effort=effort, on_progress=on_progress, tell=tell
+        source, store, journal.refresh, record=record, deep=deep, limits=limits, on_progress=on_progress, emit=emit
     )
 
 
 def source_record(source: Backend) -> JobRecord:
     """The ``ckpt.json`` of the first store of ``source`` that has one. Raises UnavailableError where none can be read."""
-    seats = seat_all(stores_of(source))
+    seats = store_roles(stores_of(source))
     found = next((seat.record for seat in seats if seat.role == READY), None)
     if found is None:
         raise UnavailableError(
@@ -257,9 +264,9 @@ def fill(  # noqa: PLR0913  all but three are keywords
     record: JobRecord,
     upto_seq: int | None = None,
     deep: bool = True,
-    effort: Effort = USUAL,
-    on_progress: Progress | None = None,
-    tell: Tell | None = None,
+    limits: SyncLimits = DEFAULT_LIMITS,
+    on_progress: ProgressCallback | None = None,
+    emit: Emit | None = None,
 ) -> SyncReport:
     """Copy to ``store`` what ``log`` names, until it has caught up with it, or, with ``upto_seq``, has all up to that record.
 
@@ -268,14 +275,14 @@ def fill(  # noqa: PLR0913  all but three are keywords
     read and compared too, not just listed. Stopped, or outrun by the source for a hundred rounds, it returns with ``complete``
     False. Raises as ``sync`` does.
     """
-    pace = Pace(effort.rate_bytes_per_s, stop=effort.stop)
+    pace = MaintenancePace(limits.rate_bytes_per_s, stop=limits.stop)
     claimed = claim_replica(store, record)
     if claimed.store_id == record.store_id and len(stores_of(source)) == 1:
         raise UsageError(
             f"the store is the source itself, or a plain copy of it. store={store.url} store_id={claimed.store_id} "
             f"name another place; make replicas with ckpt sync, not by copying files"
         )
-    filling = Filling(source, store, claimed.store_id, log, deep, effort, pace, on_progress, tell)
+    filling = SyncRun(source, store, claimed.store_id, log, deep, limits, pace, on_progress, emit)
     try:
         for _ in range(ROUNDS_MAX):
             if filling.round(upto_seq):

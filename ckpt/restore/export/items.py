@@ -21,7 +21,7 @@ import numpy as np
 from ckpt.errors import IntegrityError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
-from ckpt.restore.fetch import Progress
+from ckpt.restore.fetch import OnProgress
 from ckpt.restore.reader import SnapshotReader, item_names, with_tensors
 from ckpt.values import Leaf, LeafKind
 
@@ -29,7 +29,7 @@ JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "Jso
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ExportItem:
     """One tracked item of one rank. ``tree`` holds ``Ref`` nodes; ``leaves`` are what they refer to, by the Ref's name."""
 
     name: str
@@ -42,7 +42,7 @@ class Item:
         return leaf.removeprefix(f"{self.name}/")
 
 
-def load_item(reader: SnapshotReader, name: str, *, rank: int) -> Item | None:
+def load_item(reader: SnapshotReader, name: str, *, rank: int) -> ExportItem | None:
     """The item as ``rank`` captured it, or None where that rank has nothing of it.
 
     An item without a skeleton is a dict of its tensors by their short names. Raises IntegrityError where the skeleton is
@@ -54,7 +54,7 @@ def load_item(reader: SnapshotReader, name: str, *, rank: int) -> Item | None:
         tree = reader.read_object(name, rank=rank)
         refs: dict[str, Leaf] = {}
         with_tensors(tree, lambda ref: refs.setdefault(ref.leaf, _held(index, name, ref.leaf, rank)))
-        return Item(name, rank, tree, refs)
+        return ExportItem(name, rank, tree, refs)
     mine = [
         leaf
         for leaf in index.leaves()
@@ -63,9 +63,9 @@ def load_item(reader: SnapshotReader, name: str, *, rank: int) -> Item | None:
     if not mine:
         return None
     if len(mine) == 1 and mine[0].name == name:
-        return Item(name, rank, Ref(name), {name: mine[0]})
+        return ExportItem(name, rank, Ref(name), {name: mine[0]})
     flat: dict[str, object] = {leaf.name.removeprefix(f"{name}/"): Ref(leaf.name) for leaf in mine}
-    return Item(name, rank, flat, {leaf.name: leaf for leaf in mine})
+    return ExportItem(name, rank, flat, {leaf.name: leaf for leaf in mine})
 
 
 def _held(index: SnapshotIndex, item: str, leaf: str, rank: int) -> Leaf:
@@ -206,7 +206,7 @@ def _json_scalar(value: object) -> JsonValue:
             return {"$text": str(value)}
 
 
-def is_flat(item: Item) -> bool:
+def is_flat(item: ExportItem) -> bool:
     """Whether the item is nothing but a dict of tensors under their own short names."""
     tree = item.tree
     return isinstance(tree, dict) and all(
@@ -228,27 +228,27 @@ _DENIED = frozenset((1, 13, 30))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Streaming:
+class StreamOptions:
     """How to stream: the window's length in bytes, and whom to tell of progress."""
 
     window_bytes: int
-    on_progress: Progress | None = None
+    on_progress: OnProgress | None = None
 
 
 class ItemWriter(Protocol):
     """One file format: what it names files, and how it writes them."""
 
-    def names(self, item: Item) -> tuple[str, ...]:
+    def names(self, item: ExportItem) -> tuple[str, ...]:
         """The files that ``write`` makes for ``item``, without folder."""
         ...
 
-    def write(self, item: Item, reader: SnapshotReader, paths: Sequence[Path], how: Streaming) -> None:
+    def write(self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], stream: StreamOptions) -> None:
         """Make those files at ``paths``, one for each name."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class ExportedFile:
     """One file that was written."""
 
     path: Path
@@ -274,8 +274,8 @@ def export(
     writer: ItemWriter,
     options: ExportOptions,
     *,
-    on_progress: Progress | None = None,
-) -> tuple[Exported, ...]:
+    on_progress: OnProgress | None = None,
+) -> tuple[ExportedFile, ...]:
     """Write the items of a snapshot into ``folder``, with ``all_ranks`` each rank's into ``rank-N``; returns what was written.
 
     Nothing appears under its final name before everything is written and synced. Raises UsageError where a file exists
@@ -287,7 +287,7 @@ def export(
         for _, paths in planned:
             if taken := next((path for path in paths if os.path.lexists(path)), None):
                 raise UsageError(f"a file is in the way. path={taken}; name another folder or pass --force")
-    how = Streaming(window_bytes=options.memory_bytes // 2, on_progress=on_progress)
+    how = StreamOptions(window_bytes=options.memory_bytes // 2, on_progress=on_progress)
     suffix = f".{secrets.token_hex(8)}.tmp"
     temps = {path: path.with_name(f".{path.name}{suffix}") for _, paths in planned for path in paths}
     with _translated(folder):
@@ -305,13 +305,13 @@ def export(
             for temp in temps.values():
                 temp.unlink(missing_ok=True)
         return tuple(
-            Exported(path, item.name, item.rank, path.stat().st_size) for item, paths in planned for path in paths
+            ExportedFile(path, item.name, item.rank, path.stat().st_size) for item, paths in planned for path in paths
         )
 
 
 def _plan(
     reader: SnapshotReader, folder: Path, writer: ItemWriter, options: ExportOptions
-) -> list[tuple[Item, list[Path]]]:
+) -> list[tuple[ExportItem, list[Path]]]:
     known = item_names(reader.index)
     wanted = known if options.items is None else list(dict.fromkeys(options.items))
     if missing := [name for name in wanted if name not in known]:
@@ -319,7 +319,7 @@ def _plan(
     ranks = reader.index.ranks
     if options.rank not in ranks:
         raise NotFoundError(f"no such rank in the snapshot. rank={options.rank} ranks=0..{len(ranks) - 1}")
-    planned: list[tuple[Item, list[Path]]] = []
+    planned: list[tuple[ExportItem, list[Path]]] = []
     for rank in ranks if options.all_ranks else (options.rank,):
         place = folder / f"rank-{rank}" if options.all_ranks else folder
         for name in wanted:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt.errors import UsageError
-from ckpt.restore.export.items import Item, Streaming, is_flat, json_tree
+from ckpt.restore.export.items import ExportItem, StreamOptions, is_flat, json_tree
 from ckpt.restore.reader import SnapshotReader, size_bytes
 from ckpt.values import DTYPE_BYTES, Leaf
 
@@ -41,12 +41,12 @@ NAMES = {
 class SafetensorsWriter:
     """``<item>.safetensors`` for an item's tensors, ``<item>.json`` for its structure where it is more than flat names."""
 
-    def names(self, item: Item) -> tuple[str, ...]:
+    def names(self, item: ExportItem) -> tuple[str, ...]:
         """See ItemWriter."""
         files = (f"{item.name}.safetensors",) if item.leaves else ()
         return files if is_flat(item) and files else (*files, f"{item.name}.json")
 
-    def write(self, item: Item, reader: SnapshotReader, paths: Sequence[Path], how: Streaming) -> None:
+    def write(self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], how: StreamOptions) -> None:
         """See ItemWriter. Raises UsageError for a dtype that the format cannot hold."""
         for path, name in zip(paths, self.names(item), strict=True):
             if name.endswith(".json"):
@@ -55,7 +55,7 @@ class SafetensorsWriter:
                 _write_tensors(item, reader, path, how)
 
 
-def _write_tensors(item: Item, reader: SnapshotReader, path: Path, how: Streaming) -> None:
+def _write_tensors(item: ExportItem, reader: SnapshotReader, path: Path, how: StreamOptions) -> None:
     kept: dict[tuple[str, int | None], Leaf] = {}
     metadata = {"format": "pt"}
     for leaf in item.leaves.values():

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ckpt.errors import InternalError, UsageError
 from ckpt.format.objects import Named, Ref
-from ckpt.restore.export.items import Item, Streaming, indexed_optimizer, plain_tree
+from ckpt.restore.export.items import ExportItem, StreamOptions, indexed_optimizer, plain_tree
 from ckpt.restore.reader import SnapshotReader, size_bytes
 from ckpt.values import Leaf
 
@@ -34,14 +34,14 @@ _HAS_DESCRIPTOR = 0x08
 class TorchWriter:
     """``<item>.pt``: the item's state dict. Tensors that shared memory share it again when loaded."""
 
-    def names(self, item: Item) -> tuple[str, ...]:
+    def names(self, item: ExportItem) -> tuple[str, ...]:
         """See ItemWriter."""
         return (f"{item.name}.pt",)
 
-    def write(self, item: Item, reader: SnapshotReader, paths: Sequence[Path], how: Streaming) -> None:
+    def write(self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], how: StreamOptions) -> None:
         """See ItemWriter."""
         (path,) = paths
-        builder = _Builder(item, reader)
+        builder = _EmptyTensors(item, reader)
         tree = plain_tree(
             indexed_optimizer(item.tree), tensor=builder.leaf, array=builder.array, named=_library_constant
         )
@@ -60,7 +60,7 @@ Source = Leaf | Array
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class _StorageSlot:
     """Room for one storage in the file, and where its checksum is kept."""
 
     offset_bytes: int
@@ -68,10 +68,10 @@ class _Slot:
     crc_offsets: tuple[int, ...]
 
 
-class _Builder:
+class _EmptyTensors:
     """Makes a tensor without data for each reference, the same one for leaves that share memory; remembers the order."""
 
-    def __init__(self, item: Item, reader: SnapshotReader) -> None:
+    def __init__(self, item: ExportItem, reader: SnapshotReader) -> None:
         self._item = item
         self._index = reader.index
         self._mode = FakeTensorMode()
@@ -124,11 +124,11 @@ def _source_bytes(source: Source) -> int:
     return size_bytes(source) if isinstance(source, Leaf) else source.nbytes
 
 
-def _slots(path: Path) -> list[_Slot]:
+def _slots(path: Path) -> list[_StorageSlot]:
     """The storages' places in the order torch numbered them, empty ones left out."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         crc_at = _central_crcs(file.fileno(), archive.start_dir, len(archive.infolist()))
-        numbered: dict[int, _Slot] = {}
+        numbered: dict[int, _StorageSlot] = {}
         for place, info in enumerate(archive.infolist()):
             folder, _, number = info.filename.rpartition("/")
             if not folder.endswith("/data") or not number.isdecimal() or not info.file_size:
@@ -144,7 +144,7 @@ def _slots(path: Path) -> list[_Slot]:
                 crcs.append(end + 4 if signed else end)
             else:
                 crcs.append(info.header_offset + 14)
-            numbered[int(number)] = _Slot(start, info.file_size, tuple(crcs))
+            numbered[int(number)] = _StorageSlot(start, info.file_size, tuple(crcs))
     return [numbered[number] for number in sorted(numbered)]
 
 
@@ -158,7 +158,7 @@ def _central_crcs(fd: int, start: int, entries: int) -> list[int]:
     return offsets
 
 
-def _check_order(path: Path, tree: object, builder: _Builder, slots: Sequence[_Slot]) -> None:
+def _check_order(path: Path, tree: object, builder: _EmptyTensors, slots: Sequence[_StorageSlot]) -> None:
     """Ask torch itself which tensor lies where, so that no change in its numbering can ever swap two of one size."""
     loaded = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     order = {id(tensor): None for tensor in _tensors(tree) if tensor.numel()}
@@ -187,7 +187,9 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
             return
 
 
-def _fill(path: Path, reader: SnapshotReader, places: Sequence[tuple[Source, _Slot]], how: Streaming) -> None:
+def _fill(
+    path: Path, reader: SnapshotReader, places: Sequence[tuple[Source, _StorageSlot]], how: StreamOptions
+) -> None:
     streamed = [(source, slot) for source, slot in places if isinstance(source, Leaf)]
     crcs = [0] * len(streamed)
     with path.open("r+b") as file:
@@ -206,7 +208,7 @@ def _fill(path: Path, reader: SnapshotReader, places: Sequence[tuple[Source, _Sl
                 _write_crc(fd, slot, zlib.crc32(data))
 
 
-def _write_crc(fd: int, slot: _Slot, crc: int) -> None:
+def _write_crc(fd: int, slot: _StorageSlot, crc: int) -> None:
     for offset in slot.crc_offsets:
         _write(fd, memoryview(struct.pack("<I", crc)), offset)
 

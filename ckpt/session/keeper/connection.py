@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from ckpt.errors import CkptError, IntegrityError, UnavailableError, UsageError
 from ckpt.ipc import client
 from ckpt.ipc.board import Board
-from ckpt.ipc.client import START_WAIT_S, Calls, KeeperSpec, ensure_keeper
-from ckpt.ipc.frames import Wire, close_fds
+from ckpt.ipc.client import START_WAIT_S, KeeperClient, KeeperSpec, ensure_keeper
+from ckpt.ipc.frames import MessageSocket, close_fds
 from ckpt.ipc.messages import (
     BoardKept,
     Bye,
@@ -35,7 +35,6 @@ from ckpt.ipc.messages import (
     GetSlots,
     GetSources,
     Hello,
-    Known,
     Message,
     Number,
     OpenEpoch,
@@ -49,12 +48,13 @@ from ckpt.ipc.messages import (
     Reply,
     Retention,
     SetTag,
-    SlotGone,
-    SlotMade,
+    SlotCreated,
+    SlotReleased,
     Slots,
     Sources,
     Stop,
     Value,
+    VerifiedChunks,
     Welcome,
     from_error,
 )
@@ -69,8 +69,8 @@ _T = TypeVar("_T")
 HELLO_ID = 1
 """The first call on a connection, and the only one on that for events."""
 
-AGAIN_FIRST_S = 0.01
-AGAIN_LAST_S = 1.0
+RETRY_FIRST_S = 0.01
+RETRY_LAST_S = 1.0
 """Pauses between tries to find a keeper that doesn't end just then."""
 
 
@@ -82,7 +82,7 @@ class _KeeperEndedError(UnavailableError):
     """It ended before it said hello."""
 
 
-def connections(spec: KeeperSpec, *, start: bool) -> tuple[Wire, Wire]:
+def open_connections(spec: KeeperSpec, *, start: bool) -> tuple[MessageSocket, MessageSocket]:
     """A trainer's two connections to its keeper, which is started where none runs, unless ``start`` is false."""
     calls = ensure_keeper(spec, start=start)
     try:
@@ -95,20 +95,20 @@ def connections(spec: KeeperSpec, *, start: bool) -> tuple[Wire, Wire]:
         raise
 
 
-def greet(wire: Wire, hello: Hello) -> Welcome:
+def greet(wire: MessageSocket, hello: Hello) -> Welcome:
     """Say hello and return the answer. Raises what the keeper has against this peer."""
     try:
-        return client.greet(wire, replace(hello, id=HELLO_ID))
+        return client.exchange_hello(wire, replace(hello, id=HELLO_ID))
     except client.HungUpError as error:
         raise _KeeperEndedError(str(error)) from error
     except UnavailableError as error:
         raise KeeperBusyError(str(error)) from error
 
 
-def in_spite_of_ends(connect: Callable[[], _T], *, again: bool) -> _T:
+def retry_while_keeper_ends(connect: Callable[[], _T], *, again: bool) -> _T:
     """``connect``, and ``again`` for START_WAIT_S seconds where the keeper that was found ended just then."""
     until_s = time.monotonic() + START_WAIT_S
-    pause_s = AGAIN_FIRST_S
+    pause_s = RETRY_FIRST_S
     while True:
         try:
             return connect()
@@ -116,12 +116,12 @@ def in_spite_of_ends(connect: Callable[[], _T], *, again: bool) -> _T:
             if not again or time.monotonic() > until_s:
                 raise
         time.sleep(pause_s)
-        pause_s = min(pause_s * 1.5, AGAIN_LAST_S)
+        pause_s = min(pause_s * 1.5, RETRY_LAST_S)
 
 
 _R = TypeVar("_R", bound=Reply)
 
-KNOWN_MAX = 200_000
+KNOWN_CHUNKS_MAX = 200_000
 """Places of chunks that one message carries, far below a frame's limit. The others are stored anew, once."""
 
 
@@ -132,7 +132,7 @@ class KeeperLink:
     the connection: it is its parent's.
     """
 
-    def __init__(self, calls: Wire, events: Wire, hello: Hello) -> None:
+    def __init__(self, calls: MessageSocket, events: MessageSocket, hello: Hello) -> None:
         """Say hello on both connections, which the link owns from now on. Raises what the keeper has against this rank."""
         self._hello = hello
         self._spec: KeeperSpec | None = None
@@ -154,7 +154,7 @@ class KeeperLink:
 
         A keeper that ends just then is no answer: the next one is started. Raises KeeperBusyError where it takes nobody yet.
         """
-        link = in_spite_of_ends(lambda: cls(*connections(spec, start=start), hello), again=start)
+        link = retry_while_keeper_ends(lambda: cls(*open_connections(spec, start=start), hello), again=start)
         link._spec = spec
         return link
 
@@ -171,9 +171,9 @@ class KeeperLink:
         self._calls.close()
         self._events.close()
         spec = self._spec
-        in_spite_of_ends(lambda: self._open(*connections(spec, start=True)), again=True)
+        retry_while_keeper_ends(lambda: self._open(*open_connections(spec, start=True)), again=True)
         if self.welcome.new:
-            self._calls.tell(BoardKept(), [board.fd])
+            self._calls.send(BoardKept(), [board.fd])
 
     @property
     def rank(self) -> int:
@@ -193,7 +193,7 @@ class KeeperLink:
         return self._hello.rank
 
     @property
-    def several_nodes(self) -> bool:
+    def spans_nodes(self) -> bool:
         """Whether the job has ranks on other nodes."""
         seating = self.welcome.seating
         return seating is not None and seating.nodes > 1
@@ -235,14 +235,14 @@ class KeeperLink:
 
     def post(self, key: str, value: bytes) -> None:
         """See ``Channel``."""
-        self._calls.tell(Post(key=key, value=value))
+        self._calls.send(Post(key=key, value=value))
 
     def peek(self, key: str) -> bytes | None:
         """See ``Channel``."""
         return self._calls.ask(Peek(key=key), Value).value
 
     def wait(self, key: str, timeout_s: float) -> bytes | None:
-        """See ``Waiting``: the keeper answers as soon as the value is there."""
+        """See ``WaitingMailbox``: the keeper answers as soon as the value is there."""
         return self._calls.ask(Peek(key=key, wait_s=timeout_s), Value).value
 
     def count(self, key: str, amount: int = 0) -> int:
@@ -251,7 +251,7 @@ class KeeperLink:
 
     def forget(self, key: str) -> None:
         """See ``Channel``."""
-        self._calls.tell(Forget(key=key))
+        self._calls.send(Forget(key=key))
 
     # ---- board and slots
 
@@ -269,7 +269,7 @@ class KeeperLink:
             if len(fds) != len(reply.slots):
                 raise IntegrityError(f"not one descriptor a slot. slots={len(reply.slots)} descriptors={len(fds)}")
             for entry in reply.slots:
-                found.append((entry.index, Region.over(left.pop(0), entry.size_bytes)))
+                found.append((entry.index, Region.from_fd(left.pop(0), entry.size_bytes)))
         except BaseException:
             close_fds(left)
             for _, region in found:
@@ -279,11 +279,11 @@ class KeeperLink:
 
     def slot_made(self, index: int, fd: int, size_bytes: int) -> None:
         """Hand slot ``index`` of this rank to the keeper, which has it on return. UsageError where memory is short."""
-        self._calls.call(SlotMade(index=index, size_bytes=size_bytes), [fd])
+        self._calls.call(SlotCreated(index=index, size_bytes=size_bytes), [fd])
 
     def slot_gone(self, index: int) -> None:
         """Tell that this rank gave slot ``index`` up."""
-        self._calls.tell(SlotGone(index=index))
+        self._calls.send(SlotReleased(index=index))
 
     # ---- snapshots
 
@@ -311,18 +311,18 @@ class KeeperLink:
         shared: Mapping[str, tuple[int, str]] | None = None,
     ) -> None:  # fmt: skip
         """Have slot ``index``, marked as in use, made durable. On return the keeper will do it even if this process dies."""
-        self._calls.tell(
+        self._calls.send(
             Persist(snapshot=snapshot, index=index, generation=generation, tags=tags, shared=dict(shared or {}))
         )
 
     def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
         """Instead of ``persist``: this rank can't give its share, and why."""
-        self._calls.tell(Refuse(snapshot=snapshot, error=from_error(error, rank=self.rank)))
+        self._calls.send(Refuse(snapshot=snapshot, error=from_error(error, rank=self.rank)))
 
     def known(self, base: SnapshotId, places: Mapping[Digest, ChunkLocation]) -> None:
         """Chunks of the committed ``base`` that this rank read and found right; what comes next may refer to them."""
-        some = dict(list(places.items())[:KNOWN_MAX])
-        self._calls.tell(Known(base=base, digests=tuple(some), locations=tuple(some.values())))
+        some = dict(list(places.items())[:KNOWN_CHUNKS_MAX])
+        self._calls.send(VerifiedChunks(base=base, digests=tuple(some), locations=tuple(some.values())))
 
     def set_tag(self, name: str, snapshot: SnapshotId) -> None:
         """Rank 0: tag a durable snapshot; the record is written on return."""
@@ -331,25 +331,25 @@ class KeeperLink:
     def decided(self, boundary: int, flags: int) -> None:
         """Rank 0: have the boards of other nodes say it too. They learn it a moment later; without a keeper nobody does."""
         with contextlib.suppress(UnavailableError):  # the loop notices by itself that the keeper is gone
-            self._calls.tell(Decided(boundary=boundary, flags=flags))
+            self._calls.send(Decided(boundary=boundary, flags=flags))
 
     # ---- this trainer
 
     def phase(self, name: str, at_s: float | None = None, **facts: Fact) -> None:
         """Tell a point of the start that is reached, or was at ``at_s``: see ``messages.Phase``."""
-        self._calls.tell(Phase(name=name, at_s=time.monotonic() if at_s is None else at_s, facts=facts))
+        self._calls.send(Phase(name=name, at_s=time.monotonic() if at_s is None else at_s, facts=facts))
 
     def failing(self, kind: str, text: str, *, fingerprint: str, step: int, final: bool = False) -> None:
         """Tell that this trainer is about to die of an exception: see ``messages.Failing``."""
-        self._calls.tell(Failing(kind=kind, text=text, fingerprint=fingerprint, step=step, final=final))
+        self._calls.send(Failing(kind=kind, text=text, fingerprint=fingerprint, step=step, final=final))
 
     def finished(self) -> None:
         """Tell that the decorated function returned and all is durable."""
-        self._calls.tell(Finished())
+        self._calls.send(Finished())
 
     def preempt(self, grace_s: float) -> None:
         """Tell that the node is about to be taken away."""
-        self._calls.tell(Preempt(grace_s=grace_s))
+        self._calls.send(Preempt(grace_s=grace_s))
 
     def close(self) -> None:
         """Leave as planned. Nobody is told that the keeper is gone. Idempotent; not for the link's own thread."""
@@ -360,7 +360,7 @@ class KeeperLink:
         self._events.close()
         self._thread.join()
 
-    def _open(self, calls: Wire, events: Wire) -> None:
+    def _open(self, calls: MessageSocket, events: MessageSocket) -> None:
         try:
             self.welcome = greet(calls, self._hello)
             """What the keeper said first."""
@@ -369,7 +369,7 @@ class KeeperLink:
             calls.close()
             events.close()
             raise
-        self._calls = Calls(calls)
+        self._calls = KeeperClient(calls)
         self._events = events
         self._lost: CkptError | None = None
         self._thread = threading.Thread(target=self._listen, name="ckpt-keeper-events", daemon=True)

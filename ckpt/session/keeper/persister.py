@@ -9,17 +9,17 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from ckpt.errors import CkptError, InternalError, UnavailableError
-from ckpt.events import Tell
+from ckpt.events import Emit
 from ckpt.ipc.messages import Outcome, to_error
 from ckpt.save import persister as told
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.keeper.slots import SharedSlots
-from ckpt.session.staging import Staged
+from ckpt.session.staging import StagedSlot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _HandedIn:
+class _PendingSubmission:
     snapshot: SnapshotId
     began_s: float
     future: Future[SnapshotInfo] = field(default_factory=Future)
@@ -31,12 +31,12 @@ class KeeperPersister:
     Nothing of what was handed in is lost with this process. Becomes the link's listener: one at a time.
     """
 
-    def __init__(self, link: KeeperLink, slots: SharedSlots, *, tell: Tell) -> None:
+    def __init__(self, link: KeeperLink, slots: SharedSlots, *, emit: Emit) -> None:
         self._link = link
         self._slots = slots
-        self._tell = tell
+        self._tell = emit
         self._changed = threading.Lock()
-        self._pending: list[_HandedIn] = []
+        self._pending: list[_PendingSubmission] = []
         self._any = False
         self.durable_at_s: float | None = None
         """When the last snapshot became durable, by the monotonic clock."""
@@ -53,7 +53,7 @@ class KeeperPersister:
         with self._changed:
             return len(self._pending)
 
-    def submit(self, staged: Staged, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
+    def submit(self, staged: StagedSlot, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
         """Hand a sealed slot to the keeper; the future gives the commit's facts or the error.
 
         Every rank submits the same sequence. On return the keeper will persist it even if this process is killed, unless the
@@ -71,7 +71,7 @@ class KeeperPersister:
             staged.release()
         return one.future
 
-    def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
+    def submit_failure(self, snapshot: SnapshotId, error: CkptError) -> None:
         """Take part in a snapshot that this rank could not stage: all ranks learn that it failed, and why."""
         one = self._expect(snapshot)
         try:
@@ -100,9 +100,9 @@ class KeeperPersister:
             quiet=True,
         )
 
-    def _expect(self, snapshot: SnapshotId) -> _HandedIn:
+    def _expect(self, snapshot: SnapshotId) -> _PendingSubmission:
         """Before the keeper is told: its answer may come at once."""
-        one = _HandedIn(snapshot, time.monotonic())
+        one = _PendingSubmission(snapshot, time.monotonic())
         one.future.set_running_or_notify_cancel()  # nobody can cancel what the keeper does
         with self._changed:
             self._any = True
@@ -130,14 +130,14 @@ class KeeperPersister:
         elif info is not None:
             one.future.set_result(info)
 
-    def _take(self, snapshot: SnapshotId) -> _HandedIn | None:
+    def _take(self, snapshot: SnapshotId) -> _PendingSubmission | None:
         with self._changed:
             one = next((one for one in self._pending if one.snapshot == snapshot), None)
             if one is not None:
                 self._pending.remove(one)
         return one
 
-    def _fail(self, one: _HandedIn, error: CkptError) -> None:
+    def _fail(self, one: _PendingSubmission, error: CkptError) -> None:
         with self._changed:
             if one not in self._pending:  # the link's thread was faster
                 return

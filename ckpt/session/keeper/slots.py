@@ -16,19 +16,19 @@ from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.format.index import SnapshotIndex
 from ckpt.ipc.board import SLOTS_MAX, Board
 from ckpt.restore.from_slots import SlotStore, staged_index
-from ckpt.session.slot_rule import Seen, newest_of, passed, why_kept
-from ckpt.staging.header import read_brief
+from ckpt.session.slot_rule import BoardView, newest_of, passed, reason_kept
+from ckpt.staging.header import read_summary
 from ckpt.staging.memory import Region
 from ckpt.staging.slot import Slot
 from ckpt.values import SnapshotId
 
-LOOK_S = 0.002
+SLOT_POLL_S = 0.002
 """How often a rank that waits for a slot looks at the board: other ranks and the keeper free slots there."""
 
-_NOTHING_SEEN = Seen((), ())
+_NOTHING_SEEN = BoardView((), ())
 
 
-class SlotKeeper(Protocol):
+class SlotHolder(Protocol):
     """The part of a keeper's connection that slots need."""
 
     def slots(self, rank: int) -> Sequence[tuple[int, Region]]:
@@ -44,19 +44,19 @@ class SlotKeeper(Protocol):
         ...
 
 
-class _Nobody:
+class _NoKeeper:
     """Takes every slot and holds none."""
 
     def slots(self, rank: int) -> Sequence[tuple[int, Region]]:
-        """See ``SlotKeeper``."""
+        """See ``SlotHolder``."""
         del rank
         return ()
 
     def slot_made(self, index: int, fd: int, size_bytes: int) -> None:
-        """See ``SlotKeeper``."""
+        """See ``SlotHolder``."""
 
     def slot_gone(self, index: int) -> None:
-        """See ``SlotKeeper``."""
+        """See ``SlotHolder``."""
 
 
 class SharedSlots:
@@ -70,10 +70,10 @@ class SharedSlots:
     slots_min = 2
     """One slot can't be written while it keeps what is complete."""
     slots_max = SLOTS_MAX
-    poll_s = LOOK_S
+    poll_s = SLOT_POLL_S
 
-    def __init__(self, keeper: SlotKeeper, board: Board, rank: int) -> None:
-        self._keeper: SlotKeeper = keeper
+    def __init__(self, keeper: SlotHolder, board: Board, rank: int) -> None:
+        self._keeper: SlotHolder = keeper
         self._board = board
         self._own = board.rank(rank)
         self._marked: set[int] = set()
@@ -96,7 +96,7 @@ class SharedSlots:
             if region.fd is None:
                 raise UnavailableError("memory can't be shared with a keeper on this system; train without one")
             self._own.clear(number)
-            self._own.let_go(number)
+            self._own.release(number)
             self._keeper.slot_made(number, region.fd, size_bytes)
         except BaseException:
             region.close()
@@ -106,21 +106,21 @@ class SharedSlots:
     def may_overwrite(self, slot: Slot, *, spare: bool) -> bool:
         """See ``Regions``. ``spare`` says nothing here: what all ranks hold counts, not what this one sealed last."""
         del spare
-        return self.why_kept(slot) is None
+        return self.reason_kept(slot) is None
 
-    def why_kept(self, slot: Slot) -> str | None:
+    def reason_kept(self, slot: Slot) -> str | None:
         """Why an idle slot must not be overwritten now, or None where it may be."""
         in_use, pair = self._own.slot(slot.number).held, slot.snapshot
         if in_use or pair is None or self._replaced(pair):
-            seen = _NOTHING_SEEN if self._complete is None else Seen((), (frozenset([self._complete]),))
+            seen = _NOTHING_SEEN if self._complete is None else BoardView((), (frozenset([self._complete]),))
         else:
             seen = self._look()
-        return why_kept(pair, in_use=in_use, seen=seen, epoch=self.epoch, resume=self.resume)
+        return reason_kept(pair, in_use=in_use, view=seen, epoch=self.epoch, resume=self.resume)
 
     def _replaced(self, pair: SnapshotId) -> bool:
         """Whether a newer pair is complete: once one was, one at least as new always is, so the board needs no look then."""
         if self._complete is None or pair >= self._complete:
-            self._complete = newest_of([self._complete, self._board.complete()])
+            self._complete = newest_of([self._complete, self._board.newest_complete()])
         return self._complete is not None and pair < self._complete
 
     def emptied(self, slot: Slot) -> None:
@@ -139,7 +139,7 @@ class SharedSlots:
         """See ``Regions``."""
         if slot.number in self._marked:
             self._marked.discard(slot.number)
-            self._own.let_go(slot.number)
+            self._own.release(slot.number)
 
     def dropped(self, slot: Slot) -> None:
         """See ``Regions``."""
@@ -154,32 +154,32 @@ class SharedSlots:
         """The keeper could not be told: this process is responsible for the mark again."""
         self._marked.add(slot.number)
 
-    def hand_in_again(self, slots: Sequence[Slot]) -> None:
+    def hand_over_all(self, slots: Sequence[Slot]) -> None:
         """To a keeper that is new: every slot of a pool. Their marks are cleared where this process didn't set them."""
         for slot in slots:
             if slot.number not in self._marked:
-                self._own.let_go(slot.number)
+                self._own.release(slot.number)
             if slot.fd is not None:
                 self._keeper.slot_made(slot.number, slot.fd, slot.size_bytes)
         for number, region in self._kept.items():  # no pool has taken them over yet
-            self._own.let_go(number)
+            self._own.release(number)
             if region.fd is not None:
                 self._keeper.slot_made(number, region.fd, region.size_bytes)
 
-    def go_on_alone(self, slots: Sequence[Slot]) -> None:
+    def detach_keeper(self, slots: Sequence[Slot]) -> None:
         """The keeper is gone and none comes: a pool's slots are this process's alone, and new ones are handed to nobody."""
-        self._keeper = _Nobody()
-        self.hand_in_again(slots)
+        self._keeper = _NoKeeper()
+        self.hand_over_all(slots)
 
     def close(self) -> None:
         """Unmap what no pool took over. Idempotent."""
         for _, region in self.kept():
             region.close()
 
-    def _look(self) -> Seen:
-        ranks = self._board.everyone()
-        come = tuple(passed(one.pairs(), completed=one.completed, epoch=self.epoch) for one in ranks)
-        return Seen(come, tuple(one.pairs() for one in ranks))
+    def _look(self) -> BoardView:
+        ranks = self._board.all_ranks()
+        come = tuple(passed(one.sealed_snapshots(), completed=one.completed, epoch=self.epoch) for one in ranks)
+        return BoardView(come, tuple(one.sealed_snapshots() for one in ranks))
 
     def _correct_board(self) -> None:
         for word in self._own.slots():
@@ -192,12 +192,12 @@ class SharedSlots:
             if word.generation:
                 self._own.clear(word.index)
             if region is not None:
-                self._own.let_go(word.index)
+                self._own.release(word.index)
 
 
 @contextmanager
 def open_staged(
-    keeper: SlotKeeper, snapshot: SnapshotId, *, ranks: int, job: str
+    keeper: SlotHolder, snapshot: SnapshotId, *, ranks: int, job: str
 ) -> Iterator[tuple[SnapshotIndex, Backend]]:
     """A staged snapshot to restore from: its index, and the slots of all ranks as a store.
 
@@ -226,7 +226,7 @@ def open_staged(
 
 def _sealed(region: Region) -> tuple[SnapshotId, int] | None:
     try:
-        found = read_brief(region.view)
+        found = read_summary(region.view)
     except IntegrityError:  # no reader believes it, so it is as good as empty
         return None
     return None if found is None else (found[0].snapshot, found[1])

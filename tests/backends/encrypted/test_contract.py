@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from ckpt.backends.encrypted.open import encrypted
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.testing.contract import BackendContract, Opener, buffer, read
 from ckpt.testing.faults import CountingBackend
 
 
-def keys_named(name: str) -> Keys:
-    return Keys(Key.of(hashlib.sha256(name.encode()).digest()))
+def keys_named(name: str) -> EncryptionKeys:
+    return EncryptionKeys(EncryptionKey.of(hashlib.sha256(name.encode()).digest()))
 
 
 def every(_: str) -> bool:

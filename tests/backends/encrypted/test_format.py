@@ -23,14 +23,14 @@ from ckpt.backends.encrypted.layout import (
     sealed_size,
 )
 from ckpt.backends.encrypted.open import encrypted
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import FormatVersionError, IntegrityError, UsageError
 from ckpt.testing.contract import keys as keys_of
 from ckpt.testing.contract import read
 
 SECRET = hashlib.sha256(b"known answer").digest()
-KEYS = Keys(Key.of(SECRET))
+KEYS = EncryptionKeys(EncryptionKey.of(SECRET))
 ONE = "packs/a.pack"
 
 KNOWN = {
@@ -62,13 +62,13 @@ KNOWN_LONG = "c663cd0049e37f096051605cfdd6964716cdded73e438f95a960bd4b24848aa1"
 """SHA-256 of the stored object of 300,000 bytes 0, 1, ..., 250, 0, ... at ONE."""
 
 
-def sealed(body: bytes, *, name: str = ONE, keys: Keys = KEYS) -> bytes:
+def sealed(body: bytes, *, name: str = ONE, keys: EncryptionKeys = KEYS) -> bytes:
     inner = MemoryBackend()
     encrypted(inner, keys).put(name, [body])
     return read_alone(inner, name, bytes_max=1 << 40)
 
 
-def opened(stored: bytes, *, name: str = ONE, keys: Keys = KEYS) -> bytes:
+def opened(stored: bytes, *, name: str = ONE, keys: EncryptionKeys = KEYS) -> bytes:
     """The plaintext as a reader who asks for the length first gets it, and who reads an empty object too."""
     return read(encrypted(_holding(name, stored), keys), name)
 

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from ckpt.backends.encrypted.open import encrypted, is_sealed_key, refuse_mismatch
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.open import encrypted, is_sealed_key, require_matching_keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, StoreDeniedError, UnavailableError, UsageError
 from ckpt.testing.contract import read
@@ -19,8 +19,8 @@ from ckpt.testing.contract import read
 PACK, MANIFEST = "packs/a", "manifests/m"
 
 
-def key_named(name: str) -> Key:
-    return Key.of(hashlib.sha256(name.encode()).digest())
+def key_named(name: str) -> EncryptionKey:
+    return EncryptionKey.of(hashlib.sha256(name.encode()).digest())
 
 
 OLD, NEW, STRANGE = key_named("old"), key_named("new"), key_named("strange")
@@ -28,19 +28,19 @@ OLD, NEW, STRANGE = key_named("old"), key_named("new"), key_named("strange")
 
 def test_old_objects_are_read_and_new_ones_written_with_the_first_key() -> None:
     inner = MemoryBackend()
-    encrypted(inner, Keys(OLD)).put(PACK, [b"old"])
-    both = encrypted(inner, Keys(NEW, (OLD,)))
+    encrypted(inner, EncryptionKeys(OLD)).put(PACK, [b"old"])
+    both = encrypted(inner, EncryptionKeys(NEW, (OLD,)))
     both.put("packs/b", [b"new"])
     assert read(both, PACK) == b"old"
-    assert read(encrypted(inner, Keys(NEW)), "packs/b") == b"new"
-    assert read(encrypted(inner, Keys(OLD, (NEW,))), "packs/b") == b"new"
+    assert read(encrypted(inner, EncryptionKeys(NEW)), "packs/b") == b"new"
+    assert read(encrypted(inner, EncryptionKeys(OLD, (NEW,))), "packs/b") == b"new"
 
 
 @pytest.mark.parametrize("size_bytes", [0, 5, 131_072, 140_000])
 def test_wrong_key_is_named_and_is_no_damage(size_bytes: int) -> None:
     inner = MemoryBackend()
-    encrypted(inner, Keys(OLD)).put(PACK, [bytes(size_bytes)])
-    store = encrypted(inner, Keys(STRANGE, (NEW,)))
+    encrypted(inner, EncryptionKeys(OLD)).put(PACK, [bytes(size_bytes)])
+    store = encrypted(inner, EncryptionKeys(STRANGE, (NEW,)))
     for start in {0, size_bytes // 2}:
         with pytest.raises(UsageError, match="wrong encryption key") as caught:
             read(store, PACK, start, size_bytes)
@@ -51,12 +51,12 @@ def test_wrong_key_is_named_and_is_no_damage(size_bytes: int) -> None:
 
 def test_damage_is_damage_under_a_wrong_key_too() -> None:
     inner = MemoryBackend()
-    encrypted(inner, Keys(OLD)).put(PACK, [b"12345"])
+    encrypted(inner, EncryptionKeys(OLD)).put(PACK, [b"12345"])
     stored = bytearray(inner.stat(PACK).size_bytes)  # type: ignore[union-attr]
     inner.read_into(PACK, memoryview(stored))
     stored[9] ^= 1  # in the key's id
     inner.put(PACK, [stored])
-    for keys in (Keys(OLD), Keys(STRANGE)):
+    for keys in (EncryptionKeys(OLD), EncryptionKeys(STRANGE)):
         with pytest.raises(IntegrityError):
             read(encrypted(inner, keys), PACK)
 
@@ -69,8 +69,8 @@ def test_keys_of_one_purpose_say_nothing_of_another() -> None:
 
 def test_key_shows_its_id_and_nothing_else() -> None:
     secret = hashlib.sha256(b"shown?").digest()
-    key = Key.of(secret)
-    for text in (repr(key), str(key), f"{Keys(key, (OLD,))}"):
+    key = EncryptionKey.of(secret)
+    for text in (repr(key), str(key), f"{EncryptionKeys(key, (OLD,))}"):
         assert key.id.hex() in text
         for hidden in (secret, key.digest_key, key._salt_key, key._header_key, key._frames_key):
             assert hidden.hex() not in text
@@ -84,7 +84,7 @@ def test_key_shows_its_id_and_nothing_else() -> None:
 @pytest.mark.parametrize("secret", [b"", b"x" * 31, b"x" * 33, bytes(32), b"ab" * 16, bytes(range(11)) * 2 + bytes(10)])
 def test_bytes_that_cannot_be_a_random_key_are_refused(secret: bytes) -> None:
     with pytest.raises(UsageError):
-        Key.of(secret)
+        EncryptionKey.of(secret)
 
 
 def test_only_state_is_encrypted() -> None:
@@ -93,7 +93,7 @@ def test_only_state_is_encrypted() -> None:
     for key in ("ckpt.json", "log/1", "folds/1", "packs", "other/packs/x"):
         assert not is_sealed_key(key)
     inner = MemoryBackend()
-    store = encrypted(inner, Keys(OLD))
+    store = encrypted(inner, EncryptionKeys(OLD))
     for key in ("ckpt.json", "log/1", "packs/x", "parts/1/x", "manifests/x"):
         store.put(key, [b"MARKER" * 10])
         assert (read(inner, key) == b"MARKER" * 10) == (not is_sealed_key(key))
@@ -101,37 +101,37 @@ def test_only_state_is_encrypted() -> None:
 
 
 def test_empty_store_fits_any_keys() -> None:
-    for keys in (None, Keys(OLD)):
-        refuse_mismatch(MemoryBackend(), keys)
+    for keys in (None, EncryptionKeys(OLD)):
+        require_matching_keys(MemoryBackend(), keys)
 
 
 def test_encrypted_store_is_not_opened_without_its_key() -> None:
     inner = MemoryBackend()
-    encrypted(inner, Keys(OLD)).put(MANIFEST, [b"{}"])
-    refuse_mismatch(inner, Keys(OLD))
-    refuse_mismatch(inner, Keys(NEW, (OLD,)))
+    encrypted(inner, EncryptionKeys(OLD)).put(MANIFEST, [b"{}"])
+    require_matching_keys(inner, EncryptionKeys(OLD))
+    require_matching_keys(inner, EncryptionKeys(NEW, (OLD,)))
     with pytest.raises(UsageError, match="is encrypted"):
-        refuse_mismatch(inner, None)
+        require_matching_keys(inner, None)
     with pytest.raises(UsageError, match="wrong encryption key"):
-        refuse_mismatch(inner, Keys(NEW))
+        require_matching_keys(inner, EncryptionKeys(NEW))
 
 
 def test_plain_store_is_not_opened_with_a_key() -> None:
     inner = MemoryBackend()
     inner.put(MANIFEST, [b"{}"])
-    refuse_mismatch(inner, None)
+    require_matching_keys(inner, None)
     with pytest.raises(UsageError, match="not encrypted"):
-        refuse_mismatch(inner, Keys(OLD))
+        require_matching_keys(inner, EncryptionKeys(OLD))
 
 
 def test_one_damaged_manifest_does_not_hide_what_the_store_is() -> None:
     inner = MemoryBackend()
     for n in range(3):
-        encrypted(inner, Keys(OLD)).put(f"{MANIFEST}{n}", [b"{}"])
+        encrypted(inner, EncryptionKeys(OLD)).put(f"{MANIFEST}{n}", [b"{}"])
     inner.put(f"{MANIFEST}0", [b"torn"])
-    refuse_mismatch(inner, Keys(OLD))
+    require_matching_keys(inner, EncryptionKeys(OLD))
     with pytest.raises(UsageError, match="is encrypted"):
-        refuse_mismatch(inner, None)
+        require_matching_keys(inner, None)
 
 
 def test_missing_package_is_named() -> None:

@@ -7,18 +7,18 @@ import random
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
-from ckpt.backends.encrypted.cipher import SpareMemory
+from ckpt.backends.encrypted.cipher import CipherMemory
 from ckpt.backends.encrypted.open import encrypted
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.testing.contract import read
 
-KEYS = Keys(Key.of(hashlib.sha256(b"memory").digest()))
+KEYS = EncryptionKeys(EncryptionKey.of(hashlib.sha256(b"memory").digest()))
 MIB = 1 << 20
 
 
 def test_what_came_back_is_lent_again() -> None:
-    memory = SpareMemory()
+    memory = CipherMemory()
     with memory.borrow(3 * MIB) as first:
         first[:5] = b"stays"
     with memory.borrow(2 * MIB) as second:
@@ -28,7 +28,7 @@ def test_what_came_back_is_lent_again() -> None:
 
 
 def test_two_borrowers_never_share() -> None:
-    memory = SpareMemory()
+    memory = CipherMemory()
     with memory.borrow(MIB) as one, memory.borrow(MIB) as other:
         one[:] = b"1" * MIB
         other[:] = b"2" * MIB
@@ -36,7 +36,7 @@ def test_two_borrowers_never_share() -> None:
 
 
 def test_no_more_is_kept_than_allowed_and_the_oldest_goes_first() -> None:
-    memory = SpareMemory(kept_bytes_max=8 * MIB)
+    memory = CipherMemory(kept_bytes_max=8 * MIB)
     with memory.borrow(2 * MIB), memory.borrow(4 * MIB), memory.borrow(6 * MIB):
         assert memory.kept_bytes == 0
     assert memory.kept_bytes == 6 * MIB  # the largest came back first, and went
@@ -46,7 +46,7 @@ def test_no_more_is_kept_than_allowed_and_the_oldest_goes_first() -> None:
 
 
 def test_memory_lent_to_a_block_that_fails_comes_back() -> None:
-    memory = SpareMemory()
+    memory = CipherMemory()
     try:
         with memory.borrow(MIB) as piece:
             kept = piece[:10]
@@ -57,7 +57,7 @@ def test_memory_lent_to_a_block_that_fails_comes_back() -> None:
 
 
 def test_small_pieces_are_not_kept() -> None:
-    memory = SpareMemory()
+    memory = CipherMemory()
     with memory.borrow(0) as none, memory.borrow(1000) as some:
         assert (len(none), len(some)) == (0, 1000)
     assert memory.kept_bytes == 0

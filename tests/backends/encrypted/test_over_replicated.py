@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from ckpt.backends.encrypted.open import encrypted, refuse_mismatch
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.open import encrypted, require_matching_keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.replicated.store import ReplicatedBackend
 from ckpt.errors import UnavailableError, UsageError
@@ -20,8 +20,8 @@ from ckpt.testing.contract import read
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
 from ckpt.testing.sample import damage, write_sample_store
 
-KEYS = Keys(Key.of(hashlib.sha256(b"replicated").digest()))
-STRANGER = Keys(Key.of(hashlib.sha256(b"stranger").digest()))
+KEYS = EncryptionKeys(EncryptionKey.of(hashlib.sha256(b"replicated").digest()))
+STRANGER = EncryptionKeys(EncryptionKey.of(hashlib.sha256(b"stranger").digest()))
 PACK = "packs/a"
 
 
@@ -37,7 +37,7 @@ def test_damage_anywhere_in_two_of_three_copies_is_read_around(seed: int) -> Non
     for store in rng.sample(stores, 2):
         for _ in range(3):
             damage(store, PACK, rng.choice((rng.randrange(64), rng.randrange(64, length))))
-    several = ReplicatedBackend(stores, tell=lambda _: None, seed=seed)
+    several = ReplicatedBackend(stores, emit=lambda _: None, seed=seed)
     try:
         store = encrypted(several, KEYS)
         for _ in range(5):
@@ -53,12 +53,12 @@ def test_damage_anywhere_in_two_of_three_copies_is_read_around(seed: int) -> Non
 def test_job_written_to_three_stores_is_whole_in_any_two() -> None:
     told: list[Event] = []
     stores = [MemoryBackend(str(n)) for n in range(3)]
-    several = ReplicatedBackend(stores, tell=told.append, seed=1)
+    several = ReplicatedBackend(stores, emit=told.append, seed=1)
     writer = write_sample_store(encrypted(several, KEYS))
     state = writer.journal.refresh()
     several.close()
     for lost in range(3):
-        left = ReplicatedBackend([store for n, store in enumerate(stores) if n != lost], tell=told.append, seed=1)
+        left = ReplicatedBackend([store for n, store in enumerate(stores) if n != lost], emit=told.append, seed=1)
         store = encrypted(left, KEYS)
         for info in snapshots(store, state):
             assert info.problem is None
@@ -82,19 +82,19 @@ def three_encrypted() -> list[MemoryBackend]:
 @pytest.mark.parametrize("answering", range(3))
 def test_the_one_store_that_answers_tells_whether_the_key_fits(answering: int) -> None:
     stores = [store if n == answering else silent(store) for n, store in enumerate(three_encrypted())]
-    several = ReplicatedBackend(stores, tell=lambda _: None, seed=1)
-    refuse_mismatch(several, KEYS)
+    several = ReplicatedBackend(stores, emit=lambda _: None, seed=1)
+    require_matching_keys(several, KEYS)
     with pytest.raises(UsageError, match="wrong encryption key"):
-        refuse_mismatch(several, STRANGER)
+        require_matching_keys(several, STRANGER)
     with pytest.raises(UsageError, match="is encrypted"):
-        refuse_mismatch(several, None)
+        require_matching_keys(several, None)
     several.close()
 
 
 def test_where_no_store_answers_nothing_is_said_about_the_key() -> None:
-    several = ReplicatedBackend([silent(store) for store in three_encrypted()], tell=lambda _: None, seed=1)
+    several = ReplicatedBackend([silent(store) for store in three_encrypted()], emit=lambda _: None, seed=1)
     with pytest.raises(UnavailableError):
-        refuse_mismatch(several, KEYS)
+        require_matching_keys(several, KEYS)
     several.close()
 
 
@@ -103,6 +103,6 @@ def test_a_store_whose_manifests_all_rotted_does_not_hide_that_they_are_encrypte
     stores = three_encrypted()
     for n in range(2):
         stores[rotten].put(f"manifests/{n}", [b"rot"])
-    several = ReplicatedBackend(stores, tell=lambda _: None, prefer=[rotten], seed=1)
-    refuse_mismatch(several, KEYS)
+    several = ReplicatedBackend(stores, emit=lambda _: None, prefer=[rotten], seed=1)
+    require_matching_keys(several, KEYS)
     several.close()

@@ -9,14 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat
-from ckpt.backends.checked import Check, Replicated, read_alone, read_checked, read_object, stores_of, write_quorum_of
+from ckpt.backends.checked import (
+    Check,
+    MultiStoreBackend,
+    read_alone,
+    read_checked,
+    read_object,
+    stores_of,
+    write_quorum_of,
+)
 from ckpt.backends.encrypted.open import encrypted
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, NotFoundError, UsageError
 from ckpt.testing.contract import read
 
-OLD, NEW, STRANGE = (Key.of(hashlib.sha256(name).digest()) for name in (b"old", b"new", b"strange"))
+OLD, NEW, STRANGE = (EncryptionKey.of(hashlib.sha256(name).digest()) for name in (b"old", b"new", b"strange"))
 PACK, MANIFEST = "packs/a", "manifests/m"
 BODY = random.Random(1).randbytes(400_000)
 
@@ -123,12 +131,12 @@ def pair() -> Pair:
 
 @pytest.fixture
 def store(pair: Pair) -> Backend:
-    return encrypted(pair, Keys(NEW))
+    return encrypted(pair, EncryptionKeys(NEW))
 
 
 def test_several_stores_stay_several_and_one_stays_one(pair: Pair, store: Backend) -> None:
-    assert isinstance(store, Replicated)
-    assert not isinstance(encrypted(MemoryBackend(), Keys(NEW)), Replicated)
+    assert isinstance(store, MultiStoreBackend)
+    assert not isinstance(encrypted(MemoryBackend(), EncryptionKeys(NEW)), MultiStoreBackend)
     assert write_quorum_of(store) == 2
     assert [one.url for one in stores_of(store)] == ["memory:left", "memory:right"]
     store.count_only(frozenset({1}))
@@ -241,9 +249,9 @@ def test_damage_everywhere_is_an_error_and_nothing_is_mended(pair: Pair, store: 
 
 
 def test_wrong_key_mends_nothing(pair: Pair) -> None:
-    encrypted(pair, Keys(OLD)).put(PACK, [BODY])
-    encrypted(pair, Keys(OLD)).put(MANIFEST, [b"{}"])
-    stranger = encrypted(pair, Keys(STRANGE))
+    encrypted(pair, EncryptionKeys(OLD)).put(PACK, [BODY])
+    encrypted(pair, EncryptionKeys(OLD)).put(MANIFEST, [b"{}"])
+    stranger = encrypted(pair, EncryptionKeys(STRANGE))
     for start in (0, 131_072):
         with pytest.raises(UsageError, match="wrong encryption key"):
             read(stranger, PACK, start, 170_000)
@@ -254,20 +262,20 @@ def test_wrong_key_mends_nothing(pair: Pair) -> None:
 
 def test_copies_under_different_keys_are_read_whichever_is_sound(pair: Pair) -> None:
     for damaged, at in ((0, 140_000), (1, 140_000), (0, 30), (1, 30)):
-        encrypted(pair.left, Keys(OLD)).put(PACK, [BODY])
-        encrypted(pair.right, Keys(NEW)).put(PACK, [BODY])
+        encrypted(pair.left, EncryptionKeys(OLD)).put(PACK, [BODY])
+        encrypted(pair.right, EncryptionKeys(NEW)).put(PACK, [BODY])
         flip(pair.stores[damaged], PACK, at)
-        both = encrypted(pair, Keys(NEW, (OLD,)))
+        both = encrypted(pair, EncryptionKeys(NEW, (OLD,)))
         assert read(both, PACK, 132_000, 144_000) == BODY[132_000:144_000]
         assert read(both, PACK) == BODY
 
 
 def test_copy_put_into_one_store_is_alike_after_a_change_of_keys(pair: Pair) -> None:
-    encrypted(pair, Keys(OLD)).put(PACK, [BODY])
+    encrypted(pair, EncryptionKeys(OLD)).put(PACK, [BODY])
     good = whole(pair.right, PACK)
-    left, right_side = stores_of(encrypted(pair, Keys(NEW, (OLD,))))
+    left, right_side = stores_of(encrypted(pair, EncryptionKeys(NEW, (OLD,))))
     pair.left.delete(PACK)
     left.put(PACK, [read(right_side, PACK)])
     assert whole(pair.left, PACK) == good
     left.put("packs/b", [b"fresh"])
-    assert read(encrypted(pair.left, Keys(NEW)), "packs/b") == b"fresh"
+    assert read(encrypted(pair.left, EncryptionKeys(NEW)), "packs/b") == b"fresh"

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.backends.encrypted import keys as encrypted_key
-from ckpt.backends.encrypted.keys import load_key, load_keys, output_of, write_new_key
-from ckpt.backends.encrypted.secret import Key, secret_of
+from ckpt.backends.encrypted.keys import command_output, load_key, load_keys, write_new_key
+from ckpt.backends.encrypted.secret import EncryptionKey, parse_secret
 from ckpt.errors import CkptError, UnavailableError, UsageError
 
 SECRET = bytes(range(100, 132))
@@ -56,7 +56,7 @@ def printing(text: str, *, before: str = "pass") -> str:
 
 @pytest.mark.parametrize("content", SPELLINGS)
 def test_file_holds_a_key_in_any_spelling(tmp_path: Path, content: bytes) -> None:
-    assert load_key(private(tmp_path / "key", content)).id == Key.of(SECRET).id
+    assert load_key(private(tmp_path / "key", content)).id == EncryptionKey.of(SECRET).id
 
 
 @pytest.mark.parametrize("content", PASSPHRASES)
@@ -70,13 +70,13 @@ def test_passphrases_and_pieces_are_no_keys(tmp_path: Path, content: bytes) -> N
 @given(secret=st.binary(min_size=32, max_size=32))
 def test_every_spelling_of_any_bytes_means_those_bytes(secret: bytes) -> None:
     for text in (secret.hex().encode(), base64.b64encode(secret), base64.urlsafe_b64encode(secret)):
-        assert secret_of(text, source="test") == secret
+        assert parse_secret(text, source="test") == secret
 
 
 @given(material=st.binary(max_size=100))
 def test_any_other_bytes_are_refused_without_being_shown(material: bytes) -> None:
     try:
-        assert len(secret_of(material, source="test")) == 32
+        assert len(parse_secret(material, source="test")) == 32
     except UsageError as error:
         assert len(material) < 8 or material.hex() not in str(error)
 
@@ -99,14 +99,14 @@ def test_missing_file_folder_and_pipe_are_refused_at_once(tmp_path: Path) -> Non
 def test_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     private(tmp_path / "key", SECRET)
-    assert load_key("file:~/key").id == Key.of(SECRET).id
+    assert load_key("file:~/key").id == EncryptionKey.of(SECRET).id
     made = write_new_key("~/new")
     assert load_key("file:~/new").id == made.id
 
 
 def test_variable_holds_a_key_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", SECRET.hex())
-    assert load_key("env:MY_KEY").id == Key.of(SECRET).id
+    assert load_key("env:MY_KEY").id == EncryptionKey.of(SECRET).id
     monkeypatch.setenv("MY_KEY", "hunter2")
     with pytest.raises(UsageError) as caught:
         load_key("env:MY_KEY")
@@ -117,7 +117,7 @@ def test_variable_holds_a_key_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_command_prints_a_key_and_no_shell_sees_its_words(tmp_path: Path) -> None:
-    assert load_key(printing(SECRET.hex())).id == Key.of(SECRET).id
+    assert load_key(printing(SECRET.hex())).id == EncryptionKey.of(SECRET).id
     trap = tmp_path / "made"
     with pytest.raises(CkptError):
         load_key(f"command:echo $(touch {trap}); touch {trap}")
@@ -145,7 +145,7 @@ def test_command_that_prints_without_end_is_ended() -> None:
 def test_command_that_does_not_end_is_killed_with_what_it_started(code: str) -> None:
     begun = time.monotonic()
     with pytest.raises(UnavailableError, match="did not end"):
-        output_of([sys.executable, "-S", "-E", "-c", code], wait_s=0.5, bytes_max=100)
+        command_output([sys.executable, "-S", "-E", "-c", code], wait_s=0.5, bytes_max=100)
     assert time.monotonic() - begun < encrypted_key.COMMAND_S
 
 
@@ -163,7 +163,10 @@ def test_first_of_several_keys_is_written_with(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("MY_KEY", other.hex())
     file = private(tmp_path / "a,b", SECRET)
     found = load_keys(f"{file},env:MY_KEY")
-    assert (found.writing.id, [key.id for key in found.older]) == (Key.of(SECRET).id, [Key.of(other).id])
+    assert (found.writing.id, [key.id for key in found.older]) == (
+        EncryptionKey.of(SECRET).id,
+        [EncryptionKey.of(other).id],
+    )
     assert load_keys("env:MY_KEY").older == ()
     with pytest.raises(UsageError, match="twice"):
         load_keys(f"{file},env:MY_KEY,{file}")

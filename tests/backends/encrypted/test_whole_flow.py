@@ -10,7 +10,7 @@ import pytest
 
 from ckpt.backends.base import Backend
 from ckpt.backends.encrypted.open import encrypted
-from ckpt.backends.encrypted.secret import Key, Keys
+from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import IntegrityError, UsageError
@@ -20,7 +20,7 @@ from ckpt.restore.verify import verify
 from ckpt.testing.sample import SampleWriter, damage, sample_ranks, sample_state, write_sample_store
 from ckpt.values import SnapshotId
 
-KEYS = Keys(Key.of(hashlib.sha256(b"flow").digest()))
+KEYS = EncryptionKeys(EncryptionKey.of(hashlib.sha256(b"flow").digest()))
 NEWEST = SnapshotId(1, 30)
 
 
@@ -92,7 +92,7 @@ def test_damage_is_found_and_named_as_in_any_store(inner: Backend) -> None:
 def test_wrong_key_neither_lists_nor_restores_nor_looks_damaged(inner: Backend) -> None:
     writer = write_sample_store(encrypted(inner, KEYS))
     state = writer.journal.refresh()
-    stranger = encrypted(inner, Keys(Key.of(hashlib.sha256(b"stranger").digest())))
+    stranger = encrypted(inner, EncryptionKeys(EncryptionKey.of(hashlib.sha256(b"stranger").digest())))
     for act in (lambda: snapshots(stranger, state), lambda: load_index(stranger, state, NEWEST)):
         with pytest.raises(UsageError, match="wrong encryption key"):
             act()
@@ -103,8 +103,8 @@ def test_wrong_key_neither_lists_nor_restores_nor_looks_damaged(inner: Backend) 
 
 def test_job_goes_on_under_a_new_key_and_shares_old_chunks(inner: Backend) -> None:
     write_sample_store(encrypted(inner, KEYS))
-    fresh = Key.of(hashlib.sha256(b"fresh").digest())
-    store = encrypted(inner, Keys(fresh, (KEYS.writing,)))
+    fresh = EncryptionKey.of(hashlib.sha256(b"fresh").digest())
+    store = encrypted(inner, EncryptionKeys(fresh, (KEYS.writing,)))
     writer = SampleWriter(store)
     pair = SnapshotId(writer.open_epoch(resume=NEWEST), 40)
     writer.write(pair, sample_ranks(40))
@@ -112,4 +112,6 @@ def test_job_goes_on_under_a_new_key_and_shares_old_chunks(inner: Backend) -> No
     assert [info.problem for info in snapshots(store, state)] == [None] * 4
     for snapshot in (NEWEST, pair):
         assert verify(load_index(store, state, snapshot), store).ok
-    assert verify(load_index(encrypted(inner, Keys(fresh)), state, pair), encrypted(inner, Keys(fresh))).ok
+    assert verify(
+        load_index(encrypted(inner, EncryptionKeys(fresh)), state, pair), encrypted(inner, EncryptionKeys(fresh))
+    ).ok

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from ckpt.log import copies as copies_room
+from ckpt.log import replicas as copies_room
 from ckpt.log.sequencers import STATE_VARIABLE
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,5 +34,5 @@ def _state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """No threads: each store is asked at once, in order."""
-    monkeypatch.setattr(copies_room, "ThreadLanes", OneByOne)
+    monkeypatch.setattr(copies_room, "ThreadWorkers", OneByOne)
     monkeypatch.setattr(copies_room, "read_all", lambda items, read: [read(item) for item in items])

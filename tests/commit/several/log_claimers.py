@@ -6,7 +6,7 @@ import itertools
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from ckpt.log.sequencers import Claimed, Lost, SqliteSequencer
+from ckpt.log.sequencers import Appended, KeyTaken, SqliteSequencer
 
 LOG_ID = "1" * 32
 
@@ -21,11 +21,11 @@ def claim_many(path: Path, me: int, count: int, answer: Connection) -> None:
     seq = 0
     while len(won) < count:
         data = f"process {me} place {seq}".encode()
-        match file.claim(seq, data):
-            case Claimed():
+        match file.append(seq, data):
+            case Appended():
                 won[seq] = data
                 seq += 1
-            case Lost():
+            case KeyTaken():
                 seq += 1
             case unknown:
                 raise AssertionError(unknown)
@@ -38,7 +38,7 @@ def claim_for_ever(path: Path, me: int, answer: Connection) -> None:
     seq = 0
     for turn in itertools.count():
         data = f"process {me} turn {turn}".encode()
-        while not isinstance(made := file.claim(seq, data), Claimed):
-            assert isinstance(made, Lost), made
+        while not isinstance(made := file.append(seq, data), Appended):
+            assert isinstance(made, KeyTaken), made
             seq += 1
         answer.send((seq, data))

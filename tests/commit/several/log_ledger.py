@@ -11,7 +11,7 @@ from ckpt.format import keys
 from ckpt.format.records import BY_STORES, Record, Stores, decode_record
 from ckpt.format.store import JobRecord
 from ckpt.log.fold import empty, fold
-from ckpt.log.quorum import is_stand_in
+from ckpt.log.quorum import is_placeholder
 from ckpt.log.state import LogState, StoreSet
 
 JOB = "sim"
@@ -79,7 +79,7 @@ class Ledger:
         record = self.records[head]
         members = self.members_of(record)
         needed = members.write_quorum
-        real = sum(not is_stand_in(store_id) for store_id in members.ids)
+        real = sum(not is_placeholder(store_id) for store_id in members.ids)
         if members.sequencer == BY_STORES:
             sure = self._on(head, True, members) >= needed or self._on(head, False, members) >= real
         else:

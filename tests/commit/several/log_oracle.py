@@ -25,7 +25,7 @@ def look(scene: Scene, heard: set[int]) -> LogState | None:
             backend = SmallReplicated(stores, plan.write_quorum)
             journal = Journal.open(backend)
             state = journal.refresh()
-            scene.seen(state, len(world.ledger.told), flagged=bool(state.unsure))
+            scene.seen(state, len(world.ledger.told), flagged=bool(state.stale_reason))
             if len(heard) == len(stores):
                 for entry in state.snapshots:
                     assert load_manifest(backend, state, entry.snapshot).snapshot == entry.snapshot
@@ -72,4 +72,4 @@ def check(scene: Scene) -> None:
     few = set(sound[: members.answers_min - 1]) | set(outside)
     state = look(scene, few)
     if state is not None and ledger.latest.stores == members:
-        assert state.unsure, "who hears fewer knows that something newer may exist"
+        assert state.stale_reason, "who hears fewer knows that something newer may exist"

@@ -203,7 +203,7 @@ class Writer(Person):
         self.scene.told(journal)
 
     def _resume(self, journal: Journal) -> SnapshotId | None:
-        line = journal.refresh().line
+        line = journal.refresh().lineage
         return self.world.dice.choice([*line[:2], None]) if line else None
 
     def _commit(self, journal: Journal) -> None:
@@ -243,8 +243,8 @@ class Reader(Person):
         journal = self.open(create=False)
         told = len(self.world.ledger.told)
         state = journal.refresh()
-        self.world.note("flagged looks" if state.unsure else "sure looks")
-        self.scene.seen(state, told, flagged=bool(state.unsure))
+        self.world.note("flagged looks" if state.stale_reason else "sure looks")
+        self.scene.seen(state, told, flagged=bool(state.stale_reason))
         if self.world.dice.random() < 0.1:
             self.journal = None
 
@@ -308,7 +308,7 @@ class Operator(Person):
     def _finish_change(self) -> None:
         """Of a change it is not known whether it counts: it is looked at until it does, or not, for good."""
         journal = self._everywhere()
-        if journal.refresh_sure().head_digest:
+        if journal.refresh_confirmed().head_digest:
             self.scene.told(journal)
 
     def _everywhere(self) -> Journal:

@@ -11,7 +11,7 @@ from memory_keyspace import MemoryServer
 
 from ckpt.errors import UnavailableError
 from ckpt.keyspace.address import EtcdOptions
-from ckpt.keyspace.base import Outcome, Transaction
+from ckpt.keyspace.base import Transaction, TransactionResult
 
 if TYPE_CHECKING:
     from log_world import World
@@ -29,7 +29,7 @@ class Service:
         """All its data is gone; it goes on, under the same name."""
         self._server = MemoryServer()
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         """See Keyspace."""
         return self._server.transact(transaction)
 
@@ -40,7 +40,7 @@ class ServiceWay:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         """See Keyspace."""
         world, process = self._world, self._world.acting
         assert world.service is not None and process is not None

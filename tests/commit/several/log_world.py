@@ -22,7 +22,7 @@ from ckpt.backends.base import Buffer, Capabilities, Stat
 from ckpt.backends.memory import MemoryBackend
 from ckpt.errors import CkptError, KeyExistsError, UnavailableError, UsageError
 from ckpt.format import keys
-from ckpt.log.copies import Enough
+from ckpt.log.replicas import Enough
 from ckpt.log.sequencers import STATE_VARIABLE
 
 T = TypeVar("T")

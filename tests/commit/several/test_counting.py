@@ -56,7 +56,7 @@ def stores() -> list[Switched]:
 
 @pytest.fixture
 def several(stores: list[Switched]) -> Iterator[ReplicatedBackend]:
-    backend = ReplicatedBackend(stores, write_quorum=2, tell=lambda _: None, seed=1)
+    backend = ReplicatedBackend(stores, write_quorum=2, emit=lambda _: None, seed=1)
     yield backend
     backend.close()
 

@@ -16,10 +16,18 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "membership"))
 from etcd_server import EtcdCluster, require
 
 from ckpt.errors import FencedError, UnavailableError, UsageError
-from ckpt.ipc.cluster_spec import NODES_VARIABLE, NodesSpec, to_environment
-from ckpt.keyspace.address import EtcdOptions, etcd_of
+from ckpt.ipc.cluster_spec import NODES_VARIABLE, NodesSpec, nodes_to_environment
+from ckpt.keyspace.address import EtcdOptions, parse_etcd_url
 from ckpt.log import sequencers as room
-from ckpt.log.sequencers import SEQUENCER_VARIABLE, STATE_VARIABLE, Claimed, EtcdSequencer, Lost, Unknown, etcd_here
+from ckpt.log.sequencers import (
+    SEQUENCER_VARIABLE,
+    STATE_VARIABLE,
+    Appended,
+    EtcdSequencer,
+    KeyTaken,
+    WriteUnknown,
+    etcd_of_environment,
+)
 from ckpt.maintenance import store_set as sets
 from ckpt.values import SnapshotId
 
@@ -66,11 +74,11 @@ def sequencer(cluster: EtcdCluster, log_id: str) -> EtcdSequencer:
 
 def test_claiming_again_is_harmless_and_tells_who_has_the_place(named: EtcdCluster, log_id: str) -> None:
     etcd = sequencer(named, log_id)
-    assert etcd.claim(0, b"a") == Claimed()
-    assert etcd.claim(0, b"a") == Claimed()
-    assert etcd.claim(0, b"b") == Lost(b"a")
-    assert etcd.claim(1, b"b") == Claimed()
-    assert sequencer(named, log_id[::-1]).claim(0, b"x") == Claimed(), "another log"
+    assert etcd.append(0, b"a") == Appended()
+    assert etcd.append(0, b"a") == Appended()
+    assert etcd.append(0, b"b") == KeyTaken(b"a")
+    assert etcd.append(1, b"b") == Appended()
+    assert sequencer(named, log_id[::-1]).append(0, b"x") == Appended(), "another log"
 
 
 def test_of_many_that_claim_at_once_each_place_has_one_winner(named: EtcdCluster, log_id: str) -> None:
@@ -81,13 +89,13 @@ def test_of_many_that_claim_at_once_each_place_has_one_winner(named: EtcdCluster
         etcd, seq = sequencer(named, log_id), 0
         while len(won[me]) < each:
             data = b"%d of %d" % (len(won[me]), me)
-            match etcd.claim(seq, data):
-                case Claimed():
+            match etcd.append(seq, data):
+                case Appended():
                     won[me][seq] = data
                     seq += 1
-                case Lost():
+                case KeyTaken():
                     seq += 1
-                case Unknown(why):
+                case WriteUnknown(why):
                     raise AssertionError(why)
 
     threads = [threading.Thread(target=race, args=(me,)) for me in range(racers)]
@@ -104,34 +112,34 @@ def test_a_writer_that_slept_while_many_places_went_reads_the_log_again(
     monkeypatch.setattr(room, "ETCD_RECORDS_KEPT", 5)
     etcd = sequencer(named, log_id)
     for seq in range(10):
-        assert etcd.claim(seq, b"%d" % seq) == Claimed()
-    slept = etcd.claim(2, b"late")
-    assert isinstance(slept, Unknown) and "next=10" in slept.why
-    assert etcd.claim(7, b"late") == Lost(b"7")
+        assert etcd.append(seq, b"%d" % seq) == Appended()
+    slept = etcd.append(2, b"late")
+    assert isinstance(slept, WriteUnknown) and "next=10" in slept.reason
+    assert etcd.append(7, b"late") == KeyTaken(b"7")
 
 
 def test_an_etcd_that_lost_its_data_goes_on_from_the_place_that_is_claimed(named: EtcdCluster, log_id: str) -> None:
     etcd = sequencer(named, log_id)
     name = etcd.name
     for seq in range(3):
-        etcd.claim(seq, b"%d" % seq)
+        etcd.append(seq, b"%d" % seq)
     wiped(named)
     assert etcd.name == name, "it is known again"
-    assert etcd.claim(7, b"seven") == Claimed()
-    assert isinstance(etcd.claim(3, b"late"), Unknown), "what is behind is read again"
-    assert etcd.claim(8, b"eight") == Claimed()
+    assert etcd.append(7, b"seven") == Appended()
+    assert isinstance(etcd.append(3, b"late"), WriteUnknown), "what is behind is read again"
+    assert etcd.append(8, b"eight") == Appended()
 
 
 def test_no_etcd_is_no_answer(named: EtcdCluster, log_id: str) -> None:
     etcd = sequencer(named, log_id)
     named.stop()
     try:
-        assert isinstance(etcd.claim(0, b"a"), Unknown)
+        assert isinstance(etcd.append(0, b"a"), WriteUnknown)
         with pytest.raises(UnavailableError, match="etcd did not answer"):
             _ = etcd.name
     finally:
         named.start()
-    assert etcd.claim(0, b"a") == Claimed()
+    assert etcd.append(0, b"a") == Appended()
 
 
 @pytest.mark.parametrize("able", range(3))
@@ -206,20 +214,20 @@ def test_another_etcd_or_none_gives_out_nothing_until_somebody_takes_over(
 
 def test_where_nodes_meet_in_etcd_it_gives_out_the_places_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SEQUENCER_VARIABLE, raising=False)
-    assert etcd_here() is None
+    assert etcd_of_environment() is None
     spec = NodesSpec(where="etcd://a:1,b:2", job="j", nodes_min=1, nodes_max=2, ca_file="/ca.pem")
-    monkeypatch.setenv(NODES_VARIABLE, to_environment(spec)[NODES_VARIABLE])
-    assert etcd_here() == EtcdOptions(endpoints=("a:1", "b:2"), ca=Path("/ca.pem"))
+    monkeypatch.setenv(NODES_VARIABLE, nodes_to_environment(spec)[NODES_VARIABLE])
+    assert etcd_of_environment() == EtcdOptions(endpoints=("a:1", "b:2"), ca=Path("/ca.pem"))
     monkeypatch.setenv(
-        NODES_VARIABLE, to_environment(NodesSpec(where="/f", job="j", nodes_min=1, nodes_max=2))[NODES_VARIABLE]
+        NODES_VARIABLE, nodes_to_environment(NodesSpec(where="/f", job="j", nodes_min=1, nodes_max=2))[NODES_VARIABLE]
     )
-    assert etcd_here() is None, "nodes of one machine have that machine's file"
+    assert etcd_of_environment() is None, "nodes of one machine have that machine's file"
 
 
 def test_an_address_names_files_and_user_and_a_wrong_one_says_why(tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("geheim\n")
-    found = etcd_of(f"etcd://a,b:77?ca=/c.pem&cert=/d.pem&key=/e.pem&user=me&password_file={secret}")
+    found = parse_etcd_url(f"etcd://a,b:77?ca=/c.pem&cert=/d.pem&key=/e.pem&user=me&password_file={secret}")
     assert found == EtcdOptions(
         endpoints=("a", "b:77"),
         ca=Path("/c.pem"),
@@ -234,4 +242,4 @@ def test_an_address_names_files_and_user_and_a_wrong_one_says_why(tmp_path: Path
         ("etcd://a?user=me", "needs a password"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=why):
-            etcd_of(wrong)
+            parse_etcd_url(wrong)

@@ -9,7 +9,7 @@ import pytest
 
 from ckpt.format.records import Open, Record, Stores, make_record
 from ckpt.log.fold import empty, fold
-from ckpt.log.quorum import Gathered, Held, Silent, gather
+from ckpt.log.quorum import MergedLog, NoAnswer, StoreRecords, merge_stores
 from ckpt.log.state import LogState
 
 IDS = tuple(f"{n:032x}" for n in range(1, 6))
@@ -27,14 +27,14 @@ def first(stores: int, quorum: int) -> Record:
     return make_record(body, job="j", seq=0, epoch=0, write_id="first", prev="")
 
 
-def held(store: int, state: State, start: Record, after: str) -> Held:
+def held(store: int, state: State, start: Record, after: str) -> StoreRecords:
     place, second, next_place = state
     rivals = {name: record(1, start.digest, name) for name in "ab"}
     records = {0: start} | ({1: rivals[place]} if place in rivals else {})
     if next_place:
         records[2] = record(2, rivals[after].digest, "next")
     settled = {1: rivals[second]} if second else {}
-    return Held(IDS[store], records, settled, frozenset({1} if place == "damage" else ()))
+    return StoreRecords(IDS[store], records, settled, frozenset({1} if place == "damage" else ()))
 
 
 def worlds(stores: int) -> Iterator[tuple[State | None, ...]]:
@@ -45,9 +45,9 @@ def worlds(stores: int) -> Iterator[tuple[State | None, ...]]:
             yield world
 
 
-def read(world: tuple[State | None, ...], start: Record, after: str) -> Gathered:
-    found = [Silent("late") if one is None else held(n, one, start, after) for n, one in enumerate(world)]
-    return gather(empty("j"), found, [f"u{n}" for n in range(len(world))])
+def read(world: tuple[State | None, ...], start: Record, after: str) -> MergedLog:
+    found = [NoAnswer("late") if one is None else held(n, one, start, after) for n, one in enumerate(world)]
+    return merge_stores(empty("j"), found, [f"u{n}" for n in range(len(world))])
 
 
 @pytest.mark.parametrize("after", ["a", "b"])
@@ -62,7 +62,7 @@ def test_no_fold_passes_a_hole_or_contradicts_what_follows(stores: int, quorum: 
         followed = any(one[2] for one in known)
         seen = {name for one in known for name in one[:2]} & {"a", "b"}
         if state.next_seq == 0:
-            assert state.unsure, world
+            assert state.stale_reason, world
             continue
         assert bool(state.short) == (heard < stores - quorum + 1) or state.short, world
         if state.next_seq >= 2:
@@ -80,17 +80,17 @@ def _last_may_count(world: tuple[State | None, ...], stores: int, quorum: int) -
     return sum(one is None or bool(one[2]) for one in world) >= quorum
 
 
-def check_tail(got: Gathered) -> None:
+def check_tail(got: MergedLog) -> None:
     """What may come to nothing is told, with the state before it."""
     state, tail = got.state, got.tail
     assert tail is not None and tail.record.seq == state.next_seq - 1 and tail.record.digest == state.head_digest
-    assert (got.before is None) == tail.sure
+    assert (got.before is None) == tail.is_final
     if got.before is not None:
         rest = fold(got.before, [tail.record])
         assert rest == LogState(
             **{name: getattr(state, name) for name in LogState.__slots__} | {"hole": None, "short": ""}
         )
-    assert (tail.record.seq in got.thin) == (tail.copies < tail.members.write_quorum)
+    assert (tail.record.seq in got.underreplicated) == (tail.copies < tail.members.write_quorum)
 
 
 @pytest.mark.parametrize(("stores", "quorum"), SIZES)

@@ -14,9 +14,9 @@ from ckpt.backends.base import Stat
 from ckpt.backends.memory import MemoryBackend
 from ckpt.format import keys
 from ckpt.format.store import JobRecord
-from ckpt.log import copies as lanes_room
-from ckpt.log.copies import LATE, Copies, ThreadLanes
-from ckpt.log.quorum import Held
+from ckpt.log import replicas as lanes_room
+from ckpt.log.quorum import StoreRecords
+from ckpt.log.replicas import NO_ANSWER_YET, LogReplicas, ThreadWorkers
 from ckpt.testing.faults import CountingBackend
 
 WAIT_S = 30.0
@@ -49,7 +49,7 @@ def two(answers: object) -> bool:
 
 
 def test_a_store_that_hangs_delays_no_answer_once_enough_have_answered(gate: Gate) -> None:
-    lanes = ThreadLanes()
+    lanes = ThreadWorkers()
     for _ in range(3):
         found = lanes.ask({0: lambda: 10, 1: lambda: gate.call(11), 2: lambda: 12}, two)
         assert found == {0: 10, 2: 12}
@@ -57,7 +57,7 @@ def test_a_store_that_hangs_delays_no_answer_once_enough_have_answered(gate: Gat
 
 
 def test_what_a_slow_store_is_asked_waits_in_order_and_is_done_when_it_recovers(gate: Gate) -> None:
-    lanes = ThreadLanes()
+    lanes = ThreadWorkers()
     for number in range(5):
         lanes.ask({0: lambda: 0, 1: lambda number=number: gate.call(number), 2: lambda: 2}, two)
     assert gate.calls == []
@@ -68,7 +68,7 @@ def test_what_a_slow_store_is_asked_waits_in_order_and_is_done_when_it_recovers(
 
 
 def test_where_too_few_answered_the_others_are_waited_for(gate: Gate) -> None:
-    lanes = ThreadLanes()
+    lanes = ThreadWorkers()
     answers: list[dict[int, int]] = []
 
     def ask() -> None:
@@ -86,7 +86,7 @@ def test_where_too_few_answered_the_others_are_waited_for(gate: Gate) -> None:
 def test_a_lane_that_has_not_moved_for_long_is_not_waited_for_at_all(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lanes = ThreadLanes()
+    lanes = ThreadWorkers()
     lanes.ask({0: lambda: 0, 1: lambda: gate.call(1), 2: lambda: 2}, two)
     monkeypatch.setattr(lanes_room, "STUCK_S", 0.0)
     monkeypatch.setattr(lanes_room, "GRACE_S_MIN", 10 * WAIT_S)
@@ -101,7 +101,7 @@ def test_a_lane_takes_no_more_than_its_limit_and_goes_on_when_there_is_room(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lanes_room, "WAITING_MAX", 3)
-    lanes = ThreadLanes()
+    lanes = ThreadWorkers()
     lanes.ask({0: lambda: 0, 1: lambda: gate.call(0), 2: lambda: 2}, two)
     assert gate.entered.wait(WAIT_S), "the first one is being made, and waits no more"
     for number in range(1, 9):
@@ -119,11 +119,11 @@ def test_a_call_that_raises_is_raised_to_who_asked() -> None:
         raise KeyError("no such thing")
 
     with pytest.raises(KeyError, match="no such thing"):
-        ThreadLanes().ask({0: fail}, lambda answers: len(answers) == 1)
+        ThreadWorkers().ask({0: fail}, lambda answers: len(answers) == 1)
 
 
 def test_threads_end_with_their_work() -> None:
-    lanes = ThreadLanes()
+    lanes = ThreadWorkers()
     lanes.ask({n: lambda: 1 for n in range(3)}, lambda answers: len(answers) == 3)
     for thread in threading.enumerate():
         if thread.name.startswith("ckpt-log-"):
@@ -141,9 +141,9 @@ def test_a_loser_of_a_vote_waits_for_no_store_that_hangs(gate: Gate) -> None:
     for number, store in enumerate(stores[:2]):
         store.put(keys.JOB_KEY, [JobRecord(job="j", store_id=ids[number]).encode()])
         store.put("log/x", [b"theirs"])
-    found = Copies(stores).create("log/x", b"mine", ids, 2)
+    found = LogReplicas(stores).create("log/x", b"mine", ids, 2)
     gate.open.set()
-    assert (found[0], found[1], found[2]) == (b"theirs", b"theirs", LATE)
+    assert (found[0], found[1], found[2]) == (b"theirs", b"theirs", NO_ANSWER_YET)
 
 
 def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slow(gate: Gate) -> None:
@@ -157,16 +157,16 @@ def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slo
         store.put(keys.JOB_KEY, [JobRecord(job="j", store_id=f"{number:032x}", log_id="0" * 32).encode()])
     opening = threading.Timer(3 * lanes_room.GRACE_S_MIN, gate.open.set)
     opening.start()
-    found = Copies(stores).held(-1, "0" * 32, of=[f"{number:032x}" for number in range(3)])
+    found = LogReplicas(stores).read_logs(-1, "0" * 32, of=[f"{number:032x}" for number in range(3)])
     opening.join()
-    assert [one.store_id for one in found if isinstance(one, Held)] == ["", f"{1:032x}", f"{2:032x}"]
+    assert [one.store_id for one in found if isinstance(one, StoreRecords)] == ["", f"{1:032x}", f"{2:032x}"]
 
 
 EXIT = """
 import threading
-from ckpt.log.quorum import Held
-from ckpt.log.copies import ThreadLanes
-lanes = ThreadLanes()
+from ckpt.log.quorum import StoreRecords
+from ckpt.log.replicas import ThreadWorkers
+lanes = ThreadWorkers()
 found = lanes.ask({0: lambda: 0, 1: lambda: threading.Event().wait(), 2: lambda: 2}, lambda answers: len(answers) >= 2)
 print(sorted(found), flush=True)
 """

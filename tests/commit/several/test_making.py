@@ -40,7 +40,7 @@ def test_a_maker_that_dies_anywhere_is_followed_by_one_that_finishes(
         journal = made(stores, quorum)
         commit(journal, journal.open_epoch(resume=None), 1)
         state = Journal.open(several(stores, quorum)).refresh()
-        assert state.newest() == SnapshotId(1, 1) and not state.unsure, f"operation {at}"
+        assert state.newest() == SnapshotId(1, 1) and not state.stale_reason, f"operation {at}"
         assert {JobRecord.decode(read_alone(one, keys.JOB_KEY, bytes_max=1 << 16)).log_id for one in stores} == {
             journal.log_id
         }

@@ -19,10 +19,10 @@ from ckpt.errors import (
 from ckpt.format import keys
 from ckpt.format.records import BY_STORES, Stores
 from ckpt.format.store import JobRecord
-from ckpt.log import copies as copies_room
+from ckpt.log import replicas as copies_room
 from ckpt.log.catalog import snapshots
 from ckpt.log.journal import Journal
-from ckpt.log.quorum import is_stand_in
+from ckpt.log.quorum import is_placeholder
 from ckpt.log.sequencers import STATE_VARIABLE
 from ckpt.values import SnapshotId
 
@@ -104,14 +104,14 @@ def test_a_log_is_made_while_a_store_is_away_and_goes_on_without_it() -> None:
     stores[1].up = False
     journal = made(stores)
     state = journal.refresh()
-    assert state.stores is not None and [is_stand_in(one) for one in state.stores.ids] == [False, True, False]
+    assert state.stores is not None and [is_placeholder(one) for one in state.stores.ids] == [False, True, False]
     commit(journal, journal.open_epoch(resume=None), 1)
     stores[1].up = True
     late = made(stores)
     commit(late, 1, 2)
     assert list(stores[1].inner.list(keys.LOG)) == [], "it counts for nothing, and has nothing"
     state = Journal.open(several(stores)).refresh()
-    assert state.newest() == SnapshotId(1, 2) and not state.unsure
+    assert state.newest() == SnapshotId(1, 2) and not state.stale_reason
 
 
 def test_the_store_that_was_away_is_taken_in_by_a_record_once_it_is_full() -> None:
@@ -133,7 +133,10 @@ def test_the_store_that_was_away_is_taken_in_by_a_record_once_it_is_full() -> No
     commit(left, 1, 2)
     state = left.refresh()
     assert (
-        state.newest() == SnapshotId(1, 2) and state.stores is not None and state.stores.ids == ids and not state.unsure
+        state.newest() == SnapshotId(1, 2)
+        and state.stores is not None
+        and state.stores.ids == ids
+        and not state.stale_reason
     )
 
 
@@ -152,12 +155,14 @@ def test_a_change_of_stores_is_known_to_who_hears_only_the_new_ones() -> None:
     for store in stores:
         store.up = False
     found = made(new)
-    assert found.refresh().newest() == SnapshotId(1, 1) and not found.refresh().unsure
+    assert found.refresh().newest() == SnapshotId(1, 1) and not found.refresh().stale_reason
     commit(found, 1, 2)
     for store in stores:
         store.up = True
     old = Journal.open(several(stores)).refresh()
-    assert old.unsure and old.stores is not None and old.stores.ids == ("0" * 32, "1" * 32), "the old ones know of it"
+    assert old.stale_reason and old.stores is not None and old.stores.ids == ("0" * 32, "1" * 32), (
+        "the old ones know of it"
+    )
 
 
 def test_a_store_that_came_back_empty_counts_for_nothing() -> None:
@@ -171,7 +176,7 @@ def test_a_store_that_came_back_empty_counts_for_nothing() -> None:
     assert list(stores[2].inner.list(keys.LOG)) == []
     stores[0].up = False
     state = Journal.open(several(stores)).refresh()
-    assert state.newest() == SnapshotId(1, 2) and "answered=1 stores=3 needed=2" in state.unsure
+    assert state.newest() == SnapshotId(1, 2) and "answered=1 stores=3 needed=2" in state.stale_reason
     with pytest.raises(CkptError):
         commit(Journal.open(several(stores)), 1, 3)
 
@@ -212,7 +217,7 @@ def test_nothing_is_begun_anew_where_those_who_answer_missed_the_beginning(one_b
     with pytest.raises(UnavailableError, match="may have begun on stores that do not answer"):
         made(stores)
     state = Journal.open(several(stores)).refresh()
-    assert state.next_seq == 0 and state.unsure
+    assert state.next_seq == 0 and state.stale_reason
     stores[1].up = True
     assert made(stores).refresh().newest() == SnapshotId(1, 1)
 
@@ -230,7 +235,8 @@ def test_reading_one_of_several_stores_alone_says_that_something_newer_may_exist
         alone = Journal.open(store)
         state = alone.refresh()
         assert (
-            state.newest() == SnapshotId(1, 1) and "one of the log's 3 stores was asked, 2 are needed" in state.unsure
+            state.newest() == SnapshotId(1, 1)
+            and "one of the log's 3 stores was asked, 2 are needed" in state.stale_reason
         )
         assert [info.maybe_stale for info in snapshots(store, state)] == [True]
         with pytest.raises(UsageError, match="one alone can't be written to"):
@@ -259,12 +265,12 @@ def test_stores_that_can_not_be_asked_what_they_do_do_not_bind_the_log_to_a_mach
     for store in stores[:2]:
         store.inner.put(keys.JOB_KEY, [JobRecord(job=JOB, store_id=store.url[-1] * 32, log_id="9" * 32).encode()])
         store.probes = False
-    copies = copies_room.Copies(stores)
-    assert copies.creators(range(3)) == {2}
-    assert copies.unable(range(2)) == {0, 1}
+    copies = copies_room.LogReplicas(stores)
+    assert copies.create_only_stores(range(3)) == {2}
+    assert copies.not_create_only(range(2)) == {0, 1}
     for store in stores[:2]:
         store.before = flicker
-    assert copies.unable(range(2)) == frozenset(), "they may only be away now"
+    assert copies.not_create_only(range(2)) == frozenset(), "they may only be away now"
     calm(stores)
     stores[0].probes = stores[1].probes = True
     state = made(stores).refresh()

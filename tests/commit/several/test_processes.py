@@ -101,7 +101,7 @@ def test_who_slept_while_another_opened_an_epoch_is_fenced_and_nothing_of_it_cou
     assert wake(sleeper)[0] == FencedError.__name__
     for state in folds(tmp_path, once=once):
         assert [entry.snapshot for entry in state.snapshots] == [SnapshotId(1, 1), SnapshotId(2, 2)]
-        assert state.epoch == 2 and not state.voids and not state.unsure
+        assert state.epoch == 2 and not state.voids and not state.stale_reason
         assert state.stores is not None and (state.stores.sequencer == BY_STORES) == once
     assert journal.commit(manifest(2, 3, "awake"), epoch=2).step == 3, "who is awake goes on"
 

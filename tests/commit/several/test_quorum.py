@@ -10,17 +10,17 @@ import pytest
 
 from ckpt.log.quorum import (
     Beaten,
-    Open,
-    Seen,
+    PositionReading,
     Split,
     Taken,
     Unclear,
+    Undecided,
     Vacant,
     Won,
     contest,
     decide,
-    is_stand_in,
-    stand_in,
+    is_placeholder,
+    placeholder_id,
     winner,
 )
 
@@ -52,7 +52,7 @@ def lawful(place: Place, quorum: int) -> bool:
     return split and winner(found) == only
 
 
-def completions(seen: Sequence[Seen], quorum: int) -> Iterator[Place]:
+def completions(seen: Sequence[PositionReading], quorum: int) -> Iterator[Place]:
     """All that may really be there: a silent store may hold anything, and damage was one thing or the other."""
     digests = {"a", "b", "z"} | {one.record for one in seen} | {one.settled for one in seen}
     choices = []
@@ -72,16 +72,16 @@ def completions(seen: Sequence[Seen], quorum: int) -> Iterator[Place]:
 
 
 STATES = [
-    Seen(),
-    Seen("a"),
-    Seen("b"),
-    Seen("c"),
-    Seen(answered=False),
-    Seen(damaged=True),
-    Seen("a", "a"),
-    Seen("b", "a"),
-    Seen("", "a"),
-    Seen("a", damaged=True),
+    PositionReading(),
+    PositionReading("a"),
+    PositionReading("b"),
+    PositionReading("c"),
+    PositionReading(answered=False),
+    PositionReading(damaged=True),
+    PositionReading("a", "a"),
+    PositionReading("b", "a"),
+    PositionReading("", "a"),
+    PositionReading("a", damaged=True),
 ]
 
 
@@ -114,7 +114,16 @@ def test_what_is_taken_is_the_only_one_that_may_count(stores: int, quorum: int) 
 
 @pytest.mark.parametrize(("stores", "quorum"), [size for size in SIZES if size[0] >= 4])
 def test_votes_alone_are_counted_with_those_that_are_not_known(stores: int, quorum: int) -> None:
-    for seen in combinations_with_replacement([Seen(), Seen("a"), Seen("b"), Seen("c"), Seen(answered=False)], stores):
+    for seen in combinations_with_replacement(
+        [
+            PositionReading(),
+            PositionReading("a"),
+            PositionReading("b"),
+            PositionReading("c"),
+            PositionReading(answered=False),
+        ],
+        stores,
+    ):
         votes = Counter(one.record for one in seen if one.record)
         silent = sum(not one.answered for one in seen)
         possible = {digest for digest, number in votes.items() if number + silent >= quorum}
@@ -158,11 +167,11 @@ def test_all_writers_who_can_tell_find_the_same_outcome_of_a_vote(stores: int, q
                         outcomes.add(digest)
                         assert all(known), "a split is only known by who knows all votes"
                         assert max(full.values()) < quorum
-                    case Open():
+                    case Undecided():
                         known_votes = Counter(vote for vote in held if vote is not None)
                         assert max(known_votes.values(), default=0) < quorum and not all(known)
         assert len(outcomes) == 1, (votes, outcomes)
-        assert contest("a", list(votes), quorum) != Open(), "who knows all votes knows the outcome"
+        assert contest("a", list(votes), quorum) != Undecided(), "who knows all votes knows the outcome"
 
 
 def test_a_vote_that_is_won_for_sure_stays_so_whichever_stores_are_lost() -> None:
@@ -170,23 +179,27 @@ def test_a_vote_that_is_won_for_sure_stays_so_whichever_stores_are_lost() -> Non
         won = contest("a", ["a"] * stores, quorum)
         assert won == Won(sure=True)
         for lost in range(quorum):
-            seen = [Seen("a")] * (stores - lost) + [Seen(answered=False)] * lost
+            seen = [PositionReading("a")] * (stores - lost) + [PositionReading(answered=False)] * lost
             assert decide(seen, quorum) == Taken("a", stores - lost, settled=False)
         for other in range(stores - quorum + 1):
             # Settled on W of them: any W - 1 may go, whatever the others hold.
-            held = [Seen("a", "a")] * quorum + [Seen("b")] * other + [Seen()] * (stores - quorum - other)
+            held = (
+                [PositionReading("a", "a")] * quorum
+                + [PositionReading("b")] * other
+                + [PositionReading()] * (stores - quorum - other)
+            )
             for kept in combinations_of(held, stores - quorum + 1):
-                left = list(kept) + [Seen(answered=False)] * (quorum - 1)
+                left = list(kept) + [PositionReading(answered=False)] * (quorum - 1)
                 found = decide(left, quorum)
                 assert isinstance(found, Taken) and found.digest == "a", left
 
 
-def combinations_of(held: Sequence[Seen], size: int) -> Iterator[tuple[Seen, ...]]:
+def combinations_of(held: Sequence[PositionReading], size: int) -> Iterator[tuple[PositionReading, ...]]:
     """Each choice of so many, once."""
     yield from {tuple(sorted(kept, key=repr)) for kept in _subsets(tuple(held), size)}
 
 
-def _subsets(held: tuple[Seen, ...], size: int) -> Iterator[tuple[Seen, ...]]:
+def _subsets(held: tuple[PositionReading, ...], size: int) -> Iterator[tuple[PositionReading, ...]]:
     if size == 0:
         yield ()
     elif len(held) >= size:
@@ -202,7 +215,7 @@ def test_the_winner_of_a_split_is_the_most_frequent_of_equals_the_smallest() -> 
 
 
 def test_a_stand_in_is_known_as_one() -> None:
-    assert [is_stand_in(stand_in(number)) for number in range(99)] == [True] * 99
-    assert len({stand_in(number) for number in range(99)}) == 99
-    assert all(len(stand_in(number)) == 32 for number in (0, 98))
-    assert not is_stand_in("0" * 31 + "1")
+    assert [is_placeholder(placeholder_id(number)) for number in range(99)] == [True] * 99
+    assert len({placeholder_id(number) for number in range(99)}) == 99
+    assert all(len(placeholder_id(number)) == 32 for number in (0, 98))
+    assert not is_placeholder("0" * 31 + "1")

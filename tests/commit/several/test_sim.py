@@ -20,7 +20,7 @@ from log_service import ANY_ETCD, Service, ServiceWay
 from log_world import InlineLanes, Site, Weather, World
 
 from ckpt.format.records import BY_STORES
-from ckpt.log import copies as copies_room
+from ckpt.log import replicas as copies_room
 from ckpt.log import sequencers as etcd_room
 from ckpt.log import sequencers as giver_room
 from ckpt.log import stored_fold as folds
@@ -48,12 +48,12 @@ def _one_by_one(items: Sequence[object], read: Callable[[object], object]) -> li
 @pytest.fixture(autouse=True)
 def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No threads: the dice alone choose the order of all calls."""
-    monkeypatch.setattr(copies_room, "ThreadLanes", _lanes)
+    monkeypatch.setattr(copies_room, "ThreadWorkers", _lanes)
     monkeypatch.setattr(copies_room, "read_all", _one_by_one)
     monkeypatch.setattr(secrets, "token_hex", lambda size: f"{_WORLDS[-1].dice.getrandbits(8 * size):0{2 * size}x}")
     monkeypatch.setattr(folds, "FOLD_EVERY", 6)
     for room in (etcd_room, giver_room):
-        monkeypatch.setattr(room, "etcd_here", lambda: ANY_ETCD if _WORLDS[-1].service is not None else None)
+        monkeypatch.setattr(room, "etcd_of_environment", lambda: ANY_ETCD if _WORLDS[-1].service is not None else None)
     monkeypatch.setattr(etcd_room, "open_keyspace", lambda where, job: ServiceWay(_WORLDS[-1]))
 
 

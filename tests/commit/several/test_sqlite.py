@@ -18,7 +18,7 @@ from log_claimers import LOG_ID, claim_for_ever, claim_many
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.log import sequencers as sqlite
-from ckpt.log.sequencers import Claimed, Lost, SqliteSequencer, Unknown, database_path
+from ckpt.log.sequencers import Appended, KeyTaken, SqliteSequencer, WriteUnknown, database_path
 
 WAIT_S = 120.0
 SOAK = os.environ.get("CKPT_SOAK") == "1"
@@ -64,7 +64,7 @@ def test_of_many_processes_that_claim_at_once_each_place_has_one_winner(path: Pa
         won |= mine_won
     assert sorted(won) == list(range(racers * each)), "no gaps"
     file = SqliteSequencer(path, LOG_ID)
-    assert all(file.claim(seq, b"late") == Lost(data) for seq, data in won.items()), "the winner's bytes are there"
+    assert all(file.append(seq, b"late") == KeyTaken(data) for seq, data in won.items()), "the winner's bytes are there"
 
 
 @pytest.mark.slow
@@ -112,8 +112,8 @@ def test_processes_killed_at_any_moment_leave_no_gap_and_lose_nothing(
     top = max(won)
     given = {}
     for seq in range(top + 1):
-        found = file.claim(seq, b"late")
-        assert isinstance(found, Lost), "no gap"
+        found = file.append(seq, b"late")
+        assert isinstance(found, KeyTaken), "no gap"
         given[seq] = found.data
     assert won == {seq: given[seq] for seq in won}, "what a process was told stands"
     assert len(set(given.values())) == len(given), "nothing was given two places"
@@ -122,34 +122,34 @@ def test_processes_killed_at_any_moment_leave_no_gap_and_lose_nothing(
 def test_claiming_again_is_harmless_and_tells_who_has_the_place(path: Path) -> None:
     file = SqliteSequencer(path, LOG_ID)
     assert file.make(0) == file.make(0) == file.name
-    assert file.claim(0, b"a") == Claimed()
-    assert file.claim(0, b"a") == Claimed()
-    assert file.claim(0, b"b") == Lost(b"a")
-    assert file.claim(1, b"b") == Claimed()
+    assert file.append(0, b"a") == Appended()
+    assert file.append(0, b"a") == Appended()
+    assert file.append(0, b"b") == KeyTaken(b"a")
+    assert file.append(1, b"b") == Appended()
 
 
 def test_a_file_older_than_its_log_refuses(path: Path, tmp_path: Path) -> None:
     file = SqliteSequencer(path, LOG_ID)
     file.make(0)
     for seq in range(3):
-        file.claim(seq, b"%d" % seq)
+        file.append(seq, b"%d" % seq)
     shutil.copytree(path.parent, tmp_path / "copy")
     for seq in range(3, 6):
-        file.claim(seq, b"%d" % seq)
+        file.append(seq, b"%d" % seq)
     old = SqliteSequencer(tmp_path / "copy" / path.name, LOG_ID)
     assert old.name == file.name
     with pytest.raises(UsageError, match=r"older than its log.*its_next=3 wanted=6"):
-        old.claim(6, b"new")
+        old.append(6, b"new")
 
 
 def test_a_machine_without_the_file_or_with_another_logs_says_so(path: Path) -> None:
     file = SqliteSequencer(path, LOG_ID)
-    for ask in (lambda: file.name, lambda: file.claim(0, b"a")):
+    for ask in (lambda: file.name, lambda: file.append(0, b"a")):
         with pytest.raises(UsageError, match="this machine does not give out"):
             ask()
     assert not path.exists(), "asking makes none"
     SqliteSequencer(path, "2" * 32).make(0)
-    for ask in (lambda: file.name, lambda: file.claim(0, b"a"), lambda: file.make(0)):
+    for ask in (lambda: file.name, lambda: file.append(0, b"a"), lambda: file.make(0)):
         with pytest.raises(UsageError, match="of another log"):
             ask()
 
@@ -160,7 +160,7 @@ def test_a_file_that_can_not_be_read_is_no_answer(path: Path) -> None:
     for side in path.parent.iterdir():
         side.unlink()
     path.write_bytes(b"this is no database, it is a note of somebody" * 100)
-    assert isinstance(file.claim(0, b"a"), Unknown)
+    assert isinstance(file.append(0, b"a"), WriteUnknown)
     for ask in (lambda: file.name, lambda: file.make(0)):
         with pytest.raises(UnavailableError, match=r"did not answer|can't be made"):
             ask()
@@ -174,19 +174,19 @@ def test_a_file_whose_making_was_cut_short_is_made_by_the_next(path: Path) -> No
     with pytest.raises(UnavailableError, match="did not answer"):
         _ = file.name
     assert file.make(0).startswith("sqlite:")
-    assert file.claim(0, b"a") == Claimed()
+    assert file.append(0, b"a") == Appended()
 
 
 def test_a_writer_that_slept_while_thousands_of_places_went_reads_the_log_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "KEPT", 5)
+    monkeypatch.setattr(sqlite, "SQLITE_RECORDS_KEPT", 5)
     file = SqliteSequencer(path, LOG_ID)
     file.make(0)
     for seq in range(10):
-        file.claim(seq, b"%d" % seq)
-    assert isinstance(file.claim(2, b"late"), Unknown)
-    assert file.claim(7, b"late") == Lost(b"7")
+        file.append(seq, b"%d" % seq)
+    assert isinstance(file.append(2, b"late"), WriteUnknown)
+    assert file.append(7, b"late") == KeyTaken(b"7")
 
 
 def test_a_file_that_another_process_holds_is_waited_for_and_then_no_answer(
@@ -197,10 +197,10 @@ def test_a_file_that_another_process_holds_is_waited_for_and_then_no_answer(
     file.make(0)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    assert isinstance(file.claim(0, b"a"), Unknown)
+    assert isinstance(file.append(0, b"a"), WriteUnknown)
     other.execute("ROLLBACK")
     other.close()
-    assert file.claim(0, b"a") == Claimed()
+    assert file.append(0, b"a") == Appended()
 
 
 def test_the_file_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def unable(self: FileBackend) -> Capabilities:
 
 def main(job: str, folders: list[str]) -> None:
     FileBackend.capabilities = unable  # type: ignore[method-assign]
-    backend = open_stores(folders, tell=lambda event: None)
+    backend = open_stores(folders, emit=lambda event: None)
     state = Journal.open(backend, job=job, create=True).refresh()
     assert state.stores is not None
     print(state.stores.sequencer)

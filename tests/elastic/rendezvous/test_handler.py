@@ -22,7 +22,7 @@ from ckpt.elastic import rendezvous
 from ckpt.elastic.rendezvous import plugin as rendezvous_handler
 from ckpt.elastic.rendezvous.plugin import StandbyReleased
 from ckpt.errors import UsageError
-from ckpt.ipc.cluster_spec import nodes_of_environment
+from ckpt.ipc.cluster_spec import nodes_from_environment
 
 Make = Callable[..., Agents]
 
@@ -112,9 +112,9 @@ def test_a_spare_waits_and_disturbs_nobody(agents: Make) -> None:
     waiting = job.come(2)
     assert [one.info.world_size for one in waiting] == [2, 2]
     (spare,) = job.come(1)
-    look = spare.handler._agent.later
+    look = spare.handler._agent.next_view
     wait_for(lambda: look(None, 1.0) is not None, "the spare has seen the round")
-    wait_for(lambda: bool(waiting[0].handler._agent.newest().fresh), "the others have seen the spare")
+    wait_for(lambda: bool(waiting[0].handler._agent.latest_view().newcomers), "the others have seen the spare")
     assert [one.handler.num_nodes_waiting() for one in waiting] == [0, 0]
     assert spare.waits
     for one in waiting:
@@ -129,7 +129,7 @@ def test_a_spare_takes_over_from_an_agent_that_left(agents: Make) -> None:
     job = agents(2, 2)
     waiting = seated(job.come(2))
     (spare,) = job.come(1)
-    wait_for(lambda: bool(waiting[1].handler._agent.newest().fresh), "the spare waits")
+    wait_for(lambda: bool(waiting[1].handler._agent.latest_view().newcomers), "the spare waits")
     waiting[0].handler._agent.leave()
     wait_for(lambda: waiting[1].handler.num_nodes_waiting() > 0, "the other one is asked back")
     again = seated([Waiting(waiting[1].handler), spare])
@@ -159,7 +159,7 @@ def test_a_job_grows_only_where_that_is_asked_for(agents: Make, grow: bool) -> N
     (first,) = job.come(1)
     assert first.info.world_size == 1
     (second,) = job.come(1)
-    wait_for(lambda: bool(first.handler._agent.newest().fresh), "the second one waits")
+    wait_for(lambda: bool(first.handler._agent.latest_view().newcomers), "the second one waits")
     assert first.handler.num_nodes_waiting() == int(grow)
     if grow:
         assert [one.info.world_size for one in (Waiting(first.handler), second)] == [2, 2]
@@ -192,11 +192,11 @@ def test_whose_lease_was_lost_keeps_its_place(agents: Make) -> None:
     waiting = seated(agents(1, 2, grow=True).come(2))
     assert waiting[1].info.world_size == 2
     one = waiting[0].handler._agent
-    lease = one.newest().live[one.me].lease_id
+    lease = one.latest_view().live[one.name].lease_id
     before = one._node
     one.keyspace.revoke(lease)
     wait_for(lambda: one._node not in ("", before), "it joined anew")
-    wait_for(lambda: one.me in waiting[1].handler._agent.newest().live, "the other one sees it")
+    wait_for(lambda: one.name in waiting[1].handler._agent.latest_view().live, "the other one sees it")
     assert [handler.handler.num_nodes_waiting() for handler in waiting] == [0, 0]
 
 
@@ -229,7 +229,7 @@ def test_keepers_learn_where_they_meet(agents: Make, endpoint: str) -> None:
     job = agents(1, 2, domain="rack 1", mirrors="2", shrink_timeout="3", last_call_timeout="0")
     (one,) = job.come(1)
     assert one.info.world_size == 1
-    spec = nodes_of_environment()
+    spec = nodes_from_environment()
     assert spec.job == job.job
     assert spec.where.removeprefix("etcd://").startswith(endpoint)
     assert (spec.nodes_min, spec.nodes_max, spec.domain, spec.mirrors, spec.shrink_wait_s) == (1, 2, "rack 1", 2, 3.0)
@@ -241,7 +241,7 @@ def test_one_node_alone_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     job = Agents("", "none", 1, 1, {})
     (one,) = job.come(1)
     assert one.info.world_size == 1
-    assert nodes_of_environment() is None
+    assert nodes_from_environment() is None
     assert one.handler.shutdown()
     assert one.handler.is_closed()
     assert list((tmp_path / "run").iterdir()) == []
@@ -249,9 +249,9 @@ def test_one_node_alone_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
 def test_keepers_wait_for_those_whose_agents_have_come(agents: Make) -> None:
     assert [one.info.world_size for one in agents(1, 2, last_call_timeout="30").come(2)] == [2, 2]
-    assert nodes_of_environment().last_call_s == 30.0
+    assert nodes_from_environment().last_call_s == 30.0
     assert agents(1, 2, last_call_timeout="0.5").come(1)[0].info.world_size == 1
-    assert nodes_of_environment().last_call_s == 1.0
+    assert nodes_from_environment().last_call_s == 1.0
 
 
 def test_an_outage_of_etcd_disturbs_nobody(tmp_path: Path) -> None:
@@ -262,10 +262,10 @@ def test_an_outage_of_etcd_disturbs_nobody(tmp_path: Path) -> None:
         waiting = seated(job.come(2))
         assert waiting[0].info.world_size == 2
         server.kill()
-        wait_for(lambda: all(one.handler._agent.trouble is not None for one in waiting), "the outage is felt")
+        wait_for(lambda: all(one.handler._agent.problem is not None for one in waiting), "the outage is felt")
         assert [one.handler.num_nodes_waiting() for one in waiting] == [0, 0]
         server.start()
-        wait_for(lambda: all(one.handler._agent.trouble is None for one in waiting), "all see again")
+        wait_for(lambda: all(one.handler._agent.problem is None for one in waiting), "all see again")
         assert [one.handler.num_nodes_waiting() for one in waiting] == [0, 0]
         again = [Waiting(one.handler) for one in waiting]
         assert {one.info.world_size for one in again} == {2}

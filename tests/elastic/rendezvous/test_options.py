@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.elastic.rendezvous.options import KEYS, Settings, settings_of
+from ckpt.elastic.rendezvous.options import SETTINGS_HELP, RendezvousSettings, parse_settings
 from ckpt.errors import UsageError
-from ckpt.ipc.cluster_spec import nodes_of_environment, to_environment
+from ckpt.ipc.cluster_spec import nodes_from_environment, nodes_to_environment
 
 
-def settings(run_id: str = "job", endpoint: str = "", nodes: tuple[int, int] = (2, 3), **config: object) -> Settings:
-    return settings_of(run_id, endpoint, agents_min=nodes[0], agents_max=nodes[1], config=config)
+def settings(
+    run_id: str = "job", endpoint: str = "", nodes: tuple[int, int] = (2, 3), **config: object
+) -> RendezvousSettings:
+    return parse_settings(run_id, endpoint, agents_min=nodes[0], agents_max=nodes[1], config=config)
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +25,16 @@ def _state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_endpoints_are_etcds() -> None:
     found = settings(endpoint="h1:2379,h2:2380,h3")
     assert found.nodes is not None
-    assert found.nodes.where == found.meet.where == "etcd://h1:2379,h2:2380,h3:2379"
-    assert (found.nodes.job, found.meet.job) == ("job", "job.agents")
+    assert found.nodes.where == found.agents_spec.where == "etcd://h1:2379,h2:2380,h3:2379"
+    assert (found.nodes.job, found.agents_spec.job) == ("job", "job.agents")
 
 
 def test_without_an_endpoint_a_file_named_by_the_job(tmp_path: Path) -> None:
     found = settings("a/b")
     assert found.nodes is not None
     assert found.nodes.where == str(tmp_path / "nodes-a%2Fb.sqlite3")
-    assert found.meet.where == found.nodes.where + ".agents"
-    assert settings("b", endpoint="/there").meet.where == "/there/nodes-b.sqlite3.agents"
+    assert found.agents_spec.where == found.nodes.where + ".agents"
+    assert settings("b", endpoint="/there").agents_spec.where == "/there/nodes-b.sqlite3.agents"
     with pytest.raises(UsageError, match="too long"):
         settings("x" * 150)
 
@@ -41,7 +43,7 @@ def test_one_node_alone_needs_no_name_and_meets_nobody() -> None:
     found = settings("none", nodes=(1, 1))
     assert found.nodes is None
     assert found.run_id == "none"
-    assert found.meet.where != settings("none", nodes=(1, 1)).meet.where
+    assert found.agents_spec.where != settings("none", nodes=(1, 1)).agents_spec.where
 
 
 @pytest.mark.parametrize(("endpoint", "nodes"), [("", (2, 2)), ("h1:2379", (1, 1))])
@@ -54,7 +56,7 @@ def test_unknown_settings_are_refused_and_the_known_ones_named() -> None:
     with pytest.raises(UsageError) as error:
         settings(lastcall=3)
     assert "key=lastcall" in str(error.value)
-    assert all(key in str(error.value) for key in KEYS)
+    assert all(key in str(error.value) for key in SETTINGS_HELP)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +81,14 @@ def test_patience() -> None:
     assert settings(timeout=900).join_s == 900.0
     assert settings(timeout=900, join_timeout="5").join_s == 5.0
     usual = settings(secret="s")
-    assert usual.nodes is not None and (usual.rules.shrink_s, usual.nodes.shrink_wait_s) == (5.0, 0.0)
+    assert usual.nodes is not None and (usual.rules.shrink_wait_s, usual.nodes.shrink_wait_s) == (5.0, 0.0)
     found = settings(last_call_timeout="7", shrink_timeout="3", standby="warm", grow="yes", secret="s", domain="d")
-    assert (found.rules.last_call_s, found.rules.shrink_s, found.rules.warm, found.rules.grow) == (7.0, 3.0, True, True)
+    assert (found.rules.last_call_s, found.rules.shrink_wait_s, found.rules.warm, found.rules.grow) == (
+        7.0,
+        3.0,
+        True,
+        True,
+    )
     assert found.nodes is not None
     assert (found.nodes.last_call_s, found.nodes.shrink_wait_s, found.nodes.domain) == (7.0, 3.0, "d")
     assert Path(found.nodes.secret).is_absolute()
@@ -97,9 +104,9 @@ def test_rate_of_mirrors_is_bytes_a_second_and_no_limit_by_default() -> None:
 def test_certificates_reach_keepers_and_trainers() -> None:
     found = settings(tls_cert="c.pem", tls_key="~/c.key", tls_ca="/ca.pem")
     assert found.nodes is not None
-    inherited = nodes_of_environment(to_environment(found.nodes))
+    inherited = nodes_from_environment(nodes_to_environment(found.nodes))
     assert inherited == found.nodes
     files = (found.nodes.tls_cert, found.nodes.tls_key, found.nodes.tls_ca)
     assert files == (str(Path("c.pem").absolute()), str(Path("~/c.key").expanduser()), "/ca.pem")
     assert not found.nodes.plaintext
-    assert settings(plaintext="1").meet.plaintext
+    assert settings(plaintext="1").agents_spec.plaintext

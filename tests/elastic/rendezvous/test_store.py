@@ -12,11 +12,11 @@ import torch.distributed as dist
 from agents import WAIT_S, Etcd
 
 from ckpt.cluster.membership.open import open_keyspace
-from ckpt.elastic.rendezvous.decide import Round
-from ckpt.elastic.rendezvous.store import ApartStore, RoundStore
+from ckpt.elastic.rendezvous.decide import RendezvousRound
+from ckpt.elastic.rendezvous.store import RoundStore, UnrankedStore
 from ckpt.errors import UnavailableError
 from ckpt.keyspace.address import EtcdOptions
-from ckpt.keyspace.base import Keyspace, Outcome, Transaction
+from ckpt.keyspace.base import Keyspace, Transaction, TransactionResult
 from ckpt.keyspace.sqlite import SqliteKeyspace
 
 Make = Callable[..., RoundStore]
@@ -30,7 +30,7 @@ class Forgetful:
         self.lose = False
         self.wait = inner.wait
 
-    def transact(self, transaction: Transaction) -> Outcome:
+    def transact(self, transaction: Transaction) -> TransactionResult:
         if self.lose:
             self.lose = False
             self._inner.transact(transaction)
@@ -57,7 +57,7 @@ def store(keyspace: Keyspace) -> Make:
         lease = 7000 + number
         keyspace.grant(lease, 60.0)
         chosen = {"over": str, "present": lambda: 2, "doomed": lambda why: None, **settings}
-        return RoundStore(chosen.pop("keyspace", keyspace), Round(number, ("a", "b"), lease), **chosen)
+        return RoundStore(chosen.pop("keyspace", keyspace), RendezvousRound(number, ("a", "b"), lease), **chosen)
 
     return make
 
@@ -137,11 +137,11 @@ def test_a_round_that_is_over_hands_out_ranks_of_nowhere(store: Make) -> None:
     one = store(over=lambda: "b is gone", doomed=told.append)
     assert b"1000000" in one.get("torchelastic/role_info/1")
     assert told == ["b is gone"]
-    assert one.meet(["MASTER_PORT"]) == "b is gone"
+    assert one.wait_for_all(["MASTER_PORT"]) == "b is gone"
 
 
 def test_a_store_of_nobody_else_waits_for_nobody() -> None:
-    one = ApartStore(3)
+    one = UnrankedStore(3)
     one.set("torchelastic/role_info/3", '{"role": "r", "rank": 3, "local_world_size": 4}')
     assert one.get("torchelastic/assigned_ranks/3") == b"[12, 12, 12, 12]"
     assert (one.add("n", 1), one.add("n", 2)) == (1, 3)

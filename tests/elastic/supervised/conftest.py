@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import pytest
 
-from ckpt.ipc.frames import Wire
+from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import Hello, Leave, Message, Start, Started, Welcome
 
 WAIT_S = 60.0
@@ -28,24 +28,24 @@ import json, os, signal, socket, sys, threading, time
 from pathlib import Path
 from ckpt.elastic.processes.start_method import Fork, Spawn
 from ckpt.elastic.processes.supervisor import supervise
-from ckpt.elastic.processes.supervisor import Supervision
-from ckpt.elastic.processes.trainer import seat_of_process
-from ckpt.ipc.frames import Wire
+from ckpt.elastic.processes.supervisor import SupervisorPlan
+from ckpt.elastic.processes.trainer import trainer_of_process
+from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import Hello, Policy
 
 def connect():
     peer = socket.socket(socket.AF_UNIX)
     peer.connect(os.environ["TEST_KEEPER"])
-    return Wire(peer)
+    return MessageSocket(peer)
 
 def sit(start=Fork(), prepare=False, reconnect=connect):
-    seat = seat_of_process()
+    seat = trainer_of_process()
     if seat is not None:
         return seat
     hello = Hello(version=1, role="supervisor", pid=os.getpid(), launch="l", ranks=1, policy=Policy(grace_s=3.0))
     stacks = Path(os.environ["TEST_FOLDER"])
     told = lambda event: say(event.kind)
-    return supervise(connect(), Supervision(
+    return supervise(connect(), SupervisorPlan(
         start=start, hello=hello, reconnect=reconnect, tell=told, stacks=stacks, prepare=prepare))
 
 def say(*words):
@@ -63,7 +63,7 @@ M = TypeVar("M", bound=Message)
 class Link:
     """The keeper's end of one supervisor's connection."""
 
-    def __init__(self, wire: Wire, hello: Hello) -> None:
+    def __init__(self, wire: MessageSocket, hello: Hello) -> None:
         self.wire = wire
         self.hello = hello
         self.fds: list[tuple[Message, int]] = []
@@ -113,7 +113,7 @@ class Keeper:
     def accept(self, *, new: bool = False, attempt: int = 0) -> Link:
         """The next supervisor, welcomed."""
         peer, _ = self._socket.accept()
-        wire = Wire(peer)
+        wire = MessageSocket(peer)
         got = wire.receive(WAIT_S)
         assert got is not None
         hello, _ = got

@@ -11,17 +11,17 @@ from ckpt.ipc.messages import (
     BoardKept,
     Bye,
     Died,
-    Drop,
+    DropSlot,
     Keep,
     KeepBoard,
     Kill,
     Killed,
     Leave,
     Preempt,
-    RunAhead,
     SlotKept,
     Start,
     Started,
+    StartPrepared,
 )
 
 AHEAD = (
@@ -50,7 +50,7 @@ def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(progra
     link.send(Keep(rank=0, index=2, size_bytes=4), sent[1:2])
     link.send(Keep(rank=0, index=3, size_bytes=4), sent[2:3])
     link.send(KeepBoard(), sent[3:])
-    link.send(Drop(rank=0, index=3))
+    link.send(DropSlot(rank=0, index=3))
     for fd in sent:
         os.close(fd)
     link.close()
@@ -195,7 +195,7 @@ def test_prepared_trainer_that_dies_is_replaced_by_a_fork(program, keeper) -> No
 def test_trainer_runs_ahead_on_a_standby_where_the_program_wants_it(program, keeper) -> None:
     run = program(AHEAD)
     link = keeper.accept()
-    link.send(RunAhead())
+    link.send(StartPrepared())
     word, attempt, ahead = run.line().split()
     assert (word, attempt) == ("built", "0")
     link.send(Start(attempt=7, port=22))
@@ -205,7 +205,7 @@ def test_trainer_runs_ahead_on_a_standby_where_the_program_wants_it(program, kee
 
     plain = program(AHEAD.replace("prepare=True", "prepare=False"))
     link = keeper.accept()
-    link.send(RunAhead())
+    link.send(StartPrepared())
     link.silent(0.5)
     assert link.start(attempt=7, port=22).how == "fork"
     assert plain.line().startswith("built 7")
@@ -239,7 +239,7 @@ def test_node_that_may_not_act_has_its_trainer_stopped_and_starts_none_until_it_
     board = Board.create(1)
 
     def may_act(seconds: float) -> None:
-        board.act_until(now_ns() + int(seconds * 1e9))
+        board.extend_act_until(now_ns() + int(seconds * 1e9))
 
     may_act(10.0)
     link.send(KeepBoard(), [board.fd])

@@ -10,9 +10,9 @@ CHOOSE = """
 import torch
 torch.set_num_threads(2)
 {above}
-from ckpt.elastic.processes.enter import gather
-from ckpt.elastic.processes.start_method import choose
-how = choose(gather())
+from ckpt.elastic.processes.enter import gather_process_facts
+from ckpt.elastic.processes.start_method import choose_start_method
+how = choose_start_method(gather_process_facts())
 seat = sit(how)
 total = torch.ones(1 << 22).add_(1.0).sum().item()
 say(seat.how, seat.attempt, total)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt.ipc.messages import Bye, Died, Dump, Kill, Killed, Leave, Preempt, Start, Started, Tell
+from ckpt.ipc.messages import Bye, Died, Dump, Kill, Killed, Leave, Preempt, PrintLine, Start, Started
 
 REST = "say(json.dumps([seat.attempt, seat.port, seat.how, os.getppid(), os.getpgrp() == os.getpid()]))\n"
 
@@ -155,9 +155,9 @@ def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None
     os.kill(run.pid, signal.SIGTERM)
     link.expect(Preempt)
     os.kill(run.pid, signal.SIGTERM)
-    link.send(Tell(text="heard"))
+    link.send(PrintLine(text="heard"))
     assert run.line() == "ckpt: heard"
-    link.send(Tell(text="again"))  # a signal that came before it is dealt with by now
+    link.send(PrintLine(text="again"))  # a signal that came before it is dealt with by now
     assert run.line() == "ckpt: again"
     assert alive(pid)
 
@@ -177,7 +177,7 @@ def test_first_sigterm_asks_a_later_one_ends(program, keeper, until, alive) -> N
 def test_sigterm_before_anything_was_started_ends_at_once(program, keeper) -> None:
     run = program("sit()\n")
     link = keeper.accept()
-    link.send(Tell(text="hello"))
+    link.send(PrintLine(text="hello"))
     assert run.line() == "ckpt: hello"
     os.kill(run.pid, signal.SIGTERM)
     assert run.end() == 143

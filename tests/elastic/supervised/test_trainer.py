@@ -8,35 +8,35 @@ from dataclasses import replace
 
 import pytest
 
-from ckpt.elastic.processes.trainer import SEAT_VARIABLE, TrainerSeat, environment, seat_of_process
+from ckpt.elastic.processes.trainer import TRAINER_VARIABLE, TrainerProcess, environment, trainer_of_process
 from ckpt.errors import UsageError
 from ckpt.ipc.messages import Kill, Killed, Preempt
 
 
-def seat(**changes: object) -> TrainerSeat:
+def seat(**changes: object) -> TrainerProcess:
     """A seat, mostly of nobody."""
-    return replace(TrainerSeat(attempt=1, port=2, how="fork", pid=1, report_fd=9), **changes)
+    return replace(TrainerProcess(attempt=1, port=2, how="fork", pid=1, report_fd=9), **changes)
 
 
 def test_process_without_a_seat_is_no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SEAT_VARIABLE, raising=False)
-    assert seat_of_process() is None
+    monkeypatch.delenv(TRAINER_VARIABLE, raising=False)
+    assert trainer_of_process() is None
 
 
 def test_seat_of_another_process_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(seat(pid=os.getppid())).items():
         monkeypatch.setenv(name, value)
-    assert seat_of_process() is None
+    assert trainer_of_process() is None
 
 
 def test_seat_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SEAT_VARIABLE, "{}")
-    with pytest.raises(UsageError, match=f"unset|{SEAT_VARIABLE}"):
-        seat_of_process()
+    monkeypatch.setenv(TRAINER_VARIABLE, "{}")
+    with pytest.raises(UsageError, match=f"unset|{TRAINER_VARIABLE}"):
+        trainer_of_process()
 
 
 def test_prepared_seat_says_nothing_of_a_process_group_yet() -> None:
-    assert environment(seat(attempt=0)).keys() == {SEAT_VARIABLE}
+    assert environment(seat(attempt=0)).keys() == {TRAINER_VARIABLE}
     assert environment(seat(attempt=3, port=5))["MASTER_PORT"] == "5"
     assert environment(seat(attempt=3, port=5))["TORCHELASTIC_RESTART_COUNT"] == "2"
 
@@ -54,7 +54,7 @@ def test_children_of_a_trainer_end_on_sigterm_as_children_do(program, keeper) ->
 def test_programs_that_a_trainer_starts_are_no_trainers(program, keeper) -> None:
     run = program(
         "import subprocess\nsit()\n"
-        "code = 'from ckpt.elastic.processes.trainer import seat_of_process as s; print(s())'\n"
+        "code = 'from ckpt.elastic.processes.trainer import trainer_of_process as s; print(s())'\n"
         "subprocess.run([sys.executable, '-c', code])\n"
     )
     keeper.accept().start()

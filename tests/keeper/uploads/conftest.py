@@ -26,7 +26,7 @@ from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.restore.verify import verify
-from ckpt.save.persister import Sealed
+from ckpt.save.persister import SealedSlot
 from ckpt.staging.slot import SlotPool, read_slot
 from ckpt.values import Box, Leaf, LeafKind, SnapshotId, SnapshotInfo, StagedIndex, StagedShard
 
@@ -119,7 +119,7 @@ class World:
         spec = KeeperSpec(job=job, store=str(self.root), compression="off")
         return Uploads(
             spec, ranks=self.ranks, post=self.calls.put,
-            outcome=lambda *told: self.told.append(told), fenced=self.fences.append, tell=self.events.append,
+            on_outcome=lambda *told: self.told.append(told), on_fenced_text=self.fences.append, emit=self.events.append,
             open_store=open_store or (lambda: self.store), retry_first_s=0.01,
         )  # fmt: skip
 
@@ -155,7 +155,7 @@ class World:
         self.until(future.done)
         return future.result()
 
-    def stage(self, rank: int, snapshot: SnapshotId, *, rows: int = 4) -> Sealed:
+    def stage(self, rank: int, snapshot: SnapshotId, *, rows: int = 4) -> SealedSlot:
         """Seal a slot of ``rank``: the last row tells the step, the others never change."""
         slot = self.pools[rank].acquire(wait_s=WAIT_S)
         assert slot is not None
@@ -182,20 +182,20 @@ class World:
             origin=self.origins.get(snapshot.epoch, ""),
         )  # fmt: skip
         slot.seal(index)
-        return Sealed(index=index, data=slot.data[:], release=pin.release, shared={})
+        return SealedSlot(index=index, data=slot.data[:], release=pin.release, shared={})
 
     def stage_only(self, rank: int, snapshot: SnapshotId) -> None:
         """Seal a slot that nobody hands in."""
-        self.stage(rank, snapshot).let_go()
+        self.stage(rank, snapshot).free()
 
-    def sealed_of(self, rank: int, snapshot: SnapshotId) -> Sealed | None:
+    def sealed_of(self, rank: int, snapshot: SnapshotId) -> SealedSlot | None:
         """What a keeper finds in the slots."""
         for slot in self.pools[rank].slots:
             if slot.snapshot == snapshot:
                 pin = slot.pin()
                 found = read_slot(slot.memory)
                 assert found is not None
-                return Sealed(index=found[0], data=slot.data[:], release=pin.release, shared={})
+                return SealedSlot(index=found[0], data=slot.data[:], release=pin.release, shared={})
         return None
 
     def save(self, uploads: Uploads, snapshot: SnapshotId, tags: tuple[str, ...] = ()) -> list[Told]:

@@ -8,9 +8,9 @@ import pytest
 
 from ckpt.errors import UnavailableError
 from ckpt.ipc.client import KeeperSpec
-from ckpt.keeper.mailbox import OwnRoom
+from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes.remote_mailbox import LoopChannel
-from ckpt.keeper.uploads.submissions import Handed
+from ckpt.keeper.uploads.submissions import SubmissionEntry
 from ckpt.keeper.uploads.uploads import Uploads
 from ckpt.values import SnapshotId
 
@@ -23,15 +23,15 @@ class Node:
     def __init__(self, world, rank: int) -> None:
         self.world = world
         self.rank = rank
-        self.room: OwnRoom | None = None
+        self.room: LocalMailbox | None = None
         self.told: list = []
         self.down = 0
         self.uploads = Uploads(
             KeeperSpec(job="job", store=str(world.root), compression="off"), ranks=1, post=world.calls.put,
-            outcome=lambda *told: self.told.append(told), fenced=world.fences.append, tell=world.events.append,
+            on_outcome=lambda *told: self.told.append(told), on_fenced_text=world.fences.append, emit=world.events.append,
             open_store=self.open, retry_first_s=0.01,
         )  # fmt: skip
-        self.uploads.reach_others_by(self.channel)
+        self.uploads.use_channels(self.channel)
 
     def open(self):
         """The store, after it failed for a while."""
@@ -55,8 +55,8 @@ class Node:
     def hand_in(self, snapshot: SnapshotId, tags: tuple[str, ...] = ()) -> None:
         self.uploads.persist(0, self.stage(snapshot), tags)
 
-    def opened(self, handed: Sequence[Handed] = ()) -> None:
-        self.uploads.opened(handed, self.sealed_of)
+    def opened(self, handed: Sequence[SubmissionEntry] = ()) -> None:
+        self.uploads.epoch_opened(handed, self.sealed_of)
 
     def durable(self) -> list[SnapshotId]:
         return [told[1] for told in self.told if told[2] is not None]
@@ -71,19 +71,19 @@ class Pair:
         self.root, self.other = self.nodes
 
     def era(self, *, root: int = 0) -> None:
-        room = OwnRoom()
+        room = LocalMailbox()
         for node in self.nodes:
             node.room = room
-            node.uploads.new_era(root=node.rank == root)
+            node.uploads.new_generation(root=node.rank == root)
 
     def begin(self) -> None:
         for node in self.nodes:
-            node.uploads.await_open()
+            node.uploads.hold_submissions()
 
     def open(self, resume: SnapshotId | None = None, *, tell: bool = True) -> int:
         number = self.world.opened(self.root.uploads, resume)
         if tell:
-            handed = max((node.uploads.handed for node in self.nodes), key=lambda one: one[0])[1]
+            handed = max((node.uploads.submitted for node in self.nodes), key=lambda one: one[0])[1]
             for node in self.nodes:
                 node.opened(handed)
         return number

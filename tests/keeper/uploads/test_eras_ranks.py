@@ -11,7 +11,7 @@ import pytest
 
 from ckpt.errors import UsageError
 from ckpt.ipc.client import KeeperSpec
-from ckpt.keeper.mailbox import OwnRoom
+from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes.remote_mailbox import LoopChannel
 from ckpt.keeper.uploads.uploads import Uploads
 from ckpt.log.catalog import load_manifest
@@ -32,13 +32,13 @@ class Node:
         self.world = world
         self.first = first
         self.ranks = ranks
-        self.room: OwnRoom | None = None
+        self.room: LocalMailbox | None = None
         self.uploads = Uploads(
             KeeperSpec(job="job", store=str(world.root), compression="off"), ranks=ranks, post=world.calls.put,
-            outcome=lambda *told: None, fenced=world.fences.append, tell=world.events.append,
+            on_outcome=lambda *told: None, on_fenced_text=world.fences.append, emit=world.events.append,
             open_store=lambda: world.store, retry_first_s=0.01,
         )  # fmt: skip
-        self.uploads.reach_others_by(self.channel)
+        self.uploads.use_channels(self.channel)
 
     def channel(self, rank: int) -> LoopChannel:
         room = self.room
@@ -64,18 +64,18 @@ class Job:
         self.step = 0
 
     def era(self) -> None:
-        room = OwnRoom()
+        room = LocalMailbox()
         for node in self.nodes:
             node.room = room
-            node.uploads.new_era(root=node.first == 0)
+            node.uploads.new_generation(root=node.first == 0)
 
     def begin(self) -> int:
         for node in self.nodes:
-            node.uploads.await_open()
+            node.uploads.hold_submissions()
         number: int = self.world.opened(self.nodes[0].uploads, None)
-        handed = max((node.uploads.handed for node in self.nodes), key=lambda one: one[0])[1]
+        handed = max((node.uploads.submitted for node in self.nodes), key=lambda one: one[0])[1]
         for node in self.nodes:
-            node.uploads.opened(handed, node.sealed_of)
+            node.uploads.epoch_opened(handed, node.sealed_of)
         return number
 
     def train(self, epoch: int) -> None:

@@ -7,8 +7,8 @@ import pytest
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import ConflictError, NewerSnapshotError
 from ckpt.ipc.messages import Choice
-from ckpt.keeper.uploads.choices import lineage
-from ckpt.keeper.uploads.store_log import Opening, StoreLog, new_origin
+from ckpt.keeper.uploads.choices import launch_prefix
+from ckpt.keeper.uploads.store_log import FirstOpen, StoreLog, new_origin
 from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
@@ -106,8 +106,8 @@ def test_settling_leaves_the_job_to_whoever_went_on_with_it(make_world, epochs: 
 def test_epoch_to_settle_is_not_opened_over_one_that_came_in_between(make_world) -> None:
     world = make_world()
     pair = _left_behind(world)
-    log = StoreLog(lambda: world.store, job="job", named=True, tell=world.events.append)
-    opening = Opening(pair, {pair: world.origins[1]}, True, new_origin())
+    log = StoreLog(lambda: world.store, job="job", named=True, emit=world.events.append)
+    opening = FirstOpen(pair, {pair: world.origins[1]}, True, new_origin())
     Journal.open(FileBackend(world.root)).open_epoch(resume=FIRST)
     with pytest.raises(ConflictError):
         log.begin(opening)
@@ -190,8 +190,8 @@ def test_records_written_late_carry_the_ids_that_were_given_out(make_world) -> N
     assert {one.epoch: state.write_id_at(one.seq) for one in state.opens} == {
         1: world.origins[1], 3: world.origins[3], 4: again.origin_of(4),
     }  # fmt: skip
-    assert len({lineage(origin) for origin in world.origins.values()}) == 1
-    assert lineage(again.origin_of(4)) != lineage(world.origins[1])
+    assert len({launch_prefix(origin) for origin in world.origins.values()}) == 1
+    assert launch_prefix(again.origin_of(4)) != launch_prefix(world.origins[1])
     again.close(WAIT_S)
 
 

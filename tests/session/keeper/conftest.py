@@ -16,13 +16,13 @@ from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
 from ckpt.ipc.board import Board
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.frames import Wire
-from ckpt.ipc.messages import Message, RemoteError, Report
+from ckpt.ipc.frames import MessageSocket
+from ckpt.ipc.messages import KeeperReport, Message, RemoteError
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.keeper.slots import SharedSlots
-from ckpt.session.staging import Staged
+from ckpt.session.staging import StagedSlot
 from ckpt.staging.slot import SlotPool
 from ckpt.values import SnapshotId, StagedIndex
 
@@ -53,14 +53,14 @@ class FakeKeeper:
         """So many hellos are answered by hanging up."""
         self.busy = 0
         """So many hellos are refused for now."""
-        self.reports: list[Report | None] = []
+        self.reports: list[KeeperReport | None] = []
         """What it says to tools, one after the other; the last one stays."""
         self.spare_fds = 0
         self._values: dict[str, bytes] = {}
-        self._wires: list[Wire] = []
-        self._events: list[Wire] = []
+        self._wires: list[MessageSocket] = []
+        self._events: list[MessageSocket] = []
         self._threads: list[threading.Thread] = []
-        with folder.entered():
+        with folder.in_use():
             self._listening = folder.listen()
         self._start(self._accept)
 
@@ -106,11 +106,11 @@ class FakeKeeper:
                 sock, _ = self._listening.accept()
             except OSError:
                 return
-            wire = Wire(sock)
+            wire = MessageSocket(sock)
             self._wires.append(wire)
             self._start(self._serve, wire)
 
-    def _serve(self, wire: Wire) -> None:
+    def _serve(self, wire: MessageSocket) -> None:
         while (received := wire.receive()) is not None:
             message, fds = received
             with self.changed:
@@ -147,7 +147,7 @@ class FakeKeeper:
                 return answers.Number(number=message.amount + 1), []
             case words.GetBoard():
                 return answers.Done(), [self.board.fd, *[self.board.fd] * self.spare_fds]
-            case words.SlotMade():
+            case words.SlotCreated():
                 self.slots[message.index] = fds[0], message.size_bytes
                 return answers.Done(), []
             case words.GetSlots():
@@ -178,16 +178,16 @@ class Rank:
         self.shared = SharedSlots(link, self.board, 0)
         self.shared.epoch = 1
         self.pool = SlotPool(count=3, data_bytes=4096, header_bytes=8192, prefault=False, regions=self.shared)
-        self.persister = KeeperPersister(link, self.shared, tell=self.events.append)
+        self.persister = KeeperPersister(link, self.shared, emit=self.events.append)
 
-    def stage(self, step: int = 10) -> Staged:
+    def stage(self, step: int = 10) -> StagedSlot:
         slot = self.pool.acquire()
         assert slot is not None
         pin = slot.pin()
         slot.begin()
         index = StagedIndex(snapshot=SnapshotId(1, step), rank=0, world_size=2, shards=())
         slot.seal(index)
-        return Staged(slot, index, pin, {"g": (2, "d")})
+        return StagedSlot(slot, index, pin, {"g": (2, "d")})
 
     def close(self) -> None:
         self.pool.close()

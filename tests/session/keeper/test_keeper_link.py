@@ -13,9 +13,9 @@ from ckpt.errors import CkptError, FencedError, IntegrityError, UnavailableError
 from ckpt.format.keys import pack_key, writer_name
 from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words
-from ckpt.ipc.mailbox import wait_for
+from ckpt.ipc.mailbox import wait_for_message
 from ckpt.ipc.messages import Retention
-from ckpt.session.keeper.connection import KNOWN_MAX, KeeperLink
+from ckpt.session.keeper.connection import KNOWN_CHUNKS_MAX, KeeperLink
 from ckpt.staging.slot import read_slot
 from ckpt.values import ChunkLocation, Codec, SnapshotId
 
@@ -48,7 +48,7 @@ def test_link_is_the_channel_of_its_rank(keeper, link: KeeperLink) -> None:
     assert link.peek("a") is None
     assert link.wait("a", 0.01) is None
     threading.Thread(target=lambda: (keeper.wait(words.Peek, 3), link.post("a", b"\xff\x00"))).start()
-    assert wait_for(link, "a", timeout_s=WAIT_S, what="a word") == b"\xff\x00"
+    assert wait_for_message(link, "a", timeout_s=WAIT_S, awaited="a word") == b"\xff\x00"
     assert link.count("n", 4) == 5
     link.forget("a")
     keeper.wait(words.Forget)
@@ -109,10 +109,10 @@ def test_words_about_the_trainer_reach_the_keeper(keeper, link: KeeperLink) -> N
 @pytest.mark.slow
 def test_more_known_chunks_than_a_message_holds_are_cut_off(keeper, link: KeeperLink) -> None:
     place = ChunkLocation(pack_key(SNAPSHOT, writer_name("n" * 64, "f" * 16), 0), 2**40, 4 << 20, 4 << 20, Codec.RAW)
-    link.known(SNAPSHOT, {n.to_bytes(16, "big"): place for n in range(KNOWN_MAX + 5)})
-    (word,) = keeper.wait(words.Known)
-    assert isinstance(word, words.Known)
-    assert len(word.digests) == len(word.locations) == KNOWN_MAX
+    link.known(SNAPSHOT, {n.to_bytes(16, "big"): place for n in range(KNOWN_CHUNKS_MAX + 5)})
+    (word,) = keeper.wait(words.VerifiedChunks)
+    assert isinstance(word, words.VerifiedChunks)
+    assert len(word.digests) == len(word.locations) == KNOWN_CHUNKS_MAX
 
 
 def test_fence_is_told_even_to_who_listens_late(keeper, link: KeeperLink) -> None:
@@ -153,7 +153,7 @@ def test_next_keeper_is_given_board_and_slots(make_keeper, keeper, link: KeeperL
     link.reconnect(rank.board)
     rank.shared.hand_in_again(rank.pool.slots)
     assert link.lost is None
-    assert [type(one) for one in heir.heard if not isinstance(one, words.Hello)] == [words.BoardKept, words.SlotMade]
+    assert [type(one) for one in heir.heard if not isinstance(one, words.Hello)] == [words.BoardKept, words.SlotCreated]
     ((_, region),) = link.slots(0)
     region.close()
     link.close()

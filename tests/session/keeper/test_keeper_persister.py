@@ -72,12 +72,12 @@ def test_outcome_of_an_earlier_attempt_is_told_and_disturbs_nothing(keeper, rank
 def test_base_is_named_before_the_first_snapshot_only(keeper, rank) -> None:
     places = {digest(b"%d" % n): ChunkLocation("packs/p", n, 1, 1, Codec.RAW) for n in range(3)}
     rank.persister.refer_to(SnapshotId(0, 9), places)
-    (word,) = keeper.wait(words.Known)
-    assert word == words.Known(base=SnapshotId(0, 9), digests=tuple(places), locations=tuple(places.values()))
+    (word,) = keeper.wait(words.VerifiedChunks)
+    assert word == words.VerifiedChunks(base=SnapshotId(0, 9), digests=tuple(places), locations=tuple(places.values()))
     rank.persister.submit(rank.stage(), tags=())
     rank.persister.refer_to(SnapshotId(0, 9), places)
     keeper.wait(words.Persist)
-    assert len(keeper.wait(words.Known)) == 1
+    assert len(keeper.wait(words.VerifiedChunks)) == 1
     rank.persister.abandon()
 
 

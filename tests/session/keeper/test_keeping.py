@@ -15,13 +15,13 @@ from ckpt.errors import UnavailableError, UsageError
 from ckpt.events import Event
 from ckpt.ipc import messages as words
 from ckpt.ipc.client import KeeperSpec, ensure_keeper
-from ckpt.ipc.mailbox import SoloChannel
+from ckpt.ipc.mailbox import SoloMailbox
 from ckpt.session.keeper import attachment as keeping
-from ckpt.session.keeper.attachment import Seat, link_in_place
+from ckpt.session.keeper.attachment import SupervisedTrainer, connect_in_place
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.keeper.persister import KeeperPersister
 from ckpt.session.keeper.slots import SharedSlots
-from ckpt.session.options import Options
+from ckpt.session.options import SessionOptions
 from ckpt.session.saving import Saving
 from ckpt.session.session import Session
 from ckpt.staging.slot import read_slot
@@ -47,10 +47,10 @@ def test_without_starting_one_a_keeper_that_ends_is_an_error(keeper: FakeKeeper)
 
 
 def test_busy_keeper_is_waited_for_and_that_is_told_once(keeper: FakeKeeper, monkeypatch) -> None:
-    monkeypatch.setattr(keeping, "BUSY_LOOK_S", 0.001)
+    monkeypatch.setattr(keeping, "BUSY_POLL_S", 0.001)
     keeper.busy = 3
     told: list[Event] = []
-    link = link_in_place(SPEC, SoloChannel(), tell=told.append)
+    link = connect_in_place(SPEC, SoloMailbox(), emit=told.append)
     assert link is not None
     assert [(event.kind, event.alarm) for event in told] == [("keeper-busy", False)]
     assert "still bringing step 3" in told[0].text
@@ -58,11 +58,11 @@ def test_busy_keeper_is_waited_for_and_that_is_told_once(keeper: FakeKeeper, mon
 
 
 def test_keeper_that_stays_busy_is_given_up_with_an_alarm(keeper: FakeKeeper, monkeypatch) -> None:
-    monkeypatch.setattr(keeping, "BUSY_LOOK_S", 0.001)
+    monkeypatch.setattr(keeping, "BUSY_POLL_S", 0.001)
     monkeypatch.setattr(keeping, "BUSY_WAIT_S", 1.0)
     keeper.busy = 10**6
     told: list[Event] = []
-    assert link_in_place(SPEC, SoloChannel(), tell=told.append) is None
+    assert connect_in_place(SPEC, SoloMailbox(), emit=told.append) is None
     assert [(event.kind, event.alarm) for event in told] == [("keeper-busy", False), ("no-keeper", True)]
 
 
@@ -74,7 +74,7 @@ def seated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     store = tmp_path / "run"
     spec = KeeperSpec(job="run", store=str(store))
     ensure_keeper(spec).close()
-    monkeypatch.setattr(keeping, "_seat", Seat(launch="l", attempt=0, rank=0, ranks=1, spec=spec))
+    monkeypatch.setattr(keeping, "_seat", SupervisedTrainer(launch="l", attempt=0, rank=0, ranks=1, spec=spec))
     yield store
 
 
@@ -108,9 +108,9 @@ def test_exception_does_not_wait_for_what_the_keeper_has(link: KeeperLink) -> No
     board = link.board()
     slots = SharedSlots(link, board, 0)
     slots.epoch = 1
-    saving = Saving(SoloChannel(), Options(), lambda event: None)
-    saving.use(slots)
-    saving.go_on_kept(KeeperPersister(link, slots, tell=lambda event: None), origin="o")
+    saving = Saving(SoloMailbox(), SessionOptions(), lambda event: None)
+    saving.use_regions(slots)
+    saving.write_through_keeper(KeeperPersister(link, slots, emit=lambda event: None), origin="o")
     pending = saving.snapshot(STATE, SnapshotId(1, 1), metadata={}, tags=())
     began_s = time.monotonic()
     saving.abandon()
@@ -125,15 +125,15 @@ def test_exception_does_not_wait_for_what_the_keeper_has(link: KeeperLink) -> No
 @pytest.mark.parametrize("error", [UnavailableError("gone"), RuntimeError("broken pipe")])
 def test_rank_0_that_is_gone_hides_no_exception_of_the_user(make_channels, monkeypatch, error: Exception) -> None:
     _, channel = make_channels(2)
-    monkeypatch.setattr(keeping, "connect", lambda *, name: channel)
+    monkeypatch.setattr(keeping, "connect_ranks", lambda *, name: channel)
 
     def post(key: str, value: bytes) -> None:
         raise error
 
     told: list[Event] = []
     for how in ("exception", "end"):
-        session = Session(MemoryBackend("job"), Options())
-        session.tell = told.append
+        session = Session(MemoryBackend("job"), SessionOptions())
+        session.emit = told.append
         session.join()
         monkeypatch.setattr(channel, "post", post)
         if how == "exception":

@@ -20,8 +20,8 @@ from ckpt.events import Event
 from ckpt.log.journal import Journal
 from ckpt.session.keeper import attachment as keeping
 from ckpt.session.keeper import connection as keeper_link
-from ckpt.session.options import Options
-from ckpt.session.restoring import Rules
+from ckpt.session.options import SessionOptions
+from ckpt.session.restoring import FillRules
 from ckpt.session.session import Session
 from ckpt.values import SnapshotId
 
@@ -41,7 +41,7 @@ def state(value: float = 1.0) -> dict[str, object]:
 
 
 def keeper_of(session: Session) -> int:
-    link = session.join().keeping.link
+    link = session.join().attachment.link
     assert link is not None
     return link.welcome.pid
 
@@ -52,7 +52,7 @@ def kill_keeper(*sessions: Session) -> int:
     os.kill(pid, signal.SIGKILL)
     until_s = time.monotonic() + WAIT_S
     for session in sessions:
-        link = session.join().keeping.link
+        link = session.join().attachment.link
         while link is not None and link.lost is None:
             assert time.monotonic() < until_s, "nobody noticed"
             time.sleep(0.002)
@@ -61,8 +61,8 @@ def kill_keeper(*sessions: Session) -> int:
 
 def run_of(store: Path) -> tuple[Session, list[Event]]:
     """A run of a world of one that is open, and what it tells."""
-    session, told = Session(str(store), Options()), []
-    session.tell = told.append
+    session, told = Session(str(store), SessionOptions()), []
+    session.emit = told.append
     session.open_run()
     session.track({"w": {"w": torch.ones(8)}})
     return session, told
@@ -98,7 +98,7 @@ def test_line_goes_on_from_the_last_pair_that_only_memory_held(store: Path) -> N
     assert session.snapshot(4, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S).id == SnapshotId(2, 4)
     assert session.stage(5, metadata={})
     assert opens(store) == [(1, None), (2, SnapshotId(1, 3))]
-    link = session.join().keeping.link
+    link = session.join().attachment.link
     assert link is not None
     assert [(one.snapshot, one.tier) for one in link.choices()][:2] == [
         (SnapshotId(2, 5), "staged"),
@@ -127,7 +127,7 @@ def test_without_another_keeper_this_process_goes_on_alone(store: Path, monkeypa
     def none(spec: object, *, start: bool) -> None:
         raise UnavailableError("no keeper can be started")
 
-    monkeypatch.setattr(keeper_link, "connections", none)
+    monkeypatch.setattr(keeper_link, "open_connections", none)
     for step in range(2, 8):
         assert session.snapshot(step, metadata={}, tags=(), wait_s=WAIT_S).durable(WAIT_S).id == SnapshotId(2, step)
     assert session.stage(9, metadata={})
@@ -184,11 +184,11 @@ class Ranks:
     def __init__(self, store: Path, make_channels: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
         made, mine = make_channels(2), threading.local()
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        monkeypatch.setattr(keeping, "connect", lambda *, name: made[mine.rank])
+        monkeypatch.setattr(keeping, "connect_ranks", lambda *, name: made[mine.rank])
 
         def begin(rank: int) -> Session:
             mine.rank = rank
-            session = Session(str(store), Options())
+            session = Session(str(store), SessionOptions())
             session.open_run()
             session.track({"w": {"w": torch.full((8,), float(rank))}})
             return session
@@ -220,7 +220,7 @@ def test_rank_0_decides_for_all_and_what_another_rank_missed_is_refused(
         def none(spec: object, *, start: bool) -> None:
             raise UnavailableError("no keeper can be started")
 
-        monkeypatch.setattr(keeper_link, "connections", none)
+        monkeypatch.setattr(keeper_link, "open_connections", none)
     second = {rank: ranks.save(rank, 2) for rank in (first, 1 - first)}
     third = [ranks.save(rank, 3) for rank in range(2)]
     assert ranks.durable(third) == {SnapshotId(2, 3)}
@@ -247,10 +247,10 @@ def test_ranks_that_restore_after_the_death_open_their_epoch_together(
         def none(spec: object, *, start: bool) -> None:
             raise UnavailableError("no keeper can be started")
 
-        monkeypatch.setattr(keeper_link, "connections", none)
+        monkeypatch.setattr(keeper_link, "open_connections", none)
 
     def back(session: Session) -> ckpt.Pending:
-        session.restore(state(), session.newest_first, Rules())
+        session.restore(state(), session.newest_first, FillRules())
         return session.save(state(), 2, metadata={}, tags=())
 
     assert ranks.durable(list(ranks.pool.map(back, ranks.sessions))) == {SnapshotId(2, 2)}

@@ -16,10 +16,10 @@ import ckpt
 from ckpt.events import Event
 from ckpt.ipc import messages as words
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.messages import Report
+from ckpt.ipc.messages import KeeperReport
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.session import log as settled
-from ckpt.session.log import await_settled, unsettled
+from ckpt.session.log import await_final_flush, unflushed
 from ckpt.values import SnapshotId, SnapshotInfo
 
 from .conftest import SPEC, FakeKeeper
@@ -29,11 +29,11 @@ WAIT_S = 60.0
 
 def report(
     *, state: str = "lingering", complete: int | None = None, durable: int | None = None, uploads: int = 0
-) -> Report:
+) -> KeeperReport:
     info = None if durable is None else SnapshotInfo(
         epoch=1, step=durable, world_size=1, size_bytes=1, new_bytes=1, created_unix_s=0.0
     )  # fmt: skip
-    return Report(
+    return KeeperReport(
         job="job", store="/store", pid=2, boot="b", launch="l", attempt=0, epoch=1, state=state, since_s=1.0,
         complete=None if complete is None else SnapshotId(1, complete), durable=info, uploads=uploads, slot_bytes=0,
         rss_bytes=0, ranks=(), recoveries=(),
@@ -54,8 +54,10 @@ def report(
         (report(state="in place", complete=5, uploads=1), None),
     ],
 )
-def test_only_what_a_keeper_without_users_still_settles_is_waited_for(said: Report | None, left: str | None) -> None:
-    found = unsettled(said)
+def test_only_what_a_keeper_without_users_still_settles_is_waited_for(
+    said: KeeperReport | None, left: str | None
+) -> None:
+    found = unflushed(said)
     assert found == left if left is None or found is None else left in found
 
 
@@ -65,34 +67,34 @@ def nothing(snapshot: SnapshotId) -> bool:
 
 def test_what_the_store_has_is_not_waited_for(keeper: FakeKeeper) -> None:
     keeper.reports = [report(complete=5)]
-    await_settled(SPEC, lambda event: pytest.fail(event.text), has=lambda pair: pair == SnapshotId(1, 5))
+    await_final_flush(SPEC, lambda event: pytest.fail(event.text), has=lambda pair: pair == SnapshotId(1, 5))
 
 
 def test_no_keeper_is_no_wait(folder: JobFolder) -> None:
-    await_settled(SPEC, lambda event: pytest.fail(event.text), has=nothing)
+    await_final_flush(SPEC, lambda event: pytest.fail(event.text), has=nothing)
 
 
 def test_it_waits_until_the_newest_pair_is_durable_and_tells_once(keeper: FakeKeeper, monkeypatch) -> None:
-    monkeypatch.setattr(settled, "LOOK_S", 0.001)
+    monkeypatch.setattr(settled, "FLUSH_POLL_S", 0.001)
     keeper.reports = [report(complete=5, durable=4)] * 3 + [report(complete=5, durable=5)]
     told: list[Event] = []
-    await_settled(SPEC, told.append, has=nothing)
+    await_final_flush(SPEC, told.append, has=nothing)
     assert [(event.kind, event.alarm) for event in told] == [("settling", False)]
     assert len(keeper.wait(words.GetStatus)) == 4
     assert [one.role for one in keeper.wait(words.Hello)] == ["tool"]
 
 
 def test_waiting_is_bounded_and_the_bound_is_told(keeper: FakeKeeper, monkeypatch) -> None:
-    monkeypatch.setattr(settled, "LOOK_S", 0.001)
+    monkeypatch.setattr(settled, "FLUSH_POLL_S", 0.001)
     keeper.reports = [report(complete=5)]
     told: list[Event] = []
-    await_settled(SPEC, told.append, has=nothing, timeout_s=1.0)
+    await_final_flush(SPEC, told.append, has=nothing, timeout_s=1.0)
     assert [(event.kind, event.alarm) for event in told] == [("settling", False), ("unsettled", True)]
 
 
 def test_keeper_that_ends_meanwhile_is_waited_for_no_longer(keeper: FakeKeeper) -> None:
     keeper.reports = [report(complete=5)]
-    waiting = threading.Thread(target=await_settled, args=(SPEC, lambda event: None), kwargs={"has": nothing})
+    waiting = threading.Thread(target=await_final_flush, args=(SPEC, lambda event: None), kwargs={"has": nothing})
     waiting.start()
     keeper.wait(words.GetStatus)
     keeper.die()
@@ -120,10 +122,10 @@ def test_restoring_says_no_hello_as_a_trainer_and_reads_the_store(tmp_path: Path
 
 DIES = """
 import os, sys, torch
-from ckpt.session.options import Options
+from ckpt.session.options import SessionOptions
 from ckpt.session.session import Session
 
-session = Session(sys.argv[1], Options())
+session = Session(sys.argv[1], SessionOptions())
 session.open_run()
 w = torch.ones(1 << 20)
 session.track({"w": {"w": w}})
@@ -142,13 +144,13 @@ def test_what_a_dead_run_left_in_memory_is_restored_from_the_store_and_its_keepe
     monkeypatch.setenv("CKPT_RUNTIME_DIR", str(tmp_path / "keepers"))
     store = tmp_path / "run"
     assert run([sys.executable, "-c", DIES, str(store)], check=False).returncode == 9
-    note = JobFolder(str(store), "run").note()
+    note = JobFolder(str(store), "run").read_info()
     assert note is not None
     try:
         found = {"w": {"w": torch.zeros(1 << 20)}}
         with ckpt.Checkpointer(store) as c:
             assert c.restore(found).step == 2
-            assert c._session.join().keeping.link is None
+            assert c._session.join().attachment.link is None
         assert torch.equal(found["w"]["w"], torch.full((1 << 20,), 2.0))
         os.kill(note.pid, 0)
     finally:

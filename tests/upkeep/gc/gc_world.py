@@ -20,8 +20,8 @@ from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.sweep import sweep
-from ckpt.save.chunks import OFF, thin
-from ckpt.save.packs import Limits, persist, put_part
+from ckpt.save.chunks import NO_COMPRESSION, plan_repacking
+from ckpt.save.packs import PersistLimits, persist, put_part
 from ckpt.testing.crashes import CrashingBackend, CrashMode
 from ckpt.testing.sample import Piece, stage, tensor
 from ckpt.values import ChunkLocation, Digest, SnapshotId
@@ -153,11 +153,11 @@ class Process:
             known = {one: place for one, place in self.known.items() if one in wanted}
             if dice.random() < 0.5:
                 sizes = {place.pack: 4 * 4096 for place in known.values()}
-                known = dict(thin(known, wanted, sizes, budget_bytes=1 << 20).known)
+                known = dict(plan_repacking(known, wanted, sizes, budget_bytes=1 << 20).stored_chunks)
             self.packs += LEAVES
             done = persist(
-                staged, data, known=known, backend=store, writer=f"{self.writer[:-1]}{rank}",
-                pack_start=self.packs, compression=OFF, limits=Limits(pack_bytes_max=PACK_BYTES, puts_max=1),
+                staged, data, stored_chunks=known, backend=store, writer=f"{self.writer[:-1]}{rank}",
+                pack_start=self.packs, compression=NO_COMPRESSION, limits=PersistLimits(pack_bytes_max=PACK_BYTES, puts_max=1),
             )  # fmt: skip
             parts.append(done.part)
             found |= done.locations

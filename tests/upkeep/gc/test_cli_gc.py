@@ -144,7 +144,7 @@ def test_hole_exits_20(ckpt, store) -> None:
 
 def test_several_stores_are_swept_and_one_that_is_gone_exits_11(ckpt, tmp_path: Path) -> None:
     urls = [str(tmp_path / name) for name in "abc"]
-    backend = open_stores(urls, tell=lambda _: None)
+    backend = open_stores(urls, emit=lambda _: None)
     write_sample_store(backend)
     assert backend.await_caught_up(20.0)
     backend.close()

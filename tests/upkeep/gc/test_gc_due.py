@@ -5,7 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt.maintenance.gc.plan import RESTS, ROUND_S, SWEEPS_PER_GRACE, Past, Rest, Round, next_round, sweep_every_s
+from ckpt.maintenance.gc.plan import (
+    REST_FACTOR,
+    ROUND_S,
+    SWEEPS_PER_GRACE,
+    GcHistory,
+    GcIdle,
+    GcRound,
+    next_round,
+    sweep_every_s,
+)
 
 DAY = 86400.0
 seconds = st.floats(0, 10 * DAY)
@@ -13,49 +22,49 @@ seconds = st.floats(0, 10 * DAY)
 
 def test_nothing_is_done_before_the_first_commit() -> None:
     for hurry in (False, True):
-        assert next_round(Past(), 1e9, commits=0, grace_s=0.0, hurry=hurry) == Rest(None)
+        assert next_round(GcHistory(), 1e9, commits=0, grace_s=0.0, hurry=hurry) == GcIdle(None)
 
 
 def test_first_commit_is_followed_by_a_round_at_once_that_sweeps_what_earlier_runs_left() -> None:
-    assert next_round(Past(), 100.0, commits=1, grace_s=DAY) == Round(sweep=True)
+    assert next_round(GcHistory(), 100.0, commits=1, grace_s=DAY) == GcRound(sweep=True)
 
 
 def test_commits_that_come_every_second_give_one_round_in_ten_seconds() -> None:
-    past, rounds = Past(), []
+    past, rounds = GcHistory(), []
     for second in range(100):
         now_s = 1000.0 + second
         found = next_round(past, now_s, commits=second + 1, grace_s=DAY)
-        if isinstance(found, Round):
+        if isinstance(found, GcRound):
             rounds.append(second)
-            past = Past(commits=second + 1, began_s=now_s, ended_s=now_s, swept_s=past.swept_s or now_s)
+            past = GcHistory(commits=second + 1, began_s=now_s, ended_s=now_s, swept_s=past.swept_s or now_s)
     assert rounds == list(range(0, 100, int(ROUND_S)))
 
 
 def test_long_round_is_followed_by_a_rest_of_nine_times_its_length() -> None:
-    past = Past(commits=1, began_s=100.0, ended_s=150.0, swept_s=100.0)
-    assert next_round(past, 150.0, commits=2, grace_s=DAY) == Rest(50.0 * RESTS)
-    assert next_round(past, 150.0 + 50.0 * RESTS, commits=2, grace_s=DAY) == Round(sweep=False)
+    past = GcHistory(commits=1, began_s=100.0, ended_s=150.0, swept_s=100.0)
+    assert next_round(past, 150.0, commits=2, grace_s=DAY) == GcIdle(50.0 * REST_FACTOR)
+    assert next_round(past, 150.0 + 50.0 * REST_FACTOR, commits=2, grace_s=DAY) == GcRound(sweep=False)
 
 
 def test_bytes_go_while_nothing_is_committed() -> None:
-    past = Past(commits=3, began_s=100.0, ended_s=101.0, swept_s=100.0)
+    past = GcHistory(commits=3, began_s=100.0, ended_s=101.0, swept_s=100.0)
     every_s = DAY / SWEEPS_PER_GRACE
-    assert next_round(past, 200.0, commits=3, grace_s=DAY) == Rest(every_s - 100.0)
-    assert next_round(past, 100.0 + every_s, commits=3, grace_s=DAY) == Round(sweep=True)
+    assert next_round(past, 200.0, commits=3, grace_s=DAY) == GcIdle(every_s - 100.0)
+    assert next_round(past, 100.0 + every_s, commits=3, grace_s=DAY) == GcRound(sweep=True)
 
 
 def test_round_that_failed_is_owed_until_one_went_well() -> None:
-    failed = Past(commits=0, began_s=100.0, ended_s=100.5)
-    assert next_round(failed, 105.0, commits=1, grace_s=DAY) == Rest(ROUND_S - 4.5)
-    assert next_round(failed, 111.0, commits=1, grace_s=DAY) == Round(sweep=True)
+    failed = GcHistory(commits=0, began_s=100.0, ended_s=100.5)
+    assert next_round(failed, 105.0, commits=1, grace_s=DAY) == GcIdle(ROUND_S - 4.5)
+    assert next_round(failed, 111.0, commits=1, grace_s=DAY) == GcRound(sweep=True)
 
 
 def test_at_the_end_what_is_owed_is_done_without_rest_and_nothing_else() -> None:
-    past = Past(commits=4, began_s=100.0, ended_s=101.0, swept_s=100.0)
-    assert next_round(past, 101.0, commits=5, grace_s=DAY, hurry=True) == Round(sweep=False)
-    assert next_round(past, 101.0, commits=5, grace_s=0.0, hurry=True) == Round(sweep=True)
-    assert next_round(past, 101.0, commits=4, grace_s=0.0, hurry=True) == Rest(None)
-    assert next_round(past, 100.0 + DAY, commits=4, grace_s=DAY, hurry=True) == Round(sweep=True)
+    past = GcHistory(commits=4, began_s=100.0, ended_s=101.0, swept_s=100.0)
+    assert next_round(past, 101.0, commits=5, grace_s=DAY, hurry=True) == GcRound(sweep=False)
+    assert next_round(past, 101.0, commits=5, grace_s=0.0, hurry=True) == GcRound(sweep=True)
+    assert next_round(past, 101.0, commits=4, grace_s=0.0, hurry=True) == GcIdle(None)
+    assert next_round(past, 100.0 + DAY, commits=4, grace_s=DAY, hurry=True) == GcRound(sweep=True)
 
 
 @given(
@@ -64,14 +73,14 @@ def test_at_the_end_what_is_owed_is_done_without_rest_and_nothing_else() -> None
 def test_whoever_rests_as_told_comes_to_a_round(
     done: int, new: int, began_s: float, took_s: float, swept_s: float | None, grace_s: float, hurry: bool
 ) -> None:
-    past = Past(commits=done, began_s=began_s, ended_s=began_s + took_s, swept_s=swept_s)
+    past = GcHistory(commits=done, began_s=began_s, ended_s=began_s + took_s, swept_s=swept_s)
     now_s = began_s + took_s
     found = next_round(past, now_s, commits=done + new, grace_s=grace_s, hurry=hurry)
-    if isinstance(found, Rest) and found.seconds is not None:
+    if isinstance(found, GcIdle) and found.seconds is not None:
         assert found.seconds > 0
-        longest_s = max(ROUND_S, RESTS * took_s + 1, sweep_every_s(grace_s) + began_s + took_s)
+        longest_s = max(ROUND_S, REST_FACTOR * took_s + 1, sweep_every_s(grace_s) + began_s + took_s)
         assert found.seconds <= longest_s
         later = next_round(past, now_s + found.seconds + 1e-3, commits=done + new, grace_s=grace_s, hurry=hurry)
-        assert isinstance(later, Round)
-    elif isinstance(found, Rest):
+        assert isinstance(later, GcRound)
+    elif isinstance(found, GcIdle):
         assert hurry or done + new == 0

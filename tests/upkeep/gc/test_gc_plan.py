@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt.format.records import Body, Commit, Drop, Open, Tag, make_record
-from ckpt.log.fold import empty, fold, verdict
+from ckpt.log.fold import empty, fold, void_if_appended
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.plan import NEWEST, NONE_WHOLE, WHOLE, by_worth, plan_gc
+from ckpt.maintenance.gc.plan import NEWEST, NEWEST_INTACT, NONE_INTACT, plan_gc, restore_order
 from ckpt.maintenance.retention import KeepPolicy, keep_best, keep_every, keep_for, keep_last, keep_tagged
 from ckpt.values import SnapshotId, SnapshotInfo
 
@@ -29,7 +29,7 @@ class Log:
         """Append a record; whether it counts."""
         seq = self.state.next_seq
         record = make_record(body, job="job", seq=seq, epoch=epoch, write_id=f"w{seq}", prev=self.state.head_digest)
-        counts = verdict(self.state, record) is None
+        counts = void_if_appended(self.state, record) is None
         self.state = fold(self.state, [record])
         return counts
 
@@ -57,8 +57,8 @@ def infos(state: LogState, *, problem: frozenset[SnapshotId] = frozenset()) -> l
 
 
 def plan(state: LogState, policy: KeepPolicy | None, whole: SnapshotId | str | None = "newest"):
-    found = (by_worth(state) or (None,))[0] if whole == "newest" else whole
-    return plan_gc(state, infos(state), policy, now_unix_s=NOW, whole=found)
+    found = (restore_order(state) or (None,))[0] if whole == "newest" else whole
+    return plan_gc(state, infos(state), policy, now_unix_s=NOW, intact=found)
 
 
 def straight(*steps: int) -> Log:
@@ -92,14 +92,14 @@ def test_without_a_policy_nothing_is_dropped_but_the_floor_rises() -> None:
 def test_newest_that_is_not_whole_stays_beside_the_one_that_is() -> None:
     found = plan(straight(10, 20, 30, 40).state, keep_tagged(), whole=SnapshotId(1, 20))
     assert found.drops == (SnapshotId(1, 10), SnapshotId(1, 30))
-    assert [one.why for one in found.judged if one.kept] == [(WHOLE,), (NEWEST,)]
+    assert [one.why for one in found.judged if one.kept] == [(NEWEST_INTACT,), (NEWEST,)]
     assert found.floor == SnapshotId(1, 20), "what is newer than the one that can be restored may still be wanted"
 
 
 def test_where_nothing_is_whole_nothing_is_dropped() -> None:
     found = plan(straight(10, 20, 30).state, keep_last(1), whole=None)
     assert found.empty
-    assert [one.why for one in found.judged] == [(NONE_WHOLE,), (NONE_WHOLE,), (NEWEST, "last=1")]
+    assert [one.why for one in found.judged] == [(NONE_INTACT,), (NONE_INTACT,), (NEWEST, "last=1")]
 
 
 def test_snapshots_off_the_line_are_judged_by_all_rules_but_last() -> None:
@@ -168,7 +168,7 @@ def test_log_counts_what_a_plan_records_and_a_second_plan_has_nothing_left(
     policy = rules[0]
     for rule in rules[1:]:
         policy |= rule
-    best = by_worth(log.state)
+    best = restore_order(log.state)
     whole = best[min(older, len(best) - 1)] if best else None
     found = plan(log.state, policy, whole)
     before = log.state
@@ -181,7 +181,7 @@ def test_log_counts_what_a_plan_records_and_a_second_plan_has_nothing_left(
         assert log.add(Drop(found.drops, found.floor), before.epoch), log.state.voids[-1:]
     assert {entry.snapshot for entry in log.state.snapshots} == held - set(found.drops)
     assert log.state.newest() == before.newest()
-    assert by_worth(log.state)[:1] == best[:1]
+    assert restore_order(log.state)[:1] == best[:1]
     if whole is None or older == 0:
         assert plan(log.state, policy).empty
 
@@ -199,11 +199,11 @@ def test_newest_committed_snapshot_is_never_dropped_whatever_the_policy_clock_an
     seed: int, rules: list[KeepPolicy] | None, older: int, now_unix_s: float
 ) -> None:
     state = some_log(seed).state
-    best = by_worth(state)
+    best = restore_order(state)
     whole = best[older] if older < len(best) else None
     damaged = frozenset(best[:older])
     policy = KeepPolicy(tuple(rule for one in rules for rule in one.rules)) if rules else None
-    found = plan_gc(state, infos(state, problem=damaged), policy, now_unix_s=now_unix_s, whole=whole)
+    found = plan_gc(state, infos(state, problem=damaged), policy, now_unix_s=now_unix_s, intact=whole)
     assert not set(best[:1]) & set(found.drops)
     assert state.newest() not in found.drops
     assert whole not in found.drops
@@ -213,11 +213,11 @@ def test_newest_committed_snapshot_is_never_dropped_whatever_the_policy_clock_an
 @pytest.mark.parametrize("seed", range(50))
 def test_damaged_snapshots_are_dropped_unless_a_rule_names_them(seed: int) -> None:
     state = some_log(seed).state
-    best = by_worth(state)
+    best = restore_order(state)
     if len(best) < 3:
         return
     damaged = frozenset(best[1:2])
-    found = plan_gc(state, infos(state, problem=damaged), keep_last(2), now_unix_s=NOW, whole=best[0])
+    found = plan_gc(state, infos(state, problem=damaged), keep_last(2), now_unix_s=NOW, intact=best[0])
     by_pair = {one.info.id: one for one in found.judged}
     assert by_pair[best[2]].kept, "a damaged one does not take the place of one that can be read"
     assert by_pair[best[1]].kept == bool(by_pair[best[1]].info.tags)

@@ -19,9 +19,9 @@ from ckpt.format import keys
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.maintenance.gc import plan as gc_due
-from ckpt.maintenance.gc.drop import fenced_journal, look
+from ckpt.maintenance.gc.drop import fenced_journal, preview
 from ckpt.maintenance.gc.plan import PREFIXES
-from ckpt.maintenance.gc.rounds import GcRounds, Keep
+from ckpt.maintenance.gc.rounds import GcRounds, RetentionSettings
 from ckpt.maintenance.retention import KeepPolicy, keep_last, keep_tagged
 from ckpt.restore.verify import verify
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
@@ -44,7 +44,7 @@ class Rounds:
         self, store: Backend, policy: KeepPolicy, *, grace_s: float = 0.0, epoch: Callable[[], int] = lambda: 1,
         wall: Callable[[], float] = time.time,
     ) -> GcRounds:  # fmt: skip
-        keep = Keep(policy=policy, grace_s=grace_s)
+        keep = RetentionSettings(policy=policy, grace_s=grace_s)
         return self.make(store, keep, epoch=epoch, tell=self.events.append, wall=wall)
 
     def told(self, kind: str) -> list[Event]:
@@ -103,9 +103,9 @@ def objects(store: Backend) -> set[str]:
 def test_commit_is_followed_by_what_gc_would_do(rounds: Rounds) -> None:
     store = MemoryBackend()
     writer = write_sample_store(store, steps=STEPS)
-    planned = look(store, writer.journal.refresh(), keep_last(1), now_unix_s=time.time())
+    planned = preview(store, writer.journal.refresh(), keep_last(1), now_unix_s=time.time())
     made = rounds.over(store, keep_last(1))
-    made.committed()
+    made.on_commit()
     assert made.await_idle(WAIT_S)
     assert steps(store) == [20, 40] == [one.info.step for one in planned.judged if one.kept]
     assert objects(store) == needed(store)
@@ -120,7 +120,7 @@ def test_nothing_is_done_before_something_was_committed(rounds: Rounds) -> None:
     write_sample_store(store, steps=STEPS)
     before = everything(store)
     made = rounds.over(store, keep_last(1))
-    made.hurry()
+    made.start_last_round()
     assert made.idle
     made.stop(WAIT_S)
     assert everything(store) == before
@@ -131,7 +131,7 @@ def test_bytes_stay_for_the_grace(rounds: Rounds) -> None:
     write_sample_store(store, steps=STEPS)
     before = objects(store)
     made = rounds.over(store, keep_last(1), grace_s=3600.0)
-    made.committed()
+    made.on_commit()
     assert made.await_idle(WAIT_S)
     assert steps(store) == [20, 40]
     assert objects(store) == before
@@ -141,13 +141,13 @@ def test_commits_that_come_at_once_make_one_round(rounds: Rounds) -> None:
     store = MemoryBackend()
     writer = write_sample_store(store, steps=STEPS)
     made = rounds.over(store, keep_last(1))
-    made.committed()
+    made.on_commit()
     assert made.await_idle(WAIT_S)
     writer.write(SnapshotId(1, 50), sample_ranks(50))
-    made.committed()
+    made.on_commit()
     assert made.await_idle(WAIT_S)
     assert steps(store) == [20, 40, 50], "not yet: a round was just over"
-    made.hurry()
+    made.start_last_round()
     assert made.await_idle(WAIT_S)
     assert steps(store) == [20, 50]
 
@@ -158,7 +158,7 @@ def test_rounds_go_on_with_the_job(rounds: Rounds, quick: None) -> None:
     made = rounds.over(store, keep_last(2))
     for step in range(50, 90, 10):
         writer.write(SnapshotId(1, step), sample_ranks(step))
-        made.committed()
+        made.on_commit()
         until(lambda step=step: steps(store) == [20, step - 10, step])
 
 
@@ -168,7 +168,7 @@ def test_whoever_was_overtaken_drops_nothing(rounds: Rounds) -> None:
     assert Journal.open(store).open_epoch(resume=SnapshotId(1, 30)) == 2
     before = everything(store)
     made = rounds.over(store, keep_last(1))
-    made.committed()
+    made.on_commit()
     assert made.await_idle(WAIT_S)
     assert everything(store) == before
     until(lambda: rounds.told("gc-fenced"))
@@ -185,7 +185,7 @@ def test_epoch_opened_between_the_decision_and_its_record_makes_the_record_impos
             opened.append(Journal.open(store).open_epoch(resume=SnapshotId(1, 10)))
 
     made = rounds.over(Watched(store, before), keep_tagged())
-    made.committed()
+    made.on_commit()
     assert made.await_idle(WAIT_S)
     assert opened == [2]
     state = Journal.open(store).refresh()
@@ -224,7 +224,7 @@ def test_store_that_does_not_answer_is_told_once_and_tried_again(rounds: Rounds,
             raise UnavailableError("the store is down.")
 
     made = rounds.over(Watched(inner, before), keep_last(1))
-    made.committed()
+    made.on_commit()
     until(lambda: tries[0] > 5)
     assert steps(inner) == list(STEPS)
     assert [event.alarm for event in rounds.told("gc-failed")] == [True]
@@ -244,7 +244,7 @@ def test_what_nobody_foresaw_is_an_alarm_and_the_next_round_comes(rounds: Rounds
         return time.time()
 
     made = rounds.over(store, keep_last(1), wall=wall)
-    made.committed()
+    made.on_commit()
     until(lambda: steps(store) == [20, 40])
     [alarm] = rounds.told("gc-failed")
     assert alarm.facts["code"] == "internal"
@@ -256,7 +256,7 @@ def test_deletes_that_fail_are_left_for_the_next_round(rounds: Rounds, quick: No
     write_sample_store(inner, steps=STEPS)
     store = FaultyBackend(inner, [Fault(op="delete", key=keys.PACKS, harm=Harm.LOST_REQUEST, times=2)])
     made = rounds.over(store, keep_last(1))
-    made.committed()
+    made.on_commit()
     until(lambda: steps(inner) == [20, 40])
     until(lambda: objects(inner) == needed(inner))
     assert [event.alarm for event in rounds.told("sweep-stopped")] == [True]
@@ -266,11 +266,11 @@ def test_nothing_is_begun_while_somebody_restores(rounds: Rounds, quick: None) -
     store = MemoryBackend()
     write_sample_store(store, steps=STEPS)
     made = rounds.over(store, keep_last(1))
-    made.hold()
-    made.committed()
+    made.pause()
+    made.on_commit()
     assert made.idle
     assert steps(store) == list(STEPS)
-    made.let_go()
+    made.resume()
     until(lambda: steps(store) == [20, 40])
 
 
@@ -278,9 +278,9 @@ def test_end_of_the_job_waits_for_no_restore(rounds: Rounds) -> None:
     store = MemoryBackend()
     write_sample_store(store, steps=STEPS)
     made = rounds.over(store, keep_last(1))
-    made.hold()
-    made.committed()
-    made.hurry()
+    made.pause()
+    made.on_commit()
+    made.start_last_round()
     assert made.await_idle(WAIT_S)
     assert steps(store) == [20, 40]
 
@@ -296,11 +296,11 @@ def test_end_that_comes_in_the_middle_of_a_round_is_followed_by_one_more(rounds:
             assert go_on.wait(WAIT_S)
 
     made = rounds.over(Watched(store, before), keep_last(1))
-    made.committed()
+    made.on_commit()
     assert sweeps.wait(WAIT_S)
     writer.write(SnapshotId(1, 50), sample_ranks(50))
-    made.committed()
-    made.hurry()
+    made.on_commit()
+    made.start_last_round()
     go_on.set()
     assert made.await_idle(WAIT_S)
     assert steps(store) == [20, 50]
@@ -318,7 +318,7 @@ def test_stop_waits_no_longer_than_it_is_told_and_nothing_is_told_after_it(round
             assert go_on.wait(WAIT_S)
 
     made = rounds.over(Watched(store, before), keep_last(1))
-    made.committed()
+    made.on_commit()
     assert hangs.wait(WAIT_S)
     assert not made.idle
     began_s = time.monotonic()
@@ -332,15 +332,15 @@ def test_stop_waits_no_longer_than_it_is_told_and_nothing_is_told_after_it(round
 
 def test_too_few_stores_drop_nothing(rounds: Rounds) -> None:
     inner = [MemoryBackend(str(place)) for place in range(3)]
-    whole = ReplicatedBackend(inner, tell=lambda _: None, seed=1)
+    whole = ReplicatedBackend(inner, emit=lambda _: None, seed=1)
     write_sample_store(whole, steps=STEPS)
     assert whole.await_caught_up(WAIT_S)
     whole.close()
     before = [everything(one) for one in inner]
     dead = [FaultyBackend(one, [Fault(harm=Harm.LOST_REQUEST, times=None)]) for one in inner[1:]]
-    partly = ReplicatedBackend([inner[0], *dead], tell=lambda _: None, seed=1)
+    partly = ReplicatedBackend([inner[0], *dead], emit=lambda _: None, seed=1)
     made = rounds.over(partly, keep_last(1))
-    made.committed()
+    made.on_commit()
     assert made.await_idle(WAIT_S)
     made.stop(WAIT_S)
     partly.close()
@@ -354,7 +354,7 @@ def test_restore_that_began_before_the_drop_reads_all_within_the_grace(rounds: R
     made = rounds.over(store, keep_last(1), grace_s=3600.0)
     for step in range(50, 70, 10):
         writer.write(SnapshotId(1, step), sample_ranks(step))
-        made.committed()
+        made.on_commit()
         until(lambda step=step: steps(store) == [20, step])
     assert verify(index, store).ok
 
@@ -368,14 +368,14 @@ def test_another_process_goes_on_where_a_round_died(rounds: Rounds) -> None:
             raise SystemExit
 
     first = rounds.over(Watched(store, dies), keep_last(1))
-    first.committed()
+    first.on_commit()
     assert first.await_idle(WAIT_S)
     assert objects(store) > needed(store)
     fresh = SampleWriter(store)
     epoch = fresh.open_epoch(resume=writer.journal.refresh().newest())
     fresh.write(SnapshotId(epoch, 50), sample_ranks(50))
     second = rounds.over(store, keep_last(1), epoch=lambda: epoch)
-    second.committed()
+    second.on_commit()
     assert second.await_idle(WAIT_S)
     assert steps(store) == [20, 50]
     assert objects(store) == needed(store)

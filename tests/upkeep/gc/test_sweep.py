@@ -22,9 +22,9 @@ from ckpt.format import keys
 from ckpt.log.journal import Journal
 from ckpt.log.state import Hole
 from ckpt.maintenance.gc import sweep as sweep_refs
-from ckpt.maintenance.gc.drop import drop, look, newest_whole
-from ckpt.maintenance.gc.plan import PREFIXES, WHOLE, Verdict
-from ckpt.maintenance.gc.sweep import PROBES, SweepReport, sweep
+from ckpt.maintenance.gc.drop import drop, newest_intact, preview
+from ckpt.maintenance.gc.plan import NEWEST_INTACT, PREFIXES, ObjectStatus
+from ckpt.maintenance.gc.sweep import CLOCK_PROBES, SweepReport, sweep
 from ckpt.maintenance.retention import keep_last, keep_tagged
 from ckpt.testing.crashes import CrashMode, run_in_child
 from ckpt.testing.faults import Fault, FaultyBackend, Harm
@@ -65,7 +65,7 @@ def test_sweep_deletes_what_was_dropped_and_nothing_else(store: Backend) -> None
     assert report.stores[0].deleted == len(gone) - len(shared & objects(store))
     assert sorted(stat.key for stat in store.list("") if stat.key not in objects(store)) == others
     again = swept(store)
-    assert (again.stores[0].deleted, again.stores[0].objects[Verdict.GARBAGE]) == (0, 0)
+    assert (again.stores[0].deleted, again.stores[0].objects[ObjectStatus.GARBAGE]) == (0, 0)
 
 
 def test_dry_run_counts_what_would_go_and_deletes_nothing(store: Backend) -> None:
@@ -73,10 +73,10 @@ def test_dry_run_counts_what_would_go_and_deletes_nothing(store: Backend) -> Non
     state = writer.journal.drop([SnapshotId(1, 10)])
     before = objects(store)
     report = sweep(store, state, grace_s=0.0, dry_run=True)
-    assert report.stores[0].objects[Verdict.GARBAGE] > 0
+    assert report.stores[0].objects[ObjectStatus.GARBAGE] > 0
     assert report.stores[0].deleted == 0
     assert objects(store) == before
-    assert sweep(store, state, grace_s=0.0).stores[0].deleted == report.stores[0].objects[Verdict.GARBAGE]
+    assert sweep(store, state, grace_s=0.0).stores[0].deleted == report.stores[0].objects[ObjectStatus.GARBAGE]
 
 
 def test_bytes_go_when_the_grace_after_the_drop_is_over() -> None:
@@ -89,7 +89,7 @@ def test_bytes_go_when_the_grace_after_the_drop_is_over() -> None:
     now = 5099.0
     report = swept(store, grace_s=100.0)
     assert objects(store) == before
-    assert report.stores[0].objects[Verdict.GRACE] > 0
+    assert report.stores[0].objects[ObjectStatus.GRACE] > 0
     now = 5100.0
     assert swept(store, grace_s=100.0).stores[0].deleted > 0
     assert objects(store) < before
@@ -189,7 +189,7 @@ def test_foreign_objects_are_never_touched(store: Backend) -> None:
     writer.journal.drop([SnapshotId(1, 10)])
     report = swept(store)
     assert {stat.key for stat in store.list("")} >= set(foreign)
-    assert report.stores[0].objects[Verdict.FOREIGN] == 3
+    assert report.stores[0].objects[ObjectStatus.FOREIGN] == 3
 
 
 def test_damaged_part_of_an_existing_snapshot_keeps_every_pack() -> None:
@@ -230,7 +230,7 @@ def test_hole_or_too_few_stores_let_nothing_be_deleted() -> None:
         sweep(store, replace(state, short="1 of 3 stores"), grace_s=0.0)
     assert objects(store) == before
     with pytest.raises(IntegrityError, match="hole"):
-        look(store, replace(state, hole=Hole(3, "gone")), None, now_unix_s=0.0)
+        preview(store, replace(state, hole=Hole(3, "gone")), None, now_unix_s=0.0)
 
 
 def test_store_that_stops_answering_is_told_and_a_repeat_finishes() -> None:
@@ -239,7 +239,7 @@ def test_store_that_stops_answering_is_told_and_a_repeat_finishes() -> None:
     writer.journal.drop([SnapshotId(1, 10)])
     faulty = FaultyBackend(inner, [Fault(harm=Harm.LOST_REQUEST, op="delete", key="parts/", times=None)])
     told = []
-    report = sweep(faulty, Journal.open(inner).refresh(), grace_s=0.0, tell=told.append)
+    report = sweep(faulty, Journal.open(inner).refresh(), grace_s=0.0, emit=told.append)
     assert not report.ok
     assert report.stores[0].deleted == 1, "its manifest"
     assert [(event.kind, event.alarm) for event in told] == [("sweep-stopped", True)]
@@ -262,12 +262,12 @@ def test_probes_of_dead_sweeps_are_removed() -> None:
     now = 1000.0
     store = ClockedStore(MemoryBackend(), lambda: now)
     write_sample_store(store)
-    store.put(f"{PROBES}{'a' * 32}", [b"ckpt"])
+    store.put(f"{CLOCK_PROBES}{'a' * 32}", [b"ckpt"])
     swept(store)
-    assert [stat.key for stat in store.list(PROBES)] == [f"{PROBES}{'a' * 32}"]
+    assert [stat.key for stat in store.list(CLOCK_PROBES)] == [f"{CLOCK_PROBES}{'a' * 32}"]
     now = 5000.0
     swept(store)
-    assert list(store.list(PROBES)) == []
+    assert list(store.list(CLOCK_PROBES)) == []
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_death_at_each_delete_harms_nothing_and_a_repeat_finishes() -> None:
 
         def before(op: str, key: str) -> None:
             nonlocal left
-            if op == "delete" and not key.startswith(PROBES):
+            if op == "delete" and not key.startswith(CLOCK_PROBES):
                 if not left:
                     raise Death
                 left -= 1
@@ -309,7 +309,7 @@ def test_killed_sweep_of_a_folder_leaves_what_is_needed(tmp_path: Path, at: int,
     needed = objects(store) - of(store, 10)
     assert run_in_child(partial(sweep_and_die, str(tmp_path / "store"), at, mode)) == -signal.SIGKILL
     assert needed <= objects(store)
-    assert newest_whole(store, Journal.open(store).refresh()) == SnapshotId(1, 30)
+    assert newest_intact(store, Journal.open(store).refresh()) == SnapshotId(1, 30)
     assert swept(store).ok
     clean = MemoryBackend()
     other = write_sample_store(clean)
@@ -327,19 +327,19 @@ def test_newest_whose_pack_is_gone_or_short_lets_the_one_before_it_stay() -> Non
         store.delete(pack)
         if cut:
             store.put(pack, [b"short"])
-        plan = look(store, writer.journal.refresh(), keep_tagged(), now_unix_s=0.0)
+        plan = preview(store, writer.journal.refresh(), keep_tagged(), now_unix_s=0.0)
         assert plan.drops == (SnapshotId(1, 10), SnapshotId(1, 20))
-        assert [one.why for one in plan.judged if one.info.step == 30] == [(WHOLE,)]
+        assert [one.why for one in plan.judged if one.info.step == 30] == [(NEWEST_INTACT,)]
 
 
 def test_nothing_is_dropped_that_nobody_agreed_to() -> None:
     store = MemoryBackend()
     writer = write_sample_store(store)
     writer.journal.untag("best")
-    agreed = look(store, writer.journal.refresh(), keep_last(2), now_unix_s=0.0)
+    agreed = preview(store, writer.journal.refresh(), keep_last(2), now_unix_s=0.0)
     assert agreed.drops == (SnapshotId(1, 10),)
     writer.write(SnapshotId(1, 40), sample_ranks(40))  # now 20 is to go, too
-    plan, state = drop(store, writer.journal, keep_last(2), now_unix_s=0.0, agreed=agreed)
+    plan, state = drop(store, writer.journal, keep_last(2), now_unix_s=0.0, approved=agreed)
     assert plan.drops == agreed.drops
     assert [entry.snapshot.step for entry in state.snapshots] == [20, 30, 40]
 
@@ -366,13 +366,13 @@ def test_drop_is_decided_anew_when_the_log_changed_under_it() -> None:
 
 def three(now: Callable[[], float] = lambda: 1000.0) -> tuple[list[MemoryBackend], ReplicatedBackend]:
     inner = [MemoryBackend(str(place)) for place in range(3)]
-    return inner, ReplicatedBackend([ClockedStore(one, now) for one in inner], tell=lambda _: None, seed=1)
+    return inner, ReplicatedBackend([ClockedStore(one, now) for one in inner], emit=lambda _: None, seed=1)
 
 
 def test_encrypted_stores_are_swept_alike(tmp_path: Path) -> None:
     write_new_key(str(tmp_path / "key"))
     inner = [MemoryBackend(str(place)) for place in range(3)]
-    plain = ReplicatedBackend(inner, tell=lambda _: None, seed=1)
+    plain = ReplicatedBackend(inner, emit=lambda _: None, seed=1)
     backend = encrypted(plain, load_keys(f"file:{tmp_path / 'key'}"))
     writer = write_sample_store(backend)
     assert plain.await_caught_up(20.0)
@@ -381,7 +381,7 @@ def test_encrypted_stores_are_swept_alike(tmp_path: Path) -> None:
     assert sweep(backend, state, grace_s=0.0).ok
     for one in inner:
         assert [key for key in of(one, 10) if not key.startswith(keys.PACKS)] == []
-    assert newest_whole(backend, state) == SnapshotId(1, 30)
+    assert newest_intact(backend, state) == SnapshotId(1, 30)
     backend.close()
 
 
@@ -402,14 +402,14 @@ def test_store_that_is_down_is_left_out_and_swept_when_it_is_back() -> None:
     before = objects(inner[1])
     down = FaultyBackend(inner[1], [Fault(harm=Harm.LOST_REQUEST, times=None)])
     backend.close()
-    partly = ReplicatedBackend([inner[0], down, inner[2]], tell=lambda _: None, seed=1)
+    partly = ReplicatedBackend([inner[0], down, inner[2]], emit=lambda _: None, seed=1)
     state = Journal.open(partly).refresh()
     report = sweep(partly, state, grace_s=0.0)
     partly.close()
     assert [bool(one.problem) for one in report.stores] == [False, True, False]
     assert objects(inner[1]) == before
     assert objects(inner[0]) == objects(inner[2]) < before
-    again = ReplicatedBackend(inner, tell=lambda _: None, seed=1)
+    again = ReplicatedBackend(inner, emit=lambda _: None, seed=1)
     assert sweep(again, Journal.open(again).refresh(), grace_s=0.0).ok
     again.close()
     assert objects(inner[1]) == objects(inner[0])
@@ -430,7 +430,7 @@ def test_copy_of_the_log_made_late_does_not_make_its_drops_young() -> None:
     backend.close()
     assert report.ok
     assert [one.deleted > 0 for one in report.stores] == [True, True, False], "garbage of the third is young itself"
-    assert report.stores[2].objects[Verdict.YOUNG] == report.stores[0].deleted
+    assert report.stores[2].objects[ObjectStatus.YOUNG] == report.stores[0].deleted
 
 
 def test_part_that_one_store_alone_has_whole_is_enough() -> None:
@@ -464,7 +464,7 @@ def test_another_jobs_store_among_them_is_not_touched() -> None:
 
 
 def sweep_beside(store: Backend, other: Backend, state) -> SweepReport:
-    both = ReplicatedBackend([store, other], tell=lambda _: None, seed=1)
+    both = ReplicatedBackend([store, other], emit=lambda _: None, seed=1)
     report = sweep(both, state, grace_s=0.0)
     both.close()
     return report

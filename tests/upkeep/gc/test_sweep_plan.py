@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from ckpt.backends.base import Stat
 from ckpt.format import keys
 from ckpt.format.records import Body, Commit, Drop, Open, make_record
-from ckpt.log.fold import empty, fold, verdict
+from ckpt.log.fold import empty, fold, void_if_appended
 from ckpt.log.state import LogState
-from ckpt.maintenance.gc.plan import Judge, Referred, Verdict, pair_of
+from ckpt.maintenance.gc.plan import GarbageClassifier, ObjectStatus, SnapshotReferences, snapshot_of
 from ckpt.values import SnapshotId
 
 LONG = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -25,12 +25,12 @@ NOW = 1000.0
 def judge(
     state: LogState,
     *,
-    exist: dict[SnapshotId, Referred] | None = None,
-    dropped: tuple[Referred, ...] = (),
+    exist: dict[SnapshotId, SnapshotReferences] | None = None,
+    dropped: tuple[SnapshotReferences, ...] = (),
     grace_s: float = GRACE_S,
-) -> Judge:
-    found = [(exist or {}).get(entry.snapshot, Referred(entry.snapshot)) for entry in state.snapshots]
-    return Judge(state, exist=found, dropped=dropped, grace_s=grace_s)
+) -> GarbageClassifier:
+    found = [(exist or {}).get(entry.snapshot, SnapshotReferences(entry.snapshot)) for entry in state.snapshots]
+    return GarbageClassifier(state, existing=found, dropped=dropped, grace_s=grace_s)
 
 
 def after(state: LogState, body: Body, epoch: int, *, write_id: str = "") -> LogState | None:
@@ -39,7 +39,7 @@ def after(state: LogState, body: Body, epoch: int, *, write_id: str = "") -> Log
         body, job="job", seq=state.next_seq, epoch=epoch, write_id=write_id or f"w{state.next_seq}",
         prev=state.head_digest,
     )  # fmt: skip
-    return fold(state, [record]) if verdict(state, record) is None else None
+    return fold(state, [record]) if void_if_appended(state, record) is None else None
 
 
 def step(state: LogState, dice: random.Random) -> LogState:
@@ -75,13 +75,13 @@ def some_state(seed: int, records: int) -> LogState:
 def test_pair_that_is_settled_is_never_committed_later(seed: int, before: int, later: int) -> None:
     state = some_state(seed, before)
     pairs = [SnapshotId(epoch, number) for epoch in range(1, state.epoch + 2) for number in range(8)]
-    settled = [pair for pair in pairs if judge(state).settled(pair)]
+    settled = [pair for pair in pairs if judge(state).commit_impossible(pair)]
     existed = {entry.snapshot for entry in state.snapshots}
     dice = random.Random(seed + 1)
     for _ in range(later):
         state = step(state, dice)
         assert {entry.snapshot for entry in state.snapshots} & set(settled) <= existed
-        assert all(judge(state).settled(pair) for pair in settled), "once settled, settled for good"
+        assert all(judge(state).commit_impossible(pair) for pair in settled), "once settled, settled for good"
         for pair in settled:
             found = state.find(pair)
             if found is None:
@@ -95,7 +95,7 @@ def test_pair_that_is_not_settled_can_still_be_committed(seed: int, before: int)
     for epoch in range(1, state.epoch + 3):
         for number in range(8):
             pair = SnapshotId(epoch, number)
-            if judge(state).settled(pair):
+            if judge(state).commit_impossible(pair):
                 continue
             opened: LogState | None = state
             if epoch > state.epoch:
@@ -125,67 +125,67 @@ def part(number: int, epoch: int = 1) -> str:
     return keys.part_key(SnapshotId(epoch, number), WRITER)
 
 
-def verdict_of(found: Judge, key: str, age_s: float = 2 * GRACE_S) -> Verdict:
-    return found.verdict(stat(key, age_s), now_unix_s=NOW)
+def verdict_of(found: GarbageClassifier, key: str, age_s: float = 2 * GRACE_S) -> ObjectStatus:
+    return found.classify(stat(key, age_s), now_unix_s=NOW)
 
 
 def test_what_exists_refers_to_is_live_and_other_objects_of_its_pair_are_garbage() -> None:
     pair = SnapshotId(1, 20)
     other = keys.part_key(pair, keys.writer_name("node", "1" * 16))
-    found = judge(committed(20), exist={pair: Referred(pair, frozenset((part(20), part(7))))})
-    assert verdict_of(found, part(20)) is Verdict.LIVE
-    assert verdict_of(found, part(7)) is Verdict.LIVE, "whatever pair it was written for"
-    assert verdict_of(found, other) is Verdict.GARBAGE
-    assert verdict_of(found, keys.manifest_key(pair, "a" * 32)) is Verdict.GARBAGE
+    found = judge(committed(20), exist={pair: SnapshotReferences(pair, frozenset((part(20), part(7))))})
+    assert verdict_of(found, part(20)) is ObjectStatus.LIVE
+    assert verdict_of(found, part(7)) is ObjectStatus.LIVE, "whatever pair it was written for"
+    assert verdict_of(found, other) is ObjectStatus.GARBAGE
+    assert verdict_of(found, keys.manifest_key(pair, "a" * 32)) is ObjectStatus.GARBAGE
 
 
 def test_snapshot_that_may_still_be_committed_keeps_its_objects() -> None:
     found = judge(committed(20))
-    assert verdict_of(found, part(10)) is Verdict.GARBAGE, "steps grow"
-    assert verdict_of(found, part(30)) is Verdict.OPEN
-    assert verdict_of(found, part(10, epoch=2)) is Verdict.OPEN, "an epoch that may be opened"
-    assert verdict_of(found, part(10, epoch=0)) is Verdict.GARBAGE, "one that can't be opened any more"
+    assert verdict_of(found, part(10)) is ObjectStatus.GARBAGE, "steps grow"
+    assert verdict_of(found, part(30)) is ObjectStatus.OPEN
+    assert verdict_of(found, part(10, epoch=2)) is ObjectStatus.OPEN, "an epoch that may be opened"
+    assert verdict_of(found, part(10, epoch=0)) is ObjectStatus.GARBAGE, "one that can't be opened any more"
 
 
 def test_floor_settles_what_older_epochs_never_committed() -> None:
     state = after(committed(20), Open(2, SnapshotId(1, 25)), 2)
     assert state is not None
-    assert verdict_of(judge(state), part(25)) is Verdict.OPEN
+    assert verdict_of(judge(state), part(25)) is ObjectStatus.OPEN
     state = after(state, Commit(SnapshotId(2, 30), "b" * 32, None), 2)
     assert state is not None
-    assert verdict_of(judge(state), part(25)) is Verdict.OPEN, "a keeper may commit what an older epoch captured"
+    assert verdict_of(judge(state), part(25)) is ObjectStatus.OPEN, "a keeper may commit what an older epoch captured"
     state = after(state, Drop((), SnapshotId(2, 30)), 2)
     assert state is not None
-    assert verdict_of(judge(state), part(25)) is Verdict.GARBAGE
+    assert verdict_of(judge(state), part(25)) is ObjectStatus.GARBAGE
 
 
 def test_dropped_within_the_grace_keeps_all_that_it_refers_to() -> None:
     gone = SnapshotId(1, 10)
     state = committed(10, 20, drop=(10,))
-    found = judge(state, dropped=(Referred(gone, frozenset((part(10), part(5)))),))
-    assert verdict_of(found, part(10)) is Verdict.GRACE
-    assert verdict_of(found, part(5)) is Verdict.GRACE
-    assert verdict_of(found, keys.manifest_key(gone, "a" * 32)) is Verdict.GRACE, "its pair's other objects too"
-    assert verdict_of(judge(state), part(10)) is Verdict.GARBAGE
+    found = judge(state, dropped=(SnapshotReferences(gone, frozenset((part(10), part(5)))),))
+    assert verdict_of(found, part(10)) is ObjectStatus.GRACE
+    assert verdict_of(found, part(5)) is ObjectStatus.GRACE
+    assert verdict_of(found, keys.manifest_key(gone, "a" * 32)) is ObjectStatus.GRACE, "its pair's other objects too"
+    assert verdict_of(judge(state), part(10)) is ObjectStatus.GARBAGE
 
 
 def test_young_garbage_stays_for_the_grace() -> None:
     found = judge(committed(20))
-    assert verdict_of(found, part(10), age_s=GRACE_S - 1) is Verdict.YOUNG
-    assert verdict_of(found, part(10), age_s=GRACE_S) is Verdict.GARBAGE
-    assert verdict_of(found, part(10), age_s=-5.0) is Verdict.YOUNG
-    assert verdict_of(judge(committed(20), grace_s=0.0), part(10), age_s=-5.0) is Verdict.GARBAGE
+    assert verdict_of(found, part(10), age_s=GRACE_S - 1) is ObjectStatus.YOUNG
+    assert verdict_of(found, part(10), age_s=GRACE_S) is ObjectStatus.GARBAGE
+    assert verdict_of(found, part(10), age_s=-5.0) is ObjectStatus.YOUNG
+    assert verdict_of(judge(committed(20), grace_s=0.0), part(10), age_s=-5.0) is ObjectStatus.GARBAGE
 
 
 @pytest.mark.parametrize("dropped", [False, True])
 def test_snapshot_whose_records_cannot_be_read_holds_all_packs_and_its_own_objects(dropped: bool) -> None:
     pair = SnapshotId(1, 20)
-    broken = Referred(pair, frozenset((part(20),)), "damaged")
+    broken = SnapshotReferences(pair, frozenset((part(20),)), "damaged")
     gone = judge(committed(20, 30, drop=(20,)), dropped=(broken,))
     found = gone if dropped else judge(committed(20), exist={pair: broken})
     other = keys.part_key(pair, keys.writer_name("node", "1" * 16))
-    assert verdict_of(found, other) is Verdict.HELD
-    assert verdict_of(found, part(10)) is Verdict.GARBAGE, "what is no pack is needed by its own pair alone"
+    assert verdict_of(found, other) is ObjectStatus.HELD
+    assert verdict_of(found, part(10)) is ObjectStatus.GARBAGE, "what is no pack is needed by its own pair alone"
 
 
 @LONG
@@ -205,5 +205,5 @@ def test_snapshot_whose_records_cannot_be_read_holds_all_packs_and_its_own_objec
 )
 def test_key_that_is_not_ours_is_never_garbage(key: str) -> None:
     found = judge(committed(20), grace_s=0.0)
-    if pair_of(key) is None:
-        assert verdict_of(found, key) is Verdict.FOREIGN
+    if snapshot_of(key) is None:
+        assert verdict_of(found, key) is ObjectStatus.FOREIGN

@@ -18,7 +18,7 @@ from ckpt.maintenance.gc.drop import drop
 from ckpt.maintenance.gc.sweep import sweep
 from ckpt.maintenance.retention import KeepPolicy, keep_every, keep_last
 from ckpt.restore.verify import verify
-from ckpt.save.chunks import OFF, thin
+from ckpt.save.chunks import NO_COMPRESSION, plan_repacking
 from ckpt.save.packs import persist, put_part
 from ckpt.testing.sample import stage, tensor
 from ckpt.values import ChunkLocation, Digest, SnapshotId
@@ -57,9 +57,9 @@ class Training:
         wanted = {one for shard in staged.shards for one in shard.digests}
         packs = {place.pack for place in self.known.values()}
         sizes = {pack: stat.size_bytes for pack in packs if (stat := self.store.stat(pack)) is not None}
-        thinned = thin(self.known, wanted, sizes, budget_bytes=self.budget_bytes)
+        thinned = plan_repacking(self.known, wanted, sizes, budget_bytes=self.budget_bytes)
         done = persist(
-            staged, data, known=thinned.known, backend=self.store, writer=WRITER, pack_start=self.packs, compression=OFF,
+            staged, data, stored_chunks=thinned.stored_chunks, backend=self.store, writer=WRITER, pack_start=self.packs, compression=NO_COMPRESSION,
         )  # fmt: skip
         ref = put_part([done.part], backend=self.store, writer=WRITER)
         self.packs += done.packs

@@ -33,7 +33,7 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the stores 0, 1 and 2, written to as one job's three stores; copy it."""
     root = tmp_path_factory.mktemp("members")
-    stores = open_stores([str(root / str(number)) for number in range(3)], tell=lambda event: None)
+    stores = open_stores([str(root / str(number)) for number in range(3)], emit=lambda event: None)
     write_sample_store(stores)
     stores.close()
     return root

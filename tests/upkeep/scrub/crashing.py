@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.backends.file.syscalls import FileOps
-from ckpt.maintenance.replica import Effort
+from ckpt.maintenance.replica import SyncLimits
 from ckpt.maintenance.scrub.scrub import scrub
 from ckpt.maintenance.sync.sync import sync
 from ckpt.testing.crashes import CrashingOps, CrashMode
@@ -25,7 +25,7 @@ class Work:
             stores = [FileBackend(f"{self.root}/{number}") for number in (0, 1)]
             scrub([*stores, FileBackend(f"{self.root}/2", ops=ops)], 2)
         else:
-            sync(FileBackend(f"{self.root}/0"), FileBackend(f"{self.root}/new", ops=ops), effort=Effort(threads=1))
+            sync(FileBackend(f"{self.root}/0"), FileBackend(f"{self.root}/new", ops=ops), limits=SyncLimits(threads=1))
 
 
 @dataclass(frozen=True)

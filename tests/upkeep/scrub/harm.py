@@ -14,7 +14,7 @@ from ckpt.format import keys
 from ckpt.format.store import JobRecord
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
-from ckpt.log.reader import read_on
+from ckpt.log.reader import read_new
 from ckpt.log.state import LogState
 from ckpt.restore.verify import verify
 
@@ -83,7 +83,7 @@ def flip(root: str, key: str, at: int) -> None:
 
 def folded(store: Backend) -> LogState:
     """The log as this one store alone holds it."""
-    return read_on(store, LogState(job=record_of(store).job))
+    return read_new(store, LogState(job=record_of(store).job))
 
 
 def faults_of(store: Backend, truth: Backend) -> list[str]:

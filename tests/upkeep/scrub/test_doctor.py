@@ -19,8 +19,8 @@ from ckpt.backends.file.store import FileBackend
 from ckpt.backends.memory import MemoryBackend
 from ckpt.backends.open import open_backend
 from ckpt.format import keys
-from ckpt.maintenance.doctor.findings import StoreFindings, judge
-from ckpt.maintenance.doctor.probe import SMALL_OPERATIONS, Patient, examine
+from ckpt.maintenance.doctor.findings import StoreFindings, assess
+from ckpt.maintenance.doctor.probe import SMALL_OPERATIONS, ExaminedStore, examine
 from ckpt.testing.crashes import run_in_child
 from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
 
@@ -29,7 +29,7 @@ LARGE = 1 << 20
 
 def examined(*stores: Backend, again: bool = False) -> list[StoreFindings]:
     return examine(
-        [Patient(store, (lambda store=store: store) if again else None) for store in stores], large_bytes=LARGE
+        [ExaminedStore(store, (lambda store=store: store) if again else None) for store in stores], large_bytes=LARGE
     )
 
 
@@ -52,7 +52,7 @@ def test_well_store_is_found_well_and_left_as_it_was(kind: str, tmp_path: Path) 
     assert found.skew_s is not None
     assert (found.free_bytes is not None) == (kind == "folder")
     assert list(store.list("")) == []
-    assert judge([found]).exit_code == 0
+    assert assess([found]).exit_code == 0
 
 
 def test_what_a_store_holds_is_told(lone: Path, members: Path, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_what_a_store_holds_is_told(lone: Path, members: Path, tmp_path: Path) -
     assert (found.holds.newest, found.holds.next_seq, found.holds.members) == ("epoch 1 step 30", 5, ())
     several = examined(*(replicate(members / str(n), tmp_path / str(n), None) for n in range(3)))
     assert [found.holds.store_id for found in several] == list(several[0].holds.members)
-    assert judge(several).ok
+    assert assess(several).ok
     flip(alone.url, keys.log_key(2), 9)
     assert "seq=2" in examined(alone)[0].holds.hole
     (Path(alone.url) / keys.JOB_KEY).unlink()
@@ -77,7 +77,7 @@ def test_two_addresses_of_one_place_are_found_out(tmp_path: Path) -> None:
     stores = [FileBackend(tmp_path / "real"), FileBackend(tmp_path / "link"), FileBackend(tmp_path / "other")]
     found = examined(*stores)
     assert [one.same_as for one in found] == [(1,), (0,), ()]
-    assert judge(found).exit_code == 2
+    assert assess(found).exit_code == 2
     assert list(stores[0].list("")) == []
 
 
@@ -86,7 +86,7 @@ def test_read_only_store_is_readable_and_can_not_be_written_to(lone: Path, tmp_p
     [found] = examined(FaultyBackend(inner, [Fault(harm=Harm.READ_ONLY, times=None)]))
     assert "put" in found.failures
     assert found.holds.snapshots == 3
-    judged = judge([found])
+    judged = assess([found])
     assert judged.exit_code == 11
     assert "denied" in {one.code for one in judged.advice}
 
@@ -108,7 +108,7 @@ def test_store_that_is_away_is_told(tmp_path: Path) -> None:
     away = FaultyBackend(FileBackend(tmp_path), [Fault(harm=Harm.LOST_REQUEST, times=None)])
     [found] = examined(away)
     assert not found.reached
-    assert judge([found]).exit_code == 11
+    assert assess([found]).exit_code == 11
 
 
 @pytest.mark.parametrize("harm", [Harm.LOST_REQUEST, Harm.LOST_REPLY, Harm.DENIED])
@@ -126,7 +126,7 @@ def test_bytes_that_come_back_changed_are_found_out() -> None:
     store = FaultyBackend(MemoryBackend("m"), [Fault(harm=Harm.FLIPPED, op="read_into", key="probe/", times=None)])
     [found] = examined(store)
     assert found.read_back_right is False
-    assert judge([found]).exit_code == 20
+    assert assess([found]).exit_code == 20
 
 
 def test_listing_that_lags_is_found_out() -> None:
@@ -138,7 +138,7 @@ def test_listing_that_lags_is_found_out() -> None:
 
     [found] = examined(Lagging(MemoryBackend("m")))
     assert found.list_after_put is False
-    assert judge([found]).exit_code == 2
+    assert assess([found]).exit_code == 2
 
 
 def test_store_that_overwrites_can_be_a_replica_only() -> None:
@@ -153,7 +153,7 @@ def test_store_that_overwrites_can_be_a_replica_only() -> None:
 
     [found] = examined(Overwriting("m"))
     assert found.create_only is False
-    texts = " ".join(one.text for one in judge([found, *examined(MemoryBackend("o"))]).advice)
+    texts = " ".join(one.text for one in assess([found, *examined(MemoryBackend("o"))]).advice)
     assert "can give out log places: no" in texts
 
 
@@ -163,11 +163,11 @@ def test_s3_server_is_examined(moto_server: S3Server) -> None:
     options = bucket.options
     store = open_backend(bucket.url, options)
     try:
-        [found] = examine([Patient(store, lambda: open_backend(bucket.url, options))], large_bytes=LARGE)
+        [found] = examine([ExaminedStore(store, lambda: open_backend(bucket.url, options))], large_bytes=LARGE)
     finally:
         store.close()
     assert found.failures == {}
     assert found.create_only
     assert found.other_client
     assert found.leftovers == ()
-    assert judge([found]).exit_code == 0
+    assert assess([found]).exit_code == 0

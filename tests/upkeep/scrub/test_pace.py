@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ckpt.maintenance.copy_io import BURST_S, Pace, Stopped
+from ckpt.maintenance.copy_io import BURST_S, MaintenancePace, Stopped
 
 
 class Time:
@@ -22,7 +22,7 @@ class Time:
 
 def test_rate_holds_in_the_long_run_and_the_first_bytes_wait_for_nothing() -> None:
     time = Time()
-    pace = Pace(1000.0, clock=lambda: time.now, wait=time.wait)
+    pace = MaintenancePace(1000.0, clock=lambda: time.now, wait=time.wait)
     for _ in range(50):
         pace.take(100)
     assert time.now - 100.0 == pytest.approx(4.9)
@@ -31,7 +31,7 @@ def test_rate_holds_in_the_long_run_and_the_first_bytes_wait_for_nothing() -> No
 
 def test_what_was_not_used_is_made_up_for_by_a_burst_only() -> None:
     time = Time()
-    pace = Pace(1000.0, clock=lambda: time.now, wait=time.wait)
+    pace = MaintenancePace(1000.0, clock=lambda: time.now, wait=time.wait)
     time.now += 3600.0
     start = time.now
     for _ in range(10):
@@ -41,7 +41,7 @@ def test_what_was_not_used_is_made_up_for_by_a_burst_only() -> None:
 
 def test_without_a_rate_nothing_waits() -> None:
     time = Time()
-    pace = Pace(None, clock=lambda: time.now, wait=time.wait)
+    pace = MaintenancePace(None, clock=lambda: time.now, wait=time.wait)
     pace.take(1 << 40)
     assert time.waited == []
 
@@ -54,7 +54,7 @@ def test_stop_ends_a_wait_and_everything_after_it() -> None:
         stop.set()
         return True
 
-    pace = Pace(1.0, stop=stop, clock=lambda: time.now, wait=wait)
+    pace = MaintenancePace(1.0, stop=stop, clock=lambda: time.now, wait=wait)
     pace.take(10)
     with pytest.raises(Stopped):
         pace.take(10)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.format.part import Part, StoredShard
-from ckpt.maintenance.copies import Gathered, Pack
+from ckpt.maintenance.copies import Pack, PackReferences
 from ckpt.values import Box, ChunkLocation, Codec, Leaf, LeafKind, SnapshotId
 
 References = list[list[tuple[int, int]]]
@@ -27,12 +27,12 @@ def part(references: list[tuple[int, int]]) -> Part:
 
 
 def rounds(parts: References, places_max: int) -> tuple[dict[str, Pack], dict[str, frozenset[int]], int, int]:
-    gathered, found, users, count, most = Gathered(places_max), {}, {}, 0, 0
+    gathered, found, users, count, most = PackReferences(places_max), {}, {}, 0, 0
     while True:
         for number, references in enumerate(parts):
             gathered.add(part(references), number)
         held = [gathered.pack(key) for key in gathered.packs()]
-        most = max(most, sum(len(one.places) for one in held) if len(held) > 1 else 0)
+        most = max(most, sum(len(one.chunks) for one in held) if len(held) > 1 else 0)
         assert not found.keys() & {one.key for one in held}
         found.update({one.key: one for one in held})
         users.update({key: gathered.users(key) for key in gathered.packs()})

@@ -50,7 +50,7 @@ def test_sound_stores_are_found_sound_and_nothing_is_written(three: list[FileBac
     counting = [CountingBackend(store) for store in three]
     report = scrubbed(counting)
     assert report.ok
-    assert not report.found
+    assert not report.has_findings
     assert report.snapshots == 3
     assert [tally.objects for tally in report.stores] == [tally.ok for tally in report.stores]
     assert len({tally.objects for tally in report.stores}) == 1
@@ -65,12 +65,12 @@ def test_one_harmed_copy_of_every_object_is_mended(three: list[FileBackend], see
     harmed = {key: (number := rng.randrange(3), harm(three[number].url, key, rng)) for key in objects_of(three[0])}
     report = scrubbed(list(three), threads=rng.choice((1, 3)))
     assert report.ok, report
-    assert report.lost == report.unmended == 0
-    assert all(trouble.mended and trouble.store == harmed[trouble.key][0] for trouble in report.troubles)
+    assert report.lost == report.unrepaired == 0
+    assert all(trouble.repaired and trouble.store == harmed[trouble.key][0] for trouble in report.problems)
     for store in three:
         assert faults_of(store, truth) == []
         assert store.stat(keys.JOB_KEY) is not None
-    assert not scrubbed(list(three)).found
+    assert not scrubbed(list(three)).has_findings
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -89,7 +89,7 @@ def test_any_harm_to_two_of_three_copies_ends_with_all_right(
     assert report.ok, report
     for store in three:
         assert faults_of(store, truth) == []
-    assert not scrubbed(list(three)).found
+    assert not scrubbed(list(three)).has_findings
 
 
 def test_pack_of_which_no_copy_is_whole_is_put_together_from_all(three: list[FileBackend]) -> None:
@@ -102,7 +102,7 @@ def test_pack_of_which_no_copy_is_whole_is_put_together_from_all(three: list[Fil
                 flip(store.url, first.pack, offset)
     report = scrubbed(list(three))
     assert report.ok
-    assert [(trouble.key, trouble.mended) for trouble in report.troubles] == [(first.pack, True)] * 3
+    assert [(trouble.key, trouble.repaired) for trouble in report.problems] == [(first.pack, True)] * 3
     assert [bytes_of(store, first.pack) for store in three] == [truth] * 3
 
 
@@ -120,14 +120,14 @@ def test_chunk_that_no_store_has_is_reported_exactly_and_the_rest_is_mended(
         harm(three[rng.randrange(3)].url, key, rng)
     report = scrubbed(list(three))
     assert not report.ok
-    assert (report.lost, report.unmended) == (1, 0)
-    gone = [trouble for trouble in report.troubles if trouble.lost]
+    assert (report.lost, report.unrepaired) == (1, 0)
+    gone = [trouble for trouble in report.problems if trouble.lost]
     assert [(trouble.key, trouble.store, trouble.offsets) for trouble in gone] == [
         (lost.pack, number, (lost.offset_bytes,)) for number in range(3)
     ]
-    assert all(trouble.mended for trouble in report.troubles if not trouble.lost)
+    assert all(trouble.repaired for trouble in report.problems if not trouble.lost)
     again = scrubbed(list(three))
-    assert [trouble.key for trouble in again.troubles] == [lost.pack] * 3
+    assert [trouble.key for trouble in again.problems] == [lost.pack] * 3
     assert objects_of(three[1], keys.PARTS, keys.LOG) == objects_of(truth, keys.PARTS, keys.LOG)
 
 
@@ -157,7 +157,7 @@ def test_wiped_store_is_left_alone_unless_it_is_to_be_filled(three: list[FileBac
     shutil.rmtree(three[1].url)
     report = scrubbed(list(three))
     assert (report.ok, report.away, report.stores[1].role) == (False, 1, "empty")
-    assert report.unmended == report.lost == 0
+    assert report.unrepaired == report.lost == 0
     assert not Path(three[1].url).exists()
 
     report = scrubbed(list(three), fill_empty=True)
@@ -166,7 +166,7 @@ def test_wiped_store_is_left_alone_unless_it_is_to_be_filled(three: list[FileBac
     new = record_of(three[1])
     assert new.store_id != old.store_id
     assert new.log_id == old.log_id
-    assert not scrubbed(list(three)).found
+    assert not scrubbed(list(three)).has_findings
 
 
 def test_two_wiped_stores_of_three_are_filled_from_the_last(three: list[FileBackend], tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_store_that_lacks_an_object_that_could_not_be_written_gets_no_record(tri
     full = FaultyBackend(trio[2], [Fault(harm=Harm.FULL, key=keys.PACKS, times=None)])
     report = scrubbed([trio[0], trio[1], full])
     assert not report.ok
-    assert report.unmended > 0
+    assert report.unrepaired > 0
     assert objects_of(trio[2], keys.LOG) == {}
     assert "full" in report.stores[2].problem
 
@@ -212,7 +212,7 @@ def test_lone_store_is_checked_and_its_damage_is_told(lone: Path, tmp_path: Path
     report = scrubbed([store])
     assert not report.ok
     assert report.lost == 1
-    assert report.troubles[0].offsets == (pack.offset_bytes,)
+    assert report.problems[0].offsets == (pack.offset_bytes,)
 
 
 def test_hole_of_a_lone_log_is_told_and_mended_from_a_replica(lone: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_last_record_on_too_few_stores_is_not_copied_unless_truth_says_so(trio: 
     report = scrubbed(list(trio))
     assert trio[0].stat(keys.log_key(record.seq)) is None
     assert trio[2].stat(keys.log_key(record.seq)) is None
-    assert report.unmended == report.lost == 0
+    assert report.unrepaired == report.lost == 0
     report = scrubbed(list(trio), truth=lambda seq: record.encode() if seq == record.seq else None)
     assert report.ok
     assert all(bytes_of(store, keys.log_key(record.seq)) == record.encode() for store in trio)
@@ -264,7 +264,7 @@ def test_record_that_lost_a_race_stays_and_the_right_one_goes_to_the_second_key(
     assert report.ok
     assert bytes_of(trio[2], keys.log_key(3)) == other
     assert bytes_of(trio[2], keys.settled_key(3)) == right
-    assert not scrubbed(list(trio)).found
+    assert not scrubbed(list(trio)).has_findings
     (Path(trio[2].url) / keys.settled_key(3)).write_bytes(b"noise")
     assert scrubbed(list(trio)).ok
     assert bytes_of(trio[2], keys.settled_key(3)) == right
@@ -281,7 +281,7 @@ def test_damage_at_one_key_of_a_place_is_mended_though_the_other_has_the_record(
     (Path(trio[1].url) / noisy).write_bytes(b"noise")
     report = scrubbed(list(trio))
     assert report.ok
-    assert [(trouble.key, trouble.store, trouble.mended) for trouble in report.troubles] == [(noisy, 1, True)]
+    assert [(trouble.key, trouble.store, trouble.repaired) for trouble in report.problems] == [(noisy, 1, True)]
     assert bytes_of(trio[1], noisy) == right
 
 
@@ -296,7 +296,7 @@ def test_lost_ckpt_json_comes_back_with_the_same_id(trio: list[FileBackend], how
     report = scrubbed(list(trio))
     assert report.ok, report
     assert record_of(trio[1]) == record
-    assert not scrubbed(list(trio)).found
+    assert not scrubbed(list(trio)).has_findings
 
 
 def test_two_lost_ids_are_not_guessed(trio: list[FileBackend]) -> None:
@@ -320,7 +320,7 @@ def test_objects_that_nothing_refers_to_are_counted_and_left_alone(trio: list[Fi
         trio[1].put(key, [data])
     report = scrubbed(list(trio))
     assert report.ok
-    assert [(tally.strays, tally.stray_bytes) for tally in report.stores] == [(0, 0), (4, 100), (0, 0)]
+    assert [(tally.orphans, tally.orphan_bytes) for tally in report.stores] == [(0, 0), (4, 100), (0, 0)]
     assert all(bytes_of(trio[1], key) == data for key, data in strays.items())
 
 
@@ -345,7 +345,7 @@ def test_snapshot_that_is_dropped_and_swept_meanwhile_is_no_damage(lone: Path, t
 
     report = Scrub([Sweeping(store)], 1, clock=lambda: now[0]).run()
     assert report is not None
-    assert report.lost == report.troubles_total == 0
+    assert report.lost == report.problems_total == 0
 
 
 def test_stopped_scrub_goes_on_where_it_was_and_finds_the_same(trio: list[FileBackend], tmp_path: Path) -> None:
@@ -375,8 +375,8 @@ def test_stopped_scrub_goes_on_where_it_was_and_finds_the_same(trio: list[FileBa
         stop.clear()
     assert runs > 2
     assert report.ok, report
-    assert report.troubles_total == sum(tally.missing + tally.damaged for tally in report.stores)
-    assert len({(trouble.key, trouble.store) for trouble in report.troubles}) == report.troubles_total
+    assert report.problems_total == sum(tally.missing + tally.damaged for tally in report.stores)
+    assert len({(trouble.key, trouble.store) for trouble in report.problems}) == report.problems_total
     assert all(faults_of(store, truth) == [] for store in trio)
 
 
@@ -430,7 +430,7 @@ def test_looking_only_writes_nothing(trio: list[FileBackend]) -> None:
     report = scrubbed(list(trio), mend=False)
     assert not report.ok
     assert report.lost == 0
-    assert report.unmended == report.troubles_total > 0
+    assert report.unrepaired == report.problems_total > 0
     assert [objects_of(store) for store in trio] == before
 
 
@@ -464,7 +464,7 @@ def test_small_budget_scrubs_in_rounds_and_finds_the_same(trio: list[FileBackend
     assert report is not None
     assert report.ok
     assert all(faults_of(store, truth) == [] for store in trio)
-    assert [tally.strays for tally in report.stores] == [0, 0, 0]
+    assert [tally.orphans for tally in report.stores] == [0, 0, 0]
 
 
 def test_log_longer_than_a_window_is_compared_with_its_folds(tmp_path: Path) -> None:
@@ -486,8 +486,8 @@ def test_log_longer_than_a_window_is_compared_with_its_folds(tmp_path: Path) -> 
     other.delete(keys.fold_key(1023))
     store.put(keys.fold_key(2047), [truth[keys.fold_key(1023)] or b""])
     report = scrubbed([store, other])
-    assert report.ok, report.troubles
-    assert {trouble.key for trouble in report.troubles} == {
+    assert report.ok, report.problems
+    assert {trouble.key for trouble in report.problems} == {
         *(keys.log_key(seq) for seq in (0, 1023, 1024, 1025, 2047, 2101)),
         keys.fold_key(1023),
         keys.fold_key(2047),

@@ -21,8 +21,8 @@ from ckpt.format.records import Tag, decode_record, make_record
 from ckpt.log.catalog import load_index
 from ckpt.log.journal import Journal
 from ckpt.log.state import LogState
-from ckpt.maintenance.copies import Pack, Whole
-from ckpt.maintenance.replica import Budget, Effort
+from ckpt.maintenance.copies import Pack, WholeObject
+from ckpt.maintenance.replica import MemoryBudget, SyncLimits
 from ckpt.maintenance.scrub.report import ScrubReport
 from ckpt.maintenance.scrub.scrub import scrub
 from ckpt.maintenance.sync.copy import missing_objects
@@ -95,7 +95,7 @@ def test_damage_of_a_source_never_reaches_the_replica(source: FileBackend, tmp_p
     assert lost is not None
     store = FileBackend(tmp_path / "new")
     report = sync(source, store)
-    assert {key for key, _ in report.damaged} == {trouble.key for trouble in lost.troubles}
+    assert {key for key, _ in report.damaged} == {trouble.key for trouble in lost.problems}
     assert report.ok == (not report.damaged)
     assert report.next_seq == 5
     gone = {key for key, _ in report.damaged}
@@ -103,7 +103,7 @@ def test_damage_of_a_source_never_reaches_the_replica(source: FileBackend, tmp_p
     for key in objects_of(store, keys.PARTS, keys.MANIFESTS):
         assert bytes_of(store, key) == bytes_of(truth, key)
     if all(key.startswith(keys.PACKS) for key in gone):
-        missing = {trouble.key for trouble in scrub_of(store).troubles}
+        missing = {trouble.key for trouble in scrub_of(store).problems}
         assert missing == gone
 
 
@@ -118,7 +118,7 @@ def test_what_one_source_has_wrong_is_read_from_another(trio: list[FileBackend],
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
     for key in objects_of(trio[0], keys.PACKS, keys.PARTS, keys.MANIFESTS):
         harm(trio[rng.randrange(3)].url, key, rng)
-    stores = open_stores([store.url for store in trio], tell=lambda event: None)
+    stores = open_stores([store.url for store in trio], emit=lambda event: None)
     store = FileBackend(tmp_path / "new")
     try:
         report = sync(stores, store)
@@ -202,7 +202,7 @@ def test_lost_requests_and_replies_end_in_an_error_or_a_full_replica(
     for attempt in range(200):
         store = FaultyBackend(inner, faults, seed=1000 * seed + attempt)
         try:
-            report = sync(source, store, effort=Effort(threads=1))
+            report = sync(source, store, limits=SyncLimits(threads=1))
         except UnavailableError:
             assert names_nothing_missing(inner)
             continue
@@ -279,7 +279,7 @@ def test_snapshot_that_was_dropped_before_is_not_copied_and_its_record_is(source
 def test_stopped_it_says_so_and_goes_on_later(source: FileBackend, tmp_path: Path) -> None:
     stop = threading.Event()
     store = FileBackend(tmp_path / "new")
-    report = sync(source, store, effort=Effort(threads=1, stop=stop), on_progress=lambda size: stop.set())
+    report = sync(source, store, limits=SyncLimits(threads=1, stop=stop), on_progress=lambda size: stop.set())
     assert not report.complete
     assert report.copied_objects >= 1
     assert names_nothing_missing(store)
@@ -334,11 +334,11 @@ def test_missing_objects_goes_by_listing_or_reads_everything(source: FileBackend
     store = FileBackend(tmp_path / "new")
     sync(source, store)
     state = folded(source)
-    wanted: list[Whole | Pack] = []
+    wanted: list[WholeObject | Pack] = []
     places: dict[str, list[tuple[bytes, ChunkLocation]]] = {}
     for entry in state.snapshots:
         index = load_index(source, state, entry.snapshot)
-        wanted += [Whole(ref.key, ref.digest, ref.size_bytes) for ref in index.manifest.parts]
+        wanted += [WholeObject(ref.key, ref.digest, ref.size_bytes) for ref in index.manifest.parts]
         for part in index.parts:
             for shard in part.shards:
                 for digest, at in zip(shard.digests, shard.locations, strict=True):
@@ -349,7 +349,7 @@ def test_missing_objects_goes_by_listing_or_reads_everything(source: FileBackend
     gone, cut, flipped = wanted[0], wanted[-1], wanted[2]
     (Path(store.url) / gone.key).unlink()
     (Path(store.url) / cut.key).write_bytes(b"short")
-    at = flipped.places[0][1].offset_bytes if isinstance(flipped, Pack) else 9
+    at = flipped.chunks[0][1].offset_bytes if isinstance(flipped, Pack) else 9
     flip(store.url, flipped.key, at)
     assert missing_objects(store, wanted) == [gone, cut]
     assert missing_objects(store, wanted, deep=True) == [gone, flipped, cut]
@@ -378,7 +378,7 @@ def test_member_of_the_log_is_filled_from_all_of_its_stores_and_keeps_records_th
         Tag("y", SnapshotId(1, 10)), job=mine.job, seq=6, epoch=1, write_id="m", prev=folded(truth).head_digest
     )
     trio[0].put(keys.log_key(6), [late.encode()])
-    stores = open_stores([store.url for store in trio], tell=lambda event: None)
+    stores = open_stores([store.url for store in trio], emit=lambda event: None)
     try:
         journal = Journal.open(stores)
         report = fill(stores, trio[0], journal.refresh, record=record_of(trio[0]))
@@ -391,13 +391,13 @@ def test_member_of_the_log_is_filled_from_all_of_its_stores_and_keeps_records_th
 
 
 def test_budget_is_never_exceeded_but_by_what_is_larger_alone() -> None:
-    budget = Budget(100)
+    budget = MemoryBudget(100)
     used = [0]
     most = [0]
     lock = threading.Lock()
 
     def take(size: int) -> None:
-        with budget.holding(size):
+        with budget.reserve(size):
             with lock:
                 used[0] += size
                 most[0] = max(most[0], used[0])

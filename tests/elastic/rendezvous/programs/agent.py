@@ -32,7 +32,7 @@ while True:
             if not os.read(0, 100):
                 sys.exit(0 if handler.shutdown() else 1)
             agent = handler._agent
-            look = agent.newest()
+            look = agent.latest_view()
             leads = look is not None and look.view.leader is not None and look.view.leader.node == agent._node
-            say(leads=leads, fresh=0 if look is None else len(look.fresh))
+            say(leads=leads, fresh=0 if look is None else len(look.newcomers))
     say(asked=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ckpt.backends.base import Stat, check_key, check_prefix
 from ckpt.errors import InternalError, KeyExistsError, NotFoundError, StoreFullError, UsageError
-from ckpt.staging.memory import Region, available_bytes, pages
+from ckpt.staging.memory import Region, available_bytes, round_to_pages
 
 # The memory that a vault's objects lie in: where it comes from, and what is kept of it for the
 # next object.
@@ -33,7 +33,7 @@ OVERSIZE = 1.25
 """Spare memory is used for objects down to this many times smaller."""
 
 
-class Block:
+class MemoryBlock:
     """Memory of one object: ``view`` is as long as the object, ``room_bytes`` what it costs."""
 
     __slots__ = ("_region", "room_bytes", "view")
@@ -61,7 +61,7 @@ class Block:
         return region
 
 
-class Blocks:
+class BlockPool:
     """Makes blocks, and keeps up to ``spare_bytes_max`` of freed ones: fresh pages cost several times a copy into old ones.
 
     Not thread-safe: the vault's lock is over it.
@@ -75,31 +75,31 @@ class Blocks:
         self.spare_bytes = 0
         """What is kept at the moment."""
 
-    def make(self, size_bytes: int) -> Block:
+    def make(self, size_bytes: int) -> MemoryBlock:
         """A block, of spare memory where that fits. Raises StoreFullError where the system gives none."""
         if size_bytes < SMALL_BYTES:
-            return Block(size_bytes, None)
+            return MemoryBlock(size_bytes, None)
         fitting = [one for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE]
         if fitting:
             region = min(fitting, key=lambda one: one.size_bytes)
             self._spare.remove(region)
             self.spare_bytes -= region.size_bytes
-            return Block(size_bytes, region)
+            return MemoryBlock(size_bytes, region)
         try:
             if self._descriptors >= self._descriptors_max:
-                return Block(size_bytes, None)
-            region = Region(pages(size_bytes), name="ckpt-peer")
+                return MemoryBlock(size_bytes, None)
+            region = Region(round_to_pages(size_bytes), name="ckpt-peer")
         except (OSError, MemoryError) as error:
             raise StoreFullError(f"the system gives no memory for an object. size_bytes={size_bytes}") from error
         self._descriptors += 1
-        return Block(size_bytes, region)
+        return MemoryBlock(size_bytes, region)
 
     def spare_for(self, size_bytes: int) -> int:
         """The room of the spare memory that ``make`` would take, or 0."""
         fitting = (one.size_bytes for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE)
         return min(fitting, default=0) if size_bytes >= SMALL_BYTES else 0
 
-    def free(self, block: Block) -> None:
+    def free(self, block: MemoryBlock) -> None:
         """Take a block back, whose bytes nobody reads any more: not the kernel either, which was given copies to send."""
         region = block.take()
         if region is None:
@@ -131,19 +131,19 @@ def copy_bytes(out: memoryview, data: memoryview) -> None:
 
 def room_bytes(size_bytes: int) -> int:
     """What an object of this size is charged: whole pages, and one at least, for names and tables cost memory too."""
-    return pages(max(1, size_bytes))
+    return round_to_pages(max(1, size_bytes))
 
 
 # What a server serves beside its vault: memory of its own node, read-only.
 
 
-def always() -> bool:
+def never_changes() -> bool:
     """For bytes that nobody changes."""
     return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class ServedObject:
     """An object's bytes while somebody sends them. Where ``fd`` is given, ``view`` is a mapping of it at
     ``offset_bytes``, and the kernel sends its pages: they must not be used for anything else soon, or the reader gets an error.
 
@@ -156,10 +156,10 @@ class Held:
     offset_bytes: int
     version: int
     modified_unix_s: float
-    unchanged: Callable[[], bool] = field(default=always)
+    unchanged: Callable[[], bool] = field(default=never_changes)
 
 
-class Source(Protocol):
+class ServedSource(Protocol):
     """Objects below one prefix that others may read: a node's slots, for one. Thread-safe."""
 
     @property
@@ -167,7 +167,7 @@ class Source(Protocol):
         """All its keys begin so, and no other source's or vault object's do."""
         ...
 
-    def reading(self, key: str) -> AbstractContextManager[Held]:
+    def reading(self, key: str) -> AbstractContextManager[ServedObject]:
         """The object, pinned until the end where the source can. Raises NotFoundError."""
         ...
 
@@ -194,41 +194,41 @@ class TooLargeError(StoreFullError):
 
 
 @dataclass(frozen=True, slots=True)
-class VaultStats:
+class PeerMemoryStats:
     """Bytes are memory charged: ``objects_bytes`` of what can be read, ``going_bytes`` of what was deleted or replaced and is
     still sent, ``coming_bytes`` of puts under way, ``spare_bytes`` kept for the next. Their sum never exceeds the budget.
     """
 
     objects: int
     objects_bytes: int
-    going_bytes: int
-    coming_bytes: int
+    removed_bytes: int
+    incoming_bytes: int
     spare_bytes: int
     budget_bytes: int
 
     @property
-    def held_bytes(self) -> int:
+    def total_bytes(self) -> int:
         """All memory of the vault."""
-        return self.objects_bytes + self.going_bytes + self.coming_bytes + self.spare_bytes
+        return self.objects_bytes + self.removed_bytes + self.incoming_bytes + self.spare_bytes
 
 
 @dataclass(slots=True, eq=False)
 class _Object:
     key: str
     size_bytes: int
-    block: Block
+    block: MemoryBlock
     version: int = 0
     modified_unix_s: float = 0.0
     pins: int = 0
     listed: bool = field(default=False)
 
 
-class Incoming:
+class IncomingObject:
     """Memory for an object under way. It is nobody's object before ``publish``."""
 
     __slots__ = ("_object", "_vault", "key", "view")
 
-    def __init__(self, vault: Vault, entry: _Object) -> None:
+    def __init__(self, vault: PeerMemory, entry: _Object) -> None:
         self._vault = vault
         self._object: _Object | None = entry
         self.key = entry.key
@@ -252,7 +252,7 @@ class Incoming:
             self._vault._abandon(entry)
 
 
-class Vault:
+class PeerMemory:
     """Objects by key, whole or not at all, within ``budget_bytes`` of memory. Thread-safe.
 
     Nothing is evicted: what is here goes by ``delete``, ``retain`` or another put of its key. A replaced or deleted object
@@ -270,7 +270,7 @@ class Vault:
         self.object_bytes_max = budget_bytes if object_bytes_max is None else min(object_bytes_max, budget_bytes)
         self._objects_max = objects_max
         self._available = available
-        self._blocks = Blocks(budget_bytes // 2 if spare_bytes_max is None else spare_bytes_max)
+        self._blocks = BlockPool(budget_bytes // 2 if spare_bytes_max is None else spare_bytes_max)
         self._lock = threading.Lock()
         self._objects: dict[str, _Object] = {}
         self._keys: list[str] = []
@@ -279,20 +279,20 @@ class Vault:
         self._objects_bytes = self._going_bytes = self._coming_bytes = 0
 
     @contextlib.contextmanager
-    def incoming(self, key: str, size_bytes: int) -> Iterator[Incoming]:
+    def incoming(self, key: str, size_bytes: int) -> Iterator[IncomingObject]:
         """Memory for an object of ``size_bytes``, taken back at the end unless it was published.
 
         Raises TooLargeError and StoreFullError before any memory is taken.
         """
         check_key(key)
-        incoming = Incoming(self, self._reserve(key, size_bytes))
+        incoming = IncomingObject(self, self._reserve(key, size_bytes))
         try:
             yield incoming
         finally:
             incoming.abandon()
 
     @contextlib.contextmanager
-    def reading(self, key: str) -> Iterator[Held]:
+    def reading(self, key: str) -> Iterator[ServedObject]:
         """The object at ``key``, its bytes unchanged until the end, whatever becomes of the key. Raises NotFoundError."""
         check_key(key)
         with self._lock:
@@ -300,7 +300,7 @@ class Vault:
             if entry is None:
                 raise NotFoundError(f"no such object. key={key}")
             entry.pins += 1
-            held = Held(
+            held = ServedObject(
                 view=entry.block.view, fd=None, offset_bytes=0, version=entry.version,
                 modified_unix_s=entry.modified_unix_s,
             )  # fmt: skip
@@ -346,10 +346,10 @@ class Vault:
                 self._remove(key)
         return len(gone)
 
-    def stats(self) -> VaultStats:
+    def stats(self) -> PeerMemoryStats:
         """What is held at this moment."""
         with self._lock:
-            return VaultStats(
+            return PeerMemoryStats(
                 len(self._objects), self._objects_bytes, self._going_bytes, self._coming_bytes, self._blocks.spare_bytes,
                 self.budget_bytes,
             )  # fmt: skip
@@ -425,35 +425,35 @@ PAGE_ENTRIES_MAX = 1000
 """Entries of one answer to a listing."""
 
 
-class Shelf:
+class PeerCatalog:
     """Reads come from the source whose prefix a key has, or from the vault; writes go to the vault alone. Thread-safe."""
 
-    def __init__(self, vault: Vault, sources: Sequence[Source] = ()) -> None:
+    def __init__(self, vault: PeerMemory, sources: Sequence[ServedSource] = ()) -> None:
         for source in sources:
             check_prefix(source.prefix)
             if not source.prefix:
                 raise UsageError("a source without a prefix would hide the vault.")
-        self.vault = vault
+        self.memory = vault
         self._sources = tuple(sources)
 
     def read_only(self, key: str) -> bool:
         """Whether the key is a source's."""
         return self._source(key) is not None
 
-    def reading(self, key: str) -> AbstractContextManager[Held]:
+    def reading(self, key: str) -> AbstractContextManager[ServedObject]:
         """See Vault and Source."""
         source = self._source(key)
-        return self.vault.reading(key) if source is None else source.reading(key)
+        return self.memory.reading(key) if source is None else source.reading(key)
 
     def stat(self, key: str) -> Stat | None:
         """See Vault and Source."""
         source = self._source(key)
-        return self.vault.stat(key) if source is None else source.stat(key)
+        return self.memory.stat(key) if source is None else source.stat(key)
 
     def page(self, prefix: str, after: str) -> tuple[list[Stat], bool]:
         """The next entries behind ``after`` in key order, PAGE_ENTRIES_MAX at most, and whether there are more."""
         most = PAGE_ENTRIES_MAX + 1
-        held = self.vault.list(prefix, after=after, entries_max=most)
+        held = self.memory.list(prefix, after=after, entries_max=most)
         others = [
             [one for one in source.list() if one.key.startswith(prefix) and one.key > after]
             for source in self._sources
@@ -462,5 +462,5 @@ class Shelf:
         found = sorted(chain(held, *others), key=lambda one: one.key)
         return found[:PAGE_ENTRIES_MAX], len(found) >= most
 
-    def _source(self, key: str) -> Source | None:
+    def _source(self, key: str) -> ServedSource | None:
         return next((source for source in self._sources if key.startswith(source.prefix)), None)

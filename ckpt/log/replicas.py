@@ -26,10 +26,10 @@ from ckpt.errors import (
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, Record, decode_record
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
-from ckpt.log.quorum import Held, Silent
+from ckpt.log.quorum import NoAnswer, StoreRecords
 from ckpt.log.reader import RECORDS_AT_ONCE, read_all
-from ckpt.log.sequencers import Lost, Unknown, create_once
-from ckpt.threads import run_into, start
+from ckpt.log.sequencers import KeyTaken, WriteUnknown, create_once
+from ckpt.threads import run_into_future, start_thread
 
 # Asking several stores at once, without waiting for one that is slow once enough have answered.
 #
@@ -53,7 +53,7 @@ Enough = Callable[[Mapping[int, T]], bool]
 """Whether the answers of some stores, by number, are enough."""
 
 
-class Lanes(Protocol):
+class StoreWorkers(Protocol):
     """How stores are asked together."""
 
     def ask(self, calls: Mapping[int, Callable[[], T]], enough: Enough[T]) -> dict[int, T]:
@@ -64,11 +64,11 @@ class Lanes(Protocol):
         ...
 
 
-class ThreadLanes:
+class ThreadWorkers:
     """A thread for each store that has something to do; it ends with its work, and holds up no exit."""
 
     def __init__(self) -> None:
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, _StoreWorker] = {}
         self._changed = threading.Condition()
 
     def ask(self, calls: Mapping[int, Callable[[], T]], enough: Enough[T]) -> dict[int, T]:
@@ -106,15 +106,15 @@ class ThreadLanes:
         grace_s = min(max(enough_s - began_s, GRACE_S_MIN), GRACE_S_MAX)
         return enough_s + grace_s - now_s
 
-    def _lane(self, number: int) -> _Lane:
-        return self._lanes.setdefault(number, _Lane(f"ckpt-log-{number}"))
+    def _lane(self, number: int) -> _StoreWorker:
+        return self._lanes.setdefault(number, _StoreWorker(f"ckpt-log-{number}"))
 
     def _wake(self, _: object) -> None:
         with self._changed:
             self._changed.notify_all()
 
 
-class _Lane:
+class _StoreWorker:
     """Calls to one store, one at a time, in order."""
 
     def __init__(self, name: str) -> None:
@@ -135,10 +135,10 @@ class _Lane:
         with self._lock:
             if len(self._waiting) >= WAITING_MAX:
                 return None
-            self._waiting.append(lambda: run_into(future, call))
+            self._waiting.append(lambda: run_into_future(future, call))
             idle, self._since_s = self._since_s is None, self._since_s or time.monotonic()
         if idle:
-            start(self._work, name=self._name)
+            start_thread(self._work, name=self._name)
         return future
 
     def _work(self) -> None:
@@ -153,46 +153,48 @@ class _Lane:
             del run  # or it would keep what it holds alive until the next call
 
 
-LATE = Silent("no answer yet")
+NO_ANSWER_YET = NoAnswer("no answer yet")
 
-UNABLE_TIMES = 3
+CREATE_ONLY_TRIES = 3
 """A store that says so often that it does not create only once, and answers other questions meanwhile, is believed."""
 
 
-class Copies:
+class LogReplicas:
     """The stores that hold one log, or shall, by number in the user's order."""
 
-    def __init__(self, stores: Sequence[Backend], lanes: Lanes | None = None) -> None:
+    def __init__(self, stores: Sequence[Backend], lanes: StoreWorkers | None = None) -> None:
         self.stores = tuple(stores)
         self.urls = tuple(store.url for store in stores)
-        self._lanes = lanes or ThreadLanes()
+        self._lanes = lanes or ThreadWorkers()
         self._creators: frozenset[int] = frozenset()
 
-    def jobs(self) -> list[JobRecord | Silent | None]:
+    def job_records(self) -> list[JobRecord | NoAnswer | None]:
         """What each store's ``ckpt.json`` says; None where it has none. One that is damaged says nothing.
 
         A majority of answers is waited for, and a little longer for the others.
         """
         found = self._lanes.ask({n: partial(_job, store) for n, store in enumerate(self.stores)}, self._most)
-        return [found.get(n, LATE) for n in range(len(self.stores))]
+        return [found.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
 
-    def held(self, after: int, log_id: str, *, of: Collection[str] = ()) -> list[Held | Silent]:
+    def read_logs(self, after: int, log_id: str, *, of: Collection[str] = ()) -> list[StoreRecords | NoAnswer]:
         """What each store holds of a log behind place ``after``, 1,024 places at most; its id as it is afterwards.
 
         A majority of answers is waited for, of stores with the ids ``of`` where they are given, and a little longer for the
         others.
         """
 
-        def enough(answers: Mapping[int, Held | Silent]) -> bool:
-            return 2 * sum(isinstance(one, Held) and one.store_id in of for one in answers.values()) > len(self.stores)
+        def enough(answers: Mapping[int, StoreRecords | NoAnswer]) -> bool:
+            return 2 * sum(isinstance(one, StoreRecords) and one.store_id in of for one in answers.values()) > len(
+                self.stores
+            )
 
         calls = {n: partial(_held, store, after, log_id) for n, store in enumerate(self.stores)}
         found = self._lanes.ask(calls, enough if of else self._most)
-        return [found.get(n, LATE) for n in range(len(self.stores))]
+        return [found.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
 
     def create(
         self, key: str, data: bytes, at: Mapping[int, str], quorum: int, *, vote: bool = False
-    ) -> dict[int, bytes | Silent]:
+    ) -> dict[int, bytes | NoAnswer]:
         """Create ``key`` at the stores of these numbers; what each holds there now, or that this is not known.
 
         ``at`` gives the id of each store, which is looked at afterwards: another one may have come to stand there, and what it
@@ -200,17 +202,19 @@ class Copies:
         ``vote`` it is left alone, and not known. Returns soon after ``quorum`` of them hold the same bytes; the others get it
         behind.
         """
-        found: dict[int, bytes | Silent] = dict.fromkeys(at, LATE)
+        found: dict[int, bytes | NoAnswer] = dict.fromkeys(at, NO_ANSWER_YET)
         calls = {n: partial(_create, self.stores[n], key, data, vote=vote, store_id=at[n]) for n in sorted(at)}
         found.update(self._lanes.ask(calls, lambda answers: _most_copies(answers) >= quorum))
         return found
 
-    def begun(self, number: int) -> bool | Silent:
+    def has_records(self, number: int) -> bool | NoAnswer:
         """Whether a store holds any record of a log."""
-        found = self._lanes.ask({number: partial(_listed, self.stores[number], keys.LOG)}, bool).get(number, LATE)
-        return found if isinstance(found, Silent) else bool(found)
+        found = self._lanes.ask({number: partial(_listed, self.stores[number], keys.LOG)}, bool).get(
+            number, NO_ANSWER_YET
+        )
+        return found if isinstance(found, NoAnswer) else bool(found)
 
-    def make(self, number: int, record: JobRecord) -> JobRecord | Silent:
+    def make_store(self, number: int, record: JobRecord) -> JobRecord | NoAnswer:
         """Write ``ckpt.json`` in a store that has none; what is there then."""
         store = self.stores[number]
         try:
@@ -218,25 +222,25 @@ class Copies:
         except UsageError:
             return _make_anyhow(store, record)  # it does not create a key only once
         except (UnavailableError, StoreFullError, StoreDeniedError) as error:
-            return Silent(str(error))
-        if isinstance(made, Unknown):
-            return Silent(made.why)
-        return _job(store) or Silent("what was written is not there")
+            return NoAnswer(str(error))
+        if isinstance(made, WriteUnknown):
+            return NoAnswer(made.reason)
+        return _job(store) or NoAnswer("what was written is not there")
 
-    def listed(self, prefix: str) -> set[str]:
+    def list_keys(self, prefix: str) -> set[str]:
         """The keys that any store which answers has below ``prefix``."""
         calls = {n: partial(_listed, store, prefix) for n, store in enumerate(self.stores)}
         return {
             key for found in self._lanes.ask(calls, self._most).values() if isinstance(found, list) for key in found
         }
 
-    def read(self, key: str, *, bytes_max: int) -> list[bytes | Silent]:
+    def read(self, key: str, *, bytes_max: int) -> list[bytes | NoAnswer]:
         """What each store holds at ``key``, or that this is not known, or nothing."""
         calls = {n: partial(_read, store, key, bytes_max) for n, store in enumerate(self.stores)}
         found = self._lanes.ask(calls, self._most)
-        return [found.get(n, LATE) for n in range(len(self.stores))]
+        return [found.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
 
-    def creators(self, at: Collection[int]) -> frozenset[int]:
+    def create_only_stores(self, at: Collection[int]) -> frozenset[int]:
         """Those of the stores that are known to create a key only once.
 
         The others may do so all the same, for a store that can't be asked says no too; it is asked again.
@@ -247,7 +251,7 @@ class Copies:
             self._creators |= {n for n, yes in answers.items() if yes}
         return self._creators.intersection(at)
 
-    def unable(self, at: Collection[int]) -> frozenset[int]:
+    def not_create_only(self, at: Collection[int]) -> frozenset[int]:
         """Those of the stores that answer, and don't say that they create a key only once, however often they are asked."""
         answers = self._lanes.ask(
             {n: partial(_unable, self.stores[n]) for n in at}, lambda found: len(found) == len(at)
@@ -255,49 +259,49 @@ class Copies:
         return frozenset(n for n, unable in answers.items() if unable)
 
     def _most(self, answers: Mapping[int, object]) -> bool:
-        return 2 * sum(not isinstance(one, Silent) for one in answers.values()) > len(self.stores)
+        return 2 * sum(not isinstance(one, NoAnswer) for one in answers.values()) > len(self.stores)
 
 
-def copies_of(data: bytes, found: Mapping[int, bytes | Silent]) -> int:
+def count_copies(data: bytes, found: Mapping[int, bytes | NoAnswer]) -> int:
     """How many of the stores hold ``data``."""
     return sum(held == data for held in found.values())
 
 
-def _most_copies(found: Mapping[int, bytes | Silent]) -> int:
+def _most_copies(found: Mapping[int, bytes | NoAnswer]) -> int:
     return max(Counter(held for held in found.values() if isinstance(held, bytes)).values(), default=0)
 
 
-def _job(store: Backend) -> JobRecord | Silent | None:
+def _job(store: Backend) -> JobRecord | NoAnswer | None:
     try:
         return JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
     except NotFoundError:
         return None
     except (UnavailableError, StoreDeniedError, IntegrityError, FormatVersionError) as error:
-        return Silent(str(error))
+        return NoAnswer(str(error))
 
 
-def _make_anyhow(store: Backend, record: JobRecord) -> JobRecord | Silent:
+def _make_anyhow(store: Backend, record: JobRecord) -> JobRecord | NoAnswer:
     found = _job(store)
     if found is not None:
         return found
     try:
         store.put(keys.JOB_KEY, [record.encode()])
     except (UnavailableError, StoreFullError, StoreDeniedError) as error:
-        return Silent(str(error))
-    return _job(store) or Silent("what was written is not there")
+        return NoAnswer(str(error))
+    return _job(store) or NoAnswer("what was written is not there")
 
 
-def _held(store: Backend, after: int, log_id: str) -> Held | Silent:
+def _held(store: Backend, after: int, log_id: str) -> StoreRecords | NoAnswer:
     try:
         records, settled, damaged, newer = _records(store, after)
     except (UnavailableError, StoreDeniedError, NotFoundError) as error:
-        return Silent(str(error))  # not even the bucket that it is in may be there
+        return NoAnswer(str(error))  # not even the bucket that it is in may be there
     found = _job(store)  # last: a store that was swapped meanwhile holds nothing that counts
-    if isinstance(found, Silent):
+    if isinstance(found, NoAnswer):
         return found
     if found is not None and found.log_id != log_id:
-        return Held("", elsewhere=found.log_id)
-    return Held(found.store_id if found is not None else "", records, settled, damaged, newer)
+        return StoreRecords("", elsewhere=found.log_id)
+    return StoreRecords(found.store_id if found is not None else "", records, settled, damaged, newer)
 
 
 def _records(store: Backend, after: int) -> tuple[dict[int, Record], dict[int, Record], frozenset[int], frozenset[int]]:
@@ -330,18 +334,18 @@ def _record(store: Backend, key: str, seq: int) -> Record | FormatVersionError |
     return record if record.seq == seq else None
 
 
-def _listed(store: Backend, prefix: str) -> list[str] | Silent:
+def _listed(store: Backend, prefix: str) -> list[str] | NoAnswer:
     try:
         return [stat.key for stat in store.list(prefix)]
     except (UnavailableError, StoreDeniedError, NotFoundError) as error:
-        return Silent(str(error))
+        return NoAnswer(str(error))
 
 
-def _read(store: Backend, key: str, bytes_max: int) -> bytes | Silent:
+def _read(store: Backend, key: str, bytes_max: int) -> bytes | NoAnswer:
     try:
         return read_alone(store, key, bytes_max=bytes_max)
     except (UnavailableError, StoreDeniedError, NotFoundError, IntegrityError) as error:
-        return Silent(str(error))
+        return NoAnswer(str(error))
 
 
 def _creates(store: Backend) -> bool:
@@ -352,36 +356,38 @@ def _creates(store: Backend) -> bool:
 
 
 def _unable(store: Backend) -> bool:
-    return all(not _creates(store) and isinstance(_job(store), JobRecord) for _ in range(UNABLE_TIMES))
+    return all(not _creates(store) and isinstance(_job(store), JobRecord) for _ in range(CREATE_ONLY_TRIES))
 
 
-def _create(store: Backend, key: str, data: bytes, *, vote: bool, store_id: str) -> bytes | Silent:
+def _create(store: Backend, key: str, data: bytes, *, vote: bool, store_id: str) -> bytes | NoAnswer:
     """Create the key and say what is there. Refused or unanswered it isn't known: the put may have landed, or land yet."""
     held = _put_or_read(store, key, data, vote=vote)
-    if isinstance(held, Silent):
+    if isinstance(held, NoAnswer):
         return held
     there = _job(store)
-    if isinstance(there, Silent):
+    if isinstance(there, NoAnswer):
         return there
     if there is None or there.store_id != store_id:
-        return Silent(f"another store came to stand there. wanted={store_id} found={there.store_id if there else None}")
+        return NoAnswer(
+            f"another store came to stand there. wanted={store_id} found={there.store_id if there else None}"
+        )
     return held
 
 
-def _put_or_read(store: Backend, key: str, data: bytes, *, vote: bool) -> bytes | Silent:
+def _put_or_read(store: Backend, key: str, data: bytes, *, vote: bool) -> bytes | NoAnswer:
     try:
         try:
             made = create_once(store, key, data, bytes_max=RECORD_BYTES_MAX)
         except UsageError as error:
             # It does not create a key only once. What the capabilities say is not asked: no may mean not known now.
             if vote:
-                return Silent(str(error))
+                return NoAnswer(str(error))
             if store.stat(key) is not None:
                 return read_alone(store, key, bytes_max=RECORD_BYTES_MAX)
             store.put(key, [data])
             return data
     except (UnavailableError, StoreFullError, StoreDeniedError, NotFoundError, IntegrityError) as error:
-        return Silent(str(error))
-    if isinstance(made, Unknown):
-        return Silent(made.why)
-    return made.data if isinstance(made, Lost) else data
+        return NoAnswer(str(error))
+    if isinstance(made, WriteUnknown):
+        return NoAnswer(made.reason)
+    return made.data if isinstance(made, KeyTaken) else data

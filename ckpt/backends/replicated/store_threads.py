@@ -11,14 +11,14 @@ from dataclasses import dataclass
 IDLE_S = 20.0
 """A thread with nothing to do ends after this long."""
 
-LOST_MAX = 32
+LOST_THREADS_MAX = 32
 """Threads that calls which never come back may keep, beside those that work."""
 
 Job = Callable[[], None]
 """Must not raise."""
 
 
-class Lane:
+class StoreThreads:
     """Up to ``threads_max`` daemon threads, started when needed, and a queue of ``jobs_max`` jobs. Thread-safe.
 
     Jobs with the same key are done one after the other in the order they came, so that an old put never lands after a newer
@@ -30,8 +30,8 @@ class Lane:
         self._threads_max = threads_max
         self._jobs_max = jobs_max
         self._change = threading.Condition()
-        self._ready: deque[_Entry] = deque()
-        self._behind: dict[str, deque[_Entry]] = {}
+        self._ready: deque[_QueuedJob] = deque()
+        self._behind: dict[str, deque[_QueuedJob]] = {}
         self._jobs = 0
         self._threads = 0
         self._idle = 0
@@ -39,7 +39,7 @@ class Lane:
         self._closed = False
 
     @property
-    def room(self) -> bool:
+    def has_room(self) -> bool:
         """Whether a job would begin at once, or soon."""
         return self._jobs < self._jobs_max
 
@@ -52,7 +52,7 @@ class Lane:
             if self._closed or self._jobs >= self._jobs_max:
                 return False
             self._jobs += 1
-            entry = _Entry(job, key)
+            entry = _QueuedJob(job, key)
             if key is not None:
                 if key in self._behind:
                     self._behind[key].append(entry)
@@ -68,14 +68,14 @@ class Lane:
         self._do(entry)
         return True
 
-    def lost(self) -> None:
+    def thread_lost(self) -> None:
         """A job hangs: its thread no longer counts, so that others don't wait for it."""
         with self._change:
             self._lost += 1
             if len(self._ready) > self._idle and self._threads < self._allowed():
                 self._start()
 
-    def found(self) -> None:
+    def thread_back(self) -> None:
         """A job that was counted as lost came back."""
         with self._change:
             self._lost -= 1
@@ -89,7 +89,7 @@ class Lane:
             return self._change.wait_for(lambda: not self._jobs, until_s - time.monotonic())
 
     def _allowed(self) -> int:
-        return self._threads_max + min(self._lost, LOST_MAX)
+        return self._threads_max + min(self._lost, LOST_THREADS_MAX)
 
     def _start(self) -> bool:
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)
@@ -105,7 +105,7 @@ class Lane:
             self._do(entry)
             del entry  # or it would keep its memory alive until the next job
 
-    def _next(self) -> _Entry | None:
+    def _next(self) -> _QueuedJob | None:
         with self._change:
             spare = self._threads > self._allowed()
             if not spare:
@@ -117,7 +117,7 @@ class Lane:
             self._threads -= 1
             return None
 
-    def _do(self, entry: _Entry) -> None:
+    def _do(self, entry: _QueuedJob) -> None:
         try:
             entry.job()
         finally:
@@ -137,6 +137,6 @@ class Lane:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _QueuedJob:
     job: Job
     key: str | None
