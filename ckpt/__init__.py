@@ -1,6 +1,7 @@
 """Checkpointing and state replication for PyTorch.
 
-The public face. Names load on first use, so that processes which only move bytes never import torch.
+The public face. Names load on first use, so that processes which only move bytes never import
+torch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-# Or torch.cuda.is_available() above a decorated call would open the GPU there, and trainers could not be forked.
+# Or torch.cuda.is_available() above a decorated call would open the GPU there, and trainers could
+# not be forked.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ _HOMES = {
     "SnapshotId": "ckpt.values",
     "SnapshotInfo": "ckpt.values",
     **dict.fromkeys(
-        ("KeepPolicy", "keep_best", "keep_every", "keep_for", "keep_last", "keep_tagged"), "ckpt.maintenance.retention"
+        ("KeepPolicy", "keep_best", "keep_every", "keep_for", "keep_last", "keep_tagged"),
+        "ckpt.maintenance.retention",
     ),
     **dict.fromkeys(
         (

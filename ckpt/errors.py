@@ -25,8 +25,8 @@ from typing import ClassVar
 class CkptError(Exception):
     """Base of every error that ckpt raises.
 
-    ``code`` is a stable kebab-case word for programs, ``retry`` says whether repeating the same call can help,
-    ``exit_code`` is what the command line exits with.
+    ``code`` is a stable kebab-case word for programs, ``retry`` says whether repeating the same
+    call can help, ``exit_code`` is what the command line exits with.
     """
 
     code: ClassVar[str] = "error"

@@ -1,7 +1,8 @@
 """Events: what happened, told once, in one form.
 
-An event is a kebab-case kind, a sentence for people and flat facts for programs. Rooms that have something to tell take a
-``Tell`` callable; the session passes one that writes to Python's ``logging`` under the name ``ckpt``.
+An event is a kebab-case kind, a sentence for people and flat facts for programs. Rooms that have
+something to tell take a ``Tell`` callable; the session passes one that writes to Python's
+``logging`` under the name ``ckpt``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ Emit = Callable[[Event], None]
 
 
 def emit_to_logging(rank: int) -> Emit:
-    """A ``Tell`` that writes to the logger ``ckpt``: alarms as warnings, the rest as info, facts as ``key=value``."""
+    """A ``Tell`` that writes to the logger ``ckpt``: alarms as warnings, the rest as info, facts as
+    ``key=value``."""
     logger = logging.getLogger("ckpt")
 
     def tell(event: Event) -> None:

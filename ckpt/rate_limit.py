@@ -18,8 +18,8 @@ BURST_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class TokenBucket:
-    """``free_bytes`` may go at ``at_s``; below 0 so many were let go beyond that, and are owed. No ``rate`` (bytes a second):
-    everything may go, and nothing is owed.
+    """``free_bytes`` may go at ``at_s``; below 0 so many were let go beyond that, and are owed. No
+    ``rate`` (bytes a second): everything may go, and nothing is owed.
     """
 
     rate: float | None
@@ -27,11 +27,16 @@ class TokenBucket:
     free_bytes: float = 0.0
 
     def at(self, now_s: float) -> TokenBucket:
-        """The same bucket later. It fills at its rate, up to BURST_S of it; a clock that stands still adds nothing."""
+        """The same bucket later. It fills at its rate, up to BURST_S of it; a clock that stands
+        still adds nothing."""
         if self.rate is None:
             return replace(self, at_s=now_s, free_bytes=0.0)
         more = max(0.0, now_s - self.at_s) * self.rate
-        return replace(self, at_s=max(now_s, self.at_s), free_bytes=min(self.free_bytes + more, self.rate * BURST_S))
+        return replace(
+            self,
+            at_s=max(now_s, self.at_s),
+            free_bytes=min(self.free_bytes + more, self.rate * BURST_S),
+        )
 
     def with_rate(self, rate: float | None) -> TokenBucket:
         """Filled at another rate from here on. What is owed stays owed."""
@@ -43,20 +48,25 @@ class TokenBucket:
 
     @property
     def wait_s(self) -> float:
-        """How long nothing may go yet. More than a burst goes at once when nothing is owed: blocks are not cut here."""
+        """How long nothing may go yet. More than a burst goes at once when nothing is owed: blocks
+        are not cut here."""
         return 0.0 if self.rate is None or self.free_bytes >= 0 else -self.free_bytes / self.rate
 
 
 RATE_BYTES_MIN = 1 << 20
-"""Least rate of a cap, in bytes a second: below it servers would take this node for one that stalls."""
+"""Least rate of a cap, in bytes a second: below it servers would take this node for one that
+stalls."""
 
 BLOCK_BYTES_MIN = 64 << 10
 
 
 class RateLimit:
-    """At most so many bytes a second for all that share it, as a token bucket. None: no limit. Thread-safe."""
+    """At most so many bytes a second for all that share it, as a token bucket. None: no limit.
+    Thread-safe."""
 
-    def __init__(self, bytes_per_s: float | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, bytes_per_s: float | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._clock = clock
         self._change = threading.Condition()
         self._bucket = TokenBucket(_checked(bytes_per_s), clock())
@@ -78,7 +88,8 @@ class RateLimit:
         return most if rate is None else min(most, max(BLOCK_BYTES_MIN, int(rate * BURST_S)))
 
     def take(self, size_bytes: int) -> float:
-        """Wait until ``size_bytes`` may go; returns seconds waited. More than a burst is let go once nothing is owed."""
+        """Wait until ``size_bytes`` may go; returns seconds waited. More than a burst is let go
+        once nothing is owed."""
         began_s = self._clock()
         with self._change:
             while (wait_s := self._now().wait_s) > 0:
@@ -94,7 +105,8 @@ class RateLimit:
 def _checked(bytes_per_s: float | None) -> float | None:
     if bytes_per_s is not None and not bytes_per_s >= RATE_BYTES_MIN:
         raise UsageError(
-            f"a rate cap is too low. bytes_per_s={bytes_per_s} least={RATE_BYTES_MIN}; pass None for no cap"
+            f"a rate cap is too low. bytes_per_s={bytes_per_s} least={RATE_BYTES_MIN}; pass None "
+            "for no cap"
         )
     return bytes_per_s
 

@@ -1,7 +1,8 @@
 """One background thread that does calls in order, and never keeps a process alive for ever.
 
-A pool of the standard library is joined at the interpreter's exit without a limit, so one hung store would make every exit
-endless. This thread is a daemon; at exit it gets a bounded time to finish what it was given.
+A pool of the standard library is joined at the interpreter's exit without a limit, so one hung
+store would make every exit endless. This thread is a daemon; at exit it gets a bounded time to
+finish what it was given.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ T = TypeVar("T")
 
 
 def run_into_future(future: Future[T], call: Callable[[], T]) -> None:
-    """Do ``call`` now, unless ``future`` was cancelled, and let ``future`` have what it returns or raises."""
+    """Do ``call`` now, unless ``future`` was cancelled, and let ``future`` have what it returns or
+    raises."""
     if not future.set_running_or_notify_cancel():
         return
     try:
@@ -33,7 +35,8 @@ def run_into_future(future: Future[T], call: Callable[[], T]) -> None:
 
 
 def start_thread(call: Callable[[], T], *, name: str) -> Future[T]:
-    """Do ``call`` in a thread of its own; in this one where the interpreter is ending and starts no thread any more."""
+    """Do ``call`` in a thread of its own; in this one where the interpreter is ending and starts no
+    thread any more."""
     future: Future[T] = Future()
     thread = threading.Thread(target=run_into_future, args=(future, call), name=name, daemon=True)
     try:
@@ -70,8 +73,8 @@ class CallQueue:
     def close(self, *, cancel: bool = False, timeout_s: float | None = None) -> bool:
         """Let the queue run empty (``cancel``: drop what has not begun) and end the thread.
 
-        Waits ``timeout_s`` seconds at most, for ever where None; returns whether the thread ended. One that did not goes on
-        behind and holds up no exit.
+        Waits ``timeout_s`` seconds at most, for ever where None; returns whether the thread ended.
+        One that did not goes on behind and holds up no exit.
         """
         atexit.unregister(self._at_exit)
         if cancel:

@@ -1,1 +1,2 @@
-"""What a store is: six operations of which one is atomic; folders, fsspec URLs, encryption, and several stores as one."""
+"""What a store is: six operations of which one is atomic; folders, fsspec URLs, encryption, and
+several stores as one."""

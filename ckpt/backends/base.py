@@ -1,7 +1,8 @@
 """The seam between ckpt and any storage: six operations, one of them atomic.
 
-A store is a flat map from keys to immutable bytes. Create-if-absent is the only atomic operation that ckpt needs; there is
-no rename, no append, no lock. Implementers write these six and pass ``ckpt.testing.contract``.
+A store is a flat map from keys to immutable bytes. Create-if-absent is the only atomic operation
+that ckpt needs; there is no rename, no append, no lock. Implementers write these six and pass
+``ckpt.testing.contract``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ Buffer = bytes | bytearray | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What a store says of one object: its key and length. ``modified_unix_s`` is the store's own clock, for sweeps only."""
+    """What a store says of one object: its key and length. ``modified_unix_s`` is the store's own
+    clock, for sweeps only."""
 
     key: str
     size_bytes: int
@@ -29,9 +31,10 @@ class Stat:
 class Capabilities:
     """What a store can do, found out by asking it, never assumed.
 
-    ``create_only``: ``put(..., create_only=True)`` is atomic among all writers of the world. A store without it refuses such
-    a put with UsageError. ``read_bytes_best``: the read size at which a request's fixed cost stops to matter;
-    neighbouring ranges are joined up to it. ``concurrency_best``: how many reads or writes in flight fill the link.
+    ``create_only``: ``put(..., create_only=True)`` is atomic among all writers of the world. A
+    store without it refuses such a put with UsageError. ``read_bytes_best``: the read size at which
+    a request's fixed cost stops to matter; neighbouring ranges are joined up to it.
+    ``concurrency_best``: how many reads or writes in flight fill the link.
     """
 
     create_only: bool
@@ -41,7 +44,8 @@ class Capabilities:
 
 
 class Backend(Protocol):
-    """One object store prefix. Keys are ``/``-separated relative names (see ``check_key``). Thread-safe."""
+    """One object store prefix. Keys are ``/``-separated relative names (see ``check_key``).
+    Thread-safe."""
 
     @property
     def url(self) -> str:
@@ -55,17 +59,19 @@ class Backend(Protocol):
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         """Store the concatenation of ``data`` at ``key``, all or nothing, durable on return.
 
-        Readers see the whole object or none. With ``create_only`` raises KeyExistsError where the key exists. A lost reply
-        raises UnavailableError: whether it landed is then unknown, and repeating the same put is safe (with ``create_only``
-        it may then raise KeyExistsError for the caller's own bytes; settle that by reading them).
-        Raises StoreFullError, StoreDeniedError, UnavailableError. The buffers may be reused on return.
+        Readers see the whole object or none. With ``create_only`` raises KeyExistsError where the
+        key exists. A lost reply raises UnavailableError: whether it landed is then unknown, and
+        repeating the same put is safe (with ``create_only`` it may then raise KeyExistsError for
+        the caller's own bytes; settle that by reading them). Raises StoreFullError,
+        StoreDeniedError, UnavailableError. The buffers may be reused on return.
         """
         ...
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """Fill ``out`` with the bytes from ``offset_bytes`` on.
 
-        Raises NotFoundError where there is no such key and IntegrityError where the object ends before ``out`` is full.
+        Raises NotFoundError where there is no such key and IntegrityError where the object ends
+        before ``out`` is full.
         """
         ...
 
@@ -74,7 +80,8 @@ class Backend(Protocol):
         ...
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """Objects whose key starts with ``prefix`` and is greater than ``after``, in key order (Unicode code points)."""
+        """Objects whose key starts with ``prefix`` and is greater than ``after``, in key order
+        (Unicode code points)."""
         ...
 
     def delete(self, key: str) -> None:
@@ -102,18 +109,24 @@ RESERVED = (".tmp", ".probe")
 def check_key(key: str) -> str:
     """Return ``key`` where it can name an object in any store.
 
-    A key is relative, has no empty, ``.`` or ``..`` component, no backslash and no control character, is at most 512
-    UTF-8 bytes long, 255 a component, and does not start with a reserved component. Raises UsageError otherwise.
+    A key is relative, has no empty, ``.`` or ``..`` component, no backslash and no control
+    character, is at most 512 UTF-8 bytes long, 255 a component, and does not start with a reserved
+    component. Raises UsageError otherwise.
     """
     if why := _why_bad(key):
-        raise UsageError(f"not a key: {why}. key={key!r}; use relative names such as 'packs/a.pack'")
+        raise UsageError(
+            f"not a key: {why}. key={key!r}; use relative names such as 'packs/a.pack'"
+        )
     return key
 
 
 def check_prefix(prefix: str) -> str:
-    """Return ``prefix`` where some key can start with it; raises UsageError otherwise. Empty means every key."""
+    """Return ``prefix`` where some key can start with it; raises UsageError otherwise. Empty means
+    every key."""
     if prefix and (why := _why_bad(prefix + "x")):
-        raise UsageError(f"no key starts so: {why}. prefix={prefix!r}; use prefixes such as 'packs/'")
+        raise UsageError(
+            f"no key starts so: {why}. prefix={prefix!r}; use prefixes such as 'packs/'"
+        )
     return prefix
 
 

@@ -1,7 +1,8 @@
 """Reading what must have a known digest, from one store or from several that hold the same objects.
 
-A store alone gives what it has, and the check decides. Where several hold the same key, a copy that is wrong or missing sends
-the reader to the next one, and the good copy goes back to where the bad one was.
+A store alone gives what it has, and the check decides. Where several hold the same key, a copy that
+is wrong or missing sends the reader to the next one, and the good copy goes back to where the bad
+one was.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, NotFoundError
 
 Check = Callable[[memoryview], "str | None"]
-"""What is wrong with the bytes that were read, in words; None where they are right. May be called more than once."""
+"""What is wrong with the bytes that were read, in words; None where they are right. May be called
+more than once."""
 
 
 @runtime_checkable
@@ -33,22 +35,26 @@ class MultiStoreBackend(Backend, Protocol):
     def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
         """From now on only the stores at these places count, and are written to.
 
-        Another one may be a disk that isn't mounted, or be filled at this moment: it gets everything before it counts.
-        ``silent``: those that counted and do not answer now. They are written to, and what they take counts; what they lack
-        says nothing.
+        Another one may be a disk that isn't mounted, or be filled at this moment: it gets
+        everything before it counts. ``silent``: those that counted and do not answer now. They are
+        written to, and what they take counts; what they lack says nothing.
         """
         ...
 
-    def read_checked(self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0) -> None:
-        """As ``read_into``, of the first copy that ``check`` finds right; bad copies met on the way are mended.
+    def read_checked(
+        self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
+    ) -> None:
+        """As ``read_into``, of the first copy that ``check`` finds right; bad copies met on the way
+        are mended.
 
-        Raises IntegrityError where every store that answered has none that is right, UnavailableError where one that did not
-        answer might.
+        Raises IntegrityError where every store that answered has none that is right,
+        UnavailableError where one that did not answer might.
         """
         ...
 
     def read_object(self, key: str, check: Check, *, bytes_max: int) -> bytes:
-        """The whole of a small object, of the first copy that ``check`` finds right; copies may differ in length."""
+        """The whole of a small object, of the first copy that ``check`` finds right; copies may
+        differ in length."""
         ...
 
 
@@ -62,10 +68,13 @@ def write_quorum_of(backend: Backend) -> int:
     return backend.write_quorum if isinstance(backend, MultiStoreBackend) else 1
 
 
-def read_checked(backend: Backend, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0) -> None:
+def read_checked(
+    backend: Backend, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
+) -> None:
     """Fill ``out`` with bytes that ``check`` finds right, from whichever copy.
 
-    Raises NotFoundError where no store has the key, IntegrityError with the check's words where no copy is right.
+    Raises NotFoundError where no store has the key, IntegrityError with the check's words where no
+    copy is right.
     """
     if isinstance(backend, MultiStoreBackend):
         backend.read_checked(key, out, check, offset_bytes=offset_bytes)
@@ -98,7 +107,8 @@ def read_alone(store: Backend, key: str, *, bytes_max: int) -> bytes:
         raise NotFoundError(f"no such object. key={key} store={store.url}")
     if stat.size_bytes > bytes_max:
         raise IntegrityError(
-            f"too large to be read. key={key} size_bytes={stat.size_bytes} limit_bytes={bytes_max} store={store.url}"
+            f"too large to be read. key={key} size_bytes={stat.size_bytes} limit_bytes={bytes_max} "
+            f"store={store.url}"
         )
     out = bytearray(stat.size_bytes)
     if out:

@@ -11,7 +11,8 @@ from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, UsageErro
 
 
 class MemoryBackend:
-    """Objects in a dictionary, gone with the process. Thread-safe; ``name`` only labels messages."""
+    """Objects in a dictionary, gone with the process. Thread-safe; ``name`` only labels
+    messages."""
 
     def __init__(self, name: str = "memory") -> None:
         self._name = name
@@ -32,16 +33,23 @@ class MemoryBackend:
         self.put_lent(key, data, lambda: None, create_only=create_only)
 
     def put_lent(
-        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+        self,
+        key: str,
+        data: Sequence[Buffer],
+        still_lent: Callable[[], None],
+        *,
+        create_only: bool = False,
     ) -> None:
-        """As ``put``, of memory that its owner may take back and change meanwhile: then ``still_lent`` raises."""
+        """As ``put``, of memory that its owner may take back and change meanwhile: then
+        ``still_lent`` raises."""
         check_key(key)
         body = b"".join(data)
         still_lent()
         with self._lock:
             if create_only and key in self._objects:
                 raise KeyExistsError(
-                    f"the key is taken. key={key} store={self.url}; read it to learn whose bytes it holds"
+                    f"the key is taken. key={key} store={self.url}; read it to learn whose bytes "
+                    "it holds"
                 )
             self._objects[key] = (body, time.time())
 
@@ -49,17 +57,22 @@ class MemoryBackend:
         """See Backend."""
         check_key(key)
         if offset_bytes < 0:
-            raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
+            raise UsageError(
+                f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
+            )
         with self._lock:
             found = self._objects.get(key)
         if found is None:
-            raise NotFoundError(f"no such object. key={key} store={self.url}; list the store's keys")
+            raise NotFoundError(
+                f"no such object. key={key} store={self.url}; list the store's keys"
+            )
         flat = out.cast("B")
         part = memoryview(found[0])[offset_bytes : offset_bytes + len(flat)]
         flat[: len(part)] = part
         if len(part) < len(flat):
             raise IntegrityError(
-                f"the object ends too early. key={key} offset_bytes={offset_bytes} wanted_bytes={len(flat)} "
+                f"the object ends too early. key={key} offset_bytes={offset_bytes} "
+                f"wanted_bytes={len(flat)} "
                 f"got_bytes={len(part)}; read another copy"
             )
 

@@ -17,11 +17,12 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/*)")
 
 
 def open_backend(url: str, storage_options: StorageOptions | None = None) -> Backend:
-    """The store at ``url``: a path or ``file://`` URL is a folder, ``s3://`` goes through obstore or s3fs, anything
-    else through fsspec.
+    """The store at ``url``: a path or ``file://`` URL is a folder, ``s3://`` goes through obstore
+    or s3fs, anything else through fsspec.
 
-    ``storage_options`` are what the URL's fsspec file system takes, and None for a folder. Opening a folder touches nothing.
-    Raises UsageError for an URL of unknown kind, a missing library, or options that do not fit.
+    ``storage_options`` are what the URL's fsspec file system takes, and None for a folder. Opening
+    a folder touches nothing. Raises UsageError for an URL of unknown kind, a missing library, or
+    options that do not fit.
     """
     scheme, path = _split(url)
     if scheme in S3_PROTOCOLS:
@@ -30,13 +31,15 @@ def open_backend(url: str, storage_options: StorageOptions | None = None) -> Bac
         return FsspecBackend(url, storage_options)
     if storage_options:
         raise UsageError(
-            f"a folder takes no storage options. url={url} options={sorted(storage_options)}; leave them out"
+            f"a folder takes no storage options. url={url} options={sorted(storage_options)}; "
+            "leave them out"
         )
     return FileBackend(path)
 
 
 def address_of(url: str) -> str:
-    """What names the store at ``url`` for other processes too: a folder's absolute path, or the URL as it is.
+    """What names the store at ``url`` for other processes too: a folder's absolute path, or the URL
+    as it is.
 
     Opens and touches nothing. Raises UsageError for a URL that can't be one.
     """
@@ -49,17 +52,25 @@ def address_of(url: str) -> str:
 def _split(url: str) -> tuple[str, str]:
     """Scheme (empty for a plain path) and, for folders, the path."""
     if not url:
-        raise UsageError("a store's URL is empty; pass a folder such as 'runs/a' or a URL such as 's3://bucket/run'")
+        raise UsageError(
+            "a store's URL is empty; pass a folder such as 'runs/a' or a URL such as "
+            "'s3://bucket/run'"
+        )
     found = _SCHEME.match(url)
     if found is None:
         return "", url
     scheme, slashes = found[1].lower(), len(found[2])
     if scheme in ("file", "local"):
-        path = unquote(url[found.end() - min(slashes, 1) :] if slashes != 2 else _without_host(url[found.end() :], url))
+        path = unquote(
+            url[found.end() - min(slashes, 1) :]
+            if slashes != 2
+            else _without_host(url[found.end() :], url)
+        )
         return scheme, path
     if slashes < 2:
         raise UsageError(
-            f"neither a path nor a URL. url={url}; write '{scheme}://...', or './{url}' for a folder of that name"
+            f"neither a path nor a URL. url={url}; write '{scheme}://...', or './{url}' for a "
+            "folder of that name"
         )
     return scheme, ""
 
@@ -67,5 +78,7 @@ def _split(url: str) -> tuple[str, str]:
 def _without_host(rest: str, url: str) -> str:
     host, _, path = rest.partition("/")
     if host not in ("", "localhost"):
-        raise UsageError(f"a file URL names another host. url={url}; write file:///path with three slashes")
+        raise UsageError(
+            f"a file URL names another host. url={url}; write file:///path with three slashes"
+        )
     return "/" + path

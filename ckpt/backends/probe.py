@@ -1,4 +1,5 @@
-"""Whether a store creates a key only once: asked of the store itself, since several take the condition and ignore it."""
+"""Whether a store creates a key only once: asked of the store itself, since several take the
+condition and ignore it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CreateOutcome = Literal["created", "taken", "impossible", "unknown"]
 
 
 class CreateOnceProbe:
-    """Asks once and remembers, for all threads; ``ask`` is asked again as long as it cannot tell."""
+    """Asks once and remembers, for all threads; ``ask`` is asked again as long as it cannot
+    tell."""
 
     def __init__(self, ask: Callable[[], bool | None], url: str) -> None:
         self._ask = ask
@@ -37,22 +39,26 @@ class CreateOnceProbe:
         if not self():
             raise UsageError(
                 f"this store does not promise to create a key only once. store={self._url}; "
-                f"use one that honours conditional puts as the job's first, or grant write permission for '.probe/'"
+                "use one that honours conditional puts as the job's first, or grant write "
+                "permission for '.probe/'"
             )
 
 
 def creates_once(create: Callable[[], None], remove: Callable[[], None]) -> bool | None:
-    """Whether the second creation of one unused key is refused; None (ask again later) where that could not be learned.
+    """Whether the second creation of one unused key is refused; None (ask again later) where that
+    could not be learned.
 
-    ``create`` creates that key, ``remove`` deletes it; both raise as a backend does. Only a refusal *because the key is
-    taken*, after a first creation that succeeded, means yes: a store that denies, fails or does not answer tells nothing.
-    At most three requests. A store that refuses to delete keeps four bytes below a name that is never listed.
+    ``create`` creates that key, ``remove`` deletes it; both raise as a backend does. Only a refusal
+    *because the key is taken*, after a first creation that succeeded, means yes: a store that
+    denies, fails or does not answer tells nothing. At most three requests. A store that refuses to
+    delete keeps four bytes below a name that is never listed.
     """
     try:
         first = _outcome(create)
         second = _outcome(create) if first == "created" else None
     finally:
-        # Also where the first creation raised: its reply may have been lost. What remains does no harm.
+        # Also where the first creation raised: its reply may have been lost. What remains does no
+        # harm.
         with contextlib.suppress(CkptError):
             remove()
     return interpret_outcomes(first, second)

@@ -22,11 +22,13 @@ class World:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorLeaf:
-    """One tensor as it is now: no copy was made, so the bytes are those of training until training goes on.
+    """One tensor as it is now: no copy was made, so the bytes are those of training until training
+    goes on.
 
-    ``tensor`` is this rank's local memory, detached (any device, any strides; conjugate and negative views are resolved).
-    ``box`` is its region of the global tensor, in elements. ``replicas`` are the global ranks that hold exactly this box,
-    ascending, this rank among them. ``leaf.rank`` is None for a tensor that is one for all ranks.
+    ``tensor`` is this rank's local memory, detached (any device, any strides; conjugate and
+    negative views are resolved). ``box`` is its region of the global tensor, in elements.
+    ``replicas`` are the global ranks that hold exactly this box, ascending, this rank among them.
+    ``leaf.rank`` is None for a tensor that is one for all ranks.
     """
 
     leaf: Leaf
@@ -37,7 +39,8 @@ class TensorLeaf:
 
 @dataclass(frozen=True, slots=True)
 class ObjectLeaf:
-    """One tracked item's structure: what ``encode_object`` made of it, with ``Ref`` nodes where its tensors were."""
+    """One tracked item's structure: what ``encode_object`` made of it, with ``Ref`` nodes where its
+    tensors were."""
 
     leaf: Leaf
     data: bytes
@@ -47,8 +50,8 @@ class ObjectLeaf:
 class Capture:
     """Everything that was tracked, at one moment.
 
-    ``tensors`` holds aliases too (``leaf.alias_of`` set). Where nothing moved since the last capture of the same plan it is
-    the very same tuple, so a copy plan made for it still fits.
+    ``tensors`` holds aliases too (``leaf.alias_of`` set). Where nothing moved since the last
+    capture of the same plan it is the very same tuple, so a copy plan made for it still fits.
     """
 
     tensors: tuple[TensorLeaf, ...]
@@ -62,9 +65,14 @@ CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 
 
 def escape(component: object) -> str:
-    """One path component: text in which ``/`` and ``%`` are percent-escaped; a lone surrogate becomes ``%uXXXX``."""
+    """One path component: text in which ``/`` and ``%`` are percent-escaped; a lone surrogate
+    becomes ``%uXXXX``."""
     text = str(component).replace("%", "%25").replace("/", "%2F")
-    return "".join(f"%u{ord(c):04X}" if "\ud800" <= c <= "\udfff" else c for c in text) if not text.isascii() else text
+    return (
+        "".join(f"%u{ord(c):04X}" if "\ud800" <= c <= "\udfff" else c for c in text)
+        if not text.isascii()
+        else text
+    )
 
 
 def join(path: str, component: object) -> str:
@@ -73,10 +81,11 @@ def join(path: str, component: object) -> str:
 
 
 def clean_fqn(root: nn.Module, key: str) -> str:
-    """A state-dict key without what wrappers add to it (DDP, torch.compile, activation checkpointing).
+    """A state-dict key without what wrappers add to it (DDP, torch.compile, activation
+    checkpointing).
 
-    The same name as ``torch.distributed.checkpoint.state_dict.get_model_state_dict`` gives. Parts of a key that lead to no
-    attribute (a state-dict hook made them) are kept as they are.
+    The same name as ``torch.distributed.checkpoint.state_dict.get_model_state_dict`` gives. Parts
+    of a key that lead to no attribute (a state-dict hook made them) are kept as they are.
     """
     key = key.replace(CHECKPOINT_WRAPPER, "")
     if "." not in key:
@@ -100,6 +109,7 @@ def clean_fqn(root: nn.Module, key: str) -> str:
 
 
 def _is_compiled(value: object) -> bool:
-    """Whether ``torch.compile`` wrapped it. Imports nothing: torch's compiler takes a second to load, and may not be in use."""
+    """Whether ``torch.compile`` wrapped it. Imports nothing: torch's compiler takes a second to
+    load, and may not be in use."""
     module = sys.modules.get("torch._dynamo.eval_frame")
     return module is not None and isinstance(value, module.OptimizedModule)

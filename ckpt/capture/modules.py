@@ -1,4 +1,5 @@
-"""One tracked module: its state-dict entries by clean name, and whether they still are what they were."""
+"""One tracked module: its state-dict entries by clean name, and whether they still are what they
+were."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ EXTRA_STATE = "_extra_state"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveEntry:
-    """A parameter or buffer of the module: clean name, key in the raw state dict, the live object, and who shares it."""
+    """A parameter or buffer of the module: clean name, key in the raw state dict, the live object,
+    and who shares it."""
 
     fqn: str
     key: str
@@ -52,7 +54,8 @@ class ComputedEntry:
 
 @dataclass(frozen=True, slots=True)
 class TrackedTensor:
-    """Where a parameter is tracked: the path of its module's item, its clean name, and who shares it."""
+    """Where a parameter is tracked: the path of its module's item, its clean name, and who shares
+    it."""
 
     path: str
     fqn: str
@@ -60,7 +63,8 @@ class TrackedTensor:
 
 
 class ModuleSource:
-    """What a plan remembers of one module. Reads its state dict when built; later only what can change is looked at."""
+    """What a plan remembers of one module. Reads its state dict when built; later only what can
+    change is looked at."""
 
     def __init__(self, module: nn.Module, path: str, world: World) -> None:
         self.module = module
@@ -81,7 +85,8 @@ class ModuleSource:
         return True
 
     def rebuild(self) -> None:
-        """Read everything anew. Raises UsageError for a tensor that can't be stored, naming its leaf."""
+        """Read everything anew. Raises UsageError for a tensor that can't be stored, naming its
+        leaf."""
         self._modules = list(self.module.modules())
         self._refuse()
         self.computes = any(map(_may_compute, self._modules))
@@ -89,8 +94,12 @@ class ModuleSource:
         self._held, self._seen = self._values(), self._structure()
 
     def tracked_tensors(self) -> Iterator[tuple[torch.Tensor, TrackedTensor]]:
-        """Every live tensor with its home, in state-dict order; a tied one comes once for each name."""
-        return ((entry.tensor, TrackedTensor(self.path, entry.fqn, entry.sharing)) for entry in self.live)
+        """Every live tensor with its home, in state-dict order; a tied one comes once for each
+        name."""
+        return (
+            (entry.tensor, TrackedTensor(self.path, entry.fqn, entry.sharing))
+            for entry in self.live
+        )
 
     def encoded(self) -> EncodedValue:
         """The references to all live entries, for a module that has no others."""
@@ -106,9 +115,11 @@ class ModuleSource:
         }
 
     def _read(self) -> bool:
-        """Ask the module for its entries. Returns whether its parameters and buffers are others than before."""
-        # keep_vars gives the live objects. Hooks of the user's own may rely on detached ones (to call numpy() on them), so
-        # there entries are known by their memory. torch's pre-hooks put sharded parameters in place first.
+        """Ask the module for its entries. Returns whether its parameters and buffers are others
+        than before."""
+        # keep_vars gives the live objects. Hooks of the user's own may rely on detached ones (to
+        # call numpy() on them), so there entries are known by their memory. torch's pre-hooks put
+        # sharded parameters in place first.
         with torch.no_grad():
             entries = self.module.state_dict(keep_vars=not self.computes)
         known = {id(tensor): tensor for tensor in _tensors(self._modules)}
@@ -123,7 +134,9 @@ class ModuleSource:
             if tensor is None and self.computes and isinstance(value, torch.Tensor):
                 tensor = places.get(_place(value))
             if tensor is not None:
-                live.append(LiveEntry(fqn, key, tensor, _sharing(tensor, owners.get(id(tensor)), dims)))
+                live.append(
+                    LiveEntry(fqn, key, tensor, _sharing(tensor, owners.get(id(tensor)), dims))
+                )
             else:
                 made.append(ComputedEntry(fqn, key, value))
         self.computed = tuple(made)
@@ -131,7 +144,8 @@ class ModuleSource:
             return False
         self.live = tuple(live)
         self.leaves = tuple(
-            describe(join(self.path, one.fqn), one.tensor, world=self._world, sharing=one.sharing) for one in live
+            describe(join(self.path, one.fqn), one.tensor, world=self._world, sharing=one.sharing)
+            for one in live
         )
         self._encoded = None
         self._watch = MemoryWatch()
@@ -144,8 +158,13 @@ class ModuleSource:
         return now == [(one.fqn, id(one.tensor)) for one in self.live] and not self._watch.moved()
 
     def _structure(self) -> tuple[list[object], list[int], list[int]]:
-        dicts = [held for one in self._modules for held in (one._parameters, one._buffers, one._modules)]
-        hooks = [len(one._state_dict_hooks) + len(one._non_persistent_buffers_set) for one in self._modules]
+        dicts = [
+            held for one in self._modules for held in (one._parameters, one._buffers, one._modules)
+        ]
+        hooks = [
+            len(one._state_dict_hooks) + len(one._non_persistent_buffers_set)
+            for one in self._modules
+        ]
         return (
             list(chain.from_iterable(dicts)),
             list(map(id, chain.from_iterable([held.values() for held in dicts]))),
@@ -154,13 +173,19 @@ class ModuleSource:
 
     def _values(self) -> list[object]:
         # Held so that no id can be given out anew while it is compared with.
-        return [value for one in self._modules for held in (one._parameters, one._buffers) for value in held.values()]
+        return [
+            value
+            for one in self._modules
+            for held in (one._parameters, one._buffers)
+            for value in held.values()
+        ]
 
     def _refuse(self) -> None:
         for one in self._modules:
             if any(base.__name__ == "FullyShardedDataParallel" for base in type(one).__mro__):
                 raise UsageError(
-                    f"FullyShardedDataParallel keeps parameters in one flat tensor, which is not captured. item={self.path!r}; "
+                    "FullyShardedDataParallel keeps parameters in one flat tensor, which is not "
+                    f"captured. item={self.path!r}; "
                     f"shard with torch.distributed.fsdp.fully_shard instead"
                 )
 
@@ -178,7 +203,15 @@ def _place(tensor: torch.Tensor) -> object:
     local = local_of(tensor)
     if not local.numel() or local.is_meta:
         return id(tensor)
-    return (local.data_ptr(), local.device, local.dtype, local.shape, local.stride(), local.is_conj(), local.is_neg())
+    return (
+        local.data_ptr(),
+        local.device,
+        local.dtype,
+        local.shape,
+        local.stride(),
+        local.is_conj(),
+        local.is_neg(),
+    )
 
 
 def _shared_by_ddp(modules: list[nn.Module]) -> dict[int, tuple[int, ...]]:
@@ -197,7 +230,8 @@ def _sharing(tensor: torch.Tensor, ranks: tuple[int, ...] | None, dims: frozense
     if is_dtensor(tensor):
         if ranks is not None and len(ranks) > 1:
             raise UsageError(
-                f"distributed tensor under DistributedDataParallel. placements={tensor.placements}; use fully_shard over a "
+                "distributed tensor under DistributedDataParallel. "
+                f"placements={tensor.placements}; use fully_shard over a "
                 f"mesh with a replicated dimension instead"
             )
         return Sharing(scalars=holders(tensor.device_mesh, None, dims, "step"), dims=dims)
@@ -208,7 +242,10 @@ def _may_compute(module: nn.Module) -> bool:
     """Whether the module's state dict can hold more than its parameters and buffers as they are."""
     kind = type(module)
     methods = (kind.state_dict, kind._save_to_state_dict, kind.get_extra_state)
-    if any(not _of_torch(method) for method in methods) or kind.get_extra_state is not nn.Module.get_extra_state:
+    if (
+        any(not _of_torch(method) for method in methods)
+        or kind.get_extra_state is not nn.Module.get_extra_state
+    ):
         return True
     hooks = chain(module._state_dict_hooks.values(), module._state_dict_pre_hooks.values())
     return any(not _of_torch(hook) for hook in hooks)

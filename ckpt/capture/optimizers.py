@@ -21,10 +21,12 @@ from ckpt.format.objects import EncodedValue, encode_object
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OptimizerParameter:
-    """One parameter of an optimizer: its name there, the live tensor, its group, and who shares what belongs to it.
+    """One parameter of an optimizer: its name there, the live tensor, its group, and who shares
+    what belongs to it.
 
-    ``name`` is its clean module name; ``<module item>/<clean name>`` where two tracked modules have the name;
-    ``group<i>/param<j>`` for a parameter of no tracked module. ``home`` is where it is tracked, None for such a one.
+    ``name`` is its clean module name; ``<module item>/<clean name>`` where two tracked modules have
+    the name; ``group<i>/param<j>`` for a parameter of no tracked module. ``home`` is where it is
+    tracked, None for such a one.
     """
 
     name: str
@@ -42,8 +44,11 @@ class OptimizerParameter:
         return UNSHARED
 
 
-def optimizer_parameters(optimizer: Optimizer, tracked: Mapping[int, TrackedTensor]) -> tuple[OptimizerParameter, ...]:
-    """The optimizer's parameters in group order, named. ``homes`` maps ``id(parameter)`` to where it is tracked first."""
+def optimizer_parameters(
+    optimizer: Optimizer, tracked: Mapping[int, TrackedTensor]
+) -> tuple[OptimizerParameter, ...]:
+    """The optimizer's parameters in group order, named. ``homes`` maps ``id(parameter)`` to where
+    it is tracked first."""
     flat = [
         (number, index, parameter)
         for number, group in enumerate(optimizer.param_groups)
@@ -64,7 +69,8 @@ def optimizer_parameters(optimizer: Optimizer, tracked: Mapping[int, TrackedTens
 
 
 class OptimizerSource:
-    """What a plan remembers of one optimizer: names of its parameters, and the identity of all of its state."""
+    """What a plan remembers of one optimizer: names of its parameters, and the identity of all of
+    its state."""
 
     def __init__(self, optimizer: Optimizer, path: str) -> None:
         self.optimizer = optimizer
@@ -78,12 +84,15 @@ class OptimizerSource:
         self._held: list[object] = []
 
     def refresh(self, tracked: Mapping[int, TrackedTensor], *, renamed: bool) -> bool:
-        """Look whether state or parameters moved; forget what was encoded and read the names anew if so."""
+        """Look whether state or parameters moved; forget what was encoded and read the names anew
+        if so."""
         if not renamed and self._seen == self._structure() and not self._watch.moved():
             return False
         self.parameters = optimizer_parameters(self.optimizer, tracked)
         self.group_names = tuple(
-            EncodedValue(encode_object([one.name for one in self.parameters if one.group == number]))
+            EncodedValue(
+                encode_object([one.name for one in self.parameters if one.group == number])
+            )
             for number in range(len(self.optimizer.param_groups))
         )
         self.encoded_state = None
@@ -92,8 +101,11 @@ class OptimizerSource:
         self._seen = self._structure()
         return True
 
-    def keep_state(self, nodes: dict[str, object], live: list[torch.Tensor], leaves: tuple[TensorLeaf, ...]) -> None:
-        """Remember a state that is nothing but tensors until one of them moves; ``live`` and ``leaves`` in step."""
+    def keep_state(
+        self, nodes: dict[str, object], live: list[torch.Tensor], leaves: tuple[TensorLeaf, ...]
+    ) -> None:
+        """Remember a state that is nothing but tensors until one of them moves; ``live`` and
+        ``leaves`` in step."""
         self.encoded_state = EncodedValue(encode_object(nodes))
         self.state_leaves = leaves
         for tensor, leaf in zip(live, leaves, strict=True):
@@ -113,4 +125,7 @@ class OptimizerSource:
 
     def _values(self) -> list[object]:
         # Held so that no id can be given out anew while it is compared with.
-        return [*self.optimizer.state, *chain.from_iterable(map(dict.values, self.optimizer.state.values()))]
+        return [
+            *self.optimizer.state,
+            *chain.from_iterable(map(dict.values, self.optimizer.state.values())),
+        ]

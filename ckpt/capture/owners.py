@@ -1,9 +1,11 @@
-"""Who stages which part of a leaf that several ranks hold alike. Pure, and the same answer on every rank.
+"""Who stages which part of a leaf that several ranks hold alike. Pure, and the same answer on every
+rank.
 
-The leaves of one replica group are laid end to end and cut into as many equal shares as the group has ranks; the lowest rank
-takes the first share. A cut may only fall between rows: a row is what one step along the first dimension longer than 1
-holds. Within CUT_SHIFT of a share around the ideal cut it falls on a leaf's end, else on the 4 MiB chunk grid of the leaf,
-so that both sides keep the chunks (and digests) that the uncut leaf has; only where neither is near, on the nearest row.
+The leaves of one replica group are laid end to end and cut into as many equal shares as the group
+has ranks; the lowest rank takes the first share. A cut may only fall between rows: a row is what
+one step along the first dimension longer than 1 holds. Within CUT_SHIFT of a share around the ideal
+cut it falls on a leaf's end, else on the 4 MiB chunk grid of the leaf, so that both sides keep the
+chunks (and digests) that the uncut leaf has; only where neither is near, on the nearest row.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from ckpt.errors import UsageError
 from ckpt.values import CHUNK_BYTES, Box
 
 CUT_SHIFT_DIVISOR = 200
-"""A cut moves by at most 1/200 of a share for a better place, so two cuts unbalance a share by at most 1 %."""
+"""A cut moves by at most 1/200 of a share for a better place, so two cuts unbalance a share by at
+most 1 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +43,29 @@ class OwnedBox:
 
 @dataclass(frozen=True, slots=True)
 class _GroupLayout:
-    """The leaves of one group end to end: ``starts[i]`` is where the ``i``-th begins, in bytes; one more than leaves."""
+    """The leaves of one group end to end: ``starts[i]`` is where the ``i``-th begins, in bytes; one
+    more than leaves."""
 
     leaves: tuple[ReplicatedBox, ...]
     starts: tuple[int, ...]
 
 
 def owned_boxes(leaves: Sequence[ReplicatedBox], *, rank: int) -> list[OwnedBox]:
-    """What ``rank`` stages of the ``leaves`` that it holds, in their order; a leaf it stages nothing of is left out.
+    """What ``rank`` stages of the ``leaves`` that it holds, in their order; a leaf it stages
+    nothing of is left out.
 
-    All ranks of a group must pass that group's leaves in the same order, other leaves may lie between. Then each element is
-    owned by exactly one rank of its group and shares differ by at most one row, or 1 %. Empty leaves go to the lowest
-    rank. Raises UsageError where ``rank`` is not among a leaf's replicas. O(leaves + groups * log leaves).
+    All ranks of a group must pass that group's leaves in the same order, other leaves may lie
+    between. Then each element is owned by exactly one rank of its group and shares differ by at
+    most one row, or 1 %. Empty leaves go to the lowest rank. Raises UsageError where ``rank`` is
+    not among a leaf's replicas. O(leaves + groups * log leaves).
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, leaf in enumerate(leaves):
         if rank not in leaf.replicas:
-            raise UsageError(f"a leaf that this rank doesn't hold. index={index} rank={rank} replicas={leaf.replicas}")
+            raise UsageError(
+                f"a leaf that this rank doesn't hold. index={index} rank={rank} "
+                f"replicas={leaf.replicas}"
+            )
         groups.setdefault(tuple(sorted(set(leaf.replicas))), []).append(index)
     found: list[OwnedBox] = []
     for ranks, indices in groups.items():
@@ -82,8 +91,9 @@ def _owned_in_group(
 
 
 def _cut(line: _GroupLayout, place: int, count: int) -> int:
-    """Where share ``place`` starts. Never decreases with ``place``: all candidates lie between rows, and the nearest of one
-    fixed set of places keeps its order; preferred places are nearer than half a share."""
+    """Where share ``place`` starts. Never decreases with ``place``: all candidates lie between
+    rows, and the nearest of one fixed set of places keeps its order; preferred places are nearer
+    than half a share."""
     total = line.starts[-1]
     if total == 0 or place in (0, count):
         return total if place else 0

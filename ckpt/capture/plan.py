@@ -1,4 +1,5 @@
-"""The plan of a capture: built once from what is tracked, revalidated each time, rebuilt where something moved."""
+"""The plan of a capture: built once from what is tracked, revalidated each time, rebuilt where
+something moved."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ from ckpt.values import Leaf, LeafKind
 
 
 class CapturePlan:
-    """Names and memory of everything in ``items``, kept up to date. Holds the items; not thread-safe.
+    """Names and memory of everything in ``items``, kept up to date. Holds the items; not
+    thread-safe.
 
-    Raises UsageError for an item that could not be restored in place. Building costs about 10 us a tensor; see ``capture``.
+    Raises UsageError for an item that could not be restored in place. Building costs about 10 us a
+    tensor; see ``capture``.
     """
 
     def __init__(self, items: Mapping[str, object], world: World) -> None:
@@ -40,7 +43,8 @@ class CapturePlan:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Compare structure and addresses of all modules and optimizers with the live ones; read anew what moved.
+        """Compare structure and addresses of all modules and optimizers with the live ones; read
+        anew what moved.
 
         Returns whether anything did. About 0.4 us a tensor.
         """
@@ -48,13 +52,21 @@ class CapturePlan:
         for name, item in self.items.items():
             visit(item, escape(name), lambda value, path: found.append((value, path)))
         known, self._sources = self._sources, {}
-        renamed = [self._refresh_module(one, path, known) for one, path in found if isinstance(one, nn.Module)]
-        gone = any(isinstance(one, ModuleSource) and key not in self._sources for key, one in known.items())
+        renamed = [
+            self._refresh_module(one, path, known)
+            for one, path in found
+            if isinstance(one, nn.Module)
+        ]
+        gone = any(
+            isinstance(one, ModuleSource) and key not in self._sources for key, one in known.items()
+        )
         moved = any(renamed) or gone
         if moved:
             self._homes = {}
             for source in self._sources.values():
-                for tensor, home in source.tracked_tensors() if isinstance(source, ModuleSource) else ():
+                for tensor, home in (
+                    source.tracked_tensors() if isinstance(source, ModuleSource) else ()
+                ):
                     self._homes.setdefault(id(tensor), home)
         again = [
             self._refresh_optimizer(one, path, known, renamed=moved)
@@ -64,10 +76,12 @@ class CapturePlan:
         return moved or any(again)
 
     def capture(self) -> Capture:
-        """What is tracked, now. Calls ``state_dict`` of whatever isn't a module, an optimizer or a plain container.
+        """What is tracked, now. Calls ``state_dict`` of whatever isn't a module, an optimizer or a
+        plain container.
 
-        Draws no random number, fires no optimizer hook, changes nothing that training sees, copies no tensor (but for lazily
-        conjugated ones). Costs the revalidation, the encoding of what isn't a tensor, and those ``state_dict`` calls.
+        Draws no random number, fires no optimizer hook, changes nothing that training sees, copies
+        no tensor (but for lazily conjugated ones). Costs the revalidation, the encoding of what
+        isn't a tensor, and those ``state_dict`` calls.
         """
         self.refresh()
         return self._walk()
@@ -93,12 +107,19 @@ class CapturePlan:
         return Capture(tensors, objects)
 
     def _object(self, walker: Walker, name: str, item: object) -> ObjectLeaf | None:
-        """The item's structure. A tensor has none beside itself: its leaf has the item's name, and no two may have one."""
+        """The item's structure. A tensor has none beside itself: its leaf has the item's name, and
+        no two may have one."""
         node = walker.node(item, escape(name))
         if isinstance(item, torch.Tensor):
             return None
         data = encode_object(node)
-        leaf = Leaf(name=escape(name), kind=LeafKind.OBJECT, dtype="uint8", shape=(len(data),), rank=self.world.rank)
+        leaf = Leaf(
+            name=escape(name),
+            kind=LeafKind.OBJECT,
+            dtype="uint8",
+            shape=(len(data),),
+            rank=self.world.rank,
+        )
         return ObjectLeaf(leaf, data)
 
     def _refresh_module(self, module: nn.Module, path: str, known: Mapping[int, object]) -> bool:
@@ -136,10 +157,13 @@ def _check_item(name: str, item: object) -> None:
     if isinstance(item, DataLoader):
         raise unsupported(item, name)
     raise UsageError(
-        f"item can't be restored in place. item={name!r} type={type(item).__module__}.{type(item).__qualname__}; put it in a "
+        f"item can't be restored in place. item={name!r} "
+        f"type={type(item).__module__}.{type(item).__qualname__}; put it in a "
         f"dict, or give the object state_dict() and load_state_dict()"
     )
 
 
 def _twice(leaves: list[TensorLeaf]) -> list[str]:
-    return [name for name, often in Counter(one.leaf.name for one in leaves).items() if often > 1][:3]
+    return [name for name, often in Counter(one.leaf.name for one in leaves).items() if often > 1][
+        :3
+    ]

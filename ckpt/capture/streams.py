@@ -15,10 +15,12 @@ _PYTHON_WORDS = 625
 
 
 class RngState:
-    """The global generators of torch (CPU, and every CUDA device once CUDA is in use), numpy and ``random``.
+    """The global generators of torch (CPU, and every CUDA device once CUDA is in use), numpy and
+    ``random``.
 
-    Track it as an item of its own: ``{"rng": RngState()}``. It belongs to its rank. CUDA is never initialised by it: states
-    of CUDA devices that are restored before CUDA is in use are applied when it starts.
+    Track it as an item of its own: ``{"rng": RngState()}``. It belongs to its rank. CUDA is never
+    initialised by it: states of CUDA devices that are restored before CUDA is in use are applied
+    when it starts.
     """
 
     def state_dict(self) -> dict[str, object]:
@@ -27,7 +29,13 @@ class RngState:
         name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         state: dict[str, object] = {
             "torch": torch.get_rng_state().numpy().tobytes(),
-            "numpy": (str(name), np.asarray(keys).copy(), int(position), int(has_gauss), float(cached)),
+            "numpy": (
+                str(name),
+                np.asarray(keys).copy(),
+                int(position),
+                int(has_gauss),
+                float(cached),
+            ),
             "python": (version, np.array(words, dtype=np.uint32), gauss),
         }
         if _cuda_in_use():
@@ -37,22 +45,31 @@ class RngState:
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Put all states back. Raises UsageError for what ``state_dict`` can't have made."""
         match state:
-            case {"torch": bytes(cpu), "numpy": tuple(numpy_state), "python": (version, np.ndarray() as words, gauss)}:
+            case {
+                "torch": bytes(cpu),
+                "numpy": tuple(numpy_state),
+                "python": (version, np.ndarray() as words, gauss),
+            }:
                 if len(words) != _PYTHON_WORDS:
                     raise UsageError(
-                        f"not the state of a Python generator. words={len(words)} expected={_PYTHON_WORDS}"
+                        f"not the state of a Python generator. words={len(words)} "
+                        f"expected={_PYTHON_WORDS}"
                     )
                 torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
                 np.random.set_state(numpy_state)
                 random.setstate((version, tuple(words.tolist()), gauss))
             case _:
-                raise UsageError(f"not the state of this process's generators. keys={sorted(state)}")
+                raise UsageError(
+                    f"not the state of this process's generators. keys={sorted(state)}"
+                )
         match state:
             case {"cuda": list(devices)} if torch.version.cuda or torch.version.hip:
                 for index, one in enumerate(devices):
                     known = torch.cuda.device_count() if _cuda_in_use() else len(devices)
                     if index < known:
-                        torch.cuda.set_rng_state(torch.frombuffer(bytearray(one), dtype=torch.uint8), index)
+                        torch.cuda.set_rng_state(
+                            torch.frombuffer(bytearray(one), dtype=torch.uint8), index
+                        )
 
 
 def _cuda_in_use() -> bool:
@@ -62,7 +79,8 @@ def _cuda_in_use() -> bool:
 # torchdata's ``StatefulDataLoader``: found by name, so that torchdata is never imported.
 
 UNOPENED_KEY = "unopened_sampler_generator"
-"""The only key in the state of a loader that nobody has iterated: its sampler's generator state, or None."""
+"""The only key in the state of a loader that nobody has iterated: its sampler's generator state, or
+None."""
 
 
 class ResumableLoader(Protocol):
@@ -89,19 +107,29 @@ def is_loader(value: object) -> TypeGuard[ResumableLoader]:
 
 
 def loader_state(loader: ResumableLoader) -> dict[str, object]:
-    """The loader's place. One that nobody has iterated is not opened for it: that would draw random numbers."""
+    """The loader's place. One that nobody has iterated is not opened for it: that would draw random
+    numbers."""
     if getattr(loader, "_iterator", None) is not None:
         return loader.state_dict()
     if loader.next_iter_state is not None:
         return loader.next_iter_state
     generator = getattr(loader.sampler, "generator", None)
-    return {UNOPENED_KEY: generator.get_state().numpy().tobytes() if isinstance(generator, torch.Generator) else None}
+    return {
+        UNOPENED_KEY: generator.get_state().numpy().tobytes()
+        if isinstance(generator, torch.Generator)
+        else None
+    }
 
 
 def is_iterated(loader: ResumableLoader) -> bool:
-    """Whether somebody holds an iterator in the middle of an epoch: it would keep the old place, whatever is loaded."""
+    """Whether somebody holds an iterator in the middle of an epoch: it would keep the old place,
+    whatever is loaded."""
     iterator = getattr(loader, "_iterator", None)
-    return not (iterator is None or iterator._finished or getattr(loader, "_initial_iter_for_state_dict", False))
+    return not (
+        iterator is None
+        or iterator._finished
+        or getattr(loader, "_initial_iter_for_state_dict", False)
+    )
 
 
 def restore_loader(loader: ResumableLoader, state: Mapping[str, object]) -> None:
@@ -119,5 +147,6 @@ def restore_loader(loader: ResumableLoader, state: Mapping[str, object]) -> None
             pass
         case _:
             raise UsageError(
-                f"loader shuffles differently now. sampler={type(loader.sampler).__qualname__}; make it as it was"
+                f"loader shuffles differently now. sampler={type(loader.sampler).__qualname__}; "
+                "make it as it was"
             )

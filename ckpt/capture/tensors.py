@@ -1,4 +1,5 @@
-"""From one live tensor to its leaf: which memory, which region of which global tensor, held by whom."""
+"""From one live tensor to its leaf: which memory, which region of which global tensor, held by
+whom."""
 
 from __future__ import annotations
 
@@ -35,17 +36,21 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 
 def mesh_dims(tensors: Iterable[torch.Tensor]) -> frozenset[str]:
     """The names of all mesh dimensions that any of a module's tensors lies on."""
-    return frozenset(name for one in tensors if is_dtensor(one) for name in one.device_mesh.mesh_dim_names or ())
+    return frozenset(
+        name for one in tensors if is_dtensor(one) for name in one.device_mesh.mesh_dim_names or ()
+    )
 
 
 def holders(
     mesh: DeviceMesh, placements: Sequence[Placement] | None, dims: frozenset[str], name: str
 ) -> tuple[int, ...]:
-    """The global ranks, ascending, that hold what this rank holds; with ``placements`` None, all that the mesh spans.
+    """The global ranks, ascending, that hold what this rank holds; with ``placements`` None, all
+    that the mesh spans.
 
-    ``dims`` are the mesh dimensions of the whole module. A tensor that lies on a slice of a mesh is replicated along those of
-    them that its slice lacks (a norm in a model that is both tensor-parallel and sharded). Dimensions that no tensor of the
-    module lies on (pipeline stages) hold other modules and don't count.
+    ``dims`` are the mesh dimensions of the whole module. A tensor that lies on a slice of a mesh is
+    replicated along those of them that its slice lacks (a norm in a model that is both
+    tensor-parallel and sharded). Dimensions that no tensor of the module lies on (pipeline stages)
+    hold other modules and don't count.
     """
     split = {dim for dim, place in enumerate(placements or ()) if not place.is_replicate()}
     names = mesh.mesh_dim_names or ()
@@ -56,8 +61,10 @@ def holders(
     known = root.mesh_dim_names or ()
     if not set(names) <= set(known):
         raise UsageError(
-            f"can't tell which ranks hold equal pieces of a tensor. leaf={name!r} mesh={names} module_meshes={sorted(dims)}; "
-            f"place it as Replicate() on the other dimensions (parallelize_module) before sharding it"
+            f"can't tell which ranks hold equal pieces of a tensor. leaf={name!r} mesh={names} "
+            f"module_meshes={sorted(dims)}; "
+            "place it as Replicate() on the other dimensions (parallelize_module) before sharding "
+            "it"
         )
     fixed = {dim for dim, one in enumerate(known) if one not in names and one not in extra}
     return _select(root, fixed | {known.index(names[dim]) for dim in split})
@@ -67,7 +74,10 @@ def _select(mesh: DeviceMesh, fixed: set[int]) -> tuple[int, ...]:
     """The ranks that share this rank's coordinate in the ``fixed`` dimensions."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        raise UsageError(f"this rank is not part of a tensor's mesh. mesh={mesh}; track only what this rank holds")
+        raise UsageError(
+            f"this rank is not part of a tensor's mesh. mesh={mesh}; track only what this rank "
+            "holds"
+        )
     at = tuple(coordinate[dim] if dim in fixed else slice(None) for dim in range(mesh.ndim))
     return tuple(sorted(mesh.mesh[at].flatten().tolist()))
 
@@ -85,7 +95,8 @@ def _root_of(mesh: DeviceMesh) -> DeviceMesh:
 class Sharing:
     """Which ranks hold a plain (not distributed) tensor together; None: each rank has its own.
 
-    ``scalars`` is for 0-d tensors, ``tensors`` for all others. ``dims`` are the mesh dimensions of the module around.
+    ``scalars`` is for 0-d tensors, ``tensors`` for all others. ``dims`` are the mesh dimensions of
+    the module around.
     """
 
     tensors: tuple[int, ...] | None = None
@@ -137,8 +148,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().as_subclass(torch.Tensor)
 
 
-def describe(name: str, tensor: torch.Tensor, *, world: World, sharing: Sharing = UNSHARED) -> TensorLeaf:
-    """The leaf of one tensor. Raises UsageError that names the leaf where the tensor can't be stored."""
+def describe(
+    name: str, tensor: torch.Tensor, *, world: World, sharing: Sharing = UNSHARED
+) -> TensorLeaf:
+    """The leaf of one tensor. Raises UsageError that names the leaf where the tensor can't be
+    stored."""
     if why := unsupported_reason(tensor):
         raise UsageError(f"{why}. leaf={name!r}")
     local = local_of(tensor)
@@ -148,13 +162,20 @@ def describe(name: str, tensor: torch.Tensor, *, world: World, sharing: Sharing 
         rank = None
     else:
         ranks = sharing.tensors if shape else sharing.scalars
-        box, replicas, rank = Box.whole(shape), ranks or (world.rank,), None if ranks else world.rank
-    leaf = Leaf(name=name, kind=LeafKind.TENSOR, dtype=dtype_name(local.dtype), shape=shape, rank=rank)
+        box, replicas, rank = (
+            Box.whole(shape),
+            ranks or (world.rank,),
+            None if ranks else world.rank,
+        )
+    leaf = Leaf(
+        name=name, kind=LeafKind.TENSOR, dtype=dtype_name(local.dtype), shape=shape, rank=rank
+    )
     return TensorLeaf(leaf, box, local, replicas)
 
 
 def with_bits_resolved(leaf: TensorLeaf) -> TensorLeaf:
-    """The leaf with lazily conjugated or negated memory written out; itself where there is nothing to resolve."""
+    """The leaf with lazily conjugated or negated memory written out; itself where there is nothing
+    to resolve."""
     tensor = leaf.tensor
     if not (tensor.is_conj() or tensor.is_neg()):
         return leaf
@@ -174,16 +195,21 @@ def _layout(name: str, tensor: DTensor, dims: frozenset[str]) -> tuple[Box, tupl
     for dim, place in enumerate(placements):
         factor = getattr(place, "split_factor", None)
         if place.is_partial():
-            raise UsageError(f"tensor is a partial sum, not a value. leaf={name!r}; redistribute() it before capturing")
+            raise UsageError(
+                f"tensor is a partial sum, not a value. leaf={name!r}; redistribute() it before "
+                "capturing"
+            )
         if factor is not None and factor != _later_shards(tensor, dim):
             raise UsageError(
-                f"tensor's shard is not one box. leaf={name!r} placements={placements}; redistribute() it before capturing"
+                f"tensor's shard is not one box. leaf={name!r} placements={placements}; "
+                "redistribute() it before capturing"
             )
     compute = sys.modules["torch.distributed.tensor._utils"].compute_local_shape_and_global_offset
     sizes, offsets = compute(tensor.shape, mesh, placements)
     if tuple(sizes) != tuple(tensor._local_tensor.shape):
         raise UsageError(
-            f"tensor's local shape is not what its placements say. leaf={name!r} local={tuple(tensor._local_tensor.shape)} "
+            f"tensor's local shape is not what its placements say. leaf={name!r} "
+            f"local={tuple(tensor._local_tensor.shape)} "
             f"expected={tuple(sizes)} placements={placements}"
         )
     return Box(tuple(offsets), tuple(sizes)), holders(mesh, placements, dims, name)
@@ -200,7 +226,8 @@ def _later_shards(tensor: DTensor, dim: int) -> int:
 
 
 def with_aliases(leaves: Iterable[TensorLeaf]) -> tuple[TensorLeaf, ...]:
-    """The leaves in order; one that shares another's memory exactly (address, shape, strides, dtype) names it as alias.
+    """The leaves in order; one that shares another's memory exactly (address, shape, strides,
+    dtype) names it as alias.
 
     Views that share memory in part are stored by value. O(leaves).
     """
@@ -210,9 +237,18 @@ def with_aliases(leaves: Iterable[TensorLeaf]) -> tuple[TensorLeaf, ...]:
         tensor, leaf = item.tensor, item.leaf
         if tensor.numel():
             key = (
-                tensor.data_ptr(), tensor.device, leaf.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg(),
-                leaf.rank, leaf.shape, item.box, item.replicas,
-            )  # fmt: skip
+                tensor.data_ptr(),
+                tensor.device,
+                leaf.dtype,
+                tensor.shape,
+                tensor.stride(),
+                tensor.is_conj(),
+                tensor.is_neg(),
+                leaf.rank,
+                leaf.shape,
+                item.box,
+                item.replicas,
+            )
             first = seen.setdefault(key, leaf.name)
             if first != leaf.name:
                 item = dataclasses.replace(item, leaf=dataclasses.replace(leaf, alias_of=first))
@@ -224,7 +260,8 @@ def with_aliases(leaves: Iterable[TensorLeaf]) -> tuple[TensorLeaf, ...]:
 
 
 class MemoryWatch:
-    """Live tensors beside the memory that was seen. Holds that memory, so that its address can't be given out anew."""
+    """Live tensors beside the memory that was seen. Holds that memory, so that its address can't be
+    given out anew."""
 
     __slots__ = ("_distributed", "_distributed_seen", "_plain", "_plain_seen")
 
@@ -244,7 +281,8 @@ class MemoryWatch:
             self._plain_seen.append(leaf.tensor)
 
     def moved(self) -> bool:
-        """Whether any storage, offset, shape or stride differs. About 0.2 us a tensor; no device is waited for."""
+        """Whether any storage, offset, shape or stride differs. About 0.2 us a tensor; no device is
+        waited for."""
         same = torch.Tensor.is_set_to
         try:
             with torch._C.DisableTorchFunctionSubclass():
@@ -252,7 +290,9 @@ class MemoryWatch:
                     return True
                 local = [live._local_tensor for live in self._distributed if is_dtensor(live)]
                 return not all(map(same, local, self._distributed_seen))
-        except RuntimeError:  # the live tensor went to another device, where the two can't be compared
+        except (
+            RuntimeError
+        ):  # the live tensor went to another device, where the two can't be compared
             return True
 
 

@@ -50,7 +50,9 @@ LeafMemo = dict[str, tuple[torch.Tensor, TensorLeaf]]
 class Walker:
     """One pass over the tracked items. ``tensors`` fills with the leaves met, in order."""
 
-    def __init__(self, world: World, sources: Mapping[int, ModuleSource | OptimizerSource], memo: LeafMemo) -> None:
+    def __init__(
+        self, world: World, sources: Mapping[int, ModuleSource | OptimizerSource], memo: LeafMemo
+    ) -> None:
         self.tensors: list[TensorLeaf] = []
         self._world = world
         self._sources = sources
@@ -58,11 +60,15 @@ class Walker:
         self._depth = 0
 
     def node(self, value: object, path: str, sharing: Sharing = UNSHARED) -> object:
-        """The skeleton of ``value`` at ``path``. Raises UsageError naming the path of what can't be stored."""
+        """The skeleton of ``value`` at ``path``. Raises UsageError naming the path of what can't be
+        stored."""
         if type(value) in PLAIN or isinstance(value, np.generic):
             return value
         if self._depth > DEPTH_MAX:
-            raise UsageError(f"value is nested too deep, or contains itself. path={path!r} levels_max={DEPTH_MAX}")
+            raise UsageError(
+                f"value is nested too deep, or contains itself. path={path!r} "
+                f"levels_max={DEPTH_MAX}"
+            )
         self._depth += 1
         found = self._composite(value, path, sharing)
         self._depth -= 1
@@ -80,13 +86,16 @@ class Walker:
                 return Named("torch.Size", ",".join(map(str, value)))
             case tuple() if hasattr(value, "_fields"):
                 parts = tuple(
-                    self.node(one, join(path, key), sharing) for key, one in zip(value._fields, value, strict=True)
+                    self.node(one, join(path, key), sharing)
+                    for key, one in zip(value._fields, value, strict=True)
                 )
                 return NamedTupleNode(type_name(value), tuple(value._fields), parts)
             case set() | frozenset() if type(value) in SEQUENCES:
                 return type(value)(self.key(one, path) for one in value)
             case list() | tuple() | deque() if type(value) in SEQUENCES:
-                made = [self.node(one, join(path, index), sharing) for index, one in enumerate(value)]
+                made = [
+                    self.node(one, join(path, index), sharing) for index, one in enumerate(value)
+                ]
                 return deque(made, value.maxlen) if isinstance(value, deque) else type(value)(made)
             case torch.Generator():
                 return value.get_state().numpy().tobytes()
@@ -99,7 +108,8 @@ class Walker:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
             return DataclassNode(
-                type_name(value), {key: self.node(one, join(path, key), sharing) for key, one in fields.items()}
+                type_name(value),
+                {key: self.node(one, join(path, key), sharing) for key, one in fields.items()},
             )
         raise unsupported(value, path)
 
@@ -114,7 +124,10 @@ class Walker:
         return Ref(path, tensor.device.type, layout_text(tensor))
 
     def _mapping(self, value: dict[object, object], path: str, sharing: Sharing) -> object:
-        pairs = {self.key(key, path): self.node(one, join(path, key), sharing) for key, one in value.items()}
+        pairs = {
+            self.key(key, path): self.node(one, join(path, key), sharing)
+            for key, one in value.items()
+        }
         match value:
             case OrderedDict():
                 return OrderedDict(pairs)
@@ -130,27 +143,33 @@ class Walker:
         found = self.node(key, join(path, key))
         if isinstance(found, (Ref, DataclassNode, NamedTupleNode)):
             raise UsageError(
-                f"key or set element can't be stored. path={path!r} type={type(key).__qualname__}; use text or numbers"
+                f"key or set element can't be stored. path={path!r} type={type(key).__qualname__}; "
+                "use text or numbers"
             )
         return found
 
     def _source(self, value: nn.Module | Optimizer, path: str) -> object:
         match self._sources.get(id(value)):
             case ModuleSource(path=first) | OptimizerSource(path=first) if first != path:
-                raise UsageError(f"object is tracked twice. first={first!r} second={path!r}; track it once")
+                raise UsageError(
+                    f"object is tracked twice. first={first!r} second={path!r}; track it once"
+                )
             case ModuleSource() as source:
                 return self._module(source)
             case OptimizerSource() as source:
                 return self._optimizer(source)
         raise UsageError(
-            f"module or optimizer where none is looked for. path={path!r}; track it in a dict, list or tuple"
+            f"module or optimizer where none is looked for. path={path!r}; track it in a dict, "
+            "list or tuple"
         )
 
     def _module(self, source: ModuleSource) -> object:
         self.tensors.extend(source.leaves)
         if not source.computed:
             return source.encoded()
-        made = {one.fqn: self.node(one.value, join(source.path, one.fqn)) for one in source.computed}
+        made = {
+            one.fqn: self.node(one.value, join(source.path, one.fqn)) for one in source.computed
+        }
         return {**source.references(), **made}
 
     def _optimizer(self, source: OptimizerSource) -> object:
@@ -170,11 +189,15 @@ class Walker:
             if entry is not None:
                 path = f"{source.path}/state/{member.name}"
                 nodes[member.name] = {
-                    key: self.node(one, join(path, key), member.sharing) for key, one in entry.items()
+                    key: self.node(one, join(path, key), member.sharing)
+                    for key, one in entry.items()
                 }
                 live.extend(entry.values())
         if strange := [key for key in state if not isinstance(key, torch.Tensor)]:
-            raise UsageError(f"optimizer keeps state for what is no parameter. path={source.path!r} keys={strange[:3]}")
+            raise UsageError(
+                f"optimizer keeps state for what is no parameter. path={source.path!r} "
+                f"keys={strange[:3]}"
+            )
         tensors = [one for one in live if isinstance(one, torch.Tensor)]
         if len(tensors) == len(live):
             source.keep_state(nodes, tensors, tuple(self.tensors[start:]))
@@ -184,7 +207,9 @@ class Walker:
         found: list[dict[str, object]] = []
         for number, group in enumerate(source.optimizer.param_groups):
             path = f"{source.path}/param_groups/{number}"
-            kept = {key: one for key, one in group.items() if key != "params" and not is_function(one)}
+            kept = {
+                key: one for key, one in group.items() if key != "params" and not is_function(one)
+            }
             nodes = {key: self.node(one, join(path, key)) for key, one in kept.items()}
             found.append({**nodes, "params": source.group_names[number]})
         return found
@@ -242,7 +267,9 @@ def _without_functions(value: object) -> object:
     """The states of schedulers inside schedulers, without the code in them."""
     match value:
         case dict() if type(value) is dict:
-            return {key: _without_functions(one) for key, one in value.items() if not is_function(one)}
+            return {
+                key: _without_functions(one) for key, one in value.items() if not is_function(one)
+            }
         case list() if type(value) is list:
             return [_without_functions(one) for one in value]
         case _:
@@ -254,10 +281,12 @@ def unsupported(value: object, path: str) -> UsageError:
     kind = type_name(value)
     if isinstance(value, DataLoader):
         return UsageError(
-            f"plain DataLoader has no state to keep. path={path!r}; use torchdata's StatefulDataLoader instead"
+            f"plain DataLoader has no state to keep. path={path!r}; use torchdata's "
+            "StatefulDataLoader instead"
         )
     return UsageError(
-        f"value of an unsupported type. path={path!r} type={kind}; track a tensor or a plain value instead, or give the object "
+        f"value of an unsupported type. path={path!r} type={kind}; track a tensor or a plain value "
+        "instead, or give the object "
         f"state_dict() and load_state_dict()"
     )
 
@@ -266,7 +295,8 @@ Visitor = Callable[[nn.Module | Optimizer, str], None]
 
 
 def visit(value: object, path: str, visitor: Visitor, depth: int = DEPTH_MAX) -> None:
-    """Call ``visitor`` with each module and optimizer inside dicts, lists and tuples, and its path."""
+    """Call ``visitor`` with each module and optimizer inside dicts, lists and tuples, and its
+    path."""
     match value:
         case nn.Module() | Optimizer():
             visitor(value, path)

@@ -1,4 +1,5 @@
-"""What every command says: JSON documents on stdout, errors and warnings on stderr. Cheap to import."""
+"""What every command says: JSON documents on stdout, errors and warnings on stderr. Cheap to
+import."""
 
 from __future__ import annotations
 

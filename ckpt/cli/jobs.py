@@ -1,4 +1,5 @@
-"""The keepers of this machine: which there are, and what each says. Starts none, removes nothing."""
+"""The keepers of this machine: which there are, and what each says. Starts none, removes
+nothing."""
 
 from __future__ import annotations
 
@@ -15,17 +16,28 @@ from ckpt.cli.output import human_bytes, human_time
 from ckpt.errors import CkptError, NotFoundError, UsageError
 from ckpt.ipc.client import KeeperClient
 from ckpt.ipc.frames import MessageSocket
-from ckpt.ipc.messages import WIRE_VERSION, Fact, GetStatus, Hello, KeeperReport, RankReport, SlotReport, Status
+from ckpt.ipc.messages import (
+    WIRE_VERSION,
+    Fact,
+    GetStatus,
+    Hello,
+    KeeperReport,
+    RankReport,
+    SlotReport,
+    Status,
+)
 from ckpt.ipc.runtime_dir import JobFolder, list_jobs
 from ckpt.values import SnapshotId, SnapshotInfo
 
 ANSWER_S_MAX = 5.0
-"""How long a keeper may take for one answer; it answers from memory, so more means that it hangs."""
+"""How long a keeper may take for one answer; it answers from memory, so more means that it
+hangs."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeeperIdentity:
-    """Where a keeper lives or lived. ``pid`` is 0 and texts are empty where its note of itself is gone."""
+    """Where a keeper lives or lived. ``pid`` is 0 and texts are empty where its note of itself is
+    gone."""
 
     job: str
     store: str
@@ -43,7 +55,8 @@ class LiveKeeper:
 
 @dataclass(frozen=True, slots=True)
 class SilentKeeper:
-    """A keeper that holds its lock and did not answer: it hangs, is stopped, starts just now, or speaks another version."""
+    """A keeper that holds its lock and did not answer: it hangs, is stopped, starts just now, or
+    speaks another version."""
 
     keeper: KeeperIdentity
     problem: str
@@ -60,12 +73,15 @@ KeeperAnswer = LiveKeeper | SilentKeeper | DeadKeeper
 
 
 class KeeperQuery:
-    """One connection to a keeper, as a tool. Raises UnavailableError where nobody listens or answers in time."""
+    """One connection to a keeper, as a tool. Raises UnavailableError where nobody listens or
+    answers in time."""
 
     def __init__(self, folder: JobFolder) -> None:
         self._calls = KeeperClient(MessageSocket(folder.connect()))
         try:
-            self._calls.call(Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_S_MAX)
+            self._calls.call(
+                Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_S_MAX
+            )
         except BaseException:
             self._calls.close()
             raise
@@ -82,7 +98,10 @@ class KeeperQuery:
 def query_all() -> list[KeeperAnswer]:
     """What each keeper of this user says, in the order of their jobs' names."""
     found = (query(folder) for folder in list_jobs())
-    return sorted((one for one in found if one is not None), key=lambda one: (one.keeper.job, one.keeper.store))
+    return sorted(
+        (one for one in found if one is not None),
+        key=lambda one: (one.keeper.job, one.keeper.store),
+    )
 
 
 def query(folder: JobFolder) -> KeeperAnswer | None:
@@ -117,12 +136,18 @@ def choose_keeper(homes: Sequence[KeeperIdentity], wanted: str | None) -> int:
 
     Raises NotFoundError where there is none, UsageError where the name fits several.
     """
-    fitting = [at for at, home in enumerate(homes) if wanted is None or wanted in (home.job, home.folder.name)]
+    fitting = [
+        at
+        for at, home in enumerate(homes)
+        if wanted is None or wanted in (home.job, home.folder.name)
+    ]
     if not fitting:
         text = "no job runs here." if wanted is None else f"no such job runs here. job={wanted}"
         raise NotFoundError(f"{text} 'ckpt ps' lists what does")
     if len(fitting) > 1:
-        names = ", ".join(f"{homes[at].folder.name} ({homes[at].job} in {homes[at].store})" for at in fitting)
+        names = ", ".join(
+            f"{homes[at].folder.name} ({homes[at].job} in {homes[at].store})" for at in fitting
+        )
         raise UsageError(f"several jobs fit; name one by its folder. folders={names}")
     return fitting[0]
 
@@ -131,7 +156,9 @@ def job_command(function: Callable[..., int | None]) -> Callable[..., int | None
     """Give a command ``--json`` and ``--debug``; it gets the keyword ``as_json``."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
-    @click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
+    @click.option(
+        "--debug", is_flag=True, expose_value=False, help="Print the traceback of an error."
+    )
     @click.pass_context
     @functools.wraps(function)
     def command(ctx: click.Context, /, *, as_json: bool, **others: object) -> int | None:
@@ -143,17 +170,50 @@ def job_command(function: Callable[..., int | None]) -> Callable[..., int | None
 # What a keeper's report looks like: lines and table rows for people, one document for programs.
 # Pure.
 
-RANK_COLUMNS = ("RANK", "SUPERVISOR", "TRAINER", "STEP", "PHASE", "IDLE", "STAGED", "SKIPPED", "SLOTS")
-"""Heads of ``rank_rows``; SLOTS has the pair that each slot holds, marked with ``*`` while an upload holds the slot."""
+RANK_COLUMNS = (
+    "RANK",
+    "SUPERVISOR",
+    "TRAINER",
+    "STEP",
+    "PHASE",
+    "IDLE",
+    "STAGED",
+    "SKIPPED",
+    "SLOTS",
+)
+"""Heads of ``rank_rows``; SLOTS has the pair that each slot holds, marked with ``*`` while an
+upload holds the slot."""
 
-LIVE_COLUMNS = ("RANK", "TRAINER", "STEP", "STEPS/S", "IDLE", "PHASE", "STAGED", "SKIPPED", "HELD", "SLOTS")
+LIVE_COLUMNS = (
+    "RANK",
+    "TRAINER",
+    "STEP",
+    "STEPS/S",
+    "IDLE",
+    "PHASE",
+    "STAGED",
+    "SKIPPED",
+    "HELD",
+    "SLOTS",
+)
 """Heads of ``live_rows``; HELD counts the slots that uploads hold."""
 
 RECOVERY_COLUMNS = ("ATTEMPT", "WHY", "TOOK", "FROM", "REDONE", "PHASES")
 """Heads of ``recovery_rows``."""
 
 NUMERIC_COLUMNS = frozenset(
-    ("RANK", "SUPERVISOR", "TRAINER", "STEP", "STEPS/S", "IDLE", "STAGED", "SKIPPED", "HELD", "ATTEMPT")
+    (
+        "RANK",
+        "SUPERVISOR",
+        "TRAINER",
+        "STEP",
+        "STEPS/S",
+        "IDLE",
+        "STAGED",
+        "SKIPPED",
+        "HELD",
+        "ATTEMPT",
+    )
 )
 """Columns that stand to the right."""
 
@@ -193,7 +253,11 @@ def summary(report: KeeperReport) -> list[tuple[str, str]]:
     return [
         ("job", report.job),
         ("store", report.store),
-        ("keeper", f"pid {report.pid}, up {human_seconds(report.since_s)}, {human_bytes(report.rss_bytes)}"),
+        (
+            "keeper",
+            f"pid {report.pid}, up {human_seconds(report.since_s)}, "
+            f"{human_bytes(report.rss_bytes)}",
+        ),
         ("state", f"{report.state}, attempt {report.attempt}{epoch}"),
         ("complete", snapshot_text(report.complete)),
         ("durable", _durable_text(report.durable)),
@@ -240,9 +304,11 @@ def live_rows(report: KeeperReport, rates: Mapping[int, float | None]) -> list[t
 
 
 def recovery_rows(recoveries: Sequence[Mapping[str, Fact]], *, last: int) -> list[tuple[str, ...]]:
-    """One row of ``RECOVERY_COLUMNS`` for each of the last recoveries, newest first. FROM is the step that was restored.
+    """One row of ``RECOVERY_COLUMNS`` for each of the last recoveries, newest first. FROM is the
+    step that was restored.
 
-    A fact whose name ends in ``_s`` is how long a phase took; phases are shown in the order that they come in.
+    A fact whose name ends in ``_s`` is how long a phase took; phases are shown in the order that
+    they come in.
     """
     return [
         (
@@ -251,14 +317,19 @@ def recovery_rows(recoveries: Sequence[Mapping[str, Fact]], *, last: int) -> lis
             _seconds_text(facts.get("seconds")),
             _fact_text(facts.get("resumed")),
             _fact_text(facts.get("steps_lost")),
-            ", ".join(f"{name[:-2]} {_seconds_text(value)}" for name, value in facts.items() if name.endswith("_s")),
+            ", ".join(
+                f"{name[:-2]} {_seconds_text(value)}"
+                for name, value in facts.items()
+                if name.endswith("_s")
+            ),
         )
         for facts in reversed(recoveries[-last:])
     ]
 
 
 def steps_per_s(samples: Sequence[ReportSample]) -> dict[int, float | None]:
-    """How many steps a second each rank of the last sample completed, since the oldest sample of the same trainer.
+    """How many steps a second each rank of the last sample completed, since the oldest sample of
+    the same trainer.
 
     None where the last sample is the only one of its trainer.
     """
@@ -295,7 +366,9 @@ def live_json(samples: Sequence[ReportSample]) -> dict[str, JsonValue]:
     """The last sample's report as one document, whose ranks have ``steps_per_s`` besides."""
     report = samples[-1].report
     rates = steps_per_s(samples)
-    ranks: list[JsonValue] = [{**_rank_json(rank), "steps_per_s": rates[rank.rank]} for rank in report.ranks]
+    ranks: list[JsonValue] = [
+        {**_rank_json(rank), "steps_per_s": rates[rank.rank]} for rank in report.ranks
+    ]
     return {**report_json(report), "ranks": ranks}
 
 
@@ -303,7 +376,11 @@ def _rate(rank: RankReport, last: ReportSample, samples: Sequence[ReportSample])
     for sample in samples:
         for before in sample.report.ranks:
             same = (before.rank, before.trainer_pid) == (rank.rank, rank.trainer_pid)
-            same = same and sample.report.attempt == last.report.attempt and 0 <= before.completed <= rank.completed
+            same = (
+                same
+                and sample.report.attempt == last.report.attempt
+                and 0 <= before.completed <= rank.completed
+            )
             if same and sample.at_s < last.at_s:
                 return (rank.completed - before.completed) / (last.at_s - sample.at_s)
     return None
@@ -368,7 +445,10 @@ def _rate_text(rate: float | None) -> str:
 
 
 def _slots_text(slots: Sequence[SlotReport]) -> str:
-    return " ".join(snapshot_text(slot.snapshot) + ("*" if slot.held else "") for slot in slots) or NOTHING
+    return (
+        " ".join(snapshot_text(slot.snapshot) + ("*" if slot.held else "") for slot in slots)
+        or NOTHING
+    )
 
 
 def _fact_text(value: Fact) -> str:

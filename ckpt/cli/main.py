@@ -1,4 +1,5 @@
-"""The ``ckpt`` command: a group whose commands load when they are named, and the one place where errors become exits."""
+"""The ``ckpt`` command: a group whose commands load when they are named, and the one place where
+errors become exits."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ Every command takes --json, before or after its name.
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module when the command is named, so that one costs nothing for another."""
+    """A group that imports a command's module when the command is named, so that one costs nothing
+    for another."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """See click."""
@@ -77,16 +79,21 @@ class LazyGroup(click.Group):
         return command
 
 
-@click.group(cls=LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
-@click.version_option(metadata.version("torch-ckpt"), prog_name="ckpt", message="%(prog)s %(version)s")
+@click.version_option(
+    metadata.version("torch-ckpt"), prog_name="ckpt", message="%(prog)s %(version)s"
+)
 def cli(as_json: bool, debug: bool) -> None:
     """Look into, verify and restore snapshots of PyTorch state."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line (without the program's name) and return its exit code. Errors are printed to stderr."""
+    """Run one command line (without the program's name) and return its exit code. Errors are
+    printed to stderr."""
     as_json = _flag(arguments, "--json")
     debug = _flag(arguments, "--debug")
     try:
@@ -100,11 +107,14 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left; what is still buffered must not raise again when Python ends.
+        # Whoever read our output has left; what is still buffered must not raise again when Python
+        # ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except click.ClickException as error:
-        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ckpt"
+        where = (
+            error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ckpt"
+        )
         message = f"{error.format_message()} See '{where} --help'."
         code = "usage" if isinstance(error, click.UsageError) else "not-found"
         exit_code = 2 if isinstance(error, click.UsageError) else 10
@@ -112,13 +122,21 @@ def run(arguments: Sequence[str]) -> int:
     except CkptError as error:
         if debug:
             traceback.print_exc()
-        return emit_error(str(error), code=error.code, exit_code=error.exit_code, retry=error.retry, as_json=as_json)
+        return emit_error(
+            str(error),
+            code=error.code,
+            exit_code=error.exit_code,
+            retry=error.retry,
+            as_json=as_json,
+        )
     except Exception as error:  # noqa: BLE001  (the border to the shell: whatever came through is a defect of ours)
         if debug:
             traceback.print_exc()
         text = f"this is a defect of ckpt: {type(error).__name__}: {error}; run again with --debug and report it"
         exit_code = InternalError.exit_code
-        return emit_error(text, code=InternalError.code, exit_code=exit_code, retry=False, as_json=as_json)
+        return emit_error(
+            text, code=InternalError.code, exit_code=exit_code, retry=False, as_json=as_json
+        )
 
 
 def main() -> None:
@@ -130,5 +148,6 @@ def main() -> None:
 
 
 def _flag(arguments: Sequence[str], name: str) -> bool:
-    """Whether a flag stands among the arguments: asked before parsing, because parsing itself may fail."""
+    """Whether a flag stands among the arguments: asked before parsing, because parsing itself may
+    fail."""
     return name in arguments[: arguments.index("--") if "--" in arguments else len(arguments)]

@@ -10,11 +10,13 @@ from ckpt.restore.reader import LeafValues
 Array = NDArray[np.generic]
 
 _FLOAT8 = {"float8_e4m3fn": (4, 3, 7), "float8_e5m2": (5, 2, 15)}
-"""Exponent bits, mantissa bits, bias of the 8-bit floats that are spelled out; others are shown as bits."""
+"""Exponent bits, mantissa bits, bias of the 8-bit floats that are spelled out; others are shown as
+bits."""
 
 
 def readable(values: LeafValues) -> Array:
-    """The values as numpy numbers: bfloat16 as float32, the usual 8-bit floats as float32, others as they are stored."""
+    """The values as numpy numbers: bfloat16 as float32, the usual 8-bit floats as float32, others
+    as they are stored."""
     if values.dtype == "bfloat16":
         bits: NDArray[np.uint32] = np.left_shift(values.array.astype(np.uint32), np.uint32(16))
         floats: NDArray[np.float32] = bits.view(np.float32)
@@ -26,7 +28,12 @@ def readable(values: LeafValues) -> Array:
 
 def is_numeric(dtype: str) -> bool:
     """Whether ``readable`` gives numbers that can be subtracted."""
-    return dtype == "bfloat16" or dtype in _FLOAT8 or dtype in ("float64", "float32", "float16") or "int" in dtype
+    return (
+        dtype == "bfloat16"
+        or dtype in _FLOAT8
+        or dtype in ("float64", "float32", "float16")
+        or "int" in dtype
+    )
 
 
 def _float8_table(dtype: str) -> NDArray[np.float32]:

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -18,12 +25,17 @@ _PIPE_COLUMNS = 100_000
 """Width where nobody looks: lines must not be cut on their way into another program."""
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[str] = frozenset()) -> None:
-    """Print aligned columns, those named in ``right`` to the right; folded in a terminal, whole lines in a pipe."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[str] = frozenset()
+) -> None:
+    """Print aligned columns, those named in ``right`` to the right; folded in a terminal, whole
+    lines in a pipe."""
     stdout_console().print(grid(columns, rows, right=right))
 
 
-def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[str] = frozenset()) -> Table:
+def grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[str] = frozenset()
+) -> Table:
     """What ``table`` prints."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:

@@ -1,4 +1,5 @@
-"""A comparison of several stores, for people and programs: the same for ``scrub`` and ``verify --all-replicas``."""
+"""A comparison of several stores, for people and programs: the same for ``scrub`` and ``verify
+--all-replicas``."""
 
 from __future__ import annotations
 
@@ -17,13 +18,21 @@ OFFSETS_SHOWN = 5
 
 
 def exit_code_of(report: ScrubReport) -> int:
-    """0 where all is well now, 20 where damage is left, 11 where only silence, emptiness or a refused write is."""
+    """0 where all is well now, 20 where damage is left, 11 where only silence, emptiness or a
+    refused write is."""
     if report.ok:
         return 0
     left = [trouble for trouble in report.problems if not trouble.repaired]
-    if report.hole is not None or report.lost or any(trouble.status is CopyStatus.DAMAGED for trouble in left):
+    if (
+        report.hole is not None
+        or report.lost
+        or any(trouble.status is CopyStatus.DAMAGED for trouble in left)
+    ):
         return IntegrityError.exit_code
-    if any(trouble.status is CopyStatus.MISSING and report.stores[trouble.store].role == "ready" for trouble in left):
+    if any(
+        trouble.status is CopyStatus.MISSING and report.stores[trouble.store].role == "ready"
+        for trouble in left
+    ):
         return IntegrityError.exit_code
     return UnavailableError.exit_code
 
@@ -44,7 +53,17 @@ def print_report(report: ScrubReport) -> None:
         )
         for store in report.stores
     ]
-    columns = ("STORE", "STATE", "OBJECTS", "OK", "MISSING", "DAMAGED", "UNREADABLE", "MENDED", "UNREFERENCED")
+    columns = (
+        "STORE",
+        "STATE",
+        "OBJECTS",
+        "OK",
+        "MISSING",
+        "DAMAGED",
+        "UNREADABLE",
+        "MENDED",
+        "UNREFERENCED",
+    )
     table(columns, rows, right=frozenset(columns[2:]))
     for store in report.stores:
         if store.problem:
@@ -55,12 +74,15 @@ def print_report(report: ScrubReport) -> None:
     if report.problems_total > PROBLEMS_SHOWN:
         click.echo(f"... and {report.problems_total - PROBLEMS_SHOWN} more")
     if report.hole is not None:
-        click.echo(f"LOST     the log: record {report.hole.seq} and all after it\n    {report.hole.reason}")
+        click.echo(
+            f"LOST     the log: record {report.hole.seq} and all after it\n    {report.hole.reason}"
+        )
     for snapshot in report.untraced:
         click.echo(f"LOST     {snapshot}: without its records not all that it needs can be found")
     word = "ok" if report.ok else "NOT WELL"
     click.echo(
-        f"{word}: {report.snapshots} snapshots, {report.records} records; found {report.problems_total}, "
+        f"{word}: {report.snapshots} snapshots, {report.records} records; found "
+        f"{report.problems_total}, "
         f"lost {report.lost}, left {report.unrepaired}, away {report.away}"
     )
 
@@ -76,7 +98,9 @@ def report_json(report: ScrubReport) -> dict[str, JsonValue]:
         "thin": report.under_replicated,
         "lost": report.lost,
         "unmended": report.unrepaired,
-        "hole": None if report.hole is None else {"seq": report.hole.seq, "reason": report.hole.reason},
+        "hole": None
+        if report.hole is None
+        else {"seq": report.hole.seq, "reason": report.hole.reason},
         "untraced": [id_json(snapshot) for snapshot in report.untraced],
         "stores": [
             {
@@ -112,8 +136,20 @@ def report_json(report: ScrubReport) -> dict[str, JsonValue]:
 
 
 def _line(report: ScrubReport, trouble: ScrubProblem) -> str:
-    word = "LOST   " if trouble.lost else "mended " if trouble.repaired else trouble.status.value.upper()
+    word = (
+        "LOST   "
+        if trouble.lost
+        else "mended "
+        if trouble.repaired
+        else trouble.status.value.upper()
+    )
     where = f" at {', '.join(map(str, trouble.offsets[:OFFSETS_SHOWN]))}" if trouble.offsets else ""
-    more = f" and {len(trouble.offsets) - OFFSETS_SHOWN} more" if len(trouble.offsets) > OFFSETS_SHOWN else ""
+    more = (
+        f" and {len(trouble.offsets) - OFFSETS_SHOWN} more"
+        if len(trouble.offsets) > OFFSETS_SHOWN
+        else ""
+    )
     what = f"{trouble.status.value}: {trouble.message}" if trouble.message else trouble.status.value
-    return f"{word:8} {trouble.key}{where}{more}\n    {what} store={report.stores[trouble.store].url}"
+    return (
+        f"{word:8} {trouble.key}{where}{more}\n    {what} store={report.stores[trouble.store].url}"
+    )

@@ -15,7 +15,13 @@ from ckpt.backends.checked import stores_of
 from ckpt.backends.encrypted.keys import load_keys
 from ckpt.backends.encrypted.open import encrypted, require_matching_keys
 from ckpt.backends.objects.fsspec_store import StorageOptions
-from ckpt.backends.replicated.open import KEY_VARIABLE, key_source, open_job_stores, open_stores, require_key_fits
+from ckpt.backends.replicated.open import (
+    KEY_VARIABLE,
+    key_source,
+    open_job_stores,
+    open_stores,
+    require_key_fits,
+)
 from ckpt.cli.echo import JsonValue, warn
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 from ckpt.events import Event
@@ -62,7 +68,8 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class OpenStore:
-    """An open store: where its bytes are, its log, and the log's fold as it was when the command began."""
+    """An open store: where its bytes are, its log, and the log's fold as it was when the command
+    began."""
 
     backend: Backend
     journal: Journal
@@ -78,7 +85,8 @@ class OpenStore:
 
 
 def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Give a command the store's URL, the options of stores, ``--json`` and ``--debug``; it gets them as a StoreChoice."""
+    """Give a command the store's URL, the options of stores, ``--json`` and ``--debug``; it gets
+    them as a StoreChoice."""
 
     @click.argument("url")
     @click.option(
@@ -89,7 +97,9 @@ def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
         help="Another store of the same job; may be repeated. Name all of them to write, enough to know what is newest.",
     )
     @click.option(
-        "--write-quorum", type=click.IntRange(min=1), help="Of how many stores a record needs (default: the majority)."
+        "--write-quorum",
+        type=click.IntRange(min=1),
+        help="Of how many stores a record needs (default: the majority).",
     )
     @click.option(
         "--encryption-key",
@@ -106,16 +116,31 @@ def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
         "store alone, from 1.",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
-    @click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
+    @click.option(
+        "--debug", is_flag=True, expose_value=False, help="Print the traceback of an error."
+    )
     @click.pass_context
     @functools.wraps(function)
     def command(
-        ctx: click.Context, /, *, url: str, storage_options: tuple[str, ...], as_json: bool, replicas: tuple[str, ...],
-        write_quorum: int | None, encryption_key: str | None, **others: object,
-    ) -> Result:  # fmt: skip
+        ctx: click.Context,
+        /,
+        *,
+        url: str,
+        storage_options: tuple[str, ...],
+        as_json: bool,
+        replicas: tuple[str, ...],
+        write_quorum: int | None,
+        encryption_key: str | None,
+        **others: object,
+    ) -> Result:
         anywhere = as_json or bool(ctx.find_root().params.get("as_json"))
         choice = StoreChoice(
-            url, storage_options, anywhere, replicas=replicas, write_quorum=write_quorum, encryption_key=encryption_key
+            url,
+            storage_options,
+            anywhere,
+            replicas=replicas,
+            write_quorum=write_quorum,
+            encryption_key=encryption_key,
         )
         return function(choice, **others)
 
@@ -123,15 +148,28 @@ def store_command(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def snapshot_options(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Give a command ``--step``, ``--epoch`` and ``--tag``; it gets them as the keyword ``selector``."""
+    """Give a command ``--step``, ``--epoch`` and ``--tag``; it gets them as the keyword
+    ``selector``."""
 
-    @click.option("--step", type=click.IntRange(min=0), help="The snapshot of this step; the newest one that has it.")
-    @click.option("--epoch", type=click.IntRange(min=0), help="The captured epoch; alone: its newest snapshot.")
+    @click.option(
+        "--step",
+        type=click.IntRange(min=0),
+        help="The snapshot of this step; the newest one that has it.",
+    )
+    @click.option(
+        "--epoch",
+        type=click.IntRange(min=0),
+        help="The captured epoch; alone: its newest snapshot.",
+    )
     @click.option("--tag", help="The snapshot with this tag.")
     @functools.wraps(function)
-    def command(*args: object, step: int | None, epoch: int | None, tag: str | None, **others: object) -> Result:
+    def command(
+        *args: object, step: int | None, epoch: int | None, tag: str | None, **others: object
+    ) -> Result:
         if tag is not None and (step is not None or epoch is not None):
-            raise UsageError("a snapshot is named by its tag or by its step and epoch, not both. leave one out")
+            raise UsageError(
+                "a snapshot is named by its tag or by its step and epoch, not both. leave one out"
+            )
         return function(*args, selector=Selector(step, epoch, tag), **others)
 
     return command
@@ -139,10 +177,15 @@ def snapshot_options(function: Callable[..., Result]) -> Callable[..., Result]:
 
 @contextmanager
 def open_store(choice: StoreChoice) -> Iterator[OpenStore]:
-    """Open the store and fold its log; closes it afterwards. Raises NotFoundError where there is no store."""
+    """Open the store and fold its log; closes it afterwards. Raises NotFoundError where there is no
+    store."""
     options = options_of(choice.storage_options, stores=len(choice.urls))
     backend = open_job_stores(
-        choice.urls, options, write_quorum=choice.write_quorum, encryption_key=choice.encryption_key, emit=_tell
+        choice.urls,
+        options,
+        write_quorum=choice.write_quorum,
+        encryption_key=choice.encryption_key,
+        emit=_tell,
     )
     try:
         require_key_fits(backend, choice.encryption_key)
@@ -150,7 +193,8 @@ def open_store(choice: StoreChoice) -> Iterator[OpenStore]:
         state = journal.refresh()
         if state.hole is not None:
             warn(
-                f"the log has a hole, so what is newest cannot be known. seq={state.hole.seq} reason={state.hole.reason}"
+                f"the log has a hole, so what is newest cannot be known. seq={state.hole.seq} "
+                f"reason={state.hole.reason}"
             )
         elif state.short:
             warn(f"what is newest cannot be known: {state.short}")
@@ -171,7 +215,9 @@ def parse_reference(state: LogState, text: str) -> SnapshotId:
     epoch, colon, step = text.rpartition(":")
     if step.isdecimal() and (epoch.isdecimal() or not colon):
         return select(state, step=int(step), epoch=int(epoch) if colon else None)
-    raise NotFoundError(f"no such snapshot. name={text}; write a step, epoch:step, a tag, or 'newest'")
+    raise NotFoundError(
+        f"no such snapshot. name={text}; write a step, epoch:step, a tag, or 'newest'"
+    )
 
 
 def id_json(snapshot: SnapshotId) -> dict[str, JsonValue]:
@@ -197,7 +243,8 @@ def info_json(info: SnapshotInfo, *, newest: bool, on_line: bool) -> dict[str, J
 
 
 def options_of(texts: tuple[str, ...], *, stores: int) -> list[dict[str, object] | None]:
-    """The storage options of each store. Raises UsageError for what is not ``KEY=VALUE`` or ``N:KEY=VALUE``."""
+    """The storage options of each store. Raises UsageError for what is not ``KEY=VALUE`` or
+    ``N:KEY=VALUE``."""
     each: list[dict[str, object]] = [{} for _ in range(stores)]
     for text in texts:
         whose, key, value = _option(text, stores)
@@ -212,7 +259,9 @@ def _option(text: str, stores: int) -> tuple[range, str, object]:
     whose = range(stores)
     if colon and number.isdecimal():
         if not 1 <= int(number) <= stores:
-            raise UsageError(f"a storage option is of a store that was not named. option={name} stores={stores}")
+            raise UsageError(
+                f"a storage option is of a store that was not named. option={name} stores={stores}"
+            )
         name, whose = key, range(int(number) - 1, int(number))
     if not name or not equals:
         raise UsageError(f"a storage option is not KEY=VALUE. option={text}")
@@ -248,7 +297,8 @@ class StoreList:
 
 
 def urls_command(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Give a command ``URL...`` with the options of stores, ``--json`` and ``--debug``; it gets them as a UrlList."""
+    """Give a command ``URL...`` with the options of stores, ``--json`` and ``--debug``; it gets
+    them as a UrlList."""
 
     @click.argument("urls", metavar="URL...", nargs=-1, required=True)
     @click.option(
@@ -258,8 +308,12 @@ def urls_command(function: Callable[..., Result]) -> Callable[..., Result]:
     )
     @common_options
     @functools.wraps(function)
-    def command(*, urls: tuple[str, ...], write_quorum: int | None, options: CommonOptions, **others: object) -> Result:
-        choice = StoreList(urls, options.storage_options, options.as_json, options.encryption_key, write_quorum)
+    def command(
+        *, urls: tuple[str, ...], write_quorum: int | None, options: CommonOptions, **others: object
+    ) -> Result:
+        choice = StoreList(
+            urls, options.storage_options, options.as_json, options.encryption_key, write_quorum
+        )
         return function(choice, **others)
 
     return command
@@ -275,9 +329,14 @@ class CommonOptions:
 
 
 def common_options(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Give a command what is said of stores beside their URLs; it gets it as the keyword ``options``."""
+    """Give a command what is said of stores beside their URLs; it gets it as the keyword
+    ``options``."""
 
-    @click.option("--encryption-key", metavar="WHERE", help="Where the key is: file:PATH, env:NAME or command:WORDS.")
+    @click.option(
+        "--encryption-key",
+        metavar="WHERE",
+        help="Where the key is: file:PATH, env:NAME or command:WORDS.",
+    )
     @click.option(
         "--storage-option",
         "storage_options",
@@ -287,7 +346,9 @@ def common_options(function: Callable[..., Result]) -> Callable[..., Result]:
         "store alone, from 1.",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print results and errors as JSON.")
-    @click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
+    @click.option(
+        "--debug", is_flag=True, expose_value=False, help="Print the traceback of an error."
+    )
     @click.pass_context
     @functools.wraps(function)
     def command(
@@ -308,10 +369,16 @@ def common_options(function: Callable[..., Result]) -> Callable[..., Result]:
 def rate_option(function: Callable[..., Result]) -> Callable[..., Result]:
     """Give a command ``--rate``; it gets the keyword ``rate_bytes_per_s``."""
 
-    @click.option("--rate", metavar="SIZE", help="Read and write no more than this in a second, such as 50MiB.")
+    @click.option(
+        "--rate",
+        metavar="SIZE",
+        help="Read and write no more than this in a second, such as 50MiB.",
+    )
     @functools.wraps(function)
     def command(*args: object, rate: str | None, **others: object) -> Result:
-        return function(*args, rate_bytes_per_s=None if rate is None else parse_rate(rate), **others)
+        return function(
+            *args, rate_bytes_per_s=None if rate is None else parse_rate(rate), **others
+        )
 
     return command
 
@@ -324,9 +391,11 @@ def open_plain_stores(
     encryption_key: str | None,
     write_quorum: int | None = None,
 ) -> Iterator[Backend]:
-    """The stores as one backend, closed afterwards; nothing of ckpt needs to be in them. ``options``: each store's.
+    """The stores as one backend, closed afterwards; nothing of ckpt needs to be in them.
+    ``options``: each store's.
 
-    Raises UsageError where a store is encrypted and no key is given, or the other way round: it would look all damaged.
+    Raises UsageError where a store is encrypted and no key is given, or the other way round: it
+    would look all damaged.
     """
     where = key_source(encryption_key)
     keys = load_keys(where) if where is not None else None

@@ -29,20 +29,31 @@ class Endpoint:
     def __post_init__(self) -> None:
         if self.tls is None and not self.plaintext and not is_loopback(self.host):
             raise UsageError(
-                f"this address is not loopback, and anybody on the way could read. host={self.host}; give a TLS context, or "
+                "this address is not loopback, and anybody on the way could read. "
+                f"host={self.host}; give a TLS context, or "
                 "plaintext=True where the network is yours alone"
             )
 
     @classmethod
-    def parse(cls, text: str, *, tls: ssl.SSLContext | None = None, plaintext: bool = False) -> Endpoint:
+    def parse(
+        cls, text: str, *, tls: ssl.SSLContext | None = None, plaintext: bool = False
+    ) -> Endpoint:
         """The endpoint at ``host:port``, or ``[host]:port`` for IPv6. Raises UsageError."""
         host, colon, port = text.rpartition(":")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host:
             host = ""
-        if not colon or not host or not port.isascii() or not port.isdecimal() or int(port) > PORT_MAX:
-            raise UsageError(f"not an address. address={text!r}; write host:port, or [host]:port for IPv6")
+        if (
+            not colon
+            or not host
+            or not port.isascii()
+            or not port.isdecimal()
+            or int(port) > PORT_MAX
+        ):
+            raise UsageError(
+                f"not an address. address={text!r}; write host:port, or [host]:port for IPv6"
+            )
         return cls(host, int(port), tls, plaintext)
 
     def __str__(self) -> str:
@@ -50,7 +61,8 @@ class Endpoint:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody outside this machine is reached; a name other than ``localhost`` may mean anybody."""
+    """Whether nobody outside this machine is reached; a name other than ``localhost`` may mean
+    anybody."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

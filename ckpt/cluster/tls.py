@@ -18,7 +18,8 @@ FLIGHTS_MAX = 16
 
 
 def server_context(*, certificate: Path, key: Path, ca: Path) -> ssl.SSLContext:
-    """For a server: shows ``certificate``, and asks clients for one that ``ca`` signed. Raises UsageError for bad files."""
+    """For a server: shows ``certificate``, and asks clients for one that ``ca`` signed. Raises
+    UsageError for bad files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
     context.num_tickets = 0  # nobody resumes, and an idle connection stays silent
@@ -26,16 +27,18 @@ def server_context(*, certificate: Path, key: Path, ca: Path) -> ssl.SSLContext:
 
 
 def client_context(*, certificate: Path, key: Path, ca: Path) -> ssl.SSLContext:
-    """For a client: trusts ``ca`` alone, and the server's certificate must name the host it is reached by."""
+    """For a client: trusts ``ca`` alone, and the server's certificate must name the host it is
+    reached by."""
     return _filled(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, key, ca)
 
 
 def check_handshake(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> float:
-    """A handshake of a node with itself, in memory, as another node of its CA would have with it at ``host``.
+    """A handshake of a node with itself, in memory, as another node of its CA would have with it at
+    ``host``.
 
-    Returns until when its certificate is valid, in seconds of the Unix epoch. Raises UsageError where that node would refuse
-    it, or be refused with one like it: it has expired, another CA signed it, it names another host, or may not be used on that
-    side.
+    Returns until when its certificate is valid, in seconds of the Unix epoch. Raises UsageError
+    where that node would refuse it, or be refused with one like it: it has expired, another CA
+    signed it, it names another host, or may not be used on that side.
     """
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
@@ -46,9 +49,12 @@ def check_handshake(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -
             if all(done):
                 return _ends_s(asking)
     except (ssl.SSLError, ValueError) as error:  # ValueError: a host that no certificate can name
-        why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else str(error)
+        why = (
+            error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else str(error)
+        )
         raise UsageError(
-            f"others would refuse this node's certificate: {why}. host={host}; it must be valid now, signed by the CA that is "
+            f"others would refuse this node's certificate: {why}. host={host}; it must be valid "
+            "now, signed by the CA that is "
             "given, and name this host (subjectAltName), for server and client"
         ) from error
     raise UsageError(f"no TLS handshake with this node comes to an end. host={host}")
@@ -77,7 +83,8 @@ def _filled(context: ssl.SSLContext, certificate: Path, key: Path, ca: Path) -> 
         context.load_verify_locations(cafile=os.fspath(ca))
     except OSError as error:  # ssl.SSLError among them
         raise UsageError(
-            f"TLS files can't be used. certificate={certificate} key={key} ca={ca} cause={error}; they are PEM, and the key "
+            f"TLS files can't be used. certificate={certificate} key={key} ca={ca} cause={error}; "
+            "they are PEM, and the key "
             "belongs to the certificate"
         ) from error
     return context
@@ -96,7 +103,8 @@ def _check_readable(what: str, path: Path) -> None:
 def _no_password() -> str:
     """A daemon can't ask for one, as OpenSSL would on the terminal."""
     raise UsageError(
-        "TLS files can't be used: the key is encrypted; give one without a password that only you can read"
+        "TLS files can't be used: the key is encrypted; give one without a password that only you "
+        "can read"
     )
 
 
@@ -106,19 +114,22 @@ def _no_password() -> str:
 
 @dataclass(frozen=True, slots=True)
 class TlsContexts:
-    """What this node shows and believes: ``server`` to who calls it, ``client`` to whom it calls."""
+    """What this node shows and believes: ``server`` to who calls it, ``client`` to whom it
+    calls."""
 
     server: ssl.SSLContext
     client: ssl.SSLContext
 
 
 def job_tls(nodes: NodesSpec) -> TlsContexts | None:
-    """The contexts that a launcher's files make; None where it names none. Raises UsageError for files that don't do."""
+    """The contexts that a launcher's files make; None where it names none. Raises UsageError for
+    files that don't do."""
     if not (nodes.tls_cert or nodes.tls_key or nodes.tls_ca):
         return None
     if not (nodes.tls_cert and nodes.tls_key and nodes.tls_ca):
         raise UsageError(
-            "TLS between nodes takes three files: this node's certificate, its key, and the CA of all. "
+            "TLS between nodes takes three files: this node's certificate, its key, and the CA of "
+            "all. "
             f"tls_cert={nodes.tls_cert!r} tls_key={nodes.tls_key!r} tls_ca={nodes.tls_ca!r}"
         )
     files = {"certificate": nodes.tls_cert, "key": nodes.tls_key, "ca": nodes.tls_ca}
@@ -128,7 +139,8 @@ def job_tls(nodes: NodesSpec) -> TlsContexts | None:
 def check_tls(nodes: NodesSpec, host: str) -> float | None:
     """Look, before anything starts, whether others could speak with this node at ``host``.
 
-    Returns until when its certificate is valid, in seconds of the Unix epoch; None without TLS. Raises UsageError.
+    Returns until when its certificate is valid, in seconds of the Unix epoch; None without TLS.
+    Raises UsageError.
     """
     tls = job_tls(nodes)
     if tls is None:
@@ -139,11 +151,14 @@ def check_tls(nodes: NodesSpec, host: str) -> float | None:
 
 
 def check_network(nodes: NodesSpec, host: str) -> None:
-    """Raises UsageError where ``host`` is reached over a network, and what is lent there would be read on the way."""
+    """Raises UsageError where ``host`` is reached over a network, and what is lent there would be
+    read on the way."""
     if not (nodes.plaintext or nodes.tls_cert or is_loopback(host)):
         raise UsageError(
-            f"nodes lend each other their memory, and whoever is on the way could read the weights. host={host}; give this "
-            "node a certificate (--tls-cert, --tls-key, --tls-ca), or say --plaintext where the network is yours alone"
+            "nodes lend each other their memory, and whoever is on the way could read the "
+            f"weights. host={host}; give this "
+            "node a certificate (--tls-cert, --tls-key, --tls-ca), or say --plaintext where the "
+            "network is yours alone"
         )
 
 
@@ -154,6 +169,9 @@ def serving_endpoint(nodes: NodesSpec, host: str) -> Endpoint:
 
 
 def peer_endpoint(nodes: NodesSpec, address: str) -> Endpoint:
-    """The node that lends its memory at ``address``, as this one speaks to it. Raises UsageError."""
+    """The node that lends its memory at ``address``, as this one speaks to it. Raises
+    UsageError."""
     tls = job_tls(nodes)
-    return Endpoint.parse(address, tls=None if tls is None else tls.client, plaintext=nodes.plaintext)
+    return Endpoint.parse(
+        address, tls=None if tls is None else tls.client, plaintext=nodes.plaintext
+    )

@@ -1,12 +1,14 @@
-"""Snapshots that only memory holds: at which boundaries, told once for the job by rank 0 through the board.
+"""Snapshots that only memory holds: at which boundaries, told once for the job by rank 0 through
+the board.
 
-At the end of each boundary rank 0 publishes its word on the next one. A rank that comes to that boundary has left the one
-before, and in any training whose ranks depend on each other no rank completes a step that rank 0 has not begun; so the word is
-there in time and nobody waits. A rank that finds none (its ranks run apart) takes none: its slots still hold an older complete
-pair.
+At the end of each boundary rank 0 publishes its word on the next one. A rank that comes to that
+boundary has left the one before, and in any training whose ranks depend on each other no rank
+completes a step that rank 0 has not begun; so the word is there in time and nobody waits. A rank
+that finds none (its ranks run apart) takes none: its slots still hold an older complete pair.
 
-With several nodes the word travels through keepers, so it is given one boundary earlier; and what other nodes hold is known a
-moment late, so the next snapshot waits until the last one is known to be complete.
+With several nodes the word travels through keepers, so it is given one boundary earlier; and what
+other nodes hold is known a moment late, so the next snapshot waits until the last one is known to
+be complete.
 """
 
 from __future__ import annotations
@@ -57,16 +59,22 @@ INCOMPLETE_AFTER_S = 2.0
 
 
 class MemoryTier:
-    """One rank's view of the board. ``every``: boundaries from one staged snapshot to the next; 0 for none.
+    """One rank's view of the board. ``every``: boundaries from one staged snapshot to the next; 0
+    for none.
 
-    ``rank`` is this node's; ``leads``: it is rank 0 of the job. ``pass_on`` brings its words to other nodes (None: there are
-    none): a boundary, and what all ranks do there.
+    ``rank`` is this node's; ``leads``: it is rank 0 of the job. ``pass_on`` brings its words to
+    other nodes (None: there are none): a boundary, and what all ranks do there.
     """
 
     def __init__(
-        self, board: Board, *, rank: int, every: int, leads: bool | None = None,
+        self,
+        board: Board,
+        *,
+        rank: int,
+        every: int,
+        leads: bool | None = None,
         forward_decision: Callable[[int, int], object] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._board = board
         self._mine = board.rank(rank)
         self._leads = rank == 0 if leads is None else leads
@@ -133,8 +141,8 @@ class MemoryTier:
         """Whether the last snapshot is complete on all nodes, or never will be."""
         if not self._told_stage_s or time.monotonic() - self._told_stage_s > INCOMPLETE_AFTER_S:
             return True
-        # How far all are is read before what they hold: who is past that boundary without the snapshot did not take it, for
-        # instance because the word came late.
+        # How far all are is read before what they hold: who is past that boundary without the
+        # snapshot did not take it, for instance because the word came late.
         done = [one.completed for one in self._board.all_ranks()]
         complete = self._board.newest_complete()
         if complete is not None and complete.step >= self._told_stage:
@@ -142,7 +150,8 @@ class MemoryTier:
         return all(one is not None and one > self._told_stage for one in done)
 
     def _slowest(self) -> int:
-        """Where the slowest rank is. One that is behind this one's last boundary would have the others fill all their slots."""
+        """Where the slowest rank is. One that is behind this one's last boundary would have the
+        others fill all their slots."""
         done = [one.completed for one in self._board.all_ranks()]
         return min(self._at if one is None else one for one in done)
 
@@ -172,7 +181,8 @@ class StepWatch:
                 self._handles.append(optimizer.register_step_post_hook(self._on_step))
 
     def at_snapshot_point(self) -> bool:
-        """Ask once a boundary: whether it is a snapshot point. With no optimizer watched, each one is."""
+        """Ask once a boundary: whether it is a snapshot point. With no optimizer watched, each one
+        is."""
         self.was_snapshot_point = self._stepped or not self._watched
         self._stepped = False
         return self.was_snapshot_point
@@ -188,7 +198,9 @@ class StepWatch:
             handle.remove()
         self._handles.clear()
 
-    def _on_step(self, optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def _on_step(
+        self, optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         self._stepped = True
 
 
@@ -222,10 +234,11 @@ _DRY = frozenset({"FOR_ITER", "END_FOR"})
 
 
 def consumer_frame(frame: FrameType | None) -> int | None:
-    """The identity of the frame whose ``for`` asks a generator for its next element; None where there is no such frame.
+    """The identity of the frame whose ``for`` asks a generator for its next element; None where
+    there is no such frame.
 
-    ``frame`` is the caller's frame as the generator sees it before it yields. Generators in between and ``__next__`` methods
-    of iterators around it are passed over.
+    ``frame`` is the caller's frame as the generator sees it before it yields. Generators in between
+    and ``__next__`` methods of iterators around it are passed over.
     """
     while frame is not None:
         if not frame.f_code.co_flags & inspect.CO_GENERATOR and frame.f_lasti >= 0:
@@ -241,9 +254,9 @@ def consumer_frame(frame: FrameType | None) -> int | None:
 def left_by_break(frame: FrameType | None, *, consumer: int | None) -> bool:
     """Whether the frame that closes a generator does so for ``break`` or ``return``.
 
-    ``frame`` is the caller's frame as the generator sees it while it handles ``GeneratorExit``, ``asking`` what
-    ``consumer_frame`` found at its last element. Generators in between (``tqdm(run.steps(n))``) are being closed themselves and
-    are passed over.
+    ``frame`` is the caller's frame as the generator sees it while it handles ``GeneratorExit``,
+    ``asking`` what ``consumer_frame`` found at its last element. Generators in between
+    (``tqdm(run.steps(n))``) are being closed themselves and are passed over.
     """
     frame = _outside_generators(frame)
     if frame is None or id(frame) != consumer:
@@ -259,7 +272,8 @@ def was_exhausted(frame: FrameType | None) -> bool:
 
 
 def _instructions(frame: FrameType | None) -> tuple[str, str]:
-    """The instruction before the one at which ``frame`` (or the first below it that is no generator) stands, and that one."""
+    """The instruction before the one at which ``frame`` (or the first below it that is no
+    generator) stands, and that one."""
     frame = _outside_generators(frame)
     if frame is None or frame.f_lasti < 0:
         return "", ""

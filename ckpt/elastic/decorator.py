@@ -47,7 +47,8 @@ def claimed_store(url: str) -> Iterator[bool]:
     """
     if url in _OPEN.get():
         raise UsageError(
-            f"a run inside a run of the same store would fence it. store={url}; give the inner one a store of its own, or pass "
+            f"a run inside a run of the same store would fence it. store={url}; give the inner one "
+            "a store of its own, or pass "
             "the outer Run to the inner function"
         )
     token = _OPEN.set((*_OPEN.get(), url))
@@ -66,12 +67,13 @@ NEVER = "never"
 class RestartPolicy:
     """When a job whose trainer failed is started again, and when a trainer counts as hanging.
 
-    ``same_error_max``: the same exception of the program at the same step, that often in a row, is a bug: the job ends with it
-    (1: never start again after an exception). ``stuck_max``: that many failures in a row without a new step end the job.
-    ``hang``: the least time without a completed step that counts as a hang, or ``"never"``; where the job's own steps are long,
-    ten times the longest recent one. The first step, pauses and debuggers are exempt. ``grace``: how long a preempted job may
-    take to stop. ``linger``: how long slots are kept for a program that was killed as a whole.
-    Raises UsageError where a value cannot work.
+    ``same_error_max``: the same exception of the program at the same step, that often in a row, is
+    a bug: the job ends with it (1: never start again after an exception). ``stuck_max``: that many
+    failures in a row without a new step end the job. ``hang``: the least time without a completed
+    step that counts as a hang, or ``"never"``; where the job's own steps are long, ten times the
+    longest recent one. The first step, pauses and debuggers are exempt. ``grace``: how long a
+    preempted job may take to stop. ``linger``: how long slots are kept for a program that was
+    killed as a whole. Raises UsageError where a value cannot work.
     """
 
     same_error_max: int = 2
@@ -90,10 +92,12 @@ class RestartPolicy:
     def message(self) -> Policy:
         """As the keeper takes it."""
         return Policy(
-            same_error_max=self.same_error_max, stuck_max=self.stuck_max,
+            same_error_max=self.same_error_max,
+            stuck_max=self.stuck_max,
             hang_s=0.0 if self.hang == NEVER else parse_duration(self.hang, name="hang"),
-            grace_s=parse_duration(self.grace, name="grace"), linger_s=parse_duration(self.linger, name="linger"),
-        )  # fmt: skip
+            grace_s=parse_duration(self.grace, name="grace"),
+            linger_s=parse_duration(self.linger, name="linger"),
+        )
 
 
 P = ParamSpec("P")
@@ -120,50 +124,70 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
     keep: KeepArgument = None,
     grace: str = "24h",
 ) -> Callable[[Callable[Concatenate[Run, P], R]], Callable[P, R]]:
-    """Make a training function survive: what it tracks is snapshotted, and it goes on from there when a process dies.
+    """Make a training function survive: what it tracks is snapshotted, and it goes on from there
+    when a process dies.
 
-    The process that calls the function becomes a supervisor; the function, and what comes after it in the program, runs in a
-    process that is forked from it, and again from the last step in memory where any rank's process dies. Where that can't be,
-    it runs in place with a warning that says why, and the launcher's restart does the same from the store.
+    The process that calls the function becomes a supervisor; the function, and what comes after it
+    in the program, runs in a process that is forked from it, and again from the last step in memory
+    where any rank's process dies. Where that can't be, it runs in place with a warning that says
+    why, and the launcher's restart does the same from the store.
 
-    An exception that leaves the function, or ``SystemExit`` with a status that isn't 0, ends a supervised process on the spot,
-    with its traceback: no ``except``, ``finally`` or ``with`` block around the call and no exit handler runs, for the next
-    process starts inside them. Only what a new start would meet again comes out of the call: ``UsageError``, ``FencedError``,
-    ``IntegrityError``, ``NotFoundError``, Ctrl-C, a preemption; and all with ``RestartPolicy(same_error_max=1)`` and in place.
+    An exception that leaves the function, or ``SystemExit`` with a status that isn't 0, ends a
+    supervised process on the spot, with its traceback: no ``except``, ``finally`` or ``with`` block
+    around the call and no exit handler runs, for the next process starts inside them. Only what a
+    new start would meet again comes out of the call: ``UsageError``, ``FencedError``,
+    ``IntegrityError``, ``NotFoundError``, Ctrl-C, a preemption; and all with
+    ``RestartPolicy(same_error_max=1)`` and in place.
 
-    The decorated function receives a ``Run`` before its own arguments. Nothing is read or written before it tracks.
+    The decorated function receives a ``Run`` before its own arguments. Nothing is read or written
+    before it tracks.
 
-    ``store`` is a path, an fsspec URL or a ``Backend``, or a list of paths and URLs that shall all hold the same; a snapshot
-    is durable when ``write_quorum`` of these have it (default: the majority). ``encryption_key`` says where the key is with
-    which all is encrypted that leaves this machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``. ``every``: a
-    number of steps, a duration such as ``"30s"``, or ``"auto"``; these become durable. ``memory_every``: boundaries from one
-    snapshot that only memory holds to the next (0: none); each costs one memcpy of this rank's share. ``job`` names the run
-    in its store (default: the store's last path component). ``slots``: how many staged snapshots memory may hold, each as
-    large as this rank's share of the state. ``compression``: chunks are compressed never, where it pays, or always. ``only``
-    and ``missing`` say what is restored where the program has changed since: see ``Checkpointer.restore``. ``max_stale``: a
-    duration after which training stops with UnavailableError when nothing became durable (default: never, a dead store only
-    raises alarms). ``restart``: when to start again, and what counts as a hang. ``prepared``: keep a second process at the
-    point that ``run.ready()`` marks, so that a long start-up is already done when it is needed; costs the memory that the
-    program takes up to there. ``storage_options`` go to fsspec: for all stores, or a list with one entry for each.
-    ``scrub_every``: a duration after which the keeper reads all that the stores hold, at a low rate, compares and mends it
-    (default: never; `ckpt scrub` does it when it is told to). ``keep``: which snapshots stay, a policy such as
-    ``keep_last(5) | keep_best("loss")`` or its text ``"last=5,best=loss:1"`` (default: all). The newest and tagged ones stay
-    whatever it says; the others are dropped in the background after commits, and their bytes deleted ``grace`` later, by the
-    stores' clocks: longer than any restore takes that may have begun before.
-    Raises UsageError at once where an argument cannot work.
+    ``store`` is a path, an fsspec URL or a ``Backend``, or a list of paths and URLs that shall all
+    hold the same; a snapshot is durable when ``write_quorum`` of these have it (default: the
+    majority). ``encryption_key`` says where the key is with which all is encrypted that leaves this
+    machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``. ``every``: a number of steps, a
+    duration such as ``"30s"``, or ``"auto"``; these become durable. ``memory_every``: boundaries
+    from one snapshot that only memory holds to the next (0: none); each costs one memcpy of this
+    rank's share. ``job`` names the run in its store (default: the store's last path component).
+    ``slots``: how many staged snapshots memory may hold, each as large as this rank's share of the
+    state. ``compression``: chunks are compressed never, where it pays, or always. ``only`` and
+    ``missing`` say what is restored where the program has changed since: see
+    ``Checkpointer.restore``. ``max_stale``: a duration after which training stops with
+    UnavailableError when nothing became durable (default: never, a dead store only raises alarms).
+    ``restart``: when to start again, and what counts as a hang. ``prepared``: keep a second process
+    at the point that ``run.ready()`` marks, so that a long start-up is already done when it is
+    needed; costs the memory that the program takes up to there. ``storage_options`` go to fsspec:
+    for all stores, or a list with one entry for each. ``scrub_every``: a duration after which the
+    keeper reads all that the stores hold, at a low rate, compares and mends it (default: never;
+    `ckpt scrub` does it when it is told to). ``keep``: which snapshots stay, a policy such as
+    ``keep_last(5) | keep_best("loss")`` or its text ``"last=5,best=loss:1"`` (default: all). The
+    newest and tagged ones stay whatever it says; the others are dropped in the background after
+    commits, and their bytes deleted ``grace`` later, by the stores' clocks: longer than any restore
+    takes that may have begun before. Raises UsageError at once where an argument cannot work.
     """
     schedule = parse_every(every)
     if isinstance(memory_every, bool) or not isinstance(memory_every, int) or memory_every < 0:
-        raise UsageError(f"memory_every counts boundaries. memory_every={memory_every!r}; write 1, or 0 for none")
+        raise UsageError(
+            f"memory_every counts boundaries. memory_every={memory_every!r}; write 1, or 0 for none"
+        )
     policy = (restart or RestartPolicy()).message()
     address = check_store(store, write_quorum=write_quorum)
     stale_s_max = parse_duration(max_stale, name="max_stale") if max_stale is not None else None
     options = SessionOptions(
-        job=job, slots=slots, compression=compression, only=check_only(only), missing=missing,
-        storage_options=storage_options, write_quorum=write_quorum, encryption_key=encryption_key,
-        scrub_every_s=parse_duration(scrub_every, name="scrub_every") if scrub_every is not None else None,
-        keep=check_keep(keep), grace_s=check_grace(grace),
-    )  # fmt: skip
+        job=job,
+        slots=slots,
+        compression=compression,
+        only=check_only(only),
+        missing=missing,
+        storage_options=storage_options,
+        write_quorum=write_quorum,
+        encryption_key=encryption_key,
+        scrub_every_s=parse_duration(scrub_every, name="scrub_every")
+        if scrub_every is not None
+        else None,
+        keep=check_keep(keep),
+        grace_s=check_grace(grace),
+    )
 
     def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -177,10 +201,19 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
             with claimed_store(session.url) as outermost:
                 judge = ExitReporter(session, outermost=outermost)
                 run = Run(
-                    session, schedule, stale_s_max=stale_s_max, memory_every=memory_every, trainer=seat, milestones=points,
+                    session,
+                    schedule,
+                    stale_s_max=stale_s_max,
+                    memory_every=memory_every,
+                    trainer=seat,
+                    milestones=points,
                     exit_reporter=judge,
-                )  # fmt: skip
-                in_place = InPlaceSigterm(lambda: run.stop(policy.grace_s)) if seat is None else nullcontext()
+                )
+                in_place = (
+                    InPlaceSigterm(lambda: run.stop(policy.grace_s))
+                    if seat is None
+                    else nullcontext()
+                )
                 try:
                     with in_place:
                         judge.entered(points)

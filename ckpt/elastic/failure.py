@@ -1,7 +1,9 @@
-"""The border of a decorated call, for an exception that is not the program's end: the trainer dies on the spot.
+"""The border of a decorated call, for an exception that is not the program's end: the trainer dies
+on the spot.
 
-The next attempt is forked from the supervisor, which still stands inside whatever surrounds the call. Unwinding here would
-run those ``finally`` and ``with`` blocks, on files that the next attempt needs. So nothing above the call learns of it.
+The next attempt is forked from the supervisor, which still stands inside whatever surrounds the
+call. Unwinding here would run those ``finally`` and ``with`` blocks, on files that the next attempt
+needs. So nothing above the call learns of it.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ PREEMPTED_STATUS = 128 + signal.SIGTERM
 
 
 class Preempted(SystemExit):
-    """Raised out of ``run.steps`` or ``run.completed`` when the node is about to be taken away and the state is safe.
+    """Raised out of ``run.steps`` or ``run.completed`` when the node is about to be taken away and
+    the state is safe.
 
-    A ``SystemExit``: ``finally`` blocks run, the program exits with 143, nothing after the loop takes it for a finished one.
+    A ``SystemExit``: ``finally`` blocks run, the program exits with 143, nothing after the loop
+    takes it for a finished one.
     """
 
     def __init__(self, step: int) -> None:
@@ -63,12 +67,18 @@ class FailureDescription(TypedDict):
 
 
 def describe_failure(error: BaseException) -> FailureDescription:
-    """Equal exceptions raised at equal places have equal fingerprints; their texts, which may hold addresses, don't count."""
-    places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    """Equal exceptions raised at equal places have equal fingerprints; their texts, which may hold
+    addresses, don't count."""
+    places = [
+        f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+    ]
     kind = type(error).__qualname__
     final = isinstance(error, _FINAL) or (isinstance(error, SystemExit) and not error.code)
     return FailureDescription(
-        kind=kind, text=str(error)[:TEXT_MAX], fingerprint=digest_hex("\n".join([kind, *places]).encode()), final=final
+        kind=kind,
+        text=str(error)[:TEXT_MAX],
+        fingerprint=digest_hex("\n".join([kind, *places]).encode()),
+        final=final,
     )
 
 
@@ -77,7 +87,8 @@ def describe_failure(error: BaseException) -> FailureDescription:
 
 
 class ExitReporter:
-    """Hears what a decorated call does: through the run's session where that one's keeper is the judge, else on its own.
+    """Hears what a decorated call does: through the run's session where that one's keeper is the
+    judge, else on its own.
 
     ``outermost``: the call stands in no other one, of which it would be a part.
     """
@@ -109,7 +120,8 @@ class ExitReporter:
         self._link.close()
 
     def finished(self) -> None:
-        """The function returned and all is durable. A session tells it itself, before it parts with the keeper."""
+        """The function returned and all is durable. A session tells it itself, before it parts with
+        the keeper."""
         if self._link is not None:
             with suppress(UnavailableError):  # nothing is lost any more
                 self._link.finished()
@@ -118,20 +130,29 @@ class ExitReporter:
 
 def _hello(seat: SupervisedTrainer) -> Hello:
     return Hello(
-        version=WIRE_VERSION, role="trainer", pid=os.getpid(), launch=seat.launch, rank=seat.rank, ranks=seat.ranks,
+        version=WIRE_VERSION,
+        role="trainer",
+        pid=os.getpid(),
+        launch=seat.launch,
+        rank=seat.rank,
+        ranks=seat.ranks,
         attempt=seat.attempt,
-    )  # fmt: skip
+    )
 
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Where torchrun looks for what a rank died of."""
 
 
-def ends_process(error: BaseException, seat: TrainerProcess | None, policy: Policy, *, outermost: bool) -> bool:
-    """Whether ``error`` ends this process at the border; else it unwinds, as in a program without supervisor.
+def ends_process(
+    error: BaseException, seat: TrainerProcess | None, policy: Policy, *, outermost: bool
+) -> bool:
+    """Whether ``error`` ends this process at the border; else it unwinds, as in a program without
+    supervisor.
 
-    It unwinds where nothing starts anew: in place, for an error that is final, where the policy allows no attempt after one.
-    An inner decorated call unwinds into the outer one. A prepared trainer always dies: its elder needs what is around.
+    It unwinds where nothing starts anew: in place, for an error that is final, where the policy
+    allows no attempt after one. An inner decorated call unwinds into the outer one. A prepared
+    trainer always dies: its elder needs what is around.
     """
     if seat is None:
         return False
@@ -141,7 +162,8 @@ def ends_process(error: BaseException, seat: TrainerProcess | None, policy: Poli
 
 
 def die(error: BaseException, *, last_words: Callable[[], None]) -> NoReturn:
-    """Say what Python would say, and end without any exit handler; ``last_words`` come after the traceback."""
+    """Say what Python would say, and end without any exit handler; ``last_words`` come after the
+    traceback."""
     status = _told(error)
     _flush()
     try:

@@ -1,4 +1,5 @@
-"""The ``Run`` that a decorated function receives: tracks state, counts steps, snapshots when due."""
+"""The ``Run`` that a decorated function receives: tracks state, counts steps, snapshots when
+due."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from ckpt.elastic.boundaries import MemoryTier, Milestones, StepWatch, consumer_frame, left_by_break, was_exhausted
+from ckpt.elastic.boundaries import (
+    MemoryTier,
+    Milestones,
+    StepWatch,
+    consumer_frame,
+    left_by_break,
+    was_exhausted,
+)
 from ckpt.elastic.failure import ExitReporter, Preempted, describe_failure
 from ckpt.elastic.processes.trainer import TrainerProcess
 from ckpt.elastic.schedule import EverySeconds, Schedule, is_due, next_due
@@ -55,20 +63,29 @@ class RankInfo:
 
 
 BOUNDARY_WAIT_S = 60.0
-"""How long a snapshot that the user asked for may hold training up where uploads hold all slots; then it is given up."""
+"""How long a snapshot that the user asked for may hold training up where uploads hold all slots;
+then it is given up."""
 
 
 class Run(RankInfo):
     """One call of a decorated function: its state, its steps, its snapshots.
 
-    Made by ``ckpt.resilient``. Not thread-safe but for ``save`` and ``log``: the training thread owns it. With several ranks
-    every rank makes the same calls of ``track``, ``steps`` and ``completed`` in the same order.
+    Made by ``ckpt.resilient``. Not thread-safe but for ``save`` and ``log``: the training thread
+    owns it. With several ranks every rank makes the same calls of ``track``, ``steps`` and
+    ``completed`` in the same order.
     """
 
     def __init__(
-        self, session: Session, schedule: Schedule, *, stale_s_max: float | None = None, memory_every: int = 1,
-        trainer: TrainerProcess | None = None, milestones: Milestones | None = None, exit_reporter: ExitReporter | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        session: Session,
+        schedule: Schedule,
+        *,
+        stale_s_max: float | None = None,
+        memory_every: int = 1,
+        trainer: TrainerProcess | None = None,
+        milestones: Milestones | None = None,
+        exit_reporter: ExitReporter | None = None,
+    ) -> None:
         self._seat = trainer
         self._points = milestones or Milestones()
         self._session = session
@@ -96,13 +113,15 @@ class Run(RankInfo):
 
     @property
     def membership_epoch(self) -> int:
-        """The number of the membership that this attempt opened; grows with every start. Waits for the other ranks."""
+        """The number of the membership that this attempt opened; grows with every start. Waits for
+        the other ranks."""
         self._open()
         return self._session.epoch
 
     @property
     def restored(self) -> SnapshotInfo | None:
-        """The snapshot that this attempt goes on from, or None for a fresh start. Waits for the other ranks."""
+        """The snapshot that this attempt goes on from, or None for a fresh start. Waits for the
+        other ranks."""
         self._open()
         return self._session.restored
 
@@ -110,35 +129,49 @@ class Run(RankInfo):
     def completed_steps(self) -> int:
         """How many steps are complete: where a loop of one's own starts.
 
-        The first reading after ``track`` also restores the random number generators, so read it right before the loop.
+        The first reading after ``track`` also restores the random number generators, so read it
+        right before the loop.
         """
         self._start()
         return self._done
 
     def track(self, **items: object) -> None:
-        """Name what makes up the state; each item is restored in place at once, where there is a snapshot to go on from.
+        """Name what makes up the state; each item is restored in place at once, where there is a
+        snapshot to go on from.
 
-        An item is a module, optimizer, scheduler, scaler, stateful loader, generator, anything with ``state_dict`` and
-        ``load_state_dict``, or a dict or list of these, of tensors and of plain values. May be called several times. All
-        items of a run come from one snapshot. Random number generators are tracked by themselves.
-        Raises UsageError naming the item and the remedy where it can't be captured or doesn't fit what is stored.
+        An item is a module, optimizer, scheduler, scaler, stateful loader, generator, anything with
+        ``state_dict`` and ``load_state_dict``, or a dict or list of these, of tensors and of plain
+        values. May be called several times. All items of a run come from one snapshot. Random
+        number generators are tracked by themselves. Raises UsageError naming the item and the
+        remedy where it can't be captured or doesn't fit what is stored.
         """
         if not items:
-            raise UsageError("nothing to track; name the items: run.track(model=model, optimizer=optimizer)")
+            raise UsageError(
+                "nothing to track; name the items: run.track(model=model, optimizer=optimizer)"
+            )
         self._points.reach("tracked")
         self._open()
         if self._stepped:
             raise UsageError(
-                "tracked after a step was completed, so after a restart it would be restored from another step than the rest. "
-                f"items={sorted(items)} completed={self._done}; track everything before the first step"
+                "tracked after a step was completed, so after a restart it would be restored from "
+                "another step than the rest. "
+                f"items={sorted(items)} completed={self._done}; track everything before the first "
+                "step"
             )
         before = self._session.restored
         self._session.track(items)
         after = self._session.restored
-        if self._completed is not None and before is not None and after is not None and after.id != before.id:
+        if (
+            self._completed is not None
+            and before is not None
+            and after is not None
+            and after.id != before.id
+        ):
             raise UsageError(
-                "the snapshot turned out damaged after its step count was given out, so this run would go on from an older one "
-                f"under the wrong number. items={sorted(items)} completed={self._done} older={after.id}; "
+                "the snapshot turned out damaged after its step count was given out, so this run "
+                "would go on from an older one "
+                f"under the wrong number. items={sorted(items)} completed={self._done} "
+                f"older={after.id}; "
                 "track everything before completed_steps is read and before steps() begins"
             )
         self._watch.add(items)
@@ -147,8 +180,9 @@ class Run(RankInfo):
     def steps(self, total: int) -> Iterator[int]:
         """Yield the steps that are left, from the restored one on, up to ``total`` complete ones.
 
-        Takes the snapshots that are due after each body, and one at the end. ``break`` and ``return`` complete the body that
-        they stand in, an exception does not. May be called again with a larger total.
+        Takes the snapshots that are due after each body, and one at the end. ``break`` and
+        ``return`` complete the body that they stand in, an exception does not. May be called again
+        with a larger total.
         """
         if total < 0:
             raise UsageError(f"a total counts steps from 0 on. total={total}")
@@ -169,20 +203,26 @@ class Run(RankInfo):
         if self._stepped:
             self._snapshot_last()
             return
-        # Nothing was left to do here, and another loop may follow: no store holds it up for longer than it does a boundary.
+        # Nothing was left to do here, and another loop may follow: no store holds it up for longer
+        # than it does a boundary.
         with suppress(UnavailableError):
             self._snapshot_last(wait_s=BOUNDARY_WAIT_S)
 
     def completed(self, steps: int) -> None:
-        """Tell that ``steps`` steps are complete: the boundary of a loop of one's own. ``steps()`` calls it by itself.
+        """Tell that ``steps`` steps are complete: the boundary of a loop of one's own. ``steps()``
+        calls it by itself.
 
-        Takes a snapshot here where one is due. A boundary at which no tracked optimizer stepped (gradients are being
-        accumulated) is passed by, and what was due is taken at the next that is none. Costs microseconds otherwise.
-        Raises FencedError where a newer attempt has taken over, UnavailableError where the staleness budget is exceeded.
+        Takes a snapshot here where one is due. A boundary at which no tracked optimizer stepped
+        (gradients are being accumulated) is passed by, and what was due is taken at the next that
+        is none. Costs microseconds otherwise. Raises FencedError where a newer attempt has taken
+        over, UnavailableError where the staleness budget is exceeded.
         """
         self._start()
         if self._paused:
-            raise UsageError(f"a step was completed inside `with run.paused()`. step={steps}; end the pause first")
+            raise UsageError(
+                f"a step was completed inside `with run.paused()`. step={steps}; end the pause "
+                "first"
+            )
         if steps <= self._done:
             raise UsageError(f"completed steps only grow. completed={self._done} told={steps}")
         since = self._done
@@ -210,10 +250,11 @@ class Run(RankInfo):
             orders.announce(upcoming)  # only now: the snapshot above holds a slot too
 
     def ready(self) -> None:
-        """Mark the point up to which a trainer may run ahead: late imports, CUDA contexts, models; before any process group.
+        """Mark the point up to which a trainer may run ahead: late imports, CUDA contexts, models;
+        before any process group.
 
-        With ``prepared=True`` a second process waits here until the first one dies, and goes on in its place. Returns at once
-        otherwise. Nothing before it may speak to other ranks.
+        With ``prepared=True`` a second process waits here until the first one dies, and goes on in
+        its place. Returns at once otherwise. Nothing before it may speak to other ranks.
         """
         if self._seat is not None and not self._seat.attempt:
             self._seat = self._seat.promoted()
@@ -224,23 +265,29 @@ class Run(RankInfo):
         self._judge.failing(describe_failure(error), self._done)
 
     def log(self, **values: float | int | str | bool | torch.Tensor | None) -> None:
-        """Note facts of the current step, such as the loss. Rank 0's latest go to the next snapshot's metadata.
+        """Note facts of the current step, such as the loss. Rank 0's latest go to the next
+        snapshot's metadata.
 
-        A tensor of one element is read when it lies on the CPU, else at the next snapshot, so that no step waits for a GPU.
+        A tensor of one element is read when it lies on the CPU, else at the next snapshot, so that
+        no step waits for a GPU.
         """
         self._metrics.log(values)
 
     def save(self, tag: str | None = None) -> None:
-        """Ask for a snapshot at the next boundary, kept under ``tag`` until it is untagged or the tag moves on.
+        """Ask for a snapshot at the next boundary, kept under ``tag`` until it is untagged or the
+        tag moves on.
 
-        From any rank and thread; returns at once. With several ranks it takes effect at the first boundary that no rank has
-        passed. Several requests before one boundary become one snapshot. Where uploads hold all slots, that boundary waits up
-        to 60 s for one; then the request is given up, with an alarm.
+        From any rank and thread; returns at once. With several ranks it takes effect at the first
+        boundary that no rank has passed. Several requests before one boundary become one snapshot.
+        Where uploads hold all slots, that boundary waits up to 60 s for one; then the request is
+        given up, with an alarm.
         """
         self._open()
         if tag is not None:
             check_tag(tag)
-        self._session.decisions.request(SnapshotRequest((tag,) if tag is not None else (), forced=True))
+        self._session.decisions.request(
+            SnapshotRequest((tag,) if tag is not None else (), forced=True)
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -258,7 +305,8 @@ class Run(RankInfo):
             self._session.emit(Event("resumed", "training goes on"))
 
     def finish(self) -> None:
-        """End well: a last snapshot where the last boundary has none, everything durable. Called by the decorator."""
+        """End well: a last snapshot where the last boundary has none, everything durable. Called by
+        the decorator."""
         if self._left_error is not None:
             raise self._left_error
         if self._session.opened:
@@ -281,7 +329,8 @@ class Run(RankInfo):
         self._mark(TrainerPhase.FINISHED)
 
     def abandon(self) -> None:
-        """End after an exception: what is staged still gets its time to become durable. Called by the decorator."""
+        """End after an exception: what is staged still gets its time to become durable. Called by
+        the decorator."""
         self._watch.close()
         self._session.abandon()
 
@@ -302,7 +351,11 @@ class Run(RankInfo):
         if self._completed is None:
             restored = self._session.restored
             self._completed = restored.step if restored is not None else 0
-            self._taken = restored.step if restored is not None and not self._session.must_save_restored else None
+            self._taken = (
+                restored.step
+                if restored is not None and not self._session.must_save_restored
+                else None
+            )
             self._begin()
 
     def _begin(self) -> None:
@@ -312,20 +365,26 @@ class Run(RankInfo):
         board = self._session.board
         if board is not None:
             self._memory = MemoryTier(
-                board, rank=self._session.local_rank, every=self._memory_every, leads=self.rank == 0,
+                board,
+                rank=self._session.local_rank,
+                every=self._memory_every,
+                leads=self.rank == 0,
                 forward_decision=self._session.announce_decision,
-            )  # fmt: skip
+            )
             self._memory.begin(self._done)
             if self._memory_every:
                 self._session.saving.reserve_slots(2)
         self._session.on_stop(self.stop)
 
     def stop(self, within_s: float) -> bool:
-        """Ask all ranks to stop at a boundary, durable, within that many seconds; False before the first step. Any thread."""
+        """Ask all ranks to stop at a boundary, durable, within that many seconds; False before the
+        first step. Any thread."""
         if self._completed is None:
             return False
         self._stop_at_s = time.monotonic() + within_s
-        if self._session.local_rank == 0:  # one request is every rank's; of several nodes any one may be asked to go
+        if (
+            self._session.local_rank == 0
+        ):  # one request is every rank's; of several nodes any one may be asked to go
             self._session.decisions.request(SnapshotRequest(forced=True, stop=True))
         return True
 
@@ -349,9 +408,11 @@ class Run(RankInfo):
             self._memory.count_skipped()
 
     def _serve(self, orders: list[SnapshotRequest]) -> None:
-        """Take the snapshot that is due or was asked for; where it is the last one before a preemption, end here."""
+        """Take the snapshot that is due or was asked for; where it is the last one before a
+        preemption, end here."""
         stop = any(order.stop for order in orders)
-        # A failure was told as an alarm, and every rank knows: a store that is behind doesn't stop training.
+        # A failure was told as an alarm, and every rank knows: a store that is behind doesn't stop
+        # training.
         with suppress(UnavailableError):
             self._snapshot(orders, wait_s=BOUNDARY_WAIT_S)
         if stop:
@@ -360,7 +421,8 @@ class Run(RankInfo):
             raise Preempted(self._done)
 
     def _ask_by_time(self, steps: int) -> None:
-        """Rank 0's clock asks for a snapshot; the ranks agree on its boundary as for any request."""
+        """Rank 0's clock asks for a snapshot; the ranks agree on its boundary as for any
+        request."""
         if not isinstance(self._schedule, EverySeconds) or self._session.mailbox.rank != 0:
             return
         now_s = time.monotonic()
@@ -371,7 +433,8 @@ class Run(RankInfo):
             self._session.decisions.request(SnapshotRequest())
 
     def _leave(self, steps: int) -> None:
-        """Complete the body that ``break`` left. Runs inside a closing generator, whose errors Python would drop: kept."""
+        """Complete the body that ``break`` left. Runs inside a closing generator, whose errors
+        Python would drop: kept."""
         try:
             self.completed(steps)
             self._snapshot_last()
@@ -385,10 +448,13 @@ class Run(RankInfo):
         self._snapshot([SnapshotRequest(forced=True)], wait_s=wait_s)
 
     def _snapshot(self, orders: list[SnapshotRequest], *, wait_s: float = SLOT_WAIT_S) -> None:
-        if self._torn or self._watch.stepped:  # only at the end: the loop was left in the middle of a body
+        if (
+            self._torn or self._watch.stepped
+        ):  # only at the end: the loop was left in the middle of a body
             self._session.refuse(
                 self._done,
-                f"the loop was left in the middle of a step, whose half-done work is no snapshot. completed={self._done}; "
+                "the loop was left in the middle of a step, whose half-done work is no snapshot. "
+                f"completed={self._done}; "
                 "leave it by break, or let the exception out",
             )
             return
@@ -401,7 +467,8 @@ class Run(RankInfo):
         self._asked_at_s = time.monotonic()
 
     def _raise_what_must_stop(self) -> None:
-        """A newer attempt has fenced us, or the user's staleness budget is exceeded: training on would be lost work."""
+        """A newer attempt has fenced us, or the user's staleness budget is exceeded: training on
+        would be lost work."""
         failure = self._session.saving.last_failure
         if isinstance(failure, FencedError):
             raise failure
@@ -411,5 +478,6 @@ class Run(RankInfo):
         if stale_s > self._stale_s_max:
             raise UnavailableError(
                 f"no snapshot became durable within the staleness budget. stale_s={stale_s:.0f} "
-                f"max_stale_s={self._stale_s_max:.0f} store={self._session.url}; mend the store or raise max_stale"
+                f"max_stale_s={self._stale_s_max:.0f} store={self._session.url}; mend the store or "
+                "raise max_stale"
             ) from failure

@@ -22,7 +22,8 @@ class EverySteps:
 
 @dataclass(frozen=True, slots=True)
 class EverySeconds:
-    """Due when ``seconds`` have passed since the last one; rank 0's monotonic clock decides for the job."""
+    """Due when ``seconds`` have passed since the last one; rank 0's monotonic clock decides for the
+    job."""
 
     seconds: float
 
@@ -31,17 +32,24 @@ Schedule = EverySteps | EverySeconds
 
 
 def parse_duration(text: str, *, name: str) -> float:
-    """Seconds in ``"30s"``, ``"500ms"``, ``"5m"``, ``"2h"`` or ``"1d"``. Raises UsageError naming ``name`` and the forms."""
+    """Seconds in ``"30s"``, ``"500ms"``, ``"5m"``, ``"2h"`` or ``"1d"``. Raises UsageError naming
+    ``name`` and the forms."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d)\s*", text)
     if not match or float(match[1]) <= 0:
-        raise UsageError(f"not a duration. {name}={text!r}; write a number above 0 and ms, s, m, h or d, as in '30s'")
+        raise UsageError(
+            f"not a duration. {name}={text!r}; write a number above 0 and ms, s, m, h or d, as in "
+            "'30s'"
+        )
     return float(match[1]) * _UNITS_S[match[2]]
 
 
 def parse_every(every: int | str) -> Schedule:
-    """The schedule that a user's ``every=`` means: steps (int), a duration, or ``"auto"``. Raises UsageError otherwise."""
+    """The schedule that a user's ``every=`` means: steps (int), a duration, or ``"auto"``. Raises
+    UsageError otherwise."""
     if isinstance(every, bool) or not isinstance(every, (int, str)):
-        raise UsageError(f"every is a number of steps or a duration. every={every!r}; write 50, '30s' or 'auto'")
+        raise UsageError(
+            f"every is a number of steps or a duration. every={every!r}; write 50, '30s' or 'auto'"
+        )
     if isinstance(every, int):
         if every < 1:
             raise UsageError(f"every counts steps from 1 on. every={every}")
@@ -52,7 +60,8 @@ def parse_every(every: int | str) -> Schedule:
 def is_due(schedule: Schedule, completed: int, *, since: int | None = None) -> bool:
     """Whether every rank knows, without being told, that a snapshot is due at this boundary.
 
-    ``since`` is the boundary before it (default: one step before): a loop may count several steps at once.
+    ``since`` is the boundary before it (default: one step before): a loop may count several steps
+    at once.
     """
     if not isinstance(schedule, EverySteps):
         return False
@@ -61,7 +70,8 @@ def is_due(schedule: Schedule, completed: int, *, since: int | None = None) -> b
 
 
 def next_due(schedule: Schedule, completed: int) -> int | None:
-    """The next boundary after ``completed`` that is due in this sense; None for schedules by time."""
+    """The next boundary after ``completed`` that is due in this sense; None for schedules by
+    time."""
     if not isinstance(schedule, EverySteps):
         return None
     return (completed // schedule.steps + 1) * schedule.steps

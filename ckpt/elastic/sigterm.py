@@ -13,7 +13,8 @@ from types import FrameType, TracebackType
 # Which SIGTERM asks, which is the same one again, and which means now.
 
 REPEAT_S = 2.0
-"""A SIGTERM this soon after the first is that one again: schedulers signal every process, and launchers pass it on."""
+"""A SIGTERM this soon after the first is that one again: schedulers signal every process, and
+launchers pass it on."""
 
 
 class SigtermMeaning(enum.Enum):
@@ -40,10 +41,12 @@ class SigtermHistory:
 
 
 class InPlaceSigterm:
-    """While it is entered, the first SIGTERM asks to stop; a later one, or one that nobody can obey, ends the process.
+    """While it is entered, the first SIGTERM asks to stop; a later one, or one that nobody can
+    obey, ends the process.
 
-    Does nothing beside the main thread, or where the program has a handler of its own. ``ask`` is called in a thread, since a
-    signal handler must not wait; it says whether the request could be made.
+    Does nothing beside the main thread, or where the program has a handler of its own. ``ask`` is
+    called in a thread, since a signal handler must not wait; it says whether the request could be
+    made.
     """
 
     def __init__(self, ask: Callable[[], bool]) -> None:
@@ -60,7 +63,10 @@ class InPlaceSigterm:
             self._installed = True
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._installed and signal.getsignal(signal.SIGTERM) == self._on_term:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

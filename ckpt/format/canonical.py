@@ -1,8 +1,9 @@
 """Sealed JSON: one value, one spelling, with the digest of itself inside.
 
-The spelling: object keys sorted, no white space, UTF-8, integers plain, floats as the shortest decimal that reads back
-equal. The member ``digest`` holds the xxh3-128 of the same spelling without that member. A reader spells what it read
-once more and compares, so doubled keys, other spellings and unknown members are all refused alike.
+The spelling: object keys sorted, no white space, UTF-8, integers plain, floats as the shortest
+decimal that reads back equal. The member ``digest`` holds the xxh3-128 of the same spelling without
+that member. A reader spells what it read once more and compares, so doubled keys, other spellings
+and unknown members are all refused alike.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ DIGEST_NAME = "xxh3-128"
 
 
 def digest(data: Buffer) -> Digest:
-    """The 16-byte xxh3-128 digest of ``data`` (seed 0, big-endian). About 30 GB/s; releases the GIL."""
+    """The 16-byte xxh3-128 digest of ``data`` (seed 0, big-endian). About 30 GB/s; releases the
+    GIL."""
     return bytes(xxhash.xxh3_128_digest(data))
 
 
@@ -40,10 +42,11 @@ UPGRADE = "pip install --upgrade torch-ckpt"
 
 
 def prepare_decoders(*kinds: type) -> None:
-    """Let msgspec learn ``kinds`` now; call it where they are defined, so that it runs under the import's lock.
+    """Let msgspec learn ``kinds`` now; call it where they are defined, so that it runs under the
+    import's lock.
 
-    msgspec learns a type at its first use, without a lock of its own: two threads that decode a type for the first time at the
-    same moment crash the process.
+    msgspec learns a type at its first use, without a lock of its own: two threads that decode a
+    type for the first time at the same moment crash the process.
     """
     for kind in kinds:
         msgspec.json.Decoder(kind)
@@ -61,7 +64,8 @@ prepare_decoders(_V, _FormatVersion)
 
 
 def seal(value: msgspec.Struct, *, label: str, bytes_max: int) -> tuple[bytes, str]:
-    """The canonical bytes of ``value`` and the digest inside them; the value's own ``digest`` field is ignored.
+    """The canonical bytes of ``value`` and the digest inside them; the value's own ``digest`` field
+    is ignored.
 
     Raises UsageError where the bytes exceed ``bytes_max`` or a text can't be spelled in UTF-8.
     """
@@ -77,11 +81,13 @@ def seal(value: msgspec.Struct, *, label: str, bytes_max: int) -> tuple[bytes, s
 def unseal(data: bytes, kind: type[T], *, label: str, version: int, bytes_max: int) -> T:
     """The value whose sealed bytes are ``data``.
 
-    Raises FormatVersionError where they were written in another format version, IntegrityError for anything else that
-    is not exactly what ``seal`` gives.
+    Raises FormatVersionError where they were written in another format version, IntegrityError for
+    anything else that is not exactly what ``seal`` gives.
     """
     if len(data) > bytes_max:
-        raise IntegrityError(f"too large to be read. what={label} size_bytes={len(data)} limit_bytes={bytes_max}")
+        raise IntegrityError(
+            f"too large to be read. what={label} size_bytes={len(data)} limit_bytes={bytes_max}"
+        )
     field = "v" if "v" in kind.__struct_fields__ else "format_version"
     try:
         found = _version(data, field)
@@ -101,7 +107,8 @@ def check_version(found: int, *, supported: int, label: str) -> None:
     """Raises FormatVersionError unless ``found`` is ``known``."""
     if found != supported:
         raise FormatVersionError(
-            f"written in a format version that this release does not read. what={label} found={found} known={supported} "
+            f"written in a format version that this release does not read. what={label} "
+            f"found={found} known={supported} "
             f"upgrade torch-ckpt: {UPGRADE}"
         )
 

@@ -1,6 +1,7 @@
 """Where each object of a store lies: builders of keys, and parsers back that take nothing else.
 
-A writer is one process start, ``<node>-<boot>``. ``boot`` is random, so no key is ever used for two contents.
+A writer is one process start, ``<node>-<boot>``. ``boot`` is random, so no key is ever used for two
+contents.
 """
 
 from __future__ import annotations
@@ -42,13 +43,16 @@ _HEX_RE = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 
 def writer_name(node: str, incarnation: str) -> str:
-    """The name of one process start: ``node`` with every character a key can't hold replaced by ``_``, and ``boot``.
+    """The name of one process start: ``node`` with every character a key can't hold replaced by
+    ``_``, and ``boot``.
 
-    ``boot`` is 16 lower-case hex digits, drawn at random by the caller once per process. Raises UsageError otherwise.
+    ``boot`` is 16 lower-case hex digits, drawn at random by the caller once per process. Raises
+    UsageError otherwise.
     """
     if not _BOOT_RE.fullmatch(incarnation):
         raise UsageError(
-            f"boot is not 16 lower-case hex digits. boot={incarnation!r} draw it with secrets.token_hex(8)"
+            f"boot is not 16 lower-case hex digits. boot={incarnation!r} draw it with "
+            "secrets.token_hex(8)"
         )
     clean = re.sub(r"[^A-Za-z0-9_.-]", "_", node)[:NODE_CHARS_MAX]
     if not clean or clean[0] in ".-":
@@ -74,8 +78,8 @@ def is_snapshot_id(snapshot: SnapshotId) -> bool:
 def pack_key(snapshot: SnapshotId, writer: str, n: int) -> str:
     """The key of the ``n``-th pack of one process start, from 0, first written for ``snapshot``.
 
-    The pair is in the name so that a sweep knows of any pack, whoever wrote it, whether a commit may still come that refers
-    to it. Raises UsageError for a bad pair, writer or number.
+    The pair is in the name so that a sweep knows of any pack, whoever wrote it, whether a commit
+    may still come that refers to it. Raises UsageError for a bad pair, writer or number.
     """
     return f"{PACKS}{_pair(snapshot)}/{_checked(writer)}-{_bounded('pack', n, PACKS_MAX):08d}.pack"
 
@@ -88,8 +92,9 @@ def part_key(snapshot: SnapshotId, writer: str) -> str:
 def manifest_key(snapshot: SnapshotId, digest: str) -> str:
     """The key of the manifest of ``snapshot`` whose bytes have ``digest`` (32 hex digits).
 
-    The digest is in the name so that two writers, of which one may be dead, never want one key for two contents:
-    which of them counts is the log's to say. Raises UsageError for a bad pair or digest.
+    The digest is in the name so that two writers, of which one may be dead, never want one key for
+    two contents: which of them counts is the log's to say. Raises UsageError for a bad pair or
+    digest.
     """
     if not is_digest_hex(digest):
         raise UsageError(f"not a digest of 32 lower-case hex digits. digest={digest!r}")
@@ -154,14 +159,17 @@ def _parse_seq(pattern: re.Pattern[str], key: str) -> int | None:
 
 def _checked(writer: str) -> str:
     if not is_writer(writer):
-        raise UsageError(f"not a writer's name. writer={writer!r} make it with writer_name(node, boot)")
+        raise UsageError(
+            f"not a writer's name. writer={writer!r} make it with writer_name(node, boot)"
+        )
     return writer
 
 
 def _pair(snapshot: SnapshotId) -> str:
     if not is_snapshot_id(snapshot):
         raise UsageError(
-            f"epoch or step out of range. epoch={snapshot.epoch} (0..{EPOCH_MAX}) step={snapshot.step} (0..{STEP_MAX})"
+            f"epoch or step out of range. epoch={snapshot.epoch} (0..{EPOCH_MAX}) "
+            f"step={snapshot.step} (0..{STEP_MAX})"
         )
     return snapshot.key
 

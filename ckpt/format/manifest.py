@@ -1,4 +1,5 @@
-"""The root record of one snapshot: what was captured, by how many, and the parts that say where the bytes are."""
+"""The root record of one snapshot: what was captured, by how many, and the parts that say where the
+bytes are."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ Scalar = bool | int | float | str | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartRef:
-    """One part: its key, the digest of the stored object (32 hex digits), its stored size, and which ranks' it is.
+    """One part: its key, the digest of the stored object (32 hex digits), its stored size, and
+    which ranks' it is.
 
     Those are ``ranks`` ranks, from ``rank`` on.
     """
@@ -44,10 +46,12 @@ class PartRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All parts of one snapshot, in rank order, each rank in one of them. Equal values give equal bytes.
+    """All parts of one snapshot, in rank order, each rank in one of them. Equal values give equal
+    bytes.
 
-    ``base`` is the committed snapshot whose chunks this one refers to (None: it refers to none). ``size_bytes`` is the
-    state's raw size, ``new_bytes`` what was newly stored for it. ``created_unix_s`` is for people, never for decisions.
+    ``base`` is the committed snapshot whose chunks this one refers to (None: it refers to none).
+    ``size_bytes`` is the state's raw size, ``new_bytes`` what was newly stored for it.
+    ``created_unix_s`` is for people, never for decisions.
     """
 
     job: str
@@ -69,13 +73,21 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The digest of the encoded bytes, as the commit record and the key hold it. Costs an encoding."""
+        """The digest of the encoded bytes, as the commit record and the key hold it. Costs an
+        encoding."""
         return digest_hex(self.encode())
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """The manifest in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-        wire = unseal(data, _ManifestWire, label="manifest", version=FORMAT_VERSION, bytes_max=MANIFEST_BYTES_MAX)
+        """The manifest in ``data``, which is not trusted. Raises IntegrityError or
+        FormatVersionError."""
+        wire = unseal(
+            data,
+            _ManifestWire,
+            label="manifest",
+            version=FORMAT_VERSION,
+            bytes_max=MANIFEST_BYTES_MAX,
+        )
         manifest = _from_wire(wire)
         if why := problem(manifest):
             raise IntegrityError(f"manifest contradicts itself. {why}")
@@ -113,9 +125,7 @@ def metadata_problem(metadata: Mapping[str, object]) -> str | None:
     total = 0
     for name, value in metadata.items():
         if not isinstance(name, str) or not isinstance(value, Scalar):
-            return (
-                f"metadata holds str -> None, bool, int, float or str only. name={name!r} type={type(value).__name__}"
-            )
+            return f"metadata holds str -> None, bool, int, float or str only. name={name!r} type={type(value).__name__}"
         if isinstance(value, int) and not -INT_MAX - 1 <= value <= INT_MAX:
             return f"metadata integer exceeds 64 bits. name={name!r} store it as str"
         for text in (name, value) if isinstance(value, str) else (name,):
@@ -136,9 +146,7 @@ def _parts_problem(m: Manifest) -> str | None:
         if not keys.is_digest_hex(part.digest):
             return f"not a digest. rank={rank} digest={part.digest!r}"
         if not 0 < part.size_bytes <= PART_STORED_BYTES_MAX:
-            return (
-                f"part size out of range. rank={rank} size_bytes={part.size_bytes} limit_bytes={PART_STORED_BYTES_MAX}"
-            )
+            return f"part size out of range. rank={rank} size_bytes={part.size_bytes} limit_bytes={PART_STORED_BYTES_MAX}"
         parsed = keys.parse_part_key(part.key)
         if parsed is None or parsed[0] != m.snapshot:
             return f"not the key of a part of this snapshot. rank={rank} key={part.key!r}"
@@ -151,7 +159,8 @@ def _parts_problem(m: Manifest) -> str | None:
 
 
 class _Float(msgspec.Struct, forbid_unknown_fields=True):
-    """A float that JSON has no number for: ``{"float": "nan" | "inf" | "-inf"}``. A NaN's payload is not kept."""
+    """A float that JSON has no number for: ``{"float": "nan" | "inf" | "-inf"}``. A NaN's payload
+    is not kept."""
 
     float: str
 

@@ -1,7 +1,7 @@
 """Object leaves read back: bytes of the safe codec to plain values. The bytes may be hostile.
 
-Nothing is allocated on the word of a length field: each length is first compared with the bytes that are left, each value
-counts against a budget, and nesting is bounded.
+Nothing is allocated on the word of a length field: each length is first compared with the bytes
+that are left, each value counts against a budget, and nesting is bounded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ DEPTH_MAX = 64
 """How deep values may be nested."""
 
 NODES_MAX = 4 << 20
-"""How many values one object may hold, all levels together; larger data belongs into an array or a tensor."""
+"""How many values one object may hold, all levels together; larger data belongs into an array or a
+tensor."""
 
 BYTES_MAX = 1 << 30
 """How long one encoded object may be."""
@@ -60,8 +61,9 @@ class Ext(IntEnum):
 class Ref:
     """Stands where a tensor was: the name of its leaf.
 
-    ``device`` is the kind of device it lived on ("cpu", "cuda", ...; "" unknown). ``placements`` says how a distributed
-    tensor was laid over its mesh, one short word per mesh dimension joined by ``,`` ("S0,R"); "" for a plain tensor.
+    ``device`` is the kind of device it lived on ("cpu", "cuda", ...; "" unknown). ``placements``
+    says how a distributed tensor was laid over its mesh, one short word per mesh dimension joined
+    by ``,`` ("S0,R"); "" for a plain tensor.
     """
 
     leaf: str
@@ -104,7 +106,8 @@ class NamedTupleNode:
 
 @dataclass(frozen=True, slots=True)
 class EncodedValue:
-    """A value that is encoded already; ``encode_object`` puts its bytes where it stands. Must come from ``encode_object``."""
+    """A value that is encoded already; ``encode_object`` puts its bytes where it stands. Must come
+    from ``encode_object``."""
 
     data: bytes
 
@@ -117,12 +120,14 @@ _DIMS_MAX = 64
 def decode_object(data: bytes | bytearray | memoryview) -> object:
     """The value that ``encode_object`` was given, user classes as nodes.
 
-    Raises IntegrityError for bytes that ``encode_object`` can't have made. O(bytes) time; memory is bounded by a constant
-    times the bytes, and by the codec's own limits on size, count and depth.
+    Raises IntegrityError for bytes that ``encode_object`` can't have made. O(bytes) time; memory is
+    bounded by a constant times the bytes, and by the codec's own limits on size, count and depth.
     """
     view = memoryview(data).cast("B")
     if len(view) > BYTES_MAX:
-        raise IntegrityError(f"object is longer than allowed. bytes={len(view)} bytes_max={BYTES_MAX}")
+        raise IntegrityError(
+            f"object is longer than allowed. bytes={len(view)} bytes_max={BYTES_MAX}"
+        )
     reader = _ObjectReader(view, [NODES_MAX])
     value = reader.value(DEPTH_MAX)
     reader.expect_end()
@@ -141,12 +146,16 @@ class _ObjectReader:
 
     def expect_end(self) -> None:
         if self._at != len(self._view):
-            raise IntegrityError(f"object has bytes after its end. at={self._at} bytes={len(self._view)}")
+            raise IntegrityError(
+                f"object has bytes after its end. at={self._at} bytes={len(self._view)}"
+            )
 
     def take(self, length: int) -> memoryview:
         start = self._at
         if length > len(self._view) - start:
-            raise IntegrityError(f"object ends early. at={start} needed={length} left={len(self._view) - start}")
+            raise IntegrityError(
+                f"object ends early. at={start} needed={length} left={len(self._view) - start}"
+            )
         self._at = start + length
         return self._view[start : self._at]
 
@@ -211,7 +220,9 @@ class _ObjectReader:
             try:
                 found[key] = self.value(depth)
             except TypeError:
-                raise IntegrityError(f"object has a key that can't be one. type={type(key).__name__}") from None
+                raise IntegrityError(
+                    f"object has a key that can't be one. type={type(key).__name__}"
+                ) from None
         if len(found) != count:
             raise IntegrityError(f"object has a key twice. keys={count} different={len(found)}")
         return found
@@ -220,21 +231,27 @@ class _ObjectReader:
         self._budget[0] += 1  # part of a value that was counted already, here and below
         value = self.value(0)
         if type(value) is not str:
-            raise IntegrityError(f"object has something else where text belongs. type={type(value).__name__}")
+            raise IntegrityError(
+                f"object has something else where text belongs. type={type(value).__name__}"
+            )
         return value
 
     def array(self, depth: int) -> list[object]:
         self._budget[0] += 1
         value = self.value(depth)
         if type(value) is not list:
-            raise IntegrityError(f"object has something else where a list belongs. type={type(value).__name__}")
+            raise IntegrityError(
+                f"object has something else where a list belongs. type={type(value).__name__}"
+            )
         return value
 
     def mapping(self, depth: int) -> dict[object, object]:
         self._budget[0] += 1
         value = self.value(depth)
         if type(value) is not dict:
-            raise IntegrityError(f"object has something else where a dict belongs. type={type(value).__name__}")
+            raise IntegrityError(
+                f"object has something else where a dict belongs. type={type(value).__name__}"
+            )
         return value
 
     def sizes(self) -> list[object]:
@@ -242,7 +259,9 @@ class _ObjectReader:
         tag = self.number("B")
         count = self.number(">I") if tag == 0xDD else tag & 0x0F
         if not (0x90 <= tag < 0xA0 or tag == 0xDD) or count > _DIMS_MAX:
-            raise IntegrityError(f"object holds an array of an impossible shape. tag=0x{tag:02x} dims={count}")
+            raise IntegrityError(
+                f"object holds an array of an impossible shape. tag=0x{tag:02x} dims={count}"
+            )
         self._budget[0] += count
         return self.items(count, 0)
 
@@ -262,7 +281,9 @@ def _extension(code: int, body: _ObjectReader, depth: int) -> object:
     try:
         ext = Ext(code)
     except ValueError:
-        raise IntegrityError(f"object holds an unknown extension. code={code}; a newer ckpt may read it") from None
+        raise IntegrityError(
+            f"object holds an unknown extension. code={code}; a newer ckpt may read it"
+        ) from None
     match ext:
         case Ext.BIG_INT:
             return int.from_bytes(body.rest(), "big", signed=True)
@@ -310,7 +331,9 @@ def _node(ext: Ext, body: _ObjectReader, depth: int) -> object:
         case Ext.NAMED_TUPLE:
             name, names, values = body.text(), body.array(depth + 1), body.array(depth + 1)
             if len(names) != len(values):
-                raise IntegrityError(f"named tuple's names and values differ in number. type={name!r}")
+                raise IntegrityError(
+                    f"named tuple's names and values differ in number. type={name!r}"
+                )
             return NamedTupleNode(name, tuple(_str(one) for one in names), tuple(values))
         case _:
             raise AssertionError(ext)
@@ -318,7 +341,9 @@ def _node(ext: Ext, body: _ObjectReader, depth: int) -> object:
 
 def _str(value: object) -> str:
     if type(value) is not str:
-        raise IntegrityError(f"object has something else where a name belongs. type={type(value).__name__}")
+        raise IntegrityError(
+            f"object has something else where a name belongs. type={type(value).__name__}"
+        )
     return value
 
 
@@ -334,7 +359,9 @@ def _set(ext: Ext, items: list[object]) -> set[object] | frozenset[object]:
 
 def _deque(maxlen: object, items: list[object]) -> deque[object]:
     if maxlen is not None and (type(maxlen) is not int or not len(items) <= maxlen < 1 << 62):
-        raise IntegrityError(f"object holds a deque of an impossible length. length={len(items)} maxlen={maxlen!r}")
+        raise IntegrityError(
+            f"object holds a deque of an impossible length. length={len(items)} maxlen={maxlen!r}"
+        )
     return deque(items, maxlen if isinstance(maxlen, int) else None)
 
 
@@ -350,12 +377,16 @@ def _array(body: _ObjectReader) -> np.ndarray[tuple[int, ...], np.dtype[np.gener
     try:
         dtype: np.dtype[np.generic] = np.dtype(text)
         if math.prod(shape) * dtype.itemsize != len(data):
-            raise IntegrityError(f"array's bytes don't match its shape. shape={shape} dtype={text} bytes={len(data)}")
+            raise IntegrityError(
+                f"array's bytes don't match its shape. shape={shape} dtype={text} bytes={len(data)}"
+            )
         found: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = np.ndarray(
             shape, dtype, buffer=bytearray(data) or bytearray(1)
         )
     except (TypeError, ValueError, OverflowError, MemoryError) as error:
-        raise IntegrityError(f"object holds an impossible array. shape={shape} dtype={text} error={error}") from None
+        raise IntegrityError(
+            f"object holds an impossible array. shape={shape} dtype={text} error={error}"
+        ) from None
     return found
 
 
@@ -371,12 +402,13 @@ class _UnsupportedError(Exception):
 
 
 def encode_object(value: object) -> bytes:
-    """The value's bytes. Equal values (order of dicts included, order of sets not) give equal bytes.
+    """The value's bytes. Equal values (order of dicts included, order of sets not) give equal
+    bytes.
 
-    Takes None, bool, int of any size, float, complex, str (lone surrogates too), bytes, bytearray, list, tuple, dict,
-    OrderedDict, Counter, deque, set, frozenset, numpy scalars and arrays, and this module's nodes. Subclasses don't
-    count: they would come back as something else. Raises UsageError that names the path of what can't be stored.
-    About 0.5 us a value.
+    Takes None, bool, int of any size, float, complex, str (lone surrogates too), bytes, bytearray,
+    list, tuple, dict, OrderedDict, Counter, deque, set, frozenset, numpy scalars and arrays, and
+    this module's nodes. Subclasses don't count: they would come back as something else. Raises
+    UsageError that names the path of what can't be stored. About 0.5 us a value.
     """
     out = bytearray()
     budget = [NODES_MAX]
@@ -387,18 +419,22 @@ def encode_object(value: object) -> bytes:
         raise UsageError(f"{error}. path={path!r}") from None
     if len(out) > BYTES_MAX:
         raise UsageError(
-            f"object is too large. bytes={len(out)} bytes_max={BYTES_MAX}; keep large data in tensors, as leaves of their own"
+            f"object is too large. bytes={len(out)} bytes_max={BYTES_MAX}; keep large data in "
+            "tensors, as leaves of their own"
         )
     return bytes(out)
 
 
 def _encode(value: object, out: bytearray, depth: int, budget: list[int]) -> None:
     if depth < 0:
-        raise _UnsupportedError(f"value is nested deeper than levels_max={DEPTH_MAX}, or contains itself")
+        raise _UnsupportedError(
+            f"value is nested deeper than levels_max={DEPTH_MAX}, or contains itself"
+        )
     budget[0] -= 1
     if budget[0] < 0:
         raise _UnsupportedError(
-            f"object holds more than values_max={NODES_MAX}; keep large data in an array or a tensor"
+            f"object holds more than values_max={NODES_MAX}; keep large data in an array or a "
+            "tensor"
         )
     kind = type(value)
     if (scalar := _SCALARS.get(kind)) is not None:
@@ -409,7 +445,8 @@ def _encode(value: object, out: bytearray, depth: int, budget: list[int]) -> Non
         _put_ext(out, Ext.SCALAR, _array_payload(np.asarray(value)))
     else:
         raise _UnsupportedError(
-            f"value of an unsupported type. type={kind.__module__}.{kind.__qualname__}; track a tensor or a plain value "
+            f"value of an unsupported type. type={kind.__module__}.{kind.__qualname__}; track a "
+            "tensor or a plain value "
             f"instead, or give the object state_dict() and load_state_dict()"
         )
 
@@ -494,7 +531,8 @@ def _put_array(value: np.ndarray[tuple[int, ...], np.dtype[np.generic]], out: by
 def _array_payload(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bytearray:
     if array.dtype.kind not in ARRAY_KINDS:
         raise _UnsupportedError(
-            f"array of an unsupported dtype. dtype={array.dtype}; keep numbers, booleans, times or fixed-length text"
+            f"array of an unsupported dtype. dtype={array.dtype}; keep numbers, booleans, times or "
+            "fixed-length text"
         )
     payload = bytearray()
     _put_str(array.dtype.str, payload)
@@ -519,7 +557,9 @@ def _put_ext(out: bytearray, code: Ext, payload: bytes | bytearray) -> None:
     out += payload
 
 
-def _items(values: Iterable[object], length: int, out: bytearray, depth: int, budget: list[int]) -> None:
+def _items(
+    values: Iterable[object], length: int, out: bytearray, depth: int, budget: list[int]
+) -> None:
     _put_length(length, out, 0x90, 0xDD)
     for index, item in enumerate(values):
         try:
@@ -544,7 +584,9 @@ def _put_dict(value: dict[object, object], out: bytearray, depth: int, budget: l
             raise
 
 
-def _wrapped(code: Ext, body: Callable[..., None]) -> Callable[[object, bytearray, int, list[int]], None]:
+def _wrapped(
+    code: Ext, body: Callable[..., None]
+) -> Callable[[object, bytearray, int, list[int]], None]:
     def put(value: object, out: bytearray, depth: int, budget: list[int]) -> None:
         payload = bytearray()
         body(value, payload, depth, budget)
@@ -553,7 +595,9 @@ def _wrapped(code: Ext, body: Callable[..., None]) -> Callable[[object, bytearra
     return put
 
 
-def _set_body(value: set[object] | frozenset[object], out: bytearray, depth: int, budget: list[int]) -> None:
+def _set_body(
+    value: set[object] | frozenset[object], out: bytearray, depth: int, budget: list[int]
+) -> None:
     encoded: list[bytes] = []
     for item in value:
         one = bytearray()

@@ -68,7 +68,11 @@ def problem(part: PartLike) -> str | None:
         return f"epoch or step out of range. epoch={part.snapshot.epoch} step={part.snapshot.step}"
     if not keys.is_writer(part.writer):
         return f"not a writer's name. writer={part.writer!r}"
-    if part.rank < 0 or part.ranks < 1 or not part.rank + part.ranks <= part.world_size <= WORLD_MAX:
+    if (
+        part.rank < 0
+        or part.ranks < 1
+        or not part.rank + part.ranks <= part.world_size <= WORLD_MAX
+    ):
         return f"ranks outside their world. rank={part.rank} ranks={part.ranks} world_size={part.world_size}"
     checked: set[Leaf] = set()
     packs: set[str] = set()
@@ -131,7 +135,9 @@ def _shard_problem(shard: ShardLike, packs: set[str]) -> str | None:
         if len(digest) != DIGEST_BYTES:
             return f"digest of another length. bytes={len(digest)}"
         if place.raw_bytes != min(CHUNK_BYTES, left):
-            return f"chunk off the grid. raw_bytes={place.raw_bytes} expected={min(CHUNK_BYTES, left)}"
+            return (
+                f"chunk off the grid. raw_bytes={place.raw_bytes} expected={min(CHUNK_BYTES, left)}"
+            )
         left -= place.raw_bytes
         if why := place_problem(place, packs):
             return why
@@ -162,10 +168,11 @@ def place_problem(place: ChunkLocation, packs: set[str]) -> str | None:
 
 
 def cover_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
-    """None where the boxes that hold elements cover ``shape`` without gap or overlap, else what is wrong.
+    """None where the boxes that hold elements cover ``shape`` without gap or overlap, else what is
+    wrong.
 
-    Boxes must lie inside ``shape``. O(n log n) for rows or columns, O(n * m) where up to m boxes share one offset range
-    along the dimension that is cut most.
+    Boxes must lie inside ``shape``. O(n log n) for rows or columns, O(n * m) where up to m boxes
+    share one offset range along the dimension that is cut most.
     """
     filled = [box for box in boxes if box.elements]
     total = sum(box.elements for box in filled)
@@ -176,14 +183,18 @@ def cover_problem(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
         return f"shards leave a gap. elements={total} whole={whole}"
     if len(filled) < 2:
         return None
-    # Equal volume and no overlap is an exact cover, so only overlap is left to look for: a sweep along the dimension
-    # with most cuts, comparing each box with those that reach into its range.
-    dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in filled}), default=None)
+    # Equal volume and no overlap is an exact cover, so only overlap is left to look for: a sweep
+    # along the dimension with most cuts, comparing each box with those that reach into its range.
+    dim = max(
+        range(len(shape)), key=lambda d: len({box.offsets[d] for box in filled}), default=None
+    )
     if dim is None:
         return "a 0-d leaf has two shards"
     active: list[Box] = []
     for box in sorted(filled, key=lambda b: b.offsets[dim]):
-        active = [other for other in active if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
+        active = [
+            other for other in active if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]
+        ]
         for other in active:
             if box.intersect(other) is not None:
                 return f"shards overlap. one={other} other={box}"

@@ -1,4 +1,5 @@
-"""The records of the commit log: what each says, its canonical bytes, and the chain that ties it to the one before."""
+"""The records of the commit log: what each says, its canonical bytes, and the chain that ties it to
+the one before."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ STORES_MAX = 99
 TAG_CHARS_MAX = 128
 
 BY_STORES = "stores"
-"""The places in the log are given out by the stores together: a record that was created on W of them has its place."""
+"""The places in the log are given out by the stores together: a record that was created on W of
+them has its place."""
 BY_SQLITE = "sqlite:"
 """They are given out by one machine's own SQLite file; its id follows."""
 BY_ETCD = "etcd:"
@@ -31,14 +33,16 @@ _WRITE_ID_RE = re.compile(r"[0-9a-zA-Z_-]{1,64}", re.ASCII)
 
 
 class Open(msgspec.Struct, frozen=True, tag_field="kind", tag="open", rename={"resume": "from"}):
-    """A new epoch, and the pair its training resumed (None: it starts afresh). JSON calls ``resume`` "from"."""
+    """A new epoch, and the pair its training resumed (None: it starts afresh). JSON calls
+    ``resume`` "from"."""
 
     epoch: int
     resume: SnapshotId | None
 
 
 class Commit(msgspec.Struct, frozen=True, tag_field="kind", tag="commit"):
-    """A snapshot exists: its manifest's digest (32 hex digits) and the snapshot whose chunks it refers to."""
+    """A snapshot exists: its manifest's digest (32 hex digits) and the snapshot whose chunks it
+    refers to."""
 
     snapshot: SnapshotId
     manifest_digest: str
@@ -46,7 +50,8 @@ class Commit(msgspec.Struct, frozen=True, tag_field="kind", tag="commit"):
 
 
 class Drop(msgspec.Struct, frozen=True, tag_field="kind", tag="drop"):
-    """Snapshots that no longer exist; their bytes go later. Commits of pairs below ``floor`` count no more."""
+    """Snapshots that no longer exist; their bytes go later. Commits of pairs below ``floor`` count
+    no more."""
 
     snapshots: tuple[SnapshotId, ...]
     floor: SnapshotId | None
@@ -66,7 +71,8 @@ class Untag(msgspec.Struct, frozen=True, tag_field="kind", tag="untag"):
 
 
 class Stores(msgspec.Struct, frozen=True, tag_field="kind", tag="stores"):
-    """The ids of the stores that hold this log, on how many of them a record must be to count, and who gives out places."""
+    """The ids of the stores that hold this log, on how many of them a record must be to count, and
+    who gives out places."""
 
     ids: tuple[str, ...]
     write_quorum: int
@@ -77,10 +83,12 @@ Body = Open | Commit | Drop | Tag | Untag | Stores
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One record. ``epoch`` is its writer's, ``prev`` the digest of the record before ("" at seq 0).
+    """One record. ``epoch`` is its writer's, ``prev`` the digest of the record before ("" at seq
+    0).
 
-    ``write_id`` names the attempt, so that writing the same record twice is seen to be one. ``digest`` covers the
-    canonical bytes without itself. Make records with ``make_record``, read them with ``decode_record``.
+    ``write_id`` names the attempt, so that writing the same record twice is seen to be one.
+    ``digest`` covers the canonical bytes without itself. Make records with ``make_record``, read
+    them with ``decode_record``.
     """
 
     v: int
@@ -99,7 +107,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, prev: str) -> Record:
     """A record with its digest. Raises UsageError where a field is out of range, naming it."""
-    draft = Record(v=RECORD_VERSION, job=job, seq=seq, epoch=epoch, write_id=write_id, prev=prev, body=body, digest="")
+    draft = Record(
+        v=RECORD_VERSION,
+        job=job,
+        seq=seq,
+        epoch=epoch,
+        write_id=write_id,
+        prev=prev,
+        body=body,
+        digest="",
+    )
     if why := problem(draft):
         raise UsageError(f"not a record that can be written. {why}")
     return msgspec.structs.replace(draft, digest=_seal(draft)[1])
@@ -107,7 +124,9 @@ def make_record(body: Body, *, job: str, seq: int, epoch: int, write_id: str, pr
 
 def decode_record(data: bytes) -> Record:
     """The record in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-    record = unseal(data, Record, label="log record", version=RECORD_VERSION, bytes_max=RECORD_BYTES_MAX)
+    record = unseal(
+        data, Record, label="log record", version=RECORD_VERSION, bytes_max=RECORD_BYTES_MAX
+    )
     if why := problem(record):
         raise IntegrityError(f"log record contradicts itself. {why}")
     return record
@@ -144,10 +163,14 @@ def _body_problem(body: Body) -> str | None:
         case Commit(snapshot, manifest_digest, base):
             if not keys.is_digest_hex(manifest_digest):
                 return f"not a digest. manifest_digest={manifest_digest[:80]!r}"
-            return _pairs_problem((snapshot, base)) or ("refers to itself as base" if base == snapshot else None)
+            return _pairs_problem((snapshot, base)) or (
+                "refers to itself as base" if base == snapshot else None
+            )
         case Drop(snapshots, floor):
             if len(snapshots) > DROPS_MAX:
-                return f"too many snapshots in one drop. snapshots={len(snapshots)} limit={DROPS_MAX}"
+                return (
+                    f"too many snapshots in one drop. snapshots={len(snapshots)} limit={DROPS_MAX}"
+                )
             if list(snapshots) != sorted(set(snapshots)):
                 return "dropped snapshots are not in ascending order, each once"
             if not snapshots and floor is None:
@@ -180,7 +203,11 @@ def is_sequencer_name(name: str) -> bool:
 
 
 def _stores_problem(ids: tuple[str, ...], write_quorum: int, sequencer: str) -> str | None:
-    if not 1 <= len(ids) <= STORES_MAX or len(set(ids)) != len(ids) or not all(map(keys.is_digest_hex, ids)):
+    if (
+        not 1 <= len(ids) <= STORES_MAX
+        or len(set(ids)) != len(ids)
+        or not all(map(keys.is_digest_hex, ids))
+    ):
         return f"not a set of store ids. stores={len(ids)} (1..{STORES_MAX})"
     if not len(ids) < 2 * write_quorum <= 2 * len(ids):
         return f"write quorum must be more than half of the stores. write_quorum={write_quorum} stores={len(ids)}"

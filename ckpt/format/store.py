@@ -15,12 +15,14 @@ from ckpt.values import CHUNK_BYTES
 JOB_VERSION = 1
 JOB_BYTES_MAX = 64 << 10
 SEQUENCER_STORE = "store"
-"""The store's own create-if-absent gives out the places in the log, unless a ``stores`` record says otherwise."""
+"""The store's own create-if-absent gives out the places in the log, unless a ``stores`` record says
+otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """The job's name, this store's own random id (32 hex digits), and what gives out places in the log.
+    """The job's name, this store's own random id (32 hex digits), and what gives out places in the
+    log.
 
     ``log_id`` is the same in all stores that hold one log: the id of the store in which it began.
     """
@@ -54,8 +56,11 @@ class JobRecord:
 
     @classmethod
     def decode(cls, data: bytes) -> JobRecord:
-        """The record in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-        wire = unseal(data, _JobWire, label="ckpt.json", version=JOB_VERSION, bytes_max=JOB_BYTES_MAX)
+        """The record in ``data``, which is not trusted. Raises IntegrityError or
+        FormatVersionError."""
+        wire = unseal(
+            data, _JobWire, label="ckpt.json", version=JOB_VERSION, bytes_max=JOB_BYTES_MAX
+        )
         found = cls(
             format_version=wire.format_version,
             job=wire.job,
@@ -69,7 +74,8 @@ class JobRecord:
             raise IntegrityError(f"ckpt.json contradicts itself. {why}")
         if (found.digest, found.chunk_bytes) != (DIGEST_NAME, CHUNK_BYTES):
             raise FormatVersionError(
-                f"store uses a digest or grid that this release does not read. found={found.digest}/{found.chunk_bytes} "
+                "store uses a digest or grid that this release does not read. "
+                f"found={found.digest}/{found.chunk_bytes} "
                 f"known={DIGEST_NAME}/{CHUNK_BYTES} upgrade torch-ckpt: {UPGRADE}"
             )
         return found

@@ -1,4 +1,5 @@
-"""One rank's part of the board: what its trainer tells at each step, and which pairs its slots hold. Layout: see ``board``."""
+"""One rank's part of the board: what its trainer tells at each step, and which pairs its slots
+hold. Layout: see ``board``."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from ckpt.values import PAGE_BYTES, SnapshotId
 
 
 def open_anonymous(name: str) -> int:
-    """The descriptor of fresh memory that has no name in any file system and goes with its last holder. Closed on exec.
+    """The descriptor of fresh memory that has no name in any file system and goes with its last
+    holder. Closed on exec.
 
     A memfd; where there are none, an unlinked file.
     """
@@ -71,8 +73,8 @@ class TrainerPhase(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BoardSlot:
-    """What the board says of one slot: the pair that it holds sealed (None: nothing) under which generation, and whether an
-    upload holds it."""
+    """What the board says of one slot: the pair that it holds sealed (None: nothing) under which
+    generation, and whether an upload holds it."""
 
     index: int
     snapshot: SnapshotId | None
@@ -81,7 +83,8 @@ class BoardSlot:
 
 
 def now_ns() -> int:
-    """The board's clock: it goes on while the machine sleeps, and all processes of a machine share it."""
+    """The board's clock: it goes on while the machine sleeps, and all processes of a machine share
+    it."""
     return time.clock_gettime_ns(_CLOCK)
 
 
@@ -91,7 +94,8 @@ def first_word(rank: int) -> int:
 
 
 class RankBoard:
-    """One rank's part of a board. Its trainer writes it; its keeper writes what is said about slots that uploads hold."""
+    """One rank's part of a board. Its trainer writes it; its keeper writes what is said about slots
+    that uploads hold."""
 
     __slots__ = ("_fence", "_first", "_last_beat_ns", "_recent_ns", "_words", "rank")
 
@@ -129,7 +133,8 @@ class RankBoard:
 
     @property
     def phase(self) -> TrainerPhase:
-        """What the trainer is at. A value of a later version reads as STARTING, which nobody judges."""
+        """What the trainer is at. A value of a later version reads as STARTING, which nobody
+        judges."""
         with contextlib.suppress(ValueError):
             return TrainerPhase(self._words[self._first + _PHASE])
         return TrainerPhase.STARTING
@@ -177,7 +182,8 @@ class RankBoard:
         self._words[self._first + _SKIPPED] = count
 
     def beat(self, completed: int) -> None:
-        """A boundary is reached: ``completed`` steps are done. About 3 microseconds. One thread, and always the same object."""
+        """A boundary is reached: ``completed`` steps are done. About 3 microseconds. One thread,
+        and always the same object."""
         now = now_ns()
         if self._last_beat_ns:
             self._recent_ns.append(now - self._last_beat_ns)
@@ -214,7 +220,9 @@ class RankBoard:
     def publish(self, index: int, snapshot: SnapshotId, generation: int) -> None:
         """Slot ``index`` is sealed and holds ``snapshot`` under ``generation`` (from 1)."""
         if generation < 1:
-            raise UsageError(f"a sealed slot has a generation. index={index} generation={generation}")
+            raise UsageError(
+                f"a sealed slot has a generation. index={index} generation={generation}"
+            )
         at = self._slot(index)
         self.clear(index)
         with self._fence:
@@ -237,16 +245,22 @@ class RankBoard:
         self._words[self._slot(index) + _HELD] = 0
 
     def publish_remote(self, pairs: Iterable[SnapshotId], completed: int | None) -> None:
-        """For ranks elsewhere: they hold these pairs (the newest SLOTS_MAX) and completed so many steps. Pairs come first.
+        """For ranks elsewhere: they hold these pairs (the newest SLOTS_MAX) and completed so many
+        steps. Pairs come first.
 
-        Who reads ``completed`` before pairs then finds every pair that those ranks had sealed by then.
+        Who reads ``completed`` before pairs then finds every pair that those ranks had sealed by
+        then.
         """
         wanted = sorted(set(pairs), reverse=True)[:SLOTS_MAX]
         there = {word.snapshot: word.index for word in self.slots() if word.snapshot is not None}
         for pair, index in there.items():
             if pair not in wanted:
                 self.clear(index)
-        free = [index for index in range(SLOTS_MAX) if index not in {there[pair] for pair in wanted if pair in there}]
+        free = [
+            index
+            for index in range(SLOTS_MAX)
+            if index not in {there[pair] for pair in wanted if pair in there}
+        ]
         for pair in wanted:
             if pair not in there:
                 self.publish(free.pop(0), pair, 1)
@@ -270,8 +284,8 @@ class RankBoard:
 #              from 16 on, four for each slot: epoch, step, generation (0: nothing sealed), held                  128 words
 #     others   as one more rank, written by the keeper: what the ranks of all other nodes have in common            128 words
 #
-# Each word has one writer at a time and is written with one aligned 8-byte store, so a reader
-# sees an old value or the new one. What takes several words is read twice.
+# Each word has one writer at a time and is written with one aligned 8-byte store, so a reader sees
+# an old value or the new one. What takes several words is read twice.
 
 RANKS_MAX = 4096
 """Ranks of one node; a reader refuses to map more."""
@@ -294,7 +308,8 @@ def newest_common(sets: Iterable[Set[SnapshotId]]) -> SnapshotId | None:
 
 
 class Board:
-    """The whole board, mapped. ``fd`` refers to its memory for handing on and belongs to the board."""
+    """The whole board, mapped. ``fd`` refers to its memory for handing on and belongs to the
+    board."""
 
     __slots__ = ("_fence", "_map", "_promises", "_words", "fd", "ranks")
 
@@ -325,7 +340,8 @@ class Board:
 
     @classmethod
     def attach(cls, fd: int) -> Board:
-        """The board behind ``fd``, which is the board's from now on, even where IntegrityError says that it is none."""
+        """The board behind ``fd``, which is the board's from now on, even where IntegrityError says
+        that it is none."""
         try:
             ranks = _ranks_behind(fd)
             return cls(fd, ranks)
@@ -348,7 +364,8 @@ class Board:
         return self._words[_ACT_UNTIL]
 
     def extend_act_until(self, until_ns: int) -> None:
-        """They may go on until then, at least; from any thread. What was once promised is not taken back."""
+        """They may go on until then, at least; from any thread. What was once promised is not taken
+        back."""
         with self._promises:
             if self.fd >= 0 and until_ns > self._words[_ACT_UNTIL]:
                 self._words[_ACT_UNTIL] = until_ns
@@ -361,7 +378,8 @@ class Board:
 
     @property
     def remote_ranks(self) -> RankBoard:
-        """The ranks of all other nodes as one: it holds what all of them hold, and has come as far as the last of them."""
+        """The ranks of all other nodes as one: it holds what all of them hold, and has come as far
+        as the last of them."""
         return RankBoard(self._words, self.ranks, self._fence)
 
     @property
@@ -379,30 +397,40 @@ class Board:
         return [*here, self.remote_ranks] if self.has_remote_ranks else here
 
     def decide(self, boundary: int, flags: int) -> None:
-        """Publish what all ranks do at ``boundary``, in the current attempt. Replaces what was decided 64 boundaries before."""
+        """Publish what all ranks do at ``boundary``, in the current attempt. Replaces what was
+        decided 64 boundaries before."""
         attempt = self.attempt
         if attempt == 0:
-            raise UsageError(f"no attempt has begun, so nothing can be decided. boundary={boundary}")
+            raise UsageError(
+                f"no attempt has begun, so nothing can be decided. boundary={boundary}"
+            )
         if not 0 <= boundary <= _BOUNDARY_MASK or not 0 <= flags <= _FLAGS_MASK:
             raise UsageError(f"not a decision. boundary={boundary} flags={flags}")
         self._words[HEADER_WORDS + boundary % RING_WORDS] = _decision(attempt, boundary) | flags
 
     def decision(self, boundary: int) -> int | None:
-        """The flags decided for ``boundary`` in this attempt; None where nothing was, or it is 64 boundaries ago."""
+        """The flags decided for ``boundary`` in this attempt; None where nothing was, or it is 64
+        boundaries ago."""
         word = self._words[HEADER_WORDS + boundary % RING_WORDS]
         attempt = self.attempt
-        return word & _FLAGS_MASK if attempt and word & ~_FLAGS_MASK == _decision(attempt, boundary) else None
+        return (
+            word & _FLAGS_MASK
+            if attempt and word & ~_FLAGS_MASK == _decision(attempt, boundary)
+            else None
+        )
 
     def newest_complete(self) -> SnapshotId | None:
         """The newest pair that a slot of every rank holds sealed.
 
-        Ranks are read one after the other. A pair may have been overwritten on one of them meanwhile, but only because a newer
-        one was complete: a pair at least as new as the answer is complete now.
+        Ranks are read one after the other. A pair may have been overwritten on one of them
+        meanwhile, but only because a newer one was complete: a pair at least as new as the answer
+        is complete now.
         """
         return newest_common(one.sealed_snapshots() for one in self.all_ranks())
 
     def begin_attempt(self, attempt: int) -> None:
-        """Reset all counters and decisions for a new attempt; what slots hold stays. No trainer may be running."""
+        """Reset all counters and decisions for a new attempt; what slots hold stays. No trainer may
+        be running."""
         if attempt < 1:
             raise UsageError(f"attempts count from 1. attempt={attempt}")
         for at in range(HEADER_WORDS, HEADER_WORDS + RING_WORDS):
@@ -440,7 +468,11 @@ def _ranks_behind(fd: int) -> int:
     with mmap.mmap(fd, HEADER_WORDS * 8) as header, memoryview(header).cast("Q") as words:
         magic, version, ranks = words[0], words[1], words[_RANKS]
     if magic != _MAGIC or version != _VERSION:
-        raise IntegrityError(f"not a board of this version. magic={magic:#x} version={version} known={_VERSION}")
+        raise IntegrityError(
+            f"not a board of this version. magic={magic:#x} version={version} known={_VERSION}"
+        )
     if not 1 <= ranks <= RANKS_MAX or size_bytes < _size_bytes(ranks):
-        raise IntegrityError(f"not a board: its size and its ranks differ. size_bytes={size_bytes} ranks={ranks}")
+        raise IntegrityError(
+            f"not a board: its size and its ranks differ. size_bytes={size_bytes} ranks={ranks}"
+        )
     return ranks

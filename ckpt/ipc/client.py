@@ -44,12 +44,14 @@ _R = TypeVar("_R", bound=Reply)
 
 
 class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a keeper must know to do its work: the job, its stores (absolute paths or URLs), and how to write there.
+    """What a keeper must know to do its work: the job, its stores (absolute paths or URLs), and how
+    to write there.
 
-    ``store`` is the first one, which finds the job on this machine; ``others`` hold the same. ``storage_options`` are for all,
-    or a list with one entry for each. They may hold credentials: a specification travels through a pipe, never on a command
-    line. ``encryption_key`` says where the key is, never what it is. ``scrub_every_s``: how often all that the
-    stores hold is read and compared, None for never.
+    ``store`` is the first one, which finds the job on this machine; ``others`` hold the same.
+    ``storage_options`` are for all, or a list with one entry for each. They may hold credentials: a
+    specification travels through a pipe, never on a command line. ``encryption_key`` says where the
+    key is, never what it is. ``scrub_every_s``: how often all that the stores hold is read and
+    compared, None for never.
     """
 
     job: str
@@ -77,7 +79,8 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(f"storage options can't be handed to the keeper: {error}") from error
         if not same:
             raise UsageError(
-                "storage options can't be handed to the keeper: they hold other things than text, numbers, lists and mappings. "
+                "storage options can't be handed to the keeper: they hold other things than text, "
+                "numbers, lists and mappings. "
                 f"options={_names(self.storage_options)}"
             )
         return data
@@ -101,12 +104,18 @@ prepare_decoders(KeeperSpec)
 
 
 def ensure_keeper(
-    spec: KeeperSpec, *, start: bool = True, program: Sequence[str] = KEEPER_PROGRAM, wait_s: float = START_WAIT_S
+    spec: KeeperSpec,
+    *,
+    start: bool = True,
+    program: Sequence[str] = KEEPER_PROGRAM,
+    wait_s: float = START_WAIT_S,
 ) -> MessageSocket:
-    """A connection to the job's keeper, which is started where none runs, unless ``start`` is false.
+    """A connection to the job's keeper, which is started where none runs, unless ``start`` is
+    false.
 
-    However many processes call this at once, one of them starts a keeper and the others wait for it. Raises UnavailableError
-    where there is none within ``wait_s`` seconds, with the end of its log.
+    However many processes call this at once, one of them starts a keeper and the others wait for
+    it. Raises UnavailableError where there is none within ``wait_s`` seconds, with the end of its
+    log.
     """
     folder = JobFolder(spec.store, spec.job)
     if not start:
@@ -123,7 +132,8 @@ def ensure_keeper(
 
 
 class HungUpError(UnavailableError):
-    """The keeper went away before it answered the hello: it was just ending, and the next one may be had at once."""
+    """The keeper went away before it answered the hello: it was just ending, and the next one may
+    be had at once."""
 
 
 def exchange_hello(wire: MessageSocket, hello: Hello) -> Welcome:
@@ -137,23 +147,28 @@ def exchange_hello(wire: MessageSocket, hello: Hello) -> Welcome:
     except (UnavailableError, OSError) as error:  # OSError: cut off with our hello unread
         raise HungUpError(f"the keeper gave no answer to the hello: {error}") from error
     if got is None:
-        raise HungUpError("the keeper hung up at the hello; see keeper.log in the job's runtime folder")
+        raise HungUpError(
+            "the keeper hung up at the hello; see keeper.log in the job's runtime folder"
+        )
     answer, fds = got
     close_fds(fds)
     if isinstance(answer, Reply) and answer.error is not None:
         raise to_error(answer.error)
     if not isinstance(answer, Welcome):
-        raise InternalError(f"the keeper answered a hello with something else. type={type(answer).__name__}")
+        raise InternalError(
+            f"the keeper answered a hello with something else. type={type(answer).__name__}"
+        )
     return answer
 
 
 def connect_with_hello(
     connect: Callable[[], MessageSocket], hello: Hello, *, wait_s: float = START_WAIT_S
 ) -> tuple[MessageSocket, Welcome]:
-    """A connection from ``connect`` on which the keeper has said welcome to ``hello``, which is a call.
+    """A connection from ``connect`` on which the keeper has said welcome to ``hello``, which is a
+    call.
 
-    A keeper that is just ending still takes connections, and hangs up: then ``connect`` is asked for the next one, as long as
-    ``wait_s`` seconds. Raises what ``connect`` and ``greet`` raise.
+    A keeper that is just ending still takes connections, and hangs up: then ``connect`` is asked
+    for the next one, as long as ``wait_s`` seconds. Raises what ``connect`` and ``greet`` raise.
     """
     until_s = time.monotonic() + wait_s
     pause_s = POLL_FIRST_S
@@ -168,14 +183,18 @@ def connect_with_hello(
         except BaseException:
             wire.close()
             raise
-        time.sleep(pause_s)  # between two looks: the one that ends lets go of its lock when it is gone
+        time.sleep(
+            pause_s
+        )  # between two looks: the one that ends lets go of its lock when it is gone
         pause_s = min(pause_s * 1.5, POLL_LAST_S)
 
 
 class _KeeperStarter:
     """Starts the keeper of one job, at most FAILS_MAX times in vain."""
 
-    def __init__(self, folder: JobFolder, spec: KeeperSpec, program: Sequence[str], *, until_s: float) -> None:
+    def __init__(
+        self, folder: JobFolder, spec: KeeperSpec, program: Sequence[str], *, until_s: float
+    ) -> None:
         self._folder = folder
         self._told = spec.encode()
         self._program = program
@@ -185,7 +204,8 @@ class _KeeperStarter:
         self._why = "another keeper holds the job's lock and takes no connection"
 
     def start(self) -> bool:
-        """Start a keeper, unless one lives or another process is at it; says whether one listens now.
+        """Start a keeper, unless one lives or another process is at it; says whether one listens
+        now.
 
         Raises UnavailableError when it is time to give up.
         """
@@ -202,21 +222,30 @@ class _KeeperStarter:
     def _run(self) -> bool:
         if not sys.executable:
             raise UnavailableError(
-                "no keeper can be started: this process knows no Python interpreter (sys.executable)"
+                "no keeper can be started: this process knows no Python interpreter "
+                "(sys.executable)"
             )
         with self._folder.in_use(), self._folder.log_path.open("ab") as log:
             self._log_bytes = log.tell()
             try:
                 ended = subprocess.run(
                     [sys.executable, *self._program, os.fspath(self._folder.path)],
-                    input=self._told, stdout=log, stderr=log, cwd=self._folder.path, env=_environment(),
-                    start_new_session=True, timeout=max(0.1, self._until_s - time.monotonic()), check=False,
-                )  # fmt: skip
+                    input=self._told,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self._folder.path,
+                    env=_environment(),
+                    start_new_session=True,
+                    timeout=max(0.1, self._until_s - time.monotonic()),
+                    check=False,
+                )
             except subprocess.TimeoutExpired:
                 self._why = "the keeper was started, but didn't listen in time"
                 return False
             except OSError as error:
-                raise UnavailableError(f"no keeper can be started. program={sys.executable} why={error}") from error
+                raise UnavailableError(
+                    f"no keeper can be started. program={sys.executable} why={error}"
+                ) from error
         if ended.returncode not in (EXIT_LISTENING, EXIT_LOCKED):
             self._fails += 1
             self._why = f"the keeper ended at once, with status {ended.returncode}"
@@ -232,7 +261,8 @@ def _environment() -> dict[str, str]:
     """This process's environment, made so that the keeper imports this ``ckpt`` and no other."""
     environment = dict(os.environ)
     home = os.fspath(Path(__file__).parents[2])
-    # What is installed is found anyway, and in front of everything it would hide the standard library.
+    # What is installed is found anyway, and in front of everything it would hide the standard
+    # library.
     if home not in (*site.getsitepackages(), site.getusersitepackages()):
         behind = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{home}{os.pathsep}{behind}" if behind else home
@@ -240,7 +270,8 @@ def _environment() -> dict[str, str]:
 
 
 class KeeperClient:
-    """Questions and words over one connection. Thread-safe: answers may come in any order, whoever reads hands them round.
+    """Questions and words over one connection. Thread-safe: answers may come in any order, whoever
+    reads hands them round.
 
     Owns the wire. For connections on which the keeper only answers.
     """
@@ -254,11 +285,13 @@ class KeeperClient:
         self._reading = False
         self._lost = ""
 
-    def call(self, message: Message, fds: Sequence[int] = (), *, timeout_s: float | None = None) -> Reply:
+    def call(
+        self, message: Message, fds: Sequence[int] = (), *, timeout_s: float | None = None
+    ) -> Reply:
         """Ask, and wait for the answer; about 0.1 ms. The caller keeps ``fds``.
 
-        Raises the keeper's error where the call failed; UnavailableError where the connection is gone or after ``timeout_s``
-        seconds, and then whether the call was carried out is unknown.
+        Raises the keeper's error where the call failed; UnavailableError where the connection is
+        gone or after ``timeout_s`` seconds, and then whether the call was carried out is unknown.
         """
         reply, came = self.call_fds(message, fds, timeout_s=timeout_s)
         close_fds(came)
@@ -268,13 +301,16 @@ class KeeperClient:
         """As ``call``, for an answer of one kind. Raises IntegrityError where it is of another."""
         reply = self.call(message, timeout_s=timeout_s)
         if not isinstance(reply, kind):
-            raise IntegrityError(f"another answer than asked for. wanted={kind.__name__} came={type(reply).__name__}")
+            raise IntegrityError(
+                f"another answer than asked for. wanted={kind.__name__} came={type(reply).__name__}"
+            )
         return reply
 
     def call_fds(
         self, message: Message, fds: Sequence[int] = (), *, timeout_s: float | None = None
     ) -> tuple[Reply, list[int]]:
-        """As ``call``; also returns the descriptors that came with the answer, which are the caller's."""
+        """As ``call``; also returns the descriptors that came with the answer, which are the
+        caller's."""
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._turn:
             self._last_id += 1
@@ -291,7 +327,8 @@ class KeeperClient:
         return reply, came
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Say something that nobody answers. The caller keeps ``fds``. Raises UnavailableError where the connection is gone."""
+        """Say something that nobody answers. The caller keeps ``fds``. Raises UnavailableError
+        where the connection is gone."""
         self._wire.send(message, fds)
 
     def close(self) -> None:
@@ -301,7 +338,8 @@ class KeeperClient:
         self._wire.close()
 
     def forget_after_fork(self) -> None:
-        """In a child that was forked: give up this end without a word; the connection is the parent's."""
+        """In a child that was forked: give up this end without a word; the connection is the
+        parent's."""
         self._turn = threading.Condition()  # a thread of the parent may have held it
         self._lost = "it belongs to the process that this one was forked from"
         self._wire.forget_after_fork()

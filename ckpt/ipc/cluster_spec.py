@@ -1,4 +1,5 @@
-"""What a keeper has to know of the other nodes of its job, and how the launcher says it. Pure but for the environment."""
+"""What a keeper has to know of the other nodes of its job, and how the launcher says it. Pure but
+for the environment."""
 
 from __future__ import annotations
 
@@ -21,11 +22,12 @@ _RANGE = re.compile(r"(\d+)(?::(\d+))?")
 class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a job's nodes find each other.
 
-    ``where``: ``etcd://host:port,host:port``, or the path of a file of this machine. ``job``: the name that all nodes share.
-    ``nodes_min``, ``nodes_max``: how many hold ranks. ``secret``: a file with what only they know; "" where all are on one
-    machine and meet in a file. ``host``: where others reach this node; ``domain``: what it fails together with.
-    ``mirrors``: on how many other nodes each staged snapshot is kept. ``ttl_s``: after how long a silent node is lost.
-    ``agent``: which of torchrun's agents launched this, where it may live under the keeper's lease.
+    ``where``: ``etcd://host:port,host:port``, or the path of a file of this machine. ``job``: the
+    name that all nodes share. ``nodes_min``, ``nodes_max``: how many hold ranks. ``secret``: a file
+    with what only they know; "" where all are on one machine and meet in a file. ``host``: where
+    others reach this node; ``domain``: what it fails together with. ``mirrors``: on how many other
+    nodes each staged snapshot is kept. ``ttl_s``: after how long a silent node is lost. ``agent``:
+    which of torchrun's agents launched this, where it may live under the keeper's lease.
     """
 
     where: str
@@ -47,12 +49,13 @@ class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tls_cert: str = ""
     tls_key: str = ""
     tls_ca: str = ""
-    """PEM files: this node's certificate, which names ``host``, its key, and the one CA that signed all nodes' certificates.
-    With them nodes speak TLS to each other, and to nobody else."""
+    """PEM files: this node's certificate, which names ``host``, its key, and the one CA that signed
+    all nodes' certificates. With them nodes speak TLS to each other, and to nobody else."""
     mirror_bytes: int = 0
     """How much memory the mirrors of others may take here; 0: half of what is free at the start."""
     mirror_rate: float = 0.0
-    """How many bytes a second this node sends at most to have its mirrors kept, to all others together; 0: no limit."""
+    """How many bytes a second this node sends at most to have its mirrors kept, to all others
+    together; 0: no limit."""
     grow_wait_s: float = 10.0
     """How long an epoch lasts at least before one follows only because there are more nodes."""
     last_call_s: float = 5.0
@@ -71,7 +74,9 @@ def nodes_from_environment(environment: Mapping[str, str] | None = None) -> Node
     try:
         return msgspec.json.decode(text.encode(), type=NodesSpec)
     except msgspec.MsgspecError as error:
-        raise UsageError(f"not what a launcher says of nodes. {NODES_VARIABLE}={text[:200]!r} why={error}") from error
+        raise UsageError(
+            f"not what a launcher says of nodes. {NODES_VARIABLE}={text[:200]!r} why={error}"
+        ) from error
 
 
 def nodes_to_environment(spec: NodesSpec) -> dict[str, str]:
@@ -83,15 +88,22 @@ def nodes_range(text: str) -> tuple[int, int]:
     """``2`` or ``2:3``, as torchrun's ``--nnodes``. Raises UsageError."""
     found = _RANGE.fullmatch(text.strip())
     if found is None:
-        raise UsageError(f"not a number of nodes. nnodes={text!r}; write 2, or 2:3 for at least two and at most three")
+        raise UsageError(
+            f"not a number of nodes. nnodes={text!r}; write 2, or 2:3 for at least two and at most "
+            "three"
+        )
     least, most = int(found[1]), int(found[2] or found[1])
     if not 1 <= least <= most:
-        raise UsageError(f"not a range of nodes. nnodes={text!r}; at least 1, and the first no more than the second")
+        raise UsageError(
+            f"not a range of nodes. nnodes={text!r}; at least 1, and the first no more than the "
+            "second"
+        )
     return least, most
 
 
 def host_towards(where: str) -> str:
-    """The address of this machine that a host beside ``where`` would reach, or loopback where all are on this machine."""
+    """The address of this machine that a host beside ``where`` would reach, or loopback where all
+    are on this machine."""
     if not where.startswith("etcd://"):
         return "127.0.0.1"
     host, _, port = where.removeprefix("etcd://").split(",")[0].rpartition(":")
@@ -100,7 +112,9 @@ def host_towards(where: str) -> str:
         try:
             probe.connect((host.strip("[]"), int(port)))
         except (OSError, ValueError) as error:
-            raise UsageError(f"no way to the membership's server. where={where} why={error}") from error
+            raise UsageError(
+                f"no way to the membership's server. where={where} why={error}"
+            ) from error
         found: str = probe.getsockname()[0]
         return found
 
@@ -112,9 +126,11 @@ _SLURM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
 
 
 def local_rank_count(environment: Mapping[str, str] | None = None) -> int | None:
-    """How many ranks of this job are on this node; None where there are several and nothing tells how many are here.
+    """How many ranks of this job are on this node; None where there are several and nothing tells
+    how many are here.
 
-    torchrun says ``LOCAL_WORLD_SIZE``. Where people set ``WORLD_SIZE`` themselves under ``srun`` or ``mpirun``, those know.
+    torchrun says ``LOCAL_WORLD_SIZE``. Where people set ``WORLD_SIZE`` themselves under ``srun`` or
+    ``mpirun``, those know.
     """
     said = os.environ if environment is None else environment
     if (local := _count(said, "LOCAL_WORLD_SIZE")) is not None:
@@ -130,7 +146,9 @@ def local_rank_count(environment: Mapping[str, str] | None = None) -> int | None
 
 
 def _first(said: Mapping[str, str], names: Sequence[str]) -> int | None:
-    return next((count for count in (_count(said, name) for name in names) if count is not None), None)
+    return next(
+        (count for count in (_count(said, name) for name in names) if count is not None), None
+    )
 
 
 def _count(said: Mapping[str, str], name: str) -> int | None:

@@ -1,10 +1,12 @@
 """Messages over a unix socket: frames, and the descriptors that travel beside them.
 
-A frame is a little-endian 32-bit length and that many bytes of msgpack, one message of ``messages``. A frame's descriptors
-leave with its first byte, in a system call that carries no byte of another frame. The kernel ends a read behind the piece
-that descriptors came with, so they belong to the last frame that begins in what one read gave.
+A frame is a little-endian 32-bit length and that many bytes of msgpack, one message of
+``messages``. A frame's descriptors leave with its first byte, in a system call that carries no byte
+of another frame. The kernel ends a read behind the piece that descriptors came with, so they belong
+to the last frame that begins in what one read gave.
 
-``Inbox`` and ``Outbox`` never block: they are for a process that serves many sockets. ``MessageSocket`` is for one that waits.
+``Inbox`` and ``Outbox`` never block: they are for a process that serves many sockets.
+``MessageSocket`` is for one that waits.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def encode(message: Message) -> bytes:
     body = _ENCODER.encode(message)
     if len(body) > FRAME_BYTES_MAX:
         raise UsageError(
-            f"too long for one message. type={type(message).__name__} size_bytes={len(body)} limit_bytes={FRAME_BYTES_MAX}"
+            f"too long for one message. type={type(message).__name__} size_bytes={len(body)} "
+            f"limit_bytes={FRAME_BYTES_MAX}"
         )
     return _LENGTH.pack(len(body)) + body
 
@@ -76,7 +79,9 @@ class Inbox:
 
     __slots__ = ("_begun", "_chunk", "_data", "_ended", "_fresh", "frame_bytes_max")
 
-    def __init__(self, *, read_bytes: int = READ_BYTES, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+    def __init__(
+        self, *, read_bytes: int = READ_BYTES, frame_bytes_max: int = FRAME_BYTES_MAX
+    ) -> None:
         self.frame_bytes_max = frame_bytes_max
         """No body is taken that is longer. Holds that much at most, and what one ``read`` gives."""
         self._chunk = memoryview(bytearray(read_bytes))
@@ -86,10 +91,12 @@ class Inbox:
         self._ended = False
 
     def read(self, sock: socket.socket) -> tuple[list[Received], bool]:
-        """Take what has arrived, without waiting: whole messages, and whether the peer will send no more.
+        """Take what has arrived, without waiting: whole messages, and whether the peer will send no
+        more.
 
-        A frame that the peer's end cut off is dropped. Raises IntegrityError for what is no frame: the connection is then of
-        no use, and all descriptors of this call are closed. May leave bytes behind: ask again when the socket is readable.
+        A frame that the peer's end cut off is dropped. Raises IntegrityError for what is no frame:
+        the connection is then of no use, and all descriptors of this call are closed. May leave
+        bytes behind: ask again when the socket is readable.
         """
         received: list[Received] = []
         try:
@@ -123,14 +130,18 @@ class Inbox:
         if self._ended:
             return 0
         try:
-            count, ancillary, flags, _ = sock.recvmsg_into([self._chunk], _ANCILLARY_BYTES, _READ_FLAGS)
+            count, ancillary, flags, _ = sock.recvmsg_into(
+                [self._chunk], _ANCILLARY_BYTES, _READ_FLAGS
+            )
         except BlockingIOError:
             return None
         except ConnectionResetError:  # the peer left without reading all that it was sent
             return 0
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                self._fresh += (fd for (fd,) in _FD.iter_unpack(data[: len(data) - len(data) % _FD.size]))
+                self._fresh += (
+                    fd for (fd,) in _FD.iter_unpack(data[: len(data) - len(data) % _FD.size])
+                )
         if flags & socket.MSG_CTRUNC:
             raise IntegrityError(
                 f"descriptors were lost on their way. arrived={len(self._fresh)} limit={FDS_MAX}; "
@@ -148,7 +159,9 @@ class Inbox:
         frames, rest = _split(self._data, self.frame_bytes_max)
         last = rest if rest < len(self._data) else frames[-1][0]
         if self._fresh and last < before:
-            raise IntegrityError(f"descriptors came in the middle of a frame. count={len(self._fresh)}")
+            raise IntegrityError(
+                f"descriptors came in the middle of a frame. count={len(self._fresh)}"
+            )
         for start, stop in frames:
             if start == last:
                 self._begun, self._fresh = self._begun + self._fresh, []
@@ -162,7 +175,8 @@ class Inbox:
 
 
 def _split(data: bytearray, limit_bytes: int) -> tuple[list[tuple[int, int]], int]:
-    """Where whole frames lie, their lengths included, and where the frame begins that isn't whole."""
+    """Where whole frames lie, their lengths included, and where the frame begins that isn't
+    whole."""
     frames: list[tuple[int, int]] = []
     at = 0
     while at + _LENGTH.size <= len(data):
@@ -181,11 +195,14 @@ def _decode(body: memoryview) -> Message:
     try:
         return _DECODER.decode(body)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise IntegrityError(f"not a message of this version. size_bytes={len(body)} why={error}") from error
+        raise IntegrityError(
+            f"not a message of this version. size_bytes={len(body)} why={error}"
+        ) from error
 
 
 class Outbox:
-    """What is to be sent to one peer. Not thread-safe. Owns the descriptors that it is given; ``close`` gives them up."""
+    """What is to be sent to one peer. Not thread-safe. Owns the descriptors that it is given;
+    ``close`` gives them up."""
 
     __slots__ = ("_frames", "_sent", "size_bytes")
 
@@ -199,16 +216,22 @@ class Outbox:
         return bool(self._frames)
 
     def push(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Add a message to the end. ``fds`` are the outbox's from now on, even where this fails; it closes what it has sent.
+        """Add a message to the end. ``fds`` are the outbox's from now on, even where this fails; it
+        closes what it has sent.
 
-        Raises UsageError for a message that is too long or too many descriptors, UnavailableError where the peer takes nothing.
+        Raises UsageError for a message that is too long or too many descriptors, UnavailableError
+        where the peer takes nothing.
         """
         try:
             if len(fds) > FDS_MAX:
-                raise UsageError(f"too many descriptors for one message. count={len(fds)} limit={FDS_MAX}")
+                raise UsageError(
+                    f"too many descriptors for one message. count={len(fds)} limit={FDS_MAX}"
+                )
             frame = encode(message)
             if self.size_bytes + len(frame) > OUTBOX_BYTES_MAX:
-                raise UnavailableError(f"the peer doesn't read what it is sent. waiting_bytes={self.size_bytes}")
+                raise UnavailableError(
+                    f"the peer doesn't read what it is sent. waiting_bytes={self.size_bytes}"
+                )
         except BaseException:
             close_fds(fds)
             raise
@@ -222,7 +245,11 @@ class Outbox:
         """
         while self._frames:
             pieces, fds = self._next()
-            beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(map(_FD.pack, fds)))] if fds else []
+            beside = (
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(map(_FD.pack, fds)))]
+                if fds
+                else []
+            )
             try:
                 count = sock.sendmsg(pieces, beside, _WRITE_FLAGS)
             except BlockingIOError:
@@ -238,9 +265,12 @@ class Outbox:
         self._sent = self.size_bytes = 0
 
     def _next(self) -> tuple[list[bytes | memoryview], list[int]]:
-        """What one system call may carry: a frame with descriptors goes alone, others go together."""
+        """What one system call may carry: a frame with descriptors goes alone, others go
+        together."""
         first, fds = self._frames[0]
-        pieces: list[bytes | memoryview] = [memoryview(first)[self._sent :] if self._sent else first]
+        pieces: list[bytes | memoryview] = [
+            memoryview(first)[self._sent :] if self._sent else first
+        ]
         if fds:
             return pieces, fds
         for at in range(1, min(len(self._frames), JOINED_MAX)):
@@ -263,7 +293,8 @@ class Outbox:
 class MessageSocket:
     """A connected unix stream socket that this process waits on. Owns the socket. Thread-safe.
 
-    A connection whose stream was cut in the middle of a frame, by an error or a signal, is shut down: nothing can go on.
+    A connection whose stream was cut in the middle of a frame, by an error or a signal, is shut
+    down: nothing can go on.
     """
 
     __slots__ = ("_inbox", "_outbox", "_ready", "_receiving", "_sending", "_socket")
@@ -278,13 +309,15 @@ class MessageSocket:
         self._receiving = threading.Lock()
 
     def fileno(self) -> int:
-        """The socket's descriptor, for ``select``; -1 once closed. Call ``arrived`` where it is readable."""
+        """The socket's descriptor, for ``select``; -1 once closed. Call ``arrived`` where it is
+        readable."""
         return self._socket.fileno()
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send one message; returns when the kernel has it. The caller keeps ``fds``.
 
-        Raises UnavailableError where the peer is gone or takes nothing for SEND_WAIT_S, UsageError where it is too long.
+        Raises UnavailableError where the peer is gone or takes nothing for SEND_WAIT_S, UsageError
+        where it is too long.
         """
         with self._sending:
             own = _duplicates(fds)
@@ -292,20 +325,26 @@ class MessageSocket:
                 self._outbox.push(message, own)
                 while not self._outbox.flush(self._socket):
                     if not _wait(self._socket, select.POLLOUT, SEND_WAIT_S):
-                        raise UnavailableError(f"the peer doesn't read what it is sent. waited_s={SEND_WAIT_S:g}")
+                        raise UnavailableError(
+                            f"the peer doesn't read what it is sent. waited_s={SEND_WAIT_S:g}"
+                        )
             except UsageError:  # nothing was sent
                 raise
             except BaseException as error:
                 self._outbox.close()
                 self._shut()
                 if isinstance(error, OSError):
-                    raise UnavailableError(f"the connection is gone. why={error.strerror or error}") from error
+                    raise UnavailableError(
+                        f"the connection is gone. why={error.strerror or error}"
+                    ) from error
                 raise
 
     def receive(self, timeout_s: float | None = None) -> Received | None:
-        """The next message and the descriptors beside it, which are the caller's; None where the peer has ended the connection.
+        """The next message and the descriptors beside it, which are the caller's; None where the
+        peer has ended the connection.
 
-        Raises UnavailableError after ``timeout_s`` seconds, IntegrityError where what came is no frame.
+        Raises UnavailableError after ``timeout_s`` seconds, IntegrityError where what came is no
+        frame.
         """
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._receiving:
@@ -318,7 +357,8 @@ class MessageSocket:
             return self._ready.popleft() if self._ready else None
 
     def receive_available(self) -> tuple[list[Received], bool]:
-        """All that is there, without waiting, and whether the peer has ended the connection. For who waits with ``select``.
+        """All that is there, without waiting, and whether the peer has ended the connection. For
+        who waits with ``select``.
 
         Look here before the first ``select`` too: ``receive`` may have read more than it returned.
         """
@@ -329,14 +369,19 @@ class MessageSocket:
             return received, ended
 
     def close(self) -> None:
-        """End the connection; who waits in ``receive`` gets None. What was received and not taken is dropped. Idempotent."""
+        """End the connection; who waits in ``receive`` gets None. What was received and not taken
+        is dropped. Idempotent."""
         self._shut()
         with self._receiving, self._sending:
             self._drop()
 
     def forget_after_fork(self) -> None:
-        """In a child that was forked: close its copy, and leave the connection to the parent. The child's copy is of no use."""
-        self._sending, self._receiving = threading.Lock(), threading.Lock()  # a thread of the parent may have held them
+        """In a child that was forked: close its copy, and leave the connection to the parent. The
+        child's copy is of no use."""
+        self._sending, self._receiving = (
+            threading.Lock(),
+            threading.Lock(),
+        )  # a thread of the parent may have held them
         self._drop()
 
     def _read(self) -> bool:

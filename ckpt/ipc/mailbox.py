@@ -60,30 +60,42 @@ class WaitingMailbox(Protocol):
 
 @runtime_checkable
 class StayingMailbox(Protocol):
-    """A channel that may have ranks that leave only together: then nobody need ask whether another one is gone."""
+    """A channel that may have ranks that leave only together: then nobody need ask whether another
+    one is gone."""
 
     stays: bool
 
 
 def wait_for_message(
-    channel: RankMailbox, key: str, *, timeout_s: float | None, awaited: str, stop: Callable[[], bool] | None = None
+    channel: RankMailbox,
+    key: str,
+    *,
+    timeout_s: float | None,
+    awaited: str,
+    stop: Callable[[], bool] | None = None,
 ) -> bytes:
     """Wait until ``key`` is posted and return its value.
 
-    Polls where the channel can't wait itself: one connection of torch's store serves one call at a time, and a blocking wait
-    would lock out the other threads. Raises UnavailableError after ``timeout_s`` seconds, or as soon as ``stop()`` is true.
+    Polls where the channel can't wait itself: one connection of torch's store serves one call at a
+    time, and a blocking wait would lock out the other threads. Raises UnavailableError after
+    ``timeout_s`` seconds, or as soon as ``stop()`` is true.
     """
     began = time.monotonic()
     pause_s = POLL_FIRST_S
     while True:
-        value = channel.wait(key, STOP_LOOK_S) if isinstance(channel, WaitingMailbox) else channel.peek(key)
+        value = (
+            channel.wait(key, STOP_LOOK_S)
+            if isinstance(channel, WaitingMailbox)
+            else channel.peek(key)
+        )
         if value is not None:
             return value
         if stop is not None and stop():
             raise UnavailableError(f"stopped while waiting for {awaited}. rank={channel.rank}")
         if timeout_s is not None and time.monotonic() - began > timeout_s:
             raise UnavailableError(
-                f"no word within the time limit while waiting for {awaited}. rank={channel.rank} timeout_s={timeout_s:g}; "
+                f"no word within the time limit while waiting for {awaited}. rank={channel.rank} "
+                f"timeout_s={timeout_s:g}; "
                 "a rank is dead or far behind: look at its log"
             )
         if not isinstance(channel, WaitingMailbox):

@@ -1,8 +1,9 @@
 """What supervisors, trainers and tools say to a keeper, and what it says to them.
 
-Each message is one msgpack map with a ``type`` tag, sent as a frame (``frames``). A message with an ``id`` above 0 is a call:
-the keeper answers it with exactly one ``Reply`` of that id, perhaps much later, and answers of one connection may
-overtake each other. Everything else is a word that nobody answers. File descriptors travel beside a frame.
+Each message is one msgpack map with a ``type`` tag, sent as a frame (``frames``). A message with an
+``id`` above 0 is a call: the keeper answers it with exactly one ``Reply`` of that id, perhaps much
+later, and answers of one connection may overtake each other. Everything else is a word that nobody
+answers. File descriptors travel beside a frame.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 
 class RemoteError(msgspec.Struct, frozen=True):
-    """An error as a message: ``code`` finds its class again, ``text`` are its words, ``rank`` says whose it was."""
+    """An error as a message: ``code`` finds its class again, ``text`` are its words, ``rank`` says
+    whose it was."""
 
     code: str
     text: str
@@ -63,10 +65,11 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One node of the job's newest epoch; ``first_rank`` -1 and no ``ranks``: a standby. ``here``: the keeper's own node.
+    """One node of the job's newest epoch; ``first_rank`` -1 and no ``ranks``: a standby. ``here``:
+    the keeper's own node.
 
-    ``mirrored``: the newest pair that all nodes have on others; of a standby the newest of which it has all that it is to keep
-    (None: nothing, or not known to this keeper).
+    ``mirrored``: the newest pair that all nodes have on others; of a standby the newest of which it
+    has all that it is to keep (None: nothing, or not known to this keeper).
     """
 
     node: str
@@ -77,7 +80,8 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One keeper. ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: its own memory besides slots."""
+    """One keeper. ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: its own
+    memory besides slots."""
 
     job: str
     store: str
@@ -99,14 +103,16 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     mirror_bytes: int = 0
     """Of several nodes: what this one has sent to others so far, to be kept there, and came."""
     refused: Mapping[str, int] = {}
-    """Of several nodes: what was turned away, by kind; ``line`` counts connections, the others requests for lent memory."""
+    """Of several nodes: what was turned away, by kind; ``line`` counts connections, the others
+    requests for lent memory."""
 
 
 # Where a node's ranks are in a job of several nodes, and where what they staged is.
 
 
 class RankPlacement(msgspec.Struct, frozen=True):
-    """This node's ranks are the ones from ``first_rank`` on; rank 0 is at ``host``. ``node`` counts from 0."""
+    """This node's ranks are the ones from ``first_rank`` on; rank 0 is at ``host``. ``node`` counts
+    from 0."""
 
     host: str
     first_rank: int
@@ -116,7 +122,8 @@ class RankPlacement(msgspec.Struct, frozen=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Where one rank's share of a staged pair is. ``local``: the local rank whose slot has it, -1 for none.
+    """Where one rank's share of a staged pair is. ``local``: the local rank whose slot has it, -1
+    for none.
 
     ``slots`` and ``mirrors``: the addresses of nodes that lend it, out of a slot or as a mirror.
     """
@@ -143,7 +150,8 @@ class Done(Reply, frozen=True, kw_only=True, tag="Done"):
 
 
 class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
-    """``boot`` is random for each keeper. ``new``: it knows nothing of the peer's attempt, so hand over what you hold.
+    """``boot`` is random for each keeper. ``new``: it knows nothing of the peer's attempt, so hand
+    over what you hold.
 
     ``seating``: where the node's ranks are in the peer's attempt, where the job has several nodes.
     """
@@ -162,7 +170,8 @@ class Value(Reply, frozen=True, kw_only=True, tag="Value"):
 
 
 class Number(Reply, frozen=True, kw_only=True, tag="Number"):
-    """A count or an epoch. ``origin``: of an epoch, what its staged indexes carry, since numbers alone are given out twice."""
+    """A count or an epoch. ``origin``: of an epoch, what its staged indexes carry, since numbers
+    alone are given out twice."""
 
     number: int
     origin: str = ""
@@ -214,9 +223,10 @@ class Status(Reply, frozen=True, kw_only=True, tag="Status"):
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """What a supervisor's user chose about failures; equal on all ranks.
 
-    ``same_error_max``: the same exception at the same step that often in a row is a bug. ``stuck_max``: that many failures in a
-    row without one step completed end the job. ``hang_s``: the least time without a step that counts as a hang (0: never).
-    ``grace_s``: how long a preempted job may take. ``linger_s``: how long slots are kept for a program that was killed.
+    ``same_error_max``: the same exception at the same step that often in a row is a bug.
+    ``stuck_max``: that many failures in a row without one step completed end the job. ``hang_s``:
+    the least time without a step that counts as a hang (0: never). ``grace_s``: how long a
+    preempted job may take. ``linger_s``: how long slots are kept for a program that was killed.
     """
 
     same_error_max: int = 2
@@ -227,7 +237,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user of an epoch's writer chose to keep: the policy's text, and how long the bytes of dropped snapshots stay."""
+    """What the user of an epoch's writer chose to keep: the policy's text, and how long the bytes
+    of dropped snapshots stay."""
 
     keep: str
     grace_s: float
@@ -241,14 +252,16 @@ WIRE_VERSION = 4
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
-    """First on every connection; a call. Answered with ``PeerWelcome``, or an error that says why the peer isn't wanted.
+    """First on every connection; a call. Answered with ``PeerWelcome``, or an error that says why
+    the peer isn't wanted.
 
-    ``role``: ``supervisor``, ``trainer`` (its calls), ``events`` (a trainer's second connection, for words of the keeper) or
-    ``tool``. ``launch`` names one start of the whole program: all its ranks share it, no other start ever has it.
-    ``attempt``: the one that the peer belongs to, 0 for none yet. ``ranks`` is the number of ranks on this node,
-    ``rank`` the peer's.
-    ``holds``: a supervisor has slots or a board of an earlier keeper, and hands them over before ``Killed``.
-    ``agent``: the launcher's own on this node, as ``NodesSpec`` names it to a supervisor: a keeper may outlast it.
+    ``role``: ``supervisor``, ``trainer`` (its calls), ``events`` (a trainer's second connection,
+    for words of the keeper) or ``tool``. ``launch`` names one start of the whole program: all its
+    ranks share it, no other start ever has it. ``attempt``: the one that the peer belongs to, 0 for
+    none yet. ``ranks`` is the number of ranks on this node, ``rank`` the peer's. ``holds``: a
+    supervisor has slots or a board of an earlier keeper, and hands them over before ``Killed``.
+    ``agent``: the launcher's own on this node, as ``NodesSpec`` names it to a supervisor: a keeper
+    may outlast it.
     """
 
     version: int
@@ -271,7 +284,8 @@ class Bye(Message, frozen=True, kw_only=True, tag="Bye"):
 
 
 class Started(Message, frozen=True, kw_only=True, tag="Started"):
-    """A trainer of ``attempt`` runs. ``how``: ``fork``, ``spawn`` or ``prepared``. Times are CLOCK_MONOTONIC seconds."""
+    """A trainer of ``attempt`` runs. ``how``: ``fork``, ``spawn`` or ``prepared``. Times are
+    CLOCK_MONOTONIC seconds."""
 
     attempt: int
     trainer_pid: int
@@ -280,9 +294,11 @@ class Started(Message, frozen=True, kw_only=True, tag="Started"):
 
 
 class Died(Message, frozen=True, kw_only=True, tag="Died"):
-    """The trainer ended by itself. ``status`` as ``os.waitstatus_to_exitcode``: an exit code, or minus a signal.
+    """The trainer ended by itself. ``status`` as ``os.waitstatus_to_exitcode``: an exit code, or
+    minus a signal.
 
-    ``overdue``: its supervisor stopped it, because this node may not act at the moment: it did nothing wrong.
+    ``overdue``: its supervisor stopped it, because this node may not act at the moment: it did
+    nothing wrong.
     """
 
     attempt: int
@@ -298,7 +314,8 @@ class Killed(Message, frozen=True, kw_only=True, tag="Killed"):
 
 
 class Preempt(Message, frozen=True, kw_only=True, tag="Preempt"):
-    """The node is about to be taken away: stop at a boundary, durable, within ``grace_s``. From supervisors and trainers."""
+    """The node is about to be taken away: stop at a boundary, durable, within ``grace_s``. From
+    supervisors and trainers."""
 
     grace_s: float
 
@@ -356,7 +373,8 @@ class GetSlots(Message, frozen=True, kw_only=True, tag="GetSlots"):
 
 
 class SlotCreated(Message, frozen=True, kw_only=True, tag="SlotMade"):
-    """A call: the trainer made a slot for itself; its memfd travels beside it. UsageError where memory is short."""
+    """A call: the trainer made a slot for itself; its memfd travels beside it. UsageError where
+    memory is short."""
 
     index: int
     size_bytes: int
@@ -369,11 +387,13 @@ class SlotReleased(Message, frozen=True, kw_only=True, tag="SlotGone"):
 
 
 class GetChoices(Message, frozen=True, kw_only=True, tag="GetChoices"):
-    """A call: ``Choices``, once the keeper has read the log. NotFoundError never: no store means no choices."""
+    """A call: ``Choices``, once the keeper has read the log. NotFoundError never: no store means no
+    choices."""
 
 
 class GetSources(Message, frozen=True, kw_only=True, tag="GetSources"):
-    """A call, where the job has several nodes: ``MeshSources`` of a staged pair that ``Choices`` named."""
+    """A call, where the job has several nodes: ``MeshSources`` of a staged pair that ``Choices``
+    named."""
 
     snapshot: SnapshotId
 
@@ -381,9 +401,10 @@ class GetSources(Message, frozen=True, kw_only=True, tag="GetSources"):
 class OpenEpoch(Message, frozen=True, kw_only=True, tag="OpenEpoch"):
     """A call, of rank 0: open the next epoch, going on from ``resume``; ``Number`` is the epoch.
 
-    ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the log; its record follows,
-    before the first commit of the epoch. ``retention``: what is to be dropped from now on; None: nothing. ``newest``:
-    ``resume`` was the best of the ``Choices`` that came last, and is not to be gone on from where it is that no more.
+    ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the
+    log; its record follows, before the first commit of the epoch. ``retention``: what is to be
+    dropped from now on; None: nothing. ``newest``: ``resume`` was the best of the ``Choices`` that
+    came last, and is not to be gone on from where it is that no more.
     """
 
     resume: SnapshotId | None
@@ -392,14 +413,16 @@ class OpenEpoch(Message, frozen=True, kw_only=True, tag="OpenEpoch"):
 
 
 class Decided(Message, frozen=True, kw_only=True, tag="Decided"):
-    """Of rank 0, where the job has several nodes: what all ranks do at a boundary, see ``Board.decide``."""
+    """Of rank 0, where the job has several nodes: what all ranks do at a boundary, see
+    ``Board.decide``."""
 
     boundary: int
     flags: int
 
 
 class VerifiedChunks(Message, frozen=True, kw_only=True, tag="Known"):
-    """Chunks of the committed snapshot ``base`` that this trainer read and found right: they may be referred to."""
+    """Chunks of the committed snapshot ``base`` that this trainer read and found right: they may be
+    referred to."""
 
     base: SnapshotId
     digests: tuple[Digest, ...]
@@ -407,7 +430,8 @@ class VerifiedChunks(Message, frozen=True, kw_only=True, tag="Known"):
 
 
 class Persist(Message, frozen=True, kw_only=True, tag="Persist"):
-    """Make slot ``index``, sealed under ``generation`` and marked as held, durable. Each rank hands in the same sequence."""
+    """Make slot ``index``, sealed under ``generation`` and marked as held, durable. Each rank hands
+    in the same sequence."""
 
     snapshot: SnapshotId
     index: int
@@ -433,7 +457,8 @@ class SetTag(Message, frozen=True, kw_only=True, tag="SetTag"):
 class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
     """The user's code raised, and this trainer is about to die of it.
 
-    ``fingerprint`` is equal for equal exceptions at equal places. ``final``: not worth a restart (a usage error, Ctrl-C).
+    ``fingerprint`` is equal for equal exceptions at equal places. ``final``: not worth a restart (a
+    usage error, Ctrl-C).
     """
 
     kind: str
@@ -444,7 +469,8 @@ class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
 
 
 class Phase(Message, frozen=True, kw_only=True, tag="Phase"):
-    """A point of a trainer's start: ``entered``, ``group`` (process group made), ``tracked``, ``restored``, ``first-step``."""
+    """A point of a trainer's start: ``entered``, ``group`` (process group made), ``tracked``,
+    ``restored``, ``first-step``."""
 
     name: str
     at_s: float
@@ -452,7 +478,8 @@ class Phase(Message, frozen=True, kw_only=True, tag="Phase"):
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="Finished"):
-    """The decorated function returned and all is durable; what follows is the rest of the user's program."""
+    """The decorated function returned and all is durable; what follows is the rest of the user's
+    program."""
 
 
 # ---- from tools
@@ -466,7 +493,8 @@ class GetStatus(Message, frozen=True, kw_only=True, tag="GetStatus"):
 
 
 class Start(Message, frozen=True, kw_only=True, tag="Start"):
-    """To a supervisor: start the trainer of ``attempt``; its group meets at ``port``, without ``seating`` on loopback."""
+    """To a supervisor: start the trainer of ``attempt``; its group meets at ``port``, without
+    ``seating`` on loopback."""
 
     attempt: int
     port: int
@@ -474,7 +502,8 @@ class Start(Message, frozen=True, kw_only=True, tag="Start"):
 
 
 class Kill(Message, frozen=True, kw_only=True, tag="Kill"):
-    """To a supervisor: kill the trainer of ``attempt`` and its whole process group, then answer ``Killed``."""
+    """To a supervisor: kill the trainer of ``attempt`` and its whole process group, then answer
+    ``Killed``."""
 
     attempt: int
 
@@ -487,18 +516,21 @@ class Dump(Message, frozen=True, kw_only=True, tag="Dump"):
 
 
 class StartPrepared(Message, frozen=True, kw_only=True, tag="RunAhead"):
-    """To a supervisor whose node is a standby: where the program wants prepared trainers, one may run ahead here now."""
+    """To a supervisor whose node is a standby: where the program wants prepared trainers, one may
+    run ahead here now."""
 
 
 class Leave(Message, frozen=True, kw_only=True, tag="Leave"):
-    """To a supervisor: kill what still runs and exit with ``status``; ``text`` says why, for people ("" : say nothing)."""
+    """To a supervisor: kill what still runs and exit with ``status``; ``text`` says why, for people
+    ("" : say nothing)."""
 
     status: int
     text: str = ""
 
 
 class Keep(Message, frozen=True, kw_only=True, tag="Keep"):
-    """To a supervisor: hold this slot's memfd, which travels beside it, for the keeper that may come after this one."""
+    """To a supervisor: hold this slot's memfd, which travels beside it, for the keeper that may
+    come after this one."""
 
     rank: int
     index: int
@@ -517,7 +549,8 @@ class KeepBoard(Message, frozen=True, kw_only=True, tag="KeepBoard"):
 
 
 class Outcome(Message, frozen=True, kw_only=True, tag="Outcome"):
-    """To a trainer's ``events``: a snapshot that was handed in is settled. ``error`` beside ``info``: durable, but untagged."""
+    """To a trainer's ``events``: a snapshot that was handed in is settled. ``error`` beside
+    ``info``: durable, but untagged."""
 
     snapshot: SnapshotId
     info: SnapshotInfo | None = None
@@ -525,13 +558,15 @@ class Outcome(Message, frozen=True, kw_only=True, tag="Outcome"):
 
 
 class Fenced(Message, frozen=True, kw_only=True, tag="Fenced"):
-    """To a trainer's ``events``: another writer opened a newer epoch; nothing of this job counts any more."""
+    """To a trainer's ``events``: another writer opened a newer epoch; nothing of this job counts
+    any more."""
 
     text: str
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="Stop"):
-    """To trainers' ``events``: the job is preempted: stop at a boundary, durable, within ``grace_s``."""
+    """To trainers' ``events``: the job is preempted: stop at a boundary, durable, within
+    ``grace_s``."""
 
     grace_s: float
 
@@ -544,12 +579,55 @@ class PrintLine(Message, frozen=True, kw_only=True, tag="Tell"):
 
 
 AnyMessage = (
-    Hello | Bye | Started | Died | Killed | Preempt | SlotKept | BoardKept | Post | Peek | Count | Forget | GetBoard | GetSlots
-    | SlotCreated | SlotReleased | GetChoices | GetSources | OpenEpoch | Decided | VerifiedChunks | Persist | Refuse | SetTag | Failing
-    | Phase | Finished | GetStatus
-    | Done | Welcome | Value | Number | Slots | Sources | Choices | Status
-    | Start | Kill | Dump | StartPrepared | Leave | Keep | DropSlot | KeepBoard | Outcome | Fenced | Stop | PrintLine
-)  # fmt: skip
+    Hello
+    | Bye
+    | Started
+    | Died
+    | Killed
+    | Preempt
+    | SlotKept
+    | BoardKept
+    | Post
+    | Peek
+    | Count
+    | Forget
+    | GetBoard
+    | GetSlots
+    | SlotCreated
+    | SlotReleased
+    | GetChoices
+    | GetSources
+    | OpenEpoch
+    | Decided
+    | VerifiedChunks
+    | Persist
+    | Refuse
+    | SetTag
+    | Failing
+    | Phase
+    | Finished
+    | GetStatus
+    | Done
+    | Welcome
+    | Value
+    | Number
+    | Slots
+    | Sources
+    | Choices
+    | Status
+    | Start
+    | Kill
+    | Dump
+    | StartPrepared
+    | Leave
+    | Keep
+    | DropSlot
+    | KeepBoard
+    | Outcome
+    | Fenced
+    | Stop
+    | PrintLine
+)
 """Every message there is."""
 
 
@@ -566,11 +644,16 @@ prepare_decoders(_MessageCodec)
 # again.
 
 _CAME_FROM = re.compile(r"rank (-?[0-9]{1,9}): ")
-_BY_CODE = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, CkptError)}
+_BY_CODE = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, CkptError)
+}
 
 
 def from_error(error: CkptError, *, rank: int) -> RemoteError:
-    """The message for ``error``, met on ``rank``. One that came from another rank keeps that rank."""
+    """The message for ``error``, met on ``rank``. One that came from another rank keeps that
+    rank."""
     text = str(error)
     came = _CAME_FROM.match(text)
     if came is not None:

@@ -1,7 +1,9 @@
-"""Where the processes of a node find each other: one private folder for each job, with a socket, a lock and a log.
+"""Where the processes of a node find each other: one private folder for each job, with a socket, a
+lock and a log.
 
-Who is about to start a keeper holds a shared ``flock`` on the folder, and the keeper an exclusive one on ``lock`` inside. The
-kernel lets go of both when their holder dies, so nothing here depends on a process number, a clock or a clean end.
+Who is about to start a keeper holds a shared ``flock`` on the folder, and the keeper an exclusive
+one on ``lock`` inside. The kernel lets go of both when their holder dies, so nothing here depends
+on a process number, a clock or a clean end.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ prepare_decoders(JobFolderInfo)
 def runtime_root() -> Path:
     """The folder of this user's jobs on this machine, made where it is missing.
 
-    ``$CKPT_RUNTIME_DIR``, else ``/tmp/ckpt-<uid>``, else, where ``/tmp`` can't be used, ``$XDG_RUNTIME_DIR/ckpt``: that one is
-    removed at logout, under the jobs that still run. Raises UsageError where others could read or change it.
+    ``$CKPT_RUNTIME_DIR``, else ``/tmp/ckpt-<uid>``, else, where ``/tmp`` can't be used,
+    ``$XDG_RUNTIME_DIR/ckpt``: that one is removed at logout, under the jobs that still run. Raises
+    UsageError where others could read or change it.
     """
     root = _root_of_environment()
     try:
@@ -55,11 +58,13 @@ def runtime_root() -> Path:
         found = root.lstat()
     except OSError as error:
         raise UsageError(
-            f"cannot make a folder for sockets. path={root} why={error.strerror}; set CKPT_RUNTIME_DIR to one on a local disk"
+            f"cannot make a folder for sockets. path={root} why={error.strerror}; set "
+            "CKPT_RUNTIME_DIR to one on a local disk"
         ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise UsageError(
-            f"the folder for sockets is open to others. path={root} owner={found.st_uid} mode={found.st_mode:o} "
+            f"the folder for sockets is open to others. path={root} owner={found.st_uid} "
+            f"mode={found.st_mode:o} "
             "wanted=0700; remove it, or set CKPT_RUNTIME_DIR to a folder of your own"
         )
     return root
@@ -80,7 +85,8 @@ def _root_of_environment() -> Path:
 
 @dataclass(frozen=True, slots=True, init=False)
 class JobFolder:
-    """The folder of one job with one store (an absolute path or URL). Making the value makes no folder but the root."""
+    """The folder of one job with one store (an absolute path or URL). Making the value makes no
+    folder but the root."""
 
     path: Path
 
@@ -119,7 +125,9 @@ class JobFolder:
     def in_use(self) -> Iterator[None]:
         """Make the folder where it is missing; nobody sweeps it meanwhile."""
         for _ in range(TRIES_MAX):
-            with contextlib.suppress(FileExistsError):  # swept between two looks; a file in its place is found below
+            with contextlib.suppress(
+                FileExistsError
+            ):  # swept between two looks; a file in its place is found below
                 self.path.mkdir(mode=0o700, exist_ok=True)
             with _opened(self.path) as fd:
                 if fd is None:
@@ -135,9 +143,11 @@ class JobFolder:
         raise UnavailableError(f"somebody keeps removing this folder. path={self.path}")
 
     def try_lock(self, *, name: str = "lock") -> int | None:
-        """Become the only holder of a lock file here: a descriptor that holds it until closed, or None where another does.
+        """Become the only holder of a lock file here: a descriptor that holds it until closed, or
+        None where another does.
 
-        ``lock`` is the keeper's. Children that are forked hold it too. None may also mean that somebody looked with ``locked``.
+        ``lock`` is the keeper's. Children that are forked hold it too. None may also mean that
+        somebody looked with ``locked``.
         """
         with self.in_use():
             fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -187,11 +197,14 @@ class JobFolder:
         """A connection to the keeper that listens here. Raises UnavailableError where none does."""
         sock = self.try_connect()
         if sock is None:
-            raise UnavailableError(f"no keeper listens, or it takes no connection. path={self.path}")
+            raise UnavailableError(
+                f"no keeper listens, or it takes no connection. path={self.path}"
+            )
         return sock
 
     def try_connect(self) -> socket.socket | None:
-        """As ``connect``; None where no keeper listens, or one does that takes no connection now."""
+        """As ``connect``; None where no keeper listens, or one does that takes no connection
+        now."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)  # a full backlog answers at once
@@ -229,15 +242,18 @@ class JobFolder:
             return ""
 
     def remove(self) -> None:
-        """Remove the folder and all in it. Only for who holds ``lock``; the lock counts for nothing after that.
+        """Remove the folder and all in it. Only for who holds ``lock``; the lock counts for nothing
+        after that.
 
-        Where somebody has entered to start the next keeper, only the socket goes: the folder is theirs.
+        Where somebody has entered to start the next keeper, only the socket goes: the folder is
+        theirs.
         """
         self.socket_path.unlink(missing_ok=True)
         self._remove(unless=lambda: False)
 
     def sweep(self) -> bool:
-        """Remove the folder unless a keeper lives here or somebody is starting one; says whether it is gone."""
+        """Remove the folder unless a keeper lives here or somebody is starting one; says whether it
+        is gone."""
         return self._remove(unless=self.has_keeper)
 
     def _remove(self, *, unless: Callable[[], bool]) -> bool:
@@ -253,7 +269,9 @@ class JobFolder:
 
 def list_jobs() -> list[JobFolder]:
     """The folders of all jobs of this user on this machine, of dead keepers too; sorted by name."""
-    found = (path for path in runtime_root().iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+    found = (
+        path for path in runtime_root().iterdir() if _NAME.fullmatch(path.name) and path.is_dir()
+    )
     return [JobFolder.at(path) for path in sorted(found)]
 
 
@@ -295,12 +313,15 @@ def _same(fd: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _address(path: Path) -> Iterator[str]:
-    """What ``bind`` and ``connect`` take for the socket at ``path``. Raises FileNotFoundError where its folder isn't there."""
+    """What ``bind`` and ``connect`` take for the socket at ``path``. Raises FileNotFoundError where
+    its folder isn't there."""
     if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX:
         yield os.fspath(path)
         return
     if not Path("/proc/self/fd").is_dir():
-        raise UsageError(f"too long for a socket's path. path={path}; set CKPT_RUNTIME_DIR to a shorter one")
+        raise UsageError(
+            f"too long for a socket's path. path={path}; set CKPT_RUNTIME_DIR to a shorter one"
+        )
     with _opened(path.parent) as fd:
         if fd is None:
             raise FileNotFoundError(path.parent)

@@ -1,7 +1,9 @@
-"""``python -m ckpt.keeper FOLDER``: the keeper of the job whose specification comes on standard input.
+"""``python -m ckpt.keeper FOLDER``: the keeper of the job whose specification comes on standard
+input.
 
-The first process ends as soon as the socket listens, with 0, or with 3 where another keeper holds the job's lock; the keeper
-itself goes on in a session of its own. Its output goes where the caller sent it: the job folder's log.
+The first process ends as soon as the socket listens, with 0, or with 3 where another keeper holds
+the job's lock; the keeper itself goes on in a session of its own. Its output goes where the caller
+sent it: the job folder's log.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def main() -> int:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever ends a node ends its trainers first, and they end the job
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # whoever ends a node ends its trainers first, and they end the job
     home.describe()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:

@@ -13,7 +13,8 @@ from ckpt.ipc.frames import FRAME_BYTES_MAX, Inbox, Outbox
 from ckpt.ipc.messages import Done, Hello, Message, Reply, from_error
 
 UNADMITTED_BYTES_MAX = 64 << 10
-"""No longer frame is taken of who has not been admitted to the job: of tools, and before a hello."""
+"""No longer frame is taken of who has not been admitted to the job: of tools, and before a
+hello."""
 
 TOOL_WAITING_BYTES_MAX = 4 << 20
 """What waits for a tool at most; one that asks on and reads nothing is hung up on."""
@@ -22,17 +23,21 @@ TOOL_WAITING_BYTES_MAX = 4 << 20
 class ClientConnection:
     """One connection. ``hello`` is None until the first message; ``planned`` after a ``Bye``.
 
-    Memory: a read's chunk, a frame that is not whole (STRANGER_BYTES_MAX until it is admitted), and what it does not read.
+    Memory: a read's chunk, a frame that is not whole (STRANGER_BYTES_MAX until it is admitted), and
+    what it does not read.
     """
 
-    def __init__(self, number: int, sock: socket.socket, *, on_blocked: Callable[[ClientConnection], None]) -> None:
+    def __init__(
+        self, number: int, sock: socket.socket, *, on_blocked: Callable[[ClientConnection], None]
+    ) -> None:
         self._on_blocked = on_blocked
         self.number = number
         self.sock = sock
         self.hello: Hello | None = None
         self.planned = False
         self.lost = False
-        """Whether it was hung up on, for it reads nothing: what it still says counts for nothing."""
+        """Whether it was hung up on, for it reads nothing: what it still says counts for
+        nothing."""
         self.since_s = time.monotonic()
         self._inbox = Inbox(frame_bytes_max=UNADMITTED_BYTES_MAX)
         self._outbox = Outbox()
@@ -63,18 +68,24 @@ class ClientConnection:
             self._inbox.frame_bytes_max = FRAME_BYTES_MAX
 
     def read(self) -> tuple[list[tuple[Message, list[int]]], bool]:
-        """Whole messages that have come, with their descriptors, and whether the connection ended."""
+        """Whole messages that have come, with their descriptors, and whether the connection
+        ended."""
         return self._inbox.read(self.sock)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Queue a message and send what goes at once; the rest when there is room. ``fds`` stay the caller's."""
+        """Queue a message and send what goes at once; the rest when there is room. ``fds`` stay the
+        caller's."""
         if self.lost:
             return
         try:
             if self.role in ("", "tool") and self._outbox.size_bytes > TOOL_WAITING_BYTES_MAX:
-                raise UnavailableError(f"a tool doesn't read what it is sent. waiting_bytes={self._outbox.size_bytes}")
+                raise UnavailableError(
+                    f"a tool doesn't read what it is sent. waiting_bytes={self._outbox.size_bytes}"
+                )
             self._outbox.push(message, [os.dup(fd) for fd in fds])
-        except UnavailableError:  # it has left too much unread: as good as gone, and its end is read soon
+        except (
+            UnavailableError
+        ):  # it has left too much unread: as good as gone, and its end is read soon
             self.lost = True
             with contextlib.suppress(OSError):  # it has hung up
                 self.sock.shutdown(socket.SHUT_RDWR)

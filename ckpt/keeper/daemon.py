@@ -1,4 +1,5 @@
-"""The keeper's loop: one thread, one selector, no call that waits. Uploads have threads of their own and post back here."""
+"""The keeper's loop: one thread, one selector, no call that waits. Uploads have threads of their
+own and post back here."""
 
 from __future__ import annotations
 
@@ -51,33 +52,51 @@ def status_report(job: Job, crew: Supervisors) -> KeeperReport:
     if job.members:
         state = roster.state.value if roster is not None and crew.supervised else "in place"
     return KeeperReport(
-        job=job.spec.job, store=job.spec.store, pid=os.getpid(), boot=job.incarnation, launch=job.launch, attempt=crew.attempt,
-        epoch=job.uploads.epoch if job.uploads is not None else 0, state=state,
-        since_s=time.monotonic() - job.times.began_s, complete=complete[0] if complete else None,
+        job=job.spec.job,
+        store=job.spec.store,
+        pid=os.getpid(),
+        boot=job.incarnation,
+        launch=job.launch,
+        attempt=crew.attempt,
+        epoch=job.uploads.epoch if job.uploads is not None else 0,
+        state=state,
+        since_s=time.monotonic() - job.times.began_s,
+        complete=complete[0] if complete else None,
         durable=job.uploads.durable if job.uploads is not None else None,
         uploads=job.uploads.in_flight if job.uploads is not None else 0,
-        slot_bytes=job.slots.total_bytes if job.slots is not None else 0, rss_bytes=_own_bytes(),
-        ranks=tuple(_rank(job, crew, rank) for rank in range(job.ranks)), recoveries=tuple(crew.recoveries),
+        slot_bytes=job.slots.total_bytes if job.slots is not None else 0,
+        rss_bytes=_own_bytes(),
+        ranks=tuple(_rank(job, crew, rank) for rank in range(job.ranks)),
+        recoveries=tuple(crew.recoveries),
         nodes=job.nodes.standbys.report() if job.nodes is not None else (),
         mirror_bytes=job.nodes.memory.sent_bytes if job.nodes is not None else 0,
         refused=job.nodes.refused if job.nodes is not None else {},
-    )  # fmt: skip
+    )
 
 
 def _rank(job: Job, crew: Supervisors, rank: int) -> RankReport:
     assert job.board is not None and job.slots is not None, "there are ranks"
     words = job.board.rank(rank)
     member = crew.roster.members.get(rank) if crew.roster is not None else None
-    alone = next((peer.hello for peer in job.members if peer.role == "trainer" and peer.rank == rank), None)
-    trainer_pid = member.trainer_pid if member is not None else alone.pid if alone is not None else 0
+    alone = next(
+        (peer.hello for peer in job.members if peer.role == "trainer" and peer.rank == rank), None
+    )
+    trainer_pid = (
+        member.trainer_pid if member is not None else alone.pid if alone is not None else 0
+    )
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     completed = words.completed
     return RankReport(
-        rank=rank, supervisor_pid=member.pid if member is not None else 0, trainer_pid=trainer_pid,
-        completed=-1 if completed is None else completed, phase=words.phase.name.lower(),
-        idle_s=(now_ns - words.beat_ns) / 1e9 if words.beat_ns else 0.0, staged=words.staged, skipped=words.skipped,
+        rank=rank,
+        supervisor_pid=member.pid if member is not None else 0,
+        trainer_pid=trainer_pid,
+        completed=-1 if completed is None else completed,
+        phase=words.phase.name.lower(),
+        idle_s=(now_ns - words.beat_ns) / 1e9 if words.beat_ns else 0.0,
+        staged=words.staged,
+        skipped=words.skipped,
         slots=job.slots.report(rank),
-    )  # fmt: skip
+    )
 
 
 def _own_bytes() -> int:
@@ -92,7 +111,8 @@ FIRST_HELLO_S = 30.0
 TICK_S_MAX = 1.0
 
 HOME_LOOK_S = 5.0
-"""How often a keeper looks whether it can still be found: who logs out of a machine may have all runtime folders removed."""
+"""How often a keeper looks whether it can still be found: who logs out of a machine may have all
+runtime folders removed."""
 
 FULL_WAIT_S = 0.2
 """How long connections wait where this process has no descriptor left for them."""
@@ -100,7 +120,8 @@ FULL_WAIT_S = 0.2
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DRAIN_READS_MAX = 256
-"""Reads, of 1 MiB each at most, to take what one trainer left; one that lives may go on sending for ever."""
+"""Reads, of 1 MiB each at most, to take what one trainer left; one that lives may go on sending for
+ever."""
 
 CARRIERS = (SlotCreated, SlotKept, BoardKept)
 """The messages that come with one descriptor."""
@@ -111,17 +132,21 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 class Daemon:
     """Serves one job until it is over."""
 
-    def __init__(self, spec: KeeperSpec, listener: KeeperListener, *, incarnation: str, emit: Emit) -> None:
+    def __init__(
+        self, spec: KeeperSpec, listener: KeeperListener, *, incarnation: str, emit: Emit
+    ) -> None:
         self._home = listener
         self._home_look_s = time.monotonic() + HOME_LOOK_S
         self._accept_at_s: float | None = None
         self._alarms: set[str] = set()
-        """Kinds of alarms about finding and taking connections that were told, and have not been overcome since."""
+        """Kinds of alarms about finding and taking connections that were told, and have not been
+        overcome since."""
         self._importing: threading.Thread | None = None
         self._tell = emit
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], object]] = deque()
-        # Sockets, not a pipe: a thread that posts after the end must not write to whatever has its number then.
+        # Sockets, not a pipe: a thread that posts after the end must not write to whatever has its
+        # number then.
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -149,7 +174,9 @@ class Daemon:
         self._selector.register(self._wake_read, _READ, None)
         try:
             while not (self._over(began_s) and self._hidden()):
-                wait_s = min(TICK_S_MAX, self._crew.tick(), self._desk.tick(time.monotonic()), self._look())
+                wait_s = min(
+                    TICK_S_MAX, self._crew.tick(), self._desk.tick(time.monotonic()), self._look()
+                )
                 stalls.before_wait(wait_s)
                 watchdog.beat()
                 for key, mask in self._selector.select(max(0.0, wait_s)):
@@ -175,7 +202,8 @@ class Daemon:
         return self._job.over()
 
     def _hidden(self) -> bool:
-        """Whether nobody comes any more. Who had found the keeper before it was hidden is served, by the same keeper."""
+        """Whether nobody comes any more. Who had found the keeper before it was hidden is served,
+        by the same keeper."""
         self._home.hide()
         if not self._home.has_pending():
             return True
@@ -183,7 +211,8 @@ class Daemon:
         return False
 
     def _look(self) -> float:
-        """See whether the keeper can be found, and can take connections again; returns seconds until the next look."""
+        """See whether the keeper can be found, and can take connections again; returns seconds
+        until the next look."""
         now_s = time.monotonic()
         for peer in [one for one in self._job.peers.values() if _mute(one, now_s)]:
             self._tell(Event("peer-lost", "a connection on which nobody said hello was ended"))
@@ -198,7 +227,8 @@ class Daemon:
         return min(self._home_look_s, self._accept_at_s or self._home_look_s) - now_s
 
     def _move(self) -> None:
-        """Be found again. Where another keeper has come instead, this one goes on with those that it has."""
+        """Be found again. Where another keeper has come instead, this one goes on with those that
+        it has."""
         try:
             old = self._home.renew()
         except (CkptError, OSError) as error:
@@ -242,7 +272,9 @@ class Daemon:
             sock, _ = listener.accept()
         except OSError as error:  # else it hung up before we looked
             if error.errno in _FULL and self._accept_at_s is None:
-                self._selector.unregister(self._home.listener)  # it would be shown as readable again and again
+                self._selector.unregister(
+                    self._home.listener
+                )  # it would be shown as readable again and again
                 self._accept_at_s = time.monotonic() + FULL_WAIT_S
                 self._alarm("full", f"the keeper can take no connection now: {error}")
             return False
@@ -272,13 +304,25 @@ class Daemon:
             try:
                 call()
             except Exception as error:  # noqa: BLE001  the loop's border: a keeper that ends takes the slots with it
-                self._tell(Event("keeper-failed", f"a call failed in an unforeseen way: {error!r}", alarm=True))
+                self._tell(
+                    Event(
+                        "keeper-failed",
+                        f"a call failed in an unforeseen way: {error!r}",
+                        alarm=True,
+                    )
+                )
 
     def _read(self, peer: ClientConnection) -> None:
         try:
             messages, ended = peer.read()
         except (CkptError, OSError) as error:
-            self._tell(Event("peer-lost", f"a connection failed: {error}", {"role": peer.role, "rank": peer.rank}))
+            self._tell(
+                Event(
+                    "peer-lost",
+                    f"a connection failed: {error}",
+                    {"role": peer.role, "rank": peer.rank},
+                )
+            )
             messages, ended = [], True
         for message, fds in messages:
             if peer.lost:
@@ -292,7 +336,11 @@ class Daemon:
         """Read what trainers sent: one that is dead left all of it in its socket, and its end."""
         for peer in list(self._job.peers.values()):
             for _ in range(DRAIN_READS_MAX):
-                if peer.role != "trainer" or peer.number not in self._job.peers or not _readable(peer.sock):
+                if (
+                    peer.role != "trainer"
+                    or peer.number not in self._job.peers
+                    or not _readable(peer.sock)
+                ):
                     break
                 self._read(peer)
 
@@ -301,22 +349,35 @@ class Daemon:
             if fds and (len(fds) > 1 or peer.hello is None or not isinstance(message, CARRIERS)):
                 close_fds(fds)
                 raise UsageError(
-                    f"descriptors beside a message that has no use for them. message={type(message).__name__}"
+                    "descriptors beside a message that has no use for them. "
+                    f"message={type(message).__name__}"
                 )
             self._dispatch(peer, message, fds)
         except CkptError as error:
             self._fail(peer, message, error)
         except Exception as error:  # noqa: BLE001  the loop's border, as above
-            self._tell(Event("keeper-failed", f"a message failed: {type(message).__name__} {error!r}", alarm=True))
+            self._tell(
+                Event(
+                    "keeper-failed",
+                    f"a message failed: {type(message).__name__} {error!r}",
+                    alarm=True,
+                )
+            )
             self._fail(
-                peer, message, InternalError(f"the keeper failed. message={type(message).__name__} cause={error!r}")
+                peer,
+                message,
+                InternalError(
+                    f"the keeper failed. message={type(message).__name__} cause={error!r}"
+                ),
             )
 
     def _fail(self, peer: ClientConnection, message: Message, error: CkptError) -> None:
         if message.id:
             self._job.refuse(peer, message.id, error)
         else:
-            self._tell(Event("refused", str(error), {"role": peer.role, "rank": peer.rank}, alarm=True))
+            self._tell(
+                Event("refused", str(error), {"role": peer.role, "rank": peer.rank}, alarm=True)
+            )
 
     def _dispatch(self, peer: ClientConnection, message: Message, fds: list[int]) -> None:
         if isinstance(message, Hello):
@@ -332,26 +393,37 @@ class Daemon:
             case GetStatus():
                 peer.send(Status(id=message.id, report=status_report(self._job, self._crew)))
             case _ if peer.role != "tool" and (
-                self._crew.handle(peer, message, fds) or (self._job.board and self._desk.handle(peer, message, fds))
+                self._crew.handle(peer, message, fds)
+                or (self._job.board and self._desk.handle(peer, message, fds))
             ):
                 return
             case _:
                 close_fds(fds)
-                raise UsageError(f"a message that a {peer.role} does not send. message={type(message).__name__}")
+                raise UsageError(
+                    f"a message that a {peer.role} does not send. message={type(message).__name__}"
+                )
 
     def _hello(self, peer: ClientConnection, hello: Hello) -> None:
         if peer.hello is not None:
             raise UsageError("a peer says hello twice.")
         if hello.version != WIRE_VERSION:
             raise UsageError(
-                f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} ours={hello.version}; end that run first"
+                f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} "
+                f"ours={hello.version}; end that run first"
             )
         if hello.role not in ("supervisor", "trainer", "events", "tool"):
             raise UsageError(f"an unknown role. role={hello.role!r}")
         self._met_anyone |= hello.role != "tool"
         if hello.role == "tool":
             peer.admit(hello)
-            peer.send(Welcome(id=hello.id, boot=self._job.incarnation, pid=os.getpid(), attempt=self._crew.attempt))
+            peer.send(
+                Welcome(
+                    id=hello.id,
+                    boot=self._job.incarnation,
+                    pid=os.getpid(),
+                    attempt=self._crew.attempt,
+                )
+            )
             return
         new = self._job.admit(hello)
         peer.admit(hello)
@@ -367,7 +439,8 @@ class Daemon:
             self._crew.repeat_stop(peer)
 
     def _import_ahead(self) -> None:
-        """Import what uploads need beside the loop: a supervisor is answered before that, and needs none of it."""
+        """Import what uploads need beside the loop: a supervisor is answered before that, and needs
+        none of it."""
         if self._importing is None:
             self._importing = threading.Thread(
                 target=lambda: import_module("ckpt.keeper.uploads.uploads"), name="ckpt-import"

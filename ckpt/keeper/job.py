@@ -1,7 +1,9 @@
-"""One job in its keeper: who is connected, what they hold, what happens next. No sockets, no waiting.
+"""One job in its keeper: who is connected, what they hold, what happens next. No sockets, no
+waiting.
 
-The loop (``daemon``) hands in what peers say; ``Supervisors`` follows supervisors and attempts, ``Desk`` answers trainers. A job ends
-when nobody is connected, nothing is in flight, and either all left as planned or nobody came back in time.
+The loop (``daemon``) hands in what peers say; ``Supervisors`` follows supervisors and attempts,
+``Desk`` answers trainers. A job ends when nobody is connected, nothing is in flight, and either all
+left as planned or nobody came back in time.
 """
 
 from __future__ import annotations
@@ -17,7 +19,16 @@ from ckpt.errors import CkptError, ConflictError, UnavailableError, UsageError
 from ckpt.events import Emit
 from ckpt.ipc.board import RANKS_MAX, Board
 from ckpt.ipc.client import KeeperSpec
-from ckpt.ipc.messages import DropSlot, Fenced, Hello, Message, Outcome, Policy, RemoteError, Welcome
+from ckpt.ipc.messages import (
+    DropSlot,
+    Fenced,
+    Hello,
+    Message,
+    Outcome,
+    Policy,
+    RemoteError,
+    Welcome,
+)
 from ckpt.keeper.connection import ClientConnection, error_reply
 from ckpt.keeper.slots import PostToLoop, SlotTable
 from ckpt.values import SnapshotId, SnapshotInfo
@@ -27,7 +38,8 @@ if TYPE_CHECKING:
     from ckpt.keeper.uploads.uploads import Uploads
 
 SETTLE_WAIT_S = 600.0
-"""How long a keeper that nobody needs any more goes on trying to bring to a store what it promised."""
+"""How long a keeper that nobody needs any more goes on trying to bring to a store what it
+promised."""
 
 TIDY_WAIT_S = 120.0
 """How long, after that, it drops and deletes old snapshots; what is left is for the next run."""
@@ -78,8 +90,9 @@ class Job:
     def admit(self, hello: Hello) -> bool:
         """Take the peer's launch as the current one; True where this keeper is new to it.
 
-        Raises ConflictError where another launch of the job still lives here, UnavailableError where what an earlier one with
-        another number of ranks left is still on its way to a store: it would be thrown away. Ask again then.
+        Raises ConflictError where another launch of the job still lives here, UnavailableError
+        where what an earlier one with another number of ranks left is still on its way to a store:
+        it would be thrown away. Ask again then.
         """
         if not 1 <= hello.ranks <= RANKS_MAX or not 0 <= hello.rank < hello.ranks:
             raise UsageError(f"a rank out of range. rank={hello.rank} ranks={hello.ranks}")
@@ -89,7 +102,8 @@ class Job:
         others = sorted({peer.hello.pid for peer in self.members if peer.hello is not None})
         if others:
             raise ConflictError(
-                f"this job is running already on this node. job={self.spec.job!r} store={self.spec.store} pids={others}; "
+                f"this job is running already on this node. job={self.spec.job!r} "
+                f"store={self.spec.store} pids={others}; "
                 "stop it first, or give this run another job name"
             )
         if hello.ranks != self.ranks:
@@ -107,7 +121,8 @@ class Job:
         return True
 
     def adopt_board(self, fd: int) -> None:
-        """Take over the board that a supervisor kept, where this keeper has only a fresh one of its own."""
+        """Take over the board that a supervisor kept, where this keeper has only a fresh one of its
+        own."""
         kept = Board.attach(fd)
         if self.board is None or self.slots is None or kept.ranks != self.ranks or list(self.slots):
             kept.close()
@@ -118,7 +133,8 @@ class Job:
         self.slots = SlotTable(kept, self.post, dropped=self._dropped)
 
     def _make_room(self, ranks: int) -> None:
-        """Board, slots and queues for another number of ranks: what the old ranks staged can't be theirs."""
+        """Board, slots and queues for another number of ranks: what the old ranks staged can't be
+        theirs."""
         if self.slots is not None:
             self.slots.close()
         if self.board is not None:
@@ -131,7 +147,8 @@ class Job:
         self.uploads = None
 
     def need_uploads(self) -> Uploads:
-        """The uploads of these ranks, made when they are first needed: importing them takes longer than a hello may."""
+        """The uploads of these ranks, made when they are first needed: importing them takes longer
+        than a hello may."""
         if self.uploads is None:
             made: type[Uploads] = import_module("ckpt.keeper.uploads.uploads").Uploads
             self.uploads = made(
@@ -142,11 +159,14 @@ class Job:
                 on_fenced_text=self._fenced,
                 emit=self.emit,
             )
-            self.uploads.use_channels(self.nodes.uploads.channel_of if self.nodes is not None else None)
+            self.uploads.use_channels(
+                self.nodes.uploads.channel_of if self.nodes is not None else None
+            )
         return self.uploads
 
     def keep_newest(self) -> None:
-        """Nobody trains on for now: bring the newest complete pair, which only memory holds, to a store."""
+        """Nobody trains on for now: bring the newest complete pair, which only memory holds, to a
+        store."""
         if self.slots is None:
             return
         pairs = self.slots.complete_snapshots(self.ranks)
@@ -155,18 +175,28 @@ class Job:
             self.need_uploads().flush_newest(pairs, self.slots.hold_snapshot)
 
     def _check_settled(self) -> None:
-        """Raise UnavailableError while something may still become durable. What can't any more is no reason to wait."""
+        """Raise UnavailableError while something may still become durable. What can't any more is
+        no reason to wait."""
         if self.slots is None:
             return
         newest = next(iter(self.slots.complete_snapshots(self.ranks)), None)
-        durable = self.uploads.durable.id if self.uploads is not None and self.uploads.durable is not None else None
-        if newest is not None and newest != self._settling and (durable is None or newest > durable):
+        durable = (
+            self.uploads.durable.id
+            if self.uploads is not None and self.uploads.durable is not None
+            else None
+        )
+        if (
+            newest is not None
+            and newest != self._settling
+            and (durable is None or newest > durable)
+        ):
             self.keep_newest()
         if self.uploads is None or self.uploads.idle:
             return
         what = f"step {newest.step}" if newest is not None else "the last snapshot"
         raise UnavailableError(
-            f"still bringing {what} to the store; wait. job={self.spec.job!r} store={self.spec.store} ranks={self.ranks}"
+            f"still bringing {what} to the store; wait. job={self.spec.job!r} "
+            f"store={self.spec.store} ranks={self.ranks}"
         )
 
     def refuse(self, peer: ClientConnection, call_id: int, error: CkptError) -> None:
@@ -177,7 +207,14 @@ class Job:
         """Answer a hello."""
         seating = self.nodes.seating if self.nodes is not None else None
         peer.send(
-            Welcome(id=hello.id, boot=self.incarnation, pid=os.getpid(), attempt=attempt, new=new, seating=seating)
+            Welcome(
+                id=hello.id,
+                boot=self.incarnation,
+                pid=os.getpid(),
+                attempt=attempt,
+                new=new,
+                seating=seating,
+            )
         )
 
     def say(self, role: str, message: Message, *, rank: int | None = None) -> None:
@@ -194,14 +231,16 @@ class Job:
         return max((one for one in done if one is not None), default=-1)
 
     def abandon(self) -> None:
-        """Everybody is gone without a word: bring the newest complete pair to a store, and wait for somebody to come back."""
+        """Everybody is gone without a word: bring the newest complete pair to a store, and wait for
+        somebody to come back."""
         self.times.abandoned_s = time.monotonic()
         if self.uploads is not None and self.slots is not None:
             self.uploads.attempt_ended(self.slots.hold_snapshot)
         self.keep_newest()
 
     def lone_trainer_lost(self) -> None:
-        """A trainer without supervisor is gone without a word: what it had not handed in is settled for the others' sake."""
+        """A trainer without supervisor is gone without a word: what it had not handed in is settled
+        for the others' sake."""
         self.cut_off = True
         if self.uploads is not None and self.slots is not None:
             self.uploads.attempt_ended(self.slots.hold_snapshot)
@@ -214,7 +253,10 @@ class Job:
             return False
         if self.nodes is not None and self.nodes.busy:
             return False
-        if self.times.abandoned_s is not None and now_s - self.times.abandoned_s < self.policy.linger_s:
+        if (
+            self.times.abandoned_s is not None
+            and now_s - self.times.abandoned_s < self.policy.linger_s
+        ):
             return False
         if self.uploads is None:
             return True
@@ -241,7 +283,9 @@ class Job:
     def _dropped(self, rank: int, index: int) -> None:
         self.say("supervisor", DropSlot(rank=rank, index=index))
 
-    def _outcome(self, rank: int, snapshot: SnapshotId, info: SnapshotInfo | None, error: RemoteError | None) -> None:
+    def _outcome(
+        self, rank: int, snapshot: SnapshotId, info: SnapshotInfo | None, error: RemoteError | None
+    ) -> None:
         self.say("events", Outcome(snapshot=snapshot, info=info, error=error), rank=rank)
 
     def _fenced(self, text: str) -> None:

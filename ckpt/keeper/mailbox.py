@@ -1,4 +1,5 @@
-"""The messages of one attempt's ranks: posted once, looked for by all. The room is at one keeper, which the others ask."""
+"""The messages of one attempt's ranks: posted once, looked for by all. The room is at one keeper,
+which the others ask."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class KeeperMailbox(Protocol):
         ...
 
     def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
-        """Have ``answer`` told the value as soon as it is there; ``owner``: with whom the question ends."""
+        """Have ``answer`` told the value as soon as it is there; ``owner``: with whom the question
+        ends."""
         ...
 
     def count(self, key: str, amount: int, *, answer: Callable[[int], object]) -> None:
@@ -55,7 +57,8 @@ class LocalMailbox:
         self._waiting: dict[str, list[_Question]] = {}
 
     def clear(self) -> None:
-        """Forget all messages and questions: a new attempt, or launch, starts with an empty room."""
+        """Forget all messages and questions: a new attempt, or launch, starts with an empty
+        room."""
         self._values.clear()
         self._counts.clear()
         self._waiting.clear()

@@ -1,4 +1,5 @@
-"""Where a keeper can be found: its folder, the lock on it, and the socket in it; made anew where somebody took them away."""
+"""Where a keeper can be found: its folder, the lock on it, and the socket in it; made anew where
+somebody took them away."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class KeeperListener:
         self.folder.write_info(self._spec.store, self._spec.job)
 
     def is_reachable(self) -> bool:
-        """Whether who looks for this keeper still finds it. Makes the small things that are missing."""
+        """Whether who looks for this keeper still finds it. Makes the small things that are
+        missing."""
         if not self._owns() or _file_of(self.folder.socket_path) != self._socket_file:
             return False
         try:
@@ -49,7 +51,8 @@ class KeeperListener:
         return True
 
     def renew(self) -> socket.socket | None:
-        """Folder, lock and socket anew. The old listener, where there may be calls in wait; None where another keeper came."""
+        """Folder, lock and socket anew. The old listener, where there may be calls in wait; None
+        where another keeper came."""
         if not self._owns():
             self.folder.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = self.folder.try_lock()
@@ -106,7 +109,8 @@ def _file_of(path: os.PathLike[str]) -> tuple[int, int] | None:
 
 LOOK_S = 1.0
 LOOKS_MAX = 300
-"""Longer than anything keeps a loop that will go on: to leave a membership that doesn't answer takes up to three minutes.
+"""Longer than anything keeps a loop that will go on: to leave a membership that doesn't answer
+takes up to three minutes.
 
 Looks count, not seconds: a machine that slept wakes well.
 """
@@ -116,9 +120,12 @@ WRITE_S = 5.0
 
 
 class Watchdog:
-    """Call ``turn`` in each turn of the loop, and ``stop`` after the last. ``hung``: what follows where none came."""
+    """Call ``turn`` in each turn of the loop, and ``stop`` after the last. ``hung``: what follows
+    where none came."""
 
-    def __init__(self, hung: Callable[[], object], *, look_s: float = LOOK_S, looks_max: int = LOOKS_MAX) -> None:
+    def __init__(
+        self, hung: Callable[[], object], *, look_s: float = LOOK_S, looks_max: int = LOOKS_MAX
+    ) -> None:
         self._hung = hung
         self._look_s = look_s
         self._looks_max = looks_max
@@ -147,10 +154,11 @@ class Watchdog:
 
 
 def end_hung_process() -> None:
-    """Say where each thread stands, in the log, and be gone as if killed: nothing here can be trusted to end well.
+    """Say where each thread stands, in the log, and be gone as if killed: nothing here can be
+    trusted to end well.
 
-    The loop may hang in writing that very log, so another one's clock runs that needs nothing of Python. A loop that hangs and
-    keeps the interpreter's lock is not found.
+    The loop may hang in writing that very log, so another one's clock runs that needs nothing of
+    Python. A loop that hangs and keeps the interpreter's lock is not found.
     """
     faulthandler.dump_traceback_later(WRITE_S, exit=True)
     try:
@@ -171,11 +179,15 @@ STALL_S = 0.5
 class StallDetector:
     """Call ``turn`` once in each turn of the loop, in its thread.
 
-    ``clock`` and ``computed`` are seconds: of the world, and of the processor's that this thread took.
+    ``clock`` and ``computed`` are seconds: of the world, and of the processor's that this thread
+    took.
     """
 
     def __init__(
-        self, emit: Emit, clock: Callable[[], float] = time.monotonic, computed: Callable[[], float] = time.thread_time
+        self,
+        emit: Emit,
+        clock: Callable[[], float] = time.monotonic,
+        computed: Callable[[], float] = time.thread_time,
     ) -> None:
         self._tell = emit
         self._clock = clock
@@ -188,8 +200,13 @@ class StallDetector:
         if self._before is not None and now_s - self._before[0] > STALL_S:
             stood_s, busy_s = now_s - self._before[0], computed_s - self._before[1]
             text = (
-                f"the keeper stood still for {stood_s:.1f} s, of which it computed for {busy_s:.1f} s; the rest it waited, "
+                f"the keeper stood still for {stood_s:.1f} s, of which it computed for "
+                f"{busy_s:.1f} s; the rest it waited, "
                 "for a processor of this machine or for a disk"
             )
-            self._tell(Event("stalled", text, {"seconds": round(stood_s, 3), "computed_s": round(busy_s, 3)}))
+            self._tell(
+                Event(
+                    "stalled", text, {"seconds": round(stood_s, 3), "computed_s": round(busy_s, 3)}
+                )
+            )
         self._before = (now_s + max(0.0, waits_s), computed_s)

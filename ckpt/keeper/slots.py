@@ -1,4 +1,5 @@
-"""The slots that a keeper holds: memfds of all ranks, what they hold sealed, and what that means for the board."""
+"""The slots that a keeper holds: memfds of all ranks, what they hold sealed, and what that means
+for the board."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from ckpt.errors import IntegrityError, UsageError
 from ckpt.ipc.board import SLOTS_MAX, Board
 from ckpt.ipc.messages import SlotEntry, SlotReport
 from ckpt.save.sealed import SealedSlot
-from ckpt.staging.header import Header, SlotSummary, generation_of, header_bytes_of, read_slot, read_summary
+from ckpt.staging.header import (
+    Header,
+    SlotSummary,
+    generation_of,
+    header_bytes_of,
+    read_slot,
+    read_summary,
+)
 from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId, StagedIndex
 
@@ -24,7 +32,8 @@ PAGE_BLOCK_BYTES = 512
 
 @dataclass(slots=True, eq=False)
 class HeldSlot:
-    """One memfd and its mapping. ``uploads`` hold it now. ``retired``: its rank gave it up meanwhile."""
+    """One memfd and its mapping. ``uploads`` hold it now. ``retired``: its rank gave it up
+    meanwhile."""
 
     rank: int
     index: int
@@ -55,21 +64,26 @@ class HeldSlot:
 
 
 class SlotTable:
-    """All slots of one job on this node. Used by the keeper's loop alone; ``post`` brings what other threads tell back to it.
+    """All slots of one job on this node. Used by the keeper's loop alone; ``post`` brings what
+    other threads tell back to it.
 
     ``dropped`` hears of each slot that is gone.
     """
 
-    def __init__(self, board: Board, post: PostToLoop, *, dropped: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, board: Board, post: PostToLoop, *, dropped: Callable[[int, int], None]
+    ) -> None:
         self._dropped = dropped
         self._board = board
         self._post = post
         self._slots: dict[tuple[int, int], HeldSlot] = {}
         self._outlived: list[HeldSlot] = []
-        """Slots that uploads still hold and whose number another one has taken over: no word of the board is about them."""
+        """Slots that uploads still hold and whose number another one has taken over: no word of the
+        board is about them."""
 
     def add(self, rank: int, index: int, fd: int, size_bytes: int) -> HeldSlot:
-        """Take ``fd`` over. UsageError where the number is taken, sizes lie or memory is short; ``fd`` is then closed.
+        """Take ``fd`` over. UsageError where the number is taken, sizes lie or memory is short;
+        ``fd`` is then closed.
 
         A number whose slot was given up is free, even while an upload still holds that one.
         """
@@ -87,7 +101,9 @@ class SlotTable:
 
     def of_rank(self, rank: int) -> list[HeldSlot]:
         """The slots of ``rank`` that it still uses, by index."""
-        return sorted((one for one in self if one.rank == rank and not one.retired), key=lambda one: one.index)
+        return sorted(
+            (one for one in self if one.rank == rank and not one.retired), key=lambda one: one.index
+        )
 
     def __iter__(self) -> Iterator[HeldSlot]:
         """The slots that have a number."""
@@ -107,7 +123,8 @@ class SlotTable:
         return self._free_retired(slot)
 
     def hold(self, rank: int, index: int, generation: int) -> SealedSlot | None:
-        """Slot ``index`` for an upload, where it is still sealed under ``generation``; marked as held until released."""
+        """Slot ``index`` for an upload, where it is still sealed under ``generation``; marked as
+        held until released."""
         slot = self._slots.get((rank, index))
         found = slot.read() if slot is not None else None
         if slot is None or found is None or found[1] != generation:
@@ -117,7 +134,8 @@ class SlotTable:
         return self._hold(slot, *found)
 
     def hold_snapshot(self, rank: int, snapshot: SnapshotId) -> SealedSlot | None:
-        """The slot of ``rank`` that holds ``snapshot``, for an upload; marked as held until released."""
+        """The slot of ``rank`` that holds ``snapshot``, for an upload; marked as held until
+        released."""
         for slot in self.of_rank(rank):
             brief = slot.brief()
             if brief is None or brief[0].snapshot != snapshot:
@@ -128,9 +146,11 @@ class SlotTable:
         return None
 
     def sync_board(self) -> None:
-        """Between attempts: make the board say what the headers say. Half-written slots hold nothing.
+        """Between attempts: make the board say what the headers say. Half-written slots hold
+        nothing.
 
-        A trainer that died between its mark and its word leaves a mark that nobody would clear: only uploads' marks stay.
+        A trainer that died between its mark and its word leaves a mark that nobody would clear:
+        only uploads' marks stay.
         """
         for slot in self:
             if not slot.uploads:
@@ -143,10 +163,15 @@ class SlotTable:
                 self._board.rank(slot.rank).publish(slot.index, found[0].snapshot, found[1])
 
     def discard_after(self, resume: SnapshotId | None) -> None:
-        """Training goes on from ``resume``: what was captured after it (None: at all) is on no line and holds nothing now."""
+        """Training goes on from ``resume``: what was captured after it (None: at all) is on no line
+        and holds nothing now."""
         for slot in self:
             entry = self._board.rank(slot.rank).slot(slot.index)
-            if entry.snapshot is not None and not entry.held and (resume is None or entry.snapshot > resume):
+            if (
+                entry.snapshot is not None
+                and not entry.held
+                and (resume is None or entry.snapshot > resume)
+            ):
                 self._board.rank(slot.rank).clear(slot.index)
                 header_bytes = header_bytes_of(slot.memory)
                 if header_bytes is not None:  # else it is damaged, and holds nothing anyway
@@ -157,7 +182,8 @@ class SlotTable:
         return list(self.snapshot_origins(ranks))
 
     def snapshot_origins(self, ranks: int) -> dict[SnapshotId, str]:
-        """As ``complete``, with what the pairs' indexes carry: equal numbers of two openings make no pair."""
+        """As ``complete``, with what the pairs' indexes carry: equal numbers of two openings make
+        no pair."""
         held: list[set[tuple[SnapshotId, str]]] = [set() for _ in range(ranks)]
         for slot in self:
             found = slot.brief()
@@ -170,11 +196,13 @@ class SlotTable:
         board = self._board.rank(rank)
         return tuple(
             SlotReport(
-                index=slot.index, size_bytes=slot.size_bytes, snapshot=board.slot(slot.index).snapshot,
+                index=slot.index,
+                size_bytes=slot.size_bytes,
+                snapshot=board.slot(slot.index).snapshot,
                 held=board.slot(slot.index).held,
             )
             for slot in self.of_rank(rank)
-        )  # fmt: skip
+        )
 
     def entries(self, rank: int) -> tuple[SlotEntry, ...]:
         """What ``GetSlots`` answers."""
@@ -191,7 +219,8 @@ class SlotTable:
         return [*self._slots.values(), *self._outlived]
 
     def _outlive(self, slot: HeldSlot) -> None:
-        """Another slot takes over the number of one that was given up. Supervisors and board know slots by number only."""
+        """Another slot takes over the number of one that was given up. Supervisors and board know
+        slots by number only."""
         self._outlived.append(slot)
         self._board.rank(slot.rank).clear(slot.index)
         self._board.rank(slot.rank).release(slot.index)
@@ -221,8 +250,12 @@ class SlotTable:
             return generation_of(slot.memory) == generation
 
         return SealedSlot(
-            index=index, data=slot.memory[header_bytes:], release=release, shared={}, unchanged=unchanged
-        )  # fmt: skip
+            index=index,
+            data=slot.memory[header_bytes:],
+            release=release,
+            shared={},
+            unchanged=unchanged,
+        )
 
     def _free_retired(self, slot: HeldSlot) -> bool:
         if not slot.retired or slot.uploads:
@@ -240,14 +273,22 @@ class SlotTable:
             raise UsageError(f"a slot's place is taken or out of range. rank={rank} index={index}")
         found_bytes = os.fstat(fd).st_size
         if size_bytes <= 0 or found_bytes != size_bytes:
-            raise UsageError(f"a slot of another size than told. size_bytes={found_bytes} told_bytes={size_bytes}")
-        # Slots take their pages little by little: what was promised and is not taken yet is as good as used.
-        promised = size_bytes + sum(max(0, slot.size_bytes - _taken(slot.fd)) for slot in self._all())
+            raise UsageError(
+                f"a slot of another size than told. size_bytes={found_bytes} "
+                f"told_bytes={size_bytes}"
+            )
+        # Slots take their pages little by little: what was promised and is not taken yet is as good
+        # as used.
+        promised = size_bytes + sum(
+            max(0, slot.size_bytes - _taken(slot.fd)) for slot in self._all()
+        )
         left = available_bytes()
         if left is not None and promised - _taken(fd) > left:
             raise UsageError(
-                f"this node's memory does not bear another slot. rank={rank} slot_bytes={size_bytes} promised_bytes={promised} "
-                f"available_bytes={left} slots={len(self._all())}; allow fewer slots or set memory_every=0"
+                f"this node's memory does not bear another slot. rank={rank} "
+                f"slot_bytes={size_bytes} promised_bytes={promised} "
+                f"available_bytes={left} slots={len(self._all())}; allow fewer slots or set "
+                "memory_every=0"
             )
 
 

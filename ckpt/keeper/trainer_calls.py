@@ -48,7 +48,8 @@ T = TypeVar("T")
 
 
 class TrainerCalls:
-    """Answers the calls of trainers. ``room`` has the attempt's messages, and is empty when the attempt begins."""
+    """Answers the calls of trainers. ``room`` has the attempt's messages, and is empty when the
+    attempt begins."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -121,14 +122,20 @@ class TrainerCalls:
         return True
 
     def _slots(
-        self, peer: ClientConnection, message: GetSlots | SlotCreated | SlotReleased, fds: Sequence[int]
+        self,
+        peer: ClientConnection,
+        message: GetSlots | SlotCreated | SlotReleased,
+        fds: Sequence[int],
     ) -> None:
         table = self._job.slots
         assert table is not None, "admitted"
         match message:
             case GetSlots():
                 slots = table.of_rank(message.rank)
-                peer.send(Slots(id=message.id, slots=table.entries(message.rank)), [slot.fd for slot in slots])
+                peer.send(
+                    Slots(id=message.id, slots=table.entries(message.rank)),
+                    [slot.fd for slot in slots],
+                )
             case SlotCreated() if len(fds) == 1:
                 try:
                     slot = table.add(peer.rank, message.index, fds[0], message.size_bytes)
@@ -138,11 +145,16 @@ class TrainerCalls:
                 peer.send(Done(id=message.id))
                 for other in self._job.members:
                     if other.role == "supervisor":
-                        other.send(Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes), [slot.fd])
+                        other.send(
+                            Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes),
+                            [slot.fd],
+                        )
             case SlotCreated():
                 for fd in fds:
                     os.close(fd)
-                self._job.refuse(peer, message.id, UsageError("a slot comes with exactly one descriptor."))
+                self._job.refuse(
+                    peer, message.id, UsageError("a slot comes with exactly one descriptor.")
+                )
             case SlotReleased():
                 table.drop(peer.rank, message.index)
 
@@ -157,28 +169,38 @@ class TrainerCalls:
 
                 def choose(origins: Mapping[SnapshotId, str]) -> None:
                     answer = job.need_uploads().choices(tuple(origins), origins)
-                    self._answer(peer, message.id, answer, lambda found: Choices(id=message.id, choices=tuple(found)))
+                    self._answer(
+                        peer,
+                        message.id,
+                        answer,
+                        lambda found: Choices(id=message.id, choices=tuple(found)),
+                    )
 
                 if job.nodes is None:
                     choose(job.slots.snapshot_origins(job.ranks))
                 else:
                     job.nodes.memory.gather(choose)
             case OpenEpoch():
-                opened = job.need_uploads().open_epoch(message.resume, message.retention, newest=message.newest)
+                opened = job.need_uploads().open_epoch(
+                    message.resume, message.retention, newest=message.newest
+                )
                 self._answer(peer, message.id, opened, lambda number: self._opened(message, number))
             case SetTag():
                 tagged = job.need_uploads().tag(message.name, message.snapshot)
                 self._answer(peer, message.id, tagged, lambda _: Done(id=message.id))
 
     def _opened(self, message: OpenEpoch, number: int) -> Reply:
-        """What lies beyond the pair that the epoch goes on from is on no line now. Not before: it may have failed to open."""
+        """What lies beyond the pair that the epoch goes on from is on no line now. Not before: it
+        may have failed to open."""
         assert self._job.slots is not None, "admitted"
         if self._job.nodes is not None:
             self._job.nodes.uploads.open(message.resume)
         else:
             self._job.slots.discard_after(message.resume)
         self.resume = message.resume
-        return Number(id=message.id, number=number, origin=self._job.need_uploads().origin_of(number))
+        return Number(
+            id=message.id, number=number, origin=self._job.need_uploads().origin_of(number)
+        )
 
     def _upload(self, peer: ClientConnection, message: VerifiedChunks | Persist | Refuse) -> None:
         job = self._job
@@ -192,19 +214,29 @@ class TrainerCalls:
                 uploads.refer_next(peer.rank, message.base, known)
             case Refuse():
                 uploads.refuse(peer.rank, message.snapshot, to_error(message.error))
-                job.say("events", Outcome(snapshot=message.snapshot, error=message.error), rank=peer.rank)
+                job.say(
+                    "events",
+                    Outcome(snapshot=message.snapshot, error=message.error),
+                    rank=peer.rank,
+                )
             case Persist():
                 sealed = job.slots.hold(peer.rank, message.index, message.generation)
                 if sealed is None:
                     text = f"a slot was handed in that is not sealed. snapshot={message.snapshot} rank={peer.rank}"
                     lost = InternalError(text)
                     uploads.refuse(peer.rank, message.snapshot, lost)
-                    told = Outcome(snapshot=message.snapshot, error=from_error(lost, rank=peer.rank))
+                    told = Outcome(
+                        snapshot=message.snapshot, error=from_error(lost, rank=peer.rank)
+                    )
                     job.say("events", told, rank=peer.rank)
                 else:
-                    uploads.persist(peer.rank, replace(sealed, shared=dict(message.shared)), message.tags)
+                    uploads.persist(
+                        peer.rank, replace(sealed, shared=dict(message.shared)), message.tags
+                    )
 
-    def _answer(self, peer: ClientConnection, call_id: int, future: Future[T], reply: Callable[[T], Reply]) -> None:
+    def _answer(
+        self, peer: ClientConnection, call_id: int, future: Future[T], reply: Callable[[T], Reply]
+    ) -> None:
         """Answer a call when ``future`` is done, from the loop."""
 
         def send() -> None:
@@ -212,7 +244,11 @@ class TrainerCalls:
             if error is None:
                 peer.send(reply(future.result()))
             else:
-                known = error if isinstance(error, CkptError) else InternalError(f"a keeper failed. cause={error!r}")
+                known = (
+                    error
+                    if isinstance(error, CkptError)
+                    else InternalError(f"a keeper failed. cause={error!r}")
+                )
                 peer.send(Done(id=call_id, error=from_error(known, rank=-1)))
 
         future.add_done_callback(lambda _: self._job.post(send))

@@ -1,4 +1,5 @@
-"""What a launcher's words mean: the etcd, or the file of this machine, in which a job's nodes meet."""
+"""What a launcher's words mean: the etcd, or the file of this machine, in which a job's nodes
+meet."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ PORT = 2379
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EtcdOptions:
-    """Where etcd is and how it is spoken to. ``endpoints``: ``host:port`` each; files are paths of PEM files.
+    """Where etcd is and how it is spoken to. ``endpoints``: ``host:port`` each; files are paths of
+    PEM files.
 
-    With ``ca`` all calls go over TLS; ``cert`` and ``key`` are this client's own. ``call_timeout_s``: how long one endpoint may take.
+    With ``ca`` all calls go over TLS; ``cert`` and ``key`` are this client's own.
+    ``call_timeout_s``: how long one endpoint may take.
     """
 
     endpoints: tuple[str, ...]
@@ -34,7 +37,8 @@ class EtcdOptions:
             raise UsageError("etcd needs an endpoint. endpoints=() name host:port")
         if (self.cert is None) != (self.key is None) or (self.cert is not None and self.ca is None):
             raise UsageError(
-                "a client certificate needs its key, and the authority's certificate. name ca, cert and key"
+                "a client certificate needs its key, and the authority's certificate. name ca, "
+                "cert and key"
             )
         if (self.user is None) != (self.password is None):
             raise UsageError("a user needs a password. name both or none")
@@ -61,13 +65,18 @@ def keyspace_location(spec: NodesSpec) -> EtcdOptions | Path:
     if not spec.where.startswith(ETCD_SCHEME):
         return Path(spec.where)
     return EtcdOptions(
-        endpoints=_endpoints(spec.where), ca=_path(spec.ca_file), cert=_path(spec.cert_file), key=_path(spec.key_file),
-        user=spec.user or None, password=_password(spec.password_file),
-    )  # fmt: skip
+        endpoints=_endpoints(spec.where),
+        ca=_path(spec.ca_file),
+        cert=_path(spec.cert_file),
+        key=_path(spec.key_file),
+        user=spec.user or None,
+        password=_password(spec.password_file),
+    )
 
 
 def parse_etcd_url(address: str) -> EtcdOptions:
-    """``etcd://host:port,host:port``, then perhaps ``?ca=FILE&cert=FILE&key=FILE&user=NAME&password_file=FILE``. UsageError."""
+    """``etcd://host:port,host:port``, then perhaps
+    ``?ca=FILE&cert=FILE&key=FILE&user=NAME&password_file=FILE``. UsageError."""
     hosts, _, query = address.partition("?")
     try:
         given = dict(parse_qsl(query, strict_parsing=True)) if query else {}
@@ -77,9 +86,13 @@ def parse_etcd_url(address: str) -> EtcdOptions:
         what = f"unknown={unknown}" if hosts.startswith(ETCD_SCHEME) else "it begins with etcd://"
         raise UsageError(f"not an address of etcd. address={address!r} {what}")
     return EtcdOptions(
-        endpoints=_endpoints(hosts), ca=_path(given.get("ca", "")), cert=_path(given.get("cert", "")),
-        key=_path(given.get("key", "")), user=given.get("user"), password=_password(given.get("password_file", "")),
-    )  # fmt: skip
+        endpoints=_endpoints(hosts),
+        ca=_path(given.get("ca", "")),
+        cert=_path(given.get("cert", "")),
+        key=_path(given.get("key", "")),
+        user=given.get("user"),
+        password=_password(given.get("password_file", "")),
+    )
 
 
 def _endpoints(where: str) -> tuple[str, ...]:
@@ -96,4 +109,6 @@ def _password(path: str) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise UsageError(f"etcd's password can't be read. path={path} why={error.strerror}") from error
+        raise UsageError(
+            f"etcd's password can't be read. path={path} why={error.strerror}"
+        ) from error

@@ -1,7 +1,9 @@
-"""The one thing that membership needs of a service: keys with revisions and leases, and transactions over them.
+"""The one thing that membership needs of a service: keys with revisions and leases, and
+transactions over them.
 
-The words are etcd's. A revision counts the service's changes; a key knows the revisions that created and last changed it. Keys
-of a lease that runs out are deleted, which is a change as well. Keys here are below the job; a driver adds its prefix.
+The words are etcd's. A revision counts the service's changes; a key knows the revisions that
+created and last changed it. Keys of a lease that runs out are deleted, which is a change as well.
+Keys here are below the job; a driver adds its prefix.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys from ``start`` up to, not including, ``end``; empty: the one key ``start``. ``values``: read those too."""
+    """The keys from ``start`` up to, not including, ``end``; empty: the one key ``start``.
+    ``values``: read those too."""
 
     start: str
     end: str = ""
@@ -21,7 +24,8 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """A key as it was found. ``created`` and ``changed`` are revisions; ``lease_id`` 0: it needs no lease to stay."""
+    """A key as it was found. ``created`` and ``changed`` are revisions; ``lease_id`` 0: it needs no
+    lease to stay."""
 
     key: str
     value: bytes
@@ -93,9 +97,11 @@ OPS_MAX = 120
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """If all of ``when`` hold, do ``then`` and read ``reads``; if not, only read ``reads``. One revision, all or nothing.
+    """If all of ``when`` hold, do ``then`` and read ``reads``; if not, only read ``reads``. One
+    revision, all or nothing.
 
-    Each transaction must be harmless when it is done twice, and when it is done late: drivers repeat it after silence.
+    Each transaction must be harmless when it is done twice, and when it is done late: drivers
+    repeat it after silence.
     """
 
     when: tuple[Compare, ...] = ()
@@ -105,7 +111,8 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class TransactionResult:
-    """What a transaction did: whether it held, the service's revision, and what each read found, in key order.
+    """What a transaction did: whether it held, the service's revision, and what each read found, in
+    key order.
 
     ``service``: which of all services answered; 0 where there is only one that it can be.
     """
@@ -127,8 +134,9 @@ class Grant:
 class Keyspace(Protocol):
     """The keys of one job. Safe to be called from several threads.
 
-    Calls raise UnavailableError where no answer came (what was asked may have been done), StoreDeniedError where the service
-    refuses, and NotFoundError where a key was to be put under a lease that does not exist.
+    Calls raise UnavailableError where no answer came (what was asked may have been done),
+    StoreDeniedError where the service refuses, and NotFoundError where a key was to be put under a
+    lease that does not exist.
     """
 
     def transact(self, transaction: Transaction) -> TransactionResult:
@@ -148,7 +156,8 @@ class Keyspace(Protocol):
         ...
 
     def wait(self, ranges: tuple[Keys, ...], after: int, *, timeout_s: float) -> bool:
-        """Whether one of the keys changed after revision ``after``, waiting up to ``timeout_s`` for it.
+        """Whether one of the keys changed after revision ``after``, waiting up to ``timeout_s`` for
+        it.
 
         May be true without cause, where it can't be known: look, then wait again.
         """

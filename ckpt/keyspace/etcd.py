@@ -1,8 +1,10 @@
-"""Calls to one of several etcd endpoints: which one is asked, what its errors mean, and who is asked next.
+"""Calls to one of several etcd endpoints: which one is asked, what its errors mean, and who is
+asked next.
 
-One client of ``etcd3`` for each endpoint. That library's own way to several endpoints isn't used: it forgets an endpoint for a
-time by the wall clock, so that with two of them silent the third may never be asked, and it blames whichever endpoint is in use
-when an answer comes, not the one that was asked.
+One client of ``etcd3`` for each endpoint. That library's own way to several endpoints isn't used:
+it forgets an endpoint for a time by the wall clock, so that with two of them silent the third may
+never be asked, and it blames whichever endpoint is in use when an answer comes, not the one that
+was asked.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ import etcd3
 import grpc
 from etcd3 import etcdrpc
 
-from ckpt.errors import CkptError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
+from ckpt.errors import (
+    CkptError,
+    NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.keyspace.address import EtcdOptions, split_endpoint
 from ckpt.keyspace.base import (
     Compare,
@@ -57,7 +66,8 @@ _AUTH_WORDS = ("auth", "user name is empty", "revision of auth store is old")
 
 
 class EtcdClient:
-    """Safe to be called from several threads. Belongs to the process that made it: what grpc has does not outlive a fork."""
+    """Safe to be called from several threads. Belongs to the process that made it: what grpc has
+    does not outlive a fork."""
 
     def __init__(self, options: EtcdOptions) -> None:
         self._options = options
@@ -74,7 +84,8 @@ class EtcdClient:
         return self._number
 
     def call(self, ask: Callable[[etcd3.MultiEndpointEtcd3Client], T], *, operation: str) -> T:
-        """The answer of the first endpoint that gives one; what is asked must be harmless when it is done twice.
+        """The answer of the first endpoint that gives one; what is asked must be harmless when it
+        is done twice.
 
         Raises UnavailableError where none did, and what an answer that refuses means.
         """
@@ -88,9 +99,15 @@ class EtcdClient:
                     raise refusal from error
                 whys.append(f"{self._options.endpoints[number]}: {_text(error)}")
                 self.failed(number)
-        raise UnavailableError(f"etcd did not answer. asked={operation} answers={whys} repeat later")
+        raise UnavailableError(
+            f"etcd did not answer. asked={operation} answers={whys} repeat later"
+        )
 
-    def _ask(self, ask: Callable[[etcd3.MultiEndpointEtcd3Client], T], client: etcd3.MultiEndpointEtcd3Client) -> T:
+    def _ask(
+        self,
+        ask: Callable[[etcd3.MultiEndpointEtcd3Client], T],
+        client: etcd3.MultiEndpointEtcd3Client,
+    ) -> T:
         try:
             return ask(client)
         except ValueError as error:  # what grpc raises where another thread closed the connection
@@ -110,9 +127,12 @@ class EtcdClient:
                 self._number = (number + 1) % len(self._options.endpoints)
 
     def client(self, number: int) -> etcd3.MultiEndpointEtcd3Client:
-        """The client of one endpoint. Raises UsageError in a fork, UnavailableError once closed, and as grpc does."""
+        """The client of one endpoint. Raises UsageError in a fork, UnavailableError once closed,
+        and as grpc does."""
         if os.getpid() != self._pid:
-            raise UsageError("a connection to etcd does not outlive a fork. make it in the process that uses it")
+            raise UsageError(
+                "a connection to etcd does not outlive a fork. make it in the process that uses it"
+            )
         with self._lock:
             if self._closed:
                 raise UnavailableError("the connection to etcd was closed")
@@ -137,22 +157,33 @@ class EtcdClient:
     def _make(self, number: int) -> etcd3.MultiEndpointEtcd3Client:
         host, port = split_endpoint(self._options.endpoints[number])
         endpoint = etcd3.Endpoint(
-            host, port, secure=self._tls is not None, creds=self._tls, time_retry=float("-inf"), opts=_OPTIONS
+            host,
+            port,
+            secure=self._tls is not None,
+            creds=self._tls,
+            time_retry=float("-inf"),
+            opts=_OPTIONS,
         )
         try:
             client = etcd3.MultiEndpointEtcd3Client(
-                [endpoint], timeout=self._options.call_s, user=self._options.user, password=self._options.password
+                [endpoint],
+                timeout=self._options.call_s,
+                user=self._options.user,
+                password=self._options.password,
             )
         except grpc.RpcError:
             endpoint.close()
             raise
-        # The login's token goes in the metadata too; grpc refuses to send it as a credential where there is no TLS.
+        # The login's token goes in the metadata too; grpc refuses to send it as a credential where
+        # there is no TLS.
         client.call_credentials = None
         return client
 
     def _login(self, client: etcd3.MultiEndpointEtcd3Client) -> None:
         """Get a new token. The connection stays: other threads may be using it."""
-        request = etcdrpc.AuthenticateRequest(name=self._options.user, password=self._options.password)
+        request = etcdrpc.AuthenticateRequest(
+            name=self._options.user, password=self._options.password
+        )
         answer = client.authstub.Authenticate(request, client.timeout)
         client.metadata = (("token", answer.token),)
 
@@ -161,7 +192,10 @@ def _credentials(options: EtcdOptions) -> grpc.ChannelCredentials | None:
     if options.ca is None:
         return None
     try:
-        parts = [None if path is None else path.read_bytes() for path in (options.ca, options.key, options.cert)]
+        parts = [
+            None if path is None else path.read_bytes()
+            for path in (options.ca, options.key, options.cert)
+        ]
     except OSError as error:
         raise UsageError(f"a file for etcd's TLS can't be read. why={error}") from error
     return grpc.ssl_channel_credentials(*parts)
@@ -180,15 +214,20 @@ def _text(error: BaseException) -> str:
 
 
 def _stale_token(error: Exception) -> bool:
-    """Whether a new login may help: tokens run out, and are forgotten by a server that starts anew."""
+    """Whether a new login may help: tokens run out, and are forgotten by a server that starts
+    anew."""
     return _code(error) in _DENIED and "token" in _text(error)
 
 
 def _refusal(error: Exception, what: str) -> CkptError | None:
     """The error for an answer that another endpoint would give as well; None: ask another one."""
     code, text = _code(error), _text(error)
-    if code in _DENIED or (code is grpc.StatusCode.INVALID_ARGUMENT and any(word in text for word in _AUTH_WORDS)):
-        return StoreDeniedError(f"etcd refuses. asked={what} why={text} look at user, password and roles")
+    if code in _DENIED or (
+        code is grpc.StatusCode.INVALID_ARGUMENT and any(word in text for word in _AUTH_WORDS)
+    ):
+        return StoreDeniedError(
+            f"etcd refuses. asked={what} why={text} look at user, password and roles"
+        )
     if code is grpc.StatusCode.NOT_FOUND and "lease" in text:
         return NotFoundError(f"no such lease. asked={what} join anew")
     if code is grpc.StatusCode.INVALID_ARGUMENT or (
@@ -196,7 +235,9 @@ def _refusal(error: Exception, what: str) -> CkptError | None:
     ):
         return UsageError(f"etcd can't take that. asked={what} why={text}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "space" in text:
-        return StoreFullError(f"etcd is full. asked={what} why={text} compact and defragment it, or raise its quota")
+        return StoreFullError(
+            f"etcd is full. asked={what} why={text} compact and defragment it, or raise its quota"
+        )
     return None
 
 
@@ -218,12 +259,16 @@ def txn_request(root: str, transaction: Transaction) -> etcdrpc.TxnRequest:
     )
 
 
-def transaction_result(root: str, transaction: Transaction, response: etcdrpc.TxnResponse) -> TransactionResult:
+def transaction_result(
+    root: str, transaction: Transaction, response: etcdrpc.TxnResponse
+) -> TransactionResult:
     """What etcd answered."""
     count = len(transaction.reads)
     reads = response.responses[len(response.responses) - count :]
     found = tuple(tuple(_found(root, kv) for kv in read.response_range.kvs) for read in reads)
-    return TransactionResult(response.succeeded, response.header.revision, found, response.header.cluster_id)
+    return TransactionResult(
+        response.succeeded, response.header.revision, found, response.header.cluster_id
+    )
 
 
 def watch_request(root: str, keys: Keys, first: int) -> etcdrpc.WatchRequest:
@@ -252,29 +297,46 @@ def _compare(root: str, compare: Compare) -> etcdrpc.Compare:
     kind = etcdrpc.Compare
     match compare:
         case Unchanged(key, revision):
-            return kind(result=kind.EQUAL, target=kind.MOD, key=(root + key).encode(), mod_revision=revision)
+            return kind(
+                result=kind.EQUAL, target=kind.MOD, key=(root + key).encode(), mod_revision=revision
+            )
         case NoneOf(keys):
             start, end = bounds(root, keys)
-            return kind(result=kind.EQUAL, target=kind.CREATE, key=start, range_end=end, create_revision=0)
+            return kind(
+                result=kind.EQUAL, target=kind.CREATE, key=start, range_end=end, create_revision=0
+            )
         case Exists(key):
-            return kind(result=kind.GREATER, target=kind.CREATE, key=(root + key).encode(), create_revision=0)
+            return kind(
+                result=kind.GREATER,
+                target=kind.CREATE,
+                key=(root + key).encode(),
+                create_revision=0,
+            )
         case Equals(key, value):
-            return kind(result=kind.EQUAL, target=kind.VALUE, key=(root + key).encode(), value=value)
+            return kind(
+                result=kind.EQUAL, target=kind.VALUE, key=(root + key).encode(), value=value
+            )
         case Leased(key, lease_id):
-            return kind(result=kind.EQUAL, target=kind.LEASE, key=(root + key).encode(), lease=lease_id)
+            return kind(
+                result=kind.EQUAL, target=kind.LEASE, key=(root + key).encode(), lease=lease_id
+            )
 
 
 def _op(root: str, op: Put | Delete) -> etcdrpc.RequestOp:
     key = (root + op.key).encode()
     match op:
         case Put(_, value, lease_id):
-            return etcdrpc.RequestOp(request_put=etcdrpc.PutRequest(key=key, value=value, lease=lease_id))
+            return etcdrpc.RequestOp(
+                request_put=etcdrpc.PutRequest(key=key, value=value, lease=lease_id)
+            )
         case Delete():
             return etcdrpc.RequestOp(request_delete_range=etcdrpc.DeleteRangeRequest(key=key))
 
 
 def _found(root: str, kv: etcdrpc.KeyValue) -> KeyValue:
-    return KeyValue(kv.key.decode().removeprefix(root), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+    return KeyValue(
+        kv.key.decode().removeprefix(root), kv.value, kv.create_revision, kv.mod_revision, kv.lease
+    )
 
 
 # Watches ranges of etcd's keys, on a thread of its own, over every loss of the stream.
@@ -284,15 +346,19 @@ def _found(root: str, kv: etcdrpc.KeyValue) -> KeyValue:
 # the stream is asked how far it is, and is left when it doesn't answer.
 
 BEHIND_MAX = 3
-"""After how many words of a server that is behind what was seen it counts as a new one, which had its data wiped."""
+"""After how many words of a server that is behind what was seen it counts as a new one, which had
+its data wiped."""
 PAUSE_S = 0.2
 _JOIN_S = 10.0
 
 
 class EtcdWatch:
-    """``after``: all changes after that revision are seen. ``beat_s``: how often the stream is asked whether it lives."""
+    """``after``: all changes after that revision are seen. ``beat_s``: how often the stream is
+    asked whether it lives."""
 
-    def __init__(self, calls: EtcdClient, root: str, ranges: tuple[Keys, ...], *, after: int, beat_s: float) -> None:
+    def __init__(
+        self, calls: EtcdClient, root: str, ranges: tuple[Keys, ...], *, after: int, beat_s: float
+    ) -> None:
         self._calls = calls
         self.root = root
         self.ranges = ranges
@@ -309,11 +375,13 @@ class EtcdWatch:
         self._thread.start()
 
     def wait(self, after: int, *, timeout_s: float) -> bool:
-        """Whether something changed after that revision, or that can't be known; waits for it up to ``timeout_s``."""
+        """Whether something changed after that revision, or that can't be known; waits for it up to
+        ``timeout_s``."""
         with self._changed:
             resets = self._resets
             return after < self._since or self._changed.wait_for(
-                lambda: self._newest > after or self._resets != resets or self.stopping.is_set(), timeout_s
+                lambda: self._newest > after or self._resets != resets or self.stopping.is_set(),
+                timeout_s,
             )
 
     def close(self) -> None:
@@ -329,7 +397,9 @@ class EtcdWatch:
         while not self.stopping.is_set():
             number = self._calls.number
             try:
-                self._stream = _WatchStream(self, self._calls.client(number), partial(self._uses, number))
+                self._stream = _WatchStream(
+                    self, self._calls.client(number), partial(self._uses, number)
+                )
                 self._stream.read()
             except (grpc.RpcError, etcd3.exceptions.Etcd3Exception, CkptError):
                 # Whatever it was, nothing is missed: the next stream begins where this one ended.
@@ -349,7 +419,9 @@ class EtcdWatch:
                 self._changed.notify_all()
                 return False
             if response.events:
-                self._newest = max(self._newest, *(event.kv.mod_revision for event in response.events))
+                self._newest = max(
+                    self._newest, *(event.kv.mod_revision for event in response.events)
+                )
                 self._behind = 0
                 self._changed.notify_all()
             elif 0 < revision < self._newest:
@@ -373,10 +445,13 @@ class EtcdWatch:
 class _WatchStream:
     """One stream to one endpoint, as long as calls go there too (``used``).
 
-    A member that is cut off from the others goes on to answer that nothing changes; calls are refused there, and go elsewhere.
+    A member that is cut off from the others goes on to answer that nothing changes; calls are
+    refused there, and go elsewhere.
     """
 
-    def __init__(self, watch: EtcdWatch, client: etcd3.MultiEndpointEtcd3Client, used: Callable[[], bool]) -> None:
+    def __init__(
+        self, watch: EtcdWatch, client: etcd3.MultiEndpointEtcd3Client, used: Callable[[], bool]
+    ) -> None:
         self._watch = watch
         self._used = used
         self._ended = threading.Event()
@@ -434,7 +509,10 @@ class EtcdKeyspace:
 
         def ask(client: etcd3.MultiEndpointEtcd3Client) -> TransactionResult:
             response = client.kvstub.Txn(
-                request, client.timeout, credentials=client.call_credentials, metadata=client.metadata
+                request,
+                client.timeout,
+                credentials=client.call_credentials,
+                metadata=client.metadata,
             )
             return transaction_result(self._root, transaction, response)
 
@@ -465,7 +543,9 @@ class EtcdKeyspace:
     def revoke(self, lease_id: int) -> None:
         """See Keyspace."""
         try:
-            self._calls.call(lambda client: client.revoke_lease(lease_id), operation="end of a lease")
+            self._calls.call(
+                lambda client: client.revoke_lease(lease_id), operation="end of a lease"
+            )
         except NotFoundError:
             return
 

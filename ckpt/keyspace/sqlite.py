@@ -1,8 +1,8 @@
 """A keyspace in one file of one machine: nodes are processes here, and no service runs.
 
-SQLite makes each transaction one among all processes of the machine. A lease is a time on the machine's own clock since boot,
-and the boot it belongs to; whoever comes next deletes what ran out. Not for a network file system, where SQLite's locks can't
-be relied on.
+SQLite makes each transaction one among all processes of the machine. A lease is a time on the
+machine's own clock since boot, and the boot it belongs to; whoever comes next deletes what ran out.
+Not for a network file system, where SQLite's locks can't be relied on.
 """
 
 from __future__ import annotations
@@ -67,14 +67,18 @@ def _boot() -> str:
         return _BOOT_ID.read_text().strip()
     except OSError as error:
         raise UsageError(
-            f"leases in a file need to know which boot they belong to, and this system does not tell. file={_BOOT_ID} use etcd"
+            "leases in a file need to know which boot they belong to, and this system does not "
+            f"tell. file={_BOOT_ID} use etcd"
         ) from error
 
 
 class SqliteKeyspace:
-    """See Keyspace. Opens the file for each call, so that forks harm nothing. ``clock_ns``: since ``boot``, for tests."""
+    """See Keyspace. Opens the file for each call, so that forks harm nothing. ``clock_ns``: since
+    ``boot``, for tests."""
 
-    def __init__(self, path: Path, *, clock_ns: Callable[[], int] = _boot_ns, boot: str | None = None) -> None:
+    def __init__(
+        self, path: Path, *, clock_ns: Callable[[], int] = _boot_ns, boot: str | None = None
+    ) -> None:
         self._path = path
         self._clock_ns = clock_ns
         self._boot = boot or _boot()
@@ -87,11 +91,15 @@ class SqliteKeyspace:
                     for statement in _SCHEMA.split(";"):
                         db.execute(statement)
         except (sqlite3.Error, OSError) as error:
-            raise UnavailableError(f"the membership's file can't be made. file={path} why={error}") from error
+            raise UnavailableError(
+                f"the membership's file can't be made. file={path} why={error}"
+            ) from error
 
     def transact(self, transaction: Transaction) -> TransactionResult:
         """See Keyspace."""
-        with self._changing(sync=any(isinstance(op, Put) and not op.lease_id for op in transaction.then)) as db:
+        with self._changing(
+            sync=any(isinstance(op, Put) and not op.lease_id for op in transaction.then)
+        ) as db:
             held = all(_holds(db, compare) for compare in transaction.when)
             revision = _revision(db)
             if held and transaction.then:
@@ -119,7 +127,9 @@ class SqliteKeyspace:
             found = db.execute("SELECT ttl_ns FROM leases WHERE id = ?", (lease_id,)).fetchone()
             if found is None:
                 return 0.0
-            db.execute("UPDATE leases SET end_ns = ? WHERE id = ?", (self._clock_ns() + found[0], lease_id))
+            db.execute(
+                "UPDATE leases SET end_ns = ? WHERE id = ?", (self._clock_ns() + found[0], lease_id)
+            )
         return float(found[0]) / 1e9
 
     def revoke(self, lease_id: int) -> None:
@@ -162,7 +172,9 @@ class SqliteKeyspace:
         try:
             yield
         except sqlite3.Error as error:
-            raise UnavailableError(f"the membership's file did not answer. file={self._path} why={error}") from error
+            raise UnavailableError(
+                f"the membership's file did not answer. file={self._path} why={error}"
+            ) from error
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -180,7 +192,11 @@ class SqliteKeyspace:
 
 def _end(db: sqlite3.Connection, leases: list[int]) -> None:
     revision = _revision(db)
-    keys = [row[0] for lease in leases for row in db.execute("SELECT key FROM keys WHERE lease = ?", (lease,))]
+    keys = [
+        row[0]
+        for lease in leases
+        for row in db.execute("SELECT key FROM keys WHERE lease = ?", (lease,))
+    ]
     for key in keys:
         _apply(db, Delete(key), revision + 1)
     db.executemany("DELETE FROM leases WHERE id = ?", [(lease,) for lease in leases])
@@ -198,7 +214,9 @@ def _advance(db: sqlite3.Connection, revision: int) -> None:
 
 
 def _where(keys: Keys) -> tuple[str, tuple[str, ...]]:
-    return ("key >= ? AND key < ?", (keys.start, keys.end)) if keys.end else ("key = ?", (keys.start,))
+    return (
+        ("key >= ? AND key < ?", (keys.start, keys.end)) if keys.end else ("key = ?", (keys.start,))
+    )
 
 
 def _read(db: sqlite3.Connection, keys: Keys) -> Iterator[KeyValue]:
@@ -210,7 +228,9 @@ def _read(db: sqlite3.Connection, keys: Keys) -> Iterator[KeyValue]:
 
 
 def _holds(db: sqlite3.Connection, compare: Compare) -> bool:
-    found = next(_read(db, compare.keys if isinstance(compare, NoneOf) else Keys(compare.key)), None)
+    found = next(
+        _read(db, compare.keys if isinstance(compare, NoneOf) else Keys(compare.key)), None
+    )
     match compare:
         case Unchanged(_, revision):
             return (found.changed if found else 0) == revision
@@ -227,7 +247,10 @@ def _holds(db: sqlite3.Connection, compare: Compare) -> bool:
 def _apply(db: sqlite3.Connection, op: Put | Delete, revision: int) -> None:
     match op:
         case Put(key, value, lease_id):
-            if lease_id and not db.execute("SELECT 1 FROM leases WHERE id = ?", (lease_id,)).fetchone():
+            if (
+                lease_id
+                and not db.execute("SELECT 1 FROM leases WHERE id = ?", (lease_id,)).fetchone()
+            ):
                 raise NotFoundError(f"no such lease. lease_id={lease_id} join anew")
             db.execute(
                 "INSERT INTO keys VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
@@ -254,7 +277,8 @@ def _changed(db: sqlite3.Connection, *, ranges: tuple[Keys, ...], after: int) ->
 
 
 def _keep_wal(db: sqlite3.Connection) -> None:
-    """Let the file have a write-ahead log, from now on. Here SQLite does not wait for other processes by itself."""
+    """Let the file have a write-ahead log, from now on. Here SQLite does not wait for other
+    processes by itself."""
     until_s = time.monotonic() + BUSY_S
     while True:
         try:
@@ -278,7 +302,8 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _begin(db: sqlite3.Connection) -> None:
-    """Become the one that writes. SQLite itself asks ever more seldom, and a keepalive would lose against busy writers."""
+    """Become the one that writes. SQLite itself asks ever more seldom, and a keepalive would lose
+    against busy writers."""
     until_s = time.monotonic() + BUSY_S
     db.execute("PRAGMA busy_timeout=0")
     while True:

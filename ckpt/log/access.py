@@ -1,4 +1,5 @@
-"""How a journal reaches its log: in one store, or (``several``) in many. What stands there is the journal's to judge."""
+"""How a journal reaches its log: in one store, or (``several``) in many. What stands there is the
+journal's to judge."""
 
 from __future__ import annotations
 
@@ -38,26 +39,34 @@ def open_store(backend: Backend, *, job: str | None, create: bool) -> JobRecord:
         _refuse_headless(backend)
         if not create:
             raise NotFoundError(
-                f"no ckpt store here yet. store={backend.url} save a snapshot first, or check the address"
+                f"no ckpt store here yet. store={backend.url} save a snapshot first, or check the "
+                "address"
             )
         record = _create(backend, job)
     if job is not None and record.job != job:
         raise UsageError(
-            f"the store belongs to another job. store={backend.url} its_job={record.job!r} asked={job!r} "
+            f"the store belongs to another job. store={backend.url} its_job={record.job!r} "
+            f"asked={job!r} "
             f"use another prefix, or that job's name"
         )
     return record
 
 
 def require_same_store(backend: Backend, record: JobRecord) -> None:
-    """Raises UnavailableError where another store, or none, now stands where ``record`` was read. Reads one small object.
+    """Raises UnavailableError where another store, or none, now stands where ``record`` was read.
+    Reads one small object.
 
-    A disk that was unmounted, or a folder that was moved, leaves an empty place that takes objects as readily as the store
-    did. A record written there would be called durable, and be found by nobody.
+    A disk that was unmounted, or a folder that was moved, leaves an empty place that takes objects
+    as readily as the store did. A record written there would be called durable, and be found by
+    nobody.
     """
     found = _read(backend)
     if found != record:
-        what = "gone" if found is None else f"that of another store. store_id={found.store_id} wanted={record.store_id}"
+        what = (
+            "gone"
+            if found is None
+            else f"that of another store. store_id={found.store_id} wanted={record.store_id}"
+        )
         raise UnavailableError(
             f"the store is not where it was: its {keys.JOB_KEY} is {what} store={backend.url} "
             f"mount it or move it back, then repeat"
@@ -72,7 +81,8 @@ def _read(backend: Backend) -> JobRecord | None:
 
 
 def _refuse_headless(backend: Backend) -> None:
-    """A log without its ``ckpt.json`` is damage, not an empty store: a new id over old records would hide it."""
+    """A log without its ``ckpt.json`` is damage, not an empty store: a new id over old records
+    would hide it."""
     first = next(iter(backend.list(keys.LOG)), None)
     if first is not None:
         raise IntegrityError(
@@ -92,7 +102,9 @@ def _create(backend: Backend, job: str | None) -> JobRecord:
         case KeyTaken(data):
             return JobRecord.decode(data)
         case WriteUnknown(why):
-            raise UnavailableError(f"the store did not answer while it was made. store={backend.url} why={why}")
+            raise UnavailableError(
+                f"the store did not answer while it was made. store={backend.url} why={why}"
+            )
 
 
 class LogAccess(Protocol):
@@ -113,27 +125,32 @@ class LogAccess(Protocol):
         ...
 
     def read_new(self, state: LogState) -> LogState:
-        """``state`` and all records after it. Raises UnavailableError, and FormatVersionError for a newer release's record."""
+        """``state`` and all records after it. Raises UnavailableError, and FormatVersionError for a
+        newer release's record."""
         ...
 
     def record_at(self, seq: int) -> bytes:
-        """The bytes of a record that counts. Raises NotFoundError, IntegrityError, UnavailableError."""
+        """The bytes of a record that counts. Raises NotFoundError, IntegrityError,
+        UnavailableError."""
         ...
 
     def require_sequencer(self, state: LogState) -> None:
-        """Raises UsageError where this process can't give out places after ``state``. May ask stores what they can do."""
+        """Raises UsageError where this process can't give out places after ``state``. May ask
+        stores what they can do."""
         ...
 
     def append(self, state: LogState, record: Record) -> Appended | KeyTaken | WriteUnknown:
-        """Make ``record`` the one at its place after ``state``, durable on enough stores. Repeating it is harmless.
+        """Make ``record`` the one at its place after ``state``, durable on enough stores. Repeating
+        it is harmless.
 
-        Raises UnavailableError where the log is not where it was, or its last record could not be made durable first;
-        StoreFullError or StoreDeniedError where nothing can have landed.
+        Raises UnavailableError where the log is not where it was, or its last record could not be
+        made durable first; StoreFullError or StoreDeniedError where nothing can have landed.
         """
         ...
 
     def confirm_last(self, state: LogState) -> KeyTaken | WriteUnknown | None:
-        """Make sure that the last record of ``state``, as it was read last, counts for good; None where it does.
+        """Make sure that the last record of ``state``, as it was read last, counts for good; None
+        where it does.
 
         Lost where another has its place: the log is to be read again. Raises as ``claim`` does.
         """
@@ -182,20 +199,26 @@ class SingleStoreLog:
         state = read_new(self._backend, state)
         if state.stores is None or state.stores.answers_min == 1:
             return state
-        return replace(state, short=(
-            f"one of the log's {len(state.stores.ids)} stores was asked, {state.stores.answers_min} are needed to know what is "
-            f"newest. store={self._backend.url} name the others too"
-        ))  # fmt: skip
+        return replace(
+            state,
+            short=(
+                f"one of the log's {len(state.stores.ids)} stores was asked, "
+                f"{state.stores.answers_min} are needed to know what is "
+                f"newest. store={self._backend.url} name the others too"
+            ),
+        )
 
     def record_at(self, seq: int) -> bytes:
         """See LogAccess."""
         return record_bytes(self._backend, seq)
 
     def require_sequencer(self, state: LogState) -> None:
-        """See LogAccess. Asked for at the first write only: finding out what a store can do may write to it."""
+        """See LogAccess. Asked for at the first write only: finding out what a store can do may
+        write to it."""
         if state.stores is not None and len(state.stores.ids) > 1:
             raise UsageError(
-                f"this log is on {len(state.stores.ids)} stores, and one alone can't be written to. store={self._backend.url} "
+                f"this log is on {len(state.stores.ids)} stores, and one alone can't be written "
+                f"to. store={self._backend.url} "
                 "name all of them"
             )
         if self._sequencer is None:

@@ -1,4 +1,5 @@
-"""What snapshots there are, and one snapshot's index with every record checked against the digest that names it."""
+"""What snapshots there are, and one snapshot's index with every record checked against the digest
+that names it."""
 
 from __future__ import annotations
 
@@ -18,13 +19,22 @@ from ckpt.log.select import candidates, older_than, select
 from ckpt.log.state import Committed, LogState
 from ckpt.values import SnapshotId, SnapshotInfo
 
-__all__ = ["candidates", "info_of", "load_index", "load_manifest", "older_than", "select", "snapshots"]
+__all__ = [
+    "candidates",
+    "info_of",
+    "load_index",
+    "load_manifest",
+    "older_than",
+    "select",
+    "snapshots",
+]
 
 
 def snapshots(backend: Backend, state: LogState) -> tuple[SnapshotInfo, ...]:
     """Every snapshot that exists, in log order. Reads one manifest each, several at once.
 
-    One whose manifest can't be read is there too: ``problem`` says why, its sizes are 0. Raises UnavailableError.
+    One whose manifest can't be read is there too: ``problem`` says why, its sizes are 0. Raises
+    UnavailableError.
     """
     tags = _tags_by_snapshot(state)
 
@@ -39,27 +49,36 @@ def snapshots(backend: Backend, state: LogState) -> tuple[SnapshotInfo, ...]:
 
 
 def info_of(manifest: Manifest, state: LogState) -> SnapshotInfo:
-    """What users see of the snapshot of ``manifest``, with the tags of ``state``; ``maybe_stale`` where it has a hole."""
-    return _info(manifest, _tags_by_snapshot(state).get(manifest.snapshot, ()), stale=bool(state.stale_reason))
+    """What users see of the snapshot of ``manifest``, with the tags of ``state``; ``maybe_stale``
+    where it has a hole."""
+    return _info(
+        manifest,
+        _tags_by_snapshot(state).get(manifest.snapshot, ()),
+        stale=bool(state.stale_reason),
+    )
 
 
 def load_manifest(backend: Backend, state: LogState, snapshot: SnapshotId) -> Manifest:
     """The manifest that the log committed for ``snapshot``.
 
-    Raises NotFoundError where the log has no such snapshot, IntegrityError where its manifest is gone or is not the one
-    that was committed.
+    Raises NotFoundError where the log has no such snapshot, IntegrityError where its manifest is
+    gone or is not the one that was committed.
     """
     entry = state.find(snapshot)
     if entry is None:
-        raise NotFoundError(f"no such snapshot, or it was dropped. snapshot={snapshot} job={state.job!r}")
+        raise NotFoundError(
+            f"no such snapshot, or it was dropped. snapshot={snapshot} job={state.job!r}"
+        )
     return _manifest(backend, state, entry)
 
 
 def load_index(backend: Backend, state: LogState, snapshot: SnapshotId) -> SnapshotIndex:
-    """The index of ``snapshot``: its manifest checked against the log, its parts against the manifest.
+    """The index of ``snapshot``: its manifest checked against the log, its parts against the
+    manifest.
 
-    Raises NotFoundError where the log has no such snapshot; IntegrityError where a record is gone, damaged or
-    contradicts another; UnavailableError. Cost: the manifest and all parts are read, several at once.
+    Raises NotFoundError where the log has no such snapshot; IntegrityError where a record is gone,
+    damaged or contradicts another; UnavailableError. Cost: the manifest and all parts are read,
+    several at once.
     """
     manifest = load_manifest(backend, state, snapshot)
     return SnapshotIndex(manifest, read_all(manifest.parts, lambda ref: _part(backend, ref)))
@@ -72,16 +91,21 @@ def _manifest(backend: Backend, state: LogState, entry: Committed) -> Manifest:
     manifest = Manifest.decode(data)
     if (manifest.job, manifest.snapshot, manifest.base) != (state.job, entry.snapshot, entry.base):
         raise IntegrityError(
-            f"manifest of another job, snapshot or base than its commit. key={key} store={backend.url}"
+            f"manifest of another job, snapshot or base than its commit. key={key} "
+            f"store={backend.url}"
         )
     return manifest
 
 
 def _part(backend: Backend, ref: PartRef) -> Part:
     check = _digest_is(ref.digest, "part differs from what its manifest names")
-    data = _committed_object(backend, ref.key, check, bytes_max=min(ref.size_bytes, PART_STORED_BYTES_MAX))
+    data = _committed_object(
+        backend, ref.key, check, bytes_max=min(ref.size_bytes, PART_STORED_BYTES_MAX)
+    )
     if len(data) != ref.size_bytes:
-        raise IntegrityError(f"part has another length than its manifest says. key={ref.key} store={backend.url}")
+        raise IntegrityError(
+            f"part has another length than its manifest says. key={ref.key} store={backend.url}"
+        )
     return decode_part(data)
 
 
@@ -89,17 +113,24 @@ def _digest_is(digest: str, fact: str) -> Check:
     def check(data: memoryview) -> str | None:
         if digest_hex(data) == digest:
             return None
-        return f"{fact}: it is encrypted, give its key with encryption_key" if looks_encrypted(data) else fact
+        return (
+            f"{fact}: it is encrypted, give its key with encryption_key"
+            if looks_encrypted(data)
+            else fact
+        )
 
     return check
 
 
 def _committed_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
-    """The object's bytes. What a commit names and is not there is damage, not a question about a wrong name."""
+    """The object's bytes. What a commit names and is not there is damage, not a question about a
+    wrong name."""
     try:
         return read_object(backend, key, check, bytes_max=bytes_max)
     except NotFoundError as error:
-        raise IntegrityError(f"a committed snapshot's record is gone. key={key} store={backend.url}") from error
+        raise IntegrityError(
+            f"a committed snapshot's record is gone. key={key} store={backend.url}"
+        ) from error
 
 
 def _tags_by_snapshot(state: LogState) -> Mapping[SnapshotId, tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """Whether a record counts, given all before it; and if so, what it changes. Pure.
 
-A record that does not count stays in the log and holds its seq; it is void. Each rule says why it is one.
+A record that does not count stays in the log and holds its seq; it is void. Each rule says why it
+is one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from ckpt.values import SnapshotId
 
 
 class FoldBuilder:
-    """One fold in progress. Never leaves this room; O(state) to make and to freeze, O(1) for most records."""
+    """One fold in progress. Never leaves this room; O(state) to make and to freeze, O(1) for most
+    records."""
 
     __slots__ = (
         "_recent",
@@ -57,7 +59,8 @@ class FoldBuilder:
         self.epoch = state.epoch
         self.snapshots: dict[SnapshotId, Committed] = {}
         self.steps: dict[int, dict[int, None]] = {}
-        """Per captured epoch the steps that exist, ascending, for that is how they were committed."""
+        """Per captured epoch the steps that exist, ascending, for that is how they were
+        committed."""
         for entry in state.snapshots:
             self._put(entry)
         self.tags: dict[str, SnapshotId] = state.tags
@@ -122,9 +125,11 @@ class FoldBuilder:
         del self.steps[pair.epoch][pair.step]
 
     def protected_snapshot(self) -> SnapshotId | None:
-        """The snapshot that no drop may take: the newest on the line, or where the line holds none the greatest of all.
+        """The snapshot that no drop may take: the newest on the line, or where the line holds none
+        the greatest of all.
 
-        Without the second half, a job that was started afresh could drop all that it has before its first commit.
+        Without the second half, a job that was started afresh could drop all that it has before its
+        first commit.
         """
         for segment in lineage_segments(self.opens, whole_epoch(self.epoch)):
             if (step := self._last_up_to(segment)) is not None:
@@ -159,7 +164,10 @@ def void_reason(log: FoldBuilder, record: Record) -> VoidReason | None:
             return _refuse_drop(log, body)
         case Tag(name, snapshot):
             if snapshot not in log.snapshots:
-                return "not-committed", f"tag of a snapshot that does not exist. tag={name!r} snapshot={snapshot}"
+                return (
+                    "not-committed",
+                    f"tag of a snapshot that does not exist. tag={name!r} snapshot={snapshot}",
+                )
             return None
         case Untag(name):
             if name not in log.tags:
@@ -167,7 +175,8 @@ def void_reason(log: FoldBuilder, record: Record) -> VoidReason | None:
             return None
         case Stores():
             if record.epoch < log.epoch:
-                # Whoever trains now may be about to write to other stores than this writer knows of.
+                # Whoever trains now may be about to write to other stores than this writer knows
+                # of.
                 return "fenced", f"a newer epoch is open. writer={record.epoch} newest={log.epoch}"
             return None
 
@@ -196,9 +205,15 @@ def apply(log: FoldBuilder, record: Record) -> None:
 def _refuse_open(log: FoldBuilder, writer_epoch: int, body: Open) -> VoidReason | None:
     if writer_epoch != body.epoch:
         # Its writer claims to act in one epoch and opens another: no honest writer does.
-        return "epoch-not-new", f"opened by a writer of another epoch. epoch={body.epoch} writer={writer_epoch}"
+        return (
+            "epoch-not-new",
+            f"opened by a writer of another epoch. epoch={body.epoch} writer={writer_epoch}",
+        )
     if body.epoch <= log.epoch:
-        return "epoch-not-new", f"epoch does not exceed all seen. epoch={body.epoch} newest={log.epoch}"
+        return (
+            "epoch-not-new",
+            f"epoch does not exceed all seen. epoch={body.epoch} newest={log.epoch}",
+        )
     if body.resume is not None and body.resume.epoch not in log.opens:
         # The pair itself need not be committed: training may resume what was only staged.
         return "resume-unknown", f"resumes an epoch that was never opened. from={body.resume}"
@@ -210,22 +225,41 @@ def _refuse_commit(log: FoldBuilder, writer_epoch: int, body: Commit) -> VoidRea
     if writer_epoch < log.epoch:
         return "fenced", f"a newer epoch is open. writer={writer_epoch} newest={log.epoch}"
     if writer_epoch > log.epoch:
-        return "epoch-not-open", f"the writer's epoch was never opened. writer={writer_epoch} newest={log.epoch}"
+        return (
+            "epoch-not-open",
+            f"the writer's epoch was never opened. writer={writer_epoch} newest={log.epoch}",
+        )
     captured = log.opens.get(pair.epoch)
     if captured is None:
-        return "captured-epoch-unknown", f"captured in an epoch that was never opened. snapshot={pair}"
+        return (
+            "captured-epoch-unknown",
+            f"captured in an epoch that was never opened. snapshot={pair}",
+        )
     if (known := log.snapshots.get(pair)) is not None:
         if known.manifest_digest == body.manifest_digest:
             return "repeat", f"this snapshot was committed before. snapshot={pair} seq={known.seq}"
-        return "pair-taken", f"another manifest was committed for this pair. snapshot={pair} seq={known.seq}"
+        return (
+            "pair-taken",
+            f"another manifest was committed for this pair. snapshot={pair} seq={known.seq}",
+        )
     if captured.last_step is not None and pair.step <= captured.last_step:
         # Also what keeps a dropped snapshot from coming back.
-        return "step-not-newer", f"steps grow within an epoch. snapshot={pair} last_step={captured.last_step}"
+        return (
+            "step-not-newer",
+            f"steps grow within an epoch. snapshot={pair} last_step={captured.last_step}",
+        )
     if log.floor is not None and pair < log.floor:
-        return "below-floor", f"captured below the floor of a drop. snapshot={pair} floor={log.floor}"
+        return (
+            "below-floor",
+            f"captured below the floor of a drop. snapshot={pair} floor={log.floor}",
+        )
     if body.base is not None and body.base not in log.snapshots:
         # Its chunks may be deleted at any time, or never existed.
-        return "base-gone", f"the snapshot whose chunks it refers to does not exist. snapshot={pair} base={body.base}"
+        return (
+            "base-gone",
+            f"the snapshot whose chunks it refers to does not exist. snapshot={pair} "
+            f"base={body.base}",
+        )
     return None
 
 
@@ -236,10 +270,16 @@ def _refuse_drop(log: FoldBuilder, body: Drop) -> VoidReason | None:
     named = {pair: tag for tag, pair in log.tags.items()}
     for pair in body.snapshots:
         if pair in named:
-            return "tag-kept", f"a tagged snapshot is never dropped. snapshot={pair} tag={named[pair]!r}"
+            return (
+                "tag-kept",
+                f"a tagged snapshot is never dropped. snapshot={pair} tag={named[pair]!r}",
+            )
     if body.floor is not None and (kept is None or body.floor > kept):
         # A floor above the newest would make commits void that nothing has replaced.
-        return "floor-too-high", f"floor above the newest snapshot. floor={body.floor} newest={kept}"
+        return (
+            "floor-too-high",
+            f"floor above the newest snapshot. floor={body.floor} newest={kept}",
+        )
     lifts = body.floor is not None and (log.floor is None or body.floor > log.floor)
     if not lifts and not any(pair in log.snapshots for pair in body.snapshots):
         # Some gone already is no harm (two sweeps met); all gone is a mistake worth telling.
@@ -272,8 +312,9 @@ def empty(job: str) -> LogState:
 def fold(state: LogState, records: Sequence[Record | Unreadable]) -> LogState:
     """``state`` and then ``records``, in order of their seq.
 
-    Stops at the first place that is missing, unreadable, of another job or not chained to the record before, and says so
-    in ``hole``; a state with a hole folds nothing more. ``fold(fold(s, a), b) == fold(s, a + b)``. O(state + records).
+    Stops at the first place that is missing, unreadable, of another job or not chained to the
+    record before, and says so in ``hole``; a state with a hole folds nothing more. ``fold(fold(s,
+    a), b) == fold(s, a + b)``. O(state + records).
     """
     if state.hole is not None or not records:
         return state
@@ -291,7 +332,8 @@ def fold(state: LogState, records: Sequence[Record | Unreadable]) -> LogState:
 
 
 def void_if_appended(state: LogState, record: Record) -> Void | None:
-    """Why ``record`` would count for nothing as the next record after ``state``, or None where it would count.
+    """Why ``record`` would count for nothing as the next record after ``state``, or None where it
+    would count.
 
     The seq and chain of ``record`` are the caller's to get right. O(state).
     """
@@ -308,7 +350,11 @@ def _hole(job: str, log: FoldBuilder, record: Record | Unreadable) -> Hole | Non
     if record.job != job:
         return Hole(at, f"record of another job. expected={job!r} found={record.job!r}")
     if record.prev != log.head_digest:
-        return Hole(at, f"record does not follow the one before. expected={log.head_digest!r} found={record.prev!r}")
+        return Hole(
+            at,
+            f"record does not follow the one before. expected={log.head_digest!r} "
+            f"found={record.prev!r}",
+        )
     return None
 
 
@@ -316,7 +362,8 @@ def _hole(job: str, log: FoldBuilder, record: Record | Unreadable) -> Hole | Non
 
 
 def void_error(void: Void) -> ConflictError:
-    """The error for a record that is, or would be, void: FencedError where the writer must stop, else ConflictError."""
+    """The error for a record that is, or would be, void: FencedError where the writer must stop,
+    else ConflictError."""
     match void.code:
         case "fenced":
             return FencedError(f"{void.reason} stop this writer: another one goes on")

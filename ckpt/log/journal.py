@@ -1,4 +1,5 @@
-"""Writing the log: one record at a time, each decided on the state that it follows, each created once."""
+"""Writing the log: one record at a time, each decided on the state that it follows, each created
+once."""
 
 from __future__ import annotations
 
@@ -22,7 +23,18 @@ from ckpt.errors import (
 from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
 from ckpt.format.manifest import Manifest
-from ckpt.format.records import Body, Commit, Drop, Open, Record, Stores, Tag, Untag, decode_record, make_record
+from ckpt.format.records import (
+    Body,
+    Commit,
+    Drop,
+    Open,
+    Record,
+    Stores,
+    Tag,
+    Untag,
+    decode_record,
+    make_record,
+)
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import info_of
 from ckpt.log.fold import fold, require_counted, void_error, void_if_appended
@@ -44,9 +56,11 @@ Draft = Callable[[LogState], tuple[Body, int]]
 
 
 class Journal:
-    """One process's access to one job's log, in one store or several. Thread-safe; calls wait for each other.
+    """One process's access to one job's log, in one store or several. Thread-safe; calls wait for
+    each other.
 
-    Make one with ``Journal.open``. It holds the last state that it read, so that ``refresh`` reads only what is new.
+    Make one with ``Journal.open``. It holds the last state that it read, so that ``refresh`` reads
+    only what is new.
     """
 
     __slots__ = ("_access", "_lock", "_notes", "_state", "_url")
@@ -60,11 +74,13 @@ class Journal:
 
     @classmethod
     def open(cls, backend: Backend, *, job: str | None = None, create: bool = False) -> Journal:
-        """The log of the stores behind ``backend``; ``create`` makes them ``job``'s where they are empty.
+        """The log of the stores behind ``backend``; ``create`` makes them ``job``'s where they are
+        empty.
 
-        Raises NotFoundError for empty stores without ``create``; UsageError where they are another job's, several jobs', or
-        not those that the log knows, and with ``create`` where one store can't create a key only once; IntegrityError where
-        a lone store's ``ckpt.json`` is damaged or gone. Reads one small object of each store.
+        Raises NotFoundError for empty stores without ``create``; UsageError where they are another
+        job's, several jobs', or not those that the log knows, and with ``create`` where one store
+        can't create a key only once; IntegrityError where a lone store's ``ckpt.json`` is damaged
+        or gone. Reads one small object of each store.
         """
         return cls(open_log(backend, job=job, create=create), backend.url)
 
@@ -85,14 +101,16 @@ class Journal:
 
     @property
     def notes(self) -> tuple[LogNote, ...]:
-        """What went wrong beside the point and was got around: folds passed over or not written. The last 100."""
+        """What went wrong beside the point and was got around: folds passed over or not written.
+        The last 100."""
         return tuple(self._notes)
 
     def refresh(self) -> LogState:
-        """The state of the log now. Cost: one list, and one read per record that is new to this journal.
+        """The state of the log now. Cost: one list, and one read per record that is new to this
+        journal.
 
-        A log that goes on but can't be read is no error here: see ``LogState.hole``. Raises UnavailableError, and
-        FormatVersionError for a record of a newer release.
+        A log that goes on but can't be read is no error here: see ``LogState.hole``. Raises
+        UnavailableError, and FormatVersionError for a record of a newer release.
         """
         with self._lock:
             if self._state is None:
@@ -102,24 +120,30 @@ class Journal:
             return self._state
 
     def refresh_confirmed(self) -> LogState:
-        """As ``refresh``, with a last record that certainly counts: for who deletes, or tells that something is durable.
+        """As ``refresh``, with a last record that certainly counts: for who deletes, or tells that
+        something is durable.
 
-        A reader may take a record for the last one whose writer is not done, and which may come to nothing; here it is first
-        brought to where it counts for good. Raises CommitUnknownError where too few stores answer for that.
+        A reader may take a record for the last one whose writer is not done, and which may come to
+        nothing; here it is first brought to where it counts for good. Raises CommitUnknownError
+        where too few stores answer for that.
         """
         with self._lock:
             for _ in range(RACES_MAX):
                 state = self.refresh()
                 if self._sure(state):
                     return state
-        raise ConflictError(f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later")
+        raise ConflictError(
+            f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later"
+        )
 
     def append(self, body: Body, *, epoch: int, write_id: str | None = None) -> LogState:
-        """Write ``body`` as the next record, for a writer of ``epoch``; the state returned includes it.
+        """Write ``body`` as the next record, for a writer of ``epoch``; the state returned includes
+        it.
 
-        Give a ``write_id`` (and repeat it) where the call itself may be repeated after CommitUnknownError; it must then be
-        repeated before 1,024 other records are written. Raises FencedError where a newer epoch is open, ConflictError
-        where the record would count for nothing for another reason, CommitUnknownError where the store did not answer,
+        Give a ``write_id`` (and repeat it) where the call itself may be repeated after
+        CommitUnknownError; it must then be repeated before 1,024 other records are written. Raises
+        FencedError where a newer epoch is open, ConflictError where the record would count for
+        nothing for another reason, CommitUnknownError where the store did not answer,
         IntegrityError where the log has a hole, UsageError where this store can't give out places.
         """
         state, seq = self._append(lambda _: (body, epoch), write_id or new_write_id())
@@ -127,8 +151,11 @@ class Journal:
         return state
 
     def write_id_of(self, seq: int) -> str:
-        """The write id of the record at ``seq``; empty where it can't be read. Reads it where it is old."""
-        found = self.refresh().write_id_at(seq) if self._state is None else self._state.write_id_at(seq)
+        """The write id of the record at ``seq``; empty where it can't be read. Reads it where it is
+        old."""
+        found = (
+            self.refresh().write_id_at(seq) if self._state is None else self._state.write_id_at(seq)
+        )
         if found is not None:
             return found
         try:
@@ -137,13 +164,19 @@ class Journal:
             return ""
 
     def open_epoch(
-        self, *, resume: SnapshotId | None, write_id: str | None = None, choice: ResumeChoice | None = None
+        self,
+        *,
+        resume: SnapshotId | None,
+        write_id: str | None = None,
+        choice: ResumeChoice | None = None,
     ) -> int:
-        """Open the next epoch, whose training goes on from ``resume`` (None: afresh), and return its number.
+        """Open the next epoch, whose training goes on from ``resume`` (None: afresh), and return
+        its number.
 
-        Where another writer opens one at the same time, each gets its own number and the greater fences the lower. Give a
-        ``write_id`` where the call may be repeated, as for ``append``. With ``chosen``, of when ``resume`` was taken for the
-        newest there is: raises NewerSnapshotError, and nothing is written, where a newer one was committed since.
+        Where another writer opens one at the same time, each gets its own number and the greater
+        fences the lower. Give a ``write_id`` where the call may be repeated, as for ``append``.
+        With ``chosen``, of when ``resume`` was taken for the newest there is: raises
+        NewerSnapshotError, and nothing is written, where a newer one was committed since.
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
@@ -159,13 +192,17 @@ class Journal:
         return found
 
     def commit(self, manifest: Manifest, *, epoch: int) -> SnapshotInfo:
-        """Make the snapshot exist: store its manifest, then the commit record. All its parts must be stored before.
+        """Make the snapshot exist: store its manifest, then the commit record. All its parts must
+        be stored before.
 
-        Repeating the call with an equal manifest is harmless at any time. Raises as ``append`` does, and UnavailableError
-        where the manifest could not be stored (then nothing is committed).
+        Repeating the call with an equal manifest is harmless at any time. Raises as ``append``
+        does, and UnavailableError where the manifest could not be stored (then nothing is
+        committed).
         """
         if manifest.job != self.job:
-            raise UsageError(f"manifest of another job. manifest={manifest.job!r} store={self.job!r}")
+            raise UsageError(
+                f"manifest of another job. manifest={manifest.job!r} store={self.job!r}"
+            )
         data = manifest.encode()
         digest = digest_hex(data)
         body = Commit(manifest.snapshot, digest, manifest.base)
@@ -177,23 +214,28 @@ class Journal:
         return info_of(manifest, state)
 
     def drop(self, snapshots: Sequence[SnapshotId], *, floor: SnapshotId | None = None) -> LogState:
-        """Make snapshots no longer exist; their bytes are a sweep's to delete. ``floor``: commits below it count no more.
+        """Make snapshots no longer exist; their bytes are a sweep's to delete. ``floor``: commits
+        below it count no more.
 
-        Snapshots that are gone already are no error unless all are. Raises ConflictError for the newest and for tagged ones.
+        Snapshots that are gone already are no error unless all are. Raises ConflictError for the
+        newest and for tagged ones.
         """
         body = Drop(tuple(sorted(set(snapshots))), floor)
         return self._append_now(body)
 
     def change_stores(self, body: Stores, *, before: StoreSet | None) -> LogState:
-        """Write which stores hold the log, in place of the set ``before``, on which ``body`` was made.
+        """Write which stores hold the log, in place of the set ``before``, on which ``body`` was
+        made.
 
-        Raises ConflictError where another change came first: what it took in or out would be undone.
+        Raises ConflictError where another change came first: what it took in or out would be
+        undone.
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
             if state.stores != before:
                 raise ConflictError(
-                    f"the set of stores was changed meanwhile. expected={before} found={state.stores} look again, then decide"
+                    f"the set of stores was changed meanwhile. expected={before} "
+                    f"found={state.stores} look again, then decide"
                 )
             return body, state.epoch
 
@@ -202,15 +244,18 @@ class Journal:
         return state
 
     def tag(self, name: str, snapshot: SnapshotId, *, epoch: int | None = None) -> LogState:
-        """Name a snapshot, which keeps it from being dropped; a name that exists moves. Raises ConflictError.
+        """Name a snapshot, which keeps it from being dropped; a name that exists moves. Raises
+        ConflictError.
 
-        ``epoch`` is the writer's (None: whichever is open, for people's tools); FencedError where a newer one is open.
+        ``epoch`` is the writer's (None: whichever is open, for people's tools); FencedError where a
+        newer one is open.
         """
 
         def draft(state: LogState) -> tuple[Body, int]:
             if epoch is not None and epoch < state.epoch:
                 raise FencedError(
-                    f"a newer epoch is open. writer={epoch} newest={state.epoch} tag={name!r} stop this writer: another one "
+                    f"a newer epoch is open. writer={epoch} newest={state.epoch} tag={name!r} stop "
+                    "this writer: another one "
                     "goes on"
                 )
             return Tag(name, snapshot), state.epoch
@@ -229,14 +274,17 @@ class Journal:
         return state
 
     def _before_commit(self, body: Commit, epoch: int) -> LogState:
-        """The state in which the snapshot is committed, or may be: also a fenced writer's manifest shall not be left behind."""
+        """The state in which the snapshot is committed, or may be: also a fenced writer's manifest
+        shall not be left behind."""
         for _ in range(RACES_MAX):
             state = self.refresh()
             if _committed(state, body):
                 return self.refresh_confirmed()
             if self._check(state, self._make(state, body, epoch, new_write_id())):
                 return state
-        raise ConflictError(f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later")
+        raise ConflictError(
+            f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later"
+        )
 
     def _commit_record(self, body: Commit, epoch: int) -> LogState:
         try:
@@ -249,7 +297,8 @@ class Journal:
             raise
 
     def _append(self, draft: Draft, write_id: str) -> tuple[LogState, int]:
-        """The state that holds the record of ``write_id``, and that record's seq, which may be void."""
+        """The state that holds the record of ``write_id``, and that record's seq, which may be
+        void."""
         with self._lock:
             for _ in range(RACES_MAX):
                 state = self.refresh()
@@ -270,9 +319,12 @@ class Journal:
                     case WriteUnknown(why):
                         raise CommitUnknownError(
                             f"the store did not answer; the record may be there or come yet. "
-                            f"key={keys.log_key(record.seq)} write_id={write_id} why={why} repeat the same call"
+                            f"key={keys.log_key(record.seq)} write_id={write_id} why={why} repeat "
+                            "the same call"
                         )
-        raise ConflictError(f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later")
+        raise ConflictError(
+            f"other writers came first every time. races={RACES_MAX} job={self.job!r} repeat later"
+        )
 
     def _sure(self, state: LogState) -> bool:
         """Whether the last record of ``state`` counts for good; False where another came first."""
@@ -283,24 +335,33 @@ class Journal:
                 return False
             case WriteUnknown(why):
                 raise CommitUnknownError(
-                    f"the log's last record is on too few stores, and can't be brought to more now. seq={state.next_seq - 1} "
+                    "the log's last record is on too few stores, and can't be brought to more "
+                    f"now. seq={state.next_seq - 1} "
                     f"why={why} repeat the same call"
                 )
 
     def _make(self, state: LogState, body: Body, epoch: int, write_id: str) -> Record:
         return make_record(
-            body, job=self.job, seq=state.next_seq, epoch=epoch, write_id=write_id, prev=state.head_digest
+            body,
+            job=self.job,
+            seq=state.next_seq,
+            epoch=epoch,
+            write_id=write_id,
+            prev=state.head_digest,
         )
 
     def _check(self, state: LogState, record: Record) -> bool:
-        """Raises unless ``record`` may be written after ``state``, by this journal, and would count.
+        """Raises unless ``record`` may be written after ``state``, by this journal, and would
+        count.
 
-        False where it might count, since the last record that the judgement rests on came to nothing: read the log again.
+        False where it might count, since the last record that the judgement rests on came to
+        nothing: read the log again.
         """
         if state.hole is not None:
             raise IntegrityError(
                 f"the log has a hole, so nothing can be added. key={keys.log_key(state.hole.seq)} "
-                f"why={state.hole.reason} bring that object back from a copy of the store ({self._url})"
+                f"why={state.hole.reason} bring that object back from a copy of the store "
+                f"({self._url})"
             )
         self._access.require_sequencer(state)
         if (void := void_if_appended(state, record)) is not None:
@@ -313,11 +374,14 @@ class Journal:
         match self._access.put_manifest(key, data):
             case KeyTaken(found) if found != data:
                 raise IntegrityError(
-                    f"a manifest's bytes differ from the digest in its key. key={key} store={self._url} "
+                    f"a manifest's bytes differ from the digest in its key. key={key} "
+                    f"store={self._url} "
                     f"delete that object and repeat"
                 )
             case WriteUnknown(why):
-                raise UnavailableError(f"the manifest could not be stored, nothing is committed. key={key} why={why}")
+                raise UnavailableError(
+                    f"the manifest could not be stored, nothing is committed. key={key} why={why}"
+                )
             case _:
                 return
 

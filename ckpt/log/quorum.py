@@ -1,4 +1,5 @@
-"""The log as several stores together hold it: their copies in, records that count out, one place after the other. Pure."""
+"""The log as several stores together hold it: their copies in, records that count out, one place
+after the other. Pure."""
 
 from __future__ import annotations
 
@@ -30,10 +31,11 @@ from ckpt.log.state import LogState, StoreSet
 
 @dataclass(frozen=True, slots=True)
 class PositionReading:
-    """What one store holds at one place: ``record`` and ``settled`` are digests of valid records there, empty for none.
+    """What one store holds at one place: ``record`` and ``settled`` are digests of valid records
+    there, empty for none.
 
-    ``answered``: the store could be asked. ``damaged``: it holds something at one of the two keys that is no record, so that
-    the record may have been there.
+    ``answered``: the store could be asked. ``damaged``: it holds something at one of the two keys
+    that is no record, so that the record may have been there.
     """
 
     record: str = ""
@@ -49,7 +51,8 @@ class PositionReading:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The place has this record. ``copies`` stores were seen to hold it; ``settled``: at its second key."""
+    """The place has this record. ``copies`` stores were seen to hold it; ``settled``: at its second
+    key."""
 
     digest: str
     copies: int
@@ -63,7 +66,8 @@ class Vacant:
 
 @dataclass(frozen=True, slots=True)
 class Unclear:
-    """Several records may count, or one that was not seen; the stores that did not answer know which.
+    """Several records may count, or one that was not seen; the stores that did not answer know
+    which.
 
     ``digests`` of those that were seen and may.
     """
@@ -74,13 +78,18 @@ class Unclear:
 Position = Taken | Vacant | Unclear
 
 
-def decide(seen: Sequence[PositionReading], quorum: int, followed: Collection[str] = ()) -> Position:
+def decide(
+    seen: Sequence[PositionReading], quorum: int, followed: Collection[str] = ()
+) -> Position:
     """What the place holds. ``seen``: one for each store of the set.
 
-    ``followed``: the digests that records at the next place name as their predecessor, wherever they were seen.
+    ``followed``: the digests that records at the next place name as their predecessor, wherever
+    they were seen.
     """
     for digest in sorted(followed):
-        copies = [sum(digest == getattr(one, name) for one in seen) for name in ("settled", "record")]
+        copies = [
+            sum(digest == getattr(one, name) for one in seen) for name in ("settled", "record")
+        ]
         if any(copies):
             return Taken(digest, max(copies), settled=copies[0] > 0)
     if followed:
@@ -92,17 +101,19 @@ def decide(seen: Sequence[PositionReading], quorum: int, followed: Collection[st
     if written := {one.settled for one in seen if one.settled}:
         # Its writer knew that nothing else can have the place, and is not done.
         records = {digest: count for digest, count in records.items() if digest in written}
-    elif (
-        max(records.values(), default=0) < quorum <= sum(not one.sure for one in seen)
-        and any(one.damaged for one in seen)
-    ):  # fmt: skip
-        return Unclear(tuple(sorted(records)))  # what counts may have been where there is only damage now
+    elif max(records.values(), default=0) < quorum <= sum(not one.sure for one in seen) and any(
+        one.damaged for one in seen
+    ):
+        return Unclear(
+            tuple(sorted(records))
+        )  # what counts may have been where there is only damage now
     return _one(records, settled_key=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Won:
-    """Our record is on W stores. ``sure``: on all that have a vote, so that another one can never be taken for it."""
+    """Our record is on W stores. ``sure``: on all that have a vote, so that another one can never
+    be taken for it."""
 
     sure: bool
 
@@ -129,7 +140,8 @@ class Undecided:
 def contest(mine: str, held: Sequence[str | None], quorum: int) -> Won | Beaten | Split | Undecided:
     """How a claim stands after ``mine`` was created at every store that creates only once.
 
-    ``held`` says for each store that has a vote the digest that it holds; None where that is not known.
+    ``held`` says for each store that has a vote the digest that it holds; None where that is not
+    known.
     """
     counts = Counter(digest for digest in held if digest is not None)
     if counts[mine] >= quorum:
@@ -145,11 +157,14 @@ def contest(mine: str, held: Sequence[str | None], quorum: int) -> Won | Beaten 
 
 
 def winner(counts: Mapping[str, int]) -> str | None:
-    """Of the records that split the stores, the one that is settled: the most frequent, of equals the smallest digest."""
+    """Of the records that split the stores, the one that is settled: the most frequent, of equals
+    the smallest digest."""
     return min(counts, key=lambda digest: (-counts[digest], digest), default=None)
 
 
-def _possible(digests: Sequence[str], seen: Sequence[PositionReading], quorum: int) -> dict[str, int]:
+def _possible(
+    digests: Sequence[str], seen: Sequence[PositionReading], quorum: int
+) -> dict[str, int]:
     counts = Counter(digest for digest in digests if digest)
     unknown = [digest == "" and not one.sure for digest, one in zip(digests, seen, strict=True)]
     return {digest: count for digest, count in counts.items() if count + sum(unknown) >= quorum}
@@ -168,7 +183,8 @@ _STAND_IN = b"no store yet".hex()
 
 
 def placeholder_id(number: int) -> str:
-    """The id in a set of stores for one that did not answer when the log was made: nothing that counts is ever on it.
+    """The id in a set of stores for one that did not answer when the log was made: nothing that
+    counts is ever on it.
 
     It gets a real one when it is added.
     """
@@ -182,10 +198,12 @@ def is_placeholder(store_id: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StoreRecords:
-    """What one store was seen to hold of the log from some place on: valid records, and places where others lie.
+    """What one store was seen to hold of the log from some place on: valid records, and places
+    where others lie.
 
-    ``store_id`` is what its ``ckpt.json`` says now, empty where it has none. ``newer``: the damaged places that look like a
-    newer release's. ``elsewhere``: the id of another log, which it belongs to instead.
+    ``store_id`` is what its ``ckpt.json`` says now, empty where it has none. ``newer``: the damaged
+    places that look like a newer release's. ``elsewhere``: the id of another log, which it belongs
+    to instead.
     """
 
     store_id: str
@@ -203,8 +221,10 @@ class StoreRecords:
         """What it holds at one place."""
         record, settled = self.records.get(seq), self.settled.get(seq)
         return PositionReading(
-            record.digest if record else "", settled.digest if settled else "", damaged=seq in self.damaged
-        )  # fmt: skip
+            record.digest if record else "",
+            settled.digest if settled else "",
+            damaged=seq in self.damaged,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,21 +249,25 @@ class LastRecord:
 
     @property
     def is_final(self) -> bool:
-        """Whether it counts for good, so that its writer may be told, and whichever W - 1 stores are lost from now on."""
+        """Whether it counts for good, so that its writer may be told, and whichever W - 1 stores
+        are lost from now on."""
         if self.followed:
             return True
         if self.settled or self.members.sequencer != BY_STORES:
             return self.copies >= self.members.write_quorum
-        # Another vote, seen or not, could be taken for this record's where W - 1 of its own are lost.
+        # Another vote, seen or not, could be taken for this record's where W - 1 of its own are
+        # lost.
         return self.copies >= sum(not is_placeholder(store_id) for store_id in self.members.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class MergedLog:
-    """The log after what was read. ``full``: which stores (by their number) count; ``tail``: None where nothing was new.
+    """The log after what was read. ``full``: which stores (by their number) count; ``tail``: None
+    where nothing was new.
 
-    ``thin``: places whose record is on fewer stores than it was written to; a scrub mends them. ``before``: the state before
-    the last record, where that is not sure: it may turn out not to count.
+    ``thin``: places whose record is on fewer stores than it was written to; a scrub mends them.
+    ``before``: the state before the last record, where that is not sure: it may turn out not to
+    count.
     """
 
     state: LogState
@@ -253,11 +277,14 @@ class MergedLog:
     before: LogState | None = None
 
 
-def merge_stores(state: LogState, held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]) -> MergedLog:
+def merge_stores(
+    state: LogState, held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]
+) -> MergedLog:
     """``state`` and the records after it that count.
 
-    ``held``: what each store holds from ``state.next_seq`` on; ``urls`` names them in reasons. Stops at the first place that is
-    vacant; says in ``hole`` where something must have been there, and in ``short`` where too few stores answered to know.
+    ``held``: what each store holds from ``state.next_seq`` on; ``urls`` names them in reasons.
+    Stops at the first place that is vacant; says in ``hole`` where something must have been there,
+    and in ``short`` where too few stores answered to know.
     """
     batch: list[Record] = []
     end: list[Unreadable] = []
@@ -290,7 +317,9 @@ def merge_stores(state: LogState, held: Sequence[StoreRecords | NoAnswer], urls:
             reason = f"stores hold {what} there, and too few answered to know what counts. {_silent(held, urls)}"
             end.append(Unreadable(seq, reason))
         elif any(isinstance(one, StoreRecords) and one.last() > seq for one in held):
-            end.append(Unreadable(seq, f"no store has a readable record there. {_silent(held, urls)}"))
+            end.append(
+                Unreadable(seq, f"no store has a readable record there. {_silent(held, urls)}")
+            )
         break
     if batch:
         before = fold(state, batch[:-1])
@@ -298,13 +327,20 @@ def merge_stores(state: LogState, held: Sequence[StoreRecords | NoAnswer], urls:
     state = fold(state, end)
     full, short = _full(state.stores, held, urls)
     doubted = before if tail is not None and not tail.is_final else None
-    if not short and doubted is not None and tail is not None and tail.copies < tail.members.write_quorum:
+    if (
+        not short
+        and doubted is not None
+        and tail is not None
+        and tail.copies < tail.members.write_quorum
+    ):
         # It may change the set, and not count: then it is the set before that knows what is newest.
         _, short = _full(doubted.stores, held, urls)
     return MergedLog(replace(state, short=short), full, tail, tuple(thin), doubted)
 
 
-def _first(held: Sequence[StoreRecords | NoAnswer], copies: Mapping[str, Record]) -> tuple[StoreSet, Position]:
+def _first(
+    held: Sequence[StoreRecords | NoAnswer], copies: Mapping[str, Record]
+) -> tuple[StoreSet, Position]:
     """What the first place holds: a record counts there on the stores that it names itself."""
     lone = _lone(held)
     if not copies:
@@ -322,10 +358,13 @@ def _first(held: Sequence[StoreRecords | NoAnswer], copies: Mapping[str, Record]
     return next(iter(taken.values()), (lone, Vacant()))
 
 
-def _seen(held: Sequence[StoreRecords | NoAnswer], seq: int, members: StoreSet) -> list[PositionReading]:
+def _seen(
+    held: Sequence[StoreRecords | NoAnswer], seq: int, members: StoreSet
+) -> list[PositionReading]:
     by_id = {one.store_id: one for one in held if isinstance(one, StoreRecords)}
     return [
-        by_id[name].at(seq) if name in by_id else PositionReading(answered=is_placeholder(name)) for name in members.ids
+        by_id[name].at(seq) if name in by_id else PositionReading(answered=is_placeholder(name))
+        for name in members.ids
     ]
 
 
@@ -335,7 +374,11 @@ def _decide(held: Sequence[StoreRecords | NoAnswer], seq: int, members: StoreSet
     if isinstance(decided, Taken) or not followed:
         return decided
     # Also a store that counts no longer, or not yet, may hold what a record that was seen follows.
-    anywhere = decide([one.at(seq) for one in held if isinstance(one, StoreRecords)], members.write_quorum, followed)
+    anywhere = decide(
+        [one.at(seq) for one in held if isinstance(one, StoreRecords)],
+        members.write_quorum,
+        followed,
+    )
     return anywhere if isinstance(anywhere, Taken) else decided
 
 
@@ -350,7 +393,9 @@ def _copies(held: Sequence[StoreRecords | NoAnswer], seq: int) -> Iterator[tuple
 def _named_by(record: Record) -> StoreSet | None:
     """The set that a log's first record names."""
     body = record.body
-    return StoreSet(body.ids, body.write_quorum, body.sequencer) if isinstance(body, Stores) else None
+    return (
+        StoreSet(body.ids, body.write_quorum, body.sequencer) if isinstance(body, Stores) else None
+    )
 
 
 def _lone(held: Sequence[StoreRecords | NoAnswer]) -> StoreSet:
@@ -363,24 +408,40 @@ def _full(
     members: StoreSet | None, held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]
 ) -> tuple[frozenset[int], str]:
     if members is None:
-        full = frozenset(number for number, one in enumerate(held) if isinstance(one, StoreRecords) and one.store_id)
-        others = [url for url, one in zip(urls, held, strict=True) if isinstance(one, StoreRecords) and one.elsewhere]
+        full = frozenset(
+            number
+            for number, one in enumerate(held)
+            if isinstance(one, StoreRecords) and one.store_id
+        )
+        others = [
+            url
+            for url, one in zip(urls, held, strict=True)
+            if isinstance(one, StoreRecords) and one.elsewhere
+        ]
         if not others and not any(isinstance(one, NoAnswer) for one in held):
             return full, ""
         return full, (
-            f"where the log lies is not known, and other stores may hold it. of_another_log={others} {_silent(held, urls)}"
+            "where the log lies is not known, and other stores may hold it. "
+            f"of_another_log={others} {_silent(held, urls)}"
         )
     full = frozenset(
-        number for number, one in enumerate(held) if isinstance(one, StoreRecords) and one.store_id in members.ids
+        number
+        for number, one in enumerate(held)
+        if isinstance(one, StoreRecords) and one.store_id in members.ids
     )
     if len(full) >= members.answers_min:
         return full, ""
     return full, (
-        f"too few of the log's stores answered to know what is newest. answered={len(full)} stores={len(members.ids)} "
+        f"too few of the log's stores answered to know what is newest. answered={len(full)} "
+        f"stores={len(members.ids)} "
         f"needed={members.answers_min} {_silent(held, urls)}"
     )
 
 
 def _silent(held: Sequence[StoreRecords | NoAnswer], urls: Sequence[str]) -> str:
-    silent = [f"{url}: {one.reason}" for url, one in zip(urls, held, strict=True) if isinstance(one, NoAnswer)]
+    silent = [
+        f"{url}: {one.reason}"
+        for url, one in zip(urls, held, strict=True)
+        if isinstance(one, NoAnswer)
+    ]
     return f"silent=[{'; '.join(silent)}]"

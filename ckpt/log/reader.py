@@ -22,7 +22,8 @@ READ_THREADS = 8
 RECORDS_AT_ONCE = 1024
 """How many records are held in memory before they are folded."""
 HOLE_READS_MAX = 2
-"""A hole is believed when it is seen twice: a list made while records are written may show the later one alone."""
+"""A hole is believed when it is seen twice: a list made while records are written may show the
+later one alone."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -30,7 +31,8 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class LogNote:
-    """Something that went wrong and was got around: ``what`` happened to the object at ``key``, and why."""
+    """Something that went wrong and was got around: ``what`` happened to the object at ``key``, and
+    why."""
 
     event: str
     key: str
@@ -41,21 +43,30 @@ def read_all(items: Sequence[K], read: Callable[[K], V]) -> list[V]:
     """``[read(item) for item in items]`` on a few threads; the first error in order is raised."""
     if len(items) < 2:
         return [read(item) for item in items]
-    with ThreadPoolExecutor(max_workers=min(READ_THREADS, len(items)), thread_name_prefix="ckpt-read") as pool:
+    with ThreadPoolExecutor(
+        max_workers=min(READ_THREADS, len(items)), thread_name_prefix="ckpt-read"
+    ) as pool:
         try:
             found = pool.map(read, items)
-        except RuntimeError:  # the interpreter is ending: it starts no more work, but waits for the thread that saves
+        except (
+            RuntimeError
+        ):  # the interpreter is ending: it starts no more work, but waits for the thread that saves
             return [read(item) for item in items]
         return list(found)
 
 
 def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[LogNote, ...]]:
-    """The state to begin at: the newest fold that proves right, or the log's start; and notes of folds passed over.
+    """The state to begin at: the newest fold that proves right, or the log's start; and notes of
+    folds passed over.
 
-    A fold proves right by its own digest and by the record that it says it ends with. Cost: a list of folds, and per
-    fold tried two reads.
+    A fold proves right by its own digest and by the record that it says it ends with. Cost: a list
+    of folds, and per fold tried two reads.
     """
-    seqs = [seq for stat in backend.list(keys.FOLDS) if (seq := keys.parse_fold_key(stat.key)) is not None]
+    seqs = [
+        seq
+        for stat in backend.list(keys.FOLDS)
+        if (seq := keys.parse_fold_key(stat.key)) is not None
+    ]
     notes: list[LogNote] = []
     for seq in reversed(seqs):
         key = keys.fold_key(seq)
@@ -65,14 +76,21 @@ def read_start(backend: Backend, job: str) -> tuple[LogState, tuple[LogNote, ...
         except (IntegrityError, FormatVersionError, NotFoundError) as error:
             notes.append(LogNote("fold passed over", key, str(error)))
             continue
-        if (state.job, state.next_seq, state.head_digest) == (job, last.seq + 1, last.digest) and last.seq == seq:
+        if (state.job, state.next_seq, state.head_digest) == (
+            job,
+            last.seq + 1,
+            last.digest,
+        ) and last.seq == seq:
             return state, tuple(notes)
-        notes.append(LogNote("fold passed over", key, "it is not the fold of the record that it names"))
+        notes.append(
+            LogNote("fold passed over", key, "it is not the fold of the record that it names")
+        )
     return empty(job), tuple(notes)
 
 
 def read_new(backend: Backend, state: LogState) -> LogState:
-    """``state`` and all records after it, up to the first hole. Cost: one list, and one read per new record.
+    """``state`` and all records after it, up to the first hole. Cost: one list, and one read per
+    new record.
 
     Raises FormatVersionError where a newer release wrote a record: what it says can't be guessed.
     """
@@ -99,7 +117,8 @@ def _read_on_once(backend: Backend, state: LogState) -> LogState:
 
 
 def record_bytes(backend: Backend, seq: int) -> bytes:
-    """The record at a place, as one store holds it: at the place's second key where it is there, for that one has won.
+    """The record at a place, as one store holds it: at the place's second key where it is there,
+    for that one has won.
 
     Raises NotFoundError, IntegrityError, UnavailableError.
     """
@@ -110,7 +129,8 @@ def record_bytes(backend: Backend, seq: int) -> bytes:
 
 
 def _places(listed: Iterable[str], first: int) -> Iterator[tuple[int, str]]:
-    """Each place from ``first`` on and the key to read there, of keys in order: the second one follows the first."""
+    """Each place from ``first`` on and the key to read there, of keys in order: the second one
+    follows the first."""
     last: tuple[int, str] | None = None
     for key in listed:
         seq = keys.parse_log_key(key)

@@ -1,4 +1,5 @@
-"""The copies of one log on several stores: reading what each holds, creating a record at many. No decisions live here."""
+"""The copies of one log on several stores: reading what each holds, creating a record at many. No
+decisions live here."""
 
 from __future__ import annotations
 
@@ -41,13 +42,15 @@ T = TypeVar("T")
 
 GRACE_S_MIN = 0.1
 GRACE_S_MAX = 2.0
-"""How long the rest is waited for after enough have answered: as long again as those took, within these limits."""
+"""How long the rest is waited for after enough have answered: as long again as those took, within
+these limits."""
 
 STUCK_S = 5.0
 """A call that takes longer than this keeps its lane from being waited for."""
 
 WAITING_MAX = 4096
-"""How many calls may wait in one lane: what a store that hangs misses beyond them, a scrub brings it later."""
+"""How many calls may wait in one lane: what a store that hangs misses beyond them, a scrub brings
+it later."""
 
 Enough = Callable[[Mapping[int, T]], bool]
 """Whether the answers of some stores, by number, are enough."""
@@ -57,7 +60,8 @@ class StoreWorkers(Protocol):
     """How stores are asked together."""
 
     def ask(self, calls: Mapping[int, Callable[[], T]], enough: Enough[T]) -> dict[int, T]:
-        """Make each call for the store of its number; the answers there were when it was time to go on.
+        """Make each call for the store of its number; the answers there were when it was time to go
+        on.
 
         A call that raises is raised. What did not answer in time is left out, and goes on behind.
         """
@@ -65,7 +69,8 @@ class StoreWorkers(Protocol):
 
 
 class ThreadWorkers:
-    """A thread for each store that has something to do; it ends with its work, and holds up no exit."""
+    """A thread for each store that has something to do; it ends with its work, and holds up no
+    exit."""
 
     def __init__(self) -> None:
         self._lanes: dict[int, _StoreWorker] = {}
@@ -85,7 +90,9 @@ class ThreadWorkers:
             with self._changed:
                 done = {number: future for number, future in futures.items() if future.done()}
                 now_s = time.monotonic()
-                if enough_s is None and enough({number: future.result() for number, future in done.items()}):
+                if enough_s is None and enough(
+                    {number: future.result() for number, future in done.items()}
+                ):
                     enough_s = now_s
                 left_s = self._left_s(futures, enough_s, now_s, began_s)
                 if left_s is None or left_s <= 0:
@@ -156,7 +163,8 @@ class _StoreWorker:
 NO_ANSWER_YET = NoAnswer("no answer yet")
 
 CREATE_ONLY_TRIES = 3
-"""A store that says so often that it does not create only once, and answers other questions meanwhile, is believed."""
+"""A store that says so often that it does not create only once, and answers other questions
+meanwhile, is believed."""
 
 
 class LogReplicas:
@@ -169,24 +177,30 @@ class LogReplicas:
         self._creators: frozenset[int] = frozenset()
 
     def job_records(self) -> list[JobRecord | NoAnswer | None]:
-        """What each store's ``ckpt.json`` says; None where it has none. One that is damaged says nothing.
+        """What each store's ``ckpt.json`` says; None where it has none. One that is damaged says
+        nothing.
 
         A majority of answers is waited for, and a little longer for the others.
         """
-        found = self._lanes.ask({n: partial(_job, store) for n, store in enumerate(self.stores)}, self._most)
+        found = self._lanes.ask(
+            {n: partial(_job, store) for n, store in enumerate(self.stores)}, self._most
+        )
         return [found.get(n, NO_ANSWER_YET) for n in range(len(self.stores))]
 
-    def read_logs(self, after: int, log_id: str, *, of: Collection[str] = ()) -> list[StoreRecords | NoAnswer]:
-        """What each store holds of a log behind place ``after``, 1,024 places at most; its id as it is afterwards.
+    def read_logs(
+        self, after: int, log_id: str, *, of: Collection[str] = ()
+    ) -> list[StoreRecords | NoAnswer]:
+        """What each store holds of a log behind place ``after``, 1,024 places at most; its id as it
+        is afterwards.
 
-        A majority of answers is waited for, of stores with the ids ``of`` where they are given, and a little longer for the
-        others.
+        A majority of answers is waited for, of stores with the ids ``of`` where they are given, and
+        a little longer for the others.
         """
 
         def enough(answers: Mapping[int, StoreRecords | NoAnswer]) -> bool:
-            return 2 * sum(isinstance(one, StoreRecords) and one.store_id in of for one in answers.values()) > len(
-                self.stores
-            )
+            return 2 * sum(
+                isinstance(one, StoreRecords) and one.store_id in of for one in answers.values()
+            ) > len(self.stores)
 
         calls = {n: partial(_held, store, after, log_id) for n, store in enumerate(self.stores)}
         found = self._lanes.ask(calls, enough if of else self._most)
@@ -195,23 +209,27 @@ class LogReplicas:
     def create(
         self, key: str, data: bytes, at: Mapping[int, str], quorum: int, *, vote: bool = False
     ) -> dict[int, bytes | NoAnswer]:
-        """Create ``key`` at the stores of these numbers; what each holds there now, or that this is not known.
+        """Create ``key`` at the stores of these numbers; what each holds there now, or that this is
+        not known.
 
-        ``at`` gives the id of each store, which is looked at afterwards: another one may have come to stand there, and what it
-        holds is not known. A store that does not create only once is looked at first, and written to if nothing is there; with
-        ``vote`` it is left alone, and not known. Returns soon after ``quorum`` of them hold the same bytes; the others get it
-        behind.
+        ``at`` gives the id of each store, which is looked at afterwards: another one may have come
+        to stand there, and what it holds is not known. A store that does not create only once is
+        looked at first, and written to if nothing is there; with ``vote`` it is left alone, and not
+        known. Returns soon after ``quorum`` of them hold the same bytes; the others get it behind.
         """
         found: dict[int, bytes | NoAnswer] = dict.fromkeys(at, NO_ANSWER_YET)
-        calls = {n: partial(_create, self.stores[n], key, data, vote=vote, store_id=at[n]) for n in sorted(at)}
+        calls = {
+            n: partial(_create, self.stores[n], key, data, vote=vote, store_id=at[n])
+            for n in sorted(at)
+        }
         found.update(self._lanes.ask(calls, lambda answers: _most_copies(answers) >= quorum))
         return found
 
     def has_records(self, number: int) -> bool | NoAnswer:
         """Whether a store holds any record of a log."""
-        found = self._lanes.ask({number: partial(_listed, self.stores[number], keys.LOG)}, bool).get(
-            number, NO_ANSWER_YET
-        )
+        found = self._lanes.ask(
+            {number: partial(_listed, self.stores[number], keys.LOG)}, bool
+        ).get(number, NO_ANSWER_YET)
         return found if isinstance(found, NoAnswer) else bool(found)
 
     def make_store(self, number: int, record: JobRecord) -> JobRecord | NoAnswer:
@@ -231,7 +249,10 @@ class LogReplicas:
         """The keys that any store which answers has below ``prefix``."""
         calls = {n: partial(_listed, store, prefix) for n, store in enumerate(self.stores)}
         return {
-            key for found in self._lanes.ask(calls, self._most).values() if isinstance(found, list) for key in found
+            key
+            for found in self._lanes.ask(calls, self._most).values()
+            if isinstance(found, list)
+            for key in found
         }
 
     def read(self, key: str, *, bytes_max: int) -> list[bytes | NoAnswer]:
@@ -243,7 +264,8 @@ class LogReplicas:
     def create_only_stores(self, at: Collection[int]) -> frozenset[int]:
         """Those of the stores that are known to create a key only once.
 
-        The others may do so all the same, for a store that can't be asked says no too; it is asked again.
+        The others may do so all the same, for a store that can't be asked says no too; it is asked
+        again.
         """
         unknown = {n: partial(_creates, self.stores[n]) for n in at if n not in self._creators}
         if unknown:
@@ -252,7 +274,8 @@ class LogReplicas:
         return self._creators.intersection(at)
 
     def not_create_only(self, at: Collection[int]) -> frozenset[int]:
-        """Those of the stores that answer, and don't say that they create a key only once, however often they are asked."""
+        """Those of the stores that answer, and don't say that they create a key only once, however
+        often they are asked."""
         answers = self._lanes.ask(
             {n: partial(_unable, self.stores[n]) for n in at}, lambda found: len(found) == len(at)
         )
@@ -268,7 +291,9 @@ def count_copies(data: bytes, found: Mapping[int, bytes | NoAnswer]) -> int:
 
 
 def _most_copies(found: Mapping[int, bytes | NoAnswer]) -> int:
-    return max(Counter(held for held in found.values() if isinstance(held, bytes)).values(), default=0)
+    return max(
+        Counter(held for held in found.values() if isinstance(held, bytes)).values(), default=0
+    )
 
 
 def _job(store: Backend) -> JobRecord | NoAnswer | None:
@@ -301,14 +326,22 @@ def _held(store: Backend, after: int, log_id: str) -> StoreRecords | NoAnswer:
         return found
     if found is not None and found.log_id != log_id:
         return StoreRecords("", elsewhere=found.log_id)
-    return StoreRecords(found.store_id if found is not None else "", records, settled, damaged, newer)
+    return StoreRecords(
+        found.store_id if found is not None else "", records, settled, damaged, newer
+    )
 
 
-def _records(store: Backend, after: int) -> tuple[dict[int, Record], dict[int, Record], frozenset[int], frozenset[int]]:
+def _records(
+    store: Backend, after: int
+) -> tuple[dict[int, Record], dict[int, Record], frozenset[int], frozenset[int]]:
     start = keys.log_key(after) if after >= 0 else ""
     listed = [stat.key for stat in islice(store.list(keys.LOG, after=start), 2 * RECORDS_AT_ONCE)]
     places = [(key, seq, False) for key in listed if (seq := keys.parse_log_key(key)) is not None]
-    places += [(key, seq, True) for key in listed if (seq := keys.parse_settled_key(key)) is not None and seq > after]
+    places += [
+        (key, seq, True)
+        for key in listed
+        if (seq := keys.parse_settled_key(key)) is not None and seq > after
+    ]
     found = read_all(places, lambda place: _record(store, place[0], place[1]))
     records: dict[int, Record] = {}
     settled: dict[int, Record] = {}
@@ -356,11 +389,16 @@ def _creates(store: Backend) -> bool:
 
 
 def _unable(store: Backend) -> bool:
-    return all(not _creates(store) and isinstance(_job(store), JobRecord) for _ in range(CREATE_ONLY_TRIES))
+    return all(
+        not _creates(store) and isinstance(_job(store), JobRecord) for _ in range(CREATE_ONLY_TRIES)
+    )
 
 
-def _create(store: Backend, key: str, data: bytes, *, vote: bool, store_id: str) -> bytes | NoAnswer:
-    """Create the key and say what is there. Refused or unanswered it isn't known: the put may have landed, or land yet."""
+def _create(
+    store: Backend, key: str, data: bytes, *, vote: bool, store_id: str
+) -> bytes | NoAnswer:
+    """Create the key and say what is there. Refused or unanswered it isn't known: the put may have
+    landed, or land yet."""
     held = _put_or_read(store, key, data, vote=vote)
     if isinstance(held, NoAnswer):
         return held
@@ -369,7 +407,8 @@ def _create(store: Backend, key: str, data: bytes, *, vote: bool, store_id: str)
         return there
     if there is None or there.store_id != store_id:
         return NoAnswer(
-            f"another store came to stand there. wanted={store_id} found={there.store_id if there else None}"
+            f"another store came to stand there. wanted={store_id} "
+            f"found={there.store_id if there else None}"
         )
     return held
 
@@ -379,14 +418,21 @@ def _put_or_read(store: Backend, key: str, data: bytes, *, vote: bool) -> bytes 
         try:
             made = create_once(store, key, data, bytes_max=RECORD_BYTES_MAX)
         except UsageError as error:
-            # It does not create a key only once. What the capabilities say is not asked: no may mean not known now.
+            # It does not create a key only once. What the capabilities say is not asked: no may
+            # mean not known now.
             if vote:
                 return NoAnswer(str(error))
             if store.stat(key) is not None:
                 return read_alone(store, key, bytes_max=RECORD_BYTES_MAX)
             store.put(key, [data])
             return data
-    except (UnavailableError, StoreFullError, StoreDeniedError, NotFoundError, IntegrityError) as error:
+    except (
+        UnavailableError,
+        StoreFullError,
+        StoreDeniedError,
+        NotFoundError,
+        IntegrityError,
+    ) as error:
         return NoAnswer(str(error))
     if isinstance(made, WriteUnknown):
         return NoAnswer(made.reason)

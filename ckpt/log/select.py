@@ -12,13 +12,16 @@ NEAREST_SHOWN = 5
 TAGS_SHOWN = 20
 
 
-def select(state: LogState, *, step: int | None = None, epoch: int | None = None, tag: str | None = None) -> SnapshotId:
+def select(
+    state: LogState, *, step: int | None = None, epoch: int | None = None, tag: str | None = None
+) -> SnapshotId:
     """The snapshot that is meant: by default the newest on the line.
 
-    ``step``: the one of that step on the line, of the newest captured epoch where several have it. ``step`` and ``epoch``:
-    exactly that one, on the line or off it. ``epoch`` alone: the last of that captured epoch. ``tag``: what it names.
-    Raises NotFoundError that lists the nearest steps or the tags there are, UnavailableError where too few stores answered to
-    know that there is none, UsageError for a tag beside the others.
+    ``step``: the one of that step on the line, of the newest captured epoch where several have it.
+    ``step`` and ``epoch``: exactly that one, on the line or off it. ``epoch`` alone: the last of
+    that captured epoch. ``tag``: what it names. Raises NotFoundError that lists the nearest steps
+    or the tags there are, UnavailableError where too few stores answered to know that there is
+    none, UsageError for a tag beside the others.
     """
     if tag is not None:
         if step is not None or epoch is not None:
@@ -29,11 +32,18 @@ def select(state: LogState, *, step: int | None = None, epoch: int | None = None
     line = state.lineage
     if step is None:
         if not line:
-            raise _absent(state, f"no snapshot on the line of the newest epoch. job={state.job!r} {_elsewhere(state)}")
+            raise _absent(
+                state,
+                f"no snapshot on the line of the newest epoch. job={state.job!r} "
+                f"{_elsewhere(state)}",
+            )
         return line[0]
     found = next((pair for pair in line if pair.step == step), None)
     if found is None:
-        raise _absent(state, f"no snapshot of that step. step={step} {_nearest(line, step)} {_elsewhere(state)}")
+        raise _absent(
+            state,
+            f"no snapshot of that step. step={step} {_nearest(line, step)} {_elsewhere(state)}",
+        )
     return found
 
 
@@ -44,28 +54,32 @@ def candidates(state: LogState) -> tuple[SnapshotId, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ResumeChoice:
-    """When it was decided what training goes on from: ``newest`` was the newest snapshot on the line then (None: none)."""
+    """When it was decided what training goes on from: ``newest`` was the newest snapshot on the
+    line then (None: none)."""
 
     newest: SnapshotId | None
 
 
 def require_newest(state: LogState, resume: SnapshotId | None, choice: ResumeChoice | None) -> None:
-    """Raises NewerSnapshotError where what was committed since ``chosen`` is newer than ``resume``; None: no matter.
+    """Raises NewerSnapshotError where what was committed since ``chosen`` is newer than ``resume``;
+    None: no matter.
 
-    A writer that was paused may land a commit between that decision and the epoch that fences it. Gone on from ``resume``,
-    the line would leave behind what somebody was told is durable.
+    A writer that was paused may land a commit between that decision and the epoch that fences it.
+    Gone on from ``resume``, the line would leave behind what somebody was told is durable.
     """
     newest = state.newest()
     if choice is None or newest is None or newest == choice.newest:
         return
     if resume is None or newest > resume:
         raise NewerSnapshotError(
-            f"a newer snapshot was committed while training was about to go on. newest={newest} resume={resume} choose again"
+            f"a newer snapshot was committed while training was about to go on. newest={newest} "
+            f"resume={resume} choose again"
         )
 
 
 def older_than(state: LogState, snapshot: SnapshotId) -> tuple[SnapshotId, ...]:
-    """What a restore falls back to where ``snapshot`` can't be read: its own line below it, newest first."""
+    """What a restore falls back to where ``snapshot`` can't be read: its own line below it, newest
+    first."""
     return tuple(pair for pair in state.lineage_from(snapshot) if pair != snapshot)
 
 
@@ -84,19 +98,25 @@ def _by_epoch(state: LogState, epoch: int, step: int | None) -> SnapshotId:
     wanted = next((pair for pair in inside if pair.step == step), None)
     if wanted is None:
         near = _nearest(tuple(inside), step or 0)
-        raise _absent(state, f"no snapshot of that epoch and step. epoch={epoch} step={step} {near}")
+        raise _absent(
+            state, f"no snapshot of that epoch and step. epoch={epoch} step={step} {near}"
+        )
     return wanted
 
 
 def _absent(state: LogState, text: str) -> NotFoundError | UnavailableError:
     """What is not there; or may be there, and is only not seen."""
     if state.short:
-        return UnavailableError(f"{text}, as far as can be seen: {state.short} repeat when more answer")
+        return UnavailableError(
+            f"{text}, as far as can be seen: {state.short} repeat when more answer"
+        )
     return NotFoundError(text)
 
 
 def _nearest(pairs: tuple[SnapshotId, ...], step: int) -> str:
-    near = sorted({pair.step for pair in pairs}, key=lambda found: (abs(found - step), found))[:NEAREST_SHOWN]
+    near = sorted({pair.step for pair in pairs}, key=lambda found: (abs(found - step), found))[
+        :NEAREST_SHOWN
+    ]
     return f"nearest_steps={', '.join(map(str, sorted(near))) or 'none'}"
 
 

@@ -1,8 +1,10 @@
-"""One machine's own file that gives out the places of a log, for stores that don't create a key only once.
+"""One machine's own file that gives out the places of a log, for stores that don't create a key
+only once.
 
-SQLite makes each claim one transaction, synced to disk before it is answered, among all processes of the machine. The file is
-the truth about who has a place, the stores are where the record counts: it holds each record whole, so that whoever comes after
-a writer that died in between can finish the copies. Not for a network file system, where SQLite's locks can't be relied on.
+SQLite makes each claim one transaction, synced to disk before it is answered, among all processes
+of the machine. The file is the truth about who has a place, the stores are where the record counts:
+it holds each record whole, so that whoever comes after a writer that died in between can finish the
+copies. Not for a network file system, where SQLite's locks can't be relied on.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from typing import Protocol
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
 from ckpt.cluster.membership.open import open_keyspace
-from ckpt.errors import KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
+from ckpt.errors import (
+    KeyExistsError,
+    NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.format import keys
 from ckpt.format.records import BY_ETCD, BY_SQLITE, RECORD_BYTES_MAX
 from ckpt.ipc.cluster_spec import nodes_from_environment
@@ -31,7 +40,8 @@ from ckpt.keyspace.base import Delete, Keys, Keyspace, NoneOf, Put, Transaction
 # behind the same seam.
 
 PUT_TRIES_MAX = 5
-"""How often the same bytes are put at the same key before silence is reported; backends wait and retry beneath this."""
+"""How often the same bytes are put at the same key before silence is reported; backends wait and
+retry beneath this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,8 @@ class KeyTaken:
 
 @dataclass(frozen=True, slots=True)
 class WriteUnknown:
-    """No answer, or none after a put that may have landed: repeat the same bytes at the same place."""
+    """No answer, or none after a put that may have landed: repeat the same bytes at the same
+    place."""
 
     reason: str
 
@@ -57,9 +68,11 @@ class Sequencer(Protocol):
     """Gives each place in the log to one record, for good."""
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """Make ``data`` the record at ``seq`` unless there is one. Repeating the same call is harmless.
+        """Make ``data`` the record at ``seq`` unless there is one. Repeating the same call is
+        harmless.
 
-        Raises StoreFullError or StoreDeniedError where the store refused before anything can have landed.
+        Raises StoreFullError or StoreDeniedError where the store refused before anything can have
+        landed.
         """
         ...
 
@@ -81,19 +94,24 @@ class StoreSequencer:
 
 
 def require_create_only(backend: Backend) -> None:
-    """Raises UsageError for a store that can't give out places: two writers would both believe that one is theirs."""
+    """Raises UsageError for a store that can't give out places: two writers would both believe that
+    one is theirs."""
     if not backend.capabilities().create_only:
         raise UsageError(
-            f"this store does not create a key only once, so two writers could overwrite each other. "
+            "this store does not create a key only once, so two writers could overwrite each "
+            "other. "
             f"store={backend.url} use a store that honours create-if-absent"
         )
 
 
-def create_once(backend: Backend, key: str, data: bytes, *, bytes_max: int) -> Appended | KeyTaken | WriteUnknown:
-    """Put ``data`` at ``key`` unless something is there; a lost reply is answered by putting the same bytes again.
+def create_once(
+    backend: Backend, key: str, data: bytes, *, bytes_max: int
+) -> Appended | KeyTaken | WriteUnknown:
+    """Put ``data`` at ``key`` unless something is there; a lost reply is answered by putting the
+    same bytes again.
 
-    ``Lost`` may hold our own bytes, put by a try whose reply was lost. Raises StoreFullError or StoreDeniedError where the
-    first try was refused, for then nothing can have landed.
+    ``Lost`` may hold our own bytes, put by a try whose reply was lost. Raises StoreFullError or
+    StoreDeniedError where the first try was refused, for then nothing can have landed.
     """
     why = "no answer"
     doubt = False
@@ -150,7 +168,8 @@ def database_path(log_id: str) -> Path:
 
 
 class SqliteSequencer:
-    """See Sequencer. Thread-safe; each claim opens the file anew, so that forks and moved files harm nothing."""
+    """See Sequencer. Thread-safe; each claim opens the file anew, so that forks and moved files
+    harm nothing."""
 
     def __init__(self, path: Path, log_id: str) -> None:
         self._path = path
@@ -158,25 +177,31 @@ class SqliteSequencer:
 
     @property
     def name(self) -> str:
-        """What a ``stores`` record calls this file. Raises UsageError where this machine has none, UnavailableError."""
+        """What a ``stores`` record calls this file. Raises UsageError where this machine has none,
+        UnavailableError."""
         try:
             with self._opened() as db:
                 return BY_SQLITE + self._about(db)[0]
         except sqlite3.Error as error:
             raise UnavailableError(
-                f"the file that gives out places in the log did not answer. file={self._path} why={error} repeat later"
+                f"the file that gives out places in the log did not answer. file={self._path} "
+                f"why={error} repeat later"
             ) from error
 
     def make(self, start: int = START_UNKNOWN) -> str:
-        """Make the file, which gives out places from ``start`` on; its name. One that exists stays as it is.
+        """Make the file, which gives out places from ``start`` on; its name. One that exists stays
+        as it is.
 
-        ``START_UNKNOWN``: from whichever is claimed first, by who has read the record that puts this file in charge.
+        ``START_UNKNOWN``: from whichever is claimed first, by who has read the record that puts
+        this file in charge.
         """
         return self._write("INSERT OR IGNORE INTO about VALUES (1, ?, ?, ?)", start)
 
     def renew(self) -> str:
         """Make the file anew, under another name, where one may be: for a take-over. Its name."""
-        return self._write("INSERT OR REPLACE INTO about VALUES (1, ?, ?, ?)", START_UNKNOWN, clear=True)
+        return self._write(
+            "INSERT OR REPLACE INTO about VALUES (1, ?, ?, ?)", START_UNKNOWN, clear=True
+        )
 
     def _write(self, statement: str, start: int, *, clear: bool = False) -> str:
         try:
@@ -190,37 +215,46 @@ class SqliteSequencer:
                     db.execute(statement, (self._log_id, secrets.token_hex(16), start))
         except (sqlite3.Error, OSError) as error:
             raise UnavailableError(
-                f"the file that gives out places in the log can't be made. file={self._path} why={error} set "
+                f"the file that gives out places in the log can't be made. file={self._path} "
+                f"why={error} set "
                 f"{STATE_VARIABLE} to a folder on a local disk"
             ) from error
         return self.name
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
-        """See Sequencer. Raises UsageError where this machine has no such file, or it is behind its log."""
+        """See Sequencer. Raises UsageError where this machine has no such file, or it is behind its
+        log."""
         try:
             with self._opened() as db, _transaction(db):
                 _, start = self._about(db)
-                last = db.execute("SELECT seq, data FROM log WHERE seq >= ? ORDER BY seq LIMIT 1", (seq,)).fetchone()
+                last = db.execute(
+                    "SELECT seq, data FROM log WHERE seq >= ? ORDER BY seq LIMIT 1", (seq,)
+                ).fetchone()
                 if last is not None and last[0] == seq:
                     return Appended() if bytes(last[1]) == data else KeyTaken(bytes(last[1]))
                 (top,) = db.execute("SELECT max(seq) FROM log").fetchone()
                 following = top + 1 if top is not None else seq if start == START_UNKNOWN else start
                 if seq > following:
                     raise UsageError(
-                        f"the file that gives out places is older than its log: it was brought back from a copy, or another "
-                        f"machine took over. file={self._path} its_next={following} wanted={seq}; take over with "
+                        "the file that gives out places is older than its log: it was brought "
+                        "back from a copy, or another "
+                        f"machine took over. file={self._path} its_next={following} wanted={seq}; "
+                        "take over with "
                         "`ckpt stores takeover`"
                     )
                 if seq < following:
                     # This writer slept while thousands of places were given out.
                     return WriteUnknown(
-                        f"the place was given out long ago; the log is to be read again. seq={seq} next={following}"
+                        f"the place was given out long ago; the log is to be read again. seq={seq} "
+                        f"next={following}"
                     )
                 db.execute("INSERT INTO log VALUES (?, ?)", (seq, data))
                 db.execute("DELETE FROM log WHERE seq <= ?", (seq - SQLITE_RECORDS_KEPT,))
         except sqlite3.Error as error:
             # Also after a failed commit nobody knows: the same claim again tells.
-            return WriteUnknown(f"the file that gives out places did not answer. file={self._path} why={error}")
+            return WriteUnknown(
+                f"the file that gives out places did not answer. file={self._path} why={error}"
+            )
         return Appended()
 
     def _about(self, db: sqlite3.Connection) -> tuple[str, int]:
@@ -228,7 +262,8 @@ class SqliteSequencer:
         if row is None or row[0] != self._log_id:
             found = row[0] if row else None
             raise UsageError(
-                f"the file gives out places of another log. file={self._path} its_log={found} wanted={self._log_id}"
+                f"the file gives out places of another log. file={self._path} its_log={found} "
+                f"wanted={self._log_id}"
             )
         return row[1], row[2]
 
@@ -236,7 +271,8 @@ class SqliteSequencer:
     def _opened(self) -> Iterator[sqlite3.Connection]:
         if not self._path.exists():
             raise UsageError(
-                f"this machine does not give out the places of this log. file={self._path} run where it is, or take over with "
+                f"this machine does not give out the places of this log. file={self._path} run "
+                "where it is, or take over with "
                 "`ckpt stores takeover`"
             )
         with self._connected() as db:
@@ -250,7 +286,8 @@ class SqliteSequencer:
 
 
 def _keep_wal(db: sqlite3.Connection) -> None:
-    """Let the file have a write-ahead log, from now on. Here SQLite does not wait for other processes by itself."""
+    """Let the file have a write-ahead log, from now on. Here SQLite does not wait for other
+    processes by itself."""
     until_s = time.monotonic() + BUSY_S
     while True:
         try:
@@ -303,7 +340,8 @@ def etcd_of_environment() -> EtcdOptions | None:
 
 
 class EtcdSequencer:
-    """See Sequencer. Each call connects anew, for a connection does not outlive a fork; thread-safe."""
+    """See Sequencer. Each call connects anew, for a connection does not outlive a fork;
+    thread-safe."""
 
     def __init__(self, options: EtcdOptions, log_id: str) -> None:
         self._options = options
@@ -311,18 +349,23 @@ class EtcdSequencer:
 
     @property
     def name(self) -> str:
-        """What a ``stores`` record calls this etcd: the id of its cluster, which survives all but its making. Unavailable."""
+        """What a ``stores`` record calls this etcd: the id of its cluster, which survives all but
+        its making. Unavailable."""
         with self._opened() as keys:
             return f"{BY_ETCD}{keys.transact(Transaction(reads=(Keys(_LOG),))).service:x}"
 
     def append(self, seq: int, data: bytes) -> Appended | KeyTaken | WriteUnknown:
         """See Sequencer."""
         key = f"{_LOG}{seq:020d}"
-        drop = (Delete(f"{_LOG}{seq - ETCD_RECORDS_KEPT:020d}"),) if seq >= ETCD_RECORDS_KEPT else ()
+        drop = (
+            (Delete(f"{_LOG}{seq - ETCD_RECORDS_KEPT:020d}"),) if seq >= ETCD_RECORDS_KEPT else ()
+        )
         try:
             with self._opened() as keys:
                 done = keys.transact(
-                    Transaction((NoneOf(Keys(key, _END)),), (Put(key, data), *drop), (Keys(key), _top(key)))
+                    Transaction(
+                        (NoneOf(Keys(key, _END)),), (Put(key, data), *drop), (Keys(key), _top(key))
+                    )
                 )
         except UnavailableError as error:
             return WriteUnknown(str(error))
@@ -332,7 +375,9 @@ class EtcdSequencer:
         if mine:
             return Appended() if mine[0].value == data else KeyTaken(mine[0].value)
         nexts = int(later[-1].key.removeprefix(_LOG)) + 1 if later else seq
-        return WriteUnknown(f"the place was given out long ago; the log is to be read again. seq={seq} next={nexts}")
+        return WriteUnknown(
+            f"the place was given out long ago; the log is to be read again. seq={seq} next={nexts}"
+        )
 
     @contextmanager
     def _opened(self) -> Iterator[Keyspace]:
@@ -348,18 +393,22 @@ def _top(key: str) -> Keys:
 
 
 def require_etcd(log_id: str, name: str) -> EtcdSequencer:
-    """The etcd that gives out a log's places, which ``name`` calls it. Raises UsageError where it is another, or none."""
+    """The etcd that gives out a log's places, which ``name`` calls it. Raises UsageError where it
+    is another, or none."""
     options = etcd_of_environment()
     if options is None:
         raise UsageError(
-            f"etcd gives out the places of this log, and nobody said where it is. sequencer={name}; set "
-            f"{SEQUENCER_VARIABLE}=etcd://host:port,host:port, or take over with `ckpt stores takeover`"
+            "etcd gives out the places of this log, and nobody said where it is. "
+            f"sequencer={name}; set "
+            f"{SEQUENCER_VARIABLE}=etcd://host:port,host:port, or take over with `ckpt stores "
+            "takeover`"
         )
     found = EtcdSequencer(options, log_id)
     if (here := found.name) != name:
         raise UsageError(
             f"another etcd gives out the places of this log. sequencer={name} this_one={here} "
-            f"endpoints={list(options.endpoints)}; name that one, or take over with `ckpt stores takeover`"
+            f"endpoints={list(options.endpoints)}; name that one, or take over with `ckpt stores "
+            "takeover`"
         )
     return found
 
@@ -369,10 +418,12 @@ def require_etcd(log_id: str, name: str) -> EtcdSequencer:
 
 
 def external_sequencer(log_id: str, *, start: int = START_UNKNOWN, renew: bool = False) -> str:
-    """Its name, for the ``stores`` record that puts it in charge; a file is made where there is none.
+    """Its name, for the ``stores`` record that puts it in charge; a file is made where there is
+    none.
 
-    ``start``: the file's first place. ``renew``: whatever the file gave out before counts no more, for a take-over. Raises
-    UsageError, and UnavailableError where etcd does not answer or the file can't be made.
+    ``start``: the file's first place. ``renew``: whatever the file gave out before counts no more,
+    for a take-over. Raises UsageError, and UnavailableError where etcd does not answer or the file
+    can't be made.
     """
     if (etcd := etcd_of_environment()) is not None:
         return EtcdSequencer(etcd, log_id).name

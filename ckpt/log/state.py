@@ -1,4 +1,5 @@
-"""What a reader knows after folding the log up to some record. Frozen, and small enough to be stored itself."""
+"""What a reader knows after folding the log up to some record. Frozen, and small enough to be
+stored itself."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Void:
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """The first place in the log that cannot be read although it must exist. Nothing from there on is folded."""
+    """The first place in the log that cannot be read although it must exist. Nothing from there on
+    is folded."""
 
     seq: int
     reason: str
@@ -52,7 +54,8 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class OpenedEpoch:
-    """A counted ``open``: the epoch, its record's seq, the pair it resumed, and the last step committed of it."""
+    """A counted ``open``: the epoch, its record's seq, the pair it resumed, and the last step
+    committed of it."""
 
     epoch: int
     seq: int
@@ -62,7 +65,8 @@ class OpenedEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A snapshot that exists: its manifest's digest, its base, its record's seq and the epoch of that record's writer."""
+    """A snapshot that exists: its manifest's digest, its base, its record's seq and the epoch of
+    that record's writer."""
 
     snapshot: SnapshotId
     manifest_digest: str
@@ -81,7 +85,8 @@ class TagEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoreSet:
-    """The stores of the log, the write quorum, and who gives out places, as the last ``stores`` record fixed them."""
+    """The stores of the log, the write quorum, and who gives out places, as the last ``stores``
+    record fixed them."""
 
     ids: tuple[str, ...]
     write_quorum: int
@@ -89,13 +94,15 @@ class StoreSet:
 
     @property
     def answers_min(self) -> int:
-        """Of how many stores an answer is needed to know what is newest: any so many share one with any W."""
+        """Of how many stores an answer is needed to know what is newest: any so many share one with
+        any W."""
         return len(self.ids) - self.write_quorum + 1
 
 
 @dataclass(frozen=True, slots=True)
 class LineageSegment:
-    """What a line takes of one captured epoch: steps up to and with ``last_step``, or all (None)."""
+    """What a line takes of one captured epoch: steps up to and with ``last_step``, or all
+    (None)."""
 
     epoch: int
     last_step: int | None
@@ -105,10 +112,10 @@ class LineageSegment:
 class LogState:
     """The fold of the records ``0 .. next_seq - 1``.
 
-    ``opens`` ascend by epoch, ``snapshots`` by seq (only those that exist: dropped ones are gone), ``tagged`` by name.
-    ``voids`` holds the last 1,024, ``voids_total`` counts all; ``recent`` the write ids of the last 1,024 records.
-    ``hole`` says that the log goes on but can't be read, ``short`` why too few stores answered: then what is newest can't be
-    known.
+    ``opens`` ascend by epoch, ``snapshots`` by seq (only those that exist: dropped ones are gone),
+    ``tagged`` by name. ``voids`` holds the last 1,024, ``voids_total`` counts all; ``recent`` the
+    write ids of the last 1,024 records. ``hole`` says that the log goes on but can't be read,
+    ``short`` why too few stores answered: then what is newest can't be known.
     """
 
     job: str
@@ -142,11 +149,13 @@ class LogState:
 
     @property
     def lineage(self) -> tuple[SnapshotId, ...]:
-        """The snapshots on the line of the newest open epoch, newest first. O(snapshots + epochs)."""
+        """The snapshots on the line of the newest open epoch, newest first. O(snapshots +
+        epochs)."""
         return self.lineage_from(None)
 
     def lineage_from(self, start: SnapshotId | None) -> tuple[SnapshotId, ...]:
-        """The snapshots on the line that ends at ``start`` (None: the newest open epoch's), newest first."""
+        """The snapshots on the line that ends at ``start`` (None: the newest open epoch's), newest
+        first."""
         by_epoch: dict[int, list[int]] = {}
         for entry in self.snapshots:
             by_epoch.setdefault(entry.snapshot.epoch, []).append(entry.snapshot.step)
@@ -159,7 +168,8 @@ class LogState:
         )
 
     def newest(self) -> SnapshotId | None:
-        """The greatest pair on the line of the newest open epoch, or None where the line holds none."""
+        """The greatest pair on the line of the newest open epoch, or None where the line holds
+        none."""
         line = self.lineage
         return line[0] if line else None
 
@@ -179,11 +189,13 @@ class LogState:
         return self.recent[at] if 0 <= at < len(self.recent) else None
 
     def void_at(self, seq: int) -> Void | None:
-        """Why the record at ``seq`` counts for nothing, or None where it counts (or is older than ``voids`` reaches)."""
+        """Why the record at ``seq`` counts for nothing, or None where it counts (or is older than
+        ``voids`` reaches)."""
         return next((void for void in self.voids if void.seq == seq), None)
 
     def without_hole(self) -> LogState:
-        """The same state, ready to fold on where the hole was, should it have been mended, or more stores answer."""
+        """The same state, ready to fold on where the hole was, should it have been mended, or more
+        stores answer."""
         return replace(self, hole=None, short="")
 
 
@@ -192,8 +204,11 @@ def whole_epoch(epoch: int) -> LineageSegment:
     return LineageSegment(epoch, None)
 
 
-def lineage_segments(opens: Mapping[int, OpenedEpoch], start: LineageSegment | SnapshotId) -> Iterator[LineageSegment]:
-    """The line that ends at ``start``, backwards: each epoch once, up to the pair that the next one resumed.
+def lineage_segments(
+    opens: Mapping[int, OpenedEpoch], start: LineageSegment | SnapshotId
+) -> Iterator[LineageSegment]:
+    """The line that ends at ``start``, backwards: each epoch once, up to the pair that the next one
+    resumed.
 
     An ``open`` resumes an epoch below its own, so the walk ends.
     """

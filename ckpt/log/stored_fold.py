@@ -1,4 +1,5 @@
-"""A fold as it is stored: sealed JSON at ``folds/<seq>.json``, so that readers need not begin at the log's start. Pure."""
+"""A fold as it is stored: sealed JSON at ``folds/<seq>.json``, so that readers need not begin at
+the log's start. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def fold_due(seq: int) -> bool:
 
 
 def encode_fold(state: LogState) -> bytes:
-    """Canonical bytes of a state without a hole, after at least one record. Equal states give equal bytes."""
+    """Canonical bytes of a state without a hole, after at least one record. Equal states give equal
+    bytes."""
     assert state.hole is None and state.next_seq > 0
     wire = _Wire(
         format_version=FOLD_VERSION,
@@ -88,7 +90,12 @@ def _problem(state: LogState) -> str | None:
         return "not a job name or head digest"
     if len(state.recent) != min(state.next_seq, RECENT_MAX):
         return f"write ids of other records. recent={len(state.recent)}"
-    if not min(state.voids_total, RECENT_MAX) == len(state.voids) <= state.voids_total <= state.next_seq:
+    if (
+        not min(state.voids_total, RECENT_MAX)
+        == len(state.voids)
+        <= state.voids_total
+        <= state.next_seq
+    ):
         return f"voids miscounted. voids={len(state.voids)} total={state.voids_total}"
     return _opens_problem(state) or _snapshots_problem(state) or _rest_problem(state)
 
@@ -99,7 +106,9 @@ def _opens_problem(state: LogState) -> str | None:
     for entry in state.opens:
         if not (last[0] < entry.epoch <= keys.EPOCH_MAX and last[1] < entry.seq < state.next_seq):
             return f"epochs do not ascend. epoch={entry.epoch} seq={entry.seq}"
-        if entry.resume is not None and (not keys.is_snapshot_id(entry.resume) or entry.resume.epoch not in opened):
+        if entry.resume is not None and (
+            not keys.is_snapshot_id(entry.resume) or entry.resume.epoch not in opened
+        ):
             return f"resumes an epoch that was never opened. epoch={entry.epoch}"
         if entry.last_step is not None and not 0 <= entry.last_step <= keys.STEP_MAX:
             return f"step out of range. epoch={entry.epoch} step={entry.last_step}"
@@ -119,7 +128,9 @@ def _snapshots_problem(state: LogState) -> str | None:
             return f"snapshot of an epoch that was never opened. snapshot={pair}"
         if not (at.get(pair.epoch, -1) < pair.step <= limit and last < entry.seq < state.next_seq):
             return f"snapshots do not ascend. snapshot={pair} seq={entry.seq}"
-        if not keys.is_digest_hex(entry.manifest_digest) or (entry.base and not keys.is_snapshot_id(entry.base)):
+        if not keys.is_digest_hex(entry.manifest_digest) or (
+            entry.base and not keys.is_snapshot_id(entry.base)
+        ):
             return f"not a digest or base. snapshot={pair}"
         at[pair.epoch] = pair.step
         last = entry.seq
@@ -129,7 +140,9 @@ def _snapshots_problem(state: LogState) -> str | None:
 def _rest_problem(state: LogState) -> str | None:
     pairs = {entry.snapshot for entry in state.snapshots}
     names = [tag.name for tag in state.tagged]
-    if names != sorted(set(names)) or not all(is_tag_name(tag.name) and tag.snapshot in pairs for tag in state.tagged):
+    if names != sorted(set(names)) or not all(
+        is_tag_name(tag.name) and tag.snapshot in pairs for tag in state.tagged
+    ):
         return "a tag is no name or names no snapshot"
     if state.floor is not None and not keys.is_snapshot_id(state.floor):
         return "floor out of range"

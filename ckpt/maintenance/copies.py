@@ -1,7 +1,8 @@
 """What the copies of one object are worth, and which of them to write anew from which. Pure.
 
-An object is either *whole*, known by one digest of all its bytes (a manifest, a part), or a *pack*, known by the digests of
-the chunks that existing snapshots refer to: bytes between and behind them have no meaning, and no digest.
+An object is either *whole*, known by one digest of all its bytes (a manifest, a part), or a *pack*,
+known by the digests of the chunks that existing snapshots refer to: bytes between and behind them
+have no meaning, and no digest.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class CopyCheck:
-    """What was found of an object at one store. ``bad`` names a pack's chunks that are not right there; see ``all_bad``."""
+    """What was found of an object at one store. ``bad`` names a pack's chunks that are not right
+    there; see ``all_bad``."""
 
     status: CopyStatus
     message: str = ""
@@ -77,7 +79,8 @@ OK = CopyCheck(CopyStatus.OK)
 
 @dataclass(frozen=True, slots=True)
 class CopyRepair:
-    """Write the object to the stores ``targets``: the copy at ``source``, with ``patches`` taken from other stores' copies."""
+    """Write the object to the stores ``targets``: the copy at ``source``, with ``patches`` taken
+    from other stores' copies."""
 
     source: int
     targets: tuple[int, ...]
@@ -86,7 +89,8 @@ class CopyRepair:
 
 @dataclass(frozen=True, slots=True)
 class CopyLost:
-    """No store has it right. ``places`` are a pack's chunks that are nowhere right; none for a whole object."""
+    """No store has it right. ``places`` are a pack's chunks that are nowhere right; none for a
+    whole object."""
 
     chunks: tuple[ChunkRef, ...] = ()
 
@@ -107,18 +111,25 @@ CopyDecision = CopyRepair | CopyLost | CopyUnknown | NothingToRepair
 
 
 def decide_whole(copies: Sequence[CopyCheck], *, writable: Container[int]) -> CopyDecision:
-    """What to do about an object that one digest is for; ``copies`` has one entry a store, in their order."""
+    """What to do about an object that one digest is for; ``copies`` has one entry a store, in their
+    order."""
     targets = _targets(copies, writable)
-    source = next((store for store, copy in enumerate(copies) if copy.status is CopyStatus.OK), None)
+    source = next(
+        (store for store, copy in enumerate(copies) if copy.status is CopyStatus.OK), None
+    )
     if source is not None:
         return CopyRepair(source, targets) if targets else NothingToRepair()
     return CopyUnknown() if _silent(copies) else CopyLost()
 
 
-def decide_pack(pack: Pack, copies: Sequence[CopyCheck], *, writable: Container[int]) -> CopyDecision:
-    """What to do about a pack: copied from a copy that is whole, or put together from several that are whole together.
+def decide_pack(
+    pack: Pack, copies: Sequence[CopyCheck], *, writable: Container[int]
+) -> CopyDecision:
+    """What to do about a pack: copied from a copy that is whole, or put together from several that
+    are whole together.
 
-    A pack of which one chunk is right nowhere is copied nowhere: what is written is right, or it isn't written.
+    A pack of which one chunk is right nowhere is copied nowhere: what is written is right, or it
+    isn't written.
     """
     whole = next((store for store, copy in enumerate(copies) if copy.status is CopyStatus.OK), None)
     targets = _targets(copies, writable)
@@ -145,7 +156,9 @@ def decide_pack(pack: Pack, copies: Sequence[CopyCheck], *, writable: Container[
 
 def sorted_chunks(places: Iterable[ChunkRef]) -> tuple[ChunkRef, ...]:
     """``places`` in order of their offset, equal ones in one order everywhere."""
-    return tuple(sorted(places, key=lambda place: (place[1].offset_bytes, place[1].stored_bytes, place[0])))
+    return tuple(
+        sorted(places, key=lambda place: (place[1].offset_bytes, place[1].stored_bytes, place[0]))
+    )
 
 
 def _targets(copies: Sequence[CopyCheck], writable: Container[int]) -> tuple[int, ...]:
@@ -172,12 +185,14 @@ def _badness(pack: Pack, copy: CopyCheck) -> int:
 # gone through once more for them when the others are done.
 
 CHUNK_REF_BYTES = 480
-"""Memory that one gathered chunk takes: measured, digest, location and dictionary entry together."""
+"""Memory that one gathered chunk takes: measured, digest, location and dictionary entry
+together."""
 
 
 @dataclass(slots=True)
 class PackReferences:
-    """The chunks of the packs whose keys lie between ``after`` and ``before`` (None: no end), both exclusive.
+    """The chunks of the packs whose keys lie between ``after`` and ``before`` (None: no end), both
+    exclusive.
 
     ``places_max`` bounds how many are held, but for those of one pack, which always fit.
     """

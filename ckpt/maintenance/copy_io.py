@@ -1,4 +1,5 @@
-"""Reading one store's copy of an object, and all of it that is known compared with its digest. Nothing is written here."""
+"""Reading one store's copy of an object, and all of it that is known compared with its digest.
+Nothing is written here."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from ckpt.backends.checked import read_alone
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError
 from ckpt.format.canonical import digest, digest_hex
 from ckpt.format.codec import decode_chunk
-from ckpt.maintenance.copies import OK, ChunkRef, CopyCheck, CopyRepair, CopyStatus, Pack, WholeObject
+from ckpt.maintenance.copies import (
+    OK,
+    ChunkRef,
+    CopyCheck,
+    CopyRepair,
+    CopyStatus,
+    Pack,
+    WholeObject,
+)
 from ckpt.restore.plan import ChunkRead, PackRead, join_reads
 from ckpt.save.chunks import PACK_BYTES_MAX
 from ckpt.values import CHUNK_BYTES, Codec
@@ -32,7 +41,8 @@ class Stopped(Exception):  # noqa: N818  a word to the caller, not a fault
 
 
 class MaintenancePace:
-    """Lets ``bytes_per_s`` through in the long run (None: all), and raises Stopped once ``stop`` is set. Thread-safe.
+    """Lets ``bytes_per_s`` through in the long run (None: all), and raises Stopped once ``stop`` is
+    set. Thread-safe.
 
     ``wait`` is given seconds and returns early, True, where ``stop`` is set meanwhile.
     """
@@ -74,11 +84,15 @@ class MaintenancePace:
 
 
 PIECE_BYTES = 8 << 20
-"""Largest request: what a slow link can be asked for at once, and the scratch memory of one reader."""
+"""Largest request: what a slow link can be asked for at once, and the scratch memory of one
+reader."""
 
 
-def check_whole(store: Backend, want: WholeObject, *, bytes_max: int, pace: MaintenancePace) -> tuple[CopyCheck, bytes]:
-    """What ``store`` has of an object that one digest is for, and its bytes where they are right. Raises Stopped only."""
+def check_whole(
+    store: Backend, want: WholeObject, *, bytes_max: int, pace: MaintenancePace
+) -> tuple[CopyCheck, bytes]:
+    """What ``store`` has of an object that one digest is for, and its bytes where they are right.
+    Raises Stopped only."""
     try:
         pace.take(want.size_bytes or 0)
         data = read_alone(store, want.key, bytes_max=bytes_max)
@@ -89,15 +103,20 @@ def check_whole(store: Backend, want: WholeObject, *, bytes_max: int, pace: Main
     except UnavailableError as error:
         return CopyCheck(CopyStatus.UNREADABLE, str(error)), b""
     if want.size_bytes is not None and len(data) != want.size_bytes:
-        return CopyCheck(CopyStatus.DAMAGED, f"another length. size_bytes={len(data)} expected={want.size_bytes}"), b""
+        return CopyCheck(
+            CopyStatus.DAMAGED, f"another length. size_bytes={len(data)} expected={want.size_bytes}"
+        ), b""
     if digest_hex(data) != want.digest:
         return CopyCheck(CopyStatus.DAMAGED, "its bytes differ from their digest"), b""
     return OK, data
 
 
 def check_pack(store: Backend, pack: Pack, *, pace: MaintenancePace) -> CopyCheck:
-    """Read every chunk of ``pack`` that is referred to, and compare. Memory: one piece and one chunk. Raises Stopped only."""
-    reads = list(join_reads((ChunkRead(*place, "", None, ()) for place in pack.chunks), PIECE_BYTES))
+    """Read every chunk of ``pack`` that is referred to, and compare. Memory: one piece and one
+    chunk. Raises Stopped only."""
+    reads = list(
+        join_reads((ChunkRead(*place, "", None, ()) for place in pack.chunks), PIECE_BYTES)
+    )
     memory = memoryview(bytearray(max((read.size_bytes for read in reads), default=0)))
     bad: set[ChunkRef] = set()
     why = ""
@@ -110,16 +129,20 @@ def check_pack(store: Backend, pack: Pack, *, pace: MaintenancePace) -> CopyChec
             return CopyCheck(CopyStatus.UNREADABLE, str(error), all_bad=True)
         why = why or told
     if bad:
-        return CopyCheck(CopyStatus.DAMAGED, f"{why} chunks={len(bad)} of={len(pack.chunks)}", frozenset(bad))
+        return CopyCheck(
+            CopyStatus.DAMAGED, f"{why} chunks={len(bad)} of={len(pack.chunks)}", frozenset(bad)
+        )
     return OK
 
 
 def assemble_pack(
     stores: Sequence[Backend], pack: Pack, mend: CopyRepair, *, pace: MaintenancePace
 ) -> memoryview | None:
-    """The whole pack as ``mend`` says, every chunk of it verified in the memory that is returned; None where it isn't right.
+    """The whole pack as ``mend`` says, every chunk of it verified in the memory that is returned;
+    None where it isn't right.
 
-    What lies between chunks is the source's. Takes memory of the pack's size. Raises what the stores raise, and Stopped.
+    What lies between chunks is the source's. Takes memory of the pack's size. Raises what the
+    stores raise, and Stopped.
     """
     stat = stores[mend.source].stat(pack.key)
     if stat is None:
@@ -140,10 +163,14 @@ def assemble_pack(
 
 
 def first_wrong_chunk(memory: memoryview, pack: Pack) -> ChunkRef | None:
-    """The first chunk of ``pack`` that ``memory``, which holds the pack from its start, does not hold rightly."""
+    """The first chunk of ``pack`` that ``memory``, which holds the pack from its start, does not
+    hold rightly."""
     for place in pack.chunks:
         at = place[1]
-        if chunk_problem(memory[at.offset_bytes : at.offset_bytes + at.stored_bytes], place) is not None:
+        if (
+            chunk_problem(memory[at.offset_bytes : at.offset_bytes + at.stored_bytes], place)
+            is not None
+        ):
             return place
     return None
 
@@ -163,15 +190,21 @@ def chunk_problem(stored: memoryview, place: ChunkRef) -> str | None:
     return None
 
 
-def _look(store: Backend, read: PackRead, memory: memoryview, bad: set[ChunkRef], pace: MaintenancePace) -> str:
-    """Adds what is wrong in one request's range to ``bad``; returns a word about the first of it, or nothing."""
+def _look(
+    store: Backend, read: PackRead, memory: memoryview, bad: set[ChunkRef], pace: MaintenancePace
+) -> str:
+    """Adds what is wrong in one request's range to ``bad``; returns a word about the first of it,
+    or nothing."""
     pace.take(read.size_bytes)
     try:
         store.read_into(read.pack, memory, offset_bytes=read.offset_bytes)
     except IntegrityError:
         if len(read.chunks) > 1:
             # It ends too early somewhere: the chunks before that may be right.
-            alone = [PackRead(read.pack, c.location.offset_bytes, c.location.stored_bytes, (c,)) for c in read.chunks]
+            alone = [
+                PackRead(read.pack, c.location.offset_bytes, c.location.stored_bytes, (c,))
+                for c in read.chunks
+            ]
             words = [_look(store, one, memory[: one.size_bytes], bad, pace) for one in alone]
             return next((word for word in words if word), "")
         bad.add((read.chunks[0].digest, read.chunks[0].location))
@@ -192,7 +225,8 @@ def _look(store: Backend, read: PackRead, memory: memoryview, bad: set[ChunkRef]
 
 
 class ListingWalk:
-    """The objects below ``prefix`` from after ``after`` on. Ask in ascending order; those passed over are counted as strays."""
+    """The objects below ``prefix`` from after ``after`` on. Ask in ascending order; those passed
+    over are counted as strays."""
 
     def __init__(self, store: Backend, prefix: str, *, after: str = "") -> None:
         self._entries: Iterator[Stat] = iter(store.list(prefix, after=after))
@@ -210,7 +244,8 @@ class ListingWalk:
         return found
 
     def skip(self, key: str | None, *, count: bool = True) -> None:
-        """Pass over everything before ``key`` (None: all that is left), and ``count`` it as strays."""
+        """Pass over everything before ``key`` (None: all that is left), and ``count`` it as
+        strays."""
         while (entry := self._peek()) is not None and (key is None or entry.key < key):
             self.orphans += count
             self.orphan_bytes += entry.size_bytes if count else 0
@@ -231,10 +266,14 @@ V = TypeVar("V")
 THREADS_MAX = 32
 
 
-def map_in_order(items: Iterable[K], work: Callable[[K], V], *, threads: int) -> Generator[tuple[K, V], None, None]:
-    """Each item and ``work`` of it, in order, up to ``threads`` at once; no thread is started for one at a time.
+def map_in_order(
+    items: Iterable[K], work: Callable[[K], V], *, threads: int
+) -> Generator[tuple[K, V], None, None]:
+    """Each item and ``work`` of it, in order, up to ``threads`` at once; no thread is started for
+    one at a time.
 
-    The first error in order is raised when its turn comes. Whoever stops early waits for what is in flight.
+    The first error in order is raised when its turn comes. Whoever stops early waits for what is in
+    flight.
     """
     if threads <= 1:
         for item in items:

@@ -26,16 +26,19 @@ from ckpt.log.state import Hole
 from ckpt.save.chunks import PACK_BYTES_MAX
 
 CLAIM_TRIES_MAX = 5
-"""How often a claim whose reply was lost is looked at or made again; backends wait and retry beneath this."""
+"""How often a claim whose reply was lost is looked at or made again; backends wait and retry
+beneath this."""
 
 
 def claim_replica(store: Backend, source: JobRecord) -> JobRecord:
-    """The record of ``store`` as a replica of the log of ``source``: the one it has, or a new one with an id of its own.
+    """The record of ``store`` as a replica of the log of ``source``: the one it has, or a new one
+    with an id of its own.
 
-    An id that no ``stores`` record names counts for nothing, so a replica that is being filled can't be taken for a full one.
-    Two that claim at once get the same record where the store creates a key only once; where it doesn't, the later one may win,
-    and both see it. Raises UsageError where the store is another job's, ConflictError where it holds another log of the job,
-    IntegrityError where it has a log without ``ckpt.json``, UnavailableError.
+    An id that no ``stores`` record names counts for nothing, so a replica that is being filled
+    can't be taken for a full one. Two that claim at once get the same record where the store
+    creates a key only once; where it doesn't, the later one may win, and both see it. Raises
+    UsageError where the store is another job's, ConflictError where it holds another log of the
+    job, IntegrityError where it has a log without ``ckpt.json``, UnavailableError.
     """
     why = "no answer"
     once = store.capabilities().create_only
@@ -51,7 +54,11 @@ def claim_replica(store: Backend, source: JobRecord) -> JobRecord:
                 f"bring {keys.JOB_KEY} back with ckpt scrub, or name an empty place"
             )
         try:
-            store.put(keys.JOB_KEY, [replace(source, store_id=secrets.token_hex(16)).encode()], create_only=once)
+            store.put(
+                keys.JOB_KEY,
+                [replace(source, store_id=secrets.token_hex(16)).encode()],
+                create_only=once,
+            )
         except KeyExistsError:
             continue
         except (StoreFullError, StoreDeniedError):
@@ -60,7 +67,9 @@ def claim_replica(store: Backend, source: JobRecord) -> JobRecord:
             why = str(error)
     found = _read(store)
     if found is None:
-        raise UnavailableError(f"the store did not answer while it was made a replica. store={store.url} why={why}")
+        raise UnavailableError(
+            f"the store did not answer while it was made a replica. store={store.url} why={why}"
+        )
     _require_same_log(store, found, source)
     return found
 
@@ -75,12 +84,14 @@ def _read(store: Backend) -> JobRecord | None:
 def _require_same_log(store: Backend, found: JobRecord, source: JobRecord) -> None:
     if found.job != source.job:
         raise UsageError(
-            f"the store belongs to another job. store={store.url} its_job={found.job!r} wanted={source.job!r} "
+            f"the store belongs to another job. store={store.url} its_job={found.job!r} "
+            f"wanted={source.job!r} "
             f"use another prefix"
         )
     if found.log_id != source.log_id:
         raise ConflictError(
-            f"the store holds another log of the same job: its records and those of the source never were one. "
+            "the store holds another log of the same job: its records and those of the source "
+            "never were one. "
             f"store={store.url} its_log={found.log_id} wanted={source.log_id} use another prefix"
         )
 
@@ -96,8 +107,9 @@ ProgressCallback = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncLimits:
-    """What a sync may take. ``threads`` objects are copied at once, as far as they fit into ``budget_bytes`` together;
-    ``rate_bytes_per_s`` bounds what is read and written (None: not at all); setting ``stop`` ends it early."""
+    """What a sync may take. ``threads`` objects are copied at once, as far as they fit into
+    ``budget_bytes`` together; ``rate_bytes_per_s`` bounds what is read and written (None: not at
+    all); setting ``stop`` ends it early."""
 
     threads: int = 4
     budget_bytes: int = BUDGET_BYTES
@@ -111,8 +123,9 @@ DEFAULT_LIMITS = SyncLimits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """What was copied. ``next_seq``: the replica holds the log below it. ``damaged``: objects, with the reason, that the source
-    has nowhere rightly, so that the replica lacks them too; ``hole``: where the source's log can't be read on."""
+    """What was copied. ``next_seq``: the replica holds the log below it. ``damaged``: objects, with
+    the reason, that the source has nowhere rightly, so that the replica lacks them too; ``hole``:
+    where the source's log can't be read on."""
 
     complete: bool
     store_id: str
@@ -128,7 +141,8 @@ class SyncReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the replica holds everything that the source's log named when it was last read."""
+        """Whether the replica holds everything that the source's log named when it was last
+        read."""
         return self.complete and not self.damaged and self.hole is None
 
 
@@ -145,9 +159,12 @@ class MemoryBudget:
 
     @contextmanager
     def reserve(self, size_bytes: int) -> Iterator[None]:
-        """Wait until ``size_bytes`` fit, and hold them. Never hold two at once: both would wait for each other."""
+        """Wait until ``size_bytes`` fit, and hold them. Never hold two at once: both would wait for
+        each other."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes)
+            self._changed.wait_for(
+                lambda: not self._used_bytes or self._used_bytes + size_bytes <= self._limit_bytes
+            )
             self._used_bytes += size_bytes
         try:
             yield

@@ -1,7 +1,8 @@
 """Which snapshots to keep: small rules that compose. Pure.
 
-``keep_last(5) | keep_every(1000) | keep_best("loss", 3)`` keeps what any of them keeps. The newest snapshot and tagged ones are
-kept whatever a policy says (``gc_plan``). ``retain_text`` reads and spells policies as text.
+``keep_last(5) | keep_every(1000) | keep_best("loss", 3)`` keeps what any of them keeps. The newest
+snapshot and tagged ones are kept whatever a policy says (``gc_plan``). ``retain_text`` reads and
+spells policies as text.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ DIGITS_MAX = 15
 
 @dataclass(frozen=True, slots=True)
 class Last:
-    """The ``n`` newest snapshots of the newest line (where it holds none: of all). Damaged ones are not counted."""
+    """The ``n`` newest snapshots of the newest line (where it holds none: of all). Damaged ones are
+    not counted."""
 
     n: int
 
@@ -57,10 +59,12 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The ``n`` snapshots, on the line or off it, whose metadata has the least (or greatest) ``metric``.
+    """The ``n`` snapshots, on the line or off it, whose metadata has the least (or greatest)
+    ``metric``.
 
-    One without the metric, or where it is NaN or no number, is never among them. Of equal ones the oldest alone counts: what
-    is logged now and then, after a validation say, goes with every snapshot until the next, and the first is nearest to it.
+    One without the metric, or where it is NaN or no number, is never among them. Of equal ones the
+    oldest alone counts: what is logged now and then, after a validation say, goes with every
+    snapshot until the next, and the first is nearest to it.
     """
 
     metric: str
@@ -69,8 +73,14 @@ class Best:
 
     def __post_init__(self) -> None:
         _at_least_one("best", self.n)
-        if not self.metric or not self.metric.isprintable() or any(mark in self.metric for mark in ":,"):
-            raise UsageError(f"not a metric's name: printable, without ':' and ','. metric={self.metric!r}")
+        if (
+            not self.metric
+            or not self.metric.isprintable()
+            or any(mark in self.metric for mark in ":,")
+        ):
+            raise UsageError(
+                f"not a metric's name: printable, without ':' and ','. metric={self.metric!r}"
+            )
         if self.mode not in ("min", "max"):
             raise UsageError(f"best is min or max. mode={self.mode!r} metric={self.metric!r}")
 
@@ -97,13 +107,16 @@ _ORDER: tuple[type[Rule], ...] = (Last, Every, Tagged, Best, For)
 
 @dataclass(frozen=True, slots=True)
 class KeepPolicy:
-    """Rules of which any keeps a snapshot. Made with the functions below and ``|``; equal whatever the order."""
+    """Rules of which any keeps a snapshot. Made with the functions below and ``|``; equal whatever
+    the order."""
 
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
         if not self.rules:
-            raise UsageError("a policy without rules would keep nothing. use keep_last(1) for the newest alone")
+            raise UsageError(
+                "a policy without rules would keep nothing. use keep_last(1) for the newest alone"
+            )
         ordered = sorted(set(self.rules), key=lambda rule: (_ORDER.index(type(rule)), str(rule)))
         object.__setattr__(self, "rules", tuple(ordered))
 
@@ -143,7 +156,8 @@ def keep_tagged() -> KeepPolicy:
 
 
 def keep_best(metric: str, n: int = 1, mode: Mode = "min") -> KeepPolicy:
-    """Keep the ``n`` snapshots whose metadata has the least (``mode="max"``: greatest) ``metric``; of equal ones the oldest.
+    """Keep the ``n`` snapshots whose metadata has the least (``mode="max"``: greatest) ``metric``;
+    of equal ones the oldest.
 
     Metadata is what ``Run.log`` noted last, or the ``metadata`` of ``Checkpointer.save``.
     """
@@ -151,17 +165,22 @@ def keep_best(metric: str, n: int = 1, mode: Mode = "min") -> KeepPolicy:
 
 
 def keep_for(length: str | int) -> KeepPolicy:
-    """Keep snapshots that were made within this time: ``"7d"``, ``"36h"`` (units w, d, h, m, s), or seconds."""
+    """Keep snapshots that were made within this time: ``"7d"``, ``"36h"`` (units w, d, h, m, s), or
+    seconds."""
     return KeepPolicy((For(duration_s(length) if isinstance(length, str) else length),))
 
 
 def duration_s(text: str) -> int:
-    """The seconds in ``"90s"``, ``"24h"``, ``"7d"``, or 0 in ``"0"``. Raises UsageError naming the units."""
+    """The seconds in ``"90s"``, ``"24h"``, ``"7d"``, or 0 in ``"0"``. Raises UsageError naming the
+    units."""
     number, unit = text[:-1], text[-1:]
     if text == "0":
         return 0
     if unit not in SECONDS or not is_number(number):
-        raise UsageError(f"not a length of time. text={text!r} write a whole number and one of {', '.join(SECONDS)}")
+        raise UsageError(
+            f"not a length of time. text={text!r} write a whole number and one of "
+            f"{', '.join(SECONDS)}"
+        )
     return int(number) * SECONDS[unit]
 
 
@@ -194,7 +213,9 @@ def _kept(
             return [info.id for info in sound if now_unix_s - info.created_unix_s <= seconds]
 
 
-def _best(infos: Sequence[SnapshotInfo], n: int, value: Callable[[SnapshotInfo], float | None]) -> list[SnapshotId]:
+def _best(
+    infos: Sequence[SnapshotInfo], n: int, value: Callable[[SnapshotInfo], float | None]
+) -> list[SnapshotId]:
     first: dict[float, SnapshotId] = {}
     for info in infos:
         if (found := value(info)) is not None:
@@ -226,7 +247,8 @@ KNOWN = "last=N, every=STEPS, tagged, best=METRIC:N or best=METRIC:N:max, for=7d
 
 
 def parse_policy(text: str) -> KeepPolicy:
-    """The policy that ``text`` spells, rules separated by commas; ``str(policy)`` gives such a text back.
+    """The policy that ``text`` spells, rules separated by commas; ``str(policy)`` gives such a text
+    back.
 
     Raises UsageError for a rule that is unknown or says nothing, naming those that there are.
     """
@@ -247,7 +269,9 @@ def _rule(word: str, text: str) -> Rule:
         case "for", True:
             return For(duration_s(value))
         case _:
-            raise UsageError(f"not a rule for what to keep. rule={word!r} policy={text!r} known: {KNOWN}")
+            raise UsageError(
+                f"not a rule for what to keep. rule={word!r} policy={text!r} known: {KNOWN}"
+            )
 
 
 def _best_of_text(value: str, word: str) -> Best:
@@ -259,7 +283,10 @@ def _best_of_text(value: str, word: str) -> Best:
         case [metric, n, ("min" | "max") as mode]:
             return Best(metric, _number(n, word), "max" if mode == "max" else "min")
         case _:
-            raise UsageError(f"not a rule for what to keep. rule={word!r} write best=METRIC:N or best=METRIC:N:max")
+            raise UsageError(
+                f"not a rule for what to keep. rule={word!r} write best=METRIC:N or "
+                "best=METRIC:N:max"
+            )
 
 
 def _number(text: str, word: str) -> int:

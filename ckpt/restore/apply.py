@@ -24,12 +24,20 @@ from ckpt.errors import IntegrityError, UsageError
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 from ckpt.restore.reader import ReadWants, read_objects
-from ckpt.restore.targets import Coverage, NewTensor, RestoreProblems, Selection, TensorTargets, fill_tensors
+from ckpt.restore.targets import (
+    Coverage,
+    NewTensor,
+    RestoreProblems,
+    Selection,
+    TensorTargets,
+    fill_tensors,
+)
 
 # Match live values with stored structure: what goes where. Decides; the returned steps do.
 
 RestoreStep = Callable[[], object]
-"""Puts a value in place once all bytes are there, and returns it (the live object itself where that was filled)."""
+"""Puts a value in place once all bytes are there, and returns it (the live object itself where that
+was filled)."""
 
 SourceMatch = Callable[[nn.Module | Optimizer, object, str], RestoreStep]
 
@@ -42,10 +50,15 @@ ABSENT = _NoLiveValue()
 
 
 class ValueMatcher:
-    """Plain containers, tensors and objects with state. ``sources`` matches modules and optimizers."""
+    """Plain containers, tensors and objects with state. ``sources`` matches modules and
+    optimizers."""
 
     def __init__(
-        self, targets: TensorTargets, selection: Selection, problems: RestoreProblems, sources: SourceMatch
+        self,
+        targets: TensorTargets,
+        selection: Selection,
+        problems: RestoreProblems,
+        sources: SourceMatch,
     ) -> None:
         self._targets = targets
         self._selection = selection
@@ -74,14 +87,19 @@ class ValueMatcher:
             case torch.Generator() if isinstance(node, bytes):
                 self.last.append(lambda: _set_generator(live, node))
                 return lambda: live
-        if dataclasses.is_dataclass(live) and isinstance(node, DataclassNode) and type_name(live) == node.type_name:
+        if (
+            dataclasses.is_dataclass(live)
+            and isinstance(node, DataclassNode)
+            and type_name(live) == node.type_name
+        ):
             return self._dataclass(live, node, path)
         if is_stateful(live):
             return self._stateful(live, node, path, cover)
         return self.fresh(live, node, path)
 
     def fresh(self, hint: object, node: object, path: str) -> RestoreStep:
-        """How ``node`` becomes a new value. ``hint`` is the live value there: it lends types, devices and factories."""
+        """How ``node`` becomes a new value. ``hint`` is the live value there: it lends types,
+        devices and factories."""
         match node:
             case Ref():
                 return self._new_tensor(hint, node, path)
@@ -89,7 +107,9 @@ class ValueMatcher:
                 return self._new_dict(hint, node, path)
             case list() | tuple() | deque():
                 parts = list(hint) if isinstance(hint, (list, tuple, deque)) else []
-                steps = [self.fresh(_at(parts, i), one, join(path, i)) for i, one in enumerate(node)]
+                steps = [
+                    self.fresh(_at(parts, i), one, join(path, i)) for i, one in enumerate(node)
+                ]
                 return lambda: _sequence(node, [step() for step in steps])
             case set() | frozenset():
                 hints = list(hint) if isinstance(hint, (set, frozenset)) else []
@@ -107,9 +127,13 @@ class ValueMatcher:
             case _:
                 return lambda: copy.copy(node)
 
-    def _dict(self, live: dict[object, object], node: dict[object, object], path: str) -> RestoreStep:
+    def _dict(
+        self, live: dict[object, object], node: dict[object, object], path: str
+    ) -> RestoreStep:
         by_node = {_key_node(key): key for key in live}
-        holds_objects = any(isinstance(one, (nn.Module, Optimizer)) or is_stateful(one) for one in live.values())
+        holds_objects = any(
+            isinstance(one, (nn.Module, Optimizer)) or is_stateful(one) for one in live.values()
+        )
         steps: dict[object, RestoreStep] = {}
         for key, one in node.items():
             where = join(path, key)
@@ -138,7 +162,8 @@ class ValueMatcher:
         return put
 
     def _must_stay(self, value: object, path: str, where: str) -> bool:
-        """Whether a live value that the snapshot lacks is named by the user, or holds state: then it can't just go."""
+        """Whether a live value that the snapshot lacks is named by the user, or holds state: then
+        it can't just go."""
         named_by_user = "/" not in path
         holds = isinstance(value, (nn.Module, Optimizer, torch.Generator)) or is_stateful(value)
         return (named_by_user or holds) and self._selection.cover(where) is not Coverage.NONE
@@ -162,7 +187,9 @@ class ValueMatcher:
                 steps.append(_constant(live[i]))
         return steps
 
-    def _dataclass(self, live: object, node: DataclassNode, path: str, *, anew: bool = False) -> RestoreStep:
+    def _dataclass(
+        self, live: object, node: DataclassNode, path: str, *, anew: bool = False
+    ) -> RestoreStep:
         anew = anew or bool(getattr(type(live), "__dataclass_params__").frozen)  # noqa: B009 - unknown to type checkers
         known = {one.name for one in dataclasses.fields(live)}  # type: ignore[arg-type]
         steps: dict[str, RestoreStep] = {}
@@ -196,7 +223,9 @@ class ValueMatcher:
 
     def _stateful(self, live: Stateful, node: object, path: str, cover: Coverage) -> RestoreStep:
         if cover is Coverage.PART:
-            self._problems.add("object can only be restored whole.", path, "name the whole object in only=[...]")
+            self._problems.add(
+                "object can only be restored whole.", path, "name the whole object in only=[...]"
+            )
             return lambda: live
         if is_loader(live) and is_iterated(live):
             self._problems.add(
@@ -207,7 +236,9 @@ class ValueMatcher:
             return lambda: live
         state = state_of(live)
         if isinstance(state, Mapping) != isinstance(node, dict):
-            self._problems.add(f"stored value is no state of this object. type={type_name(live)}", path)
+            self._problems.add(
+                f"stored value is no state of this object. type={type_name(live)}", path
+            )
             return lambda: live
         step = self.fresh(state, node, path)
         steps = self.last if isinstance(live, RngState) else self.late
@@ -235,7 +266,11 @@ class ValueMatcher:
                     return OrderedDict(values)
                 case Counter():
                     return Counter(values)
-            return defaultdict(hint.default_factory, values) if isinstance(hint, defaultdict) else values
+            return (
+                defaultdict(hint.default_factory, values)
+                if isinstance(hint, defaultdict)
+                else values
+            )
 
         return make
 
@@ -252,7 +287,9 @@ class ValueMatcher:
                         if node.member in type(hint).__members__:
                             return type(hint)[node.member]
                         self._problems.add(
-                            f"enum has no such member. type={node.type_name} member={node.member!r}", path
+                            f"enum has no such member. type={node.type_name} "
+                            f"member={node.member!r}",
+                            path,
                         )
                         return node
                 self._no_type(node.type_name, path)
@@ -275,7 +312,9 @@ def _constant(value: object) -> RestoreStep:
     return lambda: value
 
 
-def _sequence(node: list[object] | tuple[object, ...] | deque[object], values: list[object]) -> object:
+def _sequence(
+    node: list[object] | tuple[object, ...] | deque[object], values: list[object]
+) -> object:
     match node:
         case tuple():
             return tuple(values)
@@ -305,14 +344,22 @@ def _parse_constant(node: Named) -> object:
             return torch.device(node.text)
         case "torch.dtype" | "torch.layout" | "torch.memory_format":
             found = getattr(torch, node.text, None)
-            return found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) else node
+            return (
+                found
+                if isinstance(found, (torch.dtype, torch.layout, torch.memory_format))
+                else node
+            )
     return node
 
 
 def _device(kind: str) -> torch.device:
     """The recorded kind of device where this process has it, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device(accelerator.type if accelerator is not None and kind == accelerator.type else "cpu")
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return torch.device(
+        accelerator.type if accelerator is not None and kind == accelerator.type else "cpu"
+    )
 
 
 def _set_generator(generator: torch.Generator, state: bytes) -> None:
@@ -330,10 +377,15 @@ def _load(live: Stateful, state: object) -> None:
 
 
 class ModuleMatcher:
-    """Modules by clean name: parameters and buffers filled in place, extra state handed to ``set_extra_state``."""
+    """Modules by clean name: parameters and buffers filled in place, extra state handed to
+    ``set_extra_state``."""
 
     def __init__(
-        self, targets: TensorTargets, selection: Selection, problems: RestoreProblems, values: ValueMatcher
+        self,
+        targets: TensorTargets,
+        selection: Selection,
+        problems: RestoreProblems,
+        values: ValueMatcher,
     ) -> None:
         self._targets = targets
         self._selection = selection
@@ -354,7 +406,9 @@ class ModuleMatcher:
                 case Ref() as ref:
                     self._targets.into(entry.tensor, ref, where)
                 case other:
-                    self._problems.add(f"stored value is no tensor. type={type(other).__name__}", where)
+                    self._problems.add(
+                        f"stored value is no tensor. type={type(other).__name__}", where
+                    )
         made = self._made(source, node, path)
         known = {entry.fqn for entry in source.live} | {entry.fqn for entry in source.computed}
         for fqn in node:
@@ -389,14 +443,16 @@ def _put_made(source: ModuleSource, values: list[tuple[ComputedEntry, object]]) 
         if entry.fqn in extra:
             extra[entry.fqn].set_extra_state(value)
     if others:
-        # Made by state-dict hooks: only the module's own loading knows what they mean. Live entries load onto themselves.
+        # Made by state-dict hooks: only the module's own loading knows what they mean. Live entries
+        # load onto themselves.
         live = {entry.key: entry.tensor for entry in source.live}
         kept = {entry.key: value for entry, value in values if entry.fqn in extra}
         try:
             source.module.load_state_dict({**live, **kept, **others}, strict=False)
         except RuntimeError as error:
             raise UsageError(
-                f"module refuses the entries that its hooks made. path={source.path!r} error={error}"
+                f"module refuses the entries that its hooks made. path={source.path!r} "
+                f"error={error}"
             ) from error
 
 
@@ -415,10 +471,15 @@ NAMES_SHOWN_MAX = 3
 
 
 class OptimizerMatcher:
-    """Optimizers by parameter name: hyper-parameters set, state filled in place, made or removed."""
+    """Optimizers by parameter name: hyper-parameters set, state filled in place, made or
+    removed."""
 
     def __init__(
-        self, targets: TensorTargets, selection: Selection, problems: RestoreProblems, values: ValueMatcher
+        self,
+        targets: TensorTargets,
+        selection: Selection,
+        problems: RestoreProblems,
+        values: ValueMatcher,
     ) -> None:
         self._targets = targets
         self._selection = selection
@@ -442,7 +503,13 @@ class OptimizerMatcher:
                     self._problems.missing(where)
                 else:
                     steps.append(
-                        self._state(source, member, state.get(member.name), where, step_on_device=flags[member.name])
+                        self._state(
+                            source,
+                            member,
+                            state.get(member.name),
+                            where,
+                            step_on_device=flags[member.name],
+                        )
                     )
             for name in state.keys() - {member.name for member in source.parameters}:
                 if self._selection.cover(f"{path}/state/{name}") is not Coverage.NONE:
@@ -455,7 +522,9 @@ class OptimizerMatcher:
 
         return put
 
-    def _groups(self, source: OptimizerSource, groups: list[dict[object, object]], path: str) -> list[RestoreStep]:
+    def _groups(
+        self, source: OptimizerSource, groups: list[dict[object, object]], path: str
+    ) -> list[RestoreStep]:
         live = source.optimizer.param_groups
         if len(live) != len(groups):
             self._problems.add(
@@ -471,7 +540,8 @@ class OptimizerMatcher:
             theirs = set(_names(node, path))
             if mine != theirs:
                 self._problems.add(
-                    f"parameters of a group differ. only_live={sorted(mine - theirs)[:NAMES_SHOWN_MAX]} "
+                    "parameters of a group differ. "
+                    f"only_live={sorted(mine - theirs)[:NAMES_SHOWN_MAX]} "
                     f"only_stored={sorted(theirs - mine)[:NAMES_SHOWN_MAX]}",
                     where,
                     f'restore only=["{path}/state"] to keep the live groups',
@@ -493,7 +563,13 @@ class OptimizerMatcher:
         return put
 
     def _state(
-        self, source: OptimizerSource, member: OptimizerParameter, node: object, where: str, *, step_on_device: bool
+        self,
+        source: OptimizerSource,
+        member: OptimizerParameter,
+        node: object,
+        where: str,
+        *,
+        step_on_device: bool,
     ) -> RestoreStep:
         state: dict[torch.Tensor, dict[object, object]] = source.optimizer.state
         if node is None:
@@ -503,7 +579,12 @@ class OptimizerMatcher:
         before = state.get(member.tensor, {})
         steps = {
             key: self._entry(
-                member, before.get(key), key, one, join(where, key), on_device=key == "step" and step_on_device
+                member,
+                before.get(key),
+                key,
+                one,
+                join(where, key),
+                on_device=key == "step" and step_on_device,
             )
             for key, one in node.items()
         }
@@ -518,7 +599,14 @@ class OptimizerMatcher:
         return put
 
     def _entry(
-        self, member: OptimizerParameter, live: object, key: object, node: object, where: str, *, on_device: bool
+        self,
+        member: OptimizerParameter,
+        live: object,
+        key: object,
+        node: object,
+        where: str,
+        *,
+        on_device: bool,
     ) -> RestoreStep:
         if not isinstance(node, Ref):
             return self._values.fresh(live, node, where)
@@ -531,15 +619,22 @@ class OptimizerMatcher:
                 return self._targets.into(live, node, where).value
         like = parameter if leaf.shape and leaf.shape == tuple(parameter.shape) else None
         placements = ""
-        if like is None and is_dtensor(parameter) and node.placements.count(",") + 1 == parameter.device_mesh.ndim:
-            # Smaller than the parameter but laid over the same kind of mesh (a factored second moment).
+        if (
+            like is None
+            and is_dtensor(parameter)
+            and node.placements.count(",") + 1 == parameter.device_mesh.ndim
+        ):
+            # Smaller than the parameter but laid over the same kind of mesh (a factored second
+            # moment).
             like, placements = (parameter, node.placements) if node.placements else (None, "")
         return self._targets.fresh(NewTensor(leaf, device, like, placements), node, where).value
 
 
 def _parts(node: object, path: str) -> tuple[Mapping[object, object], list[dict[object, object]]]:
     match node:
-        case {"state": dict(state), "param_groups": list(groups)} if all(isinstance(one, dict) for one in groups):
+        case {"state": dict(state), "param_groups": list(groups)} if all(
+            isinstance(one, dict) for one in groups
+        ):
             return state, groups
     raise IntegrityError(f"stored value is no optimizer's. path={path!r}")
 
@@ -565,17 +660,19 @@ def apply(
     only: Sequence[str] | None = None,
     missing: Literal["error", "keep"] = "error",
 ) -> tuple[str, ...]:
-    """Make the live ``items`` what the snapshot says, in their own memory. Items that only the snapshot has are left alone.
+    """Make the live ``items`` what the snapshot says, in their own memory. Items that only the
+    snapshot has are left alone.
 
-    Parameters, buffers, optimizer state, tensors and containers keep their identity; what is absent live (optimizer state
-    before the first step) is made, optimizer state that the snapshot lacks is removed. ``only`` names paths to restore, by
-    whole components (``["model", "optimizer/state"]``); everything else is left as it is and not compared.
-    ``missing="keep"`` lets live things that the snapshot lacks keep their value; their paths are returned.
+    Parameters, buffers, optimizer state, tensors and containers keep their identity; what is absent
+    live (optimizer state before the first step) is made, optimizer state that the snapshot lacks is
+    removed. ``only`` names paths to restore, by whole components (``["model",
+    "optimizer/state"]``); everything else is left as it is and not compared. ``missing="keep"``
+    lets live things that the snapshot lacks keep their value; their paths are returned.
 
-    All differences (missing, unexpected, shapes, dtypes, ties, groups) are found before a byte of live memory is written
-    and raised as one UsageError. Errors of ``read`` pass through; live objects may then hold a part of the snapshot: apply
-    another one before using them. In a world of another size this rank takes the per-rank leaves of old rank
-    ``rank % old size``.
+    All differences (missing, unexpected, shapes, dtypes, ties, groups) are found before a byte of
+    live memory is written and raised as one UsageError. Errors of ``read`` pass through; live
+    objects may then hold a part of the snapshot: apply another one before using them. In a world of
+    another size this rank takes the per-rank leaves of old rank ``rank % old size``.
     """
     if missing not in ("error", "keep"):
         raise UsageError(f'unknown value for missing. missing={missing!r}; pass "error" or "keep"')
@@ -595,7 +692,11 @@ class _RestoreDecision:
     """The deciding half of one restore."""
 
     def __init__(
-        self, plan: CapturePlan, index: SnapshotIndex, selection: Selection, problems: RestoreProblems
+        self,
+        plan: CapturePlan,
+        index: SnapshotIndex,
+        selection: Selection,
+        problems: RestoreProblems,
     ) -> None:
         self._plan = plan
         self._index = index
@@ -607,10 +708,15 @@ class _RestoreDecision:
         self._optimizers = OptimizerMatcher(self.targets, selection, problems, self.values)
 
     def decide(self, read: ReadWants) -> list[RestoreStep]:
-        """The steps to take once all bytes are there. Raises UsageError that lists every difference."""
+        """The steps to take once all bytes are there. Raises UsageError that lists every
+        difference."""
         rank = self._plan.world.rank
         live = {escape(name): item for name, item in self._plan.items.items()}
-        names = {name: item for name, item in live.items() if self._selection.cover(name) is not Coverage.NONE}
+        names = {
+            name: item
+            for name, item in live.items()
+            if self._selection.cover(name) is not Coverage.NONE
+        }
         stored = read_objects(self._index, list(names), rank=rank, read=read)
         steps: list[RestoreStep] = []
         for name, item in names.items():
@@ -631,5 +737,6 @@ class _RestoreDecision:
             case OptimizerSource() as source:
                 return self._optimizers.match(source, node, path)
         raise UsageError(
-            f"module or optimizer where none is looked for. path={path!r}; track it in a dict, list or tuple"
+            f"module or optimizer where none is looked for. path={path!r}; track it in a dict, "
+            "list or tuple"
         )

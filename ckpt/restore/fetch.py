@@ -1,8 +1,9 @@
-"""Do what a read plan says: read, verify every chunk against its digest, hand over. No decisions live here, and no torch.
+"""Do what a read plan says: read, verify every chunk against its digest, hand over. No decisions
+live here, and no torch.
 
-A raw chunk whose bytes are one run of one output is read straight into it: one request, then the digest while the bytes are
-in cache. Everything else goes through scratch memory that each worker keeps. Both calls release the GIL, so that workers
-scale over cores.
+A raw chunk whose bytes are one run of one output is read straight into it: one request, then the
+digest while the bytes are in cache. Everything else goes through scratch memory that each worker
+keeps. Both calls release the GIL, so that workers scale over cores.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ _WORDS: dict[int, np.dtype[np.generic]] = {
 
 @dataclass(frozen=True, slots=True)
 class DamagedChunk:
-    """One stored range that is not what it should be. ``what``: ``missing``, ``short``, ``mismatch`` or ``unreadable``."""
+    """One stored range that is not what it should be. ``what``: ``missing``, ``short``,
+    ``mismatch`` or ``unreadable``."""
 
     chunk: ChunkRead
     what: str
@@ -57,7 +59,9 @@ class DamagedChunk:
 
 def threads_best(backend: Backend) -> int:
     """How many workers fill the link to ``backend`` from this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(backend.capabilities().concurrency_best, THREADS_MAX, 16 * cores))
 
 
@@ -72,9 +76,10 @@ def fetch(
 ) -> None:
     """Read what ``plan`` says into ``outputs``, one writable contiguous buffer for each want.
 
-    Returns only when every byte was verified. ``budget_bytes`` bounds scratch memory, down to one request. Raises
-    IntegrityError where stored bytes are missing, short or differ from their digest (``outputs`` then hold anything), and
-    UnavailableError where the store does not answer. No worker touches ``outputs`` after this returned or raised.
+    Returns only when every byte was verified. ``budget_bytes`` bounds scratch memory, down to one
+    request. Raises IntegrityError where stored bytes are missing, short or differ from their digest
+    (``outputs`` then hold anything), and UnavailableError where the store does not answer. No
+    worker touches ``outputs`` after this returned or raised.
     """
     with Fetcher(backend, threads=threads, budget_bytes=budget_bytes) as fetcher:
         fetcher.fetch(plan, outputs, on_progress=on_progress)
@@ -83,7 +88,9 @@ def fetch(
 class Fetcher:
     """Workers and scratch memory that serve many fetches from one store; close it when done."""
 
-    def __init__(self, backend: Backend, *, threads: int | None = None, budget_bytes: int = BUDGET_BYTES) -> None:
+    def __init__(
+        self, backend: Backend, *, threads: int | None = None, budget_bytes: int = BUDGET_BYTES
+    ) -> None:
         self._backend = backend
         self._threads = threads_best(backend) if threads is None else max(1, threads)
         self._budget_bytes = budget_bytes
@@ -94,7 +101,10 @@ class Fetcher:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -121,7 +131,8 @@ class Fetcher:
         self._run(plan, work, on_progress)
 
     def scan(self, plan: ReadPlan, *, on_progress: OnProgress | None = None) -> list[DamagedChunk]:
-        """Read and verify everything in ``plan``, deliver nothing, and return all damage found instead of raising."""
+        """Read and verify everything in ``plan``, deliver nothing, and return all damage found
+        instead of raising."""
         found: list[DamagedChunk] = []
 
         def work(read: PackRead, scratch: _ScratchMemory) -> int:
@@ -129,11 +140,16 @@ class Fetcher:
             return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
         self._run(plan, work, on_progress)
-        found.sort(key=lambda damage: (damage.chunk.location.pack, damage.chunk.location.offset_bytes))
+        found.sort(
+            key=lambda damage: (damage.chunk.location.pack, damage.chunk.location.offset_bytes)
+        )
         return found
 
     def _run(
-        self, plan: ReadPlan, work: Callable[[PackRead, _ScratchMemory], int], on_progress: OnProgress | None
+        self,
+        plan: ReadPlan,
+        work: Callable[[PackRead, _ScratchMemory], int],
+        on_progress: OnProgress | None,
     ) -> None:
         stored_bytes, raw_bytes = _scratch_bytes(plan)
         scratch_bytes = max(1, stored_bytes + raw_bytes)
@@ -148,7 +164,9 @@ class Fetcher:
         else:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ckpt-fetch")
-            futures = [self._pool.submit(line.drain, work, scratch) for scratch in self._scratch[:workers]]
+            futures = [
+                self._pool.submit(line.drain, work, scratch) for scratch in self._scratch[:workers]
+            ]
             try:
                 for future in futures:
                     future.result()
@@ -173,7 +191,9 @@ class _ReadQueue:
     def stop(self) -> None:
         self._stopped = True
 
-    def drain(self, work: Callable[[PackRead, _ScratchMemory], int], scratch: _ScratchMemory) -> None:
+    def drain(
+        self, work: Callable[[PackRead, _ScratchMemory], int], scratch: _ScratchMemory
+    ) -> None:
         try:
             while True:
                 with self._lock:
@@ -194,7 +214,8 @@ class _ReadQueue:
 
 
 class _ScratchMemory:
-    """One worker's reused memory: stored bytes of one request, raw bytes of one chunk. Page-aligned, for direct I/O."""
+    """One worker's reused memory: stored bytes of one request, raw bytes of one chunk.
+    Page-aligned, for direct I/O."""
 
     def __init__(self) -> None:
         self.stored: Bytes = np.empty(0, np.uint8)
@@ -231,7 +252,10 @@ def _direct(read: PackRead) -> ChunkCopy | None:
 
 def _targets(plan: ReadPlan, outputs: Sequence[memoryview | NDArray[np.generic]]) -> list[Bytes]:
     if len(outputs) != len(plan.output_bytes):
-        raise UsageError(f"one output is needed for each want. wants={len(plan.output_bytes)} outputs={len(outputs)}")
+        raise UsageError(
+            f"one output is needed for each want. wants={len(plan.output_bytes)} "
+            f"outputs={len(outputs)}"
+        )
     targets: list[Bytes] = []
     for number, (output, size_bytes) in enumerate(zip(outputs, plan.output_bytes, strict=True)):
         if not size_bytes:
@@ -240,7 +264,8 @@ def _targets(plan: ReadPlan, outputs: Sequence[memoryview | NDArray[np.generic]]
         array = output if isinstance(output, np.ndarray) else np.frombuffer(output, np.uint8)
         if array.nbytes != size_bytes:
             raise UsageError(
-                f"an output has the wrong length. output={number} bytes={array.nbytes} wanted={size_bytes}"
+                f"an output has the wrong length. output={number} bytes={array.nbytes} "
+                f"wanted={size_bytes}"
             )
         if not (array.flags.c_contiguous and array.flags.writeable):
             raise UsageError(f"an output must be contiguous and writable. output={number}")
@@ -272,7 +297,9 @@ def _deliver_read(
     return sum(chunk.location.raw_bytes for chunk in read.chunks)
 
 
-def _scan_read(backend: Backend, snapshot: str, read: PackRead, scratch: _ScratchMemory) -> list[DamagedChunk]:
+def _scan_read(
+    backend: Backend, snapshot: str, read: PackRead, scratch: _ScratchMemory
+) -> list[DamagedChunk]:
     stored = scratch.stored[: read.size_bytes]
     found: list[DamagedChunk] = []
 
@@ -317,7 +344,9 @@ def _damage(chunk: ChunkRead, error: CkptError) -> DamagedChunk:
     return DamagedChunk(chunk, what, str(error))
 
 
-def _read_right(backend: Backend, snapshot: str, read: PackRead, out: Bytes, check: Callable[[], None]) -> None:
+def _read_right(
+    backend: Backend, snapshot: str, read: PackRead, out: Bytes, check: Callable[[], None]
+) -> None:
     """Fill ``out`` with bytes that ``check`` doesn't raise for, of whichever copy."""
     if not isinstance(backend, MultiStoreBackend):
         _read(backend, snapshot, read, out)
@@ -334,7 +363,11 @@ def _read_right(backend: Backend, snapshot: str, read: PackRead, out: Bytes, che
     try:
         backend.read_checked(read.pack, out.data, words, offset_bytes=read.offset_bytes)
     except (NotFoundError, IntegrityError) as error:
-        fact = "a pack is missing" if isinstance(error, NotFoundError) else "no copy of a pack is right"
+        fact = (
+            "a pack is missing"
+            if isinstance(error, NotFoundError)
+            else "no copy of a pack is right"
+        )
         cause = error if isinstance(error, NotFoundError) else None
         raise IntegrityError(f"{_where(fact, read.chunks[0], snapshot)}: {error}") from cause
 
@@ -348,7 +381,9 @@ def _read(backend: Backend, snapshot: str, read: PackRead, out: Bytes) -> None:
         raise IntegrityError(_where(fact, chunk, snapshot)) from error
 
 
-def _raw(chunk: ChunkRead, stored: Bytes, start_bytes: int, scratch: _ScratchMemory, snapshot: str) -> Bytes:
+def _raw(
+    chunk: ChunkRead, stored: Bytes, start_bytes: int, scratch: _ScratchMemory, snapshot: str
+) -> Bytes:
     at = chunk.location
     low = at.offset_bytes - start_bytes
     mine = stored[low : low + at.stored_bytes]
@@ -358,7 +393,9 @@ def _raw(chunk: ChunkRead, stored: Bytes, start_bytes: int, scratch: _ScratchMem
     try:
         decode_chunk(mine.data, at, raw.data)
     except IntegrityError as error:
-        raise IntegrityError(f"{_where('a stored chunk does not decompress', chunk, snapshot)}: {error}") from None
+        raise IntegrityError(
+            f"{_where('a stored chunk does not decompress', chunk, snapshot)}: {error}"
+        ) from None
     return raw
 
 
@@ -376,7 +413,9 @@ def _where(fact: str, chunk: ChunkRead, snapshot: str) -> str:
     )
 
 
-def _deliver(raw: Bytes, copies: Iterator[ChunkCopy] | Sequence[ChunkCopy], targets: list[Bytes]) -> None:
+def _deliver(
+    raw: Bytes, copies: Iterator[ChunkCopy] | Sequence[ChunkCopy], targets: list[Bytes]
+) -> None:
     for copy in copies:
         target = targets[copy.output]
         if copy.contiguous:
@@ -384,6 +423,10 @@ def _deliver(raw: Bytes, copies: Iterator[ChunkCopy] | Sequence[ChunkCopy], targ
             np.copyto(target[start : start + size], raw[low : low + size])
             continue
         word = _WORDS[copy.itemsize_bytes]
-        source = np.ndarray(copy.shape, word, raw.data, copy.source_offset_bytes, copy.source_strides_bytes)
-        place = np.ndarray(copy.shape, word, target.data, copy.target_offset_bytes, copy.target_strides_bytes)
+        source = np.ndarray(
+            copy.shape, word, raw.data, copy.source_offset_bytes, copy.source_strides_bytes
+        )
+        place = np.ndarray(
+            copy.shape, word, target.data, copy.target_offset_bytes, copy.target_strides_bytes
+        )
         np.copyto(place, source)

@@ -1,7 +1,8 @@
 """Restoring from staged memory: the slots of all ranks, read as if they were a store. No torch.
 
-The data area of rank r's slot is one object, ``slot/<r>``, and ``staged_index`` says where each chunk lies in it, raw. So the
-plan, the fetching and above all the check of every chunk against the digest that its trainer made are those of any store.
+The data area of rank r's slot is one object, ``slot/<r>``, and ``staged_index`` says where each
+chunk lies in it, raw. So the plan, the fetching and above all the check of every chunk against the
+digest that its trainer made are those of any store.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ def slot_key(rank: int) -> str:
 class SlotStore:
     """A read-only ``Backend`` over one sealed slot of each rank, all of one snapshot. Thread-safe.
 
-    Memory may be overwritten while it is read. Digests find that; ``unchanged`` says it afterwards for all that was read.
+    Memory may be overwritten while it is read. Digests find that; ``unchanged`` says it afterwards
+    for all that was read.
     """
 
     def __init__(self, snapshot: SnapshotId, slots: Mapping[int, memoryview]) -> None:
-        """``slots`` is the whole memory of one slot a rank. Raises IntegrityError where one doesn't hold ``snapshot``."""
+        """``slots`` is the whole memory of one slot a rank. Raises IntegrityError where one doesn't
+        hold ``snapshot``."""
         self.snapshot = snapshot
         self._slots = dict(slots)
         self._data: dict[str, memoryview] = {}
@@ -52,10 +55,17 @@ class SlotStore:
         indexes = []
         for rank, memory in sorted(slots.items()):
             found, header_bytes = read_slot(memory), header_bytes_of(memory)
-            if found is None or header_bytes is None or (found[0].snapshot, found[0].rank) != (snapshot, rank):
-                holds = "nothing" if found is None else f"{found[0].snapshot} of rank {found[0].rank}"
+            if (
+                found is None
+                or header_bytes is None
+                or (found[0].snapshot, found[0].rank) != (snapshot, rank)
+            ):
+                holds = (
+                    "nothing" if found is None else f"{found[0].snapshot} of rank {found[0].rank}"
+                )
                 raise IntegrityError(
-                    f"a slot does not hold the snapshot. snapshot={snapshot} rank={rank} holds={holds}"
+                    f"a slot does not hold the snapshot. snapshot={snapshot} rank={rank} "
+                    f"holds={holds}"
                 )
             indexes.append(found[0])
             self._generations[rank] = found[1]
@@ -67,9 +77,12 @@ class SlotStore:
     def find(cls, snapshot: SnapshotId, memories: Mapping[int, Sequence[memoryview]]) -> SlotStore:
         """A store of the slot that holds ``snapshot`` among those of each rank.
 
-        Raises IntegrityError where a rank has none: it was overwritten or is damaged, so another snapshot must do.
+        Raises IntegrityError where a rank has none: it was overwritten or is damaged, so another
+        snapshot must do.
         """
-        return cls(snapshot, {rank: _holder(snapshot, rank, found) for rank, found in memories.items()})
+        return cls(
+            snapshot, {rank: _holder(snapshot, rank, found) for rank, found in memories.items()}
+        )
 
     @property
     def url(self) -> str:
@@ -77,13 +90,18 @@ class SlotStore:
         return f"slots:{self.snapshot.key}"
 
     def unchanged(self) -> bool:
-        """Whether every slot still holds what it held when this store was made: what was read until now is whole."""
-        return all(generation_of(self._slots[rank]) == begun for rank, begun in self._generations.items())
+        """Whether every slot still holds what it held when this store was made: what was read until
+        now is whole."""
+        return all(
+            generation_of(self._slots[rank]) == begun for rank, begun in self._generations.items()
+        )
 
     def capabilities(self) -> Capabilities:
         """See Backend."""
         readers = min(READERS_MAX, os.cpu_count() or 1)
-        return Capabilities(create_only=False, read_bytes_best=JOINED_BYTES_MAX, concurrency_best=readers)
+        return Capabilities(
+            create_only=False, read_bytes_best=JOINED_BYTES_MAX, concurrency_best=readers
+        )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         """Raises UsageError: only trainers write slots."""
@@ -95,7 +113,8 @@ class SlotStore:
         stop = offset_bytes + out.nbytes
         if offset_bytes < 0 or stop > len(data):
             raise IntegrityError(
-                f"the slot ends too early. key={key} offset_bytes={offset_bytes} wanted_bytes={out.nbytes} "
+                f"the slot ends too early. key={key} offset_bytes={offset_bytes} "
+                f"wanted_bytes={out.nbytes} "
                 f"has_bytes={len(data)}"
             )
         # numpy copies without the interpreter's lock, so that readers scale over cores.
@@ -132,8 +151,8 @@ class SlotStore:
 def staged_index(indexes: Sequence[StagedIndex], *, job: str) -> SnapshotIndex:
     """The index of a staged snapshot, as if it were stored: chunks lie raw in ``slot_key(rank)``.
 
-    ``indexes`` are those of all ranks. Raises IntegrityError where they are not one snapshot of one world, or don't cover a
-    leaf exactly once.
+    ``indexes`` are those of all ranks. Raises IntegrityError where they are not one snapshot of one
+    world, or don't cover a leaf exactly once.
     """
     ordered = sorted(indexes, key=lambda one: one.rank)
     if not ordered:
@@ -146,11 +165,20 @@ def staged_index(indexes: Sequence[StagedIndex], *, job: str) -> SnapshotIndex:
         held = ", ".join(f"{one.snapshot} rank {one.rank}/{one.world_size}" for one in ordered)
         raise IntegrityError(f"slots that are not one snapshot. slots={held}")
     parts = [_part(one) for one in ordered]
-    refs = (PartRef(key=part_key(p.snapshot, p.writer), digest="", size_bytes=0, rank=p.rank) for p in parts)
+    refs = (
+        PartRef(key=part_key(p.snapshot, p.writer), digest="", size_bytes=0, rank=p.rank)
+        for p in parts
+    )
     manifest = Manifest(
-        job=job, snapshot=first.snapshot, world_size=first.world_size, parts=tuple(refs), new_bytes=0, created_unix_s=0.0,
-        size_bytes=sum(shard.size_bytes for part in parts for shard in part.shards), metadata=first.metadata,
-    )  # fmt: skip
+        job=job,
+        snapshot=first.snapshot,
+        world_size=first.world_size,
+        parts=tuple(refs),
+        new_bytes=0,
+        created_unix_s=0.0,
+        size_bytes=sum(shard.size_bytes for part in parts for shard in part.shards),
+        metadata=first.metadata,
+    )
     return SnapshotIndex(manifest, parts)
 
 
@@ -165,7 +193,8 @@ def _holder(snapshot: SnapshotId, rank: int, memories: Sequence[memoryview]) -> 
         if found is not None and (found[0].snapshot, found[0].rank) == (snapshot, rank):
             return memory
     raise IntegrityError(
-        f"no slot of this rank holds the snapshot. snapshot={snapshot} rank={rank} slots={len(memories)}"
+        f"no slot of this rank holds the snapshot. snapshot={snapshot} rank={rank} "
+        f"slots={len(memories)}"
     ) from damage
 
 
@@ -186,5 +215,9 @@ def _stored(shard: StagedShard, key: str) -> StoredShard:
         for number, size in enumerate(chunk_sizes(shard.size_bytes))
     )
     return StoredShard(
-        leaf=shard.leaf, box=shard.box, size_bytes=shard.size_bytes, digests=shard.digests, locations=places
+        leaf=shard.leaf,
+        box=shard.box,
+        size_bytes=shard.size_bytes,
+        digests=shard.digests,
+        locations=places,
     )

@@ -1,7 +1,8 @@
 """Decide which stored bytes to read, and where each of them goes.
 
-Needed boxes meet stored boxes here; nothing is read. A *chunk* is read whole, because only whole chunks have digests; a chunk
-that several wants need is read once; chunks that lie side by side in a pack are joined into one request.
+Needed boxes meet stored boxes here; nothing is read. A *chunk* is read whole, because only whole
+chunks have digests; a chunk that several wants need is read once; chunks that lie side by side in a
+pack are joined into one request.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ckpt.format.part import StoredShard
 from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, ChunkLocation, Digest, Leaf
 
 GAP_BYTES_MAX = 64 << 10
-"""Unneeded bytes between two chunks that are worth reading to save a request: what a fast link carries in a round trip."""
+"""Unneeded bytes between two chunks that are worth reading to save a request: what a fast link
+carries in a round trip."""
 
 CLOSE_NAMES_MAX = 3
 """How many similar leaf names an error offers."""
@@ -35,13 +37,15 @@ class PlanIndex(Protocol):
         ...
 
     def shards(self, name: str, rank: int | None) -> tuple[StoredShard, ...]:
-        """Where the leaf's boxes are stored; an alias has those of the leaf it shares memory with."""
+        """Where the leaf's boxes are stored; an alias has those of the leaf it shares memory
+        with."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A box of a leaf that somebody needs, in elements. ``rank`` is None for a leaf that all ranks share."""
+    """A box of a leaf that somebody needs, in elements. ``rank`` is None for a leaf that all ranks
+    share."""
 
     leaf: str
     rank: int | None
@@ -52,8 +56,9 @@ class Want:
 class ChunkCopy:
     """A part of one raw chunk and its place in one output, as numpy describes strided memory.
 
-    ``shape`` is in elements of ``itemsize_bytes``, outermost first, with neighbouring dimensions merged where both sides
-    allow it, and never empty. Offsets and strides are in bytes, from the start of the raw chunk and of the output.
+    ``shape`` is in elements of ``itemsize_bytes``, outermost first, with neighbouring dimensions
+    merged where both sides allow it, and never empty. Offsets and strides are in bytes, from the
+    start of the raw chunk and of the output.
     """
 
     output: int
@@ -78,7 +83,8 @@ class ChunkCopy:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRead:
-    """One chunk to read, its digest, and every place its bytes go. ``leaf`` and ``rank`` name it in errors."""
+    """One chunk to read, its digest, and every place its bytes go. ``leaf`` and ``rank`` name it in
+    errors."""
 
     digest: Digest
     location: ChunkLocation
@@ -89,7 +95,8 @@ class ChunkRead:
 
 @dataclass(frozen=True, slots=True)
 class PackRead:
-    """One request to the store: a byte range of one pack and the chunks in it, in order of their offset."""
+    """One request to the store: a byte range of one pack and the chunks in it, in order of their
+    offset."""
 
     pack: str
     offset_bytes: int
@@ -99,7 +106,8 @@ class PackRead:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """What to read for some wants. ``output_bytes[i]`` is the length of want i's output, C order, no padding."""
+    """What to read for some wants. ``output_bytes[i]`` is the length of want i's output, C order,
+    no padding."""
 
     snapshot: str
     output_bytes: tuple[int, ...]
@@ -121,10 +129,11 @@ def plan_reads(
 ) -> ReadPlan:
     """Plan the reads that fill one output per want with that want's box.
 
-    ``coalesce_bytes`` is the largest request made by joining neighbours; 0 joins nothing. ``snapshot`` goes into error
-    messages. ``chunk_bytes`` is the grid that the shards were cut on. Raises NotFoundError for a leaf that the snapshot does
-    not have, UsageError for a box outside its shape, and IntegrityError where no shard covers a wanted element.
-    O(wants x shards of their leaf + chunks); no I/O.
+    ``coalesce_bytes`` is the largest request made by joining neighbours; 0 joins nothing.
+    ``snapshot`` goes into error messages. ``chunk_bytes`` is the grid that the shards were cut on.
+    Raises NotFoundError for a leaf that the snapshot does not have, UsageError for a box outside
+    its shape, and IntegrityError where no shard covers a wanted element. O(wants x shards of their
+    leaf + chunks); no I/O.
     """
     places: dict[Digest, tuple[StoredShard, int, list[ChunkCopy]]] = {}
     sizes: list[int] = []
@@ -138,12 +147,16 @@ def plan_reads(
             if common is None:
                 continue
             covered += common.elements
-            for number, copy in _chunk_copies(common, shard, want.box, output, itemsize, chunk_bytes):
+            for number, copy in _chunk_copies(
+                common, shard, want.box, output, itemsize, chunk_bytes
+            ):
                 places.setdefault(shard.digests[number], (shard, number, []))[2].append(copy)
         if covered != want.box.elements:
             raise IntegrityError(
-                f"the snapshot's shards do not cover what is wanted. leaf={want.leaf} rank={want.rank} "
-                f"snapshot={snapshot} wanted_elements={want.box.elements} covered_elements={covered}"
+                f"the snapshot's shards do not cover what is wanted. leaf={want.leaf} "
+                f"rank={want.rank} "
+                f"snapshot={snapshot} wanted_elements={want.box.elements} "
+                f"covered_elements={covered}"
             )
     chunks = [
         ChunkRead(digest, shard.locations[number], shard.leaf.name, shard.leaf.rank, tuple(copies))
@@ -159,7 +172,8 @@ def plan_verify(
     snapshot: str = "",
     skip: Container[tuple[Digest, ChunkLocation]] = frozenset(),
 ) -> ReadPlan:
-    """Plan the reading of every stored byte of ``shards``, each distinct place once, delivering nothing.
+    """Plan the reading of every stored byte of ``shards``, each distinct place once, delivering
+    nothing.
 
     ``skip`` holds the digests and places that need not be read.
     """
@@ -172,13 +186,18 @@ def plan_verify(
 
 
 def join_reads(chunks: Iterable[ChunkRead], coalesce_bytes: int) -> Iterator[PackRead]:
-    """Join chunks that are near neighbours in the same pack into requests of at most ``coalesce_bytes``, in pack order."""
+    """Join chunks that are near neighbours in the same pack into requests of at most
+    ``coalesce_bytes``, in pack order."""
     run: list[ChunkRead] = []
     start = end = 0
     for chunk in sorted(chunks, key=lambda one: (one.location.pack, one.location.offset_bytes)):
         at = chunk.location
         stop = at.offset_bytes + at.stored_bytes
-        near = bool(run) and at.pack == run[0].location.pack and 0 <= at.offset_bytes - end <= GAP_BYTES_MAX
+        near = (
+            bool(run)
+            and at.pack == run[0].location.pack
+            and 0 <= at.offset_bytes - end <= GAP_BYTES_MAX
+        )
         if not near or stop - start > coalesce_bytes:
             if run:
                 yield PackRead(run[0].location.pack, start, end - start, tuple(run))
@@ -190,9 +209,11 @@ def join_reads(chunks: Iterable[ChunkRead], coalesce_bytes: int) -> Iterator[Pac
 
 
 def split_flat(sizes: tuple[int, ...], start: int, stop: int) -> tuple[Box, ...]:
-    """The boxes that hold the elements ``start`` to ``stop`` (half-open) of a C-ordered box of ``sizes``, in that order.
+    """The boxes that hold the elements ``start`` to ``stop`` (half-open) of a C-ordered box of
+    ``sizes``, in that order.
 
-    At most ``2 * len(sizes) - 1`` boxes: a ragged head, whole rows, a ragged tail, in each dimension.
+    At most ``2 * len(sizes) - 1`` boxes: a ragged head, whole rows, a ragged tail, in each
+    dimension.
     """
     if start >= stop:
         return ()
@@ -230,18 +251,28 @@ def _find(index: PlanIndex, want: Want) -> Leaf:
     )
     if not fits:
         raise UsageError(
-            f"the wanted box does not lie inside the leaf. leaf={want.leaf} shape={list(leaf.shape)} "
+            f"the wanted box does not lie inside the leaf. leaf={want.leaf} "
+            f"shape={list(leaf.shape)} "
             f"offsets={list(box.offsets)} sizes={list(box.sizes)}"
         )
     return leaf
 
 
 def unknown_leaf(index: PlanIndex, name: str, rank: int | None) -> NotFoundError:
-    """The error for a leaf that the snapshot does not have: names the leaf's other ranks, or leaves with a similar name."""
-    ranks: Mapping[int | None, None] = {leaf.rank: None for leaf in index.leaves() if leaf.name == name}
+    """The error for a leaf that the snapshot does not have: names the leaf's other ranks, or leaves
+    with a similar name."""
+    ranks: Mapping[int | None, None] = {
+        leaf.rank: None for leaf in index.leaves() if leaf.name == name
+    }
     if ranks:
-        held = "shared by all ranks" if None in ranks else f"held by ranks {sorted(r for r in ranks if r is not None)}"
-        return NotFoundError(f"the leaf exists, but not for this rank; it is {held}. leaf={name} rank={rank}")
+        held = (
+            "shared by all ranks"
+            if None in ranks
+            else f"held by ranks {sorted(r for r in ranks if r is not None)}"
+        )
+        return NotFoundError(
+            f"the leaf exists, but not for this rank; it is {held}. leaf={name} rank={rank}"
+        )
     names = list(dict.fromkeys(leaf.name for leaf in index.leaves()))
     close = difflib.get_close_matches(name, names, n=CLOSE_NAMES_MAX)
     hint = f"; close names: {', '.join(close)}" if close else ""
@@ -251,14 +282,20 @@ def unknown_leaf(index: PlanIndex, name: str, rank: int | None) -> NotFoundError
 def _chunk_copies(
     common: Box, shard: StoredShard, wanted: Box, output: int, itemsize: int, chunk_bytes: int
 ) -> Iterator[tuple[int, ChunkCopy]]:
-    """For each chunk of ``shard`` that holds elements of ``common``: its number and a copy of them."""
+    """For each chunk of ``shard`` that holds elements of ``common``: its number and a copy of
+    them."""
     per_chunk = chunk_bytes // itemsize
     source, target = _flat_range(common, shard.box), _flat_range(common, wanted)
     if source is not None and target is not None:
         start, stop = source
         for number in range(start // per_chunk, (stop - 1) // per_chunk + 1):
             low, high = max(start, number * per_chunk), min(stop, (number + 1) * per_chunk)
-            yield number, _dense(output, low - number * per_chunk, target[0] + low - start, high - low, itemsize)
+            yield (
+                number,
+                _dense(
+                    output, low - number * per_chunk, target[0] + low - start, high - low, itemsize
+                ),
+            )
         return
     first, last = _flat_offset(common, shard.box), _flat_offset_last(common, shard.box)
     elements = shard.box.elements
@@ -272,14 +309,20 @@ def _chunk_copies(
 
 def _dense(output: int, source: int, target: int, elements: int, itemsize: int) -> ChunkCopy:
     strides = (itemsize,)
-    return ChunkCopy(output, (elements,), source * itemsize, strides, target * itemsize, strides, itemsize)
+    return ChunkCopy(
+        output, (elements,), source * itemsize, strides, target * itemsize, strides, itemsize
+    )
 
 
-def _strided(here: Box, stored: Box, wanted: Box, output: int, itemsize: int, chunk_start: int) -> ChunkCopy:
+def _strided(
+    here: Box, stored: Box, wanted: Box, output: int, itemsize: int, chunk_start: int
+) -> ChunkCopy:
     shape: list[int] = []
     source_strides: list[int] = []
     target_strides: list[int] = []
-    dims = zip(here.sizes, _strides(stored.sizes, itemsize), _strides(wanted.sizes, itemsize), strict=True)
+    dims = zip(
+        here.sizes, _strides(stored.sizes, itemsize), _strides(wanted.sizes, itemsize), strict=True
+    )
     for size, source, target in dims:
         if size == 1:
             continue
@@ -302,7 +345,8 @@ def _strided(here: Box, stored: Box, wanted: Box, output: int, itemsize: int, ch
 
 
 def _flat_range(inner: Box, outer: Box) -> tuple[int, int] | None:
-    """The half-open range of ``outer``'s C-ordered elements that ``inner`` fills, or None where it is no single range."""
+    """The half-open range of ``outer``'s C-ordered elements that ``inner`` fills, or None where it
+    is no single range."""
     if inner == outer:
         return 0, inner.elements
     ragged = False
@@ -316,7 +360,9 @@ def _flat_range(inner: Box, outer: Box) -> tuple[int, int] | None:
 
 def _flat_offset(inner: Box, outer: Box) -> int:
     steps = _strides(outer.sizes, 1)
-    return sum((a - b) * step for a, b, step in zip(inner.offsets, outer.offsets, steps, strict=True))
+    return sum(
+        (a - b) * step for a, b, step in zip(inner.offsets, outer.offsets, steps, strict=True)
+    )
 
 
 def _flat_offset_last(inner: Box, outer: Box) -> int:

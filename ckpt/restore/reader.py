@@ -1,4 +1,5 @@
-"""Read one snapshot's leaves without torch: whole, rows, boxes, or as a stream in bounded memory."""
+"""Read one snapshot's leaves without torch: whole, rows, boxes, or as a stream in bounded
+memory."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ _NUMPY = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LeafValues:
-    """A leaf's values. ``dtype`` is torch's name; where numpy has no such type (``bfloat16``, the 8-bit floats), ``array``
-    holds the raw bits as unsigned integers of the same width."""
+    """A leaf's values. ``dtype`` is torch's name; where numpy has no such type (``bfloat16``, the
+    8-bit floats), ``array`` holds the raw bits as unsigned integers of the same width."""
 
     array: NDArray[np.generic]
     dtype: str
@@ -39,7 +40,8 @@ class LeafValues:
 
 @dataclass(frozen=True, slots=True)
 class StreamPiece:
-    """Some bytes of a streamed leaf: ``number`` is its place in the request. ``data`` is valid until the next piece."""
+    """Some bytes of a streamed leaf: ``number`` is its place in the request. ``data`` is valid
+    until the next piece."""
 
     number: int
     offset_bytes: int
@@ -47,14 +49,17 @@ class StreamPiece:
 
 
 def numpy_dtype(dtype: str) -> np.dtype[np.generic]:
-    """The numpy type whose arrays hold torch's ``dtype`` bit for bit: the same one, or unsigned integers of its width."""
+    """The numpy type whose arrays hold torch's ``dtype`` bit for bit: the same one, or unsigned
+    integers of its width."""
     return np.dtype(dtype) if dtype in _NUMPY else np.dtype(f"u{DTYPE_BYTES[dtype]}")
 
 
 class SnapshotReader:
-    """Reads leaves of one snapshot from one store, every byte verified. Use as a context manager, or close it.
+    """Reads leaves of one snapshot from one store, every byte verified. Use as a context manager,
+    or close it.
 
-    ``budget_bytes`` bounds scratch memory beside what is returned. Not for use by several threads at once.
+    ``budget_bytes`` bounds scratch memory beside what is returned. Not for use by several threads
+    at once.
     """
 
     def __init__(
@@ -67,14 +72,19 @@ class SnapshotReader:
     ) -> None:
         self._index = index
         self._fetcher = Fetcher(backend, threads=threads, budget_bytes=budget_bytes)
-        self._coalesce_bytes = min(backend.capabilities().read_bytes_best, max(CHUNK_BYTES, budget_bytes // 4))
+        self._coalesce_bytes = min(
+            backend.capabilities().read_bytes_best, max(CHUNK_BYTES, budget_bytes // 4)
+        )
         self._snapshot = str(index.manifest.snapshot)
 
     def __enter__(self) -> SnapshotReader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -88,37 +98,48 @@ class SnapshotReader:
         return self._index
 
     def leaf(self, name: str, *, rank: int = 0) -> Leaf:
-        """The leaf as ``rank`` sees it: the shared one, else that rank's own. Raises NotFoundError naming close names."""
+        """The leaf as ``rank`` sees it: the shared one, else that rank's own. Raises NotFoundError
+        naming close names."""
         found = self._index.leaf(name, None) or self._index.leaf(name, rank)
         if found is None:
             raise unknown_leaf(self._index, name, rank)
         return found
 
     def read(self, name: str, *, rank: int = 0, rows: slice | None = None) -> LeafValues:
-        """A leaf, or the half-open range ``rows`` of its first dimension, reading no more chunks than hold them.
+        """A leaf, or the half-open range ``rows`` of its first dimension, reading no more chunks
+        than hold them.
 
-        Raises NotFoundError, UsageError for rows with a step or of a leaf without dimensions, IntegrityError for damage.
+        Raises NotFoundError, UsageError for rows with a step or of a leaf without dimensions,
+        IntegrityError for damage.
         """
         leaf = self.leaf(name, rank=rank)
         box = Box.whole(leaf.shape) if rows is None else _row_box(leaf, rows)
         data = self.read_bytes(name, leaf.rank, box)
-        return LeafValues(np.frombuffer(data, numpy_dtype(leaf.dtype)).reshape(box.sizes), leaf.dtype)
+        return LeafValues(
+            np.frombuffer(data, numpy_dtype(leaf.dtype)).reshape(box.sizes), leaf.dtype
+        )
 
     def read_bytes(self, name: str, rank: int | None, box: Box) -> bytearray:
-        """The bytes of ``box`` of a leaf, C order. ``rank`` is None for a shared leaf, exactly as it is recorded."""
+        """The bytes of ``box`` of a leaf, C order. ``rank`` is None for a shared leaf, exactly as
+        it is recorded."""
         plan = plan_reads(
-            self._index, [Want(name, rank, box)], coalesce_bytes=self._coalesce_bytes, snapshot=self._snapshot
+            self._index,
+            [Want(name, rank, box)],
+            coalesce_bytes=self._coalesce_bytes,
+            snapshot=self._snapshot,
         )
         out = bytearray(plan.output_bytes[0])
         self._fetcher.fetch(plan, [memoryview(out)])
         return out
 
     def read_object(self, name: str, *, rank: int = 0) -> object:
-        """An object leaf's value in plain types and the nodes of ``ckpt.format.objects``; nothing is unpickled."""
+        """An object leaf's value in plain types and the nodes of ``ckpt.format.objects``; nothing
+        is unpickled."""
         leaf = self.leaf(name, rank=rank)
         if leaf.kind is not LeafKind.OBJECT:
             raise UsageError(
-                f"the leaf is a tensor, not an object. leaf={name} dtype={leaf.dtype}; read it with read()"
+                f"the leaf is a tensor, not an object. leaf={name} dtype={leaf.dtype}; read it "
+                "with read()"
             )
         data = self.read_bytes(name, leaf.rank, Box.whole(leaf.shape))
         try:
@@ -131,10 +152,11 @@ class SnapshotReader:
     def stream(
         self, leaves: Sequence[Leaf], *, window_bytes: int, on_progress: OnProgress | None = None
     ) -> Iterator[StreamPiece]:
-        """All bytes of ``leaves`` in order, in pieces, through one reused window of ``window_bytes`` (at least 4 MiB).
+        """All bytes of ``leaves`` in order, in pieces, through one reused window of
+        ``window_bytes`` (at least 4 MiB).
 
-        A window is verified whole before its pieces come. A leaf without elements gives no piece. Small leaves share a
-        window, so that they share requests.
+        A window is verified whole before its pieces come. A leaf without elements gives no piece.
+        Small leaves share a window, so that they share requests.
         """
         window_bytes = max(CHUNK_BYTES, window_bytes // CHUNK_BYTES * CHUNK_BYTES)
         window = memoryview(mmap.mmap(-1, window_bytes))
@@ -152,7 +174,9 @@ class SnapshotReader:
                     wants.append(Want(leaf.name, leaf.rank, box))
                     outputs.append(window[at : at + size])
                     at += size
-            plan = plan_reads(self._index, wants, coalesce_bytes=self._coalesce_bytes, snapshot=self._snapshot)
+            plan = plan_reads(
+                self._index, wants, coalesce_bytes=self._coalesce_bytes, snapshot=self._snapshot
+            )
             self._fetcher.fetch(plan, outputs, on_progress=on_progress)
             yield from pieces
 
@@ -163,13 +187,16 @@ def size_bytes(leaf: Leaf) -> int:
 
 
 def _windows(leaves: Sequence[Leaf], window_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut the leaves' bytes into windows of ``(leaf number, start, stop)``; cuts inside a leaf lie on the chunk grid."""
+    """Cut the leaves' bytes into windows of ``(leaf number, start, stop)``; cuts inside a leaf lie
+    on the chunk grid."""
     segments: list[tuple[int, int, int]] = []
     room = window_bytes
     for number, leaf in enumerate(leaves):
         start, size = 0, size_bytes(leaf)
         while start < size:
-            take = min(size - start, room if size - start <= room else room // CHUNK_BYTES * CHUNK_BYTES)
+            take = min(
+                size - start, room if size - start <= room else room // CHUNK_BYTES * CHUNK_BYTES
+            )
             if take:
                 segments.append((number, start, start + take))
                 start += take
@@ -184,7 +211,8 @@ def _windows(leaves: Sequence[Leaf], window_bytes: int) -> Iterator[list[tuple[i
 def _row_box(leaf: Leaf, rows: slice) -> Box:
     if not leaf.shape or rows.step not in (None, 1):
         raise UsageError(
-            f"rows are a plain range of the first dimension. leaf={leaf.name} shape={list(leaf.shape)} rows={rows}"
+            f"rows are a plain range of the first dimension. leaf={leaf.name} "
+            f"shape={list(leaf.shape)} rows={rows}"
         )
     start, stop, _ = rows.indices(leaf.shape[0])
     rest = leaf.shape[1:]
@@ -196,11 +224,13 @@ def _row_box(leaf: Leaf, rows: slice) -> Box:
 T = TypeVar("T")
 
 ReadWants = Callable[[Sequence[Want], Sequence[memoryview]], None]
-"""Fills each output with its want's elements in C order; raises IntegrityError where bytes differ from their digest."""
+"""Fills each output with its want's elements in C order; raises IntegrityError where bytes differ
+from their digest."""
 
 
 def captured_rank(index: SnapshotIndex, rank: int) -> int:
-    """The old rank whose leaves a rank takes: its own number modulo the size of the world that was captured."""
+    """The old rank whose leaves a rank takes: its own number modulo the size of the world that was
+    captured."""
     return rank % index.manifest.world_size
 
 
@@ -214,8 +244,11 @@ def item_names(index: SnapshotIndex) -> list[str]:
     return list(dict.fromkeys(leaf.name.split("/", 1)[0] for leaf in index.leaves()))
 
 
-def read_objects(index: SnapshotIndex, names: Sequence[str], *, rank: int, read: ReadWants) -> dict[str, object]:
-    """The skeletons of those items that the snapshot has, in one read. An item that is a tensor has its Ref as skeleton.
+def read_objects(
+    index: SnapshotIndex, names: Sequence[str], *, rank: int, read: ReadWants
+) -> dict[str, object]:
+    """The skeletons of those items that the snapshot has, in one read. An item that is a tensor has
+    its Ref as skeleton.
 
     Raises IntegrityError where bytes are not what was written.
     """
@@ -230,11 +263,13 @@ def read_objects(index: SnapshotIndex, names: Sequence[str], *, rank: int, read:
     return {name: decode_object(buffers[name]) if name in buffers else Ref(name) for name in found}
 
 
-def rebuild(index: SnapshotIndex, name: str, *, read: ReadWants, tensors: Callable[[Ref], T], rank: int = 0) -> object:
+def rebuild(
+    index: SnapshotIndex, name: str, *, read: ReadWants, tensors: Callable[[Ref], T], rank: int = 0
+) -> object:
     """The item's value in plain Python, each tensor replaced by what ``tensors`` gives for it.
 
-    ``name`` is the item's escaped name. Instances of user classes stay nodes; nothing is imported. Raises NotFoundError
-    where there is no such item.
+    ``name`` is the item's escaped name. Instances of user classes stay nodes; nothing is imported.
+    Raises NotFoundError where there is no such item.
     """
     found = read_objects(index, [name], rank=rank, read=read)
     if name not in found:
@@ -259,8 +294,13 @@ def with_tensors(node: object, tensors: Callable[[Ref], T]) -> object:
         case tuple():
             return tuple(with_tensors(one, tensors) for one in node)
         case DataclassNode():
-            return DataclassNode(node.type_name, {key: with_tensors(one, tensors) for key, one in node.fields.items()})
+            return DataclassNode(
+                node.type_name,
+                {key: with_tensors(one, tensors) for key, one in node.fields.items()},
+            )
         case NamedTupleNode():
-            return NamedTupleNode(node.type_name, node.names, tuple(with_tensors(one, tensors) for one in node.values))
+            return NamedTupleNode(
+                node.type_name, node.names, tuple(with_tensors(one, tensors) for one in node.values)
+            )
         case _:
             return node

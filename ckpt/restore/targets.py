@@ -1,4 +1,5 @@
-"""Pair live tensors, and tensors still to be made, with the stored leaves that fill them. Decides; reads nothing."""
+"""Pair live tensors, and tensors still to be made, with the stored leaves that fill them. Decides;
+reads nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class TensorFill:
 
 @torch.no_grad()
 def fill_tensors(fills: Sequence[TensorFill], read: ReadWants) -> None:
-    """Read all wants and put them into their tensors, bit by bit; autograd's version counters move on.
+    """Read all wants and put them into their tensors, bit by bit; autograd's version counters move
+    on.
 
     ``read``'s errors pass through; memory may then hold a part of the new bytes.
     """
@@ -70,13 +72,23 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _is_direct(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     # Over the storage rather than view(): that works for every dtype and for 0-d tensors.
     base = torch.empty(0, dtype=torch.uint8)
-    base.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size(), (_nbytes(tensor),), (1,))
+    base.set_(
+        tensor.untyped_storage(),
+        tensor.storage_offset() * tensor.element_size(),
+        (_nbytes(tensor),),
+        (1,),
+    )
     return base.numpy().data
 
 
@@ -107,7 +119,9 @@ def _copy(target: torch.Tensor, data: np.ndarray[tuple[int], np.dtype[np.uint8]]
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     dtype = _BITS[tensor.element_size()]
     bits = torch.empty(0, dtype=dtype, device=tensor.device)
-    return bits.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return bits.set_(
+        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
 
 
 def _bump(tensor: torch.Tensor) -> None:
@@ -150,7 +164,11 @@ class Selection:
         if inside := [one for one in self._only if path == one or path.startswith(one + "/")]:
             self._used.update(inside)
             return Coverage.ALL
-        return Coverage.PART if any(one.startswith(path + "/") for one in self._only) else Coverage.NONE
+        return (
+            Coverage.PART
+            if any(one.startswith(path + "/") for one in self._only)
+            else Coverage.NONE
+        )
 
     def unused(self) -> list[str]:
         """The prefixes that no path had."""
@@ -158,7 +176,8 @@ class Selection:
 
 
 class RestoreProblems:
-    """Differences between live objects and a snapshot, gathered so that one error lists them all."""
+    """Differences between live objects and a snapshot, gathered so that one error lists them
+    all."""
 
     def __init__(self, *, keep_missing: bool) -> None:
         self._keep_missing = keep_missing
@@ -171,7 +190,8 @@ class RestoreProblems:
         self._found.append(f"{fact} path={path!r}{'; ' + remedy if remedy else ''}")
 
     def missing(self, path: str) -> None:
-        """Something live that the snapshot doesn't have: a difference, unless it is to keep its value."""
+        """Something live that the snapshot doesn't have: a difference, unless it is to keep its
+        value."""
         if self._keep_missing:
             self.kept.append(path)
         else:
@@ -179,17 +199,23 @@ class RestoreProblems:
 
     def unexpected(self, path: str) -> None:
         """Something in the snapshot that is not live."""
-        self.add("in the snapshot, but not live.", path, "track it, or name what to restore with only=[...]")
+        self.add(
+            "in the snapshot, but not live.",
+            path,
+            "track it, or name what to restore with only=[...]",
+        )
 
     def check(self) -> None:
-        """Raise UsageError listing what was found, if anything was. Nothing was written until then."""
+        """Raise UsageError listing what was found, if anything was. Nothing was written until
+        then."""
         if not self._found:
             return
         shown = "\n  ".join(self._found[:PROBLEMS_SHOWN_MAX])
         more = len(self._found) - PROBLEMS_SHOWN_MAX
         rest = f"\n  ... and {more} more" if more > 0 else ""
         raise UsageError(
-            f"live objects and snapshot don't fit; nothing was changed. differences={len(self._found)}\n  {shown}{rest}"
+            "live objects and snapshot don't fit; nothing was changed. "
+            f"differences={len(self._found)}\n  {shown}{rest}"
         )
 
 
@@ -200,7 +226,8 @@ _PLACEMENTS = re.compile(r"(R|S[0-9]{1,2})(,(R|S[0-9]{1,2}))*")
 class NewTensor:
     """A tensor to make: a plain one, or one laid out like a parameter.
 
-    ``like`` gives memory format and, where it is distributed, mesh and placements (``placements`` overrides those).
+    ``like`` gives memory format and, where it is distributed, mesh and placements (``placements``
+    overrides those).
     """
 
     leaf: Leaf
@@ -220,8 +247,12 @@ class NewTensor:
         placements = like.placements
         if self.placements:
             words = self.placements.split(",")
-            placements = tuple(api.Replicate() if word == "R" else api.Shard(int(word[1:])) for word in words)
-        compute = sys.modules["torch.distributed.tensor._utils"].compute_local_shape_and_global_offset
+            placements = tuple(
+                api.Replicate() if word == "R" else api.Shard(int(word[1:])) for word in words
+            )
+        compute = sys.modules[
+            "torch.distributed.tensor._utils"
+        ].compute_local_shape_and_global_offset
         sizes, _ = compute(self.leaf.shape, like.device_mesh, placements)
         shape = torch.Size(self.leaf.shape)
         made: torch.Tensor = api.DTensor.from_local(
@@ -241,7 +272,12 @@ class PlannedTensor:
     __slots__ = ("new", "path", "ref", "tensor")
 
     def __init__(
-        self, path: str, ref: Ref, *, tensor: torch.Tensor | None = None, new: NewTensor | None = None
+        self,
+        path: str,
+        ref: Ref,
+        *,
+        tensor: torch.Tensor | None = None,
+        new: NewTensor | None = None,
     ) -> None:
         self.path = path
         self.ref = ref
@@ -266,11 +302,13 @@ class TensorTargets:
         self._live: list[TensorLeaf] = []
 
     def stored(self, ref: Ref) -> Leaf:
-        """The leaf that a reference of this rank's structure leads to. Raises IntegrityError where there is none."""
+        """The leaf that a reference of this rank's structure leads to. Raises IntegrityError where
+        there is none."""
         leaf = find_leaf(self._index, ref.leaf, self._world.rank)
         if leaf is None or leaf.kind is not LeafKind.TENSOR:
             raise IntegrityError(
-                f"item's structure refers to a tensor that the snapshot doesn't have. leaf={ref.leaf!r}"
+                "item's structure refers to a tensor that the snapshot doesn't have. "
+                f"leaf={ref.leaf!r}"
             )
         return leaf
 
@@ -287,11 +325,18 @@ class TensorTargets:
             self._problems.add(f"shapes differ. stored={leaf.shape} live={mine.leaf.shape}", path)
         elif leaf.dtype != mine.leaf.dtype:
             self._problems.add(
-                f"dtypes differ. stored={leaf.dtype} live={mine.leaf.dtype}", path, "convert the live tensor"
+                f"dtypes differ. stored={leaf.dtype} live={mine.leaf.dtype}",
+                path,
+                "convert the live tensor",
             )
-        elif any(step == 0 and size > 1 for step, size in zip(mine.tensor.stride(), mine.tensor.shape, strict=True)):
+        elif any(
+            step == 0 and size > 1
+            for step, size in zip(mine.tensor.stride(), mine.tensor.shape, strict=True)
+        ):
             self._problems.add(
-                "live tensor is expanded: its elements share memory.", path, "clone() it before tracking it"
+                "live tensor is expanded: its elements share memory.",
+                path,
+                "clone() it before tracking it",
             )
         else:
             self._slots.append((slot, leaf))
@@ -302,9 +347,14 @@ class TensorTargets:
         """Plan to make a tensor."""
         slot = PlannedTensor(path, ref, new=new)
         if not isinstance(getattr(torch, new.leaf.dtype, None), torch.dtype):
-            self._problems.add(f"this torch has no such dtype. dtype={new.leaf.dtype} torch={torch.__version__}", path)
+            self._problems.add(
+                f"this torch has no such dtype. dtype={new.leaf.dtype} torch={torch.__version__}",
+                path,
+            )
         if new.placements and not _PLACEMENTS.fullmatch(new.placements):
-            raise IntegrityError(f"stored placements can't be read. leaf={ref.leaf!r} placements={new.placements!r}")
+            raise IntegrityError(
+                f"stored placements can't be read. leaf={ref.leaf!r} placements={new.placements!r}"
+            )
         self._slots.append((slot, new.leaf))
         return slot
 
@@ -325,7 +375,9 @@ class TensorTargets:
     def fills(self) -> list[TensorFill]:
         """What to read, new tensors made. Memory that several names share is read once."""
         found: list[TensorFill] = []
-        aliases = {one.leaf.name for one in with_aliases(self._live) if one.leaf.alias_of is not None}
+        aliases = {
+            one.leaf.name for one in with_aliases(self._live) if one.leaf.alias_of is not None
+        }
         boxes = {one.leaf.name: one.box for one in self._live}
         for slot, leaf in self._slots:
             if slot.tensor is None and slot.new is not None:

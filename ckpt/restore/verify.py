@@ -29,8 +29,9 @@ VerifyMemo = dict[ChunkPlace, DamagedChunk | None]
 class DamagedObject:
     """One object, or range of a pack, that is not what it should be.
 
-    ``what`` is ``missing``, ``short``, ``mismatch`` or ``unreadable`` (the store did not answer). ``offset_bytes`` is 0
-    for a whole object. ``leaves`` names up to 20 leaves that need the range, none for a manifest or part.
+    ``what`` is ``missing``, ``short``, ``mismatch`` or ``unreadable`` (the store did not answer).
+    ``offset_bytes`` is 0 for a whole object. ``leaves`` names up to 20 leaves that need the range,
+    none for a manifest or part.
     """
 
     key: str
@@ -44,8 +45,8 @@ class DamagedObject:
 class VerifyReport:
     """What ``verify`` read and found.
 
-    ``read_bytes`` counts raw bytes of the chunks read now, ``chunks`` and ``packs`` what the snapshot refers to,
-    ``objects`` its manifest and parts.
+    ``read_bytes`` counts raw bytes of the chunks read now, ``chunks`` and ``packs`` what the
+    snapshot refers to, ``objects`` its manifest and parts.
     """
 
     snapshot: SnapshotId
@@ -70,10 +71,12 @@ def verify(
     budget_bytes: int = BUDGET_BYTES,
     memo: VerifyMemo | None = None,
 ) -> VerifyReport:
-    """Read the manifest, the parts and each distinct stored chunk of a snapshot once, and compare with their digests.
+    """Read the manifest, the parts and each distinct stored chunk of a snapshot once, and compare
+    with their digests.
 
-    Never raises for damage: it is in the report, all of it. Memory is bounded by ``budget_bytes`` beside the index.
-    Give the same ``memo`` to several calls on one store to read chunks that snapshots share only once.
+    Never raises for damage: it is in the report, all of it. Memory is bounded by ``budget_bytes``
+    beside the index. Give the same ``memo`` to several calls on one store to read chunks that
+    snapshots share only once.
     """
     manifest = index.manifest
     data = manifest.encode()
@@ -96,7 +99,9 @@ def verify(
     )
     with Fetcher(backend, threads=threads, budget_bytes=budget_bytes) as fetcher:
         scanned = fetcher.scan(plan, on_progress=on_progress)
-    known.update(((chunk.digest, chunk.location), None) for read in plan.reads for chunk in read.chunks)
+    known.update(
+        ((chunk.digest, chunk.location), None) for read in plan.reads for chunk in read.chunks
+    )
     known.update(((damage.chunk.digest, damage.chunk.location), damage) for damage in scanned)
     bad = [damage for place in places if (damage := known[place]) is not None]
     return VerifyReport(
@@ -118,13 +123,17 @@ def _check_object(backend: Backend, key: str, wanted: str, size_bytes: int) -> D
             return DamagedObject(key, 0, (), "missing", f"an object is missing. key={key}")
         if stat.size_bytes != size_bytes:
             fact = f"an object has another length. key={key} bytes={stat.size_bytes} wanted={size_bytes}"
-            return DamagedObject(key, 0, (), "short" if stat.size_bytes < size_bytes else "mismatch", fact)
+            return DamagedObject(
+                key, 0, (), "short" if stat.size_bytes < size_bytes else "mismatch", fact
+            )
         data = bytearray(size_bytes)
         backend.read_into(key, memoryview(data))
     except (NotFoundError, IntegrityError, UnavailableError) as error:
         return DamagedObject(key, 0, (), _what(error), str(error))
     if digest_hex(data) != wanted:
-        return DamagedObject(key, 0, (), "mismatch", f"an object's bytes differ from their digest. key={key}")
+        return DamagedObject(
+            key, 0, (), "mismatch", f"an object's bytes differ from their digest. key={key}"
+        )
     return None
 
 
@@ -155,7 +164,9 @@ def _what(error: CkptError) -> str:
 def _name_leaves(index: SnapshotIndex, found: Sequence[DamagedChunk]) -> list[DamagedObject]:
     if not found:
         return []
-    users: dict[ChunkPlace, dict[str, None]] = {(damage.chunk.digest, damage.chunk.location): {} for damage in found}
+    users: dict[ChunkPlace, dict[str, None]] = {
+        (damage.chunk.digest, damage.chunk.location): {} for damage in found
+    }
     for part in index.parts:
         for shard in part.shards:
             for key in zip(shard.digests, shard.locations, strict=True):

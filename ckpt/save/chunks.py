@@ -7,20 +7,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt.errors import UsageError
-from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, PAGE_BYTES, ChunkLocation, Digest, LeafKind, StagedIndex, StagedShard
+from ckpt.values import (
+    CHUNK_BYTES,
+    DTYPE_BYTES,
+    PAGE_BYTES,
+    ChunkLocation,
+    Digest,
+    LeafKind,
+    StagedIndex,
+    StagedShard,
+)
 
 PACK_BYTES_MAX = 256 << 20
-"""A pack's usual largest size. A pack is swept only when nothing refers to any of its chunks, so smaller is tidier; packs go up
-side by side, so a gigabyte should make several; and 256 MiB is where object stores reach full speed for one object."""
+"""A pack's usual largest size. A pack is swept only when nothing refers to any of its chunks, so
+smaller is tidier; packs go up side by side, so a gigabyte should make several; and 256 MiB is where
+object stores reach full speed for one object."""
 
 GAP_BYTES_MAX = 4 * PAGE_BYTES
-"""Known bytes between two new chunks that are written along: a further stretch costs a write of its own."""
+"""Known bytes between two new chunks that are written along: a further stretch costs a write of its
+own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk to write: its digest and where it lies in the data area. ``leaf`` names it in errors, ``kind`` what its bytes
-    are like (for samples of how they compress)."""
+    """One chunk to write: its digest and where it lies in the data area. ``leaf`` names it in
+    errors, ``kind`` what its bytes are like (for samples of how they compress)."""
 
     digest: Digest
     offset_bytes: int
@@ -40,7 +51,8 @@ class SlotExtent:
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """One pack: its chunks by their place in the slot, and the extents that hold them, in that order."""
+    """One pack: its chunks by their place in the slot, and the extents that hold them, in that
+    order."""
 
     chunks: tuple[Chunk, ...]
     extents: tuple[SlotExtent, ...]
@@ -52,17 +64,25 @@ class PackPlan:
 
 
 def new_chunks(staged: StagedIndex, stored_chunks: Container[Digest]) -> list[Chunk]:
-    """The chunks that are stored nowhere yet, by their place in the slot; of equal ones the first met. O(chunks log chunks)."""
+    """The chunks that are stored nowhere yet, by their place in the slot; of equal ones the first
+    met. O(chunks log chunks)."""
     found: dict[Digest, Chunk] = {}
     for shard in staged.shards:
-        fresh = [n for n, digest in enumerate(shard.digests) if digest not in stored_chunks and digest not in found]
+        fresh = [
+            n
+            for n, digest in enumerate(shard.digests)
+            if digest not in stored_chunks and digest not in found
+        ]
         if not fresh:
             continue
         itemsize, kind = _nature(shard)
         for number in fresh:
             digest, start = shard.digests[number], number * CHUNK_BYTES
             size = min(CHUNK_BYTES, shard.size_bytes - start)
-            found.setdefault(digest, Chunk(digest, shard.offset_bytes + start, size, itemsize, shard.leaf.name, kind))
+            found.setdefault(
+                digest,
+                Chunk(digest, shard.offset_bytes + start, size, itemsize, shard.leaf.name, kind),
+            )
     return sorted(found.values(), key=lambda chunk: chunk.offset_bytes)
 
 
@@ -73,10 +93,12 @@ def plan_packs(
     pack_bytes_max: int = PACK_BYTES_MAX,
     first_bytes_max: int | None = None,
 ) -> list[PackPlan]:
-    """Cut ``chunks`` (by offset) into packs of at most ``pack_bytes_max``; one chunk alone may exceed it.
+    """Cut ``chunks`` (by offset) into packs of at most ``pack_bytes_max``; one chunk alone may
+    exceed it.
 
-    Each pack is whole pages of the slot, so it can be written as it lies, past the page cache. ``data_bytes`` ends the last
-    extent; ``first_bytes_max`` limits the first pack, which measures the link.
+    Each pack is whole pages of the slot, so it can be written as it lies, past the page cache.
+    ``data_bytes`` ends the last extent; ``first_bytes_max`` limits the first pack, which measures
+    the link.
     """
     packs: list[PackPlan] = []
     members: list[Chunk] = []
@@ -113,7 +135,8 @@ def raw_offsets(pack: PackPlan) -> list[int]:
 
 
 def _grow(last: SlotExtent | None, chunk: Chunk, data_bytes: int) -> tuple[SlotExtent, int]:
-    """The extent that holds ``chunk``: ``last`` made longer where it is near, else a new one; and how many bytes that adds."""
+    """The extent that holds ``chunk``: ``last`` made longer where it is near, else a new one; and
+    how many bytes that adds."""
     start = chunk.offset_bytes // PAGE_BYTES * PAGE_BYTES
     stop = min(-(-(chunk.offset_bytes + chunk.raw_bytes) // PAGE_BYTES) * PAGE_BYTES, data_bytes)
     if last is not None and start <= last.stop + GAP_BYTES_MAX:
@@ -123,10 +146,13 @@ def _grow(last: SlotExtent | None, chunk: Chunk, data_bytes: int) -> tuple[SlotE
 
 
 def _nature(shard: StagedShard) -> tuple[int, str]:
-    """Element size, and a word for what the bytes are like: Adam's moments compress unlike weights of the same dtype."""
+    """Element size, and a word for what the bytes are like: Adam's moments compress unlike weights
+    of the same dtype."""
     if shard.leaf.kind is LeafKind.OBJECT:
         return 1, "object"
-    return DTYPE_BYTES[shard.leaf.dtype], f"{shard.leaf.dtype}/{shard.leaf.name.rsplit('/', 1)[-1].rsplit('.', 1)[-1]}"
+    return DTYPE_BYTES[
+        shard.leaf.dtype
+    ], f"{shard.leaf.dtype}/{shard.leaf.name.rsplit('/', 1)[-1].rsplit('.', 1)[-1]}"
 
 
 # Which known chunks to write anew, so that packs of which little is still needed can go. Pure.
@@ -135,11 +161,12 @@ def _nature(shard: StagedShard) -> tuple[int, str]:
 # changes.
 
 LIVE_MIN = 0.5
-"""A pack of which less is needed is sparse: what is stored stays below twice what is needed, and a chunk is moved only after
-half of the pack around it has changed."""
+"""A pack of which less is needed is sparse: what is stored stays below twice what is needed, and a
+chunk is moved only after half of the pack around it has changed."""
 
 BUDGET_SHARE = 0.1
-"""How much of a snapshot's bytes one save may write anew for tidiness: then it takes a tenth longer than without, at most."""
+"""How much of a snapshot's bytes one save may write anew for tidiness: then it takes a tenth longer
+than without, at most."""
 
 BUDGET_BYTES_MIN = 256 << 20
 """That much may be written in any case: one pack's worth, so that the sparsest pack always fits."""
@@ -156,7 +183,8 @@ class SparsePack:
 
 @dataclass(frozen=True, slots=True)
 class Repacking:
-    """``known`` without the chunks of the packs given up, sparsest first; and the bytes that are written anew for that."""
+    """``known`` without the chunks of the packs given up, sparsest first; and the bytes that are
+    written anew for that."""
 
     stored_chunks: Mapping[Digest, ChunkLocation]
     given_up: tuple[SparsePack, ...]
@@ -178,10 +206,11 @@ def plan_repacking(
 ) -> Repacking:
     """Leave out of ``known`` the chunks of sparse packs, as far as ``budget_bytes`` reaches.
 
-    ``wanted`` are the digests of the new snapshot, ``pack_bytes`` the sizes of packs; one whose size is not there is not
-    judged. Needed is what lies between the first and last byte of a wanted chunk, with gaps as short as a writer leaves them,
-    so that a pack never looks sparse to the save after the one that wrote it. Equal arguments give equal answers, in whatever
-    order they come. O(known + wanted + chunks log chunks).
+    ``wanted`` are the digests of the new snapshot, ``pack_bytes`` the sizes of packs; one whose
+    size is not there is not judged. Needed is what lies between the first and last byte of a wanted
+    chunk, with gaps as short as a writer leaves them, so that a pack never looks sparse to the save
+    after the one that wrote it. Equal arguments give equal answers, in whatever order they come.
+    O(known + wanted + chunks log chunks).
     """
     by_pack: dict[str, list[Digest]] = {}
     for digest in wanted if isinstance(wanted, frozenset | set) else dict.fromkeys(wanted):
@@ -210,7 +239,9 @@ def plan_repacking(
 def _live_bytes(places: Sequence[ChunkLocation]) -> int:
     """The bytes that a pack of just these chunks would take: whole pages, and short gaps along."""
     total = stop = 0
-    for start, end in sorted((place.offset_bytes, place.offset_bytes + place.stored_bytes) for place in places):
+    for start, end in sorted(
+        (place.offset_bytes, place.offset_bytes + place.stored_bytes) for place in places
+    ):
         low, high = start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES
         if total and low <= stop + GAP_BYTES_MAX:
             total += max(high, stop) - stop
@@ -230,9 +261,11 @@ LEVEL_MAX = 22
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """What a user asks for. ``auto`` compresses where a sample says that it makes writing faster, ``on`` wherever bytes shrink.
+    """What a user asks for. ``auto`` compresses where a sample says that it makes writing faster,
+    ``on`` wherever bytes shrink.
 
-    ``level`` is zstd's. ``link_bytes_per_s`` is the speed of the way to the store; None: it is measured while writing.
+    ``level`` is zstd's. ``link_bytes_per_s`` is the speed of the way to the store; None: it is
+    measured while writing.
     """
 
     mode: Literal["off", "auto", "on"] = "auto"
@@ -267,14 +300,16 @@ class CompressionDecision:
 
 
 def may_compress(compression: Compression, *, local: bool) -> bool:
-    """Whether compression is worth a sample at all: never when off, and never to a local disk in ``auto``."""
+    """Whether compression is worth a sample at all: never when off, and never to a local disk in
+    ``auto``."""
     return compression.mode == "on" or (compression.mode == "auto" and not local)
 
 
 def decide_compression(
     compression: Compression, sample: CompressionSample, *, link_bytes_per_s: float | None
 ) -> CompressionDecision:
-    """Compress bytes like ``sample``? One core encodes while the link carries what was encoded before."""
+    """Compress bytes like ``sample``? One core encodes while the link carries what was encoded
+    before."""
     match compression.mode:
         case "off":
             return CompressionDecision(False, "off")

@@ -1,5 +1,5 @@
-"""From a sealed slot to packs in a store, and what its part says. Nothing is recorded here: without a commit nobody reads these
-bytes."""
+"""From a sealed slot to packs in a store, and what its part says. Nothing is recorded here: without
+a commit nobody reads these bytes."""
 
 from __future__ import annotations
 
@@ -55,12 +55,15 @@ class BuiltPack:
 
 
 def verify_chunks(pack: PackPlan, data: memoryview) -> None:
-    """Compare each chunk with the digest made while it was staged. Raises IntegrityError naming the leaf. 30 GB/s."""
+    """Compare each chunk with the digest made while it was staged. Raises IntegrityError naming the
+    leaf. 30 GB/s."""
     for chunk in pack.chunks:
         if digest(data[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]) != chunk.digest:
             raise IntegrityError(
-                f"staged bytes changed after they were copied. leaf={chunk.leaf} offset_bytes={chunk.offset_bytes} "
-                "the snapshot is given up; something writes into memory that isn't its own, or the memory is faulty"
+                f"staged bytes changed after they were copied. leaf={chunk.leaf} "
+                f"offset_bytes={chunk.offset_bytes} "
+                "the snapshot is given up; something writes into memory that isn't its own, or the "
+                "memory is faulty"
             )
 
 
@@ -70,32 +73,42 @@ def raw_pack(key: str, pack: PackPlan, data: memoryview) -> BuiltPack:
         chunk.digest: ChunkLocation(key, offset, chunk.raw_bytes, chunk.raw_bytes, Codec.RAW)
         for chunk, offset in zip(pack.chunks, raw_offsets(pack), strict=True)
     }
-    return BuiltPack(key, tuple(data[extent.start : extent.stop] for extent in pack.extents), places)
+    return BuiltPack(
+        key, tuple(data[extent.start : extent.stop] for extent in pack.extents), places
+    )
 
 
 def encoded_pack(
     key: str, pack: PackPlan, data: memoryview, *, level: int, wanted: Callable[[Chunk], bool]
 ) -> BuiltPack:
-    """The pack with every ``wanted`` chunk compressed and the others as they lie. Takes memory for what is compressed."""
+    """The pack with every ``wanted`` chunk compressed and the others as they lie. Takes memory for
+    what is compressed."""
     buffers: list[bytes | memoryview] = []
     places: dict[Digest, ChunkLocation] = {}
     at = 0
     for chunk in pack.chunks:
         raw = data[chunk.offset_bytes : chunk.offset_bytes + chunk.raw_bytes]
-        encoded = encode_chunk(raw, itemsize_bytes=chunk.itemsize_bytes, level=level) if wanted(chunk) else None
+        encoded = (
+            encode_chunk(raw, itemsize_bytes=chunk.itemsize_bytes, level=level)
+            if wanted(chunk)
+            else None
+        )
         if encoded is None:
             buffers.append(raw)
             place = ChunkLocation(key, at, len(raw), len(raw), Codec.RAW)
         else:
             buffers.append(encoded.data)
-            place = ChunkLocation(key, at, len(encoded.data), len(raw), encoded.codec, encoded.itemsize_bytes)
+            place = ChunkLocation(
+                key, at, len(encoded.data), len(raw), encoded.codec, encoded.itemsize_bytes
+            )
         places[chunk.digest] = place
         at += place.stored_bytes
     return BuiltPack(key, tuple(buffers), places)
 
 
 class Sampler:
-    """Remembers, for each kind of bytes, whether compressing pays; asks a sample of the first chunk of the kind."""
+    """Remembers, for each kind of bytes, whether compressing pays; asks a sample of the first chunk
+    of the kind."""
 
     def __init__(self, compression: Compression, data: memoryview) -> None:
         self._compression = compression
@@ -106,19 +119,24 @@ class Sampler:
         """Whether to compress ``chunk``. Costs a sample for the first of its kind."""
         if chunk.kind not in self._samples:
             self._samples[chunk.kind] = self._sample(chunk)
-        return decide_compression(self._compression, self._samples[chunk.kind], link_bytes_per_s=link_bytes_per_s)
+        return decide_compression(
+            self._compression, self._samples[chunk.kind], link_bytes_per_s=link_bytes_per_s
+        )
 
     def _sample(self, chunk: Chunk) -> CompressionSample:
         length = min(chunk.raw_bytes, SAMPLE_BYTES) // chunk.itemsize_bytes * chunk.itemsize_bytes
         raw = self._data[chunk.offset_bytes : chunk.offset_bytes + length]
         start = time.perf_counter()
-        encoded = encode_chunk(raw, itemsize_bytes=chunk.itemsize_bytes, level=self._compression.level)
+        encoded = encode_chunk(
+            raw, itemsize_bytes=chunk.itemsize_bytes, level=self._compression.level
+        )
         taken = time.perf_counter() - start
         return CompressionSample(length, length if encoded is None else len(encoded.data), taken)
 
 
 PUTS_MAX = 4
-"""Packs on their way at once: what fills the links measured, and bounds the memory that compressed packs take."""
+"""Packs on their way at once: what fills the links measured, and bounds the memory that compressed
+packs take."""
 
 ENCODED_BYTES_MAX = 256 << 20
 """Memory that compressed packs may take in all."""
@@ -132,7 +150,8 @@ MEASURED_BYTES_MIN = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PersistLimits:
-    """Sizes that persisting keeps to: the largest pack, packs on their way at once, memory for compressed ones."""
+    """Sizes that persisting keeps to: the largest pack, packs on their way at once, memory for
+    compressed ones."""
 
     pack_bytes_max: int = PACK_BYTES_MAX
     puts_max: int = PUTS_MAX
@@ -141,11 +160,12 @@ class PersistLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Persisted:
-    """What a rank's share of a snapshot became. ``part`` says where it lies, and is stored nowhere yet (``put_part``).
+    """What a rank's share of a snapshot became. ``part`` says where it lies, and is stored nowhere
+    yet (``put_part``).
 
-    ``new_bytes`` is what its new chunks take in the store, ``packs`` how many packs were written and ``pack_bytes`` how large
-    each is, ``locations`` where every chunk of the snapshot lies (the next one's ``known``), ``link_bytes_per_s`` how fast
-    packs went (None: none was written).
+    ``new_bytes`` is what its new chunks take in the store, ``packs`` how many packs were written
+    and ``pack_bytes`` how large each is, ``locations`` where every chunk of the snapshot lies (the
+    next one's ``known``), ``link_bytes_per_s`` how fast packs went (None: none was written).
     """
 
     part: Part
@@ -157,10 +177,14 @@ class Persisted:
 
 
 def pack_numbers_max(staged: StagedIndex) -> int:
-    """How many pack numbers ``persist`` can use for ``staged`` within the default limits, whatever is known. O(shards)."""
+    """How many pack numbers ``persist`` can use for ``staged`` within the default limits, whatever
+    is known. O(shards)."""
     chunks = sum(len(shard.digests) for shard in staged.shards)
-    padded = sum(shard.size_bytes for shard in staged.shards) + chunks * (2 * PAGE_BYTES + GAP_BYTES_MAX)
-    # Two packs that follow each other exceed a pack's limit together, and the smallest limit is the probe's.
+    padded = sum(shard.size_bytes for shard in staged.shards) + chunks * (
+        2 * PAGE_BYTES + GAP_BYTES_MAX
+    )
+    # Two packs that follow each other exceed a pack's limit together, and the smallest limit is the
+    # probe's.
     return min(chunks, 1 + 2 * padded // PROBE_BYTES)
 
 
@@ -178,13 +202,14 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
 ) -> Persisted:
     """Write the chunks of ``staged`` that are not ``known``, and say where all of them lie.
 
-    ``data`` is the slot's data area, pinned by the caller. ``pack_start`` is the first pack number that ``writer`` never used;
-    the result says how many are used up, after an error it may be ``pack_numbers_max``. ``verify`` compares each new chunk with
-    its staged digest just before it is written, 0.05 s a GiB of one core beside the writing: without it a byte that went bad in
-    the slot would be called durable, and be found only by the restore that needs it.
+    ``data`` is the slot's data area, pinned by the caller. ``pack_start`` is the first pack number
+    that ``writer`` never used; the result says how many are used up, after an error it may be
+    ``pack_numbers_max``. ``verify`` compares each new chunk with its staged digest just before it
+    is written, 0.05 s a GiB of one core beside the writing: without it a byte that went bad in the
+    slot would be called durable, and be found only by the restore that needs it.
 
-    Raises what the store raises, with the snapshot named, and IntegrityError where the slot changed; nothing was recorded
-    then, older snapshots stand, and what was written is swept later.
+    Raises what the store raises, with the snapshot named, and IntegrityError where the slot
+    changed; nothing was recorded then, older snapshots stand, and what was written is swept later.
     """
     if any(shard.offset_bytes + shard.size_bytes > len(data) for shard in staged.shards):
         raise UsageError(f"the data area is shorter than its index says. size_bytes={len(data)}")
@@ -193,28 +218,50 @@ def persist(  # noqa: PLR0913  one call wires five rooms; all but two are keywor
         caps = backend.capabilities()
         compressing = may_compress(compression, local=caps.direct_io)
         puts = max(1, min(limits.puts_max, caps.concurrency_best))
-        packs = _plan(chunks, len(data), limits, puts=puts, compression=compression if compressing else NO_COMPRESSION)
-        writing = _PackWriter(backend, data, compression=compression if compressing else NO_COMPRESSION, verify=verify)
+        packs = _plan(
+            chunks,
+            len(data),
+            limits,
+            puts=puts,
+            compression=compression if compressing else NO_COMPRESSION,
+        )
+        writing = _PackWriter(
+            backend, data, compression=compression if compressing else NO_COMPRESSION, verify=verify
+        )
         fresh = writing.write(
-            {pack_key(staged.snapshot, writer, pack_start + n): pack for n, pack in enumerate(packs)}, puts=puts
+            {
+                pack_key(staged.snapshot, writer, pack_start + n): pack
+                for n, pack in enumerate(packs)
+            },
+            puts=puts,
         )
         part = _part(staged, writer, {**stored_chunks, **fresh})
     except CkptError as error:
         raise type(error)(
-            f"{error} [snapshot={staged.snapshot} rank={staged.rank} store={backend.url}: not recorded, older ones stand]"
+            f"{error} [snapshot={staged.snapshot} rank={staged.rank} store={backend.url}: not "
+            "recorded, older ones stand]"
         ) from error
     return Persisted(
         part=part,
         new_bytes=sum(place.stored_bytes for place in fresh.values()),
         packs=len(packs),
         pack_bytes=writing.pack_bytes,
-        locations={d: p for shard in part.shards for d, p in zip(shard.digests, shard.locations, strict=True)},
+        locations={
+            d: p
+            for shard in part.shards
+            for d, p in zip(shard.digests, shard.locations, strict=True)
+        },
         link_bytes_per_s=writing.link_bytes_per_s,
     )
 
 
 def _plan(
-    chunks: Sequence[Chunk], data_bytes: int, limits: PersistLimits, *, puts: int, compression: Compression
+    chunks: Sequence[Chunk],
+    data_bytes: int,
+    limits: PersistLimits,
+    *,
+    puts: int,
+    compression: Compression,
 ) -> list[PackPlan]:
     if compression.mode == "off":
         return plan_packs(chunks, data_bytes=data_bytes, pack_bytes_max=limits.pack_bytes_max)
@@ -231,7 +278,9 @@ def _measures(compression: Compression) -> bool:
 class _PackWriter:
     """Packs on their way to the store: the next is verified and built while earlier ones travel."""
 
-    def __init__(self, backend: Backend, data: memoryview, *, compression: Compression, verify: bool) -> None:
+    def __init__(
+        self, backend: Backend, data: memoryview, *, compression: Compression, verify: bool
+    ) -> None:
         self._backend = backend
         self._data = data
         self._compression = compression
@@ -247,7 +296,8 @@ class _PackWriter:
         return self._compression.link_bytes_per_s or self._seen_bytes_per_s
 
     def write(self, packs: Mapping[str, PackPlan], *, puts: int) -> dict[Digest, ChunkLocation]:
-        """Put each pack at its key, at most ``puts`` at once; where each chunk lies then. The first error ends it."""
+        """Put each pack at its key, at most ``puts`` at once; where each chunk lies then. The first
+        error ends it."""
         places: dict[Digest, ChunkLocation] = {}
         running: deque[Future[None]] = deque()
         if not packs:
@@ -278,10 +328,14 @@ class _PackWriter:
         if not wanted:
             return raw_pack(key, pack, self._data)
         level = self._compression.level
-        return encoded_pack(key, pack, self._data, level=level, wanted=lambda chunk: chunk.digest in wanted)
+        return encoded_pack(
+            key, pack, self._data, level=level, wanted=lambda chunk: chunk.digest in wanted
+        )
 
     def _wants(self, chunk: Chunk) -> bool:
-        if self._compression.mode == "off" or (_measures(self._compression) and self.link_bytes_per_s is None):
+        if self._compression.mode == "off" or (
+            _measures(self._compression) and self.link_bytes_per_s is None
+        ):
             return False
         return self._sampler.decide(chunk, link_bytes_per_s=self.link_bytes_per_s).compress
 
@@ -309,11 +363,16 @@ def _stored(shard: StagedShard, places: Mapping[Digest, ChunkLocation]) -> Store
     for place, raw_bytes in zip(found, chunk_sizes(shard.size_bytes), strict=True):
         if place.raw_bytes != raw_bytes:
             raise IntegrityError(
-                f"two chunks of different sizes have one digest. leaf={shard.leaf.name!r} pack={place.pack} "
+                f"two chunks of different sizes have one digest. leaf={shard.leaf.name!r} "
+                f"pack={place.pack} "
                 f"raw_bytes={place.raw_bytes} expected={raw_bytes}; save once without known chunks"
             )
     return StoredShard(
-        leaf=shard.leaf, box=shard.box, size_bytes=shard.size_bytes, digests=shard.digests, locations=found
+        leaf=shard.leaf,
+        box=shard.box,
+        size_bytes=shard.size_bytes,
+        digests=shard.digests,
+        locations=found,
     )
 
 
@@ -328,9 +387,11 @@ class PackSizes:
         self._sizes: dict[str, int] = {}
 
     def of(self, packs: Iterable[str]) -> Mapping[str, int]:
-        """The sizes of ``packs``, and no others are remembered from now on. One request for each that is new.
+        """The sizes of ``packs``, and no others are remembered from now on. One request for each
+        that is new.
 
-        A pack that can't be asked for now is left out: whoever tidies passes it over, and asks again next time.
+        A pack that can't be asked for now is left out: whoever tidies passes it over, and asks
+        again next time.
         """
         found: dict[str, int] = {}
         for pack in dict.fromkeys(packs):
@@ -358,9 +419,11 @@ class PackSizes:
 
 
 def put_part(parts: Sequence[Part], *, backend: Backend, writer: str) -> PartRef:
-    """Write one part for the ranks of ``parts``, which follow each other; ``writer`` never wrote one of this snapshot.
+    """Write one part for the ranks of ``parts``, which follow each other; ``writer`` never wrote
+    one of this snapshot.
 
-    Raises what the store raises, with snapshot and ranks named, and UsageError where they make no part. O(chunks).
+    Raises what the store raises, with snapshot and ranks named, and UsageError where they make no
+    part. O(chunks).
     """
     part = merge_parts(parts, writer=writer)
     encoded = encode_part(part)
@@ -369,7 +432,14 @@ def put_part(parts: Sequence[Part], *, backend: Backend, writer: str) -> PartRef
         backend.put(key, [encoded])
     except CkptError as error:
         raise type(error)(
-            f"{error} [snapshot={part.snapshot} part of ranks {part.rank} to {part.rank + part.ranks - 1} "
+            f"{error} [snapshot={part.snapshot} part of ranks {part.rank} to "
+            f"{part.rank + part.ranks - 1} "
             f"store={backend.url}: not recorded, older ones stand]"
         ) from error
-    return PartRef(key=key, digest=digest_hex(encoded), size_bytes=len(encoded), rank=part.rank, ranks=part.ranks)
+    return PartRef(
+        key=key,
+        digest=digest_hex(encoded),
+        size_bytes=len(encoded),
+        rank=part.rank,
+        ranks=part.ranks,
+    )

@@ -1,7 +1,8 @@
 """What ranks say of their shares of one snapshot, and what several of them say together. Pure.
 
-A rank's receipt becomes part of its node's, and the nodes' become that of the job, by the same ``merge``. Which are merged
-first makes no difference to whether there is an error, nor to anything where there is none.
+A rank's receipt becomes part of its node's, and the nodes' become that of the job, by the same
+``merge``. Which are merged first makes no difference to whether there is an error, nor to anything
+where there is none.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ DIFFERENT_MAX = 8
 
 
 class ReplicaGroup(msgspec.Struct, frozen=True, array_like=True):
-    """What members of one group of replicas hold: of how many there are, a digest of what each holds, and how many say so."""
+    """What members of one group of replicas hold: of how many there are, a digest of what each
+    holds, and how many say so."""
 
     size: int
     digest: str
@@ -31,11 +33,13 @@ class ReplicaGroup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``ranks`` ranks, from ``rank`` on, wrote of a snapshot, or the first error that one of them met.
+    """What ``ranks`` ranks, from ``rank`` on, wrote of a snapshot, or the first error that one of
+    them met.
 
-    ``snapshot``: the pair that they captured, the least where they captured several. ``refs``: their parts, in rank order.
-    ``base``: the snapshot whose chunks they refer to. ``shared``: what they hold of each group of replicas; ``complete``:
-    whether all of them said so. ``passed``: whether all of them are known to have passed that step.
+    ``snapshot``: the pair that they captured, the least where they captured several. ``refs``:
+    their parts, in rank order. ``base``: the snapshot whose chunks they refer to. ``shared``: what
+    they hold of each group of replicas; ``complete``: whether all of them said so. ``passed``:
+    whether all of them are known to have passed that step.
     """
 
     snapshot: SnapshotId
@@ -73,33 +77,43 @@ def replica_groups(shared: Mapping[str, tuple[int, str]] | None) -> Mapping[str,
 
 
 def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
-    """What all of them say together; an error of one, or between them, is that of all. At least one; in rank order.
+    """What all of them say together; an error of one, or between them, is that of all. At least
+    one; in rank order.
 
     Raises InternalError where the ranks of one don't follow those of the one before.
     """
     first, rank = receipts[0], receipts[0].rank
     for one in receipts:
         if one.rank != rank or one.ranks < 1:
-            raise InternalError(f"receipts that don't follow each other. rank={one.rank} expected_rank={rank}")
+            raise InternalError(
+                f"receipts that don't follow each other. rank={one.rank} expected_rank={rank}"
+            )
         rank += one.ranks
     both = Receipt(
-        snapshot=min(one.snapshot for one in receipts), rank=first.rank, ranks=rank - first.rank,
-        refs=tuple(ref for one in receipts for ref in one.refs), size_bytes=sum(one.size_bytes for one in receipts),
-        new_bytes=sum(one.new_bytes for one in receipts), complete=all(one.complete for one in receipts),
+        snapshot=min(one.snapshot for one in receipts),
+        rank=first.rank,
+        ranks=rank - first.rank,
+        refs=tuple(ref for one in receipts for ref in one.refs),
+        size_bytes=sum(one.size_bytes for one in receipts),
+        new_bytes=sum(one.new_bytes for one in receipts),
+        complete=all(one.complete for one in receipts),
         passed=all(one.passed for one in receipts),
-    )  # fmt: skip
+    )
     error = next((one.error for one in receipts if one.error is not None), None)
     if error is not None:
         return structs.replace(both, error=error)
     try:
         _check_captured(receipts)
-        return structs.replace(both, base=common_base([one.base for one in receipts]), shared=_shared(receipts))
+        return structs.replace(
+            both, base=common_base([one.base for one in receipts]), shared=_shared(receipts)
+        )
     except CkptError as found:
         return structs.replace(both, error=from_error(found, rank=first.rank))
 
 
 def check_groups(whole: Receipt) -> Receipt:
-    """The receipt of all ranks of a world; one with an error where a group of replicas misses a member."""
+    """The receipt of all ranks of a world; one with an error where a group of replicas misses a
+    member."""
     try:
         if whole.error is None and whole.complete:
             for held in whole.shared.values():
@@ -110,14 +124,16 @@ def check_groups(whole: Receipt) -> Receipt:
 
 
 def common_base(bases: Sequence[SnapshotId | None]) -> SnapshotId | None:
-    """The snapshot that the ranks refer to chunks of; None: no rank refers to any. Raises ConflictError where they differ.
+    """The snapshot that the ranks refer to chunks of; None: no rank refers to any. Raises
+    ConflictError where they differ.
 
     A commit names one base. Chunks of another could be deleted before it, with nobody the wiser.
     """
     found = {base for base in bases if base is not None}
     if len(found) > 1:
         raise ConflictError(
-            f"the ranks refer to chunks of different snapshots. bases={', '.join(map(str, sorted(found)))}; the next snapshot "
+            "the ranks refer to chunks of different snapshots. "
+            f"bases={', '.join(map(str, sorted(found)))}; the next snapshot "
             "refers to none"
         )
     return next(iter(found), None)
@@ -134,10 +150,11 @@ def _check_captured(receipts: Sequence[Receipt]) -> None:
 
 
 def _shared(receipts: Sequence[Receipt]) -> Mapping[str, ReplicaGroup]:
-    """What they hold of each group together. Raises UsageError where two hold different leaves, or in another order.
+    """What they hold of each group together. Raises UsageError where two hold different leaves, or
+    in another order.
 
-    Each rank stores its share of them, computed from what it holds itself; were the sets different, the shares would overlap
-    or leave gaps, and the snapshot could not be read.
+    Each rank stores its share of them, computed from what it holds itself; were the sets different,
+    the shares would overlap or leave gaps, and the snapshot could not be read.
     """
     found: dict[str, ReplicaGroup] = {}
     for one in receipts:
@@ -154,29 +171,39 @@ def _shared(receipts: Sequence[Receipt]) -> Mapping[str, ReplicaGroup]:
 def _check(fits: bool, one: ReplicaGroup, other: ReplicaGroup) -> None:
     if not fits:
         raise UsageError(
-            f"replicas hold different leaves, so their shares don't fit together. replicas={other.size} "
-            f"ranks_with_any={one.members} one={one.digest[:8]} other={other.digest[:8]}; keep the same optimizer state on each"
+            "replicas hold different leaves, so their shares don't fit together. "
+            f"replicas={other.size} "
+            f"ranks_with_any={one.members} one={one.digest[:8]} other={other.digest[:8]}; keep the "
+            "same optimizer state on each"
         )
 
 
 def _ranks(receipt: Receipt) -> str:
-    return str(receipt.rank) if receipt.ranks == 1 else f"{receipt.rank} to {receipt.rank + receipt.ranks - 1}"
+    return (
+        str(receipt.rank)
+        if receipt.ranks == 1
+        else f"{receipt.rank} to {receipt.rank + receipt.ranks - 1}"
+    )
 
 
 # Whether the shares that the ranks staged make one whole snapshot. Pure.
 
 
 def shares_problem(indexes: Sequence[StagedIndex]) -> str | None:
-    """What keeps ``indexes`` from being one snapshot, one index a rank in rank order, as ``fact. key=value``; or None.
+    """What keeps ``indexes`` from being one snapshot, one index a rank in rank order, as ``fact.
+    key=value``; or None.
 
-    For slots that are handed in by somebody else than the ranks themselves, who would have compared their replicas before.
+    For slots that are handed in by somebody else than the ranks themselves, who would have compared
+    their replicas before.
     """
     snapshots = {index.snapshot for index in indexes}
     if len(snapshots) != 1:
         return f"the ranks hold different snapshots. snapshots={', '.join(map(str, sorted(snapshots))) or 'none'}"
     if len({index.origin for index in indexes}) != 1:
         return "the ranks hold an epoch of the same number that was opened twice."
-    if [(index.rank, index.world_size) for index in indexes] != [(rank, len(indexes)) for rank in range(len(indexes))]:
+    if [(index.rank, index.world_size) for index in indexes] != [
+        (rank, len(indexes)) for rank in range(len(indexes))
+    ]:
         return f"slots of other ranks or of a world of another size. ranks={len(indexes)}"
     leaves: dict[tuple[str, int | None], Leaf] = {}
     boxes: dict[tuple[str, int | None], list[Box]] = {}

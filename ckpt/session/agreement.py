@@ -1,13 +1,15 @@
 """Decisions that hold for the whole job: at which boundary all ranks take a snapshot. Pure.
 
-A boundary is named by the number of completed steps. Two questions are answered here, each once for the job:
+A boundary is named by the number of completed steps. Two questions are answered here, each once for
+the job:
 
 * **A due boundary** is known to every rank in advance (each 50th, say); the leader only says "take" or "skip" for it.
 * **A request** (``run.save``, a time-based snapshot) comes at any moment from any rank. It is placed at the first boundary
   that no rank has passed: each rank answers with the boundary it has reached and promises to go at most one step further
   before it knows the decision. The greatest answer plus one is then a boundary that every rank still has before it.
 
-So no rank decides alone: ranks that each skipped for themselves would rarely hold a common snapshot.
+So no rank decides alone: ranks that each skipped for themselves would rarely hold a common
+snapshot.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from ckpt.errors import ConflictError
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """A rank's answer to a proposal: the boundary it has reached, and whether its loop has ended there."""
+    """A rank's answer to a proposal: the boundary it has reached, and whether its loop has ended
+    there."""
 
     completed: int
     ended: bool = False
@@ -28,11 +31,13 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRequest:
-    """What all ranks do at one boundary: a snapshot, with the tags that it gets when it is durable."""
+    """What all ranks do at one boundary: a snapshot, with the tags that it gets when it is
+    durable."""
 
     tags: tuple[str, ...] = ()
     forced: bool = False
-    """Asked for by the user, so it is taken at the very boundary, and waits a while for a slot where a due one is skipped."""
+    """Asked for by the user, so it is taken at the very boundary, and waits a while for a slot
+    where a due one is skipped."""
     stop: bool = False
     """Training ends here: the node is about to be taken away."""
 
@@ -52,8 +57,9 @@ class Skip:
 def boundary_for(acks: Mapping[int, Ack]) -> int:
     """The boundary at which a request takes effect: the first that no rank has passed.
 
-    ``acks`` holds every rank's answer. Where loops have ended, that is their end; ranks that ended at different boundaries,
-    or one that went past another's end, raise ConflictError, because no common snapshot exists any more.
+    ``acks`` holds every rank's answer. Where loops have ended, that is their end; ranks that ended
+    at different boundaries, or one that went past another's end, raise ConflictError, because no
+    common snapshot exists any more.
     """
     ends = {rank: ack.completed for rank, ack in acks.items() if ack.ended}
     reached = max(ack.completed for ack in acks.values())
@@ -62,23 +68,27 @@ def boundary_for(acks: Mapping[int, Ack]) -> int:
     end = max(ends.values())
     if reached > end or min(ends.values()) < end:
         raise ConflictError(
-            f"the ranks' loops ended at different steps, so they have no common snapshot. completed_by_rank={_by_rank(acks)}; "
+            "the ranks' loops ended at different steps, so they have no common snapshot. "
+            f"completed_by_rank={_by_rank(acks)}; "
             "every rank must run the same number of steps"
         )
     return end
 
 
 def merge_requests(orders: Sequence[SnapshotRequest]) -> SnapshotRequest:
-    """One order for several that met at a boundary: all tags, forced where any is, and the end where any asks for it."""
+    """One order for several that met at a boundary: all tags, forced where any is, and the end
+    where any asks for it."""
     tags = dict.fromkeys(tag for order in orders for tag in order.tags)
-    return SnapshotRequest(tuple(tags), any(order.forced for order in orders), any(order.stop for order in orders))
+    return SnapshotRequest(
+        tuple(tags), any(order.forced for order in orders), any(order.stop for order in orders)
+    )
 
 
 def take_or_skip(*, in_flight: int, slots: int) -> Take | Skip:
     """Whether a due snapshot is taken: only where a slot is free on every rank.
 
-    ``in_flight`` counts snapshots that were ordered and are not yet settled on all ranks. Training is never made to wait for a
-    store; a skipped snapshot is counted and told.
+    ``in_flight`` counts snapshots that were ordered and are not yet settled on all ranks. Training
+    is never made to wait for a store; a skipped snapshot is counted and told.
     """
     if in_flight < slots:
         return Take()
@@ -86,4 +96,7 @@ def take_or_skip(*, in_flight: int, slots: int) -> Take | Skip:
 
 
 def _by_rank(acks: Mapping[int, Ack]) -> str:
-    return ",".join(f"{rank}:{ack.completed}{'(ended)' if ack.ended else ''}" for rank, ack in sorted(acks.items()))
+    return ",".join(
+        f"{rank}:{ack.completed}{'(ended)' if ack.ended else ''}"
+        for rank, ack in sorted(acks.items())
+    )

@@ -1,7 +1,8 @@
 """Where the ranks of one job meet when no keeper joins them.
 
-Their messages travel through the key-value store that the launcher or the process group has already set up. Such a store may
-outlive an attempt, so ``meet`` gives each meeting a random room name first: a key of a dead attempt is never read as new.
+Their messages travel through the key-value store that the launcher or the process group has already
+set up. Such a store may outlive an attempt, so ``meet`` gives each meeting a random room name
+first: a key of a dead attempt is never read as new.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class StoreMailbox:
 
 
 def world_of_process() -> tuple[int, int]:
-    """This process's rank and the world's size: the process group's, else the launcher's, else (0, 1)."""
+    """This process's rank and the world's size: the process group's, else the launcher's, else (0,
+    1)."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,8 +88,9 @@ def world_of_process() -> tuple[int, int]:
 def connect_ranks(*, name: str) -> CountingMailbox:
     """Join the other ranks and return the channel. Every rank calls it, in the same order of names.
 
-    ``name`` tells meetings of one attempt apart (a job may have several checkpointers). Raises UsageError where there are
-    several ranks but neither a process group nor a launcher's store, UnavailableError where a rank does not come.
+    ``name`` tells meetings of one attempt apart (a job may have several checkpointers). Raises
+    UsageError where there are several ranks but neither a process group nor a launcher's store,
+    UnavailableError where a rank does not come.
     """
     rank, size = world_of_process()
     if size == 1:
@@ -99,9 +102,12 @@ def _store_of_process(rank: int) -> KeyValueStore:
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
     raise UsageError(
-        f"several ranks, but no way to speak to them. rank={rank}; call torch.distributed.init_process_group() "
+        f"several ranks, but no way to speak to them. rank={rank}; call "
+        "torch.distributed.init_process_group() "
         "before the first run.track() or Checkpointer call"
     )
 
@@ -116,9 +122,10 @@ def join_handshake(
 ) -> StoreMailbox:
     """Agree on a fresh room over a store that may hold keys of dead attempts.
 
-    Each rank shows a random badge under its rank. Rank 0 collects the badges and sends every badge an invitation to a random
-    room; a rank that finds an invitation under its own badge enters and acknowledges there. A badge left behind by a dead
-    process is simply replaced: rank 0 invites again until every current badge has acknowledged. Two round trips; no clock.
+    Each rank shows a random badge under its rank. Rank 0 collects the badges and sends every badge
+    an invitation to a random room; a rank that finds an invitation under its own badge enters and
+    acknowledges there. A badge left behind by a dead process is simply replaced: rank 0 invites
+    again until every current badge has acknowledged. Two round trips; no clock.
     """
     badge = secrets.token_hex(8)
     lobby = f"ckpt/lobby/{name}/"
@@ -143,7 +150,8 @@ def join_handshake(
             return StoreMailbox(store, rank=rank, size=size, prefix=entered)
         if time.monotonic() - began > timeout_s:
             raise UnavailableError(
-                f"not all ranks came to the meeting. name={name} rank={rank} world_size={size} timeout_s={timeout_s:g}; "
+                f"not all ranks came to the meeting. name={name} rank={rank} world_size={size} "
+                f"timeout_s={timeout_s:g}; "
                 "every rank must create its Run or Checkpointer"
             )
         time.sleep(pause_s)

@@ -1,10 +1,12 @@
-"""In place: after a keeper's death the next snapshot goes to the next keeper, or to nobody but this process.
+"""In place: after a keeper's death the next snapshot goes to the next keeper, or to nobody but this
+process.
 
-The ranks learn of the death at different snapshots, and must not wait for each other there: one that waits holds up the step
-that the others need to get to theirs. So rank 0 alone decides, at its next snapshot: it finds or starts a keeper, opens an
-epoch that goes on from the newest pair that all ranks have, and posts from which step on the new one counts. The others look
-for that word at each snapshot of theirs; until it is there their snapshots fail, and what they missed from that step on they
-refuse. So all ranks hand in the same sequence, and a death costs the snapshots around it.
+The ranks learn of the death at different snapshots, and must not wait for each other there: one
+that waits holds up the step that the others need to get to theirs. So rank 0 alone decides, at its
+next snapshot: it finds or starts a keeper, opens an epoch that goes on from the newest pair that
+all ranks have, and posts from which step on the new one counts. The others look for that word at
+each snapshot of theirs; until it is there their snapshots fail, and what they missed from that step
+on they refuse. So all ranks hand in the same sequence, and a death costs the snapshots around it.
 """
 
 from __future__ import annotations
@@ -52,9 +54,15 @@ class ConnectedSession:
         self.saving = Saving(channel, options, self.emit)
         self._orders: Decisions | None = None
         self.restoring = Restoring(
-            channel, backend, world=World(channel.rank, channel.size), state=state, emit=self.emit, threads=options.threads,
-            budget_bytes=options.read_budget_bytes, open_staged=attachment.open_staged,
-        )  # fmt: skip
+            channel,
+            backend,
+            world=World(channel.rank, channel.size),
+            state=state,
+            emit=self.emit,
+            threads=options.threads,
+            budget_bytes=options.read_budget_bytes,
+            open_staged=attachment.open_staged,
+        )
 
     def use_slots(self) -> None:
         """Stage into slots that the keeper holds too, where there is one; once."""
@@ -74,13 +82,17 @@ class ConnectedSession:
         self._orders = (
             SoloDecisions(saving.may_take, self._skipped)
             if self.channel.size == 1
-            else RankDecisions(self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step)
+            else RankDecisions(
+                self.channel, saving.may_take, self._skipped, passed=lambda: saving.passed_step
+            )
         )
 
     def leave(self, *, wait_s: float) -> None:
-        """End what runs in the background and leave: rank 0 last, because it may own the message store.
+        """End what runs in the background and leave: rank 0 last, because it may own the message
+        store.
 
-        Without ``wait_s`` an exception is on its way out: nothing waits, and nothing is raised over it.
+        Without ``wait_s`` an exception is on its way out: nothing waits, and nothing is raised over
+        it.
         """
         try:
             if self._orders is not None:
@@ -99,20 +111,29 @@ class ConnectedSession:
         except (UnavailableError, RuntimeError) as error:  # RuntimeError: torch's own stores
             if heard:
                 raise
-            self.emit(Event("left", f"left without a word to the other ranks: {error}", {"rank": rank}))
+            self.emit(
+                Event("left", f"left without a word to the other ranks: {error}", {"rank": rank})
+            )
 
     def _see_off(self, wait_s: float) -> None:
         began_s = time.monotonic()
         for rank in range(1, self.channel.size):
             left_s = max(0.0, wait_s - (time.monotonic() - began_s))
             try:
-                wait_for_message(self.channel, f"bye/{rank}", timeout_s=left_s, awaited=f"rank {rank} to leave")
+                wait_for_message(
+                    self.channel, f"bye/{rank}", timeout_s=left_s, awaited=f"rank {rank} to leave"
+                )
             except UnavailableError as error:
                 self.emit(Event("late-leaver", str(error), {"rank": rank}, alarm=True))
 
     def _skipped(self, boundary: int, why: str) -> None:
         self.emit(
-            Event("skipped", f"the snapshot due at step {boundary} is skipped: {why}", {"step": boundary}, alarm=True)
+            Event(
+                "skipped",
+                f"the snapshot due at step {boundary} is skipped: {why}",
+                {"step": boundary},
+                alarm=True,
+            )
         )
 
 
@@ -128,12 +149,17 @@ class _EpochChange(msgspec.Struct, frozen=True):
 class KeeperFailover:
     """One rank's part in it. Used by the training thread.
 
-    ``open_epoch`` opens the next epoch, on rank 0; ``log`` is asked there whether another writer did, and used without keeper.
+    ``open_epoch`` opens the next epoch, on rank 0; ``log`` is asked there whether another writer
+    did, and used without keeper.
     """
 
     def __init__(
-        self, connected: ConnectedSession, *, open_epoch: Callable[[SnapshotId | None], tuple[int, str]], log: SessionLog
-    ) -> None:  # fmt: skip
+        self,
+        connected: ConnectedSession,
+        *,
+        open_epoch: Callable[[SnapshotId | None], tuple[int, str]],
+        log: SessionLog,
+    ) -> None:
         self._joined = connected
         self._open_epoch = open_epoch
         self._log = log
@@ -160,7 +186,8 @@ class KeeperFailover:
             self._reach()
 
     def follow_rank0(self, *, alone: bool) -> None:
-        """After that, on all ranks: do as rank 0 did. ``alone``: it opened the epoch without keeper."""
+        """After that, on all ranks: do as rank 0 did. ``alone``: it opened the epoch without
+        keeper."""
         keeping, slots = self._joined.attachment, self._joined.saving.slots
         if alone and keeping.link is not None:
             keeping.detach(slots)
@@ -169,10 +196,12 @@ class KeeperFailover:
         self._under_way, self._handed_in = False, []
 
     def fail_over(self, step: int, *, epoch: int, base: SnapshotId | None) -> int | None:
-        """Before the snapshot of ``step``, where it is ``needed``: the epoch that counts from now on, or None if none does yet.
+        """Before the snapshot of ``step``, where it is ``needed``: the epoch that counts from now
+        on, or None if none does yet.
 
-        ``epoch`` is open and went on from ``base``. Raises FencedError where another writer opened a newer one, ConflictError
-        where another launch has the next keeper, UnavailableError where the store can't be asked: the next one tries again.
+        ``epoch`` is open and went on from ``base``. Raises FencedError where another writer opened
+        a newer one, ConflictError where another launch has the next keeper, UnavailableError where
+        the store can't be asked: the next one tries again.
         """
         if self._joined.channel.rank == 0:
             word = self._decide(step, epoch, self._bases.get(epoch, base))
@@ -192,7 +221,8 @@ class KeeperFailover:
         newest = self._log.newest_epoch()
         if newest > epoch:
             raise FencedError(
-                f"another writer opened an epoch of this job. newest={newest} mine={epoch}; stop this one"
+                f"another writer opened an epoch of this job. newest={newest} mine={epoch}; stop "
+                "this one"
             )
         resume = self._newest_of(epoch) or base
         number, origin = self._open_epoch(resume)
@@ -201,17 +231,23 @@ class KeeperFailover:
         if self._joined.channel.size > 1:
             self._joined.channel.post(f"mended/{self._mended}", msgspec.json.encode(word))
         text = f"the keeper was lost; epoch {word.epoch} goes on from {resume}"
-        self._joined.emit(Event("keeper-replaced", text, {"epoch": word.epoch, "alone": word.alone}, alarm=True))
+        self._joined.emit(
+            Event("keeper-replaced", text, {"epoch": word.epoch, "alone": word.alone}, alarm=True)
+        )
         return word
 
     def _newest_of(self, epoch: int) -> SnapshotId | None:
         """The newest pair of ``epoch`` that all ranks' slots hold, or that is durable."""
         board, durable = self._joined.attachment.board, self._joined.saving.durable
-        found = [board.newest_complete() if board is not None else None, durable.id if durable is not None else None]
+        found = [
+            board.newest_complete() if board is not None else None,
+            durable.id if durable is not None else None,
+        ]
         return newest_of(pair for pair in found if pair is not None and pair.epoch == epoch)
 
     def _reach(self) -> None:
-        """Find or start the next keeper, and give it what the last one had; else do without from here on."""
+        """Find or start the next keeper, and give it what the last one had; else do without from
+        here on."""
         keeping, slots = self._joined.attachment, self._joined.saving.slots
         if keeping.link is None:
             return
@@ -226,7 +262,9 @@ class KeeperFailover:
         keeping, saving = self._joined.attachment, self._joined.saving
         if not word.alone:
             keeping.reconnect(saving.slots)
-            saving.write_through_keeper(keeping.persister(word.epoch), origin=word.origin, after=after)
+            saving.write_through_keeper(
+                keeping.persister(word.epoch), origin=word.origin, after=after
+            )
         else:
             if keeping.link is not None:
                 keeping.detach(saving.slots)
@@ -238,7 +276,10 @@ class KeeperFailover:
         self._under_way = False
         missed, self._handed_in = [step for step in self._handed_in if step >= word.at_step], []
         for step in missed:
-            saving.refuse(SnapshotId(word.epoch, step), UnavailableError("the keeper was lost when it was handed in"))
+            saving.refuse(
+                SnapshotId(word.epoch, step),
+                UnavailableError("the keeper was lost when it was handed in"),
+            )
 
 
 prepare_decoders(_EpochChange)

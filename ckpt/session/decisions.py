@@ -1,6 +1,7 @@
 """The effects of ``agree``: a thread a rank that answers proposals, and on rank 0 makes them.
 
-A world of one needs neither thread nor messages: ``SoloDecisions``. Both give the loop the same four calls.
+A world of one needs neither thread nor messages: ``SoloDecisions``. Both give the loop the same
+four calls.
 """
 
 from __future__ import annotations
@@ -21,32 +22,39 @@ DECISION_WAIT_S = 1800.0
 """How long a rank waits for a decision of the leader before it calls the leader dead."""
 
 Decide = Callable[[int], Take | Skip]
-"""Asked on rank 0 alone: is a slot free on every rank, beside that many snapshots ordered and not yet taken?"""
+"""Asked on rank 0 alone: is a slot free on every rank, beside that many snapshots ordered and not
+yet taken?"""
 
 RANKS_PER_S_MAX = 10_000
-"""Requests a second that idle ranks may send to the message store in all: their pauses grow with their number."""
+"""Requests a second that idle ranks may send to the message store in all: their pauses grow with
+their number."""
 
 
 class Decisions(Protocol):
     """What the loop asks at each boundary."""
 
     def request(self, order: SnapshotRequest) -> None:
-        """Ask for a snapshot at the next boundary that no rank has passed. From any rank and thread; returns at once."""
+        """Ask for a snapshot at the next boundary that no rank has passed. From any rank and
+        thread; returns at once."""
         ...
 
     def announce(self, due: int) -> None:
-        """On rank 0, decide about the due boundary ``due`` if that was not done yet; nothing elsewhere."""
+        """On rank 0, decide about the due boundary ``due`` if that was not done yet; nothing
+        elsewhere."""
         ...
 
     def reached(self, completed: int, *, due: int | None) -> SnapshotRequest | None:
-        """Report a boundary; returns what to do there. Waits only where a decision about this boundary is still open.
+        """Report a boundary; returns what to do there. Waits only where a decision about this
+        boundary is still open.
 
-        ``due`` is the due boundary that is to be served here, if any: this one, or an earlier one that was no snapshot point.
+        ``due`` is the due boundary that is to be served here, if any: this one, or an earlier one
+        that was no snapshot point.
         """
         ...
 
     def end(self, completed: int) -> SnapshotRequest | None:
-        """Report the loop's last boundary and settle all requests; returns those that take effect there."""
+        """Report the loop's last boundary and settle all requests; returns those that take effect
+        there."""
         ...
 
     def close(self) -> None:
@@ -118,9 +126,10 @@ class _Decision(msgspec.Struct, frozen=True):
 class RankDecisions:
     """Orders of one rank among several, over a channel.
 
-    Keys: ``request/<n>`` from anyone (n from the counter ``requests``), ``proposal/<n>`` and ``decision/<n>`` from rank 0,
-    ``ack/<n>/<rank>``, ``due/<boundary>`` from rank 0, ``ended/<rank>``, ``closed`` from rank 0 (a decision too).
-    Steady state: one ``check`` round trip each ``POLL_LAST_S`` seconds beside the training thread, nothing in it.
+    Keys: ``request/<n>`` from anyone (n from the counter ``requests``), ``proposal/<n>`` and
+    ``decision/<n>`` from rank 0, ``ack/<n>/<rank>``, ``due/<boundary>`` from rank 0,
+    ``ended/<rank>``, ``closed`` from rank 0 (a decision too). Steady state: one ``check`` round
+    trip each ``POLL_LAST_S`` seconds beside the training thread, nothing in it.
     """
 
     def __init__(
@@ -131,7 +140,8 @@ class RankDecisions:
         *,
         passed: Callable[[], int] = lambda: -1,
     ) -> None:
-        """``passed`` is asked on rank 0: the last boundary that every rank is known to have passed, to free old messages."""
+        """``passed`` is asked on rank 0: the last boundary that every rank is known to have passed,
+        to free old messages."""
         self._channel = channel
         self._passed = passed
         self._pause_s_max = max(POLL_LAST_S, channel.size / RANKS_PER_S_MAX)
@@ -187,13 +197,17 @@ class RankDecisions:
             while not self._closed and self._failure is None:
                 if not self._changed.wait(timeout=max(0.0, deadline - time.monotonic())):
                     raise UnavailableError(
-                        f"not all ranks ended their loops. rank={self._channel.rank} completed={completed} "
+                        f"not all ranks ended their loops. rank={self._channel.rank} "
+                        f"completed={completed} "
                         f"timeout_s={DECISION_WAIT_S:g}; look at the other ranks' logs"
                     )
             if self._failure is not None:
                 raise self._failure
-            # One placed beyond the end was asked for at the last boundary, before anyone knew that it was the last.
-            orders = [order for boundary in sorted(self._placed) for order in self._placed.pop(boundary)]
+            # One placed beyond the end was asked for at the last boundary, before anyone knew that
+            # it was the last.
+            orders = [
+                order for boundary in sorted(self._placed) for order in self._placed.pop(boundary)
+            ]
         return merge_requests(orders) if orders else None
 
     def close(self) -> None:
@@ -202,13 +216,17 @@ class RankDecisions:
         self._thread.join()
 
     def _word_on(self, due: int, completed: int) -> bytes:
-        """Rank 0's word on a due boundary. Raises ConflictError where rank 0's loop has ended without giving it."""
+        """Rank 0's word on a due boundary. Raises ConflictError where rank 0's loop has ended
+        without giving it."""
         key = f"due/{due}"
         try:
             return wait_for_message(
-                self._channel, key, timeout_s=DECISION_WAIT_S, awaited=f"rank 0's word on the snapshot due at step {due}",
+                self._channel,
+                key,
+                timeout_s=DECISION_WAIT_S,
+                awaited=f"rank 0's word on the snapshot due at step {due}",
                 stop=lambda: self._failure is not None or self._channel.peek("ended/0") is not None,
-            )  # fmt: skip
+            )
         except UnavailableError:
             if self._failure is not None:
                 raise self._failure from None
@@ -234,18 +252,23 @@ class RankDecisions:
         deadline = time.monotonic() + DECISION_WAIT_S
         with self._changed:
             self._completed = completed
-            while self._hold_at is not None and completed >= self._hold_at and self._failure is None:
+            while (
+                self._hold_at is not None and completed >= self._hold_at and self._failure is None
+            ):
                 if not self._changed.wait(timeout=max(0.0, deadline - time.monotonic())):
                     raise UnavailableError(
-                        f"rank 0 did not decide about a requested snapshot. rank={self._channel.rank} completed={completed} "
-                        f"timeout_s={DECISION_WAIT_S:g}; a rank is dead or far behind: look at its log"
+                        "rank 0 did not decide about a requested snapshot. "
+                        f"rank={self._channel.rank} completed={completed} "
+                        f"timeout_s={DECISION_WAIT_S:g}; a rank is dead or far behind: look at its "
+                        "log"
                     )
             if self._failure is not None:
                 raise self._failure
             return self._due_orders(completed)
 
     def _due_orders(self, completed: int) -> list[SnapshotRequest]:
-        """What was placed at this boundary, or at one before it where the loop counts several steps at once."""
+        """What was placed at this boundary, or at one before it where the loop counts several steps
+        at once."""
         reached = sorted(boundary for boundary in self._placed if boundary <= completed)
         return [order for boundary in reached for order in self._placed.pop(boundary)]
 
@@ -262,7 +285,9 @@ class RankDecisions:
         except CkptError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001  a thread's border: the loop raises it at its next boundary
-            lost = UnavailableError(f"the ranks' message store is gone. rank={self._channel.rank} cause={error!r}")
+            lost = UnavailableError(
+                f"the ranks' message store is gone. rank={self._channel.rank} cause={error!r}"
+            )
             lost.__cause__ = error
             self._fail(lost)
 
@@ -296,11 +321,14 @@ class RankDecisions:
             pause_s = min(pause_s * 1.5, self._pause_s_max)
 
     def _propose(self, n: int, served: int) -> int:
-        """Rank 0: turn what was requested into proposal ``n``, or close the meeting when every loop has ended."""
+        """Rank 0: turn what was requested into proposal ``n``, or close the meeting when every loop
+        has ended."""
         asked = self._channel.count("requests")
         if asked == served:
             ends = self._ends() if self._ended else None
-            if ends is not None and self._channel.count("requests") == served:  # asked again: none came in between
+            if (
+                ends is not None and self._channel.count("requests") == served
+            ):  # asked again: none came in between
                 self._channel.post("closed", msgspec.json.encode(_place(ends)))
             return served
         orders = [
@@ -322,10 +350,14 @@ class RankDecisions:
             ack = Ack(self._completed, self._ended)
             if not self._ended:
                 self._hold_at = self._completed + 1
-        self._channel.post(f"ack/{n}/{self._channel.rank}", msgspec.json.encode([ack.completed, ack.ended]))
+        self._channel.post(
+            f"ack/{n}/{self._channel.rank}", msgspec.json.encode([ack.completed, ack.ended])
+        )
         if self._channel.rank == 0:
             self._channel.post(f"decision/{n}", msgspec.json.encode(self._decide_boundary(n)))
-        decision = msgspec.json.decode(self._wait(f"decision/{n}", "rank 0's decision"), type=_Decision)
+        decision = msgspec.json.decode(
+            self._wait(f"decision/{n}", "rank 0's decision"), type=_Decision
+        )
         self._check(decision)
         with self._changed:
             self._placed.setdefault(decision.boundary, []).append(proposal.order())
@@ -336,12 +368,18 @@ class RankDecisions:
     def _decide_boundary(self, n: int) -> _Decision:
         acks = {
             rank: Ack(
-                *msgspec.json.decode(self._wait(f"ack/{n}/{rank}", f"rank {rank}'s answer"), type=tuple[int, bool])
+                *msgspec.json.decode(
+                    self._wait(f"ack/{n}/{rank}", f"rank {rank}'s answer"), type=tuple[int, bool]
+                )
             )
             for rank in range(self._channel.size)
         }
         if n > 0:  # each answered this proposal, so each has read the decision on the last one
-            for key in (f"proposal/{n - 1}", f"decision/{n - 1}", *(f"ack/{n - 1}/{rank}" for rank in acks)):
+            for key in (
+                f"proposal/{n - 1}",
+                f"decision/{n - 1}",
+                *(f"ack/{n - 1}/{rank}" for rank in acks),
+            ):
                 self._channel.forget(key)
         return _place(acks)
 
@@ -361,7 +399,9 @@ class RankDecisions:
             raise ConflictError(decision.error)
 
     def _wait(self, key: str, what: str) -> bytes:
-        return wait_for_message(self._channel, key, timeout_s=DECISION_WAIT_S, awaited=what, stop=self._stop.is_set)
+        return wait_for_message(
+            self._channel, key, timeout_s=DECISION_WAIT_S, awaited=what, stop=self._stop.is_set
+        )
 
 
 def _place(acks: Mapping[int, Ack]) -> _Decision:

@@ -14,7 +14,16 @@ from ckpt.events import Emit, Event
 from ckpt.format.keys import writer_name
 from ckpt.ipc.client import KeeperClient, KeeperSpec
 from ckpt.ipc.frames import MessageSocket
-from ckpt.ipc.messages import WIRE_VERSION, GetStatus, Hello, KeeperReport, RemoteError, Status, from_error, to_error
+from ckpt.ipc.messages import (
+    WIRE_VERSION,
+    GetStatus,
+    Hello,
+    KeeperReport,
+    RemoteError,
+    Status,
+    from_error,
+    to_error,
+)
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.log.catalog import candidates
 from ckpt.log.journal import Journal
@@ -28,7 +37,8 @@ from ckpt.values import SnapshotId
 
 
 class SessionLog:
-    """The log of one store. ``named``: the job's name as the user gave it; ``job``: that or the address's own."""
+    """The log of one store. ``named``: the job's name as the user gave it; ``job``: that or the
+    address's own."""
 
     def __init__(self, backend: Backend, *, job: str, named: str | None) -> None:
         self._backend = backend
@@ -38,7 +48,8 @@ class SessionLog:
         self._may_write = False
 
     def state(self) -> LogState:
-        """The log's fold, fresh from the store. Raises NotFoundError where there is no store yet."""
+        """The log's fold, fresh from the store. Raises NotFoundError where there is no store
+        yet."""
         if self._journal is None:
             self._journal = Journal.open(self._backend)
         return self._journal.refresh()
@@ -58,7 +69,8 @@ class SessionLog:
             return False
 
     def open_epoch(self, resume: SnapshotId | None, *, chosen: ResumeChoice | None = None) -> int:
-        """Open the next epoch, going on from ``resume``; its number. Makes the store where there is none.
+        """Open the next epoch, going on from ``resume``; its number. Makes the store where there is
+        none.
 
         ``chosen``: see ``Journal.open_epoch``.
         """
@@ -75,12 +87,15 @@ class SessionLog:
     def place(self, epoch: int, *, rank: int) -> SaveTarget:
         """Where this process makes its share of ``epoch``'s snapshots durable itself."""
         return SaveTarget(
-            backend=self._backend, writer=writer_name(socket.gethostname(), secrets.token_hex(8)), epoch=lambda: epoch,
+            backend=self._backend,
+            writer=writer_name(socket.gethostname(), secrets.token_hex(8)),
+            epoch=lambda: epoch,
             journal=self._journal if rank == 0 else None,
-        )  # fmt: skip
+        )
 
     def _open_to_write(self) -> Journal:
-        """A store without a log becomes this job's, by the user's name or else its own address's."""
+        """A store without a log becomes this job's, by the user's name or else its own
+        address's."""
         try:
             Journal.open(self._backend, job=self._named)
             job = self._named
@@ -96,7 +111,9 @@ class SessionLog:
 class SessionLineage:
     """Used by the training thread. ``link``: the keeper, where there is one by now."""
 
-    def __init__(self, log: SessionLog, options: SessionOptions, *, link: Callable[[], KeeperLink | None]) -> None:
+    def __init__(
+        self, log: SessionLog, options: SessionOptions, *, link: Callable[[], KeeperLink | None]
+    ) -> None:
         self._log = log
         self._options = options
         self._link = link
@@ -104,7 +121,8 @@ class SessionLineage:
         """What the log's newest snapshot was when it was last read here."""
 
     def newest_first(self) -> Sequence[RestoreCandidate]:
-        """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
+        """The snapshots on the line, best first, staged ones too; none where there is no store
+        yet."""
         link = self._link()
         if link is not None and link.lost is None:
             return [RestoreCandidate(one.snapshot, one.tier == "staged") for one in link.choices()]
@@ -118,14 +136,17 @@ class SessionLineage:
         if not found and state.short:
             # Beginning afresh would leave behind what the silent stores hold.
             raise UnavailableError(
-                f"no snapshot can be seen, and there may be some: {state.short} repeat when more answer"
+                f"no snapshot can be seen, and there may be some: {state.short} repeat when more "
+                "answer"
             )
         return found
 
     def open_next(self, resume: SnapshotId | None, *, newest: bool = False) -> tuple[int, str]:
-        """Rank 0: open the next epoch, going on from ``resume``; its number and what its staged indexes carry.
+        """Rank 0: open the next epoch, going on from ``resume``; its number and what its staged
+        indexes carry.
 
-        ``newest``: that was the best of what ``newest_first`` gave last; raises NewerSnapshotError where it is that no more.
+        ``newest``: that was the best of what ``newest_first`` gave last; raises NewerSnapshotError
+        where it is that no more.
         """
         link = self._link()
         if link is not None:
@@ -133,7 +154,8 @@ class SessionLineage:
         return self._log.open_epoch(resume, chosen=self._chosen if newest else None), ""
 
     def open_for_ranks(self, resume: SnapshotId | None, *, newest: bool) -> str:
-        """As ``open_next``; what the other ranks are to hear of it, an error too. See ``parse_opened``."""
+        """As ``open_next``; what the other ranks are to hear of it, an error too. See
+        ``parse_opened``."""
         try:
             epoch, origin = self.open_next(resume, newest=newest)
             return f"{epoch} {origin}"
@@ -167,12 +189,18 @@ LINGERING = "lingering"
 
 
 def await_final_flush(
-    spec: KeeperSpec, emit: Emit, *, has: Callable[[SnapshotId], bool], timeout_s: float | None = None
+    spec: KeeperSpec,
+    emit: Emit,
+    *,
+    has: Callable[[SnapshotId], bool],
+    timeout_s: float | None = None,
 ) -> None:
-    """Wait, ``timeout_s`` seconds at most (None: SETTLE_WAIT_S), until the job's keeper has made durable what it holds.
+    """Wait, ``timeout_s`` seconds at most (None: SETTLE_WAIT_S), until the job's keeper has made
+    durable what it holds.
 
-    Returns at once where no keeper lives or a run uses it. ``has`` says whether the store has a snapshot already: a keeper that
-    took over from another one doesn't know. Raises nothing: what is not durable then isn't read.
+    Returns at once where no keeper lives or a run uses it. ``has`` says whether the store has a
+    snapshot already: a keeper that took over from another one doesn't know. Raises nothing: what is
+    not durable then isn't read.
     """
     calls = _call(spec)
     if calls is None:
@@ -181,7 +209,9 @@ def await_final_flush(
     until_s = time.monotonic() + wait_s
     told = False
     try:
-        calls.call(Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_WAIT_S)
+        calls.call(
+            Hello(version=WIRE_VERSION, role="tool", pid=os.getpid()), timeout_s=ANSWER_WAIT_S
+        )
         while True:
             report = calls.ask(GetStatus(), Status, timeout_s=ANSWER_WAIT_S).report
             left = unflushed(report)
@@ -195,16 +225,30 @@ def await_final_flush(
                 if not report.uploads and report.complete is not None and has(report.complete):
                     return
                 told = True
-                emit(Event("settling", f"waiting until {left} of the last run is durable, at most {wait_s:.0f} s"))
+                emit(
+                    Event(
+                        "settling",
+                        f"waiting until {left} of the last run is durable, at most {wait_s:.0f} s",
+                    )
+                )
             time.sleep(FLUSH_POLL_S)
-    except (CkptError, OSError) as error:  # it ended, or is of another release: the store has what is durable
-        emit(Event("keeper-silent", f"the last run's keeper says nothing, the store is read as it is: {error}"))
+    except (
+        CkptError,
+        OSError,
+    ) as error:  # it ended, or is of another release: the store has what is durable
+        emit(
+            Event(
+                "keeper-silent",
+                f"the last run's keeper says nothing, the store is read as it is: {error}",
+            )
+        )
     finally:
         calls.close()
 
 
 def unflushed(report: KeeperReport | None) -> str | None:
-    """What a keeper that nobody uses still brings to the store, in words; None where there is nothing, or somebody uses it."""
+    """What a keeper that nobody uses still brings to the store, in words; None where there is
+    nothing, or somebody uses it."""
     if report is None or report.state != LINGERING:
         return None
     durable = report.durable.id if report.durable is not None else None

@@ -58,13 +58,19 @@ class SessionOptions:
         if not is_count(self.slots) or not 1 <= self.slots <= SLOTS_MAX:
             raise UsageError(f"slots is a number from 1 to {SLOTS_MAX}. slots={self.slots!r}")
         if self.compression not in ("off", "auto", "on"):
-            raise UsageError(f"compression is 'off', 'auto' or 'on'. compression={self.compression!r}")
+            raise UsageError(
+                f"compression is 'off', 'auto' or 'on'. compression={self.compression!r}"
+            )
         if self.missing not in ("error", "keep"):
             raise UsageError(f"missing is 'error' or 'keep'. missing={self.missing!r}")
         if self.threads is not None and (not is_count(self.threads) or self.threads < 1):
             raise UsageError(f"threads counts from 1. threads={self.threads!r}")
-        if self.write_quorum is not None and (not is_count(self.write_quorum) or self.write_quorum < 1):
-            raise UsageError(f"write_quorum counts stores from 1. write_quorum={self.write_quorum!r}")
+        if self.write_quorum is not None and (
+            not is_count(self.write_quorum) or self.write_quorum < 1
+        ):
+            raise UsageError(
+                f"write_quorum counts stores from 1. write_quorum={self.write_quorum!r}"
+            )
         if self.encryption_key is not None and not isinstance(self.encryption_key, str):
             raise UsageError(
                 "encryption_key says where the key is: 'file:PATH', 'env:NAME' or 'command:WORDS'. "
@@ -83,17 +89,24 @@ def check_store(store: StoreArgument, *, write_quorum: int | None = None) -> Sto
     if isinstance(store, (list, tuple)):
         return _check_stores(store, write_quorum)
     if write_quorum not in (None, 1):
-        raise UsageError(f"a write quorum is for several stores. write_quorum={write_quorum}; name them as a list")
+        raise UsageError(
+            f"a write quorum is for several stores. write_quorum={write_quorum}; name them as a "
+            "list"
+        )
     if isinstance(store, os.PathLike):
         return os.fspath(store)
     if isinstance(store, str):
         return store
     if all(callable(getattr(store, name, None)) for name in ("put", "read_into")):
         return cast("Backend", store)
-    raise UsageError(f"a store is a path, an fsspec URL, a list of these, or a Backend. store={store!r}")
+    raise UsageError(
+        f"a store is a path, an fsspec URL, a list of these, or a Backend. store={store!r}"
+    )
 
 
-def _check_stores(stores: Sequence[str | os.PathLike[str]], write_quorum: int | None) -> StoreAddress:
+def _check_stores(
+    stores: Sequence[str | os.PathLike[str]], write_quorum: int | None
+) -> StoreAddress:
     for one in stores:
         if not isinstance(one, (str, os.PathLike)):
             raise UsageError(f"a list of stores holds paths and fsspec URLs. store={one!r}")
@@ -103,7 +116,8 @@ def _check_stores(stores: Sequence[str | os.PathLike[str]], write_quorum: int | 
     quorum = write_quorum if write_quorum is not None else len(addresses) // 2 + 1
     if not len(addresses) < 2 * quorum <= 2 * len(addresses):
         raise UsageError(
-            f"a write quorum is more than half of the stores, so that any two share one. write_quorum={quorum} "
+            "a write quorum is more than half of the stores, so that any two share one. "
+            f"write_quorum={quorum} "
             f"stores={len(addresses)}"
         )
     return addresses[0] if len(addresses) == 1 else addresses
@@ -113,28 +127,36 @@ def check_items(items: Mapping[str, object]) -> None:
     """Raises UsageError where ``items`` is not a dict of names to objects."""
     if not isinstance(items, Mapping):
         raise UsageError(
-            f"a state is a dict of names to objects. type={type(items).__name__}; write {{'model': model}}"
+            f"a state is a dict of names to objects. type={type(items).__name__}; write "
+            f"{{'model': model}}"
         )
     for name in items:
         if not isinstance(name, str) or not name:
-            raise UsageError(f"an item's name is a text that is not empty. name={name!r}; rename it")
+            raise UsageError(
+                f"an item's name is a text that is not empty. name={name!r}; rename it"
+            )
 
 
 def check_metadata(metadata: Mapping[str, Fact]) -> dict[str, Fact]:
     """A copy of ``metadata``. Raises UsageError where it can't be stored with a snapshot."""
     if not isinstance(metadata, Mapping):
-        raise UsageError(f"metadata is a dict of names to plain values. type={type(metadata).__name__}")
+        raise UsageError(
+            f"metadata is a dict of names to plain values. type={type(metadata).__name__}"
+        )
     if problem := metadata_problem(metadata):
         raise UsageError(problem)
     return dict(metadata)
 
 
 def check_only(only: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The paths to restore, or None for all. Raises UsageError where ``only`` is no list of texts."""
+    """The paths to restore, or None for all. Raises UsageError where ``only`` is no list of
+    texts."""
     if only is None:
         return None
     if isinstance(only, (str, bytes)) or not all(isinstance(path, str) for path in only):
-        raise UsageError(f"only is a list of leaf names or prefixes. only={only!r}; write only=['model']")
+        raise UsageError(
+            f"only is a list of leaf names or prefixes. only={only!r}; write only=['model']"
+        )
     return tuple(only)
 
 
@@ -147,20 +169,26 @@ def only_below(only: tuple[str, ...] | None, items: Mapping[str, object]) -> tup
 
 
 def check_keep(keep: KeepArgument) -> KeepPolicy | None:
-    """The policy that is meant, None to keep everything. Raises UsageError where ``keep`` is none."""
+    """The policy that is meant, None to keep everything. Raises UsageError where ``keep`` is
+    none."""
     if keep is None or isinstance(keep, KeepPolicy):
         return keep
     if isinstance(keep, str):
         return parse_policy(keep)
     raise UsageError(
-        f"keep is a policy, such as ckpt.keep_last(5) | ckpt.keep_every(1000), or its text. type={type(keep).__name__}; "
+        "keep is a policy, such as ckpt.keep_last(5) | ckpt.keep_every(1000), or its text. "
+        f"type={type(keep).__name__}; "
         "write keep='last=5,every=1000', or None to keep everything"
     )
 
 
 def retention_of(options: SessionOptions) -> Retention | None:
     """What is to be dropped, as it travels to a keeper."""
-    return Retention(keep=str(options.keep), grace_s=options.grace_s) if options.keep is not None else None
+    return (
+        Retention(keep=str(options.keep), grace_s=options.grace_s)
+        if options.keep is not None
+        else None
+    )
 
 
 def check_grace(grace: str) -> float:
@@ -173,4 +201,6 @@ def check_grace(grace: str) -> float:
 def check_tag(tag: str) -> None:
     """Raises UsageError where ``tag`` can't name a snapshot."""
     if not isinstance(tag, str) or not is_tag_name(tag):
-        raise UsageError(f"a tag is 1 to 128 printable characters without blanks at its ends. tag={tag!r}")
+        raise UsageError(
+            f"a tag is 1 to 128 printable characters without blanks at its ends. tag={tag!r}"
+        )

@@ -1,4 +1,5 @@
-"""Restoring from the memory of several nodes: slots of this one, slots and mirrors that others lend, read as one store."""
+"""Restoring from the memory of several nodes: slots of this one, slots and mirrors that others
+lend, read as one store."""
 
 from __future__ import annotations
 
@@ -32,9 +33,12 @@ _HEAD = struct.Struct("=8Q")
 SLOT_BYTES_MAX = 1 << 46
 """No slot is longer: no machine has so much memory."""
 
-_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # no constant of the standard library before 3.13
+_NORESERVE = (
+    0x4000 if sys.platform == "linux" else 0
+)  # no constant of the standard library before 3.13
 RESERVE_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-"""Room for an address more than for bytes: nothing is promised, or a system that counts promises would refuse it."""
+"""Room for an address more than for bytes: nothing is promised, or a system that counts promises
+would refuse it."""
 
 FAILURES_MAX = 8
 """So many places are named where none has a share."""
@@ -45,7 +49,8 @@ OpenPeer = Callable[[str], Backend]
 
 @dataclass(frozen=True, slots=True)
 class RemoteSlot:
-    """One rank's share of a pair at another node. ``offset_bytes``: where its data begin in the object."""
+    """One rank's share of a pair at another node. ``offset_bytes``: where its data begin in the
+    object."""
 
     store: Backend
     key: str
@@ -55,12 +60,15 @@ class RemoteSlot:
 
 
 class RemoteShare:
-    """One rank's share, wherever it is lent: the next place is looked at when the one before fails. Thread-safe.
+    """One rank's share, wherever it is lent: the next place is looked at when the one before fails.
+    Thread-safe.
 
     Raises IntegrityError where no place has it.
     """
 
-    def __init__(self, snapshot: SnapshotId, rank: int, places: Sequence[tuple[str, str]], reach: OpenPeer) -> None:
+    def __init__(
+        self, snapshot: SnapshotId, rank: int, places: Sequence[tuple[str, str]], reach: OpenPeer
+    ) -> None:
         """``places``: addresses, and the key there."""
         self._snapshot = snapshot
         self._rank = rank
@@ -77,16 +85,20 @@ class RemoteShare:
         return self.slot.index
 
     def read_into(self, out: memoryview, *, offset_bytes: int) -> None:
-        """Read from the first place that still has it. Each place is given up once it failed, or answers nobody."""
+        """Read from the first place that still has it. Each place is given up once it failed, or
+        answers nobody."""
         if offset_bytes < 0 or offset_bytes + out.nbytes > self.slot.size_bytes:
-            raise IntegrityError(f"the slot ends too early. rank={self._rank} offset_bytes={offset_bytes}")
+            raise IntegrityError(
+                f"the slot ends too early. rank={self._rank} offset_bytes={offset_bytes}"
+            )
         while True:
             slot = self.slot
             try:
                 slot.store.read_into(slot.key, out, offset_bytes=slot.offset_bytes + offset_bytes)
                 return
             except CkptError as error:
-                # A fence too: a newer epoch of the membership ends this attempt, which is no matter of the job's log.
+                # A fence too: a newer epoch of the membership ends this attempt, which is no matter
+                # of the job's log.
                 self._give_up(slot, error)
 
     def _give_up(self, slot: RemoteSlot, error: CkptError) -> None:
@@ -109,18 +121,23 @@ class RemoteShare:
                 return slot
             self._failures.append(f"{address}: it holds something else now")
         raise IntegrityError(
-            f"nobody has this share in memory any more. snapshot={self._snapshot} rank={self._rank} "
+            f"nobody has this share in memory any more. snapshot={self._snapshot} "
+            f"rank={self._rank} "
             f"why={' | '.join(self._failures[:FAILURES_MAX])}"
         )
 
 
 class MemoryStore:
-    """A read-only ``Backend`` over the shares of all ranks: ``slot/<rank>`` is one's data. Thread-safe.
+    """A read-only ``Backend`` over the shares of all ranks: ``slot/<rank>`` is one's data.
+    Thread-safe.
 
-    Whoever reads compares each chunk with its digest; so a slot that is overwritten meanwhile is damage like any other.
+    Whoever reads compares each chunk with its digest; so a slot that is overwritten meanwhile is
+    damage like any other.
     """
 
-    def __init__(self, snapshot: SnapshotId, own: Mapping[int, SlotStore], lent: Mapping[int, RemoteShare]) -> None:
+    def __init__(
+        self, snapshot: SnapshotId, own: Mapping[int, SlotStore], lent: Mapping[int, RemoteShare]
+    ) -> None:
         self.snapshot = snapshot
         self._own = {place_key(rank): store for rank, store in own.items()}
         self._lent = {place_key(rank): share for rank, share in lent.items()}
@@ -191,7 +208,9 @@ def open_from_nodes(
         def reach(address: str) -> Backend:
             if address not in stores:
                 stores[address] = PeerStore(
-                    peer_endpoint(nodes, address), PeerSecret.of(job_secret(nodes)), epoch=lambda: found.epoch
+                    peer_endpoint(nodes, address),
+                    PeerSecret.of(job_secret(nodes)),
+                    epoch=lambda: found.epoch,
                 )
                 ending.callback(stores[address].close)
             return stores[address]
@@ -214,8 +233,9 @@ def open_memory(
 ) -> Iterator[tuple[SnapshotIndex, Backend]]:
     """A staged pair of several nodes: its index, and its ranks' shares as a store.
 
-    ``own``: the memory of this node's slots, for the ranks that ``sources`` say are local. Raises IntegrityError where a rank's
-    share is nowhere (any more), also at the end; UnavailableError where no node answers.
+    ``own``: the memory of this node's slots, for the ranks that ``sources`` say are local. Raises
+    IntegrityError where a rank's share is nowhere (any more), also at the end; UnavailableError
+    where no node answers.
     """
     with ExitStack() as ending:
         here: dict[int, SlotStore] = {}
@@ -233,20 +253,31 @@ def open_memory(
                         raise
             elsewhere[rank] = places
         lent = _shares(snapshot, elsewhere, open_peer, first=max(here, default=0))
-        indexes = [*(one.indexes[0] for one in here.values()), *(one.index for one in lent.values())]
+        indexes = [
+            *(one.indexes[0] for one in here.values()),
+            *(one.index for one in lent.values()),
+        ]
         yield staged_index(indexes, job=job), MemoryStore(snapshot, here, lent)
         if not all(one.unchanged() for one in here.values()):
             raise IntegrityError(f"a slot was overwritten while it was read. snapshot={snapshot}")
 
 
 def _shares(
-    snapshot: SnapshotId, places: Mapping[int, Sequence[tuple[str, str]]], reach: OpenPeer, *, first: int
+    snapshot: SnapshotId,
+    places: Mapping[int, Sequence[tuple[str, str]]],
+    reach: OpenPeer,
+    *,
+    first: int,
 ) -> dict[int, RemoteShare]:
     """The shares of these ranks, each with its header read, in the order of ranks.
 
-    Begins behind rank ``first``, of this node, and goes round: all trainers do this at once, and would be at the same nodes.
+    Begins behind rank ``first``, of this node, and goes round: all trainers do this at once, and
+    would be at the same nodes.
     """
-    after = [*(rank for rank in places if rank > first), *(rank for rank in places if rank <= first)]
+    after = [
+        *(rank for rank in places if rank > first),
+        *(rank for rank in places if rank <= first),
+    ]
     found = {rank: RemoteShare(snapshot, rank, places[rank], reach) for rank in after}
     return {rank: found[rank] for rank in places}
 
@@ -254,7 +285,8 @@ def _shares(
 def _look(store: Backend, key: str) -> RemoteSlot | None:
     """Read the header that is lent under ``key``, and nothing else; None where it is not sealed.
 
-    Believes nothing: takes memory for no more than the index, which is as long as its header says and INDEX_BYTES_MAX at most.
+    Believes nothing: takes memory for no more than the index, which is as long as its header says
+    and INDEX_BYTES_MAX at most.
     """
     stat = store.stat(key)
     if stat is None:
@@ -265,14 +297,19 @@ def _look(store: Backend, key: str) -> RemoteSlot | None:
     head = bytearray(_HEAD.size)
     store.read_into(key, memoryview(head))
     header_bytes, data_bytes, index_bytes = _HEAD.unpack(head)[3:6]
-    if header_bytes + data_bytes != size or index_bytes > min(INDEX_BYTES_MAX, header_bytes - INDEX_OFFSET_BYTES):
+    if header_bytes + data_bytes != size or index_bytes > min(
+        INDEX_BYTES_MAX, header_bytes - INDEX_OFFSET_BYTES
+    ):
         raise IntegrityError(
-            f"not a slot. key={key} size_bytes={size} header_bytes={header_bytes} index_bytes={index_bytes}"
+            f"not a slot. key={key} size_bytes={size} header_bytes={header_bytes} "
+            f"index_bytes={index_bytes}"
         )
     try:
         room = mmap.mmap(-1, size, flags=RESERVE_FLAGS)  # only the header's pages are ever taken
     except (OSError, ValueError, OverflowError) as error:
-        raise IntegrityError(f"not a slot, or larger than can be mapped. key={key} size_bytes={size}") from error
+        raise IntegrityError(
+            f"not a slot, or larger than can be mapped. key={key} size_bytes={size}"
+        ) from error
     memory = memoryview(room)
     try:
         memory[: _HEAD.size] = head

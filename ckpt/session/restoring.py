@@ -1,7 +1,9 @@
-"""Restoring, for the whole job: one snapshot for all ranks and items, and an older one where it can't be read whole.
+"""Restoring, for the whole job: one snapshot for all ranks and items, and an older one where it
+can't be read whole.
 
-Rank 0 chooses; every rank fills its items and tells how it went; rank 0 gives the verdict. Damage met by any rank sends all
-ranks to the next older snapshot, and what was filled before is filled again, so a mixture can't arise.
+Rank 0 chooses; every rank fills its items and tells how it went; rank 0 gives the verdict. Damage
+met by any rank sends all ranks to the next older snapshot, and what was filled before is filled
+again, so a mixture can't arise.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class _Result(msgspec.Struct, frozen=True):
 
 
 class RestoreCandidate(msgspec.Struct, frozen=True):
-    """A snapshot that may be restored. ``staged``: from the slots of this node's ranks; else from the store."""
+    """A snapshot that may be restored. ``staged``: from the slots of this node's ranks; else from
+    the store."""
 
     snapshot: SnapshotId
     staged: bool = False
@@ -72,14 +75,23 @@ class FillRules:
 class Restoring:
     """Fills items from one chosen snapshot. Every rank makes the same calls in the same order.
 
-    ``state`` gives the log's fold, fresh from the store. ``choices`` is asked on rank 0 alone: the snapshots to try, best
-    first; empty where there is none. ``staged`` opens those that lie in slots.
+    ``state`` gives the log's fold, fresh from the store. ``choices`` is asked on rank 0 alone: the
+    snapshots to try, best first; empty where there is none. ``staged`` opens those that lie in
+    slots.
     """
 
     def __init__(
-        self, channel: CountingMailbox, backend: Backend, *, world: World, state: Callable[[], LogState], emit: Emit,
-        threads: int | None, budget_bytes: int, open_staged: OpenStaged | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        channel: CountingMailbox,
+        backend: Backend,
+        *,
+        world: World,
+        state: Callable[[], LogState],
+        emit: Emit,
+        threads: int | None,
+        budget_bytes: int,
+        open_staged: OpenStaged | None = None,
+    ) -> None:
         self._channel = channel
         self._backend = backend
         self._world = world
@@ -97,21 +109,26 @@ class Restoring:
         self._source: tuple[SnapshotIndex, Backend] | None = None
         self._half_filled: set[str] = set()
         self.verified: dict[Digest, ChunkLocation] = {}
-        """Where chunks of the chosen snapshot lie in the store, of those that this rank has read and found right."""
+        """Where chunks of the chosen snapshot lie in the store, of those that this rank has read
+        and found right."""
         self.chosen: SnapshotId | None = None
         """The snapshot that all items come from, or None where there is none."""
         self.staged = False
         """Whether it comes from slots."""
 
     def choose(self, choices: Callable[[], Sequence[RestoreCandidate]]) -> SnapshotId | None:
-        """Agree on the snapshot to restore; forgets what an earlier choice filled. Raises what rank 0 met."""
+        """Agree on the snapshot to restore; forgets what an earlier choice filled. Raises what rank
+        0 met."""
         self._round += 1
         key = f"choice/{self._round}"
         if self._channel.rank == 0:
             self._channel.post(key, msgspec.json.encode(self._first(choices)))
-        choice = msgspec.json.decode(wait_for_message(
-            self._channel, key, timeout_s=FILL_WAIT_S, awaited="rank 0's choice of a snapshot"
-        ), type=_Choice)  # fmt: skip
+        choice = msgspec.json.decode(
+            wait_for_message(
+                self._channel, key, timeout_s=FILL_WAIT_S, awaited="rank 0's choice of a snapshot"
+            ),
+            type=_Choice,
+        )
         if choice.error is not None:
             raise to_error(choice.error)
         self._take(choice.candidate)
@@ -120,10 +137,12 @@ class Restoring:
         return self.chosen
 
     def fill(self, items: Mapping[str, object], rules: FillRules) -> SnapshotInfo:
-        """Fill ``items`` in place from the chosen snapshot, or all items so far from an older one where it is damaged.
+        """Fill ``items`` in place from the chosen snapshot, or all items so far from an older one
+        where it is damaged.
 
-        Returns the facts of the snapshot that they hold now. Raises IntegrityError where no candidate is left, and whatever
-        kept any rank from filling; the items then hold a mixture and must not be trained on.
+        Returns the facts of the snapshot that they hold now. Raises IntegrityError where no
+        candidate is left, and whatever kept any rank from filling; the items then hold a mixture
+        and must not be trained on.
         """
         before, new = self._filled, (items, rules)
         todo = [new]
@@ -196,17 +215,28 @@ class Restoring:
         try:
             index, backend = self._loaded()
             coalesce = backend.capabilities().read_bytes_best
-            with Fetcher(backend, threads=self._threads, budget_bytes=self._budget_bytes) as fetcher:
+            with Fetcher(
+                backend, threads=self._threads, budget_bytes=self._budget_bytes
+            ) as fetcher:
 
                 def read(wants: Sequence[Want], outputs: Sequence[memoryview]) -> None:
-                    plan = plan_reads(index, wants, coalesce_bytes=coalesce, snapshot=str(self.chosen))
+                    plan = plan_reads(
+                        index, wants, coalesce_bytes=coalesce, snapshot=str(self.chosen)
+                    )
                     fetcher.fetch(plan, outputs)
                     if not self.staged:
                         chunks = (chunk for one in plan.reads for chunk in one.chunks)
                         self.verified.update((chunk.digest, chunk.location) for chunk in chunks)
 
                 for items, rules in todo:
-                    kept = apply(items, index, read=read, world=self._world, only=rules.only, missing=rules.missing)
+                    kept = apply(
+                        items,
+                        index,
+                        read=read,
+                        world=self._world,
+                        only=rules.only,
+                        missing=rules.missing,
+                    )
                     self._check_kept(kept)
         except CkptError as error:
             return error
@@ -217,31 +247,46 @@ class Restoring:
         return None
 
     def _check_kept(self, kept: Sequence[str]) -> None:
-        """What a snapshot lacks keeps its live value, but not one that a damaged snapshot has half overwritten."""
-        spoilt = [path for path in kept if any(f"{leaf}/".startswith(f"{path}/") for leaf in self._half_filled)]
+        """What a snapshot lacks keeps its live value, but not one that a damaged snapshot has half
+        overwritten."""
+        spoilt = [
+            path
+            for path in kept
+            if any(f"{leaf}/".startswith(f"{path}/") for leaf in self._half_filled)
+        ]
         if spoilt:
             raise IntegrityError(
-                f"the older snapshot lacks what a damaged one may have half overwritten. snapshot={self.chosen} "
-                f"paths={spoilt[:PATHS_SHOWN_MAX]}; make these objects anew and restore without them"
+                "the older snapshot lacks what a damaged one may have half overwritten. "
+                f"snapshot={self.chosen} "
+                f"paths={spoilt[:PATHS_SHOWN_MAX]}; make these objects anew and restore without "
+                "them"
             )
 
     def _verdict(self, error: CkptError | None) -> _Verdict:
         self._round += 1
         result = _Result(from_error(error, rank=self._channel.rank) if error is not None else None)
-        self._channel.post(f"filled/{self._round}/{self._channel.rank}", msgspec.json.encode(result))
+        self._channel.post(
+            f"filled/{self._round}/{self._channel.rank}", msgspec.json.encode(result)
+        )
         key = f"verdict/{self._round}"
         if self._channel.rank == 0:
             self._channel.post(key, msgspec.json.encode(self._judge()))
-        word = wait_for_message(self._channel, key, timeout_s=FILL_WAIT_S, awaited="all ranks to restore their share")
+        word = wait_for_message(
+            self._channel, key, timeout_s=FILL_WAIT_S, awaited="all ranks to restore their share"
+        )
         return msgspec.json.decode(word, type=_Verdict)
 
     def _judge(self) -> _Verdict:
-        """Rank 0: done where every rank filled, the next older snapshot after damage, else the first error."""
+        """Rank 0: done where every rank filled, the next older snapshot after damage, else the
+        first error."""
         errors = []
         for rank in range(self._channel.size):
             key = f"filled/{self._round}/{rank}"
             word = wait_for_message(
-                self._channel, key, timeout_s=FILL_WAIT_S, awaited=f"rank {rank} to restore its share"
+                self._channel,
+                key,
+                timeout_s=FILL_WAIT_S,
+                awaited=f"rank {rank} to restore its share",
             )
             result = msgspec.json.decode(word, type=_Result)
             if result.error is not None:
@@ -261,9 +306,11 @@ class Restoring:
         return _Verdict(next=older)
 
     def _come_since(self) -> list[RestoreCandidate]:
-        """What can be restored now and could not be when it was chosen: a job may drop the only snapshot for a newer one.
+        """What can be restored now and could not be when it was chosen: a job may drop the only
+        snapshot for a newer one.
 
-        Nothing once items were filled: a run that is under way must not be taken to what it committed itself meanwhile.
+        Nothing once items were filled: a run that is under way must not be taken to what it
+        committed itself meanwhile.
         """
         if self._filled:
             return []
@@ -277,7 +324,8 @@ class Restoring:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Put Python's cycle collector off: plans are many small objects, and one full pass beside torch took 0.15 s."""
+    """Put Python's cycle collector off: plans are many small objects, and one full pass beside
+    torch took 0.15 s."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -289,8 +337,15 @@ def without_garbage_collection() -> Iterator[None]:
 
 def _fallback(damaged: SnapshotId | None, older: SnapshotId, why: str) -> Event:
     assert damaged is not None, "what was tried has a name"
-    facts = {"damaged_epoch": damaged.epoch, "damaged_step": damaged.step, "epoch": older.epoch, "step": older.step}
-    text = f"the snapshot of {damaged} can't be read whole, restoring the older one of {older}: {why}"
+    facts = {
+        "damaged_epoch": damaged.epoch,
+        "damaged_step": damaged.step,
+        "epoch": older.epoch,
+        "step": older.step,
+    }
+    text = (
+        f"the snapshot of {damaged} can't be read whole, restoring the older one of {older}: {why}"
+    )
     return Event("fallback", text, facts, alarm=True)
 
 

@@ -30,7 +30,8 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
 
 class Pending:
-    """What ``save_async`` returns: the state is copied, so training may change it; the store's copy is being made.
+    """What ``save_async`` returns: the state is copied, so training may change it; the store's copy
+    is being made.
 
     One object a save; safe to use from any thread; dropping it loses nothing.
     """
@@ -58,8 +59,9 @@ class Pending:
     def durable(self, timeout_s: float | None = None) -> SnapshotInfo:
         """Wait until the snapshot is committed on the store and return its facts.
 
-        Raises what made it fail (StoreFullError, StoreDeniedError, FencedError, ...), and UnavailableError where
-        ``timeout_s`` seconds pass first; the save then still goes on and may be waited for again.
+        Raises what made it fail (StoreFullError, StoreDeniedError, FencedError, ...), and
+        UnavailableError where ``timeout_s`` seconds pass first; the save then still goes on and may
+        be waited for again.
         """
         try:
             return self._future.result(timeout_s)
@@ -69,7 +71,8 @@ class Pending:
             if self._future.done():  # the save itself failed with a time-out of its own
                 raise
             raise UnavailableError(
-                f"the snapshot is not durable yet, the save goes on. {self._snapshot} waited_s={timeout_s}"
+                f"the snapshot is not durable yet, the save goes on. {self._snapshot} "
+                f"waited_s={timeout_s}"
             ) from error
 
     @property
@@ -88,7 +91,8 @@ class Pending:
 
     def _abandoned(self) -> CkptError:
         return UnavailableError(
-            f"the snapshot was abandoned before it was durable, because an exception ended its session. {self._snapshot}"
+            "the snapshot was abandoned before it was durable, because an exception ended its "
+            f"session. {self._snapshot}"
         )
 
     def __repr__(self) -> str:
@@ -100,7 +104,8 @@ ABANDON_WAIT_S = 60.0
 """After an exception in training: how long what is staged may take to become durable."""
 
 LAST_ROUND_WAIT_S = 30.0
-"""Without keeper: how long the end waits until old snapshots are dropped. What is left is for the next run."""
+"""Without keeper: how long the end waits until old snapshots are dropped. What is left is for the
+next run."""
 
 
 class Saving:
@@ -113,9 +118,12 @@ class Saving:
         self._compared = 0
         self._prepared = 0
         self._stager = Stager(
-            World(channel.rank, channel.size), slots=options.slots, threads=options.threads, compare_replicas=self._compare,
+            World(channel.rank, channel.size),
+            slots=options.slots,
+            threads=options.threads,
+            compare_replicas=self._compare,
             on_short=self._memory_short,
-        )  # fmt: skip
+        )
         self._short_told = False
         self._persister: Persister | KeeperPersister | None = None
         self._rounds: GcRounds | None = None
@@ -126,15 +134,20 @@ class Saving:
         self._began_s = time.monotonic()
 
     def prepare(self, items: Mapping[str, object]) -> None:
-        """Lay out and pre-fault the slots in the background. Every rank calls it, and all raise what any rank met."""
+        """Lay out and pre-fault the slots in the background. Every rank calls it, and all raise
+        what any rank met."""
         self._prepared += 1
         mine: CkptError | None = None
         try:
             self._stager.prepare(items)
         except CkptError as error:
             mine = error
-        except BaseException as error:  # a user's state_dict, a device: the other ranks must not wait for this one
-            self._tell_prepared(UnavailableError(f"the state could not be laid out. cause={error!r}"))
+        except (
+            BaseException
+        ) as error:  # a user's state_dict, a device: the other ranks must not wait for this one
+            self._tell_prepared(
+                UnavailableError(f"the state could not be laid out. cause={error!r}")
+            )
             raise
         if self._channel.size == 1:
             if mine is not None:
@@ -146,13 +159,20 @@ class Saving:
         if met and isinstance(mine, UsageError):
             raise mine
         if met:  # one that only stopped waiting for another rank is not the cause
-            raise to_error(next((one for one in met if one.code != UnavailableError.code), met[0])) from mine
+            raise to_error(
+                next((one for one in met if one.code != UnavailableError.code), met[0])
+            ) from mine
 
     def write_locally(
-        self, place: SaveTarget, *, base: SnapshotId | None, known_chunks: Callable[[], Mapping[Digest, ChunkLocation]],
+        self,
+        place: SaveTarget,
+        *,
+        base: SnapshotId | None,
+        known_chunks: Callable[[], Mapping[Digest, ChunkLocation]],
         after: int | None = None,
-    ) -> None:  # fmt: skip
-        """Write as ``place`` says from now on, referring to chunks of ``base``. What is in flight ends first.
+    ) -> None:
+        """Write as ``place`` says from now on, referring to chunks of ``base``. What is in flight
+        ends first.
 
         Steps grow from ``after`` on, from anywhere where it is None.
         """
@@ -160,16 +180,24 @@ class Saving:
         self._last_step = self._staged_step = after
         self._stager.origin = ""
         self._persister = Persister(
-            self._channel, place, compression=Compression(self._options.compression), verify=self._options.verify_staged,
-            emit=self._tell, base=base, stored_chunks=known_chunks() if base is not None else None,
-        )  # fmt: skip
+            self._channel,
+            place,
+            compression=Compression(self._options.compression),
+            verify=self._options.verify_staged,
+            emit=self._tell,
+            base=base,
+            stored_chunks=known_chunks() if base is not None else None,
+        )
         self._end_rounds()
         if self._options.keep is not None and place.journal is not None:
             keep = RetentionSettings(policy=self._options.keep, grace_s=self._options.grace_s)
             self._rounds = GcRounds(place.backend, keep, epoch=place.epoch, tell=self._tell)
 
-    def write_through_keeper(self, persister: KeeperPersister, *, origin: str, after: int | None = None) -> None:
-        """As ``go_on``, where a keeper writes, and drops. ``origin``: the epoch's, which what is staged carries."""
+    def write_through_keeper(
+        self, persister: KeeperPersister, *, origin: str, after: int | None = None
+    ) -> None:
+        """As ``go_on``, where a keeper writes, and drops. ``origin``: the epoch's, which what is
+        staged carries."""
         self.drain()
         self._end_rounds()
         self._stager.origin = origin
@@ -180,10 +208,13 @@ class Saving:
         """Take the slots' memory from there; once, before anything is laid out."""
         self._stager.use_regions(regions)
 
-    def stage(self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact]) -> bool:
+    def stage(
+        self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact]
+    ) -> bool:
         """Stage ``items`` for memory alone. False where no slot is free: nothing is waited for.
 
-        Raises what ``snapshot`` raises, but tells no other rank: its slots keep an older complete pair.
+        Raises what ``snapshot`` raises, but tells no other rank: its slots keep an older complete
+        pair.
         """
         if self._staged_step is not None and snapshot.step <= self._staged_step:
             raise UsageError(f"steps grow. step={snapshot.step} last_step={self._staged_step}")
@@ -204,20 +235,24 @@ class Saving:
         tags: tuple[str, ...],
         wait_s: float = SLOT_WAIT_S,
     ) -> Pending:
-        """Stage ``items`` now and make them durable in the background. Waits only for a free slot, ``wait_s`` at most.
+        """Stage ``items`` now and make them durable in the background. Waits only for a free slot,
+        ``wait_s`` at most.
 
-        Raises FencedError where a newer epoch was met before, UsageError where steps don't grow or the state can't be
-        captured; the other ranks then learn that this snapshot failed.
+        Raises FencedError where a newer epoch was met before, UsageError where steps don't grow or
+        the state can't be captured; the other ranks then learn that this snapshot failed.
         """
         persister = self._persister
         assert persister is not None, "an epoch is open"
         failure = self.last_failure_of(snapshot.epoch)
         if isinstance(failure, FencedError):
-            persister.submit_failure(snapshot, failure)  # another rank may not know yet, and be waiting for this one
+            persister.submit_failure(
+                snapshot, failure
+            )  # another rank may not know yet, and be waiting for this one
             raise failure
         if self._last_step is not None and snapshot.step <= self._last_step:
             raise UsageError(
-                f"steps grow from one snapshot to the next. step={snapshot.step} last_step={self._last_step}; "
+                f"steps grow from one snapshot to the next. step={snapshot.step} "
+                f"last_step={self._last_step}; "
                 "to go back, restore the older snapshot first"
             )
         began_s = time.monotonic()
@@ -226,9 +261,7 @@ class Saving:
         except CkptError as error:
             persister.submit_failure(snapshot, error)
             raise
-        except (
-            BaseException
-        ) as error:  # a user's state_dict, a device, Ctrl-C: the other ranks must not wait for this one
+        except BaseException as error:  # a user's state_dict, a device, Ctrl-C: the other ranks must not wait for this one
             text = f"the state could not be staged. snapshot={snapshot} rank={self._channel.rank} cause={error!r}"
             persister.submit_failure(snapshot, UnavailableError(text))
             raise
@@ -243,34 +276,49 @@ class Saving:
             durable.add_done_callback(_tell_committed(self._rounds))
         pending = Pending(snapshot, durable)
         settled = [one for one in self._pendings if one.done()]
-        self._pendings = [*settled[-1:], *(one for one in self._pendings if not one.done()), pending]
+        self._pendings = [
+            *settled[-1:],
+            *(one for one in self._pendings if not one.done()),
+            pending,
+        ]
         seconds = time.monotonic() - began_s
-        self._tell(Event("staged", f"{snapshot} is staged", {"step": snapshot.step, "seconds": round(seconds, 4)}))
+        self._tell(
+            Event(
+                "staged",
+                f"{snapshot} is staged",
+                {"step": snapshot.step, "seconds": round(seconds, 4)},
+            )
+        )
         return pending
 
     def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
-        """Take part in a snapshot that this rank can't give: all ranks learn that it failed, and why."""
+        """Take part in a snapshot that this rank can't give: all ranks learn that it failed, and
+        why."""
         assert self._persister is not None, "an epoch is open"
         self._persister.submit_failure(snapshot, error)
 
     def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
-        """Let the first snapshot of this epoch refer to chunks of ``base``, which were read and found right."""
+        """Let the first snapshot of this epoch refer to chunks of ``base``, which were read and
+        found right."""
         if self._persister is not None:
             self._persister.refer_to(base, known)
 
     def may_take(self, reserved: int) -> Take | Skip:
-        """On rank 0: whether one more snapshot finds a slot, beside ``reserved`` that are ordered and not yet taken."""
+        """On rank 0: whether one more snapshot finds a slot, beside ``reserved`` that are ordered
+        and not yet taken."""
         in_flight = self._persister.in_flight if self._persister is not None else 0
         slots = max(1, self._options.slots - self._left_free)
         return take_or_skip(in_flight=in_flight + reserved, slots=slots)
 
     def reserve_slots(self, slots: int) -> None:
-        """Keep that many slots from uploads, where there are as many: memory needs one to write and one that is complete."""
+        """Keep that many slots from uploads, where there are as many: memory needs one to write and
+        one that is complete."""
         self._left_free = slots
 
     @property
     def passed_step(self) -> int:
-        """On rank 0: the last step whose boundary every rank is known to have passed; -1 for none."""
+        """On rank 0: the last step whose boundary every rank is known to have passed; -1 for
+        none."""
         return self._persister.passed_step if self._persister is not None else -1
 
     @property
@@ -286,11 +334,18 @@ class Saving:
     @property
     def last_failure(self) -> CkptError | None:
         """Why the last settled snapshot failed, or None where it didn't."""
-        return next((pending.failure() for pending in reversed(self._pendings) if pending.done()), None)
+        return next(
+            (pending.failure() for pending in reversed(self._pendings) if pending.done()), None
+        )
 
     def last_failure_of(self, epoch: int) -> CkptError | None:
-        """As ``last_failure``, of the snapshots captured in ``epoch``: what fenced an earlier one doesn't fence this one."""
-        mine = (pending for pending in reversed(self._pendings) if pending.done() and pending.epoch == epoch)
+        """As ``last_failure``, of the snapshots captured in ``epoch``: what fenced an earlier one
+        doesn't fence this one."""
+        mine = (
+            pending
+            for pending in reversed(self._pendings)
+            if pending.done() and pending.epoch == epoch
+        )
         return next((pending.failure() for pending in mine), None)
 
     def stale_s(self) -> float:
@@ -309,7 +364,8 @@ class Saving:
         wait([pending.future for pending in self._pendings], timeout=timeout_s)
 
     def hold_gc(self) -> None:
-        """Something is restored: drop and delete nothing until the next snapshot is handed in. A keeper knows by itself."""
+        """Something is restored: drop and delete nothing until the next snapshot is handed in. A
+        keeper knows by itself."""
         if self._rounds is not None:
             self._rounds.pause()
 
@@ -330,7 +386,8 @@ class Saving:
             self.last.durable()
 
     def abandon(self) -> None:
-        """After an exception: what is staged gets a bounded time; nothing is raised, failures were told.
+        """After an exception: what is staged gets a bounded time; nothing is raised, failures were
+        told.
 
         A keeper has it already and goes on by itself: nothing is waited for then.
         """
@@ -361,7 +418,9 @@ class Saving:
             self._short_told = True
             self._tell(
                 Event(
-                    "memory-short", f"training goes on with fewer slots, snapshots may be skipped: {error}", alarm=True
+                    "memory-short",
+                    f"training goes on with fewer slots, snapshots may be skipped: {error}",
+                    alarm=True,
                 )
             )
 
@@ -370,8 +429,12 @@ class Saving:
         compare_replicas(self._channel, leaves, n=self._compared, stop=self._failed_elsewhere)
 
     def _failed_elsewhere(self) -> bool:
-        """Whether another rank met an error while it prepared, so that it won't come to the comparison."""
-        words = (self._channel.peek(f"prepared/{self._prepared}/{rank}") for rank in range(self._channel.size))
+        """Whether another rank met an error while it prepared, so that it won't come to the
+        comparison."""
+        words = (
+            self._channel.peek(f"prepared/{self._prepared}/{rank}")
+            for rank in range(self._channel.size)
+        )
         return any(word not in (None, b"null") for word in words)
 
     def _tell_prepared(self, error: CkptError | None) -> None:
@@ -382,7 +445,10 @@ class Saving:
     def _prepared_word(self, rank: int) -> RemoteError | None:
         key = f"prepared/{self._prepared}/{rank}"
         word = wait_for_message(
-            self._channel, key, timeout_s=COMPARE_WAIT_S, awaited=f"rank {rank} to lay out its share"
+            self._channel,
+            key,
+            timeout_s=COMPARE_WAIT_S,
+            awaited=f"rank {rank} to lay out its share",
         )
         return msgspec.json.decode(word, type=RemoteError | None)
 
@@ -410,32 +476,42 @@ class Metrics:
         self._lock = threading.Lock()
 
     def log(self, values: Mapping[str, Loggable]) -> None:
-        """Note values. A tensor of one element is read at once on the CPU, later elsewhere. UsageError for anything else."""
+        """Note values. A tensor of one element is read at once on the CPU, later elsewhere.
+        UsageError for anything else."""
         noted = {name: _noted(name, value) for name, value in values.items()}
         if self._rank != 0:
             return
         with self._lock:
             self._latest.update(noted)
-        ready = {name: value for name, value in noted.items() if not isinstance(value, torch.Tensor)}
+        ready = {
+            name: value for name, value in noted.items() if not isinstance(value, torch.Tensor)
+        }
         self._tell(Event("log", "logged", ready))
 
     def facts(self) -> dict[str, Fact]:
         """The latest values as plain ones; waits for the devices that hold some."""
         with self._lock:
             latest = dict(self._latest)
-        return {name: _item(value) if isinstance(value, torch.Tensor) else value for name, value in latest.items()}
+        return {
+            name: _item(value) if isinstance(value, torch.Tensor) else value
+            for name, value in latest.items()
+        }
 
 
 def _noted(name: str, value: Loggable) -> Fact | torch.Tensor:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
-            raise UsageError(f"only a tensor of one element can be logged. name={name} shape={tuple(value.shape)}")
+            raise UsageError(
+                f"only a tensor of one element can be logged. name={name} "
+                f"shape={tuple(value.shape)}"
+            )
         detached = value.detach()
         return _item(detached) if detached.device.type == "cpu" else detached.clone()
     if value is None or isinstance(value, (bool, int, float, str)):
         return check_metadata({name: value})[name]
     raise UsageError(
-        f"only None, bool, int, float, str and tensors of one element can be logged. name={name} type={type(value).__name__}"
+        f"only None, bool, int, float, str and tensors of one element can be logged. name={name} "
+        f"type={type(value).__name__}"
     )
 
 

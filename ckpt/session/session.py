@@ -1,4 +1,5 @@
-"""One process's use of one store in one attempt: joins the other ranks, restores, opens the epoch, snapshots.
+"""One process's use of one store in one attempt: joins the other ranks, restores, opens the epoch,
+snapshots.
 
 ``Checkpointer`` and ``Run`` are two faces of it. Everything here is called by the training thread.
 """
@@ -77,12 +78,15 @@ _open: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
 
 
 def register_writer(store: str, session: object) -> None:
-    """Note that ``session`` writes from now on; again is free. Raises UsageError where another one does that isn't closed."""
+    """Note that ``session`` writes from now on; again is free. Raises UsageError where another one
+    does that isn't closed."""
     other = _open.setdefault(store, session)
     if other is not session:
         raise UsageError(
-            f"a run or Checkpointer of this process writes to this store already, and a second one would cut it off. "
-            f"store={store}; call run.save(), close the other one first, or give this one another store"
+            "a run or Checkpointer of this process writes to this store already, and a second one "
+            "would cut it off. "
+            f"store={store}; call run.save(), close the other one first, or give this one another "
+            "store"
         )
 
 
@@ -93,19 +97,22 @@ def unregister_writer(store: str, session: object) -> None:
 
 
 BYE_WAIT_S = 60.0
-"""How long rank 0 stays for the other ranks to read its last words: it may own the message store."""
+"""How long rank 0 stays for the other ranks to read its last words: it may own the message
+store."""
 
 OPEN_WAIT_S = 600.0
 
 CHOICES_MAX = 5
-"""How often a snapshot is chosen anew where a newer one is committed in between: only who was fenced a moment ago can."""
+"""How often a snapshot is chosen anew where a newer one is committed in between: only who was
+fenced a moment ago can."""
 
 RNG_ITEM = "rng"
 """The item under which a run's random number generators are stored."""
 
 
 class Session:
-    """Joins, restores, opens the epoch, snapshots. With several ranks every rank makes the same calls in the same order."""
+    """Joins, restores, opens the epoch, snapshots. With several ranks every rank makes the same
+    calls in the same order."""
 
     def __init__(self, store: StoreAddress | Backend, options: SessionOptions) -> None:
         self._options = options
@@ -113,15 +120,26 @@ class Session:
         self._spec = keeper_spec(store, options)
         self.emit: Emit = emit_to_logging(world_of_process()[0])
         """Where events go."""
-        self._backend = store if not isinstance(store, str | tuple) else open_job_stores(
-            (store,) if isinstance(store, str) else store, options.storage_options, write_quorum=options.write_quorum,
-            encryption_key=options.encryption_key, emit=lambda event: self.emit(event),  # noqa: PLW0108  it may change
-        )  # fmt: skip
+        self._backend = (
+            store
+            if not isinstance(store, str | tuple)
+            else open_job_stores(
+                (store,) if isinstance(store, str) else store,
+                options.storage_options,
+                write_quorum=options.write_quorum,
+                encryption_key=options.encryption_key,
+                emit=lambda event: self.emit(event),  # noqa: PLW0108  it may change
+            )
+        )
         self._job = options.job or job_name(stores_of(self._backend)[0].url)
         self._log = SessionLog(self._backend, job=self._job, named=options.job)
         self._line = SessionLineage(self._log, options, link=lambda: self._link)
         self.reporter = TrainerReporter(
-            lambda: self._joined.attachment.trainer_link if self._joined is not None and not self._closed else None
+            lambda: (
+                self._joined.attachment.trainer_link
+                if self._joined is not None and not self._closed
+                else None
+            )
         )
         """What the keeper that judges this trainer hears."""
         self._joined: ConnectedSession | None = None
@@ -172,10 +190,15 @@ class Session:
             raise UsageError(f"closed already; make a new one. store={self.url}")
         if self._joined is None:
             keeping = KeeperAttachment.join(self._spec, self._options, self.emit, name=self._job)
-            self._joined = ConnectedSession(keeping, self._backend, self._options, self.state, self.emit)
-            self._mending = KeeperFailover(self._joined, open_epoch=self._line.open_next, log=self._log)
+            self._joined = ConnectedSession(
+                keeping, self._backend, self._options, self.state, self.emit
+            )
+            self._mending = KeeperFailover(
+                self._joined, open_epoch=self._line.open_next, log=self._log
+            )
         if not self._key_fits:
-            # Only now, so that the keeper can be told why this process ends: starting it again would not help.
+            # Only now, so that the keeper can be told why this process ends: starting it again
+            # would not help.
             require_key_fits(self._backend, self._options.encryption_key)
             self._key_fits = True
         return self._joined
@@ -202,52 +225,71 @@ class Session:
 
     @property
     def supervised(self) -> bool:
-        """Whether a supervisor uses the same keeper as this session does: it judges how this process ends. Joins nobody."""
+        """Whether a supervisor uses the same keeper as this session does: it judges how this
+        process ends. Joins nobody."""
         seat = supervised_trainer()
         return seat is not None and self._spec is not None and seat.serves(self._spec)
 
     @property
     def must_save_restored(self) -> bool:
-        """Whether a run that ends where it began saves that once more: perhaps memory alone had it, and all of it is here."""
+        """Whether a run that ends where it began saves that once more: perhaps memory alone had it,
+        and all of it is here."""
         return self._whole and self.join().restoring.staged
 
     def on_stop(self, call: Callable[[float], object]) -> None:
-        """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it must have stopped."""
+        """Have ``call`` told, in another thread, when the job is preempted: in how many seconds it
+        must have stopped."""
         if self._link is not None:
             self._link.on_stop(call)
 
     def join_attempt(self, attempt: int) -> None:
-        """A prepared trainer was promoted: it belongs to ``attempt`` from here on. Before the ranks meet."""
+        """A prepared trainer was promoted: it belongs to ``attempt`` from here on. Before the ranks
+        meet."""
         if supervised_trainer() is None and self._spec is not None:
             set_supervised_from_environment(self._spec, attempt)
 
     def attach_keeper(self) -> None:
-        """Get a keeper, where this session may have one; before anything is staged. Every rank calls it alike.
+        """Get a keeper, where this session may have one; before anything is staged. Every rank
+        calls it alike.
 
-        Raises UsageError, having touched nothing, where another session of this trainer writes to the same store.
+        Raises UsageError, having touched nothing, where another session of this trainer writes to
+        the same store.
         """
         seat = supervised_trainer()
-        if seat is not None and self._spec is not None and seat.spec.store == self._spec.store and not self._closed:
+        if (
+            seat is not None
+            and self._spec is not None
+            and seat.spec.store == self._spec.store
+            and not self._closed
+        ):
             register_writer(self._spec.store, self)
         joined = self.join()
         joined.attachment.start()
         joined.use_slots()
 
     def await_previous_run(self) -> None:
-        """Before the store is read: wait, for a bounded time, until what the last run left with its keeper is durable."""
-        if self._spec is not None and self._link is None and os.environ.get(KEEPER_VARIABLE, "") != "off":
+        """Before the store is read: wait, for a bounded time, until what the last run left with its
+        keeper is durable."""
+        if (
+            self._spec is not None
+            and self._link is None
+            and os.environ.get(KEEPER_VARIABLE, "") != "off"
+        ):
             await_final_flush(self._spec, self.emit, has=self._log.has)
 
     def state(self) -> LogState:
-        """The log's fold, fresh from the store. Raises NotFoundError where there is no store yet."""
+        """The log's fold, fresh from the store. Raises NotFoundError where there is no store
+        yet."""
         return self._log.state()
 
     def newest_first(self) -> Sequence[RestoreCandidate]:
-        """The snapshots on the line, best first, staged ones too; none where there is no store yet."""
+        """The snapshots on the line, best first, staged ones too; none where there is no store
+        yet."""
         return self._line.newest_first()
 
     def open_run(self) -> None:
-        """For a run: choose the newest snapshot and open an epoch that goes on from it; once, then free."""
+        """For a run: choose the newest snapshot and open an epoch that goes on from it; once, then
+        free."""
         if self.opened:
             return
         self.attach_keeper()
@@ -255,7 +297,8 @@ class Session:
         self.join().start_decisions()  # every rank's must be there to answer the others'
 
     def _open_on_newest(self) -> None:
-        """Go on from the newest snapshot; from a newer one where somebody commits it in between. On all ranks alike."""
+        """Go on from the newest snapshot; from a newer one where somebody commits it in between. On
+        all ranks alike."""
         for left in reversed(range(CHOICES_MAX)):
             self.choose_newest()
             try:
@@ -274,9 +317,11 @@ class Session:
             self.restored = restoring.fill({}, FillRules())
 
     def open_epoch(self, *, newest: bool = False) -> None:
-        """Open the next epoch as the continuation of what was restored; rank 0 writes the record, all learn the number.
+        """Open the next epoch as the continuation of what was restored; rank 0 writes the record,
+        all learn the number.
 
-        ``newest``: that was taken for the newest; all raise NewerSnapshotError where it is that no more.
+        ``newest``: that was taken for the newest; all raise NewerSnapshotError where it is that no
+        more.
         """
         joined = self.join()
         joined.saving.drain()  # what is in flight belongs to the epoch before, which the record below closes
@@ -286,7 +331,9 @@ class Session:
         if joined.channel.rank == 0:
             self._mending.reattach()
             joined.channel.post(key, self._line.open_for_ranks(resume, newest=newest).encode())
-        word = wait_for_message(joined.channel, key, timeout_s=OPEN_WAIT_S, awaited="rank 0 to open the epoch").decode()
+        word = wait_for_message(
+            joined.channel, key, timeout_s=OPEN_WAIT_S, awaited="rank 0 to open the epoch"
+        ).decode()
         epoch, origin = parse_opened(word)
         self._mending.follow_rank0(alone=not origin)
         self.epoch = epoch
@@ -296,26 +343,35 @@ class Session:
             if base is not None:
                 joined.attachment.link.known(base, dict(joined.restoring.verified))
             staged = resume if joined.restoring.staged else None
-            joined.saving.write_through_keeper(joined.attachment.persister(epoch, resume=staged), origin=origin)
+            joined.saving.write_through_keeper(
+                joined.attachment.persister(epoch, resume=staged), origin=origin
+            )
             return
         place = self._log.place(epoch, rank=joined.channel.rank)
-        joined.saving.write_locally(place, base=base, known_chunks=lambda: dict(joined.restoring.verified))
+        joined.saving.write_locally(
+            place, base=base, known_chunks=lambda: dict(joined.restoring.verified)
+        )
 
     def track(self, items: Mapping[str, object]) -> None:
-        """Add items to a run's state, filling them from its snapshot. Falls back for all items together."""
+        """Add items to a run's state, filling them from its snapshot. Falls back for all items
+        together."""
         for name in items:
             if name in self._items or name == RNG_ITEM:
-                raise UsageError(f"an item of that name is tracked already. name={name}; choose another name")
+                raise UsageError(
+                    f"an item of that name is tracked already. name={name}; choose another name"
+                )
         if self.restored is not None:
-            self._fill(items, FillRules(only_below(self._options.only, items), self._options.missing))
+            self._fill(
+                items, FillRules(only_below(self._options.only, items), self._options.missing)
+            )
         self._items.update(items)
         self.saving.prepare({**self._items, RNG_ITEM: self._rng})
 
     def begin(self) -> None:
         """Before a run's first step: put the random number generators where its snapshot had them.
 
-        Tells what the snapshot has and nobody tracked: it would be gone from the next snapshot on. Raises UsageError where
-        ``only`` names what is not tracked.
+        Tells what the snapshot has and nobody tracked: it would be gone from the next snapshot on.
+        Raises UsageError where ``only`` names what is not tracked.
         """
         if self.restored is None:
             return
@@ -324,9 +380,16 @@ class Session:
         if not self.join().restoring.staged:
             self.saving.refer_to(self.restored.id, dict(self.join().restoring.verified))
         tracked = {escape(name) for name in self._items} | {RNG_ITEM}
-        unknown = [path for path in self._options.only or () if path.strip("/").split("/")[0] not in tracked]
+        unknown = [
+            path
+            for path in self._options.only or ()
+            if path.strip("/").split("/")[0] not in tracked
+        ]
         if unknown:
-            raise UsageError(f"only names what is not tracked. only={unknown} tracked={sorted(tracked)}; correct it")
+            raise UsageError(
+                f"only names what is not tracked. only={unknown} tracked={sorted(tracked)}; "
+                "correct it"
+            )
         lost = sorted(set(item_names(self.join().restoring.index())) - tracked)
         self._whole = not lost and self._options.only is None
         self.join().restoring.close()
@@ -335,9 +398,13 @@ class Session:
             self.emit(Event("untracked", text, {"items": ",".join(lost)}, alarm=True))
 
     def restore(
-        self, items: Mapping[str, object], choices: Callable[[], Sequence[RestoreCandidate]], rules: FillRules
+        self,
+        items: Mapping[str, object],
+        choices: Callable[[], Sequence[RestoreCandidate]],
+        rules: FillRules,
     ) -> SnapshotInfo:
-        """For a checkpointer: fill ``items`` from the first readable of ``choices``. Later saves go on from it."""
+        """For a checkpointer: fill ``items`` from the first readable of ``choices``. Later saves go
+        on from it."""
         self.saving.hold_gc()
         restoring = self.join().restoring
 
@@ -356,11 +423,16 @@ class Session:
         self.epoch = 0  # the next save opens an epoch that goes on from here
         return self.restored
 
-    def snapshot(self, step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...], wait_s: float) -> Pending:
-        """Stage a run's tracked items now, waiting ``wait_s`` seconds at most for a slot; durable later."""
+    def snapshot(
+        self, step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...], wait_s: float
+    ) -> Pending:
+        """Stage a run's tracked items now, waiting ``wait_s`` seconds at most for a slot; durable
+        later."""
         self._mend(step)
         items = {**self._items, RNG_ITEM: self._rng}
-        return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags, wait_s=wait_s)
+        return self.saving.snapshot(
+            items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags, wait_s=wait_s
+        )
 
     def stage(self, step: int, *, metadata: Mapping[str, Fact]) -> bool:
         """Stage a run's tracked items for memory alone; False where no slot is free."""
@@ -377,9 +449,15 @@ class Session:
         self.saving.refuse(SnapshotId(self.epoch, step), UsageError(reason))
 
     def save(
-        self, items: Mapping[str, object], step: int, *, metadata: Mapping[str, Fact], tags: tuple[str, ...]
+        self,
+        items: Mapping[str, object],
+        step: int,
+        *,
+        metadata: Mapping[str, Fact],
+        tags: tuple[str, ...],
     ) -> Pending:
-        """For a checkpointer: stage ``items`` now; durable later. Opens an epoch first where none is open."""
+        """For a checkpointer: stage ``items`` now; durable later. Opens an epoch first where none
+        is open."""
         if not items:
             raise UsageError("nothing to save; give a dict of names to objects")
         if not self.opened:
@@ -389,7 +467,9 @@ class Session:
             else:
                 self.open_epoch()
         self._mend(step)
-        return self.saving.snapshot(items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags)
+        return self.saving.snapshot(
+            items, SnapshotId(self.epoch, step), metadata=metadata, tags=tags
+        )
 
     def tag_last(self, tags: Sequence[str]) -> None:
         """Tag the last snapshot once it is durable."""
@@ -405,7 +485,8 @@ class Session:
                 self._log.tag(tag, info.id, epoch=self.epoch)
 
     def finish(self, *, run: bool = True) -> None:
-        """End well: everything durable, all ranks done. Raises what kept the last snapshot from being durable.
+        """End well: everything durable, all ranks done. Raises what kept the last snapshot from
+        being durable.
 
         ``run``: this was the trainer's run, so that the keeper learns that its work is done.
         """
@@ -449,7 +530,8 @@ class Session:
             self.open_epoch()  # the line goes on from the older snapshot that was readable
 
     def _mend(self, step: int) -> None:
-        """Before a snapshot: where its keeper is lost, go on with the next one. Notes that the snapshot is handed in."""
+        """Before a snapshot: where its keeper is lost, go on with the next one. Notes that the
+        snapshot is handed in."""
         if self._mending.needed:
             base = self.restored.id if self.restored is not None else None
             self.epoch = self._mending.fail_over(step, epoch=self.epoch, base=base) or self.epoch

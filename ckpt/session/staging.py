@@ -1,4 +1,5 @@
-"""From live objects to a sealed slot: capture, ownership, copy. The only part of a save that training waits for."""
+"""From live objects to a sealed slot: capture, ownership, copy. The only part of a save that
+training waits for."""
 
 from __future__ import annotations
 
@@ -44,24 +45,33 @@ class StagedSlot:
 
     def sealed(self) -> SealedSlot:
         """What a persister takes."""
-        return SealedSlot(index=self.index, data=self.slot.data[:], release=self.release, shared=self.shared)
+        return SealedSlot(
+            index=self.index, data=self.slot.data[:], release=self.release, shared=self.shared
+        )
 
 
 class Stager:
     """Stages one rank's share of the state. Keeps plan, layout and slots between snapshots.
 
-    Used by one thread. ``agree`` compares replicas the first time that a set of them is met. ``short`` hears once that memory
-    is short in mid-training.
+    Used by one thread. ``agree`` compares replicas the first time that a set of them is met.
+    ``short`` hears once that memory is short in mid-training.
     """
 
     def __init__(
-        self, world: World, *, slots: int, threads: int | None, compare_replicas: CompareReplicas,
+        self,
+        world: World,
+        *,
+        slots: int,
+        threads: int | None,
+        compare_replicas: CompareReplicas,
         on_short: Callable[[UsageError], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._world = world
         self._count = slots
         self._threads = threads or THREADS_DEFAULT
-        self._helpers = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="ckpt-stage")
+        self._helpers = ThreadPoolExecutor(
+            max(1, self._threads - 1), thread_name_prefix="ckpt-stage"
+        )
         self._agree = compare_replicas
         self._short = on_short
         self._staged_once = False
@@ -77,22 +87,31 @@ class Stager:
         """Of the epoch that is staged in: see ``StagedIndex``."""
 
     def use_regions(self, regions: Regions) -> None:
-        """Take the slots' memory from there. Before the first snapshot and the first ``prepare``."""
+        """Take the slots' memory from there. Before the first snapshot and the first
+        ``prepare``."""
         if self._pool is not None:
             raise InternalError("slots are laid out already.")
         self._regions = regions
 
     def prepare(self, items: Mapping[str, object]) -> None:
-        """Lay the slots out and pre-fault them in the background, so that the first snapshot is as quick as the rest."""
+        """Lay the slots out and pre-fault them in the background, so that the first snapshot is as
+        quick as the rest."""
         self._layout(self._capture(items))
 
     def stage(
-        self, items: Mapping[str, object], snapshot: SnapshotId, *, metadata: Mapping[str, Fact], wait_s: float
+        self,
+        items: Mapping[str, object],
+        snapshot: SnapshotId,
+        *,
+        metadata: Mapping[str, Fact],
+        wait_s: float,
     ) -> StagedSlot:
-        """Copy this rank's share of ``items`` into a slot and seal it. Costs one memcpy of it and one digest pass in cache.
+        """Copy this rank's share of ``items`` into a slot and seal it. Costs one memcpy of it and
+        one digest pass in cache.
 
-        Raises UnavailableError where no slot is free within ``wait_s`` seconds, or where memory is short now and was not
-        before, UsageError for what can't be captured or never fitted in memory.
+        Raises UnavailableError where no slot is free within ``wait_s`` seconds, or where memory is
+        short now and was not before, UsageError for what can't be captured or never fitted in
+        memory.
         """
         capture = self._capture(items)
         plan, pool = self._layout(capture)
@@ -100,19 +119,25 @@ class Stager:
         if slot is None:
             short = f"; {pool.shortage}" if pool.shortage is not None else ""
             raise UnavailableError(
-                f"all slots are held by uploads. snapshot={snapshot} slots={pool.count} waited_s={wait_s:g}; "
-                f"the store is too slow for this interval: save less often or allow more slots{short}"
+                f"all slots are held by uploads. snapshot={snapshot} slots={pool.count} "
+                f"waited_s={wait_s:g}; "
+                "the store is too slow for this interval: save less often or allow more "
+                f"slots{short}"
             )
         pin = slot.pin()  # before the seal, so that no other writer can take the slot in between
         try:
             slot.begin()
-            shards = plan.run(slot, objects=_objects(capture), executor=self._helpers, threads=self._threads)
+            shards = plan.run(
+                slot, objects=_objects(capture), executor=self._helpers, threads=self._threads
+            )
             index = StagedIndex(
                 snapshot=snapshot,
                 rank=self._world.rank,
                 world_size=self._world.size,
                 shards=shards,
-                aliases=tuple(leaf.leaf for leaf in capture.tensors if leaf.leaf.alias_of is not None),
+                aliases=tuple(
+                    leaf.leaf for leaf in capture.tensors if leaf.leaf.alias_of is not None
+                ),
                 metadata=metadata,
                 origin=self.origin,
             )
@@ -139,9 +164,11 @@ class Stager:
         return self._plan.capture()
 
     def _compare(self, tensors: Sequence[TensorLeaf]) -> None:
-        """Agree on replicas where their set is another than before: that changes on all their ranks at once or on none.
+        """Agree on replicas where their set is another than before: that changes on all their ranks
+        at once or on none.
 
-        A rank's own leaves may change at any time, and so may addresses; to wait for the other ranks then would be for ever.
+        A rank's own leaves may change at any time, and so may addresses; to wait for the other
+        ranks then would be for ever.
         """
         shared = [leaf for leaf in tensors if len(leaf.replicas) > 1]
         found = tuple((leaf.leaf, leaf.box, leaf.replicas) for leaf in shared)
@@ -155,12 +182,17 @@ class Stager:
             self._compare(capture.tensors)
             self._copy = CopyPlan.build([*_tensors(capture, self._world.rank), *_objects(capture)])
             self._seen = capture.tensors
-        needed_bytes = max(self._copy.data_bytes, self._copy.needed_bytes([leaf.data for leaf in capture.objects]))
+        needed_bytes = max(
+            self._copy.data_bytes, self._copy.needed_bytes([leaf.data for leaf in capture.objects])
+        )
         if self._pool is None:
             self._pool = SlotPool(
-                count=self._count, data_bytes=needed_bytes, header_bytes=self._copy.header_bytes, regions=self._regions,
+                count=self._count,
+                data_bytes=needed_bytes,
+                header_bytes=self._copy.header_bytes,
+                regions=self._regions,
                 on_short=self._short,
-            )  # fmt: skip
+            )
         else:
             self._grow(self._pool, needed_bytes, self._copy.header_bytes)
         return self._copy, self._pool
@@ -182,29 +214,38 @@ class Stager:
 
 
 def replicated_leaves(shared: Sequence[TensorLeaf]) -> dict[str, tuple[int, str]]:
-    """For each group of replicas, by digest of its ranks: how many they are, and a digest of what they hold, in order. Pure."""
+    """For each group of replicas, by digest of its ranks: how many they are, and a digest of what
+    they hold, in order. Pure."""
     groups: dict[tuple[int, ...], list[tuple[Leaf, Box]]] = {}
     for one in shared:
         groups.setdefault(one.replicas, []).append((one.leaf, one.box))
     encode = msgspec.json.encode
-    return {digest_hex(encode(ranks)): (len(ranks), digest_hex(encode(held))) for ranks, held in groups.items()}
+    return {
+        digest_hex(encode(ranks)): (len(ranks), digest_hex(encode(held)))
+        for ranks, held in groups.items()
+    }
 
 
 def _tensors(capture: Capture, rank: int) -> Iterator[CopySource]:
-    """What this rank stages of each tensor: all of it, or its share of what replicas hold too. Aliases have no bytes."""
+    """What this rank stages of each tensor: all of it, or its share of what replicas hold too.
+    Aliases have no bytes."""
     own = [leaf for leaf in capture.tensors if leaf.leaf.alias_of is None]
     shared = [leaf for leaf in own if len(leaf.replicas) > 1]
     for leaf in own:
         if len(leaf.replicas) == 1:
             yield CopySource(leaf.leaf, leaf.box, leaf.tensor)
-    groups = [ReplicatedBox(leaf.box, DTYPE_BYTES[leaf.leaf.dtype], leaf.replicas) for leaf in shared]
+    groups = [
+        ReplicatedBox(leaf.box, DTYPE_BYTES[leaf.leaf.dtype], leaf.replicas) for leaf in shared
+    ]
     for share in owned_boxes(groups, rank=rank):
         leaf = shared[share.index]
         yield CopySource(leaf.leaf, leaf.box, leaf.tensor, share.box)
 
 
 def _objects(capture: Capture) -> list[CopySource]:
-    return [CopySource(leaf.leaf, Box.whole(leaf.leaf.shape), leaf.data) for leaf in capture.objects]
+    return [
+        CopySource(leaf.leaf, Box.whole(leaf.leaf.shape), leaf.data) for leaf in capture.objects
+    ]
 
 
 # Replicas must be equal: compared by digest once, the first time that a set of replicated leaves
@@ -218,12 +259,18 @@ NAMED_MAX = 5
 
 
 def compare_replicas(
-    channel: CountingMailbox, leaves: Sequence[TensorLeaf], *, n: int, stop: Callable[[], bool] | None = None
+    channel: CountingMailbox,
+    leaves: Sequence[TensorLeaf],
+    *,
+    n: int,
+    stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Check that every replica of ``leaves`` has the same bytes. All ranks call it with the same ``n``, counted up.
+    """Check that every replica of ``leaves`` has the same bytes. All ranks call it with the same
+    ``n``, counted up.
 
-    Costs one digest pass over the local copies and one message a rank. Waits for the other ranks' digests; once ``stop()`` is
-    true that raises UnavailableError. Raises UsageError naming the leaves that differ.
+    Costs one digest pass over the local copies and one message a rank. Waits for the other ranks'
+    digests; once ``stop()`` is true that raises UnavailableError. Raises UsageError naming the
+    leaves that differ.
     """
     if channel.size == 1:
         return
@@ -250,8 +297,10 @@ def compare_replicas(
         named = ", ".join(differing[:NAMED_MAX])
         more = f" and {len(differing) - NAMED_MAX} more" if len(differing) > NAMED_MAX else ""
         raise UsageError(
-            f"replicas differ between ranks, so they are not one tensor. leaves={named}{more}; synchronise them (a "
-            "data-parallel wrapper broadcasts parameters once, when it is made), or track the unwrapped module to store each "
+            f"replicas differ between ranks, so they are not one tensor. leaves={named}{more}; "
+            "synchronise them (a "
+            "data-parallel wrapper broadcasts parameters once, when it is made), or track the "
+            "unwrapped module to store each "
             "rank's own"
         )
 

@@ -1,4 +1,5 @@
-"""Copying live tensors into a slot at memory speed, and digesting each block while it is in cache."""
+"""Copying live tensors into a slot at memory speed, and digesting each block while it is in
+cache."""
 
 from __future__ import annotations
 
@@ -29,18 +30,23 @@ from ckpt.values import CHUNK_BYTES, DTYPE_BYTES, Box, Digest, Leaf, StagedShard
 class HostCopies:
     """Starts copies from CUDA tensors; costs nothing where there are none. Not thread-safe.
 
-    A slot is registered with CUDA at its first copy and unregistered before it is freed. Where registering is refused (a
-    limit on locked memory) the copies still happen, slower, through CUDA's own buffers.
+    A slot is registered with CUDA at its first copy and unregistered before it is freed. Where
+    registering is refused (a limit on locked memory) the copies still happen, slower, through
+    CUDA's own buffers.
     """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @contextmanager
-    def running(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], slot: Slot) -> Iterator[None]:
-        """Start copying each CUDA tensor into its view of ``slot``, after what its device's current stream has queued.
+    def running(
+        self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], slot: Slot
+    ) -> Iterator[None]:
+        """Start copying each CUDA tensor into its view of ``slot``, after what its device's current
+        stream has queued.
 
-        All bytes are in the slot when the block ends, however it ends. Raises RuntimeError where a device failed.
+        All bytes are in the slot when the block ends, however it ends. Raises RuntimeError where a
+        device failed.
         """
         used: dict[torch.device, torch.cuda.Stream] = {}
         try:
@@ -78,23 +84,27 @@ BLOCK_BYTES = 512 << 10
 """Copied, then digested while still in cache; 4 MiB blocks took 1.3 times as long."""
 
 BATCH_BYTES = 16 << 20
-"""Chunks that a thread takes at a time: few hand-overs, and no thread is left with much at the end."""
+"""Chunks that a thread takes at a time: few hand-overs, and no thread is left with much at the
+end."""
 
 TINY_BYTES = 64 << 10
-"""Shards up to this size are copied without giving up the interpreter's lock: taking it back would cost more."""
+"""Shards up to this size are copied without giving up the interpreter's lock: taking it back would
+cost more."""
 
 THREADS_DEFAULT = 2
-"""Two threads reach 1.3 to 1.4 times the speed of one; more take cores from training for nothing."""
+"""Two threads reach 1.3 to 1.4 times the speed of one; more take cores from training for
+nothing."""
 
 OBJECT_GROWTH_BYTES = 64 << 10
 """What objects may grow by, beside doubling, before a slot is too small for them."""
 
 _memmove = ctypes.memmove
-_memmove_tiny = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
-)
+_memmove_tiny = ctypes.PYFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+)(ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
 
-# One chunk: where it lies (0: in the slot already), its offset in the data area, its length, its place among the digests.
+# One chunk: where it lies (0: in the slot already), its offset in the data area, its length, its
+# place among the digests.
 _Chunk = tuple[int, int, int, int]
 
 
@@ -102,8 +112,9 @@ _Chunk = tuple[int, int, int, int]
 class CopySource:
     """One leaf's bytes on this rank.
 
-    ``source`` is the live local tensor (any strides and device) holding ``box`` of the leaf, or an object's bytes. ``owned``
-    is the part of ``box``, in the leaf's coordinates, that this rank stages; None: all of it.
+    ``source`` is the live local tensor (any strides and device) holding ``box`` of the leaf, or an
+    object's bytes. ``owned`` is the part of ``box``, in the leaf's coordinates, that this rank
+    stages; None: all of it.
     """
 
     leaf: Leaf
@@ -136,13 +147,16 @@ class _PlannedShard:
 class CopyPlan:
     """Where everything goes in a slot, fixed once and run for each snapshot. Not thread-safe.
 
-    The plan keeps its tensors alive and remembers where their bytes lay; when something moved it must be built anew. Objects,
-    whose length varies, lie behind the tensors and are laid out at each run.
+    The plan keeps its tensors alive and remembers where their bytes lay; when something moved it
+    must be built anew. Objects, whose length varies, lie behind the tensors and are laid out at
+    each run.
     """
 
     def __init__(self, sources: Sequence[CopySource]) -> None:
         self._objects = [source for source in sources if isinstance(source.source, bytes)]
-        shapes, tensors = _shards([source for source in sources if not isinstance(source.source, bytes)])
+        shapes, tensors = _shards(
+            [source for source in sources if not isinstance(source.source, bytes)]
+        )
         self._shapes = shapes
         self._tensors = tensors
         self._pointers = [tensor.data_ptr() for tensor in tensors]
@@ -151,15 +165,20 @@ class CopyPlan:
         plain = [_is_plain(tensor) for tensor in tensors]
         self._via_torch = [i for i, shape in enumerate(shapes) if shape.size_bytes and not plain[i]]
         self._batches = _batches(
-            (shape, pointer) for shape, pointer, is_plain in zip(shapes, self._pointers, plain, strict=True) if is_plain
+            (shape, pointer)
+            for shape, pointer, is_plain in zip(shapes, self._pointers, plain, strict=True)
+            if is_plain
         )
         self._late_batches = _batches((shapes[i], 0) for i in self._via_torch)
         self._host_copies = HostCopies()
-        self._views: weakref.WeakKeyDictionary[Slot, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+        self._views: weakref.WeakKeyDictionary[Slot, list[torch.Tensor]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     @classmethod
     def build(cls, sources: Sequence[CopySource]) -> CopyPlan:
-        """Lay ``sources`` out. Raises UsageError for a dtype that is not recorded or a box that its tensor doesn't fill.
+        """Lay ``sources`` out. Raises UsageError for a dtype that is not recorded or a box that its
+        tensor doesn't fill.
 
         O(sources + chunks); reads no tensor memory.
         """
@@ -167,20 +186,29 @@ class CopyPlan:
 
     @property
     def data_bytes(self) -> int:
-        """Data area a slot needs: tensors, the objects given to ``build``, and room for these to double."""
+        """Data area a slot needs: tensors, the objects given to ``build``, and room for these to
+        double."""
         objects = [_data(source) for source in self._objects]
-        return round_to_pages(self.needed_bytes(objects) + sum(map(len, objects)) + OBJECT_GROWTH_BYTES)
+        return round_to_pages(
+            self.needed_bytes(objects) + sum(map(len, objects)) + OBJECT_GROWTH_BYTES
+        )
 
     @property
     def header_bytes(self) -> int:
-        """Header area a slot needs for this plan's index, with user metadata and an alias for each leaf; never too little."""
+        """Header area a slot needs for this plan's index, with user metadata and an alias for each
+        leaf; never too little."""
         leaves = [shape.leaf for shape in self._shapes] + [source.leaf for source in self._objects]
-        index = sum(400 + 4 * len(leaf.name) + 40 * len(leaf.shape) for leaf in leaves) + 20 * self._digest_count
+        index = (
+            sum(400 + 4 * len(leaf.name) + 40 * len(leaf.shape) for leaf in leaves)
+            + 20 * self._digest_count
+        )
         return max(HEADER_BYTES_DEFAULT, round_to_pages(2 * index + (4 << 20)))
 
     def needed_bytes(self, objects: Sequence[bytes]) -> int:
         """Data area that a run with these objects needs."""
-        return round_to_pages(max(1, lay_out([len(data) for data in objects], start=self._tensor_bytes)[1]))
+        return round_to_pages(
+            max(1, lay_out([len(data) for data in objects], start=self._tensor_bytes)[1])
+        )
 
     def run(
         self,
@@ -190,17 +218,20 @@ class CopyPlan:
         executor: Executor | None = None,
         threads: int = THREADS_DEFAULT,
     ) -> tuple[StagedShard, ...]:
-        """Copy everything into a begun ``slot`` and digest it; tensors first, in the order given, then objects.
+        """Copy everything into a begun ``slot`` and digest it; tensors first, in the order given,
+        then objects.
 
-        ``objects`` replaces those given to ``build``. The caller's thread works, and up to ``threads - 1`` of ``executor``
-        (none without one). Raises UsageError where the slot is too small (nothing is written then) and InternalError where
-        a tensor moved since the plan was built.
+        ``objects`` replaces those given to ``build``. The caller's thread works, and up to
+        ``threads - 1`` of ``executor`` (none without one). Raises UsageError where the slot is too
+        small (nothing is written then) and InternalError where a tensor moved since the plan was
+        built.
         """
         found = self._objects if objects is None else list(objects)
         needed = self.needed_bytes([_data(source) for source in found])
         if needed > len(slot.data):
             raise UsageError(
-                f"the slot is too small. needed_bytes={needed} slot_bytes={len(slot.data)} resize the pool to the plan"
+                f"the slot is too small. needed_bytes={needed} slot_bytes={len(slot.data)} resize "
+                "the pool to the plan"
             )
         if slot.valid or not slot.writing:
             raise InternalError(f"a slot is written that was not begun. slot={slot.number}")
@@ -212,20 +243,32 @@ class CopyPlan:
             for source, target in self._pairs(slot, device=False):
                 target.copy_(source)
         crew.run(lambda batches: _copy_batches(slot, batches, digests), self._late_batches)
-        return (*(shape.staged(digests) for shape in self._shapes), *self._copy_objects(slot, found))
+        return (
+            *(shape.staged(digests) for shape in self._shapes),
+            *self._copy_objects(slot, found),
+        )
 
     def _check_pointers(self) -> None:
         now = [tensor.data_ptr() for tensor in self._tensors]
         if now != self._pointers:
-            moved = [s.leaf.name for s, a, b in zip(self._shapes, now, self._pointers, strict=True) if a != b]
-            raise InternalError(f"tensors moved after the copy was planned. leaves={moved[:5]} count={len(moved)}")
+            moved = [
+                s.leaf.name
+                for s, a, b in zip(self._shapes, now, self._pointers, strict=True)
+                if a != b
+            ]
+            raise InternalError(
+                f"tensors moved after the copy was planned. leaves={moved[:5]} count={len(moved)}"
+            )
 
     def _pairs(self, slot: Slot, *, device: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What torch must copy, as (live tensor, view of the slot): from CUDA devices, or from anywhere else."""
+        """What torch must copy, as (live tensor, view of the slot): from CUDA devices, or from
+        anywhere else."""
         if not self._via_torch:
             return
         if slot not in self._views:
-            self._views[slot] = [_view(slot, self._shapes[i], self._tensors[i]) for i in self._via_torch]
+            self._views[slot] = [
+                _view(slot, self._shapes[i], self._tensors[i]) for i in self._via_torch
+            ]
         for i, target in zip(self._via_torch, self._views[slot], strict=True):
             if (self._tensors[i].device.type == "cuda") == device:
                 yield _bits(self._tensors[i]), target
@@ -238,15 +281,26 @@ class CopyPlan:
             for start in range(0, len(data), CHUNK_BYTES):
                 piece = data[start : start + CHUNK_BYTES]
                 slot.data[offset + start : offset + start + len(piece)] = piece
-                digests.append(xxhash.xxh3_128_digest(slot.data[offset + start : offset + start + len(piece)]))
+                digests.append(
+                    xxhash.xxh3_128_digest(slot.data[offset + start : offset + start + len(piece)])
+                )
             leaf = replace(source.leaf, dtype="uint8", shape=(len(data),))
             box = Box.whole(leaf.shape)
-            yield StagedShard(leaf=leaf, box=box, offset_bytes=offset, size_bytes=len(data), digests=tuple(digests))
+            yield StagedShard(
+                leaf=leaf,
+                box=box,
+                offset_bytes=offset,
+                size_bytes=len(data),
+                digests=tuple(digests),
+            )
 
 
 def _shards(sources: Sequence[CopySource]) -> tuple[list[_PlannedShard], list[torch.Tensor]]:
     tensors = [_owned_tensor(source) for source in sources]
-    sizes = [tensor.numel() * DTYPE_BYTES[source.leaf.dtype] for source, tensor in zip(sources, tensors, strict=True)]
+    sizes = [
+        tensor.numel() * DTYPE_BYTES[source.leaf.dtype]
+        for source, tensor in zip(sources, tensors, strict=True)
+    ]
     offsets, _ = lay_out(sizes)
     firsts = itertools.accumulate((-(-size // CHUNK_BYTES) for size in sizes), initial=0)
     shapes = [
@@ -260,36 +314,57 @@ def _owned_tensor(source: CopySource) -> torch.Tensor:
     tensor, leaf, box = source.source, source.leaf, source.box
     assert isinstance(tensor, torch.Tensor), "objects are laid out apart"
     itemsize = DTYPE_BYTES.get(leaf.dtype)
-    if itemsize is None or tensor.dtype != getattr(torch, leaf.dtype, None) or tensor.element_size() != itemsize:
+    if (
+        itemsize is None
+        or tensor.dtype != getattr(torch, leaf.dtype, None)
+        or tensor.element_size() != itemsize
+    ):
         raise UsageError(
-            f"a dtype that cannot be staged. leaf={leaf.name!r} dtype={tensor.dtype} recorded={leaf.dtype}"
+            f"a dtype that cannot be staged. leaf={leaf.name!r} dtype={tensor.dtype} "
+            f"recorded={leaf.dtype}"
         )
     if tuple(tensor.shape) != box.sizes or tensor.layout != torch.strided:
         raise UsageError(
-            f"the tensor does not fill its box. leaf={leaf.name!r} shape={tuple(tensor.shape)} box={box.sizes} "
+            f"the tensor does not fill its box. leaf={leaf.name!r} shape={tuple(tensor.shape)} "
+            f"box={box.sizes} "
             f"layout={tensor.layout}"
         )
     whole = zip(box.offsets, box.sizes, leaf.shape, strict=False)
     why = leaf_problem(leaf, world_size=(leaf.rank or 0) + 1, alias=False)
-    if why or len(box.sizes) != len(leaf.shape) or any(at < 0 or at + size > most for at, size, most in whole):
-        raise UsageError(f"a leaf that cannot be recorded. {why or f'box outside its leaf. leaf={leaf} box={box}'}")
+    if (
+        why
+        or len(box.sizes) != len(leaf.shape)
+        or any(at < 0 or at + size > most for at, size, most in whole)
+    ):
+        raise UsageError(
+            "a leaf that cannot be recorded. "
+            f"{why or f'box outside its leaf. leaf={leaf} box={box}'}"
+        )
     tensor = tensor.detach()
     if source.owned is not None:
-        for dim, (start, size) in enumerate(zip(source.owned.offsets, source.owned.sizes, strict=True)):
+        for dim, (start, size) in enumerate(
+            zip(source.owned.offsets, source.owned.sizes, strict=True)
+        ):
             tensor = tensor.narrow(dim, start - box.offsets[dim], size)
     return tensor
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor's bytes lie in host memory as they are to be stored."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as integers of the same size, so that no copy looks at it as numbers; lazy conj and neg need numbers."""
+    """The tensor as integers of the same size, so that no copy looks at it as numbers; lazy conj
+    and neg need numbers."""
     kind = _SAME_SIZE_INT.get(tensor.element_size())
     return tensor if kind is None or tensor.is_conj() or tensor.is_neg() else tensor.view(kind)
 
@@ -307,7 +382,8 @@ def _data(source: CopySource) -> bytes:
 
 
 def _batches(sources: Iterable[tuple[_PlannedShard, int]]) -> list[list[_Chunk]]:
-    """The chunks of shards with the addresses of their bytes (0: they are in the slot already), in batches.
+    """The chunks of shards with the addresses of their bytes (0: they are in the slot already), in
+    batches.
 
     All tiny shards make one batch, the first.
     """
@@ -317,7 +393,12 @@ def _batches(sources: Iterable[tuple[_PlannedShard, int]]) -> list[list[_Chunk]]
     for shape, address in sources:
         for number, start in enumerate(range(0, shape.size_bytes, CHUNK_BYTES)):
             length = min(CHUNK_BYTES, shape.size_bytes - start)
-            chunk = (address and address + start, shape.offset_bytes + start, length, shape.first + number)
+            chunk = (
+                address and address + start,
+                shape.offset_bytes + start,
+                length,
+                shape.first + number,
+            )
             if shape.size_bytes <= TINY_BYTES:
                 tiny.append(chunk)
                 continue
@@ -336,11 +417,16 @@ class _CopyWorkers:
     executor: Executor | None
     threads: int
 
-    def run(self, worker: Callable[[Iterator[list[_Chunk]]], None], work: list[list[_Chunk]]) -> None:
+    def run(
+        self, worker: Callable[[Iterator[list[_Chunk]]], None], work: list[list[_Chunk]]
+    ) -> None:
         shared = iter(work)  # a list's iterator hands each batch out once, to whichever thread asks
         helpers: list[Future[None]] = []
         if self.executor is not None:
-            helpers = [self.executor.submit(worker, shared) for _ in range(min(self.threads, len(work)) - 1)]
+            helpers = [
+                self.executor.submit(worker, shared)
+                for _ in range(min(self.threads, len(work)) - 1)
+            ]
         try:
             worker(shared)
         finally:
@@ -357,7 +443,9 @@ def _copy_batches(slot: Slot, batches: Iterator[list[_Chunk]], digests: list[Dig
         for source, offset, length, place in batch:
             if length <= BLOCK_BYTES:
                 if source:
-                    (_memmove_tiny if length <= TINY_BYTES else _memmove)(base + offset, source, length)
+                    (_memmove_tiny if length <= TINY_BYTES else _memmove)(
+                        base + offset, source, length
+                    )
                 digests[place] = one_shot(view[offset : offset + length])
                 continue
             hasher = streaming()

@@ -1,12 +1,14 @@
-"""The header of a slot: the order of its writes, and reading it back from the bytes alone. No torch.
+"""The header of a slot: the order of its writes, and reading it back from the bytes alone. No
+torch.
 
 A header is eight words in native byte order, then the index:
 
     0 magic   1 format version   2 state   3 header_bytes   4 data_bytes   5 index_bytes   6, 7 digest   64.. the index
 
-``state`` is ``generation << 1 | valid``: one aligned 8-byte store changes both together. A writer makes the state invalid
-under a new generation before it touches anything else, and valid after everything else. The digest covers generation,
-lengths and the index (msgpack of a StagedIndex), so words of two generations never verify together.
+``state`` is ``generation << 1 | valid``: one aligned 8-byte store changes both together. A writer
+makes the state invalid under a new generation before it touches anything else, and valid after
+everything else. The digest covers generation, lengths and the index (msgpack of a StagedIndex), so
+words of two generations never verify together.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ _STATE = 2
 
 
 class Header:
-    """The header of one slot that this process writes. ``memory`` is the whole slot. Not thread-safe."""
+    """The header of one slot that this process writes. ``memory`` is the whole slot. Not
+    thread-safe."""
 
     __slots__ = ("_fence", "_header_bytes", "_memory", "_words")
 
     def __init__(self, memory: memoryview, *, header_bytes: int) -> None:
         if header_bytes < PAGE_BYTES or header_bytes % PAGE_BYTES or header_bytes > len(memory):
-            raise UsageError(f"header is not whole pages inside the slot. header_bytes={header_bytes}")
+            raise UsageError(
+                f"header is not whole pages inside the slot. header_bytes={header_bytes}"
+            )
         self._memory = memory
         self._header_bytes = header_bytes
         self._words = memory[: _WORDS * 8].cast("Q")
@@ -60,11 +65,14 @@ class Header:
         return bool(self._words[_STATE] & 1)
 
     def begin(self) -> int:
-        """Turn the header invalid under the next generation, which is returned. Before any other write."""
+        """Turn the header invalid under the next generation, which is returned. Before any other
+        write."""
         generation = self.generation + 1
         with self._fence:
             self._words[_STATE] = generation << 1
-        with self._fence:  # giving up a lock and taking it again keeps later stores behind the one above
+        with (
+            self._fence
+        ):  # giving up a lock and taking it again keeps later stores behind the one above
             self._words[0] = MAGIC
             self._words[1] = FORMAT_VERSION
             self._words[3] = self._header_bytes
@@ -74,7 +82,8 @@ class Header:
     def seal(self, index: StagedIndex) -> None:
         """Write the index and its digest, then turn the header valid with one store.
 
-        Raises UsageError where the index doesn't fit. The index is the caller's promise and not looked into: readers do.
+        Raises UsageError where the index doesn't fit. The index is the caller's promise and not
+        looked into: readers do.
         """
         if self.valid:
             raise InternalError("a slot is sealed that was not begun.")
@@ -83,7 +92,8 @@ class Header:
         room = min(self._header_bytes - INDEX_OFFSET_BYTES, INDEX_BYTES_MAX)
         if len(encoded) > room:
             raise UsageError(
-                f"the index does not fit the slot's header. index_bytes={len(encoded)} room_bytes={room} "
+                f"the index does not fit the slot's header. index_bytes={len(encoded)} "
+                f"room_bytes={room} "
                 "give the pool more header_bytes"
             )
         with self._fence:
@@ -91,7 +101,9 @@ class Header:
             self._words[5] = len(encoded)
             seal = _seal(self.generation, self._header_bytes, data_bytes, encoded)
             self._words[6], self._words[7] = struct.unpack("=2Q", seal)
-        with self._fence:  # as above: nothing of the block before may become visible after this store
+        with (
+            self._fence
+        ):  # as above: nothing of the block before may become visible after this store
             self._words[_STATE] = self._words[_STATE] | 1
 
 
@@ -100,16 +112,20 @@ def encode_index(index: StagedIndex) -> bytes:
     try:
         return msgspec.msgpack.encode(index)
     except (OverflowError, UnicodeError, TypeError) as error:
-        raise UsageError(f"the index cannot be written. snapshot={index.snapshot} why={error}") from error
+        raise UsageError(
+            f"the index cannot be written. snapshot={index.snapshot} why={error}"
+        ) from error
 
 
 def read_slot(memory: memoryview) -> tuple[StagedIndex, int] | None:
-    """The index and generation of a sealed slot, from its bytes alone; ``memory`` is header and data.
+    """The index and generation of a sealed slot, from its bytes alone; ``memory`` is header and
+    data.
 
-    None for a slot that is not sealed (never was, is being written, or its writer died meanwhile) or was overwritten
-    while it was read. Raises IntegrityError where it claims to be sealed and contradicts itself. Trusts nothing, allocates no
-    more than the header's own size. Data is not read: compare ``generation_of`` after copying, and each chunk's digest.
-    Costs some ten microseconds a shard; ``read_summary`` far less.
+    None for a slot that is not sealed (never was, is being written, or its writer died meanwhile)
+    or was overwritten while it was read. Raises IntegrityError where it claims to be sealed and
+    contradicts itself. Trusts nothing, allocates no more than the header's own size. Data is not
+    read: compare ``generation_of`` after copying, and each chunk's digest. Costs some ten
+    microseconds a shard; ``read_summary`` far less.
     """
     found = _encoded(memory)
     if found is None:
@@ -132,13 +148,15 @@ class SlotSummary(msgspec.Struct, frozen=True):
 
 
 def read_summary(memory: memoryview) -> tuple[SlotSummary, int] | None:
-    """As ``read_slot``, but only what the slot holds: the index is compared with its digest and not looked into."""
+    """As ``read_slot``, but only what the slot holds: the index is compared with its digest and not
+    looked into."""
     found = _encoded(memory)
     return None if found is None else (_decode(found[0], SlotSummary), found[1])
 
 
 def _encoded(memory: memoryview) -> tuple[bytes, int, int] | None:
-    """A sealed slot's index as it is written, its generation and its data area's length; the digest is right."""
+    """A sealed slot's index as it is written, its generation and its data area's length; the digest
+    is right."""
     generation = generation_of(memory)
     if generation is None:
         return None
@@ -148,7 +166,9 @@ def _encoded(memory: memoryview) -> tuple[bytes, int, int] | None:
     encoded = b"" if why else bytes(memory[INDEX_OFFSET_BYTES : INDEX_OFFSET_BYTES + index_bytes])
     if generation_of(memory) != generation:  # begun anew in between: what was read may be torn
         return None
-    if why is None and _seal(generation, header_bytes, data_bytes, encoded) != struct.pack("=2Q", words[6], words[7]):
+    if why is None and _seal(generation, header_bytes, data_bytes, encoded) != struct.pack(
+        "=2Q", words[6], words[7]
+    ):
         why = "the index differs from its digest."
     if why is not None:
         raise IntegrityError(f"a sealed slot contradicts itself. {why} generation={generation}")
@@ -156,7 +176,8 @@ def _encoded(memory: memoryview) -> tuple[bytes, int, int] | None:
 
 
 def generation_of(memory: memoryview) -> int | None:
-    """The generation of a sealed slot, or None where it isn't sealed. A reader that copied asks again: equal means whole."""
+    """The generation of a sealed slot, or None where it isn't sealed. A reader that copied asks
+    again: equal means whole."""
     if len(memory) < PAGE_BYTES:
         return None
     words = memory[: _WORDS * 8].cast("Q")
@@ -165,7 +186,8 @@ def generation_of(memory: memoryview) -> int | None:
 
 
 def header_bytes_of(memory: memoryview) -> int | None:
-    """The header area of a slot that was begun at least once, or None: it never was, or says what can't be."""
+    """The header area of a slot that was begun at least once, or None: it never was, or says what
+    can't be."""
     if len(memory) < PAGE_BYTES:
         return None
     words = memory[: _WORDS * 8].cast("Q")
@@ -178,7 +200,11 @@ def _header_problem(words: list[int], size_bytes: int) -> str | None:
     if words[1] != FORMAT_VERSION:
         return f"unknown format version. found={words[1]} known={FORMAT_VERSION}"
     header_bytes, data_bytes, index_bytes = words[3], words[4], words[5]
-    if header_bytes % PAGE_BYTES or header_bytes < PAGE_BYTES or header_bytes + data_bytes != size_bytes:
+    if (
+        header_bytes % PAGE_BYTES
+        or header_bytes < PAGE_BYTES
+        or header_bytes + data_bytes != size_bytes
+    ):
         return f"lengths differ from the slot. header_bytes={header_bytes} data_bytes={data_bytes} size={size_bytes}"
     if index_bytes > min(INDEX_BYTES_MAX, header_bytes - INDEX_OFFSET_BYTES):
         return f"index longer than its area. index_bytes={index_bytes}"

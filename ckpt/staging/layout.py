@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckpt.format.part_rules import leaf_problem
-from ckpt.values import CHUNK_BYTES, DIGEST_BYTES, DTYPE_BYTES, PAGE_BYTES, Leaf, StagedIndex, StagedShard
+from ckpt.values import (
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    DTYPE_BYTES,
+    PAGE_BYTES,
+    Leaf,
+    StagedIndex,
+    StagedShard,
+)
 
 # Where shards lie in a slot. Pure.
 
 SMALL_ALIGN_BYTES = 64
-"""Alignment of shards smaller than a page: a cache line, so that the copying of one never touches another's."""
+"""Alignment of shards smaller than a page: a cache line, so that the copying of one never touches
+another's."""
 
 
 def lay_out(sizes_bytes: Sequence[int], *, start: int = 0) -> tuple[list[int], int]:
     """Offsets for shards of these sizes from ``start`` on, and where the last one ends.
 
-    A shard of a page or more starts on a page, so that direct I/O can take it as it lies; smaller ones are packed together
-    behind them, and empty ones lie at ``start``. Within both groups the order is the one given.
+    A shard of a page or more starts on a page, so that direct I/O can take it as it lies; smaller
+    ones are packed together behind them, and empty ones lie at ``start``. Within both groups the
+    order is the one given.
     """
     offsets = [start] * len(sizes_bytes)
     at = _up(start, PAGE_BYTES)
@@ -37,7 +47,8 @@ def _up(value: int, step: int) -> int:
 
 
 def index_problem(index: StagedIndex, *, data_bytes: int) -> str | None:
-    """What makes ``index`` unfit for a slot whose data area has ``data_bytes``, as ``fact. key=value``, or None."""
+    """What makes ``index`` unfit for a slot whose data area has ``data_bytes``, as ``fact.
+    key=value``, or None."""
     if not (0 <= index.rank < index.world_size):
         return f"rank outside its world. rank={index.rank} world_size={index.world_size}"
     if index.snapshot.epoch < 0 or index.snapshot.step < 0:

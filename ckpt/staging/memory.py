@@ -1,7 +1,9 @@
-"""Anonymous shared memory that other processes can be handed: creating, pre-faulting and protecting it. No torch.
+"""Anonymous shared memory that other processes can be handed: creating, pre-faulting and protecting
+it. No torch.
 
-On Linux a region is a memfd: it has no name, no limit of a mounted file system, and the kernel frees it with its last
-holder. Where memfds are missing it is an unlinked file; off Linux it is private memory that can't be handed on.
+On Linux a region is a memfd: it has no name, no limit of a mounted file system, and the kernel
+frees it with its last holder. Where memfds are missing it is an unlinked file; off Linux it is
+private memory that can't be handed on.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from ckpt.ipc.board import open_anonymous
 from ckpt.values import PAGE_BYTES
 
 PREFAULT_BYTES = 1 << 20
-"""Memory made present by one system call: about 2.5 ms of first touches, so that mmap and munmap never wait longer."""
+"""Memory made present by one system call: about 2.5 ms of first touches, so that mmap and munmap
+never wait longer."""
 
 _MADV_POPULATE_WRITE = 23
 _PROT_READ = 1
@@ -30,10 +33,12 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
 
 
 class Region:
-    """``size_bytes`` (a multiple of PAGE_BYTES) of zeroed, page-aligned memory, shared where the system can.
+    """``size_bytes`` (a multiple of PAGE_BYTES) of zeroed, page-aligned memory, shared where the
+    system can.
 
-    ``fd`` refers to it for handing on (None off Linux), ``view`` is all of it. Pages are taken on first touch. The region
-    owns its descriptor; its mapping lives until the last view of it is gone.
+    ``fd`` refers to it for handing on (None off Linux), ``view`` is all of it. Pages are taken on
+    first touch. The region owns its descriptor; its mapping lives until the last view of it is
+    gone.
     """
 
     fd: int | None
@@ -54,16 +59,20 @@ class Region:
 
     @classmethod
     def from_fd(cls, fd: int, size_bytes: int) -> Region:
-        """The memory that ``fd`` refers to, as it is: another process made it. Takes ``fd`` over, and closes it on errors.
+        """The memory that ``fd`` refers to, as it is: another process made it. Takes ``fd`` over,
+        and closes it on errors.
 
-        Raises IntegrityError where it is not that long: touching memory beyond a file's end kills the process.
+        Raises IntegrityError where it is not that long: touching memory beyond a file's end kills
+        the process.
         """
         region = cls.__new__(cls)
         try:
             _check_size(size_bytes)
             found = os.fstat(fd).st_size
             if found != size_bytes:
-                raise IntegrityError(f"shared memory of another size. size_bytes={size_bytes} found_bytes={found}")
+                raise IntegrityError(
+                    f"shared memory of another size. size_bytes={size_bytes} found_bytes={found}"
+                )
             region._take(fd, size_bytes)
         except BaseException:
             os.close(fd)
@@ -80,9 +89,11 @@ class Region:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def prefault(self, start: int, stop: int) -> Iterator[int]:
-        """Make the pages of a byte range present without changing a byte, PREFAULT_BYTES a time; yields where it is.
+        """Make the pages of a byte range present without changing a byte, PREFAULT_BYTES a time;
+        yields where it is.
 
-        Safe beside a writer of the same memory. Ends early where the system offers no way. Releases the GIL.
+        Safe beside a writer of the same memory. Ends early where the system offers no way. Releases
+        the GIL.
         """
         for at in range(start, stop, PREFAULT_BYTES):
             length = min(PREFAULT_BYTES, stop - at)
@@ -91,7 +102,8 @@ class Region:
             yield at + length
 
     def protect(self, *, writable: bool) -> None:
-        """Map the region read-only (a wild write then kills the process that made it) or writable again.
+        """Map the region read-only (a wild write then kills the process that made it) or writable
+        again.
 
         Costs about 16 ms a GiB. Raises OSError where the kernel refuses.
         """
@@ -116,7 +128,9 @@ class Region:
         if _LIBC is None:
             return False
         where = ctypes.c_void_p(self.address + start)
-        if sys.platform == "linux" and not _LIBC.madvise(where, ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
+        if sys.platform == "linux" and not _LIBC.madvise(
+            where, ctypes.c_size_t(length), _MADV_POPULATE_WRITE
+        ):
             return True
         if self.fd is None:
             return False
@@ -132,7 +146,9 @@ class Region:
 
 def _check_size(size_bytes: int) -> None:
     if size_bytes <= 0 or size_bytes % PAGE_BYTES:
-        raise UsageError(f"not a positive multiple of a page. size_bytes={size_bytes} page_bytes={PAGE_BYTES}")
+        raise UsageError(
+            f"not a positive multiple of a page. size_bytes={size_bytes} page_bytes={PAGE_BYTES}"
+        )
 
 
 def round_to_pages(size_bytes: int) -> int:
@@ -143,25 +159,32 @@ def round_to_pages(size_bytes: int) -> int:
 # How much memory this process may still take, by the machine and by its control groups. No torch.
 
 
-def available_bytes(*, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that can be taken without swapping or being killed, or None where the system doesn't say.
+def available_bytes(
+    *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Bytes that can be taken without swapping or being killed, or None where the system doesn't
+    say.
 
-    The least of the kernel's MemAvailable and what each control group above this process (v1 or v2) has left, page cache
-    that can be dropped not counted as used.
+    The least of the kernel's MemAvailable and what each control group above this process (v1 or v2)
+    has left, page cache that can be dropped not counted as used.
     """
     found = [left for left in (_machine(proc), *_groups(proc, cgroup)) if left is not None]
     return min(found, default=None)
 
 
-def check_available(needed_bytes: int, *, purpose: str, freed_bytes: int = 0, available: int | None = None) -> None:
-    """Raise UsageError where ``needed_bytes`` exceed what is available and what is about to be freed.
+def check_available(
+    needed_bytes: int, *, purpose: str, freed_bytes: int = 0, available: int | None = None
+) -> None:
+    """Raise UsageError where ``needed_bytes`` exceed what is available and what is about to be
+    freed.
 
     ``available`` replaces asking the system.
     """
     left = available_bytes() if available is None else available
     if left is not None and needed_bytes > left + freed_bytes:
         raise UsageError(
-            f"not enough memory for {purpose}. needed_bytes={needed_bytes} available_bytes={left + freed_bytes} "
+            f"not enough memory for {purpose}. needed_bytes={needed_bytes} "
+            f"available_bytes={left + freed_bytes} "
             "use fewer slots, shard the state over more ranks, or raise the memory limit"
         )
 
@@ -181,11 +204,14 @@ def _groups(proc: Path, root: Path) -> Iterator[int | None]:
                 yield _left(folder, "memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
             for folder in _upwards(root / "memory", path):
-                yield _left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                yield _left(
+                    folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+                )
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:
-    """The group's folder and those above it; a group whose folder isn't visible from in here yields what is."""
+    """The group's folder and those above it; a group whose folder isn't visible from in here yields
+    what is."""
     parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
     for length in range(len(parts), -1, -1):
         yield root.joinpath(*parts[:length])

@@ -4,8 +4,9 @@
         def opener(self, folder: Path) -> Callable[[], Backend]:
             return functools.partial(MyBackend, str(folder))
 
-runs the whole contract against ``MyBackend`` under pytest. Each call of the opener opens the same store again, as
-another writer would. ``BackendRaceContract`` adds races between processes, for which the opener must be picklable.
+runs the whole contract against ``MyBackend`` under pytest. Each call of the opener opens the same
+store again, as another writer would. ``BackendRaceContract`` adds races between processes, for
+which the opener must be picklable.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ def aligned_memory(size_bytes: int) -> memoryview:
 
 
 def buffer(size_bytes: int, *, aligned: bool, seed: int = 0, fill: int | None = None) -> memoryview:
-    """A buffer of bytes made from ``seed``, or of the byte ``fill``, that starts on a page boundary or one byte behind."""
+    """A buffer of bytes made from ``seed``, or of the byte ``fill``, that starts on a page boundary
+    or one byte behind."""
     memory = aligned_memory(size_bytes + 1)
     out = memory[:size_bytes] if aligned else memory[1:]
-    out[:] = random.Random(seed).randbytes(size_bytes) if fill is None else bytes([fill]) * size_bytes
+    out[:] = (
+        random.Random(seed).randbytes(size_bytes) if fill is None else bytes([fill]) * size_bytes
+    )
     return out
 
 
@@ -46,17 +50,23 @@ def buffer(size_bytes: int, *, aligned: bool, seed: int = 0, fill: int | None = 
 _ANSWER_S = 120.0
 
 
-def race_processes(opener: Callable[[], Backend], names: Sequence[str], *, racers: int) -> list[set[str]]:
-    """Let ``racers`` fresh processes create each of ``names``; returns which names each of them won.
+def race_processes(
+    opener: Callable[[], Backend], names: Sequence[str], *, racers: int
+) -> list[set[str]]:
+    """Let ``racers`` fresh processes create each of ``names``; returns which names each of them
+    won.
 
-    The processes meet before each name, so that their puts overlap. ``opener`` must be picklable. Process ``n`` writes
-    ``process n``. Raises TimeoutError where one does not answer within two minutes.
+    The processes meet before each name, so that their puts overlap. ``opener`` must be picklable.
+    Process ``n`` writes ``process n``. Raises TimeoutError where one does not answer within two
+    minutes.
     """
     context = multiprocessing.get_context("spawn")
     gate = context.Barrier(racers)
     pipes = [context.Pipe(duplex=False) for _ in range(racers)]
     processes = [
-        context.Process(target=_race, args=(opener, tuple(names), me, gate.wait, pipes[me][1]), daemon=True)
+        context.Process(
+            target=_race, args=(opener, tuple(names), me, gate.wait, pipes[me][1]), daemon=True
+        )
         for me in range(racers)
     ]
     for process in processes:
@@ -81,7 +91,11 @@ def _answer(pipe: Connection) -> set[str]:
 
 
 def _race(
-    opener: Callable[[], Backend], names: Sequence[str], me: int, meet: Callable[[float], int], answer: Connection
+    opener: Callable[[], Backend],
+    names: Sequence[str],
+    me: int,
+    meet: Callable[[float], int],
+    answer: Connection,
 ) -> None:
     store = opener()
     won = set()
@@ -99,15 +113,53 @@ def _race(
 Opener = Callable[[], Backend]
 
 HOSTILE_KEYS = (
-    "", "/", "/a", "a/", "a//b", ".", "..", "a/../b", "../a", "./a", "a/.", "a\\b", "a\0b", "a\nb", "\x7f", "\ud800",
-    "x" * 256, "/".join(["y" * 60] * 9), ".tmp/a", ".probe/a",
-)  # fmt: skip
+    "",
+    "/",
+    "/a",
+    "a/",
+    "a//b",
+    ".",
+    "..",
+    "a/../b",
+    "../a",
+    "./a",
+    "a/.",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    "\x7f",
+    "\ud800",
+    "x" * 256,
+    "/".join(["y" * 60] * 9),
+    ".tmp/a",
+    ".probe/a",
+)
 """Names that no store may take as a key."""
 
 ODD_KEYS = (
-    "a", "a b", "a+b%20c", "a#b?c&d=e", "[a]*{b}", "~", "~a/b", "-rf", "ключ/キー", "e\u0301", "\u00e9", "\U0001f600",
-    "a:b", "a;b@c", "'\"<>|", ".hidden/.dot", "..two/..dots", "tmp/.tmp", "C:/x", "w" * 255, "a=b/c=d", "x.json.gz",
-)  # fmt: skip
+    "a",
+    "a b",
+    "a+b%20c",
+    "a#b?c&d=e",
+    "[a]*{b}",
+    "~",
+    "~a/b",
+    "-rf",
+    "ключ/キー",
+    "e\u0301",
+    "\u00e9",
+    "\U0001f600",
+    "a:b",
+    "a;b@c",
+    "'\"<>|",
+    ".hidden/.dot",
+    "..two/..dots",
+    "tmp/.tmp",
+    "C:/x",
+    "w" * 255,
+    "a=b/c=d",
+    "x.json.gz",
+)
 """Names that every store must take as they are."""
 
 _RACERS = 8
@@ -212,7 +264,10 @@ class BackendContract:
                 [33 << 20, 5],
             )
         ):
-            data = [buffer(size, aligned=rng.random() < 0.6, seed=seed * 1000 + i) for i, size in enumerate(sizes)]
+            data = [
+                buffer(size, aligned=rng.random() < 0.6, seed=seed * 1000 + i)
+                for i, size in enumerate(sizes)
+            ]
             store.put("packs/large", data)
             whole = b"".join(data)
             assert read(store, "packs/large") == whole
@@ -397,7 +452,9 @@ class BackendContract:
 
         with ThreadPoolExecutor(_RACERS) as pool:
             list(pool.map(work, range(_RACERS)))
-        assert keys(store) == sorted(f"t/{me}/{turn}" for me in range(_RACERS) for turn in range(1, 5))
+        assert keys(store) == sorted(
+            f"t/{me}/{turn}" for me in range(_RACERS) for turn in range(1, 5)
+        )
 
     def test_close_repeats_harmlessly_and_keeps_the_objects(self, opens: Opener) -> None:
         store = opens()

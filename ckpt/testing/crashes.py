@@ -1,9 +1,10 @@
 """A power cut, modelled: what was not synced is lost, kept or garbled, as a seed decides.
 
-PowerLossOps carries every call out and keeps a shadow of what is durable. After ``at`` calls it raises PowerCut, at that and
-every later call, without doing anything more. ``wreck`` then writes into an empty folder what a disk could hold after the
-cut: of each file what its last fsync covered, and of the writes since then any part, whole or garbled; of each folder
-the names at its last sync, and of the changes since then any. This is harsher than journalling file systems are.
+PowerLossOps carries every call out and keeps a shadow of what is durable. After ``at`` calls it
+raises PowerCut, at that and every later call, without doing anything more. ``wreck`` then writes
+into an empty folder what a disk could hold after the cut: of each file what its last fsync covered,
+and of the writes since then any part, whole or garbled; of each folder the names at its last sync,
+and of the changes since then any. This is harsher than journalling file systems are.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class OpCall:
-    """One call that changes a file system: its number from 0, the FileOps method's name, and the path it is about."""
+    """One call that changes a file system: its number from 0, the FileOps method's name, and the
+    path it is about."""
 
     number: int
     name: str
@@ -44,12 +46,14 @@ class CallHook(Protocol):
     """What happens at each call: run it, or not, or half of it."""
 
     def __call__(self, call: OpCall, run: Callable[[], T], half: Callable[[], object]) -> T:
-        """Return what ``run`` does. ``half`` does the first part of what ``run`` would: for a write half of the bytes."""
+        """Return what ``run`` does. ``half`` does the first part of what ``run`` would: for a write
+        half of the bytes."""
         ...
 
 
 class NumberedOps:
-    """FileOps that numbers every call and hands it to ``around``. Thread-safe as far as ``around`` is."""
+    """FileOps that numbers every call and hands it to ``around``. Thread-safe as far as ``around``
+    is."""
 
     def __init__(self, around: CallHook, *, inner: FileOps = REAL_OPS) -> None:
         self._around = around
@@ -112,7 +116,9 @@ class NumberedOps:
         """See FileOps."""
         self._do("fsync_directory", path, lambda: self._inner.fsync_directory(path))
 
-    def _do(self, name: str, path: str, run: Callable[[], T], half: Callable[[], object] = lambda: None) -> T:
+    def _do(
+        self, name: str, path: str, run: Callable[[], T], half: Callable[[], object] = lambda: None
+    ) -> T:
         with self._lock:
             call = OpCall(self._count, name, path)
             self._count += 1
@@ -120,7 +126,8 @@ class NumberedOps:
 
 
 class RecordingOps(NumberedOps):
-    """Lets every call through and keeps them: ``calls`` tells how many crash points a piece of work has."""
+    """Lets every call through and keeps them: ``calls`` tells how many crash points a piece of work
+    has."""
 
     def __init__(self, *, inner: FileOps = REAL_OPS) -> None:
         self.calls: list[OpCall] = []
@@ -134,7 +141,8 @@ class RecordingOps(NumberedOps):
 class FailingOps(NumberedOps):
     """Raises ``OSError(error)`` at call ``at`` (None: at every one) named ``op`` (None: any).
 
-    With ``effect`` the call is carried out before it fails, as when a reply is lost. ``failed`` counts the failures.
+    With ``effect`` the call is carried out before it fails, as when a reply is lost. ``failed``
+    counts the failures.
     """
 
     def __init__(
@@ -170,7 +178,8 @@ def path_of(fd: int) -> str:
 
 
 def first_half(buffers: Sequence[memoryview]) -> list[memoryview]:
-    """The first half of the buffers' bytes; cut on pages where there are pages, so that direct I/O takes it."""
+    """The first half of the buffers' bytes; cut on pages where there are pages, so that direct I/O
+    takes it."""
     left = sum(len(block) for block in buffers) // 2
     left = left // 4096 * 4096 or left
     half = []
@@ -191,7 +200,8 @@ _CHILD_S = 120.0
 
 
 class CrashMode(str, enum.Enum):
-    """When the process dies: before the call, after it, or with half of a write or reservation done."""
+    """When the process dies: before the call, after it, or with half of a write or reservation
+    done."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -199,9 +209,12 @@ class CrashMode(str, enum.Enum):
 
 
 class CrashingOps(NumberedOps):
-    """FileOps that kills its process at call ``at``. A torn call that cannot be halved is not made at all."""
+    """FileOps that kills its process at call ``at``. A torn call that cannot be halved is not made
+    at all."""
 
-    def __init__(self, *, at: int, mode: CrashMode | str = CrashMode.BEFORE, inner: FileOps = REAL_OPS) -> None:
+    def __init__(
+        self, *, at: int, mode: CrashMode | str = CrashMode.BEFORE, inner: FileOps = REAL_OPS
+    ) -> None:
         self._at = at
         self._mode = CrashMode(mode)
         super().__init__(self._maybe_die, inner=inner)
@@ -220,15 +233,19 @@ class CrashingOps(NumberedOps):
 
 
 class CrashingBackend:
-    """A store that kills its process at its ``at``-th put or delete (from 0), before or after it; for any store."""
+    """A store that kills its process at its ``at``-th put or delete (from 0), before or after it;
+    for any store."""
 
-    def __init__(self, inner: Backend, *, at: int, mode: CrashMode | str = CrashMode.BEFORE) -> None:
+    def __init__(
+        self, inner: Backend, *, at: int, mode: CrashMode | str = CrashMode.BEFORE
+    ) -> None:
         self._inner = inner
         self._at = at
         self._mode = CrashMode(mode)
         if self._mode is CrashMode.TORN:
             raise ValueError(
-                "a store's put is never torn. mode=torn; use before or after, or CrashingOps for a file store"
+                "a store's put is never torn. mode=torn; use before or after, or CrashingOps for a "
+                "file store"
             )
         self._lock = threading.Lock()
         self._count = 0
@@ -286,11 +303,12 @@ def die() -> NoReturn:
 
 
 def run_in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a child process; returns its exit status, ``-signal.SIGKILL`` where it was killed.
+    """Run ``work`` in a child process; returns its exit status, ``-signal.SIGKILL`` where it was
+    killed.
 
-    ``work`` is pickled by name, so it must be defined in a module that the child can import (``Rehearsal`` is one).
-    The child is forked from a small server without threads, so it costs milliseconds after the first. Raises TimeoutError
-    (and kills the child) after two minutes.
+    ``work`` is pickled by name, so it must be defined in a module that the child can import
+    (``Rehearsal`` is one). The child is forked from a small server without threads, so it costs
+    milliseconds after the first. Raises TimeoutError (and kills the child) after two minutes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ckpt.testing.crashes", "ckpt.backends.file.store"])
@@ -336,9 +354,12 @@ class _Folder:
 
 
 class PowerLossOps:
-    """FileOps over the real folder ``top`` whose power goes after ``at`` calls (None: never). What exists is durable."""
+    """FileOps over the real folder ``top`` whose power goes after ``at`` calls (None: never). What
+    exists is durable."""
 
-    def __init__(self, top: str | os.PathLike[str], *, at: int | None = None, inner: FileOps = REAL_OPS) -> None:
+    def __init__(
+        self, top: str | os.PathLike[str], *, at: int | None = None, inner: FileOps = REAL_OPS
+    ) -> None:
         self._top = Path(top)
         self._at = at
         self._inner = inner
@@ -434,7 +455,8 @@ class PowerLossOps:
                 folder.synced = dict(folder.now)
 
     def wreck(self, into: str | os.PathLike[str], *, seed: int) -> None:
-        """Write one possible state after the cut into the empty folder ``into``. ``seed`` 0 loses all that was not synced."""
+        """Write one possible state after the cut into the empty folder ``into``. ``seed`` 0 loses
+        all that was not synced."""
         rng = random.Random(seed)
         with self._lock:
             _write_out(self._tree, Path(into), None if seed == 0 else rng)
@@ -470,7 +492,8 @@ class PowerLossOps:
 
 def _load(path: Path) -> _Folder:
     names: dict[str, _File | _Folder] = {
-        entry.name: _load(entry) if entry.is_dir() else _File(bytearray(entry.read_bytes())) for entry in path.iterdir()
+        entry.name: _load(entry) if entry.is_dir() else _File(bytearray(entry.read_bytes()))
+        for entry in path.iterdir()
     }
     return _Folder(names, dict(names))
 
@@ -496,7 +519,8 @@ def _write_out(folder: _Folder, into: Path, rng: random.Random | None) -> None:
 
 
 def _after_cut(file: _File, rng: random.Random | None) -> bytes:
-    """A file's bytes after the cut: of each unsynced write nothing, all, the first part, or garbage in one page."""
+    """A file's bytes after the cut: of each unsynced write nothing, all, the first part, or garbage
+    in one page."""
     memory = bytearray(file.synced)
     for offset, data in file.pending if rng else ():
         assert rng is not None, "the loop runs with a seed only"
@@ -518,7 +542,8 @@ def _after_cut(file: _File, rng: random.Random | None) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PutStep:
-    """Store ``size_bytes`` of bytes made from ``seed``; ``aligned`` ones take the direct way when they are large."""
+    """Store ``size_bytes`` of bytes made from ``seed``; ``aligned`` ones take the direct way when
+    they are large."""
 
     key: str
     size_bytes: int
@@ -544,7 +569,8 @@ Step = PutStep | DeleteStep
 def run_steps(store: Backend, steps: Sequence[Step], *, done: Callable[[int], None]) -> None:
     """Carry out ``steps``, calling ``done`` with a step's number once its operation has returned.
 
-    A create-once put that finds its own bytes counts as done, as for any writer that repeats a put after a crash.
+    A create-once put that finds its own bytes counts as done, as for any writer that repeats a put
+    after a crash.
     """
     for number, step in enumerate(steps):
         match step:
@@ -581,9 +607,11 @@ class DoneFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """Steps on the file store at ``root`` that end by SIGKILL at call ``at``; call it in a child process.
+    """Steps on the file store at ``root`` that end by SIGKILL at call ``at``; call it in a child
+    process.
 
-    With ``whole_puts`` the calls that count are the store's puts and deletes, else the system calls behind them.
+    With ``whole_puts`` the calls that count are the store's puts and deletes, else the system calls
+    behind them.
     """
 
     root: str
@@ -604,9 +632,11 @@ class Rehearsal:
 
 
 def faults_found(store: Backend, steps: Sequence[Step], *, done: int) -> list[str]:
-    """What is wrong with a store after its writer was cut short with ``done`` steps returned; empty where all is well.
+    """What is wrong with a store after its writer was cut short with ``done`` steps returned; empty
+    where all is well.
 
-    Each key must hold what the last returned step on it left, or what the step in flight would; whole, never half.
+    Each key must hold what the last returned step on it left, or what the step in flight would;
+    whole, never half.
     """
     wrong = []
     for key in sorted({step.key for step in steps}):
@@ -614,9 +644,13 @@ def faults_found(store: Backend, steps: Sequence[Step], *, done: int) -> list[st
         for number, step in enumerate(steps[: done + 1]):
             if step.key == key:
                 after = bytes(step.body()) if isinstance(step, PutStep) else None
-                allowed = {after} if number < done and isinstance(step, PutStep) else allowed | {after}
+                allowed = (
+                    {after} if number < done and isinstance(step, PutStep) else allowed | {after}
+                )
         if _body(store, key) not in allowed:
-            wrong.append(f"{key}: holds other bytes than a returned or a running step wrote. done={done}")
+            wrong.append(
+                f"{key}: holds other bytes than a returned or a running step wrote. done={done}"
+            )
     strangers = {entry.key for entry in store.list("")} - {step.key for step in steps}
     return wrong + [f"{key}: nobody put it" for key in sorted(strangers)]
 

@@ -49,7 +49,8 @@ OPERATIONS = ("put", "read_into", "stat", "list", "delete")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One planned harm: to ``op`` (None: any it can come to) on keys that start with ``key``, sparing the first ``skip``.
+    """One planned harm: to ``op`` (None: any it can come to) on keys that start with ``key``,
+    sparing the first ``skip``.
 
     It comes ``times`` times (None: for ever), each time with ``chance``, by the backend's seed.
     """
@@ -64,18 +65,28 @@ class Fault:
 
     def is_about(self, op: str, key: str) -> bool:
         """Whether a call of ``op`` on ``key`` can come to this harm."""
-        return self.op in (None, op) and op in _APPLIES.get(self.harm, OPERATIONS) and key.startswith(self.key)
+        return (
+            self.op in (None, op)
+            and op in _APPLIES.get(self.harm, OPERATIONS)
+            and key.startswith(self.key)
+        )
 
 
 class FaultyBackend:
-    """A store with a plan of faults. The first fault that is due decides a call; ``struck`` keeps (operation, key, harm).
+    """A store with a plan of faults. The first fault that is due decides a call; ``struck`` keeps
+    (operation, key, harm).
 
-    ``seed`` decides chances and which bit flips. ``sleep`` is what slow calls wait with. Thread-safe; with one thread the same
-    seed gives the same faults.
+    ``seed`` decides chances and which bit flips. ``sleep`` is what slow calls wait with.
+    Thread-safe; with one thread the same seed gives the same faults.
     """
 
     def __init__(
-        self, inner: Backend, faults: Sequence[Fault], *, seed: int = 0, sleep: Callable[[float], None] = time.sleep
+        self,
+        inner: Backend,
+        faults: Sequence[Fault],
+        *,
+        seed: int = 0,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.struck: list[tuple[str, str, Harm]] = []
         self._inner = inner
@@ -110,7 +121,8 @@ class FaultyBackend:
         if fault is not None and fault.harm is Harm.TRUNCATED:
             self._inner.read_into(key, flat[: len(flat) // 2], offset_bytes=offset_bytes)
             raise IntegrityError(
-                f"the object ends too early. key={key} store={self.url} harm=planned; read another copy"
+                f"the object ends too early. key={key} store={self.url} harm=planned; read another "
+                "copy"
             )
         self._inner.read_into(key, flat, offset_bytes=offset_bytes)
         if fault is not None and fault.harm is Harm.FLIPPED:
@@ -162,7 +174,9 @@ class FaultyBackend:
 
     def _after(self, fault: Fault | None, op: str, key: str) -> None:
         if fault is not None and fault.harm is Harm.LOST_REPLY:
-            raise UnavailableError(f"the store did not answer. operation={op} key={key} store={self.url}; repeat later")
+            raise UnavailableError(
+                f"the store did not answer. operation={op} key={key} store={self.url}; repeat later"
+            )
 
     def _due(self, op: str, key: str) -> Fault | None:
         for i, fault in enumerate(self._faults):
@@ -185,7 +199,8 @@ class FaultyBackend:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call that a CountingBackend let through: for ``put`` and ``read_into`` the bytes and where they start."""
+    """One call that a CountingBackend let through: for ``put`` and ``read_into`` the bytes and
+    where they start."""
 
     op: str
     key: str
@@ -194,7 +209,8 @@ class Call:
 
 
 class CountingBackend:
-    """A store that keeps every call, to prove what was read and written, and what was not. Thread-safe."""
+    """A store that keeps every call, to prove what was read and written, and what was not.
+    Thread-safe."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
@@ -209,7 +225,11 @@ class CountingBackend:
     def calls(self, op: str | None = None, *, prefix: str = "") -> Sequence[Call]:
         """The calls of ``op`` (None: all) on keys that start with ``prefix``, in order."""
         with self._lock:
-            return [call for call in self._calls if op in (None, call.op) and call.key.startswith(prefix)]
+            return [
+                call
+                for call in self._calls
+                if op in (None, call.op) and call.key.startswith(prefix)
+            ]
 
     def size_bytes(self, op: str, *, prefix: str = "") -> int:
         """Bytes moved by those calls."""

@@ -1,4 +1,5 @@
-"""A small real store, written through the rooms that training uses: for tests of whatever reads stores. No torch."""
+"""A small real store, written through the rooms that training uses: for tests of whatever reads
+stores. No torch."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class SampleWriter:
         *,
         metadata: Mapping[str, float | int | str | bool | None] | None = None,
     ) -> SnapshotInfo:
-        """Persist the pieces of each rank and commit them as ``snapshot``; an epoch must be open."""
+        """Persist the pieces of each rank and commit them as ``snapshot``; an epoch must be
+        open."""
         refs: list[PartRef] = []
         new_bytes = size_bytes = 0
         known: dict[Digest, ChunkLocation] = {}
@@ -127,7 +129,13 @@ def stage(
         raw = np.ascontiguousarray(piece.data).tobytes()
         digests = tuple(digest(raw[i : i + CHUNK_BYTES]) for i in range(0, len(raw), CHUNK_BYTES))
         shards.append(
-            StagedShard(leaf=piece.leaf, box=piece.box, offset_bytes=at, size_bytes=len(raw), digests=digests)
+            StagedShard(
+                leaf=piece.leaf,
+                box=piece.box,
+                offset_bytes=at,
+                size_bytes=len(raw),
+                digests=digests,
+            )
         )
         placed.append((at, raw))
         at += -(-len(raw) // PAGE_BYTES) * PAGE_BYTES
@@ -136,14 +144,21 @@ def stage(
         data[offset : offset + len(raw)] = raw
     aliases = tuple(piece.leaf for piece in pieces if piece.data is None)
     index = StagedIndex(
-        snapshot=snapshot, rank=rank, world_size=world_size, shards=tuple(shards), aliases=aliases, metadata={}
+        snapshot=snapshot,
+        rank=rank,
+        world_size=world_size,
+        shards=tuple(shards),
+        aliases=aliases,
+        metadata={},
     )
     return index, data
 
 
 def tensor(name: str, data: Array, *, dtype: str | None = None, rank: int | None = None) -> Piece:
     """A whole tensor held by one rank. ``dtype`` is torch's name where numpy has no such type."""
-    leaf = Leaf(name=name, kind=LeafKind.TENSOR, dtype=dtype or str(data.dtype), shape=data.shape, rank=rank)
+    leaf = Leaf(
+        name=name, kind=LeafKind.TENSOR, dtype=dtype or str(data.dtype), shape=data.shape, rank=rank
+    )
     return Piece(leaf, Box.whole(data.shape), data)
 
 
@@ -190,13 +205,16 @@ def sample_state(step: int) -> SampleState:
     return SampleState(
         weight=random.standard_normal((48, 32), dtype=np.float32),
         bias=np.arange(48, dtype=np.float32),
-        embed_bits=(random.standard_normal((10, 16), dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16),
+        embed_bits=(
+            random.standard_normal((10, 16), dtype=np.float32).view(np.uint32) >> 16
+        ).astype(np.uint16),
         momentum=random.standard_normal((48, 32), dtype=np.float32),
     )
 
 
 def sample_ranks(step: int) -> list[list[Piece]]:
-    """The sample state of a job of two ranks: a sharded weight, a tied embedding, an optimizer, objects of each rank."""
+    """The sample state of a job of two ranks: a sharded weight, a tied embedding, an optimizer,
+    objects of each rank."""
     state = sample_state(step)
     ranks: list[list[Piece]] = []
     for rank in (0, 1):
@@ -208,28 +226,42 @@ def sample_ranks(step: int) -> list[list[Piece]]:
             tensor("noise", np.full(5, rank, np.int64), rank=rank),
             skeleton("model", _model_tree(), rank=rank),
             skeleton("optimizer", _optimizer_tree(), rank=rank),
-            skeleton("progress", {"step": step, "rank": rank, "loss": float("inf"), "seen": (1, 2)}, rank=rank),
+            skeleton(
+                "progress",
+                {"step": step, "rank": rank, "loss": float("inf"), "seen": (1, 2)},
+                rank=rank,
+            ),
         ]
         if rank == 0:
             embed = tensor("model/embed.weight", state.embed_bits, dtype="bfloat16")
-            pieces += [tensor("model/fc.bias", state.bias), embed, alias("model/head.weight", embed)]
+            pieces += [
+                tensor("model/fc.bias", state.bias),
+                embed,
+                alias("model/head.weight", embed),
+            ]
         ranks.append(pieces)
     return ranks
 
 
 def write_sample_store(backend: Backend, *, steps: Sequence[int] = (10, 20, 30)) -> SampleWriter:
-    """Fill an empty store with one epoch of snapshots of the sample state; the second of them is tagged ``best``."""
+    """Fill an empty store with one epoch of snapshots of the sample state; the second of them is
+    tagged ``best``."""
     writer = SampleWriter(backend)
     epoch = writer.open_epoch()
     for step in steps:
-        writer.write(SnapshotId(epoch, step), sample_ranks(step), metadata={"loss": 1 / step, "note": "sample"})
+        writer.write(
+            SnapshotId(epoch, step),
+            sample_ranks(step),
+            metadata={"loss": 1 / step, "note": "sample"},
+        )
     if len(steps) > 1:
         writer.journal.tag("best", SnapshotId(epoch, steps[1]))
     return writer
 
 
 def damage(backend: Backend, key: str, offset_bytes: int) -> None:
-    """Flip one bit of a stored object, as a bad disk would. Raises NotFoundError where there is no such object."""
+    """Flip one bit of a stored object, as a bad disk would. Raises NotFoundError where there is no
+    such object."""
     stat = backend.stat(key)
     if stat is None:
         raise NotFoundError(f"no such object. key={key}")
@@ -241,7 +273,10 @@ def damage(backend: Backend, key: str, offset_bytes: int) -> None:
 
 
 def _model_tree() -> dict[str, object]:
-    return {name: Ref(f"model/{name}") for name in ("embed.weight", "fc.weight", "fc.bias", "head.weight")}
+    return {
+        name: Ref(f"model/{name}")
+        for name in ("embed.weight", "fc.weight", "fc.bias", "head.weight")
+    }
 
 
 def _optimizer_tree() -> dict[str, object]:
@@ -252,5 +287,7 @@ def _optimizer_tree() -> dict[str, object]:
                 "exp_avg": Ref("optimizer/state/fc.weight/exp_avg"),
             }
         },
-        "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": ["embed.weight", "fc.weight", "fc.bias"]}],
+        "param_groups": [
+            {"lr": 0.1, "betas": (0.9, 0.99), "params": ["embed.weight", "fc.weight", "fc.bias"]}
+        ],
     }

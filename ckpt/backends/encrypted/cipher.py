@@ -1,4 +1,5 @@
-"""AES-GCM over whole objects and ranges of them. The only file that needs the package ``cryptography``.
+"""AES-GCM over whole objects and ranges of them. The only file that needs the package
+``cryptography``.
 
 All passes over bytes release the GIL.
 """
@@ -33,23 +34,28 @@ from ckpt.backends.encrypted.secret import EncryptionKey
 # cipher does.
 
 KEPT_BYTES_MAX = 256 << 20
-"""Most memory kept for the next use: four packs. The kernel may take idle pieces of packs back when it is short."""
+"""Most memory kept for the next use: four packs. The kernel may take idle pieces of packs back when
+it is short."""
 
 _KEPT_BYTES_MIN = 1 << 20
 """Smaller pieces come from the allocator, which keeps its own."""
 
 _FREE_BYTES_MIN = 16 << 20
-"""Idle pieces of this size are offered to the kernel: a millisecond of work. Smaller ones come back within moments."""
+"""Idle pieces of this size are offered to the kernel: a millisecond of work. Smaller ones come back
+within moments."""
 
 _HUGE_BYTES = 2 << 20
 """Pieces are multiples of a huge page, which takes one page fault instead of 512."""
 
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+_PRIVATE = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+)
 """Private memory: the shared kind can neither be huge nor be offered to the kernel."""
 
 
 class CipherMemory:
-    """Hands out page-aligned memory and keeps what comes back, the last used longest. Thread-safe."""
+    """Hands out page-aligned memory and keeps what comes back, the last used longest.
+    Thread-safe."""
 
     def __init__(self, kept_bytes_max: int = KEPT_BYTES_MAX) -> None:
         self._kept_bytes_max = kept_bytes_max
@@ -58,7 +64,8 @@ class CipherMemory:
 
     @contextlib.contextmanager
     def borrow(self, size_bytes: int) -> Iterator[memoryview]:
-        """Memory that holds anything, until the end of the block: others write into it afterwards."""
+        """Memory that holds anything, until the end of the block: others write into it
+        afterwards."""
         if size_bytes < _KEPT_BYTES_MIN:
             yield memoryview(bytearray(size_bytes))
             return
@@ -101,7 +108,9 @@ def _new(size_bytes: int) -> mmap.mmap:
 
 
 def _advise(piece: mmap.mmap, advice: int) -> None:
-    with contextlib.suppress(OSError):  # a kernel that does not know it; the memory is as good without
+    with contextlib.suppress(
+        OSError
+    ):  # a kernel that does not know it; the memory is as good without
         piece.madvise(advice)
 
 
@@ -112,26 +121,35 @@ _UPDATE_BYTES_MAX = 1 << 30
 class FrameCipher(Protocol):
     """AES-GCM from memory into memory: the tag follows the ciphertext, in both directions."""
 
-    def encrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /) -> int:
+    def encrypt_into(
+        self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /
+    ) -> int:
         """Fill ``buf`` with ciphertext and tag."""
         ...
 
-    def decrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /) -> int:
+    def decrypt_into(
+        self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /
+    ) -> int:
         """Fill ``buf`` with plaintext; raises InvalidTag."""
         ...
 
 
 class CopyingCipher:
-    """The same through results of its own, for releases of ``cryptography`` that cannot write into memory given to them."""
+    """The same through results of its own, for releases of ``cryptography`` that cannot write into
+    memory given to them."""
 
     def __init__(self, key: bytes) -> None:
         self._cipher = AESGCM(key)
 
-    def encrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /) -> int:
+    def encrypt_into(
+        self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /
+    ) -> int:
         """See FrameCipher."""
         return _copy(self._cipher.encrypt(nonce, data, associated_data), buf)
 
-    def decrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /) -> int:
+    def decrypt_into(
+        self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /
+    ) -> int:
         """See FrameCipher."""
         return _copy(self._cipher.decrypt(nonce, data, associated_data), buf)
 
@@ -142,7 +160,8 @@ def frame_cipher(key: bytes) -> FrameCipher:
 
 
 def digest_of(data: Sequence[Buffer], key: EncryptionKey) -> bytes:
-    """A digest of the plaintext by GMAC with one fixed nonce: 20 GB/s. To be kept secret; only its MAC is ever shown."""
+    """A digest of the plaintext by GMAC with one fixed nonce: 20 GB/s. To be kept secret; only its
+    MAC is ever shown."""
     mac = Cipher(algorithms.AES(key.digest_key), modes.GCM(bytes(12))).encryptor()
     for buffer in data:
         view = memoryview(buffer)
@@ -153,8 +172,11 @@ def digest_of(data: Sequence[Buffer], key: EncryptionKey) -> bytes:
 
 
 @contextlib.contextmanager
-def sealed(name: str, data: Sequence[Buffer], key: EncryptionKey, memory: CipherMemory) -> Iterator[memoryview]:
-    """The object ``name`` as it is stored, in page-aligned memory of its size that is lent until the end of the block.
+def sealed(
+    name: str, data: Sequence[Buffer], key: EncryptionKey, memory: CipherMemory
+) -> Iterator[memoryview]:
+    """The object ``name`` as it is stored, in page-aligned memory of its size that is lent until
+    the end of the block.
 
     The same name, plaintext and key give the same bytes. The buffers must not change meanwhile.
     """
@@ -167,17 +189,27 @@ def sealed(name: str, data: Sequence[Buffer], key: EncryptionKey, memory: Cipher
         at = HEADER_BYTES
         for number, plain in enumerate(split_frames(data)):
             stop = at + len(plain) + TAG_BYTES
-            cipher.encrypt_into(nonce(number), plain, bound + number.to_bytes(8, "big"), out[at:stop])
+            cipher.encrypt_into(
+                nonce(number), plain, bound + number.to_bytes(8, "big"), out[at:stop]
+            )
             at = stop
         yield out
 
 
 def unseal(
-    name: str, header: EncryptedHeader, stored: memoryview, out: memoryview, key: EncryptionKey, *, offset_bytes: int
+    name: str,
+    header: EncryptedHeader,
+    stored: memoryview,
+    out: memoryview,
+    key: EncryptionKey,
+    *,
+    offset_bytes: int,
 ) -> str | None:
-    """Fill ``out`` with the plaintext from ``offset_bytes`` on, or say what is wrong; ``out`` then holds anything.
+    """Fill ``out`` with the plaintext from ``offset_bytes`` on, or say what is wrong; ``out`` then
+    holds anything.
 
-    ``stored`` starts with the first frame of that range. ``header`` is genuine, and its plaintext covers ``out``.
+    ``stored`` starts with the first frame of that range. ``header`` is genuine, and its plaintext
+    covers ``out``.
     """
     cipher = frame_cipher(key.frame_key(header, name))
     bound = associated_data(header, name)
@@ -192,7 +224,9 @@ def unseal(
         plain = target if whole else memoryview(bytearray(stop - start))
         after = at + stop - start + TAG_BYTES
         try:
-            cipher.decrypt_into(nonce(number), stored[at:after], bound + number.to_bytes(8, "big"), plain)
+            cipher.decrypt_into(
+                nonce(number), stored[at:after], bound + number.to_bytes(8, "big"), plain
+            )
         except InvalidTag:
             return f"encrypted bytes are not what was written. frame={number}"
         if not whole:

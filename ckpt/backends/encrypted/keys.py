@@ -1,4 +1,5 @@
-"""Where a store's key comes from. A source names the place and never is the key, so that it can stand in options and argv."""
+"""Where a store's key comes from. A source names the place and never is the key, so that it can
+stand in options and argv."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from ckpt.backends.encrypted.secret import MATERIAL_BYTES_MAX, SECRET_BYTES, EncryptionKey, EncryptionKeys, parse_secret
+from ckpt.backends.encrypted.secret import (
+    MATERIAL_BYTES_MAX,
+    SECRET_BYTES,
+    EncryptionKey,
+    EncryptionKeys,
+    parse_secret,
+)
 from ckpt.errors import UnavailableError, UsageError
 
 # What a command prints, in bounded time and memory. Its output is a secret: no message repeats
@@ -27,15 +34,19 @@ from ckpt.errors import UnavailableError, UsageError
 def command_output(words: Sequence[str], *, wait_s: float, bytes_max: int) -> bytes:
     """Run ``words`` without a shell and return what it printed; its complaints go where ours go.
 
-    The command and what it started are killed after ``wait_s`` seconds and where it prints more than ``bytes_max``. Raises
-    UsageError where it can't be started or prints too much, UnavailableError where it fails or does not end.
+    The command and what it started are killed after ``wait_s`` seconds and where it prints more
+    than ``bytes_max``. Raises UsageError where it can't be started or prints too much,
+    UnavailableError where it fails or does not end.
     """
     program = words[0]
     try:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"the key's command can't be started. program={program} cause={error}; give the program's full path"
+            f"the key's command can't be started. program={program} cause={error}; give the "
+            "program's full path"
         ) from None
     assert process.stdout is not None
     deadline_s = time.monotonic() + wait_s
@@ -43,11 +54,15 @@ def command_output(words: Sequence[str], *, wait_s: float, bytes_max: int) -> by
         try:
             output = _read(process.stdout, deadline_s, bytes_max)
             if output is None:
-                raise UsageError(f"the key's command prints more than a key. program={program} limit_bytes={bytes_max}")
+                raise UsageError(
+                    f"the key's command prints more than a key. program={program} "
+                    f"limit_bytes={bytes_max}"
+                )
             status = process.wait(max(0.0, deadline_s - time.monotonic()))
         except (TimeoutError, subprocess.TimeoutExpired):
             raise UnavailableError(
-                f"the key's command did not end. program={program} waited_s={wait_s}; run it by hand, then repeat"
+                f"the key's command did not end. program={program} waited_s={wait_s}; run it by "
+                "hand, then repeat"
             ) from None
         finally:
             if process.returncode is None:  # not reaped, so that the group is still its own
@@ -55,7 +70,8 @@ def command_output(words: Sequence[str], *, wait_s: float, bytes_max: int) -> by
                     os.killpg(process.pid, signal.SIGKILL)
     if status:
         raise UnavailableError(
-            f"the key's command failed. program={program} status={status}; run it by hand to see why, then repeat"
+            f"the key's command failed. program={program} status={status}; run it by hand to see "
+            "why, then repeat"
         )
     return output
 
@@ -82,27 +98,34 @@ _NEXT = re.compile(r",(?=(?:file|env|command):)")
 
 
 def load_keys(sources: str) -> EncryptionKeys:
-    """The keys of ``sources``, several with commas between: the first is written with, all are read with.
+    """The keys of ``sources``, several with commas between: the first is written with, all are read
+    with.
 
     Raises as ``load_key``, and UsageError where one key is given twice.
     """
     first, *others = [load_key(source) for source in _NEXT.split(sources)]
     ids = [key.id for key in (first, *others)]
     if len(set(ids)) < len(ids):
-        raise UsageError("an encryption key is given twice; give each key once, the one to write with first")
+        raise UsageError(
+            "an encryption key is given twice; give each key once, the one to write with first"
+        )
     return EncryptionKeys(first, tuple(others))
 
 
 def load_key(source: str) -> EncryptionKey:
-    """The key that ``source`` names: ``file:PATH``, ``env:NAME``, or ``command:WORDS``, whose output it is.
+    """The key that ``source`` names: ``file:PATH``, ``env:NAME``, or ``command:WORDS``, whose
+    output it is.
 
-    A file holds 32 raw bytes, or their hex or base64 text, and is readable by its owner alone; a variable holds text; a command
-    is run without a shell, for 30 s at most. Raises UsageError where there is no key, UnavailableError where a command fails.
-    No message holds the key, nor a source of unknown kind, which may be one.
+    A file holds 32 raw bytes, or their hex or base64 text, and is readable by its owner alone; a
+    variable holds text; a command is run without a shell, for 30 s at most. Raises UsageError where
+    there is no key, UnavailableError where a command fails. No message holds the key, nor a source
+    of unknown kind, which may be one.
     """
     kind, colon, place = source.partition(":")
     if not colon or kind not in ("file", "env", "command") or not place.strip():
-        raise UsageError(f"not a source of a key; write {_KINDS} (not shown: it may be the key itself)")
+        raise UsageError(
+            f"not a source of a key; write {_KINDS} (not shown: it may be the key itself)"
+        )
     match kind:
         case "file":
             return EncryptionKey.of(parse_secret(_read_file(place), source=f"file:{place}"))
@@ -115,7 +138,8 @@ def load_key(source: str) -> EncryptionKey:
 
 
 def write_new_key(path: str) -> EncryptionKey:
-    """Draw a key and write it as text to a new file that only its owner reads. Keep a copy: without it the store is lost.
+    """Draw a key and write it as text to a new file that only its owner reads. Keep a copy: without
+    it the store is lost.
 
     Raises UsageError where the file exists, or can't be written.
     """
@@ -133,9 +157,13 @@ def write_new_key(path: str) -> EncryptionKey:
         finally:
             os.close(folder)
     except FileExistsError:
-        raise UsageError(f"a key file is never overwritten. path={place}; choose another name") from None
+        raise UsageError(
+            f"a key file is never overwritten. path={place}; choose another name"
+        ) from None
     except OSError as error:
-        raise UsageError(f"a key file can't be written. path={place} cause={error.strerror}") from error
+        raise UsageError(
+            f"a key file can't be written. path={place} cause={error.strerror}"
+        ) from error
     return EncryptionKey.of(secret)
 
 
@@ -145,20 +173,29 @@ def _read_file(path: str) -> bytes:
         # A pipe without a writer must not hold us up.
         fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
-        cause = os.strerror(error.errno or errno.EINVAL) if isinstance(error, OSError) else "not a path"
-        raise UsageError(f"a key file can't be read. path={place} cause={cause}; check the path") from None
+        cause = (
+            os.strerror(error.errno or errno.EINVAL) if isinstance(error, OSError) else "not a path"
+        )
+        raise UsageError(
+            f"a key file can't be read. path={place} cause={cause}; check the path"
+        ) from None
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
-            raise UsageError(f"a key file is not a regular file. path={place}; use command: for a pipe")
+            raise UsageError(
+                f"a key file is not a regular file. path={place}; use command: for a pipe"
+            )
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError(
-                f"others may read or change a key file. path={place} mode={stat.S_IMODE(mode):04o}; chmod 600 {place} "
+                f"others may read or change a key file. path={place} "
+                f"mode={stat.S_IMODE(mode):04o}; chmod 600 {place} "
                 "(a mounted secret: defaultMode 0400)"
             )
         return os.read(fd, MATERIAL_BYTES_MAX + 1)
     except OSError as error:
-        raise UsageError(f"a key file can't be read. path={place} cause={error.strerror}; check the disk") from None
+        raise UsageError(
+            f"a key file can't be read. path={place} cause={error.strerror}; check the disk"
+        ) from None
     finally:
         os.close(fd)
 
@@ -166,7 +203,9 @@ def _read_file(path: str) -> bytes:
 def _read_variable(name: str) -> bytes:
     text = os.environ.get(name)
     if text is None:
-        raise UsageError(f"the variable with the encryption key is not set. name={name}; set it to 64 hex digits")
+        raise UsageError(
+            f"the variable with the encryption key is not set. name={name}; set it to 64 hex digits"
+        )
     return text.encode(errors="replace").strip() + b"\n"
 
 
@@ -174,4 +213,6 @@ def _words(command: str) -> list[str]:
     try:
         return shlex.split(command)
     except ValueError as error:
-        raise UsageError(f"the key's command can't be split into words. cause={error}; check its quotes") from None
+        raise UsageError(
+            f"the key's command can't be split into words. cause={error}; check its quotes"
+        ) from None

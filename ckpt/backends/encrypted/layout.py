@@ -1,7 +1,8 @@
-"""Where the bytes of an encrypted object lie: a header of 64 bytes, then frames of equal size. Pure; knows no cipher.
+"""Where the bytes of an encrypted object lie: a header of 64 bytes, then frames of equal size.
+Pure; knows no cipher.
 
-docs/dev/design/010-encryption.md describes the bytes. All sizes are functions of the plaintext's length and back, so that
-listings need not open any object.
+docs/dev/design/010-encryption.md describes the bytes. All sizes are functions of the plaintext's
+length and back, so that listings need not open any object.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ HEADER_BYTES = 64
 """The same in every version, checksum included."""
 
 FRAME_BYTES = 128 << 10
-"""Plaintext of every frame but the last. Larger frames are hardly quicker, and a range's ends are read by whole frames."""
+"""Plaintext of every frame but the last. Larger frames are hardly quicker, and a range's ends are
+read by whole frames."""
 
 TAG_BYTES = 16
 """What a frame is longer than its plaintext."""
@@ -39,7 +41,8 @@ _BOUND_BYTES = 40
 class EncryptedHeader:
     """What an encrypted object says of itself. ``plain_bytes`` is its plaintext's length.
 
-    ``salt`` chooses the object's own key, ``mac`` shows whoever has the key that the rest of the header is genuine.
+    ``salt`` chooses the object's own key, ``mac`` shows whoever has the key that the rest of the
+    header is genuine.
     """
 
     key_id: bytes
@@ -57,13 +60,16 @@ class EncryptedHeader:
         return self._pack(_checksum(self._pack(b"")[:_CHECKED_BYTES], name))
 
     def _pack(self, checksum: bytes) -> bytes:
-        return _HEADER.pack(_MAGIC, self.version, self.key_id, self.plain_bytes, self.salt, self.mac, checksum)
+        return _HEADER.pack(
+            _MAGIC, self.version, self.key_id, self.plain_bytes, self.salt, self.mac, checksum
+        )
 
 
 def decode_header(data: Buffer, name: str) -> EncryptedHeader | str:
     """The header in the first bytes of the object ``name``, or what is wrong with it.
 
-    It is whole, not yet genuine: its checksum needs no key, so that damage can be told from a key that isn't here.
+    It is whole, not yet genuine: its checksum needs no key, so that damage can be told from a key
+    that isn't here.
     """
     if len(data) < HEADER_BYTES:
         return f"an encrypted object is shorter than its header. size_bytes={len(data)}"
@@ -73,7 +79,9 @@ def decode_header(data: Buffer, name: str) -> EncryptedHeader | str:
         return "not an encrypted object"
     if checksum != _checksum(head[:_CHECKED_BYTES], name):
         return "an encrypted object's header is damaged"
-    return EncryptedHeader(key_id=key_id, plain_bytes=plain_bytes, salt=salt, mac=mac, version=version)
+    return EncryptedHeader(
+        key_id=key_id, plain_bytes=plain_bytes, salt=salt, mac=mac, version=version
+    )
 
 
 def looks_encrypted(data: Buffer) -> bool:
@@ -82,14 +90,18 @@ def looks_encrypted(data: Buffer) -> bool:
 
 
 def sealed_size(plain_bytes: int) -> int:
-    """How long an object of ``plain_bytes`` is in the store. Raises UsageError above PLAIN_BYTES_MAX."""
+    """How long an object of ``plain_bytes`` is in the store. Raises UsageError above
+    PLAIN_BYTES_MAX."""
     if plain_bytes > PLAIN_BYTES_MAX:
-        raise UsageError(f"too long to be encrypted. size_bytes={plain_bytes} limit_bytes={PLAIN_BYTES_MAX}")
+        raise UsageError(
+            f"too long to be encrypted. size_bytes={plain_bytes} limit_bytes={PLAIN_BYTES_MAX}"
+        )
     return HEADER_BYTES + plain_bytes + TAG_BYTES * _frame_count(plain_bytes)
 
 
 def plain_size(sealed_bytes: int) -> int | None:
-    """The plaintext's length of an object that takes ``sealed_bytes`` in the store; None where no object can."""
+    """The plaintext's length of an object that takes ``sealed_bytes`` in the store; None where no
+    object can."""
     body = sealed_bytes - HEADER_BYTES
     count = -(-body // (FRAME_BYTES + TAG_BYTES))
     plain = body - TAG_BYTES * count
@@ -104,7 +116,8 @@ def nonce(frame: int) -> bytes:
 
 
 def associated_data(header: EncryptedHeader, name: str) -> bytes:
-    """What every frame of the object ``name`` is bound to; the frame's number in 8 bytes follows."""
+    """What every frame of the object ``name`` is bound to; the frame's number in 8 bytes
+    follows."""
     return header.bound_bytes() + name.encode()
 
 
@@ -118,11 +131,14 @@ def sealed_range(offset_bytes: int, size_bytes: int, plain_bytes: int) -> tuple[
     """Where the frames of a range, which is not empty, start and stop in the stored object."""
     frames = frames_of(offset_bytes, size_bytes)
     plain_stop = min(frames.stop * FRAME_BYTES, plain_bytes)
-    return HEADER_BYTES + frames.start * (FRAME_BYTES + TAG_BYTES), HEADER_BYTES + plain_stop + frames.stop * TAG_BYTES
+    return HEADER_BYTES + frames.start * (
+        FRAME_BYTES + TAG_BYTES
+    ), HEADER_BYTES + plain_stop + frames.stop * TAG_BYTES
 
 
 def split_frames(data: Sequence[Buffer]) -> Iterator[memoryview]:
-    """The concatenation of ``data`` in frames. A frame over several buffers is copied, to memory used again by the next."""
+    """The concatenation of ``data`` in frames. A frame over several buffers is copied, to memory
+    used again by the next."""
     gathered = memoryview(bytearray(FRAME_BYTES))
     held = 0
     for buffer in data:

@@ -1,8 +1,9 @@
 """Reading encrypted objects, from one store or from several that hold the same objects.
 
-A range takes its object's header and the frames around it. Headers are remembered, and a read from an object's start brings
-its own, so that most reads are one request. What does not decrypt is never handed out: where a header and frames do not
-belong together, the header is read again (somebody may have replaced the object), and of another copy where there is one.
+A range takes its object's header and the frames around it. Headers are remembered, and a read from
+an object's start brings its own, so that most reads are one request. What does not decrypt is never
+handed out: where a header and frames do not belong together, the header is read again (somebody may
+have replaced the object), and of another copy where there is one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _HEADERS_MAX = 4096
 """Headers remembered: more than a snapshot has packs, and a megabyte of memory."""
 
 _TRIES_MAX = 8
-"""Headers that one read tries. Objects never change, so a second one means another key or a replaced object."""
+"""Headers that one read tries. Objects never change, so a second one means another key or a
+replaced object."""
 
 _NOT_GENUINE = "an encrypted object's header was not made with its key"
 
@@ -39,21 +41,27 @@ def accept_any(_: memoryview) -> str | None:
     return None
 
 
-def require_known_key(header: EncryptedHeader, name: str, keys: EncryptionKeys, *, url: str) -> EncryptionKey:
-    """The key that ``header`` was written with. Raises UsageError where it isn't here, FormatVersionError for a newer format.
+def require_known_key(
+    header: EncryptedHeader, name: str, keys: EncryptionKeys, *, url: str
+) -> EncryptionKey:
+    """The key that ``header`` was written with. Raises UsageError where it isn't here,
+    FormatVersionError for a newer format.
 
     Neither is damage: nothing is to be mended, and no older snapshot to be taken instead.
     """
     if header.version != VERSION:
         raise FormatVersionError(
-            f"an object is encrypted in another format. key={name} version={header.version} known={VERSION} store={url}; "
+            f"an object is encrypted in another format. key={name} version={header.version} "
+            f"known={VERSION} store={url}; "
             "upgrade ckpt"
         )
     key = keys.find(header.key_id)
     if key is None:
         raise UsageError(
-            f"wrong encryption key. key={name} encrypted_with={header.key_id.hex()} given={keys.ids} store={url}; "
-            "give the key that this was written with (after a change of keys both: 'file:new,file:old')"
+            f"wrong encryption key. key={name} encrypted_with={header.key_id.hex()} "
+            f"given={keys.ids} store={url}; "
+            "give the key that this was written with (after a change of keys both: "
+            "'file:new,file:old')"
         )
     return key
 
@@ -74,7 +82,8 @@ class SealedReader:
             self._headers.pop(name, None)
 
     def plain_bytes(self, name: str) -> int | None:
-        """The plaintext's length by the object's header, None without an object. Raises IntegrityError, UsageError."""
+        """The plaintext's length by the object's header, None without an object. Raises
+        IntegrityError, UsageError."""
         header = self._remembered(name)
         if header is None:
             try:
@@ -84,7 +93,8 @@ class SealedReader:
         return header.plain_bytes
 
     def read(self, name: str, out: memoryview, check: Check, *, offset_bytes: int) -> None:
-        """As ``checked.read_checked``, of plaintext. Takes memory for the stored bytes of the range beside ``out``."""
+        """As ``checked.read_checked``, of plaintext. Takes memory for the stored bytes of the range
+        beside ``out``."""
         header = self._remembered(name) if len(out) else None
         if header is None and len(out) and offset_bytes == 0:
             header, filled = self._read_start(name, out, check)
@@ -109,7 +119,9 @@ class SealedReader:
         assert failure is not None
         raise failure
 
-    def read_object(self, name: str, check: Check, several: MultiStoreBackend, *, bytes_max: int) -> bytes:
+    def read_object(
+        self, name: str, check: Check, several: MultiStoreBackend, *, bytes_max: int
+    ) -> bytes:
         """As ``checked.read_object``, of plaintext. Decrypts twice, to look and to give."""
 
         def opens(stored: memoryview) -> str | None:
@@ -125,10 +137,14 @@ class SealedReader:
             raise IntegrityError(f"{plain}. key={name} store={self._inner.url}; read another copy")
         return bytes(plain)
 
-    def _read_start(self, name: str, out: memoryview, check: Check) -> tuple[EncryptedHeader | None, bool]:
-        """Read header and frames in one request, as if the object ended with ``out`` or ``out`` with a frame.
+    def _read_start(
+        self, name: str, out: memoryview, check: Check
+    ) -> tuple[EncryptedHeader | None, bool]:
+        """Read header and frames in one request, as if the object ended with ``out`` or ``out``
+        with a frame.
 
-        Returns the header where there is one, and whether ``out`` is filled. Does not judge: the caller reads again then.
+        Returns the header where there is one, and whether ``out`` is filled. Does not judge: the
+        caller reads again then.
         """
         filling = _CheckedTarget(out, check)
 
@@ -158,11 +174,18 @@ class SealedReader:
         return self._header_of(name, stored)
 
     def _read_frames(
-        self, name: str, header: EncryptedHeader, out: memoryview, check: Check, *, offset_bytes: int
+        self,
+        name: str,
+        header: EncryptedHeader,
+        out: memoryview,
+        check: Check,
+        *,
+        offset_bytes: int,
     ) -> None:
         if len(out) and offset_bytes + len(out) > header.plain_bytes:
             raise IntegrityError(
-                f"the object ends too early. key={name} offset_bytes={offset_bytes} wanted_bytes={len(out)} "
+                f"the object ends too early. key={name} offset_bytes={offset_bytes} "
+                f"wanted_bytes={len(out)} "
                 f"size_bytes={header.plain_bytes} store={self._inner.url}; read another copy"
             )
         key = require_known_key(header, name, self._keys, url=self._inner.url)
@@ -180,7 +203,8 @@ class SealedReader:
             read_checked(self._inner, name, stored, opens, offset_bytes=start)
 
     def _whole(self, name: str, stored: memoryview) -> bytearray | str:
-        """The plaintext of a whole stored object, or what is wrong with it. Raises as ``require_known_key``."""
+        """The plaintext of a whole stored object, or what is wrong with it. Raises as
+        ``require_known_key``."""
         header, why = self._header_in(stored, name)
         if header is None:
             return why or _NOT_GENUINE
@@ -192,15 +216,21 @@ class SealedReader:
         return out if why is None else why
 
     def _header_in(self, data: memoryview, name: str) -> tuple[EncryptedHeader | None, str | None]:
-        """The header at the start of a stored object, or what is wrong with it. One of a foreign key is not wrong."""
+        """The header at the start of a stored object, or what is wrong with it. One of a foreign
+        key is not wrong."""
         header = decode_header(data, name)
         if isinstance(header, str):
             return None, header
         key = self._key_of(header)
-        return (header, None) if key is None or key.authenticates(header, name) else (None, _NOT_GENUINE)
+        return (
+            (header, None)
+            if key is None or key.authenticates(header, name)
+            else (None, _NOT_GENUINE)
+        )
 
     def _header_of(self, name: str, data: memoryview) -> EncryptedHeader:
-        """The header in bytes that were found right, to be remembered. Raises as ``require_known_key``."""
+        """The header in bytes that were found right, to be remembered. Raises as
+        ``require_known_key``."""
         header, why = self._header_in(data, name)
         if header is None:
             raise IntegrityError(f"{why}. key={name} store={self._inner.url}; read another copy")
@@ -221,7 +251,8 @@ class SealedReader:
 
 
 class _CheckedTarget:
-    """The caller's memory and check. Once filled rightly it is left alone, should a copy that was asked too answer later."""
+    """The caller's memory and check. Once filled rightly it is left alone, should a copy that was
+    asked too answer later."""
 
     def __init__(self, out: memoryview, check: Check) -> None:
         self.filled = False
@@ -230,16 +261,27 @@ class _CheckedTarget:
         self._lock = threading.Lock()
 
     def fill(
-        self, name: str, header: EncryptedHeader, key: EncryptionKey, stored: memoryview, *, offset_bytes: int
+        self,
+        name: str,
+        header: EncryptedHeader,
+        key: EncryptionKey,
+        stored: memoryview,
+        *,
+        offset_bytes: int,
     ) -> str | None:
         """Decrypt and check; what is wrong, or None."""
         with self._lock:
             target = memoryview(bytearray(len(self._out))) if self.filled else self._out
-            why = unseal(name, header, stored, target, key, offset_bytes=offset_bytes) or self._check(target)
+            why = unseal(
+                name, header, stored, target, key, offset_bytes=offset_bytes
+            ) or self._check(target)
             self.filled = self.filled or why is None
         return why
 
 
 def _reaches(header: EncryptedHeader, size_bytes: int) -> bool:
-    """Whether the frames of the first ``size_bytes`` are as long as if the object ended with them."""
-    return size_bytes == header.plain_bytes or (size_bytes < header.plain_bytes and size_bytes % FRAME_BYTES == 0)
+    """Whether the frames of the first ``size_bytes`` are as long as if the object ended with
+    them."""
+    return size_bytes == header.plain_bytes or (
+        size_bytes < header.plain_bytes and size_bytes % FRAME_BYTES == 0
+    )

@@ -16,14 +16,16 @@ SECRET_BYTES = 32
 """Length of a key: what AES-256 takes."""
 
 _DISTINCT_MIN = 12
-"""Fewest different bytes in a key. 32 random bytes have 30 of them; fewer than 12 come once in 10^22 keys."""
+"""Fewest different bytes in a key. 32 random bytes have 30 of them; fewer than 12 come once in
+10^22 keys."""
 
 _DOMAIN = b"ckpt encrypted objects 1"
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionKey:
-    """A key of 32 random bytes as what is derived from it. Its ``id`` is public; nothing else is ever shown or pickled."""
+    """A key of 32 random bytes as what is derived from it. Its ``id`` is public; nothing else is
+    ever shown or pickled."""
 
     id: bytes
     digest_key: bytes = field(repr=False)
@@ -33,28 +35,39 @@ class EncryptionKey:
 
     @classmethod
     def of(cls, secret: bytes) -> EncryptionKey:
-        """The key of 32 random bytes. Raises UsageError for another length, and for bytes that can't be random."""
+        """The key of 32 random bytes. Raises UsageError for another length, and for bytes that
+        can't be random."""
         if len(secret) != SECRET_BYTES:
             raise UsageError(
-                f"a key has another length. size_bytes={len(secret)} wanted={SECRET_BYTES}; make a new one"
+                f"a key has another length. size_bytes={len(secret)} wanted={SECRET_BYTES}; make a "
+                "new one"
             )
         if len(set(secret)) < _DISTINCT_MIN:
-            raise UsageError("a key isn't random: it holds only a few different bytes; make a new one")
+            raise UsageError(
+                "a key isn't random: it holds only a few different bytes; make a new one"
+            )
         drawn = _mac(_DOMAIN, secret)
-        public, *private = (_mac(drawn, use + b"\x01") for use in (b"id", b"digest", b"salt", b"header", b"frames"))
+        public, *private = (
+            _mac(drawn, use + b"\x01") for use in (b"id", b"digest", b"salt", b"header", b"frames")
+        )
         return cls(public[:8], *private)
 
     def __repr__(self) -> str:
         return f"Key(id={self.id.hex()})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a key isn't pickled: hand its source to the other process and load it there")
+        raise TypeError(
+            "a key isn't pickled: hand its source to the other process and load it there"
+        )
 
     def header(self, name: str, *, digest: bytes, plain_bytes: int) -> EncryptedHeader:
-        """The header of the object ``name`` whose plaintext has ``digest`` under ``digest_key``. Pure."""
+        """The header of the object ``name`` whose plaintext has ``digest`` under ``digest_key``.
+        Pure."""
         salt = _mac(self._salt_key, digest + plain_bytes.to_bytes(8, "big") + name.encode())[:16]
         bare = EncryptedHeader(key_id=self.id, plain_bytes=plain_bytes, salt=salt)
-        return EncryptedHeader(key_id=self.id, plain_bytes=plain_bytes, salt=salt, mac=self._mac_of(bare, name))
+        return EncryptedHeader(
+            key_id=self.id, plain_bytes=plain_bytes, salt=salt, mac=self._mac_of(bare, name)
+        )
 
     def authenticates(self, header: EncryptedHeader, name: str) -> bool:
         """Whether a writer with this key made ``header`` for the object ``name``."""
@@ -104,9 +117,11 @@ _TEXT = re.compile(rb"[\t\n\r -~]*")
 
 
 def parse_secret(material: bytes, *, source: str) -> bytes:
-    """The key in ``material``: 32 raw bytes, or 64 hex digits, or base64 of 32 bytes, with white space around.
+    """The key in ``material``: 32 raw bytes, or 64 hex digits, or base64 of 32 bytes, with white
+    space around.
 
-    Raises UsageError for everything else; a passphrase of whatever length is no key. ``source`` names it in the message.
+    Raises UsageError for everything else; a passphrase of whatever length is no key. ``source``
+    names it in the message.
     """
     if len(material) == SECRET_BYTES and not _TEXT.fullmatch(material):
         return material
@@ -115,13 +130,20 @@ def parse_secret(material: bytes, *, source: str) -> bytes:
         return bytes.fromhex(text.decode())
     if _BASE64.fullmatch(text):
         try:
-            secret = base64.b64decode(text.rstrip(b"=") + b"=", altchars=b"-_" if re.search(rb"[-_]", text) else None)
+            secret = base64.b64decode(
+                text.rstrip(b"=") + b"=", altchars=b"-_" if re.search(rb"[-_]", text) else None
+            )
         except binascii.Error:
             secret = b""
         if len(secret) == SECRET_BYTES:
             return secret
-    what = "it is empty" if not text else "it is neither 32 raw bytes nor 64 hex digits nor base64 of 32 bytes"
+    what = (
+        "it is empty"
+        if not text
+        else "it is neither 32 raw bytes nor 64 hex digits nor base64 of 32 bytes"
+    )
     raise UsageError(
-        f"no encryption key here: {what}. source={source} size_bytes={len(material)}; passphrases are no keys, make one with "
+        f"no encryption key here: {what}. source={source} size_bytes={len(material)}; passphrases "
+        "are no keys, make one with "
         "ckpt.backends.encrypted.keys.write_new_key(path)"
     )

@@ -13,24 +13,42 @@ from pathlib import Path
 
 from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix, is_key
 from ckpt.backends.file.syscalls import REAL_OPS, FileOps, error_from_os, translate_os_errors
-from ckpt.backends.file.writing import TEMP_FOLDER, TempFile, new_temp_file, set_direct, sweep, write_all
-from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, StoreDeniedError, UnavailableError, UsageError
+from ckpt.backends.file.writing import (
+    TEMP_FOLDER,
+    TempFile,
+    new_temp_file,
+    set_direct,
+    sweep,
+    write_all,
+)
+from ckpt.errors import (
+    IntegrityError,
+    KeyExistsError,
+    NotFoundError,
+    StoreDeniedError,
+    UnavailableError,
+    UsageError,
+)
 
 # From keys to paths below one root, and back.
 
 
 def locate(root: str, key: str) -> str:
-    """The path of ``key``'s object. Raises UsageError for a bad key and where a symbolic link leads its folder elsewhere.
+    """The path of ``key``'s object. Raises UsageError for a bad key and where a symbolic link leads
+    its folder elsewhere.
 
-    Below the root a store has real folders only: a link could lead out of the store, or make two keys one object.
+    Below the root a store has real folders only: a link could lead out of the store, or make two
+    keys one object.
     """
     path = f"{root}/{check_key(key)}"
     folder = os.path.dirname(path)  # noqa: PTH120
     expected = os.path.normpath(os.path.realpath(root) + folder[len(root) :])
     if os.path.realpath(folder) != expected:
         raise UsageError(
-            f"a symbolic link leads out of the place where the key belongs. key={key!r} path={folder} "
-            f"leads_to={os.path.realpath(folder)}; replace the link by a real folder (or mount that disk there)"
+            f"a symbolic link leads out of the place where the key belongs. key={key!r} "
+            f"path={folder} "
+            f"leads_to={os.path.realpath(folder)}; replace the link by a real folder (or mount "
+            "that disk there)"
         )
     return path
 
@@ -46,7 +64,8 @@ def parent_folders(root: str, path: str) -> list[str]:
 
 
 def walk(root: str, prefix: str, after: str) -> Iterator[Stat]:
-    """Objects below ``root`` in key order, folder by folder; what vanishes meanwhile is left out. Raises OSError."""
+    """Objects below ``root`` in key order, folder by folder; what vanishes meanwhile is left out.
+    Raises OSError."""
     check_prefix(prefix)
     yield from _walk(root, prefix.rpartition("/")[0], prefix, after)
 
@@ -69,7 +88,8 @@ def _walk(root: str, folder: str, prefix: str, after: str) -> Iterator[Stat]:
 
 
 def _entries(path: str) -> list[tuple[str, bool]]:
-    """Files and folders (True) in the order of the keys they lead to: a folder sorts as its name with a slash."""
+    """Files and folders (True) in the order of the keys they lead to: a folder sorts as its name
+    with a slash."""
     try:
         with os.scandir(path) as entries:
             found = [
@@ -84,7 +104,9 @@ def _entries(path: str) -> list[tuple[str, bool]]:
 
 # What a file system can do, found out by doing it.
 
-_LACKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV})
+_LACKS = frozenset(
+    {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV}
+)
 
 
 class CreateMethod(enum.Enum):
@@ -96,7 +118,8 @@ class CreateMethod(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FileSystemSupport:
-    """What the folder's file system does: the way to create once (None: there is none), and whether it takes direct I/O."""
+    """What the folder's file system does: the way to create once (None: there is none), and whether
+    it takes direct I/O."""
 
     create_method: CreateMethod | None
     direct_io: bool
@@ -105,8 +128,8 @@ class FileSystemSupport:
 def probe_file_system(ops: FileOps, root: str) -> FileSystemSupport:
     """Try links, renames without replacing and direct I/O with a few short-lived names.
 
-    They lie in ``<root>/.tmp`` or, where there is no root yet, in the nearest folder above it, which it will share its file
-    system with. Raises OSError where nothing may be written there.
+    They lie in ``<root>/.tmp`` or, where there is no root yet, in the nearest folder above it,
+    which it will share its file system with. Raises OSError where nothing may be written there.
     """
     folder, prefix = root, ".ckpt-"
     while not os.path.isdir(folder):  # noqa: PTH112
@@ -115,8 +138,13 @@ def probe_file_system(ops: FileOps, root: str) -> FileSystemSupport:
         folder, prefix = f"{root}/{TEMP_FOLDER}", ""
         with contextlib.suppress(FileExistsError):
             ops.mkdir(folder)
-    with new_temp_file(ops, folder, prefix=prefix) as first, new_temp_file(ops, folder, prefix=prefix) as second:
-        return FileSystemSupport(_way_to_create(ops, first, second), direct_io=set_direct(first.fd, on=True))
+    with (
+        new_temp_file(ops, folder, prefix=prefix) as first,
+        new_temp_file(ops, folder, prefix=prefix) as second,
+    ):
+        return FileSystemSupport(
+            _way_to_create(ops, first, second), direct_io=set_direct(first.fd, on=True)
+        )
 
 
 def _way_to_create(ops: FileOps, first: TempFile, second: TempFile) -> CreateMethod | None:
@@ -146,10 +174,12 @@ def _outcome(act: Callable[[str, str], None], source: str, target: str) -> type[
 
 
 READ_BYTES_BEST = 512 << 10
-"""Opening a file costs some ten microseconds, as reading a tenth of this does. Joining more would cost a copy instead."""
+"""Opening a file costs some ten microseconds, as reading a tenth of this does. Joining more would
+cost a copy instead."""
 
 CONCURRENCY_BEST = max(2, min(8, os.cpu_count() or 2))
-"""Reads or writes in flight that fill a disk or a mount: past the cores that copy, more of them only wait for each other."""
+"""Reads or writes in flight that fill a disk or a mount: past the cores that copy, more of them
+only wait for each other."""
 
 _TRIES_MAX = 16
 _IOV_BYTES_MAX = 1 << 30
@@ -158,15 +188,18 @@ _IOV_BYTES_MAX = 1 << 30
 class FileBackend:
     """A store in the folder ``root`` of a file system.
 
-    An object is written to ``<root>/.tmp``, synced, and only then given its name, so that no reader sees half of it and
-    what has a name has its bytes on disk. When ``put`` returns, the name is on disk too. Objects of 1 MiB and more in
-    page-aligned memory go past the page cache where the file system allows (``direct_io``). The first put of each backend
-    makes the folder and sweeps what dead writers left in ``.tmp``. A delete is not synced: a power cut may undo it.
+    An object is written to ``<root>/.tmp``, synced, and only then given its name, so that no reader
+    sees half of it and what has a name has its bytes on disk. When ``put`` returns, the name is on
+    disk too. Objects of 1 MiB and more in page-aligned memory go past the page cache where the file
+    system allows (``direct_io``). The first put of each backend makes the folder and sweeps what
+    dead writers left in ``.tmp``. A delete is not synced: a power cut may undo it.
 
     Keeps no files open and no state that another process or a fork could make stale. Thread-safe.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, ops: FileOps = REAL_OPS, direct_io: bool = True) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], *, ops: FileOps = REAL_OPS, direct_io: bool = True
+    ) -> None:
         self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))  # noqa: PTH100, PTH111
         self._ops = ops
         self._direct_io = direct_io
@@ -179,7 +212,8 @@ class FileBackend:
         return self._root
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Tries two names in the folder once; where it may not write, create_only is False and asked again."""
+        """See Backend. Tries two names in the folder once; where it may not write, create_only is
+        False and asked again."""
         try:
             probed = self._probe()
         except (StoreDeniedError, UnavailableError):
@@ -192,26 +226,35 @@ class FileBackend:
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Costs two to four syncs; copies only what is not page-aligned, through at most 8 MiB."""
+        """See Backend. Costs two to four syncs; copies only what is not page-aligned, through at
+        most 8 MiB."""
         self._put(key, data, lambda: None, create_only=create_only)
 
     def put_lent(
-        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+        self,
+        key: str,
+        data: Sequence[Buffer],
+        still_lent: Callable[[], None],
+        *,
+        create_only: bool = False,
     ) -> None:
         """As ``put``, of memory that its owner may take back and change meanwhile.
 
-        ``still_lent`` is called when all bytes are down and before the object gets its name; what it raises is raised, with
-        nothing stored.
+        ``still_lent`` is called when all bytes are down and before the object gets its name; what
+        it raises is raised, with nothing stored.
         """
         self._put(key, data, still_lent, create_only=create_only)
 
-    def _put(self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool) -> None:
+    def _put(
+        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool
+    ) -> None:
         path = locate(self._root, key)
         pieces = [memoryview(buffer).cast("B") for buffer in data]
         create = self._probe().create_method if create_only else None
         if create_only and create is None:
             raise UsageError(
-                f"this file system can neither link nor rename without replacing, so nothing can be created once in it. "
+                "this file system can neither link nor rename without replacing, so nothing can "
+                "be created once in it. "
                 f"store={self._root}; use another store as the job's first"
             )
         with translate_os_errors("put", path):
@@ -223,7 +266,8 @@ class FileBackend:
                 try:
                     self._give_name(temp, path, create)
                 except FileExistsError as error:
-                    # Whoever is told that the object exists may build on it: so its name must be on disk too.
+                    # Whoever is told that the object exists may build on it: so its name must be on
+                    # disk too.
                     self._sync_names(path)
                     raise _taken(path, key, error) from error
                 self._sync_names(path)
@@ -232,7 +276,9 @@ class FileBackend:
         """See Backend. Reads through the page cache straight into ``out``."""
         path = locate(self._root, key)
         if offset_bytes < 0:
-            raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
+            raise UsageError(
+                f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
+            )
         with translate_os_errors("read", path):
             fd = self._open_object(path, key)
             try:
@@ -241,7 +287,8 @@ class FileBackend:
                 os.close(fd)
         if got < len(out):
             raise IntegrityError(
-                f"the object ends too early. path={path} offset_bytes={offset_bytes} wanted_bytes={len(out)} "
+                f"the object ends too early. path={path} offset_bytes={offset_bytes} "
+                f"wanted_bytes={len(out)} "
                 f"got_bytes={got}; read another copy"
             )
 
@@ -256,7 +303,8 @@ class FileBackend:
         return Stat(key, facts.st_size, facts.st_mtime) if modes.S_ISREG(facts.st_mode) else None
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. Reads one folder at a time; symbolic links and files whose name is no key are left out."""
+        """See Backend. Reads one folder at a time; symbolic links and files whose name is no key
+        are left out."""
         with translate_os_errors("list", self._root):
             yield from walk(self._root, prefix, after)
 
@@ -287,7 +335,8 @@ class FileBackend:
         return self._probed
 
     def _prepare(self) -> None:
-        """Make the root and ``.tmp`` where they are missing; on the first call also sweep and sync the root's own name."""
+        """Make the root and ``.tmp`` where they are missing; on the first call also sweep and sync
+        the root's own name."""
         temps = f"{self._root}/{TEMP_FOLDER}"
         if not Path(temps).is_dir():
             _make_folders(self._ops, self._root)
@@ -299,7 +348,8 @@ class FileBackend:
             self._swept = True
 
     def _give_name(self, temp: TempFile, path: str, create: CreateMethod | None) -> None:
-        """Make the synced file visible as ``path``; without ``create`` it replaces what is there, else FileExistsError."""
+        """Make the synced file visible as ``path``; without ``create`` it replaces what is there,
+        else FileExistsError."""
         for _ in range(_TRIES_MAX):
             try:
                 for folder in reversed(parent_folders(self._root, path)[:-1]):
@@ -312,7 +362,8 @@ class FileBackend:
                     case CreateMethod.RENAME:
                         self._ops.rename_new(temp.path, path)
             except FileNotFoundError:
-                # A concurrent delete may prune the folder between making it and naming the object in it.
+                # A concurrent delete may prune the folder between making it and naming the object
+                # in it.
                 if os.fstat(temp.fd).st_nlink == 0:
                     raise
                 continue
@@ -330,8 +381,8 @@ class FileBackend:
     def _sync_names(self, path: str) -> None:
         """Make the object's name durable, and each folder's above it.
 
-        All the way up each time, not just for folders made here: another process may have made one and not yet synced it.
-        Syncing a folder that nobody changed costs microseconds.
+        All the way up each time, not just for folders made here: another process may have made one
+        and not yet synced it. Syncing a folder that nobody changed costs microseconds.
         """
         for folder in parent_folders(self._root, path):
             # A folder that is gone was pruned by a delete of this very object.
@@ -342,11 +393,14 @@ class FileBackend:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(f"no such object. key={key} store={self._root}; list the store's keys") from error
+            raise NotFoundError(
+                f"no such object. key={key} store={self._root}; list the store's keys"
+            ) from error
         if not modes.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise NotFoundError(
-                f"no object but a folder or device. key={key} store={self._root}; list the store's keys"
+                f"no object but a folder or device. key={key} store={self._root}; list the store's "
+                "keys"
             )
         return fd
 
@@ -355,7 +409,9 @@ def _taken(path: str, key: str, error: FileExistsError) -> KeyExistsError | Usag
     if Path(path).is_dir():
         fault = error_from_os(OSError(errno.EISDIR, "is a folder"), doing="put", where=path)
         return fault if isinstance(fault, UsageError) else KeyExistsError(str(error))
-    return KeyExistsError(f"the key is taken. key={key} path={path}; read it to learn whose bytes it holds")
+    return KeyExistsError(
+        f"the key is taken. key={key} path={path}; read it to learn whose bytes it holds"
+    )
 
 
 def _same_file(fd: int, path: str) -> bool:
@@ -395,7 +451,9 @@ def _make_folder(ops: FileOps, path: str) -> None:
         ops.mkdir(path)
     except FileExistsError:
         if not Path(path).is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "a file stands where a folder belongs", path) from None
+            raise NotADirectoryError(
+                errno.ENOTDIR, "a file stands where a folder belongs", path
+            ) from None
 
 
 def _sync_where_allowed(ops: FileOps, path: str) -> None:

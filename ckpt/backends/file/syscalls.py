@@ -1,4 +1,5 @@
-"""The system calls with which a file store changes anything, as one seam: tests number, break and cut each of them."""
+"""The system calls with which a file store changes anything, as one seam: tests number, break and
+cut each of them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _AT_FDCWD = -100
 
 
 class FileOps(Protocol):
-    """Everything a FileBackend does that changes the file system. Each method raises OSError as the call behind it does.
+    """Everything a FileBackend does that changes the file system. Each method raises OSError as the
+    call behind it does.
 
     Reading, locking and closing change nothing that outlives the process, so they are not here.
     """
@@ -31,7 +33,8 @@ class FileOps(Protocol):
         ...
 
     def write(self, fd: int, buffers: Sequence[memoryview], offset_bytes: int) -> int:
-        """Write the buffers one after another from ``offset_bytes`` on; returns how many bytes were taken, maybe fewer."""
+        """Write the buffers one after another from ``offset_bytes`` on; returns how many bytes were
+        taken, maybe fewer."""
         ...
 
     def fsync(self, fd: int) -> None:
@@ -47,7 +50,8 @@ class FileOps(Protocol):
         ...
 
     def rename_new(self, source: str, target: str) -> None:
-        """Move a name; FileExistsError where the target exists, ENOSYS or EINVAL where the system cannot promise that."""
+        """Move a name; FileExistsError where the target exists, ENOSYS or EINVAL where the system
+        cannot promise that."""
         ...
 
     def unlink(self, path: str) -> None:
@@ -140,25 +144,36 @@ _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def error_from_os(error: OSError, *, doing: str, where: str) -> CkptError:
-    """The error to raise for ``error``. ``doing`` is the operation, ``where`` a path or URL without credentials."""
+    """The error to raise for ``error``. ``doing`` is the operation, ``where`` a path or URL without
+    credentials."""
     name = errno.errorcode.get(error.errno or 0, type(error).__name__)
     facts = f"operation={doing} path={where} error={name}"
     if error.errno in _FULL:
         return StoreFullError(
-            f"the store is full. {facts}; free space or raise the quota or file size limit, then repeat"
+            f"the store is full. {facts}; free space or raise the quota or file size limit, then "
+            "repeat"
         )
     if error.errno in _DENIED:
-        return StoreDeniedError(f"the store refuses. {facts}; grant permission or mount it writable, then repeat")
+        return StoreDeniedError(
+            f"the store refuses. {facts}; grant permission or mount it writable, then repeat"
+        )
     if error.errno == errno.ENOTDIR:
-        return UsageError(f"a part of the key is a file already. {facts}; choose another key or store folder")
+        return UsageError(
+            f"a part of the key is a file already. {facts}; choose another key or store folder"
+        )
     if error.errno == errno.EISDIR:
-        return UsageError(f"the key is a folder already. {facts}; choose another key or store folder")
+        return UsageError(
+            f"the key is a folder already. {facts}; choose another key or store folder"
+        )
     if error.errno == errno.ELOOP:
         return UsageError(
-            f"a symbolic link stands where an object belongs. {facts}; replace the link by the real thing"
+            f"a symbolic link stands where an object belongs. {facts}; replace the link by the "
+            "real thing"
         )
     if error.errno == errno.ENAMETOOLONG:
-        return UsageError(f"the path is too long for this file system. {facts}; choose a shorter store folder")
+        return UsageError(
+            f"the path is too long for this file system. {facts}; choose a shorter store folder"
+        )
     return UnavailableError(
         f"the store failed. {facts} detail={error.strerror!r}; check the disk or mount, then repeat"
     )

@@ -1,8 +1,9 @@
-"""Bytes from the caller's memory into one open file: past the page cache where the memory allows, through it elsewhere.
+"""Bytes from the caller's memory into one open file: past the page cache where the memory allows,
+through it elsewhere.
 
-Direct writes need memory, file offset and length on page boundaries. Buffers that are so go down as they lie; the
-others are gathered in one page-aligned bounce buffer of bounded size. What is left at the end, less than a page, is
-written through the page cache.
+Direct writes need memory, file offset and length on page boundaries. Buffers that are so go down as
+they lie; the others are gathered in one page-aligned bounce buffer of bounded size. What is left at
+the end, less than a page, is written through the page cache.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ BOUNCE_BYTES = 8 << 20
 """The bounce buffer's size: the most that a put copies at a time."""
 
 _RUN_BYTES_MIN = 256 << 10
-"""An aligned stretch shorter than this is copied too: a write of its own would cost more than the copy."""
+"""An aligned stretch shorter than this is copied too: a write of its own would cost more than the
+copy."""
 
 _BUFFERS_MAX = 512
 """Buffers a system call takes at once; Linux allows 1,024."""
@@ -43,8 +45,9 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 def write_all(ops: FileOps, fd: int, pieces: Sequence[memoryview], *, direct: bool) -> None:
     """Write the concatenation of ``pieces`` to the empty file ``fd`` from offset 0. Does not sync.
 
-    ``direct`` asks for direct writes where there is enough to write; where the file system refuses them the bytes go
-    through the page cache. Raises OSError. Copies at most what is not page-aligned, through BOUNCE_BYTES of memory.
+    ``direct`` asks for direct writes where there is enough to write; where the file system refuses
+    them the bytes go through the page cache. Raises OSError. Copies at most what is not
+    page-aligned, through BOUNCE_BYTES of memory.
     """
     total = sum(len(piece) for piece in pieces)
     wants_direct = direct and total >= DIRECT_BYTES_MIN
@@ -79,14 +82,16 @@ def _preallocate(ops: FileOps, fd: int, size_bytes: int) -> None:
     try:
         ops.preallocate(fd, size_bytes)
     except OSError as error:
-        # Reserving only makes writing quicker and a full disk known earlier; a file system may well lack it.
+        # Reserving only makes writing quicker and a full disk known earlier; a file system may well
+        # lack it.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
 
 @dataclass(slots=True)
 class _Writer:
-    """One file being written front to back; leaves direct mode when the file system or the tail demands it."""
+    """One file being written front to back; leaves direct mode when the file system or the tail
+    demands it."""
 
     ops: FileOps
     fd: int
@@ -158,7 +163,8 @@ class _Run:
 def _direct_batches(pieces: Sequence[memoryview], total: int) -> Iterator[list[memoryview]]:
     """Batches whose every part is page-aligned in memory and length, but for the last one.
 
-    A batch may lie in the bounce buffer, which the next one overwrites: write each before asking for the next.
+    A batch may lie in the bounce buffer, which the next one overwrites: write each before asking
+    for the next.
     """
     bounce = memoryview(mmap.mmap(-1, min(BOUNCE_BYTES, total + -total % PAGE_BYTES)))
     filled = 0
@@ -169,7 +175,9 @@ def _direct_batches(pieces: Sequence[memoryview], total: int) -> Iterator[list[m
         while at < len(piece):
             gap = -filled % PAGE_BYTES
             left = len(piece) - at
-            aligned_after_gap = (address + at + gap) % PAGE_BYTES == 0 and left - gap >= _RUN_BYTES_MIN
+            aligned_after_gap = (
+                address + at + gap
+            ) % PAGE_BYTES == 0 and left - gap >= _RUN_BYTES_MIN
             if aligned_after_gap and gap == 0:
                 if filled:
                     yield [bounce[:filled]]
@@ -213,7 +221,8 @@ TEMP_FOLDER = ".tmp"
 """Where unfinished files lie, below the store's root; never listed."""
 
 FOREIGN_IDLE_S = 3600
-"""How long another machine's unlocked temporary file must have been left alone before it is swept."""
+"""How long another machine's unlocked temporary file must have been left alone before it is
+swept."""
 
 _NAMES_TRIED_MAX = 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -229,7 +238,8 @@ class TempFile:
 
 @contextlib.contextmanager
 def new_temp_file(ops: FileOps, folder: str, *, prefix: str = "") -> Iterator[TempFile]:
-    """Create and lock a temporary file in ``folder``; its name is removed and it is closed at the end of the block.
+    """Create and lock a temporary file in ``folder``; its name is removed and it is closed at the
+    end of the block.
 
     Raises FileNotFoundError where the folder is missing, and OSError.
     """
@@ -237,7 +247,8 @@ def new_temp_file(ops: FileOps, folder: str, *, prefix: str = "") -> Iterator[Te
     try:
         yield temp
     finally:
-        # The object is safe or failed already; what cannot be removed now is swept later, so it must not hide either.
+        # The object is safe or failed already; what cannot be removed now is swept later, so it
+        # must not hide either.
         try:
             with contextlib.suppress(OSError):
                 ops.unlink(temp.path)
@@ -246,7 +257,8 @@ def new_temp_file(ops: FileOps, folder: str, *, prefix: str = "") -> Iterator[Te
 
 
 def sweep(ops: FileOps, folder: str) -> int:
-    """Remove the temporary files of dead writers from ``folder``; returns how many. Leaves what it may not touch."""
+    """Remove the temporary files of dead writers from ``folder``; returns how many. Leaves what it
+    may not touch."""
     swept = 0
     try:
         names = os.listdir(folder)  # noqa: PTH208
@@ -277,7 +289,8 @@ def _create(ops: FileOps, folder: str, prefix: str) -> TempFile:
         except BaseException:
             os.close(fd)
             raise
-        # A sweeper saw the file between its creation and the lock; it removes the name, so take another.
+        # A sweeper saw the file between its creation and the lock; it removes the name, so take
+        # another.
         os.close(fd)
     raise OSError(errno.EBUSY, "temporary files vanish as soon as they are made", folder)
 

@@ -23,15 +23,32 @@ _USER_IS_ADDRESS = frozenset({"abfs", "abfss", "az", "adl", "sftp", "ssh", "hdfs
 """Schemes in which the part before ``@`` is a container or a login name, part of the address."""
 
 _DENIED_NAMES = frozenset(
-    {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ClientAuthenticationError"}
-    | {"DefaultCredentialsError", "RefreshError", "ProfileNotFound", "TokenRetrievalError", "UnauthorizedSSOTokenError"}
+    {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "CredentialRetrievalError",
+        "ClientAuthenticationError",
+    }
+    | {
+        "DefaultCredentialsError",
+        "RefreshError",
+        "ProfileNotFound",
+        "TokenRetrievalError",
+        "UnauthorizedSSOTokenError",
+    }
 )
 _USAGE_NAMES = frozenset(
     {"ParamValidationError", "InvalidRegionError", "UnknownEndpointError", "NoRegionError"}
     | {"InvalidPathError", "UnknownConfigurationKeyError"}
 )
 _FULL_CODES = frozenset(
-    {"QuotaExceeded", "XMinioStorageFull", "StorageFull", "InsufficientStorage", "ServiceQuotaExceededException"}
+    {
+        "QuotaExceeded",
+        "XMinioStorageFull",
+        "StorageFull",
+        "InsufficientStorage",
+        "ServiceQuotaExceededException",
+    }
 )
 _CAUSES_MAX = 8
 _OBSTORE_STATUS = re.compile(r"returned non-2xx status code: (\d{3})")
@@ -46,29 +63,54 @@ def public_url(url: str) -> str:
     keep = at and ":" not in user and parts.scheme in _USER_IS_ADDRESS
     text = urlunsplit((parts.scheme, parts.netloc if keep else host, parts.path, "", ""))
     # urlunsplit drops the slashes of a scheme it does not know when there is no host.
-    return text if "://" in text or not parts.scheme else f"{parts.scheme}://{parts.path.lstrip('/')}"
+    return (
+        text if "://" in text or not parts.scheme else f"{parts.scheme}://{parts.path.lstrip('/')}"
+    )
 
 
 def error_from_client(error: Exception, *, doing: str, where: str) -> CkptError:
-    """The error to raise for what a client library raised. ``where`` is a URL without credentials."""
+    """The error to raise for what a client library raised. ``where`` is a URL without
+    credentials."""
     status, code = _reply(error)
-    facts = f"operation={doing} url={where} error={code or type(error).__name__} status={status or '-'}"
+    facts = (
+        f"operation={doing} url={where} error={code or type(error).__name__} status={status or '-'}"
+    )
     names = {kind.__name__ for link in _links(error) for kind in type(link).__mro__}
     if code in _FULL_CODES or status == 507:
-        return StoreFullError(f"the store is full. {facts}; free space or raise the quota, then repeat")
+        return StoreFullError(
+            f"the store is full. {facts}; free space or raise the quota, then repeat"
+        )
     if isinstance(error, PermissionError) or status in (401, 403) or names & _DENIED_NAMES:
-        return StoreDeniedError(f"the store refuses. {facts}; check credentials and permissions, then repeat")
-    if isinstance(error, FileExistsError) or status == 412 or (status is None and "AlreadyExistsError" in names):
+        return StoreDeniedError(
+            f"the store refuses. {facts}; check credentials and permissions, then repeat"
+        )
+    if (
+        isinstance(error, FileExistsError)
+        or status == 412
+        or (status is None and "AlreadyExistsError" in names)
+    ):
         return KeyExistsError(f"the key is taken. {facts}; read it to learn whose bytes it holds")
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or status == 404:
-        return NotFoundError(f"no such object or bucket. {facts}; check the URL, list the store's keys")
+    if (
+        isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        or status == 404
+    ):
+        return NotFoundError(
+            f"no such object or bucket. {facts}; check the URL, list the store's keys"
+        )
     if _OBSTORE_REDIRECT in str(error):
-        return UsageError(f"the bucket is in another region. {facts}; name it: client_kwargs={{'region_name': ...}}")
+        return UsageError(
+            f"the bucket is in another region. {facts}; name it: "
+            f"client_kwargs={{'region_name': ...}}"
+        )
     if names & _USAGE_NAMES:
-        return UsageError(f"the client refuses the request. {facts}; check the URL and the storage options")
+        return UsageError(
+            f"the client refuses the request. {facts}; check the URL and the storage options"
+        )
     if isinstance(error, OSError) and not status and error.errno not in (None, errno.EINVAL):
         return error_from_os(error, doing=doing, where=where)
-    return UnavailableError(f"the store failed or did not answer. {facts}; check network and endpoint, then repeat")
+    return UnavailableError(
+        f"the store failed or did not answer. {facts}; check network and endpoint, then repeat"
+    )
 
 
 @contextlib.contextmanager
@@ -79,7 +121,8 @@ def translate_client_errors(doing: str, where: str) -> Iterator[None]:
     except CkptError:
         raise
     except Exception as error:
-        # A reply from outside, through libraries that share no error class: the border where everything is translated.
+        # A reply from outside, through libraries that share no error class: the border where
+        # everything is translated.
         raise error_from_client(error, doing=doing, where=where) from error
 
 

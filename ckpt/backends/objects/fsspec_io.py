@@ -1,8 +1,9 @@
-"""Whole objects to S3 through s3fs: one request, or a multipart upload with few copies in memory and a limit on every wait.
+"""Whole objects to S3 through s3fs: one request, or a multipart upload with few copies in memory
+and a limit on every wait.
 
-s3fs's own ``pipe_file`` waits for ever where a server takes the connection and then hangs: neither the wait for
-"100 Continue" nor sending a body has a timeout in the HTTP library below it. Its parts are sent in batches that all wait for
-the slowest.
+s3fs's own ``pipe_file`` waits for ever where a server takes the connection and then hangs: neither
+the wait for "100 Continue" nor sending a body has a timeout in the HTTP library below it. Its parts
+are sent in batches that all wait for the slowest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ T = TypeVar("T")
 def run_in_loop(work: Coroutine[object, object, T], loop: asyncio.AbstractEventLoop) -> T:
     """The result of ``work``, done in the thread of ``loop``.
 
-    Where the wait is interrupted, the work is ended first: it touches no memory of the caller's any more.
+    Where the wait is interrupted, the work is ended first: it touches no memory of the caller's any
+    more.
     """
     over = threading.Event()
     tasks: list[asyncio.Task[T]] = []
@@ -68,14 +70,16 @@ MULTIPART_BYTES_MIN = 2 * PART_BYTES
 """Smaller objects go up in one request."""
 
 PARTS_MAX = 3
-"""Parts of one object on their way at once. Each is copied first, and the event loop copies what the socket does not take yet:
-384 MiB at most for the four packs that persisting writes at once, which fill the link anyway."""
+"""Parts of one object on their way at once. Each is copied first, and the event loop copies what
+the socket does not take yet: 384 MiB at most for the four packs that persisting writes at once,
+which fill the link anyway."""
 
 _SLOWEST_BYTES_PER_S = 512 << 10
 """A link slower than this for one request counts as a store that does not answer."""
 
 _READ_TIMEOUTS = 4
-"""How many times the client's own limit for one silence a request may take, repetitions included."""
+"""How many times the client's own limit for one silence a request may take, repetitions
+included."""
 
 
 class S3Writer:
@@ -83,7 +87,9 @@ class S3Writer:
 
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self._fs = fs
-        self._silence_s = _READ_TIMEOUTS * float(fs.config_kwargs.get("read_timeout", fs.read_timeout))
+        self._silence_s = _READ_TIMEOUTS * float(
+            fs.config_kwargs.get("read_timeout", fs.read_timeout)
+        )
 
     def replace(self, path: str, data: Sequence[Buffer]) -> None:
         """See Writes. Large objects go up in parts that are copied one by one, not joined."""
@@ -92,7 +98,8 @@ class S3Writer:
         run_in_loop(work(path, joined), self._fs.loop)
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes. Always one request: conditions on multipart uploads are newer than on puts, and not probed."""
+        """See Writes. Always one request: conditions on multipart uploads are newer than on puts,
+        and not probed."""
         run_in_loop(self._in_one(path, JoinedBuffers(data), IfNoneMatch="*"), self._fs.loop)
 
     async def _in_one(self, path: str, data: JoinedBuffers, **condition: str) -> None:
@@ -107,19 +114,26 @@ class S3Writer:
         try:
             parts = await self._send(upload, data)
             # Its answer may come late: the server joins the parts first.
-            await self._call("complete_multipart_upload", len(data), **upload, MultipartUpload={"Parts": parts})
+            await self._call(
+                "complete_multipart_upload", len(data), **upload, MultipartUpload={"Parts": parts}
+            )
         except BaseException:
             await self._abort(upload)
             raise
 
-    async def _send(self, upload: Mapping[str, str], data: JoinedBuffers) -> list[dict[str, object]]:
-        """Send all parts, at most PARTS_MAX at once; the first that fails ends the others before it is raised."""
+    async def _send(
+        self, upload: Mapping[str, str], data: JoinedBuffers
+    ) -> list[dict[str, object]]:
+        """Send all parts, at most PARTS_MAX at once; the first that fails ends the others before it
+        is raised."""
         room = asyncio.Semaphore(PARTS_MAX)
 
         async def send(number: int) -> dict[str, object]:
             async with room:
                 body = data[(number - 1) * PART_BYTES : number * PART_BYTES]
-                reply = await self._call("upload_part", len(body), **upload, PartNumber=number, Body=body)
+                reply = await self._call(
+                    "upload_part", len(body), **upload, PartNumber=number, Body=body
+                )
             return {"PartNumber": number, "ETag": reply["ETag"]}
 
         count = -(-len(data) // PART_BYTES)
@@ -132,7 +146,8 @@ class S3Writer:
             await asyncio.wait(sending)
 
     async def _abort(self, upload: Mapping[str, str]) -> None:
-        """Let the server drop the parts, as far as it answers; else they stay until its own rule for such uploads."""
+        """Let the server drop the parts, as far as it answers; else they stay until its own rule
+        for such uploads."""
         try:
             await self._call("abort_multipart_upload", 0, **upload)
         except Exception:  # noqa: BLE001  what failed before is what gets raised
@@ -140,7 +155,9 @@ class S3Writer:
 
     async def _call(self, method: str, size_bytes: int, **request: object) -> Mapping[str, object]:
         limit_s = self._silence_s + size_bytes / _SLOWEST_BYTES_PER_S
-        reply: Mapping[str, object] = await asyncio.wait_for(self._fs._call_s3(method, **request), limit_s)
+        reply: Mapping[str, object] = await asyncio.wait_for(
+            self._fs._call_s3(method, **request), limit_s
+        )
         return reply
 
 
@@ -175,7 +192,8 @@ class JoinedBuffers:
 # of them can create once through fsspec.
 
 ATOMIC_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"})
-"""Stores in which an object appears whole or not at all, and which decide creation on their side."""
+"""Stores in which an object appears whole or not at all, and which decide creation on their
+side."""
 
 
 class ObjectWriter(Protocol):
@@ -186,7 +204,8 @@ class ObjectWriter(Protocol):
         ...
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """The same where there is nothing yet; FileExistsError where there is, NotImplementedError where it cannot tell."""
+        """The same where there is nothing yet; FileExistsError where there is, NotImplementedError
+        where it cannot tell."""
         ...
 
 
@@ -218,7 +237,8 @@ class OneRequestWriter:
 
 
 class FsspecMemoryWriter:
-    """fsspec's memory store: a dictionary of this process, where one dictionary operation is the atomic step."""
+    """fsspec's memory store: a dictionary of this process, where one dictionary operation is the
+    atomic step."""
 
     def __init__(self, fs: MemoryFileSystem) -> None:
         self._fs = fs
@@ -228,7 +248,8 @@ class FsspecMemoryWriter:
         self._fs.pipe_file(path, _join(data))
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes. The file system's own create looks first and stores then, so two threads could both win."""
+        """See Writes. The file system's own create looks first and stores then, so two threads
+        could both win."""
         mine = MemoryFile(self._fs, path, _join(data))
         if self._fs.store.setdefault(path, mine) is not mine:
             raise FileExistsError(path)
@@ -307,9 +328,12 @@ class BufferFiller:
 def read_exactly(
     store: Backend, key: str, out: memoryview, offset_bytes: int, fill: Callable[[memoryview], int]
 ) -> None:
-    """What ``read_into`` does around ``fill``, which says how many bytes of ``out`` there were. Raises as it does."""
+    """What ``read_into`` does around ``fill``, which says how many bytes of ``out`` there were.
+    Raises as it does."""
     if offset_bytes < 0:
-        raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
+        raise UsageError(
+            f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
+        )
     got = fill(out) if out else 0
     if out and got == len(out):
         return
@@ -319,22 +343,26 @@ def read_exactly(
     if got < len(out):
         raise IntegrityError(
             f"the object ends too early. key={key} store={store.url} offset_bytes={offset_bytes} "
-            f"wanted_bytes={len(out)} got_bytes={got} size_bytes={found.size_bytes}; read another copy"
+            f"wanted_bytes={len(out)} got_bytes={got} size_bytes={found.size_bytes}; read another "
+            "copy"
         )
 
 
 def read_range(fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset_bytes: int) -> int:
-    """Fill ``out`` from an object; how many bytes there were. Raises what the client library raises.
+    """Fill ``out`` from an object; how many bytes there were. Raises what the client library
+    raises.
 
-    On S3 a reply that breaks off is asked for again from where it ended. ``out`` is not touched after return, nor after
-    an interrupt.
+    On S3 a reply that breaks off is asked for again from where it ended. ``out`` is not touched
+    after return, nor after an interrupt.
     """
     if protocols_of(fs) & S3_PROTOCOLS:
         return run_in_loop(_fill(fs, path, out, offset_bytes), fs.loop) if out else 0
     got = 0
     while got < len(out):
         start = offset_bytes + got
-        part: bytes = fs.cat_file(path, start=start, end=min(start + _READ_BYTES_MAX, offset_bytes + len(out)))
+        part: bytes = fs.cat_file(
+            path, start=start, end=min(start + _READ_BYTES_MAX, offset_bytes + len(out))
+        )
         if not part:
             break
         out[got : got + len(part)] = part
@@ -342,25 +370,33 @@ def read_range(fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset
     return got
 
 
-async def _fill(fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset_bytes: int) -> int:
+async def _fill(
+    fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset_bytes: int
+) -> int:
     bucket, key, _ = fs.split_path(path)
     got, breaks = 0, 0
     while got < len(out):
         first, last = offset_bytes + got, offset_bytes + len(out) - 1
-        reply = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last}")
+        reply = await fs._call_s3(
+            "get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last}"
+        )
         if first and not str(reply.get("ContentRange", "")).startswith(f"bytes {first}-"):
             raise UnavailableError(
                 f"the store ignores the range of a read. bucket={bucket} offset_bytes={first} "
-                f"content_range={reply.get('ContentRange')}; use a server that answers range requests"
+                f"content_range={reply.get('ContentRange')}; use a server that answers range "
+                "requests"
             )
         before = got
         try:
             async with reply["Body"] as body:
-                while got < len(out) and (piece := await body.read(min(_PIECE_BYTES, len(out) - got))):
+                while got < len(out) and (
+                    piece := await body.read(min(_PIECE_BYTES, len(out) - got))
+                ):
                     out[got : got + len(piece)] = piece
                     got += len(piece)
         except Exception:
-            # Whatever the HTTP library calls a reply that ended early; what came is the object's, in order.
+            # Whatever the HTTP library calls a reply that ended early; what came is the object's,
+            # in order.
             breaks = breaks + 1 if got == before else 0
             if breaks >= _BREAKS_MAX:
                 raise

@@ -1,4 +1,5 @@
-"""A store behind any URL that fsspec knows: S3, Google Cloud Storage, Azure, memory, sftp and others."""
+"""A store behind any URL that fsspec knows: S3, Google Cloud Storage, Azure, memory, sftp and
+others."""
 
 from __future__ import annotations
 
@@ -34,12 +35,14 @@ _MODIFIED = ("LastModified", "last_modified", "updated", "mtime", "modified", "c
 
 
 def has_folders(fs: fsspec.AbstractFileSystem) -> bool:
-    """Whether the store knows folders beside objects, so that removing one could remove more than an object."""
+    """Whether the store knows folders beside objects, so that removing one could remove more than
+    an object."""
     return not (protocols_of(fs) & ATOMIC_PROTOCOLS or isinstance(fs, MemoryFileSystem))
 
 
 def stat_of(key: str, info: Mapping[str, object]) -> Stat:
-    """Facts from what fsspec says of one object. An unknown time counts as now, so that no sweep takes it for old."""
+    """Facts from what fsspec says of one object. An unknown time counts as now, so that no sweep
+    takes it for old."""
     size = info["size"]
     return Stat(key, int(size) if isinstance(size, int | float) else 0, _modified_unix_s(info))
 
@@ -47,7 +50,11 @@ def stat_of(key: str, info: Mapping[str, object]) -> Stat:
 def walk(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) -> Iterator[Stat]:
     """Objects below ``root`` in key order. Raises what the client library raises."""
     stats = _walk_s3(fs, root, prefix, after) if _is_s3(fs) else _walk_any(fs, root, prefix)
-    yield from (entry for entry in stats if entry.key > after and entry.key.startswith(prefix) and is_key(entry.key))
+    yield from (
+        entry
+        for entry in stats
+        if entry.key > after and entry.key.startswith(prefix) and is_key(entry.key)
+    )
 
 
 def _walk_any(fs: fsspec.AbstractFileSystem, root: str, prefix: str) -> Iterator[Stat]:
@@ -63,7 +70,8 @@ def _walk_any(fs: fsspec.AbstractFileSystem, root: str, prefix: str) -> Iterator
 
 
 def _walk_s3(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) -> Iterator[Stat]:
-    """One page of a thousand at a time, starting behind ``after``: the file system's own listing can do neither."""
+    """One page of a thousand at a time, starting behind ``after``: the file system's own listing
+    can do neither."""
     bucket, _, inside = root.partition("/")
     stem = f"{inside}/" if inside else ""
     request: dict[str, str] = {"Bucket": bucket, "Prefix": stem + prefix}
@@ -80,7 +88,8 @@ def _walk_s3(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) 
             key = entry["Key"][len(stem) :]
             if key <= last:
                 raise UsageError(
-                    f"this S3 store does not list in key order. bucket={bucket}; use a general-purpose bucket"
+                    f"this S3 store does not list in key order. bucket={bucket}; use a "
+                    "general-purpose bucket"
                 )
             last = key
             yield Stat(key, entry["Size"], _modified_unix_s(entry))
@@ -114,11 +123,15 @@ _CHECKSUMS = "request_checksum_calculation"
 _ENV = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
-def with_s3_defaults(protocol: str, options: Mapping[str, object], env: Mapping[str, str]) -> dict[str, object]:
-    """``options``, for S3 over TLS at an endpoint of one's own with bodies of known length and a signed digest.
+def with_s3_defaults(
+    protocol: str, options: Mapping[str, object], env: Mapping[str, str]
+) -> dict[str, object]:
+    """``options``, for S3 over TLS at an endpoint of one's own with bodies of known length and a
+    signed digest.
 
-    By itself botocore since 1.36 sends bodies over TLS in chunks of unknown length with a checksum behind them; servers
-    that descend from MinIO, and others, refuse that with 411. What the user says about it stands.
+    By itself botocore since 1.36 sends bodies over TLS in chunks of unknown length with a checksum
+    behind them; servers that descend from MinIO, and others, refuse that with 411. What the user
+    says about it stands.
     """
     given = dict(options)
     boto = given.get("config_kwargs") or {}
@@ -131,13 +144,19 @@ def with_s3_defaults(protocol: str, options: Mapping[str, object], env: Mapping[
     s3 = boto.get("s3") or {}
     if _CHECKSUMS in boto or f"AWS_{_CHECKSUMS.upper()}" in env or not isinstance(s3, Mapping):
         return given
-    given["config_kwargs"] = {_CHECKSUMS: "when_required", **boto, "s3": {"payload_signing_enabled": True, **s3}}
+    given["config_kwargs"] = {
+        _CHECKSUMS: "when_required",
+        **boto,
+        "s3": {"payload_signing_enabled": True, **s3},
+    }
     return given
 
 
 def _endpoint(options: Mapping[str, object], env: Mapping[str, str]) -> str:
     client = options.get("client_kwargs")
-    named = options.get("endpoint_url") or (client.get("endpoint_url") if isinstance(client, Mapping) else None)
+    named = options.get("endpoint_url") or (
+        client.get("endpoint_url") if isinstance(client, Mapping) else None
+    )
     return str(named or next((env[name] for name in _ENV if env.get(name)), ""))
 
 
@@ -148,16 +167,25 @@ CONCURRENCY_BEST = 16
 """Requests in flight; object stores scale with them until the network is full."""
 
 _EXTRAS: Mapping[str, str] = {
-    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure",
-}  # fmt: skip
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+    "adl": "azure",
+}
 
 StorageOptions = Mapping[str, object]
-"""What the URL's fsspec file system takes as arguments, such as ``endpoint_url`` or ``key`` and ``secret``."""
+"""What the URL's fsspec file system takes as arguments, such as ``endpoint_url`` or ``key`` and
+``secret``."""
 
 
 @dataclass(frozen=True, slots=True)
 class _FsspecConnection:
-    """One process's connection: what fsspec made, the path below which keys lie, and how objects are written."""
+    """One process's connection: what fsspec made, the path below which keys lie, and how objects
+    are written."""
 
     pid: int
     fs: fsspec.AbstractFileSystem
@@ -168,9 +196,10 @@ class _FsspecConnection:
 class FsspecBackend:
     """A store at an fsspec URL, such as ``s3://bucket/run``.
 
-    Listings are never cached, so other writers' objects are seen. After a fork the child makes its own connection. Whether
-    the store creates once is found out by creating the same random key twice below ``.probe/``. Thread-safe.
-    Raises UsageError for a URL that fsspec does not know or whose library is not installed.
+    Listings are never cached, so other writers' objects are seen. After a fork the child makes its
+    own connection. Whether the store creates once is found out by creating the same random key
+    twice below ``.probe/``. Thread-safe. Raises UsageError for a URL that fsspec does not know or
+    whose library is not installed.
     """
 
     def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
@@ -186,13 +215,17 @@ class FsspecBackend:
         return self._url
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Probes with at most three small requests once; where it may not write, create_only is False."""
+        """See Backend. Probes with at most three small requests once; where it may not write,
+        create_only is False."""
         return Capabilities(
-            create_only=self._creates(), read_bytes_best=READ_BYTES_BEST, concurrency_best=CONCURRENCY_BEST
+            create_only=self._creates(),
+            read_bytes_best=READ_BYTES_BEST,
+            concurrency_best=CONCURRENCY_BEST,
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Joined in memory first, but for large objects on S3: those go up in parts of 16 MiB, three at once."""
+        """See Backend. Joined in memory first, but for large objects on S3: those go up in parts of
+        16 MiB, three at once."""
         path = self._path(key)
         if create_only:
             self._creates.require()
@@ -206,7 +239,13 @@ class FsspecBackend:
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """See Backend. One ranged request on S3, else one for each 16 MiB; copies once."""
         path = self._path(key)
-        read_exactly(self, key, out.cast("B"), offset_bytes, lambda flat: self._fill(key, path, flat, offset_bytes))
+        read_exactly(
+            self,
+            key,
+            out.cast("B"),
+            offset_bytes,
+            lambda flat: self._fill(key, path, flat, offset_bytes),
+        )
 
     def stat(self, key: str) -> Stat | None:
         """See Backend. One request."""
@@ -221,7 +260,8 @@ class FsspecBackend:
         return None if info["type"] == "directory" else stat_of(key, info)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. S3 is asked page by page from ``after`` on; other stores are listed whole below the folder."""
+        """See Backend. S3 is asked page by page from ``after`` on; other stores are listed whole
+        below the folder."""
         check_prefix(prefix)
         with translate_client_errors("list", self._where(prefix)):
             client = self._live()
@@ -247,14 +287,21 @@ class FsspecBackend:
         protocol = self._full_url.partition("://")[0]
         try:
             options = with_s3_defaults(protocol.lower(), self._options, os.environ)
-            fs, root = url_to_fs(self._full_url, use_listings_cache=False, skip_instance_cache=True, **options)
+            fs, root = url_to_fs(
+                self._full_url, use_listings_cache=False, skip_instance_cache=True, **options
+            )
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
-            remedy = f"pip install 'torch-ckpt[{extra}]'" if extra else f"install what it names: {error}"
-            raise UsageError(f"the library for this kind of store is missing. url={self._url}; {remedy}") from error
+            remedy = (
+                f"pip install 'torch-ckpt[{extra}]'" if extra else f"install what it names: {error}"
+            )
+            raise UsageError(
+                f"the library for this kind of store is missing. url={self._url}; {remedy}"
+            ) from error
         except (ValueError, TypeError) as error:
             raise UsageError(
-                f"not a store's URL, or options that it does not take. url={self._url} error={type(error).__name__}; "
+                f"not a store's URL, or options that it does not take. url={self._url} "
+                f"error={type(error).__name__}; "
                 f"check the URL and the storage options {sorted(self._options)}"
             ) from error
         except Exception as error:
@@ -263,7 +310,8 @@ class FsspecBackend:
         return _FsspecConnection(os.getpid(), fs, root, writer_for(fs, f"{root}/.tmp"))
 
     def _live(self) -> _FsspecConnection:
-        """This process's connection; its threads and sockets do not survive a fork, so a child makes its own."""
+        """This process's connection; its threads and sockets do not survive a fork, so a child
+        makes its own."""
         client = self._client
         if client is None or client.pid != os.getpid():
             self._client = client = self._connect()
@@ -281,7 +329,8 @@ class FsspecBackend:
             with translate_client_errors("read", self._where(key)):
                 return read_range(self._live().fs, path, out, offset_bytes)
         except UnavailableError as error:
-            # Asked for bytes behind the end, HTTP stores answer "range not satisfiable" instead of nothing.
+            # Asked for bytes behind the end, HTTP stores answer "range not satisfiable" instead of
+            # nothing.
             if "status=416" in str(error):
                 return 0
             raise

@@ -1,7 +1,8 @@
-"""What fsspec's storage options and the AWS environment mean for obstore, or why obstore would do something else. Pure.
+"""What fsspec's storage options and the AWS environment mean for obstore, or why obstore would do
+something else. Pure.
 
-Users write what s3fs takes. obstore is used only where it will do exactly the same: each option, variable and profile
-setting that is not known here makes the answer ``ObstoreDiffers``.
+Users write what s3fs takes. obstore is used only where it will do exactly the same: each option,
+variable and profile setting that is not known here makes the answer ``ObstoreDiffers``.
 """
 
 from __future__ import annotations
@@ -72,13 +73,20 @@ CONNECT_TIMEOUT_S = 5.0
 """s3fs's own."""
 
 READ_TIMEOUT_S = 60.0
-"""Longest wait for an answer; it covers sending the request's body too, so 16 MiB may take as long."""
+"""Longest wait for an answer; it covers sending the request's body too, so 16 MiB may take as
+long."""
 
 RETRIES = 4
 """Repetitions of a request that failed for the moment, as botocore's default."""
 
 _IGNORED = frozenset(
-    {"default_block_size", "default_fill_cache", "default_cache_type", "use_listings_cache", "listings_expiry_time"}
+    {
+        "default_block_size",
+        "default_fill_cache",
+        "default_cache_type",
+        "use_listings_cache",
+        "listings_expiry_time",
+    }
     | {"max_paths", "skip_instance_cache", "max_concurrency", "fixed_upload_size"}
 )
 """About file objects and caches that stores do not use."""
@@ -86,16 +94,46 @@ _IGNORED = frozenset(
 _IGNORED_CONFIG = frozenset({"max_pool_connections", "tcp_keepalive"})
 
 _ENV_KNOWN = frozenset(
-    {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_REGION"}
-    | {"AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE", "AWS_DEFAULT_OUTPUT"}
+    {
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_SECURITY_TOKEN",
+        "AWS_REGION",
+    }
+    | {
+        "AWS_DEFAULT_REGION",
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_CA_BUNDLE",
+        "AWS_DEFAULT_OUTPUT",
+    }
     | {"AWS_PAGER", "AWS_EXECUTION_ENV"}
     # How credentials are found, which botocore does for both clients.
-    | {"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_ROLE_ARN"}
-    | {"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_SESSION_NAME", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"}
-    | {"AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_STS_REGIONAL_ENDPOINTS"}
-    | {"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_EC2_METADATA_DISABLED", "AWS_METADATA_SERVICE_TIMEOUT"}
+    | {
+        "AWS_PROFILE",
+        "AWS_DEFAULT_PROFILE",
+        "AWS_CONFIG_FILE",
+        "AWS_SHARED_CREDENTIALS_FILE",
+        "AWS_ROLE_ARN",
+    }
+    | {
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_ROLE_SESSION_NAME",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    }
+    | {
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+        "AWS_STS_REGIONAL_ENDPOINTS",
+    }
+    | {
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+        "AWS_EC2_METADATA_DISABLED",
+        "AWS_METADATA_SERVICE_TIMEOUT",
+    }
     | {"AWS_METADATA_SERVICE_NUM_ATTEMPTS", "AWS_CREDENTIAL_EXPIRATION"}
-)  # fmt: skip
+)
 
 _PROFILE_KNOWN = frozenset(
     {
@@ -107,8 +145,22 @@ _PROFILE_KNOWN = frozenset(
         "role_arn",
         "source_profile",
     }
-    | {"credential_source", "credential_process", "external_id", "mfa_serial", "role_session_name", "duration_seconds"}
-    | {"web_identity_token_file", "sso_session", "sso_start_url", "sso_region", "sso_account_id", "sso_role_name"}
+    | {
+        "credential_source",
+        "credential_process",
+        "external_id",
+        "mfa_serial",
+        "role_session_name",
+        "duration_seconds",
+    }
+    | {
+        "web_identity_token_file",
+        "sso_session",
+        "sso_start_url",
+        "sso_region",
+        "sso_account_id",
+        "sso_role_name",
+    }
 )
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
@@ -154,11 +206,16 @@ class ObstoreDiffers:
 
 
 def translate_options(
-    url: str, options: Mapping[str, object], *, env: Mapping[str, str], profile: Mapping[str, object]
+    url: str,
+    options: Mapping[str, object],
+    *,
+    env: Mapping[str, str],
+    profile: Mapping[str, object],
 ) -> ObstoreSettings | ObstoreDiffers:
     """Settings that make obstore do at ``url`` what s3fs does with ``options``.
 
-    ``env`` is the environment, ``profile`` what the AWS configuration files say for the profile in use.
+    ``env`` is the environment, ``profile`` what the AWS configuration files say for the profile in
+    use.
     """
     try:
         return _translated(url, options, env, profile)
@@ -183,14 +240,18 @@ def _translated(
     secure = endpoint is None or endpoint.startswith("https://")
     credentials = _credentials(given, client, env)
     region = (
-        client.text("region_name") or boto.text("region_name") or env.get("AWS_DEFAULT_REGION") or profile.get("region")
+        client.text("region_name")
+        or boto.text("region_name")
+        or env.get("AWS_DEFAULT_REGION")
+        or profile.get("region")
     )
     if region is None and endpoint is None:
         raise UnsupportedOptionError("no region is named, and s3fs finds the bucket's")
     config: dict[str, str | bool] = {
         "region": str(region or "us-east-1"),
         "virtual_hosted_style_request": endpoint is None and "." not in bucket,
-        # Several servers answer the batch form of a deletion with an error, others with one that does not parse.
+        # Several servers answer the batch form of a deletion with an error, others with one that
+        # does not parse.
         "disable_bulk_delete": True,
         "skip_signature": isinstance(credentials, AnonymousAccess),
         "request_payer": given.flag("requester_pays"),
@@ -206,7 +267,12 @@ def _translated(
         folder=folder,
         credentials=credentials,
         config=config,
-        client={**_timeouts(boto), **_trust(client, env, secure), **_proxy(boto, secure), "allow_http": not secure},
+        client={
+            **_timeouts(boto),
+            **_trust(client, env, secure),
+            **_proxy(boto, secure),
+            "allow_http": not secure,
+        },
         retries=_retries(boto),
     )
     for rest in (given, client, boto, extra):
@@ -235,11 +301,22 @@ def _endpoint(given: OptionReader, client: OptionReader, env: Mapping[str, str])
     named = [given.text("endpoint_url"), client.text("endpoint_url")]
     if all(named) and named[0] != named[1]:
         raise UnsupportedOptionError("two endpoints are named")
-    endpoint = named[0] or named[1] or env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or None
+    endpoint = (
+        named[0]
+        or named[1]
+        or env.get("AWS_ENDPOINT_URL_S3")
+        or env.get("AWS_ENDPOINT_URL")
+        or None
+    )
     if endpoint is None:
         return None
     parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.path not in ("", "/")
+        or parts.query
+    ):
         raise UnsupportedOptionError("the endpoint is more than scheme, host and port")
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -262,7 +339,9 @@ def _credentials(
         return S3Credentials(key, secret, token)
     key, secret = env.get("AWS_ACCESS_KEY_ID"), env.get("AWS_SECRET_ACCESS_KEY")
     if key and secret and profile is None:
-        return S3Credentials(key, secret, env.get("AWS_SESSION_TOKEN") or env.get("AWS_SECURITY_TOKEN") or None)
+        return S3Credentials(
+            key, secret, env.get("AWS_SESSION_TOKEN") or env.get("AWS_SECURITY_TOKEN") or None
+        )
     return LookedUpCredentials(profile)
 
 
@@ -296,9 +375,17 @@ def _addressing(boto: OptionReader, endpoint: str | None) -> None:
 
 
 def _timeouts(boto: OptionReader) -> dict[str, str | bool]:
-    connect_s, read_s = boto.number("connect_timeout", CONNECT_TIMEOUT_S), boto.number("read_timeout", READ_TIMEOUT_S)
-    # A whole request has no limit of its own, as with s3fs: a large body over a slow link takes its time.
-    return {"connect_timeout": _duration(connect_s), "read_timeout": _duration(read_s), "timeout": "1day"}
+    connect_s, read_s = (
+        boto.number("connect_timeout", CONNECT_TIMEOUT_S),
+        boto.number("read_timeout", READ_TIMEOUT_S),
+    )
+    # A whole request has no limit of its own, as with s3fs: a large body over a slow link takes its
+    # time.
+    return {
+        "connect_timeout": _duration(connect_s),
+        "read_timeout": _duration(read_s),
+        "timeout": "1day",
+    }
 
 
 def _duration(seconds: float) -> str:
@@ -311,7 +398,9 @@ def _trust(client: OptionReader, env: Mapping[str, str], secure: bool) -> dict[s
         return {"allow_invalid_certificates": True} if secure else {}
     # obstore adds certificates to those it trusts; botocore trusts only what is named.
     if secure and (verify not in (None, True) or (verify is None and env.get("AWS_CA_BUNDLE"))):
-        raise UnsupportedOptionError("an own certificate authority, beside which obstore trusts the public ones")
+        raise UnsupportedOptionError(
+            "an own certificate authority, beside which obstore trusts the public ones"
+        )
     return {}
 
 

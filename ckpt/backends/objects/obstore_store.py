@@ -1,7 +1,8 @@
-"""A store on S3 through obstore, a client in Rust: buffers go out uncopied, and its threads need no interpreter lock.
+"""A store on S3 through obstore, a client in Rust: buffers go out uncopied, and its threads need no
+interpreter lock.
 
-It does what ``FsspecBackend`` does through s3fs, behind the same seam. ``obstoreoptions`` says when it may stand in,
-``obstorefork`` what happens after a fork.
+It does what ``FsspecBackend`` does through s3fs, behind the same seam. ``obstoreoptions`` says when
+it may stand in, ``obstorefork`` what happens after a fork.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ from typing import Protocol, TypedDict, cast
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat, check_key, check_prefix, is_key
 from ckpt.backends.objects.errors import public_url, translate_client_errors
-from ckpt.backends.objects.fsspec_io import MULTIPART_BYTES_MIN, PART_BYTES, BufferFiller, read_exactly
+from ckpt.backends.objects.fsspec_io import (
+    MULTIPART_BYTES_MIN,
+    PART_BYTES,
+    BufferFiller,
+    read_exactly,
+)
 from ckpt.backends.objects.fsspec_store import CONCURRENCY_BEST, READ_BYTES_BEST
-from ckpt.backends.objects.obstore_options import LookedUpCredentials, ObstoreSettings, S3Credentials
+from ckpt.backends.objects.obstore_options import (
+    LookedUpCredentials,
+    ObstoreSettings,
+    S3Credentials,
+)
 from ckpt.backends.probe import CreateOnceProbe, creates_once
 from ckpt.errors import NotFoundError, StoreDeniedError, UnavailableError, UsageError
 
@@ -45,7 +55,9 @@ class ObjectStream(Protocol):
 class ObstoreClient(Protocol):
     """The five calls. All raise obstore's errors, and let other threads run meanwhile."""
 
-    def put(self, path: str, file: object, *, mode: str = ..., use_multipart: bool, **sizes: int) -> object:
+    def put(
+        self, path: str, file: object, *, mode: str = ..., use_multipart: bool, **sizes: int
+    ) -> object:
         """Store a buffer or a list of them."""
         ...
 
@@ -57,7 +69,9 @@ class ObstoreClient(Protocol):
         """The facts of one object."""
         ...
 
-    def list(self, prefix: str | None, *, offset: str | None, chunk_size: int) -> Iterable[Sequence[ObstoreEntry]]:
+    def list(
+        self, prefix: str | None, *, offset: str | None, chunk_size: int
+    ) -> Iterable[Sequence[ObstoreEntry]]:
         """Objects in the folder ``prefix`` that come behind ``offset``."""
         ...
 
@@ -77,16 +91,20 @@ def stat_of(key: str, entry: ObstoreEntry) -> Stat:
 def walk(
     client: ObstoreClient, root: str, prefix: str, after: str, *, is_object: Callable[[str], bool]
 ) -> Iterator[Stat]:
-    """Objects below ``root`` (empty, or with a slash at its end) in key order. Raises what obstore raises.
+    """Objects below ``root`` (empty, or with a slash at its end) in key order. Raises what obstore
+    raises.
 
-    obstore lists whole folders, so other names of the folder are passed over before ``prefix`` and it ends behind it.
+    obstore lists whole folders, so other names of the folder are passed over before ``prefix`` and
+    it ends behind it.
     """
     folder = prefix.rpartition("/")[0]
     start = listing_start(prefix, after)
     if start is None:
         return
     last = ""
-    for page in client.list(root + folder or None, offset=root + start if start else None, chunk_size=_PAGE):
+    for page in client.list(
+        root + folder or None, offset=root + start if start else None, chunk_size=_PAGE
+    ):
         for entry in page:
             key = str(entry["path"])[len(root) :]
             if not key.startswith(prefix):
@@ -100,16 +118,20 @@ def walk(
             if not found.size_bytes and not is_object(key):
                 continue
             if key <= last:
-                raise UsageError(f"this S3 store does not list in key order. key={key}; use a general-purpose bucket")
+                raise UsageError(
+                    f"this S3 store does not list in key order. key={key}; use a general-purpose "
+                    "bucket"
+                )
             last = key
             yield found
 
 
 def listing_start(prefix: str, after: str) -> str | None:
-    """A key behind which all wanted ones come, as far on as is easily said; empty for the folder's beginning. Pure.
+    """A key behind which all wanted ones come, as far on as is easily said; empty for the folder's
+    beginning. Pure.
 
-    None where no wanted key can exist. It lies in the folder of ``prefix``, since servers that descend from MinIO refuse
-    to start elsewhere.
+    None where no wanted key can exist. It lies in the folder of ``prefix``, since servers that
+    descend from MinIO refuse to start elsewhere.
     """
     if after > prefix and not after.startswith(prefix):
         return None
@@ -118,7 +140,9 @@ def listing_start(prefix: str, after: str) -> str | None:
     if prefix > folder:
         # Just below the prefix: its last character's predecessor, then one that keys seldom have.
         starts.append(f"{prefix[:-1]}{chr(max(ord(prefix[-1]) - 1, 0))}~")
-    fit = [start for start in starts if start > folder and start.startswith(folder) and is_key(start)]
+    fit = [
+        start for start in starts if start > folder and start.startswith(folder) and is_key(start)
+    ]
     return max(fit, default="")
 
 
@@ -126,7 +150,8 @@ def listing_start(prefix: str, after: str) -> str | None:
 # instances, single sign-on.
 
 _ASK_AGAIN = datetime.timedelta(minutes=5)
-"""botocore renews credentials ten minutes before they expire, so what it gives is good for as long at least."""
+"""botocore renews credentials ten minutes before they expire, so what it gives is good for as long
+at least."""
 
 
 class AwsCredential(TypedDict):
@@ -155,12 +180,16 @@ class _BotoSession(Protocol):
 
 
 def profile_settings(profile: str | None, env: Mapping[str, str]) -> Mapping[str, object] | None:
-    """What the AWS configuration files say for the profile in use; empty without files, None where they cannot be read.
+    """What the AWS configuration files say for the profile in use; empty without files, None where
+    they cannot be read.
 
     Imports botocore only where there are files or a profile is named.
     """
     named = profile or env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE")
-    files = (env.get("AWS_CONFIG_FILE", "~/.aws/config"), env.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+    files = (
+        env.get("AWS_CONFIG_FILE", "~/.aws/config"),
+        env.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+    )
     if not named and not any(Path(os.path.expanduser(file)).exists() for file in files):  # noqa: PTH111
         return {}
     try:
@@ -170,11 +199,13 @@ def profile_settings(profile: str | None, env: Mapping[str, str]) -> Mapping[str
 
 
 def credential_provider(profile: str | None) -> Callable[[], AwsCredential]:
-    """What gives obstore the current credentials. Raises ImportError without botocore, StoreDeniedError without any."""
+    """What gives obstore the current credentials. Raises ImportError without botocore,
+    StoreDeniedError without any."""
     credentials = _session(profile).get_credentials()
     if credentials is None:
         raise StoreDeniedError(
-            "no AWS credentials are found. set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass key and secret as "
+            "no AWS credentials are found. set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "pass key and secret as "
             "storage options, or anon=True for a public bucket"
         )
 
@@ -209,7 +240,8 @@ _PAUSE_MAX_S = 5.0
 
 
 def retry(call: Callable[[], None], *, times: int, progress: Callable[[], int] = int) -> None:
-    """Do ``call``, again where the connection broke, ``times`` in a row at most without ``progress`` having grown.
+    """Do ``call``, again where the connection broke, ``times`` in a row at most without
+    ``progress`` having grown.
 
     Raises what the last one raised.
     """
@@ -225,8 +257,11 @@ def retry(call: Callable[[], None], *, times: int, progress: Callable[[], int] =
         broken += 1
 
 
-def resume_listing(listing: Callable[[str], Iterator[Stat]], after: str, *, times: int) -> Iterator[Stat]:
-    """``listing(after)``, begun again behind the last key where it broke off; ``times`` in a row at most."""
+def resume_listing(
+    listing: Callable[[str], Iterator[Stat]], after: str, *, times: int
+) -> Iterator[Stat]:
+    """``listing(after)``, begun again behind the last key where it broke off; ``times`` in a row at
+    most."""
     broken = 0
     while True:
         try:
@@ -257,14 +292,20 @@ _PIECE_BYTES = 1 << 20
 _PARTS_MAX = 4
 """Parts of one object on their way at once; they take no memory."""
 
-_BACKOFF = {"init_backoff": datetime.timedelta(seconds=0.1), "max_backoff": datetime.timedelta(seconds=5), "base": 2}
+_BACKOFF = {
+    "init_backoff": datetime.timedelta(seconds=0.1),
+    "max_backoff": datetime.timedelta(seconds=5),
+    "base": 2,
+}
 _RETRY_TIMEOUT = datetime.timedelta(minutes=2)
 
 
 class ObstoreBackend:
-    """A store at ``s3://bucket/folder``. Listings are fresh; whether it creates once is found out as by ObjectsBackend.
+    """A store at ``s3://bucket/folder``. Listings are fresh; whether it creates once is found out
+    as by ObjectsBackend.
 
-    Only for the process that made it. Thread-safe. Raises ImportError where obstore is not installed.
+    Only for the process that made it. Thread-safe. Raises ImportError where obstore is not
+    installed.
     """
 
     def __init__(self, url: str, settings: ObstoreSettings) -> None:
@@ -281,9 +322,12 @@ class ObstoreBackend:
         return self._url
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Probes with at most three small requests once; where it may not write, create_only is False."""
+        """See Backend. Probes with at most three small requests once; where it may not write,
+        create_only is False."""
         return Capabilities(
-            create_only=self._creates(), read_bytes_best=READ_BYTES_BEST, concurrency_best=CONCURRENCY_BEST
+            create_only=self._creates(),
+            read_bytes_best=READ_BYTES_BEST,
+            concurrency_best=CONCURRENCY_BEST,
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
@@ -297,7 +341,13 @@ class ObstoreBackend:
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
         """See Backend. One ranged request, copied once, 1 MiB at a time."""
         path = self._path(key)
-        read_exactly(self, key, out.cast("B"), offset_bytes, lambda flat: self._fill(key, path, flat, offset_bytes))
+        read_exactly(
+            self,
+            key,
+            out.cast("B"),
+            offset_bytes,
+            lambda flat: self._fill(key, path, flat, offset_bytes),
+        )
 
     def stat(self, key: str) -> Stat | None:
         """See Backend. One request."""
@@ -309,9 +359,12 @@ class ObstoreBackend:
             return None
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. Page by page, from ``after`` or ``prefix`` on, until keys no longer begin with it."""
+        """See Backend. Page by page, from ``after`` or ``prefix`` on, until keys no longer begin
+        with it."""
         check_prefix(prefix)
-        yield from resume_listing(lambda start: self._walk(prefix, start), after, times=self._settings.retries)
+        yield from resume_listing(
+            lambda start: self._walk(prefix, start), after, times=self._settings.retries
+        )
 
     def delete(self, key: str) -> None:
         """See Backend. One request a key: several S3 servers refuse the batch form."""
@@ -336,8 +389,14 @@ class ObstoreBackend:
         more: dict[str, object] = {}
         match settings.credentials:
             case S3Credentials(key, secret, token):
-                given = {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": None}
-                # As a provider: keys in the configuration would be joined with a session token of the environment.
+                given = {
+                    "access_key_id": key,
+                    "secret_access_key": secret,
+                    "token": token,
+                    "expires_at": None,
+                }
+                # As a provider: keys in the configuration would be joined with a session token of
+                # the environment.
                 more["credential_provider"] = lambda: given
             case LookedUpCredentials(profile):
                 more["credential_provider"] = credential_provider(profile)
@@ -347,7 +406,11 @@ class ObstoreBackend:
             settings.bucket,
             config=dict(settings.config),
             client_options=dict(settings.client),
-            retry_config={"max_retries": settings.retries, "retry_timeout": _RETRY_TIMEOUT, "backoff": _BACKOFF},
+            retry_config={
+                "max_retries": settings.retries,
+                "retry_timeout": _RETRY_TIMEOUT,
+                "backoff": _BACKOFF,
+            },
             **more,
         )
         return cast(ObstoreClient, client)
@@ -360,13 +423,19 @@ class ObstoreBackend:
 
     def _put(self, path: str, data: Sequence[Buffer], *, create_only: bool) -> None:
         pieces = [memoryview(buffer).cast("B") for buffer in data if len(buffer)]
-        # A list's pieces are taken as they lie, too, but a list without any would become a multipart upload.
+        # A list's pieces are taken as they lie, too, but a list without any would become a
+        # multipart upload.
         body = pieces if len(pieces) > 1 else pieces[0] if pieces else b""
         if create_only or sum(map(len, pieces)) < MULTIPART_BYTES_MIN:
-            # Always one request: conditions on multipart uploads are newer than on puts, and not probed.
-            self._live().put(path, body, mode="create" if create_only else "overwrite", use_multipart=False)
+            # Always one request: conditions on multipart uploads are newer than on puts, and not
+            # probed.
+            self._live().put(
+                path, body, mode="create" if create_only else "overwrite", use_multipart=False
+            )
         else:
-            self._live().put(path, body, use_multipart=True, chunk_size=PART_BYTES, max_concurrency=_PARTS_MAX)
+            self._live().put(
+                path, body, use_multipart=True, chunk_size=PART_BYTES, max_concurrency=_PARTS_MAX
+            )
 
     def _fill(self, key: str, path: str, out: memoryview, offset_bytes: int) -> int:
         """How many bytes of ``out`` were filled, none where the object ends before them."""
@@ -375,11 +444,16 @@ class ObstoreBackend:
         def stream() -> None:
             with translate_client_errors("read", self._where(key)):
                 span = (offset_bytes + filled.filled_bytes, offset_bytes + len(out))
-                for piece in self._live().get(path, options={"range": span}).stream(min_chunk_size=_PIECE_BYTES):
+                for piece in (
+                    self._live()
+                    .get(path, options={"range": span})
+                    .stream(min_chunk_size=_PIECE_BYTES)
+                ):
                     filled.add(piece)
 
         try:
-            # obstore itself goes on where a reply broke off only if the server gave the object a tag.
+            # obstore itself goes on where a reply broke off only if the server gave the object a
+            # tag.
             retry(stream, times=self._settings.retries, progress=lambda: filled.filled_bytes)
         except UnavailableError as error:
             if "status=416" not in str(error):
@@ -388,7 +462,13 @@ class ObstoreBackend:
 
     def _walk(self, prefix: str, after: str) -> Iterator[Stat]:
         with translate_client_errors("list", self._where(prefix)):
-            yield from walk(self._live(), self._root, prefix, after, is_object=lambda key: self.stat(key) is not None)
+            yield from walk(
+                self._live(),
+                self._root,
+                prefix,
+                after,
+                is_object=lambda key: self.stat(key) is not None,
+            )
 
     def _delete(self, key: str, path: str) -> None:
         with translate_client_errors("delete", self._where(key)):
@@ -414,7 +494,8 @@ class ObstoreBackend:
 
 
 class ForkAwareBackend:
-    """A store that is ``here`` in the process where obstore's threads run, and ``forked()`` in children of it."""
+    """A store that is ``here`` in the process where obstore's threads run, and ``forked()`` in
+    children of it."""
 
     def __init__(self, here: Backend, forked: Callable[[], Backend]) -> None:
         self._here = here
@@ -469,5 +550,6 @@ class ForkAwareBackend:
 
 @functools.cache
 def _home() -> int:
-    """The process where obstore's threads run: the first that asked, and what a child of it is told too."""
+    """The process where obstore's threads run: the first that asked, and what a child of it is told
+    too."""
     return os.getpid()

@@ -1,4 +1,5 @@
-"""Memory that stores read from and write to, of bounded size: a hung call keeps what it has, and only its store feels it."""
+"""Memory that stores read from and write to, of bounded size: a hung call keeps what it has, and
+only its store feels it."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ _LOOK_S = 0.5
 
 
 class ReplicaMemory:
-    """Each store may hold an equal share of ``budget_bytes``, or one buffer of any size. Thread-safe.
+    """Each store may hold an equal share of ``budget_bytes``, or one buffer of any size.
+    Thread-safe.
 
-    Shares are apart, so that a hung store's buffers never keep a well one waiting. Buffers are page-aligned, for direct I/O,
-    and a quarter of the budget is kept for reuse: fresh memory costs more than the copy into it.
+    Shares are apart, so that a hung store's buffers never keep a well one waiting. Buffers are
+    page-aligned, for direct I/O, and a quarter of the budget is kept for reuse: fresh memory costs
+    more than the copy into it.
     """
 
     def __init__(self, stores: int, *, budget_bytes: int = BUDGET_BYTES) -> None:
@@ -42,8 +45,16 @@ class ReplicaMemory:
         """What is held now, in all."""
         return sum(self._used)
 
-    def claim(self, place: int, size_bytes: int, *, until_s: float = 0.0, given_up: Callable[[], bool] = bool) -> bool:
-        """Charge ``size_bytes`` to the store at ``place``; waits till ``until_s`` (monotonic) or until ``given_up``.
+    def claim(
+        self,
+        place: int,
+        size_bytes: int,
+        *,
+        until_s: float = 0.0,
+        given_up: Callable[[], bool] = bool,
+    ) -> bool:
+        """Charge ``size_bytes`` to the store at ``place``; waits till ``until_s`` (monotonic) or
+        until ``given_up``.
 
         Returns whether there was room.
         """
@@ -106,7 +117,8 @@ class PooledBuffer:
 
 
 class SharedCopy:
-    """One copy of the caller's bytes, for all stores that need one. The last of them to let go gives it back."""
+    """One copy of the caller's bytes, for all stores that need one. The last of them to let go
+    gives it back."""
 
     def __init__(self, memory: ReplicaMemory, data: Sequence[Buffer], size_bytes: int) -> None:
         self._memory = memory
@@ -117,7 +129,8 @@ class SharedCopy:
         self._lock = threading.Lock()
 
     def acquire(self) -> list[memoryview]:
-        """The copy, made now where it is the first. Only while the caller's put has not returned."""
+        """The copy, made now where it is the first. Only while the caller's put has not
+        returned."""
         with self._lock:
             if self._region is None:
                 self._region = self._memory.buffer(self._size_bytes)
@@ -158,21 +171,28 @@ def _gather(data: Sequence[Buffer], out: memoryview) -> None:
 
 @runtime_checkable
 class Borrower(Protocol):
-    """A store that can be lent memory. A wrapper around one is none unless it says so: it may have copied too late."""
+    """A store that can be lent memory. A wrapper around one is none unless it says so: it may have
+    copied too late."""
 
     def put_lent(
-        self, key: str, data: Sequence[Buffer], still_lent: Callable[[], None], *, create_only: bool = False
+        self,
+        key: str,
+        data: Sequence[Buffer],
+        still_lent: Callable[[], None],
+        *,
+        create_only: bool = False,
     ) -> None:
         """As ``put``, of buffers whose owner may take them back and change them at any moment.
 
-        ``still_lent`` is called once all bytes are read (or copied) and before the object can be seen under its key. Where it
-        raises, nothing is stored and ``put_lent`` raises the same.
+        ``still_lent`` is called once all bytes are read (or copied) and before the object can be
+        seen under its key. Where it raises, nothing is stored and ``put_lent`` raises the same.
         """
         ...
 
 
 def borrower_of(store: Backend) -> Borrower | None:
-    """``store`` as one that can be lent memory. One whose class overrides ``put`` alone is none: it means to see every put."""
+    """``store`` as one that can be lent memory. One whose class overrides ``put`` alone is none: it
+    means to see every put."""
     if not isinstance(store, Borrower):
         return None
     owners = [cls for cls in type(store).__mro__ if "put" in vars(cls) or "put_lent" in vars(cls)]
@@ -202,12 +222,16 @@ class Loan:
         self._over = True
 
     def still_lent(self) -> None:
-        """Raise TakenBackError where the memory was taken back: then what was read is not what was meant.
+        """Raise TakenBackError where the memory was taken back: then what was read is not what was
+        meant.
 
-        All that was read before a call that returns was right: the owner takes back first and writes afterwards.
+        All that was read before a call that returns was right: the owner takes back first and
+        writes afterwards.
         """
         if self._over:
-            raise TakenBackError(f"the put is over, and its memory is used anew. key={self._key}; nothing was stored")
+            raise TakenBackError(
+                f"the put is over, and its memory is used anew. key={self._key}; nothing was stored"
+            )
 
 
 def is_immutable(data: Sequence[Buffer]) -> bool:

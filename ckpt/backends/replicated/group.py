@@ -1,4 +1,5 @@
-"""What the operations on several stores share: the stores, the quorum, what is known to be missing where, and who is told."""
+"""What the operations on several stores share: the stores, the quorum, what is known to be missing
+where, and who is told."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class AnswerQueue(Generic[T]):
         return self._closed
 
     def put(self, item: T) -> bool:
-        """Deliver; False where nobody waits any more, and whatever comes with ``item`` stays the sender's."""
+        """Deliver; False where nobody waits any more, and whatever comes with ``item`` stays the
+        sender's."""
         with self._lock:
             if not self._closed:
                 self._items.put(item)
@@ -104,17 +106,27 @@ class RunningCall:
 
 
 class StoreReplica:
-    """The store at ``place``. ``changed`` is told after each change of a circuit, with the side's name. Thread-safe."""
+    """The store at ``place``. ``changed`` is told after each change of a circuit, with the side's
+    name. Thread-safe."""
 
     def __init__(
-        self, place: int, store: Backend, *, limits: ReplicationLimits, jitter: Callable[[], float],
+        self,
+        place: int,
+        store: Backend,
+        *,
+        limits: ReplicationLimits,
+        jitter: Callable[[], float],
         changed: Callable[[StoreReplica, str, str], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.index = place
         self.store = store
         self.borrower = borrower_of(store)
-        self.reading = ReplicaSide(StoreThreads(f"ckpt-read-{place}", threads_max=READS_MAX, jobs_max=QUEUED_MAX))
-        self.writing = ReplicaSide(StoreThreads(f"ckpt-write-{place}", threads_max=WRITES_MAX, jobs_max=QUEUED_MAX))
+        self.reading = ReplicaSide(
+            StoreThreads(f"ckpt-read-{place}", threads_max=READS_MAX, jobs_max=QUEUED_MAX)
+        )
+        self.writing = ReplicaSide(
+            StoreThreads(f"ckpt-write-{place}", threads_max=WRITES_MAX, jobs_max=QUEUED_MAX)
+        )
         self._pace = limits
         self._jitter = jitter
         self._changed = changed
@@ -132,11 +144,13 @@ class StoreReplica:
         return self.reading.circuit.usable and self.writing.circuit.usable
 
     def read(self, size_bytes: int, call: Callable[[], T]) -> T:
-        """Do ``call``, which reads ``size_bytes``, in this thread, and learn from it. Raises CkptError only."""
+        """Do ``call``, which reads ``size_bytes``, in this thread, and learn from it. Raises
+        CkptError only."""
         return self._do(self.reading, size_bytes, call)
 
     def write(self, size_bytes: int, call: Callable[[], T]) -> T:
-        """Do ``call``, which writes ``size_bytes``, in this thread, and learn from it. Raises CkptError only."""
+        """Do ``call``, which writes ``size_bytes``, in this thread, and learn from it. Raises
+        CkptError only."""
         return self._do(self.writing, size_bytes, call)
 
     def observe(self, side: ReplicaSide, sign: CircuitEvent, why: str) -> None:
@@ -145,7 +159,9 @@ class StoreReplica:
             before = side.circuit
             if sign is CircuitEvent.ANSWERED and before == _FRESH:
                 return
-            side.circuit = advance(before, sign, time.monotonic(), limits=self._pace, jitter=self._jitter())
+            side.circuit = advance(
+                before, sign, time.monotonic(), limits=self._pace, jitter=self._jitter()
+            )
             changed = side.circuit.usable != before.usable
         if changed:
             self._changed(self, "reading" if side is self.reading else "writing", why)
@@ -172,14 +188,19 @@ class StoreReplica:
                 hung = [
                     call
                     for call in side.calls.values()
-                    if not call.stalled and now_s - call.start_s > stall_s(self._pace, call.size_bytes)
+                    if not call.stalled
+                    and now_s - call.start_s > stall_s(self._pace, call.size_bytes)
                 ]
                 for call in hung:
                     call.stalled = True
                     side.speed = with_lower_bound(side.speed, call.size_bytes, now_s - call.start_s)
             for call in hung:
                 side.threads.thread_lost()
-                self.observe(side, CircuitEvent.STALLED, f"a call has not come back for {now_s - call.start_s:.0f} s")
+                self.observe(
+                    side,
+                    CircuitEvent.STALLED,
+                    f"a call has not come back for {now_s - call.start_s:.0f} s",
+                )
 
     def cut_off(self, size_bytes: int, waited_s: float) -> None:
         """A put was given up: it would have taken longer than ``waited_s``."""
@@ -211,7 +232,8 @@ class StoreReplica:
         except Exception as error:
             sign, why = CircuitEvent.FAILED, f"{type(error).__name__}: {error}"
             raise UnavailableError(
-                f"the store's code failed. store={self.url} error={why}; repeat, and report it to who wrote the store"
+                f"the store's code failed. store={self.url} error={why}; repeat, and report it to "
+                "who wrote the store"
             ) from error
         finally:
             took_s = time.monotonic() - start_s
@@ -237,9 +259,16 @@ class StoreGroup:
     """The stores behind one replicated backend, in one process. Thread-safe."""
 
     def __init__(
-        self, stores: Sequence[Backend], quorum: Quorum, *, prefer: Sequence[int], limits: ReplicationLimits, budget_bytes: int,
-        seed: int | None, emit: Emit,
-    ) -> None:  # fmt: skip
+        self,
+        stores: Sequence[Backend],
+        quorum: Quorum,
+        *,
+        prefer: Sequence[int],
+        limits: ReplicationLimits,
+        budget_bytes: int,
+        seed: int | None,
+        emit: Emit,
+    ) -> None:
         self.quorum = quorum
         self.limits = limits
         self.memory = ReplicaMemory(len(stores), budget_bytes=budget_bytes)
@@ -253,7 +282,9 @@ class StoreGroup:
         self._alarmed: set[int] = set()
         self.wake: Callable[[], None] = lambda: None
         self.replicas = tuple(
-            StoreReplica(place, store, limits=limits, jitter=self.jitter, changed=self._circuit_changed)
+            StoreReplica(
+                place, store, limits=limits, jitter=self.jitter, changed=self._circuit_changed
+            )
             for place, store in enumerate(stores)
         )
 
@@ -289,9 +320,11 @@ class StoreGroup:
             member.detect_stalls()
 
     def count_only(self, quorum: Quorum) -> None:
-        """From now on ``quorum`` says which stores count. What one missed shortly before it did is brought to it.
+        """From now on ``quorum`` says which stores count. What one missed shortly before it did is
+        brought to it.
 
-        It was filled, or answered again, while objects were on their way to the others, whose records came later.
+        It was filled, or answered again, while objects were on their way to the others, whose
+        records came later.
         """
         with self.change:
             again = quorum.voters - self.quorum.voters
@@ -301,7 +334,9 @@ class StoreGroup:
                 self._aside[place].clear()
         for place, needs in missed:
             for key, need in needs.items():
-                self.note_need(place, key, need, reason="written while the store did not count", alarm=False)
+                self.note_need(
+                    place, key, need, reason="written while the store did not count", alarm=False
+                )
 
     # What is missing where.
 
@@ -310,10 +345,14 @@ class StoreGroup:
         """What is known to be missing now."""
         return self._ledger
 
-    def note_need(self, place: int, key: str, need: RepairNeed, *, reason: str, alarm: bool) -> None:
-        """``key`` is not as it should be at ``place``. The first of a store is told; ``alarm``: loudly.
+    def note_need(
+        self, place: int, key: str, need: RepairNeed, *, reason: str, alarm: bool
+    ) -> None:
+        """``key`` is not as it should be at ``place``. The first of a store is told; ``alarm``:
+        loudly.
 
-        For a store that doesn't count it is put aside until it does, the newest of it: the rest it is filled with.
+        For a store that doesn't count it is put aside until it does, the newest of it: the rest it
+        is filled with.
         """
         with self.change:
             if place not in self.quorum.voters:
@@ -323,7 +362,9 @@ class StoreGroup:
                     del aside[next(iter(aside))]
                 return
             scrub = self._ledger.scrub[place]
-            self._ledger = ledgers.with_need(self._ledger, place, key, need, keys_max=self.limits.keys_max)
+            self._ledger = ledgers.with_need(
+                self._ledger, place, key, need, keys_max=self.limits.keys_max
+            )
             first = place not in self._alarmed
             overflows = self._ledger.scrub[place] and not scrub
             if alarm or overflows:
@@ -331,7 +372,8 @@ class StoreGroup:
         if (alarm and first) or overflows:
             self.emit(
                 "under-replicated",
-                f"objects are missing or damaged in {self.replicas[place].url} and will be mended from other stores"
+                f"objects are missing or damaged in {self.replicas[place].url} and will be mended "
+                "from other stores"
                 + ("; more than are remembered: run `ckpt scrub`" if overflows else ""),
                 alarm=True,
                 store=self.replicas[place].url,
@@ -355,7 +397,11 @@ class StoreGroup:
     def postpone(self, place: int, key: str) -> None:
         """``key`` could not be mended at ``place`` now."""
         now_s, jitter = time.monotonic(), self.jitter()
-        self._turn(lambda ledger: ledgers.postponed(ledger, place, key, now_s, limits=self.limits, jitter=jitter))
+        self._turn(
+            lambda ledger: ledgers.postponed(
+                ledger, place, key, now_s, limits=self.limits, jitter=jitter
+            )
+        )
 
     def leave_to_scrub(self, place: int, key: str, why: str) -> None:
         """``key`` can only be mended by a scrub."""
@@ -376,7 +422,11 @@ class StoreGroup:
     def _turn(self, turn: Callable[[ledgers.RepairLedger], ledgers.RepairLedger]) -> None:
         with self.change:
             self._ledger = turn(self._ledger)
-            self._alarmed = {place for place in self._alarmed if self._ledger.needs[place] or self._ledger.scrub[place]}
+            self._alarmed = {
+                place
+                for place in self._alarmed
+                if self._ledger.needs[place] or self._ledger.scrub[place]
+            }
             self.change.notify_all()
 
     # What a put that has returned still writes in the background.
@@ -403,20 +453,28 @@ class StoreGroup:
     def caught_up(self) -> bool:
         """Whether nothing is known to be missing anywhere."""
         with self.change:
-            return not self._on_the_way and not any(self._ledger.needs) and not any(self._ledger.scrub)
+            return (
+                not self._on_the_way and not any(self._ledger.needs) and not any(self._ledger.scrub)
+            )
 
     # Small calls to several stores at once.
 
     def ask(
-        self, places: Iterable[int], call: Callable[[StoreReplica], T], *, side: Callable[[StoreReplica], ReplicaSide] | None = None,
-        key: str | None = None, enough: Callable[[Mapping[int, T | CkptError]], bool] = _never,
+        self,
+        places: Iterable[int],
+        call: Callable[[StoreReplica], T],
+        *,
+        side: Callable[[StoreReplica], ReplicaSide] | None = None,
+        key: str | None = None,
+        enough: Callable[[Mapping[int, T | CkptError]], bool] = _never,
         nearly: Callable[[Mapping[int, T | CkptError]], bool] = _never,
-    ) -> dict[int, T | CkptError]:  # fmt: skip
+    ) -> dict[int, T | CkptError]:
         """What ``call`` gives for each of ``places``, asked at once.
 
-        ``enough`` says when no more answers are needed, ``nearly`` when the others need not be waited for as long as that.
-        A store that does not answer within ``Pace.call_s`` gives UnavailableError. Calls go through the reading side by
-        default; ``key`` keeps them in order with other writes of that key. Thread-safe.
+        ``enough`` says when no more answers are needed, ``nearly`` when the others need not be
+        waited for as long as that. A store that does not answer within ``Pace.call_s`` gives
+        UnavailableError. Calls go through the reading side by default; ``key`` keeps them in order
+        with other writes of that key. Thread-safe.
         """
         mailbox: AnswerQueue[tuple[int, T | CkptError]] = AnswerQueue()
         answers: dict[int, T | CkptError] = {}
@@ -442,7 +500,9 @@ class StoreGroup:
         if waiting:
             self.wake()  # to see it if one of them hangs
         if not enough(answers):
-            answers |= {place: silent_error(self.replicas[place], self.limits.call_s) for place in waiting}
+            answers |= {
+                place: silent_error(self.replicas[place], self.limits.call_s) for place in waiting
+            }
         return answers
 
     def _circuit_changed(self, member: StoreReplica, side: str, why: str) -> None:
@@ -451,7 +511,10 @@ class StoreGroup:
         if circuit.usable:
             if member.healthy:
                 self.emit(
-                    "store-back", f"{member.url} answers again, and gets what it missed", store=store, behind=behind
+                    "store-back",
+                    f"{member.url} answers again, and gets what it missed",
+                    store=store,
+                    behind=behind,
                 )
         elif circuit.openings == 1:
             text = f"{member.url} is left alone for {side}: {why}; it is looked at again by and by"
@@ -461,16 +524,22 @@ class StoreGroup:
 
 def busy_error(member: StoreReplica) -> UnavailableError:
     """The store's queue is full: as good as not answering."""
-    return UnavailableError(f"too many calls wait for the store already. store={member.url}; repeat later")
+    return UnavailableError(
+        f"too many calls wait for the store already. store={member.url}; repeat later"
+    )
 
 
 def silent_error(member: StoreReplica, waited_s: float) -> UnavailableError:
     """The store did not answer in time."""
-    return UnavailableError(f"the store does not answer. store={member.url} waited_s={waited_s:.1f}; repeat later")
+    return UnavailableError(
+        f"the store does not answer. store={member.url} waited_s={waited_s:.1f}; repeat later"
+    )
 
 
 def _asking(
-    member: StoreReplica, call: Callable[[StoreReplica], T], mailbox: AnswerQueue[tuple[int, T | CkptError]]
+    member: StoreReplica,
+    call: Callable[[StoreReplica], T],
+    mailbox: AnswerQueue[tuple[int, T | CkptError]],
 ) -> Callable[[], None]:
     def job() -> None:
         answer: T | CkptError

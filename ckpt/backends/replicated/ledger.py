@@ -1,13 +1,14 @@
 """Which copy may be written over, and from which. Pure.
 
-A pack has no digest of its own: a reader knows that one range is right and nothing of the rest. Two copies may be damaged in
-different places, and then each holds the only right bytes of the other's. So a copy that is there is replaced only where
+A pack has no digest of its own: a reader knows that one range is right and nothing of the rest. Two
+copies may be damaged in different places, and then each holds the only right bytes of the other's.
+So a copy that is there is replaced only where
 
 * the reader's check covered the whole object, or
 * the two copies agree in every byte outside the range in which one was found wrong and the other right,
 
-and a copy that is not there may be made from any whose length no other one contradicts: nothing is lost by that. The rest is
-a scrub's work, which knows the digest of each chunk.
+and a copy that is not there may be made from any whose length no other one contradicts: nothing is
+lost by that. The rest is a scrub's work, which knows the digest of each chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from ckpt.values import Digest
 
 
 class CopyFault(enum.Enum):
-    """What is wrong with a copy. MISSING: not there, or not known to be. DAMAGED: it had wrong bytes, or too few."""
+    """What is wrong with a copy. MISSING: not there, or not known to be. DAMAGED: it had wrong
+    bytes, or too few."""
 
     MISSING = "missing"
     DAMAGED = "damaged"
@@ -62,7 +64,8 @@ class RepairNeed:
 
 @dataclass(frozen=True, slots=True)
 class RepairLedger:
-    """By place: the needs by key in the order they were noted, and whether only a scrub can find the rest."""
+    """By place: the needs by key in the order they were noted, and whether only a scrub can find
+    the rest."""
 
     needs: tuple[Mapping[str, RepairNeed], ...]
     scrub: tuple[bool, ...]
@@ -73,7 +76,9 @@ def empty_ledger(stores: int) -> RepairLedger:
     return RepairLedger(tuple({} for _ in range(stores)), (False,) * stores)
 
 
-def with_need(ledger: RepairLedger, place: int, key: str, need: RepairNeed, *, keys_max: int) -> RepairLedger:
+def with_need(
+    ledger: RepairLedger, place: int, key: str, need: RepairNeed, *, keys_max: int
+) -> RepairLedger:
     """With ``need`` of ``key`` at ``place``. A need with a proof is not replaced by one without."""
     needs = ledger.needs[place]
     before = needs.get(key)
@@ -88,7 +93,9 @@ def without_need(ledger: RepairLedger, place: int, key: str) -> RepairLedger:
     """Without the need of ``key`` at ``place``: it is mended, or nothing that must be."""
     if key not in ledger.needs[place]:
         return ledger
-    return _with(ledger, place, {other: need for other, need in ledger.needs[place].items() if other != key})
+    return _with(
+        ledger, place, {other: need for other, need in ledger.needs[place].items() if other != key}
+    )
 
 
 def without_key(ledger: RepairLedger, key: str) -> RepairLedger:
@@ -99,7 +106,13 @@ def without_key(ledger: RepairLedger, key: str) -> RepairLedger:
 
 
 def postponed(
-    ledger: RepairLedger, place: int, key: str, now_s: float, *, limits: ReplicationLimits, jitter: float
+    ledger: RepairLedger,
+    place: int,
+    key: str,
+    now_s: float,
+    *,
+    limits: ReplicationLimits,
+    jitter: float,
 ) -> RepairLedger:
     """The need could not be met now. ``jitter`` is a random number in [0, 1)."""
     need = ledger.needs[place].get(key)
@@ -107,7 +120,9 @@ def postponed(
         return ledger
     tries = need.tries + 1
     due_s = now_s + backoff_s(limits.probe_s_first, limits.probe_s_max, tries, jitter)
-    return _with(ledger, place, {**ledger.needs[place], key: replace(need, tries=tries, due_s=due_s)})
+    return _with(
+        ledger, place, {**ledger.needs[place], key: replace(need, tries=tries, due_s=due_s)}
+    )
 
 
 def left_to_scrub(ledger: RepairLedger, place: int, key: str) -> RepairLedger:
@@ -117,13 +132,18 @@ def left_to_scrub(ledger: RepairLedger, place: int, key: str) -> RepairLedger:
 
 def scrubbed(ledger: RepairLedger, place: int) -> RepairLedger:
     """A scrub has been through the store at ``place``: what did not fit here is found."""
-    return replace(ledger, scrub=tuple(flag and at != place for at, flag in enumerate(ledger.scrub)))
+    return replace(
+        ledger, scrub=tuple(flag and at != place for at, flag in enumerate(ledger.scrub))
+    )
 
 
 def all_due(ledger: RepairLedger) -> RepairLedger:
     """With every need due now."""
     return replace(
-        ledger, needs=tuple({key: replace(need, due_s=0.0) for key, need in needs.items()} for needs in ledger.needs)
+        ledger,
+        needs=tuple(
+            {key: replace(need, due_s=0.0) for key, need in needs.items()} for needs in ledger.needs
+        ),
     )
 
 
@@ -145,8 +165,9 @@ def _with(ledger: RepairLedger, place: int, needs: Mapping[str, RepairNeed]) -> 
 class RepairCopy:
     """Copy from one of ``sources``, after its bytes match the need's proof.
 
-    ``compare``: only where it agrees with the target outside the proven range (see ``equal_outside``). ``all_known``: there
-    is no other copy that could have the proven bytes (see ``unproven``).
+    ``compare``: only where it agrees with the target outside the proven range (see
+    ``equal_outside``). ``all_known``: there is no other copy that could have the proven bytes (see
+    ``unproven``).
     """
 
     sources: tuple[int, ...]
@@ -177,7 +198,9 @@ class LeaveToScrub:
 RepairPlan = RepairCopy | CopyIntact | RepairLater | LeaveToScrub
 
 
-def plan_repair(need: RepairNeed, target: int, sizes: Mapping[int, int | None], quorum: Quorum) -> RepairPlan:
+def plan_repair(
+    need: RepairNeed, target: int, sizes: Mapping[int, int | None], quorum: Quorum
+) -> RepairPlan:
     """What to do about ``need`` at ``target``.
 
     ``sizes``: the copy's length in each store that answered, None where there is none.
@@ -192,7 +215,9 @@ def plan_repair(need: RepairNeed, target: int, sizes: Mapping[int, int | None], 
             return CopyIntact()
         return RepairLater("no other store that answers has the object")
     if need.verified is not None and need.verified.whole:
-        return _from_proven(need, sizes[target], others, need.verified.size_bytes, all_known=all_known)
+        return _from_proven(
+            need, sizes[target], others, need.verified.size_bytes, all_known=all_known
+        )
     if len(set(others.values())) > 1:
         return LeaveToScrub("the other copies differ in length")
     size = next(iter(others.values()))
@@ -202,7 +227,8 @@ def plan_repair(need: RepairNeed, target: int, sizes: Mapping[int, int | None], 
 
 
 def no_verified_source(*, all_answered: bool) -> RepairLater | LeaveToScrub:
-    """What to do where no copy that answers has the bytes that a reader found right: it may have rotted since."""
+    """What to do where no copy that answers has the bytes that a reader found right: it may have
+    rotted since."""
     why = "no other copy has the bytes that were found right"
     return LeaveToScrub(why) if all_answered else RepairLater(why)
 
@@ -214,7 +240,11 @@ def _from_proven(
     if mine == size and need.fault is CopyFault.MISSING:
         return CopyIntact()
     sources = tuple(place for place, other in others.items() if other == size)
-    return RepairCopy(sources, size, False, all_known) if sources else no_verified_source(all_answered=all_known)
+    return (
+        RepairCopy(sources, size, False, all_known)
+        if sources
+        else no_verified_source(all_answered=all_known)
+    )
 
 
 def _from_unknown(
@@ -233,15 +263,24 @@ def _from_unknown(
 
 
 def equal_outside(mine: memoryview, other: memoryview, offset_bytes: int, need: RepairNeed) -> bool:
-    """Whether two copies' bytes from ``offset_bytes`` on are the same, but for the proven range of ``need``.
+    """Whether two copies' bytes from ``offset_bytes`` on are the same, but for the proven range of
+    ``need``.
 
     What ``mine`` lacks at its end counts as the same. O(bytes), no copies.
     """
     length = min(len(mine), len(other))
-    low, high = (0, 0) if need.verified is None else (need.verified.offset_bytes, need.verified.end_bytes)
+    low, high = (
+        (0, 0) if need.verified is None else (need.verified.offset_bytes, need.verified.end_bytes)
+    )
     cut = sorted(min(max(edge - offset_bytes, 0), length) for edge in (low, high))
-    return _same(mine[: cut[0]], other[: cut[0]]) and _same(mine[cut[1] : length], other[cut[1] : length])
+    return _same(mine[: cut[0]], other[: cut[0]]) and _same(
+        mine[cut[1] : length], other[cut[1] : length]
+    )
 
 
 def _same(one: memoryview, two: memoryview) -> bool:
-    return np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(two, np.uint8)) if len(one) else True
+    return (
+        np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(two, np.uint8))
+        if len(one)
+        else True
+    )

@@ -25,9 +25,10 @@ def open_stores(
 ) -> Backend:
     """The store over all ``urls``, each holding every object; for one URL that store itself.
 
-    ``storage_options``: one mapping for every URL that is no folder, or one for each URL. ``write_quorum``: in how many an
-    object must be before it counts as stored, by default the majority. Opens and touches as little as ``open_backend``.
-    Raises UsageError for no URL, one that is named twice, options that do not fit, and a quorum that is no majority.
+    ``storage_options``: one mapping for every URL that is no folder, or one for each URL.
+    ``write_quorum``: in how many an object must be before it counts as stored, by default the
+    majority. Opens and touches as little as ``open_backend``. Raises UsageError for no URL, one
+    that is named twice, options that do not fit, and a quorum that is no majority.
     """
     if isinstance(urls, str):
         raise UsageError(f"URLs of stores come in a list. urls={urls!r}; write [{urls!r}]")
@@ -35,7 +36,11 @@ def open_stores(
     _refuse_twice(urls)
     options = _options_of(urls, storage_options)
     stores = [open_backend(url, option) for url, option in zip(urls, options, strict=True)]
-    return stores[0] if len(stores) == 1 else ReplicatedBackend(stores, write_quorum=write_quorum, emit=emit)
+    return (
+        stores[0]
+        if len(stores) == 1
+        else ReplicatedBackend(stores, write_quorum=write_quorum, emit=emit)
+    )
 
 
 def _refuse_twice(urls: Sequence[str]) -> None:
@@ -46,7 +51,8 @@ def _refuse_twice(urls: Sequence[str]) -> None:
         address = os.path.realpath(address) if _is_folder(url) else address.rstrip("/")
         if address in seen:
             raise UsageError(
-                f"one store is named twice. urls={seen[address]!r}, {url!r}; a second copy in the same place protects "
+                f"one store is named twice. urls={seen[address]!r}, {url!r}; a second copy in the "
+                "same place protects "
                 f"from nothing"
             )
         seen[address] = url
@@ -63,7 +69,8 @@ def _options_of(
         return [None if _is_folder(url) else options for url in urls]
     if len(options) != len(urls):
         raise UsageError(
-            f"storage options are one mapping for all stores, or one for each. urls={len(urls)} options={len(options)}"
+            f"storage options are one mapping for all stores, or one for each. urls={len(urls)} "
+            f"options={len(options)}"
         )
     return list(options)
 
@@ -93,7 +100,8 @@ def open_job_stores(
 ) -> Backend:
     """The stores at ``urls`` as one, through the key that ``encryption_key`` leads to.
 
-    Opening a folder touches nothing. Raises UsageError for addresses, options or keys that can't work.
+    Opening a folder touches nothing. Raises UsageError for addresses, options or keys that can't
+    work.
     """
     keys = load_keys(encryption_key) if encryption_key is not None else None
     opened = open_stores(urls, storage_options, write_quorum=write_quorum, emit=emit)
@@ -101,17 +109,20 @@ def open_job_stores(
 
 
 def require_key_fits(backend: Backend, encryption_key: str | None) -> None:
-    """Raises UsageError where what ``backend`` holds was not written with that key, or with none: it would look damaged.
+    """Raises UsageError where what ``backend`` holds was not written with that key, or with none:
+    it would look damaged.
 
     Reads the beginning of a listing and of at most three manifests.
     """
     require_matching_keys(
-        getattr(backend, "inner", backend), load_keys(encryption_key) if encryption_key is not None else None
+        getattr(backend, "inner", backend),
+        load_keys(encryption_key) if encryption_key is not None else None,
     )
 
 
 def key_source(given: str | None) -> str | None:
-    """Where the key is: as given, or as the environment says; paths absolute, for a keeper works elsewhere."""
+    """Where the key is: as given, or as the environment says; paths absolute, for a keeper works
+    elsewhere."""
     source = given if given is not None else os.environ.get(KEY_VARIABLE) or None
     if source is None:
         return None

@@ -16,12 +16,15 @@ from ckpt.errors import CkptError, UnavailableError, UsageError
 class ReplicationLimits:
     """Limits, in seconds where the name says so.
 
-    A read asks the next store once the first is later than in 95 of 100 reads: between ``hedge_s_min`` and ``hedge_s_max``,
-    ``hedge_s_first`` where nothing was measured. A put that reached its quorum waits for the others ``grace_share`` times as
-    long as the quorum took, between ``grace_s_min`` and ``grace_s_max``. A call is taken for hung after ``stall_s`` and the
-    time that its bytes take at ``bytes_per_s_min``. ``call_timeout_s`` is the same for calls without bytes. A store that failed
-    ``failures_max`` times in a row, hung, or is full, is left alone and looked at again after ``probe_s_first``, then twice
-    as long each time, up to ``probe_s_max``. One operation asks a store ``tries_max`` times, ``retry_s_first`` apart at first.
+    A read asks the next store once the first is later than in 95 of 100 reads: between
+    ``hedge_s_min`` and ``hedge_s_max``, ``hedge_s_first`` where nothing was measured. A put that
+    reached its quorum waits for the others ``grace_share`` times as long as the quorum took,
+    between ``grace_s_min`` and ``grace_s_max``. A call is taken for hung after ``stall_s`` and the
+    time that its bytes take at ``bytes_per_s_min``. ``call_timeout_s`` is the same for calls
+    without bytes. A store that failed ``failures_max`` times in a row, hung, or is full, is left
+    alone and looked at again after ``probe_s_first``, then twice as long each time, up to
+    ``probe_s_max``. One operation asks a store ``tries_max`` times, ``retry_s_first`` apart at
+    first.
     """
 
     hedge_s_min: float = 0.05
@@ -49,7 +52,8 @@ def stall_s(limits: ReplicationLimits, size_bytes: int) -> float:
 
 
 def give_up_s(limits: ReplicationLimits, size_bytes: int) -> float:
-    """How long a put goes on without its quorum: long enough for one more store to be tried after one hung."""
+    """How long a put goes on without its quorum: long enough for one more store to be tried after
+    one hung."""
     return 2 * stall_s(limits, size_bytes)
 
 
@@ -59,9 +63,11 @@ def grace_s(limits: ReplicationLimits, quorum_s: float) -> float:
 
 
 def backoff_s(first_s: float, most_s: float, tries: int, jitter: float) -> float:
-    """The pause before the next try after ``tries`` failed ones: doubling, then multiplied by 0.5 to 1.5.
+    """The pause before the next try after ``tries`` failed ones: doubling, then multiplied by 0.5
+    to 1.5.
 
-    ``jitter`` is a random number in [0, 1): many callers that failed together must not come back together.
+    ``jitter`` is a random number in [0, 1): many callers that failed together must not come back
+    together.
     """
     return min(most_s, first_s * float(2 ** min(tries - 1, 30))) * (0.5 + jitter)
 
@@ -69,13 +75,15 @@ def backoff_s(first_s: float, most_s: float, tries: int, jitter: float) -> float
 # Whether a store is asked at all: a circuit that opens when the store fails and closes when it
 # answers. Pure.
 #
-# CLOSED ──failed often, stalled, refused──▶ OPEN ──it is time──▶ HALF_OPEN ──failed──▶ OPEN, for twice as long
+# CLOSED ──failed often, stalled, refused──▶ OPEN ──it is time──▶ HALF_OPEN ──failed──▶ OPEN, for
+# twice as long
 #    ▲                                                                │
 #    └────────────────────────── answered ────────────────────────────┘
 
 
 class CircuitState(enum.Enum):
-    """CLOSED: asked as usual. OPEN: left alone. HALF_OPEN: one call is on its way to see whether it answers again."""
+    """CLOSED: asked as usual. OPEN: left alone. HALF_OPEN: one call is on its way to see whether it
+    answers again."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -99,7 +107,8 @@ class CircuitEvent(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """``failures`` in a row while closed; ``openings`` in a row without an answer; ``next_s``: when to probe."""
+    """``failures`` in a row while closed; ``openings`` in a row without an answer; ``next_s``: when
+    to probe."""
 
     phase: CircuitState = CircuitState.CLOSED
     failures: int = 0
@@ -151,10 +160,11 @@ def probe_now(circuit: Circuit, now_s: float) -> Circuit:
 
 @dataclass(frozen=True, slots=True)
 class Quorum:
-    """``write`` of ``stores`` hold what was acknowledged; only those at ``counting`` places are believed to be complete.
+    """``write`` of ``stores`` hold what was acknowledged; only those at ``counting`` places are
+    believed to be complete.
 
-    ``silent``: places that counted, and did not answer when it was last looked. What they take counts; what they lack doesn't,
-    since they may have been emptied meanwhile.
+    ``silent``: places that counted, and did not answer when it was last looked. What they take
+    counts; what they lack doesn't, since they may have been emptied meanwhile.
     """
 
     stores: int
@@ -168,11 +178,13 @@ class Quorum:
         return self.counting | self.silent
 
     def is_write_quorum(self, places: AbstractSet[int]) -> bool:
-        """Whether an object that lies on ``places`` is durable; or, of the places that may still take it, whether it can be."""
+        """Whether an object that lies on ``places`` is durable; or, of the places that may still
+        take it, whether it can be."""
         return len(self.voters & places) >= self.write
 
     def proves_absent(self, places: AbstractSet[int]) -> bool:
-        """Whether an object that ``places`` do not have was never acknowledged: too few others are left to hold it."""
+        """Whether an object that ``places`` do not have was never acknowledged: too few others are
+        left to hold it."""
         return self.is_read_quorum(places)
 
     def is_read_quorum(self, places: AbstractSet[int]) -> bool:
@@ -190,7 +202,8 @@ def quorum_of(stores: int, write: int | None) -> Quorum:
     write = stores // 2 + 1 if write is None else write
     if not 1 <= write <= stores:
         raise UsageError(
-            f"a write quorum lies between 1 and the number of stores. write_quorum={write} stores={stores}"
+            f"a write quorum lies between 1 and the number of stores. write_quorum={write} "
+            f"stores={stores}"
         )
     if 2 * write <= stores:
         raise UsageError(
@@ -201,16 +214,20 @@ def quorum_of(stores: int, write: int | None) -> Quorum:
 
 
 def with_counting(quorum: Quorum, full: Iterable[int], silent: Iterable[int] = ()) -> Quorum:
-    """The same quorum in which only ``full`` count, and ``silent`` for what they take. Raises UsageError for other places."""
+    """The same quorum in which only ``full`` count, and ``silent`` for what they take. Raises
+    UsageError for other places."""
     counting = frozenset(full)
     late = frozenset(silent) - counting
     if bad := sorted((counting | late) - frozenset(range(quorum.stores))):
-        raise UsageError(f"no store has this place. places={bad} stores={quorum.stores}; places count from 0")
+        raise UsageError(
+            f"no store has this place. places={bad} stores={quorum.stores}; places count from 0"
+        )
     return Quorum(quorum.stores, quorum.write, counting, late)
 
 
 def most_common_error(errors: Sequence[CkptError]) -> type[CkptError]:
-    """The type that most of ``errors`` have, the earliest of equals; UnavailableError where there is none."""
+    """The type that most of ``errors`` have, the earliest of equals; UnavailableError where there
+    is none."""
     kinds = [type(error) for error in errors]
     return max(kinds, key=kinds.count, default=UnavailableError)
 
@@ -225,7 +242,8 @@ RATIOS_MAX = 64
 """Measurements kept to know what is unusual."""
 
 HALF_LIFE_S = 60.0
-"""A store that was not asked for this long is tried as if it were twice as quick: it may have become so."""
+"""A store that was not asked for this long is tried as if it were twice as quick: it may have
+become so."""
 
 BYTES_PER_S_MIN = 1.0
 _TOOK_S_MIN = 1e-6
@@ -235,7 +253,8 @@ _TOOK_S_MIN = 1e-6
 class StoreSpeed:
     """``latency_s`` of a small call and ``bytes_per_s`` of a large one (None: not measured).
 
-    ``ratios``: how much longer than expected the last calls took. ``late`` is what 95 of 100 of them stay below.
+    ``ratios``: how much longer than expected the last calls took. ``late`` is what 95 of 100 of
+    them stay below.
     """
 
     latency_s: float | None = None
@@ -263,13 +282,19 @@ def with_measurement(speed: StoreSpeed, size_bytes: int, took_s: float) -> Store
         return replace(speed, latency_s=_mixed(speed.latency_s, took_s))
     # A call may be quicker than the latency so far; a quarter of it then counts as moving bytes.
     moving_s = max(took_s - (speed.latency_s or 0.0), took_s / 4)
-    return replace(speed, bytes_per_s=_mixed(speed.bytes_per_s, max(size_bytes / moving_s, BYTES_PER_S_MIN)))
+    return replace(
+        speed, bytes_per_s=_mixed(speed.bytes_per_s, max(size_bytes / moving_s, BYTES_PER_S_MIN))
+    )
 
 
 def with_lower_bound(speed: StoreSpeed, size_bytes: int, waited_s: float) -> StoreSpeed:
     """The speed after a call that was given up: it would have taken longer than ``waited_s``."""
     before_s = expected_s(speed, size_bytes)
-    return speed if before_s is not None and before_s > waited_s else with_measurement(speed, size_bytes, 2 * waited_s)
+    return (
+        speed
+        if before_s is not None and before_s > waited_s
+        else with_measurement(speed, size_bytes, 2 * waited_s)
+    )
 
 
 def hedge_s(speed: StoreSpeed, size_bytes: int, limits: ReplicationLimits) -> float:
@@ -282,7 +307,8 @@ def hedge_s(speed: StoreSpeed, size_bytes: int, limits: ReplicationLimits) -> fl
 
 @dataclass(frozen=True, slots=True)
 class ReadCandidate:
-    """A store that could be asked: whether its circuit is closed, how long it would take, and since when it wasn't asked."""
+    """A store that could be asked: whether its circuit is closed, how long it would take, and since
+    when it wasn't asked."""
 
     index: int
     usable: bool
@@ -291,14 +317,19 @@ class ReadCandidate:
 
 
 def read_order(candidates: Sequence[ReadCandidate], *, prefer: Sequence[int]) -> tuple[int, ...]:
-    """The places in the order in which to ask: well ones first, then as ``prefer`` says, then the quickest.
+    """The places in the order in which to ask: well ones first, then as ``prefer`` says, then the
+    quickest.
 
     A store that was never asked counts as quickest, so that each is measured once.
     """
 
     def rank(one: ReadCandidate) -> tuple[bool, int, float, int]:
         wanted = prefer.index(one.index) if one.index in prefer else len(prefer)
-        waits_s = 0.0 if one.expected_s is None else one.expected_s * 0.5 ** min(one.idle_s / HALF_LIFE_S, 500.0)
+        waits_s = (
+            0.0
+            if one.expected_s is None
+            else one.expected_s * 0.5 ** min(one.idle_s / HALF_LIFE_S, 500.0)
+        )
         return not one.usable, wanted, waits_s, one.index
 
     return tuple(one.index for one in sorted(candidates, key=rank))

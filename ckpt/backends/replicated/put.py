@@ -1,7 +1,7 @@
 """Write to all stores at once, and return when enough have the object.
 
-What a store may still read after that is never the caller's memory: it gets bytes that nobody can change, a copy, or a loan
-that is taken back before the put returns.
+What a store may still read after that is never the caller's memory: it gets bytes that nobody can
+change, a copy, or a loan that is taken back before the put returns.
 """
 
 from __future__ import annotations
@@ -13,11 +13,23 @@ from ckpt.backends.base import Buffer
 from ckpt.backends.replicated import policy as speeds
 from ckpt.backends.replicated import put_race as races
 from ckpt.backends.replicated.buffers import Loan, SharedCopy, TakenBackError, is_immutable
-from ckpt.backends.replicated.group import AnswerQueue, StoreGroup, StoreReplica, busy_error, silent_error
+from ckpt.backends.replicated.group import (
+    AnswerQueue,
+    StoreGroup,
+    StoreReplica,
+    busy_error,
+    silent_error,
+)
 from ckpt.backends.replicated.ledger import CopyFault, RepairNeed, VerifiedRange
 from ckpt.backends.replicated.policy import most_common_error
 from ckpt.backends.replicated.put_race import Handover, PutState, PutTarget, plan_handover
-from ckpt.errors import CkptError, KeyExistsError, StoreDeniedError, StoreFullError, UnavailableError
+from ckpt.errors import (
+    CkptError,
+    KeyExistsError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+)
 
 PutAnswer = tuple[int, "CkptError | None"]
 
@@ -32,9 +44,11 @@ _ALONE = "the store is left alone"
 
 
 class QuorumPut:
-    """One put. The thread that made it runs it; threads of stores answer, also after it has returned.
+    """One put. The thread that made it runs it; threads of stores answer, also after it has
+    returned.
 
-    ``how``: write so to each store, once, and lend to none. ``proof`` is of the whole object, to mend what holds another.
+    ``how``: write so to each store, once, and lend to none. ``proof`` is of the whole object, to
+    mend what holds another.
     """
 
     def __init__(
@@ -64,16 +78,20 @@ class QuorumPut:
         self._durable = False
         self._errors: dict[int, CkptError] = {}
 
-    def run(self, *, holders: frozenset[int] = frozenset(), failed: Mapping[int, CkptError] = {}) -> None:
+    def run(
+        self, *, holders: frozenset[int] = frozenset(), failed: Mapping[int, CkptError] = {}
+    ) -> None:
         """Write, and return when the object is durable.
 
-        ``holders`` have it already; ``failed`` are not written to. Raises what most of the stores that failed raised, with
-        each of them named, where the quorum can't be reached.
+        ``holders`` have it already; ``failed`` are not written to. Raises what most of the stores
+        that failed raised, with each of them named, where the quorum can't be reached.
         """
         group = self._group
         group.detect_stalls()
         everybody = frozenset(range(len(group.replicas)))
-        race = races.begin_put(group.quorum, size_bytes=self._size_bytes, now_s=time.monotonic(), held_back=everybody)
+        race = races.begin_put(
+            group.quorum, size_bytes=self._size_bytes, now_s=time.monotonic(), held_back=everybody
+        )
         try:
             for place in holders:
                 race = races.with_ack(race, place, time.monotonic())
@@ -89,7 +107,9 @@ class QuorumPut:
                             race = self._give(race, place, self._last_resort())
                     case races.WaitForAck(until_s):
                         wait_s = until_s - now_s
-                        got = self._mailbox.get(min(wait_s, MEMORY_POLL_S) if self._wanting else wait_s)
+                        got = self._mailbox.get(
+                            min(wait_s, MEMORY_POLL_S) if self._wanting else wait_s
+                        )
                         if got is not None:
                             race = self._heard(race, *got)
                         for place, how in tuple(self._wanting.items()):
@@ -128,7 +148,8 @@ class QuorumPut:
         return race
 
     def _last_resort(self) -> Handover:
-        """How stores get the bytes that were left apart, and are asked because the others do not suffice."""
+        """How stores get the bytes that were left apart, and are asked because the others do not
+        suffice."""
         return Handover.AS_IS if self._immutable else Handover.COPIED
 
     def _ready(self, place: int, how: Handover) -> bool:
@@ -153,7 +174,8 @@ class QuorumPut:
         return True
 
     def _give(self, race: races.PutRace, place: int, how: Handover) -> races.PutRace:
-        """Hand the bytes to the store, or go on wanting memory for them as long as the put lasts."""
+        """Hand the bytes to the store, or go on wanting memory for them as long as the put
+        lasts."""
         race = races.with_sent(race, (place,))
         member = self._group.replicas[place]
         if not self._ready(place, how):
@@ -189,17 +211,28 @@ class QuorumPut:
             return races.with_ack(race, place, time.monotonic())
         return self._failed(race, place, answer, passing=self._how is None and _passing(answer))
 
-    def _failed(self, race: races.PutRace, place: int, error: CkptError, *, passing: bool) -> races.PutRace:
+    def _failed(
+        self, race: races.PutRace, place: int, error: CkptError, *, passing: bool
+    ) -> races.PutRace:
         self._errors[place] = error
         group = self._group
         return races.with_failure(
-            race, place, time.monotonic(), transient=passing, limits=group.limits, jitter=group.jitter()
+            race,
+            place,
+            time.monotonic(),
+            transient=passing,
+            limits=group.limits,
+            jitter=group.jitter(),
         )
 
     def _last_words(self, race: races.PutRace) -> races.PutRace:
-        """Hear a moment longer who else fails and why; and, where this thread itself stood still, what was said meanwhile."""
+        """Hear a moment longer who else fails and why; and, where this thread itself stood still,
+        what was said meanwhile."""
         until_s = time.monotonic() + self._group.limits.grace_s_min
-        while race.in_state(PutState.SENT) and (got := self._mailbox.get(until_s - time.monotonic())) is not None:
+        while (
+            race.in_state(PutState.SENT)
+            and (got := self._mailbox.get(until_s - time.monotonic())) is not None
+        ):
             race = self._heard(race, *got)
         return race
 
@@ -208,29 +241,40 @@ class QuorumPut:
         waited_s = time.monotonic() - race.start_s
         for place in race.in_state(PutState.SENT):
             member = group.replicas[place]
-            errors[place] = _no_memory(member) if place in self._wanting else silent_error(member, waited_s)
+            errors[place] = (
+                _no_memory(member) if place in self._wanting else silent_error(member, waited_s)
+            )
         acks = race.in_state(PutState.ACKED)
-        each = " | ".join(f"{group.replicas[place].url}: {error}" for place, error in sorted(errors.items()))
+        each = " | ".join(
+            f"{group.replicas[place].url}: {error}" for place, error in sorted(errors.items())
+        )
         ignored = [group.replicas[place].url for place in sorted(acks - group.quorum.voters)]
         said = race.in_state(PutState.FAILED, PutState.RETRYING) & group.quorum.voters
         kind = most_common_error([errors[place] for place in sorted(said)])
         return kind(
-            f"too few stores took the object. key={self._key} acknowledged={len(acks & group.quorum.voters)} "
-            f"needed={group.quorum.write}{f' not_counting={ignored}' if ignored else ''} [{each}]; repeat when they do"
+            f"too few stores took the object. key={self._key} "
+            f"acknowledged={len(acks & group.quorum.voters)} "
+            f"needed={group.quorum.write}{f' not_counting={ignored}' if ignored else ''} [{each}]; "
+            "repeat when they do"
         )
 
     def _finish(self, race: races.PutRace) -> None:
-        """No store may use the caller's memory from here on, and who has not acknowledged is caught up."""
+        """No store may use the caller's memory from here on, and who has not acknowledged is caught
+        up."""
         self._loan.take_back()
         group, out = self._group, race.in_state(PutState.SENT) - self._wanting.keys()
         if self._durable:
             for place in out - self._lent:
                 group.background_put_started(place, self._key)
             for place in out & self._lent:
-                # Until it says otherwise the object counts as missing there: it may never say anything.
+                # Until it says otherwise the object counts as missing there: it may never say
+                # anything.
                 group.replicas[place].cut_off(self._size_bytes, time.monotonic() - race.start_s)
                 self._missing(place, _SLOW, alarm=False)
-            for place in race.in_state(PutState.FAILED, PutState.RETRYING, PutState.HELD_BACK) | self._wanting.keys():
+            for place in (
+                race.in_state(PutState.FAILED, PutState.RETRYING, PutState.HELD_BACK)
+                | self._wanting.keys()
+            ):
                 alone = not group.replicas[place].writing.circuit.usable
                 error = self._errors.get(place, _ALONE if alone else _SLOW)
                 self._missing(place, error, alarm=alone or place in self._errors)
@@ -277,7 +321,9 @@ def _put(member: StoreReplica, key: str, data: Sequence[Buffer]) -> None:
 
 def _passing(error: CkptError) -> bool:
     """Whether trying again in a moment may help."""
-    return isinstance(error, UnavailableError) and not isinstance(error, StoreFullError | StoreDeniedError)
+    return isinstance(error, UnavailableError) and not isinstance(
+        error, StoreFullError | StoreDeniedError
+    )
 
 
 def _no_memory(member: StoreReplica) -> UnavailableError:

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ckpt.backends.replicated.policy import Quorum, ReplicationLimits, backoff_s, give_up_s, grace_s, stall_s
+from ckpt.backends.replicated.policy import (
+    Quorum,
+    ReplicationLimits,
+    backoff_s,
+    give_up_s,
+    grace_s,
+    stall_s,
+)
 
 _T = TypeVar("_T")
 
@@ -27,7 +34,8 @@ class PutState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PutRace:
-    """One put of ``size_bytes``, begun at ``start_s``. By place: the side, failed tries, when to try again."""
+    """One put of ``size_bytes``, begun at ``start_s``. By place: the side, failed tries, when to
+    try again."""
 
     quorum: Quorum
     size_bytes: int
@@ -68,9 +76,14 @@ class PutFailed:
     """The quorum cannot be reached now."""
 
 
-def begin_put(quorum: Quorum, *, size_bytes: int, now_s: float, held_back: frozenset[int]) -> PutRace:
+def begin_put(
+    quorum: Quorum, *, size_bytes: int, now_s: float, held_back: frozenset[int]
+) -> PutRace:
     """A put that is on its way to all stores but those ``apart``."""
-    sides = tuple(PutState.HELD_BACK if place in held_back else PutState.SENT for place in range(quorum.stores))
+    sides = tuple(
+        PutState.HELD_BACK if place in held_back else PutState.SENT
+        for place in range(quorum.stores)
+    )
     zeros = (0,) * quorum.stores
     return PutRace(quorum, size_bytes, now_s, sides, zeros, (now_s,) * quorum.stores)
 
@@ -84,27 +97,43 @@ def with_ack(race: PutRace, place: int, now_s: float) -> PutRace:
 
 
 def with_failure(
-    race: PutRace, place: int, now_s: float, *, transient: bool, limits: ReplicationLimits, jitter: float
+    race: PutRace,
+    place: int,
+    now_s: float,
+    *,
+    transient: bool,
+    limits: ReplicationLimits,
+    jitter: float,
 ) -> PutRace:
-    """``place`` failed; ``passing``: with what may pass soon. ``jitter`` is a random number in [0, 1)."""
+    """``place`` failed; ``passing``: with what may pass soon. ``jitter`` is a random number in [0,
+    1)."""
     tries = race.tries[place] + 1
     race = replace(race, tries=_with(race.tries, place, tries))
     if not transient or tries >= limits.tries_max:
         return replace(race, sides=_with(race.sides, place, PutState.FAILED))
     again_s = now_s + backoff_s(limits.retry_s_first, limits.retry_s_max, tries, jitter)
-    return replace(race, sides=_with(race.sides, place, PutState.RETRYING), next_s=_with(race.next_s, place, again_s))
+    return replace(
+        race,
+        sides=_with(race.sides, place, PutState.RETRYING),
+        next_s=_with(race.next_s, place, again_s),
+    )
 
 
 def with_sent(race: PutRace, places: tuple[int, ...]) -> PutRace:
     """The bytes were handed to ``places``."""
-    return replace(race, sides=tuple(PutState.SENT if p in places else side for p, side in enumerate(race.sides)))
+    return replace(
+        race,
+        sides=tuple(PutState.SENT if p in places else side for p, side in enumerate(race.sides)),
+    )
 
 
-def decide(race: PutRace, now_s: float, *, limits: ReplicationLimits) -> SendTo | WaitForAck | PutDone | PutFailed:
+def decide(
+    race: PutRace, now_s: float, *, limits: ReplicationLimits
+) -> SendTo | WaitForAck | PutDone | PutFailed:
     """What to do now.
 
-    Once durable, stragglers get the grace, and what failed is left to be caught up. Before, stores that were left apart are
-    asked too where the others cannot, or take long to, make up the quorum.
+    Once durable, stragglers get the grace, and what failed is left to be caught up. Before, stores
+    that were left apart are asked too where the others cannot, or take long to, make up the quorum.
     """
     if race.quorum_s is not None:
         until_s = race.quorum_s + grace_s(limits, race.quorum_s - race.start_s)
@@ -113,13 +142,17 @@ def decide(race: PutRace, now_s: float, *, limits: ReplicationLimits) -> SendTo 
         return WaitForAck(until_s)
     lost_s = race.start_s + give_up_s(limits, race.size_bytes)
     apart_s = race.start_s + stall_s(limits, race.size_bytes)
-    possible = race.quorum.is_write_quorum(race.in_state(PutState.ACKED, PutState.SENT, PutState.RETRYING))
+    possible = race.quorum.is_write_quorum(
+        race.in_state(PutState.ACKED, PutState.SENT, PutState.RETRYING)
+    )
     apart = tuple(sorted(race.in_state(PutState.HELD_BACK) & race.quorum.voters))
     if apart and (not possible or now_s >= apart_s):
         return SendTo(apart)
     if not possible or now_s >= lost_s:
         return PutFailed()
-    if due := tuple(sorted(place for place in race.in_state(PutState.RETRYING) if now_s >= race.next_s[place])):
+    if due := tuple(
+        sorted(place for place in race.in_state(PutState.RETRYING) if now_s >= race.next_s[place])
+    ):
         return SendTo(due)
     times = [race.next_s[place] for place in race.in_state(PutState.RETRYING)]
     return WaitForAck(min([*times, lost_s, *([apart_s] if apart else [])]))
@@ -139,7 +172,8 @@ class Handover(enum.Enum):
     AS_IS = "as they are"
     """Nobody can change them: a store may read them as long as it likes."""
     LENT = "lent"
-    """The caller's own memory. The store asks, before the object gets its name, whether it was taken back meanwhile."""
+    """The caller's own memory. The store asks, before the object gets its name, whether it was
+    taken back meanwhile."""
     COPIED = "copied"
     """A copy of ours, waited for where memory is short."""
     SPARED = "copied if there is room"
@@ -150,7 +184,8 @@ class Handover(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PutTarget:
-    """A store to be written to: circuit closed, room in its queue, takes lent memory, how long this put would take it."""
+    """A store to be written to: circuit closed, room in its queue, takes lent memory, how long this
+    put would take it."""
 
     usable: bool
     has_room: bool
@@ -161,9 +196,11 @@ class PutTarget:
 def plan_handover(
     takers: Sequence[PutTarget], quorum: Quorum, *, immutable: bool, limits: ReplicationLimits
 ) -> tuple[Handover, ...]:
-    """How each of ``takers`` gets the bytes, by place. ``immutable``: nobody can change the caller's buffers.
+    """How each of ``takers`` gets the bytes, by place. ``immutable``: nobody can change the
+    caller's buffers.
 
-    Lent memory saves the copy, but a store that is slower than the grace would be cut off each time, after much work.
+    Lent memory saves the copy, but a store that is slower than the grace would be cut off each
+    time, after much work.
     """
     limit_s = _limit_s(takers, quorum, limits)
 

@@ -1,7 +1,8 @@
-"""Read from the nearest store, from a second one beside it where the first is slow, from the next where one is wrong.
+"""Read from the nearest store, from a second one beside it where the first is slow, from the next
+where one is wrong.
 
-Each store reads into memory of ours, and the reader's own thread copies to the caller's: a call that hangs may still write
-into what it was given long after the read has returned.
+Each store reads into memory of ours, and the reader's own thread copies to the caller's: a call
+that hangs may still write into what it was given long after the read has returned.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from ckpt.backends.base import Stat
 from ckpt.backends.checked import Check
 from ckpt.backends.replicated import read_race as races
 from ckpt.backends.replicated.buffers import PooledBuffer
-from ckpt.backends.replicated.group import AnswerQueue, StoreGroup, StoreReplica, busy_error, silent_error
+from ckpt.backends.replicated.group import (
+    AnswerQueue,
+    StoreGroup,
+    StoreReplica,
+    busy_error,
+    silent_error,
+)
 from ckpt.backends.replicated.ledger import CopyFault, RepairNeed, VerifiedRange
 from ckpt.backends.replicated.policy import hedge_s, most_common_error, stall_s
 from ckpt.backends.replicated.read_race import ReadFailure, ReadResult
@@ -58,7 +65,8 @@ class _QuorumRead:
     errors: dict[int, CkptError] = field(default_factory=dict)
 
     def run(self) -> races.ReadRace:
-        """The race as it ended, with one store right. Raises what the docstring of ``read_into`` says."""
+        """The race as it ended, with one store right. Raises what the docstring of ``read_into``
+        says."""
         group = self.group
         group.detect_stalls()
         race = races.begin_read(group.quorum, group.read_order(self.size_bytes), group.usable())
@@ -91,7 +99,9 @@ class _QuorumRead:
             self.errors[place] = busy_error(member)
             return races.with_result(race, place, ReadResult.SILENT)
         late_s = now_s + hedge_s(member.reading.speed, self.size_bytes, pace)
-        return races.with_asked(race, place, late_s=late_s, lost_s=now_s + stall_s(pace, self.size_bytes))
+        return races.with_asked(
+            race, place, late_s=late_s, lost_s=now_s + stall_s(pace, self.size_bytes)
+        )
 
     def _job(self, member: StoreReplica) -> Callable[[], None]:
         def job() -> None:
@@ -107,7 +117,9 @@ class _QuorumRead:
 
         return job
 
-    def _heard(self, race: races.ReadRace, place: int, answer: ReadBuffer | CkptError) -> races.ReadRace:
+    def _heard(
+        self, race: races.ReadRace, place: int, answer: ReadBuffer | CkptError
+    ) -> races.ReadRace:
         match answer:
             case ReadBuffer():
                 try:
@@ -133,24 +145,34 @@ class _QuorumRead:
         for member in self.group.replicas:
             if race.found.get(member.index) in (None, ReadResult.SILENT):
                 self.errors.setdefault(member.index, silent_error(member, waited_s))
-        each = " | ".join(f"{self.group.replicas[place].url}: {error}" for place, error in sorted(self.errors.items()))
+        each = " | ".join(
+            f"{self.group.replicas[place].url}: {error}"
+            for place, error in sorted(self.errors.items())
+        )
         match verdict:
             case ReadFailure.NOT_FOUND:
                 return NotFoundError(f"no store has the object. key={self.key} [{each}]")
             case ReadFailure.DAMAGED:
-                return IntegrityError(f"no store has right bytes of the object. key={self.key} [{each}]")
+                return IntegrityError(
+                    f"no store has right bytes of the object. key={self.key} [{each}]"
+                )
             case ReadFailure.UNAVAILABLE:
                 return UnavailableError(
-                    f"too few stores answer to read the object, or to know that it is nowhere. key={self.key} [{each}]; "
+                    "too few stores answer to read the object, or to know that it is nowhere. "
+                    f"key={self.key} [{each}]; "
                     f"repeat when they do"
                 )
 
 
-def read_into(group: StoreGroup, key: str, out: memoryview, *, offset_bytes: int, check: Check | None) -> None:
-    """Fill ``out`` from the first store whose bytes are right; what others were found to lack is noted.
+def read_into(
+    group: StoreGroup, key: str, out: memoryview, *, offset_bytes: int, check: Check | None
+) -> None:
+    """Fill ``out`` from the first store whose bytes are right; what others were found to lack is
+    noted.
 
-    Raises NotFoundError, IntegrityError and UnavailableError as ``Replicated`` says. Only the calling thread touches ``out``
-    and calls ``check``. Costs one copy of the bytes beside the reading.
+    Raises NotFoundError, IntegrityError and UnavailableError as ``Replicated`` says. Only the
+    calling thread touches ``out`` and calls ``check``. Costs one copy of the bytes beside the
+    reading.
     """
     flat = out.cast("B")
     size = len(flat)
@@ -180,7 +202,8 @@ def read_object(group: StoreGroup, key: str, check: Check, *, bytes_max: int) ->
             raise NotFoundError(f"no such object. key={key} store={member.url}")
         if stat.size_bytes > bytes_max:
             raise IntegrityError(
-                f"too large to be read. key={key} size_bytes={stat.size_bytes} limit_bytes={bytes_max} store={member.url}"
+                f"too large to be read. key={key} size_bytes={stat.size_bytes} "
+                f"limit_bytes={bytes_max} store={member.url}"
             )
         return read_from_store(group, member, key, stat.size_bytes, 0, given_up=mailbox.closed)
 
@@ -194,7 +217,13 @@ def read_object(group: StoreGroup, key: str, check: Check, *, bytes_max: int) ->
     reading = _QuorumRead(group, key, 0, start, judge)
     race = reading.run()
     if len(race.found) > 1:
-        _note_bad(group, key, race, VerifiedRange(0, len(right[0]), digest(right[0]), whole=True), reading.errors)
+        _note_bad(
+            group,
+            key,
+            race,
+            VerifiedRange(0, len(right[0]), digest(right[0]), whole=True),
+            reading.errors,
+        )
     return right[0]
 
 
@@ -210,10 +239,14 @@ def read_from_store(
     """Read a range of one store in this thread, into memory of ours. Raises CkptError."""
     until_s = time.monotonic() + group.limits.call_s
     if not group.memory.claim(member.index, size, until_s=until_s, given_up=given_up):
-        raise UnavailableError(f"no memory is left for reads of this store. store={member.url}; repeat later")
+        raise UnavailableError(
+            f"no memory is left for reads of this store. store={member.url}; repeat later"
+        )
     try:
         buffer = group.memory.buffer(size)
-        member.read(size, lambda: member.store.read_into(key, buffer.view, offset_bytes=offset_bytes))
+        member.read(
+            size, lambda: member.store.read_into(key, buffer.view, offset_bytes=offset_bytes)
+        )
     except BaseException:
         group.memory.free(member.index, size)
         raise
@@ -221,7 +254,11 @@ def read_from_store(
 
 
 def _note_bad(
-    group: StoreGroup, key: str, race: races.ReadRace, proof: VerifiedRange | None, errors: dict[int, CkptError]
+    group: StoreGroup,
+    key: str,
+    race: races.ReadRace,
+    proof: VerifiedRange | None,
+    errors: dict[int, CkptError],
 ) -> None:
     """Note what the stores that were not right lack, now that one was."""
     for place, found in race.found.items():
@@ -250,7 +287,8 @@ StatAnswers = Mapping[int, "Stat | CkptError | None"]
 
 
 def merge_stats(stats: Sequence[Stat]) -> Stat:
-    """One answer of several about the same key: the length that most have, the greater of equals; the latest time.
+    """One answer of several about the same key: the length that most have, the greater of equals;
+    the latest time.
 
     The latest, because a sweep spares what is young.
     """
@@ -260,7 +298,8 @@ def merge_stats(stats: Sequence[Stat]) -> Stat:
 
 
 def stat(group: StoreGroup, key: str) -> Stat | None:
-    """The object's facts; None where enough stores say that it isn't there. Raises UnavailableError where too few answer."""
+    """The object's facts; None where enough stores say that it isn't there. Raises UnavailableError
+    where too few answer."""
     group.detect_stalls()
 
     def answered(answers: StatAnswers) -> bool:
@@ -270,7 +309,9 @@ def stat(group: StoreGroup, key: str) -> Stat | None:
         found = {answer.size_bytes for answer in _told(answers).values() if answer is not None}
         return answered(answers) and len(found) == 1
 
-    answers = group.ask(group.usable(), lambda member: _stat(member, key), enough=known, nearly=answered)
+    answers = group.ask(
+        group.usable(), lambda member: _stat(member, key), enough=known, nearly=answered
+    )
     if not answered(answers):
         rest = frozenset(range(len(group.replicas))) - _told(answers).keys()
         before = answers
@@ -286,15 +327,21 @@ def stat(group: StoreGroup, key: str) -> Stat | None:
         return merge_stats(found)
     if group.quorum.proves_absent(told.keys()):
         return None
-    errors = [f"{group.replicas[p].url}: {a}" for p, a in sorted(answers.items()) if isinstance(a, CkptError)]
+    errors = [
+        f"{group.replicas[p].url}: {a}"
+        for p, a in sorted(answers.items())
+        if isinstance(a, CkptError)
+    ]
     raise UnavailableError(
-        f"too few stores answer to know whether the object is there. key={key} answered={len(told)} "
+        f"too few stores answer to know whether the object is there. key={key} "
+        f"answered={len(told)} "
         f"[{' | '.join(errors)}]; repeat when they do"
     )
 
 
 def delete(group: StoreGroup, key: str) -> None:
-    """Remove the object from all stores. Raises, naming them, where one could not be asked: it may hold it still."""
+    """Remove the object from all stores. Raises, naming them, where one could not be asked: it may
+    hold it still."""
     group.detect_stalls()
     group.forget(key)
 
@@ -302,20 +349,29 @@ def delete(group: StoreGroup, key: str) -> None:
         member.write(0, lambda: member.store.delete(key))
         return True
 
-    answers = group.ask(range(len(group.replicas)), remove, side=lambda member: member.writing, key=key)
+    answers = group.ask(
+        range(len(group.replicas)), remove, side=lambda member: member.writing, key=key
+    )
     group.forget(key)
-    failed = {place: answer for place, answer in sorted(answers.items()) if isinstance(answer, CkptError)}
+    failed = {
+        place: answer for place, answer in sorted(answers.items()) if isinstance(answer, CkptError)
+    }
     if failed:
-        each = " | ".join(f"{group.replicas[place].url}: {error}" for place, error in failed.items())
+        each = " | ".join(
+            f"{group.replicas[place].url}: {error}" for place, error in failed.items()
+        )
         kind = most_common_error(list(failed.values()))
-        raise kind(f"not all stores removed the object. key={key} [{each}]; repeat when they answer")
+        raise kind(
+            f"not all stores removed the object. key={key} [{each}]; repeat when they answer"
+        )
 
 
 def listing(group: StoreGroup, prefix: str, after: str) -> Iterator[Stat]:
-    """All objects that any answering store lists, in key order, one store's page at a time in memory.
+    """All objects that any answering store lists, in key order, one store's page at a time in
+    memory.
 
-    A store that fails or falls silent on the way is left out from there on. Raises UnavailableError as soon as fewer are left
-    than could together hold every acknowledged object.
+    A store that fails or falls silent on the way is left out from there on. Raises UnavailableError
+    as soon as fewer are left than could together hold every acknowledged object.
     """
     group.detect_stalls()
     streams = {member.index: _ListingStream(member) for member in group.replicas}
@@ -364,12 +420,17 @@ def _stat(member: StoreReplica, key: str) -> Stat | None:
 def _too_few(
     group: StoreGroup, prefix: str, errors: Mapping[int, CkptError], asked: frozenset[int]
 ) -> UnavailableError:
-    reasons = {member.index: str(errors.get(member.index, "left alone")) for member in group.replicas}
+    reasons = {
+        member.index: str(errors.get(member.index, "left alone")) for member in group.replicas
+    }
     each = " | ".join(
-        f"{group.replicas[place].url}: {why}" for place, why in reasons.items() if place in errors or place not in asked
+        f"{group.replicas[place].url}: {why}"
+        for place, why in reasons.items()
+        if place in errors or place not in asked
     )
     return UnavailableError(
-        f"too few stores answer for a complete listing. prefix={prefix} answered={len(asked) - len(errors)} [{each}]; "
+        f"too few stores answer for a complete listing. prefix={prefix} "
+        f"answered={len(asked) - len(errors)} [{each}]; "
         f"repeat when they do"
     )
 
@@ -379,7 +440,9 @@ class _ListingStream:
     """One store's listing, fetched page by page in a thread of its own, so that it may hang."""
 
     member: StoreReplica
-    pages: queue.Queue[list[Stat] | CkptError | None] = field(default_factory=lambda: queue.Queue(PAGES_MAX))
+    pages: queue.Queue[list[Stat] | CkptError | None] = field(
+        default_factory=lambda: queue.Queue(PAGES_MAX)
+    )
     page: list[Stat] = field(default_factory=list)
     at: int = 0
     over: bool = False
@@ -388,7 +451,10 @@ class _ListingStream:
     def begin(self, prefix: str, after: str) -> None:
         """Start fetching."""
         thread = threading.Thread(
-            target=self._fetch, args=(prefix, after), name=f"ckpt-list-{self.member.index}", daemon=True
+            target=self._fetch,
+            args=(prefix, after),
+            name=f"ckpt-list-{self.member.index}",
+            daemon=True,
         )
         try:
             thread.start()
@@ -402,7 +468,8 @@ class _ListingStream:
         self.stopped.set()
 
     def next(self, wait_s: float) -> Stat | None:
-        """The next entry, None at the end. Raises what the store raised, and UnavailableError where it says nothing."""
+        """The next entry, None at the end. Raises what the store raised, and UnavailableError where
+        it says nothing."""
         while self.at == len(self.page) and not self.over:
             try:
                 got = self.pages.get(timeout=wait_s)

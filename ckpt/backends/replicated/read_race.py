@@ -1,4 +1,5 @@
-"""Whom a read asks next, when it asks a second one beside the first, and what it says in the end. Pure.
+"""Whom a read asks next, when it asks a second one beside the first, and what it says in the end.
+Pure.
 
 The effect asks, tells what was found, and asks ``decide`` again.
 """
@@ -32,7 +33,8 @@ class ReadFailure(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PendingRead:
-    """A question on its way: to whom, when it is late enough to ask another one, when it counts as unanswered."""
+    """A question on its way: to whom, when it is late enough to ask another one, when it counts as
+    unanswered."""
 
     late_s: float
     lost_s: float
@@ -40,7 +42,8 @@ class PendingRead:
 
 @dataclass(frozen=True, slots=True)
 class ReadRace:
-    """One read. ``order``: whom to ask, nearest first; ``usable``: whose circuit is closed; ``rounds`` begun."""
+    """One read. ``order``: whom to ask, nearest first; ``usable``: whose circuit is closed;
+    ``rounds`` begun."""
 
     quorum: Quorum
     order: tuple[int, ...]

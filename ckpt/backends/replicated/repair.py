@@ -1,7 +1,9 @@
-"""Bring each store what it is known to miss, and look whether one that was left alone answers again, beside all else.
+"""Bring each store what it is known to miss, and look whether one that was left alone answers
+again, beside all else.
 
-One thread that starts when there is something to do and ends when there is nothing. It calls no store itself: each store's
-own threads do, one object at a time, in order with other writes of the same key.
+One thread that starts when there is something to do and ends when there is nothing. It calls no
+store itself: each store's own threads do, one object at a time, in order with other writes of the
+same key.
 """
 
 from __future__ import annotations
@@ -75,15 +77,25 @@ class ObjectRepair:
 
     def _plan(self) -> RepairCopy | CopyIntact | RepairLater | LeaveToScrub:
         group, key = self.group, self.key
-        answers = group.ask(range(len(group.replicas)), lambda m: m.read(0, lambda: m.store.stat(key)))
-        told = {place: answer for place, answer in answers.items() if not isinstance(answer, CkptError)}
-        sizes = {place: None if answer is None else answer.size_bytes for place, answer in told.items()}
+        answers = group.ask(
+            range(len(group.replicas)), lambda m: m.read(0, lambda: m.store.stat(key))
+        )
+        told = {
+            place: answer for place, answer in answers.items() if not isinstance(answer, CkptError)
+        }
+        sizes = {
+            place: None if answer is None else answer.size_bytes for place, answer in told.items()
+        }
         plan = plan_repair(self.need, self.member.index, sizes, group.quorum)
         if isinstance(plan, RepairCopy):
             for place, size in sizes.items():
                 if size is None and place != self.member.index:
                     group.note_need(
-                        place, key, RepairNeed(CopyFault.MISSING, self.need.verified), reason="not there", alarm=True
+                        place,
+                        key,
+                        RepairNeed(CopyFault.MISSING, self.need.verified),
+                        reason="not there",
+                        alarm=True,
                     )
         return plan
 
@@ -91,7 +103,9 @@ class ObjectRepair:
         proof = self.need.verified
         return proof is None or digest(data[proof.offset_bytes : proof.end_bytes]) == proof.digest
 
-    def _replace(self, data: memoryview, plan: RepairCopy) -> CopyIntact | LeaveToScrub | RepairDone:
+    def _replace(
+        self, data: memoryview, plan: RepairCopy
+    ) -> CopyIntact | LeaveToScrub | RepairDone:
         if plan.compare:
             end = self._compared(data)
             if end is not None:
@@ -104,7 +118,8 @@ class ObjectRepair:
         return RepairDone()
 
     def _compared(self, data: memoryview) -> CopyIntact | LeaveToScrub | None:
-        """Read the copy that was found bad, piece by piece; None where it may be replaced by ``data``."""
+        """Read the copy that was found bad, piece by piece; None where it may be replaced by
+        ``data``."""
         member, proof = self.member, self.need.verified
         stat = member.read(0, lambda: member.store.stat(self.key))
         mine_bytes = 0 if stat is None else min(stat.size_bytes, len(data))
@@ -129,8 +144,11 @@ def _read(member: StoreReplica, key: str, out: memoryview, offset_bytes: int) ->
     member.read(len(out), lambda: member.store.read_into(key, out, offset_bytes=offset_bytes))
 
 
-def _read_whole(group: StoreGroup, source: StoreReplica, target: int, key: str, size_bytes: int) -> PooledBuffer | None:
-    """The whole object of one store; None where it doesn't give it. The memory is charged to ``target``, and then to be freed.
+def _read_whole(
+    group: StoreGroup, source: StoreReplica, target: int, key: str, size_bytes: int
+) -> PooledBuffer | None:
+    """The whole object of one store; None where it doesn't give it. The memory is charged to
+    ``target``, and then to be freed.
 
     A source that hangs is given up, and what it still holds is charged to it.
     """
@@ -246,10 +264,18 @@ class RepairThread:
             key, need = entry
             with self._change:
                 free = now_s - self._busy.get(member.index, -STUCK_S) >= STUCK_S
-            if free and now_s >= need.due_s and member.writing.circuit.phase is not CircuitState.OPEN:
+            if (
+                free
+                and now_s >= need.due_s
+                and member.writing.circuit.phase is not CircuitState.OPEN
+            ):
                 self._start(member, key)
             pauses.append(min(POLL_S, max(0.01, need.due_s - now_s)) if free else POLL_S)
-        if not pauses and group.replicas and any(m.reading.calls or m.writing.calls for m in group.replicas):
+        if (
+            not pauses
+            and group.replicas
+            and any(m.reading.calls or m.writing.calls for m in group.replicas)
+        ):
             return POLL_S  # a call that hangs is to be seen though nobody else calls
         return min(pauses, default=None)
 

@@ -32,17 +32,22 @@ from ckpt.format.canonical import digest
 
 
 def create(group: StoreGroup, key: str, data: Sequence[Buffer]) -> None:
-    """Store ``data`` at ``key`` in a quorum of stores where the key is new. Copies what could change: meant for records.
+    """Store ``data`` at ``key`` in a quorum of stores where the key is new. Copies what could
+    change: meant for records.
 
-    Raises KeyExistsError where another object came first, and what ``Put.run`` raises; after that the object may lie in some
-    stores, and the key stays taken.
+    Raises KeyExistsError where another object came first, and what ``Put.run`` raises; after that
+    the object may lie in some stores, and the key stays taken.
     """
     body = tuple(data) if is_immutable(data) else (b"".join(data),)
     failed: dict[int, CkptError] = {}
     winner: frozenset[int] = frozenset()
     usable = {member.index for member in group.replicas if member.writing.circuit.usable}
-    for place in sorted(group.quorum.voters, key=lambda at: (at in group.quorum.silent, at not in usable, at)):
-        answer = group.ask([place], lambda member: _create(member, key, body), side=lambda m: m.writing, key=key)[place]
+    for place in sorted(
+        group.quorum.voters, key=lambda at: (at in group.quorum.silent, at not in usable, at)
+    ):
+        answer = group.ask(
+            [place], lambda member: _create(member, key, body), side=lambda m: m.writing, key=key
+        )[place]
         if isinstance(answer, KeyExistsError):
             raise answer
         if not isinstance(answer, CkptError):
@@ -51,11 +56,15 @@ def create(group: StoreGroup, key: str, data: Sequence[Buffer]) -> None:
         failed[place] = answer
     joined = b"".join(body)
     proof = VerifiedRange(0, len(joined), digest(joined), whole=True)
-    QuorumPut(group, key, body, write=_create_or_same, verified=proof).run(holders=winner, failed=failed)
+    QuorumPut(group, key, body, write=_create_or_same, verified=proof).run(
+        holders=winner, failed=failed
+    )
 
 
 def _create(member: StoreReplica, key: str, data: Sequence[Buffer]) -> bool:
-    member.write(sum(len(one) for one in data), lambda: member.store.put(key, data, create_only=True))
+    member.write(
+        sum(len(one) for one in data), lambda: member.store.put(key, data, create_only=True)
+    )
     return True
 
 
@@ -75,7 +84,8 @@ def _create_or_same(member: StoreReplica, key: str, data: Sequence[Buffer]) -> N
 
 
 CLOSE_S = 10.0
-"""How long ``close`` waits for what is still on its way. It is durable already, so an exit need not wait for more."""
+"""How long ``close`` waits for what is still on its way. It is durable already, so an exit need not
+wait for more."""
 
 CATCH_UP_POLL_S = 0.5
 """How often a store that does not answer is tried while somebody waits for it."""
@@ -83,7 +93,8 @@ CATCH_UP_POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class StoreBacklog:
-    """What one store is known to miss. ``overflow``: also objects that are not remembered; a scrub finds them."""
+    """What one store is known to miss. ``overflow``: also objects that are not remembered; a scrub
+    finds them."""
 
     url: str
     keys: int
@@ -91,23 +102,35 @@ class StoreBacklog:
 
 
 class ReplicatedBackend:
-    """A store over ``stores`` that holds each object in all of them, and acknowledges at ``write_quorum`` (None: majority).
+    """A store over ``stores`` that holds each object in all of them, and acknowledges at
+    ``write_quorum`` (None: majority).
 
-    For objects whose bytes never change: equal keys mean equal bytes. Puts go to all stores at once and return when the
-    quorum has the object; reads take the nearest copy, and another one where that is slow, bad or gone. What a store missed or
-    what was found damaged in it is brought to it in the background. ``prefer``: places of stores to read from first.
-    ``budget_bytes`` bounds the memory for copies. ``seed`` decides pauses. Thread-safe; a fork's child starts with threads of
-    its own and knows of nothing that is missing. Raises UsageError for a quorum that two writers could reach apart.
+    For objects whose bytes never change: equal keys mean equal bytes. Puts go to all stores at once
+    and return when the quorum has the object; reads take the nearest copy, and another one where
+    that is slow, bad or gone. What a store missed or what was found damaged in it is brought to it
+    in the background. ``prefer``: places of stores to read from first. ``budget_bytes`` bounds the
+    memory for copies. ``seed`` decides pauses. Thread-safe; a fork's child starts with threads of
+    its own and knows of nothing that is missing. Raises UsageError for a quorum that two writers
+    could reach apart.
     """
 
     def __init__(
-        self, stores: Sequence[Backend], *, write_quorum: int | None = None, emit: Emit, prefer: Sequence[int] = (),
-        limits: ReplicationLimits | None = None, budget_bytes: int = BUDGET_BYTES, seed: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        stores: Sequence[Backend],
+        *,
+        write_quorum: int | None = None,
+        emit: Emit,
+        prefer: Sequence[int] = (),
+        limits: ReplicationLimits | None = None,
+        budget_bytes: int = BUDGET_BYTES,
+        seed: int | None = None,
+    ) -> None:
         self._stores = tuple(stores)
         self._quorum = quorum_of(len(self._stores), write_quorum)
         if len({id(store) for store in self._stores}) < len(self._stores):
-            raise UsageError("a store is named twice; a second copy in the same place protects from nothing")
+            raise UsageError(
+                "a store is named twice; a second copy in the same place protects from nothing"
+            )
         with_counting(self._quorum, prefer)  # the places exist
         self._tell = emit
         self._prefer = tuple(prefer)
@@ -155,8 +178,9 @@ class ReplicatedBackend:
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
         """See Backend: durable in the write quorum on return.
 
-        Stores that are well take the caller's memory without a copy if they can be lent it (``loans.Borrower``). Raises what
-        most stores that failed raised, naming each, where the quorum can't be reached.
+        Stores that are well take the caller's memory without a copy if they can be lent it
+        (``loans.Borrower``). Raises what most stores that failed raised, naming each, where the
+        quorum can't be reached.
         """
         check_key(key)
         group = self._group()
@@ -165,29 +189,39 @@ class ReplicatedBackend:
             return
         if not self.capabilities().create_only:
             raise UsageError(
-                f"not every store promises to create a key only once. stores={self.url}; put without create_only, "
+                f"not every store promises to create a key only once. stores={self.url}; put "
+                "without create_only, "
                 f"or use stores that do"
             )
         create(group, key, data)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend, and ``reads.read_into``. NotFoundError only where enough stores say that it is nowhere."""
-        reads.read_into(self._reader(key, offset_bytes), key, out, offset_bytes=offset_bytes, check=None)
+        """See Backend, and ``reads.read_into``. NotFoundError only where enough stores say that it
+        is nowhere."""
+        reads.read_into(
+            self._reader(key, offset_bytes), key, out, offset_bytes=offset_bytes, check=None
+        )
 
-    def read_checked(self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0) -> None:
+    def read_checked(
+        self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
+    ) -> None:
         """See Replicated."""
-        reads.read_into(self._reader(key, offset_bytes), key, out, offset_bytes=offset_bytes, check=check)
+        reads.read_into(
+            self._reader(key, offset_bytes), key, out, offset_bytes=offset_bytes, check=check
+        )
 
     def read_object(self, key: str, check: Check, *, bytes_max: int) -> bytes:
         """See Replicated."""
         return reads.read_object(self._reader(key, 0), key, check, bytes_max=bytes_max)
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend. None only where enough stores say so; raises UnavailableError where too few answer."""
+        """See Backend. None only where enough stores say so; raises UnavailableError where too few
+        answer."""
         return looks.stat(self._group(), check_key(key))
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend: what any store that answers has. Raises UnavailableError where too few answer for all of it."""
+        """See Backend: what any store that answers has. Raises UnavailableError where too few
+        answer for all of it."""
         return looks.listing(self._group(), check_prefix(prefix), after)
 
     def delete(self, key: str) -> None:
@@ -203,7 +237,8 @@ class ReplicatedBackend:
         )
 
     def await_caught_up(self, timeout_s: float) -> bool:
-        """Mend without pauses, and wait until nothing is known to be missing in any store; False after ``timeout_s``.
+        """Mend without pauses, and wait until nothing is known to be missing in any store; False
+        after ``timeout_s``.
 
         False at once where only a scrub can find what is missing.
         """
@@ -223,7 +258,8 @@ class ReplicatedBackend:
         self._group().scrubbed(place)
 
     def close(self) -> None:
-        """See Backend. Waits for what is on its way, 10 s at most; calls that hang are left behind and hold up no exit."""
+        """See Backend. Waits for what is on its way, 10 s at most; calls that hang are left behind
+        and hold up no exit."""
         if self._closed:
             return
         self._closed = True
@@ -235,7 +271,9 @@ class ReplicatedBackend:
     def _reader(self, key: str, offset_bytes: int) -> StoreGroup:
         check_key(key)
         if offset_bytes < 0:
-            raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
+            raise UsageError(
+                f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
+            )
         return self._group()
 
     def _group(self) -> StoreGroup:

@@ -1,4 +1,5 @@
-"""Threads that call one store. A call that hangs keeps its thread, and nothing else: not its caller, not the exit."""
+"""Threads that call one store. A call that hangs keeps its thread, and nothing else: not its
+caller, not the exit."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ Job = Callable[[], None]
 
 
 class StoreThreads:
-    """Up to ``threads_max`` daemon threads, started when needed, and a queue of ``jobs_max`` jobs. Thread-safe.
+    """Up to ``threads_max`` daemon threads, started when needed, and a queue of ``jobs_max`` jobs.
+    Thread-safe.
 
-    Jobs with the same key are done one after the other in the order they came, so that an old put never lands after a newer
-    delete.
+    Jobs with the same key are done one after the other in the order they came, so that an old put
+    never lands after a newer delete.
     """
 
     def __init__(self, name: str, *, threads_max: int, jobs_max: int) -> None:
@@ -81,7 +83,8 @@ class StoreThreads:
             self._lost -= 1
 
     def close(self, timeout_s: float) -> bool:
-        """Take no more jobs, and wait for those that were taken; returns whether all ended in time. Idempotent."""
+        """Take no more jobs, and wait for those that were taken; returns whether all ended in time.
+        Idempotent."""
         until_s = time.monotonic() + timeout_s
         with self._change:
             self._closed = True

@@ -37,7 +37,8 @@ for objects, and where a difference is not a number.
 
 @dataclass(frozen=True, slots=True)
 class LeafChange:
-    """How one leaf differs. ``changed_bytes`` counts chunks whose digests differ, or the whole leaf."""
+    """How one leaf differs. ``changed_bytes`` counts chunks whose digests differ, or the whole
+    leaf."""
 
     leaf: Leaf
     kind: str
@@ -50,10 +51,14 @@ class LeafChange:
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "--values", "by_values", is_flag=True, help="Read the leaves that changed, and print their greatest difference."
+    "--values",
+    "by_values",
+    is_flag=True,
+    help="Read the leaves that changed, and print their greatest difference.",
 )
 def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
-    """Compare snapshots A and B of the store at URL, by digests: no tensor is read unless --values is given.
+    """Compare snapshots A and B of the store at URL, by digests: no tensor is read unless --values
+    is given.
 
     A and B are each a step, epoch:step, a tag, or 'newest'.
     """
@@ -62,9 +67,14 @@ def command(choice: StoreChoice, *, a: str, b: str, by_values: bool) -> None:
         old, new = (load_index(store.backend, store.state, one) for one in (first, second))
         changes, unchanged = compare(old, new)
         if by_values:
-            with SnapshotReader(store.backend, old) as left, SnapshotReader(store.backend, new) as right:
+            with (
+                SnapshotReader(store.backend, old) as left,
+                SnapshotReader(store.backend, new) as right,
+            ):
                 changes = [_with_values(change, left, right) for change in changes]
-        changed_bytes = sum(change.changed_bytes for change in changes if change.leaf.alias_of is None)
+        changed_bytes = sum(
+            change.changed_bytes for change in changes if change.leaf.alias_of is None
+        )
         if choice.as_json:
             emit_json(
                 {
@@ -87,13 +97,19 @@ def compare(old: SnapshotIndex, new: SnapshotIndex) -> tuple[list[LeafChange], i
     before = {(leaf.name, leaf.rank): leaf for leaf in old.leaves()}
     after = {(leaf.name, leaf.rank): leaf for leaf in new.leaves()}
     changes: list[LeafChange] = []
-    for key in sorted(before.keys() | after.keys(), key=lambda key: (key[0], -1 if key[1] is None else key[1])):
+    for key in sorted(
+        before.keys() | after.keys(), key=lambda key: (key[0], -1 if key[1] is None else key[1])
+    ):
         was, now = before.get(key), after.get(key)
         if was is None and now is not None:
             changes.append(LeafChange(now, "added", size_bytes(now)))
         elif now is None and was is not None:
             changes.append(LeafChange(was, "removed", size_bytes(was)))
-        elif was is not None and now is not None and (change := _change(old, new, was, now)) is not None:
+        elif (
+            was is not None
+            and now is not None
+            and (change := _change(old, new, was, now)) is not None
+        ):
             changes.append(change)
     return changes, len(before.keys() | after.keys()) - len(changes)
 
@@ -109,7 +125,9 @@ def _change(old: SnapshotIndex, new: SnapshotIndex, was: Leaf, now: Leaf) -> Lea
     changed_bytes = sum(
         place.raw_bytes
         for box, shard in after.items()
-        for mine, digest, place in zip(before[box].digests, shard.digests, shard.locations, strict=True)
+        for mine, digest, place in zip(
+            before[box].digests, shard.digests, shard.locations, strict=True
+        )
         if mine != digest
     )
     return LeafChange(now, "changed", changed_bytes) if changed_bytes else None
@@ -117,7 +135,11 @@ def _change(old: SnapshotIndex, new: SnapshotIndex, was: Leaf, now: Leaf) -> Lea
 
 def _with_values(change: LeafChange, left: SnapshotReader, right: SnapshotReader) -> LeafChange:
     leaf = change.leaf
-    if change.kind not in ("changed", "relaid") or leaf.kind is LeafKind.OBJECT or not is_numeric(leaf.dtype):
+    if (
+        change.kind not in ("changed", "relaid")
+        or leaf.kind is LeafKind.OBJECT
+        or not is_numeric(leaf.dtype)
+    ):
         return change
     before, after = left.index.leaf(leaf.name, leaf.rank), right.index.leaf(leaf.name, leaf.rank)
     assert before is not None
@@ -125,13 +147,20 @@ def _with_values(change: LeafChange, left: SnapshotReader, right: SnapshotReader
     greatest = 0.0
     carrier = numpy_dtype(leaf.dtype)
     pieces = zip(
-        left.stream([before], window_bytes=WINDOW_BYTES), right.stream([after], window_bytes=WINDOW_BYTES), strict=True
+        left.stream([before], window_bytes=WINDOW_BYTES),
+        right.stream([after], window_bytes=WINDOW_BYTES),
+        strict=True,
     )
     for mine, theirs in pieces:
-        one, other = (readable(LeafValues(np.frombuffer(piece.data, carrier), leaf.dtype)) for piece in (mine, theirs))
+        one, other = (
+            readable(LeafValues(np.frombuffer(piece.data, carrier), leaf.dtype))
+            for piece in (mine, theirs)
+        )
         # Equal bits first: infinities in the same place differ by nothing.
         with np.errstate(invalid="ignore"):
-            gap = np.where(one == other, 0.0, np.abs(one.astype(np.float64) - other.astype(np.float64)))
+            gap = np.where(
+                one == other, 0.0, np.abs(one.astype(np.float64) - other.astype(np.float64))
+            )
         both_nan = (one != one) & (other != other)  # noqa: PLR0124
         greatest = float(np.maximum(greatest, np.max(np.where(both_nan, 0.0, gap), initial=0.0)))
     return LeafChange(leaf, change.kind, change.changed_bytes, greatest)
@@ -146,7 +175,11 @@ def _print(changes: list[LeafChange], by_values: bool) -> None:
             "all" if change.leaf.rank is None else str(change.leaf.rank),
             human_bytes(change.changed_bytes),
             human_bytes(size_bytes(change.leaf)),
-            *(("" if change.max_abs_diff is None else f"{change.max_abs_diff:.6g}",) if by_values else ()),
+            *(
+                ("" if change.max_abs_diff is None else f"{change.max_abs_diff:.6g}",)
+                if by_values
+                else ()
+            ),
         )
         for change in changes
     ]

@@ -51,14 +51,17 @@ JSON: {"ok", "write_quorum", "answers_min", "stores": [{"url", "failures",
     help="MiB of the object that the throughput is measured with.",
 )
 def command(choice: StoreList, *, size_mib: int) -> int:
-    """Examine the stores at URL...: what each can do, how fast, what is in it, and whether they will do together.
+    """Examine the stores at URL...: what each can do, how fast, what is in it, and whether they
+    will do together.
 
-    Puts, reads, lists and deletes some twenty small objects and a large one below probe/ in each store, and removes
-    them again. Nothing else is changed. Name all stores of a job to hear of its quorum.
+    Puts, reads, lists and deletes some twenty small objects and a large one below probe/ in each
+    store, and removes them again. Nothing else is changed. Name all stores of a job to hear of its
+    quorum.
     """
     if choice.encryption_key is not None:
         raise UsageError(
-            "an examination needs no key: what it writes is noise, and the log is not encrypted. leave it out"
+            "an examination needs no key: what it writes is noise, and the log is not encrypted. "
+            "leave it out"
         )
     patients: list[ExaminedStore] = []
     with ExitStack() as stack:
@@ -125,7 +128,13 @@ def _json(findings: list[StoreFindings], judged: Assessment) -> JsonValue:
         "answers_min": judged.answers_min,
         "stores": [_store_json(found) for found in findings],
         "advice": [
-            {"level": one.level, "code": one.code, "store": one.store, "text": one.text, "remedy": one.remedy}
+            {
+                "level": one.level,
+                "code": one.code,
+                "store": one.store,
+                "text": one.text,
+                "remedy": one.remedy,
+            }
             for one in judged.advice
         ],
     }

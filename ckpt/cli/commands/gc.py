@@ -1,4 +1,5 @@
-"""``ckpt gc``: drop what a policy does not keep, and delete the bytes that nothing needs any more."""
+"""``ckpt gc``: drop what a policy does not keep, and delete the bytes that nothing needs any
+more."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ import click
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
 from ckpt.cli.output import human_bytes, human_time, table
-from ckpt.cli.store_options import OpenStore, StoreChoice, StoreList, id_json, open_store, urls_command
+from ckpt.cli.store_options import (
+    OpenStore,
+    StoreChoice,
+    StoreList,
+    id_json,
+    open_store,
+    urls_command,
+)
 from ckpt.errors import IntegrityError, UnavailableError, UsageError
 from ckpt.log.state import LogState
 from ckpt.maintenance.gc.drop import drop, preview
@@ -68,7 +76,9 @@ class _GcRequest:
 @click.command(name="gc", epilog=_EPILOG)
 @urls_command
 @click.option("--keep", metavar="POLICY", help="What to keep; without it nothing is dropped.")
-@click.option("--dry-run", is_flag=True, help="Show what would be done, and write and delete nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would be done, and write and delete nothing."
+)
 @click.option(
     "--grace",
     default=duration_text(int(GRACE_S)),
@@ -77,16 +87,22 @@ class _GcRequest:
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes: bool) -> int:
-    """Drop the snapshots of the job at URL... that --keep does not keep, then delete bytes that nothing needs.
+    """Drop the snapshots of the job at URL... that --keep does not keep, then delete bytes that
+    nothing needs.
 
-    A drop is a record: what it names can't be restored any more. Its bytes go when the grace is over, in a later run. Safe
-    beside a job that trains. Name every store of the job, or those left out keep their bytes.
+    A drop is a record: what it names can't be restored any more. Its bytes go when the grace is
+    over, in a later run. Safe beside a job that trains. Name every store of the job, or those left
+    out keep their bytes.
     """
     wish = _GcRequest(None if keep is None else parse_policy(keep), duration_s(grace), dry_run, yes)
     choice = StoreChoice(
-        urls.urls[0], urls.storage_options, urls.as_json, replicas=urls.urls[1:], write_quorum=urls.write_quorum,
+        urls.urls[0],
+        urls.storage_options,
+        urls.as_json,
+        replicas=urls.urls[1:],
+        write_quorum=urls.write_quorum,
         encryption_key=urls.encryption_key,
-    )  # fmt: skip
+    )
     with open_store(choice) as store:
         now_unix_s = time.time()
         plan = preview(store.backend, store.state, wish.policy, now_unix_s=now_unix_s)
@@ -96,7 +112,9 @@ def command(urls: StoreList, *, keep: str | None, dry_run: bool, grace: str, yes
             report = _rehearse(store, plan, wish)
         else:
             _ask(choice, store, plan, wish)
-            plan, state = drop(store.backend, store.journal, wish.policy, now_unix_s=now_unix_s, approved=plan)
+            plan, state = drop(
+                store.backend, store.journal, wish.policy, now_unix_s=now_unix_s, approved=plan
+            )
             report = sweep(store.backend, state, grace_s=wish.grace_s)
         if choice.as_json:
             emit_json(_json(store, plan, report, wish))
@@ -113,15 +131,22 @@ def _ask(choice: StoreChoice, store: OpenStore, plan: GcPlan, wish: _GcRequest) 
     if choice.as_json:
         raise UsageError("with --json nobody can be asked. pass --yes or --dry-run")
     many = f"{len(plan.drops)} snapshot{'s' if len(plan.drops) > 1 else ''}"
-    click.confirm(f"Drop {many} of {store.backend.url}? They cannot be restored afterwards.", abort=True, err=True)
+    click.confirm(
+        f"Drop {many} of {store.backend.url}? They cannot be restored afterwards.",
+        abort=True,
+        err=True,
+    )
 
 
 def _rehearse(store: OpenStore, plan: GcPlan, wish: _GcRequest) -> SweepReport:
-    """What a sweep would find after the drop. The clock is this machine's: asking the stores' would write to them."""
+    """What a sweep would find after the drop. The clock is this machine's: asking the stores' would
+    write to them."""
     going = frozenset(plan.drops)
     before = store.state
     after = _without(before, going, plan)
-    gone = replace(before, snapshots=tuple(entry for entry in before.snapshots if entry.snapshot in going))
+    gone = replace(
+        before, snapshots=tuple(entry for entry in before.snapshots if entry.snapshot in going)
+    )
     return sweep(
         store.backend,
         after,
@@ -151,7 +176,8 @@ def _print_plan(plan: GcPlan) -> None:
                 human_bytes(one.info.size_bytes),
                 human_bytes(one.info.new_bytes),
                 human_time(one.info.created_unix_s),
-                "; ".join(one.why) + (f"  (damaged: {one.info.problem})" if one.info.problem else ""),
+                "; ".join(one.why)
+                + (f"  (damaged: {one.info.problem})" if one.info.problem else ""),
             )
             for one in reversed(plan.judged)
         ],
@@ -161,24 +187,36 @@ def _print_plan(plan: GcPlan) -> None:
 
 def _print_report(plan: GcPlan, report: SweepReport, wish: _GcRequest) -> None:
     if plan.drops:
-        click.echo(f"{'would drop' if wish.dry_run else 'dropped'} {len(plan.drops)} of {len(plan.judged)} snapshots")
+        click.echo(
+            f"{'would drop' if wish.dry_run else 'dropped'} {len(plan.drops)} of "
+            f"{len(plan.judged)} snapshots"
+        )
     for one in report.stores:
         if one.problem:
             warn(f"not swept to the end, and for the next time: {one.url}: {one.problem}")
         click.echo(f"{one.url}: {_done(one, wish)}")
     for held in report.held:
-        warn(f"no pack is deleted, for nobody knows which ones {held.snapshot} needs: {held.problem}")
+        warn(
+            f"no pack is deleted, for nobody knows which ones {held.snapshot} needs: {held.problem}"
+        )
 
 
 def _done(one: StoreSweep, wish: _GcRequest) -> str:
     going = (one.objects[ObjectStatus.GARBAGE], one.size_bytes[ObjectStatus.GARBAGE])
     count, size = going if wish.dry_run else (one.deleted, one.deleted_bytes)
-    words = [f"{'would delete' if wish.dry_run else 'deleted'} {count} objects, {human_bytes(size)}"]
+    words = [
+        f"{'would delete' if wish.dry_run else 'deleted'} {count} objects, {human_bytes(size)}"
+    ]
     waiting = one.size_bytes[ObjectStatus.GRACE] + one.size_bytes[ObjectStatus.YOUNG]
     if waiting:
-        words.append(f"{human_bytes(waiting)} go when the grace of {duration_text(wish.grace_s)} is over")
+        words.append(
+            f"{human_bytes(waiting)} go when the grace of {duration_text(wish.grace_s)} is over"
+        )
     if one.size_bytes[ObjectStatus.OPEN]:
-        words.append(f"{human_bytes(one.size_bytes[ObjectStatus.OPEN])} of snapshots that may still be committed")
+        words.append(
+            f"{human_bytes(one.size_bytes[ObjectStatus.OPEN])} of snapshots that may still be "
+            "committed"
+        )
     if one.size_bytes[ObjectStatus.HELD]:
         words.append(f"{human_bytes(one.size_bytes[ObjectStatus.HELD])} held back")
     words.append(f"{human_bytes(one.size_bytes[ObjectStatus.LIVE])} needed")

@@ -30,7 +30,8 @@ JSON: {{"ids": [...]}}, the first is written with.
 @click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of an error.")
 @click.pass_context
 def command(ctx: click.Context, *, action: str, where: str, as_json: bool) -> None:
-    """Make a key in the new file WHERE, or tell the id of the key that WHERE leads to; never the key itself."""
+    """Make a key in the new file WHERE, or tell the id of the key that WHERE leads to; never the
+    key itself."""
     ids = [write_new_key(where).id.hex()] if action == "new" else load_keys(where).ids.split(",")
     if as_json or bool(ctx.find_root().params.get("as_json")):
         emit_json({"ids": list(ids)})

@@ -12,7 +12,18 @@ from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import table
 from ckpt.cli.store_options import StoreChoice, id_json, open_store, store_command
 from ckpt.format.keys import log_key
-from ckpt.format.records import RECORD_BYTES_MAX, Body, Commit, Drop, Open, Record, Stores, Tag, Untag, decode_record
+from ckpt.format.records import (
+    RECORD_BYTES_MAX,
+    Body,
+    Commit,
+    Drop,
+    Open,
+    Record,
+    Stores,
+    Tag,
+    Untag,
+    decode_record,
+)
 from ckpt.log.fold import empty, fold
 from ckpt.log.reader import read_all
 from ckpt.log.state import RECENT_MAX, LogState, Void
@@ -29,9 +40,11 @@ class LogEntry:
 
 
 def history(backend: Backend, state: LogState) -> list[LogEntry]:
-    """All records that ``state`` folded, oldest first. Reads each of them; a stored fold is no help here.
+    """All records that ``state`` folded, oldest first. Reads each of them; a stored fold is no help
+    here.
 
-    Raises NotFoundError or IntegrityError where a record that lies under a stored fold is gone or damaged.
+    Raises NotFoundError or IntegrityError where a record that lies under a stored fold is gone or
+    damaged.
     """
     entries: list[LogEntry] = []
     at = empty(state.job)
@@ -109,7 +122,9 @@ def _what(body: Body) -> str:
         case Commit(snapshot, _, base):
             return f"{snapshot}" + ("" if base is None else f", base {base}")
         case Drop(snapshots, floor):
-            return ", ".join(map(str, snapshots)) + ("" if floor is None else f"; nothing below {floor}")
+            return ", ".join(map(str, snapshots)) + (
+                "" if floor is None else f"; nothing below {floor}"
+            )
         case Tag(name, snapshot):
             return f"{name} = {snapshot}"
         case Untag(name):
@@ -120,7 +135,9 @@ def _what(body: Body) -> str:
 
 def _entry_json(entry: LogEntry) -> JsonValue:
     record = entry.record
-    void: JsonValue = None if entry.void is None else {"code": entry.void.code, "reason": entry.void.reason}
+    void: JsonValue = (
+        None if entry.void is None else {"code": entry.void.code, "reason": entry.void.reason}
+    )
     head: dict[str, JsonValue] = {
         "seq": record.seq,
         "epoch": record.epoch,

@@ -28,14 +28,17 @@ are 0 then. "maybe_stale": the log has a hole, newer ones may exist.
 def command(choice: StoreChoice) -> None:
     """List the snapshots of the store at URL, newest first.
 
-    '*' marks what a restore takes, '-' a snapshot off the newest line: kept, and restored only when asked for.
+    '*' marks what a restore takes, '-' a snapshot off the newest line: kept, and restored only when
+    asked for.
     """
     with open_store(choice) as store:
         line = store.state.lineage
         newest = store.state.newest()
         found = tuple(reversed(snapshots(store.backend, store.state)))
         if choice.as_json:
-            rows = [info_json(info, newest=info.id == newest, on_line=info.id in line) for info in found]
+            rows = [
+                info_json(info, newest=info.id == newest, on_line=info.id in line) for info in found
+            ]
             emit_json({"url": store.backend.url, "job": store.state.job, "snapshots": list(rows)})
             return
         if not found:

@@ -56,7 +56,8 @@ folder cannot be trusted; 11 a keeper lives and does not answer.
 @click.command(name="ps", epilog=_EPILOG)
 @job_command
 def command(*, as_json: bool) -> int:
-    """List the jobs of this user on this machine: keepers, ranks, processes, slots, what is staged and durable.
+    """List the jobs of this user on this machine: keepers, ranks, processes, slots, what is staged
+    and durable.
 
     Starts no keeper and removes nothing.
     """
@@ -77,7 +78,9 @@ def command(*, as_json: bool) -> int:
     return UnavailableError.exit_code if silent else 0
 
 
-def _print(alive: Sequence[LiveKeeper], silent: Sequence[SilentKeeper], dead: Sequence[DeadKeeper]) -> None:
+def _print(
+    alive: Sequence[LiveKeeper], silent: Sequence[SilentKeeper], dead: Sequence[DeadKeeper]
+) -> None:
     if not (alive or silent or dead):
         click.echo("no jobs")
         return
@@ -89,8 +92,12 @@ def _print(alive: Sequence[LiveKeeper], silent: Sequence[SilentKeeper], dead: Se
         if one.report.ranks:
             click.echo()
             table(RANK_COLUMNS, rank_rows(one.report), right=NUMERIC_COLUMNS)
-    _print_homes("keepers that do not answer", [(one.keeper, one.problem) for one in silent], first=not alive)
-    _print_homes("folders of dead keepers", [(one.keeper, "") for one in dead], first=not (alive or silent))
+    _print_homes(
+        "keepers that do not answer", [(one.keeper, one.problem) for one in silent], first=not alive
+    )
+    _print_homes(
+        "folders of dead keepers", [(one.keeper, "") for one in dead], first=not (alive or silent)
+    )
 
 
 def _print_homes(title: str, homes: Sequence[tuple[KeeperIdentity, str]], *, first: bool) -> None:
@@ -99,9 +106,17 @@ def _print_homes(title: str, homes: Sequence[tuple[KeeperIdentity, str]], *, fir
     if not first:
         click.echo()
     click.echo(f"{title}:")
-    rows = [(home.job, home.store, str(home.pid or "-"), str(home.folder), problem) for home, problem in homes]
+    rows = [
+        (home.job, home.store, str(home.pid or "-"), str(home.folder), problem)
+        for home, problem in homes
+    ]
     table(("JOB", "STORE", "PID", "FOLDER", "PROBLEM"), rows, right=NUMERIC_COLUMNS)
 
 
 def _home_json(home: KeeperIdentity) -> dict[str, JsonValue]:
-    return {"job": home.job, "store": home.store, "pid": home.pid or None, "folder": str(home.folder)}
+    return {
+        "job": home.job,
+        "store": home.store,
+        "pid": home.pid or None,
+        "folder": str(home.folder),
+    }

@@ -15,7 +15,13 @@ import numpy as np
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
 from ckpt.cli.numbers import Array, readable
-from ckpt.cli.store_options import Selector, StoreChoice, open_store, snapshot_options, store_command
+from ckpt.cli.store_options import (
+    Selector,
+    StoreChoice,
+    open_store,
+    snapshot_options,
+    store_command,
+)
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.log.catalog import load_index
 from ckpt.restore.export.items import json_tree
@@ -28,7 +34,8 @@ from ckpt.values import Leaf, LeafKind
 def write_file(path: Path, write: Callable[[BinaryIO], object], *, force: bool) -> None:
     """Let ``write`` fill a temporary file, sync it, and only then give it its name.
 
-    Raises UsageError where ``path`` exists and ``force`` is off, UnavailableError where the folder cannot take the file.
+    Raises UsageError where ``path`` exists and ``force`` is off, UnavailableError where the folder
+    cannot take the file.
     """
     if not force and os.path.lexists(path):
         raise UsageError(f"a file is in the way. path={path}; name another or pass --force")
@@ -72,16 +79,33 @@ for an object its structure. "rank" is null for a shared leaf.
 @snapshot_options
 @click.option("--rows", metavar="A:B", help="Only rows A to B (exclusive) of the first dimension.")
 @click.option(
-    "--rank", type=click.IntRange(min=0), default=0, show_default=True, help="Whose leaf, where each rank has one."
+    "--rank",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Whose leaf, where each rank has one.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write a .npy file (an object: JSON) instead.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write a .npy file (an object: JSON) instead.",
+)
 @click.option("--force", is_flag=True, help="Replace the output file.")
 def command(
-    choice: StoreChoice, *, selector: Selector, leaf: str, rows: str | None, rank: int, output: Path | None, force: bool
+    choice: StoreChoice,
+    *,
+    selector: Selector,
+    leaf: str,
+    rows: str | None,
+    rank: int,
+    output: Path | None,
+    force: bool,
 ) -> None:
     """Read one LEAF of a snapshot of the store at URL, verified, without reading the rest.
 
-    bfloat16 and 8-bit floats are printed as numbers; in a .npy file they are raw bits, for numpy has no such types.
+    bfloat16 and 8-bit floats are printed as numbers; in a .npy file they are raw bits, for numpy
+    has no such types.
     """
     span = None if rows is None else _span(rows)
     with open_store(choice) as store:
@@ -116,7 +140,8 @@ def _show_tensor(
     if choice.as_json:
         if output is None and array.size > VALUES_MAX:
             raise UsageError(
-                f"too many numbers for JSON. leaf={leaf.name} numbers={array.size} limit={VALUES_MAX}; pass -o"
+                f"too many numbers for JSON. leaf={leaf.name} numbers={array.size} "
+                f"limit={VALUES_MAX}; pass -o"
             )
         head |= _leaf_json(leaf, list(array.shape), output)
         head["values"] = None if output is not None else _numbers(readable(values))

@@ -59,15 +59,32 @@ JSON: {"snapshot": {"epoch", "step"}, "format", "fell_back_from":
 @click.command(name="restore", epilog=_EPILOG)
 @store_command
 @snapshot_options
-@click.option("--to", "folder", type=click.Path(path_type=Path), required=True, help="The folder to write into.")
-@click.option("--format", "form", type=click.Choice(tuple(WRITERS)), default="torch", show_default=True)
+@click.option(
+    "--to",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The folder to write into.",
+)
+@click.option(
+    "--format", "form", type=click.Choice(tuple(WRITERS)), default="torch", show_default=True
+)
 @click.option("--item", "items", multiple=True, help="Only this tracked item; may be repeated.")
 @click.option(
-    "--rank", type=click.IntRange(min=0), default=None, help="Whose state, where each rank has its own.  [default: 0]"
+    "--rank",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Whose state, where each rank has its own.  [default: 0]",
 )
 @click.option("--all-ranks", is_flag=True, help="Every rank's, into rank-N/.")
-@click.option("--memory", default="256MiB", show_default=True, help="How much memory streaming may take.")
-@click.option("--strict", is_flag=True, help="Fail on a damaged snapshot instead of taking the next older one.")
+@click.option(
+    "--memory", default="256MiB", show_default=True, help="How much memory streaming may take."
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Fail on a damaged snapshot instead of taking the next older one.",
+)
 @click.option("--force", is_flag=True, help="Replace files.")
 def command(  # noqa: PLR0913
     choice: StoreChoice,
@@ -84,18 +101,27 @@ def command(  # noqa: PLR0913
 ) -> None:
     """Write a snapshot of the store at URL as plain files, one for each tracked item.
 
-    Without a selector it takes the newest; where that is damaged it says so and takes the next older one, unless --strict.
-    A snapshot that was named is restored or the command fails. Data is streamed: memory stays small whatever its size.
+    Without a selector it takes the newest; where that is damaged it says so and takes the next
+    older one, unless --strict. A snapshot that was named is restored or the command fails. Data is
+    streamed: memory stays small whatever its size.
     """
     if all_ranks and rank is not None:
         raise UsageError("one rank or all. leave out --rank or --all-ranks")
     options = ExportOptions(
-        rank=rank or 0, all_ranks=all_ranks, items=items or None, force=force, memory_bytes=_bytes(memory)
+        rank=rank or 0,
+        all_ranks=all_ranks,
+        items=items or None,
+        force=force,
+        memory_bytes=_bytes(memory),
     )
     module, name = WRITERS[form]
     writer: ItemWriter = getattr(importlib.import_module(module), name)()
     with open_store(choice) as store:
-        wanted = list(candidates(store.state)) if selector.empty and not strict else [store.select(selector)]
+        wanted = (
+            list(candidates(store.state))
+            if selector.empty and not strict
+            else [store.select(selector)]
+        )
         if not wanted:
             wanted = [store.select(selector)]
         fallen: list[SnapshotId] = []
@@ -125,11 +151,21 @@ def _restore(
 
 
 def _print(
-    choice: StoreChoice, snapshot: SnapshotId, form: str, fallen: list[SnapshotId], files: Sequence[ExportedFile]
+    choice: StoreChoice,
+    snapshot: SnapshotId,
+    form: str,
+    fallen: list[SnapshotId],
+    files: Sequence[ExportedFile],
 ) -> None:
     if choice.as_json:
         listed: list[JsonValue] = [
-            {"path": str(one.path), "item": one.item, "rank": one.rank, "size_bytes": one.size_bytes} for one in files
+            {
+                "path": str(one.path),
+                "item": one.item,
+                "rank": one.rank,
+                "size_bytes": one.size_bytes,
+            }
+            for one in files
         ]
         emit_json(
             {
@@ -151,5 +187,7 @@ def _bytes(text: str) -> int:
         raise UsageError(f"not a size. memory={text}; write 256MiB or 1GiB")
     size_bytes = int(found[1]) * _UNITS[found[2].upper()]
     if size_bytes < MEMORY_BYTES_MIN:
-        raise UsageError(f"too little memory to stream with. memory={text} least={MEMORY_BYTES_MIN >> 20}MiB")
+        raise UsageError(
+            f"too little memory to stream with. memory={text} least={MEMORY_BYTES_MIN >> 20}MiB"
+        )
     return size_bytes

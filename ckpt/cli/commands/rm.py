@@ -21,26 +21,34 @@ JSON (needs --yes): {"dropped": {"epoch", "step"}}.
 @click.command(name="rm", epilog=_EPILOG)
 @store_command
 @click.option("--step", type=click.IntRange(min=0), required=True, help="The snapshot's step.")
-@click.option("--epoch", type=click.IntRange(min=0), help="The captured epoch, where several have the step.")
+@click.option(
+    "--epoch", type=click.IntRange(min=0), help="The captured epoch, where several have the step."
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(choice: StoreChoice, *, step: int, epoch: int | None, yes: bool) -> None:
     """Drop one snapshot of the store at URL: it can no longer be restored.
 
-    Refuses the newest and tagged ones. Only a record is written: the bytes go with a later 'ckpt gc'.
+    Refuses the newest and tagged ones. Only a record is written: the bytes go with a later 'ckpt
+    gc'.
     """
     with open_store(choice) as store:
         chosen = store.select(Selector(step, epoch, None))
         if chosen == store.state.newest():
-            raise UsageError(f"the newest snapshot is never dropped. snapshot={chosen}; commit a newer one first")
+            raise UsageError(
+                f"the newest snapshot is never dropped. snapshot={chosen}; commit a newer one first"
+            )
         if tags := store.tags_of(chosen):
             raise UsageError(
-                f"a tagged snapshot is never dropped. snapshot={chosen} tags={','.join(tags)}; untag it first"
+                f"a tagged snapshot is never dropped. snapshot={chosen} tags={','.join(tags)}; "
+                "untag it first"
             )
         if not yes:
             if choice.as_json:
                 raise UsageError("with --json nobody can be asked. pass --yes")
             click.confirm(
-                f"Drop {chosen} of {store.backend.url}? It cannot be restored afterwards.", abort=True, err=True
+                f"Drop {chosen} of {store.backend.url}? It cannot be restored afterwards.",
+                abort=True,
+                err=True,
             )
         store.journal.drop([chosen])
         if choice.as_json:

@@ -32,31 +32,63 @@ came in time, or etcd does not answer · 12 the job was over already · 128 + n 
     options_metavar="[OPTIONS] [TORCHRUN OPTIONS]",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-@click.option("--secret", metavar="FILE", help="What only the job's nodes know; wanted where they meet in etcd.")
 @click.option(
-    "--host", metavar="ADDRESS", help="Where other nodes reach this one; by default found by the way to etcd."
+    "--secret",
+    metavar="FILE",
+    help="What only the job's nodes know; wanted where they meet in etcd.",
 )
-@click.option("--domain", metavar="NAME", help="What this node fails together with, a rack say; by default its host.")
-@click.option("--mirrors", metavar="N", help="On how many other nodes staged state is kept; by default 1.")
-@click.option("--mirror-rate", metavar="SIZE", help="Send no more than this in a second for that, such as 500MiB.")
-@click.option("--ttl", metavar="SECONDS", help="After how long a silent node is lost; by default 5.")
 @click.option(
-    "--standby", metavar="warm|wait",
+    "--host",
+    metavar="ADDRESS",
+    help="Where other nodes reach this one; by default found by the way to etcd.",
+)
+@click.option(
+    "--domain",
+    metavar="NAME",
+    help="What this node fails together with, a rack say; by default its host.",
+)
+@click.option(
+    "--mirrors", metavar="N", help="On how many other nodes staged state is kept; by default 1."
+)
+@click.option(
+    "--mirror-rate",
+    metavar="SIZE",
+    help="Send no more than this in a second for that, such as 500MiB.",
+)
+@click.option(
+    "--ttl", metavar="SECONDS", help="After how long a silent node is lost; by default 5."
+)
+@click.option(
+    "--standby",
+    metavar="warm|wait",
     help="warm: extra nodes start the program at once and hold mirrored state (default; for decorated programs only). "
     "wait: they wait, for any program.",
-)  # fmt: skip
-@click.option("--tls-cert", metavar="FILE", help="This node's certificate, which names its host: nodes then speak TLS.")
-@click.option("--tls-key", metavar="FILE", help="Its key.")
-@click.option("--tls-ca", metavar="FILE", help="The one authority that signed the certificates of all the job's nodes.")
+)
 @click.option(
-    "--plaintext", is_flag=True,
+    "--tls-cert",
+    metavar="FILE",
+    help="This node's certificate, which names its host: nodes then speak TLS.",
+)
+@click.option("--tls-key", metavar="FILE", help="Its key.")
+@click.option(
+    "--tls-ca",
+    metavar="FILE",
+    help="The one authority that signed the certificates of all the job's nodes.",
+)
+@click.option(
+    "--plaintext",
+    is_flag=True,
     help="Lend memory to other machines without TLS. Nobody can forge anything, but weights and optimizer state can then be "
     "read by whoever sees the packets on their path.",
-)  # fmt: skip
-@click.argument("arguments", metavar="SCRIPT [ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED, required=True)
+)
+@click.argument(
+    "arguments", metavar="SCRIPT [ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED, required=True
+)
 def command(arguments: tuple[str, ...], *, plaintext: bool, **own: str | None) -> int:
     """Start SCRIPT on this node, as torchrun does, together with the job's other nodes."""
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value is not None]
+    given = [
+        f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value is not None
+    ]
     given += ["--plaintext"] if plaintext else []
     # Loaded here only: no other command needs torch.
     status: int = importlib.import_module("ckpt.elastic.rendezvous.run").run([*given, *arguments])

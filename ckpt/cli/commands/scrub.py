@@ -39,18 +39,27 @@ that nothing refers to, which are left alone.
 @rate_option
 @click.option("--no-mend", "look_only", is_flag=True, help="Write nothing, just report.")
 @click.option(
-    "--fill-empty", is_flag=True, help="Make an empty store a replica. Without it, it may be a disk that isn't mounted."
+    "--fill-empty",
+    is_flag=True,
+    help="Make an empty store a replica. Without it, it may be a disk that isn't mounted.",
 )
-def command(choice: StoreList, *, rate_bytes_per_s: float | None, look_only: bool, fill_empty: bool) -> int:
-    """Read everything on each store at URL..., compare it with its digests and with the other stores, and mend it.
+def command(
+    choice: StoreList, *, rate_bytes_per_s: float | None, look_only: bool, fill_empty: bool
+) -> int:
+    """Read everything on each store at URL..., compare it with its digests and with the other
+    stores, and mend it.
 
-    Name all stores of one job. Every record of the log, every manifest and part, and every stored byte that a
-    snapshot needs is read on every store. What is missing or damaged in one is written anew from another that
-    has it right; a pack of which no store has a whole copy is put together from several. What no store has
-    right is reported, and left alone. It may run beside training, be interrupted, and be repeated.
+    Name all stores of one job. Every record of the log, every manifest and part, and every stored
+    byte that a snapshot needs is read on every store. What is missing or damaged in one is written
+    anew from another that has it right; a pack of which no store has a whole copy is put together
+    from several. What no store has right is reported, and left alone. It may run beside training,
+    be interrupted, and be repeated.
     """
     with open_plain_stores(
-        choice.urls, choice.options, encryption_key=choice.encryption_key, write_quorum=choice.write_quorum
+        choice.urls,
+        choice.options,
+        encryption_key=choice.encryption_key,
+        write_quorum=choice.write_quorum,
     ) as backend:
         stores = stores_of(backend)
         scrub = Scrub(

@@ -6,7 +6,14 @@ import click
 
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, human_time, table
-from ckpt.cli.store_options import Selector, StoreChoice, info_json, open_store, snapshot_options, store_command
+from ckpt.cli.store_options import (
+    Selector,
+    StoreChoice,
+    info_json,
+    open_store,
+    snapshot_options,
+    store_command,
+)
 from ckpt.format.index import SnapshotIndex
 from ckpt.log.catalog import info_of, load_index
 from ckpt.restore.reader import size_bytes
@@ -38,12 +45,18 @@ def command(choice: StoreChoice, *, selector: Selector) -> None:
         index = load_index(store.backend, store.state, chosen)
         info = info_of(index.manifest, store.state)
         if choice.as_json:
-            shown = info_json(info, newest=chosen == store.state.newest(), on_line=chosen in store.state.lineage)
-            emit_json({"snapshot": shown, "leaves": [_leaf_json(index, leaf) for leaf in index.leaves()]})
+            shown = info_json(
+                info, newest=chosen == store.state.newest(), on_line=chosen in store.state.lineage
+            )
+            emit_json(
+                {"snapshot": shown, "leaves": [_leaf_json(index, leaf) for leaf in index.leaves()]}
+            )
             return
         click.echo(f"snapshot  {chosen}{'  (newest)' if chosen == store.state.newest() else ''}")
         click.echo(f"ranks     {info.world_size}")
-        click.echo(f"size      {human_bytes(info.size_bytes)}, of which {human_bytes(info.new_bytes)} new")
+        click.echo(
+            f"size      {human_bytes(info.size_bytes)}, of which {human_bytes(info.new_bytes)} new"
+        )
         click.echo(f"created   {human_time(info.created_unix_s)}")
         if info.tags:
             click.echo(f"tags      {', '.join(info.tags)}")

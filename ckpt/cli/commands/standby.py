@@ -1,4 +1,5 @@
-"""``ckpt standby``: which nodes wait to take a lost one's place, and what they have of its state."""
+"""``ckpt standby``: which nodes wait to take a lost one's place, and what they have of its
+state."""
 
 from __future__ import annotations
 
@@ -7,7 +8,15 @@ from collections.abc import Sequence
 import click
 
 from ckpt.cli.echo import JsonValue, emit_json, warn
-from ckpt.cli.jobs import NOTHING, LiveKeeper, SilentKeeper, job_command, query_all, snapshot_json, snapshot_text
+from ckpt.cli.jobs import (
+    NOTHING,
+    LiveKeeper,
+    SilentKeeper,
+    job_command,
+    query_all,
+    snapshot_json,
+    snapshot_text,
+)
 from ckpt.cli.output import table
 from ckpt.errors import UnavailableError
 from ckpt.ipc.messages import KeeperReport, NodeReport
@@ -39,7 +48,8 @@ folder cannot be trusted; 11 a keeper lives and does not answer.
 @click.command(name="standby", epilog=_EPILOG)
 @job_command
 def command(*, as_json: bool) -> int:
-    """Show the nodes of this machine's jobs: who holds which ranks, who waits, and how far behind its copy is."""
+    """Show the nodes of this machine's jobs: who holds which ranks, who waits, and how far behind
+    its copy is."""
     found = query_all()
     reports = [one.report for one in found if isinstance(one, LiveKeeper)]
     silent = [one for one in found if isinstance(one, SilentKeeper)]
@@ -48,7 +58,10 @@ def command(*, as_json: bool) -> int:
     else:
         _print([report for report in reports if report.nodes])
     for one in silent:
-        warn(f"a keeper does not answer. job={one.keeper.job!r} pid={one.keeper.pid} why={one.problem}")
+        warn(
+            f"a keeper does not answer. job={one.keeper.job!r} pid={one.keeper.pid} "
+            f"why={one.problem}"
+        )
     return UnavailableError.exit_code if silent else 0
 
 
@@ -74,7 +87,11 @@ def _print(reports: Sequence[KeeperReport]) -> None:
 def _ranks_text(one: NodeReport) -> str:
     if not one.ranks:
         return "standby"
-    return str(one.first_rank) if one.ranks == 1 else f"{one.first_rank}-{one.first_rank + one.ranks - 1}"
+    return (
+        str(one.first_rank)
+        if one.ranks == 1
+        else f"{one.first_rank}-{one.first_rank + one.ranks - 1}"
+    )
 
 
 def _behind_text(report: KeeperReport, one: NodeReport) -> str:
@@ -83,7 +100,8 @@ def _behind_text(report: KeeperReport, one: NodeReport) -> str:
 
 
 def _completed(report: KeeperReport) -> int | None:
-    """How many steps all ranks of that keeper's node completed; None: it has none, or they have not begun."""
+    """How many steps all ranks of that keeper's node completed; None: it has none, or they have not
+    begun."""
     done = [rank.completed for rank in report.ranks if rank.completed >= 0]
     return min(done) if done else None
 
@@ -97,12 +115,20 @@ def _behind(report: KeeperReport, one: NodeReport) -> int | None:
 
 def _json(report: KeeperReport) -> dict[str, JsonValue]:
     return {
-        "job": report.job, "store": report.store, "pid": report.pid, "completed": _completed(report),
+        "job": report.job,
+        "store": report.store,
+        "pid": report.pid,
+        "completed": _completed(report),
         "nodes": [
             {
-                "node": one.node, "here": one.here, "standby": not one.ranks, "first_rank": one.first_rank,
-                "ranks": one.ranks, "has": snapshot_json(one.mirrored), "behind": _behind(report, one),
+                "node": one.node,
+                "here": one.here,
+                "standby": not one.ranks,
+                "first_rank": one.first_rank,
+                "ranks": one.ranks,
+                "has": snapshot_json(one.mirrored),
+                "behind": _behind(report, one),
             }
             for one in report.nodes
         ],
-    }  # fmt: skip
+    }

@@ -45,20 +45,41 @@ JSON: {"write_quorum", "sequencer", "ids": [...], "stores": [{"url", "store_id",
 @store_command
 @click.option("--store", "new_url", metavar="URL", help="add, replace: the store that comes in.")
 @click.option(
-    "--store-option", "new_options", multiple=True, metavar="KEY=VALUE", help="A storage option of that store."
+    "--store-option",
+    "new_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A storage option of that store.",
 )
-@click.option("--id", "store_id", metavar="ID", help="replace, remove: the store that goes out, as `show` names it.")
 @click.option(
-    "--quorum", type=click.IntRange(min=1), help="add, remove: the write quorum from then on (default: the majority)."
+    "--id",
+    "store_id",
+    metavar="ID",
+    help="replace, remove: the store that goes out, as `show` names it.",
 )
 @click.option(
-    "--rate", type=click.FloatRange(min=0, min_open=True), metavar="MB/S", help="How fast to copy (default: no limit)."
+    "--quorum",
+    type=click.IntRange(min=1),
+    help="add, remove: the write quorum from then on (default: the majority).",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MB/S",
+    help="How fast to copy (default: no limit).",
 )
 def command(
-    choice: StoreChoice, *, action: str, new_url: str | None, new_options: tuple[str, ...], store_id: str | None,
-    quorum: int | None, rate: float | None,
-) -> None:  # fmt: skip
-    """Show or change on which stores the log of the job at URL lies. ACTION: show, add, replace, remove or takeover."""
+    choice: StoreChoice,
+    *,
+    action: str,
+    new_url: str | None,
+    new_options: tuple[str, ...],
+    store_id: str | None,
+    quorum: int | None,
+    rate: float | None,
+) -> None:
+    """Show or change on which stores the log of the job at URL lies. ACTION: show, add, replace,
+    remove or takeover."""
     _require(action, new_url=new_url, store_id=store_id, quorum=quorum)
     effort = SyncLimits(rate_bytes_per_s=rate * 1e6 if rate is not None else None)
     with open_store(choice) as store:
@@ -66,13 +87,25 @@ def command(
         match action:
             case "add":
                 with _NewStore(new_url, new_options, choice) as new:
-                    sets.add(journal, backend, new, write_quorum=quorum or sets.MAJORITY, limits=effort, emit=_tell)
+                    sets.add(
+                        journal,
+                        backend,
+                        new,
+                        write_quorum=quorum or sets.MAJORITY,
+                        limits=effort,
+                        emit=_tell,
+                    )
             case "replace":
                 with _NewStore(new_url, new_options, choice) as new:
                     sets.replace(journal, backend, new, store_id or "", limits=effort, emit=_tell)
             case "remove":
                 sets.remove(
-                    journal, backend, store_id or "", write_quorum=quorum or sets.MAJORITY, limits=effort, emit=_tell
+                    journal,
+                    backend,
+                    store_id or "",
+                    write_quorum=quorum or sets.MAJORITY,
+                    limits=effort,
+                    emit=_tell,
                 )
             case "takeover":
                 sets.take_over(journal, backend)
@@ -99,7 +132,10 @@ class _NewStore:
 
     def __init__(self, url: str | None, options: tuple[str, ...], choice: StoreChoice) -> None:
         self._store = open_job_stores(
-            [url or ""], options_of(options, stores=1), encryption_key=choice.encryption_key, emit=_tell
+            [url or ""],
+            options_of(options, stores=1),
+            encryption_key=choice.encryption_key,
+            emit=_tell,
         )
 
     def __enter__(self) -> Backend:
@@ -114,20 +150,32 @@ def _tell(event: Event) -> None:
         warn(event.text)
 
 
-def _print(choice: StoreChoice, members: StoreSet | None, found: tuple[sets.StoreMembership, ...]) -> None:
+def _print(
+    choice: StoreChoice, members: StoreSet | None, found: tuple[sets.StoreMembership, ...]
+) -> None:
     if choice.as_json:
         emit_json(
             {
                 "write_quorum": members.write_quorum if members else 1,
                 "sequencer": members.sequencer if members else "store",
                 "ids": list(members.ids) if members else [one.store_id for one in found],
-                "stores": [{"url": one.url, "store_id": one.store_id, "counts": one.counts} for one in found],
+                "stores": [
+                    {"url": one.url, "store_id": one.store_id, "counts": one.counts}
+                    for one in found
+                ],
             }
         )
         return
-    lost = [one for one in members.ids if one not in {here.store_id for here in found}] if members else []
+    lost = (
+        [one for one in members.ids if one not in {here.store_id for here in found}]
+        if members
+        else []
+    )
     rows = [[one.url, one.store_id or "-", "yes" if one.counts else "no"] for one in found]
     rows += [["(not named, or silent)", one, "no"] for one in lost]
     table(["STORE", "ID", "COUNTS"], rows)
     if members is not None:
-        click.echo(f"write quorum {members.write_quorum} of {len(members.ids)}, places by {members.sequencer}")
+        click.echo(
+            f"write quorum {members.write_quorum} of {len(members.ids)}, places by "
+            f"{members.sequencer}"
+        )

@@ -9,7 +9,13 @@ import click
 from ckpt.backends.base import Backend
 from ckpt.cli.echo import JsonValue, emit_json
 from ckpt.cli.output import human_bytes, progress
-from ckpt.cli.store_options import CommonOptions, common_options, open_plain_stores, options_of, rate_option
+from ckpt.cli.store_options import (
+    CommonOptions,
+    common_options,
+    open_plain_stores,
+    options_of,
+    rate_option,
+)
 from ckpt.errors import IntegrityError, UnavailableError
 from ckpt.format import keys
 from ckpt.maintenance.replica import SyncLimits, SyncReport
@@ -46,7 +52,9 @@ JSON: {"ok", "store_id", "next_seq", "rounds", "copied_objects",
     metavar="URL",
     help="Another store of SRC's job to read from; may be repeated.",
 )
-@click.option("--deep", is_flag=True, help="Read and compare what DST has already, not just its listing.")
+@click.option(
+    "--deep", is_flag=True, help="Read and compare what DST has already, not just its listing."
+)
 @rate_option
 @common_options
 def command(
@@ -58,7 +66,8 @@ def command(
     rate_bytes_per_s: float | None,
     options: CommonOptions,
 ) -> int:
-    """Make the store at DST a full replica of the one at SRC: all that snapshots need, and then the log.
+    """Make the store at DST a full replica of the one at SRC: all that snapshots need, and then the
+    log.
 
     DST is an empty place, or a replica that is behind or was interrupted. Each byte that has a digest is verified
     before it is written. Damage of SRC is reported, and never copied. Nothing is deleted anywhere. With
@@ -98,7 +107,8 @@ def _print(report: SyncReport, dst: str) -> None:
         click.echo(f"DAMAGED  {key}: not copied\n    {why}")
     if report.hole is not None:
         click.echo(
-            f"LOST     the log of the source: record {report.hole.seq} and all after it\n    {report.hole.reason}"
+            f"LOST     the log of the source: record {report.hole.seq} and all after it\n    "
+            f"{report.hole.reason}"
         )
     if not report.complete:
         click.echo("the source is written to faster than it is copied; run the same command again")
@@ -121,5 +131,7 @@ def _json(report: SyncReport) -> JsonValue:
         "records": report.records,
         "folds": report.folds,
         "damaged": [{"key": key, "message": why} for key, why in report.damaged],
-        "hole": None if report.hole is None else {"seq": report.hole.seq, "reason": report.hole.reason},
+        "hole": None
+        if report.hole is None
+        else {"seq": report.hole.seq, "reason": report.hole.reason},
     }

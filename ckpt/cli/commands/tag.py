@@ -20,8 +20,14 @@ JSON: {"tag", "snapshot": {"epoch", "step"}}.
 @click.command(name="tag", epilog=_EPILOG)
 @store_command
 @click.argument("name")
-@click.option("--step", type=click.IntRange(min=0), help="The snapshot of this step; the newest one that has it.")
-@click.option("--epoch", type=click.IntRange(min=0), help="The captured epoch; alone: its newest snapshot.")
+@click.option(
+    "--step",
+    type=click.IntRange(min=0),
+    help="The snapshot of this step; the newest one that has it.",
+)
+@click.option(
+    "--epoch", type=click.IntRange(min=0), help="The captured epoch; alone: its newest snapshot."
+)
 def command(choice: StoreChoice, *, name: str, step: int | None, epoch: int | None) -> None:
     """Tag a snapshot of the store at URL with NAME, the newest without a selector.
 

@@ -32,7 +32,8 @@ from ckpt.errors import NotFoundError, UnavailableError
 from ckpt.ipc.runtime_dir import JobFolder, list_jobs
 
 SAMPLES_MAX = 20
-"""Over how many samples a rank's pace is taken: short enough to see it change, long enough for slow steps."""
+"""Over how many samples a rank's pace is taken: short enough to see it change, long enough for slow
+steps."""
 
 LOST_S_MAX = 15.0
 """How long to wait for a keeper that is gone: supervisors start another one well within this."""
@@ -79,7 +80,8 @@ jobs fit; 10 no such job runs; 11 the keeper died or does not answer;
 @click.option("--once", is_flag=True, help="Print one view, after one interval, and exit.")
 @job_command
 def command(*, job: str | None, interval_s: float, once: bool, as_json: bool) -> None:
-    """Watch one job of this machine: each rank's step, pace, phase and slots, and the last recoveries."""
+    """Watch one job of this machine: each rank's step, pace, phase and slots, and the last
+    recoveries."""
     folders = [folder for folder in list_jobs() if folder.has_keeper()]
     folder = folders[choose_keeper([keeper_identity(one) for one in folders], job)]
     watch = JobWatch(folder)
@@ -109,7 +111,8 @@ class JobWatch:
         self._asker: KeeperQuery | None = None
 
     def sample(self) -> ReportSample:
-        """What the keeper says now. Raises UnavailableError where it does not, NotFoundError where it has no job yet."""
+        """What the keeper says now. Raises UnavailableError where it does not, NotFoundError where
+        it has no job yet."""
         try:
             self._asker = self._asker or KeeperQuery(self._folder)
             report = self._asker.report()
@@ -121,7 +124,8 @@ class JobWatch:
         return ReportSample(time.monotonic(), report)
 
     def next_sample(self) -> ReportSample | None:
-        """As ``sample``, but waits LOST_S_MAX for another keeper; None where the job is over and its folder gone."""
+        """As ``sample``, but waits LOST_S_MAX for another keeper; None where the job is over and
+        its folder gone."""
         until_s = time.monotonic() + LOST_S_MAX
         while True:
             try:
@@ -145,7 +149,8 @@ ShowSamples = Callable[[Sequence[ReportSample]], None]
 
 @contextmanager
 def _shown(*, as_json: bool) -> Iterator[ShowSamples]:
-    """How a view is put out: a document, text one below the other, or in place of the last one on a terminal."""
+    """How a view is put out: a document, text one below the other, or in place of the last one on a
+    terminal."""
     if as_json:
         yield lambda samples: emit_json(live_json(samples))
         return
@@ -161,7 +166,10 @@ def render(samples: Sequence[ReportSample]) -> RenderableType:
     """What people see of the last sample."""
     report = samples[-1].report
     parts: list[RenderableType] = [Text(f"{label:<10}{text}") for label, text in summary(report)]
-    parts += [Text(""), grid(LIVE_COLUMNS, live_rows(report, steps_per_s(samples)), right=NUMERIC_COLUMNS)]
+    parts += [
+        Text(""),
+        grid(LIVE_COLUMNS, live_rows(report, steps_per_s(samples)), right=NUMERIC_COLUMNS),
+    ]
     if report.recoveries:
         recoveries = recovery_rows(report.recoveries, last=RECOVERIES_SHOWN)
         parts += [Text(""), grid(RECOVERY_COLUMNS, recoveries)]

@@ -68,11 +68,12 @@ class _Outcome:
 def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_store: bool) -> int:
     """Verify a snapshot of the store at URL, the newest without a selector.
 
-    Reads the log, the manifest, all parts and every stored byte, and compares them with their digests. Reports all
-    damage, not just the first. With --all, bytes that snapshots share are read once.
+    Reads the log, the manifest, all parts and every stored byte, and compares them with their
+    digests. Reports all damage, not just the first. With --all, bytes that snapshots share are read
+    once.
 
-    Of several stores (--replica), one right copy is enough, and bad ones that are met are mended. With --all-replicas
-    every store's copy is read, of the log too, and none is changed.
+    Of several stores (--replica), one right copy is enough, and bad ones that are met are mended.
+    With --all-replicas every store's copy is read, of the log too, and none is changed.
     """
     if everything and not selector.empty:
         raise UsageError("all snapshots or one. leave out --all, or --step, --epoch and --tag")
@@ -81,7 +82,9 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
             only = None if everything else frozenset((store.select(selector),))
             return _each_store(choice, store, only)
         wanted = (
-            [entry.snapshot for entry in reversed(store.state.snapshots)] if everything else [store.select(selector)]
+            [entry.snapshot for entry in reversed(store.state.snapshots)]
+            if everything
+            else [store.select(selector)]
         )
         hole = store.state.hole
         memo: VerifyMemo = {}
@@ -93,9 +96,14 @@ def command(choice: StoreChoice, *, selector: Selector, everything: bool, each_s
         if choice.as_json:
             ok = hole is None and not any(outcome.damaged for outcome in outcomes)
             told: JsonValue = None if hole is None else {"seq": hole.seq, "reason": hole.reason}
-            emit_json({"ok": ok, "snapshots": [_json(outcome) for outcome in outcomes], "hole": told})
+            emit_json(
+                {"ok": ok, "snapshots": [_json(outcome) for outcome in outcomes], "hole": told}
+            )
         elif hole is not None:
-            click.echo(f"DAMAGED  the log: record {hole.seq} and all after it are lost to readers\n    {hole.reason}")
+            click.echo(
+                f"DAMAGED  the log: record {hole.seq} and all after it are lost to readers\n    "
+                f"{hole.reason}"
+            )
         whats = {one.what for outcome in outcomes for one in outcome.damaged}
         if hole is not None or whats - {"unreadable"}:
             return IntegrityError.exit_code
@@ -130,12 +138,16 @@ def _verify(store: OpenStore, snapshot: SnapshotId, memo: VerifyMemo) -> _Outcom
 def _print(outcome: _Outcome) -> None:
     report = outcome.report
     read = (
-        "" if report is None else f"{human_bytes(report.read_bytes)} in {report.chunks} chunks of {report.packs} packs"
+        ""
+        if report is None
+        else f"{human_bytes(report.read_bytes)} in {report.chunks} chunks of {report.packs} packs"
     )
     if not outcome.damaged:
         click.echo(f"ok       {outcome.snapshot}: {read}")
         return
-    click.echo(f"DAMAGED  {outcome.snapshot}: {len(outcome.damaged)} found; read {read or 'nothing'}")
+    click.echo(
+        f"DAMAGED  {outcome.snapshot}: {len(outcome.damaged)} found; read {read or 'nothing'}"
+    )
     for one in outcome.damaged:
         where = f"{one.key} at {one.offset_bytes}" if one.key else ""
         needed = f" needed by {', '.join(one.leaves)}" if one.leaves else ""

@@ -1,1 +1,2 @@
-"""Who is in a job, who leads, which epoch holds: pure decisions over keys, leases and transactions."""
+"""Who is in a job, who leads, which epoch holds: pure decisions over keys, leases and
+transactions."""

@@ -1,8 +1,10 @@
-"""What the leader does about what it sees. Pure: a view, what was noticed and the clock in; a new epoch, or why none.
+"""What the leader does about what it sees. Pure: a view, what was noticed and the clock in; a new
+epoch, or why none.
 
-Survivors keep their ranks. Lost places go to standbys of as many slots; where there is none the world shrinks, if the job's
-minimum allows, or waits. A node that comes is a standby: it disturbs nobody until the caller says that training stands at a
-boundary where the world may grow. The same view always gives the same epoch.
+Survivors keep their ranks. Lost places go to standbys of as many slots; where there is none the
+world shrinks, if the job's minimum allows, or waits. A node that comes is a standby: it disturbs
+nobody until the caller says that training stands at a boundary where the world may grow. The same
+view always gives the same epoch.
 """
 
 from __future__ import annotations
@@ -40,14 +42,18 @@ def sorted_by_domain(members: Sequence[Member]) -> list[Member]:
 def fill_placements(
     places: Sequence[NodePlacement], live: Mapping[str, Member], standbys: Sequence[Member]
 ) -> tuple[tuple[NodePlacement, ...], list[Member]]:
-    """``places`` with those of nodes that don't live given to standbys of as many slots, and the standbys that are left.
+    """``places`` with those of nodes that don't live given to standbys of as many slots, and the
+    standbys that are left.
 
-    A place that none fits is left out, and the ranks after it move up. O((places + standbys + holdings) * log).
+    A place that none fits is left out, and the ranks after it move up. O((places + standbys +
+    holdings) * log).
     """
     lost = [number for number, place in enumerate(places) if place.node not in live]
     taken = _by_holdings(places, lost, standbys)
     used = set(taken.values())
-    domains: Counter[str] = Counter(live[place.node].info.failure_domain for place in places if place.node in live)
+    domains: Counter[str] = Counter(
+        live[place.node].info.failure_domain for place in places if place.node in live
+    )
     by_node = {member.node: member for member in standbys}
     domains.update(by_node[node].info.failure_domain for node in used)
     free = _Free([member for member in standbys if member.node not in used], domains)
@@ -63,21 +69,31 @@ def fill_placements(
     return filled, [member for member in standbys if member.node not in used]
 
 
-def place_all(live: Sequence[Member], old: Sequence[NodePlacement], *, nodes_max: int) -> tuple[NodePlacement, ...]:
-    """Places for a world of which nobody lives: whoever holds state of the ``old`` one's ranks takes them, then the rest.
+def place_all(
+    live: Sequence[Member], old: Sequence[NodePlacement], *, nodes_max: int
+) -> tuple[NodePlacement, ...]:
+    """Places for a world of which nobody lives: whoever holds state of the ``old`` one's ranks
+    takes them, then the rest.
 
-    The world keeps its shape where there are nodes for all of its places; else nodes are placed side by side.
+    The world keeps its shape where there are nodes for all of its places; else nodes are placed
+    side by side.
     """
     if 0 < len(old) <= nodes_max:
         filled, left = fill_placements(old, {}, live)
         if len(filled) == len(old):
             more = sorted_by_domain(left)[: nodes_max - len(filled)]
             return (*filled, *(NodePlacement(member.node, member.info.slots) for member in more))
-    return tuple(NodePlacement(member.node, member.info.slots) for member in sorted_by_domain(live)[:nodes_max])
+    return tuple(
+        NodePlacement(member.node, member.info.slots)
+        for member in sorted_by_domain(live)[:nodes_max]
+    )
 
 
-def _by_holdings(places: Sequence[NodePlacement], lost: Sequence[int], standbys: Sequence[Member]) -> dict[int, str]:
-    """Lost places and who takes them, where somebody holds state of their ranks: the greatest holding first."""
+def _by_holdings(
+    places: Sequence[NodePlacement], lost: Sequence[int], standbys: Sequence[Member]
+) -> dict[int, str]:
+    """Lost places and who takes them, where somebody holds state of their ranks: the greatest
+    holding first."""
     world_size = sum(place.slots for place in places)
     of_rank: dict[int, int] = {}
     first = 0
@@ -103,7 +119,8 @@ def _by_holdings(places: Sequence[NodePlacement], lost: Sequence[int], standbys:
 
 
 class _Free:
-    """Standbys by slots and failure domain; the domain with the fewest nodes in the epoch gives the next one."""
+    """Standbys by slots and failure domain; the domain with the fewest nodes in the epoch gives the
+    next one."""
 
     def __init__(self, standbys: Sequence[Member], domains: Counter[str]) -> None:
         self._domains = domains
@@ -119,7 +136,9 @@ class _Free:
         heap = self._heaps[slots]
         while heap:
             count, node, domain = heapq.heappop(heap)
-            if count != self._domains[domain]:  # another number of slots took one of this domain meanwhile
+            if (
+                count != self._domains[domain]
+            ):  # another number of slots took one of this domain meanwhile
                 heapq.heappush(heap, (self._domains[domain], node, domain))
                 continue
             nodes = self._nodes[slots, domain]
@@ -140,9 +159,11 @@ class _Free:
 
 
 def confirmed_suspects(view: View, witnesses_min: int) -> Mapping[str, str]:
-    """The members that enough others suspect, and why. Words of nodes that are no members, or are taken out, don't count.
+    """The members that enough others suspect, and why. Words of nodes that are no members, or are
+    taken out, don't count.
 
-    O(suspicions * nodes taken out). Of equally accused nodes a leader goes last, else the one with the greatest id first.
+    O(suspicions * nodes taken out). Of equally accused nodes a leader goes last, else the one with
+    the greatest id first.
     """
     accusers: dict[str, dict[str, str]] = {}
     for one in view.suspicions:
@@ -171,7 +192,11 @@ def _why(words: Mapping[str, str]) -> str:
 def doubted_members(view: View, witnesses_min: int) -> tuple[str, ...]:
     """Members that somebody suspects, but too few."""
     out = confirmed_suspects(view, witnesses_min)
-    words = {one.node for one in view.suspicions if one.by in view.by_node and one.by not in out and one.by != one.node}
+    words = {
+        one.node
+        for one in view.suspicions
+        if one.by in view.by_node and one.by not in out and one.by != one.node
+    }
     return tuple(sorted(node for node in words if node in view.by_node and node not in out))
 
 
@@ -182,10 +207,11 @@ EXPIRED_REASON = "its lease expired, or it left"
 class MembershipOptions:
     """What a job allows. Times in seconds.
 
-    ``last_call_s``: how long the first epoch waits for more nodes once it has the minimum. ``shrink_wait_s``: how long a lost
-    node may take to come back before the world shrinks. ``may_grow``: training stands at a boundary where it may be started
-    anew with more nodes. ``epoch_floor``: the greatest epoch seen anywhere else, in stores and keepers. ``resumes``: the hint
-    that a new epoch carries.
+    ``last_call_s``: how long the first epoch waits for more nodes once it has the minimum.
+    ``shrink_wait_s``: how long a lost node may take to come back before the world shrinks.
+    ``may_grow``: training stands at a boundary where it may be started anew with more nodes.
+    ``epoch_floor``: the greatest epoch seen anywhere else, in stores and keepers. ``resumes``: the
+    hint that a new epoch carries.
     """
 
     nodes_min: int
@@ -198,13 +224,18 @@ class MembershipOptions:
     resumes: SnapshotId | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.nodes_min <= self.nodes_max or self.witnesses_min < 1 or self.epoch_floor < 0:
+        if (
+            not 1 <= self.nodes_min <= self.nodes_max
+            or self.witnesses_min < 1
+            or self.epoch_floor < 0
+        ):
             raise UsageError(f"not what a job can allow. options={self}")
 
 
 @dataclass(frozen=True, slots=True)
 class WaitTimers:
-    """Since when the leader sees that there are enough nodes for a first epoch, and since when one of the epoch's is lost."""
+    """Since when the leader sees that there are enough nodes for a first epoch, and since when one
+    of the epoch's is lost."""
 
     enough_since_s: float | None = None
     lost_since_s: float | None = None
@@ -254,18 +285,27 @@ class _Seen:
         return epoch is None or len(self.lost) == len(epoch.places)
 
 
-def update_timers(noticed: WaitTimers, view: View, options: MembershipOptions, now_s: float) -> WaitTimers:
-    """What is to be remembered from one view to the next: since when nodes are enough, or lost. Start with ``WaitTimers()``."""
+def update_timers(
+    noticed: WaitTimers, view: View, options: MembershipOptions, now_s: float
+) -> WaitTimers:
+    """What is to be remembered from one view to the next: since when nodes are enough, or lost.
+    Start with ``WaitTimers()``."""
     seen = _see(view, options)
     enough = seen.gathers and len(seen.live) >= options.nodes_min
     lost = not seen.gathers and bool(seen.lost)
     return WaitTimers(
-        enough_since_s=(now_s if noticed.enough_since_s is None else noticed.enough_since_s) if enough else None,
-        lost_since_s=(now_s if noticed.lost_since_s is None else noticed.lost_since_s) if lost else None,
+        enough_since_s=(now_s if noticed.enough_since_s is None else noticed.enough_since_s)
+        if enough
+        else None,
+        lost_since_s=(now_s if noticed.lost_since_s is None else noticed.lost_since_s)
+        if lost
+        else None,
     )
 
 
-def decide(view: View, noticed: WaitTimers, options: MembershipOptions, now_s: float) -> MembershipDecision:
+def decide(
+    view: View, noticed: WaitTimers, options: MembershipOptions, now_s: float
+) -> MembershipDecision:
     """What the leader of ``view`` does. ``noticed`` is what ``notice`` made of the same view."""
     if view.leader is None:
         return WaitForNodes(math.inf, "nobody leads")
@@ -283,27 +323,41 @@ def _see(view: View, options: MembershipOptions) -> _Seen:
     places = view.epoch.places if view.epoch is not None else ()
     placed = {place.node for place in places}
     return _Seen(
-        view, out, live,
+        view,
+        out,
+        live,
         lost=tuple(place for place in places if place.node not in live),
         standbys=tuple(member for member in live.values() if member.node not in placed),
-    )  # fmt: skip
+    )
 
 
-def _gather(seen: _Seen, noticed: WaitTimers, options: MembershipOptions, now_s: float) -> MembershipDecision:
+def _gather(
+    seen: _Seen, noticed: WaitTimers, options: MembershipOptions, now_s: float
+) -> MembershipDecision:
     count = len(seen.live)
     if count < options.nodes_min:
         return WaitForNodes(math.inf, f"too few nodes. nodes={count} nodes_min={options.nodes_min}")
     if count < options.nodes_max:
-        until_s = (now_s if noticed.enough_since_s is None else noticed.enough_since_s) + options.last_call_s
+        until_s = (
+            now_s if noticed.enough_since_s is None else noticed.enough_since_s
+        ) + options.last_call_s
         if now_s < until_s:
-            return WaitForNodes(until_s, f"last call for more nodes. nodes={count} nodes_max={options.nodes_max}")
+            return WaitForNodes(
+                until_s, f"last call for more nodes. nodes={count} nodes_max={options.nodes_max}"
+            )
     old = seen.view.epoch
-    places = place_all(tuple(seen.live.values()), old.places if old is not None else (), nodes_max=options.nodes_max)
+    places = place_all(
+        tuple(seen.live.values()),
+        old.places if old is not None else (),
+        nodes_max=options.nodes_max,
+    )
     why = "the first epoch" if old is None else f"no node of epoch {old.number} is left"
     return _opened(seen, places, options, f"{why}. nodes={len(places)}")
 
 
-def _recover(seen: _Seen, noticed: WaitTimers, options: MembershipOptions, now_s: float) -> MembershipDecision:
+def _recover(
+    seen: _Seen, noticed: WaitTimers, options: MembershipOptions, now_s: float
+) -> MembershipDecision:
     assert seen.view.epoch is not None
     old = seen.view.epoch.places
     names = _named(seen.lost)
@@ -312,13 +366,23 @@ def _recover(seen: _Seen, noticed: WaitTimers, options: MembershipOptions, now_s
     places = _extended(filled, left, limit)
     if len(places) < options.nodes_min:
         return WaitForNodes(
-            math.inf, f"{names} lost, too few nodes left. nodes={len(places)} nodes_min={options.nodes_min}"
+            math.inf,
+            f"{names} lost, too few nodes left. nodes={len(places)} nodes_min={options.nodes_min}",
         )
     if len(places) < len(old):
-        until_s = (now_s if noticed.lost_since_s is None else noticed.lost_since_s) + options.shrink_wait_s
+        until_s = (
+            now_s if noticed.lost_since_s is None else noticed.lost_since_s
+        ) + options.shrink_wait_s
         if now_s < until_s:
-            return WaitForNodes(until_s, f"{names} lost, and no standby: it may come back before the world shrinks")
-        return _opened(seen, places, options, f"{names} lost, and no standby: {len(places)} nodes go on without")
+            return WaitForNodes(
+                until_s, f"{names} lost, and no standby: it may come back before the world shrinks"
+            )
+        return _opened(
+            seen,
+            places,
+            options,
+            f"{names} lost, and no standby: {len(places)} nodes go on without",
+        )
     return _opened(seen, places, options, f"{names} lost: standbys take over. nodes={len(places)}")
 
 
@@ -328,29 +392,44 @@ def _grow_or_keep(seen: _Seen, options: MembershipOptions) -> MembershipDecision
     places = _extended(epoch.places, seen.standbys, options.nodes_max)
     if len(places) > len(epoch.places):
         if options.may_grow:
-            return _opened(seen, places, options, f"the world grows at a boundary. nodes={len(places)}")
+            return _opened(
+                seen, places, options, f"the world grows at a boundary. nodes={len(places)}"
+            )
         return KeepEpoch(f"{len(seen.standbys)} standbys wait for a boundary")
     if doubts := doubted_members(seen.view, options.witnesses_min):
         return KeepEpoch(f"suspected by too few: {doubts[0]} and {len(doubts) - 1} others")
     return KeepEpoch(f"all nodes of epoch {epoch.number} live. standbys={len(seen.standbys)}")
 
 
-def _extended(places: Sequence[NodePlacement], standbys: Sequence[Member], nodes_max: int) -> tuple[NodePlacement, ...]:
-    """``places`` and, after them, as many standbys as may be: those before them keep their ranks."""
+def _extended(
+    places: Sequence[NodePlacement], standbys: Sequence[Member], nodes_max: int
+) -> tuple[NodePlacement, ...]:
+    """``places`` and, after them, as many standbys as may be: those before them keep their
+    ranks."""
     more = sorted_by_domain(standbys)[: max(0, nodes_max - len(places))]
     return (*places, *(NodePlacement(member.node, member.info.slots) for member in more))
 
 
-def _opened(seen: _Seen, places: tuple[NodePlacement, ...], options: MembershipOptions, why: str) -> NewEpoch:
+def _opened(
+    seen: _Seen, places: tuple[NodePlacement, ...], options: MembershipOptions, why: str
+) -> NewEpoch:
     view = seen.view
     assert view.leader is not None
     greatest = max(options.epoch_floor, view.epoch.number if view.epoch is not None else 0)
     reasons = {place.node: EXPIRED_REASON for place in seen.lost} | dict(seen.out)
-    removed = tuple(RemovedNode(node, _printable(reasons[node])) for node in sorted(reasons)[:REMOVED_MAX])
+    removed = tuple(
+        RemovedNode(node, _printable(reasons[node])) for node in sorted(reasons)[:REMOVED_MAX]
+    )
     record = EpochRecord(
-        job=view.job, number=greatest + 1, places=places, leader=view.leader.node, nodes_min=options.nodes_min,
-        nodes_max=options.nodes_max, removed=removed, resumes=options.resumes,
-    )  # fmt: skip
+        job=view.job,
+        number=greatest + 1,
+        places=places,
+        leader=view.leader.node,
+        nodes_min=options.nodes_min,
+        nodes_max=options.nodes_max,
+        removed=removed,
+        resumes=options.resumes,
+    )
     return NewEpoch(record, tuple(sorted(seen.out)), why)
 
 

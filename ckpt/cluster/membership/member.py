@@ -1,7 +1,9 @@
-"""Membership over any keyspace: asks, does the transactions of ``moves``, and repeats what may be repeated.
+"""Membership over any keyspace: asks, does the transactions of ``moves``, and repeats what may be
+repeated.
 
-A node has a lease of its own, or lives under that of a node of another job of the same service (``live_under``): then that one
-alone is kept alive. Who lends its lease so (``join(agent=)``) does not end it when it leaves.
+A node has a lease of its own, or lives under that of a node of another job of the same service
+(``live_under``): then that one alone is kept alive. Who lends its lease so (``join(agent=)``) does
+not end it when it leaves.
 """
 
 from __future__ import annotations
@@ -45,7 +47,14 @@ from ckpt.cluster.membership.records import (
     encode_epoch,
     encode_node,
 )
-from ckpt.errors import CkptError, ConflictError, FencedError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import (
+    CkptError,
+    ConflictError,
+    FencedError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.keyspace.base import Keys, Keyspace, Transaction, TransactionResult
 
 # Keeps one node's lease alive, on a thread of its own that no error ends.
@@ -59,16 +68,22 @@ _JOIN_S = 30.0
 
 
 class Keepalive:
-    """See the module. ``clock`` is CLOCK_BOOTTIME in seconds. ``start`` makes the thread; without it, call ``round``.
+    """See the module. ``clock`` is CLOCK_BOOTTIME in seconds. ``start`` makes the thread; without
+    it, call ``round``.
 
-    ``acts`` is told, in the thread, until when the node may act, each time that this was prolonged; it is quick, and raises
-    nothing.
+    ``acts`` is told, in the thread, until when the node may act, each time that this was prolonged;
+    it is quick, and raises nothing.
     """
 
     def __init__(
-        self, keyspace: Keyspace, ticket: Ticket, lease: Lease, clock: Callable[[], float],
-        *, on_act_until: Callable[[float], None] = lambda until_s: None,
-    ) -> None:  # fmt: skip
+        self,
+        keyspace: Keyspace,
+        ticket: Ticket,
+        lease: Lease,
+        clock: Callable[[], float],
+        *,
+        on_act_until: Callable[[float], None] = lambda until_s: None,
+    ) -> None:
         self._keyspace = keyspace
         self._acts = on_act_until
         self.ticket = ticket
@@ -108,7 +123,8 @@ class Keepalive:
         return made
 
     def expect_lease(self, lease_id: int) -> None:
-        """The node's key may be found under that lease as well from now on: it is on its way there. 0: it is not."""
+        """The node's key may be found under that lease as well from now on: it is on its way there.
+        0: it is not."""
         self._under = {self.ticket.lease_id, lease_id} - {0}
 
     @property
@@ -127,7 +143,11 @@ class Keepalive:
         with self._lock:
             lease = self._lease
             return LeaseStatus(
-                lease.state(self._clock()), lease.act_until_s, self._epoch[0], self._placed, lease.why or self._trouble
+                lease.state(self._clock()),
+                lease.act_until_s,
+                self._epoch[0],
+                self._placed,
+                lease.why or self._trouble,
             )
 
     def epoch(self) -> tuple[int, int]:
@@ -171,9 +191,7 @@ class Keepalive:
         if found:
             try:
                 self.record_epoch(decode_epoch(found[0].value), found[0].changed)
-            except (
-                CkptError
-            ) as error:  # no reason to be taken for dead; whoever asks for the view gets the error itself
+            except CkptError as error:  # no reason to be taken for dead; whoever asks for the view gets the error itself
                 trouble = str(error)
         with self._lock:
             self._trouble = trouble
@@ -215,15 +233,23 @@ def boottime_s() -> float:
 class KeyspaceMembership:
     """See Membership and Facts. One node of ``job`` in ``keyspace``, which it closes in the end.
 
-    ``margin_s``: how long before its lease can run out a node stops acting; None: a tenth of the TTL. ``threads``: keep the
-    lease alive; without it the caller calls ``keepalive.round`` when it is due. ``acts``: see Keepalive.
+    ``margin_s``: how long before its lease can run out a node stops acting; None: a tenth of the
+    TTL. ``threads``: keep the lease alive; without it the caller calls ``keepalive.round`` when it
+    is due. ``acts``: see Keepalive.
     """
 
     def __init__(
-        self, keyspace: Keyspace, job: str, *, ttl_s: float = LEASE_TTL_S, margin_s: float | None = None,
-        witnesses_min: int = 2, clock: Callable[[], float] = boottime_s, threads: bool = True,
+        self,
+        keyspace: Keyspace,
+        job: str,
+        *,
+        ttl_s: float = LEASE_TTL_S,
+        margin_s: float | None = None,
+        witnesses_min: int = 2,
+        clock: Callable[[], float] = boottime_s,
+        threads: bool = True,
         on_act_until: Callable[[float], None] = lambda until_s: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._keyspace = keyspace
         self._job = job
         self._ttl_s = ttl_s
@@ -234,13 +260,15 @@ class KeyspaceMembership:
         self._acts = on_act_until
         self._lock = threading.Lock()
         self._writing = threading.RLock()
-        """Held while something is written: what was said before a move to another lease moves too, and nothing between."""
+        """Held while something is written: what was said before a move to another lease moves too,
+        and nothing between."""
         self._joined: tuple[Ticket, Keepalive] | None = None
         self._agent = ""
         self._said: dict[str, None] = {}
         """The keys that this node may have written, beside its own one and the leader's."""
         self._target: Lease | None = None
-        """Where a move went of which no answer came: it is made again before anything else is written."""
+        """Where a move went of which no answer came: it is made again before anything else is
+        written."""
         self._suspected: OrderedDict[str, None] = OrderedDict()
 
     @property
@@ -264,7 +292,9 @@ class KeyspaceMembership:
                 before = self._joined
             if before is not None:
                 if before[1].status().state is not LeaseState.LOST:
-                    raise UsageError(f"this node is a member already. node={before[0].node} leave first")
+                    raise UsageError(
+                        f"this node is a member already. node={before[0].node} leave first"
+                    )
                 self._end(*before)  # it may live on where the node was taken out, and hold the lead
             ticket, keepalive = self._begin(info, data, lease_id, agent)
             with self._lock:
@@ -275,41 +305,56 @@ class KeyspaceMembership:
             keepalive.start()
         return ticket
 
-    def _begin(self, info: NodeInfo, data: bytes, lease_id: int, agent: str) -> tuple[Ticket, Keepalive]:
+    def _begin(
+        self, info: NodeInfo, data: bytes, lease_id: int, agent: str
+    ) -> tuple[Ticket, Keepalive]:
         ticket = Ticket(info.node, lease_id or secrets.randbits(62) + 1)
         sent_s = self._clock()
         ttl_s = self._keyspace.renew(lease_id) if lease_id else self._grant(ticket)
         if ttl_s <= 0:
             raise FencedError(f"this membership is over. node={info.node} join under a new node id")
-        lease = leases.granted_lease(ticket.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
+        lease = leases.granted_lease(
+            ticket.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s
+        )
         try:
-            move = moves.resume(ticket, data, agent) if lease_id else moves.join(ticket, data, agent)
+            move = (
+                moves.resume(ticket, data, agent) if lease_id else moves.join(ticket, data, agent)
+            )
             moves.check_joined(self._keyspace.transact(move), ticket)
         except NotFoundError as error:
-            raise FencedError(f"the lease ran out before the node had joined. node={info.node} join anew") from error
+            raise FencedError(
+                f"the lease ran out before the node had joined. node={info.node} join anew"
+            ) from error
         except ConflictError:
             if not lease_id:
                 self._keyspace.revoke(ticket.lease_id)
             raise
-        return ticket, Keepalive(self._keyspace, ticket, lease, self._clock, on_act_until=self._acts)
+        return ticket, Keepalive(
+            self._keyspace, ticket, lease, self._clock, on_act_until=self._acts
+        )
 
     def borrow_lease(self, lease_id: int) -> bool:
-        """Put all that this node wrote under a lease that another one of this service keeps alive, and give its own back.
+        """Put all that this node wrote under a lease that another one of this service keeps alive,
+        and give its own back.
 
-        False: that lease is over, and nothing was changed. It is never out of the membership meanwhile, and joined when it
-        did. From now on ``standing`` is never SURE: nobody here knows how long that lease has. Raises FencedError where this
-        node is no member, UnavailableError: what became of it is found out before anything else is written.
+        False: that lease is over, and nothing was changed. It is never out of the membership
+        meanwhile, and joined when it did. From now on ``standing`` is never SURE: nobody here knows
+        how long that lease has. Raises FencedError where this node is no member, UnavailableError:
+        what became of it is found out before anything else is written.
         """
         with self._writing:
             ticket, _ = self._settled()
             if ticket.lease_id == lease_id:
                 return True
             return self._move(
-                leases.borrowed_lease(lease_id, ttl_s=self._ttl_s, margin_s=self._margin_s, now_s=self._clock())
+                leases.borrowed_lease(
+                    lease_id, ttl_s=self._ttl_s, margin_s=self._margin_s, now_s=self._clock()
+                )
             )
 
     def use_own_lease(self) -> None:
-        """The way back: under a new lease of its own, where it lives under another's. Errors as ``live_under``."""
+        """The way back: under a new lease of its own, where it lives under another's. Errors as
+        ``live_under``."""
         with self._writing:
             ticket, keepalive = self._settled()
             if not keepalive.borrowed:
@@ -317,9 +362,13 @@ class KeyspaceMembership:
             sent_s = self._clock()
             own = Ticket(ticket.node, secrets.randbits(62) + 1)
             ttl_s = self._grant(own)
-            lease = leases.granted_lease(own.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s)
+            lease = leases.granted_lease(
+                own.lease_id, ttl_s=ttl_s, margin_s=self._margin_s, sent_s=sent_s
+            )
             if not self._move(lease):
-                raise UnavailableError(f"the new lease ran out before it was used. node={ticket.node} repeat")
+                raise UnavailableError(
+                    f"the new lease ran out before it was used. node={ticket.node} repeat"
+                )
 
     def lease_status(self) -> LeaseStatus:
         """See Membership."""
@@ -330,7 +379,12 @@ class KeyspaceMembership:
         standing = joined[1].status()
         if self._target is None or standing.state is LeaseState.LOST:
             return standing
-        return replace(standing, state=LeaseState.LAPSED, act_until_s=float("-inf"), why="on its way to another lease")
+        return replace(
+            standing,
+            state=LeaseState.LAPSED,
+            act_until_s=float("-inf"),
+            why="on its way to another lease",
+        )
 
     def view(self, scope: ViewScope = ViewScope.ALL) -> View:
         """See Membership."""
@@ -341,7 +395,9 @@ class KeyspaceMembership:
             joined[1].record_epoch(view.epoch, view.epoch_revision)
         return view
 
-    def wait_change(self, after: int, *, timeout_s: float, scope: ViewScope = ViewScope.ALL) -> bool:
+    def wait_change(
+        self, after: int, *, timeout_s: float, scope: ViewScope = ViewScope.ALL
+    ) -> bool:
         """See Membership."""
         with self._lock:
             joined = self._joined
@@ -375,15 +431,27 @@ class KeyspaceMembership:
             return self._publish(record, view, remove, ticket, keepalive)
 
     def _publish(
-        self, record: EpochRecord, view: View, remove: tuple[str, ...], ticket: Ticket, keepalive: Keepalive
+        self,
+        record: EpochRecord,
+        view: View,
+        remove: tuple[str, ...],
+        ticket: Ticket,
+        keepalive: Keepalive,
     ) -> Published | NotPublished | MembershipUnknown:
         data = encode_epoch(record)
         if record.job != self._job or record.leader != ticket.node:
-            raise UsageError(f"not this node's epoch. job={record.job} leader={record.leader} node={ticket.node}")
+            raise UsageError(
+                f"not this node's epoch. job={record.job} leader={record.leader} node={ticket.node}"
+            )
         if view.epoch is not None and record.number <= view.epoch.number:
-            raise UsageError(f"an epoch must exceed the one before. epoch={record.number} before={view.epoch.number}")
+            raise UsageError(
+                f"an epoch must exceed the one before. epoch={record.number} "
+                f"before={view.epoch.number}"
+            )
         if record.number < keepalive.epoch()[0]:
-            return NotPublished(f"a greater epoch was seen. epoch={record.number} seen={keepalive.epoch()[0]}")
+            return NotPublished(
+                f"a greater epoch was seen. epoch={record.number} seen={keepalive.epoch()[0]}"
+            )
         if view.leader is None or view.leader.node != ticket.node:
             return NotPublished("this node does not lead in that view")
         try:
@@ -402,7 +470,9 @@ class KeyspaceMembership:
     def put_fact(self, fact: str, value: bytes | None) -> None:
         """See Facts."""
         if value is not None and len(value) > FACT_BYTES_MAX:
-            raise UsageError(f"too large to be said. size_bytes={len(value)} limit_bytes={FACT_BYTES_MAX}")
+            raise UsageError(
+                f"too large to be said. size_bytes={len(value)} limit_bytes={FACT_BYTES_MAX}"
+            )
         with self._writing:
             self._write(names.fact_key(fact, self._member()[0].node), value)
 
@@ -433,7 +503,8 @@ class KeyspaceMembership:
             self._write(names.suspicion_key(dropped, by), None)
 
     def leave(self, *, keep: bool = False) -> None:
-        """See Membership. Raises UnavailableError where the lease could not be ended: it runs out by itself."""
+        """See Membership. Raises UnavailableError where the lease could not be ended: it runs out
+        by itself."""
         with self._writing:
             with self._lock:
                 joined, self._joined = self._joined, None
@@ -446,10 +517,13 @@ class KeyspaceMembership:
                 self._keyspace.close()
 
     def _end(self, ticket: Ticket, keepalive: Keepalive) -> None:
-        """End a membership now: with its lease, or, where others live under that or it is another's, key by key."""
+        """End a membership now: with its lease, or, where others live under that or it is
+        another's, key by key."""
         target = self._target
         if self._agent:
-            with suppress(UnavailableError):  # for the last time: who lives under it has that long to move out
+            with suppress(
+                UnavailableError
+            ):  # for the last time: who lives under it has that long to move out
                 self._keyspace.renew(ticket.lease_id)
         if self._agent or keepalive.borrowed or target is not None:
             self._keyspace.transact(moves.stop_leading(ticket))
@@ -461,7 +535,8 @@ class KeyspaceMembership:
             self._keyspace.revoke(target.lease_id)
 
     def _settled(self) -> tuple[Ticket, Keepalive]:
-        """This node as it writes: a move whose answer was lost is made again first. Errors as ``live_under``."""
+        """This node as it writes: a move whose answer was lost is made again first. Errors as
+        ``live_under``."""
         if self._target is not None:
             self._move(self._target)
         return self._member()
@@ -482,7 +557,9 @@ class KeyspaceMembership:
                 keepalive.mark_lost("this node was taken out")
                 raise moves.not_a_member(ticket)
             try:
-                done = self._keyspace.transact(moves.move_to_lease(ticket, lease.lease_id, found)).succeeded
+                done = self._keyspace.transact(
+                    moves.move_to_lease(ticket, lease.lease_id, found)
+                ).succeeded
             except NotFoundError:
                 self._target = None
                 keepalive.expect_lease(0)
@@ -490,7 +567,9 @@ class KeyspaceMembership:
             if done:
                 self._moved(ticket, keepalive, lease)
                 return True
-        raise UnavailableError(f"what this node wrote changed every time. node={ticket.node} repeat later")
+        raise UnavailableError(
+            f"what this node wrote changed every time. node={ticket.node} repeat later"
+        )
 
     def _moved(self, ticket: Ticket, keepalive: Keepalive, lease: Lease) -> None:
         now = Ticket(ticket.node, lease.lease_id)
@@ -516,7 +595,8 @@ class KeyspaceMembership:
         return self._keyspace.grant(ticket.lease_id, self._ttl_s).ttl_s
 
     def _leased(self, transaction: Transaction) -> TransactionResult:
-        """A transaction that puts something under this node's lease. Raises FencedError where that has run out."""
+        """A transaction that puts something under this node's lease. Raises FencedError where that
+        has run out."""
         ticket, keepalive = self._member()
         try:
             return self._keyspace.transact(transaction)

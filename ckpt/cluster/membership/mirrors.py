@@ -1,8 +1,9 @@
 """Making a placement of mirrors right again with few moves. Pure.
 
-A placement is right where each node has its mirrors on others, loads are even, and copies are apart. What a loss or a newcomer
-leaves is made right one mirror at a time, each by the shortest chain of moves: a mirror goes to a node that may take it; if
-that one has its load already, one that it holds goes on to another, and so on.
+A placement is right where each node has its mirrors on others, loads are even, and copies are
+apart. What a loss or a newcomer leaves is made right one mirror at a time, each by the shortest
+chain of moves: a mirror goes to a node that may take it; if that one has its load already, one that
+it holds goes on to another, and so on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class MirrorRules:
     @property
     def apart(self) -> bool:
         """Whether domains suffice to keep all copies of a node in different ones."""
-        return max(Counter(self.domains.values()).values()) <= len(self.domains) // (self.mirrors + 1)
+        return max(Counter(self.domains.values()).values()) <= len(self.domains) // (
+            self.mirrors + 1
+        )
 
 
 class _Draft:
@@ -42,7 +45,11 @@ class _Draft:
         for node in self.peers:
             for peer in kept.get(node, ()):
                 # A repair keeps what may stay; who holds more than its part lets the latest go.
-                if len(self.peers[node]) < rules.mirrors and self.may(node, peer) and self.has_room(peer):
+                if (
+                    len(self.peers[node]) < rules.mirrors
+                    and self.may(node, peer)
+                    and self.has_room(peer)
+                ):
                     self.give(node, peer)
 
     def may(self, node: str, peer: str, instead: str = "") -> bool:
@@ -78,7 +85,8 @@ class _Draft:
         return True
 
     def place_one(self, node: str, free: list[str]) -> bool:
-        """Give ``node`` one more mirror, by the shortest chain of moves to one of those that have room."""
+        """Give ``node`` one more mirror, by the shortest chain of moves to one of those that have
+        room."""
         came: dict[
             str, tuple[str, str]
         ] = {}  # who was reached: whose mirror it would take, and from whom ("": a new one)
@@ -98,8 +106,11 @@ class _Draft:
                         todo.append((further, peer, length + 1))
         return False
 
-    def _ends(self, moving: str, leaving: str, free: list[str], came: dict[str, tuple[str, str]]) -> bool:
-        """Whether the chain ends here, since one of those that have room may take this mirror; then it is gone through."""
+    def _ends(
+        self, moving: str, leaving: str, free: list[str], came: dict[str, tuple[str, str]]
+    ) -> bool:
+        """Whether the chain ends here, since one of those that have room may take this mirror; then
+        it is gone through."""
         for peer in free:
             if peer not in came and self.may(moving, peer, leaving):
                 came[peer] = (moving, leaving)
@@ -119,7 +130,9 @@ class _Draft:
             peer = leaving
 
 
-def repair_placement(rules: MirrorRules, kept: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]] | None:
+def repair_placement(
+    rules: MirrorRules, kept: Mapping[str, Iterable[str]]
+) -> dict[str, tuple[str, ...]] | None:
     """``kept`` made right with few moves, or None where no short chain of moves does it."""
     draft = _Draft(rules, kept)
     for node in draft.peers:
@@ -132,7 +145,8 @@ def repair_placement(rules: MirrorRules, kept: Mapping[str, Iterable[str]]) -> d
 
 
 def _leave_groups(draft: _Draft) -> None:
-    """Where all of a node's copies are in its own parallel group, swap one of its peers with another node's."""
+    """Where all of a node's copies are in its own parallel group, swap one of its peers with
+    another node's."""
     groups = draft.rules.groups
     for node, peers in draft.peers.items():
         if _all_in_group(groups, node, peers):
@@ -175,7 +189,8 @@ MirrorPlacement = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class RankHolder:
-    """A node that holds ranks. ``group``: a parallel group that may be lost or wrong as one; empty: none."""
+    """A node that holds ranks. ``group``: a parallel group that may be lost or wrong as one; empty:
+    none."""
 
     node: str
     domain: str
@@ -185,18 +200,22 @@ class RankHolder:
 def place_mirrors(
     holders: Sequence[RankHolder], mirrors: int, *, before: MirrorPlacement | None = None
 ) -> MirrorPlacement:
-    """The peers that hold each node's mirrors: ``mirrors`` of them, or all others where there are fewer.
+    """The peers that hold each node's mirrors: ``mirrors`` of them, or all others where there are
+    fewer.
 
-    No node's copies share a failure domain where domains suffice: where the greatest has no more than ``N // (mirrors + 1)``
-    nodes. Each node holds as many mirrors as any other, or one more. Copies lie outside the node's own parallel group too,
-    one at least, where that can be had. ``before``: what holds now; what need not move then stays.
+    No node's copies share a failure domain where domains suffice: where the greatest has no more
+    than ``N // (mirrors + 1)`` nodes. Each node holds as many mirrors as any other, or one more.
+    Copies lie outside the node's own parallel group too, one at least, where that can be had.
+    ``before``: what holds now; what need not move then stays.
 
-    Raises UsageError for doubled nodes or a negative number. About O(N log N); a repair costs O(N) for each mirror that moves.
+    Raises UsageError for doubled nodes or a negative number. About O(N log N); a repair costs O(N)
+    for each mirror that moves.
     """
     nodes = [holder.node for holder in holders]
     if mirrors < 0 or len(set(nodes)) != len(nodes):
         raise UsageError(
-            f"can't place mirrors of doubled nodes, or a negative number. nodes={len(nodes)} mirrors={mirrors}"
+            f"can't place mirrors of doubled nodes, or a negative number. nodes={len(nodes)} "
+            f"mirrors={mirrors}"
         )
     count = min(mirrors, max(0, len(nodes) - 1))
     rules = MirrorRules(
@@ -220,13 +239,18 @@ def place_mirrors(
 
 
 def rename_nodes(placement: MirrorPlacement, successors: Mapping[str, str]) -> MirrorPlacement:
-    """A placement in which nodes took over from others: what a lost node held, its successor is to hold."""
+    """A placement in which nodes took over from others: what a lost node held, its successor is to
+    hold."""
     name = {old: new for old, new in successors.items() if old in placement}
-    return {name.get(node, node): tuple(name.get(one, one) for one in peers) for node, peers in placement.items()}
+    return {
+        name.get(node, node): tuple(name.get(one, one) for one in peers)
+        for node, peers in placement.items()
+    }
 
 
 def _split(rules: MirrorRules) -> tuple[list[list[str]], list[str]]:
-    """Groups of ``mirrors + 1``, and the rest where that does not divide their number; no domain outweighs in either."""
+    """Groups of ``mirrors + 1``, and the rest where that does not divide their number; no domain
+    outweighs in either."""
     size = rules.mirrors + 1
     by_domain: defaultdict[str, list[str]] = defaultdict(list)
     for node in sorted(rules.domains, key=lambda one: (rules.domains[one], rules.groups[one], one)):
@@ -240,7 +264,9 @@ def _split(rules: MirrorRules) -> tuple[list[list[str]], list[str]]:
                 rest.append(by_domain[domain].pop())
     order = [node for domain in sorted(by_domain) for node in by_domain[domain]]
     pieces = len(order) // size
-    return [[order[place + piece * pieces] for piece in range(size)] for place in range(pieces)], rest
+    return [
+        [order[place + piece * pieces] for piece in range(size)] for place in range(pieces)
+    ], rest
 
 
 def _ring(rules: MirrorRules, rest: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -256,10 +282,11 @@ def _ring(rules: MirrorRules, rest: Sequence[str]) -> dict[str, tuple[str, ...]]
 
 
 def standby_copies(placed: Iterable[str], standbys: Iterable[str]) -> Mapping[str, str]:
-    """For each node that holds ranks the standby that keeps its state; nothing where there are none.
+    """For each node that holds ranks the standby that keeps its state; nothing where there are
+    none.
 
-    In turn, so that each standby keeps as many as any other, or one more. These copies come on top of the mirrors: a standby
-    that has no room for all keeps what it can, and nobody waits for it.
+    In turn, so that each standby keeps as many as any other, or one more. These copies come on top
+    of the mirrors: a standby that has no room for all keeps what it can, and nobody waits for it.
     """
     ready = sorted(standbys)
     return {node: ready[at % len(ready)] for at, node in enumerate(sorted(placed))} if ready else {}

@@ -1,4 +1,5 @@
-"""What nodes say of themselves and what an epoch is, with bytes that are checked when they are read. No I/O."""
+"""What nodes say of themselves and what an epoch is, with bytes that are checked when they are
+read. No I/O."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ SLOTS_MAX = 1024
 RANKS_MAX = 10**7
 CAPABILITIES_MAX = 64
 REMOVED_MAX = 1000
-"""How many removed nodes an epoch names with a reason; the others are those that it does not place."""
+"""How many removed nodes an epoch names with a reason; the others are those that it does not
+place."""
 
 _NODE_RE = re.compile(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
 
@@ -36,8 +38,9 @@ _NODE_RE = re.compile(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
 class NodeInfo:
     """What a node says of itself when it joins.
 
-    ``node`` is drawn at random for each join, so that no two starts are ever taken for one. ``domain``: what fails together;
-    empty means the host. ``address``: where its keeper listens. ``slots``: how many ranks it can hold.
+    ``node`` is drawn at random for each join, so that no two starts are ever taken for one.
+    ``domain``: what fails together; empty means the host. ``address``: where its keeper listens.
+    ``slots``: how many ranks it can hold.
     """
 
     node: str
@@ -55,7 +58,8 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class NodePlacement:
-    """A node's place in an epoch: it holds ``slots`` ranks, the next ones after those of the places before."""
+    """A node's place in an epoch: it holds ``slots`` ranks, the next ones after those of the places
+    before."""
 
     node: str
     slots: int
@@ -71,10 +75,12 @@ class RemovedNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
-    """A numbered membership. ``places`` are in the order of ranks; ``leader`` is the node that decided.
+    """A numbered membership. ``places`` are in the order of ranks; ``leader`` is the node that
+    decided.
 
-    ``resumes``: the pair (captured epoch, step) that its training goes on from, where the leader knew it. ``note``: what the
-    keepers' leader wants all to know of it; no matter of the membership.
+    ``resumes``: the pair (captured epoch, step) that its training goes on from, where the leader
+    knew it. ``note``: what the keepers' leader wants all to know of it; no matter of the
+    membership.
     """
 
     job: str
@@ -149,7 +155,8 @@ class Leader:
 
 
 class ViewScope(enum.Enum):
-    """How much of a job is looked at. At thousands of nodes only the leader can afford all of it."""
+    """How much of a job is looked at. At thousands of nodes only the leader can afford all of
+    it."""
 
     HEAD = "head"
     """The epoch and the leader."""
@@ -159,10 +166,11 @@ class ViewScope(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A job at one revision. ``epoch`` None: unknown, none was published here; ``members`` are sorted by node id.
+    """A job at one revision. ``epoch`` None: unknown, none was published here; ``members`` are
+    sorted by node id.
 
-    ``epoch_revision``: when the epoch was published, 0 where there is none. ``unreadable``: keys whose values are no valid
-    words of a member, and count for nothing.
+    ``epoch_revision``: when the epoch was published, 0 where there is none. ``unreadable``: keys
+    whose values are no valid words of a member, and count for nothing.
     """
 
     job: str
@@ -220,9 +228,15 @@ def encode_node(info: NodeInfo) -> bytes:
     if why := node_problem(info):
         raise UsageError(f"not a node that can join. {why}")
     wire = _WireNode(
-        v=RECORD_VERSION, node=info.node, host=info.host, slots=info.slots, domain=info.domain, address=info.address,
-        capabilities=info.capabilities, digest="",
-    )  # fmt: skip
+        v=RECORD_VERSION,
+        node=info.node,
+        host=info.host,
+        slots=info.slots,
+        domain=info.domain,
+        address=info.address,
+        capabilities=info.capabilities,
+        digest="",
+    )
     return seal(wire, label="node", bytes_max=NODE_BYTES_MAX)[0]
 
 
@@ -230,9 +244,13 @@ def decode_node(data: bytes) -> NodeInfo:
     """The node in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
     wire = unseal(data, _WireNode, label="node", version=RECORD_VERSION, bytes_max=NODE_BYTES_MAX)
     info = NodeInfo(
-        node=wire.node, host=wire.host, slots=wire.slots, domain=wire.domain, address=wire.address,
+        node=wire.node,
+        host=wire.host,
+        slots=wire.slots,
+        domain=wire.domain,
+        address=wire.address,
         capabilities=wire.capabilities,
-    )  # fmt: skip
+    )
     if why := node_problem(info):
         raise IntegrityError(f"node contradicts itself. {why}")
     return info
@@ -244,23 +262,37 @@ def encode_epoch(record: EpochRecord) -> bytes:
         raise UsageError(f"not an epoch that can be published. {why}")
     resumes = record.resumes
     wire = _WireEpoch(
-        v=RECORD_VERSION, job=record.job, number=record.number,
+        v=RECORD_VERSION,
+        job=record.job,
+        number=record.number,
         places=tuple((place.node, place.slots) for place in record.places),
-        leader=record.leader, nodes_min=record.nodes_min, nodes_max=record.nodes_max,
+        leader=record.leader,
+        nodes_min=record.nodes_min,
+        nodes_max=record.nodes_max,
         removed=tuple((one.node, one.reason) for one in record.removed),
-        resumes=None if resumes is None else (resumes.epoch, resumes.step), note=record.note, digest="",
-    )  # fmt: skip
+        resumes=None if resumes is None else (resumes.epoch, resumes.step),
+        note=record.note,
+        digest="",
+    )
     return seal(wire, label="epoch", bytes_max=EPOCH_BYTES_MAX)[0]
 
 
 def decode_epoch(data: bytes) -> EpochRecord:
     """The epoch in ``data``, which is not trusted. Raises IntegrityError or FormatVersionError."""
-    wire = unseal(data, _WireEpoch, label="epoch", version=RECORD_VERSION, bytes_max=EPOCH_BYTES_MAX)
+    wire = unseal(
+        data, _WireEpoch, label="epoch", version=RECORD_VERSION, bytes_max=EPOCH_BYTES_MAX
+    )
     record = EpochRecord(
-        job=wire.job, number=wire.number, places=tuple(NodePlacement(*place) for place in wire.places), leader=wire.leader,
-        nodes_min=wire.nodes_min, nodes_max=wire.nodes_max, removed=tuple(RemovedNode(*one) for one in wire.removed),
-        resumes=None if wire.resumes is None else SnapshotId(*wire.resumes), note=wire.note,
-    )  # fmt: skip
+        job=wire.job,
+        number=wire.number,
+        places=tuple(NodePlacement(*place) for place in wire.places),
+        leader=wire.leader,
+        nodes_min=wire.nodes_min,
+        nodes_max=wire.nodes_max,
+        removed=tuple(RemovedNode(*one) for one in wire.removed),
+        resumes=None if wire.resumes is None else SnapshotId(*wire.resumes),
+        note=wire.note,
+    )
     if why := epoch_problem(record):
         raise IntegrityError(f"epoch contradicts itself. {why}")
     return record
@@ -280,8 +312,11 @@ def encode_inventory(holdings: StateInventory) -> bytes:
 
 
 def decode_inventory(data: bytes) -> StateInventory:
-    """The holdings in ``data``, which are not trusted. Raises IntegrityError or FormatVersionError."""
-    wire = unseal(data, _WireHoldings, label="holdings", version=RECORD_VERSION, bytes_max=INVENTORY_BYTES_MAX)
+    """The holdings in ``data``, which are not trusted. Raises IntegrityError or
+    FormatVersionError."""
+    wire = unseal(
+        data, _WireHoldings, label="holdings", version=RECORD_VERSION, bytes_max=INVENTORY_BYTES_MAX
+    )
     holdings = StateInventory(wire.world_size, dict(wire.size_bytes))
     why = inventory_problem(holdings)
     if why is None and tuple(sorted(holdings.size_bytes.items())) != wire.size_bytes:
@@ -328,16 +363,23 @@ def epoch_problem(record: EpochRecord) -> str | None:
             return f"not a node id (1 to 64 of 0-9 a-z A-Z _ -). node={name[:80]!r}"
     if len(set(names)) != len(names):
         return "a node has two places"
-    if any(not 1 <= place.slots <= SLOTS_MAX for place in record.places) or record.world_size > RANKS_MAX:
+    if (
+        any(not 1 <= place.slots <= SLOTS_MAX for place in record.places)
+        or record.world_size > RANKS_MAX
+    ):
         return f"slots out of range. world_size={record.world_size} limit={RANKS_MAX}"
     if len(record.removed) > REMOVED_MAX or {one.node for one in record.removed} & set(names):
         return f"too many nodes are named as removed, or one has a place. removed={len(record.removed)} limit={REMOVED_MAX}"
-    if any(len(one.reason) > REASON_CHARS_MAX or not one.reason.isprintable() for one in record.removed):
+    if any(
+        len(one.reason) > REASON_CHARS_MAX or not one.reason.isprintable() for one in record.removed
+    ):
         return f"a reason is too long or not printable. limit={REASON_CHARS_MAX}"
     if len(record.note) > NOTE_CHARS_MAX:
         return f"a note is too long. chars={len(record.note)} limit={NOTE_CHARS_MAX}"
     if record.resumes is not None and not keys.is_snapshot_id(record.resumes):
-        return f"resumes a pair out of range. epoch={record.resumes.epoch} step={record.resumes.step}"
+        return (
+            f"resumes a pair out of range. epoch={record.resumes.epoch} step={record.resumes.step}"
+        )
     return None
 
 

@@ -1,7 +1,7 @@
 """Every transaction of membership, and what its outcome means. Pure.
 
-Each is harmless when it is done twice, since its own result makes its conditions fail and is recognised by reading; and when
-it is done late, since it compares the revision of what it replaces.
+Each is harmless when it is done twice, since its own result makes its conditions fail and is
+recognised by reading; and when it is done late, since it compares the revision of what it replaces.
 """
 
 from __future__ import annotations
@@ -63,7 +63,12 @@ def keys_under(prefix: str, *, values: bool = True) -> Keys:
 
 HEAD_KEYS = (Keys(EPOCH, LEADER + "\0"),)
 """Epoch and leader, and nothing else: no other name lies between."""
-ALL_KEYS = (*HEAD_KEYS, keys_under(NODES), keys_under(f"{FACTS}{INVENTORY_FACT}/"), keys_under(SUSPICIONS))
+ALL_KEYS = (
+    *HEAD_KEYS,
+    keys_under(NODES),
+    keys_under(f"{FACTS}{INVENTORY_FACT}/"),
+    keys_under(SUSPICIONS),
+)
 
 
 def node_key(node: str) -> str:
@@ -72,9 +77,12 @@ def node_key(node: str) -> str:
 
 
 def agent_fact(agent: str) -> str:
-    """What a node says to let that agent live under its lease. Raises UsageError for a name that can't be one."""
+    """What a node says to let that agent live under its lease. Raises UsageError for a name that
+    can't be one."""
     if not is_node_id(agent):
-        raise UsageError(f"not the name of an agent (1 to 64 of 0-9 a-z A-Z _ -). agent={agent[:80]!r}")
+        raise UsageError(
+            f"not the name of an agent (1 to 64 of 0-9 a-z A-Z _ -). agent={agent[:80]!r}"
+        )
     return f"agent.{agent}"
 
 
@@ -86,7 +94,9 @@ def fact_key(fact: str, node: str) -> str:
 def fact_keys(fact: str) -> Keys:
     """Where all nodes say it. Raises UsageError for a name that can't be one."""
     if not _FACT_RE.fullmatch(fact):
-        raise UsageError(f"not the name of a fact (1 to 100 of 0-9 a-z A-Z _ . -). fact={fact[:120]!r}")
+        raise UsageError(
+            f"not the name of a fact (1 to 100 of 0-9 a-z A-Z _ . -). fact={fact[:120]!r}"
+        )
     return keys_under(f"{FACTS}{fact}/")
 
 
@@ -101,15 +111,20 @@ REMOVES_MAX = OPS_MAX - 10
 
 
 def join(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
-    """Become a member, under a lease that was granted for it; ``agent`` may live under that lease too."""
+    """Become a member, under a lease that was granted for it; ``agent`` may live under that lease
+    too."""
     key = node_key(ticket.node)
-    return Transaction((Unchanged(key, 0),), _joins(ticket, info, agent), (Keys(key, values=False),))
+    return Transaction(
+        (Unchanged(key, 0),), _joins(ticket, info, agent), (Keys(key, values=False),)
+    )
 
 
 def resume(ticket: Ticket, info: bytes, agent: str = "") -> Transaction:
     """Go on with a membership that another process began."""
     key = node_key(ticket.node)
-    return Transaction((Leased(key, ticket.lease_id),), _joins(ticket, info, agent), (Keys(key, values=False),))
+    return Transaction(
+        (Leased(key, ticket.lease_id),), _joins(ticket, info, agent), (Keys(key, values=False),)
+    )
 
 
 def _joins(ticket: Ticket, info: bytes, agent: str) -> tuple[Put, ...]:
@@ -119,35 +134,45 @@ def _joins(ticket: Ticket, info: bytes, agent: str) -> tuple[Put, ...]:
 
 
 def check_joined(outcome: TransactionResult, ticket: Ticket) -> None:
-    """Raises ConflictError where the node id belongs to another lease, FencedError where the membership is over."""
+    """Raises ConflictError where the node id belongs to another lease, FencedError where the
+    membership is over."""
     found = outcome.found[0]
     if outcome.succeeded or (found and found[0].lease_id == ticket.lease_id):
         return
     if found:
-        raise ConflictError(f"another member has this node id. node={ticket.node} join under a new one")
+        raise ConflictError(
+            f"another member has this node id. node={ticket.node} join under a new one"
+        )
     raise FencedError(f"this membership is over. node={ticket.node} join under a new node id")
 
 
 def read_keepalive(ticket: Ticket) -> Transaction:
-    """What each keepalive reads: whether the node's own key is there, and whether the epoch changed."""
+    """What each keepalive reads: whether the node's own key is there, and whether the epoch
+    changed."""
     return Transaction(reads=(Keys(node_key(ticket.node), values=False), Keys(EPOCH, values=False)))
 
 
 def read_written(ticket: Ticket, said: Sequence[str]) -> Transaction:
-    """Read what a node has written, to put it under another lease. ``said``: its keys besides its own one and the leader's."""
+    """Read what a node has written, to put it under another lease. ``said``: its keys besides its
+    own one and the leader's."""
     own = (node_key(ticket.node), LEADER, *said)
     return Transaction(reads=tuple(Keys(key) for key in own))
 
 
 def move_to_lease(ticket: Ticket, lease_id: int, found: TransactionResult) -> Transaction:
-    """Put what ``written`` found under another lease, in one, if the node lives under its old one and none of it has changed.
+    """Put what ``written`` found under another lease, in one, if the node lives under its old one
+    and none of it has changed.
 
-    Once it has been done it changes the revision of each key, so whichever try lands later does nothing.
+    Once it has been done it changes the revision of each key, so whichever try lands later does
+    nothing.
     """
     me = ticket.node.encode()
     mine = [one for part in found.found for one in part if one.key != LEADER or one.value == me]
     return Transaction(
-        (Leased(node_key(ticket.node), ticket.lease_id), *(Unchanged(one.key, one.changed) for one in mine)),
+        (
+            Leased(node_key(ticket.node), ticket.lease_id),
+            *(Unchanged(one.key, one.changed) for one in mine),
+        ),
         tuple(Put(one.key, one.value, lease_id) for one in mine),
     )
 
@@ -164,7 +189,8 @@ def stop_leading(ticket: Ticket) -> Transaction:
 
 
 def remove_written(ticket: Ticket, said: Iterable[str]) -> Iterable[Transaction]:
-    """Delete what a node has written, itself first: the way out of a lease that others live under. Its id never comes back."""
+    """Delete what a node has written, itself first: the way out of a lease that others live under.
+    Its id never comes back."""
     keys = (node_key(ticket.node), *said)
     for first in range(0, len(keys), REMOVES_MAX):
         yield Transaction(then=tuple(Delete(key) for key in keys[first : first + REMOVES_MAX]))
@@ -176,7 +202,8 @@ def read_view(scope: ViewScope) -> Transaction:
 
 
 def view_of(job: str, scope: ViewScope, outcome: TransactionResult) -> View:
-    """The view in what was read. Raises IntegrityError or FormatVersionError where the epoch can't be read.
+    """The view in what was read. Raises IntegrityError or FormatVersionError where the epoch can't
+    be read.
 
     What a member wrote and nobody can read counts for nothing; its key is told.
     """
@@ -200,16 +227,24 @@ def view_of(job: str, scope: ViewScope, outcome: TransactionResult) -> View:
             unreadable.append(one.key)
             continue
         if node_key(info.node) == one.key and one.lease_id:
-            members.append(Member(info, one.lease_id, one.created, holdings.get((info.node, one.lease_id))))
+            members.append(
+                Member(info, one.lease_id, one.created, holdings.get((info.node, one.lease_id)))
+            )
         else:
             unreadable.append(one.key)
     return View(
-        job=job, revision=outcome.revision, scope=scope,
-        leader=None if leads is None else Leader(leads.value.decode(errors="replace"), leads.changed),
-        epoch=epoch, epoch_revision=0 if held is None else held.changed,
+        job=job,
+        revision=outcome.revision,
+        scope=scope,
+        leader=None
+        if leads is None
+        else Leader(leads.value.decode(errors="replace"), leads.changed),
+        epoch=epoch,
+        epoch_revision=0 if held is None else held.changed,
         members=tuple(sorted(members, key=lambda member: member.node)),
-        suspicions=tuple(_suspicion(one) for one in suspects), unreadable=tuple(sorted(unreadable)),
-    )  # fmt: skip
+        suspicions=tuple(_suspicion(one) for one in suspects),
+        unreadable=tuple(sorted(unreadable)),
+    )
 
 
 def _suspicion(one: KeyValue) -> Suspicion:
@@ -218,23 +253,28 @@ def _suspicion(one: KeyValue) -> Suspicion:
 
 
 def lead(ticket: Ticket, view: View | None, witnesses_min: int) -> Transaction:
-    """Lead where nobody does, or in place of the leader of ``view`` where enough witnesses there suspect it."""
+    """Lead where nobody does, or in place of the leader of ``view`` where enough witnesses there
+    suspect it."""
     when: list[Compare] = [Leased(node_key(ticket.node), ticket.lease_id)]
     leader = view.leader if view is not None else None
     if view is None or leader is None or leader.node not in confirmed_suspects(view, witnesses_min):
         when.append(Unchanged(LEADER, 0))
     else:
         when.append(Unchanged(LEADER, leader.revision))
-        by = sorted(one.by for one in view.suspicions if one.node == leader.node and one.by in view.by_node)
+        by = sorted(
+            one.by for one in view.suspicions if one.node == leader.node and one.by in view.by_node
+        )
         when.extend(Exists(suspicion_key(leader.node, one)) for one in by[:witnesses_min])
     return Transaction(
-        tuple(when), (Put(LEADER, ticket.node.encode(), ticket.lease_id),),
+        tuple(when),
+        (Put(LEADER, ticket.node.encode(), ticket.lease_id),),
         (Keys(LEADER), Keys(node_key(ticket.node), values=False)),
-    )  # fmt: skip
+    )
 
 
 def leader_after(outcome: TransactionResult, ticket: Ticket) -> Leading | Following | None:
-    """Who leads after ``lead``; None: it changed in between, ask again. Raises FencedError where this node is no member."""
+    """Who leads after ``lead``; None: it changed in between, ask again. Raises FencedError where
+    this node is no member."""
     leader, own = outcome.found
     if not outcome.succeeded and not _own(own, ticket):
         raise not_a_member(ticket)
@@ -247,7 +287,8 @@ def leader_after(outcome: TransactionResult, ticket: Ticket) -> Leading | Follow
 
 
 def publish(ticket: Ticket, record: bytes, view: View, remove: tuple[str, ...]) -> Transaction:
-    """Replace the epoch of ``view``, if its leader is this node and nothing has changed since; and delete ``remove``."""
+    """Replace the epoch of ``view``, if its leader is this node and nothing has changed since; and
+    delete ``remove``."""
     assert view.leader is not None
     return Transaction(
         (
@@ -261,8 +302,11 @@ def publish(ticket: Ticket, record: bytes, view: View, remove: tuple[str, ...]) 
     )
 
 
-def publish_outcome(outcome: TransactionResult, ticket: Ticket, record: bytes) -> Published | NotPublished:
-    """Whether the epoch holds. One with our bytes is ours: the answer to an earlier try was lost."""
+def publish_outcome(
+    outcome: TransactionResult, ticket: Ticket, record: bytes
+) -> Published | NotPublished:
+    """Whether the epoch holds. One with our bytes is ours: the answer to an earlier try was
+    lost."""
     epoch, leader = outcome.found
     if outcome.succeeded:
         return Published(outcome.revision)
@@ -270,18 +314,23 @@ def publish_outcome(outcome: TransactionResult, ticket: Ticket, record: bytes) -
         return Published(epoch[0].changed)
     if not leader or leader[0].value != ticket.node.encode():
         return NotPublished("this node does not lead any more")
-    return NotPublished("another epoch came first, or this node leads anew, or is no member any more")
+    return NotPublished(
+        "another epoch came first, or this node leads anew, or is no member any more"
+    )
 
 
 def remove_members(epoch_revision: int, nodes: tuple[str, ...]) -> Transaction:
-    """Delete the memberships that did not fit into the transaction of the epoch, while that epoch holds."""
+    """Delete the memberships that did not fit into the transaction of the epoch, while that epoch
+    holds."""
     return Transaction(
-        (Unchanged(EPOCH, epoch_revision),), tuple(Delete(node_key(node)) for node in nodes[:REMOVES_MAX])
+        (Unchanged(EPOCH, epoch_revision),),
+        tuple(Delete(node_key(node)) for node in nodes[:REMOVES_MAX]),
     )
 
 
 def put_fact(ticket: Ticket, key: str, value: bytes | None, changed: int) -> Transaction:
-    """Write or delete a word of this node that was last changed at ``changed``, so that an older try can't land after it."""
+    """Write or delete a word of this node that was last changed at ``changed``, so that an older
+    try can't land after it."""
     return Transaction(
         (Leased(node_key(ticket.node), ticket.lease_id), Unchanged(key, changed)),
         (Delete(key) if value is None else Put(key, value, ticket.lease_id),),
@@ -290,7 +339,8 @@ def put_fact(ticket: Ticket, key: str, value: bytes | None, changed: int) -> Tra
 
 
 def fact_outcome(outcome: TransactionResult, ticket: Ticket, value: bytes | None) -> int | None:
-    """None: it is said. Else the revision of what stands there. Raises FencedError where this node is no member."""
+    """None: it is said. Else the revision of what stands there. Raises FencedError where this node
+    is no member."""
     word, own = outcome.found
     if outcome.succeeded:
         return None
@@ -308,4 +358,6 @@ def _own(own: tuple[KeyValue, ...], ticket: Ticket) -> bool:
 
 def not_a_member(ticket: Ticket) -> FencedError:
     """What a node that was a member is told."""
-    return FencedError(f"this node is no member any more. node={ticket.node} join under a new node id")
+    return FencedError(
+        f"this node is no member any more. node={ticket.node} join under a new node id"
+    )

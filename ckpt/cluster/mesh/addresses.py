@@ -1,4 +1,5 @@
-"""Where names are: asked in threads, so that a name server that does not answer holds up no line."""
+"""Where names are: asked in threads, so that a name server that does not answer holds up no
+line."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ DIAL_TIMEOUT_S = 2.0
 
 
 def probe(address: str, timeout_s: float = DIAL_TIMEOUT_S) -> str:
-    """Whether somebody listens there: "" where a connection can be made, else why not (``refused: ...`` where nobody does)."""
+    """Whether somebody listens there: "" where a connection can be made, else why not (``refused:
+    ...`` where nobody does)."""
     host, port = split_address(address)
     try:
         with socket.create_connection((host, int(port)), timeout=timeout_s):
@@ -26,7 +28,8 @@ def probe(address: str, timeout_s: float = DIAL_TIMEOUT_S) -> str:
 
 
 def socket_error_reason(error: OSError | ValueError) -> str:
-    """An error of a socket in words; ``refused: ...`` where the machine answers and nobody listens there."""
+    """An error of a socket in words; ``refused: ...`` where the machine answers and nobody listens
+    there."""
     if isinstance(error, ConnectionRefusedError) or getattr(error, "errno", None) == 111:
         return f"refused: {error}"
     return f"{type(error).__name__}: {error}"
@@ -68,35 +71,44 @@ ResolveName = Callable[[str, int], SocketAddress]
 
 
 def resolve_name(host: str, port: int) -> SocketAddress:
-    """Where a name is: IPv4, where nodes with names listen. Waits for name servers. Raises OSError."""
+    """Where a name is: IPv4, where nodes with names listen. Waits for name servers. Raises
+    OSError."""
     wanted = address_family(host)
     _, _, _, _, at = socket.getaddrinfo(host, port, family=wanted, type=socket.SOCK_STREAM)[0]
     return SocketAddress(wanted, (str(at[0]), int(at[1])))
 
 
 class NameResolver:
-    """Of ``host:port`` addresses, as long as they are wanted. ``found`` is called, in a thread, when an answer has come.
+    """Of ``host:port`` addresses, as long as they are wanted. ``found`` is called, in a thread,
+    when an answer has come.
 
-    What was found is kept until it is forgotten: a node whose processes have died is called where it was, not where its name
-    leads by now. Thread-safe.
+    What was found is kept until it is forgotten: a node whose processes have died is called where
+    it was, not where its name leads by now. Thread-safe.
     """
 
-    def __init__(self, on_resolved: Callable[[], object], resolve: ResolveName = resolve_name) -> None:
+    def __init__(
+        self, on_resolved: Callable[[], object], resolve: ResolveName = resolve_name
+    ) -> None:
         self._found = on_resolved
         self._ask = resolve
         self._lock = threading.Lock()
-        self._known: dict[str, SocketAddress | OSError | ValueError | None] = {}  # None: it is asked for
+        self._known: dict[
+            str, SocketAddress | OSError | ValueError | None
+        ] = {}  # None: it is asked for
 
     def keep_only(self, addresses: Collection[str]) -> None:
         """Only these matter from here on, and where they are is asked already."""
         with self._lock:
-            self._known = {address: known for address, known in self._known.items() if address in addresses}
+            self._known = {
+                address: known for address, known in self._known.items() if address in addresses
+            }
         for address in addresses:
             with contextlib.suppress(OSError, ValueError):  # told to whoever dials there
                 self._look(address)
 
     def resolve(self, address: str) -> SocketAddress | None:
-        """Where it is; None while that is asked. Raises what it could not be found for, once: then it is asked again.
+        """Where it is; None while that is asked. Raises what it could not be found for, once: then
+        it is asked again.
 
         OSError, or ValueError for what is no address.
         """
@@ -120,7 +132,9 @@ class NameResolver:
             if address in self._known:
                 return self._known[address]
             self._known[address] = None
-        thread = threading.Thread(target=self._resolve, args=(address, host, int(port)), name="ckpt-name", daemon=True)
+        thread = threading.Thread(
+            target=self._resolve, args=(address, host, int(port)), name="ckpt-name", daemon=True
+        )
         try:
             thread.start()
         except RuntimeError as error:  # the system gives no thread now
@@ -130,7 +144,10 @@ class NameResolver:
     def _resolve(self, address: str, host: str, port: int) -> None:
         try:
             self._note(address, self._ask(host, port))
-        except (OSError, ValueError) as error:  # UnicodeError, for what can be no name, is a ValueError
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # UnicodeError, for what can be no name, is a ValueError
             self._note(address, error)
 
     def _note(self, address: str, found: SocketAddress | OSError | ValueError) -> None:

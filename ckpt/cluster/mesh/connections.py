@@ -1,8 +1,10 @@
-"""Lines to the keepers of the other nodes: dialled, answered, kept, made anew. One thread; nobody waits for it.
+"""Lines to the keepers of the other nodes: dialled, answered, kept, made anew. One thread; nobody
+waits for it.
 
-Of two nodes the one with the smaller name dials. A line that breaks is dialled again at once and then less and less often,
-as long as the other node is wanted; the other end only tries whether anybody still listens there. Nothing that was said on
-a broken line is said again: whoever needs that hears ``down``.
+Of two nodes the one with the smaller name dials. A line that breaks is dialled again at once and
+then less and less often, as long as the other node is wanted; the other end only tries whether
+anybody still listens there. Nothing that was said on a broken line is said again: whoever needs
+that hears ``down``.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class TlsStream:
     def receive_data(self, data: bytes) -> bytes:
         """What the other end's cable said, of what came.
 
-        Raises StoreDeniedError for one that is not of this job's CA, or not where it says; ``last_words`` then tells it why.
+        Raises StoreDeniedError for one that is not of this job's CA, or not where it says;
+        ``last_words`` then tells it why.
         """
         self._in.write(data)
         said = bytearray()
@@ -73,15 +76,19 @@ class TlsStream:
             pass  # more has to come
         except ssl.SSLError as error:
             why = (
-                error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason or str(error)
+                error.verify_message
+                if isinstance(error, ssl.SSLCertVerificationError)
+                else error.reason or str(error)
             )
             raise StoreDeniedError(
-                f"TLS failed: {why}; compare the certificates, their CA and their hosts; all nodes have some or none"
+                f"TLS failed: {why}; compare the certificates, their CA and their hosts; all nodes "
+                "have some or none"
             ) from error
         return bytes(said)
 
     def data_to_send(self, said: bytes) -> bytes:
-        """The bytes that are to go out now, once; ``said``: what the cable says now. Raises StoreDeniedError."""
+        """The bytes that are to go out now, once; ``said``: what the cable says now. Raises
+        StoreDeniedError."""
         self._kept += said
         try:
             if not self._met:
@@ -148,7 +155,8 @@ class MeshObserver:
     on_message: Callable[[str, MeshMessage], object]
     on_connected: Callable[[str], object]
     on_disconnected: Callable[[str, str], object]
-    """A line that was up broke, or a call failed; with why, which begins with ``refused`` where nobody listens."""
+    """A line that was up broke, or a call failed; with why, which begins with ``refused`` where
+    nobody listens."""
 
 
 @dataclass(slots=True, eq=False)
@@ -168,7 +176,8 @@ class _MeshConnection:
 
 
 class Mesh:
-    """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Over TLS with ``tls``. Thread-safe."""
+    """The lines of one keeper. ``listen`` is ``host:port`` (port 0: any). Over TLS with ``tls``.
+    Thread-safe."""
 
     def __init__(
         self,
@@ -189,14 +198,17 @@ class Mesh:
         self._tell = emit
         self._told: set[str] = set()
         self.refused = 0
-        """How many connections were ended because of what came on them, or because there were too many strangers."""
+        """How many connections were ended because of what came on them, or because there were too
+        many strangers."""
         host, port = split_address(listen)
         try:
             self._listener = socket.create_server(
                 (host, int(port)), family=address_family(host), backlog=BACKLOG, reuse_port=False
-            )  # fmt: skip
+            )
         except OSError as error:
-            raise UnavailableError(f"other nodes can't be listened to. address={listen} why={error}") from error
+            raise UnavailableError(
+                f"other nodes can't be listened to. address={listen} why={error}"
+            ) from error
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         """Where this keeper listens."""
@@ -229,11 +241,15 @@ class Mesh:
         self._wake()
 
     def _new(self, node: str, address: str) -> DialTarget:
-        """Who is to be dialled is so at once; who is to dial is looked for where no line came in time."""
-        return DialTarget(address, next_dial_s=0.0 if node > self._node else time.monotonic() + PROBE_S)
+        """Who is to be dialled is so at once; who is to dial is looked for where no line came in
+        time."""
+        return DialTarget(
+            address, next_dial_s=0.0 if node > self._node else time.monotonic() + PROBE_S
+        )
 
     def send(self, node: str, word: MeshMessage) -> bool:
-        """Say something to a node; False where no line to it is up now. What is said in order is heard in order."""
+        """Say something to a node; False where no line to it is up now. What is said in order is
+        heard in order."""
         with self._lock:
             if node not in self._up:
                 return False
@@ -318,12 +334,21 @@ class Mesh:
             return
         sock.setblocking(False)
         line = _MeshConnection(
-            sock, self._cable(node), dialled=True, since_s=now_s, probes=node < self._node, connecting=True
+            sock,
+            self._cable(node),
+            dialled=True,
+            since_s=now_s,
+            probes=node < self._node,
+            connecting=True,
         )
         self._lines.add(line)
         self._selector.register(sock, _WRITE, line)
         try:
-            line.sheath = None if self._tls is None or line.probes else TlsStream(self._tls, server_hostname=host)
+            line.sheath = (
+                None
+                if self._tls is None or line.probes
+                else TlsStream(self._tls, server_hostname=host)
+            )
             sock.connect(place.sockaddr)
         except BlockingIOError:
             return
@@ -332,17 +357,28 @@ class Mesh:
 
     def _cable(self, dials: str | None) -> MeshProtocol:
         nonce = os.urandom(NONCE_BYTES)
-        return MeshProtocol(self._secret, job=self._job, node=self._node, nonce=nonce, dials=dials, encode=self._spell)
+        return MeshProtocol(
+            self._secret,
+            job=self._job,
+            node=self._node,
+            nonce=nonce,
+            dials=dials,
+            encode=self._spell,
+        )
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # it hung up before we looked, or there is no descriptor left: it comes again
+        except (
+            OSError
+        ):  # it hung up before we looked, or there is no descriptor left: it comes again
             return
         strangers = [line for line in self._lines if not line.dialled and not line.cable.up]
         if len(strangers) >= UNAUTHENTICATED_MAX:
             self.refused += 1
-            self._drop(min(strangers, key=lambda line: line.since_s), "too many strangers", quiet=True)
+            self._drop(
+                min(strangers, key=lambda line: line.since_s), "too many strangers", quiet=True
+            )
         sock.setblocking(False)
         line = _MeshConnection(sock, self._cable(None), dialled=False, since_s=time.monotonic())
         line.sheath = None if self._tls is None else TlsStream(self._tls, server_hostname=None)
@@ -358,8 +394,8 @@ class Mesh:
                 return
             line.connecting = False
             if line.probes:
-                # It is for the other end to dial. Until it has, this end looks again: of a process that is being killed the
-                # line may close a moment before the port.
+                # It is for the other end to dial. Until it has, this end looks again: of a process
+                # that is being killed the line may close a moment before the port.
                 self._drop(line, "somebody listens there", quiet=True)
                 return
             disable_nagle(line.sock)
@@ -381,7 +417,9 @@ class Mesh:
             return
         line.heard_s = time.monotonic()
         try:
-            words = line.cable.receive_data(data if line.sheath is None else line.sheath.receive_data(data))
+            words = line.cable.receive_data(
+                data if line.sheath is None else line.sheath.receive_data(data)
+            )
         except CkptError as error:
             self._refuse(line, error)
             return
@@ -472,13 +510,16 @@ class Mesh:
             current = self._up.get(peer) is line
             if current:
                 del self._up[peer]
-                if peer in self._wanted:  # at once, to learn whether it is only the line that is gone
+                if (
+                    peer in self._wanted
+                ):  # at once, to learn whether it is only the line that is gone
                     self._wanted[peer].unconfirmed, self._wanted[peer].next_dial_s = True, 0.0
         if not quiet and (current or (line.dialled and not line.cable.up)):
             self._heard.on_disconnected(peer, why)
 
     def _doubt_place(self, line: _MeshConnection) -> None:
-        """After a call that failed, its node's name is resolved anew, unless the node is known to have been there."""
+        """After a call that failed, its node's name is resolved anew, unless the node is known to
+        have been there."""
         with self._lock:
             one = self._wanted.get(line.cable.peer)
         if one is not None and line.dialled and not line.cable.up and not one.reached:

@@ -1,7 +1,9 @@
-"""What keepers of one job's nodes say to each other. One word is one msgpack map with a ``type`` tag, see ``cable``.
+"""What keepers of one job's nodes say to each other. One word is one msgpack map with a ``type``
+tag, see ``cable``.
 
-Words that belong to an epoch of the membership carry its number as ``attempt``; those of another one are dropped or kept for
-later by whoever hears them. ``call``: a question, which is answered with the same number on the same line.
+Words that belong to an epoch of the membership carry its number as ``attempt``; those of another
+one are dropped or kept for later by whoever hears them. ``call``: a question, which is answered
+with the same number on the same line.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class MeshPost(MeshMessage, frozen=True, kw_only=True, tag="Post"):
 
 
 class MeshPeek(MeshMessage, frozen=True, kw_only=True, tag="Peek"):
-    """The value under ``key`` as soon as it is there, ``MeshReply``; without one after ``wait_s`` seconds."""
+    """The value under ``key`` as soon as it is there, ``MeshReply``; without one after ``wait_s``
+    seconds."""
 
     call: int
     room: str
@@ -82,11 +85,13 @@ class MeshDecided(MeshMessage, frozen=True, kw_only=True, tag="Decided"):
 
 
 class NodeProgress(MeshMessage, frozen=True, kw_only=True, tag="Standing"):
-    """How far the ranks of a node are, or those of several nodes as one: what all of them hold sealed, looked at second.
+    """How far the ranks of a node are, or those of several nodes as one: what all of them hold
+    sealed, looked at second.
 
-    ``completed``: the least number of steps that one of them completed, looked at first; -1: not all have begun.
-    To the node of rank 0 ``mirrored`` is the last named pair that this node has on others too, ``missed`` the last one that it
-    could not keep; from there ``mirrored`` is the newest that all nodes have on others, and ``named`` the one to keep next.
+    ``completed``: the least number of steps that one of them completed, looked at first; -1: not
+    all have begun. To the node of rank 0 ``mirrored`` is the last named pair that this node has on
+    others too, ``missed`` the last one that it could not keep; from there ``mirrored`` is the
+    newest that all nodes have on others, and ``named`` the one to keep next.
     """
 
     attempt: int
@@ -98,7 +103,8 @@ class NodeProgress(MeshMessage, frozen=True, kw_only=True, tag="Standing"):
 
 
 class LivenessCall(MeshMessage, frozen=True, kw_only=True, tag="Roll"):
-    """From the node of rank 0: who is still at this epoch? ``answered``: the last call that everybody answered; 0: none."""
+    """From the node of rank 0: who is still at this epoch? ``answered``: the last call that
+    everybody answered; 0: none."""
 
     attempt: int
     number: int
@@ -119,7 +125,8 @@ NodeSubmission = tuple[int, SnapshotId, tuple[str, ...]]
 
 
 class NodeSubmissions(MeshMessage, frozen=True, kw_only=True, tag="Handed"):
-    """To the node of rank 0, when an attempt begins: what this node's ranks handed in since the era began, the last ones."""
+    """To the node of rank 0, when an attempt begins: what this node's ranks handed in since the era
+    began, the last ones."""
 
     attempt: int
     count: int
@@ -127,7 +134,8 @@ class NodeSubmissions(MeshMessage, frozen=True, kw_only=True, tag="Handed"):
 
 
 class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
-    """From the node of rank 0: an epoch of the log is open, which goes on from ``resume``; ``turns`` as any node handed in."""
+    """From the node of rank 0: an epoch of the log is open, which goes on from ``resume``;
+    ``turns`` as any node handed in."""
 
     attempt: int
     resume: SnapshotId | None
@@ -138,7 +146,8 @@ class MeshEpochOpened(MeshMessage, frozen=True, kw_only=True, tag="Opened"):
 
 
 class InventoryEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The shares of ``ranks`` ranks of a pair, from ``rank`` on: in slots of their node, or kept for another as ``mirror``."""
+    """The shares of ``ranks`` ranks of a pair, from ``rank`` on: in slots of their node, or kept
+    for another as ``mirror``."""
 
     snapshot: SnapshotId
     origin: str
@@ -164,7 +173,8 @@ class NodeInventory(MeshMessage, frozen=True, kw_only=True, tag="Held"):
 class MeshSources(MeshMessage, frozen=True, kw_only=True, tag="Sources"):
     """From the node of rank 0: where each rank's share of some pairs is.
 
-    Of each pair the size of its world; of spans of its ranks, from 0 on, how many they are and which of ``nodes`` have them.
+    Of each pair the size of its world; of spans of its ranks, from 0 on, how many they are and
+    which of ``nodes`` have them.
     """
 
     attempt: int
@@ -193,7 +203,8 @@ class NodeEnded(MeshMessage, frozen=True, kw_only=True, tag="Ended"):
 
 
 class NodeFailed(MeshMessage, frozen=True, kw_only=True, tag="Failed"):
-    """To the leader: this node's trainers of ``attempt`` are dead, because of this; see ``keeper.roster_words.Failure``."""
+    """To the leader: this node's trainers of ``attempt`` are dead, because of this; see
+    ``keeper.roster_words.Failure``."""
 
     attempt: int
     rank: int

@@ -1,9 +1,10 @@
 """One line between two keepers without its socket: bytes in, words out, words in, bytes out. Pure.
 
-Both ends first send a greeting: who speaks, of which job, and a fresh nonce. The keys of both directions come from the shared
-secret and both nonces, and every frame after the greetings carries its number's authentication; so a stranger can say nothing,
-nothing can be said twice or left out, and a recorded line can't be played to anybody else. The first such frame of each end is
-``Proof``: only then is the line up.
+Both ends first send a greeting: who speaks, of which job, and a fresh nonce. The keys of both
+directions come from the shared secret and both nonces, and every frame after the greetings carries
+its number's authentication; so a stranger can say nothing, nothing can be said twice or left out,
+and a recorded line can't be played to anybody else. The first such frame of each end is ``Proof``:
+only then is the line up.
 
     greeting   4 bytes length, msgpack ``Greeting``
     frame      4 bytes length of the body, body, 16 bytes MAC
@@ -35,7 +36,8 @@ _DECODER: msgspec.msgpack.Decoder[MeshMessage] = msgspec.msgpack.Decoder(AnyMesh
 
 
 class Greeting(msgspec.Struct, frozen=True):
-    """First on a line, in the clear. ``to``: the node that the dialler means, "" from the listener."""
+    """First on a line, in the clear. ``to``: the node that the dialler means, "" from the
+    listener."""
 
     version: int
     job: str
@@ -49,7 +51,8 @@ prepare_decoders(Greeting)
 
 
 class MessageEncoder:
-    """Makes the bytes of words. What is said to all is spelled once: the last word is remembered with its bytes."""
+    """Makes the bytes of words. What is said to all is spelled once: the last word is remembered
+    with its bytes."""
 
     def __init__(self) -> None:
         self._last: tuple[MeshMessage, bytes] | None = None
@@ -60,7 +63,9 @@ class MessageEncoder:
             return self._last[1]
         body = _ENCODER.encode(word)
         if len(body) > FRAME_BYTES_MAX:
-            raise UsageError(f"too long for one word. type={type(word).__name__} size_bytes={len(body)}")
+            raise UsageError(
+                f"too long for one word. type={type(word).__name__} size_bytes={len(body)}"
+            )
         self._last = (word, body)
         return body
 
@@ -78,7 +83,8 @@ class MeshProtocol:
         dials: str | None = None,
         encode: MessageEncoder | None = None,
     ) -> None:
-        """``dials``: the node that is called; None at the end that was called. ``nonce``: NONCE_BYTES, never used before.
+        """``dials``: the node that is called; None at the end that was called. ``nonce``:
+        NONCE_BYTES, never used before.
 
         ``spell``: that of all lines of one thread.
         """
@@ -110,9 +116,11 @@ class MeshProtocol:
         self._frame(word)
 
     def receive_data(self, data: bytes | memoryview) -> list[MeshMessage]:
-        """The words in what came. Raises StoreDeniedError for a stranger, FormatVersionError for another release.
+        """The words in what came. Raises StoreDeniedError for a stranger, FormatVersionError for
+        another release.
 
-        After an error the line is of no use. Memory: one frame at most, a greeting's before the other end is known.
+        After an error the line is of no use. Memory: one frame at most, a greeting's before the
+        other end is known.
         """
         self._in += data
         words: list[MeshMessage] = []
@@ -123,7 +131,9 @@ class MeshProtocol:
             word = self._decoded(body)
             if not self.up:
                 if not isinstance(word, NodeProof) or word.node != self.peer:
-                    raise StoreDeniedError(f"a node that does not prove who it is. node={self.peer!r}")
+                    raise StoreDeniedError(
+                        f"a node that does not prove who it is. node={self.peer!r}"
+                    )
                 self.up = True
                 continue
             words.append(word)
@@ -136,18 +146,25 @@ class MeshProtocol:
             limit = FRAME_BYTES_MAX if self.up else GREETING_BYTES_MAX
             if not known and self._in.startswith(TLS_RECORD_STARTS):
                 raise StoreDeniedError(
-                    "the other end speaks TLS, and this node has no certificate; give all nodes one or none"
+                    "the other end speaks TLS, and this node has no certificate; give all nodes "
+                    "one or none"
                 )
             if length > limit:
-                raise StoreDeniedError(f"not a line of this job's nodes. length={length} limit_bytes={limit}")
+                raise StoreDeniedError(
+                    f"not a line of this job's nodes. length={length} limit_bytes={limit}"
+                )
             stop = _LENGTH.size + length + (MAC_BYTES if known else 0)
             if len(self._in) < stop:
                 return
             body = bytes(self._in[_LENGTH.size : _LENGTH.size + length])
             if known:
                 told = bytes(self._in[_LENGTH.size + length : stop])
-                if not hmac.compare_digest(told, frame_mac(self._receive_key, self._received, body)):
-                    raise StoreDeniedError(f"a word that none of this job's nodes said. node={self.peer!r}")
+                if not hmac.compare_digest(
+                    told, frame_mac(self._receive_key, self._received, body)
+                ):
+                    raise StoreDeniedError(
+                        f"a word that none of this job's nodes said. node={self.peer!r}"
+                    )
                 self._received += 1
             del self._in[:stop]
             yield body
@@ -159,23 +176,29 @@ class MeshProtocol:
             raise StoreDeniedError(f"not a line of this job's nodes. why={error}") from error
         if greeting.version != PROTOCOL_VERSION:
             raise FormatVersionError(
-                f"a node runs another release of torch-ckpt. node={greeting.node!r} theirs={greeting.version} ours={PROTOCOL_VERSION}; "
+                f"a node runs another release of torch-ckpt. node={greeting.node!r} "
+                f"theirs={greeting.version} ours={PROTOCOL_VERSION}; "
                 "run the same one on all nodes"
             )
         meant = greeting.to if self._dials is None else greeting.node
         wanted = self._node if self._dials is None else self._dials
         if greeting.job != self._job or meant != wanted or len(greeting.nonce) != NONCE_BYTES:
             raise StoreDeniedError(
-                f"somebody else answers there, or means somebody else. job={greeting.job!r} node={greeting.node!r} "
+                f"somebody else answers there, or means somebody else. job={greeting.job!r} "
+                f"node={greeting.node!r} "
                 f"meant={meant!r} wanted={wanted!r}"
             )
         self.peer = greeting.node
         if self._dials is None:
             self._greet("")
-            keys = connection_keys(self._secret, job=self._job, dialler=greeting.nonce, listener=self._nonce)
+            keys = connection_keys(
+                self._secret, job=self._job, dialler=greeting.nonce, listener=self._nonce
+            )
             self._receive_key, self._send_key = keys
         else:
-            keys = connection_keys(self._secret, job=self._job, dialler=self._nonce, listener=greeting.nonce)
+            keys = connection_keys(
+                self._secret, job=self._job, dialler=self._nonce, listener=greeting.nonce
+            )
             self._send_key, self._receive_key = keys
         self._frame(NodeProof(node=self._node))
 
@@ -184,7 +207,8 @@ class MeshProtocol:
             return _DECODER.decode(body)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise FormatVersionError(
-                f"a word that this release does not know. node={self.peer!r} why={error}; run the same one on all nodes"
+                f"a word that this release does not know. node={self.peer!r} why={error}; run the "
+                "same one on all nodes"
             ) from error
 
     def _greet(self, to: str) -> None:
@@ -193,5 +217,7 @@ class MeshProtocol:
 
     def _frame(self, word: MeshMessage) -> None:
         body = self._spell(word)
-        self._out.append(_LENGTH.pack(len(body)) + body + frame_mac(self._send_key, self._sent, body))
+        self._out.append(
+            _LENGTH.pack(len(body)) + body + frame_mac(self._send_key, self._sent, body)
+        )
         self._sent += 1

@@ -1,4 +1,5 @@
-"""What each new epoch means for this node: told once, as soon as it is known where its ranks meet."""
+"""What each new epoch means for this node: told once, as soon as it is known where its ranks
+meet."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ class NodeMembership(Membership, MemberFacts, Protocol):
 class NodeEpoch:
     """An epoch as it concerns this node, complete: where its ranks meet is known.
 
-    ``addresses`` of the lines by node, those of standbys too; ``peers``: where nodes lend their memory; ``domains``: what fails
-    together. ``meet``: None where this node has no ranks, or the job ends. ``me``: this node's id in it.
+    ``addresses`` of the lines by node, those of standbys too; ``peers``: where nodes lend their
+    memory; ``domains``: what fails together. ``meet``: None where this node has no ranks, or the
+    job ends. ``me``: this node's id in it.
     """
 
     record: EpochRecord
@@ -54,7 +56,8 @@ class NodeObserver:
 
     on_epoch: Callable[[NodeEpoch], object]
     on_standbys: Callable[[NodeEpoch], object]
-    """The epoch that was told goes on with other standbys, or was there before this node, which is one."""
+    """The epoch that was told goes on with other standbys, or was there before this node, which is
+    one."""
     on_membership_lost: Callable[[str], object]
     """This node is no member any more, so nothing of it may go on; it joins again by itself."""
     on_message: Callable[[str, MeshMessage], object]
@@ -67,9 +70,11 @@ class NodeObserver:
 
 @dataclass(frozen=True, slots=True)
 class NodeDeps:
-    """How a node is reached. ``lines`` to others, for a node of that name; ``meeting``: where the trainers of an epoch meet.
+    """How a node is reached. ``lines`` to others, for a node of that name; ``meeting``: where the
+    trainers of an epoch meet.
 
-    ``agent``: the launcher's own on this machine, which may live under this node's lease; "" where there is none.
+    ``agent``: the launcher's own on this machine, which may live under this node's lease; "" where
+    there is none.
     """
 
     open_mesh: Callable[[str, MeshObserver], Mesh]
@@ -78,7 +83,8 @@ class NodeDeps:
 
 
 class EpochTracker:
-    """See the module. ``meeting`` says where the trainers of an epoch shall meet, ``say`` says something to another node.
+    """See the module. ``meeting`` says where the trainers of an epoch shall meet, ``say`` says
+    something to another node.
 
     ``see`` and ``tell`` are for one thread; the rest is thread-safe.
     """
@@ -115,17 +121,19 @@ class EpochTracker:
                 self._meet = word
 
     def resend_meeting(self, node: str) -> None:
-        """There is a line again to a node that may not have heard where this one, that of rank 0, has its ranks meet."""
+        """There is a line again to a node that may not have heard where this one, that of rank 0,
+        has its ranks meet."""
         with self._lock:
             meet = self._meet
         if meet is not None:
             self._say(node, meet)
 
     def observe(self, view: View, me: NodeInfo, *, joined_at: int, began_at: int) -> bool:
-        """Look at the view's epoch, and tell of other standbys. True: it is new, and ``tell`` is due.
+        """Look at the view's epoch, and tell of other standbys. True: it is new, and ``tell`` is
+        due.
 
-        This node joined at revision ``joined_at``, the first time at ``began_at``: an epoch from before is not its own, but a
-        job's end concerns whoever was in it.
+        This node joined at revision ``joined_at``, the first time at ``began_at``: an epoch from
+        before is not its own, but a job's end concerns whoever was in it.
         """
         record, note = view.epoch, epoch_note(view)
         with self._lock:
@@ -151,10 +159,15 @@ class EpochTracker:
         if self._epoch is not None:
             self._told.on_epoch(self._epoch)
 
-    def _see_from_outside(self, view: View, record: EpochRecord, note: EpochNote, me: NodeInfo) -> None:
-        """An epoch that was there before this node: it is a standby, and is told of nothing but who is there."""
+    def _see_from_outside(
+        self, view: View, record: EpochRecord, note: EpochNote, me: NodeInfo
+    ) -> None:
+        """An epoch that was there before this node: it is a standby, and is told of nothing but who
+        is there."""
         if note.end is None and me.node not in record.ranks:
-            self._told.on_standbys(self._note(NodeEpoch(record, note, *_people(view), None, me.node)))
+            self._told.on_standbys(
+                self._note(NodeEpoch(record, note, *_people(view), None, me.node))
+            )
 
     def _note(self, epoch: NodeEpoch) -> NodeEpoch:
         with self._lock:
@@ -163,13 +176,16 @@ class EpochTracker:
         return epoch
 
     def _see_members(self, view: View) -> None:
-        """Standbys come and go within an epoch; who has ranks in it is of it until another one follows."""
+        """Standbys come and go within an epoch; who has ranks in it is of it until another one
+        follows."""
         if (before := self._epoch) is None:
             return
         addresses, peers, domains = (
             {node: one for node, one in then.items() if node in before.record.ranks}
             | {node: one for node, one in now.items() if node not in before.record.ranks}
-            for then, now in zip((before.addresses, before.peers, before.domains), _people(view), strict=True)
+            for then, now in zip(
+                (before.addresses, before.peers, before.domains), _people(view), strict=True
+            )
         )
         epoch = replace(before, addresses=addresses, peers=peers, domains=domains)
         if epoch != before:
@@ -177,7 +193,8 @@ class EpochTracker:
             self._told.on_standbys(epoch)
 
     def _meeting_of(self, record: EpochRecord, me: NodeInfo) -> MeetingAddress | None:
-        """Where the epoch's ranks meet, where that is known. The node of rank 0 chooses it, and says so."""
+        """Where the epoch's ranks meet, where that is known. The node of rank 0 chooses it, and
+        says so."""
         with self._lock:
             meet = self._meet
         if record.rank0_node != me.node:
@@ -193,7 +210,8 @@ class EpochTracker:
 
 
 def _people(view: View) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Of all members: where their lines are, where they lend memory, and what each fails together with."""
+    """Of all members: where their lines are, where they lend memory, and what each fails together
+    with."""
     return (
         {member.node: member.info.address for member in view.members},
         {member.node: peer for member in view.members if (peer := peer_address(member.info))},

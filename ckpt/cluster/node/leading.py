@@ -23,9 +23,9 @@ NOTE_CHARS_MAX = 4000
 class EpochNote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """``why`` the epoch came, for people.
 
-    ``fingerprint``, ``step``, ``same``, ``stuck``, ``completed``, ``overdue``: see ``keeper.verdict.FailureHistory``. ``end``: all
-    nodes leave with that status. ``era``: the first epoch with the same nodes in the same places; what their keepers do
-    together goes on within.
+    ``fingerprint``, ``step``, ``same``, ``stuck``, ``completed``, ``overdue``: see
+    ``keeper.verdict.FailureHistory``. ``end``: all nodes leave with that status. ``era``: the first
+    epoch with the same nodes in the same places; what their keepers do together goes on within.
     """
 
     why: str = ""
@@ -67,7 +67,8 @@ def decode_note(text: str) -> EpochNote:
 
 @dataclass(frozen=True, slots=True)
 class EpochReports:
-    """What is known of one epoch: failures by node, when each was heard, and the nodes all of whose ranks ended well."""
+    """What is known of one epoch: failures by node, when each was heard, and the nodes all of whose
+    ranks ended well."""
 
     failures: Mapping[str, NodeFailed]
     received_s: Mapping[str, float]
@@ -92,11 +93,13 @@ class NodeReports:
                 self._ended[node] = max(word.attempt, self._ended.get(node, 0))
 
     def for_epoch(self, record: EpochRecord) -> EpochReports:
-        """Of an epoch's nodes. A node that can't go on said so once, and it holds in each epoch that still places it."""
+        """Of an epoch's nodes. A node that can't go on said so once, and it holds in each epoch
+        that still places it."""
         known = {
-            node: self._failures[node] for node in record.ranks
+            node: self._failures[node]
+            for node in record.ranks
             if node in self._failures and _concerns(self._failures[node][0], record.number)
-        }  # fmt: skip
+        }
         return EpochReports(
             {node: word for node, (word, _) in known.items()},
             {node: at_s for node, (_, at_s) in known.items()},
@@ -107,9 +110,10 @@ class NodeReports:
         """Drop what says nothing about the view's epoch or a later one."""
         number = view.epoch.number if view.epoch is not None else 0
         self._failures = {
-            node: (word, at_s) for node, (word, at_s) in self._failures.items()
+            node: (word, at_s)
+            for node, (word, at_s) in self._failures.items()
             if word.attempt >= number or (word.final and node in view.by_node)
-        }  # fmt: skip
+        }
         self._ended = {node: attempt for node, attempt in self._ended.items() if attempt >= number}
 
 
@@ -126,27 +130,38 @@ ALL_ENDED = "all ranks ended"
 PEER_CAPABILITY = "peer="
 """How a node's capabilities begin where they say where it lends its memory,"""
 FLOOR_CAPABILITY = "attempt="
-"""and the greatest attempt that its keeper knows of: each epoch exceeds it, whatever the membership remembers."""
+"""and the greatest attempt that its keeper knows of: each epoch exceeds it, whatever the membership
+remembers."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureDecision:
-    """What a judge says: ``note`` for the next epoch (None: no reason for one), or look again at ``until_s``."""
+    """What a judge says: ``note`` for the next epoch (None: no reason for one), or look again at
+    ``until_s``."""
 
     note: EpochNote | None = None
     until_s: float | None = None
 
 
 DecideFailures = Callable[
-    [EpochNote, Mapping[str, NodeFailed], Mapping[str, float], AbstractSet[str], Mapping[str, float], float],
+    [
+        EpochNote,
+        Mapping[str, NodeFailed],
+        Mapping[str, float],
+        AbstractSet[str],
+        Mapping[str, float],
+        float,
+    ],
     FailureDecision,
 ]
-"""Of the epoch's note, failures by node, lost nodes since when, nodes that ended, when each failure was heard, and now."""
+"""Of the epoch's note, failures by node, lost nodes since when, nodes that ended, when each failure
+was heard, and now."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpochProblems:
-    """What is known of the epoch of a view; ``lost``: its nodes that are dead and had not ended, since when."""
+    """What is known of the epoch of a view; ``lost``: its nodes that are dead and had not ended,
+    since when."""
 
     reported: EpochReports
     lost: Mapping[str, float]
@@ -177,14 +192,18 @@ def peer_address(info: NodeInfo) -> str:
 
 
 def end_unseen(view: View) -> bool:
-    """Whether the epoch is a job's end that members of that job have yet to see: each leaves when it does."""
+    """Whether the epoch is a job's end that members of that job have yet to see: each leaves when
+    it does."""
     return epoch_note(view).end is not None and any(
         member.joined_revision < view.epoch_revision for member in view.members
     )
 
 
-def assess(view: View, trouble: EpochProblems, judge: DecideFailures, now_s: float) -> FailureDecision:
-    """What an epoch's failures amount to. Where none of its nodes is left there is nothing to go on from, or to judge."""
+def assess(
+    view: View, trouble: EpochProblems, judge: DecideFailures, now_s: float
+) -> FailureDecision:
+    """What an epoch's failures amount to. Where none of its nodes is left there is nothing to go on
+    from, or to judge."""
     record, reported = view.epoch, trouble.reported
     note = epoch_note(view)
     if record is None or note.end is not None:
@@ -201,8 +220,9 @@ def next_epoch(
 ) -> NextEpoch | None:
     """What is to be published now, if anything.
 
-    A rank that ended is never started again: once a node's ranks have, no epoch follows but the end. While an exception waits
-    to be explained the world does not grow, and while a lost node is waited for nothing starts anew without it.
+    A rank that ended is never started again: once a node's ranks have, no epoch follows but the
+    end. While an exception waits to be explained the world does not grow, and while a lost node is
+    waited for nothing starts anew without it.
     """
     epoch, found = view.epoch, verdict.note
     if epoch is not None and found is not None and found.end is not None:
@@ -218,14 +238,23 @@ def next_epoch(
     return None
 
 
-def _next(view: View, record: EpochRecord, found: EpochNote, why: str, remove: tuple[str, ...] = ()) -> NextEpoch:
+def _next(
+    view: View, record: EpochRecord, found: EpochNote, why: str, remove: tuple[str, ...] = ()
+) -> NextEpoch:
     old = view.epoch
     same = old is not None and old.places == record.places
     era = (epoch_note(view).era or old.number) if same and old is not None else record.number
     note = EpochNote(
-        why=why, fingerprint=found.fingerprint, step=found.step, same=found.same, stuck=found.stuck,
-        completed=found.completed, overdue=found.overdue, end=found.end, era=era,
-    )  # fmt: skip
+        why=why,
+        fingerprint=found.fingerprint,
+        step=found.step,
+        same=found.same,
+        stuck=found.stuck,
+        completed=found.completed,
+        overdue=found.overdue,
+        end=found.end,
+        era=era,
+    )
     return NextEpoch(record, note, remove)
 
 
@@ -258,8 +287,8 @@ FULL_MESH_NODES_MAX = 64
 def mesh_topology(view: View, me: str) -> dict[str, str]:
     """The addresses, by node, to which ``me`` keeps lines.
 
-    With many nodes: to the leader and the node of rank 0, who have lines to all, and to both neighbours in a ring of all
-    members, so that two at least see each node's end.
+    With many nodes: to the leader and the node of rank 0, who have lines to all, and to both
+    neighbours in a ring of all members, so that two at least see each node's end.
     """
     addresses = {member.node: member.info.address for member in view.members if member.info.address}
     nodes = sorted(addresses)

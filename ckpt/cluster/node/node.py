@@ -1,7 +1,9 @@
-"""One node in its job's membership: joins, watches, leads when nobody else does, and tells what each new epoch means here.
+"""One node in its job's membership: joins, watches, leads when nobody else does, and tells what
+each new epoch means here.
 
-Two threads. One waits for changes; the other acts on what is known: the newest view, what other nodes said over their lines,
-and what this node's keeper said. What follows is decided by pure functions (``membership.decide``, ``Judge``) and done here.
+Two threads. One waits for changes; the other acts on what is known: the newest view, what other
+nodes said over their lines, and what this node's keeper said. What follows is decided by pure
+functions (``membership.decide``, ``Judge``) and done here.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ckpt.cluster.membership.api import Leading, LeaseStatus, Published
-from ckpt.cluster.membership.decide import MembershipOptions, WaitTimers, confirmed_suspects, decide, update_timers
+from ckpt.cluster.membership.decide import (
+    MembershipOptions,
+    WaitTimers,
+    confirmed_suspects,
+    decide,
+    update_timers,
+)
 from ckpt.cluster.membership.leases import LeaseState
 from ckpt.cluster.membership.records import NodeInfo, StateInventory, View, encode_inventory
 from ckpt.cluster.membership.transactions import INVENTORY_FACT
@@ -61,7 +69,8 @@ class FailureDetector:
                 self._due[node] = None
 
     def report(self, view: View, suspect: Callable[[str, str | None], object]) -> None:
-        """Tell what is due about those who are still members. What can't be told now is told the next time."""
+        """Tell what is due about those who are still members. What can't be told now is told the
+        next time."""
         with self._lock:
             due, self._due = self._due, {}
             due = {node: why for node, why in due.items() if node in view.by_node}
@@ -83,7 +92,8 @@ class FailureDetector:
 LOOK_S = 1.0
 """How often time alone may have changed what follows."""
 VIEW_S = 5.0
-"""How often the membership is read where nothing is said to have changed: each of N nodes reads of all N."""
+"""How often the membership is read where nothing is said to have changed: each of N nodes reads of
+all N."""
 RETRY_S = 0.2
 CLOSE_WAIT_S = 60.0
 """How long leaving waits for a call to the membership that is on its way."""
@@ -92,14 +102,22 @@ CLOSE_WAIT_S = 60.0
 class Node:
     """See the module.
 
-    ``grow_wait_s``: so long an epoch lasts before one follows only because there are more nodes: each costs a warm restart, and
-    nodes that come one after the other shall come together.
+    ``grow_wait_s``: so long an epoch lasts before one follows only because there are more nodes:
+    each costs a warm restart, and nodes that come one after the other shall come together.
     """
 
     def __init__(
-        self, member: NodeMembership, info: Callable[[], NodeInfo], options: MembershipOptions, *, decide_failures: DecideFailures, observer: NodeObserver, emit: Emit,
-        deps: NodeDeps, grow_wait_s: float,
-    ) -> None:  # fmt: skip
+        self,
+        member: NodeMembership,
+        info: Callable[[], NodeInfo],
+        options: MembershipOptions,
+        *,
+        decide_failures: DecideFailures,
+        observer: NodeObserver,
+        emit: Emit,
+        deps: NodeDeps,
+        grow_wait_s: float,
+    ) -> None:
         self._member = member
         self._info = info
         self._options = options
@@ -171,7 +189,8 @@ class Node:
         self._say_mine(NodeEnded(attempt=attempt))
 
     def put_inventory(self, holdings: StateInventory) -> None:
-        """What this node has of a world's ranks: who leads gives it, rather than another standby, the place of one of them."""
+        """What this node has of a world's ranks: who leads gives it, rather than another standby,
+        the place of one of them."""
         data = encode_inventory(holdings)
         with self._changed:
             if data != self._holdings:
@@ -222,16 +241,23 @@ class Node:
             except FencedError as error:
                 self._lose(str(error), me)
             except CkptError as error:
-                self._say_once("membership-waits", f"the membership can't be reached, tried again: {error}")
+                self._say_once(
+                    "membership-waits", f"the membership can't be reached, tried again: {error}"
+                )
                 self._pause(RETRY_S)
             except Exception as error:  # noqa: BLE001  a thread's border
-                self._say_once("membership-failed", f"{InternalError(f'the membership failed. cause={error!r}')}")
+                self._say_once(
+                    "membership-failed",
+                    f"{InternalError(f'the membership failed. cause={error!r}')}",
+                )
                 self._pause(LOOK_S)
 
     def _wait_change(self, view: View) -> None:
         """Until the membership is to be read again."""
         until_s = time.monotonic() + VIEW_S
-        while not (self._done or self._rejoin or self._member.wait_change(view.revision, timeout_s=LOOK_S)):
+        while not (
+            self._done or self._rejoin or self._member.wait_change(view.revision, timeout_s=LOOK_S)
+        ):
             if time.monotonic() >= until_s:
                 return
 
@@ -239,8 +265,12 @@ class Node:
         info = self._joining
         if info is None or self._member.lease_status().state is LeaseState.LOST:
             self._joining = info = self._come()
-        view = self._member.view()  # where this fails it is asked again: by now this node is a member
-        joined_at = view.by_node[info.node].joined_revision if info.node in view.by_node else view.revision
+        view = (
+            self._member.view()
+        )  # where this fails it is asked again: by now this node is a member
+        joined_at = (
+            view.by_node[info.node].joined_revision if info.node in view.by_node else view.revision
+        )
         with self._changed:
             self._me, self._joining, self._rejoin = info, None, False
             self._joined_at = joined_at
@@ -259,7 +289,9 @@ class Node:
             self._view = None
             self._suspects = FailureDetector()
         self._epochs.forget_meeting()
-        heard = MeshObserver(on_message=self._on_word, on_connected=self._on_up, on_disconnected=self._on_down)
+        heard = MeshObserver(
+            on_message=self._on_word, on_connected=self._on_up, on_disconnected=self._on_down
+        )
         info = self._info()
         self._lines = self._make_lines(info.node, heard)
         info = replace(info, address=f"{info.address}:{self._lines.port}")
@@ -280,7 +312,11 @@ class Node:
         """Take a view for what is known, unless a newer one is."""
         with self._changed:
             known = self._view
-            if me is self._me and not self._rejoin and (known is None or known.revision <= view.revision):
+            if (
+                me is self._me
+                and not self._rejoin
+                and (known is None or known.revision <= view.revision)
+            ):
                 self._view = view
                 self._touch()
 
@@ -314,7 +350,11 @@ class Node:
     def _on_up(self, node: str) -> None:
         with self._changed:
             me = self._me
-            root = self._view.epoch.rank0_node if self._view is not None and self._view.epoch is not None else ""
+            root = (
+                self._view.epoch.rank0_node
+                if self._view is not None and self._view.epoch is not None
+                else ""
+            )
             self._suspects.node_reached(node)
             self._touch()
         self._pass_on_mine()
@@ -342,7 +382,9 @@ class Node:
         until_s = 0.0
         while not self._done:
             with self._changed:
-                self._changed.wait_for(lambda: self._dirty or self._done, max(0.0, until_s - time.monotonic()))
+                self._changed.wait_for(
+                    lambda: self._dirty or self._done, max(0.0, until_s - time.monotonic())
+                )
                 self._dirty = False
                 view, me, lines = self._view, self._me, self._lines
             until_s = time.monotonic() + LOOK_S
@@ -354,12 +396,16 @@ class Node:
             except FencedError as error:
                 self._lose(str(error), me)
             except CkptError as error:
-                self._say_once("membership-waits", f"the membership can't be reached, tried again: {error}")
+                self._say_once(
+                    "membership-waits", f"the membership can't be reached, tried again: {error}"
+                )
                 self._pause(RETRY_S)
                 with self._changed:
                     self._touch()
             except Exception as error:  # noqa: BLE001  a thread's border
-                self._say_once("membership-failed", f"{InternalError(f'leading failed. cause={error!r}')}")
+                self._say_once(
+                    "membership-failed", f"{InternalError(f'leading failed. cause={error!r}')}"
+                )
                 self._pause(LOOK_S)
 
     def _on_view(self, view: View, me: NodeInfo) -> float:
@@ -417,7 +463,9 @@ class Node:
         verdict = assess(view, trouble, self._judge, now_s)
         found = next_epoch(view, decision, verdict, trouble)
         if found is None:
-            return min(getattr(decision, "until_s", now_s + LOOK_S), verdict.until_s or now_s + LOOK_S)
+            return min(
+                getattr(decision, "until_s", now_s + LOOK_S), verdict.until_s or now_s + LOOK_S
+            )
         record = replace(found.record, note=encode_note(found.note))
         if isinstance(self._member.publish(record, view, remove=found.remove), Published):
             text = f"epoch {record.number}: {found.note.why}"
@@ -438,7 +486,9 @@ class Node:
             reported = self._reports.for_epoch(record)
         out = confirmed_suspects(view, self._options.witnesses_min)
         dead = [node for node in record.ranks if node not in view.by_node or node in out]
-        self._lost = {node: self._lost.get(node, now_s) for node in dead if node not in reported.ended}
+        self._lost = {
+            node: self._lost.get(node, now_s) for node in dead if node not in reported.ended
+        }
         return EpochProblems(reported, self._lost)
 
     def _look(self, me: NodeInfo) -> None:

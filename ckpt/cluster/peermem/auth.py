@@ -1,7 +1,9 @@
-"""Who may speak: a job's secret, and the keys that one connection draws from it. Pure; no key is ever shown.
+"""Who may speak: a job's secret, and the keys that one connection draws from it. Pure; no key is
+ever shown.
 
-Each connection begins with a hello in which both sides prove that they know the secret and give a fresh nonce. All its keys
-depend on both, so nothing that was recorded on one connection means anything on another.
+Each connection begins with a hello in which both sides prove that they know the secret and give a
+fresh nonce. All its keys depend on both, so nothing that was recorded on one connection means
+anything on another.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ NONCE_BYTES = 16
 MAC_BYTES = 32
 
 _DISTINCT_MIN = 12
-"""Fewest different bytes in a secret: 32 random ones have 30, and fewer than 12 come once in 10^22 draws."""
+"""Fewest different bytes in a secret: 32 random ones have 30, and fewer than 12 come once in 10^22
+draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +43,33 @@ class PeerSecret:
 
     @classmethod
     def of(cls, raw: bytes) -> PeerSecret:
-        """The secret of 32 random bytes. Raises UsageError for another length and for bytes that can't be random."""
+        """The secret of 32 random bytes. Raises UsageError for another length and for bytes that
+        can't be random."""
         if len(raw) != SECRET_BYTES:
-            raise UsageError(f"a peer secret has another length. size_bytes={len(raw)} wanted={SECRET_BYTES}")
+            raise UsageError(
+                f"a peer secret has another length. size_bytes={len(raw)} wanted={SECRET_BYTES}"
+            )
         if len(set(raw)) < _DISTINCT_MIN:
-            raise UsageError("a peer secret isn't random: it holds only a few different bytes; make a new one")
+            raise UsageError(
+                "a peer secret isn't random: it holds only a few different bytes; make a new one"
+            )
         return cls(mac(b"ckpt peer 1", raw))
 
     def __repr__(self) -> str:
         return "Secret(...)"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret isn't pickled: hand its file to the other process and load it there")
+        raise TypeError(
+            "a secret isn't pickled: hand its file to the other process and load it there"
+        )
 
     def hello_mac(self, head: bytes) -> bytes:
         """What a client proves itself with, over its hello's head."""
         return mac(self._root, b"hello" + head)
 
     def welcome_mac(self, hello_mac: bytes, head: bytes) -> bytes:
-        """What a server proves itself with, over its answer's head and the hello that it answers."""
+        """What a server proves itself with, over its answer's head and the hello that it
+        answers."""
         return mac(self._root, b"welcome" + hello_mac + head)
 
     def session(self, hello_mac: bytes, welcome_mac: bytes) -> SessionKeys:

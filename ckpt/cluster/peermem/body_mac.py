@@ -44,12 +44,14 @@ class HmacBody:
 
 
 def known_macs() -> tuple[str, ...]:
-    """The MACs that this process can make, fastest first: GMAC where ``cryptography`` is installed."""
+    """The MACs that this process can make, fastest first: GMAC where ``cryptography`` is
+    installed."""
     return (GMAC, HMAC) if importlib.util.find_spec("cryptography") else (HMAC,)
 
 
 def body_mac(name: str, key: bytes, *, counter: int, head_mac: bytes) -> BodyMac:
-    """The MAC of the body behind the head with ``head_mac``. ``counter`` is used for one body a key and direction only.
+    """The MAC of the body behind the head with ``head_mac``. ``counter`` is used for one body a key
+    and direction only.
 
     Raises UsageError for a name that this process can't make.
     """

@@ -1,4 +1,5 @@
-"""One connection's bytes: heads through a small buffer, bodies straight between memory and the kernel.
+"""One connection's bytes: heads through a small buffer, bodies straight between memory and the
+kernel.
 
 Holds HEAD_BYTES_MAX of memory of its own, and no body.
 """
@@ -27,25 +28,28 @@ from ckpt.rate_limit import RateLimit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerTimeouts:
-    """A peer moves ``bytes_per_s_min`` and may be late by ``grace_s``, as a leaky bucket: speed makes up for lateness and never
-    earns more. So neither silence nor a trickle holds anybody up, whatever went before.
+    """A peer moves ``bytes_per_s_min`` and may be late by ``grace_s``, as a leaky bucket: speed
+    makes up for lateness and never earns more. So neither silence nor a trickle holds anybody up,
+    whatever went before.
     """
 
     grace_s: float = 10.0
     bytes_per_s_min: int = 64 << 10
 
     def late_s(self, late_s: float, *, took_s: float, moved_bytes: int) -> float:
-        """How late a peer is that was ``late_s``, and then took ``took_s`` to move ``moved_bytes``."""
+        """How late a peer is that was ``late_s``, and then took ``took_s`` to move
+        ``moved_bytes``."""
         return max(0.0, late_s + took_s - moved_bytes / self.bytes_per_s_min)
 
 
 BLOCK_BYTES = 1 << 20
-"""What is digested and sent at once, and received at most: smaller blocks wake the other side more often, which costs more than
-a cache gains.
+"""What is digested and sent at once, and received at most: smaller blocks wake the other side more
+often, which costs more than a cache gains.
 """
 
 DIGEST_BYTES = 256 << 10
-"""What is gathered of small pieces that came before they are digested: TLS gives 16 KiB at a time."""
+"""What is gathered of small pieces that came before they are digested: TLS gives 16 KiB at a
+time."""
 
 PIECES_MAX = 64
 """Buffers that go in one call."""
@@ -62,9 +66,20 @@ class EndedError(UnavailableError):
 
 
 class PeerChannel:
-    """A connected socket, plain or TLS, and its owner's patience. Owns the socket. For one thread."""
+    """A connected socket, plain or TLS, and its owner's patience. Owns the socket. For one
+    thread."""
 
-    __slots__ = ("_buffer", "_late_s", "_mark_s", "_patience", "_socket", "_start", "_stop", "_work_s", "plain")
+    __slots__ = (
+        "_buffer",
+        "_late_s",
+        "_mark_s",
+        "_patience",
+        "_socket",
+        "_start",
+        "_stop",
+        "_work_s",
+        "plain",
+    )
 
     def __init__(self, sock: socket.socket, patience: PeerTimeouts) -> None:
         self._socket = sock
@@ -76,7 +91,8 @@ class PeerChannel:
         self.restart_timeout()
 
     def restart_timeout(self, *, work_s: float = 0.0) -> None:
-        """The other side's time begins anew. ``work_s``: what it may take beyond its owner's patience, for work of its own."""
+        """The other side's time begins anew. ``work_s``: what it may take beyond its owner's
+        patience, for work of its own."""
         self._mark_s = time.monotonic()
         self._late_s = 0.0
         self._work_s = work_s
@@ -94,11 +110,13 @@ class PeerChannel:
         self._socket.close()
 
     def is_idle(self) -> bool:
-        """Whether nothing has come since the last answer; a connection that says more, or has ended, is of no use."""
+        """Whether nothing has come since the last answer; a connection that says more, or has
+        ended, is of no use."""
         return self._start == self._stop and not _ready(self._socket, select.POLLIN, 0.0)
 
     def linger(self) -> None:
-        """Say that no more comes, and take in a little of what does, lest the last words are lost with it."""
+        """Say that no more comes, and take in a little of what does, lest the last words are lost
+        with it."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_WR)
             until_s, taken = time.monotonic() + LINGER_S, 0
@@ -112,17 +130,21 @@ class PeerChannel:
     # Receiving.
 
     def read_head(self, *, idle_s: float | None = None) -> bytes | None:
-        """The next head, its empty line included; None where the other side ended the connection before it.
+        """The next head, its empty line included; None where the other side ended the connection
+        before it.
 
-        ``idle_s``: how long its first byte may take; from there on its owner's patience counts. Raises TimeoutError,
-        EndedError in the middle of a head, MalformedError where none ends within HEAD_BYTES_MAX.
+        ``idle_s``: how long its first byte may take; from there on its owner's patience counts.
+        Raises TimeoutError, EndedError in the middle of a head, MalformedError where none ends
+        within HEAD_BYTES_MAX.
         """
         if self._start == self._stop and not self._more(idle_s):
             return None
         if idle_s is not None:
             self.restart_timeout()
         seen_bytes = 0
-        while (at := self._buffer.find(END, self._start + max(0, seen_bytes - len(END)), self._stop)) < 0:
+        while (
+            at := self._buffer.find(END, self._start + max(0, seen_bytes - len(END)), self._stop)
+        ) < 0:
             seen_bytes = self._stop - self._start
             if seen_bytes == HEAD_BYTES_MAX:
                 raise MalformedError(f"a head is too long. limit_bytes={HEAD_BYTES_MAX}")
@@ -133,7 +155,8 @@ class PeerChannel:
         return head
 
     def read_body(self, out: memoryview, mac: BodyMac) -> bool:
-        """Fill ``out`` and read the tag behind it; whether that proves it. ``out`` holds anything where it doesn't.
+        """Fill ``out`` and read the tag behind it; whether that proves it. ``out`` holds anything
+        where it doesn't.
 
         Raises TimeoutError, and EndedError where the connection ends before.
         """
@@ -158,7 +181,8 @@ class PeerChannel:
             at += count
 
     def verify_tag(self, mac: BodyMac) -> bool:
-        """Read a body's tag; whether it proves all that ``mac`` took in. Raises as ``read_body``."""
+        """Read a body's tag; whether it proves all that ``mac`` took in. Raises as
+        ``read_body``."""
         return macs_equal(self._read_tag(), mac.tag())
 
     def skip(self, size_bytes: int) -> None:
@@ -200,8 +224,11 @@ class PeerChannel:
         """Send small pieces, in one call where the kernel can. Raises TimeoutError, OSError."""
         self._send([memoryview(piece) for piece in pieces])
 
-    def write_body(self, data: Sequence[memoryview], mac: BodyMac, cap: RateLimit | None = None) -> None:
-        """Send ``data`` in order, no copy made but the kernel's, and digest it on the way. The tag is the caller's to send."""
+    def write_body(
+        self, data: Sequence[memoryview], mac: BodyMac, cap: RateLimit | None = None
+    ) -> None:
+        """Send ``data`` in order, no copy made but the kernel's, and digest it on the way. The tag
+        is the caller's to send."""
         for block in _blocks(data, BLOCK_BYTES if cap is None else cap.block_bytes(BLOCK_BYTES)):
             if cap is not None:
                 self.extend_timeout(cap.take(sum(len(piece) for piece in block)))
@@ -210,9 +237,15 @@ class PeerChannel:
             self._send(block)
 
     def write_extent(
-        self, view: memoryview, fd: int, offset_bytes: int, mac: BodyMac, cap: RateLimit | None = None
+        self,
+        view: memoryview,
+        fd: int,
+        offset_bytes: int,
+        mac: BodyMac,
+        cap: RateLimit | None = None,
     ) -> None:
-        """As ``write_body`` of ``view``, a mapping of ``fd`` at ``offset_bytes``; the kernel sends the pages themselves.
+        """As ``write_body`` of ``view``, a mapping of ``fd`` at ``offset_bytes``; the kernel sends
+        the pages themselves.
 
         They must not be overwritten before the other side has answered.
         """
@@ -256,19 +289,24 @@ class PeerChannel:
             size_bytes -= count
 
     def _left_s(self) -> float:
-        left_s = self._patience.grace_s + self._work_s - self._late_s - (time.monotonic() - self._mark_s)
+        left_s = (
+            self._patience.grace_s + self._work_s - self._late_s - (time.monotonic() - self._mark_s)
+        )
         if left_s <= 0:
             raise TimeoutError(f"the other side is too slow. grace_s={self._patience.grace_s:g}")
         return left_s
 
     def _moved(self, count: int) -> None:
         now_s = time.monotonic()
-        self._late_s = self._patience.late_s(self._late_s, took_s=now_s - self._mark_s, moved_bytes=count)
+        self._late_s = self._patience.late_s(
+            self._late_s, took_s=now_s - self._mark_s, moved_bytes=count
+        )
         self._mark_s = now_s
 
 
 def shut_down(sock: socket.socket) -> None:
-    """End all calls that wait on a socket, from any thread. The socket's own method would also take TLS off it."""
+    """End all calls that wait on a socket, from any thread. The socket's own method would also take
+    TLS off it."""
     with contextlib.suppress(OSError):  # the other side was faster
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
@@ -302,7 +340,8 @@ def _blocks(data: Sequence[memoryview], block_bytes: int) -> Iterator[list[memor
 
 @dataclass(frozen=True, slots=True)
 class PeerExtent:
-    """``size_bytes`` of a file or memfd from ``offset_bytes`` on. The descriptor stays the caller's."""
+    """``size_bytes`` of a file or memfd from ``offset_bytes`` on. The descriptor stays the
+    caller's."""
 
     fd: int
     offset_bytes: int
@@ -364,7 +403,8 @@ class MappedExtent:
 
 @contextlib.contextmanager
 def mapped(extent: PeerExtent) -> Iterator[PeerBody]:
-    """``extent`` as a body. Raises UsageError where the file doesn't reach so far or can't be mapped."""
+    """``extent`` as a body. Raises UsageError where the file doesn't reach so far or can't be
+    mapped."""
     if extent.size_bytes == 0:
         yield BufferBody([])
         return
@@ -374,7 +414,8 @@ def mapped(extent: PeerExtent) -> Iterator[PeerBody]:
         memory = mmap.mmap(extent.fd, length, prot=mmap.PROT_READ, offset=start)
     except (ValueError, OSError, OverflowError) as error:
         raise UsageError(
-            f"an extent can't be mapped. offset_bytes={extent.offset_bytes} size_bytes={extent.size_bytes} cause={error}"
+            f"an extent can't be mapped. offset_bytes={extent.offset_bytes} "
+            f"size_bytes={extent.size_bytes} cause={error}"
         ) from error
     with memory, memoryview(memory) as whole, whole[extent.offset_bytes - start :] as view:
         yield MappedExtent(extent, view)

@@ -35,18 +35,21 @@ from ckpt.errors import CkptError, IntegrityError, StoreDeniedError, Unavailable
 from ckpt.rate_limit import RateLimit
 
 EAGER_BYTES_MAX = 64 << 10
-"""Larger bodies are sent when the server says that it takes them. It refuses more that comes unasked."""
+"""Larger bodies are sent when the server says that it takes them. It refuses more that comes
+unasked."""
 
 LISTING_BYTES_MAX = 4 << 20
 """Longest page of a listing that is believed: 1,000 keys of 512 bytes, each spelled in six."""
 
 
 COPY_BYTES_PER_S_MIN = 128 << 20
-"""What a server copies of a base in a second at least, into fresh memory too: it is waited for so much longer."""
+"""What a server copies of a base in a second at least, into fresh memory too: it is waited for so
+much longer."""
 
 
 class CrowdedError(UnavailableError):
-    """The peer serves others, or ended a connection that had hardly begun to make room for one: asking a little later helps."""
+    """The peer serves others, or ended a connection that had hardly begun to make room for one:
+    asking a little later helps."""
 
 
 def no_check() -> None:
@@ -55,7 +58,8 @@ def no_check() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerCall:
-    """One operation. A GET fills ``out``; ``still_lent`` is asked when all of ``body`` was read, before its tag goes.
+    """One operation. A GET fills ``out``; ``still_lent`` is asked when all of ``body`` was read,
+    before its tag goes.
 
     ``base``: of a PUT whose body is a table of ``ranges`` ranges and their bytes.
     """
@@ -83,10 +87,13 @@ class PeerReply:
 class PeerConnection:
     """A connection whose server has proven itself. For one thread at a time.
 
-    ``usable``: another call may follow. ``heard``: the server has said something about the last one.
+    ``usable``: another call may follow. ``heard``: the server has said something about the last
+    one.
     """
 
-    def __init__(self, channel: PeerChannel, endpoint: Endpoint, keys: SessionKeys, welcome: PeerWelcome) -> None:
+    def __init__(
+        self, channel: PeerChannel, endpoint: Endpoint, keys: SessionKeys, welcome: PeerWelcome
+    ) -> None:
         self._channel = channel
         self._host = str(endpoint)
         self._keys = keys
@@ -104,8 +111,8 @@ class PeerConnection:
     ) -> PeerConnection:
         """Connect and say hello.
 
-        Raises UnavailableError where nobody answers, StoreDeniedError where somebody does who doesn't know the secret or shows
-        another certificate, or to whom we don't.
+        Raises UnavailableError where nobody answers, StoreDeniedError where somebody does who
+        doesn't know the secret or shows another certificate, or to whom we don't.
         """
         try:
             sock = socket.create_connection((endpoint.host, endpoint.port), connect_s)
@@ -122,13 +129,21 @@ class PeerConnection:
             sock.close()
             match error:
                 case ssl.SSLEOFError() | ConnectionError() | EndedError():
-                    raise CrowdedError(f"a peer broke off at the start. peer={endpoint} cause={error}") from error
+                    raise CrowdedError(
+                        f"a peer broke off at the start. peer={endpoint} cause={error}"
+                    ) from error
                 case TimeoutError():
-                    raise UnavailableError(f"a peer is silent at the start. peer={endpoint} cause={error}") from error
+                    raise UnavailableError(
+                        f"a peer is silent at the start. peer={endpoint} cause={error}"
+                    ) from error
                 case ssl.SSLError():
-                    raise StoreDeniedError(f"TLS failed. peer={endpoint} cause={error}; check certificates") from error
+                    raise StoreDeniedError(
+                        f"TLS failed. peer={endpoint} cause={error}; check certificates"
+                    ) from error
                 case OSError():
-                    raise UnavailableError(f"the connection failed. peer={endpoint} cause={error}") from error
+                    raise UnavailableError(
+                        f"the connection failed. peer={endpoint} cause={error}"
+                    ) from error
             raise
 
     @classmethod
@@ -144,7 +159,8 @@ class PeerConnection:
             raise _unproven(raw, endpoint)
         if not macs_equal(split[1], secret.welcome_mac(hello_mac, split[0])):
             raise StoreDeniedError(
-                f"who answers doesn't know this job's secret. peer={endpoint}; compare the secret files"
+                f"who answers doesn't know this job's secret. peer={endpoint}; compare the secret "
+                "files"
             )
         welcome = PeerWelcome.parse(parse_head(split[0]))
         if welcome.mac not in known_macs():
@@ -152,29 +168,45 @@ class PeerConnection:
         return cls(channel, endpoint, secret.session(hello_mac, split[1]), welcome)
 
     def request(self, call: PeerCall, *, epoch: int, cap: RateLimit | None = None) -> PeerReply:
-        """Make one call. Whatever is raised once something was said, the connection is of no use afterwards.
+        """Make one call. Whatever is raised once something was said, the connection is of no use
+        afterwards.
 
-        Raises OSError and EndedError where it broke, IntegrityError where the answer isn't the peer's, StoreDeniedError or
-        UnavailableError for a refusal that nobody vouches for, what ``still_lent`` raises, and BaseGoneError, with nothing
-        said, for a base of another start of the server.
+        Raises OSError and EndedError where it broke, IntegrityError where the answer isn't the
+        peer's, StoreDeniedError or UnavailableError for a refusal that nobody vouches for, what
+        ``still_lent`` raises, and BaseGoneError, with nothing said, for a base of another start of
+        the server.
         """
         base, body = self._base(call), call.body
         self.usable, self.answered = False, False
         self._counter += 1
-        kept_bytes = 0 if base is None or body is None else base.size_bytes + base.table_bytes - body.size_bytes
+        kept_bytes = (
+            0
+            if base is None or body is None
+            else base.size_bytes + base.table_bytes - body.size_bytes
+        )
         self._channel.restart_timeout(work_s=kept_bytes / COPY_BYTES_PER_S_MIN)
         waits = body is not None and (call.create_only or not _eager(body))
         request = PeerRequest(
-            verb=call.verb, key=call.key, after=call.after, boot=self.boot, epoch=epoch, counter=self._counter,
-            body_bytes=None if body is None else body.size_bytes, span=call.span, create_only=call.create_only, waits=waits,
+            verb=call.verb,
+            key=call.key,
+            after=call.after,
+            boot=self.boot,
+            epoch=epoch,
+            counter=self._counter,
+            body_bytes=None if body is None else body.size_bytes,
+            span=call.span,
+            create_only=call.create_only,
+            waits=waits,
             base=base,
-        )  # fmt: skip
+        )
         head = request.encode(self._host)
         head_mac = mac(self._keys.request_head, head)
         if body is None:
             self._channel.write(with_mac(head, head_mac))
         else:
-            proof = body_mac(self._mac, self._keys.request_body, counter=self._counter, head_mac=head_mac)
+            proof = body_mac(
+                self._mac, self._keys.request_body, counter=self._counter, head_mac=head_mac
+            )
             if not waits:
                 self._send_at_once(with_mac(head, head_mac), body, proof, cap)
             else:
@@ -207,11 +239,19 @@ class PeerConnection:
         base = call.base
         if base is None:
             return None
-        if base.boot != self.boot:  # this start of the server may have given the same version to other bytes
-            raise BaseGoneError(f"the peer was started anew, and the base is gone. peer={self._host} key={base.key}")
-        return DeltaBase(key=base.key, version=base.version, size_bytes=base.size_bytes, ranges=call.ranges)
+        if (
+            base.boot != self.boot
+        ):  # this start of the server may have given the same version to other bytes
+            raise BaseGoneError(
+                f"the peer was started anew, and the base is gone. peer={self._host} key={base.key}"
+            )
+        return DeltaBase(
+            key=base.key, version=base.version, size_bytes=base.size_bytes, ranges=call.ranges
+        )
 
-    def _send_at_once(self, head: bytes, body: PeerBody, proof: BodyMac, cap: RateLimit | None) -> None:
+    def _send_at_once(
+        self, head: bytes, body: PeerBody, proof: BodyMac, cap: RateLimit | None
+    ) -> None:
         if cap is not None:
             self._channel.extend_timeout(cap.take(body.size_bytes))
         for piece in body.pieces:
@@ -230,36 +270,53 @@ class PeerConnection:
         if split is None:
             raise _unproven(raw, self._host)
         if not macs_equal(split[1], mac(self._keys.answer_head, split[0])):
-            raise IntegrityError(f"an answer is not the peer's. peer={self._host} key={request.key}")
+            raise IntegrityError(
+                f"an answer is not the peer's. peer={self._host} key={request.key}"
+            )
         answer = PeerAnswer.parse(parse_head(split[0]))
-        if answer.counter != request.counter and not (answer.counter == 0 and answer.status in (400, 401)):
-            raise IntegrityError(f"an answer to another request. peer={self._host} key={request.key}")
+        if answer.counter != request.counter and not (
+            answer.counter == 0 and answer.status in (400, 401)
+        ):
+            raise IntegrityError(
+                f"an answer to another request. peer={self._host} key={request.key}"
+            )
         if answer.status < 300 and answer.epoch < request.epoch:
-            raise IntegrityError(f"an answer of an older epoch than was asked. peer={self._host} key={request.key}")
+            raise IntegrityError(
+                f"an answer of an older epoch than was asked. peer={self._host} key={request.key}"
+            )
         body = b""
         if answer.body_bytes:
-            proof = body_mac(self._mac, self._keys.answer_body, counter=answer.counter, head_mac=split[1])
+            proof = body_mac(
+                self._mac, self._keys.answer_body, counter=answer.counter, head_mac=split[1]
+            )
             body = self._take_body(answer, call, proof)
         elif call.out is not None and answer.status < 300:
-            raise IntegrityError(f"an answer without its bytes. peer={self._host} key={request.key}")
+            raise IntegrityError(
+                f"an answer without its bytes. peer={self._host} key={request.key}"
+            )
         self.usable = answer.counter == request.counter
         return PeerReply(answer, body)
 
     def _take_body(self, answer: PeerAnswer, call: PeerCall, proof: BodyMac) -> bytes:
         room = len(call.out) if call.out is not None else LISTING_BYTES_MAX
         if answer.body_bytes > room or (call.out is not None and answer.body_bytes != room):
-            raise IntegrityError(f"an answer of another length. size_bytes={answer.body_bytes} room_bytes={room}")
+            raise IntegrityError(
+                f"an answer of another length. size_bytes={answer.body_bytes} room_bytes={room}"
+            )
         out = bytearray(answer.body_bytes) if call.out is None else call.out
         if not self._channel.read_body(memoryview(out), proof):
             raise IntegrityError(
-                f"bytes are not what the peer's tag proves: changed on the way, or while they were sent. peer={self._host} "
+                "bytes are not what the peer's tag proves: changed on the way, or while they were "
+                f"sent. peer={self._host} "
                 f"key={call.key}; read again, or another copy"
             )
         return b"" if call.out is not None else bytes(out)
 
 
 def _eager(body: PeerBody) -> bool:
-    return body.size_bytes <= EAGER_BYTES_MAX and (not body.size_bytes or 0 < len(body.pieces) < PIECES_MAX)
+    return body.size_bytes <= EAGER_BYTES_MAX and (
+        not body.size_bytes or 0 < len(body.pieces) < PIECES_MAX
+    )
 
 
 def _unproven(raw: bytes, peer: Endpoint | str) -> CkptError:
@@ -271,7 +328,8 @@ def _unproven(raw: bytes, peer: Endpoint | str) -> CkptError:
         return UnavailableError(f"no ckpt peer answers here. peer={peer} cause={error}")
     kind = StoreDeniedError if status == 401 else UnavailableError
     return kind(
-        f"the peer refuses, and proves nothing. peer={peer} status={status} why={why!r}; compare the secret files"
+        f"the peer refuses, and proves nothing. peer={peer} status={status} why={why!r}; compare "
+        "the secret files"
     )
 
 
@@ -293,11 +351,17 @@ class _Own:
 class PeerConnectionPool:
     """Lends connections that ``opener`` makes, ``connections_max`` at a time. Thread-safe.
 
-    A fork's child starts with none: numbers and keys of a connection are for one process, or a MAC's nonce would come twice.
+    A fork's child starts with none: numbers and keys of a connection are for one process, or a
+    MAC's nonce would come twice.
     """
 
     def __init__(
-        self, opener: Callable[[], PeerConnection], *, connections_max: int, wait_s: float, idle_s: float
+        self,
+        opener: Callable[[], PeerConnection],
+        *,
+        connections_max: int,
+        wait_s: float,
+        idle_s: float,
     ) -> None:
         self._opener = opener
         self._connections_max = connections_max
@@ -308,7 +372,8 @@ class PeerConnectionPool:
 
     @contextlib.contextmanager
     def connection(self, *, fresh: bool = False) -> Iterator[tuple[PeerConnection, bool]]:
-        """A connection for one call, and whether it was used before; ``fresh`` ones never were. Kept afterwards while usable.
+        """A connection for one call, and whether it was used before; ``fresh`` ones never were.
+        Kept afterwards while usable.
 
         Raises UnavailableError where none becomes free in time, and as ``opener``.
         """
@@ -316,7 +381,9 @@ class PeerConnectionPool:
         if self._closed:
             raise UnavailableError("the store was closed; open it again")
         if not own.free.acquire(timeout=self._lend_s):
-            raise UnavailableError(f"all connections to this peer are busy. waited_s={self._lend_s:g}")
+            raise UnavailableError(
+                f"all connections to this peer are busy. waited_s={self._lend_s:g}"
+            )
         try:
             found = None if fresh else self._idle(own)
             connection = found or self._opener()

@@ -9,7 +9,8 @@ _UPDATE_BYTES_MAX = 1 << 30
 
 
 class Gmac:
-    """One body's MAC. ``key`` and ``nonce`` together are used for one body only, or the key is given away."""
+    """One body's MAC. ``key`` and ``nonce`` together are used for one body only, or the key is
+    given away."""
 
     __slots__ = ("_cipher",)
 

@@ -122,13 +122,16 @@ def split_mac(raw: bytes) -> tuple[bytes, bytes] | None:
 
 
 def parse_head(covered: bytes) -> HttpHead:
-    """The head in ``covered``, which is what ``encode_head`` makes. Raises MalformedError for everything else."""
+    """The head in ``covered``, which is what ``encode_head`` makes. Raises MalformedError for
+    everything else."""
     try:
         text = covered.decode("ascii")
     except UnicodeDecodeError:
         raise MalformedError("a head is not ASCII.") from None
     if len(covered) > HEAD_BYTES_MAX or not text.endswith("\r\n"):
-        raise MalformedError(f"a head is too long or ends in the middle of a line. size_bytes={len(covered)}")
+        raise MalformedError(
+            f"a head is too long or ends in the middle of a line. size_bytes={len(covered)}"
+        )
     first, *lines = text[:-2].split("\r\n")
     if len(lines) > FIELDS_MAX:
         raise MalformedError(f"too many fields. count={len(lines)} limit={FIELDS_MAX}")
@@ -161,7 +164,8 @@ ByteRange = tuple[int, int]
 
 
 class BaseGoneError(NotFoundError):
-    """The peer does not have the base any more, or has another content of it: put the whole object."""
+    """The peer does not have the base any more, or has another content of it: put the whole
+    object."""
 
     code = "base-gone"
 
@@ -185,7 +189,8 @@ def encode_ranges(ranges: Sequence[ByteRange]) -> bytes:
 
 
 def parse_ranges(table: bytes | bytearray, *, size_bytes: int, sent_bytes: int) -> list[ByteRange]:
-    """The ranges in ``table``, of an object of ``size_bytes`` of which ``sent_bytes`` follow. Raises MalformedError."""
+    """The ranges in ``table``, of an object of ``size_bytes`` of which ``sent_bytes`` follow.
+    Raises MalformedError."""
     numbers = struct.unpack(f">{len(table) // 8}Q", table)
     ranges = list(zip(numbers[::2], numbers[1::2], strict=True))
     why = ranges_problem(ranges, size_bytes=size_bytes)
@@ -197,7 +202,8 @@ def parse_ranges(table: bytes | bytearray, *, size_bytes: int, sent_bytes: int) 
 
 
 def ranges_problem(ranges: Sequence[ByteRange], *, size_bytes: int) -> str | None:
-    """What makes ``ranges`` unfit for an object of ``size_bytes``, or None. None may be empty; they ascend without overlap."""
+    """What makes ``ranges`` unfit for an object of ``size_bytes``, or None. None may be empty; they
+    ascend without overlap."""
     if len(ranges) > RANGES_MAX:
         return f"too many ranges. count={len(ranges)} limit={RANGES_MAX}"
     end = 0
@@ -208,8 +214,11 @@ def ranges_problem(ranges: Sequence[ByteRange], *, size_bytes: int) -> str | Non
     return None
 
 
-def kept_and_sent(ranges: Sequence[ByteRange], *, size_bytes: int) -> Iterator[tuple[ByteRange, ByteRange]]:
-    """What is kept before each range, and that range; last what is kept behind all of them, and an empty range."""
+def kept_and_sent(
+    ranges: Sequence[ByteRange], *, size_bytes: int
+) -> Iterator[tuple[ByteRange, ByteRange]]:
+    """What is kept before each range, and that range; last what is kept behind all of them, and an
+    empty range."""
     at = 0
     for offset, length in (*ranges, (size_bytes, 0)):
         yield (at, offset - at), (offset, length)
@@ -261,7 +270,9 @@ class PeerHello:
     def encode(self, host: str) -> bytes:
         """The head without its MAC."""
         fields = {"host": host, "ckpt-protocol": str(PROTOCOL), "ckpt-nonce": self.nonce}
-        return encode_head(f"GET {HELLO} {_HTTP}", {**fields, "ckpt-body-macs": ",".join(self.macs)})
+        return encode_head(
+            f"GET {HELLO} {_HTTP}", {**fields, "ckpt-body-macs": ",".join(self.macs)}
+        )
 
     @classmethod
     def parse(cls, head: HttpHead) -> PeerHello:
@@ -287,7 +298,9 @@ class PeerWelcome:
     def encode(self) -> bytes:
         """The head without its MAC."""
         fields = {"content-length": "0", "ckpt-nonce": self.nonce, "ckpt-boot": self.boot}
-        return encode_head(f"{_HTTP} 200 OK", {**fields, "ckpt-epoch": str(self.epoch), "ckpt-body-mac": self.mac})
+        return encode_head(
+            f"{_HTTP} 200 OK", {**fields, "ckpt-epoch": str(self.epoch), "ckpt-body-mac": self.mac}
+        )
 
     @classmethod
     def parse(cls, head: HttpHead) -> PeerWelcome:
@@ -318,9 +331,9 @@ class DeltaBase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRequest:
-    """One operation. ``key`` is the prefix of a LIST. ``body_bytes`` is what a PUT sends, its tag not counted: the object, or
-    with a ``base`` what changed of it; ``span`` is a GET's offset and size. ``waits``: the body is sent only when the server
-    says that it takes it.
+    """One operation. ``key`` is the prefix of a LIST. ``body_bytes`` is what a PUT sends, its tag
+    not counted: the object, or with a ``base`` what changed of it; ``span`` is a GET's offset and
+    size. ``waits``: the body is sent only when the server says that it takes it.
     """
 
     verb: Verb
@@ -357,10 +370,18 @@ class PeerRequest:
         if self.waits:
             fields["expect"] = "100-continue"
         if self.base is not None:
-            facts = (OBJECTS + _quoted(self.base.key), self.base.version, self.base.size_bytes, self.base.ranges)
+            facts = (
+                OBJECTS + _quoted(self.base.key),
+                self.base.version,
+                self.base.size_bytes,
+                self.base.ranges,
+            )
             fields |= {name: str(fact) for name, fact in zip(_BASE, facts, strict=True)}
         if self.verb == "LIST":
-            return encode_head(f"GET {LISTING}prefix={_quoted(self.key)}&after={_quoted(self.after)} {_HTTP}", fields)
+            return encode_head(
+                f"GET {LISTING}prefix={_quoted(self.key)}&after={_quoted(self.after)} {_HTTP}",
+                fields,
+            )
         return encode_head(f"{self.verb} {OBJECTS}{_quoted(self.key)} {_HTTP}", fields)
 
     @classmethod
@@ -370,11 +391,17 @@ class PeerRequest:
         if version != _HTTP:
             raise MalformedError("not HTTP/1.1.")
         head.text("host")
-        boot, epoch, counter = _nonce(head, "ckpt-boot"), head.number("ckpt-epoch"), head.number("ckpt-counter")
+        boot, epoch, counter = (
+            _nonce(head, "ckpt-boot"),
+            head.number("ckpt-epoch"),
+            head.number("ckpt-counter"),
+        )
         if method == "GET" and (listing := _LIST.fullmatch(target)):
             head.only(*_COMMON)
             prefix, after = _unquoted(listing[1]), _unquoted(listing[2])
-            return cls(verb="LIST", key=prefix, after=after, boot=boot, epoch=epoch, counter=counter)
+            return cls(
+                verb="LIST", key=prefix, after=after, boot=boot, epoch=epoch, counter=counter
+            )
         key = _key(target)
         match method:
             case "PUT":
@@ -384,13 +411,26 @@ class PeerRequest:
                 if size < 0:
                     raise MalformedError("a body without its tag.")
                 return cls(
-                    verb="PUT", key=key, boot=boot, epoch=epoch, counter=counter, body_bytes=size,
-                    create_only=_flag(head, "if-none-match", "*"), waits=_flag(head, "expect", "100-continue"),
+                    verb="PUT",
+                    key=key,
+                    boot=boot,
+                    epoch=epoch,
+                    counter=counter,
+                    body_bytes=size,
+                    create_only=_flag(head, "if-none-match", "*"),
+                    waits=_flag(head, "expect", "100-continue"),
                     base=_base(head, body_bytes=size),
-                )  # fmt: skip
+                )
             case "GET":
                 head.only(*_COMMON, "range")
-                return cls(verb="GET", key=key, boot=boot, epoch=epoch, counter=counter, span=_span(head.text("range")))
+                return cls(
+                    verb="GET",
+                    key=key,
+                    boot=boot,
+                    epoch=epoch,
+                    counter=counter,
+                    span=_span(head.text("range")),
+                )
             case "HEAD" | "DELETE":
                 head.only(*_COMMON)
                 verb: Verb = "HEAD" if method == "HEAD" else "DELETE"
@@ -401,7 +441,8 @@ class PeerRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerAnswer:
-    """What a server says. ``counter`` is the request's. ``body_bytes`` are followed by a tag, where there are any."""
+    """What a server says. ``counter`` is the request's. ``body_bytes`` are followed by a tag, where
+    there are any."""
 
     status: int
     boot: str
@@ -417,7 +458,11 @@ class PeerAnswer:
     def encode(self) -> bytes:
         """The head without its MAC."""
         length = self.body_bytes + TAG_BYTES if self.body_bytes else 0
-        fields = {"content-length": str(length), "ckpt-boot": self.boot, "ckpt-epoch": str(self.epoch)}
+        fields = {
+            "content-length": str(length),
+            "ckpt-boot": self.boot,
+            "ckpt-epoch": str(self.epoch),
+        }
         fields["ckpt-counter"] = str(self.counter)
         if self.size_bytes is not None:
             fields["ckpt-size"] = str(self.size_bytes)
@@ -438,11 +483,17 @@ class PeerAnswer:
             raise MalformedError("a body without its tag.")
         size = head.number("ckpt-size") if "ckpt-size" in head.fields else None
         return cls(
-            status=status, boot=_nonce(head, "ckpt-boot"), epoch=head.number("ckpt-epoch"),
-            counter=head.number("ckpt-counter"), body_bytes=max(0, length - TAG_BYTES), size_bytes=size,
-            version=head.number("ckpt-version", 0), modified_us=head.number("ckpt-modified", 0),
-            more="ckpt-more" in head.fields, why=head.fields.get("ckpt-why", ""),
-        )  # fmt: skip
+            status=status,
+            boot=_nonce(head, "ckpt-boot"),
+            epoch=head.number("ckpt-epoch"),
+            counter=head.number("ckpt-counter"),
+            body_bytes=max(0, length - TAG_BYTES),
+            size_bytes=size,
+            version=head.number("ckpt-version", 0),
+            modified_us=head.number("ckpt-modified", 0),
+            more="ckpt-more" in head.fields,
+            why=head.fields.get("ckpt-why", ""),
+        )
 
     @property
     def modified_unix_s(self) -> float:
@@ -451,7 +502,8 @@ class PeerAnswer:
 
 
 CONTINUE = f"{_HTTP} 100 {REASONS[100]}\r\n\r\n".encode()
-"""The go-ahead for a body. Nobody vouches for it: who believes a false one sends bytes that are then refused."""
+"""The go-ahead for a body. Nobody vouches for it: who believes a false one sends bytes that are
+then refused."""
 
 
 def parse_status(head: HttpHead) -> int:
@@ -541,9 +593,23 @@ def _span(text: str) -> tuple[int, int]:
 # Whether a request that came from a holder of the secret is served. Pure.
 
 RefusalKind = Literal[
-    "mac", "malformed", "replay", "boot", "epoch", "taken", "missing", "range", "read-only", "too-large", "full", "base",
-    "body", "slow", "crowded", "tls",
-]  # fmt: skip
+    "mac",
+    "malformed",
+    "replay",
+    "boot",
+    "epoch",
+    "taken",
+    "missing",
+    "range",
+    "read-only",
+    "too-large",
+    "full",
+    "base",
+    "body",
+    "slow",
+    "crowded",
+    "tls",
+]
 """What a request or a connection was turned away for; each is counted."""
 
 
@@ -557,11 +623,20 @@ class Refusal:
 
 
 def authorize(request: PeerRequest, *, boot: str, epoch: int, last_counter: int) -> Refusal | None:
-    """Why ``request`` is refused, or None. ``epoch`` is the highest seen, ``last_counter`` this connection's last number."""
+    """Why ``request`` is refused, or None. ``epoch`` is the highest seen, ``last_counter`` this
+    connection's last number."""
     if request.counter <= last_counter:
-        return Refusal(401, "replay", f"a number that was used before. counter={request.counter} last={last_counter}")
+        return Refusal(
+            401,
+            "replay",
+            f"a number that was used before. counter={request.counter} last={last_counter}",
+        )
     if request.boot != boot:
-        return Refusal(421, "boot", f"meant for an earlier start of this server. meant={request.boot} boot={boot}")
+        return Refusal(
+            421,
+            "boot",
+            f"meant for an earlier start of this server. meant={request.boot} boot={boot}",
+        )
     if request.epoch < epoch:
         return epoch_refusal(request.epoch, epoch)
     return None

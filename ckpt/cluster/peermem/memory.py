@@ -27,7 +27,8 @@ SMALL_BYTES = 64 << 10
 """Smaller objects are plain memory: a memfd each would cost a descriptor for little."""
 
 DESCRIPTORS_SHARE = 4
-"""One in so many of the descriptors that this process may have is spent on objects; what lies beyond is memory without one."""
+"""One in so many of the descriptors that this process may have is spent on objects; what lies
+beyond is memory without one."""
 
 OVERSIZE = 1.25
 """Spare memory is used for objects down to this many times smaller."""
@@ -62,7 +63,8 @@ class MemoryBlock:
 
 
 class BlockPool:
-    """Makes blocks, and keeps up to ``spare_bytes_max`` of freed ones: fresh pages cost several times a copy into old ones.
+    """Makes blocks, and keeps up to ``spare_bytes_max`` of freed ones: fresh pages cost several
+    times a copy into old ones.
 
     Not thread-safe: the vault's lock is over it.
     """
@@ -76,10 +78,13 @@ class BlockPool:
         """What is kept at the moment."""
 
     def make(self, size_bytes: int) -> MemoryBlock:
-        """A block, of spare memory where that fits. Raises StoreFullError where the system gives none."""
+        """A block, of spare memory where that fits. Raises StoreFullError where the system gives
+        none."""
         if size_bytes < SMALL_BYTES:
             return MemoryBlock(size_bytes, None)
-        fitting = [one for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE]
+        fitting = [
+            one for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE
+        ]
         if fitting:
             region = min(fitting, key=lambda one: one.size_bytes)
             self._spare.remove(region)
@@ -90,17 +95,24 @@ class BlockPool:
                 return MemoryBlock(size_bytes, None)
             region = Region(round_to_pages(size_bytes), name="ckpt-peer")
         except (OSError, MemoryError) as error:
-            raise StoreFullError(f"the system gives no memory for an object. size_bytes={size_bytes}") from error
+            raise StoreFullError(
+                f"the system gives no memory for an object. size_bytes={size_bytes}"
+            ) from error
         self._descriptors += 1
         return MemoryBlock(size_bytes, region)
 
     def spare_for(self, size_bytes: int) -> int:
         """The room of the spare memory that ``make`` would take, or 0."""
-        fitting = (one.size_bytes for one in self._spare if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE)
+        fitting = (
+            one.size_bytes
+            for one in self._spare
+            if size_bytes <= one.size_bytes <= size_bytes * OVERSIZE
+        )
         return min(fitting, default=0) if size_bytes >= SMALL_BYTES else 0
 
     def free(self, block: MemoryBlock) -> None:
-        """Take a block back, whose bytes nobody reads any more: not the kernel either, which was given copies to send."""
+        """Take a block back, whose bytes nobody reads any more: not the kernel either, which was
+        given copies to send."""
         region = block.take()
         if region is None:
             block.free()
@@ -124,13 +136,15 @@ class BlockPool:
 
 
 def copy_bytes(out: memoryview, data: memoryview) -> None:
-    """Copy ``data`` into ``out``, which is as long; without the interpreter's lock, for numpy does it."""
+    """Copy ``data`` into ``out``, which is as long; without the interpreter's lock, for numpy does
+    it."""
     if data.nbytes:
         np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(data, np.uint8))
 
 
 def room_bytes(size_bytes: int) -> int:
-    """What an object of this size is charged: whole pages, and one at least, for names and tables cost memory too."""
+    """What an object of this size is charged: whole pages, and one at least, for names and tables
+    cost memory too."""
     return round_to_pages(max(1, size_bytes))
 
 
@@ -144,11 +158,12 @@ def never_changes() -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedObject:
-    """An object's bytes while somebody sends them. Where ``fd`` is given, ``view`` is a mapping of it at
-    ``offset_bytes``, and the kernel sends its pages: they must not be used for anything else soon, or the reader gets an error.
+    """An object's bytes while somebody sends them. Where ``fd`` is given, ``view`` is a mapping of
+    it at ``offset_bytes``, and the kernel sends its pages: they must not be used for anything else
+    soon, or the reader gets an error.
 
-    ``unchanged`` is asked when all were sent: where it says no, the reader gets an error. ``version`` tells one content of a
-    key from the next, within one start of the server.
+    ``unchanged`` is asked when all were sent: where it says no, the reader gets an error.
+    ``version`` tells one content of a key from the next, within one start of the server.
     """
 
     view: memoryview
@@ -195,8 +210,9 @@ class TooLargeError(StoreFullError):
 
 @dataclass(frozen=True, slots=True)
 class PeerMemoryStats:
-    """Bytes are memory charged: ``objects_bytes`` of what can be read, ``going_bytes`` of what was deleted or replaced and is
-    still sent, ``coming_bytes`` of puts under way, ``spare_bytes`` kept for the next. Their sum never exceeds the budget.
+    """Bytes are memory charged: ``objects_bytes`` of what can be read, ``going_bytes`` of what was
+    deleted or replaced and is still sent, ``coming_bytes`` of puts under way, ``spare_bytes`` kept
+    for the next. Their sum never exceeds the budget.
     """
 
     objects: int
@@ -236,7 +252,8 @@ class IncomingObject:
         """To be filled, every byte: memory is reused."""
 
     def publish(self, *, create_only: bool = False) -> int:
-        """Make it the object at its key, at once and whole; returns its version. Raises KeyExistsError."""
+        """Make it the object at its key, at once and whole; returns its version. Raises
+        KeyExistsError."""
         entry = self._object
         if entry is None:
             raise InternalError(f"an object is published twice. key={self.key}")
@@ -255,19 +272,27 @@ class IncomingObject:
 class PeerMemory:
     """Objects by key, whole or not at all, within ``budget_bytes`` of memory. Thread-safe.
 
-    Nothing is evicted: what is here goes by ``delete``, ``retain`` or another put of its key. A replaced or deleted object
-    stays for those who read it. ``spare_bytes_max`` (default: half of the budget) of freed memory is kept for reuse.
-    ``available`` says how much memory the machine has left.
+    Nothing is evicted: what is here goes by ``delete``, ``retain`` or another put of its key. A
+    replaced or deleted object stays for those who read it. ``spare_bytes_max`` (default: half of
+    the budget) of freed memory is kept for reuse. ``available`` says how much memory the machine
+    has left.
     """
 
     def __init__(
-        self, budget_bytes: int, *, object_bytes_max: int | None = None, spare_bytes_max: int | None = None,
-        objects_max: int = OBJECTS_MAX, available: Callable[[], int | None] = available_bytes,
-    ) -> None:  # fmt: skip
+        self,
+        budget_bytes: int,
+        *,
+        object_bytes_max: int | None = None,
+        spare_bytes_max: int | None = None,
+        objects_max: int = OBJECTS_MAX,
+        available: Callable[[], int | None] = available_bytes,
+    ) -> None:
         if budget_bytes <= 0:
             raise UsageError(f"a vault without a budget. budget_bytes={budget_bytes}")
         self.budget_bytes = budget_bytes
-        self.object_bytes_max = budget_bytes if object_bytes_max is None else min(object_bytes_max, budget_bytes)
+        self.object_bytes_max = (
+            budget_bytes if object_bytes_max is None else min(object_bytes_max, budget_bytes)
+        )
         self._objects_max = objects_max
         self._available = available
         self._blocks = BlockPool(budget_bytes // 2 if spare_bytes_max is None else spare_bytes_max)
@@ -293,7 +318,8 @@ class PeerMemory:
 
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[ServedObject]:
-        """The object at ``key``, its bytes unchanged until the end, whatever becomes of the key. Raises NotFoundError."""
+        """The object at ``key``, its bytes unchanged until the end, whatever becomes of the key.
+        Raises NotFoundError."""
         check_key(key)
         with self._lock:
             entry = self._objects.get(key)
@@ -301,9 +327,12 @@ class PeerMemory:
                 raise NotFoundError(f"no such object. key={key}")
             entry.pins += 1
             held = ServedObject(
-                view=entry.block.view, fd=None, offset_bytes=0, version=entry.version,
+                view=entry.block.view,
+                fd=None,
+                offset_bytes=0,
+                version=entry.version,
                 modified_unix_s=entry.modified_unix_s,
-            )  # fmt: skip
+            )
         try:
             yield held
         finally:
@@ -318,8 +347,11 @@ class PeerMemory:
             entry = self._objects.get(key)
             return None if entry is None else _stat(entry)
 
-    def list(self, prefix: str = "", *, after: str = "", entries_max: int | None = None) -> list[Stat]:
-        """At most ``entries_max`` objects whose key starts with ``prefix`` and is greater than ``after``, in key order."""
+    def list(
+        self, prefix: str = "", *, after: str = "", entries_max: int | None = None
+    ) -> list[Stat]:
+        """At most ``entries_max`` objects whose key starts with ``prefix`` and is greater than
+        ``after``, in key order."""
         check_prefix(prefix)
         found: list[Stat] = []
         with self._lock:
@@ -350,22 +382,32 @@ class PeerMemory:
         """What is held at this moment."""
         with self._lock:
             return PeerMemoryStats(
-                len(self._objects), self._objects_bytes, self._going_bytes, self._coming_bytes, self._blocks.spare_bytes,
+                len(self._objects),
+                self._objects_bytes,
+                self._going_bytes,
+                self._coming_bytes,
+                self._blocks.spare_bytes,
                 self.budget_bytes,
-            )  # fmt: skip
+            )
 
     def _reserve(self, key: str, size_bytes: int) -> _Object:
         room = room_bytes(size_bytes)
         if size_bytes > self.object_bytes_max or room > self.budget_bytes:
-            raise TooLargeError(f"larger than any object may be. size_bytes={size_bytes} limit={self.object_bytes_max}")
+            raise TooLargeError(
+                f"larger than any object may be. size_bytes={size_bytes} "
+                f"limit={self.object_bytes_max}"
+            )
         with self._lock:
             spare = self._blocks.spare_for(size_bytes)
             used = self._objects_bytes + self._going_bytes + self._coming_bytes
             if len(self._objects) + self._coming >= self._objects_max:
-                raise StoreFullError(f"too many objects. count={len(self._objects)} limit={self._objects_max}")
+                raise StoreFullError(
+                    f"too many objects. count={len(self._objects)} limit={self._objects_max}"
+                )
             if used + (spare or room) > self.budget_bytes:
                 raise StoreFullError(
-                    f"the budget is used up. size_bytes={size_bytes} used_bytes={used} budget_bytes={self.budget_bytes}"
+                    f"the budget is used up. size_bytes={size_bytes} used_bytes={used} "
+                    f"budget_bytes={self.budget_bytes}"
                 )
             if not spare:
                 self._blocks.shrink(used + room + self._blocks.spare_bytes - self.budget_bytes)
@@ -376,8 +418,14 @@ class PeerMemory:
             return _Object(key, size_bytes, block)
 
     def _ask_system(self, size_bytes: int) -> None:
-        if size_bytes >= ASKED_BYTES_MIN and (left := self._available()) is not None and size_bytes > left:
-            raise StoreFullError(f"the machine is short of memory. size_bytes={size_bytes} available_bytes={left}")
+        if (
+            size_bytes >= ASKED_BYTES_MIN
+            and (left := self._available()) is not None
+            and size_bytes > left
+        ):
+            raise StoreFullError(
+                f"the machine is short of memory. size_bytes={size_bytes} available_bytes={left}"
+            )
 
     def _publish(self, entry: _Object, *, create_only: bool) -> None:
         with self._lock:
@@ -426,7 +474,8 @@ PAGE_ENTRIES_MAX = 1000
 
 
 class PeerCatalog:
-    """Reads come from the source whose prefix a key has, or from the vault; writes go to the vault alone. Thread-safe."""
+    """Reads come from the source whose prefix a key has, or from the vault; writes go to the vault
+    alone. Thread-safe."""
 
     def __init__(self, vault: PeerMemory, sources: Sequence[ServedSource] = ()) -> None:
         for source in sources:
@@ -451,7 +500,8 @@ class PeerCatalog:
         return self.memory.stat(key) if source is None else source.stat(key)
 
     def page(self, prefix: str, after: str) -> tuple[list[Stat], bool]:
-        """The next entries behind ``after`` in key order, PAGE_ENTRIES_MAX at most, and whether there are more."""
+        """The next entries behind ``after`` in key order, PAGE_ENTRIES_MAX at most, and whether
+        there are more."""
         most = PAGE_ENTRIES_MAX + 1
         held = self.memory.list(prefix, after=after, entries_max=most)
         others = [

@@ -1,4 +1,5 @@
-"""One connection of a server: the hello, then requests in order. Runs in a thread of its own and ends with the connection."""
+"""One connection of a server: the hello, then requests in order. Runs in a thread of its own and
+ends with the connection."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ class EpochFence:
 
     @contextlib.contextmanager
     def hold(self, epoch: int) -> Iterator[None]:
-        """For a short block that changes something in the name of ``epoch``: none newer is seen meanwhile.
+        """For a short block that changes something in the name of ``epoch``: none newer is seen
+        meanwhile.
 
         Raises FencedError where one was seen before.
         """
@@ -94,7 +96,8 @@ class EpochFence:
 
 @dataclass(frozen=True, slots=True)
 class ServerStats:
-    """Since the start: requests served by verb, bytes of bodies, what was turned away by kind; and connections now."""
+    """Since the start: requests served by verb, bytes of bodies, what was turned away by kind; and
+    connections now."""
 
     served: Mapping[str, int]
     refused: Mapping[str, int]
@@ -129,12 +132,18 @@ class ServerCounters:
         """All counts at this moment."""
         with self._lock:
             return ServerStats(
-                dict(self._served), dict(self._refused), self._received_bytes, self._sent_bytes, connections, strangers
+                dict(self._served),
+                dict(self._refused),
+                self._received_bytes,
+                self._sent_bytes,
+                connections,
+                strangers,
             )
 
 
 EAGER_BYTES_MAX = 64 << 10
-"""Bodies up to this may come without being asked for; they are taken in and dropped where the request is refused."""
+"""Bodies up to this may come without being asked for; they are taken in and dropped where the
+request is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +166,9 @@ class _PeerSession:
 
 
 class PeerServerConnection:
-    """Serves one channel until it ends. ``proven`` is asked at the first request of a holder of the secret whether there is a
-    place for it; ``rests`` is told when one begins to ask nothing, and when that is over.
+    """Serves one channel until it ends. ``proven`` is asked at the first request of a holder of the
+    secret whether there is a place for it; ``rests`` is told when one begins to ask nothing, and
+    when that is over.
     """
 
     def __init__(
@@ -178,7 +188,8 @@ class PeerServerConnection:
         self._met = False
 
     def run(self) -> None:
-        """Serve. Returns when the connection is over, whoever ended it; raises OSError and EndedError where it broke."""
+        """Serve. Returns when the connection is over, whoever ended it; raises OSError and
+        EndedError where it broke."""
         try:
             session = self._meet()
             while session is not None and self._serve_next(session):
@@ -205,7 +216,9 @@ class PeerServerConnection:
         if name is None:
             self._turn_away(400, "malformed", f"no body MAC in common. known={','.join(desk.macs)}")
             return None
-        head = PeerWelcome(os.urandom(NONCE_BYTES).hex(), desk.boot, desk.fence.epoch, name).encode()
+        head = PeerWelcome(
+            os.urandom(NONCE_BYTES).hex(), desk.boot, desk.fence.epoch, name
+        ).encode()
         proof = desk.secret.welcome_mac(split[1], head)
         self._channel.write(with_mac(head, proof))
         return _PeerSession(desk.secret.session(split[1], proof), name)
@@ -228,16 +241,26 @@ class PeerServerConnection:
         except MalformedError as error:
             return self._refuse(session, 0, Refusal(400, "malformed", str(error)), over=True)
         if not place:
-            return self._refuse(session, request.counter, Refusal(503, "crowded", "all places are taken"), over=True)
-        self._owed_bytes = 0 if request.body_bytes is None or request.waits else request.body_bytes + TAG_BYTES
-        refusal = authorize(request, boot=self._desk.boot, epoch=self._desk.fence.epoch, last_counter=self._last)
+            return self._refuse(
+                session, request.counter, Refusal(503, "crowded", "all places are taken"), over=True
+            )
+        self._owed_bytes = (
+            0 if request.body_bytes is None or request.waits else request.body_bytes + TAG_BYTES
+        )
+        refusal = authorize(
+            request, boot=self._desk.boot, epoch=self._desk.fence.epoch, last_counter=self._last
+        )
         if refusal is not None and refusal.kind == "replay":
             return self._refuse(session, 0, refusal, over=True)
         self._last = request.counter
         if refusal is None:
             self._desk.fence.see(request.epoch)
             refusal = self._why_not(request)
-        return self._act(session, request, split[1]) if refusal is None else self._refuse(session, self._last, refusal)
+        return (
+            self._act(session, request, split[1])
+            if refusal is None
+            else self._refuse(session, self._last, refusal)
+        )
 
     def _why_not(self, request: PeerRequest) -> Refusal | None:
         """What can be refused before any byte of a body is taken in."""
@@ -247,7 +270,11 @@ class PeerServerConnection:
         if request.create_only and shelf.memory.stat(request.key) is not None:
             return Refusal(412, "taken", "the key is taken")
         if self._owed_bytes > EAGER_BYTES_MAX + TAG_BYTES:
-            return Refusal(400, "malformed", f"so long a body is announced first. limit_bytes={EAGER_BYTES_MAX}")
+            return Refusal(
+                400,
+                "malformed",
+                f"so long a body is announced first. limit_bytes={EAGER_BYTES_MAX}",
+            )
         return None
 
     def _act(self, session: _PeerSession, request: PeerRequest, head_mac: bytes) -> bool:
@@ -288,29 +315,43 @@ class PeerServerConnection:
         return True
 
     def _put(self, session: _PeerSession, request: PeerRequest, head_mac: bytes) -> bool:
-        vault, refusal = self._desk.catalog.memory, Refusal(401, "body", "the body is not what its tag proves")
+        vault, refusal = (
+            self._desk.catalog.memory,
+            Refusal(401, "body", "the body is not what its tag proves"),
+        )
         proven = False
-        with self._base(request) as base, vault.incoming(request.key, request.object_bytes) as incoming:
+        with (
+            self._base(request) as base,
+            vault.incoming(request.key, request.object_bytes) as incoming,
+        ):
             if request.waits:
                 self._channel.write(CONTINUE)
             self._owed_bytes = 0
-            proof = body_mac(session.mac, session.keys.request_body, counter=request.counter, head_mac=head_mac)
+            proof = body_mac(
+                session.mac, session.keys.request_body, counter=request.counter, head_mac=head_mac
+            )
             try:
                 proven = self._take_in(request, incoming.view, base, proof)
             except MalformedError as error:
                 refusal = Refusal(400, "malformed", str(error))
             if proven:
-                with self._desk.fence.hold(request.epoch):  # one may have opened while the bytes came
+                with self._desk.fence.hold(
+                    request.epoch
+                ):  # one may have opened while the bytes came
                     version = incoming.publish(create_only=request.create_only)
         if not proven:
             return self._refuse(session, request.counter, refusal, over=True)
-        self._answer(session, dataclasses.replace(self._facts(201), size_bytes=request.object_bytes, version=version))
+        self._answer(
+            session,
+            dataclasses.replace(self._facts(201), size_bytes=request.object_bytes, version=version),
+        )
         self._desk.counters.serve("PUT", received_bytes=request.body_bytes or 0)
         return True
 
     @contextlib.contextmanager
     def _base(self, request: PeerRequest) -> Iterator[memoryview | None]:
-        """The base that a PUT refers to, pinned until the end. Raises BaseGoneError where it is not that one any more."""
+        """The base that a PUT refers to, pinned until the end. Raises BaseGoneError where it is not
+        that one any more."""
         base = request.base
         if base is None:
             yield None
@@ -322,11 +363,17 @@ class PeerServerConnection:
                 raise BaseGoneError(f"the base is gone. key={base.key}") from None
             found = held.version, len(held.view)
             if found != (base.version, base.size_bytes):
-                raise BaseGoneError(f"the base is another one. key={base.key} version={found[0]} size_bytes={found[1]}")
+                raise BaseGoneError(
+                    f"the base is another one. key={base.key} version={found[0]} "
+                    f"size_bytes={found[1]}"
+                )
             yield held.view
 
-    def _take_in(self, request: PeerRequest, out: memoryview, base: memoryview | None, proof: BodyMac) -> bool:
-        """Fill an object's memory with a body, and with what it leaves to the base; whether its tag proves it.
+    def _take_in(
+        self, request: PeerRequest, out: memoryview, base: memoryview | None, proof: BodyMac
+    ) -> bool:
+        """Fill an object's memory with a body, and with what it leaves to the base; whether its tag
+        proves it.
 
         Raises MalformedError for a table that is none, before anything is copied.
         """
@@ -358,7 +405,9 @@ class PeerServerConnection:
 
     def _list(self, session: _PeerSession, request: PeerRequest) -> bool:
         entries, more = self._desk.catalog.page(request.key, request.after)
-        body = msgspec.json.encode([(one.key, one.size_bytes, to_micros(one.modified_unix_s)) for one in entries])
+        body = msgspec.json.encode(
+            [(one.key, one.size_bytes, to_micros(one.modified_unix_s)) for one in entries]
+        )
         answer = dataclasses.replace(self._facts(200), body_bytes=len(body), more=more)
         self._answer(session, answer, memoryview(body))
         self._desk.counters.serve("LIST", sent_bytes=len(body))
@@ -376,23 +425,36 @@ class PeerServerConnection:
     def _facts(self, status: int, held: ServedObject | None = None) -> PeerAnswer:
         desk = self._desk
         if held is None:
-            return PeerAnswer(status=status, boot=desk.boot, epoch=desk.fence.epoch, counter=self._last)
+            return PeerAnswer(
+                status=status, boot=desk.boot, epoch=desk.fence.epoch, counter=self._last
+            )
         return PeerAnswer(
-            status=status, boot=desk.boot, epoch=desk.fence.epoch, counter=self._last, size_bytes=len(held.view),
-            version=held.version, modified_us=to_micros(held.modified_unix_s),
-        )  # fmt: skip
+            status=status,
+            boot=desk.boot,
+            epoch=desk.fence.epoch,
+            counter=self._last,
+            size_bytes=len(held.view),
+            version=held.version,
+            modified_us=to_micros(held.modified_unix_s),
+        )
 
     def _answer(
-        self, session: _PeerSession, answer: PeerAnswer, body: memoryview | None = None,
-        extent: tuple[int, int] | None = None, unchanged: Callable[[], bool] = never_changes,
-    ) -> bool:  # fmt: skip
+        self,
+        session: _PeerSession,
+        answer: PeerAnswer,
+        body: memoryview | None = None,
+        extent: tuple[int, int] | None = None,
+        unchanged: Callable[[], bool] = never_changes,
+    ) -> bool:
         """Send an answer; False where the body changed meanwhile, so that its tag was not sent."""
         head = answer.encode()
         head_mac = mac(session.keys.answer_head, head)
         if body is None:
             self._channel.write(with_mac(head, head_mac))
             return True
-        proof = body_mac(session.mac, session.keys.answer_body, counter=answer.counter, head_mac=head_mac)
+        proof = body_mac(
+            session.mac, session.keys.answer_body, counter=answer.counter, head_mac=head_mac
+        )
         if len(body) <= EAGER_BYTES_MAX:
             proof.update(body)
             if not unchanged():
@@ -409,14 +471,20 @@ class PeerServerConnection:
         self._channel.write(proof.tag())
         return True
 
-    def _refuse(self, session: _PeerSession, counter: int, refusal: Refusal, *, over: bool = False) -> bool:
-        """Say no; whether another request may follow. A small body that came along is taken in and dropped."""
+    def _refuse(
+        self, session: _PeerSession, counter: int, refusal: Refusal, *, over: bool = False
+    ) -> bool:
+        """Say no; whether another request may follow. A small body that came along is taken in and
+        dropped."""
         self._desk.counters.refuse(refusal.kind)
         if not over and 0 < self._owed_bytes <= EAGER_BYTES_MAX + TAG_BYTES:
             self._channel.skip(self._owed_bytes)
             self._owed_bytes = 0
         over = over or self._owed_bytes > 0
-        self._answer(session, dataclasses.replace(self._facts(refusal.status), counter=counter, why=refusal.why))
+        self._answer(
+            session,
+            dataclasses.replace(self._facts(refusal.status), counter=counter, why=refusal.why),
+        )
         if over:
             self._channel.linger()
         return not over
@@ -442,7 +510,8 @@ LOOPBACK = Endpoint()
 BACKLOG = 64
 TICK_S = 0.5
 PUSH_OUT_S = 1.0
-"""How long a newcomer waits for the thread of the stranger whose place it gets; its connection has been ended."""
+"""How long a newcomer waits for the thread of the stranger whose place it gets; its connection has
+been ended."""
 
 STOP_S = 10.0
 """How long ``stop`` waits for threads whose connections it has ended."""
@@ -452,11 +521,12 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerServerLimits:
-    """What a server bears. A *stranger* is a connection whose first request hasn't proven that it knows the secret: one more
-    than ``strangers_max`` pushes out the oldest, and ``stranger_s`` is all that each has. ``idle_s``: between two requests.
+    """What a server bears. A *stranger* is a connection whose first request hasn't proven that it
+    knows the secret: one more than ``strangers_max`` pushes out the oldest, and ``stranger_s`` is
+    all that each has. ``idle_s``: between two requests.
 
-    A holder of the secret beyond ``connections_max`` takes the place of the one that has asked nothing for longest; where all
-    have a request under way it is told to come again.
+    A holder of the secret beyond ``connections_max`` takes the place of the one that has asked
+    nothing for longest; where all have a request under way it is told to come again.
     """
 
     connections_max: int = 64
@@ -485,25 +555,36 @@ class _Guest:
             shut_down(self.sock)
 
     def wrap(self, tls: ssl.SSLContext) -> ssl.SSLSocket:
-        """Put TLS over its socket, with no word said yet. Raises EndedError where its connection has been ended."""
+        """Put TLS over its socket, with no word said yet. Raises EndedError where its connection
+        has been ended."""
         with self._swap:  # who ends it must find the object that the thread waits on
             if self.ended:
                 raise EndedError("the connection was ended before TLS began.")
-            self.sock = wrapped = tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+            self.sock = wrapped = tls.wrap_socket(
+                self.sock, server_side=True, do_handshake_on_connect=False
+            )
         return wrapped
 
 
 class PeerServer:
-    """Serves ``vault`` and ``sources`` at ``endpoint``, from ``start`` to ``stop``; port 0 takes a free one.
+    """Serves ``vault`` and ``sources`` at ``endpoint``, from ``start`` to ``stop``; port 0 takes a
+    free one.
 
-    ``epoch`` is the highest that this node has seen; requests of an older one are refused. Raises UsageError where the address
-    can't be had.
+    ``epoch`` is the highest that this node has seen; requests of an older one are refused. Raises
+    UsageError where the address can't be had.
     """
 
     def __init__(
-        self, memory: PeerMemory, secret: PeerSecret, *, endpoint: Endpoint = LOOPBACK, sources: Sequence[ServedSource] = (),
-        epoch: int = 0, limits: PeerServerLimits | None = None, emit: Emit,
-    ) -> None:  # fmt: skip
+        self,
+        memory: PeerMemory,
+        secret: PeerSecret,
+        *,
+        endpoint: Endpoint = LOOPBACK,
+        sources: Sequence[ServedSource] = (),
+        epoch: int = 0,
+        limits: PeerServerLimits | None = None,
+        emit: Emit,
+    ) -> None:
         self.memory = memory
         self.boot = os.urandom(NONCE_BYTES).hex()
         """Drawn for this start of the server: what it holds is gone with it."""
@@ -513,9 +594,14 @@ class PeerServer:
         self._fence = EpochFence(epoch)
         self._tally = ServerCounters()
         self._desk = ServerContext(
-            catalog=PeerCatalog(memory, sources), secret=secret, fence=self._fence, counters=self._tally, boot=self.boot,
-            macs=known_macs(), idle_s=self._limits.idle_s,
-        )  # fmt: skip
+            catalog=PeerCatalog(memory, sources),
+            secret=secret,
+            fence=self._fence,
+            counters=self._tally,
+            boot=self.boot,
+            macs=known_macs(),
+            idle_s=self._limits.idle_s,
+        )
         self._lock = threading.Lock()
         self._guests: dict[_Guest, None] = {}  # in the order in which they came
         self._stopping = threading.Event()
@@ -549,7 +635,8 @@ class PeerServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """End all connections and wait for their threads. What was half put is gone; the vault keeps the rest. Idempotent."""
+        """End all connections and wait for their threads. What was half put is gone; the vault
+        keeps the rest. Idempotent."""
         with self._lock:
             if self._stopping.is_set():
                 return
@@ -594,7 +681,9 @@ class PeerServer:
         with self._lock:
             strangers = [one for one in self._guests if not one.proven]
         if len(strangers) >= limits.strangers_max:
-            out = min(strangers, key=lambda one: not one.ended)  # the oldest, if none is about to leave anyway
+            out = min(
+                strangers, key=lambda one: not one.ended
+            )  # the oldest, if none is about to leave anyway
             if not out.ended:
                 self._tally.refuse("crowded")
                 out.end()
@@ -608,7 +697,9 @@ class PeerServer:
             self._tally.refuse("crowded")
             guest.sock.close()
             return
-        guest.thread = threading.Thread(target=self._serve, args=(guest,), name="ckpt-peer", daemon=True)
+        guest.thread = threading.Thread(
+            target=self._serve, args=(guest,), name="ckpt-peer", daemon=True
+        )
         guest.thread.start()
 
     def _take_in(self, guest: _Guest) -> bool:
@@ -618,12 +709,15 @@ class PeerServer:
             if len(holders) < self._limits.connections_max:
                 guest.proven = True
                 return True
-            resting = [(one.rests_s, at, one) for at, one in enumerate(holders) if one.rests_s is not None]
+            resting = [
+                (one.rests_s, at, one) for at, one in enumerate(holders) if one.rests_s is not None
+            ]
             if not resting:
                 return False
             out = min(resting)[2]
             out.proven, guest.proven = False, True
-        # Whoever had it asks again over a new connection: what it may have asked at this moment was not heard.
+        # Whoever had it asks again over a new connection: what it may have asked at this moment was
+        # not heard.
         out.end()
         return True
 
@@ -652,12 +746,21 @@ class PeerServer:
                     self._tally.refuse("tls")
                     raise
             PeerServerConnection(
-                self._desk, PeerChannel(guest.sock, self._limits.timeouts), on_authenticated=proven, on_idle=rests
+                self._desk,
+                PeerChannel(guest.sock, self._limits.timeouts),
+                on_authenticated=proven,
+                on_idle=rests,
             ).run()
         except (OSError, EndedError):
             return  # the connection broke: what it was about to do didn't happen
         except Exception as error:  # noqa: BLE001 the border of a thread
-            self._tell(Event("peer-server-defect", f"a connection of a peer ended by a defect: {error!r}", alarm=True))
+            self._tell(
+                Event(
+                    "peer-server-defect",
+                    f"a connection of a peer ended by a defect: {error!r}",
+                    alarm=True,
+                )
+            )
         finally:
             with self._lock:
                 self._guests.pop(guest, None)
@@ -667,7 +770,9 @@ class PeerServer:
 def _listen(endpoint: Endpoint) -> socket.socket:
     family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
     try:
-        listener = socket.create_server((endpoint.host, endpoint.port), family=family, backlog=BACKLOG)
+        listener = socket.create_server(
+            (endpoint.host, endpoint.port), family=family, backlog=BACKLOG
+        )
     except OSError as error:
         raise UsageError(
             f"an address can't be listened on. address={endpoint} cause={error.strerror or error}"

@@ -14,8 +14,22 @@ import msgspec
 from ckpt.backends.base import Buffer, Capabilities, Stat, check_key, check_prefix
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.peermem.auth import PeerSecret
-from ckpt.cluster.peermem.channel import BufferBody, EndedError, PeerBody, PeerExtent, PeerTimeouts, mapped
-from ckpt.cluster.peermem.client import CrowdedError, PeerCall, PeerConnection, PeerConnectionPool, PeerReply, no_check
+from ckpt.cluster.peermem.channel import (
+    BufferBody,
+    EndedError,
+    PeerBody,
+    PeerExtent,
+    PeerTimeouts,
+    mapped,
+)
+from ckpt.cluster.peermem.client import (
+    CrowdedError,
+    PeerCall,
+    PeerConnection,
+    PeerConnectionPool,
+    PeerReply,
+    no_check,
+)
 from ckpt.cluster.peermem.http import (
     BaseGoneError,
     ByteRange,
@@ -63,7 +77,10 @@ def refusal_error(answer: PeerAnswer, *, key: str, url: str) -> CkptError | None
     if answer.status < 300:
         return None
     kind, text = _KINDS.get(answer.status, (UnavailableError, "the peer refuses"))
-    return kind(f"{text}. key={key} store={url} status={answer.status} epoch={answer.epoch} why={answer.why!r}")
+    return kind(
+        f"{text}. key={key} store={url} status={answer.status} epoch={answer.epoch} "
+        f"why={answer.why!r}"
+    )
 
 
 READ_BYTES_BEST = 1 << 20
@@ -77,9 +94,10 @@ _ENTRIES = msgspec.json.Decoder(list[tuple[str, int, int]])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerClientLimits:
-    """``connections_max`` at once to one peer, ``lend_s`` the wait for one of them, ``idle_s`` how long it is kept unused (less
-    than servers keep them). A peer that has no place is asked again for ``crowded_s``. Reads from ``stream_bytes_min`` on are
-    cut into up to ``streams_max`` at once.
+    """``connections_max`` at once to one peer, ``lend_s`` the wait for one of them, ``idle_s`` how
+    long it is kept unused (less than servers keep them). A peer that has no place is asked again
+    for ``crowded_s``. Reads from ``stream_bytes_min`` on are cut into up to ``streams_max`` at
+    once.
     """
 
     connections_max: int = 8
@@ -93,16 +111,23 @@ class PeerClientLimits:
 
 
 class PeerStore:
-    """The objects of the peer at ``endpoint``, for holders of ``secret``. Thread-safe; opens connections when they are needed.
+    """The objects of the peer at ``endpoint``, for holders of ``secret``. Thread-safe; opens
+    connections when they are needed.
 
-    Each request is made in the name of the ``epoch`` that is current at that moment. ``cap`` bounds what is put, and may be
-    shared with other stores. Everything is gone when the peer's server ends: ``boot`` tells one start from another.
+    Each request is made in the name of the ``epoch`` that is current at that moment. ``cap`` bounds
+    what is put, and may be shared with other stores. Everything is gone when the peer's server
+    ends: ``boot`` tells one start from another.
     """
 
     def __init__(
-        self, endpoint: Endpoint, secret: PeerSecret, *, epoch: Callable[[], int], cap: RateLimit | None = None,
+        self,
+        endpoint: Endpoint,
+        secret: PeerSecret,
+        *,
+        epoch: Callable[[], int],
+        cap: RateLimit | None = None,
         limits: PeerClientLimits | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._endpoint = endpoint
         self._epoch = epoch
         self._cap = cap
@@ -111,13 +136,18 @@ class PeerStore:
         """Which start of the server answered last; None before any did."""
 
         def opener() -> PeerConnection:
-            connection = PeerConnection.open(endpoint, secret, connect_s=limits.connect_s, patience=limits.timeouts)
+            connection = PeerConnection.open(
+                endpoint, secret, connect_s=limits.connect_s, patience=limits.timeouts
+            )
             self.boot = connection.boot
             return connection
 
         self._pool = PeerConnectionPool(
-            opener, connections_max=limits.connections_max, wait_s=limits.pool_wait_s, idle_s=limits.idle_s
-        )  # fmt: skip
+            opener,
+            connections_max=limits.connections_max,
+            wait_s=limits.pool_wait_s,
+            idle_s=limits.idle_s,
+        )
 
     @property
     def url(self) -> str:
@@ -125,9 +155,12 @@ class PeerStore:
         return f"{'peer' if self._endpoint.tls is None else 'peers'}://{self._endpoint}"
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Keys are created only once among all who put into this start of the server."""
+        """See Backend. Keys are created only once among all who put into this start of the
+        server."""
         return Capabilities(
-            create_only=True, read_bytes_best=READ_BYTES_BEST, concurrency_best=min(4, self._limits.connections_max)
+            create_only=True,
+            read_bytes_best=READ_BYTES_BEST,
+            concurrency_best=min(4, self._limits.connections_max),
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
@@ -138,18 +171,31 @@ class PeerStore:
         self.put_checked(key, data, no_check, create_only=create_only)
 
     def put_checked(
-        self, key: str, data: Sequence[Buffer], check_unchanged: Callable[[], None], *, create_only: bool = False
+        self,
+        key: str,
+        data: Sequence[Buffer],
+        check_unchanged: Callable[[], None],
+        *,
+        create_only: bool = False,
     ) -> None:
-        """As ``put``, of memory that its owner may take back and change meanwhile: then ``still_lent`` raises.
+        """As ``put``, of memory that its owner may take back and change meanwhile: then
+        ``still_lent`` raises.
 
-        It is asked when all bytes are sent and before their tag, without which the peer stores nothing.
+        It is asked when all bytes are sent and before their tag, without which the peer stores
+        nothing.
         """
         self._put(key, BufferBody(data), check_unchanged, create_only=create_only)
 
     def put_extent(
-        self, key: str, extent: PeerExtent, *, check_unchanged: Callable[[], None] = no_check, create_only: bool = False
+        self,
+        key: str,
+        extent: PeerExtent,
+        *,
+        check_unchanged: Callable[[], None] = no_check,
+        create_only: bool = False,
     ) -> None:
-        """As ``put_lent``, of a stretch of a file or memfd; the kernel sends its pages where there is no TLS."""
+        """As ``put_lent``, of a stretch of a file or memfd; the kernel sends its pages where there
+        is no TLS."""
         check_key(key)
         with mapped(extent) as body:
             self._put(key, body, check_unchanged, create_only=create_only)
@@ -157,18 +203,26 @@ class PeerStore:
     def put_whole(
         self, key: str, data: Sequence[Buffer], check_unchanged: Callable[[], None] = no_check
     ) -> StoredContent:
-        """As ``put_lent``; says what the peer holds there now, so that it can be the base of a later put."""
+        """As ``put_lent``; says what the peer holds there now, so that it can be the base of a
+        later put."""
         return self._put(key, BufferBody(data), check_unchanged)
 
     def put_changed(
-        self, key: str, data: Sequence[Buffer], *, base: StoredContent, changed: Sequence[ByteRange],
+        self,
+        key: str,
+        data: Sequence[Buffer],
+        *,
+        base: StoredContent,
+        changed: Sequence[ByteRange],
         check_unchanged: Callable[[], None] = no_check,
-    ) -> StoredContent:  # fmt: skip
-        """As ``put_whole``, but only the ranges ``changed`` of ``data`` are sent and looked at: all else is the base's.
+    ) -> StoredContent:
+        """As ``put_whole``, but only the ranges ``changed`` of ``data`` are sent and looked at: all
+        else is the base's.
 
-        ``changed`` ascends without overlap, RANGES_MAX at most. The peer has both objects meanwhile, as when one is replaced,
-        and copies what is kept. Raises BaseGoneError, and nothing is stored, where the peer doesn't have ``base`` any more:
-        then put it whole. Raises UsageError for ranges that don't fit and a base of another length.
+        ``changed`` ascends without overlap, RANGES_MAX at most. The peer has both objects
+        meanwhile, as when one is replaced, and copies what is kept. Raises BaseGoneError, and
+        nothing is stored, where the peer doesn't have ``base`` any more: then put it whole. Raises
+        UsageError for ranges that don't fit and a base of another length.
         """
         size_bytes = sum(memoryview(one).nbytes for one in data)
         why = ranges_problem(changed, size_bytes=size_bytes)
@@ -180,20 +234,25 @@ class PeerStore:
         return self._put(key, body, check_unchanged, base=base, ranges=len(changed))
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend. Receives straight into ``out``, which holds anything where this raises. Large reads go in parallel.
+        """See Backend. Receives straight into ``out``, which holds anything where this raises.
+        Large reads go in parallel.
 
         Raises IntegrityError also for bytes that the peer's tag doesn't prove.
         """
         check_key(key)
         if offset_bytes < 0:
-            raise UsageError(f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more")
+            raise UsageError(
+                f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
+            )
         flat = out.cast("B")
         if not flat:
             if self.stat(key) is None:
                 raise NotFoundError(f"no such object. key={key} store={self.url}")
             return
         streams = min(
-            self._limits.streams_max, self._limits.connections_max, max(1, len(flat) // self._limits.stream_bytes_min)
+            self._limits.streams_max,
+            self._limits.connections_max,
+            max(1, len(flat) // self._limits.stream_bytes_min),
         )
         if streams == 1 or not self._read_parallel(key, flat, offset_bytes, streams):
             self._read(key, flat, offset_bytes)
@@ -232,20 +291,36 @@ class PeerStore:
         self._pool.close()
 
     def _put(
-        self, key: str, body: PeerBody, still_lent: Callable[[], None], *, create_only: bool = False,
-        base: StoredContent | None = None, ranges: int = 0,
-    ) -> StoredContent:  # fmt: skip
+        self,
+        key: str,
+        body: PeerBody,
+        still_lent: Callable[[], None],
+        *,
+        create_only: bool = False,
+        base: StoredContent | None = None,
+        ranges: int = 0,
+    ) -> StoredContent:
         check_key(key)
         call = PeerCall(
-            verb="PUT", key=key, body=body, check_unchanged=still_lent, create_only=create_only, base=base, ranges=ranges
-        )  # fmt: skip
+            verb="PUT",
+            key=key,
+            body=body,
+            check_unchanged=still_lent,
+            create_only=create_only,
+            base=base,
+            ranges=ranges,
+        )
         answer = self._call(call).answer
         size_bytes = body.size_bytes if base is None else base.size_bytes
-        return StoredContent(key=key, size_bytes=size_bytes, version=answer.version, boot=answer.boot)
+        return StoredContent(
+            key=key, size_bytes=size_bytes, version=answer.version, boot=answer.boot
+        )
 
     def _read(self, key: str, out: memoryview, offset_bytes: int) -> tuple[str, int]:
         """Read one range; returns which content of the key it is of."""
-        answer = self._call(PeerCall(verb="GET", key=key, span=(offset_bytes, len(out)), out=out)).answer
+        answer = self._call(
+            PeerCall(verb="GET", key=key, span=(offset_bytes, len(out)), out=out)
+        ).answer
         return answer.boot, answer.version
 
     def _read_parallel(self, key: str, out: memoryview, offset_bytes: int, streams: int) -> bool:
@@ -270,11 +345,14 @@ class PeerStore:
             except CrowdedError:
                 if time.monotonic() + pause_s > until_s:
                     raise
-            time.sleep(random.uniform(0.5, 1.0) * pause_s)  # all who were turned away come again, and not all at once
+            time.sleep(
+                random.uniform(0.5, 1.0) * pause_s
+            )  # all who were turned away come again, and not all at once
             pause_s = min(2 * pause_s, CROWDED_LAST_S)
 
     def _ask(self, call: PeerCall) -> PeerReply:
-        """Make one call, once more where it met a connection that the peer had ended while it was idle."""
+        """Make one call, once more where it met a connection that the peer had ended while it was
+        idle."""
         for turn in range(2):
             with self._pool.connection(fresh=turn > 0) as (connection, used):
                 try:
@@ -286,9 +364,12 @@ class PeerStore:
                 except (OSError, EndedError) as error:
                     if turn == 0 and used and not connection.answered:
                         continue  # what was sent unheard is repeated: nothing but a put without create_only can have landed
-                    # Unheard: a peer ends connections that have asked nothing yet where too many come at once.
+                    # Unheard: a peer ends connections that have asked nothing yet where too many
+                    # come at once.
                     kind = UnavailableError if connection.answered else CrowdedError
-                    raise kind(f"the connection broke. {self._about(call)} cause={error}") from error
+                    raise kind(
+                        f"the connection broke. {self._about(call)} cause={error}"
+                    ) from error
             if (refusal := refusal_error(reply.answer, key=call.key, url=self.url)) is not None:
                 raise refusal
             return reply

@@ -28,9 +28,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 class TrainerChild:
     """A started trainer. It leads a process group of its own, whose number is ``pid``.
 
-    ``attempt`` is 0 for a prepared one. ``status``: how it ended (as ``os.waitstatus_to_exitcode``), None while it lives.
-    ``killed``: its end was asked for. ``stacks``: its file for stack dumps; ``dumps``: it writes there on SIGUSR2.
-    ``stopped``: it was stopped because it asked for the terminal.
+    ``attempt`` is 0 for a prepared one. ``status``: how it ended (as
+    ``os.waitstatus_to_exitcode``), None while it lives. ``killed``: its end was asked for.
+    ``stacks``: its file for stack dumps; ``dumps``: it writes there on SIGUSR2. ``stopped``: it was
+    stopped because it asked for the terminal.
     """
 
     pid: int
@@ -54,7 +55,9 @@ class TrainerChild:
         self.killed = True
         if self.gone():
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing left, or nothing that is ours
+        with contextlib.suppress(
+            ProcessLookupError, PermissionError
+        ):  # nothing left, or nothing that is ours
             os.killpg(self.pid, signal.SIGKILL)
 
     def gone(self) -> bool:
@@ -80,7 +83,8 @@ class TrainerChild:
         self.signal(signal.SIGUSR2)
 
     def read_reports(self) -> bytes:
-        """What the trainer has said. b"" and a closed ``report_fd`` where it and all its children are gone."""
+        """What the trainer has said. b"" and a closed ``report_fd`` where it and all its children
+        are gone."""
         try:
             said = os.read(self.report_fd, REPORT_BYTES_MAX)
         except BlockingIOError:
@@ -121,15 +125,19 @@ class TrainerChild:
 def adopt_orphans() -> None:
     """Make this process the parent of what its descendants leave behind, so that it can reap them.
 
-    In a container the first process often reaps nobody, and a zombie in a process group would look alive for ever.
+    In a container the first process often reaps nobody, and a zombie in a process group would look
+    alive for ever.
     """
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     if libc is not None and libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise InternalError(f"cannot adopt the trainers' children. why={os.strerror(ctypes.get_errno())}")
+        raise InternalError(
+            f"cannot adopt the trainers' children. why={os.strerror(ctypes.get_errno())}"
+        )
 
 
 def reap_children() -> Iterator[tuple[int, int]]:
-    """Every child that has ended or was stopped since the last call: its number and raw wait status."""
+    """Every child that has ended or was stopped since the last call: its number and raw wait
+    status."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
@@ -141,12 +149,17 @@ def reap_children() -> Iterator[tuple[int, int]]:
 
 
 def anonymous_memory_bytes(pid: int) -> int | None:
-    """What a second process like ``pid`` would take for itself: its anonymous memory. None where the system doesn't say."""
+    """What a second process like ``pid`` would take for itself: its anonymous memory. None where
+    the system doesn't say."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+        lines = (
+            Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+        )
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None
+    )
 
 
 # A supervisor's signals as things to read: a number for each in a pipe, and the user's handlers
@@ -158,7 +171,15 @@ SUPERVISOR_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, s
 """What a supervisor acts on."""
 
 _FAULTS = frozenset(
-    {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
+    {
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGABRT,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+    }
 )
 _READ_BYTES = 512
 
@@ -166,8 +187,8 @@ _READ_BYTES = 512
 class SignalPipe:
     """Catches signals from when it is made. ``fd`` is readable where there are some.
 
-    Besides its own, those that the user's program handles, and SIGUSR1: schedulers send them to the process that they know, the
-    supervisor, and they are meant for the trainer.
+    Besides its own, those that the user's program handles, and SIGUSR1: schedulers send them to the
+    process that they know, the supervisor, and they are meant for the trainer.
     """
 
     def __init__(self) -> None:
@@ -200,7 +221,8 @@ class SignalPipe:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def restore(self) -> None:
-        """The handlers as they were before, and the pipe closed: in a child, or where supervising ends with an error."""
+        """The handlers as they were before, and the pipe closed: in a child, or where supervising
+        ends with an error."""
         signal.set_wakeup_fd(self._wakeup_before)
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
@@ -208,7 +230,8 @@ class SignalPipe:
         os.close(self._write)
 
     def stop_here(self, group: int) -> None:
-        """Stop this process, and what else is in ``group``, as Ctrl-Z would. Returns when it is continued."""
+        """Stop this process, and what else is in ``group``, as Ctrl-Z would. Returns when it is
+        continued."""
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         try:
             if group:
@@ -220,11 +243,14 @@ class SignalPipe:
 
 
 def _watched() -> list[signal.Signals]:
-    """Which signals a supervisor catches. A handler that isn't Python's own (None) is left alone unless it must not be."""
+    """Which signals a supervisor catches. A handler that isn't Python's own (None) is left alone
+    unless it must not be."""
     handled = [
         number
         for number in signal.valid_signals()
-        if isinstance(number, signal.Signals) and number not in _FAULTS and callable(signal.getsignal(number))
+        if isinstance(number, signal.Signals)
+        and number not in _FAULTS
+        and callable(signal.getsignal(number))
     ]
     return sorted({*SUPERVISOR_SIGNALS, signal.SIGUSR1, *handled})
 
@@ -253,9 +279,11 @@ class Terminal:
         return bool(self._lent_to)
 
     def lend(self, group: int) -> bool:
-        """Make ``group`` the foreground one, if the terminal is now this process's own group's; says whether it is.
+        """Make ``group`` the foreground one, if the terminal is now this process's own group's;
+        says whether it is.
 
-        False where this process is in the background, another trainer has the terminal, or there is none.
+        False where this process is in the background, another trainer has the terminal, or there is
+        none.
         """
         with _opened() as fd:
             if fd < 0 or os.tcgetpgrp(fd) not in (os.getpgrp(), group):
@@ -265,7 +293,8 @@ class Terminal:
         return True
 
     def take_back(self) -> None:
-        """Make this process's group the foreground one again, where what it lent the terminal to still has it."""
+        """Make this process's group the foreground one again, where what it lent the terminal to
+        still has it."""
         group, self._lent_to = self._lent_to, 0
         if not group:
             return
@@ -292,7 +321,9 @@ def _give(fd: int, group: int) -> None:
     """Who isn't in the foreground itself may do this only with SIGTTOU blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
-        with contextlib.suppress(PermissionError, ProcessLookupError):  # the group is gone, or in another session
+        with contextlib.suppress(
+            PermissionError, ProcessLookupError
+        ):  # the group is gone, or in another session
             os.tcsetpgrp(fd, group)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,4 +1,5 @@
-"""The moment of a decorated call: become a supervisor, go on as its trainer, or run in place with a word why."""
+"""The moment of a decorated call: become a supervisor, go on as its trainer, or run in place with a
+word why."""
 
 from __future__ import annotations
 
@@ -24,7 +25,13 @@ import torch.distributed as dist
 
 from ckpt.elastic.failure import remove_stale_error_file
 from ckpt.elastic.processes.launch import around_fork
-from ckpt.elastic.processes.start_method import Fork, InPlace, ProcessFacts, Spawn, choose_start_method
+from ckpt.elastic.processes.start_method import (
+    Fork,
+    InPlace,
+    ProcessFacts,
+    Spawn,
+    choose_start_method,
+)
 from ckpt.elastic.processes.supervisor import SupervisorPlan, supervise
 from ckpt.elastic.processes.trainer import TrainerProcess, trainer_of_process
 from ckpt.errors import CkptError, ConflictError, UnavailableError
@@ -51,8 +58,8 @@ _GPUS = ("/dev/nvidia", "/dev/kfd")
 def gather_process_facts(*, probe: Callable[[], bool] | None = None) -> ProcessFacts:
     """The facts of this process, now.
 
-    ``probe`` is asked only where nothing else decides, since it forks a child and runs a parallel operation there (default:
-    ``probe_hangs``).
+    ``probe`` is asked only where nothing else decides, since it forks a child and runs a parallel
+    operation there (default: ``probe_hangs``).
     """
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     from_command = sys.argv[:1] == ["-c"]
@@ -65,12 +72,16 @@ def gather_process_facts(*, probe: Callable[[], bool] | None = None) -> ProcessF
         notebook=_interactive() or (file is None and not from_command),
         process_group=dist.is_available() and dist.is_initialized(),
         several_nodes=(
-            here is not None and here != int(os.environ.get("WORLD_SIZE", here)) and NODES_VARIABLE not in os.environ
+            here is not None
+            and here != int(os.environ.get("WORLD_SIZE", here))
+            and NODES_VARIABLE not in os.environ
         ),
         ranks_unknown=here is None,
         unranked_child=multiprocessing.parent_process() is not None and "RANK" not in os.environ,
         main_thread=threading.current_thread() is threading.main_thread(),
-        threads=tuple(one.name for one in threading.enumerate() if one is not threading.main_thread()),
+        threads=tuple(
+            one.name for one in threading.enumerate() if one is not threading.main_thread()
+        ),
         gpu_open=_gpu_open(),
         rerun=bool(sys.executable) and not from_stdin and multiprocessing.parent_process() is None,
     )
@@ -80,9 +91,11 @@ def gather_process_facts(*, probe: Callable[[], bool] | None = None) -> ProcessF
 
 
 def probe_hangs(wait_s: float = PROBE_WAIT_S) -> bool:
-    """Whether a forked child hangs in a parallel operation, as it does where this process has run one (libgomp's pool).
+    """Whether a forked child hangs in a parallel operation, as it does where this process has run
+    one (libgomp's pool).
 
-    Forks one child, waits for it and reaps it. Costs a few milliseconds where all is well, ``wait_s`` where it isn't.
+    Forks one child, waits for it and reaps it. Costs a few milliseconds where all is well,
+    ``wait_s`` where it isn't.
     """
     if torch.get_num_threads() == 1:
         return False
@@ -141,19 +154,24 @@ _FACTS = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
 
 
 def launch_name() -> str:
-    """The launcher's process, and what it says of this start. A program without ranks is its own launcher.
+    """The launcher's process, and what it says of this start. A program without ranks is its own
+    launcher.
 
-    The launcher is the nearest process above this one that is of no rank: scripts between the two belong to the rank.
+    The launcher is the nearest process above this one that is of no rank: scripts between the two
+    belong to the rank.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return f"{os.getpid()}-{secrets.token_hex(4)}"
     mark = next((name for name in _MARKS if name in os.environ), "RANK")
     launcher = _nearest_without(mark)
-    return "-".join([str(launcher), _stat(launcher)[1], *(os.environ.get(name, "") for name in _FACTS)])
+    return "-".join(
+        [str(launcher), _stat(launcher)[1], *(os.environ.get(name, "") for name in _FACTS)]
+    )
 
 
 def _nearest_without(mark: str) -> int:
-    """The nearest ancestor that was started without this variable, or that doesn't show its own; else the outermost."""
+    """The nearest ancestor that was started without this variable, or that doesn't show its own;
+    else the outermost."""
     pid = os.getppid()
     while True:
         try:
@@ -167,9 +185,15 @@ def _nearest_without(mark: str) -> int:
 
 
 def _stat(pid: int) -> tuple[int, str]:
-    """A process's parent, and when it began in clock ticks since boot: with its number, that is its name."""
+    """A process's parent, and when it began in clock ticks since boot: with its number, that is its
+    name."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="ascii", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
         return int(fields[1]), fields[19]
     except (OSError, IndexError):
         return 0, ""
@@ -185,10 +209,12 @@ LOOK_AGAIN_S = 0.05
 
 
 def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerProcess | None:
-    """Where a decorated function is called for the first time. Returns in trainers, with their seat, and in place, with None.
+    """Where a decorated function is called for the first time. Returns in trainers, with their
+    seat, and in place, with None.
 
-    In the process that the launcher started it does not return where trainers can be restarted: that process becomes their
-    supervisor. Raises ConflictError where another launch of the job lives on this node.
+    In the process that the launcher started it does not return where trainers can be restarted:
+    that process becomes their supervisor. Raises ConflictError where another launch of the job
+    lives on this node.
     """
     seat = trainer_of_process()
     if seat is not None:
@@ -210,9 +236,15 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
     launch = launch_name()
     os.environ[keeping.LAUNCH_VARIABLE] = launch
     hello = Hello(
-        version=WIRE_VERSION, role="supervisor", pid=os.getpid(), launch=launch, rank=rank, ranks=local_rank_count() or 1,
-        policy=policy, agent=spec.nodes.agent if spec.nodes is not None else "",
-    )  # fmt: skip
+        version=WIRE_VERSION,
+        role="supervisor",
+        pid=os.getpid(),
+        launch=launch,
+        rank=rank,
+        ranks=local_rank_count() or 1,
+        policy=policy,
+        agent=spec.nodes.agent if spec.nodes is not None else "",
+    )
     tell = emit_to_logging(rank)
     if isinstance(start, Spawn):
         text = f"the training function runs in a fresh interpreter, which runs the code above the call again: {start.reason}"
@@ -232,7 +264,8 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
 
 
 def register_trainer(seat: TrainerProcess, spec: KeeperSpec) -> None:
-    """Let sessions know whose trainer this process is. A prepared trainer has no attempt before it is promoted."""
+    """Let sessions know whose trainer this process is. A prepared trainer has no attempt before it
+    is promoted."""
     if seat.attempt:
         keeping.set_supervised_from_environment(spec, seat.attempt)
 
@@ -240,8 +273,8 @@ def register_trainer(seat: TrainerProcess, spec: KeeperSpec) -> None:
 def _supervised(connect: Callable[[], MessageSocket], plan: SupervisorPlan) -> TrainerProcess:
     """Supervise, as soon as the keeper takes this launch.
 
-    A launch whose processes are just being killed is given the time to be gone, a keeper the time to bring its snapshots to the
-    store; one that is just ending is followed by another.
+    A launch whose processes are just being killed is given the time to be gone, a keeper the time
+    to bring its snapshots to the store; one that is just ending is followed by another.
     """
     began_s = time.monotonic()
     said = False
@@ -279,11 +312,15 @@ def _say(text: str) -> None:
 
 
 def _import_ahead() -> None:
-    """What making an optimizer imports: 1.5 s that every trainer would spend anew. The first one needs it anyway.
+    """What making an optimizer imports: 1.5 s that every trainer would spend anew. The first one
+    needs it anyway.
 
     With other nodes also what reading their memory imports, which the first trainer does not.
     """
-    for name in ("torch._dynamo", *(("ckpt.cluster.peermem.gmac",) if os.environ.get(NODES_VARIABLE) else ())):
+    for name in (
+        "torch._dynamo",
+        *(("ckpt.cluster.peermem.gmac",) if os.environ.get(NODES_VARIABLE) else ()),
+    ):
         with suppress(ImportError):
             importlib.import_module(name)
 
@@ -295,7 +332,8 @@ def _stacks(spec: KeeperSpec) -> Path:
 def _warn(start: InPlace) -> None:
     if start.remedy:
         warnings.warn(
-            f"ckpt runs the training function in this process, so only the launcher can start it again: {start.reason}; "
+            "ckpt runs the training function in this process, so only the launcher can start it "
+            f"again: {start.reason}; "
             f"{start.remedy}",
             RuntimeWarning,
             stacklevel=5,

@@ -1,4 +1,5 @@
-"""A supervisor's connection to its keeper, and what it needs to give the next keeper where this one dies."""
+"""A supervisor's connection to its keeper, and what it needs to give the next keeper where this one
+dies."""
 
 from __future__ import annotations
 
@@ -38,10 +39,13 @@ class KeptDescriptors:
         return bool(self._slots) or self._board >= 0
 
     def keep(self, word: Keep | KeepBoard, fds: Sequence[int]) -> None:
-        """Hold what came beside ``word``, in place of what was held under the same name. Takes ``fds`` over."""
+        """Hold what came beside ``word``, in place of what was held under the same name. Takes
+        ``fds`` over."""
         if len(fds) != 1:
             close_fds(fds)
-            raise IntegrityError(f"one descriptor was to come with this word. word={word} count={len(fds)}")
+            raise IntegrityError(
+                f"one descriptor was to come with this word. word={word} count={len(fds)}"
+            )
         if isinstance(word, KeepBoard):
             self._drop_board()
             self._board = fds[0]
@@ -91,9 +95,12 @@ RECONNECTS_MAX = 5
 
 
 class SupervisorConnection:
-    """One connection at a time; between two of them it is ``lost``, and words go nowhere. Owns the link and the holdings."""
+    """One connection at a time; between two of them it is ``lost``, and words go nowhere. Owns the
+    link and the holdings."""
 
-    def __init__(self, link: MessageSocket, hello: Hello, reconnect: Callable[[], MessageSocket]) -> None:
+    def __init__(
+        self, link: MessageSocket, hello: Hello, reconnect: Callable[[], MessageSocket]
+    ) -> None:
         self._link: MessageSocket | None = link
         self._hello = hello
         self._reconnect = reconnect
@@ -117,9 +124,11 @@ class SupervisorConnection:
         return bool(self._holdings)
 
     def act_time_left_s(self) -> float | None:
-        """For how long trainers of this node may still act; None: for ever. After that others may have their ranks.
+        """For how long trainers of this node may still act; None: for ever. After that others may
+        have their ranks.
 
-        The keeper of one node among several tells it through memory, on and on; one that stands still tells nothing any more.
+        The keeper of one node among several tells it through memory, on and on; one that stands
+        still tells nothing any more.
         """
         until_ns = self._holdings.act_until_ns
         return (until_ns - now_ns()) / 1e9 if until_ns else None
@@ -135,7 +144,8 @@ class SupervisorConnection:
         self.has_unread = True
 
     def receive(self) -> list[Message]:
-        """The words that have come, without waiting, but for those about what is to be held: they are obeyed here."""
+        """The words that have come, without waiting, but for those about what is to be held: they
+        are obeyed here."""
         if self._link is None:
             return []
         self.has_unread = False
@@ -155,7 +165,8 @@ class SupervisorConnection:
         return words
 
     def send(self, message: Message) -> None:
-        """Say a word. Where the keeper is gone it is lost: what matters is said again to the next one."""
+        """Say a word. Where the keeper is gone it is lost: what matters is said again to the next
+        one."""
         if self._link is None:
             return
         try:
@@ -174,14 +185,17 @@ class SupervisorConnection:
         self._lost_in_row = 0
 
     def reconnect(self, attempt: int) -> bool:
-        """Find or start another keeper, which gets what is held where it is new; False where it is gone again already.
+        """Find or start another keeper, which gets what is held where it is new; False where it is
+        gone again already.
 
-        Raises UnavailableError where none can be had, and the error of one that doesn't want this process.
+        Raises UnavailableError where none can be had, and the error of one that doesn't want this
+        process.
         """
         self._lost_in_row += 1
         if self._lost_in_row > RECONNECTS_MAX:
             raise UnavailableError(
-                f"keepers die one after the other. count={RECONNECTS_MAX}; see keeper.log in the job's runtime folder"
+                f"keepers die one after the other. count={RECONNECTS_MAX}; see keeper.log in the "
+                "job's runtime folder"
             )
         self._link, welcome = connect_with_hello(self._reconnect, self._hello_now(attempt))
         self.has_unread = True
@@ -200,4 +214,6 @@ class SupervisorConnection:
         self._holdings.close()
 
     def _hello_now(self, attempt: int) -> Hello:
-        return msgspec.structs.replace(self._hello, id=1, attempt=attempt, holds=self.has_descriptors)
+        return msgspec.structs.replace(
+            self._hello, id=1, attempt=attempt, holds=self.has_descriptors
+        )

@@ -1,4 +1,5 @@
-"""Starting one trainer: a fork, and in the child either the user's program as it stands or the same command anew."""
+"""Starting one trainer: a fork, and in the child either the user's program as it stands or the same
+command anew."""
 
 from __future__ import annotations
 
@@ -31,12 +32,14 @@ def _started_in() -> str:
 
 
 STARTUP_FOLDER = _started_in()
-"""Where this program was started, as far as is known: relative names in its command count from there."""
+"""Where this program was started, as far as is known: relative names in its command count from
+there."""
 
 
 @contextmanager
 def around_fork() -> Iterator[None]:
-    """Around a fork: what is buffered is written once only, and no warning of native threads, which forks survive."""
+    """Around a fork: what is buffered is written once only, and no warning of native threads, which
+    forks survive."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
             with suppress(OSError):  # nobody reads it any more
@@ -73,7 +76,8 @@ class _Pipes:
 def launch_trainer(
     shared: TrainerLaunch, *, attempt: int, port: int, seating: RankPlacement | None = None
 ) -> TrainerChild | TrainerProcess:
-    """Start a trainer; attempt 0: one that runs ahead and waits. A ``TrainerChild`` in the parent, its seat in the child.
+    """Start a trainer; attempt 0: one that runs ahead and waits. A ``TrainerChild`` in the parent,
+    its seat in the child.
 
     Raises OSError where there is no process or descriptor left.
     """
@@ -86,19 +90,30 @@ def launch_trainer(
         if pid == 0:
             shared.signals.restore()
     if pid == 0:
-        return _be_trainer(shared, pipes, TrainerOrder(attempt=attempt, port=port, seating=seating), supervisor_pid)
-    with suppress(PermissionError, ProcessLookupError):  # the child did it itself and went on, or is gone
+        return _be_trainer(
+            shared, pipes, TrainerOrder(attempt=attempt, port=port, seating=seating), supervisor_pid
+        )
+    with suppress(
+        PermissionError, ProcessLookupError
+    ):  # the child did it itself and went on, or is gone
         os.setpgid(pid, pid)
     os.close(pipes.report_out)
     if pipes.order_in >= 0:
         os.close(pipes.order_in)
     return TrainerChild(
-        pid=pid, attempt=attempt, report_fd=pipes.report_in, order_fd=pipes.order_out, stacks=_stacks(shared, pid)
-    )  # fmt: skip
+        pid=pid,
+        attempt=attempt,
+        report_fd=pipes.report_in,
+        order_fd=pipes.order_out,
+        stacks=_stacks(shared, pid),
+    )
 
 
-def _be_trainer(shared: TrainerLaunch, pipes: _Pipes, order: TrainerOrder, supervisor_pid: int) -> TrainerProcess:
-    """The child's side. An error here must not come back into the copy of the supervisor's loop: it ends the child."""
+def _be_trainer(
+    shared: TrainerLaunch, pipes: _Pipes, order: TrainerOrder, supervisor_pid: int
+) -> TrainerProcess:
+    """The child's side. An error here must not come back into the copy of the supervisor's loop: it
+    ends the child."""
     try:
         begin_child(supervisor_pid)
         os.close(pipes.report_in)
@@ -108,9 +123,15 @@ def _be_trainer(shared: TrainerLaunch, pipes: _Pipes, order: TrainerOrder, super
         spawned = isinstance(shared.start, Spawn)
         how = "prepared" if order.attempt == 0 else "spawn" if spawned else "fork"
         seat = TrainerProcess(
-            attempt=order.attempt, port=order.port, how=how, pid=os.getpid(), report_fd=pipes.report_out,
-            order_fd=pipes.order_in, stacks=_stacks(shared, os.getpid()), seating=order.seating,
-        )  # fmt: skip
+            attempt=order.attempt,
+            port=order.port,
+            how=how,
+            pid=os.getpid(),
+            report_fd=pipes.report_out,
+            order_fd=pipes.order_in,
+            stacks=_stacks(shared, os.getpid()),
+            seating=order.seating,
+        )
         if spawned:
             exec_again(seat, STARTUP_FOLDER)
         return enter_forked(seat)

@@ -1,4 +1,5 @@
-"""How a trainer is started: forked from the supervisor, spawned anew, or not at all. Pure; ``facts`` gathers what it asks."""
+"""How a trainer is started: forked from the supervisor, spawned anew, or not at all. Pure;
+``facts`` gathers what it asks."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 class ProcessFacts:
     """What a process knows about itself where a decorated function is called.
 
-    ``ranks_unknown``: there are several ranks, and nothing tells how many are on this node. ``unranked_child``: multiprocessing
-    started this process, and it has no rank. ``threads`` are the names of Python threads beside the main one.
-    ``main_thread``: the call is made there. ``rerun``: the same command can be run once more. ``probe_hung``: a forked child
-    did not come back from one parallel operation.
+    ``ranks_unknown``: there are several ranks, and nothing tells how many are on this node.
+    ``unranked_child``: multiprocessing started this process, and it has no rank. ``threads`` are
+    the names of Python threads beside the main one. ``main_thread``: the call is made there.
+    ``rerun``: the same command can be run once more. ``probe_hung``: a forked child did not come
+    back from one parallel operation.
     """
 
     platform: str = "linux"
@@ -37,14 +39,16 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Trainers are fresh interpreters that run the same command up to the call. ``why`` a fork would not do."""
+    """Trainers are fresh interpreters that run the same command up to the call. ``why`` a fork
+    would not do."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """No supervisor: the function runs in this process, and nobody but the launcher starts it again.
+    """No supervisor: the function runs in this process, and nobody but the launcher starts it
+    again.
 
     ``remedy`` says what to change, "" where this is as it should be and needs no warning.
     """
@@ -75,17 +79,23 @@ def _stays(facts: ProcessFacts) -> InPlace | None:
     if facts.under_pytest:
         return InPlace("the call is part of a test under pytest")
     if facts.platform != "linux":
-        return InPlace(f"trainers are restarted on Linux only. platform={facts.platform}", "run it on Linux")
+        return InPlace(
+            f"trainers are restarted on Linux only. platform={facts.platform}", "run it on Linux"
+        )
     if facts.process_group:
         return InPlace(
-            "a process group exists before the decorated call, and a new trainer could not leave it",
+            "a process group exists before the decorated call, and a new trainer could not leave "
+            "it",
             "call init_process_group() inside the decorated function",
         )
     if facts.notebook:
-        return InPlace("this is a notebook or an interactive interpreter", "run the program as a script")
+        return InPlace(
+            "this is a notebook or an interactive interpreter", "run the program as a script"
+        )
     if facts.unranked_child:
         return InPlace(
-            "multiprocessing started this process, so the program's ranks are not known to each other",
+            "multiprocessing started this process, so the program's ranks are not known to each "
+            "other",
             "start the ranks by torchrun",
         )
     if facts.ranks_unknown:
@@ -99,7 +109,10 @@ def _stays(facts: ProcessFacts) -> InPlace | None:
             "start it by ckpt run or --rdzv-backend=ckpt",
         )
     if not facts.main_thread:
-        return InPlace("the decorated function is called in a thread beside the main one", "call it in the main thread")
+        return InPlace(
+            "the decorated function is called in a thread beside the main one",
+            "call it in the main thread",
+        )
     return None
 
 

@@ -1,8 +1,10 @@
-"""The supervisor: forks trainers, waits and kills, as its keeper says; in one thread, and never back into the user's program.
+"""The supervisor: forks trainers, waits and kills, as its keeper says; in one thread, and never
+back into the user's program.
 
-The parent of a fork stays in ``supervise`` and ends as its trainer did. The child returns from it with its seat, and is the
-program from then on. The loop notes what happened (words of the keeper, signals, ends of children, bytes that trainers say),
-then does whatever is possible now; so nothing in it waits for anything but the next thing to happen.
+The parent of a fork stays in ``supervise`` and ends as its trainer did. The child returns from it
+with its seat, and is the program from then on. The loop notes what happened (words of the keeper,
+signals, ends of children, bytes that trainers say), then does whatever is possible now; so nothing
+in it waits for anything but the next thing to happen.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ from ckpt.elastic.processes.child import (
 from ckpt.elastic.processes.keeper_connection import SupervisorConnection
 from ckpt.elastic.processes.launch import TrainerLaunch, launch_trainer
 from ckpt.elastic.processes.start_method import Fork, Spawn
-from ckpt.elastic.processes.trainer import DUMPS_READY, FIRST_STEP, TERMINATED, TrainerOrder, TrainerProcess
+from ckpt.elastic.processes.trainer import (
+    DUMPS_READY,
+    FIRST_STEP,
+    TERMINATED,
+    TrainerOrder,
+    TrainerProcess,
+)
 from ckpt.elastic.sigterm import SigtermHistory, SigtermMeaning
 from ckpt.errors import CkptError, InternalError
 from ckpt.ipc.frames import MessageSocket
@@ -61,10 +69,12 @@ INTERRUPTED_STATUS = 128 + signal.SIGINT
 
 
 def exit_status(told: int, own: int | None, *, interrupted: bool = False) -> int:
-    """The status to end with: the keeper says ``told``, the own trainer ended by itself with ``own`` (None: it didn't).
+    """The status to end with: the keeper says ``told``, the own trainer ended by itself with
+    ``own`` (None: it didn't).
 
-    Both as ``os.waitstatus_to_exitcode``. A keeper tells a signal as 128 and its number, since it speaks to all ranks; the rank
-    that died of it dies of it. ``interrupted``: this rank's Ctrl-C was told as the cause, whatever its trainer ended with.
+    Both as ``os.waitstatus_to_exitcode``. A keeper tells a signal as 128 and its number, since it
+    speaks to all ranks; the rank that died of it dies of it. ``interrupted``: this rank's Ctrl-C
+    was told as the cause, whatever its trainer ended with.
     """
     if own is None:
         return told
@@ -73,7 +83,8 @@ def exit_status(told: int, own: int | None, *, interrupted: bool = False) -> int
 
 
 def exit_with(status: int) -> NoReturn:
-    """End this process with an exit code, or of minus a signal. Runs no exit handler: those are the trainer's."""
+    """End this process with an exit code, or of minus a signal. Runs no exit handler: those are the
+    trainer's."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
             with suppress(OSError):  # nobody reads it any more
@@ -84,7 +95,8 @@ def exit_with(status: int) -> NoReturn:
 
 
 def die_by_signal(number: int, *, group: bool = False) -> NoReturn:
-    """Die of a signal, without a second core file. ``group``: the whole process group gets it, as from the terminal."""
+    """Die of a signal, without a second core file. ``group``: the whole process group gets it, as
+    from the terminal."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(number, signal.SIG_DFL)
@@ -101,10 +113,12 @@ def die_by_signal(number: int, *, group: bool = False) -> NoReturn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorPlan:
-    """See the module. ``hello`` is what it says first on each connection; its ``attempt`` is filled in.
+    """See the module. ``hello`` is what it says first on each connection; its ``attempt`` is filled
+    in.
 
-    ``reconnect`` gives a connection to a keeper, starting one where there is none; nothing was said on it yet. ``stacks`` is a
-    folder for stack dumps (None: none). ``prepare``: keep a second trainer that has run ahead to ``run.ready()``.
+    ``reconnect`` gives a connection to a keeper, starting one where there is none; nothing was said
+    on it yet. ``stacks`` is a folder for stack dumps (None: none). ``prepare``: keep a second
+    trainer that has run ahead to ``run.ready()``.
     """
 
     start: Fork | Spawn
@@ -116,11 +130,13 @@ class SupervisorPlan:
 
 
 LEAVE_WAIT_S = 30.0
-"""How long a killed process may take to be gone before a supervisor leaves without it: one that the kernel can't end now."""
+"""How long a killed process may take to be gone before a supervisor leaves without it: one that the
+kernel can't end now."""
 
 GONE_POLL_S = 0.01
 CLOCK_LOOK_MS = 500
-"""How often the time until which a node of several may act is looked at: the keeper moves it on all the while."""
+"""How often the time until which a node of several may act is looked at: the keeper moves it on all
+the while."""
 TERMINAL_POLL_S = 0.2
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 _STOPPED_FOR_TERMINAL = (signal.SIGTTIN, signal.SIGTTOU)
@@ -152,8 +168,12 @@ class Supervisor:
         adopt_orphans()
         self._signals = SignalPipe()
         self._launch = TrainerLaunch(
-            start=plan.start, rank=plan.hello.rank, stacks=plan.stacks, signals=self._signals, close_in_child=self._forget,
-        )  # fmt: skip
+            start=plan.start,
+            rank=plan.hello.rank,
+            stacks=plan.stacks,
+            signals=self._signals,
+            close_in_child=self._forget,
+        )
 
     def run(self) -> TrainerProcess:
         """Loop; returns in trainers only."""
@@ -229,7 +249,9 @@ class Supervisor:
             case PrintLine():
                 self._say(word.text)
             case _:
-                raise InternalError(f"a supervisor has no use for this word. type={type(word).__name__}")
+                raise InternalError(
+                    f"a supervisor has no use for this word. type={type(word).__name__}"
+                )
 
     def _on_kill(self, word: Kill) -> None:
         if self._starting is not None and self._starting.attempt == word.attempt:
@@ -312,7 +334,8 @@ class Supervisor:
             self._stop(os.getpgrp())
 
     def _stop(self, group: int) -> None:
-        """Stop with the trainer, as one job; both go on together. It asks for the terminal again when it needs it."""
+        """Stop with the trainer, as one job; both go on together. It asks for the terminal again
+        when it needs it."""
         if self._live is not None:
             self._live.signal(signal.SIGSTOP, group=True)
         self._signals.stop_here(group)
@@ -320,15 +343,24 @@ class Supervisor:
             self._live.signal(signal.SIGCONT, group=True)
 
     def _look_at_clock(self) -> None:
-        """With several nodes: stop before others may have been given this node's ranks, keeper or none."""
+        """With several nodes: stop before others may have been given this node's ranks, keeper or
+        none."""
         live = self._live
-        if live is None or self._may_act() or live.status is not None or live.attempt == self._overdue:
+        if (
+            live is None
+            or self._may_act()
+            or live.status is not None
+            or live.attempt == self._overdue
+        ):
             return
         self._overdue = live.attempt
         self._say(
-            "this node has lost touch with its job's other nodes, which may go on without it: its trainer is stopped"
+            "this node has lost touch with its job's other nodes, which may go on without it: its "
+            "trainer is stopped"
         )
-        live.signal(signal.SIGKILL, group=True)  # it ends like any other death, and its keeper hears of it
+        live.signal(
+            signal.SIGKILL, group=True
+        )  # it ends like any other death, and its keeper hears of it
 
     def _may_act(self) -> bool:
         left_s = self._keeper.act_time_left_s()
@@ -353,7 +385,9 @@ class Supervisor:
             return None
         live = self._live
         if self._keeper.lost:
-            self._starting = self._unanswered = None  # what a dead keeper asked for counts no more, but for leaving
+            self._starting = self._unanswered = (
+                None  # what a dead keeper asked for counts no more, but for leaving
+            )
         if self._keeper.lost or self._unanswered is not None or self._starting is not None:
             if live is not None and not live.gone():
                 live.kill()
@@ -391,11 +425,15 @@ class Supervisor:
             if ahead is not None:
                 ahead.kill()
                 ahead.forget()
-            child = launch_trainer(self._launch, attempt=word.attempt, port=word.port, seating=word.seating)
+            child = launch_trainer(
+                self._launch, attempt=word.attempt, port=word.port, seating=word.seating
+            )
             if isinstance(child, TrainerProcess):
                 return child
             self._live, how = child, "fork" if isinstance(self._plan.start, Fork) else "spawn"
-        self._keeper.send(Started(attempt=word.attempt, trainer_pid=self._live.pid, how=how, at_s=at_s))
+        self._keeper.send(
+            Started(attempt=word.attempt, trainer_pid=self._live.pid, how=how, at_s=at_s)
+        )
         return None
 
     def _run_ahead(self) -> TrainerProcess | None:
@@ -445,9 +483,14 @@ class Supervisor:
     # ---- small parts
 
     def _died(self, attempt: int, status: int) -> Died:
-        """A trainer that failed after Ctrl-C was ended by it, whatever it made of it: nobody wants the next attempt."""
-        told = -signal.SIGINT if self._interrupted and status not in (0, PREEMPTED_STATUS) else status
-        return Died(attempt=attempt, status=told, at_s=time.monotonic(), overdue=attempt == self._overdue)
+        """A trainer that failed after Ctrl-C was ended by it, whatever it made of it: nobody wants
+        the next attempt."""
+        told = (
+            -signal.SIGINT if self._interrupted and status not in (0, PREEMPTED_STATUS) else status
+        )
+        return Died(
+            attempt=attempt, status=told, at_s=time.monotonic(), overdue=attempt == self._overdue
+        )
 
     def _children(self) -> list[TrainerChild]:
         return [child for child in (self._live, self._ahead) if child is not None]
@@ -477,8 +520,9 @@ class Supervisor:
 def supervise(link: MessageSocket, plan: SupervisorPlan) -> TrainerProcess:
     """Become the supervisor of this rank; returns only in its trainers, each with its seat.
 
-    ``link`` is a fresh connection to the keeper, owned from here on. Call it in the main thread. Raises what the keeper refuses
-    the hello with, UnavailableError where it is gone before that; later errors end the process with a message.
+    ``link`` is a fresh connection to the keeper, owned from here on. Call it in the main thread.
+    Raises what the keeper refuses the hello with, UnavailableError where it is gone before that;
+    later errors end the process with a message.
     """
     lifeline = SupervisorConnection(link, plan.hello, plan.reconnect)
     try:
@@ -493,6 +537,8 @@ def supervise(link: MessageSocket, plan: SupervisorPlan) -> TrainerProcess:
     except BaseException as error:
         if os.getpid() != supervisor_pid:  # a trainer that was interrupted on its way out of here
             raise
-        if isinstance(error, CkptError):  # the program must not go on here: it goes on in its trainers
+        if isinstance(
+            error, CkptError
+        ):  # the program must not go on here: it goes on in its trainers
             supervisor.give_up(str(error), error.exit_code)
         supervisor.give_up(traceback.format_exc(), InternalError.exit_code)

@@ -1,8 +1,10 @@
-"""A trainer's side of being supervised: what a child does before it runs the user's function, and its seat.
+"""A trainer's side of being supervised: what a child does before it runs the user's function, and
+its seat.
 
-A seat travels to a spawned trainer, and to later decorated calls of any trainer, in the environment as ``CKPT_SEAT``; it counts
-only in the process that it names, so what a trainer starts itself does not take it for its own. Everything that a trainer has
-to say to its supervisor is one byte in a pipe: that costs no thread, and a signal handler may write it.
+A seat travels to a spawned trainer, and to later decorated calls of any trainer, in the environment
+as ``CKPT_SEAT``; it counts only in the process that it names, so what a trainer starts itself does
+not take it for its own. Everything that a trainer has to say to its supervisor is one byte in a
+pipe: that costs no thread, and a signal handler may write it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ TRAINER_VARIABLE = "CKPT_SEAT"
 """Where a trainer's seat is in its environment."""
 
 OOM_SCORE = 500
-"""Added to a trainer's score, so that the kernel kills it before supervisors and keeper, who hold what it would lose."""
+"""Added to a trainer's score, so that the kernel kills it before supervisors and keeper, who hold
+what it would lose."""
 
 DUMPS_READY = b"D"
 FIRST_STEP = b"S"
@@ -56,11 +59,12 @@ prepare_decoders(TrainerOrder)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerProcess:
-    """This process is the trainer of ``attempt``, whose process group meets at ``port``, without ``seating`` on loopback.
+    """This process is the trainer of ``attempt``, whose process group meets at ``port``, without
+    ``seating`` on loopback.
 
-    ``how`` it was started: ``fork``, ``spawn`` or ``prepared``. A prepared one has attempt 0 until ``promoted``.
-    ``report_fd`` goes to the supervisor, ``order_fd`` comes from it (-1: not a prepared one), ``stacks`` is the file for stack
-    dumps ("": none).
+    ``how`` it was started: ``fork``, ``spawn`` or ``prepared``. A prepared one has attempt 0 until
+    ``promoted``. ``report_fd`` goes to the supervisor, ``order_fd`` comes from it (-1: not a
+    prepared one), ``stacks`` is the file for stack dumps ("": none).
     """
 
     attempt: int
@@ -73,20 +77,25 @@ class TrainerProcess:
     seating: RankPlacement | None = None
 
     def first_step_done(self) -> None:
-        """Tell the supervisor that this trainer got past its start; it may prepare the next one now."""
+        """Tell the supervisor that this trainer got past its start; it may prepare the next one
+        now."""
         report_byte(self.report_fd, FIRST_STEP)
 
     def promoted(self) -> TrainerProcess:
-        """The seat that counts: this one where it has an attempt, else, after a wait, the one that the supervisor gives.
+        """The seat that counts: this one where it has an attempt, else, after a wait, the one that
+        the supervisor gives.
 
-        A prepared trainer waits here, as long as the live one is well, and ends here where its supervisor has no use for it.
+        A prepared trainer waits here, as long as the live one is well, and ends here where its
+        supervisor has no use for it.
         """
         if self.attempt:
             return self
         report_byte(self.report_fd, READY)
         order = _wait_for_order(self.order_fd)
         os.close(self.order_fd)
-        seat = replace(self, attempt=order.attempt, port=order.port, order_fd=-1, seating=order.seating)
+        seat = replace(
+            self, attempt=order.attempt, port=order.port, order_fd=-1, seating=order.seating
+        )
         put_into_environment(seat)
         return seat
 
@@ -95,7 +104,8 @@ prepare_decoders(TrainerProcess)
 
 
 def trainer_of_process() -> TrainerProcess | None:
-    """The seat that this process holds, or None where it is no trainer. A spawned trainer takes it at its first call."""
+    """The seat that this process holds, or None where it is no trainer. A spawned trainer takes it
+    at its first call."""
     text = os.environ.get(TRAINER_VARIABLE)
     if not text:
         return None
@@ -111,7 +121,8 @@ def trainer_of_process() -> TrainerProcess | None:
 
 
 def put_into_environment(seat: TrainerProcess) -> None:
-    """What the user's ``init_process_group`` reads, and the seat itself. Other variables stay as the launcher set them."""
+    """What the user's ``init_process_group`` reads, and the seat itself. Other variables stay as
+    the launcher set them."""
     os.environ.update(environment(seat))
 
 
@@ -130,7 +141,8 @@ def environment(seat: TrainerProcess) -> dict[str, str]:
 
 
 def _place(seating: RankPlacement | None) -> dict[str, str]:
-    """Where rank 0 is and, of several nodes, which ranks are here. Of one node the launcher has said it."""
+    """Where rank 0 is and, of several nodes, which ranks are here. Of one node the launcher has
+    said it."""
     if seating is None:
         return {"MASTER_ADDR": "127.0.0.1"}
     rank = str(seating.first_rank + int(os.environ.get("LOCAL_RANK", "0")))
@@ -147,17 +159,23 @@ def _place(seating: RankPlacement | None) -> dict[str, str]:
 
 
 def begin_child(supervisor_pid: int) -> None:
-    """First thing in a forked child: a process group of its own, and no life without its supervisor."""
+    """First thing in a forked child: a process group of its own, and no life without its
+    supervisor."""
     os.setpgid(0, 0)
     die_with_parent(supervisor_pid)
-    with contextlib.suppress(OSError):  # no /proc, or not ours to write: then the kernel chooses by size alone
+    with contextlib.suppress(
+        OSError
+    ):  # no /proc, or not ours to write: then the kernel chooses by size alone
         score = Path("/proc/self/oom_score_adj")
         score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies. Ends it at once where that has happened already."""
-    if _LIBC is not None and _LIBC.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0):
+    """Have the kernel kill this process when its parent dies. Ends it at once where that has
+    happened already."""
+    if _LIBC is not None and _LIBC.prctl(
+        _PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0
+    ):
         code = ctypes.get_errno()
         raise InternalError(f"cannot tie a trainer to its supervisor. why={os.strerror(code)}")
     if os.getppid() != parent_pid:
@@ -165,14 +183,16 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def enter_forked(seat: TrainerProcess) -> TrainerProcess:
-    """Become the trainer that ``seat`` says, in a forked child whose signals are the user's again."""
+    """Become the trainer that ``seat`` says, in a forked child whose signals are the user's
+    again."""
     put_into_environment(seat)
     _take(seat)
     return seat
 
 
 def exec_again(seat: TrainerProcess, folder: str) -> NoReturn:
-    """Replace this forked child by a fresh interpreter that runs the program's command from ``folder`` on. Never returns."""
+    """Replace this forked child by a fresh interpreter that runs the program's command from
+    ``folder`` on. Never returns."""
     for fd in (seat.report_fd, seat.order_fd):
         if fd >= 0:
             os.set_inheritable(fd, True)
@@ -187,12 +207,15 @@ def report_byte(report_fd: int, word: bytes) -> None:
 
 
 class TrainerSigterm:
-    """The SIGTERM handler of a trainer: training ends at a boundary that all ranks agree on, so only the word is passed on.
+    """The SIGTERM handler of a trainer: training ends at a boundary that all ranks agree on, so
+    only the word is passed on.
 
     The user's own handler, where there was one before the call, is called too.
     """
 
-    def __init__(self, report_fd: int, before: Callable[[int, FrameType | None], object] | None) -> None:
+    def __init__(
+        self, report_fd: int, before: Callable[[int, FrameType | None], object] | None
+    ) -> None:
         self._report_fd = report_fd
         self._before = before
 
@@ -203,7 +226,8 @@ class TrainerSigterm:
             self._before(number, frame)
 
     def restore(self) -> None:
-        """In a child of the trainer, a data loader's worker say: SIGTERM is what it was, or nobody could end it."""
+        """In a child of the trainer, a data loader's worker say: SIGTERM is what it was, or nobody
+        could end it."""
         if isinstance(signal.getsignal(signal.SIGTERM), TrainerSigterm):
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
@@ -223,9 +247,12 @@ def _take(seat: TrainerProcess) -> None:
 
 
 def _dump_on_signal(seat: TrainerProcess) -> None:
-    """SIGUSR2 writes the stacks of all threads. Where the user has a handler for it, nobody sends it."""
+    """SIGUSR2 writes the stacks of all threads. Where the user has a handler for it, nobody sends
+    it."""
     try:
-        fd = os.open(seat.stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = os.open(
+            seat.stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
         faulthandler.register(
             signal.SIGUSR2, file=fd, all_threads=True, chain=False
         )  # by number: nothing closes it early
@@ -245,7 +272,8 @@ def _wait_for_order(fd: int) -> TrainerOrder:
 
 
 def exit_after_error(error: BaseException) -> NoReturn:
-    """End a child that failed before it was a trainer: tell people why, and let nothing of the parent's run."""
+    """End a child that failed before it was a trainer: tell people why, and let nothing of the
+    parent's run."""
     sys.excepthook(type(error), error, error.__traceback__)
     sys.stderr.flush()
     os._exit(1)
@@ -267,7 +295,8 @@ _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 
 
 def watch_process_group(made: Callable[[], None]) -> None:
-    """Have ``made`` called after the user's process group is made, and make it without torch's first back-off."""
+    """Have ``made`` called after the user's process group is made, and make it without torch's
+    first back-off."""
     if not dist.is_available():
         return
     make = dist.init_process_group
@@ -275,7 +304,11 @@ def watch_process_group(made: Callable[[], None]) -> None:
     @functools.wraps(make)
     def init_process_group(*args: object, **kwargs: object) -> None:
         init_method = args[1] if len(args) > 1 else kwargs.get("init_method")
-        if init_method in (None, "env://") and kwargs.get("store") is None and rank0_is_local(os.environ):
+        if (
+            init_method in (None, "env://")
+            and kwargs.get("store") is None
+            and rank0_is_local(os.environ)
+        ):
             wait_for_listener(int(os.environ.get("MASTER_PORT", "0")))
         make(*args, **kwargs)  # type: ignore[arg-type]
         made()
@@ -284,13 +317,18 @@ def watch_process_group(made: Callable[[], None]) -> None:
 
 
 def rank0_is_local(said: Mapping[str, str]) -> bool:
-    """Whether this rank dials rank 0 and that one listens on this machine, as the environment says: only here one can look."""
-    here = said.get("MASTER_ADDR", "").startswith(("127.", "localhost", "::1")) or said.get("GROUP_RANK") == "0"
+    """Whether this rank dials rank 0 and that one listens on this machine, as the environment says:
+    only here one can look."""
+    here = (
+        said.get("MASTER_ADDR", "").startswith(("127.", "localhost", "::1"))
+        or said.get("GROUP_RANK") == "0"
+    )
     return said.get("RANK", "0") != "0" and here
 
 
 def wait_for_listener(port: int, *, timeout_s: float = LISTEN_WAIT_S) -> bool:
-    """Wait until somebody on this machine listens on ``port``; False where nobody did in time, or the system doesn't tell."""
+    """Wait until somebody on this machine listens on ``port``; False where nobody did in time, or
+    the system doesn't tell."""
     until_s = time.monotonic() + timeout_s
     while port:
         found = is_listening(port)
@@ -303,7 +341,8 @@ def wait_for_listener(port: int, *, timeout_s: float = LISTEN_WAIT_S) -> bool:
 
 
 def is_listening(port: int) -> bool | None:
-    """Whether somebody listens on ``port``; None where the system doesn't tell. Connects to nobody."""
+    """Whether somebody listens on ``port``; None where the system doesn't tell. Connects to
+    nobody."""
     told = False
     for table in _TABLES:
         try:

@@ -1,4 +1,5 @@
-"""What torchrun loads for ``--rdzv-backend=ckpt``. Every torchrun loads it, also for other backends: so it imports nothing."""
+"""What torchrun loads for ``--rdzv-backend=ckpt``. Every torchrun loads it, also for other
+backends: so it imports nothing."""
 
 from __future__ import annotations
 
@@ -20,5 +21,7 @@ def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
 def create(parameters: RendezvousParameters) -> RendezvousHandler:
     """The handler for one agent. Raises UsageError (a ValueError) where the options can't work."""
     # Loaded here only: torch calls ``handler`` while it is itself being imported.
-    made: RendezvousHandler = importlib.import_module("ckpt.elastic.rendezvous.plugin").handler_of(parameters)
+    made: RendezvousHandler = importlib.import_module("ckpt.elastic.rendezvous.plugin").handler_of(
+        parameters
+    )
     return made

@@ -1,8 +1,9 @@
 """One agent among those of its job: joins, stays joined, sees, and leads when nobody else does.
 
-A thread of its own does all of that, as long as the process lives and whatever happens; the agent's main thread reads what it
-saw. The agents' keys lie in a job of their own: the membership's, and below it ``said/seat/<node>`` what each does, ``closed``
-why no round will come any more, and ``rounds/`` the stores of rounds. While a keeper runs here, they lie under its lease.
+A thread of its own does all of that, as long as the process lives and whatever happens; the agent's
+main thread reads what it saw. The agents' keys lie in a job of their own: the membership's, and
+below it ``said/seat/<node>`` what each does, ``closed`` why no round will come any more, and
+``rounds/`` the stores of rounds. While a keeper runs here, they lie under its lease.
 """
 
 from __future__ import annotations
@@ -41,7 +42,16 @@ from ckpt.errors import CkptError, FencedError, InternalError, UnavailableError
 from ckpt.events import Emit, Event
 from ckpt.ipc.cluster_spec import NodesSpec
 from ckpt.keyspace.address import EtcdOptions, keyspace_location
-from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Put, Transaction, TransactionResult
+from ckpt.keyspace.base import (
+    Delete,
+    Keys,
+    Keyspace,
+    KeyValue,
+    NoneOf,
+    Put,
+    Transaction,
+    TransactionResult,
+)
 
 # Under whose lease an agent lives: its own, or that of the keeper on its node, so that a node has
 # one lease.
@@ -54,7 +64,8 @@ from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Put, Tr
 
 
 def newest_offer(words: tuple[KeyValue, ...], keepers: tuple[KeyValue, ...]) -> KeyValue | None:
-    """The newest of a keeper's ``words`` that name this agent, if it is a member still: one that was taken out won't renew."""
+    """The newest of a keeper's ``words`` that name this agent, if it is a member still: one that
+    was taken out won't renew."""
     newest = max(words, key=lambda one: one.created, default=None)
     if newest is None or names.node_key(offering_node(newest)) not in {one.key for one in keepers}:
         return None
@@ -67,7 +78,8 @@ def offering_node(word: KeyValue) -> str:
 
 
 class AgentLease:
-    """See the module. ``keepers``: the keys of the keepers' job, in the service in which ``member`` is. For one thread."""
+    """See the module. ``keepers``: the keys of the keepers' job, in the service in which ``member``
+    is. For one thread."""
 
     def __init__(self, keepers: Keyspace, member: KeyspaceMembership, agent: str) -> None:
         self._keepers = keepers
@@ -78,11 +90,13 @@ class AgentLease:
 
     @property
     def shared(self) -> bool:
-        """Whether this agent lives under a keeper's lease, so that it has to look in time whether that is still offered."""
+        """Whether this agent lives under a keeper's lease, so that it has to look in time whether
+        that is still offered."""
         return self._member.borrowed_lease_id != 0
 
     def look(self, *, runs: bool) -> None:
-        """Move where that is right now. ``runs``: workers run here, whose keeper will stay for a while.
+        """Move where that is right now. ``runs``: workers run here, whose keeper will stay for a
+        while.
 
         Raises FencedError where the agent is no member, UnavailableError.
         """
@@ -108,7 +122,8 @@ class AgentLease:
 LOOK_S = 2.0
 """How often an agent looks when nothing seems to happen."""
 VIEW_S = 5.0
-"""How often one that only follows reads all where nothing is said to have changed: each of N agents reads of all N."""
+"""How often one that only follows reads all where nothing is said to have changed: each of N agents
+reads of all N."""
 RETRY_S = 0.2
 ROUND_TTL_S = 3600.0
 """How long a round's store is kept after its last agent."""
@@ -125,7 +140,9 @@ class RendezvousAgent:
     """See the module. ``start`` begins; ``leave`` ends it for good."""
 
     def __init__(self, settings: RendezvousSettings, tell: Emit) -> None:
-        host = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in socket.gethostname())
+        host = "".join(
+            letter if letter.isalnum() or letter in "_-" else "-" for letter in socket.gethostname()
+        )
         self.name = f"{host[:30] or 'node'}-{os.urandom(6).hex()}"
         self.keyspace = keyspace_of(settings.agents_spec)
         self._settings = settings
@@ -134,7 +151,9 @@ class RendezvousAgent:
         meet = settings.agents_spec
         self._member = KeyspaceMembership(self.keyspace, meet.job, ttl_s=meet.ttl_s)
         shares = self._keepers is not None and settings.shares_service
-        self._lease = AgentLease(self._keepers, self._member, self.name) if self._keepers and shares else None
+        self._lease = (
+            AgentLease(self._keepers, self._member, self.name) if self._keepers and shares else None
+        )
         self._changed = threading.Condition()
         self._saying = threading.Lock()
         self._look: AgentsView | None = None
@@ -186,7 +205,9 @@ class RendezvousAgent:
     def next_view(self, before: AgentsView | None, timeout_s: float) -> AgentsView | None:
         """What was seen after ``before``; None: nothing else, for so long."""
         with self._changed:
-            self._changed.wait_for(lambda: self._look is not before or bool(self.refusal), timeout_s)
+            self._changed.wait_for(
+                lambda: self._look is not before or bool(self.refusal), timeout_s
+            )
             return self._look if self._look is not before else None
 
     def wait_for_round(self, last: int) -> None:
@@ -213,7 +234,8 @@ class RendezvousAgent:
         return found[0].value.decode(errors="replace") if found else None
 
     def close(self, why: str) -> None:
-        """Have no round come any more. Raises UnavailableError where nobody answers as long as that may take."""
+        """Have no round come any more. Raises UnavailableError where nobody answers as long as that
+        may take."""
         until_s = time.monotonic() + self._settings.close_s
         while True:
             try:
@@ -284,15 +306,24 @@ class RendezvousAgent:
         settings = self._settings
         host = socket.gethostname()
         self._member.join(
-            NodeInfo(node=node, host=host, slots=1, domain=settings.agents_spec.domain, address=settings.host)
+            NodeInfo(
+                node=node,
+                host=host,
+                slots=1,
+                domain=settings.agents_spec.domain,
+                address=settings.host,
+            )
         )
         self._node, self._said, self._look_until_s = node, None, 0.0
         self._say_seat()
         return True
 
     def _may_begin(self) -> bool:
-        """A rendezvous that was closed is open again when nobody of it is left; that is waited for, not for ever."""
-        open_again = Transaction((NoneOf(names.keys_under(names.NODES)),), (Delete(CLOSED),), (Keys(CLOSED),))
+        """A rendezvous that was closed is open again when nobody of it is left; that is waited for,
+        not for ever."""
+        open_again = Transaction(
+            (NoneOf(names.keys_under(names.NODES)),), (Delete(CLOSED),), (Keys(CLOSED),)
+        )
         (found,) = self.keyspace.transact(open_again).found
         if not found:
             self._begun = True
@@ -305,7 +336,8 @@ class RendezvousAgent:
         return False
 
     def _newest(self) -> AgentsView:
-        """What there is to see: what was seen before where nothing is said to have changed and this agent only follows."""
+        """What there is to see: what was seen before where nothing is said to have changed and this
+        agent only follows."""
         look = self._look
         if look is not None and self._follows(look) and time.monotonic() < self._look_until_s:
             return look
@@ -314,9 +346,15 @@ class RendezvousAgent:
         return look
 
     def _follows(self, look: AgentsView) -> bool:
-        """Whether nothing here hangs on what is seen late: keepers hold the job together, and another agent leads."""
+        """Whether nothing here hangs on what is seen late: keepers hold the job together, and
+        another agent leads."""
         leader = look.view.leader
-        return look.kept_by_keepers and self._seat.doing != WAITING and leader is not None and leader.node != self._node
+        return (
+            look.kept_by_keepers
+            and self._seat.doing != WAITING
+            and leader is not None
+            and leader.node != self._node
+        )
 
     def _share_lease(self, look: AgentsView) -> float:
         """Live under the keeper's lease while there is one; until when that is right."""
@@ -324,23 +362,32 @@ class RendezvousAgent:
         if self._lease is None or not (look.kept_by_keepers or self._lease.shared):
             return now_s + LOOK_S
         self._lease.look(runs=self._seat.doing != WAITING)
-        return now_s + (min(LOOK_S, self._settings.agents_spec.ttl_s / 3) if self._lease.shared else LOOK_S)
+        return now_s + (
+            min(LOOK_S, self._settings.agents_spec.ttl_s / 3) if self._lease.shared else LOOK_S
+        )
 
     def _read(self) -> AgentsView:
         outcome = self.keyspace.transact(Transaction(reads=_READS))
         job = self._settings.agents_spec.job
         view = moves.view_of(
-            job, ViewScope.ALL, TransactionResult(outcome.succeeded, outcome.revision, outcome.found[:_VIEW_READS])
+            job,
+            ViewScope.ALL,
+            TransactionResult(outcome.succeeded, outcome.revision, outcome.found[:_VIEW_READS]),
         )
         if self._node not in view.by_node:
             raise FencedError(f"this agent is no member any more. node={self._node}")
         said, closed = outcome.found[_VIEW_READS:]
-        seats = {one.key.rpartition("/")[2]: seat for one in said if (seat := decode_status(one.value)) is not None}
+        seats = {
+            one.key.rpartition("/")[2]: seat
+            for one in said
+            if (seat := decode_status(one.value)) is not None
+        }
         why = closed[0].value.decode(errors="replace") if closed else None
         return AgentsView(view, seats, kept_by_keepers=self._is_kept(), closed=why)
 
     def _is_kept(self) -> bool:
-        """Whether keepers hold the job together. Once they do, they do until this agent runs another round."""
+        """Whether keepers hold the job together. Once they do, they do until this agent runs
+        another round."""
         if self._kept or self._keepers is None:
             return self._kept
         reads = (names.keys_under(names.NODES, values=False),)
@@ -382,10 +429,14 @@ class RendezvousAgent:
         lease = secrets.randbits(62) + 1
         self.keyspace.grant(lease, ROUND_TTL_S)
         record = EpochRecord(
-            job=self._settings.agents_spec.job, number=1 if before is None else before.number + 1, places=places,
-            leader=self._node, nodes_min=min(rules.agents_min, len(places)), nodes_max=rules.agents_max,
+            job=self._settings.agents_spec.job,
+            number=1 if before is None else before.number + 1,
+            places=places,
+            leader=self._node,
+            nodes_min=min(rules.agents_min, len(places)),
+            nodes_max=rules.agents_max,
             note=encode_round_note(lease),
-        )  # fmt: skip
+        )
         if not isinstance(self._member.publish(record, look.view), Published):
             return  # what came of it is seen
         self._say("round", f"round {record.number}: {why}")
@@ -427,7 +478,11 @@ class RendezvousAgent:
     def _lose(self, error: FencedError) -> None:
         if self._stopped:
             return
-        self._say("agent-out", f"this agent is out of its job's membership, and joins anew: {error}", alarm=True)
+        self._say(
+            "agent-out",
+            f"this agent is out of its job's membership, and joins anew: {error}",
+            alarm=True,
+        )
         if self._node:
             self._member.keepalive.mark_lost(str(error))
         self._node = ""  # others may take its place if it does not come back at once
@@ -441,7 +496,11 @@ class RendezvousAgent:
             self._changed.notify_all()
         if str(error) != self._warned:
             self._warned = str(error)
-            self._say("rendezvous-waits", f"the agents' membership can't be reached, tried again: {error}", alarm=True)
+            self._say(
+                "rendezvous-waits",
+                f"the agents' membership can't be reached, tried again: {error}",
+                alarm=True,
+            )
 
     def _pause(self, seconds: float) -> None:
         with self._changed:

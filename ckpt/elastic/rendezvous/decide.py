@@ -1,8 +1,9 @@
-"""What agents do about what they see. Pure: a look, what was noticed and the clock in; a decision and why out.
+"""What agents do about what they see. Pure: a look, what was noticed and the clock in; a decision
+and why out.
 
-A round is made of agents that wait, and only where nobody runs the one before: so whoever runs is asked first, by
-``restart_request``, to stop its workers and come. Where keepers hold the job together nobody is ever asked: lost places go to agents
-that wait, and what runs goes on.
+A round is made of agents that wait, and only where nobody runs the one before: so whoever runs is
+asked first, by ``restart_request``, to stop its workers and come. Where keepers hold the job
+together nobody is ever asked: lost places go to agents that wait, and what runs goes on.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ ALONE = "alone"
 class AgentStatus(msgspec.Struct, frozen=True):
     """What an agent says it does. ``round``: the last one that it was in, 0: none.
 
-    ``waiting`` at the barrier; ``running`` the workers of that round; ``alone``: running workers in no round, as a standby does
-    whose keeper is warm, and whoever comes back to a job that its keepers hold together.
+    ``waiting`` at the barrier; ``running`` the workers of that round; ``alone``: running workers in
+    no round, as a standby does whose keeper is warm, and whoever comes back to a job that its
+    keepers hold together.
     """
 
     doing: str
@@ -59,13 +61,15 @@ def decode_status(data: bytes) -> AgentStatus | None:
 
 
 def agent_of(node: str) -> str:
-    """The agent behind a node id: it joins anew under another id when its membership is lost, and is the same agent."""
+    """The agent behind a node id: it joins anew under another id when its membership is lost, and
+    is the same agent."""
     return node.rpartition("-")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class RendezvousRound:
-    """A numbered world of agents, in the order of their ranks. ``lease``: its own, which keeps the keys of its store."""
+    """A numbered world of agents, in the order of their ranks. ``lease``: its own, which keeps the
+    keys of its store."""
 
     number: int
     agents: tuple[str, ...]
@@ -82,13 +86,18 @@ def round_of(record: EpochRecord) -> RendezvousRound:
     try:
         note = msgspec.json.decode(record.note.encode(), type=_Note)
     except msgspec.MsgspecError as error:
-        raise IntegrityError(f"an epoch that no agent wrote. job={record.job} epoch={record.number}") from error
-    return RendezvousRound(record.number, tuple(agent_of(place.node) for place in record.places), note.lease)
+        raise IntegrityError(
+            f"an epoch that no agent wrote. job={record.job} epoch={record.number}"
+        ) from error
+    return RendezvousRound(
+        record.number, tuple(agent_of(place.node) for place in record.places), note.lease
+    )
 
 
 @dataclass(frozen=True)
 class AgentsView:
-    """The agents at one revision. ``kept``: keepers hold the job together below them. ``closed``: why, or None."""
+    """The agents at one revision. ``kept``: keepers hold the job together below them. ``closed``:
+    why, or None."""
 
     view: View
     statuses: Mapping[str, AgentStatus]
@@ -102,7 +111,8 @@ class AgentsView:
 
     @cached_property
     def live(self) -> Mapping[str, Member]:
-        """The members, by agent: the one that joined last where an older membership has not run out yet."""
+        """The members, by agent: the one that joined last where an older membership has not run out
+        yet."""
         found: dict[str, Member] = {}
         for member in sorted(self.view.members, key=lambda one: one.joined_revision):
             found[agent_of(member.node)] = member
@@ -126,7 +136,11 @@ class AgentsView:
     @cached_property
     def running(self) -> tuple[str, ...]:
         """The agents of the round that run it, or are about to."""
-        alone = [one for one in self._agents if (seat := self.status(one)) is not None and seat.doing == ALONE]
+        alone = [
+            one
+            for one in self._agents
+            if (seat := self.status(one)) is not None and seat.doing == ALONE
+        ]
         return tuple(one for one in self._agents if one not in {*self.lost, *self.returned, *alone})
 
     @cached_property
@@ -153,10 +167,12 @@ REJOIN_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RendezvousRules:
-    """What a job allows. ``last_call_s``: how long a first round waits for more agents than the minimum.
+    """What a job allows. ``last_call_s``: how long a first round waits for more agents than the
+    minimum.
 
-    ``shrink_s``: how long a later one waits for as many as before. ``warm``: agents that no round needs start their workers all
-    the same. ``grow``: a job with fewer agents than it may have is started anew when one more comes.
+    ``shrink_s``: how long a later one waits for as many as before. ``warm``: agents that no round
+    needs start their workers all the same. ``grow``: a job with fewer agents than it may have is
+    started anew when one more comes.
     """
 
     agents_min: int
@@ -205,23 +221,33 @@ def next_round(
 
 
 def _replace(look: AgentsView) -> PublishRound | HoldRound:
-    """Give the places of agents that are gone, or have come back, to agents that wait; their own first."""
+    """Give the places of agents that are gone, or have come back, to agents that wait; their own
+    first."""
     waiting = [
         *look.returned,
-        *(agent_of(one.node) for one in sorted_by_domain([look.live[fresh] for fresh in look.newcomers])),
+        *(
+            agent_of(one.node)
+            for one in sorted_by_domain([look.live[fresh] for fresh in look.newcomers])
+        ),
     ]
     if look.round is None or not waiting or not (look.lost or look.returned):
-        return HoldRound(math.inf, "keepers hold the job together, and nobody is missing or nobody waits")
+        return HoldRound(
+            math.inf, "keepers hold the job together, and nobody is missing or nobody waits"
+        )
     places = []
     replaced = 0
     for agent, place in zip(look.round.agents, _named_now(look), strict=True):
-        takes = agent if agent in waiting else waiting[0] if agent in look.lost and waiting else None
+        takes = (
+            agent if agent in waiting else waiting[0] if agent in look.lost and waiting else None
+        )
         if takes is not None:
             waiting.remove(takes)
             replaced += 1
             place = NodePlacement(look.live[takes].node, place.slots)
         places.append(place)
-    return PublishRound(tuple(places), f"{replaced} agents come in the place of others, and disturb nobody")
+    return PublishRound(
+        tuple(places), f"{replaced} agents come in the place of others, and disturb nobody"
+    )
 
 
 def _gather(
@@ -239,12 +265,18 @@ def _gather(
         if now_s < until_s:
             return HoldRound(until_s, f"waits for more agents. waiting={count} wanted={wanted}")
     if not look.returned:
-        return PublishRound(place_all(candidates, (), nodes_max=rules.agents_max), f"{count} agents begin")
+        return PublishRound(
+            place_all(candidates, (), nodes_max=rules.agents_max), f"{count} agents begin"
+        )
     stays = {look.live[one].node: look.live[one] for one in look.returned}
     filled, left = fill_placements(before, stays, [look.live[one] for one in look.newcomers])
     more = sorted_by_domain(left)[: max(0, rules.agents_max - len(filled))]
-    places = (*filled, *(NodePlacement(member.node, member.info.slots) for member in more))[: rules.agents_max]
-    return PublishRound(places, f"{len(places)} agents go on, {len(look.returned)} of them from the round before")
+    places = (*filled, *(NodePlacement(member.node, member.info.slots) for member in more))[
+        : rules.agents_max
+    ]
+    return PublishRound(
+        places, f"{len(places)} agents go on, {len(look.returned)} of them from the round before"
+    )
 
 
 def _named_now(look: AgentsView) -> tuple[NodePlacement, ...]:
@@ -252,7 +284,10 @@ def _named_now(look: AgentsView) -> tuple[NodePlacement, ...]:
     if look.view.epoch is None or look.round is None:
         return ()
     pairs = zip(look.round.agents, look.view.epoch.places, strict=True)
-    return tuple(NodePlacement(look.live[agent].node, old.slots) if agent in look.live else old for agent, old in pairs)
+    return tuple(
+        NodePlacement(look.live[agent].node, old.slots) if agent in look.live else old
+        for agent, old in pairs
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +299,8 @@ class PlacedInRound:
 
 @dataclass(frozen=True, slots=True)
 class RunUnranked:
-    """The agent starts its workers in no round: the job's keepers give them their ranks, now or later."""
+    """The agent starts its workers in no round: the job's keepers give them their ranks, now or
+    later."""
 
     reason: str
 
@@ -291,7 +327,8 @@ class RendezvousShut:
 def decide_for_agent(
     look: AgentsView, me: str, last: int, rules: RendezvousRules
 ) -> PlacedInRound | RunUnranked | StandBy | RoundPending | RendezvousShut:
-    """What becomes of the agent ``me``, which waits for a round after the one numbered ``last`` (0: any)."""
+    """What becomes of the agent ``me``, which waits for a round after the one numbered ``last`` (0:
+    any)."""
     if look.closed is not None:
         return RendezvousShut(look.closed)
     newest = look.round
@@ -303,19 +340,26 @@ def decide_for_agent(
     if placed and newest is not None:
         return PlacedInRound(newest)
     if newest is None or not look.running or me in newest.agents:
-        return RoundPending(f"waiting={len(look.newcomers) + len(look.returned)} nodes_min={rules.agents_min}")
+        return RoundPending(
+            f"waiting={len(look.newcomers) + len(look.returned)} nodes_min={rules.agents_min}"
+        )
     if look.lost or look.returned or (rules.grow and len(newest.agents) < rules.agents_max):
         return RoundPending("the round that runs is about to end")
     return RunUnranked("the round is complete without this agent") if rules.warm else StandBy()
 
 
 def restart_request(
-    look: AgentsView, mine: RendezvousRound | None, rules: RendezvousRules, lost_for_s: float = math.inf
+    look: AgentsView,
+    mine: RendezvousRound | None,
+    rules: RendezvousRules,
+    lost_for_s: float = math.inf,
 ) -> tuple[int, str]:
-    """For an agent that runs ``mine`` (None: none): how many agents wait for it to stop its workers and come, and why.
+    """For an agent that runs ``mine`` (None: none): how many agents wait for it to stop its workers
+    and come, and why.
 
-    None do where keepers hold the job together, where the rendezvous is closed, and while the round is complete and alive.
-    ``lost_for_s``: how long an agent is missing by now; who only lost its lease may join anew meanwhile.
+    None do where keepers hold the job together, where the rendezvous is closed, and while the round
+    is complete and alive. ``lost_for_s``: how long an agent is missing by now; who only lost its
+    lease may join anew meanwhile.
     """
     newest = look.round
     if mine is None or newest is None or look.closed is not None or look.kept_by_keepers:
@@ -323,18 +367,24 @@ def restart_request(
     if newest.number != mine.number:
         return 1, f"the others are in another round. round={newest.number}"
     if look.returned:
-        return len(look.returned) + len(look.newcomers), f"{look.returned[0]} left the round and waits for the next one"
+        return len(look.returned) + len(
+            look.newcomers
+        ), f"{look.returned[0]} left the round and waits for the next one"
     if look.lost and lost_for_s < REJOIN_S:
         return 0, f"{look.lost[0]} may join anew"
     if look.lost and len(newest.agents) - len(look.lost) + len(look.newcomers) >= rules.agents_min:
         return max(1, len(look.newcomers)), f"{look.lost[0]} is gone"
     if rules.grow and look.newcomers and len(newest.agents) < rules.agents_max:
         return len(look.newcomers), "the job may grow"
-    return 0, "the round is complete" if not look.lost else "too few agents are left for another round"
+    return (
+        0,
+        "the round is complete" if not look.lost else "too few agents are left for another round",
+    )
 
 
 def round_problem(look: AgentsView, mine: RendezvousRound) -> str:
-    """Why a round that is about to begin can't: an agent of it is gone, or has left it. Empty where it can."""
+    """Why a round that is about to begin can't: an agent of it is gone, or has left it. Empty where
+    it can."""
     if look.closed is not None:
         return f"the rendezvous was closed: {look.closed}"
     newest = look.round
@@ -389,7 +439,8 @@ def stand_in_value(key: str) -> bytes:
 
 
 def ranks_outside_world(role_info: bytes, agents: int) -> bytes:
-    """The ranks of workers that have no place: of a world of ``agents`` like their own, and beyond its end."""
+    """The ranks of workers that have no place: of a world of ``agents`` like their own, and beyond
+    its end."""
     here = int(json.loads(role_info)["local_world_size"])
     world = agents * here
     return json.dumps([world, world, world, world]).encode()

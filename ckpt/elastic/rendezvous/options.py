@@ -1,6 +1,8 @@
-"""What torchrun's rendezvous options ask for, checked: where agents and keepers meet, and how patient they are.
+"""What torchrun's rendezvous options ask for, checked: where agents and keepers meet, and how
+patient they are.
 
-Pure but for the environment, which names the folder of a machine's own files, and the number of this process.
+Pure but for the environment, which names the folder of a machine's own files, and the number of
+this process.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ FILE_CHARS_MAX = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RendezvousSettings:
-    """``nodes`` is what keepers are told, None where one node is alone; ``meet`` is the same with the agents' own job.
+    """``nodes`` is what keepers are told, None where one node is alone; ``meet`` is the same with
+    the agents' own job.
 
     ``rules`` of rounds; ``host``: where rank 0's workers listen. Times in seconds.
     """
@@ -75,61 +78,102 @@ class RendezvousSettings:
 
     @property
     def shares_service(self) -> bool:
-        """Whether agents and keepers meet in one etcd, so that a lease of one can keep keys of the other. Files are two."""
+        """Whether agents and keepers meet in one etcd, so that a lease of one can keep keys of the
+        other. Files are two."""
         return self.nodes is not None and self.nodes.where == self.agents_spec.where
 
 
 def parse_settings(
-    run_id: str, endpoint: str, *, agents_min: int, agents_max: int, config: Mapping[str, object], local_addr: str = ""
+    run_id: str,
+    endpoint: str,
+    *,
+    agents_min: int,
+    agents_max: int,
+    config: Mapping[str, object],
+    local_addr: str = "",
 ) -> RendezvousSettings:
-    """The settings that torchrun's options ask for; ``config`` is ``--rdzv-conf``. Raises UsageError."""
+    """The settings that torchrun's options ask for; ``config`` is ``--rdzv-conf``. Raises
+    UsageError."""
     if unknown := sorted(set(config) - set(SETTINGS_HELP) - set(_TORCHS)):
         raise UsageError(
-            f"not a setting of --rdzv-conf. key={unknown[0]}; known are {', '.join(sorted(SETTINGS_HELP))}"
+            f"not a setting of --rdzv-conf. key={unknown[0]}; known are "
+            f"{', '.join(sorted(SETTINGS_HELP))}"
         )
     read = _ConfigReader(config)
     endpoint = endpoint.strip()
     alone = agents_max == 1 and not endpoint
     if run_id in ("", "none") and not alone:
-        raise UsageError("nodes that meet need the name of their job. --rdzv-id=NAME, the same on all of them")
+        raise UsageError(
+            "nodes that meet need the name of their job. --rdzv-id=NAME, the same on all of them"
+        )
     job = f"alone-{os.getpid()}-{os.urandom(6).hex()}" if alone else run_id
     if not is_job_name(job) or len(job) > NAME_CHARS_MAX:
-        raise UsageError(f"not a job's name (1 to {NAME_CHARS_MAX} printable characters). rdzv_id={job[:200]!r}")
+        raise UsageError(
+            f"not a job's name (1 to {NAME_CHARS_MAX} printable characters). rdzv_id={job[:200]!r}"
+        )
     standby = read.text("standby") or "wait"
     if standby not in ("warm", "wait"):
         raise UsageError(f"not a kind of standby. standby={standby!r}; warm or wait")
     rules = RendezvousRules(
-        agents_min=agents_min, agents_max=agents_max, last_call_s=read.seconds("last_call_timeout", 30.0),
-        shrink_wait_s=read.seconds("shrink_timeout", 5.0), warm=standby == "warm", grow=read.yes("grow"),
-    )  # fmt: skip
+        agents_min=agents_min,
+        agents_max=agents_max,
+        last_call_s=read.seconds("last_call_timeout", 30.0),
+        shrink_wait_s=read.seconds("shrink_timeout", 5.0),
+        warm=standby == "warm",
+        grow=read.yes("grow"),
+    )
     host = read.text("host") or local_addr
     where = str(runtime_root() / f"{job}.sqlite3") if alone else _where(endpoint, job)
     nodes = _spec(read, where, job, rules, host)
     return RendezvousSettings(
-        run_id=run_id, nodes=None if alone else nodes, agents_spec=_agents(nodes), rules=rules, host=host,
+        run_id=run_id,
+        nodes=None if alone else nodes,
+        agents_spec=_agents(nodes),
+        rules=rules,
+        host=host,
         join_s=read.seconds("join_timeout", read.seconds("timeout", JOIN_S)),
         close_s=read.seconds("close_timeout", CLOSE_S),
-    )  # fmt: skip
+    )
 
 
-def _spec(read: _ConfigReader, where: str, job: str, rules: RendezvousRules, host: str) -> NodesSpec:
+def _spec(
+    read: _ConfigReader, where: str, job: str, rules: RendezvousRules, host: str
+) -> NodesSpec:
     ttl_s = read.seconds("ttl", 5.0)
     if ttl_s < (2.0 if where.startswith("etcd://") else 0.5):
-        raise UsageError(f"too short to tell silence from death. ttl={ttl_s}; etcd grants no less than 2 seconds")
+        raise UsageError(
+            f"too short to tell silence from death. ttl={ttl_s}; etcd grants no less than 2 seconds"
+        )
     return NodesSpec(
-        where=where, job=job, nodes_min=rules.agents_min, nodes_max=rules.agents_max, secret=read.file("secret"),
-        host=host, domain=read.text("domain"), mirrors=read.count("mirrors", 1), ttl_s=ttl_s, user=read.text("user"),
-        password_file=read.file("password_file"), ca_file=read.file("ca_file"), cert_file=read.file("cert_file"),
-        key_file=read.file("key_file"), plaintext=read.yes("plaintext"), tls_cert=read.file("tls_cert"),
-        tls_key=read.file("tls_key"), tls_ca=read.file("tls_ca"), mirror_bytes=read.count("mirror_bytes", 0),
+        where=where,
+        job=job,
+        nodes_min=rules.agents_min,
+        nodes_max=rules.agents_max,
+        secret=read.file("secret"),
+        host=host,
+        domain=read.text("domain"),
+        mirrors=read.count("mirrors", 1),
+        ttl_s=ttl_s,
+        user=read.text("user"),
+        password_file=read.file("password_file"),
+        ca_file=read.file("ca_file"),
+        cert_file=read.file("cert_file"),
+        key_file=read.file("key_file"),
+        plaintext=read.yes("plaintext"),
+        tls_cert=read.file("tls_cert"),
+        tls_key=read.file("tls_key"),
+        tls_ca=read.file("tls_ca"),
+        mirror_bytes=read.count("mirror_bytes", 0),
         mirror_rate=read.rate("mirror_rate"),
-        last_call_s=rules.last_call_s, shrink_wait_s=read.seconds("shrink_timeout", 0.0),
+        last_call_s=rules.last_call_s,
+        shrink_wait_s=read.seconds("shrink_timeout", 0.0),
         grow_wait_s=read.seconds("grow_timeout", 10.0),
-    )  # fmt: skip
+    )
 
 
 def _agents(nodes: NodesSpec) -> NodesSpec:
-    """Where the agents meet: a job of their own, so that what they say and what keepers say does not mix."""
+    """Where the agents meet: a job of their own, so that what they say and what keepers say does
+    not mix."""
     fields = {name: getattr(nodes, name) for name in nodes.__struct_fields__}
     where = nodes.where if nodes.where.startswith("etcd://") else f"{nodes.where}{AGENTS_SUFFIX}"
     return NodesSpec(**{**fields, "where": where, "job": f"{nodes.job}{AGENTS_SUFFIX}"})
@@ -140,7 +184,8 @@ def _where(endpoint: str, job: str) -> str:
         name = f"nodes-{quote(job, safe='')}"
         if len(name) > FILE_CHARS_MAX:
             raise UsageError(
-                f"too long for the name of a file. rdzv_id={job[:200]!r}; choose a shorter one, or use etcd"
+                f"too long for the name of a file. rdzv_id={job[:200]!r}; choose a shorter one, or "
+                "use etcd"
             )
         state = database_path(name).absolute()
         return str(Path(endpoint) / state.name if endpoint else state)
@@ -153,7 +198,8 @@ def _where(endpoint: str, job: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _ConfigReader:
-    """Values of ``--rdzv-conf``: texts, as torchrun gives them, or what a program put there itself."""
+    """Values of ``--rdzv-conf``: texts, as torchrun gives them, or what a program put there
+    itself."""
 
     config: Mapping[str, object]
 
@@ -184,7 +230,8 @@ class _ConfigReader:
         value = 0.0 if text in ("", "0") else parse_rate(text)
         if 0.0 < value < RATE_BYTES_MIN:
             raise UsageError(
-                f"so slow a node is taken for one that stalls. {key}={text!r} least={RATE_BYTES_MIN >> 20}MiB"
+                f"so slow a node is taken for one that stalls. {key}={text!r} "
+                f"least={RATE_BYTES_MIN >> 20}MiB"
             )
         return value
 

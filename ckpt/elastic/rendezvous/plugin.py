@@ -1,7 +1,9 @@
-"""The rendezvous that torchrun's agents have with each other over ckpt's membership. No agent is special: each may die.
+"""The rendezvous that torchrun's agents have with each other over ckpt's membership. No agent is
+special: each may die.
 
-torch's agent calls ``next_rendezvous`` to start its workers, and asks ``num_nodes_waiting`` ten times a second whether it has
-to start them anew. Both are answered by pure decisions about what the agent's thread saw last.
+torch's agent calls ``next_rendezvous`` to start its workers, and asks ``num_nodes_waiting`` ten
+times a second whether it has to start them anew. Both are answered by pure decisions about what the
+agent's thread saw last.
 """
 
 from __future__ import annotations
@@ -53,28 +55,36 @@ CONNECT_S = 60.0
 """How long an agent that has never seen the membership tries to."""
 LOOK_S = 1.0
 KEEPERS_S = 1.0
-"""How long keepers wait for more of them than the minimum where all agents of a smaller round have come already."""
+"""How long keepers wait for more of them than the minimum where all agents of a smaller round have
+come already."""
 
 NO_PORT = (
-    "none: this node is a standby and has no rank; call init_process_group in a function decorated with @ckpt.resilient, "
+    "none: this node is a standby and has no rank; call init_process_group in a function decorated "
+    "with @ckpt.resilient, "
     "or start the nodes with standby=wait"
 )
-"""What workers of no round find as MASTER_PORT: ``init_process_group`` refuses it, and quotes it."""
+"""What workers of no round find as MASTER_PORT: ``init_process_group`` refuses it, and quotes
+it."""
 
 
 class StandbyReleased(SystemExit):
     """The job ended, and this agent was not needed: its process ends well.
 
-    torch has RendezvousGracefulExitError for this, and its launcher then fails on the missing result (torch 2.13).
+    torch has RendezvousGracefulExitError for this, and its launcher then fails on the missing
+    result (torch 2.13).
     """
 
 
 def handler_of(parameters: RendezvousParameters) -> Rendezvous:
     """The handler that torchrun's options ask for. Raises UsageError, which is a ValueError."""
     settings = parse_settings(
-        parameters.run_id, parameters.endpoint, agents_min=parameters.min_nodes, agents_max=parameters.max_nodes,
-        config=parameters.config, local_addr=parameters.local_addr or "",
-    )  # fmt: skip
+        parameters.run_id,
+        parameters.endpoint,
+        agents_min=parameters.min_nodes,
+        agents_max=parameters.max_nodes,
+        config=parameters.config,
+        local_addr=parameters.local_addr or "",
+    )
     if not settings.host:
         settings = replace(settings, host=host_towards(settings.agents_spec.where))
     if (
@@ -111,7 +121,8 @@ class Rendezvous(RendezvousHandler):
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """See RendezvousHandler. Ends the process well, by StandbyReleased, where the job ended without needing this agent."""
+        """See RendezvousHandler. Ends the process well, by StandbyReleased, where the job ended
+        without needing this agent."""
         agent, settings = self._agent, self._settings
         self._tell_keepers(settings.rules.last_call_s)
         agent.wait_for_round(self._last)
@@ -139,7 +150,9 @@ class Rendezvous(RendezvousHandler):
                     case RoundPending(why):
                         pass
                     case RendezvousShut(text) if stood_by:
-                        self._say("standby-released", f"the job ended without needing this node: {text}")
+                        self._say(
+                            "standby-released", f"the job ended without needing this node: {text}"
+                        )
                         raise StandbyReleased(0)
                     case RendezvousShut(text):
                         raise RendezvousClosedError(f"the rendezvous is closed: {text}")
@@ -159,21 +172,25 @@ class Rendezvous(RendezvousHandler):
             self._agent.close(f"by the agent {self._agent.name}")
 
     def num_nodes_waiting(self) -> int:
-        """See RendezvousHandler: how many wait for this agent to stop its workers and come; ``restart_request`` says when any do."""
+        """See RendezvousHandler: how many wait for this agent to stop its workers and come;
+        ``restart_request`` says when any do."""
         agent, look = self._agent, self._agent.latest_view()
         if agent.own_round is None or look is None:
             return 0
         if self._doomed:
             count, why = 1, self._doomed
         else:
-            count, why = restart_request(look, agent.own_round, self._settings.rules, agent.lost_for_s)
+            count, why = restart_request(
+                look, agent.own_round, self._settings.rules, agent.lost_for_s
+            )
         if count and why != self._asked:
             self._say("asked-back", f"the workers of this node are started anew: {why}")
         self._asked = why if count else ""
         return count
 
     def shutdown(self) -> bool:
-        """See RendezvousHandler. An agent that has no place in a round leaves without closing anything for the others."""
+        """See RendezvousHandler. An agent that has no place in a round leaves without closing
+        anything for the others."""
         try:
             if self._closes():
                 self._agent.close(f"the agent {self._agent.name} has ended")
@@ -187,11 +204,17 @@ class Rendezvous(RendezvousHandler):
     # ---- inside
 
     def _closes(self) -> bool:
-        """Whether the end of this agent is the job's: where it has a place in the newest round, and did not only wait."""
+        """Whether the end of this agent is the job's: where it has a place in the newest round, and
+        did not only wait."""
         agent, look = self._agent, self._agent.latest_view()
         if agent.own_round is not None:
             return True
-        return not self._timed_out and look is not None and look.round is not None and agent.name in look.round.agents
+        return (
+            not self._timed_out
+            and look is not None
+            and look.round is not None
+            and agent.name in look.round.agents
+        )
 
     def _give_up_early(self, began_s: float) -> None:
         agent = self._agent
@@ -203,16 +226,22 @@ class Rendezvous(RendezvousHandler):
         if isinstance(trouble, UsageError):
             raise trouble
         if isinstance(trouble, StoreDeniedError) or time.monotonic() - began_s > CONNECT_S:
-            raise RendezvousConnectionError(f"the membership can't be reached: {trouble}") from trouble
+            raise RendezvousConnectionError(
+                f"the membership can't be reached: {trouble}"
+            ) from trouble
 
     def _meet(self, round_: RendezvousRound) -> RendezvousInfo | None:
-        """Begin a round together with its other agents; None: one of them is gone, so another round must come."""
+        """Begin a round together with its other agents; None: one of them is gone, so another round
+        must come."""
         agent = self._agent
         self._doomed = ""
         store = RoundStore(
-            agent.keyspace, round_, round_problem=lambda: self._over(round_), count_present=lambda: self._present(round_),
+            agent.keyspace,
+            round_,
+            round_problem=lambda: self._over(round_),
+            count_present=lambda: self._present(round_),
             on_doomed=self._doom,
-        )  # fmt: skip
+        )
         rank = round_.agents.index(agent.name)
         address, port = RendezvousStoreInfo.MASTER_ADDR_KEY, RendezvousStoreInfo.MASTER_PORT_KEY
         with _connecting():
@@ -228,16 +257,21 @@ class Rendezvous(RendezvousHandler):
         self._last = round_.number
         agent.run_round(round_)
         rules = self._settings.rules
-        self._tell_keepers(rules.last_call_s if len(round_.agents) == rules.agents_max else KEEPERS_S)
+        self._tell_keepers(
+            rules.last_call_s if len(round_.agents) == rules.agents_max else KEEPERS_S
+        )
         info = RendezvousStoreInfo(store.get(address).decode(), int(store.get(port)))
         return RendezvousInfo(store, rank, len(round_.agents), info)
 
     def _apart(self, why: str) -> RendezvousInfo:
-        """Start workers that have no rank of any world: their program's keeper gives them one, or they refuse to train."""
+        """Start workers that have no rank of any world: their program's keeper gives them one, or
+        they refuse to train."""
         self._say("apart", f"this node starts its workers without ranks: {why}")
         self._agent.run_unranked()
         agents = max(2, self._settings.rules.agents_max)
-        info = RendezvousStoreInfo(self._settings.host, cast(int, NO_PORT))  # torch writes it as a text
+        info = RendezvousStoreInfo(
+            self._settings.host, cast(int, NO_PORT)
+        )  # torch writes it as a text
         return RendezvousInfo(UnrankedStore(agents), agents, agents, info)
 
     def _tell_keepers(self, last_call_s: float) -> None:
@@ -245,7 +279,9 @@ class Rendezvous(RendezvousHandler):
         nodes = self._settings.nodes
         if nodes is not None:
             agent = self._agent.name if self._settings.shares_service else ""
-            os.environ.update(nodes_to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent)))
+            os.environ.update(
+                nodes_to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent))
+            )
 
     def _over(self, round_: RendezvousRound) -> str:
         look = self._agent.latest_view()
@@ -264,7 +300,8 @@ class Rendezvous(RendezvousHandler):
 
 @contextmanager
 def _connecting() -> Iterator[None]:
-    """Around what asks the membership in the main thread: its silence is torch's RendezvousConnectionError."""
+    """Around what asks the membership in the main thread: its silence is torch's
+    RendezvousConnectionError."""
     try:
         yield
     except (CkptError, DistStoreError) as error:

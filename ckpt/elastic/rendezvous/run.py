@@ -21,7 +21,18 @@ from torch.distributed.launcher.api import elastic_launch
 from ckpt.elastic.rendezvous import BACKEND, create
 from ckpt.errors import ConflictError, UnavailableError, UsageError
 
-CKPT_OPTIONS = ("secret", "host", "domain", "mirrors", "mirror_rate", "ttl", "standby", "tls_cert", "tls_key", "tls_ca")
+CKPT_OPTIONS = (
+    "secret",
+    "host",
+    "domain",
+    "mirrors",
+    "mirror_rate",
+    "ttl",
+    "standby",
+    "tls_cert",
+    "tls_key",
+    "tls_ca",
+)
 """The settings of ``--rdzv-conf`` that are options of their own here,"""
 
 CKPT_FLAGS = ("plaintext",)
@@ -34,8 +45,8 @@ EXIT_FAILED = 1
 def run(arguments: Sequence[str]) -> int:
     """Run one command line, without the program's name; its exit status.
 
-    Raises UsageError, UnavailableError where no round came or the membership can't be reached, ConflictError where the job is
-    over.
+    Raises UsageError, UnavailableError where no round came or the membership can't be reached,
+    ConflictError where the job is over.
     """
     try:
         args = _parser().parse_args(list(arguments))
@@ -61,28 +72,41 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> ArgumentParser:
     parser: ArgumentParser = torchrun.get_args_parser()
     parser.prog = "ckpt run"
-    parser.description = "torchrun, over ckpt's membership: every option of torchrun, and ckpt's own at the end."
+    parser.description = (
+        "torchrun, over ckpt's membership: every option of torchrun, and ckpt's own at the end."
+    )
     parser.set_defaults(rdzv_backend=BACKEND)
     group = parser.add_argument_group("ckpt")
     for name in CKPT_OPTIONS:
         group.add_argument(_option(name), help=f"as {name}= in --rdzv-conf; see ckpt run --help")
     for name in CKPT_FLAGS:
-        group.add_argument(_option(name), action="store_const", const="1", help=f"as {name}=1 in --rdzv-conf")
+        group.add_argument(
+            _option(name), action="store_const", const="1", help=f"as {name}=1 in --rdzv-conf"
+        )
     return parser
 
 
 def fill_in_options(args: Namespace) -> Namespace:
     """The options as torchrun takes them."""
     if args.rdzv_backend != BACKEND:
-        raise UsageError(f"ckpt run has its own rendezvous. rdzv_backend={args.rdzv_backend}; torchrun takes others")
-    own = {name: getattr(args, name) for name in (*CKPT_OPTIONS, *CKPT_FLAGS) if getattr(args, name) is not None}
+        raise UsageError(
+            f"ckpt run has its own rendezvous. rdzv_backend={args.rdzv_backend}; torchrun takes "
+            "others"
+        )
+    own = {
+        name: getattr(args, name)
+        for name in (*CKPT_OPTIONS, *CKPT_FLAGS)
+        if getattr(args, name) is not None
+    }
     own.setdefault("standby", "warm")
     if bad := [name for name, value in own.items() if "," in value or not value]:
         raise UsageError(f"an option is empty, or holds a comma. option={_option(bad[0])}")
     given = {part.partition("=")[0].strip() for part in args.rdzv_conf.split(",")}
     if args.standby is None and "standby" in given:
         own.pop("standby")
-    args.rdzv_conf = ",".join([*filter(None, [args.rdzv_conf]), *(f"{name}={value}" for name, value in own.items())])
+    args.rdzv_conf = ",".join(
+        [*filter(None, [args.rdzv_conf]), *(f"{name}={value}" for name, value in own.items())]
+    )
     args.standalone = False  # one machine and no service: it is so where no endpoint is named
     for unused in ("master_addr", "node_rank"):  # torch warns that they mean nothing here
         delattr(args, unused)

@@ -1,7 +1,9 @@
-"""The stores that agents hand out ranks with and wait for each other at the end: one for each round, on no agent's machine.
+"""The stores that agents hand out ranks with and wait for each other at the end: one for each
+round, on no agent's machine.
 
-A round's store is a range of keys beside the agents' membership, so it lives where that does: in etcd, or in a file of one
-machine. Its keys have a lease of their own, which every agent of the round keeps alive, and are gone some time after the last.
+A round's store is a range of keys beside the agents' membership, so it lives where that does: in
+etcd, or in a file of one machine. Its keys have a lease of their own, which every agent of the
+round keeps alive, and are gone some time after the last.
 """
 
 from __future__ import annotations
@@ -19,7 +21,17 @@ from ckpt.cluster.membership.transactions import keys_under
 from ckpt.elastic.rendezvous import decide as absent
 from ckpt.elastic.rendezvous.decide import RendezvousRound
 from ckpt.errors import CkptError, NotFoundError, UnavailableError
-from ckpt.keyspace.base import Delete, Keys, Keyspace, KeyValue, NoneOf, Put, Transaction, TransactionResult, Unchanged
+from ckpt.keyspace.base import (
+    Delete,
+    Keys,
+    Keyspace,
+    KeyValue,
+    NoneOf,
+    Put,
+    Transaction,
+    TransactionResult,
+    Unchanged,
+)
 
 ROUNDS = "rounds/"
 LOOK_S = 0.5
@@ -36,15 +48,20 @@ def round_prefix(number: int, lease: int) -> str:
 class RoundStore(Store):
     """A ``torch.distributed.OpenStore`` of one round. Thread-safe.
 
-    ``over``: why the round can't begin, "" where it can. ``present``: how many agents still run it. ``doomed`` is called where
-    ranks were handed out for a round that can't come together. Raises DistStoreError where a wait takes too long, or nobody
-    answers as long.
+    ``over``: why the round can't begin, "" where it can. ``present``: how many agents still run it.
+    ``doomed`` is called where ranks were handed out for a round that can't come together. Raises
+    DistStoreError where a wait takes too long, or nobody answers as long.
     """
 
     def __init__(
-        self, keyspace: Keyspace, round_: RendezvousRound, *, round_problem: Callable[[], str], count_present: Callable[[], int],
+        self,
+        keyspace: Keyspace,
+        round_: RendezvousRound,
+        *,
+        round_problem: Callable[[], str],
+        count_present: Callable[[], int],
         on_doomed: Callable[[str], object],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self._keyspace = keyspace
         self._lease = round_.lease
@@ -57,7 +74,9 @@ class RoundStore(Store):
         """Write a value, in place of the one before."""
         put = Put(self._value(key), _bytes(value), self._lease)
         for _ in range(RACES_MAX):
-            outcome = self._transact(Transaction((NoneOf(self._adds(key)),), (put,), (self._adds(key),)))
+            outcome = self._transact(
+                Transaction((NoneOf(self._adds(key)),), (put,), (self._adds(key),))
+            )
             if outcome.succeeded:
                 return
             adds = outcome.found[0][:64]
@@ -73,10 +92,13 @@ class RoundStore(Store):
         return value
 
     def add(self, key: str, value: int) -> int:
-        """Add to a number, 0 at first; what it is then. Each call counts once, also where its answer was lost."""
+        """Add to a number, 0 at first; what it is then. Each call counts once, also where its
+        answer was lost."""
         mine = f"{self._adds(key).start}{secrets.token_hex(8)}"
         reads = (Keys(self._value(key)), self._adds(key))
-        outcome = self._transact(Transaction((), (Put(mine, str(value).encode(), self._lease),), reads))
+        outcome = self._transact(
+            Transaction((), (Put(mine, str(value).encode(), self._lease),), reads)
+        )
         first, adds = outcome.found
         place = next(one.created for one in adds if one.key == mine)
         return _sum(first, [one for one in adds if one.created <= place])
@@ -93,7 +115,8 @@ class RoundStore(Store):
                 raise DistStoreError(f"nobody set this key in time. key={key}")
 
     def wait_for_all(self, keys: Sequence[str]) -> str:
-        """Wait until all of them have a value. Returns why the round is over where it is before that, else nothing."""
+        """Wait until all of them have a value. Returns why the round is over where it is before
+        that, else nothing."""
         for key in keys:
             value, revision = self._read(key)
             while value is None:
@@ -103,8 +126,11 @@ class RoundStore(Store):
                 value, revision = self._read(key)
         return ""
 
-    def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
-        """Write a value where ``expected_value`` stands, "" also where none does; what stands there then."""
+    def compare_set(
+        self, key: str, expected_value: str | bytes, desired_value: str | bytes
+    ) -> bytes:
+        """Write a value where ``expected_value`` stands, "" also where none does; what stands there
+        then."""
         expected, desired = _bytes(expected_value), _bytes(desired_value)
         for _ in range(RACES_MAX):
             (found,) = self._transact(Transaction(reads=(Keys(self._value(key)),))).found
@@ -119,17 +145,24 @@ class RoundStore(Store):
 
     def delete_key(self, key: str) -> bool:
         """Delete a value; whether there was one."""
-        found = self._transact(Transaction(reads=(Keys(self._value(key), values=False), self._adds(key)))).found
+        found = self._transact(
+            Transaction(reads=(Keys(self._value(key), values=False), self._adds(key)))
+        ).found
         there = [one.key for one in (*found[0], *found[1])]
         for first in range(0, len(there), 64):
-            self._transact(Transaction(then=tuple(Delete(one) for one in there[first : first + 64])))
+            self._transact(
+                Transaction(then=tuple(Delete(one) for one in there[first : first + 64]))
+            )
         return bool(there)
 
     def num_keys(self) -> int:
         """How many keys have a value."""
         values, adds = self._transact(
             Transaction(
-                reads=(keys_under(f"{self._root}v/", values=False), keys_under(f"{self._root}a/", values=False))
+                reads=(
+                    keys_under(f"{self._root}v/", values=False),
+                    keys_under(f"{self._root}a/", values=False),
+                )
             )
         ).found
         return len({one.key.split("/")[3] for one in (*values, *adds)})
@@ -164,7 +197,8 @@ class RoundStore(Store):
             self._wait(revision, min(LOOK_S, left_s))
 
     def _wait(self, revision: int, timeout_s: float) -> None:
-        """Until something of any round changes: one range for all keys, since a driver keeps a watch for each range."""
+        """Until something of any round changes: one range for all keys, since a driver keeps a
+        watch for each range."""
         try:
             self._keyspace.wait((keys_under(ROUNDS, values=False),), revision, timeout_s=timeout_s)
         except UnavailableError:
@@ -193,14 +227,17 @@ class RoundStore(Store):
                 raise DistStoreError(f"the round of this store is long over. {error}") from error
             except UnavailableError as error:
                 if time.monotonic() > until_s:
-                    raise DistStoreError(f"the store of the agents does not answer: {error}") from error
+                    raise DistStoreError(
+                        f"the store of the agents does not answer: {error}"
+                    ) from error
                 time.sleep(RETRY_S)
             except CkptError as error:
                 raise DistStoreError(str(error)) from error
 
 
 class UnrankedStore(Store):
-    """The store of an agent that is in no round: it waits for nobody, and its workers' ranks are of no world.
+    """The store of an agent that is in no round: it waits for nobody, and its workers' ranks are of
+    no world.
 
     ``agents``: how many a round may have.
     """
@@ -217,7 +254,8 @@ class UnrankedStore(Store):
             self._values[key] = _bytes(value)
 
     def get(self, key: str) -> bytes:
-        """The value; of the ranks, those beyond the end of the world. Raises DistStoreError where there is none."""
+        """The value; of the ranks, those beyond the end of the world. Raises DistStoreError where
+        there is none."""
         with self._lock:
             if key.startswith(absent.ASSIGNED):
                 return absent.ranks_outside_world(

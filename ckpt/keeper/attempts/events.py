@@ -9,10 +9,12 @@ from ckpt.ipc.messages import Failing
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an attempt ended. ``status``: the trainer's, 0: none died; ``text`` about a rank begins with ``rank N``.
+    """Why an attempt ended. ``status``: the trainer's, 0: none died; ``text`` about a rank begins
+    with ``rank N``.
 
-    ``kind``: died, error, hang, supervisor, preempted, missing, cut, overdue (this node could not act for a while: no fault of
-    the program's), or elsewhere (on another node, which is judged there).
+    ``kind``: died, error, hang, supervisor, preempted, missing, cut, overdue (this node could not
+    act for a while: no fault of the program's), or elsewhere (on another node, which is judged
+    there).
     """
 
     rank: int
@@ -27,7 +29,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class SupervisorJoined:
-    """A supervisor said hello, its trainer (if it had one) dead. ``status``: how that one had ended by itself, if it had."""
+    """A supervisor said hello, its trainer (if it had one) dead. ``status``: how that one had ended
+    by itself, if it had."""
 
     rank: int
     peer: int
@@ -56,7 +59,8 @@ class TrainerFailing:
 
 @dataclass(frozen=True, slots=True)
 class TrainerFinished:
-    """A trainer's decorated call returned: what follows is the rest of its program, and not to be run twice."""
+    """A trainer's decorated call returned: what follows is the rest of its program, and not to be
+    run twice."""
 
     rank: int
     attempt: int
@@ -72,7 +76,8 @@ class TrainerEntered:
 
 @dataclass(frozen=True, slots=True)
 class TrainerDied:
-    """A trainer ended by itself, or ``overdue``: see Died. ``completed``: the most steps that any rank had completed (-1)."""
+    """A trainer ended by itself, or ``overdue``: see Died. ``completed``: the most steps that any
+    rank had completed (-1)."""
 
     rank: int
     attempt: int
@@ -144,7 +149,8 @@ class Rank0Unreachable:
 
 @dataclass(frozen=True, slots=True)
 class EpochChanged:
-    """The job's nodes have a new epoch. ``placed``: it has ranks for this node; ``text`` says why it came."""
+    """The job's nodes have a new epoch. ``placed``: it has ranks for this node; ``text`` says why
+    it came."""
 
     number: int
     placed: bool
@@ -162,9 +168,22 @@ class JobEnded:
 
 
 RosterEvent = (
-    SupervisorJoined | TrainerStarted | TrainerFailing | TrainerFinished | TrainerEntered | TrainerDied | Hung | TrainerKilled
-    | SupervisorLeft | PreemptRequested | GraceExpired | GatheringTimedOut | Rank0Unreachable | EpochChanged | JobEnded
-)  # fmt: skip
+    SupervisorJoined
+    | TrainerStarted
+    | TrainerFailing
+    | TrainerFinished
+    | TrainerEntered
+    | TrainerDied
+    | Hung
+    | TrainerKilled
+    | SupervisorLeft
+    | PreemptRequested
+    | GraceExpired
+    | GatheringTimedOut
+    | Rank0Unreachable
+    | EpochChanged
+    | JobEnded
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +213,8 @@ class AttemptOver:
 class LeaveAll:
     """Every supervisor that is left exits with ``status``; ``text`` for people.
 
-    ``held``: first what only memory holds goes to a store. Not where the launcher starts the program again at once.
+    ``held``: first what only memory holds goes to a store. Not where the launcher starts the
+    program again at once.
     """
 
     status: int
@@ -217,7 +237,8 @@ class RequestStop:
 
 @dataclass(frozen=True, slots=True)
 class RequestEpoch:
-    """Of a job with several nodes: this node is ready for the next epoch. ``failure``: why the last one ended here, if it did.
+    """Of a job with several nodes: this node is ready for the next epoch. ``failure``: why the last
+    one ended here, if it did.
 
     ``completed``: the most steps that any rank of this node has completed so far.
     """
@@ -233,4 +254,13 @@ class ReportEnded:
     status: int
 
 
-RosterAction = StartAll | KillAll | AttemptOver | LeaveAll | LeaveOne | RequestStop | RequestEpoch | ReportEnded
+RosterAction = (
+    StartAll
+    | KillAll
+    | AttemptOver
+    | LeaveAll
+    | LeaveOne
+    | RequestStop
+    | RequestEpoch
+    | ReportEnded
+)

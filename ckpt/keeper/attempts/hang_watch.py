@@ -66,18 +66,21 @@ class HangWatch:
         self._sight = observe(self._sight, marks, now_s=now_s, check_s=check_interval_s(floor_s))
         idle_s = self._sight.idle_s
         pulses = [
-            _pulse(board.rank(one.rank), one, idle_s[one.rank], stopped=stopped[one.rank]) for one in alive
-        ]  # fmt: skip
+            _pulse(board.rank(one.rank), one, idle_s[one.rank], stopped=stopped[one.rank])
+            for one in alive
+        ]
         stuck = hung_ranks(pulses, floor_s=floor_s)
-        if not stuck or any(one.seat not in (RankState.ALIVE, RankState.ENDED) for one in roster.members.values()):
+        if not stuck or any(
+            one.seat not in (RankState.ALIVE, RankState.ENDED) for one in roster.members.values()
+        ):
             return
         first = stuck[0]
-        text = (
-            f"rank {first} hangs: no step for {idle_s[first]:.1f} s, {len(stuck)} of {roster.ranks} ranks stand still"
-        )
+        text = f"rank {first} hangs: no step for {idle_s[first]:.1f} s, {len(stuck)} of {roster.ranks} ranks stand still"
         for one in alive:
             path = self._stack_file(roster, one.rank)
-            self._job.say("supervisor", words.Dump(attempt=roster.attempt, path=str(path)), rank=one.rank)
+            self._job.say(
+                "supervisor", words.Dump(attempt=roster.attempt, path=str(path)), rank=one.rank
+            )
         event = Hung(first, roster.attempt, text, now_s, self._job.completed())
         self._dumping = (now_s + STACKS_WAIT_S, event)
 
@@ -87,7 +90,8 @@ class HangWatch:
     def _all_dumped(self, roster: Roster, now_s: float) -> bool:
         assert self._dumping is not None, "stacks were asked for"
         since_s = self._dumping[0] - STACKS_WAIT_S
-        # Written in one go by a signal handler: what is there a moment after the request and not empty is whole.
+        # Written in one go by a signal handler: what is there a moment after the request and not
+        # empty is whole.
         files = [self._stack_file(roster, one.rank) for one in _alive(roster)]
         return now_s - since_s > STACKS_SETTLE_S and all(_text(file) for file in files)
 
@@ -95,8 +99,14 @@ class HangWatch:
         for rank in (one.rank for one in _alive(roster)):
             text = _text(self._stack_file(roster, rank))
             shown = text or "no stack: the process did not answer, it may be stopped"
-            self._job.emit(Told("stacks", f"rank {rank} hangs here:\n{shown}", {"rank": rank}, alarm=True))
-            self._job.say("supervisor", words.PrintLine(text=f"rank {rank} hangs here:\n{shown}", alarm=True), rank=0)
+            self._job.emit(
+                Told("stacks", f"rank {rank} hangs here:\n{shown}", {"rank": rank}, alarm=True)
+            )
+            self._job.say(
+                "supervisor",
+                words.PrintLine(text=f"rank {rank} hangs here:\n{shown}", alarm=True),
+                rank=0,
+            )
 
 
 def _alive(roster: Roster) -> list[RosterEntry]:
@@ -118,10 +128,15 @@ def _mark(board: RankBoard) -> object:
 def _pulse(board: RankBoard, member: RosterEntry, idle_s: float, *, stopped: bool) -> Pulse:
     completed = board.completed
     return Pulse(
-        rank=member.rank, phase=board.phase, first_step_done=bool(board.first_step_done),
-        completed=-1 if completed is None else completed, idle_s=idle_s,
-        longest_step_s=board.longest_step_ns / 1e9, traced=_traced(member.trainer_pid), stopped=stopped,
-    )  # fmt: skip
+        rank=member.rank,
+        phase=board.phase,
+        first_step_done=bool(board.first_step_done),
+        completed=-1 if completed is None else completed,
+        idle_s=idle_s,
+        longest_step_s=board.longest_step_ns / 1e9,
+        traced=_traced(member.trainer_pid),
+        stopped=stopped,
+    )
 
 
 def _traced(pid: int) -> bool:
@@ -130,7 +145,8 @@ def _traced(pid: int) -> bool:
 
 
 def _stopped(member: RosterEntry) -> bool:
-    """Whether the trainer alone is stopped. With its supervisor it is Ctrl-Z: a person will go on."""
+    """Whether the trainer alone is stopped. With its supervisor it is Ctrl-Z: a person will go
+    on."""
     return _status(member.trainer_pid, "State:") == "T" and _status(member.pid, "State:") != "T"
 
 

@@ -1,8 +1,9 @@
 """One recovery, told: from the failure to the first new step, cut into phases. Pure.
 
-Phases, each from the end of the one before: ``kill`` (all trainers dead), ``fork`` (the slowest rank's function entered),
-``rendezvous`` (its process group made; 0 where none is), ``build`` (its first track call), ``restore``, ``step`` (the
-first new step complete). ``detect`` is the time from the death to the keeper's knowing.
+Phases, each from the end of the one before: ``kill`` (all trainers dead), ``fork`` (the slowest
+rank's function entered), ``rendezvous`` (its process group made; 0 where none is), ``build`` (its
+first track call), ``restore``, ``step`` (the first new step complete). ``detect`` is the time from
+the death to the keeper's knowing.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from ckpt.keeper.attempts.events import Failure
 from ckpt.values import SnapshotId
 
 POINTS = ("entered", "group", "tracked", "restored", "first-step")
-NAMES = {"entered": "fork", "group": "rendezvous", "tracked": "build", "restored": "restore", "first-step": "step"}
+NAMES = {
+    "entered": "fork",
+    "group": "rendezvous",
+    "tracked": "build",
+    "restored": "restore",
+    "first-step": "step",
+}
 
 
 @dataclass(slots=True)
 class Recovery:
-    """One recovery as it goes on. Times are CLOCK_MONOTONIC seconds; ``points`` by rank and name."""
+    """One recovery as it goes on. Times are CLOCK_MONOTONIC seconds; ``points`` by rank and
+    name."""
 
     attempt: int
     failure: Failure
@@ -66,17 +74,23 @@ class Recovery:
     def facts(self) -> Mapping[str, Fact]:
         """For events and tools."""
         return {
-            "attempt": self.attempt, "rank": self.failure.rank, "why": self.failure.text, "how": self.how,
-            "completed": self.completed, "resumed": self.resume.step if self.resume is not None else 0,
-            "steps_lost": self.steps_lost, "seconds": round(self.seconds, 4),
+            "attempt": self.attempt,
+            "rank": self.failure.rank,
+            "why": self.failure.text,
+            "how": self.how,
+            "completed": self.completed,
+            "resumed": self.resume.step if self.resume is not None else 0,
+            "steps_lost": self.steps_lost,
+            "seconds": round(self.seconds, 4),
             **{f"{name}_s": round(seconds, 4) for name, seconds in self.phases().items()},
-        }  # fmt: skip
+        }
 
     def line(self) -> str:
         """For people."""
         phases = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.phases().items())
         at = f"step {self.resume.step}" if self.resume is not None else "the start"
         return (
-            f"recovered in {self.seconds:.3f} s: {self.failure.text} with {max(0, self.completed)} steps complete; "
+            f"recovered in {self.seconds:.3f} s: {self.failure.text} with {max(0, self.completed)} "
+            "steps complete; "
             f"all ranks went on from {at} ({phases}); {self.steps_lost} steps redone"
         )

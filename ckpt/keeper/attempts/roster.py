@@ -1,10 +1,12 @@
-"""Who trains on this node, and what to do when one of them fails. Pure: events in, a new roster and actions out.
+"""Who trains on this node, and what to do when one of them fails. Pure: events in, a new roster and
+actions out.
 
-A roster is one launch of a program with supervisors. Its attempts follow each other: all ranks start, one fails, all are
-killed, all start again. Only the first failure of an attempt is judged; what comes after it is an echo.
+A roster is one launch of a program with supervisors. Its attempts follow each other: all ranks
+start, one fails, all are killed, all start again. Only the first failure of an attempt is judged;
+what comes after it is an echo.
 
-Where the job has several nodes (``shared``), attempts are epochs of their membership: a roster is told when one begins, and
-only tells why its own ranks failed. Who leads the nodes judges.
+Where the job has several nodes (``shared``), attempts are epochs of their membership: a roster is
+told when one begins, and only tells why its own ranks failed. Who leads the nodes judges.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ _LIVE = (RankState.STARTING, RankState.ALIVE)
 
 @dataclass(frozen=True, slots=True)
 class RosterEntry:
-    """One rank: the connection of its supervisor, and its trainer. ``finished``: that one is in the rest of its program."""
+    """One rank: the connection of its supervisor, and its trainer. ``finished``: that one is in the
+    rest of its program."""
 
     rank: int
     peer: int
@@ -91,8 +94,9 @@ class RosterEntry:
 class Roster:
     """One launch. ``members`` by rank; ``failures`` are those of the attempt that is being killed.
 
-    ``status``: what it was told to leave with, once it is over. ``came``: the newest epoch of several nodes, and whether it has
-    ranks for this one; ``ended``: what the nodes' leader told all to leave with, while trainers are still being killed for it.
+    ``status``: what it was told to leave with, once it is over. ``came``: the newest epoch of
+    several nodes, and whether it has ranks for this one; ``ended``: what the nodes' leader told all
+    to leave with, while trainers are still being killed for it.
     """
 
     launch: str
@@ -111,23 +115,34 @@ class Roster:
 
     @property
     def failure(self) -> Failure | None:
-        """The failure that is judged: one that needs no other to explain it before exceptions, else the first."""
+        """The failure that is judged: one that needs no other to explain it before exceptions, else
+        the first."""
         return cause_of(self.failures)
 
 
 def step(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]]:
-    """The roster after ``event``, and what is to be done, in order. Events of dead attempts change nothing."""
-    if roster.state is RosterState.OVER:  # who comes too late goes at once: nobody else would tell it to
-        return roster, [LeaveOne(event.rank, roster.status)] if isinstance(event, SupervisorJoined) else []
-    # While ranks gather or wait no attempt lives: the number is that of the last one, perhaps an earlier keeper's.
-    live = roster.attempt if roster.state not in (RosterState.GATHERING, RosterState.WAITING) else None
+    """The roster after ``event``, and what is to be done, in order. Events of dead attempts change
+    nothing."""
+    if (
+        roster.state is RosterState.OVER
+    ):  # who comes too late goes at once: nobody else would tell it to
+        return roster, [LeaveOne(event.rank, roster.status)] if isinstance(
+            event, SupervisorJoined
+        ) else []
+    # While ranks gather or wait no attempt lives: the number is that of the last one, perhaps an
+    # earlier keeper's.
+    live = (
+        roster.attempt if roster.state not in (RosterState.GATHERING, RosterState.WAITING) else None
+    )
     if getattr(event, "attempt", live) != live:
         return roster, []
     match event:
         case SupervisorJoined():
             return _join(roster, event)
         case TrainerStarted(rank, _, pid, how):
-            return _seat(roster, rank, of=_WAITED, seat=RankState.ALIVE, trainer_pid=pid, how=how), []
+            return _seat(
+                roster, rank, of=_WAITED, seat=RankState.ALIVE, trainer_pid=pid, how=how
+            ), []
         case TrainerFailing(rank, _, failing):
             return _seat(roster, rank, failing=failing), []
         case TrainerFinished(rank):
@@ -156,14 +171,20 @@ def _of_job(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterActi
             return _fail(roster, Failure(-1, "preempted", text, 0, at_s), roster.record.completed)
         case Rank0Unreachable(_, text, at_s, completed):
             running = roster.state is RosterState.RUNNING
-            return _fail(roster, Failure(-1, "cut", text, 1, at_s), completed) if running else (roster, [])
+            return (
+                _fail(roster, Failure(-1, "cut", text, 1, at_s), completed)
+                if running
+                else (roster, [])
+            )
         case EpochChanged():
             return _epoch(roster, event)
         case JobEnded():
             return _job_ended(roster, event)
         case GatheringTimedOut(text, at_s):
             gathering = roster.state is RosterState.GATHERING
-            return _leave(roster, Failure(-1, "missing", text, 1, at_s)) if gathering else (roster, [])
+            return (
+                _leave(roster, Failure(-1, "missing", text, 1, at_s)) if gathering else (roster, [])
+            )
         case _:
             raise AssertionError(f"an event that nobody takes: {event}")
 
@@ -174,14 +195,18 @@ def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     roster = replace(roster, preempted=True)
     if roster.state is RosterState.WAITING:
         return roster, [
-            RequestEpoch(Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0, final=True), -1)
+            RequestEpoch(
+                Failure(-1, "preempted", "preempted before the next epoch", 0, 0.0, final=True), -1
+            )
         ]
     return roster, [RequestStop()] if roster.state is RosterState.RUNNING else []
 
 
 def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterAction]]:
     ended = event.status is not None and _well(roster, event.status)
-    member = RosterEntry(event.rank, event.peer, event.pid, seat=RankState.ENDED if ended else RankState.IDLE)
+    member = RosterEntry(
+        event.rank, event.peer, event.pid, seat=RankState.ENDED if ended else RankState.IDLE
+    )
     roster = replace(roster, members={**roster.members, member.rank: member})
     leaves: list[RosterAction] = [LeaveOne(event.rank, event.status or 0)] if ended else []
     if roster.state is not RosterState.GATHERING or len(roster.members) < roster.ranks:
@@ -198,7 +223,8 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
 
 
 def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterAction]]:
-    """Nothing lives here: start at once where a newer epoch has come, else ask for one, or say that none can follow here."""
+    """Nothing lives here: start at once where a newer epoch has come, else ask for one, or say that
+    none can follow here."""
     last = failure is not None and _is_last(roster)
     roster = replace(roster, state=RosterState.WAITING, failures=())
     came = roster.came
@@ -213,12 +239,15 @@ def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterA
 def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterAction]]:
     """A newer epoch ends what runs under an older one; it begins once nothing of that lives."""
     known = (roster.came.number, roster.came.placed) if roster.came is not None else (0, False)
-    # A node that is out of the membership says so as an epoch that has no place for it; the real one may yet have one.
+    # A node that is out of the membership says so as an epoch that has no place for it; the real
+    # one may yet have one.
     if event.number <= roster.attempt or (event.number, event.placed) <= known:
         return roster, []
     roster = replace(roster, came=event)
     if roster.state is RosterState.RUNNING:
-        return _fail(roster, Failure(-1, "elsewhere", event.text, 0, event.at_s), roster.record.completed)
+        return _fail(
+            roster, Failure(-1, "elsewhere", event.text, 0, event.at_s), roster.record.completed
+        )
     if roster.state is RosterState.WAITING and event.placed and not _is_last(roster):
         return _start(roster)
     return roster, []
@@ -240,16 +269,22 @@ def _well(roster: Roster, status: int) -> bool:
 
 
 def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
-    attempt = roster.came.number if roster.shared and roster.came is not None else roster.attempt + 1
+    attempt = (
+        roster.came.number if roster.shared and roster.came is not None else roster.attempt + 1
+    )
     members = {
         rank: replace(one, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False)
         for rank, one in roster.members.items()
     }
-    started = replace(roster, attempt=attempt, state=RosterState.RUNNING, members=members, failures=())
+    started = replace(
+        roster, attempt=attempt, state=RosterState.RUNNING, members=members, failures=()
+    )
     return started, [StartAll(attempt)]
 
 
-def _seat(roster: Roster, rank: int, *, of: Collection[RankState] = tuple(RankState), **changes: object) -> Roster:
+def _seat(
+    roster: Roster, rank: int, *, of: Collection[RankState] = tuple(RankState), **changes: object
+) -> Roster:
     """Change what is known of a rank's trainer, where its seat is one ``of`` those."""
     if rank not in roster.members or roster.members[rank].seat not in of:
         return roster
@@ -258,12 +293,14 @@ def _seat(roster: Roster, rank: int, *, of: Collection[RankState] = tuple(RankSt
 
 
 def _moved_on(roster: Roster) -> Roster:
-    """A decorated call is done, or another one begins: the failures before say nothing about what comes."""
+    """A decorated call is done, or another one begins: the failures before say nothing about what
+    comes."""
     return replace(roster, record=replace(roster.record, stuck=0))
 
 
 def _entered(roster: Roster, rank: int) -> Roster:
-    """A decorated call began. One after another takes back that its rank had finished; each attempt's first says nothing."""
+    """A decorated call began. One after another takes back that its rank had finished; each
+    attempt's first says nothing."""
     again = rank in roster.members and roster.members[rank].finished
     roster = _seat(roster, rank, finished=False, failing=None)
     return _moved_on(roster) if again else roster
@@ -276,13 +313,17 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
     if _well(roster, event.status):
         roster = _seat(roster, event.rank, seat=RankState.ENDED)
         leaves: list[RosterAction] = [LeaveOne(event.rank, event.status)]
-        if roster.state is RosterState.KILLING:  # it was done before the kill came: not to be started again
+        if (
+            roster.state is RosterState.KILLING
+        ):  # it was done before the kill came: not to be started again
             roster, actions = _gone(roster)
             return roster, [*leaves, *actions]
         ended = all(one.seat is RankState.ENDED for one in roster.members.values())
         if ended and roster.shared:
             leaves = [ReportEnded(event.status), *leaves]
-        return replace(roster, state=RosterState.OVER, status=event.status) if ended else roster, leaves
+        return replace(
+            roster, state=RosterState.OVER, status=event.status
+        ) if ended else roster, leaves
     roster = _seat(roster, event.rank, seat=RankState.DEAD)
     failing = member.failing
     if event.status == -signal.SIGINT:  # somebody wants the end, whatever else went wrong
@@ -290,15 +331,27 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
         failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
     elif failing is not None:
         failure = Failure(
-            event.rank, "error", f"rank {event.rank} raised {failing.kind}: {failing.text}", event.status, event.at_s,
-            failing.fingerprint, failing.step, failing.final,
-        )  # fmt: skip
+            event.rank,
+            "error",
+            f"rank {event.rank} raised {failing.kind}: {failing.text}",
+            event.status,
+            event.at_s,
+            failing.fingerprint,
+            failing.step,
+            failing.final,
+        )
     elif event.overdue:
-        text = f"rank {event.rank} was stopped, because its node had lost touch with the job's others"
+        text = (
+            f"rank {event.rank} was stopped, because its node had lost touch with the job's others"
+        )
         failure = Failure(event.rank, "overdue", text, event.status, event.at_s)
     else:
         failure = Failure(
-            event.rank, "died", f"rank {event.rank} {status_text(event.status)}", event.status, event.at_s
+            event.rank,
+            "died",
+            f"rank {event.rank} {status_text(event.status)}",
+            event.status,
+            event.at_s,
         )
     return _fail(roster, failure, event.completed)
 
@@ -324,7 +377,9 @@ def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, lis
         return _leave(roster, failure)
     if roster.state is RosterState.KILLING:
         return _gone(roster)
-    killing = replace(roster, state=RosterState.KILLING, record=after_failure(roster.record, completed))
+    killing = replace(
+        roster, state=RosterState.KILLING, record=after_failure(roster.record, completed)
+    )
     over, actions = _gone(killing)
     return over, [KillAll(roster.attempt, failure), *actions]
 
@@ -337,7 +392,9 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
         return roster, []
     over = AttemptOver(roster.attempt, failure)
     if roster.ended is not None:
-        roster, actions = _leave(roster, Failure(-1, "elsewhere", roster.ended.text, roster.ended.status, failure.at_s))
+        roster, actions = _leave(
+            roster, Failure(-1, "elsewhere", roster.ended.text, roster.ended.status, failure.at_s)
+        )
         return roster, [over, *actions]
     if roster.shared and failure.kind != "supervisor":
         roster, actions = _wait(roster, failure)
@@ -349,7 +406,9 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
 
 def _is_last(roster: Roster) -> bool:
     """Whether no attempt can follow on this node, whatever the attempt died of."""
-    gone = len(roster.members) < roster.ranks or any(one.seat is RankState.ENDED for one in roster.members.values())
+    gone = len(roster.members) < roster.ranks or any(
+        one.seat is RankState.ENDED for one in roster.members.values()
+    )
     return gone or roster.preempted or any(one.finished for one in roster.members.values())
 
 
@@ -360,23 +419,29 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]
         status = 128 - failure.status
     else:
         status = failure.status or 1
-    # The keeper lives on and the launcher starts the program at once where a supervisor was lost: no need to wait.
+    # The keeper lives on and the launcher starts the program at once where a supervisor was lost:
+    # no need to wait.
     leave = LeaveAll(status, failure.text, held=failure.kind != "supervisor")
     return replace(roster, state=RosterState.OVER, status=status), [leave]
 
 
 def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
-    """The roster with its record brought up to date, and why there is no next attempt; None: start it."""
+    """The roster with its record brought up to date, and why there is no next attempt; None: start
+    it."""
     record, why = assess(roster.record, failure, roster.policy)
     roster = replace(roster, record=record)
     if roster.preempted or failure.kind == "supervisor" or failure.final:
         return roster, failure.text
-    if any(one.seat is RankState.ENDED for one in roster.members.values()) or len(roster.members) < roster.ranks:
+    if (
+        any(one.seat is RankState.ENDED for one in roster.members.values())
+        or len(roster.members) < roster.ranks
+    ):
         return roster, f"{failure.text}, after another rank had ended"
     if any(one.finished for one in roster.members.values()):
         return (
             roster,
-            f"{failure.text}, after the training function had returned: the rest of a program is not run again",
+            f"{failure.text}, after the training function had returned: the rest of a program is "
+            "not run again",
         )
     return roster, why
 

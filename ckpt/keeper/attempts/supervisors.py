@@ -1,4 +1,5 @@
-"""Supervisors and their attempts: carries out what the roster decides, watches for hangs, tells recoveries."""
+"""Supervisors and their attempts: carries out what the roster decides, watches for hangs, tells
+recoveries."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class Supervisors:
         self._gathering_s = 0.0
         self._missing_told = False
         self._waiting: dict[int, int | None] = {}
-        """Supervisors that met an earlier keeper and hand over what they hold; how their trainers had ended by themselves."""
+        """Supervisors that met an earlier keeper and hand over what they hold; how their trainers
+        had ended by themselves."""
         self._cut_off = False
 
     @property
@@ -86,18 +88,29 @@ class Supervisors:
         return self._attempt
 
     def join(self, peer: ClientConnection, hello: Hello, *, new: bool) -> None:
-        """A supervisor said hello. One that met an earlier keeper first hands over what it holds and ends with ``Killed``."""
+        """A supervisor said hello. One that met an earlier keeper first hands over what it holds
+        and ends with ``Killed``."""
         job = self._job
-        if self.roster is None or self.roster.launch != job.launch or (new and self.roster.state is RosterState.OVER):
+        if (
+            self.roster is None
+            or self.roster.launch != job.launch
+            or (new and self.roster.state is RosterState.OVER)
+        ):
             self.roster = Roster(
-                job.launch, job.ranks, job.policy, attempt=self._attempt, shared=self._meet_nodes(hello.agent)
+                job.launch,
+                job.ranks,
+                job.policy,
+                attempt=self._attempt,
+                shared=self._meet_nodes(hello.agent),
             )
             self._cut_off = False
             self._grace_until_s = self._leaving = None
             self._gathering_s, self._missing_told = time.monotonic(), False
         met_another = hello.holds or hello.attempt > 0
         self._attempt = max(self._attempt, hello.attempt)
-        if self.roster.state is RosterState.GATHERING:  # numbers of attempts only grow, over keepers too
+        if (
+            self.roster.state is RosterState.GATHERING
+        ):  # numbers of attempts only grow, over keepers too
             self.roster = replace(self.roster, attempt=self._attempt)
         job.welcome(peer, hello, attempt=self._attempt, new=met_another)
         if met_another:
@@ -106,11 +119,14 @@ class Supervisors:
             self._joined(peer, None)
 
     def handle(self, peer: ClientConnection, message: Message, fds: list[int]) -> bool:
-        """One message of a supervisor, or of a trainer about its fate; False where it is neither. Owns ``fds``."""
+        """One message of a supervisor, or of a trainer about its fate; False where it is neither.
+        Owns ``fds``."""
         job = self._job
         match message:
             case words.Started():
-                self._on(TrainerStarted(peer.rank, message.attempt, message.trainer_pid, message.how))
+                self._on(
+                    TrainerStarted(peer.rank, message.attempt, message.trainer_pid, message.how)
+                )
                 if self._recovery is not None and message.attempt == self._attempt:
                     self._recovery.how = message.how
             case words.Died() if peer.number in self._waiting:
@@ -119,7 +135,12 @@ class Supervisors:
                 job.drain()
                 self._on(
                     TrainerDied(
-                        peer.rank, message.attempt, message.status, message.at_s, job.completed(), message.overdue
+                        peer.rank,
+                        message.attempt,
+                        message.status,
+                        message.at_s,
+                        job.completed(),
+                        message.overdue,
                     )
                 )
             case words.Killed():
@@ -130,7 +151,9 @@ class Supervisors:
             case words.Preempt():
                 self._preempt(message.grace_s)
             case words.SlotKept() if fds and job.slots is not None:
-                if (message.rank, message.index) not in {(slot.rank, slot.index) for slot in job.slots}:
+                if (message.rank, message.index) not in {
+                    (slot.rank, slot.index) for slot in job.slots
+                }:
                     job.slots.add(message.rank, message.index, fds[0], message.size_bytes)
                     return True
                 close_fds(fds)
@@ -161,14 +184,18 @@ class Supervisors:
 
     @property
     def cut_off(self) -> bool:
-        """Whether a supervisor of the launch went without a word: the launcher starts the program anew."""
+        """Whether a supervisor of the launch went without a word: the launcher starts the program
+        anew."""
         return self.supervised and self._cut_off
 
     @property
     def ended_well(self) -> bool:
         """Whether the launch ran to an end of its own: nobody will come back for it."""
         return (
-            self.roster is not None and self.supervised and self.roster.state is RosterState.OVER and not self._cut_off
+            self.roster is not None
+            and self.supervised
+            and self.roster.state is RosterState.OVER
+            and not self._cut_off
         )
 
     def repeat_stop(self, peer: ClientConnection) -> None:
@@ -180,7 +207,11 @@ class Supervisors:
         """A supervisor's connection ended."""
         self._waiting.pop(peer.number, None)
         now_s = time.monotonic()
-        seat = self.roster.members[peer.rank].seat if self.roster and peer.rank in self.roster.members else None
+        seat = (
+            self.roster.members[peer.rank].seat
+            if self.roster and peer.rank in self.roster.members
+            else None
+        )
         self._cut_off |= (
             not peer.planned
             and seat is not RankState.ENDED
@@ -217,7 +248,10 @@ class Supervisors:
         if self._job.board is not None and self._job.slots is not None:
             peer.send(words.KeepBoard(), [self._job.board.fd])
             for slot in self._job.slots:
-                peer.send(words.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes), [slot.fd])
+                peer.send(
+                    words.Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes),
+                    [slot.fd],
+                )
         self._on(SupervisorJoined(peer.rank, peer.number, peer.hello.pid, status))
 
     def _on(self, event: RosterEvent) -> None:
@@ -228,7 +262,9 @@ class Supervisors:
         for action in actions:
             self._do(action)
         over = self.roster.state is RosterState.OVER and before is not RosterState.OVER
-        if over and not any(isinstance(action, LeaveAll) for action in actions):  # which keeps the newest by itself
+        if over and not any(
+            isinstance(action, LeaveAll) for action in actions
+        ):  # which keeps the newest by itself
             self._job.keep_newest()  # no more than a look, where all ended as they should: what they left last is durable
 
     def _do(self, action: RosterAction) -> None:
@@ -265,7 +301,8 @@ class Supervisors:
                 job.say("events", words.Stop(grace_s=max(0.1, self._grace_left_s())))
 
     def _meet_nodes(self, agent: str) -> bool:
-        """Whether the job may have other nodes: then a launch begins with none known. ``agent``: who launched it here."""
+        """Whether the job may have other nodes: then a launch begins with none known. ``agent``:
+        who launched it here."""
         job = self._job
         if job.spec.nodes is None:
             return False
@@ -277,9 +314,15 @@ class Supervisors:
         return True
 
     def _explain(self) -> None:
-        """Of several nodes the epoch says why the last one ended: what was seen here may only be what came of it."""
+        """Of several nodes the epoch says why the last one ended: what was seen here may only be
+        what came of it."""
         nodes = self._job.nodes
-        if self._recovery is not None and nodes is not None and nodes.epoch is not None and nodes.epoch.note.why:
+        if (
+            self._recovery is not None
+            and nodes is not None
+            and nodes.epoch is not None
+            and nodes.epoch.note.why
+        ):
             self._recovery.failure = replace(self._recovery.failure, text=nodes.epoch.note.why)
 
     def _start_word(self, attempt: int) -> words.Start:
@@ -296,7 +339,8 @@ class Supervisors:
         self._watch.begin()
 
     def _leave(self, action: LeaveAll) -> None:
-        """All leave: at once, or once all is durable. Where the last process of a container ends, the keeper ends with it."""
+        """All leave: at once, or once all is durable. Where the last process of a container ends,
+        the keeper ends with it."""
         job = self._job
         job.emit(Told("ended", action.text, {"status": action.status}, alarm=True))
         job.keep_newest()
@@ -315,13 +359,15 @@ class Supervisors:
         return self._job.uploads is None or self._job.uploads.idle
 
     def _ask_for_missing(self, roster: Roster, now_s: float) -> None:
-        """Ranks that don't come are named: a launcher that starts fewer than it says would have the others wait in silence."""
+        """Ranks that don't come are named: a launcher that starts fewer than it says would have the
+        others wait in silence."""
         waited_s = now_s - self._gathering_s
         if waited_s < GATHER_TELL_S or (self._missing_told and waited_s < GATHER_MAX_S):
             return
         missing = ", ".join(str(rank) for rank in range(roster.ranks) if rank not in roster.members)
         text = (
-            f"ranks are missing on this node: {missing} of {roster.ranks} did not come for {waited_s:.0f} s; start them, or "
+            f"ranks are missing on this node: {missing} of {roster.ranks} did not come for "
+            f"{waited_s:.0f} s; start them, or "
             "set LOCAL_WORLD_SIZE to how many there are on this node"
         )
         if waited_s >= GATHER_MAX_S:
@@ -355,7 +401,8 @@ class Supervisors:
 
 
 def _free_port() -> int:
-    """A port on loopback that nobody listens on now. Whoever takes it in between makes an attempt fail, which is repeated."""
+    """A port on loopback that nobody listens on now. Whoever takes it in between makes an attempt
+    fail, which is repeated."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

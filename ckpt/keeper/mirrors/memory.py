@@ -1,4 +1,5 @@
-"""Memory of several nodes: what all hold together, where it is, what this node lends, and what it keeps on others."""
+"""Memory of several nodes: what all hold together, where it is, what this node lends, and what it
+keeps on others."""
 
 from __future__ import annotations
 
@@ -42,13 +43,16 @@ NAMED_MAX = 16
 """So many ranks are named whose share nobody has."""
 
 SPARE_RETRY_S = 30.0
-"""Pause before a standby that could not keep a pair is sent another: it may have cost as much as one that it keeps."""
+"""Pause before a standby that could not keep a pair is sent another: it may have cost as much as
+one that it keeps."""
 
 
 class ClusterMemory:
     """See the module. In the loop; ``host``: where this node lends its memory."""
 
-    def __init__(self, job: Job, among: EpochView, spec: NodesSpec, secret: bytes, *, host: str, emit: Emit) -> None:
+    def __init__(
+        self, job: Job, among: EpochView, spec: NodesSpec, secret: bytes, *, host: str, emit: Emit
+    ) -> None:
         self._job = job
         self._among = among
         self._spec = spec
@@ -58,7 +62,9 @@ class ClusterMemory:
         self._lending = NodeMemoryServer(
             self._secret, serving_endpoint(spec, host), emit=emit, budget_bytes=spec.mirror_bytes
         )
-        self._mirror = MirrorSender(done=lambda task, came: job.post(lambda: self._done(task, came)), emit=emit)
+        self._mirror = MirrorSender(
+            done=lambda task, came: job.post(lambda: self._done(task, came)), emit=emit
+        )
         self._peers: dict[str, PeerStore] = {}
         self._cap = RateLimit(spec.mirror_rate or None)
         """How fast this node sends, to all peers together."""
@@ -106,7 +112,8 @@ class ClusterMemory:
             self._peers.pop(address).close()
 
     def tick(self, now_s: float, *, placed: bool) -> float:
-        """Show what there is, keep the newest pair on others; returns seconds until the next look."""
+        """Show what there is, keep the newest pair on others; returns seconds until the next
+        look."""
         if self._job.slots is not None:
             self._lending.slots.show(self._job.slots)
         if placed:
@@ -114,7 +121,8 @@ class ClusterMemory:
         return self._gather.tick(now_s)
 
     def close(self) -> None:
-        """Lend no more, and keep nothing on others any more. Waits briefly for what is on its way."""
+        """Lend no more, and keep nothing on others any more. Waits briefly for what is on its
+        way."""
         self._mirror.close()
         for peer in self._peers.values():
             peer.close()
@@ -123,7 +131,8 @@ class ClusterMemory:
     # ---- what can be restored
 
     def gather(self, answer: Callable[[dict[SnapshotId, str]], object]) -> None:
-        """On the node of rank 0: have ``answer`` told the pairs, with origins, that all nodes together hold in memory."""
+        """On the node of rank 0: have ``answer`` told the pairs, with origins, that all nodes
+        together hold in memory."""
         epoch = self._among.epoch
         assert epoch is not None, "an epoch with ranks here"
 
@@ -136,20 +145,31 @@ class ClusterMemory:
                 first = itertools.islice(itertools.chain.from_iterable(missing), NAMED_MAX)
                 self._job.emit(Event("memory-lost", text, {"ranks": ",".join(map(str, first))}))
             text = f"{len(held)} nodes hold {len(pairs)} pairs in memory"
-            self._job.emit(Event("memory-gathered", text, {"newest": str(pairs[0].snapshot) if pairs else None}))
+            self._job.emit(
+                Event(
+                    "memory-gathered", text, {"newest": str(pairs[0].snapshot) if pairs else None}
+                )
+            )
             word = to_message(epoch.number, pairs)
             self._see_sources(word)
             self._among.say_to_all(word)
             answer({one.snapshot: one.origin for one in reversed(pairs)})
 
         others = [node for node in epoch.addresses if node != self._among.me]
-        self._gather.ask(others, (self._among.me, merge_ranges(self._holdings())), time.monotonic(), have)
+        self._gather.ask(
+            others, (self._among.me, merge_ranges(self._holdings())), time.monotonic(), have
+        )
 
-    def take(self, node: str, word: said.AskNodeInventory | said.NodeInventory | said.MeshSources) -> None:
+    def take(
+        self, node: str, word: said.AskNodeInventory | said.NodeInventory | said.MeshSources
+    ) -> None:
         """What another node says."""
         match word:
             case said.AskNodeInventory(call=call):
-                self._among.say(node, said.NodeInventory(call=call, holdings=tuple(merge_ranges(self._holdings()))))
+                self._among.say(
+                    node,
+                    said.NodeInventory(call=call, holdings=tuple(merge_ranges(self._holdings()))),
+                )
             case said.NodeInventory():
                 self._gather.answered(node, word, time.monotonic())
             case said.MeshSources():
@@ -160,7 +180,8 @@ class ClusterMemory:
         self._gather.disconnected(node, time.monotonic())
 
     def sources(self, snapshot: SnapshotId) -> tuple[Source, ...]:
-        """For each rank of a pair's world, where its share is; nothing where the pair isn't known."""
+        """For each rank of a pair's world, where its share is; nothing where the pair isn't
+        known."""
         epoch, found = self._among.epoch, self._sources.get(snapshot)
         if epoch is None or found is None:
             return ()
@@ -172,16 +193,20 @@ class ClusterMemory:
         )
 
     def set_round(self, now: MirrorRound) -> None:
-        """The node of rank 0 says which pair is kept next, and which all have: of what is kept here the others go."""
+        """The node of rank 0 says which pair is kept next, and which all have: of what is kept here
+        the others go."""
         if now != self.round:
             self.round = now
             self._see_protected()
             self._lending.retain(retained_mirrors(now, self._before))
 
     def copied(self, epoch: NodeEpoch) -> tuple[SnapshotId | None, dict[int, int]]:
-        """On a standby: the newest pair of which it has all that it is to keep, and the bytes of each rank's share."""
+        """On a standby: the newest pair of which it has all that it is to keep, and the bytes of
+        each rank's share."""
         nodes = [
-            node for node, by in standby_copies(epoch.record.ranks, epoch.standbys).items() if by == self._among.me
+            node
+            for node, by in standby_copies(epoch.record.ranks, epoch.standbys).items()
+            if by == self._among.me
         ]
         wanted = {rank for node in nodes for rank in epoch.record.ranks[node]}
         held: dict[SnapshotId, dict[int, int]] = {}
@@ -191,7 +216,8 @@ class ClusterMemory:
         return (newest := max(whole), held[newest]) if whole else (None, {})
 
     def _see_protected(self) -> None:
-        """Where rank 0 is: tell when all have what they stage on others again, and how long they had not."""
+        """Where rank 0 is: tell when all have what they stage on others again, and how long they
+        had not."""
         if self._exposed_s is None or self.round.kept is None:
             return
         exposed_s, self._exposed_s = time.monotonic() - self._exposed_s, None
@@ -199,17 +225,27 @@ class ClusterMemory:
             return
         count = min(self._spec.mirrors, len(self._among.others)) or 1
         text = f"{self.round.kept} is on {count} other nodes too; for {exposed_s:.1f} s nothing newer was"
-        self._job.emit(Event("protected", text, {"exposed_s": round(exposed_s, 3), "step": self.round.kept.step}))
+        self._job.emit(
+            Event(
+                "protected", text, {"exposed_s": round(exposed_s, 3), "step": self.round.kept.step}
+            )
+        )
 
     def _lenders(self, epoch: NodeEpoch, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Whether a node has it in a slot or as a mirror may change while it is asked for, so both are tried. Here first."""
+        """Whether a node has it in a slot or as a mirror may change while it is asked for, so both
+        are tried. Here first."""
         near = sorted(nodes, key=lambda node: node != self._among.me)
         return tuple(peer for node in near if (peer := epoch.peers.get(node)))
 
     def _local(self, snapshot: SnapshotId) -> dict[int, int]:
-        """The ranks whose shares of that pair slots here hold, and the local rank whose slot it is."""
+        """The ranks whose shares of that pair slots here hold, and the local rank whose slot it
+        is."""
         briefs = ((slot.rank, slot.brief()) for slot in self._job.slots or ())
-        return {brief[0].rank: rank for rank, brief in briefs if brief is not None and brief[0].snapshot == snapshot}
+        return {
+            brief[0].rank: rank
+            for rank, brief in briefs
+            if brief is not None and brief[0].snapshot == snapshot
+        }
 
     def _holdings(self) -> list[InventoryEntry]:
         found = self._lending.mirrored()
@@ -219,7 +255,10 @@ class ClusterMemory:
                 held = brief[0]
                 found.append(
                     InventoryEntry(
-                        snapshot=held.snapshot, origin=held.origin, world_size=held.world_size, rank=held.rank
+                        snapshot=held.snapshot,
+                        origin=held.origin,
+                        world_size=held.world_size,
+                        rank=held.rank,
                     )
                 )
         return found
@@ -237,19 +276,38 @@ class ClusterMemory:
         return self._mirror.sent_bytes
 
     def _keep_named(self, now_s: float) -> None:
-        """Keep the pair that was named, here and on other nodes, unless the last one is still on its way."""
+        """Keep the pair that was named, here and on other nodes, unless the last one is still on
+        its way."""
         job, epoch, named = self._job, self._among.epoch, self.round.named
-        if self._mirror.busy or not self._spec.mirrors or job.slots is None or epoch is None or named is None:
+        if (
+            self._mirror.busy
+            or not self._spec.mirrors
+            or job.slots is None
+            or epoch is None
+            or named is None
+        ):
             return
-        if named in (self.mirror_report.mirrored, self.mirror_report.missed) or now_s < self._keep_at_s:
+        if (
+            named in (self.mirror_report.mirrored, self.mirror_report.missed)
+            or now_s < self._keep_at_s
+        ):
             return
         peers = self._peers_of(epoch)
         spare = self._spares_of(epoch, now_s)
         if not peers:  # the only node that has ranks
             peers, spare = spare, {}
-        sealed = [one for rank in range(job.ranks) if (one := job.slots.hold_snapshot(rank, named)) is not None]
+        sealed = [
+            one
+            for rank in range(job.ranks)
+            if (one := job.slots.hold_snapshot(rank, named)) is not None
+        ]
         task = MirrorTask(
-            named, epoch.number, sealed, {**spare, **peers}, self._lending.keep, frozenset(spare) - peers.keys()
+            named,
+            epoch.number,
+            sealed,
+            {**spare, **peers},
+            self._lending.keep,
+            frozenset(spare) - peers.keys(),
         )
         if peers and len(sealed) == job.ranks and self._of_this_world(epoch, sealed):
             self._mirror.send(task)
@@ -260,11 +318,13 @@ class ClusterMemory:
     def _of_this_world(self, epoch: NodeEpoch, sealed: Sequence[SealedSlot]) -> bool:
         """Whether these are the shares of the ranks that this node has now.
 
-        Slots may still hold a pair of a world that has shrunk: those that are left all have theirs, and it is not whole. Were
-        it kept, the mirrors that lost nodes left behind would go for it.
+        Slots may still hold a pair of a world that has shrunk: those that are left all have theirs,
+        and it is not whole. Were it kept, the mirrors that lost nodes left behind would go for it.
         """
         shares = [(one.index.world_size, one.index.rank) for one in sealed]
-        return shares == [(epoch.record.world_size, rank) for rank in epoch.record.ranks[self._among.me]]
+        return shares == [
+            (epoch.record.world_size, rank) for rank in epoch.record.ranks[self._among.me]
+        ]
 
     def _peers_of(self, epoch: NodeEpoch) -> dict[str, PeerStore]:
         """The nodes that keep what this one stages, but for a standby."""
@@ -310,4 +370,6 @@ class ClusterMemory:
             self.mirror_report = replace(self.mirror_report, mirrored=task.snapshot)
             return
         self.mirror_report = replace(self.mirror_report, missed=task.snapshot)
-        self._keep_at_s = time.monotonic() + RETRY_S  # what kept it from coming is not over in a moment
+        self._keep_at_s = (
+            time.monotonic() + RETRY_S
+        )  # what kept it from coming is not over in a moment

@@ -1,7 +1,7 @@
 """What the nodes of a job hold in memory, and which pairs are complete over all of them. Pure.
 
-A node's ranks follow each other, and so do the shares that it holds: what it says is of spans of ranks, and so is what is
-worked out of it. So its cost grows with the number of nodes, not of ranks.
+A node's ranks follow each other, and so do the shares that it holds: what it says is of spans of
+ranks, and so is what is worked out of it. So its cost grows with the number of nodes, not of ranks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from ckpt.format.part_rules import WORLD_MAX
 from ckpt.values import CHUNK_BYTES, SnapshotId, StagedIndex, StagedShard
 
 SNAPSHOTS_MAX = 8
-"""So many complete pairs are offered to restore from: more are never needed, each slot holds one."""
+"""So many complete pairs are offered to restore from: more are never needed, each slot holds
+one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRange:
-    """``ranks`` ranks that follow each other, whose shares the same nodes have: in a slot before as a mirror."""
+    """``ranks`` ranks that follow each other, whose shares the same nodes have: in a slot before as
+    a mirror."""
 
     ranks: int
     nodes: tuple[str, ...]
@@ -33,7 +35,8 @@ class SourceRange:
 
 @dataclass(frozen=True, slots=True)
 class MemorySnapshot:
-    """A pair that can be restored from memory: of a world of ``world_size`` ranks, each rank's share at some nodes.
+    """A pair that can be restored from memory: of a world of ``world_size`` ranks, each rank's
+    share at some nodes.
 
     ``spans``: all its ranks, from 0 on.
     """
@@ -52,30 +55,41 @@ class MemorySnapshot:
 def merge_ranges(holdings: Iterable[InventoryEntry]) -> list[InventoryEntry]:
     """The same, where ranks that follow each other are one."""
     found: list[InventoryEntry] = []
-    for one in sorted(holdings, key=lambda one: (one.snapshot, one.origin, one.world_size, one.mirror, one.rank)):
+    for one in sorted(
+        holdings, key=lambda one: (one.snapshot, one.origin, one.world_size, one.mirror, one.rank)
+    ):
         last = found[-1] if found else one
         alike = structs.replace(last, rank=one.rank, ranks=one.ranks) == one
         if found and alike and one.rank <= last.rank + last.ranks:
-            found[-1] = structs.replace(last, ranks=max(last.ranks, one.rank + one.ranks - last.rank))
+            found[-1] = structs.replace(
+                last, ranks=max(last.ranks, one.rank + one.ranks - last.rank)
+            )
         else:
             found.append(one)
     return found
 
 
 def complete_snapshots(held: Mapping[str, Sequence[InventoryEntry]]) -> list[MemorySnapshot]:
-    """The pairs of which every rank's share is somewhere, newest first. ``held``: what each node says that it holds."""
+    """The pairs of which every rank's share is somewhere, newest first. ``held``: what each node
+    says that it holds."""
     found = []
     for (snapshot, origin, size), segments in _segments(held, with_origin=True).items():
         if all(nodes for _, _, nodes in segments):
             found.append(MemorySnapshot(snapshot, origin, size, _spans(segments)))
     # An epoch's number may have been given out twice: the log says which of the two origins counts.
-    return sorted(found, key=lambda pair: (pair.snapshot, pair.origin, pair.world_size), reverse=True)[:SNAPSHOTS_MAX]
+    return sorted(
+        found, key=lambda pair: (pair.snapshot, pair.origin, pair.world_size), reverse=True
+    )[:SNAPSHOTS_MAX]
 
 
-def missing_ranks(held: Mapping[str, Sequence[InventoryEntry]]) -> dict[SnapshotId, tuple[range, ...]]:
+def missing_ranks(
+    held: Mapping[str, Sequence[InventoryEntry]],
+) -> dict[SnapshotId, tuple[range, ...]]:
     """Of the pairs that are not complete: the ranks whose share nobody has. For people."""
     found = {}
-    for (snapshot, _, _), segments in sorted(_segments(held, with_origin=False).items(), reverse=True):
+    for (snapshot, _, _), segments in sorted(
+        _segments(held, with_origin=False).items(), reverse=True
+    ):
         missing = tuple(range(start, end) for start, end, nodes in segments if not nodes)
         if missing:
             found[snapshot] = missing
@@ -87,15 +101,19 @@ def to_message(attempt: int, pairs: Sequence[MemorySnapshot]) -> MeshSources:
     names = {node: None for pair in pairs for span in pair.spans for node in span.nodes}
     numbers = {node: number for number, node in enumerate(names)}
     return MeshSources(
-        attempt=attempt, nodes=tuple(names),
+        attempt=attempt,
+        nodes=tuple(names),
         pairs=tuple(
             (
-                pair.snapshot, pair.world_size,
-                tuple((span.ranks, tuple(numbers[node] for node in span.nodes)) for span in pair.spans),
+                pair.snapshot,
+                pair.world_size,
+                tuple(
+                    (span.ranks, tuple(numbers[node] for node in span.nodes)) for span in pair.spans
+                ),
             )
             for pair in pairs
         ),
-    )  # fmt: skip
+    )
 
 
 def from_message(word: MeshSources) -> dict[SnapshotId, tuple[SourceRange, ...]]:
@@ -106,10 +124,14 @@ def from_message(word: MeshSources) -> dict[SnapshotId, tuple[SourceRange, ...]]
     found: dict[SnapshotId, tuple[SourceRange, ...]] = {}
     for snapshot, size, spans in word.pairs:
         sound = all(
-            ranks > 0 and nodes and all(0 <= node < len(word.nodes) for node in nodes) for ranks, nodes in spans
+            ranks > 0 and nodes and all(0 <= node < len(word.nodes) for node in nodes)
+            for ranks, nodes in spans
         )
         if sound and size <= WORLD_MAX and sum(ranks for ranks, _ in spans) == size:
-            named = tuple(SourceRange(ranks, tuple(word.nodes[node] for node in nodes)) for ranks, nodes in spans)
+            named = tuple(
+                SourceRange(ranks, tuple(word.nodes[node] for node in nodes))
+                for ranks, nodes in spans
+            )
             found.setdefault(snapshot, named)
     return found
 
@@ -121,14 +143,17 @@ _Segment = tuple[int, int, tuple[str, ...]]
 def _segments(
     held: Mapping[str, Sequence[InventoryEntry]], *, with_origin: bool
 ) -> dict[tuple[SnapshotId, str, int], list[_Segment]]:
-    """Of each pair that somebody has a share of: the whole world in segments, each at the same nodes everywhere."""
+    """Of each pair that somebody has a share of: the whole world in segments, each at the same
+    nodes everywhere."""
     changes: dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, bool, str]]]] = {}
     for node, holdings in held.items():
         for one in holdings:
             end = one.rank + one.ranks
             if one.rank < 0 or one.ranks < 1 or not end <= one.world_size <= WORLD_MAX:
                 continue
-            at = changes.setdefault((one.snapshot, one.origin if with_origin else "", one.world_size), {})
+            at = changes.setdefault(
+                (one.snapshot, one.origin if with_origin else "", one.world_size), {}
+            )
             at.setdefault(one.rank, []).append((True, one.mirror, node))
             at.setdefault(end, []).append((False, one.mirror, node))
     return {pair: _sweep(pair[2], at) for pair, at in changes.items()}
@@ -177,18 +202,25 @@ class MirrorRound:
 
 @dataclass(frozen=True, slots=True)
 class MirrorReport:
-    """What a node says: the last named pair that it has kept everywhere, and the last one that it could not."""
+    """What a node says: the last named pair that it has kept everywhere, and the last one that it
+    could not."""
 
     mirrored: SnapshotId | None = None
     missed: SnapshotId | None = None
 
 
-def next_round(now: MirrorRound, words: Sequence[MirrorReport | None], complete: SnapshotId | None) -> MirrorRound:
-    """The round that follows. ``words``: of every node, None from those that said nothing yet; ``complete``: the newest pair.
+def next_round(
+    now: MirrorRound, words: Sequence[MirrorReport | None], complete: SnapshotId | None
+) -> MirrorRound:
+    """The round that follows. ``words``: of every node, None from those that said nothing yet;
+    ``complete``: the newest pair.
 
-    A pair that a node could not keep, because its slot had gone on or a peer had no room, is passed over for a newer one.
+    A pair that a node could not keep, because its slot had gone on or a peer had no room, is passed
+    over for a newer one.
     """
-    if now.named is not None and all(word is not None and word.mirrored == now.named for word in words):
+    if now.named is not None and all(
+        word is not None and word.mirrored == now.named for word in words
+    ):
         now = replace(now, kept=now.named)
     over = (
         now.named is None
@@ -201,7 +233,8 @@ def next_round(now: MirrorRound, words: Sequence[MirrorReport | None], complete:
 
 
 def retained_mirrors(now: MirrorRound, before: frozenset[SnapshotId]) -> frozenset[SnapshotId]:
-    """The pairs of which mirrors stay. ``before``: those that were there when the epoch began, for until something is kept."""
+    """The pairs of which mirrors stay. ``before``: those that were there when the epoch began, for
+    until something is kept."""
     named = {now.named} if now.named is not None else set()
     return frozenset(named | ({now.kept} if now.kept is not None else before))
 
@@ -216,12 +249,14 @@ CHANGED_SHARE_MAX = 0.75
 """Where more of the bytes changed, all are sent: copying the rest would gain the peer nothing."""
 
 JOIN_BYTES = 16 << 10
-"""Ranges that lie nearer to each other are sent as one: another range costs about as much as so many bytes."""
+"""Ranges that lie nearer to each other are sent as one: another range costs about as much as so
+many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class StagedShare:
-    """What one rank staged of a snapshot as it is sent: a header, and behind it the data that ``index`` tells of."""
+    """What one rank staged of a snapshot as it is sent: a header, and behind it the data that
+    ``index`` tells of."""
 
     index: StagedIndex
     header_bytes: int
@@ -235,7 +270,8 @@ class StagedShare:
 
 @dataclass(frozen=True, slots=True)
 class DeltaRanges:
-    """Only these ranges are sent, header and data counted as one; all else is as in the earlier share."""
+    """Only these ranges are sent, header and data counted as one; all else is as in the earlier
+    share."""
 
     ranges: tuple[ByteRange, ...]
 
@@ -255,8 +291,9 @@ class WholeShare:
 def delta_of(share: StagedShare, base: StagedShare) -> DeltaRanges | WholeShare:
     """What of ``share`` must be sent where ``base`` is.
 
-    The header always, and each chunk unless ``base`` has a shard at the same place and of the same length, whose chunk has the
-    same digest there: its name and box are the header's matter. So what of the data is in no shard is the base's.
+    The header always, and each chunk unless ``base`` has a shard at the same place and of the same
+    length, whose chunk has the same digest there: its name and box are the header's matter. So what
+    of the data is in no shard is the base's.
     """
     if (share.header_bytes, share.data_bytes) != (base.header_bytes, base.data_bytes):
         return WholeShare("another length of header or data")
@@ -321,7 +358,11 @@ class InventoryQuery:
         self._asking: dict[int, _Asking] = {}
 
     def ask(
-        self, nodes: Sequence[str], own: tuple[str, Sequence[InventoryEntry]], now_s: float, answer: Answer
+        self,
+        nodes: Sequence[str],
+        own: tuple[str, Sequence[InventoryEntry]],
+        now_s: float,
+        answer: Answer,
     ) -> None:
         """Ask ``nodes``, and have ``answer`` told what they and this node hold."""
         call = next(self._calls)

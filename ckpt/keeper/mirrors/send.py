@@ -1,4 +1,5 @@
-"""Keeping what this node staged on other nodes too: the newest complete pair, over and over. Nobody waits for it."""
+"""Keeping what this node staged on other nodes too: the newest complete pair, over and over. Nobody
+waits for it."""
 
 from __future__ import annotations
 
@@ -24,17 +25,19 @@ from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 # What a node's peers have of its shares, as far as it is sure: the bases of what is sent next.
 
 BASES_MAX = 2
-"""Shares of one rank that are remembered: a pair that another node could not keep goes, and the one before it stays."""
+"""Shares of one rank that are remembered: a pair that another node could not keep goes, and the one
+before it stays."""
 
 BEHIND_MAX = 64
-"""So many shares in a row go as what changed, then one goes whole: memory that a peer no longer has right would else be carried
-along as long as training lasts.
+"""So many shares in a row go as what changed, then one goes whole: memory that a peer no longer has
+right would else be carried along as long as training lasts.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorBase:
-    """A share that came whole, under which name, and how many shares back its oldest bytes were sent."""
+    """A share that came whole, under which name, and how many shares back its oldest bytes were
+    sent."""
 
     stored: StoredContent
     share: StagedShare
@@ -50,13 +53,15 @@ class MirrorBases:
         self._known: dict[str, dict[int, tuple[MirrorBase, ...]]] = {}
 
     def begin(self, epoch: int, nodes: Collection[str]) -> None:
-        """Shares go to ``nodes`` now, in the name of ``epoch``: what was sent in another one, or to others, is forgotten."""
+        """Shares go to ``nodes`` now, in the name of ``epoch``: what was sent in another one, or to
+        others, is forgotten."""
         with self._lock:
             kept = self._known if epoch == self._epoch else {}
             self._epoch, self._known = epoch, {node: kept.get(node, {}) for node in nodes}
 
     def of(self, node: str, rank: int) -> tuple[MirrorBase, ...]:
-        """What ``node`` has of ``rank`` that may be a base; nothing where the next one is to go whole."""
+        """What ``node`` has of ``rank`` that may be a base; nothing where the next one is to go
+        whole."""
         with self._lock:
             known = self._known.get(node, {}).get(rank, ())
             return () if known and known[0].behind >= BEHIND_MAX else known
@@ -92,10 +97,11 @@ Own = Callable[[str, Sequence[Buffer]], object]
 
 @dataclass(frozen=True, slots=True)
 class MirrorTask:
-    """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep it, by those of ``epoch``.
+    """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep
+    it, by those of ``epoch``.
 
-    ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does). Of ``spare`` nodes, which are among
-    the ``peers``, none has to keep it.
+    ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does). Of
+    ``spare`` nodes, which are among the ``peers``, none has to keep it.
     """
 
     snapshot: SnapshotId
@@ -112,11 +118,13 @@ class MirrorTask:
 
 
 Done = Callable[[MirrorTask, frozenset[str]], object]
-"""Hears, from the thread, of each task and of the nodes to which it came whole; none where this one could not keep it."""
+"""Hears, from the thread, of each task and of the nodes to which it came whole; none where this one
+could not keep it."""
 
 
 class MirrorSender:
-    """Sends one pair at a time. What keeps a node from having them is told once, until it has one again."""
+    """Sends one pair at a time. What keeps a node from having them is told once, until it has one
+    again."""
 
     def __init__(self, *, done: Done, emit: Emit) -> None:
         self._done = done
@@ -165,7 +173,11 @@ class MirrorSender:
             try:
                 came = self._send(task)
             except Exception as error:  # noqa: BLE001  a thread's border
-                self._fail("", task, InternalError(f"keeping it failed in an unforeseen way. cause={error!r}"))
+                self._fail(
+                    "",
+                    task,
+                    InternalError(f"keeping it failed in an unforeseen way. cause={error!r}"),
+                )
             finally:
                 task.let_go()
                 with self._changed:
@@ -180,7 +192,10 @@ class MirrorSender:
         def sending(node: str, peer: PeerStore) -> Callable[[], bool]:
             return lambda: self._send_to(node, peer, task, headers)
 
-        jobs = {node: start_thread(sending(node, peer), name="ckpt-mirror-send") for node, peer in task.peers.items()}
+        jobs = {
+            node: start_thread(sending(node, peer), name="ckpt-mirror-send")
+            for node, peer in task.peers.items()
+        }
         kept = self._keep_own(task, headers)
         came = frozenset([node for node, job in jobs.items() if job.result()])
         self._bases.retain(came)
@@ -198,7 +213,9 @@ class MirrorSender:
             self._told = {told for told in self._told if told[0] != ""}
         return True
 
-    def _send_to(self, node: str, peer: PeerStore, task: MirrorTask, headers: Sequence[bytes]) -> bool:
+    def _send_to(
+        self, node: str, peer: PeerStore, task: MirrorTask, headers: Sequence[bytes]
+    ) -> bool:
         boot: str | None = None
         try:
             for one, header in zip(task.sealed, headers, strict=True):
@@ -206,7 +223,9 @@ class MirrorSender:
                     return False
                 stored = self._put(node, peer, one, header)
                 if boot not in (None, stored.boot):
-                    raise UnavailableError("the node's keeper was started anew meanwhile: what it had is gone.")
+                    raise UnavailableError(
+                        "the node's keeper was started anew meanwhile: what it had is gone."
+                    )
                 boot = stored.boot
         except FencedError:
             return False  # another epoch comes, which places mirrors anew
@@ -214,7 +233,9 @@ class MirrorSender:
             self._fail(node, task, error)
             return False
         except Exception as error:  # noqa: BLE001  a thread's border: the other nodes' words count all the same
-            self._fail(node, task, InternalError(f"sending failed in an unforeseen way. cause={error!r}"))
+            self._fail(
+                node, task, InternalError(f"sending failed in an unforeseen way. cause={error!r}")
+            )
             return False
         with self._changed:
             self._told = {told for told in self._told if told[0] != node}
@@ -228,7 +249,9 @@ class MirrorSender:
 
         def still_lent() -> None:
             if not one.unchanged():
-                raise TakenBackError(f"the slot was overwritten while it was sent. key={key}; nothing was stored")
+                raise TakenBackError(
+                    f"the slot was overwritten while it was sent. key={key}; nothing was stored"
+                )
 
         for base in self._bases.of(node, rank):
             changed = delta_of(share, base.share)
@@ -236,8 +259,12 @@ class MirrorSender:
                 continue
             try:
                 stored = peer.put_changed(
-                    key, pieces, base=base.stored, changed=changed.ranges, check_unchanged=still_lent
-                )  # fmt: skip
+                    key,
+                    pieces,
+                    base=base.stored,
+                    changed=changed.ranges,
+                    check_unchanged=still_lent,
+                )
             except BaseGoneError:
                 self._bases.drop(node, rank, base)
                 continue
@@ -259,9 +286,7 @@ class MirrorSender:
             self._told.add((node, error.code))
         what = f"{task.snapshot} and what follows is not kept {'on another node' if node else 'here'}: {error}"
         if node in task.spare:
-            what = (
-                f"the standby {node} does not have {task.snapshot}, and may have to fetch what it takes over: {error}"
-            )
+            what = f"the standby {node} does not have {task.snapshot}, and may have to fetch what it takes over: {error}"
         elif isinstance(error, StoreFullError):
             what += "; a lost node then costs the steps since the last durable snapshot: raise mirror_bytes"
         facts: dict[str, Fact] = {"node": node, "step": task.snapshot.step, "code": error.code}
@@ -269,10 +294,13 @@ class MirrorSender:
 
 
 def compact_header(index: StagedIndex, data_bytes: int) -> bytes:
-    """A slot's header around ``index`` that is no longer than it must be: what lies between in a slot is never sent."""
+    """A slot's header around ``index`` that is no longer than it must be: what lies between in a
+    slot is never sent."""
     size = INDEX_OFFSET_BYTES + len(encode_index(index))
     header_bytes = -(-size // PAGE_BYTES) * PAGE_BYTES
-    with mmap.mmap(-1, header_bytes + data_bytes, flags=ROOM_FLAGS) as room:  # only the header's pages are ever taken
+    with mmap.mmap(
+        -1, header_bytes + data_bytes, flags=ROOM_FLAGS
+    ) as room:  # only the header's pages are ever taken
         memory = memoryview(room)
         try:
             header = Header(memory, header_bytes=header_bytes)
@@ -284,6 +312,9 @@ def compact_header(index: StagedIndex, data_bytes: int) -> bytes:
             memory.release()
 
 
-_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # no constant of the standard library before 3.13
+_NORESERVE = (
+    0x4000 if sys.platform == "linux" else 0
+)  # no constant of the standard library before 3.13
 ROOM_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-"""Memory that is promised to nobody: a system that counts promises would refuse a room as large as a slot."""
+"""Memory that is promised to nobody: a system that counts promises would refuse a room as large as
+a slot."""

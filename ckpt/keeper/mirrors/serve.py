@@ -1,4 +1,5 @@
-"""What this node lends to the others: its slots, read-only, and what it keeps for them. One server, one vault."""
+"""What this node lends to the others: its slots, read-only, and what it keeps for them. One server,
+one vault."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from ckpt.backends.base import Buffer, Stat
 from ckpt.cluster.endpoint import Endpoint
 from ckpt.cluster.mesh.messages import InventoryEntry
 from ckpt.cluster.peermem.auth import PeerSecret
-from ckpt.cluster.peermem.keys import MIRRORS_PREFIX, SLOTS_PREFIX, parse_mirror_key, parse_slot_key, slot_key
+from ckpt.cluster.peermem.keys import (
+    MIRRORS_PREFIX,
+    SLOTS_PREFIX,
+    parse_mirror_key,
+    parse_slot_key,
+    slot_key,
+)
 from ckpt.cluster.peermem.memory import PeerMemory, ServedObject, copy_bytes
 from ckpt.cluster.peermem.server import PeerServer
 from ckpt.errors import IntegrityError, NotFoundError
@@ -40,7 +47,8 @@ class _Lent:
     known: tuple[SlotSummary, int] | None = None
 
     def brief(self) -> tuple[SlotSummary, int] | None:
-        """What it holds sealed. Looked into once a generation: each request asks, and an index may be long."""
+        """What it holds sealed. Looked into once a generation: each request asks, and an index may
+        be long."""
         memory = memoryview(self.mapping)
         if self.known is None or generation_of(memory) != self.known[1]:
             try:
@@ -54,10 +62,11 @@ class _Lent:
 
 
 class SlotCatalog:
-    """A ``ServedSource`` of this node's slots: ``slots/<pair>/<rank>`` is a slot's whole memory. Thread-safe.
+    """A ``ServedSource`` of this node's slots: ``slots/<pair>/<rank>`` is a slot's whole memory.
+    Thread-safe.
 
-    The keeper's loop says which there are. A slot that is overwritten while it is sent is found by its generation, and what was
-    sent of it by its chunks' digests.
+    The keeper's loop says which there are. A slot that is overwritten while it is sent is found by
+    its generation, and what was sent of it by its chunks' digests.
     """
 
     prefix = SLOTS_PREFIX
@@ -87,9 +96,13 @@ class SlotCatalog:
             fd, view = os.dup(lent.fd), memoryview(lent.mapping)
         try:
             yield ServedObject(
-                view=view, fd=fd, offset_bytes=0, version=generation, modified_unix_s=0.0,
+                view=view,
+                fd=fd,
+                offset_bytes=0,
+                version=generation,
+                modified_unix_s=0.0,
                 unchanged=lambda: generation_of(view) == generation,
-            )  # fmt: skip
+            )
         finally:
             view.release()
             os.close(fd)
@@ -103,8 +116,14 @@ class SlotCatalog:
     def list(self) -> list[Stat]:
         """See Source."""
         with self._lock:
-            held = [(lent, brief[0]) for lent in self._lent.values() if (brief := lent.brief()) is not None]
-        stats = [Stat(slot_key(brief.snapshot, brief.rank), lent.size_bytes, 0.0) for lent, brief in held]
+            held = [
+                (lent, brief[0])
+                for lent in self._lent.values()
+                if (brief := lent.brief()) is not None
+            ]
+        stats = [
+            Stat(slot_key(brief.snapshot, brief.rank), lent.size_bytes, 0.0) for lent, brief in held
+        ]
         return sorted(stats, key=lambda one: one.key)
 
     def _find(self, key: str) -> tuple[_Lent, int] | None:
@@ -117,7 +136,8 @@ class SlotCatalog:
 
 
 def _lent(slot: HeldSlot) -> _Lent | None:
-    """None where the system has no descriptor or no room left: then it is tried again, and others have mirrors."""
+    """None where the system has no descriptor or no room left: then it is tried again, and others
+    have mirrors."""
     try:
         fd = os.dup(slot.fd)
     except OSError:
@@ -132,12 +152,16 @@ def _lent(slot: HeldSlot) -> _Lent | None:
 class NodeMemoryServer:
     """The server and what it serves."""
 
-    def __init__(self, secret: PeerSecret, endpoint: Endpoint, *, emit: Emit, budget_bytes: int = 0) -> None:
+    def __init__(
+        self, secret: PeerSecret, endpoint: Endpoint, *, emit: Emit, budget_bytes: int = 0
+    ) -> None:
         left = available_bytes()
         share = VAULT_BYTES_DEFAULT if left is None else int(left * VAULT_SHARE)
         self.vault = PeerMemory(budget_bytes or max(1 << 20, share))
         self.slots = SlotCatalog()
-        self._server = PeerServer(self.vault, secret, endpoint=endpoint, sources=[self.slots], emit=emit)
+        self._server = PeerServer(
+            self.vault, secret, endpoint=endpoint, sources=[self.slots], emit=emit
+        )
         self._server.start()
 
     @property
@@ -161,24 +185,34 @@ class NodeMemoryServer:
             wanted = parse_mirror_key(stat.key)
             if wanted is None:
                 continue
-            with contextlib.suppress(NotFoundError, IntegrityError), self.vault.reading(stat.key) as held:
+            with (
+                contextlib.suppress(NotFoundError, IntegrityError),
+                self.vault.reading(stat.key) as held,
+            ):
                 brief = read_summary(held.view)
                 if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
                     found.append(
                         InventoryEntry(
-                            snapshot=brief[0].snapshot, origin=brief[0].origin, world_size=brief[0].world_size,
-                            rank=brief[0].rank, mirror=True,
+                            snapshot=brief[0].snapshot,
+                            origin=brief[0].origin,
+                            world_size=brief[0].world_size,
+                            rank=brief[0].rank,
+                            mirror=True,
                         )
-                    )  # fmt: skip
+                    )
         return found
 
     def kept(self) -> list[tuple[SnapshotId, int, int]]:
         """Of what is kept here, by its name: the pair, the rank and the bytes of each share."""
-        found = ((parse_mirror_key(stat.key), stat.size_bytes) for stat in self.vault.list(MIRRORS_PREFIX))
+        found = (
+            (parse_mirror_key(stat.key), stat.size_bytes)
+            for stat in self.vault.list(MIRRORS_PREFIX)
+        )
         return [(*of, size_bytes) for of, size_bytes in found if of is not None]
 
     def keep(self, key: str, pieces: Sequence[Buffer]) -> None:
-        """Keep this node's own share beside its slots, which training goes on to overwrite. Raises StoreFullError."""
+        """Keep this node's own share beside its slots, which training goes on to overwrite. Raises
+        StoreFullError."""
         views = [memoryview(piece).cast("B") for piece in pieces]
         with self.vault.incoming(key, sum(view.nbytes for view in views)) as room:
             at = 0

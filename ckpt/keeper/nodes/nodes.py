@@ -1,8 +1,9 @@
-"""This keeper among those of the job's other nodes, for its loop: epochs, the room of rank 0's node, how far all are.
+"""This keeper among those of the job's other nodes, for its loop: epochs, the room of rank 0's
+node, how far all are.
 
-``Node`` (in ``fleet``) has threads and speaks with the membership; all that it tells comes here through ``Job.post``. On the
-node of rank 0 this has the rooms, and others ask it; elsewhere it asks. What becomes durable and what memory holds are the
-matter of ``uploads`` and ``memory``.
+``Node`` (in ``fleet``) has threads and speaks with the membership; all that it tells comes here
+through ``Job.post``. On the node of rank 0 this has the rooms, and others ask it; elsewhere it
+asks. What becomes durable and what memory holds are the matter of ``uploads`` and ``memory``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ class Nodes:
     """
 
     def __init__(
-        self, job: Job, spec: NodesSpec, *, on: Callable[[EpochChanged | JobEnded | Rank0Unreachable], object]
+        self,
+        job: Job,
+        spec: NodesSpec,
+        *,
+        on: Callable[[EpochChanged | JobEnded | Rank0Unreachable], object],
     ) -> None:
         check_spec(spec)
         self._job = job
@@ -82,7 +87,8 @@ class Nodes:
         """This node is ready for the next epoch; ``failure``: why the last one ended here."""
         self._attempt = max(self._attempt, attempt)
         if self._node is None:
-            # It takes long to import, and the first attempt here needs it: the others shall not wait for that.
+            # It takes long to import, and the first attempt here needs it: the others shall not
+            # wait for that.
             import_module("ckpt.keeper.uploads.uploads")
             try:
                 self._node = self._join()
@@ -94,17 +100,30 @@ class Nodes:
             told = with_global_rank(failure, first)
             self._node.report_failure(
                 said.NodeFailed(
-                    attempt=attempt, rank=told.rank, kind=told.kind, text=told.text, status=told.status,
-                    fingerprint=told.fingerprint, step=told.step, final=told.final, completed=completed,
+                    attempt=attempt,
+                    rank=told.rank,
+                    kind=told.kind,
+                    text=told.text,
+                    status=told.status,
+                    fingerprint=told.fingerprint,
+                    step=told.step,
+                    final=told.final,
+                    completed=completed,
                 )
-            )  # fmt: skip
+            )
 
     def begin(self, attempt: int, own: LocalMailbox) -> KeeperMailbox:
         """An attempt begins; its room: ``own`` on the node of rank 0."""
         self.uploads.begin(attempt)
         assert self.epoch is not None, "an epoch with ranks here"
-        if not self.root and self._node is not None and not self._node.is_connected(self.epoch.record.rank0_node):
-            self._post(lambda: self._cut("it broke before the attempt began"))  # once the roster knows that it runs
+        if (
+            not self.root
+            and self._node is not None
+            and not self._node.is_connected(self.epoch.record.rank0_node)
+        ):
+            self._post(
+                lambda: self._cut("it broke before the attempt began")
+            )  # once the roster knows that it runs
         return self.room(attempt_mailbox(attempt), own)
 
     def ended(self, attempt: int) -> None:
@@ -115,7 +134,8 @@ class Nodes:
 
     @property
     def busy(self) -> bool:
-        """Whether this node is still needed though its own ranks have ended: the others may not have."""
+        """Whether this node is still needed though its own ranks have ended: the others may not
+        have."""
         if self._ended_at_s is None or self._all_ended:
             return False
         return time.monotonic() - self._ended_at_s < self._job.policy.linger_s
@@ -142,7 +162,11 @@ class Nodes:
     @property
     def others(self) -> tuple[str, ...]:
         """See Among."""
-        return tuple(node for node in self.epoch.record.ranks if node != self.me) if self.epoch is not None else ()
+        return (
+            tuple(node for node in self.epoch.record.ranks if node != self.me)
+            if self.epoch is not None
+            else ()
+        )
 
     @property
     def seating(self) -> RankPlacement | None:
@@ -152,9 +176,12 @@ class Nodes:
             return None
         nodes = list(epoch.record.ranks)
         return RankPlacement(
-            host=epoch.meeting.host, first_rank=self._ranks_here().start, world_size=epoch.record.world_size,
-            node=nodes.index(self.me), nodes=len(nodes),
-        )  # fmt: skip
+            host=epoch.meeting.host,
+            first_rank=self._ranks_here().start,
+            world_size=epoch.record.world_size,
+            node=nodes.index(self.me),
+            nodes=len(nodes),
+        )
 
     @property
     def port(self) -> int:
@@ -188,10 +215,13 @@ class Nodes:
     def decided(self, boundary: int, flags: int) -> None:
         """Rank 0 decided what all ranks do at a boundary."""
         if self._job.board is not None:
-            self.say_to_all(said.MeshDecided(attempt=self._job.board.attempt, boundary=boundary, flags=flags))
+            self.say_to_all(
+                said.MeshDecided(attempt=self._job.board.attempt, boundary=boundary, flags=flags)
+            )
 
     def tick(self, now_s: float) -> float:
-        """Tell how far this node is, and until when it may act; returns seconds until the next look."""
+        """Tell how far this node is, and until when it may act; returns seconds until the next
+        look."""
         board, node = self._job.board, self._node
         if board is None or node is None:
             return LOOK_S
@@ -204,9 +234,11 @@ class Nodes:
         return max(0.0, min(self._progress.tick(now_s), wait_s))
 
     def _tell_time(self, board: Board, node: Node) -> None:
-        """Until when this node may act, where its supervisors see it, whatever becomes of this process.
+        """Until when this node may act, where its supervisors see it, whatever becomes of this
+        process.
 
-        While its lease may have run out unheard of, because nothing answers there, all nodes' answers do as well.
+        While its lease may have run out unheard of, because nothing answers there, all nodes'
+        answers do as well.
         """
         standing = node.lease_status
         until_s = standing.act_until_s
@@ -215,14 +247,16 @@ class Nodes:
         board.extend_act_until(int(until_s * 1e9))
 
     def _acts(self, until_s: float) -> None:
-        """Its lease was prolonged. In the lease's own thread: a loop that stands still, for a disk say, costs no trainer."""
+        """Its lease was prolonged. In the lease's own thread: a loop that stands still, for a disk
+        say, costs no trainer."""
         if (board := self._job.board) is not None:
             board.extend_act_until(int(until_s * 1e9))
 
     def leave(self) -> None:
         """Leave the membership, beside the loop: nothing of this launch follows here.
 
-        Where the job ended everywhere the membership is over already, and lines stay for what is on its way to a store.
+        Where the job ended everywhere the membership is over already, and lines stay for what is on
+        its way to a store.
         """
         if not self._all_ended:
             self._hang_up()
@@ -256,15 +290,23 @@ class Nodes:
         self.uploads.see_epoch(epoch, before, placed=self.placed)
         if self._job.board is not None:
             self._job.board.has_remote_ranks = self.placed and bool(self.others)
-            if self._node is not None:  # before anything starts: what is there may be from an earlier membership
+            if (
+                self._node is not None
+            ):  # before anything starts: what is there may be from an earlier membership
                 self._tell_time(self._job.board, self._node)
         self._on(EpochChanged(epoch.number, self.placed, epoch.note.why, time.monotonic()))
         self._stand_by()
 
     def _stand_by(self) -> None:
-        """Where this node holds no rank: once an epoch, for a trainer that ran ahead in vain shall not do so over and over."""
+        """Where this node holds no rank: once an epoch, for a trainer that ran ahead in vain shall
+        not do so over and over."""
         epoch = self.epoch
-        if epoch is not None and not self.placed and not self._out and self._ran_ahead < epoch.number:
+        if (
+            epoch is not None
+            and not self.placed
+            and not self._out
+            and self._ran_ahead < epoch.number
+        ):
             self._ran_ahead = epoch.number
             self._job.say("supervisor", StartPrepared())
 
@@ -285,7 +327,13 @@ class Nodes:
     def _lost(self, why: str) -> None:
         self._out = True
         number = self.epoch.number + 1 if self.epoch is not None else 1
-        self._job.emit(Event("out", f"this node is out of its job's membership, and joins anew: {why}", alarm=True))
+        self._job.emit(
+            Event(
+                "out",
+                f"this node is out of its job's membership, and joins anew: {why}",
+                alarm=True,
+            )
+        )
         self._on(EpochChanged(number, False, why, time.monotonic()))
 
     def _fail(self, text: str) -> None:
@@ -295,7 +343,8 @@ class Nodes:
         self.uploads.connected(node)
 
     def _down(self, node: str, why: str) -> None:
-        """Without the node of rank 0 the ranks here can't agree on anything, and what they said may be lost."""
+        """Without the node of rank 0 the ranks here can't agree on anything, and what they said may
+        be lost."""
         self.memory.disconnected(node)
         epoch = self.epoch
         if epoch is None or not self.placed or self.root or node != epoch.record.rank0_node:
@@ -311,7 +360,13 @@ class Nodes:
     def _word(self, node: str, word: MeshMessage) -> None:
         board = self._job.board
         match word:
-            case said.MeshPost() | said.MeshPeek() | said.MeshCount() | said.MeshForget() | said.MeshReply():
+            case (
+                said.MeshPost()
+                | said.MeshPeek()
+                | said.MeshCount()
+                | said.MeshForget()
+                | said.MeshReply()
+            ):
                 self._rooms.take(node, word)
             case said.NodeProgress() if self.standbys.take(node, word):
                 pass
@@ -339,7 +394,8 @@ class Nodes:
         return self.epoch.record.ranks[self.me]
 
     def _post(self, call: Callable[[], object]) -> None:
-        """Have it done by the loop, unless this launch has left meanwhile: the next one must hear nothing of it."""
+        """Have it done by the loop, unless this launch has left meanwhile: the next one must hear
+        nothing of it."""
         self._job.post(lambda: call() if self._leaving is None else None)
 
     def _tell(self, event: Event) -> None:
@@ -357,6 +413,12 @@ class Nodes:
             on_act_until=self._acts,
         )
         return join(
-            self._spec, self._secret, host=self._host, ranks=job.ranks, peer_port=self.memory.port,
-            here=KeeperFacts(lambda: job.policy, lambda: self._attempt, job.completed), told=told, emit=self._tell,
-        )  # fmt: skip
+            self._spec,
+            self._secret,
+            host=self._host,
+            ranks=job.ranks,
+            peer_port=self.memory.port,
+            here=KeeperFacts(lambda: job.policy, lambda: self._attempt, job.completed),
+            told=told,
+            emit=self._tell,
+        )

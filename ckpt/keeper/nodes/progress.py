@@ -23,7 +23,13 @@ from ckpt.keeper.job import Job
 from ckpt.keeper.mirrors import plan as rounds
 from ckpt.keeper.mirrors.memory import ClusterMemory
 from ckpt.keeper.mirrors.plan import MirrorReport, MirrorRound
-from ckpt.keeper.nodes.liveness import CALLS_PER_TTL, LivenessRound, answer_call, answer_received, next_call
+from ckpt.keeper.nodes.liveness import (
+    CALLS_PER_TTL,
+    LivenessRound,
+    answer_call,
+    answer_received,
+    next_call,
+)
 from ckpt.values import SnapshotId
 
 # What ranks have in common: how far all of them are, and what all of them hold. Pure but for
@@ -48,10 +54,13 @@ def progress_of(ranks: Sequence[RankBoard], attempt: int, word: MirrorReport) ->
 def common_progress(
     standings: Sequence[NodeProgress | None], attempt: int, now: MirrorRound = NO_ROUND
 ) -> NodeProgress:
-    """Of several nodes as one, in the round ``now``; where one has not told its own yet they have nothing."""
+    """Of several nodes as one, in the round ``now``; where one has not told its own yet they have
+    nothing."""
     known = [one for one in standings if one is not None]
     if len(known) < len(standings) or not known:
-        return NodeProgress(attempt=attempt, sealed=(), completed=-1, mirrored=now.kept, named=now.named)
+        return NodeProgress(
+            attempt=attempt, sealed=(), completed=-1, mirrored=now.kept, named=now.named
+        )
     return NodeProgress(
         attempt=attempt,
         sealed=_all_hold([frozenset(one.sealed) for one in known]),
@@ -64,7 +73,8 @@ def common_progress(
 def common_progress_without_each(
     mine: NodeProgress, others: Mapping[str, NodeProgress | None], attempt: int, now: MirrorRound
 ) -> dict[str, NodeProgress]:
-    """For each of ``others``, what all but it have in common with ``mine``: ``common`` of the rest, in one pass for all."""
+    """For each of ``others``, what all but it have in common with ``mine``: ``common`` of the rest,
+    in one pass for all."""
     nothing = common_progress([None], attempt, now)
     silent = {node for node, one in others.items() if one is None}
     known = [mine, *(one for one in others.values() if one is not None)]
@@ -78,7 +88,10 @@ def common_progress_without_each(
             continue
         held = frozenset(own.sealed if own is not None else ())
         needed = len(known) - (own is not None)
-        sealed = sorted((pair for pair, count in nearly.items() if count - (pair in held) == needed), reverse=True)
+        sealed = sorted(
+            (pair for pair, count in nearly.items() if count - (pair in held) == needed),
+            reverse=True,
+        )
         completed = rest[0] if own is not None and own.completed == least else least
         found[node] = replace(nothing, sealed=tuple(sealed), completed=completed)
     return found
@@ -148,11 +161,15 @@ class ProgressExchange:
         ]
         self._memory.set_round(
             rounds.next_round(
-                self._memory.round, [self._memory.mirror_report, *said_words], job.board.newest_complete()
+                self._memory.round,
+                [self._memory.mirror_report, *said_words],
+                job.board.newest_complete(),
             )
         )
         every = {node: known.get(node) for node in self._among.others}
-        for node, word in common_progress_without_each(mine, every, epoch.number, self._memory.round).items():
+        for node, word in common_progress_without_each(
+            mine, every, epoch.number, self._memory.round
+        ).items():
             before, at_s = self._told_to.get(node, (None, 0.0))
             if word != before or now_s >= at_s + STANDING_LATEST_S:
                 self._told_to[node] = (word, now_s)
@@ -165,8 +182,12 @@ class ProgressExchange:
             return
         sources = among.others if among.root else (epoch.record.rank0_node,)
         known = [self._standings.get(node) for node in sources]
-        found = common_progress([one if one and one.attempt == epoch.number else None for one in known], epoch.number)
-        board.remote_ranks.publish_remote(found.sealed, found.completed if found.completed >= 0 else None)
+        found = common_progress(
+            [one if one and one.attempt == epoch.number else None for one in known], epoch.number
+        )
+        board.remote_ranks.publish_remote(
+            found.sealed, found.completed if found.completed >= 0 else None
+        )
         if not among.root and known[0] is not None and known[0].attempt == epoch.number:
             self._memory.set_round(rounds.MirrorRound(known[0].named, known[0].mirrored))
 
@@ -182,9 +203,12 @@ TELL_S = 1.0
 
 
 class Standbys:
-    """See the module. ``holds`` is told what this node has of which ranks, while it is a standby."""
+    """See the module. ``holds`` is told what this node has of which ranks, while it is a
+    standby."""
 
-    def __init__(self, among: EpochView, memory: ClusterMemory, *, holds: Callable[[StateInventory], object]) -> None:
+    def __init__(
+        self, among: EpochView, memory: ClusterMemory, *, holds: Callable[[StateInventory], object]
+    ) -> None:
         self._among = among
         self._memory = memory
         self._holds = holds
@@ -228,16 +252,22 @@ class Standbys:
         return False
 
     def report(self) -> tuple[NodeReport, ...]:
-        """The nodes of the newest epoch, as far as this one knows: the node of rank 0 knows of all."""
+        """The nodes of the newest epoch, as far as this one knows: the node of rank 0 knows of
+        all."""
         epoch, me = self._among.epoch, self._among.me
         if epoch is None:
             return ()
         kept = self._memory.round.kept
         placed = [
-            NodeReport(node=node, here=node == me, first_rank=ranks.start, ranks=len(ranks), mirrored=kept)
+            NodeReport(
+                node=node, here=node == me, first_rank=ranks.start, ranks=len(ranks), mirrored=kept
+            )
             for node, ranks in epoch.record.ranks.items()
         ]
-        have = {**self._have, **({me: self._memory.copied(epoch)[0]} if me in epoch.standbys else {})}
+        have = {
+            **self._have,
+            **({me: self._memory.copied(epoch)[0]} if me in epoch.standbys else {}),
+        }
         waiting = [
             NodeReport(node=node, here=node == me, first_rank=-1, ranks=0, mirrored=have.get(node))
             for node in epoch.standbys
@@ -245,12 +275,20 @@ class Standbys:
         return (*placed, *waiting)
 
     def _tell(
-        self, now_s: float, epoch: NodeEpoch, nodes: tuple[str, ...], now: MirrorRound | None, pair: SnapshotId | None
+        self,
+        now_s: float,
+        epoch: NodeEpoch,
+        nodes: tuple[str, ...],
+        now: MirrorRound | None,
+        pair: SnapshotId | None,
     ) -> None:
         word = said.NodeProgress(
-            attempt=epoch.number, sealed=(), completed=-1, mirrored=now.kept if now is not None else pair,
+            attempt=epoch.number,
+            sealed=(),
+            completed=-1,
+            mirrored=now.kept if now is not None else pair,
             named=now.named if now is not None else None,
-        )  # fmt: skip
+        )
         if word == self._told and now_s < self._told_s + TELL_S:
             return
         self._told, self._told_s = word, now_s
@@ -279,22 +317,28 @@ class LivenessExchange:
         self._due_s = now_s + self._ttl_s / CALLS_PER_TTL
         self._roll = next_call(self._roll, epoch.number, self._among.others, boottime_s())
         self._among.say_to_all(
-            said.LivenessCall(attempt=self._roll.attempt, number=self._roll.number, answered=self._roll.answered)
+            said.LivenessCall(
+                attempt=self._roll.attempt, number=self._roll.number, answered=self._roll.answered
+            )
         )
 
     def take(self, node: str, word: said.LivenessCall | said.LivenessAnswer) -> None:
-        """On a node with ranks. One that knows of a newer epoch, or was told that it is no member any more, answers nothing."""
+        """On a node with ranks. One that knows of a newer epoch, or was told that it is no member
+        any more, answers nothing."""
         epoch = self._among.epoch
         if epoch is None or word.attempt != epoch.number:
             return
         if isinstance(word, said.LivenessAnswer):
             self._roll = answer_received(self._roll, word.attempt, word.number, node)
         elif node == epoch.record.rank0_node:
-            self._roll = answer_call(self._roll, word.attempt, word.number, word.answered, boottime_s())
+            self._roll = answer_call(
+                self._roll, word.attempt, word.number, word.answered, boottime_s()
+            )
             self._among.say(node, said.LivenessAnswer(attempt=word.attempt, number=word.number))
 
     def until_s(self) -> float:
-        """Until when, of CLOCK_BOOTTIME, this node may act for that all answered; 0: not for that reason."""
+        """Until when, of CLOCK_BOOTTIME, this node may act for that all answered; 0: not for that
+        reason."""
         epoch = self._among.epoch
         if epoch is None or epoch.number != self._roll.attempt:
             return 0.0

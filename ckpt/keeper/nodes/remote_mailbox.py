@@ -1,7 +1,9 @@
-"""Rooms that are at another keeper, the one of rank 0's node; and on that node, serving those who ask. All in the loop.
+"""Rooms that are at another keeper, the one of rank 0's node; and on that node, serving those who
+ask. All in the loop.
 
-Each room has a name that no other ever has, so words of a dead attempt's room reach nobody. Words about a room that is not
-open yet wait for it: another node may have begun the epoch a moment earlier.
+Each room has a name that no other ever has, so words of a dead attempt's room reach nobody. Words
+about a room that is not open yet wait for it: another node may have begun the epoch a moment
+earlier.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from ckpt.cluster.mesh.messages import MeshMessage
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox, ValueCallback
 
 EARLY_MAX = 10_000
-"""Words that wait for rooms that are not open yet; what comes beyond is dropped, and its attempt fails in time."""
+"""Words that wait for rooms that are not open yet; what comes beyond is dropped, and its attempt
+fails in time."""
 
 MailboxMessage = said.MeshPost | said.MeshPeek | said.MeshCount | said.MeshForget
 Asked = tuple[str, "ValueCallback | Callable[[int], object]", bool]
 
 
 class RemoteMailboxes:
-    """The rooms of one keeper's job. ``say`` says a word to a node, and whether a line was there."""
+    """The rooms of one keeper's job. ``say`` says a word to a node, and whether a line was
+    there."""
 
     def __init__(self, say: Callable[[str, MeshMessage], bool]) -> None:
         self._say = say
@@ -49,8 +53,17 @@ class RemoteMailboxes:
         for node, word in early:
             self._serve(node, word)
 
-    def ask(self, node: str, name: str, word: Callable[[int], MailboxMessage], answer: object, *, counts: bool) -> None:
-        """Ask the node of rank 0; ``answer`` hears of it. Without a line nobody answers, and the attempt fails in time."""
+    def ask(
+        self,
+        node: str,
+        name: str,
+        word: Callable[[int], MailboxMessage],
+        answer: object,
+        *,
+        counts: bool,
+    ) -> None:
+        """Ask the node of rank 0; ``answer`` hears of it. Without a line nobody answers, and the
+        attempt fails in time."""
         call = next(self._calls)
         self._asked[call] = (name, answer, counts)  # type: ignore[assignment]
         self._say(node, word(call))
@@ -141,27 +154,33 @@ class RemoteMailbox:
 # touch.
 
 ANSWER_S = 10.0
-"""A question waits so long for its message. One that is not answered by so long after that was lost; it is asked again."""
+"""A question waits so long for its message. One that is not answered by so long after that was
+lost; it is asked again."""
 
 NOBODY_S = 0.05
 """Pause after a question that found nothing."""
 
 REPEATED_MAX = 256
-"""So many of the last messages are posted again where a line was broken. Only those of the last few snapshots matter."""
+"""So many of the last messages are posted again where a line was broken. Only those of the last few
+snapshots matter."""
 
 PostToLoop = Callable[[Callable[[], object]], None]
 
 
 class LoopChannel:
-    """The channel of one rank over ``room``, which is asked for each time: None once that is over. Thread-safe.
+    """The channel of one rank over ``room``, which is asked for each time: None once that is over.
+    Thread-safe.
 
-    See ``persist.channel.RankMailbox``. What is lost on its way is said again, which counters would not bear.
+    See ``persist.channel.RankMailbox``. What is lost on its way is said again, which counters would
+    not bear.
     """
 
     stays = True
     """A rank leaves with its node, and that ends the era for all."""
 
-    def __init__(self, post: PostToLoop, room: Callable[[], KeeperMailbox | None], *, rank: int, size: int) -> None:
+    def __init__(
+        self, post: PostToLoop, room: Callable[[], KeeperMailbox | None], *, rank: int, size: int
+    ) -> None:
         self._call = post
         self._room = room
         self.rank = rank
@@ -169,7 +188,8 @@ class LoopChannel:
         self._posted: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._asked: dict[str, tuple[Future[bytes | None], float]] = {}
-        """Questions on their way and until when they are: who asks again waits for the same answer."""
+        """Questions on their way and until when they are: who asks again waits for the same
+        answer."""
 
     def post(self, key: str, value: bytes) -> None:
         """See Messages."""
@@ -217,7 +237,9 @@ class LoopChannel:
             if room is None:
                 _answer(found, None)
             else:
-                room.peek(key, wait_s=wait_s, owner=self, answer=lambda value: _answer(found, value))
+                room.peek(
+                    key, wait_s=wait_s, owner=self, answer=lambda value: _answer(found, value)
+                )
 
         self._call(do)
         return found

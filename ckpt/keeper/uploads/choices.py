@@ -1,4 +1,5 @@
-"""What can be restored, and how the log will look once all that this keeper gave out is written. Pure."""
+"""What can be restored, and how the log will look once all that this keeper gave out is written.
+Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ NOT_WRITTEN = -1
 """The ``seq`` of what is not in the log as it was read."""
 
 
-def with_pending(state: LogState, opens: Sequence[OpenedEpoch], commits: Sequence[SnapshotId] = ()) -> LogState:
-    """``state`` with what was given out and committed since it was read: ``opens`` and ``commits``, both in their order.
+def with_pending(
+    state: LogState, opens: Sequence[OpenedEpoch], commits: Sequence[SnapshotId] = ()
+) -> LogState:
+    """``state`` with what was given out and committed since it was read: ``opens`` and ``commits``,
+    both in their order.
 
     What ``state`` has already, or has passed, is left out.
     """
@@ -26,12 +30,16 @@ def with_pending(state: LogState, opens: Sequence[OpenedEpoch], commits: Sequenc
     return replace(
         state,
         opens=(*state.opens, *(opened for opened in opens if opened.epoch > state.epoch)),
-        snapshots=(*state.snapshots, *(Committed(pair, "", None, NOT_WRITTEN, pair.epoch) for pair in fresh)),
+        snapshots=(
+            *state.snapshots,
+            *(Committed(pair, "", None, NOT_WRITTEN, pair.epoch) for pair in fresh),
+        ),
     )
 
 
 LAUNCH_PREFIX_CHARS = 16
-"""How much of an open's write id is shared by all opens that one keeper wrote for one launch; the rest is its own."""
+"""How much of an open's write id is shared by all opens that one keeper wrote for one launch; the
+rest is its own."""
 
 
 def launch_prefix(origin: str) -> str:
@@ -39,12 +47,15 @@ def launch_prefix(origin: str) -> str:
     return origin[:LAUNCH_PREFIX_CHARS]
 
 
-def own_staged(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> dict[SnapshotId, str]:
-    """Those of ``staged`` (pair and origin) whose epoch is the one that ``state`` has under that number, or will have.
+def own_staged(
+    state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]
+) -> dict[SnapshotId, str]:
+    """Those of ``staged`` (pair and origin) whose epoch is the one that ``state`` has under that
+    number, or will have.
 
-    ``ids`` are the write ids of the log's opens. An epoch that is not in the log is still to come only where nobody else
-    opened one since its lineage's last: a launch's first open is always written before it captures anything. Without an origin
-    the number alone decides.
+    ``ids`` are the write ids of the log's opens. An epoch that is not in the log is still to come
+    only where nobody else opened one since its lineage's last: a launch's first open is always
+    written before it captures anything. Without an origin the number alone decides.
     """
     known = {opened.epoch for opened in state.opens}
     newest = launch_prefix(ids.get(state.epoch, ""))
@@ -52,21 +63,32 @@ def own_staged(state: LogState, ids: Mapping[int, str], staged: Mapping[Snapshot
     def counts(pair: SnapshotId, origin: str) -> bool:
         if not origin:
             return True
-        return ids.get(pair.epoch) == origin if pair.epoch in known else newest == launch_prefix(origin)
+        return (
+            ids.get(pair.epoch) == origin
+            if pair.epoch in known
+            else newest == launch_prefix(origin)
+        )
 
     return {pair: origin for pair, origin in staged.items() if counts(pair, origin)}
 
 
-def restorable(state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]) -> tuple[SnapshotId, ...]:
-    """Those of ``staged`` that a restart may go on from, newest first: ours, and on the line of the newest epoch."""
+def restorable(
+    state: LogState, ids: Mapping[int, str], staged: Mapping[SnapshotId, str]
+) -> tuple[SnapshotId, ...]:
+    """Those of ``staged`` that a restart may go on from, newest first: ours, and on the line of the
+    newest epoch."""
     counted = own_staged(state, ids, staged)
     return on_lineage(with_pending(state, missing_opens(state, counted)), counted)
 
 
 def on_lineage(state: LogState, pairs: Collection[SnapshotId]) -> tuple[SnapshotId, ...]:
-    """Those of ``pairs``, committed or not, that are on the line of the newest epoch, newest first."""
+    """Those of ``pairs``, committed or not, that are on the line of the newest epoch, newest
+    first."""
     opens = {opened.epoch: opened for opened in state.opens}
-    last = {segment.epoch: segment.last_step for segment in lineage_segments(opens, whole_epoch(state.epoch))}
+    last = {
+        segment.epoch: segment.last_step
+        for segment in lineage_segments(opens, whole_epoch(state.epoch))
+    }
     found = {pair for pair in pairs if pair.epoch in last and _within(pair.step, last[pair.epoch])}
     return tuple(sorted(found, reverse=True))
 
@@ -74,33 +96,42 @@ def on_lineage(state: LogState, pairs: Collection[SnapshotId]) -> tuple[Snapshot
 def missing_opens(state: LogState, staged: Collection[SnapshotId]) -> tuple[OpenedEpoch, ...]:
     """The opens that are missing in ``state`` although their captures are staged.
 
-    An earlier keeper of this job gave those epochs out and died before it wrote the records. Each is taken to go on from the
-    newest pair known below it: what a restart chooses.
+    An earlier keeper of this job gave those epochs out and died before it wrote the records. Each
+    is taken to go on from the newest pair known below it: what a restart chooses.
     """
     found: tuple[OpenedEpoch, ...] = ()
     for epoch in sorted({pair.epoch for pair in staged if pair.epoch > state.epoch}):
         before = with_pending(state, found)
-        below = [*on_lineage(before, [pair for pair in staged if pair.epoch < epoch]), *candidates(before)]
+        below = [
+            *on_lineage(before, [pair for pair in staged if pair.epoch < epoch]),
+            *candidates(before),
+        ]
         found = (*found, OpenedEpoch(epoch, NOT_WRITTEN, max(below, default=None)))
     return found
 
 
 def best_first(state: LogState, staged: Collection[SnapshotId]) -> tuple[Choice, ...]:
-    """What a restore tries: pairs of the line, newest first; of one that is in both places the staged copy first."""
+    """What a restore tries: pairs of the line, newest first; of one that is in both places the
+    staged copy first."""
     found = [Choice(pair, STAGED) for pair in on_lineage(state, staged)]
     found += [Choice(pair, DURABLE) for pair in candidates(state)]
-    return tuple(sorted(found, key=lambda choice: (choice.snapshot, choice.tier == STAGED), reverse=True))
+    return tuple(
+        sorted(found, key=lambda choice: (choice.snapshot, choice.tier == STAGED), reverse=True)
+    )
 
 
 def superseded(state: LogState, snapshot: SnapshotId) -> bool:
-    """Whether ``snapshot`` is committed, or can't be any more because its epoch has a later commit."""
+    """Whether ``snapshot`` is committed, or can't be any more because its epoch has a later
+    commit."""
     return any(
-        entry.snapshot.epoch == snapshot.epoch and entry.snapshot.step >= snapshot.step for entry in state.snapshots
+        entry.snapshot.epoch == snapshot.epoch and entry.snapshot.step >= snapshot.step
+        for entry in state.snapshots
     )
 
 
 def not_needed(state: LogState, snapshot: SnapshotId) -> bool:
-    """Whether to commit ``snapshot`` would help nobody: it is superseded, or the line holds a newer one."""
+    """Whether to commit ``snapshot`` would help nobody: it is superseded, or the line holds a newer
+    one."""
     newest = state.newest()
     return superseded(state, snapshot) or (newest is not None and newest >= snapshot)
 

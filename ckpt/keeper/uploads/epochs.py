@@ -1,7 +1,9 @@
-"""One job's epochs inside its keeper: what can be restored, opening the next one, and whether another writer took over.
+"""One job's epochs inside its keeper: what can be restored, opening the next one, and whether
+another writer took over.
 
-Used by the keeper's loop alone, which it never holds up: what may wait for the store is done in threads, and comes back through
-``post``. All futures are resolved and all callbacks called by the loop.
+Used by the keeper's loop alone, which it never holds up: what may wait for the store is done in
+threads, and comes back through ``post``. All futures are resolved and all callbacks called by the
+loop.
 """
 
 from __future__ import annotations
@@ -56,9 +58,12 @@ class _Asked:
 
 
 class LogEpochs:
-    """The log as the loop knows it, and the epochs given out from it. Lives over any number of launches and attempts."""
+    """The log as the loop knows it, and the epochs given out from it. Lives over any number of
+    launches and attempts."""
 
-    def __init__(self, log: StoreLog, hands: Persisters, waits: Retries, around: EpochObserver, *, store: str) -> None:
+    def __init__(
+        self, log: StoreLog, hands: Persisters, waits: Retries, around: EpochObserver, *, store: str
+    ) -> None:
         self._log = log
         self._hands = hands
         self._waits = waits
@@ -68,8 +73,11 @@ class LogEpochs:
         self.view = LogView()
         """What is known of the log."""
         self.fenced: FencedError | None = None
-        """Why nothing more may be written; None while this keeper is the log's writer, or may become it."""
-        self._fresh = True  # the launch has opened no epoch yet, so that another writer's isn't a rival
+        """Why nothing more may be written; None while this keeper is the log's writer, or may
+        become it."""
+        self._fresh = (
+            True  # the launch has opened no epoch yet, so that another writer's isn't a rival
+        )
         self._beginning = False
         self._waiting: list[_Asked] = []
         self._chosen: ResumeChoice | None = None
@@ -84,10 +92,12 @@ class LogEpochs:
         return self._under_way > 0
 
     def choices(self, staged: Mapping[SnapshotId, str]) -> Future[tuple[Choice, ...]]:
-        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold, with the origins they carry.
+        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold,
+        with the origins they carry.
 
-        Answered at once where this launch opened an epoch and a staged pair is on its line, else after reading the log. Fails
-        with what keeps the log from being read; waits for the store where the slots may hold more than that would give.
+        Answered at once where this launch opened an epoch and a staged pair is on its line, else
+        after reading the log. Fails with what keeps the log from being read; waits for the store
+        where the slots may hold more than that would give.
         """
         self._log.restoring(True)
         self._chosen = None
@@ -110,9 +120,14 @@ class LogEpochs:
         return future
 
     def open_to_flush(
-        self, snapshot: SnapshotId, origin: str, then: Callable[[], object], failed: Callable[[CkptError], object]
+        self,
+        snapshot: SnapshotId,
+        origin: str,
+        then: Callable[[], object],
+        failed: Callable[[CkptError], object],
     ) -> None:
-        """Open an epoch that goes on from a staged pair, unless somebody else went on with the job."""
+        """Open an epoch that goes on from a staged pair, unless somebody else went on with the
+        job."""
         if self._beginning:  # trainers came back
             failed(UnavailableError("an epoch is being opened."))
             return
@@ -135,7 +150,10 @@ class LogEpochs:
         self.when_done(self._thread.submit(lambda: self._log.backend), lambda _: then(), failed)
 
     def read_log(
-        self, epochs: frozenset[int], then: Callable[[], object], failed: Callable[[CkptError], object]
+        self,
+        epochs: frozenset[int],
+        then: Callable[[], object],
+        failed: Callable[[CkptError], object],
     ) -> None:
         """Read the log in the background, with the ids of ``epochs``; then go on."""
         before = self.view.commits()
@@ -154,7 +172,9 @@ class LogEpochs:
 
         self.when_done(self._thread.submit(lambda: self._log.read(epochs)), have, failed)
 
-    def when_done(self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]) -> None:
+    def when_done(
+        self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]
+    ) -> None:
         """When ``call`` is done in its thread, go on in the loop."""
         self._under_way += 1
         era = self._eras
@@ -172,18 +192,21 @@ class LogEpochs:
         call.add_done_callback(lambda _: self._around.post(done))
 
     def fence(self, error: FencedError) -> None:
-        """Another writer opened a newer epoch: write nothing more. Nothing before this launch opened one of its own."""
+        """Another writer opened a newer epoch: write nothing more. Nothing before this launch
+        opened one of its own."""
         if self.fenced is None and not self._fresh:
             self.fenced = error
             self._around.on_fenced(error)
 
     def new_launch(self) -> None:
-        """The program was started anew: neither who went on with the job in between nor another store is a rival now."""
+        """The program was started anew: neither who went on with the job in between nor another
+        store is a rival now."""
         self._fresh, self.fenced, self._chosen = True, None, None
         self._log.recheck_store()
 
     def new_generation(self, *, root: bool) -> None:
-        """Other nodes, or places, than before: see ``Uploads.new_era``. What is asked for, and not opened yet, fails."""
+        """Other nodes, or places, than before: see ``Uploads.new_era``. What is asked for, and not
+        opened yet, fails."""
         self._eras += 1
         for kind in ("choices-wait", "open-waits"):
             self._waits.cancel(kind)
@@ -203,7 +226,9 @@ class LogEpochs:
         """End the thread; whether it ended by then."""
         return self._thread.close(cancel=True, timeout_s=timeout_s)
 
-    def _read_choices(self, staged: Mapping[SnapshotId, str], future: Future[tuple[Choice, ...]], stores: int) -> None:
+    def _read_choices(
+        self, staged: Mapping[SnapshotId, str], future: Future[tuple[Choice, ...]], stores: int
+    ) -> None:
         def have() -> None:
             self._waits.succeeded("choices-wait")
             self._chosen = ResumeChoice(self.view.state.newest())
@@ -214,7 +239,9 @@ class LogEpochs:
                 future.set_exception(error)
                 return
             what = "slots hold snapshots, but the log that says which of them count can't be read; waiting"
-            self._waits.schedule("choices-wait", what, error, lambda: self._read_choices(staged, future, stores))
+            self._waits.schedule(
+                "choices-wait", what, error, lambda: self._read_choices(staged, future, stores)
+            )
 
         self.read_log(frozenset(pair.epoch for pair in staged), have, failed)
 
@@ -227,14 +254,21 @@ class LogEpochs:
             self._give_out(asked)
         else:
             self._beginning = True
-            self._open_first(FirstOpen(asked.resume, self.view.staged, False, new_origin(), asked.chosen), asked.answer)
+            self._open_first(
+                FirstOpen(asked.resume, self.view.staged, False, new_origin(), asked.chosen),
+                asked.answer,
+            )
 
     def _open_first(self, opening: FirstOpen, future: Future[int]) -> None:
         era = self._eras
 
         def begun(done: FirstOpened) -> None:
             if era != self._eras:
-                not_begun(UnavailableError("the job's nodes are others now; the attempt that asked is over."))
+                not_begun(
+                    UnavailableError(
+                        "the job's nodes are others now; the attempt that asked is over."
+                    )
+                )
                 return
             self._waits.succeeded("open-waits")
             self._begun(done)
@@ -247,7 +281,9 @@ class LogEpochs:
                 return
             if opening.staged and error.retry and not self._closed:
                 what = "slots hold snapshots, but no epoch can be opened to go on; waiting"
-                self._waits.schedule("open-waits", what, error, lambda: self._open_first(opening, future))
+                self._waits.schedule(
+                    "open-waits", what, error, lambda: self._open_first(opening, future)
+                )
                 return
             future.set_exception(error)
             self._open_waiting()
@@ -255,9 +291,13 @@ class LogEpochs:
         self._begin(opening, begun, not_begun)
 
     def _begin(
-        self, opening: FirstOpen, begun: Callable[[FirstOpened], object], failed: Callable[[CkptError], object]
+        self,
+        opening: FirstOpen,
+        begun: Callable[[FirstOpened], object],
+        failed: Callable[[CkptError], object],
     ) -> None:
-        # What an earlier launch left in flight is committed first: the new epoch would make those commits void.
+        # What an earlier launch left in flight is committed first: the new epoch would make those
+        # commits void.
         do = self._hands.call if self._hands else self._thread.submit
         self.when_done(do(lambda: self._log.begin(opening)), begun, failed)
 
@@ -267,7 +307,9 @@ class LogEpochs:
         self.view.begin(begun)
         if not self._hands:
             self._hands.start(self._log)
-        self._around.tell(Event("epoch", f"epoch {self.view.epoch} is open", {"epoch": self.view.epoch}))
+        self._around.tell(
+            Event("epoch", f"epoch {self.view.epoch} is open", {"epoch": self.view.epoch})
+        )
 
     def _see_store(self, log_id: str) -> None:
         """Start afresh where another store, or none, stands where the last launch's did."""
@@ -275,9 +317,7 @@ class LogEpochs:
             return
         self._around.on_moved()
         what = "another one now" if log_id else "gone"
-        text = (
-            f"the store is {what}: what was staged for it is given up, and the job starts afresh. store={self._store}"
-        )
+        text = f"the store is {what}: what was staged for it is given up, and the job starts afresh. store={self._store}"
         self._around.tell(Event("store-changed", text, {"log_id": log_id}, alarm=True))
 
     def _open_waiting(self) -> None:
@@ -298,6 +338,8 @@ class LogEpochs:
         self.when_done(
             recorded,
             lambda _: tell(Event("epoch", f"epoch {given.epoch} is open", facts)),
-            lambda error: tell(Event("open-failed", f"epoch {given.epoch} is not open: {error}", facts, alarm=True)),
+            lambda error: tell(
+                Event("open-failed", f"epoch {given.epoch} is not open: {error}", facts, alarm=True)
+            ),
         )
         asked.answer.set_result(given.epoch)

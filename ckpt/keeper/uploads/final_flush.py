@@ -1,4 +1,5 @@
-"""Making a staged pair durable that nobody waits for: its trainers are gone. Repeated while the store doesn't take it."""
+"""Making a staged pair durable that nobody waits for: its trainers are gone. Repeated while the
+store doesn't take it."""
 
 from __future__ import annotations
 
@@ -31,10 +32,18 @@ class _Task:
 
 
 class FinalFlush:
-    """At most one job at a time: the newest of some pairs that can be saved. The last one asked for counts."""
+    """At most one job at a time: the newest of some pairs that can be saved. The last one asked for
+    counts."""
 
     def __init__(
-        self, epochs: LogEpochs, hand_ins: Persisters, turns: Submissions, waits: Retries, *, ranks: int, emit: Emit
+        self,
+        epochs: LogEpochs,
+        hand_ins: Persisters,
+        turns: Submissions,
+        waits: Retries,
+        *,
+        ranks: int,
+        emit: Emit,
     ) -> None:
         self._epochs = epochs
         self._view = epochs.view
@@ -60,7 +69,9 @@ class FinalFlush:
         self.stop()
         if not pairs or self._view.not_needed(max(pairs)):
             return
-        self._task = task = _Task(deque(sorted(pairs, reverse=True)), sealed_of, turn=self._turns.find(max(pairs)))
+        self._task = task = _Task(
+            deque(sorted(pairs, reverse=True)), sealed_of, turn=self._turns.find(max(pairs))
+        )
         if task.turn is None:
             self._look(task)
 
@@ -88,7 +99,9 @@ class FinalFlush:
         """The log decides: what an unanswered commit left there is durable."""
         if task is self._task:
             epochs = frozenset(pair.epoch for pair in task.pairs)
-            self._epochs.read_log(epochs, lambda: self._try(task), lambda error: self._later(task, error))
+            self._epochs.read_log(
+                epochs, lambda: self._try(task), lambda error: self._later(task, error)
+            )
 
     def _try(self, task: _Task) -> None:
         if task is not self._task:
@@ -100,14 +113,19 @@ class FinalFlush:
         task.turn = self._turns.find(pair)
         if task.turn is not None:
             return
-        if not self._turns.level:  # trainers came back and are in the middle of handing something in
+        if (
+            not self._turns.level
+        ):  # trainers came back and are in the middle of handing something in
             self._later(task, None)
             return
-        sealed = {rank: found for rank in range(self._ranks) if (found := task.sealed_of(rank, pair))}
+        sealed = {
+            rank: found for rank in range(self._ranks) if (found := task.sealed_of(rank, pair))
+        }
         why = unfit_reason(Submission(0, pair), sealed, self._ranks)
         if why is None and not self._view.restorable(pair, sealed[0].index.origin):
             why = ConflictError(
-                f"what is staged is not on the job's line, or another writer opened a newer epoch. snapshot={pair}"
+                "what is staged is not on the job's line, or another writer opened a newer epoch. "
+                f"snapshot={pair}"
             )
         if why is None and self._hand_ins:
             task.turn = self._hand_ins.submit_again(sealed)
@@ -120,7 +138,7 @@ class FinalFlush:
             return
         self._epochs.open_to_flush(
             pair, origin, lambda: self._look(task), lambda error: self._not_opened(task, error)
-        )  # fmt: skip
+        )
 
     def _not_opened(self, task: _Task, error: CkptError) -> None:
         if isinstance(error, ConflictError | NotFoundError):
@@ -158,11 +176,15 @@ class FinalFlush:
         self._waits.schedule(KIND, what, error, lambda: self._look(task))
 
 
-def unfit_reason(turn: Submission, sealed: Mapping[int, SealedSlot], ranks: int) -> CkptError | None:
+def unfit_reason(
+    turn: Submission, sealed: Mapping[int, SealedSlot], ranks: int
+) -> CkptError | None:
     """Why the shares handed in and those found make no snapshot, or None. Pure."""
     indexes = {**turn.indexes, **{rank: one.index for rank, one in sealed.items()}}
     lost = [rank for rank in range(ranks) if rank not in indexes]
     if lost:
-        return UnavailableError(f"ranks died before they staged it. snapshot={turn.snapshot} ranks={lost}")
+        return UnavailableError(
+            f"ranks died before they staged it. snapshot={turn.snapshot} ranks={lost}"
+        )
     problem = shares_problem([indexes[rank] for rank in range(ranks)])
     return UnavailableError(f"{problem} snapshot={turn.snapshot}") if problem else None

@@ -1,4 +1,5 @@
-"""The log as a keeper's loop knows it: as it was read, with what was given out and committed since."""
+"""The log as a keeper's loop knows it: as it was read, with what was given out and committed
+since."""
 
 from __future__ import annotations
 
@@ -61,14 +62,20 @@ class LogView:
         return frozenset(self._commits)
 
     def update(self, seen: LogReading, before: Collection[SnapshotId]) -> bool:
-        """Take in what was read; ``before``: what was committed before the read. True where a foreign epoch is open.
+        """Take in what was read; ``before``: what was committed before the read. True where a
+        foreign epoch is open.
 
-        A number that was given out here and has another's record is foreign, and so is all that was given out after it.
+        A number that was given out here and has another's record is foreign, and so is all that was
+        given out after it.
         """
         self._state = seen.state
         self._commits = [pair for pair in self._commits if pair not in before]
         given = [opened.epoch for opened in self._opens]
-        lost = [epoch for epoch in given if epoch in seen.ids and seen.ids[epoch] != self._ids.get(epoch)]
+        lost = [
+            epoch
+            for epoch in given
+            if epoch in seen.ids and seen.ids[epoch] != self._ids.get(epoch)
+        ]
         foreign = bool(lost) or seen.state.epoch > self.epoch
         if lost:
             self._opens = [opened for opened in self._opens if opened.epoch < min(lost)]
@@ -80,7 +87,8 @@ class LogView:
         """The error of a writer who finds a foreign epoch."""
         newest = self.state.epoch
         return FencedError(
-            f"another writer opened an epoch of this job. newest={newest} mine={self.epoch} stop this one"
+            f"another writer opened an epoch of this job. newest={newest} mine={self.epoch} stop "
+            "this one"
         )
 
     def begin(self, begun: FirstOpened) -> None:
@@ -92,7 +100,8 @@ class LogView:
         self._ids.update(begun.ids)
 
     def store_changed(self, log_id: str) -> bool:
-        """Whether another store than before is there, or none (an empty id): all that was known is forgotten then."""
+        """Whether another store than before is there, or none (an empty id): all that was known is
+        forgotten then."""
         before, self.log_id = self.log_id, log_id
         if not before or before == log_id:
             return False
@@ -102,7 +111,8 @@ class LogView:
         return True
 
     def issue(self, resume: SnapshotId | None) -> IssuedEpoch:
-        """The next epoch, to be recorded later. Raises UsageError where ``resume`` is of no epoch that was opened."""
+        """The next epoch, to be recorded later. Raises UsageError where ``resume`` is of no epoch
+        that was opened."""
         state = self.state
         if resume is not None and all(opened.epoch != resume.epoch for opened in state.opens):
             raise UsageError(f"goes on from an epoch that was never opened. from={resume}")

@@ -1,4 +1,5 @@
-"""The persisters of all ranks of this node: one queue each, made together, left together. Their shares become one part."""
+"""The persisters of all ranks of this node: one queue each, made together, left together. Their
+shares become one part."""
 
 from __future__ import annotations
 
@@ -24,16 +25,24 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 T = TypeVar("T")
 
 Settled = Callable[[int, Submission, SnapshotInfo | None, CkptError | None, bool], None]
-"""A rank is done with a turn: its facts, or why it failed; and whether its slot was handed in at all (else refused)."""
+"""A rank is done with a turn: its facts, or why it failed; and whether its slot was handed in at
+all (else refused)."""
 
 
 class Persisters:
-    """Takes shares for the ranks' persisters and notes them in ``turns``; ``settled`` hears of each, in the loop."""
+    """Takes shares for the ranks' persisters and notes them in ``turns``; ``settled`` hears of
+    each, in the loop."""
 
     def __init__(
-        self, submissions: Submissions, *, ranks: int, compression: Compression, post: Callable[[Callable[[], object]], None],
-        emit: Emit, settled: Settled,
-    ) -> None:  # fmt: skip
+        self,
+        submissions: Submissions,
+        *,
+        ranks: int,
+        compression: Compression,
+        post: Callable[[Callable[[], object]], None],
+        emit: Emit,
+        settled: Settled,
+    ) -> None:
         self._turns = submissions
         self._ranks = ranks
         self._compression = compression
@@ -44,7 +53,8 @@ class Persisters:
         self._left: list[Persister] = []
         self._epoch: _Epoch | None = None
         self.channel_of: Callable[[int], RankMailbox] | None = None
-        """The channel of each rank of this node, where other nodes have ranks too. Looked at by ``start``."""
+        """The channel of each rank of this node, where other nodes have ranks too. Looked at by
+        ``start``."""
 
     def __bool__(self) -> bool:
         """Whether there are persisters: an epoch was opened."""
@@ -54,15 +64,18 @@ class Persisters:
         """Make the persisters, for the store that ``log`` has now."""
         room, of = InProcessRoom(), self.channel_of
         channels = [
-            of(rank) if of else InProcessMailbox(room, rank=rank, size=self._ranks) for rank in range(self._ranks)
+            of(rank) if of else InProcessMailbox(room, rank=rank, size=self._ranks)
+            for rank in range(self._ranks)
         ]
         mates = LocalRanks(channels[0].rank, self._ranks)
         self._epoch = _Epoch(log.writer_epoch)
         for rank, channel in enumerate(channels):
             place = SaveTarget(
-                backend=log.backend, writer=_new_writer(), epoch=self._epoch,
+                backend=log.backend,
+                writer=_new_writer(),
+                epoch=self._epoch,
                 journal=log.journal if channel.rank == 0 else None,
-            )  # fmt: skip
+            )
             self._persisters.append(
                 Persister(
                     channel,
@@ -75,7 +88,8 @@ class Persisters:
             )
 
     def leave(self) -> None:
-        """The store is another one now: what is in flight fails, and what they know of chunks is true no more."""
+        """The store is another one now: what is in flight fails, and what they know of chunks is
+        true no more."""
         if self._epoch is not None:
             self._epoch.over = True
         for persister in self._persisters:
@@ -83,7 +97,9 @@ class Persisters:
         self._left = [one for one in (*self._left, *self._persisters) if not one.ended]
         self._persisters = []
 
-    def refer_next(self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
+    def refer_next(
+        self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]
+    ) -> None:
         """Let what ``rank`` hands in next refer to chunks of ``base``."""
         if self._persisters:
             self._persisters[rank].refer_next(base, known)
@@ -113,13 +129,16 @@ class Persisters:
         """A rank has no share to give."""
         turn = self._turns.submit(rank, snapshot, (), error)
         refused = self._persisters[rank].submit_failure(snapshot, error)
-        refused.add_done_callback(lambda _: self._post(lambda: self._settled(rank, turn, None, error, False)))
+        refused.add_done_callback(
+            lambda _: self._post(lambda: self._settled(rank, turn, None, error, False))
+        )
 
     def submit_again(self, sealed: Mapping[int, SealedSlot]) -> Submission:
         """Hand in all ranks' shares of one pair that may have been handed in before."""
         turn: Submission | None = None
         for rank, one in sealed.items():
-            # Its part may be in the store already, named by a commit that was never answered: it must not be overwritten.
+            # Its part may be in the store already, named by a commit that was never answered: it
+            # must not be overwritten.
             self._persisters[rank].write_as(_new_writer())
             turn = self.submit(rank, replace(one, shared=None), ())
         assert turn is not None, "there is at least one rank"
@@ -135,7 +154,8 @@ class Persisters:
 
 
 class _Epoch:
-    """Under which epoch persisters commit. Once they are left none: what is on its way must not come under a later one."""
+    """Under which epoch persisters commit. Once they are left none: what is on its way must not
+    come under a later one."""
 
     def __init__(self, newest: Callable[[], int]) -> None:
         self._newest = newest

@@ -1,4 +1,5 @@
-"""Calls that are made again after a pause, because a store did not answer. Each new reason is told once. For the loop alone."""
+"""Calls that are made again after a pause, because a store did not answer. Each new reason is told
+once. For the loop alone."""
 
 from __future__ import annotations
 
@@ -19,10 +20,15 @@ class _Wait:
 
 
 class Retries:
-    """What waits, by kind: an event's kind, ``open-waits`` for one. Pauses double from the first to RETRY_LAST_S."""
+    """What waits, by kind: an event's kind, ``open-waits`` for one. Pauses double from the first to
+    RETRY_LAST_S."""
 
     def __init__(
-        self, post: Callable[[Callable[[], object]], None], tell: Emit, *, retry_first_s: float = RETRY_FIRST_S
+        self,
+        post: Callable[[Callable[[], object]], None],
+        tell: Emit,
+        *,
+        retry_first_s: float = RETRY_FIRST_S,
     ) -> None:
         self._post = post
         self._tell = tell
@@ -32,8 +38,11 @@ class Retries:
     def __len__(self) -> int:
         return sum(len(wait.timers) for wait in self._waits.values())
 
-    def schedule(self, kind: str, what: str, error: CkptError | None, call: Callable[[], object]) -> None:
-        """Make ``call`` after a pause. ``what`` says for people what waits; None: for nothing that people need to know."""
+    def schedule(
+        self, kind: str, what: str, error: CkptError | None, call: Callable[[], object]
+    ) -> None:
+        """Make ``call`` after a pause. ``what`` says for people what waits; None: for nothing that
+        people need to know."""
         wait = self._waits.setdefault(kind, _Wait(self._retry_first_s))
         if error is not None and str(error) != wait.told:
             wait.told = str(error)

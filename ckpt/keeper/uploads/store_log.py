@@ -1,4 +1,5 @@
-"""A job's log and its store as a keeper uses them: the calls that may wait for a store. Never called by the keeper's loop."""
+"""A job's log and its store as a keeper uses them: the calls that may wait for a store. Never
+called by the keeper's loop."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from importlib import import_module
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import MultiStoreBackend
-from ckpt.errors import CkptError, ConflictError, FencedError, InternalError, NotFoundError, UnavailableError
+from ckpt.errors import (
+    CkptError,
+    ConflictError,
+    FencedError,
+    InternalError,
+    NotFoundError,
+    UnavailableError,
+)
 from ckpt.events import Emit, Event
 from ckpt.format.records import Open
 from ckpt.ipc.client import KeeperSpec
@@ -34,7 +42,8 @@ from ckpt.values import SnapshotId
 
 RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 30.0
-"""Pauses between tries to write an epoch's record to a store that doesn't take it: doubled from the first to the last."""
+"""Pauses between tries to write an epoch's record to a store that doesn't take it: doubled from the
+first to the last."""
 
 CARE_WAIT_S = 5.0
 """How long the end waits for what looks after the stores."""
@@ -42,7 +51,8 @@ CARE_WAIT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class IssuedEpoch:
-    """An epoch that was given out before its record is written. ``write_id`` makes repeating the write harmless."""
+    """An epoch that was given out before its record is written. ``write_id`` makes repeating the
+    write harmless."""
 
     epoch: int
     resume: SnapshotId | None
@@ -63,10 +73,11 @@ class LogReading:
 
 @dataclass(frozen=True, slots=True)
 class FirstOpen:
-    """The first epoch of a launch, as it is wanted: what it goes on from, and what is staged, with origins.
+    """The first epoch of a launch, as it is wanted: what it goes on from, and what is staged, with
+    origins.
 
-    ``settling``: nobody trains, it is opened to commit the staged ``resume`` alone. ``write_id`` makes repeating it harmless.
-    ``chosen``: see ``Journal.open_epoch``.
+    ``settling``: nobody trains, it is opened to commit the staged ``resume`` alone. ``write_id``
+    makes repeating it harmless. ``chosen``: see ``Journal.open_epoch``.
     """
 
     resume: SnapshotId | None
@@ -78,7 +89,8 @@ class FirstOpen:
 
 @dataclass(frozen=True, slots=True)
 class FirstOpened:
-    """The log when the first epoch was opened: as it was before, the opens written then, the new one last, and their ids."""
+    """The log when the first epoch was opened: as it was before, the opens written then, the new
+    one last, and their ids."""
 
     seen: LogReading
     opens: tuple[OpenedEpoch, ...]
@@ -90,21 +102,33 @@ def open_job_of(spec: KeeperSpec, tell: Emit) -> Backend:
     # Only now, so that a keeper listens before it has loaded what stores need.
     opening = import_module("ckpt.backends.replicated.open")
     opened: Backend = opening.open_job(
-        spec.stores, spec.storage_options, write_quorum=spec.write_quorum, encryption_key=spec.encryption_key, tell=tell
+        spec.stores,
+        spec.storage_options,
+        write_quorum=spec.write_quorum,
+        encryption_key=spec.encryption_key,
+        tell=tell,
     )
     return opened
 
 
 class StoreLog:
-    """The store of one job. ``read`` and the first ``begin`` belong to one thread, all writing after it to rank 0's.
+    """The store of one job. ``read`` and the first ``begin`` belong to one thread, all writing
+    after it to rank 0's.
 
-    ``job`` names a store that is made here; ``named``: the user chose it, so a store of another name is refused.
+    ``job`` names a store that is made here; ``named``: the user chose it, so a store of another
+    name is refused.
     """
 
     def __init__(
-        self, open_store: Callable[[], Backend], *, job: str, named: bool, emit: Emit, retry_first_s: float = RETRY_FIRST_S,
+        self,
+        open_store: Callable[[], Backend],
+        *,
+        job: str,
+        named: bool,
+        emit: Emit,
+        retry_first_s: float = RETRY_FIRST_S,
         scrub_every_s: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._open_store = open_store
         self._job = job
         self._named = named
@@ -145,7 +169,8 @@ class StoreLog:
         self._look_again.set()
 
     def set_retention(self, retention: Retention | None) -> None:
-        """What is to be dropped from now on; None: nothing. It begins with the next snapshot that is handed in."""
+        """What is to be dropped from now on; None: nothing. It begins with the next snapshot that
+        is handed in."""
         with self._tidying:
             if retention != self._retention:
                 self._retention = retention
@@ -159,35 +184,41 @@ class StoreLog:
             rounds.on_commit()
 
     def restoring(self, busy: bool) -> None:
-        """Whether trainers are about to restore: then nothing is dropped or deleted, whatever the grace is."""
+        """Whether trainers are about to restore: then nothing is dropped or deleted, whatever the
+        grace is."""
         rounds = self._rounds
         if rounds is not None:
             (rounds.pause if busy else rounds.resume)()
 
     def tidy(self, *, begin: bool) -> bool:
-        """The job is over: ``begin`` to drop and delete what is due, without rest; whether that is done."""
+        """The job is over: ``begin`` to drop and delete what is due, without rest; whether that is
+        done."""
         rounds = self._rounds
         if begin and rounds is not None:
             rounds.start_last_round()
         return rounds is None or rounds.idle
 
     def read(self, epochs: Collection[int]) -> LogReading:
-        """The log, fresh from the store, and the ids of the opens of ``epochs`` at least; empty where there is no store."""
+        """The log, fresh from the store, and the ids of the opens of ``epochs`` at least; empty
+        where there is no store."""
         self._renew()
         if self._reader is None:
             try:
                 self._reader = Journal.open(self.backend, job=self._job if self._named else None)
             except NotFoundError:
                 return LogReading(empty(self._job), {}, "")
-        # A journal of its own: the writer's serves one call at a time, and one to a dead store takes long.
+        # A journal of its own: the writer's serves one call at a time, and one to a dead store
+        # takes long.
         return _seen(self._reader, epochs)
 
     def begin(self, opening: FirstOpen) -> FirstOpened:
-        """Make the store where there is none, and open a launch's first epoch. Raises whatever keeps it from being written.
+        """Make the store where there is none, and open a launch's first epoch. Raises whatever
+        keeps it from being written.
 
-        Epochs that are staged but have no record get theirs first. Raises ConflictError where another writer went on with the
-        job since the log was last read, so that ``resume`` is no staged pair of its line, or committed what is newer
-        (NewerSnapshotError); and where another store stands there.
+        Epochs that are staged but have no record get theirs first. Raises ConflictError where
+        another writer went on with the job since the log was last read, so that ``resume`` is no
+        staged pair of its line, or committed what is newer (NewerSnapshotError); and where another
+        store stands there.
         """
         if self._renew():
             opening = replace(opening, staged={})  # for another store, whose epochs these are not
@@ -206,29 +237,39 @@ class StoreLog:
         missing = missing_opens(seen.state, counted)
         named = {pair.epoch: origin for pair, origin in counted.items() if origin}
         for opened in missing:
-            journal.append(Open(opened.epoch, opened.resume), epoch=opened.epoch, write_id=named.get(opened.epoch))
+            journal.append(
+                Open(opened.epoch, opened.resume),
+                epoch=opened.epoch,
+                write_id=named.get(opened.epoch),
+            )
         if opening.settling and not again:
-            # Told to this very state: whoever opens an epoch in between trains on, and is not to be fenced.
+            # Told to this very state: whoever opens an epoch in between trains on, and is not to be
+            # fenced.
             epoch = max(seen.state.epoch, *(opened.epoch for opened in missing), 0) + 1
             journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
         else:
-            epoch = journal.open_epoch(resume=resume, write_id=opening.write_id, choice=opening.chosen)
+            epoch = journal.open_epoch(
+                resume=resume, write_id=opening.write_id, choice=opening.chosen
+            )
         self._recorded = epoch
         self._take_care()
         ids = _seen(journal, epochs | {epoch}).ids
         return FirstOpened(seen, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
 
     def record(self, given: IssuedEpoch) -> None:
-        """Write the record of an epoch that was given out. Repeated, with an alarm, until the store takes it.
+        """Write the record of an epoch that was given out. Repeated, with an alarm, until the store
+        takes it.
 
-        Raises FencedError where another writer opened an epoch in between. What else can't be helped by repeating (a hole in
-        the log) is raised too, and tried again before the next record.
+        Raises FencedError where another writer opened an epoch in between. What else can't be
+        helped by repeating (a hole in the log) is raised too, and tried again before the next
+        record.
         """
         self._due.append(given)
         self._record_due()
 
     def writer_epoch(self) -> int:
-        """The newest epoch whose record is written: whose writer this keeper is. Writes what is due first."""
+        """The newest epoch whose record is written: whose writer this keeper is. Writes what is due
+        first."""
         self._record_due()
         return self._recorded
 
@@ -251,17 +292,26 @@ class StoreLog:
 
     def _take_care(self) -> None:
         backend = self.backend
-        if self._caretaker is None and (isinstance(backend, MultiStoreBackend) or self._scrub_every_s is not None):
+        if self._caretaker is None and (
+            isinstance(backend, MultiStoreBackend) or self._scrub_every_s is not None
+        ):
             self._caretaker = StoreCaretaker(
-                backend, has_newest_epoch=self.is_newest_writer, emit=self._tell, scrub_every_s=self._scrub_every_s
+                backend,
+                has_newest_epoch=self.is_newest_writer,
+                emit=self._tell,
+                scrub_every_s=self._scrub_every_s,
             )
         with self._tidying:
             self._start_rounds()
 
     def _start_rounds(self) -> None:
         if self._rounds is None and self._retention is not None and self._writer is not None:
-            keep = RetentionSettings(policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s)
-            self._rounds = GcRounds(self.backend, keep, epoch=lambda: self._recorded, tell=self._tell)
+            keep = RetentionSettings(
+                policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s
+            )
+            self._rounds = GcRounds(
+                self.backend, keep, epoch=lambda: self._recorded, tell=self._tell
+            )
             self._rounds.pause()  # whoever opens an epoch is restoring
 
     def _stop_rounds(self, timeout_s: float) -> None:
@@ -279,7 +329,8 @@ class StoreLog:
         return Journal.open(self.backend, job=job, create=create)
 
     def _renew(self) -> bool:
-        """Let go of journals of a store that is no longer there, where that is to be looked at; whether it was so."""
+        """Let go of journals of a store that is no longer there, where that is to be looked at;
+        whether it was so."""
         with self._renewing:
             if not self._look_again.is_set():
                 return False
@@ -330,22 +381,33 @@ class StoreLog:
                 if str(error) != told:
                     told = str(error)
                     text = f"epoch {given.epoch} is given out but not in the log yet, commits wait for it: {told}"
-                    self._tell(Event("open-waits", text, {"epoch": given.epoch, "code": error.code}, alarm=True))
+                    self._tell(
+                        Event(
+                            "open-waits",
+                            text,
+                            {"epoch": given.epoch, "code": error.code},
+                            alarm=True,
+                        )
+                    )
             if self._stopped.wait(pause_s):
                 raise UnavailableError(
-                    f"the keeper ends before the log could be written. epoch={given.epoch} why={told}"
+                    f"the keeper ends before the log could be written. epoch={given.epoch} "
+                    f"why={told}"
                 )
             pause_s = min(2 * pause_s, RETRY_LAST_S)
 
     def _append(self, given: IssuedEpoch) -> None:
         try:
-            self.journal.append(Open(given.epoch, given.resume), epoch=given.epoch, write_id=given.write_id)
+            self.journal.append(
+                Open(given.epoch, given.resume), epoch=given.epoch, write_id=given.write_id
+            )
         except ConflictError as error:
             newest = self.journal.refresh().epoch
             if newest < given.epoch:
                 raise
             raise FencedError(
-                f"another writer opened an epoch of this job. newest={newest} mine={given.epoch} stop this one"
+                f"another writer opened an epoch of this job. newest={newest} mine={given.epoch} "
+                "stop this one"
             ) from error
 
 
@@ -367,12 +429,18 @@ def _seen(journal: Journal, epochs: Collection[int]) -> LogReading:
 
 
 def _check_resume(seen: LogReading, opening: FirstOpen, resume: SnapshotId) -> None:
-    """Raises ConflictError where ``resume`` is only staged, and what the log has under its epoch's number is another's."""
-    if resume not in opening.staged or (not opening.settling and seen.state.find(resume) is not None):
+    """Raises ConflictError where ``resume`` is only staged, and what the log has under its epoch's
+    number is another's."""
+    if resume not in opening.staged or (
+        not opening.settling and seen.state.find(resume) is not None
+    ):
         return
     there = seen.state.epoch > 0 or not opening.settling
-    if not there or resume not in restorable(seen.state, seen.ids, {resume: opening.staged[resume]}):
+    if not there or resume not in restorable(
+        seen.state, seen.ids, {resume: opening.staged[resume]}
+    ):
         raise ConflictError(
-            f"another writer went on with this job, not from what is staged here. resume={resume} newest={seen.state.epoch} "
+            f"another writer went on with this job, not from what is staged here. resume={resume} "
+            f"newest={seen.state.epoch} "
             "restore anew"
         )

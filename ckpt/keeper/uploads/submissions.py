@@ -1,4 +1,5 @@
-"""Who handed in what. Every rank hands in the same sequence; a turn is one place in it. Pure bookkeeping."""
+"""Who handed in what. Every rank hands in the same sequence; a turn is one place in it. Pure
+bookkeeping."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ TAIL_MAX = 64
 
 
 class Submissions:
-    """The turns that are not settled by all ranks yet. With several nodes each has its own, in the same order.
+    """The turns that are not settled by all ranks yet. With several nodes each has its own, in the
+    same order.
 
     ``tail``: the last turns, settled or not.
     """
@@ -79,7 +81,8 @@ class Submissions:
         return turn
 
     def settle(self, rank: int, turn: Submission, error: CkptError | None) -> bool:
-        """``rank`` is done with ``turn``, which failed with ``error`` (None: it didn't); True where it was the last."""
+        """``rank`` is done with ``turn``, which failed with ``error`` (None: it didn't); True where
+        it was the last."""
         turn.settled.add(rank)
         turn.error = turn.error or error
         if len(turn.settled) < self._ranks:

@@ -1,7 +1,9 @@
-"""One job's uploads inside its keeper: making slots durable, over attempts, launches and eras of nodes.
+"""One job's uploads inside its keeper: making slots durable, over attempts, launches and eras of
+nodes.
 
-Used by the keeper's loop alone, which it never holds up: what may wait for a store is done in threads (the log's in one,
-``Epochs``; a ``Persister`` a rank), and comes back through ``post``. The loop resolves all futures and calls all callbacks.
+Used by the keeper's loop alone, which it never holds up: what may wait for a store is done in
+threads (the log's in one, ``Epochs``; a ``Persister`` a rank), and comes back through ``post``. The
+loop resolves all futures and calls all callbacks.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ PostToLoop = Callable[[Callable[[], object]], None]
 """Has a call made by the keeper's loop, soon; from any thread."""
 
 OutcomeObserver = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None]
-"""A rank's snapshot is settled: its facts, or why it failed; both where it is durable and could not be tagged."""
+"""A rank's snapshot is settled: its facts, or why it failed; both where it is durable and could not
+be tagged."""
 
 Known = Mapping[Digest, ChunkLocation]
 
@@ -45,23 +48,33 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Early:
-    """What a rank said before its epoch was known to be open: to be done then, or dropped with its attempt."""
+    """What a rank said before its epoch was known to be open: to be done then, or dropped with its
+    attempt."""
 
     do: Callable[[], object]
     drop: Callable[[], object] = _nothing
 
 
 class Uploads:
-    """The uploads of one job with a fixed number of ranks. Lives as long as that number does, over any number of attempts.
+    """The uploads of one job with a fixed number of ranks. Lives as long as that number does, over
+    any number of attempts.
 
-    ``outcome`` hears of each snapshot that a rank handed in, ``fenced`` once, when another writer opened a newer epoch; every
-    call fails with FencedError from then on.
+    ``outcome`` hears of each snapshot that a rank handed in, ``fenced`` once, when another writer
+    opened a newer epoch; every call fails with FencedError from then on.
     """
 
     def __init__(
-        self, spec: KeeperSpec, *, ranks: int, post: PostToLoop, on_outcome: OutcomeObserver, on_fenced_text: Callable[[str], None], emit: Emit,
-        open_store: Callable[[], Backend] | None = None, retry_first_s: float = RETRY_FIRST_S,
-    ) -> None:  # fmt: skip
+        self,
+        spec: KeeperSpec,
+        *,
+        ranks: int,
+        post: PostToLoop,
+        on_outcome: OutcomeObserver,
+        on_fenced_text: Callable[[str], None],
+        emit: Emit,
+        open_store: Callable[[], Backend] | None = None,
+        retry_first_s: float = RETRY_FIRST_S,
+    ) -> None:
         self._spec = spec
         self._ranks = ranks
         self.post = post
@@ -70,24 +83,34 @@ class Uploads:
         self._tell_now = emit
         self.tell: Emit = lambda event: post(lambda: emit(event))
         self._log = StoreLog(
-            open_store or (lambda: open_job_of(spec, self.tell)), job=spec.job,
-            named=spec.job != spec.store.rstrip("/").rpartition("/")[2], emit=self.tell, retry_first_s=retry_first_s,
+            open_store or (lambda: open_job_of(spec, self.tell)),
+            job=spec.job,
+            named=spec.job != spec.store.rstrip("/").rpartition("/")[2],
+            emit=self.tell,
+            retry_first_s=retry_first_s,
             scrub_every_s=spec.scrub_every_s,
-        )  # fmt: skip
+        )
         self._turns = Submissions(ranks)
         self._hands = Persisters(
-            self._turns, ranks=ranks, compression=_COMPRESSIONS[spec.compression], post=post, emit=self.tell,
+            self._turns,
+            ranks=ranks,
+            compression=_COMPRESSIONS[spec.compression],
+            post=post,
+            emit=self.tell,
             settled=self._settled,
-        )  # fmt: skip
+        )
         self._waits = Retries(post, self.tell, retry_first_s=retry_first_s)
         self._epochs = LogEpochs(self._log, self._hands, self._waits, self, store=spec.store)
-        self._settler = FinalFlush(self._epochs, self._hands, self._turns, self._waits, ranks=ranks, emit=self.tell)
+        self._settler = FinalFlush(
+            self._epochs, self._hands, self._turns, self._waits, ranks=ranks, emit=self.tell
+        )
         self._closed = False
         self._era_from = 0
         self._until_opened: list[_Early] | None = None
         """With several nodes: what is handed in before the epoch is known to be open here."""
         self._attempts = 0
-        """Grows with each attempt and era, so that what was begun for an earlier one is known as such."""
+        """Grows with each attempt and era, so that what was begun for an earlier one is known as
+        such."""
         self.durable: SnapshotInfo | None = None
         """The last snapshot that became durable here."""
 
@@ -97,7 +120,8 @@ class Uploads:
         return self._epochs.view.epoch
 
     def origin_of(self, epoch: int) -> str:
-        """What staged indexes of an epoch that was given out here carry: the write id of its record."""
+        """What staged indexes of an epoch that was given out here carry: the write id of its
+        record."""
         return self._epochs.view.origin_of(epoch)
 
     @property
@@ -113,46 +137,56 @@ class Uploads:
     def choices(
         self, staged: Sequence[SnapshotId], origins: Mapping[SnapshotId, str] | None = None
     ) -> Future[tuple[Choice, ...]]:
-        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold, ``origins`` what they carry.
+        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold,
+        ``origins`` what they carry.
 
-        Answered at once where this launch opened an epoch and a staged pair is on its line, else after reading the log. Fails
-        with what keeps the log from being read; waits for the store where the slots may hold more than that would give.
+        Answered at once where this launch opened an epoch and a staged pair is on its line, else
+        after reading the log. Fails with what keeps the log from being read; waits for the store
+        where the slots may hold more than that would give.
         """
         return self._epochs.choices({pair: (origins or {}).get(pair, "") for pair in staged})
 
     def open_epoch(
         self, resume: SnapshotId | None, retention: Retention | None = None, *, newest: bool = False
     ) -> Future[int]:
-        """Open the next epoch, going on from ``resume`` (None: afresh); its number. ``retention``: what is dropped from now on.
+        """Open the next epoch, going on from ``resume`` (None: afresh); its number. ``retention``:
+        what is dropped from now on.
 
-        ``newest``: that is the best of the ``choices`` that were read last; fails with NewerSnapshotError where somebody
-        committed a newer one since, and they are to be read again.
+        ``newest``: that is the best of the ``choices`` that were read last; fails with
+        NewerSnapshotError where somebody committed a newer one since, and they are to be read
+        again.
 
-        A launch's first one is written before the number is given: it makes the store where there is none, and fails with what
-        keeps it from being written, or waits for the store where slots hold something. Later ones get their number at once;
-        the record follows before any commit after it.
+        A launch's first one is written before the number is given: it makes the store where there
+        is none, and fails with what keeps it from being written, or waits for the store where slots
+        hold something. Later ones get their number at once; the record follows before any commit
+        after it.
         """
         self._log.set_retention(retention)
         return self._epochs.open(resume, newest=newest)
 
     def new_launch(self) -> None:
-        """The program was started anew. Others may have gone on with the job in between, and that is no reason to stop.
+        """The program was started anew. Others may have gone on with the job in between, and that
+        is no reason to stop.
 
         Nor is a store that was removed or replaced.
         """
         self._epochs.new_launch()
 
     def refer_next(self, rank: int, base: SnapshotId, known: Known) -> None:
-        """Let what ``rank`` hands in next refer to chunks of the committed ``base``, unless it knows others."""
+        """Let what ``rank`` hands in next refer to chunks of the committed ``base``, unless it
+        knows others."""
         if self._until_opened is not None:
             self._until_opened.append(_Early(lambda: self.refer_next(rank, base, known)))
             return
         self._hands.refer_next(rank, base, known)
 
     def persist(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> None:
-        """Make a sealed slot durable; ``outcome`` hears how it went. Every rank hands in the same sequence."""
+        """Make a sealed slot durable; ``outcome`` hears how it went. Every rank hands in the same
+        sequence."""
         if self._until_opened is not None:
-            self._until_opened.append(_Early(lambda: self._persist(rank, sealed, tags), sealed.free))
+            self._until_opened.append(
+                _Early(lambda: self._persist(rank, sealed, tags), sealed.free)
+            )
             return
         self._persist(rank, sealed, tags)
 
@@ -161,7 +195,8 @@ class Uploads:
         why: CkptError | None = self._epochs.fenced
         if why is None and not self._hands:
             why = UsageError(
-                f"a snapshot is handed in before this keeper opened an epoch. snapshot={snapshot} open one first"
+                f"a snapshot is handed in before this keeper opened an epoch. snapshot={snapshot} "
+                "open one first"
             )
         if why is not None:
             sealed.free()
@@ -172,7 +207,8 @@ class Uploads:
         self._hands.submit(rank, sealed, tags)
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
-        """Instead of ``persist``: this rank has no share to give, which fails the snapshot on all ranks."""
+        """Instead of ``persist``: this rank has no share to give, which fails the snapshot on all
+        ranks."""
         if self._until_opened is not None:
             self._until_opened.append(_Early(lambda: self._refuse(rank, snapshot, error)))
             return
@@ -193,16 +229,19 @@ class Uploads:
 
     @property
     def submitted(self) -> tuple[int, tuple[SubmissionEntry, ...]]:
-        """How many snapshots were handed in here since the era began, and the last of them, counted from its beginning."""
+        """How many snapshots were handed in here since the era began, and the last of them, counted
+        from its beginning."""
         first = self._era_from
         tail = ((n - first, snapshot, tags) for n, snapshot, tags in self._turns.tail if n >= first)
         return self._turns.count - first, tuple(tail)
 
     def new_generation(self, *, root: bool) -> None:
-        """Other nodes, or places, than before: what is in flight fails, since its ranks are not all there any more.
+        """Other nodes, or places, than before: what is in flight fails, since its ranks are not all
+        there any more.
 
-        ``root``: rank 0 is here now, so the log is this keeper's to write, and what it knew of it is old. Where it is not, this
-        keeper is the log's writer no more, whatever it was: it opens no epoch, drops nothing, and nothing of the log fences it.
+        ``root``: rank 0 is here now, so the log is this keeper's to write, and what it knew of it
+        is old. Where it is not, this keeper is the log's writer no more, whatever it was: it opens
+        no epoch, drops nothing, and nothing of the log fences it.
         """
         self._drop_early()
         self._settler.stop()
@@ -213,12 +252,14 @@ class Uploads:
         self._epochs.new_generation(root=root)
 
     def hold_submissions(self) -> None:
-        """An attempt begins: what is handed in waits until the node of rank 0 tells that its epoch is open."""
+        """An attempt begins: what is handed in waits until the node of rank 0 tells that its epoch
+        is open."""
         self._drop_early()
         self._until_opened = []
 
     def epoch_opened(self, handed: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
-        """The attempt's epoch is open. ``handed``: what some node handed in; what this one did not comes first."""
+        """The attempt's epoch is open. ``handed``: what some node handed in; what this one did not
+        comes first."""
         attempt = self._attempts
 
         def go_on() -> None:
@@ -235,7 +276,9 @@ class Uploads:
         def failed(error: CkptError) -> None:
             if attempt == self._attempts and not self._closed:
                 what = "the store can't be opened here, so nothing of this node becomes durable; waiting"
-                self._waits.schedule("follow-waits", what, error, lambda: self.epoch_opened(handed, sealed_of))
+                self._waits.schedule(
+                    "follow-waits", what, error, lambda: self.epoch_opened(handed, sealed_of)
+                )
 
         if self._hands:
             go_on()
@@ -251,11 +294,14 @@ class Uploads:
                 if sealed is not None:
                     self._persist(rank, replace(sealed, shared=None), tags)
                     continue
-                lost = UnavailableError(f"a rank died before it handed in its share. snapshot={snapshot} rank={rank}")
+                lost = UnavailableError(
+                    f"a rank died before it handed in its share. snapshot={snapshot} rank={rank}"
+                )
                 self._refuse(rank, snapshot, lost)
 
     def _drop_early(self) -> None:
-        """The attempt that handed it in is over: its turns are settled as those that it never handed in."""
+        """The attempt that handed it in is over: its turns are settled as those that it never
+        handed in."""
         self._attempts += 1
         self._waits.cancel("follow-waits")
         early, self._until_opened = self._until_opened or [], None
@@ -271,7 +317,8 @@ class Uploads:
                 self._settled(rank, turn, None, error, False)
 
     def _unfit(self, turn: Submission, sealed: Mapping[int, SealedSlot]) -> CkptError | None:
-        """As ``unfit``; of several nodes' snapshot this one has not all shares, so only its own must be of one."""
+        """As ``unfit``; of several nodes' snapshot this one has not all shares, so only its own
+        must be of one."""
         if self._hands.channel_of is None:
             return unfit_reason(turn, sealed, self._ranks)
         indexes = [*turn.indexes.values(), *(one.index for one in sealed.values())]
@@ -282,13 +329,18 @@ class Uploads:
         return UnavailableError(text) if len(kinds) > 1 else None
 
     def attempt_ended(self, sealed_of: HoldSnapshot) -> None:
-        """No trainer of the attempt lives: hand in for each rank what others handed in and it did not, or refuse it.
+        """No trainer of the attempt lives: hand in for each rank what others handed in and it did
+        not, or refuse it.
 
         Then all ranks have handed in the same, and what is in flight settles.
         """
         self._drop_early()
         for turn, missing in list(self._turns.uneven()):
-            sealed = {rank: found for rank in missing if (found := sealed_of(rank, turn.snapshot)) is not None}
+            sealed = {
+                rank: found
+                for rank in missing
+                if (found := sealed_of(rank, turn.snapshot)) is not None
+            }
             why = turn.refused or self._unfit(turn, sealed)
             for rank in missing:
                 if why is None:
@@ -299,11 +351,13 @@ class Uploads:
                 self._refuse(rank, turn.snapshot, why)
 
     def flush_newest(self, pairs: Sequence[SnapshotId], sealed_of: HoldSnapshot) -> None:
-        """Make the newest of ``pairs`` durable that nobody handed in, or that failed before; repeated while slots hold it.
+        """Make the newest of ``pairs`` durable that nobody handed in, or that failed before;
+        repeated while slots hold it.
 
-        For a job without trainers: after ``attempt_ended``. ``pairs`` are all that the slots hold: where one can't be saved at
-        all, the next older is taken. Nothing where it is durable, or can't be any more. A keeper that opened no epoch
-        opens one for it where nobody else went on with the job.
+        For a job without trainers: after ``attempt_ended``. ``pairs`` are all that the slots hold:
+        where one can't be saved at all, the next older is taken. Nothing where it is durable, or
+        can't be any more. A keeper that opened no epoch opens one for it where nobody else went on
+        with the job.
         """
         if self._epochs.fenced is None:
             self._settler.start(pairs, sealed_of)
@@ -314,19 +368,25 @@ class Uploads:
         if self._epochs.fenced is not None:
             future.set_exception(self._epochs.fenced)
         elif not self._hands:
-            future.set_exception(UsageError(f"a tag is set before this keeper opened an epoch. tag={name!r}"))
+            future.set_exception(
+                UsageError(f"a tag is set before this keeper opened an epoch. tag={name!r}")
+            )
         else:
             log = self._log
-            tagged = self._hands.call(lambda: log.journal.tag(name, snapshot, epoch=log.writer_epoch()))
+            tagged = self._hands.call(
+                lambda: log.journal.tag(name, snapshot, epoch=log.writer_epoch())
+            )
             self._epochs.when_done(tagged, lambda _: future.set_result(None), future.set_exception)
         return future
 
     def finish_retention(self, *, begin: bool) -> bool:
-        """Nobody comes any more: ``begin`` to drop and delete what is due, without rest; whether that is done."""
+        """Nobody comes any more: ``begin`` to drop and delete what is due, without rest; whether
+        that is done."""
         return self._log.tidy(begin=begin)
 
     def close(self, timeout_s: float) -> None:
-        """Drop what has not begun and end the threads, waiting ``timeout_s`` seconds at most for what a store holds up."""
+        """Drop what has not begun and end the threads, waiting ``timeout_s`` seconds at most for
+        what a store holds up."""
         deadline_s = time.monotonic() + timeout_s
         self._closed = True
         self._epochs.stop()
@@ -352,7 +412,12 @@ class Uploads:
         self._hands.leave()
 
     def _settled(
-        self, rank: int, turn: Submission, info: SnapshotInfo | None, error: CkptError | None, handed_in: bool
+        self,
+        rank: int,
+        turn: Submission,
+        info: SnapshotInfo | None,
+        error: CkptError | None,
+        handed_in: bool,
     ) -> None:
         if self._closed:
             return
@@ -361,7 +426,9 @@ class Uploads:
             self._epochs.view.committed(info.id)
             self._log.committed()
         if rank == 0 and isinstance(error, FencedError) and handed_in and turn.n >= self._era_from:
-            self._epochs.fence(error)  # the writer's own; other ranks hear it later, of a launch before perhaps
+            self._epochs.fence(
+                error
+            )  # the writer's own; other ranks hear it later, of a launch before perhaps
         if handed_in:
             message = from_error(error, rank=rank) if error is not None else None
             self._outcome(rank, turn.indexes[rank].snapshot, info, message)
@@ -371,8 +438,14 @@ class Uploads:
     def _tell_lost(self) -> None:
         """Say what ends with the keeper and is in no store: its loop turns no more."""
         wanted = self._settler.wanted
-        what = [f"the newest staged snapshot is not durable: {wanted}"] if wanted is not None else []
-        what += [f"{len(self._turns)} snapshots on their way are not durable"] if self._turns else []
+        what = (
+            [f"the newest staged snapshot is not durable: {wanted}"] if wanted is not None else []
+        )
+        what += (
+            [f"{len(self._turns)} snapshots on their way are not durable"] if self._turns else []
+        )
         if what:
             facts = {"store": self._spec.store}
-            self._tell_now(Event("dropped", f"the keeper ends, and {' and '.join(what)}", facts, alarm=True))
+            self._tell_now(
+                Event("dropped", f"the keeper ends, and {' and '.join(what)}", facts, alarm=True)
+            )

@@ -26,8 +26,9 @@ class Latency:
 class StoreContent:
     """What lies in a store already.
 
-    ``kind``: ``empty``; ``store``: a ckpt store; ``headless``: a log without a readable ``ckpt.json``; ``foreign``: objects
-    that are not ours; ``unknown``: it could not be read, see ``problem``.
+    ``kind``: ``empty``; ``store``: a ckpt store; ``headless``: a log without a readable
+    ``ckpt.json``; ``foreign``: objects that are not ours; ``unknown``: it could not be read, see
+    ``problem``.
     """
 
     kind: Literal["empty", "store", "headless", "foreign", "unknown"]
@@ -46,12 +47,14 @@ class StoreContent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFindings:
-    """What was found out about one store by using it. Times are None where the operation was not tried or failed.
+    """What was found out about one store by using it. Times are None where the operation was not
+    tried or failed.
 
-    ``failures``: operation to why it failed. ``list_after_put``, ``list_after_delete``: whether a list that was begun after the
-    operation's return told of it; ``other_client``: whether another connection's did. ``skew_s``: by how much the store's clock
-    is ahead of ours, ``skew_unsure_s`` how far that can be off. ``same_as``: other stores of the examination, by number, that
-    turned out to be this very place. ``leftovers``: probe objects that could not be removed.
+    ``failures``: operation to why it failed. ``list_after_put``, ``list_after_delete``: whether a
+    list that was begun after the operation's return told of it; ``other_client``: whether another
+    connection's did. ``skew_s``: by how much the store's clock is ahead of ours, ``skew_unsure_s``
+    how far that can be off. ``same_as``: other stores of the examination, by number, that turned
+    out to be this very place. ``leftovers``: probe objects that could not be removed.
     """
 
     url: str
@@ -80,7 +83,8 @@ class StoreFindings:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One thing to know: how grave, a stable word for programs, which store (None: all together), what is, what to do."""
+    """One thing to know: how grave, a stable word for programs, which store (None: all together),
+    what is, what to do."""
 
     level: Level
     code: str
@@ -91,8 +95,8 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """All advice, gravest first. ``exit_code``: 0 well (notes and warnings included), 2 these stores can't be used so, 11 some
-    do not answer or deny, 20 damage."""
+    """All advice, gravest first. ``exit_code``: 0 well (notes and warnings included), 2 these
+    stores can't be used so, 11 some do not answer or deny, 20 damage."""
 
     advice: tuple[Advice, ...]
     write_quorum: int
@@ -106,11 +110,13 @@ class Assessment:
 
 
 SKEW_S_MAX = 3600.0
-"""Sweeps go by the store's clock alone; a clock that is hours off confuses people, and expiring credentials."""
+"""Sweeps go by the store's clock alone; a clock that is hours off confuses people, and expiring
+credentials."""
 FREE_BYTES_MIN = 10 << 30
 """Less free space than this is told: one snapshot of a small model needs about as much."""
 SLOW_OPERATION_S = 2.0
-"""A commit costs some three operations in a row on each store; at this median they take longer than many steps do."""
+"""A commit costs some three operations in a row on each store; at this median they take longer than
+many steps do."""
 SLOW_BYTES_PER_S = 20e6
 """Below this, a snapshot of a one-billion-parameter model with its optimizer takes ten minutes."""
 
@@ -120,7 +126,8 @@ _AWAY = frozenset({"unreachable", "denied"})
 
 
 def assess(findings: Sequence[StoreFindings], write_quorum: int | None = None) -> Assessment:
-    """What the stores will and won't do for ckpt, together and each. ``write_quorum`` None: the majority."""
+    """What the stores will and won't do for ckpt, together and each. ``write_quorum`` None: the
+    majority."""
     count = len(findings)
     quorum = count // 2 + 1 if write_quorum is None else write_quorum
     advice = [one for number, found in enumerate(findings) for one in _of_store(number, found)]
@@ -132,7 +139,11 @@ def assess(findings: Sequence[StoreFindings], write_quorum: int | None = None) -
 
 def writable(found: StoreFindings) -> bool:
     """Whether objects can be put into the store and read back rightly."""
-    return found.reached and not ({"put", "read"} & found.failures.keys()) and found.read_back_right is not False
+    return (
+        found.reached
+        and not ({"put", "read"} & found.failures.keys())
+        and found.read_back_right is not False
+    )
 
 
 def _of_store(number: int, found: StoreFindings) -> Iterator[Advice]:
@@ -189,13 +200,16 @@ def _of_permissions(number: int, found: StoreFindings) -> Iterator[Advice]:
 
 def _of_creation(number: int, found: StoreFindings) -> Iterator[Advice]:
     if found.create_only:
-        yield Advice("ok", "creates-once", number, "can give out log places: yes, it creates a key only once")
+        yield Advice(
+            "ok", "creates-once", number, "can give out log places: yes, it creates a key only once"
+        )
     elif found.create_only is False and "put" not in found.failures:
         yield Advice(
             "warning",
             "replica-only",
             number,
-            "can give out log places: no, it overwrites keys; so it can be a replica, not a lone or the deciding store",
+            "can give out log places: no, it overwrites keys; so it can be a replica, not a lone "
+            "or the deciding store",
             "use a store with conditional puts beside it, or a sequencer of its own",
         )
 
@@ -216,7 +230,8 @@ def _of_consistency(number: int, found: StoreFindings) -> Iterator[Advice]:
             "stale-lists",
             number,
             f"its listings are old {' and '.join(stale)}, so a reader may miss the newest records",
-            "turn off caching between here and the store (attribute caches of mounts, proxies), or use another store",
+            "turn off caching between here and the store (attribute caches of mounts, proxies), or "
+            "use another store",
         )
     if found.skew_s is not None and abs(found.skew_s) - found.skew_unsure_s > SKEW_S_MAX:
         yield Advice(
@@ -224,7 +239,8 @@ def _of_consistency(number: int, found: StoreFindings) -> Iterator[Advice]:
             "clock-skew",
             number,
             f"its clock and this machine's differ by {found.skew_s:.0f} s",
-            "set the clocks; sweeps count by the store's, and signatures of requests may be refused",
+            "set the clocks; sweeps count by the store's, and signatures of requests may be "
+            "refused",
         )
 
 
@@ -261,23 +277,46 @@ def _of_holdings(number: int, holds: StoreContent) -> Iterator[Advice]:
     match holds.kind:
         case "store" if holds.hole:
             text = f"the log of job {holds.job!r} has a hole: {holds.hole}"
-            yield Advice("bad", "log-hole", number, text, "mend it from the other stores with ckpt scrub")
+            yield Advice(
+                "bad", "log-hole", number, text, "mend it from the other stores with ckpt scrub"
+            )
         case "store":
             what = f"newest {holds.newest}" if holds.newest else "no snapshot"
-            yield Advice("ok", "store", number, f"holds job {holds.job!r}: {holds.snapshots} snapshots, {what}")
+            yield Advice(
+                "ok",
+                "store",
+                number,
+                f"holds job {holds.job!r}: {holds.snapshots} snapshots, {what}",
+            )
         case "headless":
             text = f"holds a log, but its ckpt.json can't be read: {holds.problem}"
             yield Advice(
-                "bad", "headless", number, text, "mend it with ckpt scrub, together with the log's other stores"
+                "bad",
+                "headless",
+                number,
+                text,
+                "mend it with ckpt scrub, together with the log's other stores",
             )
         case "foreign":
             text = "holds objects that are not ckpt's"
             yield Advice(
-                "note", "foreign", number, text, "a prefix of its own keeps others' clean-up away from snapshots"
+                "note",
+                "foreign",
+                number,
+                text,
+                "a prefix of its own keeps others' clean-up away from snapshots",
             )
         case "unknown":
-            text = f"what is there could not be found out: {holds.problem or 'it was not looked at'}"
-            yield Advice("warning", "unknown-content", number, text, "look at the failures above, then repeat")
+            text = (
+                f"what is there could not be found out: {holds.problem or 'it was not looked at'}"
+            )
+            yield Advice(
+                "warning",
+                "unknown-content",
+                number,
+                text,
+                "look at the failures above, then repeat",
+            )
         case "empty":
             yield Advice("ok", "empty", number, "is empty")
 
@@ -290,11 +329,14 @@ def _of_identity(findings: Sequence[StoreFindings]) -> Iterator[Advice]:
                     "bad",
                     "same-place",
                     number,
-                    f"stores {number + 1} and {other + 1} are one and the same place, so it is one copy, not two",
+                    f"stores {number + 1} and {other + 1} are one and the same place, so it is one "
+                    "copy, not two",
                     "name each place once",
                 )
     stores = [
-        (number, found.holds) for number, found in enumerate(findings) if found.holds.kind in ("store", "headless")
+        (number, found.holds)
+        for number, found in enumerate(findings)
+        if found.holds.kind in ("store", "headless")
     ]
     known = [(number, holds) for number, holds in stores if holds.kind == "store"]
     for number, holds in known[1:]:
@@ -305,33 +347,59 @@ def _of_identity(findings: Sequence[StoreFindings]) -> Iterator[Advice]:
         elif holds.log_id != first.log_id:
             text = f"holds another log of job {holds.job!r} than store {known[0][0] + 1}"
             yield Advice(
-                "bad", "other-log", number, text, "keep one of them, and fill the other place anew with ckpt sync"
+                "bad",
+                "other-log",
+                number,
+                text,
+                "keep one of them, and fill the other place anew with ckpt sync",
             )
         elif holds.store_id == first.store_id and number not in findings[known[0][0]].same_as:
             text = f"is a plain copy of store {known[0][0] + 1}: both have one id"
-            yield Advice("bad", "copied-store", number, text, "empty it, and fill it with ckpt sync")
+            yield Advice(
+                "bad", "copied-store", number, text, "empty it, and fill it with ckpt sync"
+            )
     yield from _of_members(findings, known)
 
 
-def _of_members(findings: Sequence[StoreFindings], known: Sequence[tuple[int, StoreContent]]) -> Iterator[Advice]:
+def _of_members(
+    findings: Sequence[StoreFindings], known: Sequence[tuple[int, StoreContent]]
+) -> Iterator[Advice]:
     furthest = max((holds for _, holds in known), key=lambda holds: holds.next_seq, default=None)
     if furthest is None:
         return
-    behind = [n for n, holds in known if holds.log_id == furthest.log_id and holds.next_seq < furthest.next_seq]
+    behind = [
+        n
+        for n, holds in known
+        if holds.log_id == furthest.log_id and holds.next_seq < furthest.next_seq
+    ]
     for number in behind:
         text = f"its log ends {furthest.next_seq - findings[number].holds.next_seq} records before another store's"
-        yield Advice("warning", "behind", number, text, "bring it up to date with ckpt scrub or ckpt sync")
+        yield Advice(
+            "warning", "behind", number, text, "bring it up to date with ckpt scrub or ckpt sync"
+        )
     if not furthest.members:
         return
     given = {holds.store_id for _, holds in known}
     for number, holds in known:
         if holds.store_id not in furthest.members and holds.log_id == furthest.log_id:
             text = "the log does not count it among its stores"
-            yield Advice("note", "no-member", number, text, "it is used once a job runs with it among its stores")
+            yield Advice(
+                "note",
+                "no-member",
+                number,
+                text,
+                "it is used once a job runs with it among its stores",
+            )
     missing = set(furthest.members) - given
     if missing:
         text = f"the log is on {len(furthest.members)} stores, of which {len(missing)} are not named here"
-        yield Advice("note", "members-missing", None, text, "name all stores of the job to examine all of them")
+        yield Advice(
+            "note",
+            "members-missing",
+            None,
+            text,
+            "name all stores of the job to examine all of them",
+        )
 
 
 def _of_quorum(findings: Sequence[StoreFindings], quorum: int) -> Iterator[Advice]:
@@ -356,10 +424,17 @@ def _of_quorum(findings: Sequence[StoreFindings], quorum: int) -> Iterator[Advic
         yield Advice("ok" if spare else "warning", "quorum", None, text, remedy)
     if good >= quorum > creators:
         text = (
-            f"{creators} of {count} stores create a key only once, {quorum} are needed to give out the log's places together; "
+            f"{creators} of {count} stores create a key only once, {quorum} are needed to give out "
+            "the log's places together; "
             "so a file of one machine will, and only that machine can write"
         )
-        yield Advice("warning", "one-machine", None, text, "for jobs over several machines, use more stores that do")
+        yield Advice(
+            "warning",
+            "one-machine",
+            None,
+            text,
+            "for jobs over several machines, use more stores that do",
+        )
 
 
 def _of_one(good: int, creators: int) -> Iterator[Advice]:

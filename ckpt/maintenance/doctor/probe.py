@@ -1,4 +1,5 @@
-"""Finding out what a store does by doing it, with short-lived objects below a name that nobody else uses."""
+"""Finding out what a store does by doing it, with short-lived objects below a name that nobody else
+uses."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ LISTED_MAX = 100
 
 
 def read_content(store: Backend) -> StoreContent:
-    """What ``store`` holds. Raises UnavailableError and its kinds where it does not answer or denies."""
+    """What ``store`` holds. Raises UnavailableError and its kinds where it does not answer or
+    denies."""
     try:
         record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
     except NotFoundError:
@@ -64,7 +66,11 @@ def _without_record(store: Backend) -> StoreContent:
     if next(iter(store.list(keys.LOG)), None) is not None:
         return StoreContent(kind="headless", problem=f"{keys.JOB_KEY} is gone")
     # What an earlier examination could not remove says nothing about whose place it is.
-    first = [stat.key for stat in islice(store.list(""), LISTED_MAX) if not stat.key.startswith(PROBE_FOLDER)]
+    first = [
+        stat.key
+        for stat in islice(store.list(""), LISTED_MAX)
+        if not stat.key.startswith(PROBE_FOLDER)
+    ]
     return StoreContent(kind="foreign") if first else StoreContent(kind="empty")
 
 
@@ -78,7 +84,8 @@ LARGE_BYTES = 16 << 20
 
 @dataclass(slots=True)
 class StoreProbe:
-    """One store under examination. ``close`` removes what was left by an operation that failed half-way."""
+    """One store under examination. ``close`` removes what was left by an operation that failed
+    half-way."""
 
     store: Backend
     reopen: Callable[[], Backend] | None = None
@@ -190,7 +197,8 @@ class StoreProbe:
         return up, down, digest(out) == digest(body)
 
     def _skew(self) -> tuple[float | None, float]:
-        """How far the store's clock is ahead of ours, and how unsure that is: half of the time that the put took."""
+        """How far the store's clock is ahead of ours, and how unsure that is: half of the time that
+        the put took."""
         key = f"{self._prefix}clock"
         if "put" in self._failures:
             return None, 0.0
@@ -202,7 +210,9 @@ class StoreProbe:
         self._delete(key)
         # Stores tell whole seconds, most of them.
         unsure = (after - before) / 2 + 1.0
-        return (None, 0.0) if stat is None else (stat.modified_unix_s - (before + after) / 2, unsure)
+        return (
+            (None, 0.0) if stat is None else (stat.modified_unix_s - (before + after) / 2, unsure)
+        )
 
     def _lists_it(self, store: Backend, key: str) -> bool | None:
         found = self._try("list", lambda: [stat.key for stat in store.list(self._prefix)])
@@ -243,7 +253,11 @@ class StoreProbe:
 
 def _latency(times: list[float]) -> Latency:
     ordered = sorted(times)
-    return Latency(statistics.median(ordered), ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))], len(ordered))
+    return Latency(
+        statistics.median(ordered),
+        ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))],
+        len(ordered),
+    )
 
 
 def _free_bytes(folder: str) -> int | None:
@@ -266,11 +280,15 @@ class ExaminedStore:
     reopen: Callable[[], Backend] | None = None
 
 
-def examine(patients: Sequence[ExaminedStore], *, large_bytes: int = LARGE_BYTES) -> list[StoreFindings]:
-    """Use each store with short-lived objects below ``probe/``, one after the other so that they don't share the link.
+def examine(
+    patients: Sequence[ExaminedStore], *, large_bytes: int = LARGE_BYTES
+) -> list[StoreFindings]:
+    """Use each store with short-lived objects below ``probe/``, one after the other so that they
+    don't share the link.
 
-    Cost: some hundred small operations and one object of ``large_bytes`` each way a store. What could not be removed afterwards
-    is named. Raises nothing of the stores; see ``judge`` for what the findings mean.
+    Cost: some hundred small operations and one object of ``large_bytes`` each way a store. What
+    could not be removed afterwards is named. Raises nothing of the stores; see ``judge`` for what
+    the findings mean.
     """
     probings = [StoreProbe(patient.store, patient.reopen) for patient in patients]
     findings: list[StoreFindings] = []
@@ -285,7 +303,9 @@ def examine(patients: Sequence[ExaminedStore], *, large_bytes: int = LARGE_BYTES
     ]
 
 
-def _same_places(probings: Sequence[StoreProbe], findings: Sequence[StoreFindings]) -> list[set[int]]:
+def _same_places(
+    probings: Sequence[StoreProbe], findings: Sequence[StoreFindings]
+) -> list[set[int]]:
     """Which stores see what was put into which: two addresses may lead to one place."""
     same: list[set[int]] = [set() for _ in probings]
     for number, probing in enumerate(probings):

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ckpt.backends.base import Backend
-from ckpt.errors import ConflictError, FencedError, FormatVersionError, IntegrityError, NotFoundError
+from ckpt.errors import (
+    ConflictError,
+    FencedError,
+    FormatVersionError,
+    IntegrityError,
+    NotFoundError,
+)
 from ckpt.format.records import DROPS_MAX, Record
 from ckpt.log.access import LogAccess
 from ckpt.log.catalog import load_index, snapshots
@@ -22,25 +28,37 @@ RACES_MAX = 8
 """How often a plan is made anew because the log changed under it, before the conflict is raised."""
 
 
-def preview(backend: Backend, state: LogState, policy: KeepPolicy | None, *, now_unix_s: float) -> GcPlan:
-    """What ``policy`` (None: keep all) makes of the snapshots of ``state`` at ``now_unix_s``. Changes nothing.
+def preview(
+    backend: Backend, state: LogState, policy: KeepPolicy | None, *, now_unix_s: float
+) -> GcPlan:
+    """What ``policy`` (None: keep all) makes of the snapshots of ``state`` at ``now_unix_s``.
+    Changes nothing.
 
-    Raises IntegrityError or UnavailableError where the log can't be known. Cost: every manifest is read; of the newest
-    snapshot (and older ones, until one is whole) the parts too, and one request a pack.
+    Raises IntegrityError or UnavailableError where the log can't be known. Cost: every manifest is
+    read; of the newest snapshot (and older ones, until one is whole) the parts too, and one request
+    a pack.
     """
     require_known(state)
     infos = snapshots(backend, state)
-    return plan_gc(state, infos, policy, now_unix_s=now_unix_s, intact=newest_intact(backend, state))
+    return plan_gc(
+        state, infos, policy, now_unix_s=now_unix_s, intact=newest_intact(backend, state)
+    )
 
 
 def drop(
-    backend: Backend, journal: Journal, policy: KeepPolicy | None, *, now_unix_s: float, approved: GcPlan | None = None
+    backend: Backend,
+    journal: Journal,
+    policy: KeepPolicy | None,
+    *,
+    now_unix_s: float,
+    approved: GcPlan | None = None,
 ) -> tuple[GcPlan, LogState]:
     """Record what ``look`` decides; the plan that was recorded, and the state after it.
 
-    ``agreed``: a plan that somebody said yes to; nothing is dropped that it does not drop. A snapshot that was tagged or became
-    the newest meanwhile stays. What is decided rests on records that count for good: a commit that comes to nothing replaces
-    no other. Raises as ``look`` and ``Journal.append`` do.
+    ``agreed``: a plan that somebody said yes to; nothing is dropped that it does not drop. A
+    snapshot that was tagged or became the newest meanwhile stays. What is decided rests on records
+    that count for good: a commit that comes to nothing replaces no other. Raises as ``look`` and
+    ``Journal.append`` do.
     """
     for races in range(RACES_MAX + 1):
         require_known(journal.refresh())
@@ -58,14 +76,17 @@ def drop(
 
 
 def newest_intact(backend: Backend, state: LogState) -> SnapshotId | None:
-    """The best snapshot for a restore whose records can be read and whose packs are all there, long enough; or None.
+    """The best snapshot for a restore whose records can be read and whose packs are all there, long
+    enough; or None.
 
     Bytes are not compared with their digests: that is ``verify``'s work. Raises UnavailableError.
     """
     return next((pair for pair in restore_order(state) if _whole(backend, state, pair)), None)
 
 
-def _record(journal: Journal, state: LogState, drops: tuple[SnapshotId, ...], floor: SnapshotId | None) -> LogState:
+def _record(
+    journal: Journal, state: LogState, drops: tuple[SnapshotId, ...], floor: SnapshotId | None
+) -> LogState:
     for start in range(0, len(drops), DROPS_MAX):
         last = start + DROPS_MAX >= len(drops)
         state = journal.drop(drops[start : start + DROPS_MAX], floor=floor if last else None)
@@ -81,7 +102,9 @@ def _whole(backend: Backend, state: LogState, pair: SnapshotId) -> bool:
     for part in index.parts:
         for shard in part.shards:
             for place in shard.locations:
-                ends[place.pack] = max(ends.get(place.pack, 0), place.offset_bytes + place.stored_bytes)
+                ends[place.pack] = max(
+                    ends.get(place.pack, 0), place.offset_bytes + place.stored_bytes
+                )
     return all(read_all(sorted(ends.items()), _is_there(backend)))
 
 
@@ -103,8 +126,9 @@ def _is_there(backend: Backend) -> Callable[[tuple[str, int]], bool]:
 def fenced_journal(backend: Backend, epoch: Callable[[], int]) -> Journal:
     """The log of the stores behind ``backend``, for a writer whose epoch is ``epoch()``.
 
-    Each append raises FencedError where a newer epoch is open. It is looked at in the very state that the record follows, and
-    a place in the log is given once, so no epoch can be opened between the look and the record. Raises as ``Journal.open``.
+    Each append raises FencedError where a newer epoch is open. It is looked at in the very state
+    that the record follows, and a place in the log is given once, so no epoch can be opened between
+    the look and the record. Raises as ``Journal.open``.
     """
     return Journal(FencedLogAccess(Journal.open(backend).access, epoch), backend.url)
 
@@ -166,5 +190,6 @@ def require_newest_epoch(state: LogState, epoch: int) -> None:
     """Raises FencedError where ``state`` has a newer epoch than ``epoch``."""
     if state.epoch > epoch:
         raise FencedError(
-            f"a newer epoch is open. writer={epoch} newest={state.epoch} what to keep is its writer's choice"
+            f"a newer epoch is open. writer={epoch} newest={state.epoch} what to keep is its "
+            "writer's choice"
         )

@@ -1,7 +1,9 @@
-"""Which objects of a store are garbage for good. Pure; the proof is in docs/dev/design/011-retention-and-sweep.md.
+"""Which objects of a store are garbage for good. Pure; the proof is in
+docs/dev/design/011-retention-and-sweep.md.
 
-Packs, parts and manifests name the pair that they were written for. An object is garbage once no commit of that pair can count
-any more and no snapshot that exists refers to it. Both stay true in every later state of the log.
+Packs, parts and manifests name the pair that they were written for. An object is garbage once no
+commit of that pair can count any more and no snapshot that exists refers to it. Both stay true in
+every later state of the log.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class SnapshotDecision:
 
 @dataclass(frozen=True, slots=True)
 class GcPlan:
-    """Every snapshot in log order, judged; and the ``floor`` to set, below which no commit counts any more (None: as it is)."""
+    """Every snapshot in log order, judged; and the ``floor`` to set, below which no commit counts
+    any more (None: as it is)."""
 
     judged: tuple[SnapshotDecision, ...]
     floor: SnapshotId | None
@@ -54,7 +57,8 @@ class GcPlan:
     def restricted_to(self, approved: Collection[SnapshotId]) -> GcPlan:
         """The same plan, without the drops that are not among ``agreed``."""
         judged = tuple(
-            one if one.kept or one.info.id in approved else replace(one, why=(NOT_APPROVED,)) for one in self.judged
+            one if one.kept or one.info.id in approved else replace(one, why=(NOT_APPROVED,))
+            for one in self.judged
         )
         return replace(self, judged=judged)
 
@@ -65,8 +69,11 @@ class GcPlan:
 
 
 def restore_order(state: LogState) -> tuple[SnapshotId, ...]:
-    """What a restore would want, best first: the newest line; where it holds nothing, all there is."""
-    return state.lineage or tuple(sorted((entry.snapshot for entry in state.snapshots), reverse=True))
+    """What a restore would want, best first: the newest line; where it holds nothing, all there
+    is."""
+    return state.lineage or tuple(
+        sorted((entry.snapshot for entry in state.snapshots), reverse=True)
+    )
 
 
 def plan_gc(
@@ -77,15 +84,19 @@ def plan_gc(
     now_unix_s: float,
     intact: SnapshotId | None,
 ) -> GcPlan:
-    """Judge every snapshot of ``infos`` (those of ``state``, in log order) by ``policy``; None keeps all.
+    """Judge every snapshot of ``infos`` (those of ``state``, in log order) by ``policy``; None
+    keeps all.
 
-    ``whole`` is the first of ``by_worth(state)`` whose bytes were found to be there. It stays beside the newest, or a job whose
-    newest snapshot is damaged would lose the one that it falls back to; where there is none, nothing is dropped. It is also the
-    floor: what is older than it and was never committed is wanted no more.
+    ``whole`` is the first of ``by_worth(state)`` whose bytes were found to be there. It stays
+    beside the newest, or a job whose newest snapshot is damaged would lose the one that it falls
+    back to; where there is none, nothing is dropped. It is also the floor: what is older than it
+    and was never committed is wanted no more.
     """
     best = restore_order(state)
     line = frozenset(state.lineage)
-    reasons = {} if policy is None else policy.reasons(infos, line=state.lineage, now_unix_s=now_unix_s)
+    reasons = (
+        {} if policy is None else policy.reasons(infos, line=state.lineage, now_unix_s=now_unix_s)
+    )
     judged: list[SnapshotDecision] = []
     for info in infos:
         why = [NEWEST] if best[:1] == (info.id,) else []
@@ -105,18 +116,21 @@ ROUND_S = 10.0
 """The least time from the end of one round to the next, however often snapshots are committed."""
 
 REST_FACTOR = 9.0
-"""A round is followed by a rest of so many times its own length, so that stores are asked a tenth of the time at most."""
+"""A round is followed by a rest of so many times its own length, so that stores are asked a tenth
+of the time at most."""
 
 SWEEPS_PER_GRACE = 24
-"""Bytes are deleted so many times in one grace: they stay longer than they must by that part of it at most."""
+"""Bytes are deleted so many times in one grace: they stay longer than they must by that part of it
+at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GcHistory:
     """What was done so far. Times are monotonic seconds; None: never.
 
-    ``commits``: how many commits the last round that went well has seen. ``began_s``, ``ended_s``: the last round, however it
-    went. ``swept_s``: when the last sweep that came to its end was begun.
+    ``commits``: how many commits the last round that went well has seen. ``began_s``, ``ended_s``:
+    the last round, however it went. ``swept_s``: when the last sweep that came to its end was
+    begun.
     """
 
     commits: int = 0
@@ -134,27 +148,33 @@ class GcRound:
 
 @dataclass(frozen=True, slots=True)
 class GcIdle:
-    """Nothing to do for so many seconds, unless something is committed; None: until something is."""
+    """Nothing to do for so many seconds, unless something is committed; None: until something
+    is."""
 
     seconds: float | None
 
 
-def next_round(past: GcHistory, now_s: float, *, commits: int, grace_s: float, hurry: bool = False) -> GcRound | GcIdle:
+def next_round(
+    past: GcHistory, now_s: float, *, commits: int, grace_s: float, hurry: bool = False
+) -> GcRound | GcIdle:
     """What to do at ``now_s``, where ``commits`` snapshots were committed so far.
 
-    ``hurry``: the job is over, so that nothing is gained by resting. Nothing is done before the first commit: only then it is
-    certain that the job goes on from where it began.
+    ``hurry``: the job is over, so that nothing is gained by resting. Nothing is done before the
+    first commit: only then it is certain that the job goes on from where it began.
     """
     if commits == 0:
         return GcIdle(None)
     owed = commits > past.commits
     sweep_s = past.swept_s + sweep_every_s(grace_s) if past.swept_s is not None else now_s
     if hurry:
-        # Without a grace what is dropped now can go now; with one it can't, and is for the next run.
+        # Without a grace what is dropped now can go now; with one it can't, and is for the next
+        # run.
         sweep = sweep_s <= now_s or (owed and grace_s <= 0)
         return GcRound(sweep) if owed or sweep else GcIdle(None)
     rested_s = (
-        now_s if past.ended_s is None else past.ended_s + max(ROUND_S, REST_FACTOR * (past.ended_s - past.began_s))
+        now_s
+        if past.ended_s is None
+        else past.ended_s + max(ROUND_S, REST_FACTOR * (past.ended_s - past.began_s))
     )
     due_s = max(rested_s, now_s if owed else sweep_s)
     return GcIdle(due_s - now_s) if due_s > now_s else GcRound(sweep_s <= now_s)
@@ -175,7 +195,8 @@ class ObjectStatus(enum.Enum):
     LIVE = "live"
     """A snapshot that exists refers to it."""
     GRACE = "grace"
-    """A snapshot that was dropped a short while ago refers to it, which a restore may still be reading."""
+    """A snapshot that was dropped a short while ago refers to it, which a restore may still be
+    reading."""
     OPEN = "open"
     """It was written for a snapshot that may yet be committed."""
     YOUNG = "young"
@@ -189,7 +210,8 @@ class ObjectStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotReferences:
-    """A snapshot and the keys that it needs: its manifest, its parts, their packs. ``problem``: why they can't be known."""
+    """A snapshot and the keys that it needs: its manifest, its parts, their packs. ``problem``: why
+    they can't be known."""
 
     snapshot: SnapshotId
     keys: frozenset[str] = frozenset()
@@ -199,7 +221,8 @@ class SnapshotReferences:
 class GarbageClassifier:
     """Gives the verdict on one object after another. Immutable; each verdict O(1).
 
-    ``exist`` has what each snapshot of ``state`` refers to, ``dropped`` what those refer to that were dropped within the grace.
+    ``exist`` has what each snapshot of ``state`` refers to, ``dropped`` what those refer to that
+    were dropped within the grace.
     """
 
     __slots__ = ("_dropped", "_grace", "_grace_s", "_last_step", "_live", "_opaque", "_state")
@@ -244,8 +267,9 @@ class GarbageClassifier:
     def commit_impossible(self, pair: SnapshotId) -> bool:
         """Whether no commit of ``pair`` can count any more, in this state or any later one.
 
-        Each case is a rule of ``commit.judge``: a step not above all that were committed of its epoch (what exists or was
-        dropped among them), a pair below the floor, an epoch that was never opened and can't be any more.
+        Each case is a rule of ``commit.judge``: a step not above all that were committed of its
+        epoch (what exists or was dropped among them), a pair below the floor, an epoch that was
+        never opened and can't be any more.
         """
         if pair.epoch in self._last_step:
             last = self._last_step[pair.epoch]
@@ -257,8 +281,13 @@ class GarbageClassifier:
 
 
 def snapshot_of(key: str) -> SnapshotId | None:
-    """The pair that a pack, part or manifest was written for; None for any other key, whoever's it is."""
-    for parsed in (keys.parse_pack_key(key), keys.parse_part_key(key), keys.parse_manifest_key(key)):
+    """The pair that a pack, part or manifest was written for; None for any other key, whoever's it
+    is."""
+    for parsed in (
+        keys.parse_pack_key(key),
+        keys.parse_part_key(key),
+        keys.parse_manifest_key(key),
+    ):
         if parsed is not None:
             return parsed[0]
     return None

@@ -1,6 +1,8 @@
-"""Dropping and sweeping beside a job that trains: after commits, in a thread of its own, at a low rate.
+"""Dropping and sweeping beside a job that trains: after commits, in a thread of its own, at a low
+rate.
 
-Nobody waits for it and nothing is raised: what fails is told as an alarm and tried again in the next round.
+Nobody waits for it and nothing is raised: what fails is told as an alarm and tried again in the
+next round.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class RetentionSettings:
 
 @dataclass(frozen=True, slots=True)
 class _DueRound:
-    """A round: whether it sweeps, how many commits there were when it began, and whether it is the hurried one."""
+    """A round: whether it sweeps, how many commits there were when it began, and whether it is the
+    hurried one."""
 
     sweep: bool
     commits: int
@@ -39,15 +42,22 @@ class _DueRound:
 
 
 class GcRounds:
-    """Keeps to a policy until ``stop``. ``epoch``: the writer's, as whom it drops. All calls are quick; from any thread.
+    """Keeps to a policy until ``stop``. ``epoch``: the writer's, as whom it drops. All calls are
+    quick; from any thread.
 
     ``clock`` is monotonic, ``wall`` the time that ages of snapshots are counted from.
     """
 
     def __init__(
-        self, backend: Backend, settings: RetentionSettings, *, epoch: Callable[[], int], tell: Emit,
-        clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+        self,
+        backend: Backend,
+        settings: RetentionSettings,
+        *,
+        epoch: Callable[[], int],
+        tell: Emit,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         self._backend = backend
         self._keep = settings
         self._epoch = epoch
@@ -100,7 +110,8 @@ class GcRounds:
             return self._changed.wait_for(lambda: self.idle, max(0.0, until_s - time.monotonic()))
 
     def stop(self, timeout_s: float) -> None:
-        """Begin nothing any more, and wait for what is being done, ``timeout_s`` seconds at most: dying in it is no harm."""
+        """Begin nothing any more, and wait for what is being done, ``timeout_s`` seconds at most:
+        dying in it is no harm."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -125,7 +136,11 @@ class GcRounds:
         if self._held and not self._hurry:
             return GcIdle(None)
         return next_round(
-            self._past, self._clock(), commits=self._commits, grace_s=self._keep.grace_s, hurry=self._hurry
+            self._past,
+            self._clock(),
+            commits=self._commits,
+            grace_s=self._keep.grace_s,
+            hurry=self._hurry,
         )
 
     def _await_round(self) -> _DueRound | None:
@@ -151,13 +166,16 @@ class GcRounds:
                 past = replace(past, swept_s=began_s)
             return self._dropped(plan, report)
         except FencedError as error:
-            # Whoever overtook this writer keeps to what it was told; the next commit here, if there is one, asks again.
+            # Whoever overtook this writer keeps to what it was told; the next commit here, if there
+            # is one, asks again.
             past = replace(past, commits=commits, swept_s=began_s)
             return Event("gc-fenced", f"nothing is dropped any more: {error}")
         except CkptError as error:
             return self._failed(error)
         except Exception as error:  # noqa: BLE001  a thread's border
-            wrapped = InternalError(f"dropping old snapshots failed in an unforeseen way. cause={error!r}")
+            wrapped = InternalError(
+                f"dropping old snapshots failed in an unforeseen way. cause={error!r}"
+            )
             return self._failed(wrapped)
         finally:
             with self._changed:
@@ -167,11 +185,16 @@ class GcRounds:
         self._journal = self._journal or fenced_journal(self._backend, self._writer)
         require_newest_epoch(self._journal.refresh(), self._writer())
         plan, state = drop(self._backend, self._journal, self._keep.policy, now_unix_s=self._wall())
-        report = sweep(self._backend, state, grace_s=self._keep.grace_s, emit=self._tell_alarm) if sweeps else None
+        report = (
+            sweep(self._backend, state, grace_s=self._keep.grace_s, emit=self._tell_alarm)
+            if sweeps
+            else None
+        )
         return plan, report
 
     def _writer(self) -> int:
-        """As whom to drop. A round that was stopped in the middle must not record what nobody wants any more."""
+        """As whom to drop. A round that was stopped in the middle must not record what nobody wants
+        any more."""
         return -1 if self._stopped else self._epoch()
 
     def _dropped(self, plan: GcPlan, report: SweepReport | None) -> Event | None:
@@ -181,7 +204,11 @@ class GcRounds:
         if not plan.drops and not deleted:
             return None
         left = len(plan.judged) - len(plan.drops)
-        facts: dict[str, Fact] = {"dropped": len(plan.drops), "kept": left, "deleted_bytes": deleted}
+        facts: dict[str, Fact] = {
+            "dropped": len(plan.drops),
+            "kept": left,
+            "deleted_bytes": deleted,
+        }
         return Event("gc", f"{len(plan.drops)} snapshots were dropped, {left} are kept", facts)
 
     def _failed(self, error: CkptError) -> Event | None:

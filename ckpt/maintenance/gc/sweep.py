@@ -1,4 +1,5 @@
-"""What a sweep has to know first: what each snapshot refers to, and which were dropped a short while ago."""
+"""What a sweep has to know first: what each snapshot refers to, and which were dropped a short
+while ago."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from dataclasses import dataclass, field
 
 from ckpt.backends.base import Backend, Stat
 from ckpt.backends.checked import Check, read_alone, read_object, stores_of, write_quorum_of
-from ckpt.errors import CkptError, FormatVersionError, IntegrityError, NotFoundError, UnavailableError
+from ckpt.errors import (
+    CkptError,
+    FormatVersionError,
+    IntegrityError,
+    NotFoundError,
+    UnavailableError,
+)
 from ckpt.events import Emit, Event, Fact
 from ckpt.format import keys
 from ckpt.format.canonical import digest_hex
@@ -37,22 +44,30 @@ class ReachableStore:
 
 
 def snapshot_references(backend: Backend, state: LogState) -> list[SnapshotReferences]:
-    """What each snapshot of ``state`` refers to, in log order. Reads every manifest and part, several at once.
+    """What each snapshot of ``state`` refers to, in log order. Reads every manifest and part,
+    several at once.
 
-    Records that can't be read from any copy are told in ``problem``. Raises UnavailableError where a store that may have one
-    does not answer.
+    Records that can't be read from any copy are told in ``problem``. Raises UnavailableError where
+    a store that may have one does not answer.
     """
     wanted = [(entry.snapshot, entry.manifest_digest) for entry in state.snapshots]
     return read_all(wanted, lambda one: _referred(backend, state.job, *one))
 
 
 def dropped_within(
-    backend: Backend, state: LogState, answering: Sequence[ReachableStore], *, grace_s: float, write_quorum: int
+    backend: Backend,
+    state: LogState,
+    answering: Sequence[ReachableStore],
+    *,
+    grace_s: float,
+    write_quorum: int,
 ) -> list[SnapshotReferences]:
-    """What snapshots refer to that were dropped less than ``grace_s`` ago by the stores' clocks, as far as it is still there.
+    """What snapshots refer to that were dropped less than ``grace_s`` ago by the stores' clocks, as
+    far as it is still there.
 
-    Walks the log back from its head, along the digests, to the first record that is old enough: one list and one read a
-    record. The age of a record is that by which a write quorum had it, so that a copy made late does not make it young.
+    Walks the log back from its head, along the digests, to the first record that is old enough: one
+    list and one read a record. The age of a record is that by which a write quorum had it, so that
+    a copy made late does not make it young.
     """
     drops: set[SnapshotId] = set()
     digests: dict[SnapshotId, str] = {}
@@ -80,7 +95,8 @@ def dropped_within(
 def _referred(
     backend: Backend, job: str, snapshot: SnapshotId, digest: str, *, exists: bool = True
 ) -> SnapshotReferences:
-    """What one snapshot refers to. Of one that does not exist any more, what is missing was swept, with a shorter grace."""
+    """What one snapshot refers to. Of one that does not exist any more, what is missing was swept,
+    with a shorter grace."""
     key = keys.manifest_key(snapshot, digest)
     try:
         data = read_object(backend, key, _is(digest), bytes_max=MANIFEST_BYTES_MAX)
@@ -104,7 +120,9 @@ def _referred(
 
 
 def _packs(backend: Backend, ref: PartRef) -> set[str]:
-    part = decode_part(read_object(backend, ref.key, _is(ref.digest), bytes_max=PART_STORED_BYTES_MAX))
+    part = decode_part(
+        read_object(backend, ref.key, _is(ref.digest), bytes_max=PART_STORED_BYTES_MAX)
+    )
     return {place.pack for shard in part.shards for place in shard.locations}
 
 
@@ -113,30 +131,46 @@ def _is(digest: str) -> Check:
 
 
 def _dropped(
-    backend: Backend, job: str, answering: Sequence[ReachableStore], snapshot: SnapshotId, digest: str | None
+    backend: Backend,
+    job: str,
+    answering: Sequence[ReachableStore],
+    snapshot: SnapshotId,
+    digest: str | None,
 ) -> SnapshotReferences:
-    """What a dropped snapshot refers to. Where its commit is older than what was read, every manifest of the pair counts."""
+    """What a dropped snapshot refers to. Where its commit is older than what was read, every
+    manifest of the pair counts."""
     digests = {digest} if digest is not None else _manifests(answering, snapshot)
     found = [_referred(backend, job, snapshot, one, exists=False) for one in sorted(digests)]
     problems = [one.problem for one in found if one.problem]
     return SnapshotReferences(
-        snapshot, frozenset(key for one in found for key in one.keys), problems[0] if problems else ""
+        snapshot,
+        frozenset(key for one in found for key in one.keys),
+        problems[0] if problems else "",
     )
 
 
 def _manifests(answering: Sequence[ReachableStore], snapshot: SnapshotId) -> set[str]:
     prefix = f"{keys.MANIFESTS}{snapshot.key}-"
-    listed = [keys.parse_manifest_key(stat.key) for one in answering for stat in one.store.list(prefix)]
+    listed = [
+        keys.parse_manifest_key(stat.key) for one in answering for stat in one.store.list(prefix)
+    ]
     return {parsed[1] for parsed in listed if parsed is not None}
 
 
-def _young(answering: Sequence[ReachableStore], low: int, top: int, *, grace_s: float, write_quorum: int) -> list[int]:
-    """The seqs from ``top`` down that are younger than the grace, up to the first that is not, ``low`` at most."""
+def _young(
+    answering: Sequence[ReachableStore], low: int, top: int, *, grace_s: float, write_quorum: int
+) -> list[int]:
+    """The seqs from ``top`` down that are younger than the grace, up to the first that is not,
+    ``low`` at most."""
     ages = _ages(answering, low, top)
     young: list[int] = []
     for seq in range(top, low - 1, -1):
         found = sorted(ages.get(seq, ()), reverse=True)
-        age = found[min(write_quorum, len(answering)) - 1] if len(found) >= min(write_quorum, len(answering)) else 0.0
+        age = (
+            found[min(write_quorum, len(answering)) - 1]
+            if len(found) >= min(write_quorum, len(answering))
+            else 0.0
+        )
         if age >= grace_s:
             break
         young.append(seq)
@@ -144,7 +178,8 @@ def _young(answering: Sequence[ReachableStore], low: int, top: int, *, grace_s: 
 
 
 def _ages(answering: Sequence[ReachableStore], low: int, top: int) -> Mapping[int, list[float]]:
-    """How old the copies of each record are. Where writers had split the stores, the record is as old as its settling."""
+    """How old the copies of each record are. Where writers had split the stores, the record is as
+    old as its settling."""
     plain: dict[int, list[float]] = {}
     settled: dict[int, list[float]] = {}
     for one in answering:
@@ -160,14 +195,20 @@ def _ages(answering: Sequence[ReachableStore], low: int, top: int) -> Mapping[in
 
 
 def _chain(answering: Sequence[ReachableStore], seqs: Sequence[int], expected: str) -> list[Record]:
-    """The records at ``seqs``, descending, each the one that the next names; ``expected`` is the digest of the first."""
+    """The records at ``seqs``, descending, each the one that the next names; ``expected`` is the
+    digest of the first."""
     found: list[Record] = []
-    for guess, seq in zip(read_all(seqs, lambda seq: next(_copies(answering, seq), None)), seqs, strict=True):
+    for guess, seq in zip(
+        read_all(seqs, lambda seq: next(_copies(answering, seq), None)), seqs, strict=True
+    ):
         record = guess if guess is not None and guess.digest == expected else None
-        record = record or next((one for one in _copies(answering, seq) if one.digest == expected), None)
+        record = record or next(
+            (one for one in _copies(answering, seq) if one.digest == expected), None
+        )
         if record is None:
             raise IntegrityError(
-                f"a record of the log can't be found again. key={keys.log_key(seq)} digest={expected}; run this again, and "
+                f"a record of the log can't be found again. key={keys.log_key(seq)} "
+                f"digest={expected}; run this again, and "
                 "look at the stores with ckpt doctor"
             )
         found.append(record)
@@ -197,7 +238,8 @@ _PROBE_RE = re.compile(r"probes/[0-9a-f]{32}", re.ASCII)
 
 
 def store_clock(store: Backend) -> float:
-    """The store's time, in seconds since 1970: that of an object written just now, which is deleted again.
+    """The store's time, in seconds since 1970: that of an object written just now, which is deleted
+    again.
 
     Also removes what dead processes left of such. Raises UnavailableError, StoreDeniedError.
     """
@@ -208,7 +250,9 @@ def store_clock(store: Backend) -> float:
     finally:
         store.delete(key)
     if stat is None:
-        raise UnavailableError(f"an object written just now isn't there. key={key} store={store.url} run this again")
+        raise UnavailableError(
+            f"an object written just now isn't there. key={key} store={store.url} run this again"
+        )
     for left in list(store.list(CLOCK_PROBES)):
         if is_probe(left.key) and stat.modified_unix_s - left.modified_unix_s > ABANDONED_PROBE_S:
             store.delete(left.key)
@@ -224,17 +268,21 @@ def is_probe(key: str) -> bool:
 # repeat finishes.
 
 GRACE_S = 86400.0
-"""How long dropped snapshots stay readable, by the clock of each store: longer than any restore takes."""
+"""How long dropped snapshots stay readable, by the clock of each store: longer than any restore
+takes."""
 DELETES_AT_ONCE = 16
 BATCH = 1000
-"""Objects given to the store's threads at once; the same as one request of the S3 protocol may name."""
+"""Objects given to the store's threads at once; the same as one request of the S3 protocol may
+name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSweep:
-    """What was found and done in one store. ``problem`` says why the rest was left for the next time; empty: it is all done.
+    """What was found and done in one store. ``problem`` says why the rest was left for the next
+    time; empty: it is all done.
 
-    ``objects`` and ``size_bytes`` are by verdict, as the store was listed; ``deleted`` and ``deleted_bytes`` what went.
+    ``objects`` and ``size_bytes`` are by verdict, as the store was listed; ``deleted`` and
+    ``deleted_bytes`` what went.
     """
 
     url: str
@@ -247,7 +295,8 @@ class StoreSweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepReport:
-    """What a sweep came to. ``held`` names snapshots whose records can't be read, so that no pack was deleted, and why."""
+    """What a sweep came to. ``held`` names snapshots whose records can't be read, so that no pack
+    was deleted, and why."""
 
     stores: tuple[StoreSweep, ...]
     held: tuple[SnapshotReferences, ...]
@@ -268,23 +317,35 @@ def sweep(
     clock: Callable[[Backend], float] = store_clock,
     emit: Emit = lambda _: None,
 ) -> SweepReport:
-    """Delete the packs, parts and manifests that are garbage in ``state``, the log as it is now or was before.
+    """Delete the packs, parts and manifests that are garbage in ``state``, the log as it is now or
+    was before.
 
-    ``going`` are snapshots that count as just dropped, for a dry run, which deletes nothing. A store that does not answer, or
-    is another log's, is left out and told. Raises IntegrityError or UnavailableError where the log can't be known (a hole,
-    too few stores), or a manifest or part can't be asked for. Cost: all manifests and parts of existing snapshots are read,
-    the log's records within the grace, and manifests, parts and packs of each store listed.
+    ``going`` are snapshots that count as just dropped, for a dry run, which deletes nothing. A
+    store that does not answer, or is another log's, is left out and told. Raises IntegrityError or
+    UnavailableError where the log can't be known (a hole, too few stores), or a manifest or part
+    can't be asked for. Cost: all manifests and parts of existing snapshots are read, the log's
+    records within the grace, and manifests, parts and packs of each store listed.
     """
     require_known(state)
     stores = [_meet(store, state, clock) for store in stores_of(backend)]
     answering = [one for one in stores if isinstance(one, ReachableStore)]
     quorum = write_quorum_of(backend)
     exist = snapshot_references(backend, state)
-    dropped = dropped_within(backend, state, answering, grace_s=grace_s, write_quorum=quorum) if grace_s > 0 else []
-    judge = GarbageClassifier(
-        state, existing=exist, dropped=[*dropped, *(about_to_drop if grace_s > 0 else ())], grace_s=grace_s
+    dropped = (
+        dropped_within(backend, state, answering, grace_s=grace_s, write_quorum=quorum)
+        if grace_s > 0
+        else []
     )
-    done = tuple(one if isinstance(one, StoreSweep) else _sweep_store(one, judge, dry_run=dry_run) for one in stores)
+    judge = GarbageClassifier(
+        state,
+        existing=exist,
+        dropped=[*dropped, *(about_to_drop if grace_s > 0 else ())],
+        grace_s=grace_s,
+    )
+    done = tuple(
+        one if isinstance(one, StoreSweep) else _sweep_store(one, judge, dry_run=dry_run)
+        for one in stores
+    )
     report = SweepReport(stores=done, held=tuple(one for one in (*exist, *dropped) if one.problem))
     for event in _events(report):
         emit(event)
@@ -292,28 +353,37 @@ def sweep(
 
 
 def require_known(state: LogState) -> None:
-    """Raises IntegrityError or UnavailableError where what is newest can't be known: then nothing may be deleted."""
+    """Raises IntegrityError or UnavailableError where what is newest can't be known: then nothing
+    may be deleted."""
     if state.hole is not None:
         raise IntegrityError(
-            f"the log has a hole, so nothing is deleted. seq={state.hole.seq} why={state.hole.reason} bring that record back "
+            f"the log has a hole, so nothing is deleted. seq={state.hole.seq} "
+            f"why={state.hole.reason} bring that record back "
             "from a copy of the store"
         )
     if state.short:
-        raise UnavailableError(f"too few stores answer, so nothing is deleted. why={state.short} repeat when they do")
+        raise UnavailableError(
+            f"too few stores answer, so nothing is deleted. why={state.short} repeat when they do"
+        )
 
 
-def _meet(store: Backend, state: LogState, clock: Callable[[Backend], float]) -> ReachableStore | StoreSweep:
+def _meet(
+    store: Backend, state: LogState, clock: Callable[[Backend], float]
+) -> ReachableStore | StoreSweep:
     """Look whether the store is one of this log's and what time it has."""
     try:
         record = JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
         listed = state.stores is None or record.store_id in state.stores.ids
         if record.job != state.job or not listed:
             return StoreSweep(
-                url=store.url, problem=f"not a store of this log. its_job={record.job!r} store_id={record.store_id}"
+                url=store.url,
+                problem=f"not a store of this log. its_job={record.job!r} store_id={record.store_id}",
             )
         return ReachableStore(store, clock(store))
     except NotFoundError:
-        return StoreSweep(url=store.url, problem=f"not a store of this log: it has no {keys.JOB_KEY}")
+        return StoreSweep(
+            url=store.url, problem=f"not a store of this log: it has no {keys.JOB_KEY}"
+        )
     except (UnavailableError, IntegrityError) as error:
         return StoreSweep(url=store.url, problem=str(error))
 
@@ -339,12 +409,18 @@ def _sweep_store(one: ReachableStore, judge: GarbageClassifier, *, dry_run: bool
     except CkptError as error:
         problem = str(error)
     return StoreSweep(
-        url=one.store.url, objects=objects, size_bytes=sizes, deleted=deleted, deleted_bytes=deleted_bytes, problem=problem,
-    )  # fmt: skip
+        url=one.store.url,
+        objects=objects,
+        size_bytes=sizes,
+        deleted=deleted,
+        deleted_bytes=deleted_bytes,
+        problem=problem,
+    )
 
 
 def _delete(store: Backend, garbage: Sequence[Stat]) -> Iterator[Stat]:
-    """Delete the objects, several at once, and give each when it is gone. The first error ends it."""
+    """Delete the objects, several at once, and give each when it is gone. The first error ends
+    it."""
     width = min(DELETES_AT_ONCE, store.capabilities().concurrency_best) if garbage else 1
     if width <= 1:
         for stat in garbage:
@@ -355,7 +431,9 @@ def _delete(store: Backend, garbage: Sequence[Stat]) -> Iterator[Stat]:
     try:
         for start in range(0, len(garbage), BATCH):
             batch = garbage[start : start + BATCH]
-            for stat, _ in zip(batch, pool.map(store.delete, [stat.key for stat in batch]), strict=True):
+            for stat, _ in zip(
+                batch, pool.map(store.delete, [stat.key for stat in batch]), strict=True
+            ):
                 yield stat
     finally:
         pool.shutdown(cancel_futures=True)
@@ -363,9 +441,18 @@ def _delete(store: Backend, garbage: Sequence[Stat]) -> Iterator[Stat]:
 
 def _events(report: SweepReport) -> Iterator[Event]:
     for one in report.stores:
-        facts: dict[str, Fact] = {"store": one.url, "deleted": one.deleted, "deleted_bytes": one.deleted_bytes}
+        facts: dict[str, Fact] = {
+            "store": one.url,
+            "deleted": one.deleted,
+            "deleted_bytes": one.deleted_bytes,
+        }
         if one.problem:
-            yield Event("sweep-stopped", f"a store was not swept to the end: {one.problem}", facts, alarm=True)
+            yield Event(
+                "sweep-stopped",
+                f"a store was not swept to the end: {one.problem}",
+                facts,
+                alarm=True,
+            )
         else:
             yield Event("swept", f"swept {one.url}", facts)
     for held in report.held:

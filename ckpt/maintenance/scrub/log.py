@@ -1,6 +1,8 @@
-"""The log as every store holds it, place by place: which record belongs there, who has it, who has something else.
+"""The log as every store holds it, place by place: which record belongs there, who has it, who has
+something else.
 
-What counts is decided where all readers decide it (``commit.gather``); here each store's copy is held against that.
+What counts is decided where all readers decide it (``commit.gather``); here each store's copy is
+held against that.
 """
 
 from __future__ import annotations
@@ -11,7 +13,13 @@ from dataclasses import dataclass, field, replace
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
-from ckpt.errors import CkptError, FormatVersionError, IntegrityError, NotFoundError, UnavailableError
+from ckpt.errors import (
+    CkptError,
+    FormatVersionError,
+    IntegrityError,
+    NotFoundError,
+    UnavailableError,
+)
 from ckpt.format import keys
 from ckpt.format.records import RECORD_BYTES_MAX, Record, Stores, decode_record
 from ckpt.log.fold import empty, fold
@@ -26,7 +34,8 @@ from ckpt.values import DIGEST_BYTES
 WINDOW = 1024
 """How many places are held in memory at once."""
 FOLD_KEPT_BYTES_MAX = 16 << 20
-"""A fold that no store has rightly is kept in memory until it is written, up to this size; larger ones are left to writers."""
+"""A fold that no store has rightly is kept in memory until it is written, up to this size; larger
+ones are left to writers."""
 
 CountedRecord = Callable[[int], "bytes | None"]
 """The bytes of the record that counts at a place, where the caller can tell; else None."""
@@ -34,8 +43,9 @@ CountedRecord = Callable[[int], "bytes | None"]
 
 @dataclass(slots=True)
 class RecordFaults:
-    """What one store has wrong in the log. ``first``: places whose record is to be written at the first key; ``second``: at the
-    second, because a sound record that lost a race lies at the first. Both ascend."""
+    """What one store has wrong in the log. ``first``: places whose record is to be written at the
+    first key; ``second``: at the second, because a sound record that lost a race lies at the first.
+    Both ascend."""
 
     first: array[int] = field(default_factory=lambda: array("Q"))
     second: array[int] = field(default_factory=lambda: array("Q"))
@@ -43,7 +53,8 @@ class RecordFaults:
 
 @dataclass(frozen=True, slots=True)
 class FoldFaults:
-    """One fold that not all stores have: who has it, and where it is to be written. ``data``: it, where nobody has it."""
+    """One fold that not all stores have: who has it, and where it is to be written. ``data``: it,
+    where nobody has it."""
 
     seq: int
     right: tuple[int, ...]
@@ -53,9 +64,11 @@ class FoldFaults:
 
 @dataclass(slots=True)
 class LogFindings:
-    """The log in which all stores were compared. ``digests`` holds 16 bytes for each place of ``state``, from 0.
+    """The log in which all stores were compared. ``digests`` holds 16 bytes for each place of
+    ``state``, from 0.
 
-    ``open_tail``: the last record is on too few stores to be sure that it counts, so that it may not be copied yet.
+    ``open_tail``: the last record is on too few stores to be sure that it counts, so that it may
+    not be copied yet.
     """
 
     state: LogState
@@ -78,7 +91,8 @@ CopyObserver = Callable[[int, str, CopyStatus, str], None]
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """What one store lists: places with a record, places with a settled one, and folds. None where it did not answer."""
+    """What one store lists: places with a record, places with a settled one, and folds. None where
+    it did not answer."""
 
     first: frozenset[int]
     second: frozenset[int]
@@ -94,10 +108,11 @@ def compare_logs(
     pace: MaintenancePace,
     counted_record: CountedRecord | None = None,
 ) -> LogFindings:
-    """Read every record and fold of ``stores`` (by number; ``ids`` has theirs, "" where unknown), and compare.
+    """Read every record and fold of ``stores`` (by number; ``ids`` has theirs, "" where unknown),
+    and compare.
 
-    Stops at a hole that ``truth`` can't fill. Raises FormatVersionError and Stopped. Cost: two lists and every small object a
-    store; memory for 1,024 places and 16 bytes for each.
+    Stops at a hole that ``truth`` can't fill. Raises FormatVersionError and Stopped. Cost: two
+    lists and every small object a store; memory for 1,024 places and 16 bytes for each.
     """
     size = 1 + max(stores, default=-1)
     log = LogFindings(empty(job), bytearray(), [RecordFaults() for _ in range(size)], [])
@@ -116,7 +131,8 @@ def compare_logs(
         low = log.state.next_seq
         seqs = range(low, min(end, low + WINDOW + 1))
         held = {
-            number: _held(stores[number], ids.get(number, ""), names[number], seqs, newer, pace) for number in stores
+            number: _held(stores[number], ids.get(number, ""), names[number], seqs, newer, pace)
+            for number in stores
         }
         found, hole = _taken(log.state, [*held.values(), *away], urls, seqs.stop, counted_record)
         records = found.chain
@@ -133,18 +149,23 @@ def compare_logs(
                 state = fold(log.state, [record for record in records if record.seq <= seq])
                 _compare_fold(log, stores, state, observe, pace)
         before, log.state = log.state.next_seq, fold(log.state, records)
-        if hole is not None and not (hole.seq > before and hole.seq == seqs[-1] and hole.seq + 1 < end):
-            # At a window's end the next record, which may tell, was not seen: there it is looked at once more.
+        if hole is not None and not (
+            hole.seq > before and hole.seq == seqs[-1] and hole.seq + 1 < end
+        ):
+            # At a window's end the next record, which may tell, was not seen: there it is looked at
+            # once more.
             log.hole = hole
             break
     if log.hole is not None and log.hole.seq in newer:
-        # Nobody has a record there that this release can read, and somebody's says that a newer one wrote it.
+        # Nobody has a record there that this release can read, and somebody's says that a newer one
+        # wrote it.
         raise newer[log.hole.seq]
     return log
 
 
 def right_record(store: Backend, seq: int, digest: str) -> bytes | None:
-    """The bytes of the record with this digest, from either of its keys; None where the store has it at neither."""
+    """The bytes of the record with this digest, from either of its keys; None where the store has
+    it at neither."""
     for key in (keys.log_key(seq), keys.settled_key(seq)):
         try:
             data = read_alone(store, key, bytes_max=RECORD_BYTES_MAX)
@@ -180,7 +201,11 @@ def _taken(
     found = merge_stores(state, _without_doubt(state, held), urls)
     chain = _chain(state, found.state, held)
     hole, at = found.state.hole, found.state.next_seq
-    if hole is None and at < stop and any(isinstance(one, StoreRecords) and at in one.damaged for one in held):
+    if (
+        hole is None
+        and at < stop
+        and any(isinstance(one, StoreRecords) and at in one.damaged for one in held)
+    ):
         hole = Hole(at, "no store has a readable record there.")
     if truth is not None and found.state.next_seq < stop:
         told = _told(found.state.without_hole(), truth)
@@ -189,11 +214,14 @@ def _taken(
     return _CountedRecords(found, chain), hole
 
 
-def _without_doubt(state: LogState, held: Sequence[StoreRecords | NoAnswer]) -> list[StoreRecords | NoAnswer]:
+def _without_doubt(
+    state: LogState, held: Sequence[StoreRecords | NoAnswer]
+) -> list[StoreRecords | NoAnswer]:
     """``held``, in which damage hides no vote as long as the log is in one store.
 
-    Replicas of such a log hold only what counted already, so one sound record at a place is the one, whatever became of the
-    others. From the first record on that names several stores, a damaged copy may have been another record's.
+    Replicas of such a log hold only what counted already, so one sound record at a place is the
+    one, whatever became of the others. From the first record on that names several stores, a
+    damaged copy may have been another record's.
     """
     if state.stores is not None:
         return list(held)
@@ -206,14 +234,18 @@ def _without_doubt(state: LogState, held: Sequence[StoreRecords | NoAnswer]) -> 
     ]
     first = min(naming, default=None)
     return [
-        replace(one, damaged=frozenset(seq for seq in one.damaged if first is not None and seq >= first))
+        replace(
+            one, damaged=frozenset(seq for seq in one.damaged if first is not None and seq >= first)
+        )
         if isinstance(one, StoreRecords)
         else one
         for one in held
     ]
 
 
-def _chain(before: LogState, after: LogState, held: Sequence[StoreRecords | NoAnswer]) -> list[Record]:
+def _chain(
+    before: LogState, after: LogState, held: Sequence[StoreRecords | NoAnswer]
+) -> list[Record]:
     """The records from ``before`` to ``after``: each names the digest of the one before it."""
     expected = after.head_digest
     chain: list[Record] = []
@@ -244,15 +276,25 @@ def _told(state: LogState, truth: CountedRecord) -> Record | None:
 
 def _open(tail: LastRecord | None, records: Sequence[Record], truth: CountedRecord | None) -> bool:
     """Whether the last record is on too few stores to be sure of it, and nobody else is."""
-    if tail is None or not records or records[-1] is not tail.record or tail.copies >= tail.members.write_quorum:
+    if (
+        tail is None
+        or not records
+        or records[-1] is not tail.record
+        or tail.copies >= tail.members.write_quorum
+    ):
         return False
     return truth is None or truth(tail.record.seq) != tail.record.encode()
 
 
 def _note_record(
-    faults: RecordFaults, number: int, held: StoreRecords | NoAnswer, record: Record, note: CopyObserver | None
+    faults: RecordFaults,
+    number: int,
+    held: StoreRecords | NoAnswer,
+    record: Record,
+    note: CopyObserver | None,
 ) -> None:
-    """Tell what a store has of a record; nothing where ``note`` is None, for a record that may not count."""
+    """Tell what a store has of a record; nothing where ``note`` is None, for a record that may not
+    count."""
     if note is None:
         return
     seq, key = record.seq, keys.log_key(record.seq)
@@ -268,11 +310,21 @@ def _note_record(
             note(number, key, CopyStatus.DAMAGED, "it is no valid record of this place")
         else:
             faults.second.append(seq)
-            note(number, keys.settled_key(seq), CopyStatus.DAMAGED, "it is no valid record of this place")
+            note(
+                number,
+                keys.settled_key(seq),
+                CopyStatus.DAMAGED,
+                "it is no valid record of this place",
+            )
     elif first is not None:
         # It was created once and lost: it stays, and what counts goes to the second key.
         faults.second.append(seq)
-        note(number, keys.settled_key(seq), CopyStatus.MISSING, f"another record lies at the first key. seq={seq}")
+        note(
+            number,
+            keys.settled_key(seq),
+            CopyStatus.MISSING,
+            f"another record lies at the first key. seq={seq}",
+        )
     elif seq in held.damaged:
         faults.first.append(seq)
         note(number, key, CopyStatus.DAMAGED, "it is no valid record of this place")
@@ -282,7 +334,11 @@ def _note_record(
 
 
 def _compare_fold(
-    log: LogFindings, stores: Mapping[int, Backend], state: LogState, note: CopyObserver, pace: MaintenancePace
+    log: LogFindings,
+    stores: Mapping[int, Backend],
+    state: LogState,
+    note: CopyObserver,
+    pace: MaintenancePace,
 ) -> None:
     expected = encode_fold(state)
     key = keys.fold_key(state.next_seq - 1)
@@ -306,7 +362,9 @@ def _compare_fold(
         log.folds.append(FoldFaults(state.next_seq - 1, tuple(right), tuple(wrong), kept))
 
 
-def _look_fold(store: Backend, key: str, expected: bytes, state: LogState) -> tuple[CopyStatus, str, bool]:
+def _look_fold(
+    store: Backend, key: str, expected: bytes, state: LogState
+) -> tuple[CopyStatus, str, bool]:
     """What the fold is there, why, and whether it says that another release wrote it."""
     try:
         data = read_alone(store, key, bytes_max=FOLD_BYTES_MAX)
@@ -335,7 +393,9 @@ def _names(store: Backend) -> _Listing:
             first.add(seq)
         elif (seq := keys.parse_settled_key(stat.key)) is not None:
             second.add(seq)
-    folds = {seq for stat in store.list(keys.FOLDS) if (seq := keys.parse_fold_key(stat.key)) is not None}
+    folds = {
+        seq for stat in store.list(keys.FOLDS) if (seq := keys.parse_fold_key(stat.key)) is not None
+    }
     return _Listing(frozenset(first), frozenset(second), frozenset(folds))
 
 
@@ -347,8 +407,8 @@ def _held(
     newer: dict[int, FormatVersionError],
     pace: MaintenancePace,
 ) -> StoreRecords | NoAnswer:
-    """What ``store`` has at ``seqs``. A record of another format version is damage as long as another store has a sound one;
-    it is noted in ``newer``."""
+    """What ``store`` has at ``seqs``. A record of another format version is damage as long as
+    another store has a sound one; it is noted in ``newer``."""
     places = [(keys.log_key(seq), seq, False) for seq in seqs if seq in names.first]
     places += [(keys.settled_key(seq), seq, True) for seq in seqs if seq in names.second]
 
@@ -376,4 +436,8 @@ def _read(store: Backend, key: str, seq: int) -> Record | CkptError:
         record = decode_record(read_alone(store, key, bytes_max=RECORD_BYTES_MAX))
     except (IntegrityError, FormatVersionError, NotFoundError, UnavailableError) as error:
         return error
-    return record if record.seq == seq else IntegrityError(f"record of another place. key={key} seq={record.seq}")
+    return (
+        record
+        if record.seq == seq
+        else IntegrityError(f"record of another place. key={key} seq={record.seq}")
+    )

@@ -1,4 +1,5 @@
-"""The manifests, parts and packs of existing snapshots: every copy looked at, and bad ones written anew from good."""
+"""The manifests, parts and packs of existing snapshots: every copy looked at, and bad ones written
+anew from good."""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ from ckpt.maintenance.copies import (
     decide_pack,
     decide_whole,
 )
-from ckpt.maintenance.copy_io import ListingWalk, assemble_pack, check_pack, check_whole, map_in_order
+from ckpt.maintenance.copy_io import (
+    ListingWalk,
+    assemble_pack,
+    check_pack,
+    check_whole,
+    map_in_order,
+)
 from ckpt.maintenance.scrub.report import DropCheck, ScrubContext
 
 # Objects that a store lists and nothing refers to: counted beside the scrub's way through the
@@ -31,18 +38,24 @@ from ckpt.maintenance.scrub.report import DropCheck, ScrubContext
 
 
 class OrphanWalk:
-    """A walk through each store's keys below ``prefix``, behind ``after``. Closing it adds what was met to the tallies."""
+    """A walk through each store's keys below ``prefix``, behind ``after``. Closing it adds what was
+    met to the tallies."""
 
-    def __init__(self, bench: ScrubContext, prefix: str, *, after: str, numbers: Sequence[int]) -> None:
+    def __init__(
+        self, bench: ScrubContext, prefix: str, *, after: str, numbers: Sequence[int]
+    ) -> None:
         self._bench = bench
-        self._walks = {number: ListingWalk(bench.stores[number], prefix, after=after) for number in numbers}
+        self._walks = {
+            number: ListingWalk(bench.stores[number], prefix, after=after) for number in numbers
+        }
 
     def reach(self, key: str) -> None:
         """``key`` is referred to; what lies before it and was not passed yet is not."""
         self._each(lambda walk: walk.take(key))
 
     def skip_folder(self, folder: str) -> None:
-        """Pass over what lies in ``folder`` without counting it: whether it is referred to can't be known."""
+        """Pass over what lies in ``folder`` without counting it: whether it is referred to can't be
+        known."""
         self._each(lambda walk: walk.skip(folder))
         self._each(lambda walk: walk.skip(f"{folder}~", count=False))
 
@@ -75,7 +88,8 @@ WholeCopies = dict[int, tuple[CopyCheck, bytes]]
 
 
 class ObjectScrub:
-    """Goes through ``snapshots``: first their manifests and parts, then the packs. Each can be left and taken up again."""
+    """Goes through ``snapshots``: first their manifests and parts, then the packs. Each can be left
+    and taken up again."""
 
     def __init__(
         self,
@@ -97,12 +111,15 @@ class ObjectScrub:
         """Snapshots whose manifest or a part can't be had."""
 
     def records(self, *, threads: int) -> None:
-        """Manifests and parts. Raises Stopped between two objects, and goes on there when called again."""
+        """Manifests and parts. Raises Stopped between two objects, and goes on there when called
+        again."""
         last = self._snapshots[self._at - 1] if self._at else None
         # No writer's name holds a tilde, and all that they hold are smaller.
         after = "" if last is None else f"{keys.PARTS}{last.snapshot.key}/~"
         with (
-            closing(self._strays(keys.MANIFESTS, "" if last is None else manifest_key(last))) as manifests,
+            closing(
+                self._strays(keys.MANIFESTS, "" if last is None else manifest_key(last))
+            ) as manifests,
             closing(self._strays(keys.PARTS, after)) as parts,
         ):
             while self._at < len(self._snapshots):
@@ -116,14 +133,17 @@ class ObjectScrub:
             parts.finish()
 
     def packs(self, *, threads: int) -> None:
-        """Every chunk that is referred to. As ``records``; memory stays within the budget, however many chunks there are."""
+        """Every chunk that is referred to. As ``records``; memory stays within the budget, however
+        many chunks there are."""
         with closing(self._strays(keys.PACKS, self._cursor)) as strays:
             while True:
                 todo = [key for key in self._gathered.packs() if key > self._cursor]
                 with closing(map_in_order(todo, self._look_pack, threads=threads)) as looked:
                     for key, copies in looked:
                         strays.reach(key)
-                        self._settle_pack(self._gathered.pack(key), self._gathered.users(key), copies)
+                        self._settle_pack(
+                            self._gathered.pack(key), self._gathered.users(key), copies
+                        )
                         self._cursor = key
                 if self._gathered.complete:
                     break
@@ -163,9 +183,14 @@ class ObjectScrub:
 
     def _look_whole(self, want: WholeObject, bytes_max: int) -> WholeCopies:
         bench = self._bench
-        return {n: check_whole(bench.stores[n], want, bytes_max=bytes_max, pace=bench.pace) for n in bench.active}
+        return {
+            n: check_whole(bench.stores[n], want, bytes_max=bytes_max, pace=bench.pace)
+            for n in bench.active
+        }
 
-    def _settle_whole(self, want: WholeObject, looks: WholeCopies, entry: Committed) -> bytes | None:
+    def _settle_whole(
+        self, want: WholeObject, looks: WholeCopies, entry: Committed
+    ) -> bytes | None:
         bench = self._bench
         copies = {number: copy for number, (copy, _) in looks.items()}
         bench.count_silence(copies)
@@ -181,9 +206,14 @@ class ObjectScrub:
 
     def _look_pack(self, key: str) -> dict[int, CopyCheck]:
         pack, bench = self._gathered.pack(key), self._bench
-        return {number: check_pack(bench.stores[number], pack, pace=bench.pace) for number in bench.active}
+        return {
+            number: check_pack(bench.stores[number], pack, pace=bench.pace)
+            for number in bench.active
+        }
 
-    def _settle_pack(self, pack: Pack, users: frozenset[int], copies: Mapping[int, CopyCheck]) -> None:
+    def _settle_pack(
+        self, pack: Pack, users: frozenset[int], copies: Mapping[int, CopyCheck]
+    ) -> None:
         bench = self._bench
         bench.count_silence(copies)
         if _any_wrong(copies) and self._gone.all_dropped([self._snapshots[user] for user in users]):
@@ -192,7 +222,11 @@ class ObjectScrub:
         mended = self._mend_pack(pack, decision) if isinstance(decision, CopyRepair) else []
         nowhere = decision.chunks if isinstance(decision, CopyLost | CopyUnknown) else pack.chunks
         bench.count_object(
-            pack.key, copies, repaired=mended, lost=isinstance(decision, CopyLost), bad_everywhere=nowhere
+            pack.key,
+            copies,
+            repaired=mended,
+            lost=isinstance(decision, CopyLost),
+            bad_everywhere=nowhere,
         )
 
     def _mend_pack(self, pack: Pack, mend: CopyRepair) -> list[int]:
@@ -208,24 +242,33 @@ class ObjectScrub:
         return [number for number in mend.targets if bench.put(number, pack.key, memory)]
 
     def _load(self, entry: Committed) -> Iterator[Part]:
-        """The parts of a snapshot once more, from whichever store has them; what can't be had was told before."""
-        manifest = _manifest(self._any(WholeObject(manifest_key(entry), entry.manifest_digest), MANIFEST_BYTES_MAX))
+        """The parts of a snapshot once more, from whichever store has them; what can't be had was
+        told before."""
+        manifest = _manifest(
+            self._any(WholeObject(manifest_key(entry), entry.manifest_digest), MANIFEST_BYTES_MAX)
+        )
         for ref in () if manifest is None else manifest.parts:
-            part = _part(self._any(WholeObject(ref.key, ref.digest, ref.size_bytes), PART_STORED_BYTES_MAX))
+            part = _part(
+                self._any(WholeObject(ref.key, ref.digest, ref.size_bytes), PART_STORED_BYTES_MAX)
+            )
             if part is not None:
                 yield part
 
     def _any(self, want: WholeObject, bytes_max: int) -> bytes | None:
         bench = self._bench
         for number in bench.active:
-            copy, data = check_whole(bench.stores[number], want, bytes_max=bytes_max, pace=bench.pace)
+            copy, data = check_whole(
+                bench.stores[number], want, bytes_max=bytes_max, pace=bench.pace
+            )
             if copy.status is CopyStatus.OK:
                 return data
         return None
 
     def _strays(self, prefix: str, after: str) -> OrphanWalk:
         # Only where all snapshots are looked at is it known what nothing refers to.
-        return OrphanWalk(self._bench, prefix, after=after, numbers=self._bench.active if self._everything else [])
+        return OrphanWalk(
+            self._bench, prefix, after=after, numbers=self._bench.active if self._everything else []
+        )
 
 
 def manifest_key(entry: Committed) -> str:
@@ -238,7 +281,8 @@ def _any_wrong(copies: Mapping[int, CopyCheck]) -> bool:
 
 
 def _manifest(data: bytes | None) -> Manifest | None:
-    """None too where bytes that have the committed digest are no manifest: then nothing can be found through it."""
+    """None too where bytes that have the committed digest are no manifest: then nothing can be
+    found through it."""
     if data is None:
         return None
     try:

@@ -1,6 +1,7 @@
 """What is written last: log records in their order, folds, and a store's own ``ckpt.json``.
 
-A store that gets a record has by then every object that the record may lead to, and every record before it.
+A store that gets a record has by then every object that the record may lead to, and every record
+before it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,24 @@ from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, Unava
 from ckpt.format import keys
 from ckpt.format.store import JobRecord
 from ckpt.log.stored_fold import FOLD_BYTES_MAX, decode_fold
-from ckpt.maintenance.scrub.log import CountedRecord, FoldFaults, LogFindings, RecordFaults, is_record, right_record
+from ckpt.maintenance.scrub.log import (
+    CountedRecord,
+    FoldFaults,
+    LogFindings,
+    RecordFaults,
+    is_record,
+    right_record,
+)
 from ckpt.maintenance.scrub.report import HEADLESS, ScrubContext, StoreRole, lost_id
 
 
 def repair_log(bench: ScrubContext, log: LogFindings, truth: CountedRecord | None) -> None:
-    """Write the records that stores lack, each store's in ascending order; what can't be written stays in ``log.faults``.
+    """Write the records that stores lack, each store's in ascending order; what can't be written
+    stays in ``log.faults``.
 
-    A store at which one can't be written gets none behind it, and neither does one that lacks objects (``bench.tainted``).
-    Raises Stopped; calling it again goes on, for what is written is taken off the list.
+    A store at which one can't be written gets none behind it, and neither does one that lacks
+    objects (``bench.tainted``). Raises Stopped; calling it again goes on, for what is written is
+    taken off the list.
     """
     for number, faults in enumerate(log.faults):
         if number in bench.writable and number not in bench.tainted:
@@ -30,7 +40,8 @@ def repair_log(bench: ScrubContext, log: LogFindings, truth: CountedRecord | Non
 
 
 def repair_folds(bench: ScrubContext, log: LogFindings) -> None:
-    """Write folds that stores lack, from a store that has them; what can't be written stays listed. Raises Stopped."""
+    """Write folds that stores lack, from a store that has them; what can't be written stays listed.
+    Raises Stopped."""
     for place, fault in enumerate(log.folds):
         data = fault.data if fault.data is not None else _right_fold(bench, log, fault)
         if data is None:
@@ -47,11 +58,17 @@ def repair_folds(bench: ScrubContext, log: LogFindings) -> None:
 
 
 def repair_job(
-    bench: ScrubContext, log: LogFindings, seats: Sequence[StoreRole], number: int, common: JobRecord | None
+    bench: ScrubContext,
+    log: LogFindings,
+    seats: Sequence[StoreRole],
+    number: int,
+    common: JobRecord | None,
 ) -> str | None:
-    """Give a store that lost its ``ckpt.json`` the same one again; None where that was done, else why not.
+    """Give a store that lost its ``ckpt.json`` the same one again; None where that was done, else
+    why not.
 
-    Its log must be whole, for a store that counts has everything. One that didn't count gets a new id. See ``lost_id``.
+    Its log must be whole, for a store that counts has everything. One that didn't count gets a new
+    id. See ``lost_id``.
     """
     seat = seats[number]
     assert seat.role == HEADLESS
@@ -64,13 +81,19 @@ def repair_job(
     faults = log.faults[number]
     if number in bench.tainted or faults.first or faults.second or log.hole is not None:
         return f"{seat.problem}; it lacks objects or records, so it isn't given its id back"
-    if not bench.put(number, keys.JOB_KEY, replace(common, store_id=lost or secrets.token_hex(16)).encode()):
+    if not bench.put(
+        number, keys.JOB_KEY, replace(common, store_id=lost or secrets.token_hex(16)).encode()
+    ):
         return bench.findings.stores[number].problem
     return None
 
 
 def _repair_store(
-    bench: ScrubContext, log: LogFindings, number: int, faults: RecordFaults, truth: CountedRecord | None
+    bench: ScrubContext,
+    log: LogFindings,
+    number: int,
+    faults: RecordFaults,
+    truth: CountedRecord | None,
 ) -> None:
     todo = [(seq, keys.log_key(seq), False) for seq in faults.first]
     todo += [(seq, keys.settled_key(seq), True) for seq in faults.second]
@@ -87,7 +110,9 @@ def _repair_store(
         del faults.second[: done[True]]
 
 
-def _right_data(bench: ScrubContext, seq: int, digest: str, truth: CountedRecord | None) -> bytes | None:
+def _right_data(
+    bench: ScrubContext, seq: int, digest: str, truth: CountedRecord | None
+) -> bytes | None:
     for number in bench.active:
         try:
             data = right_record(bench.stores[number], seq, digest)
@@ -102,7 +127,9 @@ def _right_data(bench: ScrubContext, seq: int, digest: str, truth: CountedRecord
 def _right_fold(bench: ScrubContext, log: LogFindings, fault: FoldFaults) -> bytes | None:
     for number in fault.right:
         try:
-            data = read_alone(bench.stores[number], keys.fold_key(fault.seq), bytes_max=FOLD_BYTES_MAX)
+            data = read_alone(
+                bench.stores[number], keys.fold_key(fault.seq), bytes_max=FOLD_BYTES_MAX
+            )
             state = decode_fold(data)
         except (NotFoundError, IntegrityError, FormatVersionError, UnavailableError):
             continue

@@ -1,4 +1,5 @@
-"""What all of a scrub's work shares: the stores, what was found, how fast, whom to tell, and the only ``put``."""
+"""What all of a scrub's work shares: the stores, what was found, how fast, whom to tell, and the
+only ``put``."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from itertools import islice
 
 from ckpt.backends.base import Backend
 from ckpt.backends.checked import read_alone
-from ckpt.errors import FormatVersionError, IntegrityError, NotFoundError, UnavailableError, UsageError
+from ckpt.errors import (
+    FormatVersionError,
+    IntegrityError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.events import Emit, Event, Fact
 from ckpt.format import keys
 from ckpt.format.store import JOB_BYTES_MAX, JobRecord
@@ -32,8 +39,9 @@ PROBLEMS_MAX = 10_000
 class ScrubProblem:
     """One object that is not as it should be at one store.
 
-    ``offsets`` are those of a pack's chunks that are not right there, none for other objects and for a copy that is gone.
-    ``lost``: no store has the object (or one of its chunks) rightly. ``mended``: a right copy was written since.
+    ``offsets`` are those of a pack's chunks that are not right there, none for other objects and
+    for a copy that is gone. ``lost``: no store has the object (or one of its chunks) rightly.
+    ``mended``: a right copy was written since.
     """
 
     key: str
@@ -47,10 +55,12 @@ class ScrubProblem:
 
 @dataclass(slots=True)
 class StoreStatistics:
-    """One store in numbers. ``strays`` are objects that nothing refers to: uploads under way, or what a sweep will delete.
+    """One store in numbers. ``strays`` are objects that nothing refers to: uploads under way, or
+    what a sweep will delete.
 
-    ``role``: ``ready``; ``headless``: its ``ckpt.json`` is gone or damaged; ``empty``: nothing is there; ``away``: it did not
-    answer, then or too often later. ``away`` and ``empty`` ones are not compared, unless an empty one is to be filled.
+    ``role``: ``ready``; ``headless``: its ``ckpt.json`` is gone or damaged; ``empty``: nothing is
+    there; ``away``: it did not answer, then or too often later. ``away`` and ``empty`` ones are not
+    compared, unless an empty one is to be filled.
     """
 
     url: str
@@ -82,10 +92,12 @@ class StoreStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScrubReport:
-    """Everything that was found. ``complete`` is False where the scrub was stopped: the same scrub goes on from there.
+    """Everything that was found. ``complete`` is False where the scrub was stopped: the same scrub
+    goes on from there.
 
-    ``thin``: objects on fewer stores than the write quorum when they were looked at. ``lost``: objects that no store has
-    rightly. ``unmended``: copies that still are not right, of objects that some store has. ``hole``: the log can't be read on.
+    ``thin``: objects on fewer stores than the write quorum when they were looked at. ``lost``:
+    objects that no store has rightly. ``unmended``: copies that still are not right, of objects
+    that some store has. ``hole``: the log can't be read on.
     """
 
     complete: bool
@@ -101,12 +113,15 @@ class ScrubReport:
     unrepaired: int
     hole: Hole | None
     untraced: tuple[SnapshotId, ...]
-    """Snapshots of which a manifest or part is lost, so that what they refer to can't all be found."""
+    """Snapshots of which a manifest or part is lost, so that what they refer to can't all be
+    found."""
 
     @property
     def ok(self) -> bool:
         """Whether every store that is to hold everything now does, as far as it was compared."""
-        return self.complete and self.hole is None and not (self.lost or self.unrepaired or self.away)
+        return (
+            self.complete and self.hole is None and not (self.lost or self.unrepaired or self.away)
+        )
 
     @property
     def away(self) -> int:
@@ -148,7 +163,8 @@ AWAY = "away"
 
 @dataclass(frozen=True, slots=True)
 class StoreRole:
-    """One store's part in a scrub: its role (see ``StoreStatistics``), its record where there is one, and what is wrong."""
+    """One store's part in a scrub: its role (see ``StoreStatistics``), its record where there is
+    one, and what is wrong."""
 
     role: str
     record: JobRecord | None = None
@@ -171,7 +187,8 @@ def store_roles(stores: Sequence[Backend]) -> list[StoreRole]:
 def common_record(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> JobRecord | None:
     """The job record that the stores agree in but for their own ids; None where none can be read.
 
-    Raises UsageError where they are of different jobs or hold different logs, and where one store is named twice.
+    Raises UsageError where they are of different jobs or hold different logs, and where one store
+    is named twice.
     """
     found: dict[str, int] = {}
     first: tuple[int, JobRecord] | None = None
@@ -182,7 +199,8 @@ def common_record(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> JobR
             other = stores[found[seat.record.store_id]].url
             raise UsageError(
                 f"two of the stores are one and the same, or one is a plain copy of the other. "
-                f"one={other} other={stores[number].url} store_id={seat.record.store_id} name each store once; "
+                f"one={other} other={stores[number].url} store_id={seat.record.store_id} name each "
+                "store once; "
                 "make replicas with ckpt sync, not by copying files"
             )
         found[seat.record.store_id] = number
@@ -190,7 +208,8 @@ def common_record(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> JobR
             first = (number, seat.record)
         elif (first[1].job, first[1].log_id) != (seat.record.job, seat.record.log_id):
             raise UsageError(
-                f"the stores do not hold one log. one={stores[first[0]].url} its_job={first[1].job!r} "
+                f"the stores do not hold one log. one={stores[first[0]].url} "
+                f"its_job={first[1].job!r} "
                 f"other={stores[number].url} its_job={seat.record.job!r} "
                 f"same_job_other_log={first[1].job == seat.record.job} leave one out"
             )
@@ -198,10 +217,11 @@ def common_record(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> JobR
 
 
 def lost_id(members: Sequence[str] | None, seats: Sequence[StoreRole], number: int) -> str | None:
-    """The id that the headless store ``number`` must have had: the only one of ``members`` that no other store has.
+    """The id that the headless store ``number`` must have had: the only one of ``members`` that no
+    other store has.
 
-    Empty where it had none that counts: ``members`` is None (a log in one store names no ids), or all of them are others. None
-    where that can't be known. Pure.
+    Empty where it had none that counts: ``members`` is None (a log in one store names no ids), or
+    all of them are others. None where that can't be known. Pure.
     """
     if members is None:
         return ""
@@ -216,7 +236,9 @@ def lost_id(members: Sequence[str] | None, seats: Sequence[StoreRole], number: i
 
 def _seat(store: Backend) -> StoreRole:
     try:
-        return StoreRole(READY, JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX)))
+        return StoreRole(
+            READY, JobRecord.decode(read_alone(store, keys.JOB_KEY, bytes_max=JOB_BYTES_MAX))
+        )
     except UnavailableError as error:
         return StoreRole(AWAY, problem=str(error))
     except IntegrityError as error:
@@ -230,19 +252,24 @@ def _seat(store: Backend) -> StoreRole:
     except UnavailableError as error:
         return StoreRole(AWAY, problem=str(error))
     if first is None:
-        return StoreRole(EMPTY, problem=f"nothing is there. store={store.url} mount it, or fill it with ckpt sync")
+        return StoreRole(
+            EMPTY,
+            problem=f"nothing is there. store={store.url} mount it, or fill it with ckpt sync",
+        )
     return StoreRole(HEADLESS, problem=f"it holds a log but no {keys.JOB_KEY}")
 
 
 SILENCES_MAX = 5
-"""A store that does not answer for so many objects in a row is left alone for the rest of the scrub."""
+"""A store that does not answer for so many objects in a row is left alone for the rest of the
+scrub."""
 ALARMS_MAX = 20
 """How many objects one scrub raises an alarm for, each by itself; its last word counts all."""
 
 
 @dataclass(slots=True)
 class ScrubContext:
-    """One scrub's stores and findings. Only the scrub's own thread changes it; others read through ``stores`` and ``pace``."""
+    """One scrub's stores and findings. Only the scrub's own thread changes it; others read through
+    ``stores`` and ``pace``."""
 
     stores: tuple[Backend, ...]
     findings: ScrubFindings
@@ -251,26 +278,40 @@ class ScrubContext:
     emit: Emit
     pace: MaintenancePace = field(default_factory=MaintenancePace)
     tainted: set[int] = field(default_factory=set)
-    """Stores that still lack what another has: no log record goes there, or it would name what isn't there."""
+    """Stores that still lack what another has: no log record goes there, or it would name what
+    isn't there."""
     _silences: dict[int, int] = field(default_factory=dict)
     _alarms: int = 0
 
     @property
     def active(self) -> list[int]:
-        """The stores that are looked at: those that answer, and an empty one where it is to be filled."""
+        """The stores that are looked at: those that answer, and an empty one where it is to be
+        filled."""
         roles = enumerate(tally.role for tally in self.findings.stores)
-        return [number for number, role in roles if role != AWAY and (role != EMPTY or number in self.writable)]
+        return [
+            number
+            for number, role in roles
+            if role != AWAY and (role != EMPTY or number in self.writable)
+        ]
 
     def copy_of_each(self, copies: Mapping[int, CopyCheck]) -> list[CopyCheck]:
-        """One entry for each store: one that is not looked at may have anything, or is known to have nothing."""
-        unknown, nothing = CopyCheck(CopyStatus.UNREADABLE, all_bad=True), CopyCheck(CopyStatus.MISSING, all_bad=True)
+        """One entry for each store: one that is not looked at may have anything, or is known to
+        have nothing."""
+        unknown, nothing = (
+            CopyCheck(CopyStatus.UNREADABLE, all_bad=True),
+            CopyCheck(CopyStatus.MISSING, all_bad=True),
+        )
         roles = [tally.role for tally in self.findings.stores]
-        return [copies.get(n) or (nothing if role == EMPTY else unknown) for n, role in enumerate(roles)]
+        return [
+            copies.get(n) or (nothing if role == EMPTY else unknown) for n, role in enumerate(roles)
+        ]
 
     def count_silence(self, copies: Mapping[int, CopyCheck]) -> None:
         """Count each store's silence; at the limit it is away."""
         for number, copy in copies.items():
-            silences = self._silences.get(number, 0) + 1 if copy.status is CopyStatus.UNREADABLE else 0
+            silences = (
+                self._silences.get(number, 0) + 1 if copy.status is CopyStatus.UNREADABLE else 0
+            )
             self._silences[number] = silences
             if silences >= SILENCES_MAX:
                 self.mark_away(number, copy.message)
@@ -283,7 +324,8 @@ class ScrubContext:
         self.tainted.add(number)
 
     def put(self, number: int, key: str, data: bytes | memoryview) -> bool:
-        """Write a copy that was verified. False where the store refused or did not answer: its tally then says why."""
+        """Write a copy that was verified. False where the store refused or did not answer: its
+        tally then says why."""
         self.pace.take(len(data))
         try:
             self.stores[number].put(key, [data])
@@ -293,7 +335,11 @@ class ScrubContext:
             self.count_silence({number: CopyCheck(CopyStatus.UNREADABLE, str(error))})
             return False
         self.findings.stores[number].repaired += 1
-        facts: dict[str, Fact] = {"key": key, "store": self.stores[number].url, "size_bytes": len(data)}
+        facts: dict[str, Fact] = {
+            "key": key,
+            "store": self.stores[number].url,
+            "size_bytes": len(data),
+        }
         self.emit(Event("scrub-mended", f"a copy was written anew: {key}", facts))
         return True
 
@@ -306,14 +352,19 @@ class ScrubContext:
         lost: bool = False,
         bad_everywhere: Collection[ChunkRef] = (),
     ) -> None:
-        """Count one object: its copies as they were found, who has a right one by now, and whether nobody has one.
+        """Count one object: its copies as they were found, who has a right one by now, and whether
+        nobody has one.
 
         ``nowhere``: the chunks to name for a copy of which all are bad.
         """
-        wrong = {number: copy for number, copy in copies.items() if copy.status is not CopyStatus.OK}
+        wrong = {
+            number: copy for number, copy in copies.items() if copy.status is not CopyStatus.OK
+        }
         for number, copy in copies.items():
             self.findings.stores[number].count(copy.status)
-        self.findings.under_replicated += len(copies) - len(wrong) < min(self.findings.write_quorum, len(self.stores))
+        self.findings.under_replicated += len(copies) - len(wrong) < min(
+            self.findings.write_quorum, len(self.stores)
+        )
         self.findings.lost += lost
         for number, copy in wrong.items():
             done = number in repaired
@@ -321,7 +372,11 @@ class ScrubContext:
                 self.findings.unrepaired += 1
                 self.tainted.add(number)
             places = bad_everywhere if copy.all_bad else copy.bad_chunks
-            offsets = () if copy.status is CopyStatus.MISSING else tuple(sorted({at.offset_bytes for _, at in places}))
+            offsets = (
+                ()
+                if copy.status is CopyStatus.MISSING
+                else tuple(sorted({at.offset_bytes for _, at in places}))
+            )
             self.findings.add(
                 ScrubProblem(
                     key=key,
@@ -340,9 +395,17 @@ class ScrubContext:
         self._alarms += 1
         if self._alarms > ALARMS_MAX:
             return
-        where = ", ".join(f"{self.stores[number].url}: {copy.status.value}" for number, copy in wrong.items())
-        text = f"no store has {key} as it should be" if lost else f"a copy of {key} is not as it should be"
-        self.emit(Event("scrub-damage", text, {"key": key, "where": where, "lost": lost}, alarm=True))
+        where = ", ".join(
+            f"{self.stores[number].url}: {copy.status.value}" for number, copy in wrong.items()
+        )
+        text = (
+            f"no store has {key} as it should be"
+            if lost
+            else f"a copy of {key} is not as it should be"
+        )
+        self.emit(
+            Event("scrub-damage", text, {"key": key, "where": where, "lost": lost}, alarm=True)
+        )
 
 
 # What was seen of records and folds while the log was read, kept until it is known what of it was
@@ -350,7 +413,8 @@ class ScrubContext:
 
 
 class PendingNotes:
-    """Counts every copy and names those that are wrong, up to a limit. Call it with each copy as it was found."""
+    """Counts every copy and names those that are wrong, up to a limit. Call it with each copy as it
+    was found."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[int, CopyStatus]] = Counter()
@@ -364,9 +428,19 @@ class PendingNotes:
 
     def report_to(self, bench: ScrubContext, log: LogFindings) -> None:
         """Tell it all. What ``log`` still lists as wanting is unmended."""
-        left = {(number, keys.log_key(seq)) for number, faults in enumerate(log.faults) for seq in faults.first}
-        left |= {(number, keys.settled_key(seq)) for number, faults in enumerate(log.faults) for seq in faults.second}
-        left |= {(number, keys.fold_key(fault.seq)) for fault in log.folds for number in fault.wrong}
+        left = {
+            (number, keys.log_key(seq))
+            for number, faults in enumerate(log.faults)
+            for seq in faults.first
+        }
+        left |= {
+            (number, keys.settled_key(seq))
+            for number, faults in enumerate(log.faults)
+            for seq in faults.second
+        }
+        left |= {
+            (number, keys.fold_key(fault.seq)) for fault in log.folds for number in fault.wrong
+        }
         findings = bench.findings
         unreadable = wrong = 0
         for (number, what), count in self._counts.items():
@@ -375,27 +449,47 @@ class PendingNotes:
             wrong += 0 if what is CopyStatus.OK else count
         for number, key, what, message in self._wrong:
             done = what is not CopyStatus.UNREADABLE and (number, key) not in left
-            findings.add(ScrubProblem(key=key, store=number, status=what, message=message, repaired=done))
+            findings.add(
+                ScrubProblem(key=key, store=number, status=what, message=message, repaired=done)
+            )
         findings.total += wrong - len(self._wrong)
         findings.unrepaired += len(left) + unreadable
         if self._wrong:
             number, key, what, _ = self._wrong[0]
-            facts = {"first": key, "store": bench.stores[number].url, "what": what.value, "copies": wrong}
-            bench.emit(Event("scrub-damage", "copies of log records are not as they should be", facts, alarm=True))
+            facts = {
+                "first": key,
+                "store": bench.stores[number].url,
+                "what": what.value,
+                "copies": wrong,
+            }
+            bench.emit(
+                Event(
+                    "scrub-damage",
+                    "copies of log records are not as they should be",
+                    facts,
+                    alarm=True,
+                )
+            )
 
 
 # Whether what is missing was dropped while the scrub went on: then a sweep took it, and nothing
 # is wrong.
 
 FRESH_S = 60.0
-"""A log that was read so long ago is read again before damage is believed: sweeps wait for hours between drop and deletion."""
+"""A log that was read so long ago is read again before damage is believed: sweeps wait for hours
+between drop and deletion."""
 
 
 class DropCheck:
-    """The log of a while ago, read on when it is asked. ``read_new`` gives the state after what it is given."""
+    """The log of a while ago, read on when it is asked. ``read_new`` gives the state after what it
+    is given."""
 
     def __init__(
-        self, state: LogState, read_on: Callable[[LogState], LogState], *, clock: Callable[[], float] = time.monotonic
+        self,
+        state: LogState,
+        read_on: Callable[[LogState], LogState],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
         self._read_on = read_on

@@ -1,7 +1,9 @@
-"""Reading everything everywhere, and mending what is not as it should be: on one store, or on all that hold one log.
+"""Reading everything everywhere, and mending what is not as it should be: on one store, or on all
+that hold one log.
 
-The order is what makes it safe to stop, or to die, anywhere: first the log is only read. Then manifests, parts and packs are
-compared and mended. Only then do stores get log records that they lack, in order; then folds; and last a lost ``ckpt.json``.
+The order is what makes it safe to stop, or to die, anywhere: first the log is only read. Then
+manifests, parts and packs are compared and mended. Only then do stores get log records that they
+lack, in order; then folds; and last a lost ``ckpt.json``.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ RECORDS_TRIED_MAX = 100
 
 @dataclass(frozen=True, slots=True)
 class ScrubStart:
-    """What a scrub knows once all logs are read. ``common``: what the stores' records agree in; None where none can be read."""
+    """What a scrub knows once all logs are read. ``common``: what the stores' records agree in;
+    None where none can be read."""
 
     bench: ScrubContext
     roles: Sequence[StoreRole]
@@ -73,10 +76,11 @@ def start_scrub(
     emit: Emit,
     pace: MaintenancePace,
 ) -> ScrubStart:
-    """Read everything but objects. Writes at most the ``ckpt.json`` of empty stores that are to be filled.
+    """Read everything but objects. Writes at most the ``ckpt.json`` of empty stores that are to be
+    filled.
 
-    Raises UsageError where the stores do not belong together, NotFoundError where none is a store, FormatVersionError,
-    UnavailableError where none answers, and Stopped.
+    Raises UsageError where the stores do not belong together, NotFoundError where none is a store,
+    FormatVersionError, UnavailableError where none answers, and Stopped.
     """
     seats = store_roles(stores)
     common = common_record(stores, seats)
@@ -88,11 +92,17 @@ def start_scrub(
                 READY, claim_replica(stores[number], common), "it was empty, and is a replica now"
             )
             fresh.append(number)
-    writable = {number for number, seat in enumerate(seats) if repair and seat.role in (READY, HEADLESS)}
-    findings = ScrubFindings([_tally(store, seat) for store, seat in zip(stores, seats, strict=True)], write_quorum)
+    writable = {
+        number for number, seat in enumerate(seats) if repair and seat.role in (READY, HEADLESS)
+    }
+    findings = ScrubFindings(
+        [_tally(store, seat) for store, seat in zip(stores, seats, strict=True)], write_quorum
+    )
     bench = ScrubContext(tuple(stores), findings, writable, emit, pace)
     # A replica that was made just now holds nothing, so it has no say in what counts.
-    ids = {n: seat.record.store_id if seat.record else f"headless-{n}" for n, seat in enumerate(seats)}
+    ids = {
+        n: seat.record.store_id if seat.record else f"headless-{n}" for n, seat in enumerate(seats)
+    }
     ids |= dict.fromkeys(fresh, "")
     log, noted = _compare(bench, ids, job, counted_record)
     known = _known_heads(seats, log)
@@ -102,7 +112,9 @@ def start_scrub(
     for number, why in log.silent.items():
         bench.mark_away(number, why)
     if not bench.active:
-        raise UnavailableError(f"no store answers. stores={[store.url for store in stores]} repeat later")
+        raise UnavailableError(
+            f"no store answers. stores={[store.url for store in stores]} repeat later"
+        )
     return ScrubStart(bench, seats, common, log, noted)
 
 
@@ -111,20 +123,27 @@ def _compare(
 ) -> tuple[LogFindings, PendingNotes]:
     noted = PendingNotes()
     stores = {number: bench.stores[number] for number in bench.active}
-    return compare_logs(stores, ids, job, observe=noted, pace=bench.pace, counted_record=truth), noted
+    return compare_logs(
+        stores, ids, job, observe=noted, pace=bench.pace, counted_record=truth
+    ), noted
 
 
 def _known_heads(seats: Sequence[StoreRole], log: LogFindings) -> dict[int, str]:
     members = log.state.stores
     if members is None:
         return {}
-    found = {n: lost_id(members.ids, seats, n) for n, seat in enumerate(seats) if seat.role == HEADLESS}
+    found = {
+        n: lost_id(members.ids, seats, n) for n, seat in enumerate(seats) if seat.role == HEADLESS
+    }
     return {number: known for number, known in found.items() if known}
 
 
 def _tally(store: Backend, seat: StoreRole) -> StoreStatistics:
     return StoreStatistics(
-        url=store.url, role=seat.role, store_id=seat.record.store_id if seat.record else "", problem=seat.problem
+        url=store.url,
+        role=seat.role,
+        store_id=seat.record.store_id if seat.record else "",
+        problem=seat.problem,
     )
 
 
@@ -139,12 +158,17 @@ def _job_without_head(stores: Sequence[Backend], seats: Sequence[StoreRole]) -> 
             except (IntegrityError, FormatVersionError, NotFoundError):
                 continue
     if all(seat.role == AWAY for seat in seats):
-        raise UnavailableError(f"no store answers. why={[seat.problem for seat in seats]} repeat later")
-    raise NotFoundError(f"no ckpt store here. why={[seat.problem for seat in seats]} check the addresses")
+        raise UnavailableError(
+            f"no store answers. why={[seat.problem for seat in seats]} repeat later"
+        )
+    raise NotFoundError(
+        f"no ckpt store here. why={[seat.problem for seat in seats]} check the addresses"
+    )
 
 
 BUDGET_BYTES = 256 << 20
-"""Memory for what is referred to, when the caller names no limit; a pack that is mended takes its own size besides."""
+"""Memory for what is referred to, when the caller names no limit; a pack that is mended takes its
+own size besides."""
 
 
 def scrub(  # noqa: PLR0913  all but two are keywords
@@ -175,11 +199,13 @@ def scrub(  # noqa: PLR0913  all but two are keywords
 class Scrub:
     """A scrub that can be stopped and gone on with; after its end, the next ``run`` begins another.
 
-    ``stores`` are plain, each alone. ``write_quorum``: an object on fewer is counted as ``thin``. ``truth`` tells which record
-    counts at a place, where the stores alone can't. ``mend`` False: nothing is written anywhere. A store that holds nothing may
-    be a disk that isn't mounted, so it is left alone unless ``fill_empty``: then it becomes a replica with an id of its own.
-    ``only``: of the objects, those of these snapshots. ``rate_bytes_per_s`` bounds what is read and written together.
-    Uses about ``budget_bytes`` of memory, and a pack's size while one is mended. Not for several threads at once.
+    ``stores`` are plain, each alone. ``write_quorum``: an object on fewer is counted as ``thin``.
+    ``truth`` tells which record counts at a place, where the stores alone can't. ``mend`` False:
+    nothing is written anywhere. A store that holds nothing may be a disk that isn't mounted, so it
+    is left alone unless ``fill_empty``: then it becomes a replica with an id of its own. ``only``:
+    of the objects, those of these snapshots. ``rate_bytes_per_s`` bounds what is read and written
+    together. Uses about ``budget_bytes`` of memory, and a pack's size while one is mended. Not for
+    several threads at once.
     """
 
     def __init__(  # noqa: PLR0913  all but two are keywords
@@ -209,11 +235,13 @@ class Scrub:
         self._work: _ScrubRun | None = None
 
     def run(self, stop: threading.Event | None = None, *, threads: int = 1) -> ScrubReport | None:
-        """Go on until the end or until ``stop`` is set, and report what was found since the beginning.
+        """Go on until the end or until ``stop`` is set, and report what was found since the
+        beginning.
 
-        None where it was stopped before anything was compared. ``threads`` objects are looked at at once, each on all stores.
-        Raises UsageError where the stores do not belong together, NotFoundError where none is a store, FormatVersionError, and
-        UnavailableError where none answers.
+        None where it was stopped before anything was compared. ``threads`` objects are looked at at
+        once, each on all stores. Raises UsageError where the stores do not belong together,
+        NotFoundError where none is a store, FormatVersionError, and UnavailableError where none
+        answers.
         """
         pace = MaintenancePace(self._rate, stop=stop, clock=self._clock)
         try:
@@ -238,7 +266,11 @@ class Scrub:
             pace=pace,
         )
         return _ScrubRun(
-            begun, counted_record=self._truth, only=self._only, budget_bytes=self._budget_bytes, clock=self._clock
+            begun,
+            counted_record=self._truth,
+            only=self._only,
+            budget_bytes=self._budget_bytes,
+            clock=self._clock,
         )
 
 
@@ -265,9 +297,19 @@ class _ScrubRun:
         self._snapshots = len(entries)
         self._moved_bytes = 0
         headless = [number for number, seat in enumerate(begun.roles) if seat.role == HEADLESS]
-        heads: list[Callable[[int], None]] = [partial(self._repair_head, number) for number in headless]
-        self._left = [*heads, self._tell_of_log, self._repair_folds, self._repair_log, self._packs, self._records]
-        """What is still to be done, the next one last; each is called with the number of threads."""
+        heads: list[Callable[[int], None]] = [
+            partial(self._repair_head, number) for number in headless
+        ]
+        self._left = [
+            *heads,
+            self._tell_of_log,
+            self._repair_folds,
+            self._repair_log,
+            self._packs,
+            self._records,
+        ]
+        """What is still to be done, the next one last; each is called with the number of
+        threads."""
 
     def go_on(self, pace: MaintenancePace, *, threads: int) -> None:
         """Do what is left. Raises Stopped."""
@@ -319,7 +361,9 @@ class _ScrubRun:
         if tally.role != HEADLESS:
             return  # it stopped answering
         why = repair_job(begun.bench, begun.log, begun.roles, number, begun.common)
-        copy = CopyCheck(CopyStatus.DAMAGED if seat.damaged else CopyStatus.MISSING, why or seat.problem)
+        copy = CopyCheck(
+            CopyStatus.DAMAGED if seat.damaged else CopyStatus.MISSING, why or seat.problem
+        )
         begun.bench.count_object(keys.JOB_KEY, {number: copy}, repaired=() if why else (number,))
         tally.problem = why or ""
         tally.role = READY if why is None else HEADLESS
@@ -347,7 +391,11 @@ def _done(report: ScrubReport) -> Event:
         "lost": report.lost,
         "away": report.away,
     }
-    text = "all copies were read, and all is well" if report.ok else "all copies were read, and not all is well"
+    text = (
+        "all copies were read, and all is well"
+        if report.ok
+        else "all copies were read, and not all is well"
+    )
     return Event("scrub-done", text, facts, alarm=not report.ok)
 
 

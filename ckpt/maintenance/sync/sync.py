@@ -80,7 +80,10 @@ class SyncRun:
             return True
         prefix = log_prefix_of(self.store)
         chain = read_chain(
-            self.source, state, 0 if self.deep else max(0, min(prefix.length, state.next_seq) - 1), pace=self.pace
+            self.source,
+            state,
+            0 if self.deep else max(0, min(prefix.length, state.next_seq) - 1),
+            pace=self.pace,
         )
         member = state.stores is not None and self.store_id in state.stores.ids
         check_history(self.store, prefix, state, chain, member=member)
@@ -88,7 +91,9 @@ class SyncRun:
         there = {*range(prefix.length), *prefix.beyond}
         for seq in range(chain.low, state.next_seq):
             self.pace.check()
-            self.records += copy_record(self.source, self.store, seq, chain.digest(seq), listed=seq in there)
+            self.records += copy_record(
+                self.source, self.store, seq, chain.digest(seq), listed=seq in there
+            )
         self.folds += copy_folds(self.source, self.store, state.next_seq, pace=self.pace)
         self.next_seq = state.next_seq
         self.deep = False  # what was compared once isn't compared in the next round again
@@ -113,7 +118,10 @@ class SyncRun:
         )
 
     def _objects(self, state: LogState) -> None:
-        entries = sorted((entry for entry in state.snapshots if entry not in self._done), key=lambda one: one.snapshot)
+        entries = sorted(
+            (entry for entry in state.snapshots if entry not in self._done),
+            key=lambda one: one.snapshot,
+        )
         gone = DropCheck(state, lambda _: self.log())
         gathered = PackReferences(max(1, self.limits.budget_bytes // 2 // CHUNK_REF_BYTES))
         for number, entry in enumerate(entries):
@@ -126,7 +134,10 @@ class SyncRun:
             for some in _batches(gathered.packs(), PACKS_AT_ONCE):
                 packs = [replace(gathered.pack(key), size_bytes=_size(sizes, key)) for key in some]
                 users = gathered.users
-                self._copy(packs, lambda want: gone.all_dropped([entries[n] for n in users(want.key)]))  # noqa: B023
+                self._copy(
+                    packs,
+                    lambda want: gone.all_dropped([entries[n] for n in users(want.key)]),  # noqa: B023
+                )
             if gathered.complete:
                 break
             gathered = gathered.next_round()
@@ -135,7 +146,9 @@ class SyncRun:
                     gathered.add(part, number)
         self._done.update(entries)
 
-    def _records_of(self, entry: Committed, gone: DropCheck) -> tuple[list[WantedObject], list[Part]]:
+    def _records_of(
+        self, entry: Committed, gone: DropCheck
+    ) -> tuple[list[WantedObject], list[Part]]:
         """What one snapshot's manifest and parts are, and the parts that can be had."""
         want = WholeObject(manifest_key(entry), entry.manifest_digest)
         data = self._have(want, MANIFEST_BYTES_MAX, entry, gone)
@@ -152,13 +165,19 @@ class SyncRun:
                 parts.append(decode_part(found))
         return wants, parts
 
-    def _have(self, want: WholeObject, bytes_max: int, entry: Committed, gone: DropCheck) -> bytes | None:
+    def _have(
+        self, want: WholeObject, bytes_max: int, entry: Committed, gone: DropCheck
+    ) -> bytes | None:
         self.pace.take(want.size_bytes or 0)
         try:
             return read_object(
                 self.source,
                 want.key,
-                lambda data: None if digest_hex(data) == want.digest else "its bytes differ from their digest",
+                lambda data: (
+                    None
+                    if digest_hex(data) == want.digest
+                    else "its bytes differ from their digest"
+                ),
                 bytes_max=bytes_max,
             )
         except (IntegrityError, NotFoundError) as error:
@@ -193,7 +212,9 @@ class SyncRun:
             self.damaged[want.key] = why
         if self.emit is not None:
             text = f"the source has no right copy of {want.key}, so the replica lacks it too"
-            self.emit(Event("sync-damage", text, {"key": want.key, "store": self.source.url}, alarm=True))
+            self.emit(
+                Event("sync-damage", text, {"key": want.key, "store": self.source.url}, alarm=True)
+            )
 
 
 def _size(sizes: ListingWalk, key: str) -> int | None:
@@ -235,23 +256,33 @@ def sync(
 ) -> SyncReport:
     """Make ``store`` a full replica of ``source`` (one store or several). See ``fill``.
 
-    Raises NotFoundError where the source is no store, UsageError or ConflictError where ``store`` is another job's or has a
-    history of its own, UnavailableError and StoreFullError: repeat it then, it goes on.
+    Raises NotFoundError where the source is no store, UsageError or ConflictError where ``store``
+    is another job's or has a history of its own, UnavailableError and StoreFullError: repeat it
+    then, it goes on.
     """
     journal = Journal.open(source)
     record = source_record(source)
     return fill(
-        source, store, journal.refresh, record=record, deep=deep, limits=limits, on_progress=on_progress, emit=emit
+        source,
+        store,
+        journal.refresh,
+        record=record,
+        deep=deep,
+        limits=limits,
+        on_progress=on_progress,
+        emit=emit,
     )
 
 
 def source_record(source: Backend) -> JobRecord:
-    """The ``ckpt.json`` of the first store of ``source`` that has one. Raises UnavailableError where none can be read."""
+    """The ``ckpt.json`` of the first store of ``source`` that has one. Raises UnavailableError
+    where none can be read."""
     seats = store_roles(stores_of(source))
     found = next((seat.record for seat in seats if seat.role == READY), None)
     if found is None:
         raise UnavailableError(
-            f"the source's {keys.JOB_KEY} can't be read. why={[seat.problem for seat in seats]} repeat later"
+            f"the source's {keys.JOB_KEY} can't be read. why={[seat.problem for seat in seats]} "
+            "repeat later"
         )
     return found
 
@@ -268,18 +299,21 @@ def fill(  # noqa: PLR0913  all but three are keywords
     on_progress: ProgressCallback | None = None,
     emit: Emit | None = None,
 ) -> SyncReport:
-    """Copy to ``store`` what ``log`` names, until it has caught up with it, or, with ``upto_seq``, has all up to that record.
+    """Copy to ``store`` what ``log`` names, until it has caught up with it, or, with ``upto_seq``,
+    has all up to that record.
 
-    ``source`` may be several stores: each object is then read from whichever has it rightly. ``record`` is one of theirs: a
-    ``store`` that holds nothing becomes a replica of the same log, with an id of its own. ``deep``: what is there already is
-    read and compared too, not just listed. Stopped, or outrun by the source for a hundred rounds, it returns with ``complete``
+    ``source`` may be several stores: each object is then read from whichever has it rightly.
+    ``record`` is one of theirs: a ``store`` that holds nothing becomes a replica of the same log,
+    with an id of its own. ``deep``: what is there already is read and compared too, not just
+    listed. Stopped, or outrun by the source for a hundred rounds, it returns with ``complete``
     False. Raises as ``sync`` does.
     """
     pace = MaintenancePace(limits.rate_bytes_per_s, stop=limits.stop)
     claimed = claim_replica(store, record)
     if claimed.store_id == record.store_id and len(stores_of(source)) == 1:
         raise UsageError(
-            f"the store is the source itself, or a plain copy of it. store={store.url} store_id={claimed.store_id} "
+            f"the store is the source itself, or a plain copy of it. store={store.url} "
+            f"store_id={claimed.store_id} "
             f"name another place; make replicas with ckpt sync, not by copying files"
         )
     filling = SyncRun(source, store, claimed.store_id, log, deep, limits, pace, on_progress, emit)

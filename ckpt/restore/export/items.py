@@ -1,7 +1,7 @@
 """An item's structure, as files of other programs can hold it. No torch.
 
-A tracked item is stored as a skeleton with references where its tensors were. Here the references meet their leaves, and
-what only ckpt knows (dataclass, enum and named-tuple nodes) becomes plain.
+A tracked item is stored as a skeleton with references where its tensors were. Here the references
+meet their leaves, and what only ckpt knows (dataclass, enum and named-tuple nodes) becomes plain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from typing import Protocol
 
 import numpy as np
 
-from ckpt.errors import IntegrityError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError, UsageError
+from ckpt.errors import (
+    IntegrityError,
+    NotFoundError,
+    StoreDeniedError,
+    StoreFullError,
+    UnavailableError,
+    UsageError,
+)
 from ckpt.format.index import SnapshotIndex
 from ckpt.format.objects import DataclassNode, EnumNode, Named, NamedTupleNode, Ref
 from ckpt.restore.fetch import OnProgress
@@ -30,7 +37,8 @@ JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "Jso
 
 @dataclass(frozen=True, slots=True)
 class ExportItem:
-    """One tracked item of one rank. ``tree`` holds ``Ref`` nodes; ``leaves`` are what they refer to, by the Ref's name."""
+    """One tracked item of one rank. ``tree`` holds ``Ref`` nodes; ``leaves`` are what they refer
+    to, by the Ref's name."""
 
     name: str
     rank: int
@@ -45,20 +53,24 @@ class ExportItem:
 def load_item(reader: SnapshotReader, name: str, *, rank: int) -> ExportItem | None:
     """The item as ``rank`` captured it, or None where that rank has nothing of it.
 
-    An item without a skeleton is a dict of its tensors by their short names. Raises IntegrityError where the skeleton is
-    damaged or refers to a leaf that is not there.
+    An item without a skeleton is a dict of its tensors by their short names. Raises IntegrityError
+    where the skeleton is damaged or refers to a leaf that is not there.
     """
     index = reader.index
     skeleton = index.leaf(name, None) or index.leaf(name, rank)
     if skeleton is not None and skeleton.kind is LeafKind.OBJECT:
         tree = reader.read_object(name, rank=rank)
         refs: dict[str, Leaf] = {}
-        with_tensors(tree, lambda ref: refs.setdefault(ref.leaf, _held(index, name, ref.leaf, rank)))
+        with_tensors(
+            tree, lambda ref: refs.setdefault(ref.leaf, _held(index, name, ref.leaf, rank))
+        )
         return ExportItem(name, rank, tree, refs)
     mine = [
         leaf
         for leaf in index.leaves()
-        if leaf.kind is LeafKind.TENSOR and leaf.rank in (None, rank) and leaf.name.split("/", 1)[0] == name
+        if leaf.kind is LeafKind.TENSOR
+        and leaf.rank in (None, rank)
+        and leaf.name.split("/", 1)[0] == name
     ]
     if not mine:
         return None
@@ -72,17 +84,19 @@ def _held(index: SnapshotIndex, item: str, leaf: str, rank: int) -> Leaf:
     found = index.leaf(leaf, None) or index.leaf(leaf, rank)
     if found is None:
         raise IntegrityError(
-            f"an item's structure refers to a leaf that is not there. item={item} leaf={leaf} rank={rank}"
+            f"an item's structure refers to a leaf that is not there. item={item} leaf={leaf} "
+            f"rank={rank}"
         )
     return found
 
 
 def indexed_optimizer(tree: object) -> object:
-    """An optimizer's state by parameter names turned into torch's own form by index, where that is possible.
+    """An optimizer's state by parameter names turned into torch's own form by index, where that is
+    possible.
 
-    ``{"state": {name: ...}, "param_groups": [{"params": [name, ...], ...}]}`` becomes the same with numbers counted over
-    the groups, as ``torch.optim.Optimizer.load_state_dict`` takes it; the names are kept as ``param_names`` in each group.
-    Anything else comes back as it is.
+    ``{"state": {name: ...}, "param_groups": [{"params": [name, ...], ...}]}`` becomes the same with
+    numbers counted over the groups, as ``torch.optim.Optimizer.load_state_dict`` takes it; the
+    names are kept as ``param_names`` in each group. Anything else comes back as it is.
     """
     if not isinstance(tree, dict) or not isinstance(tree.get("state"), dict):
         return tree
@@ -114,10 +128,11 @@ def plain_tree(
     array: Callable[[np.ndarray[tuple[int, ...], np.dtype[np.generic]]], object],
     named: Callable[[Named], object],
 ) -> object:
-    """A skeleton in plain containers: references, arrays and library constants become what the three functions say.
+    """A skeleton in plain containers: references, arrays and library constants become what the
+    three functions say.
 
-    Dataclass and named-tuple nodes become dicts of their fields, enum members their names, deques lists, frozen sets sets,
-    numpy scalars Python numbers.
+    Dataclass and named-tuple nodes become dicts of their fields, enum members their names, deques
+    lists, frozen sets sets, numpy scalars Python numbers.
     """
 
     def plain(one: object) -> object:
@@ -157,16 +172,20 @@ def plain_tree(
 def json_tree(value: object, short: Callable[[str], str]) -> JsonValue:
     """A skeleton as JSON. What JSON lacks is an object with one key that begins with ``$``.
 
-    ``{"$tensor": name}``, ``{"$float": "nan"}``, ``{"$bytes": hex}``, ``{"$complex": [re, im]}``, ``{"$array": ...,
-    "dtype": ...}``, ``{"$tuple": [...]}``, ``{"$set": [...]}``, ``{"$named": [kind, text]}``, and ``{"$dict": [[key,
-    value], ...]}`` for a dict whose keys are not all text.
+    ``{"$tensor": name}``, ``{"$float": "nan"}``, ``{"$bytes": hex}``, ``{"$complex": [re, im]}``,
+    ``{"$array": ..., "dtype": ...}``, ``{"$tuple": [...]}``, ``{"$set": [...]}``, ``{"$named":
+    [kind, text]}``, and ``{"$dict": [[key, value], ...]}`` for a dict whose keys are not all text.
     """
 
     match value:
         case dict():
             if all(isinstance(key, str) and not key.startswith("$") for key in value):
                 return {str(key): json_tree(one, short) for key, one in value.items()}
-            return {"$dict": [[json_tree(key, short), json_tree(one, short)] for key, one in value.items()]}
+            return {
+                "$dict": [
+                    [json_tree(key, short), json_tree(one, short)] for key, one in value.items()
+                ]
+            }
         case list() | deque():
             return [json_tree(one, short) for one in value]
         case tuple():
@@ -242,7 +261,9 @@ class ItemWriter(Protocol):
         """The files that ``write`` makes for ``item``, without folder."""
         ...
 
-    def write(self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], stream: StreamOptions) -> None:
+    def write(
+        self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], stream: StreamOptions
+    ) -> None:
         """Make those files at ``paths``, one for each name."""
         ...
 
@@ -259,7 +280,8 @@ class ExportedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What to export: one ``rank``'s state, or with ``all_ranks`` each in a folder of its own. ``items`` None is all."""
+    """What to export: one ``rank``'s state, or with ``all_ranks`` each in a folder of its own.
+    ``items`` None is all."""
 
     rank: int = 0
     all_ranks: bool = False
@@ -276,20 +298,25 @@ def export(
     *,
     on_progress: OnProgress | None = None,
 ) -> tuple[ExportedFile, ...]:
-    """Write the items of a snapshot into ``folder``, with ``all_ranks`` each rank's into ``rank-N``; returns what was written.
+    """Write the items of a snapshot into ``folder``, with ``all_ranks`` each rank's into
+    ``rank-N``; returns what was written.
 
-    Nothing appears under its final name before everything is written and synced. Raises UsageError where a file exists
-    and ``force`` is off, NotFoundError for an item or rank that the snapshot lacks, IntegrityError for damage, and
-    UnavailableError where the folder cannot take the files.
+    Nothing appears under its final name before everything is written and synced. Raises UsageError
+    where a file exists and ``force`` is off, NotFoundError for an item or rank that the snapshot
+    lacks, IntegrityError for damage, and UnavailableError where the folder cannot take the files.
     """
     planned = _plan(reader, folder, writer, options)
     if not options.force:
         for _, paths in planned:
             if taken := next((path for path in paths if os.path.lexists(path)), None):
-                raise UsageError(f"a file is in the way. path={taken}; name another folder or pass --force")
+                raise UsageError(
+                    f"a file is in the way. path={taken}; name another folder or pass --force"
+                )
     how = StreamOptions(window_bytes=options.memory_bytes // 2, on_progress=on_progress)
     suffix = f".{secrets.token_hex(8)}.tmp"
-    temps = {path: path.with_name(f".{path.name}{suffix}") for _, paths in planned for path in paths}
+    temps = {
+        path: path.with_name(f".{path.name}{suffix}") for _, paths in planned for path in paths
+    }
     with _translated(folder):
         try:
             for item, paths in planned:
@@ -305,7 +332,9 @@ def export(
             for temp in temps.values():
                 temp.unlink(missing_ok=True)
         return tuple(
-            ExportedFile(path, item.name, item.rank, path.stat().st_size) for item, paths in planned for path in paths
+            ExportedFile(path, item.name, item.rank, path.stat().st_size)
+            for item, paths in planned
+            for path in paths
         )
 
 
@@ -315,10 +344,14 @@ def _plan(
     known = item_names(reader.index)
     wanted = known if options.items is None else list(dict.fromkeys(options.items))
     if missing := [name for name in wanted if name not in known]:
-        raise NotFoundError(f"no such item in the snapshot. item={missing[0]} items={','.join(known)}")
+        raise NotFoundError(
+            f"no such item in the snapshot. item={missing[0]} items={','.join(known)}"
+        )
     ranks = reader.index.ranks
     if options.rank not in ranks:
-        raise NotFoundError(f"no such rank in the snapshot. rank={options.rank} ranks=0..{len(ranks) - 1}")
+        raise NotFoundError(
+            f"no such rank in the snapshot. rank={options.rank} ranks=0..{len(ranks) - 1}"
+        )
     planned: list[tuple[ExportItem, list[Path]]] = []
     for rank in ranks if options.all_ranks else (options.rank,):
         place = folder / f"rank-{rank}" if options.all_ranks else folder
@@ -344,7 +377,11 @@ def _translated(folder: Path) -> Iterator[None]:
     except OSError as error:
         where = f"errno={error.errno} path={error.filename or folder}"
         if error.errno in _FULL:
-            raise StoreFullError(f"the folder is full. {where}; free space or name another folder") from error
+            raise StoreFullError(
+                f"the folder is full. {where}; free space or name another folder"
+            ) from error
         if error.errno in _DENIED:
             raise StoreDeniedError(f"the folder may not be written. {where}") from error
-        raise UnavailableError(f"the folder cannot take the files: {error.strerror}. {where}") from error
+        raise UnavailableError(
+            f"the folder cannot take the files: {error.strerror}. {where}"
+        ) from error

@@ -1,7 +1,9 @@
-"""Write items in the safetensors format: a JSON header, then the tensors' bytes, streamed. No torch.
+"""Write items in the safetensors format: a JSON header, then the tensors' bytes, streamed. No
+torch.
 
-Tensors that share memory are written once; the other names stand in the header's ``__metadata__`` as ``{other: written}``,
-which ``safetensors.torch.load_model`` understands. What is no tensor goes into a JSON file beside it.
+Tensors that share memory are written once; the other names stand in the header's ``__metadata__``
+as ``{other: written}``, which ``safetensors.torch.load_model`` understands. What is no tensor goes
+into a JSON file beside it.
 """
 
 from __future__ import annotations
@@ -39,23 +41,30 @@ NAMES = {
 
 
 class SafetensorsWriter:
-    """``<item>.safetensors`` for an item's tensors, ``<item>.json`` for its structure where it is more than flat names."""
+    """``<item>.safetensors`` for an item's tensors, ``<item>.json`` for its structure where it is
+    more than flat names."""
 
     def names(self, item: ExportItem) -> tuple[str, ...]:
         """See ItemWriter."""
         files = (f"{item.name}.safetensors",) if item.leaves else ()
         return files if is_flat(item) and files else (*files, f"{item.name}.json")
 
-    def write(self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], how: StreamOptions) -> None:
+    def write(
+        self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], how: StreamOptions
+    ) -> None:
         """See ItemWriter. Raises UsageError for a dtype that the format cannot hold."""
         for path, name in zip(paths, self.names(item), strict=True):
             if name.endswith(".json"):
-                path.write_text(json.dumps(json_tree(item.tree, item.short), indent=1, ensure_ascii=True) + "\n")
+                path.write_text(
+                    json.dumps(json_tree(item.tree, item.short), indent=1, ensure_ascii=True) + "\n"
+                )
             else:
                 _write_tensors(item, reader, path, how)
 
 
-def _write_tensors(item: ExportItem, reader: SnapshotReader, path: Path, how: StreamOptions) -> None:
+def _write_tensors(
+    item: ExportItem, reader: SnapshotReader, path: Path, how: StreamOptions
+) -> None:
     kept: dict[tuple[str, int | None], Leaf] = {}
     metadata = {"format": "pt"}
     for leaf in item.leaves.values():
@@ -70,7 +79,8 @@ def _write_tensors(item: ExportItem, reader: SnapshotReader, path: Path, how: St
     for leaf in leaves:
         if leaf.dtype not in NAMES:
             raise UsageError(
-                f"safetensors cannot hold this dtype. leaf={leaf.name} dtype={leaf.dtype}; export with --format torch"
+                f"safetensors cannot hold this dtype. leaf={leaf.name} dtype={leaf.dtype}; export "
+                "with --format torch"
             )
         end = at + size_bytes(leaf)
         header[item.short(leaf.name)] = {
@@ -83,5 +93,7 @@ def _write_tensors(item: ExportItem, reader: SnapshotReader, path: Path, how: St
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for piece in reader.stream(leaves, window_bytes=how.window_bytes, on_progress=how.on_progress):
+        for piece in reader.stream(
+            leaves, window_bytes=how.window_bytes, on_progress=how.on_progress
+        ):
             file.write(piece.data)

@@ -1,7 +1,8 @@
 """Write items as plain ``torch.save`` files without ever holding their data.
 
-torch writes the file with room for each storage; then the bytes are streamed into their places, and the checksums that the
-zip format keeps of them are put right. ``torch.load(..., weights_only=True)`` reads the result, with ``mmap=True`` too.
+torch writes the file with room for each storage; then the bytes are streamed into their places, and
+the checksums that the zip format keeps of them are put right. ``torch.load(...,
+weights_only=True)`` reads the result, with ``mmap=True`` too.
 """
 
 from __future__ import annotations
@@ -32,25 +33,33 @@ _HAS_DESCRIPTOR = 0x08
 
 
 class TorchWriter:
-    """``<item>.pt``: the item's state dict. Tensors that shared memory share it again when loaded."""
+    """``<item>.pt``: the item's state dict. Tensors that shared memory share it again when
+    loaded."""
 
     def names(self, item: ExportItem) -> tuple[str, ...]:
         """See ItemWriter."""
         return (f"{item.name}.pt",)
 
-    def write(self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], how: StreamOptions) -> None:
+    def write(
+        self, item: ExportItem, reader: SnapshotReader, paths: Sequence[Path], how: StreamOptions
+    ) -> None:
         """See ItemWriter."""
         (path,) = paths
         builder = _EmptyTensors(item, reader)
         tree = plain_tree(
-            indexed_optimizer(item.tree), tensor=builder.leaf, array=builder.array, named=_library_constant
+            indexed_optimizer(item.tree),
+            tensor=builder.leaf,
+            array=builder.array,
+            named=_library_constant,
         )
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(tree, path)
         slots = _slots(path)
         sources = [source for source in builder.sources if _source_bytes(source)]
         if [slot.size_bytes for slot in slots] != [_source_bytes(source) for source in sources]:
-            raise InternalError(f"torch.save laid out other storages than it was given. path={path}")
+            raise InternalError(
+                f"torch.save laid out other storages than it was given. path={path}"
+            )
         _check_order(path, tree, builder, slots)
         _fill(path, reader, list(zip(sources, slots, strict=True)), how)
 
@@ -69,7 +78,8 @@ class _StorageSlot:
 
 
 class _EmptyTensors:
-    """Makes a tensor without data for each reference, the same one for leaves that share memory; remembers the order."""
+    """Makes a tensor without data for each reference, the same one for leaves that share memory;
+    remembers the order."""
 
     def __init__(self, item: ExportItem, reader: SnapshotReader) -> None:
         self._item = item
@@ -103,7 +113,8 @@ def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UsageError(
-            f"this torch has no such dtype. dtype={name} torch={torch.__version__}; export with a newer one"
+            f"this torch has no such dtype. dtype={name} torch={torch.__version__}; export with a "
+            "newer one"
         )
     return dtype
 
@@ -115,7 +126,9 @@ def _library_constant(value: Named) -> object:
         case "torch.device":
             return torch.device(value.text)
         case "torch.Size":
-            return torch.Size(int(size) for size in value.text.strip("()[]").replace(",", " ").split())
+            return torch.Size(
+                int(size) for size in value.text.strip("()[]").replace(",", " ").split()
+            )
         case _:
             return value.text
 
@@ -134,8 +147,12 @@ def _slots(path: Path) -> list[_StorageSlot]:
             if not folder.endswith("/data") or not number.isdecimal() or not info.file_size:
                 continue
             if info.compress_type != zipfile.ZIP_STORED:
-                raise InternalError(f"torch.save compressed a storage. path={path} entry={info.filename}")
-            fields = _LOCAL_HEADER.unpack(os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset))
+                raise InternalError(
+                    f"torch.save compressed a storage. path={path} entry={info.filename}"
+                )
+            fields = _LOCAL_HEADER.unpack(
+                os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset)
+            )
             start = info.header_offset + _LOCAL_HEADER.size + fields[-2] + fields[-1]
             crcs = [crc_at[place]]
             if info.flag_bits & _HAS_DESCRIPTOR:
@@ -158,11 +175,17 @@ def _central_crcs(fd: int, start: int, entries: int) -> list[int]:
     return offsets
 
 
-def _check_order(path: Path, tree: object, builder: _EmptyTensors, slots: Sequence[_StorageSlot]) -> None:
-    """Ask torch itself which tensor lies where, so that no change in its numbering can ever swap two of one size."""
+def _check_order(
+    path: Path, tree: object, builder: _EmptyTensors, slots: Sequence[_StorageSlot]
+) -> None:
+    """Ask torch itself which tensor lies where, so that no change in its numbering can ever swap
+    two of one size."""
     loaded = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     order = {id(tensor): None for tensor in _tensors(tree) if tensor.numel()}
-    found = {id(ours): theirs.data_ptr() for ours, theirs in zip(_tensors(tree), _tensors(loaded), strict=True)}
+    found = {
+        id(ours): theirs.data_ptr()
+        for ours, theirs in zip(_tensors(tree), _tensors(loaded), strict=True)
+    }
     pointers = [found[key] for key in order]
     if len(pointers) != len(slots):
         raise InternalError(f"torch.load finds other storages than were saved. path={path}")
@@ -170,7 +193,9 @@ def _check_order(path: Path, tree: object, builder: _EmptyTensors, slots: Sequen
         pointer - pointers[0] != slot.offset_bytes - slots[0].offset_bytes
         for pointer, slot in zip(pointers, slots, strict=True)
     ):
-        raise InternalError(f"torch.load finds storages in another order than they were saved. path={path}")
+        raise InternalError(
+            f"torch.load finds storages in another order than they were saved. path={path}"
+        )
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -188,14 +213,19 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def _fill(
-    path: Path, reader: SnapshotReader, places: Sequence[tuple[Source, _StorageSlot]], how: StreamOptions
+    path: Path,
+    reader: SnapshotReader,
+    places: Sequence[tuple[Source, _StorageSlot]],
+    how: StreamOptions,
 ) -> None:
     streamed = [(source, slot) for source, slot in places if isinstance(source, Leaf)]
     crcs = [0] * len(streamed)
     with path.open("r+b") as file:
         fd = file.fileno()
         leaves = [leaf for leaf, _ in streamed]
-        for piece in reader.stream(leaves, window_bytes=how.window_bytes, on_progress=how.on_progress):
+        for piece in reader.stream(
+            leaves, window_bytes=how.window_bytes, on_progress=how.on_progress
+        ):
             slot = streamed[piece.number][1]
             crcs[piece.number] = zlib.crc32(piece.data, crcs[piece.number])
             _write(fd, piece.data, slot.offset_bytes + piece.offset_bytes)

@@ -1,7 +1,9 @@
-"""Whether and how a session has a keeper: the daemon that holds its slots and makes its snapshots durable.
+"""Whether and how a session has a keeper: the daemon that holds its slots and makes its snapshots
+durable.
 
-A trainer under a supervisor has one always, and its ranks speak through it. Any other process has one where all ranks are on
-this node and the store can be opened by another process; its ranks speak as before, and rank 0 names the launch.
+A trainer under a supervisor has one always, and its ranks speak through it. Any other process has
+one where all ranks are on this node and the store can be opened by another process; its ranks speak
+as before, and rank 0 names the launch.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from ckpt.staging.slot import Slot
 from ckpt.values import SnapshotId
 
 BUSY_WAIT_S = 600.0
-"""How long a new launch waits for a keeper that still brings to the store what the last one left."""
+"""How long a new launch waits for a keeper that still brings to the store what the last one
+left."""
 BUSY_POLL_S = 0.25
 
 LAUNCH_WAIT_S = BUSY_WAIT_S + 300.0
@@ -46,14 +49,16 @@ KEEPER_VARIABLE = "CKPT_KEEPER"
 """Set to ``off``: no keepers; snapshots are made durable by the training process itself."""
 
 SLOTS_SHARED_MAX = SharedSlots.slots_max // 2
-"""More slots than this are this process's alone: a pool that grows needs numbers for the new ones beside the old."""
+"""More slots than this are this process's alone: a pool that grows needs numbers for the new ones
+beside the old."""
 
 _OWN_MEMORY = ("memory://", "memory:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedTrainer:
-    """This process is a trainer under a supervisor: of which launch, attempt and rank, and whose keeper has it."""
+    """This process is a trainer under a supervisor: of which launch, attempt and rank, and whose
+    keeper has it."""
 
     launch: str
     attempt: int
@@ -77,11 +82,16 @@ def set_supervised_trainer(seat: SupervisedTrainer) -> None:
 
 
 def set_supervised_from_environment(spec: KeeperSpec, attempt: int) -> None:
-    """Take the seat that the supervisor's environment describes: launch, rank and ranks are there."""
+    """Take the seat that the supervisor's environment describes: launch, rank and ranks are
+    there."""
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     set_supervised_trainer(
         SupervisedTrainer(
-            launch=os.environ[LAUNCH_VARIABLE], attempt=attempt, rank=rank, ranks=local_rank_count() or 1, spec=spec
+            launch=os.environ[LAUNCH_VARIABLE],
+            attempt=attempt,
+            rank=rank,
+            ranks=local_rank_count() or 1,
+            spec=spec,
         )
     )
 
@@ -92,19 +102,30 @@ def supervised_trainer() -> SupervisedTrainer | None:
 
 
 def keeper_spec(store: StoreAddress | Backend, options: SessionOptions) -> KeeperSpec | None:
-    """What a keeper would have to know, or None where none can serve: the store or its options live in this process alone.
+    """What a keeper would have to know, or None where none can serve: the store or its options live
+    in this process alone.
 
     Opens nothing. ``job`` is the user's name or the address's last part.
     """
     stores = (store,) if isinstance(store, str) else store
-    if not isinstance(stores, tuple) or any(one.startswith(_OWN_MEMORY) for one in stores) or sys.platform != "linux":
+    if (
+        not isinstance(stores, tuple)
+        or any(one.startswith(_OWN_MEMORY) for one in stores)
+        or sys.platform != "linux"
+    ):
         return None
     first, *others = (address_of(one) for one in stores)
     spec = KeeperSpec(
-        job=options.job or job_name(first), store=first, others=tuple(others), write_quorum=options.write_quorum,
-        storage_options=_plain(options.storage_options), encryption_key=options.encryption_key,
-        compression=options.compression, scrub_every_s=options.scrub_every_s, nodes=nodes_from_environment(),
-    )  # fmt: skip
+        job=options.job or job_name(first),
+        store=first,
+        others=tuple(others),
+        write_quorum=options.write_quorum,
+        storage_options=_plain(options.storage_options),
+        encryption_key=options.encryption_key,
+        compression=options.compression,
+        scrub_every_s=options.scrub_every_s,
+        nodes=nodes_from_environment(),
+    )
     try:
         spec.encode()
     except UsageError:  # a session object, say: it can't be handed on
@@ -112,7 +133,9 @@ def keeper_spec(store: StoreAddress | Backend, options: SessionOptions) -> Keepe
     return spec
 
 
-def _plain(options: StorageOptions) -> Mapping[str, object] | list[Mapping[str, object] | None] | None:
+def _plain(
+    options: StorageOptions,
+) -> Mapping[str, object] | list[Mapping[str, object] | None] | None:
     """The same as JSON brings it back."""
     if options is None or isinstance(options, Mapping):
         return dict(options) if options is not None else None
@@ -125,15 +148,22 @@ def job_name(address: str) -> str:
 
 
 def may_use_keeper(size: int, slots: int) -> bool:
-    """Whether this process may use a keeper: all ranks on this node, slots to share, and nobody said no."""
+    """Whether this process may use a keeper: all ranks on this node, slots to share, and nobody
+    said no."""
     fits = SharedSlots.slots_min <= slots <= SLOTS_SHARED_MAX
-    return fits and os.environ.get(KEEPER_VARIABLE, "") != "off" and (size == 1 or local_rank_count() == size)
+    return (
+        fits
+        and os.environ.get(KEEPER_VARIABLE, "") != "off"
+        and (size == 1 or local_rank_count() == size)
+    )
 
 
 class KeeperAttachment:
-    """One session's keeper, or that it has none, and how its ranks speak. Every rank makes the same calls in the same order.
+    """One session's keeper, or that it has none, and how its ranks speak. Every rank makes the same
+    calls in the same order.
 
-    ``seat`` is the connection of a trainer under a supervisor: its ranks speak through it even where they only read.
+    ``seat`` is the connection of a trainer under a supervisor: its ranks speak through it even
+    where they only read.
     """
 
     def __init__(
@@ -160,15 +190,22 @@ class KeeperAttachment:
         self._settled = False
 
     @classmethod
-    def join(cls, spec: KeeperSpec | None, options: SessionOptions, emit: Emit, *, name: str) -> KeeperAttachment:
-        """Meet the other ranks: through the keeper where a supervisor uses the same one, else as ``connect`` does."""
+    def join(
+        cls, spec: KeeperSpec | None, options: SessionOptions, emit: Emit, *, name: str
+    ) -> KeeperAttachment:
+        """Meet the other ranks: through the keeper where a supervisor uses the same one, else as
+        ``connect`` does."""
         seat = supervised_trainer()
         if seat is None or spec is None or not seat.serves(spec):
             return cls(connect_ranks(name=name), None, spec=spec, slots=options.slots, emit=emit)
         global _sessions  # noqa: PLW0603  rooms outlive sessions: each session of a trainer has its own corner
         _sessions += 1
-        link = KeeperLink.connect(seat.spec, _hello(seat.launch, seat.rank, seat.ranks, seat.attempt), start=False)
-        return cls(PrefixedMailbox(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, emit=emit)
+        link = KeeperLink.connect(
+            seat.spec, _hello(seat.launch, seat.rank, seat.ranks, seat.attempt), start=False
+        )
+        return cls(
+            PrefixedMailbox(link, f"{_sessions}/"), link, spec=spec, slots=options.slots, emit=emit
+        )
 
     def start(self) -> None:
         """Get a keeper to write through, where this session may have one and has none yet."""
@@ -185,32 +222,43 @@ class KeeperAttachment:
             self._use(link)
 
     def reconnect(self, slots: Sequence[Slot]) -> None:
-        """In the place of a keeper that is gone, use the next one, and hand it the board and ``slots``. In place only."""
-        assert self.link is not None and self.regions is not None and self.board is not None, "there was a keeper"
+        """In the place of a keeper that is gone, use the next one, and hand it the board and
+        ``slots``. In place only."""
+        assert self.link is not None and self.regions is not None and self.board is not None, (
+            "there was a keeper"
+        )
         if self.link.lost is None:
             return
         before = self.link.welcome.boot
         self.link.reconnect(self.board)
-        if self.link.welcome.boot != before:  # else only the connection broke: it has the slots, and perhaps uses them
+        if (
+            self.link.welcome.boot != before
+        ):  # else only the connection broke: it has the slots, and perhaps uses them
             self.regions.hand_over_all(slots)
 
     def detach(self, slots: Sequence[Slot]) -> None:
-        """Do without a keeper for the rest: ``slots`` are this process's alone now, as is what it makes durable."""
+        """Do without a keeper for the rest: ``slots`` are this process's alone now, as is what it
+        makes durable."""
         assert self.link is not None and self.regions is not None, "there was a keeper"
         link, self.link = self.link, None
         link.close()
         self.regions.detach_keeper(slots)
 
     def persister(self, epoch: int, *, resume: SnapshotId | None = None) -> KeeperPersister:
-        """What makes snapshots of ``epoch`` durable, which goes on from ``resume`` (None: not from a staged pair)."""
+        """What makes snapshots of ``epoch`` durable, which goes on from ``resume`` (None: not from
+        a staged pair)."""
         assert self.link is not None and self.regions is not None, "there is a keeper"
         self.regions.epoch = epoch
         self.regions.resume = resume
         return KeeperPersister(self.link, self.regions, emit=self._tell)
 
-    def open_staged(self, snapshot: SnapshotId) -> AbstractContextManager[tuple[SnapshotIndex, Backend]]:
+    def open_staged(
+        self, snapshot: SnapshotId
+    ) -> AbstractContextManager[tuple[SnapshotIndex, Backend]]:
         """A staged snapshot to restore from: of this node's ranks, or of all nodes'."""
-        assert self.link is not None and self._spec is not None, "only a keeper names staged snapshots"
+        assert self.link is not None and self._spec is not None, (
+            "only a keeper names staged snapshots"
+        )
         if self._spec.nodes is not None:
             return open_from_nodes(self.link, snapshot, nodes=self._spec.nodes, job=self._spec.job)
         return open_staged(self.link, snapshot, ranks=self.channel.size, job=self._spec.job)
@@ -261,11 +309,15 @@ class PrefixedMailbox:
         self._channel.forget(self._prefix + key)
 
 
-def connect_in_place(spec: KeeperSpec, channel: CountingMailbox, *, emit: Emit) -> KeeperLink | None:
-    """A link for a process without supervisor, or None for all ranks where no keeper can be had; that is told as an alarm.
+def connect_in_place(
+    spec: KeeperSpec, channel: CountingMailbox, *, emit: Emit
+) -> KeeperLink | None:
+    """A link for a process without supervisor, or None for all ranks where no keeper can be had;
+    that is told as an alarm.
 
-    All ranks call it alike, once a session. Rank 0 names the launch, unless it has a seat at another keeper, and goes first.
-    Raises ConflictError where another launch of the job lives on this node.
+    All ranks call it alike, once a session. Rank 0 names the launch, unless it has a seat at
+    another keeper, and goes first. Raises ConflictError where another launch of the job lives on
+    this node.
     """
     seat = supervised_trainer()
     attempt = seat.attempt if seat is not None else 0
@@ -284,14 +336,19 @@ def connect_in_place(spec: KeeperSpec, channel: CountingMailbox, *, emit: Emit) 
             raise
         channel.post(key, launch.encode())
         return link
-    launch = wait_for_message(channel, key, timeout_s=LAUNCH_WAIT_S, awaited="rank 0 to name the launch").decode()
+    launch = wait_for_message(
+        channel, key, timeout_s=LAUNCH_WAIT_S, awaited="rank 0 to name the launch"
+    ).decode()
     return (
-        KeeperLink.connect(spec, _hello(launch, channel.rank, channel.size, attempt), start=False) if launch else None
+        KeeperLink.connect(spec, _hello(launch, channel.rank, channel.size, attempt), start=False)
+        if launch
+        else None
     )
 
 
 def _when_it_has_settled(spec: KeeperSpec, hello: Hello, tell: Emit) -> KeeperLink:
-    """A link to the job's keeper, as soon as it takes one. Raises UnavailableError after BUSY_WAIT_S."""
+    """A link to the job's keeper, as soon as it takes one. Raises UnavailableError after
+    BUSY_WAIT_S."""
     until_s = time.monotonic() + BUSY_WAIT_S
     told = False
     while True:
@@ -304,7 +361,9 @@ def _when_it_has_settled(spec: KeeperSpec, hello: Hello, tell: Emit) -> KeeperLi
                 told = True
                 tell(
                     Event(
-                        "keeper-busy", f"waiting for the keeper of the last run, at most {BUSY_WAIT_S:.0f} s: {error}"
+                        "keeper-busy",
+                        f"waiting for the keeper of the last run, at most {BUSY_WAIT_S:.0f} s: "
+                        f"{error}",
                     )
                 )
         time.sleep(BUSY_POLL_S)
@@ -312,6 +371,12 @@ def _when_it_has_settled(spec: KeeperSpec, hello: Hello, tell: Emit) -> KeeperLi
 
 def _hello(launch: str, rank: int, ranks: int, attempt: int) -> Hello:
     return Hello(
-        version=WIRE_VERSION, role="trainer", pid=os.getpid(), launch=launch, rank=rank, ranks=ranks, attempt=attempt,
+        version=WIRE_VERSION,
+        role="trainer",
+        pid=os.getpid(),
+        launch=launch,
+        rank=rank,
+        ranks=ranks,
+        attempt=attempt,
         policy=Policy(),
-    )  # fmt: skip
+    )

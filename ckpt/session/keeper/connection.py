@@ -1,4 +1,5 @@
-"""A trainer's connection to its keeper: questions and words on one socket, what the keeper has to say on another."""
+"""A trainer's connection to its keeper: questions and words on one socket, what the keeper has to
+say on another."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ class _KeeperEndedError(UnavailableError):
 
 
 def open_connections(spec: KeeperSpec, *, start: bool) -> tuple[MessageSocket, MessageSocket]:
-    """A trainer's two connections to its keeper, which is started where none runs, unless ``start`` is false."""
+    """A trainer's two connections to its keeper, which is started where none runs, unless ``start``
+    is false."""
     calls = ensure_keeper(spec, start=start)
     try:
         return calls, ensure_keeper(spec, start=False)
@@ -106,7 +108,8 @@ def greet(wire: MessageSocket, hello: Hello) -> Welcome:
 
 
 def retry_while_keeper_ends(connect: Callable[[], _T], *, again: bool) -> _T:
-    """``connect``, and ``again`` for START_WAIT_S seconds where the keeper that was found ended just then."""
+    """``connect``, and ``again`` for START_WAIT_S seconds where the keeper that was found ended
+    just then."""
     until_s = time.monotonic() + START_WAIT_S
     pause_s = RETRY_FIRST_S
     while True:
@@ -122,18 +125,20 @@ def retry_while_keeper_ends(connect: Callable[[], _T], *, again: bool) -> _T:
 _R = TypeVar("_R", bound=Reply)
 
 KNOWN_CHUNKS_MAX = 200_000
-"""Places of chunks that one message carries, far below a frame's limit. The others are stored anew, once."""
+"""Places of chunks that one message carries, far below a frame's limit. The others are stored anew,
+once."""
 
 
 class KeeperLink:
     """One rank's connection. It is the rank's ``Channel`` too. Thread-safe.
 
-    Everything raises UnavailableError once the keeper is gone, and the keeper's own errors. A child that is forked lets go of
-    the connection: it is its parent's.
+    Everything raises UnavailableError once the keeper is gone, and the keeper's own errors. A child
+    that is forked lets go of the connection: it is its parent's.
     """
 
     def __init__(self, calls: MessageSocket, events: MessageSocket, hello: Hello) -> None:
-        """Say hello on both connections, which the link owns from now on. Raises what the keeper has against this rank."""
+        """Say hello on both connections, which the link owns from now on. Raises what the keeper
+        has against this rank."""
         self._hello = hello
         self._spec: KeeperSpec | None = None
         self._closing = False
@@ -150,23 +155,31 @@ class KeeperLink:
 
     @classmethod
     def connect(cls, spec: KeeperSpec, hello: Hello, *, start: bool = True) -> KeeperLink:
-        """Find the job's keeper, start it where none runs (unless ``start`` is false), and say hello as a trainer.
+        """Find the job's keeper, start it where none runs (unless ``start`` is false), and say
+        hello as a trainer.
 
-        A keeper that ends just then is no answer: the next one is started. Raises KeeperBusyError where it takes nobody yet.
+        A keeper that ends just then is no answer: the next one is started. Raises KeeperBusyError
+        where it takes nobody yet.
         """
-        link = retry_while_keeper_ends(lambda: cls(*open_connections(spec, start=start), hello), again=start)
+        link = retry_while_keeper_ends(
+            lambda: cls(*open_connections(spec, start=start), hello), again=start
+        )
         link._spec = spec
         return link
 
     def reconnect(self, board: Board) -> None:
-        """In the place of a keeper that is gone: find or start the next one, and give it the board where it has none.
+        """In the place of a keeper that is gone: find or start the next one, and give it the board
+        where it has none.
 
-        For a program without a supervisor, from one thread. Slots come next (``SharedSlots.hand_in_again``); nothing that
-        was posted or handed in before is known any more. Raises UsageError where the keeper is still there. Where it
-        raises anything else the link is as lost as it was.
+        For a program without a supervisor, from one thread. Slots come next
+        (``SharedSlots.hand_in_again``); nothing that was posted or handed in before is known any
+        more. Raises UsageError where the keeper is still there. Where it raises anything else the
+        link is as lost as it was.
         """
         if self._lost is None or self._spec is None or self._closing:
-            raise UsageError("a link is made anew only after its keeper is gone, where it was found by its job")
+            raise UsageError(
+                "a link is made anew only after its keeper is gone, where it was found by its job"
+            )
         self._thread.join()
         self._calls.close()
         self._events.close()
@@ -211,21 +224,24 @@ class KeeperLink:
             self._on_outcome = call
 
     def on_fenced(self, call: Callable[[str], None]) -> None:
-        """Have ``call`` told when another writer takes the job over; at once where that has happened."""
+        """Have ``call`` told when another writer takes the job over; at once where that has
+        happened."""
         with self._state:
             self._on_fenced, told = call, self._fenced
         if told is not None:
             call(told)
 
     def on_stop(self, call: Callable[[float], object]) -> None:
-        """Have ``call`` told when the job is preempted, and in how many seconds; at once where that has happened."""
+        """Have ``call`` told when the job is preempted, and in how many seconds; at once where that
+        has happened."""
         with self._state:
             self._on_stop, told = call, self._stop_s
         if told is not None:
             call(told)
 
     def on_lost(self, call: Callable[[CkptError], None]) -> None:
-        """Have ``call`` told when the keeper is gone; at once where it is. Not told after ``close``."""
+        """Have ``call`` told when the keeper is gone; at once where it is. Not told after
+        ``close``."""
         with self._state:
             self._on_lost, told = call, self._lost
         if told is not None:
@@ -261,13 +277,16 @@ class KeeperLink:
         return Board.attach(fds[0])
 
     def slots(self, rank: int) -> list[tuple[int, Region]]:
-        """The slots of ``rank`` that the keeper holds, by number, mapped anew; the caller closes them."""
+        """The slots of ``rank`` that the keeper holds, by number, mapped anew; the caller closes
+        them."""
         reply, fds = self._asked(GetSlots(rank=rank), Slots)
         found: list[tuple[int, Region]] = []
         left = list(fds)
         try:
             if len(fds) != len(reply.slots):
-                raise IntegrityError(f"not one descriptor a slot. slots={len(reply.slots)} descriptors={len(fds)}")
+                raise IntegrityError(
+                    f"not one descriptor a slot. slots={len(reply.slots)} descriptors={len(fds)}"
+                )
             for entry in reply.slots:
                 found.append((entry.index, Region.from_fd(left.pop(0), entry.size_bytes)))
         except BaseException:
@@ -278,7 +297,8 @@ class KeeperLink:
         return found
 
     def slot_made(self, index: int, fd: int, size_bytes: int) -> None:
-        """Hand slot ``index`` of this rank to the keeper, which has it on return. UsageError where memory is short."""
+        """Hand slot ``index`` of this rank to the keeper, which has it on return. UsageError where
+        memory is short."""
         self._calls.call(SlotCreated(index=index, size_bytes=size_bytes), [fd])
 
     def slot_gone(self, index: int) -> None:
@@ -298,21 +318,37 @@ class KeeperLink:
     def open_epoch(
         self, resume: SnapshotId | None, *, retention: Retention | None = None, newest: bool = False
     ) -> tuple[int, str]:
-        """Rank 0: open the next epoch, going on from ``resume``; number and origin. Raises FencedError, UnavailableError.
+        """Rank 0: open the next epoch, going on from ``resume``; number and origin. Raises
+        FencedError, UnavailableError.
 
-        ``retention``: what the keeper shall drop from now on (None: nothing). ``newest``: ``resume`` is the best of the last
-        ``choices``; raises NewerSnapshotError where there is a better one by now.
+        ``retention``: what the keeper shall drop from now on (None: nothing). ``newest``:
+        ``resume`` is the best of the last ``choices``; raises NewerSnapshotError where there is a
+        better one by now.
         """
-        opened = self._calls.ask(OpenEpoch(resume=resume, retention=retention, newest=newest), Number)
+        opened = self._calls.ask(
+            OpenEpoch(resume=resume, retention=retention, newest=newest), Number
+        )
         return opened.number, opened.origin
 
     def persist(
-        self, snapshot: SnapshotId, *, index: int, generation: int, tags: tuple[str, ...] = (),
+        self,
+        snapshot: SnapshotId,
+        *,
+        index: int,
+        generation: int,
+        tags: tuple[str, ...] = (),
         shared: Mapping[str, tuple[int, str]] | None = None,
-    ) -> None:  # fmt: skip
-        """Have slot ``index``, marked as in use, made durable. On return the keeper will do it even if this process dies."""
+    ) -> None:
+        """Have slot ``index``, marked as in use, made durable. On return the keeper will do it even
+        if this process dies."""
         self._calls.send(
-            Persist(snapshot=snapshot, index=index, generation=generation, tags=tags, shared=dict(shared or {}))
+            Persist(
+                snapshot=snapshot,
+                index=index,
+                generation=generation,
+                tags=tags,
+                shared=dict(shared or {}),
+            )
         )
 
     def refuse(self, snapshot: SnapshotId, error: CkptError) -> None:
@@ -320,28 +356,40 @@ class KeeperLink:
         self._calls.send(Refuse(snapshot=snapshot, error=from_error(error, rank=self.rank)))
 
     def known(self, base: SnapshotId, places: Mapping[Digest, ChunkLocation]) -> None:
-        """Chunks of the committed ``base`` that this rank read and found right; what comes next may refer to them."""
+        """Chunks of the committed ``base`` that this rank read and found right; what comes next may
+        refer to them."""
         some = dict(list(places.items())[:KNOWN_CHUNKS_MAX])
-        self._calls.send(VerifiedChunks(base=base, digests=tuple(some), locations=tuple(some.values())))
+        self._calls.send(
+            VerifiedChunks(base=base, digests=tuple(some), locations=tuple(some.values()))
+        )
 
     def set_tag(self, name: str, snapshot: SnapshotId) -> None:
         """Rank 0: tag a durable snapshot; the record is written on return."""
         self._calls.call(SetTag(name=name, snapshot=snapshot))
 
     def decided(self, boundary: int, flags: int) -> None:
-        """Rank 0: have the boards of other nodes say it too. They learn it a moment later; without a keeper nobody does."""
-        with contextlib.suppress(UnavailableError):  # the loop notices by itself that the keeper is gone
+        """Rank 0: have the boards of other nodes say it too. They learn it a moment later; without
+        a keeper nobody does."""
+        with contextlib.suppress(
+            UnavailableError
+        ):  # the loop notices by itself that the keeper is gone
             self._calls.send(Decided(boundary=boundary, flags=flags))
 
     # ---- this trainer
 
     def phase(self, name: str, at_s: float | None = None, **facts: Fact) -> None:
         """Tell a point of the start that is reached, or was at ``at_s``: see ``messages.Phase``."""
-        self._calls.send(Phase(name=name, at_s=time.monotonic() if at_s is None else at_s, facts=facts))
+        self._calls.send(
+            Phase(name=name, at_s=time.monotonic() if at_s is None else at_s, facts=facts)
+        )
 
-    def failing(self, kind: str, text: str, *, fingerprint: str, step: int, final: bool = False) -> None:
+    def failing(
+        self, kind: str, text: str, *, fingerprint: str, step: int, final: bool = False
+    ) -> None:
         """Tell that this trainer is about to die of an exception: see ``messages.Failing``."""
-        self._calls.send(Failing(kind=kind, text=text, fingerprint=fingerprint, step=step, final=final))
+        self._calls.send(
+            Failing(kind=kind, text=text, fingerprint=fingerprint, step=step, final=final)
+        )
 
     def finished(self) -> None:
         """Tell that the decorated function returned and all is durable."""
@@ -352,7 +400,8 @@ class KeeperLink:
         self._calls.send(Preempt(grace_s=grace_s))
 
     def close(self) -> None:
-        """Leave as planned. Nobody is told that the keeper is gone. Idempotent; not for the link's own thread."""
+        """Leave as planned. Nobody is told that the keeper is gone. Idempotent; not for the link's
+        own thread."""
         self._closing = True
         with contextlib.suppress(UnavailableError):  # the keeper left first
             self._events.send(Bye())
@@ -375,12 +424,15 @@ class KeeperLink:
         self._thread = threading.Thread(target=self._listen, name="ckpt-keeper-events", daemon=True)
         self._thread.start()
 
-    def _asked(self, message: Message, kind: type[_R], *, count: int | None = None) -> tuple[_R, Sequence[int]]:
+    def _asked(
+        self, message: Message, kind: type[_R], *, count: int | None = None
+    ) -> tuple[_R, Sequence[int]]:
         reply, fds = self._calls.call_fds(message)
         if not isinstance(reply, kind) or (count is not None and len(fds) != count):
             close_fds(fds)
             raise IntegrityError(
-                f"another answer than asked for. wanted={kind.__name__} came={type(reply).__name__} descriptors={len(fds)}"
+                f"another answer than asked for. wanted={kind.__name__} "
+                f"came={type(reply).__name__} descriptors={len(fds)}"
             )
         return reply, fds
 
@@ -401,7 +453,9 @@ class KeeperLink:
                             self._stop_s, stop = grace_s, self._on_stop
                         if stop is not None:
                             stop(grace_s)
-            error: CkptError = UnavailableError("the keeper is gone; what it had not made durable may be lost")
+            error: CkptError = UnavailableError(
+                "the keeper is gone; what it had not made durable may be lost"
+            )
         except Exception as met:  # noqa: BLE001  a thread's border: nobody would learn of any outcome any more
             error = UnavailableError(f"the connection to the keeper broke. cause={met!r}")
             error.__cause__ = met

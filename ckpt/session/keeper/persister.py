@@ -1,4 +1,5 @@
-"""Making staged snapshots durable where a keeper does it: hand slots over, learn what became of them."""
+"""Making staged snapshots durable where a keeper does it: hand slots over, learn what became of
+them."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ class _PendingSubmission:
 
 
 class KeeperPersister:
-    """What ``Persister`` is without a keeper: one rank's snapshots of one epoch, in the order in which all ranks hand them in.
+    """What ``Persister`` is without a keeper: one rank's snapshots of one epoch, in the order in
+    which all ranks hand them in.
 
-    Nothing of what was handed in is lost with this process. Becomes the link's listener: one at a time.
+    Nothing of what was handed in is lost with this process. Becomes the link's listener: one at a
+    time.
     """
 
     def __init__(self, link: KeeperLink, slots: SharedSlots, *, emit: Emit) -> None:
@@ -56,14 +59,20 @@ class KeeperPersister:
     def submit(self, staged: StagedSlot, *, tags: tuple[str, ...]) -> Future[SnapshotInfo]:
         """Hand a sealed slot to the keeper; the future gives the commit's facts or the error.
 
-        Every rank submits the same sequence. On return the keeper will persist it even if this process is killed, unless the
-        future has an error already.
+        Every rank submits the same sequence. On return the keeper will persist it even if this
+        process is killed, unless the future has an error already.
         """
         slot, snapshot = staged.slot, staged.index.snapshot
         one = self._expect(snapshot)
         self._slots.hand_over(slot)
         try:
-            self._link.persist(snapshot, index=slot.number, generation=slot.generation, tags=tags, shared=staged.shared)
+            self._link.persist(
+                snapshot,
+                index=slot.number,
+                generation=slot.generation,
+                tags=tags,
+                shared=staged.shared,
+            )
         except CkptError as error:
             self._slots.take_back(slot)
             self._fail(one, error)
@@ -72,7 +81,8 @@ class KeeperPersister:
         return one.future
 
     def submit_failure(self, snapshot: SnapshotId, error: CkptError) -> None:
-        """Take part in a snapshot that this rank could not stage: all ranks learn that it failed, and why."""
+        """Take part in a snapshot that this rank could not stage: all ranks learn that it failed,
+        and why."""
         one = self._expect(snapshot)
         try:
             self._link.refuse(snapshot, error)
@@ -80,9 +90,11 @@ class KeeperPersister:
             self._fail(one, lost)
 
     def refer_to(self, base: SnapshotId, known: Mapping[Digest, ChunkLocation]) -> None:
-        """Let the first snapshot refer to chunks of ``base``; nothing once one was handed in. Every rank calls it alike.
+        """Let the first snapshot refer to chunks of ``base``; nothing once one was handed in. Every
+        rank calls it alike.
 
-        ``known`` is what was read from the store. A keeper that is gone needs to know nothing: the next call tells.
+        ``known`` is what was read from the store. A keeper that is gone needs to know nothing: the
+        next call tells.
         """
         if not self._any and self._link.lost is None:
             self._link.known(base, known)
@@ -96,7 +108,9 @@ class KeeperPersister:
     def abandon(self) -> None:
         """Wait for nothing any more. The keeper goes on with what it was handed."""
         self._fail_all(
-            UnavailableError("the session ended before the snapshot was durable; the keeper goes on with it"),
+            UnavailableError(
+                "the session ended before the snapshot was durable; the keeper goes on with it"
+            ),
             quiet=True,
         )
 
@@ -113,15 +127,23 @@ class KeeperPersister:
         """A snapshot is settled on all ranks; perhaps one that an earlier attempt handed in."""
         snapshot, info = outcome.snapshot, outcome.info
         one = self._take(snapshot)
-        self.passed_step = max(self.passed_step, snapshot.step) if one is not None else self.passed_step
+        self.passed_step = (
+            max(self.passed_step, snapshot.step) if one is not None else self.passed_step
+        )
         error = to_error(outcome.error) if outcome.error is not None else None
         if info is not None:
             self.durable_at_s, self.last_info = time.monotonic(), info
-            self._tell(told.durable_event(info, seconds=time.monotonic() - one.began_s if one is not None else 0.0))
+            self._tell(
+                told.durable_event(
+                    info, seconds=time.monotonic() - one.began_s if one is not None else 0.0
+                )
+            )
             if error is not None:
                 self._tell(told.untagged_event(info, error))
         else:
-            error = error or InternalError(f"the keeper settled a snapshot without a word. snapshot={snapshot}")
+            error = error or InternalError(
+                f"the keeper settled a snapshot without a word. snapshot={snapshot}"
+            )
             self._tell(told.failed_event(snapshot, error))
         if one is None:
             return

@@ -1,8 +1,10 @@
-"""Slots whose memory a keeper holds too, so that it outlives the trainer: where it comes from and when it may be reused.
+"""Slots whose memory a keeper holds too, so that it outlives the trainer: where it comes from and
+when it may be reused.
 
-The keeper and this process map the same memfds. The board tells the other ranks what each slot holds, and carries the marks
-of slots that are in use: a trainer sets one before it publishes a slot that is to be made durable, and whoever is
-responsible for the slot then clears it, the keeper once the slot was handed to it.
+The keeper and this process map the same memfds. The board tells the other ranks what each slot
+holds, and carries the marks of slots that are in use: a trainer sets one before it publishes a slot
+that is to be made durable, and whoever is responsible for the slot then clears it, the keeper once
+the slot was handed to it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from ckpt.staging.slot import Slot
 from ckpt.values import SnapshotId
 
 SLOT_POLL_S = 0.002
-"""How often a rank that waits for a slot looks at the board: other ranks and the keeper free slots there."""
+"""How often a rank that waits for a slot looks at the board: other ranks and the keeper free slots
+there."""
 
 _NOTHING_SEEN = BoardView((), ())
 
@@ -60,11 +63,12 @@ class _NoKeeper:
 
 
 class SharedSlots:
-    """The ``Regions`` of a pool whose slots a keeper holds. Make it before this rank tells the others that it is there.
+    """The ``Regions`` of a pool whose slots a keeper holds. Make it before this rank tells the
+    others that it is there.
 
-    What the memory holds is true; the board is corrected where the trainer before this one died between a change of the one
-    and of the other. ``epoch`` is the one that snapshots are captured in: set it as soon as it is open. Raises
-    UnavailableError where the keeper is gone.
+    What the memory holds is true; the board is corrected where the trainer before this one died
+    between a change of the one and of the other. ``epoch`` is the one that snapshots are captured
+    in: set it as soon as it is open. Raises UnavailableError where the keeper is gone.
     """
 
     slots_min = 2
@@ -94,7 +98,9 @@ class SharedSlots:
         region = Region(size_bytes)
         try:
             if region.fd is None:
-                raise UnavailableError("memory can't be shared with a keeper on this system; train without one")
+                raise UnavailableError(
+                    "memory can't be shared with a keeper on this system; train without one"
+                )
             self._own.clear(number)
             self._own.release(number)
             self._keeper.slot_made(number, region.fd, size_bytes)
@@ -104,7 +110,8 @@ class SharedSlots:
         return region
 
     def may_overwrite(self, slot: Slot, *, spare: bool) -> bool:
-        """See ``Regions``. ``spare`` says nothing here: what all ranks hold counts, not what this one sealed last."""
+        """See ``Regions``. ``spare`` says nothing here: what all ranks hold counts, not what this
+        one sealed last."""
         del spare
         return self.reason_kept(slot) is None
 
@@ -112,13 +119,18 @@ class SharedSlots:
         """Why an idle slot must not be overwritten now, or None where it may be."""
         in_use, pair = self._own.slot(slot.number).held, slot.snapshot
         if in_use or pair is None or self._replaced(pair):
-            seen = _NOTHING_SEEN if self._complete is None else BoardView((), (frozenset([self._complete]),))
+            seen = (
+                _NOTHING_SEEN
+                if self._complete is None
+                else BoardView((), (frozenset([self._complete]),))
+            )
         else:
             seen = self._look()
         return reason_kept(pair, in_use=in_use, view=seen, epoch=self.epoch, resume=self.resume)
 
     def _replaced(self, pair: SnapshotId) -> bool:
-        """Whether a newer pair is complete: once one was, one at least as new always is, so the board needs no look then."""
+        """Whether a newer pair is complete: once one was, one at least as new always is, so the
+        board needs no look then."""
         if self._complete is None or pair >= self._complete:
             self._complete = newest_of([self._complete, self._board.newest_complete()])
         return self._complete is not None and pair < self._complete
@@ -128,7 +140,8 @@ class SharedSlots:
         self._own.clear(slot.number)
 
     def sealed(self, slot: Slot) -> None:
-        """See ``Regions``. Marked as in use before it is published, where whoever staged it holds a pin."""
+        """See ``Regions``. Marked as in use before it is published, where whoever staged it holds a
+        pin."""
         assert slot.snapshot is not None, "sealed"
         if slot.pinned:
             self._marked.add(slot.number)
@@ -147,7 +160,8 @@ class SharedSlots:
         self._keeper.slot_gone(slot.number)
 
     def hand_over(self, slot: Slot) -> None:
-        """From now on the keeper says when ``slot`` is in use no more. Before it is told to persist it."""
+        """From now on the keeper says when ``slot`` is in use no more. Before it is told to persist
+        it."""
         self._marked.discard(slot.number)
 
     def take_back(self, slot: Slot) -> None:
@@ -155,7 +169,8 @@ class SharedSlots:
         self._marked.add(slot.number)
 
     def hand_over_all(self, slots: Sequence[Slot]) -> None:
-        """To a keeper that is new: every slot of a pool. Their marks are cleared where this process didn't set them."""
+        """To a keeper that is new: every slot of a pool. Their marks are cleared where this process
+        didn't set them."""
         for slot in slots:
             if slot.number not in self._marked:
                 self._own.release(slot.number)
@@ -167,7 +182,8 @@ class SharedSlots:
                 self._keeper.slot_made(number, region.fd, region.size_bytes)
 
     def detach_keeper(self, slots: Sequence[Slot]) -> None:
-        """The keeper is gone and none comes: a pool's slots are this process's alone, and new ones are handed to nobody."""
+        """The keeper is gone and none comes: a pool's slots are this process's alone, and new ones
+        are handed to nobody."""
         self._keeper = _NoKeeper()
         self.hand_over_all(slots)
 
@@ -178,7 +194,10 @@ class SharedSlots:
 
     def _look(self) -> BoardView:
         ranks = self._board.all_ranks()
-        come = tuple(passed(one.sealed_snapshots(), completed=one.completed, epoch=self.epoch) for one in ranks)
+        come = tuple(
+            passed(one.sealed_snapshots(), completed=one.completed, epoch=self.epoch)
+            for one in ranks
+        )
         return BoardView(come, tuple(one.sealed_snapshots() for one in ranks))
 
     def _correct_board(self) -> None:
@@ -201,8 +220,8 @@ def open_staged(
 ) -> Iterator[tuple[SnapshotIndex, Backend]]:
     """A staged snapshot to restore from: its index, and the slots of all ranks as a store.
 
-    Raises IntegrityError where a rank's slot doesn't hold it (any more), also at the end: then what was read in between may be
-    no snapshot. UnavailableError where the keeper is gone.
+    Raises IntegrityError where a rank's slot doesn't hold it (any more), also at the end: then what
+    was read in between may be no snapshot. UnavailableError where the keeper is gone.
     """
     regions: list[Region] = []
     try:
@@ -215,7 +234,9 @@ def open_staged(
         try:
             yield staged_index(store.indexes, job=job), store
             if not store.unchanged():
-                raise IntegrityError(f"a slot was overwritten while it was read. snapshot={snapshot}")
+                raise IntegrityError(
+                    f"a slot was overwritten while it was read. snapshot={snapshot}"
+                )
         finally:
             memories.clear()
             store.close()
