@@ -67,11 +67,11 @@ FATES = ["request lost", "answer lost", "late"]
 @pytest.mark.parametrize(
     "settle",
     [
-        lambda one, other: one.live_under(other),
-        lambda one, other: one.say("fact", b"y"),
+        lambda one, other: one.borrow_lease(other),
+        lambda one, other: one.put_fact("fact", b"y"),
         lambda one, other: one.lead(),
         lambda one, other: one.suspect("n1", "reset"),
-        lambda one, other: one.live_alone(),
+        lambda one, other: one.use_own_lease(),
     ],
 )
 def test_a_move_without_an_answer_is_settled_by_whatever_is_written_next(

@@ -21,7 +21,7 @@ def test_waiting_too_long_names_what_was_waited_for() -> None:
 def test_waiting_stops_when_told() -> None:
     told = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait_for_message, SoloMailbox(), "never", timeout_s=None, what="a word", stop=told.is_set)
+        waiting = pool.submit(wait_for_message, SoloMailbox(), "never", timeout_s=None, awaited="a word", stop=told.is_set)
         told.set()
         with pytest.raises(UnavailableError, match="stopped while waiting for a word"):
             waiting.result(WAIT_S)
@@ -80,7 +80,7 @@ def test_waiting_in_a_room_stops_when_told() -> None:
     told = threading.Event()
     channel = InProcessMailbox(InProcessRoom(), rank=1, size=2)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait_for_message, channel, "never", timeout_s=None, what="a word", stop=told.is_set)
+        waiting = pool.submit(wait_for_message, channel, "never", timeout_s=None, awaited="a word", stop=told.is_set)
         told.set()
         with pytest.raises(UnavailableError, match="stopped while waiting for a word"):
             waiting.result(WAIT_S)

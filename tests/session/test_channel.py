@@ -152,7 +152,7 @@ def test_counters_add_up_and_forgotten_messages_are_gone(stores) -> None:
 def test_waiting_ends_when_the_message_comes(stores) -> None:
     a, b = _meet_all(stores, 2)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait_for_message, b, "word", timeout_s=20, what="a word")
+        waiting = pool.submit(wait_for_message, b, "word", timeout_s=20, awaited="a word")
         a.post("word", b"now")
         assert waiting.result(20) == b"now"
 

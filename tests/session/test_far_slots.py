@@ -108,7 +108,7 @@ class World:
         return self.nodes[address]
 
     def restore(self, between: Callable[[], object] = lambda: None, box: Box | None = None) -> bytes:
-        with open_memory(SNAPSHOT, self.sources, self.own(), reach=self.reach, job="job") as (index, store):
+        with open_memory(SNAPSHOT, self.sources, self.own(), open_peer=self.reach, job="job") as (index, store):
             between()
             plan = plan_reads(index, [Want("model/rows", None, box or Box.whole(ROWS.shape))], coalesce_bytes=1 << 20)
             outputs = [bytearray(size) for size in plan.output_bytes]
@@ -139,7 +139,7 @@ def test_each_begins_behind_its_own_ranks(world: World) -> None:
     world.nodes["c"] = Noted({key[rank]: slot(rank, header_pages=1) for rank in range(RANKS)})
     world.sources = [Source(mirrors=("c",)), Source(local=0, mirrors=("c",)), Source(mirrors=("c",))]
     own = {1: [memoryview(slot(1))]}
-    with open_memory(SNAPSHOT, world.sources, own, reach=world.reach, job="job"):
+    with open_memory(SNAPSHOT, world.sources, own, open_peer=world.reach, job="job"):
         assert asked == [key[2], key[0]]
 
 
@@ -271,7 +271,7 @@ def test_index_of_another_digest_is_refused(world: World) -> None:
 
 
 def test_memory_is_only_read(world: World) -> None:
-    with open_memory(SNAPSHOT, world.sources, world.own(), reach=world.reach, job="job") as (_, store):
+    with open_memory(SNAPSHOT, world.sources, world.own(), open_peer=world.reach, job="job") as (_, store):
         assert [stat.key for stat in store.list("slot/")] == [f"slot/{rank}" for rank in range(RANKS)]
         assert {stat.size_bytes for stat in store.list("", after="slot/0")} == {4 * PAGE_BYTES}
         with pytest.raises(UsageError):

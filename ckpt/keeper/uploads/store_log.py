@@ -101,12 +101,12 @@ def open_job_of(spec: KeeperSpec, tell: Emit) -> Backend:
     """The stores of a keeper's job."""
     # Only now, so that a keeper listens before it has loaded what stores need.
     opening = import_module("ckpt.backends.replicated.open")
-    opened: Backend = opening.open_job(
+    opened: Backend = opening.open_job_stores(
         spec.stores,
         spec.storage_options,
         write_quorum=spec.write_quorum,
         encryption_key=spec.encryption_key,
-        tell=tell,
+        emit=tell,
     )
     return opened
 

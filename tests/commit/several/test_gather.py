@@ -108,7 +108,7 @@ def test_two_readers_who_hear_enough_of_the_same_stores_agree_but_for_a_last_rec
                 seen.append(
                     read(tuple(one if yes else None for one, yes in zip(world, heard, strict=True)), start, "a")
                 )
-        sure = [got.state for got in seen if got.before is None and not got.state.unsure]
+        sure = [got.state for got in seen if got.before is None and not got.state.stale_reason]
         assert len({state.head_digest for state in sure if state.next_seq > 1}) <= 1, world
         for got in seen:
             for state in sure:

@@ -134,7 +134,7 @@ def test_waiting_ends_when_the_key_comes_or_the_time_is_over(store: Make) -> Non
 
 def test_a_round_that_is_over_hands_out_ranks_of_nowhere(store: Make) -> None:
     told: list[str] = []
-    one = store(over=lambda: "b is gone", doomed=told.append)
+    one = store(over=lambda: "b is gone", on_doomed=told.append)
     assert b"1000000" in one.get("torchelastic/role_info/1")
     assert told == ["b is gone"]
     assert one.wait_for_all(["MASTER_PORT"]) == "b is gone"

@@ -198,7 +198,7 @@ def test_other_era_fails_what_is_in_flight_and_lets_go_of_what_waits(pair) -> No
     pair.begin()
     epoch = pair.open()
     pair.root.hand_in(SnapshotId(epoch, 1))  # the other node is gone
-    pair.other.uploads.await_open()
+    pair.other.uploads.hold_submissions()
     pair.other.hand_in(SnapshotId(epoch, 1))
     pair.era()
     pair.settled()
@@ -215,10 +215,10 @@ def test_other_era_fails_what_is_in_flight_and_lets_go_of_what_waits(pair) -> No
 def test_turn_that_one_rank_lacks_ends_with_its_era(make_world) -> None:
     world = make_world(2)
     uploads = world.uploads()
-    uploads.new_era(root=True)
+    uploads.new_generation(root=True)
     world.opened(uploads, None)
     uploads.persist(0, world.stage(0, SnapshotId(1, 1)), ())
-    uploads.new_era(root=True)
+    uploads.new_generation(root=True)
     world.until(lambda: uploads.idle)
     assert (uploads.in_flight, world.pinned(), uploads.handed) == (0, 0, (0, ()))
     epoch = world.opened(uploads, None)

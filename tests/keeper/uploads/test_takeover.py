@@ -299,7 +299,7 @@ def test_what_an_era_left_on_its_way_is_committed_under_no_later_epoch(make_worl
     for rank in range(2):
         uploads.persist(rank, world.stage(rank, FIRST), ())
     assert world.store.waits.wait(WAIT_S)
-    uploads.new_era(root=True)
+    uploads.new_generation(root=True)
     world.result(uploads.choices([]))
     world.opened(uploads, None)
     world.store.held = ""

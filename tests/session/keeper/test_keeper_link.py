@@ -151,7 +151,7 @@ def test_next_keeper_is_given_board_and_slots(make_keeper, keeper, link: KeeperL
     link._thread.join(WAIT_S)
     heir = make_keeper(new=True)
     link.reconnect(rank.board)
-    rank.shared.hand_in_again(rank.pool.slots)
+    rank.shared.hand_over_all(rank.pool.slots)
     assert link.lost is None
     assert [type(one) for one in heir.heard if not isinstance(one, words.Hello)] == [words.BoardKept, words.SlotCreated]
     ((_, region),) = link.slots(0)

@@ -50,7 +50,7 @@ def test_failed_and_untagged_snapshots_say_so(keeper, rank) -> None:
 
 
 def test_refused_snapshot_is_in_flight_until_all_ranks_know(keeper, rank) -> None:
-    rank.persister.refuse(SNAPSHOT, UnavailableError("no slot"))
+    rank.persister.submit_failure(SNAPSHOT, UnavailableError("no slot"))
     again = rank.persister.submit(rank.stage(), tags=())
     (word,) = keeper.wait(words.Refuse)
     assert word == words.Refuse(snapshot=SNAPSHOT, error=RemoteError("unavailable", "no slot", 0))
@@ -96,7 +96,7 @@ def test_lost_keeper_fails_what_is_in_flight_and_what_comes(keeper, link: Keeper
     with pytest.raises(UnavailableError):
         rank.persister.submit(late, tags=()).result(WAIT_S)
     assert not rank.own.slot(late.slot.number).held
-    rank.persister.refuse(SnapshotId(1, 12), UnavailableError("no slot"))
+    rank.persister.submit_failure(SnapshotId(1, 12), UnavailableError("no slot"))
     rank.persister.refer_to(SNAPSHOT, {})
     rank.persister.close()
     assert rank.persister.in_flight == 0

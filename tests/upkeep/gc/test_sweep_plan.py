@@ -132,7 +132,7 @@ def verdict_of(found: GarbageClassifier, key: str, age_s: float = 2 * GRACE_S) -
 def test_what_exists_refers_to_is_live_and_other_objects_of_its_pair_are_garbage() -> None:
     pair = SnapshotId(1, 20)
     other = keys.part_key(pair, keys.writer_name("node", "1" * 16))
-    found = judge(committed(20), exist={pair: SnapshotReferences(pair, frozenset((part(20), part(7))))})
+    found = judge(committed(20), existing={pair: SnapshotReferences(pair, frozenset((part(20), part(7))))})
     assert verdict_of(found, part(20)) is ObjectStatus.LIVE
     assert verdict_of(found, part(7)) is ObjectStatus.LIVE, "whatever pair it was written for"
     assert verdict_of(found, other) is ObjectStatus.GARBAGE
@@ -182,7 +182,7 @@ def test_snapshot_whose_records_cannot_be_read_holds_all_packs_and_its_own_objec
     pair = SnapshotId(1, 20)
     broken = SnapshotReferences(pair, frozenset((part(20),)), "damaged")
     gone = judge(committed(20, 30, drop=(20,)), dropped=(broken,))
-    found = gone if dropped else judge(committed(20), exist={pair: broken})
+    found = gone if dropped else judge(committed(20), existing={pair: broken})
     other = keys.part_key(pair, keys.writer_name("node", "1" * 16))
     assert verdict_of(found, other) is ObjectStatus.HELD
     assert verdict_of(found, part(10)) is ObjectStatus.GARBAGE, "what is no pack is needed by its own pair alone"
