@@ -125,7 +125,7 @@ def test_store_that_could_not_be_probed_is_asked_again(store: FsspecBackend, mon
         raise PermissionError(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FsspecMemoryWriter, "create_method", denied)
+        patch.setattr(FsspecMemoryWriter, "create", denied)
         assert not store.capabilities().create_only
     assert store.capabilities().create_only
 

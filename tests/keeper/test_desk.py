@@ -54,11 +54,11 @@ def pair(serve: Serve):
 def test_messages_are_posted_counted_and_forgotten(pair) -> None:
     _, one, two = pair
     assert one.calls.ask(Peek(key="k"), Value).value is None
-    two.calls.tell(Post(key="k", value=b"v"))
+    two.calls.send(Post(key="k", value=b"v"))
     assert two.calls.ask(Count(key="c", amount=2), Number).number == 2
     assert one.calls.ask(Peek(key="k"), Value).value == b"v"
     assert one.calls.ask(Count(key="c", amount=3), Number).number == 5
-    one.calls.tell(Forget(key="k"))
+    one.calls.send(Forget(key="k"))
     assert one.calls.ask(Peek(key="k", wait_s=0.0), Value).value is None
 
 
@@ -72,7 +72,7 @@ def test_a_waiting_question_is_answered_when_the_message_comes(pair) -> None:
     for thread in asked:
         thread.start()
     assert two.calls.ask(Count(key="c", amount=1), Number).number == 1, "others are answered meanwhile"
-    two.calls.tell(Post(key="k", value=b"late"))
+    two.calls.send(Post(key="k", value=b"late"))
     for thread in asked:
         thread.join(10)
     assert answers == [b"late"] * 3
@@ -94,7 +94,7 @@ def test_slots_are_handed_over_and_back(pair) -> None:
     assert [(entry.index, entry.size_bytes) for entry in reply.slots] == [(3, made.size_bytes)]
     assert os.pread(fds[0], 3, 8192) == b"abc"
     os.close(fds[0])
-    one.calls.tell(SlotReleased(index=3))
+    one.calls.send(SlotReleased(index=3))
     assert one.calls.ask(GetSlots(rank=0), Slots).slots == ()
 
 
@@ -108,7 +108,7 @@ def test_a_slot_with_no_descriptor_or_two_is_refused_and_none_is_kept(pair) -> N
         one.calls.call(SlotCreated(index=1, size_bytes=made.size_bytes), [made.fd, made.fd])
     with pytest.raises(UsageError, match="taken"):
         one.calls.call(SlotCreated(index=0, size_bytes=made.size_bytes), [made.fd])
-    one.calls.tell(Post(key="k", value=b""), [made.fd])
+    one.calls.send(Post(key="k", value=b""), [made.fd])
     until(lambda: served.told("refused"))
     until(lambda: descriptors([made]) == before)
 
@@ -138,7 +138,7 @@ def test_a_slot_that_is_not_sealed_fails_for_all_and_the_next_goes_through(pair)
     open_epoch(one)
     one.hand_in(SnapshotId(1, 1))
     two.make(0)
-    two.calls.tell(Persist(snapshot=SnapshotId(1, 1), index=0, generation=9))
+    two.calls.send(Persist(snapshot=SnapshotId(1, 1), index=0, generation=9))
     assert [trainer.outcome().error.code for trainer in (one, two)] == ["internal", "internal"]
     for trainer in (one, two):
         trainer.hand_in(SnapshotId(1, 2), index=1)
@@ -149,7 +149,7 @@ def test_what_one_rank_refuses_fails_on_all(pair) -> None:
     _, one, two = pair
     open_epoch(one)
     one.hand_in(SnapshotId(1, 1))
-    two.calls.tell(Refuse(snapshot=SnapshotId(1, 1), error=RemoteError("integrity", "a leaf changed", 1)))
+    two.calls.send(Refuse(snapshot=SnapshotId(1, 1), error=RemoteError("integrity", "a leaf changed", 1)))
     errors = [trainer.outcome().error for trainer in (one, two)]
     assert all(error is not None and "a leaf changed" in error.text for error in errors)
 
@@ -175,15 +175,15 @@ def test_what_lies_beyond_is_forgotten_only_once_the_epoch_is_open(pair) -> None
         trainer.stage(beyond)
     with pytest.raises(UsageError, match="never opened"):
         open_epoch(one, SnapshotId(0, 3))
-    assert one.board.complete() == beyond
+    assert one.board.newest_complete() == beyond
     assert open_epoch(one, SnapshotId(1, 5)) == 2
-    assert one.board.complete() is None, "before the number is answered"
+    assert one.board.newest_complete() is None, "before the number is answered"
 
 
 def test_places_without_digests_are_refused_and_hurt_nobody(pair) -> None:
     served, one, two = pair
     open_epoch(one)
-    one.calls.tell(VerifiedChunks(base=SnapshotId(1, 1), digests=(b"x" * 16,), locations=()))
+    one.calls.send(VerifiedChunks(base=SnapshotId(1, 1), digests=(b"x" * 16,), locations=()))
     until(lambda: served.told("refused"))
     assert two.calls.ask(Count(key="c", amount=1), Number).number == 1
 

@@ -43,19 +43,19 @@ class FakeNode:
         self.failures: list[said.NodeFailed] = []
         self.ends: list[int] = []
         self.closed = False
-        self.standing = LeaseStatus(LeaseState.VALID, 77.0, 1, True)
+        self.lease_status = LeaseStatus(LeaseState.VALID, 77.0, 1, True)
 
-    def say(self, node: str, word: MeshMessage) -> bool:
+    def send(self, node: str, word: MeshMessage) -> bool:
         self.said.append((node, word))
         return node in self.reached
 
-    def up(self, node: str) -> bool:
+    def is_connected(self, node: str) -> bool:
         return node in self.reached
 
-    def failed(self, failure: said.NodeFailed) -> None:
+    def report_failure(self, failure: said.NodeFailed) -> None:
         self.failures.append(failure)
 
-    def ended(self, attempt: int) -> None:
+    def report_ended(self, attempt: int) -> None:
         self.ends.append(attempt)
 
     def close(self) -> None:

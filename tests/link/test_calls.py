@@ -149,7 +149,7 @@ def test_all_calls_fail_when_the_keeper_is_gone(ends_of_a_wire) -> None:
             with pytest.raises(UnavailableError, match="gone"):
                 one.result(20)
     with pytest.raises(UnavailableError, match="gone"):
-        calls.tell(Post(key="k", value=b""))
+        calls.send(Post(key="k", value=b""))
 
 
 def test_a_word_of_the_keeper_belongs_elsewhere(ends_of_a_wire) -> None:
@@ -184,5 +184,5 @@ def test_a_forked_child_forgets_without_a_word(ends_of_a_wire) -> None:
             os._exit(0)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    calls.tell(Post(key="k", value=b"parent"))
+    calls.send(Post(key="k", value=b"parent"))
     assert take(keeper) == Post(key="k", value=b"parent")

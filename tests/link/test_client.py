@@ -46,7 +46,7 @@ KEEPER = textwrap.dedent("""
     if spec.job == "deaf":
         time.sleep(60)
     listener = folder.listen()
-    folder.describe(spec.store, spec.job)
+    folder.write_info(spec.store, spec.job)
     if os.fork():
         os._exit(0)
     count, going = 0, True

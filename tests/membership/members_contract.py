@@ -121,7 +121,7 @@ class MembershipContract:
         self, make_member: Make, ttl_s: float
     ) -> None:
         told: list[float] = []
-        member = make_member(2 * ttl_s, acts=told.append)
+        member = make_member(2 * ttl_s, on_act_until=told.append)
         member.join(info())
         until(lambda: len(told) >= 3)
         assert told == sorted(set(told))

@@ -75,7 +75,7 @@ def test_interpreter_exits_though_a_store_hangs_and_nobody_closed(tmp_path: Path
                 threading.Event().wait()
 
         stores = [Hanging(sys.argv[1] + "/a"), FileBackend(sys.argv[1] + "/b"), FileBackend(sys.argv[1] + "/c")]
-        store = ReplicatedBackend(stores, tell=lambda event: None, pace=ReplicationLimits(grace_s_max=0.1, hedge_s_first=0.1))
+        store = ReplicatedBackend(stores, emit=lambda event: None, limits=ReplicationLimits(grace_s_max=0.1, hedge_s_first=0.1))
         store.put("k", [bytearray(b"x" * 1000)])
         out = bytearray(1000)
         store.read_into("k", memoryview(out))
@@ -96,7 +96,7 @@ def test_puts_and_reads_still_work_while_the_interpreter_ends(tmp_path: Path) ->
         from ckpt.backends.file.store import FileBackend
         from ckpt.backends.replicated.store import ReplicatedBackend
 
-        store = ReplicatedBackend([FileBackend(sys.argv[1] + "/" + name) for name in "abc"], tell=lambda event: None)
+        store = ReplicatedBackend([FileBackend(sys.argv[1] + "/" + name) for name in "abc"], emit=lambda event: None)
 
         def last():
             store.put("k", [bytearray(b"x" * 1000)])
@@ -138,7 +138,7 @@ def test_dead_store_at_start_is_told_and_the_others_serve() -> None:
     heard = Heard()
     memories = [Remembering(name) for name in "abc"]
     memories[0].away = away(memories[0])
-    with replicated(memories, tell=heard) as store:
+    with replicated(memories, emit=heard) as store:
         for number in range(5):
             store.put(f"k/{number}", [b"x"])
             assert read(store, f"k/{number}", 1) == b"x"

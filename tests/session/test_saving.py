@@ -197,10 +197,10 @@ def test_in_flight_counts_what_is_ordered_and_not_settled(rank_over) -> None:
     assert rank.saving.may_take(0) == Take()
     second = rank.save(_items(0, 2), 2)
     assert isinstance(rank.saving.may_take(0), Skip)
-    assert not rank.saving.settled
+    assert not rank.saving.idle
     store.gate.set()
     assert (first.durable(20).step, second.durable(20).step) == (1, 2)
-    assert rank.saving.settled
+    assert rank.saving.idle
     _until(lambda: rank.saving.may_take(0) == Take())
     rank.saving.finish()
 

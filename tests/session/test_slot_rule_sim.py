@@ -211,7 +211,7 @@ def test_three_free_slots_bound_what_is_redone(seed: int, overlapped: bool, redo
 def test_without_the_rule_the_simulation_finds_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest slot that is not in use: what a rank alone would choose."""
     monkeypatch.setattr(
-        f"{__name__}.why_kept", lambda pair, *, in_use, seen, epoch: "in use" if in_use else None
+        f"{__name__}.reason_kept", lambda pair, *, in_use, view, epoch: "in use" if in_use else None
     )  # fmt: skip
     with pytest.raises(AssertionError):
         for seed in SEEDS:

@@ -56,7 +56,7 @@ def store(keyspace: Keyspace) -> Make:
     def make(number: int = 1, **settings: object) -> RoundStore:
         lease = 7000 + number
         keyspace.grant(lease, 60.0)
-        chosen = {"over": str, "present": lambda: 2, "doomed": lambda why: None, **settings}
+        chosen = {"round_problem": str, "count_present": lambda: 2, "on_doomed": lambda why: None, **settings}
         return RoundStore(chosen.pop("keyspace", keyspace), RendezvousRound(number, ("a", "b"), lease), **chosen)
 
     return make
@@ -134,7 +134,7 @@ def test_waiting_ends_when_the_key_comes_or_the_time_is_over(store: Make) -> Non
 
 def test_a_round_that_is_over_hands_out_ranks_of_nowhere(store: Make) -> None:
     told: list[str] = []
-    one = store(over=lambda: "b is gone", on_doomed=told.append)
+    one = store(round_problem=lambda: "b is gone", on_doomed=told.append)
     assert b"1000000" in one.get("torchelastic/role_info/1")
     assert told == ["b is gone"]
     assert one.wait_for_all(["MASTER_PORT"]) == "b is gone"

@@ -46,7 +46,7 @@ def sit(start=Fork(), prepare=False, reconnect=connect):
     stacks = Path(os.environ["TEST_FOLDER"])
     told = lambda event: say(event.kind)
     return supervise(connect(), SupervisorPlan(
-        start=start, hello=hello, reconnect=reconnect, tell=told, stacks=stacks, prepare=prepare))
+        start=start, hello=hello, reconnect=reconnect, emit=told, stacks=stacks, prepare=prepare))
 
 def say(*words):
     sys.stdout.write(" ".join(map(str, words)) + "\\n")

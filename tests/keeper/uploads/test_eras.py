@@ -118,7 +118,7 @@ def test_both_nodes_hand_in_and_hear_of_the_same_snapshot(pair) -> None:
         for node in pair.nodes:
             node.hand_in(SnapshotId(epoch, step), ("best",))
     pair.both_durable(SnapshotId(epoch, 1), SnapshotId(epoch, 2))
-    assert [node.uploads.handed[0] for node in pair.nodes] == [2, 2]
+    assert [node.uploads.submitted[0] for node in pair.nodes] == [2, 2]
 
 
 def test_what_comes_before_the_epoch_is_known_to_be_open_waits_for_it(pair) -> None:
@@ -126,7 +126,7 @@ def test_what_comes_before_the_epoch_is_known_to_be_open_waits_for_it(pair) -> N
     epoch = pair.open(tell=False)
     for node in pair.nodes:
         node.hand_in(SnapshotId(epoch, 1))
-    assert pair.other.uploads.handed[0] == 0
+    assert pair.other.uploads.submitted[0] == 0
     assert pair.world.pinned() == 2
     pair.other.down = 2
     for node in pair.nodes:
@@ -145,7 +145,7 @@ def test_uneven_hand_ins_of_an_attempt_are_evened_out_when_the_next_opens(pair, 
     pair.both_durable(one)
     pair.root.hand_in(two, ("end",))
     if staged:
-        pair.other.stage(two).let_go()
+        pair.other.stage(two).free()
     pair.end()
     pair.begin()
     epoch = pair.open(two if staged else one)
@@ -155,7 +155,7 @@ def test_uneven_hand_ins_of_an_attempt_are_evened_out_when_the_next_opens(pair, 
     for node in pair.nodes:
         node.hand_in(three)
     pair.both_durable(three)
-    assert [node.uploads.handed[0] for node in pair.nodes] == [3, 3]
+    assert [node.uploads.submitted[0] for node in pair.nodes] == [3, 3]
     assert (pair.world.state().find(two) is not None) is staged
 
 
@@ -168,7 +168,7 @@ def test_what_an_attempt_held_back_until_its_end_is_neither_lost_count_of_nor_ha
     one = SnapshotId(epoch, 1)
     for node in pair.nodes:  # the other never hears that the epoch is open
         node.hand_in(one)
-    assert pair.other.uploads.handed[0] == 0
+    assert pair.other.uploads.submitted[0] == 0
     pair.end()
     pair.begin()
     epoch = pair.open(one)
@@ -176,7 +176,7 @@ def test_what_an_attempt_held_back_until_its_end_is_neither_lost_count_of_nor_ha
     for node in pair.nodes:
         node.hand_in(SnapshotId(epoch, 2))
     pair.both_durable(one, SnapshotId(epoch, 2))
-    assert [node.uploads.handed[0] for node in pair.nodes] == [2, 2]
+    assert [node.uploads.submitted[0] for node in pair.nodes] == [2, 2]
 
 
 def test_word_of_an_earlier_attempt_that_comes_late_opens_nothing(pair) -> None:
@@ -188,7 +188,7 @@ def test_word_of_an_earlier_attempt_that_comes_late_opens_nothing(pair) -> None:
     pair.root.opened()
     pair.other.hand_in(SnapshotId(epoch, 1))
     pair.world.until(lambda: pair.other.uploads.idle)
-    assert pair.other.uploads.handed[0] == 0, "held back still"
+    assert pair.other.uploads.submitted[0] == 0, "held back still"
     pair.other.opened()
     pair.root.hand_in(SnapshotId(epoch, 1))
     pair.both_durable(SnapshotId(epoch, 1))
@@ -209,7 +209,7 @@ def test_other_era_fails_what_is_in_flight_and_lets_go_of_what_waits(pair) -> No
     for node in pair.nodes:
         node.hand_in(SnapshotId(epoch, 2))
     pair.both_durable(SnapshotId(epoch, 2))
-    assert [node.uploads.handed for node in pair.nodes] == [(1, ((0, SnapshotId(epoch, 2), ()),))] * 2
+    assert [node.uploads.submitted for node in pair.nodes] == [(1, ((0, SnapshotId(epoch, 2), ()),))] * 2
 
 
 def test_turn_that_one_rank_lacks_ends_with_its_era(make_world) -> None:
@@ -220,7 +220,7 @@ def test_turn_that_one_rank_lacks_ends_with_its_era(make_world) -> None:
     uploads.persist(0, world.stage(0, SnapshotId(1, 1)), ())
     uploads.new_generation(root=True)
     world.until(lambda: uploads.idle)
-    assert (uploads.in_flight, world.pinned(), uploads.handed) == (0, 0, (0, ()))
+    assert (uploads.in_flight, world.pinned(), uploads.submitted) == (0, 0, (0, ()))
     epoch = world.opened(uploads, None)
     assert all(world.infos(world.save(uploads, SnapshotId(epoch, 1))))
     uploads.close(WAIT_S)

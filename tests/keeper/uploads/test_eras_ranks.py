@@ -96,7 +96,7 @@ class Job:
     def _hand_in(self, node: Node, rank: int, snapshot: SnapshotId, dies: bool) -> None:
         if dies and self.dice.random() < 0.4:
             if self.dice.random() < 0.5:  # staged, and not handed in
-                self.world.stage(node.first + rank, snapshot).let_go()
+                self.world.stage(node.first + rank, snapshot).free()
         elif self.dice.random() < 0.1:
             node.uploads.refuse(rank, snapshot, UsageError("no share of this one"))
         else:

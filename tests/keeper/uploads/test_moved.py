@@ -36,7 +36,7 @@ def test_new_launch_starts_afresh(make_world, asked: bool, replaced: bool, origi
     world.until(lambda: len(world.alarms("store-changed")) == 1)
     assert all(world.infos(world.save(uploads, SnapshotId(1, 2))))
     assert world.readable(SnapshotId(1, 2))
-    assert world.state().line == (SnapshotId(1, 2),)
+    assert world.state().lineage == (SnapshotId(1, 2),)
     assert world.result(uploads.choices([])) == (Choice(SnapshotId(1, 2), "durable"),)
     assert uploads.open_epoch(None).result(0) == 2
     world.until(lambda: uploads.idle)
@@ -77,5 +77,5 @@ def test_what_was_on_its_way_to_a_removed_store_fails_and_frees_its_slots(make_w
     world.until(lambda: uploads.in_flight == 0)
     world.until(lambda: world.pinned() == 0)
     assert all(world.infos(world.save(uploads, SnapshotId(1, 3))))
-    assert world.state().line == (SnapshotId(1, 3),)
+    assert world.state().lineage == (SnapshotId(1, 3),)
     uploads.close(WAIT_S)

@@ -108,7 +108,7 @@ class Run:
         self.uploads.attempt_ended(self.world.sealed_of)
         complete = self.complete()
         if complete:
-            self.uploads.settle(complete, self.world.sealed_of)
+            self.uploads.flush_newest(complete, self.world.sealed_of)
         self.world.until(self.calm)
 
     def check(self) -> None:

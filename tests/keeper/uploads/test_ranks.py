@@ -68,7 +68,7 @@ def test_settling_is_repeated_until_the_store_takes_it(make_world) -> None:
     world.result(uploads.open_epoch(None))
     world.store.down = True
     assert world.codes(world.save(uploads, SnapshotId(1, 1))) == ["unavailable"] * 2
-    uploads.settle([SnapshotId(1, 1)], world.sealed_of)
+    uploads.flush_newest([SnapshotId(1, 1)], world.sealed_of)
     assert not uploads.idle
     world.store.down = False
     world.until(lambda: uploads.idle)
@@ -84,10 +84,10 @@ def test_settling_leaves_alone_what_an_unanswered_commit_made_durable(make_world
     world.result(uploads.open_epoch(None))
     world.store.lost_reply = "log/"
     assert world.codes(world.save(uploads, SnapshotId(1, 1))) == ["commit-unknown"] * 2
-    uploads.settle([SnapshotId(1, 1)], world.sealed_of)
+    uploads.flush_newest([SnapshotId(1, 1)], world.sealed_of)
     world.store.down = False
     world.until(lambda: uploads.idle)
-    assert world.state().line == (SnapshotId(1, 1),)
+    assert world.state().lineage == (SnapshotId(1, 1),)
     assert world.readable(SnapshotId(1, 1)), "its part was not written over"
     assert world.result(uploads.choices([])) == (Choice(SnapshotId(1, 1), "durable"),)
     uploads.close(WAIT_S)
@@ -101,7 +101,7 @@ def test_settling_again_leaves_the_bytes_of_the_first_try_as_they_are(make_world
     pair = SnapshotId(1, 1)
     assert world.codes(world.save(uploads, pair)) == ["commit-unknown"] * 2
     first = {stat.key for stat in world.store.list(f"parts/{pair.key}/")}
-    uploads.settle([pair], world.sealed_of)
+    uploads.flush_newest([pair], world.sealed_of)
     world.store.lost_request = ""
     world.until(lambda: uploads.idle)
     assert world.readable(pair)
@@ -119,7 +119,7 @@ def test_settling_what_is_in_flight_waits_for_it(make_world) -> None:
     for rank in range(2):
         uploads.persist(rank, world.stage(rank, SnapshotId(1, 1)), ())
     assert world.store.waits.wait(WAIT_S)
-    uploads.settle([SnapshotId(1, 1)], world.sealed_of)
+    uploads.flush_newest([SnapshotId(1, 1)], world.sealed_of)
     world.store.go_on.set()
     assert all(world.infos(world.outcomes(uploads, SnapshotId(1, 1))))
     world.until(lambda: uploads.idle)
@@ -132,7 +132,7 @@ def test_settling_gives_up_where_the_slots_were_reused(make_world) -> None:
     uploads = world.uploads()
     world.result(uploads.open_epoch(None))
     world.stage_only(0, SnapshotId(1, 1))
-    uploads.settle([SnapshotId(1, 1)], world.sealed_of)
+    uploads.flush_newest([SnapshotId(1, 1)], world.sealed_of)
     world.until(lambda: uploads.idle)
     world.until(lambda: any(event.kind == "settle-failed" for event in world.events))
     assert world.pinned() == 0

@@ -46,8 +46,8 @@ def needed(world) -> set[str]:
 
 def tidy(world, uploads) -> None:
     """The job is over."""
-    if not uploads.tidy(begin=True):
-        world.until(lambda: uploads.tidy(begin=False))
+    if not uploads.finish_retention(begin=True):
+        world.until(lambda: uploads.finish_retention(begin=False))
 
 
 def test_old_snapshots_and_their_bytes_go_while_the_job_commits(make_world) -> None:
@@ -74,7 +74,7 @@ def test_job_that_ends_between_two_rounds_is_tidied_at_its_end(make_world, monke
     tidy(world, uploads)
     assert steps(world) == [6, 7]
     assert objects(world) == needed(world)
-    assert uploads.tidy(begin=True), "nothing is left to do"
+    assert uploads.finish_retention(begin=True), "nothing is left to do"
     uploads.close(WAIT_S)
 
 
@@ -94,7 +94,7 @@ def test_nothing_is_dropped_or_deleted_while_trainers_restore(make_world) -> Non
     uploads = world.uploads()
     world.result(uploads.open_epoch(None, Retention(keep="last=1", grace_s=0.0)))
     world.save(uploads, SnapshotId(1, 1))
-    world.until(lambda: uploads.tidy(begin=False))
+    world.until(lambda: uploads.finish_retention(begin=False))
     before = objects(world)
     world.store.held = "packs/"
     for rank in range(2):
@@ -107,7 +107,7 @@ def test_nothing_is_dropped_or_deleted_while_trainers_restore(make_world) -> Non
     world.store.held = ""
     world.store.go_on.set()
     world.outcomes(uploads, SnapshotId(1, 2))
-    assert uploads.tidy(begin=False), "nothing is even begun"
+    assert uploads.finish_retention(begin=False), "nothing is even begun"
     assert before <= objects(world), "what is restored now is there, though a newer one is committed"
     # (1, 2) may be dropped in the moment in which the next one refers to it: that is refused, the one after refers to none.
     saved = next(step for step in (3, 4) if all(world.infos(world.save(uploads, SnapshotId(2, step)))))
@@ -121,7 +121,7 @@ def test_keeper_that_was_overtaken_drops_nothing(make_world) -> None:
     world.result(uploads.open_epoch(None, LAST_TWO))
     for step in (1, 2):
         world.save(uploads, SnapshotId(1, step))
-    world.until(lambda: uploads.tidy(begin=False))
+    world.until(lambda: uploads.finish_retention(begin=False))
     hangs, go_on = threading.Event(), threading.Event()
     # The keeper is paused right before it writes the record of a drop, and another writer goes on meanwhile.
     put = world.store.put
@@ -205,7 +205,7 @@ def test_hung_store_holds_up_neither_the_loop_nor_the_end(make_world) -> None:
     assert hangs.wait(WAIT_S)
     assert all(world.infos(world.save(uploads, SnapshotId(1, 4))))
     assert uploads.idle
-    assert not uploads.tidy(begin=True)
+    assert not uploads.finish_retention(begin=True)
     go_on.set()
     uploads.close(WAIT_S)
 

@@ -87,7 +87,7 @@ def test_store_that_vanishes_and_comes_back_loses_only_what_was_on_its_way(make_
     away.rename(world.root)
     assert all(world.infos(world.save(uploads, SnapshotId(2, 3))))
     assert world.readable(SnapshotId(2, 3))
-    assert world.state().line == (SnapshotId(2, 3), SnapshotId(1, 1))
+    assert world.state().lineage == (SnapshotId(2, 3), SnapshotId(1, 1))
     uploads.close(WAIT_S)
 
 
@@ -128,10 +128,10 @@ def test_foreign_epoch_fences_at_the_next_commit(make_world) -> None:
         with pytest.raises(FencedError):
             call.result(0)
     assert world.codes(world.save(uploads, SnapshotId(1, 3))) == ["fenced"] * 2
-    uploads.settle([SnapshotId(1, 3)], world.sealed_of)
+    uploads.flush_newest([SnapshotId(1, 3)], world.sealed_of)
     world.until(lambda: uploads.idle)
     assert world.pinned() == 0
-    assert world.state().line == (SnapshotId(1, 1),)
+    assert world.state().lineage == (SnapshotId(1, 1),)
     uploads.close(WAIT_S)
 
 
@@ -176,9 +176,9 @@ def test_new_keeper_records_epochs_that_the_old_one_gave_out_and_never_wrote(mak
     assert world.result(again.choices([staged])) == (Choice(staged, "staged"), Choice(SnapshotId(1, 1), "durable"))
     assert world.result(again.open_epoch(staged)) == 3
     assert [(one.epoch, one.resume) for one in world.state().opens] == [(1, None), (2, SnapshotId(1, 1)), (3, staged)]
-    again.settle([staged], world.sealed_of)
+    again.flush_newest([staged], world.sealed_of)
     assert all(world.infos(world.outcomes(again, staged)))
-    assert world.state().line == (staged, SnapshotId(1, 1))
+    assert world.state().lineage == (staged, SnapshotId(1, 1))
     again.close(WAIT_S)
 
 
@@ -197,6 +197,6 @@ def test_upload_that_a_new_attempt_overtakes_is_committed_before_the_new_epoch(m
     world.store.go_on.set()
     assert all(world.infos(world.save(uploads, SnapshotId(2, 2))))
     state = world.state()
-    assert state.line == (SnapshotId(2, 2), pair)
+    assert state.lineage == (SnapshotId(2, 2), pair)
     assert [entry.writer_epoch for entry in state.snapshots] == [1, 2]
     uploads.close(WAIT_S)

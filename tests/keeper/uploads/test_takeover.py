@@ -76,7 +76,7 @@ def test_settling_opens_an_epoch_where_nobody_else_went_on(make_world, epochs: t
     pair = _left_behind(world, *epochs)
     world.store.down = True
     again = world.uploads()
-    again.settle([pair], world.sealed_of)
+    again.flush_newest([pair], world.sealed_of)
     world.until(lambda: world.alarms("settle-waits"))
     assert not again.idle
     world.store.down = False
@@ -94,7 +94,7 @@ def test_settling_leaves_the_job_to_whoever_went_on_with_it(make_world, epochs: 
     assert Journal.open(FileBackend(world.root)).open_epoch(resume=FIRST) == 2
     before = world.state()
     again = world.uploads()
-    again.settle([pair, FIRST], world.sealed_of)
+    again.flush_newest([pair, FIRST], world.sealed_of)
     world.until(lambda: again.idle)
     world.until(lambda: world.alarms("settle-failed"))
     assert world.state() == before
@@ -127,7 +127,7 @@ def test_epoch_to_settle_yields_to_one_that_is_written_at_the_same_moment(make_w
 
     world.store.put = put_second
     again = world.uploads()
-    again.settle([pair], world.sealed_of)
+    again.flush_newest([pair], world.sealed_of)
     world.until(lambda: again.idle)
     world.until(lambda: world.alarms("settle-failed"))
     assert [(one.epoch, one.resume) for one in world.state().opens] == [(1, None), (2, FIRST)]
@@ -214,7 +214,7 @@ def test_ids_of_old_records_are_read(make_world, monkeypatch) -> None:
 def _damage(world, pair: SnapshotId) -> None:
     sealed = world.sealed_of(0, pair)
     sealed.data[3 * ROW_BYTES] ^= 1  # of the leaf that changes: what is in the store already is not read again
-    sealed.let_go()
+    sealed.free()
 
 
 def test_pair_that_is_damaged_gives_way_to_the_one_before_it(make_world) -> None:
@@ -224,7 +224,7 @@ def test_pair_that_is_damaged_gives_way_to_the_one_before_it(make_world) -> None
     world.save(uploads, FIRST)
     older, newest = world.stage_all(SnapshotId(1, 2)), world.stage_all(SnapshotId(1, 3))
     _damage(world, newest)
-    uploads.settle([newest, older, FIRST], world.sealed_of)
+    uploads.flush_newest([newest, older, FIRST], world.sealed_of)
     world.until(lambda: uploads.idle)
     assert world.state().newest() == older
     assert world.readable(older)
@@ -240,7 +240,7 @@ def test_nothing_older_than_what_is_durable_is_settled(make_world) -> None:
     world.save(uploads, SnapshotId(1, 2))
     newest = world.stage_all(SnapshotId(1, 3))
     _damage(world, newest)
-    uploads.settle([newest, older], world.sealed_of)
+    uploads.flush_newest([newest, older], world.sealed_of)
     world.until(lambda: uploads.idle)
     assert [entry.snapshot for entry in world.state().snapshots] == [SnapshotId(1, 2)]
     uploads.close(WAIT_S)
@@ -251,7 +251,7 @@ def test_end_with_something_unsettled_is_told(make_world) -> None:
     pair = _left_behind(world)
     world.store.down = True
     again = world.uploads()
-    again.settle([pair], world.sealed_of)
+    again.flush_newest([pair], world.sealed_of)
     world.until(lambda: world.alarms("settle-waits"))
     again.close(WAIT_S)
     assert [str(pair) in text for text in world.alarms("dropped")] == [True], "at once: the loop turns no more"

@@ -47,11 +47,11 @@ def test_attempts_go_on_from_what_is_staged_and_commit_it_under_their_own_epoch(
     opened = uploads.open_epoch(staged)
     assert opened.done(), "no store is asked"
     assert opened.result() == uploads.epoch == 2
-    uploads.settle([staged], world.sealed_of)
+    uploads.flush_newest([staged], world.sealed_of)
     assert all(world.infos(world.outcomes(uploads, staged)))
     world.save(uploads, SnapshotId(2, 3))
     state = world.state()
-    assert state.line == (SnapshotId(2, 3), staged, SnapshotId(1, 1))
+    assert state.lineage == (SnapshotId(2, 3), staged, SnapshotId(1, 1))
     assert [entry.writer_epoch for entry in state.snapshots] == [1, 2, 2]
     uploads.close(WAIT_S)
 
@@ -81,7 +81,7 @@ def test_what_trainers_read_may_be_referred_to_by_a_new_keeper(make_world) -> No
     assert world.result(again.choices([])) == (Choice(SnapshotId(1, 1), "durable"),)
     world.result(again.open_epoch(SnapshotId(1, 1)))
     known = load_index(FileBackend(world.root), world.state(), SnapshotId(1, 1)).locations()
-    again.known(1, SnapshotId(1, 1), known)  # one rank alone: the commit names the base all the same
+    again.refer_next(1, SnapshotId(1, 1), known)  # one rank alone: the commit names the base all the same
     second = world.infos(world.save(again, SnapshotId(2, 2)))[0]
     assert second.new_bytes < first.new_bytes
     assert load_manifest(FileBackend(world.root), world.state(), SnapshotId(2, 2)).base == SnapshotId(1, 1)
@@ -145,10 +145,10 @@ def test_snapshot_before_any_epoch_is_refused(make_world) -> None:
     uploads.persist(0, world.stage(0, SnapshotId(1, 1)), ())
     assert world.codes(world.told) == ["usage"]
     assert world.pinned() == 0
-    uploads.settle([SnapshotId(1, 1)], world.sealed_of)
+    uploads.flush_newest([SnapshotId(1, 1)], world.sealed_of)
     world.until(lambda: uploads.idle)
     world.stage_only(1, SnapshotId(1, 1))
-    uploads.settle([SnapshotId(1, 1)], world.sealed_of)
+    uploads.flush_newest([SnapshotId(1, 1)], world.sealed_of)
     world.until(lambda: uploads.idle)
     with pytest.raises(NotFoundError):
         world.state()
@@ -187,7 +187,7 @@ def test_new_launch_goes_on_after_others(make_world) -> None:
     assert world.result(opened) == 3
     assert uploads.open_epoch(SnapshotId(1, 1)).result(0) == 4
     assert all(world.infos(world.save(uploads, SnapshotId(4, 2))))
-    assert world.state().line == (SnapshotId(4, 2), SnapshotId(1, 1))
+    assert world.state().lineage == (SnapshotId(4, 2), SnapshotId(1, 1))
     uploads.close(WAIT_S)
 
 
@@ -220,6 +220,6 @@ def test_new_launch_opens_its_epoch_behind_what_is_in_flight(make_world) -> None
     world.store.go_on.set()
     assert world.result(opened) == 2
     assert all(world.infos(world.outcomes(uploads, pair)))
-    assert world.state().line == (pair,)
+    assert world.state().lineage == (pair,)
     assert not world.fences
     uploads.close(WAIT_S)
