@@ -83,7 +83,7 @@ def run(folder: Path) -> None:
 
 
 def lends(stores: list[FileBackend]) -> bool:
-    return all(hasattr(store, "put_checked") for store in stores)
+    return all(hasattr(store, "put_lent") for store in stores)
 
 
 def compare(what: str, calls: int, one: Callable[[], None], other: Callable[[], None]) -> None:

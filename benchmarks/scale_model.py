@@ -123,13 +123,13 @@ ROWS = (
     ),
     Row("lines: of the leader and of rank 0's node", "cluster/node/leading.py", lambda n, _: lines(n, centre=True), count_text),
     Row("lines: of any other node", "cluster/node/leading.py", lambda n, _: lines(n, centre=False), count_text),
-    Row("rank 0's node: beats", "2 a line and BEAT_S", lambda n, _: 2 * n / HEARTBEAT_S * WORD_S, cores_text),
+    Row("rank 0's node: beats", "2 a line and HEARTBEAT_S", lambda n, _: 2 * n / HEARTBEAT_S * WORD_S, cores_text),
     Row(
-        "rank 0's node: standings", "keeper/nodes_progress.py, 1 in and 1 out a step, in 3 rounds",
+        "rank 0's node: standings", "keeper/nodes/progress.py, 1 in and 1 out a step, in 3 rounds",
         lambda n, step_s: n * steps_a_s(step_s) * (2 * WORD_S + 3 * STANDING_S_A_NODE), cores_text,
     ),
     Row(
-        "rank 0's node: ranks ask for proposals", "session/orders.py, RANKS_PER_S_MAX",
+        "rank 0's node: ranks ask for proposals", "session/decisions.py, RANKS_PER_S_MAX",
         lambda n, _: min(ranks(n) / POLL_LAST_S, RANKS_PER_S_MAX) * 2 * WORD_S, cores_text,
     ),
     Row(
@@ -137,7 +137,7 @@ ROWS = (
         time_text,
     ),
     Row(
-        "rank 0's node: nodes wait for an outcome", "keeper/loop_channel.py, ANSWER_S",
+        "rank 0's node: nodes wait for an outcome", "keeper/nodes/remote_mailbox.py, ANSWER_S",
         lambda n, _: n / ANSWER_S * 2 * WORD_S, cores_text,
     ),
     Row("a snapshot: receipts", "save/receipts.py, 1 a node", lambda n, _: n * RECEIPT_BYTES, bytes_text),
@@ -158,7 +158,7 @@ ROWS = (
         lambda n, _: n * (WORD_S + n * SOURCE_BYTES * SAID_S_PER_BYTE), time_text,
     ),
     Row(
-        "restore from memory: a rank reads headers for", "session/far_slots.py, one after the other",
+        "restore from memory: a rank reads headers for", "session/peer_memory.py, one after the other",
         lambda n, _: HEADER_REQUESTS * (ranks(n) - RANKS_A_NODE) * (ROUND_TRIP_S + REQUEST_S), time_text,
     ),
     Row(

@@ -17,7 +17,7 @@ PROGRAM = """
 import os, signal, sys, threading, time
 from ckpt.elastic import sigterm as terms
 from ckpt.elastic.sigterm import InPlaceSigterm
-terms.SAME_TERM_S = 1000.0
+terms.REPEAT_S = 1000.0
 asked = threading.Semaphore(0)
 def ask():
     os.write(1, b"asked\\n")
@@ -32,7 +32,7 @@ with InPlaceSigterm(ask):
         if line == "asked\\n":
             asked.acquire()
         if line == "later\\n":
-            terms.SAME_TERM_S = 0.0
+            terms.REPEAT_S = 0.0
 """
 
 

@@ -220,14 +220,14 @@ def test_slot_that_is_overwritten_while_it_is_sent_is_kept_nowhere_and_no_base(
     real = getattr(world.store, name)
 
     def put(
-        key: str, data: Sequence[Buffer], still_lent: Callable[[], None] | None = None, **facts: object
+        key: str, data: Sequence[Buffer], check_unchanged: Callable[[], None] | None = None, **facts: object
     ) -> StoredContent:
         def begun() -> None:
             world.slot.begin()
-            assert still_lent is not None
-            still_lent()
+            assert check_unchanged is not None
+            check_unchanged()
 
-        made: StoredContent = real(key, data, still_lent=begun, **facts)
+        made: StoredContent = real(key, data, check_unchanged=begun, **facts)
         return made
 
     with monkeypatch.context() as patched:

@@ -29,13 +29,13 @@ view = member.view()
 print(type(leading).__name__, flush=True)  # who freezes it now freezes it outside its transactions, but for a keepalive's
 record = EpochRecord(job=job, number=9, places=(NodePlacement("zombie", 1),), leader="zombie", nodes_min=1, nodes_max=1)
 sys.stdin.readline()
-print("acts" if boottime_s() < member.standing().act_until_s else "stopped", flush=True)
+print("acts" if boottime_s() < member.lease_status().act_until_s else "stopped", flush=True)
 print(type(member.publish(record, view)).__name__, flush=True)
 try:
     print(type(member.lead()).__name__, flush=True)
 except CkptError as error:
     print(type(error).__name__, flush=True)
-while member.standing().state.value != "lost":
+while member.lease_status().state.value != "lost":
     pass
 print("lost", flush=True)
 """
@@ -59,7 +59,7 @@ def zombie_is_refused(where: str, other: KeyspaceMembership, job: str, *, ttl_s:
         zombie.stdin.write("\n")
         zombie.send_signal(signal.SIGCONT)
         answers = [zombie.stdout.readline().strip() for _ in range(4)]
-        assert answers == ["stopped", "Lost", "FencedError", "lost"]
+        assert answers == ["stopped", "NotPublished", "FencedError", "lost"]
         assert other.view().epoch == record
         assert zombie.wait(DEADLINE_S) == 0
     finally:

@@ -110,7 +110,7 @@ def test_connections_are_bounded_and_waited_for(world: World) -> None:
         assert gate.wait(WAIT_S)
 
     with ThreadPoolExecutor(1) as pool:
-        holding = pool.submit(store.put_checked, "a", [bytes(MIB)], hold)
+        holding = pool.submit(store.put_lent, "a", [bytes(MIB)], hold)
         assert inside.wait(WAIT_S)
         with pytest.raises(UnavailableError, match="busy"):
             store.stat("a")

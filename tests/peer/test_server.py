@@ -316,7 +316,7 @@ def test_a_restart_in_the_middle_of_a_put_loses_that_put_alone(world: World) -> 
         assert gate.wait(WAIT_S)
 
     with ThreadPoolExecutor(1) as pool:
-        putting = pool.submit(store.put_checked, "b", [bytes(LARGE_BYTES)], still_lent)
+        putting = pool.submit(store.put_lent, "b", [bytes(LARGE_BYTES)], still_lent)
         assert sent.wait(WAIT_S)
         port = server.address[1]
         server.stop()

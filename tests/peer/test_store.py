@@ -183,7 +183,7 @@ def test_lent_memory_that_is_taken_back_is_never_stored(world: World) -> None:
         loan = Loan("a")
         loan.take_back()
         with pytest.raises(TakenBackError):
-            store.put_checked("a", [bytes(size)], loan.still_lent)
+            store.put_lent("a", [bytes(size)], loan.still_lent)
         assert read(store, "a") == b"before"
         until(lambda: server.memory.stats().incoming_bytes == 0)
 
@@ -194,7 +194,7 @@ def test_still_lent_is_asked_when_all_is_sent_and_before_it_can_be_seen(world: W
     for size in (0, 10, MIB):
         asked: list[object] = []
         key = f"a/{size}"
-        store.put_checked(key, [bytes(size)], lambda asked=asked, key=key: asked.append(other.stat(key)))  # type: ignore[misc]
+        store.put_lent(key, [bytes(size)], lambda asked=asked, key=key: asked.append(other.stat(key)))  # type: ignore[misc]
         assert asked == [None]
         assert read(store, f"a/{size}") == bytes(size)
 

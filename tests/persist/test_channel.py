@@ -21,7 +21,9 @@ def test_waiting_too_long_names_what_was_waited_for() -> None:
 def test_waiting_stops_when_told() -> None:
     told = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(wait_for_message, SoloMailbox(), "never", timeout_s=None, awaited="a word", stop=told.is_set)
+        waiting = pool.submit(
+            wait_for_message, SoloMailbox(), "never", timeout_s=None, awaited="a word", stop=told.is_set
+        )
         told.set()
         with pytest.raises(UnavailableError, match="stopped while waiting for a word"):
             waiting.result(WAIT_S)

@@ -17,9 +17,9 @@ class Gauge:
         self.short = False
         monkeypatch.setattr(slot, "check_available", self._check)
 
-    def _check(self, needed_bytes: int, *, what: str, **more: object) -> None:
+    def _check(self, needed_bytes: int, *, purpose: str, **more: object) -> None:
         if self.short and needed_bytes:
-            raise UsageError(f"not enough memory for {what}.")
+            raise UsageError(f"not enough memory for {purpose}.")
 
 
 @pytest.fixture

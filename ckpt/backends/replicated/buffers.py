@@ -195,8 +195,8 @@ def borrower_of(store: Backend) -> Borrower | None:
     means to see every put."""
     if not isinstance(store, Borrower):
         return None
-    owners = [cls for cls in type(store).__mro__ if "put" in vars(cls) or "put_checked" in vars(cls)]
-    return store if owners and "put_checked" in vars(owners[0]) else None
+    owners = [cls for cls in type(store).__mro__ if "put" in vars(cls) or "put_lent" in vars(cls)]
+    return store if owners and "put_lent" in vars(owners[0]) else None
 
 
 class TakenBackError(UnavailableError):

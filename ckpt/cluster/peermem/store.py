@@ -168,9 +168,9 @@ class PeerStore:
 
         Beside Backend's errors raises FencedError where the peer knows a newer epoch.
         """
-        self.put_checked(key, data, no_check, create_only=create_only)
+        self.put_lent(key, data, no_check, create_only=create_only)
 
-    def put_checked(
+    def put_lent(
         self,
         key: str,
         data: Sequence[Buffer],

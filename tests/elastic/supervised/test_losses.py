@@ -28,7 +28,7 @@ AHEAD = (
     "seat = sit(prepare=True)\n"
     "say('built', seat.attempt, os.getpid())\n"
     "seat = seat.promoted()\n"
-    "say('live', seat.attempt, seat.port, seat.how, os.environ['MASTER_PORT'], seat_of_process() == seat, os.getpid())\n"
+    "say('live', seat.attempt, seat.port, seat.how, os.environ['MASTER_PORT'], trainer_of_process() == seat, os.getpid())\n"
     "seat.first_step_done()\n"
     "forever()\n"
 )

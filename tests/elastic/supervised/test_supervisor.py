@@ -22,7 +22,7 @@ def test_forked_trainer_has_its_environment_and_goes_on_with_the_program(program
         + REST
         + "say(os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'], os.environ['TORCHELASTIC_USE_AGENT_STORE'],"
         "os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ.get('RANK'), kept)\n"
-        "say(seat_of_process() == seat, sorted(os.listdir('/proc/self/fd')))"
+        "say(trainer_of_process() == seat, sorted(os.listdir('/proc/self/fd')))"
     )
     link = keeper.accept()
     assert (link.hello.pid, link.hello.attempt, link.hello.role) == (run.pid, 0, "supervisor")
@@ -149,7 +149,7 @@ def test_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None
 
 
 def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None:
-    run = program("from ckpt.elastic import sigterm as terms\nterms.SAME_TERM_S = 1000.0\nsit()\nforever()\n")
+    run = program("from ckpt.elastic import sigterm as terms\nterms.REPEAT_S = 1000.0\nsit()\nforever()\n")
     link = keeper.accept()
     pid = link.start().trainer_pid
     os.kill(run.pid, signal.SIGTERM)
@@ -163,7 +163,7 @@ def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None
 
 
 def test_first_sigterm_asks_a_later_one_ends(program, keeper, until, alive) -> None:
-    run = program("from ckpt.elastic import sigterm as terms\nterms.SAME_TERM_S = 0.0\nsit()\nforever()\n")
+    run = program("from ckpt.elastic import sigterm as terms\nterms.REPEAT_S = 0.0\nsit()\nforever()\n")
     link = keeper.accept()
     pid = link.start().trainer_pid
     os.kill(run.pid, signal.SIGTERM)
@@ -315,7 +315,9 @@ def test_start_for_which_the_last_trainer_has_to_be_killed_first(program, keeper
 def test_spawned_trainer_runs_the_command_again_from_where_it_was_started(program, keeper) -> None:
     run = program(
         "say('above', os.getcwd())\nos.chdir('/')\nthreading.Thread(target=forever, daemon=True).start()\n"
-        "seat = sit(Spawn('threads'))\n" + REST + "say(sys.argv, seat_of_process() == seat)\nos.kill(os.getpid(), 15)\n"
+        "seat = sit(Spawn('threads'))\n"
+        + REST
+        + "say(sys.argv, trainer_of_process() == seat)\nos.kill(os.getpid(), 15)\n"
         "forever()\n"
     )
     link = keeper.accept()
