@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kit.template import Program
+from kit.template import run as run_program
 
 from ckpt.elastic.rendezvous import run as rendezvous_run
 from ckpt.errors import UsageError
@@ -107,7 +109,7 @@ def test_a_program_that_ends(tmp_path: Path, body: str, code: int) -> None:
     (tmp_path / "x.py").write_text(
         f"import os, sys\nos.write(1, f'{{os.environ[\"RANK\"]}} {{sys.argv[1:]}}\\n'.encode())\n{body}"
     )
-    done = subprocess.run(
+    done = run_program(
         [*CKPT_RUN, "--nproc-per-node=2", str(tmp_path / "x.py"), "--ttl", "1"], capture_output=True, text=True,
         timeout=WAIT_S, check=False, env={**os.environ, "CKPT_STATE_DIR": str(tmp_path)},
     )  # fmt: skip
@@ -121,7 +123,7 @@ def test_a_signal_ends_it_and_its_workers(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(
         f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(1000)"
     )
-    process = subprocess.Popen(
+    process = Program(
         [*CKPT_RUN, str(tmp_path / "x.py")],
         env={**os.environ, "CKPT_STATE_DIR": str(tmp_path)},
         stderr=subprocess.DEVNULL,

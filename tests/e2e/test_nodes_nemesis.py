@@ -19,7 +19,6 @@ import nemesis_clock
 import networks
 import pytest
 from jobs import wait_for
-from kit.template import Program, run
 from nemesis_checker import check, lateness_s
 from nemesis_clock import Clock
 from nemesis_etcd import require
@@ -102,7 +101,7 @@ def test_what_is_sent_one_way_can_be_lost_while_the_other_way_is_well(tmp_path: 
         heard = {host: tmp_path / f"heard-{host}" for host in (1, 2)}
 
         def say(host: int, word: str) -> None:
-            run([*lan.command(host), sys.executable, "-c", SAY, lan.address(3 - host), word], check=True)
+            subprocess.run([*lan.command(host), sys.executable, "-c", SAY, lan.address(3 - host), word], check=True)
 
         def reaches(host: int, word: str) -> None:
             """What a host says now arrives; what was said before has then arrived, or is lost."""
@@ -116,7 +115,8 @@ def test_what_is_sent_one_way_can_be_lost_while_the_other_way_is_well(tmp_path: 
         for path in heard.values():
             path.touch()
         listeners = [
-            Program([*lan.command(host), sys.executable, "-c", HEAR, str(path)]) for host, path in heard.items()
+            subprocess.Popen([*lan.command(host), sys.executable, "-c", HEAR, str(path)])
+            for host, path in heard.items()
         ]
         try:
             reaches(1, "a")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from agents import WAIT_S, wait_for
+from kit.template import Program
 
 PROGRAM = Path(__file__).parent / "programs" / "agent.py"
 _jobs = itertools.count()
@@ -23,7 +24,7 @@ class Process:
     """One agent."""
 
     def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = Program(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._said: queue.Queue[dict] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

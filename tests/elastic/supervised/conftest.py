@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from kit import template
 
 from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import Hello, Leave, Message, Start, Started, Welcome
@@ -178,7 +179,7 @@ class Programs:
         script = self.folder / "program.py"
         script.write_text(HEAD + text)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("CKPT_", "PYTEST_"))}
-        process = subprocess.Popen(
+        process = template.Program(
             [sys.executable, script.name],
             env={**kept, "TEST_KEEPER": str(self.keeper.path), "TEST_FOLDER": str(self.folder), **(environment or {})},
             cwd=self.folder,
