@@ -41,8 +41,11 @@ def pytest_collection() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A module that knows the switch to long campaigns, SOAK, has one: ``-m soak`` picks these."""
+    """A module that knows the switch to long campaigns, SOAK, has one: ``-m soak`` picks these. ``slow.txt`` adds slow ones."""
+    slow = frozenset((ROOT / "slow.txt").read_text().splitlines())
     for item in items:
+        if getattr(item, "originalname", None) in slow:
+            item.add_marker(pytest.mark.slow)
         if hasattr(getattr(item, "module", None), "SOAK"):
             item.add_marker(pytest.mark.soak)
 

@@ -97,7 +97,9 @@ class Template:
             except (OSError, EOFError) as error:
                 raise RuntimeError(f"no template process: {error}\n{self._last_words()}") from error
         if pid == 0:
-            raise RuntimeError(f"the program ended before it began; it may have said why. order={order}")
+            raise RuntimeError(
+                f"the program ended before it began; it may have said why. CKPT_TEST_STARTS=real does without. {order}"
+            )
         return pid
 
     def _take_orphans(self, yes: bool) -> None:
