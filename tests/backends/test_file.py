@@ -63,6 +63,7 @@ def calls_of_put(folder: Path, body: memoryview, *, create_only: bool) -> list[s
     return [call.name for call in ops.calls]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("create_only", [False, True])
 @pytest.mark.parametrize(
     ("number", "error", "effect"),

@@ -144,6 +144,7 @@ def test_closed_store_connects_anew(store: FsspecBackend) -> None:
     assert read(store, "a") == b"x"
 
 
+@pytest.mark.slow
 def test_unreachable_server_is_unavailable_and_says_no_secret() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -129,6 +129,7 @@ def test_module_leaves_are_named_as_torch_names_them(make: object, world: World)
     assert found["model/head.weight"].leaf.alias_of == "model/embed.weight"
 
 
+@pytest.mark.slow
 def test_ddp_parameters_are_shared_and_buffers_are_not(world: World) -> None:
     net = DistributedDataParallel(Net())
     found = {one.leaf.name: one for one in capture({"model": net}, world=world).tensors}

@@ -172,6 +172,7 @@ def test_rm_asks_first(ckpt, store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ckpt("rm", store.url, "--step", 10, "--json").code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "why"), [(30, "newest"), (20, "untag it first")])
 def test_rm_refuses_the_newest_and_tagged_ones(ckpt, store, step: int, why: str) -> None:
     done = ckpt("rm", store.url, "--step", step, "--yes")

@@ -91,6 +91,7 @@ def test_completion_prints_the_shells_script(ckpt, shell: str) -> None:
     assert ckpt("completion", shell, "--json").json["shell"] == shell
 
 
+@pytest.mark.slow
 def test_completion_answers_the_shell() -> None:
     env = {**os.environ, "_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": "ckpt res", "COMP_CWORD": "1"}
     code = "import sys; sys.argv = ['ckpt']; from ckpt.cli.main import main; main()"
@@ -108,6 +109,7 @@ def test_version_is_quick_and_imports_little() -> None:
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_no_reading_command_imports_torch(store, tmp_path: Path) -> None:
     url = store.url
     lines = [
@@ -132,12 +134,14 @@ for line in {lines!r}:
     subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_program_runs_as_a_module(store) -> None:
     done = subprocess.run([*CKPT, "ls", store.url], capture_output=True, text=True, check=True)
     assert "best" in done.stdout
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_no_error(store) -> None:
     child = subprocess.Popen(
         [*CKPT, "read", store.url, "model/fc.weight", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -151,6 +155,7 @@ def test_closed_pipe_is_no_error(store) -> None:
     assert errors == b""
 
 
+@pytest.mark.slow
 def test_interrupt_exits_130_quietly(store, tmp_path: Path) -> None:
     code = """
 import sys

@@ -159,6 +159,7 @@ def test_ps_passes_over_a_folder_whose_first_keeper_has_not_begun(ckpt) -> None:
         assert ckpt("ps").out == "no jobs\n"
 
 
+@pytest.mark.slow
 def test_ps_with_a_keeper_that_does_not_answer_exits_11_and_shows_the_others(
     ckpt, keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +264,7 @@ def test_top_goes_on_with_the_next_keeper(ckpt, keeper) -> None:
     assert documents[-1]["ranks"][0]["steps_per_s"] is None
 
 
+@pytest.mark.slow
 def test_top_exits_11_when_the_keeper_died_and_no_other_comes(ckpt, keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top, "LOST_S_MAX", 2.0)
     keeper(folder_of(), job_report(), answers_max=2)
@@ -295,6 +297,7 @@ def test_top_of_several_jobs_wants_a_folder(ckpt, keeper) -> None:
     assert done.json["store"] == "file:///runs/b"
 
 
+@pytest.mark.slow
 def test_top_on_a_terminal_redraws_and_ends_at_ctrl_c(keeper) -> None:
     keeper(folder_of(), job_report())
     ours, theirs = os.openpty()

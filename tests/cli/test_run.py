@@ -94,6 +94,7 @@ def test_help_shows_own_options_and_torchruns_on_request(ckpt: Callable) -> None
     assert "--mirrors" in done.out
 
 
+@pytest.mark.slow
 def test_nodes_that_never_come_exit_11(ckpt: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPT_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("CKPT_NODES", "")

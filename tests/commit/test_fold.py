@@ -286,6 +286,7 @@ class Naive:
         return model
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(logs())
 def test_the_fold_equals_a_naive_model(records: list[Record]) -> None:
@@ -301,6 +302,7 @@ def test_the_fold_equals_a_naive_model(records: list[Record]) -> None:
     assert list(state.lineage) == sorted(filter(model.on_line, model.live()), reverse=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(logs(), st.integers(0, 30), st.integers(1, 30))
 def test_the_fold_is_incremental_also_over_holes_and_stored_folds(records: list[Record], cut: int, drop: int) -> None:
@@ -328,6 +330,7 @@ def test_a_state_remembers_the_last_records_only(records: list[Record], limit: i
     assert len(state.voids) <= limit
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(logs().filter(bool), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=3))
 def test_a_mutated_fold_is_the_equal_state_or_an_error(records: list[Record], changes: list[tuple[int, int]]) -> None:

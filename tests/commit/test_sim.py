@@ -263,6 +263,7 @@ def _often_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folds, "FOLD_EVERY", 4)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32))
 def test_the_log_keeps_its_promises_whatever_dies_or_is_lost(seed: int) -> None:

@@ -43,6 +43,7 @@ def test_table_of_the_simulation_is_what_it_prints(
     assert [line for line in lines if line not in PAGE.splitlines()] == []
 
 
+@pytest.mark.slow
 def test_sizes_that_the_model_takes_are_those_that_are_measured() -> None:
     sizes = {one.what: one.size_bytes for one in (*scale_sizes.constant(1), *scale_sizes.growing(1000, 1))}
     assert sizes["a node's record"] == scale_model.NODE_BYTES

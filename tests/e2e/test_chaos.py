@@ -93,6 +93,7 @@ def test_plan_repeats_from_its_seed_and_never_strikes_three_times_without_a_step
     assert not any(first.steps is None and second.steps is None for first, second in pairs)
 
 
+@pytest.mark.slow
 def test_processes_of_a_fleet_are_told_from_strangers(fleet: Fleet, tmp_path: Path) -> None:
     job = fleet.start(["sleep", "60"])
     # Between its fork and its exec a process still looks like its parent.

@@ -58,6 +58,7 @@ def test_no_split_brain_whatever_happens_to_nodes_network_clocks_and_etcd(seeds:
         assert wrong == [], "\n".join([*wrong, run.describe()])
 
 
+@pytest.mark.slow
 def test_wall_clock_of_a_running_program_jumps_and_no_other_does(tmp_path: Path) -> None:
     nemesis_clock.require()
     clock = Clock(tmp_path / "clock")
@@ -96,6 +97,7 @@ while True:
 SAY = "import socket, sys\nsocket.socket(type=socket.SOCK_DGRAM).sendto(sys.argv[2].encode(), (sys.argv[1], 7000))"
 
 
+@pytest.mark.slow
 def test_what_is_sent_one_way_can_be_lost_while_the_other_way_is_well(tmp_path: Path) -> None:
     with networks.network(2) as lan:
         heard = {host: tmp_path / f"heard-{host}" for host in (1, 2)}

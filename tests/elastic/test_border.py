@@ -54,6 +54,7 @@ def died(body: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_death_says_what_python_would_say_and_unwinds_nothing(tmp_path: Path) -> None:
     done = died("raise ValueError('bad batch')", tmp_path)
     assert done.returncode == 1
@@ -63,12 +64,14 @@ def test_death_says_what_python_would_say_and_unwinds_nothing(tmp_path: Path) ->
     assert "bad batch" in json.loads((tmp_path / "error.json").read_text())["message"]["message"], "torchrun's report"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "status", "said"), [("3", 3, ""), ("256", 1, ""), ("'no data'", 1, "no data\n")])
 def test_exit_keeps_its_status_and_has_no_traceback(tmp_path: Path, code: str, status: int, said: str) -> None:
     done = died(f"sys.exit({code})", tmp_path)
     assert (done.returncode, done.stderr) == (status, said)
 
 
+@pytest.mark.slow
 def test_last_words_that_fail_are_told_and_hold_nothing_up(tmp_path: Path) -> None:
     done = died("last = broken\nraise ValueError('bad batch')", tmp_path)
     assert done.returncode == 1

@@ -36,6 +36,7 @@ def names(tmp_path: Path, per_rank: str, *command: str, **environment: str) -> l
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("per_rank", "script"),
     [
@@ -55,6 +56,7 @@ def test_ranks_behind_scripts_agree_and_two_launches_differ(tmp_path: Path, per_
     assert first != second
 
 
+@pytest.mark.slow
 def test_launcher_that_has_a_rank_itself_is_found_by_what_it_sets(tmp_path: Path) -> None:
     command = ["sh", "-c", f"{sys.executable} say.py; true"]
     said = [names(tmp_path, "RANK,TORCHELASTIC_RUN_ID", *command, RANK="0", SLURM_PROCID="0") for _ in range(2)]

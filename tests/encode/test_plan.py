@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,7 @@ def test_known_and_repeated_chunks_are_references() -> None:
 chunks = st.lists(st.tuples(st.integers(0, 5 * PAGE_BYTES), st.integers(1, 3 * PAGE_BYTES)), max_size=20)
 
 
+@pytest.mark.slow
 @given(chunks, st.integers(PAGE_BYTES, 20 * PAGE_BYTES), st.integers(PAGE_BYTES, 20 * PAGE_BYTES) | st.none())
 def test_packs_hold_each_chunk_where_they_say(spans: list[tuple[int, int]], most: int, first: int | None) -> None:
     given_chunks: list[Chunk] = []

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ckpt
 
 PROGRAM = """
@@ -13,6 +15,7 @@ c.save_async({"m": {"w": torch.ones(8_000_000)}}, step=1)
 """
 
 
+@pytest.mark.slow
 def test_a_save_in_flight_at_exit_becomes_durable(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "s")], capture_output=True, text=True, timeout=120, check=True

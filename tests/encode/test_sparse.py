@@ -140,6 +140,7 @@ def stores(draw: st.DrawFn) -> tuple[dict[Digest, ChunkLocation], dict[str, int]
     return known, sizes, [*wanted, b"new".ljust(16)]
 
 
+@pytest.mark.slow
 @LONG
 @given(stores(), st.integers(0, 30), st.randoms())
 def test_what_is_given_up_is_whole_packs_within_the_budget_whatever_the_order(store, pages: int, dice) -> None:

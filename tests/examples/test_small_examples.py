@@ -105,6 +105,7 @@ def undisturbed(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return reports
 
 
+@pytest.mark.slow
 def test_example_interrupted_by_an_exception_goes_on_bit_for_bit(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_example_killed_goes_on_bit_for_bit(example: str, tmp_path: Path, monkey
     assert after.values.items() <= calm.values.items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut_after", [27, 28, 30, 56])
 def test_own_loop_goes_on_bit_for_bit_wherever_it_is_cut(
     cut_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,6 +158,7 @@ def test_own_loop_goes_on_bit_for_bit_wherever_it_is_cut(
     assert max(after.values) == max(calm.values)
 
 
+@pytest.mark.slow
 def test_accumulation_takes_snapshots_behind_optimizer_steps_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +175,7 @@ def test_accumulation_takes_snapshots_behind_optimizer_steps_alone(
     assert steps == [52, 100], "50 is due and taken at 52; 118 is in the middle of an accumulation"
 
 
+@pytest.mark.slow
 def test_early_stop_started_again_stays_stopped_and_keeps_its_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +192,7 @@ def test_early_stop_started_again_stays_stopped_and_keeps_its_best(
     assert (model(inputs) - targets).pow(2).mean().item() == info.metadata["validation"]
 
 
+@pytest.mark.slow
 def test_nested_search_done_once_trains_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     losses = nested.search(report=Reports())

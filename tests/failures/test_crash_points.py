@@ -40,6 +40,7 @@ def check(folder: Path, scenario: str, kind: str, *, share: int) -> None:
     assert report["tried"] > report["calls"] // share
 
 
+@pytest.mark.slow
 def test_save_killed_at_some_calls_leaves_old_or_new_snapshot_whole(tmp_path: Path) -> None:
     check(tmp_path, "over", "kill", share=40)
 

@@ -183,6 +183,7 @@ def every_reading_call(store: str) -> list[Callable[[], object]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evil", list(EVIL))
 def test_hostile_record_is_an_error_of_ours(
     backend: FileBackend, evil: str, capsys: pytest.CaptureFixture[str]

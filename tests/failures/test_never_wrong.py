@@ -70,6 +70,7 @@ def clean() -> MemoryBackend:
     return backend
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(choice=st.randoms(use_true_random=False))
 def test_one_flipped_bit_in_any_object_is_found_and_never_restored(clean: MemoryBackend, choice: object) -> None:
@@ -372,6 +373,7 @@ def flat(value: object) -> list[torch.Tensor]:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(OPTIMIZERS))
 def test_snapshots_change_nothing_that_an_optimizer_does(kind: str) -> None:
     calm = train(kind, None)

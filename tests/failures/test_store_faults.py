@@ -195,6 +195,7 @@ def test_read_only_store_fails_save_with_its_error_and_can_be_read(disk: Path) -
         assert [info.step for info in checkpointer.snapshots()] == [1, 3]
 
 
+@pytest.mark.slow
 def test_denied_store_raises_alarms_only_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Switch(tmp_path / "store")
 
@@ -224,6 +225,7 @@ def test_denied_store_fails_save_with_its_error_and_the_next_save_succeeds(tmp_p
         assert [info.step for info in checkpointer.snapshots()] == [1, 4]
 
 
+@pytest.mark.slow
 def test_vanished_folder_is_an_error_until_it_is_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store, away = tmp_path / "store", tmp_path / "away"
 
@@ -258,6 +260,7 @@ def test_vanished_folder_fails_save_and_the_next_save_succeeds_when_it_is_back(t
         assert checkpointer.verify().ok
 
 
+@pytest.mark.slow
 def test_hanging_store_blocks_no_step_and_due_snapshots_are_skipped_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -131,6 +131,7 @@ def test_any_changed_byte_is_found_or_changes_nothing(at: int, flip: int, stage:
     assert stage == "word" or not listener.up
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=20))
 def test_noise_raises_only_our_errors_and_keeps_little(pieces: list[bytes]) -> None:

@@ -129,6 +129,7 @@ def test_node_with_another_secret_is_told_and_never_up(node: Callable[..., Node]
     assert one.ups == stranger.ups == []
 
 
+@pytest.mark.slow
 def test_node_behind_a_dead_network_is_given_up_and_found_again(
     node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def test_strangers_say_nothing_that_counts(node: Callable[..., Node], tls: TlsCo
     witness.check()
 
 
+@pytest.mark.slow
 def test_node_gets_in_though_strangers_hold_all_places(node: Callable[..., Node]) -> None:
     """They greet half, and come again whenever they are pushed out."""
     one = node("a")
@@ -280,6 +281,7 @@ def test_word_that_is_too_long_ends_the_line_and_not_the_keeper(
     other.wait(lambda: other.words, "a word")
 
 
+@pytest.mark.slow
 def test_holder_of_the_secret_that_says_what_no_release_says_is_refused(node: Callable[..., Node]) -> None:
     """Right MACs around wrong words: of a defect, or of another release."""
     one = node("b")

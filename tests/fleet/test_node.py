@@ -169,6 +169,7 @@ def world() -> Iterator[World]:
         closing.result()
 
 
+@pytest.mark.slow
 def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
@@ -181,6 +182,7 @@ def test_nodes_that_come_have_one_epoch_and_know_where_to_meet(world: World) -> 
     assert [one.epochs[-1].me for one in nodes] == [one.id for one in nodes]
 
 
+@pytest.mark.slow
 def test_standby_that_comes_later_is_told_to_all_and_hears_of_the_epoch_that_is(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
@@ -197,6 +199,7 @@ def test_standby_that_comes_later_is_told_to_all_and_hears_of_the_epoch_that_is(
         assert one.seen[-1].peers == first.peers, "who has ranks stays"
 
 
+@pytest.mark.slow
 def test_standby_says_what_it_holds_and_is_chosen_for_it(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
@@ -214,6 +217,7 @@ def test_standby_says_what_it_holds_and_is_chosen_for_it(world: World) -> None:
     assert second.record.ranks[spares[1].id].start == rank
 
 
+@pytest.mark.slow
 def test_words_reach_another_nodes_keeper(world: World) -> None:
     one, other = world.node("a"), world.node("b")
     world.epoch(one, other)
@@ -223,6 +227,7 @@ def test_words_reach_another_nodes_keeper(world: World) -> None:
     assert other.words == [(one.id, MeshDecided(attempt=1, boundary=4, flags=1))]
 
 
+@pytest.mark.slow
 def test_failure_is_followed_by_an_epoch_of_the_same_places_that_says_why(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     first = world.epoch(*nodes)
@@ -234,6 +239,7 @@ def test_failure_is_followed_by_an_epoch_of_the_same_places_that_says_why(world:
     assert second.meeting != first.meeting
 
 
+@pytest.mark.slow
 def test_exception_waits_for_what_explains_it(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
@@ -251,6 +257,7 @@ def test_exception_waits_for_what_explains_it(world: World) -> None:
     assert world.epoch(*nodes, beyond=3).note.why == "a hang"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_lost_node_is_replaced_by_a_standby_before_its_lease_runs_out(world: World, name: str) -> None:
     nodes = [world.node(name, least=2, most=3, ttl_s=30.0, last_call_s=0.0) for name in ("a", "b", "c")]
@@ -283,6 +290,7 @@ def test_leader_that_is_lost_is_followed_by_another(world: World) -> None:
     assert world.epoch(other, beyond=second.number).note.completed == 99
 
 
+@pytest.mark.slow
 def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_it(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
@@ -298,6 +306,7 @@ def test_job_ends_everywhere_once_all_have_ended_and_a_new_launch_begins_after_i
     assert not nodes[0].outs
 
 
+@pytest.mark.slow
 def test_final_failure_ends_the_job_and_its_record_does_not_burden_the_next_launch(world: World) -> None:
     world.policy = Policy(stuck_max=2)
     nodes = [world.node("a"), world.node("b")]
@@ -330,12 +339,14 @@ def test_second_word_of_an_attempt_that_is_final_counts(world: World) -> None:
     assert world.epoch(*nodes, beyond=1).note.why == "b preempted"
 
 
+@pytest.mark.slow
 def test_node_that_joined_and_could_not_look_then_is_a_node_all_the_same(world: World) -> None:
     nodes = [world.node("a"), world.node("b", blind=5)]
     assert world.epoch(*nodes).number == 1
     assert [len(one.lines) for one in nodes] == [1, 1], "others reach it where it said that it is"
 
 
+@pytest.mark.slow
 def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: World) -> None:
     one = world.node("a", blind=10**9)
     world.until(lambda: one.member.lease_status().state is LeaseState.VALID, "a first membership")
@@ -349,6 +360,7 @@ def test_node_that_could_not_look_until_its_lease_was_over_joins_anew(world: Wor
     assert set(one.epochs[-1].record.ranks) == {one.id, other.id}
 
 
+@pytest.mark.slow
 def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: World) -> None:
     one = world.node("a", least=1, last_call_s=0.0)
     world.epoch(one)
@@ -365,6 +377,7 @@ def test_node_that_came_back_and_could_not_look_then_is_a_node_again(world: Worl
     assert len(one.lines) == 2
 
 
+@pytest.mark.slow
 def test_world_grows_when_the_epoch_has_lasted_long_enough(world: World) -> None:
     began_s = time.monotonic()
     first = world.node("a", least=1, grow_wait_s=1.0, last_call_s=0.0)
@@ -375,6 +388,7 @@ def test_world_grows_when_the_epoch_has_lasted_long_enough(world: World) -> None
     assert time.monotonic() - began_s > 0.5
 
 
+@pytest.mark.slow
 def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(world: World) -> None:
     nodes = [world.node("a", least=1), world.node("b", least=1)]
     world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
@@ -390,6 +404,7 @@ def test_node_that_has_ended_may_leave_and_the_others_go_on_to_their_end(world: 
     assert (end.number, end.note.end) == (number + 1, 0)
 
 
+@pytest.mark.slow
 def test_failure_after_another_nodes_end_ends_the_job_though_it_is_gone(world: World) -> None:
     nodes = [world.node("a", least=1), world.node("b", least=1)]
     world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 2 for one in nodes), "both")
@@ -403,6 +418,7 @@ def test_failure_after_another_nodes_end_ends_the_job_though_it_is_gone(world: W
     assert "had ended" in end.note.why
 
 
+@pytest.mark.slow
 def test_node_that_was_taken_out_is_told_and_joins_anew(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
@@ -419,6 +435,7 @@ def test_node_that_was_taken_out_is_told_and_joins_anew(world: World) -> None:
     assert world.epoch(*nodes, beyond=2).note.completed == 50
 
 
+@pytest.mark.slow
 def test_node_that_was_out_when_the_job_ended_learns_of_the_end(world: World) -> None:
     nodes = [world.node("a"), world.node("b")]
     world.epoch(*nodes)
@@ -432,6 +449,7 @@ def test_node_that_was_out_when_the_job_ended_learns_of_the_end(world: World) ->
     assert end.note.end == 128 + 9
 
 
+@pytest.mark.slow
 def test_epochs_exceed_what_any_keeper_knows_of(world: World) -> None:
     nodes = [world.node("a"), world.node("b", attempt=12)]
     assert world.epoch(*nodes).number == 13
@@ -439,6 +457,7 @@ def test_epochs_exceed_what_any_keeper_knows_of(world: World) -> None:
     assert world.epoch(*nodes, beyond=13).number == 14
 
 
+@pytest.mark.slow
 def test_meeting_place_that_comes_before_its_epoch_is_kept(world: World) -> None:
     one = world.node("b")
     world.until(lambda: any(event.kind == "joined" for event in one.events), "that it joined")
@@ -450,6 +469,7 @@ def test_meeting_place_that_comes_before_its_epoch_is_kept(world: World) -> None
         assert one.epochs[-1].meeting == MeetingAddress(attempt=1, host="h", port=7)
 
 
+@pytest.mark.slow
 def test_node_says_under_each_lease_that_it_has_which_agent_may_live_there_and_leaves_that_to_run_out(
     world: World,
 ) -> None:
@@ -483,6 +503,7 @@ def test_node_that_closes_while_it_joins_leaves_nothing_behind(world: World) -> 
     assert not any(thread.is_alive() for thread in one.node._threads)
 
 
+@pytest.mark.slow
 def test_suspicion_is_taken_back_when_the_node_is_reached_again(world: World) -> None:
     nodes = [world.node(name, least=2, most=3, last_call_s=0.0) for name in ("a", "b", "c")]
     world.until(lambda: all(one.epochs and len(one.epochs[-1].record.places) == 3 for one in nodes), "three nodes")

@@ -115,6 +115,7 @@ def test_certificate_that_others_would_refuse_is_refused_here(authority: Authori
 # ---- lines
 
 
+@pytest.mark.slow
 def test_lines_over_tls_carry_words_of_any_length(node: Callable[..., Node], authority: Authority) -> None:
     nodes = [node(name, tls=tls(authority.sign(f"line-{name}"))) for name in ("a", "b", "c")]
     acquaint(*nodes)
@@ -178,6 +179,7 @@ def carry(source: TlsStream, target: TlsStream, said: bytes, piece: int) -> byte
     return b"".join(target.receive_data(data[at : at + piece]) for at in range(0, len(data), piece))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [1, 7, 1000, 1 << 20])
 def test_bytes_come_in_order_however_they_are_cut(authority: Authority, piece: int) -> None:
     dialler, listener = ends(authority, f"cut-{piece}")
@@ -196,6 +198,7 @@ def one(authority: Authority) -> TlsContexts:
     return tls(authority.sign("noise"))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(pieces=st.lists(st.binary(max_size=300), min_size=1, max_size=6), flip=st.integers(0, 4000))
 def test_noise_raises_only_our_errors(one: TlsContexts, pieces: list[bytes], flip: int) -> None:

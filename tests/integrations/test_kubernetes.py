@@ -83,6 +83,7 @@ VALUES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_manifests_are_valid_by_the_schema_of_kubernetes() -> None:
     for document in resources():
         if document["apiVersion"].startswith(CERT_MANAGER):
@@ -210,6 +211,7 @@ def test_files_of_the_command_that_does_without_cert_manager_are_accepted_at_eve
         assert ends_s is not None and ends_s - time.time() > 180 * 86_400
 
 
+@pytest.mark.slow
 def test_pod_waits_until_dns_has_its_name_at_its_address() -> None:
     command = [*INIT["name"]["command"], *INIT["name"]["args"]]
     here = {**os.environ, "NODE_HOST": "localhost", "POD_IP": "127.0.0.1"}
@@ -306,6 +308,7 @@ def secrets(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_secrets_that_the_kustomization_names_are_made_and_private(secrets: Path) -> None:
     names = [
         name.rpartition("=")[2]
@@ -318,6 +321,7 @@ def test_secrets_that_the_kustomization_names_are_made_and_private(secrets: Path
     assert len(read_secret(secrets / "job.secret")) == 32
 
 
+@pytest.mark.slow
 def test_secret_of_a_volume_is_believed_only_once_the_init_container_has_copied_it(
     secrets: Path, tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_script_is_valid_bash_and_asks_slurm_for_what_it_relies_on() -> None:
     assert told == "B:TERM" and int(seconds) > 60
 
 
+@pytest.mark.slow
 def test_certificates_name_hosts_and_addresses_are_private_and_stay_until_they_end_soon(tmp_path: Path) -> None:
     require("openssl")
     folder = tmp_path / "certificates"
@@ -181,6 +182,7 @@ def test_certificates_name_hosts_and_addresses_are_private_and_stay_until_they_e
     assert check_tls(nodes_of(folder, "127.0.0.2"), "127.0.0.2") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lacks", "more", "says"),
     [
@@ -202,6 +204,7 @@ def test_job_that_could_not_speak_tls_ends_before_anything_starts(
     assert {path.name for path in allocation.folder.iterdir()} == {"certificates", "job.txt"}, "nothing was started"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["TLS", "TLS by name", "plaintext"])
 def test_node_speaks_tls_by_its_own_certificate_and_in_the_clear_only_when_asked(
     allocation: Allocation, tmp_path: Path, how: str

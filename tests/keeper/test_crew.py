@@ -123,6 +123,7 @@ def test_the_same_error_twice_ends_the_job_with_its_status(serve: Serve) -> None
     assert served.ends()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_given_up_leaves_its_newest_pair_durable(serve: Serve) -> None:
     served = serve(Policy(linger_s=30.0, hang_s=0.0))
     crew = served.supervisors(2)
@@ -162,6 +163,7 @@ def beat(one: Trainer, completed: int) -> None:
     words_of.beat(completed)
 
 
+@pytest.mark.slow
 def test_a_hang_is_dumped_told_and_started_anew(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "STACKS_WAIT_S", 60.0)
     served = serve(Policy(linger_s=0.0, hang_s=0.3))
@@ -182,6 +184,7 @@ def test_a_hang_is_dumped_told_and_started_anew(serve: Serve, monkeypatch: pytes
     end_well(crew, gone_now.attempt)
 
 
+@pytest.mark.slow
 def test_a_hang_after_another_rank_ended_ends_the_job(serve: Serve) -> None:
     served = serve(Policy(linger_s=0.0, hang_s=0.3))
     crew = served.supervisors(2)

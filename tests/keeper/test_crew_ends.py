@@ -80,6 +80,7 @@ def test_what_only_memory_holds_is_durable_though_all_ended_well(serve: Serve) -
     assert durable(served) == [PAIR]
 
 
+@pytest.mark.slow
 def test_a_store_that_takes_too_long_holds_nobody_longer_than_the_grace_time(
     serve: Serve, hold_commits: threading.Event
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_store_that_takes_too_long_holds_nobody_longer_than_the_grace_time(
     assert durable(served) == [PAIR]
 
 
+@pytest.mark.slow
 def test_a_lost_supervisor_holds_the_others_not(serve: Serve, hold_commits: threading.Event) -> None:
     served = serve(Policy(linger_s=30.0, hang_s=0.0))
     crew, some = staged_by(served, 2)
@@ -201,6 +203,7 @@ def test_ctrl_c_ends_the_job_as_the_shell_expects(serve: Serve) -> None:
         one.leave()
 
 
+@pytest.mark.slow
 def test_a_folder_of_stacks_that_was_taken_away_hides_no_hang(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "STACKS_WAIT_S", 0.3)
     served = serve(Policy(linger_s=0.0, hang_s=0.3))

@@ -73,6 +73,7 @@ def ends(crew: list[Peer], attempt: int) -> None:
         one.say(words.Died(attempt=attempt, status=0, at_s=time.monotonic()))
 
 
+@pytest.mark.slow
 def test_death_on_one_node_starts_both_anew_with_the_same_number_and_place(serve_node: Serve) -> None:
     crew = crews(serve_node)
     first = [started(one) for one in crew]
@@ -93,6 +94,7 @@ def test_death_on_one_node_starts_both_anew_with_the_same_number_and_place(serve
     assert [one.seating for one in second] == seats, "who lives keeps its ranks"
 
 
+@pytest.mark.slow
 def test_nodes_that_ended_wait_for_each_other_and_then_all_go(serve_node: Serve) -> None:
     nodes = [serve_node(name) for name in ("a", "b")]
     crew = [node.supervisors(2, launch=f"launch-{n}") for n, node in enumerate(nodes)]
@@ -128,6 +130,7 @@ def test_failure_that_is_final_on_one_node_ends_the_job_on_both(serve_node: Serv
             peer.leave()
 
 
+@pytest.mark.slow
 def test_new_launch_of_the_same_keepers_begins_after_the_last_ones_end(serve_node: Serve) -> None:
     nodes = [serve_node(name, policy=Policy(linger_s=20.0, hang_s=0.0)) for name in ("a", "b")]
     wires = [node.wire() for node in nodes]  # keep them for the second launch
@@ -168,6 +171,7 @@ def test_each_launch_of_a_keeper_says_which_agent_launched_it(serve_node: Serve,
     keyspace.close()
 
 
+@pytest.mark.slow
 def test_preempted_before_its_first_epoch_ends_the_job_once_the_others_have_come(serve_node: Serve) -> None:
     first = serve_node("a").supervisors(1, launch="a")
     first[0].say(words.Preempt(grace_s=30.0))

@@ -129,6 +129,7 @@ def test_a_rank_that_cannot_be_is_refused(serve: Serve, rank: int, ranks: int) -
     first.leave()
 
 
+@pytest.mark.slow
 def test_a_role_that_is_none_is_refused(serve: Serve) -> None:
     served = serve()
     with pytest.raises(UsageError, match="unknown role"):
@@ -143,6 +144,7 @@ def test_another_release_is_refused_and_told_why(serve: Serve) -> None:
     one.leave()
 
 
+@pytest.mark.slow
 def test_who_speaks_before_its_hello_is_refused(serve: Serve) -> None:
     served = serve()
     calls = KeeperClient(served.wire())
@@ -169,6 +171,7 @@ def test_garbage_of_one_peer_does_not_hurt_the_others(serve: Serve, seed: int) -
     assert served.ends()
 
 
+@pytest.mark.slow
 def test_a_garbled_trainer_is_cut_off_alone(serve: Serve) -> None:
     served = serve(LINGERS)
     well, bad = served.trainer(0, 2), served.trainer(1, 2)
@@ -196,6 +199,7 @@ def test_an_abandoned_job_is_made_durable_and_its_slots_wait_for_the_next_launch
     assert served.ends(), "the end of the second launch was planned"
 
 
+@pytest.mark.slow
 def test_an_abandoned_job_ends_after_it_lingered(serve: Serve) -> None:
     served = serve(Policy(linger_s=0.3, hang_s=0.0))
     first = served.trainer()

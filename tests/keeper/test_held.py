@@ -105,6 +105,7 @@ def said(
     return found
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(nodes)
 def test_what_is_complete_is_held_by_those_that_it_names(there: dict[str, list[InventoryEntry]]) -> None:
@@ -120,6 +121,7 @@ def test_what_is_complete_is_held_by_those_that_it_names(there: dict[str, list[I
         assert all(one.nodes != other.nodes for one, other in pairwise(pair.spans)), "no span could be longer"
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(nodes)
 def test_spans_say_what_ranks_say(there: dict[str, list[InventoryEntry]]) -> None:
@@ -137,6 +139,7 @@ def test_spans_say_what_ranks_say(there: dict[str, list[InventoryEntry]]) -> Non
             assert all(end < start for (_, end), (start, _) in pairwise(its)), "joined as far as can be"
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(nodes)
 def test_ranks_that_nobody_has_are_lost(there: dict[str, list[InventoryEntry]]) -> None:
@@ -146,6 +149,7 @@ def test_ranks_that_nobody_has_are_lost(there: dict[str, list[InventoryEntry]]) 
         assert max(ranks.stop for ranks in missing) <= max(sizes)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(nodes)
 def test_plan_comes_over_a_line_as_it_was(there: dict[str, list[InventoryEntry]]) -> None:

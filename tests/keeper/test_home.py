@@ -99,6 +99,7 @@ def test_a_small_thing_that_is_missing_is_made_again(serve: Serve, monkeypatch: 
     one.leave()
 
 
+@pytest.mark.slow
 def test_a_keeper_whose_folder_another_one_took_over_goes_on_with_those_it_has(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_keeper_whose_folder_another_one_took_over_goes_on_with_those_it_has(
     other.close()
 
 
+@pytest.mark.slow
 def test_no_descriptor_for_a_connection_is_waited_out_quietly(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serve(LINGERS)
     one = served.trainer()

@@ -202,6 +202,7 @@ def test_header_is_as_short_as_its_index_and_fits_memory_that_is_not_there(world
     assert len(compact_header(found[0], 1 << 38)) == PAGE_BYTES
 
 
+@pytest.mark.slow
 def test_all_nodes_together_get_no_more_than_the_cap_lets_through(world: World) -> None:
     for name in ("a", "b", "c"):
         world.node(name)

@@ -117,6 +117,7 @@ WHOLE_BYTES = PAGE_BYTES + DATA_BYTES
 SMALL_SENT = PAGE_BYTES + 1000 + 2 * RANGE_BYTES
 
 
+@pytest.mark.slow
 def test_only_chunks_that_changed_travel(world: World) -> None:
     assert world.send(1, FROZEN, small(1)) == WHOLE_BYTES
     assert world.send(2, FROZEN, small(2)) == SMALL_SENT
@@ -128,6 +129,7 @@ def test_only_chunks_that_changed_travel(world: World) -> None:
     assert world.told == []
 
 
+@pytest.mark.slow
 def test_base_is_there_in_every_round_whichever_are_missed(world: World) -> None:
     """As node of rank 0: pairs alternate, some are missed by another node, and what is over goes each time."""
     now, received = MirrorRound(), []
@@ -149,6 +151,7 @@ def test_base_is_there_in_every_round_whichever_are_missed(world: World) -> None
     assert world.told == []
 
 
+@pytest.mark.slow
 def test_refused_base_is_followed_by_the_whole_share_in_the_same_round(world: World) -> None:
     for step in (1, 2):
         world.send(step, FROZEN, small(step))
@@ -168,6 +171,7 @@ def test_base_that_was_put_anew_by_somebody_else_is_no_base(world: World) -> Non
     assert world.has(2)
 
 
+@pytest.mark.slow
 def test_node_that_was_started_anew_gets_all_and_then_what_changed(world: World) -> None:
     world.send(1, FROZEN, small(1))
     world.restart()
@@ -209,6 +213,7 @@ def test_leaf_of_another_length_costs_what_lies_elsewhere_now(world: World) -> N
     assert world.has(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2])
 def test_slot_that_is_overwritten_while_it_is_sent_is_kept_nowhere_and_no_base(
     world: World, monkeypatch: pytest.MonkeyPatch, step: int
@@ -240,6 +245,7 @@ def test_slot_that_is_overwritten_while_it_is_sent_is_kept_nowhere_and_no_base(
     assert world.has(3)
 
 
+@pytest.mark.slow
 def test_now_and_then_a_share_goes_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_bases, "BEHIND_MAX", 2)
     received = [world.send(step, FROZEN, small(step)) for step in range(1, 8)]

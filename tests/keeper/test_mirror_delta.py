@@ -68,6 +68,7 @@ SIZES = st.lists(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(SIZES, st.data())
 def test_earlier_share_with_what_is_sent_is_the_new_share(sizes: list[int], data: st.DataObject) -> None:
@@ -101,6 +102,7 @@ def test_earlier_share_with_what_is_sent_is_the_new_share(sizes: list[int], data
         assert found.ranges == ((0, HEADER_BYTES),), "the header alone"
 
 
+@pytest.mark.slow
 def test_only_chunks_that_changed_are_sent_and_neighbours_as_one_range() -> None:
     body = bytes(6 * CHUNK_BYTES)
     base = made([body, b"x" * PAGE_BYTES], step=1)

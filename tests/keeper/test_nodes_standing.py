@@ -84,6 +84,7 @@ def test_pair_is_complete_once_ranks_elsewhere_hold_it_too(board: Board) -> None
     assert len(board.all_ranks()) == 2
 
 
+@pytest.mark.slow
 @given(st.lists(st.sets(st.builds(SnapshotId, st.integers(1, 3), st.integers(0, 40)), max_size=20), max_size=6))
 def test_board_shows_the_newest_of_what_was_last_told(told: list[set[SnapshotId]]) -> None:
     board = Board.create(1)

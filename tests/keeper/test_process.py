@@ -47,6 +47,7 @@ def spec(tmp_path: Path) -> Iterator[KeeperSpec]:
     folder.sweep()
 
 
+@pytest.mark.slow
 def test_a_keeper_answers_soon_after_its_start_began(spec: KeeperSpec) -> None:
     took_s = []
     for _ in range(2):
@@ -60,6 +61,7 @@ def test_a_keeper_answers_soon_after_its_start_began(spec: KeeperSpec) -> None:
     assert min(took_s) < START_S_MAX
 
 
+@pytest.mark.slow
 def test_a_keeper_takes_little_memory_besides_its_slots(spec: KeeperSpec) -> None:
     calls = KeeperClient(ensure_keeper(spec, program=WITH_STORES))
     calls.ask(HELLO, Welcome, timeout_s=WAIT_S)
@@ -77,6 +79,7 @@ def test_a_keeper_takes_little_memory_besides_its_slots(spec: KeeperSpec) -> Non
     until(lambda: not JobFolder(spec.store, spec.job).path.exists())
 
 
+@pytest.mark.slow
 def test_a_keeper_stays_through_a_terminals_signals_and_removes_its_folder(spec: KeeperSpec) -> None:
     calls = KeeperClient(ensure_keeper(spec))
     pid = calls.ask(HELLO, Welcome, timeout_s=WAIT_S).pid
@@ -92,6 +95,7 @@ def test_a_keeper_stays_through_a_terminals_signals_and_removes_its_folder(spec:
     until(lambda: not folder.path.exists())
 
 
+@pytest.mark.slow
 def test_a_killed_keeper_is_followed_by_another(spec: KeeperSpec) -> None:
     first = KeeperClient(ensure_keeper(spec))
     welcome = first.ask(HELLO, Welcome, timeout_s=WAIT_S)

@@ -167,6 +167,7 @@ def test_room_of_uploads_ends_with_its_era(net: Net) -> None:
     assert answers.got == []
 
 
+@pytest.mark.slow
 def test_early_words_are_bounded(net: Net) -> None:
     far = RemoteMailbox(net.ends["far"], attempt_mailbox(9), "root")
     for n in range(EARLY_MAX + 5):

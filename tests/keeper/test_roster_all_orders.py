@@ -36,6 +36,7 @@ def explore(start: World) -> tuple[int, set[RosterState]]:
     return len(seen), rests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap_s", [0.4, 5.0])
 @pytest.mark.parametrize(("ranks", "faults"), [(1, 3), (2, 1)])
 def test_every_order_ends_in_training_or_in_leaving(ranks: int, faults: int, gap_s: float) -> None:
@@ -43,12 +44,14 @@ def test_every_order_ends_in_training_or_in_leaving(ranks: int, faults: int, gap
     assert rests == {RosterState.RUNNING, RosterState.OVER}
 
 
+@pytest.mark.slow
 def test_a_keepers_successor_behaves_alike() -> None:
     _, rests = explore(world(2, faults=1, attempt=7))
     explore(world(1, faults=2, attempt=7))
     assert rests == {RosterState.RUNNING, RosterState.OVER}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "faults", "attempt"), [(1, 2, 0), (2, 1, 0), (1, 2, 7)])
 def test_one_node_of_several_trains_leaves_or_waits_for_an_epoch_it_asked_for(
     ranks: int, faults: int, attempt: int

@@ -148,6 +148,7 @@ def live(tmp_path: Path) -> Iterator[Live]:
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_strangers_change_nothing_and_cost_what_is_stated(live: Live, seed: int) -> None:
     print(f"seed {seed}")
@@ -188,6 +189,7 @@ def test_peers_that_are_none_are_hung_up_on(live: Live) -> None:
     live.settled()
 
 
+@pytest.mark.slow
 def test_tool_that_reads_nothing_is_hung_up_on(live: Live) -> None:
     def ask(sock: socket.socket) -> None:
         status = framed(msgpack(GetStatus(id=1))) * 1000
@@ -251,6 +253,7 @@ INSIDERS_SAY = (
 """What a rank says of itself. Left out is what ends, restarts or re-opens the job, as any rank may."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rank_that_talks_nonsense_spoils_nothing_of_another(live: Live, seed: int) -> None:
     """It has said a right hello, so its frames may be long and bring descriptors."""

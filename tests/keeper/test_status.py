@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 
+import pytest
 from served import POLICY, Served, open_epoch, started, until
 from slot_makers import SLOT_BYTES
 
@@ -19,6 +20,7 @@ Serve = Callable[..., Served]
 PAIR = SnapshotId(1, 5)
 
 
+@pytest.mark.slow
 def test_a_keeper_without_a_job_tells_of_itself(serve: Serve) -> None:
     served = serve()
     report = served.report()
@@ -30,6 +32,7 @@ def test_a_keeper_without_a_job_tells_of_itself(serve: Serve) -> None:
     assert 0 <= report.since_s < 60
 
 
+@pytest.mark.slow
 def test_a_job_in_place_shows_ranks_slots_and_what_is_durable(serve: Serve) -> None:
     served = serve(Policy(linger_s=30.0, hang_s=0.0))
     one, two = (served.trainer(rank, 2, pid=100 + rank) for rank in range(2))

@@ -35,6 +35,7 @@ def save(trainer, epoch: int, *some: int, slots: int = 0) -> None:
         assert trainer.outcome().error is None
 
 
+@pytest.mark.slow
 def test_keeper_drops_what_the_policy_does_not_keep_before_it_ends(serve: Serve) -> None:
     served = serve()
     trainer = served.trainer()
@@ -44,6 +45,7 @@ def test_keeper_drops_what_the_policy_does_not_keep_before_it_ends(serve: Serve)
     assert steps(served) == [4, 5]
 
 
+@pytest.mark.slow
 def test_keeper_that_was_told_nothing_drops_nothing(serve: Serve) -> None:
     served = serve()
     trainer = served.trainer()
@@ -53,6 +55,7 @@ def test_keeper_that_was_told_nothing_drops_nothing(serve: Serve) -> None:
     assert steps(served) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_launch_that_comes_to_a_lingering_keeper_brings_its_own_policy(serve: Serve) -> None:
     served = serve(LINGERS)
     first = served.trainer(launch="a")
@@ -66,6 +69,7 @@ def test_launch_that_comes_to_a_lingering_keeper_brings_its_own_policy(serve: Se
     assert steps(served) == [2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_launch_of_another_size_brings_its_own_policy_too(serve: Serve) -> None:
     served = serve(LINGERS)
     first = served.trainer(launch="a")

@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from ckpt.keeper.process import Watchdog
 
 HUNG = """
@@ -34,6 +36,7 @@ def test_hung_loop_ends_its_process_though_nothing_can_be_written() -> None:
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_loop_that_turns_is_left_alone_and_one_that_ended_too() -> None:
     hung = threading.Event()
     watchdog = Watchdog(hung.set, look_s=0.1, looks_max=25)

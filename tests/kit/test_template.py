@@ -68,6 +68,7 @@ def forked(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
     return run(command, capture_output=True, text=True, timeout=WAIT_S, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["script", "module", "command"])
 @pytest.mark.parametrize("new_session", [True, False])
 def test_program_finds_itself_as_a_started_one_does(kind: str, new_session: bool, tmp_path: Path) -> None:
@@ -91,6 +92,7 @@ def test_program_finds_itself_as_a_started_one_does(kind: str, new_session: bool
     assert found[1] == found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ENDS.values(), ids=ENDS.keys())
 def test_program_ends_as_a_started_one_does(program: str) -> None:
     ends = [start([sys.executable, "-c", program]) for start in (real, forked)]
@@ -98,6 +100,7 @@ def test_program_ends_as_a_started_one_does(program: str) -> None:
     assert second == first
 
 
+@pytest.mark.slow
 def test_modules_note_nothing_of_the_template_at_their_import(tmp_path: Path) -> None:
     """Else a program would go on with it. What depends on where it was started is what it is in a started one."""
     program = """
@@ -122,6 +125,7 @@ print(json.dumps({
     assert {name: second[name] for name in first} == first
 
 
+@pytest.mark.slow
 def test_program_is_talked_to_signalled_and_waited_for() -> None:
     code = "import sys\nfor line in sys.stdin: print(line.upper(), end='', flush=True)"
     with Program([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -138,6 +142,7 @@ def test_program_is_talked_to_signalled_and_waited_for() -> None:
         run([sys.executable, "-c", "1 / 0"], capture_output=True, check=True)
 
 
+@pytest.mark.slow
 def test_program_leads_its_session_and_has_its_descriptors_as_soon_as_it_is_there() -> None:
     read, write = os.pipe()
     code = f"import os, time; os.write({write}, b'here'); time.sleep(60)"
@@ -154,6 +159,7 @@ def test_program_leads_its_session_and_has_its_descriptors_as_soon_as_it_is_ther
         process.kill()
 
 
+@pytest.mark.slow
 def test_orphans_of_a_program_are_not_left_to_the_test() -> None:
     code = "import os\nif os.fork(): os._exit(0)\nwhile os.getppid() == {}: pass\nprint(os.getppid() == {}, flush=True)"
     done = forked(
@@ -162,6 +168,7 @@ def test_orphans_of_a_program_are_not_left_to_the_test() -> None:
     assert done.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_workers_of_torchrun_are_its_children_and_lead_sessions(tmp_path: Path) -> None:
     """And what becomes of them is what becomes of started ones."""
     (tmp_path / "worker.py").write_text(
@@ -192,6 +199,7 @@ def test_workers_of_torchrun_are_its_children_and_lead_sessions(tmp_path: Path) 
     assert ends[1] == ends[0]
 
 
+@pytest.mark.slow
 def test_template_ends_with_the_process_that_asks_it(tmp_path: Path) -> None:
     said = tmp_path / "said"
     code = (

@@ -65,6 +65,7 @@ def test_what_one_mapping_writes_another_reads(board: Board) -> None:
         assert (other.rank(0).attempt, other.rank(1).attempt) == (0, 0)
 
 
+@pytest.mark.slow
 def test_decisions_are_of_one_attempt_and_one_boundary(board: Board) -> None:
     board.begin_attempt(1)
     assert board.decision(0) is None
@@ -266,6 +267,7 @@ OTHER = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_another_process_sees_beats_and_slots_and_its_death_leaves_them(board: Board) -> None:
     board.begin_attempt(7)
     ours, theirs = socket.socketpair()

@@ -141,6 +141,7 @@ def test_the_specification_is_on_no_command_line(program) -> None:
     end(wire)
 
 
+@pytest.mark.slow
 def test_many_starters_at_once_start_one_keeper(program) -> None:
     with ThreadPoolExecutor(8) as pool:
         wires = list(pool.map(lambda _: ensure_keeper(spec(), program=program), range(8)))
@@ -169,6 +170,7 @@ def test_many_processes_at_once_start_one_keeper(program) -> None:
     assert end(wire) == int(said.pop())
 
 
+@pytest.mark.slow
 def test_the_next_keeper_follows_one_that_was_killed(program) -> None:
     wire = ensure_keeper(spec(), program=program)
     first = number(wire, GetStatus())
@@ -202,6 +204,7 @@ def test_a_keeper_that_is_ending_is_waited_for(program) -> None:
     end(wire)
 
 
+@pytest.mark.slow
 def test_a_keeper_that_fails_is_given_up_with_what_it_said(program) -> None:
     JobFolder("/data/runs", "broken").try_lock(name="made")
     JobFolder("/data/runs", "broken").log_path.write_text("of an earlier keeper\n")
@@ -219,6 +222,7 @@ def test_a_lock_whose_holder_never_listens_is_given_up_in_time(program) -> None:
     os.close(lock)
 
 
+@pytest.mark.slow
 def test_a_keeper_that_never_listens_is_ended_in_time(program) -> None:
     with pytest.raises(UnavailableError, match="didn't listen in time"):
         ensure_keeper(spec("deaf"), program=program, wait_s=0.5)

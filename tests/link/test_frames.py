@@ -66,6 +66,7 @@ plans = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(plan=plans, read_bytes=st.sampled_from([1, 3, 7, 64, 1000, 65536]), data=st.data())
 def test_messages_and_descriptors_arrive_together_however_the_stream_is_cut(plan, read_bytes, data) -> None:

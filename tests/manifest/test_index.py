@@ -152,6 +152,7 @@ boxes = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.in
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(boxes, max_size=5))
 def test_cover_agrees_with_counting_every_element(found: list[Box]) -> None:

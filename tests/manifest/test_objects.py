@@ -92,6 +92,7 @@ def same(a: object, b: object) -> bool:
             return a == b
 
 
+@pytest.mark.slow
 @given(values)
 @settings(max_examples=150, deadline=None)
 def test_any_value_comes_back_bit_exactly(value: object) -> None:
@@ -108,6 +109,7 @@ def test_random_bytes_decode_or_give_integrity_error(data: bytes) -> None:
         decode_object(data)
 
 
+@pytest.mark.slow
 @given(values, st.data())
 @settings(max_examples=150, deadline=None)
 def test_damaged_bytes_decode_or_give_integrity_error(value: object, data: st.DataObject) -> None:

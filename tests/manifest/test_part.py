@@ -109,6 +109,7 @@ def test_mutated_stored_bytes_give_the_equal_part_or_an_integrity_error(at: int,
         assert decode_part(bytes(data)) == small_part()
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
 def test_mutated_payload_gives_a_valid_part_or_an_integrity_error(changes: list[tuple[int, int]]) -> None:

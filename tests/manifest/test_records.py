@@ -82,6 +82,7 @@ def resealed(data: bytes, **fields: object) -> bytes:
     return msgspec.json.encode(found, order="sorted")
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(records)
 def test_a_record_comes_back_equal_and_spelled_alike(record: Record) -> None:
@@ -105,6 +106,7 @@ def test_a_manifest_comes_back_equal_also_with_floats_that_json_lacks(
     assert make_manifest(dict(reversed(list(metadata.items())))).encode() == data
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(records, changes, st.integers(0, 30))
 def test_a_mutated_record_is_equal_or_refused(record: Record, changed: list[tuple[int, int]], cut: int) -> None:
@@ -119,6 +121,7 @@ def test_a_mutated_record_is_equal_or_refused(record: Record, changed: list[tupl
     assert found == record
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(metadatas, changes)
 def test_a_mutated_manifest_is_equal_or_refused(

@@ -44,6 +44,7 @@ def lease(keyspace: Keyspace, ttl_s: float = 60.0) -> int:
 class KeyspaceContract:
     """For a fixture ``make_keyspace``."""
 
+    @pytest.mark.slow
     def test_a_transaction_writes_and_reads_at_one_revision(self, make_keyspace: Make) -> None:
         keyspace = make_keyspace()
         done = keyspace.transact(
@@ -56,6 +57,7 @@ class KeyspaceContract:
         assert one == both[1:]
         assert {kv.created for kv in both} == {kv.changed for kv in both} == {done.revision}
 
+    @pytest.mark.slow
     def test_a_transaction_whose_condition_fails_writes_nothing_and_reads_all_the_same(
         self, make_keyspace: Make
     ) -> None:
@@ -164,6 +166,7 @@ class KeyspaceContract:
         assert keyspace.grant(lease_id, 30.0).ttl_s == 60.0
         assert get(keyspace, "a") == b"1"
 
+    @pytest.mark.slow
     def test_a_lease_runs_out_and_a_renewed_one_does_not(self, make_keyspace: Make, ttl_s: float) -> None:
         keyspace, ttl_s = make_keyspace(), 2 * ttl_s
         began_s = time.monotonic()
@@ -203,12 +206,14 @@ class KeyspaceContract:
             waiting.join(DEADLINE_S)
             assert woken == [True]
 
+    @pytest.mark.slow
     def test_a_wait_does_not_hear_of_other_keys(self, make_keyspace: Make) -> None:
         keyspace = make_keyspace()
         before = put(keyspace, "epoch", b"1")
         put(keyspace, "log/1", b"1")
         assert not keyspace.wait((Keys("epoch", "leader\0"),), before, timeout_s=0.3)
 
+    @pytest.mark.slow
     def test_a_wait_sees_that_a_lease_ran_out(self, make_keyspace: Make, ttl_s: float) -> None:
         keyspace = make_keyspace()
         lease_id = lease(keyspace, ttl_s)
@@ -233,6 +238,7 @@ class KeyspaceContract:
             thread.join(DEADLINE_S)
         assert [b"%d" % number for number in winners] == [get(keyspaces[0], "one")]
 
+    @pytest.mark.slow
     def test_one_keyspace_serves_many_threads(self, make_keyspace: Make) -> None:
         keyspace = make_keyspace()
         rounds = 20

@@ -100,6 +100,7 @@ class LodgingContract:
         member.put_fact("fact", b"y")
         assert under(keyspace, ticket.lease_id) == {f"nodes/{ticket.node}", f"said/fact/{ticket.node}"}
 
+    @pytest.mark.slow
     def test_back_under_a_lease_of_its_own_it_needs_no_other(
         self, make_member: Make, make_keyspace: MakeKeyspace, ttl_s: float
     ) -> None:
@@ -134,6 +135,7 @@ class LodgingContract:
                 assert node in member.view().by_node
                 assert get(keyspace, f"said/fact/{node}") == b"x"
 
+    @pytest.mark.slow
     def test_another_lease_is_not_kept_alive_and_its_end_is_noticed(
         self, make_member: Make, make_keyspace: MakeKeyspace, ttl_s: float
     ) -> None:
@@ -203,6 +205,7 @@ class LodgingContract:
             with pytest.raises(UsageError):
                 make_member().join(info(), agent=agent)
 
+    @pytest.mark.slow
     def test_who_names_an_agent_leaves_its_lease_to_run_out_and_takes_all_else_back(
         self, make_member: Make, make_keyspace: MakeKeyspace, ttl_s: float
     ) -> None:
@@ -220,6 +223,7 @@ class LodgingContract:
         assert time.monotonic() - left_s > 0.8 * ttl_s
         assert keyspace.renew(ticket.lease_id) == 0
 
+    @pytest.mark.slow
     def test_who_lost_its_membership_names_its_agent_again_under_its_next_lease(
         self, make_member: Make, make_keyspace: MakeKeyspace
     ) -> None:

@@ -107,6 +107,7 @@ class MembershipContract:
         assert view.leader is None
         assert one.read_facts("fact") == {}
 
+    @pytest.mark.slow
     def test_a_lease_is_kept_alive_far_beyond_its_life(self, make_member: Make, ttl_s: float) -> None:
         ttl_s *= 2  # nothing may be late by as much as it lasts
         member = make_member(ttl_s)
@@ -117,6 +118,7 @@ class MembershipContract:
         assert member.lease_status().state is LeaseState.VALID
         assert node in member.view().by_node
 
+    @pytest.mark.slow
     def test_each_time_that_it_is_prolonged_it_is_told_until_when_it_may_act(
         self, make_member: Make, ttl_s: float
     ) -> None:
@@ -269,6 +271,7 @@ class MembershipContract:
         again.lead()
         assert isinstance(again.publish(record_of(view, node), view), NotPublished)
 
+    @pytest.mark.slow
     def test_who_is_taken_out_learns_it_and_can_do_nothing_more(self, make_member: Make) -> None:
         leader, node = joined(make_member)
         out, out_node = joined(make_member)
@@ -282,6 +285,7 @@ class MembershipContract:
         out.join(info())
         assert out.lease_status().state is LeaseState.VALID
 
+    @pytest.mark.slow
     def test_more_nodes_are_taken_out_than_one_transaction_can(
         self, make_member: Make, make_keyspace: Callable[[], Keyspace]
     ) -> None:
@@ -356,6 +360,7 @@ class MembershipContract:
         assert set(view.by_node) == {node}
         assert view.unreadable == ("nodes/bad", "nodes/x/y")
 
+    @pytest.mark.slow
     def test_a_follower_hears_of_epochs_and_not_of_each_member(self, make_member: Make) -> None:
         leader, node = joined(make_member)
         follower, _ = joined(make_member)

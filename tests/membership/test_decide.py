@@ -318,6 +318,7 @@ def views(draw: st.DrawFn) -> tuple[View, MembershipOptions]:
     return view, options(low, high, may_grow=draw(st.booleans()), epoch_floor=draw(st.integers(0, 9)))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(views())
 def test_what_holds_for_any_decision(case: tuple[View, MembershipOptions]) -> None:

@@ -32,6 +32,7 @@ member.leave()
 """
 
 
+@pytest.mark.slow
 def test_processes_see_each_other_come_go_and_die(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "job.sqlite3"
     processes = [
@@ -63,6 +64,7 @@ def test_processes_see_each_other_come_go_and_die(tmp_path: Path) -> None:
                 stream.close()
 
 
+@pytest.mark.slow
 def test_a_zombie_has_stopped_by_its_own_clock_and_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "job.sqlite3"
     other = open_membership(path, "j", ttl_s=8.0)

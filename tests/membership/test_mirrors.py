@@ -123,6 +123,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[RankHolder], int]:
     return job(domains, groups if draw(st.booleans()) else ()), draw(st.integers(1, 4))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(jobs(), st.data())
 def test_what_holds_for_any_job_also_after_losses(case: tuple[list[RankHolder], int], data: st.DataObject) -> None:
@@ -156,6 +157,7 @@ def test_any_losses_up_to_the_number_of_mirrors_leave_a_copy_of_everything() -> 
                 assert {node, *peers} - set(lost)
 
 
+@pytest.mark.slow
 def test_a_job_of_many_nodes_is_placed_and_repaired_quickly_enough() -> None:
     holders = [RankHolder(f"n{number:05d}", f"rack{number // 16:04d}", f"p{number // 64}") for number in range(4_000)]
     placed = place_mirrors(holders, 1)

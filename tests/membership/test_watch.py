@@ -110,6 +110,7 @@ class TwoEndpoints(EtcdClient):
         return SimpleNamespace(channel=f"endpoint {number}", call_credentials=None, metadata=None)
 
 
+@pytest.mark.slow
 def test_watch_follows_where_calls_go_though_its_stream_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(etcdrpc, "WatchStub", Streams)
     OPENED.clear()

@@ -55,6 +55,7 @@ def campaign(folder: Path, tests: str = TESTS) -> dict[str, Ran]:
     return {f"{mutant.function}: {mutant.name}": ran for mutant, ran in found}
 
 
+@pytest.mark.slow
 def test_what_no_test_tells_apart_survives_and_all_else_is_killed_by_the_test_that_does(tmp_path: Path) -> None:
     found = campaign(tmp_path)
     survived = {name for name, ran in found.items() if ran.outcome == "survived"}
@@ -70,6 +71,7 @@ def test_what_no_test_tells_apart_survives_and_all_else_is_killed_by_the_test_th
     assert not [ran for ran in found.values() if ran.outcome == "broken"]
 
 
+@pytest.mark.slow
 def test_tests_that_fail_without_a_mutant_say_so(tmp_path: Path) -> None:
     with pytest.raises(BaselineError, match="test_small"):
         campaign(tmp_path, TESTS.replace("small(2)", "small(3)"))

@@ -107,6 +107,7 @@ def test_a_field_changed_alone_is_refused_and_changes_nothing(world: World, fiel
     assert tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["delete", "get"])
 def test_a_bit_of_a_head_changed_anywhere_is_refused(world: World, name: str) -> None:
     server = prepared(world)

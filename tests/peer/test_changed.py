@@ -299,6 +299,7 @@ def test_lent_memory_that_is_taken_back_is_never_stored(world: World) -> None:
     assert store.stat("b") is None
 
 
+@pytest.mark.slow
 def test_a_cap_is_taken_for_what_is_sent_alone(world: World) -> None:
     cap = RateLimit(8 * MIB)
     store = world.store(world.serve(), cap=cap)
@@ -330,6 +331,7 @@ def test_it_goes_over_tls(world: World, certificates: Certificates) -> None:
         store.put_changed("b", [old], base=replace(base, version=9), changed=ranges)
 
 
+@pytest.mark.slow
 def test_bytes_changed_on_the_way_are_never_stored(world: World) -> None:
     """In the table, in what is sent, in the tag."""
     server = world.serve()
@@ -358,6 +360,7 @@ def test_bytes_changed_on_the_way_are_never_stored(world: World) -> None:
     until(lambda: idle(server))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patient", [True, False])
 def test_a_peer_is_waited_for_as_long_as_it_copies_and_waits_itself_no_less(
     world: World, monkeypatch: pytest.MonkeyPatch, patient: bool

@@ -43,6 +43,7 @@ def taken_in(channel: PeerChannel) -> bool:
     return not select.select([channel._socket], [], [], 0)[0]
 
 
+@pytest.mark.slow
 def test_a_head_and_a_body_are_read_alike_wherever_they_are_cut(pair: tuple[socket.socket, PeerChannel]) -> None:
     ours, channel = pair
     raw = FIRST + SECOND + tagged(BODY) + FIRST

@@ -129,6 +129,7 @@ HEADS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(HEADS)
 def test_any_head_that_a_holder_of_the_secret_signs_is_answered(world: World, head: bytes) -> None:
@@ -202,6 +203,7 @@ def valid(rng: random.Random, peer: RawPeer) -> tuple[bytes, bytes]:
     return request.encode("t"), rng.randbytes(size + 16) if request.verb == "PUT" and not request.waits else b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mutated_requests_change_nothing(world: World, seed: int) -> None:
     """Spoiled before signing and after it, with bodies that are no bodies, many in a row, cut off anywhere."""
@@ -257,6 +259,7 @@ def meant(ranges: list[tuple[int, int]], sent: bytes) -> bytes | None:
     return bytes(made)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables(), st.integers(-1, 1), st.booleans())
 def test_any_table_that_a_holder_of_the_secret_signs_is_followed_or_refused(

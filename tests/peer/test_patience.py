@@ -26,6 +26,7 @@ def test_lateness_is_made_up_for_by_speed_which_earns_nothing() -> None:
     assert patience.late_s(0.0, took_s=9.9, moved_bytes=1) > 9.8
 
 
+@pytest.mark.slow
 def test_a_peer_that_was_quick_and_then_stands_still_is_given_up_like_any_other(world: World) -> None:
     server = world.serve(limits=PeerServerLimits(timeouts=PeerTimeouts(grace_s=1.5)))
     with RawPeer(server) as peer:
@@ -39,6 +40,7 @@ def test_a_peer_that_was_quick_and_then_stands_still_is_given_up_like_any_other(
     assert server.memory.stats().incoming_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_cap_lets_through_what_it_says(world: World) -> None:
     cap = RateLimit(8 * MIB)
     cap.take(8 * MIB)  # owed from here on
@@ -75,6 +77,7 @@ def test_a_cap_that_is_no_rate_is_refused() -> None:
             RateLimit().set(rate)
 
 
+@pytest.mark.slow
 def test_puts_of_several_stores_share_a_cap_that_reads_do_not_know(world: World) -> None:
     cap = RateLimit(16 * MIB)
     server = world.serve()

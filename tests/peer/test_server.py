@@ -43,6 +43,7 @@ def deserted(server: PeerServer) -> bool:
     return server.stats().connections == 0
 
 
+@pytest.mark.slow
 def test_a_put_cut_off_at_any_byte_leaves_the_old_object_or_none(world: World) -> None:
     server = world.serve()
     put(server, "old", OLD)
@@ -102,6 +103,7 @@ def test_a_small_body_that_came_unasked_is_dropped_with_its_refusal(world: World
         assert peer.hear() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["nothing", "a hello's start", "a head's start", "a body's start", "idle"])
 def test_a_guest_that_stands_still_is_ended_and_its_memory_comes_back(world: World, what: str) -> None:
     server = world.serve(limits=BRIEF)
@@ -121,6 +123,7 @@ def test_a_guest_that_stands_still_is_ended_and_its_memory_comes_back(world: Wor
     assert server.stats().refused.get("slow", 0) + server.stats().refused.get("mac", 0) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["head", "body", "hello"])
 def test_a_trickle_holds_no_connection(world: World, what: str) -> None:
     server = world.serve(limits=BRIEF)
@@ -145,6 +148,7 @@ def test_a_trickle_holds_no_connection(world: World, what: str) -> None:
     assert server.memory.stats().total_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_reader_that_takes_nothing_is_ended_and_lets_go_of_the_object(world: World) -> None:
     server = world.serve(limits=BRIEF)
     put(server, "a", bytes(LARGE_BYTES))
@@ -176,6 +180,7 @@ TWO = PeerServerLimits(
 """Who rests would keep its place for longer than anybody waits for one (``crowded_s``)."""
 
 
+@pytest.mark.slow
 def test_more_holders_than_connections_take_the_places_of_those_that_rest(world: World) -> None:
     server = world.serve(limits=TWO)
     stores = [world.store(server, limits=PeerClientLimits(crowded_s=WAIT_S)) for _ in range(5)]
@@ -246,6 +251,7 @@ def test_many_times_more_holders_than_places_at_the_same_moment_are_all_served(w
     assert server.stats().connections <= 8
 
 
+@pytest.mark.slow
 def test_strangers_are_ended_after_their_time_however_busy_they_look(world: World) -> None:
     limits = PeerServerLimits(stranger_s=2.0, timeouts=PeerTimeouts(grace_s=WAIT_S))
     server = world.serve(limits=limits)

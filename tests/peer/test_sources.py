@@ -112,6 +112,7 @@ def test_nobody_writes_to_a_source(world: World, slots: Slots) -> None:
     assert read(store, "slot/0") == b"\1" * SLOT_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10, SLOT_BYTES])
 def test_memory_overwritten_while_it_is_sent_is_an_error_not_bytes(world: World, slots: Slots, size: int) -> None:
     server = world.serve(sources=[slots])

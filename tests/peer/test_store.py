@@ -80,6 +80,7 @@ def test_a_refusal_is_the_error_that_its_handler_needs(world: World) -> None:
         assert "127.0.0.1" in str(found.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("large", [False, True])
 def test_bytes_changed_on_the_way_are_never_believed(world: World, large: bool) -> None:
     server = world.serve()
@@ -265,6 +266,7 @@ def test_a_stretch_beyond_the_file_is_refused(world: World, tmp_path: Path) -> N
     assert read(store, "a") == b"234"
 
 
+@pytest.mark.slow
 def test_a_large_read_goes_in_streams_and_is_of_one_content(world: World) -> None:
     server = world.serve()
     store = world.store(server, limits=PeerClientLimits(stream_bytes_min=MIB))

@@ -74,6 +74,7 @@ def test_another_certificate_is_refused(world: World, certificates: Certificates
     good.put("a", [b"x"])
 
 
+@pytest.mark.slow
 def test_clear_text_and_tls_do_not_meet(world: World, certificates: Certificates) -> None:
     clear, covered = world.serve(), world.serve(tls=serving(certificates.one))
     with pytest.raises((StoreDeniedError, UnavailableError)):

@@ -78,6 +78,7 @@ def test_waiting_in_a_room_ends_with_the_message_and_asks_no_more_than_once() ->
         assert waiting.result(WAIT_S) == b"yes"
 
 
+@pytest.mark.slow
 def test_waiting_in_a_room_stops_when_told() -> None:
     told = threading.Event()
     channel = InProcessMailbox(InProcessRoom(), rank=1, size=2)

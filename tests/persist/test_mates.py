@@ -189,6 +189,7 @@ def test_step_that_all_passed_is_the_least_that_one_captured(world: World) -> No
     world.saved(8)
 
 
+@pytest.mark.slow
 def test_share_that_never_comes_is_named_and_moves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.saved(1)
     monkeypatch.setattr("ckpt.save.persister.LOCAL_RANKS_WAIT_S", 2.0)
@@ -245,6 +246,7 @@ def test_ranks_that_captured_different_steps_make_no_snapshot(world: World) -> N
     world.saved(3)
 
 
+@pytest.mark.slow
 def test_persisters_that_are_abandoned_wait_for_no_mate(world: World) -> None:
     futures = [world.persisters[rank].submit(sealed(rank, 1), tags=()) for rank in (0, 1, 4)]
     for persister in world.persisters:

@@ -78,6 +78,7 @@ def sound(world: list[Receipt]) -> bool:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(worlds(), st.data())
 def test_grouping_makes_no_difference(world: list[Receipt], data: st.DataObject) -> None:

@@ -30,6 +30,7 @@ def all_owned(leaves: list[ReplicatedBox]) -> dict[int, list[tuple[int, Box]]]:
     return found
 
 
+@pytest.mark.slow
 @given(st.lists(replicated, max_size=12))
 def test_every_element_is_owned_by_exactly_one_rank(leaves: list[ReplicatedBox]) -> None:
     for index, owners in all_owned(leaves).items():

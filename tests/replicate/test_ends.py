@@ -35,6 +35,7 @@ def test_close_waits_for_stragglers_and_repeats_harmlessly() -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_close_leaves_hanging_calls_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckpt.backends.replicated.store.CLOSE_S", 0.2)
     assert CLOSE_S > 0.2
@@ -58,6 +59,7 @@ def test_threads_end_with_close() -> None:
     )
 
 
+@pytest.mark.slow
 def test_interpreter_exits_though_a_store_hangs_and_nobody_closed(tmp_path: Path) -> None:
     program = textwrap.dedent(
         """

@@ -39,6 +39,7 @@ def test_stat_says_none_only_where_enough_stores_do() -> None:
         assert found.size_bytes == 1
 
 
+@pytest.mark.slow
 def test_stat_does_not_wait_for_a_hanging_store() -> None:
     stores = [Gated(memory) for memory in three()]
     with replicated(stores) as store:
@@ -97,6 +98,7 @@ def test_list_leaves_out_a_store_that_fails_and_raises_where_too_few_are_left() 
             keys(store)
 
 
+@pytest.mark.slow
 def test_list_goes_on_without_a_store_that_hangs_on_the_way() -> None:
     stores = [Gated(memory) for memory in three()]
     with replicated(stores) as store:
@@ -158,6 +160,7 @@ def test_capabilities_are_what_all_can_do() -> None:
             store.put("k", [b"x"], create_only=True)
 
 
+@pytest.mark.slow
 def test_create_has_one_winner_whatever_the_stores_do() -> None:
     for seed in range(40):
         memories = three()
@@ -206,6 +209,7 @@ def test_create_counts_equal_bytes_that_an_earlier_try_left() -> None:
         assert read(store, "k", 4) == b"mine"
 
 
+@pytest.mark.slow
 def test_create_goes_past_a_first_store_that_hangs() -> None:
     stores = [Gated(memory) for memory in three()]
     with replicated(stores, pace=QUICK) as store:

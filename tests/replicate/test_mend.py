@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +107,7 @@ def mend(target: bytes | None, others: Sequence[bytes | None], need: RepairNeed,
     return target
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(st.integers(0, 1 << 62), st.integers(1, 2))
 def test_no_right_byte_is_ever_lost_from_all_copies(seed: int, others: int) -> None:

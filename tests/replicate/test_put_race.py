@@ -86,6 +86,7 @@ def check(quorum: Quorum, apart: frozenset[int], does: Sequence[str]) -> None:
         assert all(not given[place] for place in apart)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stores", [1, 2, 3])
 def test_every_combination_ends_at_the_quorum_or_where_it_cannot_be_reached(stores: int) -> None:
     subsets = [frozenset(c) for n in range(stores + 1) for c in itertools.combinations(range(stores), n)]
@@ -95,6 +96,7 @@ def test_every_combination_ends_at_the_quorum_or_where_it_cannot_be_reached(stor
                 check(quorum, apart, does)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.integers(4, 6), st.data())
 def test_more_stores_end_so_too(stores: int, data: st.DataObject) -> None:

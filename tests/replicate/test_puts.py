@@ -63,6 +63,7 @@ def test_hang_in_mid_put_neither_holds_the_caller_nor_stores_wrong_bytes(kind: t
     assert [memory.versions["k"] for memory in memories] == [{RIGHT}] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Gated, Lending])
 def test_two_hanging_stores_fail_the_put_in_time_and_store_nothing_wrong(kind: type[Gated]) -> None:
     memories = [Remembering(name) for name in "abc"]
@@ -107,6 +108,7 @@ def test_real_folder_that_was_lent_memory_stores_nothing_once_it_is_taken_back(t
     assert [entry.key for entry in stores[2].list("")] == ["k"]
 
 
+@pytest.mark.slow
 def test_well_stores_that_borrow_get_the_callers_own_memory() -> None:
     stores = [Lending(MemoryBackend(name)) for name in "abc"]
     with replicated(stores, pace=PATIENT, budget_bytes=3) as store:
@@ -250,6 +252,7 @@ def test_only_counting_stores_make_the_quorum_and_are_written_to() -> None:
             store.count_only(frozenset({3}))
 
 
+@pytest.mark.slow
 def test_dead_store_costs_later_puts_nothing() -> None:
     stores = [Lending(Remembering(name)) for name in "abc"]
     with replicated(stores, pace=QUICK) as store:
@@ -266,6 +269,7 @@ def test_dead_store_costs_later_puts_nothing() -> None:
         assert all(stores[0].inner.held(f"k/{n}") == b"x" for n in range(50))
 
 
+@pytest.mark.slow
 def test_hung_store_holds_a_bounded_share_of_memory_and_the_others_go_on() -> None:
     stores = [Gated(MemoryBackend(name)) for name in "abc"]
     budget = 3 << 20

@@ -99,6 +99,7 @@ def check(quorum: Quorum, usable: frozenset[int], says: Sequence[ReadResult | No
             assert places.count(place) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stores", [1, 2, 3])
 def test_every_combination_of_answers_ends_in_the_right_verdict(stores: int) -> None:
     subsets = [frozenset(c) for n in range(stores + 1) for c in itertools.combinations(range(stores), n)]
@@ -108,6 +109,7 @@ def test_every_combination_of_answers_ends_in_the_right_verdict(stores: int) -> 
                 check(quorum, usable, says)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.integers(4, 6), st.data())
 def test_more_stores_end_in_the_right_verdict_too(stores: int, data: st.DataObject) -> None:

@@ -101,6 +101,7 @@ def test_quick_first_store_is_not_hedged() -> None:
     assert [one.count("read_into") for one in stores] == [0, 1, 0]
 
 
+@pytest.mark.slow
 def test_hung_store_is_no_longer_read_from_and_is_asked_again_when_it_is_back() -> None:
     heard = Heard()
     stores = [Gated(memory) for memory in filled()]
@@ -312,6 +313,7 @@ def test_object_gone_everywhere_is_no_longer_missed() -> None:
     assert memories[2].held("k") is None
 
 
+@pytest.mark.slow
 def test_store_that_hangs_while_another_is_mended_from_it_is_given_up_for_the_next() -> None:
     memories = filled()
     memories[2].wipe()

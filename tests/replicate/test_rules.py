@@ -146,6 +146,7 @@ def test_latency_and_bandwidth_are_learned_apart() -> None:
     assert speeds.hedge_s(speed, 1 << 40, PACE) == PACE.hedge_s_max
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1 << 40), st.floats(0, 1e6)), max_size=80), st.integers(0, 1 << 40))
 def test_any_measurements_give_finite_positive_expectations(calls: list[tuple[int, float]], size: int) -> None:
@@ -194,6 +195,7 @@ TAKERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from(TAKERS), min_size=3, max_size=3), st.booleans(), st.sampled_from(quorums(3)))
 def test_every_store_is_fed_so_that_it_cannot_read_reused_memory(

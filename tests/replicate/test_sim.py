@@ -84,6 +84,7 @@ def play(seed: int, *, clean: bool) -> World:
     return world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", BATCHES)
 def test_clean_trouble_ends_with_every_acknowledged_object_in_every_store(first: int) -> None:
     worlds = [play(seed, clean=True) for seed in range(first, first + BATCH)]
@@ -92,6 +93,7 @@ def test_clean_trouble_ends_with_every_acknowledged_object_in_every_store(first:
     assert sum(world.failed_puts for world in worlds) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", BATCHES)
 def test_rot_and_lies_never_deliver_a_wrong_byte(first: int) -> None:
     worlds = [play(seed, clean=False) for seed in range(first, first + BATCH)]

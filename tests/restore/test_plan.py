@@ -109,6 +109,7 @@ def inner_box(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
     return Box(offsets, sizes)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_layout_to_any_boxes_gives_what_numpy_gives(data: st.DataObject) -> None:

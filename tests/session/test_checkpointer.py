@@ -71,6 +71,7 @@ def test_saved_state_comes_back_bit_for_bit_in_another_process_of_the_same_progr
     assert extra == {"best": 0.25, "names": ["a"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_tensors_changed_right_after_save_async_are_never_mixed_into_it(slots: int) -> None:
     store = MemoryBackend()

@@ -60,6 +60,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc_due, "ROUND_S", 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [ckpt.keep_last(2), "last=2"])
 def test_closed_checkpointer_leaves_what_the_policy_keeps_and_exactly_its_bytes(tmp_path: Path, keep) -> None:
     with ckpt.Checkpointer(tmp_path / "run", keep=keep, grace="0s") as c:
@@ -90,6 +91,7 @@ def test_bytes_stay_for_a_day_by_default() -> None:
     assert len([key for key in objects(store) if key.startswith(keys.MANIFESTS)]) == 4
 
 
+@pytest.mark.slow
 def test_old_snapshots_go_while_saves_go_on(quick: None) -> None:
     store = MemoryBackend()
     with ckpt.Checkpointer(store, keep="last=2", grace="0s") as c:
@@ -106,6 +108,7 @@ def test_tagged_ones_and_the_best_by_metadata_stay() -> None:
     assert steps(store) == [1, 2, 4, 6]
 
 
+@pytest.mark.slow
 def test_restored_snapshot_is_there_until_the_next_save_though_newer_ones_are_committed(quick: None) -> None:
     store = MemoryBackend()
     with ckpt.Checkpointer(store, keep="last=1,every=3", grace="0s") as c:

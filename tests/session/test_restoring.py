@@ -210,6 +210,7 @@ def test_state_that_does_not_fit_on_one_rank_is_an_error_on_all_and_no_damage(jo
     assert told[0] == []
 
 
+@pytest.mark.slow
 def test_bit_that_flips_while_one_rank_reads_never_becomes_state(job, run_ranks) -> None:
     _write(job, run_ranks, 2)
     for seed in range(5):
@@ -230,6 +231,7 @@ def test_world_of_another_size_takes_per_rank_leaves_by_rank_modulo_the_old_size
     assert all(_is(items, rank % old, 30) for rank, (items, _) in enumerate(outcomes)), outcomes
 
 
+@pytest.mark.slow
 def test_chain_of_worlds_keeps_every_rank_right(job, run_ranks) -> None:
     for n, size in enumerate((2, 1, 3, 2), start=1):
         epoch = _write(job, run_ranks, size, steps=(n * 10,))

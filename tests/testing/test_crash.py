@@ -58,6 +58,7 @@ def test_file_store_killed_at_any_call_is_whole_and_goes_on(tmp_path: Path, mode
         check_crash(tmp_path / f"at-{call.number}", call.number, mode)
 
 
+@pytest.mark.slow
 def test_file_store_killed_half_way_through_a_write_is_whole_and_goes_on(tmp_path: Path) -> None:
     at = next(call.number for call in recorded(tmp_path) if call.name == "write")
     check_crash(tmp_path / "torn", at, CrashMode.TORN)

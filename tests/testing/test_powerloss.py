@@ -38,6 +38,7 @@ def test_file_store_whose_power_goes_at_any_call_keeps_what_returned_whole(tmp_p
         check_cut(tmp_path, at, seeds=range(4))
 
 
+@pytest.mark.slow
 def test_file_store_whose_power_goes_after_the_work_keeps_it_whole(tmp_path: Path) -> None:
     ops, _ = run_until_cut(tmp_path / "whole", None)
     check_cut(tmp_path, ops.count, seeds=range(6))

@@ -7,6 +7,8 @@ import random
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from ckpt.backends.encrypted.cipher import CipherMemory
 from ckpt.backends.encrypted.open import encrypted
 from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
@@ -63,6 +65,7 @@ def test_small_pieces_are_not_kept() -> None:
     assert memory.kept_bytes == 0
 
 
+@pytest.mark.slow
 def test_objects_written_and_read_at_once_never_mix() -> None:
     store = encrypted(MemoryBackend(), KEYS)
 

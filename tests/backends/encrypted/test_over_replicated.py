@@ -50,6 +50,7 @@ def test_damage_anywhere_in_two_of_three_copies_is_read_around(seed: int) -> Non
         several.close()
 
 
+@pytest.mark.slow
 def test_job_written_to_three_stores_is_whole_in_any_two() -> None:
     told: list[Event] = []
     stores = [MemoryBackend(str(n)) for n in range(3)]

@@ -141,6 +141,7 @@ def test_command_that_prints_without_end_is_ended() -> None:
         load_key("command:yes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["import time; time.sleep(600)", "import os, time; os.fork() or time.sleep(600)"])
 def test_command_that_does_not_end_is_killed_with_what_it_started(code: str) -> None:
     begun = time.monotonic()

@@ -57,6 +57,7 @@ def test_what_was_written_is_verified_and_restored(inner: Backend) -> None:
             assert reader.read_object("progress", rank=1)["step"] == info.step
 
 
+@pytest.mark.slow
 def test_store_holds_no_plaintext(inner: Backend) -> None:
     write_sample_store(encrypted(inner, KEYS))
     plain = MemoryBackend()

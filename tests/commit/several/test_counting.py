@@ -79,6 +79,7 @@ def test_stores_that_were_silent_when_the_log_was_read_take_objects_as_soon_as_t
     several.put("packs/x", [b"x"])  # a save writes its packs first, and reads the log when they are there
 
 
+@pytest.mark.slow
 def test_a_store_that_came_back_empty_is_not_counted_because_it_is_silent_next(
     stores: list[Switched], several: ReplicatedBackend, journal: Journal
 ) -> None:

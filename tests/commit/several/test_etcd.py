@@ -72,6 +72,7 @@ def sequencer(cluster: EtcdCluster, log_id: str) -> EtcdSequencer:
     return EtcdSequencer(EtcdOptions(endpoints=cluster.endpoints), log_id)
 
 
+@pytest.mark.slow
 def test_claiming_again_is_harmless_and_tells_who_has_the_place(named: EtcdCluster, log_id: str) -> None:
     etcd = sequencer(named, log_id)
     assert etcd.append(0, b"a") == Appended()
@@ -81,6 +82,7 @@ def test_claiming_again_is_harmless_and_tells_who_has_the_place(named: EtcdClust
     assert sequencer(named, log_id[::-1]).append(0, b"x") == Appended(), "another log"
 
 
+@pytest.mark.slow
 def test_of_many_that_claim_at_once_each_place_has_one_winner(named: EtcdCluster, log_id: str) -> None:
     racers, each = 4, 25
     won: list[dict[int, bytes]] = [{} for _ in range(racers)]
@@ -106,6 +108,7 @@ def test_of_many_that_claim_at_once_each_place_has_one_winner(named: EtcdCluster
     assert sorted(seq for one in won for seq in one) == list(range(racers * each)), "no gap, no place twice"
 
 
+@pytest.mark.slow
 def test_a_writer_that_slept_while_many_places_went_reads_the_log_again(
     named: EtcdCluster, log_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +121,7 @@ def test_a_writer_that_slept_while_many_places_went_reads_the_log_again(
     assert etcd.append(7, b"late") == KeyTaken(b"7")
 
 
+@pytest.mark.slow
 def test_an_etcd_that_lost_its_data_goes_on_from_the_place_that_is_claimed(named: EtcdCluster, log_id: str) -> None:
     etcd = sequencer(named, log_id)
     name = etcd.name
@@ -130,6 +134,7 @@ def test_an_etcd_that_lost_its_data_goes_on_from_the_place_that_is_claimed(named
     assert etcd.append(8, b"eight") == Appended()
 
 
+@pytest.mark.slow
 def test_no_etcd_is_no_answer(named: EtcdCluster, log_id: str) -> None:
     etcd = sequencer(named, log_id)
     named.stop()
@@ -161,6 +166,7 @@ def test_any_machine_writes_where_etcd_gives_out_the_places(
     assert made(stores).refresh().newest() == SnapshotId(2, 2)
 
 
+@pytest.mark.slow
 def test_a_wiped_etcd_is_seeded_by_the_stores_and_the_log_stays_one(named: EtcdCluster) -> None:
     stores = three(once=False)
     journal = made(stores)
@@ -173,6 +179,7 @@ def test_a_wiped_etcd_is_seeded_by_the_stores_and_the_log_stays_one(named: EtcdC
     assert [one.snapshot.step for one in made(stores).refresh().snapshots] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_commits_wait_while_etcd_is_away_and_go_on_after(named: EtcdCluster) -> None:
     stores = three(once=False)
     journal = made(stores)
@@ -189,6 +196,7 @@ def test_commits_wait_while_etcd_is_away_and_go_on_after(named: EtcdCluster) -> 
     assert made(stores).refresh().newest() == SnapshotId(1, 2)
 
 
+@pytest.mark.slow
 def test_another_etcd_or_none_gives_out_nothing_until_somebody_takes_over(
     named: EtcdCluster, other: EtcdCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def two(answers: object) -> bool:
     return len(answers) >= 2
 
 
+@pytest.mark.slow
 def test_a_store_that_hangs_delays_no_answer_once_enough_have_answered(gate: Gate) -> None:
     lanes = ThreadWorkers()
     for _ in range(3):
@@ -56,6 +57,7 @@ def test_a_store_that_hangs_delays_no_answer_once_enough_have_answered(gate: Gat
     gate.open.set()
 
 
+@pytest.mark.slow
 def test_what_a_slow_store_is_asked_waits_in_order_and_is_done_when_it_recovers(gate: Gate) -> None:
     lanes = ThreadWorkers()
     for number in range(5):
@@ -97,6 +99,7 @@ def test_a_lane_that_has_not_moved_for_long_is_not_waited_for_at_all(
     gate.open.set()
 
 
+@pytest.mark.slow
 def test_a_lane_takes_no_more_than_its_limit_and_goes_on_when_there_is_room(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +149,7 @@ def test_a_loser_of_a_vote_waits_for_no_store_that_hangs(gate: Gate) -> None:
     assert (found[0], found[1], found[2]) == (b"theirs", b"theirs", NO_ANSWER_YET)
 
 
+@pytest.mark.slow
 def test_a_store_that_came_back_empty_is_no_reason_to_do_without_one_that_is_slow(gate: Gate) -> None:
     class Slow(CountingBackend):
         def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:

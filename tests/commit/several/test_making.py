@@ -22,6 +22,7 @@ from ckpt.log.journal import Journal
 from ckpt.values import SnapshotId
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("once", [True, False], ids=["vote", "file"])
 @pytest.mark.parametrize("quorum", [2, 3])
 @pytest.mark.parametrize("after", [True, False], ids=["after", "before"])
@@ -91,6 +92,7 @@ def test_of_two_makers_who_meet_other_stores_one_log_comes_out_in_the_end(one_by
         commit(journal, epoch, 2)
 
 
+@pytest.mark.slow
 def test_makers_of_overwriting_stores_on_one_machine_who_meet_are_told(one_by_one: None) -> None:
     """Nothing can keep them apart: each sees what came of it, and none goes on with half a log."""
     for at in operations(lambda: three(once=False), 2):

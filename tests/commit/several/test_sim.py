@@ -160,6 +160,7 @@ def _why_stuck(scene: Scene) -> str:
     return "another log there" if scene.strays() else ""
 
 
+@pytest.mark.slow
 def test_one_history_in_a_few_runs(tmp_path: Path) -> None:
     for seed in range(10):
         print(f"seed {seed}")

@@ -119,6 +119,7 @@ def test_processes_killed_at_any_moment_leave_no_gap_and_lose_nothing(
     assert len(set(given.values())) == len(given), "nothing was given two places"
 
 
+@pytest.mark.slow
 def test_claiming_again_is_harmless_and_tells_who_has_the_place(path: Path) -> None:
     file = SqliteSequencer(path, LOG_ID)
     assert file.make(0) == file.make(0) == file.name

@@ -27,6 +27,7 @@ from ckpt.ipc.cluster_spec import nodes_from_environment
 Make = Callable[..., Agents]
 
 
+@pytest.mark.slow
 def test_all_come_and_each_has_a_rank_of_its_own(agents: Make) -> None:
     job = agents(3, 3)
     waiting = seated(job.come(3))
@@ -38,6 +39,7 @@ def test_all_come_and_each_has_a_rank_of_its_own(agents: Make) -> None:
     assert not waiting[0].handler.is_closed()
 
 
+@pytest.mark.slow
 def test_the_name_of_backend_and_run(agents: Make) -> None:
     job = agents(1, 1)
     handler = job.make()
@@ -46,16 +48,19 @@ def test_the_name_of_backend_and_run(agents: Make) -> None:
     assert not handler.use_agent_store
 
 
+@pytest.mark.slow
 def test_many_come_at_once(agents: Make) -> None:
     waiting = seated(agents(12, 12).come(12))
     assert [one.info.rank for one in waiting] == list(range(12))
 
 
+@pytest.mark.slow
 def test_the_last_call_lets_a_round_begin_with_fewer(agents: Make) -> None:
     waiting = seated(agents(2, 3).come(2))
     assert [one.info.world_size for one in waiting] == [2, 2]
 
 
+@pytest.mark.slow
 def test_too_few_wait_until_their_time_is_over(agents: Make) -> None:
     (waiting,) = agents(2, 2, join_timeout="3").come(1)
     error = waiting.fails()
@@ -63,6 +68,7 @@ def test_too_few_wait_until_their_time_is_over(agents: Make) -> None:
     assert "waiting=1 nodes_min=2" in str(error)
 
 
+@pytest.mark.slow
 def test_who_gave_up_waiting_closes_nothing(agents: Make) -> None:
     job = agents(2, 2)
     (early,) = job.come(1, join_timeout="0.5")
@@ -71,6 +77,7 @@ def test_who_gave_up_waiting_closes_nothing(agents: Make) -> None:
     assert [one.info.world_size for one in job.come(2)] == [2, 2]
 
 
+@pytest.mark.slow
 def test_closed_is_closed_for_all(agents: Make) -> None:
     job = agents(2, 2)
     waiting = job.come(2)
@@ -82,6 +89,7 @@ def test_closed_is_closed_for_all(agents: Make) -> None:
     assert isinstance(late.fails(), RendezvousClosedError)
 
 
+@pytest.mark.slow
 def test_the_end_of_an_agent_closes_and_the_same_job_can_be_run_again(agents: Make) -> None:
     job = agents(2, 2)
     first = job.come(2)
@@ -125,6 +133,7 @@ def test_a_spare_waits_and_disturbs_nobody(agents: Make) -> None:
     assert spare.handler.shutdown()
 
 
+@pytest.mark.slow
 def test_a_spare_takes_over_from_an_agent_that_left(agents: Make) -> None:
     job = agents(2, 2)
     waiting = seated(job.come(2))
@@ -137,6 +146,7 @@ def test_a_spare_takes_over_from_an_agent_that_left(agents: Make) -> None:
     assert [one.info.world_size for one in again] == [2, 2]
 
 
+@pytest.mark.slow
 def test_the_world_shrinks_where_the_minimum_allows(agents: Make) -> None:
     waiting = seated(agents(1, 2, shrink_timeout="0.3").come(2))
     assert waiting[0].info.world_size == 2
@@ -145,6 +155,7 @@ def test_the_world_shrinks_where_the_minimum_allows(agents: Make) -> None:
     assert Waiting(waiting[1].handler).info.world_size == 1
 
 
+@pytest.mark.slow
 def test_below_the_minimum_nobody_is_asked(agents: Make) -> None:
     waiting = seated(agents(2, 2).come(2))
     assert waiting[1].info.world_size == 2
@@ -165,6 +176,7 @@ def test_a_job_grows_only_where_that_is_asked_for(agents: Make, grow: bool) -> N
         assert [one.info.world_size for one in (Waiting(first.handler), second)] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_warm_spare_starts_at_once_with_ranks_that_cannot_train(
     agents: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +212,7 @@ def test_whose_lease_was_lost_keeps_its_place(agents: Make) -> None:
     assert [handler.handler.num_nodes_waiting() for handler in waiting] == [0, 0]
 
 
+@pytest.mark.slow
 def test_ranks_of_a_round_that_lost_its_first_agent_never_come_together(agents: Make) -> None:
     waiting = seated(agents(2, 2).come(2))
     first, second = waiting
@@ -210,6 +223,7 @@ def test_ranks_of_a_round_that_lost_its_first_agent_never_come_together(agents: 
     assert second.handler.num_nodes_waiting() == 1  # though too few are left: its workers must not hang
 
 
+@pytest.mark.slow
 def test_nobody_waits_at_the_end_for_an_agent_that_is_gone(agents: Make) -> None:
     waiting = agents(3, 3).come(3)
     assert waiting[0].info.world_size == 3
@@ -247,6 +261,7 @@ def test_one_node_alone_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_keepers_wait_for_those_whose_agents_have_come(agents: Make) -> None:
     assert [one.info.world_size for one in agents(1, 2, last_call_timeout="30").come(2)] == [2, 2]
     assert nodes_from_environment().last_call_s == 30.0
@@ -254,6 +269,7 @@ def test_keepers_wait_for_those_whose_agents_have_come(agents: Make) -> None:
     assert nodes_from_environment().last_call_s == 1.0
 
 
+@pytest.mark.slow
 def test_an_outage_of_etcd_disturbs_nobody(tmp_path: Path) -> None:
     server = Etcd(tmp_path)
     server.start()
@@ -274,6 +290,7 @@ def test_an_outage_of_etcd_disturbs_nobody(tmp_path: Path) -> None:
         server.kill()
 
 
+@pytest.mark.slow
 def test_no_etcd_is_an_error_before_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous_handler, "CONNECT_S", 1.0)
     job = Agents("127.0.0.1:9", "nowhere", 1, 1, {"ttl": "2"})

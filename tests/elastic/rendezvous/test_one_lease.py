@@ -129,6 +129,7 @@ def shared(agents: list[RendezvousAgent], keepers: list[KeyspaceMembership]) -> 
     )
 
 
+@pytest.mark.slow
 def test_each_node_has_one_lease_which_its_keeper_alone_keeps_alive(job: Agents, keepers: Keepers, alone: Etcd) -> None:
     agents = running(job, 2)
     assert len(alone.leases()) == 2
@@ -150,6 +151,7 @@ def test_each_node_has_one_lease_which_its_keeper_alone_keeps_alive(job: Agents,
     assert [one.num_nodes_waiting() for one in job.made] == [0, 0]
 
 
+@pytest.mark.slow
 def test_nobody_misses_an_agent_whose_keeper_leaves(job: Agents, keepers: Keepers, alone: Etcd) -> None:
     agents = running(job, 2)
     keeps = [keepers.come(one) for one in agents]
@@ -165,6 +167,7 @@ def test_nobody_misses_an_agent_whose_keeper_leaves(job: Agents, keepers: Keeper
     assert [one._member.lease_status().state for one in agents] == [LeaseState.VALID, LeaseState.VALID]
 
 
+@pytest.mark.slow
 def test_an_agent_whose_keepers_lease_is_revoked_joins_anew_and_keeps_its_place(job: Agents, keepers: Keepers) -> None:
     agents = running(job, 2)
     keeps = [keepers.come(one) for one in agents]
@@ -180,6 +183,7 @@ def test_an_agent_whose_keepers_lease_is_revoked_joins_anew_and_keeps_its_place(
     shared(agents, keeps)
 
 
+@pytest.mark.slow
 def test_an_agent_moves_on_with_a_keeper_that_joined_anew(job: Agents, keepers: Keepers, alone: Etcd) -> None:
     (agent,) = running(job, 1)
     keeper = keepers.come(agent)
@@ -195,6 +199,7 @@ def test_an_agent_moves_on_with_a_keeper_that_joined_anew(job: Agents, keepers: 
     assert agent._node == node
 
 
+@pytest.mark.slow
 def test_an_agent_moves_from_a_keeper_that_died_to_the_next_one(job: Agents, keepers: Keepers) -> None:
     (agent,) = running(job, 1)
     first = keepers.come(agent)
@@ -208,6 +213,7 @@ def test_an_agent_moves_from_a_keeper_that_died_to_the_next_one(job: Agents, kee
     assert agent._node == node
 
 
+@pytest.mark.slow
 def test_an_agent_goes_from_a_keeper_that_others_took_out_before_that_lease_ends(job: Agents, keepers: Keepers) -> None:
     agents = running(job, 2)
     keeps = [keepers.come(one) for one in agents]
@@ -221,6 +227,7 @@ def test_an_agent_goes_from_a_keeper_that_others_took_out_before_that_lease_ends
     assert agents[0]._node == node
 
 
+@pytest.mark.slow
 def test_an_agent_that_leaves_takes_its_keys_from_its_keepers_lease(job: Agents, keepers: Keepers) -> None:
     agents = running(job, 2)
     keeps = [keepers.come(one) for one in agents]
@@ -238,6 +245,7 @@ def test_an_agent_that_leaves_takes_its_keys_from_its_keepers_lease(job: Agents,
         assert keeper._member()[0].node in keeper.view().by_node
 
 
+@pytest.mark.slow
 def test_agents_meet_in_the_barrier_at_the_end_though_their_keepers_have_left(job: Agents, keepers: Keepers) -> None:
     waiting = seated(job.come(2))
     stores = [one.info.store for one in waiting]
@@ -282,6 +290,7 @@ def test_an_agent_moves_only_while_workers_run_and_back_whenever_its_keeper_leav
     assert agent.lease_status().state is LeaseState.VALID
 
 
+@pytest.mark.slow
 def test_who_follows_in_a_job_that_keepers_hold_reads_all_seldom_and_hears_of_each_change(
     job: Agents, keepers: Keepers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +322,7 @@ def test_who_follows_in_a_job_that_keepers_hold_reads_all_seldom_and_hears_of_ea
     assert not follower._follows(follower.latest_view())
 
 
+@pytest.mark.slow
 def test_keepers_are_told_who_launched_them_where_they_can_share_a_lease(
     job: Agents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

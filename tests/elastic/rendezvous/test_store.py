@@ -98,6 +98,7 @@ def test_adding_counts_each_call_once(store: Make) -> None:
     assert one.add("n", -2) == 3
 
 
+@pytest.mark.slow
 def test_an_answer_that_was_lost_changes_nothing(store: Make, keyspace: Keyspace) -> None:
     forgetful = Forgetful(keyspace)
     one = store(keyspace=forgetful)

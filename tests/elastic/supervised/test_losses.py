@@ -6,6 +6,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from ckpt.ipc.board import Board, now_ns
 from ckpt.ipc.messages import (
     BoardKept,
@@ -41,6 +43,7 @@ def memfd(text: bytes) -> int:
     return fd
 
 
+@pytest.mark.slow
 def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(program, keeper, alive) -> None:
     run = program("sit()\nforever()\n")
     link = keeper.accept()
@@ -74,6 +77,7 @@ def test_lost_keeper_ends_the_trainer_and_the_next_one_gets_what_was_held(progra
     assert run.end() == 0
 
 
+@pytest.mark.slow
 def test_supervisor_whose_attempt_never_began_hands_over_what_it_held_and_says_so_first(program, keeper) -> None:
     run = program("sit()\nforever()\n")
     link = keeper.accept()
@@ -93,6 +97,7 @@ def test_supervisor_whose_attempt_never_began_hands_over_what_it_held_and_says_s
     link.start(attempt=1)
 
 
+@pytest.mark.slow
 def test_keeper_that_ends_at_the_hello_is_followed_by_another_and_is_none_that_died(program, keeper) -> None:
     run = program("sit()\nforever()\n")
     keeper.accept().close()
@@ -105,6 +110,7 @@ def test_keeper_that_ends_at_the_hello_is_followed_by_another_and_is_none_that_d
     assert run.end() == 0
 
 
+@pytest.mark.slow
 def test_end_that_a_dead_keeper_may_not_have_noted_is_told_again(program, keeper) -> None:
     run = program("sit()\n")
     link = keeper.accept()
@@ -119,6 +125,7 @@ def test_end_that_a_dead_keeper_may_not_have_noted_is_told_again(program, keeper
     assert run.end() == 0
 
 
+@pytest.mark.slow
 def test_preemption_is_told_again_to_a_new_keeper(program, keeper) -> None:
     run = program("sit()\nforever()\n")
     link = keeper.accept()
@@ -131,6 +138,7 @@ def test_preemption_is_told_again_to_a_new_keeper(program, keeper) -> None:
     assert link.expect(Killed).attempt == 1
 
 
+@pytest.mark.slow
 def test_keeper_that_cannot_be_had_again_ends_the_program_with_a_message(program, keeper, until, alive) -> None:
     run = program(
         "from ckpt.errors import UnavailableError\n"
@@ -145,6 +153,7 @@ def test_keeper_that_cannot_be_had_again_ends_the_program_with_a_message(program
     until(lambda: not alive(pid))
 
 
+@pytest.mark.slow
 def test_keepers_that_die_one_after_the_other_end_the_program(program, keeper) -> None:
     run = program("sit()\nforever()\n")
     keeper.accept().close()
@@ -154,6 +163,7 @@ def test_keepers_that_die_one_after_the_other_end_the_program(program, keeper) -
     assert run.end() == 11
 
 
+@pytest.mark.slow
 def test_prepared_trainer_runs_ahead_and_takes_the_next_attempt(program, keeper, alive) -> None:
     run = program(AHEAD)
     link = keeper.accept()
@@ -179,6 +189,7 @@ def test_prepared_trainer_runs_ahead_and_takes_the_next_attempt(program, keeper,
     assert not alive(int(third))
 
 
+@pytest.mark.slow
 def test_prepared_trainer_that_dies_is_replaced_by_a_fork(program, keeper) -> None:
     run = program(AHEAD)
     link = keeper.accept()
@@ -192,6 +203,7 @@ def test_prepared_trainer_that_dies_is_replaced_by_a_fork(program, keeper) -> No
     assert link.start(attempt=2, port=22).how == "fork"
 
 
+@pytest.mark.slow
 def test_trainer_runs_ahead_on_a_standby_where_the_program_wants_it(program, keeper) -> None:
     run = program(AHEAD)
     link = keeper.accept()
@@ -211,6 +223,7 @@ def test_trainer_runs_ahead_on_a_standby_where_the_program_wants_it(program, kee
     assert plain.line().startswith("built 7")
 
 
+@pytest.mark.slow
 def test_prepared_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None:
     run = program(AHEAD)
     keeper.accept().start()
@@ -219,6 +232,7 @@ def test_prepared_trainer_dies_with_its_supervisor(program, keeper, until, alive
     until(lambda: not alive(ahead))
 
 
+@pytest.mark.slow
 def test_spawned_trainers_are_prepared_too(program, keeper) -> None:
     run = program(AHEAD.replace("sit(", "sit(Spawn('x'), "))
     link = keeper.accept()
@@ -233,6 +247,7 @@ def test_spawned_trainers_are_prepared_too(program, keeper) -> None:
     assert run.line().startswith("live 2 22 prepared 22 True")
 
 
+@pytest.mark.slow
 def test_node_that_may_not_act_has_its_trainer_stopped_and_starts_none_until_it_may(program, keeper, alive) -> None:
     run = program("sit()\nforever()\n")
     link = keeper.accept()

@@ -16,6 +16,7 @@ from ckpt.ipc.messages import Bye, Died, Dump, Kill, Killed, Leave, Preempt, Pri
 REST = "say(json.dumps([seat.attempt, seat.port, seat.how, os.getppid(), os.getpgrp() == os.getpid()]))\n"
 
 
+@pytest.mark.slow
 def test_forked_trainer_has_its_environment_and_goes_on_with_the_program(program, keeper) -> None:
     run = program(
         "kept = {'weights': [1, 2]}\nseat = sit()\n"
@@ -42,6 +43,7 @@ def test_forked_trainer_has_its_environment_and_goes_on_with_the_program(program
     assert run.end() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ends", "status", "told"),
     [
@@ -62,6 +64,7 @@ def test_supervisor_ends_as_its_trainer_did(program, keeper, ends: str, status: 
     assert run.end() == status
 
 
+@pytest.mark.slow
 def test_status_of_another_ranks_trainer_is_the_exit_code(program, keeper, until, alive) -> None:
     run = program("sit()\nforever()\n")
     link = keeper.accept()
@@ -73,6 +76,7 @@ def test_status_of_another_ranks_trainer_is_the_exit_code(program, keeper, until
     until(lambda: not alive(pid))
 
 
+@pytest.mark.slow
 def test_kill_ends_the_whole_group_and_the_next_attempt_starts(program, keeper, alive) -> None:
     run = program(
         "seat = sit()\n"
@@ -98,6 +102,7 @@ def test_kill_ends_the_whole_group_and_the_next_attempt_starts(program, keeper, 
     assert run.end() == 1
 
 
+@pytest.mark.slow
 def test_what_a_dead_trainer_left_behind_is_gone_before_the_next_starts(program, keeper, alive) -> None:
     run = program(
         "seat = sit()\n"
@@ -121,6 +126,7 @@ def test_what_a_dead_trainer_left_behind_is_gone_before_the_next_starts(program,
     assert link.expect(Died).status == 0
 
 
+@pytest.mark.slow
 def test_process_that_a_trainer_left_to_itself_leaves_no_zombie(program, keeper, until) -> None:
     run = program(
         "sit()\nif os.fork() == 0:\n    if os.fork() == 0:\n        say(os.getpid())\n    os._exit(0)\nos.wait()\nforever()\n"
@@ -130,6 +136,7 @@ def test_process_that_a_trainer_left_to_itself_leaves_no_zombie(program, keeper,
     until(lambda: not Path(f"/proc/{orphan}").exists())
 
 
+@pytest.mark.slow
 def test_kill_of_an_attempt_that_is_not_running_is_answered_and_harms_nothing(program, keeper, alive) -> None:
     program("sit()\nforever()\n")
     link = keeper.accept()
@@ -141,6 +148,7 @@ def test_kill_of_an_attempt_that_is_not_running_is_answered_and_harms_nothing(pr
     assert alive(pid)
 
 
+@pytest.mark.slow
 def test_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None:
     run = program("sit()\nforever()\n")
     pid = keeper.accept().start().trainer_pid
@@ -148,6 +156,7 @@ def test_trainer_dies_with_its_supervisor(program, keeper, until, alive) -> None
     until(lambda: not alive(pid))
 
 
+@pytest.mark.slow
 def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None:
     run = program("from ckpt.elastic import sigterm as terms\nterms.REPEAT_S = 1000.0\nsit()\nforever()\n")
     link = keeper.accept()
@@ -162,6 +171,7 @@ def test_sigterm_that_comes_twice_at_once_is_one(program, keeper, alive) -> None
     assert alive(pid)
 
 
+@pytest.mark.slow
 def test_first_sigterm_asks_a_later_one_ends(program, keeper, until, alive) -> None:
     run = program("from ckpt.elastic import sigterm as terms\nterms.REPEAT_S = 0.0\nsit()\nforever()\n")
     link = keeper.accept()
@@ -174,6 +184,7 @@ def test_first_sigterm_asks_a_later_one_ends(program, keeper, until, alive) -> N
     until(lambda: not alive(pid))
 
 
+@pytest.mark.slow
 def test_sigterm_before_anything_was_started_ends_at_once(program, keeper) -> None:
     run = program("sit()\n")
     link = keeper.accept()
@@ -183,6 +194,7 @@ def test_sigterm_before_anything_was_started_ends_at_once(program, keeper) -> No
     assert run.end() == 143
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_trainer_is_passed_on_and_does_not_end_it(program, keeper, alive) -> None:
     program("signal.signal(signal.SIGTERM, lambda *_: say('mine'))\nsit()\nsay('in')\nforever()\n")
     link = keeper.accept()
@@ -194,6 +206,7 @@ def test_sigterm_to_the_trainer_is_passed_on_and_does_not_end_it(program, keeper
     assert alive(pid)
 
 
+@pytest.mark.slow
 def test_interrupt_reaches_the_trainer(program, keeper) -> None:
     run = program(
         "sit()\ntry:\n    say('in')\n    forever()\nexcept KeyboardInterrupt:\n    say('caught')\n    raise\n"
@@ -208,6 +221,7 @@ def test_interrupt_reaches_the_trainer(program, keeper) -> None:
     assert run.end() == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_interrupt_is_the_cause_whatever_the_trainer_makes_of_it(program, keeper) -> None:
     run = program(
         "sit()\ntry:\n    say('in')\n    forever()\nexcept KeyboardInterrupt:\n    say('caught')\n    sys.exit(3)\n"
@@ -222,6 +236,7 @@ def test_interrupt_is_the_cause_whatever_the_trainer_makes_of_it(program, keeper
     assert run.end() == 3
 
 
+@pytest.mark.slow
 def test_nothing_is_started_after_an_interrupt(program, keeper, until, alive) -> None:
     run = program("sit()\nsignal.signal(signal.SIGINT, lambda *_: say('mine'))\nsay('in')\nforever()\n")
     link = keeper.accept()
@@ -236,6 +251,7 @@ def test_nothing_is_started_after_an_interrupt(program, keeper, until, alive) ->
     until(lambda: not alive(pid))
 
 
+@pytest.mark.slow
 def test_signals_that_the_program_handles_reach_the_trainer(program, keeper) -> None:
     run = program(
         "signal.signal(signal.SIGHUP, lambda *_: say('hup', os.getppid()))\n"
@@ -249,6 +265,7 @@ def test_signals_that_the_program_handles_reach_the_trainer(program, keeper) -> 
     assert run.line() == "usr1"
 
 
+@pytest.mark.slow
 def test_what_was_printed_before_the_call_is_printed_once(program, keeper) -> None:
     run = program(
         "print('early')\nseat = sit()\nprint('attempt', seat.attempt)\n", environment={"PYTHONUNBUFFERED": ""}
@@ -262,6 +279,7 @@ def test_what_was_printed_before_the_call_is_printed_once(program, keeper) -> No
     assert [run.line() for _ in range(4)] == ["early", "attempt 1", "attempt 2", ""]
 
 
+@pytest.mark.slow
 def test_stacks_are_dumped_to_the_file_that_the_keeper_names(program, keeper, until, tmp_path) -> None:
     run = program("sit()\ndef stuck():\n    say('in')\n    forever()\nstuck()\n")
     link = keeper.accept()
@@ -277,6 +295,7 @@ def test_stacks_are_dumped_to_the_file_that_the_keeper_names(program, keeper, un
     assert not list(tmp_path.glob("rank-*"))
 
 
+@pytest.mark.slow
 def test_stacks_that_can_not_be_written_keep_nobody_from_training_or_from_being_killed(
     program, keeper, tmp_path
 ) -> None:
@@ -289,6 +308,7 @@ def test_stacks_that_can_not_be_written_keep_nobody_from_training_or_from_being_
     assert link.expect(Killed).attempt == 1
 
 
+@pytest.mark.slow
 def test_stacks_whose_folder_is_removed_keep_nobody_from_being_killed(program, keeper, tmp_path) -> None:
     (tmp_path / "stacks").mkdir()
     run = program("os.environ['TEST_FOLDER'] += '/stacks'\nsit()\nsay('in')\nforever()\n")
@@ -303,6 +323,7 @@ def test_stacks_whose_folder_is_removed_keep_nobody_from_being_killed(program, k
     assert run.line() == "in"
 
 
+@pytest.mark.slow
 def test_start_for_which_the_last_trainer_has_to_be_killed_first(program, keeper, alive) -> None:
     program("sit()\nforever()\n")
     link = keeper.accept()
@@ -312,6 +333,7 @@ def test_start_for_which_the_last_trainer_has_to_be_killed_first(program, keeper
     assert not alive(first)
 
 
+@pytest.mark.slow
 def test_spawned_trainer_runs_the_command_again_from_where_it_was_started(program, keeper) -> None:
     run = program(
         "say('above', os.getcwd())\nos.chdir('/')\nthreading.Thread(target=forever, daemon=True).start()\n"

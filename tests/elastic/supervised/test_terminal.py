@@ -97,6 +97,7 @@ def screen(tmp_path: Path, keeper, head: str) -> Iterator[Screen]:
     made.close()
 
 
+@pytest.mark.slow
 def test_debugger_can_be_typed_into_and_interrupt_ends_all_as_without_supervisor(screen: Screen, keeper) -> None:
     link = keeper.accept()
     for attempt in (1, 2):  # the terminal comes back from a dead trainer, and is lent once more
@@ -118,6 +119,7 @@ def test_debugger_can_be_typed_into_and_interrupt_ends_all_as_without_supervisor
     screen.see(r"ended -2 True")
 
 
+@pytest.mark.slow
 def test_suspended_program_goes_on_where_it_was(screen: Screen, keeper) -> None:
     link = keeper.accept()
     link.start()
@@ -135,6 +137,7 @@ def test_suspended_program_goes_on_where_it_was(screen: Screen, keeper) -> None:
     screen.see(r"ended 5 True")
 
 
+@pytest.mark.slow
 def test_interrupt_before_anyone_asked_for_the_terminal_reaches_the_trainer(screen: Screen, keeper) -> None:
     link = keeper.accept()
     screen.type("\x03")
@@ -142,6 +145,7 @@ def test_interrupt_before_anyone_asked_for_the_terminal_reaches_the_trainer(scre
     assert link.wire.receive(WAIT_S) is None
 
 
+@pytest.mark.slow
 def test_stopped_program_stops_its_trainer_too(screen: Screen, keeper) -> None:
     link = keeper.accept()
     pid = link.start().trainer_pid

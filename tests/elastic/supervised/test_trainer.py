@@ -18,29 +18,34 @@ def seat(**changes: object) -> TrainerProcess:
     return replace(TrainerProcess(attempt=1, port=2, how="fork", pid=1, report_fd=9), **changes)
 
 
+@pytest.mark.slow
 def test_process_without_a_seat_is_no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TRAINER_VARIABLE, raising=False)
     assert trainer_of_process() is None
 
 
+@pytest.mark.slow
 def test_seat_of_another_process_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(seat(pid=os.getppid())).items():
         monkeypatch.setenv(name, value)
     assert trainer_of_process() is None
 
 
+@pytest.mark.slow
 def test_seat_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRAINER_VARIABLE, "{}")
     with pytest.raises(UsageError, match=f"unset|{TRAINER_VARIABLE}"):
         trainer_of_process()
 
 
+@pytest.mark.slow
 def test_prepared_seat_says_nothing_of_a_process_group_yet() -> None:
     assert environment(seat(attempt=0)).keys() == {TRAINER_VARIABLE}
     assert environment(seat(attempt=3, port=5))["MASTER_PORT"] == "5"
     assert environment(seat(attempt=3, port=5))["TORCHELASTIC_RESTART_COUNT"] == "2"
 
 
+@pytest.mark.slow
 def test_children_of_a_trainer_end_on_sigterm_as_children_do(program, keeper) -> None:
     run = program(
         "sit()\nheard, says = os.pipe()\npid = os.fork()\nif pid == 0:\n    os.write(says, b'.')\n    forever()\n"
@@ -51,6 +56,7 @@ def test_children_of_a_trainer_end_on_sigterm_as_children_do(program, keeper) ->
     assert run.line() == str(-signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_programs_that_a_trainer_starts_are_no_trainers(program, keeper) -> None:
     run = program(
         "import subprocess\nsit()\n"
@@ -61,6 +67,7 @@ def test_programs_that_a_trainer_starts_are_no_trainers(program, keeper) -> None
     assert run.line() == "None"
 
 
+@pytest.mark.slow
 def test_trainer_is_killed_before_its_supervisor_where_memory_is_short(program, keeper) -> None:
     run = program("own = Path('/proc/self/oom_score_adj')\nbefore = int(own.read_text())\nsit()\n"
                   "say(int(own.read_text()) > before or before == 1000)\n")  # fmt: skip
@@ -68,6 +75,7 @@ def test_trainer_is_killed_before_its_supervisor_where_memory_is_short(program, 
     assert run.line() == "True"
 
 
+@pytest.mark.slow
 def test_ignored_sigterm_stays_ignored(program, keeper) -> None:
     run = program(
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsit()\nsay(signal.getsignal(signal.SIGTERM).name)\nforever()\n"
@@ -80,6 +88,7 @@ def test_ignored_sigterm_stays_ignored(program, keeper) -> None:
     link.expect(Killed)
 
 
+@pytest.mark.slow
 def test_handlers_of_the_program_are_there_in_the_trainer(program, keeper) -> None:
     run = program(
         "def mine(*_): pass\nsignal.signal(signal.SIGINT, mine)\nsignal.signal(signal.SIGCHLD, mine)\nsit()\n"
@@ -90,6 +99,7 @@ def test_handlers_of_the_program_are_there_in_the_trainer(program, keeper) -> No
     assert run.line() == "True True SIG_DFL set() -1"
 
 
+@pytest.mark.slow
 def test_two_sigterms_to_the_trainer_are_one_preemption(program, keeper) -> None:
     run = program("sit()\nsay('in')\nforever()\n")
     link = keeper.accept()

@@ -125,6 +125,7 @@ def job(request: pytest.FixtureRequest, make_world) -> Iterator[Job]:
         node.uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_whatever_trainers_left_undone_settles_and_the_next_snapshot_is_durable(job: Job) -> None:
     for _ in range(ATTEMPTS):
         job.train(job.begin())

@@ -133,6 +133,7 @@ class Run:
             assert state.newest() >= complete[0], "what was settled is durable"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_uploads_survive_a_random_life(make_world, seed: int) -> None:
     run = Run(make_world(2 + seed % 2), seed)

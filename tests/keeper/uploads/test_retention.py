@@ -50,6 +50,7 @@ def tidy(world, uploads) -> None:
         world.until(lambda: uploads.finish_retention(begin=False))
 
 
+@pytest.mark.slow
 def test_old_snapshots_and_their_bytes_go_while_the_job_commits(make_world) -> None:
     world = make_world()
     uploads = world.uploads()
@@ -64,6 +65,7 @@ def test_old_snapshots_and_their_bytes_go_while_the_job_commits(make_world) -> N
     uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_job_that_ends_between_two_rounds_is_tidied_at_its_end(make_world, monkeypatch) -> None:
     monkeypatch.setattr(gc_due, "ROUND_S", 3600.0)
     world = make_world()
@@ -78,6 +80,7 @@ def test_job_that_ends_between_two_rounds_is_tidied_at_its_end(make_world, monke
     uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_tagged_snapshots_and_those_that_a_rule_keeps_stay(make_world) -> None:
     world = make_world()
     uploads = world.uploads()
@@ -89,6 +92,7 @@ def test_tagged_snapshots_and_those_that_a_rule_keeps_stay(make_world) -> None:
     uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_nothing_is_dropped_or_deleted_while_trainers_restore(make_world) -> None:
     world = make_world()
     uploads = world.uploads()
@@ -115,6 +119,7 @@ def test_nothing_is_dropped_or_deleted_while_trainers_restore(make_world) -> Non
     uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_keeper_that_was_overtaken_drops_nothing(make_world) -> None:
     world = make_world()
     uploads = world.uploads()
@@ -146,6 +151,7 @@ def test_keeper_that_was_overtaken_drops_nothing(make_world) -> None:
     uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_store_that_is_down_holds_up_no_upload_and_is_tidied_later(make_world) -> None:
     world = make_world()
     uploads = world.uploads()
@@ -168,6 +174,7 @@ def test_store_that_is_down_holds_up_no_upload_and_is_tidied_later(make_world) -
     uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_each_launch_has_its_own_policy_and_the_last_ones_ends_with_it(make_world) -> None:
     world = make_world()
     uploads = world.uploads()
@@ -210,6 +217,7 @@ def test_hung_store_holds_up_neither_the_loop_nor_the_end(make_world) -> None:
     uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_epoch_that_is_opened_with_another_policy_is_kept_to_that_one(make_world) -> None:
     world = make_world()
     uploads = world.uploads()

@@ -195,6 +195,7 @@ def test_records_written_late_carry_the_ids_that_were_given_out(make_world) -> N
     again.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_ids_of_old_records_are_read(make_world, monkeypatch) -> None:
     monkeypatch.setattr("ckpt.log.fold.RECENT_MAX", 2)
     world = make_world()

@@ -32,6 +32,7 @@ def test_no_store_yet_gives_no_choices_and_the_first_epoch_makes_one(make_world)
     uploads.close(WAIT_S)
 
 
+@pytest.mark.slow
 def test_attempts_go_on_from_what_is_staged_and_commit_it_under_their_own_epoch(make_world) -> None:
     world = make_world()
     uploads = world.uploads()

@@ -129,6 +129,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_any_layout_restores_into_any(source: str, target: str, store: Store) -> None:
     snapshot = store(*captured(source, 3))
@@ -145,6 +146,7 @@ def test_any_layout_restores_into_any(source: str, target: str, store: Store) ->
             assert kinds(live) == kinds(fresh)
 
 
+@pytest.mark.slow
 def test_norm_beside_tensor_parallel_layers_is_replicated_over_them() -> None:
     with ranks_of(1, 4) as world:
         found = {one.leaf.name: one for one in captured_once(world)}

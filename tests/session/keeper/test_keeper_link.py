@@ -44,6 +44,7 @@ def test_no_keeper_is_unavailable(connect) -> None:
         connect()
 
 
+@pytest.mark.slow
 def test_link_is_the_channel_of_its_rank(keeper, link: KeeperLink) -> None:
     assert link.peek("a") is None
     assert link.wait("a", 0.01) is None

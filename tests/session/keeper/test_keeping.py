@@ -57,6 +57,7 @@ def test_busy_keeper_is_waited_for_and_that_is_told_once(keeper: FakeKeeper, mon
     link.close()
 
 
+@pytest.mark.slow
 def test_keeper_that_stays_busy_is_given_up_with_an_alarm(keeper: FakeKeeper, monkeypatch) -> None:
     monkeypatch.setattr(keeping, "BUSY_POLL_S", 0.001)
     monkeypatch.setattr(keeping, "BUSY_WAIT_S", 1.0)

@@ -73,6 +73,7 @@ def opens(store: Path) -> list[tuple[int, SnapshotId | None]]:
     return [(one.epoch, one.resume) for one in found]
 
 
+@pytest.mark.slow
 def test_save_after_the_keepers_death_goes_to_the_next_keeper(store: Path) -> None:
     with ckpt.Checkpointer(store) as c:
         assert c.save(state(1), step=1).epoch == 1
@@ -136,6 +137,7 @@ def test_without_another_keeper_this_process_goes_on_alone(store: Path, monkeypa
     assert opens(store) == [(1, None), (2, SnapshotId(1, 1))]
 
 
+@pytest.mark.slow
 def test_store_that_is_away_at_that_moment_is_asked_again_at_the_next_snapshot(store: Path) -> None:
     session, _ = run_of(store)
     session.snapshot(1, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S)
@@ -156,6 +158,7 @@ def test_store_that_is_away_at_that_moment_is_asked_again_at_the_next_snapshot(s
     session.finish()
 
 
+@pytest.mark.slow
 def test_writer_that_took_over_meanwhile_is_not_fenced(store: Path) -> None:
     session, _ = run_of(store)
     session.snapshot(1, metadata={}, tags=(), wait_s=1.0).durable(WAIT_S)

@@ -84,6 +84,7 @@ def test_it_waits_until_the_newest_pair_is_durable_and_tells_once(keeper: FakeKe
     assert [one.role for one in keeper.wait(words.Hello)] == ["tool"]
 
 
+@pytest.mark.slow
 def test_waiting_is_bounded_and_the_bound_is_told(keeper: FakeKeeper, monkeypatch) -> None:
     monkeypatch.setattr(settled, "FLUSH_POLL_S", 0.001)
     keeper.reports = [report(complete=5)]

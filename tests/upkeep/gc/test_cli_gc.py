@@ -60,6 +60,7 @@ def everything(store: FileBackend) -> set[str]:
     return {stat.key for stat in store.list("")}
 
 
+@pytest.mark.slow
 def test_dry_run_shows_why_each_stays_and_changes_nothing(ckpt, store) -> None:
     before = everything(store)
     done = ckpt("gc", store.url, "--keep", "best=loss:2,last=1", "--dry-run")
@@ -78,6 +79,7 @@ def test_dry_run_shows_why_each_stays_and_changes_nothing(ckpt, store) -> None:
     assert everything(store) == before
 
 
+@pytest.mark.slow
 def test_drop_comes_first_and_bytes_go_when_the_grace_is_over(ckpt, store) -> None:
     before = objects(store)
     done = ckpt("gc", store.url, "--keep", "last=1", "--yes")
@@ -93,6 +95,7 @@ def test_drop_comes_first_and_bytes_go_when_the_grace_is_over(ckpt, store) -> No
     assert ckpt("verify", store.url, "--all").code == 0
 
 
+@pytest.mark.slow
 def test_dry_run_foretells_what_the_run_does(ckpt, store) -> None:
     arguments = ("gc", store.url, "--keep", "every=20", "--grace", "0", "--json")
     foretold = ckpt(*arguments, "--dry-run").json
@@ -102,6 +105,7 @@ def test_dry_run_foretells_what_the_run_does(ckpt, store) -> None:
     assert found["stores"][0]["deleted"] == found["stores"][0]["objects"]["garbage"]
 
 
+@pytest.mark.slow
 def test_without_a_policy_nothing_is_dropped(ckpt, store) -> None:
     done = ckpt("gc", store.url, "--json")
     assert done.code == 0
@@ -110,6 +114,7 @@ def test_without_a_policy_nothing_is_dropped(ckpt, store) -> None:
     assert steps(store) == [10, 20, 30, 40]
 
 
+@pytest.mark.slow
 def test_nobody_is_asked_in_json_and_no_is_no(ckpt, store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ckpt("gc", store.url, "--keep", "last=1", "--json").code == 2
     monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: "n")
@@ -117,6 +122,7 @@ def test_nobody_is_asked_in_json_and_no_is_no(ckpt, store, monkeypatch: pytest.M
     assert steps(store) == [10, 20, 30, 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--keep", "newest"], ["--keep", ""], ["--grace", "1y"], ["--keep", "last=0"]])
 def test_what_is_no_policy_or_time_exits_2(ckpt, store, arguments: list[str]) -> None:
     assert ckpt("gc", store.url, *arguments).code == 2
@@ -126,6 +132,7 @@ def test_no_store_exits_10(ckpt, tmp_path: Path) -> None:
     assert ckpt("gc", tmp_path / "nothing", "--keep", "last=1").code == 10
 
 
+@pytest.mark.slow
 def test_damaged_part_exits_20_and_says_so(ckpt, store) -> None:
     part = next(key for key in sorted(objects(store)) if key.startswith(keys.PARTS) and "0030/" in key)
     damage(store, part, 20)
@@ -142,6 +149,7 @@ def test_hole_exits_20(ckpt, store) -> None:
     assert everything(store) == before
 
 
+@pytest.mark.slow
 def test_several_stores_are_swept_and_one_that_is_gone_exits_11(ckpt, tmp_path: Path) -> None:
     urls = [str(tmp_path / name) for name in "abc"]
     backend = open_stores(urls, emit=lambda _: None)

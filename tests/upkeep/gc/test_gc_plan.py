@@ -193,6 +193,7 @@ RULE = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @LONG
 @given(st.integers(0, 2**32), st.none() | st.lists(RULE, min_size=1, max_size=4), st.integers(0, 4), st.floats(0, 1e9))
 def test_newest_committed_snapshot_is_never_dropped_whatever_the_policy_clock_and_damage(

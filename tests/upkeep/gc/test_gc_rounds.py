@@ -152,6 +152,7 @@ def test_commits_that_come_at_once_make_one_round(rounds: Rounds) -> None:
     assert steps(store) == [20, 50]
 
 
+@pytest.mark.slow
 def test_rounds_go_on_with_the_job(rounds: Rounds, quick: None) -> None:
     store = MemoryBackend()
     writer = write_sample_store(store, steps=STEPS)
@@ -251,6 +252,7 @@ def test_what_nobody_foresaw_is_an_alarm_and_the_next_round_comes(rounds: Rounds
     assert "no time" in alarm.text
 
 
+@pytest.mark.slow
 def test_deletes_that_fail_are_left_for_the_next_round(rounds: Rounds, quick: None) -> None:
     inner = MemoryBackend()
     write_sample_store(inner, steps=STEPS)
@@ -347,6 +349,7 @@ def test_too_few_stores_drop_nothing(rounds: Rounds) -> None:
     assert [everything(one) for one in inner] == before
 
 
+@pytest.mark.slow
 def test_restore_that_began_before_the_drop_reads_all_within_the_grace(rounds: Rounds, quick: None) -> None:
     store = MemoryBackend()
     writer = write_sample_store(store, steps=STEPS)

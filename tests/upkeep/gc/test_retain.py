@@ -146,6 +146,7 @@ def test_reasons_are_the_rules_as_they_are_written() -> None:
     assert found == {SnapshotId(1, 10): ("last=1", "every=10", "best=loss:1")}
 
 
+@pytest.mark.slow
 @LONG
 @given(policies, policies, worlds(), st.floats(NOW - DAY, NOW + 10 * DAY))
 def test_union_keeps_what_any_keeps(a: KeepPolicy, b: KeepPolicy, world, now: float) -> None:
@@ -163,6 +164,7 @@ def test_union_has_no_order_and_no_repetition(a: KeepPolicy, b: KeepPolicy, c: K
     assert str(a | b) == str(b | a)
 
 
+@pytest.mark.slow
 @LONG
 @given(policies, worlds())
 def test_applying_a_policy_to_what_it_kept_keeps_all_of_it(policy: KeepPolicy, world) -> None:
@@ -176,6 +178,7 @@ def test_applying_a_policy_to_what_it_kept_keeps_all_of_it(policy: KeepPolicy, w
     assert set(again) == set(first)
 
 
+@pytest.mark.slow
 @LONG
 @given(worlds(), st.integers(1, 5), st.integers(1, 5))
 def test_a_wider_rule_keeps_no_less(world, n: int, more: int) -> None:
@@ -191,6 +194,7 @@ def test_a_wider_rule_keeps_no_less(world, n: int, more: int) -> None:
         assert few <= many
 
 
+@pytest.mark.slow
 @LONG
 @given(worlds(), st.permutations(range(12)), policies)
 def test_the_order_of_the_snapshots_does_not_matter(world, order: list[int], policy: KeepPolicy) -> None:

@@ -70,6 +70,7 @@ def some_state(seed: int, records: int) -> LogState:
     return state
 
 
+@pytest.mark.slow
 @LONG
 @given(st.integers(0, 2**32), st.integers(0, 25), st.integers(0, 25))
 def test_pair_that_is_settled_is_never_committed_later(seed: int, before: int, later: int) -> None:

@@ -55,6 +55,7 @@ def test_well_store_is_found_well_and_left_as_it_was(kind: str, tmp_path: Path) 
     assert assess([found]).exit_code == 0
 
 
+@pytest.mark.slow
 def test_what_a_store_holds_is_told(lone: Path, members: Path, tmp_path: Path) -> None:
     alone = replicate(lone, tmp_path / "lone", None)
     [found] = examined(alone)
@@ -72,6 +73,7 @@ def test_what_a_store_holds_is_told(lone: Path, members: Path, tmp_path: Path) -
     assert list(alone.list("probe/")) == []
 
 
+@pytest.mark.slow
 def test_two_addresses_of_one_place_are_found_out(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     stores = [FileBackend(tmp_path / "real"), FileBackend(tmp_path / "link"), FileBackend(tmp_path / "other")]
@@ -91,6 +93,7 @@ def test_read_only_store_is_readable_and_can_not_be_written_to(lone: Path, tmp_p
     assert "denied" in {one.code for one in judged.advice}
 
 
+@pytest.mark.slow
 def test_folder_that_may_not_be_written_to_is_told_by_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with tempfile.TemporaryDirectory(dir="/tmp") as made:  # pytest's own folders can't be entered by others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,7 @@ def rounds(parts: References, places_max: int) -> tuple[dict[str, Pack], dict[st
 references = st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=20), max_size=8)
 
 
+@pytest.mark.slow
 @given(references, st.integers(1, 30))
 def test_any_limit_finds_every_chunk_of_every_pack_once_within_it(parts: References, places_max: int) -> None:
     whole, whole_users, _, _ = rounds(parts, 10_000)

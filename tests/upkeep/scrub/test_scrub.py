@@ -46,6 +46,7 @@ def places(store: Backend, step: int) -> list[tuple[bytes, ChunkLocation]]:
     ]
 
 
+@pytest.mark.slow
 def test_sound_stores_are_found_sound_and_nothing_is_written(three: list[FileBackend]) -> None:
     counting = [CountingBackend(store) for store in three]
     report = scrubbed(counting)
@@ -57,6 +58,7 @@ def test_sound_stores_are_found_sound_and_nothing_is_written(three: list[FileBac
     assert not any(store.calls("put") or store.calls("delete") for store in counting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_harmed_copy_of_every_object_is_mended(three: list[FileBackend], seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
@@ -73,6 +75,7 @@ def test_one_harmed_copy_of_every_object_is_mended(three: list[FileBackend], see
     assert not scrubbed(list(three)).has_findings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_harm_to_two_of_three_copies_ends_with_all_right(
     three: list[FileBackend], seed: int, tmp_path: Path
@@ -467,6 +470,7 @@ def test_small_budget_scrubs_in_rounds_and_finds_the_same(trio: list[FileBackend
     assert [tally.orphans for tally in report.stores] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_log_longer_than_a_window_is_compared_with_its_folds(tmp_path: Path) -> None:
     store = MemoryBackend("long")
     writer = SampleWriter(store)
@@ -495,6 +499,7 @@ def test_log_longer_than_a_window_is_compared_with_its_folds(tmp_path: Path) -> 
     assert objects_of(store) == objects_of(other) == truth
 
 
+@pytest.mark.slow
 def test_fold_that_is_wrong_everywhere_is_made_anew() -> None:
     store = MemoryBackend("long")
     writer = SampleWriter(store)

@@ -113,6 +113,7 @@ def scrub_of(store: Backend) -> ScrubReport:
     return report
 
 
+@pytest.mark.slow
 def test_what_one_source_has_wrong_is_read_from_another(trio: list[FileBackend], tmp_path: Path) -> None:
     rng = random.Random(4)
     truth = replicate(tmp_path / "0", tmp_path / "truth", None)
@@ -226,6 +227,7 @@ def test_deep_compares_what_is_there_and_writes_anew_what_is_wrong(source: FileB
     assert faults_of(store, source) == []
 
 
+@pytest.mark.slow
 def test_what_comes_while_it_copies_is_copied_too(source: FileBackend, tmp_path: Path) -> None:
     writer = SampleWriter(source, _writes=100)
     steps = iter((40, 50, 60))
@@ -305,6 +307,7 @@ def test_store_that_does_not_create_once_can_be_a_replica(source: FileBackend) -
     assert sync(source, store).records == 0
 
 
+@pytest.mark.slow
 def test_long_log_is_copied_with_its_folds(tmp_path: Path) -> None:
     source = MemoryBackend("long")
     writer = SampleWriter(source, _writes=100)

@@ -107,6 +107,7 @@ def test_scrub_of_what_is_no_store_exits_10_and_of_one_store_twice_2(
     assert ckpt("scrub").code == 2
 
 
+@pytest.mark.slow
 def test_verify_all_replicas_tells_of_each_store_and_writes_nothing(ckpt: Command, trio: list[FileBackend]) -> None:
     names = [trio[0].url, "--replica", trio[1].url, "--replica", trio[2].url]
     done = ckpt("verify", *names, "--all-replicas", "--json")
@@ -144,6 +145,7 @@ def test_sync_makes_a_replica_and_says_what_it_copied(ckpt: Command, lone: Path,
     assert ckpt("ls", target, "--json").json["snapshots"][0]["step"] == 30
 
 
+@pytest.mark.slow
 def test_sync_of_a_damaged_source_exits_20_or_reads_another_store(
     ckpt: Command, trio: list[FileBackend], tmp_path: Path
 ) -> None:
@@ -165,6 +167,7 @@ def test_sync_refuses_another_job_with_2_and_another_log_with_12(ckpt: Command, 
     assert ckpt("sync", tmp_path / "nothing", tmp_path / "new").code == 10
 
 
+@pytest.mark.slow
 def test_encrypted_store_is_not_taken_for_damage(
     ckpt: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +185,7 @@ def test_encrypted_store_is_not_taken_for_damage(
     assert ckpt("scrub", store.url, tmp_path / "copy").code == 0
 
 
+@pytest.mark.slow
 def test_doctor_of_folders_says_what_will_do(ckpt: Command, trio: list[FileBackend], tmp_path: Path) -> None:
     done = ckpt("doctor", *urls(trio), "--size", "1", "--json")
     assert done.code == 0

@@ -92,6 +92,7 @@ def cut(members: Path, tmp_path: Path, kind: str, share: int, seeds: range) -> N
         shutil.rmtree(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scrub", "sync"])
 def test_killed_at_some_calls_it_harms_nothing_and_the_next_one_finishes(
     members: Path, tmp_path: Path, kind: str
@@ -99,6 +100,7 @@ def test_killed_at_some_calls_it_harms_nothing_and_the_next_one_finishes(
     killed(members, tmp_path, kind, share=90)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scrub", "sync"])
 def test_power_cut_at_some_calls_harms_nothing_and_the_next_one_finishes(
     members: Path, tmp_path: Path, kind: str
