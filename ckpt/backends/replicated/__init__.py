@@ -1,2 +1,3 @@
-"""Several stores as one: an object is put to all, is durable on W of them, is read from the nearest
-and repaired."""
+"""Several stores as one: writes to all with a quorum, reads from the nearest, repair in the
+background.
+"""
