@@ -74,8 +74,7 @@ class MemoryBackend:
         if len(part) < len(flat):
             raise IntegrityError(
                 f"the object ends too early. key={key} offset_bytes={offset_bytes} "
-                f"wanted_bytes={len(flat)} "
-                f"got_bytes={len(part)}; read another copy"
+                f"wanted_bytes={len(flat)} got_bytes={len(part)}; read another copy"
             )
 
     def stat(self, key: str) -> Stat | None:

@@ -189,8 +189,8 @@ def _read_file(path: str) -> bytes:
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError(
                 f"others may read or change a key file. path={place} "
-                f"mode={stat.S_IMODE(mode):04o}; chmod 600 {place} "
-                "(a mounted secret: defaultMode 0400)"
+                f"mode={stat.S_IMODE(mode):04o}; chmod 600 {place} (a mounted secret: defaultMode "
+                "0400)"
             )
         return os.read(fd, MATERIAL_BYTES_MAX + 1)
     except OSError as error:

@@ -84,9 +84,8 @@ def require_matching_keys(inner: Backend, keys: EncryptionKeys | None) -> None:
     if headers and all(keys.find(header.key_id) is None for header in headers):
         raise UsageError(
             f"wrong encryption key. encrypted_with={headers[0].key_id.hex()} given={keys.ids} "
-            f"store={inner.url}; "
-            "give the key that this store was written with (after a change of keys both: "
-            "'file:new,file:old')"
+            f"store={inner.url}; give the key that this store was written with (after a change of "
+            "keys both: 'file:new,file:old')"
         )
 
 

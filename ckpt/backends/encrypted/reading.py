@@ -53,16 +53,14 @@ def require_known_key(
     if header.version != VERSION:
         raise FormatVersionError(
             f"an object is encrypted in another format. key={name} version={header.version} "
-            f"known={VERSION} store={url}; "
-            "upgrade ckpt"
+            f"known={VERSION} store={url}; upgrade ckpt"
         )
     key = keys.find(header.key_id)
     if key is None:
         raise UsageError(
             f"wrong encryption key. key={name} encrypted_with={header.key_id.hex()} "
-            f"given={keys.ids} store={url}; "
-            "give the key that this was written with (after a change of keys both: "
-            "'file:new,file:old')"
+            f"given={keys.ids} store={url}; give the key that this was written with (after a "
+            "change of keys both: 'file:new,file:old')"
         )
     return key
 
@@ -192,8 +190,8 @@ class SealedReader:
         if len(out) and offset_bytes + len(out) > header.plain_bytes:
             raise IntegrityError(
                 f"the object ends too early. key={name} offset_bytes={offset_bytes} "
-                f"wanted_bytes={len(out)} "
-                f"size_bytes={header.plain_bytes} store={self._inner.url}; read another copy"
+                f"wanted_bytes={len(out)} size_bytes={header.plain_bytes} store={self._inner.url}; "
+                "read another copy"
             )
         key = require_known_key(header, name, self._keys, url=self._inner.url)
         target = _CheckedTarget(out, check)

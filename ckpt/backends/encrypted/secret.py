@@ -154,6 +154,5 @@ def parse_secret(material: bytes, *, source: str) -> bytes:
     )
     raise UsageError(
         f"no encryption key: {problem}. source={source} size_bytes={len(material)}; passphrases "
-        "are no keys, make one with "
-        "ckpt.backends.encrypted.keys.write_new_key(path)"
+        "are no keys, make one with ckpt.backends.encrypted.keys.write_new_key(path)"
     )

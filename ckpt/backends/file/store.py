@@ -267,8 +267,7 @@ class FileBackend:
         if create_only and create is None:
             raise UsageError(
                 "this file system can neither link nor rename without replacing, so it cannot "
-                "create a key only once. "
-                f"store={self._root}; use another store as the job's first"
+                f"create a key only once. store={self._root}; use another store as the job's first"
             )
         with translate_os_errors("put", path):
             self._prepare()
@@ -304,8 +303,7 @@ class FileBackend:
         if got < len(out):
             raise IntegrityError(
                 f"the object ends too early. path={path} offset_bytes={offset_bytes} "
-                f"wanted_bytes={len(out)} "
-                f"got_bytes={got}; read another copy"
+                f"wanted_bytes={len(out)} got_bytes={got}; read another copy"
             )
 
     def stat(self, key: str) -> Stat | None:

@@ -52,7 +52,11 @@ def stat_of(key: str, info: Mapping[str, object]) -> Stat:
 
 def walk(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) -> Iterator[Stat]:
     """Objects below ``root`` in key order. Raises what the client library raises."""
-    stats = _walk_s3(fs, root, prefix, after) if _is_s3(fs) else _walk_any(fs, root, prefix)
+    stats = (
+        _walk_s3(fs, root, prefix, after)
+        if protocols_of(fs) & S3_PROTOCOLS
+        else _walk_any(fs, root, prefix)
+    )
     yield from (
         entry
         for entry in stats
@@ -116,10 +120,6 @@ def _modified_unix_s(info: Mapping[str, object]) -> float:
             case _:
                 pass
     return time.time()
-
-
-def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
-    return bool(protocols_of(fs) & S3_PROTOCOLS)
 
 
 # ---- Options: additions for s3fs, so that it works with servers other than Amazon's.
@@ -313,8 +313,8 @@ class FsspecBackend:
         except (ValueError, TypeError) as error:
             raise UsageError(
                 f"invalid store URL or storage options. url={self._url} "
-                f"error={type(error).__name__}; "
-                f"check the URL and the storage options {sorted(self._options)}"
+                f"error={type(error).__name__}; check the URL and the storage options "
+                f"{sorted(self._options)}"
             ) from error
         except Exception as error:
             raise error_from_client(error, doing="connect", where=self._url) from error

@@ -207,8 +207,7 @@ def credential_provider(profile: str | None) -> Callable[[], AwsCredential]:
     if credentials is None:
         raise StoreDeniedError(
             "no AWS credentials found. set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass "
-            "key and secret as "
-            "storage options, or anon=True for a public bucket"
+            "key and secret as storage options, or anon=True for a public bucket"
         )
 
     def current() -> AwsCredential:

@@ -394,8 +394,8 @@ class RepairBacklog:
         self._update_ledger(lambda ledger: ledgers.left_to_scrub(ledger, index, key))
         url = self._urls[index]
         text = (
-            f"a copy in {url} can't be repaired without reading every chunk: {reason}; "
-            "run `ckpt scrub`"
+            f"a copy in {url} can't be repaired without reading every chunk: {reason}; run `ckpt "
+            "scrub`"
         )
         self._emit_alarm(index, text, {"key": key, "why": reason})
 

@@ -52,9 +52,7 @@ def _refuse_twice(urls: Sequence[str]) -> None:
         if address in urls_by_address:
             raise UsageError(
                 f"one store is named twice. urls={urls_by_address[address]!r}, {url!r}; a second "
-                "copy in the "
-                "same place protects "
-                f"from nothing"
+                "copy in the same place protects from nothing"
             )
         urls_by_address[address] = url
 

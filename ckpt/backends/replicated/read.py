@@ -84,8 +84,8 @@ class _QuorumRead:
                             race = self._heard(race, *entry)
                     case races.DeliverRead():
                         return race
-                    case races.GiveUpRead(verdict):
-                        raise self._error(race, verdict)
+                    case races.GiveUpRead(failure):
+                        raise self._error(race, failure)
         finally:
             if race.pending:
                 group.wake()  # the repair thread detects it if one of them hangs
@@ -144,7 +144,7 @@ class _QuorumRead:
         self.errors[index] = answer
         return races.with_result(race, index, result)
 
-    def _error(self, race: races.ReadRace, verdict: ReadFailure) -> CkptError:
+    def _error(self, race: races.ReadRace, failure: ReadFailure) -> CkptError:
         waited_s = stall_s(self.group.limits, self.size_bytes)
         for replica in self.group.replicas:
             if race.results.get(replica.index) in (None, ReadResult.SILENT):
@@ -153,7 +153,7 @@ class _QuorumRead:
             f"{self.group.replicas[index].url}: {error}"
             for index, error in sorted(self.errors.items())
         )
-        match verdict:
+        match failure:
             case ReadFailure.NOT_FOUND:
                 return NotFoundError(f"no store has the object. key={self.key} [{per_store}]")
             case ReadFailure.DAMAGED:
@@ -163,8 +163,7 @@ class _QuorumRead:
             case ReadFailure.UNAVAILABLE:
                 return UnavailableError(
                     "too few stores answer to read the object, or to know that it is nowhere. "
-                    f"key={self.key} [{per_store}]; "
-                    f"repeat when they do"
+                    f"key={self.key} [{per_store}]; repeat when they do"
                 )
 
 
@@ -348,8 +347,7 @@ def stat(group: StoreGroup, key: str) -> Stat | None:
     ]
     raise UnavailableError(
         f"too few stores answer to know whether the object is there. key={key} "
-        f"answered={len(stats)} "
-        f"[{' | '.join(errors)}]; repeat when they do"
+        f"answered={len(stats)} [{' | '.join(errors)}]; repeat when they do"
     )
 
 
@@ -451,8 +449,7 @@ def _too_few(
     )
     return UnavailableError(
         f"too few stores answer for a complete listing. prefix={prefix} "
-        f"answered={len(asked) - len(errors)} [{per_store}]; "
-        f"repeat when they do"
+        f"answered={len(asked) - len(errors)} [{per_store}]; repeat when they do"
     )
 
 

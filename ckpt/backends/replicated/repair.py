@@ -142,9 +142,9 @@ class ObjectRepair:
 
 
 def _matches(replica: StoreReplica, key: str, verified: VerifiedRange) -> bool:
-    damaged = memoryview(bytearray(verified.size_bytes))
-    _read(replica, key, damaged, verified.offset_bytes)
-    return digest(damaged) == verified.digest
+    stored = memoryview(bytearray(verified.size_bytes))
+    _read(replica, key, stored, verified.offset_bytes)
+    return digest(stored) == verified.digest
 
 
 def _read(replica: StoreReplica, key: str, out: memoryview, offset_bytes: int) -> None:

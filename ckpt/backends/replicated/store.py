@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from ckpt.backends.base import Backend, Buffer, Capabilities, Stat, check_key, check_prefix
 from ckpt.backends.checked import Check
-from ckpt.backends.replicated import read as looks
 from ckpt.backends.replicated import read as reads
 from ckpt.backends.replicated.buffers import BUDGET_BYTES, is_immutable
 from ckpt.backends.replicated.group import StoreGroup, StoreReplica
@@ -39,10 +38,10 @@ def create(group: StoreGroup, key: str, data: Sequence[Buffer]) -> None:
     """
     body = tuple(data) if is_immutable(data) else (b"".join(data),)
     failed: dict[int, CkptError] = {}
-    # All writers ask the stores in the same order, stores that probably answer first, so that they
-    # meet at the same first store.
     winner: frozenset[int] = frozenset()
     usable = {replica.index for replica in group.replicas if replica.writing.circuit.usable}
+    # All writers ask the stores in the same order, stores that probably answer first, so that they
+    # meet at the same first store.
     for index in sorted(
         group.quorum.voters,
         key=lambda index: (index in group.quorum.silent, index not in usable, index),
@@ -61,8 +60,8 @@ def create(group: StoreGroup, key: str, data: Sequence[Buffer]) -> None:
         failed[index] = answer
     # Proof of the whole object: stores that hold another object at the key are repaired with ours.
     joined = b"".join(body)
-    proof = VerifiedRange(0, len(joined), digest(joined), whole=True)
-    QuorumPut(group, key, body, write=_create_or_same, verified=proof).run(
+    verified = VerifiedRange(0, len(joined), digest(joined), whole=True)
+    QuorumPut(group, key, body, write=_create_or_same, verified=verified).run(
         holders=winner, failed=failed
     )
 
@@ -141,8 +140,7 @@ class ReplicatedBackend:
             raise UsageError(
                 "a store is named twice; a second copy in the same place protects against nothing"
             )
-        # Raises for indexes out of range.
-        with_counting(self._quorum, prefer)
+        with_counting(self._quorum, prefer)  # raises for indexes out of range
         self._emit = emit
         self._prefer = tuple(prefer)
         self._limits = limits or ReplicationLimits()
@@ -201,8 +199,7 @@ class ReplicatedBackend:
         if not self.capabilities().create_only:
             raise UsageError(
                 f"not every store promises to create a key only once. stores={self.url}; put "
-                "without create_only, "
-                f"or use stores that do"
+                "without create_only, or use stores that do"
             )
         create(group, key, data)
 
@@ -228,15 +225,15 @@ class ReplicatedBackend:
 
     def stat(self, key: str) -> Stat | None:
         """None only if enough stores say so; raises UnavailableError if too few answer."""
-        return looks.stat(self._group(), check_key(key))
+        return reads.stat(self._group(), check_key(key))
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
         """The objects that any answering store has; raises UnavailableError if too few answer."""
-        return looks.listing(self._group(), check_prefix(prefix), after)
+        return reads.listing(self._group(), check_prefix(prefix), after)
 
     def delete(self, key: str) -> None:
         """From all stores. Raises, naming them, if some could not be asked."""
-        looks.delete(self._group(), check_key(key))
+        reads.delete(self._group(), check_key(key))
 
     def behind(self) -> tuple[StoreBacklog, ...]:
         """What each store is known to miss, in the order of the stores."""
