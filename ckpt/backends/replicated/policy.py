@@ -58,7 +58,6 @@ def give_up_s(limits: ReplicationLimits, size_bytes: int) -> float:
 
     Long enough to try one more store after one hung.
     """
-    # One stall until the hung store is known as such, one for the store asked instead.
     return 2 * stall_s(limits, size_bytes)
 
 
