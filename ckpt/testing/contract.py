@@ -236,9 +236,9 @@ class BackendContract:
     def test_zero_length_object_exists(self, store: Backend) -> None:
         for key, data in (("a", []), ("b", [b""]), ("c", [b"", b""])):
             store.put(key, data)
-            found = store.stat(key)
-            assert found is not None
-            assert found.size_bytes == 0
+            stat = store.stat(key)
+            assert stat is not None
+            assert stat.size_bytes == 0
             assert read(store, key) == b""
             with pytest.raises(IntegrityError):
                 store.read_into(key, memoryview(bytearray(1)))
@@ -296,10 +296,10 @@ class BackendContract:
 
     def test_stat_tells_length_and_a_plausible_time(self, store: Backend) -> None:
         store.put("a", [b"12345"])
-        found = store.stat("a")
-        assert found is not None
-        assert (found.key, found.size_bytes) == ("a", 5)
-        assert abs(found.modified_unix_s - time.time()) < 600
+        stat = store.stat("a")
+        assert stat is not None
+        assert (stat.key, stat.size_bytes) == ("a", 5)
+        assert abs(stat.modified_unix_s - time.time()) < 600
         assert [(entry.key, entry.size_bytes) for entry in store.list("")] == [("a", 5)]
 
     def test_list_is_in_code_point_order_from_prefix_and_after(self, store: Backend) -> None:
@@ -337,13 +337,13 @@ class BackendContract:
     def test_object_deleted_during_list_does_not_break_it(self, store: Backend) -> None:
         for i in range(10):
             store.put(f"d{i}/x", [b"x"])
-        seen = []
+        listed = []
         for entry in store.list(""):
-            seen.append(entry.key)
+            listed.append(entry.key)
             for i in range(10):
                 store.delete(f"d{i}/x")
-        assert seen[0] == "d0/x"
-        assert seen == sorted(seen)
+        assert listed[0] == "d0/x"
+        assert listed == sorted(listed)
 
     def test_odd_keys_are_kept_as_they_are(self, store: Backend) -> None:
         for key in ODD_KEYS:
@@ -498,9 +498,9 @@ class BackendRaceContract(BackendContract):
 def read(store: Backend, key: str, start: int = 0, stop: int | None = None) -> bytes:
     """Bytes ``start`` to ``stop`` of an object, by default all of it."""
     if stop is None:
-        found = store.stat(key)
-        assert found is not None, f"no object at {key}"
-        stop = found.size_bytes
+        stat = store.stat(key)
+        assert stat is not None, f"no object at {key}"
+        stop = stat.size_bytes
     out = bytearray(stop - start)
     store.read_into(key, memoryview(out), offset_bytes=start)
     return bytes(out)

@@ -278,14 +278,14 @@ class CrashingBackend:
 
     def _change(self, run: Callable[[], None]) -> None:
         with self._lock:
-            here = self._count == self._at
+            at_crash_point = self._count == self._at
             self._count += 1
-        if here and self._mode is CrashMode.BEFORE:
+        if at_crash_point and self._mode is CrashMode.BEFORE:
             die()
         try:
             run()
         finally:
-            if here:
+            if at_crash_point:
                 die()
 
 

@@ -122,18 +122,20 @@ def load_key(source: str) -> EncryptionKey:
     UsageError if there is no key, UnavailableError if a command fails. No message shows the key,
     nor a source of unknown kind, which may be one.
     """
-    kind, colon, place = source.partition(":")
-    if not colon or kind not in ("file", "env", "command") or not place.strip():
+    kind, colon, location = source.partition(":")
+    if not colon or kind not in ("file", "env", "command") or not location.strip():
         raise UsageError(
             f"not a source of a key; write {_KINDS} (not shown: it may be the key itself)"
         )
     match kind:
         case "file":
-            return EncryptionKey.of(parse_secret(_read_file(place), source=f"file:{place}"))
+            return EncryptionKey.of(parse_secret(_read_file(location), source=f"file:{location}"))
         case "env":
-            return EncryptionKey.of(parse_secret(_read_variable(place), source=f"env:{place}"))
+            return EncryptionKey.of(
+                parse_secret(_read_variable(location), source=f"env:{location}")
+            )
         case _:
-            words = _words(place)
+            words = _words(location)
             output = command_output(words, wait_s=COMMAND_S, bytes_max=MATERIAL_BYTES_MAX)
             return EncryptionKey.of(parse_secret(output, source=f"command:{words[0]}"))
 
@@ -144,58 +146,58 @@ def write_new_key(path: str) -> EncryptionKey:
     Keep a copy: without the key the store is lost. Raises UsageError if the file exists or cannot
     be written.
     """
-    place = Path(path).expanduser()
+    file_path = Path(path).expanduser()
     secret = secrets.token_bytes(SECRET_BYTES)
     try:
-        fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(file_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(secret.hex().encode() + b"\n")
             file.flush()
             os.fsync(fd)
-        folder = os.open(place.parent, os.O_RDONLY | os.O_CLOEXEC)
+        folder = os.open(file_path.parent, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except FileExistsError:
         raise UsageError(
-            f"a key file is never overwritten. path={place}; choose another name"
+            f"a key file is never overwritten. path={file_path}; choose another name"
         ) from None
     except OSError as error:
         raise UsageError(
-            f"a key file can't be written. path={place} cause={error.strerror}"
+            f"a key file can't be written. path={file_path} cause={error.strerror}"
         ) from error
     return EncryptionKey.of(secret)
 
 
 def _read_file(path: str) -> bytes:
-    place = Path(path).expanduser()
+    file_path = Path(path).expanduser()
     try:
         # O_NONBLOCK: opening a pipe without a writer must not block.
-        fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(file_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         cause = (
             os.strerror(error.errno or errno.EINVAL) if isinstance(error, OSError) else "not a path"
         )
         raise UsageError(
-            f"a key file can't be read. path={place} cause={cause}; check the path"
+            f"a key file can't be read. path={file_path} cause={cause}; check the path"
         ) from None
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
             raise UsageError(
-                f"a key file is not a regular file. path={place}; use command: for a pipe"
+                f"a key file is not a regular file. path={file_path}; use command: for a pipe"
             )
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError(
-                f"others may read or change a key file. path={place} "
-                f"mode={stat.S_IMODE(mode):04o}; chmod 600 {place} (a mounted secret: defaultMode "
-                "0400)"
+                f"others may read or change a key file. path={file_path} "
+                f"mode={stat.S_IMODE(mode):04o}; chmod 600 {file_path} (a mounted secret: "
+                "defaultMode 0400)"
             )
         return os.read(fd, MATERIAL_BYTES_MAX + 1)
     except OSError as error:
         raise UsageError(
-            f"a key file can't be read. path={place} cause={error.strerror}; check the disk"
+            f"a key file can't be read. path={file_path} cause={error.strerror}; check the disk"
         ) from None
     finally:
         os.close(fd)

@@ -89,19 +89,19 @@ class EncryptedBackend:
         The header is read only if a truncated object could pass for a shorter one; in all other
         cases reading the object to its end fails.
         """
-        found = self._inner.stat(key)
+        stat = self._inner.stat(key)
         if not self._is_sealed(key):
-            return found
+            return stat
         for _ in range(_TRIES_MAX):
-            if found is None:
+            if stat is None:
                 return None
-            size_bytes = plain_size(found.size_bytes)
+            size_bytes = plain_size(stat.size_bytes)
             if size_bytes is not None and (
                 size_bytes % FRAME_BYTES or size_bytes == self._reader.plain_bytes(key)
             ):
-                return Stat(key, size_bytes, found.modified_unix_s)
+                return Stat(key, size_bytes, stat.modified_unix_s)
             self._reader.forget_header(key)  # the object may have been replaced
-            found = self._inner.stat(key)
+            stat = self._inner.stat(key)
         raise IntegrityError(
             f"an encrypted object has a wrong length. key={key} store={self.url}; read another copy"
         )
@@ -111,11 +111,11 @@ class EncryptedBackend:
 
         Damage must not end a listing.
         """
-        for found in self._inner.list(prefix, after=after):
-            if self._is_sealed(found.key):
-                yield Stat(found.key, plain_size(found.size_bytes) or 0, found.modified_unix_s)
+        for stat in self._inner.list(prefix, after=after):
+            if self._is_sealed(stat.key):
+                yield Stat(stat.key, plain_size(stat.size_bytes) or 0, stat.modified_unix_s)
             else:
-                yield found
+                yield stat
 
     def delete(self, key: str) -> None:
         self._reader.forget_header(key)
@@ -196,11 +196,11 @@ class EncryptedMultiStore(EncryptedBackend):
         except IntegrityError as damage:
             for store in self._stores:
                 try:
-                    found = store.stat(key)
+                    stat = store.stat(key)
                 except (IntegrityError, UnavailableError):
                     continue
-                if found is not None:
-                    return found
+                if stat is not None:
+                    return stat
             raise damage
 
     def read_checked(

@@ -297,13 +297,13 @@ class FileBackend:
         with translate_os_errors("read", path):
             fd = self._open_object(path, key)
             try:
-                got = _read_fully(fd, out.cast("B"), offset_bytes)
+                filled_bytes = _read_fully(fd, out.cast("B"), offset_bytes)
             finally:
                 os.close(fd)
-        if got < len(out):
+        if filled_bytes < len(out):
             raise IntegrityError(
                 f"the object ends too early. path={path} offset_bytes={offset_bytes} "
-                f"wanted_bytes={len(out)} got_bytes={got}; read another copy"
+                f"wanted_bytes={len(out)} got_bytes={filled_bytes}; read another copy"
             )
 
     def stat(self, key: str) -> Stat | None:
@@ -441,13 +441,15 @@ def _same_file(fd: int, path: str) -> bool:
 
 def _read_fully(fd: int, out: memoryview, offset_bytes: int) -> int:
     """Read until ``out`` is full or the file ends; returns the bytes read."""
-    got = 0
-    while got < len(out):
-        read = os.preadv(fd, [out[got : got + _IOV_BYTES_MAX]], offset_bytes + got)
+    filled_bytes = 0
+    while filled_bytes < len(out):
+        read = os.preadv(
+            fd, [out[filled_bytes : filled_bytes + _IOV_BYTES_MAX]], offset_bytes + filled_bytes
+        )
         if read == 0:
             break
-        got += read
-    return got
+        filled_bytes += read
+    return filled_bytes
 
 
 def _make_folders(ops: FileOps, path: str) -> None:

@@ -338,17 +338,17 @@ def read_exactly(
         raise UsageError(
             f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
         )
-    got = fill(out) if out else 0
-    if out and got == len(out):
+    filled_bytes = fill(out) if out else 0
+    if out and filled_bytes == len(out):
         return
     stat = store.stat(key)
     if stat is None:
         raise NotFoundError(f"no such object. key={key} store={store.url}; list the store's keys")
-    if got < len(out):
+    if filled_bytes < len(out):
         raise IntegrityError(
             f"the object ends too early. key={key} store={store.url} offset_bytes={offset_bytes} "
-            f"wanted_bytes={len(out)} got_bytes={got} size_bytes={stat.size_bytes}; read another "
-            "copy"
+            f"wanted_bytes={len(out)} got_bytes={filled_bytes} size_bytes={stat.size_bytes}; read "
+            "another copy"
         )
 
 
@@ -360,26 +360,26 @@ def read_range(fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset
     """
     if protocols_of(fs) & S3_PROTOCOLS:
         return run_in_loop(_fill(fs, path, out, offset_bytes), fs.loop) if out else 0
-    got = 0
-    while got < len(out):
-        start = offset_bytes + got
+    filled_bytes = 0
+    while filled_bytes < len(out):
+        start = offset_bytes + filled_bytes
         part: bytes = fs.cat_file(
             path, start=start, end=min(start + _READ_BYTES_MAX, offset_bytes + len(out))
         )
         if not part:
             break
-        out[got : got + len(part)] = part
-        got += len(part)
-    return got
+        out[filled_bytes : filled_bytes + len(part)] = part
+        filled_bytes += len(part)
+    return filled_bytes
 
 
 async def _fill(
     fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset_bytes: int
 ) -> int:
     bucket, key, _ = fs.split_path(path)
-    got, breaks = 0, 0
-    while got < len(out):
-        first, last = offset_bytes + got, offset_bytes + len(out) - 1
+    filled_bytes, breaks = 0, 0
+    while filled_bytes < len(out):
+        first, last = offset_bytes + filled_bytes, offset_bytes + len(out) - 1
         reply = await fs._call_s3(
             "get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last}"
         )
@@ -389,21 +389,21 @@ async def _fill(
                 f"content_range={reply.get('ContentRange')}; use a server that answers range "
                 "requests"
             )
-        before = got
+        before = filled_bytes
         try:
             async with reply["Body"] as body:
-                while got < len(out) and (
-                    piece := await body.read(min(_PIECE_BYTES, len(out) - got))
+                while filled_bytes < len(out) and (
+                    piece := await body.read(min(_PIECE_BYTES, len(out) - filled_bytes))
                 ):
-                    out[got : got + len(piece)] = piece
-                    got += len(piece)
+                    out[filled_bytes : filled_bytes + len(piece)] = piece
+                    filled_bytes += len(piece)
         except Exception:
             # A broad except: any error of the HTTP library means a reply that ended early. The
             # bytes received so far are the object's, in order.
-            breaks = breaks + 1 if got == before else 0
+            breaks = breaks + 1 if filled_bytes == before else 0
             if breaks >= _BREAKS_MAX:
                 raise
             await asyncio.sleep(_BREAK_S * 2**breaks)
         else:
-            return got
-    return got
+            return filled_bytes
+    return filled_bytes

@@ -22,9 +22,9 @@ class OptionReader:
     Options left at the end are not supported. ``what`` names the mapping in messages.
     """
 
-    def __init__(self, options: Mapping[str, object], what: str) -> None:
+    def __init__(self, options: Mapping[str, object], label: str) -> None:
         self._left = {name: value for name, value in options.items() if value is not None}
-        self._what = what
+        self._label = label
 
     def ignore(self, names: Iterable[str]) -> None:
         """Skip options that change nothing."""
@@ -35,28 +35,28 @@ class OptionReader:
         """A text; None if it is absent or empty."""
         value = self._left.pop(name, None)
         if value is not None and not isinstance(value, str):
-            raise UnsupportedOptionError(f"{self._what} {name} is not a text")
+            raise UnsupportedOptionError(f"{self._label} {name} is not a text")
         return value or None
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or False; ``default`` if it is absent."""
         value = self._left.pop(name, default)
         if not isinstance(value, bool):
-            raise UnsupportedOptionError(f"{self._what} {name} is neither True nor False")
+            raise UnsupportedOptionError(f"{self._label} {name} is neither True nor False")
         return value
 
     def number(self, name: str, default: float) -> float:
         """A number that is not negative; ``default`` if it is absent."""
         value = self._left.pop(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UnsupportedOptionError(f"{self._what} {name} is no number")
+            raise UnsupportedOptionError(f"{self._label} {name} is no number")
         return value
 
     def mapping(self, name: str) -> dict[str, object]:
         """Options nested in an option; empty if it is absent."""
         value = self._left.pop(name, {})
         if not isinstance(value, Mapping):
-            raise UnsupportedOptionError(f"{self._what} {name} is no mapping")
+            raise UnsupportedOptionError(f"{self._label} {name} is no mapping")
         return {str(key): entry for key, entry in value.items()}
 
     def take(self, name: str) -> object:
@@ -66,7 +66,7 @@ class OptionReader:
     def require_empty(self) -> None:
         """Raise UnsupportedOptionError if options are left."""
         if self._left:
-            raise UnsupportedOptionError(f"{self._what} {min(self._left)}")
+            raise UnsupportedOptionError(f"{self._label} {min(self._left)}")
 
 
 CONNECT_TIMEOUT_S = 5.0
@@ -229,16 +229,16 @@ def _translated(
     bucket, folder = _bucket_and_folder(url)
     _only({name for name in env if name.startswith("AWS_")}, _ENV_KNOWN, "the environment has")
     _only(profile, _PROFILE_KNOWN, "the AWS profile has")
-    given = OptionReader(options, "option")
-    given.ignore(_IGNORED)
-    client = OptionReader(given.mapping("client_kwargs"), "client_kwargs")
-    boto = OptionReader(given.mapping("config_kwargs"), "config_kwargs")
+    reader = OptionReader(options, "option")
+    reader.ignore(_IGNORED)
+    client = OptionReader(reader.mapping("client_kwargs"), "client_kwargs")
+    boto = OptionReader(reader.mapping("config_kwargs"), "config_kwargs")
     boto.ignore(_IGNORED_CONFIG)
-    extra = OptionReader(given.mapping("s3_additional_kwargs"), "s3_additional_kwargs")
+    extra = OptionReader(reader.mapping("s3_additional_kwargs"), "s3_additional_kwargs")
 
-    endpoint = _endpoint(given, client, env)
+    endpoint = _endpoint(reader, client, env)
     secure = endpoint is None or endpoint.startswith("https://")
-    credentials = _credentials(given, client, env)
+    credentials = _credentials(reader, client, env)
     region = (
         client.text("region_name")
         or boto.text("region_name")
@@ -253,13 +253,15 @@ def _translated(
         # Several servers answer batch deletions with an error or with an invalid reply.
         "disable_bulk_delete": True,
         "skip_signature": isinstance(credentials, AnonymousAccess),
-        "request_payer": given.flag("requester_pays"),
+        "request_payer": reader.flag("requester_pays"),
     }
     if endpoint is not None:
         config["endpoint"] = endpoint
     config.update(_encryption(extra))
     _addressing(boto, endpoint)
-    if (client.flag("use_ssl", True) and given.flag("use_ssl", True)) is False and endpoint is None:
+    if (
+        client.flag("use_ssl", True) and reader.flag("use_ssl", True)
+    ) is False and endpoint is None:
         raise UnsupportedOptionError("option use_ssl without an endpoint")
     settings = ObstoreSettings(
         bucket=bucket,
@@ -274,13 +276,13 @@ def _translated(
         },
         retries=_retries(boto),
     )
-    for rest in (given, client, boto, extra):
+    for rest in (reader, client, boto, extra):
         rest.require_empty()
     return settings
 
 
-def _only(names: Mapping[str, object] | set[str], known: frozenset[str], where: str) -> None:
-    if unknown := set(names) - known:
+def _only(names: Mapping[str, object] | set[str], supported: frozenset[str], where: str) -> None:
+    if unknown := set(names) - supported:
         raise UnsupportedOptionError(f"{where} {min(unknown)}")
 
 
@@ -296,8 +298,8 @@ def _bucket_and_folder(url: str) -> tuple[str, str]:
     return bucket, folder
 
 
-def _endpoint(given: OptionReader, client: OptionReader, env: Mapping[str, str]) -> str | None:
-    named = [given.text("endpoint_url"), client.text("endpoint_url")]
+def _endpoint(reader: OptionReader, client: OptionReader, env: Mapping[str, str]) -> str | None:
+    named = [reader.text("endpoint_url"), client.text("endpoint_url")]
     if all(named) and named[0] != named[1]:
         raise UnsupportedOptionError("two endpoints are named")
     endpoint = (
@@ -321,16 +323,16 @@ def _endpoint(given: OptionReader, client: OptionReader, env: Mapping[str, str])
 
 
 def _credentials(
-    given: OptionReader, client: OptionReader, env: Mapping[str, str]
+    reader: OptionReader, client: OptionReader, env: Mapping[str, str]
 ) -> S3Credentials | LookedUpCredentials | AnonymousAccess:
-    profile = given.text("profile")
-    key = given.text("key") or given.text("username")
-    secret = given.text("secret") or given.text("password")
-    token = given.text("token")
+    profile = reader.text("profile")
+    key = reader.text("key") or reader.text("username")
+    secret = reader.text("secret") or reader.text("password")
+    token = reader.text("token")
     key = client.text("aws_access_key_id") or key
     secret = client.text("aws_secret_access_key") or secret
     token = client.text("aws_session_token") or token
-    if given.flag("anon"):
+    if reader.flag("anon"):
         return AnonymousAccess()
     if (key is None) != (secret is None) or (token is not None and key is None):
         raise UnsupportedOptionError("only a part of the credentials is given")

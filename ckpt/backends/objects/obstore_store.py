@@ -495,16 +495,16 @@ class ObstoreBackend:
 
 
 class ForkAwareBackend:
-    """``here`` in the process that runs obstore's threads, ``forked()`` in its children."""
+    """``backend`` in the process that runs obstore's threads, ``reopen()`` in its children."""
 
-    def __init__(self, here: Backend, forked: Callable[[], Backend]) -> None:
-        self._here = here
-        self._forked = forked
+    def __init__(self, backend: Backend, reopen: Callable[[], Backend]) -> None:
+        self._backend = backend
+        self._reopen = reopen
         self._forked_store: Backend | None = None
 
     @property
     def url(self) -> str:
-        return self._here.url
+        return self._backend.url
 
     @property
     def client_name(self) -> str:
@@ -530,13 +530,13 @@ class ForkAwareBackend:
         self._store().delete(key)
 
     def close(self) -> None:
-        (self._forked_store or self._here).close()
+        (self._forked_store or self._backend).close()
 
     def _store(self) -> Backend:
         if _obstore_pid() == os.getpid():
-            return self._here
+            return self._backend
         if self._forked_store is None:
-            self._forked_store = self._forked()
+            self._forked_store = self._reopen()
         return self._forked_store
 
 

@@ -216,19 +216,19 @@ def plan_repair(
     # The target itself must answer: whether its copy exists decides what may be written.
     if target not in sizes:
         return RepairLater("the store does not answer")
-    all_known = len(sizes) == quorum.stores
+    all_answered = len(sizes) == quorum.stores
     others = {index: size for index, size in sizes.items() if index != target and size is not None}
     # No other store has the object. It may have been deleted, or be on a store that does not
     # answer.
     if not others:
         nowhere = {index for index, size in sizes.items() if size is None}
-        if quorum.proves_absent(nowhere) or all_known:
+        if quorum.proves_absent(nowhere) or all_answered:
             return CopyIntact()
         return RepairLater("no other store that answers has the object")
     # The whole object is verified: any copy of that length is compared with its digest.
     if need.verified is not None and need.verified.whole:
         return _plan_verified(
-            need, sizes[target], others, need.verified.size_bytes, all_known=all_known
+            need, sizes[target], others, need.verified.size_bytes, all_answered=all_answered
         )
     # From here on no copy is known to be right as a whole.
     if len(set(others.values())) > 1:
@@ -236,8 +236,8 @@ def plan_repair(
     size = next(iter(others.values()))
     # The other copies are too short to hold the range that was found right.
     if need.verified is not None and size < need.verified.end_bytes:
-        return no_verified_source(all_answered=all_known)
-    return _plan_unverified(need, sizes[target], tuple(others), size, all_known=all_known)
+        return no_verified_source(all_answered=all_answered)
+    return _plan_unverified(need, sizes[target], tuple(others), size, all_answered=all_answered)
 
 
 def no_verified_source(*, all_answered: bool) -> RepairLater | LeaveToScrub:
@@ -247,51 +247,63 @@ def no_verified_source(*, all_answered: bool) -> RepairLater | LeaveToScrub:
 
 
 def _plan_verified(
-    need: RepairNeed, mine: int | None, others: Mapping[int, int], size: int, *, all_known: bool
+    need: RepairNeed,
+    target_size: int | None,
+    others: Mapping[int, int],
+    size: int,
+    *,
+    all_answered: bool,
 ) -> RepairPlan:
     """The plan if the whole object is verified."""
-    if mine == size and need.fault is CopyFault.MISSING:
+    if target_size == size and need.fault is CopyFault.MISSING:
         return CopyIntact()
     sources = tuple(index for index, other in others.items() if other == size)
     return (
-        RepairCopy(sources, size, False, all_known)
+        RepairCopy(sources, size, False, all_answered)
         if sources
-        else no_verified_source(all_answered=all_known)
+        else no_verified_source(all_answered=all_answered)
     )
 
 
 def _plan_unverified(
-    need: RepairNeed, mine: int | None, sources: tuple[int, ...], size: int, *, all_known: bool
+    need: RepairNeed,
+    target_size: int | None,
+    sources: tuple[int, ...],
+    size: int,
+    *,
+    all_answered: bool,
 ) -> RepairPlan:
     """The plan if at most a range is verified. ``size`` is the length of all other copies."""
     # Nothing is overwritten, so nothing can be lost.
-    if mine is None:
-        return RepairCopy(sources, size, False, all_known)
+    if target_size is None:
+        return RepairCopy(sources, size, False, all_answered)
     if need.fault is CopyFault.MISSING or need.verified is None:
-        if mine == size:
+        if target_size == size:
             return CopyIntact()
         if need.fault is CopyFault.MISSING:
             return LeaveToScrub("the copy that appeared differs in length from the others")
     # Its bytes behind the others' end are in no other copy.
-    if mine > size:
+    if target_size > size:
         return LeaveToScrub("the copy is longer than the others")
-    return RepairCopy(sources, size, True, all_known)
+    return RepairCopy(sources, size, True, all_answered)
 
 
-def equal_outside(mine: memoryview, other: memoryview, offset_bytes: int, need: RepairNeed) -> bool:
+def equal_outside(
+    damaged: memoryview, source: memoryview, offset_bytes: int, need: RepairNeed
+) -> bool:
     """Whether two copies' bytes from ``offset_bytes`` on are equal outside the verified range of
     ``need``.
 
-    Bytes that ``mine`` lacks at its end count as equal: it is too short, so it holds nothing there
-    that could be lost. O(bytes), no copies.
+    Bytes that ``damaged`` lacks at its end count as equal: it is too short, so it holds nothing
+    there that could be lost. O(bytes), no copies.
     """
-    length = min(len(mine), len(other))
+    length = min(len(damaged), len(source))
     low, high = (
         (0, 0) if need.verified is None else (need.verified.offset_bytes, need.verified.end_bytes)
     )
     cut = sorted(min(max(edge - offset_bytes, 0), length) for edge in (low, high))
-    return _equal(mine[: cut[0]], other[: cut[0]]) and _equal(
-        mine[cut[1] : length], other[cut[1] : length]
+    return _equal(damaged[: cut[0]], source[: cut[0]]) and _equal(
+        damaged[cut[1] : length], source[cut[1] : length]
     )
 
 

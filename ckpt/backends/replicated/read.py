@@ -335,9 +335,9 @@ def stat(group: StoreGroup, key: str) -> Stat | None:
             nearly=lambda more: answered({**before, **more}),
         )
     stats = _stats_of(answers)
-    found = [answer for answer in stats.values() if answer is not None]
-    if found:
-        return merge_stats(found)
+    copies = [answer for answer in stats.values() if answer is not None]
+    if copies:
+        return merge_stats(copies)
     if group.quorum.proves_absent(stats.keys()):
         return None
     errors = [
