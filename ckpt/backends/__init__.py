@@ -1,3 +1,1 @@
-"""Stores: the interface of a backend, folders, object stores, encryption, and several stores as
-one.
-"""
+"""Stores: the interface, folders, object stores, encryption, and several stores as one."""

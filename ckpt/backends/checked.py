@@ -44,8 +44,8 @@ class MultiStoreBackend(Backend, Protocol):
     def read_checked(
         self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
     ) -> None:
-        """As ``read_into``, from the first copy that ``check`` accepts; bad copies met are
-        repaired.
+        """As ``read_into``, from the first copy that ``check`` accepts. Repairs bad copies that it
+        meets.
 
         Raises IntegrityError if every store that answered has wrong bytes, and UnavailableError if
         a store that did not answer might have right ones.

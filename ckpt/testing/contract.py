@@ -55,8 +55,7 @@ _ANSWER_S = 120.0
 def race_processes(
     opener: Callable[[], Backend], names: Sequence[str], *, racers: int
 ) -> list[set[str]]:
-    """Let ``racers`` fresh processes create each of ``names``; returns the names that each of them
-    won.
+    """Let ``racers`` fresh processes create each of ``names``; returns the names that each won.
 
     The processes meet before each name, so that their puts overlap. ``opener`` must be picklable.
     Process ``n`` writes ``process n``. Raises TimeoutError if one does not answer within two
@@ -478,8 +477,9 @@ class BackendContract:
 
 
 class BackendRaceContract(BackendContract):
-    """The contract with races between processes. Each test starts fresh interpreters, which takes
-    seconds.
+    """The contract with races between processes.
+
+    Each test starts fresh interpreters, which takes seconds.
     """
 
     def test_create_only_has_one_winner_among_processes(self, tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ class CallHook(Protocol):
     """Decides what happens at each call: run it, skip it, or do half of it."""
 
     def __call__(self, call: OpCall, run: Callable[[], T], half: Callable[[], object]) -> T:
-        """Return the result of ``run``. ``half`` does the first part of the work: for a write half
-        the bytes.
+        """Return the result of ``run``.
+
+        ``half`` does the first part of the work: for a write half of the bytes.
         """
         ...
 
@@ -196,9 +197,7 @@ _CHILD_S = 120.0
 
 
 class CrashMode(str, enum.Enum):
-    """When the process dies: before the call, after it, or with half of a write or reservation
-    done.
-    """
+    """When the process dies: before the call, after it, or with half of it done."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -296,8 +295,7 @@ def die() -> NoReturn:
 
 
 def run_in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a child process; returns its exit status, ``-signal.SIGKILL`` if it was
-    killed.
+    """Run ``work`` in a child process; returns its exit status, ``-signal.SIGKILL`` if killed.
 
     ``work`` is pickled by name, so it must be defined in a module that the child can import;
     ``Rehearsal`` is one. The child is forked from a small server without threads and so costs
@@ -597,10 +595,10 @@ class DoneFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """Steps on the file store at ``root`` that end by SIGKILL at call ``at``. Run it in a child
-    process.
+    """Steps on the file store at ``root`` that end by SIGKILL at call ``at``.
 
-    With ``whole_puts``, ``at`` counts the store's puts and deletes, otherwise the system calls.
+    Run it in a child process. With ``whole_puts``, ``at`` counts the store's puts and deletes,
+    otherwise the system calls.
     """
 
     root: str
@@ -621,11 +619,10 @@ class Rehearsal:
 
 
 def faults_found(store: Backend, steps: Sequence[Step], *, done: int) -> list[str]:
-    """What is wrong with a store whose writer was cut short after ``done`` steps; empty if nothing
-    is.
+    """What is wrong with a store whose writer was cut short after ``done`` steps.
 
-    Each key must hold, whole, what the last completed step on it left, or what the interrupted step
-    would leave.
+    Empty if nothing is. Each key must hold, whole, what the last completed step on it left, or what
+    the interrupted step would leave.
     """
     wrong = []
     for key in sorted({step.key for step in steps}):

@@ -49,11 +49,11 @@ OPERATIONS = ("put", "read_into", "stat", "list", "delete")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One planned harm to calls of ``op`` (None: any it can affect) on keys that start with
-    ``key``.
+    """One planned harm.
 
-    The first ``skip`` matching calls are spared. Then it strikes ``times`` times (None: always),
-    each time with probability ``chance``, drawn from the backend's seed.
+    It affects calls of ``op`` (None: any possible) on keys that start with ``key``. The first
+    ``skip`` matching calls are spared. Then it strikes ``times`` times (None: always), each time
+    with probability ``chance``, drawn from the backend's seed.
     """
 
     harm: Harm
@@ -207,9 +207,7 @@ class Call:
 
 
 class CountingBackend:
-    """A store that records every call, to prove what was read and written and what was not.
-    Thread-safe.
-    """
+    """A store that records every call, to prove what was read and written. Thread-safe."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner

@@ -92,8 +92,10 @@ def looks_encrypted(data: Buffer) -> bool:
 
 
 def sealed_size(plain_bytes: int) -> int:
-    """The stored length of an object of ``plain_bytes``. Raises UsageError above
-    PLAIN_BYTES_MAX."""
+    """The stored length of an object of ``plain_bytes``.
+
+    Raises UsageError above PLAIN_BYTES_MAX.
+    """
     if plain_bytes > PLAIN_BYTES_MAX:
         raise UsageError(
             f"too long to be encrypted. size_bytes={plain_bytes} limit_bytes={PLAIN_BYTES_MAX}"

@@ -37,8 +37,7 @@ def is_sealed_key(key: str) -> bool:
 def encrypted(
     inner: Backend, keys: EncryptionKeys, *, is_sealed: Callable[[str], bool] = is_sealed_key
 ) -> Backend:
-    """``inner`` with its state encrypted under ``keys``; if ``inner`` is several stores, so is the
-    result.
+    """``inner`` with its state encrypted under ``keys``; several stores if ``inner`` is several.
 
     Touches no store. ``is_sealed`` says which keys name encrypted objects. Raises UsageError if the
     package ``cryptography`` is not installed.

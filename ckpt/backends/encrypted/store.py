@@ -176,8 +176,9 @@ class EncryptedMultiStore(EncryptedBackend):
 
     @property
     def stores(self) -> tuple[Backend, ...]:
-        """The single stores, seen through the keys. Objects that are not encrypted, above all the
-        log, pass through unchanged.
+        """The single stores, seen through the keys.
+
+        Objects that are not encrypted, above all the log, pass through unchanged.
         """
         return self._stores
 

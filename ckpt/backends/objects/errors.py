@@ -71,8 +71,10 @@ def public_url(url: str) -> str:
 
 
 def error_from_client(error: Exception, *, doing: str, where: str) -> CkptError:
-    """The error to raise for an error of a client library. ``where`` is a URL without
-    credentials."""
+    """The error to raise for an error of a client library.
+
+    ``where`` is a URL without credentials.
+    """
     status, code = _reply(error)
     facts = (
         f"operation={doing} url={where} error={code or type(error).__name__} status={status or '-'}"

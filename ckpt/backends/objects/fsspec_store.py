@@ -131,12 +131,11 @@ _ENV = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 def with_s3_defaults(
     protocol: str, options: Mapping[str, object], env: Mapping[str, str]
 ) -> dict[str, object]:
-    """``options``, with signed bodies of known length for S3 over TLS at another server than
-    Amazon's.
+    """``options`` for S3 over TLS at another server than Amazon's; others are returned unchanged.
 
-    Since 1.36 botocore sends bodies over TLS in chunks of unknown length, followed by a checksum.
-    Servers that descend from MinIO, and others, refuse that with status 411. What the user sets is
-    kept.
+    Bodies get a known length and a signed digest. Since 1.36 botocore sends bodies over TLS in
+    chunks of unknown length, followed by a checksum. Servers that descend from MinIO, and others,
+    refuse that with status 411. What the user sets is kept.
     """
     extended = dict(options)
     boto = extended.get("config_kwargs") or {}
@@ -189,8 +188,9 @@ StorageOptions = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class _FsspecConnection:
-    """One process's connection: fsspec's file system, the path above all keys, and the object
-    writer.
+    """One process's connection.
+
+    fsspec's file system, the path above all keys, and the object writer.
     """
 
     pid: int
@@ -271,9 +271,7 @@ class FsspecBackend:
         return None if info["type"] == "directory" else stat_of(key, info)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """S3 is listed page by page from ``after`` on; other stores are listed whole below the
-        folder.
-        """
+        """S3 is listed page by page from ``after`` on, other stores whole below the folder."""
         check_prefix(prefix)
         with translate_client_errors("list", self._where(prefix)):
             client = self._live()

@@ -91,10 +91,10 @@ def stat_of(key: str, entry: ObstoreEntry) -> Stat:
 def walk(
     client: ObstoreClient, root: str, prefix: str, after: str, *, is_object: Callable[[str], bool]
 ) -> Iterator[Stat]:
-    """Objects below ``root`` in key order. ``root`` is empty or ends with a slash. Raises obstore's
-    errors.
+    """Objects below ``root`` in key order. Raises obstore's errors.
 
-    obstore lists whole folders, so keys before ``prefix`` are skipped and the walk ends behind it.
+    ``root`` is empty or ends with a slash. obstore lists whole folders, so keys before ``prefix``
+    are skipped and the walk ends behind it.
     """
     folder = prefix.rpartition("/")[0]
     start = listing_start(prefix, after)
@@ -281,8 +281,10 @@ def resume_listing(
 
 
 def _broke(error: UnavailableError) -> bool:
-    """Whether there was no answer at all: obstore itself repeats requests after transient
-    answers."""
+    """Whether there was no answer at all.
+
+    obstore itself repeats requests after transient answers.
+    """
     return type(error) is UnavailableError and "status=-" in str(error)
 
 
@@ -542,7 +544,8 @@ class ForkAwareBackend:
 
 @functools.cache
 def _obstore_pid() -> int:
-    """The process that runs obstore's threads: the first caller. A child inherits the cached
-    answer.
+    """The process that runs obstore's threads: the first caller.
+
+    A child inherits the cached answer.
     """
     return os.getpid()

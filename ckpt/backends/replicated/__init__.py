@@ -1,3 +1,1 @@
-"""Several stores as one: writes to all with a quorum, reads from the nearest, repair in the
-background.
-"""
+"""Several stores as one: quorum writes, reads from the nearest, repair in the background."""

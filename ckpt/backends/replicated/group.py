@@ -1,8 +1,7 @@
-"""The stores behind one replicated backend: each store's threads and health, and what is missing
-where.
+"""The stores behind one replicated backend.
 
-``StoreReplica`` is one store, ``RepairBacklog`` what each store misses, ``StoreGroup`` all stores
-with the quorum.
+``StoreReplica`` is one store with its threads and health, ``RepairBacklog`` what each store misses,
+``StoreGroup`` all stores with the quorum.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ from ckpt.values import Digest
 
 
 class CopyFault(enum.Enum):
-    """What is wrong with a copy. MISSING: absent, or not known to be there. DAMAGED: wrong bytes,
-    or too few.
+    """What is wrong with a copy.
+
+    MISSING: absent, or not known to be there. DAMAGED: wrong bytes, or too few.
     """
 
     MISSING = "missing"
@@ -64,8 +65,9 @@ class RepairNeed:
 
 @dataclass(frozen=True, slots=True)
 class RepairLedger:
-    """By store index: the needs by key in the order they were noted, and whether a scrub is needed
-    too.
+    """The needs of each store by key, in the order they were noted.
+
+    ``scrub``: whether a store also lacks objects that only a scrub can find.
     """
 
     needs: tuple[Mapping[str, RepairNeed], ...]
@@ -119,8 +121,10 @@ def postponed(
     limits: ReplicationLimits,
     jitter: float,
 ) -> RepairLedger:
-    """The ledger after a repair that was not possible now. ``jitter`` is a random number in [0,
-    1)."""
+    """The ledger after a repair that was not possible now.
+
+    ``jitter`` is a random number in [0, 1).
+    """
     need = ledger.needs[index].get(key)
     if need is None:
         return ledger
@@ -291,11 +295,10 @@ def _plan_unverified(
 def equal_outside(
     damaged: memoryview, source: memoryview, offset_bytes: int, need: RepairNeed
 ) -> bool:
-    """Whether two copies' bytes from ``offset_bytes`` on are equal outside the verified range of
-    ``need``.
+    """Whether two copies are equal outside the verified range of ``need``.
 
-    Bytes that ``damaged`` lacks at its end count as equal: it is too short, so it holds nothing
-    there that could be lost. O(bytes), no copies.
+    Both are given from ``offset_bytes`` on. Bytes that ``damaged`` lacks at its end count as equal:
+    it is too short, so it holds nothing there that could be lost. O(bytes), no copies.
     """
     length = min(len(damaged), len(source))
     low, high = (

@@ -108,8 +108,10 @@ class CircuitEvent(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """``failures``: in a row while closed. ``openings``: in a row without an answer. ``next_s``:
-    when to probe.
+    """Whether a store is asked, and its failures.
+
+    ``failures``: in a row while closed. ``openings``: in a row without an answer. ``next_s``: when
+    to probe.
     """
 
     state: CircuitState = CircuitState.CLOSED
@@ -163,7 +165,7 @@ def probe_now(circuit: Circuit, now_s: float) -> Circuit:
 
 @dataclass(frozen=True, slots=True)
 class Quorum:
-    """``write`` of ``stores`` hold every acknowledged object; only the indexes in ``counting``
+    """``write`` of ``stores`` hold every acknowledged object. Only the stores in ``counting``
     count.
 
     ``silent``: stores that counted and did not answer at the last check. What they acknowledge
@@ -188,8 +190,9 @@ class Quorum:
         return len(self.voters & indexes) >= self.write
 
     def proves_absent(self, indexes: AbstractSet[int]) -> bool:
-        """Whether an object that ``indexes`` lack was never acknowledged: too few others could hold
-        it.
+        """Whether an object that ``indexes`` lack was never acknowledged.
+
+        Then too few other stores are left that could hold it.
         """
         return self.is_read_quorum(indexes)
 
@@ -238,8 +241,9 @@ def with_counting(quorum: Quorum, full: Iterable[int], silent: Iterable[int] = (
 
 
 def most_common_error(errors: Sequence[CkptError]) -> type[CkptError]:
-    """The most frequent type of ``errors``, the earliest of equals; UnavailableError if there is
-    none.
+    """The most frequent type of ``errors``, the earliest of equals.
+
+    UnavailableError if there are none.
     """
     kinds = [type(error) for error in errors]
     return max(kinds, key=kinds.count, default=UnavailableError)
@@ -336,10 +340,10 @@ class ReadCandidate:
 
 
 def read_order(candidates: Sequence[ReadCandidate], *, prefer: Sequence[int]) -> tuple[int, ...]:
-    """The stores in the order in which a read asks them: usable ones first, then as ``prefer``,
-    then by speed.
+    """The stores in the order in which a read asks them.
 
-    A store that was never asked counts as fastest, so that each is measured once.
+    Usable ones first, then as ``prefer`` says, then the fastest. A store that was never asked
+    counts as fastest, so that each is measured once.
     """
 
     def rank(candidate: ReadCandidate) -> tuple[bool, int, float, int]:

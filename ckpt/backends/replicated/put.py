@@ -311,8 +311,7 @@ class QuorumPut:
         )
 
     def _finish(self, race: races.PutRace) -> None:
-        """End the put: no store may use the caller's memory from here on, and missing copies are
-        noted.
+        """End the put: release the caller's memory, and note missing copies.
 
         The loan is taken back first. Only then the caller may write to its memory again.
         """

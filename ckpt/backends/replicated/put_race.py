@@ -215,11 +215,10 @@ class PutTarget:
 def plan_handover(
     targets: Sequence[PutTarget], quorum: Quorum, *, immutable: bool, limits: ReplicationLimits
 ) -> tuple[Handover, ...]:
-    """How each of ``targets`` gets the bytes, by store. ``immutable``: the buffers can never
-    change.
+    """How each of ``targets`` gets the bytes.
 
-    Lending saves the copy. A store slower than the grace is not lent to: each put would be cut off
-    after most of its work was done.
+    ``immutable``: the buffers can never change. Lending saves the copy. A store slower than the
+    grace is not lent to: each put would be cut off after most of its work was done.
     """
     limit_s = _limit_s(targets, quorum, limits)
 

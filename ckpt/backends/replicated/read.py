@@ -299,7 +299,6 @@ def merge_stats(stats: Sequence[Stat]) -> Stat:
     The length is the most common one, the greater of equals. The time is the latest one, because a
     sweep spares young objects.
     """
-    # A damaged copy may be truncated, so the majority decides; of equals the longer one.
     sizes = Counter(stat.size_bytes for stat in stats)
     size = max(sizes, key=lambda size: (sizes[size], size))
     return Stat(stats[0].key, size, max(stat.modified_unix_s for stat in stats))
@@ -315,14 +314,14 @@ def stat(group: StoreGroup, key: str) -> Stat | None:
     def answered(answers: StatAnswers) -> bool:
         return group.quorum.is_read_quorum(_stats_of(answers).keys())
 
-    def known(answers: StatAnswers) -> bool:
+    def unanimous(answers: StatAnswers) -> bool:
         lengths = {
             answer.size_bytes for answer in _stats_of(answers).values() if answer is not None
         }
         return answered(answers) and len(lengths) == 1
 
     answers = group.ask(
-        group.usable(), lambda replica: _stat(replica, key), enough=known, nearly=answered
+        group.usable(), lambda replica: _stat(replica, key), enough=unanimous, nearly=answered
     )
     if not answered(answers):
         # Too few usable stores answered: ask all others too, also those with an open circuit.
@@ -331,7 +330,7 @@ def stat(group: StoreGroup, key: str) -> Stat | None:
         answers = before | group.ask(
             rest,
             lambda replica: _stat(replica, key),
-            enough=lambda more: known({**before, **more}),
+            enough=lambda more: unanimous({**before, **more}),
             nearly=lambda more: answered({**before, **more}),
         )
     stats = _stats_of(answers)
@@ -357,10 +356,10 @@ def delete(group: StoreGroup, key: str) -> None:
     Raises, naming them, if some stores could not be asked: they may still hold it.
     """
     group.detect_stalls()
-    group.backlog.forget(key)
-
     # Forget needs before the deletes, so that no repair writes the object again, and afterwards
     # those noted meanwhile.
+    group.backlog.forget(key)
+
     def remove(replica: StoreReplica) -> bool:
         replica.write(0, lambda: replica.store.delete(key))
         return True
@@ -383,11 +382,11 @@ def delete(group: StoreGroup, key: str) -> None:
 
 
 def listing(group: StoreGroup, prefix: str, after: str) -> Iterator[Stat]:
-    """All objects that any answering store lists, in key order, with a few pages per store in
-    memory.
+    """All objects that any answering store lists, in key order.
 
-    A store that fails or stops answering is left out from there on. Raises UnavailableError as soon
-    as the remaining stores together might miss an acknowledged object.
+    Holds a few pages per store in memory. A store that fails or stops answering is left out from
+    there on. Raises UnavailableError as soon as the remaining stores together might miss an
+    acknowledged object.
     """
     group.detect_stalls()
     streams = {replica.index: _ListingStream(replica) for replica in group.replicas}

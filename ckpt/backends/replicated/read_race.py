@@ -1,5 +1,4 @@
-"""The decisions of one read: which store to ask next, when to ask a second one, and when to give
-up. Pure.
+"""The decisions of one read: which store to ask next, when to hedge, and when to give up. Pure.
 
 The caller asks a store, records the answer in the race, and calls ``decide`` again.
 """
@@ -33,8 +32,10 @@ class ReadFailure(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PendingRead:
-    """A read in flight. After ``late_s`` another store is asked too; at ``lost_s`` it counts as
-    SILENT."""
+    """A read in flight.
+
+    After ``late_s`` another store is asked too (the hedge). At ``lost_s`` it counts as SILENT.
+    """
 
     late_s: float
     lost_s: float
@@ -139,8 +140,10 @@ def decide(
 def _end_round(
     race: ReadRace, now_s: float, *, limits: ReplicationLimits, jitter: float
 ) -> tuple[ReadRace, AskStore | WaitForRead | GiveUpRead]:
-    """The move when every store worth asking has answered or is late: fail, or retry the silent
-    stores."""
+    """The move when every store worth asking has answered or is late.
+
+    Fails, or retries the silent stores.
+    """
     failure = _failure(race)
     silent = [index for index in race.order if race.results.get(index) is ReadResult.SILENT]
     if failure is not ReadFailure.UNAVAILABLE or not silent or race.rounds >= limits.tries_max:

@@ -244,10 +244,9 @@ class ReplicatedBackend:
         )
 
     def await_caught_up(self, timeout_s: float) -> bool:
-        """Repair without pauses, and wait until nothing is known to be missing; False after
-        ``timeout_s``.
+        """Repair without pauses, and wait until nothing is known to be missing.
 
-        Returns False at once if only a scrub can find what is missing.
+        False after ``timeout_s``, and at once if only a scrub can find what is missing.
         """
         state = self._process_state()
         until_s = time.monotonic() + timeout_s

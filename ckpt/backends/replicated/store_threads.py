@@ -93,8 +93,9 @@ class StoreThreads:
             self._lost -= 1
 
     def close(self, timeout_s: float) -> bool:
-        """Accept no more jobs, and wait for the accepted ones; returns whether all ended in time.
-        Idempotent.
+        """Accept no more jobs, and wait for the accepted ones. Idempotent.
+
+        Returns whether all ended in time.
         """
         until_s = time.monotonic() + timeout_s
         with self._change:
