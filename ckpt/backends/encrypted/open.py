@@ -101,6 +101,8 @@ def _known_heads(inner: Backend, *, encrypted: bool) -> Sequence[tuple[str, byte
         except NotFoundError:
             continue  # deleted meanwhile, or no bucket
         heads += store_heads
+        # Enough, unless the store should be encrypted and its manifests look plain: they may be
+        # damaged, and another store then shows a sound one.
         settled = not encrypted or any(looks_encrypted(head) for _, head in heads)
         if settled or (store is inner and not heads):
             return heads

@@ -98,6 +98,8 @@ class SealedReader:
 
         Takes memory for the stored bytes of the range, besides ``out``.
         """
+        # An empty read needs no frames; it reads the header afresh, to learn whether the object
+        # exists and is genuine.
         header = self._remembered(name) if len(out) else None
         if header is None and len(out) and offset_bytes == 0:
             header, filled = self._read_start(name, out, check)
@@ -131,6 +133,8 @@ class SealedReader:
 
         def opens(stored: memoryview) -> str | None:
             header, problem = self._header_in(stored, name)
+            # A genuine header of an unknown key is accepted here: _whole() below raises the right
+            # error.
             if header is None or self._key_of(header) is None:
                 return problem
             plain = self._whole(name, stored)
@@ -156,6 +160,8 @@ class SealedReader:
         def fits(data: memoryview) -> str | None:
             header, problem = self._header_in(data, name)
             key = None if header is None else self._key_of(header)
+            # Wrong assumption or unknown key: accept the bytes as they are (problem is None), so
+            # that no store counts as damaged; the caller sees that nothing was filled.
             if header is None or key is None or not _reaches(header, len(out)):
                 return problem
             return target.fill(name, header, key, data[HEADER_BYTES:], offset_bytes=0)

@@ -96,6 +96,8 @@ class EncryptedBackend:
             if stat is None:
                 return None
             size_bytes = plain_size(stat.size_bytes)
+            # Cut between frames, an object could pass for a shorter one whose last frame is full:
+            # only then compare with the header.
             if size_bytes is not None and (
                 size_bytes % FRAME_BYTES or size_bytes == self._reader.plain_bytes(key)
             ):
@@ -193,8 +195,8 @@ class EncryptedMultiStore(EncryptedBackend):
         """If the copy that answered has a wrong length, the first copy with a right one."""
         try:
             return super().stat(key)
-        # A truncated copy must not make the object look damaged in all stores.
         except IntegrityError as damage:
+            # A truncated copy must not make the object look damaged in all stores.
             for store in self._stores:
                 try:
                     stat = store.stat(key)

@@ -212,6 +212,7 @@ class StoreReplica:
                     call.stalled = True
                     side.speed = with_lower_bound(side.speed, call.size_bytes, now_s - call.start_s)
             for call in hung:
+                # Outside the lock: observe() takes it, and may emit an event.
                 side.threads.thread_lost()
                 self.observe(
                     side,
@@ -567,6 +568,7 @@ class StoreGroup:
                 waiting.add(index)
             else:
                 answers[index] = busy_error(replica)
+        # A store without an answer keeps its thread, and this call does not wait for it.
         until_s = time.monotonic() + self.limits.call_s
         hurried = False
         while waiting and not enough(answers):
@@ -601,6 +603,7 @@ class StoreGroup:
                     behind=behind,
                 )
         elif circuit.openings == 1:
+            # Once per outage: a failed probe opens the circuit again, but is no news.
             text = f"{replica.url} is not used for {side}: {reason}; it is probed from time to time"
             self.emit("store-down", text, alarm=True, side=side, store=store, behind=behind)
         self.wake()

@@ -166,6 +166,7 @@ def decide(
         sorted(index for index in race.in_state(PutState.RETRYING) if now_s >= race.next_s[index])
     ):
         return SendTo(due)
+    # The earliest moment at which this decision could change.
     times = [race.next_s[index] for index in race.in_state(PutState.RETRYING)]
     return WaitForAck(min([*times, give_up_at_s, *([held_back_at_s] if held_back else [])]))
 

@@ -89,6 +89,8 @@ class _QuorumRead:
         finally:
             if race.pending:
                 group.wake()  # the repair thread detects it if one of them hangs
+            # Memory of answers that arrived and were not needed. A store that answers later finds
+            # the queue closed and releases its own (see _job).
             for _, answer in self.answer_queue.close():
                 if isinstance(answer, ReadBuffer):
                     answer.release()
@@ -99,6 +101,7 @@ class _QuorumRead:
         if not replica.reading.threads.submit(self._job(replica)):
             self.errors[index] = busy_error(replica)
             return races.with_result(race, index, ReadResult.SILENT)
+        # Two times: when to ask another store as well, and when to stop counting on this one.
         late_s = now_s + hedge_s(replica.reading.speed, self.size_bytes, limits)
         return races.with_asked(
             race, index, late_s=late_s, lost_s=now_s + stall_s(limits, self.size_bytes)
@@ -245,6 +248,7 @@ def read_from_store(
     given_up: Callable[[], bool] = bool,
 ) -> ReadBuffer:
     """Read a range of one store in this thread, into our memory. Raises CkptError."""
+    # Earlier reads of this store that hang hold its memory; others of its reads return some soon.
     until_s = time.monotonic() + group.limits.call_s
     if not group.memory.claim(replica.index, size, until_s=until_s, given_up=given_up):
         raise UnavailableError(
@@ -269,6 +273,8 @@ def _note_bad(
     errors: dict[int, CkptError],
 ) -> None:
     """Note what the stores without right bytes lack, now that one store was right."""
+    # Only now: while no store was right, a missing or wrong copy may be all that there is. A silent
+    # store says nothing about its copy.
     for index, result in race.results.items():
         match result:
             case ReadResult.MISSING:
@@ -406,6 +412,8 @@ def listing(group: StoreGroup, prefix: str, after: str) -> Iterator[Stat]:
                 entry = streams[index].next(group.limits.call_s)
             except CkptError as error:
                 errors[index] = error
+                # The stores left might all miss an object that was acknowledged; then the listing
+                # would look complete without being so.
                 if not group.quorum.is_read_quorum(usable - errors.keys()):
                     raise _too_few(group, prefix, errors, usable) from error
                 return
@@ -422,6 +430,7 @@ def listing(group: StoreGroup, prefix: str, after: str) -> Iterator[Stat]:
             for _, index, _ in same:
                 advance(index)
     finally:
+        # The caller may stop early, and a store may hang: no thread is waited for.
         for stream in streams.values():
             stream.stop()
 
@@ -491,6 +500,7 @@ class _ListingStream:
         """
         while self.at == len(self.page) and not self.over:
             try:
+                # Per page: a long listing may take long in total, as long as pages keep arriving.
                 item = self.pages.get(timeout=wait_s)
             except queue.Empty:
                 raise silent_error(self.replica, wait_s) from None
@@ -520,6 +530,7 @@ class _ListingStream:
             self._hand(None)
 
     def _hand(self, item: list[Stat] | CkptError | None) -> bool:
+        # Never blocks for good, so that the thread ends after the caller stopped the listing.
         while not self.stopped.is_set():
             try:
                 self.pages.put(item, timeout=_POLL_S)

@@ -133,6 +133,7 @@ def decide(
             if unasked or never_stored
             else [read.lost_s for read in race.pending.values()]
         )
+        # The earliest moment at which this decision could change.
         return race, WaitForRead(min(times))
     return _end_round(race, now_s, limits=limits, jitter=jitter)
 

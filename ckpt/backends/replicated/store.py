@@ -299,6 +299,8 @@ class ReplicatedBackend:
         state = self._state
         if state is None:
             with self._state_lock:
+                # Checked again under the lock: two threads may start at once, one process has one
+                # ledger.
                 if self._state is None:
                     self._state = self._new_state()
                 state = self._state
@@ -317,6 +319,7 @@ class ReplicatedBackend:
         return _ProcessState(group, RepairThread(group))
 
     def _restart(self) -> None:
+        # A new lock: another thread of the parent may have held the old one at the fork.
         self._state_lock = threading.Lock()
         self._state = None
 
