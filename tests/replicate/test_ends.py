@@ -138,7 +138,7 @@ def test_dead_store_at_start_is_told_and_the_others_serve() -> None:
     heard = Heard()
     memories = [Remembering(name) for name in "abc"]
     memories[0].away = away(memories[0])
-    with replicated(memories, emit=heard) as store:
+    with replicated(memories, tell=heard) as store:
         for number in range(5):
             store.put(f"k/{number}", [b"x"])
             assert read(store, f"k/{number}", 1) == b"x"
