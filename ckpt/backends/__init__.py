@@ -1,2 +1,1 @@
-"""What a store is: six operations of which one is atomic; folders, fsspec URLs, encryption, and
-several stores as one."""
+"""Stores: the interface, folders, object stores, encryption, and several stores as one."""

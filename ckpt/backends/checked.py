@@ -1,8 +1,7 @@
-"""Reading what must have a known digest, from one store or from several that hold the same objects.
+"""Verified reads from one store, or from several that hold the same objects.
 
-A store alone gives what it has, and the check decides. Where several hold the same key, a copy that
-is wrong or missing sends the reader to the next one, and the good copy goes back to where the bad
-one was.
+With one store the check decides whether its bytes are accepted. With several stores, a wrong or
+missing copy makes the reader try the next store, and the right bytes later replace the bad copy.
 """
 
 from __future__ import annotations
@@ -14,100 +13,103 @@ from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, NotFoundError
 
 Check = Callable[[memoryview], "str | None"]
-"""What is wrong with the bytes that were read, in words; None where they are right. May be called
-more than once."""
+"""What is wrong with the bytes that were read, as text; None if they are right. May be called more
+than once per read.
+"""
 
 
 @runtime_checkable
 class MultiStoreBackend(Backend, Protocol):
-    """What a backend over several stores has beside the six operations."""
+    """What a backend over several stores offers besides the six operations."""
 
     @property
     def stores(self) -> tuple[Backend, ...]:
-        """Each store alone, in the user's order."""
+        """The single stores, in the user's order."""
         ...
 
     @property
     def write_quorum(self) -> int:
-        """On how many of them an object must be before ``put`` returns."""
+        """Number of stores that must hold an object before ``put`` returns."""
         ...
 
     def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
-        """From now on only the stores at these places count, and are written to.
+        """From now on count only the stores with the indexes ``full``, and write to no others.
 
-        Another one may be a disk that isn't mounted, or be filled at this moment: it gets
-        everything before it counts. ``silent``: those that counted and do not answer now. They are
-        written to, and what they take counts; what they lack says nothing.
+        Any other store may be an unmounted disk, or may still be filling; it receives all objects
+        before it counts. ``silent``: stores that counted and do not answer now. They are written
+        to, and what they acknowledge counts; that they lack an object proves nothing.
         """
         ...
 
     def read_checked(
         self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
     ) -> None:
-        """As ``read_into``, of the first copy that ``check`` finds right; bad copies met on the way
-        are mended.
+        """As ``read_into``, from the first copy that ``check`` accepts. Repairs bad copies that it
+        meets.
 
-        Raises IntegrityError where every store that answered has none that is right,
-        UnavailableError where one that did not answer might.
+        Raises IntegrityError if every store that answered has wrong bytes, and UnavailableError if
+        a store that did not answer might have right ones.
         """
         ...
 
     def read_object(self, key: str, check: Check, *, bytes_max: int) -> bytes:
-        """The whole of a small object, of the first copy that ``check`` finds right; copies may
-        differ in length."""
+        """The whole of a small object, from the first copy that ``check`` accepts.
+
+        Copies may differ in length.
+        """
         ...
 
 
 def stores_of(backend: Backend) -> tuple[Backend, ...]:
-    """The stores behind ``backend``, each alone."""
+    """The single stores behind ``backend``."""
     return backend.stores if isinstance(backend, MultiStoreBackend) else (backend,)
 
 
 def write_quorum_of(backend: Backend) -> int:
-    """On how many stores an object must be to be durable."""
+    """Number of stores that must hold an object for it to be durable."""
     return backend.write_quorum if isinstance(backend, MultiStoreBackend) else 1
 
 
 def read_checked(
     backend: Backend, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
 ) -> None:
-    """Fill ``out`` with bytes that ``check`` finds right, from whichever copy.
+    """Fill ``out`` with bytes that ``check`` accepts, from any copy.
 
-    Raises NotFoundError where no store has the key, IntegrityError with the check's words where no
+    Raises NotFoundError if no store has the key, and IntegrityError with the check's text if no
     copy is right.
     """
     if isinstance(backend, MultiStoreBackend):
         backend.read_checked(key, out, check, offset_bytes=offset_bytes)
         return
     backend.read_into(key, out, offset_bytes=offset_bytes)
-    if (why := check(out)) is not None:
-        raise IntegrityError(f"{why}. key={key} store={backend.url}")
+    if (problem := check(out)) is not None:
+        raise IntegrityError(f"{problem}. key={key} store={backend.url}")
 
 
 def read_object(backend: Backend, key: str, check: Check, *, bytes_max: int) -> bytes:
-    """The whole of a small object, of a copy that ``check`` finds right.
+    """The whole of a small object, from a copy that ``check`` accepts.
 
-    Raises as ``read_checked``, and IntegrityError above ``bytes_max``.
+    Raises as ``read_checked``, and IntegrityError if the object is longer than ``bytes_max``.
     """
     if isinstance(backend, MultiStoreBackend):
         return backend.read_object(key, check, bytes_max=bytes_max)
     data = read_alone(backend, key, bytes_max=bytes_max)
-    if (why := check(memoryview(data))) is not None:
-        raise IntegrityError(f"{why}. key={key} store={backend.url}")
+    if (problem := check(memoryview(data))) is not None:
+        raise IntegrityError(f"{problem}. key={key} store={backend.url}")
     return data
 
 
 def read_alone(store: Backend, key: str, *, bytes_max: int) -> bytes:
-    """The whole object of one store, as it is.
+    """The whole object of one store, unchecked.
 
-    Raises NotFoundError, UnavailableError, and IntegrityError above ``bytes_max``.
+    Raises NotFoundError, UnavailableError, and IntegrityError if it is longer than ``bytes_max``.
     """
     stat = store.stat(key)
     if stat is None:
         raise NotFoundError(f"no such object. key={key} store={store.url}")
     if stat.size_bytes > bytes_max:
         raise IntegrityError(
-            f"too large to be read. key={key} size_bytes={stat.size_bytes} limit_bytes={bytes_max} "
+            f"too large to read. key={key} size_bytes={stat.size_bytes} limit_bytes={bytes_max} "
             f"store={store.url}"
         )
     out = bytearray(stat.size_bytes)

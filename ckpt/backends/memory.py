@@ -11,8 +11,10 @@ from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, UsageErro
 
 
 class MemoryBackend:
-    """Objects in a dictionary, gone with the process. Thread-safe; ``name`` only labels
-    messages."""
+    """Objects in a dictionary, lost with the process. Thread-safe.
+
+    ``name`` is used in messages only.
+    """
 
     def __init__(self, name: str = "memory") -> None:
         self._name = name
@@ -25,11 +27,10 @@ class MemoryBackend:
         return f"memory:{self._name}"
 
     def capabilities(self) -> Capabilities:
-        """See Backend."""
         return Capabilities(create_only=True, read_bytes_best=64 << 10, concurrency_best=4)
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Copies the bytes."""
+        """Copies the bytes."""
         self.put_lent(key, data, lambda: None, create_only=create_only)
 
     def put_lent(
@@ -40,8 +41,10 @@ class MemoryBackend:
         *,
         create_only: bool = False,
     ) -> None:
-        """As ``put``, of memory that its owner may take back and change meanwhile: then
-        ``still_lent`` raises."""
+        """As ``put``, with memory that its owner may take back and change meanwhile.
+
+        After that ``still_lent`` raises.
+        """
         check_key(key)
         body = b"".join(data)
         still_lent()
@@ -54,51 +57,47 @@ class MemoryBackend:
             self._objects[key] = (body, time.time())
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend."""
         check_key(key)
         if offset_bytes < 0:
             raise UsageError(
                 f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
             )
         with self._lock:
-            found = self._objects.get(key)
-        if found is None:
+            entry = self._objects.get(key)
+        if entry is None:
             raise NotFoundError(
                 f"no such object. key={key} store={self.url}; list the store's keys"
             )
         flat = out.cast("B")
-        part = memoryview(found[0])[offset_bytes : offset_bytes + len(flat)]
+        part = memoryview(entry[0])[offset_bytes : offset_bytes + len(flat)]
         flat[: len(part)] = part
         if len(part) < len(flat):
             raise IntegrityError(
                 f"the object ends too early. key={key} offset_bytes={offset_bytes} "
-                f"wanted_bytes={len(flat)} "
-                f"got_bytes={len(part)}; read another copy"
+                f"wanted_bytes={len(flat)} got_bytes={len(part)}; read another copy"
             )
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend."""
         check_key(key)
         with self._lock:
-            found = self._objects.get(key)
-        return None if found is None else Stat(key, len(found[0]), found[1])
+            entry = self._objects.get(key)
+        return None if entry is None else Stat(key, len(entry[0]), entry[1])
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. A snapshot of the moment it is first asked."""
+        """A snapshot of the moment of the first ``next``."""
         check_prefix(prefix)
         with self._lock:
-            found = [
+            stats = [
                 Stat(key, len(body), modified)
                 for key, (body, modified) in self._objects.items()
                 if key.startswith(prefix) and key > after
             ]
-        yield from sorted(found, key=lambda entry: entry.key)
+        yield from sorted(stats, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
-        """See Backend."""
         check_key(key)
         with self._lock:
             self._objects.pop(key, None)
 
     def close(self) -> None:
-        """See Backend. The objects stay."""
+        """The objects stay."""

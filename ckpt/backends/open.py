@@ -1,4 +1,4 @@
-"""What users' URLs mean."""
+"""Opening one store by its URL."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/*)")
 
 
 def open_backend(url: str, storage_options: StorageOptions | None = None) -> Backend:
-    """The store at ``url``: a path or ``file://`` URL is a folder, ``s3://`` goes through obstore
-    or s3fs, anything else through fsspec.
+    """The store at ``url``: a path or ``file://`` URL is a folder, ``s3://`` uses obstore or s3fs.
 
-    ``storage_options`` are what the URL's fsspec file system takes, and None for a folder. Opening
-    a folder touches nothing. Raises UsageError for an URL of unknown kind, a missing library, or
-    options that do not fit.
+    Any other scheme goes through fsspec. ``storage_options`` are the arguments of the URL's fsspec
+    file system; a folder takes none. Opening a folder touches nothing. Raises UsageError for a URL
+    of unknown kind, a missing library, or options that do not fit.
     """
     scheme, path = _split(url)
     if scheme in S3_PROTOCOLS:
@@ -38,10 +37,10 @@ def open_backend(url: str, storage_options: StorageOptions | None = None) -> Bac
 
 
 def address_of(url: str) -> str:
-    """What names the store at ``url`` for other processes too: a folder's absolute path, or the URL
-    as it is.
+    """The name of the store at ``url`` that other processes can use.
 
-    Opens and touches nothing. Raises UsageError for a URL that can't be one.
+    For a folder its absolute path, otherwise the URL unchanged. Opens and touches nothing. Raises
+    UsageError for an invalid URL.
     """
     scheme, path = _split(url)
     if scheme not in ("", "file", "local"):
@@ -50,21 +49,21 @@ def address_of(url: str) -> str:
 
 
 def _split(url: str) -> tuple[str, str]:
-    """Scheme (empty for a plain path) and, for folders, the path."""
+    """The scheme (empty for a plain path) and, for folders, the path."""
     if not url:
         raise UsageError(
             "a store's URL is empty; pass a folder such as 'runs/a' or a URL such as "
             "'s3://bucket/run'"
         )
-    found = _SCHEME.match(url)
-    if found is None:
+    match = _SCHEME.match(url)
+    if match is None:
         return "", url
-    scheme, slashes = found[1].lower(), len(found[2])
+    scheme, slashes = match[1].lower(), len(match[2])
     if scheme in ("file", "local"):
         path = unquote(
-            url[found.end() - min(slashes, 1) :]
+            url[match.end() - min(slashes, 1) :]
             if slashes != 2
-            else _without_host(url[found.end() :], url)
+            else _without_host(url[match.end() :], url)
         )
         return scheme, path
     if slashes < 2:

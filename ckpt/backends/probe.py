@@ -1,5 +1,7 @@
-"""Whether a store creates a key only once: asked of the store itself, since several take the
-condition and ignore it."""
+"""A probe of whether a store creates a key only once.
+
+The store itself is asked, because several stores accept the condition and ignore it.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +13,33 @@ from typing import Literal
 from ckpt.errors import CkptError, KeyExistsError, NotFoundError, UnavailableError, UsageError
 
 _CANNOT_ASK = (NotImplementedError, TypeError)
-"""What client libraries raise that cannot put such a condition at all."""
+"""Errors of client libraries that cannot send such a condition at all."""
 
 CreateOutcome = Literal["created", "taken", "impossible", "unknown"]
 
 
 class CreateOnceProbe:
-    """Asks once and remembers, for all threads; ``ask`` is asked again as long as it cannot
-    tell."""
+    """Probes the store once and remembers the answer, for all threads.
+
+    ``ask`` is called again until it can tell.
+    """
 
     def __init__(self, ask: Callable[[], bool | None], url: str) -> None:
         self._ask = ask
         self._url = url
-        self._known: bool | None = None
+        self._answer: bool | None = None
         self._asking = threading.Lock()
 
     def __call__(self) -> bool:
         """Whether the store is known to create a key only once."""
-        if self._known is None:
+        if self._answer is None:
             with self._asking:
-                if self._known is None:
-                    self._known = self._ask()
-        return bool(self._known)
+                if self._answer is None:
+                    self._answer = self._ask()
+        return bool(self._answer)
 
     def require(self) -> None:
-        """Raise UsageError where it is not."""
+        """Raise UsageError if the store is not known to create a key only once."""
         if not self():
             raise UsageError(
                 f"this store does not promise to create a key only once. store={self._url}; "
@@ -45,34 +49,35 @@ class CreateOnceProbe:
 
 
 def creates_once(create: Callable[[], None], remove: Callable[[], None]) -> bool | None:
-    """Whether the second creation of one unused key is refused; None (ask again later) where that
-    could not be learned.
+    """Whether the second creation of one unused key is refused; None if that could not be learned.
 
-    ``create`` creates that key, ``remove`` deletes it; both raise as a backend does. Only a refusal
-    *because the key is taken*, after a first creation that succeeded, means yes: a store that
-    denies, fails or does not answer tells nothing. At most three requests. A store that refuses to
-    delete keeps four bytes below a name that is never listed.
+    ``create`` creates the key and ``remove`` deletes it; both raise as a backend does. Only a
+    refusal *because the key is taken*, after a successful first creation, means yes: a store that
+    denies, fails or does not answer says nothing about it. None means: ask again later. Makes at
+    most three requests. A store that refuses to delete keeps four bytes under a name that is never
+    listed.
     """
     try:
         first = _outcome(create)
         second = _outcome(create) if first == "created" else None
     finally:
-        # Also where the first creation raised: its reply may have been lost. What remains does no
-        # harm.
+        # Also if the first creation raised: its reply may have been lost. A leftover probe object
+        # is harmless.
         with contextlib.suppress(CkptError):
             remove()
     return interpret_outcomes(first, second)
 
 
 def interpret_outcomes(first: CreateOutcome, second: CreateOutcome | None) -> bool | None:
-    """What the outcomes of two creations of the same unused key say. Pure."""
+    """The meaning of the outcomes of two creations of the same unused key."""
     match first, second:
         case "created", "taken":
             return True
         case ("created", "created") | ("impossible", None):
             return False
         case _:
-            # A first creation that finds the key taken met its own repetition after a lost reply.
+            # The key was unused, so a first creation that finds it taken met its own repetition
+            # by the client library after a lost reply.
             return None
 
 

@@ -1,2 +1,1 @@
-"""For tests of stores and of programs: the backend contract, stores that misbehave, crash points, a
-sample store."""
+"""The shipped test kit: a backend contract, faulty stores, crash points, and a sample store."""

@@ -1,4 +1,4 @@
-"""What every store must do, as tests that an implementer inherits.
+"""The contract of every store, as tests that an implementer inherits.
 
     class TestMyBackend(BackendContract):
         def opener(self, folder: Path) -> Callable[[], Backend]:
@@ -26,7 +26,7 @@ import pytest
 from ckpt.backends.base import Backend
 from ckpt.errors import IntegrityError, KeyExistsError, NotFoundError, UsageError
 
-# Memory to put: on page boundaries or just behind them, random or of one byte.
+# ---- Memory for puts: on page boundaries or just behind them, random or of one byte.
 
 
 def aligned_memory(size_bytes: int) -> memoryview:
@@ -35,8 +35,10 @@ def aligned_memory(size_bytes: int) -> memoryview:
 
 
 def buffer(size_bytes: int, *, aligned: bool, seed: int = 0, fill: int | None = None) -> memoryview:
-    """A buffer of bytes made from ``seed``, or of the byte ``fill``, that starts on a page boundary
-    or one byte behind."""
+    """A buffer of random bytes from ``seed``, or of the byte ``fill``.
+
+    It starts on a page boundary, or one byte behind one.
+    """
     memory = aligned_memory(size_bytes + 1)
     out = memory[:size_bytes] if aligned else memory[1:]
     out[:] = (
@@ -45,7 +47,7 @@ def buffer(size_bytes: int, *, aligned: bool, seed: int = 0, fill: int | None = 
     return out
 
 
-# Several processes that try to create the same keys at the same moment.
+# ---- Processes that create the same keys at the same moment.
 
 _ANSWER_S = 120.0
 
@@ -53,11 +55,10 @@ _ANSWER_S = 120.0
 def race_processes(
     opener: Callable[[], Backend], names: Sequence[str], *, racers: int
 ) -> list[set[str]]:
-    """Let ``racers`` fresh processes create each of ``names``; returns which names each of them
-    won.
+    """Let ``racers`` fresh processes create each of ``names``; returns the names that each won.
 
     The processes meet before each name, so that their puts overlap. ``opener`` must be picklable.
-    Process ``n`` writes ``process n``. Raises TimeoutError where one does not answer within two
+    Process ``n`` writes ``process n``. Raises TimeoutError if one does not answer within two
     minutes.
     """
     context = multiprocessing.get_context("spawn")
@@ -134,7 +135,7 @@ HOSTILE_KEYS = (
     ".tmp/a",
     ".probe/a",
 )
-"""Names that no store may take as a key."""
+"""Names that no store may accept as a key."""
 
 ODD_KEYS = (
     "a",
@@ -160,7 +161,7 @@ ODD_KEYS = (
     "a=b/c=d",
     "x.json.gz",
 )
-"""Names that every store must take as they are."""
+"""Names that every store must accept unchanged."""
 
 _RACERS = 8
 _ROUNDS = 10
@@ -168,15 +169,18 @@ _DEADLINE_S = 30.0
 
 
 class BackendContract:
-    """The contract of one store; subclasses say how to open it."""
+    """The contract of one store; subclasses define how to open it."""
 
     def opener(self, folder: Path) -> Opener:
-        """How to open one fresh store, again and again. ``folder`` is this test's own and empty."""
+        """A function that opens one fresh store, again with each call.
+
+        ``folder`` belongs to this test alone and is empty.
+        """
         raise NotImplementedError
 
     @pytest.fixture
     def opens(self, tmp_path: Path) -> Iterator[Opener]:
-        """The opener, with everything that it opened closed after the test."""
+        """The opener; everything that it opened is closed after the test."""
         opened: list[Backend] = []
         opener = self.opener(tmp_path)
 
@@ -190,7 +194,7 @@ class BackendContract:
 
     @pytest.fixture
     def store(self, opens: Opener) -> Backend:
-        """One open store, empty."""
+        """One open, empty store."""
         return opens()
 
     def test_put_then_read_gives_the_same_bytes(self, store: Backend) -> None:
@@ -231,9 +235,9 @@ class BackendContract:
     def test_zero_length_object_exists(self, store: Backend) -> None:
         for key, data in (("a", []), ("b", [b""]), ("c", [b"", b""])):
             store.put(key, data)
-            found = store.stat(key)
-            assert found is not None
-            assert found.size_bytes == 0
+            stat = store.stat(key)
+            assert stat is not None
+            assert stat.size_bytes == 0
             assert read(store, key) == b""
             with pytest.raises(IntegrityError):
                 store.read_into(key, memoryview(bytearray(1)))
@@ -291,10 +295,10 @@ class BackendContract:
 
     def test_stat_tells_length_and_a_plausible_time(self, store: Backend) -> None:
         store.put("a", [b"12345"])
-        found = store.stat("a")
-        assert found is not None
-        assert (found.key, found.size_bytes) == ("a", 5)
-        assert abs(found.modified_unix_s - time.time()) < 600
+        stat = store.stat("a")
+        assert stat is not None
+        assert (stat.key, stat.size_bytes) == ("a", 5)
+        assert abs(stat.modified_unix_s - time.time()) < 600
         assert [(entry.key, entry.size_bytes) for entry in store.list("")] == [("a", 5)]
 
     def test_list_is_in_code_point_order_from_prefix_and_after(self, store: Backend) -> None:
@@ -332,13 +336,13 @@ class BackendContract:
     def test_object_deleted_during_list_does_not_break_it(self, store: Backend) -> None:
         for i in range(10):
             store.put(f"d{i}/x", [b"x"])
-        seen = []
+        listed = []
         for entry in store.list(""):
-            seen.append(entry.key)
+            listed.append(entry.key)
             for i in range(10):
                 store.delete(f"d{i}/x")
-        assert seen[0] == "d0/x"
-        assert seen == sorted(seen)
+        assert listed[0] == "d0/x"
+        assert listed == sorted(listed)
 
     def test_odd_keys_are_kept_as_they_are(self, store: Backend) -> None:
         for key in ODD_KEYS:
@@ -473,7 +477,10 @@ class BackendContract:
 
 
 class BackendRaceContract(BackendContract):
-    """Adds races between processes. Each starts fresh interpreters, so it takes seconds."""
+    """The contract with races between processes.
+
+    Each test starts fresh interpreters, which takes seconds.
+    """
 
     def test_create_only_has_one_winner_among_processes(self, tmp_path: Path) -> None:
         opener = self.opener(tmp_path)
@@ -491,21 +498,21 @@ class BackendRaceContract(BackendContract):
 def read(store: Backend, key: str, start: int = 0, stop: int | None = None) -> bytes:
     """Bytes ``start`` to ``stop`` of an object, by default all of it."""
     if stop is None:
-        found = store.stat(key)
-        assert found is not None, f"no object at {key}"
-        stop = found.size_bytes
+        stat = store.stat(key)
+        assert stat is not None, f"no object at {key}"
+        stop = stat.size_bytes
     out = bytearray(stop - start)
     store.read_into(key, memoryview(out), offset_bytes=start)
     return bytes(out)
 
 
 def keys(store: Backend, prefix: str = "", after: str = "") -> list[str]:
-    """The keys that a listing gives, as it orders them."""
+    """The keys of a listing, in its order."""
     return [entry.key for entry in store.list(prefix, after=after)]
 
 
 def create(store: Backend, key: str, body: bytes) -> bool:
-    """Create an object; False where another one was quicker."""
+    """Create an object; False if the key was taken."""
     try:
         store.put(key, [body], create_only=True)
     except KeyExistsError:
@@ -514,6 +521,6 @@ def create(store: Backend, key: str, body: bytes) -> bool:
 
 
 def needs_create(store: Backend) -> None:
-    """Skip the running test where the store says that it cannot create once."""
+    """Skip the running test if the store says that it cannot create a key only once."""
     if not store.capabilities().create_only:
         pytest.skip("this store says that it cannot create a key only once")

@@ -1,10 +1,15 @@
-"""A power cut, modelled: what was not synced is lost, kept or garbled, as a seed decides.
+"""Crashes of a writer: failing system calls, SIGKILL at any call, and power cuts.
 
-PowerLossOps carries every call out and keeps a shadow of what is durable. After ``at`` calls it
-raises PowerCut, at that and every later call, without doing anything more. ``wreck`` then writes
-into an empty folder what a disk could hold after the cut: of each file what its last fsync covered,
-and of the writes since then any part, whole or garbled; of each folder the names at its last sync,
-and of the changes since then any. This is harsher than journalling file systems are.
+Wrappers around a file store's system calls number, record and fail them. ``CrashingOps`` and
+``CrashingBackend`` kill the process at the n-th change; ``Rehearsal`` repeats a piece of work that
+can be cut short anywhere and checked afterwards.
+
+``PowerLossOps`` models a power cut: it carries every call out and keeps a shadow of what is
+durable. After ``at`` calls it raises PowerCut, at that and every later call, and does nothing more.
+``wreck`` then writes into an empty folder what a disk could hold after the cut. Of each file: what
+its last fsync covered, and any part, whole or garbled, of the writes since then. Of each folder:
+the names at its last sync, and any of the changes since then. This is harsher than journalling file
+systems are.
 """
 
 from __future__ import annotations
@@ -26,16 +31,17 @@ from ckpt.backends.file.syscalls import REAL_OPS, FileOps
 from ckpt.errors import KeyExistsError
 from ckpt.testing.contract import buffer
 
-# Wrappers around a file store's system calls: number them, record them, let the n-th fail.
-# Wrappers are FileOps.
+# ---- System calls: number them, record them, let the n-th fail. Every wrapper is a FileOps.
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class OpCall:
-    """One call that changes a file system: its number from 0, the FileOps method's name, and the
-    path it is about."""
+    """One call that changes a file system.
+
+    ``number`` counts from 0, ``name`` is the FileOps method, ``path`` the path that it changes.
+    """
 
     number: int
     name: str
@@ -43,17 +49,18 @@ class OpCall:
 
 
 class CallHook(Protocol):
-    """What happens at each call: run it, or not, or half of it."""
+    """Decides what happens at each call: run it, skip it, or do half of it."""
 
     def __call__(self, call: OpCall, run: Callable[[], T], half: Callable[[], object]) -> T:
-        """Return what ``run`` does. ``half`` does the first part of what ``run`` would: for a write
-        half of the bytes."""
+        """Return the result of ``run``.
+
+        ``half`` does the first part of the work: for a write half of the bytes.
+        """
         ...
 
 
 class NumberedOps:
-    """FileOps that numbers every call and hands it to ``around``. Thread-safe as far as ``around``
-    is."""
+    """FileOps that number every call and pass it to ``around``. As thread-safe as ``around``."""
 
     def __init__(self, around: CallHook, *, inner: FileOps = REAL_OPS) -> None:
         self._around = around
@@ -62,11 +69,9 @@ class NumberedOps:
         self._count = 0
 
     def open(self, path: str, flags: int) -> int:
-        """See FileOps."""
         return self._do("open", path, lambda: self._inner.open(path, flags))
 
     def preallocate(self, fd: int, size_bytes: int) -> None:
-        """See FileOps."""
         half = size_bytes // 2 + 1
         self._do(
             "preallocate",
@@ -76,7 +81,6 @@ class NumberedOps:
         )
 
     def write(self, fd: int, buffers: Sequence[memoryview], offset_bytes: int) -> int:
-        """See FileOps."""
         return self._do(
             "write",
             path_of(fd),
@@ -85,35 +89,27 @@ class NumberedOps:
         )
 
     def fsync(self, fd: int) -> None:
-        """See FileOps."""
         self._do("fsync", path_of(fd), lambda: self._inner.fsync(fd))
 
     def link(self, source: str, target: str) -> None:
-        """See FileOps."""
         self._do("link", target, lambda: self._inner.link(source, target))
 
     def rename(self, source: str, target: str) -> None:
-        """See FileOps."""
         self._do("rename", target, lambda: self._inner.rename(source, target))
 
     def rename_new(self, source: str, target: str) -> None:
-        """See FileOps."""
         self._do("rename_new", target, lambda: self._inner.rename_new(source, target))
 
     def unlink(self, path: str) -> None:
-        """See FileOps."""
         self._do("unlink", path, lambda: self._inner.unlink(path))
 
     def mkdir(self, path: str) -> None:
-        """See FileOps."""
         self._do("mkdir", path, lambda: self._inner.mkdir(path))
 
     def rmdir(self, path: str) -> None:
-        """See FileOps."""
         self._do("rmdir", path, lambda: self._inner.rmdir(path))
 
     def fsync_directory(self, path: str) -> None:
-        """See FileOps."""
         self._do("fsync_directory", path, lambda: self._inner.fsync_directory(path))
 
     def _do(
@@ -126,8 +122,7 @@ class NumberedOps:
 
 
 class RecordingOps(NumberedOps):
-    """Lets every call through and keeps them: ``calls`` tells how many crash points a piece of work
-    has."""
+    """Runs and records every call: ``calls`` shows how many crash points some work has."""
 
     def __init__(self, *, inner: FileOps = REAL_OPS) -> None:
         self.calls: list[OpCall] = []
@@ -139,9 +134,9 @@ class RecordingOps(NumberedOps):
 
 
 class FailingOps(NumberedOps):
-    """Raises ``OSError(error)`` at call ``at`` (None: at every one) named ``op`` (None: any).
+    """Raises ``OSError(error)`` at call ``at`` (None: at each one) named ``op`` (None: any).
 
-    With ``effect`` the call is carried out before it fails, as when a reply is lost. ``failed``
+    With ``effect`` the call is carried out before it fails, as if the reply were lost. ``failed``
     counts the failures.
     """
 
@@ -173,13 +168,15 @@ class FailingOps(NumberedOps):
 
 
 def path_of(fd: int) -> str:
-    """The path that a descriptor was opened with, as Linux knows it."""
+    """The path that a descriptor was opened with, from Linux's /proc."""
     return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
 
 
 def first_half(buffers: Sequence[memoryview]) -> list[memoryview]:
-    """The first half of the buffers' bytes; cut on pages where there are pages, so that direct I/O
-    takes it."""
+    """The first half of the buffers' bytes.
+
+    Cut on a page boundary if there are whole pages, so that direct I/O accepts it.
+    """
     left = sum(len(block) for block in buffers) // 2
     left = left // 4096 * 4096 or left
     half = []
@@ -189,19 +186,18 @@ def first_half(buffers: Sequence[memoryview]) -> list[memoryview]:
     return [block for block in half if len(block)]
 
 
-# Crash points: die by SIGKILL at the n-th change of a store, before it, after it, or half-way
-# through it.
+# ---- Crash points: die by SIGKILL at the n-th change of a store, before, after or half-way
+# through.
 #
-# Run the work once with RecordingOps (or CountingBackend) to learn how many points it has; then
-# run it once for each point in a child process with CrashingOps (or CrashingBackend), see the
-# child die, and check from outside what is left.
+# Run the work once with RecordingOps (or CountingBackend) to learn how many points it has. Then,
+# for each point, run it in a child process with CrashingOps (or CrashingBackend), watch the child
+# die, and check from outside what is left.
 
 _CHILD_S = 120.0
 
 
 class CrashMode(str, enum.Enum):
-    """When the process dies: before the call, after it, or with half of a write or reservation
-    done."""
+    """When the process dies: before the call, after it, or with half of it done."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -209,8 +205,10 @@ class CrashMode(str, enum.Enum):
 
 
 class CrashingOps(NumberedOps):
-    """FileOps that kills its process at call ``at``. A torn call that cannot be halved is not made
-    at all."""
+    """FileOps that kill their process at call ``at``.
+
+    In mode ``torn`` a call that cannot be halved is not made at all.
+    """
 
     def __init__(
         self, *, at: int, mode: CrashMode | str = CrashMode.BEFORE, inner: FileOps = REAL_OPS
@@ -227,14 +225,16 @@ class CrashingOps(NumberedOps):
                 if self._mode is CrashMode.AFTER:
                     run()
             finally:
-                # A call that fails, such as linking to a name that is taken, is a crash point too.
+                # A call that fails, such as a link to a taken name, is a crash point too.
                 die()
         return run()
 
 
 class CrashingBackend:
-    """A store that kills its process at its ``at``-th put or delete (from 0), before or after it;
-    for any store."""
+    """A store that kills its process at its ``at``-th put or delete (from 0), before or after it.
+
+    It wraps any store.
+    """
 
     def __init__(
         self, inner: Backend, *, at: int, mode: CrashMode | str = CrashMode.BEFORE
@@ -252,63 +252,54 @@ class CrashingBackend:
 
     @property
     def url(self) -> str:
-        """See Backend."""
         return self._inner.url
 
     def capabilities(self) -> Capabilities:
-        """See Backend."""
         return self._inner.capabilities()
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend."""
         self._change(lambda: self._inner.put(key, data, create_only=create_only))
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend."""
         self._inner.read_into(key, out, offset_bytes=offset_bytes)
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend."""
         return self._inner.stat(key)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend."""
         return self._inner.list(prefix, after=after)
 
     def delete(self, key: str) -> None:
-        """See Backend."""
         self._change(lambda: self._inner.delete(key))
 
     def close(self) -> None:
-        """See Backend."""
         self._inner.close()
 
     def _change(self, run: Callable[[], None]) -> None:
         with self._lock:
-            here = self._count == self._at
+            at_crash_point = self._count == self._at
             self._count += 1
-        if here and self._mode is CrashMode.BEFORE:
+        if at_crash_point and self._mode is CrashMode.BEFORE:
             die()
         try:
             run()
         finally:
-            if here:
+            if at_crash_point:
                 die()
 
 
 def die() -> NoReturn:
-    """End this process as a crash does: no handler, no cleanup, no flush."""
+    """End this process like a crash: no handler, no cleanup, no flush."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("SIGKILL cannot be survived")
 
 
 def run_in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a child process; returns its exit status, ``-signal.SIGKILL`` where it was
-    killed.
+    """Run ``work`` in a child process; returns its exit status, ``-signal.SIGKILL`` if killed.
 
-    ``work`` is pickled by name, so it must be defined in a module that the child can import
-    (``Rehearsal`` is one). The child is forked from a small server without threads, so it costs
-    milliseconds after the first. Raises TimeoutError (and kills the child) after two minutes.
+    ``work`` is pickled by name, so it must be defined in a module that the child can import;
+    ``Rehearsal`` is one. The child is forked from a small server without threads and so costs
+    milliseconds after the first one. Raises TimeoutError, and kills the child, after two minutes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ckpt.testing.crashes", "ckpt.backends.file.store"])
@@ -329,12 +320,12 @@ _PAGE = 4096
 
 
 class PowerCut(BaseException):
-    """The power is gone. No code under test may catch it and go on."""
+    """The power is gone. Code under test must not catch it and continue."""
 
 
 @dataclass(slots=True)
 class _File:
-    """One file's bytes: as of its last fsync, and the writes since then, in order."""
+    """One file's bytes as of its last fsync, and the writes since then, in order."""
 
     synced: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes]] = field(default_factory=list)
@@ -347,15 +338,17 @@ class _File:
 
 @dataclass(slots=True)
 class _Folder:
-    """One folder's names: now, and as of its last sync."""
+    """One folder's names now, and as of its last sync."""
 
     now: dict[str, _File | _Folder] = field(default_factory=dict)
     synced: dict[str, _File | _Folder] = field(default_factory=dict)
 
 
 class PowerLossOps:
-    """FileOps over the real folder ``top`` whose power goes after ``at`` calls (None: never). What
-    exists is durable."""
+    """FileOps over the real folder ``top`` that lose power after ``at`` calls (None: never).
+
+    What exists at the start is durable.
+    """
 
     def __init__(
         self, top: str | os.PathLike[str], *, at: int | None = None, inner: FileOps = REAL_OPS
@@ -369,7 +362,6 @@ class PowerLossOps:
         self.count = 0
 
     def open(self, path: str, flags: int) -> int:
-        """See FileOps."""
         with self._lock:
             self._tick()
             fd = self._inner.open(path, flags)
@@ -380,14 +372,12 @@ class PowerLossOps:
             return fd
 
     def preallocate(self, fd: int, size_bytes: int) -> None:
-        """See FileOps."""
         with self._lock:
             self._tick()
             self._inner.preallocate(fd, size_bytes)
             self._open[fd].pending.append((size_bytes, b""))
 
     def write(self, fd: int, buffers: Sequence[memoryview], offset_bytes: int) -> int:
-        """See FileOps."""
         with self._lock:
             self._tick()
             taken = self._inner.write(fd, buffers, offset_bytes)
@@ -395,58 +385,51 @@ class PowerLossOps:
             return taken
 
     def fsync(self, fd: int) -> None:
-        """See FileOps."""
         with self._lock:
             self._tick()
             self._inner.fsync(fd)
             self._open[fd].sync()
 
     def link(self, source: str, target: str) -> None:
-        """See FileOps."""
         with self._lock:
             self._tick()
             self._inner.link(source, target)
-            self._name(target, self._found(source))
+            self._name(target, self._entry(source))
 
     def rename(self, source: str, target: str) -> None:
-        """See FileOps."""
         with self._lock:
             self._tick()
             self._inner.rename(source, target)
-            self._name(target, self._found(source))
+            self._name(target, self._entry(source))
             self._forget(source)
 
     def rename_new(self, source: str, target: str) -> None:
-        """See FileOps."""
         with self._lock:
             self._tick()
             self._inner.rename_new(source, target)
-            self._name(target, self._found(source))
+            self._name(target, self._entry(source))
             self._forget(source)
 
     def unlink(self, path: str) -> None:
-        """See FileOps."""
         with self._lock:
             self._tick()
             self._inner.unlink(path)
             self._forget(path)
 
     def mkdir(self, path: str) -> None:
-        """See FileOps."""
         with self._lock:
             self._tick()
             self._inner.mkdir(path)
             self._name(path, _Folder())
 
     def rmdir(self, path: str) -> None:
-        """See FileOps."""
         with self._lock:
             self._tick()
             self._inner.rmdir(path)
             self._forget(path)
 
     def fsync_directory(self, path: str) -> None:
-        """See FileOps. Syncing a folder above ``top`` changes nothing that is shadowed."""
+        """Syncing a folder above ``top`` changes nothing in the shadow."""
         with self._lock:
             self._tick()
             self._inner.fsync_directory(path)
@@ -455,8 +438,10 @@ class PowerLossOps:
                 folder.synced = dict(folder.now)
 
     def wreck(self, into: str | os.PathLike[str], *, seed: int) -> None:
-        """Write one possible state after the cut into the empty folder ``into``. ``seed`` 0 loses
-        all that was not synced."""
+        """Write one possible state after the cut into the empty folder ``into``.
+
+        ``seed`` 0 loses everything that was not synced.
+        """
         rng = random.Random(seed)
         with self._lock:
             _write_out(self._tree, Path(into), None if seed == 0 else rng)
@@ -477,13 +462,13 @@ class PowerLossOps:
     def _at_path(self, path: str) -> tuple[_Folder, str]:
         return self._folder(Path(path).parent), Path(path).name
 
-    def _found(self, path: str) -> _File | _Folder:
+    def _entry(self, path: str) -> _File | _Folder:
         folder, name = self._at_path(path)
         return folder.now[name]
 
-    def _name(self, path: str, what: _File | _Folder) -> None:
+    def _name(self, path: str, entry: _File | _Folder) -> None:
         folder, name = self._at_path(path)
-        folder.now[name] = what
+        folder.now[name] = entry
 
     def _forget(self, path: str) -> None:
         folder, name = self._at_path(path)
@@ -519,8 +504,10 @@ def _write_out(folder: _Folder, into: Path, rng: random.Random | None) -> None:
 
 
 def _after_cut(file: _File, rng: random.Random | None) -> bytes:
-    """A file's bytes after the cut: of each unsynced write nothing, all, the first part, or garbage
-    in one page."""
+    """A file's bytes after the cut.
+
+    Of each unsynced write nothing, all, the first part, or all with one garbled page survives.
+    """
     memory = bytearray(file.synced)
     for offset, data in file.pending if rng else ():
         assert rng is not None, "the loop runs with a seed only"
@@ -536,14 +523,15 @@ def _after_cut(file: _File, rng: random.Random | None) -> bytes:
     return bytes(memory)
 
 
-# A piece of work on a file store that can be repeated anywhere, cut short anywhere, and checked
-# afterwards.
+# ---- Rehearsal: work on a store that can be repeated, cut short anywhere, and checked afterwards.
 
 
 @dataclass(frozen=True, slots=True)
 class PutStep:
-    """Store ``size_bytes`` of bytes made from ``seed``; ``aligned`` ones take the direct way when
-    they are large."""
+    """Store ``size_bytes`` of bytes made from ``seed``.
+
+    ``aligned``: in page-aligned memory, so that large puts use direct writes.
+    """
 
     key: str
     size_bytes: int
@@ -552,7 +540,7 @@ class PutStep:
     aligned: bool = True
 
     def body(self) -> memoryview:
-        """The bytes, the same each time."""
+        """The bytes, the same with each call."""
         return buffer(self.size_bytes, aligned=self.aligned, seed=self.seed)
 
 
@@ -567,7 +555,7 @@ Step = PutStep | DeleteStep
 
 
 def run_steps(store: Backend, steps: Sequence[Step], *, done: Callable[[int], None]) -> None:
-    """Carry out ``steps``, calling ``done`` with a step's number once its operation has returned.
+    """Carry out ``steps``; call ``done`` with a step's number once its operation has returned.
 
     A create-once put that finds its own bytes counts as done, as for any writer that repeats a put
     after a crash.
@@ -587,7 +575,7 @@ def run_steps(store: Backend, steps: Sequence[Step], *, done: Callable[[int], No
 
 @dataclass(frozen=True, slots=True)
 class DoneFile:
-    """Step numbers appended to a file, each by one system call, so that they outlive a SIGKILL."""
+    """Step numbers appended to a file, each by one system call, so that they survive a SIGKILL."""
 
     path: str
 
@@ -600,18 +588,17 @@ class DoneFile:
             os.close(fd)
 
     def count(self) -> int:
-        """How many steps are done."""
+        """The number of steps done."""
         path = Path(self.path)
         return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """Steps on the file store at ``root`` that end by SIGKILL at call ``at``; call it in a child
-    process.
+    """Steps on the file store at ``root`` that end by SIGKILL at call ``at``.
 
-    With ``whole_puts`` the calls that count are the store's puts and deletes, else the system calls
-    behind them.
+    Run it in a child process. With ``whole_puts``, ``at`` counts the store's puts and deletes,
+    otherwise the system calls.
     """
 
     root: str
@@ -632,11 +619,10 @@ class Rehearsal:
 
 
 def faults_found(store: Backend, steps: Sequence[Step], *, done: int) -> list[str]:
-    """What is wrong with a store after its writer was cut short with ``done`` steps returned; empty
-    where all is well.
+    """What is wrong with a store whose writer was cut short after ``done`` steps.
 
-    Each key must hold what the last returned step on it left, or what the step in flight would;
-    whole, never half.
+    Empty if nothing is. Each key must hold, whole, what the last completed step on it left, or what
+    the interrupted step would leave.
     """
     wrong = []
     for key in sorted({step.key for step in steps}):
@@ -649,16 +635,17 @@ def faults_found(store: Backend, steps: Sequence[Step], *, done: int) -> list[st
                 )
         if _body(store, key) not in allowed:
             wrong.append(
-                f"{key}: holds other bytes than a returned or a running step wrote. done={done}"
+                f"{key}: holds other bytes than a completed or the interrupted step wrote. "
+                f"done={done}"
             )
-    strangers = {entry.key for entry in store.list("")} - {step.key for step in steps}
-    return wrong + [f"{key}: nobody put it" for key in sorted(strangers)]
+    unknown_keys = {entry.key for entry in store.list("")} - {step.key for step in steps}
+    return wrong + [f"{key}: no step put it" for key in sorted(unknown_keys)]
 
 
 def _body(store: Backend, key: str) -> bytes | None:
-    found = store.stat(key)
-    if found is None:
+    stat = store.stat(key)
+    if stat is None:
         return None
-    out = bytearray(found.size_bytes)
+    out = bytearray(stat.size_bytes)
     store.read_into(key, memoryview(out))
     return bytes(out)

@@ -1,4 +1,4 @@
-"""Stores that misbehave on purpose, and one that counts. Each wraps any store and is a store."""
+"""Stores that fail on purpose, and one that counts calls. Each wraps any store and is a store."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Harm(enum.Enum):
     """What goes wrong with one call."""
 
     LOST_REQUEST = "lost request"
-    """Nothing is done, UnavailableError is raised."""
+    """Nothing is done, and UnavailableError is raised."""
     LOST_REPLY = "lost reply"
-    """All is done, UnavailableError is raised nevertheless."""
+    """Everything is done, and UnavailableError is raised all the same."""
     SLOW = "slow"
-    """The call waits ``delay_s`` first."""
+    """The call first waits for ``delay_s``."""
     TRUNCATED = "truncated"
-    """A read fills half of what was asked for and says that the object ends there."""
+    """A read fills half of ``out`` and reports that the object ends there."""
     FLIPPED = "flipped"
     """One bit differs, silently: in what a read returns, or in what a put stores."""
     FULL = "full"
@@ -31,7 +31,7 @@ class Harm(enum.Enum):
     DENIED = "denied"
     """StoreDeniedError is raised with nothing done."""
     READ_ONLY = "read-only"
-    """A put or delete raises StoreDeniedError with nothing done; reads go through."""
+    """A put or delete raises StoreDeniedError with nothing done; reads work."""
 
 
 _CHANGES = frozenset({"put", "delete"})
@@ -41,18 +41,19 @@ _APPLIES = {
     Harm.FULL: frozenset({"put"}),
     Harm.READ_ONLY: _CHANGES,
 }
-"""Harms that only some operations can come to."""
+"""Harms that affect only some operations."""
 
 OPERATIONS = ("put", "read_into", "stat", "list", "delete")
-"""The operations that faults are about."""
+"""The operations that faults can affect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One planned harm: to ``op`` (None: any it can come to) on keys that start with ``key``,
-    sparing the first ``skip``.
+    """One planned harm.
 
-    It comes ``times`` times (None: for ever), each time with ``chance``, by the backend's seed.
+    It affects calls of ``op`` (None: any possible) on keys that start with ``key``. The first
+    ``skip`` matching calls are spared. Then it strikes ``times`` times (None: always), each time
+    with probability ``chance``, drawn from the backend's seed.
     """
 
     harm: Harm
@@ -64,7 +65,7 @@ class Fault:
     delay_s: float = 0.0
 
     def is_about(self, op: str, key: str) -> bool:
-        """Whether a call of ``op`` on ``key`` can come to this harm."""
+        """Whether this harm can affect a call of ``op`` on ``key``."""
         return (
             self.op in (None, op)
             and op in _APPLIES.get(self.harm, OPERATIONS)
@@ -73,11 +74,11 @@ class Fault:
 
 
 class FaultyBackend:
-    """A store with a plan of faults. The first fault that is due decides a call; ``struck`` keeps
-    (operation, key, harm).
+    """A store with a plan of faults. Thread-safe.
 
-    ``seed`` decides chances and which bit flips. ``sleep`` is what slow calls wait with.
-    Thread-safe; with one thread the same seed gives the same faults.
+    The first due fault decides a call. ``struck`` records (operation, key, harm). ``seed``
+    determines chances and flipped bits: with one thread the same seed gives the same faults.
+    ``sleep`` is what slow calls wait with.
     """
 
     def __init__(
@@ -99,15 +100,13 @@ class FaultyBackend:
 
     @property
     def url(self) -> str:
-        """See Backend."""
         return self._inner.url
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Never harmed."""
+        """Never harmed."""
         return self._inner.capabilities()
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend."""
         fault = self._before("put", key)
         if fault is not None and fault.harm is Harm.FLIPPED:
             data = [self._flip(bytearray(b"".join(data)))]
@@ -115,7 +114,6 @@ class FaultyBackend:
         self._after(fault, "put", key)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend."""
         fault = self._before("read_into", key)
         flat = out.cast("B")
         if fault is not None and fault.harm is Harm.TRUNCATED:
@@ -130,30 +128,28 @@ class FaultyBackend:
         self._after(fault, "read_into", key)
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend."""
         fault = self._before("stat", key)
-        found = self._inner.stat(key)
+        stat = self._inner.stat(key)
         self._after(fault, "stat", key)
-        return found
+        return stat
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. Harm comes before the first entry; a lost reply after the last one."""
+        """Harm strikes before the first entry, a lost reply after the last one."""
         fault = self._before("list", prefix)
         yield from self._inner.list(prefix, after=after)
         self._after(fault, "list", prefix)
 
     def delete(self, key: str) -> None:
-        """See Backend."""
         fault = self._before("delete", key)
         self._inner.delete(key)
         self._after(fault, "delete", key)
 
     def close(self) -> None:
-        """See Backend. Never harmed."""
+        """Never harmed."""
         self._inner.close()
 
     def _before(self, op: str, key: str) -> Fault | None:
-        """Pick the fault that is due, and raise or wait where it strikes before the call."""
+        """The fault that is due; raises or waits if it strikes before the call."""
         with self._lock:
             fault = self._due(op, key)
             if fault is not None:
@@ -199,8 +195,10 @@ class FaultyBackend:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call that a CountingBackend let through: for ``put`` and ``read_into`` the bytes and
-    where they start."""
+    """One call that passed a CountingBackend.
+
+    ``size_bytes`` and ``offset_bytes`` are those of ``put`` and ``read_into``.
+    """
 
     op: str
     key: str
@@ -209,8 +207,7 @@ class Call:
 
 
 class CountingBackend:
-    """A store that keeps every call, to prove what was read and written, and what was not.
-    Thread-safe."""
+    """A store that records every call, to prove what was read and written. Thread-safe."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
@@ -219,7 +216,6 @@ class CountingBackend:
 
     @property
     def url(self) -> str:
-        """See Backend."""
         return self._inner.url
 
     def calls(self, op: str | None = None, *, prefix: str = "") -> Sequence[Call]:
@@ -236,41 +232,34 @@ class CountingBackend:
         return sum(call.size_bytes for call in self.calls(op, prefix=prefix))
 
     def forget(self) -> None:
-        """Start counting anew."""
+        """Forget the calls so far."""
         with self._lock:
             self._calls.clear()
 
     def capabilities(self) -> Capabilities:
-        """See Backend."""
         return self._inner.capabilities()
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend."""
         self._keep(Call("put", key, sum(len(buffer) for buffer in data)))
         self._inner.put(key, data, create_only=create_only)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend."""
         self._keep(Call("read_into", key, out.nbytes, offset_bytes))
         self._inner.read_into(key, out, offset_bytes=offset_bytes)
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend."""
         self._keep(Call("stat", key))
         return self._inner.stat(key)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend."""
         self._keep(Call("list", prefix))
         return self._inner.list(prefix, after=after)
 
     def delete(self, key: str) -> None:
-        """See Backend."""
         self._keep(Call("delete", key))
         self._inner.delete(key)
 
     def close(self) -> None:
-        """See Backend."""
         self._inner.close()
 
     def _keep(self, call: Call) -> None:

@@ -1,5 +1,7 @@
-"""A small real store, written through the rooms that training uses: for tests of whatever reads
-stores. No torch."""
+"""A small real store, written through the packages that training uses, for tests of store readers.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ from ckpt.values import (
 Array = NDArray[np.generic]
 
 CREATED_UNIX_S = 1_700_000_000.0
-"""The time that sample snapshots say they were made: the same in every run."""
+"""The creation time in sample snapshots, the same in every run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Piece:
 
 @dataclass(slots=True)
 class SampleWriter:
-    """Writes snapshots of made-up state into a store, one after the other, as a job would."""
+    """Writes snapshots of made-up state into a store, one after another, as a job would."""
 
     backend: Backend
     job: str = "sample"
@@ -62,13 +64,13 @@ class SampleWriter:
 
     @property
     def journal(self) -> Journal:
-        """The store's log; the store is made on first use."""
+        """The store's log. The store is made on first use."""
         if self._journal is None:
             self._journal = Journal.open(self.backend, job=self.job, create=True)
         return self._journal
 
     def open_epoch(self, *, resume: SnapshotId | None = None) -> int:
-        """Open an epoch, and return its number."""
+        """Open an epoch; returns its number."""
         return self.journal.open_epoch(resume=resume)
 
     def write(
@@ -78,8 +80,7 @@ class SampleWriter:
         *,
         metadata: Mapping[str, float | int | str | bool | None] | None = None,
     ) -> SnapshotInfo:
-        """Persist the pieces of each rank and commit them as ``snapshot``; an epoch must be
-        open."""
+        """Persist each rank's pieces and commit them as ``snapshot``. An epoch must be open."""
         refs: list[PartRef] = []
         new_bytes = size_bytes = 0
         known: dict[Digest, ChunkLocation] = {}
@@ -119,7 +120,7 @@ class SampleWriter:
 def stage(
     snapshot: SnapshotId, pieces: Sequence[Piece], *, rank: int, world_size: int
 ) -> tuple[StagedIndex, memoryview]:
-    """Pieces in page-aligned memory with the index that a slot would hold."""
+    """Pieces in page-aligned memory, with the index that a slot would hold."""
     shards: list[StagedShard] = []
     at = 0
     placed: list[tuple[int, bytes]] = []
@@ -155,7 +156,7 @@ def stage(
 
 
 def tensor(name: str, data: Array, *, dtype: str | None = None, rank: int | None = None) -> Piece:
-    """A whole tensor held by one rank. ``dtype`` is torch's name where numpy has no such type."""
+    """A whole tensor held by one rank. ``dtype`` is torch's name if numpy has no such type."""
     leaf = Leaf(
         name=name, kind=LeafKind.TENSOR, dtype=dtype or str(data.dtype), shape=data.shape, rank=rank
     )
@@ -163,7 +164,7 @@ def tensor(name: str, data: Array, *, dtype: str | None = None, rank: int | None
 
 
 def shard(name: str, whole: Array, box: Box, *, dtype: str | None = None) -> Piece:
-    """The part of a shared tensor that lies in ``box``."""
+    """The part of a shared tensor inside ``box``."""
     leaf = Leaf(name=name, kind=LeafKind.TENSOR, dtype=dtype or str(whole.dtype), shape=whole.shape)
     inside = tuple(slice(low, low + size) for low, size in zip(box.offsets, box.sizes, strict=True))
     return Piece(leaf, box, whole[inside])
@@ -183,7 +184,7 @@ def alias(name: str, of: Piece) -> Piece:
 
 
 def skeleton(name: str, value: object, *, rank: int) -> Piece:
-    """An item's structure, as capture encodes it."""
+    """An item's structure, encoded as by capture."""
     data = np.frombuffer(encode_object(value), np.uint8)
     leaf = Leaf(name=name, kind=LeafKind.OBJECT, dtype="uint8", shape=data.shape, rank=rank)
     return Piece(leaf, Box.whole(data.shape), data)
@@ -200,7 +201,7 @@ class SampleState:
 
 
 def sample_state(step: int) -> SampleState:
-    """What the sample state's tensors hold at ``step``; the bias never changes."""
+    """The sample state's tensors at ``step``; the bias never changes."""
     random = np.random.default_rng(step)
     return SampleState(
         weight=random.standard_normal((48, 32), dtype=np.float32),
@@ -213,8 +214,10 @@ def sample_state(step: int) -> SampleState:
 
 
 def sample_ranks(step: int) -> list[list[Piece]]:
-    """The sample state of a job of two ranks: a sharded weight, a tied embedding, an optimizer,
-    objects of each rank."""
+    """The sample state of a job of two ranks.
+
+    A sharded weight, a tied embedding, an optimizer, and objects of each rank.
+    """
     state = sample_state(step)
     ranks: list[list[Piece]] = []
     for rank in (0, 1):
@@ -244,8 +247,10 @@ def sample_ranks(step: int) -> list[list[Piece]]:
 
 
 def write_sample_store(backend: Backend, *, steps: Sequence[int] = (10, 20, 30)) -> SampleWriter:
-    """Fill an empty store with one epoch of snapshots of the sample state; the second of them is
-    tagged ``best``."""
+    """Fill an empty store with one epoch of snapshots of the sample state.
+
+    The second snapshot is tagged ``best``.
+    """
     writer = SampleWriter(backend)
     epoch = writer.open_epoch()
     for step in steps:
@@ -260,8 +265,10 @@ def write_sample_store(backend: Backend, *, steps: Sequence[int] = (10, 20, 30))
 
 
 def damage(backend: Backend, key: str, offset_bytes: int) -> None:
-    """Flip one bit of a stored object, as a bad disk would. Raises NotFoundError where there is no
-    such object."""
+    """Flip one bit of a stored object, as a bad disk would.
+
+    Raises NotFoundError if there is no such object.
+    """
     stat = backend.stat(key)
     if stat is None:
         raise NotFoundError(f"no such object. key={key}")

@@ -1,7 +1,7 @@
-"""AES-GCM over whole objects and ranges of them. The only file that needs the package
-``cryptography``.
+"""AES-GCM over whole objects and over ranges of them.
 
-All passes over bytes release the GIL.
+Apart from the rest of the package: only this module needs the package ``cryptography``. All passes
+over bytes release the GIL.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from ckpt.backends.encrypted.layout import (
 )
 from ckpt.backends.encrypted.secret import EncryptionKey
 
-# Memory for stored bytes on their way, used again and again: new pages cost more time than the
-# cipher does.
+# ---- Memory for ciphertext, reused: fresh pages cost more time than the cipher does.
 
 KEPT_BYTES_MAX = 256 << 20
-"""Most memory kept for the next use: four packs. The kernel may take idle pieces of packs back when
-it is short."""
+"""Most memory kept for reuse: four packs. The kernel may take idle pack-sized pieces back when
+memory is short.
+"""
 
 _KEPT_BYTES_MIN = 1 << 20
-"""Smaller pieces come from the allocator, which keeps its own."""
+"""Smaller pieces are left to the allocator, which keeps its own."""
 
 _FREE_BYTES_MIN = 16 << 20
-"""Idle pieces of this size are offered to the kernel: a millisecond of work. Smaller ones come back
-within moments."""
+"""Idle pieces of this size are offered to the kernel, which costs a millisecond. Smaller ones are
+used again within moments.
+"""
 
 _HUGE_BYTES = 2 << 20
 """Pieces are multiples of a huge page, which takes one page fault instead of 512."""
@@ -50,12 +51,14 @@ _HUGE_BYTES = 2 << 20
 _PRIVATE = (
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 )
-"""Private memory: the shared kind can neither be huge nor be offered to the kernel."""
+"""Private memory: shared memory can neither use huge pages nor be offered to the kernel."""
 
 
 class CipherMemory:
-    """Hands out page-aligned memory and keeps what comes back, the last used longest.
-    Thread-safe."""
+    """Lends page-aligned memory, and keeps returned pieces for reuse. Thread-safe.
+
+    Above the limit the piece that was returned first is dropped.
+    """
 
     def __init__(self, kept_bytes_max: int = KEPT_BYTES_MAX) -> None:
         self._kept_bytes_max = kept_bytes_max
@@ -64,8 +67,7 @@ class CipherMemory:
 
     @contextlib.contextmanager
     def borrow(self, size_bytes: int) -> Iterator[memoryview]:
-        """Memory that holds anything, until the end of the block: others write into it
-        afterwards."""
+        """Memory with arbitrary content, until the end of the block; then others write into it."""
         if size_bytes < _KEPT_BYTES_MIN:
             yield memoryview(bytearray(size_bytes))
             return
@@ -77,7 +79,7 @@ class CipherMemory:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory that is kept now."""
+        """Memory kept for reuse now."""
         with self._lock:
             return sum(len(piece) for piece in self._idle)
 
@@ -86,18 +88,18 @@ class CipherMemory:
             fitting = [piece for piece in self._idle if len(piece) >= size_bytes]
             if not fitting:
                 return None
-            found = min(fitting, key=len)
-            self._idle = [piece for piece in self._idle if piece is not found]
-            return found
+            smallest = min(fitting, key=len)
+            self._idle = [piece for piece in self._idle if piece is not smallest]
+            return smallest
 
     def _give_back(self, piece: mmap.mmap) -> None:
         if len(piece) >= _FREE_BYTES_MIN and hasattr(mmap, "MADV_FREE"):
             _advise(piece, mmap.MADV_FREE)
         with self._lock:
             self._idle.append(piece)
-            kept = sum(len(one) for one in self._idle)
+            kept = sum(len(idle) for idle in self._idle)
             while kept > self._kept_bytes_max:
-                kept -= len(self._idle.pop(0))  # its memory goes with its last view
+                kept -= len(self._idle.pop(0))  # its memory is freed with its last view
 
 
 def _new(size_bytes: int) -> mmap.mmap:
@@ -108,18 +110,16 @@ def _new(size_bytes: int) -> mmap.mmap:
 
 
 def _advise(piece: mmap.mmap, advice: int) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # a kernel that does not know it; the memory is as good without
+    with contextlib.suppress(OSError):  # an older kernel; the advice is optional
         piece.madvise(advice)
 
 
 _UPDATE_BYTES_MAX = 1 << 30
-"""Bytes handed to one call of the cipher, whose lengths are C ints."""
+"""Bytes per call of the cipher, whose lengths are C ints."""
 
 
 class FrameCipher(Protocol):
-    """AES-GCM from memory into memory: the tag follows the ciphertext, in both directions."""
+    """AES-GCM from memory to memory. The tag follows the ciphertext, in both directions."""
 
     def encrypt_into(
         self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /
@@ -135,8 +135,10 @@ class FrameCipher(Protocol):
 
 
 class CopyingCipher:
-    """The same through results of its own, for releases of ``cryptography`` that cannot write into
-    memory given to them."""
+    """A FrameCipher over an API that returns new bytes.
+
+    For releases of ``cryptography`` that cannot write into given memory.
+    """
 
     def __init__(self, key: bytes) -> None:
         self._cipher = AESGCM(key)
@@ -144,13 +146,11 @@ class CopyingCipher:
     def encrypt_into(
         self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /
     ) -> int:
-        """See FrameCipher."""
         return _copy(self._cipher.encrypt(nonce, data, associated_data), buf)
 
     def decrypt_into(
         self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer, /
     ) -> int:
-        """See FrameCipher."""
         return _copy(self._cipher.decrypt(nonce, data, associated_data), buf)
 
 
@@ -160,8 +160,10 @@ def frame_cipher(key: bytes) -> FrameCipher:
 
 
 def digest_of(data: Sequence[Buffer], key: EncryptionKey) -> bytes:
-    """A digest of the plaintext by GMAC with one fixed nonce: 20 GB/s. To be kept secret; only its
-    MAC is ever shown."""
+    """A digest of the plaintext by GMAC with one fixed nonce, at 20 GB/s.
+
+    It must stay secret: only its MAC, the salt, is ever stored.
+    """
     mac = Cipher(algorithms.AES(key.digest_key), modes.GCM(bytes(12))).encryptor()
     for buffer in data:
         view = memoryview(buffer)
@@ -175,10 +177,11 @@ def digest_of(data: Sequence[Buffer], key: EncryptionKey) -> bytes:
 def sealed(
     name: str, data: Sequence[Buffer], key: EncryptionKey, memory: CipherMemory
 ) -> Iterator[memoryview]:
-    """The object ``name`` as it is stored, in page-aligned memory of its size that is lent until
-    the end of the block.
+    """The object ``name`` as stored, in page-aligned memory lent until the end of the block.
 
-    The same name, plaintext and key give the same bytes. The buffers must not change meanwhile.
+    The same name, plaintext and key give the same bytes. The buffers must not change meanwhile:
+    then the salt would belong to other bytes than are encrypted, and a repeated put could reuse a
+    nonce.
     """
     plain_bytes = sum(len(buffer) for buffer in data)
     header = key.header(name, digest=digest_of(data, key), plain_bytes=plain_bytes)
@@ -205,31 +208,32 @@ def unseal(
     *,
     offset_bytes: int,
 ) -> str | None:
-    """Fill ``out`` with the plaintext from ``offset_bytes`` on, or say what is wrong; ``out`` then
-    holds anything.
+    """Fill ``out`` with the plaintext from ``offset_bytes`` on, or return what is wrong.
 
-    ``stored`` starts with the first frame of that range. ``header`` is genuine, and its plaintext
-    covers ``out``.
+    After a failure the content of ``out`` is undefined. ``stored`` starts with the first frame of
+    that range. ``header`` is genuine, and its plaintext covers ``out``.
     """
     cipher = frame_cipher(key.frame_key(header, name))
     bound = associated_data(header, name)
     stop_bytes = offset_bytes + len(out)
     at = 0
-    for number in frames_of(offset_bytes, len(out)):  # a frame takes 14 us: no objects here
+    for number in frames_of(offset_bytes, len(out)):  # 14 us per frame: allocate nothing here
         start = number * FRAME_BYTES
         stop = min(start + FRAME_BYTES, header.plain_bytes)
         low, high = max(start, offset_bytes), min(stop, stop_bytes)
         target = out[low - offset_bytes : high - offset_bytes]
-        whole = high - low == stop - start
-        plain = target if whole else memoryview(bytearray(stop - start))
+        # Frames that are wanted whole are decrypted in place; the two at the ends of a range go
+        # through memory of their own, because GCM authenticates whole frames only.
+        is_whole = high - low == stop - start
+        plain = target if is_whole else memoryview(bytearray(stop - start))
         after = at + stop - start + TAG_BYTES
         try:
             cipher.decrypt_into(
                 nonce(number), stored[at:after], bound + number.to_bytes(8, "big"), plain
             )
         except InvalidTag:
-            return f"encrypted bytes are not what was written. frame={number}"
-        if not whole:
+            return f"encrypted bytes are damaged. frame={number}"
+        if not is_whole:
             target[:] = plain[low - start : high - start]
         at = after
     return None

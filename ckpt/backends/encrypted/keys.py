@@ -1,5 +1,7 @@
-"""Where a store's key comes from. A source names the place and never is the key, so that it can
-stand in options and argv."""
+"""Sources of a store's encryption key.
+
+A source names a place and never is the key, so it may appear in options and command lines.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,15 @@ from ckpt.backends.encrypted.secret import (
 )
 from ckpt.errors import UnavailableError, UsageError
 
-# What a command prints, in bounded time and memory. Its output is a secret: no message repeats
-# it.
+# ---- Commands: their output, in bounded time and memory. It is a secret, so no message shows it.
 
 
 def command_output(words: Sequence[str], *, wait_s: float, bytes_max: int) -> bytes:
-    """Run ``words`` without a shell and return what it printed; its complaints go where ours go.
+    """Run ``words`` without a shell and return the standard output; standard error stays ours.
 
-    The command and what it started are killed after ``wait_s`` seconds and where it prints more
-    than ``bytes_max``. Raises UsageError where it can't be started or prints too much,
-    UnavailableError where it fails or does not end.
+    The command and its children are killed after ``wait_s`` seconds, and if it prints more than
+    ``bytes_max``. Raises UsageError if it cannot be started or prints too much, UnavailableError if
+    it fails or does not end.
     """
     program = words[0]
     try:
@@ -65,7 +66,9 @@ def command_output(words: Sequence[str], *, wait_s: float, bytes_max: int) -> by
                 "hand, then repeat"
             ) from None
         finally:
-            if process.returncode is None:  # not reaped, so that the group is still its own
+            if (
+                process.returncode is None
+            ):  # not reaped yet, so its process group id is still its own
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
     if status:
@@ -77,7 +80,7 @@ def command_output(words: Sequence[str], *, wait_s: float, bytes_max: int) -> by
 
 
 def _read(pipe: IO[bytes], deadline_s: float, bytes_max: int) -> bytes | None:
-    """All of a pipe; None where it is longer than ``bytes_max``. Raises TimeoutError."""
+    """All of a pipe; None if it is longer than ``bytes_max``. Raises TimeoutError."""
     output = b""
     while len(output) <= bytes_max:
         left_s = deadline_s - time.monotonic()
@@ -91,17 +94,16 @@ def _read(pipe: IO[bytes], deadline_s: float, bytes_max: int) -> bytes | None:
 
 
 COMMAND_S = 30.0
-"""How long a command may take to bring the key."""
+"""Longest time that a command may take to print the key."""
 
 _KINDS = "file:PATH, env:NAME or command:WORDS"
 _NEXT = re.compile(r",(?=(?:file|env|command):)")
 
 
 def load_keys(sources: str) -> EncryptionKeys:
-    """The keys of ``sources``, several with commas between: the first is written with, all are read
-    with.
+    """The keys of ``sources``, separated by commas: the first writes, all read.
 
-    Raises as ``load_key``, and UsageError where one key is given twice.
+    Raises as ``load_key``, and UsageError if one key is given twice.
     """
     first, *others = [load_key(source) for source in _NEXT.split(sources)]
     ids = [key.id for key in (first, *others)]
@@ -113,88 +115,89 @@ def load_keys(sources: str) -> EncryptionKeys:
 
 
 def load_key(source: str) -> EncryptionKey:
-    """The key that ``source`` names: ``file:PATH``, ``env:NAME``, or ``command:WORDS``, whose
-    output it is.
+    """The key that ``source`` names: ``file:PATH``, ``env:NAME``, or ``command:WORDS``.
 
-    A file holds 32 raw bytes, or their hex or base64 text, and is readable by its owner alone; a
-    variable holds text; a command is run without a shell, for 30 s at most. Raises UsageError where
-    there is no key, UnavailableError where a command fails. No message holds the key, nor a source
-    of unknown kind, which may be one.
+    A file holds 32 raw bytes, or their hex or base64 text, and is readable by its owner only. A
+    variable holds text. A command prints the key; it runs without a shell, for 30 s at most. Raises
+    UsageError if there is no key, UnavailableError if a command fails. No message shows the key,
+    nor a source of unknown kind, which may be one.
     """
-    kind, colon, place = source.partition(":")
-    if not colon or kind not in ("file", "env", "command") or not place.strip():
+    kind, colon, location = source.partition(":")
+    if not colon or kind not in ("file", "env", "command") or not location.strip():
         raise UsageError(
             f"not a source of a key; write {_KINDS} (not shown: it may be the key itself)"
         )
     match kind:
         case "file":
-            return EncryptionKey.of(parse_secret(_read_file(place), source=f"file:{place}"))
+            return EncryptionKey.of(parse_secret(_read_file(location), source=f"file:{location}"))
         case "env":
-            return EncryptionKey.of(parse_secret(_read_variable(place), source=f"env:{place}"))
+            return EncryptionKey.of(
+                parse_secret(_read_variable(location), source=f"env:{location}")
+            )
         case _:
-            words = _words(place)
+            words = _words(location)
             output = command_output(words, wait_s=COMMAND_S, bytes_max=MATERIAL_BYTES_MAX)
             return EncryptionKey.of(parse_secret(output, source=f"command:{words[0]}"))
 
 
 def write_new_key(path: str) -> EncryptionKey:
-    """Draw a key and write it as text to a new file that only its owner reads. Keep a copy: without
-    it the store is lost.
+    """Draw a random key and write it as text to a new file that only its owner can read.
 
-    Raises UsageError where the file exists, or can't be written.
+    Keep a copy: without the key the store is lost. Raises UsageError if the file exists or cannot
+    be written.
     """
-    place = Path(path).expanduser()
+    file_path = Path(path).expanduser()
     secret = secrets.token_bytes(SECRET_BYTES)
     try:
-        fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(file_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(secret.hex().encode() + b"\n")
             file.flush()
             os.fsync(fd)
-        folder = os.open(place.parent, os.O_RDONLY | os.O_CLOEXEC)
+        folder = os.open(file_path.parent, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except FileExistsError:
         raise UsageError(
-            f"a key file is never overwritten. path={place}; choose another name"
+            f"a key file is never overwritten. path={file_path}; choose another name"
         ) from None
     except OSError as error:
         raise UsageError(
-            f"a key file can't be written. path={place} cause={error.strerror}"
+            f"a key file can't be written. path={file_path} cause={error.strerror}"
         ) from error
     return EncryptionKey.of(secret)
 
 
 def _read_file(path: str) -> bytes:
-    place = Path(path).expanduser()
+    file_path = Path(path).expanduser()
     try:
-        # A pipe without a writer must not hold us up.
-        fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # O_NONBLOCK: opening a pipe without a writer must not block.
+        fd = os.open(file_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         cause = (
             os.strerror(error.errno or errno.EINVAL) if isinstance(error, OSError) else "not a path"
         )
         raise UsageError(
-            f"a key file can't be read. path={place} cause={cause}; check the path"
+            f"a key file can't be read. path={file_path} cause={cause}; check the path"
         ) from None
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
             raise UsageError(
-                f"a key file is not a regular file. path={place}; use command: for a pipe"
+                f"a key file is not a regular file. path={file_path}; use command: for a pipe"
             )
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError(
-                f"others may read or change a key file. path={place} "
-                f"mode={stat.S_IMODE(mode):04o}; chmod 600 {place} "
-                "(a mounted secret: defaultMode 0400)"
+                f"others may read or change a key file. path={file_path} "
+                f"mode={stat.S_IMODE(mode):04o}; chmod 600 {file_path} (a mounted secret: "
+                "defaultMode 0400)"
             )
         return os.read(fd, MATERIAL_BYTES_MAX + 1)
     except OSError as error:
         raise UsageError(
-            f"a key file can't be read. path={place} cause={error.strerror}; check the disk"
+            f"a key file can't be read. path={file_path} cause={error.strerror}; check the disk"
         ) from None
     finally:
         os.close(fd)

@@ -1,9 +1,9 @@
-"""Client-side encryption of a store: what its owner, or whoever copies it, gets to see is not the
-training state.
+"""Client-side encryption of a store: its owner, and anyone who copies it, cannot read the state.
 
     store = encrypted(open_backend(url), load_keys("file:~/job.key"))
 
-What is encrypted, what is not, and the bytes: docs/dev/design/010-encryption.md.
+What is encrypted, what is not, and the format: docs/design/010-encryption.md. The store itself is
+imported lazily, because only it needs the package ``cryptography``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from ckpt.errors import NotFoundError, UnavailableError, UsageError
 from ckpt.format.keys import MANIFESTS, PACKS, PARTS
 
 SEALED_PREFIXES = (PACKS, PARTS, MANIFESTS)
-"""Where encrypted objects lie. The log and ``ckpt.json`` are read by many, among them those who
-have no key."""
+"""Prefixes of encrypted objects. The log and ``ckpt.json`` stay plain: readers without a key need
+them too.
+"""
 
 _LOOKS_MAX = 3
-"""Manifests looked at to tell whether a store is encrypted: one may be damaged."""
+"""Manifests read to tell whether a store is encrypted; one of them may be damaged."""
 
 
 def is_sealed_key(key: str) -> bool:
@@ -36,14 +37,13 @@ def is_sealed_key(key: str) -> bool:
 def encrypted(
     inner: Backend, keys: EncryptionKeys, *, is_sealed: Callable[[str], bool] = is_sealed_key
 ) -> Backend:
-    """``inner`` with its state encrypted under ``keys``; where ``inner`` is several stores, so is
-    the result.
+    """``inner`` with its state encrypted under ``keys``; several stores if ``inner`` is several.
 
-    Touches no store. ``is_sealed`` says which keys hold encrypted objects. Raises UsageError where
-    the package ``cryptography`` is not installed.
+    Touches no store. ``is_sealed`` says which keys name encrypted objects. Raises UsageError if the
+    package ``cryptography`` is not installed.
     """
     try:
-        home = importlib.import_module("ckpt.backends.encrypted.store")
+        module = importlib.import_module("ckpt.backends.encrypted.store")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "cryptography":
             raise
@@ -51,17 +51,18 @@ def encrypted(
             "encryption needs the package 'cryptography', which is not installed; pip install "
             "'torch-ckpt[crypt]'"
         ) from error
-    return cast("Backend", home.encrypted_store(inner, keys, is_sealed=is_sealed))
+    return cast("Backend", module.encrypted_store(inner, keys, is_sealed=is_sealed))
 
 
 def require_matching_keys(inner: Backend, keys: EncryptionKeys | None) -> None:
-    """Raise UsageError where ``inner``'s snapshots are encrypted and ``keys`` is None, or the other
-    way round, or a wrong key.
+    """Raise UsageError if ``keys`` do not fit the snapshots in ``inner``.
 
-    Without it a store read in the wrong way would look damaged. ``inner`` is the bare store. Costs
-    the beginning of a listing and of at most three manifests; an empty store fits any keys. Of
-    several stores each is asked by itself where too few answer for a listing of all, or one seems
-    not to be encrypted, for it may be damaged. Raises UnavailableError.
+    They do not fit if the snapshots are encrypted and ``keys`` is None, if they are plain and keys
+    are given, or if they are encrypted under other keys. Without this check a store read in the
+    wrong way would look damaged. ``inner`` is the bare store. Costs the start of a listing and of
+    at most three manifests; an empty store fits any keys. Several stores are also asked one by one
+    if too few answer for a joint listing, or if the manifests found look plain, since they may be
+    damaged. Raises UnavailableError.
     """
     heads = _known_heads(inner, encrypted=keys is not None)
     sealed = [head for _, head in heads if looks_encrypted(head)]
@@ -76,44 +77,44 @@ def require_matching_keys(inner: Backend, keys: EncryptionKeys | None) -> None:
         )
     if keys is None:
         return
-    found = [
+    headers = [
         header for key, head in heads if not isinstance(header := decode_header(head, key), str)
     ]
-    if found and all(keys.find(header.key_id) is None for header in found):
+    if headers and all(keys.find(header.key_id) is None for header in headers):
         raise UsageError(
-            f"wrong encryption key. encrypted_with={found[0].key_id.hex()} given={keys.ids} "
-            f"store={inner.url}; "
-            "give the key that this store was written with (after a change of keys both: "
-            "'file:new,file:old')"
+            f"wrong encryption key. encrypted_with={headers[0].key_id.hex()} given={keys.ids} "
+            f"store={inner.url}; give the key that this store was written with (after a change of "
+            "keys both: 'file:new,file:old')"
         )
 
 
 def _known_heads(inner: Backend, *, encrypted: bool) -> Sequence[tuple[str, bytes]]:
-    """How some manifests begin, of as many stores as have to be asked to know whether all is as it
-    should be."""
+    """The first bytes of some manifests, from as many stores as must be asked for a sure answer."""
     heads: list[tuple[str, bytes]] = []
-    silent: UnavailableError | None = None
+    unavailable: UnavailableError | None = None
     for store in (inner, *(stores_of(inner) if isinstance(inner, MultiStoreBackend) else ())):
         try:
-            found = _first_heads(store)
+            store_heads = _first_heads(store)
         except UnavailableError as error:
-            silent = silent or error
+            unavailable = unavailable or error
             continue
         except NotFoundError:
-            continue  # deleted meanwhile, or the bucket is gone
-        heads += found
+            continue  # deleted meanwhile, or no bucket
+        heads += store_heads
+        # Enough, unless the store should be encrypted and its manifests look plain: they may be
+        # damaged, and another store then shows a sound one.
         settled = not encrypted or any(looks_encrypted(head) for _, head in heads)
         if settled or (store is inner and not heads):
             return heads
-    if silent is not None and not heads:
-        raise silent
+    if unavailable is not None and not heads:
+        raise unavailable
     return heads
 
 
 def _first_heads(inner: Backend) -> Sequence[tuple[str, bytes]]:
     heads = []
-    for found in islice(inner.list(MANIFESTS), _LOOKS_MAX):
-        head = memoryview(bytearray(min(found.size_bytes, HEADER_BYTES)))
-        inner.read_into(found.key, head)
-        heads.append((found.key, bytes(head)))
+    for stat in islice(inner.list(MANIFESTS), _LOOKS_MAX):
+        head = memoryview(bytearray(min(stat.size_bytes, HEADER_BYTES)))
+        inner.read_into(stat.key, head)
+        heads.append((stat.key, bytes(head)))
     return heads

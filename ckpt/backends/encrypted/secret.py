@@ -1,4 +1,7 @@
-"""A store's key, and the keys for single purposes that come from it. Pure, and needs no cipher."""
+"""A store's encryption key, and the keys for single purposes derived from it. Pure.
+
+Needs no cipher.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,19 @@ SECRET_BYTES = 32
 """Length of a key: what AES-256 takes."""
 
 _DISTINCT_MIN = 12
-"""Fewest different bytes in a key. 32 random bytes have 30 of them; fewer than 12 come once in
-10^22 keys."""
+"""Fewest different bytes in a key. 32 random bytes have 30 on average; fewer than 12 occur once in
+10^22 keys.
+"""
 
 _DOMAIN = b"ckpt encrypted objects 1"
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptionKey:
-    """A key of 32 random bytes as what is derived from it. Its ``id`` is public; nothing else is
-    ever shown or pickled."""
+    """A key of 32 random bytes, held as what is derived from it.
+
+    Its ``id`` is public; nothing else is ever shown or pickled.
+    """
 
     id: bytes
     digest_key: bytes = field(repr=False)
@@ -35,20 +41,23 @@ class EncryptionKey:
 
     @classmethod
     def of(cls, secret: bytes) -> EncryptionKey:
-        """The key of 32 random bytes. Raises UsageError for another length, and for bytes that
-        can't be random."""
+        """The key made of 32 random bytes.
+
+        Raises UsageError for another length, and for bytes that are evidently not random.
+        """
         if len(secret) != SECRET_BYTES:
             raise UsageError(
-                f"a key has another length. size_bytes={len(secret)} wanted={SECRET_BYTES}; make a "
-                "new one"
+                f"wrong length of an encryption key. size_bytes={len(secret)} "
+                f"wanted={SECRET_BYTES}; make a new one"
             )
         if len(set(secret)) < _DISTINCT_MIN:
             raise UsageError(
                 "a key isn't random: it holds only a few different bytes; make a new one"
             )
-        drawn = _mac(_DOMAIN, secret)
+        # HKDF-SHA256, one output block per purpose: extract, then expand with the counter byte 01.
+        root = _mac(_DOMAIN, secret)
         public, *private = (
-            _mac(drawn, use + b"\x01") for use in (b"id", b"digest", b"salt", b"header", b"frames")
+            _mac(root, use + b"\x01") for use in (b"id", b"digest", b"salt", b"header", b"frames")
         )
         return cls(public[:8], *private)
 
@@ -61,8 +70,10 @@ class EncryptionKey:
         )
 
     def header(self, name: str, *, digest: bytes, plain_bytes: int) -> EncryptedHeader:
-        """The header of the object ``name`` whose plaintext has ``digest`` under ``digest_key``.
-        Pure."""
+        """The header of the object ``name`` whose plaintext has ``digest`` under ``digest_key``."""
+        # The salt is a function of key, name and plaintext, not random: a repeated put stores the
+        # same bytes, and another plaintext at the same name gets another AES key, so no nonce
+        # repeats.
         salt = _mac(self._salt_key, digest + plain_bytes.to_bytes(8, "big") + name.encode())[:16]
         bare = EncryptedHeader(key_id=self.id, plain_bytes=plain_bytes, salt=salt)
         return EncryptedHeader(
@@ -83,7 +94,7 @@ class EncryptionKey:
 
 @dataclass(frozen=True, slots=True)
 class EncryptionKeys:
-    """The key that is written with, and further ones that only read: those used before."""
+    """The key to write with, and older keys that only read."""
 
     writing: EncryptionKey
     older: tuple[EncryptionKey, ...] = ()
@@ -97,7 +108,7 @@ class EncryptionKeys:
 
     @property
     def ids(self) -> str:
-        """The ids of all, for messages."""
+        """The ids of all keys, for messages."""
         return ",".join(key.id.hex() for key in (self.writing, *self.older))
 
 
@@ -105,11 +116,11 @@ def _mac(key: bytes, data: bytes) -> bytes:
     return hmac.digest(key, data, "sha256")
 
 
-# From what a file, variable or command holds to the 32 bytes of a key. Pure; no message holds any
-# of it.
+# ---- Key material: from the content of a file, variable or command to 32 bytes. No message shows
+# it.
 
 MATERIAL_BYTES_MAX = 1024
-"""More than any spelling of a key takes; whatever is longer is something else."""
+"""More than any spelling of a key takes; longer content is no key."""
 
 _HEX = re.compile(rb"[0-9A-Fa-f]{64}")
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{43}=?")
@@ -117,11 +128,10 @@ _TEXT = re.compile(rb"[\t\n\r -~]*")
 
 
 def parse_secret(material: bytes, *, source: str) -> bytes:
-    """The key in ``material``: 32 raw bytes, or 64 hex digits, or base64 of 32 bytes, with white
-    space around.
+    """The key in ``material``: 32 raw bytes, 64 hex digits, or base64 of 32 bytes.
 
-    Raises UsageError for everything else; a passphrase of whatever length is no key. ``source``
-    names it in the message.
+    Text may have white space around it. Raises UsageError for anything else; a passphrase of any
+    length is no key. ``source`` names the material in messages.
     """
     if len(material) == SECRET_BYTES and not _TEXT.fullmatch(material):
         return material
@@ -137,13 +147,12 @@ def parse_secret(material: bytes, *, source: str) -> bytes:
             secret = b""
         if len(secret) == SECRET_BYTES:
             return secret
-    what = (
+    problem = (
         "it is empty"
         if not text
         else "it is neither 32 raw bytes nor 64 hex digits nor base64 of 32 bytes"
     )
     raise UsageError(
-        f"no encryption key here: {what}. source={source} size_bytes={len(material)}; passphrases "
-        "are no keys, make one with "
-        "ckpt.backends.encrypted.keys.write_new_key(path)"
+        f"no encryption key: {problem}. source={source} size_bytes={len(material)}; passphrases "
+        "are no keys, make one with ckpt.backends.encrypted.keys.write_new_key(path)"
     )

@@ -1,7 +1,7 @@
-"""A store whose bytes only a key can read: a wrapper around any backend, and around several behind
-one.
+"""A store whose objects only a key can read: a wrapper around any backend.
 
-Objects whose key ``is_sealed`` takes are encrypted whole; all others pass through as they are.
+Objects whose key ``is_sealed`` accepts are encrypted whole; all others pass through unchanged.
+Imported lazily, because it needs the package ``cryptography``.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from ckpt.backends.encrypted.secret import EncryptionKey, EncryptionKeys
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 
 READ_BYTES_BEST_MIN = 4 * FRAME_BYTES
-"""Shorter reads decrypt mostly what was not asked for."""
+"""Shorter reads decrypt mostly bytes that were not asked for."""
 
 _TRIES_MAX = 3
-"""Looks at an object's two lengths: objects never change, so that they differ twice only where one
-is damaged."""
+"""Comparisons of an object's stored length with its header. Objects never change, so only a damaged
+one differs more than once.
+"""
 
 
 class EncryptedBackend:
     """``inner`` with objects encrypted under ``keys``; sizes and offsets are the plaintext's.
 
     A put takes memory for the stored object, a read for the stored bytes of its range; up to 256
-    MiB are kept for the next. A key that isn't among ``keys`` raises UsageError, which nothing
-    takes for damage; stored bytes that differ from what was written raise IntegrityError.
-    ``others`` are bare stores that hold the same objects: what they have is written with the key
-    that they have it under, so that all copies stay alike after a change of keys.
+    MiB are kept for reuse. An object under an unknown key raises UsageError, which no caller takes
+    for damage. Stored bytes that differ from what was written raise IntegrityError. ``others`` are
+    bare stores that hold the same objects. An object that one of them has is written under the key
+    that it has there, so that all copies stay equal after a change of keys.
     """
 
     def __init__(
@@ -53,25 +54,21 @@ class EncryptedBackend:
 
     @property
     def url(self) -> str:
-        """See Backend."""
         return self._inner.url
 
     @property
     def inner(self) -> Backend:
-        """The store with the bytes as they lie there. Copies from store to store are made of
-        these."""
+        """The store of encrypted bytes. Copies from store to store are made of these."""
         return self._inner
 
     def capabilities(self) -> Capabilities:
-        """See Backend."""
-        found = self._inner.capabilities()
+        inner = self._inner.capabilities()
         return replace(
-            found, direct_io=False, read_bytes_best=max(found.read_bytes_best, READ_BYTES_BEST_MIN)
+            inner, direct_io=False, read_bytes_best=max(inner.read_bytes_best, READ_BYTES_BEST_MIN)
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Repeating a put stores the same bytes; the buffers must not change until it
-        returns."""
+        """Repeating a put stores the same bytes. The buffers must not change until it returns."""
         if not self._is_sealed(check_key(key)):
             self._inner.put(key, data, create_only=create_only)
             return
@@ -80,62 +77,64 @@ class EncryptedBackend:
             self._inner.put(key, [stored], create_only=create_only)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend. Reads whole frames, up to 128 KiB more at each end."""
+        """Reads whole frames, up to 128 KiB more at each end."""
         if not self._is_sealed(check_key(key)):
             self._inner.read_into(key, out, offset_bytes=offset_bytes)
             return
         self._read(key, out, accept_any, offset_bytes=offset_bytes)
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend. Raises IntegrityError where the stored length is no encrypted object's, or
-        not what its header says.
+        """Raises IntegrityError if the stored length is no encrypted object's, or not the header's.
 
-        The header is read only where an object cut short could pass for a shorter one; else reading
-        it to its end fails.
+        The header is read only if a truncated object could pass for a shorter one; in all other
+        cases reading the object to its end fails.
         """
-        found = self._inner.stat(key)
+        stat = self._inner.stat(key)
         if not self._is_sealed(key):
-            return found
+            return stat
         for _ in range(_TRIES_MAX):
-            if found is None:
+            if stat is None:
                 return None
-            size_bytes = plain_size(found.size_bytes)
+            size_bytes = plain_size(stat.size_bytes)
+            # Cut between frames, an object could pass for a shorter one whose last frame is full:
+            # only then compare with the header.
             if size_bytes is not None and (
                 size_bytes % FRAME_BYTES or size_bytes == self._reader.plain_bytes(key)
             ):
-                return Stat(key, size_bytes, found.modified_unix_s)
-            self._reader.forget_header(key)  # another object may have taken its place
-            found = self._inner.stat(key)
+                return Stat(key, size_bytes, stat.modified_unix_s)
+            self._reader.forget_header(key)  # the object may have been replaced
+            stat = self._inner.stat(key)
         raise IntegrityError(
-            f"an encrypted object's length is not what it should be. key={key} store={self.url}; "
-            "read another copy"
+            f"an encrypted object has a wrong length. key={key} store={self.url}; read another copy"
         )
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. An object whose length no encrypted one has comes with 0 bytes: a listing
-        outlives damage."""
-        for found in self._inner.list(prefix, after=after):
-            if self._is_sealed(found.key):
-                yield Stat(found.key, plain_size(found.size_bytes) or 0, found.modified_unix_s)
+        """An object whose stored length is invalid is listed with 0 bytes.
+
+        Damage must not end a listing.
+        """
+        for stat in self._inner.list(prefix, after=after):
+            if self._is_sealed(stat.key):
+                yield Stat(stat.key, plain_size(stat.size_bytes) or 0, stat.modified_unix_s)
             else:
-                yield found
+                yield stat
 
     def delete(self, key: str) -> None:
-        """See Backend."""
         self._reader.forget_header(key)
         self._inner.delete(key)
 
     def close(self) -> None:
-        """See Backend."""
         self._inner.close()
 
     def _writing(self, name: str) -> EncryptionKey:
+        # Write under the key that another store has the object under, so that all copies stay equal
+        # after a change of keys.
         for store in self._others:
             head = memoryview(bytearray(HEADER_BYTES))
             try:
                 store.read_into(name, head)
             except (NotFoundError, IntegrityError, UnavailableError):
-                continue  # this copy says nothing; the newest key is right for what no store has
+                continue  # no header here; an object that no store has gets the newest key
             header = decode_header(head, name)
             key = None if isinstance(header, str) else self._keys.find(header.key_id)
             if key is not None:
@@ -151,8 +150,10 @@ class EncryptedBackend:
 
 
 class EncryptedMultiStore(EncryptedBackend):
-    """The same around several stores: what does not decrypt in one of them is read from, and mended
-    by, another."""
+    """The same over several stores.
+
+    An object that does not decrypt in one of them is read from another, which also repairs it.
+    """
 
     def __init__(
         self,
@@ -177,45 +178,45 @@ class EncryptedMultiStore(EncryptedBackend):
 
     @property
     def stores(self) -> tuple[Backend, ...]:
-        """Each store alone, seen through the keys; what isn't encrypted, the log above all, is read
-        and written as it is."""
+        """The single stores, seen through the keys.
+
+        Objects that are not encrypted, above all the log, pass through unchanged.
+        """
         return self._stores
 
     @property
     def write_quorum(self) -> int:
-        """See Replicated."""
         return self._several.write_quorum
 
     def count_only(self, full: frozenset[int], *, silent: frozenset[int] = frozenset()) -> None:
-        """See Replicated."""
         self._several.count_only(full, silent=silent)
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend. Where the copy that answered has a wrong length, of the first that has a
-        right one."""
+        """If the copy that answered has a wrong length, the first copy with a right one."""
         try:
             return super().stat(key)
         except IntegrityError as damage:
+            # A truncated copy must not make the object look damaged in all stores.
             for store in self._stores:
                 try:
-                    found = store.stat(key)
+                    stat = store.stat(key)
                 except (IntegrityError, UnavailableError):
                     continue
-                if found is not None:
-                    return found
+                if stat is not None:
+                    return stat
             raise damage
 
     def read_checked(
         self, key: str, out: memoryview, check: Check, *, offset_bytes: int = 0
     ) -> None:
-        """See Replicated. ``check`` sees plaintext."""
+        """``check`` sees plaintext."""
         if not self._is_sealed(check_key(key)):
             self._several.read_checked(key, out, check, offset_bytes=offset_bytes)
             return
         self._read(key, out, check, offset_bytes=offset_bytes)
 
     def read_object(self, key: str, check: Check, *, bytes_max: int) -> bytes:
-        """See Replicated. ``check`` sees plaintext, and ``bytes_max`` is of plaintext."""
+        """``check`` sees plaintext, and ``bytes_max`` is of plaintext."""
         if not self._is_sealed(check_key(key)):
             return self._several.read_object(key, check, bytes_max=bytes_max)
         return self._reader.read_object(key, check, self._several, bytes_max=bytes_max)
@@ -224,7 +225,7 @@ class EncryptedMultiStore(EncryptedBackend):
 def encrypted_store(
     inner: Backend, keys: EncryptionKeys, *, is_sealed: Callable[[str], bool]
 ) -> Backend:
-    """``inner`` with encrypted objects, several stores where ``inner`` is several."""
+    """``inner`` with encrypted objects; if ``inner`` is several stores, so is the result."""
     if isinstance(inner, MultiStoreBackend):
         return EncryptedMultiStore(inner, inner, keys, is_sealed=is_sealed)
     return EncryptedBackend(inner, keys, is_sealed=is_sealed)

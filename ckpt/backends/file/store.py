@@ -1,4 +1,4 @@
-"""A store in a folder: local disk, or a network file system mounted here."""
+"""A store in a folder: a local disk, or a network file system mounted here."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ from ckpt.errors import (
     UsageError,
 )
 
-# From keys to paths below one root, and back.
+# ---- Paths: from keys to paths below one root, and back.
 
 
 def locate(root: str, key: str) -> str:
-    """The path of ``key``'s object. Raises UsageError for a bad key and where a symbolic link leads
-    its folder elsewhere.
+    """The path of ``key``'s object.
 
-    Below the root a store has real folders only: a link could lead out of the store, or make two
-    keys one object.
+    Raises UsageError for an invalid key, and if a symbolic link leads its folder elsewhere. Below
+    the root a store has real folders only: a link could lead out of the store, or make two keys one
+    object.
     """
     path = f"{root}/{check_key(key)}"
     folder = os.path.dirname(path)  # noqa: PTH120
     expected = os.path.normpath(os.path.realpath(root) + folder[len(root) :])
     if os.path.realpath(folder) != expected:
         raise UsageError(
-            f"a symbolic link leads out of the place where the key belongs. key={key!r} "
-            f"path={folder} "
+            f"a symbolic link leads out of the key's folder. key={key!r} path={folder} "
             f"leads_to={os.path.realpath(folder)}; replace the link by a real folder (or mount "
             "that disk there)"
         )
@@ -54,7 +53,7 @@ def locate(root: str, key: str) -> str:
 
 
 def parent_folders(root: str, path: str) -> list[str]:
-    """The folders from that of ``path`` up to and with ``root``, innermost first."""
+    """The folders from that of ``path`` up to and including ``root``, innermost first."""
     folders = []
     folder = path
     while folder != root:
@@ -64,8 +63,10 @@ def parent_folders(root: str, path: str) -> list[str]:
 
 
 def walk(root: str, prefix: str, after: str) -> Iterator[Stat]:
-    """Objects below ``root`` in key order, folder by folder; what vanishes meanwhile is left out.
-    Raises OSError."""
+    """The objects below ``root`` in key order, folder by folder. Raises OSError.
+
+    Objects that vanish during the walk are left out.
+    """
     check_prefix(prefix)
     yield from _walk(root, prefix.rpartition("/")[0], prefix, after)
 
@@ -88,29 +89,32 @@ def _walk(root: str, folder: str, prefix: str, after: str) -> Iterator[Stat]:
 
 
 def _entries(path: str) -> list[tuple[str, bool]]:
-    """Files and folders (True) in the order of the keys they lead to: a folder sorts as its name
-    with a slash."""
+    """Files and folders (True) in the order of their keys.
+
+    A folder sorts as its name with a slash, because its keys do.
+    """
     try:
         with os.scandir(path) as entries:
-            found = [
+            names = [
                 (entry.name, entry.is_dir(follow_symlinks=False))
                 for entry in entries
                 if entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
             ]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(found, key=lambda entry: entry[0] + "/" if entry[1] else entry[0])
+    return sorted(names, key=lambda entry: entry[0] + "/" if entry[1] else entry[0])
 
 
-# What a file system can do, found out by doing it.
+# ---- Probe: what the folder's file system can do, found out by trying.
 
 _LACKS = frozenset(
     {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV}
 )
+"""Errors by which file systems say that they lack links, exclusive renames or direct I/O."""
 
 
 class CreateMethod(enum.Enum):
-    """How a finished file gets a name, unless somebody has that name."""
+    """How a finished file gets a name that must not exist yet."""
 
     LINK = "link"
     RENAME = "rename"
@@ -118,18 +122,22 @@ class CreateMethod(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FileSystemSupport:
-    """What the folder's file system does: the way to create once (None: there is none), and whether
-    it takes direct I/O."""
+    """What the folder's file system supports.
+
+    ``create_method``: how to create a name only once; None if it cannot. ``direct_io``: whether it
+    takes direct writes.
+    """
 
     create_method: CreateMethod | None
     direct_io: bool
 
 
 def probe_file_system(ops: FileOps, root: str) -> FileSystemSupport:
-    """Try links, renames without replacing and direct I/O with a few short-lived names.
+    """Try links, exclusive renames and direct I/O with a few short-lived names.
 
-    They lie in ``<root>/.tmp`` or, where there is no root yet, in the nearest folder above it,
-    which it will share its file system with. Raises OSError where nothing may be written there.
+    They are made in ``<root>/.tmp``. If the root does not exist yet, they are made in the nearest
+    existing folder above it, which will share its file system. Raises OSError if that folder is not
+    writable.
     """
     folder, prefix = root, ".ckpt-"
     while not os.path.isdir(folder):  # noqa: PTH112
@@ -143,11 +151,11 @@ def probe_file_system(ops: FileOps, root: str) -> FileSystemSupport:
         new_temp_file(ops, folder, prefix=prefix) as second,
     ):
         return FileSystemSupport(
-            _way_to_create(ops, first, second), direct_io=set_direct(first.fd, on=True)
+            _find_create_method(ops, first, second), direct_io=set_direct(first.fd, on=True)
         )
 
 
-def _way_to_create(ops: FileOps, first: TempFile, second: TempFile) -> CreateMethod | None:
+def _find_create_method(ops: FileOps, first: TempFile, second: TempFile) -> CreateMethod | None:
     free = second.path + "-c"
     try:
         for create, act in ((CreateMethod.LINK, ops.link), (CreateMethod.RENAME, ops.rename_new)):
@@ -161,7 +169,7 @@ def _way_to_create(ops: FileOps, first: TempFile, second: TempFile) -> CreateMet
 
 
 def _outcome(act: Callable[[str, str], None], source: str, target: str) -> type[OSError] | None:
-    """The error class of an act that the file system refuses or lacks; None where it succeeds."""
+    """The error class of a call that the file system refuses or lacks; None if it succeeds."""
     try:
         act(source, target)
     except FileExistsError:
@@ -174,27 +182,31 @@ def _outcome(act: Callable[[str, str], None], source: str, target: str) -> type[
 
 
 READ_BYTES_BEST = 512 << 10
-"""Opening a file costs some ten microseconds, as reading a tenth of this does. Joining more would
-cost a copy instead."""
+"""Opening a file costs some ten microseconds, as reading a tenth of this does. Joining more ranges
+would cost a copy instead.
+"""
 
 CONCURRENCY_BEST = max(2, min(8, os.cpu_count() or 2))
-"""Reads or writes in flight that fill a disk or a mount: past the cores that copy, more of them
-only wait for each other."""
+"""Reads or writes in flight that fill a disk or a mount. Beyond the cores that copy, more of them
+only wait for each other.
+"""
 
 _TRIES_MAX = 16
+"""How often a put makes the key's folder anew when concurrent deletes prune it."""
 _IOV_BYTES_MAX = 1 << 30
+"""Bytes per read call; Linux moves at most 2 GiB at once."""
 
 
 class FileBackend:
-    """A store in the folder ``root`` of a file system.
+    """A store in the folder ``root`` of a file system. Thread-safe.
 
-    An object is written to ``<root>/.tmp``, synced, and only then given its name, so that no reader
-    sees half of it and what has a name has its bytes on disk. When ``put`` returns, the name is on
-    disk too. Objects of 1 MiB and more in page-aligned memory go past the page cache where the file
-    system allows (``direct_io``). The first put of each backend makes the folder and sweeps what
-    dead writers left in ``.tmp``. A delete is not synced: a power cut may undo it.
+    An object is written to ``<root>/.tmp``, synced, and only then given its name: no reader sees
+    half of it, and an object that has a name has its bytes on disk. When ``put`` returns, the name
+    is on disk too. Objects of 1 MiB and more in page-aligned memory go past the page cache if the
+    file system allows it (``direct_io``). The first put of each backend makes the folder and sweeps
+    what dead writers left in ``.tmp``. A delete is not synced: a power cut may undo it.
 
-    Keeps no files open and no state that another process or a fork could make stale. Thread-safe.
+    Keeps no files open, and no state that another process or a fork could make stale.
     """
 
     def __init__(
@@ -212,8 +224,10 @@ class FileBackend:
         return self._root
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Tries two names in the folder once; where it may not write, create_only is
-        False and asked again."""
+        """Tries two names in the folder once.
+
+        In a folder that is not writable ``create_only`` is False, and the next call tries again.
+        """
         try:
             probed = self._probe()
         except (StoreDeniedError, UnavailableError):
@@ -226,8 +240,7 @@ class FileBackend:
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Costs two to four syncs; copies only what is not page-aligned, through at
-        most 8 MiB."""
+        """Costs two to four syncs; copies only what is not page-aligned, through at most 8 MiB."""
         self._put(key, data, lambda: None, create_only=create_only)
 
     def put_lent(
@@ -238,10 +251,10 @@ class FileBackend:
         *,
         create_only: bool = False,
     ) -> None:
-        """As ``put``, of memory that its owner may take back and change meanwhile.
+        """As ``put``, with memory that its owner may take back and change meanwhile.
 
-        ``still_lent`` is called when all bytes are down and before the object gets its name; what
-        it raises is raised, with nothing stored.
+        ``still_lent`` is called when all bytes are written and before the object gets its name. Its
+        error is raised, with nothing stored.
         """
         self._put(key, data, still_lent, create_only=create_only)
 
@@ -253,27 +266,29 @@ class FileBackend:
         create = self._probe().create_method if create_only else None
         if create_only and create is None:
             raise UsageError(
-                "this file system can neither link nor rename without replacing, so nothing can "
-                "be created once in it. "
-                f"store={self._root}; use another store as the job's first"
+                "this file system can neither link nor rename without replacing, so it cannot "
+                f"create a key only once. store={self._root}; use another store as the job's first"
             )
         with translate_os_errors("put", path):
             self._prepare()
             with new_temp_file(self._ops, f"{self._root}/{TEMP_FOLDER}") as temp:
                 write_all(self._ops, temp.fd, pieces, direct=self._direct_io)
+                # The order is the promise: bytes on disk before the name exists, and the name on
+                # disk before put() returns.
                 self._ops.fsync(temp.fd)
+                # After the last read of the caller's memory, before the name: bytes that a hung put
+                # read too late stay in the temporary file.
                 still_lent()
                 try:
                     self._give_name(temp, path, create)
                 except FileExistsError as error:
-                    # Whoever is told that the object exists may build on it: so its name must be on
-                    # disk too.
+                    # The caller may build on the existing object, so its name must be on disk too.
                     self._sync_names(path)
                     raise _taken(path, key, error) from error
                 self._sync_names(path)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend. Reads through the page cache straight into ``out``."""
+        """Reads through the page cache straight into ``out``."""
         path = locate(self._root, key)
         if offset_bytes < 0:
             raise UsageError(
@@ -282,18 +297,16 @@ class FileBackend:
         with translate_os_errors("read", path):
             fd = self._open_object(path, key)
             try:
-                got = _read_fully(fd, out.cast("B"), offset_bytes)
+                filled_bytes = _read_fully(fd, out.cast("B"), offset_bytes)
             finally:
                 os.close(fd)
-        if got < len(out):
+        if filled_bytes < len(out):
             raise IntegrityError(
                 f"the object ends too early. path={path} offset_bytes={offset_bytes} "
-                f"wanted_bytes={len(out)} "
-                f"got_bytes={got}; read another copy"
+                f"wanted_bytes={len(out)} got_bytes={filled_bytes}; read another copy"
             )
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend."""
         path = locate(self._root, key)
         with translate_os_errors("stat", path):
             try:
@@ -303,13 +316,13 @@ class FileBackend:
         return Stat(key, facts.st_size, facts.st_mtime) if modes.S_ISREG(facts.st_mode) else None
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. Reads one folder at a time; symbolic links and files whose name is no key
-        are left out."""
+        """Reads one folder at a time; leaves out symbolic links and files whose name is not a
+        key."""
         with translate_os_errors("list", self._root):
             yield from walk(self._root, prefix, after)
 
     def delete(self, key: str) -> None:
-        """See Backend. Folders that become empty go too."""
+        """Folders that become empty are removed too."""
         path = locate(self._root, key)
         with translate_os_errors("delete", path):
             try:
@@ -322,11 +335,11 @@ class FileBackend:
                 try:
                     self._ops.rmdir(folder)
                 except OSError:
-                    # Not empty, or not ours to remove: an empty folder harms nobody.
+                    # Not empty, or not ours to remove. An empty folder does no harm.
                     return
 
     def close(self) -> None:
-        """See Backend. Nothing is held open."""
+        """No handles are held open."""
 
     def _probe(self) -> FileSystemSupport:
         if self._probed is None:
@@ -335,8 +348,10 @@ class FileBackend:
         return self._probed
 
     def _prepare(self) -> None:
-        """Make the root and ``.tmp`` where they are missing; on the first call also sweep and sync
-        the root's own name."""
+        """Make the root and ``.tmp`` if they are missing.
+
+        The first call also sweeps and syncs the root's own name.
+        """
         temps = f"{self._root}/{TEMP_FOLDER}"
         if not Path(temps).is_dir():
             _make_folders(self._ops, self._root)
@@ -348,8 +363,10 @@ class FileBackend:
             self._swept = True
 
     def _give_name(self, temp: TempFile, path: str, create: CreateMethod | None) -> None:
-        """Make the synced file visible as ``path``; without ``create`` it replaces what is there,
-        else FileExistsError."""
+        """Make the synced file visible as ``path``.
+
+        Without ``create`` it replaces an existing object; with it raises FileExistsError.
+        """
         for _ in range(_TRIES_MAX):
             try:
                 for folder in reversed(parent_folders(self._root, path)[:-1]):
@@ -363,7 +380,7 @@ class FileBackend:
                         self._ops.rename_new(temp.path, path)
             except FileNotFoundError:
                 # A concurrent delete may prune the folder between making it and naming the object
-                # in it.
+                # in it. A temporary file without a name was swept by mistake: then the put fails.
                 if os.fstat(temp.fd).st_nlink == 0:
                     raise
                 continue
@@ -374,18 +391,18 @@ class FileBackend:
         try:
             self._ops.link(temp.path, path)
         except FileExistsError:
-            # A network file system may repeat a link whose reply it lost, and then find our own.
+            # A network file system may repeat a link after a lost reply, and then find our own.
             if not _same_file(temp.fd, path):
                 raise
 
     def _sync_names(self, path: str) -> None:
-        """Make the object's name durable, and each folder's above it.
+        """Make the object's name durable, and the name of each folder above it.
 
-        All the way up each time, not just for folders made here: another process may have made one
-        and not yet synced it. Syncing a folder that nobody changed costs microseconds.
+        Always up to the root, not only for folders made here: another process may have made one and
+        not yet synced it. Syncing an unchanged folder costs microseconds.
         """
         for folder in parent_folders(self._root, path):
-            # A folder that is gone was pruned by a delete of this very object.
+            # A missing folder was pruned by a delete of this very object.
             with contextlib.suppress(FileNotFoundError):
                 self._ops.fsync_directory(folder)
 
@@ -399,8 +416,8 @@ class FileBackend:
         if not modes.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise NotFoundError(
-                f"no object but a folder or device. key={key} store={self._root}; list the store's "
-                "keys"
+                f"not an object but a folder or device. key={key} store={self._root}; list the "
+                "store's keys"
             )
         return fd
 
@@ -416,25 +433,27 @@ def _taken(path: str, key: str, error: FileExistsError) -> KeyExistsError | Usag
 
 def _same_file(fd: int, path: str) -> bool:
     try:
-        there = os.stat(path, follow_symlinks=False)  # noqa: PTH116
+        named = os.stat(path, follow_symlinks=False)  # noqa: PTH116
     except FileNotFoundError:
         return False
-    return os.path.samestat(os.fstat(fd), there)
+    return os.path.samestat(os.fstat(fd), named)
 
 
 def _read_fully(fd: int, out: memoryview, offset_bytes: int) -> int:
     """Read until ``out`` is full or the file ends; returns the bytes read."""
-    got = 0
-    while got < len(out):
-        read = os.preadv(fd, [out[got : got + _IOV_BYTES_MAX]], offset_bytes + got)
+    filled_bytes = 0
+    while filled_bytes < len(out):
+        read = os.preadv(
+            fd, [out[filled_bytes : filled_bytes + _IOV_BYTES_MAX]], offset_bytes + filled_bytes
+        )
         if read == 0:
             break
-        got += read
-    return got
+        filled_bytes += read
+    return filled_bytes
 
 
 def _make_folders(ops: FileOps, path: str) -> None:
-    """Make ``path`` and what is missing above it, each name durable before the next is made."""
+    """Make ``path`` and missing folders above it, each name durable before the next is made."""
     missing = []
     while not Path(path).is_dir():
         missing.append(path)
@@ -452,7 +471,7 @@ def _make_folder(ops: FileOps, path: str) -> None:
     except FileExistsError:
         if not Path(path).is_dir():
             raise NotADirectoryError(
-                errno.ENOTDIR, "a file stands where a folder belongs", path
+                errno.ENOTDIR, "a file is in the place of a folder", path
             ) from None
 
 
@@ -460,6 +479,6 @@ def _sync_where_allowed(ops: FileOps, path: str) -> None:
     try:
         ops.fsync_directory(path)
     except OSError as error:
-        # A folder that we may not read is one that we could not have made the root in.
+        # A folder that we may not sync is one that we could not have made the root in.
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL):
             raise

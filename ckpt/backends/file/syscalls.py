@@ -1,5 +1,7 @@
-"""The system calls with which a file store changes anything, as one seam: tests number, break and
-cut each of them."""
+"""The system calls by which a file store changes anything, behind one protocol.
+
+Tests number, fail and interrupt each of them.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,10 @@ _AT_FDCWD = -100
 
 
 class FileOps(Protocol):
-    """Everything a FileBackend does that changes the file system. Each method raises OSError as the
-    call behind it does.
+    """Every change that a FileBackend makes to the file system.
 
-    Reading, locking and closing change nothing that outlives the process, so they are not here.
+    Each method raises OSError as the system call behind it does. Reading, locking and closing are
+    not included: they change nothing that outlives the process.
     """
 
     def open(self, path: str, flags: int) -> int:
@@ -33,8 +35,10 @@ class FileOps(Protocol):
         ...
 
     def write(self, fd: int, buffers: Sequence[memoryview], offset_bytes: int) -> int:
-        """Write the buffers one after another from ``offset_bytes`` on; returns how many bytes were
-        taken, maybe fewer."""
+        """Write the buffers one after another from ``offset_bytes`` on.
+
+        Returns the number of bytes written, which may be fewer than given.
+        """
         ...
 
     def fsync(self, fd: int) -> None:
@@ -42,7 +46,7 @@ class FileOps(Protocol):
         ...
 
     def link(self, source: str, target: str) -> None:
-        """Give a file a second name; FileExistsError where the name is taken."""
+        """Give a file a second name. Raises FileExistsError if the name is taken."""
         ...
 
     def rename(self, source: str, target: str) -> None:
@@ -50,8 +54,10 @@ class FileOps(Protocol):
         ...
 
     def rename_new(self, source: str, target: str) -> None:
-        """Move a name; FileExistsError where the target exists, ENOSYS or EINVAL where the system
-        cannot promise that."""
+        """Move a name. Raises FileExistsError if the target exists.
+
+        Raises ENOSYS or EINVAL if the system cannot promise that.
+        """
         ...
 
     def unlink(self, path: str) -> None:
@@ -75,47 +81,36 @@ class RealOps:
     """The operating system itself."""
 
     def open(self, path: str, flags: int) -> int:
-        """See FileOps."""
         return os.open(path, flags, 0o666)
 
     def preallocate(self, fd: int, size_bytes: int) -> None:
-        """See FileOps."""
         os.posix_fallocate(fd, 0, size_bytes)
 
     def write(self, fd: int, buffers: Sequence[memoryview], offset_bytes: int) -> int:
-        """See FileOps."""
         return os.pwritev(fd, buffers, offset_bytes)
 
     def fsync(self, fd: int) -> None:
-        """See FileOps."""
         os.fsync(fd)
 
     def link(self, source: str, target: str) -> None:
-        """See FileOps."""
         os.link(source, target, follow_symlinks=False)
 
     def rename(self, source: str, target: str) -> None:
-        """See FileOps."""
         Path(source).rename(target)
 
     def rename_new(self, source: str, target: str) -> None:
-        """See FileOps."""
         _rename_noreplace(source, target)
 
     def unlink(self, path: str) -> None:
-        """See FileOps."""
         Path(path).unlink()
 
     def mkdir(self, path: str) -> None:
-        """See FileOps."""
         Path(path).mkdir()
 
     def rmdir(self, path: str) -> None:
-        """See FileOps."""
         Path(path).rmdir()
 
     def fsync_directory(self, path: str) -> None:
-        """See FileOps."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -137,17 +132,19 @@ def _rename_noreplace(source: str, target: str) -> None:
         raise OSError(number, os.strerror(number), source, None, target)
 
 
-# What the operating system's errors mean for a caller of a store.
+# ---- Errors: from the operating system's to those of a store's caller.
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def error_from_os(error: OSError, *, doing: str, where: str) -> CkptError:
-    """The error to raise for ``error``. ``doing`` is the operation, ``where`` a path or URL without
-    credentials."""
-    name = errno.errorcode.get(error.errno or 0, type(error).__name__)
-    facts = f"operation={doing} path={where} error={name}"
+    """The error to raise for ``error``.
+
+    ``doing`` names the operation, ``where`` is a path or a URL without credentials.
+    """
+    error_name = errno.errorcode.get(error.errno or 0, type(error).__name__)
+    facts = f"operation={doing} path={where} error={error_name}"
     if error.errno in _FULL:
         return StoreFullError(
             f"the store is full. {facts}; free space or raise the quota or file size limit, then "
@@ -159,16 +156,16 @@ def error_from_os(error: OSError, *, doing: str, where: str) -> CkptError:
         )
     if error.errno == errno.ENOTDIR:
         return UsageError(
-            f"a part of the key is a file already. {facts}; choose another key or store folder"
+            f"a component of the key is already a file. {facts}; choose another key or store folder"
         )
     if error.errno == errno.EISDIR:
         return UsageError(
-            f"the key is a folder already. {facts}; choose another key or store folder"
+            f"the key is already a folder. {facts}; choose another key or store folder"
         )
     if error.errno == errno.ELOOP:
         return UsageError(
-            f"a symbolic link stands where an object belongs. {facts}; replace the link by the "
-            "real thing"
+            f"a symbolic link is in the place of an object. {facts}; replace the link by the real "
+            "file"
         )
     if error.errno == errno.ENAMETOOLONG:
         return UsageError(

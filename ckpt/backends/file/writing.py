@@ -1,9 +1,9 @@
-"""Bytes from the caller's memory into one open file: past the page cache where the memory allows,
-through it elsewhere.
+"""Writing one file from the caller's memory, and the temporary files that are being written.
 
-Direct writes need memory, file offset and length on page boundaries. Buffers that are so go down as
-they lie; the others are gathered in one page-aligned bounce buffer of bounded size. What is left at
-the end, less than a page, is written through the page cache.
+Bytes go past the page cache if the memory allows it, through it otherwise. Direct writes need
+memory address, file offset and length on page boundaries. Aligned buffers are written from where
+they are; others are gathered in one page-aligned bounce buffer of bounded size. The rest at the
+end, shorter than a page, is written through the page cache.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from ckpt.backends.file.syscalls import FileOps
 from ckpt.values import PAGE_BYTES
 
 DIRECT_BYTES_MIN = 1 << 20
-"""Smaller objects go through the page cache: for them the fsync costs more than the copy."""
+"""Smaller objects go through the page cache: their fsync costs more than the copy."""
 
 WRITE_BYTES_MAX = 16 << 20
-"""Bytes handed to one system call; larger ones were not faster."""
+"""Bytes per system call; larger calls measured no faster."""
 
 BOUNCE_BYTES = 8 << 20
-"""The bounce buffer's size: the most that a put copies at a time."""
+"""The size of the bounce buffer: the most that a put copies at a time."""
 
 _RUN_BYTES_MIN = 256 << 10
-"""An aligned stretch shorter than this is copied too: a write of its own would cost more than the
-copy."""
+"""Shorter aligned stretches are copied too: a write of their own would cost more than the copy."""
 
 _BUFFERS_MAX = 512
-"""Buffers a system call takes at once; Linux allows 1,024."""
+"""Buffers per system call; Linux allows 1,024."""
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -45,9 +44,9 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 def write_all(ops: FileOps, fd: int, pieces: Sequence[memoryview], *, direct: bool) -> None:
     """Write the concatenation of ``pieces`` to the empty file ``fd`` from offset 0. Does not sync.
 
-    ``direct`` asks for direct writes where there is enough to write; where the file system refuses
-    them the bytes go through the page cache. Raises OSError. Copies at most what is not
-    page-aligned, through BOUNCE_BYTES of memory.
+    ``direct`` asks for direct writes if the data is large enough; if the file system refuses them,
+    the bytes go through the page cache. Raises OSError. Copies only what is not page-aligned,
+    through BOUNCE_BYTES of memory.
     """
     total = sum(len(piece) for piece in pieces)
     wants_direct = direct and total >= DIRECT_BYTES_MIN
@@ -60,7 +59,7 @@ def write_all(ops: FileOps, fd: int, pieces: Sequence[memoryview], *, direct: bo
 
 
 def set_direct(fd: int, *, on: bool) -> bool:
-    """Turn direct I/O of an open file on or off; False where the file system does not know it."""
+    """Turn direct I/O of an open file on or off; False if the file system lacks it."""
     if not _O_DIRECT:
         return False
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -74,7 +73,7 @@ def set_direct(fd: int, *, on: bool) -> bool:
 
 
 def memory_address(piece: memoryview) -> int:
-    """Where a buffer's first byte lies in memory; 0 for an empty one."""
+    """The memory address of a buffer's first byte; 0 for an empty buffer."""
     return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
 
 
@@ -82,16 +81,17 @@ def _preallocate(ops: FileOps, fd: int, size_bytes: int) -> None:
     try:
         ops.preallocate(fd, size_bytes)
     except OSError as error:
-        # Reserving only makes writing quicker and a full disk known earlier; a file system may well
-        # lack it.
+        # Reserving is optional: it speeds up the write and reports a full disk earlier.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
 
 @dataclass(slots=True)
 class _Writer:
-    """One file being written front to back; leaves direct mode when the file system or the tail
-    demands it."""
+    """One file written from front to back.
+
+    Leaves direct mode when the file system or a tail that is no whole page demands it.
+    """
 
     ops: FileOps
     fd: int
@@ -121,7 +121,7 @@ class _Writer:
 
 
 def _after(pieces: Sequence[memoryview], taken: int) -> list[memoryview]:
-    """What is left of ``pieces`` once their first ``taken`` bytes are written."""
+    """What is left of ``pieces`` after their first ``taken`` bytes are written."""
     left = []
     for piece in pieces:
         if taken < len(piece):
@@ -131,7 +131,7 @@ def _after(pieces: Sequence[memoryview], taken: int) -> list[memoryview]:
 
 
 def _plain_batches(pieces: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """The pieces as they are, some hundred to a system call."""
+    """The pieces unchanged, up to _BUFFERS_MAX per system call."""
     filled = [piece for piece in pieces if len(piece)]
     for first in range(0, len(filled), _BUFFERS_MAX):
         yield filled[first : first + _BUFFERS_MAX]
@@ -139,7 +139,7 @@ def _plain_batches(pieces: Sequence[memoryview]) -> Iterator[list[memoryview]]:
 
 @dataclass(slots=True)
 class _Run:
-    """Aligned stretches of the caller's memory that wait to go down in one system call."""
+    """Aligned stretches of the caller's memory that are written in one system call."""
 
     pieces: list[memoryview] = field(default_factory=list)
     size_bytes: int = 0
@@ -149,7 +149,7 @@ class _Run:
         return self.size_bytes == WRITE_BYTES_MAX or len(self.pieces) == _BUFFERS_MAX
 
     def add(self, piece: memoryview) -> int:
-        """Take as many whole pages of ``piece`` as fit; returns how many bytes."""
+        """Take as many whole pages of ``piece`` as fit; returns the bytes taken."""
         taken = min(len(piece) // PAGE_BYTES * PAGE_BYTES, WRITE_BYTES_MAX - self.size_bytes)
         self.pieces.append(piece[:taken])
         self.size_bytes += taken
@@ -161,10 +161,10 @@ class _Run:
 
 
 def _direct_batches(pieces: Sequence[memoryview], total: int) -> Iterator[list[memoryview]]:
-    """Batches whose every part is page-aligned in memory and length, but for the last one.
+    """Batches whose parts are all page-aligned in memory and length, except the last one.
 
-    A batch may lie in the bounce buffer, which the next one overwrites: write each before asking
-    for the next.
+    A batch may be in the bounce buffer, which the next batch overwrites: write each batch before
+    asking for the next.
     """
     bounce = memoryview(mmap.mmap(-1, min(BOUNCE_BYTES, total + -total % PAGE_BYTES)))
     filled = 0
@@ -173,6 +173,8 @@ def _direct_batches(pieces: Sequence[memoryview], total: int) -> Iterator[list[m
         address = memory_address(piece)
         at = 0
         while at < len(piece):
+            # Bytes that complete the bounce buffer's current page: the file offset must be on a
+            # page boundary before memory can be written from where it is.
             gap = -filled % PAGE_BYTES
             left = len(piece) - at
             aligned_after_gap = (
@@ -201,28 +203,26 @@ def _direct_batches(pieces: Sequence[memoryview], total: int) -> Iterator[list[m
 
 
 def _last_batches(rest: memoryview) -> Iterator[list[memoryview]]:
-    """The bounce buffer's whole pages, then what is shorter than a page."""
+    """The bounce buffer's whole pages, then the rest that is shorter than a page."""
     whole = len(rest) // PAGE_BYTES * PAGE_BYTES
     yield from ([part] for part in (rest[:whole], rest[whole:]) if len(part))
 
 
-# Files that are still being written: how they are named, held, and swept once their writer is
-# dead.
+# ---- Temporary files: their names, their locks, and the sweep after their writer died.
 #
-# A temporary file is called ``<machine>-<random>`` and its writer holds a lock (flock) on it from
-# just after creating it until it is closed; the kernel drops the lock when the writer dies. So a
-# free lock means a dead writer, always on the machine that made the file, whose name says which
-# boot of which machine that was. For other machines' files, where a network file system may keep
-# locks local, an hour without a write (by the store's own clock) is asked for as well. A live
-# file taken by mistake is harmless: its writer notices that the name is gone, and its put fails
-# with nothing visible.
+# A temporary file is called ``<boot>-<random>``, and its writer holds a lock (flock) on it from
+# just after its creation until it is closed; the kernel drops the lock when the writer dies. So on
+# the machine that made the file a free lock always means a dead writer, and the name says which
+# boot of which machine that was. A network file system may keep locks local to each machine. So for
+# files of other machines the sweep also requires an hour without a write, by the store's own clock.
+# A live file that is swept by mistake does no harm: its writer notices that the name is gone, and
+# its put fails with nothing visible.
 
 TEMP_FOLDER = ".tmp"
-"""Where unfinished files lie, below the store's root; never listed."""
+"""The folder of unfinished files below the store's root; never listed."""
 
 FOREIGN_IDLE_S = 3600
-"""How long another machine's unlocked temporary file must have been left alone before it is
-swept."""
+"""Age since the last write before another machine's unlocked temporary file is swept."""
 
 _NAMES_TRIED_MAX = 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -230,7 +230,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class TempFile:
-    """An open temporary file that this process alone writes."""
+    """An open temporary file that only this process writes."""
 
     path: str
     fd: int
@@ -238,17 +238,16 @@ class TempFile:
 
 @contextlib.contextmanager
 def new_temp_file(ops: FileOps, folder: str, *, prefix: str = "") -> Iterator[TempFile]:
-    """Create and lock a temporary file in ``folder``; its name is removed and it is closed at the
-    end of the block.
+    """Create and lock a temporary file in ``folder``; remove its name and close it after the block.
 
-    Raises FileNotFoundError where the folder is missing, and OSError.
+    Raises FileNotFoundError if the folder is missing, and OSError.
     """
     temp = _create(ops, folder, prefix)
     try:
         yield temp
     finally:
-        # The object is safe or failed already; what cannot be removed now is swept later, so it
-        # must not hide either.
+        # The put has succeeded or failed by now. A file that cannot be removed is swept later, so
+        # its error must hide neither outcome.
         try:
             with contextlib.suppress(OSError):
                 ops.unlink(temp.path)
@@ -257,8 +256,10 @@ def new_temp_file(ops: FileOps, folder: str, *, prefix: str = "") -> Iterator[Te
 
 
 def sweep(ops: FileOps, folder: str) -> int:
-    """Remove the temporary files of dead writers from ``folder``; returns how many. Leaves what it
-    may not touch."""
+    """Remove the temporary files of dead writers from ``folder``; returns how many.
+
+    Leaves files that it may not touch.
+    """
     swept = 0
     try:
         names = os.listdir(folder)  # noqa: PTH208
@@ -267,7 +268,7 @@ def sweep(ops: FileOps, folder: str) -> int:
     now_s = _store_clock_s(ops, folder) if names else 0.0
     for name in names:
         with contextlib.suppress(OSError):
-            swept += _sweep_one(ops, f"{folder}/{name}", now_s=now_s)
+            swept += _sweep_file(ops, f"{folder}/{name}", now_s=now_s)
     return swept
 
 
@@ -284,19 +285,19 @@ def _create(ops: FileOps, folder: str, prefix: str) -> TempFile:
         path = f"{folder}/{prefix}{boot_mark()}-{secrets.token_hex(8)}"
         fd = ops.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         try:
-            if _hold(fd):
+            if _lock_new_file(fd):
                 return TempFile(path, fd)
         except BaseException:
             os.close(fd)
             raise
-        # A sweeper saw the file between its creation and the lock; it removes the name, so take
-        # another.
+        # A sweep saw the file between its creation and the lock and removes its name: take
+        # another name.
         os.close(fd)
     raise OSError(errno.EBUSY, "temporary files vanish as soon as they are made", folder)
 
 
-def _hold(fd: int) -> bool:
-    """Lock a file just made; False where a sweeper was quicker."""
+def _lock_new_file(fd: int) -> bool:
+    """Lock a file just made; False if a sweep was quicker."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -304,12 +305,12 @@ def _hold(fd: int) -> bool:
             return False
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        # No locks on this file system: then no sweeper gets one either, and nothing is ever swept.
+        # No locks on this file system: no sweep gets one either, so nothing is ever swept.
     return os.fstat(fd).st_nlink > 0
 
 
-def _sweep_one(ops: FileOps, path: str, *, now_s: float) -> int:
-    # Opened for writing, because network file systems turn flock into a write lock.
+def _sweep_file(ops: FileOps, path: str, *, now_s: float) -> int:
+    # Opened for writing: network file systems turn flock into a lock that needs write access.
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What the errors of object stores' client libraries mean for a caller, whichever library it is."""
+"""Errors of object stores' client libraries, translated to those of a store's caller."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from ckpt.errors import (
 )
 
 _USER_IS_ADDRESS = frozenset({"abfs", "abfss", "az", "adl", "sftp", "ssh", "hdfs"})
-"""Schemes in which the part before ``@`` is a container or a login name, part of the address."""
+"""Schemes in which the part before ``@`` is a container or a login name, and so part of the
+address.
+"""
 
 _DENIED_NAMES = frozenset(
     {
@@ -62,20 +64,23 @@ def public_url(url: str) -> str:
     user, at, host = parts.netloc.rpartition("@")
     keep = at and ":" not in user and parts.scheme in _USER_IS_ADDRESS
     text = urlunsplit((parts.scheme, parts.netloc if keep else host, parts.path, "", ""))
-    # urlunsplit drops the slashes of a scheme it does not know when there is no host.
+    # urlunsplit drops the slashes of an unknown scheme if there is no host.
     return (
         text if "://" in text or not parts.scheme else f"{parts.scheme}://{parts.path.lstrip('/')}"
     )
 
 
 def error_from_client(error: Exception, *, doing: str, where: str) -> CkptError:
-    """The error to raise for what a client library raised. ``where`` is a URL without
-    credentials."""
+    """The error to raise for an error of a client library.
+
+    ``where`` is a URL without credentials.
+    """
     status, code = _reply(error)
     facts = (
         f"operation={doing} url={where} error={code or type(error).__name__} status={status or '-'}"
     )
     names = {kind.__name__ for link in _links(error) for kind in type(link).__mro__}
+    # Most specific first: a full or denying store must not count as unavailable, which is retried.
     if code in _FULL_CODES or status == 507:
         return StoreFullError(
             f"the store is full. {facts}; free space or raise the quota, then repeat"
@@ -115,19 +120,18 @@ def error_from_client(error: Exception, *, doing: str, where: str) -> CkptError:
 
 @contextlib.contextmanager
 def translate_client_errors(doing: str, where: str) -> Iterator[None]:
-    """Raise whatever a client library raises in the block as a CkptError with the cause chained."""
+    """Raise every error of a client library in the block as a CkptError with the cause chained."""
     try:
         yield
     except CkptError:
         raise
     except Exception as error:
-        # A reply from outside, through libraries that share no error class: the border where
-        # everything is translated.
+        # A broad except: the client libraries share no error class.
         raise error_from_client(error, doing=doing, where=where) from error
 
 
 def _links(error: BaseException) -> list[BaseException]:
-    """The error and what caused it, nearest first."""
+    """The error and its causes, nearest first."""
     links: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and len(links) < _CAUSES_MAX:
@@ -137,12 +141,12 @@ def _links(error: BaseException) -> list[BaseException]:
 
 
 def _reply(error: BaseException) -> tuple[int | None, str | None]:
-    """HTTP status and error code of the reply behind an error, where it shows one."""
+    """HTTP status and error code of the reply behind an error, if it shows them."""
     for link in _links(error):
         # obstore has both only in the error's text.
-        if (found := _OBSTORE_STATUS.search(str(link))) is not None:
+        if (match := _OBSTORE_STATUS.search(str(link))) is not None:
             named_code = _OBSTORE_CODE.search(str(link))
-            return int(found[1]), named_code[1] if named_code else None
+            return int(match[1]), named_code[1] if named_code else None
         response: object = getattr(link, "response", None)
         if isinstance(response, dict):
             status: object = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -1,9 +1,8 @@
-"""Whole objects to S3 through s3fs: one request, or a multipart upload with few copies in memory
-and a limit on every wait.
+"""Whole-object writes and ranged reads through fsspec, with few copies and a limit on every wait.
 
-s3fs's own ``pipe_file`` waits for ever where a server takes the connection and then hangs: neither
-the wait for "100 Continue" nor sending a body has a timeout in the HTTP library below it. Its parts
-are sent in batches that all wait for the slowest.
+s3fs's own ``pipe_file`` waits for ever if a server accepts the connection and then hangs: neither
+the wait for "100 Continue" nor sending a body has a timeout in the HTTP library below it. It also
+sends parts in batches, each of which waits for its slowest part.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from ckpt.backends.base import Backend, Buffer
 from ckpt.errors import IntegrityError, NotFoundError, UnavailableError, UsageError
 
-# Work in fsspec's event loop thread, waited for from any other.
+# ---- Event loop: work in fsspec's own thread, with any other thread waiting for it.
 
 T = TypeVar("T")
 
@@ -28,8 +27,8 @@ T = TypeVar("T")
 def run_in_loop(work: Coroutine[object, object, T], loop: asyncio.AbstractEventLoop) -> T:
     """The result of ``work``, done in the thread of ``loop``.
 
-    Where the wait is interrupted, the work is ended first: it touches no memory of the caller's any
-    more.
+    If the wait is interrupted, the work is ended first, so it no longer touches the caller's
+    memory.
     """
     over = threading.Event()
     tasks: list[asyncio.Task[T]] = []
@@ -40,11 +39,11 @@ def run_in_loop(work: Coroutine[object, object, T], loop: asyncio.AbstractEventL
 
     def finish(task: asyncio.Task[T]) -> None:
         if not task.cancelled():
-            task.exception()  # or the loop would report one that an interrupted wait leaves unasked
+            task.exception()  # retrieved, or the loop would report it after an interrupted wait
         over.set()
 
     def end() -> None:
-        # The loop does what it is handed in order, so a work without a task was never handed over.
+        # The loop runs callbacks in order, so work without a task was never submitted.
         if tasks:
             tasks[0].cancel()
         else:
@@ -64,26 +63,26 @@ def run_in_loop(work: Coroutine[object, object, T], loop: asyncio.AbstractEventL
 S3_PROTOCOLS = frozenset({"s3", "s3a"})
 
 PART_BYTES = 16 << 20
-"""Size of one part of a multipart upload; S3 takes 10,000 parts, so objects up to 156 GiB."""
+"""Size of one part of a multipart upload. S3 takes 10,000 parts: objects up to 156 GiB."""
 
 MULTIPART_BYTES_MIN = 2 * PART_BYTES
-"""Smaller objects go up in one request."""
+"""Smaller objects are uploaded in one request."""
 
 PARTS_MAX = 3
-"""Parts of one object on their way at once. Each is copied first, and the event loop copies what
-the socket does not take yet: 384 MiB at most for the four packs that persisting writes at once,
-which fill the link anyway."""
+"""Parts of one object in flight. Each is copied first, and the event loop copies what the socket
+does not accept yet: 384 MiB at most for the four packs that are written at once, which fill the
+link anyway.
+"""
 
 _SLOWEST_BYTES_PER_S = 512 << 10
-"""A link slower than this for one request counts as a store that does not answer."""
+"""A request over a slower link than this counts as unanswered."""
 
 _READ_TIMEOUTS = 4
-"""How many times the client's own limit for one silence a request may take, repetitions
-included."""
+"""Time for one request, as a multiple of the client's read timeout; covers its retries."""
 
 
 class S3Writer:
-    """The way objects get into S3 through s3fs. See ``Writes``."""
+    """Writes objects to S3 through s3fs."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self._fs = fs
@@ -92,14 +91,16 @@ class S3Writer:
         )
 
     def replace(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes. Large objects go up in parts that are copied one by one, not joined."""
+        """Large objects are uploaded in parts that are copied one by one, not joined."""
         joined = JoinedBuffers(data)
         work = self._in_parts if len(joined) >= MULTIPART_BYTES_MIN else self._in_one
         run_in_loop(work(path, joined), self._fs.loop)
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes. Always one request: conditions on multipart uploads are newer than on puts,
-        and not probed."""
+        """Always one request.
+
+        Conditions on multipart uploads are newer than on puts, and are not probed.
+        """
         run_in_loop(self._in_one(path, JoinedBuffers(data), IfNoneMatch="*"), self._fs.loop)
 
     async def _in_one(self, path: str, data: JoinedBuffers, **condition: str) -> None:
@@ -108,12 +109,12 @@ class S3Writer:
 
     async def _in_parts(self, path: str, data: JoinedBuffers) -> None:
         bucket, key, _ = self._fs.split_path(path)
-        place = {"Bucket": bucket, "Key": key}
-        begun = await self._call("create_multipart_upload", 0, **place)
-        upload = {**place, "UploadId": str(begun["UploadId"])}
+        target = {"Bucket": bucket, "Key": key}
+        reply = await self._call("create_multipart_upload", 0, **target)
+        upload = {**target, "UploadId": str(reply["UploadId"])}
         try:
             parts = await self._send(upload, data)
-            # Its answer may come late: the server joins the parts first.
+            # Allow time for the whole object: the server joins the parts before it answers.
             await self._call(
                 "complete_multipart_upload", len(data), **upload, MultipartUpload={"Parts": parts}
             )
@@ -124,12 +125,14 @@ class S3Writer:
     async def _send(
         self, upload: Mapping[str, str], data: JoinedBuffers
     ) -> list[dict[str, object]]:
-        """Send all parts, at most PARTS_MAX at once; the first that fails ends the others before it
-        is raised."""
-        room = asyncio.Semaphore(PARTS_MAX)
+        """Send all parts, at most PARTS_MAX at once.
+
+        The first failure ends the other parts before it is raised.
+        """
+        slots = asyncio.Semaphore(PARTS_MAX)
 
         async def send(number: int) -> dict[str, object]:
-            async with room:
+            async with slots:
                 body = data[(number - 1) * PART_BYTES : number * PART_BYTES]
                 reply = await self._call(
                     "upload_part", len(body), **upload, PartNumber=number, Body=body
@@ -141,16 +144,18 @@ class S3Writer:
         try:
             return list(await asyncio.gather(*sending))
         finally:
-            for one in sending:
-                one.cancel()
+            for task in sending:
+                task.cancel()
             await asyncio.wait(sending)
 
     async def _abort(self, upload: Mapping[str, str]) -> None:
-        """Let the server drop the parts, as far as it answers; else they stay until its own rule
-        for such uploads."""
+        """Ask the server to drop the parts.
+
+        If it does not answer, they stay until the bucket's own rule for incomplete uploads.
+        """
         try:
             await self._call("abort_multipart_upload", 0, **upload)
-        except Exception:  # noqa: BLE001  what failed before is what gets raised
+        except Exception:  # noqa: BLE001  the caller raises the earlier error
             return
 
     async def _call(self, method: str, size_bytes: int, **request: object) -> Mapping[str, object]:
@@ -162,7 +167,7 @@ class S3Writer:
 
 
 class JoinedBuffers:
-    """The concatenation of buffers, joined slice by slice as an uploader asks for its parts."""
+    """The concatenation of buffers, joined slice by slice as an uploader reads it."""
 
     def __init__(self, data: Sequence[Buffer]) -> None:
         self._pieces = [memoryview(buffer).cast("B") for buffer in data]
@@ -171,8 +176,8 @@ class JoinedBuffers:
     def __len__(self) -> int:
         return self._size_bytes
 
-    def __getitem__(self, cut: slice) -> bytes:
-        start, stop, step = cut.indices(self._size_bytes)
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, step = part.indices(self._size_bytes)
         assert step == 1, "uploaders cut contiguous parts"
         parts = []
         at = 0
@@ -184,16 +189,15 @@ class JoinedBuffers:
         return b"".join(parts)
 
 
-# How a whole object gets into a store behind fsspec, by what that store is able to do.
+# ---- Writers: how a whole object is stored, depending on what the store can do.
 #
 # Object stores take a put as one atomic request and decide "create only if absent" themselves.
-# fsspec's memory store lives in this process. All others (sftp, hdfs, a local folder ...) write
-# under the final name byte by byte, so they get a temporary name first and a rename after; none
-# of them can create once through fsspec.
+# fsspec's memory store is in this process. All others (sftp, hdfs, a local folder ...) write byte
+# by byte under the final name, so a put writes under a temporary name and renames; none of them can
+# create a key only once through fsspec.
 
 ATOMIC_PROTOCOLS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"})
-"""Stores in which an object appears whole or not at all, and which decide creation on their
-side."""
+"""Stores in which an object appears whole or not at all, and which decide creation themselves."""
 
 
 class ObjectWriter(Protocol):
@@ -204,13 +208,15 @@ class ObjectWriter(Protocol):
         ...
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """The same where there is nothing yet; FileExistsError where there is, NotImplementedError
-        where it cannot tell."""
+        """As ``replace``, if there is no object yet.
+
+        Raises FileExistsError if there is one, and NotImplementedError if the store cannot tell.
+        """
         ...
 
 
 def writer_for(fs: fsspec.AbstractFileSystem, temps: str) -> ObjectWriter:
-    """The way that suits ``fs``. ``temps`` is a folder for temporary names in the same store."""
+    """The writer that suits ``fs``. ``temps`` is a folder for temporary names in the same store."""
     protocols = protocols_of(fs)
     if protocols & S3_PROTOCOLS:
         return S3Writer(fs)
@@ -222,48 +228,46 @@ def writer_for(fs: fsspec.AbstractFileSystem, temps: str) -> ObjectWriter:
 
 
 class OneRequestWriter:
-    """One put request an object; the server decides whether a key is free."""
+    """One put request per object; the server decides whether a key is free."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self._fs = fs
 
     def replace(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes."""
         self._fs.pipe_file(path, _join(data))
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes."""
         self._fs.pipe_file(path, _join(data), mode="create")
 
 
 class FsspecMemoryWriter:
-    """fsspec's memory store: a dictionary of this process, where one dictionary operation is the
-    atomic step."""
+    """fsspec's memory store: a dictionary of this process with atomic operations."""
 
     def __init__(self, fs: MemoryFileSystem) -> None:
         self._fs = fs
 
     def replace(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes."""
         self._fs.pipe_file(path, _join(data))
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes. The file system's own create looks first and stores then, so two threads
-        could both win."""
-        mine = MemoryFile(self._fs, path, _join(data))
-        if self._fs.store.setdefault(path, mine) is not mine:
+        """Does not use the file system's own create, which looks first and stores later.
+
+        With it two threads could both succeed.
+        """
+        file = MemoryFile(self._fs, path, _join(data))
+        if self._fs.store.setdefault(path, file) is not file:
             raise FileExistsError(path)
 
 
 class RenameWriter:
-    """File systems whose files grow under their name: a temporary name first, then a rename."""
+    """File systems whose files grow under their name: a temporary name, then a rename."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, temps: str) -> None:
         self._fs = fs
         self._temps = temps
 
     def replace(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes. As durable as the file system's own close and rename."""
+        """As durable as the file system's own close and rename."""
         temp = f"{self._temps}/{secrets.token_hex(8)}"
         self._fs.makedirs(self._temps, exist_ok=True)
         try:
@@ -278,8 +282,7 @@ class RenameWriter:
             raise
 
     def create(self, path: str, data: Sequence[Buffer]) -> None:
-        """See Writes: cannot."""
-        raise NotImplementedError("a rename through fsspec replaces what is there")
+        raise NotImplementedError("a rename through fsspec replaces an existing file")
 
 
 def _join(data: Sequence[Buffer]) -> bytes:
@@ -292,23 +295,22 @@ def protocols_of(fs: fsspec.AbstractFileSystem) -> frozenset[str]:
     return frozenset((protocol,) if isinstance(protocol, str) else protocol)
 
 
-# Ranged reads through fsspec. On S3 they stream into the caller's memory, so that no reply is
-# held beside it.
+# ---- Ranged reads. On S3 they stream into the caller's memory, so no reply is held beside it.
 #
-# fsspec's own ``cat_file`` gathers a reply's pieces and joins them: twice the range in memory for
-# each read in flight.
+# fsspec's own ``cat_file`` gathers a reply's pieces and joins them, which takes twice the range in
+# memory for each read in flight.
 
 _READ_BYTES_MAX = 16 << 20
-"""Bytes fetched by one request where the reply is held in memory beside the caller's buffer."""
+"""Bytes per request if the reply is held in memory besides the caller's buffer."""
 
 _PIECE_BYTES = 1 << 20
-"""At most so much is taken from the connection's buffer at once."""
+"""Bytes taken from the connection's buffer at once."""
 
 _BREAKS_MAX = 5
 """Replies in a row that may break off without a new byte; s3fs repeats requests as often."""
 
 _BREAK_S = 0.1
-"""Pause after the first of them, then twice as long each time."""
+"""Pause after the first of them, doubled each time."""
 
 
 class BufferFiller:
@@ -319,7 +321,7 @@ class BufferFiller:
         self.filled_bytes = 0
 
     def add(self, piece: bytes) -> None:
-        """Put ``piece`` behind what came before; what does not fit is left out."""
+        """Append ``piece``; what does not fit is dropped."""
         stop = min(self.filled_bytes + len(piece), len(self._out))
         self._out[self.filled_bytes : stop] = piece[: stop - self.filled_bytes]
         self.filled_bytes = stop
@@ -328,55 +330,56 @@ class BufferFiller:
 def read_exactly(
     store: Backend, key: str, out: memoryview, offset_bytes: int, fill: Callable[[memoryview], int]
 ) -> None:
-    """What ``read_into`` does around ``fill``, which says how many bytes of ``out`` there were.
-    Raises as it does."""
+    """Implement ``read_into`` around ``fill``, which returns the number of bytes read into ``out``.
+
+    A short read is explained by ``stat``: NotFoundError or IntegrityError.
+    """
     if offset_bytes < 0:
         raise UsageError(
             f"an offset is negative. key={key} offset_bytes={offset_bytes}; pass 0 or more"
         )
-    got = fill(out) if out else 0
-    if out and got == len(out):
+    filled_bytes = fill(out) if out else 0
+    if out and filled_bytes == len(out):
         return
-    found = store.stat(key)
-    if found is None:
+    stat = store.stat(key)
+    if stat is None:
         raise NotFoundError(f"no such object. key={key} store={store.url}; list the store's keys")
-    if got < len(out):
+    if filled_bytes < len(out):
         raise IntegrityError(
             f"the object ends too early. key={key} store={store.url} offset_bytes={offset_bytes} "
-            f"wanted_bytes={len(out)} got_bytes={got} size_bytes={found.size_bytes}; read another "
-            "copy"
+            f"wanted_bytes={len(out)} got_bytes={filled_bytes} size_bytes={stat.size_bytes}; read "
+            "another copy"
         )
 
 
 def read_range(fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset_bytes: int) -> int:
-    """Fill ``out`` from an object; how many bytes there were. Raises what the client library
-    raises.
+    """Fill ``out`` from an object; returns the number of bytes read.
 
-    On S3 a reply that breaks off is asked for again from where it ended. ``out`` is not touched
-    after return, nor after an interrupt.
+    Raises what the client library raises. On S3 a reply that breaks off is requested again from
+    where it ended. ``out`` is not touched after the return, nor after an interrupt.
     """
     if protocols_of(fs) & S3_PROTOCOLS:
         return run_in_loop(_fill(fs, path, out, offset_bytes), fs.loop) if out else 0
-    got = 0
-    while got < len(out):
-        start = offset_bytes + got
+    filled_bytes = 0
+    while filled_bytes < len(out):
+        start = offset_bytes + filled_bytes
         part: bytes = fs.cat_file(
             path, start=start, end=min(start + _READ_BYTES_MAX, offset_bytes + len(out))
         )
         if not part:
             break
-        out[got : got + len(part)] = part
-        got += len(part)
-    return got
+        out[filled_bytes : filled_bytes + len(part)] = part
+        filled_bytes += len(part)
+    return filled_bytes
 
 
 async def _fill(
     fs: fsspec.AbstractFileSystem, path: str, out: memoryview, offset_bytes: int
 ) -> int:
     bucket, key, _ = fs.split_path(path)
-    got, breaks = 0, 0
-    while got < len(out):
-        first, last = offset_bytes + got, offset_bytes + len(out) - 1
+    filled_bytes, breaks = 0, 0
+    while filled_bytes < len(out):
+        first, last = offset_bytes + filled_bytes, offset_bytes + len(out) - 1
         reply = await fs._call_s3(
             "get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last}"
         )
@@ -386,21 +389,21 @@ async def _fill(
                 f"content_range={reply.get('ContentRange')}; use a server that answers range "
                 "requests"
             )
-        before = got
+        before = filled_bytes
         try:
             async with reply["Body"] as body:
-                while got < len(out) and (
-                    piece := await body.read(min(_PIECE_BYTES, len(out) - got))
+                while filled_bytes < len(out) and (
+                    piece := await body.read(min(_PIECE_BYTES, len(out) - filled_bytes))
                 ):
-                    out[got : got + len(piece)] = piece
-                    got += len(piece)
+                    out[filled_bytes : filled_bytes + len(piece)] = piece
+                    filled_bytes += len(piece)
         except Exception:
-            # Whatever the HTTP library calls a reply that ended early; what came is the object's,
-            # in order.
-            breaks = breaks + 1 if got == before else 0
+            # A broad except: any error of the HTTP library means a reply that ended early. The
+            # bytes received so far are the object's, in order.
+            breaks = breaks + 1 if filled_bytes == before else 0
             if breaks >= _BREAKS_MAX:
                 raise
             await asyncio.sleep(_BREAK_S * 2**breaks)
         else:
-            return got
-    return got
+            return filled_bytes
+    return filled_bytes

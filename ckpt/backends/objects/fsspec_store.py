@@ -1,5 +1,4 @@
-"""A store behind any URL that fsspec knows: S3, Google Cloud Storage, Azure, memory, sftp and
-others."""
+"""A store behind any URL that fsspec knows: S3, Google Cloud Storage, Azure, sftp and others."""
 
 from __future__ import annotations
 
@@ -28,28 +27,36 @@ from ckpt.backends.objects.fsspec_io import (
 from ckpt.backends.probe import CreateOnceProbe, creates_once
 from ckpt.errors import NotFoundError, UnavailableError, UsageError
 
-# Listings and facts of objects behind fsspec, always fresh and in key order.
+# ---- Listings and descriptions of objects, always fresh and in key order.
 
 _MODIFIED = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
-"""What the file systems call the time of writing."""
+"""The names that file systems give to the time of writing."""
 
 
 def has_folders(fs: fsspec.AbstractFileSystem) -> bool:
-    """Whether the store knows folders beside objects, so that removing one could remove more than
-    an object."""
+    """Whether the store knows folders besides objects.
+
+    In such a store a delete could remove more than one object.
+    """
     return not (protocols_of(fs) & ATOMIC_PROTOCOLS or isinstance(fs, MemoryFileSystem))
 
 
 def stat_of(key: str, info: Mapping[str, object]) -> Stat:
-    """Facts from what fsspec says of one object. An unknown time counts as now, so that no sweep
-    takes it for old."""
+    """A Stat from fsspec's description of one object.
+
+    An unknown time counts as now, so that no sweep takes the object for old.
+    """
     size = info["size"]
     return Stat(key, int(size) if isinstance(size, int | float) else 0, _modified_unix_s(info))
 
 
 def walk(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) -> Iterator[Stat]:
     """Objects below ``root`` in key order. Raises what the client library raises."""
-    stats = _walk_s3(fs, root, prefix, after) if _is_s3(fs) else _walk_any(fs, root, prefix)
+    stats = (
+        _walk_s3(fs, root, prefix, after)
+        if protocols_of(fs) & S3_PROTOCOLS
+        else _walk_any(fs, root, prefix)
+    )
     yield from (
         entry
         for entry in stats
@@ -61,21 +68,23 @@ def _walk_any(fs: fsspec.AbstractFileSystem, root: str, prefix: str) -> Iterator
     folder = f"{root}/{prefix.rpartition('/')[0]}".rstrip("/")
     fs.invalidate_cache(folder)
     try:
-        found = fs.find(folder, detail=True)
+        entries = fs.find(folder, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return
     stem = root + "/"
-    infos = {name[len(stem) :]: info for name, info in found.items() if name.startswith(stem)}
+    infos = {name[len(stem) :]: info for name, info in entries.items() if name.startswith(stem)}
     yield from (stat_of(key, infos[key]) for key in sorted(infos))
 
 
 def _walk_s3(fs: fsspec.AbstractFileSystem, root: str, prefix: str, after: str) -> Iterator[Stat]:
-    """One page of a thousand at a time, starting behind ``after``: the file system's own listing
-    can do neither."""
+    """S3's listing, in pages of a thousand objects, starting after ``after``.
+
+    The file system's own listing supports neither.
+    """
     bucket, _, inside = root.partition("/")
     stem = f"{inside}/" if inside else ""
     request: dict[str, str] = {"Bucket": bucket, "Prefix": stem + prefix}
-    # Servers that descend from MinIO refuse to start behind a key that has another prefix (501).
+    # Servers that descend from MinIO refuse to start after a key with another prefix (501).
     if after.startswith(prefix):
         if after:
             request["StartAfter"] = stem + after
@@ -106,18 +115,14 @@ def _modified_unix_s(info: Mapping[str, object]) -> float:
             case int() | float() as seconds:
                 return float(seconds)
             case str() as text:
-                # Python 3.10 does not read the Z of UTC.
+                # Python 3.10 does not parse the Z of UTC.
                 return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
             case _:
                 pass
     return time.time()
 
 
-def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
-    return bool(protocols_of(fs) & S3_PROTOCOLS)
-
-
-# What is added to users' options for s3fs, so that it works with servers of one's own. Pure.
+# ---- Options: additions for s3fs, so that it works with servers other than Amazon's.
 
 _CHECKSUMS = "request_checksum_calculation"
 _ENV = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -126,30 +131,29 @@ _ENV = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 def with_s3_defaults(
     protocol: str, options: Mapping[str, object], env: Mapping[str, str]
 ) -> dict[str, object]:
-    """``options``, for S3 over TLS at an endpoint of one's own with bodies of known length and a
-    signed digest.
+    """``options`` for S3 over TLS at another server than Amazon's; others are returned unchanged.
 
-    By itself botocore since 1.36 sends bodies over TLS in chunks of unknown length with a checksum
-    behind them; servers that descend from MinIO, and others, refuse that with 411. What the user
-    says about it stands.
+    Bodies get a known length and a signed digest. Since 1.36 botocore sends bodies over TLS in
+    chunks of unknown length, followed by a checksum. Servers that descend from MinIO, and others,
+    refuse that with status 411. What the user sets is kept.
     """
-    given = dict(options)
-    boto = given.get("config_kwargs") or {}
+    extended = dict(options)
+    boto = extended.get("config_kwargs") or {}
     if (
         protocol not in S3_PROTOCOLS
         or not _endpoint(options, env).startswith("https://")
         or not isinstance(boto, Mapping)
     ):
-        return given
+        return extended
     s3 = boto.get("s3") or {}
     if _CHECKSUMS in boto or f"AWS_{_CHECKSUMS.upper()}" in env or not isinstance(s3, Mapping):
-        return given
-    given["config_kwargs"] = {
+        return extended
+    extended["config_kwargs"] = {
         _CHECKSUMS: "when_required",
         **boto,
         "s3": {"payload_signing_enabled": True, **s3},
     }
-    return given
+    return extended
 
 
 def _endpoint(options: Mapping[str, object], env: Mapping[str, str]) -> str:
@@ -161,10 +165,11 @@ def _endpoint(options: Mapping[str, object], env: Mapping[str, str]) -> str:
 
 
 READ_BYTES_BEST = 16 << 20
-"""At some 100 MB/s a stream and 30 ms to the first byte, a request's fixed cost is then a sixth."""
+"""At some 100 MB/s per stream and 30 ms to the first byte, a request's fixed cost is then a sixth.
+"""
 
 CONCURRENCY_BEST = 16
-"""Requests in flight; object stores scale with them until the network is full."""
+"""Requests in flight. Object stores scale with them until the network is full."""
 
 _EXTRAS: Mapping[str, str] = {
     "s3": "s3",
@@ -178,14 +183,15 @@ _EXTRAS: Mapping[str, str] = {
 }
 
 StorageOptions = Mapping[str, object]
-"""What the URL's fsspec file system takes as arguments, such as ``endpoint_url`` or ``key`` and
-``secret``."""
+"""Arguments of the URL's fsspec file system, such as ``endpoint_url`` or ``key`` and ``secret``."""
 
 
 @dataclass(frozen=True, slots=True)
 class _FsspecConnection:
-    """One process's connection: what fsspec made, the path below which keys lie, and how objects
-    are written."""
+    """One process's connection.
+
+    fsspec's file system, the path above all keys, and the object writer.
+    """
 
     pid: int
     fs: fsspec.AbstractFileSystem
@@ -194,12 +200,12 @@ class _FsspecConnection:
 
 
 class FsspecBackend:
-    """A store at an fsspec URL, such as ``s3://bucket/run``.
+    """A store at an fsspec URL, such as ``s3://bucket/run``. Thread-safe.
 
-    Listings are never cached, so other writers' objects are seen. After a fork the child makes its
-    own connection. Whether the store creates once is found out by creating the same random key
-    twice below ``.probe/``. Thread-safe. Raises UsageError for a URL that fsspec does not know or
-    whose library is not installed.
+    Listings are never cached, so they show other writers' objects. After a fork the child makes its
+    own connection. Whether the store creates a key only once is probed by creating the same random
+    key twice below ``.probe/``. Raises UsageError for a URL that fsspec does not know or whose
+    library is not installed.
     """
 
     def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
@@ -215,8 +221,10 @@ class FsspecBackend:
         return self._url
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Probes with at most three small requests once; where it may not write,
-        create_only is False."""
+        """Probes once, with at most three small requests.
+
+        In a store that is not writable ``create_only`` is False.
+        """
         return Capabilities(
             create_only=self._creates(),
             read_bytes_best=READ_BYTES_BEST,
@@ -224,8 +232,10 @@ class FsspecBackend:
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Joined in memory first, but for large objects on S3: those go up in parts of
-        16 MiB, three at once."""
+        """Joins the buffers in memory, except for large objects on S3.
+
+        Those are uploaded in parts of 16 MiB, three at once.
+        """
         path = self._path(key)
         if create_only:
             self._creates.require()
@@ -237,7 +247,7 @@ class FsspecBackend:
                 writes.replace(path, data)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend. One ranged request on S3, else one for each 16 MiB; copies once."""
+        """One ranged request on S3, otherwise one for each 16 MiB. Copies once."""
         path = self._path(key)
         read_exactly(
             self,
@@ -248,11 +258,12 @@ class FsspecBackend:
         )
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend. One request."""
+        """One request."""
         path = self._path(key)
         try:
             with translate_client_errors("stat", self._where(key)):
                 fs = self._live().fs
+                # Other writers' objects must be seen, whatever the file system cached.
                 fs.invalidate_cache(path.rpartition("/")[0])
                 info = fs.info(path)
         except NotFoundError:
@@ -260,15 +271,14 @@ class FsspecBackend:
         return None if info["type"] == "directory" else stat_of(key, info)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. S3 is asked page by page from ``after`` on; other stores are listed whole
-        below the folder."""
+        """S3 is listed page by page from ``after`` on, other stores whole below the folder."""
         check_prefix(prefix)
         with translate_client_errors("list", self._where(prefix)):
             client = self._live()
             yield from walk(client.fs, client.root, prefix, after)
 
     def delete(self, key: str) -> None:
-        """See Backend. One request a key: several S3 servers refuse the batch form."""
+        """One request per key: several S3 servers refuse the batch form."""
         path = self._path(key)
         try:
             with translate_client_errors("delete", self._where(key)):
@@ -280,7 +290,7 @@ class FsspecBackend:
             return
 
     def close(self) -> None:
-        """See Backend. The connection goes with its last user; a later call connects anew."""
+        """Drops the connection; a later call connects again."""
         self._client = None
 
     def _connect(self) -> _FsspecConnection:
@@ -296,13 +306,13 @@ class FsspecBackend:
                 f"pip install 'torch-ckpt[{extra}]'" if extra else f"install what it names: {error}"
             )
             raise UsageError(
-                f"the library for this kind of store is missing. url={self._url}; {remedy}"
+                f"the library for this kind of store is not installed. url={self._url}; {remedy}"
             ) from error
         except (ValueError, TypeError) as error:
             raise UsageError(
-                f"not a store's URL, or options that it does not take. url={self._url} "
-                f"error={type(error).__name__}; "
-                f"check the URL and the storage options {sorted(self._options)}"
+                f"invalid store URL or storage options. url={self._url} "
+                f"error={type(error).__name__}; check the URL and the storage options "
+                f"{sorted(self._options)}"
             ) from error
         except Exception as error:
             raise error_from_client(error, doing="connect", where=self._url) from error
@@ -310,8 +320,10 @@ class FsspecBackend:
         return _FsspecConnection(os.getpid(), fs, root, writer_for(fs, f"{root}/.tmp"))
 
     def _live(self) -> _FsspecConnection:
-        """This process's connection; its threads and sockets do not survive a fork, so a child
-        makes its own."""
+        """This process's connection.
+
+        Its threads and sockets do not survive a fork, so a child makes its own.
+        """
         client = self._client
         if client is None or client.pid != os.getpid():
             self._client = client = self._connect()
@@ -324,13 +336,12 @@ class FsspecBackend:
         return f"{self._url.rstrip('/')}/{key}"
 
     def _fill(self, key: str, path: str, out: memoryview, offset_bytes: int) -> int:
-        """Fill ``out``; how many bytes there were, none where the object ends before them."""
+        """Fill ``out``; the number of bytes read, 0 if the object ends before ``offset_bytes``."""
         try:
             with translate_client_errors("read", self._where(key)):
                 return read_range(self._live().fs, path, out, offset_bytes)
         except UnavailableError as error:
-            # Asked for bytes behind the end, HTTP stores answer "range not satisfiable" instead of
-            # nothing.
+            # HTTP stores answer a range behind the object's end with "range not satisfiable".
             if "status=416" in str(error):
                 return 0
             raise

@@ -1,8 +1,7 @@
-"""What fsspec's storage options and the AWS environment mean for obstore, or why obstore would do
-something else. Pure.
+"""The translation of fsspec's storage options and the AWS environment for obstore. Pure.
 
-Users write what s3fs takes. obstore is used only where it will do exactly the same: each option,
-variable and profile setting that is not known here makes the answer ``ObstoreDiffers``.
+Users write options for s3fs. obstore is used only if it will do exactly the same: any option,
+variable or profile setting that is unknown here gives ``ObstoreDiffers``, with the reason.
 """
 
 from __future__ import annotations
@@ -12,72 +11,73 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-# Options taken out of mappings one by one, so that whatever nobody asked about is noticed. Pure.
-
 
 class UnsupportedOptionError(Exception):
-    """Ends a translation: the text names what is not understood."""
+    """Ends a translation. The text names what is not supported."""
 
 
 class OptionReader:
-    """Options that are taken out one by one; what is left at the end was not understood."""
+    """Options that are read one by one.
 
-    def __init__(self, options: Mapping[str, object], what: str) -> None:
+    Options left at the end are not supported. ``what`` names the mapping in messages.
+    """
+
+    def __init__(self, options: Mapping[str, object], label: str) -> None:
         self._left = {name: value for name, value in options.items() if value is not None}
-        self._what = what
+        self._label = label
 
     def ignore(self, names: Iterable[str]) -> None:
-        """Take out what changes nothing."""
+        """Skip options that change nothing."""
         for name in names:
             self._left.pop(name, None)
 
     def text(self, name: str) -> str | None:
-        """A text; None where it is absent or empty."""
+        """A text; None if it is absent or empty."""
         value = self._left.pop(name, None)
         if value is not None and not isinstance(value, str):
-            raise UnsupportedOptionError(f"{self._what} {name} is no text")
+            raise UnsupportedOptionError(f"{self._label} {name} is not a text")
         return value or None
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or False."""
+        """True or False; ``default`` if it is absent."""
         value = self._left.pop(name, default)
         if not isinstance(value, bool):
-            raise UnsupportedOptionError(f"{self._what} {name} is neither True nor False")
+            raise UnsupportedOptionError(f"{self._label} {name} is neither True nor False")
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number from 0 on."""
+        """A number that is not negative; ``default`` if it is absent."""
         value = self._left.pop(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UnsupportedOptionError(f"{self._what} {name} is no number")
+            raise UnsupportedOptionError(f"{self._label} {name} is no number")
         return value
 
     def mapping(self, name: str) -> dict[str, object]:
-        """Options inside an option; empty where it is absent."""
+        """Options nested in an option; empty if it is absent."""
         value = self._left.pop(name, {})
         if not isinstance(value, Mapping):
-            raise UnsupportedOptionError(f"{self._what} {name} is no mapping")
+            raise UnsupportedOptionError(f"{self._label} {name} is no mapping")
         return {str(key): entry for key, entry in value.items()}
 
     def take(self, name: str) -> object:
-        """Whatever was given, or None."""
+        """The value as given, or None."""
         return self._left.pop(name, None)
 
     def require_empty(self) -> None:
-        """Raise OtherError where something is left."""
+        """Raise UnsupportedOptionError if options are left."""
         if self._left:
-            raise UnsupportedOptionError(f"{self._what} {min(self._left)}")
+            raise UnsupportedOptionError(f"{self._label} {min(self._left)}")
 
 
 CONNECT_TIMEOUT_S = 5.0
-"""s3fs's own."""
+"""As s3fs's own."""
 
 READ_TIMEOUT_S = 60.0
-"""Longest wait for an answer; it covers sending the request's body too, so 16 MiB may take as
-long."""
+"""Longest wait for an answer. It includes sending the request's body, so 16 MiB may take as long.
+"""
 
 RETRIES = 4
-"""Repetitions of a request that failed for the moment, as botocore's default."""
+"""Repetitions of a request after a transient failure; botocore's default."""
 
 _IGNORED = frozenset(
     {
@@ -89,7 +89,7 @@ _IGNORED = frozenset(
     }
     | {"max_paths", "skip_instance_cache", "max_concurrency", "fixed_upload_size"}
 )
-"""About file objects and caches that stores do not use."""
+"""Options of file objects and caches that stores do not use."""
 
 _IGNORED_CONFIG = frozenset({"max_pool_connections", "tcp_keepalive"})
 
@@ -109,7 +109,7 @@ _ENV_KNOWN = frozenset(
         "AWS_DEFAULT_OUTPUT",
     }
     | {"AWS_PAGER", "AWS_EXECUTION_ENV"}
-    # How credentials are found, which botocore does for both clients.
+    # Credential lookup, which botocore does for both clients.
     | {
         "AWS_PROFILE",
         "AWS_DEFAULT_PROFILE",
@@ -167,7 +167,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 @dataclass(frozen=True, slots=True)
 class S3Credentials:
-    """Credentials that were given."""
+    """Credentials given as options or variables."""
 
     key: str
     secret: str
@@ -183,12 +183,12 @@ class LookedUpCredentials:
 
 @dataclass(frozen=True, slots=True)
 class AnonymousAccess:
-    """Requests are not signed."""
+    """Requests without signature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObstoreSettings:
-    """What obstore is told. ``config`` and ``client`` have obstore's own names."""
+    """The settings passed to obstore. ``config`` and ``client`` use obstore's own names."""
 
     bucket: str
     folder: str
@@ -200,7 +200,7 @@ class ObstoreSettings:
 
 @dataclass(frozen=True, slots=True)
 class ObstoreDiffers:
-    """obstore would not do what was asked; ``why`` names the first thing."""
+    """obstore would do something else than asked; ``reason`` names the first difference."""
 
     reason: str
 
@@ -214,31 +214,31 @@ def translate_options(
 ) -> ObstoreSettings | ObstoreDiffers:
     """Settings that make obstore do at ``url`` what s3fs does with ``options``.
 
-    ``env`` is the environment, ``profile`` what the AWS configuration files say for the profile in
-    use.
+    ``env`` is the environment, ``profile`` holds the AWS configuration files' settings for the
+    profile in use.
     """
     try:
         return _translated(url, options, env, profile)
-    except UnsupportedOptionError as other:
-        return ObstoreDiffers(str(other))
+    except UnsupportedOptionError as error:
+        return ObstoreDiffers(str(error))
 
 
 def _translated(
     url: str, options: Mapping[str, object], env: Mapping[str, str], profile: Mapping[str, object]
 ) -> ObstoreSettings:
-    bucket, folder = _place(url)
+    bucket, folder = _bucket_and_folder(url)
     _only({name for name in env if name.startswith("AWS_")}, _ENV_KNOWN, "the environment has")
     _only(profile, _PROFILE_KNOWN, "the AWS profile has")
-    given = OptionReader(options, "option")
-    given.ignore(_IGNORED)
-    client = OptionReader(given.mapping("client_kwargs"), "client_kwargs")
-    boto = OptionReader(given.mapping("config_kwargs"), "config_kwargs")
+    reader = OptionReader(options, "option")
+    reader.ignore(_IGNORED)
+    client = OptionReader(reader.mapping("client_kwargs"), "client_kwargs")
+    boto = OptionReader(reader.mapping("config_kwargs"), "config_kwargs")
     boto.ignore(_IGNORED_CONFIG)
-    extra = OptionReader(given.mapping("s3_additional_kwargs"), "s3_additional_kwargs")
+    extra = OptionReader(reader.mapping("s3_additional_kwargs"), "s3_additional_kwargs")
 
-    endpoint = _endpoint(given, client, env)
+    endpoint = _endpoint(reader, client, env)
     secure = endpoint is None or endpoint.startswith("https://")
-    credentials = _credentials(given, client, env)
+    credentials = _credentials(reader, client, env)
     region = (
         client.text("region_name")
         or boto.text("region_name")
@@ -250,17 +250,18 @@ def _translated(
     config: dict[str, str | bool] = {
         "region": str(region or "us-east-1"),
         "virtual_hosted_style_request": endpoint is None and "." not in bucket,
-        # Several servers answer the batch form of a deletion with an error, others with one that
-        # does not parse.
+        # Several servers answer batch deletions with an error or with an invalid reply.
         "disable_bulk_delete": True,
         "skip_signature": isinstance(credentials, AnonymousAccess),
-        "request_payer": given.flag("requester_pays"),
+        "request_payer": reader.flag("requester_pays"),
     }
     if endpoint is not None:
         config["endpoint"] = endpoint
     config.update(_encryption(extra))
     _addressing(boto, endpoint)
-    if (client.flag("use_ssl", True) and given.flag("use_ssl", True)) is False and endpoint is None:
+    if (
+        client.flag("use_ssl", True) and reader.flag("use_ssl", True)
+    ) is False and endpoint is None:
         raise UnsupportedOptionError("option use_ssl without an endpoint")
     settings = ObstoreSettings(
         bucket=bucket,
@@ -275,17 +276,17 @@ def _translated(
         },
         retries=_retries(boto),
     )
-    for rest in (given, client, boto, extra):
+    for rest in (reader, client, boto, extra):
         rest.require_empty()
     return settings
 
 
-def _only(names: Mapping[str, object] | set[str], known: frozenset[str], where: str) -> None:
-    if unknown := set(names) - known:
+def _only(names: Mapping[str, object] | set[str], supported: frozenset[str], where: str) -> None:
+    if unknown := set(names) - supported:
         raise UnsupportedOptionError(f"{where} {min(unknown)}")
 
 
-def _place(url: str) -> tuple[str, str]:
+def _bucket_and_folder(url: str) -> tuple[str, str]:
     if "?" in url or "#" in url:
         raise UnsupportedOptionError("a URL with a query")
     bucket, _, folder = url.partition("://")[2].partition("/")
@@ -297,8 +298,8 @@ def _place(url: str) -> tuple[str, str]:
     return bucket, folder
 
 
-def _endpoint(given: OptionReader, client: OptionReader, env: Mapping[str, str]) -> str | None:
-    named = [given.text("endpoint_url"), client.text("endpoint_url")]
+def _endpoint(reader: OptionReader, client: OptionReader, env: Mapping[str, str]) -> str | None:
+    named = [reader.text("endpoint_url"), client.text("endpoint_url")]
     if all(named) and named[0] != named[1]:
         raise UnsupportedOptionError("two endpoints are named")
     endpoint = (
@@ -322,16 +323,16 @@ def _endpoint(given: OptionReader, client: OptionReader, env: Mapping[str, str])
 
 
 def _credentials(
-    given: OptionReader, client: OptionReader, env: Mapping[str, str]
+    reader: OptionReader, client: OptionReader, env: Mapping[str, str]
 ) -> S3Credentials | LookedUpCredentials | AnonymousAccess:
-    profile = given.text("profile")
-    key = given.text("key") or given.text("username")
-    secret = given.text("secret") or given.text("password")
-    token = given.text("token")
+    profile = reader.text("profile")
+    key = reader.text("key") or reader.text("username")
+    secret = reader.text("secret") or reader.text("password")
+    token = reader.text("token")
     key = client.text("aws_access_key_id") or key
     secret = client.text("aws_secret_access_key") or secret
     token = client.text("aws_session_token") or token
-    if given.flag("anon"):
+    if reader.flag("anon"):
         return AnonymousAccess()
     if (key is None) != (secret is None) or (token is not None and key is None):
         raise UnsupportedOptionError("only a part of the credentials is given")
@@ -366,7 +367,7 @@ def _encryption(extra: OptionReader) -> dict[str, str | bool]:
 def _addressing(boto: OptionReader, endpoint: str | None) -> None:
     s3 = OptionReader(boto.mapping("s3"), "config_kwargs s3")
     style = s3.text("addressing_style")
-    # botocore takes the path for every endpoint of one's own, and the host name for Amazon's.
+    # botocore puts the bucket into the path for custom endpoints, into the host name for Amazon's.
     if style not in (None, "auto") and (style == "path") == (endpoint is None):
         raise UnsupportedOptionError(f"config_kwargs s3 addressing_style={style}")
     s3.require_empty()
@@ -379,8 +380,7 @@ def _timeouts(boto: OptionReader) -> dict[str, str | bool]:
         boto.number("connect_timeout", CONNECT_TIMEOUT_S),
         boto.number("read_timeout", READ_TIMEOUT_S),
     )
-    # A whole request has no limit of its own, as with s3fs: a large body over a slow link takes its
-    # time.
+    # No limit for a whole request, as with s3fs: a large body over a slow link may take long.
     return {
         "connect_timeout": _duration(connect_s),
         "read_timeout": _duration(read_s),
@@ -396,7 +396,7 @@ def _trust(client: OptionReader, env: Mapping[str, str], secure: bool) -> dict[s
     verify = client.take("verify")
     if verify is False:
         return {"allow_invalid_certificates": True} if secure else {}
-    # obstore adds certificates to those it trusts; botocore trusts only what is named.
+    # obstore adds certificates to those it trusts; botocore trusts only the named ones.
     if secure and (verify not in (None, True) or (verify is None and env.get("AWS_CA_BUNDLE"))):
         raise UnsupportedOptionError(
             "an own certificate authority, beside which obstore trusts the public ones"

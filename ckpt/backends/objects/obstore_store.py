@@ -1,8 +1,8 @@
-"""A store on S3 through obstore, a client in Rust: buffers go out uncopied, and its threads need no
-interpreter lock.
+"""A store on S3 through obstore, a client in Rust: uploads without copies, threads without the GIL.
 
-It does what ``FsspecBackend`` does through s3fs, behind the same seam. ``obstoreoptions`` says when
-it may stand in, ``obstorefork`` what happens after a fork.
+It does what ``FsspecBackend`` does through s3fs. ``obstore_options`` decides when it may be used.
+In children of a fork ``ForkAwareBackend`` goes through s3fs instead. Imported without obstore
+installed; obstore and botocore are imported lazily.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from ckpt.backends.objects.obstore_options import (
 from ckpt.backends.probe import CreateOnceProbe, creates_once
 from ckpt.errors import NotFoundError, StoreDeniedError, UnavailableError, UsageError
 
-# What is used of obstore's ``S3Store``, and its listings in the seam's terms.
+# ---- obstore's ``S3Store``, as far as it is used here, and its listings.
 
 _PAGE = 1000
-"""Entries handed over at once, as many as S3 has on a page."""
+"""Entries per page of a listing, as many as S3 has on a page."""
 
 ObstoreEntry = Mapping[str, object]
-"""``path``, ``size``, ``last_modified`` and others."""
+"""An entry of a listing: ``path``, ``size``, ``last_modified`` and others."""
 
 
 class ObjectStream(Protocol):
-    """An object's bytes on their way."""
+    """An object's bytes as they arrive."""
 
     def stream(self, min_chunk_size: int) -> Iterable[bytes]:
         """The bytes in pieces of at least that size."""
@@ -53,7 +53,7 @@ class ObjectStream(Protocol):
 
 
 class ObstoreClient(Protocol):
-    """The five calls. All raise obstore's errors, and let other threads run meanwhile."""
+    """The five methods in use. All raise obstore's errors and release the GIL."""
 
     def put(
         self, path: str, file: object, *, mode: str = ..., use_multipart: bool, **sizes: int
@@ -66,13 +66,13 @@ class ObstoreClient(Protocol):
         ...
 
     def head(self, path: str) -> ObstoreEntry:
-        """The facts of one object."""
+        """The description of one object."""
         ...
 
     def list(
         self, prefix: str | None, *, offset: str | None, chunk_size: int
     ) -> Iterable[Sequence[ObstoreEntry]]:
-        """Objects in the folder ``prefix`` that come behind ``offset``."""
+        """Objects in the folder ``prefix`` whose path is greater than ``offset``."""
         ...
 
     def delete(self, paths: str) -> None:
@@ -81,7 +81,7 @@ class ObstoreClient(Protocol):
 
 
 def stat_of(key: str, entry: ObstoreEntry) -> Stat:
-    """An entry as the seam's facts."""
+    """A Stat from an entry."""
     size, modified = entry["size"], entry["last_modified"]
     assert isinstance(size, int), "a size is a number of bytes"
     assert isinstance(modified, datetime.datetime), "a store says when an object was written"
@@ -91,11 +91,10 @@ def stat_of(key: str, entry: ObstoreEntry) -> Stat:
 def walk(
     client: ObstoreClient, root: str, prefix: str, after: str, *, is_object: Callable[[str], bool]
 ) -> Iterator[Stat]:
-    """Objects below ``root`` (empty, or with a slash at its end) in key order. Raises what obstore
-    raises.
+    """Objects below ``root`` in key order. Raises obstore's errors.
 
-    obstore lists whole folders, so other names of the folder are passed over before ``prefix`` and
-    it ends behind it.
+    ``root`` is empty or ends with a slash. obstore lists whole folders, so keys before ``prefix``
+    are skipped and the walk ends behind it.
     """
     folder = prefix.rpartition("/")[0]
     start = listing_start(prefix, after)
@@ -113,9 +112,10 @@ def walk(
                 continue
             if key <= after or not is_key(key):
                 continue
-            found = stat_of(key, entry)
-            # The empty object "folder/", which marks a folder in some stores, is shown as "folder".
-            if not found.size_bytes and not is_object(key):
+            stat = stat_of(key, entry)
+            # obstore shows the empty object "folder/", which marks a folder in some stores, as
+            # "folder".
+            if not stat.size_bytes and not is_object(key):
                 continue
             if key <= last:
                 raise UsageError(
@@ -123,14 +123,13 @@ def walk(
                     "bucket"
                 )
             last = key
-            yield found
+            yield stat
 
 
 def listing_start(prefix: str, after: str) -> str | None:
-    """A key behind which all wanted ones come, as far on as is easily said; empty for the folder's
-    beginning. Pure.
+    """A key below all wanted ones, as close to them as is simple; empty for the folder's beginning.
 
-    None where no wanted key can exist. It lies in the folder of ``prefix``, since servers that
+    None if no wanted key can exist. The key is in the folder of ``prefix``, because servers that
     descend from MinIO refuse to start elsewhere.
     """
     if after > prefix and not after.startswith(prefix):
@@ -138,7 +137,7 @@ def listing_start(prefix: str, after: str) -> str | None:
     folder = prefix[: prefix.rfind("/") + 1]
     starts = [after.rstrip("/")]
     if prefix > folder:
-        # Just below the prefix: its last character's predecessor, then one that keys seldom have.
+        # Just below the prefix: its last character's predecessor, then a character rare in keys.
         starts.append(f"{prefix[:-1]}{chr(max(ord(prefix[-1]) - 1, 0))}~")
     fit = [
         start for start in starts if start > folder and start.startswith(folder) and is_key(start)
@@ -146,16 +145,17 @@ def listing_start(prefix: str, after: str) -> str | None:
     return max(fit, default="")
 
 
-# AWS credentials and profile settings as botocore finds them: files, roles, containers,
-# instances, single sign-on.
+# ---- AWS credentials and profile settings, found by botocore: files, roles, containers, instances,
+# single sign-on.
 
 _ASK_AGAIN = datetime.timedelta(minutes=5)
-"""botocore renews credentials ten minutes before they expire, so what it gives is good for as long
-at least."""
+"""botocore renews credentials ten minutes before they expire, so they are valid for at least this
+long.
+"""
 
 
 class AwsCredential(TypedDict):
-    """What obstore asks a provider for."""
+    """The fields that obstore expects from a provider."""
 
     access_key_id: str
     secret_access_key: str
@@ -180,10 +180,10 @@ class _BotoSession(Protocol):
 
 
 def profile_settings(profile: str | None, env: Mapping[str, str]) -> Mapping[str, object] | None:
-    """What the AWS configuration files say for the profile in use; empty without files, None where
-    they cannot be read.
+    """The AWS configuration files' settings for the profile in use.
 
-    Imports botocore only where there are files or a profile is named.
+    Empty without files, None if they cannot be read. Imports botocore only if there are files or a
+    profile is named.
     """
     named = profile or env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE")
     files = (
@@ -199,14 +199,15 @@ def profile_settings(profile: str | None, env: Mapping[str, str]) -> Mapping[str
 
 
 def credential_provider(profile: str | None) -> Callable[[], AwsCredential]:
-    """What gives obstore the current credentials. Raises ImportError without botocore,
-    StoreDeniedError without any."""
+    """A function that gives obstore the current credentials.
+
+    Raises ImportError without botocore, and StoreDeniedError without credentials.
+    """
     credentials = _session(profile).get_credentials()
     if credentials is None:
         raise StoreDeniedError(
-            "no AWS credentials are found. set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "pass key and secret as "
-            "storage options, or anon=True for a public bucket"
+            "no AWS credentials found. set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass "
+            "key and secret as storage options, or anon=True for a public bucket"
         )
 
     def current() -> AwsCredential:
@@ -230,20 +231,20 @@ def _session(profile: str | None) -> _BotoSession:
     return cast(_BotoSession, importlib.import_module("botocore.session").Session(profile=profile))
 
 
-# Repeats what obstore does not: it takes a deletion for something that may not be done twice, and
-# gives up where a page of a listing, or an object without a tag, breaks off.
+# ---- Retries that obstore lacks. It takes a deletion for something that may not be repeated, and
+# gives up if a page of a listing, or an object without an ETag, breaks off.
 
 _PAUSE_S = 0.1
-"""Before the first repetition, then twice as long each time, at most 5 s."""
+"""Pause before the first repetition, doubled each time up to _PAUSE_MAX_S."""
 
 _PAUSE_MAX_S = 5.0
 
 
 def retry(call: Callable[[], None], *, times: int, progress: Callable[[], int] = int) -> None:
-    """Do ``call``, again where the connection broke, ``times`` in a row at most without
-    ``progress`` having grown.
+    """Do ``call``, and repeat it after a broken connection.
 
-    Raises what the last one raised.
+    Gives up, with the last error, after ``times`` repetitions in a row without growth of
+    ``progress()``.
     """
     broken, before = 0, progress()
     while True:
@@ -260,14 +261,16 @@ def retry(call: Callable[[], None], *, times: int, progress: Callable[[], int] =
 def resume_listing(
     listing: Callable[[str], Iterator[Stat]], after: str, *, times: int
 ) -> Iterator[Stat]:
-    """``listing(after)``, begun again behind the last key where it broke off; ``times`` in a row at
-    most."""
+    """``listing(after)``, started again after the last key if it breaks off.
+
+    At most ``times`` in a row without a new entry.
+    """
     broken = 0
     while True:
         try:
-            for found in listing(after):
-                yield found
-                after, broken = found.key, 0
+            for stat in listing(after):
+                yield stat
+                after, broken = stat.key, 0
         except UnavailableError as error:
             if broken >= times or not _broke(error):
                 raise
@@ -278,7 +281,10 @@ def resume_listing(
 
 
 def _broke(error: UnavailableError) -> bool:
-    """Whether there was no answer: answers that promise better luck were repeated already."""
+    """Whether there was no answer at all.
+
+    obstore itself repeats requests after transient answers.
+    """
     return type(error) is UnavailableError and "status=-" in str(error)
 
 
@@ -287,10 +293,10 @@ def _pause(done: int) -> None:
 
 
 _PIECE_BYTES = 1 << 20
-"""A reply is copied into the caller's memory in pieces of this size."""
+"""Replies are copied to the caller's memory in pieces of this size."""
 
 _PARTS_MAX = 4
-"""Parts of one object on their way at once; they take no memory."""
+"""Parts of one object in flight; they take no memory."""
 
 _BACKOFF = {
     "init_backoff": datetime.timedelta(seconds=0.1),
@@ -301,10 +307,10 @@ _RETRY_TIMEOUT = datetime.timedelta(minutes=2)
 
 
 class ObstoreBackend:
-    """A store at ``s3://bucket/folder``. Listings are fresh; whether it creates once is found out
-    as by ObjectsBackend.
+    """A store at ``s3://bucket/folder``. Thread-safe.
 
-    Only for the process that made it. Thread-safe. Raises ImportError where obstore is not
+    Only for the process that made it: obstore's threads do not survive a fork. Listings are always
+    fresh; create-only puts are probed as by FsspecBackend. Raises ImportError if obstore is not
     installed.
     """
 
@@ -322,8 +328,10 @@ class ObstoreBackend:
         return self._url
 
     def capabilities(self) -> Capabilities:
-        """See Backend. Probes with at most three small requests once; where it may not write,
-        create_only is False."""
+        """Probes once, with at most three small requests.
+
+        In a store that is not writable ``create_only`` is False.
+        """
         return Capabilities(
             create_only=self._creates(),
             read_bytes_best=READ_BYTES_BEST,
@@ -331,7 +339,7 @@ class ObstoreBackend:
         )
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend. Takes no memory; large objects go up in parts of 16 MiB, four at once."""
+        """Takes no memory; large objects are uploaded in parts of 16 MiB, four at once."""
         path = self._path(key)
         if create_only:
             self._creates.require()
@@ -339,7 +347,7 @@ class ObstoreBackend:
             self._put(path, data, create_only=create_only)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend. One ranged request, copied once, 1 MiB at a time."""
+        """One ranged request, copied once, 1 MiB at a time."""
         path = self._path(key)
         read_exactly(
             self,
@@ -350,7 +358,7 @@ class ObstoreBackend:
         )
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend. One request."""
+        """One request."""
         path = self._path(key)
         try:
             with translate_client_errors("stat", self._where(key)):
@@ -359,15 +367,14 @@ class ObstoreBackend:
             return None
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend. Page by page, from ``after`` or ``prefix`` on, until keys no longer begin
-        with it."""
+        """Page by page, from ``after`` or ``prefix`` on, until keys no longer start with it."""
         check_prefix(prefix)
         yield from resume_listing(
             lambda start: self._walk(prefix, start), after, times=self._settings.retries
         )
 
     def delete(self, key: str) -> None:
-        """See Backend. One request a key: several S3 servers refuse the batch form."""
+        """One request per key: several S3 servers refuse the batch form."""
         path = self._path(key)
         try:
             retry(lambda: self._delete(key, path), times=self._settings.retries)
@@ -375,7 +382,7 @@ class ObstoreBackend:
             return
 
     def close(self) -> None:
-        """See Backend. The connections go with their last user; a later call connects anew."""
+        """Drops the connections; a later call connects again."""
         self._client = None
 
     def _live(self) -> ObstoreClient:
@@ -386,20 +393,20 @@ class ObstoreBackend:
 
     def _connect(self) -> ObstoreClient:
         settings = self._settings
-        more: dict[str, object] = {}
+        options: dict[str, object] = {}
         match settings.credentials:
             case S3Credentials(key, secret, token):
-                given = {
+                credential = {
                     "access_key_id": key,
                     "secret_access_key": secret,
                     "token": token,
                     "expires_at": None,
                 }
-                # As a provider: keys in the configuration would be joined with a session token of
-                # the environment.
-                more["credential_provider"] = lambda: given
+                # As a provider: obstore would combine keys in the configuration with a session
+                # token from the environment.
+                options["credential_provider"] = lambda: credential
             case LookedUpCredentials(profile):
-                more["credential_provider"] = credential_provider(profile)
+                options["credential_provider"] = credential_provider(profile)
             case _:
                 pass
         client = self._make_client(
@@ -411,7 +418,7 @@ class ObstoreBackend:
                 "retry_timeout": _RETRY_TIMEOUT,
                 "backoff": _BACKOFF,
             },
-            **more,
+            **options,
         )
         return cast(ObstoreClient, client)
 
@@ -423,11 +430,10 @@ class ObstoreBackend:
 
     def _put(self, path: str, data: Sequence[Buffer], *, create_only: bool) -> None:
         pieces = [memoryview(buffer).cast("B") for buffer in data if len(buffer)]
-        # A list's pieces are taken as they lie, too, but a list without any would become a
-        # multipart upload.
+        # obstore takes a list's buffers without a copy, but makes an empty list a multipart upload.
         body = pieces if len(pieces) > 1 else pieces[0] if pieces else b""
         if create_only or sum(map(len, pieces)) < MULTIPART_BYTES_MIN:
-            # Always one request: conditions on multipart uploads are newer than on puts, and not
+            # Always one request: conditions on multipart uploads are newer than on puts and are not
             # probed.
             self._live().put(
                 path, body, mode="create" if create_only else "overwrite", use_multipart=False
@@ -438,22 +444,21 @@ class ObstoreBackend:
             )
 
     def _fill(self, key: str, path: str, out: memoryview, offset_bytes: int) -> int:
-        """How many bytes of ``out`` were filled, none where the object ends before them."""
+        """The bytes filled in ``out``; 0 if the object ends before ``offset_bytes``."""
         filled = BufferFiller(out)
 
         def stream() -> None:
             with translate_client_errors("read", self._where(key)):
-                span = (offset_bytes + filled.filled_bytes, offset_bytes + len(out))
+                byte_range = (offset_bytes + filled.filled_bytes, offset_bytes + len(out))
                 for piece in (
                     self._live()
-                    .get(path, options={"range": span})
+                    .get(path, options={"range": byte_range})
                     .stream(min_chunk_size=_PIECE_BYTES)
                 ):
                     filled.add(piece)
 
         try:
-            # obstore itself goes on where a reply broke off only if the server gave the object a
-            # tag.
+            # obstore itself resumes a broken reply only if the server sent an ETag.
             retry(stream, times=self._settings.retries, progress=lambda: filled.filled_bytes)
         except UnavailableError as error:
             if "status=416" not in str(error):
@@ -487,69 +492,60 @@ class ObstoreBackend:
         return creates_once(create, remove)
 
 
-# obstore in the process that used it first, s3fs in children of a fork: obstore's threads are not
-# copied into them.
-#
-# A call into obstore would wait there for ever.
+# ---- Forks: obstore in the process that used it first, s3fs in children of a fork. obstore's
+# threads are not copied into a child, where a call into obstore would wait for ever.
 
 
 class ForkAwareBackend:
-    """A store that is ``here`` in the process where obstore's threads run, and ``forked()`` in
-    children of it."""
+    """``backend`` in the process that runs obstore's threads, ``reopen()`` in its children."""
 
-    def __init__(self, here: Backend, forked: Callable[[], Backend]) -> None:
-        self._here = here
-        self._forked = forked
-        self._other: Backend | None = None
+    def __init__(self, backend: Backend, reopen: Callable[[], Backend]) -> None:
+        self._backend = backend
+        self._reopen = reopen
+        self._forked_store: Backend | None = None
 
     @property
     def url(self) -> str:
-        """See Backend."""
-        return self._here.url
+        return self._backend.url
 
     @property
     def client_name(self) -> str:
         """The name of the library in use, for reports."""
-        return "obstore" if _home() == os.getpid() else "s3fs"
+        return "obstore" if _obstore_pid() == os.getpid() else "s3fs"
 
     def capabilities(self) -> Capabilities:
-        """See Backend."""
         return self._store().capabilities()
 
     def put(self, key: str, data: Sequence[Buffer], *, create_only: bool = False) -> None:
-        """See Backend."""
         self._store().put(key, data, create_only=create_only)
 
     def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
-        """See Backend."""
         self._store().read_into(key, out, offset_bytes=offset_bytes)
 
     def stat(self, key: str) -> Stat | None:
-        """See Backend."""
         return self._store().stat(key)
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Stat]:
-        """See Backend."""
         return self._store().list(prefix, after=after)
 
     def delete(self, key: str) -> None:
-        """See Backend."""
         self._store().delete(key)
 
     def close(self) -> None:
-        """See Backend."""
-        (self._other or self._here).close()
+        (self._forked_store or self._backend).close()
 
     def _store(self) -> Backend:
-        if _home() == os.getpid():
-            return self._here
-        if self._other is None:
-            self._other = self._forked()
-        return self._other
+        if _obstore_pid() == os.getpid():
+            return self._backend
+        if self._forked_store is None:
+            self._forked_store = self._reopen()
+        return self._forked_store
 
 
 @functools.cache
-def _home() -> int:
-    """The process where obstore's threads run: the first that asked, and what a child of it is told
-    too."""
+def _obstore_pid() -> int:
+    """The process that runs obstore's threads: the first caller.
+
+    A child inherits the cached answer.
+    """
     return os.getpid()

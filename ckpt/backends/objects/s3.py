@@ -1,5 +1,4 @@
-"""Which client library speaks to S3: obstore where it is installed and does what was asked, else
-s3fs."""
+"""The choice of client library for S3: obstore if installed and equivalent, otherwise s3fs."""
 
 from __future__ import annotations
 
@@ -25,49 +24,51 @@ from ckpt.backends.objects.obstore_store import (
 from ckpt.errors import UsageError
 
 CLIENT_VARIABLE = "CKPT_OBJECT_CLIENT"
-"""Environment variable: ``obstore`` or ``s3fs`` instead of the choice made here."""
+"""Environment variable that overrides the choice: ``obstore`` or ``s3fs``."""
 
 
 def open_s3(url: str, storage_options: StorageOptions | None) -> Backend:
-    """The store at an ``s3://`` URL. Says on the logger ``ckpt``, at debug level, why obstore is
-    not used.
+    """The store at an ``s3://`` URL.
 
-    Raises UsageError where ``CKPT_OBJECT_CLIENT`` names a client that cannot do it.
+    Logs at debug level, on the logger ``ckpt``, why obstore is not used. Raises UsageError if
+    ``CKPT_OBJECT_CLIENT`` names a client that cannot do what the options ask for.
     """
-    asked = os.environ.get(CLIENT_VARIABLE, "")
-    if asked not in ("", "obstore", "s3fs"):
+    client = os.environ.get(CLIENT_VARIABLE, "")
+    if client not in ("", "obstore", "s3fs"):
         raise UsageError(
-            f"no such client for S3. {CLIENT_VARIABLE}={asked}; set it to obstore or s3fs, or "
+            f"no such client for S3. {CLIENT_VARIABLE}={client}; set it to obstore or s3fs, or "
             "leave it out"
         )
-    if asked == "s3fs":
+    if client == "s3fs":
         return FsspecBackend(url, storage_options)
-    meant = _meant(url, storage_options or {})
-    if isinstance(meant, ObstoreSettings):
+    settings = _settings(url, storage_options or {})
+    if isinstance(settings, ObstoreSettings):
         return ForkAwareBackend(
-            ObstoreBackend(url, meant), lambda: FsspecBackend(url, storage_options)
+            ObstoreBackend(url, settings), lambda: FsspecBackend(url, storage_options)
         )
-    if asked == "obstore":
+    if client == "obstore":
         raise UsageError(
-            f"obstore cannot do this. url={public_url(url)} why={meant.reason!r}; leave "
-            f"{CLIENT_VARIABLE} out, or set it to s3fs"
+            f"obstore cannot do this. url={public_url(url)} why={settings.reason!r}; "
+            f"leave {CLIENT_VARIABLE} out, or set it to s3fs"
         )
-    logging.getLogger("ckpt").debug("s3fs serves %s: %s", public_url(url), meant.reason)
+    logging.getLogger("ckpt").debug("s3fs serves %s: %s", public_url(url), settings.reason)
     return FsspecBackend(url, storage_options)
 
 
-def _meant(url: str, options: StorageOptions) -> ObstoreSettings | ObstoreDiffers:
+def _settings(url: str, options: StorageOptions) -> ObstoreSettings | ObstoreDiffers:
     if importlib.util.find_spec("obstore") is None:
         return ObstoreDiffers("obstore is not installed (pip install 'torch-ckpt[fast]')")
-    named = options.get("profile")
-    profile = profile_settings(named if isinstance(named, str) else None, os.environ)
+    named_profile = options.get("profile")
+    profile = profile_settings(
+        named_profile if isinstance(named_profile, str) else None, os.environ
+    )
     if profile is None:
         return ObstoreDiffers("the AWS configuration files cannot be read")
-    meant = translate_options(url, options, env=os.environ, profile=profile)
+    settings = translate_options(url, options, env=os.environ, profile=profile)
     if (
-        isinstance(meant, ObstoreSettings)
-        and isinstance(meant.credentials, LookedUpCredentials)
+        isinstance(settings, ObstoreSettings)
+        and isinstance(settings.credentials, LookedUpCredentials)
         and not has_botocore()
     ):
         return ObstoreDiffers("credentials must be looked up, and botocore is not installed")
-    return meant
+    return settings

@@ -1,2 +1,1 @@
-"""Several stores as one: an object is put to all, is durable on W of them, is read from the nearest
-and repaired."""
+"""Several stores as one: quorum writes, reads from the nearest, repair in the background."""

@@ -1,5 +1,7 @@
-"""Memory that stores read from and write to, of bounded size: a hung call keeps what it has, and
-only its store feels it."""
+"""Memory that stores read from and write to, bounded for each store, and the caller's lent memory.
+
+A hung call keeps the memory that it has, and only its own store is limited by that.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,17 @@ BUDGET_BYTES = 512 << 20
 REUSED_BYTES_MIN = 64 << 10
 """Smaller buffers are cheaper to make than to keep."""
 
-_LOOK_S = 0.5
+_POLL_S = 0.5
+"""How often a waiting claim checks ``given_up``."""
 
 
 class ReplicaMemory:
-    """Each store may hold an equal share of ``budget_bytes``, or one buffer of any size.
-    Thread-safe.
+    """A budget of memory in which each store may hold an equal share, or one buffer of any size.
 
-    Shares are apart, so that a hung store's buffers never keep a well one waiting. Buffers are
-    page-aligned, for direct I/O, and a quarter of the budget is kept for reuse: fresh memory costs
-    more than the copy into it.
+    Shares are separate, so that a hung store's buffers never delay a healthy one; the exception for
+    one buffer lets a store take a pack that is larger than its share. Buffers are page-aligned, for
+    direct I/O. A quarter of the budget is kept for reuse: fresh memory costs more than the copy
+    into it. Thread-safe.
     """
 
     def __init__(self, stores: int, *, budget_bytes: int = BUDGET_BYTES) -> None:
@@ -42,58 +45,60 @@ class ReplicaMemory:
 
     @property
     def used_bytes(self) -> int:
-        """What is held now, in all."""
+        """Memory held now, in total."""
         return sum(self._used)
 
     def claim(
         self,
-        place: int,
+        index: int,
         size_bytes: int,
         *,
         until_s: float = 0.0,
         given_up: Callable[[], bool] = bool,
     ) -> bool:
-        """Charge ``size_bytes`` to the store at ``place``; waits till ``until_s`` (monotonic) or
-        until ``given_up``.
+        """Charge ``size_bytes`` to store ``index``; returns whether there was room.
 
-        Returns whether there was room.
+        Waits for room until ``until_s`` (monotonic) or until ``given_up``.
         """
         with self._change:
-            while self._used[place] and self._used[place] + size_bytes > self._share_bytes:
+            # The first buffer is always granted, or an object larger than the share could never be
+            # moved.
+            while self._used[index] and self._used[index] + size_bytes > self._share_bytes:
                 left_s = until_s - time.monotonic()
                 if left_s <= 0 or given_up():
                     return False
-                self._change.wait(min(left_s, _LOOK_S))
-            self._used[place] += size_bytes
+                self._change.wait(min(left_s, _POLL_S))
+            self._used[index] += size_bytes
             return True
 
-    def charge(self, place: int, size_bytes: int) -> None:
-        """Charge what is held already to the store that keeps it from being freed."""
+    def charge(self, index: int, size_bytes: int) -> None:
+        """Charge memory that is already held to the store that keeps it from being freed."""
         with self._change:
-            self._used[place] += size_bytes
+            self._used[index] += size_bytes
 
-    def free(self, place: int, size_bytes: int) -> None:
-        """Give back what was claimed."""
+    def free(self, index: int, size_bytes: int) -> None:
+        """Return what was claimed or charged."""
         with self._change:
-            self._used[place] -= size_bytes
+            self._used[index] -= size_bytes
             self._change.notify_all()
 
     def buffer(self, size_bytes: int) -> PooledBuffer:
-        """Memory of that size, holding anything. Claim it first."""
+        """Memory of that size with arbitrary content. Claim it first."""
         if size_bytes < REUSED_BYTES_MIN:
             return PooledBuffer(memoryview(bytearray(size_bytes)), None)
         with self._change:
+            # At most twice the size, so that a small buffer does not occupy a large region.
             fits = [kept for kept in self._kept if size_bytes <= len(kept) <= 2 * size_bytes]
             if fits:
-                found = min(fits, key=len)
-                self._kept.remove(found)
-                self._kept_bytes -= len(found)
-                return PooledBuffer(memoryview(found)[:size_bytes], found)
+                smallest = min(fits, key=len)
+                self._kept.remove(smallest)
+                self._kept_bytes -= len(smallest)
+                return PooledBuffer(memoryview(smallest)[:size_bytes], smallest)
         fresh = mmap.mmap(-1, size_bytes + -size_bytes % mmap.PAGESIZE)
         return PooledBuffer(memoryview(fresh)[:size_bytes], fresh)
 
     def recycle(self, buffer: PooledBuffer) -> None:
-        """Keep ``buffer`` for later; nobody may touch it any more."""
+        """Keep ``buffer`` for reuse. No thread may use it any more."""
         region = buffer.region
         if region is None:
             return
@@ -104,7 +109,7 @@ class ReplicaMemory:
 
 
 class PooledBuffer:
-    """``view`` of ``region``, which is None for small ones."""
+    """``view`` is the start of ``region``, which is None for small buffers."""
 
     __slots__ = ("region", "view")
 
@@ -113,12 +118,11 @@ class PooledBuffer:
         self.region = region
 
 
-# The one copy of a put's bytes that several stores share.
+# ---- Shared copy: one copy of a put's bytes for several stores.
 
 
 class SharedCopy:
-    """One copy of the caller's bytes, for all stores that need one. The last of them to let go
-    gives it back."""
+    """One copy of the caller's bytes, for all stores that need one. The last holder frees it."""
 
     def __init__(self, memory: ReplicaMemory, data: Sequence[Buffer], size_bytes: int) -> None:
         self._memory = memory
@@ -129,8 +133,7 @@ class SharedCopy:
         self._lock = threading.Lock()
 
     def acquire(self) -> list[memoryview]:
-        """The copy, made now where it is the first. Only while the caller's put has not
-        returned."""
+        """The copy, made on first use. Only until the caller's put has returned."""
         with self._lock:
             if self._region is None:
                 self._region = self._memory.buffer(self._size_bytes)
@@ -139,11 +142,11 @@ class SharedCopy:
             return [self._region.view]
 
     def forget_source(self) -> None:
-        """The caller's memory may not be read any more."""
+        """The caller's memory must not be read any more."""
         self._data = ()
 
     def release(self) -> None:
-        """One of its holders is through with it."""
+        """One holder no longer needs it."""
         with self._lock:
             self._holders -= 1
             region = None if self._holders else self._region
@@ -162,17 +165,21 @@ def _gather(data: Sequence[Buffer], out: memoryview) -> None:
             at += piece.size
 
 
-# The caller's memory, lent to stores for as long as its put lasts.
+# ---- Loan: the caller's memory, lent to stores as long as its put lasts.
 #
-# A call that hangs in a store cannot be ended, and what it reads after the caller took its memory
-# back is anything. Such bytes may reach a temporary file; they must not get the object's name. A
-# store that can look just before that takes the memory itself, without a copy.
+# A hung call in a store cannot be ended, and after the caller took its memory back the call reads
+# arbitrary bytes. Such bytes may reach a temporary file, but must not get the object's name. A
+# store that can check the loan just before naming the object takes the memory itself, without a
+# copy.
 
 
 @runtime_checkable
 class Borrower(Protocol):
-    """A store that can be lent memory. A wrapper around one is none unless it says so: it may have
-    copied too late."""
+    """A store that can be lent memory.
+
+    A wrapper around one does not count unless it implements ``put_lent`` itself: it may have copied
+    the memory too late.
+    """
 
     def put_lent(
         self,
@@ -182,17 +189,20 @@ class Borrower(Protocol):
         *,
         create_only: bool = False,
     ) -> None:
-        """As ``put``, of buffers whose owner may take them back and change them at any moment.
+        """As ``put``, with buffers whose owner may take them back and change them at any moment.
 
-        ``still_lent`` is called once all bytes are read (or copied) and before the object can be
-        seen under its key. Where it raises, nothing is stored and ``put_lent`` raises the same.
+        The store calls ``still_lent`` once all bytes are read or copied, and before the object is
+        visible under its key. If that raises, the store keeps nothing and ``put_lent`` raises the
+        same error.
         """
         ...
 
 
 def borrower_of(store: Backend) -> Borrower | None:
-    """``store`` as one that can be lent memory. One whose class overrides ``put`` alone is none: it
-    means to see every put."""
+    """``store`` as a Borrower, or None.
+
+    A class that overrides only ``put`` does not count: it means to see every put.
+    """
     if not isinstance(store, Borrower):
         return None
     owners = [cls for cls in type(store).__mro__ if "put" in vars(cls) or "put_lent" in vars(cls)]
@@ -200,13 +210,13 @@ def borrower_of(store: Backend) -> Borrower | None:
 
 
 class TakenBackError(UnavailableError):
-    """The memory was taken back before the store had read it all; nothing was stored."""
+    """The memory was taken back before the store had read all of it; nothing was stored."""
 
     code = "taken-back"
 
 
 class Loan:
-    """One put's memory. The owner takes it back before anybody may write to it again."""
+    """The memory of one put. Its owner takes it back before anyone may write to it again."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -222,18 +232,20 @@ class Loan:
         self._over = True
 
     def still_lent(self) -> None:
-        """Raise TakenBackError where the memory was taken back: then what was read is not what was
-        meant.
+        """Raise TakenBackError if the memory was taken back: then the bytes read may be wrong.
 
-        All that was read before a call that returns was right: the owner takes back first and
-        writes afterwards.
+        If it returns, all bytes read before the call were right, because the owner takes the memory
+        back before writing to it.
         """
         if self._over:
             raise TakenBackError(
-                f"the put is over, and its memory is used anew. key={self._key}; nothing was stored"
+                f"the put is over and its memory may be reused. key={self._key}; nothing was stored"
             )
 
 
 def is_immutable(data: Sequence[Buffer]) -> bool:
-    """Whether nobody can change what ``data`` holds."""
-    return all(isinstance(one.obj if isinstance(one, memoryview) else one, bytes) for one in data)
+    """Whether the contents of ``data`` can never change."""
+    return all(
+        isinstance(buffer.obj if isinstance(buffer, memoryview) else buffer, bytes)
+        for buffer in data
+    )

@@ -1,5 +1,8 @@
-"""What the operations on several stores share: the stores, the quorum, what is known to be missing
-where, and who is told."""
+"""The stores behind one replicated backend.
+
+``StoreReplica`` is one store with its threads and health, ``RepairBacklog`` what each store misses,
+``StoreGroup`` all stores with the quorum.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ from ckpt.backends.replicated.store_threads import StoreThreads
 from ckpt.errors import CkptError, StoreDeniedError, StoreFullError, UnavailableError
 from ckpt.events import Emit, Event
 
-# Where answers of stores arrive, until nobody waits for them any more.
+# ---- Answers: from the threads of stores to the one thread that asked them.
 
 T = TypeVar("T")
 
@@ -47,13 +50,17 @@ class AnswerQueue(Generic[T]):
         self._closed = False
 
     def closed(self) -> bool:
-        """Whether nobody waits any more; what has not begun need not begin."""
+        """Whether the asking thread has stopped waiting; jobs not yet begun can be skipped."""
         return self._closed
 
     def put(self, item: T) -> bool:
-        """Deliver; False where nobody waits any more, and whatever comes with ``item`` stays the
-        sender's."""
+        """Deliver ``item``; False if the asking thread has stopped waiting.
+
+        Then the sender keeps what ``item`` owns, such as memory.
+        """
         with self._lock:
+            # Under the lock, or an item could arrive after close() has returned the rest, and its
+            # memory would never be released.
             if not self._closed:
                 self._items.put(item)
             return not self._closed
@@ -66,7 +73,7 @@ class AnswerQueue(Generic[T]):
             return None
 
     def close(self) -> list[T]:
-        """Wait no longer; returns what was delivered and not taken. Idempotent."""
+        """Stop waiting; returns the items that were delivered and not taken. Idempotent."""
         with self._lock:
             self._closed = True
         items = []
@@ -75,19 +82,19 @@ class AnswerQueue(Generic[T]):
         return items
 
 
-# One store of a group: its threads, how well and how quick it is, and what is under way.
+# ---- One store: its threads, its health and speed, and its calls in flight.
 
 
 READS_MAX, WRITES_MAX = 16, 8
-"""Threads for reading from and for writing to one store: what fills the links measured."""
+"""Threads per store for reads and for writes; as many as filled the measured links."""
 
 QUEUED_MAX = 256
-"""Calls that wait for a thread; beyond it a store counts as not answering."""
+"""Calls waiting for a thread; beyond that the store counts as not answering."""
 
 
 @dataclass(slots=True)
 class ReplicaSide:
-    """Reading or writing: a store that is full still serves reads."""
+    """Reads or writes of one store. Separate circuits, because a full store still serves reads."""
 
     threads: StoreThreads
     circuit: Circuit = field(default_factory=Circuit)
@@ -98,7 +105,7 @@ class ReplicaSide:
 
 @dataclass(slots=True)
 class RunningCall:
-    """A call under way, and whether it was already counted as hung."""
+    """A call in flight. ``stalled``: it already counts as hung."""
 
     start_s: float
     size_bytes: int
@@ -106,28 +113,30 @@ class RunningCall:
 
 
 class StoreReplica:
-    """The store at ``place``. ``changed`` is told after each change of a circuit, with the side's
-    name. Thread-safe."""
+    """The store ``index`` of a group. Thread-safe.
+
+    ``changed`` is called when a circuit opens or closes, with the name of the side and the reason.
+    """
 
     def __init__(
         self,
-        place: int,
+        index: int,
         store: Backend,
         *,
         limits: ReplicationLimits,
         jitter: Callable[[], float],
         changed: Callable[[StoreReplica, str, str], None],
     ) -> None:
-        self.index = place
+        self.index = index
         self.store = store
         self.borrower = borrower_of(store)
         self.reading = ReplicaSide(
-            StoreThreads(f"ckpt-read-{place}", threads_max=READS_MAX, jobs_max=QUEUED_MAX)
+            StoreThreads(f"ckpt-read-{index}", threads_max=READS_MAX, jobs_max=QUEUED_MAX)
         )
         self.writing = ReplicaSide(
-            StoreThreads(f"ckpt-write-{place}", threads_max=WRITES_MAX, jobs_max=QUEUED_MAX)
+            StoreThreads(f"ckpt-write-{index}", threads_max=WRITES_MAX, jobs_max=QUEUED_MAX)
         )
-        self._pace = limits
+        self._limits = limits
         self._jitter = jitter
         self._changed = changed
         self._lock = threading.Lock()
@@ -140,46 +149,52 @@ class StoreReplica:
 
     @property
     def healthy(self) -> bool:
-        """Whether it is asked as usual, for reading and for writing."""
+        """Whether it is asked as usual, for reads and for writes."""
         return self.reading.circuit.usable and self.writing.circuit.usable
 
     def read(self, size_bytes: int, call: Callable[[], T]) -> T:
-        """Do ``call``, which reads ``size_bytes``, in this thread, and learn from it. Raises
-        CkptError only."""
+        """Do ``call``, which reads ``size_bytes``, in this thread, and update health and speed.
+
+        Raises only CkptError.
+        """
         return self._do(self.reading, size_bytes, call)
 
     def write(self, size_bytes: int, call: Callable[[], T]) -> T:
-        """Do ``call``, which writes ``size_bytes``, in this thread, and learn from it. Raises
-        CkptError only."""
+        """Do ``call``, which writes ``size_bytes``, in this thread, and update health and speed.
+
+        Raises only CkptError.
+        """
         return self._do(self.writing, size_bytes, call)
 
-    def observe(self, side: ReplicaSide, sign: CircuitEvent, why: str) -> None:
-        """Something was seen of the store."""
+    def observe(self, side: ReplicaSide, event: CircuitEvent, reason: str) -> None:
+        """Update the circuit after ``event``."""
         with self._lock:
+            # Two calls of one store may end at once: read and replace the circuit under the lock.
             before = side.circuit
-            if sign is CircuitEvent.ANSWERED and before == _FRESH:
+            # The common case: a healthy store answered, and nothing changes.
+            if event is CircuitEvent.ANSWERED and before == _FRESH:
                 return
             side.circuit = advance(
-                before, sign, time.monotonic(), limits=self._pace, jitter=self._jitter()
+                before, event, time.monotonic(), limits=self._limits, jitter=self._jitter()
             )
             changed = side.circuit.usable != before.usable
         if changed:
-            self._changed(self, "reading" if side is self.reading else "writing", why)
+            self._changed(self, "reading" if side is self.reading else "writing", reason)
 
     def probe_now(self) -> None:
-        """Be looked at now where it is left alone."""
+        """Make the next probe of open circuits due now."""
         with self._lock:
             for side in (self.reading, self.writing):
                 side.circuit = probe_now(side.circuit, time.monotonic())
 
     def mark_asked(self, side: ReplicaSide) -> float:
-        """The store is about to be asked; how long it was not."""
+        """Note that the store is asked now; returns how long it was idle."""
         now_s = time.monotonic()
         idle_s, side.asked_s = now_s - side.asked_s, now_s
         return idle_s
 
     def detect_stalls(self) -> None:
-        """Count calls that take far too long as hung."""
+        """Count calls that take far too long as hung, once each."""
         now_s = time.monotonic()
         for side in (self.reading, self.writing):
             if not side.calls:
@@ -189,21 +204,24 @@ class StoreReplica:
                     call
                     for call in side.calls.values()
                     if not call.stalled
-                    and now_s - call.start_s > stall_s(self._pace, call.size_bytes)
+                    and now_s - call.start_s > stall_s(self._limits, call.size_bytes)
                 ]
                 for call in hung:
+                    # Marked under the lock, so that the call is counted once, and its thread comes
+                    # back once.
                     call.stalled = True
                     side.speed = with_lower_bound(side.speed, call.size_bytes, now_s - call.start_s)
             for call in hung:
+                # Outside the lock: observe() takes it, and may emit an event.
                 side.threads.thread_lost()
                 self.observe(
                     side,
                     CircuitEvent.STALLED,
-                    f"a call has not come back for {now_s - call.start_s:.0f} s",
+                    f"a call has not returned for {now_s - call.start_s:.0f} s",
                 )
 
     def cut_off(self, size_bytes: int, waited_s: float) -> None:
-        """A put was given up: it would have taken longer than ``waited_s``."""
+        """Learn from a put that was given up: it would have taken longer than ``waited_s``."""
         with self._lock:
             self.writing.speed = with_lower_bound(self.writing.speed, size_bytes, waited_s)
 
@@ -214,26 +232,28 @@ class StoreReplica:
             self._calls += 1
             number = self._calls
             side.calls[number] = under_way
-        sign, why, counts = CircuitEvent.ANSWERED, "it answers", False
+        # An error that is a clear answer, such as NotFoundError, leaves the event at ANSWERED.
+        # PROBED stands for no observation at all.
+        event, reason, counts = CircuitEvent.ANSWERED, "it answers", False
         try:
             result = call()
             counts = True
         except TakenBackError:
-            sign = CircuitEvent.PROBED  # says nothing of the store
+            event = CircuitEvent.PROBED  # the caller's doing: no information about the store
             raise
         except (StoreFullError, StoreDeniedError) as error:
-            sign, why = CircuitEvent.REFUSED, str(error)
+            event, reason = CircuitEvent.REFUSED, str(error)
             raise
         except UnavailableError as error:
-            sign, why = CircuitEvent.FAILED, str(error)
+            event, reason = CircuitEvent.FAILED, str(error)
             raise
         except CkptError:
             raise
         except Exception as error:
-            sign, why = CircuitEvent.FAILED, f"{type(error).__name__}: {error}"
+            event, reason = CircuitEvent.FAILED, f"{type(error).__name__}: {error}"
             raise UnavailableError(
-                f"the store's code failed. store={self.url} error={why}; repeat, and report it to "
-                "who wrote the store"
+                f"the store's implementation failed. store={self.url} error={reason}; repeat, and "
+                "report it to the author of the store"
             ) from error
         finally:
             took_s = time.monotonic() - start_s
@@ -241,10 +261,11 @@ class StoreReplica:
                 del side.calls[number]
                 if counts:
                     side.speed = with_measurement(side.speed, size_bytes, took_s)
+            # detect_stalls() gave the hung call's thread away; take it back exactly once.
             if under_way.stalled:
                 side.threads.thread_back()
-            if sign is not CircuitEvent.PROBED:
-                self.observe(side, sign, why)
+            if event is not CircuitEvent.PROBED:
+                self.observe(side, event, reason)
         return result
 
 
@@ -253,6 +274,186 @@ _FRESH = Circuit()
 
 def _never(answers: Mapping[int, object]) -> bool:
     return False
+
+
+# ---- Backlog: what each store is known to miss.
+
+
+class RepairBacklog:
+    """What each store of a group is known to miss. Thread-safe.
+
+    Ledger, needs set aside, background puts and the set of voters change under one lock,
+    ``change``, which also announces every change. Needs of a store that does not count are set
+    aside, and go into the ledger when it starts to count. ``wake`` is called when there may be
+    something to repair.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Backend],
+        voters: frozenset[int],
+        *,
+        limits: ReplicationLimits,
+        jitter: Callable[[], float],
+        emit: Emit,
+        wake: Callable[[], None],
+    ) -> None:
+        self.change = threading.Condition()
+        self._urls = tuple(store.url for store in stores)
+        self._voters = voters
+        self._limits = limits
+        self._jitter = jitter
+        self._emit = emit
+        self._wake = wake
+        self._ledger = ledgers.empty_ledger(len(stores))
+        self._set_aside: tuple[dict[str, RepairNeed], ...] = tuple({} for _ in stores)
+        self._writes_in_flight: dict[tuple[int, str], int] = {}
+        self._alarmed: set[int] = set()
+
+    @property
+    def ledger(self) -> ledgers.RepairLedger:
+        """The repair ledger now."""
+        return self._ledger
+
+    def set_voters(self, voters: frozenset[int]) -> Sequence[tuple[int, str, RepairNeed]]:
+        """Count only ``voters`` from now on.
+
+        Returns the needs that were set aside for stores that start to count: store, key and need.
+        The caller notes them again.
+        """
+        with self.change:
+            # Under the lock with note(): a need of a store that starts to count goes either aside
+            # before this, and is returned here, or into the ledger after it.
+            started = sorted(voters - self._voters)
+            self._voters = voters
+            missed = [
+                (index, key, need)
+                for index in started
+                for key, need in self._set_aside[index].items()
+            ]
+            for index in started:
+                self._set_aside[index].clear()
+            return missed
+
+    def note(self, index: int, key: str, need: RepairNeed, *, reason: str, alarm: bool) -> None:
+        """Note that ``key`` is not as it should be in store ``index``.
+
+        With ``alarm``, the first need of a store is reported as an alarm. For a store that does not
+        count the need is put aside until it does, the newest ``keys_max`` of them; a fill covers
+        the rest.
+        """
+        with self.change:
+            if index not in self._voters:
+                aside = self._set_aside[index]
+                aside[key] = need
+                if len(aside) > self._limits.keys_max:
+                    del aside[next(iter(aside))]
+                return
+            scrub = self._ledger.scrub[index]
+            self._ledger = ledgers.with_need(
+                self._ledger, index, key, need, keys_max=self._limits.keys_max
+            )
+            # One alarm per store until all its needs are met, not one per object.
+            first = index not in self._alarmed
+            overflows = self._ledger.scrub[index] and not scrub
+            if alarm or overflows:
+                self._alarmed.add(index)
+        if (alarm and first) or overflows:
+            text = (
+                f"objects are missing or damaged in {self._urls[index]} and will be repaired from "
+                "other stores"
+                + ("; more than are remembered: run `ckpt scrub`" if overflows else "")
+            )
+            facts = {"key": key, "need": need.fault.value, "why": reason}
+            self._emit_alarm(index, text, facts)
+        self._wake()
+
+    def settle(self, index: int, key: str) -> None:
+        """``key`` is as it should be in store ``index``."""
+        self._update_ledger(lambda ledger: ledgers.without_need(ledger, index, key))
+
+    def forget(self, key: str) -> None:
+        """``key`` is deleted, so no store lacks it any more."""
+        with self.change:
+            # A deleted object must not be repaired when its store starts to count.
+            for aside in self._set_aside:
+                aside.pop(key, None)
+        self._update_ledger(lambda ledger: ledgers.without_key(ledger, key))
+
+    def postpone(self, index: int, key: str) -> None:
+        """``key`` could not be repaired in store ``index`` now."""
+        now_s, jitter = time.monotonic(), self._jitter()
+        self._update_ledger(
+            lambda ledger: ledgers.postponed(
+                ledger, index, key, now_s, limits=self._limits, jitter=jitter
+            )
+        )
+
+    def leave_to_scrub(self, index: int, key: str, reason: str) -> None:
+        """Only a scrub can repair ``key`` in store ``index``."""
+        self._update_ledger(lambda ledger: ledgers.left_to_scrub(ledger, index, key))
+        url = self._urls[index]
+        text = (
+            f"a copy in {url} can't be repaired without reading every chunk: {reason}; run `ckpt "
+            "scrub`"
+        )
+        self._emit_alarm(index, text, {"key": key, "why": reason})
+
+    def scrubbed(self, index: int) -> None:
+        """A scrub of store ``index`` has finished."""
+        self._update_ledger(lambda ledger: ledgers.scrubbed(ledger, index))
+
+    def make_all_due(self) -> None:
+        """Make every need due now."""
+        self._update_ledger(ledgers.all_due)
+        self._wake()
+
+    def _emit_alarm(self, index: int, text: str, facts: Mapping[str, str]) -> None:
+        facts = {"store": self._urls[index], **facts}
+        self._emit(Event("under-replicated", text, facts, alarm=True))
+
+    def _update_ledger(
+        self, update: Callable[[ledgers.RepairLedger], ledgers.RepairLedger]
+    ) -> None:
+        with self.change:
+            self._ledger = update(self._ledger)
+            self._alarmed = {
+                index
+                for index in self._alarmed
+                if self._ledger.needs[index] or self._ledger.scrub[index]
+            }
+            self.change.notify_all()
+
+    # ---- Puts that still write to slow stores after they returned.
+
+    def background_put_started(self, index: int, key: str) -> None:
+        """A put of ``key`` continues in store ``index`` after its caller returned."""
+        with self.change:
+            self._writes_in_flight[index, key] = self._writes_in_flight.get((index, key), 0) + 1
+
+    def background_put_ended(self, index: int, key: str) -> None:
+        """Such a put has ended."""
+        with self.change:
+            left = self._writes_in_flight.pop((index, key)) - 1
+            if left:
+                self._writes_in_flight[index, key] = left
+            self.change.notify_all()
+
+    def behind(self, index: int) -> int:
+        """How many keys the store is known to miss, including those still being written."""
+        with self.change:
+            # A key may be both in the ledger and in flight: a union, not a sum.
+            in_flight = {key for at, key in self._writes_in_flight if at == index}
+            return len(in_flight | self._ledger.needs[index].keys())
+
+    def caught_up(self) -> bool:
+        """Whether nothing is known to be missing in any store."""
+        with self.change:
+            return (
+                not self._writes_in_flight
+                and not any(self._ledger.needs)
+                and not any(self._ledger.scrub)
+            )
 
 
 class StoreGroup:
@@ -273,195 +474,76 @@ class StoreGroup:
         self.limits = limits
         self.memory = ReplicaMemory(len(stores), budget_bytes=budget_bytes)
         self._prefer = tuple(prefer)
-        self._dice = random.Random(seed)
-        self._tell = emit
-        self.change = threading.Condition()
-        self._ledger = ledgers.empty_ledger(len(stores))
-        self._aside: tuple[dict[str, RepairNeed], ...] = tuple({} for _ in stores)
-        self._on_the_way: dict[tuple[int, str], int] = {}
-        self._alarmed: set[int] = set()
+        self._random = random.Random(seed)
+        self._emit = emit
         self.wake: Callable[[], None] = lambda: None
+        self.backlog = RepairBacklog(
+            stores,
+            quorum.voters,
+            limits=limits,
+            jitter=self.jitter,
+            emit=emit,
+            wake=lambda: self.wake(),  # noqa: PLW0108  RepairThread replaces ``wake`` later
+        )
         self.replicas = tuple(
             StoreReplica(
-                place, store, limits=limits, jitter=self.jitter, changed=self._circuit_changed
+                index, store, limits=limits, jitter=self.jitter, changed=self._circuit_changed
             )
-            for place, store in enumerate(stores)
+            for index, store in enumerate(stores)
         )
 
     def jitter(self) -> float:
         """A random number in [0, 1)."""
-        return self._dice.random()
+        return self._random.random()
 
     def emit(self, kind: str, text: str, *, alarm: bool = False, **facts: str | int) -> None:
-        """Say what happened."""
-        self._tell(Event(kind, text, facts, alarm))
+        """Emit an event."""
+        self._emit(Event(kind, text, facts, alarm))
 
     def read_order(self, size_bytes: int) -> tuple[int, ...]:
-        """The places in the order in which to read ``size_bytes`` from them."""
+        """The stores in the order in which to read ``size_bytes`` from them."""
         now_s = time.monotonic()
         candidates = [
             ReadCandidate(
-                member.index,
-                member.reading.circuit.usable,
-                speeds.expected_s(member.reading.speed, size_bytes),
-                now_s - member.reading.asked_s,
+                replica.index,
+                replica.reading.circuit.usable,
+                speeds.expected_s(replica.reading.speed, size_bytes),
+                now_s - replica.reading.asked_s,
             )
-            for member in self.replicas
+            for replica in self.replicas
         ]
         return speeds.read_order(candidates, prefer=self._prefer)
 
     def usable(self) -> frozenset[int]:
-        """The places that can be read from as usual."""
-        return frozenset(member.index for member in self.replicas if member.reading.circuit.usable)
+        """The stores that are read from as usual."""
+        return frozenset(
+            replica.index for replica in self.replicas if replica.reading.circuit.usable
+        )
 
     def detect_stalls(self) -> None:
         """Count calls that take far too long as hung."""
-        for member in self.replicas:
-            member.detect_stalls()
+        for replica in self.replicas:
+            replica.detect_stalls()
 
     def count_only(self, quorum: Quorum) -> None:
-        """From now on ``quorum`` says which stores count. What one missed shortly before it did is
-        brought to it.
+        """Use ``quorum`` from now on, and repair what a store missed shortly before it counted.
 
-        It was filled, or answered again, while objects were on their way to the others, whose
-        records came later.
+        The store was filled, or answered again, while objects were being written to the others
+        whose records came later; the fill cannot have seen those.
         """
-        with self.change:
-            again = quorum.voters - self.quorum.voters
+        with self.backlog.change:
             self.quorum = quorum
-            missed = [(place, self._aside[place].copy()) for place in sorted(again)]
-            for place in again:
-                self._aside[place].clear()
-        for place, needs in missed:
-            for key, need in needs.items():
-                self.note_need(
-                    place, key, need, reason="written while the store did not count", alarm=False
-                )
-
-    # What is missing where.
-
-    @property
-    def ledger(self) -> ledgers.RepairLedger:
-        """What is known to be missing now."""
-        return self._ledger
-
-    def note_need(
-        self, place: int, key: str, need: RepairNeed, *, reason: str, alarm: bool
-    ) -> None:
-        """``key`` is not as it should be at ``place``. The first of a store is told; ``alarm``:
-        loudly.
-
-        For a store that doesn't count it is put aside until it does, the newest of it: the rest it
-        is filled with.
-        """
-        with self.change:
-            if place not in self.quorum.voters:
-                aside = self._aside[place]
-                aside[key] = need
-                if len(aside) > self.limits.keys_max:
-                    del aside[next(iter(aside))]
-                return
-            scrub = self._ledger.scrub[place]
-            self._ledger = ledgers.with_need(
-                self._ledger, place, key, need, keys_max=self.limits.keys_max
-            )
-            first = place not in self._alarmed
-            overflows = self._ledger.scrub[place] and not scrub
-            if alarm or overflows:
-                self._alarmed.add(place)
-        if (alarm and first) or overflows:
-            self.emit(
-                "under-replicated",
-                f"objects are missing or damaged in {self.replicas[place].url} and will be mended "
-                "from other stores"
-                + ("; more than are remembered: run `ckpt scrub`" if overflows else ""),
-                alarm=True,
-                store=self.replicas[place].url,
-                key=key,
-                need=need.fault.value,
-                why=reason,
-            )
-        self.wake()
-
-    def settle_need(self, place: int, key: str) -> None:
-        """``key`` is as it should be at ``place``."""
-        self._turn(lambda ledger: ledgers.without_need(ledger, place, key))
-
-    def forget(self, key: str) -> None:
-        """``key`` is deleted, and nowhere missing any more."""
-        with self.change:
-            for aside in self._aside:
-                aside.pop(key, None)
-        self._turn(lambda ledger: ledgers.without_key(ledger, key))
-
-    def postpone(self, place: int, key: str) -> None:
-        """``key`` could not be mended at ``place`` now."""
-        now_s, jitter = time.monotonic(), self.jitter()
-        self._turn(
-            lambda ledger: ledgers.postponed(
-                ledger, place, key, now_s, limits=self.limits, jitter=jitter
-            )
-        )
-
-    def leave_to_scrub(self, place: int, key: str, why: str) -> None:
-        """``key`` can only be mended by a scrub."""
-        self._turn(lambda ledger: ledgers.left_to_scrub(ledger, place, key))
-        url = self.replicas[place].url
-        text = f"a copy in {url} can't be mended without looking at every chunk: {why}; run `ckpt scrub`"
-        self.emit("under-replicated", text, alarm=True, store=url, key=key, why=why)
-
-    def scrubbed(self, place: int) -> None:
-        """A scrub has been through the store."""
-        self._turn(lambda ledger: ledgers.scrubbed(ledger, place))
-
-    def repair_now(self) -> None:
-        """Mend and probe without pauses."""
-        self._turn(ledgers.all_due)
-        self.wake()
-
-    def _turn(self, turn: Callable[[ledgers.RepairLedger], ledgers.RepairLedger]) -> None:
-        with self.change:
-            self._ledger = turn(self._ledger)
-            self._alarmed = {
-                place
-                for place in self._alarmed
-                if self._ledger.needs[place] or self._ledger.scrub[place]
-            }
-            self.change.notify_all()
-
-    # What a put that has returned still writes in the background.
-
-    def background_put_started(self, place: int, key: str) -> None:
-        """A put of ``key`` goes on at ``place`` after its caller was told that it is done."""
-        with self.change:
-            self._on_the_way[place, key] = self._on_the_way.get((place, key), 0) + 1
-
-    def background_put_ended(self, place: int, key: str) -> None:
-        """It ended."""
-        with self.change:
-            left = self._on_the_way.pop((place, key)) - 1
-            if left:
-                self._on_the_way[place, key] = left
-            self.change.notify_all()
-
-    def behind(self, place: int) -> int:
-        """How many keys the store is known to miss, those on their way included."""
-        with self.change:
-            away = {key for at, key in self._on_the_way if at == place}
-            return len(away | self._ledger.needs[place].keys())
-
-    def caught_up(self) -> bool:
-        """Whether nothing is known to be missing anywhere."""
-        with self.change:
-            return (
-                not self._on_the_way and not any(self._ledger.needs) and not any(self._ledger.scrub)
+            missed = self.backlog.set_voters(quorum.voters)
+        for index, key, need in missed:
+            self.backlog.note(
+                index, key, need, reason="written while the store did not count", alarm=False
             )
 
-    # Small calls to several stores at once.
+    # ---- Small calls to several stores at once.
 
     def ask(
         self,
-        places: Iterable[int],
+        indexes: Iterable[int],
         call: Callable[[StoreReplica], T],
         *,
         side: Callable[[StoreReplica], ReplicaSide] | None = None,
@@ -469,84 +551,89 @@ class StoreGroup:
         enough: Callable[[Mapping[int, T | CkptError]], bool] = _never,
         nearly: Callable[[Mapping[int, T | CkptError]], bool] = _never,
     ) -> dict[int, T | CkptError]:
-        """What ``call`` gives for each of ``places``, asked at once.
+        """The results of ``call`` for each of ``indexes``, asked at once. Thread-safe.
 
-        ``enough`` says when no more answers are needed, ``nearly`` when the others need not be
-        waited for as long as that. A store that does not answer within ``Pace.call_s`` gives
-        UnavailableError. Calls go through the reading side by default; ``key`` keeps them in order
-        with other writes of that key. Thread-safe.
+        Returns early when ``enough`` accepts the answers; once ``nearly`` accepts them, the others
+        are awaited only for ``hedge_s_first``. A store that does not answer within ``call_s`` gives
+        UnavailableError. Calls use the reading side by default. ``key`` orders them with other
+        writes of that key.
         """
-        mailbox: AnswerQueue[tuple[int, T | CkptError]] = AnswerQueue()
+        answer_queue: AnswerQueue[tuple[int, T | CkptError]] = AnswerQueue()
         answers: dict[int, T | CkptError] = {}
         waiting = set()
-        for place in places:
-            member = self.replicas[place]
-            lane = (side(member) if side else member.reading).threads
-            if lane.submit(_asking(member, call, mailbox), key=key):
-                waiting.add(place)
+        for index in indexes:
+            replica = self.replicas[index]
+            chosen = side(replica) if side else replica.reading
+            if chosen.threads.submit(_asking(replica, call, answer_queue), key=key):
+                waiting.add(index)
             else:
-                answers[place] = busy_error(member)
+                answers[index] = busy_error(replica)
+        # A store without an answer keeps its thread, and this call does not wait for it.
         until_s = time.monotonic() + self.limits.call_s
         hurried = False
         while waiting and not enough(answers):
+            # The answers so far decide in most cases: give the others only a moment to differ.
             if not hurried and nearly(answers):
                 hurried, until_s = True, min(until_s, time.monotonic() + self.limits.hedge_s_first)
-            got = mailbox.get(until_s - time.monotonic())
-            if got is None:
+            entry = answer_queue.get(until_s - time.monotonic())
+            if entry is None:
                 break
-            answers[got[0]] = got[1]
-            waiting.discard(got[0])
-        mailbox.close()
+            index, answer = entry
+            answers[index] = answer
+            waiting.discard(index)
+        answer_queue.close()
         if waiting:
-            self.wake()  # to see it if one of them hangs
+            self.wake()  # the repair thread detects it if one of them hangs
         if not enough(answers):
+            # Only if they matter: a store that was not waited for did nothing wrong.
             answers |= {
-                place: silent_error(self.replicas[place], self.limits.call_s) for place in waiting
+                index: silent_error(self.replicas[index], self.limits.call_s) for index in waiting
             }
         return answers
 
-    def _circuit_changed(self, member: StoreReplica, side: str, why: str) -> None:
-        store, behind = member.url, self.behind(member.index)
-        circuit = member.reading.circuit if side == "reading" else member.writing.circuit
+    def _circuit_changed(self, replica: StoreReplica, side: str, reason: str) -> None:
+        store, behind = replica.url, self.backlog.behind(replica.index)
+        circuit = replica.reading.circuit if side == "reading" else replica.writing.circuit
         if circuit.usable:
-            if member.healthy:
+            if replica.healthy:
                 self.emit(
                     "store-back",
-                    f"{member.url} answers again, and gets what it missed",
+                    f"{replica.url} answers again and gets what it missed",
                     store=store,
                     behind=behind,
                 )
         elif circuit.openings == 1:
-            text = f"{member.url} is left alone for {side}: {why}; it is looked at again by and by"
+            # Once per outage: a failed probe opens the circuit again, but is no news.
+            text = f"{replica.url} is not used for {side}: {reason}; it is probed from time to time"
             self.emit("store-down", text, alarm=True, side=side, store=store, behind=behind)
         self.wake()
 
 
-def busy_error(member: StoreReplica) -> UnavailableError:
-    """The store's queue is full: as good as not answering."""
+def busy_error(replica: StoreReplica) -> UnavailableError:
+    """The store's queue is full, which counts as not answering."""
     return UnavailableError(
-        f"too many calls wait for the store already. store={member.url}; repeat later"
+        f"too many calls are waiting for the store. store={replica.url}; repeat later"
     )
 
 
-def silent_error(member: StoreReplica, waited_s: float) -> UnavailableError:
+def silent_error(replica: StoreReplica, waited_s: float) -> UnavailableError:
     """The store did not answer in time."""
     return UnavailableError(
-        f"the store does not answer. store={member.url} waited_s={waited_s:.1f}; repeat later"
+        f"the store does not answer. store={replica.url} waited_s={waited_s:.1f}; repeat later"
     )
 
 
 def _asking(
-    member: StoreReplica,
+    replica: StoreReplica,
     call: Callable[[StoreReplica], T],
-    mailbox: AnswerQueue[tuple[int, T | CkptError]],
+    answer_queue: AnswerQueue[tuple[int, T | CkptError]],
 ) -> Callable[[], None]:
     def job() -> None:
         answer: T | CkptError
         try:
-            answer = call(member)
+            answer = call(replica)
         except CkptError as error:
             answer = error
-        mailbox.put((member.index, answer))
+        answer_queue.put((replica.index, answer))
 
     return job

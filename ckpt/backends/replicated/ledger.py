@@ -1,14 +1,14 @@
-"""Which copy may be written over, and from which. Pure.
+"""Which copies are missing or damaged, and how each may be repaired. Pure.
 
-A pack has no digest of its own: a reader knows that one range is right and nothing of the rest. Two
-copies may be damaged in different places, and then each holds the only right bytes of the other's.
-So a copy that is there is replaced only where
+Which copy may be overwritten: a pack has no digest of its own, so a reader's check proves one range
+right and nothing about the rest. Two copies may be damaged in different places, and then each holds
+the only right bytes of the other's damage. So an existing copy is replaced only if
 
 * the reader's check covered the whole object, or
-* the two copies agree in every byte outside the range in which one was found wrong and the other right,
+* the two copies agree in every byte outside the range in which one was wrong and the other right.
 
-and a copy that is not there may be made from any whose length no other one contradicts: nothing is
-lost by that. The rest is a scrub's work, which knows the digest of each chunk.
+A missing copy may be made from any copy whose length no other copy contradicts: that loses nothing.
+Every other case is left to a scrub, which knows the digest of each chunk.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import numpy as np
 from ckpt.backends.replicated.policy import Quorum, ReplicationLimits, backoff_s
 from ckpt.values import Digest
 
-# Which objects are known to be missing or damaged in which store. Pure; bounded: what does not
-# fit is left to a scrub.
+# ---- Ledger: which objects are missing or damaged in which store. Bounded: a scrub finds the rest.
 
 
 class CopyFault(enum.Enum):
-    """What is wrong with a copy. MISSING: not there, or not known to be. DAMAGED: it had wrong
-    bytes, or too few."""
+    """What is wrong with a copy.
+
+    MISSING: absent, or not known to be there. DAMAGED: wrong bytes, or too few.
+    """
 
     MISSING = "missing"
     DAMAGED = "damaged"
@@ -36,9 +37,9 @@ class CopyFault(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class VerifiedRange:
-    """Bytes that a reader's own check found right: where they lie in the object, and their digest.
+    """Bytes that a reader's check found right: their range in the object, and their digest.
 
-    ``whole``: they are all of it.
+    ``whole``: the range is the whole object.
     """
 
     offset_bytes: int
@@ -48,13 +49,13 @@ class VerifiedRange:
 
     @property
     def end_bytes(self) -> int:
-        """The offset behind the last of them."""
+        """The offset behind the last byte."""
         return self.offset_bytes + self.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RepairNeed:
-    """One copy to be mended, tried ``tries`` times and not before ``due_s`` again."""
+    """One copy to be repaired. ``tries`` failed so far; the next is due at ``due_s``."""
 
     fault: CopyFault
     verified: VerifiedRange | None = None
@@ -64,81 +65,90 @@ class RepairNeed:
 
 @dataclass(frozen=True, slots=True)
 class RepairLedger:
-    """By place: the needs by key in the order they were noted, and whether only a scrub can find
-    the rest."""
+    """The needs of each store by key, in the order they were noted.
+
+    ``scrub``: whether a store also lacks objects that only a scrub can find.
+    """
 
     needs: tuple[Mapping[str, RepairNeed], ...]
     scrub: tuple[bool, ...]
 
 
 def empty_ledger(stores: int) -> RepairLedger:
-    """Nothing is known to be missing anywhere."""
+    """A ledger without needs."""
     return RepairLedger(tuple({} for _ in range(stores)), (False,) * stores)
 
 
 def with_need(
-    ledger: RepairLedger, place: int, key: str, need: RepairNeed, *, keys_max: int
+    ledger: RepairLedger, index: int, key: str, need: RepairNeed, *, keys_max: int
 ) -> RepairLedger:
-    """With ``need`` of ``key`` at ``place``. A need with a proof is not replaced by one without."""
-    needs = ledger.needs[place]
+    """The ledger with ``need`` of ``key`` in store ``index``.
+
+    A need with a verified range is not replaced by one without: the range is what allows a repair.
+    """
+    needs = ledger.needs[index]
     before = needs.get(key)
     if before is not None and before.verified is not None and need.verified is None:
         return ledger
+    # Bounded: what does not fit is not noted, and the flag says that only a scrub can find it.
     if before is None and len(needs) >= keys_max:
-        return _scrub(ledger, place)
-    return _with(ledger, place, {**needs, key: need})
+        return _with_scrub(ledger, index)
+    return _with_needs(ledger, index, {**needs, key: need})
 
 
-def without_need(ledger: RepairLedger, place: int, key: str) -> RepairLedger:
-    """Without the need of ``key`` at ``place``: it is mended, or nothing that must be."""
-    if key not in ledger.needs[place]:
+def without_need(ledger: RepairLedger, index: int, key: str) -> RepairLedger:
+    """The ledger without the need of ``key`` in store ``index``: repaired, or obsolete."""
+    if key not in ledger.needs[index]:
         return ledger
-    return _with(
-        ledger, place, {other: need for other, need in ledger.needs[place].items() if other != key}
+    return _with_needs(
+        ledger, index, {other: need for other, need in ledger.needs[index].items() if other != key}
     )
 
 
 def without_key(ledger: RepairLedger, key: str) -> RepairLedger:
-    """Without ``key`` anywhere: it was deleted."""
-    for place in range(len(ledger.needs)):
-        ledger = without_need(ledger, place, key)
+    """The ledger without ``key`` in any store: the object was deleted."""
+    for index in range(len(ledger.needs)):
+        ledger = without_need(ledger, index, key)
     return ledger
 
 
 def postponed(
     ledger: RepairLedger,
-    place: int,
+    index: int,
     key: str,
     now_s: float,
     *,
     limits: ReplicationLimits,
     jitter: float,
 ) -> RepairLedger:
-    """The need could not be met now. ``jitter`` is a random number in [0, 1)."""
-    need = ledger.needs[place].get(key)
+    """The ledger after a repair that was not possible now.
+
+    ``jitter`` is a random number in [0, 1).
+    """
+    need = ledger.needs[index].get(key)
     if need is None:
         return ledger
     tries = need.tries + 1
     due_s = now_s + backoff_s(limits.probe_s_first, limits.probe_s_max, tries, jitter)
-    return _with(
-        ledger, place, {**ledger.needs[place], key: replace(need, tries=tries, due_s=due_s)}
+    return _with_needs(
+        ledger, index, {**ledger.needs[index], key: replace(need, tries=tries, due_s=due_s)}
     )
 
 
-def left_to_scrub(ledger: RepairLedger, place: int, key: str) -> RepairLedger:
-    """The need cannot be met without looking at every byte: that is a scrub's work."""
-    return _scrub(without_need(ledger, place, key), place)
+def left_to_scrub(ledger: RepairLedger, index: int, key: str) -> RepairLedger:
+    """The ledger after a need that only a scrub can meet, by reading every byte."""
+    return _with_scrub(without_need(ledger, index, key), index)
 
 
-def scrubbed(ledger: RepairLedger, place: int) -> RepairLedger:
-    """A scrub has been through the store at ``place``: what did not fit here is found."""
+def scrubbed(ledger: RepairLedger, index: int) -> RepairLedger:
+    """The ledger after a scrub of store ``index``, which found what did not fit here."""
     return replace(
-        ledger, scrub=tuple(flag and at != place for at, flag in enumerate(ledger.scrub))
+        ledger, scrub=tuple(flag and other != index for other, flag in enumerate(ledger.scrub))
     )
 
 
 def all_due(ledger: RepairLedger) -> RepairLedger:
-    """With every need due now."""
+    """The ledger with every need due now."""
     return replace(
         ledger,
         needs=tuple(
@@ -147,27 +157,29 @@ def all_due(ledger: RepairLedger) -> RepairLedger:
     )
 
 
-def next_need(ledger: RepairLedger, place: int) -> tuple[str, RepairNeed] | None:
-    """The need at ``place`` that is due first, the oldest of equals."""
-    needs = ledger.needs[place]
+def next_need(ledger: RepairLedger, index: int) -> tuple[str, RepairNeed] | None:
+    """The need of store ``index`` that is due first, the oldest of equals."""
+    needs = ledger.needs[index]
     return min(needs.items(), key=lambda entry: entry[1].due_s, default=None)
 
 
-def _scrub(ledger: RepairLedger, place: int) -> RepairLedger:
-    return replace(ledger, scrub=tuple(flag or at == place for at, flag in enumerate(ledger.scrub)))
+def _with_scrub(ledger: RepairLedger, index: int) -> RepairLedger:
+    return replace(
+        ledger, scrub=tuple(flag or other == index for other, flag in enumerate(ledger.scrub))
+    )
 
 
-def _with(ledger: RepairLedger, place: int, needs: Mapping[str, RepairNeed]) -> RepairLedger:
-    return replace(ledger, needs=(*ledger.needs[:place], needs, *ledger.needs[place + 1 :]))
+def _with_needs(ledger: RepairLedger, index: int, needs: Mapping[str, RepairNeed]) -> RepairLedger:
+    return replace(ledger, needs=(*ledger.needs[:index], needs, *ledger.needs[index + 1 :]))
 
 
 @dataclass(frozen=True, slots=True)
 class RepairCopy:
-    """Copy from one of ``sources``, after its bytes match the need's proof.
+    """Copy the object from one of ``sources``, if its bytes match the need's verified range.
 
-    ``compare``: only where it agrees with the target outside the proven range (see
-    ``equal_outside``). ``all_known``: there is no other copy that could have the proven bytes (see
-    ``unproven``).
+    ``compare``: only if the source agrees with the target outside that range (see
+    ``equal_outside``). ``all_answered``: no other copy could have the verified bytes (see
+    ``no_verified_source``).
     """
 
     sources: tuple[int, ...]
@@ -178,7 +190,7 @@ class RepairCopy:
 
 @dataclass(frozen=True, slots=True)
 class CopyIntact:
-    """There is nothing to mend."""
+    """Nothing to repair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +202,7 @@ class RepairLater:
 
 @dataclass(frozen=True, slots=True)
 class LeaveToScrub:
-    """It cannot be known which copy is right."""
+    """It is unknown which copy is right."""
 
     reason: str
 
@@ -201,86 +213,106 @@ RepairPlan = RepairCopy | CopyIntact | RepairLater | LeaveToScrub
 def plan_repair(
     need: RepairNeed, target: int, sizes: Mapping[int, int | None], quorum: Quorum
 ) -> RepairPlan:
-    """What to do about ``need`` at ``target``.
+    """What to do about ``need`` in store ``target``.
 
-    ``sizes``: the copy's length in each store that answered, None where there is none.
+    ``sizes``: the copy's length in each store that answered, None if it has no copy.
     """
+    # The target itself must answer: whether its copy exists decides what may be written.
     if target not in sizes:
         return RepairLater("the store does not answer")
-    all_known = len(sizes) == quorum.stores
-    others = {place: size for place, size in sizes.items() if place != target and size is not None}
+    all_answered = len(sizes) == quorum.stores
+    others = {index: size for index, size in sizes.items() if index != target and size is not None}
+    # No other store has the object. It may have been deleted, or be on a store that does not
+    # answer.
     if not others:
-        nowhere = {place for place, size in sizes.items() if size is None}
-        if quorum.proves_absent(nowhere) or all_known:
+        nowhere = {index for index, size in sizes.items() if size is None}
+        if quorum.proves_absent(nowhere) or all_answered:
             return CopyIntact()
         return RepairLater("no other store that answers has the object")
+    # The whole object is verified: any copy of that length is compared with its digest.
     if need.verified is not None and need.verified.whole:
-        return _from_proven(
-            need, sizes[target], others, need.verified.size_bytes, all_known=all_known
+        return _plan_verified(
+            need, sizes[target], others, need.verified.size_bytes, all_answered=all_answered
         )
+    # From here on no copy is known to be right as a whole.
     if len(set(others.values())) > 1:
         return LeaveToScrub("the other copies differ in length")
     size = next(iter(others.values()))
+    # The other copies are too short to hold the range that was found right.
     if need.verified is not None and size < need.verified.end_bytes:
-        return no_verified_source(all_answered=all_known)
-    return _from_unknown(need, sizes[target], tuple(others), size, all_known=all_known)
+        return no_verified_source(all_answered=all_answered)
+    return _plan_unverified(need, sizes[target], tuple(others), size, all_answered=all_answered)
 
 
 def no_verified_source(*, all_answered: bool) -> RepairLater | LeaveToScrub:
-    """What to do where no copy that answers has the bytes that a reader found right: it may have
-    rotted since."""
-    why = "no other copy has the bytes that were found right"
-    return LeaveToScrub(why) if all_answered else RepairLater(why)
+    """What to do if no answering copy has the verified bytes: it may have been damaged since."""
+    reason = "no other copy has the bytes that were found right"
+    return LeaveToScrub(reason) if all_answered else RepairLater(reason)
 
 
-def _from_proven(
-    need: RepairNeed, mine: int | None, others: Mapping[int, int], size: int, *, all_known: bool
+def _plan_verified(
+    need: RepairNeed,
+    target_size: int | None,
+    others: Mapping[int, int],
+    size: int,
+    *,
+    all_answered: bool,
 ) -> RepairPlan:
-    """Where every byte is known by its digest."""
-    if mine == size and need.fault is CopyFault.MISSING:
+    """The plan if the whole object is verified."""
+    if target_size == size and need.fault is CopyFault.MISSING:
         return CopyIntact()
-    sources = tuple(place for place, other in others.items() if other == size)
+    sources = tuple(index for index, other in others.items() if other == size)
     return (
-        RepairCopy(sources, size, False, all_known)
+        RepairCopy(sources, size, False, all_answered)
         if sources
-        else no_verified_source(all_answered=all_known)
+        else no_verified_source(all_answered=all_answered)
     )
 
 
-def _from_unknown(
-    need: RepairNeed, mine: int | None, sources: tuple[int, ...], size: int, *, all_known: bool
+def _plan_unverified(
+    need: RepairNeed,
+    target_size: int | None,
+    sources: tuple[int, ...],
+    size: int,
+    *,
+    all_answered: bool,
 ) -> RepairPlan:
-    if mine is None:
-        return RepairCopy(sources, size, False, all_known)
+    """The plan if at most a range is verified. ``size`` is the length of all other copies."""
+    # Nothing is overwritten, so nothing can be lost.
+    if target_size is None:
+        return RepairCopy(sources, size, False, all_answered)
     if need.fault is CopyFault.MISSING or need.verified is None:
-        if mine == size:
+        if target_size == size:
             return CopyIntact()
         if need.fault is CopyFault.MISSING:
             return LeaveToScrub("the copy that appeared differs in length from the others")
-    if mine > size:
+    # Its bytes behind the others' end are in no other copy.
+    if target_size > size:
         return LeaveToScrub("the copy is longer than the others")
-    return RepairCopy(sources, size, True, all_known)
+    return RepairCopy(sources, size, True, all_answered)
 
 
-def equal_outside(mine: memoryview, other: memoryview, offset_bytes: int, need: RepairNeed) -> bool:
-    """Whether two copies' bytes from ``offset_bytes`` on are the same, but for the proven range of
-    ``need``.
+def equal_outside(
+    damaged: memoryview, source: memoryview, offset_bytes: int, need: RepairNeed
+) -> bool:
+    """Whether two copies are equal outside the verified range of ``need``.
 
-    What ``mine`` lacks at its end counts as the same. O(bytes), no copies.
+    Both are given from ``offset_bytes`` on. Bytes that ``damaged`` lacks at its end count as equal:
+    it is too short, so it holds nothing there that could be lost. O(bytes), no copies.
     """
-    length = min(len(mine), len(other))
+    length = min(len(damaged), len(source))
     low, high = (
         (0, 0) if need.verified is None else (need.verified.offset_bytes, need.verified.end_bytes)
     )
     cut = sorted(min(max(edge - offset_bytes, 0), length) for edge in (low, high))
-    return _same(mine[: cut[0]], other[: cut[0]]) and _same(
-        mine[cut[1] : length], other[cut[1] : length]
+    return _equal(damaged[: cut[0]], source[: cut[0]]) and _equal(
+        damaged[cut[1] : length], source[cut[1] : length]
     )
 
 
-def _same(one: memoryview, two: memoryview) -> bool:
+def _equal(first: memoryview, second: memoryview) -> bool:
     return (
-        np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(two, np.uint8))
-        if len(one)
+        np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8))
+        if len(first)
         else True
     )

@@ -1,4 +1,4 @@
-"""What users' lists of URLs mean."""
+"""Opening a job's stores by their URLs: one or several, encrypted or not."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def open_stores(
 ) -> Backend:
     """The store over all ``urls``, each holding every object; for one URL that store itself.
 
-    ``storage_options``: one mapping for every URL that is no folder, or one for each URL.
-    ``write_quorum``: in how many an object must be before it counts as stored, by default the
-    majority. Opens and touches as little as ``open_backend``. Raises UsageError for no URL, one
-    that is named twice, options that do not fit, and a quorum that is no majority.
+    ``storage_options``: one mapping for every URL that is not a folder, or one for each URL.
+    ``write_quorum``: number of stores that must hold an object before it counts as stored; by
+    default the majority. Opens and touches as little as ``open_backend``. Raises UsageError for no
+    URL, a URL given twice, options that do not fit, and a quorum that is not a majority.
     """
     if isinstance(urls, str):
         raise UsageError(f"URLs of stores come in a list. urls={urls!r}; write [{urls!r}]")
@@ -44,18 +44,17 @@ def open_stores(
 
 
 def _refuse_twice(urls: Sequence[str]) -> None:
-    seen: dict[str, str] = {}
+    urls_by_address: dict[str, str] = {}
     for url in urls:
         address = address_of(url)
-        # Two names of one folder would be two copies on one disk.
+        # Resolve links: two names of one folder would be two copies on one disk.
         address = os.path.realpath(address) if _is_folder(url) else address.rstrip("/")
-        if address in seen:
+        if address in urls_by_address:
             raise UsageError(
-                f"one store is named twice. urls={seen[address]!r}, {url!r}; a second copy in the "
-                "same place protects "
-                f"from nothing"
+                f"one store is named twice. urls={urls_by_address[address]!r}, {url!r}; a second "
+                "copy in the same place protects from nothing"
             )
-        seen[address] = url
+        urls_by_address[address] = url
 
 
 def _options_of(
@@ -65,7 +64,7 @@ def _options_of(
         return [None] * len(urls)
     if isinstance(options, Mapping):
         if all(_is_folder(url) for url in urls):
-            return [options] * len(urls)  # which refuses them
+            return [options] * len(urls)  # a folder refuses them with the message
         return [None if _is_folder(url) else options for url in urls]
     if len(options) != len(urls):
         raise UsageError(
@@ -79,11 +78,8 @@ def _is_folder(url: str) -> bool:
     return address_of(url) != url or "://" not in url
 
 
-# Opening a job's stores: one or several, encrypted or not. What programs, keepers and tools all
-# come through.
-
 KEY_VARIABLE = "CKPT_ENCRYPTION_KEY"
-"""Where the key is, for programs and commands that are not told otherwise."""
+"""Environment variable with the key's source, for programs and commands without an option."""
 
 _FILE = "file:"
 
@@ -98,21 +94,20 @@ def open_job_stores(
     encryption_key: str | None = None,
     emit: Emit,
 ) -> Backend:
-    """The stores at ``urls`` as one, through the key that ``encryption_key`` leads to.
+    """The stores at ``urls`` as one, encrypted under the key that ``encryption_key`` names.
 
-    Opening a folder touches nothing. Raises UsageError for addresses, options or keys that can't
+    Opening a folder touches nothing. Raises UsageError for addresses, options or keys that cannot
     work.
     """
     keys = load_keys(encryption_key) if encryption_key is not None else None
-    opened = open_stores(urls, storage_options, write_quorum=write_quorum, emit=emit)
-    return encrypted(opened, keys) if keys is not None else opened
+    stores = open_stores(urls, storage_options, write_quorum=write_quorum, emit=emit)
+    return encrypted(stores, keys) if keys is not None else stores
 
 
 def require_key_fits(backend: Backend, encryption_key: str | None) -> None:
-    """Raises UsageError where what ``backend`` holds was not written with that key, or with none:
-    it would look damaged.
+    """Raise UsageError if the objects in ``backend`` were not written with that key, or with none.
 
-    Reads the beginning of a listing and of at most three manifests.
+    They would look damaged. Reads the start of a listing and at most three manifests.
     """
     require_matching_keys(
         getattr(backend, "inner", backend),
@@ -120,13 +115,15 @@ def require_key_fits(backend: Backend, encryption_key: str | None) -> None:
     )
 
 
-def key_source(given: str | None) -> str | None:
-    """Where the key is: as given, or as the environment says; paths absolute, for a keeper works
-    elsewhere."""
-    source = given if given is not None else os.environ.get(KEY_VARIABLE) or None
+def key_source(explicit: str | None) -> str | None:
+    """The key's source: the given one, or the environment's.
+
+    Paths become absolute, because a keeper has another working directory.
+    """
+    source = explicit if explicit is not None else os.environ.get(KEY_VARIABLE) or None
     if source is None:
         return None
-    return ",".join(_absolute(one.strip()) for one in source.split(","))
+    return ",".join(_absolute(source.strip()) for source in source.split(","))
 
 
 def _absolute(source: str) -> str:

@@ -1,4 +1,4 @@
-"""How quick a store is, learned from its own answers. Pure."""
+"""The rules of replication: limits, circuits, quorums, and the order of stores in a read. Pure."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from dataclasses import dataclass, replace
 
 from ckpt.errors import CkptError, UnavailableError, UsageError
 
-# How patient a group of stores is: every limit of time and number in one place. Pure.
+# ---- Limits: every limit of time and number in one place.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicationLimits:
-    """Limits, in seconds where the name says so.
+    """Limits of a group of stores, in seconds if the name says so.
 
-    A read asks the next store once the first is later than in 95 of 100 reads: between
-    ``hedge_s_min`` and ``hedge_s_max``, ``hedge_s_first`` where nothing was measured. A put that
-    reached its quorum waits for the others ``grace_share`` times as long as the quorum took,
-    between ``grace_s_min`` and ``grace_s_max``. A call is taken for hung after ``stall_s`` and the
-    time that its bytes take at ``bytes_per_s_min``. ``call_timeout_s`` is the same for calls
-    without bytes. A store that failed ``failures_max`` times in a row, hung, or is full, is left
-    alone and looked at again after ``probe_s_first``, then twice as long each time, up to
-    ``probe_s_max``. One operation asks a store ``tries_max`` times, ``retry_s_first`` apart at
-    first.
+    * *Hedge*: a read asks a second store once the first is later than 95 of 100 reads, between
+      ``hedge_s_min`` and ``hedge_s_max``; after ``hedge_s_first`` if nothing was measured.
+    * *Grace*: a put that reached its quorum waits for the other stores ``grace_share`` times as
+      long as the quorum took, between ``grace_s_min`` and ``grace_s_max``.
+    * *Stall*: a call counts as hung after ``stall_s`` plus the time of its bytes at
+      ``bytes_per_s_min``. ``call_s`` is the same for calls without bytes.
+    * *Circuit*: a store that failed ``failures_max`` times in a row, hung, or is full is not used.
+      It is probed after ``probe_s_first``, then after twice as long each time, up to
+      ``probe_s_max``.
+    * *Retry*: one operation asks a store ``tries_max`` times, with pauses from ``retry_s_first`` up
+      to ``retry_s_max``.
     """
 
     hedge_s_min: float = 0.05
@@ -43,47 +45,46 @@ class ReplicationLimits:
     retry_s_first: float = 0.1
     retry_s_max: float = 5.0
     keys_max: int = 4096
-    """Keys remembered as missing in one store; beyond that a scrub must find them."""
+    """Keys remembered as missing per store; a scrub must find the ones beyond that."""
 
 
 def stall_s(limits: ReplicationLimits, size_bytes: int) -> float:
-    """How long a call that moves ``size_bytes`` may take before it counts as hung."""
+    """Time after which a call that moves ``size_bytes`` counts as hung."""
     return limits.stall_s + size_bytes / limits.bytes_per_s_min
 
 
 def give_up_s(limits: ReplicationLimits, size_bytes: int) -> float:
-    """How long a put goes on without its quorum: long enough for one more store to be tried after
-    one hung."""
+    """Time after which a put without a quorum fails.
+
+    Long enough to try one more store after one hung.
+    """
     return 2 * stall_s(limits, size_bytes)
 
 
 def grace_s(limits: ReplicationLimits, quorum_s: float) -> float:
-    """How long a put waits for the stragglers when its quorum took ``quorum_s``."""
+    """Time that a put waits for stragglers if its quorum took ``quorum_s``."""
     return min(limits.grace_s_max, max(limits.grace_s_min, limits.grace_share * quorum_s))
 
 
 def backoff_s(first_s: float, most_s: float, tries: int, jitter: float) -> float:
-    """The pause before the next try after ``tries`` failed ones: doubling, then multiplied by 0.5
-    to 1.5.
+    """The pause after ``tries`` failed ones: doubled each time, then multiplied by 0.5 to 1.5.
 
-    ``jitter`` is a random number in [0, 1): many callers that failed together must not come back
-    together.
+    ``jitter`` is a random number in [0, 1). It spreads callers that failed together, so that they
+    do not retry together.
     """
     return min(most_s, first_s * float(2 ** min(tries - 1, 30))) * (0.5 + jitter)
 
 
-# Whether a store is asked at all: a circuit that opens when the store fails and closes when it
-# answers. Pure.
+# ---- Circuit: whether a store is asked at all. It opens when the store fails and closes when the
+# store answers.
 #
-# CLOSED ──failed often, stalled, refused──▶ OPEN ──it is time──▶ HALF_OPEN ──failed──▶ OPEN, for
-# twice as long
-#    ▲                                                                │
-#    └────────────────────────── answered ────────────────────────────┘
+# CLOSED ──failed often, stalled, refused──▶ OPEN ──probe due──▶ HALF_OPEN ──failed──▶ OPEN
+#    ▲                                                               │      (for twice as long)
+#    └─────────────────────────── answered ──────────────────────────┘
 
 
 class CircuitState(enum.Enum):
-    """CLOSED: asked as usual. OPEN: left alone. HALF_OPEN: one call is on its way to see whether it
-    answers again."""
+    """CLOSED: asked as usual. OPEN: left alone. HALF_OPEN: one probe is in flight."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -91,26 +92,29 @@ class CircuitState(enum.Enum):
 
 
 class CircuitEvent(enum.Enum):
-    """What was seen of a store."""
+    """An observation of a store."""
 
     ANSWERED = "answered"
-    """It did what was asked, or said clearly that it has no such thing."""
+    """It did what was asked, or said clearly that there is no such object."""
     FAILED = "failed"
-    """It did not answer, or with an error that may pass."""
+    """It did not answer, or answered with a transient error."""
     REFUSED = "refused"
-    """It is full or denies: asking again at once cannot help."""
+    """It is full or denies access: asking again at once cannot help."""
     STALLED = "stalled"
-    """A call is under way for too long."""
+    """A call has been in flight for too long."""
     PROBED = "probed"
-    """A call was sent to see whether it answers again."""
+    """A probe was sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """``failures`` in a row while closed; ``openings`` in a row without an answer; ``next_s``: when
-    to probe."""
+    """Whether a store is asked, and its failures.
 
-    phase: CircuitState = CircuitState.CLOSED
+    ``failures``: in a row while closed. ``openings``: in a row without an answer. ``next_s``: when
+    to probe.
+    """
+
+    state: CircuitState = CircuitState.CLOSED
     failures: int = 0
     openings: int = 0
     next_s: float = 0.0
@@ -118,25 +122,26 @@ class Circuit:
     @property
     def usable(self) -> bool:
         """Whether the store is asked as usual."""
-        return self.phase is CircuitState.CLOSED
+        return self.state is CircuitState.CLOSED
 
 
 def advance(
     circuit: Circuit, event: CircuitEvent, now_s: float, *, limits: ReplicationLimits, jitter: float
 ) -> Circuit:
-    """The circuit after ``sign``. ``jitter`` is a random number in [0, 1)."""
-    match event, circuit.phase:
+    """The circuit after ``event``. ``jitter`` is a random number in [0, 1)."""
+    match event, circuit.state:
         case CircuitEvent.ANSWERED, _:
             return Circuit()
         case CircuitEvent.PROBED, CircuitState.CLOSED:
             return circuit
         case CircuitEvent.PROBED, _:
-            # A probe may hang like any call; after this time another one may go.
-            return replace(circuit, phase=CircuitState.HALF_OPEN, next_s=now_s + limits.probe_s_max)
+            # A probe may hang like any call. After this time another one is due.
+            return replace(circuit, state=CircuitState.HALF_OPEN, next_s=now_s + limits.probe_s_max)
         case CircuitEvent.FAILED, CircuitState.CLOSED if circuit.failures + 1 < limits.failures_max:
             return replace(circuit, failures=circuit.failures + 1)
         case _, CircuitState.OPEN:
-            # What was under way when it opened says nothing new.
+            # A failure of a call that was in flight at the opening is no new information: it must
+            # not lengthen the pause.
             return circuit
         case _:
             openings = circuit.openings + 1
@@ -145,26 +150,26 @@ def advance(
 
 
 def probe_due(circuit: Circuit, now_s: float) -> bool:
-    """Whether somebody should look whether the store answers again."""
+    """Whether the store should be probed now."""
     return not circuit.usable and now_s >= circuit.next_s
 
 
 def probe_now(circuit: Circuit, now_s: float) -> Circuit:
-    """The same circuit, to be probed now where it is open."""
-    return replace(circuit, next_s=now_s) if circuit.phase is CircuitState.OPEN else circuit
+    """The same circuit, to be probed now if it is open."""
+    return replace(circuit, next_s=now_s) if circuit.state is CircuitState.OPEN else circuit
 
 
-# On how many stores an object must be, and how many must miss it before it is known to be
-# nowhere. Pure.
+# ---- Quorum: how many stores must hold an object, and how many must lack it before it is known to
+# have never been acknowledged.
 
 
 @dataclass(frozen=True, slots=True)
 class Quorum:
-    """``write`` of ``stores`` hold what was acknowledged; only those at ``counting`` places are
-    believed to be complete.
+    """``write`` of ``stores`` hold every acknowledged object. Only the stores in ``counting``
+    count.
 
-    ``silent``: places that counted, and did not answer when it was last looked. What they take
-    counts; what they lack doesn't, since they may have been emptied meanwhile.
+    ``silent``: stores that counted and did not answer at the last check. What they acknowledge
+    counts. That they lack an object proves nothing, since they may have been emptied meanwhile.
     """
 
     stores: int
@@ -174,28 +179,36 @@ class Quorum:
 
     @property
     def voters(self) -> frozenset[int]:
-        """The places whose acknowledgement counts."""
+        """The stores whose acknowledgement counts."""
         return self.counting | self.silent
 
-    def is_write_quorum(self, places: AbstractSet[int]) -> bool:
-        """Whether an object that lies on ``places`` is durable; or, of the places that may still
-        take it, whether it can be."""
-        return len(self.voters & places) >= self.write
+    def is_write_quorum(self, indexes: AbstractSet[int]) -> bool:
+        """Whether an object that ``indexes`` hold is durable.
 
-    def proves_absent(self, places: AbstractSet[int]) -> bool:
-        """Whether an object that ``places`` do not have was never acknowledged: too few others are
-        left to hold it."""
-        return self.is_read_quorum(places)
+        With the stores that hold it or may still take it: whether it can become durable.
+        """
+        return len(self.voters & indexes) >= self.write
 
-    def is_read_quorum(self, places: AbstractSet[int]) -> bool:
-        """Whether at least one of ``places`` holds any object that was acknowledged."""
-        return len(self.counting & places) >= self.stores - self.write + 1
+    def proves_absent(self, indexes: AbstractSet[int]) -> bool:
+        """Whether an object that ``indexes`` lack was never acknowledged.
+
+        Then too few other stores are left that could hold it.
+        """
+        return self.is_read_quorum(indexes)
+
+    def is_read_quorum(self, indexes: AbstractSet[int]) -> bool:
+        """Whether at least one of ``indexes`` holds any given acknowledged object.
+
+        At most ``stores - write`` stores lack an acknowledged object, so one more store must have
+        it.
+        """
+        return len(self.counting & indexes) >= self.stores - self.write + 1
 
 
 def quorum_of(stores: int, write: int | None) -> Quorum:
     """The quorum of that many stores, all counting; ``write`` None means the majority.
 
-    Raises UsageError unless 1 <= write <= stores < 2 * write: two quorums must share a store.
+    Raises UsageError unless 1 <= write <= stores < 2 * write: two write quorums must share a store.
     """
     if stores < 1:
         raise UsageError("a replicated store needs stores. stores=0; name at least one")
@@ -214,36 +227,42 @@ def quorum_of(stores: int, write: int | None) -> Quorum:
 
 
 def with_counting(quorum: Quorum, full: Iterable[int], silent: Iterable[int] = ()) -> Quorum:
-    """The same quorum in which only ``full`` count, and ``silent`` for what they take. Raises
-    UsageError for other places."""
+    """The same quorum in which only ``full`` count, and ``silent`` for what they acknowledge.
+
+    Raises UsageError for an index out of range.
+    """
     counting = frozenset(full)
-    late = frozenset(silent) - counting
-    if bad := sorted((counting | late) - frozenset(range(quorum.stores))):
+    unanswering = frozenset(silent) - counting
+    if bad := sorted((counting | unanswering) - frozenset(range(quorum.stores))):
         raise UsageError(
-            f"no store has this place. places={bad} stores={quorum.stores}; places count from 0"
+            f"no store has this index. indexes={bad} stores={quorum.stores}; indexes count from 0"
         )
-    return Quorum(quorum.stores, quorum.write, counting, late)
+    return Quorum(quorum.stores, quorum.write, counting, unanswering)
 
 
 def most_common_error(errors: Sequence[CkptError]) -> type[CkptError]:
-    """The type that most of ``errors`` have, the earliest of equals; UnavailableError where there
-    is none."""
+    """The most frequent type of ``errors``, the earliest of equals.
+
+    UnavailableError if there are none.
+    """
     kinds = [type(error) for error in errors]
     return max(kinds, key=kinds.count, default=UnavailableError)
 
 
+# ---- Speed: learned from a store's own answers, and the order of stores that follows from it.
 SMALL_BYTES = 64 << 10
-"""Calls below this size say how long a request takes, larger ones how many bytes a second flow."""
+"""Smaller calls measure a request's latency, larger ones the bandwidth."""
 
 SHARE = 0.2
-"""Weight of the newest measurement."""
+"""Weight of the newest measurement in the moving mean."""
 
 RATIOS_MAX = 64
-"""Measurements kept to know what is unusual."""
+"""Measurements kept to tell what is unusually slow."""
 
 HALF_LIFE_S = 60.0
-"""A store that was not asked for this long is tried as if it were twice as quick: it may have
-become so."""
+"""A store that was idle this long is taken for twice as fast, so that it is tried again and a
+recovery is noticed.
+"""
 
 BYTES_PER_S_MIN = 1.0
 _TOOK_S_MIN = 1e-6
@@ -251,10 +270,10 @@ _TOOK_S_MIN = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class StoreSpeed:
-    """``latency_s`` of a small call and ``bytes_per_s`` of a large one (None: not measured).
+    """``latency_s`` of a small call and ``bytes_per_s`` of a large one; None if not measured.
 
-    ``ratios``: how much longer than expected the last calls took. ``late`` is what 95 of 100 of
-    them stay below.
+    ``ratios``: actual over expected duration of the last calls. ``late``: the ratio that 95 of 100
+    of them stay below.
     """
 
     latency_s: float | None = None
@@ -264,7 +283,7 @@ class StoreSpeed:
 
 
 def expected_s(speed: StoreSpeed, size_bytes: int) -> float | None:
-    """How long a call that moves ``size_bytes`` takes; None where nothing was measured."""
+    """Expected duration of a call that moves ``size_bytes``; None if nothing was measured."""
     if speed.latency_s is None and speed.bytes_per_s is None:
         return None
     moving_s = 0.0 if speed.bytes_per_s is None else size_bytes / speed.bytes_per_s
@@ -279,11 +298,12 @@ def with_measurement(speed: StoreSpeed, size_bytes: int, took_s: float) -> Store
         ratios = (*speed.ratios[-RATIOS_MAX + 1 :], took_s / before_s)
         speed = replace(speed, ratios=ratios, late=_late(ratios))
     if size_bytes < SMALL_BYTES:
-        return replace(speed, latency_s=_mixed(speed.latency_s, took_s))
-    # A call may be quicker than the latency so far; a quarter of it then counts as moving bytes.
+        return replace(speed, latency_s=_moving_mean(speed.latency_s, took_s))
+    # A call may take less than the mean latency. Then a quarter of its time counts as transfer.
     moving_s = max(took_s - (speed.latency_s or 0.0), took_s / 4)
     return replace(
-        speed, bytes_per_s=_mixed(speed.bytes_per_s, max(size_bytes / moving_s, BYTES_PER_S_MIN))
+        speed,
+        bytes_per_s=_moving_mean(speed.bytes_per_s, max(size_bytes / moving_s, BYTES_PER_S_MIN)),
     )
 
 
@@ -298,7 +318,7 @@ def with_lower_bound(speed: StoreSpeed, size_bytes: int, waited_s: float) -> Sto
 
 
 def hedge_s(speed: StoreSpeed, size_bytes: int, limits: ReplicationLimits) -> float:
-    """After how long another store is asked too."""
+    """Time after which a read asks a second store too."""
     usual_s = expected_s(speed, size_bytes)
     if usual_s is None:
         return limits.hedge_s_first
@@ -307,8 +327,11 @@ def hedge_s(speed: StoreSpeed, size_bytes: int, limits: ReplicationLimits) -> fl
 
 @dataclass(frozen=True, slots=True)
 class ReadCandidate:
-    """A store that could be asked: whether its circuit is closed, how long it would take, and since
-    when it wasn't asked."""
+    """A store that a read could ask.
+
+    ``usable``: its circuit is closed. ``expected_s``: expected duration. ``idle_s``: time since it
+    was last asked.
+    """
 
     index: int
     usable: bool
@@ -317,29 +340,29 @@ class ReadCandidate:
 
 
 def read_order(candidates: Sequence[ReadCandidate], *, prefer: Sequence[int]) -> tuple[int, ...]:
-    """The places in the order in which to ask: well ones first, then as ``prefer`` says, then the
-    quickest.
+    """The stores in the order in which a read asks them.
 
-    A store that was never asked counts as quickest, so that each is measured once.
+    Usable ones first, then as ``prefer`` says, then the fastest. A store that was never asked
+    counts as fastest, so that each is measured once.
     """
 
-    def rank(one: ReadCandidate) -> tuple[bool, int, float, int]:
-        wanted = prefer.index(one.index) if one.index in prefer else len(prefer)
-        waits_s = (
-            0.0
-            if one.expected_s is None
-            else one.expected_s * 0.5 ** min(one.idle_s / HALF_LIFE_S, 500.0)
-        )
-        return not one.usable, wanted, waits_s, one.index
+    def rank(candidate: ReadCandidate) -> tuple[bool, int, float, int]:
+        preference = prefer.index(candidate.index) if candidate.index in prefer else len(prefer)
+        if candidate.expected_s is None:
+            waits_s = 0.0
+        else:
+            halvings = min(candidate.idle_s / HALF_LIFE_S, 500.0)
+            waits_s = candidate.expected_s * 0.5**halvings
+        return not candidate.usable, preference, waits_s, candidate.index
 
-    return tuple(one.index for one in sorted(candidates, key=rank))
+    return tuple(candidate.index for candidate in sorted(candidates, key=rank))
 
 
-def _mixed(before: float | None, new: float) -> float:
+def _moving_mean(before: float | None, new: float) -> float:
     return new if before is None else (1 - SHARE) * before + SHARE * new
 
 
 def _late(ratios: Sequence[float]) -> float:
-    """What 95 of 100 stay below; while there are few, twice the usual at least."""
+    """The ratio that 95 of 100 stay below; at least 2 while there are few measurements."""
     late = sorted(ratios)[int(0.95 * (len(ratios) - 1) + 0.5)]
     return max(late, 2.0) if len(ratios) < RATIOS_MAX // 4 else max(late, 1.0)

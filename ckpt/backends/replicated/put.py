@@ -1,7 +1,7 @@
-"""Write to all stores at once, and return when enough have the object.
+"""A put to all stores at once that returns when a quorum has the object.
 
-What a store may still read after that is never the caller's memory: it gets bytes that nobody can
-change, a copy, or a loan that is taken back before the put returns.
+No store reads the caller's memory after the return: it gets bytes that are immutable, a copy, or a
+loan that is taken back before the put returns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from ckpt.backends.base import Buffer
 from ckpt.backends.replicated import policy as speeds
 from ckpt.backends.replicated import put_race as races
-from ckpt.backends.replicated.buffers import Loan, SharedCopy, TakenBackError, is_immutable
+from ckpt.backends.replicated.buffers import (
+    Loan,
+    ReplicaMemory,
+    SharedCopy,
+    TakenBackError,
+    is_immutable,
+)
 from ckpt.backends.replicated.group import (
     AnswerQueue,
     StoreGroup,
@@ -34,21 +40,65 @@ from ckpt.errors import (
 PutAnswer = tuple[int, "CkptError | None"]
 
 StoreWrite = Callable[[StoreReplica, str, "Sequence[Buffer]"], None]
-"""Stores an object in one store."""
+"""Writes an object to one store."""
 
 MEMORY_POLL_S = 0.02
-"""How often a put looks for memory where a store has not yet taken what it was given before."""
+"""How often a put retries to get memory for a store that has not finished earlier puts."""
 
-_SLOW = "slower than the others by more than the grace"
-_ALONE = "the store is left alone"
+_TOO_SLOW = "slower than the others by more than the grace"
+_LEFT_ALONE = "the store is not used at the moment"
+
+
+class PutBytes:
+    """The bytes of one put, and the memory that each store uses for them.
+
+    Only the put's thread calls ``prepare``. ``release`` is called once per store, by any thread.
+    """
+
+    def __init__(self, memory: ReplicaMemory, key: str, data: Sequence[Buffer]) -> None:
+        self.data = data
+        self.size_bytes = sum(memoryview(buffer).nbytes for buffer in data)
+        self.immutable = is_immutable(data)
+        self.loan = Loan(key)
+        self.lent: set[int] = set()
+        self._memory = memory
+        self._shared_copy = SharedCopy(memory, data, self.size_bytes)
+        self._claimed: set[int] = set()
+        self._copy_holders: set[int] = set()
+
+    def prepare(self, index: int, handover: Handover) -> Sequence[Buffer] | None:
+        """What store ``index`` gets; None if there is no memory for it now."""
+        if handover is Handover.LENT:
+            self.lent.add(index)
+            return self.data
+        # Never waits: a hung store's memory must not delay the put, which tries again meanwhile.
+        if not self._memory.claim(index, self.size_bytes):
+            return None
+        self._claimed.add(index)
+        if handover is Handover.AS_IS:
+            return self.data
+        copy = self._shared_copy.acquire()
+        self._copy_holders.add(index)
+        return copy
+
+    def release(self, index: int) -> None:
+        """Store ``index`` no longer uses the bytes."""
+        if index in self._claimed:
+            self._memory.free(index, self.size_bytes)
+        if index in self._copy_holders:
+            self._shared_copy.release()
+
+    def forget_source(self) -> None:
+        """The put is over: drop the references to the caller's memory."""
+        self.data = ()
+        self._shared_copy.forget_source()
 
 
 class QuorumPut:
-    """One put. The thread that made it runs it; threads of stores answer, also after it has
-    returned.
+    """One put. The calling thread runs it; threads of stores answer, also after it has returned.
 
-    ``how``: write so to each store, once, and lend to none. ``proof`` is of the whole object, to
-    mend what holds another.
+    ``write``: use it for each store, try each store only once, and lend to none. ``verified``
+    covers the whole object, to repair a copy with other bytes.
     """
 
     def __init__(
@@ -62,19 +112,12 @@ class QuorumPut:
     ) -> None:
         self._group = group
         self._key = key
-        self._data = data
-        self._size_bytes = sum(memoryview(buffer).nbytes for buffer in data)
-        self._how = write
-        self._proof = verified
-        self._immutable = is_immutable(data)
-        self._loan = Loan(key)
-        self._copied = SharedCopy(group.memory, data, self._size_bytes)
-        self._mailbox: AnswerQueue[PutAnswer] = AnswerQueue()
+        self._bytes = PutBytes(group.memory, key, data)
+        self._write = write
+        self._verified = verified
+        self._answers: AnswerQueue[PutAnswer] = AnswerQueue()
         self._jobs: dict[int, Callable[[], None]] = {}
-        self._lent: set[int] = set()
-        self._claimed: set[int] = set()
-        self._copy_of: set[int] = set()
-        self._wanting: dict[int, Handover] = {}
+        self._waiting_for_memory: dict[int, Handover] = {}
         self._durable = False
         self._errors: dict[int, CkptError] = {}
 
@@ -83,250 +126,269 @@ class QuorumPut:
     ) -> None:
         """Write, and return when the object is durable.
 
-        ``holders`` have it already; ``failed`` are not written to. Raises what most of the stores
-        that failed raised, with each of them named, where the quorum can't be reached.
+        ``holders`` have it already; ``failed`` are not written to. If the quorum cannot be reached,
+        raises the most common error type of the failed stores, naming each store.
         """
         group = self._group
         group.detect_stalls()
-        everybody = frozenset(range(len(group.replicas)))
+        all_stores = frozenset(range(len(group.replicas)))
         race = races.begin_put(
-            group.quorum, size_bytes=self._size_bytes, now_s=time.monotonic(), held_back=everybody
+            group.quorum,
+            size_bytes=self._bytes.size_bytes,
+            now_s=time.monotonic(),
+            held_back=all_stores,
         )
         try:
-            for place in holders:
-                race = races.with_ack(race, place, time.monotonic())
-            for place, error in failed.items():
-                race = self._failed(race, place, error, passing=False)
-            # One that doesn't count stays apart: it is filled as a whole before it does.
-            race = self._feed(race, group.quorum.voters - holders - failed.keys())
+            for index in holders:
+                race = races.with_ack(race, index, time.monotonic())
+            for index, error in failed.items():
+                race = self._failed(race, index, error, transient=False)
+            # Stores that do not count stay held back: each is filled as a whole before it counts.
+            race = self._send_first(race, group.quorum.voters - holders - failed.keys())
             while True:
                 now_s = time.monotonic()
                 match races.decide(race, now_s, limits=group.limits):
-                    case races.SendTo(places):
-                        for place in places:
-                            race = self._give(race, place, self._last_resort())
+                    case races.SendTo(indexes):
+                        for index in indexes:
+                            race = self._give(race, index, self._last_resort())
                     case races.WaitForAck(until_s):
                         wait_s = until_s - now_s
-                        got = self._mailbox.get(
-                            min(wait_s, MEMORY_POLL_S) if self._wanting else wait_s
+                        entry = self._answers.get(
+                            min(wait_s, MEMORY_POLL_S) if self._waiting_for_memory else wait_s
                         )
-                        if got is not None:
-                            race = self._heard(race, *got)
-                        for place, how in tuple(self._wanting.items()):
-                            race = self._give(race, place, how)
+                        if entry is not None:
+                            race = self._heard(race, *entry)
+                        for index, handover in tuple(self._waiting_for_memory.items()):
+                            race = self._give(race, index, handover)
                     case races.PutDone():
                         self._durable = True
                         return
                     case races.PutFailed():
-                        race = self._last_words(race)
+                        # An answer may have arrived since decide(), above all if this thread was
+                        # suspended.
+                        race = self._hear_last_answers(race)
                         if race.quorum_s is None:
                             raise self._error(race)
         finally:
             self._finish(race)
 
-    # Handing over.
+    # ---- Handing over the bytes.
 
-    def _feed(self, race: races.PutRace, places: frozenset[int]) -> races.PutRace:
-        """Give each store the bytes as the rule says."""
+    def _send_first(self, race: races.PutRace, indexes: frozenset[int]) -> races.PutRace:
+        """Hand the bytes to each store as ``plan_handover`` says."""
         group = self._group
-        takers = [
+        targets = [
             PutTarget(
-                usable=member.writing.circuit.usable,
-                has_room=member.writing.threads.has_room,
-                borrows=member.borrower is not None and self._how is None,
-                expected_s=speeds.expected_s(member.writing.speed, self._size_bytes),
+                usable=replica.writing.circuit.usable,
+                has_room=replica.writing.threads.has_room,
+                borrows=replica.borrower is not None and self._write is None,
+                expected_s=speeds.expected_s(replica.writing.speed, self._bytes.size_bytes),
             )
-            for member in group.replicas
+            for replica in group.replicas
         ]
-        hows = plan_handover(takers, group.quorum, immutable=self._immutable, limits=group.limits)
-        # Who needs no copy begins first.
-        for place in sorted(places, key=lambda place: hows[place] is not Handover.LENT):
-            if hows[place] is Handover.SPARED and not self._ready(place, Handover.SPARED):
+        handovers = plan_handover(
+            targets, group.quorum, immutable=self._bytes.immutable, limits=group.limits
+        )
+        # Stores that need no copy begin first.
+        for index in sorted(indexes, key=lambda index: handovers[index] is not Handover.LENT):
+            if handovers[index] is Handover.SPARED and not self._ready(index, Handover.SPARED):
                 continue
-            if hows[place] is not Handover.LATER:
-                race = self._give(race, place, hows[place])
+            if handovers[index] is not Handover.LATER:
+                race = self._give(race, index, handovers[index])
         return race
 
     def _last_resort(self) -> Handover:
-        """How stores get the bytes that were left apart, and are asked because the others do not
-        suffice."""
-        return Handover.AS_IS if self._immutable else Handover.COPIED
+        """How held-back stores get the bytes when the others do not suffice."""
+        return Handover.AS_IS if self._bytes.immutable else Handover.COPIED
 
-    def _ready(self, place: int, how: Handover) -> bool:
-        """Prepare what ``place`` is given; False where there is no memory for it."""
-        if place in self._jobs:
+    def _ready(self, index: int, handover: Handover) -> bool:
+        """Prepare the job of store ``index``; False if there is no memory for it."""
+        if index in self._jobs:
             return True
-        member = self._group.replicas[place]
-        if how is Handover.LENT:
-            self._lent.add(place)
-            self._jobs[place] = self._job(member, lambda: self._lend(member))
-            return True
-        if not self._group.memory.claim(place, self._size_bytes):
+        data = self._bytes.prepare(index, handover)
+        if data is None:
             return False
-        self._claimed.add(place)
-        if how is Handover.AS_IS:
-            data = self._data
+        replica = self._group.replicas[index]
+        if handover is Handover.LENT:
+            self._jobs[index] = self._job(replica, lambda: self._lend(replica))
         else:
-            data = self._copied.acquire()
-            self._copy_of.add(place)
-        write = self._how or _put
-        self._jobs[place] = self._job(member, lambda: write(member, self._key, data))
+            write = self._write or _put
+            self._jobs[index] = self._job(replica, lambda: write(replica, self._key, data))
         return True
 
-    def _give(self, race: races.PutRace, place: int, how: Handover) -> races.PutRace:
-        """Hand the bytes to the store, or go on wanting memory for them as long as the put
-        lasts."""
-        race = races.with_sent(race, (place,))
-        member = self._group.replicas[place]
-        if not self._ready(place, how):
-            self._wanting[place] = how
+    def _give(self, race: races.PutRace, index: int, handover: Handover) -> races.PutRace:
+        """Hand the bytes to the store.
+
+        Without memory for them the store is tried again as long as the put lasts.
+        """
+        race = races.with_sent(race, (index,))
+        replica = self._group.replicas[index]
+        if not self._ready(index, handover):
+            self._waiting_for_memory[index] = handover
             return race
-        self._wanting.pop(place, None)
-        if not member.writing.threads.submit(self._jobs[place], key=self._key):
-            return self._failed(race, place, busy_error(member), passing=True)
+        self._waiting_for_memory.pop(index, None)
+        if not replica.writing.threads.submit(self._jobs[index], key=self._key):
+            return self._failed(race, index, busy_error(replica), transient=True)
         return race
 
-    def _lend(self, member: StoreReplica) -> None:
-        assert member.borrower is not None, "only borrowers are lent to"
-        self._loan.still_lent()
-        member.borrower.put_lent(self._key, self._data, self._loan.still_lent)
+    def _lend(self, replica: StoreReplica) -> None:
+        assert replica.borrower is not None, "only borrowers are lent to"
+        self._bytes.loan.still_lent()
+        replica.borrower.put_lent(self._key, self._bytes.data, self._bytes.loan.still_lent)
 
-    def _job(self, member: StoreReplica, put: Callable[[], None]) -> Callable[[], None]:
+    def _job(self, replica: StoreReplica, put: Callable[[], None]) -> Callable[[], None]:
         def job() -> None:
             answer: CkptError | None = None
             try:
-                member.write(self._size_bytes, put)
+                replica.write(self._bytes.size_bytes, put)
             except CkptError as error:
                 answer = error
-            if not self._mailbox.put((member.index, answer)):
-                self._late(member.index, answer)
+            if not self._answers.put((replica.index, answer)):
+                self._late(replica.index, answer)
 
         return job
 
-    # What became of it.
+    # ---- Answers of the stores.
 
-    def _heard(self, race: races.PutRace, place: int, answer: CkptError | None) -> races.PutRace:
+    def _heard(self, race: races.PutRace, index: int, answer: CkptError | None) -> races.PutRace:
         if answer is None:
-            self._errors.pop(place, None)
-            return races.with_ack(race, place, time.monotonic())
-        return self._failed(race, place, answer, passing=self._how is None and _passing(answer))
+            self._errors.pop(index, None)
+            return races.with_ack(race, index, time.monotonic())
+        return self._failed(
+            race, index, answer, transient=self._write is None and _is_transient(answer)
+        )
 
     def _failed(
-        self, race: races.PutRace, place: int, error: CkptError, *, passing: bool
+        self, race: races.PutRace, index: int, error: CkptError, *, transient: bool
     ) -> races.PutRace:
-        self._errors[place] = error
+        self._errors[index] = error
         group = self._group
         return races.with_failure(
             race,
-            place,
+            index,
             time.monotonic(),
-            transient=passing,
+            transient=transient,
             limits=group.limits,
             jitter=group.jitter(),
         )
 
-    def _last_words(self, race: races.PutRace) -> races.PutRace:
-        """Hear a moment longer who else fails and why; and, where this thread itself stood still,
-        what was said meanwhile."""
+    def _hear_last_answers(self, race: races.PutRace) -> races.PutRace:
+        """Wait a moment longer for answers before giving up.
+
+        They name more causes of the failure. If this thread itself was suspended, they may also
+        complete the quorum.
+        """
         until_s = time.monotonic() + self._group.limits.grace_s_min
         while (
             race.in_state(PutState.SENT)
-            and (got := self._mailbox.get(until_s - time.monotonic())) is not None
+            and (entry := self._answers.get(until_s - time.monotonic())) is not None
         ):
-            race = self._heard(race, *got)
+            race = self._heard(race, *entry)
         return race
 
     def _error(self, race: races.PutRace) -> CkptError:
         group, errors = self._group, self._errors
         waited_s = time.monotonic() - race.start_s
-        for place in race.in_state(PutState.SENT):
-            member = group.replicas[place]
-            errors[place] = (
-                _no_memory(member) if place in self._wanting else silent_error(member, waited_s)
+        for index in race.in_state(PutState.SENT):
+            replica = group.replicas[index]
+            errors[index] = (
+                _no_memory(replica)
+                if index in self._waiting_for_memory
+                else silent_error(replica, waited_s)
             )
         acks = race.in_state(PutState.ACKED)
-        each = " | ".join(
-            f"{group.replicas[place].url}: {error}" for place, error in sorted(errors.items())
+        per_store = " | ".join(
+            f"{group.replicas[index].url}: {error}" for index, error in sorted(errors.items())
         )
-        ignored = [group.replicas[place].url for place in sorted(acks - group.quorum.voters)]
-        said = race.in_state(PutState.FAILED, PutState.RETRYING) & group.quorum.voters
-        kind = most_common_error([errors[place] for place in sorted(said)])
-        return kind(
+        ignored = [group.replicas[index].url for index in sorted(acks - group.quorum.voters)]
+        failed_voters = race.in_state(PutState.FAILED, PutState.RETRYING) & group.quorum.voters
+        error_type = most_common_error([errors[index] for index in sorted(failed_voters)])
+        return error_type(
             f"too few stores took the object. key={self._key} "
             f"acknowledged={len(acks & group.quorum.voters)} "
-            f"needed={group.quorum.write}{f' not_counting={ignored}' if ignored else ''} [{each}]; "
-            "repeat when they do"
+            f"needed={group.quorum.write}{f' not_counting={ignored}' if ignored else ''} "
+            f"[{per_store}]; repeat when they do"
         )
 
     def _finish(self, race: races.PutRace) -> None:
-        """No store may use the caller's memory from here on, and who has not acknowledged is caught
-        up."""
-        self._loan.take_back()
-        group, out = self._group, race.in_state(PutState.SENT) - self._wanting.keys()
-        if self._durable:
-            for place in out - self._lent:
-                group.background_put_started(place, self._key)
-            for place in out & self._lent:
-                # Until it says otherwise the object counts as missing there: it may never say
-                # anything.
-                group.replicas[place].cut_off(self._size_bytes, time.monotonic() - race.start_s)
-                self._missing(place, _SLOW, alarm=False)
-            for place in (
-                race.in_state(PutState.FAILED, PutState.RETRYING, PutState.HELD_BACK)
-                | self._wanting.keys()
-            ):
-                alone = not group.replicas[place].writing.circuit.usable
-                error = self._errors.get(place, _ALONE if alone else _SLOW)
-                self._missing(place, error, alarm=alone or place in self._errors)
-        drained = self._mailbox.close()
-        self._data = ()
-        self._copied.forget_source()
-        for place in range(len(group.replicas)):
-            if place not in out:
-                self._release(place)
-        for place, answer in drained:
-            self._late(place, answer)
-        if out:
-            group.wake()  # to see it if one of them hangs
+        """End the put: release the caller's memory, and note missing copies.
 
-    def _late(self, place: int, answer: CkptError | None) -> None:
-        """A store ended after the put did."""
-        self._release(place)
+        The loan is taken back first. Only then the caller may write to its memory again.
+        """
+        # First of all: a store's check of the loan that comes later fails, so a put that is cut off
+        # stores nothing. The caller's memory is then free.
+        self._bytes.loan.take_back()
+        group, out = self._group, race.in_state(PutState.SENT) - self._waiting_for_memory.keys()
+        if self._durable:
+            # They write from a copy or from immutable bytes, so they may go on after the return;
+            # until they end, the object counts as missing there.
+            for index in out - self._bytes.lent:
+                group.backlog.background_put_started(index, self._key)
+            for index in out & self._bytes.lent:
+                # The object counts as missing there until the store answers, which may never
+                # happen.
+                group.replicas[index].cut_off(
+                    self._bytes.size_bytes, time.monotonic() - race.start_s
+                )
+                self._missing(index, _TOO_SLOW, alarm=False)
+            for index in (
+                race.in_state(PutState.FAILED, PutState.RETRYING, PutState.HELD_BACK)
+                | self._waiting_for_memory.keys()
+            ):
+                alone = not group.replicas[index].writing.circuit.usable
+                error = self._errors.get(index, _LEFT_ALONE if alone else _TOO_SLOW)
+                self._missing(index, error, alarm=alone or index in self._errors)
+        # From here on a store's thread that finds the queue closed calls _late() itself. So each
+        # answer is handled exactly once, here or there.
+        drained = self._answers.close()
+        self._bytes.forget_source()
+        for index in range(len(group.replicas)):
+            if index not in out:
+                self._release(index)
+        for index, answer in drained:
+            self._late(index, answer)
+        if out:
+            group.wake()  # the repair thread detects it if one of them hangs
+
+    def _late(self, index: int, answer: CkptError | None) -> None:
+        """Handle a store's answer after the put has returned."""
+        self._release(index)
         if not self._durable:
             return
         if answer is None:
-            self._group.settle_need(place, self._key)
+            self._group.backlog.settle(index, self._key)
         elif not isinstance(answer, TakenBackError):
-            self._missing(place, answer, alarm=True)
-        if place not in self._lent:
-            self._group.background_put_ended(place, self._key)
+            self._missing(index, answer, alarm=True)
+        # A lent store was already noted as missing when it was cut off.
+        if index not in self._bytes.lent:
+            self._group.backlog.background_put_ended(index, self._key)
 
-    def _missing(self, place: int, why: CkptError | str, *, alarm: bool) -> None:
+    def _missing(self, index: int, reason: CkptError | str, *, alarm: bool) -> None:
         need = RepairNeed(CopyFault.MISSING)
-        if isinstance(why, KeyExistsError) and self._proof is not None:
-            need = RepairNeed(CopyFault.DAMAGED, self._proof)
-        self._group.note_need(place, self._key, need, reason=str(why), alarm=alarm)
+        # Another object is at the key in this store, although the quorum has ours: the copy is
+        # wrong, and may be replaced because its bytes are verified as a whole.
+        if isinstance(reason, KeyExistsError) and self._verified is not None:
+            need = RepairNeed(CopyFault.DAMAGED, self._verified)
+        self._group.backlog.note(index, self._key, need, reason=str(reason), alarm=alarm)
 
-    def _release(self, place: int) -> None:
-        self._jobs.pop(place, None)
-        if place in self._claimed:
-            self._group.memory.free(place, self._size_bytes)
-        if place in self._copy_of:
-            self._copied.release()
-
-
-def _put(member: StoreReplica, key: str, data: Sequence[Buffer]) -> None:
-    member.store.put(key, data)
+    def _release(self, index: int) -> None:
+        # The job refers to the caller's buffers and to the copy.
+        self._jobs.pop(index, None)
+        self._bytes.release(index)
 
 
-def _passing(error: CkptError) -> bool:
+def _put(replica: StoreReplica, key: str, data: Sequence[Buffer]) -> None:
+    replica.store.put(key, data)
+
+
+def _is_transient(error: CkptError) -> bool:
     """Whether trying again in a moment may help."""
     return isinstance(error, UnavailableError) and not isinstance(
         error, StoreFullError | StoreDeniedError
     )
 
 
-def _no_memory(member: StoreReplica) -> UnavailableError:
+def _no_memory(replica: StoreReplica) -> UnavailableError:
     return UnavailableError(
-        f"no memory is left for what this store has not taken yet. store={member.url}; repeat later"
+        f"no memory left for the unfinished writes of this store. store={replica.url}; repeat later"
     )

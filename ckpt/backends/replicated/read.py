@@ -1,8 +1,7 @@
-"""Read from the nearest store, from a second one beside it where the first is slow, from the next
-where one is wrong.
+"""Reads from several stores: from the nearest, and from others if it is slow, wrong or silent.
 
 Each store reads into memory of ours, and the reader's own thread copies to the caller's: a call
-that hangs may still write into what it was given long after the read has returned.
+that hangs may still write into its buffer long after the read has returned.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from ckpt.format.canonical import digest
 
 @dataclass(frozen=True, slots=True)
 class ReadBuffer:
-    """Bytes of one store in memory of ours, until they are let go."""
+    """Bytes of one store in our memory, until they are released."""
 
     group: StoreGroup
     index: int
     buffer: PooledBuffer
 
     def release(self) -> None:
-        """The memory may be used for something else."""
+        """The memory may be reused."""
         self.group.memory.recycle(self.buffer)
         self.group.memory.free(self.index, len(self.buffer.view))
 
@@ -54,19 +53,21 @@ ReadAnswer = tuple[int, "ReadBuffer | CkptError"]
 
 @dataclass(slots=True)
 class _QuorumRead:
-    """One read: who has answered what, and what the last bad answer of each store was."""
+    """One read: ``start`` reads from one store, ``verify`` returns what is wrong with the bytes.
+
+    ``errors``: the last error of each store.
+    """
 
     group: StoreGroup
     key: str
     size_bytes: int
     start: Callable[[StoreReplica, AnswerQueue[ReadAnswer]], ReadBuffer]
-    judge: Callable[[ReadBuffer], str | None]
-    mailbox: AnswerQueue[ReadAnswer] = field(default_factory=AnswerQueue)
+    verify: Callable[[ReadBuffer], str | None]
+    answer_queue: AnswerQueue[ReadAnswer] = field(default_factory=AnswerQueue)
     errors: dict[int, CkptError] = field(default_factory=dict)
 
     def run(self) -> races.ReadRace:
-        """The race as it ended, with one store right. Raises what the docstring of ``read_into``
-        says."""
+        """The finished race, with one store right. Raises as ``read_into``."""
         group = self.group
         group.detect_stalls()
         race = races.begin_read(group.quorum, group.read_order(self.size_bytes), group.usable())
@@ -75,148 +76,158 @@ class _QuorumRead:
                 now_s = time.monotonic()
                 race, move = races.decide(race, now_s, limits=group.limits, jitter=group.jitter())
                 match move:
-                    case races.AskStore(place):
-                        race = self._ask(race, place, now_s)
+                    case races.AskStore(index):
+                        race = self._ask(race, index, now_s)
                     case races.WaitForRead(until_s):
-                        got = self.mailbox.get(until_s - now_s)
-                        if got is not None:
-                            race = self._heard(race, *got)
+                        entry = self.answer_queue.get(until_s - now_s)
+                        if entry is not None:
+                            race = self._heard(race, *entry)
                     case races.DeliverRead():
                         return race
-                    case races.GiveUpRead(verdict):
-                        raise self._error(race, verdict)
+                    case races.GiveUpRead(failure):
+                        raise self._error(race, failure)
         finally:
-            if race.asked:
-                group.wake()  # to see it if one of them hangs
-            for _, answer in self.mailbox.close():
+            if race.pending:
+                group.wake()  # the repair thread detects it if one of them hangs
+            # Memory of answers that arrived and were not needed. A store that answers later finds
+            # the queue closed and releases its own (see _job).
+            for _, answer in self.answer_queue.close():
                 if isinstance(answer, ReadBuffer):
                     answer.release()
 
-    def _ask(self, race: races.ReadRace, place: int, now_s: float) -> races.ReadRace:
-        member, pace = self.group.replicas[place], self.group.limits
-        member.mark_asked(member.reading)
-        if not member.reading.threads.submit(self._job(member)):
-            self.errors[place] = busy_error(member)
-            return races.with_result(race, place, ReadResult.SILENT)
-        late_s = now_s + hedge_s(member.reading.speed, self.size_bytes, pace)
+    def _ask(self, race: races.ReadRace, index: int, now_s: float) -> races.ReadRace:
+        replica, limits = self.group.replicas[index], self.group.limits
+        replica.mark_asked(replica.reading)
+        if not replica.reading.threads.submit(self._job(replica)):
+            self.errors[index] = busy_error(replica)
+            return races.with_result(race, index, ReadResult.SILENT)
+        # Two times: when to ask another store as well, and when to stop counting on this one.
+        late_s = now_s + hedge_s(replica.reading.speed, self.size_bytes, limits)
         return races.with_asked(
-            race, place, late_s=late_s, lost_s=now_s + stall_s(pace, self.size_bytes)
+            race, index, late_s=late_s, lost_s=now_s + stall_s(limits, self.size_bytes)
         )
 
-    def _job(self, member: StoreReplica) -> Callable[[], None]:
+    def _job(self, replica: StoreReplica) -> Callable[[], None]:
         def job() -> None:
-            if self.mailbox.closed():
+            # Queued behind slow calls, and no longer needed.
+            if self.answer_queue.closed():
                 return
             answer: ReadBuffer | CkptError
             try:
-                answer = self.start(member, self.mailbox)
+                answer = self.start(replica, self.answer_queue)
             except CkptError as error:
                 answer = error
-            if not self.mailbox.put((member.index, answer)) and isinstance(answer, ReadBuffer):
+            if not self.answer_queue.put((replica.index, answer)) and isinstance(
+                answer, ReadBuffer
+            ):
                 answer.release()
 
         return job
 
     def _heard(
-        self, race: races.ReadRace, place: int, answer: ReadBuffer | CkptError
+        self, race: races.ReadRace, index: int, answer: ReadBuffer | CkptError
     ) -> races.ReadRace:
         match answer:
             case ReadBuffer():
                 try:
-                    why = self.judge(answer)
+                    problem = self.verify(answer)
                 finally:
                     answer.release()
-                if why is None:
-                    return races.with_result(race, place, ReadResult.RIGHT)
-                url = self.group.replicas[place].url
-                self.errors[place] = IntegrityError(f"{why}. key={self.key} store={url}")
-                return races.with_result(race, place, ReadResult.WRONG)
+                if problem is None:
+                    return races.with_result(race, index, ReadResult.RIGHT)
+                url = self.group.replicas[index].url
+                self.errors[index] = IntegrityError(f"{problem}. key={self.key} store={url}")
+                return races.with_result(race, index, ReadResult.WRONG)
             case NotFoundError():
-                found = ReadResult.MISSING
+                result = ReadResult.MISSING
             case IntegrityError():
-                found = ReadResult.SHORT
+                result = ReadResult.SHORT
             case _:
-                found = ReadResult.SILENT
-        self.errors[place] = answer
-        return races.with_result(race, place, found)
+                result = ReadResult.SILENT
+        self.errors[index] = answer
+        return races.with_result(race, index, result)
 
-    def _error(self, race: races.ReadRace, verdict: ReadFailure) -> CkptError:
+    def _error(self, race: races.ReadRace, failure: ReadFailure) -> CkptError:
         waited_s = stall_s(self.group.limits, self.size_bytes)
-        for member in self.group.replicas:
-            if race.found.get(member.index) in (None, ReadResult.SILENT):
-                self.errors.setdefault(member.index, silent_error(member, waited_s))
-        each = " | ".join(
-            f"{self.group.replicas[place].url}: {error}"
-            for place, error in sorted(self.errors.items())
+        for replica in self.group.replicas:
+            if race.results.get(replica.index) in (None, ReadResult.SILENT):
+                self.errors.setdefault(replica.index, silent_error(replica, waited_s))
+        per_store = " | ".join(
+            f"{self.group.replicas[index].url}: {error}"
+            for index, error in sorted(self.errors.items())
         )
-        match verdict:
+        match failure:
             case ReadFailure.NOT_FOUND:
-                return NotFoundError(f"no store has the object. key={self.key} [{each}]")
+                return NotFoundError(f"no store has the object. key={self.key} [{per_store}]")
             case ReadFailure.DAMAGED:
                 return IntegrityError(
-                    f"no store has right bytes of the object. key={self.key} [{each}]"
+                    f"no store has undamaged bytes of the object. key={self.key} [{per_store}]"
                 )
             case ReadFailure.UNAVAILABLE:
                 return UnavailableError(
                     "too few stores answer to read the object, or to know that it is nowhere. "
-                    f"key={self.key} [{each}]; "
-                    f"repeat when they do"
+                    f"key={self.key} [{per_store}]; repeat when they do"
                 )
 
 
 def read_into(
     group: StoreGroup, key: str, out: memoryview, *, offset_bytes: int, check: Check | None
 ) -> None:
-    """Fill ``out`` from the first store whose bytes are right; what others were found to lack is
-    noted.
+    """Fill ``out`` from the first store whose bytes are right; note what other stores lack.
 
-    Raises NotFoundError, IntegrityError and UnavailableError as ``Replicated`` says. Only the
-    calling thread touches ``out`` and calls ``check``. Costs one copy of the bytes beside the
+    Raises NotFoundError, IntegrityError and UnavailableError as ``MultiStoreBackend`` says. Only
+    the calling thread touches ``out`` and calls ``check``. Costs one copy of the bytes besides the
     reading.
     """
-    flat = out.cast("B")
-    size = len(flat)
+    target = out.cast("B")
+    size = len(target)
 
-    def start(member: StoreReplica, mailbox: AnswerQueue[ReadAnswer]) -> ReadBuffer:
-        return read_from_store(group, member, key, size, offset_bytes, given_up=mailbox.closed)
+    def start(replica: StoreReplica, answer_queue: AnswerQueue[ReadAnswer]) -> ReadBuffer:
+        return read_from_store(
+            group, replica, key, size, offset_bytes, given_up=answer_queue.closed
+        )
 
-    def judge(piece: ReadBuffer) -> str | None:
+    def verify(buffer: ReadBuffer) -> str | None:
         if size:
-            np.copyto(np.frombuffer(flat, np.uint8), np.frombuffer(piece.buffer.view, np.uint8))
+            # In the reader's thread, and only here: no store's thread ever writes to the caller's
+            # memory.
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(buffer.buffer.view, np.uint8))
         return None if check is None else check(out)
 
-    reading = _QuorumRead(group, key, size, start, judge)
+    reading = _QuorumRead(group, key, size, start, verify)
     race = reading.run()
-    if len(race.found) > 1:
-        proof = None if check is None else VerifiedRange(offset_bytes, size, digest(flat))
-        _note_bad(group, key, race, proof, reading.errors)
+    if len(race.results) > 1:
+        verified = None if check is None else VerifiedRange(offset_bytes, size, digest(target))
+        _note_bad(group, key, race, verified, reading.errors)
 
 
 def read_object(group: StoreGroup, key: str, check: Check, *, bytes_max: int) -> bytes:
     """The whole object of the first store whose copy is right. Raises as ``read_into``."""
     right: list[bytes] = []
 
-    def start(member: StoreReplica, mailbox: AnswerQueue[ReadAnswer]) -> ReadBuffer:
-        stat = member.read(0, lambda: member.store.stat(key))
+    def start(replica: StoreReplica, answer_queue: AnswerQueue[ReadAnswer]) -> ReadBuffer:
+        stat = replica.read(0, lambda: replica.store.stat(key))
         if stat is None:
-            raise NotFoundError(f"no such object. key={key} store={member.url}")
+            raise NotFoundError(f"no such object. key={key} store={replica.url}")
         if stat.size_bytes > bytes_max:
             raise IntegrityError(
-                f"too large to be read. key={key} size_bytes={stat.size_bytes} "
-                f"limit_bytes={bytes_max} store={member.url}"
+                f"too large to read. key={key} size_bytes={stat.size_bytes} "
+                f"limit_bytes={bytes_max} store={replica.url}"
             )
-        return read_from_store(group, member, key, stat.size_bytes, 0, given_up=mailbox.closed)
+        return read_from_store(
+            group, replica, key, stat.size_bytes, 0, given_up=answer_queue.closed
+        )
 
-    def judge(piece: ReadBuffer) -> str | None:
-        data = bytes(piece.buffer.view)
-        why = check(memoryview(data))
-        if why is None:
+    def verify(buffer: ReadBuffer) -> str | None:
+        data = bytes(buffer.buffer.view)
+        problem = check(memoryview(data))
+        if problem is None:
             right.append(data)
-        return why
+        return problem
 
-    reading = _QuorumRead(group, key, 0, start, judge)
+    reading = _QuorumRead(group, key, 0, start, verify)
     race = reading.run()
-    if len(race.found) > 1:
+    if len(race.results) > 1:
         _note_bad(
             group,
             key,
@@ -229,68 +240,70 @@ def read_object(group: StoreGroup, key: str, check: Check, *, bytes_max: int) ->
 
 def read_from_store(
     group: StoreGroup,
-    member: StoreReplica,
+    replica: StoreReplica,
     key: str,
     size: int,
     offset_bytes: int,
     *,
     given_up: Callable[[], bool] = bool,
 ) -> ReadBuffer:
-    """Read a range of one store in this thread, into memory of ours. Raises CkptError."""
+    """Read a range of one store in this thread, into our memory. Raises CkptError."""
+    # Earlier reads of this store that hang hold its memory; others of its reads return some soon.
     until_s = time.monotonic() + group.limits.call_s
-    if not group.memory.claim(member.index, size, until_s=until_s, given_up=given_up):
+    if not group.memory.claim(replica.index, size, until_s=until_s, given_up=given_up):
         raise UnavailableError(
-            f"no memory is left for reads of this store. store={member.url}; repeat later"
+            f"no memory left for reads of this store. store={replica.url}; repeat later"
         )
     try:
         buffer = group.memory.buffer(size)
-        member.read(
-            size, lambda: member.store.read_into(key, buffer.view, offset_bytes=offset_bytes)
+        replica.read(
+            size, lambda: replica.store.read_into(key, buffer.view, offset_bytes=offset_bytes)
         )
     except BaseException:
-        group.memory.free(member.index, size)
+        group.memory.free(replica.index, size)
         raise
-    return ReadBuffer(group, member.index, buffer)
+    return ReadBuffer(group, replica.index, buffer)
 
 
 def _note_bad(
     group: StoreGroup,
     key: str,
     race: races.ReadRace,
-    proof: VerifiedRange | None,
+    verified: VerifiedRange | None,
     errors: dict[int, CkptError],
 ) -> None:
-    """Note what the stores that were not right lack, now that one was."""
-    for place, found in race.found.items():
-        match found:
+    """Note what the stores without right bytes lack, now that one store was right."""
+    # Only now: while no store was right, a missing or wrong copy may be all that there is. A silent
+    # store says nothing about its copy.
+    for index, result in race.results.items():
+        match result:
             case ReadResult.MISSING:
-                need = RepairNeed(CopyFault.MISSING, proof)
+                need = RepairNeed(CopyFault.MISSING, verified)
             case ReadResult.WRONG | ReadResult.SHORT:
-                need = RepairNeed(CopyFault.DAMAGED, proof)
+                need = RepairNeed(CopyFault.DAMAGED, verified)
             case _:
                 continue
-        group.note_need(place, key, need, reason=str(errors[place]), alarm=True)
+        group.backlog.note(index, key, need, reason=str(errors[index]), alarm=True)
 
 
-# Whether an object is there, which ones are, and removing one: answers of several stores made
-# into one.
+# ---- stat, delete and list: answers of several stores combined into one.
 
 PAGE_ENTRIES = 256
 """Entries of a listing that a store's thread hands over at once."""
 
 PAGES_MAX = 4
-"""Pages of one store that wait to be merged."""
+"""Pages of one store waiting to be merged."""
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 StatAnswers = Mapping[int, "Stat | CkptError | None"]
 
 
 def merge_stats(stats: Sequence[Stat]) -> Stat:
-    """One answer of several about the same key: the length that most have, the greater of equals;
-    the latest time.
+    """One answer from several about the same key.
 
-    The latest, because a sweep spares what is young.
+    The length is the most common one, the greater of equals. The time is the latest one, because a
+    sweep spares young objects.
     """
     sizes = Counter(stat.size_bytes for stat in stats)
     size = max(sizes, key=lambda size: (sizes[size], size))
@@ -298,34 +311,39 @@ def merge_stats(stats: Sequence[Stat]) -> Stat:
 
 
 def stat(group: StoreGroup, key: str) -> Stat | None:
-    """The object's facts; None where enough stores say that it isn't there. Raises UnavailableError
-    where too few answer."""
+    """The object's key, length and time; None if enough stores say that it is not there.
+
+    Raises UnavailableError if too few stores answer.
+    """
     group.detect_stalls()
 
     def answered(answers: StatAnswers) -> bool:
-        return group.quorum.is_read_quorum(_told(answers).keys())
+        return group.quorum.is_read_quorum(_stats_of(answers).keys())
 
-    def known(answers: StatAnswers) -> bool:
-        found = {answer.size_bytes for answer in _told(answers).values() if answer is not None}
-        return answered(answers) and len(found) == 1
+    def unanimous(answers: StatAnswers) -> bool:
+        lengths = {
+            answer.size_bytes for answer in _stats_of(answers).values() if answer is not None
+        }
+        return answered(answers) and len(lengths) == 1
 
     answers = group.ask(
-        group.usable(), lambda member: _stat(member, key), enough=known, nearly=answered
+        group.usable(), lambda replica: _stat(replica, key), enough=unanimous, nearly=answered
     )
     if not answered(answers):
-        rest = frozenset(range(len(group.replicas))) - _told(answers).keys()
+        # Too few usable stores answered: ask all others too, also those with an open circuit.
+        rest = frozenset(range(len(group.replicas))) - _stats_of(answers).keys()
         before = answers
         answers = before | group.ask(
             rest,
-            lambda member: _stat(member, key),
-            enough=lambda more: known({**before, **more}),
+            lambda replica: _stat(replica, key),
+            enough=lambda more: unanimous({**before, **more}),
             nearly=lambda more: answered({**before, **more}),
         )
-    told = _told(answers)
-    found = [answer for answer in told.values() if answer is not None]
-    if found:
-        return merge_stats(found)
-    if group.quorum.proves_absent(told.keys()):
+    stats = _stats_of(answers)
+    copies = [answer for answer in stats.values() if answer is not None]
+    if copies:
+        return merge_stats(copies)
+    if group.quorum.proves_absent(stats.keys()):
         return None
     errors = [
         f"{group.replicas[p].url}: {a}"
@@ -334,104 +352,112 @@ def stat(group: StoreGroup, key: str) -> Stat | None:
     ]
     raise UnavailableError(
         f"too few stores answer to know whether the object is there. key={key} "
-        f"answered={len(told)} "
-        f"[{' | '.join(errors)}]; repeat when they do"
+        f"answered={len(stats)} [{' | '.join(errors)}]; repeat when they do"
     )
 
 
 def delete(group: StoreGroup, key: str) -> None:
-    """Remove the object from all stores. Raises, naming them, where one could not be asked: it may
-    hold it still."""
-    group.detect_stalls()
-    group.forget(key)
+    """Remove the object from all stores.
 
-    def remove(member: StoreReplica) -> bool:
-        member.write(0, lambda: member.store.delete(key))
+    Raises, naming them, if some stores could not be asked: they may still hold it.
+    """
+    group.detect_stalls()
+    # Forget needs before the deletes, so that no repair writes the object again, and afterwards
+    # those noted meanwhile.
+    group.backlog.forget(key)
+
+    def remove(replica: StoreReplica) -> bool:
+        replica.write(0, lambda: replica.store.delete(key))
         return True
 
     answers = group.ask(
-        range(len(group.replicas)), remove, side=lambda member: member.writing, key=key
+        range(len(group.replicas)), remove, side=lambda replica: replica.writing, key=key
     )
-    group.forget(key)
+    group.backlog.forget(key)
     failed = {
-        place: answer for place, answer in sorted(answers.items()) if isinstance(answer, CkptError)
+        index: answer for index, answer in sorted(answers.items()) if isinstance(answer, CkptError)
     }
     if failed:
-        each = " | ".join(
-            f"{group.replicas[place].url}: {error}" for place, error in failed.items()
+        per_store = " | ".join(
+            f"{group.replicas[index].url}: {error}" for index, error in failed.items()
         )
-        kind = most_common_error(list(failed.values()))
-        raise kind(
-            f"not all stores removed the object. key={key} [{each}]; repeat when they answer"
+        error_type = most_common_error(list(failed.values()))
+        raise error_type(
+            f"not all stores removed the object. key={key} [{per_store}]; repeat when they answer"
         )
 
 
 def listing(group: StoreGroup, prefix: str, after: str) -> Iterator[Stat]:
-    """All objects that any answering store lists, in key order, one store's page at a time in
-    memory.
+    """All objects that any answering store lists, in key order.
 
-    A store that fails or falls silent on the way is left out from there on. Raises UnavailableError
-    as soon as fewer are left than could together hold every acknowledged object.
+    Holds a few pages per store in memory. A store that fails or stops answering is left out from
+    there on. Raises UnavailableError as soon as the remaining stores together might miss an
+    acknowledged object.
     """
     group.detect_stalls()
-    streams = {member.index: _ListingStream(member) for member in group.replicas}
+    streams = {replica.index: _ListingStream(replica) for replica in group.replicas}
     errors: dict[int, CkptError] = {}
+    # Stores with an open circuit are left out unless the others cannot give a complete listing.
     usable = group.usable()
     if not group.quorum.is_read_quorum(usable):
         usable = frozenset(streams)
+    # A merge of sorted streams: each store has one entry in the heap, its next one.
     heap: list[tuple[str, int, Stat]] = []
     try:
-        for place in usable:
-            streams[place].begin(prefix, after)
+        for index in usable:
+            streams[index].begin(prefix, after)
 
-        def advance(place: int) -> None:
+        def advance(index: int) -> None:
             try:
-                entry = streams[place].next(group.limits.call_s)
+                entry = streams[index].next(group.limits.call_s)
             except CkptError as error:
-                errors[place] = error
+                errors[index] = error
+                # The stores left might all miss an object that was acknowledged; then the listing
+                # would look complete without being so.
                 if not group.quorum.is_read_quorum(usable - errors.keys()):
                     raise _too_few(group, prefix, errors, usable) from error
                 return
             if entry is not None:
-                heapq.heappush(heap, (entry.key, place, entry))
+                heapq.heappush(heap, (entry.key, index, entry))
 
-        for place in usable:
-            advance(place)
+        for index in usable:
+            advance(index)
         while heap:
             same = [heapq.heappop(heap)]
             while heap and heap[0][0] == same[0][0]:
                 same.append(heapq.heappop(heap))
             yield merge_stats([entry for _, _, entry in same])
-            for _, place, _ in same:
-                advance(place)
+            for _, index, _ in same:
+                advance(index)
     finally:
+        # The caller may stop early, and a store may hang: no thread is waited for.
         for stream in streams.values():
             stream.stop()
 
 
-def _told(answers: StatAnswers) -> dict[int, Stat | None]:
-    return {place: answer for place, answer in answers.items() if not isinstance(answer, CkptError)}
+def _stats_of(answers: StatAnswers) -> dict[int, Stat | None]:
+    return {index: answer for index, answer in answers.items() if not isinstance(answer, CkptError)}
 
 
-def _stat(member: StoreReplica, key: str) -> Stat | None:
-    return member.read(0, lambda: member.store.stat(key))
+def _stat(replica: StoreReplica, key: str) -> Stat | None:
+    return replica.read(0, lambda: replica.store.stat(key))
 
 
 def _too_few(
     group: StoreGroup, prefix: str, errors: Mapping[int, CkptError], asked: frozenset[int]
 ) -> UnavailableError:
-    reasons = {
-        member.index: str(errors.get(member.index, "left alone")) for member in group.replicas
+    texts = {
+        replica.index: str(errors.get(replica.index, "not used at the moment"))
+        for replica in group.replicas
     }
-    each = " | ".join(
-        f"{group.replicas[place].url}: {why}"
-        for place, why in reasons.items()
-        if place in errors or place not in asked
+    per_store = " | ".join(
+        f"{group.replicas[index].url}: {text}"
+        for index, text in texts.items()
+        if index in errors or index not in asked
     )
     return UnavailableError(
         f"too few stores answer for a complete listing. prefix={prefix} "
-        f"answered={len(asked) - len(errors)} [{each}]; "
-        f"repeat when they do"
+        f"answered={len(asked) - len(errors)} [{per_store}]; repeat when they do"
     )
 
 
@@ -439,7 +465,7 @@ def _too_few(
 class _ListingStream:
     """One store's listing, fetched page by page in a thread of its own, so that it may hang."""
 
-    member: StoreReplica
+    replica: StoreReplica
     pages: queue.Queue[list[Stat] | CkptError | None] = field(
         default_factory=lambda: queue.Queue(PAGES_MAX)
     )
@@ -453,13 +479,13 @@ class _ListingStream:
         thread = threading.Thread(
             target=self._fetch,
             args=(prefix, after),
-            name=f"ckpt-list-{self.member.index}",
+            name=f"ckpt-list-{self.replica.index}",
             daemon=True,
         )
         try:
             thread.start()
         except RuntimeError:
-            # The interpreter ends and starts no thread any more: here, with room for all.
+            # The interpreter exits and starts no threads: fetch here, into an unbounded queue.
             self.pages = queue.Queue()
             self._fetch(prefix, after)
 
@@ -468,20 +494,23 @@ class _ListingStream:
         self.stopped.set()
 
     def next(self, wait_s: float) -> Stat | None:
-        """The next entry, None at the end. Raises what the store raised, and UnavailableError where
-        it says nothing."""
+        """The next entry, None at the end.
+
+        Raises what the store raised, and UnavailableError if it does not answer.
+        """
         while self.at == len(self.page) and not self.over:
             try:
-                got = self.pages.get(timeout=wait_s)
+                # Per page: a long listing may take long in total, as long as pages keep arriving.
+                item = self.pages.get(timeout=wait_s)
             except queue.Empty:
-                raise silent_error(self.member, wait_s) from None
-            match got:
+                raise silent_error(self.replica, wait_s) from None
+            match item:
                 case None:
                     self.over = True
                 case CkptError():
-                    raise got
+                    raise item
                 case list():
-                    self.page, self.at = got, 0
+                    self.page, self.at = item, 0
         if self.over:
             return None
         self.at += 1
@@ -489,8 +518,10 @@ class _ListingStream:
 
     def _fetch(self, prefix: str, after: str) -> None:
         try:
-            pages = self.member.read(0, lambda: _paged(self.member.store.list(prefix, after=after)))
-            while (page := self.member.read(0, lambda: next(pages, None))) is not None:
+            pages = self.replica.read(
+                0, lambda: _paged(self.replica.store.list(prefix, after=after))
+            )
+            while (page := self.replica.read(0, lambda: next(pages, None))) is not None:
                 if not self._hand(page):
                     return
         except CkptError as error:
@@ -499,9 +530,10 @@ class _ListingStream:
             self._hand(None)
 
     def _hand(self, item: list[Stat] | CkptError | None) -> bool:
+        # Never blocks for good, so that the thread ends after the caller stopped the listing.
         while not self.stopped.is_set():
             try:
-                self.pages.put(item, timeout=_LOOK_S)
+                self.pages.put(item, timeout=_POLL_S)
             except queue.Full:
                 continue
             return True

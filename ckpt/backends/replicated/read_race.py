@@ -1,7 +1,6 @@
-"""Whom a read asks next, when it asks a second one beside the first, and what it says in the end.
-Pure.
+"""The decisions of one read: which store to ask next, when to hedge, and when to give up. Pure.
 
-The effect asks, tells what was found, and asks ``decide`` again.
+The caller asks a store, records the answer in the race, and calls ``decide`` again.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from ckpt.backends.replicated.policy import Quorum, ReplicationLimits, backoff_s
 
 
 class ReadResult(enum.Enum):
-    """What one store had."""
+    """The result of asking one store."""
 
     RIGHT = "right"
     WRONG = "wrong bytes"
@@ -24,7 +23,7 @@ class ReadResult(enum.Enum):
 
 
 class ReadFailure(enum.Enum):
-    """Why there is nothing to deliver."""
+    """Why a read has no bytes to deliver."""
 
     NOT_FOUND = "not-found"
     DAMAGED = "damaged"
@@ -33,8 +32,10 @@ class ReadFailure(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PendingRead:
-    """A question on its way: to whom, when it is late enough to ask another one, when it counts as
-    unanswered."""
+    """A read in flight.
+
+    After ``late_s`` another store is asked too (the hedge). At ``lost_s`` it counts as SILENT.
+    """
 
     late_s: float
     lost_s: float
@@ -42,16 +43,20 @@ class PendingRead:
 
 @dataclass(frozen=True, slots=True)
 class ReadRace:
-    """One read. ``order``: whom to ask, nearest first; ``usable``: whose circuit is closed;
-    ``rounds`` begun."""
+    """The state of one read.
+
+    ``order``: the stores, nearest first. ``usable``: stores whose circuit is closed. ``pending``:
+    reads in flight by store. ``rounds``: rounds begun; a new round asks the silent stores again, at
+    ``retry_at_s``.
+    """
 
     quorum: Quorum
     order: tuple[int, ...]
     usable: frozenset[int]
-    asked: Mapping[int, PendingRead]
-    found: Mapping[int, ReadResult]
+    pending: Mapping[int, PendingRead]
+    results: Mapping[int, ReadResult]
     rounds: int = 1
-    again_s: float | None = None
+    retry_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,76 +82,97 @@ class DeliverRead:
 
 @dataclass(frozen=True, slots=True)
 class GiveUpRead:
-    """No store has right bytes, and why."""
+    """No store has right bytes."""
 
     failure: ReadFailure
 
 
 def begin_read(quorum: Quorum, order: tuple[int, ...], usable: frozenset[int]) -> ReadRace:
-    """A read that has asked nobody yet."""
+    """A read that has not asked any store yet."""
     return ReadRace(quorum, order, usable, {}, {})
 
 
-def with_asked(race: ReadRace, place: int, *, late_s: float, lost_s: float) -> ReadRace:
-    """``place`` was asked; the two times are as in Asked."""
-    return replace(race, asked={**race.asked, place: PendingRead(late_s, lost_s)})
+def with_asked(race: ReadRace, index: int, *, late_s: float, lost_s: float) -> ReadRace:
+    """The race after asking store ``index``; the times are as in PendingRead."""
+    return replace(race, pending={**race.pending, index: PendingRead(late_s, lost_s)})
 
 
-def with_result(race: ReadRace, place: int, found: ReadResult) -> ReadRace:
-    """``place`` answered, or will not."""
-    left = {other: when for other, when in race.asked.items() if other != place}
-    return replace(race, asked=left, found={**race.found, place: found})
+def with_result(race: ReadRace, index: int, result: ReadResult) -> ReadRace:
+    """The race after the answer of store ``index``, or without one if the result is SILENT."""
+    pending = {other: read for other, read in race.pending.items() if other != index}
+    return replace(race, pending=pending, results={**race.results, index: result})
 
 
 def decide(
     race: ReadRace, now_s: float, *, limits: ReplicationLimits, jitter: float
 ) -> tuple[ReadRace, AskStore | WaitForRead | DeliverRead | GiveUpRead]:
-    """What to do now, and the race as it is then. ``jitter`` is a random number in [0, 1)."""
-    if right := [place for place, found in race.found.items() if found is ReadResult.RIGHT]:
+    """The next move, and the race after it. ``jitter`` is a random number in [0, 1)."""
+    if right := [index for index, result in race.results.items() if result is ReadResult.RIGHT]:
         return race, DeliverRead(right[0])
-    for place, when in race.asked.items():
-        if now_s >= when.lost_s:
-            race = with_result(race, place, ReadResult.SILENT)
-    missing = {place for place, found in race.found.items() if found is ReadResult.MISSING}
-    nowhere = race.quorum.proves_absent(missing) and not _damaged(race)
-    fresh = [place for place in race.order if place not in race.asked and place not in race.found]
-    if nowhere:
-        # A copy beyond the quorum is still looked for, where looking costs little.
-        fresh = [place for place in fresh if place in race.usable]
-    in_time = [when.late_s for when in race.asked.values() if now_s < when.late_s]
-    if fresh and (missing or not in_time):
-        return race, AskStore(fresh[0])
-    if race.asked and (in_time or not nowhere):
-        times = in_time if fresh or nowhere else [when.lost_s for when in race.asked.values()]
+    for index, read in race.pending.items():
+        if now_s >= read.lost_s:
+            race = with_result(race, index, ReadResult.SILENT)
+    missing = {index for index, result in race.results.items() if result is ReadResult.MISSING}
+    # A damaged copy shows that the object existed, whatever the missing copies prove.
+    never_stored = race.quorum.proves_absent(missing) and not _damaged(race)
+    unasked = [
+        index for index in race.order if index not in race.pending and index not in race.results
+    ]
+    if never_stored:
+        # Copies beyond the quorum are still searched for, but only where asking is cheap: after a
+        # loss of W stores the last copy is one of them.
+        unasked = [index for index in unasked if index in race.usable]
+    late_times = [read.late_s for read in race.pending.values() if now_s < read.late_s]
+    # Ask the next store at once if one store lacks the object, otherwise when all pending reads are
+    # late (the hedge).
+    if unasked and (missing or not late_times):
+        return race, AskStore(unasked[0])
+    if race.pending and (late_times or not never_stored):
+        times = (
+            late_times
+            if unasked or never_stored
+            else [read.lost_s for read in race.pending.values()]
+        )
+        # The earliest moment at which this decision could change.
         return race, WaitForRead(min(times))
-    return _end(race, now_s, pace=limits, jitter=jitter)
+    return _end_round(race, now_s, limits=limits, jitter=jitter)
 
 
-def _end(
-    race: ReadRace, now_s: float, *, pace: ReplicationLimits, jitter: float
+def _end_round(
+    race: ReadRace, now_s: float, *, limits: ReplicationLimits, jitter: float
 ) -> tuple[ReadRace, AskStore | WaitForRead | GiveUpRead]:
-    """All who are worth asking have answered or are late."""
-    verdict = _verdict(race)
-    silent = [place for place in race.order if race.found.get(place) is ReadResult.SILENT]
-    if verdict is not ReadFailure.UNAVAILABLE or not silent or race.rounds >= pace.tries_max:
-        return race, GiveUpRead(verdict)
-    if race.again_s is None:
-        again_s = now_s + backoff_s(pace.retry_s_first, pace.retry_s_max, race.rounds, jitter)
-        return replace(race, again_s=again_s), WaitForRead(again_s)
-    if now_s < race.again_s:
-        return race, WaitForRead(race.again_s)
-    found = {place: what for place, what in race.found.items() if what is not ReadResult.SILENT}
-    race = replace(race, found=found, rounds=race.rounds + 1, again_s=None)
+    """The move when every store worth asking has answered or is late.
+
+    Fails, or retries the silent stores.
+    """
+    failure = _failure(race)
+    silent = [index for index in race.order if race.results.get(index) is ReadResult.SILENT]
+    if failure is not ReadFailure.UNAVAILABLE or not silent or race.rounds >= limits.tries_max:
+        return race, GiveUpRead(failure)
+    if race.retry_at_s is None:
+        retry_at_s = now_s + backoff_s(
+            limits.retry_s_first, limits.retry_s_max, race.rounds, jitter
+        )
+        return replace(race, retry_at_s=retry_at_s), WaitForRead(retry_at_s)
+    if now_s < race.retry_at_s:
+        return race, WaitForRead(race.retry_at_s)
+    results = {
+        index: result for index, result in race.results.items() if result is not ReadResult.SILENT
+    }
+    race = replace(race, results=results, rounds=race.rounds + 1, retry_at_s=None)
     return race, AskStore(silent[0])
 
 
-def _verdict(race: ReadRace) -> ReadFailure:
-    missing = {place for place, found in race.found.items() if found is ReadResult.MISSING}
-    silent = len(race.found) < race.quorum.stores or ReadResult.SILENT in race.found.values()
+def _failure(race: ReadRace) -> ReadFailure:
+    missing = {index for index, result in race.results.items() if result is ReadResult.MISSING}
+    incomplete = (
+        len(race.results) < race.quorum.stores or ReadResult.SILENT in race.results.values()
+    )
     if _damaged(race):
-        return ReadFailure.UNAVAILABLE if silent else ReadFailure.DAMAGED
+        # A store without an answer may still hold right bytes.
+        return ReadFailure.UNAVAILABLE if incomplete else ReadFailure.DAMAGED
     return ReadFailure.NOT_FOUND if race.quorum.proves_absent(missing) else ReadFailure.UNAVAILABLE
 
 
 def _damaged(race: ReadRace) -> bool:
-    return any(found in (ReadResult.WRONG, ReadResult.SHORT) for found in race.found.values())
+    return any(result in (ReadResult.WRONG, ReadResult.SHORT) for result in race.results.values())

@@ -1,9 +1,8 @@
-"""Bring each store what it is known to miss, and look whether one that was left alone answers
-again, beside all else.
+"""The background repair of copies, and the probes of stores that failed.
 
-One thread that starts when there is something to do and ends when there is nothing. It calls no
-store itself: each store's own threads do, one object at a time, in order with other writes of the
-same key.
+One thread per group, which starts when there is something to do and ends when there is nothing. It
+calls no store itself: each store's own threads do, one object at a time, in order with other writes
+of the same key.
 """
 
 from __future__ import annotations
@@ -33,65 +32,66 @@ from ckpt.backends.replicated.policy import CircuitEvent, CircuitState, probe_du
 from ckpt.errors import CkptError
 from ckpt.format.canonical import digest
 
-# One object brought to one store: look at all copies, decide, copy.
+# ---- One object repaired in one store: stat all copies, plan, copy.
 
 PIECE_BYTES = 16 << 20
-"""Bytes asked for at once when a whole object is read: a request that any store serves well."""
+"""Bytes per request when a whole object is read: a size that any store serves well."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepairDone:
-    """The copy is as the others."""
+    """The copy now equals the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectRepair:
-    """One object brought to one store."""
+    """The repair of one object in one store."""
 
     group: StoreGroup
-    member: StoreReplica
+    replica: StoreReplica
     key: str
     need: RepairNeed
 
     def run(self) -> CopyIntact | RepairLater | LeaveToScrub | RepairDone:
-        """Look at all copies, decide, copy. Raises CkptError where the store itself fails."""
+        """Stat all copies, plan, copy. Raises CkptError if the store itself fails."""
         plan = self._plan()
         if not isinstance(plan, RepairCopy):
             return plan
-        all_known = plan.all_answered
-        for place in sorted(plan.sources, key=self.group.read_order(plan.size_bytes).index):
-            source = self.group.replicas[place]
-            region = _read_whole(self.group, source, self.member.index, self.key, plan.size_bytes)
-            if region is None:
-                all_known = False
+        all_answered = plan.all_answered
+        for index in sorted(plan.sources, key=self.group.read_order(plan.size_bytes).index):
+            source = self.group.replicas[index]
+            whole = _read_whole(self.group, source, self.replica.index, self.key, plan.size_bytes)
+            if whole is None:
+                # This source may have had the verified bytes, so the need is postponed, not left.
+                all_answered = False
                 continue
             try:
-                if not self._proven(region.view):
+                if not self._proven(whole.view):
                     continue
-                end = self._replace(region.view, plan)
+                outcome = self._replace(whole.view, plan)
             finally:
-                self.group.memory.free(self.member.index, plan.size_bytes)
-                self.group.memory.recycle(region)
-            return end
-        return no_verified_source(all_answered=all_known)
+                self.group.memory.free(self.replica.index, plan.size_bytes)
+                self.group.memory.recycle(whole)
+            return outcome
+        return no_verified_source(all_answered=all_answered)
 
     def _plan(self) -> RepairCopy | CopyIntact | RepairLater | LeaveToScrub:
         group, key = self.group, self.key
         answers = group.ask(
-            range(len(group.replicas)), lambda m: m.read(0, lambda: m.store.stat(key))
+            range(len(group.replicas)), lambda other: other.read(0, lambda: other.store.stat(key))
         )
-        told = {
-            place: answer for place, answer in answers.items() if not isinstance(answer, CkptError)
+        stats = {
+            index: answer for index, answer in answers.items() if not isinstance(answer, CkptError)
         }
         sizes = {
-            place: None if answer is None else answer.size_bytes for place, answer in told.items()
+            index: None if answer is None else answer.size_bytes for index, answer in stats.items()
         }
-        plan = plan_repair(self.need, self.member.index, sizes, group.quorum)
+        plan = plan_repair(self.need, self.replica.index, sizes, group.quorum)
         if isinstance(plan, RepairCopy):
-            for place, size in sizes.items():
-                if size is None and place != self.member.index:
-                    group.note_need(
-                        place,
+            for index, size in sizes.items():
+                if size is None and index != self.replica.index:
+                    group.backlog.note(
+                        index,
                         key,
                         RepairNeed(CopyFault.MISSING, self.need.verified),
                         reason="not there",
@@ -100,119 +100,130 @@ class ObjectRepair:
         return plan
 
     def _proven(self, data: memoryview) -> bool:
-        proof = self.need.verified
-        return proof is None or digest(data[proof.offset_bytes : proof.end_bytes]) == proof.digest
+        verified = self.need.verified
+        return (
+            verified is None
+            or digest(data[verified.offset_bytes : verified.end_bytes]) == verified.digest
+        )
 
     def _replace(
         self, data: memoryview, plan: RepairCopy
     ) -> CopyIntact | LeaveToScrub | RepairDone:
         if plan.compare:
-            end = self._compared(data)
-            if end is not None:
-                return end
-        member = self.member
-        # Deleted while it was copied: then it must not come back.
-        if self.group.ledger.needs[member.index].get(self.key) is None:
+            outcome = self._compared(data)
+            if outcome is not None:
+                return outcome
+        replica = self.replica
+        # Deleted while it was copied: then writing it would bring it back.
+        if self.group.backlog.ledger.needs[replica.index].get(self.key) is None:
             return CopyIntact()
-        member.write(len(data), lambda: member.store.put(self.key, [data]))
+        replica.write(len(data), lambda: replica.store.put(self.key, [data]))
         return RepairDone()
 
     def _compared(self, data: memoryview) -> CopyIntact | LeaveToScrub | None:
-        """Read the copy that was found bad, piece by piece; None where it may be replaced by
-        ``data``."""
-        member, proof = self.member, self.need.verified
-        stat = member.read(0, lambda: member.store.stat(self.key))
+        """Compare ``data`` with the damaged copy; None if ``data`` may replace it."""
+        replica, verified = self.replica, self.need.verified
+        stat = replica.read(0, lambda: replica.store.stat(self.key))
         mine_bytes = 0 if stat is None else min(stat.size_bytes, len(data))
         piece = memoryview(bytearray(min(PIECE_BYTES, mine_bytes)))
         for at in range(0, mine_bytes, PIECE_BYTES):
             part = piece[: min(PIECE_BYTES, mine_bytes - at)]
-            _read(member, self.key, part, at)
+            _read(replica, self.key, part, at)
             if not equal_outside(part, data[at : at + len(part)], at, self.need):
-                return LeaveToScrub("two copies differ outside the range that is known to be right")
-        if proof is not None and mine_bytes == len(data) and _matches(member, self.key, proof):
-            return CopyIntact()  # it was read wrongly once, and is right where it lies
+                return LeaveToScrub("two copies differ outside the range that was found right")
+        # Read the verified range again: a read that went wrong once must not cause a write.
+        if (
+            verified is not None
+            and mine_bytes == len(data)
+            and _matches(replica, self.key, verified)
+        ):
+            return CopyIntact()  # the stored bytes are right: an earlier read went wrong
         return None
 
 
-def _matches(member: StoreReplica, key: str, proof: VerifiedRange) -> bool:
-    mine = memoryview(bytearray(proof.size_bytes))
-    _read(member, key, mine, proof.offset_bytes)
-    return digest(mine) == proof.digest
+def _matches(replica: StoreReplica, key: str, verified: VerifiedRange) -> bool:
+    stored = memoryview(bytearray(verified.size_bytes))
+    _read(replica, key, stored, verified.offset_bytes)
+    return digest(stored) == verified.digest
 
 
-def _read(member: StoreReplica, key: str, out: memoryview, offset_bytes: int) -> None:
-    member.read(len(out), lambda: member.store.read_into(key, out, offset_bytes=offset_bytes))
+def _read(replica: StoreReplica, key: str, out: memoryview, offset_bytes: int) -> None:
+    replica.read(len(out), lambda: replica.store.read_into(key, out, offset_bytes=offset_bytes))
 
 
 def _read_whole(
     group: StoreGroup, source: StoreReplica, target: int, key: str, size_bytes: int
 ) -> PooledBuffer | None:
-    """The whole object of one store; None where it doesn't give it. The memory is charged to
-    ``target``, and then to be freed.
+    """The whole object of one store; None if the store does not give it.
 
-    A source that hangs is given up, and what it still holds is charged to it.
+    The memory is charged to ``target``, and the caller must free it. A source that hangs is given
+    up, and what it still holds is charged to it.
     """
-    mailbox: AnswerQueue[tuple[PooledBuffer | None]] = AnswerQueue()
+    answer_queue: AnswerQueue[tuple[PooledBuffer | None]] = AnswerQueue()
     until_s = time.monotonic() + stall_s(group.limits, size_bytes)
     if not group.memory.claim(target, size_bytes, until_s=until_s):
         return None
-    region = group.memory.buffer(size_bytes)
+    whole = group.memory.buffer(size_bytes)
 
     def job() -> None:
-        answer: PooledBuffer | None = region
+        answer: PooledBuffer | None = whole
         try:
             for at in range(0, max(1, size_bytes), PIECE_BYTES):
-                if mailbox.closed():
+                if answer_queue.closed():
                     break
-                _read(source, key, region.view[at : at + PIECE_BYTES], at)
+                _read(source, key, whole.view[at : at + PIECE_BYTES], at)
         except CkptError:
             answer = None
-        if not mailbox.put((answer,)):
+        if not answer_queue.put((answer,)):
             group.memory.free(source.index, size_bytes)
 
+    # Reads run in the source's threads: this thread belongs to the target.
     if not source.reading.threads.submit(job):
         group.memory.free(target, size_bytes)
         return None
-    got = mailbox.get(until_s - time.monotonic())
-    if got is None:
+    answer = answer_queue.get(until_s - time.monotonic())
+    if answer is None:
+        # The hung call may still write into the buffer: its memory is never reused, and charged to
+        # the source until the call returns. The queue is closed after the charge, so that a call
+        # which returns now finds a charge to free.
         group.memory.charge(source.index, size_bytes)
         group.memory.free(target, size_bytes)
-        late = mailbox.close()
+        late = answer_queue.close()
         if late:
             group.memory.free(source.index, size_bytes)
         return None
-    if got[0] is None:
+    if answer[0] is None:
         group.memory.free(target, size_bytes)
-    return got[0]
+    return answer[0]
 
 
 POLL_S = 1.0
-"""Longest pause between two looks while something is missing somewhere."""
+"""Longest pause between two checks while something is missing."""
 
 STUCK_S = 600.0
-"""After this long another object is mended beside one whose call may never come back."""
+"""After this long another object is repaired beside one whose call may never return."""
 
 PROBE_KEY = "ckpt.json"
-"""A key that may be asked for: whether it is there doesn't matter."""
+"""A key for probes; whether the object exists does not matter."""
 
 
 class RepairThread:
-    """The thread that mends and probes for one group. Thread-safe."""
+    """The thread that repairs and probes for one group. Thread-safe."""
 
     def __init__(self, group: StoreGroup) -> None:
         self._group = group
         self._change = threading.Condition()
         self._running = False
-        self._woken = False
+        self._wake_requested = False
         self._closed = False
-        self._busy: dict[int, float] = {}
-        self._mended = [0] * len(group.replicas)
+        self._repair_started_s: dict[int, float] = {}
+        self._repaired_count = [0] * len(group.replicas)
         group.wake = self.wake
 
     def wake(self) -> None:
-        """There may be something to do."""
+        """Check for work now; starts the thread if needed."""
         with self._change:
-            self._woken = True
+            self._wake_requested = True
             self._change.notify_all()
             if self._running or self._closed:
                 return
@@ -220,17 +231,17 @@ class RepairThread:
             try:
                 thread.start()
             except RuntimeError:
-                return  # the interpreter ends: what is missing is left to a scrub
+                return  # the interpreter exits; a scrub repairs what is missing
             self._running = True
 
     def repair_now(self) -> None:
-        """Probe and mend at once, not after the pauses."""
-        for member in self._group.replicas:
-            member.probe_now()
-        self._group.repair_now()
+        """Probe and repair at once, without the pauses."""
+        for replica in self._group.replicas:
+            replica.probe_now()
+        self._group.backlog.make_all_due()
 
     def close(self, timeout_s: float) -> None:
-        """Begin nothing more, and wait for the thread."""
+        """Begin no more repairs, and wait for the thread."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -239,111 +250,119 @@ class RepairThread:
     def _work(self) -> None:
         while True:
             with self._change:
-                self._woken = False
-            pause_s = self._look()
+                # Cleared before the check: a wake() during the check makes another round.
+                self._wake_requested = False
+            pause_s = self._start_due()
             with self._change:
-                if self._closed or (pause_s is None and not self._woken):
+                if self._closed or (pause_s is None and not self._wake_requested):
                     self._running = False
                     self._change.notify_all()
                     return
-                self._change.wait_for(lambda: self._woken or self._closed, pause_s)
+                self._change.wait_for(lambda: self._wake_requested or self._closed, pause_s)
 
-    def _look(self) -> float | None:
-        """Start what is due; how long nothing else will be, None where all is well."""
+    def _start_due(self) -> float | None:
+        """Start what is due; returns the pause until the next check, None if there is no work."""
         group = self._group
         group.detect_stalls()
         now_s = time.monotonic()
         pauses = []
-        for member in group.replicas:
-            if not member.healthy:
-                self._probe(member, now_s)
+        for replica in group.replicas:
+            if not replica.healthy:
+                self._probe(replica, now_s)
                 pauses.append(POLL_S)
-            entry = next_need(group.ledger, member.index)
+            entry = next_need(group.backlog.ledger, replica.index)
             if entry is None:
                 continue
             key, need = entry
             with self._change:
-                free = now_s - self._busy.get(member.index, -STUCK_S) >= STUCK_S
+                # One repair per store at a time, but a hung one must not block the others for ever.
+                free = now_s - self._repair_started_s.get(replica.index, -STUCK_S) >= STUCK_S
             if (
                 free
                 and now_s >= need.due_s
-                and member.writing.circuit.phase is not CircuitState.OPEN
+                and replica.writing.circuit.state is not CircuitState.OPEN
             ):
-                self._start(member, key)
+                self._start(replica, key)
             pauses.append(min(POLL_S, max(0.01, need.due_s - now_s)) if free else POLL_S)
         if (
             not pauses
             and group.replicas
-            and any(m.reading.calls or m.writing.calls for m in group.replicas)
+            and any(other.reading.calls or other.writing.calls for other in group.replicas)
         ):
-            return POLL_S  # a call that hangs is to be seen though nobody else calls
+            return POLL_S  # to detect a call that hangs while there are no other calls
         return min(pauses, default=None)
 
-    def _probe(self, member: StoreReplica, now_s: float) -> None:
-        """Ask a store that was left alone for anything; its answer closes the circuit."""
-        for side in (member.reading, member.writing):
+    def _probe(self, replica: StoreReplica, now_s: float) -> None:
+        """Ask a store with an open circuit for anything; its answer closes the circuit."""
+        for side in (replica.reading, replica.writing):
             if not probe_due(side.circuit, now_s):
                 continue
-            member.observe(side, CircuitEvent.PROBED, "")
-            if next_need(self._group.ledger, member.index) is None or side is member.reading:
-                side.threads.submit(_probing(member, side))
+            replica.observe(side, CircuitEvent.PROBED, "")
+            # If the store lacks an object, its repair is the probe of the writing side.
+            if (
+                next_need(self._group.backlog.ledger, replica.index) is None
+                or side is replica.reading
+            ):
+                side.threads.submit(_probing(replica, side))
 
-    def _start(self, member: StoreReplica, key: str) -> None:
+    def _start(self, replica: StoreReplica, key: str) -> None:
         with self._change:
-            self._busy[member.index] = time.monotonic()
-        if not member.writing.threads.submit(lambda: self._mend(member, key), key=key):
-            self._ended(member)
-            self._group.postpone(member.index, key)
+            self._repair_started_s[replica.index] = time.monotonic()
+        if not replica.writing.threads.submit(lambda: self._repair(replica, key), key=key):
+            self._ended(replica)
+            self._group.backlog.postpone(replica.index, key)
 
-    def _mend(self, member: StoreReplica, key: str) -> None:
-        """In a thread of the store that misses ``key``."""
+    def _repair(self, replica: StoreReplica, key: str) -> None:
+        """Runs in a thread of the store that lacks ``key``."""
         group = self._group
-        need = group.ledger.needs[member.index].get(key)
+        need = group.backlog.ledger.needs[replica.index].get(key)
         try:
             if need is not None and not self._closed:
-                self._finish(member, key, need, ObjectRepair(group, member, key, need).run())
+                self._finish(replica, key, need, ObjectRepair(group, replica, key, need).run())
         except CkptError:
-            # The store's circuit has heard of it; what is missing stays noted.
-            group.postpone(member.index, key)
+            # The circuit has registered the failure; the need stays in the ledger.
+            group.backlog.postpone(replica.index, key)
         finally:
-            self._ended(member)
+            self._ended(replica)
 
     def _finish(
         self,
-        member: StoreReplica,
+        replica: StoreReplica,
         key: str,
         need: RepairNeed,
-        end: CopyIntact | RepairLater | LeaveToScrub | RepairDone,
+        outcome: CopyIntact | RepairLater | LeaveToScrub | RepairDone,
     ) -> None:
         group = self._group
-        match end:
+        match outcome:
             case RepairLater():
-                group.postpone(member.index, key)
+                group.backlog.postpone(replica.index, key)
                 return
-            case LeaveToScrub(why):
-                group.leave_to_scrub(member.index, key, why)
+            case LeaveToScrub(reason):
+                group.backlog.leave_to_scrub(replica.index, key, reason)
                 return
             case CopyIntact():
-                group.settle_need(member.index, key)
+                group.backlog.settle(replica.index, key)
             case RepairDone():
-                self._mended[member.index] += 1
-                group.settle_need(member.index, key)
-        count = self._mended[member.index]
-        if count and (need.fault is CopyFault.DAMAGED or not group.ledger.needs[member.index]):
-            self._mended[member.index] = 0
-            text = f"{count} object(s) were brought to {member.url} from other stores"
-            group.emit("copy-mended", text, store=member.url, objects=count, key=key)
+                self._repaired_count[replica.index] += 1
+                group.backlog.settle(replica.index, key)
+        count = self._repaired_count[replica.index]
+        if count and (
+            need.fault is CopyFault.DAMAGED or not group.backlog.ledger.needs[replica.index]
+        ):
+            self._repaired_count[replica.index] = 0
+            text = f"{count} object(s) were copied to {replica.url} from other stores"
+            group.emit("copy-mended", text, store=replica.url, objects=count, key=key)
 
-    def _ended(self, member: StoreReplica) -> None:
+    def _ended(self, replica: StoreReplica) -> None:
         with self._change:
-            self._busy.pop(member.index, None)
+            self._repair_started_s.pop(replica.index, None)
         self.wake()
 
 
-def _probing(member: StoreReplica, side: ReplicaSide) -> Callable[[], None]:
+def _probing(replica: StoreReplica, side: ReplicaSide) -> Callable[[], None]:
     def job() -> None:
-        act = member.read if side is member.reading else member.write
-        with contextlib.suppress(CkptError):  # the circuit has heard of it
-            act(0, lambda: member.store.stat(PROBE_KEY))
+        act = replica.read if side is replica.reading else replica.write
+        with contextlib.suppress(CkptError):  # the circuit registers the failure
+            act(0, lambda: replica.store.stat(PROBE_KEY))
 
     return job

@@ -1,5 +1,7 @@
-"""Threads that call one store. A call that hangs keeps its thread, and nothing else: not its
-caller, not the exit."""
+"""Threads that call one store.
+
+A call that hangs keeps its thread and nothing else: neither its caller nor the exit waits for it.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 IDLE_S = 20.0
-"""A thread with nothing to do ends after this long."""
+"""An idle thread ends after this long."""
 
 LOST_THREADS_MAX = 32
-"""Threads that calls which never come back may keep, beside those that work."""
+"""Extra threads for hung calls that never return, besides the working ones."""
 
 Job = Callable[[], None]
 """Must not raise."""
 
 
 class StoreThreads:
-    """Up to ``threads_max`` daemon threads, started when needed, and a queue of ``jobs_max`` jobs.
-    Thread-safe.
+    """Up to ``threads_max`` daemon threads, started on demand, and a queue of ``jobs_max`` jobs.
 
-    Jobs with the same key are done one after the other in the order they came, so that an old put
-    never lands after a newer delete.
+    Jobs with the same key run one after the other in the order of their submission, so that an old
+    put never completes after a newer delete. Thread-safe.
     """
 
     def __init__(self, name: str, *, threads_max: int, jobs_max: int) -> None:
@@ -42,25 +43,31 @@ class StoreThreads:
 
     @property
     def has_room(self) -> bool:
-        """Whether a job would begin at once, or soon."""
+        """Whether the queue accepts another job."""
         return self._jobs < self._jobs_max
 
     def submit(self, job: Job, *, key: str | None = None) -> bool:
-        """Do ``job`` in a thread; False, with nothing done, where the queue is full or closed.
+        """Run ``job`` in a thread; False, with nothing done, if the queue is full or closed.
 
-        At the interpreter's end, when no thread starts any more, it is done in this one.
+        During the interpreter's exit, when no thread can start, the job runs in the calling thread.
         """
         with self._change:
             if self._closed or self._jobs >= self._jobs_max:
                 return False
+            # Counts jobs that run too: hung calls fill the queue, and the store then counts as
+            # busy.
             self._jobs += 1
             entry = _QueuedJob(job, key)
             if key is not None:
+                # An earlier job with this key is queued or runs: this one becomes ready when that
+                # one ends.
                 if key in self._behind:
                     self._behind[key].append(entry)
                     return True
                 self._behind[key] = deque()
             self._ready.append(entry)
+            # Enough idle threads for all ready jobs. Otherwise start one; at the thread limit a
+            # working thread takes the job later.
             if len(self._ready) <= self._idle:
                 self._change.notify()
                 return True
@@ -71,20 +78,25 @@ class StoreThreads:
         return True
 
     def thread_lost(self) -> None:
-        """A job hangs: its thread no longer counts, so that others don't wait for it."""
+        """A job hangs: its thread no longer counts.
+
+        Other jobs get a thread in its place.
+        """
         with self._change:
             self._lost += 1
             if len(self._ready) > self._idle and self._threads < self._allowed():
                 self._start()
 
     def thread_back(self) -> None:
-        """A job that was counted as lost came back."""
+        """A job that counted as hung returned."""
         with self._change:
             self._lost -= 1
 
     def close(self, timeout_s: float) -> bool:
-        """Take no more jobs, and wait for those that were taken; returns whether all ended in time.
-        Idempotent."""
+        """Accept no more jobs, and wait for the accepted ones. Idempotent.
+
+        Returns whether all ended in time.
+        """
         until_s = time.monotonic() + timeout_s
         with self._change:
             self._closed = True
@@ -99,6 +111,8 @@ class StoreThreads:
         try:
             thread.start()
         except RuntimeError:
+            # The interpreter exits. A thread that still runs takes the job; without one, submit()
+            # runs it.
             return self._threads > 0
         self._threads += 1
         return True
@@ -106,10 +120,11 @@ class StoreThreads:
     def _work(self) -> None:
         while (entry := self._next()) is not None:
             self._do(entry)
-            del entry  # or it would keep its memory alive until the next job
+            del entry  # it would keep the job's buffers alive until the next job
 
     def _next(self) -> _QueuedJob | None:
         with self._change:
+            # A hung call came back: there is one thread too many, and this one ends.
             spare = self._threads > self._allowed()
             if not spare:
                 self._idle += 1
@@ -127,11 +142,11 @@ class StoreThreads:
             with self._change:
                 self._jobs -= 1
                 if entry.key is not None:
-                    self._follow(entry.key)
+                    self._queue_next(entry.key)
                 if self._closed:
                     self._change.notify_all()
 
-    def _follow(self, key: str) -> None:
+    def _queue_next(self, key: str) -> None:
         if self._behind[key]:
             self._ready.append(self._behind[key].popleft())
             self._change.notify()

@@ -216,7 +216,7 @@ def test_folder_pruned_while_a_put_names_its_object_is_made_again(tmp_path: Path
 
 def test_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UsageError, match="file already"):
+    with pytest.raises(UsageError, match="already a file"):
         FileBackend(tmp_path / "file").put("a", [b"x"])
 
 
@@ -224,9 +224,9 @@ def test_key_through_an_object_or_at_a_folder_is_refused(tmp_path: Path) -> None
     store = FileBackend(tmp_path)
     store.put("a/b", [b"x"])
     for create_only in (False, True):
-        with pytest.raises(UsageError, match="folder already"):
+        with pytest.raises(UsageError, match="already a folder"):
             store.put("a", [b"y"], create_only=create_only)
-        with pytest.raises(UsageError, match="file already"):
+        with pytest.raises(UsageError, match="already a file"):
             store.put("a/b/c", [b"y"], create_only=create_only)
     assert store.stat("a/b/c") is None
     store.delete("a/b/c")

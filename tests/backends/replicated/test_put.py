@@ -258,7 +258,7 @@ def test_dead_store_costs_later_puts_nothing() -> None:
     with replicated(stores, pace=QUICK) as store:
         stores[0].stop("put")
         store.put("k/0", [b"x"])
-        wait_until(lambda: not store._live().group.replicas[0].writing.circuit.usable)
+        wait_until(lambda: not store._process_state().group.replicas[0].writing.circuit.usable)
         asked = stores[0].count("put")
         for number in range(1, 50):
             store.put(f"k/{number}", [b"x"])
@@ -278,11 +278,11 @@ def test_hung_store_holds_a_bounded_share_of_memory_and_the_others_go_on() -> No
         memory = memoryview(bytearray(400_000))
         for number in range(12):
             store.put(f"k/{number}", [memory])
-            assert store._live().group.memory.used_bytes <= budget // 3 * 3
-        assert store._live().group.memory.used_bytes <= budget // 3
+            assert store._process_state().group.memory.used_bytes <= budget // 3 * 3
+        assert store._process_state().group.memory.used_bytes <= budget // 3
         stores[2].release()
         assert store.await_caught_up(WAIT_S)
-        wait_until(lambda: store._live().group.memory.used_bytes == 0)
+        wait_until(lambda: store._process_state().group.memory.used_bytes == 0)
 
 
 def test_put_after_put_and_delete_after_put_keep_their_order_at_a_straggler() -> None:

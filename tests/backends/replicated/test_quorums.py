@@ -49,5 +49,5 @@ def test_silent_places_count_for_what_they_take_and_not_for_what_they_lack() -> 
     assert not quorum.proves_absent({1, 2})
     assert not quorum.is_read_quorum({0, 1})
     assert with_counting(quorum, {0, 1}, {1}).silent == frozenset()
-    with pytest.raises(UsageError, match="no store has this place"):
+    with pytest.raises(UsageError, match="no store has this index"):
         with_counting(quorum, {0}, {3})

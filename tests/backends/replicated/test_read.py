@@ -77,7 +77,7 @@ def test_slow_first_store_is_hedged_and_writes_nothing_into_the_callers_memory_l
         assert [one.count("read_into") for one in stores[:2]] == [1, 1]
         stores[0].release()
         wait_until(lambda: stores[0].inside == 0)
-        wait_until(lambda: store._live().group.memory.used_bytes == 0)
+        wait_until(lambda: store._process_state().group.memory.used_bytes == 0)
         assert bytes(out) == RIGHT
 
 
@@ -109,7 +109,7 @@ def test_hung_store_is_no_longer_read_from_and_is_asked_again_when_it_is_back() 
         stores[0].stop("read_into", "stat")  # what asks whether it is back hangs too
         assert read(store, "k", 10) == RIGHT[:10]
         down = heard.wait_for("store-down")
-        assert "has not come back" in down.text
+        assert "has not returned" in down.text
         asked = stores[0].count("read_into")
         for _ in range(30):
             assert read(store, "k", 10) == RIGHT[:10]
@@ -212,7 +212,7 @@ def test_too_large_copy_is_passed_over() -> None:
         assert read_object(store, "k", check_for(RIGHT), bytes_max=len(RIGHT)) == RIGHT
         assert store.await_caught_up(WAIT_S)
         assert memories[0].held("k") == RIGHT
-        with pytest.raises(IntegrityError, match="too large to be read"):
+        with pytest.raises(IntegrityError, match="too large to read"):
             read_object(store, "k", check_for(RIGHT), bytes_max=5)
 
 
@@ -253,7 +253,7 @@ def test_damage_everywhere_is_integrity_and_unavailable_where_a_silent_store_mig
             quarter(store, 0)
         memories[2].away = None
         memories[2].write_at_rest("k", flipped(4))
-        with pytest.raises(IntegrityError, match=r"no store has right bytes .*wrong bytes"):
+        with pytest.raises(IntegrityError, match=r"no store has undamaged bytes .*wrong bytes"):
             quarter(store, 0)
         assert quarter(store, 1) == RIGHT[QUARTER : 2 * QUARTER]
     assert [memory.held("k") for memory in memories] == [flipped(3), flipped(3), flipped(4)]
@@ -273,7 +273,7 @@ def test_raising_check_leaves_no_memory_held() -> None:
     with replicated(filled()) as store:
         with pytest.raises(ZeroDivisionError):
             read_checked(store, "k", memoryview(bytearray(10)), explode)
-        wait_until(lambda: store._live().group.memory.used_bytes == 0)
+        wait_until(lambda: store._process_state().group.memory.used_bytes == 0)
 
 
 def test_deleted_while_missing_somewhere_does_not_come_back() -> None:
@@ -324,7 +324,7 @@ def test_store_that_hangs_while_another_is_mended_from_it_is_given_up_for_the_ne
         assert store.await_caught_up(WAIT_S)
         assert memories[2].held("k") == RIGHT
         stores[0].release()
-        wait_until(lambda: store._live().group.memory.used_bytes == 0)
+        wait_until(lambda: store._process_state().group.memory.used_bytes == 0)
 
 
 def test_copy_that_rotted_before_it_could_be_copied_is_left_to_a_scrub() -> None:

@@ -39,7 +39,7 @@ def run(
         race, move = races.decide(race, now_s, limits=PACE, jitter=jitter)
         match move:
             case races.AskStore(place):
-                assert place not in race.asked
+                assert place not in race.pending
                 asked.append((now_s, place))
                 takes_s, says = script[place][min(times[place], len(script[place]) - 1)]
                 times[place] += 1

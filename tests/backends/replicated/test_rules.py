@@ -62,7 +62,7 @@ def test_what_is_acknowledged_is_never_called_absent() -> None:
 
 def test_counting_places_exist() -> None:
     assert with_counting(Q3, [0, 2]).counting == frozenset({0, 2})
-    with pytest.raises(UsageError, match=r"places=\[-1, 3\]"):
+    with pytest.raises(UsageError, match=r"indexes=\[-1, 3\]"):
         with_counting(Q3, [3, -1, 0])
 
 
@@ -81,7 +81,7 @@ def test_circuit_opens_after_failures_in_a_row_and_at_once_on_refusal_and_stall(
         circuit = advance(circuit, CircuitEvent.FAILED, 10.0, limits=PACE, jitter=0.5)
         assert circuit.usable
     assert advance(circuit, CircuitEvent.ANSWERED, 10.0, limits=PACE, jitter=0.5) == Circuit()
-    assert advance(circuit, CircuitEvent.FAILED, 10.0, limits=PACE, jitter=0.5).phase is CircuitState.OPEN
+    assert advance(circuit, CircuitEvent.FAILED, 10.0, limits=PACE, jitter=0.5).state is CircuitState.OPEN
     for sign in (CircuitEvent.REFUSED, CircuitEvent.STALLED):
         assert advance(Circuit(), sign, 10.0, limits=PACE, jitter=0.5) == Circuit(CircuitState.OPEN, 0, 1, 11.0)
 
@@ -95,7 +95,7 @@ def test_probes_are_sent_ever_more_seldom_until_one_is_answered() -> None:
         now_s = circuit.next_s
         assert probe_due(circuit, now_s)
         circuit = advance(circuit, CircuitEvent.PROBED, now_s, limits=PACE, jitter=0.5)
-        assert circuit.phase is CircuitState.HALF_OPEN
+        assert circuit.state is CircuitState.HALF_OPEN
         circuit = advance(circuit, CircuitEvent.FAILED, now_s, limits=PACE, jitter=0.5)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert advance(circuit, CircuitEvent.ANSWERED, now_s, limits=PACE, jitter=0.5) == Circuit()

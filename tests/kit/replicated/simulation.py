@@ -267,7 +267,7 @@ class World(Clock):
                 assert out == wanted, "wrong bytes were delivered"
                 self.delivered += 1
                 proof = VerifiedRange(low, high - low, digest(wanted))
-                for place, found in race.found.items():
+                for place, found in race.results.items():
                     if found is ReadResult.MISSING:
                         self.note(place, key, RepairNeed(CopyFault.MISSING, proof))
                     elif found in (ReadResult.WRONG, ReadResult.SHORT):
@@ -310,7 +310,7 @@ class World(Clock):
                 entry is None
                 or store.mending
                 or self.now_s < entry[1].due_s
-                or store.writing.phase is CircuitState.OPEN
+                or store.writing.state is CircuitState.OPEN
             ):
                 continue
             store.mending = True
