@@ -1,9 +1,10 @@
-"""One agent among those of its job: joins, stays joined, sees, and leads when nobody else does.
+"""One agent of a job: joins the membership, stays joined, watches the others, and may lead.
 
-A thread of its own does all of that, as long as the process lives and whatever happens; the agent's
-main thread reads what it saw. The agents' keys lie in a job of their own: the membership's, and
-below it ``said/seat/<node>`` what each does, ``closed`` why no round will come any more, and
-``rounds/`` the stores of rounds. While a keeper runs here, they lie under its lease.
+A thread of its own does this as long as the process lives; the agent's main thread reads what it
+last saw. The agents' keys are in a job of their own: the membership's, and beside it
+``said/seat/<node>`` with each agent's status, ``closed`` with the reason why no round will begin
+any more, and ``rounds/`` with the stores of rounds. While a keeper runs on the agent's node, the
+keys are under its lease.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ from ckpt.keyspace.base import (
 
 
 def newest_offer(words: tuple[KeyValue, ...], keepers: tuple[KeyValue, ...]) -> KeyValue | None:
-    """The newest of a keeper's ``words`` that name this agent, if it is a member still: one that
-    was taken out won't renew."""
+    """The newest offer by a keeper that is still a member, or None.
+
+    A keeper that was taken out of its membership no longer renews its lease.
+    """
     newest = max(words, key=lambda one: one.created, default=None)
     if newest is None or names.node_key(offering_node(newest)) not in {one.key for one in keepers}:
         return None
@@ -73,32 +76,34 @@ def newest_offer(words: tuple[KeyValue, ...], keepers: tuple[KeyValue, ...]) -> 
 
 
 def offering_node(word: KeyValue) -> str:
-    """The node that said it."""
+    """The node that made an offer."""
     return word.key.rpartition("/")[2]
 
 
 class AgentLease:
-    """See the module. ``keepers``: the keys of the keepers' job, in the service in which ``member``
-    is. For one thread."""
+    """Moves the agent's keys between its own lease and its keeper's. For one thread.
+
+    ``keepers`` is the keyspace of the keepers' job, in the same service as ``member``.
+    """
 
     def __init__(self, keepers: Keyspace, member: KeyspaceMembership, agent: str) -> None:
         self._keepers = keepers
         self._member = member
         self._words = names.fact_keys(names.agent_fact(agent))
         self._keeper = ""
-        """The node that offered its lease last."""
+        """The node that made the last offer."""
 
     @property
     def shared(self) -> bool:
-        """Whether this agent lives under a keeper's lease, so that it has to look in time whether
-        that is still offered."""
+        """Whether this agent is under a keeper's lease, so that it must check the offer in time."""
         return self._member.borrowed_lease_id != 0
 
     def look(self, *, runs: bool) -> None:
-        """Move where that is right now. ``runs``: workers run here, whose keeper will stay for a
-        while.
+        """Move to the right lease.
 
-        Raises FencedError where the agent is no member, UnavailableError.
+        ``runs``: workers run here, so their keeper will stay for a while.
+
+        Raises FencedError if the agent is no member, UnavailableError.
         """
         word = self._offered()
         if word is None:
@@ -120,10 +125,12 @@ class AgentLease:
 
 
 LOOK_S = 2.0
-"""How often an agent looks when nothing seems to happen."""
+"""How often an agent looks if nothing seems to happen."""
 VIEW_S = 5.0
-"""How often one that only follows reads all where nothing is said to have changed: each of N agents
-reads of all N."""
+"""How often a follower reads everything if no change is reported.
+
+Each of N agents reads about all N.
+"""
 RETRY_S = 0.2
 ROUND_TTL_S = 3600.0
 """How long a round's store is kept after its last agent."""
@@ -137,7 +144,11 @@ _VIEW_READS = len(names.ALL_KEYS)
 
 
 class RendezvousAgent:
-    """See the module. ``start`` begins; ``leave`` ends it for good."""
+    """One agent; ``start`` begins its thread, ``leave`` ends it for good.
+
+    The class has more than 12 attributes: one thread writes them and the main thread reads them,
+    under one condition variable. The pure decisions are in ``decide``.
+    """
 
     def __init__(self, settings: RendezvousSettings, tell: Emit) -> None:
         host = "".join(
@@ -158,7 +169,7 @@ class RendezvousAgent:
         self._saying = threading.Lock()
         self._look: AgentsView | None = None
         self._look_until_s = 0.0
-        """Until when it holds, unless something changes."""
+        """Until when the last view may be used, unless a change is reported."""
         self._seat = AgentStatus(WAITING)
         self._said: AgentStatus | None = None
         self._node = ""
@@ -174,15 +185,15 @@ class RendezvousAgent:
         self.own_round: RendezvousRound | None = None
         """The round whose workers run here."""
         self.refusal = ""
-        """Why this agent can't become a member: the rendezvous was closed before it came."""
+        """Why this agent cannot become a member: the rendezvous was closed before it arrived."""
         self.problem: CkptError | None = None
-        """What is in the way of seeing anything."""
+        """Why nothing can be seen at the moment."""
         self._thread: threading.Thread | None = None
 
     # ---- the main thread's
 
     def start(self) -> None:
-        """Begin, unless that was done."""
+        """Start the thread. Idempotent."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="ckpt-rendezvous", daemon=True)
             self._thread.start()
@@ -198,12 +209,12 @@ class RendezvousAgent:
 
     @property
     def lost_for_s(self) -> float:
-        """How long an agent of the round is missing."""
+        """How long an agent of the round has been missing."""
         since_s = self._lost_since_s
         return 0.0 if since_s is None else time.monotonic() - since_s
 
     def next_view(self, before: AgentsView | None, timeout_s: float) -> AgentsView | None:
-        """What was seen after ``before``; None: nothing else, for so long."""
+        """What was seen after ``before``; None if nothing was within ``timeout_s``."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._look is not before or bool(self.refusal), timeout_s
@@ -211,31 +222,36 @@ class RendezvousAgent:
             return self._look if self._look is not before else None
 
     def wait_for_round(self, last: int) -> None:
-        """Wait for a round after the one numbered ``last``."""
+        """Publish that this agent waits for a round after the one numbered ``last``."""
         self.own_round = None
         self._sit(AgentStatus(WAITING, last))
 
     def run_round(self, round_: RendezvousRound) -> None:
-        """Run the workers of a round; who keeps them is found out anew."""
+        """Publish that this agent runs the workers of a round.
+
+        Whether keepers hold the job is found out again.
+        """
         self.own_round = round_
         self._kept = False
         self._sit(AgentStatus(RUNNING, round_.number))
 
     def run_unranked(self) -> None:
-        """Run workers that are in no round."""
+        """Publish that this agent runs workers without a round."""
         self.own_round = None
         self._sit(AgentStatus(ALONE, self._seat.round))
 
     def closed_reason(self) -> str | None:
-        """Why the rendezvous is closed, as of now; None: it isn't. Raises UnavailableError."""
+        """Why the rendezvous is closed, as of now; None if it is open. Raises UnavailableError."""
         if self._stopped and self._keepers is None:
             return "its only agent has ended"
         (found,) = self._ask(Transaction(reads=(Keys(CLOSED),))).found
         return found[0].value.decode(errors="replace") if found else None
 
     def close(self, why: str) -> None:
-        """Have no round come any more. Raises UnavailableError where nobody answers as long as that
-        may take."""
+        """Allow no further round.
+
+        Raises UnavailableError if the service does not answer within ``close_s``.
+        """
         until_s = time.monotonic() + self._settings.close_s
         while True:
             try:
@@ -247,7 +263,7 @@ class RendezvousAgent:
                 time.sleep(RETRY_S)
 
     def leave(self) -> None:
-        """End the membership. Idempotent; the agent can't be used after it."""
+        """End the membership. Idempotent; the agent is unusable afterwards."""
         with self._changed:
             if self._stopped:
                 return
@@ -266,7 +282,7 @@ class RendezvousAgent:
                 self._remove_file()
 
     def _remove_file(self) -> None:
-        """One node alone met nobody in its file."""
+        """A single node has its file alone."""
         for more in ("", "-wal", "-shm"):
             Path(f"{self._settings.agents_spec.where}{more}").unlink(missing_ok=True)
 
@@ -298,7 +314,7 @@ class RendezvousAgent:
                 self._pause(LOOK_S)
 
     def _join(self) -> bool:
-        """Become a member. False: not now."""
+        """Become a member. False: not yet."""
         if not self._begun and not self._may_begin():
             return False
         self._joins += 1
@@ -319,8 +335,10 @@ class RendezvousAgent:
         return True
 
     def _may_begin(self) -> bool:
-        """A rendezvous that was closed is open again when nobody of it is left; that is waited for,
-        not for ever."""
+        """Whether the rendezvous is open.
+
+        A closed one opens again once it has no members, which is awaited for some time.
+        """
         open_again = Transaction(
             (NoneOf(names.keys_under(names.NODES)),), (Delete(CLOSED),), (Keys(CLOSED),)
         )
@@ -336,8 +354,7 @@ class RendezvousAgent:
         return False
 
     def _newest(self) -> AgentsView:
-        """What there is to see: what was seen before where nothing is said to have changed and this
-        agent only follows."""
+        """A fresh view, or the last one if this agent only follows and no change was reported."""
         look = self._look
         if look is not None and self._follows(look) and time.monotonic() < self._look_until_s:
             return look
@@ -346,8 +363,7 @@ class RendezvousAgent:
         return look
 
     def _follows(self, look: AgentsView) -> bool:
-        """Whether nothing here hangs on what is seen late: keepers hold the job together, and
-        another agent leads."""
+        """Whether an old view will do: keepers hold the job, and another agent leads."""
         leader = look.view.leader
         return (
             look.kept_by_keepers
@@ -357,7 +373,7 @@ class RendezvousAgent:
         )
 
     def _share_lease(self, look: AgentsView) -> float:
-        """Live under the keeper's lease while there is one; until when that is right."""
+        """Use the keeper's lease while there is one; returns until when that is right."""
         now_s = time.monotonic()
         if self._lease is None or not (look.kept_by_keepers or self._lease.shared):
             return now_s + LOOK_S
@@ -386,8 +402,10 @@ class RendezvousAgent:
         return AgentsView(view, seats, kept_by_keepers=self._is_kept(), closed=why)
 
     def _is_kept(self) -> bool:
-        """Whether keepers hold the job together. Once they do, they do until this agent runs
-        another round."""
+        """Whether keepers hold the job.
+
+        Once seen, that is true until this agent runs another round.
+        """
         if self._kept or self._keepers is None:
             return self._kept
         reads = (names.keys_under(names.NODES, values=False),)
@@ -408,7 +426,7 @@ class RendezvousAgent:
             self._changed.notify_all()
 
     def _lead(self, look: AgentsView) -> float:
-        """Do what the leader does, if this is the one; until when nothing is to be done."""
+        """Act as the leader if this agent is; returns until when there is nothing to do."""
         now_s = time.monotonic()
         if look.view.leader is None:
             self._member.lead(look.view)
@@ -452,7 +470,10 @@ class RendezvousAgent:
     # ---- small parts
 
     def _ask(self, transaction: Transaction) -> TransactionResult:
-        """In the main thread; also after the end of the membership, which closed what it used."""
+        """A transaction in the main thread.
+
+        Works also after the end of the membership, which closed its keyspace.
+        """
         if not self._stopped:
             return self.keyspace.transact(transaction)
         keyspace = keyspace_of(self._settings.agents_spec)
@@ -511,7 +532,7 @@ class RendezvousAgent:
 
 
 def keyspace_of(spec: NodesSpec) -> Keyspace:
-    """The keys of a job of nodes. Raises UsageError."""
+    """The keyspace of a job of nodes. Raises UsageError."""
     where = keyspace_location(spec)
     if isinstance(where, EtcdOptions):
         where = replace(where, call_s=min(where.call_s, spec.ttl_s / 4))

@@ -1,9 +1,9 @@
-"""What agents do about what they see. Pure: a look, what was noticed and the clock in; a decision
-and why out.
+"""The decisions of agents: rounds, restarts, and what stands in for agents that are gone. Pure.
 
-A round is made of agents that wait, and only where nobody runs the one before: so whoever runs is
-asked first, by ``restart_request``, to stop its workers and come. Where keepers hold the job
-together nobody is ever asked: lost places go to agents that wait, and what runs goes on.
+A view, the time and what was noticed go in; a decision with its reason comes out. A round is made
+of waiting agents, and only if no agent runs the one before: so running agents are first asked, by
+``restart_request``, to stop their workers. If keepers hold the job together, no running agent is
+ever asked: lost places go to waiting agents, and the others continue.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ALONE = "alone"
 
 
 class AgentStatus(msgspec.Struct, frozen=True):
-    """What an agent says it does. ``round``: the last one that it was in, 0: none.
+    """What an agent publishes about itself. ``round``: the last one it was in, 0 for none.
 
-    ``waiting`` at the barrier; ``running`` the workers of that round; ``alone``: running workers in
-    no round, as a standby does whose keeper is warm, and whoever comes back to a job that its
-    keepers hold together.
+    ``doing`` is ``waiting`` at the barrier, ``running`` the workers of that round, or ``alone``:
+    running workers without a round, as on a standby whose keeper is warm, and after a return to a
+    job that its keepers hold together.
     """
 
     doing: str
@@ -48,12 +48,12 @@ prepare_decoders(AgentStatus, _Note)
 
 
 def encode_status(seat: AgentStatus) -> bytes:
-    """Its bytes."""
+    """The stored bytes of a status."""
     return msgspec.json.encode(seat)
 
 
 def decode_status(data: bytes) -> AgentStatus | None:
-    """The seat in ``data``, which is not trusted; None where it is none."""
+    """The status in ``data``, which is untrusted; None if it is invalid."""
     try:
         return msgspec.json.decode(data, type=AgentStatus)
     except msgspec.MsgspecError:
@@ -61,15 +61,19 @@ def decode_status(data: bytes) -> AgentStatus | None:
 
 
 def agent_of(node: str) -> str:
-    """The agent behind a node id: it joins anew under another id when its membership is lost, and
-    is the same agent."""
+    """The agent of a node id.
+
+    An agent that lost its membership joins again under another node id.
+    """
     return node.rpartition("-")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class RendezvousRound:
-    """A numbered world of agents, in the order of their ranks. ``lease``: its own, which keeps the
-    keys of its store."""
+    """A numbered world of agents, in the order of their ranks.
+
+    ``lease`` keeps the keys of its store.
+    """
 
     number: int
     agents: tuple[str, ...]
@@ -77,12 +81,12 @@ class RendezvousRound:
 
 
 def encode_round_note(lease: int) -> str:
-    """What an epoch's record holds beside its places."""
+    """The note in the epoch's record."""
     return msgspec.json.encode(_Note(lease)).decode()
 
 
 def round_of(record: EpochRecord) -> RendezvousRound:
-    """The round that an epoch is. Raises IntegrityError where it is none."""
+    """The round that an epoch is. Raises IntegrityError if no agent wrote it."""
     try:
         note = msgspec.json.decode(record.note.encode(), type=_Note)
     except msgspec.MsgspecError as error:
@@ -96,8 +100,11 @@ def round_of(record: EpochRecord) -> RendezvousRound:
 
 @dataclass(frozen=True)
 class AgentsView:
-    """The agents at one revision. ``kept``: keepers hold the job together below them. ``closed``:
-    why, or None."""
+    """All agents at one revision.
+
+    ``kept_by_keepers``: keepers hold the job together. ``closed``: why the rendezvous is closed,
+    or None.
+    """
 
     view: View
     statuses: Mapping[str, AgentStatus]
@@ -111,15 +118,14 @@ class AgentsView:
 
     @cached_property
     def live(self) -> Mapping[str, Member]:
-        """The members, by agent: the one that joined last where an older membership has not run out
-        yet."""
+        """The members by agent: the newest, if an older membership has not expired yet."""
         found: dict[str, Member] = {}
         for member in sorted(self.view.members, key=lambda one: one.joined_revision):
             found[agent_of(member.node)] = member
         return found
 
     def status(self, agent: str) -> AgentStatus | None:
-        """What a living agent does; None: it is gone, or has not said it yet."""
+        """The status of a live agent; None if it is gone or has not published one."""
         member = self.live.get(agent)
         return None if member is None else self.statuses.get(member.node)
 
@@ -145,7 +151,7 @@ class AgentsView:
 
     @cached_property
     def newcomers(self) -> tuple[str, ...]:
-        """The agents that wait and are in no round."""
+        """The waiting agents that are not in the round."""
         return tuple(one for one in self.live if one not in self._agents and self._waits(one))
 
     @property
@@ -162,17 +168,17 @@ class AgentsView:
 
 
 REJOIN_S = 1.0
-"""How long an agent whose lease ran out may take to join anew before its round counts as broken."""
+"""How long an agent may take to join again before its round counts as broken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RendezvousRules:
-    """What a job allows. ``last_call_s``: how long a first round waits for more agents than the
-    minimum.
+    """What a job allows.
 
-    ``shrink_s``: how long a later one waits for as many as before. ``warm``: agents that no round
-    needs start their workers all the same. ``grow``: a job with fewer agents than it may have is
-    started anew when one more comes.
+    ``last_call_s``: how long a first round waits for more agents than the minimum.
+    ``shrink_wait_s``: how long a later round waits for as many agents as before. ``warm``: agents
+    that no round needs start their workers all the same. ``grow``: a job with fewer agents than
+    its maximum restarts when one more arrives.
     """
 
     agents_min: int
@@ -193,7 +199,7 @@ class PublishRound:
 
 @dataclass(frozen=True, slots=True)
 class HoldRound:
-    """Not now: look again when something changes, at the latest at ``until_s``."""
+    """Not now: look again after a change, at the latest at ``until_s``."""
 
     until_s: float
     reason: str
@@ -210,7 +216,10 @@ def update_enough_since(
 def next_round(
     look: AgentsView, enough_since_s: float | None, rules: RendezvousRules, now_s: float
 ) -> PublishRound | HoldRound:
-    """What the leader does. ``enough_since_s`` is what ``notice`` made of the same look."""
+    """The leader's decision.
+
+    ``enough_since_s`` is from ``update_enough_since`` for the same view.
+    """
     if look.closed is not None:
         return HoldRound(math.inf, f"the rendezvous is closed: {look.closed}")
     if look.kept_by_keepers:
@@ -221,8 +230,10 @@ def next_round(
 
 
 def _replace(look: AgentsView) -> PublishRound | HoldRound:
-    """Give the places of agents that are gone, or have come back, to agents that wait; their own
-    first."""
+    """Give the places of agents that are gone or have returned to waiting agents.
+
+    A returned agent gets its own place.
+    """
     waiting = [
         *look.returned,
         *(
@@ -280,7 +291,7 @@ def _gather(
 
 
 def _named_now(look: AgentsView) -> tuple[NodePlacement, ...]:
-    """The round's places under the node ids that its agents have now."""
+    """The round's places under the current node ids of its agents."""
     if look.view.epoch is None or look.round is None:
         return ()
     pairs = zip(look.round.agents, look.view.epoch.places, strict=True)
@@ -299,27 +310,26 @@ class PlacedInRound:
 
 @dataclass(frozen=True, slots=True)
 class RunUnranked:
-    """The agent starts its workers in no round: the job's keepers give them their ranks, now or
-    later."""
+    """The agent starts its workers without a round: the job's keepers give them ranks."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class StandBy:
-    """A round runs without this agent: it waits, as long as that takes."""
+    """A round runs without this agent: it waits without a time limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundPending:
-    """A round is to come: the agent waits for it, until its time is over."""
+    """A round is expected: the agent waits for it until its time limit."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class RendezvousShut:
-    """No round will come."""
+    """No round will begin any more."""
 
     reason: str
 
@@ -327,8 +337,7 @@ class RendezvousShut:
 def decide_for_agent(
     look: AgentsView, me: str, last: int, rules: RendezvousRules
 ) -> PlacedInRound | RunUnranked | StandBy | RoundPending | RendezvousShut:
-    """What becomes of the agent ``me``, which waits for a round after the one numbered ``last`` (0:
-    any)."""
+    """What the agent ``me`` does, which waits for a round after number ``last`` (0: any)."""
     if look.closed is not None:
         return RendezvousShut(look.closed)
     newest = look.round
@@ -354,12 +363,11 @@ def restart_request(
     rules: RendezvousRules,
     lost_for_s: float = math.inf,
 ) -> tuple[int, str]:
-    """For an agent that runs ``mine`` (None: none): how many agents wait for it to stop its workers
-    and come, and why.
+    """How many agents wait for one that runs ``mine`` (None: none) to stop its workers, and why.
 
-    None do where keepers hold the job together, where the rendezvous is closed, and while the round
-    is complete and alive. ``lost_for_s``: how long an agent is missing by now; who only lost its
-    lease may join anew meanwhile.
+    0 if keepers hold the job together, if the rendezvous is closed, and while the round is
+    complete and alive. ``lost_for_s``: how long an agent has been missing; one that only lost its
+    lease may join again meanwhile.
     """
     newest = look.round
     if mine is None or newest is None or look.closed is not None or look.kept_by_keepers:
@@ -383,8 +391,10 @@ def restart_request(
 
 
 def round_problem(look: AgentsView, mine: RendezvousRound) -> str:
-    """Why a round that is about to begin can't: an agent of it is gone, or has left it. Empty where
-    it can."""
+    """Why a round that is about to begin cannot: an agent of it is gone or has left it.
+
+    Empty if it can.
+    """
     if look.closed is not None:
         return f"the rendezvous was closed: {look.closed}"
     newest = look.round
@@ -421,16 +431,16 @@ EXIT_COUNT = "torchelastic/agent/terminal_state/num_members"
 EXIT_DONE = "torchelastic/agent/terminal_state/last_member"
 
 NOWHERE = 10**6
-"""Ranks of a world of at least that many come together never."""
+"""Ranks of a world of at least this size never all connect."""
 
 
 def is_agent_key(key: str) -> bool:
-    """Whether agents wait for ``key`` when they hand out ranks."""
+    """Whether agents wait for ``key`` while they hand out ranks."""
     return key.startswith((ROLE_INFO, ASSIGNED))
 
 
 def stand_in_value(key: str) -> bytes:
-    """What an agent that is gone would have said under a key of ``is_agent_key``."""
+    """The value of an agent that is gone, for a key of ``is_agent_key``."""
     number = int(key.rpartition("/")[2])
     if key.startswith(ROLE_INFO):
         return json.dumps({"role": "gone", "rank": number, "local_world_size": NOWHERE}).encode()
@@ -439,8 +449,7 @@ def stand_in_value(key: str) -> bytes:
 
 
 def ranks_outside_world(role_info: bytes, agents: int) -> bytes:
-    """The ranks of workers that have no place: of a world of ``agents`` like their own, and beyond
-    its end."""
+    """The ranks of workers without a place: beyond the end of a world of ``agents`` nodes."""
     here = int(json.loads(role_info)["local_world_size"])
     world = agents * here
     return json.dumps([world, world, world, world]).encode()

@@ -1,8 +1,9 @@
-"""The rendezvous that torchrun's agents have with each other over ckpt's membership. No agent is
-special: each may die.
+"""The rendezvous handler of torchrun's agents, over ckpt's membership.
 
-torch's agent calls ``next_rendezvous`` to start its workers, and asks ``num_nodes_waiting`` ten
-times a second whether it has to start them anew. Both are answered by pure decisions about what the
+No agent is special: each may die.
+
+torch's agent calls ``next_rendezvous`` to start its workers, and ``num_nodes_waiting`` ten times
+a second to learn whether to restart them. Both are answered by pure decisions about what the
 agent's thread saw last.
 """
 
@@ -52,31 +53,29 @@ from ckpt.events import Event, emit_to_logging
 from ckpt.ipc.cluster_spec import host_towards, nodes_to_environment
 
 CONNECT_S = 60.0
-"""How long an agent that has never seen the membership tries to."""
+"""How long an agent that has never seen the membership tries to reach it."""
 LOOK_S = 1.0
 KEEPERS_S = 1.0
-"""How long keepers wait for more of them than the minimum where all agents of a smaller round have
-come already."""
+"""How long keepers wait for more than the minimum, if all agents of a smaller round are there."""
 
 NO_PORT = (
     "none: this node is a standby and has no rank; call init_process_group in a function decorated "
     "with @ckpt.resilient, "
     "or start the nodes with standby=wait"
 )
-"""What workers of no round find as MASTER_PORT: ``init_process_group`` refuses it, and quotes
-it."""
+"""The MASTER_PORT of workers without ranks: ``init_process_group`` rejects it, and quotes it."""
 
 
 class StandbyReleased(SystemExit):
-    """The job ended, and this agent was not needed: its process ends well.
+    """The job ended and this agent was not needed: its process exits with 0.
 
-    torch has RendezvousGracefulExitError for this, and its launcher then fails on the missing
+    torch has RendezvousGracefulExitError for this, but its launcher then fails on the missing
     result (torch 2.13).
     """
 
 
 def handler_of(parameters: RendezvousParameters) -> Rendezvous:
-    """The handler that torchrun's options ask for. Raises UsageError, which is a ValueError."""
+    """The handler for torchrun's options. Raises UsageError, which is a ValueError."""
     settings = parse_settings(
         parameters.run_id,
         parameters.endpoint,
@@ -95,7 +94,7 @@ def handler_of(parameters: RendezvousParameters) -> Rendezvous:
 
 
 class Rendezvous(RendezvousHandler):
-    """See RendezvousHandler, and the module."""
+    """The handler of one agent. See ``RendezvousHandler`` for the methods."""
 
     def __init__(self, settings: RendezvousSettings) -> None:
         self._settings = settings
@@ -108,21 +107,22 @@ class Rendezvous(RendezvousHandler):
         atexit.register(self._agent.leave)  # a launcher that a signal ends does not shut down
 
     def get_backend(self) -> str:
-        """See RendezvousHandler."""
         return BACKEND
 
     def get_run_id(self) -> str:
-        """See RendezvousHandler."""
         return self._settings.run_id
 
     @property
     def use_agent_store(self) -> bool:
-        """No: what workers tell each other is over with their round."""
+        """False: the agents' store ends with its round."""
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """See RendezvousHandler. Ends the process well, by StandbyReleased, where the job ended
-        without needing this agent."""
+        """Wait for a round, or for leave to start workers without ranks.
+
+        Ends the process with status 0, by ``StandbyReleased``, if the job ended without needing
+        this agent.
+        """
         agent, settings = self._agent, self._settings
         self._tell_keepers(settings.rules.last_call_s)
         agent.wait_for_round(self._last)
@@ -162,18 +162,15 @@ class Rendezvous(RendezvousHandler):
                 raise RendezvousTimeoutError(f"no round came within {settings.join_s:g} s: {why}")
 
     def is_closed(self) -> bool:
-        """See RendezvousHandler."""
         with _connecting():
             return self._agent.closed_reason() is not None
 
     def set_closed(self) -> None:
-        """See RendezvousHandler."""
         with _connecting():
             self._agent.close(f"by the agent {self._agent.name}")
 
     def num_nodes_waiting(self) -> int:
-        """See RendezvousHandler: how many wait for this agent to stop its workers and come;
-        ``restart_request`` says when any do."""
+        """How many agents wait for this one to stop its workers; see ``restart_request``."""
         agent, look = self._agent, self._agent.latest_view()
         if agent.own_round is None or look is None:
             return 0
@@ -189,8 +186,7 @@ class Rendezvous(RendezvousHandler):
         return count
 
     def shutdown(self) -> bool:
-        """See RendezvousHandler. An agent that has no place in a round leaves without closing
-        anything for the others."""
+        """Leave; closes the rendezvous only if this agent has a place in the round."""
         try:
             if self._closes():
                 self._agent.close(f"the agent {self._agent.name} has ended")
@@ -204,8 +200,10 @@ class Rendezvous(RendezvousHandler):
     # ---- inside
 
     def _closes(self) -> bool:
-        """Whether the end of this agent is the job's: where it has a place in the newest round, and
-        did not only wait."""
+        """Whether the end of this agent is the job's.
+
+        It is if the agent has a place in the newest round, and did not merely wait for one.
+        """
         agent, look = self._agent, self._agent.latest_view()
         if agent.own_round is not None:
             return True
@@ -231,8 +229,10 @@ class Rendezvous(RendezvousHandler):
             ) from trouble
 
     def _meet(self, round_: RendezvousRound) -> RendezvousInfo | None:
-        """Begin a round together with its other agents; None: one of them is gone, so another round
-        must come."""
+        """Begin a round together with its other agents; None if one of them is gone.
+
+        Then another round must follow.
+        """
         agent = self._agent
         self._doomed = ""
         store = RoundStore(
@@ -264,8 +264,7 @@ class Rendezvous(RendezvousHandler):
         return RendezvousInfo(store, rank, len(round_.agents), info)
 
     def _apart(self, why: str) -> RendezvousInfo:
-        """Start workers that have no rank of any world: their program's keeper gives them one, or
-        they refuse to train."""
+        """Start workers without ranks: their keeper gives them ranks, or they refuse to train."""
         self._say("apart", f"this node starts its workers without ranks: {why}")
         self._agent.run_unranked()
         agents = max(2, self._settings.rules.agents_max)
@@ -275,7 +274,7 @@ class Rendezvous(RendezvousHandler):
         return RendezvousInfo(UnrankedStore(agents), agents, agents, info)
 
     def _tell_keepers(self, last_call_s: float) -> None:
-        """Say how keepers find each other, where workers inherit it."""
+        """Set the environment from which workers inherit how keepers find each other."""
         nodes = self._settings.nodes
         if nodes is not None:
             agent = self._agent.name if self._settings.shares_service else ""
@@ -300,8 +299,7 @@ class Rendezvous(RendezvousHandler):
 
 @contextmanager
 def _connecting() -> Iterator[None]:
-    """Around what asks the membership in the main thread: its silence is torch's
-    RendezvousConnectionError."""
+    """Around calls to the membership in the main thread: translates errors for torch."""
     try:
         yield
     except (CkptError, DistStoreError) as error:

@@ -33,20 +33,20 @@ CKPT_OPTIONS = (
     "tls_key",
     "tls_ca",
 )
-"""The settings of ``--rdzv-conf`` that are options of their own here,"""
+"""The settings of ``--rdzv-conf`` that are options of ``ckpt run``,"""
 
 CKPT_FLAGS = ("plaintext",)
-"""and those that take no value."""
+"""and those without a value."""
 
 EXIT_FAILED = 1
-"""A worker of this node failed for good, as torchrun says it."""
+"""A worker of this node failed for good; torchrun's own status for it."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line, without the program's name; its exit status.
+    """Run one command line, without the program's name; returns its exit status.
 
-    Raises UsageError, UnavailableError where no round came or the membership can't be reached,
-    ConflictError where the job is over.
+    Raises UsageError, UnavailableError if no round began or the membership is unreachable,
+    ConflictError if the job is over.
     """
     try:
         args = _parser().parse_args(list(arguments))

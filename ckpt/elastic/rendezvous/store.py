@@ -1,9 +1,8 @@
-"""The stores that agents hand out ranks with and wait for each other at the end: one for each
-round, on no agent's machine.
+"""The key-value stores with which agents hand out ranks, and wait for each other at the end.
 
-A round's store is a range of keys beside the agents' membership, so it lives where that does: in
-etcd, or in a file of one machine. Its keys have a lease of their own, which every agent of the
-round keeps alive, and are gone some time after the last.
+There is one for each round, on no agent's machine: a range of keys beside the agents' membership,
+in etcd or in a file of one machine. The keys have a lease of their own, which every agent of the
+round keeps alive, and disappear some time after the last one.
 """
 
 from __future__ import annotations
@@ -35,22 +34,23 @@ from ckpt.keyspace.base import (
 
 ROUNDS = "rounds/"
 LOOK_S = 0.5
-"""How often a wait looks whether the round is over."""
+"""How often a wait checks whether the round is over."""
 RETRY_S = 0.1
 RACES_MAX = 100
 
 
 def round_prefix(number: int, lease: int) -> str:
-    """Where a round's store is."""
+    """The prefix of the keys of a round's store."""
     return f"{ROUNDS}{number}-{lease:x}/"
 
 
 class RoundStore(Store):
-    """A ``torch.distributed.OpenStore`` of one round. Thread-safe.
+    """A ``torch.distributed.Store`` of one round. Thread-safe.
 
-    ``over``: why the round can't begin, "" where it can. ``present``: how many agents still run it.
-    ``doomed`` is called where ranks were handed out for a round that can't come together. Raises
-    DistStoreError where a wait takes too long, or nobody answers as long.
+    ``round_problem``: why the round cannot begin, "" if it can. ``count_present``: how many
+    agents still run it. ``on_doomed`` is called if ranks were handed out for a round that cannot
+    begin. Methods raise DistStoreError if a wait takes too long, or if the service does not
+    answer for as long.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RoundStore(Store):
         self._doomed = on_doomed
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Write a value, in place of the one before."""
+        """Write a value, replacing the one before."""
         put = Put(self._value(key), _bytes(value), self._lease)
         for _ in range(RACES_MAX):
             outcome = self._transact(
@@ -85,15 +85,17 @@ class RoundStore(Store):
         raise DistStoreError(f"what stands there changed every time. key={key}")
 
     def get(self, key: str) -> bytes:
-        """The value, waiting until there is one."""
+        """The value; waits until there is one."""
         value = self._awaited(key, self._until_s())
         if value is None:
             raise DistStoreError(f"nobody set this key in time. key={key}")
         return value
 
     def add(self, key: str, value: int) -> int:
-        """Add to a number, 0 at first; what it is then. Each call counts once, also where its
-        answer was lost."""
+        """Add to a number, 0 at first, and return the sum.
+
+        Exact even if the answer to a call was lost.
+        """
         mine = f"{self._adds(key).start}{secrets.token_hex(8)}"
         reads = (Keys(self._value(key)), self._adds(key))
         outcome = self._transact(
@@ -115,8 +117,10 @@ class RoundStore(Store):
                 raise DistStoreError(f"nobody set this key in time. key={key}")
 
     def wait_for_all(self, keys: Sequence[str]) -> str:
-        """Wait until all of them have a value. Returns why the round is over where it is before
-        that, else nothing."""
+        """Wait until all of them have a value.
+
+        Returns why the round is over if it ends before that, else "".
+        """
         for key in keys:
             value, revision = self._read(key)
             while value is None:
@@ -129,8 +133,10 @@ class RoundStore(Store):
     def compare_set(
         self, key: str, expected_value: str | bytes, desired_value: str | bytes
     ) -> bytes:
-        """Write a value where ``expected_value`` stands, "" also where none does; what stands there
-        then."""
+        """Write a value if the current one is ``expected_value``; returns the current value.
+
+        "" as ``expected_value`` also matches a missing value.
+        """
         expected, desired = _bytes(expected_value), _bytes(desired_value)
         for _ in range(RACES_MAX):
             (found,) = self._transact(Transaction(reads=(Keys(self._value(key)),))).found
@@ -156,7 +162,7 @@ class RoundStore(Store):
         return bool(there)
 
     def num_keys(self) -> int:
-        """How many keys have a value."""
+        """The number of keys that have a value."""
         values, adds = self._transact(
             Transaction(
                 reads=(
@@ -197,15 +203,17 @@ class RoundStore(Store):
             self._wait(revision, min(LOOK_S, left_s))
 
     def _wait(self, revision: int, timeout_s: float) -> None:
-        """Until something of any round changes: one range for all keys, since a driver keeps a
-        watch for each range."""
+        """Wait until a key of any round changes.
+
+        One range covers all keys, because a driver keeps a watch for each range.
+        """
         try:
             self._keyspace.wait((keys_under(ROUNDS, values=False),), revision, timeout_s=timeout_s)
         except UnavailableError:
             time.sleep(min(RETRY_S, timeout_s))
 
     def _in_place(self, key: str) -> bytes | None:
-        """What is to be taken for the word of agents that are gone."""
+        """The value that stands in for agents that are gone."""
         if absent.is_agent_key(key):
             why = self._over()
             if not why:
@@ -236,10 +244,9 @@ class RoundStore(Store):
 
 
 class UnrankedStore(Store):
-    """The store of an agent that is in no round: it waits for nobody, and its workers' ranks are of
-    no world.
+    """The store of an agent without a round: it waits for no other agent.
 
-    ``agents``: how many a round may have.
+    Its workers' ranks are outside the world. ``agents``: the most agents of a round.
     """
 
     def __init__(self, agents: int) -> None:
@@ -254,8 +261,7 @@ class UnrankedStore(Store):
             self._values[key] = _bytes(value)
 
     def get(self, key: str) -> bytes:
-        """The value; of the ranks, those beyond the end of the world. Raises DistStoreError where
-        there is none."""
+        """The value; of ranks, those outside the world. Raises DistStoreError if there is none."""
         with self._lock:
             if key.startswith(absent.ASSIGNED):
                 return absent.ranks_outside_world(
@@ -278,7 +284,10 @@ class UnrankedStore(Store):
             return all(key in self._values for key in keys)
 
     def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
-        """Nobody else comes, so there is nobody to wait for."""
+        """Return at once: there is no other agent to wait for.
+
+        Raises DistStoreError if a value is missing.
+        """
         if wanted := [key for key in keys if key != absent.EXIT_DONE and not self.check([key])]:
             raise DistStoreError(f"nobody else writes here. keys={wanted} timeout={timeout}")
 
