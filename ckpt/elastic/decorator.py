@@ -197,31 +197,31 @@ def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in
     def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            seat = enter(keeper_spec(address, options), policy, prepare=prepared)
-            points = Milestones()
-            points.reach("entered")
-            if seat is not None:
-                watch_process_group(lambda: points.reach("group"))
+            trainer = enter(keeper_spec(address, options), policy, prepare=prepared)
+            milestones = Milestones()
+            milestones.reach("entered")
+            if trainer is not None:
+                watch_process_group(lambda: milestones.reach("group"))
             session = Session(address, options)
             with claimed_store(session.url) as outermost:
-                judge = ExitReporter(session, outermost=outermost)
+                exit_reporter = ExitReporter(session, outermost=outermost)
                 run = Run(
                     session,
                     schedule,
                     stale_s_max=stale_s_max,
                     memory_every=memory_every,
-                    trainer=seat,
-                    milestones=points,
-                    exit_reporter=judge,
+                    trainer=trainer,
+                    milestones=milestones,
+                    exit_reporter=exit_reporter,
                 )
                 in_place = (
                     InPlaceSigterm(lambda: run.stop(policy.grace_s))
-                    if seat is None
+                    if trainer is None
                     else nullcontext()
                 )
                 try:
                     with in_place:
-                        judge.entered(points)
+                        exit_reporter.entered(milestones)
                         result = function(run, *args, **kwargs)
                         run.finish()
                 except BaseException as error:

@@ -101,17 +101,17 @@ class ExitReporter:
         self._outermost = outermost
         self._link: KeeperLink | None = None
 
-    def entered(self, points: Milestones) -> None:
-        """The call began; reports ``points``."""
-        seat = supervised_trainer()
-        if seat is None or not self._outermost:
+    def entered(self, milestones: Milestones) -> None:
+        """The call began; reports ``milestones``."""
+        trainer = supervised_trainer()
+        if trainer is None or not self._outermost:
             return
         if self._session.supervised:
             self._session.join()
-            points.report_to(self._session.reporter.report)
+            milestones.report_to(self._session.reporter.report)
             return
-        self._link = KeeperLink.connect(seat.spec, _hello(seat), start=False)
-        points.report_to(self._link.phase)
+        self._link = KeeperLink.connect(trainer.spec, _hello(trainer), start=False)
+        milestones.report_to(self._link.phase)
 
     def failing(self, facts: FailureDescription, step: int) -> None:
         """The process is about to exit because of an exception."""
@@ -133,15 +133,15 @@ class ExitReporter:
             self._link.close()
 
 
-def _hello(seat: SupervisedTrainer) -> Hello:
+def _hello(trainer: SupervisedTrainer) -> Hello:
     return Hello(
         version=WIRE_VERSION,
         role="trainer",
         pid=os.getpid(),
-        launch=seat.launch,
-        rank=seat.rank,
-        ranks=seat.ranks,
-        attempt=seat.attempt,
+        launch=trainer.launch,
+        rank=trainer.rank,
+        ranks=trainer.ranks,
+        attempt=trainer.attempt,
     )
 
 
@@ -152,7 +152,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def ends_process(
-    error: BaseException, seat: TrainerProcess | None, policy: Policy, *, outermost: bool
+    error: BaseException, trainer: TrainerProcess | None, policy: Policy, *, outermost: bool
 ) -> bool:
     """Whether ``error`` ends this process at the border of the call; else it unwinds as usual.
 
@@ -160,9 +160,9 @@ def ends_process(
     allows no restart after an exception. An inner decorated call unwinds into the outer one. A
     prepared trainer always exits: the live one still needs the surrounding code's files.
     """
-    if seat is None:
+    if trainer is None:
         return False
-    if not seat.attempt:
+    if not trainer.attempt:
         return True
     return outermost and policy.same_error_max > 1 and not describe_failure(error)["final"]
 

@@ -72,9 +72,8 @@ class InPlaceSigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
-        if (
-            os.getpid() != self._pid
-        ):  # a forked child, such as a data loader's worker: nothing to finish
+        # In a forked child, such as a data loader's worker, there is nothing to finish.
+        if os.getpid() != self._pid:
             self._end()
             return
         match self._terms.classify():

@@ -96,7 +96,7 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
 def _names(options: Mapping[str, object] | list[Mapping[str, object] | None] | None) -> list[str]:
     """The names of storage options, whose values may be secret."""
     each = options if isinstance(options, list) else [options]
-    return sorted({name for one in each for name in one or ()})
+    return sorted({name for mapping in each for name in mapping or ()})
 
 
 prepare_decoders(KeeperSpec)

@@ -391,10 +391,9 @@ class MessageSocket:
 
     def forget_after_fork(self) -> None:
         """In a forked child: close this copy; the connection stays the parent's."""
-        self._sending, self._receiving = (
-            threading.Lock(),
-            threading.Lock(),
-        )  # a thread of the parent may have held them
+        # Threads of the parent may have held the locks at the fork.
+        self._sending = threading.Lock()
+        self._receiving = threading.Lock()
         self._drop()
 
     def _read(self) -> bool:

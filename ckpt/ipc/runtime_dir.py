@@ -127,18 +127,16 @@ class JobFolder:
     def in_use(self) -> Iterator[None]:
         """Keep the folder from being swept while the body runs; made if it is missing."""
         for _ in range(TRIES_MAX):
-            with contextlib.suppress(
-                FileExistsError
-            ):  # mkdir's own check may race with a sweep; a file is met below
+            # mkdir's own check may race with a removal; a file in the folder's place is met below.
+            with contextlib.suppress(FileExistsError):
                 self.path.mkdir(mode=0o700, exist_ok=True)
             with _opened(self.path) as fd:
                 if fd is None:
                     continue
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 if _same(fd, self.path):  # else it was swept before the lock was taken
-                    with contextlib.suppress(
-                        OSError
-                    ):  # a full disk: no stacks to read after a hang
+                    # On a full disk there will be no stacks to read after a hang.
+                    with contextlib.suppress(OSError):
                         self.stacks.mkdir(mode=0o700, exist_ok=True)
                     yield
                     return

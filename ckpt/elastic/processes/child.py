@@ -55,9 +55,8 @@ class TrainerChild:
         self.killed = True
         if self.gone():
             return
-        with contextlib.suppress(
-            ProcessLookupError, PermissionError
-        ):  # empty, or the number is another user's now
+        # Empty, or the number is another user's now.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def gone(self) -> bool:
@@ -330,9 +329,8 @@ def _give(fd: int, group: int) -> None:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
-        with contextlib.suppress(
-            PermissionError, ProcessLookupError
-        ):  # the group is gone, or in another session
+        # The group is gone, or in another session.
+        with contextlib.suppress(PermissionError, ProcessLookupError):
             os.tcsetpgrp(fd, group)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -221,11 +221,11 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
     that process becomes their supervisor. Raises ConflictError if another launch of the job lives
     on this node.
     """
-    seat = trainer_of_process()
-    if seat is not None:
+    trainer = trainer_of_process()
+    if trainer is not None:
         if spec is not None and keeping.supervised_trainer() is None:
-            register_trainer(seat, spec)
-        return seat
+            register_trainer(trainer, spec)
+        return trainer
     start = _choose_start_method(spec)
     if spec is None or isinstance(start, InPlace):
         assert isinstance(start, InPlace), "without a keeper's specification the start is in place"
@@ -259,10 +259,10 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
         stacks=_stacks(spec),
         prepare=prepare,
     )
-    seat = _supervised(lambda: ensure_keeper(spec), plan)
+    trainer = _supervised(lambda: ensure_keeper(spec), plan)
     remove_stale_error_file()
-    register_trainer(seat, spec)
-    return seat
+    register_trainer(trainer, spec)
+    return trainer
 
 
 def _choose_start_method(spec: KeeperSpec | None) -> Fork | Spawn | InPlace:
@@ -282,13 +282,13 @@ def _choose_start_method(spec: KeeperSpec | None) -> Fork | Spawn | InPlace:
     return choose_start_method(gather_process_facts())
 
 
-def register_trainer(seat: TrainerProcess, spec: KeeperSpec) -> None:
+def register_trainer(trainer: TrainerProcess, spec: KeeperSpec) -> None:
     """Tell sessions which attempt this process belongs to.
 
     A prepared trainer has none before it is promoted.
     """
-    if seat.attempt:
-        keeping.set_supervised_from_environment(spec, seat.attempt)
+    if trainer.attempt:
+        keeping.set_supervised_from_environment(spec, trainer.attempt)
 
 
 def _supervised(connect: Callable[[], MessageSocket], plan: SupervisorPlan) -> TrainerProcess:

@@ -96,9 +96,8 @@ def launch_trainer(
             shared, pipes, TrainerOrder(attempt=attempt, port=port, seating=seating), supervisor_pid
         )
     # Also in the child: whichever runs first, the group exists before anything kills it.
-    with suppress(
-        PermissionError, ProcessLookupError
-    ):  # the child has done it and exec'd, or is gone
+    # An error means that the child has done it and exec'd, or is gone.
+    with suppress(PermissionError, ProcessLookupError):
         os.setpgid(pid, pid)
     os.close(pipes.report_out)
     if pipes.order_in >= 0:

@@ -191,9 +191,9 @@ class Supervisor:
             self._read_signals()
             self._read_ends()
             self._check_clock()
-            seat = self._act()
-            if seat is not None:
-                return seat
+            trainer = self._act()
+            if trainer is not None:
+                return trainer
             self._wait()
 
     def give_up(self, text: str, status: int) -> NoReturn:
@@ -561,12 +561,11 @@ def supervise(link: MessageSocket, plan: SupervisorPlan) -> TrainerProcess:
     try:
         return supervisor.run()
     except BaseException as error:
-        if (
-            os.getpid() != supervisor_pid
-        ):  # a trainer that was interrupted before it returned from here
+        # In a trainer that was interrupted before it returned from here, the error is the
+        # program's.
+        if os.getpid() != supervisor_pid:
             raise
-        if isinstance(
-            error, CkptError
-        ):  # must not return: the program continues in its trainers only
+        # The supervisor must not return: the program continues in its trainers only.
+        if isinstance(error, CkptError):
             supervisor.give_up(str(error), error.exit_code)
         supervisor.give_up(traceback.format_exc(), InternalError.exit_code)

@@ -93,11 +93,11 @@ class TrainerProcess:
         report_byte(self.report_fd, READY)
         order = _wait_for_order(self.order_fd)
         os.close(self.order_fd)
-        seat = replace(
+        trainer = replace(
             self, attempt=order.attempt, port=order.port, order_fd=-1, seating=order.seating
         )
-        put_into_environment(seat)
-        return seat
+        put_into_environment(trainer)
+        return trainer
 
 
 prepare_decoders(TrainerProcess)
@@ -112,35 +112,35 @@ def trainer_of_process() -> TrainerProcess | None:
     if not text:
         return None
     try:
-        seat = msgspec.json.decode(text.encode(), type=TrainerProcess)
+        trainer = msgspec.json.decode(text.encode(), type=TrainerProcess)
     except msgspec.DecodeError as error:
         raise UsageError(f"invalid variable. {TRAINER_VARIABLE}={text!r}; unset it") from error
-    if seat.pid != os.getpid():
+    if trainer.pid != os.getpid():
         return None
-    if os.get_inheritable(seat.report_fd):  # spawned, and not set up yet
-        _take(seat)
-    return seat
+    if os.get_inheritable(trainer.report_fd):  # spawned, and not set up yet
+        _take(trainer)
+    return trainer
 
 
-def put_into_environment(seat: TrainerProcess) -> None:
+def put_into_environment(trainer: TrainerProcess) -> None:
     """Set the variables that the user's ``init_process_group`` reads, and ``CKPT_SEAT``.
 
     Others stay as they are.
     """
-    os.environ.update(environment(seat))
+    os.environ.update(environment(trainer))
 
 
-def environment(seat: TrainerProcess) -> dict[str, str]:
+def environment(trainer: TrainerProcess) -> dict[str, str]:
     """The environment variables of a trainer."""
-    own = {TRAINER_VARIABLE: msgspec.json.encode(seat).decode()}
-    if not seat.attempt:
+    own = {TRAINER_VARIABLE: msgspec.json.encode(trainer).decode()}
+    if not trainer.attempt:
         return own
     return {
         **own,
-        **_placement(seat.seating),
-        "MASTER_PORT": str(seat.port),
+        **_placement(trainer.seating),
+        "MASTER_PORT": str(trainer.port),
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # that store still has addresses of dead attempts
-        "TORCHELASTIC_RESTART_COUNT": str(seat.attempt - 1),
+        "TORCHELASTIC_RESTART_COUNT": str(trainer.attempt - 1),
     }
 
 
@@ -165,9 +165,8 @@ def begin_child(supervisor_pid: int) -> None:
     """The first thing in a forked child: its own process group, and death with its supervisor."""
     os.setpgid(0, 0)
     die_with_parent(supervisor_pid)
-    with contextlib.suppress(
-        OSError
-    ):  # no /proc, or not writable: the kernel chooses by size alone
+    # Without /proc, or if it is not writable, the kernel chooses by size alone.
+    with contextlib.suppress(OSError):
         score = Path("/proc/self/oom_score_adj")
         score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
 
@@ -186,23 +185,23 @@ def die_with_parent(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def enter_forked(seat: TrainerProcess) -> TrainerProcess:
+def enter_forked(trainer: TrainerProcess) -> TrainerProcess:
     """Become the trainer ``seat``, in a forked child whose signal handlers are the user's again."""
-    put_into_environment(seat)
-    _take(seat)
-    return seat
+    put_into_environment(trainer)
+    _take(trainer)
+    return trainer
 
 
-def exec_again(seat: TrainerProcess, folder: str) -> NoReturn:
+def exec_again(trainer: TrainerProcess, folder: str) -> NoReturn:
     """Replace this forked child by a fresh interpreter that runs the program's command.
 
     It runs in ``folder``. Never returns.
     """
-    for fd in (seat.report_fd, seat.order_fd):
+    for fd in (trainer.report_fd, trainer.order_fd):
         if fd >= 0:
             os.set_inheritable(fd, True)
     os.chdir(folder)
-    os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment(seat)})
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment(trainer)})
 
 
 def report_byte(report_fd: int, byte: bytes) -> None:
@@ -240,31 +239,33 @@ class TrainerSigterm:
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
-def _take(seat: TrainerProcess) -> None:
+def _take(trainer: TrainerProcess) -> None:
     """Set up signals and stack dumps of this process."""
-    for fd in (seat.report_fd, seat.order_fd):
+    for fd in (trainer.report_fd, trainer.order_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)
     before = signal.getsignal(signal.SIGTERM)
     if before is not signal.SIG_IGN:
-        handler = TrainerSigterm(seat.report_fd, before if callable(before) else None)
+        handler = TrainerSigterm(trainer.report_fd, before if callable(before) else None)
         signal.signal(signal.SIGTERM, handler)
         os.register_at_fork(after_in_child=handler.restore)
-    if seat.stacks and signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
-        _dump_on_signal(seat)
+    if trainer.stacks and signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
+        _dump_on_signal(trainer)
 
 
-def _dump_on_signal(seat: TrainerProcess) -> None:
+def _dump_on_signal(trainer: TrainerProcess) -> None:
     """SIGUSR2 writes the stacks of all threads. Skipped if the user has a handler for it."""
     try:
         fd = os.open(
-            seat.stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+            trainer.stacks,
+            os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC,
+            0o600,
         )
         # The file is given by number, so that no file object closes it early.
         faulthandler.register(signal.SIGUSR2, file=fd, all_threads=True, chain=False)
     except OSError:  # the folder was removed: a hang still ends the attempt, without stacks
         return
-    report_byte(seat.report_fd, DUMPS_READY)
+    report_byte(trainer.report_fd, DUMPS_READY)
 
 
 def _wait_for_order(fd: int) -> TrainerOrder:

@@ -21,7 +21,7 @@ from ckpt.cluster.membership.records import EpochRecord, Member, NodePlacement, 
 from ckpt.errors import IntegrityError
 from ckpt.format.canonical import prepare_decoders
 
-# What agents know of each other: who waits, who runs which round, and what a round is. Pure.
+# ---- what agents know of each other
 
 WAITING = "waiting"
 RUNNING = "running"
@@ -47,9 +47,9 @@ class _Note(msgspec.Struct, frozen=True):
 prepare_decoders(AgentStatus, _Note)
 
 
-def encode_status(seat: AgentStatus) -> bytes:
+def encode_status(status: AgentStatus) -> bytes:
     """The stored bytes of a status."""
-    return msgspec.json.encode(seat)
+    return msgspec.json.encode(status)
 
 
 def decode_status(data: bytes) -> AgentStatus | None:
@@ -119,10 +119,10 @@ class AgentsView:
     @cached_property
     def live(self) -> Mapping[str, Member]:
         """The members by agent: the newest, if an older membership has not expired yet."""
-        found: dict[str, Member] = {}
-        for member in sorted(self.view.members, key=lambda one: one.joined_revision):
-            found[agent_of(member.node)] = member
-        return found
+        by_agent: dict[str, Member] = {}
+        for member in sorted(self.view.members, key=lambda member: member.joined_revision):
+            by_agent[agent_of(member.node)] = member
+        return by_agent
 
     def status(self, agent: str) -> AgentStatus | None:
         """The status of a live agent; None if it is gone or has not published one."""
@@ -132,40 +132,44 @@ class AgentsView:
     @cached_property
     def lost(self) -> tuple[str, ...]:
         """The agents of the round that are gone."""
-        return tuple(one for one in self._agents if one not in self.live)
+        return tuple(agent for agent in self._agents if agent not in self.live)
 
     @cached_property
     def returned(self) -> tuple[str, ...]:
         """The agents of the round that have left it and wait for another one."""
-        return tuple(one for one in self._agents if self._waits(one) and self._been(one))
+        return tuple(agent for agent in self._agents if self._waits(agent) and self._left(agent))
 
     @cached_property
     def running(self) -> tuple[str, ...]:
         """The agents of the round that run it, or are about to."""
         alone = [
-            one
-            for one in self._agents
-            if (seat := self.status(one)) is not None and seat.doing == ALONE
+            agent
+            for agent in self._agents
+            if (status := self.status(agent)) is not None and status.doing == ALONE
         ]
-        return tuple(one for one in self._agents if one not in {*self.lost, *self.returned, *alone})
+        stopped = {*self.lost, *self.returned, *alone}
+        return tuple(agent for agent in self._agents if agent not in stopped)
 
     @cached_property
     def newcomers(self) -> tuple[str, ...]:
         """The waiting agents that are not in the round."""
-        return tuple(one for one in self.live if one not in self._agents and self._waits(one))
+        waiting = (agent for agent in self.live if self._waits(agent))
+        return tuple(agent for agent in waiting if agent not in self._agents)
 
     @property
     def _agents(self) -> tuple[str, ...]:
         return () if self.round is None else self.round.agents
 
     def _waits(self, agent: str) -> bool:
-        seat = self.status(agent)
-        return seat is not None and seat.doing == WAITING
+        status = self.status(agent)
+        return status is not None and status.doing == WAITING
 
-    def _been(self, agent: str) -> bool:
-        seat = self.status(agent)
-        return seat is not None and self.round is not None and seat.round >= self.round.number
+    def _left(self, agent: str) -> bool:
+        status = self.status(agent)
+        return status is not None and self.round is not None and status.round >= self.round.number
 
+
+# ---- the leader's decision
 
 REJOIN_S = 1.0
 """How long an agent may take to join again before its round counts as broken."""
@@ -206,99 +210,107 @@ class HoldRound:
 
 
 def update_enough_since(
-    enough_since_s: float | None, look: AgentsView, rules: RendezvousRules, now_s: float
+    enough_since_s: float | None, agents: AgentsView, rules: RendezvousRules, now_s: float
 ) -> float | None:
     """Since when there are enough agents for a round, by the leader's clock. Start with None."""
-    enough = not look.running and len(look.returned) + len(look.newcomers) >= rules.agents_min
+    enough = not agents.running and len(agents.returned) + len(agents.newcomers) >= rules.agents_min
     return (now_s if enough_since_s is None else enough_since_s) if enough else None
 
 
 def next_round(
-    look: AgentsView, enough_since_s: float | None, rules: RendezvousRules, now_s: float
+    agents: AgentsView, enough_since_s: float | None, rules: RendezvousRules, now_s: float
 ) -> PublishRound | HoldRound:
     """The leader's decision.
 
     ``enough_since_s`` is from ``update_enough_since`` for the same view.
     """
-    if look.closed is not None:
-        return HoldRound(math.inf, f"the rendezvous is closed: {look.closed}")
-    if look.kept_by_keepers:
-        return _replace(look)
-    if look.running:
-        return HoldRound(math.inf, f"agents of the round still run. agents={len(look.running)}")
-    return _gather(look, enough_since_s, rules, now_s)
+    if agents.closed is not None:
+        return HoldRound(math.inf, f"the rendezvous is closed: {agents.closed}")
+    if agents.kept_by_keepers:
+        return _replace(agents)
+    # A round that began before all agents have stopped would make the newcomers wait in its store,
+    # where they cannot be told that the round is over.
+    if agents.running:
+        return HoldRound(math.inf, f"agents of the round still run. agents={len(agents.running)}")
+    return _gather(agents, enough_since_s, rules, now_s)
 
 
-def _replace(look: AgentsView) -> PublishRound | HoldRound:
+def _replace(agents: AgentsView) -> PublishRound | HoldRound:
     """Give the places of agents that are gone or have returned to waiting agents.
 
     A returned agent gets its own place.
     """
     waiting = [
-        *look.returned,
+        *agents.returned,
         *(
-            agent_of(one.node)
-            for one in sorted_by_domain([look.live[fresh] for fresh in look.newcomers])
+            agent_of(member.node)
+            for member in sorted_by_domain([agents.live[agent] for agent in agents.newcomers])
         ),
     ]
-    if look.round is None or not waiting or not (look.lost or look.returned):
+    if agents.round is None or not waiting or not (agents.lost or agents.returned):
         return HoldRound(
-            math.inf, "keepers hold the job together, and nobody is missing or nobody waits"
+            math.inf, "keepers hold the job together, and no agent is missing or none waits"
         )
     places = []
     replaced = 0
-    for agent, place in zip(look.round.agents, _named_now(look), strict=True):
+    for agent, place in zip(agents.round.agents, _named_now(agents), strict=True):
         takes = (
-            agent if agent in waiting else waiting[0] if agent in look.lost and waiting else None
+            agent if agent in waiting else waiting[0] if agent in agents.lost and waiting else None
         )
         if takes is not None:
             waiting.remove(takes)
             replaced += 1
-            place = NodePlacement(look.live[takes].node, place.slots)
+            place = NodePlacement(agents.live[takes].node, place.slots)
         places.append(place)
     return PublishRound(
-        tuple(places), f"{replaced} agents come in the place of others, and disturb nobody"
+        tuple(places), f"{replaced} agents take the places of others; the rest continues"
     )
 
 
 def _gather(
-    look: AgentsView, enough_since_s: float | None, rules: RendezvousRules, now_s: float
+    agents: AgentsView, enough_since_s: float | None, rules: RendezvousRules, now_s: float
 ) -> PublishRound | HoldRound:
-    candidates = [look.live[one] for one in (*look.returned, *look.newcomers)]
-    before = _named_now(look)
+    candidates = [agents.live[agent] for agent in (*agents.returned, *agents.newcomers)]
+    before = _named_now(agents)
     count = min(len(candidates), rules.agents_max)
     if count < rules.agents_min:
         return HoldRound(math.inf, f"too few agents. waiting={count} nodes_min={rules.agents_min}")
-    wanted = min(len(before), rules.agents_max) if look.returned else rules.agents_max
+    wanted = min(len(before), rules.agents_max) if agents.returned else rules.agents_max
     if count < wanted:
-        patience_s = rules.shrink_wait_s if look.returned else rules.last_call_s
-        until_s = (now_s if enough_since_s is None else enough_since_s) + patience_s
+        wait_s = rules.shrink_wait_s if agents.returned else rules.last_call_s
+        until_s = (now_s if enough_since_s is None else enough_since_s) + wait_s
         if now_s < until_s:
             return HoldRound(until_s, f"waits for more agents. waiting={count} wanted={wanted}")
-    if not look.returned:
+    if not agents.returned:
         return PublishRound(
             place_all(candidates, (), nodes_max=rules.agents_max), f"{count} agents begin"
         )
-    stays = {look.live[one].node: look.live[one] for one in look.returned}
-    filled, left = fill_placements(before, stays, [look.live[one] for one in look.newcomers])
-    more = sorted_by_domain(left)[: max(0, rules.agents_max - len(filled))]
+    # Survivors keep their ranks, newcomers take lost ones; what is left over extends the round.
+    returned = (agents.live[agent] for agent in agents.returned)
+    newcomers = [agents.live[agent] for agent in agents.newcomers]
+    kept = {member.node: member for member in returned}
+    filled, unplaced = fill_placements(before, kept, newcomers)
+    more = sorted_by_domain(unplaced)[: max(0, rules.agents_max - len(filled))]
     places = (*filled, *(NodePlacement(member.node, member.info.slots) for member in more))[
         : rules.agents_max
     ]
     return PublishRound(
-        places, f"{len(places)} agents go on, {len(look.returned)} of them from the round before"
+        places, f"{len(places)} agents continue, {len(agents.returned)} of them from the last round"
     )
 
 
-def _named_now(look: AgentsView) -> tuple[NodePlacement, ...]:
+def _named_now(agents: AgentsView) -> tuple[NodePlacement, ...]:
     """The round's places under the current node ids of its agents."""
-    if look.view.epoch is None or look.round is None:
+    if agents.view.epoch is None or agents.round is None:
         return ()
-    pairs = zip(look.round.agents, look.view.epoch.places, strict=True)
+    placed = zip(agents.round.agents, agents.view.epoch.places, strict=True)
     return tuple(
-        NodePlacement(look.live[agent].node, old.slots) if agent in look.live else old
-        for agent, old in pairs
+        NodePlacement(agents.live[agent].node, old.slots) if agent in agents.live else old
+        for agent, old in placed
     )
+
+
+# ---- one agent's decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,31 +347,31 @@ class RendezvousShut:
 
 
 def decide_for_agent(
-    look: AgentsView, me: str, last: int, rules: RendezvousRules
+    agents: AgentsView, agent: str, last: int, rules: RendezvousRules
 ) -> PlacedInRound | RunUnranked | StandBy | RoundPending | RendezvousShut:
     """What the agent ``me`` does, which waits for a round after number ``last`` (0: any)."""
-    if look.closed is not None:
-        return RendezvousShut(look.closed)
-    newest = look.round
-    placed = newest is not None and me in newest.agents and newest.number > last
-    if look.kept_by_keepers:
+    if agents.closed is not None:
+        return RendezvousShut(agents.closed)
+    newest = agents.round
+    placed = newest is not None and agent in newest.agents and newest.number > last
+    if agents.kept_by_keepers:
         if placed or (rules.warm and newest is not None):
-            return RunUnranked("the job's keepers hold it together, and nobody else is disturbed")
+            return RunUnranked("the job's keepers hold it together, and no other agent restarts")
         return StandBy()
     if placed and newest is not None:
         return PlacedInRound(newest)
-    if newest is None or not look.running or me in newest.agents:
+    if newest is None or not agents.running or agent in newest.agents:
         return RoundPending(
-            f"waiting={len(look.newcomers) + len(look.returned)} nodes_min={rules.agents_min}"
+            f"waiting={len(agents.newcomers) + len(agents.returned)} nodes_min={rules.agents_min}"
         )
-    if look.lost or look.returned or (rules.grow and len(newest.agents) < rules.agents_max):
+    if agents.lost or agents.returned or (rules.grow and len(newest.agents) < rules.agents_max):
         return RoundPending("the round that runs is about to end")
     return RunUnranked("the round is complete without this agent") if rules.warm else StandBy()
 
 
 def restart_request(
-    look: AgentsView,
-    mine: RendezvousRound | None,
+    agents: AgentsView,
+    own_round: RendezvousRound | None,
     rules: RendezvousRules,
     lost_for_s: float = math.inf,
 ) -> tuple[int, str]:
@@ -369,61 +381,60 @@ def restart_request(
     complete and alive. ``lost_for_s``: how long an agent has been missing; one that only lost its
     lease may join again meanwhile.
     """
-    newest = look.round
-    if mine is None or newest is None or look.closed is not None or look.kept_by_keepers:
-        return 0, "nobody is to be waited for"
-    if newest.number != mine.number:
+    newest = agents.round
+    if own_round is None or newest is None or agents.closed is not None or agents.kept_by_keepers:
+        return 0, "no agent waits"
+    if newest.number != own_round.number:
         return 1, f"the others are in another round. round={newest.number}"
-    if look.returned:
-        return len(look.returned) + len(
-            look.newcomers
-        ), f"{look.returned[0]} left the round and waits for the next one"
-    if look.lost and lost_for_s < REJOIN_S:
-        return 0, f"{look.lost[0]} may join anew"
-    if look.lost and len(newest.agents) - len(look.lost) + len(look.newcomers) >= rules.agents_min:
-        return max(1, len(look.newcomers)), f"{look.lost[0]} is gone"
-    if rules.grow and look.newcomers and len(newest.agents) < rules.agents_max:
-        return len(look.newcomers), "the job may grow"
-    return (
-        0,
-        "the round is complete" if not look.lost else "too few agents are left for another round",
-    )
+    if agents.returned:
+        count = len(agents.returned) + len(agents.newcomers)
+        return count, f"{agents.returned[0]} left the round and waits for the next one"
+    if agents.lost and lost_for_s < REJOIN_S:
+        return 0, f"{agents.lost[0]} may join again"
+    if (
+        agents.lost
+        and len(newest.agents) - len(agents.lost) + len(agents.newcomers) >= rules.agents_min
+    ):
+        return max(1, len(agents.newcomers)), f"{agents.lost[0]} is gone"
+    if rules.grow and agents.newcomers and len(newest.agents) < rules.agents_max:
+        return len(agents.newcomers), "the job may grow"
+    if agents.lost:
+        return 0, "too few agents are left for another round"
+    return 0, "the round is complete"
 
 
-def round_problem(look: AgentsView, mine: RendezvousRound) -> str:
+def round_problem(agents: AgentsView, own_round: RendezvousRound) -> str:
     """Why a round that is about to begin cannot: an agent of it is gone or has left it.
 
     Empty if it can.
     """
-    if look.closed is not None:
-        return f"the rendezvous was closed: {look.closed}"
-    newest = look.round
-    if newest is None or newest.number != mine.number:
-        return "another round came"
-    if look.lost:
-        return f"{look.lost[0]} is gone"
-    return f"{look.returned[0]} left it" if look.returned else ""
+    if agents.closed is not None:
+        return f"the rendezvous was closed: {agents.closed}"
+    newest = agents.round
+    if newest is None or newest.number != own_round.number:
+        return "another round began"
+    if agents.lost:
+        return f"{agents.lost[0]} is gone"
+    return f"{agents.returned[0]} left it" if agents.returned else ""
 
 
-def count_present(look: AgentsView, mine: RendezvousRound) -> int:
+def count_present(agents: AgentsView, own_round: RendezvousRound) -> int:
     """How many agents of a round run it, or are about to."""
     count = 0
-    for agent in mine.agents:
-        seat = look.status(agent)
-        if seat is not None:
-            running = seat.doing == RUNNING and seat.round == mine.number
-            count += running or (seat.doing == WAITING and seat.round < mine.number)
+    for agent in own_round.agents:
+        status = agents.status(agent)
+        if status is not None:
+            running = status.doing == RUNNING and status.round == own_round.number
+            count += running or (status.doing == WAITING and status.round < own_round.number)
     return count
 
 
-# What a round's store says in the place of agents that are gone, so that nobody waits for them.
-# Pure.
+# ---- values in a round's store that stand in for agents that are gone
 #
-# torch's agent asks its store at two moments, and can't be told there that a round is over. When
-# it hands out ranks it would wait for what a dead agent never says: it gets ranks of a world that
-# can't come together, and is asked back to the rendezvous before its workers have imported
-# anything. When its workers have ended well it would wait minutes for agents that are no more: it
-# waits for those that live.
+# torch's agent reads its store at two moments, and cannot be told there that a round is over. When
+# it hands out ranks it would wait 5 minutes for a dead agent's value: it gets ranks of a world that
+# never connects, and is asked back to the rendezvous before its workers have imported torch. When
+# its workers have ended well it would wait minutes for dead agents: it waits for live ones only.
 
 ROLE_INFO = "torchelastic/role_info/"
 ASSIGNED = "torchelastic/assigned_ranks/"
@@ -450,6 +461,6 @@ def stand_in_value(key: str) -> bytes:
 
 def ranks_outside_world(role_info: bytes, agents: int) -> bytes:
     """The ranks of workers without a place: beyond the end of a world of ``agents`` nodes."""
-    here = int(json.loads(role_info)["local_world_size"])
-    world = agents * here
+    local_ranks = int(json.loads(role_info)["local_world_size"])
+    world = agents * local_ranks
     return json.dumps([world, world, world, world]).encode()

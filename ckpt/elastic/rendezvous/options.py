@@ -21,20 +21,20 @@ from ckpt.log.sequencers import database_path
 from ckpt.rate_limit import RATE_BYTES_MIN, parse_rate
 
 SETTINGS_HELP: Mapping[str, str] = {
-    "secret": "a file with what only the job's nodes know",
-    "host": "where other nodes reach this one",
-    "domain": "what this node fails together with",
+    "secret": "a file with the secret of the job's nodes",
+    "host": "the address at which other nodes reach this one",
+    "domain": "the failure domain of this node",
     "mirrors": "on how many other nodes staged state is kept",
     "mirror_bytes": "how much memory the mirrors of others may take here",
     "mirror_rate": "how much is sent in a second at most to have mirrors kept, such as 500MiB",
     "ttl": "seconds after which a silent node is lost",
     "standby": "warm: extra nodes start the program at once, and hold no rank; wait: they wait",
-    "grow": "start a running undecorated job anew when one more node comes than it has",
-    "grow_timeout": "seconds that a decorated job runs at least before it goes on with more nodes",
+    "grow": "restart a running undecorated job with fewer nodes than allowed when one arrives",
+    "grow_timeout": "seconds that a decorated job runs at least before it takes in more nodes",
     "last_call_timeout": "seconds that a first round waits for more nodes than the minimum",
-    "shrink_timeout": "seconds that a lost node may take to come back before the rest goes on "
+    "shrink_timeout": "seconds that a lost node may take to return before the rest continues "
     "(default 5, decorated 0)",
-    "join_timeout": "seconds in which a round must come",
+    "join_timeout": "seconds in which a round must begin",
     "close_timeout": "seconds in which the rendezvous must be closed",
     "user": "etcd's user",
     "password_file": "a file with the user's password",
@@ -44,7 +44,7 @@ SETTINGS_HELP: Mapping[str, str] = {
     "tls_cert": "PEM file of this node's certificate: nodes then speak TLS to each other",
     "tls_key": "PEM file of its key",
     "tls_ca": "PEM file of the authority that signed all nodes' certificates",
-    "plaintext": "lend memory over the network without TLS: weights can then be read on the way",
+    "plaintext": "serve memory over the network without TLS: weights can then be read on the way",
 }
 """Each setting of ``--rdzv-conf``, and its meaning."""
 
@@ -97,7 +97,7 @@ def parse_settings(
     """The settings in torchrun's options; ``config`` is ``--rdzv-conf``. Raises UsageError."""
     if unknown := sorted(set(config) - set(SETTINGS_HELP) - set(_TORCHS)):
         raise UsageError(
-            f"not a setting of --rdzv-conf. key={unknown[0]}; known are "
+            f"not a setting of --rdzv-conf. key={unknown[0]}; settings are "
             f"{', '.join(sorted(SETTINGS_HELP))}"
         )
     read = _ConfigReader(config)
@@ -193,8 +193,8 @@ def _where(endpoint: str, job: str) -> str:
         state = database_path(name).absolute()
         return str(Path(endpoint) / state.name if endpoint else state)
     hosts = []
-    for one in endpoint.removeprefix("etcd://").split(","):
-        host, port = split_endpoint(one.strip())
+    for address in endpoint.removeprefix("etcd://").split(","):
+        host, port = split_endpoint(address.strip())
         hosts.append(f"{host}:{port or PORT}")
     return f"etcd://{','.join(hosts)}"
 

@@ -86,9 +86,8 @@ def handler_of(parameters: RendezvousParameters) -> Rendezvous:
     )
     if not settings.host:
         settings = replace(settings, host=host_towards(settings.agents_spec.where))
-    if (
-        settings.nodes is not None
-    ):  # whether they may go without TLS is for keepers to say: undecorated programs lend nothing
+    # Whether nodes may go without TLS is checked by keepers: undecorated programs serve no memory.
+    if settings.nodes is not None:
         check_tls(settings.nodes, settings.host)
     return Rendezvous(settings)
 
@@ -98,13 +97,13 @@ class Rendezvous(RendezvousHandler):
 
     def __init__(self, settings: RendezvousSettings) -> None:
         self._settings = settings
-        self._tell = emit_to_logging(0)
-        self._agent = RendezvousAgent(settings, self._tell)
+        self._emit = emit_to_logging(0)
+        self._agent = RendezvousAgent(settings, self._emit)
         self._last = 0
         self._doomed = ""
-        self._asked = ""
+        self._last_request = ""
         self._timed_out = False
-        atexit.register(self._agent.leave)  # a launcher that a signal ends does not shut down
+        atexit.register(self._agent.leave)  # a launcher that is ended by a signal calls no shutdown
 
     def get_backend(self) -> str:
         return BACKEND
@@ -124,42 +123,42 @@ class Rendezvous(RendezvousHandler):
         this agent.
         """
         agent, settings = self._agent, self._settings
-        self._tell_keepers(settings.rules.last_call_s)
+        self._export_nodes(settings.rules.last_call_s)
         agent.wait_for_round(self._last)
         agent.start()
         began_s = time.monotonic()
         until_s = began_s + settings.join_s
         stood_by = False
-        why = "nothing was seen of the membership"
-        look: AgentsView | None = None
+        reason = "the membership was not seen"
+        view: AgentsView | None = None
         while True:
-            found = agent.next_view(look, min(LOOK_S, max(0.0, until_s - time.monotonic())))
+            newest = agent.next_view(view, min(LOOK_S, max(0.0, until_s - time.monotonic())))
             self._give_up_early(began_s)
-            if found is not None:
-                look = found
-                match decide_for_agent(look, agent.name, self._last, settings.rules):
+            if newest is not None:
+                view = newest
+                match decide_for_agent(view, agent.name, self._last, settings.rules):
                     case PlacedInRound(round_):
-                        if (info := self._meet(round_)) is not None:
+                        if (info := self._begin_round(round_)) is not None:
                             return info
                         stood_by = False
-                    case RunUnranked(text):
-                        return self._apart(text)
+                    case RunUnranked(reason):
+                        return self._run_unranked(reason)
                     case StandBy():
                         stood_by = True
                         until_s = time.monotonic() + settings.join_s
-                    case RoundPending(why):
+                    case RoundPending(reason):
                         pass
-                    case RendezvousShut(text) if stood_by:
-                        self._say(
-                            "standby-released", f"the job ended without needing this node: {text}"
+                    case RendezvousShut(reason) if stood_by:
+                        self._report(
+                            "standby-released", f"the job ended without needing this node: {reason}"
                         )
                         raise StandbyReleased(0)
-                    case RendezvousShut(text):
-                        raise RendezvousClosedError(f"the rendezvous is closed: {text}")
+                    case RendezvousShut(reason):
+                        raise RendezvousClosedError(f"the rendezvous is closed: {reason}")
             if time.monotonic() > until_s:
                 self._timed_out = True
                 agent.leave()
-                raise RendezvousTimeoutError(f"no round came within {settings.join_s:g} s: {why}")
+                raise RendezvousTimeoutError(f"no round within {settings.join_s:g} s: {reason}")
 
     def is_closed(self) -> bool:
         with _connecting():
@@ -171,18 +170,18 @@ class Rendezvous(RendezvousHandler):
 
     def num_nodes_waiting(self) -> int:
         """How many agents wait for this one to stop its workers; see ``restart_request``."""
-        agent, look = self._agent, self._agent.latest_view()
-        if agent.own_round is None or look is None:
+        agent, view = self._agent, self._agent.latest_view()
+        if agent.own_round is None or view is None:
             return 0
         if self._doomed:
-            count, why = 1, self._doomed
+            count, reason = 1, self._doomed
         else:
-            count, why = restart_request(
-                look, agent.own_round, self._settings.rules, agent.lost_for_s
+            count, reason = restart_request(
+                view, agent.own_round, self._settings.rules, agent.lost_for_s
             )
-        if count and why != self._asked:
-            self._say("asked-back", f"the workers of this node are started anew: {why}")
-        self._asked = why if count else ""
+        if count and reason != self._last_request:
+            self._report("asked-back", f"the workers of this node are restarted: {reason}")
+        self._last_request = reason if count else ""
         return count
 
     def shutdown(self) -> bool:
@@ -192,43 +191,43 @@ class Rendezvous(RendezvousHandler):
                 self._agent.close(f"the agent {self._agent.name} has ended")
             return True
         except CkptError as error:
-            self._say("close-failed", f"the rendezvous could not be closed: {error}")
+            self._report("close-failed", f"the rendezvous could not be closed: {error}")
             return False
         finally:
             self._agent.leave()
 
-    # ---- inside
+    # ---- helpers
 
     def _closes(self) -> bool:
         """Whether the end of this agent is the job's.
 
         It is if the agent has a place in the newest round, and did not merely wait for one.
         """
-        agent, look = self._agent, self._agent.latest_view()
+        agent, view = self._agent, self._agent.latest_view()
         if agent.own_round is not None:
             return True
         return (
             not self._timed_out
-            and look is not None
-            and look.round is not None
-            and agent.name in look.round.agents
+            and view is not None
+            and view.round is not None
+            and agent.name in view.round.agents
         )
 
     def _give_up_early(self, began_s: float) -> None:
         agent = self._agent
         if agent.refusal:
             raise RendezvousClosedError(f"the rendezvous is closed: {agent.refusal}")
-        trouble = agent.problem
-        if agent.latest_view() is not None or trouble is None:
+        problem = agent.problem
+        if agent.latest_view() is not None or problem is None:
             return
-        if isinstance(trouble, UsageError):
-            raise trouble
-        if isinstance(trouble, StoreDeniedError) or time.monotonic() - began_s > CONNECT_S:
+        if isinstance(problem, UsageError):
+            raise problem
+        if isinstance(problem, StoreDeniedError) or time.monotonic() - began_s > CONNECT_S:
             raise RendezvousConnectionError(
-                f"the membership can't be reached: {trouble}"
-            ) from trouble
+                f"the membership is unreachable: {problem}"
+            ) from problem
 
-    def _meet(self, round_: RendezvousRound) -> RendezvousInfo | None:
+    def _begin_round(self, round_: RendezvousRound) -> RendezvousInfo | None:
         """Begin a round together with its other agents; None if one of them is gone.
 
         Then another round must follow.
@@ -238,9 +237,9 @@ class Rendezvous(RendezvousHandler):
         store = RoundStore(
             agent.keyspace,
             round_,
-            round_problem=lambda: self._over(round_),
-            count_present=lambda: self._present(round_),
-            on_doomed=self._doom,
+            round_problem=lambda: self._round_problem(round_),
+            count_present=lambda: self._count_present(round_),
+            on_doomed=self._mark_doomed,
         )
         rank = round_.agents.index(agent.name)
         address, port = RendezvousStoreInfo.MASTER_ADDR_KEY, RendezvousStoreInfo.MASTER_PORT_KEY
@@ -248,32 +247,33 @@ class Rendezvous(RendezvousHandler):
             if rank == 0:
                 store.set(address, self._settings.host)
                 store.set(port, str(get_free_port()))  # type: ignore[no-untyped-call]
-            why = store.wait_for_all((address, port))
-        if why:
-            self._say("round-over", f"round {round_.number} ended before it began: {why}")
+            reason = store.wait_for_all((address, port))
+        if reason:
+            self._report("round-over", f"round {round_.number} ended before it began: {reason}")
             self._last = round_.number
             agent.wait_for_round(self._last)
             return None
         self._last = round_.number
         agent.run_round(round_)
         rules = self._settings.rules
-        self._tell_keepers(
+        self._export_nodes(
             rules.last_call_s if len(round_.agents) == rules.agents_max else KEEPERS_S
         )
         info = RendezvousStoreInfo(store.get(address).decode(), int(store.get(port)))
         return RendezvousInfo(store, rank, len(round_.agents), info)
 
-    def _apart(self, why: str) -> RendezvousInfo:
+    def _run_unranked(self, reason: str) -> RendezvousInfo:
         """Start workers without ranks: their keeper gives them ranks, or they refuse to train."""
-        self._say("apart", f"this node starts its workers without ranks: {why}")
+        self._report("apart", f"this node starts its workers without ranks: {reason}")
         self._agent.run_unranked()
+        # At least 2, so that a program which skips the process group in a world of one cannot
+        # train.
         agents = max(2, self._settings.rules.agents_max)
-        info = RendezvousStoreInfo(
-            self._settings.host, cast(int, NO_PORT)
-        )  # torch writes it as a text
+        # torch writes the port into the environment as text, so it can be a sentence.
+        info = RendezvousStoreInfo(self._settings.host, cast(int, NO_PORT))
         return RendezvousInfo(UnrankedStore(agents), agents, agents, info)
 
-    def _tell_keepers(self, last_call_s: float) -> None:
+    def _export_nodes(self, last_call_s: float) -> None:
         """Set the environment from which workers inherit how keepers find each other."""
         nodes = self._settings.nodes
         if nodes is not None:
@@ -282,19 +282,19 @@ class Rendezvous(RendezvousHandler):
                 nodes_to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent))
             )
 
-    def _over(self, round_: RendezvousRound) -> str:
-        look = self._agent.latest_view()
-        return "" if look is None else round_problem(look, round_)
+    def _round_problem(self, round_: RendezvousRound) -> str:
+        view = self._agent.latest_view()
+        return "" if view is None else round_problem(view, round_)
 
-    def _present(self, round_: RendezvousRound) -> int:
-        look = self._agent.latest_view()
-        return len(round_.agents) if look is None else count_present(look, round_)
+    def _count_present(self, round_: RendezvousRound) -> int:
+        view = self._agent.latest_view()
+        return len(round_.agents) if view is None else count_present(view, round_)
 
-    def _doom(self, why: str) -> None:
-        self._doomed = f"round {self._last} ended before it began: {why}"
+    def _mark_doomed(self, reason: str) -> None:
+        self._doomed = f"round {self._last} ended before it began: {reason}"
 
-    def _say(self, kind: str, text: str) -> None:
-        self._tell(Event(kind, text, alarm=True))
+    def _report(self, kind: str, text: str) -> None:
+        self._emit(Event(kind, text, alarm=True))
 
 
 @contextmanager
@@ -303,4 +303,4 @@ def _connecting() -> Iterator[None]:
     try:
         yield
     except (CkptError, DistStoreError) as error:
-        raise RendezvousConnectionError(f"the membership can't be reached: {error}") from error
+        raise RendezvousConnectionError(f"the membership is unreachable: {error}") from error

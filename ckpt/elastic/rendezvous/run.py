@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         args = _parser().parse_args(list(arguments))
-    except SystemExit as end:  # it printed the help, or what is wrong
+    except SystemExit as end:  # it printed the help or an error
         return int(end.code or 0)
     args = fill_in_options(args)
     with suppress(ValueError):  # installed, it was registered by torch
@@ -99,15 +99,15 @@ def fill_in_options(args: Namespace) -> Namespace:
         if getattr(args, name) is not None
     }
     own.setdefault("standby", "warm")
-    if bad := [name for name, value in own.items() if "," in value or not value]:
-        raise UsageError(f"an option is empty, or holds a comma. option={_option(bad[0])}")
+    if invalid := [name for name, value in own.items() if "," in value or not value]:
+        raise UsageError(f"an option is empty, or holds a comma. option={_option(invalid[0])}")
     given = {part.partition("=")[0].strip() for part in args.rdzv_conf.split(",")}
     if args.standby is None and "standby" in given:
         own.pop("standby")
     args.rdzv_conf = ",".join(
         [*filter(None, [args.rdzv_conf]), *(f"{name}={value}" for name, value in own.items())]
     )
-    args.standalone = False  # one machine and no service: it is so where no endpoint is named
+    args.standalone = False  # without an endpoint it is one machine and no service anyway
     for unused in ("master_addr", "node_rank"):  # torch warns that they mean nothing here
         delattr(args, unused)
     return args
