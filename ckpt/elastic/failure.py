@@ -1,5 +1,4 @@
-"""What an exception in a decorated call means: restart or exit, who is told, and with which
-status.
+"""What an exception in a decorated call means: restart or exit, with which reports and status.
 
 An exception that is not the program's end makes a supervised trainer exit at the border of the
 decorated call. The next attempt is forked from the supervisor, which is still inside the code

@@ -244,18 +244,18 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
         policy=policy,
         agent=spec.nodes.agent if spec.nodes is not None else "",
     )
-    tell = emit_to_logging(rank)
+    emit = emit_to_logging(rank)
     if isinstance(start, Spawn):
         text = (
             "the training function runs in a fresh interpreter, which runs the code above the call "
             f"again: {start.reason}"
         )
-        tell(Event("spawn", text, alarm=True))
+        emit(Event("spawn", text, alarm=True))
     plan = SupervisorPlan(
         start=start,
         hello=hello,
         reconnect=lambda: ensure_keeper(spec),
-        emit=tell,
+        emit=emit,
         stacks=_stacks(spec),
         prepare=prepare,
     )

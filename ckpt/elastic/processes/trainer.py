@@ -186,7 +186,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def enter_forked(trainer: TrainerProcess) -> TrainerProcess:
-    """Become the trainer ``seat``, in a forked child whose signal handlers are the user's again."""
+    """Become ``trainer``, in a forked child whose signal handlers are the user's again."""
     put_into_environment(trainer)
     _take(trainer)
     return trainer
