@@ -14,11 +14,11 @@ import click
 from ckpt.cli.echo import JsonValue
 from ckpt.cli.output import human_bytes, human_time
 from ckpt.errors import CkptError, NotFoundError, UsageError
+from ckpt.events import Fact
 from ckpt.ipc.client import KeeperClient
 from ckpt.ipc.frames import MessageSocket
 from ckpt.ipc.messages import (
     WIRE_VERSION,
-    Fact,
     GetStatus,
     Hello,
     KeeperReport,

@@ -1,1 +1,1 @@
-"""The decorator, the training loop's run, and what a failure means."""
+"""Elastic training: the decorator, its run, supervised processes, and torchrun's rendezvous."""

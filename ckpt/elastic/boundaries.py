@@ -1,15 +1,4 @@
-"""Snapshots that only memory holds: at which boundaries, told once for the job by rank 0 through
-the board.
-
-At the end of each boundary rank 0 publishes its word on the next one. A rank that comes to that
-boundary has left the one before, and in any training whose ranks depend on each other no rank
-completes a step that rank 0 has not begun; so the word is there in time and nobody waits. A rank
-that finds none (its ranks run apart) takes none: its slots still hold an older complete pair.
-
-With several nodes the word travels through keepers, so it is given one boundary earlier; and what
-other nodes hold is known a moment late, so the next snapshot waits until the last one is known to
-be complete.
-"""
+"""Boundaries of steps: milestones, the memory tier, optimizer steps, and exits of loops."""
 
 from __future__ import annotations
 
@@ -22,48 +11,63 @@ from types import FrameType
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ckpt.ipc.board import Board, TrainerPhase
+from ckpt.ipc.board import STAGE, Board, TrainerPhase
 
-# When this trainer reached the points of its start, for the account of a recovery.
+# ---- milestones of the start
 
 
 class Milestones:
-    """Notes points; hands each on once somebody listens. Names are those of ``messages.Phase``."""
+    """When this trainer reached the milestones of its start, for the report of a recovery.
+
+    They are kept until there is somewhere to report them. Names are those of ``messages.Phase``.
+    """
 
     def __init__(self) -> None:
-        self._noted: list[tuple[str, float]] = []
+        self._unreported: list[tuple[str, float]] = []
         self._names: set[str] = set()
 
     def reach(self, name: str) -> None:
-        """This point is reached now; only the first time counts."""
+        """This milestone is reached now; only the first time counts."""
         if name not in self._names:
             self._names.add(name)
-            self._noted.append((name, time.monotonic()))
+            self._unreported.append((name, time.monotonic()))
 
-    def report_to(self, tell: Callable[[str, float], None]) -> None:
-        """Tell what was noted since the last call."""
-        noted, self._noted = self._noted, []
-        for name, at_s in noted:
-            tell(name, at_s)
+    def report_to(self, report: Callable[[str, float], None]) -> None:
+        """Report the milestones reached since the last call."""
+        unreported, self._unreported = self._unreported, []
+        for name, at_s in unreported:
+            report(name, at_s)
 
 
-STAGE = 1
-"""The flag of a decision: stage this boundary."""
-
+# ---- the memory tier: which boundaries are staged in memory only
+#
+# Rank 0 decides for the whole job, through the board. At the end of each boundary it publishes what
+# happens at the next one. A rank that reaches that boundary has left the one before it, and if the
+# ranks of a training depend on each other, no rank completes a step that rank 0 has not begun: so
+# the decision is there in time and no rank waits. A rank that finds no decision (its ranks run
+# independently) takes no snapshot; its slots still hold an older complete one.
+#
+# With several nodes a decision travels through keepers, so it is published one boundary earlier.
+# What other nodes have sealed is known late, so the next snapshot waits until the last one is known
+# to be complete.
 
 DECIDED_AHEAD = 2
-"""For which boundary rank 0 gives its word to other nodes: the one after the next."""
+"""With several nodes, rank 0 decides for the boundary after the next one."""
 
 INCOMPLETE_AFTER_S = 2.0
-"""A snapshot that is not complete on all nodes by then never will be: a rank had no slot for it."""
+"""A snapshot that is not complete on all nodes by then never will be.
+
+Some rank had no free slot for it.
+"""
 
 
 class MemoryTier:
-    """One rank's view of the board. ``every``: boundaries from one staged snapshot to the next; 0
-    for none.
+    """Decides at which boundaries a snapshot is staged in memory only.
 
-    ``rank`` is this node's; ``leads``: it is rank 0 of the job. ``pass_on`` brings its words to
-    other nodes (None: there are none): a boundary, and what all ranks do there.
+    Rank 0 decides for the whole job and publishes through the board. ``every`` is the number of
+    boundaries from one staged snapshot to the next; 0 for none. ``rank`` is the local rank;
+    ``leads``: this is rank 0 of the job. ``forward_decision`` sends a boundary and its decision
+    to other nodes (None: there are none).
     """
 
     def __init__(
@@ -76,95 +80,95 @@ class MemoryTier:
         forward_decision: Callable[[int, int], object] | None = None,
     ) -> None:
         self._board = board
-        self._mine = board.rank(rank)
+        self._own = board.rank(rank)
         self._leads = rank == 0 if leads is None else leads
-        self._pass_on = forward_decision
+        self._forward_decision = forward_decision
         self._every = every
         self._staged_at: int | None = None
         self._at = 0
-        self._told = 0
-        self._told_stage = 0
-        self._told_stage_s = 0.0
+        self._decided = 0
+        self._last_stage = 0
+        self._last_stage_s = 0.0
 
     def begin(self, completed: int) -> None:
-        """Training starts: ``completed`` steps are done."""
-        self._staged_at = self._at = self._told = self._told_stage = completed
-        self._mine.attempt = self._board.attempt
-        self._mine.phase = TrainerPhase.TRAINING
-        self._mine.beat(completed)
-        self._announce(completed)
+        """Training starts with ``completed`` steps done."""
+        self._staged_at = self._at = self._decided = self._last_stage = completed
+        self._own.attempt = self._board.attempt
+        self._own.phase = TrainerPhase.TRAINING
+        self._own.beat(completed)
+        self._decide_next(completed)
 
     def should_stage(self, completed: int, *, since: int) -> bool:
-        """Whether all ranks stage this boundary; ``since`` is the one before it."""
+        """Whether all ranks stage this boundary; ``since`` is the previous boundary."""
         return self._every > 0 and self._board.decision(since + 1) == STAGE and completed > since
 
     def complete_boundary(self, completed: int, *, staged: bool) -> None:
-        """This boundary is done with; on rank 0, say what happens at the next one."""
+        """This boundary is done. Rank 0 publishes the decision for the next one."""
         if staged:
             self._staged_at = completed
-            self._mine.staged += 1
-        self._mine.beat(completed)
-        self._mine.first_step_done = True
-        self._announce(completed)
+            self._own.staged += 1
+        self._own.beat(completed)
+        self._own.first_step_done = True
+        self._decide_next(completed)
         self._at = completed
 
     def count_skipped(self) -> None:
-        """A boundary that was to be staged found no slot."""
-        self._mine.skipped += 1
+        """No slot was free at a boundary that was to be staged."""
+        self._own.skipped += 1
 
     def set_phase(self, phase: TrainerPhase) -> None:
-        """Steps stand still for a reason, or go on (``Phase.TRAINING``)."""
-        self._mine.phase = phase
-        self._mine.beat(self._mine.completed or 0)
+        """Steps pause for a reason, or resume (``TrainerPhase.TRAINING``)."""
+        self._own.phase = phase
+        self._own.beat(self._own.completed or 0)
 
-    def _announce(self, completed: int) -> None:
+    def _decide_next(self, completed: int) -> None:
         if not self._leads or not self._every:
             return
         assert self._staged_at is not None, "begun"
-        if self._pass_on is not None:
-            self._announce_to_all(completed, self._pass_on)
+        if self._forward_decision is not None:
+            self._decide_for_all_nodes(completed, self._forward_decision)
             return
         due = completed + 1 - self._staged_at >= self._every
+        # If a rank is still before rank 0's last boundary, the others would fill their slots while
+        # they wait for it.
         self._board.decide(completed + 1, STAGE if due and self._slowest() >= self._at else 0)
 
-    def _announce_to_all(self, completed: int, pass_on: Callable[[int, int], object]) -> None:
-        for boundary in range(max(self._told, completed) + 1, completed + DECIDED_AHEAD + 1):
-            due = boundary - self._told_stage >= self._every and self._last_is_settled()
+    def _decide_for_all_nodes(self, completed: int, forward: Callable[[int, int], object]) -> None:
+        for boundary in range(max(self._decided, completed) + 1, completed + DECIDED_AHEAD + 1):
+            due = boundary - self._last_stage >= self._every and self._last_is_settled()
             flags = STAGE if due else 0
             self._board.decide(boundary, flags)
-            pass_on(boundary, flags)
-            self._told = boundary
+            forward(boundary, flags)
+            self._decided = boundary
             if due:
-                self._told_stage, self._told_stage_s = boundary, time.monotonic()
+                self._last_stage, self._last_stage_s = boundary, time.monotonic()
 
     def _last_is_settled(self) -> bool:
         """Whether the last snapshot is complete on all nodes, or never will be."""
-        if not self._told_stage_s or time.monotonic() - self._told_stage_s > INCOMPLETE_AFTER_S:
+        if not self._last_stage_s or time.monotonic() - self._last_stage_s > INCOMPLETE_AFTER_S:
             return True
-        # How far all are is read before what they hold: who is past that boundary without the
-        # snapshot did not take it, for instance because the word came late.
-        done = [one.completed for one in self._board.all_ranks()]
+        # Steps are read before slots: a rank that is past the boundary and does not hold the
+        # snapshot did not take it, for instance because the decision arrived late.
+        steps = [rank.completed for rank in self._board.all_ranks()]
         complete = self._board.newest_complete()
-        if complete is not None and complete.step >= self._told_stage:
+        if complete is not None and complete.step >= self._last_stage:
             return True
-        return all(one is not None and one > self._told_stage for one in done)
+        return all(step is not None and step > self._last_stage for step in steps)
 
     def _slowest(self) -> int:
-        """Where the slowest rank is. One that is behind this one's last boundary would have the
-        others fill all their slots."""
-        done = [one.completed for one in self._board.all_ranks()]
-        return min(self._at if one is None else one for one in done)
+        """The boundary of the slowest rank."""
+        steps = [rank.completed for rank in self._board.all_ranks()]
+        return min(self._at if step is None else step for step in steps)
 
 
-# Whether an optimizer stepped since the last snapshot point.
+# ---- snapshot points: boundaries at which a tracked optimizer has stepped
 #
-# Inside a gradient accumulation the gradients are state too, and nobody stores gradients: a
-# snapshot there would restore another training. So a boundary counts as a snapshot point only
-# where a tracked optimizer has stepped.
+# While gradients are accumulated they are part of the state, and gradients are not stored: training
+# restored from such a boundary would differ.
 
 
 class StepWatch:
-    """Counts steps of tracked optimizers by their post-step hooks."""
+    """Watches tracked optimizers by their post-step hooks, to find snapshot points."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
@@ -174,15 +178,17 @@ class StepWatch:
         """Whether the last boundary was a snapshot point."""
 
     def add(self, items: Mapping[str, object]) -> None:
-        """Watch every optimizer among ``items``, nested ones too."""
+        """Watch every optimizer among ``items``, including nested ones."""
         for optimizer in _optimizers(items):
             if id(optimizer) not in self._watched:
                 self._watched.add(id(optimizer))
                 self._handles.append(optimizer.register_step_post_hook(self._on_step))
 
     def at_snapshot_point(self) -> bool:
-        """Ask once a boundary: whether it is a snapshot point. With no optimizer watched, each one
-        is."""
+        """Whether this boundary is a snapshot point; call it once per boundary.
+
+        True if no optimizer is watched.
+        """
         self.was_snapshot_point = self._stepped or not self._watched
         self._stepped = False
         return self.was_snapshot_point
@@ -193,7 +199,7 @@ class StepWatch:
         return self._stepped
 
     def close(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -216,16 +222,16 @@ def _optimizers(value: object) -> Iterator[Optimizer]:
                 yield from _optimizers(inner)
 
 
-# How a loop over a generator was left: by ``break`` or ``return``, or by an exception.
+# ---- loop exits: by ``break`` or ``return``, or by an exception
 #
-# ``break`` completes the body that it stands in; an exception does not. Python tells a generator
-# neither: in both cases it just closes it. But at that moment the frame that drops the generator
-# stands at the instruction that drops it: popping the iterator off the stack for ``break`` and
-# ``return``, whatever raised for an exception, ``FOR_ITER`` or ``END_FOR`` where an enclosing
-# iterator (``zip``) ran dry. A frame that only holds the last reference (a variable, the
-# traceback of a caught exception) may stand anywhere, so only the frame whose ``for`` asks the
-# generator counts: ``consumer_frame`` finds it at each step. In doubt the answer is "not by break":
-# that costs one step done again, never a wrong state.
+# ``break`` completes the current body of the loop; an exception does not. Python just closes the
+# generator in both cases. But at that moment the frame that drops the generator is at the
+# instruction that drops it: for ``break`` and ``return`` the one that pops the iterator off the
+# stack; for an exception the one that raised; ``FOR_ITER`` or ``END_FOR`` if an enclosing iterator
+# (``zip``) was exhausted. A frame that merely holds the last reference (in a variable, or the
+# traceback of a caught exception) may be at any instruction, so only the frame whose ``for`` asks
+# the generator counts: ``consumer_frame`` finds it at each step. In doubt the answer is "not by
+# break": that repeats one step, and never counts half a step.
 
 _DROPS = frozenset({"POP_TOP", "POP_ITER"})
 _CACHE = 0
@@ -234,11 +240,10 @@ _DRY = frozenset({"FOR_ITER", "END_FOR"})
 
 
 def consumer_frame(frame: FrameType | None) -> int | None:
-    """The identity of the frame whose ``for`` asks a generator for its next element; None where
-    there is no such frame.
+    """The identity of the frame whose ``for`` asks a generator for an element, or None.
 
-    ``frame`` is the caller's frame as the generator sees it before it yields. Generators in between
-    and ``__next__`` methods of iterators around it are passed over.
+    ``frame`` is the caller's frame as the generator sees it before it yields. Generators in
+    between, and ``__next__`` methods of iterators around it, are skipped.
     """
     while frame is not None:
         if not frame.f_code.co_flags & inspect.CO_GENERATOR and frame.f_lasti >= 0:
@@ -252,11 +257,11 @@ def consumer_frame(frame: FrameType | None) -> int | None:
 
 
 def left_by_break(frame: FrameType | None, *, consumer: int | None) -> bool:
-    """Whether the frame that closes a generator does so for ``break`` or ``return``.
+    """Whether a generator is being closed by ``break`` or ``return``.
 
-    ``frame`` is the caller's frame as the generator sees it while it handles ``GeneratorExit``,
-    ``asking`` what ``consumer_frame`` found at its last element. Generators in between
-    (``tqdm(run.steps(n))``) are being closed themselves and are passed over.
+    ``frame`` is the caller's frame as the generator sees it while it handles ``GeneratorExit``;
+    ``consumer`` is the result of ``consumer_frame`` at the last element. Generators in between
+    (``tqdm(run.steps(n))``) are themselves being closed and are skipped.
     """
     frame = _outside_generators(frame)
     if frame is None or id(frame) != consumer:
@@ -272,8 +277,7 @@ def was_exhausted(frame: FrameType | None) -> bool:
 
 
 def _instructions(frame: FrameType | None) -> tuple[str, str]:
-    """The instruction before the one at which ``frame`` (or the first below it that is no
-    generator) stands, and that one."""
+    """The instruction at which ``frame`` is, and the one before; generators are skipped."""
     frame = _outside_generators(frame)
     if frame is None or frame.f_lasti < 0:
         return "", ""

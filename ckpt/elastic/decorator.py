@@ -1,4 +1,4 @@
-"""``@ckpt.resilient``: a function that goes on where its last run stopped."""
+"""``@ckpt.resilient``: makes a training function continue where its last run stopped."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ from ckpt.session.options import (
 )
 from ckpt.session.session import Session
 
-# Decorated calls inside decorated calls: allowed with stores of their own, refused with the same
-# one.
+# ---- nested runs: allowed with different stores only
 #
-# Two runs of one store would each open an epoch, and the inner would fence the outer.
+# Two runs of one store would each open an epoch, and the inner one would fence the outer one.
 
 _OPEN: ContextVar[tuple[str, ...]] = ContextVar("ckpt_open_runs", default=())
 
 
 @contextmanager
 def claimed_store(url: str) -> Iterator[bool]:
-    """Hold ``url`` as open while the body runs; gives whether no other run is around.
+    """Mark ``url`` as in use while the body runs; yields whether no other run is around this one.
 
-    Raises UsageError where a run around this one holds it.
+    Raises UsageError if a run around this one uses the same store.
     """
     if url in _OPEN.get():
         raise UsageError(
@@ -58,22 +57,22 @@ def claimed_store(url: str) -> Iterator[bool]:
         _OPEN.reset(token)
 
 
-# What a user chooses about failures.
+# ---- the user's choices about failures
 
 NEVER = "never"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """When a job whose trainer failed is started again, and when a trainer counts as hanging.
+    """When a job whose trainer failed is restarted, and when a trainer counts as hanging.
 
-    ``same_error_max``: the same exception of the program at the same step, that often in a row, is
-    a bug: the job ends with it (1: never start again after an exception). ``stuck_max``: that many
+    ``same_error_max``: the same exception of the program at the same step, that often in a row,
+    is a bug: the job ends with it (1: never restart after an exception). ``stuck_max``: that many
     failures in a row without a new step end the job. ``hang``: the least time without a completed
-    step that counts as a hang, or ``"never"``; where the job's own steps are long, ten times the
+    step that counts as a hang, or ``"never"``; if the job's own steps are long, ten times the
     longest recent one. The first step, pauses and debuggers are exempt. ``grace``: how long a
     preempted job may take to stop. ``linger``: how long slots are kept for a program that was
-    killed as a whole. Raises UsageError where a value cannot work.
+    killed as a whole. Raises UsageError if a value cannot work.
     """
 
     same_error_max: int = 2
@@ -90,7 +89,7 @@ class RestartPolicy:
         self.message()
 
     def message(self) -> Policy:
-        """As the keeper takes it."""
+        """The policy as the keeper receives it."""
         return Policy(
             same_error_max=self.same_error_max,
             stuck_max=self.stuck_max,
@@ -104,7 +103,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a docstring that tells all of them
+def resilient(  # noqa: PLR0913  one keyword for each choice of the user, all in one docstring
     *,
     store: StoreArgument,
     every: int | str = "auto",
@@ -124,46 +123,52 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
     keep: KeepArgument = None,
     grace: str = "24h",
 ) -> Callable[[Callable[Concatenate[Run, P], R]], Callable[P, R]]:
-    """Make a training function survive: what it tracks is snapshotted, and it goes on from there
-    when a process dies.
+    """Make a training function survive failures: what it tracks is saved, and training continues
+    from there when a process dies.
 
-    The process that calls the function becomes a supervisor; the function, and what comes after it
-    in the program, runs in a process that is forked from it, and again from the last step in memory
-    where any rank's process dies. Where that can't be, it runs in place with a warning that says
-    why, and the launcher's restart does the same from the store.
+    The process that calls the function becomes a supervisor. The function, and the rest of the
+    program after it, run in a process forked from the supervisor, and again, from the last step
+    in memory, when any rank's process dies. If that is impossible, the function runs in place
+    with a warning that says why, and a restart by the launcher continues from the store.
 
-    An exception that leaves the function, or ``SystemExit`` with a status that isn't 0, ends a
-    supervised process on the spot, with its traceback: no ``except``, ``finally`` or ``with`` block
-    around the call and no exit handler runs, for the next process starts inside them. Only what a
-    new start would meet again comes out of the call: ``UsageError``, ``FencedError``,
+    An exception that leaves the function, or ``SystemExit`` with a status other than 0, ends a
+    supervised process at once, with its traceback: no ``except``, ``finally`` or ``with`` block
+    around the call and no exit handler runs, because the next process starts inside them. Only
+    errors that a restart would meet again leave the call: ``UsageError``, ``FencedError``,
     ``IntegrityError``, ``NotFoundError``, Ctrl-C, a preemption; and all with
     ``RestartPolicy(same_error_max=1)`` and in place.
 
     The decorated function receives a ``Run`` before its own arguments. Nothing is read or written
-    before it tracks.
+    before it tracks something.
 
-    ``store`` is a path, an fsspec URL or a ``Backend``, or a list of paths and URLs that shall all
-    hold the same; a snapshot is durable when ``write_quorum`` of these have it (default: the
-    majority). ``encryption_key`` says where the key is with which all is encrypted that leaves this
-    machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``. ``every``: a number of steps, a
-    duration such as ``"30s"``, or ``"auto"``; these become durable. ``memory_every``: boundaries
-    from one snapshot that only memory holds to the next (0: none); each costs one memcpy of this
-    rank's share. ``job`` names the run in its store (default: the store's last path component).
-    ``slots``: how many staged snapshots memory may hold, each as large as this rank's share of the
-    state. ``compression``: chunks are compressed never, where it pays, or always. ``only`` and
-    ``missing`` say what is restored where the program has changed since: see
-    ``Checkpointer.restore``. ``max_stale``: a duration after which training stops with
-    UnavailableError when nothing became durable (default: never, a dead store only raises alarms).
-    ``restart``: when to start again, and what counts as a hang. ``prepared``: keep a second process
-    at the point that ``run.ready()`` marks, so that a long start-up is already done when it is
-    needed; costs the memory that the program takes up to there. ``storage_options`` go to fsspec:
-    for all stores, or a list with one entry for each. ``scrub_every``: a duration after which the
-    keeper reads all that the stores hold, at a low rate, compares and mends it (default: never;
-    `ckpt scrub` does it when it is told to). ``keep``: which snapshots stay, a policy such as
-    ``keep_last(5) | keep_best("loss")`` or its text ``"last=5,best=loss:1"`` (default: all). The
-    newest and tagged ones stay whatever it says; the others are dropped in the background after
-    commits, and their bytes deleted ``grace`` later, by the stores' clocks: longer than any restore
-    takes that may have begun before. Raises UsageError at once where an argument cannot work.
+    ``store`` is a path, an fsspec URL or a ``Backend``, or a list of paths and URLs that will all
+    hold the same; a snapshot is durable when ``write_quorum`` of them have it (default: the
+    majority). ``job`` names the run in its store (default: the store's last path component).
+    ``storage_options`` go to fsspec: for all stores, or a list with one entry for each.
+    ``encryption_key`` says where the key is with which everything is encrypted that leaves this
+    machine: ``"file:PATH"``, ``"env:NAME"`` or ``"command:WORDS"``.
+
+    ``every`` is a number of steps, a duration such as ``"30s"``, or ``"auto"``: these snapshots
+    become durable. ``memory_every``: the number of boundaries from one snapshot in memory to the
+    next (0: none); each costs one memcpy of this rank's share. ``slots``: how many staged
+    snapshots memory may hold, each as large as this rank's share of the state. ``compression``:
+    chunks are compressed never, if it pays, or always. ``max_stale``: a duration after which
+    training stops with UnavailableError if nothing became durable (default: never; a dead store
+    only raises alarms).
+
+    ``only`` and ``missing`` say what is restored if the program has changed since: see
+    ``Checkpointer.restore``. ``restart``: when to restart, and what counts as a hang.
+    ``prepared``: keep a second process at the point that ``run.ready()`` marks, so that a long
+    start-up is done before it is needed; costs the memory that the program takes up to there.
+
+    ``keep``: which snapshots stay, a policy such as ``keep_last(5) | keep_best("loss")`` or its
+    text ``"last=5,best=loss:1"`` (default: all). The newest and tagged ones always stay. The
+    others are dropped in the background after commits, and their bytes are deleted ``grace``
+    later by the stores' clocks: longer than any restore that may have begun before.
+    ``scrub_every``: a duration after which the keeper reads everything in the stores at a low
+    rate, compares and repairs it (default: never; `ckpt scrub` does it on request).
+
+    Raises UsageError at once if an argument cannot work.
     """
     schedule = parse_every(every)
     if isinstance(memory_every, bool) or not isinstance(memory_every, int) or memory_every < 0:
@@ -192,31 +197,31 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
     def decorate(function: Callable[Concatenate[Run, P], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            seat = enter(keeper_spec(address, options), policy, prepare=prepared)
-            points = Milestones()
-            points.reach("entered")
-            if seat is not None:
-                watch_process_group(lambda: points.reach("group"))
+            trainer = enter(keeper_spec(address, options), policy, prepare=prepared)
+            milestones = Milestones()
+            milestones.reach("entered")
+            if trainer is not None:
+                watch_process_group(lambda: milestones.reach("group"))
             session = Session(address, options)
             with claimed_store(session.url) as outermost:
-                judge = ExitReporter(session, outermost=outermost)
+                exit_reporter = ExitReporter(session, outermost=outermost)
                 run = Run(
                     session,
                     schedule,
                     stale_s_max=stale_s_max,
                     memory_every=memory_every,
-                    trainer=seat,
-                    milestones=points,
-                    exit_reporter=judge,
+                    trainer=trainer,
+                    milestones=milestones,
+                    exit_reporter=exit_reporter,
                 )
                 in_place = (
                     InPlaceSigterm(lambda: run.stop(policy.grace_s))
-                    if seat is None
+                    if trainer is None
                     else nullcontext()
                 )
                 try:
                     with in_place:
-                        judge.entered(points)
+                        exit_reporter.entered(milestones)
                         result = function(run, *args, **kwargs)
                         run.finish()
                 except BaseException as error:
@@ -232,6 +237,6 @@ def resilient(  # noqa: PLR0913  one keyword for each choice a user has, and a d
 
 
 def end_after_failure(run: Run, error: BaseException) -> None:
-    """Tell the keeper, and leave what is staged to whoever makes it durable."""
+    """Report the exception to the keeper, and leave staged snapshots to it."""
     run.failing(error)
     run.abandon()

@@ -1,9 +1,10 @@
-"""The border of a decorated call, for an exception that is not the program's end: the trainer dies
-on the spot.
+"""What an exception in a decorated call means: restart or exit, with which reports and status.
 
-The next attempt is forked from the supervisor, which still stands inside whatever surrounds the
-call. Unwinding here would run those ``finally`` and ``with`` blocks, on files that the next attempt
-needs. So nothing above the call learns of it.
+An exception that is not the program's end makes a supervised trainer exit at the border of the
+decorated call. The next attempt is forked from the supervisor, which is still inside the code
+that surrounds the call. If the exception unwound through that code here, its ``finally`` and
+``with`` blocks would run, on files that the next attempt needs. So no code above the call sees
+it.
 """
 
 from __future__ import annotations
@@ -29,36 +30,33 @@ from ckpt.session.keeper.attachment import SupervisedTrainer, supervised_trainer
 from ckpt.session.keeper.connection import KeeperLink
 from ckpt.session.session import Session
 
-# How a preempted program ends: at a step boundary, durable, with an exit status of its own.
-
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 """143: what a shell reports for a program that SIGTERM ended."""
 
 
 class Preempted(SystemExit):
-    """Raised out of ``run.steps`` or ``run.completed`` when the node is about to be taken away and
-    the state is safe.
+    """The node is about to be taken away, and the state is safe.
 
-    A ``SystemExit``: ``finally`` blocks run, the program exits with 143, nothing after the loop
-    takes it for a finished one.
+    Raised from ``run.steps`` or ``run.completed``. A ``SystemExit``: ``finally`` blocks run, the
+    program exits with 143, and code after the loop does not run as if training had finished.
     """
 
     def __init__(self, step: int) -> None:
         super().__init__(PREEMPTED_STATUS)
         self.step = step
-        """How many steps were complete."""
+        """The number of completed steps."""
 
 
-# An exception of the user's program, as a keeper judges it.
+# ---- describing exceptions
 
 TEXT_MAX = 500
 
 _FINAL = (UsageError, FencedError, IntegrityError, NotFoundError, KeyboardInterrupt, Preempted)
-"""Starting again would meet them again, or somebody wanted the end."""
+"""A restart would raise them again, or a person wanted the end."""
 
 
 class FailureDescription(TypedDict):
-    """What ``Session.failing`` takes."""
+    """What a keeper needs to know about an exception; see ``messages.Failing``."""
 
     kind: str
     text: str
@@ -67,8 +65,11 @@ class FailureDescription(TypedDict):
 
 
 def describe_failure(error: BaseException) -> FailureDescription:
-    """Equal exceptions raised at equal places have equal fingerprints; their texts, which may hold
-    addresses, don't count."""
+    """Describe an exception for the keeper.
+
+    Equal exceptions at equal places have equal fingerprints. Their texts do not count: they may
+    hold addresses.
+    """
     places = [
         f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
     ]
@@ -82,15 +83,16 @@ def describe_failure(error: BaseException) -> FailureDescription:
     )
 
 
-# The keeper that judges how this process ends, where the run at hand uses another one: a second
-# store in one program.
+# ---- reporting to the keeper
 
 
 class ExitReporter:
-    """Hears what a decorated call does: through the run's session where that one's keeper is the
-    judge, else on its own.
+    """Reports to the keeper how a decorated call ends.
 
-    ``outermost``: the call stands in no other one, of which it would be a part.
+    The keeper that started this trainer decides about restarts. Usually it is the run's own
+    keeper, and the run's session reports to it. If the run uses another store, this class holds a
+    connection to the trainer's keeper. ``outermost``: the call is not inside another decorated
+    call.
     """
 
     def __init__(self, session: Session, *, outermost: bool = True) -> None:
@@ -98,77 +100,82 @@ class ExitReporter:
         self._outermost = outermost
         self._link: KeeperLink | None = None
 
-    def entered(self, points: Milestones) -> None:
-        """The call began; ``points`` has when."""
-        seat = supervised_trainer()
-        if seat is None or not self._outermost:
+    def entered(self, milestones: Milestones) -> None:
+        """The call began; reports ``milestones``."""
+        trainer = supervised_trainer()
+        if trainer is None or not self._outermost:
             return
         if self._session.supervised:
             self._session.join()
-            points.report_to(self._session.reporter.report)
+            milestones.report_to(self._session.reporter.report)
             return
-        self._link = KeeperLink.connect(seat.spec, _hello(seat), start=False)
-        points.report_to(self._link.phase)
+        self._link = KeeperLink.connect(trainer.spec, _hello(trainer), start=False)
+        milestones.report_to(self._link.phase)
 
     def failing(self, facts: FailureDescription, step: int) -> None:
-        """The process is about to die of an exception."""
+        """The process is about to exit because of an exception."""
         if self._link is None:
             self._session.reporter.failing(**facts, step=step)
             return
-        with suppress(UnavailableError):  # without a keeper nobody judges it
+        with suppress(UnavailableError):  # without a keeper there is nothing to report to
             self._link.failing(**facts, step=step)
         self._link.close()
 
     def finished(self) -> None:
-        """The function returned and all is durable. A session tells it itself, before it parts with
-        the keeper."""
+        """The function returned and all is durable.
+
+        A session reports that itself before it disconnects.
+        """
         if self._link is not None:
-            with suppress(UnavailableError):  # nothing is lost any more
+            with suppress(UnavailableError):  # everything is durable already
                 self._link.finished()
             self._link.close()
 
 
-def _hello(seat: SupervisedTrainer) -> Hello:
+def _hello(trainer: SupervisedTrainer) -> Hello:
     return Hello(
         version=WIRE_VERSION,
         role="trainer",
         pid=os.getpid(),
-        launch=seat.launch,
-        rank=seat.rank,
-        ranks=seat.ranks,
-        attempt=seat.attempt,
+        launch=trainer.launch,
+        rank=trainer.rank,
+        ranks=trainer.ranks,
+        attempt=trainer.attempt,
     )
 
 
+# ---- exiting at the border of the call
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Where torchrun looks for what a rank died of."""
+"""Names the file in which torchrun looks for the exception of a rank."""
 
 
 def ends_process(
-    error: BaseException, seat: TrainerProcess | None, policy: Policy, *, outermost: bool
+    error: BaseException, trainer: TrainerProcess | None, policy: Policy, *, outermost: bool
 ) -> bool:
-    """Whether ``error`` ends this process at the border; else it unwinds, as in a program without
-    supervisor.
+    """Whether ``error`` ends this process at the border of the call; else it unwinds as usual.
 
-    It unwinds where nothing starts anew: in place, for an error that is final, where the policy
-    allows no attempt after one. An inner decorated call unwinds into the outer one. A prepared
-    trainer always dies: its elder needs what is around.
+    It unwinds if nothing would be restarted: in place, for a final error, and if the policy
+    allows no restart after an exception. An inner decorated call unwinds into the outer one. A
+    prepared trainer always exits: the live one still needs the surrounding code's files.
     """
-    if seat is None:
+    if trainer is None:
         return False
-    if not seat.attempt:
+    if not trainer.attempt:
         return True
     return outermost and policy.same_error_max > 1 and not describe_failure(error)["final"]
 
 
 def die(error: BaseException, *, last_words: Callable[[], None]) -> NoReturn:
-    """Say what Python would say, and end without any exit handler; ``last_words`` come after the
-    traceback."""
-    status = _told(error)
+    """Print the traceback as Python would and exit without exit handlers.
+
+    ``last_words`` runs after the traceback.
+    """
+    status = _report(error)
     _flush()
     try:
         last_words()
-    except Exception as later:  # noqa: BLE001  told; the end comes anyway
+    except Exception as later:  # noqa: BLE001  printed; the process exits in any case
         sys.excepthook(type(later), later, later.__traceback__)
     finally:
         _flush()
@@ -176,14 +183,14 @@ def die(error: BaseException, *, last_words: Callable[[], None]) -> NoReturn:
 
 
 def remove_stale_error_file() -> None:
-    """At a trainer's start: what an earlier attempt died of is not what this one will die of."""
+    """At a trainer's start: remove the error file of an earlier attempt."""
     if path := os.environ.get(ERROR_FILE):
         with contextlib.suppress(OSError):
             Path(path).unlink(missing_ok=True)
 
 
-def _told(error: BaseException) -> int:
-    """Tell people and the launcher; the exit status."""
+def _report(error: BaseException) -> int:
+    """Report the exception to people and to the launcher; returns the exit status."""
     if isinstance(error, SystemExit):
         if isinstance(error.code, int):
             return error.code & 0xFF or 1
@@ -199,5 +206,5 @@ def _told(error: BaseException) -> int:
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
-            with contextlib.suppress(OSError):  # nobody reads it any more
+            with contextlib.suppress(OSError):  # the reader is gone
                 stream.flush()

@@ -1,5 +1,4 @@
-"""The ``Run`` that a decorated function receives: tracks state, counts steps, snapshots when
-due."""
+"""The ``Run`` of a decorated call: tracks state, counts steps, takes snapshots when due."""
 
 from __future__ import annotations
 
@@ -33,8 +32,6 @@ from ckpt.session.session import Session
 from ckpt.session.staging import SLOT_WAIT_S
 from ckpt.values import SnapshotInfo
 
-# Which process of a training this one is.
-
 
 class RankInfo:
     """This process's rank and device."""
@@ -51,28 +48,33 @@ class RankInfo:
 
     @property
     def world_size(self) -> int:
-        """How many ranks train together."""
+        """The number of ranks that train together."""
         return world_of_process()[1]
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's model belongs: its CUDA device where there is one, else the CPU."""
+        """Where this rank's model belongs: its CUDA device if there is one, else the CPU."""
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")
 
 
 BOUNDARY_WAIT_S = 60.0
-"""How long a snapshot that the user asked for may hold training up where uploads hold all slots;
-then it is given up."""
+"""How long a requested snapshot may block training while uploads hold all slots.
+
+Then the request is given up.
+"""
 
 
 class Run(RankInfo):
     """One call of a decorated function: its state, its steps, its snapshots.
 
-    Made by ``ckpt.resilient``. Not thread-safe but for ``save`` and ``log``: the training thread
-    owns it. With several ranks every rank makes the same calls of ``track``, ``steps`` and
-    ``completed`` in the same order.
+    Made by ``ckpt.resilient``. Not thread-safe except for ``save`` and ``log``: the training
+    thread owns it. With several ranks, every rank makes the same calls of ``track``, ``steps``
+    and ``completed`` in the same order.
+
+    The class has more than 12 attributes: they are one state machine of a loop, and every
+    boundary reads most of them.
     """
 
     def __init__(
@@ -86,48 +88,52 @@ class Run(RankInfo):
         milestones: Milestones | None = None,
         exit_reporter: ExitReporter | None = None,
     ) -> None:
-        self._seat = trainer
-        self._points = milestones or Milestones()
+        self._trainer = trainer
+        self._milestones = milestones or Milestones()
         self._session = session
-        self._judge = exit_reporter or ExitReporter(session)
+        self._exit_reporter = exit_reporter or ExitReporter(session)
         self._memory_every = memory_every
         self._memory: MemoryTier | None = None
         self._schedule = schedule
         self._stale_s_max = stale_s_max
-        self._watch = StepWatch()
+        self._step_watch = StepWatch()
         self._metrics = Metrics(session.emit, rank=world_of_process()[0])
         self._completed: int | None = None
         self._taken: int | None = None
         self._staged: int | None = None
-        self._first_step_told = False
-        self._owed: int | None = None
-        self._carried: list[SnapshotRequest] = []
+        self._first_step_reported = False
+        self._postponed_due: int | None = None
+        self._postponed_orders: list[SnapshotRequest] = []
         self._rng_waits = False
         self._stepped = False
-        self._torn = False
+        self._partial_body = False
         self._paused = False
-        self._left_error: CkptError | Preempted | None = None
+        self._exit_error: CkptError | Preempted | None = None
         self._asked_at_s = time.monotonic()
-        self._asked = False
+
         self._stop_at_s = float("inf")
 
     @property
     def membership_epoch(self) -> int:
-        """The number of the membership that this attempt opened; grows with every start. Waits for
-        the other ranks."""
+        """The number of the membership that this attempt opened; grows with every start.
+
+        Waits for the other ranks.
+        """
         self._open()
         return self._session.epoch
 
     @property
     def restored(self) -> SnapshotInfo | None:
-        """The snapshot that this attempt goes on from, or None for a fresh start. Waits for the
-        other ranks."""
+        """The snapshot from which this attempt continues, or None for a fresh start.
+
+        Waits for the other ranks.
+        """
         self._open()
         return self._session.restored
 
     @property
     def completed_steps(self) -> int:
-        """How many steps are complete: where a loop of one's own starts.
+        """The number of completed steps: where a hand-written loop starts.
 
         The first reading after ``track`` also restores the random number generators, so read it
         right before the loop.
@@ -136,20 +142,20 @@ class Run(RankInfo):
         return self._done
 
     def track(self, **items: object) -> None:
-        """Name what makes up the state; each item is restored in place at once, where there is a
-        snapshot to go on from.
+        """Name what makes up the state; each item is restored in place at once.
 
-        An item is a module, optimizer, scheduler, scaler, stateful loader, generator, anything with
-        ``state_dict`` and ``load_state_dict``, or a dict or list of these, of tensors and of plain
-        values. May be called several times. All items of a run come from one snapshot. Random
-        number generators are tracked by themselves. Raises UsageError naming the item and the
-        remedy where it can't be captured or doesn't fit what is stored.
+        Nothing is restored at a fresh start. An item is a module, optimizer, scheduler, scaler,
+        stateful loader, generator, anything with ``state_dict`` and ``load_state_dict``, or a
+        dict or list of these, of tensors and of plain values. May be called several times. All
+        items of a run are restored from one snapshot. Random number generators are tracked
+        automatically. Raises UsageError, naming the item and the remedy, if an item can't be
+        captured or doesn't fit what is stored.
         """
         if not items:
             raise UsageError(
                 "nothing to track; name the items: run.track(model=model, optimizer=optimizer)"
             )
-        self._points.reach("tracked")
+        self._milestones.reach("tracked")
         self._open()
         if self._stepped:
             raise UsageError(
@@ -169,53 +175,53 @@ class Run(RankInfo):
         ):
             raise UsageError(
                 "the snapshot turned out damaged after its step count was given out, so this run "
-                "would go on from an older one "
-                f"under the wrong number. items={sorted(items)} completed={self._done} "
-                f"older={after.id}; "
+                "would continue from an older one under the wrong number. "
+                f"items={sorted(items)} completed={self._done} older={after.id}; "
                 "track everything before completed_steps is read and before steps() begins"
             )
-        self._watch.add(items)
+        self._step_watch.add(items)
         self._rng_waits = self._session.restored is not None
 
     def steps(self, total: int) -> Iterator[int]:
-        """Yield the steps that are left, from the restored one on, up to ``total`` complete ones.
+        """Yield the remaining steps, from the restored one on, up to ``total`` completed ones.
 
-        Takes the snapshots that are due after each body, and one at the end. ``break`` and
-        ``return`` complete the body that they stand in, an exception does not. May be called again
-        with a larger total.
+        Takes the snapshots that are due after each body of the loop, and one at the end.
+        ``break`` and ``return`` complete the current body, an exception does not. May be called
+        again with a larger total.
         """
         if total < 0:
             raise UsageError(f"a total counts steps from 0 on. total={total}")
         self._start()
         while self._done < total:
             step = self._done
-            asking = consumer_frame(sys._getframe(1))
+            consumer = consumer_frame(sys._getframe(1))
             try:
                 yield step
             except GeneratorExit:
                 frame = sys._getframe(1)
-                if left_by_break(frame, consumer=asking):
+                if left_by_break(frame, consumer=consumer):
                     self._leave(step + 1)
                 else:
-                    self._torn = not was_exhausted(frame)
+                    self._partial_body = not was_exhausted(frame)
                 raise
             self.completed(step + 1)
         if self._stepped:
             self._snapshot_last()
             return
-        # Nothing was left to do here, and another loop may follow: no store holds it up for longer
-        # than it does a boundary.
+        # There was nothing to do here, and another loop may follow: a store may delay it no longer
+        # than a boundary.
         with suppress(UnavailableError):
             self._snapshot_last(wait_s=BOUNDARY_WAIT_S)
 
     def completed(self, steps: int) -> None:
-        """Tell that ``steps`` steps are complete: the boundary of a loop of one's own. ``steps()``
-        calls it by itself.
+        """Report that ``steps`` steps are complete: the boundary of a hand-written loop.
 
-        Takes a snapshot here where one is due. A boundary at which no tracked optimizer stepped
-        (gradients are being accumulated) is passed by, and what was due is taken at the next that
-        is none. Costs microseconds otherwise. Raises FencedError where a newer attempt has taken
-        over, UnavailableError where the staleness budget is exceeded.
+        ``steps()`` calls it by itself.
+
+        Takes a snapshot if one is due. A boundary at which no tracked optimizer stepped
+        (gradients are being accumulated) takes none; what was due is taken at the next boundary
+        with a step. Costs microseconds otherwise. Raises FencedError if a newer attempt has taken
+        over, UnavailableError if the staleness budget is exceeded.
         """
         self._start()
         if self._paused:
@@ -224,63 +230,67 @@ class Run(RankInfo):
                 "first"
             )
         if steps <= self._done:
-            raise UsageError(f"completed steps only grow. completed={self._done} told={steps}")
+            raise UsageError(f"completed steps only grow. completed={self._done} reported={steps}")
         since = self._done
-        due = steps if is_due(self._schedule, steps, since=since) else self._owed
+        due = steps if is_due(self._schedule, steps, since=since) else self._postponed_due
         self._completed = steps
-        self._stepped, self._torn = True, False
-        self._raise_what_must_stop()
-        orders = self._session.decisions
-        point = self._watch.at_snapshot_point()
-        ordered = orders.reached(steps, due=due if point else None)
-        if ordered is not None:
-            self._carried.append(ordered)
-        self._owed = None if point else due
+        self._stepped, self._partial_body = True, False
+        self._raise_if_futile()
+        decisions = self._session.decisions
+        point = self._step_watch.at_snapshot_point()
+        order = decisions.reached(steps, due=due if point else None)
+        if order is not None:
+            self._postponed_orders.append(order)
+        self._postponed_due = None if point else due
         self._ask_by_time(steps)
-        if point and self._carried:
-            carried, self._carried = self._carried, []
-            self._serve(carried)
+        if point and self._postponed_orders:
+            orders, self._postponed_orders = self._postponed_orders, []
+            self._serve(orders)
         elif point and self._memory is not None and self._memory.should_stage(steps, since=since):
             self._stage()
         if self._memory is not None:
             self._memory.complete_boundary(steps, staged=steps in (self._taken, self._staged))
-        self._told_first_step()
+        self._report_first_step()
         upcoming = next_due(self._schedule, steps)
         if upcoming == steps + 1:
-            orders.announce(upcoming)  # only now: the snapshot above holds a slot too
+            decisions.announce(upcoming)  # only now: the snapshot above takes a slot too
 
     def ready(self) -> None:
-        """Mark the point up to which a trainer may run ahead: late imports, CUDA contexts, models;
-        before any process group.
+        """Mark the point up to which a prepared trainer may run.
 
-        With ``prepared=True`` a second process waits here until the first one dies, and goes on in
-        its place. Returns at once otherwise. Nothing before it may speak to other ranks.
+        Before it: late imports, CUDA contexts, models; after it: process groups. With
+        ``prepared=True`` a second process waits here until the first one dies, and continues in
+        its place. Returns at once otherwise. Nothing before it may communicate with other ranks.
         """
-        if self._seat is not None and not self._seat.attempt:
-            self._seat = self._seat.promoted()
-            self._session.join_attempt(self._seat.attempt)
+        if self._trainer is not None and not self._trainer.attempt:
+            self._trainer = self._trainer.promoted()
+            self._session.join_attempt(self._trainer.attempt)
 
     def failing(self, error: BaseException) -> None:
-        """Tell which exception this process is about to die of. Called by the decorator."""
-        self._judge.failing(describe_failure(error), self._done)
+        """Report the exception because of which this process is about to exit.
+
+        Called by the decorator.
+        """
+        self._exit_reporter.failing(describe_failure(error), self._done)
 
     def log(self, **values: float | int | str | bool | torch.Tensor | None) -> None:
-        """Note facts of the current step, such as the loss. Rank 0's latest go to the next
-        snapshot's metadata.
+        """Record facts of the current step, such as the loss.
 
-        A tensor of one element is read when it lies on the CPU, else at the next snapshot, so that
-        no step waits for a GPU.
+        Rank 0's latest are stored in the next snapshot's metadata.
+
+        A tensor of one element is read at once if it is on the CPU, else at the next snapshot, so
+        that no step waits for a GPU.
         """
         self._metrics.log(values)
 
     def save(self, tag: str | None = None) -> None:
-        """Ask for a snapshot at the next boundary, kept under ``tag`` until it is untagged or the
-        tag moves on.
+        """Request a snapshot at the next boundary, optionally under a tag.
 
-        From any rank and thread; returns at once. With several ranks it takes effect at the first
-        boundary that no rank has passed. Several requests before one boundary become one snapshot.
-        Where uploads hold all slots, that boundary waits up to 60 s for one; then the request is
-        given up, with an alarm.
+        The tag keeps it until it is untagged or the tag moves on. From any rank and thread;
+        returns at once. With several ranks the request takes effect at the first boundary that no
+        rank has passed. Several requests before one boundary become one snapshot. If uploads hold
+        all slots, that boundary waits up to 60 s for one; then the request is given up, with an
+        alarm.
         """
         self._open()
         if tag is not None:
@@ -291,7 +301,10 @@ class Run(RankInfo):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Mark time that belongs to no step, such as an evaluation. No boundary may lie inside."""
+        """Mark time that belongs to no step, such as an evaluation.
+
+        It must not contain a boundary.
+        """
         if self._paused:
             raise UsageError("pauses don't nest; one `with run.paused()` at a time")
         self._paused = True
@@ -302,36 +315,40 @@ class Run(RankInfo):
         finally:
             self._paused = False
             self._mark(TrainerPhase.TRAINING)
-            self._session.emit(Event("resumed", "training goes on"))
+            self._session.emit(Event("resumed", "training continues"))
 
     def finish(self) -> None:
-        """End well: a last snapshot where the last boundary has none, everything durable. Called by
-        the decorator."""
-        if self._left_error is not None:
-            raise self._left_error
+        """End well: a last snapshot if the last boundary has none, and everything durable.
+
+        Called by the decorator.
+        """
+        if self._exit_error is not None:
+            raise self._exit_error
         if self._session.opened:
             self._take_last()
         self._session.finish()
-        self._judge.finished()
+        self._exit_reporter.finished()
 
     def _take_last(self) -> None:
         self._start()
         last = self._session.decisions.end(self._done)
-        wanted = [*self._carried, *([last] if last is not None else [])]
-        self._carried = []
-        if wanted and self._taken == self._done:
-            self._session.tag_last([tag for order in wanted for tag in order.tags])
-        elif wanted:
-            self._snapshot(wanted)
+        orders = [*self._postponed_orders, *([last] if last is not None else [])]
+        self._postponed_orders = []
+        if orders and self._taken == self._done:
+            self._session.tag_last([tag for order in orders for tag in order.tags])
+        elif orders:
+            self._snapshot(orders)
         else:
             self._snapshot_last()
-        self._watch.close()
+        self._step_watch.close()
         self._mark(TrainerPhase.FINISHED)
 
     def abandon(self) -> None:
-        """End after an exception: what is staged still gets its time to become durable. Called by
-        the decorator."""
-        self._watch.close()
+        """End after an exception: staged snapshots still get time to become durable.
+
+        Called by the decorator.
+        """
+        self._step_watch.close()
         self._session.abandon()
 
     @property
@@ -343,7 +360,7 @@ class Run(RankInfo):
         self._session.open_run()
 
     def _start(self) -> None:
-        """Before the first step: the snapshot's step count, and the generators as they stood."""
+        """Before the first step: find the snapshot's step count, and restore the generators."""
         self._open()
         if self._rng_waits:
             self._session.begin()
@@ -359,9 +376,9 @@ class Run(RankInfo):
             self._begin()
 
     def _begin(self) -> None:
-        """Everything is restored; the first step comes next."""
-        self._points.reach("restored")
-        self._points.report_to(self._session.reporter.report)
+        """Everything is restored, and the first step is next."""
+        self._milestones.reach("restored")
+        self._milestones.report_to(self._session.reporter.report)
         board = self._session.board
         if board is not None:
             self._memory = MemoryTier(
@@ -377,14 +394,16 @@ class Run(RankInfo):
         self._session.on_stop(self.stop)
 
     def stop(self, within_s: float) -> bool:
-        """Ask all ranks to stop at a boundary, durable, within that many seconds; False before the
-        first step. Any thread."""
+        """Ask all ranks to stop at a boundary, durable, within that many seconds.
+
+        From any thread. False if no step has begun.
+        """
         if self._completed is None:
             return False
         self._stop_at_s = time.monotonic() + within_s
-        if (
-            self._session.local_rank == 0
-        ):  # one request is every rank's; of several nodes any one may be asked to go
+        # One request is every rank's. With several nodes any node may be the one that is taken
+        # away.
+        if self._session.local_rank == 0:
             self._session.decisions.request(SnapshotRequest(forced=True, stop=True))
         return True
 
@@ -392,26 +411,25 @@ class Run(RankInfo):
         if self._memory is not None:
             self._memory.set_phase(phase)
 
-    def _told_first_step(self) -> None:
-        if not self._first_step_told:
-            self._first_step_told = True
-            self._points.reach("first-step")
-            self._points.report_to(self._session.reporter.report)
-            if self._seat is not None:
-                self._seat.first_step_done()
+    def _report_first_step(self) -> None:
+        if not self._first_step_reported:
+            self._first_step_reported = True
+            self._milestones.reach("first-step")
+            self._milestones.report_to(self._session.reporter.report)
+            if self._trainer is not None:
+                self._trainer.first_step_done()
 
     def _stage(self) -> None:
-        """A snapshot that only memory holds. Skipped, never waited for, where no slot is free."""
+        """Stage a snapshot in memory only. Skipped, without waiting, if no slot is free."""
         if self._session.stage(self._done, metadata=self._metrics.facts()):
             self._staged = self._done
         elif self._memory is not None:
             self._memory.count_skipped()
 
     def _serve(self, orders: list[SnapshotRequest]) -> None:
-        """Take the snapshot that is due or was asked for; where it is the last one before a
-        preemption, end here."""
+        """Take the snapshot that is due or requested; end here if it precedes a preemption."""
         stop = any(order.stop for order in orders)
-        # A failure was told as an alarm, and every rank knows: a store that is behind doesn't stop
+        # A failure was reported as an alarm, and all ranks know it: a slow store doesn't stop
         # training.
         with suppress(UnavailableError):
             self._snapshot(orders, wait_s=BOUNDARY_WAIT_S)
@@ -421,8 +439,7 @@ class Run(RankInfo):
             raise Preempted(self._done)
 
     def _ask_by_time(self, steps: int) -> None:
-        """Rank 0's clock asks for a snapshot; the ranks agree on its boundary as for any
-        request."""
+        """Request a snapshot when rank 0's clock says so; the ranks agree on its boundary."""
         if not isinstance(self._schedule, EverySeconds) or self._session.mailbox.rank != 0:
             return
         now_s = time.monotonic()
@@ -433,24 +450,26 @@ class Run(RankInfo):
             self._session.decisions.request(SnapshotRequest())
 
     def _leave(self, steps: int) -> None:
-        """Complete the body that ``break`` left. Runs inside a closing generator, whose errors
-        Python would drop: kept."""
+        """Complete the body that ``break`` left.
+
+        Runs inside a closing generator, in which Python drops exceptions: the error is kept for
+        ``finish``.
+        """
         try:
             self.completed(steps)
             self._snapshot_last()
         except (CkptError, Preempted) as error:
-            self._left_error = error
+            self._exit_error = error
 
     def _snapshot_last(self, *, wait_s: float = SLOT_WAIT_S) -> None:
-        """The snapshot of a loop's last boundary, where it is a snapshot point and has none yet."""
-        if self._taken == self._done or not self._watch.was_snapshot_point or self._done == 0:
+        """The snapshot of a loop's last boundary, if it is a snapshot point and has none yet."""
+        if self._taken == self._done or not self._step_watch.was_snapshot_point or self._done == 0:
             return
         self._snapshot([SnapshotRequest(forced=True)], wait_s=wait_s)
 
     def _snapshot(self, orders: list[SnapshotRequest], *, wait_s: float = SLOT_WAIT_S) -> None:
-        if (
-            self._torn or self._watch.stepped
-        ):  # only at the end: the loop was left in the middle of a body
+        # Only at the end: the loop was left in the middle of a body.
+        if self._partial_body or self._step_watch.stepped:
             self._session.refuse(
                 self._done,
                 "the loop was left in the middle of a step, whose half-done work is no snapshot. "
@@ -461,14 +480,16 @@ class Run(RankInfo):
         tags = tuple(dict.fromkeys(tag for order in orders for tag in order.tags))
         facts, restored = self._metrics.facts(), self._session.restored
         if not self._stepped and restored is not None:
-            facts = {**restored.metadata, **facts}  # it is that snapshot once more
+            facts = {**restored.metadata, **facts}  # no step since: it is the same state
         self._session.snapshot(self._done, metadata=facts, tags=tags, wait_s=wait_s)
         self._taken = self._done
         self._asked_at_s = time.monotonic()
 
-    def _raise_what_must_stop(self) -> None:
-        """A newer attempt has fenced us, or the user's staleness budget is exceeded: training on
-        would be lost work."""
+    def _raise_if_futile(self) -> None:
+        """Raise if a newer attempt fenced this one or the staleness budget is exceeded.
+
+        More training would be lost work.
+        """
         failure = self._session.saving.last_failure
         if isinstance(failure, FencedError):
             raise failure
@@ -478,6 +499,6 @@ class Run(RankInfo):
         if stale_s > self._stale_s_max:
             raise UnavailableError(
                 f"no snapshot became durable within the staleness budget. stale_s={stale_s:.0f} "
-                f"max_stale_s={self._stale_s_max:.0f} store={self._session.url}; mend the store or "
-                "raise max_stale"
+                f"max_stale_s={self._stale_s_max:.0f} store={self._session.url}; repair the store "
+                "or raise max_stale"
             ) from failure

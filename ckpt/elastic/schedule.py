@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ckpt.errors import UsageError
 
 AUTO_S = 30.0
-"""What ``every="auto"`` means until the interval is measured from cost and failure rate."""
+"""The meaning of ``every="auto"``, until the interval is measured from cost and failure rate."""
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -22,8 +22,7 @@ class EverySteps:
 
 @dataclass(frozen=True, slots=True)
 class EverySeconds:
-    """Due when ``seconds`` have passed since the last one; rank 0's monotonic clock decides for the
-    job."""
+    """Due when ``seconds`` have passed since the last one, by rank 0's monotonic clock."""
 
     seconds: float
 
@@ -32,8 +31,10 @@ Schedule = EverySteps | EverySeconds
 
 
 def parse_duration(text: str, *, name: str) -> float:
-    """Seconds in ``"30s"``, ``"500ms"``, ``"5m"``, ``"2h"`` or ``"1d"``. Raises UsageError naming
-    ``name`` and the forms."""
+    """Seconds in ``"30s"``, ``"500ms"``, ``"5m"``, ``"2h"`` or ``"1d"``.
+
+    Raises UsageError naming ``name`` and the forms.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d)\s*", text)
     if not match or float(match[1]) <= 0:
         raise UsageError(
@@ -44,8 +45,10 @@ def parse_duration(text: str, *, name: str) -> float:
 
 
 def parse_every(every: int | str) -> Schedule:
-    """The schedule that a user's ``every=`` means: steps (int), a duration, or ``"auto"``. Raises
-    UsageError otherwise."""
+    """The schedule of a user's ``every=``: steps (int), a duration, or ``"auto"``.
+
+    Raises UsageError otherwise.
+    """
     if isinstance(every, bool) or not isinstance(every, (int, str)):
         raise UsageError(
             f"every is a number of steps or a duration. every={every!r}; write 50, '30s' or 'auto'"
@@ -58,9 +61,10 @@ def parse_every(every: int | str) -> Schedule:
 
 
 def is_due(schedule: Schedule, completed: int, *, since: int | None = None) -> bool:
-    """Whether every rank knows, without being told, that a snapshot is due at this boundary.
+    """Whether a snapshot is due at this boundary by the schedule alone, so that every rank knows
+    it.
 
-    ``since`` is the boundary before it (default: one step before): a loop may count several steps
+    ``since`` is the previous boundary (default: one step before): a loop may count several steps
     at once.
     """
     if not isinstance(schedule, EverySteps):
@@ -70,8 +74,7 @@ def is_due(schedule: Schedule, completed: int, *, since: int | None = None) -> b
 
 
 def next_due(schedule: Schedule, completed: int) -> int | None:
-    """The next boundary after ``completed`` that is due in this sense; None for schedules by
-    time."""
+    """The next boundary after ``completed`` that is due so; None for schedules by time."""
     if not isinstance(schedule, EverySteps):
         return None
     return (completed // schedule.steps + 1) * schedule.steps

@@ -1,4 +1,4 @@
-"""SIGTERM where no supervisor hears it: finish the step, make it durable, exit."""
+"""SIGTERM: what each one means, and its handling in a process without a supervisor."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-# Which SIGTERM asks, which is the same one again, and which means now.
-
 REPEAT_S = 2.0
-"""A SIGTERM this soon after the first is that one again: schedulers signal every process, and
-launchers pass it on."""
+"""A SIGTERM this soon after the first is a repetition of it.
+
+Schedulers signal every process, and launchers forward the signal.
+"""
 
 
 class SigtermMeaning(enum.Enum):
-    """What one SIGTERM means."""
+    """What one SIGTERM means: stop at a boundary, a repetition of the first, or end at once."""
 
     FIRST = "first"
     REPEAT = "same"
@@ -26,13 +26,13 @@ class SigtermMeaning(enum.Enum):
 
 
 class SigtermHistory:
-    """Those that came to this process. For a signal handler: it takes no lock."""
+    """The SIGTERMs that this process received. Takes no lock, so a signal handler may use it."""
 
     def __init__(self) -> None:
         self._first_s: float | None = None
 
     def classify(self) -> SigtermMeaning:
-        """One came now."""
+        """A SIGTERM was received now; what it means."""
         now_s = time.monotonic()
         if self._first_s is None:
             self._first_s = now_s
@@ -41,12 +41,12 @@ class SigtermHistory:
 
 
 class InPlaceSigterm:
-    """While it is entered, the first SIGTERM asks to stop; a later one, or one that nobody can
-    obey, ends the process.
+    """A SIGTERM handler for training in place, installed while the context is entered.
 
-    Does nothing beside the main thread, or where the program has a handler of its own. ``ask`` is
-    called in a thread, since a signal handler must not wait; it says whether the request could be
-    made.
+    The first SIGTERM calls ``ask``, which requests a stop at a boundary and returns false if that
+    is impossible; it runs in a thread, since a signal handler must not wait. A second SIGTERM, or
+    the first one if the request is impossible, ends the process. Does nothing outside the main
+    thread, or if the program has its own handler.
     """
 
     def __init__(self, ask: Callable[[], bool]) -> None:
@@ -72,7 +72,8 @@ class InPlaceSigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a child of this process, which has nothing to finish
+        # In a forked child, such as a data loader's worker, there is nothing to finish.
+        if os.getpid() != self._pid:
             self._end()
             return
         match self._terms.classify():

@@ -1,5 +1,23 @@
-"""One rank's part of the board: what its trainer tells at each step, and which pairs its slots
-hold. Layout: see ``board``."""
+"""The board: counters in shared memory, for the ranks of a node and their keeper.
+
+All of them read and write it at every step. It is an array of 64-bit words in native byte order,
+in one memfd that all of them map:
+
+  header   0 magic  1 version  2 ranks  3 attempt  4 act until (ns, CLOCK_BOOTTIME)
+           5 has remote ranks                                                        64 words
+  ring     a decision for each boundary modulo 64:
+           attempt << 48 | boundary << 2 | flags                                     64 words
+  a rank   0 attempt  1 completed + 1  2 beat (ns, CLOCK_BOOTTIME)  3 phase
+           4 first step done  5 longest recent step (ns)  6 staged  7 skipped
+           from 16 on, four for each slot: epoch, step, generation (0: nothing
+           sealed), held                                                            128 words
+  remote   like one more rank, written by the keeper: what the ranks of all other
+           nodes have in common                                                     128 words
+
+Each word has one writer at a time and is written by one aligned 8-byte store, so a reader sees
+the old value or the new one, never a mixture. Values of several words are read twice
+(``RankBoard.slot``).
+"""
 
 from __future__ import annotations
 
@@ -18,14 +36,13 @@ from pathlib import Path
 from ckpt.errors import IntegrityError, UsageError
 from ckpt.values import PAGE_BYTES, SnapshotId
 
-# Memory without a name.
-
 
 def open_anonymous(name: str) -> int:
-    """The descriptor of fresh memory that has no name in any file system and goes with its last
-    holder. Closed on exec.
+    """The descriptor of fresh memory without a name in a file system, freed with its last holder.
 
-    A memfd; where there are none, an unlinked file.
+    Closed on exec.
+
+    A memfd, or an unlinked file if the system has none.
     """
     if hasattr(os, "memfd_create"):
         try:
@@ -61,7 +78,7 @@ _CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class TrainerPhase(enum.IntEnum):
-    """What a trainer is at. Only in TRAINING does a step that takes too long mean that it hangs."""
+    """What a trainer is doing. Only in TRAINING does a step that takes too long count as a hang."""
 
     STARTING = 0
     BUILDING = 1
@@ -73,8 +90,10 @@ class TrainerPhase(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BoardSlot:
-    """What the board says of one slot: the pair that it holds sealed (None: nothing) under which
-    generation, and whether an upload holds it."""
+    """One slot as the board shows it.
+
+    ``snapshot`` is the sealed one (None: none), ``held``: an upload holds the slot.
+    """
 
     index: int
     snapshot: SnapshotId | None
@@ -83,19 +102,26 @@ class BoardSlot:
 
 
 def now_ns() -> int:
-    """The board's clock: it goes on while the machine sleeps, and all processes of a machine share
-    it."""
+    """The board's clock.
+
+    It also runs while the machine sleeps, and is the same in all processes of a machine.
+    """
     return time.clock_gettime_ns(_CLOCK)
 
 
 def first_word(rank: int) -> int:
-    """Where the words of a rank begin."""
+    """The index of a rank's first word."""
     return HEADER_WORDS + RING_WORDS + rank * _RANK_WORDS
 
 
 class RankBoard:
-    """One rank's part of a board. Its trainer writes it; its keeper writes what is said about slots
-    that uploads hold."""
+    """One rank's part of a board.
+
+    Its trainer writes it; its keeper writes the ``held`` words of slots.
+
+    The class is larger than the project's limit of 20 public methods: each counter is one
+    property.
+    """
 
     __slots__ = ("_fence", "_first", "_last_beat_ns", "_recent_ns", "_words", "rank")
 
@@ -109,7 +135,7 @@ class RankBoard:
 
     @property
     def attempt(self) -> int:
-        """The attempt of the trainer that writes here; 0 where none has come yet."""
+        """The attempt of the trainer that writes here; 0 before the first one."""
         return self._words[self._first + _OWN_ATTEMPT]
 
     @attempt.setter
@@ -118,7 +144,7 @@ class RankBoard:
 
     @property
     def completed(self) -> int | None:
-        """How many steps are complete; None before the first beat."""
+        """The number of completed steps; None before the first beat."""
         word = self._words[self._first + _COMPLETED]
         return word - 1 if word else None
 
@@ -133,8 +159,10 @@ class RankBoard:
 
     @property
     def phase(self) -> TrainerPhase:
-        """What the trainer is at. A value of a later version reads as STARTING, which nobody
-        judges."""
+        """What the trainer is doing.
+
+        A value of a later version reads as STARTING, in which nothing counts as a hang.
+        """
         with contextlib.suppress(ValueError):
             return TrainerPhase(self._words[self._first + _PHASE])
         return TrainerPhase.STARTING
@@ -143,11 +171,11 @@ class RankBoard:
     def phase(self, phase: TrainerPhase) -> None:
         self._words[self._first + _PHASE] = phase
         if phase is not TrainerPhase.TRAINING:
-            self._last_beat_ns = 0  # how long a step with a pause in it took says nothing
+            self._last_beat_ns = 0  # the length of a step with a pause in it must not count
 
     @property
     def first_step_done(self) -> bool:
-        """Whether this attempt's first step, which may compile, is over."""
+        """Whether this attempt's first step, which may include compilation, is over."""
         return bool(self._words[self._first + _FIRST_STEP])
 
     @first_step_done.setter
@@ -156,7 +184,7 @@ class RankBoard:
 
     @property
     def longest_step_ns(self) -> int:
-        """The longest of the last RECENT_STEPS steps, in nanoseconds; 0: not known yet."""
+        """The longest of the last RECENT_STEPS steps, in nanoseconds; 0: unknown yet."""
         return self._words[self._first + _LONGEST_STEP]
 
     @longest_step_ns.setter
@@ -165,7 +193,7 @@ class RankBoard:
 
     @property
     def staged(self) -> int:
-        """How many snapshots this attempt staged."""
+        """The number of snapshots that this attempt staged."""
         return self._words[self._first + _STAGED]
 
     @staged.setter
@@ -174,7 +202,7 @@ class RankBoard:
 
     @property
     def skipped(self) -> int:
-        """How many due snapshots this attempt skipped."""
+        """The number of due snapshots that this attempt skipped."""
         return self._words[self._first + _SKIPPED]
 
     @skipped.setter
@@ -182,8 +210,10 @@ class RankBoard:
         self._words[self._first + _SKIPPED] = count
 
     def beat(self, completed: int) -> None:
-        """A boundary is reached: ``completed`` steps are done. About 3 microseconds. One thread,
-        and always the same object."""
+        """Publish a boundary: ``completed`` steps are done. About 3 microseconds.
+
+        Always from one thread and on the same object, which remembers the time of the last beat.
+        """
         now = now_ns()
         if self._last_beat_ns:
             self._recent_ns.append(now - self._last_beat_ns)
@@ -193,10 +223,12 @@ class RankBoard:
         self._words[self._first + _BEAT] = now
 
     def slot(self, index: int) -> BoardSlot:
-        """What slot ``index`` holds. One that is being changed holds nothing."""
+        """What slot ``index`` holds; nothing while it is being changed."""
         at = self._slot(index)
         words = self._words
         held = bool(words[at + _HELD])
+        # The writer clears the generation, writes epoch and step, then sets the new generation. If
+        # the generation is the same before and after, epoch and step between belong to it.
         for _ in range(_READS_MAX):
             generation = words[at + _GENERATION]
             if generation == 0:
@@ -207,15 +239,15 @@ class RankBoard:
         return BoardSlot(index, None, 0, held)
 
     def slots(self) -> list[BoardSlot]:
-        """All SLOTS_MAX slots, whether they are there or not."""
+        """All SLOTS_MAX slots, whether they exist or not."""
         return [self.slot(index) for index in range(SLOTS_MAX)]
 
     def sealed_snapshots(self) -> frozenset[SnapshotId]:
-        """What the slots hold sealed. About 10 microseconds."""
+        """The snapshots that are sealed in slots. About 10 microseconds."""
         first = self._slot(0) + _GENERATION
         generations = self._words[first : first + SLOTS_MAX * _SLOT_WORDS : _SLOT_WORDS].tolist()
-        words = (self.slot(index) for index, generation in enumerate(generations) if generation)
-        return frozenset(word.snapshot for word in words if word.snapshot is not None)
+        slots = (self.slot(index) for index, generation in enumerate(generations) if generation)
+        return frozenset(slot.snapshot for slot in slots if slot.snapshot is not None)
 
     def publish(self, index: int, snapshot: SnapshotId, generation: int) -> None:
         """Slot ``index`` is sealed and holds ``snapshot`` under ``generation`` (from 1)."""
@@ -225,6 +257,8 @@ class RankBoard:
             )
         at = self._slot(index)
         self.clear(index)
+        # Releasing and taking a lock is the only memory barrier that Python has: a reader in
+        # another process must never see the new generation with the old epoch or step.
         with self._fence:
             self._words[at + _EPOCH] = snapshot.epoch
             self._words[at + _STEP] = snapshot.step
@@ -232,8 +266,8 @@ class RankBoard:
             self._words[at + _GENERATION] = generation
 
     def clear(self, index: int) -> None:
-        """Slot ``index`` holds nothing sealed any more. Before it is begun."""
-        with self._fence:  # giving up a lock and taking it again keeps later stores behind this one
+        """Slot ``index`` holds nothing sealed any more. Call it before the slot is overwritten."""
+        with self._fence:  # a barrier: later stores, also those into the slot, stay behind this one
             self._words[self._slot(index) + _GENERATION] = 0
 
     def hold(self, index: int) -> None:
@@ -244,26 +278,23 @@ class RankBoard:
         """No upload holds slot ``index`` any more."""
         self._words[self._slot(index) + _HELD] = 0
 
-    def publish_remote(self, pairs: Iterable[SnapshotId], completed: int | None) -> None:
-        """For ranks elsewhere: they hold these pairs (the newest SLOTS_MAX) and completed so many
-        steps. Pairs come first.
+    def publish_remote(self, snapshots: Iterable[SnapshotId], completed: int | None) -> None:
+        """On the part of remote ranks: publish what all of them have sealed and completed.
 
-        Who reads ``completed`` before pairs then finds every pair that those ranks had sealed by
-        then.
+        Of the snapshots only the newest SLOTS_MAX. They are written before ``completed``: a
+        reader that reads ``completed`` first then finds every snapshot that those ranks had
+        sealed by that step.
         """
-        wanted = sorted(set(pairs), reverse=True)[:SLOTS_MAX]
-        there = {word.snapshot: word.index for word in self.slots() if word.snapshot is not None}
-        for pair, index in there.items():
-            if pair not in wanted:
+        wanted = sorted(set(snapshots), reverse=True)[:SLOTS_MAX]
+        shown = {slot.snapshot: slot.index for slot in self.slots() if slot.snapshot is not None}
+        for snapshot, index in shown.items():
+            if snapshot not in wanted:
                 self.clear(index)
-        free = [
-            index
-            for index in range(SLOTS_MAX)
-            if index not in {there[pair] for pair in wanted if pair in there}
-        ]
-        for pair in wanted:
-            if pair not in there:
-                self.publish(free.pop(0), pair, 1)
+        kept = {shown[snapshot] for snapshot in wanted if snapshot in shown}
+        free = [index for index in range(SLOTS_MAX) if index not in kept]
+        for snapshot in wanted:
+            if snapshot not in shown:
+                self.publish(free.pop(0), snapshot, 1)
         self.completed = completed
 
     def _slot(self, index: int) -> int:
@@ -272,23 +303,10 @@ class RankBoard:
         return self._first + COUNTERS + index * _SLOT_WORDS
 
 
-# The board: what the ranks of a node tell each other and their keeper at every step, in shared
-# memory.
-#
-# It is an array of 64-bit words in native byte order, in one memfd that all map:
-#
-#     header   0 magic  1 version  2 ranks  3 attempt  4 act until (ns, CLOCK_BOOTTIME)  5 others count              64 words
-#     ring     a decision for each boundary modulo 64: attempt << 48 | boundary << 2 | flags                       64 words
-#     a rank   0 attempt  1 completed + 1  2 beat (ns, CLOCK_BOOTTIME)  3 phase  4 first step done
-#              5 longest recent step (ns)  6 staged  7 skipped
-#              from 16 on, four for each slot: epoch, step, generation (0: nothing sealed), held                  128 words
-#     others   as one more rank, written by the keeper: what the ranks of all other nodes have in common            128 words
-#
-# Each word has one writer at a time and is written with one aligned 8-byte store, so a reader sees
-# an old value or the new one. What takes several words is read twice.
+# ---- the whole board
 
 RANKS_MAX = 4096
-"""Ranks of one node; a reader refuses to map more."""
+"""The most ranks of one node; a reader refuses to map more."""
 STAGE = 1
 """Flag of a decision: take a snapshot at this boundary."""
 
@@ -302,14 +320,18 @@ _RANKS, _ATTEMPT, _ACT_UNTIL, _OTHERS_COUNT = 2, 3, 4, 5
 
 
 def newest_common(sets: Iterable[Set[SnapshotId]]) -> SnapshotId | None:
-    """The newest pair that is in every set; None where there is none, or no set."""
-    every = list(sets)
-    return max(frozenset(every[0]).intersection(*every[1:]), default=None) if every else None
+    """The newest snapshot that is in every set; None if there is none, or no set."""
+    all_sets = list(sets)
+    return (
+        max(frozenset(all_sets[0]).intersection(*all_sets[1:]), default=None) if all_sets else None
+    )
 
 
 class Board:
-    """The whole board, mapped. ``fd`` refers to its memory for handing on and belongs to the
-    board."""
+    """The whole board, mapped.
+
+    ``fd`` refers to its memory, for passing on; it belongs to the board.
+    """
 
     __slots__ = ("_fence", "_map", "_promises", "_words", "fd", "ranks")
 
@@ -323,7 +345,7 @@ class Board:
 
     @classmethod
     def create(cls, ranks: int) -> Board:
-        """A board of zeros for ``ranks`` ranks."""
+        """A zeroed board for ``ranks`` ranks."""
         if not 1 <= ranks <= RANKS_MAX:
             raise UsageError(f"no such number of ranks. ranks={ranks} limit={RANKS_MAX}")
         fd = open_anonymous("ckpt-board")
@@ -333,6 +355,7 @@ class Board:
         except BaseException:
             os.close(fd)
             raise
+        # The magic is written last: a reader rejects a board that is not initialised.
         board._words[_RANKS] = ranks
         board._words[1] = _VERSION
         board._words[0] = _MAGIC
@@ -340,8 +363,10 @@ class Board:
 
     @classmethod
     def attach(cls, fd: int) -> Board:
-        """The board behind ``fd``, which is the board's from now on, even where IntegrityError says
-        that it is none."""
+        """The board behind ``fd``.
+
+        Takes ``fd`` over, even if it raises IntegrityError because ``fd`` is not a board.
+        """
         try:
             ranks = _ranks_behind(fd)
             return cls(fd, ranks)
@@ -351,7 +376,7 @@ class Board:
 
     @property
     def attempt(self) -> int:
-        """The attempt that the node is in, from 1; 0 before the first."""
+        """The node's current attempt, from 1; 0 before the first."""
         return self._words[_ATTEMPT]
 
     @attempt.setter
@@ -360,12 +385,16 @@ class Board:
 
     @property
     def act_until_ns(self) -> int:
-        """Until when trainers may go on, on the clock of ``now_ns``; 0: for ever."""
+        """Until when trainers may run, on the clock of ``now_ns``; 0: without limit."""
         return self._words[_ACT_UNTIL]
 
     def extend_act_until(self, until_ns: int) -> None:
-        """They may go on until then, at least; from any thread. What was once promised is not taken
-        back."""
+        """Trainers may run at least until ``until_ns``.
+
+        From any thread. An earlier promise is never shortened.
+        """
+        # Supervisors rely on every promise that they have read. The lock keeps ``close`` from
+        # unmapping the memory under the keepalive thread.
         with self._promises:
             if self.fd >= 0 and until_ns > self._words[_ACT_UNTIL]:
                 self._words[_ACT_UNTIL] = until_ns
@@ -378,8 +407,7 @@ class Board:
 
     @property
     def remote_ranks(self) -> RankBoard:
-        """The ranks of all other nodes as one: it holds what all of them hold, and has come as far
-        as the last of them."""
+        """All other nodes' ranks as one: what all of them hold, and the step of the slowest."""
         return RankBoard(self._words, self.ranks, self._fence)
 
     @property
@@ -392,13 +420,15 @@ class Board:
         self._words[_OTHERS_COUNT] = count
 
     def all_ranks(self) -> list[RankBoard]:
-        """The ranks of this node, and those of others as one where there are any."""
-        here = [self.rank(rank) for rank in range(self.ranks)]
-        return [*here, self.remote_ranks] if self.has_remote_ranks else here
+        """The ranks of this node, and those of other nodes as one if there are any."""
+        local = [self.rank(rank) for rank in range(self.ranks)]
+        return [*local, self.remote_ranks] if self.has_remote_ranks else local
 
     def decide(self, boundary: int, flags: int) -> None:
-        """Publish what all ranks do at ``boundary``, in the current attempt. Replaces what was
-        decided 64 boundaries before."""
+        """Publish what all ranks do at ``boundary`` in the current attempt.
+
+        Replaces the decision of 64 boundaries before.
+        """
         attempt = self.attempt
         if attempt == 0:
             raise UsageError(
@@ -409,8 +439,10 @@ class Board:
         self._words[HEADER_WORDS + boundary % RING_WORDS] = _decision(attempt, boundary) | flags
 
     def decision(self, boundary: int) -> int | None:
-        """The flags decided for ``boundary`` in this attempt; None where nothing was, or it is 64
-        boundaries ago."""
+        """The flags decided for ``boundary`` in this attempt, or None.
+
+        None also for a decision that is 64 boundaries old.
+        """
         word = self._words[HEADER_WORDS + boundary % RING_WORDS]
         attempt = self.attempt
         return (
@@ -420,17 +452,19 @@ class Board:
         )
 
     def newest_complete(self) -> SnapshotId | None:
-        """The newest pair that a slot of every rank holds sealed.
+        """The newest snapshot that a slot of every rank holds sealed.
 
-        Ranks are read one after the other. A pair may have been overwritten on one of them
-        meanwhile, but only because a newer one was complete: a pair at least as new as the answer
-        is complete now.
+        Ranks are read one after the other. A snapshot may be overwritten on one of them
+        meanwhile, but only because a newer one was complete: some snapshot at least as new as the
+        result is complete now.
         """
-        return newest_common(one.sealed_snapshots() for one in self.all_ranks())
+        return newest_common(rank.sealed_snapshots() for rank in self.all_ranks())
 
     def begin_attempt(self, attempt: int) -> None:
-        """Reset all counters and decisions for a new attempt; what slots hold stays. No trainer may
-        be running."""
+        """Reset all counters and decisions for a new attempt; slots keep what they hold.
+
+        No trainer may be running.
+        """
         if attempt < 1:
             raise UsageError(f"attempts count from 1. attempt={attempt}")
         for at in range(HEADER_WORDS, HEADER_WORDS + RING_WORDS):
@@ -442,7 +476,10 @@ class Board:
         self.attempt = attempt
 
     def close(self) -> None:
-        """Unmap and give up the descriptor; parts of ranks are of no use any more. Idempotent."""
+        """Unmap the board and close its descriptor; its ``RankBoard``s are unusable afterwards.
+
+        Idempotent.
+        """
         if self.fd < 0:
             return
         with self._promises:
@@ -461,7 +498,10 @@ def _size_bytes(ranks: int) -> int:
 
 
 def _ranks_behind(fd: int) -> int:
-    """How many ranks the board behind ``fd`` has. Raises IntegrityError where it is no board."""
+    """The number of ranks of the board behind ``fd``.
+
+    Raises IntegrityError if it is not a board.
+    """
     size_bytes = os.fstat(fd).st_size
     if size_bytes < _size_bytes(1):
         raise IntegrityError(f"not a board: too small. size_bytes={size_bytes}")

@@ -1,4 +1,4 @@
-"""Finding the keeper of a job, starting it where none runs, and asking it things."""
+"""Clients of the keeper: find it, start it if none runs, and call it."""
 
 from __future__ import annotations
 
@@ -23,41 +23,40 @@ from ckpt.ipc.messages import Bye, Hello, Message, Reply, Welcome, to_error
 from ckpt.ipc.runtime_dir import JobFolder
 
 START_WAIT_S = 30.0
-"""How long starting a keeper may take, all tries together."""
+"""The time limit for starting a keeper, all tries together."""
 FAILS_MAX = 3
-"""Keepers that end at once, until starting another is given up."""
+"""Give up after that many keepers that exited at once."""
 HELLO_WAIT_S = 30.0
-"""How long a keeper may take to answer a hello."""
+"""The time limit for a keeper's reply to ``Hello``."""
 
 POLL_FIRST_S = 0.002
 POLL_LAST_S = 0.05
 TAIL_BYTES = 2000
 
 KEEPER_PROGRAM = ("-m", "ckpt.keeper")
-"""What the interpreter is given to run a keeper; the job's folder follows."""
+"""Arguments of the interpreter that run a keeper; the job's folder follows."""
 EXIT_LISTENING = 0
-"""The exit status of a keeper's first process when the keeper listens."""
+"""The exit status of a keeper's first process once the keeper listens."""
 EXIT_LOCKED = 3
-"""Its exit status where another keeper holds the job's lock."""
+"""Its exit status if another keeper holds the job's lock."""
 
 _R = TypeVar("_R", bound=Reply)
 
 
 class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a keeper must know to do its work: the job, its stores (absolute paths or URLs), and how
-    to write there.
+    """What a keeper needs to know: the job, its stores, and how to write there.
 
-    ``store`` is the first one, which finds the job on this machine; ``others`` hold the same.
-    ``storage_options`` are for all, or a list with one entry for each. They may hold credentials: a
-    specification travels through a pipe, never on a command line. ``encryption_key`` says where the
-    key is, never what it is. ``scrub_every_s``: how often all that the stores hold is read and
-    compared, None for never.
+    Stores are absolute paths or URLs. ``store`` is the first one, which identifies the job on
+    this machine; ``others`` hold the same. ``storage_options`` apply to all stores, or are a list
+    with one entry for each. They may hold credentials: a specification travels through a pipe,
+    never on a command line. ``encryption_key`` says where the key is, never what it is.
+    ``scrub_every_s``: how often all stored data is read and compared (None: never).
     """
 
     job: str
     store: str
     nodes: NodesSpec | None = None
-    """How the job's other nodes are found; None where it has none."""
+    """How the job's other nodes are found; None if it has none."""
     others: tuple[str, ...] = ()
     write_quorum: int | None = None
     storage_options: Mapping[str, object] | list[Mapping[str, object] | None] | None = None
@@ -71,7 +70,7 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
         return (self.store, *self.others)
 
     def encode(self) -> bytes:
-        """As JSON. Raises UsageError where a storage option can't be spelled in it."""
+        """As JSON. Raises UsageError if JSON cannot hold a storage option."""
         try:
             data = msgspec.json.encode(self)
             same = msgspec.json.decode(data)["storage_options"] == self.storage_options
@@ -87,7 +86,7 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def decode(cls, data: bytes) -> KeeperSpec:
-        """From JSON. Raises UsageError where it isn't what ``encode`` gives."""
+        """From JSON. Raises UsageError if ``data`` is not from ``encode``."""
         try:
             return msgspec.json.decode(data, type=cls)
         except msgspec.MsgspecError as error:
@@ -97,7 +96,7 @@ class KeeperSpec(msgspec.Struct, frozen=True, kw_only=True):
 def _names(options: Mapping[str, object] | list[Mapping[str, object] | None] | None) -> list[str]:
     """The names of storage options, whose values may be secret."""
     each = options if isinstance(options, list) else [options]
-    return sorted({name for one in each for name in one or ()})
+    return sorted({name for mapping in each for name in mapping or ()})
 
 
 prepare_decoders(KeeperSpec)
@@ -110,12 +109,11 @@ def ensure_keeper(
     program: Sequence[str] = KEEPER_PROGRAM,
     wait_s: float = START_WAIT_S,
 ) -> MessageSocket:
-    """A connection to the job's keeper, which is started where none runs, unless ``start`` is
-    false.
+    """A connection to the job's keeper; starts one if none runs, unless ``start`` is false.
 
-    However many processes call this at once, one of them starts a keeper and the others wait for
-    it. Raises UnavailableError where there is none within ``wait_s`` seconds, with the end of its
-    log.
+    If several processes call this at once, one of them starts a keeper and the others wait for
+    it. Raises UnavailableError, with the end of the keeper's log, if no keeper listens within
+    ``wait_s`` seconds.
     """
     folder = JobFolder(spec.store, spec.job)
     if not start:
@@ -132,43 +130,44 @@ def ensure_keeper(
 
 
 class HungUpError(UnavailableError):
-    """The keeper went away before it answered the hello: it was just ending, and the next one may
-    be had at once."""
+    """The keeper closed the connection before it replied to the hello: it was just ending.
+
+    Another can be started.
+    """
 
 
 def exchange_hello(wire: MessageSocket, hello: Hello) -> Welcome:
-    """Say hello, with an ``id``, as the first word on a connection, and wait for the answer.
+    """Send ``hello``, which has an ``id``, as the first message, and wait for the reply.
 
-    Raises HungUpError where the keeper is gone, and the error that it answers with.
+    Raises HungUpError if the keeper closed the connection, and the error in the keeper's reply.
     """
     try:
         wire.send(hello)
-        got = wire.receive(HELLO_WAIT_S)
+        received = wire.receive(HELLO_WAIT_S)
     except (UnavailableError, OSError) as error:  # OSError: cut off with our hello unread
         raise HungUpError(f"the keeper gave no answer to the hello: {error}") from error
-    if got is None:
+    if received is None:
         raise HungUpError(
             "the keeper hung up at the hello; see keeper.log in the job's runtime folder"
         )
-    answer, fds = got
+    reply, fds = received
     close_fds(fds)
-    if isinstance(answer, Reply) and answer.error is not None:
-        raise to_error(answer.error)
-    if not isinstance(answer, Welcome):
-        raise InternalError(
-            f"the keeper answered a hello with something else. type={type(answer).__name__}"
-        )
-    return answer
+    if isinstance(reply, Reply) and reply.error is not None:
+        raise to_error(reply.error)
+    if not isinstance(reply, Welcome):
+        raise InternalError(f"unexpected reply to the hello. type={type(reply).__name__}")
+    return reply
 
 
 def connect_with_hello(
     connect: Callable[[], MessageSocket], hello: Hello, *, wait_s: float = START_WAIT_S
 ) -> tuple[MessageSocket, Welcome]:
-    """A connection from ``connect`` on which the keeper has said welcome to ``hello``, which is a
-    call.
+    """A connection from ``connect`` on which the keeper has accepted ``hello``, and its
+    ``Welcome``.
 
-    A keeper that is just ending still takes connections, and hangs up: then ``connect`` is asked
-    for the next one, as long as ``wait_s`` seconds. Raises what ``connect`` and ``greet`` raise.
+    A keeper that is just ending still accepts connections and then closes them: in that case
+    ``connect`` is called again, for up to ``wait_s`` seconds. Raises what ``connect`` and
+    ``exchange_hello`` raise.
     """
     until_s = time.monotonic() + wait_s
     pause_s = POLL_FIRST_S
@@ -183,31 +182,28 @@ def connect_with_hello(
         except BaseException:
             wire.close()
             raise
-        time.sleep(
-            pause_s
-        )  # between two looks: the one that ends lets go of its lock when it is gone
+        time.sleep(pause_s)  # a keeper that is ending releases its lock when its process is gone
         pause_s = min(pause_s * 1.5, POLL_LAST_S)
 
 
 class _KeeperStarter:
-    """Starts the keeper of one job, at most FAILS_MAX times in vain."""
+    """Starts the keeper of one job. Gives up after FAILS_MAX failures."""
 
     def __init__(
         self, folder: JobFolder, spec: KeeperSpec, program: Sequence[str], *, until_s: float
     ) -> None:
         self._folder = folder
-        self._told = spec.encode()
+        self._spec_json = spec.encode()
         self._program = program
         self._until_s = until_s
         self._fails = 0
         self._log_bytes = 0
-        self._why = "another keeper holds the job's lock and takes no connection"
+        self._reason = "another keeper holds the job's lock and takes no connection"
 
     def start(self) -> bool:
-        """Start a keeper, unless one lives or another process is at it; says whether one listens
-        now.
+        """Start a keeper, unless one lives or is being started; true if one listens now.
 
-        Raises UnavailableError when it is time to give up.
+        Raises UnavailableError once the tries or the time are used up.
         """
         if self._fails >= FAILS_MAX or time.monotonic() > self._until_s:
             raise self._error()
@@ -230,7 +226,7 @@ class _KeeperStarter:
             try:
                 ended = subprocess.run(
                     [sys.executable, *self._program, os.fspath(self._folder.path)],
-                    input=self._told,
+                    input=self._spec_json,
                     stdout=log,
                     stderr=log,
                     cwd=self._folder.path,
@@ -240,7 +236,7 @@ class _KeeperStarter:
                     check=False,
                 )
             except subprocess.TimeoutExpired:
-                self._why = "the keeper was started, but didn't listen in time"
+                self._reason = "the keeper was started, but didn't listen in time"
                 return False
             except OSError as error:
                 raise UnavailableError(
@@ -248,141 +244,149 @@ class _KeeperStarter:
                 ) from error
         if ended.returncode not in (EXIT_LISTENING, EXIT_LOCKED):
             self._fails += 1
-            self._why = f"the keeper ended at once, with status {ended.returncode}"
+            self._reason = f"the keeper exited at once with status {ended.returncode}"
         return ended.returncode == EXIT_LISTENING
 
     def _error(self) -> UnavailableError:
         tail = self._folder.log_tail(start_bytes=self._log_bytes, limit_bytes=TAIL_BYTES)
-        said = f"; it said:\n{tail}" if tail else ""
-        return UnavailableError(f"no keeper: {self._why}. log={self._folder.log_path}{said}")
+        output = f"; it printed:\n{tail}" if tail else ""
+        return UnavailableError(f"no keeper: {self._reason}. log={self._folder.log_path}{output}")
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, made so that the keeper imports this ``ckpt`` and no other."""
+    """This process's environment, changed so that the keeper imports the same ``ckpt``."""
     environment = dict(os.environ)
     home = os.fspath(Path(__file__).parents[2])
-    # What is installed is found anyway, and in front of everything it would hide the standard
+    # Not for site-packages: it is found anyway, and as first entry it would hide the standard
     # library.
     if home not in (*site.getsitepackages(), site.getusersitepackages()):
-        behind = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{home}{os.pathsep}{behind}" if behind else home
+        rest = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{home}{os.pathsep}{rest}" if rest else home
     return environment
 
 
 class KeeperClient:
-    """Questions and words over one connection. Thread-safe: answers may come in any order, whoever
-    reads hands them round.
+    """Calls and one-way messages over one connection to a keeper. Thread-safe. Owns the socket.
 
-    Owns the wire. For connections on which the keeper only answers.
+    For connections on which the keeper only replies. Replies may arrive in any order: the thread
+    that reads passes each reply to the thread that waits for it.
     """
 
     def __init__(self, wire: MessageSocket) -> None:
         self._wire = wire
-        self._turn = threading.Condition()
+        self._changed = threading.Condition()
         self._last_id = 0
         self._waiting: set[int] = set()
-        self._answers: dict[int, tuple[Reply, list[int]]] = {}
+        self._replies: dict[int, tuple[Reply, list[int]]] = {}
         self._reading = False
         self._lost = ""
 
     def call(
         self, message: Message, fds: Sequence[int] = (), *, timeout_s: float | None = None
     ) -> Reply:
-        """Ask, and wait for the answer; about 0.1 ms. The caller keeps ``fds``.
+        """Send a call and wait for the reply; about 0.1 ms. The caller keeps ``fds``.
 
-        Raises the keeper's error where the call failed; UnavailableError where the connection is
-        gone or after ``timeout_s`` seconds, and then whether the call was carried out is unknown.
+        Raises the keeper's error if the call failed. Raises UnavailableError if the connection is
+        lost or after ``timeout_s`` seconds; then it is unknown whether the call was carried out.
         """
-        reply, came = self.call_fds(message, fds, timeout_s=timeout_s)
-        close_fds(came)
+        reply, reply_fds = self.call_fds(message, fds, timeout_s=timeout_s)
+        close_fds(reply_fds)
         return reply
 
     def ask(self, message: Message, kind: type[_R], *, timeout_s: float | None = None) -> _R:
-        """As ``call``, for an answer of one kind. Raises IntegrityError where it is of another."""
+        """Like ``call``, for a reply of one type.
+
+        Raises IntegrityError if the reply has another type.
+        """
         reply = self.call(message, timeout_s=timeout_s)
         if not isinstance(reply, kind):
             raise IntegrityError(
-                f"another answer than asked for. wanted={kind.__name__} came={type(reply).__name__}"
+                f"unexpected reply. wanted={kind.__name__} received={type(reply).__name__}"
             )
         return reply
 
     def call_fds(
         self, message: Message, fds: Sequence[int] = (), *, timeout_s: float | None = None
     ) -> tuple[Reply, list[int]]:
-        """As ``call``; also returns the descriptors that came with the answer, which are the
-        caller's."""
+        """Like ``call``; also returns the descriptors beside the reply, which the caller owns."""
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._turn:
+        with self._changed:
             self._last_id += 1
             call_id = self._last_id
             self._waiting.add(call_id)
         try:
             self._wire.send(msgspec.structs.replace(message, id=call_id), fds)
-            reply, came = self._answer(call_id, until_s)
+            reply, reply_fds = self._wait_for_reply(call_id, until_s)
         finally:
-            self._unwanted(call_id)
+            self._discard(call_id)
         if reply.error is not None:
-            close_fds(came)
+            close_fds(reply_fds)
             raise to_error(reply.error)
-        return reply, came
+        return reply, reply_fds
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Say something that nobody answers. The caller keeps ``fds``. Raises UnavailableError
-        where the connection is gone."""
+        """Send a one-way message.
+
+        The caller keeps ``fds``. Raises UnavailableError if the connection is lost.
+        """
         self._wire.send(message, fds)
 
     def close(self) -> None:
-        """Leave as planned: calls that wait fail. Idempotent."""
+        """Leave as planned. Waiting calls fail. Idempotent."""
         with contextlib.suppress(UnavailableError):  # the keeper left first
             self._wire.send(Bye())
         self._wire.close()
 
     def forget_after_fork(self) -> None:
-        """In a child that was forked: give up this end without a word; the connection is the
-        parent's."""
-        self._turn = threading.Condition()  # a thread of the parent may have held it
+        """In a forked child: close this copy silently; the connection stays the parent's."""
+        self._changed = threading.Condition()  # a thread of the parent may have held it
         self._lost = "it belongs to the process that this one was forked from"
         self._wire.forget_after_fork()
 
-    def _answer(self, call_id: int, until_s: float | None) -> tuple[Reply, list[int]]:
+    def _wait_for_reply(self, call_id: int, until_s: float | None) -> tuple[Reply, list[int]]:
+        # One of the waiting threads reads the socket; the others wait until it has read something,
+        # then check whether it was theirs or whether it is their turn to read.
         while True:
-            with self._turn:
-                while self._reading and call_id not in self._answers and not self._lost:
-                    if not self._turn.wait(_left_s(until_s)):
+            with self._changed:
+                while self._reading and call_id not in self._replies and not self._lost:
+                    if not self._changed.wait(_left_s(until_s)):
                         raise UnavailableError("no answer within the time limit.")
-                if call_id in self._answers:
-                    return self._answers.pop(call_id)
+                if call_id in self._replies:
+                    return self._replies.pop(call_id)
                 if self._lost:
-                    raise UnavailableError(f"the connection to the keeper is gone: {self._lost}.")
+                    raise UnavailableError(f"the connection to the keeper is lost: {self._lost}.")
                 self._reading = True
             try:
                 self._take(self._wire.receive(_left_s(until_s)))
             finally:
-                with self._turn:
+                with self._changed:
                     self._reading = False
-                    self._turn.notify_all()
+                    self._changed.notify_all()
 
     def _take(self, received: Received | None) -> None:
-        """Put an answer where its caller looks for it."""
+        """Pass a reply to the call that waits for it."""
         if received is None:
             self._lost = "the other end closed it"
             return
         message, fds = received
         if not isinstance(message, Reply):
             close_fds(fds)
-            raise IntegrityError(f"a word where only answers belong. type={type(message).__name__}")
-        with self._turn:
+            raise IntegrityError(
+                f"unexpected message: only replies are allowed here. type={type(message).__name__}"
+            )
+        with self._changed:
             if message.id in self._waiting:
-                self._answers[message.id] = message, fds
+                self._replies[message.id] = message, fds
                 return
         close_fds(fds)  # its caller has given up
 
-    def _unwanted(self, call_id: int) -> None:
-        with self._turn:
+    def _discard(self, call_id: int) -> None:
+        """Forget a call; a reply that has arrived meanwhile is dropped."""
+        with self._changed:
             self._waiting.discard(call_id)
-            left = self._answers.pop(call_id, None)
-        if left is not None:
-            close_fds(left[1])
+            unread = self._replies.pop(call_id, None)
+        if unread is not None:
+            close_fds(unread[1])
 
 
 def _left_s(until_s: float | None) -> float | None:

@@ -1,10 +1,8 @@
-"""What a keeper has to know of the other nodes of its job, and how the launcher says it. Pure but
-for the environment."""
+"""What a launcher tells keepers: the settings of the job's nodes, and the number of local ranks."""
 
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping, Sequence
 
@@ -14,20 +12,19 @@ from ckpt.errors import UsageError
 from ckpt.format.canonical import prepare_decoders
 
 NODES_VARIABLE = "CKPT_NODES"
-"""Where a launcher that knows of other nodes leaves a ``NodesSpec``, as JSON."""
-
-_RANGE = re.compile(r"(\d+)(?::(\d+))?")
+"""The environment variable in which a launcher passes a ``NodesSpec``, as JSON."""
 
 
 class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a job's nodes find each other.
+    """How the nodes of a job find each other, and what they may use.
 
-    ``where``: ``etcd://host:port,host:port``, or the path of a file of this machine. ``job``: the
-    name that all nodes share. ``nodes_min``, ``nodes_max``: how many hold ranks. ``secret``: a file
-    with what only they know; "" where all are on one machine and meet in a file. ``host``: where
-    others reach this node; ``domain``: what it fails together with. ``mirrors``: on how many other
-    nodes each staged snapshot is kept. ``ttl_s``: after how long a silent node is lost. ``agent``:
-    which of torchrun's agents launched this, where it may live under the keeper's lease.
+    ``where`` is ``etcd://host:port,host:port``, or the path of a file on this machine. ``job`` is
+    the name that all nodes share. ``nodes_min`` and ``nodes_max`` bound how many nodes hold
+    ranks. ``secret`` is a file that only the job's nodes can read; "" if all are on one machine
+    and meet in a file. ``host`` is where others reach this node, ``domain`` its failure domain.
+    ``mirrors``: on how many other nodes each staged snapshot is copied. ``ttl_s``: a node that is
+    silent for that long is lost. ``agent`` names the torchrun agent that launched this node's
+    program and may put its keys under the keeper's lease.
     """
 
     where: str
@@ -45,19 +42,21 @@ class NodesSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cert_file: str = ""
     key_file: str = ""
     plaintext: bool = False
-    """Lend memory over a network without TLS: weights can then be read on the way."""
+    """Serve memory over a network without TLS: weights can then be read on the way."""
     tls_cert: str = ""
     tls_key: str = ""
     tls_ca: str = ""
-    """PEM files: this node's certificate, which names ``host``, its key, and the one CA that signed
-    all nodes' certificates. With them nodes speak TLS to each other, and to nobody else."""
+    """PEM files for TLS between nodes: certificate, key and CA.
+
+    The certificate names ``host``; the CA signed the certificates of all nodes. With them nodes
+    accept only TLS connections from each other.
+    """
     mirror_bytes: int = 0
-    """How much memory the mirrors of others may take here; 0: half of what is free at the start."""
+    """The most memory for other nodes' mirrors; 0: half of what is free at the start."""
     mirror_rate: float = 0.0
-    """How many bytes a second this node sends at most to have its mirrors kept, to all others
-    together; 0: no limit."""
+    """The most bytes a second that this node sends to its mirrors, all together; 0: no limit."""
     grow_wait_s: float = 10.0
-    """How long an epoch lasts at least before one follows only because there are more nodes."""
+    """The least time between two epochs if the second one only adds nodes."""
     last_call_s: float = 5.0
     shrink_wait_s: float = 0.0
     agent: str = ""
@@ -67,7 +66,10 @@ prepare_decoders(NodesSpec)
 
 
 def nodes_from_environment(environment: Mapping[str, str] | None = None) -> NodesSpec | None:
-    """What the launcher said, or None. Raises UsageError."""
+    """The nodes' settings from the environment, or None if there are none.
+
+    Raises UsageError if they are invalid.
+    """
     text = (os.environ if environment is None else environment).get(NODES_VARIABLE, "")
     if not text:
         return None
@@ -75,35 +77,20 @@ def nodes_from_environment(environment: Mapping[str, str] | None = None) -> Node
         return msgspec.json.decode(text.encode(), type=NodesSpec)
     except msgspec.MsgspecError as error:
         raise UsageError(
-            f"not what a launcher says of nodes. {NODES_VARIABLE}={text[:200]!r} why={error}"
+            f"invalid settings of nodes. {NODES_VARIABLE}={text[:200]!r} why={error}"
         ) from error
 
 
 def nodes_to_environment(spec: NodesSpec) -> dict[str, str]:
-    """The variable that says it."""
+    """The environment variable for ``nodes_from_environment``."""
     return {NODES_VARIABLE: msgspec.json.encode(spec).decode()}
 
 
-def nodes_range(text: str) -> tuple[int, int]:
-    """``2`` or ``2:3``, as torchrun's ``--nnodes``. Raises UsageError."""
-    found = _RANGE.fullmatch(text.strip())
-    if found is None:
-        raise UsageError(
-            f"not a number of nodes. nnodes={text!r}; write 2, or 2:3 for at least two and at most "
-            "three"
-        )
-    least, most = int(found[1]), int(found[2] or found[1])
-    if not 1 <= least <= most:
-        raise UsageError(
-            f"not a range of nodes. nnodes={text!r}; at least 1, and the first no more than the "
-            "second"
-        )
-    return least, most
-
-
 def host_towards(where: str) -> str:
-    """The address of this machine that a host beside ``where`` would reach, or loopback where all
-    are on this machine."""
+    """The address of this machine as a host beside ``where`` sees it; loopback for a file.
+
+    Sends nothing. Raises UsageError if there is no route.
+    """
     if not where.startswith("etcd://"):
         return "127.0.0.1"
     host, _, port = where.removeprefix("etcd://").split(",")[0].rpartition(":")
@@ -113,44 +100,42 @@ def host_towards(where: str) -> str:
             probe.connect((host.strip("[]"), int(port)))
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"no way to the membership's server. where={where} why={error}"
+                f"no route to the membership's server. where={where} why={error}"
             ) from error
-        found: str = probe.getsockname()[0]
-        return found
+        address: str = probe.getsockname()[0]
+        return address
 
 
-# What the launcher of this process says of the other ranks: how many there are on this node.
+# ---- the number of local ranks, as the launcher's environment says it
 
 _MPI_COUNTS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _SLURM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
 
 
 def local_rank_count(environment: Mapping[str, str] | None = None) -> int | None:
-    """How many ranks of this job are on this node; None where there are several and nothing tells
-    how many are here.
+    """The number of this job's ranks on this node; None if there are several and it is unknown.
 
-    torchrun says ``LOCAL_WORLD_SIZE``. Where people set ``WORLD_SIZE`` themselves under ``srun`` or
-    ``mpirun``, those know.
+    torchrun sets ``LOCAL_WORLD_SIZE``. If people set ``WORLD_SIZE`` themselves under ``srun`` or
+    ``mpirun``, the variables of Slurm or MPI say it.
     """
-    said = os.environ if environment is None else environment
-    if (local := _count(said, "LOCAL_WORLD_SIZE")) is not None:
+    variables = os.environ if environment is None else environment
+    if (local := _count(variables, "LOCAL_WORLD_SIZE")) is not None:
         return local
-    world = _count(said, "WORLD_SIZE") or 1
+    world = _count(variables, "WORLD_SIZE") or 1
     if world == 1:
         return 1
-    if (local := _first(said, _MPI_COUNTS)) is not None:
+    if (local := _first(variables, _MPI_COUNTS)) is not None:
         return local
-    if _first(said, _SLURM_NODES) == 1:
+    if _first(variables, _SLURM_NODES) == 1:
         return world
-    return _count(said, "SLURM_NTASKS_PER_NODE")
+    return _count(variables, "SLURM_NTASKS_PER_NODE")
 
 
-def _first(said: Mapping[str, str], names: Sequence[str]) -> int | None:
-    return next(
-        (count for count in (_count(said, name) for name in names) if count is not None), None
-    )
+def _first(variables: Mapping[str, str], names: Sequence[str]) -> int | None:
+    counts = (_count(variables, name) for name in names)
+    return next((count for count in counts if count is not None), None)
 
 
-def _count(said: Mapping[str, str], name: str) -> int | None:
-    text = said.get(name, "")
+def _count(variables: Mapping[str, str], name: str) -> int | None:
+    text = variables.get(name, "")
     return int(text) if text.isdecimal() and int(text) > 0 else None

@@ -1,12 +1,12 @@
-"""Messages over a unix socket: frames, and the descriptors that travel beside them.
+"""Message frames over a unix socket, with the file descriptors that travel beside them.
 
-A frame is a little-endian 32-bit length and that many bytes of msgpack, one message of
-``messages``. A frame's descriptors leave with its first byte, in a system call that carries no byte
-of another frame. The kernel ends a read behind the piece that descriptors came with, so they belong
-to the last frame that begins in what one read gave.
+A frame is a little-endian 32-bit length and that many bytes of msgpack: one message of
+``messages``. A frame's descriptors are sent with its first byte, in a system call that carries no
+byte of another frame. The kernel ends a read after the piece that descriptors were attached to,
+so they belong to the last frame that begins within one read.
 
 ``Inbox`` and ``Outbox`` never block: they are for a process that serves many sockets.
-``MessageSocket`` is for one that waits.
+``MessageSocket`` blocks.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ckpt.errors import IntegrityError, UnavailableError, UsageError
 from ckpt.ipc.messages import AnyMessage, Message
 
 FRAME_BYTES_MAX = 64 << 20
-"""No body is longer; a reader refuses the claim before it keeps anything."""
+"""The longest body; a reader rejects a longer one before it buffers anything."""
 FDS_MAX = 64
 """Descriptors beside one frame."""
 READ_BYTES = 64 << 10
 READS_MAX = 16
-"""Reads of one ``Inbox.read``, so that one busy peer doesn't keep a loop from the others."""
+"""Reads in one ``Inbox.read``, so that one busy peer does not starve the others."""
 JOINED_MAX = 64
-"""Frames that leave in one system call."""
+"""Frames in one system call."""
 OUTBOX_BYTES_MAX = 256 << 20
-"""What waits for one peer at most; a peer that reads nothing is given up."""
+"""The most unsent bytes for one peer; a peer that reads nothing is given up."""
 SEND_WAIT_S = 60.0
-"""How long a peer may take nothing before a blocking send gives it up."""
+"""How long a blocking send waits for a peer that reads nothing."""
 
 Received = tuple[Message, list[int]]
-"""A message and the descriptors that came with it; who takes it closes them."""
+"""A message and the descriptors beside it, which the receiver must close."""
 
 _LENGTH = struct.Struct("<I")
 _FD = struct.Struct("i")
@@ -55,7 +55,7 @@ _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: Message) -> bytes:
-    """The frame of ``message``. Raises UsageError where it is too long."""
+    """The frame of ``message``. Raises UsageError if it is too long."""
     body = _ENCODER.encode(message)
     if len(body) > FRAME_BYTES_MAX:
         raise UsageError(
@@ -66,15 +66,15 @@ def encode(message: Message) -> bytes:
 
 
 def close_fds(fds: Iterable[int]) -> None:
-    """Close descriptors that nobody wants."""
+    """Close all descriptors."""
     for fd in fds:
         os.close(fd)
 
 
 class Inbox:
-    """What came from one peer and isn't a whole frame yet. Not thread-safe.
+    """The bytes from one peer that are not a whole frame yet. Not thread-safe.
 
-    Owns the descriptors of the frame that is under way; ``close`` gives them up.
+    Owns the descriptors of the incomplete frame; ``close`` closes them.
     """
 
     __slots__ = ("_begun", "_chunk", "_data", "_ended", "_fresh", "frame_bytes_max")
@@ -83,7 +83,7 @@ class Inbox:
         self, *, read_bytes: int = READ_BYTES, frame_bytes_max: int = FRAME_BYTES_MAX
     ) -> None:
         self.frame_bytes_max = frame_bytes_max
-        """No body is taken that is longer. Holds that much at most, and what one ``read`` gives."""
+        """No longer body is accepted. The inbox buffers at most that many bytes and one read."""
         self._chunk = memoryview(bytearray(read_bytes))
         self._data = bytearray()
         self._begun: list[int] = []  # descriptors of the frame that the data end with
@@ -91,12 +91,12 @@ class Inbox:
         self._ended = False
 
     def read(self, sock: socket.socket) -> tuple[list[Received], bool]:
-        """Take what has arrived, without waiting: whole messages, and whether the peer will send no
-        more.
+        """Read what has arrived, without blocking: whole messages, and whether the stream has
+        ended.
 
-        A frame that the peer's end cut off is dropped. Raises IntegrityError for what is no frame:
-        the connection is then of no use, and all descriptors of this call are closed. May leave
-        bytes behind: ask again when the socket is readable.
+        A frame that is cut off by the end of the stream is dropped. Raises IntegrityError if the
+        bytes are not a frame: the connection is then unusable, and all descriptors of this call
+        are closed. May leave bytes unread: call it again when the socket is readable.
         """
         received: list[Received] = []
         try:
@@ -118,7 +118,7 @@ class Inbox:
         return received, False
 
     def close(self) -> None:
-        """Forget what is under way; further reads are at the end. Idempotent."""
+        """Drop the incomplete frame; further reads report the end. Idempotent."""
         self._ended = True
         self._data.clear()
         close_fds(self._begun)
@@ -126,7 +126,10 @@ class Inbox:
         self._begun, self._fresh = [], []
 
     def _read_once(self, sock: socket.socket) -> int | None:
-        """Read into the chunk: how many bytes (None: nothing is there yet, 0: the end)."""
+        """Read into the chunk.
+
+        The number of bytes; None: nothing has arrived, 0: the end of the stream.
+        """
         if self._ended:
             return 0
         try:
@@ -135,7 +138,7 @@ class Inbox:
             )
         except BlockingIOError:
             return None
-        except ConnectionResetError:  # the peer left without reading all that it was sent
+        except ConnectionResetError:  # the peer closed its end with unread messages
             return 0
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -144,7 +147,7 @@ class Inbox:
                 )
         if flags & socket.MSG_CTRUNC:
             raise IntegrityError(
-                f"descriptors were lost on their way. arrived={len(self._fresh)} limit={FDS_MAX}; "
+                f"descriptors were lost on their way. received={len(self._fresh)} limit={FDS_MAX}; "
                 "raise this process's limit of open files (ulimit -n)"
             )
         if not _CLOSED_ON_EXEC:
@@ -157,11 +160,11 @@ class Inbox:
         before = len(self._data)
         self._data += self._chunk[:count]
         frames, rest = _split(self._data, self.frame_bytes_max)
+        # Descriptors belong to the last frame that begins in this read, whole or not. If none
+        # begins in it, they were attached within a frame, which no sender of ours does.
         last = rest if rest < len(self._data) else frames[-1][0]
         if self._fresh and last < before:
-            raise IntegrityError(
-                f"descriptors came in the middle of a frame. count={len(self._fresh)}"
-            )
+            raise IntegrityError(f"descriptors in the middle of a frame. count={len(self._fresh)}")
         for start, stop in frames:
             if start == last:
                 self._begun, self._fresh = self._begun + self._fresh, []
@@ -175,8 +178,7 @@ class Inbox:
 
 
 def _split(data: bytearray, limit_bytes: int) -> tuple[list[tuple[int, int]], int]:
-    """Where whole frames lie, their lengths included, and where the frame begins that isn't
-    whole."""
+    """The bounds of whole frames, with their lengths, and the start of the incomplete one."""
     frames: list[tuple[int, int]] = []
     at = 0
     while at + _LENGTH.size <= len(data):
@@ -201,8 +203,10 @@ def _decode(body: memoryview) -> Message:
 
 
 class Outbox:
-    """What is to be sent to one peer. Not thread-safe. Owns the descriptors that it is given;
-    ``close`` gives them up."""
+    """The messages that wait to be sent to one peer.
+
+    Not thread-safe. Owns their descriptors; ``close`` closes them.
+    """
 
     __slots__ = ("_frames", "_sent", "size_bytes")
 
@@ -210,17 +214,18 @@ class Outbox:
         self._frames: deque[tuple[bytes, list[int]]] = deque()
         self._sent = 0
         self.size_bytes = 0
-        """Bytes that wait."""
+        """Unsent bytes."""
 
     def __bool__(self) -> bool:
         return bool(self._frames)
 
     def push(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Add a message to the end. ``fds`` are the outbox's from now on, even where this fails; it
-        closes what it has sent.
+        """Append a message.
 
-        Raises UsageError for a message that is too long or too many descriptors, UnavailableError
-        where the peer takes nothing.
+        Takes ``fds`` over, even if it raises, and closes them once they are sent.
+
+        Raises UsageError for a message that is too long or has too many descriptors,
+        UnavailableError if the peer does not read.
         """
         try:
             if len(fds) > FDS_MAX:
@@ -230,7 +235,7 @@ class Outbox:
             frame = encode(message)
             if self.size_bytes + len(frame) > OUTBOX_BYTES_MAX:
                 raise UnavailableError(
-                    f"the peer doesn't read what it is sent. waiting_bytes={self.size_bytes}"
+                    f"the peer doesn't read its messages. waiting_bytes={self.size_bytes}"
                 )
         except BaseException:
             close_fds(fds)
@@ -239,34 +244,33 @@ class Outbox:
         self.size_bytes += len(frame)
 
     def flush(self, sock: socket.socket) -> bool:
-        """Send what the socket takes now; says whether nothing is left.
+        """Send what the socket accepts now; true if nothing is left.
 
-        Raises OSError where the connection is gone.
+        Raises OSError if the connection is lost.
         """
         while self._frames:
             pieces, fds = self._next()
-            beside = (
+            ancillary = (
                 [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(map(_FD.pack, fds)))]
                 if fds
                 else []
             )
             try:
-                count = sock.sendmsg(pieces, beside, _WRITE_FLAGS)
+                count = sock.sendmsg(pieces, ancillary, _WRITE_FLAGS)
             except BlockingIOError:
                 return False
-            self._gone(count)
+            self._mark_sent(count)
         return True
 
     def close(self) -> None:
-        """Forget what waits. Idempotent."""
+        """Drop all unsent messages. Idempotent."""
         for _, fds in self._frames:
             close_fds(fds)
         self._frames.clear()
         self._sent = self.size_bytes = 0
 
     def _next(self) -> tuple[list[bytes | memoryview], list[int]]:
-        """What one system call may carry: a frame with descriptors goes alone, others go
-        together."""
+        """What one system call may carry: a frame with descriptors, or several without."""
         first, fds = self._frames[0]
         pieces: list[bytes | memoryview] = [
             memoryview(first)[self._sent :] if self._sent else first
@@ -274,14 +278,16 @@ class Outbox:
         if fds:
             return pieces, fds
         for at in range(1, min(len(self._frames), JOINED_MAX)):
-            frame, beside = self._frames[at]
-            if beside:
+            frame, frame_fds = self._frames[at]
+            if frame_fds:
                 break
             pieces.append(frame)
         return pieces, fds
 
-    def _gone(self, count: int) -> None:
-        """``count`` bytes were taken, and the first frame's descriptors with the first of them."""
+    def _mark_sent(self, count: int) -> None:
+        """``count`` bytes were sent, and with the first of them the descriptors of the first
+        frame.
+        """
         self.size_bytes -= count
         self._sent += count
         close_fds(self._frames[0][1])
@@ -291,16 +297,17 @@ class Outbox:
 
 
 class MessageSocket:
-    """A connected unix stream socket that this process waits on. Owns the socket. Thread-safe.
+    """A connected unix stream socket that sends and receives whole messages, blocking.
 
-    A connection whose stream was cut in the middle of a frame, by an error or a signal, is shut
-    down: nothing can go on.
+    Owns the socket. Thread-safe.
+
+    A connection whose stream was cut within a frame, by an error or a signal, is shut down.
     """
 
     __slots__ = ("_inbox", "_outbox", "_ready", "_receiving", "_sending", "_socket")
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.settimeout(None)  # with a time limit, Python would wait where it is told not to
+        sock.settimeout(None)  # with a timeout, Python would block in calls with MSG_DONTWAIT
         self._socket = sock
         self._inbox = Inbox()
         self._outbox = Outbox()
@@ -309,15 +316,17 @@ class MessageSocket:
         self._receiving = threading.Lock()
 
     def fileno(self) -> int:
-        """The socket's descriptor, for ``select``; -1 once closed. Call ``arrived`` where it is
-        readable."""
+        """The socket's descriptor, for ``select``; -1 once closed.
+
+        Call ``receive_available`` when it is readable.
+        """
         return self._socket.fileno()
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send one message; returns when the kernel has it. The caller keeps ``fds``.
 
-        Raises UnavailableError where the peer is gone or takes nothing for SEND_WAIT_S, UsageError
-        where it is too long.
+        Raises UnavailableError if the connection is lost or the peer reads nothing for
+        SEND_WAIT_S, UsageError if the message is too long.
         """
         with self._sending:
             own = _duplicates(fds)
@@ -326,7 +335,7 @@ class MessageSocket:
                 while not self._outbox.flush(self._socket):
                     if not _wait(self._socket, select.POLLOUT, SEND_WAIT_S):
                         raise UnavailableError(
-                            f"the peer doesn't read what it is sent. waited_s={SEND_WAIT_S:g}"
+                            f"the peer doesn't read its messages. waited_s={SEND_WAIT_S:g}"
                         )
             except UsageError:  # nothing was sent
                 raise
@@ -335,15 +344,15 @@ class MessageSocket:
                 self._shut()
                 if isinstance(error, OSError):
                     raise UnavailableError(
-                        f"the connection is gone. why={error.strerror or error}"
+                        f"the connection is lost. why={error.strerror or error}"
                     ) from error
                 raise
 
     def receive(self, timeout_s: float | None = None) -> Received | None:
-        """The next message and the descriptors beside it, which are the caller's; None where the
-        peer has ended the connection.
+        """The next message and its descriptors, which the caller owns; None at the connection's
+        end.
 
-        Raises UnavailableError after ``timeout_s`` seconds, IntegrityError where what came is no
+        Raises UnavailableError after ``timeout_s`` seconds, IntegrityError if the bytes are not a
         frame.
         """
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -351,16 +360,19 @@ class MessageSocket:
             while not self._ready:
                 left_s = None if until_s is None else until_s - time.monotonic()
                 if not _wait(self._socket, select.POLLIN, left_s):
-                    raise UnavailableError(f"no word within the time limit. timeout_s={timeout_s}")
+                    raise UnavailableError(
+                        f"no message within the time limit. timeout_s={timeout_s}"
+                    )
                 if self._read():
                     break
             return self._ready.popleft() if self._ready else None
 
     def receive_available(self) -> tuple[list[Received], bool]:
-        """All that is there, without waiting, and whether the peer has ended the connection. For
-        who waits with ``select``.
+        """All messages that have arrived, without blocking, and whether the connection has ended.
 
-        Look here before the first ``select`` too: ``receive`` may have read more than it returned.
+        For ``select`` loops.
+
+        Call it before the first ``select`` too: ``receive`` may have read more than it returned.
         """
         with self._receiving:
             ended = self._read()
@@ -369,19 +381,19 @@ class MessageSocket:
             return received, ended
 
     def close(self) -> None:
-        """End the connection; who waits in ``receive`` gets None. What was received and not taken
-        is dropped. Idempotent."""
+        """End the connection; a blocked ``receive`` returns None.
+
+        Unread messages are dropped. Idempotent.
+        """
         self._shut()
         with self._receiving, self._sending:
             self._drop()
 
     def forget_after_fork(self) -> None:
-        """In a child that was forked: close its copy, and leave the connection to the parent. The
-        child's copy is of no use."""
-        self._sending, self._receiving = (
-            threading.Lock(),
-            threading.Lock(),
-        )  # a thread of the parent may have held them
+        """In a forked child: close this copy; the connection stays the parent's."""
+        # Threads of the parent may have held the locks at the fork.
+        self._sending = threading.Lock()
+        self._receiving = threading.Lock()
         self._drop()
 
     def _read(self) -> bool:
@@ -392,7 +404,7 @@ class MessageSocket:
         return ended
 
     def _shut(self) -> None:
-        with contextlib.suppress(OSError):  # the peer was faster, or it is closed
+        with contextlib.suppress(OSError):  # the peer closed it first, or it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _drop(self) -> None:
@@ -415,11 +427,11 @@ def _wait(sock: socket.socket, event: int, timeout_s: float | None) -> bool:
 
 
 def _duplicates(fds: Sequence[int]) -> list[int]:
-    made: list[int] = []
+    copies: list[int] = []
     try:
         for fd in fds:
-            made.append(os.dup(fd))
+            copies.append(os.dup(fd))
     except BaseException:
-        close_fds(made)
+        close_fds(copies)
         raise
-    return made
+    return copies

@@ -1,4 +1,4 @@
-"""How the ranks of one job speak: small messages under unique keys, and no collective."""
+"""Mailboxes: the ranks of one attempt exchange small values under unique keys, no collectives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ckpt.errors import UnavailableError
 POLL_FIRST_S = 0.001
 POLL_LAST_S = 0.05
 STOP_LOOK_S = 0.25
-"""How often a channel that waits by itself looks whether to stop waiting."""
+"""How often a blocking wait checks ``stop()``."""
 
 
 class RankMailbox(Protocol):
-    """Messages between the ranks of one attempt. Thread-safe. Keys are written once."""
+    """Values that the ranks of one attempt exchange. Thread-safe. A key is written once."""
 
     @property
     def rank(self) -> int:
@@ -25,7 +25,7 @@ class RankMailbox(Protocol):
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         ...
 
     def post(self, key: str, value: bytes) -> None:
@@ -33,16 +33,16 @@ class RankMailbox(Protocol):
         ...
 
     def peek(self, key: str) -> bytes | None:
-        """The value, or None where nobody has posted it yet. One round trip."""
+        """The value, or None if it is not posted yet. One round trip."""
         ...
 
     def forget(self, key: str) -> None:
-        """Free a message that no rank will look for again; a missing one is no error."""
+        """Free a value that no rank will read again; a missing key is no error."""
         ...
 
 
 class CountingMailbox(RankMailbox, Protocol):
-    """Messages, and counters that all ranks share."""
+    """A mailbox with counters that all ranks share."""
 
     def count(self, key: str, amount: int = 0) -> int:
         """Add to a shared counter and return the sum."""
@@ -51,7 +51,7 @@ class CountingMailbox(RankMailbox, Protocol):
 
 @runtime_checkable
 class WaitingMailbox(Protocol):
-    """A channel that can wait for a key itself, without being asked again and again."""
+    """A mailbox that can block until a key is posted."""
 
     def wait(self, key: str, timeout_s: float) -> bytes | None:
         """The value as soon as it is posted, or None after ``timeout_s`` seconds."""
@@ -60,8 +60,10 @@ class WaitingMailbox(Protocol):
 
 @runtime_checkable
 class StayingMailbox(Protocol):
-    """A channel that may have ranks that leave only together: then nobody need ask whether another
-    one is gone."""
+    """A mailbox whose ranks may leave only together.
+
+    If ``stays`` is true, no rank has to watch for others that left.
+    """
 
     stays: bool
 
@@ -74,10 +76,10 @@ def wait_for_message(
     awaited: str,
     stop: Callable[[], bool] | None = None,
 ) -> bytes:
-    """Wait until ``key`` is posted and return its value.
+    """Wait until ``key`` is posted and return its value. ``awaited`` names it in errors.
 
-    Polls where the channel can't wait itself: one connection of torch's store serves one call at a
-    time, and a blocking wait would lock out the other threads. Raises UnavailableError after
+    Polls unless the mailbox is a ``WaitingMailbox``: torch's store serves one call at a time on a
+    connection, so a blocking wait would lock out the other threads. Raises UnavailableError after
     ``timeout_s`` seconds, or as soon as ``stop()`` is true.
     """
     began = time.monotonic()
@@ -94,8 +96,8 @@ def wait_for_message(
             raise UnavailableError(f"stopped while waiting for {awaited}. rank={channel.rank}")
         if timeout_s is not None and time.monotonic() - began > timeout_s:
             raise UnavailableError(
-                f"no word within the time limit while waiting for {awaited}. rank={channel.rank} "
-                f"timeout_s={timeout_s:g}; "
+                f"no message within the time limit while waiting for {awaited}. "
+                f"rank={channel.rank} timeout_s={timeout_s:g}; "
                 "a rank is dead or far behind: look at its log"
             )
         if not isinstance(channel, WaitingMailbox):
@@ -104,7 +106,7 @@ def wait_for_message(
 
 
 class SoloMailbox:
-    """The channel of a world of one."""
+    """The mailbox of a world of one rank."""
 
     rank = 0
     size = 1
@@ -114,25 +116,24 @@ class SoloMailbox:
         self._counts: dict[str, int] = {}
 
     def post(self, key: str, value: bytes) -> None:
-        """See ``Channel``."""
         self._values[key] = value
 
     def peek(self, key: str) -> bytes | None:
-        """See ``Channel``."""
         return self._values.get(key)
 
     def count(self, key: str, amount: int = 0) -> int:
-        """See ``Channel``."""
         self._counts[key] = self._counts.get(key, 0) + amount
         return self._counts[key]
 
     def forget(self, key: str) -> None:
-        """See ``Channel``."""
         self._values.pop(key, None)
 
 
 class InProcessRoom:
-    """What the ranks of one process share: messages and counters. Thread-safe."""
+    """The shared state of ``InProcessMailbox``: values and counters.
+
+    Thread-safe under ``changed``.
+    """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -141,7 +142,7 @@ class InProcessRoom:
 
 
 class InProcessMailbox:
-    """One rank's channel where all ranks live in one process. Waits without polling."""
+    """One rank's mailbox if all ranks are threads of one process. Waits without polling."""
 
     def __init__(self, room: InProcessRoom, *, rank: int, size: int) -> None:
         self._room = room
@@ -149,29 +150,24 @@ class InProcessMailbox:
         self.size = size
 
     def post(self, key: str, value: bytes) -> None:
-        """See ``Channel``."""
         with self._room.changed:
             self._room.values[key] = value
             self._room.changed.notify_all()
 
     def peek(self, key: str) -> bytes | None:
-        """See ``Channel``."""
         with self._room.changed:
             return self._room.values.get(key)
 
     def wait(self, key: str, timeout_s: float) -> bytes | None:
-        """See ``WaitingMailbox``."""
         with self._room.changed:
             self._room.changed.wait_for(lambda: key in self._room.values, timeout_s)
             return self._room.values.get(key)
 
     def count(self, key: str, amount: int = 0) -> int:
-        """See ``Channel``."""
         with self._room.changed:
             self._room.counts[key] = self._room.counts.get(key, 0) + amount
             return self._room.counts[key]
 
     def forget(self, key: str) -> None:
-        """See ``Channel``."""
         with self._room.changed:
             self._room.values.pop(key, None)

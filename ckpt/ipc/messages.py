@@ -1,9 +1,12 @@
-"""What supervisors, trainers and tools say to a keeper, and what it says to them.
+"""The messages between a keeper and the supervisors, trainers and tools of its node.
 
-Each message is one msgpack map with a ``type`` tag, sent as a frame (``frames``). A message with an
-``id`` above 0 is a call: the keeper answers it with exactly one ``Reply`` of that id, perhaps much
-later, and answers of one connection may overtake each other. Everything else is a word that nobody
-answers. File descriptors travel beside a frame.
+Each message is one msgpack map with a ``type`` tag, sent as one frame (see ``frames``). A message
+with an ``id`` above 0 is a call: the keeper answers it with exactly one ``Reply`` of the same id,
+possibly much later, and replies on one connection may overtake each other. All other messages are
+one-way. File descriptors travel beside a frame.
+
+The tags and field names are the wire format: class names may change, those may not without a new
+``WIRE_VERSION``.
 """
 
 from __future__ import annotations
@@ -15,15 +18,16 @@ import msgspec
 
 from ckpt import errors
 from ckpt.errors import CkptError, InternalError
+from ckpt.events import Fact
 from ckpt.format.canonical import prepare_decoders
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
-# What every message between keepers, supervisors, trainers and tools has in common.
-
 
 class RemoteError(msgspec.Struct, frozen=True):
-    """An error as a message: ``code`` finds its class again, ``text`` are its words, ``rank`` says
-    whose it was."""
+    """An error as a message.
+
+    ``code`` names its class, ``rank`` the rank on which it happened (-1: none).
+    """
 
     code: str
     text: str
@@ -31,18 +35,16 @@ class RemoteError(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
-    """Base of all messages. ``id`` above 0: a call."""
+    """Base of all messages. An ``id`` above 0 makes it a call."""
 
     id: int = 0
 
 
-# What a keeper tells tools about itself and its job.
-
-Fact = str | int | float | bool | None
+# ---- reports: what a keeper shows to tools
 
 
 class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One slot: what it holds sealed (None: nothing), and whether an upload holds it."""
+    """One slot: the snapshot that is sealed in it (None: none), and whether an upload holds it."""
 
     index: int
     size_bytes: int
@@ -51,7 +53,7 @@ class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank as its keeper sees it. ``idle_s``: since its last boundary."""
+    """One rank as its keeper sees it. ``idle_s``: seconds since its last boundary."""
 
     rank: int
     supervisor_pid: int
@@ -65,11 +67,11 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One node of the job's newest epoch; ``first_rank`` -1 and no ``ranks``: a standby. ``here``:
-    the keeper's own node.
+    """One node of the job's newest epoch. ``here``: it is the reporting keeper's own node.
 
-    ``mirrored``: the newest pair that all nodes have on others; of a standby the newest of which it
-    has all that it is to keep (None: nothing, or not known to this keeper).
+    ``first_rank`` -1 with ``ranks`` 0 is a standby. ``mirrored`` is the newest snapshot of which
+    every node has a copy on another node; on a standby, the newest snapshot of which it stores
+    all its copies (None: none, or unknown to this keeper).
     """
 
     node: str
@@ -80,8 +82,11 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One keeper. ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: its own
-    memory besides slots."""
+    """The state of one keeper.
+
+    ``recoveries``: the last ones, oldest first, as facts. ``rss_bytes``: the keeper's own memory
+    without slots.
+    """
 
     job: str
     store: str
@@ -101,18 +106,22 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     recoveries: tuple[Mapping[str, Fact], ...]
     nodes: tuple[NodeReport, ...] = ()
     mirror_bytes: int = 0
-    """Of several nodes: what this one has sent to others so far, to be kept there, and came."""
+    """With several nodes: how many bytes other nodes have stored for this one so far."""
     refused: Mapping[str, int] = {}
-    """Of several nodes: what was turned away, by kind; ``line`` counts connections, the others
-    requests for lent memory."""
+    """With several nodes: how many requests were rejected, by kind.
+
+    ``line`` counts connections between keepers, the others count requests for peer memory.
+    """
 
 
-# Where a node's ranks are in a job of several nodes, and where what they staged is.
+# ---- placement: where ranks and their staged state are
 
 
 class RankPlacement(msgspec.Struct, frozen=True):
-    """This node's ranks are the ones from ``first_rank`` on; rank 0 is at ``host``. ``node`` counts
-    from 0."""
+    """Where this node's ranks are in a job of several nodes.
+
+    They are consecutive from ``first_rank``. Rank 0 is at ``host``. ``node`` counts from 0.
+    """
 
     host: str
     first_rank: int
@@ -122,10 +131,10 @@ class RankPlacement(msgspec.Struct, frozen=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Where one rank's share of a staged pair is. ``local``: the local rank whose slot has it, -1
-    for none.
+    """Where one rank's share of a staged snapshot is stored.
 
-    ``slots`` and ``mirrors``: the addresses of nodes that lend it, out of a slot or as a mirror.
+    ``local`` is the local rank whose slot has it, -1 for none. ``slots`` and ``mirrors`` are
+    addresses of nodes that serve it, from a slot or from a mirror.
     """
 
     local: int = -1
@@ -136,24 +145,24 @@ class Source(msgspec.Struct, frozen=True):
 prepare_decoders(RankPlacement, Source)
 
 
-# What a keeper answers to what it is asked. The questions are in ``messages``.
+# ---- replies
 
 
 class Reply(Message, frozen=True, kw_only=True, tag="Reply"):
-    """Base of answers; ``error`` is set where the call failed, and nothing else then counts."""
+    """Base of replies. If ``error`` is set, the call failed and the other fields mean nothing."""
 
     error: RemoteError | None = None
 
 
 class Done(Reply, frozen=True, kw_only=True, tag="Done"):
-    """The call was carried out (or failed)."""
+    """The call was carried out, or failed."""
 
 
 class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
-    """``boot`` is random for each keeper. ``new``: it knows nothing of the peer's attempt, so hand
-    over what you hold.
+    """The reply to ``Hello``. ``boot`` is random for each keeper process.
 
-    ``seating``: where the node's ranks are in the peer's attempt, where the job has several nodes.
+    ``new``: the keeper knows nothing of the peer's attempt, so the supervisor sends the
+    descriptors that it kept. ``seating`` is set if the job has several nodes.
     """
 
     boot: str
@@ -164,69 +173,72 @@ class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
 
 
 class Value(Reply, frozen=True, kw_only=True, tag="Value"):
-    """What is posted under the key, or None."""
+    """The value of a key, or None."""
 
     value: bytes | None
 
 
 class Number(Reply, frozen=True, kw_only=True, tag="Number"):
-    """A count or an epoch. ``origin``: of an epoch, what its staged indexes carry, since numbers
-    alone are given out twice."""
+    """A count, or the number of an epoch.
+
+    ``origin`` goes with an epoch and is stored in its staged indexes: two keepers may give out
+    the same number.
+    """
 
     number: int
     origin: str = ""
 
 
 class SlotEntry(msgspec.Struct, frozen=True):
-    """One slot that the keeper holds."""
+    """One slot that the keeper owns."""
 
     index: int
     size_bytes: int
 
 
 class Slots(Reply, frozen=True, kw_only=True, tag="Slots"):
-    """The slots of one rank, memfds beside them in the same order."""
+    """The slots of one rank, with their memfds beside them in the same order."""
 
     slots: tuple[SlotEntry, ...]
 
 
 class Sources(Reply, frozen=True, kw_only=True, tag="Sources"):
-    """Where the share of each rank of the pair's world is; empty where the pair isn't known."""
+    """Where each rank's share of a snapshot is, by rank; empty if the snapshot is unknown."""
 
     ranks: tuple[Source, ...]
     epoch: int = 0
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """A snapshot to restore. ``tier``: ``staged`` (all ranks' slots hold it) or ``durable``."""
+    """A snapshot to restore. ``tier`` is ``staged`` (slots of all ranks have it) or ``durable``."""
 
     snapshot: SnapshotId
     tier: str
 
 
 class Choices(Reply, frozen=True, kw_only=True, tag="Choices"):
-    """What can be restored, best first: the line of the newest epoch."""
+    """What can be restored, best first: snapshots on the lineage of the newest epoch."""
 
     choices: tuple[Choice, ...]
 
 
 class Status(Reply, frozen=True, kw_only=True, tag="Status"):
-    """What ``ckpt ps`` and ``ckpt top`` show: see ``report``."""
+    """The answer to ``ckpt ps`` and ``ckpt top``."""
 
     report: KeeperReport | None
 
 
-# What a keeper needs to know of its user's choices: about failures, and how long snapshots are
-# kept.
+# ---- the user's choices
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What a supervisor's user chose about failures; equal on all ranks.
+    """What the user chose about failures; equal on all ranks.
 
-    ``same_error_max``: the same exception at the same step that often in a row is a bug.
-    ``stuck_max``: that many failures in a row without one step completed end the job. ``hang_s``:
-    the least time without a step that counts as a hang (0: never). ``grace_s``: how long a
-    preempted job may take. ``linger_s``: how long slots are kept for a program that was killed.
+    ``same_error_max``: that many equal exceptions in a row at the same step are a bug and end the
+    job. ``stuck_max``: that many failures in a row without one completed step end the job.
+    ``hang_s``: the least time without a step that counts as a hang (0: never). ``grace_s``: how
+    long a preempted job may take to stop. ``linger_s``: how long slots are kept for a program
+    that was killed.
     """
 
     same_error_max: int = 2
@@ -237,31 +249,33 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user of an epoch's writer chose to keep: the policy's text, and how long the bytes
-    of dropped snapshots stay."""
+    """Which snapshots to keep: the policy's text, and how long the bytes of dropped ones stay."""
 
     keep: str
     grace_s: float
 
 
 WIRE_VERSION = 4
-"""Grows with each change of a message; peers of different versions refuse each other."""
+"""Increased with each change of a message. Peers of different versions reject each other."""
 
 
-# ---- from everybody
+# ---- from all peers
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
-    """First on every connection; a call. Answered with ``PeerWelcome``, or an error that says why
-    the peer isn't wanted.
+    """The first message on every connection; a call.
 
-    ``role``: ``supervisor``, ``trainer`` (its calls), ``events`` (a trainer's second connection,
-    for words of the keeper) or ``tool``. ``launch`` names one start of the whole program: all its
-    ranks share it, no other start ever has it. ``attempt``: the one that the peer belongs to, 0 for
-    none yet. ``ranks`` is the number of ranks on this node, ``rank`` the peer's. ``holds``: a
-    supervisor has slots or a board of an earlier keeper, and hands them over before ``Killed``.
-    ``agent``: the launcher's own on this node, as ``NodesSpec`` names it to a supervisor: a keeper
-    may outlast it.
+    The reply is ``Welcome``, or an error that says why the peer is rejected.
+
+    ``role`` is ``supervisor``, ``trainer`` (for its calls), ``events`` (a trainer's second
+    connection, for messages from the keeper) or ``tool``. ``launch`` names one start of the whole
+    program: all its ranks share it and no other start has it. ``attempt`` is the one that the
+    peer belongs to, 0 for none. ``ranks`` is the number of ranks on this node, ``rank`` the
+    peer's.
+
+    ``holds``: a supervisor kept slots or a board of an earlier keeper, and sends them before
+    ``Killed``. ``agent`` is the name of torchrun's agent on this node (``NodesSpec.agent``). The
+    supervisor sends it because a keeper may outlive the launch that started it.
     """
 
     version: int
@@ -277,15 +291,17 @@ class Hello(Message, frozen=True, kw_only=True, tag="Hello"):
 
 
 class Bye(Message, frozen=True, kw_only=True, tag="Bye"):
-    """The peer leaves as planned. A connection that ends without it was cut off."""
+    """The peer leaves as planned. A connection that ends without ``Bye`` was cut off."""
 
 
 # ---- from supervisors
 
 
 class Started(Message, frozen=True, kw_only=True, tag="Started"):
-    """A trainer of ``attempt`` runs. ``how``: ``fork``, ``spawn`` or ``prepared``. Times are
-    CLOCK_MONOTONIC seconds."""
+    """A trainer of ``attempt`` was started by ``fork``, ``spawn`` or as ``prepared``.
+
+    Times are CLOCK_MONOTONIC seconds.
+    """
 
     attempt: int
     trainer_pid: int
@@ -294,10 +310,10 @@ class Started(Message, frozen=True, kw_only=True, tag="Started"):
 
 
 class Died(Message, frozen=True, kw_only=True, tag="Died"):
-    """The trainer ended by itself. ``status`` as ``os.waitstatus_to_exitcode``: an exit code, or
-    minus a signal.
+    """The trainer ended by itself.
 
-    ``overdue``: its supervisor stopped it, because this node may not act at the moment: it did
+    ``status`` is as from ``os.waitstatus_to_exitcode``: an exit code, or minus a signal.
+    ``overdue``: the supervisor stopped it because this node's lease had run out; the program did
     nothing wrong.
     """
 
@@ -308,20 +324,22 @@ class Died(Message, frozen=True, kw_only=True, tag="Died"):
 
 
 class Killed(Message, frozen=True, kw_only=True, tag="Killed"):
-    """No process of the attempt's group lives on this rank any more: the answer to ``Kill``."""
+    """The answer to ``Kill``: no process of the attempt is left on this rank."""
 
     attempt: int
 
 
 class Preempt(Message, frozen=True, kw_only=True, tag="Preempt"):
-    """The node is about to be taken away: stop at a boundary, durable, within ``grace_s``. From
-    supervisors and trainers."""
+    """This node is about to be taken away: stop at a boundary, durable, within ``grace_s``.
+
+    Sent by supervisors and trainers.
+    """
 
     grace_s: float
 
 
 class SlotKept(Message, frozen=True, kw_only=True, tag="SlotKept"):
-    """To a keeper that is new: a slot that this supervisor holds; its memfd travels beside it."""
+    """To a new keeper: a slot that this supervisor kept. Its memfd travels beside the message."""
 
     rank: int
     index: int
@@ -329,52 +347,57 @@ class SlotKept(Message, frozen=True, kw_only=True, tag="SlotKept"):
 
 
 class BoardKept(Message, frozen=True, kw_only=True, tag="BoardKept"):
-    """To a keeper that is new: the board; its memfd travels beside it."""
+    """To a new keeper: the board that this supervisor kept.
+
+    Its memfd travels beside the message.
+    """
 
 
 # ---- from trainers
 
 
 class Post(Message, frozen=True, kw_only=True, tag="Post"):
-    """Publish ``value`` under ``key`` in the attempt's room."""
+    """Publish ``value`` under ``key`` in the attempt's mailbox."""
 
     key: str
     value: bytes
 
 
 class Peek(Message, frozen=True, kw_only=True, tag="Peek"):
-    """A call: ``Value`` of the key, as soon as it is posted, or None after ``wait_s`` seconds."""
+    """A call. ``Value`` of the key as soon as it is posted, or None after ``wait_s`` seconds."""
 
     key: str
     wait_s: float = 0.0
 
 
 class Count(Message, frozen=True, kw_only=True, tag="Count"):
-    """A call: add to a counter; ``Number`` is the sum."""
+    """A call. Add to a counter; the reply is the sum, as ``Number``."""
 
     key: str
     amount: int
 
 
 class Forget(Message, frozen=True, kw_only=True, tag="Forget"):
-    """Free a posted message."""
+    """Free a posted value."""
 
     key: str
 
 
 class GetBoard(Message, frozen=True, kw_only=True, tag="GetBoard"):
-    """A call: ``PutDone`` with the board's memfd beside it."""
+    """A call. ``Done``, with the board's memfd beside it."""
 
 
 class GetSlots(Message, frozen=True, kw_only=True, tag="GetSlots"):
-    """A call: ``Slots`` of this node's ``rank``, with their memfds in the same order."""
+    """A call. ``Slots`` of this node's ``rank``, with their memfds in the same order."""
 
     rank: int
 
 
 class SlotCreated(Message, frozen=True, kw_only=True, tag="SlotMade"):
-    """A call: the trainer made a slot for itself; its memfd travels beside it. UsageError where
-    memory is short."""
+    """A call. The trainer made a slot; its memfd travels beside the message.
+
+    The error is UsageError if memory is short.
+    """
 
     index: int
     size_bytes: int
@@ -387,24 +410,25 @@ class SlotReleased(Message, frozen=True, kw_only=True, tag="SlotGone"):
 
 
 class GetChoices(Message, frozen=True, kw_only=True, tag="GetChoices"):
-    """A call: ``Choices``, once the keeper has read the log. NotFoundError never: no store means no
-    choices."""
+    """A call.
+
+    ``Choices``, once the keeper has read the log; empty if there is nothing to restore.
+    """
 
 
 class GetSources(Message, frozen=True, kw_only=True, tag="GetSources"):
-    """A call, where the job has several nodes: ``MeshSources`` of a staged pair that ``Choices``
-    named."""
+    """A call, with several nodes. ``Sources`` of a staged snapshot out of ``Choices``."""
 
     snapshot: SnapshotId
 
 
 class OpenEpoch(Message, frozen=True, kw_only=True, tag="OpenEpoch"):
-    """A call, of rank 0: open the next epoch, going on from ``resume``; ``Number`` is the epoch.
+    """A call, from rank 0. Open the next epoch, which continues from ``resume``.
 
-    ``resume`` is None for a fresh start. The number is given out at once where the keeper knows the
-    log; its record follows, before the first commit of the epoch. ``retention``: what is to be
-    dropped from now on; None: nothing. ``newest``: ``resume`` was the best of the ``Choices`` that
-    came last, and is not to be gone on from where it is that no more.
+    The reply is ``Number``. ``resume`` is None for a fresh start. If the keeper knows the log, it
+    gives out the number at once and writes the record afterwards, before the first commit of that
+    epoch. ``retention``: what to drop from now on (None: nothing). ``newest``: ``resume`` was the
+    best of the last ``Choices``, and the call fails if it no longer is.
     """
 
     resume: SnapshotId | None
@@ -413,16 +437,18 @@ class OpenEpoch(Message, frozen=True, kw_only=True, tag="OpenEpoch"):
 
 
 class Decided(Message, frozen=True, kw_only=True, tag="Decided"):
-    """Of rank 0, where the job has several nodes: what all ranks do at a boundary, see
-    ``Board.decide``."""
+    """From rank 0, with several nodes: what all ranks do at a boundary. See ``Board.decide``."""
 
     boundary: int
     flags: int
 
 
 class VerifiedChunks(Message, frozen=True, kw_only=True, tag="Known"):
-    """Chunks of the committed snapshot ``base`` that this trainer read and found right: they may be
-    referred to."""
+    """Chunks of the committed snapshot ``base`` that this trainer read and verified.
+
+    Only such chunks may be referenced by a later snapshot, so that damage in a store is not
+    passed on.
+    """
 
     base: SnapshotId
     digests: tuple[Digest, ...]
@@ -430,8 +456,10 @@ class VerifiedChunks(Message, frozen=True, kw_only=True, tag="Known"):
 
 
 class Persist(Message, frozen=True, kw_only=True, tag="Persist"):
-    """Make slot ``index``, sealed under ``generation`` and marked as held, durable. Each rank hands
-    in the same sequence."""
+    """Make slot ``index``, sealed under ``generation`` and marked as held, durable.
+
+    Every rank submits the same sequence of snapshots.
+    """
 
     snapshot: SnapshotId
     index: int
@@ -441,24 +469,24 @@ class Persist(Message, frozen=True, kw_only=True, tag="Persist"):
 
 
 class Refuse(Message, frozen=True, kw_only=True, tag="Refuse"):
-    """Instead of ``Persist``: this rank can't give its share."""
+    """In place of ``Persist``: this rank cannot give its share."""
 
     snapshot: SnapshotId
     error: RemoteError
 
 
 class SetTag(Message, frozen=True, kw_only=True, tag="SetTag"):
-    """A call, of rank 0: tag a durable snapshot; ``PutDone`` when the record is written."""
+    """A call, from rank 0. Tag a durable snapshot; ``Done`` when the record is written."""
 
     name: str
     snapshot: SnapshotId
 
 
 class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
-    """The user's code raised, and this trainer is about to die of it.
+    """User code raised an exception, and this trainer is about to exit because of it.
 
-    ``fingerprint`` is equal for equal exceptions at equal places. ``final``: not worth a restart (a
-    usage error, Ctrl-C).
+    Equal exceptions at equal places have equal ``fingerprint``s. ``final``: a restart would not
+    help (a usage error, Ctrl-C).
     """
 
     kind: str
@@ -469,8 +497,10 @@ class Failing(Message, frozen=True, kw_only=True, tag="Failing"):
 
 
 class Phase(Message, frozen=True, kw_only=True, tag="Phase"):
-    """A point of a trainer's start: ``entered``, ``group`` (process group made), ``tracked``,
-    ``restored``, ``first-step``."""
+    """A milestone of a trainer's start, reached at ``at_s`` (CLOCK_MONOTONIC).
+
+    ``entered``, ``group`` (process group made), ``tracked``, ``restored`` or ``first-step``.
+    """
 
     name: str
     at_s: float
@@ -478,23 +508,27 @@ class Phase(Message, frozen=True, kw_only=True, tag="Phase"):
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="Finished"):
-    """The decorated function returned and all is durable; what follows is the rest of the user's
-    program."""
+    """The decorated function returned and all is durable.
+
+    The rest of the user's program follows.
+    """
 
 
 # ---- from tools
 
 
 class GetStatus(Message, frozen=True, kw_only=True, tag="GetStatus"):
-    """A call: ``Status``."""
+    """A call. ``Status``."""
 
 
-# ---- words of the keeper
+# ---- one-way, from the keeper
 
 
 class Start(Message, frozen=True, kw_only=True, tag="Start"):
-    """To a supervisor: start the trainer of ``attempt``; its group meets at ``port``, without
-    ``seating`` on loopback."""
+    """To a supervisor: start the trainer of ``attempt``.
+
+    Its process group meets at ``port``, on loopback if ``seating`` is None.
+    """
 
     attempt: int
     port: int
@@ -502,8 +536,7 @@ class Start(Message, frozen=True, kw_only=True, tag="Start"):
 
 
 class Kill(Message, frozen=True, kw_only=True, tag="Kill"):
-    """To a supervisor: kill the trainer of ``attempt`` and its whole process group, then answer
-    ``Killed``."""
+    """To a supervisor: kill the process group of ``attempt``'s trainer, then answer ``Killed``."""
 
     attempt: int
 
@@ -516,21 +549,18 @@ class Dump(Message, frozen=True, kw_only=True, tag="Dump"):
 
 
 class StartPrepared(Message, frozen=True, kw_only=True, tag="RunAhead"):
-    """To a supervisor whose node is a standby: where the program wants prepared trainers, one may
-    run ahead here now."""
+    """To a supervisor on a standby: start a prepared trainer now, if the program asks for one."""
 
 
 class Leave(Message, frozen=True, kw_only=True, tag="Leave"):
-    """To a supervisor: kill what still runs and exit with ``status``; ``text`` says why, for people
-    ("" : say nothing)."""
+    """To a supervisor: kill all trainers, print ``text`` if there is one, exit with ``status``."""
 
     status: int
     text: str = ""
 
 
 class Keep(Message, frozen=True, kw_only=True, tag="Keep"):
-    """To a supervisor: hold this slot's memfd, which travels beside it, for the keeper that may
-    come after this one."""
+    """To a supervisor: keep this slot's memfd, which is beside the message, for the next keeper."""
 
     rank: int
     index: int
@@ -538,19 +568,21 @@ class Keep(Message, frozen=True, kw_only=True, tag="Keep"):
 
 
 class DropSlot(Message, frozen=True, kw_only=True, tag="Drop"):
-    """To a supervisor: let go of a slot."""
+    """To a supervisor: close the kept memfd of a slot."""
 
     rank: int
     index: int
 
 
 class KeepBoard(Message, frozen=True, kw_only=True, tag="KeepBoard"):
-    """To a supervisor: hold the board's memfd."""
+    """To a supervisor: keep the board's memfd, which travels beside the message."""
 
 
 class Outcome(Message, frozen=True, kw_only=True, tag="Outcome"):
-    """To a trainer's ``events``: a snapshot that was handed in is settled. ``error`` beside
-    ``info``: durable, but untagged."""
+    """To a trainer's ``events``: the result of a submission.
+
+    ``info`` with ``error``: durable, but untagged.
+    """
 
     snapshot: SnapshotId
     info: SnapshotInfo | None = None
@@ -558,15 +590,16 @@ class Outcome(Message, frozen=True, kw_only=True, tag="Outcome"):
 
 
 class Fenced(Message, frozen=True, kw_only=True, tag="Fenced"):
-    """To a trainer's ``events``: another writer opened a newer epoch; nothing of this job counts
-    any more."""
+    """To a trainer's ``events``: another writer opened a newer epoch; this job is fenced."""
 
     text: str
 
 
 class Stop(Message, frozen=True, kw_only=True, tag="Stop"):
-    """To trainers' ``events``: the job is preempted: stop at a boundary, durable, within
-    ``grace_s``."""
+    """To trainers' ``events``: the job is preempted.
+
+    Stop at a boundary, durable, within ``grace_s``.
+    """
 
     grace_s: float
 
@@ -628,11 +661,11 @@ AnyMessage = (
     | Stop
     | PrintLine
 )
-"""Every message there is."""
+"""All messages."""
 
 
 class _MessageCodec(msgspec.Struct, frozen=True):
-    """Only to make msgspec build the union's codec once, at import."""
+    """Makes msgspec build the codec of the union at import, and not with the first message."""
 
     message: AnyMessage
 
@@ -640,10 +673,9 @@ class _MessageCodec(msgspec.Struct, frozen=True):
 prepare_decoders(_MessageCodec)
 
 
-# An error of one rank, told to all: its code and words travel, and become the same kind of error
-# again.
+# ---- errors: one rank's error becomes an error of the same class on all ranks
 
-_CAME_FROM = re.compile(r"rank (-?[0-9]{1,9}): ")
+_RANK_PREFIX = re.compile(r"rank (-?[0-9]{1,9}): ")
 _BY_CODE = {
     kind.code: kind
     for kind in vars(errors).values()
@@ -652,17 +684,19 @@ _BY_CODE = {
 
 
 def from_error(error: CkptError, *, rank: int) -> RemoteError:
-    """The message for ``error``, met on ``rank``. One that came from another rank keeps that
-    rank."""
+    """The message for ``error``, which happened on ``rank``.
+
+    An error received from another rank keeps that rank.
+    """
     text = str(error)
-    came = _CAME_FROM.match(text)
-    if came is not None:
-        return RemoteError(error.code, text[came.end() :], int(came[1]))
+    prefix = _RANK_PREFIX.match(text)
+    if prefix is not None:
+        return RemoteError(error.code, text[prefix.end() :], int(prefix[1]))
     return RemoteError(error.code, text, rank)
 
 
 def to_error(message: RemoteError) -> CkptError:
-    """The error that a message stands for."""
+    """The error that a message describes. An unknown code gives InternalError."""
     return _BY_CODE.get(message.code, InternalError)(
         f"rank {message.rank}: {message.text}" if message.rank >= 0 else message.text
     )

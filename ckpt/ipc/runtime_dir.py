@@ -1,9 +1,9 @@
-"""Where the processes of a node find each other: one private folder for each job, with a socket, a
-lock and a log.
+"""The runtime folder of a job on one machine, in which its processes find each other.
 
-Who is about to start a keeper holds a shared ``flock`` on the folder, and the keeper an exclusive
-one on ``lock`` inside. The kernel lets go of both when their holder dies, so nothing here depends
-on a process number, a clock or a clean end.
+It is private and has a socket, a lock and a log. A process that is about to start a keeper holds
+a shared ``flock`` on the folder, and the keeper holds an exclusive one on the file ``lock``
+inside. The kernel releases both when their holder dies, so nothing here depends on a process
+number, a clock or a clean exit.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ckpt.errors import UnavailableError, UsageError
 from ckpt.format.canonical import prepare_decoders
 
 SOCKET_PATH_BYTES_MAX = 100
-"""The kernel takes 107 bytes; longer paths go through ``/proc/self/fd``."""
+"""The kernel accepts 107 bytes; longer paths go through ``/proc/self/fd``."""
 BACKLOG = 1024
 TMP = Path("/tmp")
 TRIES_MAX = 100
-"""How often a folder may vanish under a process that is entering it."""
+"""How often a folder may be removed under a process that is entering it."""
 
 _NAME = re.compile(r"[0-9a-f]{16}")
 
@@ -46,26 +46,26 @@ prepare_decoders(JobFolderInfo)
 
 
 def runtime_root() -> Path:
-    """The folder of this user's jobs on this machine, made where it is missing.
+    """The folder of this user's jobs on this machine; made if it is missing.
 
-    ``$CKPT_RUNTIME_DIR``, else ``/tmp/ckpt-<uid>``, else, where ``/tmp`` can't be used,
-    ``$XDG_RUNTIME_DIR/ckpt``: that one is removed at logout, under the jobs that still run. Raises
-    UsageError where others could read or change it.
+    ``$CKPT_RUNTIME_DIR``, else ``/tmp/ckpt-<uid>``. Only if ``/tmp`` is unusable,
+    ``$XDG_RUNTIME_DIR/ckpt``: that one is removed at logout, while jobs still run. Raises
+    UsageError if others could read or change the folder.
     """
     root = _root_of_environment()
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = root.lstat()
+        status = root.lstat()
     except OSError as error:
         raise UsageError(
             f"cannot make a folder for sockets. path={root} why={error.strerror}; set "
             "CKPT_RUNTIME_DIR to one on a local disk"
         ) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UsageError(
-            f"the folder for sockets is open to others. path={root} owner={found.st_uid} "
-            f"mode={found.st_mode:o} "
-            "wanted=0700; remove it, or set CKPT_RUNTIME_DIR to a folder of your own"
+            f"the folder for sockets is open to others. path={root} owner={status.st_uid} "
+            f"mode={status.st_mode:o} wanted=0700; remove it, or set CKPT_RUNTIME_DIR to a folder "
+            "of your own"
         )
     return root
 
@@ -75,18 +75,20 @@ def _root_of_environment() -> Path:
         return Path(chosen).absolute()
     session = os.environ.get("XDG_RUNTIME_DIR")
     if session and not os.access(TMP, os.W_OK | os.X_OK):
-        # su and sudo hand on somebody else's folder, containers one that isn't there.
+        # su and sudo pass on another user's variable, and in containers the folder may not exist.
         with contextlib.suppress(OSError):
-            found = Path(session).stat()
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            status = Path(session).stat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
                 return Path(session) / "ckpt"
     return TMP / f"ckpt-{os.getuid()}"
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class JobFolder:
-    """The folder of one job with one store (an absolute path or URL). Making the value makes no
-    folder but the root."""
+    """The folder of one job with one store (an absolute path or URL).
+
+    Making the value creates no folder but the root.
+    """
 
     path: Path
 
@@ -103,7 +105,7 @@ class JobFolder:
 
     @property
     def socket_path(self) -> Path:
-        """Where the keeper listens."""
+        """The socket on which the keeper listens."""
         return self.path / "socket"
 
     @property
@@ -113,41 +115,39 @@ class JobFolder:
 
     @property
     def log_path(self) -> Path:
-        """What keepers print."""
+        """The keepers' output."""
         return self.path / "keeper.log"
 
     @property
     def stacks(self) -> Path:
-        """The folder for stack dumps of trainers that hang."""
+        """The folder for stack dumps of hanging trainers."""
         return self.path / "stacks"
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Make the folder where it is missing; nobody sweeps it meanwhile."""
+        """Keep the folder from being swept while the body runs; made if it is missing."""
         for _ in range(TRIES_MAX):
-            with contextlib.suppress(
-                FileExistsError
-            ):  # swept between two looks; a file in its place is found below
+            # mkdir's own check may race with a removal; a file in the folder's place is met below.
+            with contextlib.suppress(FileExistsError):
                 self.path.mkdir(mode=0o700, exist_ok=True)
             with _opened(self.path) as fd:
                 if fd is None:
                     continue
                 fcntl.flock(fd, fcntl.LOCK_SH)
-                if _same(fd, self.path):
-                    with contextlib.suppress(
-                        OSError
-                    ):  # a full disk, say: then there are no stacks to read after a hang
+                if _same(fd, self.path):  # else it was swept before the lock was taken
+                    # On a full disk there will be no stacks to read after a hang.
+                    with contextlib.suppress(OSError):
                         self.stacks.mkdir(mode=0o700, exist_ok=True)
                     yield
                     return
-        raise UnavailableError(f"somebody keeps removing this folder. path={self.path}")
+        raise UnavailableError(f"another process keeps removing this folder. path={self.path}")
 
     def try_lock(self, *, name: str = "lock") -> int | None:
-        """Become the only holder of a lock file here: a descriptor that holds it until closed, or
-        None where another does.
+        """Lock a file here: a descriptor that holds the lock until closed, or None if it is
+        locked.
 
-        ``lock`` is the keeper's. Children that are forked hold it too. None may also mean that
-        somebody looked with ``locked``.
+        ``lock`` is the keeper's. Forked children hold it too. None may also mean that another
+        process was just calling ``has_keeper``.
         """
         with self.in_use():
             fd = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -176,9 +176,10 @@ class JobFolder:
         return False
 
     def listen(self) -> socket.socket:
-        """Listen, in the place of a keeper that is dead. Only for who holds ``lock``.
+        """Listen in place of a dead keeper. Only for the holder of ``lock``.
 
-        The socket appears under its name when it is ready, so nobody ever meets one that refuses.
+        The socket appears under its name only when it listens, so a client never finds one that
+        refuses connections.
         """
         fresh = self.path / "socket.new"
         fresh.unlink(missing_ok=True)
@@ -194,7 +195,7 @@ class JobFolder:
         return sock
 
     def connect(self) -> socket.socket:
-        """A connection to the keeper that listens here. Raises UnavailableError where none does."""
+        """A connection to the keeper that listens here. Raises UnavailableError if none does."""
         sock = self.try_connect()
         if sock is None:
             raise UnavailableError(
@@ -203,11 +204,10 @@ class JobFolder:
         return sock
 
     def try_connect(self) -> socket.socket | None:
-        """As ``connect``; None where no keeper listens, or one does that takes no connection
-        now."""
+        """Like ``connect``; None if no keeper listens, or it accepts no connection now."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.setblocking(False)  # a full backlog answers at once
+            sock.setblocking(False)  # with a full backlog, connect would block
             with _address(self.socket_path) as address:
                 sock.connect(address)
             sock.setblocking(True)
@@ -220,20 +220,20 @@ class JobFolder:
         return sock
 
     def write_info(self, store: str, job: str) -> None:
-        """Write ``job.json``, as one change, with this process as the keeper."""
+        """Replace ``job.json`` in one step, with this process as the keeper."""
         fresh = self.path / "job.json.new"
         fresh.write_bytes(msgspec.json.encode(JobFolderInfo(store, job, os.getpid())))
         fresh.replace(self.path / "job.json")
 
     def read_info(self) -> JobFolderInfo | None:
-        """What ``job.json`` says; None where there is none that can be read."""
+        """The content of ``job.json``; None if it is missing or unreadable."""
         try:
             return msgspec.json.decode((self.path / "job.json").read_bytes(), type=JobFolderInfo)
         except (OSError, msgspec.MsgspecError):
             return None
 
     def log_tail(self, *, start_bytes: int = 0, limit_bytes: int = 4000) -> str:
-        """The end of what keepers printed, from ``start_bytes`` of the log on."""
+        """The last bytes of the keepers' output, no earlier than ``start_bytes`` into the log."""
         try:
             with self.log_path.open("rb") as file:
                 file.seek(max(start_bytes, file.seek(0, os.SEEK_END) - limit_bytes))
@@ -242,18 +242,18 @@ class JobFolder:
             return ""
 
     def remove(self) -> None:
-        """Remove the folder and all in it. Only for who holds ``lock``; the lock counts for nothing
-        after that.
+        """Remove the folder and its content.
 
-        Where somebody has entered to start the next keeper, only the socket goes: the folder is
-        theirs.
+        Only for the holder of ``lock``, which is worth nothing afterwards.
+
+        If another process is using the folder to start the next keeper, only the socket is
+        removed.
         """
         self.socket_path.unlink(missing_ok=True)
         self._remove(unless=lambda: False)
 
     def sweep(self) -> bool:
-        """Remove the folder unless a keeper lives here or somebody is starting one; says whether it
-        is gone."""
+        """Remove the folder unless a keeper lives here or is being started; true if it is gone."""
         return self._remove(unless=self.has_keeper)
 
     def _remove(self, *, unless: Callable[[], bool]) -> bool:
@@ -268,21 +268,19 @@ class JobFolder:
 
 
 def list_jobs() -> list[JobFolder]:
-    """The folders of all jobs of this user on this machine, of dead keepers too; sorted by name."""
-    found = (
+    """The folders of all of this user's jobs on this machine, sorted by name.
+
+    Those of dead keepers are included.
+    """
+    paths = (
         path for path in runtime_root().iterdir() if _NAME.fullmatch(path.name) and path.is_dir()
     )
-    return [JobFolder.at(path) for path in sorted(found)]
-
-
-def sweep_dead() -> list[JobFolder]:
-    """Remove the folders in which no keeper lives and nobody starts one, and return them."""
-    return [folder for folder in list_jobs() if folder.sweep()]
+    return [JobFolder.at(path) for path in sorted(paths)]
 
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[int | None]:
-    """A descriptor of the folder; None where it isn't there."""
+    """A descriptor of the folder; None if it does not exist."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -295,7 +293,7 @@ def _opened(folder: Path) -> Iterator[int | None]:
 
 
 def _alone(fd: int) -> bool:
-    """Lock the folder behind ``fd``, unless somebody has entered it."""
+    """Lock the folder behind ``fd``, unless another process is using it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -305,16 +303,18 @@ def _alone(fd: int) -> bool:
 
 def _same(fd: int, path: Path) -> bool:
     try:
-        there = path.lstat()
+        current = path.lstat()
     except FileNotFoundError:
         return False
-    return os.path.samestat(os.fstat(fd), there)
+    return os.path.samestat(os.fstat(fd), current)
 
 
 @contextlib.contextmanager
 def _address(path: Path) -> Iterator[str]:
-    """What ``bind`` and ``connect`` take for the socket at ``path``. Raises FileNotFoundError where
-    its folder isn't there."""
+    """What ``bind`` and ``connect`` take for the socket at ``path``.
+
+    Raises FileNotFoundError if its folder is missing.
+    """
     if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX:
         yield os.fspath(path)
         return

@@ -345,7 +345,7 @@ def test_completed_steps_only_grow() -> None:
         run.completed(steps)
 
     for steps in (5, 4, 0, -1):
-        with pytest.raises(ckpt.UsageError, match=f"completed=5 told={steps}"):
+        with pytest.raises(ckpt.UsageError, match=f"completed=5 reported={steps}"):
             train(steps)
 
 

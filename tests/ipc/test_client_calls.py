@@ -96,7 +96,7 @@ def test_an_answer_of_another_kind_is_refused(ends_of_a_wire) -> None:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(calls.ask, Peek(key="k"), Value)
         keeper.send(Number(id=take(keeper).id, number=1))
-        with pytest.raises(IntegrityError, match="wanted=Value came=Number"):
+        with pytest.raises(IntegrityError, match="wanted=Value received=Number"):
             asked.result(20)
 
 
@@ -146,16 +146,16 @@ def test_all_calls_fail_when_the_keeper_is_gone(ends_of_a_wire) -> None:
             take(keeper)
         keeper.close()
         for one in asked:
-            with pytest.raises(UnavailableError, match="gone"):
+            with pytest.raises(UnavailableError, match="lost"):
                 one.result(20)
-    with pytest.raises(UnavailableError, match="gone"):
+    with pytest.raises(UnavailableError, match="lost"):
         calls.send(Post(key="k", value=b""))
 
 
 def test_a_word_of_the_keeper_belongs_elsewhere(ends_of_a_wire) -> None:
     calls, keeper = ends_of_a_wire
     keeper.send(Fenced(text="newer"))
-    with pytest.raises(IntegrityError, match="only answers"):
+    with pytest.raises(IntegrityError, match="only replies"):
         calls.call(Peek(key="k"))
 
 

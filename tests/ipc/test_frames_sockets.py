@@ -50,7 +50,7 @@ def test_what_came_before_the_end_is_given_first(wires: tuple[MessageSocket, Mes
     assert other.receive(5) == (Bye(), [])
     assert other.receive(5) is None
     assert other.receive(5) is None
-    with pytest.raises(UnavailableError, match="gone"):
+    with pytest.raises(UnavailableError, match="lost"):
         other.send(Bye())
 
 
@@ -76,7 +76,7 @@ def test_a_peer_that_reads_nothing_is_given_up(monkeypatch, wires: tuple[Message
     monkeypatch.setattr(frames, "SEND_WAIT_S", 0.05)
     with pytest.raises(UnavailableError, match="doesn't read"):
         wires[0].send(Post(key="k", value=bytes(4 << 20)))
-    with pytest.raises(UnavailableError, match="gone"):
+    with pytest.raises(UnavailableError, match="lost"):
         wires[0].send(Bye())
 
 

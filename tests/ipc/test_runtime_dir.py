@@ -14,7 +14,7 @@ import pytest
 
 from ckpt.errors import UnavailableError, UsageError
 from ckpt.ipc import runtime_dir as runtime
-from ckpt.ipc.runtime_dir import JobFolder, list_jobs, runtime_root, sweep_dead
+from ckpt.ipc.runtime_dir import JobFolder, list_jobs, runtime_root
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +245,10 @@ def test_a_keeper_leaves_its_folder_to_who_has_entered_it(folder: JobFolder) -> 
         os.close(lock)
         assert folder.path.is_dir()
         assert not folder.socket_path.exists()
+
+
+def sweep_dead() -> list[JobFolder]:
+    return [folder for folder in list_jobs() if folder.sweep()]
 
 
 def test_sweeping_removes_only_folders_that_nobody_uses(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""One trainer as its supervisor sees it: a child, its process group, and the bytes it says."""
+"""A supervisor's view of its trainers: their process groups, their signals and the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ckpt.elastic.processes.trainer import TrainerOrder
 from ckpt.errors import InternalError
 
 REPORT_BYTES_MAX = 4096
-"""Bytes of a trainer's words read at once; each word is one."""
+"""The most bytes of a trainer read at once; each is one report."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -28,10 +28,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 class TrainerChild:
     """A started trainer. It leads a process group of its own, whose number is ``pid``.
 
-    ``attempt`` is 0 for a prepared one. ``status``: how it ended (as
-    ``os.waitstatus_to_exitcode``), None while it lives. ``killed``: its end was asked for.
-    ``stacks``: its file for stack dumps; ``dumps``: it writes there on SIGUSR2. ``stopped``: it was
-    stopped because it asked for the terminal.
+    ``attempt`` is 0 for a prepared one. ``status``: how it ended, as from
+    ``os.waitstatus_to_exitcode``; None while it lives. ``killed``: the supervisor killed it.
+    ``stacks``: its file for stack dumps; ``dumps``: it writes there on SIGUSR2. ``stopped``: the
+    kernel stopped it because it tried to use the terminal.
     """
 
     pid: int
@@ -45,23 +45,22 @@ class TrainerChild:
     stopped: bool = False
 
     def signal(self, number: int, *, group: bool = False) -> None:
-        """Send a signal to the trainer, or to its whole group. One that has ended gets nothing."""
+        """Send a signal to the trainer, or to its whole group, unless it has ended."""
         if self.status is None:
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if group else os.kill)(self.pid, number)
 
     def kill(self) -> None:
-        """Kill all of the group. ``gone`` tells when it has happened. May be repeated."""
+        """Kill the whole group. ``gone`` says when that has happened. May be repeated."""
         self.killed = True
         if self.gone():
             return
-        with contextlib.suppress(
-            ProcessLookupError, PermissionError
-        ):  # nothing left, or nothing that is ours
+        # Empty, or the number is another user's now.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def gone(self) -> bool:
-        """Whether the trainer was reaped and nothing of its group is left."""
+        """Whether the trainer was reaped and no process of its group is left."""
         if self.status is None:
             return False
         try:
@@ -71,31 +70,36 @@ class TrainerChild:
         return False
 
     def dump(self, path: Path) -> None:
-        """Have it write its stacks to the file ``path``, soon. Nothing happens where it can't."""
+        """Have the trainer write its stacks to the file ``path``, soon.
+
+        Does nothing if it cannot.
+        """
         if not self.dumps or self.status is not None:
             return
         try:
             os.truncate(self.stacks, 0)
             path.unlink(missing_ok=True)
-            os.link(self.stacks, path)  # outlives the trainer
-        except OSError:  # the folder was cleaned away: what is hung is killed without a word
+            os.link(self.stacks, path)  # so that it outlives the trainer
+        except OSError:  # the folder was removed: the trainer is killed without a dump
             return
         self.signal(signal.SIGUSR2)
 
     def read_reports(self) -> bytes:
-        """What the trainer has said. b"" and a closed ``report_fd`` where it and all its children
-        are gone."""
+        """The trainer's report bytes.
+
+        b"" and a closed ``report_fd`` once the trainer and all its children are gone.
+        """
         try:
-            said = os.read(self.report_fd, REPORT_BYTES_MAX)
+            reports = os.read(self.report_fd, REPORT_BYTES_MAX)
         except BlockingIOError:
             return b""
-        if not said:
+        if not reports:
             os.close(self.report_fd)
             self.report_fd = -1
-        return said
+        return reports
 
     def promote(self, order: TrainerOrder) -> bool:
-        """Give a prepared trainer its attempt; False where it isn't there any more."""
+        """Give a prepared trainer its attempt; false if it is gone."""
         if self.status is not None or self.order_fd < 0:
             return False
         try:
@@ -115,7 +119,7 @@ class TrainerChild:
         self.report_fd = self.order_fd = -1
 
     def forget(self) -> None:
-        """Close what is left of a trainer that is gone."""
+        """Close the pipes of a trainer that is gone, and remove its file for stack dumps."""
         self.close()
         if self.stacks:
             with contextlib.suppress(OSError):
@@ -123,10 +127,10 @@ class TrainerChild:
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of what its descendants leave behind, so that it can reap them.
+    """Make this process the parent of orphans among its descendants, so that it can reap them.
 
-    In a container the first process often reaps nobody, and a zombie in a process group would look
-    alive for ever.
+    In a container the first process often reaps nothing, and a zombie in a process group would
+    look alive for ever.
     """
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     if libc is not None and libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -136,8 +140,7 @@ def adopt_orphans() -> None:
 
 
 def reap_children() -> Iterator[tuple[int, int]]:
-    """Every child that has ended or was stopped since the last call: its number and raw wait
-    status."""
+    """Every child that ended or was stopped since the last call: its pid and raw wait status."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
@@ -149,8 +152,10 @@ def reap_children() -> Iterator[tuple[int, int]]:
 
 
 def anonymous_memory_bytes(pid: int) -> int | None:
-    """What a second process like ``pid`` would take for itself: its anonymous memory. None where
-    the system doesn't say."""
+    """The memory that a second process like ``pid`` would need: its anonymous memory.
+
+    None if the system does not say.
+    """
     try:
         lines = (
             Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
@@ -162,13 +167,12 @@ def anonymous_memory_bytes(pid: int) -> int | None:
     )
 
 
-# A supervisor's signals as things to read: a number for each in a pipe, and the user's handlers
-# put back in a child.
+# ---- signals
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 SUPERVISOR_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGTSTP})
-"""What a supervisor acts on."""
+"""The signals that a supervisor acts on."""
 
 _FAULTS = frozenset(
     {
@@ -185,10 +189,10 @@ _READ_BYTES = 512
 
 
 class SignalPipe:
-    """Catches signals from when it is made. ``fd`` is readable where there are some.
+    """Catches signals and makes them readable as bytes; ``fd`` is readable when there are some.
 
-    Besides its own, those that the user's program handles, and SIGUSR1: schedulers send them to the
-    process that they know, the supervisor, and they are meant for the trainer.
+    Catches the supervisor's own signals, those that the user's program handles, and SIGUSR1:
+    schedulers send these to the process that they know, the supervisor, and mean the trainer.
     """
 
     def __init__(self) -> None:
@@ -205,7 +209,7 @@ class SignalPipe:
             signal.signal(number, _noted)
 
     def read(self) -> list[int]:
-        """The signals that came since the last call, in order."""
+        """The signals that arrived since the last call, in order."""
         try:
             return list(os.read(self.fd, _READ_BYTES))
         except BlockingIOError:
@@ -213,7 +217,7 @@ class SignalPipe:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Around a fork: nothing comes to the child before it has put the user's handlers back."""
+        """Around a fork: no signal reaches the child before it has restored the user's handlers."""
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._before.keys())
         try:
             yield
@@ -221,8 +225,7 @@ class SignalPipe:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def restore(self) -> None:
-        """The handlers as they were before, and the pipe closed: in a child, or where supervising
-        ends with an error."""
+        """Restore the earlier handlers and close the pipe: in a child, or after an error."""
         signal.set_wakeup_fd(self._wakeup_before)
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
@@ -230,8 +233,10 @@ class SignalPipe:
         os.close(self._write)
 
     def stop_here(self, group: int) -> None:
-        """Stop this process, and what else is in ``group``, as Ctrl-Z would. Returns when it is
-        continued."""
+        """Stop this process, and the rest of ``group``, as Ctrl-Z would.
+
+        Returns when it is continued.
+        """
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         try:
             if group:
@@ -243,8 +248,10 @@ class SignalPipe:
 
 
 def _watched() -> list[signal.Signals]:
-    """Which signals a supervisor catches. A handler that isn't Python's own (None) is left alone
-    unless it must not be."""
+    """The signals that a supervisor catches.
+
+    A handler that is not Python's (None) is left alone unless it must not be.
+    """
     handled = [
         number
         for number in signal.valid_signals()
@@ -256,33 +263,32 @@ def _watched() -> list[signal.Signals]:
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
-    """The number is in the pipe already."""
+    """Does nothing: the wakeup descriptor has written the number into the pipe."""
 
 
-# The terminal, which only one process group may read: lent to the trainer that asks for it.
+# ---- the terminal, which only one process group may read: lent to the trainer that asks for it
 #
-# Trainers have groups of their own, so that all of one can be killed at once. The kernel stops a
-# process that reads from the terminal (``breakpoint()``) without being in its foreground group.
-# That is the question; the answer is to make the trainer's group the foreground one. Until
-# somebody asks, Ctrl-C reaches the launcher and every supervisor, as without supervisors.
+# Each trainer has a process group of its own, so that all of it can be killed at once. The kernel
+# stops a process that reads from the terminal (``breakpoint()``) outside the foreground group. That
+# is the request; the answer is to make the trainer's group the foreground group. Until then Ctrl-C
+# reaches the launcher and every supervisor, as it does without supervisors.
 
 
 class Terminal:
-    """The terminal that controls this process, if there is one."""
+    """The controlling terminal of this process, if there is one."""
 
     def __init__(self) -> None:
         self._lent_to = 0
 
     @property
     def lent(self) -> bool:
-        """Whether a trainer has it: then the terminal's signals reach that trainer only."""
+        """Whether a trainer has it: then the terminal's signals reach only that trainer."""
         return bool(self._lent_to)
 
     def lend(self, group: int) -> bool:
-        """Make ``group`` the foreground one, if the terminal is now this process's own group's;
-        says whether it is.
+        """Make ``group`` the foreground group, if that is this process's own; true if it now is.
 
-        False where this process is in the background, another trainer has the terminal, or there is
+        False if this process is in the background, another trainer has the terminal, or there is
         none.
         """
         with _opened() as fd:
@@ -293,8 +299,7 @@ class Terminal:
         return True
 
     def take_back(self) -> None:
-        """Make this process's group the foreground one again, where what it lent the terminal to
-        still has it."""
+        """Make this process's group the foreground group again, if the borrowing group still is."""
         group, self._lent_to = self._lent_to, 0
         if not group:
             return
@@ -305,7 +310,7 @@ class Terminal:
 
 @contextmanager
 def _opened() -> Iterator[int]:
-    """The controlling terminal, open; -1 where there is none."""
+    """The controlling terminal, open; -1 if there is none."""
     try:
         fd = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:  # ENXIO: no terminal controls this process
@@ -318,12 +323,14 @@ def _opened() -> Iterator[int]:
 
 
 def _give(fd: int, group: int) -> None:
-    """Who isn't in the foreground itself may do this only with SIGTTOU blocked."""
+    """Set the foreground group.
+
+    A process in the background may do this only with SIGTTOU blocked.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
-        with contextlib.suppress(
-            PermissionError, ProcessLookupError
-        ):  # the group is gone, or in another session
+        # The group is gone, or in another session.
+        with contextlib.suppress(PermissionError, ProcessLookupError):
             os.tcsetpgrp(fd, group)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,5 +1,4 @@
-"""The moment of a decorated call: become a supervisor, go on as its trainer, or run in place with a
-word why."""
+"""The start of a decorated call: become a supervisor, continue as its trainer, or run in place."""
 
 from __future__ import annotations
 
@@ -43,28 +42,27 @@ from ckpt.ipc.messages import WIRE_VERSION, Hello, Policy
 from ckpt.ipc.runtime_dir import JobFolder
 from ckpt.session.keeper import attachment as keeping
 
-# What this process knows about itself where a decorated function is called; ``starts`` decides on
-# it.
+# ---- the facts from which ``choose_start_method`` decides
 
 PROBE_WAIT_S = 1.0
-"""How long a probe child may take over one parallel operation; a healthy one needs milliseconds."""
+"""How long a probe child may take for one parallel operation; a healthy one needs milliseconds."""
 
 PROBE_ELEMENTS = 1 << 20
-"""Enough that torch splits an operation over its threads (they take 32,768 elements each)."""
+"""Enough that torch splits an operation over its threads (32,768 elements each)."""
 
 _GPUS = ("/dev/nvidia", "/dev/kfd")
 
 
 def gather_process_facts(*, probe: Callable[[], bool] | None = None) -> ProcessFacts:
-    """The facts of this process, now.
+    """The facts about this process, now.
 
-    ``probe`` is asked only where nothing else decides, since it forks a child and runs a parallel
+    ``probe`` is called only if all else allows a fork, since it forks a child and runs a parallel
     operation there (default: ``probe_hangs``).
     """
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     from_command = sys.argv[:1] == ["-c"]
     from_stdin = file is not None and file.startswith("<")
-    here = local_rank_count()
+    local_ranks = local_rank_count()
     facts = ProcessFacts(
         platform=sys.platform,
         asked_in_place=os.environ.get("CKPT_IN_PLACE", "0") not in ("", "0"),
@@ -72,15 +70,15 @@ def gather_process_facts(*, probe: Callable[[], bool] | None = None) -> ProcessF
         notebook=_interactive() or (file is None and not from_command),
         process_group=dist.is_available() and dist.is_initialized(),
         several_nodes=(
-            here is not None
-            and here != int(os.environ.get("WORLD_SIZE", here))
+            local_ranks is not None
+            and local_ranks != int(os.environ.get("WORLD_SIZE", local_ranks))
             and NODES_VARIABLE not in os.environ
         ),
-        ranks_unknown=here is None,
+        ranks_unknown=local_ranks is None,
         unranked_child=multiprocessing.parent_process() is not None and "RANK" not in os.environ,
         main_thread=threading.current_thread() is threading.main_thread(),
         threads=tuple(
-            one.name for one in threading.enumerate() if one is not threading.main_thread()
+            thread.name for thread in threading.enumerate() if thread is not threading.main_thread()
         ),
         gpu_open=_gpu_open(),
         rerun=bool(sys.executable) and not from_stdin and multiprocessing.parent_process() is None,
@@ -91,33 +89,32 @@ def gather_process_facts(*, probe: Callable[[], bool] | None = None) -> ProcessF
 
 
 def probe_hangs(wait_s: float = PROBE_WAIT_S) -> bool:
-    """Whether a forked child hangs in a parallel operation, as it does where this process has run
-    one (libgomp's pool).
+    """Whether a forked child hangs in a parallel operation.
 
-    Forks one child, waits for it and reaps it. Costs a few milliseconds where all is well,
-    ``wait_s`` where it isn't.
+    It does if this process has run one (libgomp's pool). Forks one child, waits for it and reaps
+    it. Takes a few milliseconds, or ``wait_s`` if the child hangs.
     """
     if torch.get_num_threads() == 1:
         return False
-    said, says = os.pipe()
+    read_fd, write_fd = os.pipe()
     with around_fork():
         pid = os.fork()
     if pid == 0:
         try:
             signal.set_wakeup_fd(-1)
             torch.ones(PROBE_ELEMENTS).add_(1.0)
-            os.write(says, b"!")
+            os.write(write_fd, b"!")
         finally:
             os._exit(0)
-    os.close(says)
+    os.close(write_fd)
     try:
-        ready, _, _ = select.select([said], [], [], wait_s)
-        back = bool(ready) and os.read(said, 1) == b"!"
+        ready, _, _ = select.select([read_fd], [], [], wait_s)
+        returned = bool(ready) and os.read(read_fd, 1) == b"!"
     finally:
-        os.close(said)
+        os.close(read_fd)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return not back
+    return not returned
 
 
 def _interactive() -> bool:
@@ -131,34 +128,33 @@ def _gpu_open() -> bool:
 
 
 def _open_files() -> list[str]:
-    found = []
+    targets = []
     try:
         entries = list(Path("/proc/self/fd").iterdir())
-    except OSError:  # no /proc: then there are no names to look at
+    except OSError:  # no /proc
         return []
     for entry in entries:
         try:
-            found.append(str(entry.readlink()))
+            targets.append(str(entry.readlink()))
         except OSError:  # the descriptor of this very listing
             continue
-    return found
+    return targets
 
 
-# The name of one start of the whole program, which all its ranks find out alike and no other
-# start has.
+# ---- the name of one start of the whole program: the same on all its ranks, and never used again
 
 _MARKS = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
-"""What launchers set for each rank, the innermost launcher first."""
+"""The variables that launchers set for each rank, the innermost launcher first."""
 
 _FACTS = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
 
 
 def launch_name() -> str:
-    """The launcher's process, and what it says of this start. A program without ranks is its own
-    launcher.
+    """The name of this start of the program, equal on all its ranks.
 
-    The launcher is the nearest process above this one that is of no rank: scripts between the two
-    belong to the rank.
+    It holds the launcher's pid and start time, and the launcher's own names. The launcher is the
+    nearest process above this one that belongs to no rank: scripts between the two belong to the
+    rank. A program without ranks is its own launcher.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -170,23 +166,29 @@ def launch_name() -> str:
 
 
 def _nearest_without(mark: str) -> int:
-    """The nearest ancestor that was started without this variable, or that doesn't show its own;
-    else the outermost."""
+    """The nearest ancestor that was started without this variable; else the outermost.
+
+    An ancestor whose variables are unreadable counts as well.
+    """
     pid = os.getppid()
     while True:
         try:
             started_with = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:  # another user's: no part of this program
+        except OSError:  # another user's process: not part of this program
             return pid
         parent = _stat(pid)[0]
-        if parent <= 0 or not any(one.startswith(f"{mark}=".encode()) for one in started_with):
+        if parent <= 0 or not any(
+            variable.startswith(f"{mark}=".encode()) for variable in started_with
+        ):
             return pid
         pid = parent
 
 
 def _stat(pid: int) -> tuple[int, str]:
-    """A process's parent, and when it began in clock ticks since boot: with its number, that is its
-    name."""
+    """A process's parent and its start time in clock ticks since boot.
+
+    The pid and the start time together identify a process.
+    """
     try:
         fields = (
             Path(f"/proc/{pid}/stat")
@@ -199,37 +201,34 @@ def _stat(pid: int) -> tuple[int, str]:
         return 0, ""
 
 
+# ---- the decorated call
+
 OTHER_LAUNCH_WAIT_S = 10.0
-"""How long supervisors wait for those of a launch that their launcher has just killed."""
+"""How long supervisors wait for those of an earlier launch that their launcher has just killed."""
 
 SETTLE_WAIT_S = 600.0
-"""How long they wait for a keeper that is busy with what an earlier launch left."""
+"""How long supervisors wait for a keeper that is still saving the state of an earlier launch."""
 
-LOOK_AGAIN_S = 0.05
+RETRY_S = 0.05
 
 
 def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerProcess | None:
-    """Where a decorated function is called for the first time. Returns in trainers, with their
-    seat, and in place, with None.
+    """The start of a decorated call.
 
-    In the process that the launcher started it does not return where trainers can be restarted:
-    that process becomes their supervisor. Raises ConflictError where another launch of the job
-    lives on this node.
+    Returns in trainers, as ``TrainerProcess``, and in place, with None.
+
+    If trainers can be restarted, it does not return in the process that the launcher started:
+    that process becomes their supervisor. Raises ConflictError if another launch of the job lives
+    on this node.
     """
-    seat = trainer_of_process()
-    if seat is not None:
+    trainer = trainer_of_process()
+    if trainer is not None:
         if spec is not None and keeping.supervised_trainer() is None:
-            register_trainer(seat, spec)
-        return seat
-    _import_ahead()
-    start = choose_start_method(gather_process_facts())
-    if spec is None and not isinstance(start, InPlace):
-        start = InPlace(
-            "the store lives in this process's memory, or its options can't be handed on",
-            "pass a path or URL, with options that are plain values",
-        )
+            register_trainer(trainer, spec)
+        return trainer
+    start = _choose_start_method(spec)
     if spec is None or isinstance(start, InPlace):
-        assert isinstance(start, InPlace), "without a store for it there is no keeper"
+        assert isinstance(start, InPlace), "without a keeper's specification the start is in place"
         _warn(start)
         return None
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
@@ -245,77 +244,100 @@ def enter(spec: KeeperSpec | None, policy: Policy, *, prepare: bool) -> TrainerP
         policy=policy,
         agent=spec.nodes.agent if spec.nodes is not None else "",
     )
-    tell = emit_to_logging(rank)
+    emit = emit_to_logging(rank)
     if isinstance(start, Spawn):
-        text = f"the training function runs in a fresh interpreter, which runs the code above the call again: {start.reason}"
-        tell(Event("spawn", text, alarm=True))
+        text = (
+            "the training function runs in a fresh interpreter, which runs the code above the call "
+            f"again: {start.reason}"
+        )
+        emit(Event("spawn", text, alarm=True))
     plan = SupervisorPlan(
         start=start,
         hello=hello,
         reconnect=lambda: ensure_keeper(spec),
-        emit=tell,
+        emit=emit,
         stacks=_stacks(spec),
         prepare=prepare,
     )
-    seat = _supervised(lambda: ensure_keeper(spec), plan)
+    trainer = _supervised(lambda: ensure_keeper(spec), plan)
     remove_stale_error_file()
-    register_trainer(seat, spec)
-    return seat
+    register_trainer(trainer, spec)
+    return trainer
 
 
-def register_trainer(seat: TrainerProcess, spec: KeeperSpec) -> None:
-    """Let sessions know whose trainer this process is. A prepared trainer has no attempt before it
-    is promoted."""
-    if seat.attempt:
-        keeping.set_supervised_from_environment(spec, seat.attempt)
+def _choose_start_method(spec: KeeperSpec | None) -> Fork | Spawn | InPlace:
+    start = choose_start_method(gather_process_facts(probe=lambda: False))
+    if isinstance(start, InPlace):
+        return start
+    if spec is None:
+        return InPlace(
+            "the store is in this process's memory, or its options can't be passed to the keeper",
+            "pass a path or URL, with options that are plain values",
+        )
+    if isinstance(start, Spawn):
+        return start
+    # Only forks inherit imports, so nothing is imported ahead for the other two. The facts are
+    # gathered again afterwards: what was imported may have started threads.
+    _import_ahead()
+    return choose_start_method(gather_process_facts())
+
+
+def register_trainer(trainer: TrainerProcess, spec: KeeperSpec) -> None:
+    """Tell sessions which attempt this process belongs to.
+
+    A prepared trainer has none before it is promoted.
+    """
+    if trainer.attempt:
+        keeping.set_supervised_from_environment(spec, trainer.attempt)
 
 
 def _supervised(connect: Callable[[], MessageSocket], plan: SupervisorPlan) -> TrainerProcess:
-    """Supervise, as soon as the keeper takes this launch.
+    """Supervise as soon as the keeper accepts this launch.
 
-    A launch whose processes are just being killed is given the time to be gone, a keeper the time
-    to bring its snapshots to the store; one that is just ending is followed by another.
+    An earlier launch whose processes are just being killed gets time to be gone, a keeper that is
+    saving snapshots gets time to finish, and one that is just ending is replaced.
     """
     began_s = time.monotonic()
-    said = False
+    announced = False
     while True:
         link = connect()
         try:
             return supervise(link, plan)
         except (ConflictError, UnavailableError) as error:
-            patience = _patience(error)
-            if time.monotonic() - began_s > patience.seconds:
+            limit = _wait_limit(error)
+            if time.monotonic() - began_s > limit.seconds:
                 raise
-            if patience.worth_telling and not said:
-                said = True
-                _say(f"waiting, {patience.seconds / 60:.0f} min at most: {error}")
-        time.sleep(LOOK_AGAIN_S)  # between two looks, not in the hope of anything
+            if limit.announced and not announced:
+                announced = True
+                _print(f"waiting, {limit.seconds / 60:.0f} min at most: {error}")
+        time.sleep(RETRY_S)
 
 
-class _Patience(NamedTuple):
+class _WaitLimit(NamedTuple):
     seconds: float
-    worth_telling: bool
+    announced: bool
 
 
-def _patience(error: CkptError) -> _Patience:
+def _wait_limit(error: CkptError) -> _WaitLimit:
     if isinstance(error, ConflictError):
-        return _Patience(OTHER_LAUNCH_WAIT_S, worth_telling=False)
+        return _WaitLimit(OTHER_LAUNCH_WAIT_S, announced=False)
     if isinstance(error, HungUpError):
-        return _Patience(START_WAIT_S, worth_telling=False)
-    return _Patience(SETTLE_WAIT_S, worth_telling=True)
+        return _WaitLimit(START_WAIT_S, announced=False)
+    return _WaitLimit(SETTLE_WAIT_S, announced=True)
 
 
-def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads it
+def _print(text: str) -> None:
+    with suppress(OSError, ValueError):  # the reader is gone
         sys.stderr.write(f"ckpt: {text}\n")
         sys.stderr.flush()
 
 
 def _import_ahead() -> None:
-    """What making an optimizer imports: 1.5 s that every trainer would spend anew. The first one
-    needs it anyway.
+    """Import what the first trainer is going to import, once, so that forked trainers have it.
 
-    With other nodes also what reading their memory imports, which the first trainer does not.
+    Making an optimizer imports ``torch._dynamo``: 1.5 s in every trainer, and so in every
+    recovery. It must happen before the first fork: later it would block the supervisor's loop.
+    With other nodes, also what a trainer imports to read their memory.
     """
     for name in (
         "torch._dynamo",
@@ -332,9 +354,8 @@ def _stacks(spec: KeeperSpec) -> Path:
 def _warn(start: InPlace) -> None:
     if start.remedy:
         warnings.warn(
-            "ckpt runs the training function in this process, so only the launcher can start it "
-            f"again: {start.reason}; "
-            f"{start.remedy}",
+            "ckpt runs the training function in this process, so only the launcher can restart it: "
+            f"{start.reason}; {start.remedy}",
             RuntimeWarning,
             stacklevel=5,
         )

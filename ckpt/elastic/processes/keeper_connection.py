@@ -1,5 +1,4 @@
-"""A supervisor's connection to its keeper, and what it needs to give the next keeper where this one
-dies."""
+"""A supervisor's connection to its keeper, and the descriptors kept for the next keeper."""
 
 from __future__ import annotations
 
@@ -16,9 +15,6 @@ from ckpt.ipc.client import connect_with_hello, exchange_hello
 from ckpt.ipc.frames import MessageSocket, close_fds
 from ckpt.ipc.messages import BoardKept, DropSlot, Hello, Keep, KeepBoard, Message, SlotKept
 
-# What a supervisor holds for its keeper: descriptors of slots and of the board, so that they
-# outlive the keeper.
-
 
 @dataclass(frozen=True, slots=True)
 class _KeptSlot:
@@ -27,7 +23,10 @@ class _KeptSlot:
 
 
 class KeptDescriptors:
-    """Owns the descriptors."""
+    """The memfds of slots and of the board, kept so that the memory outlives the keeper.
+
+    Owns them.
+    """
 
     def __init__(self) -> None:
         self._slots: dict[tuple[int, int], _KeptSlot] = {}
@@ -35,48 +34,54 @@ class KeptDescriptors:
         self._mapped: Board | None = None
 
     def __bool__(self) -> bool:
-        """Whether anything is held."""
+        """Whether anything is kept."""
         return bool(self._slots) or self._board >= 0
 
-    def keep(self, word: Keep | KeepBoard, fds: Sequence[int]) -> None:
-        """Hold what came beside ``word``, in place of what was held under the same name. Takes
-        ``fds`` over."""
+    def keep(self, message: Keep | KeepBoard, fds: Sequence[int]) -> None:
+        """Keep the descriptor beside ``message``, in place of an earlier one for the same slot.
+
+        Takes ``fds`` over.
+        """
         if len(fds) != 1:
             close_fds(fds)
             raise IntegrityError(
-                f"one descriptor was to come with this word. word={word} count={len(fds)}"
+                f"exactly one descriptor belongs to it. message={message} count={len(fds)}"
             )
-        if isinstance(word, KeepBoard):
+        if isinstance(message, KeepBoard):
             self._drop_board()
             self._board = fds[0]
-            with suppress(
-                IntegrityError
-            ):  # a board that this release can't read is held for the next keeper all the same
+            with suppress(IntegrityError):  # another version's board is kept all the same
                 self._mapped = Board.attach(os.dup(self._board))
             return
-        self.drop(DropSlot(rank=word.rank, index=word.index))
-        self._slots[word.rank, word.index] = _KeptSlot(fds[0], word.size_bytes)
+        self.drop(DropSlot(rank=message.rank, index=message.index))
+        self._slots[message.rank, message.index] = _KeptSlot(fds[0], message.size_bytes)
 
     @property
     def act_until_ns(self) -> int:
-        """Until when trainers of this node may go on, on the board's clock; 0: for ever."""
+        """Until when this node's trainers may run, on the board's clock; 0: without limit."""
         return self._mapped.act_until_ns if self._mapped is not None else 0
 
-    def drop(self, word: DropSlot) -> None:
-        """Let go of a slot; one that isn't held is no error."""
-        slot = self._slots.pop((word.rank, word.index), None)
+    def drop(self, message: DropSlot) -> None:
+        """Close the descriptor of a slot; a slot that is not kept is no error."""
+        slot = self._slots.pop((message.rank, message.index), None)
         if slot is not None:
             close_fds([slot.fd])
 
     def hand_over(self, link: MessageSocket) -> None:
-        """Give a new keeper all of it, the board first. It is held on for the one after."""
+        """Send everything to a new keeper, the board first.
+
+        It stays kept here for the keeper after that.
+        """
         if self._board >= 0:
             link.send(BoardKept(), [self._board])
         for (rank, index), slot in self._slots.items():
             link.send(SlotKept(rank=rank, index=index, size_bytes=slot.size_bytes), [slot.fd])
 
     def close(self) -> None:
-        """Let go of everything: in a trainer, which gets its own from the keeper. Idempotent."""
+        """Close everything, in a trainer, which gets its own descriptors from the keeper.
+
+        Idempotent.
+        """
         close_fds(slot.fd for slot in self._slots.values())
         self._slots.clear()
         self._drop_board()
@@ -91,12 +96,16 @@ class KeptDescriptors:
 
 
 RECONNECTS_MAX = 5
-"""Keepers lost in a row, with no attempt started in between, before the job is given up."""
+"""Give up the job after that many lost keepers in a row without an attempt started in between."""
 
 
 class SupervisorConnection:
-    """One connection at a time; between two of them it is ``lost``, and words go nowhere. Owns the
-    link and the holdings."""
+    """One connection to a keeper at a time.
+
+    Between two of them it is ``lost`` and messages are dropped.
+
+    Owns the socket and the kept descriptors.
+    """
 
     def __init__(
         self, link: MessageSocket, hello: Hello, reconnect: Callable[[], MessageSocket]
@@ -105,9 +114,9 @@ class SupervisorConnection:
         self._hello = hello
         self._reconnect = reconnect
         self._lost_in_row = 0
-        self._holdings = KeptDescriptors()
+        self._kept = KeptDescriptors()
         self.has_unread = False
-        """Whether words may have come that ``select`` doesn't show."""
+        """Whether messages may have arrived that ``select`` does not show."""
 
     @property
     def lost(self) -> bool:
@@ -115,58 +124,64 @@ class SupervisorConnection:
         return self._link is None
 
     def fileno(self) -> int:
-        """For ``select``; -1 where it is lost."""
+        """For ``select``; -1 if the connection is lost."""
         return -1 if self._link is None else self._link.fileno()
 
     @property
     def has_descriptors(self) -> bool:
-        """Whether something is held for the next keeper."""
-        return bool(self._holdings)
+        """Whether anything is kept for the next keeper."""
+        return bool(self._kept)
 
     def act_time_left_s(self) -> float | None:
-        """For how long trainers of this node may still act; None: for ever. After that others may
-        have their ranks.
+        """How long this node's trainers may still run; None: without limit.
 
-        The keeper of one node among several tells it through memory, on and on; one that stands
-        still tells nothing any more.
+        After that other nodes may have their ranks.
+
+        With several nodes the keeper extends the time continuously, through shared memory, so a
+        keeper that hangs stops extending it.
         """
-        until_ns = self._holdings.act_until_ns
+        until_ns = self._kept.act_until_ns
         return (until_ns - now_ns()) / 1e9 if until_ns else None
 
     def say_hello(self, attempt: int) -> None:
-        """Say the first hello, as of ``attempt``.
+        """Send the first hello, for ``attempt``.
 
-        Raises the error that the keeper answers with, ``HungUpError`` where it is gone before that.
+        Raises the error in the keeper's reply, and ``HungUpError`` if the keeper is gone before
+        that.
         """
         if self._link is None:
-            raise InternalError("nobody to greet")
+            raise InternalError("a hello without a connection")
         exchange_hello(self._link, self._hello_now(attempt))
         self.has_unread = True
 
     def receive(self) -> list[Message]:
-        """The words that have come, without waiting, but for those about what is to be held: they
-        are obeyed here."""
+        """The messages that have arrived, without blocking.
+
+        Those about kept descriptors are carried out here.
+        """
         if self._link is None:
             return []
         self.has_unread = False
         received, ended = self._link.receive_available()
-        words = []
-        for word, fds in received:
-            if isinstance(word, Keep | KeepBoard):
-                self._holdings.keep(word, fds)
+        messages = []
+        for message, fds in received:
+            if isinstance(message, Keep | KeepBoard):
+                self._kept.keep(message, fds)
                 continue
             close_fds(fds)
-            if isinstance(word, DropSlot):
-                self._holdings.drop(word)
+            if isinstance(message, DropSlot):
+                self._kept.drop(message)
             else:
-                words.append(word)
+                messages.append(message)
         if ended:
             self.disconnect()
-        return words
+        return messages
 
     def send(self, message: Message) -> None:
-        """Say a word. Where the keeper is gone it is lost: what matters is said again to the next
-        one."""
+        """Send a message.
+
+        It is dropped if the keeper is gone: what matters is sent again to the next one.
+        """
         if self._link is None:
             return
         try:
@@ -175,43 +190,42 @@ class SupervisorConnection:
             self.disconnect()
 
     def disconnect(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self._link is not None:
             self._link.close()
             self._link = None
 
     def reset_loss_count(self) -> None:
-        """A keeper did something: the next loss is the first one again."""
+        """A keeper did something useful: the next loss counts as the first one."""
         self._lost_in_row = 0
 
     def reconnect(self, attempt: int) -> bool:
-        """Find or start another keeper, which gets what is held where it is new; False where it is
-        gone again already.
+        """Find or start another keeper; false if it is gone again already.
 
-        Raises UnavailableError where none can be had, and the error of one that doesn't want this
-        process.
+        Sends it the kept descriptors if it is new. Raises UnavailableError if there is no keeper
+        to be had, and the error of one that rejects this process.
         """
         self._lost_in_row += 1
         if self._lost_in_row > RECONNECTS_MAX:
             raise UnavailableError(
-                f"keepers die one after the other. count={RECONNECTS_MAX}; see keeper.log in the "
+                f"keepers die one after another. count={RECONNECTS_MAX}; see keeper.log in the "
                 "job's runtime folder"
             )
         self._link, welcome = connect_with_hello(self._reconnect, self._hello_now(attempt))
         self.has_unread = True
         try:
             if welcome.new:
-                self._holdings.hand_over(self._link)
+                self._kept.hand_over(self._link)
         except UnavailableError:
             self.disconnect()
         return self._link is not None
 
     def close_after_fork(self) -> None:
-        """In a trainer: close the copies, and say nothing."""
+        """In a trainer: close the copies, without a message."""
         if self._link is not None:
             self._link.forget_after_fork()
             self._link = None
-        self._holdings.close()
+        self._kept.close()
 
     def _hello_now(self, attempt: int) -> Hello:
         return msgspec.structs.replace(

@@ -1,5 +1,4 @@
-"""Starting one trainer: a fork, and in the child either the user's program as it stands or the same
-command anew."""
+"""Starting one trainer: a fork, whose child continues the program or runs its command again."""
 
 from __future__ import annotations
 
@@ -27,22 +26,23 @@ from ckpt.ipc.messages import RankPlacement
 def _started_in() -> str:
     try:
         return os.getcwd()  # noqa: PTH109  a text that goes back to the system
-    except FileNotFoundError:  # it was removed since
+    except FileNotFoundError:  # it was removed
         return "/"
 
 
 STARTUP_FOLDER = _started_in()
-"""Where this program was started, as far as is known: relative names in its command count from
-there."""
+"""The working folder at the start: relative names in the program's command refer to it."""
 
 
 @contextmanager
 def around_fork() -> Iterator[None]:
-    """Around a fork: what is buffered is written once only, and no warning of native threads, which
-    forks survive."""
+    """Around a fork: flush buffered output, so that it is written once, and silence a warning.
+
+    Python 3.12 warns about native threads too, which a fork survives.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
-            with suppress(OSError):  # nobody reads it any more
+            with suppress(OSError):  # the reader is gone
                 stream.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 counts native threads too
@@ -51,9 +51,10 @@ def around_fork() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerLaunch:
-    """What all trainers of one supervisor share. ``stacks`` is a folder for stack dumps.
+    """What all trainers of one supervisor share.
 
-    ``forget`` lets go, in a child, of what is the supervisor's.
+    ``stacks`` is a folder for stack dumps. ``close_in_child`` closes, in a child, what belongs to
+    the supervisor.
     """
 
     start: Fork | Spawn
@@ -65,7 +66,7 @@ class TrainerLaunch:
 
 @dataclass(frozen=True, slots=True)
 class _Pipes:
-    """Where the trainer reports and where it gets its order: read ends and write ends."""
+    """The pipes of one trainer: it writes reports and, if it is prepared, reads its order."""
 
     report_in: int
     report_out: int
@@ -76,10 +77,11 @@ class _Pipes:
 def launch_trainer(
     shared: TrainerLaunch, *, attempt: int, port: int, seating: RankPlacement | None = None
 ) -> TrainerChild | TrainerProcess:
-    """Start a trainer; attempt 0: one that runs ahead and waits. A ``TrainerChild`` in the parent,
-    its seat in the child.
+    """Start a trainer; attempt 0 starts a prepared one.
 
-    Raises OSError where there is no process or descriptor left.
+    Returns a ``TrainerChild`` in the parent, a ``TrainerProcess`` in the child.
+
+    Raises OSError if no process or descriptor is left.
     """
     report = os.pipe()
     pipes = _Pipes(*report, *os.pipe()) if attempt == 0 else _Pipes(*report)
@@ -93,9 +95,9 @@ def launch_trainer(
         return _be_trainer(
             shared, pipes, TrainerOrder(attempt=attempt, port=port, seating=seating), supervisor_pid
         )
-    with suppress(
-        PermissionError, ProcessLookupError
-    ):  # the child did it itself and went on, or is gone
+    # Also in the child: whichever runs first, the group exists before anything kills it.
+    # An error means that the child has done it and exec'd, or is gone.
+    with suppress(PermissionError, ProcessLookupError):
         os.setpgid(pid, pid)
     os.close(pipes.report_out)
     if pipes.order_in >= 0:
@@ -112,8 +114,10 @@ def launch_trainer(
 def _be_trainer(
     shared: TrainerLaunch, pipes: _Pipes, order: TrainerOrder, supervisor_pid: int
 ) -> TrainerProcess:
-    """The child's side. An error here must not come back into the copy of the supervisor's loop: it
-    ends the child."""
+    """The child's side.
+
+    An error must not return into the child's copy of the supervisor's loop: it ends the child.
+    """
     try:
         begin_child(supervisor_pid)
         os.close(pipes.report_in)
@@ -122,7 +126,7 @@ def _be_trainer(
         shared.close_in_child()
         spawned = isinstance(shared.start, Spawn)
         how = "prepared" if order.attempt == 0 else "spawn" if spawned else "fork"
-        seat = TrainerProcess(
+        trainer = TrainerProcess(
             attempt=order.attempt,
             port=order.port,
             how=how,
@@ -133,9 +137,9 @@ def _be_trainer(
             seating=order.seating,
         )
         if spawned:
-            exec_again(seat, STARTUP_FOLDER)
-        return enter_forked(seat)
-    except BaseException as error:  # noqa: BLE001  told, and the end of this process
+            exec_again(trainer, STARTUP_FOLDER)
+        return enter_forked(trainer)
+    except BaseException as error:  # noqa: BLE001  printed, and the end of this process
         exit_after_error(error)
 
 

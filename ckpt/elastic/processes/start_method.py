@@ -1,5 +1,10 @@
-"""How a trainer is started: forked from the supervisor, spawned anew, or not at all. Pure;
-``facts`` gathers what it asks."""
+"""How a trainer is started: forked from the supervisor, spawned as a fresh process, or not at
+all.
+
+Pure.
+
+``enter.gather_process_facts`` collects the facts.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessFacts:
-    """What a process knows about itself where a decorated function is called.
+    """What a process knows about itself at the start of a decorated call.
 
-    ``ranks_unknown``: there are several ranks, and nothing tells how many are on this node.
+    ``ranks_unknown``: there are several ranks, and the number on this node is unknown.
     ``unranked_child``: multiprocessing started this process, and it has no rank. ``threads`` are
     the names of Python threads beside the main one. ``main_thread``: the call is made there.
-    ``rerun``: the same command can be run once more. ``probe_hung``: a forked child did not come
-    back from one parallel operation.
+    ``rerun``: the same command can be run again. ``probe_hung``: a forked child did not return
+    from one parallel operation.
     """
 
     platform: str = "linux"
@@ -39,18 +44,19 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Trainers are fresh interpreters that run the same command up to the call. ``why`` a fork
-    would not do."""
+    """Trainers are fresh interpreters that run the same command up to the call.
+
+    ``reason``: why no fork.
+    """
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """No supervisor: the function runs in this process, and nobody but the launcher starts it
-    again.
+    """No supervisor: the function runs in this process, and only the launcher can restart it.
 
-    ``remedy`` says what to change, "" where this is as it should be and needs no warning.
+    ``remedy`` says what to change; "" if this is intended and needs no warning.
     """
 
     reason: str
@@ -58,22 +64,22 @@ class InPlace:
 
 
 def choose_start_method(facts: ProcessFacts) -> Fork | Spawn | InPlace:
-    """How to start trainers in a process of which ``facts`` hold."""
-    stays = _stays(facts)
-    if stays is not None:
-        return stays
-    why = _no_fork(facts)
-    if why is None:
+    """How to start trainers in a process with these ``facts``."""
+    in_place = _in_place(facts)
+    if in_place is not None:
+        return in_place
+    reason = _no_fork(facts)
+    if reason is None:
         return Fork()
     if facts.rerun:
-        return Spawn(why)
+        return Spawn(reason)
     return InPlace(
-        f"{why}, and the command that started this process cannot be run a second time",
+        f"{reason}, and the command that started this process cannot be run a second time",
         "call the decorated function before any thread, GPU or parallel operation is used",
     )
 
 
-def _stays(facts: ProcessFacts) -> InPlace | None:
+def _in_place(facts: ProcessFacts) -> InPlace | None:
     if facts.asked_in_place:
         return InPlace("CKPT_IN_PLACE=1")
     if facts.under_pytest:
@@ -100,7 +106,7 @@ def _stays(facts: ProcessFacts) -> InPlace | None:
         )
     if facts.ranks_unknown:
         return InPlace(
-            "nothing tells how many of the job's ranks are on this node",
+            "it is unknown how many of the job's ranks are on this node",
             "set LOCAL_WORLD_SIZE beside WORLD_SIZE and RANK, as torchrun does",
         )
     if facts.several_nodes:
@@ -117,7 +123,7 @@ def _stays(facts: ProcessFacts) -> InPlace | None:
 
 
 def _no_fork(facts: ProcessFacts) -> str | None:
-    """Why a forked child would not be well, or None."""
+    """Why a forked child would not work, or None."""
     if facts.threads:
         return f"Python threads run before the decorated call. threads={', '.join(facts.threads)}"
     if facts.gpu_open:

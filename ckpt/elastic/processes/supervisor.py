@@ -1,10 +1,10 @@
-"""The supervisor: forks trainers, waits and kills, as its keeper says; in one thread, and never
-back into the user's program.
+"""The supervisor of one rank: forks trainers, waits for them and kills them, as its keeper says.
 
-The parent of a fork stays in ``supervise`` and ends as its trainer did. The child returns from it
-with its seat, and is the program from then on. The loop notes what happened (words of the keeper,
-signals, ends of children, bytes that trainers say), then does whatever is possible now; so nothing
-in it waits for anything but the next thing to happen.
+It has one thread and never returns to the user's program. The parent of a fork stays in
+``supervise`` and exits with its trainer's status; the child returns from it as a
+``TrainerProcess`` and is the program from then on. The loop notes events (messages from the
+keeper, signals, ended children, bytes from trainers) and then does all that is possible now. So
+no step of it blocks on anything but the next event.
 """
 
 from __future__ import annotations
@@ -62,32 +62,33 @@ from ckpt.ipc.messages import (
 )
 from ckpt.staging.memory import available_bytes
 
-# How a supervisor ends: as its trainer did, so that the launcher sees what it would have seen
-# without it.
+# ---- exits: as the trainer exited, so that the launcher sees what it would without supervisor
 
 INTERRUPTED_STATUS = 128 + signal.SIGINT
 
 
-def exit_status(told: int, own: int | None, *, interrupted: bool = False) -> int:
-    """The status to end with: the keeper says ``told``, the own trainer ended by itself with
-    ``own`` (None: it didn't).
+def exit_status(keeper_status: int, own: int | None, *, interrupted: bool = False) -> int:
+    """The status to exit with: the keeper's, unless the own trainer's says the same more exactly.
 
-    Both as ``os.waitstatus_to_exitcode``. A keeper tells a signal as 128 and its number, since it
-    speaks to all ranks; the rank that died of it dies of it. ``interrupted``: this rank's Ctrl-C
-    was told as the cause, whatever its trainer ended with.
+    Both are as from ``os.waitstatus_to_exitcode``; ``own`` is None if the own trainer did not end
+    by itself. A keeper sends a signal as 128 plus its number, since it tells all ranks the same;
+    the rank whose trainer died of that signal dies of it too. ``interrupted``: this rank's Ctrl-C
+    was reported as the cause, whatever its trainer exited with.
     """
     if own is None:
-        return told
-    caught = interrupted and own != 0 and told == INTERRUPTED_STATUS
-    return own if caught or (own < 0 and told == 128 - own) else told
+        return keeper_status
+    caught = interrupted and own != 0 and keeper_status == INTERRUPTED_STATUS
+    return own if caught or (own < 0 and keeper_status == 128 - own) else keeper_status
 
 
 def exit_with(status: int) -> NoReturn:
-    """End this process with an exit code, or of minus a signal. Runs no exit handler: those are the
-    trainer's."""
+    """End this process with an exit code, or by minus a signal.
+
+    Runs no exit handler: those are the trainer's.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
-            with suppress(OSError):  # nobody reads it any more
+            with suppress(OSError):  # the reader is gone
                 stream.flush()
     if status < 0:
         die_by_signal(-status)
@@ -95,8 +96,10 @@ def exit_with(status: int) -> NoReturn:
 
 
 def die_by_signal(number: int, *, group: bool = False) -> NoReturn:
-    """Die of a signal, without a second core file. ``group``: the whole process group gets it, as
-    from the terminal."""
+    """Die by a signal, without a second core file.
+
+    ``group``: send it to the whole process group, as the terminal does.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(number, signal.SIG_DFL)
@@ -108,17 +111,14 @@ def die_by_signal(number: int, *, group: bool = False) -> NoReturn:
     os._exit(128 + number)  # the first process of a container ignores signals that it sends itself
 
 
-# What a supervisor needs to know.
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorPlan:
-    """See the module. ``hello`` is what it says first on each connection; its ``attempt`` is filled
-    in.
+    """What a supervisor needs to know.
 
-    ``reconnect`` gives a connection to a keeper, starting one where there is none; nothing was said
-    on it yet. ``stacks`` is a folder for stack dumps (None: none). ``prepare``: keep a second
-    trainer that has run ahead to ``run.ready()``.
+    ``hello`` is its first message on each connection; ``attempt`` is filled in. ``reconnect``
+    returns a fresh connection to a keeper, and starts one if none runs. ``stacks`` is a folder
+    for stack dumps (None: none). ``prepare``: keep a second trainer that has run up to
+    ``run.ready()``.
     """
 
     start: Fork | Spawn
@@ -129,28 +129,35 @@ class SupervisorPlan:
     prepare: bool = False
 
 
+# ---- the loop
+
 LEAVE_WAIT_S = 30.0
-"""How long a killed process may take to be gone before a supervisor leaves without it: one that the
-kernel can't end now."""
+"""How long a supervisor that leaves waits for killed processes.
+
+The kernel may be unable to end them at the moment.
+"""
 
 GONE_POLL_S = 0.01
 CLOCK_LOOK_MS = 500
-"""How often the time until which a node of several may act is looked at: the keeper moves it on all
-the while."""
+"""With several nodes: how often ``act_until`` is checked, which the keeper extends continuously."""
 TERMINAL_POLL_S = 0.2
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 _STOPPED_FOR_TERMINAL = (signal.SIGTTIN, signal.SIGTTOU)
 
 
 class Supervisor:
-    """The loop of one rank's supervisor, and all that it knows."""
+    """The loop of one rank's supervisor.
+
+    The class has more than 12 attributes: each is one fact that the loop has noted and not yet
+    acted upon, and every step of ``_act`` depends on several of them.
+    """
 
     def __init__(self, keeper: SupervisorConnection, plan: SupervisorPlan) -> None:
         self._plan = plan
         self._keeper = keeper
         self._terminal = Terminal()
         self._live: TrainerChild | None = None
-        self._ahead: TrainerChild | None = None
+        self._prepared: TrainerChild | None = None
         self._attempt = plan.hello.attempt
         self._started = False
         self._ended: int | None = None
@@ -159,9 +166,9 @@ class Supervisor:
         self._leaving: Leave | None = None
         self._leave_until_s = 0.0
         self._prepare = False
-        self._stands_by = False
+        self._is_standby = False
         self._preempted = False
-        self._terms = SigtermHistory()
+        self._sigterms = SigtermHistory()
         self._interrupted = False
         self._had_terminal = False
         self._overdue = 0
@@ -176,31 +183,32 @@ class Supervisor:
         )
 
     def run(self) -> TrainerProcess:
-        """Loop; returns in trainers only."""
+        """Loop. Returns in trainers only."""
         while True:
-            self._hear_trainers()  # first: what a keeper asks for may need what a trainer said before
-            self._hear_keeper()
-            self._hear_signals()
-            self._hear_ends()
-            self._look_at_clock()
-            seat = self._act()
-            if seat is not None:
-                return seat
+            # Reports first: a keeper's request may depend on what a trainer reported before it.
+            self._read_reports()
+            self._read_keeper()
+            self._read_signals()
+            self._read_ends()
+            self._check_clock()
+            trainer = self._act()
+            if trainer is not None:
+                return trainer
             self._wait()
 
     def give_up(self, text: str, status: int) -> NoReturn:
-        """End with a message, and no trainer left."""
-        self._say(text)
+        """Kill all trainers and exit with a message."""
+        self._print(text)
         for child in self._children():
             child.kill()
         self._terminal.take_back()
         exit_with(status)
 
-    # ---- what happened
+    # ---- events
 
     def _wait(self) -> None:
-        """Until something can be read, or something that tells nobody may have changed."""
-        if self._keeper.has_unread:
+        """Block until an event arrives, or until something may have changed without an event."""
+        if self._keeper.has_unread:  # already read from the socket, so ``poll`` would not report it
             return
         poll = select.poll()
         poll.register(self._signals.fd, select.POLLIN)
@@ -209,18 +217,20 @@ class Supervisor:
         for child in self._children():
             if child.report_fd >= 0:
                 poll.register(child.report_fd, select.POLLIN)
-        poll.poll(self._patience_ms())
+        poll.poll(self._timeout_ms())
 
-    def _patience_ms(self) -> int | None:
-        patience_ms = self._patience_for_ends_ms()
+    def _timeout_ms(self) -> int | None:
+        timeout_ms = self._timeout_for_ends_ms()
         watched = self._live is not None and self._live.attempt != self._overdue
         left_s = self._keeper.act_time_left_s() if watched else None
         if left_s is None:
-            return patience_ms
+            return timeout_ms
         left_ms = min(CLOCK_LOOK_MS, max(1, int(left_s * 1000)))
-        return left_ms if patience_ms is None else min(patience_ms, left_ms)
+        return left_ms if timeout_ms is None else min(timeout_ms, left_ms)
 
-    def _patience_for_ends_ms(self) -> int | None:
+    def _timeout_for_ends_ms(self) -> int | None:
+        # ``gone`` also waits for the rest of the process group, whose end need not cause a signal
+        # here.
         waits_for_end = self._unanswered or self._starting or self._leaving or self._keeper.lost
         if waits_for_end:
             return int(GONE_POLL_S * 1000)
@@ -228,40 +238,40 @@ class Supervisor:
             return int(TERMINAL_POLL_S * 1000)
         return None
 
-    def _hear_keeper(self) -> None:
-        for word in self._keeper.receive():
-            self._on_word(word)
+    def _read_keeper(self) -> None:
+        for message in self._keeper.receive():
+            self._on_message(message)
 
-    def _on_word(self, word: Message) -> None:
-        match word:
+    def _on_message(self, message: Message) -> None:
+        match message:
             case Start():
-                self._starting = word
+                self._starting = message
             case Kill():
-                self._on_kill(word)
+                self._on_kill(message)
             case Leave():
-                self._leaving = word
+                self._leaving = message
                 self._leave_until_s = time.monotonic() + LEAVE_WAIT_S
             case Dump():
-                if self._live is not None and self._live.attempt == word.attempt:
-                    self._live.dump(Path(word.path))
+                if self._live is not None and self._live.attempt == message.attempt:
+                    self._live.dump(Path(message.path))
             case StartPrepared():
-                self._stands_by = self._plan.prepare
+                self._is_standby = self._plan.prepare
             case PrintLine():
-                self._say(word.text)
+                self._print(message.text)
             case _:
                 raise InternalError(
-                    f"a supervisor has no use for this word. type={type(word).__name__}"
+                    f"unexpected message to a supervisor. type={type(message).__name__}"
                 )
 
-    def _on_kill(self, word: Kill) -> None:
-        if self._starting is not None and self._starting.attempt == word.attempt:
+    def _on_kill(self, message: Kill) -> None:
+        if self._starting is not None and self._starting.attempt == message.attempt:
             self._starting = None
-        if self._live is not None and self._live.attempt == word.attempt:
-            self._unanswered = word
+        if self._live is not None and self._live.attempt == message.attempt:
+            self._unanswered = message
         else:
-            self._keeper.send(Killed(attempt=word.attempt))
+            self._keeper.send(Killed(attempt=message.attempt))
 
-    def _hear_signals(self) -> None:
+    def _read_signals(self) -> None:
         for number in self._signals.read():
             match number:
                 case signal.SIGTERM:
@@ -274,18 +284,18 @@ class Supervisor:
                 case signal.SIGTSTP:
                     self._stop(0)
                 case signal.SIGCHLD:
-                    pass  # ``_hear_ends`` asks each time
+                    pass  # ``_read_ends`` runs in every turn of the loop
                 case _ if self._live is not None:
                     self._live.signal(number)
 
     def _on_terminate(self) -> None:
-        term = self._terms.classify()
-        if term is SigtermMeaning.NOW or not self._started:
+        meaning = self._sigterms.classify()
+        if meaning is SigtermMeaning.NOW or not self._started:
             for child in self._children():
                 child.kill()
             self._terminal.take_back()
             exit_with(PREEMPTED_STATUS)
-        self._preempt()  # a second time changes nothing
+        self._preempt()  # only the first call has an effect
 
     def _preempt(self) -> None:
         if not self._preempted:
@@ -298,11 +308,11 @@ class Supervisor:
                 child.kill()
         die_by_signal(signal.SIGINT)
 
-    def _hear_ends(self) -> None:
+    def _read_ends(self) -> None:
         for pid, status in reap_children():
-            child = next((one for one in self._children() if one.pid == pid), None)
+            child = next((child for child in self._children() if child.pid == pid), None)
             if child is None:
-                continue  # a child that a trainer left behind
+                continue  # an orphan of a trainer
             if os.WIFSTOPPED(status):
                 self._on_stopped(child, os.WSTOPSIG(status))
             else:
@@ -310,9 +320,9 @@ class Supervisor:
                 self._on_ended(child, child.status)
 
     def _on_ended(self, child: TrainerChild, status: int) -> None:
-        if child is self._ahead:
+        if child is self._prepared:
             if not child.killed:
-                self._lose_ahead(child, status)
+                self._lose_prepared(child, status)
             return
         self._had_terminal = self._terminal.lent
         self._terminal.take_back()
@@ -321,10 +331,10 @@ class Supervisor:
         self._ended = status
         self._keeper.send(self._died(child.attempt, status))
         if status != 0:
-            child.kill()  # what it left behind would hold memory and ports of the next attempt
+            child.kill()  # its own children would hold memory and ports that the next attempt needs
 
     def _on_stopped(self, child: TrainerChild, number: int) -> None:
-        """A trainer asked for the terminal, or Ctrl-Z stopped the one that has it."""
+        """The trainer tried to use the terminal, or Ctrl-Z stopped the trainer that has it."""
         if child is not self._live:
             return
         if number in _STOPPED_FOR_TERMINAL:
@@ -334,17 +344,20 @@ class Supervisor:
             self._stop(os.getpgrp())
 
     def _stop(self, group: int) -> None:
-        """Stop with the trainer, as one job; both go on together. It asks for the terminal again
-        when it needs it."""
+        """Stop together with the trainer, as one job; both continue together.
+
+        It will ask for the terminal again.
+        """
         if self._live is not None:
             self._live.signal(signal.SIGSTOP, group=True)
         self._signals.stop_here(group)
         if self._live is not None:
             self._live.signal(signal.SIGCONT, group=True)
 
-    def _look_at_clock(self) -> None:
-        """With several nodes: stop before others may have been given this node's ranks, keeper or
-        none."""
+    def _check_clock(self) -> None:
+        """With several nodes: stop the trainer before other nodes may take over this node's
+        ranks, with or without a keeper.
+        """
         live = self._live
         if (
             live is None
@@ -354,40 +367,39 @@ class Supervisor:
         ):
             return
         self._overdue = live.attempt
-        self._say(
-            "this node has lost touch with its job's other nodes, which may go on without it: its "
-            "trainer is stopped"
+        self._print(
+            "this node has lost contact with its job's other nodes, which may continue without it: "
+            "its trainer is stopped"
         )
-        live.signal(
-            signal.SIGKILL, group=True
-        )  # it ends like any other death, and its keeper hears of it
+        live.signal(signal.SIGKILL, group=True)  # reported to the keeper like any other death
 
     def _may_act(self) -> bool:
         left_s = self._keeper.act_time_left_s()
         return left_s is None or left_s > 0
 
-    def _hear_trainers(self) -> None:
+    def _read_reports(self) -> None:
         for child in self._children():
-            said = child.read_reports() if child.report_fd >= 0 else b""
-            if DUMPS_READY in said:
+            reports = child.read_reports() if child.report_fd >= 0 else b""
+            if DUMPS_READY in reports:
                 child.dumps = True
-            if TERMINATED in said:
+            if TERMINATED in reports:
                 self._preempt()
-            if FIRST_STEP in said and child is self._live:
+            if FIRST_STEP in reports and child is self._live:
                 self._prepare = self._plan.prepare
 
-    # ---- what can be done now
+    # ---- actions
 
     def _act(self) -> TrainerProcess | None:
-        """Do what is possible; what isn't yet is looked at again after the next event."""
+        """Do one thing that is possible now; the rest is checked again after the next event."""
         if self._leaving is not None:
             self._leave(self._leaving)
             return None
         live = self._live
         if self._keeper.lost:
-            self._starting = self._unanswered = (
-                None  # what a dead keeper asked for counts no more, but for leaving
-            )
+            # Requests of a dead keeper are void, except ``Leave``.
+            self._starting = self._unanswered = None
+        # Before the answer to ``Kill``, a start, and the hello to another keeper, no process of the
+        # old attempt may be left: it could still write to slots and use ports.
         if self._keeper.lost or self._unanswered is not None or self._starting is not None:
             if live is not None and not live.gone():
                 live.kill()
@@ -401,68 +413,77 @@ class Supervisor:
             self._keeper.send(Killed(attempt=self._unanswered.attempt))
             self._unanswered = None
         elif self._starting is not None:
-            if self._may_act():  # else it would be stopped at once
-                word, self._starting = self._starting, None
-                return self._start(word)
-        elif (self._prepare or self._stands_by) and self._ahead is None:
-            self._prepare = self._stands_by = False
-            return self._run_ahead()
+            if self._may_act():  # else the trainer would be stopped at once
+                message, self._starting = self._starting, None
+                return self._start(message)
+        elif (self._prepare or self._is_standby) and self._prepared is None:
+            self._prepare = self._is_standby = False
+            return self._start_prepared()
         elif live is not None and live.stopped and self._terminal.lend(live.pid):
             live.stopped = False
             live.signal(signal.SIGCONT, group=True)
         return None
 
-    def _start(self, word: Start) -> TrainerProcess | None:
-        if self._interrupted:  # another rank failed of it first
+    def _start(self, message: Start) -> TrainerProcess | None:
+        if self._interrupted:  # another rank's trainer failed of the same Ctrl-C first
             self._end_by_interrupt()
         at_s = time.monotonic()
-        self._attempt, self._started, self._ended, self._stands_by = word.attempt, True, None, False
+        self._attempt, self._started, self._ended, self._is_standby = (
+            message.attempt,
+            True,
+            None,
+            False,
+        )
         self._keeper.reset_loss_count()
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.promote(TrainerOrder(word.attempt, word.port, word.seating)):
-            self._live, how = ahead, "prepared"
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared.promote(
+            TrainerOrder(message.attempt, message.port, message.seating)
+        ):
+            self._live, how = prepared, "prepared"
         else:
-            if ahead is not None:
-                ahead.kill()
-                ahead.forget()
+            if prepared is not None:
+                prepared.kill()
+                prepared.forget()
             child = launch_trainer(
-                self._launch, attempt=word.attempt, port=word.port, seating=word.seating
+                self._launch, attempt=message.attempt, port=message.port, seating=message.seating
             )
             if isinstance(child, TrainerProcess):
                 return child
             self._live, how = child, "fork" if isinstance(self._plan.start, Fork) else "spawn"
         self._keeper.send(
-            Started(attempt=word.attempt, trainer_pid=self._live.pid, how=how, at_s=at_s)
+            Started(attempt=message.attempt, trainer_pid=self._live.pid, how=how, at_s=at_s)
         )
         return None
 
-    def _run_ahead(self) -> TrainerProcess | None:
-        """Start the trainer of the next attempt already, where memory allows a second one."""
+    def _start_prepared(self) -> TrainerProcess | None:
+        """Start a prepared trainer if there is memory for a second one."""
         needed = anonymous_memory_bytes(self._live.pid) if self._live is not None else None
-        left = available_bytes()
-        if needed is not None and left is not None and left < needed:
-            facts = {"needed_bytes": needed, "available_bytes": left}
+        available = available_bytes()
+        if needed is not None and available is not None and available < needed:
+            facts = {"needed_bytes": needed, "available_bytes": available}
             self._plan.emit(events.Event("not-prepared", "no memory for a prepared trainer", facts))
             return None
         child = launch_trainer(self._launch, attempt=0, port=0)
         if isinstance(child, TrainerProcess):
             return child
-        self._ahead = child
+        self._prepared = child
         return None
 
-    def _leave(self, word: Leave) -> None:
-        doomed = [child for child in self._children() if child.status is None or word.status != 0]
+    def _leave(self, message: Leave) -> None:
+        doomed = [
+            child for child in self._children() if child.status is None or message.status != 0
+        ]
         for child in doomed:
             child.kill()
         if not all(child.gone() for child in doomed) and time.monotonic() < self._leave_until_s:
             return
         self._terminal.take_back()
-        if word.text:
-            self._say(word.text)
+        if message.text:
+            self._print(message.text)
         self._keeper.send(Bye())
         for child in self._children():
             child.forget()
-        status = exit_status(word.status, self._ended, interrupted=self._interrupted)
+        status = exit_status(message.status, self._ended, interrupted=self._interrupted)
         if status == -signal.SIGINT:
             die_by_signal(signal.SIGINT, group=self._had_terminal)
         exit_with(status)
@@ -475,54 +496,59 @@ class Supervisor:
         if self._preempted:
             self._preempted = False
             self._preempt()
-        if (
-            self._attempt or self._keeper.has_descriptors
-        ):  # nothing of it lives here any more, and all that was held and met is told
+        # Last: it says that no process of the attempt is left and that everything kept was handed
+        # over.
+        if self._attempt or self._keeper.has_descriptors:
             self._keeper.send(Killed(attempt=self._attempt))
 
-    # ---- small parts
+    # ---- helpers
 
     def _died(self, attempt: int, status: int) -> Died:
-        """A trainer that failed after Ctrl-C was ended by it, whatever it made of it: nobody wants
-        the next attempt."""
-        told = (
+        """The report of a trainer's end. One that failed after Ctrl-C ended because of it.
+
+        Whatever its status was: no restart is wanted.
+        """
+        reported = (
             -signal.SIGINT if self._interrupted and status not in (0, PREEMPTED_STATUS) else status
         )
         return Died(
-            attempt=attempt, status=told, at_s=time.monotonic(), overdue=attempt == self._overdue
+            attempt=attempt,
+            status=reported,
+            at_s=time.monotonic(),
+            overdue=attempt == self._overdue,
         )
 
     def _children(self) -> list[TrainerChild]:
-        return [child for child in (self._live, self._ahead) if child is not None]
+        return [child for child in (self._live, self._prepared) if child is not None]
 
-    def _lose_ahead(self, child: TrainerChild, status: int) -> None:
-        self._ahead = None
+    def _lose_prepared(self, child: TrainerChild, status: int) -> None:
+        self._prepared = None
         child.kill()
         child.forget()
-        text = "the prepared trainer ended early, so the next restart is a cold one"
+        text = "the prepared trainer ended early, so the next restart is cold"
         self._plan.emit(events.Event("prepared-died", text, {"status": status}))
 
-    def _say(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # nobody reads it any more
+    def _print(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # the reader is gone
             sys.stderr.write(f"ckpt: {text}\n")
             sys.stderr.flush()
 
     def _forget(self) -> None:
-        """In a trainer: what is the supervisor's is closed."""
+        """In a trainer: close what belongs to the supervisor."""
         self._keeper.close_after_fork()
         for child in self._children():
             child.close()
 
 
-# The call in which a process becomes a supervisor, and out of which its trainers come.
+# ---- the call in which a process becomes a supervisor, and from which its trainers return
 
 
 def supervise(link: MessageSocket, plan: SupervisorPlan) -> TrainerProcess:
-    """Become the supervisor of this rank; returns only in its trainers, each with its seat.
+    """Become the supervisor of this rank. Returns only in its trainers.
 
-    ``link`` is a fresh connection to the keeper, owned from here on. Call it in the main thread.
-    Raises what the keeper refuses the hello with, UnavailableError where it is gone before that;
-    later errors end the process with a message.
+    ``link`` is a fresh connection to the keeper, which the supervisor takes over. Call it in the
+    main thread. Raises the error with which the keeper rejects the hello, and UnavailableError if
+    the keeper is gone before that; later errors end the process with a message.
     """
     lifeline = SupervisorConnection(link, plan.hello, plan.reconnect)
     try:
@@ -535,10 +561,11 @@ def supervise(link: MessageSocket, plan: SupervisorPlan) -> TrainerProcess:
     try:
         return supervisor.run()
     except BaseException as error:
-        if os.getpid() != supervisor_pid:  # a trainer that was interrupted on its way out of here
+        # In a trainer that was interrupted before it returned from here, the error is the
+        # program's.
+        if os.getpid() != supervisor_pid:
             raise
-        if isinstance(
-            error, CkptError
-        ):  # the program must not go on here: it goes on in its trainers
+        # The supervisor must not return: the program continues in its trainers only.
+        if isinstance(error, CkptError):
             supervisor.give_up(str(error), error.exit_code)
         supervisor.give_up(traceback.format_exc(), InternalError.exit_code)

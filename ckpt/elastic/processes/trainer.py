@@ -1,10 +1,10 @@
-"""A trainer's side of being supervised: what a child does before it runs the user's function, and
-its seat.
+"""The trainer's side of supervision: what a forked child does before it runs the user's function.
 
-A seat travels to a spawned trainer, and to later decorated calls of any trainer, in the environment
-as ``CKPT_SEAT``; it counts only in the process that it names, so what a trainer starts itself does
-not take it for its own. Everything that a trainer has to say to its supervisor is one byte in a
-pipe: that costs no thread, and a signal handler may write it.
+``TrainerProcess`` says that this process is a trainer. It is passed to a spawned trainer, and to
+later decorated calls of any trainer, in the environment as ``CKPT_SEAT``. It counts only in the
+process whose pid it names, so processes that a trainer starts do not take it for their own. All
+that a trainer reports to its supervisor are single bytes in a pipe: that needs no thread, and a
+signal handler may write them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from ckpt.format.canonical import prepare_decoders
 from ckpt.ipc.messages import RankPlacement
 
 TRAINER_VARIABLE = "CKPT_SEAT"
-"""Where a trainer's seat is in its environment."""
+"""The environment variable that holds a ``TrainerProcess``."""
 
 OOM_SCORE = 500
-"""Added to a trainer's score, so that the kernel kills it before supervisors and keeper, who hold
-what it would lose."""
+"""Added to a trainer's score, so that the kernel kills trainers first.
+
+Supervisor and keeper hold their staged state.
+"""
 
 DUMPS_READY = b"D"
 FIRST_STEP = b"S"
@@ -59,12 +61,12 @@ prepare_decoders(TrainerOrder)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerProcess:
-    """This process is the trainer of ``attempt``, whose process group meets at ``port``, without
-    ``seating`` on loopback.
+    """This process is the trainer of ``attempt``, whose process group meets at ``port``.
 
-    ``how`` it was started: ``fork``, ``spawn`` or ``prepared``. A prepared one has attempt 0 until
-    ``promoted``. ``report_fd`` goes to the supervisor, ``order_fd`` comes from it (-1: not a
-    prepared one), ``stacks`` is the file for stack dumps ("": none).
+    ``how`` it was started: ``fork``, ``spawn`` or ``prepared``. A prepared trainer has attempt 0
+    until ``promoted``. ``report_fd`` goes to the supervisor, ``order_fd`` comes from it (-1: not
+    prepared). ``stacks`` is the file for stack dumps ("": none). Without ``seating`` the group
+    meets on loopback.
     """
 
     attempt: int
@@ -77,72 +79,73 @@ class TrainerProcess:
     seating: RankPlacement | None = None
 
     def first_step_done(self) -> None:
-        """Tell the supervisor that this trainer got past its start; it may prepare the next one
-        now."""
+        """Report that this trainer got past its start; the next one may now be prepared."""
         report_byte(self.report_fd, FIRST_STEP)
 
     def promoted(self) -> TrainerProcess:
-        """The seat that counts: this one where it has an attempt, else, after a wait, the one that
-        the supervisor gives.
+        """This trainer if it has an attempt; else the trainer of the attempt that is ordered.
 
-        A prepared trainer waits here, as long as the live one is well, and ends here where its
-        supervisor has no use for it.
+        A prepared trainer waits here for the order while the live one is well, and exits here if
+        its supervisor does not need it.
         """
         if self.attempt:
             return self
         report_byte(self.report_fd, READY)
         order = _wait_for_order(self.order_fd)
         os.close(self.order_fd)
-        seat = replace(
+        trainer = replace(
             self, attempt=order.attempt, port=order.port, order_fd=-1, seating=order.seating
         )
-        put_into_environment(seat)
-        return seat
+        put_into_environment(trainer)
+        return trainer
 
 
 prepare_decoders(TrainerProcess)
 
 
 def trainer_of_process() -> TrainerProcess | None:
-    """The seat that this process holds, or None where it is no trainer. A spawned trainer takes it
-    at its first call."""
+    """The trainer that this process is, or None.
+
+    A spawned trainer sets up its signals here, at its first call.
+    """
     text = os.environ.get(TRAINER_VARIABLE)
     if not text:
         return None
     try:
-        seat = msgspec.json.decode(text.encode(), type=TrainerProcess)
+        trainer = msgspec.json.decode(text.encode(), type=TrainerProcess)
     except msgspec.DecodeError as error:
-        raise UsageError(f"not a seat. {TRAINER_VARIABLE}={text!r}; unset it") from error
-    if seat.pid != os.getpid():
+        raise UsageError(f"invalid variable. {TRAINER_VARIABLE}={text!r}; unset it") from error
+    if trainer.pid != os.getpid():
         return None
-    if os.get_inheritable(seat.report_fd):  # spawned, and not seated yet
-        _take(seat)
-    return seat
+    if os.get_inheritable(trainer.report_fd):  # spawned, and not set up yet
+        _take(trainer)
+    return trainer
 
 
-def put_into_environment(seat: TrainerProcess) -> None:
-    """What the user's ``init_process_group`` reads, and the seat itself. Other variables stay as
-    the launcher set them."""
-    os.environ.update(environment(seat))
+def put_into_environment(trainer: TrainerProcess) -> None:
+    """Set the variables that the user's ``init_process_group`` reads, and ``CKPT_SEAT``.
+
+    Others stay as they are.
+    """
+    os.environ.update(environment(trainer))
 
 
-def environment(seat: TrainerProcess) -> dict[str, str]:
-    """The variables of a seat."""
-    held = {TRAINER_VARIABLE: msgspec.json.encode(seat).decode()}
-    if not seat.attempt:
-        return held
+def environment(trainer: TrainerProcess) -> dict[str, str]:
+    """The environment variables of a trainer."""
+    own = {TRAINER_VARIABLE: msgspec.json.encode(trainer).decode()}
+    if not trainer.attempt:
+        return own
     return {
-        **held,
-        **_place(seat.seating),
-        "MASTER_PORT": str(seat.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "False",  # the agent's store would lead to addresses of dead attempts
-        "TORCHELASTIC_RESTART_COUNT": str(seat.attempt - 1),
+        **own,
+        **_placement(trainer.seating),
+        "MASTER_PORT": str(trainer.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # that store still has addresses of dead attempts
+        "TORCHELASTIC_RESTART_COUNT": str(trainer.attempt - 1),
     }
 
 
-def _place(seating: RankPlacement | None) -> dict[str, str]:
-    """Where rank 0 is and, of several nodes, which ranks are here. Of one node the launcher has
-    said it."""
+def _placement(seating: RankPlacement | None) -> dict[str, str]:
+    """Where rank 0 is and, with several nodes, which ranks are local; else the launcher says it."""
     if seating is None:
         return {"MASTER_ADDR": "127.0.0.1"}
     rank = str(seating.first_rank + int(os.environ.get("LOCAL_RANK", "0")))
@@ -159,20 +162,20 @@ def _place(seating: RankPlacement | None) -> dict[str, str]:
 
 
 def begin_child(supervisor_pid: int) -> None:
-    """First thing in a forked child: a process group of its own, and no life without its
-    supervisor."""
+    """The first thing in a forked child: its own process group, and death with its supervisor."""
     os.setpgid(0, 0)
     die_with_parent(supervisor_pid)
-    with contextlib.suppress(
-        OSError
-    ):  # no /proc, or not ours to write: then the kernel chooses by size alone
+    # Without /proc, or if it is not writable, the kernel chooses by size alone.
+    with contextlib.suppress(OSError):
         score = Path("/proc/self/oom_score_adj")
         score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies. Ends it at once where that has
-    happened already."""
+    """Have the kernel kill this process when its parent dies.
+
+    Kills it at once if the parent is already dead.
+    """
     if _LIBC is not None and _LIBC.prctl(
         _PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0
     ):
@@ -182,35 +185,37 @@ def die_with_parent(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def enter_forked(seat: TrainerProcess) -> TrainerProcess:
-    """Become the trainer that ``seat`` says, in a forked child whose signals are the user's
-    again."""
-    put_into_environment(seat)
-    _take(seat)
-    return seat
+def enter_forked(trainer: TrainerProcess) -> TrainerProcess:
+    """Become ``trainer``, in a forked child whose signal handlers are the user's again."""
+    put_into_environment(trainer)
+    _take(trainer)
+    return trainer
 
 
-def exec_again(seat: TrainerProcess, folder: str) -> NoReturn:
-    """Replace this forked child by a fresh interpreter that runs the program's command from
-    ``folder`` on. Never returns."""
-    for fd in (seat.report_fd, seat.order_fd):
+def exec_again(trainer: TrainerProcess, folder: str) -> NoReturn:
+    """Replace this forked child by a fresh interpreter that runs the program's command.
+
+    It runs in ``folder``. Never returns.
+    """
+    for fd in (trainer.report_fd, trainer.order_fd):
         if fd >= 0:
             os.set_inheritable(fd, True)
     os.chdir(folder)
-    os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment(seat)})
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment(trainer)})
 
 
-def report_byte(report_fd: int, word: bytes) -> None:
-    """Say one byte to the supervisor. Where it is gone, this process is about to be."""
+def report_byte(report_fd: int, byte: bytes) -> None:
+    """Write one byte to the supervisor. If it is gone, this process is about to be killed."""
     with contextlib.suppress(BrokenPipeError):
-        os.write(report_fd, word)
+        os.write(report_fd, byte)
 
 
 class TrainerSigterm:
-    """The SIGTERM handler of a trainer: training ends at a boundary that all ranks agree on, so
-    only the word is passed on.
+    """The SIGTERM handler of a trainer.
 
-    The user's own handler, where there was one before the call, is called too.
+    Training ends at a boundary that all ranks agree on, so it only reports.
+
+    The user's own handler, if there was one before the call, is called too.
     """
 
     def __init__(
@@ -226,39 +231,41 @@ class TrainerSigterm:
             self._before(number, frame)
 
     def restore(self) -> None:
-        """In a child of the trainer, a data loader's worker say: SIGTERM is what it was, or nobody
-        could end it."""
+        """In a forked child, such as a data loader's worker: restore the previous handler.
+
+        Without that SIGTERM could not end it.
+        """
         if isinstance(signal.getsignal(signal.SIGTERM), TrainerSigterm):
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
-def _take(seat: TrainerProcess) -> None:
-    """Sit down: signals and stack dumps of this process."""
-    for fd in (seat.report_fd, seat.order_fd):
+def _take(trainer: TrainerProcess) -> None:
+    """Set up signals and stack dumps of this process."""
+    for fd in (trainer.report_fd, trainer.order_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)
     before = signal.getsignal(signal.SIGTERM)
     if before is not signal.SIG_IGN:
-        handler = TrainerSigterm(seat.report_fd, before if callable(before) else None)
+        handler = TrainerSigterm(trainer.report_fd, before if callable(before) else None)
         signal.signal(signal.SIGTERM, handler)
         os.register_at_fork(after_in_child=handler.restore)
-    if seat.stacks and signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
-        _dump_on_signal(seat)
+    if trainer.stacks and signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL:
+        _dump_on_signal(trainer)
 
 
-def _dump_on_signal(seat: TrainerProcess) -> None:
-    """SIGUSR2 writes the stacks of all threads. Where the user has a handler for it, nobody sends
-    it."""
+def _dump_on_signal(trainer: TrainerProcess) -> None:
+    """SIGUSR2 writes the stacks of all threads. Skipped if the user has a handler for it."""
     try:
         fd = os.open(
-            seat.stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+            trainer.stacks,
+            os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC,
+            0o600,
         )
-        faulthandler.register(
-            signal.SIGUSR2, file=fd, all_threads=True, chain=False
-        )  # by number: nothing closes it early
-    except OSError:  # the folder was cleaned away: a hang is still met, without stacks
+        # The file is given by number, so that no file object closes it early.
+        faulthandler.register(signal.SIGUSR2, file=fd, all_threads=True, chain=False)
+    except OSError:  # the folder was removed: a hang still ends the attempt, without stacks
         return
-    report_byte(seat.report_fd, DUMPS_READY)
+    report_byte(trainer.report_fd, DUMPS_READY)
 
 
 def _wait_for_order(fd: int) -> TrainerOrder:
@@ -272,22 +279,21 @@ def _wait_for_order(fd: int) -> TrainerOrder:
 
 
 def exit_after_error(error: BaseException) -> NoReturn:
-    """End a child that failed before it was a trainer: tell people why, and let nothing of the
-    parent's run."""
+    """Exit a child that failed before it became a trainer: print why, and nothing else."""
     sys.excepthook(type(error), error, error.__traceback__)
     sys.stderr.flush()
     os._exit(1)
 
 
-# The user's ``init_process_group`` in a trainer: not too early, and noted.
+# ---- the user's ``init_process_group``: started when rank 0 listens, and reported as a milestone
 #
-# Trainers of one attempt start within milliseconds. A rank that dials before rank 0 listens backs
-# off inside torch, which costs a quarter to three quarters of a second; so it looks first whether
-# somebody listens. Whoever took the function from ``torch.distributed`` before the decorated call
-# gets torch's own.
+# Trainers of one attempt start within milliseconds of each other. A rank that connects before rank
+# 0 listens backs off inside torch, which costs 0.25 to 0.75 s; so it first waits until a process
+# listens. Code that imported the function from ``torch.distributed`` before the decorated call gets
+# torch's own.
 
 LISTEN_WAIT_S = 300.0
-"""How long rank 0 is waited for; then torch waits, and says what is wrong."""
+"""The longest wait for rank 0; after that torch waits, and reports the error."""
 
 LOOK_S = 0.001
 _LISTENS = "0A"
@@ -295,8 +301,7 @@ _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 
 
 def watch_process_group(made: Callable[[], None]) -> None:
-    """Have ``made`` called after the user's process group is made, and make it without torch's
-    first back-off."""
+    """Call ``made`` once the user's process group is made; also avoids torch's first back-off."""
     if not dist.is_available():
         return
     make = dist.init_process_group
@@ -316,24 +321,22 @@ def watch_process_group(made: Callable[[], None]) -> None:
     dist.init_process_group = init_process_group
 
 
-def rank0_is_local(said: Mapping[str, str]) -> bool:
-    """Whether this rank dials rank 0 and that one listens on this machine, as the environment says:
-    only here one can look."""
-    here = (
-        said.get("MASTER_ADDR", "").startswith(("127.", "localhost", "::1"))
-        or said.get("GROUP_RANK") == "0"
-    )
-    return said.get("RANK", "0") != "0" and here
+def rank0_is_local(variables: Mapping[str, str]) -> bool:
+    """Whether this rank connects to a rank 0 on this machine: only there can it look."""
+    loopback = variables.get("MASTER_ADDR", "").startswith(("127.", "localhost", "::1"))
+    return variables.get("RANK", "0") != "0" and (loopback or variables.get("GROUP_RANK") == "0")
 
 
 def wait_for_listener(port: int, *, timeout_s: float = LISTEN_WAIT_S) -> bool:
-    """Wait until somebody on this machine listens on ``port``; False where nobody did in time, or
-    the system doesn't tell."""
+    """Wait until a process on this machine listens on ``port``.
+
+    False if none did in time, or if that is unknown.
+    """
     until_s = time.monotonic() + timeout_s
     while port:
-        found = is_listening(port)
-        if found is not False:
-            return bool(found)
+        listening = is_listening(port)
+        if listening is not False:
+            return bool(listening)
         if time.monotonic() > until_s:
             return False
         time.sleep(LOOK_S)
@@ -341,17 +344,19 @@ def wait_for_listener(port: int, *, timeout_s: float = LISTEN_WAIT_S) -> bool:
 
 
 def is_listening(port: int) -> bool | None:
-    """Whether somebody listens on ``port``; None where the system doesn't tell. Connects to
-    nobody."""
-    told = False
+    """Whether a process listens on ``port``; None if the system does not say.
+
+    Connects to nothing.
+    """
+    known = False
     for table in _TABLES:
         try:
             lines = Path(table).read_text(encoding="ascii").splitlines()[1:]
         except OSError:
             continue
-        told = True
+        known = True
         for line in lines:
             fields = line.split()
             if fields[3] == _LISTENS and int(fields[1].rpartition(":")[2], 16) == port:
                 return True
-    return False if told else None
+    return False if known else None

@@ -1,5 +1,7 @@
-"""What torchrun loads for ``--rdzv-backend=ckpt``. Every torchrun loads it, also for other
-backends: so it imports nothing."""
+"""The entry point of ``--rdzv-backend=ckpt``.
+
+Every torchrun on this machine loads this module, also for other backends, so it imports nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ BACKEND = "ckpt"
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What makes handlers, as the entry point group ``torchrun.handlers`` wants it."""
+    """The function that makes handlers, as entry points of ``torchrun.handlers`` provide it."""
     return create
 
 
 def create(parameters: RendezvousParameters) -> RendezvousHandler:
-    """The handler for one agent. Raises UsageError (a ValueError) where the options can't work."""
+    """The handler for one agent. Raises UsageError (a ValueError) if the options cannot work."""
     # Loaded here only: torch calls ``handler`` while it is itself being imported.
     made: RendezvousHandler = importlib.import_module("ckpt.elastic.rendezvous.plugin").handler_of(
         parameters

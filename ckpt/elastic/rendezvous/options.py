@@ -1,8 +1,6 @@
-"""What torchrun's rendezvous options ask for, checked: where agents and keepers meet, and how
-patient they are.
+"""torchrun's rendezvous options, checked: where agents and keepers meet, and their time limits.
 
-Pure but for the environment, which names the folder of a machine's own files, and the number of
-this process.
+Reads the environment, which names the folder of this machine's files, and this process's number.
 """
 
 from __future__ import annotations
@@ -23,19 +21,20 @@ from ckpt.log.sequencers import database_path
 from ckpt.rate_limit import RATE_BYTES_MIN, parse_rate
 
 SETTINGS_HELP: Mapping[str, str] = {
-    "secret": "a file with what only the job's nodes know",
-    "host": "where other nodes reach this one",
-    "domain": "what this node fails together with",
+    "secret": "a file with the secret of the job's nodes",
+    "host": "the address at which other nodes reach this one",
+    "domain": "the failure domain of this node",
     "mirrors": "on how many other nodes staged state is kept",
     "mirror_bytes": "how much memory the mirrors of others may take here",
     "mirror_rate": "how much is sent in a second at most to have mirrors kept, such as 500MiB",
     "ttl": "seconds after which a silent node is lost",
     "standby": "warm: extra nodes start the program at once, and hold no rank; wait: they wait",
-    "grow": "start a running undecorated job anew when one more node comes than it has",
-    "grow_timeout": "seconds that a decorated job runs at least before it goes on with more nodes",
+    "grow": "restart a running undecorated job with fewer nodes than allowed when one arrives",
+    "grow_timeout": "seconds that a decorated job runs at least before it takes in more nodes",
     "last_call_timeout": "seconds that a first round waits for more nodes than the minimum",
-    "shrink_timeout": "seconds that a lost node may take to come back before the rest goes on (default 5, decorated 0)",
-    "join_timeout": "seconds in which a round must come",
+    "shrink_timeout": "seconds that a lost node may take to return before the rest continues "
+    "(default 5, decorated 0)",
+    "join_timeout": "seconds in which a round must begin",
     "close_timeout": "seconds in which the rendezvous must be closed",
     "user": "etcd's user",
     "password_file": "a file with the user's password",
@@ -45,27 +44,28 @@ SETTINGS_HELP: Mapping[str, str] = {
     "tls_cert": "PEM file of this node's certificate: nodes then speak TLS to each other",
     "tls_key": "PEM file of its key",
     "tls_ca": "PEM file of the authority that signed all nodes' certificates",
-    "plaintext": "lend memory over the network without TLS: weights can then be read on the way",
+    "plaintext": "serve memory over the network without TLS: weights can then be read on the way",
 }
-"""Each setting of ``--rdzv-conf``, and what it says."""
+"""Each setting of ``--rdzv-conf``, and its meaning."""
 
 _TORCHS = ("timeout",)
-"""What torchrun adds by itself."""
+"""Settings that torchrun adds by itself."""
 
 JOIN_S = 600.0
 CLOSE_S = 30.0
 AGENTS_SUFFIX = ".agents"
-"""The agents' membership is a job beside the keepers' one, named so."""
+"""The agents' membership is a job beside the keepers' one, with this suffix."""
 NAME_CHARS_MAX = 190
 FILE_CHARS_MAX = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RendezvousSettings:
-    """``nodes`` is what keepers are told, None where one node is alone; ``meet`` is the same with
-    the agents' own job.
+    """The settings of one agent.
 
-    ``rules`` of rounds; ``host``: where rank 0's workers listen. Times in seconds.
+    ``nodes`` is what keepers receive, None for a single node; ``agents_spec`` is the same for the
+    agents' own job. ``rules`` are those of rounds. ``host``: where rank 0's workers listen. Times
+    are in seconds.
     """
 
     run_id: str
@@ -78,8 +78,10 @@ class RendezvousSettings:
 
     @property
     def shares_service(self) -> bool:
-        """Whether agents and keepers meet in one etcd, so that a lease of one can keep keys of the
-        other. Files are two."""
+        """Whether agents and keepers meet in one etcd, so that they can share a lease.
+
+        With files they have one each.
+        """
         return self.nodes is not None and self.nodes.where == self.agents_spec.where
 
 
@@ -92,11 +94,10 @@ def parse_settings(
     config: Mapping[str, object],
     local_addr: str = "",
 ) -> RendezvousSettings:
-    """The settings that torchrun's options ask for; ``config`` is ``--rdzv-conf``. Raises
-    UsageError."""
+    """The settings in torchrun's options; ``config`` is ``--rdzv-conf``. Raises UsageError."""
     if unknown := sorted(set(config) - set(SETTINGS_HELP) - set(_TORCHS)):
         raise UsageError(
-            f"not a setting of --rdzv-conf. key={unknown[0]}; known are "
+            f"not a setting of --rdzv-conf. key={unknown[0]}; settings are "
             f"{', '.join(sorted(SETTINGS_HELP))}"
         )
     read = _ConfigReader(config)
@@ -172,8 +173,10 @@ def _spec(
 
 
 def _agents(nodes: NodesSpec) -> NodesSpec:
-    """Where the agents meet: a job of their own, so that what they say and what keepers say does
-    not mix."""
+    """The specification of the agents' job.
+
+    It is separate, so that facts of agents and of keepers do not mix.
+    """
     fields = {name: getattr(nodes, name) for name in nodes.__struct_fields__}
     where = nodes.where if nodes.where.startswith("etcd://") else f"{nodes.where}{AGENTS_SUFFIX}"
     return NodesSpec(**{**fields, "where": where, "job": f"{nodes.job}{AGENTS_SUFFIX}"})
@@ -190,16 +193,15 @@ def _where(endpoint: str, job: str) -> str:
         state = database_path(name).absolute()
         return str(Path(endpoint) / state.name if endpoint else state)
     hosts = []
-    for one in endpoint.removeprefix("etcd://").split(","):
-        host, port = split_endpoint(one.strip())
+    for address in endpoint.removeprefix("etcd://").split(","):
+        host, port = split_endpoint(address.strip())
         hosts.append(f"{host}:{port or PORT}")
     return f"etcd://{','.join(hosts)}"
 
 
 @dataclass(frozen=True, slots=True)
 class _ConfigReader:
-    """Values of ``--rdzv-conf``: texts, as torchrun gives them, or what a program put there
-    itself."""
+    """Reads values of ``--rdzv-conf``: texts from torchrun, or values set by a program."""
 
     config: Mapping[str, object]
 

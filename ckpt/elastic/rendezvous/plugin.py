@@ -1,8 +1,9 @@
-"""The rendezvous that torchrun's agents have with each other over ckpt's membership. No agent is
-special: each may die.
+"""The rendezvous handler of torchrun's agents, over ckpt's membership.
 
-torch's agent calls ``next_rendezvous`` to start its workers, and asks ``num_nodes_waiting`` ten
-times a second whether it has to start them anew. Both are answered by pure decisions about what the
+No agent is special: each may die.
+
+torch's agent calls ``next_rendezvous`` to start its workers, and ``num_nodes_waiting`` ten times
+a second to learn whether to restart them. Both are answered by pure decisions about what the
 agent's thread saw last.
 """
 
@@ -52,31 +53,29 @@ from ckpt.events import Event, emit_to_logging
 from ckpt.ipc.cluster_spec import host_towards, nodes_to_environment
 
 CONNECT_S = 60.0
-"""How long an agent that has never seen the membership tries to."""
+"""How long an agent that has never seen the membership tries to reach it."""
 LOOK_S = 1.0
 KEEPERS_S = 1.0
-"""How long keepers wait for more of them than the minimum where all agents of a smaller round have
-come already."""
+"""How long keepers wait for more than the minimum, if all agents of a smaller round are there."""
 
 NO_PORT = (
     "none: this node is a standby and has no rank; call init_process_group in a function decorated "
     "with @ckpt.resilient, "
     "or start the nodes with standby=wait"
 )
-"""What workers of no round find as MASTER_PORT: ``init_process_group`` refuses it, and quotes
-it."""
+"""The MASTER_PORT of workers without ranks: ``init_process_group`` rejects it, and quotes it."""
 
 
 class StandbyReleased(SystemExit):
-    """The job ended, and this agent was not needed: its process ends well.
+    """The job ended and this agent was not needed: its process exits with 0.
 
-    torch has RendezvousGracefulExitError for this, and its launcher then fails on the missing
+    torch has RendezvousGracefulExitError for this, but its launcher then fails on the missing
     result (torch 2.13).
     """
 
 
 def handler_of(parameters: RendezvousParameters) -> Rendezvous:
-    """The handler that torchrun's options ask for. Raises UsageError, which is a ValueError."""
+    """The handler for torchrun's options. Raises UsageError, which is a ValueError."""
     settings = parse_settings(
         parameters.run_id,
         parameters.endpoint,
@@ -87,160 +86,160 @@ def handler_of(parameters: RendezvousParameters) -> Rendezvous:
     )
     if not settings.host:
         settings = replace(settings, host=host_towards(settings.agents_spec.where))
-    if (
-        settings.nodes is not None
-    ):  # whether they may go without TLS is for keepers to say: undecorated programs lend nothing
+    # Whether nodes may go without TLS is checked by keepers: undecorated programs serve no memory.
+    if settings.nodes is not None:
         check_tls(settings.nodes, settings.host)
     return Rendezvous(settings)
 
 
 class Rendezvous(RendezvousHandler):
-    """See RendezvousHandler, and the module."""
+    """The handler of one agent. See ``RendezvousHandler`` for the methods."""
 
     def __init__(self, settings: RendezvousSettings) -> None:
         self._settings = settings
-        self._tell = emit_to_logging(0)
-        self._agent = RendezvousAgent(settings, self._tell)
+        self._emit = emit_to_logging(0)
+        self._agent = RendezvousAgent(settings, self._emit)
         self._last = 0
         self._doomed = ""
-        self._asked = ""
+        self._last_request = ""
         self._timed_out = False
-        atexit.register(self._agent.leave)  # a launcher that a signal ends does not shut down
+        atexit.register(self._agent.leave)  # a launcher that is ended by a signal calls no shutdown
 
     def get_backend(self) -> str:
-        """See RendezvousHandler."""
         return BACKEND
 
     def get_run_id(self) -> str:
-        """See RendezvousHandler."""
         return self._settings.run_id
 
     @property
     def use_agent_store(self) -> bool:
-        """No: what workers tell each other is over with their round."""
+        """False: the agents' store ends with its round."""
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """See RendezvousHandler. Ends the process well, by StandbyReleased, where the job ended
-        without needing this agent."""
+        """Wait for a round, or for leave to start workers without ranks.
+
+        Ends the process with status 0, by ``StandbyReleased``, if the job ended without needing
+        this agent.
+        """
         agent, settings = self._agent, self._settings
-        self._tell_keepers(settings.rules.last_call_s)
+        self._export_nodes(settings.rules.last_call_s)
         agent.wait_for_round(self._last)
         agent.start()
         began_s = time.monotonic()
         until_s = began_s + settings.join_s
         stood_by = False
-        why = "nothing was seen of the membership"
-        look: AgentsView | None = None
+        reason = "the membership was not seen"
+        view: AgentsView | None = None
         while True:
-            found = agent.next_view(look, min(LOOK_S, max(0.0, until_s - time.monotonic())))
+            newest = agent.next_view(view, min(LOOK_S, max(0.0, until_s - time.monotonic())))
             self._give_up_early(began_s)
-            if found is not None:
-                look = found
-                match decide_for_agent(look, agent.name, self._last, settings.rules):
+            if newest is not None:
+                view = newest
+                match decide_for_agent(view, agent.name, self._last, settings.rules):
                     case PlacedInRound(round_):
-                        if (info := self._meet(round_)) is not None:
+                        if (info := self._begin_round(round_)) is not None:
                             return info
                         stood_by = False
-                    case RunUnranked(text):
-                        return self._apart(text)
+                    case RunUnranked(reason):
+                        return self._run_unranked(reason)
                     case StandBy():
                         stood_by = True
                         until_s = time.monotonic() + settings.join_s
-                    case RoundPending(why):
+                    case RoundPending(reason):
                         pass
-                    case RendezvousShut(text) if stood_by:
-                        self._say(
-                            "standby-released", f"the job ended without needing this node: {text}"
+                    case RendezvousShut(reason) if stood_by:
+                        self._report(
+                            "standby-released", f"the job ended without needing this node: {reason}"
                         )
                         raise StandbyReleased(0)
-                    case RendezvousShut(text):
-                        raise RendezvousClosedError(f"the rendezvous is closed: {text}")
+                    case RendezvousShut(reason):
+                        raise RendezvousClosedError(f"the rendezvous is closed: {reason}")
             if time.monotonic() > until_s:
                 self._timed_out = True
                 agent.leave()
-                raise RendezvousTimeoutError(f"no round came within {settings.join_s:g} s: {why}")
+                raise RendezvousTimeoutError(f"no round within {settings.join_s:g} s: {reason}")
 
     def is_closed(self) -> bool:
-        """See RendezvousHandler."""
         with _connecting():
             return self._agent.closed_reason() is not None
 
     def set_closed(self) -> None:
-        """See RendezvousHandler."""
         with _connecting():
             self._agent.close(f"by the agent {self._agent.name}")
 
     def num_nodes_waiting(self) -> int:
-        """See RendezvousHandler: how many wait for this agent to stop its workers and come;
-        ``restart_request`` says when any do."""
-        agent, look = self._agent, self._agent.latest_view()
-        if agent.own_round is None or look is None:
+        """How many agents wait for this one to stop its workers; see ``restart_request``."""
+        agent, view = self._agent, self._agent.latest_view()
+        if agent.own_round is None or view is None:
             return 0
         if self._doomed:
-            count, why = 1, self._doomed
+            count, reason = 1, self._doomed
         else:
-            count, why = restart_request(
-                look, agent.own_round, self._settings.rules, agent.lost_for_s
+            count, reason = restart_request(
+                view, agent.own_round, self._settings.rules, agent.lost_for_s
             )
-        if count and why != self._asked:
-            self._say("asked-back", f"the workers of this node are started anew: {why}")
-        self._asked = why if count else ""
+        if count and reason != self._last_request:
+            self._report("asked-back", f"the workers of this node are restarted: {reason}")
+        self._last_request = reason if count else ""
         return count
 
     def shutdown(self) -> bool:
-        """See RendezvousHandler. An agent that has no place in a round leaves without closing
-        anything for the others."""
+        """Leave; closes the rendezvous only if this agent has a place in the round."""
         try:
             if self._closes():
                 self._agent.close(f"the agent {self._agent.name} has ended")
             return True
         except CkptError as error:
-            self._say("close-failed", f"the rendezvous could not be closed: {error}")
+            self._report("close-failed", f"the rendezvous could not be closed: {error}")
             return False
         finally:
             self._agent.leave()
 
-    # ---- inside
+    # ---- helpers
 
     def _closes(self) -> bool:
-        """Whether the end of this agent is the job's: where it has a place in the newest round, and
-        did not only wait."""
-        agent, look = self._agent, self._agent.latest_view()
+        """Whether the end of this agent is the job's.
+
+        It is if the agent has a place in the newest round, and did not merely wait for one.
+        """
+        agent, view = self._agent, self._agent.latest_view()
         if agent.own_round is not None:
             return True
         return (
             not self._timed_out
-            and look is not None
-            and look.round is not None
-            and agent.name in look.round.agents
+            and view is not None
+            and view.round is not None
+            and agent.name in view.round.agents
         )
 
     def _give_up_early(self, began_s: float) -> None:
         agent = self._agent
         if agent.refusal:
             raise RendezvousClosedError(f"the rendezvous is closed: {agent.refusal}")
-        trouble = agent.problem
-        if agent.latest_view() is not None or trouble is None:
+        problem = agent.problem
+        if agent.latest_view() is not None or problem is None:
             return
-        if isinstance(trouble, UsageError):
-            raise trouble
-        if isinstance(trouble, StoreDeniedError) or time.monotonic() - began_s > CONNECT_S:
+        if isinstance(problem, UsageError):
+            raise problem
+        if isinstance(problem, StoreDeniedError) or time.monotonic() - began_s > CONNECT_S:
             raise RendezvousConnectionError(
-                f"the membership can't be reached: {trouble}"
-            ) from trouble
+                f"the membership is unreachable: {problem}"
+            ) from problem
 
-    def _meet(self, round_: RendezvousRound) -> RendezvousInfo | None:
-        """Begin a round together with its other agents; None: one of them is gone, so another round
-        must come."""
+    def _begin_round(self, round_: RendezvousRound) -> RendezvousInfo | None:
+        """Begin a round together with its other agents; None if one of them is gone.
+
+        Then another round must follow.
+        """
         agent = self._agent
         self._doomed = ""
         store = RoundStore(
             agent.keyspace,
             round_,
-            round_problem=lambda: self._over(round_),
-            count_present=lambda: self._present(round_),
-            on_doomed=self._doom,
+            round_problem=lambda: self._round_problem(round_),
+            count_present=lambda: self._count_present(round_),
+            on_doomed=self._mark_doomed,
         )
         rank = round_.agents.index(agent.name)
         address, port = RendezvousStoreInfo.MASTER_ADDR_KEY, RendezvousStoreInfo.MASTER_PORT_KEY
@@ -248,34 +247,34 @@ class Rendezvous(RendezvousHandler):
             if rank == 0:
                 store.set(address, self._settings.host)
                 store.set(port, str(get_free_port()))  # type: ignore[no-untyped-call]
-            why = store.wait_for_all((address, port))
-        if why:
-            self._say("round-over", f"round {round_.number} ended before it began: {why}")
+            reason = store.wait_for_all((address, port))
+        if reason:
+            self._report("round-over", f"round {round_.number} ended before it began: {reason}")
             self._last = round_.number
             agent.wait_for_round(self._last)
             return None
         self._last = round_.number
         agent.run_round(round_)
         rules = self._settings.rules
-        self._tell_keepers(
+        self._export_nodes(
             rules.last_call_s if len(round_.agents) == rules.agents_max else KEEPERS_S
         )
         info = RendezvousStoreInfo(store.get(address).decode(), int(store.get(port)))
         return RendezvousInfo(store, rank, len(round_.agents), info)
 
-    def _apart(self, why: str) -> RendezvousInfo:
-        """Start workers that have no rank of any world: their program's keeper gives them one, or
-        they refuse to train."""
-        self._say("apart", f"this node starts its workers without ranks: {why}")
+    def _run_unranked(self, reason: str) -> RendezvousInfo:
+        """Start workers without ranks: their keeper gives them ranks, or they refuse to train."""
+        self._report("apart", f"this node starts its workers without ranks: {reason}")
         self._agent.run_unranked()
+        # At least 2, so that a program which skips the process group in a world of one cannot
+        # train.
         agents = max(2, self._settings.rules.agents_max)
-        info = RendezvousStoreInfo(
-            self._settings.host, cast(int, NO_PORT)
-        )  # torch writes it as a text
+        # torch writes the port into the environment as text, so it can be a sentence.
+        info = RendezvousStoreInfo(self._settings.host, cast(int, NO_PORT))
         return RendezvousInfo(UnrankedStore(agents), agents, agents, info)
 
-    def _tell_keepers(self, last_call_s: float) -> None:
-        """Say how keepers find each other, where workers inherit it."""
+    def _export_nodes(self, last_call_s: float) -> None:
+        """Set the environment from which workers inherit how keepers find each other."""
         nodes = self._settings.nodes
         if nodes is not None:
             agent = self._agent.name if self._settings.shares_service else ""
@@ -283,26 +282,25 @@ class Rendezvous(RendezvousHandler):
                 nodes_to_environment(structs.replace(nodes, last_call_s=last_call_s, agent=agent))
             )
 
-    def _over(self, round_: RendezvousRound) -> str:
-        look = self._agent.latest_view()
-        return "" if look is None else round_problem(look, round_)
+    def _round_problem(self, round_: RendezvousRound) -> str:
+        view = self._agent.latest_view()
+        return "" if view is None else round_problem(view, round_)
 
-    def _present(self, round_: RendezvousRound) -> int:
-        look = self._agent.latest_view()
-        return len(round_.agents) if look is None else count_present(look, round_)
+    def _count_present(self, round_: RendezvousRound) -> int:
+        view = self._agent.latest_view()
+        return len(round_.agents) if view is None else count_present(view, round_)
 
-    def _doom(self, why: str) -> None:
-        self._doomed = f"round {self._last} ended before it began: {why}"
+    def _mark_doomed(self, reason: str) -> None:
+        self._doomed = f"round {self._last} ended before it began: {reason}"
 
-    def _say(self, kind: str, text: str) -> None:
-        self._tell(Event(kind, text, alarm=True))
+    def _report(self, kind: str, text: str) -> None:
+        self._emit(Event(kind, text, alarm=True))
 
 
 @contextmanager
 def _connecting() -> Iterator[None]:
-    """Around what asks the membership in the main thread: its silence is torch's
-    RendezvousConnectionError."""
+    """Around calls to the membership in the main thread: translates errors for torch."""
     try:
         yield
     except (CkptError, DistStoreError) as error:
-        raise RendezvousConnectionError(f"the membership can't be reached: {error}") from error
+        raise RendezvousConnectionError(f"the membership is unreachable: {error}") from error

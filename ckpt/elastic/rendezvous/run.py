@@ -33,24 +33,24 @@ CKPT_OPTIONS = (
     "tls_key",
     "tls_ca",
 )
-"""The settings of ``--rdzv-conf`` that are options of their own here,"""
+"""The settings of ``--rdzv-conf`` that are options of ``ckpt run``,"""
 
 CKPT_FLAGS = ("plaintext",)
-"""and those that take no value."""
+"""and those without a value."""
 
 EXIT_FAILED = 1
-"""A worker of this node failed for good, as torchrun says it."""
+"""A worker of this node failed for good; torchrun's own status for it."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line, without the program's name; its exit status.
+    """Run one command line, without the program's name; returns its exit status.
 
-    Raises UsageError, UnavailableError where no round came or the membership can't be reached,
-    ConflictError where the job is over.
+    Raises UsageError, UnavailableError if no round began or the membership is unreachable,
+    ConflictError if the job is over.
     """
     try:
         args = _parser().parse_args(list(arguments))
-    except SystemExit as end:  # it printed the help, or what is wrong
+    except SystemExit as end:  # it printed the help or an error
         return int(end.code or 0)
     args = fill_in_options(args)
     with suppress(ValueError):  # installed, it was registered by torch
@@ -99,15 +99,15 @@ def fill_in_options(args: Namespace) -> Namespace:
         if getattr(args, name) is not None
     }
     own.setdefault("standby", "warm")
-    if bad := [name for name, value in own.items() if "," in value or not value]:
-        raise UsageError(f"an option is empty, or holds a comma. option={_option(bad[0])}")
+    if invalid := [name for name, value in own.items() if "," in value or not value]:
+        raise UsageError(f"an option is empty, or holds a comma. option={_option(invalid[0])}")
     given = {part.partition("=")[0].strip() for part in args.rdzv_conf.split(",")}
     if args.standby is None and "standby" in given:
         own.pop("standby")
     args.rdzv_conf = ",".join(
         [*filter(None, [args.rdzv_conf]), *(f"{name}={value}" for name, value in own.items())]
     )
-    args.standalone = False  # one machine and no service: it is so where no endpoint is named
+    args.standalone = False  # without an endpoint it is one machine and no service anyway
     for unused in ("master_addr", "node_rank"):  # torch warns that they mean nothing here
         delattr(args, unused)
     return args

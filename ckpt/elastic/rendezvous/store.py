@@ -1,9 +1,8 @@
-"""The stores that agents hand out ranks with and wait for each other at the end: one for each
-round, on no agent's machine.
+"""The key-value stores with which agents hand out ranks, and wait for each other at the end.
 
-A round's store is a range of keys beside the agents' membership, so it lives where that does: in
-etcd, or in a file of one machine. Its keys have a lease of their own, which every agent of the
-round keeps alive, and are gone some time after the last.
+There is one for each round, on no agent's machine: a range of keys beside the agents' membership,
+in etcd or in a file of one machine. The keys have a lease of their own, which every agent of the
+round keeps alive, and disappear some time after the last one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from urllib.parse import quote
 from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
 
 from ckpt.cluster.membership.transactions import keys_under
-from ckpt.elastic.rendezvous import decide as absent
+from ckpt.elastic.rendezvous import decide
 from ckpt.elastic.rendezvous.decide import RendezvousRound
 from ckpt.errors import CkptError, NotFoundError, UnavailableError
 from ckpt.keyspace.base import (
@@ -35,22 +34,25 @@ from ckpt.keyspace.base import (
 
 ROUNDS = "rounds/"
 LOOK_S = 0.5
-"""How often a wait looks whether the round is over."""
+"""How often a wait checks whether the round is over."""
 RETRY_S = 0.1
 RACES_MAX = 100
+BATCH_KEYS = 64
+"""Keys deleted in one transaction; etcd limits its operations."""
 
 
 def round_prefix(number: int, lease: int) -> str:
-    """Where a round's store is."""
+    """The prefix of the keys of a round's store."""
     return f"{ROUNDS}{number}-{lease:x}/"
 
 
 class RoundStore(Store):
-    """A ``torch.distributed.OpenStore`` of one round. Thread-safe.
+    """A ``torch.distributed.Store`` of one round. Thread-safe.
 
-    ``over``: why the round can't begin, "" where it can. ``present``: how many agents still run it.
-    ``doomed`` is called where ranks were handed out for a round that can't come together. Raises
-    DistStoreError where a wait takes too long, or nobody answers as long.
+    ``round_problem``: why the round cannot begin, "" if it can. ``count_present``: how many
+    agents still run it. ``on_doomed`` is called if ranks were handed out for a round that cannot
+    begin. Methods raise DistStoreError if a wait takes too long, or if the service does not
+    answer for as long.
     """
 
     def __init__(
@@ -66,42 +68,46 @@ class RoundStore(Store):
         self._keyspace = keyspace
         self._lease = round_.lease
         self._root = round_prefix(round_.number, round_.lease)
-        self._over = round_problem
-        self._present = count_present
-        self._doomed = on_doomed
+        self._round_problem = round_problem
+        self._count_present = count_present
+        self._on_doomed = on_doomed
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Write a value, in place of the one before."""
+        """Write a value, replacing the one before."""
         put = Put(self._value(key), _bytes(value), self._lease)
         for _ in range(RACES_MAX):
-            outcome = self._transact(
+            result = self._transact(
                 Transaction((NoneOf(self._adds(key)),), (put,), (self._adds(key),))
             )
-            if outcome.succeeded:
+            if result.succeeded:
                 return
-            adds = outcome.found[0][:64]
-            when = tuple(Unchanged(one.key, one.changed) for one in adds)
-            self._transact(Transaction(when, tuple(Delete(one.key) for one in adds)))
-        raise DistStoreError(f"what stands there changed every time. key={key}")
+            adds = result.found[0][:BATCH_KEYS]
+            unchanged = tuple(Unchanged(entry.key, entry.changed) for entry in adds)
+            self._transact(Transaction(unchanged, tuple(Delete(entry.key) for entry in adds)))
+        raise DistStoreError(f"gave up after {RACES_MAX} conflicting writes. key={key}")
 
     def get(self, key: str) -> bytes:
-        """The value, waiting until there is one."""
-        value = self._awaited(key, self._until_s())
+        """The value; waits until there is one."""
+        value = self._wait_for_value(key, self._until_s())
         if value is None:
-            raise DistStoreError(f"nobody set this key in time. key={key}")
+            raise DistStoreError(f"this key was not set in time. key={key}")
         return value
 
     def add(self, key: str, value: int) -> int:
-        """Add to a number, 0 at first; what it is then. Each call counts once, also where its
-        answer was lost."""
-        mine = f"{self._adds(key).start}{secrets.token_hex(8)}"
+        """Add to a number, 0 at first, and return the sum.
+
+        Exact even if the answer to a call was lost.
+        """
+        # Each call puts a key of its own and sums up those created before it: repeating the same
+        # put is harmless, and no two calls compete for one key.
+        own_key = f"{self._adds(key).start}{secrets.token_hex(8)}"
         reads = (Keys(self._value(key)), self._adds(key))
-        outcome = self._transact(
-            Transaction((), (Put(mine, str(value).encode(), self._lease),), reads)
+        result = self._transact(
+            Transaction((), (Put(own_key, str(value).encode(), self._lease),), reads)
         )
-        first, adds = outcome.found
-        place = next(one.created for one in adds if one.key == mine)
-        return _sum(first, [one for one in adds if one.created <= place])
+        first, adds = result.found
+        created = next(entry.created for entry in adds if entry.key == own_key)
+        return _sum(first, [entry for entry in adds if entry.created <= created])
 
     def check(self, keys: Sequence[str]) -> bool:
         """Whether all of them have a value now."""
@@ -111,17 +117,19 @@ class RoundStore(Store):
         """Wait until all of them have a value."""
         until_s = self._until_s(timeout)
         for key in keys:
-            if self._awaited(key, until_s) is None:
-                raise DistStoreError(f"nobody set this key in time. key={key}")
+            if self._wait_for_value(key, until_s) is None:
+                raise DistStoreError(f"this key was not set in time. key={key}")
 
     def wait_for_all(self, keys: Sequence[str]) -> str:
-        """Wait until all of them have a value. Returns why the round is over where it is before
-        that, else nothing."""
+        """Wait until all of them have a value.
+
+        Returns why the round is over if it ends before that, else "".
+        """
         for key in keys:
             value, revision = self._read(key)
             while value is None:
-                if why := self._over():
-                    return why
+                if reason := self._round_problem():
+                    return reason
                 self._wait(revision, LOOK_S)
                 value, revision = self._read(key)
         return ""
@@ -129,34 +137,35 @@ class RoundStore(Store):
     def compare_set(
         self, key: str, expected_value: str | bytes, desired_value: str | bytes
     ) -> bytes:
-        """Write a value where ``expected_value`` stands, "" also where none does; what stands there
-        then."""
+        """Write a value if the current one is ``expected_value``; returns the current value.
+
+        "" as ``expected_value`` also matches a missing value.
+        """
         expected, desired = _bytes(expected_value), _bytes(desired_value)
         for _ in range(RACES_MAX):
-            (found,) = self._transact(Transaction(reads=(Keys(self._value(key)),))).found
-            there = found[0].value if found else b""
-            if there != expected:
-                return there if found else expected
-            changed = found[0].changed if found else 0
+            (entries,) = self._transact(Transaction(reads=(Keys(self._value(key)),))).found
+            current = entries[0].value if entries else b""
+            if current != expected:
+                return current if entries else expected
+            changed = entries[0].changed if entries else 0
             put = Put(self._value(key), desired, self._lease)
             if self._transact(Transaction((Unchanged(put.key, changed),), (put,))).succeeded:
                 return desired
-        raise DistStoreError(f"what stands there changed every time. key={key}")
+        raise DistStoreError(f"gave up after {RACES_MAX} conflicting writes. key={key}")
 
     def delete_key(self, key: str) -> bool:
         """Delete a value; whether there was one."""
-        found = self._transact(
+        values, adds = self._transact(
             Transaction(reads=(Keys(self._value(key), values=False), self._adds(key)))
         ).found
-        there = [one.key for one in (*found[0], *found[1])]
-        for first in range(0, len(there), 64):
-            self._transact(
-                Transaction(then=tuple(Delete(one) for one in there[first : first + 64]))
-            )
-        return bool(there)
+        keys = [entry.key for entry in (*values, *adds)]
+        for first in range(0, len(keys), BATCH_KEYS):
+            batch = keys[first : first + BATCH_KEYS]
+            self._transact(Transaction(then=tuple(Delete(key) for key in batch)))
+        return bool(keys)
 
     def num_keys(self) -> int:
-        """How many keys have a value."""
+        """The number of keys that have a value."""
         values, adds = self._transact(
             Transaction(
                 reads=(
@@ -165,9 +174,9 @@ class RoundStore(Store):
                 )
             )
         ).found
-        return len({one.key.split("/")[3] for one in (*values, *adds)})
+        return len({entry.key.split("/")[3] for entry in (*values, *adds)})
 
-    # ---- inside
+    # ---- helpers
 
     def _value(self, key: str) -> str:
         return f"{self._root}v/{quote(key, safe='')}"
@@ -176,45 +185,47 @@ class RoundStore(Store):
         return keys_under(f"{self._root}a/{quote(key, safe='')}/")
 
     def _until_s(self, timeout: datetime.timedelta | None = None) -> float:
-        given: datetime.timedelta = self.timeout if timeout is None else timeout  # type: ignore[attr-defined]
-        return time.monotonic() + given.total_seconds()
+        limit: datetime.timedelta = self.timeout if timeout is None else timeout  # type: ignore[attr-defined]
+        return time.monotonic() + limit.total_seconds()
 
     def _read(self, key: str) -> tuple[bytes | None, int]:
-        outcome = self._transact(Transaction(reads=(Keys(self._value(key)), self._adds(key))))
-        first, adds = outcome.found
+        result = self._transact(Transaction(reads=(Keys(self._value(key)), self._adds(key))))
+        first, adds = result.found
         if adds:
-            return str(_sum(first, adds)).encode(), outcome.revision
-        return (first[0].value if first else None), outcome.revision
+            return str(_sum(first, adds)).encode(), result.revision
+        return (first[0].value if first else None), result.revision
 
-    def _awaited(self, key: str, until_s: float) -> bytes | None:
+    def _wait_for_value(self, key: str, until_s: float) -> bytes | None:
         while True:
             value, revision = self._read(key)
             if value is None:
-                value = self._in_place(key)
+                value = self._stand_in(key)
             left_s = until_s - time.monotonic()
             if value is not None or left_s <= 0:
                 return value
             self._wait(revision, min(LOOK_S, left_s))
 
     def _wait(self, revision: int, timeout_s: float) -> None:
-        """Until something of any round changes: one range for all keys, since a driver keeps a
-        watch for each range."""
+        """Wait until a key of any round changes.
+
+        One range covers all keys, because a driver keeps a watch for each range.
+        """
         try:
             self._keyspace.wait((keys_under(ROUNDS, values=False),), revision, timeout_s=timeout_s)
         except UnavailableError:
             time.sleep(min(RETRY_S, timeout_s))
 
-    def _in_place(self, key: str) -> bytes | None:
-        """What is to be taken for the word of agents that are gone."""
-        if absent.is_agent_key(key):
-            why = self._over()
-            if not why:
+    def _stand_in(self, key: str) -> bytes | None:
+        """The value that stands in for agents that are gone."""
+        if decide.is_agent_key(key):
+            reason = self._round_problem()
+            if not reason:
                 return None
-            self._doomed(why)
-            return absent.stand_in_value(key)
-        if key == absent.EXIT_DONE:
-            count, _ = self._read(absent.EXIT_COUNT)
-            if count is not None and int(count) >= self._present():
+            self._on_doomed(reason)
+            return decide.stand_in_value(key)
+        if key == decide.EXIT_DONE:
+            count, _ = self._read(decide.EXIT_COUNT)
+            if count is not None and int(count) >= self._count_present():
                 return b"1"
         return None
 
@@ -224,7 +235,7 @@ class RoundStore(Store):
             try:
                 return self._keyspace.transact(transaction)
             except NotFoundError as error:
-                raise DistStoreError(f"the round of this store is long over. {error}") from error
+                raise DistStoreError(f"the round of this store has expired. {error}") from error
             except UnavailableError as error:
                 if time.monotonic() > until_s:
                     raise DistStoreError(
@@ -236,10 +247,9 @@ class RoundStore(Store):
 
 
 class UnrankedStore(Store):
-    """The store of an agent that is in no round: it waits for nobody, and its workers' ranks are of
-    no world.
+    """The store of an agent without a round: it waits for no other agent.
 
-    ``agents``: how many a round may have.
+    Its workers' ranks are outside the world. ``agents``: the most agents of a round.
     """
 
     def __init__(self, agents: int) -> None:
@@ -254,15 +264,14 @@ class UnrankedStore(Store):
             self._values[key] = _bytes(value)
 
     def get(self, key: str) -> bytes:
-        """The value; of the ranks, those beyond the end of the world. Raises DistStoreError where
-        there is none."""
+        """The value; of ranks, those outside the world. Raises DistStoreError if there is none."""
         with self._lock:
-            if key.startswith(absent.ASSIGNED):
-                return absent.ranks_outside_world(
-                    self._values[absent.ROLE_INFO + key.removeprefix(absent.ASSIGNED)], self._agents
+            if key.startswith(decide.ASSIGNED):
+                return decide.ranks_outside_world(
+                    self._values[decide.ROLE_INFO + key.removeprefix(decide.ASSIGNED)], self._agents
                 )
             if key not in self._values:
-                raise DistStoreError(f"nobody else writes here. key={key}")
+                raise DistStoreError(f"no other agent writes to this store. key={key}")
             return self._values[key]
 
     def add(self, key: str, value: int) -> int:
@@ -278,9 +287,14 @@ class UnrankedStore(Store):
             return all(key in self._values for key in keys)
 
     def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
-        """Nobody else comes, so there is nobody to wait for."""
-        if wanted := [key for key in keys if key != absent.EXIT_DONE and not self.check([key])]:
-            raise DistStoreError(f"nobody else writes here. keys={wanted} timeout={timeout}")
+        """Return at once: there is no other agent to wait for.
+
+        Raises DistStoreError if a value is missing.
+        """
+        if missing := [key for key in keys if key != decide.EXIT_DONE and not self.check([key])]:
+            raise DistStoreError(
+                f"no other agent writes to this store. keys={missing} timeout={timeout}"
+            )
 
 
 def _bytes(value: str | bytes) -> bytes:
@@ -288,4 +302,4 @@ def _bytes(value: str | bytes) -> bytes:
 
 
 def _sum(first: Sequence[KeyValue], adds: Sequence[KeyValue]) -> int:
-    return (int(first[0].value) if first else 0) + sum(int(one.value) for one in adds)
+    return (int(first[0].value) if first else 0) + sum(int(entry.value) for entry in adds)

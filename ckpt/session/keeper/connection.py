@@ -14,6 +14,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from ckpt.errors import CkptError, IntegrityError, UnavailableError, UsageError
+from ckpt.events import Fact
 from ckpt.ipc import client
 from ckpt.ipc.board import Board
 from ckpt.ipc.client import START_WAIT_S, KeeperClient, KeeperSpec, ensure_keeper
@@ -26,7 +27,6 @@ from ckpt.ipc.messages import (
     Count,
     Decided,
     Done,
-    Fact,
     Failing,
     Fenced,
     Finished,

@@ -80,7 +80,7 @@ def decided(text: str, *options: str, stdin: str | None = None, **environment: s
         f"{text}\nimport json\nfrom ckpt.elastic.processes.enter import gather_process_facts\n"
         "from ckpt.elastic.processes.start_method import choose_start_method\n"
         "chosen = choose_start_method(gather_process_facts())\n"
-        "print(json.dumps([type(chosen).__name__, getattr(chosen, 'why', ''), getattr(chosen, 'remedy', '')]), flush=True)\n"
+        "print(json.dumps([type(chosen).__name__, getattr(chosen, 'reason', ''), getattr(chosen, 'remedy', '')]), flush=True)\n"
     )
     kept = {
         name: value

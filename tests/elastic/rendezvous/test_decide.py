@@ -219,7 +219,7 @@ def test_whether_a_round_can_begin() -> None:
     assert round_problem(look({"a": running(), "b": waiting()}, "ab"), mine) == ""
     assert round_problem(look({"a": running()}, "ab"), mine) == "b is gone"
     assert round_problem(look({"a": running(), "b": waiting(1)}, "ab"), mine) == "b left it"
-    assert round_problem(look({"a": running(), "b": running()}, "ab", number=2), mine) == "another round came"
+    assert round_problem(look({"a": running(), "b": running()}, "ab", number=2), mine) == "another round began"
 
 
 def test_who_is_waited_for_at_the_end() -> None:

@@ -158,7 +158,7 @@ def test_a_decorated_job_has_one_lease_a_node_also_after_a_keeper_was_killed(
     leases, done = theirs(), losses(out, 1)
     wait_for(lambda: losses(out, 1) > done + 80, "they go on for longer than a lease", wait_s=WAIT_S, say=say(nodes))
     assert theirs() == leases
-    assert "joins anew" not in say(nodes)()
+    assert "joins again" not in say(nodes)()
     assert nodes[1].fleet.send(nodes[1].fleet.keeper(Path("out/store")), signal.SIGKILL)
     wait_for(lambda: settled(leases), "one lease a node with the next keeper", wait_s=WAIT_S, say=say(nodes))
     (out / "hurry").touch()
