@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from ckpt.ipc.cluster_spec import NODES_VARIABLE
 
 ROOT = Path(__file__).parent
-FULL = ("e2e", "examples", "docs", "keeper", "link", "elastic/supervised")
+FULL = ("scenarios/nodes", "scenarios/one_node", "examples", "docs", "keeper", "ipc", "elastic/supervised")
 
 SLOW_IN_CONTRACT = frozenset(
     {
@@ -51,6 +51,12 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Servers and keyspaces that any test may ask for; each starts when the first test does."""
+    for plugin in ("kit.servers.fixtures", "kit.membership.fixtures"):
+        config.pluginmanager.import_plugin(plugin)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

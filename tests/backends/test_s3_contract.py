@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from servers.s3 import S3Server
+from kit.servers.s3 import S3Server
 
 from ckpt.backends.objects.fsspec_store import FsspecBackend
 from ckpt.backends.open import open_backend

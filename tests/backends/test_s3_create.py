@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import botocore.exceptions
 import pytest
-from s3_clients import HASTY, open_with, through
-from servers.proxy import FaultProxy
-from servers.rules import Answer, ResetAfter, Rule, always, first, let_through, scripted
-from servers.s3 import Bucket, S3Server
+from kit.s3_clients import HASTY, open_with, through
+from kit.servers.proxy import FaultProxy
+from kit.servers.rules import Answer, ResetAfter, Rule, always, first, let_through, scripted
+from kit.servers.s3 import Bucket, S3Server
 
 from ckpt.backends.base import Backend
 from ckpt.errors import UsageError

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import s3fs
-from s3_clients import HASTY, ONCE, open_with, through
-from servers.proxy import FaultProxy
-from servers.rules import (
+from kit.s3_clients import HASTY, ONCE, open_with, through
+from kit.servers.proxy import FaultProxy
+from kit.servers.rules import (
     Answer,
     Delay,
     Fault,
@@ -23,7 +23,7 @@ from servers.rules import (
     let_through,
     seeded,
 )
-from servers.s3 import S3Server
+from kit.servers.s3 import S3Server
 
 from ckpt.backends.base import Backend
 from ckpt.errors import CkptError, KeyExistsError, NotFoundError, StoreDeniedError, StoreFullError, UnavailableError

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from s3_clients import open_with
-from servers.s3 import S3Server
+from kit.s3_clients import open_with
+from kit.servers.s3 import S3Server
 
 from ckpt.backends.base import Backend
 from ckpt.testing.contract import keys, read

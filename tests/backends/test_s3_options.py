@@ -16,9 +16,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from s3_clients import HASTY, open_with, through
-from servers.proxy import FaultProxy
-from servers.s3 import KEY, SECRET, Bucket, S3Server
+from kit.s3_clients import HASTY, open_with, through
+from kit.servers.proxy import FaultProxy
+from kit.servers.s3 import KEY, SECRET, Bucket, S3Server
 
 from ckpt.backends.objects.fsspec_store import FsspecBackend
 from ckpt.backends.objects.obstore_store import ForkAwareBackend

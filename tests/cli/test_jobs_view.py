@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from kit.keepers.standin import job_report, rank_report
 from msgspec.structs import replace as changed
-from standin_keeper import job_report, rank_report
 
 from ckpt.cli.jobs import KeeperIdentity, ReportSample, choose_keeper, human_seconds, recovery_rows, steps_per_s
 from ckpt.errors import NotFoundError, UsageError

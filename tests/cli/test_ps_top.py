@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from kit.keepers.standin import RECOVERY, STORE, StandIn, dead_folder, folder_of, job_report, rank_report
 from msgspec.structs import replace as changed
-from standin_keeper import RECOVERY, STORE, StandIn, dead_folder, folder_of, job_report, rank_report
 
 from ckpt.cli import jobs
 from ckpt.cli.commands import top

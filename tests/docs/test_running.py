@@ -5,15 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
-
-from launches import launch_of
+from kit.launches import launch_of
 
 from ckpt.cli.main import COMMANDS, cli
 from ckpt.ipc.messages import Policy

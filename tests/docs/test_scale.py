@@ -6,14 +6,12 @@ import re
 import sys
 from pathlib import Path
 
+import gather_sim
 import pytest
+import scale_model
+import scale_sizes
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gather_sim  # noqa: E402
-import scale_model  # noqa: E402
-import scale_sizes  # noqa: E402
 
 PAGE = (ROOT / "docs" / "dev" / "design" / "019-scale.md").read_text()
 SIMULATED = (64, 256)

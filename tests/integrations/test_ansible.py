@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from etcd_server import require
-from launches import launch_of
-from servers.process import ServerProcess, free_port
+from kit.etcd import require
+from kit.launches import launch_of
+from kit.servers.process import ServerProcess, free_port
 
 from ckpt.cluster.secret import read_secret
 from ckpt.cluster.tls import check_tls

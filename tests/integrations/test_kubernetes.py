@@ -16,10 +16,10 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from etcd_server import require
-from launches import launch_of
-from servers.certificates import Authority
-from servers.process import ServerProcess, free_port
+from kit.etcd import require
+from kit.launches import launch_of
+from kit.servers.certificates import Authority
+from kit.servers.process import ServerProcess, free_port
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from ckpt.cluster.membership.open import open_membership

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from etcd_server import require
-from launches import launch_of
-from servers.process import free_port
+from kit.etcd import require
+from kit.jobs import PROGRAMS
+from kit.launches import launch_of
+from kit.servers.process import free_port
 
 import ckpt
 from ckpt.cluster.tls import check_tls
@@ -45,7 +46,7 @@ class Allocation:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(
-        self, *arguments: object, program: Path = HERE / "programs" / "counting.py", first: str = "", **more: str
+        self, *arguments: object, program: Path = PROGRAMS / "counting.py", first: str = "", **more: str
     ) -> subprocess.Popen[bytes]:
         """``first``: a folder whose commands come before all others; ``more``: variables of the script."""
         places = [first, str(HERE / "slurm_standins"), str(Path(sys.executable).parent), os.environ["PATH"]]

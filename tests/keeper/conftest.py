@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kit.keepers.served import POLICY, Served
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for served and others, and for servers.*
-
-from served import POLICY, Served  # noqa: E402
-
-from ckpt.ipc.messages import Policy  # noqa: E402
+from ckpt.ipc.messages import Policy
 
 
 @pytest.fixture

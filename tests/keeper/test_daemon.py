@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from served import WAIT_S, Served, open_epoch, until
+from kit.keepers.served import WAIT_S, Served, open_epoch, until
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.errors import ConflictError, UsageError

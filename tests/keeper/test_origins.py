@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from served import Served
-from slot_makers import MadeSlot
+from kit.keepers.served import Served
+from kit.keepers.slot_makers import MadeSlot
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc.board import Board

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import POLICY, WAIT_S, until
-from slot_makers import MadeSlot
+from kit.keepers.served import POLICY, WAIT_S, until
+from kit.keepers.slot_makers import MadeSlot
 
 from ckpt.ipc import messages as words
 from ckpt.ipc.client import KeeperClient, KeeperSpec, ensure_keeper

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-from slot_makers import HEADER_BYTES, SLOT_BYTES, MadeSlot, descriptors
+from kit.keepers.slot_makers import HEADER_BYTES, SLOT_BYTES, MadeSlot, descriptors
 
 from ckpt.errors import CkptError, UsageError
 from ckpt.ipc.board import SLOTS_MAX, Board

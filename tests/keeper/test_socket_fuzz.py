@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from msgspec.msgpack import encode as msgpack
-from served import POLICY, WAIT_S, until
-from servers.keeper_fuzz import (
+from kit.keepers.served import POLICY, WAIT_S, until
+from kit.keepers.slot_makers import MadeSlot
+from kit.servers.keeper_fuzz import (
     CONNECTIONS_MAX,
     Strangers,
     any_fds,
@@ -32,7 +32,7 @@ from servers.keeper_fuzz import (
     send_fds,
     tool_hello,
 )
-from slot_makers import MadeSlot
+from msgspec.msgpack import encode as msgpack
 
 from ckpt.ipc import messages as answers
 from ckpt.ipc import messages as words

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from served import Served, open_epoch, until
+from kit.keepers.served import Served, open_epoch, until
 
 from ckpt.backends.file.store import FileBackend
 from ckpt.ipc.messages import Policy, Retention

@@ -8,13 +8,13 @@ COPIED = ("ckpt", "tests", "docs", "pyproject.toml")
 """What of the tree the tests need."""
 
 _LOG = (
-    "tests/commit/test_fold.py",
-    "tests/commit/test_refusals.py",
-    "tests/commit/test_lines.py",
-    "tests/commit/test_stored_folds.py",
-    "tests/commit/test_catalog.py",
+    "tests/log/test_fold.py",
+    "tests/log/test_fold_refusals.py",
+    "tests/log/test_fold_lineage.py",
+    "tests/log/test_stored_folds.py",
+    "tests/log/test_catalog.py",
 )
-_STORES = ("tests/commit/test_votes.py", "tests/commit/test_gathered.py", "tests/commit/test_claims.py")
+_STORES = ("tests/log/test_quorum.py", "tests/log/test_quorum_gathered.py", "tests/log/test_replicated_claims.py")
 
 TARGETS = (
     Target("ckpt/log/fold.py", _LOG),
@@ -26,12 +26,12 @@ TARGETS = (
     Target("ckpt/restore/plan.py", ("tests/restore/test_plan.py", "tests/restore/test_planned_reads.py")),
     Target(
         "ckpt/save/receipts.py",
-        ("tests/persist/test_shares.py", "tests/persist/test_shares_told.py"),
+        ("tests/save/test_receipts_shares.py", "tests/save/test_persister_shares.py"),
         only=("shares_problem",),
     ),
     Target(
         "ckpt/backends/replicated/policy.py",
-        ("tests/replicate/test_rules.py", "tests/replicate/test_quorums.py"),
+        ("tests/backends/replicated/test_rules.py", "tests/backends/replicated/test_quorums.py"),
         only=("Quorum", "quorum_of", "counting_only", "commonest"),
     ),
 )

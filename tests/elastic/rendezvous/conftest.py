@@ -5,17 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kit.agents import Agents, Etcd
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(TESTS)]  # for agents, and for servers.*
-
-from agents import Agents, Etcd  # noqa: E402
 
 _jobs = itertools.count()
 

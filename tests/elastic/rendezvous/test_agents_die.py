@@ -10,13 +10,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from agents import WAIT_S, wait_for
+from kit.agents import WAIT_S, wait_for
+from kit.jobs import PROGRAMS
 from kit.template import Program
 
-PROGRAM = Path(__file__).parent / "programs" / "agent.py"
+PROGRAM = PROGRAMS / "agent.py"
 _jobs = itertools.count()
 
 

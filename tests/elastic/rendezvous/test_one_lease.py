@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agents import TESTS, Agents, Etcd, seated, wait_for
+from kit.agents import Agents, Etcd, seated, wait_for
+from kit.membership.memory_keyspace import MemoryKeyspace, MemoryServer
 from torch.distributed.elastic.utils.store import barrier
 
 from ckpt.cluster.membership.leases import LeaseState
@@ -19,10 +19,6 @@ from ckpt.elastic.rendezvous import agent as rendezvous_agent
 from ckpt.elastic.rendezvous.agent import VIEW_S, AgentLease, RendezvousAgent, keyspace_of, newest_offer
 from ckpt.ipc.cluster_spec import nodes_from_environment
 from ckpt.keyspace.base import Delete, Keys, KeyValue, Transaction
-
-sys.path[:0] = [str(TESTS / "membership")]
-
-from memory_keyspace import MemoryKeyspace, MemoryServer  # noqa: E402
 
 TTL_S = 8.0
 Make = Callable[..., Agents]

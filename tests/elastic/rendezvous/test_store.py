@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from agents import WAIT_S, Etcd
+from kit.agents import WAIT_S, Etcd
 
 from ckpt.cluster.membership.open import open_keyspace
 from ckpt.elastic.rendezvous.decide import RendezvousRound

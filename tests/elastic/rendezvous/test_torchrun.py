@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agents import TESTS, Etcd
+from kit.agents import TESTS, Etcd
+from kit.jobs import PROGRAMS, Fleet, Job, wait_for
 from kit.template import run
 
-sys.path[:0] = [str(TESTS / "e2e")]
-
-from jobs import Fleet, Job, wait_for  # noqa: E402
-
-PLAIN = Path(__file__).parent / "programs" / "plain.py"
-STEADY = TESTS / "e2e" / "programs" / "steady.py"
+PLAIN = PROGRAMS / "plain.py"
+STEADY = PROGRAMS / "steady.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend=ckpt"]
 WAIT_S = 240.0
 

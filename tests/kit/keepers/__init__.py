@@ -1,0 +1,1 @@
+"""Keepers for tests: a real one in this process, a stand-in, makers of slots, a simulated roster."""

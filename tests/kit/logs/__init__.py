@@ -1,0 +1,1 @@
+"""Logs over several stores: simulations, an oracle, claimers in other processes."""

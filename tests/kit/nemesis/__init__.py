@@ -1,0 +1,1 @@
+"""Faults injected into jobs of several nodes, their history, and its checker."""

@@ -1,0 +1,1 @@
+"""Servers of peer memory, raw clients, a proxy, certificates."""

@@ -1,0 +1,1 @@
+"""Replicated stores: doubles that can be held up, a clock, a simulation, quorums."""

@@ -1,0 +1,1 @@
+"""Random faults at stores under a writer, and what must hold afterwards."""

@@ -1,0 +1,533 @@
+"""Damage at rest in any copy of any object, and what a scrub makes of it."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kit.damage import (
+    SOAK,
+    bytes_of,
+    faults_of,
+    flip,
+    folded,
+    harm,
+    names_nothing_missing,
+    objects_of,
+    record_of,
+    replicate,
+)
+
+from ckpt.backends.base import Backend
+from ckpt.backends.file.store import FileBackend
+from ckpt.backends.memory import MemoryBackend
+from ckpt.errors import NotFoundError, UnavailableError, UsageError
+from ckpt.events import Event
+from ckpt.format import keys
+from ckpt.format.records import Tag, decode_record, make_record
+from ckpt.log.catalog import load_index
+from ckpt.log.journal import Journal
+from ckpt.maintenance.scrub.report import ScrubReport
+from ckpt.maintenance.scrub.scrub import Scrub, scrub
+from ckpt.testing.faults import CountingBackend, Fault, FaultyBackend, Harm
+from ckpt.testing.sample import SampleWriter, sample_ranks, write_sample_store
+from ckpt.values import ChunkLocation, SnapshotId
+
+SEEDS = range(200 if SOAK else 12)
+
+
+def scrubbed(stores: list[Backend], **options: object) -> ScrubReport:
+    report = scrub(stores, len(stores) // 2 + 1, **options)  # type: ignore[arg-type]
+    assert report is not None
+    assert report.complete
+    return report
+
+
+def places(store: Backend, step: int) -> list[tuple[bytes, ChunkLocation]]:
+    index = load_index(store, folded(store), SnapshotId(1, step))
+    return [
+        place
+        for part in index.parts
+        for shard in part.shards
+        for place in zip(shard.digests, shard.locations, strict=True)
+    ]
+
+
+@pytest.mark.slow
+def test_sound_stores_are_found_sound_and_nothing_is_written(three: list[FileBackend]) -> None:
+    counting = [CountingBackend(store) for store in three]
+    report = scrubbed(counting)
+    assert report.ok
+    assert not report.has_findings
+    assert report.snapshots == 3
+    assert [tally.objects for tally in report.stores] == [tally.ok for tally in report.stores]
+    assert len({tally.objects for tally in report.stores}) == 1
+    assert not any(store.calls("put") or store.calls("delete") for store in counting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_harmed_copy_of_every_object_is_mended(three: list[FileBackend], seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    harmed = {key: (number := rng.randrange(3), harm(three[number].url, key, rng)) for key in objects_of(three[0])}
+    report = scrubbed(list(three), threads=rng.choice((1, 3)))
+    assert report.ok, report
+    assert report.lost == report.unrepaired == 0
+    assert all(trouble.repaired and trouble.store == harmed[trouble.key][0] for trouble in report.problems)
+    for store in three:
+        assert faults_of(store, truth) == []
+        assert store.stat(keys.JOB_KEY) is not None
+    assert not scrubbed(list(three)).has_findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_harm_to_two_of_three_copies_ends_with_all_right(
+    three: list[FileBackend], seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    for key in objects_of(three[0]):
+        if key.startswith(keys.LOG) and key == max(objects_of(three[0], keys.LOG)):
+            continue  # the last record on one of three stores may not count: see below
+        for number in rng.sample(range(3), 2):
+            harm(three[number].url, key, rng)
+    report = scrubbed(list(three))
+    assert report.ok, report
+    for store in three:
+        assert faults_of(store, truth) == []
+    assert not scrubbed(list(three)).has_findings
+
+
+def test_pack_of_which_no_copy_is_whole_is_put_together_from_all(three: list[FileBackend]) -> None:
+    _, first = places(three[0], 10)[0]
+    wanted = sorted({at.offset_bytes for _, at in places(three[0], 10) if at.pack == first.pack})
+    truth = bytes_of(three[0], first.pack)
+    for number, store in enumerate(three):
+        for offset in wanted:
+            if wanted.index(offset) % 3 != number:
+                flip(store.url, first.pack, offset)
+    report = scrubbed(list(three))
+    assert report.ok
+    assert [(trouble.key, trouble.repaired) for trouble in report.problems] == [(first.pack, True)] * 3
+    assert [bytes_of(store, first.pack) for store in three] == [truth] * 3
+
+
+def test_chunk_that_no_store_has_is_reported_exactly_and_the_rest_is_mended(
+    three: list[FileBackend], tmp_path: Path
+) -> None:
+    rng = random.Random(3)
+    found = places(three[0], 10)
+    _, lost = next(place for place in found if place[1].offset_bytes > 0)
+    for store in three:
+        flip(store.url, lost.pack, lost.offset_bytes + 1)
+    others = [key for key in objects_of(three[0]) if key != lost.pack]
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    for key in others:
+        harm(three[rng.randrange(3)].url, key, rng)
+    report = scrubbed(list(three))
+    assert not report.ok
+    assert (report.lost, report.unrepaired) == (1, 0)
+    gone = [trouble for trouble in report.problems if trouble.lost]
+    assert [(trouble.key, trouble.store, trouble.offsets) for trouble in gone] == [
+        (lost.pack, number, (lost.offset_bytes,)) for number in range(3)
+    ]
+    assert all(trouble.repaired for trouble in report.problems if not trouble.lost)
+    again = scrubbed(list(three))
+    assert [trouble.key for trouble in again.problems] == [lost.pack] * 3
+    assert objects_of(three[1], keys.PARTS, keys.LOG) == objects_of(truth, keys.PARTS, keys.LOG)
+
+
+def test_damaged_pack_never_spreads_to_a_store_that_lacks_it(trio: list[FileBackend]) -> None:
+    _, lost = places(trio[0], 10)[0]
+    flip(trio[0].url, lost.pack, lost.offset_bytes)
+    flip(trio[1].url, lost.pack, lost.offset_bytes)
+    (Path(trio[2].url) / lost.pack).unlink()
+    report = scrubbed(list(trio))
+    assert report.lost == 1
+    assert trio[2].stat(lost.pack) is None
+
+
+def test_manifest_that_no_store_has_is_lost_and_its_snapshot_named(trio: list[FileBackend]) -> None:
+    key = next(key for key in objects_of(trio[0], keys.MANIFESTS) if "20-" in key)
+    for store in trio:
+        flip(store.url, key, 5)
+    report = scrubbed(list(trio))
+    assert report.lost == 1
+    assert report.untraced == (SnapshotId(1, 20),)
+    assert report.snapshots == 3
+
+
+def test_wiped_store_is_left_alone_unless_it_is_to_be_filled(three: list[FileBackend], tmp_path: Path) -> None:
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    old = record_of(three[1])
+    shutil.rmtree(three[1].url)
+    report = scrubbed(list(three))
+    assert (report.ok, report.away, report.stores[1].role) == (False, 1, "empty")
+    assert report.unrepaired == report.lost == 0
+    assert not Path(three[1].url).exists()
+
+    report = scrubbed(list(three), fill_empty=True)
+    assert report.ok, report
+    assert faults_of(three[1], truth) == []
+    new = record_of(three[1])
+    assert new.store_id != old.store_id
+    assert new.log_id == old.log_id
+    assert not scrubbed(list(three)).has_findings
+
+
+def test_two_wiped_stores_of_three_are_filled_from_the_last(three: list[FileBackend], tmp_path: Path) -> None:
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    last = max(objects_of(three[0], keys.LOG))
+    for number in (0, 2):
+        shutil.rmtree(three[number].url)
+    report = scrubbed(list(three), fill_empty=True)
+    known = folded(truth).stores is not None
+    for number in (0, 2):
+        wrong = faults_of(three[number], truth)
+        # The last record is on fewer stores than the log's quorum: whether it counts can't be known from one of three.
+        assert wrong == ([last] if known else [])
+    assert report.lost == 0
+
+
+def test_folder_whose_log_is_gone_gets_it_in_order(trio: list[FileBackend], tmp_path: Path) -> None:
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    shutil.rmtree(Path(trio[2].url) / "log")
+    counting = CountingBackend(trio[2])
+    report = scrubbed([trio[0], trio[1], counting])
+    assert report.ok
+    written = [call.key for call in counting.calls("put")]
+    assert written == sorted(objects_of(truth, keys.LOG))
+
+
+def test_store_that_lacks_an_object_that_could_not_be_written_gets_no_record(trio: list[FileBackend]) -> None:
+    pack = places(trio[0], 10)[0][1].pack
+    shutil.rmtree(Path(trio[2].url) / "log")
+    (Path(trio[2].url) / pack).unlink()
+    full = FaultyBackend(trio[2], [Fault(harm=Harm.FULL, key=keys.PACKS, times=None)])
+    report = scrubbed([trio[0], trio[1], full])
+    assert not report.ok
+    assert report.unrepaired > 0
+    assert objects_of(trio[2], keys.LOG) == {}
+    assert "full" in report.stores[2].problem
+
+
+def test_lone_store_is_checked_and_its_damage_is_told(lone: Path, tmp_path: Path) -> None:
+    store = replicate(lone, tmp_path / "s", None)
+    pack = places(store, 20)[0][1]
+    flip(store.url, pack.pack, pack.offset_bytes)
+    report = scrubbed([store])
+    assert not report.ok
+    assert report.lost == 1
+    assert report.problems[0].offsets == (pack.offset_bytes,)
+
+
+def test_hole_of_a_lone_log_is_told_and_mended_from_a_replica(lone: Path, tmp_path: Path) -> None:
+    store = replicate(lone, tmp_path / "s", None)
+    other = replicate(lone, tmp_path / "o", 7)
+    (Path(store.url) / keys.log_key(2)).unlink()
+    alone = scrubbed([store])
+    assert alone.hole is not None
+    assert alone.hole.seq == 2
+    assert not alone.ok
+    assert scrubbed([store, other]).ok
+    assert folded(store).hole is None
+
+
+def test_truth_told_by_the_caller_fills_a_hole_that_no_store_can(trio: list[FileBackend], tmp_path: Path) -> None:
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    for store in trio:
+        flip(store.url, keys.log_key(3), 9)
+    report = scrubbed(list(trio))
+    assert report.hole is not None
+    report = scrubbed(list(trio), truth=lambda seq: bytes_of(truth, keys.log_key(seq)))
+    assert report.ok, report
+    assert all(faults_of(store, truth) == [] for store in trio)
+
+
+def test_last_record_on_too_few_stores_is_not_copied_unless_truth_says_so(trio: list[FileBackend]) -> None:
+    state = folded(trio[0])
+    body = Tag("late", SnapshotId(1, 30))
+    record = make_record(body, job=state.job, seq=state.next_seq, epoch=1, write_id="w", prev=state.head_digest)
+    trio[1].put(keys.log_key(record.seq), [record.encode()])
+    report = scrubbed(list(trio))
+    assert trio[0].stat(keys.log_key(record.seq)) is None
+    assert trio[2].stat(keys.log_key(record.seq)) is None
+    assert report.unrepaired == report.lost == 0
+    report = scrubbed(list(trio), truth=lambda seq: record.encode() if seq == record.seq else None)
+    assert report.ok
+    assert all(bytes_of(store, keys.log_key(record.seq)) == record.encode() for store in trio)
+
+
+def test_record_that_lost_a_race_stays_and_the_right_one_goes_to_the_second_key(trio: list[FileBackend]) -> None:
+    right = bytes_of(trio[0], keys.log_key(3))
+    assert right is not None
+    mine = decode_record(right)
+    other = make_record(
+        Tag("never", SnapshotId(1, 10)), job=mine.job, seq=3, epoch=1, write_id="loser", prev=mine.prev
+    ).encode()
+    (Path(trio[2].url) / keys.log_key(3)).write_bytes(other)
+    report = scrubbed(list(trio))
+    assert report.ok
+    assert bytes_of(trio[2], keys.log_key(3)) == other
+    assert bytes_of(trio[2], keys.settled_key(3)) == right
+    assert not scrubbed(list(trio)).has_findings
+    (Path(trio[2].url) / keys.settled_key(3)).write_bytes(b"noise")
+    assert scrubbed(list(trio)).ok
+    assert bytes_of(trio[2], keys.settled_key(3)) == right
+
+
+@pytest.mark.parametrize("noisy", [keys.log_key(3), keys.settled_key(3)])
+def test_damage_at_one_key_of_a_place_is_mended_though_the_other_has_the_record(
+    trio: list[FileBackend], noisy: str
+) -> None:
+    right = bytes_of(trio[0], keys.log_key(3))
+    assert right is not None
+    for store in trio:
+        store.put(keys.settled_key(3), [right])
+    (Path(trio[1].url) / noisy).write_bytes(b"noise")
+    report = scrubbed(list(trio))
+    assert report.ok
+    assert [(trouble.key, trouble.store, trouble.repaired) for trouble in report.problems] == [(noisy, 1, True)]
+    assert bytes_of(trio[1], noisy) == right
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_lost_ckpt_json_comes_back_with_the_same_id(trio: list[FileBackend], how: str) -> None:
+    record = record_of(trio[1])
+    path = Path(trio[1].url) / keys.JOB_KEY
+    path.unlink() if how == "gone" else path.write_bytes(b"{}")
+    report = scrubbed(list(trio), mend=False)
+    assert not report.ok
+    assert not path.exists() or path.read_bytes() == b"{}"
+    report = scrubbed(list(trio))
+    assert report.ok, report
+    assert record_of(trio[1]) == record
+    assert not scrubbed(list(trio)).has_findings
+
+
+def test_two_lost_ids_are_not_guessed(trio: list[FileBackend]) -> None:
+    for number in (0, 1):
+        (Path(trio[number].url) / keys.JOB_KEY).unlink()
+    report = scrubbed(list(trio))
+    assert not report.ok
+    assert [tally.role for tally in report.stores] == ["headless", "headless", "ready"]
+    assert "can't be known" in report.stores[0].problem
+
+
+def test_objects_that_nothing_refers_to_are_counted_and_left_alone(trio: list[FileBackend]) -> None:
+    packs = sorted(objects_of(trio[0], keys.PACKS))
+    strays = {
+        packs[0].replace("0.pack", "7.pack"): b"p" * 10,
+        packs[-1].replace("0.pack", "7.pack"): b"p" * 20,
+        keys.part_key(SnapshotId(9, 9), "other-00000000000000aa"): b"q" * 30,
+        keys.manifest_key(SnapshotId(1, 25), "0" * 32): b"m" * 40,
+    }
+    for key, data in strays.items():
+        trio[1].put(key, [data])
+    report = scrubbed(list(trio))
+    assert report.ok
+    assert [(tally.orphans, tally.orphan_bytes) for tally in report.stores] == [(0, 0), (4, 100), (0, 0)]
+    assert all(bytes_of(trio[1], key) == data for key, data in strays.items())
+
+
+def test_snapshot_that_is_dropped_and_swept_meanwhile_is_no_damage(lone: Path, tmp_path: Path) -> None:
+    store = replicate(lone, tmp_path / "s", None)
+    now = [0.0]
+
+    class Sweeping(CountingBackend):
+        """Drops and sweeps a snapshot right after the log was read."""
+
+        swept = False
+
+        def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+            if key.startswith(keys.MANIFESTS) and not self.swept:
+                self.swept = True
+                Journal.open(store).drop([SnapshotId(1, 10)])
+                for stat in list(store.list(keys.PARTS)):
+                    if "0010/" in stat.key:
+                        store.delete(stat.key)
+                now[0] += 3600.0
+            super().read_into(key, out, offset_bytes=offset_bytes)
+
+    report = Scrub([Sweeping(store)], 1, clock=lambda: now[0]).run()
+    assert report is not None
+    assert report.lost == report.problems_total == 0
+
+
+def test_stopped_scrub_goes_on_where_it_was_and_finds_the_same(trio: list[FileBackend], tmp_path: Path) -> None:
+    rng = random.Random(5)
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    for key in objects_of(trio[0]):
+        harm(trio[rng.randrange(3)].url, key, rng)
+
+    stop = threading.Event()
+
+    class Stopping(CountingBackend):
+        """Sets ``stop`` at each 7th read."""
+
+        def read_into(self, key: str, out: memoryview, *, offset_bytes: int = 0) -> None:
+            super().read_into(key, out, offset_bytes=offset_bytes)
+            if len(self.calls("read_into")) % 7 == 0 and not key.startswith((keys.LOG, keys.FOLDS)):
+                stop.set()
+
+    work = Scrub([Stopping(trio[0]), trio[1], trio[2]], 2)
+    runs = 0
+    while True:
+        report = work.run(stop)
+        runs += 1
+        assert runs < 100
+        if report is not None and report.complete:
+            break
+        stop.clear()
+    assert runs > 2
+    assert report.ok, report
+    assert report.problems_total == sum(tally.missing + tally.damaged for tally in report.stores)
+    assert len({(trouble.key, trouble.store) for trouble in report.problems}) == report.problems_total
+    assert all(faults_of(store, truth) == [] for store in trio)
+
+
+def test_store_that_does_not_answer_is_away_and_the_others_are_mended(trio: list[FileBackend], tmp_path: Path) -> None:
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    rng = random.Random(1)
+    for key in objects_of(trio[0]):
+        harm(trio[rng.randrange(2)].url, key, rng)
+    silent = FaultyBackend(trio[2], [Fault(harm=Harm.LOST_REQUEST, times=None)])
+    report = scrubbed([trio[0], trio[1], silent])
+    assert [tally.role for tally in report.stores] == ["ready", "ready", "away"]
+    assert not report.ok
+    assert report.lost == 0
+    wrong = {key for number in (0, 1) for key in faults_of(trio[number], truth)}
+    # With one store silent, the last record is on one of three only where a copy of it was harmed: it is not guessed.
+    assert wrong <= {max(objects_of(truth, keys.LOG))}
+
+
+def test_store_that_falls_silent_half_way_is_given_up_after_a_few_objects(trio: list[FileBackend]) -> None:
+    silent = FaultyBackend(trio[1], [Fault(harm=Harm.LOST_REQUEST, op="read_into", key=keys.PACKS, times=None)])
+    report = scrubbed([trio[0], silent, trio[2]])
+    assert report.stores[1].role == "away"
+    assert report.stores[0].ok == report.stores[2].ok == report.stores[0].objects
+    assert report.lost == 0
+
+
+def test_no_store_that_answers_is_an_error(trio: list[FileBackend], tmp_path: Path) -> None:
+    silent = [FaultyBackend(store, [Fault(harm=Harm.LOST_REQUEST, times=None)]) for store in trio]
+    with pytest.raises(UnavailableError):
+        scrubbed(list(silent))
+    with pytest.raises(NotFoundError):
+        scrubbed([FileBackend(tmp_path / "nothing")])
+
+
+def test_stores_that_do_not_belong_together_are_refused(lone: Path, tmp_path: Path) -> None:
+    one = replicate(lone, tmp_path / "a", None)
+    same = replicate(lone, tmp_path / "b", None)
+    other = MemoryBackend("other")
+    write_sample_store(other)
+    with pytest.raises(UsageError, match="one and the same"):
+        scrubbed([one, same])
+    with pytest.raises(UsageError, match="do not hold one log"):
+        scrubbed([one, other])
+
+
+def test_looking_only_writes_nothing(trio: list[FileBackend]) -> None:
+    rng = random.Random(9)
+    for key in objects_of(trio[0]):
+        harm(trio[rng.randrange(3)].url, key, rng)
+    before = [objects_of(store) for store in trio]
+    report = scrubbed(list(trio), mend=False)
+    assert not report.ok
+    assert report.lost == 0
+    assert report.unrepaired == report.problems_total > 0
+    assert [objects_of(store) for store in trio] == before
+
+
+def test_events_tell_of_damage_of_what_was_mended_and_of_the_end(trio: list[FileBackend]) -> None:
+    told: list[Event] = []
+    flip(trio[0].url, next(iter(objects_of(trio[0], keys.PARTS))), 9)
+    scrubbed(list(trio), tell=told.append)
+    assert [(event.kind, event.alarm) for event in told] == [
+        ("scrub-mended", False),
+        ("scrub-damage", True),
+        ("scrub-done", False),
+    ]
+
+
+def test_only_some_snapshots_are_read_where_only_they_are_asked_for(trio: list[FileBackend]) -> None:
+    flip(trio[0].url, next(key for key in objects_of(trio[0], keys.PARTS) if "0010/" in key), 9)
+    newest = Scrub(list(trio), 2, mend=False, only=frozenset((SnapshotId(1, 30),))).run()
+    oldest = Scrub(list(trio), 2, mend=False, only=frozenset((SnapshotId(1, 10),))).run()
+    assert newest is not None
+    assert oldest is not None
+    assert newest.ok
+    assert not oldest.ok
+
+
+def test_small_budget_scrubs_in_rounds_and_finds_the_same(trio: list[FileBackend], tmp_path: Path) -> None:
+    truth = replicate(tmp_path / "0", tmp_path / "truth", None)
+    rng = random.Random(11)
+    for key in objects_of(trio[0], keys.PACKS):
+        harm(trio[rng.randrange(3)].url, key, rng)
+    report = Scrub(list(trio), 2, budget_bytes=1).run()
+    assert report is not None
+    assert report.ok
+    assert all(faults_of(store, truth) == [] for store in trio)
+    assert [tally.orphans for tally in report.stores] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_log_longer_than_a_window_is_compared_with_its_folds(tmp_path: Path) -> None:
+    store = MemoryBackend("long")
+    writer = SampleWriter(store)
+    writer.open_epoch()
+    writer.write(SnapshotId(1, 1), sample_ranks(1))
+    for number in range(2100):
+        writer.journal.tag(f"t{number % 5}", SnapshotId(1, 1))
+    other = MemoryBackend("copy")
+    for key, data in objects_of(store).items():
+        assert data is not None
+        other.put(key, [data])
+    other.put(keys.JOB_KEY, [replace(record_of(store), store_id="1" * 32).encode()])
+    assert list(objects_of(store, keys.FOLDS)) == [keys.fold_key(1023), keys.fold_key(2047)]
+    truth = objects_of(store)
+    for seq in (0, 1023, 1024, 1025, 2047, 2101):
+        other.delete(keys.log_key(seq))
+    other.delete(keys.fold_key(1023))
+    store.put(keys.fold_key(2047), [truth[keys.fold_key(1023)] or b""])
+    report = scrubbed([store, other])
+    assert report.ok, report.problems
+    assert {trouble.key for trouble in report.problems} == {
+        *(keys.log_key(seq) for seq in (0, 1023, 1024, 1025, 2047, 2101)),
+        keys.fold_key(1023),
+        keys.fold_key(2047),
+    }
+    assert objects_of(store) == objects_of(other) == truth
+
+
+@pytest.mark.slow
+def test_fold_that_is_wrong_everywhere_is_made_anew() -> None:
+    store = MemoryBackend("long")
+    writer = SampleWriter(store)
+    writer.open_epoch()
+    writer.write(SnapshotId(1, 1), sample_ranks(1))
+    for number in range(1100):
+        writer.journal.tag(f"t{number % 5}", SnapshotId(1, 1))
+    right = bytes_of(store, keys.fold_key(1023))
+    store.put(keys.fold_key(1023), [b"noise"])
+    report = scrubbed([store])
+    assert report.ok
+    assert bytes_of(store, keys.fold_key(1023)) == right
+
+
+def test_what_was_scrubbed_restores(three: list[FileBackend]) -> None:
+    rng = random.Random(21)
+    for key in objects_of(three[0]):
+        harm(three[rng.randrange(3)].url, key, rng)
+    scrubbed(list(three))
+    assert all(names_nothing_missing(store) for store in three)

@@ -1,9 +1,0 @@
-"""All keyspaces keep one contract: in memory, in a file, in etcd."""
-
-from __future__ import annotations
-
-from keyspace_contract import KeyspaceContract
-
-
-class TestKeyspaces(KeyspaceContract):
-    pass

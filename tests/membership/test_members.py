@@ -1,9 +1,0 @@
-"""Membership keeps one contract over each kind of service."""
-
-from __future__ import annotations
-
-from members_contract import MembershipContract
-
-
-class TestMembers(MembershipContract):
-    pass
