@@ -292,6 +292,51 @@ class SlotTable:
             )
 
 
+class RankMemory:
+    """What this node's ranks stage: how many they are, their board and their slots. For the keeper's loop alone.
+
+    Board and slots are None until a launch is admitted; they are replaced together if the number of ranks changes.
+    """
+
+    def __init__(self, post: PostToLoop, *, dropped: Callable[[int, int], None]) -> None:
+        self._post = post
+        self._dropped = dropped
+        self.ranks = 0
+        self.board: Board | None = None
+        self.slots: SlotTable | None = None
+
+    def resize(self, ranks: int) -> None:
+        """A fresh board and no slots, for another number of ranks; after ``close``."""
+        self.ranks = ranks
+        self.board = Board.create(ranks)
+        self.slots = SlotTable(self.board, self._post, dropped=self._dropped)
+
+    def adopt_board(self, fd: int) -> None:
+        """Take over the board that a supervisor kept from an earlier keeper, if this one has only an unused one."""
+        kept = Board.attach(fd)
+        if self.board is None or self.slots is None or kept.ranks != self.ranks or list(self.slots):
+            kept.close()
+            return
+        kept.attempt = max(kept.attempt, self.board.attempt)
+        self.board.close()
+        self.board = kept
+        self.slots = SlotTable(kept, self._post, dropped=self._dropped)
+
+    def completed(self) -> int:
+        """The most steps that any rank has completed in this attempt; -1 for none."""
+        if self.board is None:
+            return -1
+        steps = [self.board.rank(rank).completed for rank in range(self.ranks)]
+        return max((step for step in steps if step is not None), default=-1)
+
+    def close(self) -> None:
+        """Give slots and board up."""
+        if self.slots is not None:
+            self.slots.close()
+        if self.board is not None:
+            self.board.close()
+
+
 def _taken(fd: int) -> int:
     return os.fstat(fd).st_blocks * PAGE_BLOCK_BYTES
 

@@ -213,13 +213,13 @@ class AttemptOver:
 class LeaveAll:
     """Every supervisor that is left exits with ``status``; ``text`` for people.
 
-    ``held``: first what only memory holds goes to a store. Not where the launcher starts the
+    ``flush_first``: first what only memory holds goes to a store. Not where the launcher starts the
     program again at once.
     """
 
     status: int
     text: str
-    held: bool = True
+    flush_first: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,7 +259,7 @@ def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[RosterActi
     if roster.state in (RosterState.RUNNING, RosterState.KILLING):
         return _fail(roster, failure, roster.record.completed)
     if event.status == 0:  # it held no rank, and none is needed any more
-        return replace(roster, state=RosterState.OVER), [LeaveAll(0, event.text, held=False)]
+        return replace(roster, state=RosterState.OVER), [LeaveAll(0, event.text, flush_first=False)]
     return _leave(roster, failure)
 
 
@@ -421,7 +421,7 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]
         status = failure.status or 1
     # The keeper lives on and the launcher starts the program at once where a supervisor was lost:
     # no need to wait.
-    leave = LeaveAll(status, failure.text, held=failure.kind != "supervisor")
+    leave = LeaveAll(status, failure.text, flush_first=failure.kind != "supervisor")
     return replace(roster, state=RosterState.OVER, status=status), [leave]
 
 

@@ -111,7 +111,7 @@ class MirrorTask:
     own: Own | None = None
     spare: frozenset[str] = frozenset()
 
-    def let_go(self) -> None:
+    def free(self) -> None:
         """Let go of the slots."""
         for one in self.sealed:
             one.free()
@@ -179,7 +179,7 @@ class MirrorSender:
                     InternalError(f"keeping it failed in an unforeseen way. cause={error!r}"),
                 )
             finally:
-                task.let_go()
+                task.free()
                 with self._changed:
                     self._busy = False
                 self._done(task, came)

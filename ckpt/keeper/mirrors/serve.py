@@ -221,7 +221,7 @@ class NodeMemoryServer:
                 at += view.nbytes
             room.publish()
 
-    def pairs(self) -> frozenset[SnapshotId]:
+    def snapshots(self) -> frozenset[SnapshotId]:
         """The pairs of which something is kept here."""
         found = (parse_mirror_key(stat.key) for stat in self.vault.list(MIRRORS_PREFIX))
         return frozenset(one[0] for one in found if one is not None)

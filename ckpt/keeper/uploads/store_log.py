@@ -97,16 +97,16 @@ class FirstOpened:
     ids: Mapping[int, str]
 
 
-def open_job_of(spec: KeeperSpec, tell: Emit) -> Backend:
+def open_job_of(spec: KeeperSpec, emit: Emit) -> Backend:
     """The stores of a keeper's job."""
-    # Only now, so that a keeper listens before it has loaded what stores need.
+    # Imported only now, so that a keeper listens before it has loaded what stores need.
     opening = import_module("ckpt.backends.replicated.open")
     opened: Backend = opening.open_job_stores(
         spec.stores,
         spec.storage_options,
         write_quorum=spec.write_quorum,
         encryption_key=spec.encryption_key,
-        emit=tell,
+        emit=emit,
     )
     return opened
 

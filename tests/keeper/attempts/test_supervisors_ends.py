@@ -226,9 +226,9 @@ def test_supervisors_are_welcome_before_anything_of_a_store_is_made(serve: Serve
     served = serve()
     crew = served.supervisors(2)
     begun = started(crew)
-    assert served.daemon._job.uploads is None
+    assert served.daemon._job.state.uploads.current is None
     one = served.trainer(0, 2, attempt=begun.attempt)
     assert open_epoch(one) == 1
-    assert served.daemon._job.uploads is not None
+    assert served.daemon._job.state.uploads.current is not None
     one.leave()
     end_well(crew, begun.attempt)
