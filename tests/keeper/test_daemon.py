@@ -148,7 +148,7 @@ def test_another_release_is_refused_and_told_why(serve: Serve) -> None:
 def test_who_speaks_before_its_hello_is_refused(serve: Serve) -> None:
     served = serve()
     calls = KeeperClient(served.wire())
-    with pytest.raises(UsageError, match="before its hello"):
+    with pytest.raises(UsageError, match="say hello first"):
         calls.call(Count(key="c", amount=1))
     calls.close()
 
@@ -257,7 +257,7 @@ def test_a_launch_of_another_size_waits_for_what_the_old_one_left(
         error = refused.next(Done).error
         assert error is not None
         assert error.code == "unavailable"
-        assert error.text.startswith("still bringing step 5 to the store; wait.")
+        assert error.text.startswith("step 5 is still being uploaded; wait.")
         refused.leave(planned=False)
     go_on.set()
     until(lambda: served.daemon._job.state.uploads.idle)
@@ -277,7 +277,7 @@ def test_a_job_that_ended_well_is_settled_before_another_size_takes_its_place(se
     go_on.set()
     error = refused.next(Done).error
     assert error is not None
-    assert "still bringing step 5" in error.text
+    assert "step 5 is still being uploaded" in error.text
     until(lambda: served.daemon._job.state.uploads.idle)
     second = served.trainer(0, 2, launch="b")
     assert durable(served) == [PAIR]

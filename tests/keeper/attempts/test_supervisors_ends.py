@@ -147,7 +147,7 @@ def test_ranks_that_do_not_come_are_named_and_then_given_up(serve: Serve, monkey
     other = served.peer(role="supervisor", rank=2, ranks=4)
     for peer in (one, other):
         peer.next(Welcome)
-    monkeypatch.setattr(crew_module, "GATHER_TELL_S", 0.0)
+    monkeypatch.setattr(crew_module, "GATHER_REPORT_S", 0.0)
     for peer in (one, other):
         told = peer.next(words.PrintLine)
         assert told.alarm
