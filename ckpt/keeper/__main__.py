@@ -1,9 +1,8 @@
-"""``python -m ckpt.keeper FOLDER``: the keeper of the job whose specification comes on standard
-input.
+"""``python -m ckpt.keeper FOLDER``: the keeper of the job whose specification is on standard input.
 
-The first process ends as soon as the socket listens, with 0, or with 3 where another keeper holds
-the job's lock; the keeper itself goes on in a session of its own. Its output goes where the caller
-sent it: the job folder's log.
+The first process exits as soon as the socket listens, with 0, or with 3 if another keeper holds the
+job's lock. The keeper itself continues in a session of its own. Its output goes to that of the
+caller: the log of the job's folder.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ LOCKED_STATUS = 3
 
 
 def main() -> int:
-    """See the module."""
+    """Run a keeper; returns the exit status."""
     spec = KeeperSpec.decode(sys.stdin.buffer.read())
     home = KeeperListener.acquire(spec, JobFolder.at(Path(sys.argv[1])))
     if home is None:

@@ -1,7 +1,7 @@
 """What a keeper asks of its cluster side, and the answers for a job of one node.
 
-``Nodes`` (in ``ckpt.keeper.nodes``) is the other implementation. It is imported only for a job with several nodes,
-because membership, mesh and peer memory take long to import.
+``Nodes`` (in ``ckpt.keeper.nodes``) is the other implementation. It is imported only for a job with
+several nodes, because membership, mesh and peer memory take long to import.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LOOK_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """What a status report says of the job's nodes. ``refused`` counts rejected connections and requests by kind."""
+    """What a status report says of the job's nodes. ``refused`` counts rejected connections and
+    requests by kind."""
 
     nodes: tuple[NodeReport, ...] = ()
     mirror_bytes: int = 0
@@ -34,7 +35,8 @@ class ClusterStatus:
 
 
 class ClusterView(Protocol):
-    """This node within the nodes of one launch. All calls are made by the keeper's loop, and none of them blocks it.
+    """This node within the nodes of one launch. All calls are made by the keeper's loop, and none
+    of them blocks it.
 
     Larger than other protocols: each member is one question that a lone node answers differently.
     """
@@ -46,7 +48,8 @@ class ClusterView(Protocol):
 
     @property
     def placement(self) -> RankPlacement | None:
-        """Where this node's ranks are among all ranks; None: the job has one node, or this one holds no rank."""
+        """Where this node's ranks are among all ranks; None: the job has one node, or this one
+        holds no rank."""
         ...
 
     @property
@@ -61,7 +64,8 @@ class ClusterView(Protocol):
 
     @property
     def channel_of(self) -> Callable[[int], RankMailbox] | None:
-        """Makes the mailbox over which a local rank commits with all others; None: all ranks are on this node."""
+        """Makes the mailbox over which a local rank commits with all others; None: all ranks are on
+        this node."""
         ...
 
     def tick(self, now_s: float) -> float:
@@ -69,7 +73,8 @@ class ClusterView(Protocol):
         ...
 
     def begin(self, attempt: int, own: LocalMailbox) -> KeeperMailbox:
-        """Begin an attempt; returns the mailbox of its ranks: ``own``, or the one at rank 0's node."""
+        """Begin an attempt; returns the mailbox of its ranks: ``own``, or the one at rank 0's
+        node."""
         ...
 
     def start_message(self, attempt: int) -> Start:
@@ -77,7 +82,8 @@ class ClusterView(Protocol):
         ...
 
     def request_epoch(self, failure: Failure | None, completed: int, attempt: int) -> None:
-        """Say that this node is ready for the next epoch; ``failure``: why its last attempt ended."""
+        """Say that this node is ready for the next epoch; ``failure``: why its last attempt
+        ended."""
         ...
 
     def report_ended(self, attempt: int) -> None:
@@ -89,15 +95,18 @@ class ClusterView(Protocol):
         ...
 
     def gather(self, answer: Callable[[Mapping[SnapshotId, str]], object]) -> None:
-        """Call ``answer`` with the snapshots, and their origins, that memory holds for every rank of the job."""
+        """Call ``answer`` with the snapshots, and their origins, that memory holds for every rank
+        of the job."""
         ...
 
     def sources(self, snapshot: SnapshotId) -> tuple[tuple[Source, ...], int]:
-        """For each rank the places in memory that have its share, and the epoch in whose name to read them."""
+        """For each rank the places in memory that have its share, and the epoch in whose name to
+        read them."""
         ...
 
     def log_epoch_opened(self, resume: SnapshotId | None) -> None:
-        """An epoch of the log is open that continues from ``resume``: later captures of an older line are void."""
+        """An epoch of the log is open that continues from ``resume``: later captures of an older
+        line are void."""
         ...
 
     def status(self) -> ClusterStatus:
@@ -114,7 +123,8 @@ class ClusterView(Protocol):
 
 
 class SingleNode:
-    """The cluster side of a job with one node: there is no other node to ask, to wait for or to tell."""
+    """The cluster side of a job with one node: there is no other node to ask, to wait for or to
+    tell."""
 
     busy = False
     placement: RankPlacement | None = None
@@ -166,7 +176,8 @@ class SingleNode:
 
 
 def free_port(host: str) -> int:
-    """A port of ``host`` that is free now. If another process takes it first, the attempt fails and is repeated."""
+    """A port of ``host`` that is free now. If another process takes it first, the attempt fails and
+    is repeated."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,5 @@
-"""The keeper's connections to the clients on its node: one socket each, read and written without blocking."""
+"""The keeper's connections to the clients on its node: one socket each, read and written without
+blocking."""
 
 from __future__ import annotations
 
@@ -23,17 +24,21 @@ TOOL_WAITING_BYTES_MAX = 4 << 20
 class ClientConnection:
     """One connection. ``hello`` is None until the first message; ``planned`` is set by a ``Bye``.
 
-    Memory: a read's chunk, an incomplete frame (UNADMITTED_BYTES_MAX until it is admitted), and what it does not read.
+    Memory: a read's chunk, an incomplete frame (UNADMITTED_BYTES_MAX until it is admitted), and
+    what it does not read.
     """
 
-    def __init__(self, number: int, sock: socket.socket, *, on_blocked: Callable[[ClientConnection], None]) -> None:
+    def __init__(
+        self, number: int, sock: socket.socket, *, on_blocked: Callable[[ClientConnection], None]
+    ) -> None:
         self._on_blocked = on_blocked
         self.number = number
         self.sock = sock
         self.hello: Hello | None = None
         self.planned = False
         self.lost = False
-        """Whether it was disconnected because it reads nothing: messages that still arrive from it are ignored."""
+        """Whether it was disconnected because it reads nothing: messages that still arrive from it
+        are ignored."""
         self.since_s = time.monotonic()
         self._inbox = Inbox(frame_bytes_max=UNADMITTED_BYTES_MAX)
         self._outbox = Outbox()
@@ -68,7 +73,8 @@ class ClientConnection:
             self._inbox.frame_bytes_max = FRAME_BYTES_MAX
 
     def read(self) -> tuple[list[tuple[Message, list[int]]], bool]:
-        """The complete messages that have arrived, with their descriptors, and whether the connection ended."""
+        """The complete messages that have arrived, with their descriptors, and whether the
+        connection ended."""
         return self._inbox.read(self.sock)
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
@@ -77,10 +83,13 @@ class ClientConnection:
             return
         try:
             if self.role in ("", "tool") and self._outbox.size_bytes > TOOL_WAITING_BYTES_MAX:
-                raise UnavailableError(f"a tool does not read its answers. waiting_bytes={self._outbox.size_bytes}")
+                raise UnavailableError(
+                    f"a tool does not read its answers. waiting_bytes={self._outbox.size_bytes}"
+                )
             self._outbox.push(message, [os.dup(fd) for fd in fds])
         except UnavailableError:
-            # Not closed here: the loop reads the end of the connection next, and removes it in one place.
+            # Not closed here: the loop reads the end of the connection next, and removes it in one
+            # place.
             self.lost = True
             with contextlib.suppress(OSError):  # already disconnected by the client
                 self.sock.shutdown(socket.SHUT_RDWR)
@@ -93,7 +102,8 @@ class ClientConnection:
         self.send(error_reply(call_id, error))
 
     def flush(self) -> bool:
-        """Send as much as the socket takes; True if nothing is left. A broken connection counts as having taken all."""
+        """Send as much as the socket takes; True if nothing is left. A broken connection counts as
+        having taken all."""
         try:
             return self._outbox.flush(self.sock)
         except OSError:  # the loop sees and reports its end when it reads
@@ -107,7 +117,8 @@ class ClientConnection:
 
 
 class Clients:
-    """The open connections of one keeper, by number. Only the keeper's loop adds and removes them."""
+    """The open connections of one keeper, by number. Only the keeper's loop adds and removes
+    them."""
 
     def __init__(self) -> None:
         self._connections: dict[int, ClientConnection] = {}

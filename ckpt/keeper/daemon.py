@@ -1,4 +1,5 @@
-"""The keeper's loop: one thread, one selector, no call that blocks. Uploads have threads of their own and post back."""
+"""The keeper's loop: one thread, one selector, no call that blocks. Uploads have threads of their
+own and post back."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ FIRST_HELLO_S = 30.0
 TICK_S_MAX = 1.0
 
 FOLDER_CHECK_S = 5.0
-"""How often a keeper checks that it can still be found: a logout from a machine may remove all runtime folders."""
+"""How often a keeper checks that it can still be found: a logout from a machine may remove all
+runtime folders."""
 
 FULL_WAIT_S = 0.2
 """How long new connections wait if this process has no descriptor left for them."""
@@ -35,7 +37,8 @@ FULL_WAIT_S = 0.2
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DRAIN_READS_MAX = 256
-"""Reads, of at most 1 MiB each, of what one trainer sent. A trainer that is alive might send without end."""
+"""Reads, of at most 1 MiB each, of what one trainer sent. A trainer that is alive might send
+without end."""
 
 CARRIERS = (SlotCreated, SlotKept, BoardKept)
 """The messages that arrive with one descriptor."""
@@ -44,9 +47,12 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Daemon:
-    """Serves one job until it is over. More attributes than usual: sockets, wake-up and timers belong to one loop."""
+    """Serves one job until it is over. More attributes than usual: sockets, wake-up and timers
+    belong to one loop."""
 
-    def __init__(self, spec: KeeperSpec, listener: KeeperListener, *, incarnation: str, emit: Emit) -> None:
+    def __init__(
+        self, spec: KeeperSpec, listener: KeeperListener, *, incarnation: str, emit: Emit
+    ) -> None:
         self._listener = listener
         self._folder_check_s = time.monotonic() + FOLDER_CHECK_S
         self._accept_at_s: float | None = None
@@ -57,7 +63,8 @@ class Daemon:
         self._emit = emit
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], object]] = deque()
-        # Sockets, not a pipe: a thread that posts after the end must not write to whatever has its number then.
+        # Sockets, not a pipe: a thread that posts after the end must not write to whatever has its
+        # number then.
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -117,7 +124,8 @@ class Daemon:
         return self._job.over()
 
     def _hidden(self) -> bool:
-        """Remove the socket's name; True if no connection is pending. A client that had found the keeper is served."""
+        """Remove the socket's name; True if no connection is pending. A client that had found the
+        keeper is served."""
         self._listener.hide()
         if not self._listener.has_pending():
             return True
@@ -125,7 +133,8 @@ class Daemon:
         return False
 
     def _check_listener(self) -> float:
-        """Check that clients can find the keeper and connect; returns the seconds until the next check."""
+        """Check that clients can find the keeper and connect; returns the seconds until the next
+        check."""
         now_s = time.monotonic()
         for client in [one for one in self._clients if _mute(one, now_s)]:
             self._emit(Event("peer-lost", "closed a connection that sent no hello"))
@@ -140,7 +149,8 @@ class Daemon:
         return min(self._folder_check_s, self._accept_at_s or self._folder_check_s) - now_s
 
     def _renew_listener(self) -> None:
-        """Make folder and socket anew. If another keeper has taken the folder, this one serves the clients it has."""
+        """Make folder and socket anew. If another keeper has taken the folder, this one serves the
+        clients it has."""
         try:
             old = self._listener.renew()
         except (CkptError, OSError) as error:
@@ -154,7 +164,8 @@ class Daemon:
         if self._accept_at_s is None:
             self._selector.unregister(old)
             self._selector.register(self._listener.listener, _READ, self._listener)
-        # Clients that connected to the old socket wait in its queue, and would be reset when it is closed.
+        # Clients that connected to the old socket wait in its queue, and would be reset when it is
+        # closed.
         while self._accept(old):
             continue
         old.close()
@@ -216,7 +227,11 @@ class Daemon:
             try:
                 call()
             except Exception as error:  # noqa: BLE001  the loop's border: a keeper that ends takes the slots with it
-                self._emit(Event("keeper-failed", f"unexpected error in a posted call: {error!r}", alarm=True))
+                self._emit(
+                    Event(
+                        "keeper-failed", f"unexpected error in a posted call: {error!r}", alarm=True
+                    )
+                )
 
     def _read(self, client: ClientConnection) -> None:
         try:
@@ -233,10 +248,15 @@ class Daemon:
             self._disconnected(client)
 
     def _drain_trainers(self) -> None:
-        """Read what trainers sent: all messages of a dead one are in its socket, and then its end."""
+        """Read what trainers sent: all messages of a dead one are in its socket, and then its
+        end."""
         for client in self._clients:
             for _ in range(DRAIN_READS_MAX):
-                if client.role != "trainer" or client not in self._clients or not _readable(client.sock):
+                if (
+                    client.role != "trainer"
+                    or client not in self._clients
+                    or not _readable(client.sock)
+                ):
                     break
                 self._read(client)
 
@@ -250,8 +270,14 @@ class Daemon:
         except CkptError as error:
             self._fail(client, message, error)
         except Exception as error:  # noqa: BLE001  the loop's border, as above
-            self._emit(Event("keeper-failed", f"unexpected error in a message: {kind} {error!r}", alarm=True))
-            self._fail(client, message, InternalError(f"the keeper failed. message={kind} cause={error!r}"))
+            self._emit(
+                Event(
+                    "keeper-failed", f"unexpected error in a message: {kind} {error!r}", alarm=True
+                )
+            )
+            self._fail(
+                client, message, InternalError(f"the keeper failed. message={kind} cause={error!r}")
+            )
 
     def _dispatch(self, client: ClientConnection, message: Message, fds: list[int]) -> None:
         if isinstance(message, Hello):
@@ -270,7 +296,8 @@ class Daemon:
             self._emit(Event("refused", str(error), client.facts(), alarm=True))
 
     def _import_ahead(self) -> None:
-        """Import what uploads need, beside the loop: supervisors are answered before that and need none of it."""
+        """Import what uploads need, beside the loop: supervisors are answered before that and need
+        none of it."""
         if self._importing is None:
             self._importing = threading.Thread(
                 target=lambda: import_module("ckpt.keeper.uploads.uploads"), name="ckpt-import"

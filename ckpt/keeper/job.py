@@ -1,7 +1,8 @@
-"""One job in its keeper, from the first hello until nothing is left to do: what each client says, and when to end.
+"""One job in its keeper, from the first hello until nothing is left to do: what each client says,
+and when to end.
 
-No sockets and no waiting: the loop (``daemon``) passes in what clients send. ``Supervisors`` follows the attempts,
-``TrainerCalls`` answers trainers.
+No sockets and no waiting: the loop (``daemon``) passes in what clients send. ``Supervisors``
+follows the attempts, ``TrainerCalls`` answers trainers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from ckpt.events import Emit
 from ckpt.ipc.board import RANKS_MAX
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.frames import close_fds
-from ckpt.ipc.messages import WIRE_VERSION, Bye, GetStatus, Hello, KeeperReport, Message, RankReport, Status, Welcome
+from ckpt.ipc.messages import (
+    WIRE_VERSION,
+    Bye,
+    GetStatus,
+    Hello,
+    KeeperReport,
+    Message,
+    RankReport,
+    Status,
+    Welcome,
+)
 from ckpt.keeper.attempts.supervisors import Supervisors
 from ckpt.keeper.connection import ClientConnection
 from ckpt.keeper.job_state import JobState
@@ -44,10 +55,11 @@ class JobTimes:
 
 
 class Job:
-    """The parts of one job and its life. ``drain`` reads what trainers sent before they died; ``stacks``: a folder.
+    """The parts of one job and its life. ``drain`` reads what trainers sent before they died;
+    ``stacks``: a folder.
 
-    The job ends if no client is connected, nothing is in flight, and either all clients left as planned or none came
-    back in time.
+    The job ends if no client is connected, nothing is in flight, and either all clients left as
+    planned or none came back in time.
     """
 
     def __init__(
@@ -70,12 +82,14 @@ class Job:
     # ---- what clients say
 
     def hello(self, client: ClientConnection, hello: Hello) -> None:
-        """Admit a client. Raises UsageError, ConflictError or UnavailableError if it can't be admitted."""
+        """Admit a client. Raises UsageError, ConflictError or UnavailableError if it can't be
+        admitted."""
         if client.hello is not None:
             raise UsageError("a client said hello twice.")
         if hello.version != WIRE_VERSION:
             raise UsageError(
-                f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} ours={hello.version}; "
+                f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} "
+                f"ours={hello.version}; "
                 "end that run first"
             )
         if hello.role not in ("supervisor", "trainer", "events", "tool"):
@@ -84,7 +98,9 @@ class Job:
         state, attempt = self.state, self._supervisors.attempt
         if hello.role == "tool":
             client.admit(hello)
-            client.send(Welcome(id=hello.id, boot=state.incarnation, pid=os.getpid(), attempt=attempt))
+            client.send(
+                Welcome(id=hello.id, boot=state.incarnation, pid=os.getpid(), attempt=attempt)
+            )
             return
         new = self.admit(hello)
         client.admit(hello)
@@ -100,7 +116,8 @@ class Job:
             self._supervisors.repeat_stop(client)
 
     def handle(self, client: ClientConnection, message: Message, fds: list[int]) -> None:
-        """Obey one message of an admitted client. Owns ``fds``. Raises UsageError for one that its role does not send."""
+        """Obey one message of an admitted client. Owns ``fds``. Raises UsageError for one that its
+        role does not send."""
         match message:
             case Bye():
                 client.planned = True
@@ -113,7 +130,9 @@ class Job:
                 return
             case _:
                 close_fds(fds)
-                raise UsageError(f"a {client.role} does not send this message. message={type(message).__name__}")
+                raise UsageError(
+                    f"a {client.role} does not send this message. message={type(message).__name__}"
+                )
 
     def disconnected(self, client: ClientConnection) -> None:
         """A connection ended; ``client`` is no longer among the clients."""
@@ -125,7 +144,8 @@ class Job:
         launch = self.state.launch
         if client.role == "trainer" and not client.planned and not self._supervisors.supervised:
             launch.trainer_lost()
-            # What it had not submitted is submitted or refused for it, so that other ranks' uploads can complete.
+            # What it had not submitted is submitted or refused for it, so that other ranks' uploads
+            # can complete.
             self.state.uploads.attempt_ended()
         cut_off = not client.planned or launch.cut_off or self._supervisors.cut_off
         if not self.state.clients.members and cut_off and not self._supervisors.ended_well:
@@ -136,8 +156,9 @@ class Job:
     def admit(self, hello: Hello) -> bool:
         """Make the client's launch the current one; True if this keeper is new to it.
 
-        Raises ConflictError if another launch of the job is still alive here. Raises UnavailableError while an earlier
-        launch with another number of ranks has a snapshot to upload, which would be lost: the client asks again.
+        Raises ConflictError if another launch of the job is still alive here. Raises
+        UnavailableError while an earlier launch with another number of ranks has a snapshot to
+        upload, which would be lost: the client asks again.
         """
         if not 1 <= hello.ranks <= RANKS_MAX or not 0 <= hello.rank < hello.ranks:
             raise UsageError(f"rank out of range. rank={hello.rank} ranks={hello.ranks}")
@@ -146,10 +167,13 @@ class Job:
         if hello.launch == state.launch.id and same_ranks:
             self._times.abandoned_s = self._times.idle_s = None
             return False
-        others = sorted({client.hello.pid for client in state.clients.members if client.hello is not None})
+        others = sorted(
+            {client.hello.pid for client in state.clients.members if client.hello is not None}
+        )
         if others:
             raise ConflictError(
-                f"this job is running already on this node. job={state.spec.job!r} store={state.spec.store} "
+                f"this job is running already on this node. job={state.spec.job!r} "
+                f"store={state.spec.store} "
                 f"pids={others}; stop it first, or give this run another job name"
             )
         if not same_ranks:
@@ -164,7 +188,8 @@ class Job:
         return True
 
     def _abandon(self) -> None:
-        """All clients are gone, and not as planned: upload the newest snapshot, and wait for one to come back."""
+        """All clients are gone, and not as planned: upload the newest snapshot, and wait for one to
+        come back."""
         self._times.abandoned_s = time.monotonic()
         self.state.uploads.attempt_ended()
         self.state.uploads.flush_newest()
@@ -183,7 +208,10 @@ class Job:
             return False
         if state.launch.cluster.busy:
             return False
-        if times.abandoned_s is not None and now_s - times.abandoned_s < state.launch.policy.linger_s:
+        if (
+            times.abandoned_s is not None
+            and now_s - times.abandoned_s < state.launch.policy.linger_s
+        ):
             return False
         uploads = state.uploads.current
         if uploads is None:
@@ -212,7 +240,9 @@ class Job:
         complete = slots.complete_snapshots(state.memory.ranks) if slots is not None else []
         doing = "lingering"
         if state.clients.members:
-            doing = roster.state.value if roster is not None and supervisors.supervised else "in place"
+            doing = (
+                roster.state.value if roster is not None and supervisors.supervised else "in place"
+            )
         cluster = state.launch.cluster.status()
         return KeeperReport(
             job=state.spec.job,
@@ -242,8 +272,12 @@ class Job:
         board = memory.board.rank(rank)
         entry = roster.members.get(rank) if roster is not None else None
         members = self.state.clients.members
-        alone = next((one.hello for one in members if one.role == "trainer" and one.rank == rank), None)
-        trainer_pid = entry.trainer_pid if entry is not None else alone.pid if alone is not None else 0
+        alone = next(
+            (one.hello for one in members if one.role == "trainer" and one.rank == rank), None
+        )
+        trainer_pid = (
+            entry.trainer_pid if entry is not None else alone.pid if alone is not None else 0
+        )
         now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         completed = board.completed
         return RankReport(

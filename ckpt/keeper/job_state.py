@@ -1,7 +1,9 @@
-"""What the parts of a keeper share of its job: its clients, its ranks' memory, the launch, the uploads.
+"""What the parts of a keeper share of its job: its clients, its ranks' memory, the launch, the
+uploads.
 
-Each of these is one object that changes only through its own methods; ``JobState`` holds them together. The parts
-(supervisors, trainer calls, nodes) import this module, and ``Job`` imports the parts.
+Each of these is one object that changes only through its own methods; ``JobState`` holds them
+together. The parts (supervisors, trainer calls, nodes) import this module, and ``Job`` imports the
+parts.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Launch:
         self.id = ""
         self.policy = Policy()
         self.cluster = cluster
-        """``SingleNode`` until a launch with other nodes enters a cluster; replaced with each such launch."""
+        """``SingleNode`` until a launch with other nodes enters a cluster; replaced with each such
+        launch."""
         self.cut_off = False
         """Whether a trainer that has no supervisor was lost."""
 
@@ -53,10 +56,18 @@ class Launch:
 
 
 class JobUploads:
-    """The uploads of this node's ranks. They are made when first needed: their import takes longer than a hello may."""
+    """The uploads of this node's ranks. They are made when first needed: their import takes longer
+    than a hello may."""
 
     def __init__(
-        self, spec: KeeperSpec, *, memory: RankMemory, launch: Launch, clients: Clients, post: PostToLoop, emit: Emit
+        self,
+        spec: KeeperSpec,
+        *,
+        memory: RankMemory,
+        launch: Launch,
+        clients: Clients,
+        post: PostToLoop,
+        emit: Emit,
     ) -> None:
         self._spec = spec
         self._memory = memory
@@ -97,7 +108,8 @@ class JobUploads:
         self._flushing = None
 
     def new_generation(self, *, rank0_here: bool) -> None:
-        """Other nodes hold the ranks from now on: the log may have another writer, and this keeper may become it."""
+        """Other nodes hold the ranks from now on: the log may have another writer, and this keeper
+        may become it."""
         self.fenced = ""
         if self.current is not None:
             self.current.new_generation(root=rank0_here)
@@ -108,7 +120,8 @@ class JobUploads:
             self.current.attempt_ended(self._memory.slots.hold_snapshot)
 
     def flush_newest(self) -> None:
-        """Nothing trains for now: make the newest complete snapshot, which only memory holds, durable."""
+        """Nothing trains for now: make the newest complete snapshot, which only memory holds,
+        durable."""
         slots = self._memory.slots
         if slots is None:
             return
@@ -118,19 +131,29 @@ class JobUploads:
             self.need().flush_newest(snapshots, slots.hold_snapshot)
 
     def check_flushed(self) -> None:
-        """Raise UnavailableError while a staged snapshot may still become durable; one that cannot is not waited for."""
+        """Raise UnavailableError while a staged snapshot may still become durable; one that cannot
+        is not waited for."""
         slots = self._memory.slots
         if slots is None:
             return
         newest = next(iter(slots.complete_snapshots(self._memory.ranks)), None)
-        durable = self.current.durable.id if self.current is not None and self.current.durable is not None else None
-        if newest is not None and newest != self._flushing and (durable is None or newest > durable):
+        durable = (
+            self.current.durable.id
+            if self.current is not None and self.current.durable is not None
+            else None
+        )
+        if (
+            newest is not None
+            and newest != self._flushing
+            and (durable is None or newest > durable)
+        ):
             self.flush_newest()
         if self.idle:
             return
         what = f"step {newest.step}" if newest is not None else "the last snapshot"
         raise UnavailableError(
-            f"{what} is still being uploaded; wait. job={self._spec.job!r} store={self._spec.store} "
+            f"{what} is still being uploaded; wait. job={self._spec.job!r} "
+            f"store={self._spec.store} "
             f"ranks={self._memory.ranks}"
         )
 
@@ -148,7 +171,9 @@ class JobUploads:
     def _outcome(
         self, rank: int, snapshot: SnapshotId, info: SnapshotInfo | None, error: RemoteError | None
     ) -> None:
-        self._clients.broadcast("events", Outcome(snapshot=snapshot, info=info, error=error), rank=rank)
+        self._clients.broadcast(
+            "events", Outcome(snapshot=snapshot, info=info, error=error), rank=rank
+        )
 
     def _fenced(self, text: str) -> None:
         self.fenced = text
@@ -157,7 +182,8 @@ class JobUploads:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """One job of a keeper, for the keeper's loop alone. ``post`` brings a call of another thread to the loop."""
+    """One job of a keeper, for the keeper's loop alone. ``post`` brings a call of another thread to
+    the loop."""
 
     spec: KeeperSpec
     incarnation: str
@@ -169,7 +195,9 @@ class JobState:
     uploads: JobUploads
 
     @classmethod
-    def create(cls, spec: KeeperSpec, *, incarnation: str, post: PostToLoop, emit: Emit) -> JobState:
+    def create(
+        cls, spec: KeeperSpec, *, incarnation: str, post: PostToLoop, emit: Emit
+    ) -> JobState:
         """The state of a job that nothing has joined yet."""
         clients = Clients()
 
@@ -178,7 +206,9 @@ class JobState:
 
         memory = RankMemory(post, dropped=dropped)
         launch = Launch(SingleNode(memory))
-        uploads = JobUploads(spec, memory=memory, launch=launch, clients=clients, post=post, emit=emit)
+        uploads = JobUploads(
+            spec, memory=memory, launch=launch, clients=clients, post=post, emit=emit
+        )
         return cls(spec, incarnation, post, emit, clients, memory, launch, uploads)
 
     def welcome(self, client: ClientConnection, hello: Hello, *, attempt: int, new: bool) -> None:

@@ -30,7 +30,8 @@ class KeeperMailbox(Protocol):
         ...
 
     def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
-        """Call ``answer`` with the value as soon as it is there. The question ends with ``owner``."""
+        """Call ``answer`` with the value as soon as it is there. The question ends with
+        ``owner``."""
         ...
 
     def count(self, key: str, amount: int, *, answer: Callable[[int], object]) -> None:

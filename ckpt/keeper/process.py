@@ -1,4 +1,5 @@
-"""The keeper as a process: its folder, lock and socket; ending it if its loop hangs; noticing that the loop stood still."""
+"""The keeper as a process: its folder, lock and socket; ending it if its loop hangs; noticing that
+the loop stood still."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.runtime_dir import JobFolder
 
-# ---- folder, lock and socket: made anew if they were removed
+# ---- listener: folder, lock and socket, made anew if they were removed
 
 
 class KeeperListener:
-    """One keeper's job folder, the lock on it, and the socket in it. Owns lock and listener until ``close``."""
+    """One keeper's job folder, the lock on it, and the socket in it. Owns lock and listener until
+    ``close``."""
 
     def __init__(self, spec: KeeperSpec, folder: JobFolder, lock: int) -> None:
         self._spec = spec
@@ -39,7 +41,8 @@ class KeeperListener:
         self.folder.write_info(self._spec.store, self._spec.job)
 
     def is_reachable(self) -> bool:
-        """Whether clients that look for this keeper find it. Restores small files that are missing."""
+        """Whether clients that look for this keeper find it. Restores small files that are
+        missing."""
         if not self._owns() or _file_of(self.folder.socket_path) != self._socket_file:
             return False
         try:
@@ -51,7 +54,8 @@ class KeeperListener:
         return True
 
     def renew(self) -> socket.socket | None:
-        """Make folder, lock and socket anew. Returns the old listener; None if another keeper has taken the folder.
+        """Make folder, lock and socket anew. Returns the old listener; None if another keeper has
+        taken the folder.
 
         The old listener may still have connections that were not accepted.
         """
@@ -67,7 +71,8 @@ class KeeperListener:
         return old
 
     def hide(self) -> None:
-        """Remove the socket's name: no client finds this keeper any more; those that found it wait at the listener."""
+        """Remove the socket's name: no client finds this keeper any more; those that found it wait
+        at the listener."""
         if _file_of(self.folder.socket_path) == self._socket_file:
             self.folder.socket_path.unlink(missing_ok=True)
 
@@ -103,13 +108,15 @@ def _file_of(path: os.PathLike[str]) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-# ---- a loop that hangs: the keeper ends, and its supervisors start another, which gets all that they hold for it
+# ---- watchdog: a keeper whose loop hangs ends; its supervisors start another and pass on its slots
 #
-# A thread of its own keeps the lease alive, so a node whose loop hangs would seem well to all others, and do nothing.
+# A thread of its own keeps the lease alive, so a node whose loop hangs would seem well to all
+# others, and do nothing.
 
 CHECK_S = 1.0
 CHECKS_MAX = 300
-"""Longer than anything blocks a loop that recovers: leaving a membership that does not answer takes up to three minutes.
+"""Longer than anything blocks a loop that recovers: leaving a membership that does not answer takes
+up to three minutes.
 
 Checks count, not seconds, so that a machine that slept is not taken for hung.
 """
@@ -119,10 +126,15 @@ WRITE_S = 5.0
 
 
 class Watchdog:
-    """Calls ``on_hung`` if no ``beat`` arrives for ``checks_max`` checks. Call ``stop`` when the loop has ended."""
+    """Calls ``on_hung`` if no ``beat`` arrives for ``checks_max`` checks. Call ``stop`` when the
+    loop has ended."""
 
     def __init__(
-        self, on_hung: Callable[[], object], *, check_s: float = CHECK_S, checks_max: int = CHECKS_MAX
+        self,
+        on_hung: Callable[[], object],
+        *,
+        check_s: float = CHECK_S,
+        checks_max: int = CHECKS_MAX,
     ) -> None:
         self._on_hung = on_hung
         self._check_s = check_s
@@ -154,28 +166,33 @@ class Watchdog:
 def end_hung_process() -> None:
     """Log the stack of each thread and end as if killed: no orderly end can be trusted here.
 
-    The loop may hang in writing that very log, so a timer that needs nothing of Python ends the process as well. A loop
-    that hangs while it holds the interpreter's lock is not found.
+    The loop may hang in writing that very log, so a timer that needs nothing of Python ends the
+    process as well. A loop that hangs while it holds the interpreter's lock is not found.
     """
     faulthandler.dump_traceback_later(WRITE_S, exit=True)
     try:
-        text = f"the keeper's loop has hung for some {CHECKS_MAX * CHECK_S:.0f} s; it ends. Its threads were here:\n"
+        text = (
+            f"the keeper's loop has hung for some {CHECKS_MAX * CHECK_S:.0f} s; it ends. Its "
+            "threads were here:\n"
+        )
         os.write(sys.stderr.fileno(), text.encode())
         faulthandler.dump_traceback(sys.stderr)
     finally:
         os.kill(os.getpid(), signal.SIGKILL)  # not abort: a core would hold all slots
 
 
-# ---- a loop that stood still for a while: nothing was sent to other nodes, and no client was served meanwhile
+# ---- stalls: while the loop stands still no client is served and nothing is sent to other nodes
 
 STALL_S = 0.5
 """A turn of the loop takes a few milliseconds; leases last for seconds."""
 
 
 class StallDetector:
-    """Reports turns of the loop that took too long. Call ``before_wait`` once in each turn, in the loop's thread.
+    """Reports turns of the loop that took too long. Call ``before_wait`` once in each turn, in the
+    loop's thread.
 
-    ``clock`` and ``computed`` return seconds: elapsed, and of processor time that this thread has used.
+    ``clock`` and ``computed`` return seconds: elapsed, and of processor time that this thread has
+    used.
     """
 
     def __init__(
@@ -195,8 +212,13 @@ class StallDetector:
         if self._before is not None and now_s - self._before[0] > STALL_S:
             stood_s, busy_s = now_s - self._before[0], computed_s - self._before[1]
             text = (
-                f"the keeper stood still for {stood_s:.1f} s: it computed for {busy_s:.1f} s, and for the rest waited "
+                f"the keeper stood still for {stood_s:.1f} s: it computed for {busy_s:.1f} s, and "
+                "for the rest waited "
                 "for a processor of this machine or for a disk"
             )
-            self._emit(Event("stalled", text, {"seconds": round(stood_s, 3), "computed_s": round(busy_s, 3)}))
+            self._emit(
+                Event(
+                    "stalled", text, {"seconds": round(stood_s, 3), "computed_s": round(busy_s, 3)}
+                )
+            )
         self._before = (now_s + max(0.0, wait_s), computed_s)

@@ -1,5 +1,5 @@
-"""The slots that a keeper holds: memfds of all ranks, what they hold sealed, and what that means
-for the board."""
+"""The memory of this node's ranks: slots (memfds) of all ranks, what they hold sealed, and what the
+board says of that."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId, StagedIndex
 
 PostToLoop = Callable[[Callable[[], object]], None]
-"""Has a call made by the keeper's loop, soon; from any thread."""
+"""Has the keeper's loop make a call, soon; from any thread."""
 
 PAGE_BLOCK_BYTES = 512
-"""What ``st_blocks`` counts in."""
+"""The unit of ``st_blocks``."""
 
 
 @dataclass(slots=True, eq=False)
 class HeldSlot:
-    """One memfd and its mapping. ``uploads`` hold it now. ``retired``: its rank gave it up
-    meanwhile."""
+    """One memfd and its mapping. ``uploads``: how many hold it now. ``retired``: its rank has given
+    it up meanwhile."""
 
     rank: int
     index: int
@@ -49,14 +49,14 @@ class HeldSlot:
         return memoryview(self.mapping)
 
     def read(self) -> tuple[StagedIndex, int] | None:
-        """What is sealed and its generation, or None; damaged headers hold nothing."""
+        """What is sealed, and its generation; None if nothing is, or the header is damaged."""
         try:
             return read_slot(self.memory)
         except IntegrityError:
             return None
 
     def brief(self) -> tuple[SlotSummary, int] | None:
-        """As ``read``, but only whose state of which snapshot it is: far quicker."""
+        """As ``read``, but only which snapshot of which rank it is: far quicker."""
         try:
             return read_summary(self.memory)
         except IntegrityError:
@@ -64,10 +64,10 @@ class HeldSlot:
 
 
 class SlotTable:
-    """All slots of one job on this node. Used by the keeper's loop alone; ``post`` brings what
-    other threads tell back to it.
+    """All slots of one job on this node, for the keeper's loop alone. ``post`` brings releases of
+    other threads to it.
 
-    ``dropped`` hears of each slot that is gone.
+    ``dropped`` is called with rank and index of each slot that is gone.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class SlotTable:
         self._post = post
         self._slots: dict[tuple[int, int], HeldSlot] = {}
         self._outlived: list[HeldSlot] = []
-        """Slots that uploads still hold and whose number another one has taken over: no word of the
-        board is about them."""
+        """Slots that uploads still hold and whose number another slot has taken: the board says
+        nothing of them."""
 
     def add(self, rank: int, index: int, fd: int, size_bytes: int) -> HeldSlot:
-        """Take ``fd`` over. UsageError where the number is taken, sizes lie or memory is short;
-        ``fd`` is then closed.
+        """Take ``fd`` over. Raises UsageError if the number is taken, sizes differ or memory is
+        short; ``fd`` is then closed.
 
-        A number whose slot was given up is free, even while an upload still holds that one.
+        The number of a slot that was given up is free, even while an upload still holds that slot.
         """
         try:
             self._check(rank, index, fd, size_bytes)
@@ -100,7 +100,7 @@ class SlotTable:
         return slot
 
     def of_rank(self, rank: int) -> list[HeldSlot]:
-        """The slots of ``rank`` that it still uses, by index."""
+        """The slots that ``rank`` still uses, by index."""
         return sorted(
             (one for one in self if one.rank == rank and not one.retired), key=lambda one: one.index
         )
@@ -115,7 +115,8 @@ class SlotTable:
         return sum(slot.size_bytes for slot in self._all())
 
     def drop(self, rank: int, index: int) -> bool:
-        """The rank gave its slot up; it goes once no upload holds it. True where it is gone now."""
+        """The rank gave its slot up; the memory is freed once no upload holds it. True if it is
+        freed now."""
         slot = self._slots.get((rank, index))
         if slot is None:
             return False
@@ -123,8 +124,8 @@ class SlotTable:
         return self._free_retired(slot)
 
     def hold(self, rank: int, index: int, generation: int) -> SealedSlot | None:
-        """Slot ``index`` for an upload, where it is still sealed under ``generation``; marked as
-        held until released."""
+        """Slot ``index`` for an upload, if it is still sealed under ``generation``; held until it
+        is released."""
         slot = self._slots.get((rank, index))
         found = slot.read() if slot is not None else None
         if slot is None or found is None or found[1] != generation:
@@ -134,7 +135,7 @@ class SlotTable:
         return self._hold(slot, *found)
 
     def hold_snapshot(self, rank: int, snapshot: SnapshotId) -> SealedSlot | None:
-        """The slot of ``rank`` that holds ``snapshot``, for an upload; marked as held until
+        """The slot of ``rank`` that holds ``snapshot``, for an upload; held until it is
         released."""
         for slot in self.of_rank(rank):
             brief = slot.brief()
@@ -149,8 +150,8 @@ class SlotTable:
         """Between attempts: make the board say what the headers say. Half-written slots hold
         nothing.
 
-        A trainer that died between its mark and its word leaves a mark that nobody would clear:
-        only uploads' marks stay.
+        A trainer that died after it marked a slot as held and before it sent the message leaves a
+        mark that nothing would clear, so only marks of uploads stay.
         """
         for slot in self:
             if not slot.uploads:
@@ -163,8 +164,8 @@ class SlotTable:
                 self._board.rank(slot.rank).publish(slot.index, found[0].snapshot, found[1])
 
     def discard_after(self, resume: SnapshotId | None) -> None:
-        """Training goes on from ``resume``: what was captured after it (None: at all) is on no line
-        and holds nothing now."""
+        """Training continues from ``resume``: captures after it (None: all) are on no lineage, and
+        their slots are free."""
         for slot in self:
             entry = self._board.rank(slot.rank).slot(slot.index)
             if (
@@ -178,12 +179,12 @@ class SlotTable:
                     Header(slot.memory, header_bytes=header_bytes).begin()
 
     def complete_snapshots(self, ranks: int) -> list[SnapshotId]:
-        """Every pair that all ranks hold sealed, newest first, by their headers."""
+        """Every snapshot that all ranks hold sealed, newest first, by their headers."""
         return list(self.snapshot_origins(ranks))
 
     def snapshot_origins(self, ranks: int) -> dict[SnapshotId, str]:
-        """As ``complete``, with what the pairs' indexes carry: equal numbers of two openings make
-        no pair."""
+        """As ``complete_snapshots``, with the origins in the headers: equal numbers of different
+        origins do not match."""
         held: list[set[tuple[SnapshotId, str]]] = [set() for _ in range(ranks)]
         for slot in self:
             found = slot.brief()
@@ -205,7 +206,7 @@ class SlotTable:
         )
 
     def entries(self, rank: int) -> tuple[SlotEntry, ...]:
-        """What ``GetSlots`` answers."""
+        """The answer to ``GetSlots``."""
         return tuple(SlotEntry(slot.index, slot.size_bytes) for slot in self.of_rank(rank))
 
     def close(self) -> None:
@@ -219,8 +220,8 @@ class SlotTable:
         return [*self._slots.values(), *self._outlived]
 
     def _outlive(self, slot: HeldSlot) -> None:
-        """Another slot takes over the number of one that was given up. Supervisors and board know
-        slots by number only."""
+        """Another slot takes the number of one that was given up. Supervisors and board know slots
+        by number only."""
         self._outlived.append(slot)
         self._board.rank(slot.rank).clear(slot.index)
         self._board.rank(slot.rank).release(slot.index)
@@ -293,9 +294,11 @@ class SlotTable:
 
 
 class RankMemory:
-    """What this node's ranks stage: how many they are, their board and their slots. For the keeper's loop alone.
+    """What this node's ranks stage: how many they are, their board and their slots. For the
+    keeper's loop alone.
 
-    Board and slots are None until a launch is admitted; they are replaced together if the number of ranks changes.
+    Board and slots are None until a launch is admitted; they are replaced together if the number of
+    ranks changes.
     """
 
     def __init__(self, post: PostToLoop, *, dropped: Callable[[int, int], None]) -> None:
@@ -312,7 +315,8 @@ class RankMemory:
         self.slots = SlotTable(self.board, self._post, dropped=self._dropped)
 
     def adopt_board(self, fd: int) -> None:
-        """Take over the board that a supervisor kept from an earlier keeper, if this one has only an unused one."""
+        """Take over the board that a supervisor kept from an earlier keeper, if this one has only
+        an unused one."""
         kept = Board.attach(fd)
         if self.board is None or self.slots is None or kept.ranks != self.ranks or list(self.slots):
             kept.close()

@@ -50,7 +50,8 @@ T = TypeVar("T")
 
 
 class TrainerCalls:
-    """Answers the calls of trainers. The mailbox has the messages of one attempt and is empty when it begins."""
+    """Answers the calls of trainers. The mailbox has the messages of one attempt and is empty when
+    it begins."""
 
     def __init__(self, state: JobState) -> None:
         self._state = state
@@ -106,7 +107,9 @@ class TrainerCalls:
                 def value_is(value: bytes | None) -> None:
                     client.send(Value(id=call_id, value=value))
 
-                self._mailbox.peek(message.key, wait_s=message.wait_s, owner=client, answer=value_is)
+                self._mailbox.peek(
+                    message.key, wait_s=message.wait_s, owner=client, answer=value_is
+                )
             case Count(id=call_id):
 
                 def number_is(number: int) -> None:
@@ -119,14 +122,20 @@ class TrainerCalls:
                 self._mailbox.forget(message.key)
 
     def _slots(
-        self, client: ClientConnection, message: GetSlots | SlotCreated | SlotReleased, fds: Sequence[int]
+        self,
+        client: ClientConnection,
+        message: GetSlots | SlotCreated | SlotReleased,
+        fds: Sequence[int],
     ) -> None:
         table = self._state.memory.slots
         assert table is not None, "admitted"
         match message:
             case GetSlots():
                 slots = table.of_rank(message.rank)
-                client.send(Slots(id=message.id, slots=table.entries(message.rank)), [slot.fd for slot in slots])
+                client.send(
+                    Slots(id=message.id, slots=table.entries(message.rank)),
+                    [slot.fd for slot in slots],
+                )
             case SlotCreated() if len(fds) == 1:
                 try:
                     slot = table.add(client.rank, message.index, fds[0], message.size_bytes)
@@ -140,7 +149,9 @@ class TrainerCalls:
                         other.send(keep, [slot.fd])
             case SlotCreated():
                 close_fds(fds)
-                client.send_error(message.id, UsageError("a slot comes with exactly one descriptor."))
+                client.send_error(
+                    message.id, UsageError("a slot comes with exactly one descriptor.")
+                )
             case SlotReleased():
                 table.drop(client.rank, message.index)
 
@@ -155,21 +166,31 @@ class TrainerCalls:
                 def choose(origins: Mapping[SnapshotId, str]) -> None:
                     choices = uploads.need().choices(tuple(origins), origins)
                     self._answer(
-                        client, message.id, choices, lambda best: Choices(id=message.id, choices=tuple(best))
+                        client,
+                        message.id,
+                        choices,
+                        lambda best: Choices(id=message.id, choices=tuple(best)),
                     )
 
                 self._state.launch.cluster.gather(choose)
             case OpenEpoch():
-                opened = uploads.need().open_epoch(message.resume, message.retention, newest=message.newest)
-                self._answer(client, message.id, opened, lambda number: self._epoch_opened(message, number))
+                opened = uploads.need().open_epoch(
+                    message.resume, message.retention, newest=message.newest
+                )
+                self._answer(
+                    client, message.id, opened, lambda number: self._epoch_opened(message, number)
+                )
             case SetTag():
                 tagged = uploads.need().tag(message.name, message.snapshot)
                 self._answer(client, message.id, tagged, lambda _: Done(id=message.id))
 
     def _epoch_opened(self, message: OpenEpoch, number: int) -> Reply:
-        """Only now, when the epoch is open, are captures beyond its ``resume`` void: opening it might have failed."""
+        """Only now, when the epoch is open, are captures beyond its ``resume`` void: opening it
+        might have failed."""
         self._state.launch.cluster.log_epoch_opened(message.resume)
-        return Number(id=message.id, number=number, origin=self._state.uploads.need().origin_of(number))
+        return Number(
+            id=message.id, number=number, origin=self._state.uploads.need().origin_of(number)
+        )
 
     def _upload(self, client: ClientConnection, message: VerifiedChunks | Persist | Refuse) -> None:
         slots, rank = self._state.memory.slots, client.rank
@@ -188,10 +209,13 @@ class TrainerCalls:
             case Persist():
                 sealed = slots.hold(rank, message.index, message.generation)
                 if sealed is not None:
-                    uploads.persist(rank, replace(sealed, shared=dict(message.shared)), message.tags)
+                    uploads.persist(
+                        rank, replace(sealed, shared=dict(message.shared)), message.tags
+                    )
                     return
                 error = InternalError(
-                    f"a slot was submitted that is not sealed. snapshot={message.snapshot} rank={rank}"
+                    f"a slot was submitted that is not sealed. snapshot={message.snapshot} "
+                    f"rank={rank}"
                 )
                 uploads.refuse(rank, message.snapshot, error)
                 outcome = Outcome(snapshot=message.snapshot, error=from_error(error, rank=rank))
@@ -209,6 +233,8 @@ class TrainerCalls:
             elif isinstance(error, CkptError):
                 client.send(error_reply(call_id, error))
             else:
-                client.send(error_reply(call_id, InternalError(f"a keeper failed. cause={error!r}")))
+                client.send(
+                    error_reply(call_id, InternalError(f"a keeper failed. cause={error!r}"))
+                )
 
         future.add_done_callback(lambda _: self._state.post(send))

@@ -1,8 +1,10 @@
-"""Which failure of an attempt counts, and whether another attempt may follow it, on one node or on several. Pure.
+"""Which failure of an attempt counts, and whether another attempt may follow it, on one node or on
+several. Pure.
 
-The roster of each node asks ``assess``. With several nodes their leader asks ``decide``: each node reports why its own
-trainers died. If another node's death broke their collectives, that is an exception, which explains nothing. So
-exceptions wait for ``ECHO_S`` for a better explanation, and everything else is decided at once.
+The roster of each node asks ``assess``. With several nodes their leader asks ``decide``: each node
+reports why its own trainers died. If another node's death broke their collectives, that is an
+exception, which explains nothing. So exceptions wait for ``ECHO_S`` for a better explanation, and
+everything else is decided at once.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.events import Failure
 
 ECHO_S = 1.0
-"""An exception at most this long before another trainer's death was reported may come from that death."""
+"""An exception at most this long before another trainer's death was reported may come from that
+death."""
 
 OVERDUE_MAX = 20
-"""How often in a row trainers may be stopped because their node could not act, with no new step: they starve the node."""
+"""How often in a row trainers may be stopped because their node could not act, with no new step:
+they starve the node."""
 
 # ---- one attempt: its cause, and what the failures before it say
 
@@ -27,9 +31,10 @@ OVERDUE_MAX = 20
 class FailureHistory:
     """What is remembered from failure to failure.
 
-    ``fingerprint`` and ``step``: of the last failure. ``same``: how often in a row the same error came at the same step.
-    ``stuck``: how many attempts in a row failed without a new step. ``completed``: the most steps of any attempt; -1 for
-    none. ``overdue``: how often in a row trainers were stopped because their node could not act, without a new step.
+    ``fingerprint`` and ``step``: of the last failure. ``same``: how often in a row the same error
+    came at the same step. ``stuck``: how many attempts in a row failed without a new step.
+    ``completed``: the most steps of any attempt; -1 for none. ``overdue``: how often in a row
+    trainers were stopped because their node could not act, without a new step.
     """
 
     fingerprint: str = ""
@@ -41,7 +46,8 @@ class FailureHistory:
 
 
 def cause_of(failures: Sequence[Failure]) -> Failure | None:
-    """The failure that counts: the first one, unless it is an exception that a death within ECHO_S explains."""
+    """The failure that counts: the first one, unless it is an exception that a death within ECHO_S
+    explains."""
     first = min(failures, key=lambda failure: failure.at_s, default=None)
     causes = [failure for failure in failures if failure.kind not in UNEXPLAINED]
     if first is None or not causes:
@@ -62,7 +68,8 @@ def after_failure(history: FailureHistory, completed: int) -> FailureHistory:
 
 
 def after_overdue(history: FailureHistory, completed: int) -> FailureHistory:
-    """The history after trainers were stopped because their node could not act: not counted as a failure of theirs."""
+    """The history after trainers were stopped because their node could not act: not counted as a
+    failure of theirs."""
     moved = completed > history.completed
     return replace(
         history,
@@ -72,20 +79,40 @@ def after_overdue(history: FailureHistory, completed: int) -> FailureHistory:
     )
 
 
-def assess(history: FailureHistory, failure: Failure, policy: Policy) -> tuple[FailureHistory, str | None]:
-    """The history with ``failure`` counted, and why no attempt may follow: it would only repeat. None: one may follow."""
-    same = failure.kind == "error" and (failure.fingerprint, failure.step) == (history.fingerprint, history.step)
+def assess(
+    history: FailureHistory, failure: Failure, policy: Policy
+) -> tuple[FailureHistory, str | None]:
+    """The history with ``failure`` counted, and why no attempt may follow: it would only repeat.
+    None: one may follow."""
+    same = failure.kind == "error" and (failure.fingerprint, failure.step) == (
+        history.fingerprint,
+        history.step,
+    )
     history = replace(
-        history, fingerprint=failure.fingerprint, step=failure.step, same=history.same + 1 if same else 1
+        history,
+        fingerprint=failure.fingerprint,
+        step=failure.step,
+        same=history.same + 1 if same else 1,
     )
     if failure.final:
         return history, failure.text
     if failure.kind == "error" and history.same >= policy.same_error_max:
-        return history, f"{failure.text}; the same error at the same step {history.same} times in a row: a bug, no fault"
+        return (
+            history,
+            f"{failure.text}; the same error at the same step {history.same} times in a row: a "
+            "bug, no fault",
+        )
     if history.overdue >= OVERDUE_MAX:
-        return history, f"{failure.text}; {history.overdue} times without one new step completed: it starves its own node"
+        return (
+            history,
+            f"{failure.text}; {history.overdue} times without one new step completed: it starves "
+            "its own node",
+        )
     if history.stuck >= policy.stuck_max:
-        return history, f"{failure.text}; {history.stuck} failures in a row without one new step completed"
+        return (
+            history,
+            f"{failure.text}; {history.stuck} failures in a row without one new step completed",
+        )
     return history, None
 
 
@@ -98,10 +125,11 @@ UNEXPLAINED = ("error", "cut")
 
 @dataclass(frozen=True, slots=True)
 class EpochFailures:
-    """What is known to have gone wrong in one epoch. Times are when the leader heard of it, by its own clock.
+    """What is known to have gone wrong in one epoch. Times are when the leader heard of it, by its
+    own clock.
 
-    ``failures`` by node. ``lost``: dead nodes of the epoch, and since when. ``ended``: nodes whose ranks all ended well.
-    ``completed``: the most steps that any of them is known to have completed.
+    ``failures`` by node. ``lost``: dead nodes of the epoch, and since when. ``ended``: nodes whose
+    ranks all ended well. ``completed``: the most steps that any of them is known to have completed.
     """
 
     failures: Mapping[str, Failure]
@@ -141,9 +169,14 @@ class EndJob:
 EpochDecision = NoFailure | WaitForCause | StartNextEpoch | EndJob
 
 
-def decide(known: EpochFailures, history: FailureHistory, policy: Policy, now_s: float) -> EpochDecision:
+def decide(
+    known: EpochFailures, history: FailureHistory, policy: Policy, now_s: float
+) -> EpochDecision:
     """What follows. ``history``: as the epoch carries it from the epochs before."""
-    failures = [*known.failures.values(), *(_lost(node, at_s) for node, at_s in sorted(known.lost.items()))]
+    failures = [
+        *known.failures.values(),
+        *(_lost(node, at_s) for node, at_s in sorted(known.lost.items())),
+    ]
     cause = cause_of(failures)
     if cause is None:
         return NoFailure()
@@ -155,7 +188,8 @@ def decide(known: EpochFailures, history: FailureHistory, policy: Policy, now_s:
     if cause.kind == "overdue":
         history = after_overdue(history, known.completed)
     elif cause.kind != "node" or known.completed >= 0:
-        # A lost node before any other has reported its steps says nothing about progress: it is not counted as stuck.
+        # A lost node before any other has reported its steps says nothing about progress: it is not
+        # counted as stuck.
         history = after_failure(history, known.completed)
     history, reason = assess(history, cause, policy)
     if reason is None and known.ended:
@@ -178,5 +212,9 @@ def with_global_rank(failure: Failure, first_rank: int) -> Failure:
     if failure.rank < 0:
         return failure
     rank, local = failure.rank + first_rank, f"rank {failure.rank} "
-    text = f"rank {rank} {failure.text.removeprefix(local)}" if failure.text.startswith(local) else failure.text
+    text = (
+        f"rank {rank} {failure.text.removeprefix(local)}"
+        if failure.text.startswith(local)
+        else failure.text
+    )
     return replace(failure, rank=rank, text=text)

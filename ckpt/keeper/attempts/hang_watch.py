@@ -19,7 +19,8 @@ STACKS_POLL_S = 0.05
 
 
 class HangWatch:
-    """Observes the trainers of the running attempt. ``stacks``: the folder to which they write their stacks."""
+    """Observes the trainers of the running attempt. ``stacks``: the folder to which they write
+    their stacks."""
 
     def __init__(self, state: JobState, *, stacks: Path) -> None:
         self._state = state
@@ -64,21 +65,29 @@ class HangWatch:
     def _check(self, roster: Roster, board: Board, now_s: float) -> None:
         floor_s, alive = self._state.launch.policy.hang_s, _alive(roster)
         stopped = {entry.rank: _stopped(entry) for entry in alive}
-        marks = {entry.rank: (_mark(board.rank(entry.rank)), stopped[entry.rank]) for entry in alive}
-        self._observation = observe(self._observation, marks, now_s=now_s, check_s=check_interval_s(floor_s))
+        marks = {
+            entry.rank: (_mark(board.rank(entry.rank)), stopped[entry.rank]) for entry in alive
+        }
+        self._observation = observe(
+            self._observation, marks, now_s=now_s, check_s=check_interval_s(floor_s)
+        )
         idle_s = self._observation.idle_s
         pulses = [
-            _pulse(board.rank(entry.rank), entry, idle_s[entry.rank], stopped=stopped[entry.rank]) for entry in alive
+            _pulse(board.rank(entry.rank), entry, idle_s[entry.rank], stopped=stopped[entry.rank])
+            for entry in alive
         ]
         stuck = hung_ranks(pulses, floor_s=floor_s)
-        # While a rank starts or is dead the others may only be waiting for it: its own event decides.
+        # While a rank starts or is dead the others may only be waiting for it: its own event
+        # decides.
         if not stuck or any(
-            entry.seat not in (RankState.ALIVE, RankState.ENDED) for entry in roster.members.values()
+            entry.seat not in (RankState.ALIVE, RankState.ENDED)
+            for entry in roster.members.values()
         ):
             return
         first = stuck[0]
         text = (
-            f"rank {first} hangs: no step for {idle_s[first]:.1f} s, {len(stuck)} of {roster.ranks} ranks stand still"
+            f"rank {first} hangs: no step for {idle_s[first]:.1f} s, {len(stuck)} of "
+            f"{roster.ranks} ranks stand still"
         )
         for entry in alive:
             path = self._stack_file(roster, entry.rank)
@@ -93,7 +102,8 @@ class HangWatch:
     def _all_dumped(self, roster: Roster, now_s: float) -> bool:
         assert self._dumping is not None, "stacks were asked for"
         since_s = self._dumping[0] - STACKS_WAIT_S
-        # A signal handler writes each file in one go: if it is not empty a moment after the request, it is complete.
+        # A signal handler writes each file in one go: if it is not empty a moment after the
+        # request, it is complete.
         files = [self._stack_file(roster, entry.rank) for entry in _alive(roster)]
         return now_s - since_s > STACKS_SETTLE_S and all(_text(file) for file in files)
 
@@ -103,7 +113,9 @@ class HangWatch:
             stack = stack or "no stack: the process did not answer, it may be stopped"
             text = f"rank {rank} hangs here:\n{stack}"
             self._state.emit(Event("stacks", text, {"rank": rank}, alarm=True))
-            self._state.clients.broadcast("supervisor", messages.PrintLine(text=text, alarm=True), rank=0)
+            self._state.clients.broadcast(
+                "supervisor", messages.PrintLine(text=text, alarm=True), rank=0
+            )
 
 
 def _alive(roster: Roster) -> list[RosterEntry]:
@@ -143,7 +155,8 @@ def _traced(pid: int) -> bool:
 
 
 def _stopped(entry: RosterEntry) -> bool:
-    """Whether the trainer alone is stopped. If its supervisor is too, it is Ctrl-Z, and a person will continue both."""
+    """Whether the trainer alone is stopped. If its supervisor is too, it is Ctrl-Z, and a person
+    will continue both."""
     return _status(entry.trainer_pid, "State:") == "T" and _status(entry.pid, "State:") != "T"
 
 

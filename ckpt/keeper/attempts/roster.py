@@ -1,12 +1,12 @@
-"""Who trains on this node, and what to do when one of them fails. Pure: events in, a new roster and
-actions out.
+"""Who trains on this node, and what to do if a trainer fails: events in, a new roster and actions
+out. Pure.
 
 A roster is one launch of a program with supervisors. Its attempts follow each other: all ranks
-start, one fails, all are killed, all start again. Only the first failure of an attempt is judged;
-what comes after it is an echo.
+start, one fails, all are killed, all start again. Only the first failure of an attempt counts;
+later ones are its echo.
 
-Where the job has several nodes (``shared``), attempts are epochs of their membership: a roster is
-told when one begins, and only tells why its own ranks failed. Who leads the nodes judges.
+If the job has several nodes (``shared``), its attempts are epochs of their membership: the roster
+learns when one begins, and only reports why its own ranks failed. The leader of the nodes decides.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ PREEMPTED_STATUS = 128 + signal.SIGTERM
 
 
 class RosterState(enum.Enum):
-    """What a roster is doing."""
+    """What the launch is doing: gathering supervisors, waiting for an epoch, running, killing, or
+    over."""
 
     GATHERING = "gathering"
     WAITING = "waiting"
@@ -62,7 +63,7 @@ class RosterState(enum.Enum):
 
 
 class RankState(enum.Enum):
-    """What a rank's trainer is doing."""
+    """What the trainer of one rank is doing."""
 
     IDLE = "idle"
     STARTING = "starting"
@@ -77,8 +78,8 @@ _LIVE = (RankState.STARTING, RankState.ALIVE)
 
 @dataclass(frozen=True, slots=True)
 class RosterEntry:
-    """One rank: the connection of its supervisor, and its trainer. ``finished``: that one is in the
-    rest of its program."""
+    """One rank: the connection of its supervisor, and its trainer. ``finished``: the trainer's
+    decorated call has returned."""
 
     rank: int
     peer: int
@@ -92,11 +93,11 @@ class RosterEntry:
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """One launch. ``members`` by rank; ``failures`` are those of the attempt that is being killed.
+    """One launch. ``members`` by rank; ``failures``: those of the attempt that is being killed.
 
-    ``status``: what it was told to leave with, once it is over. ``came``: the newest epoch of
-    several nodes, and whether it has ranks for this one; ``ended``: what the nodes' leader told all
-    to leave with, while trainers are still being killed for it.
+    ``status``: what supervisors leave with, once it is over. With several nodes, ``came``: the
+    newest epoch, and whether it has ranks for this node; ``ended``: the leader's decision to end
+    the job, while trainers are still being killed for it.
     """
 
     launch: str
@@ -115,8 +116,7 @@ class Roster:
 
     @property
     def failure(self) -> Failure | None:
-        """The failure that is judged: one that needs no other to explain it before exceptions, else
-        the first."""
+        """The failure that counts: see ``cause_of``."""
         return cause_of(self.failures)
 
 
@@ -162,7 +162,7 @@ def step(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]
 
 
 def _of_job(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]]:
-    """What concerns all ranks."""
+    """Events that concern all ranks."""
     match event:
         case PreemptRequested():
             return _preempted(roster)
@@ -223,7 +223,7 @@ def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterA
 
 
 def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterAction]]:
-    """Nothing lives here: start at once where a newer epoch has come, else ask for one, or say that
+    """No trainer lives here: start if a newer epoch has arrived, else ask for one, or report that
     none can follow here."""
     last = failure is not None and _is_last(roster)
     roster = replace(roster, state=RosterState.WAITING, failures=())
@@ -237,7 +237,7 @@ def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterA
 
 
 def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterAction]]:
-    """A newer epoch ends what runs under an older one; it begins once nothing of that lives."""
+    """A newer epoch ends an attempt of an older one, and begins once nothing of that one lives."""
     known = (roster.came.number, roster.came.placed) if roster.came is not None else (0, False)
     # A node that is out of the membership says so as an epoch that has no place for it; the real
     # one may yet have one.
@@ -264,7 +264,7 @@ def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[RosterActi
 
 
 def _well(roster: Roster, status: int) -> bool:
-    """Whether a trainer that ended so was done."""
+    """Whether a trainer with this exit status was done."""
     return status == 0 or (roster.preempted and status == PREEMPTED_STATUS)
 
 
@@ -285,7 +285,7 @@ def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
 def _seat(
     roster: Roster, rank: int, *, of: Collection[RankState] = tuple(RankState), **changes: object
 ) -> Roster:
-    """Change what is known of a rank's trainer, where its seat is one ``of`` those."""
+    """Change the entry of a rank if its state is one ``of`` those."""
     if rank not in roster.members or roster.members[rank].seat not in of:
         return roster
     member = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
@@ -293,14 +293,17 @@ def _seat(
 
 
 def _moved_on(roster: Roster) -> Roster:
-    """A decorated call is done, or another one begins: the failures before say nothing about what
-    comes."""
+    """A decorated call is done, or another one begins: earlier failures say nothing about what
+    follows."""
     return replace(roster, record=replace(roster.record, stuck=0))
 
 
 def _entered(roster: Roster, rank: int) -> Roster:
-    """A decorated call began. One after another takes back that its rank had finished; each
-    attempt's first says nothing."""
+    """A decorated call began. After an earlier call had returned, its rank counts as unfinished
+    again.
+
+    The first call of an attempt does not reset the history: every attempt begins with it.
+    """
     again = rank in roster.members and roster.members[rank].finished
     roster = _seat(roster, rank, finished=False, failing=None)
     return _moved_on(roster) if again else roster
@@ -371,7 +374,7 @@ def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[RosterAct
 
 
 def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, list[RosterAction]]:
-    """Note a failure; the first one has everything killed."""
+    """Note a failure; the first one of an attempt has all trainers killed."""
     roster = replace(roster, failures=(*roster.failures, failure))
     if roster.state in (RosterState.GATHERING, RosterState.WAITING):
         return _leave(roster, failure)
@@ -385,7 +388,7 @@ def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, lis
 
 
 def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
-    """Once all are dead: judge, then start again or end."""
+    """Once all are dead: decide, then start again or end."""
     left = [one for one in roster.members.values() if one.seat in _LIVE]
     failure = roster.failure
     if roster.state is not RosterState.KILLING or left or failure is None:
@@ -405,7 +408,7 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
 
 
 def _is_last(roster: Roster) -> bool:
-    """Whether no attempt can follow on this node, whatever the attempt died of."""
+    """Whether no attempt can follow on this node, whatever this one died of."""
     gone = len(roster.members) < roster.ranks or any(
         one.seat is RankState.ENDED for one in roster.members.values()
     )
@@ -426,8 +429,8 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]
 
 
 def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
-    """The roster with its record brought up to date, and why there is no next attempt; None: start
-    it."""
+    """The roster with its history brought up to date, and why no attempt follows; None: start
+    one."""
     record, why = assess(roster.record, failure, roster.policy)
     roster = replace(roster, record=record)
     if roster.preempted or failure.kind == "supervisor" or failure.final:
@@ -447,7 +450,7 @@ def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
 
 
 def status_text(status: int) -> str:
-    """How a process ended, in words."""
+    """How a process ended, for people."""
     if status >= 0:
         return f"exited with {status}"
     try:

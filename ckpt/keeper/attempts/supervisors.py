@@ -1,4 +1,5 @@
-"""The supervisors of one launch: carries out what the roster decides, reports hangs and recoveries."""
+"""The supervisors of one launch: carries out what the roster decides, reports hangs and
+recoveries."""
 
 from __future__ import annotations
 
@@ -62,8 +63,9 @@ RECOVERIES_KEPT = 20
 class Supervisors:
     """The supervisors of one launch. ``drain`` reads what trainers sent before they died.
 
-    The roster decides (it is pure); this class turns messages and time into its events and carries out its actions.
-    It has more attributes than usual because each is one deadline or memory of the launch that only it uses.
+    The roster decides (it is pure); this class turns messages and time into its events and carries
+    out its actions. It has more attributes than usual because each is one deadline or memory of the
+    launch that only it uses.
     """
 
     def __init__(
@@ -83,7 +85,8 @@ class Supervisors:
         self._gathering_s = 0.0
         self._missing_reported = False
         self._handing_over: dict[int, int | None] = {}
-        """Supervisors (by connection) that served an earlier keeper and still hand over what they hold.
+        """Supervisors (by connection) that served an earlier keeper and still hand over what they
+        hold.
 
         The value is the exit status of their trainer, if it ended by itself.
         """
@@ -101,7 +104,8 @@ class Supervisors:
 
     @property
     def cut_off(self) -> bool:
-        """Whether a supervisor of the launch was lost: then the launcher starts the program again."""
+        """Whether a supervisor of the launch was lost: then the launcher starts the program
+        again."""
         return self.supervised and self._cut_off
 
     @property
@@ -113,7 +117,8 @@ class Supervisors:
     # ---- messages
 
     def join(self, client: ClientConnection, hello: Hello, *, new: bool) -> None:
-        """A supervisor said hello. If it served an earlier keeper it first hands over its slots, then sends ``Killed``."""
+        """A supervisor said hello. If it served an earlier keeper it first hands over its slots,
+        then sends ``Killed``."""
         state = self._state
         if (
             self.roster is None
@@ -132,7 +137,9 @@ class Supervisors:
             self._gathering_s, self._missing_reported = time.monotonic(), False
         served_another = hello.holds or hello.attempt > 0
         self._attempt = max(self._attempt, hello.attempt)
-        if self.roster.state is RosterState.GATHERING:  # attempt numbers only grow, also from keeper to keeper
+        if (
+            self.roster.state is RosterState.GATHERING
+        ):  # attempt numbers only grow, also from keeper to keeper
             self.roster = replace(self.roster, attempt=self._attempt)
         state.welcome(client, hello, attempt=self._attempt, new=served_another)
         if served_another:
@@ -141,17 +148,21 @@ class Supervisors:
             self._joined(client, None)
 
     def handle(self, client: ClientConnection, message: Message, fds: list[int]) -> bool:
-        """Take one message of a supervisor, or of a trainer about its fate; False for any other. Owns ``fds``."""
+        """Take one message of a supervisor, or of a trainer about its fate; False for any other.
+        Owns ``fds``."""
         memory = self._state.memory
         match message:
             case messages.Started():
-                self._on(TrainerStarted(client.rank, message.attempt, message.trainer_pid, message.how))
+                self._on(
+                    TrainerStarted(client.rank, message.attempt, message.trainer_pid, message.how)
+                )
                 if self._recovery is not None and message.attempt == self._attempt:
                     self._recovery.how = message.how
             case messages.Died() if client.number in self._handing_over:
                 self._handing_over[client.number] = message.status
             case messages.Died():
-                # The trainer may have sent its exception before it died: read that first, it explains the death.
+                # The trainer may have sent its exception before it died: read that first, it
+                # explains the death.
                 self._drain()
                 self._on(
                     TrainerDied(
@@ -172,7 +183,9 @@ class Supervisors:
                 self._preempt(message.grace_s)
             case messages.SlotKept() if fds and memory.slots is not None:
                 # Several supervisors hold the same slots: the first that hands one over counts.
-                if (message.rank, message.index) not in {(slot.rank, slot.index) for slot in memory.slots}:
+                if (message.rank, message.index) not in {
+                    (slot.rank, slot.index) for slot in memory.slots
+                }:
                     memory.slots.add(message.rank, message.index, fds[0], message.size_bytes)
                     return True
                 close_fds(fds)
@@ -240,13 +253,15 @@ class Supervisors:
         return min(waits_s)
 
     def _check_gathering(self, roster: Roster, now_s: float) -> None:
-        """Name the ranks that do not join. A launcher that starts too few of them would have the others wait in silence."""
+        """Name the ranks that do not join. A launcher that starts too few of them would have the
+        others wait in silence."""
         waited_s = now_s - self._gathering_s
         if waited_s < GATHER_REPORT_S or (self._missing_reported and waited_s < GATHER_MAX_S):
             return
         missing = ", ".join(str(rank) for rank in range(roster.ranks) if rank not in roster.members)
         text = (
-            f"ranks are missing on this node: {missing} of {roster.ranks} have not joined for {waited_s:.0f} s; start "
+            f"ranks are missing on this node: {missing} of {roster.ranks} have not joined for "
+            f"{waited_s:.0f} s; start "
             "them, or set LOCAL_WORLD_SIZE to the number of ranks on this node"
         )
         if waited_s >= GATHER_MAX_S:
@@ -259,7 +274,8 @@ class Supervisors:
     # ---- events and actions of the roster
 
     def _joined(self, client: ClientConnection, status: int | None) -> None:
-        """A supervisor has handed over what it holds: give it all that this keeper holds, and count its rank in."""
+        """A supervisor has handed over what it holds: give it all that this keeper holds, and count
+        its rank in."""
         memory = self._state.memory
         assert client.hello is not None, "it said hello"
         if memory.slots is not None:
@@ -280,7 +296,8 @@ class Supervisors:
         for action in actions:
             self._do(action)
         over = self.roster.state is RosterState.OVER and before is not RosterState.OVER
-        # ``LeaveAll`` flushes by itself. If all ranks ended as they should this finds nothing: their last is durable.
+        # ``LeaveAll`` flushes by itself. If all ranks ended as they should this finds nothing:
+        # their last is durable.
         if over and not any(isinstance(action, LeaveAll) for action in actions):
             self._state.uploads.flush_newest()
 
@@ -292,7 +309,9 @@ class Supervisors:
                 state.clients.broadcast("supervisor", state.launch.cluster.start_message(attempt))
             case KillAll(attempt, failure):
                 self._watch.stop()
-                self._recovery = Recovery(attempt + 1, failure, state.memory.completed(), time.monotonic())
+                self._recovery = Recovery(
+                    attempt + 1, failure, state.memory.completed(), time.monotonic()
+                )
                 state.clients.broadcast("supervisor", messages.Kill(attempt=attempt))
             case AttemptOver():
                 self._attempt_over(action)
@@ -307,7 +326,9 @@ class Supervisors:
             case ReportEnded():
                 state.launch.cluster.report_ended(self._attempt)
             case RequestStop():
-                state.clients.broadcast("events", messages.Stop(grace_s=max(0.1, self._grace_left_s())))
+                state.clients.broadcast(
+                    "events", messages.Stop(grace_s=max(0.1, self._grace_left_s()))
+                )
 
     def _begin(self, attempt: int) -> None:
         self._attempt = attempt
@@ -315,13 +336,15 @@ class Supervisors:
         if self._state.memory.board is not None:
             self._state.memory.board.begin_attempt(attempt)
         self._watch.begin()
-        # With several nodes the epoch says why the last one ended: what failed here may only follow from that.
+        # With several nodes the epoch says why the last one ended: what failed here may only follow
+        # from that.
         reason = self._state.launch.cluster.epoch_reason
         if self._recovery is not None and reason:
             self._recovery.failure = replace(self._recovery.failure, text=reason)
 
     def _attempt_over(self, action: AttemptOver) -> None:
-        """No trainer is left: take what they sent and staged, before the next attempt changes slots and board."""
+        """No trainer is left: take what they sent and staged, before the next attempt changes slots
+        and board."""
         self._drain()
         if self._recovery is not None:
             self._recovery.failure = action.failure
@@ -332,11 +355,14 @@ class Supervisors:
             state.uploads.attempt_ended()
 
     def _enter_cluster(self, agent: str) -> bool:
-        """Enter the cluster anew if the job may have several nodes; whether it may. ``agent``: what launched it here."""
+        """Enter the cluster anew if the job may have several nodes; whether it may. ``agent``: what
+        launched it here."""
         spec = self._state.spec.nodes
         if spec is None:
             return False
-        self._state.launch.enter_cluster(lambda: self._make_nodes(structs.replace(spec, agent=agent)))
+        self._state.launch.enter_cluster(
+            lambda: self._make_nodes(structs.replace(spec, agent=agent))
+        )
         return True
 
     def _make_nodes(self, spec: NodesSpec) -> Nodes:
@@ -344,7 +370,8 @@ class Supervisors:
         return made(self._state, spec, on=self._on)
 
     def _leave(self, action: LeaveAll) -> None:
-        """All supervisors leave: at once, or once all is durable. In a container the keeper ends with the last of them."""
+        """All supervisors leave: at once, or once all is durable. In a container the keeper ends
+        with the last of them."""
         state = self._state
         state.emit(Event("ended", action.text, {"status": action.status}, alarm=True))
         state.uploads.flush_newest()
@@ -355,7 +382,10 @@ class Supervisors:
             state.clients.broadcast("supervisor", leave)
             return
         self._leaving = (time.monotonic() + wait_s, leave)
-        text = f"{action.text}; leaving when what is staged is in the store, in {wait_s:.0f} s at the latest"
+        text = (
+            f"{action.text}; leaving when what is staged is in the store, in {wait_s:.0f} s at the "
+            "latest"
+        )
         state.clients.broadcast("supervisor", messages.PrintLine(text=text), rank=0)
 
     def _preempt(self, grace_s: float) -> None:
@@ -367,7 +397,8 @@ class Supervisors:
         return (self._grace_until_s or time.monotonic()) - time.monotonic()
 
     def _milestone(self, rank: int, phase: messages.Phase) -> None:
-        """A trainer reached a milestone of its start; the last one of all ranks ends the recovery."""
+        """A trainer reached a milestone of its start; the last one of all ranks ends the
+        recovery."""
         recovery = self._recovery
         if recovery is None or recovery.attempt != self._attempt:
             return
@@ -378,4 +409,6 @@ class Supervisors:
             self._recovery = None
             self.recoveries.append(recovery.facts())
             self._state.emit(Event("recovered", recovery.line(), recovery.facts(), alarm=True))
-            self._state.clients.broadcast("supervisor", messages.PrintLine(text=recovery.line()), rank=0)
+            self._state.clients.broadcast(
+                "supervisor", messages.PrintLine(text=recovery.line()), rank=0
+            )

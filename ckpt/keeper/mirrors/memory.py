@@ -1,4 +1,5 @@
-"""Memory of several nodes: what all hold together, where it is, what this node serves, and what it keeps on others."""
+"""Memory of several nodes: what all hold together, where it is, what this node serves, and what it
+keeps on others."""
 
 from __future__ import annotations
 
@@ -42,18 +43,27 @@ NAMED_MAX = 16
 """How many ranks without a share are named in an event."""
 
 SPARE_RETRY_S = 30.0
-"""Pause before a standby that could not keep a snapshot is sent another: a failed send may cost as much as a good one."""
+"""Pause before a standby that could not keep a snapshot is sent another: a failed send may cost as
+much as a good one."""
 
 
 class ClusterMemory:
-    """What the nodes hold in memory together. In the keeper's loop; ``host``: where this node serves its memory.
+    """What the nodes hold in memory together. In the keeper's loop; ``host``: where this node
+    serves its memory.
 
-    It has more attributes than usual: finding snapshots (``_query``, ``_sources``) and keeping mirrors (``round`` and
-    what follows it) share the server, the peers and the epoch.
+    It has more attributes than usual: finding snapshots (``_query``, ``_sources``) and keeping
+    mirrors (``round`` and what follows it) share the server, the peers and the epoch.
     """
 
     def __init__(
-        self, state: JobState, view: EpochView, spec: NodesSpec, secret: bytes, *, host: str, emit: Emit
+        self,
+        state: JobState,
+        view: EpochView,
+        spec: NodesSpec,
+        secret: bytes,
+        *,
+        host: str,
+        emit: Emit,
     ) -> None:
         self._state = state
         self._view = view
@@ -103,7 +113,10 @@ class ClusterMemory:
         """A new epoch: forget what others had in memory, and fence requests of older epochs."""
         self._sources.clear()
         if self.round.named is not None:
-            text = f"before epoch {epoch.number} all nodes had mirrors of {self.round.kept}; {self.round.named} was next"
+            text = (
+                f"before epoch {epoch.number} all nodes had mirrors of {self.round.kept}; "
+                f"{self.round.named} was next"
+            )
             self._state.emit(Event("mirrors-begin-anew", text))
         self.round, self.mirror_report = MirrorRound(), MirrorReport()
         self._before = self._server.snapshots()
@@ -120,18 +133,24 @@ class ClusterMemory:
             self._peers.pop(address).close()
 
     def tick(self, now_s: float, *, placed: bool) -> float:
-        """Serve the current slots, and mirror the named snapshot; returns the seconds until the next call is needed."""
+        """Serve the current slots, and mirror the named snapshot; returns the seconds until the
+        next call is needed."""
         if self._state.memory.slots is not None:
             self._server.slots.show(self._state.memory.slots)
         if placed:
             self._keep_named(now_s)
         return self._query.tick(now_s)
 
-    def receive(self, node: str, message: mesh.AskNodeInventory | mesh.NodeInventory | mesh.MeshSources) -> None:
+    def receive(
+        self, node: str, message: mesh.AskNodeInventory | mesh.NodeInventory | mesh.MeshSources
+    ) -> None:
         """A message of another node."""
         match message:
             case mesh.AskNodeInventory(call=call):
-                self._view.send(node, mesh.NodeInventory(call=call, holdings=tuple(merge_ranges(self._inventory()))))
+                self._view.send(
+                    node,
+                    mesh.NodeInventory(call=call, holdings=tuple(merge_ranges(self._inventory()))),
+                )
             case mesh.NodeInventory():
                 self._query.answered(node, message, time.monotonic())
             case mesh.MeshSources():
@@ -151,7 +170,8 @@ class ClusterMemory:
     # ---- what can be restored from memory
 
     def gather(self, answer: Callable[[dict[SnapshotId, str]], object]) -> None:
-        """On rank 0's node: call ``answer`` with the snapshots, and origins, that all nodes together hold in memory."""
+        """On rank 0's node: call ``answer`` with the snapshots, and origins, that all nodes
+        together hold in memory."""
         epoch = self._view.epoch
         assert epoch is not None, "an epoch with ranks here"
 
@@ -160,7 +180,10 @@ class ClusterMemory:
                 return  # the attempt that asked is over
             snapshots = complete_snapshots(held)
             for snapshot, missing in missing_ranks(held).items():
-                text = f"{snapshot} is incomplete in memory: no node has the share of {sum(map(len, missing))} ranks"
+                text = (
+                    f"{snapshot} is incomplete in memory: no node has the share of "
+                    f"{sum(map(len, missing))} ranks"
+                )
                 first = itertools.islice(itertools.chain.from_iterable(missing), NAMED_MAX)
                 self._state.emit(Event("memory-lost", text, {"ranks": ",".join(map(str, first))}))
             text = f"{len(held)} nodes hold {len(snapshots)} snapshots in memory"
@@ -169,14 +192,18 @@ class ClusterMemory:
             message = to_message(epoch.number, snapshots)
             self._see_sources(message)
             self._view.send_to_others(message)
-            # Reversed, so that of two origins of one number the first of ``snapshots`` counts, as in ``from_message``.
+            # Reversed, so that of two origins of one number the first of ``snapshots`` counts, as
+            # in ``from_message``.
             answer({each.snapshot: each.origin for each in reversed(snapshots)})
 
         others = [node for node in epoch.addresses if node != self._view.me]
-        self._query.ask(others, (self._view.me, merge_ranges(self._inventory())), time.monotonic(), gathered)
+        self._query.ask(
+            others, (self._view.me, merge_ranges(self._inventory())), time.monotonic(), gathered
+        )
 
     def sources(self, snapshot: SnapshotId) -> tuple[Source, ...]:
-        """For each rank of the snapshot's world, where its share is; empty if the snapshot is not known."""
+        """For each rank of the snapshot's world, where its share is; empty if the snapshot is not
+        known."""
         epoch, ranges = self._view.epoch, self._sources.get(snapshot)
         if epoch is None or ranges is None:
             return ()
@@ -188,27 +215,34 @@ class ClusterMemory:
         )
 
     def copied(self, epoch: NodeEpoch) -> tuple[SnapshotId | None, dict[int, int]]:
-        """On a standby: the newest snapshot of which it has all that it should, and the bytes of each rank's share."""
+        """On a standby: the newest snapshot of which it has all that it should, and the bytes of
+        each rank's share."""
         nodes = [
-            node for node, by in standby_copies(epoch.record.ranks, epoch.standbys).items() if by == self._view.me
+            node
+            for node, by in standby_copies(epoch.record.ranks, epoch.standbys).items()
+            if by == self._view.me
         ]
         wanted = {rank for node in nodes for rank in epoch.record.ranks[node]}
         held: dict[SnapshotId, dict[int, int]] = {}
         for snapshot, rank, size_bytes in self._server.kept():
             held.setdefault(snapshot, {})[rank] = size_bytes
-        complete = [snapshot for snapshot, sizes in held.items() if wanted and wanted <= sizes.keys()]
+        complete = [
+            snapshot for snapshot, sizes in held.items() if wanted and wanted <= sizes.keys()
+        ]
         return (newest := max(complete), held[newest]) if complete else (None, {})
 
     def _servers_of(self, epoch: NodeEpoch, nodes: Sequence[str]) -> tuple[str, ...]:
         """The addresses of ``nodes``, this one first.
 
-        Both as slots and as mirrors: a share may move from a node's slot to its mirrors while it is being read.
+        Both as slots and as mirrors: a share may move from a node's slot to its mirrors while it is
+        being read.
         """
         near = sorted(nodes, key=lambda node: node != self._view.me)
         return tuple(peer for node in near if (peer := epoch.peers.get(node)))
 
     def _local_ranks(self, snapshot: SnapshotId) -> dict[int, int]:
-        """The ranks whose shares of the snapshot slots here hold, and the local rank of each slot."""
+        """The ranks whose shares of the snapshot slots here hold, and the local rank of each
+        slot."""
         summaries = ((slot.rank, slot.brief()) for slot in self._state.memory.slots or ())
         return {
             summary[0].rank: rank
@@ -224,7 +258,10 @@ class ClusterMemory:
                 held = summary[0]
                 entries.append(
                     InventoryEntry(
-                        snapshot=held.snapshot, origin=held.origin, world_size=held.world_size, rank=held.rank
+                        snapshot=held.snapshot,
+                        origin=held.origin,
+                        world_size=held.world_size,
+                        rank=held.rank,
                     )
                 )
         return entries
@@ -237,40 +274,62 @@ class ClusterMemory:
     # ---- mirrors
 
     def set_round(self, now: MirrorRound) -> None:
-        """Follow the round of rank 0's node: of the mirrors here, those that nothing needs any more go."""
+        """Follow the round of rank 0's node: of the mirrors here, those that nothing needs any more
+        go."""
         if now != self.round:
             self.round = now
             self._see_protected()
             self._server.retain(retained_mirrors(now, self._before))
 
     def _see_protected(self) -> None:
-        """On rank 0's node: report when all nodes have mirrors of staged state again, and how long they had none."""
+        """On rank 0's node: report when all nodes have mirrors of staged state again, and how long
+        they had none."""
         if self._exposed_s is None or self.round.kept is None:
             return
         exposed_s, self._exposed_s = time.monotonic() - self._exposed_s, None
         if not self._view.has_rank0:
             return
         count = min(self._spec.mirrors, len(self._view.others)) or 1
-        text = f"{self.round.kept} is on {count} other nodes too; for {exposed_s:.1f} s nothing newer was"
+        text = (
+            f"{self.round.kept} is on {count} other nodes too; for {exposed_s:.1f} s nothing newer "
+            "was"
+        )
         facts = {"exposed_s": round(exposed_s, 3), "step": self.round.kept.step}
         self._state.emit(Event("protected", text, facts))
 
     def _keep_named(self, now_s: float) -> None:
-        """Mirror the named snapshot, here and on other nodes, unless the last one is still being sent."""
+        """Mirror the named snapshot, here and on other nodes, unless the last one is still being
+        sent."""
         memory, epoch, named = self._state.memory, self._view.epoch, self.round.named
-        if self._sender.busy or not self._spec.mirrors or memory.slots is None or epoch is None or named is None:
+        if (
+            self._sender.busy
+            or not self._spec.mirrors
+            or memory.slots is None
+            or epoch is None
+            or named is None
+        ):
             return
-        if named in (self.mirror_report.mirrored, self.mirror_report.missed) or now_s < self._retry_at_s:
+        if (
+            named in (self.mirror_report.mirrored, self.mirror_report.missed)
+            or now_s < self._retry_at_s
+        ):
             return
         peers = self._peers_of(epoch)
         spare = self._spares_of(epoch, now_s)
         if not peers:  # the only node that has ranks
             peers, spare = spare, {}
         sealed = [
-            slot for rank in range(memory.ranks) if (slot := memory.slots.hold_snapshot(rank, named)) is not None
+            slot
+            for rank in range(memory.ranks)
+            if (slot := memory.slots.hold_snapshot(rank, named)) is not None
         ]
         task = MirrorTask(
-            named, epoch.number, sealed, {**spare, **peers}, self._server.keep, frozenset(spare) - peers.keys()
+            named,
+            epoch.number,
+            sealed,
+            {**spare, **peers},
+            self._server.keep,
+            frozenset(spare) - peers.keys(),
         )
         if peers and len(sealed) == memory.ranks and self._of_this_world(epoch, sealed):
             self._sender.send(task)
@@ -281,11 +340,14 @@ class ClusterMemory:
     def _of_this_world(self, epoch: NodeEpoch, sealed: Sequence[SealedSlot]) -> bool:
         """Whether these are the shares of the ranks that this node has now.
 
-        Slots may still hold a snapshot of a larger world, before it shrank: the remaining nodes all have their shares,
-        but it is not complete. If it were kept, the mirrors that lost nodes left behind would be removed for it.
+        Slots may still hold a snapshot of a larger world, before it shrank: the remaining nodes all
+        have their shares, but it is not complete. If it were kept, the mirrors that lost nodes left
+        behind would be removed for it.
         """
         shares = [(slot.index.world_size, slot.index.rank) for slot in sealed]
-        return shares == [(epoch.record.world_size, rank) for rank in epoch.record.ranks[self._view.me]]
+        return shares == [
+            (epoch.record.world_size, rank) for rank in epoch.record.ranks[self._view.me]
+        ]
 
     def _peers_of(self, epoch: NodeEpoch) -> dict[str, PeerStore]:
         """The nodes with ranks that keep mirrors of this one."""
@@ -294,7 +356,8 @@ class ClusterMemory:
         return self._stores_of(epoch, nodes)
 
     def _spares_of(self, epoch: NodeEpoch, now_s: float) -> dict[str, PeerStore]:
-        """The standby that keeps a copy as well, so that it has the state when it takes this node's place."""
+        """The standby that keeps a copy as well, so that it has the state when it takes this node's
+        place."""
         standby = standby_copies(epoch.record.ranks, epoch.standbys).get(self._view.me)
         if standby is None or now_s < self._spare_at_s.get(standby, 0.0):
             return {}
@@ -306,14 +369,20 @@ class ClusterMemory:
         except UsageError as error:
             if str(error) != self._reported_bad:
                 self._reported_bad = str(error)
-                text = f"no mirrors are kept on other nodes, because the address of one is invalid: {error}"
+                text = (
+                    "no mirrors are kept on other nodes, because the address of one is invalid: "
+                    f"{error}"
+                )
                 self._state.emit(Event("mirror-failed", text, {"code": error.code}, alarm=True))
             return {}
 
     def _peer(self, address: str) -> PeerStore:
         if address not in self._peers:
             self._peers[address] = PeerStore(
-                peer_endpoint(self._spec, address), self._secret, epoch=self._epoch_number, cap=self._cap
+                peer_endpoint(self._spec, address),
+                self._secret,
+                epoch=self._epoch_number,
+                cap=self._cap,
             )
         return self._peers[address]
 
@@ -322,7 +391,8 @@ class ClusterMemory:
         return epoch.number if epoch is not None else 0
 
     def _done(self, task: MirrorTask, received: frozenset[str]) -> None:
-        """A task ended; ``received``: the nodes that have it all. In a later epoch it says nothing: others keep mirrors."""
+        """A task ended; ``received``: the nodes that have it all. In a later epoch it says nothing:
+        others keep mirrors."""
         if task.epoch != self._epoch_number():
             return
         for node in task.spare - received:

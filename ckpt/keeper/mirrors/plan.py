@@ -1,7 +1,9 @@
-"""What the nodes of a job hold in memory, and which pairs are complete over all of them. Pure.
+"""What the nodes of a job hold in memory, which snapshots they hold completely, and which they
+mirror next. Pure.
 
-A node's ranks follow each other, and so do the shares that it holds: what it says is of spans of
-ranks, and so is what is worked out of it. So its cost grows with the number of nodes, not of ranks.
+The ranks of a node are consecutive, and so are the shares that it holds: nodes report ranges of
+ranks, and all that is computed from them is ranges. So the cost grows with the number of nodes, not
+of ranks.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from ckpt.format.part_rules import WORLD_MAX
 from ckpt.values import CHUNK_BYTES, SnapshotId, StagedIndex, StagedShard
 
 SNAPSHOTS_MAX = 8
-"""So many complete pairs are offered to restore from: more are never needed, each slot holds
+"""How many complete snapshots are offered to restore from. More are never needed: each slot holds
 one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRange:
-    """``ranks`` ranks that follow each other, whose shares the same nodes have: in a slot before as
-    a mirror."""
+    """``ranks`` consecutive ranks whose shares the same nodes have; a node that has one in a slot
+    precedes those with mirrors."""
 
     ranks: int
     nodes: tuple[str, ...]
@@ -35,7 +37,7 @@ class SourceRange:
 
 @dataclass(frozen=True, slots=True)
 class MemorySnapshot:
-    """A pair that can be restored from memory: of a world of ``world_size`` ranks, each rank's
+    """A snapshot that can be restored from memory: a world of ``world_size`` ranks, each rank's
     share at some nodes.
 
     ``spans``: all its ranks, from 0 on.
@@ -53,7 +55,7 @@ class MemorySnapshot:
 
 
 def merge_ranges(holdings: Iterable[InventoryEntry]) -> list[InventoryEntry]:
-    """The same, where ranks that follow each other are one."""
+    """The same entries, with consecutive ranks merged into one."""
     found: list[InventoryEntry] = []
     for one in sorted(
         holdings, key=lambda one: (one.snapshot, one.origin, one.world_size, one.mirror, one.rank)
@@ -70,8 +72,8 @@ def merge_ranges(holdings: Iterable[InventoryEntry]) -> list[InventoryEntry]:
 
 
 def complete_snapshots(held: Mapping[str, Sequence[InventoryEntry]]) -> list[MemorySnapshot]:
-    """The pairs of which every rank's share is somewhere, newest first. ``held``: what each node
-    says that it holds."""
+    """The snapshots of which every rank's share is somewhere, newest first. ``held``: what each
+    node reports."""
     found = []
     for (snapshot, origin, size), segments in _segments(held, with_origin=True).items():
         if all(nodes for _, _, nodes in segments):
@@ -85,7 +87,7 @@ def complete_snapshots(held: Mapping[str, Sequence[InventoryEntry]]) -> list[Mem
 def missing_ranks(
     held: Mapping[str, Sequence[InventoryEntry]],
 ) -> dict[SnapshotId, tuple[range, ...]]:
-    """Of the pairs that are not complete: the ranks whose share nobody has. For people."""
+    """For each snapshot that is not complete, the ranks whose share no node has. For people."""
     found = {}
     for (snapshot, _, _), segments in sorted(
         _segments(held, with_origin=False).items(), reverse=True
@@ -97,7 +99,7 @@ def missing_ranks(
 
 
 def to_message(attempt: int, pairs: Sequence[MemorySnapshot]) -> MeshSources:
-    """What all nodes are told: each node's name once."""
+    """What all nodes receive: each node's name occurs once, and ranges refer to it by number."""
     names = {node: None for pair in pairs for span in pair.spans for node in span.nodes}
     numbers = {node: number for number, node in enumerate(names)}
     return MeshSources(
@@ -117,9 +119,10 @@ def to_message(attempt: int, pairs: Sequence[MemorySnapshot]) -> MeshSources:
 
 
 def from_message(word: MeshSources) -> dict[SnapshotId, tuple[SourceRange, ...]]:
-    """Where the shares of each pair are. A pair of which the word contradicts itself is none.
+    """Where the shares of each snapshot are. A snapshot whose part of the message is inconsistent
+    is left out.
 
-    Of one number that was given out twice the first counts, as in what is offered to restore.
+    Of a number that was given out twice the first counts, as in what is offered to restore.
     """
     found: dict[SnapshotId, tuple[SourceRange, ...]] = {}
     for snapshot, size, spans in word.pairs:
@@ -143,8 +146,8 @@ _Segment = tuple[int, int, tuple[str, ...]]
 def _segments(
     held: Mapping[str, Sequence[InventoryEntry]], *, with_origin: bool
 ) -> dict[tuple[SnapshotId, str, int], list[_Segment]]:
-    """Of each pair that somebody has a share of: the whole world in segments, each at the same
-    nodes everywhere."""
+    """For each snapshot of which a node has a share: the whole world in segments, each at the same
+    nodes throughout."""
     changes: dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, bool, str]]]] = {}
     for node, holdings in held.items():
         for one in holdings:
@@ -160,7 +163,7 @@ def _segments(
 
 
 def _sweep(size: int, changes: dict[int, list[tuple[bool, bool, str]]]) -> list[_Segment]:
-    """``changes``: at which rank a node's share begins (True) or ends."""
+    """``changes``: at which ranks a node's share begins (True) or ends."""
     found: list[_Segment] = []
     there: dict[tuple[bool, str], int] = {}
     ranks = sorted({0, size, *changes})
@@ -194,7 +197,8 @@ def _spans(segments: Sequence[_Segment]) -> tuple[SourceRange, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MirrorRound:
-    """``named``: the pair that all nodes keep now; ``kept``: the newest that all have."""
+    """``named``: the snapshot that all nodes mirror now; ``kept``: the newest that all have
+    mirrored."""
 
     named: SnapshotId | None = None
     kept: SnapshotId | None = None
@@ -202,8 +206,8 @@ class MirrorRound:
 
 @dataclass(frozen=True, slots=True)
 class MirrorReport:
-    """What a node says: the last named pair that it has kept everywhere, and the last one that it
-    could not."""
+    """A node's report: the last named snapshot that it has mirrored everywhere, and the last one
+    that it could not."""
 
     mirrored: SnapshotId | None = None
     missed: SnapshotId | None = None
@@ -212,11 +216,11 @@ class MirrorReport:
 def next_round(
     now: MirrorRound, words: Sequence[MirrorReport | None], complete: SnapshotId | None
 ) -> MirrorRound:
-    """The round that follows. ``words``: of every node, None from those that said nothing yet;
-    ``complete``: the newest pair.
+    """The round that follows. ``words``: the report of every node, None if it sent none yet;
+    ``complete``: the newest snapshot.
 
-    A pair that a node could not keep, because its slot had gone on or a peer had no room, is passed
-    over for a newer one.
+    A snapshot that a node could not mirror, because its slot was reused or a peer had no memory, is
+    passed over for a newer one.
     """
     if now.named is not None and all(
         word is not None and word.mirrored == now.named for word in words
@@ -233,8 +237,8 @@ def next_round(
 
 
 def retained_mirrors(now: MirrorRound, before: frozenset[SnapshotId]) -> frozenset[SnapshotId]:
-    """The pairs of which mirrors stay. ``before``: those that were there when the epoch began, for
-    until something is kept."""
+    """The snapshots whose mirrors stay. ``before``: those that were mirrored when the epoch began,
+    until one is kept in this epoch."""
     named = {now.named} if now.named is not None else set()
     return frozenset(named | ({now.kept} if now.kept is not None else before))
 
@@ -246,17 +250,18 @@ def retained_mirrors(now: MirrorRound, before: frozenset[SnapshotId]) -> frozens
 # what somebody makes collide: who could do that holds the job's secret or trains in it.
 
 CHANGED_SHARE_MAX = 0.75
-"""Where more of the bytes changed, all are sent: copying the rest would gain the peer nothing."""
+"""If a larger part of the bytes changed, all are sent: copying the rest would save the peer
+nothing."""
 
 JOIN_BYTES = 16 << 10
-"""Ranges that lie nearer to each other are sent as one: another range costs about as much as so
+"""Ranges closer to each other than this are sent as one: another range costs about as much as so
 many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class StagedShare:
-    """What one rank staged of a snapshot as it is sent: a header, and behind it the data that
-    ``index`` tells of."""
+    """What one rank staged of a snapshot, as it is sent: a header, then the data that ``index``
+    describes."""
 
     index: StagedIndex
     header_bytes: int
@@ -264,36 +269,36 @@ class StagedShare:
 
     @property
     def size_bytes(self) -> int:
-        """All of it."""
+        """Header and data."""
         return self.header_bytes + self.data_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaRanges:
-    """Only these ranges are sent, header and data counted as one; all else is as in the earlier
+    """Only these ranges are sent, counted over header and data; all else is as in the earlier
     share."""
 
     ranges: tuple[ByteRange, ...]
 
     @property
     def size_bytes(self) -> int:
-        """How much they hold."""
+        """The bytes of all ranges."""
         return sum(length for _, length in self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
 class WholeShare:
-    """All is sent, and why."""
+    """All is sent; ``why`` says the reason."""
 
     why: str
 
 
 def delta_of(share: StagedShare, base: StagedShare) -> DeltaRanges | WholeShare:
-    """What of ``share`` must be sent where ``base`` is.
+    """What of ``share`` must be sent to a node that has ``base``.
 
-    The header always, and each chunk unless ``base`` has a shard at the same place and of the same
-    length, whose chunk has the same digest there: its name and box are the header's matter. So what
-    of the data is in no shard is the base's.
+    Always the header; and each chunk, unless ``base`` has a shard at the same offset and of the
+    same length whose chunk has the same digest. (The header names the shard and its box.) So bytes
+    of the data that are in no shard stay those of ``base``.
     """
     if (share.header_bytes, share.data_bytes) != (base.header_bytes, base.data_bytes):
         return WholeShare("another length of header or data")
@@ -322,7 +327,7 @@ def _place(shard: StagedShard) -> ByteRange:
 
 
 def _joined(ranges: Iterable[ByteRange]) -> list[ByteRange]:
-    """``ranges``, which ascend and may overlap, with those that touch or nearly do as one."""
+    """``ranges``, which ascend and may overlap, with those that touch or nearly touch merged."""
     joined: list[ByteRange] = []
     for offset, length in ranges:
         if joined and offset - sum(joined[-1]) < JOIN_BYTES:
@@ -336,7 +341,7 @@ def _joined(ranges: Iterable[ByteRange]) -> list[ByteRange]:
 # Asking all nodes what they hold in memory, for the node of rank 0. In its keeper's loop.
 
 WAIT_S = 3.0
-"""How long a node may take to say what it holds; one that says nothing has nothing."""
+"""How long a node may take to report what it holds. One that does not report has nothing."""
 
 Answer = Callable[[dict[str, Sequence[InventoryEntry]]], object]
 
@@ -350,7 +355,8 @@ class _Asking:
 
 
 class InventoryQuery:
-    """Questions to all nodes, each answered once all have spoken or WAIT_S have passed."""
+    """Questions to all nodes, each answered once all have replied or WAIT_S have passed. In the
+    keeper's loop."""
 
     def __init__(self, say: Callable[[str, said.MeshMessage], bool]) -> None:
         self._say = say
@@ -364,14 +370,14 @@ class InventoryQuery:
         now_s: float,
         answer: Answer,
     ) -> None:
-        """Ask ``nodes``, and have ``answer`` told what they and this node hold."""
+        """Ask ``nodes``, then call ``answer`` with what they and this node hold."""
         call = next(self._calls)
         asked = {node for node in nodes if self._say(node, said.AskNodeInventory(call=call))}
         self._asking[call] = _Asking(asked, now_s + WAIT_S, answer, {own[0]: own[1]})
         self._settle(call, now_s)
 
     def answered(self, node: str, word: said.NodeInventory, now_s: float) -> None:
-        """A node's answer."""
+        """A node's reply."""
         asking = self._asking.get(word.call)
         if asking is not None and node in asking.waits_for:
             asking.waits_for.discard(node)
@@ -379,13 +385,14 @@ class InventoryQuery:
             self._settle(word.call, now_s)
 
     def disconnected(self, node: str, now_s: float) -> None:
-        """A node won't answer any more."""
+        """A node will not reply any more."""
         for call, asking in list(self._asking.items()):
             asking.waits_for.discard(node)
             self._settle(call, now_s)
 
     def tick(self, now_s: float) -> float:
-        """Give up what waits too long; returns seconds until the next look."""
+        """Give up questions that have waited too long; returns the seconds until the next call is
+        needed."""
         for call in list(self._asking):
             self._settle(call, now_s)
         return min((one.until_s - now_s for one in self._asking.values()), default=WAIT_S)

@@ -1,5 +1,5 @@
-"""Keeping what this node staged on other nodes too: the newest complete pair, over and over. Nobody
-waits for it."""
+"""Sends what this node staged to other nodes as mirrors: the newest complete snapshot, again and
+again, in a thread."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 # What a node's peers have of its shares, as far as it is sure: the bases of what is sent next.
 
 BASES_MAX = 2
-"""Shares of one rank that are remembered: a pair that another node could not keep goes, and the one
-before it stays."""
+"""How many shares of one rank are remembered. A snapshot that another node could not keep is
+dropped, and the one before stays."""
 
 BEHIND_MAX = 64
-"""So many shares in a row go as what changed, then one goes whole: memory that a peer no longer has
-right would else be carried along as long as training lasts.
-"""
+"""After this many shares in a row that were sent as changes, one is sent whole. Else a byte that
+went wrong in a peer's memory would be carried along as long as training lasts."""
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorBase:
-    """A share that came whole, under which name, and how many shares back its oldest bytes were
-    sent."""
+    """A share that a peer has completely, under which name, and how many shares ago its oldest
+    bytes were sent."""
 
     stored: StoredContent
     share: StagedShare
@@ -45,7 +44,8 @@ class MirrorBase:
 
 
 class MirrorBases:
-    """By node and rank, the newest first. Thread-safe."""
+    """What peers surely have, by node and rank, the newest first: the bases of what is sent next.
+    Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,40 +53,40 @@ class MirrorBases:
         self._known: dict[str, dict[int, tuple[MirrorBase, ...]]] = {}
 
     def begin(self, epoch: int, nodes: Collection[str]) -> None:
-        """Shares go to ``nodes`` now, in the name of ``epoch``: what was sent in another one, or to
-        others, is forgotten."""
+        """Shares go to ``nodes`` now, in the name of ``epoch``. Bases of other epochs and nodes are
+        forgotten."""
         with self._lock:
             kept = self._known if epoch == self._epoch else {}
             self._epoch, self._known = epoch, {node: kept.get(node, {}) for node in nodes}
 
     def of(self, node: str, rank: int) -> tuple[MirrorBase, ...]:
-        """What ``node`` has of ``rank`` that may be a base; nothing where the next one is to go
+        """What ``node`` has of ``rank`` that may be a base; nothing if the next share must be sent
         whole."""
         with self._lock:
             known = self._known.get(node, {}).get(rank, ())
             return () if known and known[0].behind >= BEHIND_MAX else known
 
     def add(self, node: str, rank: int, base: MirrorBase) -> None:
-        """It came whole, and nothing was sent in its place meanwhile."""
+        """A share arrived completely, and nothing was sent in its place meanwhile."""
         with self._lock:
             known = self._known.setdefault(node, {})
             others = [one for one in known.get(rank, ()) if one.stored.key != base.stored.key]
             known[rank] = (base, *others)[:BASES_MAX]
 
     def drop(self, node: str, rank: int, base: MirrorBase) -> None:
-        """The node doesn't have it any more."""
+        """The node does not have it any more."""
         with self._lock:
             known = self._known.get(node, {})
             known[rank] = tuple(one for one in known.get(rank, ()) if one is not base)
 
     def retain(self, nodes: Collection[str]) -> None:
-        """All went well with these nodes; of others nothing is sure."""
+        """These nodes have all that was sent; of others nothing is sure."""
         with self._lock:
             self._known = {node: known for node, known in self._known.items() if node in nodes}
 
 
 RETRY_S = 0.5
-"""Pause before a pair that came to no node is sent again."""
+"""Pause before a snapshot that no node received is sent again."""
 
 CLOSE_WAIT_S = 2.0
 """How long the end waits for what is on its way; it goes on behind, and ends with the process."""
@@ -284,11 +284,20 @@ class MirrorSender:
             if (node, error.code) in self._told or self._stopped:
                 return
             self._told.add((node, error.code))
-        what = f"{task.snapshot} and what follows is not kept {'on another node' if node else 'here'}: {error}"
+        what = (
+            f"{task.snapshot} and what follows is not kept "
+            f"{'on another node' if node else 'here'}: {error}"
+        )
         if node in task.spare:
-            what = f"the standby {node} does not have {task.snapshot}, and may have to fetch what it takes over: {error}"
+            what = (
+                f"the standby {node} does not have {task.snapshot}, and may have to fetch what it "
+                f"takes over: {error}"
+            )
         elif isinstance(error, StoreFullError):
-            what += "; a lost node then costs the steps since the last durable snapshot: raise mirror_bytes"
+            what += (
+                "; a lost node then costs the steps since the last durable snapshot: raise "
+                "mirror_bytes"
+            )
         facts: dict[str, Fact] = {"node": node, "step": task.snapshot.step, "code": error.code}
         self._tell(Event("mirror-failed", what, facts, alarm=node not in task.spare))
 

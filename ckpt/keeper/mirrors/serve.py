@@ -1,5 +1,5 @@
-"""What this node lends to the others: its slots, read-only, and what it keeps for them. One server,
-one vault."""
+"""What this node serves to the others: its slots, read-only, and the mirrors that it keeps for
+them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId
 
 VAULT_SHARE = 0.5
-"""How much of the memory that is free at the start the mirrors of others may take."""
+"""The part of the memory that is free at the start that mirrors of others may take."""
 
 VAULT_BYTES_DEFAULT = 8 << 30
-"""Where nothing says how much memory there is."""
+"""The limit of mirrors if the free memory is unknown."""
 
 
 @dataclass(slots=True, eq=False)
 class _Lent:
-    """One slot as it is lent: a mapping of its own, which lives as long as anybody reads."""
+    """One slot as it is served: a mapping of its own, which lives until its last reader is done."""
 
     fd: int
     size_bytes: int
@@ -47,7 +47,7 @@ class _Lent:
     known: tuple[SlotSummary, int] | None = None
 
     def brief(self) -> tuple[SlotSummary, int] | None:
-        """What it holds sealed. Looked into once a generation: each request asks, and an index may
+        """What it holds sealed. Read once a generation: each request asks for it, and an index may
         be long."""
         memory = memoryview(self.mapping)
         if self.known is None or generation_of(memory) != self.known[1]:
@@ -62,11 +62,11 @@ class _Lent:
 
 
 class SlotCatalog:
-    """A ``ServedSource`` of this node's slots: ``slots/<pair>/<rank>`` is a slot's whole memory.
-    Thread-safe.
+    """A ``ServedSource`` of this node's slots: ``slots/<snapshot>/<rank>`` is a slot's whole
+    memory. Thread-safe.
 
-    The keeper's loop says which there are. A slot that is overwritten while it is sent is found by
-    its generation, and what was sent of it by its chunks' digests.
+    The keeper's loop says which slots there are. If a slot is overwritten while it is sent, its
+    generation shows it, and the digests of its chunks show it for what was sent.
     """
 
     prefix = SLOTS_PREFIX
@@ -87,7 +87,6 @@ class SlotCatalog:
 
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[ServedObject]:
-        """See Source."""
         with self._lock:
             found = self._find(key)
             if found is None:
@@ -108,13 +107,11 @@ class SlotCatalog:
             os.close(fd)
 
     def stat(self, key: str) -> Stat | None:
-        """See Source."""
         with self._lock:
             found = self._find(key)
             return None if found is None else Stat(key, found[0].size_bytes, 0.0)
 
     def list(self) -> list[Stat]:
-        """See Source."""
         with self._lock:
             held = [
                 (lent, brief[0])
@@ -136,8 +133,9 @@ class SlotCatalog:
 
 
 def _lent(slot: HeldSlot) -> _Lent | None:
-    """None where the system has no descriptor or no room left: then it is tried again, and others
-    have mirrors."""
+    """None if the system has no descriptor or no address space left: the next tick tries again, and
+    other nodes have mirrors. s _Lent => _ServedSlot s _lent(slot) => _serve_slot(slot) s def _lent(
+    => def _serve_slot( s self._lent => self._served"""
     try:
         fd = os.dup(slot.fd)
     except OSError:
@@ -166,20 +164,20 @@ class NodeMemoryServer:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port at which it listens."""
         return self._server.address[1]
 
     @property
     def refused(self) -> dict[str, int]:
-        """How many requests and connections were turned away, by kind."""
+        """How many requests and connections were rejected, by kind."""
         return dict(self._server.stats().refused)
 
     def see_epoch(self, number: int) -> None:
-        """Refuse from now on whatever comes in the name of an older epoch of the membership."""
+        """Refuse requests of older epochs of the membership from now on."""
         self._server.see_epoch(number)
 
     def mirrored(self) -> list[InventoryEntry]:
-        """What this node keeps for others; what is damaged is nothing."""
+        """The mirrors that this node keeps; damaged ones are left out."""
         found = []
         for stat in self.vault.list(MIRRORS_PREFIX):
             wanted = parse_mirror_key(stat.key)
@@ -203,7 +201,7 @@ class NodeMemoryServer:
         return found
 
     def kept(self) -> list[tuple[SnapshotId, int, int]]:
-        """Of what is kept here, by its name: the pair, the rank and the bytes of each share."""
+        """The mirrors here by their names: snapshot, rank and bytes of each share."""
         found = (
             (parse_mirror_key(stat.key), stat.size_bytes)
             for stat in self.vault.list(MIRRORS_PREFIX)
@@ -211,7 +209,7 @@ class NodeMemoryServer:
         return [(*of, size_bytes) for of, size_bytes in found if of is not None]
 
     def keep(self, key: str, pieces: Sequence[Buffer]) -> None:
-        """Keep this node's own share beside its slots, which training goes on to overwrite. Raises
+        """Keep this node's own share beside its slots, which training overwrites. Raises
         StoreFullError."""
         views = [memoryview(piece).cast("B") for piece in pieces]
         with self.vault.incoming(key, sum(view.nbytes for view in views)) as room:
@@ -222,19 +220,19 @@ class NodeMemoryServer:
             room.publish()
 
     def snapshots(self) -> frozenset[SnapshotId]:
-        """The pairs of which something is kept here."""
+        """The snapshots of which mirrors are kept here."""
         found = (parse_mirror_key(stat.key) for stat in self.vault.list(MIRRORS_PREFIX))
         return frozenset(one[0] for one in found if one is not None)
 
     def retain(self, pairs: frozenset[SnapshotId]) -> None:
-        """Of what is kept here only these pairs are still needed."""
+        """Remove the mirrors of all other snapshots."""
         for stat in self.vault.list(MIRRORS_PREFIX):
             kept = parse_mirror_key(stat.key)
             if kept is not None and kept[0] not in pairs:
                 self.vault.delete(stat.key)
 
     def close(self) -> None:
-        """End the server. What was kept for others is gone."""
+        """End the server. Mirrors kept for others are gone."""
         self._server.stop()
         self.slots.show(())
         self.vault.retain(())

@@ -1,4 +1,5 @@
-"""This node among the job's other nodes, as of the newest membership epoch. For the keeper's loop alone."""
+"""This node among the job's other nodes, as of the newest membership epoch. For the keeper's loop
+alone."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox, RemoteMailboxes
 
 
 class EpochView:
-    """The newest epoch and the connections to its nodes. ``Nodes`` writes it; uploads, memory and progress read it."""
+    """The newest epoch and the connections to its nodes. ``Nodes`` writes it; uploads, memory and
+    progress read it."""
 
     def __init__(self) -> None:
         self.node: Node | None = None
@@ -24,7 +26,8 @@ class EpochView:
 
     @property
     def me(self) -> str:
-        """This node's id in the newest epoch, although it may have joined under another one since."""
+        """This node's id in the newest epoch, although it may have joined under another one
+        since."""
         if self.epoch is not None:
             return self.epoch.me
         return self.node.node_id if self.node is not None else ""
@@ -42,7 +45,11 @@ class EpochView:
     @property
     def others(self) -> tuple[str, ...]:
         """The other nodes that hold ranks."""
-        return tuple(node for node in self.epoch.record.ranks if node != self.me) if self.epoch is not None else ()
+        return (
+            tuple(node for node in self.epoch.record.ranks if node != self.me)
+            if self.epoch is not None
+            else ()
+        )
 
     @property
     def local_ranks(self) -> range:
@@ -66,7 +73,8 @@ class EpochView:
         )
 
     def mailbox(self, name: str, own: LocalMailbox) -> KeeperMailbox:
-        """The mailbox of that name: ``own``, served to the others, if rank 0 is here, else the one at rank 0's node."""
+        """The mailbox of that name: ``own``, served to the others, if rank 0 is here, else the one
+        at rank 0's node."""
         assert self.epoch is not None, "an epoch with ranks here"
         if self.has_rank0:
             self.mailboxes.serve(name, own)

@@ -1,4 +1,5 @@
-"""How a keeper joins the nodes of its job: puts membership, mesh and the decision about failures together."""
+"""How a keeper joins the nodes of its job: puts membership, mesh and the decision about failures
+together."""
 
 from __future__ import annotations
 
@@ -26,7 +27,14 @@ from ckpt.events import Emit, Event
 from ckpt.ipc.cluster_spec import NodesSpec, host_towards
 from ckpt.ipc.messages import Policy
 from ckpt.keeper.attempts.events import Failure
-from ckpt.keeper.attempts.failures import EndJob, EpochFailures, FailureHistory, StartNextEpoch, WaitForCause, decide
+from ckpt.keeper.attempts.failures import (
+    EndJob,
+    EpochFailures,
+    FailureHistory,
+    StartNextEpoch,
+    WaitForCause,
+    decide,
+)
 from ckpt.keeper.cluster_view import free_port
 from ckpt.keyspace.address import ETCD_SCHEME, keyspace_location
 
@@ -38,7 +46,8 @@ VALID_S_WANTED = 86_400.0
 class KeeperFacts:
     """Facts of this keeper that the node's threads read whenever they need them.
 
-    ``attempt``: the greatest that it knows of. ``completed``: the most steps of any of its ranks; -1 for none.
+    ``attempt``: the greatest that it knows of. ``completed``: the most steps of any of its ranks;
+    -1 for none.
     """
 
     policy: Callable[[], Policy]
@@ -47,12 +56,14 @@ class KeeperFacts:
 
 
 def check_spec(spec: NodesSpec) -> None:
-    """Raise UsageError if the nodes could not authenticate each other, or their traffic would be readable by others."""
+    """Raise UsageError if the nodes could not authenticate each other, or their traffic would be
+    readable by others."""
     if spec.agent:
         agent_fact(spec.agent)
     if not spec.secret and spec.where.startswith(ETCD_SCHEME):
         raise UsageError(
-            f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex digits that only you can "
+            f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex "
+            "digits that only you can "
             "read, the same on all nodes"
         )
     host = spec.host or host_towards(spec.where)
@@ -71,7 +82,8 @@ def join(
     observer: NodeObserver,
     emit: Emit,
 ) -> Node:
-    """Join as a node with ``ranks`` ranks that serves its memory at ``peer_port``. Returns at once; threads do the rest."""
+    """Join as a node with ``ranks`` ranks that serves its memory at ``peer_port``. Returns at once;
+    threads do the rest."""
     witnesses = _witnesses_min(spec)
     tls = job_tls(spec)
     _report_validity(check_tls(spec, host), emit)
@@ -111,10 +123,18 @@ def join(
     ) -> FailureDecision:
         completed = max(facts.completed(), *[failed.completed for failed in failures.values()], -1)
         reported = {node: _failure(failed, received_s[node]) for node, failed in failures.items()}
-        return _decided(note, EpochFailures(reported, lost, ended, completed), now_s, facts.policy())
+        return _decided(
+            note, EpochFailures(reported, lost, ended, completed), now_s, facts.policy()
+        )
 
     return Node(
-        open_membership(keyspace_location(spec), spec.job, ttl_s=spec.ttl_s, witnesses_min=witnesses, on_act_until=observer.on_act_until),
+        open_membership(
+            keyspace_location(spec),
+            spec.job,
+            ttl_s=spec.ttl_s,
+            witnesses_min=witnesses,
+            on_act_until=observer.on_act_until,
+        ),
         info,
         MembershipOptions(
             nodes_min=spec.nodes_min,
@@ -137,7 +157,8 @@ def memory_address(host: str, port: int) -> str:
 
 
 def _failure(failed: mesh.NodeFailed, received_s: float) -> Failure:
-    """A node's report; its time is the leader's own, since clocks of different nodes are not compared."""
+    """A node's report; its time is the leader's own, since clocks of different nodes are not
+    compared."""
     return Failure(
         failed.rank,
         failed.kind,
@@ -150,9 +171,13 @@ def _failure(failed: mesh.NodeFailed, received_s: float) -> Failure:
     )
 
 
-def _decided(note: EpochNote, failures: EpochFailures, now_s: float, policy: Policy) -> FailureDecision:
+def _decided(
+    note: EpochNote, failures: EpochFailures, now_s: float, policy: Policy
+) -> FailureDecision:
     """The decision, in the form that the membership's leader publishes."""
-    history = FailureHistory(note.fingerprint, note.step, note.same, note.stuck, note.completed, note.overdue)
+    history = FailureHistory(
+        note.fingerprint, note.step, note.same, note.stuck, note.completed, note.overdue
+    )
     match decide(failures, history, policy, now_s):
         case StartNextEpoch(after, text):
             return FailureDecision(_note(after, text))
@@ -180,7 +205,10 @@ def _note(history: FailureHistory, text: str, *, end: int | None = None) -> Epoc
 def _report_validity(ends_s: float | None, emit: Emit) -> None:
     if ends_s is not None:
         until = datetime.fromtimestamp(ends_s, timezone.utc).isoformat()
-        text = f"nodes use TLS; this node's certificate is valid until {until}, and is read when a launch begins"
+        text = (
+            f"nodes use TLS; this node's certificate is valid until {until}, and is read when a "
+            "launch begins"
+        )
         emit(Event("tls", text, alarm=ends_s - time.time() < VALID_S_WANTED))
 
 
@@ -190,4 +218,7 @@ def _witnesses_min(spec: NodesSpec) -> int:
 
 
 def _printable(host: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in host)[:40] or "node"
+    return (
+        "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in host)[:40]
+        or "node"
+    )

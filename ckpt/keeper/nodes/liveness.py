@@ -1,11 +1,13 @@
-"""Whether all nodes of an epoch still answer in it, so that they may act although the membership is silent. Pure.
+"""Whether all nodes of an epoch still answer in it, so that they may act although the membership is
+silent. Pure.
 
-The node of rank 0 makes numbered calls; each node answers while that epoch is its newest and its membership is not lost.
-A call also carries the number of an earlier call that all nodes answered. Let call n say that all answered k: then this
-node's answer to k was sent before call n was made, and if call n is answered by all, each of them was in the epoch after
-that moment. From that moment on this node may act for as long as a lease lasts. So a node that moves to another epoch,
-or is cut off, stops all others within the time in which their leases would have ended, no matter how long messages
-take; and times of different machines are never compared.
+The node of rank 0 makes numbered calls; each node answers while that epoch is its newest and its
+membership is not lost. A call also carries the number of an earlier call that all nodes answered.
+Let call n say that all answered k: then this node's answer to k was sent before call n was made,
+and if call n is answered by all, each of them was in the epoch after that moment. From that moment
+on this node may act for as long as a lease lasts. So a node that moves to another epoch, or is cut
+off, stops all others within the time in which their leases would have ended, no matter how long
+messages take; and times of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ KEPT = 4 * CALLS_PER_TTL
 
 @dataclass(frozen=True, slots=True)
 class LivenessRound:
-    """What one node knows of the calls of one epoch. Times are its own, of the clock that leases use.
+    """What one node knows of the calls of one epoch. Times are its own, of the clock that leases
+    use.
 
-    ``number``: the last call, made or answered. ``missing``, on the node that calls: by call, who has not answered.
-    ``answered``: the last call that all answered. ``said_s``: by call, when this node answered it. ``since_s``: by call,
-    a moment of this node after which all nodes that answered the call were in the epoch.
+    ``number``: the last call, made or answered. ``missing``, on the node that calls: by call, who
+    has not answered. ``answered``: the last call that all answered. ``said_s``: by call, when this
+    node answered it. ``since_s``: by call, a moment of this node after which all nodes that
+    answered the call were in the epoch.
     """
 
     attempt: int = 0
@@ -40,8 +44,11 @@ class LivenessRound:
         return since_s + ttl_s - margin_s if since_s is not None else 0.0
 
 
-def next_call(now: LivenessRound, attempt: int, others: Collection[str], now_s: float) -> LivenessRound:
-    """Make the next call to ``others``, on the node of rank 0. With no others a call proves nothing."""
+def next_call(
+    now: LivenessRound, attempt: int, others: Collection[str], now_s: float
+) -> LivenessRound:
+    """Make the next call to ``others``, on the node of rank 0. With no others a call proves
+    nothing."""
     if now.attempt != attempt:
         now = LivenessRound(attempt)
     number = now.number + 1
@@ -55,10 +62,13 @@ def next_call(now: LivenessRound, attempt: int, others: Collection[str], now_s: 
 
 
 def answer_received(now: LivenessRound, attempt: int, number: int, node: str) -> LivenessRound:
-    """``node`` answered a call of this node; so it was in the epoch after all earlier calls as well."""
+    """``node`` answered a call of this node; so it was in the epoch after all earlier calls as
+    well."""
     if attempt != now.attempt or number > now.number:
         return now
-    missing = {call: names - {node} if call <= number else names for call, names in now.missing.items()}
+    missing = {
+        call: names - {node} if call <= number else names for call, names in now.missing.items()
+    }
     complete = max((call for call, names in missing.items() if not names), default=0)
     return replace(
         now,
@@ -67,15 +77,19 @@ def answer_received(now: LivenessRound, attempt: int, number: int, node: str) ->
     )
 
 
-def answer_call(now: LivenessRound, attempt: int, number: int, answered: int, now_s: float) -> LivenessRound:
-    """This node answers a call, now; ``answered``: the call that, as the caller says, all nodes answered."""
+def answer_call(
+    now: LivenessRound, attempt: int, number: int, answered: int, now_s: float
+) -> LivenessRound:
+    """This node answers a call, now; ``answered``: the call that, as the caller says, all nodes
+    answered."""
     if now.attempt != attempt:
         now = LivenessRound(attempt)
     if number <= now.number:
         return now
     since_s = now.since_s
     if answered in now.said_s:
-        # Not the time of this call: only its own earlier answer was surely sent before the call was made.
+        # Not the time of this call: only its own earlier answer was surely sent before the call was
+        # made.
         since_s = _with_time(since_s, number, answered, now.said_s[answered])
     return replace(
         now,
@@ -89,6 +103,9 @@ def answer_call(now: LivenessRound, attempt: int, number: int, answered: int, no
 def _with_time(
     times_s: Mapping[int, float], number: int, answered: int, time_s: float
 ) -> Mapping[int, float]:
-    """``times_s`` with the time of one more call. Of older calls the last few stay, and the one that all answered."""
-    kept = {call: at_s for call, at_s in times_s.items() if call > number - KEPT or call == answered}
+    """``times_s`` with the time of one more call. Of older calls the last few stay, and the one
+    that all answered."""
+    kept = {
+        call: at_s for call, at_s in times_s.items() if call > number - KEPT or call == answered
+    }
     return {**kept, number: time_s}

@@ -1,7 +1,9 @@
-"""This keeper's side of a job with several nodes: epochs of the membership, attempts, and messages of other nodes.
+"""This keeper's side of a job with several nodes: epochs of the membership, attempts, and messages
+of other nodes.
 
-``Node`` (in ``ckpt.cluster.node``) has the threads and talks to the membership; what it reports is posted to the
-keeper's loop and handled here. Uploads over several nodes are the matter of ``uploads``, memory of ``mirrors.memory``.
+``Node`` (in ``ckpt.cluster.node``) has the threads and talks to the membership; what it reports is
+posted to the keeper's loop and handled here. Uploads over several nodes are the matter of
+``uploads``, memory of ``mirrors.memory``.
 """
 
 from __future__ import annotations
@@ -44,10 +46,12 @@ LOOK_S = 1.0
 
 
 class Nodes:
-    """The cluster side of one launch; see ``ClusterView``. ``on`` takes the roster's events. In the keeper's loop.
+    """The cluster side of one launch; see ``ClusterView``. ``on`` takes the roster's events. In the
+    keeper's loop.
 
-    Raises UsageError if the specification can't work. It has more attributes than usual: one part per kind of message
-    (mailboxes, progress, liveness, standbys, uploads, memory), and how far the launch has come.
+    Raises UsageError if the specification can't work. It has more attributes than usual: one part
+    per kind of message (mailboxes, progress, liveness, standbys, uploads, memory), and how far the
+    launch has come.
     """
 
     def __init__(
@@ -103,12 +107,14 @@ class Nodes:
     def request_epoch(self, failure: Failure | None, completed: int, attempt: int) -> None:
         self._attempt = max(self._attempt, attempt)
         if self.view.node is None:
-            # It takes long to import, and the first attempt here needs it: the others shall not wait for that.
+            # It takes long to import, and the first attempt here needs it: the others shall not
+            # wait for that.
             import_module("ckpt.keeper.uploads.uploads")
             try:
                 self.view.node = self._joined()
             except (CkptError, OSError) as error:
-                # Posted, not called: the roster, which asks right now, must not get an event in the middle of a step.
+                # Posted, not called: the roster, which asks right now, must not get an event in the
+                # middle of a step.
                 self._post(partial(self._fail, f"this node can't meet the job's others: {error}"))
                 return
         if failure is not None:
@@ -132,8 +138,13 @@ class Nodes:
         self.uploads.begin(attempt)
         view = self.view
         assert view.epoch is not None, "an epoch with ranks here"
-        if not view.has_rank0 and view.node is not None and not view.node.is_connected(view.epoch.record.rank0_node):
-            # Posted: the roster knows only after this call that the attempt runs, and would ignore the event.
+        if (
+            not view.has_rank0
+            and view.node is not None
+            and not view.node.is_connected(view.epoch.record.rank0_node)
+        ):
+            # Posted: the roster knows only after this call that the attempt runs, and would ignore
+            # the event.
             self._post(lambda: self._report_unreachable("it broke before the attempt began"))
         return view.mailbox(attempt_mailbox(attempt), own)
 
@@ -150,7 +161,9 @@ class Nodes:
     def decided(self, boundary: int, flags: int) -> None:
         board = self._state.memory.board
         if board is not None:
-            self.view.send_to_others(mesh.MeshDecided(attempt=board.attempt, boundary=boundary, flags=flags))
+            self.view.send_to_others(
+                mesh.MeshDecided(attempt=board.attempt, boundary=boundary, flags=flags)
+            )
 
     def gather(self, answer: Callable[[Mapping[SnapshotId, str]], object]) -> None:
         self.memory.gather(answer)
@@ -181,7 +194,8 @@ class Nodes:
         return max(0.0, min(self._progress.tick(now_s), wait_s))
 
     def leave(self) -> None:
-        # If the job ended everywhere the membership is over already; connections stay for uploads that are in flight.
+        # If the job ended everywhere the membership is over already; connections stay for uploads
+        # that are in flight.
         if not self._all_ended:
             self._disconnect()
 
@@ -199,10 +213,12 @@ class Nodes:
     # ---- until when this node may act
 
     def _extend_act_until(self, board: Board, node: Node) -> None:
-        """Publish until when this node may act. Supervisors read it from the board even if this process hangs.
+        """Publish until when this node may act. Supervisors read it from the board even if this
+        process hangs.
 
-        Normally that is the end of the lease. While the membership's server does not answer, the answers of all nodes
-        of the epoch prolong it, because they show that no newer epoch has begun anywhere.
+        Normally that is the end of the lease. While the membership's server does not answer, the
+        answers of all nodes of the epoch prolong it, because they show that no newer epoch has
+        begun anywhere.
         """
         status = node.lease_status
         until_s = status.act_until_s
@@ -211,7 +227,8 @@ class Nodes:
         board.extend_act_until(int(until_s * 1e9))
 
     def _lease_prolonged(self, until_s: float) -> None:
-        """In the lease's own thread: so trainers are not stopped if the loop stands still, for a disk say."""
+        """In the lease's own thread: so trainers are not stopped if the loop stands still, for a
+        disk say."""
         if (board := self._state.memory.board) is not None:
             board.extend_act_until(int(until_s * 1e9))
 
@@ -233,20 +250,29 @@ class Nodes:
         board = self._state.memory.board
         if board is not None:
             board.has_remote_ranks = view.placed and bool(view.others)
-            if view.node is not None:  # before any trainer starts: the board's value may be from an earlier membership
+            if (
+                view.node is not None
+            ):  # before any trainer starts: the board's value may be from an earlier membership
                 self._extend_act_until(board, view.node)
         self._on(EpochChanged(epoch.number, view.placed, epoch.note.why, time.monotonic()))
         self._start_prepared()
 
     def _start_prepared(self) -> None:
-        """On a standby, start the prepared trainers, once per epoch: a failing one is not started in a loop."""
+        """On a standby, start the prepared trainers, once per epoch: a failing one is not started
+        in a loop."""
         epoch = self.view.epoch
-        if epoch is not None and not self.view.placed and not self.view.out and self._prepared_in < epoch.number:
+        if (
+            epoch is not None
+            and not self.view.placed
+            and not self.view.out
+            and self._prepared_in < epoch.number
+        ):
             self._prepared_in = epoch.number
             self._state.clients.broadcast("supervisor", StartPrepared())
 
     def _standbys_changed(self, epoch: NodeEpoch) -> None:
-        """The epoch has other standbys, or this node became one: no attempt begins or ends by that."""
+        """The epoch has other standbys, or this node became one: no attempt begins or ends by
+        that."""
         view, before = self.view, self.view.epoch
         if before is not None and before.number > epoch.number:
             return
@@ -260,7 +286,8 @@ class Nodes:
         self._start_prepared()
 
     def _membership_lost(self, reason: str) -> None:
-        """An epoch without a place for this node ends the attempt; the real next epoch has the same number at least."""
+        """An epoch without a place for this node ends the attempt; the real next epoch has the same
+        number at least."""
         self.view.out = True
         number = self.view.epoch.number + 1 if self.view.epoch is not None else 1
         text = f"this node lost its membership in the job, and joins anew: {reason}"
@@ -273,20 +300,34 @@ class Nodes:
     def _disconnected(self, node: str, reason: str) -> None:
         self.memory.disconnected(node)
         epoch = self.view.epoch
-        if epoch is not None and self.view.placed and not self.view.has_rank0 and node == epoch.record.rank0_node:
+        if (
+            epoch is not None
+            and self.view.placed
+            and not self.view.has_rank0
+            and node == epoch.record.rank0_node
+        ):
             self._report_unreachable(reason)
 
     def _report_unreachable(self, reason: str) -> None:
-        """Without rank 0's node the ranks here can't agree on anything, and messages to it may be lost."""
+        """Without rank 0's node the ranks here can't agree on anything, and messages to it may be
+        lost."""
         epoch = self.view.epoch
         assert epoch is not None, "an epoch"
         text = f"the connection to the node of rank 0 is broken: {reason}"
-        self._on(Rank0Unreachable(epoch.number, text, time.monotonic(), self._state.memory.completed()))
+        self._on(
+            Rank0Unreachable(epoch.number, text, time.monotonic(), self._state.memory.completed())
+        )
 
     def _receive(self, node: str, message: MeshMessage) -> None:
         board = self._state.memory.board
         match message:
-            case mesh.MeshPost() | mesh.MeshPeek() | mesh.MeshCount() | mesh.MeshForget() | mesh.MeshReply():
+            case (
+                mesh.MeshPost()
+                | mesh.MeshPeek()
+                | mesh.MeshCount()
+                | mesh.MeshForget()
+                | mesh.MeshReply()
+            ):
                 self.view.mailboxes.receive(node, message)
             case mesh.NodeProgress():
                 if not self.standbys.receive(node, message):
@@ -299,7 +340,11 @@ class Nodes:
             case mesh.AskNodeInventory() | mesh.NodeInventory() | mesh.MeshSources():
                 self.memory.receive(node, message)
             case mesh.MeshDecided():
-                if board is not None and self.view.epoch is not None and message.attempt == board.attempt:
+                if (
+                    board is not None
+                    and self.view.epoch is not None
+                    and message.attempt == board.attempt
+                ):
                     board.decide(message.boundary, message.flags)
 
     # ---- small parts
@@ -309,7 +354,8 @@ class Nodes:
             self.view.node.put_inventory(inventory)
 
     def _post(self, call: Callable[[], object]) -> None:
-        """Have the loop make ``call``, unless this launch has left by then: the next launch must not get its events."""
+        """Have the loop make ``call``, unless this launch has left by then: the next launch must
+        not get its events."""
         self._state.post(lambda: call() if self._leaving is None else None)
 
     def _emit(self, event: Event) -> None:
@@ -326,7 +372,13 @@ class Nodes:
             on_disconnected=lambda node, reason: post(lambda: self._disconnected(node, reason)),
             on_act_until=self._lease_prolonged,
         )
-        facts = KeeperFacts(lambda: state.launch.policy, lambda: self._attempt, state.memory.completed)
+        facts = KeeperFacts(
+            lambda: state.launch.policy, lambda: self._attempt, state.memory.completed
+        )
         return self._join(
-            ranks=state.memory.ranks, peer_port=self.memory.port, facts=facts, observer=observer, emit=self._emit
+            ranks=state.memory.ranks,
+            peer_port=self.memory.port,
+            facts=facts,
+            observer=observer,
+            emit=self._emit,
         )

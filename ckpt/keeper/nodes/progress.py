@@ -1,6 +1,8 @@
-"""What nodes regularly tell each other: progress of their ranks, mirrors of standbys, liveness. In the keeper's loop.
+"""What nodes regularly tell each other: progress of their ranks, mirrors of standbys, liveness. In
+the keeper's loop.
 
-All nodes send their progress to rank 0's node; that one sends each of them what all others have in common.
+All nodes send their progress to rank 0's node; that one sends each of them what all others have in
+common.
 """
 
 from __future__ import annotations
@@ -14,13 +16,18 @@ from ckpt.cluster.membership.leases import default_margin_s
 from ckpt.cluster.membership.member import boottime_s
 from ckpt.cluster.membership.records import StateInventory
 from ckpt.cluster.mesh.messages import LivenessAnswer, LivenessCall, NodeProgress
-from ckpt.cluster.node.epochs import NodeEpoch
 from ckpt.ipc.board import RankBoard
 from ckpt.ipc.messages import NodeReport
 from ckpt.keeper.mirrors.memory import ClusterMemory
 from ckpt.keeper.mirrors.plan import MirrorReport, MirrorRound, next_round
 from ckpt.keeper.nodes.epoch_view import EpochView
-from ckpt.keeper.nodes.liveness import CALLS_PER_TTL, LivenessRound, answer_call, answer_received, next_call
+from ckpt.keeper.nodes.liveness import (
+    CALLS_PER_TTL,
+    LivenessRound,
+    answer_call,
+    answer_received,
+    next_call,
+)
 from ckpt.keeper.slots import RankMemory
 from ckpt.values import SnapshotId
 
@@ -32,7 +39,8 @@ NO_ROUND = MirrorRound()
 def progress_of(ranks: Sequence[RankBoard], attempt: int, report: MirrorReport) -> NodeProgress:
     """The progress of some ranks of this node. Steps are read before snapshots.
 
-    A rank that completes a step in between then seems to hold more than it has completed, never less.
+    A rank that completes a step in between then seems to hold more than it has completed, never
+    less.
     """
     steps = [-1 if rank.completed is None else rank.completed for rank in ranks]
     sealed = [rank.sealed_snapshots() for rank in ranks]
@@ -48,10 +56,13 @@ def progress_of(ranks: Sequence[RankBoard], attempt: int, report: MirrorReport) 
 def common_progress(
     reports: Sequence[NodeProgress | None], attempt: int, now: MirrorRound = NO_ROUND
 ) -> NodeProgress:
-    """The progress of several nodes as one, in the round ``now``; nothing if one has not reported yet (None)."""
+    """The progress of several nodes as one, in the round ``now``; nothing if one has not reported
+    yet (None)."""
     known = [report for report in reports if report is not None]
     if len(known) < len(reports) or not known:
-        return NodeProgress(attempt=attempt, sealed=(), completed=-1, mirrored=now.kept, named=now.named)
+        return NodeProgress(
+            attempt=attempt, sealed=(), completed=-1, mirrored=now.kept, named=now.named
+        )
     return NodeProgress(
         attempt=attempt,
         sealed=_common_snapshots([frozenset(report.sealed) for report in known]),
@@ -83,7 +94,12 @@ def common_progress_without_each(
         held = frozenset(report.sealed if report is not None else ())
         needed = len(known) - (report is not None)
         sealed = sorted(
-            (snapshot for snapshot, count in nearly.items() if count - (snapshot in held) == needed), reverse=True
+            (
+                snapshot
+                for snapshot, count in nearly.items()
+                if count - (snapshot in held) == needed
+            ),
+            reverse=True,
         )
         completed = rest[0] if report is not None and report.completed == least else least
         result[node] = replace(nothing, sealed=tuple(sealed), completed=completed)
@@ -102,7 +118,8 @@ PROGRESS_LATEST_S = 1.0
 
 
 class ProgressExchange:
-    """Exchanges the progress of ranks, on nodes that have ranks, and shows that of others on the board."""
+    """Exchanges the progress of ranks, on nodes that have ranks, and shows that of others on the
+    board."""
 
     def __init__(self, ranks: RankMemory, view: EpochView, memory: ClusterMemory) -> None:
         self._ranks = ranks
@@ -113,7 +130,8 @@ class ProgressExchange:
         self._sent_s = 0.0
         self._sent_to: dict[str, tuple[NodeProgress, float]] = {}
         self._news = False
-        """On rank 0's node: whether another node's progress has arrived since it was last sent to all."""
+        """On rank 0's node: whether another node's progress has arrived since it was last sent to
+        all."""
         self._due_s = 0.0
 
     def begin(self) -> None:
@@ -149,16 +167,26 @@ class ProgressExchange:
         if not view.has_rank0:
             view.send(epoch.record.rank0_node, own)
             return
-        known = {node: progress for node, progress in self._received.items() if progress.attempt == epoch.number}
+        known = {
+            node: progress
+            for node, progress in self._received.items()
+            if progress.attempt == epoch.number
+        }
         reports = [
-            MirrorReport(progress.mirrored, progress.missed) if (progress := known.get(node)) else None
+            MirrorReport(progress.mirrored, progress.missed)
+            if (progress := known.get(node))
+            else None
             for node in view.others
         ]
         self._memory.set_round(
-            next_round(self._memory.round, [self._memory.mirror_report, *reports], board.newest_complete())
+            next_round(
+                self._memory.round, [self._memory.mirror_report, *reports], board.newest_complete()
+            )
         )
         others = {node: known.get(node) for node in view.others}
-        for node, progress in common_progress_without_each(own, others, epoch.number, self._memory.round).items():
+        for node, progress in common_progress_without_each(
+            own, others, epoch.number, self._memory.round
+        ).items():
             before, at_s = self._sent_to.get(node, (None, 0.0))
             if progress != before or now_s >= at_s + PROGRESS_LATEST_S:
                 self._sent_to[node] = (progress, now_s)
@@ -171,9 +199,14 @@ class ProgressExchange:
             return
         senders = view.others if view.has_rank0 else (epoch.record.rank0_node,)
         known = [self._received.get(node) for node in senders]
-        current = [progress if progress and progress.attempt == epoch.number else None for progress in known]
+        current = [
+            progress if progress and progress.attempt == epoch.number else None
+            for progress in known
+        ]
         common = common_progress(current, epoch.number)
-        board.remote_ranks.publish_remote(common.sealed, common.completed if common.completed >= 0 else None)
+        board.remote_ranks.publish_remote(
+            common.sealed, common.completed if common.completed >= 0 else None
+        )
         if not view.has_rank0 and current[0] is not None:
             self._memory.set_round(MirrorRound(current[0].named, current[0].mirrored))
 
@@ -194,7 +227,11 @@ class Standbys:
     """
 
     def __init__(
-        self, view: EpochView, memory: ClusterMemory, *, put_inventory: Callable[[StateInventory], object]
+        self,
+        view: EpochView,
+        memory: ClusterMemory,
+        *,
+        put_inventory: Callable[[StateInventory], object],
     ) -> None:
         self._view = view
         self._memory = memory
@@ -223,7 +260,9 @@ class Standbys:
         elif self._view.me in epoch.standbys and now_s >= self._inventory_s:
             self._inventory_s = now_s + INVENTORY_S
             snapshot, sizes = self._memory.copied(epoch)
-            message = NodeProgress(attempt=epoch.number, sealed=(), completed=-1, mirrored=snapshot, named=None)
+            message = NodeProgress(
+                attempt=epoch.number, sealed=(), completed=-1, mirrored=snapshot, named=None
+            )
             self._send(now_s, (epoch.record.rank0_node,), message)
             if snapshot is not None:
                 self._put_inventory(StateInventory(epoch.record.world_size, sizes))
@@ -248,10 +287,15 @@ class Standbys:
             return ()
         kept = self._memory.round.kept
         placed = [
-            NodeReport(node=node, here=node == me, first_rank=ranks.start, ranks=len(ranks), mirrored=kept)
+            NodeReport(
+                node=node, here=node == me, first_rank=ranks.start, ranks=len(ranks), mirrored=kept
+            )
             for node, ranks in epoch.record.ranks.items()
         ]
-        have = {**self._have, **({me: self._memory.copied(epoch)[0]} if me in epoch.standbys else {})}
+        have = {
+            **self._have,
+            **({me: self._memory.copied(epoch)[0]} if me in epoch.standbys else {}),
+        }
         waiting = [
             NodeReport(node=node, here=node == me, first_rank=-1, ranks=0, mirrored=have.get(node))
             for node in epoch.standbys
@@ -270,7 +314,8 @@ class Standbys:
 
 
 class LivenessExchange:
-    """Makes liveness calls, or answers them. ``ttl_s``: of the nodes' leases. Times are of CLOCK_BOOTTIME, as leases."""
+    """Makes liveness calls, or answers them. ``ttl_s``: of the nodes' leases. Times are of
+    CLOCK_BOOTTIME, as leases."""
 
     def __init__(self, view: EpochView, *, ttl_s: float) -> None:
         self._view = view
@@ -285,21 +330,27 @@ class LivenessExchange:
             return
         self._due_s = now_s + self._ttl_s / CALLS_PER_TTL
         self._round = now = next_call(self._round, epoch.number, self._view.others, boottime_s())
-        self._view.send_to_others(LivenessCall(attempt=now.attempt, number=now.number, answered=now.answered))
+        self._view.send_to_others(
+            LivenessCall(attempt=now.attempt, number=now.number, answered=now.answered)
+        )
 
     def receive(self, node: str, message: LivenessCall | LivenessAnswer) -> None:
-        """On a node that has ranks. A call of an older epoch gets no answer; nor does any while this node is out."""
+        """On a node that has ranks. A call of an older epoch gets no answer; nor does any while
+        this node is out."""
         epoch = self._view.epoch
         if epoch is None or message.attempt != epoch.number:
             return
         if isinstance(message, LivenessAnswer):
             self._round = answer_received(self._round, message.attempt, message.number, node)
         elif node == epoch.record.rank0_node:
-            self._round = answer_call(self._round, message.attempt, message.number, message.answered, boottime_s())
+            self._round = answer_call(
+                self._round, message.attempt, message.number, message.answered, boottime_s()
+            )
             self._view.send(node, LivenessAnswer(attempt=message.attempt, number=message.number))
 
     def until_s(self) -> float:
-        """Until when, of CLOCK_BOOTTIME, this node may act because all nodes answered; 0: not for that reason."""
+        """Until when, of CLOCK_BOOTTIME, this node may act because all nodes answered; 0: not for
+        that reason."""
         epoch = self._view.epoch
         if epoch is None or epoch.number != self._round.attempt:
             return 0.0

@@ -1,7 +1,9 @@
-"""Mailboxes at another keeper, that of rank 0's node; and on that node, serving those who ask. In the keeper's loop.
+"""Mailboxes at another keeper, that of rank 0's node; and on that node, serving those who ask. In
+the keeper's loop.
 
-Each mailbox has a name that is never used again, so messages for the mailbox of a dead attempt reach nothing. Messages
-for a mailbox that is not open yet wait for it: another node may have begun the epoch a moment earlier.
+Each mailbox has a name that is never used again, so messages for the mailbox of a dead attempt
+reach nothing. Messages for a mailbox that is not open yet wait for it: another node may have begun
+the epoch a moment earlier.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox, ValueCallback
 from ckpt.keeper.slots import PostToLoop
 
 EARLY_MAX = 10_000
-"""Messages that wait for mailboxes that are not open yet. More are dropped, and their attempt fails in time."""
+"""Messages that wait for mailboxes that are not open yet. More are dropped, and their attempt fails
+in time."""
 
 MailboxMessage = mesh.MeshPost | mesh.MeshPeek | mesh.MeshCount | mesh.MeshForget
 
 
 class RemoteMailboxes:
-    """All mailboxes of one keeper's job. ``send`` sends a message to a node; False if there was no connection."""
+    """All mailboxes of one keeper's job. ``send`` sends a message to a node; False if there was no
+    connection."""
 
     def __init__(self, send: Callable[[str, MeshMessage], bool]) -> None:
         self._send = send
@@ -40,11 +44,16 @@ class RemoteMailboxes:
         """Close the mailboxes of other attempts and generations, and drop the questions to them."""
         stay = {attempt_mailbox(number), uploads_mailbox(generation)}
         self._served = {name: mailbox for name, mailbox in self._served.items() if name in stay}
-        self._values_asked = {call: asked for call, asked in self._values_asked.items() if asked[0] in stay}
-        self._numbers_asked = {call: asked for call, asked in self._numbers_asked.items() if asked[0] in stay}
+        self._values_asked = {
+            call: asked for call, asked in self._values_asked.items() if asked[0] in stay
+        }
+        self._numbers_asked = {
+            call: asked for call, asked in self._numbers_asked.items() if asked[0] in stay
+        }
 
     def serve(self, name: str, mailbox: LocalMailbox) -> None:
-        """Answer others' messages for a mailbox of this keeper, first those that arrived too early."""
+        """Answer others' messages for a mailbox of this keeper, first those that arrived too
+        early."""
         if self._served.get(name) is mailbox:
             return
         self._served[name] = mailbox
@@ -53,12 +62,15 @@ class RemoteMailboxes:
             self._serve(node, message)
 
     def peek(self, node: str, name: str, key: str, *, wait_s: float, answer: ValueCallback) -> None:
-        """Ask ``node`` for a value. Without a connection nothing answers, and the attempt fails in time."""
+        """Ask ``node`` for a value. Without a connection nothing answers, and the attempt fails in
+        time."""
         call = next(self._calls)
         self._values_asked[call] = (name, answer)
         self._send(node, mesh.MeshPeek(call=call, room=name, key=key, wait_s=wait_s))
 
-    def count(self, node: str, name: str, key: str, amount: int, *, answer: Callable[[int], object]) -> None:
+    def count(
+        self, node: str, name: str, key: str, amount: int, *, answer: Callable[[int], object]
+    ) -> None:
         """Add to a counter at ``node``, and ask for the sum; as ``peek``."""
         call = next(self._calls)
         self._numbers_asked[call] = (name, answer)
@@ -134,23 +146,26 @@ class RemoteMailbox:
         self._mailboxes.send(self._node, mesh.MeshForget(room=self._name, key=key))
 
 
-# ---- how threads of a keeper reach the ranks of other nodes: a mailbox that only the loop may touch
+# ---- channel: how threads of a keeper reach the ranks of other nodes
 
 ANSWER_S = 10.0
-"""How long a question waits for its message. One without an answer after twice that was lost, and is asked again."""
+"""How long a question waits for its message. One without an answer after twice that was lost, and
+is asked again."""
 
 EMPTY_PAUSE_S = 0.05
 """Pause after a question that found nothing."""
 
 REPEATED_MAX = 256
-"""How many of the last messages are posted again after a broken connection: only the last few snapshots matter."""
+"""How many of the last messages are posted again after a broken connection: only the last few
+snapshots matter."""
 
 
 class LoopChannel:
-    """The mailbox of one rank, over ``mailbox``, which is looked up each time: None once it is closed. Thread-safe.
+    """The mailbox of one rank, over ``mailbox``, which is looked up each time: None once it is
+    closed. Thread-safe.
 
-    See ``ckpt.ipc.mailbox.RankMailbox``. What may have been lost is sent again, so it offers no counters: adding twice
-    would be wrong.
+    See ``ckpt.ipc.mailbox.RankMailbox``. What may have been lost is sent again, so it offers no
+    counters: adding twice would be wrong.
     """
 
     stays = True
@@ -166,7 +181,8 @@ class LoopChannel:
         self._posted: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._asked: dict[str, tuple[Future[bytes | None], float]] = {}
-        """Open questions, and until when they count as open: a second wait for the key shares the answer."""
+        """Open questions, and until when they count as open: a second wait for the key shares the
+        answer."""
 
     def post(self, key: str, value: bytes) -> None:
         def do() -> None:
@@ -185,7 +201,8 @@ class LoopChannel:
             return None
 
     def wait(self, key: str, timeout_s: float) -> bytes | None:
-        """The value of ``key``, or None after ``timeout_s`` seconds or, at times, earlier: call again."""
+        """The value of ``key``, or None after ``timeout_s`` seconds or, at times, earlier: call
+        again."""
         now_s = time.monotonic()
         with self._lock:
             asked, until_s = self._asked.get(key, (None, 0.0))
@@ -200,7 +217,9 @@ class LoopChannel:
             if self._asked.get(key, (None, 0.0))[0] is asked:
                 del self._asked[key]
         if value is None:
-            time.sleep(min(timeout_s, EMPTY_PAUSE_S))  # the mailbox is closed, or there is nothing yet
+            time.sleep(
+                min(timeout_s, EMPTY_PAUSE_S)
+            )  # the mailbox is closed, or there is nothing yet
         return value
 
     def _ask(self, key: str, wait_s: float) -> Future[bytes | None]:
@@ -211,7 +230,9 @@ class LoopChannel:
             if mailbox is None:
                 _answer(asked, None)
             else:
-                mailbox.peek(key, wait_s=wait_s, owner=self, answer=lambda value: _answer(asked, value))
+                mailbox.peek(
+                    key, wait_s=wait_s, owner=self, answer=lambda value: _answer(asked, value)
+                )
 
         self._call(do)
         return asked

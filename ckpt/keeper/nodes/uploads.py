@@ -1,9 +1,11 @@
-"""Uploads of snapshots whose ranks are on several nodes: one mailbox per placement generation, one order everywhere.
+"""Uploads of snapshots whose ranks are on several nodes: one mailbox per placement generation, one
+order everywhere.
 
-A *placement generation* lasts as long as the same nodes hold the same ranks. Within it each node submits the same
-snapshots in the same order. If trainers died between the submissions of two ranks, the node of rank 0 sends all nodes
-the longest list that was submitted before the next attempt submits anything. With another generation, uploads in flight
-fail: not all their ranks are there any more.
+A *placement generation* lasts as long as the same nodes hold the same ranks. Within it each node
+submits the same snapshots in the same order. If trainers died between the submissions of two ranks,
+the node of rank 0 sends all nodes the longest list that was submitted before the next attempt
+submits anything. With another generation, uploads in flight fail: not all their ranks are there any
+more.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from ckpt.values import SnapshotId
 
 
 class _GenerationMailbox(LocalMailbox):
-    """The mailbox of one generation's uploads. The loop does not tick it: old questions end when the next one arrives."""
+    """The mailbox of one generation's uploads. The loop does not tick it: old questions end when
+    the next one arrives."""
 
     def peek(self, key: str, *, wait_s: float, owner: object, answer: ValueCallback) -> None:
         self.tick(time.monotonic())
@@ -40,7 +43,8 @@ class ClusterUploads:
         self._begun = 0
         """The attempt that began here last."""
         self._opened: tuple[SnapshotId | None] | None = None
-        """On the node of rank 0: the resume of the log's open epoch, while some node has not sent its submissions."""
+        """On the node of rank 0: the resume of the log's open epoch, while some node has not sent
+        its submissions."""
         self._message: mesh.MeshEpochOpened | None = None
         """The last message of its kind, which may be of an attempt that begins here in a moment."""
         self._mailbox: KeeperMailbox | None = None
@@ -49,7 +53,8 @@ class ClusterUploads:
         """The snapshot that the log epoch opened last continues from."""
 
     def channel_of(self, rank: int) -> LoopChannel:
-        """The mailbox over which this node's ``rank`` commits with all others, within this generation only."""
+        """The mailbox over which this node's ``rank`` commits with all others, within this
+        generation only."""
         placement = self._view.placement
         assert placement is not None, "an epoch with ranks here"
         mailbox = self._mailbox
@@ -64,7 +69,9 @@ class ClusterUploads:
 
     def see_epoch(self, epoch: NodeEpoch, before: NodeEpoch | None, *, placed: bool) -> None:
         """A new epoch; it may begin another generation."""
-        self._submitted = {node: known for node, known in self._submitted.items() if known.attempt >= epoch.number}
+        self._submitted = {
+            node: known for node, known in self._submitted.items() if known.attempt >= epoch.number
+        }
         if before is not None and before.note.era == epoch.note.era:
             return
         self._channels.clear()
@@ -73,7 +80,8 @@ class ClusterUploads:
         self._state.uploads.new_generation(rank0_here=self._view.has_rank0)
 
     def begin(self, attempt: int) -> None:
-        """An attempt begins: send what was submitted before, and hold new submissions until its log epoch is open."""
+        """An attempt begins: send what was submitted before, and hold new submissions until its log
+        epoch is open."""
         assert self._view.epoch is not None, "an epoch with ranks here"
         uploads = self._state.uploads.need()
         uploads.use_channels(self.channel_of)  # an earlier launch of the program had other nodes
@@ -86,7 +94,8 @@ class ClusterUploads:
             self._follow(self._message)
 
     def open(self, resume: SnapshotId | None) -> None:
-        """On the node of rank 0: the log epoch is open. All nodes hear so once each has sent its submissions."""
+        """On the node of rank 0: the log epoch is open. All nodes hear so once each has sent its
+        submissions."""
         epoch = self._view.epoch
         assert epoch is not None, "an epoch with ranks here"
         if self._begun == epoch.number:  # else it was opened for an attempt that is over
@@ -104,7 +113,8 @@ class ClusterUploads:
                 self._follow(message)
 
     def connected(self, node: str) -> None:
-        """A connection is up again: messages to the node of rank 0 may have been lost, so they are sent again."""
+        """A connection is up again: messages to the node of rank 0 may have been lost, so they are
+        sent again."""
         epoch = self._view.epoch
         if epoch is not None and node == epoch.record.rank0_node:
             self._send_own()
@@ -121,7 +131,8 @@ class ClusterUploads:
             self._view.send(epoch.record.rank0_node, self._own)
 
     def _send_opened(self) -> None:
-        """Once all nodes have sent their submissions: let all submit the longest list first, then go on."""
+        """Once all nodes have sent their submissions: let all submit the longest list first, then
+        go on."""
         epoch = self._view.epoch
         if self._opened is None or epoch is None or epoch.number != self._begun:
             return
@@ -144,6 +155,7 @@ class ClusterUploads:
         if slots is None or epoch is None or not message.attempt == epoch.number == self._begun:
             return
         self.resume = message.resume
-        # Submissions first: a slot that the list still needs may hold a capture that is discarded next.
+        # Submissions first: a slot that the list still needs may hold a capture that is discarded
+        # next.
         self._state.uploads.need().epoch_opened(message.turns, slots.hold_snapshot)
         slots.discard_after(message.resume)

@@ -1,9 +1,8 @@
-"""One job's epochs inside its keeper: what can be restored, opening the next one, and whether
+"""One job's log epochs inside its keeper: what can be restored, opening the next one, and whether
 another writer took over.
 
-Used by the keeper's loop alone, which it never holds up: what may wait for the store is done in
-threads, and comes back through ``post``. All futures are resolved and all callbacks called by the
-loop.
+For the keeper's loop alone, which it never blocks: calls that may wait for the store run in threads
+and return through ``post``. The loop resolves all futures and makes all callbacks.
 """
 
 from __future__ import annotations
@@ -32,25 +31,25 @@ class EpochObserver(Protocol):
     """What epochs need of the keeper around them."""
 
     def post(self, call: Callable[[], object], /) -> object:
-        """Have a call made by the keeper's loop, soon; from any thread."""
+        """Have the keeper's loop make a call, soon; from any thread."""
         ...
 
     def tell(self, event: Event, /) -> None:
-        """Tell people."""
+        """Emit an event."""
         ...
 
     def on_fenced(self, error: FencedError, /) -> None:
-        """Another writer opened a newer epoch; once a launch."""
+        """Another writer opened a newer epoch; called once a launch."""
         ...
 
     def on_moved(self) -> None:
-        """Another store, or none, stands where the launch before had its own."""
+        """The store is another one than in the launch before, or gone."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """An epoch that is wanted while another is being opened."""
+    """An epoch that was asked for while another is being opened."""
 
     resume: SnapshotId | None
     chosen: ResumeChoice | None
@@ -58,7 +57,7 @@ class _Asked:
 
 
 class LogEpochs:
-    """The log as the loop knows it, and the epochs given out from it. Lives over any number of
+    """The log as the loop knows it, and the epochs issued from it. Lives over any number of
     launches and attempts."""
 
     def __init__(
@@ -81,23 +80,23 @@ class LogEpochs:
         self._beginning = False
         self._waiting: list[_Asked] = []
         self._chosen: ResumeChoice | None = None
-        """What the log's newest snapshot was when choices were last read there."""
+        """What the log's newest snapshot was when choices were last read from it."""
         self._under_way = 0
         self._eras = 0
         self._closed = False
 
     @property
     def busy(self) -> bool:
-        """Whether some call to the store is on its way."""
+        """Whether a call to the store is in flight."""
         return self._under_way > 0
 
     def choices(self, staged: Mapping[SnapshotId, str]) -> Future[tuple[Choice, ...]]:
-        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold,
-        with the origins they carry.
+        """What can be restored, best first. ``staged``: the snapshots that all ranks' slots hold,
+        with their origins.
 
-        Answered at once where this launch opened an epoch and a staged pair is on its line, else
-        after reading the log. Fails with what keeps the log from being read; waits for the store
-        where the slots may hold more than that would give.
+        Answered at once if this launch opened an epoch and a staged snapshot is on its lineage,
+        else after reading the log. Fails with what keeps the log from being read; but if slots hold
+        snapshots, which the log may know nothing newer than, it waits for the store.
         """
         self._log.restoring(True)
         self._chosen = None
@@ -126,7 +125,7 @@ class LogEpochs:
         then: Callable[[], object],
         failed: Callable[[CkptError], object],
     ) -> None:
-        """Open an epoch that goes on from a staged pair, unless somebody else went on with the
+        """Open an epoch that continues from a staged snapshot, unless another writer continued the
         job."""
         if self._beginning:  # trainers came back
             failed(UnavailableError("an epoch is being opened."))
@@ -146,7 +145,8 @@ class LogEpochs:
         self._begin(opening, begun, not_begun)
 
     def open_store(self, then: Callable[[], object], failed: Callable[[CkptError], object]) -> None:
-        """Open the store where it is not open yet, to write chunks and parts there; then go on."""
+        """Open the store, if it is not open yet, to write chunks and parts to it; then call
+        ``then``."""
         self.when_done(self._thread.submit(lambda: self._log.backend), lambda _: then(), failed)
 
     def read_log(
@@ -155,7 +155,7 @@ class LogEpochs:
         then: Callable[[], object],
         failed: Callable[[CkptError], object],
     ) -> None:
-        """Read the log in the background, with the ids of ``epochs``; then go on."""
+        """Read the log in the background, with the ids of ``epochs``; then call ``then``."""
         before = self.view.commits()
 
         def have(seen: LogReading) -> None:
@@ -175,7 +175,7 @@ class LogEpochs:
     def when_done(
         self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]
     ) -> None:
-        """When ``call`` is done in its thread, go on in the loop."""
+        """When ``call`` is done in its thread, continue in the loop."""
         self._under_way += 1
         era = self._eras
 
@@ -192,21 +192,21 @@ class LogEpochs:
         call.add_done_callback(lambda _: self._around.post(done))
 
     def fence(self, error: FencedError) -> None:
-        """Another writer opened a newer epoch: write nothing more. Nothing before this launch
-        opened one of its own."""
+        """Another writer opened a newer epoch: write nothing more. No effect before this launch has
+        opened an epoch of its own."""
         if self.fenced is None and not self._fresh:
             self.fenced = error
             self._around.on_fenced(error)
 
     def new_launch(self) -> None:
-        """The program was started anew: neither who went on with the job in between nor another
-        store is a rival now."""
+        """The program was started again: neither a writer that continued the job in between nor
+        another store is a rival now."""
         self._fresh, self.fenced, self._chosen = True, None, None
         self._log.recheck_store()
 
     def new_generation(self, *, root: bool) -> None:
-        """Other nodes, or places, than before: see ``Uploads.new_era``. What is asked for, and not
-        opened yet, fails."""
+        """Other nodes or placements than before: see ``Uploads.new_generation``. Epochs asked for
+        and not yet open fail."""
         self._eras += 1
         for kind in ("choices-wait", "open-waits"):
             self._waits.cancel(kind)
@@ -219,11 +219,11 @@ class LogEpochs:
             self.view.staged = {}
 
     def stop(self) -> None:
-        """What is on its way fails from now on."""
+        """What is in flight fails from now on."""
         self._closed = True
 
     def close(self, timeout_s: float) -> bool:
-        """End the thread; whether it ended by then."""
+        """End the thread; whether it ended in time."""
         return self._thread.close(cancel=True, timeout_s=timeout_s)
 
     def _read_choices(
@@ -238,7 +238,10 @@ class LogEpochs:
             if not (staged and self._fresh and error.retry) or self._closed:
                 future.set_exception(error)
                 return
-            what = "slots hold snapshots, but the log that says which of them count can't be read; waiting"
+            what = (
+                "slots hold snapshots, but the log that says which of them count can't be read; "
+                "waiting"
+            )
             self._waits.schedule(
                 "choices-wait", what, error, lambda: self._read_choices(staged, future, stores)
             )
@@ -312,12 +315,15 @@ class LogEpochs:
         )
 
     def _see_store(self, log_id: str) -> None:
-        """Start afresh where another store, or none, stands where the last launch's did."""
+        """Begin anew if the store is another one than in the last launch, or gone."""
         if not self.view.store_changed(log_id):
             return
         self._around.on_moved()
         what = "another one now" if log_id else "gone"
-        text = f"the store is {what}: what was staged for it is given up, and the job starts afresh. store={self._store}"
+        text = (
+            f"the store is {what}: what was staged for it is given up, and the job starts afresh. "
+            f"store={self._store}"
+        )
         self._around.tell(Event("store-changed", text, {"log_id": log_id}, alarm=True))
 
     def _open_waiting(self) -> None:

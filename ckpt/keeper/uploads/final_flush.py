@@ -1,5 +1,5 @@
-"""Making a staged pair durable that nobody waits for: its trainers are gone. Repeated while the
-store doesn't take it."""
+"""Makes a staged snapshot durable after its trainers are gone, and repeats that while the store
+does not take it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ckpt.save.sealed import SealedSlot
 from ckpt.values import SnapshotId
 
 HoldSnapshot = Callable[[int, SnapshotId], SealedSlot | None]
-"""The slot of a rank that holds a pair, held for an upload; None where there is none."""
+"""Holds the slot of a rank that has a snapshot, for an upload; None if there is none."""
 
 
 KIND = "settle-waits"
@@ -32,7 +32,7 @@ class _Task:
 
 
 class FinalFlush:
-    """At most one job at a time: the newest of some pairs that can be saved. The last one asked for
+    """At most one task at a time: the newest of some snapshots that can be saved. The last request
     counts."""
 
     def __init__(
@@ -56,16 +56,16 @@ class FinalFlush:
 
     @property
     def busy(self) -> bool:
-        """Whether a pair is still to be settled."""
+        """Whether a snapshot is still to be flushed."""
         return self._task is not None
 
     @property
     def wanted(self) -> SnapshotId | None:
-        """The pair that is to be settled, or None."""
+        """The snapshot that is to be flushed, or None."""
         return self._task.pairs[0] if self._task is not None else None
 
     def start(self, pairs: Sequence[SnapshotId], sealed_of: HoldSnapshot) -> None:
-        """Settle the newest of ``pairs`` that can be; no second try beside one in flight."""
+        """Flush the newest of ``pairs`` that can be; no second upload beside one in flight."""
         self.stop()
         if not pairs or self._view.not_needed(max(pairs)):
             return
@@ -76,12 +76,12 @@ class FinalFlush:
             self._look(task)
 
     def stop(self) -> None:
-        """Settle nothing any more; what is in flight goes on."""
+        """Flush nothing any more; an upload in flight continues."""
         self._task = None
         self._waits.cancel(KIND)
 
     def submission_completed(self, turn: Submission) -> None:
-        """All ranks are done with ``turn``."""
+        """All ranks are done with a submission."""
         task = self._task
         if task is None or task.turn is not turn:
             return
@@ -96,7 +96,7 @@ class FinalFlush:
             self._next(task, turn.error)
 
     def _look(self, task: _Task) -> None:
-        """The log decides: what an unanswered commit left there is durable."""
+        """Read the log first: a commit that got no answer may have made the snapshot durable."""
         if task is self._task:
             epochs = frozenset(pair.epoch for pair in task.pairs)
             self._epochs.read_log(
@@ -147,7 +147,7 @@ class FinalFlush:
             self._later(task, error)
 
     def _next(self, task: _Task, why: CkptError) -> None:
-        """The pair can't be saved at all: an older one is better than nothing."""
+        """The snapshot can't be saved at all: an older one is better than nothing."""
         if len(task.pairs) == 1:
             self._give_up(task, why)
             return
@@ -179,7 +179,7 @@ class FinalFlush:
 def unfit_reason(
     turn: Submission, sealed: Mapping[int, SealedSlot], ranks: int
 ) -> CkptError | None:
-    """Why the shares handed in and those found make no snapshot, or None. Pure."""
+    """Why the shares that were submitted and those in slots make no snapshot, or None."""
     indexes = {**turn.indexes, **{rank: one.index for rank, one in sealed.items()}}
     lost = [rank for rank in range(ranks) if rank not in indexes]
     if lost:

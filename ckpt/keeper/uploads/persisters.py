@@ -1,5 +1,5 @@
-"""The persisters of all ranks of this node: one queue each, made together, left together. Their
-shares become one part."""
+"""The persisters of this node's ranks: one queue each, started and left together. Their shares form
+one part."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 T = TypeVar("T")
 
 Settled = Callable[[int, Submission, SnapshotInfo | None, CkptError | None, bool], None]
-"""A rank is done with a turn: its facts, or why it failed; and whether its slot was handed in at
-all (else refused)."""
+"""A rank is done with a submission: the facts, or why it failed; and whether its slot was submitted
+at all (else refused)."""
 
 
 class Persisters:
-    """Takes shares for the ranks' persisters and notes them in ``turns``; ``settled`` hears of
-    each, in the loop."""
+    """Submits shares to the ranks' persisters and notes them in ``submissions``; ``settled`` is
+    called for each, in the loop."""
 
     def __init__(
         self,
@@ -53,15 +53,14 @@ class Persisters:
         self._left: list[Persister] = []
         self._epoch: _Epoch | None = None
         self.channel_of: Callable[[int], RankMailbox] | None = None
-        """The channel of each rank of this node, where other nodes have ranks too. Looked at by
-        ``start``."""
+        """Makes the mailbox of each local rank if other nodes have ranks too. Read by ``start``."""
 
     def __bool__(self) -> bool:
         """Whether there are persisters: an epoch was opened."""
         return bool(self._persisters)
 
     def start(self, log: StoreLog) -> None:
-        """Make the persisters, for the store that ``log`` has now."""
+        """Start the persisters, for the store that ``log`` has now."""
         room, of = InProcessRoom(), self.channel_of
         channels = [
             of(rank) if of else InProcessMailbox(room, rank=rank, size=self._ranks)
@@ -88,8 +87,8 @@ class Persisters:
             )
 
     def leave(self) -> None:
-        """The store is another one now: what is in flight fails, and what they know of chunks is
-        true no more."""
+        """The store, or the nodes, are others now: what is in flight fails, and known chunks are
+        forgotten."""
         if self._epoch is not None:
             self._epoch.over = True
         for persister in self._persisters:
@@ -100,16 +99,16 @@ class Persisters:
     def refer_next(
         self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]
     ) -> None:
-        """Let what ``rank`` hands in next refer to chunks of ``base``."""
+        """Let what ``rank`` submits next refer to chunks of ``base``."""
         if self._persisters:
             self._persisters[rank].refer_next(base, known)
 
     def call(self, call: Callable[[], T]) -> Future[T]:
-        """Do ``call`` behind all that was handed in, before all that comes."""
+        """Make ``call`` after all that was submitted, and before all that follows."""
         return self._persisters[0].call(call)
 
     def submit(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> Submission:
-        """Hand in a rank's share."""
+        """Submit a rank's share."""
         snapshot = sealed.index.snapshot
         turn = self._turns.submit(rank, snapshot, tags, sealed.index)
         persister = self._persisters[rank]
@@ -126,7 +125,7 @@ class Persisters:
         return turn
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
-        """A rank has no share to give."""
+        """A rank has no share to submit."""
         turn = self._turns.submit(rank, snapshot, (), error)
         refused = self._persisters[rank].submit_failure(snapshot, error)
         refused.add_done_callback(
@@ -134,7 +133,7 @@ class Persisters:
         )
 
     def submit_again(self, sealed: Mapping[int, SealedSlot]) -> Submission:
-        """Hand in all ranks' shares of one pair that may have been handed in before."""
+        """Submit all ranks' shares of one snapshot that may have been submitted before."""
         turn: Submission | None = None
         for rank, one in sealed.items():
             # Its part may be in the store already, named by a commit that was never answered: it
@@ -154,15 +153,15 @@ class Persisters:
 
 
 class _Epoch:
-    """Under which epoch persisters commit. Once they are left none: what is on its way must not
-    come under a later one."""
+    """The epoch under which persisters commit. Once they are left there is none: a commit in flight
+    must not land in a later one."""
 
     def __init__(self, newest: Callable[[], int]) -> None:
         self._newest = newest
         self.over = False
 
     def __call__(self) -> int:
-        """Raises UnavailableError."""
+        """Raises UnavailableError once the persisters are left."""
         epoch = self._newest()
         if self.over:
             raise UnavailableError("the job's nodes, or its store, are others now. commit nothing")
@@ -170,7 +169,7 @@ class _Epoch:
 
 
 def error_of(future: Future[T]) -> CkptError | None:
-    """Why a call failed, as an error of this package; None where it did not."""
+    """Why a call failed, as an error of this package; None if it did not."""
     if future.cancelled():
         return UnavailableError("the keeper ended before this was done.")
     error = future.exception()
@@ -186,4 +185,4 @@ def _new_writer() -> str:
 
 
 def _silent(event: Event) -> None:
-    """Rank 0's persister tells what concerns all."""
+    """Rank 0's persister reports what concerns all ranks."""

@@ -1,4 +1,4 @@
-"""Calls that are made again after a pause, because a store did not answer. Each new reason is told
+"""Calls that are repeated after a pause because a store did not answer. Each new reason is reported
 once. For the loop alone."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Wait:
 
 
 class Retries:
-    """What waits, by kind: an event's kind, ``open-waits`` for one. Pauses double from the first to
+    """Pending calls by kind, which is also the kind of the events. Pauses double from the first to
     RETRY_LAST_S."""
 
     def __init__(
@@ -41,8 +41,8 @@ class Retries:
     def schedule(
         self, kind: str, what: str, error: CkptError | None, call: Callable[[], object]
     ) -> None:
-        """Make ``call`` after a pause. ``what`` says for people what waits; None: for nothing that
-        people need to know."""
+        """Make ``call`` after a pause. ``what`` says for people what waits; without an ``error``
+        nothing is reported."""
         wait = self._waits.setdefault(kind, _Wait(self._retry_first_s))
         if error is not None and str(error) != wait.told:
             wait.told = str(error)
@@ -60,12 +60,13 @@ class Retries:
         timer.start()
 
     def succeeded(self, kind: str) -> None:
-        """The store answered: the next wait is a new one."""
+        """The store answered: the next pause is the first again, and the same reason is reported
+        anew."""
         if kind in self._waits:
             self._waits[kind].pause_s, self._waits[kind].told = self._retry_first_s, ""
 
     def cancel(self, kind: str) -> None:
-        """Nobody asks any more."""
+        """Drop the pending calls of a kind."""
         wait = self._waits.pop(kind, None)
         for timer in wait.timers if wait is not None else ():
             timer.cancel()
@@ -73,6 +74,6 @@ class Retries:
             wait.timers.clear()
 
     def stop(self) -> None:
-        """Make no call any more."""
+        """Drop all pending calls."""
         for kind in list(self._waits):
             self.cancel(kind)

@@ -1,5 +1,5 @@
-"""A job's log and its store as a keeper uses them: the calls that may wait for a store. Never
-called by the keeper's loop."""
+"""A job's log and store as its keeper uses them: the calls that may wait for a store. Never called
+by the keeper's loop."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ from ckpt.values import SnapshotId
 
 RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 30.0
-"""Pauses between tries to write an epoch's record to a store that doesn't take it: doubled from the
-first to the last."""
+"""Pauses between tries to write an epoch's record to a store that does not take it: doubled from
+the first to the last."""
 
 CARE_WAIT_S = 5.0
-"""How long the end waits for what looks after the stores."""
+"""How long the end waits for the maintenance of the stores to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class IssuedEpoch:
-    """An epoch that was given out before its record is written. ``write_id`` makes repeating the
-    write harmless."""
+    """An epoch that was issued before its record is written. ``write_id`` makes repeating the write
+    harmless."""
 
     epoch: int
     resume: SnapshotId | None
@@ -61,9 +61,9 @@ class IssuedEpoch:
 
 @dataclass(frozen=True, slots=True)
 class LogReading:
-    """The log as it was read. ``ids`` are write ids of its opens, those asked for and some more.
+    """The log as it was read. ``ids``: write ids of its opens, those asked for and some more.
 
-    ``log_id`` is empty where there is no store.
+    ``log_id`` is "" if there is no store.
     """
 
     state: LogState
@@ -73,11 +73,11 @@ class LogReading:
 
 @dataclass(frozen=True, slots=True)
 class FirstOpen:
-    """The first epoch of a launch, as it is wanted: what it goes on from, and what is staged, with
-    origins.
+    """The first epoch of a launch, as it is asked for: what it continues from, and what is staged,
+    with origins.
 
-    ``settling``: nobody trains, it is opened to commit the staged ``resume`` alone. ``write_id``
-    makes repeating it harmless. ``chosen``: see ``Journal.open_epoch``.
+    ``settling``: no trainer runs, and it is opened only to commit the staged ``resume``.
+    ``write_id`` makes repeating it harmless. ``chosen``: see ``Journal.open_epoch``.
     """
 
     resume: SnapshotId | None
@@ -89,8 +89,8 @@ class FirstOpen:
 
 @dataclass(frozen=True, slots=True)
 class FirstOpened:
-    """The log when the first epoch was opened: as it was before, the opens written then, the new
-    one last, and their ids."""
+    """The log when the first epoch was opened: as it was before, the opens written then with the
+    new one last, and their ids."""
 
     seen: LogReading
     opens: tuple[OpenedEpoch, ...]
@@ -113,10 +113,13 @@ def open_job_of(spec: KeeperSpec, emit: Emit) -> Backend:
 
 class StoreLog:
     """The store of one job. ``read`` and the first ``begin`` belong to one thread, all writing
-    after it to rank 0's.
+    after it to that of rank 0.
 
-    ``job`` names a store that is made here; ``named``: the user chose it, so a store of another
-    name is refused.
+    ``job`` names a store that is made here. ``named``: the user chose that name, so a store of
+    another name is refused.
+
+    It has more attributes than usual: reader, writer and maintenance share one store, which
+    ``_renew`` replaces for all of them together.
     """
 
     def __init__(
@@ -164,13 +167,14 @@ class StoreLog:
         return self._writer
 
     def recheck_store(self) -> None:
-        """The store may be another one by now, or gone: before it is used next, see which it is."""
+        """The store may have been replaced or removed: before it is used next, check which it
+        is."""
         self.set_retention(None)
         self._look_again.set()
 
     def set_retention(self, retention: Retention | None) -> None:
-        """What is to be dropped from now on; None: nothing. It begins with the next snapshot that
-        is handed in."""
+        """What to drop from now on; None: nothing. It takes effect with the next snapshot that is
+        submitted."""
         with self._tidying:
             if retention != self._retention:
                 self._retention = retention
@@ -191,7 +195,7 @@ class StoreLog:
             (rounds.pause if busy else rounds.resume)()
 
     def tidy(self, *, begin: bool) -> bool:
-        """The job is over: ``begin`` to drop and delete what is due, without rest; whether that is
+        """The job is over: ``begin`` to drop and delete what is due without pauses; whether that is
         done."""
         rounds = self._rounds
         if begin and rounds is not None:
@@ -199,8 +203,8 @@ class StoreLog:
         return rounds is None or rounds.idle
 
     def read(self, epochs: Collection[int]) -> LogReading:
-        """The log, fresh from the store, and the ids of the opens of ``epochs`` at least; empty
-        where there is no store."""
+        """The log, fresh from the store, with the ids of the opens of ``epochs`` at least; empty if
+        there is no store."""
         self._renew()
         if self._reader is None:
             try:
@@ -212,13 +216,13 @@ class StoreLog:
         return _seen(self._reader, epochs)
 
     def begin(self, opening: FirstOpen) -> FirstOpened:
-        """Make the store where there is none, and open a launch's first epoch. Raises whatever
-        keeps it from being written.
+        """Make the store if there is none, and open a launch's first epoch. Raises whatever keeps
+        it from being written.
 
-        Epochs that are staged but have no record get theirs first. Raises ConflictError where
-        another writer went on with the job since the log was last read, so that ``resume`` is no
-        staged pair of its line, or committed what is newer (NewerSnapshotError); and where another
-        store stands there.
+        Epochs that are staged but have no record get theirs first. Raises ConflictError if another
+        writer continued the job since the log was last read, so that ``resume`` is no staged
+        snapshot of its lineage; if it committed a newer one (NewerSnapshotError); and if the store
+        is another one.
         """
         if self._renew():
             opening = replace(opening, staged={})  # for another store, whose epochs these are not
@@ -257,19 +261,19 @@ class StoreLog:
         return FirstOpened(seen, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
 
     def record(self, given: IssuedEpoch) -> None:
-        """Write the record of an epoch that was given out. Repeated, with an alarm, until the store
+        """Write the record of an epoch that was issued. Repeated, with an alarm, until the store
         takes it.
 
-        Raises FencedError where another writer opened an epoch in between. What else can't be
-        helped by repeating (a hole in the log) is raised too, and tried again before the next
-        record.
+        Raises FencedError if another writer opened an epoch in between. An error that repeating
+        can't help (a hole in the log) is raised too, and the record is tried again before the next
+        one.
         """
         self._due.append(given)
         self._record_due()
 
     def writer_epoch(self) -> int:
-        """The newest epoch whose record is written: whose writer this keeper is. Writes what is due
-        first."""
+        """The newest epoch whose record is written: this keeper is its writer. Writes records that
+        are due first."""
         self._record_due()
         return self._recorded
 
@@ -278,14 +282,14 @@ class StoreLog:
         return self._recorded == journal.refresh().epoch
 
     def stop(self) -> None:
-        """End all waiting between tries, and looking after the stores."""
+        """End all pauses between tries, and the maintenance of the stores."""
         self._stopped.set()
         self._stop_rounds(CARE_WAIT_S)
         if self._caretaker is not None:
             self._caretaker.stop(CARE_WAIT_S)
 
     def close(self) -> None:
-        """Let go of the store."""
+        """Close the store."""
         for backend in (self._backend, *self._left):
             if backend is not None:
                 backend.close()
@@ -329,8 +333,8 @@ class StoreLog:
         return Journal.open(self.backend, job=job, create=create)
 
     def _renew(self) -> bool:
-        """Let go of journals of a store that is no longer there, where that is to be looked at;
-        whether it was so."""
+        """Leave the journals of a store that is no longer there, if that is to be checked; whether
+        it was so."""
         with self._renewing:
             if not self._look_again.is_set():
                 return False
@@ -380,7 +384,10 @@ class StoreLog:
                     raise
                 if str(error) != told:
                     told = str(error)
-                    text = f"epoch {given.epoch} is given out but not in the log yet, commits wait for it: {told}"
+                    text = (
+                        f"epoch {given.epoch} is given out but not in the log yet, commits wait "
+                        f"for it: {told}"
+                    )
                     self._tell(
                         Event(
                             "open-waits",
@@ -412,7 +419,7 @@ class StoreLog:
 
 
 def new_origin(after: str = "") -> str:
-    """A write id for an open: of the same lineage as ``after``, or of a new one."""
+    """A write id for an open: with the launch prefix of ``after``, or with a new one."""
     return launch_prefix(after or new_write_id()) + new_write_id()[LAUNCH_PREFIX_CHARS:]
 
 
@@ -429,8 +436,8 @@ def _seen(journal: Journal, epochs: Collection[int]) -> LogReading:
 
 
 def _check_resume(seen: LogReading, opening: FirstOpen, resume: SnapshotId) -> None:
-    """Raises ConflictError where ``resume`` is only staged, and what the log has under its epoch's
-    number is another's."""
+    """Raise ConflictError if ``resume`` is only staged, and the log has another writer's epoch
+    under its epoch's number."""
     if resume not in opening.staged or (
         not opening.settling and seen.state.find(resume) is not None
     ):

@@ -1,9 +1,10 @@
-"""One job's uploads inside its keeper: making slots durable, over attempts, launches and eras of
-nodes.
+"""One job's uploads inside its keeper: making slots durable, over attempts, launches and placement
+generations.
 
-Used by the keeper's loop alone, which it never holds up: what may wait for a store is done in
-threads (the log's in one, ``Epochs``; a ``Persister`` a rank), and comes back through ``post``. The
-loop resolves all futures and calls all callbacks.
+For the keeper's loop alone, which it never blocks: calls that may wait for a store run in threads
+(one for the log, ``LogEpochs``; one per rank, ``Persister``) and return through ``post``. The loop
+resolves all futures and makes all callbacks. Imported when it is first needed, because stores and
+compression take long to import.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ PostToLoop = Callable[[Callable[[], object]], None]
 """Has a call made by the keeper's loop, soon; from any thread."""
 
 OutcomeObserver = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None]
-"""A rank's snapshot is settled: its facts, or why it failed; both where it is durable and could not
-be tagged."""
+"""A rank's snapshot is done: its facts, or why it failed; both if it is durable and could not be
+tagged."""
 
 Known = Mapping[Digest, ChunkLocation]
 
@@ -43,12 +44,12 @@ _COMPRESSIONS = {"off": Compression("off"), "auto": Compression("auto"), "on": C
 
 
 def _nothing() -> None:
-    """Nothing is to be let go."""
+    """Nothing is to be released."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Early:
-    """What a rank said before its epoch was known to be open: to be done then, or dropped with its
+    """A call of a rank before its epoch was known to be open: to be made then, or dropped with its
     attempt."""
 
     do: Callable[[], object]
@@ -59,8 +60,11 @@ class Uploads:
     """The uploads of one job with a fixed number of ranks. Lives as long as that number does, over
     any number of attempts.
 
-    ``outcome`` hears of each snapshot that a rank handed in, ``fenced`` once, when another writer
-    opened a newer epoch; every call fails with FencedError from then on.
+    ``on_outcome`` is called for each snapshot that a rank submitted; ``on_fenced_text`` once, when
+    another writer opened a newer epoch: from then on every call fails with FencedError.
+
+    It has more public methods and attributes than usual: it is the face of one state machine over
+    persisters, epochs and the final flush, which must see each event in one order.
     """
 
     def __init__(
@@ -107,81 +111,78 @@ class Uploads:
         self._closed = False
         self._era_from = 0
         self._until_opened: list[_Early] | None = None
-        """With several nodes: what is handed in before the epoch is known to be open here."""
+        """With several nodes: what is submitted before the epoch is known to be open here."""
         self._attempts = 0
-        """Grows with each attempt and era, so that what was begun for an earlier one is known as
-        such."""
+        """Grows with each attempt and generation, so that callbacks of an earlier one are
+        recognised."""
         self.durable: SnapshotInfo | None = None
         """The last snapshot that became durable here."""
 
     @property
     def epoch(self) -> int:
-        """The newest epoch that was given out here; 0 before the first."""
+        """The newest epoch that was issued here; 0 before the first."""
         return self._epochs.view.epoch
 
     def origin_of(self, epoch: int) -> str:
-        """What staged indexes of an epoch that was given out here carry: the write id of its
+        """What staged indexes of an epoch that was issued here carry: the write id of its
         record."""
         return self._epochs.view.origin_of(epoch)
 
     @property
     def in_flight(self) -> int:
-        """Snapshots that some rank handed in and that are not settled on all ranks yet."""
+        """Snapshots that some rank submitted and that not all ranks are done with."""
         return len(self._turns)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do: no upload, no record to write, no question on its way."""
+        """Whether nothing is left to do: no upload, no record to write, no question to a store."""
         return not (self._turns or self._epochs.busy or self._waits or self._settler.busy)
 
     def choices(
         self, staged: Sequence[SnapshotId], origins: Mapping[SnapshotId, str] | None = None
     ) -> Future[tuple[Choice, ...]]:
-        """What can be restored, best first; ``staged`` are the pairs that all ranks' slots hold,
-        ``origins`` what they carry.
+        """What can be restored, best first. ``staged``: the snapshots that all ranks' slots hold;
+        ``origins``: theirs.
 
-        Answered at once where this launch opened an epoch and a staged pair is on its line, else
-        after reading the log. Fails with what keeps the log from being read; waits for the store
-        where the slots may hold more than that would give.
+        Answered at once if this launch opened an epoch and a staged snapshot is on its lineage,
+        else after reading the log. Fails with what keeps the log from being read; but if slots hold
+        snapshots, it waits for the store.
         """
         return self._epochs.choices({pair: (origins or {}).get(pair, "") for pair in staged})
 
     def open_epoch(
         self, resume: SnapshotId | None, retention: Retention | None = None, *, newest: bool = False
     ) -> Future[int]:
-        """Open the next epoch, going on from ``resume`` (None: afresh); its number. ``retention``:
-        what is dropped from now on.
+        """Open the next epoch, continuing from ``resume`` (None: from the start); returns its
+        number.
 
-        ``newest``: that is the best of the ``choices`` that were read last; fails with
-        NewerSnapshotError where somebody committed a newer one since, and they are to be read
-        again.
+        ``retention``: what is dropped from now on. ``newest``: ``resume`` is the best of the
+        ``choices`` that were read last; fails with NewerSnapshotError if a newer one was committed
+        since, and choices must be read again.
 
-        A launch's first one is written before the number is given: it makes the store where there
-        is none, and fails with what keeps it from being written, or waits for the store where slots
-        hold something. Later ones get their number at once; the record follows before any commit
+        A launch's first epoch is written before its number is returned. It makes the store if there
+        is none, and fails with what keeps it from being written, or waits for the store if slots
+        hold snapshots. Later epochs get their number at once; the record follows before any commit
         after it.
         """
         self._log.set_retention(retention)
         return self._epochs.open(resume, newest=newest)
 
     def new_launch(self) -> None:
-        """The program was started anew. Others may have gone on with the job in between, and that
-        is no reason to stop.
-
-        Nor is a store that was removed or replaced.
-        """
+        """The program was started again. It is no error that another writer continued the job in
+        between, nor that the store was removed or replaced."""
         self._epochs.new_launch()
 
     def refer_next(self, rank: int, base: SnapshotId, known: Known) -> None:
-        """Let what ``rank`` hands in next refer to chunks of the committed ``base``, unless it
-        knows others."""
+        """Let what ``rank`` submits next refer to chunks of the committed ``base``, unless it knows
+        others."""
         if self._until_opened is not None:
             self._until_opened.append(_Early(lambda: self.refer_next(rank, base, known)))
             return
         self._hands.refer_next(rank, base, known)
 
     def persist(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> None:
-        """Make a sealed slot durable; ``outcome`` hears how it went. Every rank hands in the same
+        """Make a sealed slot durable; ``on_outcome`` gets the result. Every rank submits the same
         sequence."""
         if self._until_opened is not None:
             self._until_opened.append(
@@ -207,7 +208,7 @@ class Uploads:
         self._hands.submit(rank, sealed, tags)
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
-        """Instead of ``persist``: this rank has no share to give, which fails the snapshot on all
+        """Instead of ``persist``: this rank has no share to submit, which fails the snapshot on all
         ranks."""
         if self._until_opened is not None:
             self._until_opened.append(_Early(lambda: self._refuse(rank, snapshot, error)))
@@ -221,27 +222,28 @@ class Uploads:
     # ---- with several nodes
 
     def use_channels(self, channel_of: Callable[[int], RankMailbox] | None) -> None:
-        """The channel of each rank of this node to those of other nodes; None: there are no others.
+        """Makes the mailbox of each local rank to the ranks of all nodes; None: there are no other
+        nodes.
 
-        To be told before anything is handed in.
+        To be called before anything is submitted.
         """
         self._hands.channel_of = channel_of
 
     @property
     def submitted(self) -> tuple[int, tuple[SubmissionEntry, ...]]:
-        """How many snapshots were handed in here since the era began, and the last of them, counted
+        """How many snapshots were submitted here in this generation, and the last of them, counted
         from its beginning."""
         first = self._era_from
         tail = ((n - first, snapshot, tags) for n, snapshot, tags in self._turns.tail if n >= first)
         return self._turns.count - first, tuple(tail)
 
     def new_generation(self, *, root: bool) -> None:
-        """Other nodes, or places, than before: what is in flight fails, since its ranks are not all
-        there any more.
+        """Other nodes or placements than before: what is in flight fails, since not all its ranks
+        are there any more.
 
-        ``root``: rank 0 is here now, so the log is this keeper's to write, and what it knew of it
-        is old. Where it is not, this keeper is the log's writer no more, whatever it was: it opens
-        no epoch, drops nothing, and nothing of the log fences it.
+        ``root``: rank 0 is on this node now, so this keeper may write the log, and what it knew of
+        it is out of date. If it is not, this keeper is no longer the log's writer: it opens no
+        epoch, drops nothing, and nothing in the log fences it.
         """
         self._drop_early()
         self._settler.stop()
@@ -252,14 +254,14 @@ class Uploads:
         self._epochs.new_generation(root=root)
 
     def hold_submissions(self) -> None:
-        """An attempt begins: what is handed in waits until the node of rank 0 tells that its epoch
-        is open."""
+        """An attempt begins: hold what is submitted until the node of rank 0 reports that the
+        attempt's epoch is open."""
         self._drop_early()
         self._until_opened = []
 
     def epoch_opened(self, handed: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
-        """The attempt's epoch is open. ``handed``: what some node handed in; what this one did not
-        comes first."""
+        """The attempt's epoch is open. ``handed``: what some node submitted; what this one did not
+        is submitted first."""
         attempt = self._attempts
 
         def go_on() -> None:
@@ -275,7 +277,10 @@ class Uploads:
 
         def failed(error: CkptError) -> None:
             if attempt == self._attempts and not self._closed:
-                what = "the store can't be opened here, so nothing of this node becomes durable; waiting"
+                what = (
+                    "the store can't be opened here, so nothing of this node becomes durable; "
+                    "waiting"
+                )
                 self._waits.schedule(
                     "follow-waits", what, error, lambda: self.epoch_opened(handed, sealed_of)
                 )
@@ -300,8 +305,7 @@ class Uploads:
                 self._refuse(rank, snapshot, lost)
 
     def _drop_early(self) -> None:
-        """The attempt that handed it in is over: its turns are settled as those that it never
-        handed in."""
+        """The attempt that made these submissions is over: they count as never made."""
         self._attempts += 1
         self._waits.cancel("follow-waits")
         early, self._until_opened = self._until_opened or [], None
@@ -309,7 +313,7 @@ class Uploads:
             one.drop()
 
     def _level(self) -> None:
-        """All ranks have handed in the same, with nobody left to hear of what some did not."""
+        """Make all ranks' submissions equal; no trainer is left that would need the outcome."""
         for turn, missing in list(self._turns.uneven()):
             error = UnavailableError(f"the job's nodes are others now. snapshot={turn.snapshot}")
             for rank in missing:
@@ -317,8 +321,8 @@ class Uploads:
                 self._settled(rank, turn, None, error, False)
 
     def _unfit(self, turn: Submission, sealed: Mapping[int, SealedSlot]) -> CkptError | None:
-        """As ``unfit``; of several nodes' snapshot this one has not all shares, so only its own
-        must be of one."""
+        """As ``unfit_reason``; of several nodes' snapshot this node has not all shares, so only its
+        own must match."""
         if self._hands.channel_of is None:
             return unfit_reason(turn, sealed, self._ranks)
         indexes = [*turn.indexes.values(), *(one.index for one in sealed.values())]
@@ -329,10 +333,10 @@ class Uploads:
         return UnavailableError(text) if len(kinds) > 1 else None
 
     def attempt_ended(self, sealed_of: HoldSnapshot) -> None:
-        """No trainer of the attempt lives: hand in for each rank what others handed in and it did
-        not, or refuse it.
+        """No trainer of the attempt is alive: for each rank, submit or refuse what other ranks
+        submitted and it did not.
 
-        Then all ranks have handed in the same, and what is in flight settles.
+        Then all ranks have submitted the same, and what is in flight can complete.
         """
         self._drop_early()
         for turn, missing in list(self._turns.uneven()):
@@ -351,19 +355,19 @@ class Uploads:
                 self._refuse(rank, turn.snapshot, why)
 
     def flush_newest(self, pairs: Sequence[SnapshotId], sealed_of: HoldSnapshot) -> None:
-        """Make the newest of ``pairs`` durable that nobody handed in, or that failed before;
-        repeated while slots hold it.
+        """Make the newest of ``pairs`` durable that was not submitted, or failed before; repeated
+        while slots hold it.
 
-        For a job without trainers: after ``attempt_ended``. ``pairs`` are all that the slots hold:
-        where one can't be saved at all, the next older is taken. Nothing where it is durable, or
-        can't be any more. A keeper that opened no epoch opens one for it where nobody else went on
-        with the job.
+        For a job without trainers, after ``attempt_ended``. ``pairs``: all that the slots hold; if
+        one can't be saved at all, the next older is tried. Nothing happens if it is durable, or
+        can't be any more. A keeper that opened no epoch opens one for it, if no other writer
+        continued the job.
         """
         if self._epochs.fenced is None:
             self._settler.start(pairs, sealed_of)
 
     def tag(self, name: str, snapshot: SnapshotId) -> Future[None]:
-        """Tag a durable snapshot, after what was handed in before."""
+        """Tag a durable snapshot, after what was submitted before."""
         future: Future[None] = Future()
         if self._epochs.fenced is not None:
             future.set_exception(self._epochs.fenced)
@@ -380,13 +384,13 @@ class Uploads:
         return future
 
     def finish_retention(self, *, begin: bool) -> bool:
-        """Nobody comes any more: ``begin`` to drop and delete what is due, without rest; whether
-        that is done."""
+        """The job is over: ``begin`` to drop and delete what is due without pauses; whether that is
+        done."""
         return self._log.tidy(begin=begin)
 
     def close(self, timeout_s: float) -> None:
-        """Drop what has not begun and end the threads, waiting ``timeout_s`` seconds at most for
-        what a store holds up."""
+        """Drop what has not begun and end the threads; waits at most ``timeout_s`` seconds for a
+        store that blocks them."""
         deadline_s = time.monotonic() + timeout_s
         self._closed = True
         self._epochs.stop()
@@ -402,12 +406,10 @@ class Uploads:
     # ---- told by the epochs, in the loop
 
     def on_fenced(self, error: FencedError) -> None:
-        """See Around."""
         self._settler.stop()
         self._tell_fenced(str(error))
 
     def on_moved(self) -> None:
-        """See Around."""
         self._settler.stop()
         self._hands.leave()
 
@@ -436,7 +438,7 @@ class Uploads:
             self._settler.submission_completed(turn)
 
     def _tell_lost(self) -> None:
-        """Say what ends with the keeper and is in no store: its loop turns no more."""
+        """Report what ends with the keeper and is in no store."""
         wanted = self._settler.wanted
         what = (
             [f"the newest staged snapshot is not durable: {wanted}"] if wanted is not None else []
