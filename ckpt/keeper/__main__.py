@@ -29,10 +29,10 @@ LOCKED_STATUS = 3
 def main() -> int:
     """Run a keeper; returns the exit status."""
     spec = KeeperSpec.decode(sys.stdin.buffer.read())
-    home = KeeperListener.acquire(spec, JobFolder.at(Path(sys.argv[1])))
-    if home is None:
+    listener = KeeperListener.acquire(spec, JobFolder.at(Path(sys.argv[1])))
+    if listener is None:
         return LOCKED_STATUS
-    home.describe()
+    listener.describe()
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -41,14 +41,14 @@ def main() -> int:
     signal.signal(
         signal.SIGTERM, signal.SIG_IGN
     )  # whoever ends a node ends its trainers first, and they end the job
-    home.describe()
+    listener.describe()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         # Only now: whoever waits for the first process to end connects meanwhile.
         daemon: type[Daemon] = import_module("ckpt.keeper.daemon").Daemon
-        daemon(spec, home, incarnation=os.urandom(8).hex(), emit=emit_to_logging(-1)).run()
+        daemon(spec, listener, incarnation=os.urandom(8).hex(), emit=emit_to_logging(-1)).run()
     finally:
-        home.close()
+        listener.close()
     return 0
 
 

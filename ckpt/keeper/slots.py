@@ -102,7 +102,8 @@ class SlotTable:
     def of_rank(self, rank: int) -> list[HeldSlot]:
         """The slots that ``rank`` still uses, by index."""
         return sorted(
-            (one for one in self if one.rank == rank and not one.retired), key=lambda one: one.index
+            (slot for slot in self if slot.rank == rank and not slot.retired),
+            key=lambda slot: slot.index,
         )
 
     def __iter__(self) -> Iterator[HeldSlot]:
@@ -127,12 +128,12 @@ class SlotTable:
         """Slot ``index`` for an upload, if it is still sealed under ``generation``; held until it
         is released."""
         slot = self._slots.get((rank, index))
-        found = slot.read() if slot is not None else None
-        if slot is None or found is None or found[1] != generation:
+        sealed = slot.read() if slot is not None else None
+        if slot is None or sealed is None or sealed[1] != generation:
             if slot is not None and not slot.uploads:
                 self._board.rank(rank).release(index)
             return None
-        return self._hold(slot, *found)
+        return self._hold(slot, *sealed)
 
     def hold_snapshot(self, rank: int, snapshot: SnapshotId) -> SealedSlot | None:
         """The slot of ``rank`` that holds ``snapshot``, for an upload; held until it is
@@ -141,9 +142,9 @@ class SlotTable:
             brief = slot.brief()
             if brief is None or brief[0].snapshot != snapshot:
                 continue
-            found = slot.read()
-            if found is not None and found[0].snapshot == snapshot:
-                return self._hold(slot, *found)
+            sealed = slot.read()
+            if sealed is not None and sealed[0].snapshot == snapshot:
+                return self._hold(slot, *sealed)
         return None
 
     def sync_board(self) -> None:
@@ -157,11 +158,11 @@ class SlotTable:
             if not slot.uploads:
                 self._board.rank(slot.rank).release(slot.index)
             entry = self._board.rank(slot.rank).slot(slot.index)
-            found = slot.brief()
-            if found is None:
+            summary = slot.brief()
+            if summary is None:
                 self._board.rank(slot.rank).clear(slot.index)
-            elif (entry.snapshot, entry.generation) != (found[0].snapshot, found[1]):
-                self._board.rank(slot.rank).publish(slot.index, found[0].snapshot, found[1])
+            elif (entry.snapshot, entry.generation) != (summary[0].snapshot, summary[1]):
+                self._board.rank(slot.rank).publish(slot.index, summary[0].snapshot, summary[1])
 
     def discard_after(self, resume: SnapshotId | None) -> None:
         """Training continues from ``resume``: captures after it (None: all) are on no lineage, and
@@ -187,9 +188,9 @@ class SlotTable:
         origins do not match."""
         held: list[set[tuple[SnapshotId, str]]] = [set() for _ in range(ranks)]
         for slot in self:
-            found = slot.brief()
-            if found is not None and slot.rank < ranks and found[0].world_size == ranks:
-                held[slot.rank].add((found[0].snapshot, found[0].origin))
+            summary = slot.brief()
+            if summary is not None and slot.rank < ranks and summary[0].world_size == ranks:
+                held[slot.rank].add((summary[0].snapshot, summary[0].origin))
         return dict(sorted(set.intersection(*held), reverse=True)) if held else {}
 
     def report(self, rank: int) -> tuple[SlotReport, ...]:
@@ -268,27 +269,26 @@ class SlotTable:
         return True
 
     def _check(self, rank: int, index: int, fd: int, size_bytes: int) -> None:
-        there = self._slots.get((rank, index))
-        taken = there is not None and not there.retired
+        other = self._slots.get((rank, index))
+        taken = other is not None and not other.retired
         if not 0 <= index < SLOTS_MAX or not 0 <= rank < self._board.ranks or taken:
-            raise UsageError(f"a slot's place is taken or out of range. rank={rank} index={index}")
+            raise UsageError(f"a slot number is taken or out of range. rank={rank} index={index}")
         found_bytes = os.fstat(fd).st_size
         if size_bytes <= 0 or found_bytes != size_bytes:
             raise UsageError(
-                f"a slot of another size than told. size_bytes={found_bytes} "
-                f"told_bytes={size_bytes}"
+                f"slot size mismatch. size_bytes={found_bytes} declared_bytes={size_bytes}"
             )
         # Slots take their pages little by little: what was promised and is not taken yet is as good
         # as used.
         promised = size_bytes + sum(
             max(0, slot.size_bytes - _taken(slot.fd)) for slot in self._all()
         )
-        left = available_bytes()
-        if left is not None and promised - _taken(fd) > left:
+        available = available_bytes()
+        if available is not None and promised - _taken(fd) > available:
             raise UsageError(
-                f"this node's memory does not bear another slot. rank={rank} "
+                f"not enough memory for another slot. rank={rank} "
                 f"slot_bytes={size_bytes} promised_bytes={promised} "
-                f"available_bytes={left} slots={len(self._all())}; allow fewer slots or set "
+                f"available_bytes={available} slots={len(self._all())}; allow fewer slots or set "
                 "memory_every=0"
             )
 

@@ -123,12 +123,11 @@ class Roster:
 def step(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterAction]]:
     """The roster after ``event``, and what is to be done, in order. Events of dead attempts change
     nothing."""
-    if (
-        roster.state is RosterState.OVER
-    ):  # who comes too late goes at once: nobody else would tell it to
-        return roster, [LeaveOne(event.rank, roster.status)] if isinstance(
-            event, SupervisorJoined
-        ) else []
+    if roster.state is RosterState.OVER:
+        # A supervisor that joins too late leaves at once: no later action would tell it to.
+        if isinstance(event, SupervisorJoined):
+            return roster, [LeaveOne(event.rank, roster.status)]
+        return roster, []
     # While ranks gather or wait no attempt lives: the number is that of the last one, perhaps an
     # earlier keeper's.
     live = (
@@ -186,7 +185,7 @@ def _of_job(roster: Roster, event: RosterEvent) -> tuple[Roster, list[RosterActi
                 _leave(roster, Failure(-1, "missing", text, 1, at_s)) if gathering else (roster, [])
             )
         case _:
-            raise AssertionError(f"an event that nobody takes: {event}")
+            raise AssertionError(f"unknown event: {event}")
 
 
 def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
@@ -204,14 +203,15 @@ def _preempted(roster: Roster) -> tuple[Roster, list[RosterAction]]:
 
 def _join(roster: Roster, event: SupervisorJoined) -> tuple[Roster, list[RosterAction]]:
     ended = event.status is not None and _well(roster, event.status)
-    member = RosterEntry(
+    entry = RosterEntry(
         event.rank, event.peer, event.pid, seat=RankState.ENDED if ended else RankState.IDLE
     )
-    roster = replace(roster, members={**roster.members, member.rank: member})
+    roster = replace(roster, members={**roster.members, entry.rank: entry})
     leaves: list[RosterAction] = [LeaveOne(event.rank, event.status or 0)] if ended else []
     if roster.state is not RosterState.GATHERING or len(roster.members) < roster.ranks:
         return roster, leaves
-    ends = [one.seat is RankState.ENDED for one in roster.members.values()]
+    ends = [entry.seat is RankState.ENDED for entry in roster.members.values()]
+    # Trainers may have ended by themselves while no keeper was there to hear of it.
     if all(ends):
         return replace(roster, state=RosterState.OVER, status=event.status or 0), leaves
     if any(ends):
@@ -227,20 +227,22 @@ def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterA
     none can follow here."""
     last = failure is not None and _is_last(roster)
     roster = replace(roster, state=RosterState.WAITING, failures=())
-    came = roster.came
+    newest = roster.came
     if roster.preempted and failure is None:
         failure, last = Failure(-1, "preempted", "preempted before its first epoch", 0, 0.0), True
-    if came is not None and came.number > roster.attempt and not last:
-        return _start(roster) if came.placed else (roster, [])
-    told = replace(failure, final=True) if failure is not None and last else failure
-    return roster, [RequestEpoch(told, roster.record.completed)]
+    if newest is not None and newest.number > roster.attempt and not last:
+        # An epoch without ranks for this node: as a standby it waits for one that has some.
+        return _start(roster) if newest.placed else (roster, [])
+    if failure is not None and last:
+        failure = replace(failure, final=True)
+    return roster, [RequestEpoch(failure, roster.record.completed)]
 
 
 def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterAction]]:
     """A newer epoch ends an attempt of an older one, and begins once nothing of that one lives."""
     known = (roster.came.number, roster.came.placed) if roster.came is not None else (0, False)
-    # A node that is out of the membership says so as an epoch that has no place for it; the real
-    # one may yet have one.
+    # A node that lost its membership gets an epoch without a place for it, numbered as the next.
+    # The real epoch of that number may have one, so of equal numbers the placed one is newer.
     if event.number <= roster.attempt or (event.number, event.placed) <= known:
         return roster, []
     roster = replace(roster, came=event)
@@ -273,8 +275,8 @@ def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
         roster.came.number if roster.shared and roster.came is not None else roster.attempt + 1
     )
     members = {
-        rank: replace(one, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False)
-        for rank, one in roster.members.items()
+        rank: replace(entry, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False)
+        for rank, entry in roster.members.items()
     }
     started = replace(
         roster, attempt=attempt, state=RosterState.RUNNING, members=members, failures=()
@@ -288,8 +290,8 @@ def _seat(
     """Change the entry of a rank if its state is one ``of`` those."""
     if rank not in roster.members or roster.members[rank].seat not in of:
         return roster
-    member = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
-    return replace(roster, members={**roster.members, rank: member})
+    entry = replace(roster.members[rank], **changes)  # type: ignore[arg-type]
+    return replace(roster, members={**roster.members, rank: entry})
 
 
 def _moved_on(roster: Roster) -> Roster:
@@ -310,26 +312,25 @@ def _entered(roster: Roster, rank: int) -> Roster:
 
 
 def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction]]:
-    member = roster.members.get(event.rank)
-    if member is None or member.seat in (RankState.DEAD, RankState.ENDED):
+    entry = roster.members.get(event.rank)
+    if entry is None or entry.seat in (RankState.DEAD, RankState.ENDED):
         return roster, []
     if _well(roster, event.status):
         roster = _seat(roster, event.rank, seat=RankState.ENDED)
         leaves: list[RosterAction] = [LeaveOne(event.rank, event.status)]
-        if (
-            roster.state is RosterState.KILLING
-        ):  # it was done before the kill came: not to be started again
+        if roster.state is RosterState.KILLING:
+            # It was done before the kill reached it, so it must not be started again.
             roster, actions = _gone(roster)
             return roster, [*leaves, *actions]
-        ended = all(one.seat is RankState.ENDED for one in roster.members.values())
+        ended = all(entry.seat is RankState.ENDED for entry in roster.members.values())
         if ended and roster.shared:
             leaves = [ReportEnded(event.status), *leaves]
         return replace(
             roster, state=RosterState.OVER, status=event.status
         ) if ended else roster, leaves
     roster = _seat(roster, event.rank, seat=RankState.DEAD)
-    failing = member.failing
-    if event.status == -signal.SIGINT:  # somebody wants the end, whatever else went wrong
+    failing = entry.failing
+    if event.status == -signal.SIGINT:  # a person wants the end, whatever else went wrong
         text = f"rank {event.rank} {status_text(event.status)}"
         failure = Failure(event.rank, "died", text, event.status, event.at_s, final=True)
     elif failing is not None:
@@ -345,7 +346,8 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
         )
     elif event.overdue:
         text = (
-            f"rank {event.rank} was stopped, because its node had lost touch with the job's others"
+            f"rank {event.rank} was stopped, because its node had lost contact with the job's "
+            "other nodes"
         )
         failure = Failure(event.rank, "overdue", text, event.status, event.at_s)
     else:
@@ -360,14 +362,14 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
 
 
 def _left(roster: Roster, event: SupervisorLeft) -> tuple[Roster, list[RosterAction]]:
-    member = roster.members.get(event.rank)
-    if member is None or member.peer != event.peer:
+    entry = roster.members.get(event.rank)
+    if entry is None or entry.peer != event.peer:
         return roster, []
-    if member.seat is RankState.ENDED and roster.state is RosterState.GATHERING:
-        return roster, []  # it has come, and that it ended is known to those who come later
-    members = {rank: one for rank, one in roster.members.items() if rank != event.rank}
+    if entry.seat is RankState.ENDED and roster.state is RosterState.GATHERING:
+        return roster, []  # it has joined; that it ended is remembered for those that join later
+    members = {rank: entry for rank, entry in roster.members.items() if rank != event.rank}
     roster = replace(roster, members=members)
-    if member.seat is RankState.ENDED:
+    if entry.seat is RankState.ENDED:
         return (replace(roster, state=RosterState.OVER) if not members else roster), []
     text = f"the supervisor of rank {event.rank} {'left' if event.planned else 'was cut off'}"
     return _fail(roster, Failure(event.rank, "supervisor", text, 1, event.at_s), event.completed)
@@ -389,7 +391,7 @@ def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, lis
 
 def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     """Once all are dead: decide, then start again or end."""
-    left = [one for one in roster.members.values() if one.seat in _LIVE]
+    left = [entry for entry in roster.members.values() if entry.seat in _LIVE]
     failure = roster.failure
     if roster.state is not RosterState.KILLING or left or failure is None:
         return roster, []
@@ -402,17 +404,19 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     if roster.shared and failure.kind != "supervisor":
         roster, actions = _wait(roster, failure)
         return roster, [over, *actions]
-    roster, why = _judge(roster, failure)
-    roster, actions = _start(roster) if why is None else _leave(roster, replace(failure, text=why))
+    roster, reason = _judge(roster, failure)
+    roster, actions = (
+        _start(roster) if reason is None else _leave(roster, replace(failure, text=reason))
+    )
     return roster, [over, *actions]
 
 
 def _is_last(roster: Roster) -> bool:
     """Whether no attempt can follow on this node, whatever this one died of."""
     gone = len(roster.members) < roster.ranks or any(
-        one.seat is RankState.ENDED for one in roster.members.values()
+        entry.seat is RankState.ENDED for entry in roster.members.values()
     )
-    return gone or roster.preempted or any(one.finished for one in roster.members.values())
+    return gone or roster.preempted or any(entry.finished for entry in roster.members.values())
 
 
 def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]]:
@@ -422,8 +426,8 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]
         status = 128 - failure.status
     else:
         status = failure.status or 1
-    # The keeper lives on and the launcher starts the program at once where a supervisor was lost:
-    # no need to wait.
+    # After the loss of a supervisor the launcher starts the program at once, and the keeper lives
+    # on: nothing need be flushed before that.
     leave = LeaveAll(status, failure.text, flush_first=failure.kind != "supervisor")
     return replace(roster, state=RosterState.OVER, status=status), [leave]
 
@@ -431,22 +435,22 @@ def _leave(roster: Roster, failure: Failure) -> tuple[Roster, list[RosterAction]
 def _judge(roster: Roster, failure: Failure) -> tuple[Roster, str | None]:
     """The roster with its history brought up to date, and why no attempt follows; None: start
     one."""
-    record, why = assess(roster.record, failure, roster.policy)
+    record, reason = assess(roster.record, failure, roster.policy)
     roster = replace(roster, record=record)
     if roster.preempted or failure.kind == "supervisor" or failure.final:
         return roster, failure.text
     if (
-        any(one.seat is RankState.ENDED for one in roster.members.values())
+        any(entry.seat is RankState.ENDED for entry in roster.members.values())
         or len(roster.members) < roster.ranks
     ):
         return roster, f"{failure.text}, after another rank had ended"
-    if any(one.finished for one in roster.members.values()):
+    if any(entry.finished for entry in roster.members.values()):
         return (
             roster,
             f"{failure.text}, after the training function had returned: the rest of a program is "
             "not run again",
         )
-    return roster, why
+    return roster, reason
 
 
 def status_text(status: int) -> str:

@@ -54,33 +54,40 @@ class MemorySnapshot:
         return tuple(span.nodes for span in self.spans for _ in range(span.ranks))
 
 
-def merge_ranges(holdings: Iterable[InventoryEntry]) -> list[InventoryEntry]:
+def merge_ranges(entries: Iterable[InventoryEntry]) -> list[InventoryEntry]:
     """The same entries, with consecutive ranks merged into one."""
-    found: list[InventoryEntry] = []
-    for one in sorted(
-        holdings, key=lambda one: (one.snapshot, one.origin, one.world_size, one.mirror, one.rank)
+    merged: list[InventoryEntry] = []
+    for entry in sorted(
+        entries,
+        key=lambda entry: (
+            entry.snapshot,
+            entry.origin,
+            entry.world_size,
+            entry.mirror,
+            entry.rank,
+        ),
     ):
-        last = found[-1] if found else one
-        alike = structs.replace(last, rank=one.rank, ranks=one.ranks) == one
-        if found and alike and one.rank <= last.rank + last.ranks:
-            found[-1] = structs.replace(
-                last, ranks=max(last.ranks, one.rank + one.ranks - last.rank)
+        last = merged[-1] if merged else entry
+        alike = structs.replace(last, rank=entry.rank, ranks=entry.ranks) == entry
+        if merged and alike and entry.rank <= last.rank + last.ranks:
+            merged[-1] = structs.replace(
+                last, ranks=max(last.ranks, entry.rank + entry.ranks - last.rank)
             )
         else:
-            found.append(one)
-    return found
+            merged.append(entry)
+    return merged
 
 
 def complete_snapshots(held: Mapping[str, Sequence[InventoryEntry]]) -> list[MemorySnapshot]:
     """The snapshots of which every rank's share is somewhere, newest first. ``held``: what each
     node reports."""
-    found = []
+    snapshots = []
     for (snapshot, origin, size), segments in _segments(held, with_origin=True).items():
         if all(nodes for _, _, nodes in segments):
-            found.append(MemorySnapshot(snapshot, origin, size, _spans(segments)))
+            snapshots.append(MemorySnapshot(snapshot, origin, size, _spans(segments)))
     # An epoch's number may have been given out twice: the log says which of the two origins counts.
     return sorted(
-        found, key=lambda pair: (pair.snapshot, pair.origin, pair.world_size), reverse=True
+        snapshots, key=lambda each: (each.snapshot, each.origin, each.world_size), reverse=True
     )[:SNAPSHOTS_MAX]
 
 
@@ -88,55 +95,55 @@ def missing_ranks(
     held: Mapping[str, Sequence[InventoryEntry]],
 ) -> dict[SnapshotId, tuple[range, ...]]:
     """For each snapshot that is not complete, the ranks whose share no node has. For people."""
-    found = {}
+    incomplete = {}
     for (snapshot, _, _), segments in sorted(
         _segments(held, with_origin=False).items(), reverse=True
     ):
         missing = tuple(range(start, end) for start, end, nodes in segments if not nodes)
         if missing:
-            found[snapshot] = missing
-    return found
+            incomplete[snapshot] = missing
+    return incomplete
 
 
-def to_message(attempt: int, pairs: Sequence[MemorySnapshot]) -> MeshSources:
+def to_message(attempt: int, snapshots: Sequence[MemorySnapshot]) -> MeshSources:
     """What all nodes receive: each node's name occurs once, and ranges refer to it by number."""
-    names = {node: None for pair in pairs for span in pair.spans for node in span.nodes}
+    names = {node: None for each in snapshots for span in each.spans for node in span.nodes}
     numbers = {node: number for number, node in enumerate(names)}
     return MeshSources(
         attempt=attempt,
         nodes=tuple(names),
         pairs=tuple(
             (
-                pair.snapshot,
-                pair.world_size,
+                each.snapshot,
+                each.world_size,
                 tuple(
-                    (span.ranks, tuple(numbers[node] for node in span.nodes)) for span in pair.spans
+                    (span.ranks, tuple(numbers[node] for node in span.nodes)) for span in each.spans
                 ),
             )
-            for pair in pairs
+            for each in snapshots
         ),
     )
 
 
-def from_message(word: MeshSources) -> dict[SnapshotId, tuple[SourceRange, ...]]:
+def from_message(message: MeshSources) -> dict[SnapshotId, tuple[SourceRange, ...]]:
     """Where the shares of each snapshot are. A snapshot whose part of the message is inconsistent
     is left out.
 
     Of a number that was given out twice the first counts, as in what is offered to restore.
     """
-    found: dict[SnapshotId, tuple[SourceRange, ...]] = {}
-    for snapshot, size, spans in word.pairs:
-        sound = all(
-            ranks > 0 and nodes and all(0 <= node < len(word.nodes) for node in nodes)
+    sources: dict[SnapshotId, tuple[SourceRange, ...]] = {}
+    for snapshot, size, spans in message.pairs:
+        consistent = all(
+            ranks > 0 and nodes and all(0 <= node < len(message.nodes) for node in nodes)
             for ranks, nodes in spans
         )
-        if sound and size <= WORLD_MAX and sum(ranks for ranks, _ in spans) == size:
+        if consistent and size <= WORLD_MAX and sum(ranks for ranks, _ in spans) == size:
             named = tuple(
-                SourceRange(ranks, tuple(word.nodes[node] for node in nodes))
+                SourceRange(ranks, tuple(message.nodes[node] for node in nodes))
                 for ranks, nodes in spans
             )
-            found.setdefault(snapshot, named)
-    return found
+            sources.setdefault(snapshot, named)
+    return sources
 
 
 _Segment = tuple[int, int, tuple[str, ...]]
@@ -149,42 +156,42 @@ def _segments(
     """For each snapshot of which a node has a share: the whole world in segments, each at the same
     nodes throughout."""
     changes: dict[tuple[SnapshotId, str, int], dict[int, list[tuple[bool, bool, str]]]] = {}
-    for node, holdings in held.items():
-        for one in holdings:
-            end = one.rank + one.ranks
-            if one.rank < 0 or one.ranks < 1 or not end <= one.world_size <= WORLD_MAX:
+    for node, entries in held.items():
+        for entry in entries:
+            end = entry.rank + entry.ranks
+            if entry.rank < 0 or entry.ranks < 1 or not end <= entry.world_size <= WORLD_MAX:
                 continue
-            at = changes.setdefault(
-                (one.snapshot, one.origin if with_origin else "", one.world_size), {}
+            at_rank = changes.setdefault(
+                (entry.snapshot, entry.origin if with_origin else "", entry.world_size), {}
             )
-            at.setdefault(one.rank, []).append((True, one.mirror, node))
-            at.setdefault(end, []).append((False, one.mirror, node))
-    return {pair: _sweep(pair[2], at) for pair, at in changes.items()}
+            at_rank.setdefault(entry.rank, []).append((True, entry.mirror, node))
+            at_rank.setdefault(end, []).append((False, entry.mirror, node))
+    return {pair: _sweep(pair[2], at_rank) for pair, at_rank in changes.items()}
 
 
 def _sweep(size: int, changes: dict[int, list[tuple[bool, bool, str]]]) -> list[_Segment]:
     """``changes``: at which ranks a node's share begins (True) or ends."""
-    found: list[_Segment] = []
-    there: dict[tuple[bool, str], int] = {}
+    segments: list[_Segment] = []
+    present: dict[tuple[bool, str], int] = {}
     ranks = sorted({0, size, *changes})
     for start, end in pairwise(ranks):
         for begins, mirror, node in changes.get(start, ()):
-            count = there.get((mirror, node), 0) + (1 if begins else -1)
-            there[mirror, node] = count
+            count = present.get((mirror, node), 0) + (1 if begins else -1)
+            present[mirror, node] = count
             if not count:
-                del there[mirror, node]
-        found.append((start, end, tuple(dict.fromkeys(node for _, node in sorted(there)))))
-    return found
+                del present[mirror, node]
+        segments.append((start, end, tuple(dict.fromkeys(node for _, node in sorted(present)))))
+    return segments
 
 
 def _spans(segments: Sequence[_Segment]) -> tuple[SourceRange, ...]:
-    found: list[SourceRange] = []
+    spans: list[SourceRange] = []
     for start, end, nodes in segments:
-        if found and found[-1].nodes == nodes:
-            found[-1] = SourceRange(found[-1].ranks + end - start, nodes)
+        if spans and spans[-1].nodes == nodes:
+            spans[-1] = SourceRange(spans[-1].ranks + end - start, nodes)
         else:
-            found.append(SourceRange(end - start, nodes))
-    return tuple(found)
+            spans.append(SourceRange(end - start, nodes))
+    return tuple(spans)
 
 
 # Which pair all nodes keep on others next: one for all, named by the node of rank 0. Pure.
@@ -214,7 +221,7 @@ class MirrorReport:
 
 
 def next_round(
-    now: MirrorRound, words: Sequence[MirrorReport | None], complete: SnapshotId | None
+    now: MirrorRound, reports: Sequence[MirrorReport | None], complete: SnapshotId | None
 ) -> MirrorRound:
     """The round that follows. ``words``: the report of every node, None if it sent none yet;
     ``complete``: the newest snapshot.
@@ -223,13 +230,13 @@ def next_round(
     passed over for a newer one.
     """
     if now.named is not None and all(
-        word is not None and word.mirrored == now.named for word in words
+        report is not None and report.mirrored == now.named for report in reports
     ):
         now = replace(now, kept=now.named)
     over = (
         now.named is None
         or now.kept == now.named
-        or any(word is not None and word.missed == now.named for word in words)
+        or any(report is not None and report.missed == now.named for report in reports)
     )
     if over and complete is not None and (now.named is None or complete > now.named):
         return replace(now, named=complete)
@@ -312,14 +319,16 @@ def delta_of(share: StagedShare, base: StagedShare) -> DeltaRanges | WholeShare:
 
 
 def _changed_chunks(share: StagedShare, base: StagedShare) -> Iterator[ByteRange]:
-    there = {_place(shard): shard.digests for shard in base.index.shards}
+    base_digests = {_place(shard): shard.digests for shard in base.index.shards}
     for shard in share.index.shards:
-        known: Sequence[bytes | None] = there.get(_place(shard)) or [None] * len(shard.digests)
-        begin = share.header_bytes + shard.offset_bytes
-        for number, (digest, old) in enumerate(zip(shard.digests, known, strict=True)):
+        old_digests: Sequence[bytes | None] = base_digests.get(_place(shard)) or [None] * len(
+            shard.digests
+        )
+        begin_bytes = share.header_bytes + shard.offset_bytes
+        for number, (digest, old) in enumerate(zip(shard.digests, old_digests, strict=True)):
             if digest != old:
                 at = number * CHUNK_BYTES
-                yield begin + at, min(CHUNK_BYTES, shard.size_bytes - at)
+                yield begin_bytes + at, min(CHUNK_BYTES, shard.size_bytes - at)
 
 
 def _place(shard: StagedShard) -> ByteRange:
@@ -358,8 +367,8 @@ class InventoryQuery:
     """Questions to all nodes, each answered once all have replied or WAIT_S have passed. In the
     keeper's loop."""
 
-    def __init__(self, say: Callable[[str, said.MeshMessage], bool]) -> None:
-        self._say = say
+    def __init__(self, send: Callable[[str, said.MeshMessage], bool]) -> None:
+        self._say = send
         self._calls = itertools.count(1)
         self._asking: dict[int, _Asking] = {}
 
@@ -376,13 +385,13 @@ class InventoryQuery:
         self._asking[call] = _Asking(asked, now_s + WAIT_S, answer, {own[0]: own[1]})
         self._settle(call, now_s)
 
-    def answered(self, node: str, word: said.NodeInventory, now_s: float) -> None:
+    def answered(self, node: str, message: said.NodeInventory, now_s: float) -> None:
         """A node's reply."""
-        asking = self._asking.get(word.call)
+        asking = self._asking.get(message.call)
         if asking is not None and node in asking.waits_for:
             asking.waits_for.discard(node)
-            asking.held[node] = word.holdings
-            self._settle(word.call, now_s)
+            asking.held[node] = message.holdings
+            self._settle(message.call, now_s)
 
     def disconnected(self, node: str, now_s: float) -> None:
         """A node will not reply any more."""
@@ -395,7 +404,7 @@ class InventoryQuery:
         needed."""
         for call in list(self._asking):
             self._settle(call, now_s)
-        return min((one.until_s - now_s for one in self._asking.values()), default=WAIT_S)
+        return min((asking.until_s - now_s for asking in self._asking.values()), default=WAIT_S)
 
     def _settle(self, call: int, now_s: float) -> None:
         asking = self._asking.get(call)

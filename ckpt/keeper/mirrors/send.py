@@ -63,21 +63,23 @@ class MirrorBases:
         """What ``node`` has of ``rank`` that may be a base; nothing if the next share must be sent
         whole."""
         with self._lock:
-            known = self._known.get(node, {}).get(rank, ())
-            return () if known and known[0].behind >= BEHIND_MAX else known
+            bases = self._known.get(node, {}).get(rank, ())
+            return () if bases and bases[0].behind >= BEHIND_MAX else bases
 
     def add(self, node: str, rank: int, base: MirrorBase) -> None:
         """A share arrived completely, and nothing was sent in its place meanwhile."""
         with self._lock:
-            known = self._known.setdefault(node, {})
-            others = [one for one in known.get(rank, ()) if one.stored.key != base.stored.key]
-            known[rank] = (base, *others)[:BASES_MAX]
+            by_rank = self._known.setdefault(node, {})
+            others = [
+                other for other in by_rank.get(rank, ()) if other.stored.key != base.stored.key
+            ]
+            by_rank[rank] = (base, *others)[:BASES_MAX]
 
     def drop(self, node: str, rank: int, base: MirrorBase) -> None:
         """The node does not have it any more."""
         with self._lock:
-            known = self._known.get(node, {})
-            known[rank] = tuple(one for one in known.get(rank, ()) if one is not base)
+            by_rank = self._known.get(node, {})
+            by_rank[rank] = tuple(other for other in by_rank.get(rank, ()) if other is not base)
 
     def retain(self, nodes: Collection[str]) -> None:
         """These nodes have all that was sent; of others nothing is sure."""
@@ -113,8 +115,8 @@ class MirrorTask:
 
     def free(self) -> None:
         """Let go of the slots."""
-        for one in self.sealed:
-            one.free()
+        for slot in self.sealed:
+            slot.free()
 
 
 Done = Callable[[MirrorTask, frozenset[str]], object]
@@ -169,24 +171,24 @@ class MirrorSender:
                 self._busy = task is not None
             if task is None:
                 return
-            came: frozenset[str] = frozenset()
+            received: frozenset[str] = frozenset()
             try:
-                came = self._send(task)
+                received = self._send(task)
             except Exception as error:  # noqa: BLE001  a thread's border
                 self._fail(
                     "",
                     task,
-                    InternalError(f"keeping it failed in an unforeseen way. cause={error!r}"),
+                    InternalError(f"unexpected error while keeping a mirror. cause={error!r}"),
                 )
             finally:
                 task.free()
                 with self._changed:
                     self._busy = False
-                self._done(task, came)
+                self._done(task, received)
                 del task  # or it would keep the slots' memory until the next one
 
     def _send(self, task: MirrorTask) -> frozenset[str]:
-        headers = [compact_header(one.index, one.data.nbytes) for one in task.sealed]
+        headers = [compact_header(slot.index, slot.data.nbytes) for slot in task.sealed]
         self._bases.begin(task.epoch, task.peers.keys())
 
         def sending(node: str, peer: PeerStore) -> Callable[[], bool]:
@@ -197,15 +199,15 @@ class MirrorSender:
             for node, peer in task.peers.items()
         }
         kept = self._keep_own(task, headers)
-        came = frozenset([node for node, job in jobs.items() if job.result()])
-        self._bases.retain(came)
-        return came if kept else frozenset()
+        received = frozenset([node for node, job in jobs.items() if job.result()])
+        self._bases.retain(received)
+        return received if kept else frozenset()
 
     def _keep_own(self, task: MirrorTask, headers: Sequence[bytes]) -> bool:
         try:
-            for one, header in zip(task.sealed, headers, strict=True):
+            for slot, header in zip(task.sealed, headers, strict=True):
                 if task.own is not None:
-                    task.own(mirror_key(task.snapshot, one.index.rank), [header, one.data])
+                    task.own(mirror_key(task.snapshot, slot.index.rank), [header, slot.data])
         except CkptError as error:
             self._fail("", task, error)
             return False
@@ -216,17 +218,17 @@ class MirrorSender:
     def _send_to(
         self, node: str, peer: PeerStore, task: MirrorTask, headers: Sequence[bytes]
     ) -> bool:
-        boot: str | None = None
+        incarnation: str | None = None
         try:
-            for one, header in zip(task.sealed, headers, strict=True):
+            for slot, header in zip(task.sealed, headers, strict=True):
                 if self._stopped:
                     return False
-                stored = self._put(node, peer, one, header)
-                if boot not in (None, stored.boot):
+                stored = self._put(node, peer, slot, header)
+                if incarnation not in (None, stored.boot):
                     raise UnavailableError(
-                        "the node's keeper was started anew meanwhile: what it had is gone."
+                        "the node's keeper restarted meanwhile: its mirrors are gone."
                     )
-                boot = stored.boot
+                incarnation = stored.boot
         except FencedError:
             return False  # another epoch comes, which places mirrors anew
         except CkptError as error:
@@ -234,21 +236,23 @@ class MirrorSender:
             return False
         except Exception as error:  # noqa: BLE001  a thread's border: the other nodes' words count all the same
             self._fail(
-                node, task, InternalError(f"sending failed in an unforeseen way. cause={error!r}")
+                node,
+                task,
+                InternalError(f"unexpected error while sending a mirror. cause={error!r}"),
             )
             return False
         with self._changed:
             self._told = {told for told in self._told if told[0] != node}
         return True
 
-    def _put(self, node: str, peer: PeerStore, one: SealedSlot, header: bytes) -> StoredContent:
+    def _put(self, node: str, peer: PeerStore, slot: SealedSlot, header: bytes) -> StoredContent:
         """Send a share: what changed since an earlier one that the node still has, or all."""
-        key, rank = mirror_key(one.index.snapshot, one.index.rank), one.index.rank
-        share = StagedShare(one.index, len(header), one.data.nbytes)
-        pieces: list[Buffer] = [header, one.data]
+        key, rank = mirror_key(slot.index.snapshot, slot.index.rank), slot.index.rank
+        share = StagedShare(slot.index, len(header), slot.data.nbytes)
+        pieces: list[Buffer] = [header, slot.data]
 
         def still_lent() -> None:
-            if not one.unchanged():
+            if not slot.unchanged():
                 raise TakenBackError(
                     f"the slot was overwritten while it was sent. key={key}; nothing was stored"
                 )
@@ -284,22 +288,22 @@ class MirrorSender:
             if (node, error.code) in self._told or self._stopped:
                 return
             self._told.add((node, error.code))
-        what = (
+        text = (
             f"{task.snapshot} and what follows is not kept "
             f"{'on another node' if node else 'here'}: {error}"
         )
         if node in task.spare:
-            what = (
+            text = (
                 f"the standby {node} does not have {task.snapshot}, and may have to fetch what it "
                 f"takes over: {error}"
             )
         elif isinstance(error, StoreFullError):
-            what += (
+            text += (
                 "; a lost node then costs the steps since the last durable snapshot: raise "
                 "mirror_bytes"
             )
         facts: dict[str, Fact] = {"node": node, "step": task.snapshot.step, "code": error.code}
-        self._tell(Event("mirror-failed", what, facts, alarm=node not in task.spare))
+        self._tell(Event("mirror-failed", text, facts, alarm=node not in task.spare))
 
 
 def compact_header(index: StagedIndex, data_bytes: int) -> bytes:

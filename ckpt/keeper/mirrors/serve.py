@@ -78,20 +78,20 @@ class SlotCatalog:
     def show(self, slots: Iterable[HeldSlot]) -> None:
         """These are the slots of this node now."""
         with self._lock:
-            here = set(slots)
-            for gone in self._lent.keys() - here:
+            current = set(slots)
+            for gone in self._lent.keys() - current:
                 self._lent.pop(gone).close()
-            for slot in here - self._lent.keys():
+            for slot in current - self._lent.keys():
                 if (lent := _lent(slot)) is not None:
                     self._lent[slot] = lent
 
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[ServedObject]:
         with self._lock:
-            found = self._find(key)
-            if found is None:
-                raise NotFoundError(f"no slot of this node holds that. key={key}")
-            lent, generation = found
+            match = self._find(key)
+            if match is None:
+                raise NotFoundError(f"no slot of this node holds this object. key={key}")
+            lent, generation = match
             fd, view = os.dup(lent.fd), memoryview(lent.mapping)
         try:
             yield ServedObject(
@@ -108,8 +108,8 @@ class SlotCatalog:
 
     def stat(self, key: str) -> Stat | None:
         with self._lock:
-            found = self._find(key)
-            return None if found is None else Stat(key, found[0].size_bytes, 0.0)
+            match = self._find(key)
+            return None if match is None else Stat(key, match[0].size_bytes, 0.0)
 
     def list(self) -> list[Stat]:
         with self._lock:
@@ -121,7 +121,7 @@ class SlotCatalog:
         stats = [
             Stat(slot_key(brief.snapshot, brief.rank), lent.size_bytes, 0.0) for lent, brief in held
         ]
-        return sorted(stats, key=lambda one: one.key)
+        return sorted(stats, key=lambda stat: stat.key)
 
     def _find(self, key: str) -> tuple[_Lent, int] | None:
         wanted = parse_slot_key(key)
@@ -178,7 +178,7 @@ class NodeMemoryServer:
 
     def mirrored(self) -> list[InventoryEntry]:
         """The mirrors that this node keeps; damaged ones are left out."""
-        found = []
+        entries = []
         for stat in self.vault.list(MIRRORS_PREFIX):
             wanted = parse_mirror_key(stat.key)
             if wanted is None:
@@ -189,7 +189,7 @@ class NodeMemoryServer:
             ):
                 brief = read_summary(held.view)
                 if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
-                    found.append(
+                    entries.append(
                         InventoryEntry(
                             snapshot=brief[0].snapshot,
                             origin=brief[0].origin,
@@ -198,31 +198,31 @@ class NodeMemoryServer:
                             mirror=True,
                         )
                     )
-        return found
+        return entries
 
     def kept(self) -> list[tuple[SnapshotId, int, int]]:
         """The mirrors here by their names: snapshot, rank and bytes of each share."""
-        found = (
+        keys = (
             (parse_mirror_key(stat.key), stat.size_bytes)
             for stat in self.vault.list(MIRRORS_PREFIX)
         )
-        return [(*of, size_bytes) for of, size_bytes in found if of is not None]
+        return [(*key, size_bytes) for key, size_bytes in keys if key is not None]
 
     def keep(self, key: str, pieces: Sequence[Buffer]) -> None:
         """Keep this node's own share beside its slots, which training overwrites. Raises
         StoreFullError."""
         views = [memoryview(piece).cast("B") for piece in pieces]
         with self.vault.incoming(key, sum(view.nbytes for view in views)) as room:
-            at = 0
+            offset = 0
             for view in views:
-                copy_bytes(room.view[at : at + view.nbytes], view)
-                at += view.nbytes
+                copy_bytes(room.view[offset : offset + view.nbytes], view)
+                offset += view.nbytes
             room.publish()
 
     def snapshots(self) -> frozenset[SnapshotId]:
         """The snapshots of which mirrors are kept here."""
-        found = (parse_mirror_key(stat.key) for stat in self.vault.list(MIRRORS_PREFIX))
-        return frozenset(one[0] for one in found if one is not None)
+        keys = (parse_mirror_key(stat.key) for stat in self.vault.list(MIRRORS_PREFIX))
+        return frozenset(key[0] for key in keys if key is not None)
 
     def retain(self, pairs: frozenset[SnapshotId]) -> None:
         """Remove the mirrors of all other snapshots."""

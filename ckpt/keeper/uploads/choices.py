@@ -25,8 +25,8 @@ def with_pending(
 
     Entries that ``state`` already contains, or has passed, are left out.
     """
-    known = {entry.snapshot for entry in state.snapshots}
-    fresh = dict.fromkeys(pair for pair in commits if pair not in known)
+    committed = {entry.snapshot for entry in state.snapshots}
+    fresh = dict.fromkeys(pair for pair in commits if pair not in committed)
     return replace(
         state,
         opens=(*state.opens, *(opened for opened in opens if opened.epoch > state.epoch)),
@@ -57,7 +57,7 @@ def own_staged(
     written only if no other writer opened one since the last of its launch, because the first open
     of a launch is written before anything is captured. Without an origin the number alone decides.
     """
-    known = {opened.epoch for opened in state.opens}
+    recorded = {opened.epoch for opened in state.opens}
     newest = launch_prefix(ids.get(state.epoch, ""))
 
     def counts(pair: SnapshotId, origin: str) -> bool:
@@ -65,7 +65,7 @@ def own_staged(
             return True
         return (
             ids.get(pair.epoch) == origin
-            if pair.epoch in known
+            if pair.epoch in recorded
             else newest == launch_prefix(origin)
         )
 
@@ -89,8 +89,8 @@ def on_lineage(state: LogState, pairs: Collection[SnapshotId]) -> tuple[Snapshot
         segment.epoch: segment.last_step
         for segment in lineage_segments(opens, whole_epoch(state.epoch))
     }
-    found = {pair for pair in pairs if pair.epoch in last and _within(pair.step, last[pair.epoch])}
-    return tuple(sorted(found, reverse=True))
+    kept = {pair for pair in pairs if pair.epoch in last and _within(pair.step, last[pair.epoch])}
+    return tuple(sorted(kept, reverse=True))
 
 
 def missing_opens(state: LogState, staged: Collection[SnapshotId]) -> tuple[OpenedEpoch, ...]:
@@ -100,24 +100,24 @@ def missing_opens(state: LogState, staged: Collection[SnapshotId]) -> tuple[Open
     taken to continue from the newest snapshot known below it, because that is what a restart
     chooses.
     """
-    found: tuple[OpenedEpoch, ...] = ()
+    missing: tuple[OpenedEpoch, ...] = ()
     for epoch in sorted({pair.epoch for pair in staged if pair.epoch > state.epoch}):
-        before = with_pending(state, found)
+        before = with_pending(state, missing)
         below = [
             *on_lineage(before, [pair for pair in staged if pair.epoch < epoch]),
             *candidates(before),
         ]
-        found = (*found, OpenedEpoch(epoch, NOT_WRITTEN, max(below, default=None)))
-    return found
+        missing = (*missing, OpenedEpoch(epoch, NOT_WRITTEN, max(below, default=None)))
+    return missing
 
 
 def best_first(state: LogState, staged: Collection[SnapshotId]) -> tuple[Choice, ...]:
     """What a restore tries: snapshots of the lineage, newest first; of one in both tiers the staged
     copy first."""
-    found = [Choice(pair, STAGED) for pair in on_lineage(state, staged)]
-    found += [Choice(pair, DURABLE) for pair in candidates(state)]
+    choices = [Choice(pair, STAGED) for pair in on_lineage(state, staged)]
+    choices += [Choice(pair, DURABLE) for pair in candidates(state)]
     return tuple(
-        sorted(found, key=lambda choice: (choice.snapshot, choice.tier == STAGED), reverse=True)
+        sorted(choices, key=lambda choice: (choice.snapshot, choice.tier == STAGED), reverse=True)
     )
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from ckpt.errors import CkptError, FencedError, UnavailableError, UsageError
-from ckpt.events import Event
+from ckpt.events import Emit, Event
 from ckpt.ipc.messages import Choice
+from ckpt.keeper.slots import PostToLoop
 from ckpt.keeper.uploads.choices import STAGED
 from ckpt.keeper.uploads.log_view import LogView
 from ckpt.keeper.uploads.persisters import Persisters, error_of
@@ -25,26 +26,6 @@ from ckpt.threads import CallQueue
 from ckpt.values import SnapshotId
 
 T = TypeVar("T")
-
-
-class EpochObserver(Protocol):
-    """What epochs need of the keeper around them."""
-
-    def post(self, call: Callable[[], object], /) -> object:
-        """Have the keeper's loop make a call, soon; from any thread."""
-        ...
-
-    def tell(self, event: Event, /) -> None:
-        """Emit an event."""
-        ...
-
-    def on_fenced(self, error: FencedError, /) -> None:
-        """Another writer opened a newer epoch; called once a launch."""
-        ...
-
-    def on_moved(self) -> None:
-        """The store is another one than in the launch before, or gone."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,31 +39,46 @@ class _Asked:
 
 class LogEpochs:
     """The log as the loop knows it, and the epochs issued from it. Lives over any number of
-    launches and attempts."""
+    launches and attempts.
+
+    ``on_fenced`` is called once a launch, if another writer opened a newer epoch;
+    ``on_store_changed`` if the store is another one than in the launch before, or gone.
+    """
 
     def __init__(
-        self, log: StoreLog, hands: Persisters, waits: Retries, around: EpochObserver, *, store: str
+        self,
+        log: StoreLog,
+        persisters: Persisters,
+        retries: Retries,
+        *,
+        store: str,
+        post: PostToLoop,
+        emit: Emit,
+        on_fenced: Callable[[FencedError], object],
+        on_store_changed: Callable[[], object],
     ) -> None:
         self._log = log
-        self._hands = hands
-        self._waits = waits
-        self._around = around
+        self._persisters = persisters
+        self._retries = retries
         self._store = store
+        self._post = post
+        self._emit = emit
+        self._on_fenced = on_fenced
+        self._on_store_changed = on_store_changed
         self._thread = CallQueue("ckpt-log")
         self.view = LogView()
         """What is known of the log."""
         self.fenced: FencedError | None = None
         """Why nothing more may be written; None while this keeper is the log's writer, or may
         become it."""
-        self._fresh = (
-            True  # the launch has opened no epoch yet, so that another writer's isn't a rival
-        )
+        self._fresh = True
+        """Whether the launch has opened no epoch yet: then another writer's is no rival."""
         self._beginning = False
         self._waiting: list[_Asked] = []
         self._chosen: ResumeChoice | None = None
         """What the log's newest snapshot was when choices were last read from it."""
         self._under_way = 0
-        self._eras = 0
+        self._generations = 0
         self._closed = False
 
     @property
@@ -105,9 +101,9 @@ class LogEpochs:
         if self.fenced is not None:
             future.set_exception(self.fenced)
             return future
-        found = self.view.best_first(staged)
-        if not self._fresh and any(choice.tier == STAGED for choice in found):
-            future.set_result(found)
+        choices = self.view.best_first(staged)
+        if not self._fresh and any(choice.tier == STAGED for choice in choices):
+            future.set_result(choices)
             return future
         self._read_choices(staged, future, self.view.stores)
         return future
@@ -158,26 +154,26 @@ class LogEpochs:
         """Read the log in the background, with the ids of ``epochs``; then call ``then``."""
         before = self.view.commits()
 
-        def have(seen: LogReading) -> None:
-            if not self._fresh and seen.log_id != self.view.log_id:
-                failed(UnavailableError(f"the store is not where it was. store={self._store}"))
+        def read(reading: LogReading) -> None:
+            if not self._fresh and reading.log_id != self.view.log_id:
+                failed(UnavailableError(f"store identity changed. store={self._store}"))
                 return
-            self._see_store(seen.log_id)
-            if self.view.update(seen, before) and not self._fresh:
+            self._see_store(reading.log_id)
+            if self.view.update(reading, before) and not self._fresh:
                 self.fence(self.view.fenced())
             if self.fenced is not None:
                 failed(self.fenced)
             else:
                 then()
 
-        self.when_done(self._thread.submit(lambda: self._log.read(epochs)), have, failed)
+        self.when_done(self._thread.submit(lambda: self._log.read(epochs)), read, failed)
 
     def when_done(
         self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]
     ) -> None:
         """When ``call`` is done in its thread, continue in the loop."""
         self._under_way += 1
-        era = self._eras
+        generation = self._generations
 
         def done() -> None:
             self._under_way -= 1
@@ -185,18 +181,18 @@ class LogEpochs:
             if error is None:
                 then(call.result())
                 return
-            if isinstance(error, FencedError) and era == self._eras:
+            if isinstance(error, FencedError) and generation == self._generations:
                 self.fence(error)
             failed(error)
 
-        call.add_done_callback(lambda _: self._around.post(done))
+        call.add_done_callback(lambda _: self._post(done))
 
     def fence(self, error: FencedError) -> None:
         """Another writer opened a newer epoch: write nothing more. No effect before this launch has
         opened an epoch of its own."""
         if self.fenced is None and not self._fresh:
             self.fenced = error
-            self._around.on_fenced(error)
+            self._on_fenced(error)
 
     def new_launch(self) -> None:
         """The program was started again: neither a writer that continued the job in between nor
@@ -207,11 +203,11 @@ class LogEpochs:
     def new_generation(self, *, root: bool) -> None:
         """Other nodes or placements than before: see ``Uploads.new_generation``. Epochs asked for
         and not yet open fail."""
-        self._eras += 1
+        self._generations += 1
         for kind in ("choices-wait", "open-waits"):
-            self._waits.cancel(kind)
+            self._retries.cancel(kind)
         waiting, self._waiting, self._beginning = self._waiting, [], False
-        gone = UnavailableError("the job's nodes are others now; the attempt that asked is over.")
+        gone = UnavailableError("cluster membership changed; the attempt that asked is over.")
         for asked in waiting:
             asked.answer.set_exception(gone)
         self.new_launch()
@@ -229,8 +225,8 @@ class LogEpochs:
     def _read_choices(
         self, staged: Mapping[SnapshotId, str], future: Future[tuple[Choice, ...]], stores: int
     ) -> None:
-        def have() -> None:
-            self._waits.succeeded("choices-wait")
+        def read() -> None:
+            self._retries.succeeded("choices-wait")
             self._chosen = ResumeChoice(self.view.state.newest())
             future.set_result(self.view.best_first(staged if stores == self.view.stores else {}))
 
@@ -238,15 +234,15 @@ class LogEpochs:
             if not (staged and self._fresh and error.retry) or self._closed:
                 future.set_exception(error)
                 return
-            what = (
+            text = (
                 "slots hold snapshots, but the log that says which of them count can't be read; "
                 "waiting"
             )
-            self._waits.schedule(
-                "choices-wait", what, error, lambda: self._read_choices(staged, future, stores)
+            self._retries.schedule(
+                "choices-wait", text, error, lambda: self._read_choices(staged, future, stores)
             )
 
-        self.read_log(frozenset(pair.epoch for pair in staged), have, failed)
+        self.read_log(frozenset(pair.epoch for pair in staged), read, failed)
 
     def _open(self, asked: _Asked) -> None:
         if self.fenced is not None:
@@ -263,29 +259,27 @@ class LogEpochs:
             )
 
     def _open_first(self, opening: FirstOpen, future: Future[int]) -> None:
-        era = self._eras
+        generation = self._generations
 
         def begun(done: FirstOpened) -> None:
-            if era != self._eras:
+            if generation != self._generations:
                 not_begun(
-                    UnavailableError(
-                        "the job's nodes are others now; the attempt that asked is over."
-                    )
+                    UnavailableError("cluster membership changed; the attempt that asked is over.")
                 )
                 return
-            self._waits.succeeded("open-waits")
+            self._retries.succeeded("open-waits")
             self._begun(done)
             future.set_result(self.view.epoch)
             self._open_waiting()
 
         def not_begun(error: CkptError) -> None:
-            if era != self._eras:
+            if generation != self._generations:
                 future.set_exception(error)
                 return
             if opening.staged and error.retry and not self._closed:
-                what = "slots hold snapshots, but no epoch can be opened to go on; waiting"
-                self._waits.schedule(
-                    "open-waits", what, error, lambda: self._open_first(opening, future)
+                text = "slots hold snapshots, but no epoch can be opened to go on; waiting"
+                self._retries.schedule(
+                    "open-waits", text, error, lambda: self._open_first(opening, future)
                 )
                 return
             future.set_exception(error)
@@ -301,30 +295,28 @@ class LogEpochs:
     ) -> None:
         # What an earlier launch left in flight is committed first: the new epoch would make those
         # commits void.
-        do = self._hands.call if self._hands else self._thread.submit
+        do = self._persisters.call if self._persisters else self._thread.submit
         self.when_done(do(lambda: self._log.begin(opening)), begun, failed)
 
     def _begun(self, begun: FirstOpened) -> None:
         self._see_store(begun.seen.log_id)
         self._fresh = False
         self.view.begin(begun)
-        if not self._hands:
-            self._hands.start(self._log)
-        self._around.tell(
-            Event("epoch", f"epoch {self.view.epoch} is open", {"epoch": self.view.epoch})
-        )
+        if not self._persisters:
+            self._persisters.start(self._log)
+        self._emit(Event("epoch", f"epoch {self.view.epoch} is open", {"epoch": self.view.epoch}))
 
     def _see_store(self, log_id: str) -> None:
         """Begin anew if the store is another one than in the last launch, or gone."""
         if not self.view.store_changed(log_id):
             return
-        self._around.on_moved()
-        what = "another one now" if log_id else "gone"
+        self._on_store_changed()
+        state = "another one now" if log_id else "gone"
         text = (
-            f"the store is {what}: what was staged for it is given up, and the job starts afresh. "
+            f"the store is {state}: what was staged for it is given up, and the job starts afresh. "
             f"store={self._store}"
         )
-        self._around.tell(Event("store-changed", text, {"log_id": log_id}, alarm=True))
+        self._emit(Event("store-changed", text, {"log_id": log_id}, alarm=True))
 
     def _open_waiting(self) -> None:
         self._beginning = False
@@ -338,13 +330,12 @@ class LogEpochs:
         except UsageError as error:
             asked.answer.set_exception(error)
             return
-        recorded = self._hands.call(lambda: self._log.record(given))
+        recorded = self._persisters.call(lambda: self._log.record(given))
         facts = {"epoch": given.epoch}
-        tell = self._around.tell
         self.when_done(
             recorded,
-            lambda _: tell(Event("epoch", f"epoch {given.epoch} is open", facts)),
-            lambda error: tell(
+            lambda _: self._emit(Event("epoch", f"epoch {given.epoch} is open", facts)),
+            lambda error: self._emit(
                 Event("open-failed", f"epoch {given.epoch} is not open: {error}", facts, alarm=True)
             ),
         )

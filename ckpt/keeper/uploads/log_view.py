@@ -47,7 +47,7 @@ class LogView:
     def state(self) -> LogState:
         """The log's fold as it will be once all that was issued is written."""
         if self._state is None:
-            raise InternalError("the log is looked into before it was read.")
+            raise InternalError("the log was used before it was read.")
         return with_pending(self._state, self._opens, self._commits)
 
     def origin_of(self, epoch: int) -> str:
@@ -62,26 +62,28 @@ class LogView:
         """What became durable here since the log was last read."""
         return frozenset(self._commits)
 
-    def update(self, seen: LogReading, before: Collection[SnapshotId]) -> bool:
+    def update(self, reading: LogReading, before: Collection[SnapshotId]) -> bool:
         """Take in what was read; ``before``: what was committed before the read. True if another
         writer's epoch is open.
 
         If a number that was issued here has another writer's record, it and all that was issued
         after it are foreign.
         """
-        self._state = seen.state
+        self._state = reading.state
         self._commits = [pair for pair in self._commits if pair not in before]
-        given = [opened.epoch for opened in self._opens]
-        lost = [
+        issued = [opened.epoch for opened in self._opens]
+        overtaken = [
             epoch
-            for epoch in given
-            if epoch in seen.ids and seen.ids[epoch] != self._ids.get(epoch)
+            for epoch in issued
+            if epoch in reading.ids and reading.ids[epoch] != self._ids.get(epoch)
         ]
-        foreign = bool(lost) or seen.state.epoch > self.epoch
-        if lost:
-            self._opens = [opened for opened in self._opens if opened.epoch < min(lost)]
-            self._ids = {epoch: origin for epoch, origin in self._ids.items() if epoch < min(lost)}
-        self._ids.update(seen.ids)
+        foreign = bool(overtaken) or reading.state.epoch > self.epoch
+        if overtaken:
+            self._opens = [opened for opened in self._opens if opened.epoch < min(overtaken)]
+            self._ids = {
+                epoch: origin for epoch, origin in self._ids.items() if epoch < min(overtaken)
+            }
+        self._ids.update(reading.ids)
         return foreign
 
     def fenced(self) -> FencedError:
@@ -116,11 +118,11 @@ class LogView:
         was never opened."""
         state = self.state
         if resume is not None and all(opened.epoch != resume.epoch for opened in state.opens):
-            raise UsageError(f"goes on from an epoch that was never opened. from={resume}")
-        given = IssuedEpoch(state.epoch + 1, resume, new_origin(self.origin_of(self.epoch)))
-        self._opens.append(OpenedEpoch(given.epoch, NOT_WRITTEN, resume))
-        self._ids[given.epoch] = given.write_id
-        return given
+            raise UsageError(f"continues from an epoch that was never opened. from={resume}")
+        issued = IssuedEpoch(state.epoch + 1, resume, new_origin(self.origin_of(self.epoch)))
+        self._opens.append(OpenedEpoch(issued.epoch, NOT_WRITTEN, resume))
+        self._ids[issued.epoch] = issued.write_id
+        return issued
 
     def best_first(self, staged: Mapping[SnapshotId, str]) -> tuple[Choice, ...]:
         """What a restore tries, best first; empty before the log was read."""

@@ -43,11 +43,11 @@ class Persisters:
         emit: Emit,
         settled: Settled,
     ) -> None:
-        self._turns = submissions
+        self._submissions = submissions
         self._ranks = ranks
         self._compression = compression
         self._post = post
-        self._tell = emit
+        self._emit = emit
         self._settled = settled
         self._persisters: list[Persister] = []
         self._left: list[Persister] = []
@@ -61,12 +61,14 @@ class Persisters:
 
     def start(self, log: StoreLog) -> None:
         """Start the persisters, for the store that ``log`` has now."""
-        room, of = InProcessRoom(), self.channel_of
+        mailboxes, channel_of = InProcessRoom(), self.channel_of
         channels = [
-            of(rank) if of else InProcessMailbox(room, rank=rank, size=self._ranks)
+            channel_of(rank)
+            if channel_of
+            else InProcessMailbox(mailboxes, rank=rank, size=self._ranks)
             for rank in range(self._ranks)
         ]
-        mates = LocalRanks(channels[0].rank, self._ranks)
+        local_ranks = LocalRanks(channels[0].rank, self._ranks)
         self._epoch = _Epoch(log.writer_epoch)
         for rank, channel in enumerate(channels):
             place = SaveTarget(
@@ -81,8 +83,8 @@ class Persisters:
                     place,
                     compression=self._compression,
                     verify=True,
-                    emit=self._tell if rank == 0 else _silent,
-                    local_ranks=mates,
+                    emit=self._emit if rank == 0 else _silent,
+                    local_ranks=local_ranks,
                 )
             )
 
@@ -93,15 +95,17 @@ class Persisters:
             self._epoch.over = True
         for persister in self._persisters:
             persister.abandon(0.0)
-        self._left = [one for one in (*self._left, *self._persisters) if not one.ended]
+        self._left = [
+            persister for persister in (*self._left, *self._persisters) if not persister.ended
+        ]
         self._persisters = []
 
     def refer_next(
-        self, rank: int, base: SnapshotId, known: Mapping[Digest, ChunkLocation]
+        self, rank: int, base: SnapshotId, locations: Mapping[Digest, ChunkLocation]
     ) -> None:
         """Let what ``rank`` submits next refer to chunks of ``base``."""
         if self._persisters:
-            self._persisters[rank].refer_next(base, known)
+            self._persisters[rank].refer_next(base, locations)
 
     def call(self, call: Callable[[], T]) -> Future[T]:
         """Make ``call`` after all that was submitted, and before all that follows."""
@@ -110,7 +114,7 @@ class Persisters:
     def submit(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> Submission:
         """Submit a rank's share."""
         snapshot = sealed.index.snapshot
-        turn = self._turns.submit(rank, snapshot, tags, sealed.index)
+        submission = self._submissions.submit(rank, snapshot, tags, sealed.index)
         persister = self._persisters[rank]
 
         def settled(future: Future[SnapshotInfo]) -> None:
@@ -119,29 +123,29 @@ class Persisters:
             error = error_of(future)
             if future.cancelled():
                 sealed.free()
-            self._post(lambda: self._settled(rank, turn, info, error, True))
+            self._post(lambda: self._settled(rank, submission, info, error, True))
 
         persister.submit(sealed, tags=tags).add_done_callback(settled)
-        return turn
+        return submission
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
         """A rank has no share to submit."""
-        turn = self._turns.submit(rank, snapshot, (), error)
+        submission = self._submissions.submit(rank, snapshot, (), error)
         refused = self._persisters[rank].submit_failure(snapshot, error)
         refused.add_done_callback(
-            lambda _: self._post(lambda: self._settled(rank, turn, None, error, False))
+            lambda _: self._post(lambda: self._settled(rank, submission, None, error, False))
         )
 
     def submit_again(self, sealed: Mapping[int, SealedSlot]) -> Submission:
         """Submit all ranks' shares of one snapshot that may have been submitted before."""
-        turn: Submission | None = None
-        for rank, one in sealed.items():
+        submission: Submission | None = None
+        for rank, slot in sealed.items():
             # Its part may be in the store already, named by a commit that was never answered: it
             # must not be overwritten.
             self._persisters[rank].write_as(_new_writer())
-            turn = self.submit(rank, replace(one, shared=None), ())
-        assert turn is not None, "there is at least one rank"
-        return turn
+            submission = self.submit(rank, replace(slot, shared=None), ())
+        assert submission is not None, "there is at least one rank"
+        return submission
 
     def close(self, deadline_s: float) -> bool:
         """Drop what has not begun and end the threads by then (monotonic); whether they ended."""
@@ -164,7 +168,7 @@ class _Epoch:
         """Raises UnavailableError once the persisters are left."""
         epoch = self._newest()
         if self.over:
-            raise UnavailableError("the job's nodes, or its store, are others now. commit nothing")
+            raise UnavailableError("cluster membership or store changed. commit nothing")
         return epoch
 
 
@@ -175,7 +179,7 @@ def error_of(future: Future[T]) -> CkptError | None:
     error = future.exception()
     if error is None or isinstance(error, CkptError):
         return error
-    wrapped = InternalError(f"a keeper failed in an unforeseen way. cause={error!r}")
+    wrapped = InternalError(f"unexpected error in a keeper. cause={error!r}")
     wrapped.__cause__ = error
     return wrapped
 

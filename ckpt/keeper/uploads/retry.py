@@ -31,22 +31,22 @@ class Retries:
         retry_first_s: float = RETRY_FIRST_S,
     ) -> None:
         self._post = post
-        self._tell = tell
+        self._emit = tell
         self._retry_first_s = retry_first_s
-        self._waits: dict[str, _Wait] = {}
+        self._retries: dict[str, _Wait] = {}
 
     def __len__(self) -> int:
-        return sum(len(wait.timers) for wait in self._waits.values())
+        return sum(len(wait.timers) for wait in self._retries.values())
 
     def schedule(
-        self, kind: str, what: str, error: CkptError | None, call: Callable[[], object]
+        self, kind: str, text: str, error: CkptError | None, call: Callable[[], object]
     ) -> None:
         """Make ``call`` after a pause. ``what`` says for people what waits; without an ``error``
         nothing is reported."""
-        wait = self._waits.setdefault(kind, _Wait(self._retry_first_s))
+        wait = self._retries.setdefault(kind, _Wait(self._retry_first_s))
         if error is not None and str(error) != wait.told:
             wait.told = str(error)
-            self._tell(Event(kind, f"{what}: {error}", {"code": error.code}, alarm=True))
+            self._emit(Event(kind, f"{text}: {error}", {"code": error.code}, alarm=True))
 
         def due() -> None:
             if timer in wait.timers:  # else it was stopped meanwhile
@@ -62,12 +62,12 @@ class Retries:
     def succeeded(self, kind: str) -> None:
         """The store answered: the next pause is the first again, and the same reason is reported
         anew."""
-        if kind in self._waits:
-            self._waits[kind].pause_s, self._waits[kind].told = self._retry_first_s, ""
+        if kind in self._retries:
+            self._retries[kind].pause_s, self._retries[kind].told = self._retry_first_s, ""
 
     def cancel(self, kind: str) -> None:
         """Drop the pending calls of a kind."""
-        wait = self._waits.pop(kind, None)
+        wait = self._retries.pop(kind, None)
         for timer in wait.timers if wait is not None else ():
             timer.cancel()
         if wait is not None:
@@ -75,5 +75,5 @@ class Retries:
 
     def stop(self) -> None:
         """Drop all pending calls."""
-        for kind in list(self._waits):
+        for kind in list(self._retries):
             self.cancel(kind)

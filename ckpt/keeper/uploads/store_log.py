@@ -135,7 +135,7 @@ class StoreLog:
         self._open_store = open_store
         self._job = job
         self._named = named
-        self._tell = emit
+        self._emit = emit
         self._retry_first_s = retry_first_s
         self._backend: Backend | None = None
         self._reader: Journal | None = None
@@ -231,14 +231,14 @@ class StoreLog:
             self._writer = self._open_to_write(create=not opening.settling)
         journal = self._writer
         epochs = {pair.epoch for pair in opening.staged}
-        seen = _seen(journal, epochs)
-        resume, again = opening.resume, seen.state.seq_of(opening.write_id) is not None
-        counted = own_staged(seen.state, seen.ids, opening.staged)
+        reading = _seen(journal, epochs)
+        resume, again = opening.resume, reading.state.seq_of(opening.write_id) is not None
+        counted = own_staged(reading.state, reading.ids, opening.staged)
         if not again:
-            require_newest(seen.state, resume, opening.chosen)
+            require_newest(reading.state, resume, opening.chosen)
         if resume is not None and not again:
-            _check_resume(seen, opening, resume)
-        missing = missing_opens(seen.state, counted)
+            _check_resume(reading, opening, resume)
+        missing = missing_opens(reading.state, counted)
         named = {pair.epoch: origin for pair, origin in counted.items() if origin}
         for opened in missing:
             journal.append(
@@ -249,7 +249,7 @@ class StoreLog:
         if opening.settling and not again:
             # Told to this very state: whoever opens an epoch in between trains on, and is not to be
             # fenced.
-            epoch = max(seen.state.epoch, *(opened.epoch for opened in missing), 0) + 1
+            epoch = max(reading.state.epoch, *(opened.epoch for opened in missing), 0) + 1
             journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
         else:
             epoch = journal.open_epoch(
@@ -258,9 +258,9 @@ class StoreLog:
         self._recorded = epoch
         self._take_care()
         ids = _seen(journal, epochs | {epoch}).ids
-        return FirstOpened(seen, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
+        return FirstOpened(reading, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
 
-    def record(self, given: IssuedEpoch) -> None:
+    def record(self, issued: IssuedEpoch) -> None:
         """Write the record of an epoch that was issued. Repeated, with an alarm, until the store
         takes it.
 
@@ -268,7 +268,7 @@ class StoreLog:
         can't help (a hole in the log) is raised too, and the record is tried again before the next
         one.
         """
-        self._due.append(given)
+        self._due.append(issued)
         self._record_due()
 
     def writer_epoch(self) -> int:
@@ -302,7 +302,7 @@ class StoreLog:
             self._caretaker = StoreCaretaker(
                 backend,
                 has_newest_epoch=self.is_newest_writer,
-                emit=self._tell,
+                emit=self._emit,
                 scrub_every_s=self._scrub_every_s,
             )
         with self._tidying:
@@ -314,7 +314,7 @@ class StoreLog:
                 policy=parse_policy(self._retention.keep), grace_s=self._retention.grace_s
             )
             self._rounds = GcRounds(
-                self.backend, keep, epoch=lambda: self._recorded, tell=self._tell
+                self.backend, keep, epoch=lambda: self._recorded, tell=self._emit
             )
             self._rounds.pause()  # whoever opens an epoch is restoring
 
@@ -338,13 +338,13 @@ class StoreLog:
         with self._renewing:
             if not self._look_again.is_set():
                 return False
-            known = self._reader or self._writer
-            backend = self._open_store() if known is not None else None
+            journal = self._reader or self._writer
+            backend = self._open_store() if journal is not None else None
             self._look_again.clear()
-            if known is None or backend is None:
+            if journal is None or backend is None:
                 return False
             try:
-                same = Journal.open(backend).log_id == known.log_id
+                same = Journal.open(backend).log_id == journal.log_id
             except NotFoundError:
                 same = False
             except BaseException:
@@ -373,47 +373,47 @@ class StoreLog:
             self._record(self._due[0])
             self._recorded = self._due.popleft().epoch
 
-    def _record(self, given: IssuedEpoch) -> None:
-        pause_s, told = self._retry_first_s, ""
+    def _record(self, issued: IssuedEpoch) -> None:
+        pause_s, reported = self._retry_first_s, ""
         while True:
             try:
-                self._append(given)
+                self._append(issued)
                 return
             except CkptError as error:
                 if not error.retry:
                     raise
-                if str(error) != told:
-                    told = str(error)
+                if str(error) != reported:
+                    reported = str(error)
                     text = (
-                        f"epoch {given.epoch} is given out but not in the log yet, commits wait "
-                        f"for it: {told}"
+                        f"epoch {issued.epoch} is given out but not in the log yet, commits wait "
+                        f"for it: {reported}"
                     )
-                    self._tell(
+                    self._emit(
                         Event(
                             "open-waits",
                             text,
-                            {"epoch": given.epoch, "code": error.code},
+                            {"epoch": issued.epoch, "code": error.code},
                             alarm=True,
                         )
                     )
             if self._stopped.wait(pause_s):
                 raise UnavailableError(
-                    f"the keeper ends before the log could be written. epoch={given.epoch} "
-                    f"why={told}"
+                    f"the keeper ends before the log could be written. epoch={issued.epoch} "
+                    f"why={reported}"
                 )
             pause_s = min(2 * pause_s, RETRY_LAST_S)
 
-    def _append(self, given: IssuedEpoch) -> None:
+    def _append(self, issued: IssuedEpoch) -> None:
         try:
             self.journal.append(
-                Open(given.epoch, given.resume), epoch=given.epoch, write_id=given.write_id
+                Open(issued.epoch, issued.resume), epoch=issued.epoch, write_id=issued.write_id
             )
         except ConflictError as error:
             newest = self.journal.refresh().epoch
-            if newest < given.epoch:
+            if newest < issued.epoch:
                 raise
             raise FencedError(
-                f"another writer opened an epoch of this job. newest={newest} mine={given.epoch} "
+                f"another writer opened an epoch of this job. newest={newest} mine={issued.epoch} "
                 "stop this one"
             ) from error
 
@@ -435,19 +435,19 @@ def _seen(journal: Journal, epochs: Collection[int]) -> LogReading:
     return LogReading(state, ids, journal.log_id)
 
 
-def _check_resume(seen: LogReading, opening: FirstOpen, resume: SnapshotId) -> None:
+def _check_resume(reading: LogReading, opening: FirstOpen, resume: SnapshotId) -> None:
     """Raise ConflictError if ``resume`` is only staged, and the log has another writer's epoch
     under its epoch's number."""
     if resume not in opening.staged or (
-        not opening.settling and seen.state.find(resume) is not None
+        not opening.settling and reading.state.find(resume) is not None
     ):
         return
-    there = seen.state.epoch > 0 or not opening.settling
-    if not there or resume not in restorable(
-        seen.state, seen.ids, {resume: opening.staged[resume]}
+    may_continue = reading.state.epoch > 0 or not opening.settling
+    if not may_continue or resume not in restorable(
+        reading.state, reading.ids, {resume: opening.staged[resume]}
     ):
         raise ConflictError(
-            f"another writer went on with this job, not from what is staged here. resume={resume} "
-            f"newest={seen.state.epoch} "
+            f"another writer continued this job, not from what is staged here. resume={resume} "
+            f"newest={reading.state.epoch} "
             "restore anew"
         )

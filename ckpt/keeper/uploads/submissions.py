@@ -62,10 +62,13 @@ class Submissions:
 
     def find(self, snapshot: SnapshotId) -> Submission | None:
         """The submission of ``snapshot`` that is in flight, or None."""
-        return next((turn for turn in self._open.values() if turn.snapshot == snapshot), None)
+        return next(
+            (submission for submission in self._open.values() if submission.snapshot == snapshot),
+            None,
+        )
 
     def submit(
-        self, rank: int, snapshot: SnapshotId, tags: tuple[str, ...], what: StagedIndex | CkptError
+        self, rank: int, snapshot: SnapshotId, tags: tuple[str, ...], share: StagedIndex | CkptError
     ) -> Submission:
         """Note what ``rank`` submits next: its share, or why it has none."""
         n = self._next[rank]
@@ -73,26 +76,29 @@ class Submissions:
         if n not in self._open:
             self._open[n] = Submission(n, snapshot, tags)
             self.tail.append((n, snapshot, tags))
-        turn = self._open[n]
-        turn.submitted.add(rank)
-        if isinstance(what, CkptError):
-            turn.refused = turn.refused or what
+        submission = self._open[n]
+        submission.submitted.add(rank)
+        if isinstance(share, CkptError):
+            submission.refused = submission.refused or share
         else:
-            turn.indexes[rank] = what
-        return turn
+            submission.indexes[rank] = share
+        return submission
 
-    def settle(self, rank: int, turn: Submission, error: CkptError | None) -> bool:
+    def settle(self, rank: int, submission: Submission, error: CkptError | None) -> bool:
         """``rank`` is done with a submission, which failed with ``error`` (None: it did not); True
         if it was the last."""
-        turn.settled.add(rank)
-        turn.error = turn.error or error
-        if len(turn.settled) < self._ranks:
+        submission.settled.add(rank)
+        submission.error = submission.error or error
+        if len(submission.settled) < self._ranks:
             return False
-        self._open.pop(turn.n, None)
+        self._open.pop(submission.n, None)
         return True
 
     def uneven(self) -> Iterator[tuple[Submission, tuple[int, ...]]]:
         """The submissions that some rank has not made, in order, each with those ranks."""
         for n in range(min(self._next), max(self._next)):
-            turn = self._open[n]
-            yield turn, tuple(rank for rank in range(self._ranks) if rank not in turn.submitted)
+            submission = self._open[n]
+            yield (
+                submission,
+                tuple(rank for rank in range(self._ranks) if rank not in submission.submitted),
+            )

@@ -20,6 +20,7 @@ from ckpt.events import Emit, Event
 from ckpt.ipc.client import KeeperSpec
 from ckpt.ipc.mailbox import RankMailbox
 from ckpt.ipc.messages import Choice, RemoteError, Retention, from_error
+from ckpt.keeper.slots import PostToLoop
 from ckpt.keeper.uploads.epochs import LogEpochs
 from ckpt.keeper.uploads.final_flush import FinalFlush, HoldSnapshot, unfit_reason
 from ckpt.keeper.uploads.persisters import Persisters
@@ -30,15 +31,9 @@ from ckpt.save.chunks import Compression
 from ckpt.save.sealed import SealedSlot
 from ckpt.values import ChunkLocation, Digest, SnapshotId, SnapshotInfo
 
-PostToLoop = Callable[[Callable[[], object]], None]
-"""Has a call made by the keeper's loop, soon; from any thread."""
-
 OutcomeObserver = Callable[[int, SnapshotId, SnapshotInfo | None, RemoteError | None], None]
 """A rank's snapshot is done: its facts, or why it failed; both if it is durable and could not be
 tagged."""
-
-Known = Mapping[Digest, ChunkLocation]
-
 
 _COMPRESSIONS = {"off": Compression("off"), "auto": Compression("auto"), "on": Compression("on")}
 
@@ -81,35 +76,50 @@ class Uploads:
     ) -> None:
         self._spec = spec
         self._ranks = ranks
-        self.post = post
+        self._post = post
         self._outcome = on_outcome
-        self._tell_fenced = on_fenced_text
-        self._tell_now = emit
-        self.tell: Emit = lambda event: post(lambda: emit(event))
+        self._on_fenced_text = on_fenced_text
+        self._emit_now = emit
+        self._emit: Emit = lambda event: post(lambda: emit(event))
         self._log = StoreLog(
-            open_store or (lambda: open_job_of(spec, self.tell)),
+            open_store or (lambda: open_job_of(spec, self._emit)),
             job=spec.job,
             named=spec.job != spec.store.rstrip("/").rpartition("/")[2],
-            emit=self.tell,
+            emit=self._emit,
             retry_first_s=retry_first_s,
             scrub_every_s=spec.scrub_every_s,
         )
-        self._turns = Submissions(ranks)
-        self._hands = Persisters(
-            self._turns,
+        self._submissions = Submissions(ranks)
+        self._persisters = Persisters(
+            self._submissions,
             ranks=ranks,
             compression=_COMPRESSIONS[spec.compression],
             post=post,
-            emit=self.tell,
+            emit=self._emit,
             settled=self._settled,
         )
-        self._waits = Retries(post, self.tell, retry_first_s=retry_first_s)
-        self._epochs = LogEpochs(self._log, self._hands, self._waits, self, store=spec.store)
-        self._settler = FinalFlush(
-            self._epochs, self._hands, self._turns, self._waits, ranks=ranks, emit=self.tell
+        self._retries = Retries(post, self._emit, retry_first_s=retry_first_s)
+        self._epochs = LogEpochs(
+            self._log,
+            self._persisters,
+            self._retries,
+            store=spec.store,
+            post=post,
+            emit=self._emit,
+            on_fenced=self._fenced,
+            on_store_changed=self._store_changed,
+        )
+        self._final_flush = FinalFlush(
+            self._epochs,
+            self._persisters,
+            self._submissions,
+            self._retries,
+            ranks=ranks,
+            emit=self._emit,
         )
         self._closed = False
-        self._era_from = 0
+        self._generation_from = 0
+        """The number of submissions when the placement generation began."""
         self._until_opened: list[_Early] | None = None
         """With several nodes: what is submitted before the epoch is known to be open here."""
         self._attempts = 0
@@ -131,12 +141,14 @@ class Uploads:
     @property
     def in_flight(self) -> int:
         """Snapshots that some rank submitted and that not all ranks are done with."""
-        return len(self._turns)
+        return len(self._submissions)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do: no upload, no record to write, no question to a store."""
-        return not (self._turns or self._epochs.busy or self._waits or self._settler.busy)
+        return not (
+            self._submissions or self._epochs.busy or self._retries or self._final_flush.busy
+        )
 
     def choices(
         self, staged: Sequence[SnapshotId], origins: Mapping[SnapshotId, str] | None = None
@@ -173,18 +185,21 @@ class Uploads:
         between, nor that the store was removed or replaced."""
         self._epochs.new_launch()
 
-    def refer_next(self, rank: int, base: SnapshotId, known: Known) -> None:
+    def refer_next(
+        self, rank: int, base: SnapshotId, locations: Mapping[Digest, ChunkLocation]
+    ) -> None:
         """Let what ``rank`` submits next refer to chunks of the committed ``base``, unless it knows
         others."""
         if self._until_opened is not None:
-            self._until_opened.append(_Early(lambda: self.refer_next(rank, base, known)))
+            self._until_opened.append(_Early(lambda: self.refer_next(rank, base, locations)))
             return
-        self._hands.refer_next(rank, base, known)
+        self._persisters.refer_next(rank, base, locations)
 
     def persist(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> None:
         """Make a sealed slot durable; ``on_outcome`` gets the result. Every rank submits the same
         sequence."""
         if self._until_opened is not None:
+            # Its slot stays held meanwhile: it must not be overwritten before the epoch is open.
             self._until_opened.append(
                 _Early(lambda: self._persist(rank, sealed, tags), sealed.free)
             )
@@ -193,19 +208,20 @@ class Uploads:
 
     def _persist(self, rank: int, sealed: SealedSlot, tags: tuple[str, ...]) -> None:
         snapshot = sealed.index.snapshot
-        why: CkptError | None = self._epochs.fenced
-        if why is None and not self._hands:
-            why = UsageError(
-                f"a snapshot is handed in before this keeper opened an epoch. snapshot={snapshot} "
+        error: CkptError | None = self._epochs.fenced
+        if error is None and not self._persisters:
+            error = UsageError(
+                f"a snapshot was submitted before this keeper opened an epoch. snapshot={snapshot} "
                 "open one first"
             )
-        if why is not None:
+        if error is not None:
             sealed.free()
-            self._outcome(rank, snapshot, None, from_error(why, rank=rank))
-            self._refuse(rank, snapshot, why)
+            self._outcome(rank, snapshot, None, from_error(error, rank=rank))
+            self._refuse(rank, snapshot, error)
             return
-        self._log.restoring(False)  # whoever hands in is past it, and all ranks restore together
-        self._hands.submit(rank, sealed, tags)
+        # All ranks restore together, so a rank that submits shows that all are done with it.
+        self._log.restoring(False)
+        self._persisters.submit(rank, sealed, tags)
 
     def refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
         """Instead of ``persist``: this rank has no share to submit, which fails the snapshot on all
@@ -216,8 +232,8 @@ class Uploads:
         self._refuse(rank, snapshot, error)
 
     def _refuse(self, rank: int, snapshot: SnapshotId, error: CkptError) -> None:
-        if self._hands:
-            self._hands.refuse(rank, snapshot, error)
+        if self._persisters:
+            self._persisters.refuse(rank, snapshot, error)
 
     # ---- with several nodes
 
@@ -227,15 +243,19 @@ class Uploads:
 
         To be called before anything is submitted.
         """
-        self._hands.channel_of = channel_of
+        self._persisters.channel_of = channel_of
 
     @property
     def submitted(self) -> tuple[int, tuple[SubmissionEntry, ...]]:
         """How many snapshots were submitted here in this generation, and the last of them, counted
         from its beginning."""
-        first = self._era_from
-        tail = ((n - first, snapshot, tags) for n, snapshot, tags in self._turns.tail if n >= first)
-        return self._turns.count - first, tuple(tail)
+        first = self._generation_from
+        tail = (
+            (n - first, snapshot, tags)
+            for n, snapshot, tags in self._submissions.tail
+            if n >= first
+        )
+        return self._submissions.count - first, tuple(tail)
 
     def new_generation(self, *, root: bool) -> None:
         """Other nodes or placements than before: what is in flight fails, since not all its ranks
@@ -246,11 +266,11 @@ class Uploads:
         epoch, drops nothing, and nothing in the log fences it.
         """
         self._drop_early()
-        self._settler.stop()
+        self._final_flush.stop()
         self._level()
-        self._hands.leave()
-        self._era_from = self._turns.count
-        self._waits.cancel("follow-waits")
+        self._persisters.leave()
+        self._generation_from = self._submissions.count
+        self._retries.cancel("follow-waits")
         self._epochs.new_generation(root=root)
 
     def hold_submissions(self) -> None:
@@ -259,40 +279,40 @@ class Uploads:
         self._drop_early()
         self._until_opened = []
 
-    def epoch_opened(self, handed: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
-        """The attempt's epoch is open. ``handed``: what some node submitted; what this one did not
+    def epoch_opened(self, entries: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
+        """The attempt's epoch is open. ``entries``: what some node submitted; what this one did not
         is submitted first."""
         attempt = self._attempts
 
         def go_on() -> None:
             if attempt != self._attempts or self._closed:
-                return  # another attempt awaits its own word
-            self._waits.succeeded("follow-waits")
-            if not self._hands:
-                self._hands.start(self._log)
+                return  # another attempt has begun, and waits for its own epoch
+            self._retries.succeeded("follow-waits")
+            if not self._persisters:
+                self._persisters.start(self._log)
             early, self._until_opened = self._until_opened or [], None
-            self._catch_up(handed, sealed_of)
-            for one in early:
-                one.do()
+            self._catch_up(entries, sealed_of)
+            for call in early:
+                call.do()
 
         def failed(error: CkptError) -> None:
             if attempt == self._attempts and not self._closed:
-                what = (
+                text = (
                     "the store can't be opened here, so nothing of this node becomes durable; "
                     "waiting"
                 )
-                self._waits.schedule(
-                    "follow-waits", what, error, lambda: self.epoch_opened(handed, sealed_of)
+                self._retries.schedule(
+                    "follow-waits", text, error, lambda: self.epoch_opened(entries, sealed_of)
                 )
 
-        if self._hands:
+        if self._persisters:
             go_on()
         else:
             self._epochs.open_store(go_on, failed)
 
-    def _catch_up(self, handed: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
-        for n, snapshot, tags in handed:
-            if n < self._turns.count - self._era_from:
+    def _catch_up(self, entries: Sequence[SubmissionEntry], sealed_of: HoldSnapshot) -> None:
+        for n, snapshot, tags in entries:
+            if n < self._submissions.count - self._generation_from:
                 continue
             for rank in range(self._ranks):
                 sealed = sealed_of(rank, snapshot)
@@ -300,36 +320,38 @@ class Uploads:
                     self._persist(rank, replace(sealed, shared=None), tags)
                     continue
                 lost = UnavailableError(
-                    f"a rank died before it handed in its share. snapshot={snapshot} rank={rank}"
+                    f"a rank died before it submitted its share. snapshot={snapshot} rank={rank}"
                 )
                 self._refuse(rank, snapshot, lost)
 
     def _drop_early(self) -> None:
         """The attempt that made these submissions is over: they count as never made."""
         self._attempts += 1
-        self._waits.cancel("follow-waits")
+        self._retries.cancel("follow-waits")
         early, self._until_opened = self._until_opened or [], None
-        for one in early:
-            one.drop()
+        for call in early:
+            call.drop()
 
     def _level(self) -> None:
         """Make all ranks' submissions equal; no trainer is left that would need the outcome."""
-        for turn, missing in list(self._turns.uneven()):
-            error = UnavailableError(f"the job's nodes are others now. snapshot={turn.snapshot}")
+        for submission, missing in list(self._submissions.uneven()):
+            error = UnavailableError(f"cluster membership changed. snapshot={submission.snapshot}")
             for rank in missing:
-                self._turns.submit(rank, turn.snapshot, (), error)
-                self._settled(rank, turn, None, error, False)
+                self._submissions.submit(rank, submission.snapshot, (), error)
+                self._settled(rank, submission, None, error, False)
 
-    def _unfit(self, turn: Submission, sealed: Mapping[int, SealedSlot]) -> CkptError | None:
+    def _unfit(self, submission: Submission, sealed: Mapping[int, SealedSlot]) -> CkptError | None:
         """As ``unfit_reason``; of several nodes' snapshot this node has not all shares, so only its
         own must match."""
-        if self._hands.channel_of is None:
-            return unfit_reason(turn, sealed, self._ranks)
-        indexes = [*turn.indexes.values(), *(one.index for one in sealed.values())]
+        if self._persisters.channel_of is None:
+            return unfit_reason(submission, sealed, self._ranks)
+        indexes = [*submission.indexes.values(), *(slot.index for slot in sealed.values())]
         if len(indexes) < self._ranks:
-            return UnavailableError(f"ranks died before they staged it. snapshot={turn.snapshot}")
+            return UnavailableError(
+                f"ranks died before they staged it. snapshot={submission.snapshot}"
+            )
         kinds = {(index.snapshot, index.origin, index.world_size) for index in indexes}
-        text = f"the ranks hold different snapshots. snapshot={turn.snapshot}"
+        text = f"the ranks hold different snapshots. snapshot={submission.snapshot}"
         return UnavailableError(text) if len(kinds) > 1 else None
 
     def attempt_ended(self, sealed_of: HoldSnapshot) -> None:
@@ -339,20 +361,20 @@ class Uploads:
         Then all ranks have submitted the same, and what is in flight can complete.
         """
         self._drop_early()
-        for turn, missing in list(self._turns.uneven()):
+        for submission, missing in list(self._submissions.uneven()):
             sealed = {
-                rank: found
+                rank: slot
                 for rank in missing
-                if (found := sealed_of(rank, turn.snapshot)) is not None
+                if (slot := sealed_of(rank, submission.snapshot)) is not None
             }
-            why = turn.refused or self._unfit(turn, sealed)
+            error = submission.refused or self._unfit(submission, sealed)
             for rank in missing:
-                if why is None:
-                    self._persist(rank, replace(sealed[rank], shared=None), turn.tags)
+                if error is None:
+                    self._persist(rank, replace(sealed[rank], shared=None), submission.tags)
                     continue
                 if rank in sealed:
                     sealed[rank].free()
-                self._refuse(rank, turn.snapshot, why)
+                self._refuse(rank, submission.snapshot, error)
 
     def flush_newest(self, pairs: Sequence[SnapshotId], sealed_of: HoldSnapshot) -> None:
         """Make the newest of ``pairs`` durable that was not submitted, or failed before; repeated
@@ -364,20 +386,20 @@ class Uploads:
         continued the job.
         """
         if self._epochs.fenced is None:
-            self._settler.start(pairs, sealed_of)
+            self._final_flush.start(pairs, sealed_of)
 
     def tag(self, name: str, snapshot: SnapshotId) -> Future[None]:
         """Tag a durable snapshot, after what was submitted before."""
         future: Future[None] = Future()
         if self._epochs.fenced is not None:
             future.set_exception(self._epochs.fenced)
-        elif not self._hands:
+        elif not self._persisters:
             future.set_exception(
-                UsageError(f"a tag is set before this keeper opened an epoch. tag={name!r}")
+                UsageError(f"a tag was set before this keeper opened an epoch. tag={name!r}")
             )
         else:
             log = self._log
-            tagged = self._hands.call(
+            tagged = self._persisters.call(
                 lambda: log.journal.tag(name, snapshot, epoch=log.writer_epoch())
             )
             self._epochs.when_done(tagged, lambda _: future.set_result(None), future.set_exception)
@@ -395,31 +417,31 @@ class Uploads:
         self._closed = True
         self._epochs.stop()
         self._drop_early()
-        self._tell_lost()
-        self._settler.stop()
-        self._waits.stop()
+        self._report_unfinished()
+        self._final_flush.stop()
+        self._retries.stop()
         self._log.stop()
-        ended = self._hands.close(deadline_s)
+        ended = self._persisters.close(deadline_s)
         if self._epochs.close(max(0.0, deadline_s - time.monotonic())) and ended:
             self._log.close()
 
-    # ---- told by the epochs, in the loop
+    # ---- called by the epochs and persisters, in the loop
 
-    def on_fenced(self, error: FencedError) -> None:
-        self._settler.stop()
-        self._tell_fenced(str(error))
+    def _fenced(self, error: FencedError) -> None:
+        self._final_flush.stop()
+        self._on_fenced_text(str(error))
 
-    def on_moved(self) -> None:
-        self._settler.stop()
-        self._hands.leave()
+    def _store_changed(self) -> None:
+        self._final_flush.stop()
+        self._persisters.leave()
 
     def _settled(
         self,
         rank: int,
-        turn: Submission,
+        submission: Submission,
         info: SnapshotInfo | None,
         error: CkptError | None,
-        handed_in: bool,
+        submitted: bool,
     ) -> None:
         if self._closed:
             return
@@ -427,27 +449,34 @@ class Uploads:
             self.durable = info
             self._epochs.view.committed(info.id)
             self._log.committed()
-        if rank == 0 and isinstance(error, FencedError) and handed_in and turn.n >= self._era_from:
-            self._epochs.fence(
-                error
-            )  # the writer's own; other ranks hear it later, of a launch before perhaps
-        if handed_in:
+        if (
+            rank == 0
+            and isinstance(error, FencedError)
+            and submitted
+            and submission.n >= self._generation_from
+        ):
+            # Only rank 0 writes the log. Other ranks report it later, perhaps after a new launch
+            # began.
+            self._epochs.fence(error)
+        if submitted:
             message = from_error(error, rank=rank) if error is not None else None
-            self._outcome(rank, turn.indexes[rank].snapshot, info, message)
-        if self._turns.settle(rank, turn, error if info is None else None):
-            self._settler.submission_completed(turn)
+            self._outcome(rank, submission.indexes[rank].snapshot, info, message)
+        if self._submissions.settle(rank, submission, error if info is None else None):
+            self._final_flush.submission_completed(submission)
 
-    def _tell_lost(self) -> None:
+    def _report_unfinished(self) -> None:
         """Report what ends with the keeper and is in no store."""
-        wanted = self._settler.wanted
-        what = (
+        wanted = self._final_flush.wanted
+        lost = (
             [f"the newest staged snapshot is not durable: {wanted}"] if wanted is not None else []
         )
-        what += (
-            [f"{len(self._turns)} snapshots on their way are not durable"] if self._turns else []
+        lost += (
+            [f"{len(self._submissions)} snapshots in flight are not durable"]
+            if self._submissions
+            else []
         )
-        if what:
+        if lost:
             facts = {"store": self._spec.store}
-            self._tell_now(
-                Event("dropped", f"the keeper ends, and {' and '.join(what)}", facts, alarm=True)
+            self._emit_now(
+                Event("dropped", f"the keeper ends, and {' and '.join(lost)}", facts, alarm=True)
             )
