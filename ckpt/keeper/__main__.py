@@ -1,8 +1,8 @@
 """``python -m ckpt.keeper FOLDER``: the keeper of the job whose specification is on standard input.
 
 The first process exits as soon as the socket listens, with 0, or with 3 if another keeper holds the
-job's lock. The keeper itself continues in a session of its own. Its output goes to that of the
-caller: the log of the job's folder.
+job's lock. The keeper itself continues in a session of its own. Its output goes where the
+caller directed it: the log of the job's folder.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ def main() -> int:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # whoever ends a node ends its trainers first, and they end the job
+    # A node that is shut down ends its trainers too, and they end the job.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     listener.describe()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        # Only now: whoever waits for the first process to end connects meanwhile.
+        # Imported only now: the client that waits for the first process to exit connects meanwhile.
         daemon: type[Daemon] = import_module("ckpt.keeper.daemon").Daemon
         daemon(spec, listener, incarnation=os.urandom(8).hex(), emit=emit_to_logging(-1)).run()
     finally:

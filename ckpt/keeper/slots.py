@@ -55,7 +55,7 @@ class HeldSlot:
         except IntegrityError:
             return None
 
-    def brief(self) -> tuple[SlotSummary, int] | None:
+    def summary(self) -> tuple[SlotSummary, int] | None:
         """As ``read``, but only which snapshot of which rank it is: far quicker."""
         try:
             return read_summary(self.memory)
@@ -131,6 +131,8 @@ class SlotTable:
         sealed = slot.read() if slot is not None else None
         if slot is None or sealed is None or sealed[1] != generation:
             if slot is not None and not slot.uploads:
+                # The trainer marked it as held before it asked; without an upload nothing else
+                # clears the mark.
                 self._board.rank(rank).release(index)
             return None
         return self._hold(slot, *sealed)
@@ -139,8 +141,8 @@ class SlotTable:
         """The slot of ``rank`` that holds ``snapshot``, for an upload; held until it is
         released."""
         for slot in self.of_rank(rank):
-            brief = slot.brief()
-            if brief is None or brief[0].snapshot != snapshot:
+            summary = slot.summary()
+            if summary is None or summary[0].snapshot != snapshot:
                 continue
             sealed = slot.read()
             if sealed is not None and sealed[0].snapshot == snapshot:
@@ -158,7 +160,7 @@ class SlotTable:
             if not slot.uploads:
                 self._board.rank(slot.rank).release(slot.index)
             entry = self._board.rank(slot.rank).slot(slot.index)
-            summary = slot.brief()
+            summary = slot.summary()
             if summary is None:
                 self._board.rank(slot.rank).clear(slot.index)
             elif (entry.snapshot, entry.generation) != (summary[0].snapshot, summary[1]):
@@ -176,7 +178,9 @@ class SlotTable:
             ):
                 self._board.rank(slot.rank).clear(slot.index)
                 header_bytes = header_bytes_of(slot.memory)
-                if header_bytes is not None:  # else it is damaged, and holds nothing anyway
+                if (
+                    header_bytes is not None
+                ):  # else the header is damaged, and the slot holds nothing
                     Header(slot.memory, header_bytes=header_bytes).begin()
 
     def complete_snapshots(self, ranks: int) -> list[SnapshotId]:
@@ -188,7 +192,7 @@ class SlotTable:
         origins do not match."""
         held: list[set[tuple[SnapshotId, str]]] = [set() for _ in range(ranks)]
         for slot in self:
-            summary = slot.brief()
+            summary = slot.summary()
             if summary is not None and slot.rank < ranks and summary[0].world_size == ranks:
                 held[slot.rank].add((summary[0].snapshot, summary[0].origin))
         return dict(sorted(set.intersection(*held), reverse=True)) if held else {}
@@ -238,14 +242,14 @@ class SlotTable:
             slot.uploads -= 1
             if slot.uploads:
                 return
-            if slot in self._outlived:
+            if slot in self._outlived:  # its number on the board is another slot's now
                 self._outlived.remove(slot)
                 os.close(slot.fd)
             elif self._slots.get((slot.rank, slot.index)) is slot:
                 rank_board.release(slot.index)
                 self._free_retired(slot)
 
-        def release() -> None:
+        def release() -> None:  # by an upload's thread; the table belongs to the loop
             self._post(released)
 
         def unchanged() -> bool:
@@ -278,7 +282,7 @@ class SlotTable:
             raise UsageError(
                 f"slot size mismatch. size_bytes={found_bytes} declared_bytes={size_bytes}"
             )
-        # Slots take their pages little by little: what was promised and is not taken yet is as good
+        # Slots take their pages little by little: memory that is promised and not taken yet counts
         # as used.
         promised = size_bytes + sum(
             max(0, slot.size_bytes - _taken(slot.fd)) for slot in self._all()
@@ -346,5 +350,5 @@ def _taken(fd: int) -> int:
 
 
 def _header_bytes(slot: HeldSlot) -> int:
-    words = slot.memory[:64].cast("Q")
-    return int(words[3])
+    fields = slot.memory[:64].cast("Q")
+    return int(fields[3])

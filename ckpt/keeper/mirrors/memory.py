@@ -243,7 +243,7 @@ class ClusterMemory:
     def _local_ranks(self, snapshot: SnapshotId) -> dict[int, int]:
         """The ranks whose shares of the snapshot slots here hold, and the local rank of each
         slot."""
-        summaries = ((slot.rank, slot.brief()) for slot in self._state.memory.slots or ())
+        summaries = ((slot.rank, slot.summary()) for slot in self._state.memory.slots or ())
         return {
             summary[0].rank: rank
             for rank, summary in summaries
@@ -253,7 +253,7 @@ class ClusterMemory:
     def _inventory(self) -> list[InventoryEntry]:
         entries = self._server.mirrored()
         for slot in self._state.memory.slots or ():
-            summary = slot.brief()
+            summary = slot.summary()
             if summary is not None:
                 held = summary[0]
                 entries.append(

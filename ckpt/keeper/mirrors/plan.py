@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from msgspec import structs
 
-from ckpt.cluster.mesh import messages as said
+from ckpt.cluster.mesh import messages as mesh
 from ckpt.cluster.mesh.messages import InventoryEntry, MeshSources
 from ckpt.cluster.peermem.http import RANGES_MAX, ByteRange
 from ckpt.format.part_rules import WORLD_MAX
@@ -194,12 +194,12 @@ def _spans(segments: Sequence[_Segment]) -> tuple[SourceRange, ...]:
     return tuple(spans)
 
 
-# Which pair all nodes keep on others next: one for all, named by the node of rank 0. Pure.
+# ---- rounds: which snapshot all nodes mirror next
 #
-# Were each node to keep the newest that it knows of, two nodes' mirrors might be of different
-# pairs, and after a loss none would be whole. So one pair is named, every node keeps it (in its
-# own memory beside the slots, and on its peers), and only when all have it the next one is named
-# and older ones go.
+# If each node mirrored the newest snapshot that it knows of, the mirrors of two nodes might be of
+# different snapshots, and after a loss none would be complete. So the node of rank 0 names one
+# snapshot, every node mirrors it (in its own memory beside the slots, and on its peers), and only
+# when all have it the next one is named and older mirrors go.
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ class MirrorReport:
 def next_round(
     now: MirrorRound, reports: Sequence[MirrorReport | None], complete: SnapshotId | None
 ) -> MirrorRound:
-    """The round that follows. ``words``: the report of every node, None if it sent none yet;
+    """The round that follows. ``reports``: of every node, None if it sent none yet;
     ``complete``: the newest snapshot.
 
     A snapshot that a node could not mirror, because its slot was reused or a peer had no memory, is
@@ -250,11 +250,11 @@ def retained_mirrors(now: MirrorRound, before: frozenset[SnapshotId]) -> frozens
     return frozenset(named | ({now.kept} if now.kept is not None else before))
 
 
-# What of a share must be sent to a node that has an earlier one of the same rank. Pure.
+# ---- delta: what of a share must be sent to a node that has an earlier one of the same rank
 #
-# A chunk is taken for the same where the digests are: 128 bits of xxh3, made by the trainer that
-# staged it, and trusted here as everywhere in ckpt. They tell apart what happens to differ, not
-# what somebody makes collide: who could do that holds the job's secret or trains in it.
+# Chunks with equal digests are taken for equal: 128 bits of xxh3, made by the trainer that staged
+# the chunk, and trusted here as everywhere in ckpt. They tell apart chunks that happen to differ,
+# not chunks that an attacker makes collide: that one would hold the job's secret or train in it.
 
 CHANGED_SHARE_MAX = 0.75
 """If a larger part of the bytes changed, all are sent: copying the rest would save the peer
@@ -311,7 +311,7 @@ def delta_of(share: StagedShare, base: StagedShare) -> DeltaRanges | WholeShare:
         return WholeShare("another length of header or data")
     ranges = _joined([(0, share.header_bytes), *sorted(_changed_chunks(share, base))])
     if len(ranges) > RANGES_MAX:
-        return WholeShare("changes lie too far apart")
+        return WholeShare("changes are too far apart")
     changed = DeltaRanges(tuple(ranges))
     if changed.size_bytes > CHANGED_SHARE_MAX * share.size_bytes:
         return WholeShare("most has changed")
@@ -347,7 +347,7 @@ def _joined(ranges: Iterable[ByteRange]) -> list[ByteRange]:
     return joined
 
 
-# Asking all nodes what they hold in memory, for the node of rank 0. In its keeper's loop.
+# ---- inventory: asking all nodes what they hold in memory, for the node of rank 0
 
 WAIT_S = 3.0
 """How long a node may take to report what it holds. One that does not report has nothing."""
@@ -357,7 +357,7 @@ Answer = Callable[[dict[str, Sequence[InventoryEntry]]], object]
 
 @dataclass(slots=True, eq=False)
 class _Asking:
-    waits_for: set[str]
+    awaited: set[str]
     until_s: float
     answer: Answer
     held: dict[str, Sequence[InventoryEntry]] = field(default_factory=dict)
@@ -367,8 +367,8 @@ class InventoryQuery:
     """Questions to all nodes, each answered once all have replied or WAIT_S have passed. In the
     keeper's loop."""
 
-    def __init__(self, send: Callable[[str, said.MeshMessage], bool]) -> None:
-        self._say = send
+    def __init__(self, send: Callable[[str, mesh.MeshMessage], bool]) -> None:
+        self._send = send
         self._calls = itertools.count(1)
         self._asking: dict[int, _Asking] = {}
 
@@ -381,33 +381,33 @@ class InventoryQuery:
     ) -> None:
         """Ask ``nodes``, then call ``answer`` with what they and this node hold."""
         call = next(self._calls)
-        asked = {node for node in nodes if self._say(node, said.AskNodeInventory(call=call))}
+        asked = {node for node in nodes if self._send(node, mesh.AskNodeInventory(call=call))}
         self._asking[call] = _Asking(asked, now_s + WAIT_S, answer, {own[0]: own[1]})
-        self._settle(call, now_s)
+        self._finish_if_done(call, now_s)
 
-    def answered(self, node: str, message: said.NodeInventory, now_s: float) -> None:
+    def answered(self, node: str, message: mesh.NodeInventory, now_s: float) -> None:
         """A node's reply."""
         asking = self._asking.get(message.call)
-        if asking is not None and node in asking.waits_for:
-            asking.waits_for.discard(node)
+        if asking is not None and node in asking.awaited:
+            asking.awaited.discard(node)
             asking.held[node] = message.holdings
-            self._settle(message.call, now_s)
+            self._finish_if_done(message.call, now_s)
 
     def disconnected(self, node: str, now_s: float) -> None:
         """A node will not reply any more."""
         for call, asking in list(self._asking.items()):
-            asking.waits_for.discard(node)
-            self._settle(call, now_s)
+            asking.awaited.discard(node)
+            self._finish_if_done(call, now_s)
 
     def tick(self, now_s: float) -> float:
         """Give up questions that have waited too long; returns the seconds until the next call is
         needed."""
         for call in list(self._asking):
-            self._settle(call, now_s)
+            self._finish_if_done(call, now_s)
         return min((asking.until_s - now_s for asking in self._asking.values()), default=WAIT_S)
 
-    def _settle(self, call: int, now_s: float) -> None:
+    def _finish_if_done(self, call: int, now_s: float) -> None:
         asking = self._asking.get(call)
-        if asking is not None and (not asking.waits_for or now_s >= asking.until_s):
+        if asking is not None and (not asking.awaited or now_s >= asking.until_s):
             del self._asking[call]
             asking.answer(asking.held)

@@ -22,7 +22,7 @@ from ckpt.staging.header import INDEX_OFFSET_BYTES, Header, encode_index
 from ckpt.threads import start_thread
 from ckpt.values import PAGE_BYTES, SnapshotId, StagedIndex
 
-# What a node's peers have of its shares, as far as it is sure: the bases of what is sent next.
+# ---- bases: what a node's peers surely have of its shares
 
 BASES_MAX = 2
 """How many shares of one rank are remembered. A snapshot that another node could not keep is
@@ -91,7 +91,7 @@ RETRY_S = 0.5
 """Pause before a snapshot that no node received is sent again."""
 
 CLOSE_WAIT_S = 2.0
-"""How long the end waits for what is on its way; it goes on behind, and ends with the process."""
+"""How long the end waits for a send in flight, which otherwise ends with the process."""
 
 
 Own = Callable[[str, Sequence[Buffer]], object]
@@ -99,11 +99,11 @@ Own = Callable[[str, Sequence[Buffer]], object]
 
 @dataclass(frozen=True, slots=True)
 class MirrorTask:
-    """One pair to be kept: what each rank of this node holds of it, and the nodes that shall keep
-    it, by those of ``epoch``.
+    """One snapshot to be mirrored: the shares of this node's ranks, and the nodes of ``epoch`` that
+    are to keep them.
 
-    ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does). Of
-    ``spare`` nodes, which are among the ``peers``, none has to keep it.
+    ``own`` keeps a share in this node's own memory, beside its slots (None: nothing does). The task
+    succeeds without the ``spare`` nodes, which are among the ``peers``.
     """
 
     snapshot: SnapshotId
@@ -114,49 +114,49 @@ class MirrorTask:
     spare: frozenset[str] = frozenset()
 
     def free(self) -> None:
-        """Let go of the slots."""
+        """Release the slots."""
         for slot in self.sealed:
             slot.free()
 
 
 Done = Callable[[MirrorTask, frozenset[str]], object]
-"""Hears, from the thread, of each task and of the nodes to which it came whole; none where this one
-could not keep it."""
+"""Gets each task that has ended, in the sender's thread, and the nodes that received it completely:
+none if this node could not keep its own copy."""
 
 
 class MirrorSender:
-    """Sends one pair at a time. What keeps a node from having them is told once, until it has one
-    again."""
+    """Sends one snapshot at a time, in a thread. A node's failure is reported once, until a send to
+    it succeeds."""
 
     def __init__(self, *, done: Done, emit: Emit) -> None:
         self._done = done
-        self._tell = emit
+        self._emit = emit
         self._changed = threading.Condition()
         self._task: MirrorTask | None = None
         self._busy = False
         self._stopped = False
-        self._told: set[tuple[str, str]] = set()
+        self._reported: set[tuple[str, str]] = set()
         self._bases = MirrorBases()
         self.sent_bytes = 0
-        """All that was sent so far and came; not what a node had already."""
+        """Bytes that were sent and received, without those that a node had already."""
         self._thread = threading.Thread(target=self._run, name="ckpt-mirror", daemon=True)
         self._thread.start()
 
     @property
     def busy(self) -> bool:
-        """Whether a pair is on its way."""
+        """Whether a snapshot is being sent."""
         with self._changed:
             return self._busy or self._task is not None
 
     def send(self, task: MirrorTask) -> None:
-        """Keep this pair, whose slots are let go of in any case. Only when not busy."""
+        """Mirror this snapshot; its slots are released in any case. Only if not busy."""
         with self._changed:
             assert self._task is None and not self._busy, "one at a time"
             self._task = task
             self._changed.notify_all()
 
     def close(self, timeout_s: float = CLOSE_WAIT_S) -> bool:
-        """End; what is on its way has ``timeout_s`` seconds to come. Whether it ended."""
+        """End; a send in flight has ``timeout_s`` seconds. Whether the thread ended."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -185,7 +185,7 @@ class MirrorSender:
                 with self._changed:
                     self._busy = False
                 self._done(task, received)
-                del task  # or it would keep the slots' memory until the next one
+                del task  # or it would keep the slots' memory until the next task
 
     def _send(self, task: MirrorTask) -> frozenset[str]:
         headers = [compact_header(slot.index, slot.data.nbytes) for slot in task.sealed]
@@ -212,7 +212,7 @@ class MirrorSender:
             self._fail("", task, error)
             return False
         with self._changed:
-            self._told = {told for told in self._told if told[0] != ""}
+            self._reported = {failure for failure in self._reported if failure[0] != ""}
         return True
 
     def _send_to(
@@ -230,11 +230,11 @@ class MirrorSender:
                     )
                 incarnation = stored.boot
         except FencedError:
-            return False  # another epoch comes, which places mirrors anew
+            return False  # a newer epoch has begun, which places mirrors anew
         except CkptError as error:
             self._fail(node, task, error)
             return False
-        except Exception as error:  # noqa: BLE001  a thread's border: the other nodes' words count all the same
+        except Exception as error:  # noqa: BLE001  a thread's border: other nodes go on
             self._fail(
                 node,
                 task,
@@ -242,16 +242,17 @@ class MirrorSender:
             )
             return False
         with self._changed:
-            self._told = {told for told in self._told if told[0] != node}
+            self._reported = {failure for failure in self._reported if failure[0] != node}
         return True
 
     def _put(self, node: str, peer: PeerStore, slot: SealedSlot, header: bytes) -> StoredContent:
-        """Send a share: what changed since an earlier one that the node still has, or all."""
+        """Send a share: the changes since an earlier one that the node still has, or all of it."""
         key, rank = mirror_key(slot.index.snapshot, slot.index.rank), slot.index.rank
         share = StagedShare(slot.index, len(header), slot.data.nbytes)
         pieces: list[Buffer] = [header, slot.data]
 
-        def still_lent() -> None:
+        # Called by the peer's client after the last byte: a torn share must not be published.
+        def check_unchanged() -> None:
             if not slot.unchanged():
                 raise TakenBackError(
                     f"the slot was overwritten while it was sent. key={key}; nothing was stored"
@@ -267,35 +268,38 @@ class MirrorSender:
                     pieces,
                     base=base.stored,
                     changed=changed.ranges,
-                    check_unchanged=still_lent,
+                    check_unchanged=check_unchanged,
                 )
             except BaseGoneError:
                 self._bases.drop(node, rank, base)
                 continue
-            self._came(node, rank, MirrorBase(stored, share, base.behind + 1), changed.size_bytes)
+            self._note_base(
+                node, rank, MirrorBase(stored, share, base.behind + 1), changed.size_bytes
+            )
             return stored
-        stored = peer.put_whole(key, pieces, still_lent)
-        self._came(node, rank, MirrorBase(stored, share, 0), share.size_bytes)
+        stored = peer.put_whole(key, pieces, check_unchanged)
+        self._note_base(node, rank, MirrorBase(stored, share, 0), share.size_bytes)
         return stored
 
-    def _came(self, node: str, rank: int, base: MirrorBase, sent_bytes: int) -> None:
+    def _note_base(self, node: str, rank: int, base: MirrorBase, sent_bytes: int) -> None:
         self._bases.add(node, rank, base)
         with self._changed:
             self.sent_bytes += sent_bytes
 
     def _fail(self, node: str, task: MirrorTask, error: CkptError) -> None:
         with self._changed:
-            if (node, error.code) in self._told or self._stopped:
+            if (node, error.code) in self._reported or self._stopped:
                 return
-            self._told.add((node, error.code))
+            self._reported.add((node, error.code))
         text = (
-            f"{task.snapshot} and what follows is not kept "
-            f"{'on another node' if node else 'here'}: {error}"
+            f"{task.snapshot} and later snapshots are not mirrored "
+            f"{'on another node' if node else 'on this node'}: {error}"
         )
         if node in task.spare:
             text = (
-                f"the standby {node} does not have {task.snapshot}, and may have to fetch what it "
-                f"takes over: {error}"
+                f"the standby {node} does not have {task.snapshot}, and may have to fetch the "
+                "state of "
+                f"ranks that it takes over: {error}"
             )
         elif isinstance(error, StoreFullError):
             text += (
@@ -303,18 +307,18 @@ class MirrorSender:
                 "mirror_bytes"
             )
         facts: dict[str, Fact] = {"node": node, "step": task.snapshot.step, "code": error.code}
-        self._tell(Event("mirror-failed", text, facts, alarm=node not in task.spare))
+        self._emit(Event("mirror-failed", text, facts, alarm=node not in task.spare))
 
 
 def compact_header(index: StagedIndex, data_bytes: int) -> bytes:
-    """A slot's header around ``index`` that is no longer than it must be: what lies between in a
-    slot is never sent."""
+    """A slot's header around ``index`` that is as short as possible: the reserve that a slot has
+    behind its index is never sent."""
     size = INDEX_OFFSET_BYTES + len(encode_index(index))
     header_bytes = -(-size // PAGE_BYTES) * PAGE_BYTES
-    with mmap.mmap(
-        -1, header_bytes + data_bytes, flags=ROOM_FLAGS
-    ) as room:  # only the header's pages are ever taken
-        memory = memoryview(room)
+    # The seal covers the size of the data, so the map is as large; only the header's pages are
+    # used.
+    with mmap.mmap(-1, header_bytes + data_bytes, flags=SPARSE_FLAGS) as sparse:
+        memory = memoryview(sparse)
         try:
             header = Header(memory, header_bytes=header_bytes)
             header.begin()
@@ -325,9 +329,8 @@ def compact_header(index: StagedIndex, data_bytes: int) -> bytes:
             memory.release()
 
 
-_NORESERVE = (
-    0x4000 if sys.platform == "linux" else 0
-)  # no constant of the standard library before 3.13
-ROOM_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-"""Memory that is promised to nobody: a system that counts promises would refuse a room as large as
-a slot."""
+# The standard library has no constant for it before 3.13.
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+SPARSE_FLAGS: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+"""Memory without a reservation: a system with strict overcommit would refuse a map as large as a
+slot."""

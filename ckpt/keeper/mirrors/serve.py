@@ -31,7 +31,7 @@ from ckpt.staging.memory import available_bytes
 from ckpt.values import SnapshotId
 
 VAULT_SHARE = 0.5
-"""The part of the memory that is free at the start that mirrors of others may take."""
+"""The part of the free memory, at the start, that mirrors of others may take."""
 
 VAULT_BYTES_DEFAULT = 8 << 30
 """The limit of mirrors if the free memory is unknown."""
@@ -46,7 +46,7 @@ class _Lent:
     mapping: mmap.mmap
     known: tuple[SlotSummary, int] | None = None
 
-    def brief(self) -> tuple[SlotSummary, int] | None:
+    def summary(self) -> tuple[SlotSummary, int] | None:
         """What it holds sealed. Read once a generation: each request asks for it, and an index may
         be long."""
         memory = memoryview(self.mapping)
@@ -114,21 +114,22 @@ class SlotCatalog:
     def list(self) -> list[Stat]:
         with self._lock:
             held = [
-                (lent, brief[0])
+                (lent, summary[0])
                 for lent in self._lent.values()
-                if (brief := lent.brief()) is not None
+                if (summary := lent.summary()) is not None
             ]
         stats = [
-            Stat(slot_key(brief.snapshot, brief.rank), lent.size_bytes, 0.0) for lent, brief in held
+            Stat(slot_key(summary.snapshot, summary.rank), lent.size_bytes, 0.0)
+            for lent, summary in held
         ]
         return sorted(stats, key=lambda stat: stat.key)
 
     def _find(self, key: str) -> tuple[_Lent, int] | None:
         wanted = parse_slot_key(key)
         for lent in self._lent.values() if wanted is not None else ():
-            brief = lent.brief()
-            if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
-                return lent, brief[1]
+            summary = lent.summary()
+            if summary is not None and (summary[0].snapshot, summary[0].rank) == wanted:
+                return lent, summary[1]
         return None
 
 
@@ -187,14 +188,14 @@ class NodeMemoryServer:
                 contextlib.suppress(NotFoundError, IntegrityError),
                 self.vault.reading(stat.key) as held,
             ):
-                brief = read_summary(held.view)
-                if brief is not None and (brief[0].snapshot, brief[0].rank) == wanted:
+                summary = read_summary(held.view)
+                if summary is not None and (summary[0].snapshot, summary[0].rank) == wanted:
                     entries.append(
                         InventoryEntry(
-                            snapshot=brief[0].snapshot,
-                            origin=brief[0].origin,
-                            world_size=brief[0].world_size,
-                            rank=brief[0].rank,
+                            snapshot=summary[0].snapshot,
+                            origin=summary[0].origin,
+                            world_size=summary[0].world_size,
+                            rank=summary[0].rank,
                             mirror=True,
                         )
                     )

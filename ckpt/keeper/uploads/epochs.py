@@ -77,14 +77,14 @@ class LogEpochs:
         self._waiting: list[_Asked] = []
         self._chosen: ResumeChoice | None = None
         """What the log's newest snapshot was when choices were last read from it."""
-        self._under_way = 0
+        self._in_flight = 0
         self._generations = 0
         self._closed = False
 
     @property
     def busy(self) -> bool:
         """Whether a call to the store is in flight."""
-        return self._under_way > 0
+        return self._in_flight > 0
 
     def choices(self, staged: Mapping[SnapshotId, str]) -> Future[tuple[Choice, ...]]:
         """What can be restored, best first. ``staged``: the snapshots that all ranks' slots hold,
@@ -123,7 +123,7 @@ class LogEpochs:
     ) -> None:
         """Open an epoch that continues from a staged snapshot, unless another writer continued the
         job."""
-        if self._beginning:  # trainers came back
+        if self._beginning:  # trainers are back
             failed(UnavailableError("an epoch is being opened."))
             return
         opening = FirstOpen(snapshot, {snapshot: origin}, True, new_origin())
@@ -155,6 +155,7 @@ class LogEpochs:
         before = self.view.commits()
 
         def read(reading: LogReading) -> None:
+            # A launch that has opened an epoch must not write to a store that replaced its own.
             if not self._fresh and reading.log_id != self.view.log_id:
                 failed(UnavailableError(f"store identity changed. store={self._store}"))
                 return
@@ -172,15 +173,16 @@ class LogEpochs:
         self, call: Future[T], then: Callable[[T], object], failed: Callable[[CkptError], object]
     ) -> None:
         """When ``call`` is done in its thread, continue in the loop."""
-        self._under_way += 1
+        self._in_flight += 1
         generation = self._generations
 
         def done() -> None:
-            self._under_way -= 1
+            self._in_flight -= 1
             error = UnavailableError("the keeper ends.") if self._closed else error_of(call)
             if error is None:
                 then(call.result())
                 return
+            # A call of an earlier placement generation was fenced as it should be: no rival now.
             if isinstance(error, FencedError) and generation == self._generations:
                 self.fence(error)
             failed(error)
@@ -250,7 +252,7 @@ class LogEpochs:
         elif self._beginning:
             self._waiting.append(asked)
         elif not self._fresh:
-            self._give_out(asked)
+            self._issue(asked)
         else:
             self._beginning = True
             self._open_first(
@@ -277,7 +279,7 @@ class LogEpochs:
                 future.set_exception(error)
                 return
             if opening.staged and error.retry and not self._closed:
-                text = "slots hold snapshots, but no epoch can be opened to go on; waiting"
+                text = "slots hold snapshots, but no epoch can be opened to continue; waiting"
                 self._retries.schedule(
                     "open-waits", text, error, lambda: self._open_first(opening, future)
                 )
@@ -293,8 +295,8 @@ class LogEpochs:
         begun: Callable[[FirstOpened], object],
         failed: Callable[[CkptError], object],
     ) -> None:
-        # What an earlier launch left in flight is committed first: the new epoch would make those
-        # commits void.
+        # Behind the uploads that an earlier launch left in flight: the new epoch would void their
+        # commits.
         do = self._persisters.call if self._persisters else self._thread.submit
         self.when_done(do(lambda: self._log.begin(opening)), begun, failed)
 
@@ -313,7 +315,7 @@ class LogEpochs:
         self._on_store_changed()
         state = "another one now" if log_id else "gone"
         text = (
-            f"the store is {state}: what was staged for it is given up, and the job starts afresh. "
+            f"the store is {state}: what was staged for it is issued up, and the job starts anew. "
             f"store={self._store}"
         )
         self._emit(Event("store-changed", text, {"log_id": log_id}, alarm=True))
@@ -324,19 +326,21 @@ class LogEpochs:
         for asked in waiting:
             self._open(asked)
 
-    def _give_out(self, asked: _Asked) -> None:
+    def _issue(self, asked: _Asked) -> None:
         try:
-            given = self.view.issue(asked.resume)
+            issued = self.view.issue(asked.resume)
         except UsageError as error:
             asked.answer.set_exception(error)
             return
-        recorded = self._persisters.call(lambda: self._log.record(given))
-        facts = {"epoch": given.epoch}
+        recorded = self._persisters.call(lambda: self._log.record(issued))
+        facts = {"epoch": issued.epoch}
         self.when_done(
             recorded,
-            lambda _: self._emit(Event("epoch", f"epoch {given.epoch} is open", facts)),
+            lambda _: self._emit(Event("epoch", f"epoch {issued.epoch} is open", facts)),
             lambda error: self._emit(
-                Event("open-failed", f"epoch {given.epoch} is not open: {error}", facts, alarm=True)
+                Event(
+                    "open-failed", f"epoch {issued.epoch} is not open: {error}", facts, alarm=True
+                )
             ),
         )
-        asked.answer.set_result(given.epoch)
+        asked.answer.set_result(issued.epoch)

@@ -75,7 +75,7 @@ class FinalFlush:
             submission=self._submissions.find(max(pairs)),
         )
         if task.submission is None:
-            self._look(task)
+            self._read_first(task)
 
     def stop(self) -> None:
         """Flush nothing any more; an upload in flight continues."""
@@ -97,7 +97,7 @@ class FinalFlush:
         else:
             self._next(task, submission.error)
 
-    def _look(self, task: _Task) -> None:
+    def _read_first(self, task: _Task) -> None:
         """Read the log first: a commit that got no answer may have made the snapshot durable."""
         if task is self._task:
             epochs = frozenset(pair.epoch for pair in task.pairs)
@@ -115,18 +115,17 @@ class FinalFlush:
         task.submission = self._submissions.find(pair)
         if task.submission is not None:
             return
-        if (
-            not self._submissions.level
-        ):  # trainers came back and are in the middle of handing something in
+        if not self._submissions.level:
+            # Trainers are back, and some ranks have submitted what others have not yet.
             self._later(task, None)
             return
         sealed = {rank: slot for rank in range(self._ranks) if (slot := task.sealed_of(rank, pair))}
+        # From here on the slots are held: each way out submits or frees them.
         reason = unfit_reason(Submission(0, pair), sealed, self._ranks)
         if reason is None and not self._view.restorable(pair, sealed[0].index.origin):
             reason = ConflictError(
                 "what is staged is not on the job's lineage, or another writer opened a newer "
-                "epoch. "
-                f"snapshot={pair}"
+                f"epoch. snapshot={pair}"
             )
         if reason is None and self._persisters:
             task.submission = self._persisters.submit_again(sealed)
@@ -138,7 +137,10 @@ class FinalFlush:
             self._next(task, reason)
             return
         self._epochs.open_to_flush(
-            pair, origin, lambda: self._look(task), lambda error: self._not_opened(task, error)
+            pair,
+            origin,
+            lambda: self._read_first(task),
+            lambda error: self._not_opened(task, error),
         )
 
     def _not_opened(self, task: _Task, error: CkptError) -> None:
@@ -158,7 +160,7 @@ class FinalFlush:
             self._emit(
                 Event("settle-failed", text, {"step": step, "code": reason.code}, alarm=True)
             )
-            self._look(task)
+            self._read_first(task)
 
     def _give_up(self, task: _Task, reason: CkptError) -> None:
         if task is not self._task:
@@ -175,8 +177,8 @@ class FinalFlush:
             self._give_up(task, error)
             return
         task.submission = None
-        text = f"{task.pairs[0]} is staged and not durable yet, tried again"
-        self._retries.schedule(KIND, text, error, lambda: self._look(task))
+        text = f"{task.pairs[0]} is staged and not durable yet; trying again"
+        self._retries.schedule(KIND, text, error, lambda: self._read_first(task))
 
 
 def unfit_reason(

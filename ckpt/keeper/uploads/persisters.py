@@ -71,7 +71,7 @@ class Persisters:
         local_ranks = LocalRanks(channels[0].rank, self._ranks)
         self._epoch = _Epoch(log.writer_epoch)
         for rank, channel in enumerate(channels):
-            place = SaveTarget(
+            target = SaveTarget(
                 backend=log.backend,
                 writer=_new_writer(),
                 epoch=self._epoch,
@@ -80,7 +80,7 @@ class Persisters:
             self._persisters.append(
                 Persister(
                     channel,
-                    place,
+                    target,
                     compression=self._compression,
                     verify=True,
                     emit=self._emit if rank == 0 else _silent,
@@ -118,7 +118,8 @@ class Persisters:
         persister = self._persisters[rank]
 
         def settled(future: Future[SnapshotInfo]) -> None:
-            last = persister.last_info  # asked before the persister takes its next call
+            # In the persister's thread, before it takes its next call and changes ``last_info``.
+            last = persister.last_info
             info = last if last is not None and last.id == snapshot else None
             error = error_of(future)
             if future.cancelled():

@@ -141,7 +141,7 @@ class StoreLog:
         self._reader: Journal | None = None
         self._writer: Journal | None = None
         self._left: list[Backend] = []
-        self._look_again = threading.Event()
+        self._recheck = threading.Event()
         self._renewing = threading.Lock()
         self._tidying = threading.Lock()
         self._due: deque[IssuedEpoch] = deque()
@@ -170,7 +170,7 @@ class StoreLog:
         """The store may have been replaced or removed: before it is used next, check which it
         is."""
         self.set_retention(None)
-        self._look_again.set()
+        self._recheck.set()
 
     def set_retention(self, retention: Retention | None) -> None:
         """What to drop from now on; None: nothing. It takes effect with the next snapshot that is
@@ -213,7 +213,7 @@ class StoreLog:
                 return LogReading(empty(self._job), {}, "")
         # A journal of its own: the writer's serves one call at a time, and one to a dead store
         # takes long.
-        return _seen(self._reader, epochs)
+        return _read_log(self._reader, epochs)
 
     def begin(self, opening: FirstOpen) -> FirstOpened:
         """Make the store if there is none, and open a launch's first epoch. Raises whatever keeps
@@ -225,13 +225,15 @@ class StoreLog:
         is another one.
         """
         if self._renew():
-            opening = replace(opening, staged={})  # for another store, whose epochs these are not
-        self._due.clear()  # of an earlier launch, and not to be written any more
+            opening = replace(opening, staged={})  # staged for another store, under its epochs
+        self._due.clear()  # epochs of an earlier launch, which must not be written any more
         if self._writer is None:
             self._writer = self._open_to_write(create=not opening.settling)
         journal = self._writer
         epochs = {pair.epoch for pair in opening.staged}
-        reading = _seen(journal, epochs)
+        reading = _read_log(journal, epochs)
+        # ``again``: an earlier try wrote the record, and its answer was lost. Then all that follows
+        # must end as it would have, so nothing is checked against a log that has this very record.
         resume, again = opening.resume, reading.state.seq_of(opening.write_id) is not None
         counted = own_staged(reading.state, reading.ids, opening.staged)
         if not again:
@@ -240,6 +242,7 @@ class StoreLog:
             _check_resume(reading, opening, resume)
         missing = missing_opens(reading.state, counted)
         named = {pair.epoch: origin for pair, origin in counted.items() if origin}
+        # In order, before the new epoch: an open record must not precede those below it.
         for opened in missing:
             journal.append(
                 Open(opened.epoch, opened.resume),
@@ -247,8 +250,8 @@ class StoreLog:
                 write_id=named.get(opened.epoch),
             )
         if opening.settling and not again:
-            # Told to this very state: whoever opens an epoch in between trains on, and is not to be
-            # fenced.
+            # Exactly the next epoch after the log as it was read: if another writer opened one in
+            # between, it trains, and this append must fail instead of fencing it.
             epoch = max(reading.state.epoch, *(opened.epoch for opened in missing), 0) + 1
             journal.append(Open(epoch, resume), epoch=epoch, write_id=opening.write_id)
         else:
@@ -256,8 +259,8 @@ class StoreLog:
                 resume=resume, write_id=opening.write_id, choice=opening.chosen
             )
         self._recorded = epoch
-        self._take_care()
-        ids = _seen(journal, epochs | {epoch}).ids
+        self._start_maintenance()
+        ids = _read_log(journal, epochs | {epoch}).ids
         return FirstOpened(reading, (*missing, OpenedEpoch(epoch, NOT_WRITTEN, resume)), ids)
 
     def record(self, issued: IssuedEpoch) -> None:
@@ -294,7 +297,7 @@ class StoreLog:
             if backend is not None:
                 backend.close()
 
-    def _take_care(self) -> None:
+    def _start_maintenance(self) -> None:
         backend = self.backend
         if self._caretaker is None and (
             isinstance(backend, MultiStoreBackend) or self._scrub_every_s is not None
@@ -316,7 +319,7 @@ class StoreLog:
             self._rounds = GcRounds(
                 self.backend, keep, epoch=lambda: self._recorded, tell=self._emit
             )
-            self._rounds.pause()  # whoever opens an epoch is restoring
+            self._rounds.pause()  # trainers that open an epoch restore next
 
     def _stop_rounds(self, timeout_s: float) -> None:
         rounds, self._rounds = self._rounds, None
@@ -336,11 +339,11 @@ class StoreLog:
         """Leave the journals of a store that is no longer there, if that is to be checked; whether
         it was so."""
         with self._renewing:
-            if not self._look_again.is_set():
+            if not self._recheck.is_set():
                 return False
             journal = self._reader or self._writer
             backend = self._open_store() if journal is not None else None
-            self._look_again.clear()
+            self._recheck.clear()
             if journal is None or backend is None:
                 return False
             try:
@@ -348,14 +351,14 @@ class StoreLog:
             except NotFoundError:
                 same = False
             except BaseException:
-                self._look_again.set()
-                self._let_go(backend)
+                self._recheck.set()
+                self._close_unless_used(backend)
                 raise
             if same:
-                self._let_go(backend)
+                self._close_unless_used(backend)
                 return False
             if self._backend is not None and self._backend is not backend:
-                self._left.append(self._backend)  # uploads may still use it
+                self._left.append(self._backend)  # closed at the end: uploads may still use it
             self._backend, self._reader, self._writer = backend, None, None
             with self._tidying:
                 self._stop_rounds(0.0)
@@ -364,7 +367,7 @@ class StoreLog:
                 self._caretaker = None
             return True
 
-    def _let_go(self, backend: Backend) -> None:
+    def _close_unless_used(self, backend: Backend) -> None:
         if backend is not self._backend:
             backend.close()
 
@@ -385,7 +388,7 @@ class StoreLog:
                 if str(error) != reported:
                     reported = str(error)
                     text = (
-                        f"epoch {issued.epoch} is given out but not in the log yet, commits wait "
+                        f"epoch {issued.epoch} is issued but not in the log yet; commits wait "
                         f"for it: {reported}"
                     )
                     self._emit(
@@ -423,7 +426,7 @@ def new_origin(after: str = "") -> str:
     return launch_prefix(after or new_write_id()) + new_write_id()[LAUNCH_PREFIX_CHARS:]
 
 
-def _seen(journal: Journal, epochs: Collection[int]) -> LogReading:
+def _read_log(journal: Journal, epochs: Collection[int]) -> LogReading:
     state = journal.refresh()
     ids = {}
     for opened in state.opens:
@@ -448,6 +451,5 @@ def _check_resume(reading: LogReading, opening: FirstOpen, resume: SnapshotId) -
     ):
         raise ConflictError(
             f"another writer continued this job, not from what is staged here. resume={resume} "
-            f"newest={reading.state.epoch} "
-            "restore anew"
+            f"newest={reading.state.epoch} restore anew"
         )
