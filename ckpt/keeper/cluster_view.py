@@ -123,8 +123,8 @@ class ClusterView(Protocol):
 
 
 class SingleNode:
-    """The cluster side of a job with one node: there is no other node to ask, to wait for or to
-    tell."""
+    """The cluster side of a job with one node: no other node is asked, waited for or
+    informed."""
 
     busy = False
     placement: RankPlacement | None = None
@@ -148,7 +148,7 @@ class SingleNode:
         raise AssertionError("a roster of one node numbers its attempts itself")
 
     def report_ended(self, attempt: int) -> None:
-        raise AssertionError("a roster of one node has nobody to report to")
+        raise AssertionError("a roster of one node has no leader to report to")
 
     def decided(self, boundary: int, flags: int) -> None:
         """Nothing to do: all ranks read the board of this node."""

@@ -95,9 +95,9 @@ class RosterEntry:
 class Roster:
     """One launch. ``members`` by rank; ``failures``: those of the attempt that is being killed.
 
-    ``status``: what supervisors leave with, once it is over. With several nodes, ``came``: the
-    newest epoch, and whether it has ranks for this node; ``ended``: the leader's decision to end
-    the job, while trainers are still being killed for it.
+    ``status``: what supervisors leave with, once it is over. With several nodes, ``newest_epoch``:
+    the newest epoch, and whether it has ranks for this node; ``job_ended``: the leader's decision
+    to end the job, while trainers are still being killed for it.
     """
 
     launch: str
@@ -111,8 +111,8 @@ class Roster:
     preempted: bool = False
     status: int = 0
     shared: bool = False
-    came: EpochChanged | None = None
-    ended: JobEnded | None = None
+    newest_epoch: EpochChanged | None = None
+    job_ended: JobEnded | None = None
 
     @property
     def failure(self) -> Failure | None:
@@ -227,7 +227,7 @@ def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterA
     none can follow here."""
     last = failure is not None and _is_last(roster)
     roster = replace(roster, state=RosterState.WAITING, failures=())
-    newest = roster.came
+    newest = roster.newest_epoch
     if roster.preempted and failure is None:
         failure, last = Failure(-1, "preempted", "preempted before its first epoch", 0, 0.0), True
     if newest is not None and newest.number > roster.attempt and not last:
@@ -240,12 +240,16 @@ def _wait(roster: Roster, failure: Failure | None) -> tuple[Roster, list[RosterA
 
 def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterAction]]:
     """A newer epoch ends an attempt of an older one, and begins once nothing of that one lives."""
-    known = (roster.came.number, roster.came.placed) if roster.came is not None else (0, False)
+    known = (
+        (roster.newest_epoch.number, roster.newest_epoch.placed)
+        if roster.newest_epoch is not None
+        else (0, False)
+    )
     # A node that lost its membership gets an epoch without a place for it, numbered as the next.
     # The real epoch of that number may have one, so of equal numbers the placed one is newer.
     if event.number <= roster.attempt or (event.number, event.placed) <= known:
         return roster, []
-    roster = replace(roster, came=event)
+    roster = replace(roster, newest_epoch=event)
     if roster.state is RosterState.RUNNING:
         return _fail(
             roster, Failure(-1, "elsewhere", event.text, 0, event.at_s), roster.record.completed
@@ -256,7 +260,7 @@ def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterActi
 
 
 def _job_ended(roster: Roster, event: JobEnded) -> tuple[Roster, list[RosterAction]]:
-    roster = replace(roster, ended=event)
+    roster = replace(roster, job_ended=event)
     failure = Failure(-1, "elsewhere", event.text, event.status, event.at_s)
     if roster.state in (RosterState.RUNNING, RosterState.KILLING):
         return _fail(roster, failure, roster.record.completed)
@@ -272,7 +276,9 @@ def _well(roster: Roster, status: int) -> bool:
 
 def _start(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     attempt = (
-        roster.came.number if roster.shared and roster.came is not None else roster.attempt + 1
+        roster.newest_epoch.number
+        if roster.shared and roster.newest_epoch is not None
+        else roster.attempt + 1
     )
     members = {
         rank: replace(entry, seat=RankState.STARTING, trainer_pid=0, failing=None, finished=False)
@@ -396,9 +402,10 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     if roster.state is not RosterState.KILLING or left or failure is None:
         return roster, []
     over = AttemptOver(roster.attempt, failure)
-    if roster.ended is not None:
+    if roster.job_ended is not None:
         roster, actions = _leave(
-            roster, Failure(-1, "elsewhere", roster.ended.text, roster.ended.status, failure.at_s)
+            roster,
+            Failure(-1, "elsewhere", roster.job_ended.text, roster.job_ended.status, failure.at_s),
         )
         return roster, [over, *actions]
     if roster.shared and failure.kind != "supervisor":

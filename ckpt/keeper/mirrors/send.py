@@ -234,7 +234,7 @@ class MirrorSender:
         except CkptError as error:
             self._fail(node, task, error)
             return False
-        except Exception as error:  # noqa: BLE001  a thread's border: other nodes go on
+        except Exception as error:  # noqa: BLE001  a thread's border: the other nodes go on
             self._fail(
                 node,
                 task,

@@ -38,7 +38,7 @@ VAULT_BYTES_DEFAULT = 8 << 30
 
 
 @dataclass(slots=True, eq=False)
-class _Lent:
+class _ServedSlot:
     """One slot as it is served: a mapping of its own, which lives until its last reader is done."""
 
     fd: int
@@ -73,17 +73,17 @@ class SlotCatalog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lent: dict[HeldSlot, _Lent] = {}
+        self._served: dict[HeldSlot, _ServedSlot] = {}
 
     def show(self, slots: Iterable[HeldSlot]) -> None:
         """These are the slots of this node now."""
         with self._lock:
             current = set(slots)
-            for gone in self._lent.keys() - current:
-                self._lent.pop(gone).close()
-            for slot in current - self._lent.keys():
-                if (lent := _lent(slot)) is not None:
-                    self._lent[slot] = lent
+            for gone in self._served.keys() - current:
+                self._served.pop(gone).close()
+            for slot in current - self._served.keys():
+                if (served := _serve_slot(slot)) is not None:
+                    self._served[slot] = served
 
     @contextlib.contextmanager
     def reading(self, key: str) -> Iterator[ServedObject]:
@@ -91,8 +91,8 @@ class SlotCatalog:
             match = self._find(key)
             if match is None:
                 raise NotFoundError(f"no slot of this node holds this object. key={key}")
-            lent, generation = match
-            fd, view = os.dup(lent.fd), memoryview(lent.mapping)
+            served, generation = match
+            fd, view = os.dup(served.fd), memoryview(served.mapping)
         try:
             yield ServedObject(
                 view=view,
@@ -114,35 +114,35 @@ class SlotCatalog:
     def list(self) -> list[Stat]:
         with self._lock:
             held = [
-                (lent, summary[0])
-                for lent in self._lent.values()
-                if (summary := lent.summary()) is not None
+                (served, summary[0])
+                for served in self._served.values()
+                if (summary := served.summary()) is not None
             ]
         stats = [
-            Stat(slot_key(summary.snapshot, summary.rank), lent.size_bytes, 0.0)
-            for lent, summary in held
+            Stat(slot_key(summary.snapshot, summary.rank), served.size_bytes, 0.0)
+            for served, summary in held
         ]
         return sorted(stats, key=lambda stat: stat.key)
 
-    def _find(self, key: str) -> tuple[_Lent, int] | None:
+    def _find(self, key: str) -> tuple[_ServedSlot, int] | None:
         wanted = parse_slot_key(key)
-        for lent in self._lent.values() if wanted is not None else ():
-            summary = lent.summary()
+        for served in self._served.values() if wanted is not None else ():
+            summary = served.summary()
             if summary is not None and (summary[0].snapshot, summary[0].rank) == wanted:
-                return lent, summary[1]
+                return served, summary[1]
         return None
 
 
-def _lent(slot: HeldSlot) -> _Lent | None:
+def _serve_slot(slot: HeldSlot) -> _ServedSlot | None:
     """None if the system has no descriptor or no address space left: the next tick tries again, and
-    other nodes have mirrors. s _Lent => _ServedSlot s _lent(slot) => _serve_slot(slot) s def _lent(
-    => def _serve_slot( s self._lent => self._served"""
+    other nodes have mirrors. s _ServedSlot => _ServedSlot s _serve_slot(slot) => _serve_slot(slot)
+    s def _lent( => def _serve_slot( s self._served => self._served"""
     try:
         fd = os.dup(slot.fd)
     except OSError:
         return None
     try:
-        return _Lent(fd, slot.size_bytes, mmap.mmap(fd, slot.size_bytes, prot=mmap.PROT_READ))
+        return _ServedSlot(fd, slot.size_bytes, mmap.mmap(fd, slot.size_bytes, prot=mmap.PROT_READ))
     except (OSError, ValueError):
         os.close(fd)
         return None

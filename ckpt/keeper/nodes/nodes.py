@@ -50,8 +50,8 @@ class Nodes:
     keeper's loop.
 
     Raises UsageError if the specification can't work. It has more attributes than usual: one part
-    per kind of message (mailboxes, progress, liveness, standbys, uploads, memory), and how far the
-    launch has come.
+    per kind of message (mailboxes, progress, liveness, standbys, uploads, memory), and the
+    progress of the launch.
     """
 
     def __init__(

@@ -131,8 +131,8 @@ class ClusterUploads:
             self._view.send(epoch.record.rank0_node, self._own)
 
     def _send_opened(self) -> None:
-        """Once all nodes have sent their submissions: let all submit the longest list first, then
-        go on."""
+        """Once all nodes have sent their submissions: let all nodes submit the
+        longest list, then continue."""
         epoch = self._view.epoch
         if self._opened is None or epoch is None or epoch.number != self._begun:
             return

@@ -97,7 +97,7 @@ class LogView:
     def begin(self, begun: FirstOpened) -> None:
         """Take in the first epoch of a launch."""
         self._state = begun.seen.state
-        # What an earlier launch gave out and is not in the log never comes there.
+        # What an earlier launch issued and never wrote will not be written any more.
         self._opens = [opened for opened in self._opens if opened.epoch <= begun.seen.state.epoch]
         self._opens += begun.opens
         self._ids.update(begun.ids)

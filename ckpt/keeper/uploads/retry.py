@@ -15,7 +15,7 @@ from ckpt.keeper.uploads.store_log import RETRY_FIRST_S, RETRY_LAST_S
 @dataclass(slots=True)
 class _Wait:
     pause_s: float
-    told: str = ""
+    reported: str = ""
     timers: set[threading.Timer] = field(default_factory=set)
 
 
@@ -26,12 +26,12 @@ class Retries:
     def __init__(
         self,
         post: Callable[[Callable[[], object]], None],
-        tell: Emit,
+        emit: Emit,
         *,
         retry_first_s: float = RETRY_FIRST_S,
     ) -> None:
         self._post = post
-        self._emit = tell
+        self._emit = emit
         self._retry_first_s = retry_first_s
         self._retries: dict[str, _Wait] = {}
 
@@ -44,8 +44,8 @@ class Retries:
         """Make ``call`` after a pause. ``what`` says for people what waits; without an ``error``
         nothing is reported."""
         wait = self._retries.setdefault(kind, _Wait(self._retry_first_s))
-        if error is not None and str(error) != wait.told:
-            wait.told = str(error)
+        if error is not None and str(error) != wait.reported:
+            wait.reported = str(error)
             self._emit(Event(kind, f"{text}: {error}", {"code": error.code}, alarm=True))
 
         def due() -> None:
@@ -63,7 +63,7 @@ class Retries:
         """The store answered: the next pause is the first again, and the same reason is reported
         anew."""
         if kind in self._retries:
-            self._retries[kind].pause_s, self._retries[kind].told = self._retry_first_s, ""
+            self._retries[kind].pause_s, self._retries[kind].reported = self._retry_first_s, ""
 
     def cancel(self, kind: str) -> None:
         """Drop the pending calls of a kind."""
