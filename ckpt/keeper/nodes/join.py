@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from ckpt.cluster.endpoint import Endpoint
@@ -36,23 +35,11 @@ from ckpt.keeper.attempts.failures import (
     decide,
 )
 from ckpt.keeper.cluster_view import free_port
+from ckpt.keeper.job_state import JobState
 from ckpt.keyspace.address import ETCD_SCHEME, keyspace_location
 
 VALID_S_WANTED = 86_400.0
 """A certificate that ends sooner is an alarm: connections that are made after its end fail."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeeperFacts:
-    """Facts of this keeper that the node's threads read whenever they need them.
-
-    ``attempt``: the greatest that it knows of. ``completed``: the most steps of any of its ranks;
-    -1 for none.
-    """
-
-    policy: Callable[[], Policy]
-    attempt: Callable[[], int]
-    completed: Callable[[], int]
 
 
 def check_spec(spec: NodesSpec) -> None:
@@ -76,14 +63,18 @@ def join(
     secret: bytes,
     *,
     host: str,
-    ranks: int,
+    state: JobState,
+    attempt: Callable[[], int],
     peer_port: int,
-    facts: KeeperFacts,
     observer: NodeObserver,
     emit: Emit,
 ) -> Node:
-    """Join as a node with ``ranks`` ranks that serves its memory at ``peer_port``. Returns at once;
-    threads do the rest."""
+    """Join as a node that serves its memory at ``peer_port``. Returns at once; threads do the
+    rest.
+
+    ``attempt`` returns the greatest attempt that this keeper knows of. The threads call it, and
+    read policy and progress from ``state``, whenever they need them.
+    """
     witnesses = _witnesses_min(spec)
     tls = job_tls(spec)
     _report_validity(check_tls(spec, host), emit)
@@ -104,12 +95,12 @@ def join(
         return NodeInfo(
             node=f"{_printable(name)}-{os.urandom(6).hex()}",
             host=name,
-            slots=ranks,
+            slots=state.memory.ranks,
             domain=spec.domain,
             address=host,
             capabilities=(
                 f"{PEER_CAPABILITY}{memory_address(host, peer_port)}",
-                f"{FLOOR_CAPABILITY}{facts.attempt()}",
+                f"{FLOOR_CAPABILITY}{attempt()}",
             ),
         )
 
@@ -121,10 +112,12 @@ def join(
         received_s: Mapping[str, float],
         now_s: float,
     ) -> FailureDecision:
-        completed = max(facts.completed(), *[failed.completed for failed in failures.values()], -1)
+        completed = max(
+            state.memory.completed(), *[failed.completed for failed in failures.values()], -1
+        )
         reported = {node: _failure(failed, received_s[node]) for node, failed in failures.items()}
         return _decided(
-            note, EpochFailures(reported, lost, ended, completed), now_s, facts.policy()
+            note, EpochFailures(reported, lost, ended, completed), now_s, state.launch.policy
         )
 
     return Node(

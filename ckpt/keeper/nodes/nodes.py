@@ -34,7 +34,7 @@ from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import KeeperMailbox, LocalMailbox
 from ckpt.keeper.mirrors.memory import ClusterMemory
 from ckpt.keeper.nodes.epoch_view import EpochView
-from ckpt.keeper.nodes.join import KeeperFacts, check_spec, join
+from ckpt.keeper.nodes.join import check_spec, join
 from ckpt.keeper.nodes.progress import LivenessExchange, ProgressExchange, Standbys
 from ckpt.keeper.nodes.remote_mailbox import attempt_mailbox
 from ckpt.keeper.nodes.uploads import ClusterUploads
@@ -362,7 +362,7 @@ class Nodes:
         self._state.post(lambda: self._state.emit(event))
 
     def _joined(self) -> Node:
-        state, post = self._state, self._post
+        post = self._post
         observer = NodeObserver(
             on_epoch=lambda epoch: post(lambda: self._epoch_opened(epoch)),
             on_standbys=lambda epoch: post(lambda: self._standbys_changed(epoch)),
@@ -372,13 +372,10 @@ class Nodes:
             on_disconnected=lambda node, reason: post(lambda: self._disconnected(node, reason)),
             on_act_until=self._lease_prolonged,
         )
-        facts = KeeperFacts(
-            lambda: state.launch.policy, lambda: self._attempt, state.memory.completed
-        )
         return self._join(
-            ranks=state.memory.ranks,
+            state=self._state,
+            attempt=lambda: self._attempt,
             peer_port=self.memory.port,
-            facts=facts,
             observer=observer,
             emit=self._emit,
         )

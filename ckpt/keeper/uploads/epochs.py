@@ -43,6 +43,9 @@ class LogEpochs:
 
     ``on_fenced`` is called once a launch, if another writer opened a newer epoch;
     ``on_store_changed`` if the store is another one than in the launch before, or gone.
+
+    It has more attributes than usual: collaborators and callbacks aside, each is one fact about the
+    launch's first epoch, which all entry points must see alike.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from ckpt.keeper.attempts.events import EpochChanged, Failure, JobEnded, Rank0Un
 from ckpt.keeper.job_state import JobState
 from ckpt.keeper.mailbox import LocalMailbox
 from ckpt.keeper.nodes import nodes as nodes_room
-from ckpt.keeper.nodes.join import KeeperFacts, check_spec, memory_address
+from ckpt.keeper.nodes.join import check_spec, memory_address
 from ckpt.keeper.nodes.nodes import Nodes
 from ckpt.keeper.nodes.remote_mailbox import RemoteMailbox
 from ckpt.values import SnapshotId
@@ -35,8 +35,8 @@ DIED = Failure(1, "died", "rank 1 died of SIGKILL", -9, 1.0)
 class FakeNode:
     """What a keeper asks of its node; ``reached``: to whom it has lines."""
 
-    def __init__(self, told: NodeObserver, here: KeeperFacts) -> None:
-        self.told, self.here = told, here
+    def __init__(self, told: NodeObserver, attempt: Callable[[], int]) -> None:
+        self.told, self.attempt = told, attempt
         self.node_id = "me"
         self.reached = {"root", "other"}
         self.said: list[tuple[str, MeshMessage]] = []
@@ -79,10 +79,10 @@ class Keeper:
         self.node: FakeNode | None = None
         self.refuses: Exception | None = None
 
-        def join(*_: object, observer: NodeObserver, facts: KeeperFacts, **__: object) -> FakeNode:
+        def join(*_: object, observer: NodeObserver, attempt: Callable[[], int], **__: object) -> FakeNode:
             if self.refuses is not None:
                 raise self.refuses
-            self.node = FakeNode(observer, facts)
+            self.node = FakeNode(observer, attempt)
             return self.node
 
         monkeypatch.setattr(nodes_room, "join", join)
@@ -195,7 +195,7 @@ def test_failure_is_told_of_a_rank_of_the_whole_job(joined: Keeper) -> None:
     joined.nodes.request_epoch(DIED, 7, 3)
     (told,) = joined.fake.failures
     assert (told.attempt, told.rank, told.kind, told.status, told.completed) == (3, 3, "died", -9, 7)
-    assert joined.fake.here.attempt() == 3
+    assert joined.fake.attempt() == 3
 
 
 def test_node_that_can_not_join_ends_the_launch_and_says_why(keeper: Keeper) -> None:
