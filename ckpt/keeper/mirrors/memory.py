@@ -47,12 +47,85 @@ SPARE_RETRY_S = 30.0
 much as a good one."""
 
 
+class MirrorPeers:
+    """The nodes that keep mirrors of this one, and the connections to them. For the loop alone."""
+
+    def __init__(self, view: EpochView, spec: NodesSpec, secret: PeerSecret, *, emit: Emit) -> None:
+        self._view = view
+        self._spec = spec
+        self._secret = secret
+        self._emit = emit
+        self._stores: dict[str, PeerStore] = {}
+        self._cap = RateLimit(spec.mirror_rate or None)
+        """How fast this node sends, to all peers together."""
+        self._reported = ""
+        self._standby_at_s: dict[str, float] = {}
+        """When a standby that could not keep a snapshot is tried again."""
+
+    @property
+    def wanted(self) -> int:
+        """How many other nodes are to keep each share; 0: mirrors are off."""
+        return self._spec.mirrors
+
+    def holders(self, epoch: NodeEpoch) -> dict[str, PeerStore]:
+        """The nodes with ranks that keep mirrors of this one."""
+        holders = [RankHolder(node, epoch.domains.get(node, node)) for node in epoch.record.ranks]
+        nodes = place_mirrors(holders, self._spec.mirrors).get(self._view.me, ())
+        return self._stores_of(epoch, nodes)
+
+    def standby(self, epoch: NodeEpoch, now_s: float) -> dict[str, PeerStore]:
+        """The standby that keeps a copy as well, so that it has the state when it takes this node's
+        place."""
+        standby = standby_copies(epoch.record.ranks, epoch.standbys).get(self._view.me)
+        if standby is None or now_s < self._standby_at_s.get(standby, 0.0):
+            return {}
+        return self._stores_of(epoch, [standby])
+
+    def standby_failed(self, node: str) -> None:
+        """A standby could not keep a snapshot: try it again later."""
+        self._standby_at_s[node] = time.monotonic() + SPARE_RETRY_S
+
+    def see_epoch(self) -> None:
+        """A new epoch: what kept a standby from keeping a snapshot may be over."""
+        self._standby_at_s.clear()
+
+    def see_members(self, epoch: NodeEpoch) -> None:
+        """Close connections to nodes that are gone, so that no send waits for them."""
+        for address in self._stores.keys() - set(epoch.peers.values()):
+            self._stores.pop(address).close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        for store in self._stores.values():
+            store.close()
+
+    def _stores_of(self, epoch: NodeEpoch, nodes: Sequence[str]) -> dict[str, PeerStore]:
+        try:
+            return {node: self._store(epoch.peers[node]) for node in nodes if epoch.peers.get(node)}
+        except UsageError as error:
+            if str(error) != self._reported:
+                self._reported = str(error)
+                text = (
+                    "no mirrors are kept on other nodes, because the address of one is invalid: "
+                    f"{error}"
+                )
+                self._emit(Event("mirror-failed", text, {"code": error.code}, alarm=True))
+            return {}
+
+    def _store(self, address: str) -> PeerStore:
+        if address not in self._stores:
+            self._stores[address] = PeerStore(
+                peer_endpoint(self._spec, address),
+                self._secret,
+                epoch=lambda: self._view.number,
+                cap=self._cap,
+            )
+        return self._stores[address]
+
+
 class ClusterMemory:
     """What the nodes hold in memory together. In the keeper's loop; ``host``: where this node
     serves its memory.
-
-    It has more attributes than usual: finding snapshots (``_query``, ``_sources``) and keeping
-    mirrors (``round`` and what follows it) share the server, the peers and the epoch.
     """
 
     def __init__(
@@ -67,24 +140,18 @@ class ClusterMemory:
     ) -> None:
         self._state = state
         self._view = view
-        self._spec = spec
-        self._secret = PeerSecret.of(secret)
+        peer_secret = PeerSecret.of(secret)
+        self._peers = MirrorPeers(view, spec, peer_secret, emit=state.emit)
         self._query = InventoryQuery(view.send)
         self._sources: dict[SnapshotId, tuple[SourceRange, ...]] = {}
         self._server = NodeMemoryServer(
-            self._secret, serving_endpoint(spec, host), emit=emit, budget_bytes=spec.mirror_bytes
+            peer_secret, serving_endpoint(spec, host), emit=emit, budget_bytes=spec.mirror_bytes
         )
         self._sender = MirrorSender(
             done=lambda task, received: state.post(lambda: self._done(task, received)), emit=emit
         )
-        self._peers: dict[str, PeerStore] = {}
-        self._cap = RateLimit(spec.mirror_rate or None)
-        """How fast this node sends, to all peers together."""
         self._retry_at_s = 0.0
         """When a snapshot may be sent next, if the last one was not kept everywhere."""
-        self._reported_bad = ""
-        self._spare_at_s: dict[str, float] = {}
-        """When a standby that could not keep a snapshot is tried again."""
         self._exposed_s: float | None = None
         """Since when the newest staged state is on no other node; None: it is."""
         self.round = MirrorRound()
@@ -121,7 +188,7 @@ class ClusterMemory:
         self.round, self.mirror_report = MirrorRound(), MirrorReport()
         self._before = self._server.snapshots()
         self._retry_at_s = 0.0
-        self._spare_at_s.clear()
+        self._peers.see_epoch()
         if self._exposed_s is None:
             self._exposed_s = time.monotonic()
         self._server.see_epoch(epoch.number)
@@ -129,8 +196,7 @@ class ClusterMemory:
 
     def see_members(self, epoch: NodeEpoch) -> None:
         """Close connections to nodes that are gone, so that no send waits for them."""
-        for address in self._peers.keys() - set(epoch.peers.values()):
-            self._peers.pop(address).close()
+        self._peers.see_members(epoch)
 
     def tick(self, now_s: float, *, placed: bool) -> float:
         """Serve the current slots, and mirror the named snapshot; returns the seconds until the
@@ -163,8 +229,7 @@ class ClusterMemory:
     def close(self) -> None:
         """Stop serving and sending. Waits briefly for a send in flight."""
         self._sender.close()
-        for peer in self._peers.values():
-            peer.close()
+        self._peers.close()
         self._server.close()
 
     # ---- what can be restored from memory
@@ -176,7 +241,7 @@ class ClusterMemory:
         assert epoch is not None, "an epoch with ranks here"
 
         def gathered(held: Mapping[str, Sequence[InventoryEntry]]) -> None:
-            if self._epoch_number() != epoch.number:
+            if self._view.number != epoch.number:
                 return  # the attempt that asked is over
             snapshots = complete_snapshots(held)
             for snapshot, missing in missing_ranks(held).items():
@@ -289,7 +354,7 @@ class ClusterMemory:
         exposed_s, self._exposed_s = time.monotonic() - self._exposed_s, None
         if not self._view.has_rank0:
             return
-        count = min(self._spec.mirrors, len(self._view.others)) or 1
+        count = min(self._peers.wanted, len(self._view.others)) or 1
         text = (
             f"{self.round.kept} is on {count} other nodes too; for {exposed_s:.1f} s nothing newer "
             "was"
@@ -303,7 +368,7 @@ class ClusterMemory:
         memory, epoch, named = self._state.memory, self._view.epoch, self.round.named
         if (
             self._sender.busy
-            or not self._spec.mirrors
+            or not self._peers.wanted
             or memory.slots is None
             or epoch is None
             or named is None
@@ -314,8 +379,8 @@ class ClusterMemory:
             or now_s < self._retry_at_s
         ):
             return
-        peers = self._peers_of(epoch)
-        spare = self._spares_of(epoch, now_s)
+        peers = self._peers.holders(epoch)
+        spare = self._peers.standby(epoch, now_s)
         if not peers:  # the only node that has ranks
             peers, spare = spare, {}
         sealed = [
@@ -349,54 +414,13 @@ class ClusterMemory:
             (epoch.record.world_size, rank) for rank in epoch.record.ranks[self._view.me]
         ]
 
-    def _peers_of(self, epoch: NodeEpoch) -> dict[str, PeerStore]:
-        """The nodes with ranks that keep mirrors of this one."""
-        holders = [RankHolder(node, epoch.domains.get(node, node)) for node in epoch.record.ranks]
-        nodes = place_mirrors(holders, self._spec.mirrors).get(self._view.me, ())
-        return self._stores_of(epoch, nodes)
-
-    def _spares_of(self, epoch: NodeEpoch, now_s: float) -> dict[str, PeerStore]:
-        """The standby that keeps a copy as well, so that it has the state when it takes this node's
-        place."""
-        standby = standby_copies(epoch.record.ranks, epoch.standbys).get(self._view.me)
-        if standby is None or now_s < self._spare_at_s.get(standby, 0.0):
-            return {}
-        return self._stores_of(epoch, [standby])
-
-    def _stores_of(self, epoch: NodeEpoch, nodes: Sequence[str]) -> dict[str, PeerStore]:
-        try:
-            return {node: self._peer(epoch.peers[node]) for node in nodes if epoch.peers.get(node)}
-        except UsageError as error:
-            if str(error) != self._reported_bad:
-                self._reported_bad = str(error)
-                text = (
-                    "no mirrors are kept on other nodes, because the address of one is invalid: "
-                    f"{error}"
-                )
-                self._state.emit(Event("mirror-failed", text, {"code": error.code}, alarm=True))
-            return {}
-
-    def _peer(self, address: str) -> PeerStore:
-        if address not in self._peers:
-            self._peers[address] = PeerStore(
-                peer_endpoint(self._spec, address),
-                self._secret,
-                epoch=self._epoch_number,
-                cap=self._cap,
-            )
-        return self._peers[address]
-
-    def _epoch_number(self) -> int:
-        epoch = self._view.epoch
-        return epoch.number if epoch is not None else 0
-
     def _done(self, task: MirrorTask, received: frozenset[str]) -> None:
         """A task ended; ``received``: the nodes that have it all. In a later epoch it says nothing:
         others keep mirrors."""
-        if task.epoch != self._epoch_number():
+        if task.epoch != self._view.number:
             return
         for node in task.spare - received:
-            self._spare_at_s[node] = time.monotonic() + SPARE_RETRY_S
+            self._peers.standby_failed(node)
         if task.peers.keys() - task.spare <= received:
             self.mirror_report = replace(self.mirror_report, mirrored=task.snapshot)
             return

@@ -33,6 +33,11 @@ class EpochView:
         return self.node.node_id if self.node is not None else ""
 
     @property
+    def number(self) -> int:
+        """The number of the newest epoch; 0 before the first."""
+        return self.epoch.number if self.epoch is not None else 0
+
+    @property
     def has_rank0(self) -> bool:
         """Whether rank 0 is on this node."""
         return self.epoch is not None and self.epoch.record.rank0_node == self.me

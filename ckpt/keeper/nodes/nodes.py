@@ -169,8 +169,7 @@ class Nodes:
         self.memory.gather(answer)
 
     def sources(self, snapshot: SnapshotId) -> tuple[tuple[Source, ...], int]:
-        epoch = self.view.epoch
-        return self.memory.sources(snapshot), epoch.number if epoch is not None else 0
+        return self.memory.sources(snapshot), self.view.number
 
     def log_epoch_opened(self, resume: SnapshotId | None) -> None:
         self.uploads.open(resume)

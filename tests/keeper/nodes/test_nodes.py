@@ -159,7 +159,7 @@ def test_address_of_lent_memory_is_read_as_it_is_written(host: str) -> None:
 def test_one_rate_cap_for_all_nodes_that_keep_mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     capped = Keeper(tmp_path, monkeypatch, mirror_rate=float(5 << 20))
     memory = capped.nodes.memory
-    caps = {memory._peer(f"127.0.0.1:{port}")._cap for port in (1, 2)}
+    caps = {memory._peers._store(f"127.0.0.1:{port}")._cap for port in (1, 2)}
     assert [cap and cap.bytes_per_s for cap in caps] == [float(5 << 20)]
     capped.close()
     with pytest.raises(UsageError, match="rate cap"):
