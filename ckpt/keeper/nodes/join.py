@@ -112,13 +112,8 @@ def join(
         received_s: Mapping[str, float],
         now_s: float,
     ) -> FailureDecision:
-        completed = max(
-            state.memory.completed(), *[failed.completed for failed in failures.values()], -1
-        )
-        reported = {node: _failure(failed, received_s[node]) for node, failed in failures.items()}
-        return _decided(
-            note, EpochFailures(reported, lost, ended, completed), now_s, state.launch.policy
-        )
+        known = EpochFailures({}, lost, ended, state.memory.completed())
+        return _decided(note, failures, known, received_s, now_s, state.launch.policy)
 
     return Node(
         open_membership(
@@ -165,13 +160,24 @@ def _failure(failed: mesh.NodeFailed, received_s: float) -> Failure:
 
 
 def _decided(
-    note: EpochNote, failures: EpochFailures, now_s: float, policy: Policy
+    note: EpochNote,
+    failures: Mapping[str, mesh.NodeFailed],
+    known: EpochFailures,
+    received_s: Mapping[str, float],
+    now_s: float,
+    policy: Policy,
 ) -> FailureDecision:
-    """The decision, in the form that the membership's leader publishes."""
+    """The decision, in the form that the membership's leader publishes.
+
+    ``known`` is completed with the ``failures`` that nodes reported, received at ``received_s``.
+    """
+    reported = {node: _failure(failed, received_s[node]) for node, failed in failures.items()}
+    completed = max(known.completed, *[failed.completed for failed in failures.values()], -1)
+    known = EpochFailures(reported, known.lost, known.ended, completed)
     history = FailureHistory(
         note.fingerprint, note.step, note.same, note.stuck, note.completed, note.overdue
     )
-    match decide(failures, history, policy, now_s):
+    match decide(known, history, policy, now_s):
         case StartNextEpoch(after, text):
             return FailureDecision(_note(after, text))
         case EndJob(status, text):
