@@ -89,8 +89,7 @@ class Job:
         if hello.version != WIRE_VERSION:
             raise UsageError(
                 f"another release of torch-ckpt holds this job. theirs={WIRE_VERSION} "
-                f"ours={hello.version}; "
-                "end that run first"
+                f"ours={hello.version}; end that run first"
             )
         if hello.role not in ("supervisor", "trainer", "events", "tool"):
             raise UsageError(f"unknown role. role={hello.role!r}")
@@ -173,8 +172,8 @@ class Job:
         if others:
             raise ConflictError(
                 f"this job is running already on this node. job={state.spec.job!r} "
-                f"store={state.spec.store} "
-                f"pids={others}; stop it first, or give this run another job name"
+                f"store={state.spec.store} pids={others}; stop it first, or give this run another "
+                "job name"
             )
         if not same_ranks:
             state.uploads.check_flushed()

@@ -153,8 +153,7 @@ class JobUploads:
         what = f"step {newest.step}" if newest is not None else "the last snapshot"
         raise UnavailableError(
             f"{what} is still being uploaded; wait. job={self._spec.job!r} "
-            f"store={self._spec.store} "
-            f"ranks={self._memory.ranks}"
+            f"store={self._spec.store} ranks={self._memory.ranks}"
         )
 
     def discard(self) -> None:

@@ -213,8 +213,7 @@ class StallDetector:
             stood_s, busy_s = now_s - self._before[0], computed_s - self._before[1]
             text = (
                 f"the keeper stood still for {stood_s:.1f} s: it computed for {busy_s:.1f} s, and "
-                "for the rest waited "
-                "for a processor of this machine or for a disk"
+                "for the rest waited for a processor of this machine or for a disk"
             )
             self._emit(
                 Event(

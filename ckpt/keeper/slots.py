@@ -290,10 +290,9 @@ class SlotTable:
         available = available_bytes()
         if available is not None and promised - _taken(fd) > available:
             raise UsageError(
-                f"not enough memory for another slot. rank={rank} "
-                f"slot_bytes={size_bytes} promised_bytes={promised} "
-                f"available_bytes={available} slots={len(self._all())}; allow fewer slots or set "
-                "memory_every=0"
+                f"not enough memory for another slot. rank={rank} slot_bytes={size_bytes} "
+                f"promised_bytes={promised} available_bytes={available} slots={len(self._all())}; "
+                "allow fewer slots or set memory_every=0"
             )
 
 

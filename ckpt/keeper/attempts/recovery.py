@@ -91,6 +91,6 @@ class Recovery:
         at = f"step {self.resume.step}" if self.resume is not None else "the start"
         return (
             f"recovered in {self.seconds:.3f} s: {self.failure.text} with {max(0, self.completed)} "
-            "steps complete; "
-            f"all ranks went on from {at} ({phases}); {self.steps_lost} steps redone"
+            f"steps complete; all ranks went on from {at} ({phases}); {self.steps_lost} steps "
+            "redone"
         )

@@ -261,8 +261,8 @@ class Supervisors:
         missing = ", ".join(str(rank) for rank in range(roster.ranks) if rank not in roster.members)
         text = (
             f"ranks are missing on this node: {missing} of {roster.ranks} have not joined for "
-            f"{waited_s:.0f} s; start "
-            "them, or set LOCAL_WORLD_SIZE to the number of ranks on this node"
+            f"{waited_s:.0f} s; start them, or set LOCAL_WORLD_SIZE to the number of ranks on this "
+            "node"
         )
         if waited_s >= GATHER_MAX_S:
             self._on(GatheringTimedOut(text, now_s))

@@ -1,1 +1,1 @@
-"""Copies of staged state in the memory of other nodes. Imported only for a job with several nodes."""
+"""Copies of staged state in the memory of other nodes. Imported if a job has several nodes."""

@@ -298,8 +298,7 @@ class MirrorSender:
         if node in task.spare:
             text = (
                 f"the standby {node} does not have {task.snapshot}, and may have to fetch the "
-                "state of "
-                f"ranks that it takes over: {error}"
+                f"state of ranks that it takes over: {error}"
             )
         elif isinstance(error, StoreFullError):
             text += (

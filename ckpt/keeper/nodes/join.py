@@ -50,8 +50,7 @@ def check_spec(spec: NodesSpec) -> None:
     if not spec.secret and spec.where.startswith(ETCD_SCHEME):
         raise UsageError(
             f"nodes that meet in etcd need a secret. where={spec.where}; name a file of 64 hex "
-            "digits that only you can "
-            "read, the same on all nodes"
+            "digits that only you can read, the same on all nodes"
         )
     host = spec.host or host_towards(spec.where)
     check_network(spec, host)

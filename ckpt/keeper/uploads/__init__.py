@@ -1,1 +1,1 @@
-"""Making staged snapshots durable, and the epochs of the log. Imported when they are first needed."""
+"""Making staged snapshots durable, and the epochs of the log. Imported when first needed."""

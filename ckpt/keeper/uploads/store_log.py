@@ -388,8 +388,8 @@ class StoreLog:
                 if str(error) != reported:
                     reported = str(error)
                     text = (
-                        f"epoch {issued.epoch} is issued but not in the log yet; commits wait "
-                        f"for it: {reported}"
+                        f"epoch {issued.epoch} is issued but not in the log yet; commits wait for "
+                        f"it: {reported}"
                     )
                     self._emit(
                         Event(
