@@ -86,6 +86,7 @@ class ClientConnection:
                 raise UnavailableError(
                     f"a tool does not read its answers. waiting_bytes={self._outbox.size_bytes}"
                 )
+            # Duplicates: the caller may close its own before the socket takes the message.
             self._outbox.push(message, [os.dup(fd) for fd in fds])
         except UnavailableError:
             # Not closed here: the loop reads the end of the connection next, and removes it in one

@@ -94,6 +94,7 @@ class JobUploads:
                 on_fenced_text=self._fenced,
                 emit=self._emit,
             )
+            # Before anything is submitted: persisters look the channels up when they start.
             self.current.use_channels(self._launch.cluster.channel_of)
         return self.current
 

@@ -66,6 +66,7 @@ class LocalMailbox:
 
     def post(self, key: str, value: bytes) -> None:
         self._values[key] = value
+        # Popped before answering: an answer may post or ask again.
         for question in self._waiting.pop(key, ()):
             question.answer(value)
 

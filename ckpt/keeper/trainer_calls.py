@@ -144,6 +144,8 @@ class TrainerCalls:
                     return
                 client.send(Done(id=message.id))
                 keep = Keep(rank=slot.rank, index=slot.index, size_bytes=slot.size_bytes)
+                # Every supervisor holds every slot: the memory outlives the keeper and any one
+                # supervisor.
                 for other in self._state.clients.members:
                     if other.role == "supervisor":
                         other.send(keep, [slot.fd])

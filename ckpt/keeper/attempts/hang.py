@@ -46,6 +46,7 @@ def observe(
     LOOK_GAPS_MAX usual gaps of it."""
     if before is None:
         return Observation(now_s, marks, dict.fromkeys(marks, 0.0))
+    # Capped: in a longer gap the observer itself stood still, and the ranks may have as well.
     gap_s = min(max(0.0, now_s - before.at_s), LOOK_GAPS_MAX * check_s)
     missing = object()
     idle_s = {
@@ -90,6 +91,7 @@ def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
         return ()
     limit_s = timeout_s(pulses, floor_s=floor_s)
     training = [pulse for pulse in pulses if pulse.phase is not TrainerPhase.FINISHED]
+    # A stopped process first: it holds up all others, which may be exempt or not late yet.
     halted = [
         pulse for pulse in training if pulse.stopped and not pulse.traced and pulse.idle_s > limit_s
     ]
@@ -100,6 +102,7 @@ def hung_ranks(pulses: Sequence[Pulse], *, floor_s: float) -> tuple[int, ...]:
         for pulse in training
     ):
         return ()
+    # The rank furthest behind is the likely cause; the others wait for it in a collective.
     late = [pulse for pulse in training if pulse.idle_s > limit_s]
     return tuple(
         pulse.rank for pulse in sorted(late, key=lambda pulse: (pulse.completed, -pulse.idle_s))

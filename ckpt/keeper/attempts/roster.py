@@ -249,6 +249,7 @@ def _epoch(roster: Roster, event: EpochChanged) -> tuple[Roster, list[RosterActi
     # The real epoch of that number may have one, so of equal numbers the placed one is newer.
     if event.number <= roster.attempt or (event.number, event.placed) <= known:
         return roster, []
+    # Remembered in any state: an epoch may arrive while trainers of the last one are being killed.
     roster = replace(roster, newest_epoch=event)
     if roster.state is RosterState.RUNNING:
         return _fail(
@@ -334,6 +335,7 @@ def _died(roster: Roster, event: TrainerDied) -> tuple[Roster, list[RosterAction
         return replace(
             roster, state=RosterState.OVER, status=event.status
         ) if ended else roster, leaves
+    # A trainer that reported an exception before it died is judged by that, not by its status.
     roster = _seat(roster, event.rank, seat=RankState.DEAD)
     failing = entry.failing
     if event.status == -signal.SIGINT:  # a person wants the end, whatever else went wrong
@@ -388,6 +390,8 @@ def _fail(roster: Roster, failure: Failure, completed: int) -> tuple[Roster, lis
         return _leave(roster, failure)
     if roster.state is RosterState.KILLING:
         return _gone(roster)
+    # All trainers are killed, also healthy ones: a communicator with a lost rank can't be repaired,
+    # and their state is in the slots.
     killing = replace(
         roster, state=RosterState.KILLING, record=after_failure(roster.record, completed)
     )
@@ -401,6 +405,7 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
     failure = roster.failure
     if roster.state is not RosterState.KILLING or left or failure is None:
         return roster, []
+    # All dead: only now is known what all died of, and the next attempt must not meet a live one.
     over = AttemptOver(roster.attempt, failure)
     if roster.job_ended is not None:
         roster, actions = _leave(
@@ -408,6 +413,8 @@ def _gone(roster: Roster) -> tuple[Roster, list[RosterAction]]:
             Failure(-1, "elsewhere", roster.job_ended.text, roster.job_ended.status, failure.at_s),
         )
         return roster, [over, *actions]
+    # With several nodes the leader decides. A lost supervisor ends this node's launch in any case:
+    # its launcher starts the program again.
     if roster.shared and failure.kind != "supervisor":
         roster, actions = _wait(roster, failure)
         return roster, [over, *actions]

@@ -92,6 +92,7 @@ class SlotCatalog:
             if match is None:
                 raise NotFoundError(f"no slot of this node holds this object. key={key}")
             served, generation = match
+            # A descriptor and view of its own: ``show`` may drop the slot during the read.
             fd, view = os.dup(served.fd), memoryview(served.mapping)
         try:
             yield ServedObject(
@@ -213,6 +214,7 @@ class NodeMemoryServer:
         """Keep this node's own share beside its slots, which training overwrites. Raises
         StoreFullError."""
         views = [memoryview(piece).cast("B") for piece in pieces]
+        # A copy, not a reference: training overwrites the slots while mirrors must stay.
         with self.vault.incoming(key, sum(view.nbytes for view in views)) as room:
             offset = 0
             for view in views:

@@ -68,6 +68,7 @@ class EpochView:
         epoch = self.epoch
         if epoch is None or epoch.meeting is None or not self.placed:
             return None
+        # In the order of their ranks: a node's place in it is the node rank that trainers see.
         nodes = list(epoch.record.ranks)
         return RankPlacement(
             host=epoch.meeting.host,

@@ -92,6 +92,7 @@ def join(
     def info() -> NodeInfo:
         name = socket.gethostname()
         return NodeInfo(
+            # A new id for each join, which tells a node from its earlier self that was lost.
             node=f"{_printable(name)}-{os.urandom(6).hex()}",
             host=name,
             slots=state.memory.ranks,

@@ -188,6 +188,8 @@ class ProgressExchange:
             own, others, epoch.number, self._memory.round
         ).items():
             before, at_s = self._sent_to.get(node, (None, 0.0))
+            # Per node: only those whose view changed get a message, so the cost follows the
+            # changes.
             if progress != before or now_s >= at_s + PROGRESS_LATEST_S:
                 self._sent_to[node] = (progress, now_s)
                 view.send(node, progress)

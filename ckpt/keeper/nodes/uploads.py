@@ -72,6 +72,7 @@ class ClusterUploads:
         self._submitted = {
             node: known for node, known in self._submitted.items() if known.attempt >= epoch.number
         }
+        # Within a generation nothing is lost by a trainer's death: uploads in flight continue.
         if before is not None and before.note.era == epoch.note.era:
             return
         self._channels.clear()
@@ -144,6 +145,7 @@ class ClusterUploads:
         ]
         if len(known) < len(nodes):
             return
+        # Every node submits a prefix of the same sequence, so the longest list contains all others.
         entries = max(known, key=lambda entry: entry.count).turns
         message = mesh.MeshEpochOpened(attempt=epoch.number, resume=self._opened[0], turns=entries)
         self._opened = None

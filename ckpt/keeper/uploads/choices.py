@@ -57,6 +57,8 @@ def own_staged(
     written only if no other writer opened one since the last of its launch, because the first open
     of a launch is written before anything is captured. Without an origin the number alone decides.
     """
+    # Numbers are issued by several keepers at once: while one's store is away it issues 5, and
+    # another node opens its own 5. So the origin, the write id of the opening record, decides.
     recorded = {opened.epoch for opened in state.opens}
     newest = launch_prefix(ids.get(state.epoch, ""))
 
@@ -102,6 +104,8 @@ def missing_opens(state: LogState, staged: Collection[SnapshotId]) -> tuple[Open
     """
     missing: tuple[OpenedEpoch, ...] = ()
     for epoch in sorted({pair.epoch for pair in staged if pair.epoch > state.epoch}):
+        # Ascending: the open found for one epoch is part of the lineage that the next one
+        # continues.
         before = with_pending(state, missing)
         below = [
             *on_lineage(before, [pair for pair in staged if pair.epoch < epoch]),
@@ -114,6 +118,7 @@ def missing_opens(state: LogState, staged: Collection[SnapshotId]) -> tuple[Open
 def best_first(state: LogState, staged: Collection[SnapshotId]) -> tuple[Choice, ...]:
     """What a restore tries: snapshots of the lineage, newest first; of one in both tiers the staged
     copy first."""
+    # The staged copy first: it is in memory of this node, while a durable one must be downloaded.
     choices = [Choice(pair, STAGED) for pair in on_lineage(state, staged)]
     choices += [Choice(pair, DURABLE) for pair in candidates(state)]
     return tuple(

@@ -70,6 +70,7 @@ class LogView:
         after it are foreign.
         """
         self._state = reading.state
+        # What was committed while the log was being read may be missing in it, and stays pending.
         self._commits = [pair for pair in self._commits if pair not in before]
         issued = [opened.epoch for opened in self._opens]
         overtaken = [

@@ -93,6 +93,8 @@ class Persisters:
         forgotten."""
         if self._epoch is not None:
             self._epoch.over = True
+        # Not joined here: a thread that waits for a dead store must not block the loop. ``close``
+        # does.
         for persister in self._persisters:
             persister.abandon(0.0)
         self._left = [

@@ -44,6 +44,7 @@ class Retries:
         """Make ``call`` after a pause. ``what`` says for people what waits; without an ``error``
         nothing is reported."""
         wait = self._retries.setdefault(kind, _Wait(self._retry_first_s))
+        # Once per reason: a store that is away for an hour would else fill the log.
         if error is not None and str(error) != wait.reported:
             wait.reported = str(error)
             self._emit(Event(kind, f"{text}: {error}", {"code": error.code}, alarm=True))

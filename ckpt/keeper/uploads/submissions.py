@@ -74,6 +74,8 @@ class Submissions:
         n = self._next[rank]
         self._next[rank] += 1
         if n not in self._open:
+            # The first rank to reach a place names its snapshot; the others submit the same
+            # sequence.
             self._open[n] = Submission(n, snapshot, tags)
             self.tail.append((n, snapshot, tags))
         submission = self._open[n]
@@ -91,6 +93,7 @@ class Submissions:
         submission.error = submission.error or error
         if len(submission.settled) < self._ranks:
             return False
+        # Open until the last rank is done: the final flush finds it, and does not submit it twice.
         self._open.pop(submission.n, None)
         return True
 

@@ -268,6 +268,8 @@ class Uploads:
         self._drop_early()
         self._final_flush.stop()
         self._level()
+        # What is in flight when the persisters are left is committed under no epoch at all: this
+        # node may hold rank 0 again later, under an epoch that would make such a commit count.
         self._persisters.leave()
         self._generation_from = self._submissions.count
         self._retries.cancel("follow-waits")
